@@ -1,0 +1,1 @@
+"""pipecompile trains any PyTorch model split over several devices, without a rewrite."""

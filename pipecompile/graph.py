@@ -1,0 +1,174 @@
+"""What a model computes and what it costs, as frozen data without torch.
+
+A ``Graph`` is the torch-free reading of a captured model: positions in ``nodes`` are the only node ids, and their
+order is topological by construction. The name of a node is the only link back to the ``torch.fx`` graph.
+
+Two sorts of node do not belong to any stage: model inputs, and *replicated* nodes, which are computed from the inputs
+and buffers alone, cheaply, without parameters and without effects (masks, position ids, sizes). Each stage that needs
+one computes its own copy, so it is never sent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+from pipecompile.serial import Json
+
+ITEM_BYTES = {
+    "bool": 1, "uint8": 1, "int8": 1, "float8_e4m3fn": 1, "float8_e5m2": 1,
+    "int16": 2, "uint16": 2, "float16": 2, "bfloat16": 2,
+    "int32": 4, "uint32": 4, "float32": 4, "complex32": 4,
+    "int64": 8, "uint64": 8, "float64": 8, "complex64": 8, "complex128": 16,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Shape (sizes at the sample microbatch), dtype (torch's name without ``torch.``) and whether a gradient flows."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    requires_grad: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * ITEM_BYTES[self.dtype]
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{', '.join(map(str, self.shape))}]"
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A parameter under its original, fully qualified name; one that is tied has one name here."""
+
+    name: str
+    spec: TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One torch function call of the model."""
+
+    name: str  # the fx node's name
+    op: str  # what is called: "linear", "getitem", "input" for a model input
+    inputs: tuple[int, ...] = ()  # producing nodes, each earlier than this one
+    outputs: tuple[TensorSpec, ...] = ()
+    parameters: tuple[str, ...] = ()  # read by this node; a tied weight shows up in several nodes
+    path: str = ""  # "layers.3.mlp": the module whose forward made the call
+    source: str = ""  # "model.py:42": the user's line
+    replicated: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return sum(spec.nbytes for spec in self.outputs)
+
+
+@dataclass(frozen=True)
+class Graph(Json):
+    """The nodes of a model in topological order.
+
+    Invariants, checked by ``validate``:
+    1. every node's inputs stand before it;
+    2. names are unique, and every parameter that a node reads is listed;
+    3. inputs and outputs are nodes, inputs are replicated;
+    4. a replicated node reads replicated nodes only, and no parameters.
+
+    ``together`` lists groups of nodes that must share one stage (a tuple and its items, a buffer and its writers).
+    """
+
+    nodes: tuple[Node, ...]
+    inputs: tuple[int, ...] = ()
+    outputs: tuple[int, ...] = ()
+    parameters: tuple[Parameter, ...] = ()
+    together: tuple[tuple[int, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    def __len__(self) -> int:
+        return len(self.nodes)
+
+    @cached_property
+    def users(self) -> tuple[tuple[int, ...], ...]:
+        """For each node the nodes that read it, in order, each once."""
+        users: list[list[int]] = [[] for _ in self.nodes]
+        for index, node in enumerate(self.nodes):
+            for source in dict.fromkeys(node.inputs):
+                users[source].append(index)
+        return tuple(map(tuple, users))
+
+    @cached_property
+    def parameter_bytes(self) -> dict[str, int]:
+        return {parameter.name: parameter.spec.nbytes for parameter in self.parameters}
+
+    def validate(self) -> None:
+        """Raises ``ValueError`` at the first invariant that does not hold."""
+        known = {parameter.name for parameter in self.parameters}
+        for index, node in enumerate(self.nodes):
+            if any(not 0 <= source < index for source in node.inputs):
+                raise ValueError(f"node {index} ({node.name}) reads {node.inputs}, which do not all stand before it")
+            if missing := set(node.parameters) - known:
+                raise ValueError(f"node {node.name} reads the unlisted parameters {sorted(missing)}")
+            if node.replicated and (
+                node.parameters or not all(self.nodes[source].replicated for source in node.inputs)
+            ):
+                raise ValueError(f"replicated node {node.name} reads what is not replicated")
+        if len({node.name for node in self.nodes}) != len(self.nodes):
+            raise ValueError("node names are not unique")
+        for index in (*self.inputs, *self.outputs, *(i for group in self.together for i in group)):
+            if not 0 <= index < len(self.nodes):
+                raise ValueError(f"{index} is not a node: there are {len(self.nodes)}")
+        if not all(self.nodes[index].replicated for index in self.inputs):
+            raise ValueError("an input must be marked as replicated")
+
+    def __str__(self) -> str:
+        lines = []
+        for index, node in enumerate(self.nodes):
+            reads = ", ".join([*(f"%{i}" for i in node.inputs), *node.parameters])
+            specs = ", ".join(map(str, node.outputs))
+            mark = "*" if node.replicated else " "
+            lines.append(f"{mark}%{index} = {node.op}({reads}) -> {specs}   # {node.path} {node.source}".rstrip(" #"))
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Seconds and bytes of a node, or of a whole stage, for one microbatch."""
+
+    forward: float = 0.0  # seconds
+    backward: float = 0.0  # seconds, gradients of inputs and of weights
+    saved_bytes: int = 0  # kept from forward to backward, parameters not counted
+    parameter_bytes: int = 0  # parameters alone; gradients and optimizer state come on top
+
+    @property
+    def seconds(self) -> float:
+        return self.forward + self.backward
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.forward + other.forward,
+            self.backward + other.backward,
+            self.saved_bytes + other.saved_bytes,
+            self.parameter_bytes + other.parameter_bytes,
+        )
+
+
+@dataclass(frozen=True)
+class CostedGraph(Json):
+    """A graph with the cost of each node and where the numbers come from ("measured: cpu, torch 2.13", "counted")."""
+
+    graph: Graph
+    costs: tuple[Cost, ...]
+    origin: str
+
+    def __post_init__(self) -> None:
+        if len(self.costs) != len(self.graph):
+            raise ValueError(f"{len(self.costs)} costs for {len(self.graph)} nodes")
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of one microbatch through the whole model, forward and backward."""
+        return sum(cost.seconds for cost in self.costs)
