@@ -1,0 +1,38 @@
+"""Schedules: from a plan and a number of microbatches to a bare program.
+
+``SCHEDULES`` holds the synchronous ones, which end a step with an empty pipeline. The ``ASYNCHRONOUS`` ones keep it
+full from one call to the next, and step inside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from pipecompile.plan import Plan
+from pipecompile.program import Program
+from pipecompile.schedule.gpipe import gpipe
+from pipecompile.schedule.halves import backward_only, forward_only
+from pipecompile.schedule.one_f_one_b import one_f_one_b
+from pipecompile.schedule.sequential import sequential
+
+
+class Schedule(Protocol):
+    """A synchronous schedule; ``step`` ends the program with a Step of each stage."""
+
+    def __call__(self, plan: Plan, num_microbatches: int, *, step: bool = False) -> Program: ...
+
+
+SCHEDULES: Mapping[str, Schedule] = {"sequential": sequential, "gpipe": gpipe, "1f1b": one_f_one_b}
+ASYNCHRONOUS = ("pipedream",)
+
+__all__ = [
+    "ASYNCHRONOUS",
+    "SCHEDULES",
+    "Schedule",
+    "backward_only",
+    "forward_only",
+    "gpipe",
+    "one_f_one_b",
+    "sequential",
+]

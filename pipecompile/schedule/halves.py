@@ -1,0 +1,26 @@
+"""The two halves of a step as programs of their own.
+
+    rank 0   F0 F1 F2 .        rank 0   .  B0 B1 B2
+    rank 1   .  F0 F1 F2       rank 1   B0 B1 B2 .
+
+Forwards alone serve evaluation. Together the halves are GPipe with a pause, for a loss that is computed outside the
+model: the caller has the outputs of all microbatches before the first gradient exists.
+"""
+
+from __future__ import annotations
+
+from pipecompile.plan import Plan
+from pipecompile.program import Program
+from pipecompile.schedule.arrange import arrange, backwards, closing, forwards, waves
+
+
+def forward_only(plan: Plan, num_microbatches: int) -> Program:
+    """The bare program of all Forwards."""
+    return arrange(plan, forwards(plan, num_microbatches), waves(plan, stride=1))
+
+
+def backward_only(plan: Plan, num_microbatches: int, *, step: bool = False) -> Program:
+    """The bare program of all Backwards, which carries the Forwards that ``forward_only`` has done."""
+    n = num_microbatches
+    clock = waves(plan, stride=1)
+    return arrange(plan, backwards(plan, n), clock, closing(plan, n - 1, step), carried=forwards(plan, n))

@@ -1,0 +1,21 @@
+"""Plain inter-layer model parallelism: a microbatch goes through all stages and back before the next one starts.
+
+    rank 0   F0 .  .  B0 F1 .  .  B1
+    rank 1   .  F0 B0 .  .  F1 B1 .
+
+One device is busy at a time (on a branching plan: one on each branch). It is the baseline that every pipeline
+improves on.
+"""
+
+from __future__ import annotations
+
+from pipecompile.plan import Plan
+from pipecompile.program import Program
+from pipecompile.schedule.arrange import arrange, backwards, closing, forwards, waves
+
+
+def sequential(plan: Plan, num_microbatches: int, *, step: bool = False) -> Program:
+    """The bare program that keeps one device busy at a time."""
+    n = num_microbatches
+    clock = waves(plan, stride=2 * max(plan.depth))
+    return arrange(plan, forwards(plan, n) + backwards(plan, n), clock, closing(plan, n - 1, step))
