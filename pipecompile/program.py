@@ -170,13 +170,15 @@ class Program:
             for i in row:
                 if i.stage >= self.plan.num_stages or self.plan.rank_of[i.stage] != rank:
                     raise ProgramError(f"{i} stands on rank {rank}, which does not run stage {i.stage}")
-        for i, count in Counter(self.instructions).items():
+        present = Counter(self.instructions)
+        for i, count in present.items():
             if count > 1 or i in self.carried:
                 raise ProgramError(f"{i} is done {count + (i in self.carried)} times")
-        present = set(self.instructions)
-        for i in present:
-            if isinstance(i, Recv) and Send(i.result, i.target) not in present | self.carried:
+        for i in self.instructions:
+            if isinstance(i, Recv) and Send(i.result, i.target) not in present:
                 raise ProgramError(f"{i} waits for {Send(i.result, i.target)}, which nobody sends")
+            if isinstance(i, Send) and Recv(i.result, i.target) not in present:
+                raise ProgramError(f"{i} has no {Recv(i.result, i.target)}: nobody receives it")
         for _ in linearize(self):
             pass
 

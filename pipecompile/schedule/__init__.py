@@ -14,6 +14,7 @@ from pipecompile.program import Program
 from pipecompile.schedule.gpipe import gpipe
 from pipecompile.schedule.halves import backward_only, forward_only
 from pipecompile.schedule.one_f_one_b import one_f_one_b
+from pipecompile.schedule.pipedream import carried_after, drain, pipedream
 from pipecompile.schedule.sequential import sequential
 
 
@@ -31,8 +32,11 @@ __all__ = [
     "SCHEDULES",
     "Schedule",
     "backward_only",
+    "carried_after",
+    "drain",
     "forward_only",
     "gpipe",
     "one_f_one_b",
+    "pipedream",
     "sequential",
 ]

@@ -1,0 +1,76 @@
+"""PipeDream: 1F1B without an end. The pipeline stays full from one call to the next, and each stage steps by itself.
+
+    rank 0   F0 F1 .  B0S F2 B1S F3 B2S ...       a Step right after each Backward; a microbatch is a minibatch of its
+    rank 1   .  F0 B0S F1 B1S F2 B2S F3 ...       own. In steady state no rank is ever idle.
+
+The stream of stage s, with w = depth(s) - 1 Forwards of warm-up, is F_0 ... F_w, then B_0 S_0 F_(w+1) B_1 S_1 ...:
+F_k comes right after B_(k-w-1) and its Step. A call takes the next microbatches a ... b-1 and runs a *segment*: for
+each stage what stands in its stream before F_b and has not been done. So the last w Backwards are left to the next
+segment, or to ``drain``, which empties the pipeline; after it the stream starts with a new warm-up.
+
+Which weights a Forward uses follows from the Steps: see ``versions``.
+
+Source: PipeDream (Narayanan et al., SOSP 2019), sections 3.2 and 3.3, without vertical sync.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from pipecompile.errors import InputError, PlanError
+from pipecompile.plan import Plan
+from pipecompile.program import Backward, Compute, Forward, Instruction, Program, Step, dependencies, reads
+from pipecompile.schedule.arrange import arrange, waves
+
+
+def pipedream(plan: Plan, microbatches: range, carried: Iterable[Instruction] = ()) -> Program:
+    """The bare segment of the stream in which ``microbatches`` enter.
+
+    Args:
+        microbatches: those that follow the ones that entered before.
+        carried: ``carried_after`` the segment before; nothing at the start and after a ``drain``.
+
+    Raises:
+        InputError: no microbatches, or some are left out.
+        PlanError: stages share a tied parameter.
+    """
+    _check(plan, microbatches)
+    forwards = [Forward(stage, k) for stage in range(plan.num_stages) for k in microbatches]
+    pending = [*(i for i in carried if isinstance(i, Forward)), *forwards]
+    turn = [microbatches.stop - depth + 1 for depth in plan.depth]  # stage -> the first Backward that comes after F_b
+    backwards = _with_steps(i for i in pending if i.microbatch < turn[i.stage])
+    return arrange(plan, [*forwards, *backwards], waves(plan, stride=2), carried=carried)
+
+
+def drain(plan: Plan, carried: Iterable[Instruction]) -> Program:
+    """The bare program of the Backwards and Steps that are still to come, which leaves the pipeline empty."""
+    pending = (i for i in carried if isinstance(i, Forward))
+    return arrange(plan, _with_steps(pending), waves(plan, stride=2), carried=carried)
+
+
+def carried_after(program: Program) -> frozenset[Instruction]:
+    """What has been done when a program, bare or lowered, ends, and the Backwards that are still to come depend on.
+
+    Of a transfer it is the Recv, because ``lower`` writes both halves into the program that makes the result.
+    """
+    plan, done = program.plan, program.carried | set(program.instructions)
+    begun = (Backward(i.stage, i.microbatch) for i in done if isinstance(i, Forward))
+    needed = (set(dependencies(i, plan)) | set(reads(i, plan)) for i in begun if i not in done)
+    return done & frozenset[Instruction]().union(*needed)
+
+
+def _with_steps(forwards: Iterable[Forward]) -> list[Compute]:
+    """A Backward and its Step for each Forward, by stage and microbatch."""
+    ordered = sorted(forwards, key=lambda i: (i.stage, i.microbatch))
+    return [do(i.stage, i.microbatch) for i in ordered for do in (Backward, Step)]
+
+
+def _check(plan: Plan, microbatches: range) -> None:
+    if not microbatches or microbatches.step != 1 or microbatches.start < 0:
+        raise InputError(f"a segment takes at least one microbatch and leaves none out, got {microbatches}")
+    for tied in plan.tied:
+        stages = ", ".join(map(str, tied.stages))
+        raise PlanError(
+            f"the parameter {tied.parameter} is tied over stages {stages}, which PipeDream would update at different "
+            "times and so pull apart; use the schedule '1f1b' or 'gpipe', or a plan with one stage for all its uses"
+        )
