@@ -1,0 +1,110 @@
+"""What every picture of a timeline shows, worked out once: cells for computations, wires for transfers, words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import floor, log10
+
+from pipecompile.program import Backward, Compute, Forward, Recv, Reduce, Send, Step
+from pipecompile.render.units import bytes_text, seconds_text
+from pipecompile.timeline import Span, Timeline
+
+LETTERS = {Forward: "F", Backward: "B", Reduce: "R", Step: "S"}
+KINDS = {"F": "forward", "B": "backward", "R": "reduce", "S": "step"}
+SHADES = {  # of even and odd microbatches, so that neighbours need no border; white can be read on each
+    "F": ("#2f7ed8", "#225fa6"),
+    "B": ("#d1571c", "#a8441a"),
+    "R": ("#0f7f74", "#0b625a"),
+    "S": ("#7a4fb5", "#5f3b91"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """A computation that takes time, in seconds from the start of the timeline."""
+
+    rank: int
+    kind: str  # F, B, R or S
+    label: str  # "F0"; "2F0" where a rank runs several stages
+    start: float
+    end: float
+    shade: str
+    words: str  # in full
+
+
+@dataclass(frozen=True, slots=True)
+class Wire:
+    """A transfer, in seconds from the start of the timeline."""
+
+    source: int  # rank
+    target: int  # rank
+    start: float
+    end: float
+    words: str
+
+
+def cells(timeline: Timeline) -> list[Cell]:
+    """The computations, by rank and start; those of no duration cannot be drawn."""
+    ranks = {(span.rank, span.instruction.stage) for span in timeline.spans}
+    several = len(ranks) > len({rank for rank, _ in ranks})
+    return [
+        _cell(i, span, start_of(timeline), several)
+        for span in sorted(timeline.spans, key=lambda span: (span.rank, span.start))
+        if span.seconds > 0 and not isinstance(i := span.instruction, Send | Recv)
+    ]
+
+
+def _cell(i: Compute, span: Span, zero: float, several: bool) -> Cell:
+    kind = LETTERS[type(i)]
+    label = str(i) if several else f"{kind}{i.microbatch}"
+    words = f"{i}: {KINDS[kind]} of stage {i.stage}, microbatch {i.microbatch}; {_when(span, zero)}"
+    return Cell(span.rank, kind, label, span.start - zero, span.end - zero, SHADES[kind][i.microbatch % 2], words)
+
+
+def wires(timeline: Timeline) -> Iterator[Wire]:
+    """The transfers, each from the start of its Send to the end of its Recv."""
+    received = {span.instruction: span for span in timeline.spans if isinstance(span.instruction, Recv)}
+    zero = start_of(timeline)
+    for span in timeline.spans:
+        if isinstance(i := span.instruction, Send) and (half := received.get(Recv(i.result, i.target))):
+            words = f"{i}: to stage {i.target} on rank {half.rank}; {_when(Span(0, i, span.start, half.end), zero)}"
+            yield Wire(span.rank, half.rank, span.start - zero, half.end - zero, words)
+
+
+def start_of(timeline: Timeline) -> float:
+    return min((span.start for span in timeline.spans), default=0.0)
+
+
+def drawn_kinds(timeline: Timeline) -> list[str]:
+    """The kinds of computation that have a cell, in the order of the legend."""
+    drawn = {cell.kind for cell in cells(timeline)}
+    return [kind for kind in KINDS if kind in drawn]
+
+
+def summary(timeline: Timeline) -> str:
+    """``"makespan 33.0 s · bubble 27.3 %"``."""
+    return f"makespan {seconds_text(timeline.makespan)} · bubble {timeline.bubble:.1%}".replace("%", " %")
+
+
+def busy_text(timeline: Timeline, rank: int) -> str:
+    return f"{timeline.busy(rank) / (timeline.makespan or 1.0):.0%}".replace("%", " %")
+
+
+def peak_text(timeline: Timeline, rank: int) -> str:
+    """The peak memory of a rank, empty where none is known."""
+    return bytes_text(timeline.peak_bytes[rank]) if any(timeline.peak_bytes) else ""
+
+
+def ticks(makespan: float, most: int) -> list[float]:
+    """Round times for an axis, from 0 to the makespan, at most ``most`` steps apart."""
+    if makespan <= 0:
+        return [0.0]
+    rough = makespan / max(1, most)
+    power = 10.0 ** floor(log10(rough))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * (1 - 1e-9))
+    return [step * n for n in range(int(makespan / step + 1e-9) + 1)]
+
+
+def _when(span: Span, zero: float) -> str:
+    return f"{seconds_text(span.start - zero)} to {seconds_text(span.end - zero)}, {seconds_text(span.seconds)} long"

@@ -1,0 +1,91 @@
+"""A timeline as a picture in the terminal: a row a rank, a cell a computation, dots for idle time.
+
+    rank 0   F0   F1  ··········    B0      F2       B1    ······    B2      75 % busy
+    rank 1  ····  F0     B0     F1      B1      F2      B2    ··········     75 % busy
+
+A cell too narrow for its label shows its kind. Without colours the label still tells where a cell is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import floor
+
+from rich.text import Text
+
+from pipecompile.render.cells import KINDS, SHADES, busy_text, cells, drawn_kinds, peak_text, summary, ticks
+from pipecompile.render.timeline_svg import timeline_svg
+from pipecompile.render.units import seconds_text
+from pipecompile.timeline import Timeline
+
+__all__ = ["timeline_svg", "timeline_text"]
+
+
+def timeline_text(timeline: Timeline, width: int = 100) -> Text:
+    """The timeline in lines of at most ``width`` columns: rows, a time axis, a legend, makespan and bubble."""
+    ranks = range(timeline.num_ranks)
+    names = _column(["", *(f"rank {rank}" for rank in ranks)])
+    busy = _column(["busy", *(busy_text(timeline, rank) for rank in ranks)])
+    peak = _column(["peak" * any(timeline.peak_bytes), *(peak_text(timeline, rank) for rank in ranks)])
+    scale = _Scale.of(timeline, max(20, width - len(names[0] + busy[0] + peak[0]) - 6))
+    rows = [Text(" " * scale.columns), *(_row(timeline, rank, scale) for rank in ranks)]
+    notes = [Text(f"  {b}  {p}".rstrip(), "dim") for b, p in zip(busy, peak, strict=True)]
+    below = (Text(_axis(scale), "dim"), _legend(timeline), Text(summary(timeline)))
+    lines = [Text.assemble(name, "  ", row, note) for name, row, note in zip(names, rows, notes, strict=True)]
+    lines += [Text.assemble(" " * len(names[0]), "  ", line) for line in below]
+    return Text("\n", no_wrap=True, overflow="crop").join(lines)
+
+
+@dataclass(frozen=True, slots=True)
+class _Scale:
+    """Columns for seconds."""
+
+    makespan: float
+    per_second: float
+
+    @staticmethod
+    def of(timeline: Timeline, columns: int) -> _Scale:
+        """Fills the columns, or most of them if the shortest computation then has a whole number of them."""
+        makespan = timeline.makespan or 1.0
+        shortest = min((cell.end - cell.start for cell in cells(timeline)), default=makespan)
+        whole = floor(columns * shortest / makespan + 1e-9) / shortest
+        return _Scale(makespan, whole if whole * makespan >= 0.7 * columns else columns / makespan)
+
+    @property
+    def columns(self) -> int:
+        return self.column(self.makespan)
+
+    def column(self, seconds: float) -> int:
+        return floor(seconds * self.per_second + 0.5)
+
+
+def _column(words: list[str]) -> list[str]:
+    width = max(map(len, words))
+    return [word.rjust(width) for word in words]
+
+
+def _row(timeline: Timeline, rank: int, scale: _Scale) -> Text:
+    row = Text()
+    for cell in (cell for cell in cells(timeline) if cell.rank == rank):
+        row.append("·" * (scale.column(cell.start) - len(row)), "dim")
+        columns = scale.column(cell.end) - len(row)
+        label = next((label for label in (cell.label, cell.kind) if len(label) <= columns), "")
+        row.append(label.center(columns), f"bold #ffffff on {cell.shade}")
+    return row.append("·" * (scale.columns - len(row)), "dim")
+
+
+def _axis(scale: _Scale) -> str:
+    axis = ""
+    for seconds in ticks(scale.makespan, scale.columns // 14):
+        column, label = scale.column(seconds), f"╵{seconds_text(seconds)}"
+        if column + len(label) <= scale.columns:
+            axis = axis.ljust(column) + label
+    return axis
+
+
+def _legend(timeline: Timeline) -> Text:
+    swatches = [
+        (f" {kind} ", f"bold #ffffff on {SHADES[kind][0]}", f" {KINDS[kind]}") for kind in drawn_kinds(timeline)
+    ]
+    words = [Text.assemble((swatch, style), word) for swatch, style, word in (*swatches, ("···", "dim", " idle"))]
+    return Text("   ").join(words)
