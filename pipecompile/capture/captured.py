@@ -1,0 +1,107 @@
+"""A captured model: its torch.fx graph, what the trace depends on, and how values go in and come out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+import torch.fx as fx
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from pipecompile.capture.inputs import Call
+from pipecompile.capture.symbols import resolve
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One leaf of the model's output: a tensor of the graph, or a Python value that every call returns alike.
+
+    ``batch_dim`` is the dimension along which the microbatches' parts are joined; None where there is none.
+    """
+
+    name: str  # "loss", "logits", "0"
+    node: str | None  # the fx node's name
+    value: Any = None
+    batch_dim: int | None = None
+    is_scalar: bool = False  # no dimension, floating point
+    requires_grad: bool = False
+
+
+@dataclass(frozen=True)
+class Captured:
+    """The recording of one run of a model; see the package's docstring for what its graph may hold."""
+
+    model: nn.Module
+    graph: fx.Graph
+    constants: Mapping[str, Tensor]  # real tensors met on the way that are no parameters or buffers of the model
+    call: Call  # the sample
+    microbatch: int  # rows of the sample that the trace was taken at
+    outputs: tuple[Output, ...]
+    out_spec: pytree.TreeSpec
+    sizes: Mapping[sympy.Symbol, tuple[str, int]]  # symbol -> placeholder, dimension
+    shapes: Mapping[str, tuple[Any, ...]]  # placeholder -> expected sizes: expressions or numbers
+    guards: tuple[tuple[sympy.Basic, Any], ...]
+    reads: fx.GraphModule | None  # computes what Python read from the inputs
+    read_values: tuple[Any, ...]
+    groups: tuple[tuple[str, ...], ...]  # nodes that share memory which one of them writes
+    notes: tuple[str, ...]  # what the user should know
+    checked: dict[tuple[int, ...], str] = field(default_factory=dict)  # answers of _check_sizes, by sizes
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the trace was made for: constants of this device move with their stage."""
+        tensors = [*self.model.parameters(), *self.model.buffers(), *self.call.tensors.values()]
+        return tensors[0].device if tensors else torch.device("cpu")
+
+    def size_values(self, tensors: Mapping[str, Tensor]) -> dict[sympy.Symbol, int]:
+        """The sizes' symbols for a set of inputs."""
+        return {symbol: int(tensors[name].shape[dim]) for symbol, (name, dim) in self.sizes.items()}
+
+    def broken_guard(self, microbatch: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> str:
+        """Why the trace does not hold for inputs; empty if it does.
+
+        Args:
+            microbatch: the inputs of one microbatch, which sizes are checked on.
+            whole: the inputs of the whole batch, which the model's own reads of values are checked on.
+        """
+        key = tuple(size for name in self.shapes for size in microbatch[name].shape)
+        if key not in self.checked:
+            self.checked[key] = self._check_sizes(microbatch)
+        return self.checked[key] or self._check_reads(whole)
+
+    def _check_sizes(self, microbatch: Mapping[str, Tensor]) -> str:
+        values = self.size_values(microbatch)
+        for name, shape in self.shapes.items():
+            for dim, size in enumerate(shape):
+                expected, seen = resolve(size, values), int(microbatch[name].shape[dim])
+                if expected != seen:
+                    return f"dimension {dim} of {name!r} is {seen}, the trace holds for {expected}"
+        for expr, answer in self.guards:
+            if resolve(expr, values) != resolve(answer, values):
+                return f"{expr} = {answer} does not hold for the sizes {values}"
+        return ""
+
+    def _check_reads(self, whole: Mapping[str, Tensor]) -> str:
+        if self.reads is None:
+            return ""
+        with torch.no_grad():
+            values = self.reads(*(whole[node.name] for node in self.reads.graph.nodes if node.op == "placeholder"))
+        for seen, expected in zip(values, self.read_values, strict=True):
+            if not _same(seen, expected):
+                return f"the model reads {seen} from its inputs, the trace holds for {expected}"
+        return ""
+
+    def rebuild_output(self, values: Mapping[str, Any]) -> Any:
+        """The model's own output type with the given tensors by node name."""
+        return pytree.tree_unflatten(
+            [o.value if o.node is None else values[o.node] for o in self.outputs], self.out_spec
+        )
+
+
+def _same(seen: Any, expected: Any) -> bool:
+    same = seen == expected
+    return bool(same.all()) if hasattr(same, "all") else bool(same)

@@ -1,0 +1,143 @@
+"""The arguments of a call: bound to the model's signature, flattened, named, and told apart by whether they have a batch.
+
+A tensor is *batched* if its first dimension has the batch's size, which is the size that most first dimensions have (the
+first argument decides a tie). Batched tensors are split into microbatches; all other arguments are shared by all of them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from pipecompile.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call's arguments: the tensors by name, and everything else.
+
+    ``key`` is equal for two calls exactly if they have the same tree, the same numbers, strings and flags, and tensors of
+    the same dtypes and ranks that want gradients alike.
+    """
+
+    tensors: Mapping[str, Tensor]
+    key: tuple[Any, ...]
+    spec: pytree.TreeSpec
+    leaves: tuple[Any, ...]  # in the order of the tree; a tensor's name in its place
+    batch: int | None  # None: no tensor has a dimension
+    batched: frozenset[str]
+
+    def rebuild(self, tensors: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword arguments with other tensors in place of the call's own."""
+        leaves = [tensors[leaf.name] if isinstance(leaf, TensorName) else leaf for leaf in self.leaves]
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        return args, kwargs
+
+
+@dataclass(frozen=True, slots=True)
+class TensorName:
+    """Stands for a tensor among the leaves of a call."""
+
+    name: str
+
+
+def read_call(
+    forward: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    settled: Mapping[str, bool] | None = None,
+) -> Call:
+    """Reads the arguments of ``forward(*args, **kwargs)``.
+
+    Args:
+        settled: whether a tensor has a batch dimension, by name, where an earlier call has settled it.
+
+    Raises:
+        InputError: the model does not take such arguments, or a batch is empty, or not made of tensors.
+    """
+    try:
+        bound = inspect.signature(forward).bind(*args, **kwargs)
+    except TypeError as error:
+        raise InputError(f"the model's forward cannot be called so: {error}; it takes {_signature(forward)}") from None
+    paths, spec = pytree.tree_flatten_with_path((bound.args, bound.kwargs))
+    names = _names(forward, [path for path, _ in paths])
+    tensors = {name: leaf for name, (_, leaf) in zip(names, paths, strict=True) if isinstance(leaf, Tensor)}
+    leaves = tuple(
+        TensorName(name) if isinstance(leaf, Tensor) else leaf for name, (_, leaf) in zip(names, paths, strict=True)
+    )
+    settled = settled or {}
+    batch = _batch_size(tensors, settled)
+    batched = frozenset(n for n, t in tensors.items() if settled.get(n, t.ndim > 0 and t.shape[0] == batch))
+    _check_batch(tensors, batch, batched, bound.arguments)
+    return Call(tensors, _key(spec, leaves, tensors), spec, leaves, batch, batched)
+
+
+def _batch_size(tensors: Mapping[str, Tensor], settled: Mapping[str, bool]) -> int | None:
+    names = [n for n in tensors if settled.get(n)] or [n for n, t in tensors.items() if t.ndim]
+    if not names:
+        return None
+    return int(Counter(int(tensors[name].shape[0]) for name in names).most_common(1)[0][0])
+
+
+def _check_batch(
+    tensors: Mapping[str, Tensor], batch: int | None, batched: frozenset[str], arguments: Mapping[str, Any]
+) -> None:
+    if batch == 0:
+        raise InputError("the batch is empty: the first dimension of the input tensors is 0")
+    for name in sorted(batched):
+        if tensors[name].shape[0] != batch:
+            raise InputError(
+                f"{name!r} has {tensors[name].shape[0]} rows where the batch has {batch}; "
+                f"every tensor with a batch dimension needs the same number"
+            )
+    for name, value in arguments.items():
+        if _is_plain_batch(value, batch):
+            raise InputError(
+                f"argument {name!r} is a {type(value).__name__} of {batch} items, one a sample, which cannot be split into "
+                f"microbatches; pass a tensor (torch.as_tensor) instead"
+            )
+
+
+def _is_plain_batch(value: Any, batch: int | None) -> bool:
+    """Whether a value has one entry a sample without being made of tensors."""
+    if type(value).__module__ == "numpy" and getattr(value, "ndim", 0):
+        return True
+    if not isinstance(value, list | tuple) or batch is None or batch < 2 or len(value) != batch:
+        return False
+    return all(isinstance(item, str | int | float) and not isinstance(item, bool) for item in value)
+
+
+def _names(forward: Callable[..., Any], paths: Sequence[tuple[Any, ...]]) -> list[str]:
+    """A name for each leaf: its argument's, with the keys inside the argument after it."""
+    parameters = list(inspect.signature(forward).parameters)
+    names: list[str] = []
+    for path in paths:
+        in_args, first, *rest = [getattr(key, "idx", getattr(key, "key", None)) for key in path]
+        head = parameters[min(first, len(parameters) - 1)] if in_args == 0 else first
+        name = re.sub(r"\W", "_", "_".join(map(str, [head, *rest])))
+        names.append(name if name not in names else f"{name}_{len(names)}")
+    return names
+
+
+def _key(spec: Any, leaves: tuple[Any, ...], tensors: Mapping[str, Tensor]) -> tuple[Any, ...]:
+    described = tuple((n, t.dtype, t.ndim, t.requires_grad) for n, t in tensors.items())
+    return (str(spec), tuple(_hashable(leaf) for leaf in leaves), described)
+
+
+def _hashable(leaf: Any) -> Any:
+    try:
+        hash(leaf)
+    except TypeError:
+        return ("unhashable", id(leaf))
+    return (type(leaf), leaf)
+
+
+def _signature(forward: Callable[..., Any]) -> str:
+    return ", ".join(map(str, inspect.signature(forward).parameters.values()))

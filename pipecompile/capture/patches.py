@@ -1,0 +1,85 @@
+"""What a ``TorchFunctionMode`` does not see, made visible for the time of a trace.
+
+- modules being run: the path of each node;
+- ``torch.autograd.Function.apply``: recorded as one call, so that a custom backward survives;
+- autocast regions that the model enters itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipecompile.capture.recorder import Recorder
+
+
+@contextmanager
+def patched(recorder: Recorder, paths: Mapping[int, str]) -> Iterator[None]:
+    """Patches torch while a model is traced.
+
+    Args:
+        paths: the path of each module by identity.
+    """
+    with _modules(recorder, paths), _autograd_functions(recorder), _autocast(recorder):
+        yield
+
+
+@contextmanager
+def _modules(recorder: Recorder, paths: Mapping[int, str]) -> Iterator[None]:
+    original = nn.Module.__call__
+
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        recorder.paths.append(paths.get(id(self), recorder.paths[-1]))
+        out = original(self, *args, **kwargs)
+        recorder.paths.pop()  # not on an exception: its message wants the innermost module
+        return out
+
+    with _replaced(nn.Module, "__call__", call):
+        yield
+
+
+@contextmanager
+def _autograd_functions(recorder: Recorder) -> Iterator[None]:
+    original = torch.autograd.Function.__dict__["apply"].__func__
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if not torch._C._is_torch_function_mode_enabled():
+            return original(cls, *args, **kwargs)
+        with torch._C.DisableTorchFunction():
+            out = recorder.run(original, (cls, *args), kwargs)
+        recorder.record(cls.apply, args, kwargs, out)
+        return out
+
+    with _replaced(torch.autograd.Function, "apply", classmethod(apply)):
+        yield
+
+
+@contextmanager
+def _autocast(recorder: Recorder) -> Iterator[None]:
+    enter, leave = torch.autocast.__enter__, torch.autocast.__exit__
+
+    def entered(self: Any) -> Any:
+        dtype = str(self.fast_dtype).removeprefix("torch.")
+        recorder.autocasts.append((self.device, dtype, bool(self._enabled)))
+        return enter(self)
+
+    def left(self: Any, *exception: Any) -> Any:
+        recorder.autocasts.pop()
+        return leave(self, *exception)
+
+    with _replaced(torch.autocast, "__enter__", entered), _replaced(torch.autocast, "__exit__", left):
+        yield
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    original = owner.__dict__[name]
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)

@@ -1,0 +1,250 @@
+"""The recording mode: runs every torch function on fake tensors and appends it to a ``torch.fx`` graph.
+
+Functions are recorded as the model calls them (``F.linear`` is one node), neither as modules nor as aten operations: that
+is the level at which costs are profiled, losses are recognised, and people read. A tensor is known by identity; all
+tensors are kept alive during the trace, so that no identity is used twice.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.fx as fx
+import torch.nn.functional as F
+import torch.utils._pytree as pytree
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.overrides import TorchFunctionMode
+
+from pipecompile.capture.aliases import Aliases
+from pipecompile.capture.origin import Origin, user_line
+from pipecompile.capture.symbols import Sizes
+from pipecompile.capture.values import READS, Values
+from pipecompile.errors import CaptureError, PipecompileError
+from pipecompile.functions import setitem
+from pipecompile.regions import PLAIN, Region
+
+# Functions that write to arguments without saying so in the tensor's version counter: positions of what they write.
+SILENT_WRITES: dict[Callable[..., Any], tuple[tuple[int, str], ...]] = {
+    F.batch_norm: ((1, "running_mean"), (2, "running_var")),
+    F.instance_norm: ((1, "running_mean"), (2, "running_var")),
+    torch.batch_norm: ((3, "running_mean"), (4, "running_var")),
+}
+
+
+class Recorder(TorchFunctionMode):
+    """Records one run of a model.
+
+    Args:
+        graph: receives the nodes; placeholders are in it already.
+        sizes: turns symbolic sizes into nodes.
+        values: answers what Python reads from tensors.
+        attribute: gives the graph a name for a real tensor met on the way, a constant.
+    """
+
+    def __init__(self, graph: fx.Graph, sizes: Sizes, values: Values, attribute: Callable[[Tensor], str]) -> None:
+        super().__init__()
+        self.graph = graph
+        self.sizes = sizes
+        self.values = values
+        self.attribute = attribute
+        self.paths: list[str] = [""]  # of the modules being run, innermost last
+        self.autocasts: list[tuple[str, str, bool]] = []  # entered by the model itself
+        self.nodes: dict[int, fx.Node] = {}
+        self.names: dict[int, str] = {}  # parameters and buffers
+        self.alive: list[Any] = []
+        self.aliases = Aliases(self.emit, self.nodes.__setitem__)
+
+    def add_input(self, tensor: Tensor, placeholder: fx.Node) -> None:
+        self._bind(tensor, placeholder)
+        self.aliases.add(tensor, placeholder, [], ())
+
+    def add_attribute(self, name: str, tensor: Tensor) -> None:
+        """A parameter or buffer that the graph reads under ``name``."""
+        self.names.setdefault(id(tensor), name)
+        self.alive.append(tensor)
+        self.aliases.add_buffer(name, tensor)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in READS and isinstance(args[0], FakeTensor):
+            return self._read(func, args, kwargs)
+        tensors = list(_tensors((args, kwargs)))
+        versions = [_version(t) for t in tensors]
+        out = self.run(func, args, kwargs)
+        written = [t for t, version in zip(tensors, versions, strict=True) if _version(t) != version]
+        self.record(func, args, kwargs, out, written + _silently_written(func, args, kwargs))
+        return out
+
+    def record(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        out: Any,
+        written: list[Tensor] = [],  # noqa: B006
+    ) -> None:
+        """Appends a call that gave ``out`` and wrote to ``written``."""
+        if func is torch.Tensor.__setitem__:
+            func, out = setitem, args[0]
+        if not written and next(_tensors(out), None) is None:
+            return
+        for tensor in written:
+            self.aliases.prepare_write(tensor)
+        if getattr(func, "__name__", "") == "__get__":
+            func, args, kwargs = getattr, (args[0], func.__self__.__name__), {}  # type: ignore[attr-defined]
+        node = self.emit(func, self.lower(args), self.lower(kwargs), writes=self._buffers(written))
+        self._bind_results(node, out, list(_tensors((args, kwargs))))
+        for tensor in written:
+            self.aliases.finish_write(tensor, node, out if isinstance(out, Tensor) else None)
+            if self.aliases.buffer_of(tensor):
+                self.nodes[id(tensor)] = node if out is tensor else self.nodes[id(tensor)]
+
+    def emit(
+        self,
+        func: Any,
+        args: Any,
+        kwargs: Any = None,
+        like: fx.Node | None = None,
+        writes: tuple[str, ...] = (),
+    ) -> fx.Node:
+        node = self.graph.call_function(func, tuple(args), kwargs or {})
+        region = self.region if like is None else like.meta.get("origin", Origin()).region
+        region = PLAIN if func is torch.clone and like is not None else region
+        node.meta["origin"] = Origin(self.paths[-1], user_line(), region, writes)
+        if like is not None:
+            node.meta["val"] = like.meta.get("val")
+        return node
+
+    @property
+    def region(self) -> Region:
+        return Region(torch.is_grad_enabled() and not torch.is_inference_mode_enabled(), tuple(self.autocasts))
+
+    @property
+    def here(self) -> Origin:
+        return Origin(self.paths[-1], user_line())
+
+    def lower(self, value: Any) -> Any:
+        """An argument with its tensors and symbolic sizes replaced by nodes."""
+        match value:
+            case Tensor():
+                return self.node_of(value)
+            case torch.SymInt() | torch.SymFloat() | torch.SymBool():
+                return self.sizes.node(value)
+            case torch.Size() | list() | tuple():
+                items = [self.lower(item) for item in value]
+                if isinstance(value, tuple) and hasattr(value, "_fields"):
+                    return type(value)(*items)
+                return items if isinstance(value, list) else tuple(items)
+            case dict():
+                return {key: self.lower(item) for key, item in value.items()}
+            case slice():
+                return slice(self.lower(value.start), self.lower(value.stop), self.lower(value.step))
+            case _ if type(value).__module__ == "numpy" and hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
+                return value.item()
+            case _:
+                return value
+
+    def node_of(self, tensor: Tensor) -> fx.Node:
+        """The node that a tensor is now.
+
+        Raises:
+            CaptureError: a fake tensor that no recorded function made.
+        """
+        node = self.nodes.get(id(tensor))
+        if node is not None:
+            return node
+        name = self.names.get(id(tensor))
+        if name is None:
+            if isinstance(tensor, FakeTensor):
+                raise CaptureError(
+                    f"{self.here}: a tensor of shape {tuple(tensor.shape)} was made out of the tracer's sight; "
+                    f"name the module around it in leaf_modules="
+                )
+            name = self.attribute(tensor)
+        node = self.graph.get_attr(name)
+        node.meta["val"] = tensor
+        self._bind(tensor, node)
+        return node
+
+    def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        shapes = self.sizes.shapes
+        if shapes is None:
+            return func(*args, **kwargs)
+        shapes.inside += 1
+        try:
+            return func(*args, **kwargs)
+        finally:
+            shapes.inside -= 1
+
+    def _read(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        node = self.emit(func, self.lower(args), self.lower(kwargs))
+        try:
+            return self.values.read(node)
+        except PipecompileError as error:
+            raise type(error)(f"{self.here}: {error}") from error
+
+    def _bind(self, tensor: Tensor, node: fx.Node) -> None:
+        self.nodes[id(tensor)] = node
+        self.alive.append(tensor)
+        node.meta.setdefault("val", tensor)
+
+    def _bind_results(self, node: fx.Node, out: Any, sources: list[Tensor]) -> None:
+        if isinstance(out, Tensor):
+            self._bind(out, node)
+            self.aliases.add(out, node, sources, (node,))
+        elif isinstance(out, tuple | list):
+            node.meta.setdefault("val", out)
+            self._bind_items(node, out, sources, (node,))
+        elif out is not None:
+            raise CaptureError(f"{self.here}: {node.target} returns a {type(out).__name__}, which holds tensors")
+
+    def _bind_items(self, node: fx.Node, out: Any, sources: list[Tensor], recipe: tuple[fx.Node, ...]) -> None:
+        for index, item in enumerate(out):
+            if isinstance(item, Tensor):
+                picked = self.emit(operator.getitem, (node, index))
+                self._bind(item, picked)
+                self.aliases.add(item, picked, sources, (*recipe, picked))
+            elif isinstance(item, tuple | list):
+                picked = self.emit(operator.getitem, (node, index))
+                picked.meta["val"] = item
+                self._bind_items(picked, item, sources, (*recipe, picked))
+
+    def _buffers(self, written: list[Tensor]) -> tuple[str, ...]:
+        return tuple(name for name in map(self.aliases.buffer_of, written) if name is not None)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    match value:
+        case Tensor():
+            yield value
+        case dict():
+            for item in value.values():
+                yield from _tensors(item)
+        case list() | tuple():
+            for item in value:
+                yield from _tensors(item)
+        case slice():
+            yield from _tensors((value.start, value.stop, value.step))
+        case None | bool() | int() | float() | str():
+            return
+        case _:
+            yield from (leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor))
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _silently_written(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    positions = SILENT_WRITES.get(func, ())
+    if not positions:
+        return []
+    training = kwargs.get("training", kwargs.get("use_input_stats", args[5] if len(args) > 5 else False))
+    found = [kwargs.get(name, args[i] if len(args) > i else None) for i, name in positions]
+    return [tensor for tensor in found if tensor is not None] if training else []

@@ -1,0 +1,112 @@
+"""Reads a captured model as a ``Graph``: the torch-free noun that everything downstream plans with."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch.fx as fx
+from torch import Tensor
+
+from pipecompile.capture.captured import Captured
+from pipecompile.capture.origin import origin_of, short
+from pipecompile.capture.purity import has_effect, is_cheap, name_of
+from pipecompile.capture.symbols import resolve
+from pipecompile.graph import Graph, Node, Parameter, TensorSpec
+
+
+def summarize(captured: Captured) -> Graph:
+    """The graph of a captured model, with sizes at the sample microbatch."""
+    fx_nodes = [n for n in captured.graph.nodes if n.op not in ("get_attr", "output")]
+    index = {n: i for i, n in enumerate(fx_nodes)}
+    parameters = dict(captured.model.named_parameters(remove_duplicate=False))
+    sizes = _sample_sizes(captured)
+    written = {name for n in fx_nodes for name in origin_of(n).writes}
+    nodes: list[Node] = []
+    for n in fx_nodes:
+        attributes = [str(a.target) for a in n.all_input_nodes if a.op == "get_attr"]
+        inputs = tuple(index[a] for a in n.all_input_nodes if a.op != "get_attr")
+        origin = origin_of(n)
+        outputs = tuple(_specs(n.meta.get("val"), sizes)) if n.op != "call_method" else ()
+        read = tuple(dict.fromkeys(a for a in attributes if a in parameters))
+        nodes.append(
+            Node(
+                name=n.name,
+                op="input" if n.op == "placeholder" else name_of(n),
+                inputs=inputs,
+                outputs=outputs,
+                parameters=read,
+                path=origin.path,
+                source=short(origin.source),
+                replicated=not read
+                and not written.intersection(attributes)
+                and all(nodes[i].replicated for i in inputs)
+                and _may_repeat(n, outputs),
+            )
+        )
+    used = dict.fromkeys(name for node in nodes for name in node.parameters)
+    output = next(n for n in captured.graph.nodes if n.op == "output")
+    return Graph(
+        nodes=tuple(nodes),
+        inputs=tuple(i for i, n in enumerate(fx_nodes) if n.op == "placeholder"),
+        outputs=tuple(dict.fromkeys(index[n] for n in output.all_input_nodes if n in index)),
+        parameters=tuple(Parameter(name, _spec(parameters[name], sizes)) for name in used),
+        together=tuple(_together(captured, fx_nodes, index, nodes)),
+    )
+
+
+def _may_repeat(n: fx.Node, outputs: tuple[TensorSpec, ...]) -> bool:
+    if n.op == "placeholder":
+        return True
+    return not has_effect(n) and is_cheap(n) and not any(spec.requires_grad for spec in outputs)
+
+
+def _together(
+    captured: Captured, fx_nodes: list[fx.Node], index: Mapping[fx.Node, int], nodes: list[Node]
+) -> Iterable[tuple[int, ...]]:
+    """Groups of nodes that must share a stage, without the replicated ones, which every stage has."""
+    by_name = {n.name: i for n, i in index.items()}
+    groups: list[list[int]] = [[by_name[name] for name in group if name in by_name] for group in captured.groups]
+    groups += [[index[n.args[0]], i] for n, i in index.items() if _is_item(n) and n.args[0] in index]  # type: ignore[index]
+    written = {name for n in fx_nodes for name in origin_of(n).writes}
+    for name in sorted(written):
+        groups.append([i for n, i in index.items() if name in origin_of(n).writes or _reads(n, name)])
+    for group in groups:
+        placed = tuple(sorted({i for i in group if not nodes[i].replicated}))
+        if len(placed) > 1:
+            yield placed
+
+
+def _is_item(n: fx.Node) -> bool:
+    """Whether a node picks an item out of a tuple or list, which never crosses to another stage as such."""
+    if n.target is not operator.getitem:
+        return False
+    source = n.args[0]
+    return isinstance(source, fx.Node) and not isinstance(source.meta.get("val"), Tensor)
+
+
+def _reads(n: fx.Node, attribute: str) -> bool:
+    return any(a.op == "get_attr" and str(a.target) == attribute for a in n.all_input_nodes)
+
+
+def _sample_sizes(captured: Captured) -> dict[Any, int]:
+    """The values of the size symbols at the sample microbatch."""
+    values: dict[Any, int] = {}
+    for symbol, (name, dim) in captured.sizes.items():
+        size = int(captured.call.tensors[name].shape[dim])
+        values[symbol] = captured.microbatch if dim == 0 and name in captured.call.batched else size
+    return values
+
+
+def _specs(value: Any, sizes: Mapping[Any, int]) -> Iterable[TensorSpec]:
+    if isinstance(value, Tensor):
+        yield _spec(value, sizes)
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _specs(item, sizes)
+
+
+def _spec(tensor: Tensor, sizes: Mapping[Any, int]) -> TensorSpec:
+    shape = tuple(int(resolve(size, dict(sizes))) for size in tensor.shape)
+    return TensorSpec(shape, str(tensor.dtype).removeprefix("torch."), tensor.requires_grad)

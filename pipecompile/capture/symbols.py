@@ -1,0 +1,125 @@
+"""Symbolic sizes: which dimensions of the inputs are symbols, and what the trace has decided about them.
+
+A size in the graph is an expression over the inputs' sizes, so a stage can compute any shape without asking another.
+
+Two sorts of decision make a trace depend on sizes:
+- the model's own Python asks (``if x.shape[1] > 8``, ``range(x.shape[1])``): the expression asked is kept with its answer;
+- an operation needs two sizes equal, or one to be a number: torch's ``ShapeEnv`` keeps these as replacements.
+
+Both are guards. What operations merely assume of a size in passing (that it is not 1, say, to choose a broadcast) is not:
+they run again on the real sizes and decide anew. So a batch of 1 needs no trace of its own.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import sympy
+import torch
+import torch.fx as fx
+from torch._dynamo.source import ConstantSource
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+
+class Shapes(ShapeEnv):  # type: ignore[misc]
+    """A ``ShapeEnv`` that remembers what the model's own Python asked about sizes."""
+
+    def __init__(self) -> None:
+        super().__init__(duck_shape=False)
+        self.inside = 0  # depth of torch functions being run; what they ask is not the model's question
+        self.answers: dict[sympy.Basic, Any] = {}
+
+    def evaluate_sym_node(self, sym_node: Any, *args: Any, **kwargs: Any) -> Any:
+        answer = super().evaluate_sym_node(sym_node, *args, **kwargs)
+        if not self.inside:
+            self.answers[sym_node._expr] = answer
+        return answer
+
+    def symbol(self, name: str, hint: int) -> torch.SymInt:
+        """A new symbol for a size; torch may assume that it is at least 2 (see the module's docstring)."""
+        source = ConstantSource(name)
+        symbol = self.create_symbol(hint, source, DimDynamic.DYNAMIC, do_not_specialize_zero_one=hint < 2)
+        return self.create_symintnode(symbol, hint=hint, source=source)
+
+    def decided(self) -> tuple[tuple[sympy.Basic, Any], ...]:
+        """Expressions over the input symbols with the values that the trace holds for."""
+        asked = [(expr, answer) for expr, answer in self.answers.items() if expr.free_symbols]
+        assumed = [(symbol, expr) for symbol, expr in self.replacements.items()]
+        return tuple(asked + assumed)
+
+
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "Add": operator.add, "Mul": operator.mul, "FloorDiv": operator.floordiv, "CleanDiv": operator.floordiv,
+    "Mod": operator.mod, "PythonMod": operator.mod, "Pow": operator.pow, "PowByNatural": operator.pow,
+    "FloatPow": operator.pow, "IntTrueDiv": operator.truediv, "FloatTrueDiv": operator.truediv,
+    "Max": max, "Min": min, "ToFloat": float, "OpaqueUnaryFn_sqrt": math.sqrt, "OpaqueUnaryFn_log": math.log,
+    "CeilToInt": math.ceil, "FloorToInt": math.floor, "TruncToInt": math.trunc, "RoundToInt": round,
+}  # fmt: skip
+
+
+class Sizes:
+    """Turns symbolic numbers into graph nodes that compute them from the inputs' sizes."""
+
+    def __init__(self, graph: fx.Graph, shapes: Shapes | None) -> None:
+        self.graph = graph
+        self.shapes = shapes
+        self.sources: dict[sympy.Symbol, tuple[fx.Node, int]] = {}
+        self.nodes: dict[sympy.Basic, fx.Node] = {}
+
+    def declare(self, size: torch.SymInt, placeholder: fx.Node, dim: int) -> None:
+        """Says where a symbol can be read off at run time."""
+        self.sources.setdefault(size.node._expr, (placeholder, dim))
+
+    def node(self, number: torch.SymInt | torch.SymFloat | torch.SymBool) -> fx.Node | float:
+        """The node that computes a symbolic number; a plain number where no expression is known, which guards it."""
+        expr = number.node.expr
+        if not expr.free_symbols or not self._known(expr):
+            return number.node.guard_bool("", 0) if isinstance(number, torch.SymBool) else _concrete(number)
+        node = self._build(expr)
+        node.meta.setdefault("val", number) if isinstance(node, fx.Node) else None
+        return node
+
+    def _known(self, expr: sympy.Basic) -> bool:
+        return all(
+            part.is_number or part in self.sources or type(part).__name__ in FUNCTIONS
+            for part in sympy.preorder_traversal(expr)
+        )
+
+    def _build(self, expr: Any) -> fx.Node | float:
+        if expr.is_Integer:
+            return int(expr)
+        if expr.is_number:
+            return float(expr)
+        if expr not in self.nodes:
+            self.nodes[expr] = self._emit(expr)
+        return self.nodes[expr]
+
+    def _emit(self, expr: Any) -> fx.Node:
+        if expr in self.sources:
+            return self.graph.call_method("size", self.sources[expr])
+        function = FUNCTIONS[type(expr).__name__]
+        arguments = [self._build(argument) for argument in expr.args]
+        result = arguments[0] if len(arguments) > 1 else self.graph.call_function(function, (arguments[0],))
+        for argument in arguments[1:]:
+            result = self.graph.call_function(function, (result, argument))
+        return result  # type: ignore[return-value]
+
+
+def _concrete(number: torch.SymInt | torch.SymFloat) -> float:
+    """The number that the trace was made with; torch records that the trace now holds for it alone."""
+    return int(number) if isinstance(number, torch.SymInt) else float(number)
+
+
+def resolve(expr: Any, values: dict[sympy.Symbol, int]) -> Any:
+    """A symbolic number (or a plain one) for given sizes of the inputs."""
+    if isinstance(expr, torch.SymInt | torch.SymFloat | torch.SymBool):
+        expr = expr.node._expr
+    if not isinstance(expr, sympy.Basic):
+        return expr
+    result = expr.xreplace({symbol: sympy.Integer(value) for symbol, value in values.items()})
+    if result in (sympy.true, sympy.false):
+        return bool(result)
+    return int(result) if result.is_integer else float(result)

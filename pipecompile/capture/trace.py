@@ -1,0 +1,309 @@
+"""Captures a model by running its forward once on fake tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import sympy
+import torch
+import torch.fx as fx
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from pipecompile.capture.captured import Captured, Output
+from pipecompile.capture.inputs import Call
+from pipecompile.capture.origin import Origin, failing_line
+from pipecompile.capture.patches import patched
+from pipecompile.capture.purity import has_effect
+from pipecompile.capture.recorder import Recorder
+from pipecompile.capture.state import Changes, fakes_of, named_tensors, with_fakes
+from pipecompile.capture.symbols import Shapes, Sizes
+from pipecompile.capture.values import Values
+from pipecompile.errors import CaptureError, PipecompileError
+from pipecompile.functions import write_back
+
+SYMBOLIC_ATTEMPTS = ("batch and lengths", "batch", "nothing")  # what is symbolic, widest first
+
+
+def capture(
+    model: nn.Module,
+    call: Call,
+    microbatch: int | None = None,
+    forward: Callable[..., Any] | None = None,
+) -> Captured:
+    """Captures one call of a model.
+
+    Sizes are symbolic as far as the model allows: batch and lengths, else the batch alone, else none; what had to be
+    given up is in the notes.
+
+    Args:
+        call: the sample arguments, of the whole batch; what Python reads from them is read from the whole batch.
+        microbatch: rows that the trace is taken at; by default all of the batch.
+        forward: what to run instead of ``model`` itself; it may only use the model's parameters.
+
+    Raises:
+        CaptureError: the model cannot be traced; names the module path and the source line.
+    """
+    failures: list[Exception] = []
+    for symbolic in SYMBOLIC_ATTEMPTS:
+        try:
+            captured = _Trace(model, call, microbatch or call.batch or 1, forward or model, symbolic).run(failures)
+        except CaptureError:
+            raise
+        except Exception as error:  # an operation that needs plain sizes: try with fewer symbols
+            failures.append(error)
+            continue
+        rows = microbatch or call.batch or 1
+        sample = {n: t[:rows] if n in call.batched else t for n, t in call.tensors.items()}
+        reason = captured.broken_guard(sample, call.tensors)
+        if not reason:
+            return captured
+        failures.append(CaptureError(reason))
+    last = failures[-1]
+    raise CaptureError(f"the model cannot be traced: {getattr(last, 'origin', '')}: {last}") from last
+
+
+class _Trace:
+    """One attempt at tracing; holds what its steps share."""
+
+    def __init__(
+        self, model: nn.Module, call: Call, microbatch: int, forward: Callable[..., Any], symbolic: str
+    ) -> None:
+        self.model = model
+        self.call = call
+        self.microbatch = microbatch
+        self.forward = forward
+        self.symbolic = symbolic
+        self.device = _device(model, call)
+        self.graph = fx.Graph()
+        self.shapes = Shapes() if symbolic != "nothing" else None
+        self.sizes = Sizes(self.graph, self.shapes)
+        self.mode = FakeTensorMode(shape_env=self.shapes, allow_non_fake_inputs=True)
+        self.constants: dict[str, Tensor] = {}
+        self.real = {name: tensor for name, tensor in named_tensors(model)}
+        self.parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        self.values = Values(call.tensors, self._attribute, self.parameters.__contains__)
+        self.recorder = Recorder(self.graph, self.sizes, self.values, self._name_constant)
+        self.expected: dict[str, tuple[Any, ...]] = {}
+
+    def run(self, failures: list[Exception]) -> Captured:
+        fakes = fakes_of(self.model, self.mode, self.device)
+        for name, fake in fakes.items():
+            self.recorder.add_attribute(name, fake)
+        inputs = self._fake_inputs()
+        args, kwargs = self.call.rebuild(inputs)
+        with with_fakes(self.model, fakes) as changes, _without_caches(self.model) as notes:
+            out = self._run(args, kwargs)
+        notes = [*notes, *self._give_up_notes(failures), *_attribute_notes(changes)]
+        return self._finish(out, fakes, changes, notes)
+
+    def _run(self, args: Any, kwargs: Any) -> Any:
+        paths: dict[int, str] = {}
+        for path, module in self.model.named_modules():
+            paths.setdefault(id(module), path)
+        try:
+            with torch.enable_grad(), self.mode, enable_python_dispatcher(), patched(self.recorder, paths), self.recorder:
+                return self.forward(*args, **kwargs)
+        except PipecompileError:
+            raise
+        except Exception as error:
+            error.origin = Origin(self.recorder.paths[-1], failing_line(error))  # type: ignore[attr-defined]
+            raise
+
+    def _fake_inputs(self) -> dict[str, Tensor]:
+        """Placeholders and fakes for the input tensors, at the size of a microbatch."""
+        symbols: dict[tuple[str, int], int | torch.SymInt] = {}
+        fakes: dict[str, Tensor] = {}
+        for name, real in self.call.tensors.items():
+            shape = [self._size(name, real, dim, symbols) for dim in range(real.ndim)]
+            with self.mode, torch.no_grad():
+                fake = torch.empty(shape, dtype=real.dtype, device=self.device)
+            fake.requires_grad_(real.requires_grad)
+            placeholder = self.graph.placeholder(name)
+            placeholder.meta["origin"] = Origin()
+            self.recorder.add_input(fake, placeholder)
+            for dim, size in enumerate(shape):
+                if isinstance(size, torch.SymInt):
+                    self.sizes.declare(size, placeholder, dim)
+            self.expected[placeholder.name] = tuple(_expression(size) for size in shape)
+            fakes[name] = fake
+        return fakes
+
+    def _size(
+        self, name: str, real: Tensor, dim: int, symbols: dict[tuple[str, int], int | torch.SymInt]
+    ) -> int | torch.SymInt:
+        size = int(real.shape[dim])
+        if dim == 0 and name in self.call.batched:
+            kind, size = "batch", self.microbatch
+        else:
+            kind = "length"
+        if self.shapes is None or (kind == "length" and not self._is_length(real, dim, size, symbols)):
+            return size
+        if (kind, size) not in symbols:
+            hint = max(2, size) if kind == "batch" else size
+            symbols[kind, size] = self.shapes.symbol(f"{name}.{dim}", hint)
+        return symbols[kind, size]
+
+    def _is_length(self, real: Tensor, dim: int, size: int, symbols: dict[tuple[str, int], int | torch.SymInt]) -> bool:
+        """Whether a dimension is likely to change from step to step: of ids, of sequences, or as long as one of those."""
+        if self.symbolic != "batch and lengths":
+            return False
+        if ("length", size) in symbols:
+            return True
+        ids = not real.dtype.is_floating_point
+        return (ids and size > 1) or (real.ndim == 3 and dim == 1)
+
+    def _attribute(self, name: str) -> Tensor:
+        return self.constants[name] if name in self.constants else self.real[name]
+
+    def _name_constant(self, tensor: Tensor) -> str:
+        """The graph's name for a real tensor: the model's own, or one of a constant."""
+        for name, known in self.real.items():
+            if known is tensor:
+                return name
+        if tensor.requires_grad:
+            raise CaptureError(
+                f"{self.recorder.here}: the forward uses a tensor of shape {tuple(tensor.shape)} that requires a gradient "
+                f"but is no parameter of the model, so nobody could train it; register it as an nn.Parameter"
+            )
+        name = f"_constant{len(self.constants)}"
+        self.constants[name] = tensor
+        return name
+
+    def _finish(self, out: Any, fakes: dict[str, Tensor], changes: Changes, notes: list[str]) -> Captured:
+        self._write_back(fakes, changes.rebound)
+        leaves, spec = pytree.tree_flatten_with_path(out)[0], pytree.tree_structure(out)
+        with self.mode:
+            lowered = [self.recorder.lower(leaf) for _, leaf in leaves]
+        outputs = tuple(self._output(path, leaf, low) for (path, leaf), low in zip(leaves, lowered, strict=True))
+        reads = self._extract_reads()
+        self.graph.output(tuple(low for low in lowered if isinstance(low, fx.Node)))
+        self.graph.eliminate_dead_code(is_impure_node=_must_stay)
+        alive = {node.name for node in self.graph.nodes}
+        groups = [[n.name for n in group if n.name in alive] for group in self.recorder.aliases.groups]
+        return Captured(
+            model=self.model, graph=self.graph, constants=self.constants, call=self.call, microbatch=self.microbatch, outputs=outputs, out_spec=spec,
+            sizes={symbol: (node.name, dim) for symbol, (node, dim) in self.sizes.sources.items()},
+            shapes=self.expected, guards=self.shapes.decided() if self.shapes else (), reads=reads,
+            read_values=tuple(value for _, value in self.values.reads),
+            groups=tuple(tuple(dict.fromkeys(group)) for group in groups if len(set(group)) > 1), notes=tuple(notes),
+        )  # fmt: skip
+
+    def _write_back(self, fakes: dict[str, Tensor], rebound: dict[str, Tensor]) -> None:
+        for name, value in rebound.items():
+            if value.shape != fakes[name].shape or value.dtype != fakes[name].dtype:
+                raise CaptureError(
+                    f"forward binds buffer {name!r} of {fakes[name].dtype} {tuple(fakes[name].shape)} to a tensor of "
+                    f"{value.dtype} {tuple(value.shape)}; a buffer must keep its shape and type"
+                )
+            with self.mode:
+                buffer, new = self.recorder.node_of(fakes[name]), self.recorder.node_of(value)
+            node = self.recorder.emit(write_back, (buffer, new), writes=(name,))
+            node.meta["val"] = value
+            with self.graph.inserting_after(buffer):  # whoever reads the old value must not see the write
+                old = self.graph.call_function(torch.clone, (buffer,))
+            old.meta.update(buffer.meta, origin=Origin())
+            buffer.replace_all_uses_with(old, delete_user_cb=lambda user, old=old, node=node: user not in (old, node))
+
+    def _output(self, path: Any, leaf: Any, lowered: Any) -> Output:
+        name = ".".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path)
+        if not isinstance(lowered, fx.Node):
+            return Output(name, None, lowered)
+        if not isinstance(leaf, Tensor):
+            return Output(name, lowered.name)
+        scalar = leaf.ndim == 0 and leaf.dtype.is_floating_point
+        return Output(name, lowered.name, None, self._batch_dim(leaf), scalar, leaf.requires_grad)
+
+    def _batch_dim(self, tensor: Tensor) -> int | None:
+        batch = next((self.expected[n][0] for n in self.expected if n in self.call.batched), None)
+        if isinstance(batch, sympy.Basic):
+            batch = self.shapes.replace(batch) if self.shapes else batch
+            for dim, size in enumerate(tensor.shape):
+                if isinstance(size, torch.SymInt) and size.node.expr.free_symbols & batch.free_symbols:
+                    return dim
+        if batch is None or isinstance(batch, sympy.Basic):
+            return None
+        return 0 if tensor.ndim and tensor.shape[0] == batch else None
+
+    def _extract_reads(self) -> fx.GraphModule | None:
+        if not self.values.reads:
+            return None
+        reads = [node for node, _ in self.values.reads]
+        graph = fx.Graph()
+        copies: dict[fx.Node, fx.Node] = {}
+        needed = _ancestors(reads)
+        for node in self.graph.nodes:
+            if node in needed:
+                copies[node] = graph.node_copy(node, copies.__getitem__)
+        graph.output(tuple(copies[node] for node in reads))
+        return fx.GraphModule(_Root(self._attribute, graph), graph)
+
+    def _give_up_notes(self, failures: list[Exception]) -> list[str]:
+        if not failures:
+            return []
+        kept = {"batch": "the batch alone has a symbolic size", "nothing": "all sizes are fixed"}[self.symbolic]
+        return [f"{kept}, inputs of other sizes are captured anew: {str(failures[0]).splitlines()[0][:200]}"]
+
+
+class _Root(nn.Module):
+    """Owns the buffers and constants that a graph reads."""
+
+    def __init__(self, attribute: Callable[[str], Tensor], graph: fx.Graph) -> None:
+        super().__init__()
+        for node in graph.nodes:
+            if node.op == "get_attr":
+                *parents, name = str(node.target).split(".")
+                owner: nn.Module = self
+                for parent in parents:
+                    if not hasattr(owner, parent):
+                        owner.add_module(parent, nn.Module())
+                    owner = getattr(owner, parent)
+                owner.register_buffer(name, attribute(str(node.target)))
+
+
+def _must_stay(node: fx.Node) -> bool:
+    return node.op in ("placeholder", "output") or has_effect(node)
+
+
+def _ancestors(nodes: list[fx.Node]) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    return found
+
+
+def _expression(size: int | torch.SymInt) -> Any:
+    return size.node._expr if isinstance(size, torch.SymInt) else size
+
+
+def _device(model: nn.Module, call: Call) -> torch.device:
+    tensors = [*model.parameters(), *model.buffers(), *call.tensors.values()]
+    return tensors[0].device if tensors else torch.device("cpu")
+
+
+def _attribute_notes(changes: Changes) -> list[str]:
+    if not changes.attributes:
+        return []
+    return [f"forward sets {', '.join(changes.attributes)}: done for the trace alone, not on each step"]
+
+
+@contextmanager
+def _without_caches(model: nn.Module) -> Iterator[list[str]]:
+    """Turns off the key-value caches of Hugging Face models, which training has no use for."""
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    on = [c for c in configs.values() if getattr(c, "use_cache", False) is True]
+    for config in on:
+        config.use_cache = False
+    try:
+        yield ["use_cache is off: the output holds no key-value cache"] if on else []
+    finally:
+        for config in on:
+            config.use_cache = True
