@@ -1,0 +1,6 @@
+"""Which stage each node goes to: the solver, and what turns a model into its numbers and back."""
+
+from pipecompile.partition.carry import carry_over as carry_over
+from pipecompile.partition.costed import partition as partition
+from pipecompile.partition.solve import Solution as Solution
+from pipecompile.partition.solve import solve as solve

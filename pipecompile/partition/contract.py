@@ -1,0 +1,106 @@
+"""What must stay together becomes one atom.
+
+Groups that must share a stage, and the strongly connected components that they close, are contracted; nets follow, and
+those that end up with the same pins are summed. Atoms are numbered topologically, in the given order where arcs leave
+a choice, so the model's own order is a plan candidate for nothing.
+
+Source: Tarnawski et al. (NeurIPS 2020), section 5, contraction of colour classes and of strongly connected components.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import networkx as nx
+
+from pipecompile.partition.problem import Net, Problem, Seat
+
+
+@dataclass(frozen=True, slots=True)
+class Contraction:
+    """A smaller problem, and the atom of it that each of the former things went into."""
+
+    problem: Problem
+    atom_of: tuple[int, ...]
+
+    def expand(self, stage_of: Sequence[int]) -> tuple[int, ...]:
+        """The stages of the former things, given those of the atoms."""
+        return tuple(stage_of[atom] for atom in self.atom_of)
+
+    def then(self, other: Contraction) -> Contraction:
+        """This contraction and then another one of its problem."""
+        return Contraction(other.problem, tuple(other.atom_of[atom] for atom in self.atom_of))
+
+
+def contract(
+    seconds: Sequence[float],
+    arcs: Iterable[tuple[int, int]],
+    nets: Iterable[tuple[Iterable[int], float]],
+    seats: Sequence[Seat],
+    *,
+    together: Iterable[Sequence[int]] = (),
+    kept_bytes: Sequence[float] = (),
+    saved_bytes: Sequence[float] = (),
+    may_idle: bool = False,
+) -> Contraction:
+    """The problem over things that may be cyclic or bound together; O(things + arcs + pins)."""
+    arcs = list(arcs)
+    atom_of = _atoms(len(seconds), arcs, together)
+    count = 1 + max(atom_of, default=-1)
+
+    def summed(numbers: Sequence[float]) -> tuple[float, ...]:
+        sums = [0.0] * count
+        for thing, number in enumerate(numbers):
+            sums[atom_of[thing]] += number
+        return tuple(sums)
+
+    lifted = {(atom_of[low], atom_of[high]) for low, high in arcs}
+    problem = Problem(
+        summed(seconds),
+        tuple(sorted((low, high) for low, high in lifted if low != high)),
+        _nets(atom_of, nets),
+        tuple(seats),
+        summed(kept_bytes),
+        summed(saved_bytes),
+        may_idle,
+    )
+    return Contraction(problem, tuple(atom_of))
+
+
+def merge(problem: Problem, together: Iterable[Sequence[int]]) -> Contraction:
+    """The problem with further atoms bound together."""
+    return contract(
+        problem.seconds,
+        problem.arcs,
+        ((net.pins, net.seconds) for net in problem.nets),
+        problem.seats,
+        together=together,
+        kept_bytes=problem.kept_bytes,
+        saved_bytes=problem.saved_bytes,
+        may_idle=problem.may_idle,
+    )
+
+
+def _atoms(count: int, arcs: Iterable[tuple[int, int]], together: Iterable[Sequence[int]]) -> list[int]:
+    graph = nx.DiGraph()
+    graph.add_nodes_from(range(count))
+    graph.add_edges_from(arcs)
+    for group in together:
+        nx.add_cycle(graph, group)  # a group is made into a component
+    condensed = nx.condensation(graph)
+    first = {part: min(condensed.nodes[part]["members"]) for part in condensed}
+    atom_of = [0] * count
+    for atom, part in enumerate(nx.lexicographical_topological_sort(condensed, key=first.__getitem__)):
+        for thing in condensed.nodes[part]["members"]:
+            atom_of[thing] = atom
+    return atom_of
+
+
+def _nets(atom_of: Sequence[int], nets: Iterable[tuple[Iterable[int], float]]) -> tuple[Net, ...]:
+    seconds: dict[tuple[int, ...], float] = {}
+    for things, cost in nets:
+        pins = tuple(sorted({atom_of[thing] for thing in things}))
+        if len(pins) > 1 and cost > 0:
+            seconds[pins] = seconds.get(pins, 0.0) + cost
+    return tuple(Net(pins, cost) for pins, cost in seconds.items())

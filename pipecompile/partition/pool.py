@@ -1,0 +1,72 @@
+"""The pool: closed sets worth a look, from orders and from minimum cuts, and the best plan made of them.
+
+Neither source is enough. An order sees the balance but is blind to the other orders; a minimum cut sees the whole
+graph but only one boundary. The programme over the pool may take each boundary from another source, and since the
+prefixes of the best order are in the pool, it is never worse than the best interval plan.
+
+Effort is counted in atoms, not in seconds of a clock, so that the same problem always has the same plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import inf
+
+import numpy as np
+
+from pipecompile.partition.chain import Chain, best_chain
+from pipecompile.partition.cuts import bisect, sweep
+from pipecompile.partition.family import Family
+from pipecompile.partition.interval import best_intervals, prefixes
+from pipecompile.partition.orders import orders
+from pipecompile.partition.problem import Bools, Problem
+from pipecompile.partition.window import admit
+
+EFFORT = 12_000  # atoms placed by interval programmes
+MOST_ORDERS = 100
+KEPT_ORDERS = 8
+MOST_SETS = 1_000  # for one boundary
+ROUNDING = 1 + 1e-9  # the same load, added in another order
+
+
+def pooled(problem: Problem) -> tuple[Chain | None, Family]:
+    """The best plan over the pool, and the pool; ``None`` if no plan within memory was found."""
+    ranked = _ranked_orders(problem)
+    if not ranked:
+        return None, Family.of(problem, [])
+    best, _, _ = ranked[0]
+    order_sets = [prefixes(order, range(1, len(problem))) for _, order, _ in ranked[:KEPT_ORDERS]]
+    sets = Family.of(problem, [*order_sets, *_cuts(problem)])
+    return combine(sets, best, prefixes(ranked[0][1], ranked[0][2][:-1])), sets
+
+
+def combine(sets: Family, limit: float, known: Bools) -> Chain | None:
+    """The best plan with boundaries from the sets and from the boundaries of a known one."""
+    families = [_cheapest(family) for family in admit(sets, limit)]
+    families = [
+        Family.of(sets.problem, [family.members, boundary[None]])
+        for family, boundary in zip(families, known, strict=True)
+    ]
+    return best_chain(sets.problem, families, limit * ROUNDING)
+
+
+def _ranked_orders(problem: Problem) -> list[tuple[float, tuple[int, ...], tuple[int, ...]]]:
+    ranked = []
+    limit = inf
+    halves, _ = bisect(problem, problem.total / problem.num_stages / 4)
+    for order in [*orders(problem, min(MOST_ORDERS, EFFORT // max(1, len(problem)))), halves]:
+        if found := best_intervals(problem, order, limit * 1.3):
+            limit = min(limit, found[0])
+            ranked.append((found[0], order, found[1]))
+    return sorted(ranked, key=lambda entry: entry[0])
+
+
+def _cuts(problem: Problem) -> Iterable[Bools]:
+    targets = 5 * problem.num_stages
+    return [cut[None] for cut in sweep(problem, targets, (0.1, 0.5))]
+
+
+def _cheapest(family: Family) -> Family:
+    if len(family) <= MOST_SETS:
+        return family
+    return family.select(np.sort(np.argsort(family.open_seconds, kind="stable")[:MOST_SETS]))
