@@ -1,0 +1,146 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from plans import SHAPES, dag, plans, rows
+
+from pipecompile.errors import DeadlockError, ProgramError
+from pipecompile.plan import Plan, Tied
+from pipecompile.program import Backward, Forward, Program, Recv, Reduce, Send, Step, dependencies, linearize, parse
+from pipecompile.schedule import one_f_one_b
+
+CHAIN = Plan.chain(2)
+number = st.integers(0, 999)
+result = st.one_of(*(st.builds(kind, number, number) for kind in (Forward, Backward, Reduce)))
+instruction = st.one_of(
+    result, st.builds(Step, number, number), st.builds(Send, result, number), st.builds(Recv, result, number)
+)
+
+
+@given(instruction)
+def test_an_instruction_reads_back_from_its_text(i):
+    assert parse(str(i)) == i
+
+
+@pytest.mark.parametrize("text", ["", "F0", "2X0", "-1F0", "2F", "2F0>", "1<2F0>3", "2F0 ", "1.0F0"])
+def test_a_word_that_is_no_instruction_is_refused_with_examples(text):
+    with pytest.raises(ProgramError, match="is no instruction; one looks like 2F0"):
+        parse(text)
+
+
+def test_a_step_leaves_nothing_to_send():
+    with pytest.raises(ProgramError, match="a step leaves no result to transfer"):
+        parse("0S3>1")
+
+
+@given(plans(tied=True), st.integers(1, 4))
+def test_a_program_reads_back_from_its_text(plan, num_microbatches):
+    program = one_f_one_b(plan, num_microbatches)
+    assert program.instructions
+    assert Program.parse(str(program), plan) == program
+
+
+def test_blank_lines_and_indentation_do_not_matter():
+    program = Program.parse("\n  0: 0F0 0B0\n\n  1:\n", Plan.chain(2))
+    assert str(program) == "0: 0F0 0B0\n1: "
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("0F0 1F0", "does not start with a rank and a colon"),
+        ("rank 0: 0F0", "does not start with a rank and a colon"),
+        ("0: 0F0\n2: 2F0", r"ranks \[0, 2\], which leaves a gap"),
+        ("0: 0F0 nop", "'nop' is no instruction"),
+    ],
+)
+def test_a_text_that_is_no_program_is_refused(text, message):
+    with pytest.raises(ProgramError, match=message):
+        Program.parse(text, CHAIN)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("0: 0F0", "1 rows for 2 ranks"),
+        ("0: 1F0\n1:", "1F0 stands on rank 0, which does not run stage 1"),
+        ("0: 2F0\n1:", "2F0 stands on rank 0, which does not run stage 2"),
+        ("0: 0F0 0F0\n1: 1F0", "0F0 is done 2 times"),
+        ("0: 0F0\n1: 1<0F0 1F0", "1<0F0 waits for 0F0>1, which nobody sends"),
+        ("0: 0F0 0F0>1\n1: 1F0", "0F0>1 has no 1<0F0: nobody receives it"),
+    ],
+)
+def test_a_broken_program_is_refused_with_the_instruction_that_breaks_it(text, message):
+    with pytest.raises(ProgramError, match=message):
+        Program.parse(text, CHAIN).validate()
+
+
+def test_what_an_earlier_program_has_done_is_not_done_again():
+    with pytest.raises(ProgramError, match="0F0 is done 2 times"):
+        Program.parse("0: 0F0\n1:", CHAIN, carried=[Forward(0, 0)]).validate()
+
+
+def test_carried_instructions_count_as_done():
+    Program.parse("0: 0B0\n1: 1B0", CHAIN, carried=[Forward(0, 0), Forward(1, 0)]).validate()
+
+
+def test_a_deadlock_names_every_rank_and_what_it_waits_for():
+    program = Program.parse("0: 0F0 0B0 0F1\n1: 1F0 1F1 1B0", CHAIN)
+    with pytest.raises(DeadlockError) as error:
+        program.validate()
+    assert (
+        str(error.value)
+        == "no rank can go on:\n  rank 0 is at 0B0, which needs 1B0\n  rank 1 is at 1F1, which needs 0F1"
+    )
+
+
+def test_a_receive_that_was_forgotten_is_a_deadlock():
+    program = Program.parse("0: 0F0 0F0>1 0F1\n1: 1<0F0 1F0 1F1", CHAIN)
+    with pytest.raises(DeadlockError, match="rank 1 is at 1F1, which needs 1<0F1"):
+        program.validate()
+
+
+@pytest.mark.parametrize(
+    ("text", "needed"),
+    [
+        ("0F1", ""),
+        ("2F1", "2<0F1 1F1"),
+        ("1B1", "1F1 2B1"),
+        ("0B1", "0F1 0<1B1 0<2B1"),
+        ("2R1", "2B1"),
+        ("0R1", "0B1 0<2R1"),
+        ("0S1", "0R1"),
+        ("1S1", "1B1"),
+        ("0F1>2", "0F1"),
+        ("2<0F1", "0F1>2"),
+    ],
+)
+def test_dependencies_are_what_is_read_and_what_comes_from_other_ranks_is_received(text, needed):
+    plan = dag([(0, 1), (0, 2), (1, 2)], (0, 1, 1), [Tied("w", (0, 2))])
+    assert " ".join(map(str, dependencies(parse(text), plan))) == needed
+
+
+@given(plans(tied=True), st.integers(1, 4))
+def test_linearize_yields_all_instructions_in_an_order_that_keeps_rows_and_dependencies(plan, num_microbatches):
+    program = one_f_one_b(plan, num_microbatches, step=True)
+    order = list(linearize(program))
+    place = {i: n for n, (_, i) in enumerate(order)}
+    assert len(order) == len(place) == len(program.instructions) > 0
+    for rank, row in enumerate(program.ranks):
+        assert tuple(i for r, i in order if r == rank) == row
+    for i in place:
+        for needed in dependencies(i, plan):
+            assert place[needed.result if isinstance(needed, Recv) else needed] < place[i]
+
+
+def test_row_of_leaves_out_other_stages_and_transfers():
+    program = Program.parse("0: 0F0 2F0 0F0>1\n1: 1<0F0 1F0", Plan.chain(3, (0, 1, 0)))
+    assert program.row_of(0) == (Forward(0, 0),)
+
+
+def test_microbatches_are_those_that_enter():
+    program = Program.parse("0: 0F3 0F4 0B2\n1: 1F3", CHAIN)
+    assert program.microbatches == (3, 4)
+
+
+def test_every_shape_prints_as_rows():
+    assert str(one_f_one_b(SHAPES["one rank"], 1)) == rows("0: 0F0 1F0 2F0 2B0 1B0 0B0")
