@@ -37,7 +37,7 @@ def lossy(problem: Problem, most: int) -> Contraction:
 
 
 def _repeat(problem: Problem, cap: float) -> Contraction:
-    contraction = Contraction(problem, tuple(range(len(problem))))
+    contraction = Contraction.identity(problem)
     absorbed = [0.0] * len(problem)
     while groups := _joins(contraction.problem, cap, absorbed):
         step = merge(contraction.problem, groups)

@@ -24,6 +24,10 @@ class Contraction:
     problem: Problem
     atom_of: tuple[int, ...]
 
+    @staticmethod
+    def identity(problem: Problem) -> Contraction:
+        return Contraction(problem, tuple(range(len(problem))))
+
     def expand(self, stage_of: Sequence[int]) -> tuple[int, ...]:
         """The stages of the former things, given those of the atoms."""
         return tuple(stage_of[atom] for atom in self.atom_of)

@@ -181,6 +181,11 @@ class Problem:
         """Seconds that no plan can beat: the mean stage, and the greatest atom on the fastest seat."""
         return float(max(self.total / self.speeds.sum(), self.weight.max(initial=0.0) / self.speeds.max()))
 
+    @property
+    def upper_bound(self) -> float:
+        """Seconds that no plan exceeds: everything on the slowest seat, and every net."""
+        return float(self.total / self.speeds.min() + self.net_seconds.sum())
+
 
 def _neighbours(count: int, pairs: Iterable[tuple[int, int]]) -> tuple[tuple[int, ...], ...]:
     found: list[dict[int, None]] = [{} for _ in range(count)]

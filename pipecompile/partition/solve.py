@@ -1,23 +1,29 @@
 """From a problem to the best plan that can be found for it, and how good it is known to be.
 
     contract what is free -> interval programmes over many orders -> minimum cuts -> one programme over all of them
+        -> the exact programme, first without the bounds that make it slow, then with them
 
-The bottleneck never exceeds that of the best interval plan, since its boundaries are among the candidates.
+The bottleneck never exceeds that of the best interval plan, since its boundaries are among the candidates. The exact
+programme is asked twice: a problem without memory limits, whose seats may idle, has fewer atoms and a lower optimum. If
+its plan happens to be one of the problem itself, all is done; else its optimum is where the second search begins.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import inf
 from time import process_time
 
-from pipecompile.errors import InfeasibleError
-from pipecompile.partition.coarsen import lossy
+from pipecompile.errors import InfeasibleError, PlanError
+from pipecompile.partition.coarsen import lossless, lossy
 from pipecompile.partition.contract import Contraction
 from pipecompile.partition.evaluate import SLACK, bottleneck, check
+from pipecompile.partition.exact import exact
 from pipecompile.partition.pool import pooled
 from pipecompile.partition.problem import Problem
 
-MOST_ATOMS = 600
+MOST_ATOMS = 600  # for the pool
+MOST_EXACT_ATOMS = 5_000  # for the exact programme, whose tables grow with the square
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +38,7 @@ class Solution:
     @property
     def gap(self) -> float:
         """How much better another plan could be, relative to the bound."""
-        return self.bottleneck / self.lower_bound - 1 if self.lower_bound else 0.0
+        return self.bottleneck / self.lower_bound - 1 if self.lower_bound else self.bottleneck
 
     @property
     def proven(self) -> bool:
@@ -40,27 +46,61 @@ class Solution:
 
 
 def solve(problem: Problem) -> Solution:
-    """The best plan found.
+    """The best plan found; the same problem has the same plan.
 
     Raises:
         InfeasibleError: there are more seats than atoms, or no plan within memory was found.
     """
     begin = process_time()
     _refuse_impossible(problem)
-    coarse = _coarse(problem)
-    chain, _ = pooled(coarse.problem)
-    if chain is None:
-        raise InfeasibleError(f"no plan was found that keeps each of the {problem.num_stages} stages within its memory")
-    stage_of = coarse.expand(chain.stage_of)
+    stage_of, lower = _prove(problem, _first_plan(problem))
+    if stage_of is None:
+        raise InfeasibleError(
+            f"no plan {'exists' if lower == inf else 'was found'} that keeps each of the {problem.num_stages} stages "
+            f"within its memory; use more devices, devices with more memory, or fewer microbatches in flight"
+        )
     check(problem, stage_of)
-    return Solution(stage_of, bottleneck(problem, stage_of), problem.lower_bound, process_time() - begin)
+    return Solution(stage_of, bottleneck(problem, stage_of), lower, process_time() - begin)
 
 
-def _coarse(problem: Problem) -> Contraction:
+def _first_plan(problem: Problem) -> tuple[int, ...] | None:
     coarse = lossy(problem, MOST_ATOMS)
-    if problem.may_idle or len(coarse.problem) >= problem.num_stages:
-        return coarse
-    return Contraction(problem, tuple(range(len(problem))))
+    if not problem.may_idle and len(coarse.problem) < problem.num_stages:
+        coarse = Contraction.identity(problem)
+    chain, _ = pooled(coarse.problem)
+    return None if chain is None else coarse.expand(chain.stage_of)
+
+
+def _prove(problem: Problem, stage_of: tuple[int, ...] | None) -> tuple[tuple[int, ...] | None, float]:
+    """The plan or a better one, and a lower bound; infinite if there is no plan."""
+    lower = problem.lower_bound
+    upper = bottleneck(problem, stage_of) if stage_of else problem.upper_bound
+    if len(problem) > MOST_EXACT_ATOMS:
+        return stage_of, lower
+    for contraction in _relaxations(problem):
+        lower, chain = exact(contraction.problem, lower, upper)
+        if chain and _is_plan(problem, found := contraction.expand(chain.stage_of)):
+            return found, min(lower, bottleneck(problem, found))
+    if not stage_of and lower >= upper:
+        return None, inf
+    return stage_of, min(lower, upper)
+
+
+def _relaxations(problem: Problem) -> list[Contraction]:
+    """The problem without what makes it hard, and the problem itself."""
+    nothing = (0.0,) * len(problem)
+    relaxed = lossless(replace(problem, kept_bytes=nothing, saved_bytes=nothing, may_idle=True))
+    if problem.may_idle and not problem.bounded:
+        return [relaxed]
+    return [relaxed, lossless(problem) if problem.may_idle else Contraction.identity(problem)]
+
+
+def _is_plan(problem: Problem, stage_of: tuple[int, ...]) -> bool:
+    try:
+        check(problem, stage_of)
+    except PlanError:
+        return False
+    return True
 
 
 def _refuse_impossible(problem: Problem) -> None:
@@ -72,6 +112,6 @@ def _refuse_impossible(problem: Problem) -> None:
     held, limit = sum(problem.kept_bytes), sum(seat.memory for seat in problem.seats)
     if held > limit:
         raise InfeasibleError(
-            f"weights, gradients and optimizer state take {held:,.0f} bytes, and {problem.num_stages} devices have "
-            f"{limit:,.0f}; use more devices, or devices with more memory"
+            f"all stages together must hold {held:,.0f} bytes (weights, gradients, optimizer state), and the "
+            f"{problem.num_stages} devices have {limit:,.0f}; use more devices, or devices with more memory"
         )

@@ -1,0 +1,44 @@
+"""The optimum, with its proof, where the windows are narrow enough to look at every closed set in them.
+
+A plan within T has all its boundaries in the windows of T. So T rises from the lower bound: as long as the programme
+over all closed sets in the windows finds no plan, T is a lower bound; the first plan that it finds is an optimum. """
+
+from __future__ import annotations
+
+from pipecompile.partition.chain import Chain, best_chain
+from pipecompile.partition.enumerate import closed_sets
+from pipecompile.partition.family import Family
+from pipecompile.partition.problem import Problem
+from pipecompile.partition.window import ROUNDING, windows
+
+MOST_SETS = 20_000  # in one window
+FIRST_GAP = 0.01
+
+
+def exact(problem: Problem, lower: float, upper: float) -> tuple[float, Chain | None]:
+    """A lower bound, and an optimal plan if one within ``upper`` (seconds) exists and the windows could be searched."""
+    gap = 0.0
+    floor = lower
+    while True:
+        limit = upper if floor == 0 else min(floor * (1 + gap) * (1 + ROUNDING), upper)
+        families = _families(problem, limit)
+        if families is None:
+            return lower, None
+        if chain := best_chain(problem, families, limit):
+            return max(lower, chain.bottleneck), chain
+        lower = max(lower, limit)
+        if limit >= upper:
+            return lower, None
+        gap = 2 * gap or FIRST_GAP
+
+
+def _families(problem: Problem, limit: float) -> list[Family] | None:
+    families = []
+    for window in windows(problem, limit):
+        found = closed_sets(problem, window, MOST_SETS)
+        if found is None:
+            return None
+        families.append(found)
+        if not len(found):
+            return [found] * (problem.num_stages - 1)
+    return families
