@@ -76,7 +76,7 @@ def _row(timeline: Timeline, rank: int, scale: _Scale) -> Text:
 
 def _axis(scale: _Scale) -> str:
     axis = ""
-    for seconds in ticks(scale.makespan, scale.columns // 14):
+    for seconds in ticks(scale.makespan, scale.columns // 10):
         column, label = scale.column(seconds), f"╵{seconds_text(seconds)}"
         if column + len(label) <= scale.columns:
             axis = axis.ljust(column) + label
