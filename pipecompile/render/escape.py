@@ -1,0 +1,28 @@
+"""Names as they may stand in each format. A name comes from the user's model and can hold any character."""
+
+from __future__ import annotations
+
+import re
+from xml.sax.saxutils import escape
+
+_NOT_XML = re.compile("[^\t\n\r -\ud7ff\ue000-�\U00010000-\U0010ffff]")
+
+
+def xml(text: str) -> str:
+    """Text for an element or a quoted attribute of SVG or HTML; characters that XML forbids become U+FFFD."""
+    return escape(_NOT_XML.sub("�", text), {'"': "&quot;", "'": "&#39;"})
+
+
+def dot_string(text: str) -> str:
+    """A quoted string of the DOT language; a new line stays one."""
+    return '"' + _NOT_XML.sub("�", text).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
+
+
+def mermaid_string(text: str) -> str:
+    """A quoted string of mermaid: everything but plain characters as a numeric entity, a new line as ``<br/>``."""
+    lines = _NOT_XML.sub("�", text).split("\n")
+    return '"' + "<br/>".join(re.sub(r"[^\w .,:+()\[\]/·…→-]", _entity, line) for line in lines) + '"'
+
+
+def _entity(match: re.Match[str]) -> str:
+    return f"#{ord(match[0])};"

@@ -1,0 +1,95 @@
+"""The words of the pictures: one wording for what dot, mermaid, svg and html all say. Plain text, not yet escaped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pipecompile.render.modules import is_numbered, parent_of, run_name, short_name
+from pipecompile.render.stage_graph import Edge, StageGraph
+from pipecompile.render.units import bytes_text, count_text, names_text, plural, seconds_text
+
+TOOLTIP_LINES = 14
+
+
+def stage_name(view: StageGraph, stage: int) -> str:
+    return f"stage {stage} · rank {view.stages[stage].rank}"
+
+
+def stage_lines(view: StageGraph, stage: int) -> tuple[str, ...]:
+    """What a stage holds and costs, a fact a line."""
+    it = view.stages[stage]
+    lines = [
+        f"{count_text(it.num_parameters)} parameters",
+        f"forward {seconds_text(it.cost.forward)}, backward {seconds_text(it.cost.backward)}",
+        f"weights {bytes_text(it.cost.parameter_bytes)}, saved {bytes_text(it.cost.saved_bytes)}",
+    ]
+    return (*lines, *(f"{_end(name)} shared with {_stages(others)}" for name, others in view.tied(stage)))
+
+
+def modules_line(view: StageGraph, stage: int, limit: int = 5) -> str:
+    """The modules of a stage in a few words, numbered siblings as a run: ``"wte, wpe, h.0 … 4"``."""
+    every = sorted({path for it in view.stages for path in it.blocks})
+    siblings: dict[tuple[str, bool], list[str]] = {}
+    for path in view.stages[stage].blocks:
+        numbered = is_numbered(path)
+        siblings.setdefault((parent_of(path) if numbered else path, numbered), []).append(path)
+    names = [run_name(run[0], run[-1], short_name(run[0], every)) for run in siblings.values()]
+    return names_text(names, limit) or ", ".join(view.modules[m].label for m in view.stages[stage].modules)
+
+
+def inputs_line(view: StageGraph, stage: int) -> str:
+    """What a stage starts from: the model inputs it reads and how much it recomputes from them."""
+    it = view.stages[stage]
+    words = [names_text([view.node(i).name for i in it.inputs])] if it.inputs else []
+    return " · ".join([*words, *([f"{len(it.recomputed)} recomputed"] if it.recomputed else [])])
+
+
+def edge_label(view: StageGraph, edge: Edge) -> str:
+    """The values of an edge in a line: in full if there is one."""
+    names = [view.node(value).name for value in edge.values]
+    specs = names_text([str(spec) for spec in view.node(edge.values[0]).outputs], 1) if len(names) == 1 else ""
+    return " · ".join(filter(None, [names_text(names, 2), specs, bytes_text(edge.nbytes)]))
+
+
+def edge_lines(view: StageGraph, edge: Edge) -> tuple[str, ...]:
+    """Where an edge goes, then each of its values."""
+    ends = [view.modules[end] for end in (edge.source, edge.target)]
+    head = " → ".join(f"{module.label} (stage {module.stage})" for module in ends)
+    return (head, *_limited([node_line(view, value) for value in edge.values]))
+
+
+def module_lines(view: StageGraph, position: int) -> tuple[str, ...]:
+    """What a module is, what it costs, then its nodes."""
+    module = view.modules[position]
+    cost = module.cost
+    time = f"forward {seconds_text(cost.forward)}, backward {seconds_text(cost.backward)}"
+    memory = f"weights {bytes_text(cost.parameter_bytes)}, saved {bytes_text(cost.saved_bytes)}"
+    nodes = _limited([node_line(view, node) for node in module.nodes])
+    return (module_path(view, position), f"{plural(len(module.nodes), 'node')}, {time}", memory, *nodes)
+
+
+def module_path(view: StageGraph, position: int) -> str:
+    """The full paths of a module; the model itself has an empty one."""
+    paths = view.modules[position].paths
+    first, last = (path or "(model)" for path in (paths[0], paths[-1]))
+    return first if len(paths) == 1 else f"{first} … {last}"
+
+
+def node_line(view: StageGraph, index: int) -> str:
+    """A node in a line: name, operation, shapes, source."""
+    node = view.node(index)
+    specs = names_text([*map(str, node.outputs)])
+    return "  ".join(filter(None, [f"{node.name} = {node.op}", specs, bytes_text(node.nbytes), node.source]))
+
+
+def _end(name: str) -> str:
+    return ".".join(name.split(".")[-2:])
+
+
+def _stages(stages: Sequence[int]) -> str:
+    return f"stage{'s' * (len(stages) > 1)} {names_text([*map(str, stages)])}"
+
+
+def _limited(lines: list[str]) -> list[str]:
+    more = len(lines) - TOOLTIP_LINES
+    return lines if more <= 1 else [*lines[:TOOLTIP_LINES], f"… and {more} more"]

@@ -1,0 +1,211 @@
+"""Groups the nodes of each stage into boxes that a person recognises as modules of the model.
+
+The boxes of a stage are runs of consecutive nodes, so the picture keeps the order of computation and edges between
+boxes point forward. A path is cut at the first module that is not *open*; open are
+
+- the model itself and what leads to numbered blocks (``transformer`` and ``transformer.h``, not ``transformer.h.3``);
+- each module that the plan cuts, so that the place of the cut can be seen.
+
+What an open module computes itself becomes a box named after its operations. Long runs of numbered siblings become one
+box (``h.0 … 5``), and no stage has more than ``MOST_BOXES``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+
+from pipecompile.graph import Graph
+from pipecompile.plan import Plan
+from pipecompile.render.units import names_text
+
+LONG_RUN = 4  # numbered siblings that still get a box each
+MOST_BOXES = 8  # of one stage
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """Consecutive nodes of one stage; ``paths`` are the modules in it, none if an open module computes them itself."""
+
+    nodes: tuple[int, ...]
+    paths: tuple[str, ...]
+
+    def __add__(self, other: Box) -> Box:
+        return Box(self.nodes + other.nodes, tuple(dict.fromkeys(self.paths + other.paths)))
+
+
+def boxes_of_stages(graph: Graph, plan: Plan) -> tuple[tuple[Box, ...], ...]:
+    """For each stage its boxes, in the order of computation; replicated nodes are in none."""
+    opened = _open_modules(graph, plan)
+    stages: list[list[int]] = [[] for _ in range(plan.num_stages)]
+    for node, stage in enumerate(plan.stage_of):
+        if stage is not None:
+            stages[stage].append(node)
+    return tuple(tuple(_bounded(_collapsed(_runs(graph, nodes, opened)))) for nodes in stages)
+
+
+def box_labels(graph: Graph, boxes: Sequence[Box]) -> tuple[str, ...]:
+    """A short name for each box: the shortest ends of its paths that no other box shares, or its operations."""
+    paths = sorted({path for box in boxes for path in box.paths})
+    short = {path: short_name(path, paths) for path in paths}
+    return tuple(_label(graph, box, short) for box in boxes)
+
+
+def blocks_of_stages(graph: Graph, plan: Plan) -> tuple[tuple[str, ...], ...]:
+    """For each stage the modules in it, each as a whole even if the plan cuts it."""
+    opened = _leading(node.path for node in graph.nodes)
+    stages: list[dict[str, None]] = [{} for _ in range(plan.num_stages)]
+    for node, stage in zip(graph.nodes, plan.stage_of, strict=True):
+        if stage is not None and (path := _closed(node.path, opened)) is not None:
+            stages[stage][path] = None
+    return tuple(map(tuple, stages))
+
+
+def _open_modules(graph: Graph, plan: Plan) -> set[str]:
+    stages: dict[str, set[int]] = {}
+    for node, stage in zip(graph.nodes, plan.stage_of, strict=True):
+        if stage is not None:
+            for prefix in _prefixes(node.path):
+                stages.setdefault(prefix, set()).add(stage)
+    return _leading(stages) | {path for path, seen in stages.items() if len(seen) > 1}
+
+
+def _leading(paths: Iterable[str]) -> set[str]:
+    """The model itself, and the modules that lead to numbered blocks."""
+    parents = {parent_of(prefix) for path in paths for prefix in _prefixes(path) if prefix}
+    blocks = {path for path in parents if is_numbered(path)}
+    return {""} | {prefix for path in blocks for prefix in _outside_blocks(path, blocks)}
+
+
+def _closed(path: str, opened: set[str]) -> str | None:
+    """The outermost module around a path that is not open."""
+    return next((prefix for prefix in _prefixes(path) if prefix not in opened), None)
+
+
+def _outside_blocks(path: str, blocks: set[str]) -> Iterator[str]:
+    for prefix in _prefixes(parent_of(path)):
+        if prefix in blocks:
+            return
+        yield prefix
+
+
+def _runs(graph: Graph, nodes: Sequence[int], opened: set[str]) -> list[Box]:
+    def key(node: int) -> tuple[str, bool]:
+        path = graph.nodes[node].path
+        closed = _closed(path, opened)
+        return (path, False) if closed is None else (closed, True)
+
+    runs = [(tuple(run), path, closed) for (path, closed), run in groupby(nodes, key)]
+    return [Box(run, (_narrowed(graph, run, path),) if closed else ()) for run, path, closed in runs]
+
+
+def _narrowed(graph: Graph, nodes: Sequence[int], path: str) -> str:
+    """The innermost module that holds all the nodes, unless ``path`` is a numbered block."""
+    return path if is_numbered(path) else _common([graph.nodes[node].path for node in nodes])
+
+
+def _collapsed(boxes: Sequence[Box]) -> list[Box]:
+    """Merges each long run of numbered siblings, with what their parents compute in between."""
+    result: list[Box] = []
+    start = 0
+    while start < len(boxes):
+        run = _sibling_run(boxes, start)
+        end = run[-1] + 1 if len(run) > LONG_RUN else start + 1
+        result.append(_sum(boxes[start:end]))
+        start = end
+    return result
+
+
+def _sibling_run(boxes: Sequence[Box], start: int) -> list[int]:
+    """The positions of the numbered siblings of ``boxes[start]`` that follow it, itself first."""
+    if not boxes[start].paths or not is_numbered(boxes[start].paths[0]):
+        return [start]
+    parent = parent_of(boxes[start].paths[0])
+    run = []
+    for position in range(start, len(boxes)):
+        paths = boxes[position].paths
+        if paths and not (is_numbered(paths[0]) and parent_of(paths[0]) == parent):
+            break
+        if paths:
+            run.append(position)
+    return run
+
+
+def _bounded(boxes: list[Box]) -> list[Box]:
+    """Merges the smallest neighbours until few enough are left."""
+    while len(boxes) > MOST_BOXES:
+        sizes = [len(left.nodes) + len(right.nodes) for left, right in pairwise(boxes)]
+        at = sizes.index(min(sizes))
+        boxes = [*boxes[:at], boxes[at] + boxes[at + 1], *boxes[at + 2 :]]
+    return boxes
+
+
+def _label(graph: Graph, box: Box, short: dict[str, str]) -> str:
+    if not box.paths:
+        return _own_label(graph, box)
+    first, last = box.paths[0], box.paths[-1]
+    if parent_of(first) == parent_of(last) and is_numbered(first) and is_numbered(last):
+        return run_name(first, last, short[first])
+    return short[first] if first == last else f"{short[first]} … {short[last]}"
+
+
+def run_name(first: str, last: str, name: str) -> str:
+    """``"h.0 … 5"`` for two numbered siblings, of which ``name`` is the first."""
+    return name if first == last else f"{name} … {last_word(last)}"
+
+
+def _own_label(graph: Graph, box: Box) -> str:
+    """Operations, after the path if it tells one block from another: ``"add, view"``, ``"h.3.attn: split +4"``."""
+    ops = list(dict.fromkeys(graph.nodes[node].op for node in box.nodes))
+    path = graph.nodes[box.nodes[0]].path
+    if not any(word.isdigit() for word in _words(path)):
+        return names_text(ops, 2)
+    return f"{short_name(path, [])}: {names_text(ops, 1)}"
+
+
+def short_name(path: str, paths: Sequence[str]) -> str:
+    """The shortest end of a path that no other path shares, with all its numbers and what the first one counts."""
+    words = path.split(".")
+    numbered = [at for at, word in enumerate(words) if word.isdigit()]
+    least = len(words) - max(0, numbered[0] - 1) if numbered else 1
+    for count in range(least, len(words)):
+        end = ".".join(words[-count:])
+        if not any(other != path and f".{other}".endswith(f".{end}") for other in paths):
+            return end
+    return path
+
+
+def _prefixes(path: str) -> Iterator[str]:
+    """``""``, ``"a"``, ``"a.b"`` for ``"a.b"``."""
+    words = _words(path)
+    return (".".join(words[:count]) for count in range(len(words) + 1))
+
+
+def _common(paths: Sequence[str]) -> str:
+    first, last = min(_words(path) for path in paths), max(_words(path) for path in paths)
+    same = next((at for at, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), len(first))
+    return ".".join(first[:same])
+
+
+def _words(path: str) -> list[str]:
+    return path.split(".") if path else []
+
+
+def parent_of(path: str) -> str:
+    return path.rpartition(".")[0]
+
+
+def last_word(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
+def is_numbered(path: str) -> bool:
+    return last_word(path).isdigit()
+
+
+def _sum(boxes: Sequence[Box]) -> Box:
+    total = boxes[0]
+    for box in boxes[1:]:
+        total += box
+    return total

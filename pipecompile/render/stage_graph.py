@@ -1,0 +1,193 @@
+"""The stage graph: what every picture of a plan shows, worked out once.
+
+    stage_graph(costed, plan) -> StageGraph    one noun, read by
+    dot  mermaid  svg  html  table             and itself the json format
+
+A stage is a cluster of modules; an edge carries values from one module to another, within a stage or across a cut. A
+value that several modules of one stage read crosses once, so its edge ends at the first of them.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property, reduce
+from math import prod
+
+from pipecompile.graph import Cost, CostedGraph, Graph, Node
+from pipecompile.plan import Channel, Plan, members, stage_costs
+from pipecompile.render.modules import Box, blocks_of_stages, box_labels, boxes_of_stages
+from pipecompile.serial import Json, converter
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """A box in a stage: consecutive nodes under one module path, or a run of such."""
+
+    stage: int
+    label: str  # short: "h.3", "h.0 … 5", or the operations if an open module computes them itself
+    paths: tuple[str, ...]  # in full: "transformer.h.3"
+    nodes: tuple[int, ...]
+    cost: Cost  # of one microbatch; each parameter counts once
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """What one stage holds and costs, for one microbatch."""
+
+    rank: int
+    blocks: tuple[str, ...]  # paths of the modules in it, coarse: one that the plan cuts stands in several stages
+    modules: tuple[int, ...]  # in finer boxes, in the order of computation
+    inputs: tuple[int, ...]  # model inputs that it reads
+    recomputed: tuple[int, ...]  # replicated nodes that it computes for itself
+    parameters: tuple[str, ...]
+    num_parameters: int  # elements
+    cost: Cost
+    bytes_in: int  # values from other stages
+    bytes_out: int  # values to other stages, once for each that reads them
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """Values that go from one module to a later one; between two stages they cross a cut."""
+
+    source: int  # module
+    target: int  # module
+    values: tuple[int, ...]  # nodes, ascending
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class StageGraph(Json):
+    """A costed graph under a plan, as stages of modules. Positions are the ids of nodes, modules and stages.
+
+    As JSON (``to_json``, ``--format json``), an object with the keys
+
+    - ``costed``: the ``CostedGraph``: ``graph`` (``nodes`` with name, op, inputs, outputs, parameters, path, source,
+      replicated; ``inputs``, ``outputs``, ``parameters``, ``together``), ``costs`` (one for each node) and ``origin``;
+    - ``plan``: the ``Plan``: ``stage_of`` (node -> stage, null for replicated), ``rank_of``, ``channels``, ``tied``;
+    - ``stages``, ``modules``, ``edges``: the fields of the classes above. An edge whose modules have different stages
+      crosses a cut; the ``nbytes`` of those between two stages sum to the ``nbytes`` of their channel.
+
+    Times are seconds and sizes bytes, of one microbatch. ``StageGraph.from_json`` reads it back.
+    """
+
+    costed: CostedGraph
+    plan: Plan
+    stages: tuple[Stage, ...]
+    modules: tuple[Module, ...]
+    edges: tuple[Edge, ...]
+
+    def to_json(self) -> str:
+        return json.dumps(converter.unstructure(self), indent=1)
+
+    def node(self, index: int) -> Node:
+        return self.costed.graph.nodes[index]
+
+    def crosses(self, edge: Edge) -> bool:
+        return self.modules[edge.source].stage != self.modules[edge.target].stage
+
+    @cached_property
+    def crossings(self) -> tuple[Edge, ...]:
+        """The edges between stages."""
+        return tuple(filter(self.crosses, self.edges))
+
+    @property
+    def cuts(self) -> tuple[Channel, ...]:
+        """The pairs of stages that values go between."""
+        return self.plan.channels
+
+    @property
+    def balance(self) -> float:
+        """The time of the busiest stage over the mean of all; 1.0 is perfect."""
+        seconds = [stage.cost.seconds for stage in self.stages]
+        return max(seconds) * len(seconds) / sum(seconds) if sum(seconds) else 1.0
+
+    def share(self, cost: Cost) -> float:
+        """The time of a cost relative to the busiest stage."""
+        busiest = max(stage.cost.seconds for stage in self.stages)
+        return cost.seconds / busiest if busiest else 0.0
+
+    def tied(self, stage: int) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """The parameters that a stage shares, and the stages it shares each with."""
+        return tuple(
+            (tied.parameter, tuple(other for other in tied.stages if other != stage))
+            for tied in self.plan.tied
+            if stage in tied.stages
+        )
+
+
+def stage_graph(costed: CostedGraph, plan: Plan) -> StageGraph:
+    """The stage graph of a plan; ``plan`` must have been made for ``costed``.
+
+    Raises:
+        ValueError: the plan is for another number of nodes.
+    """
+    if len(plan.stage_of) != len(costed.graph):
+        raise ValueError(f"the plan is for {len(plan.stage_of)} nodes, the graph has {len(costed.graph)}")
+    modules = _modules(costed, plan)
+    costs = stage_costs(costed, plan)
+    stages = tuple(_stage(costed.graph, plan, modules, stage, cost) for stage, cost in enumerate(costs))
+    return StageGraph(costed, plan, stages, modules, _edges(costed.graph, plan, modules))
+
+
+def _modules(costed: CostedGraph, plan: Plan) -> tuple[Module, ...]:
+    placed = [(s, box) for s, boxes in enumerate(boxes_of_stages(costed.graph, plan)) for box in boxes]
+    labels = box_labels(costed.graph, [box for _, box in placed])
+    return tuple(
+        Module(stage, label, box.paths or _own_paths(costed.graph, box), box.nodes, _cost(costed, box))
+        for (stage, box), label in zip(placed, labels, strict=True)
+    )
+
+
+def _own_paths(graph: Graph, box: Box) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(graph.nodes[node].path for node in box.nodes))
+
+
+def _cost(costed: CostedGraph, box: Box) -> Cost:
+    total = reduce(Cost.__add__, (costed.costs[node] for node in box.nodes), Cost())
+    names = {name for node in box.nodes for name in costed.graph.nodes[node].parameters}
+    nbytes = sum(costed.graph.parameter_bytes[name] for name in names)
+    return Cost(total.forward, total.backward, total.saved_bytes, nbytes)
+
+
+def _stage(graph: Graph, plan: Plan, modules: tuple[Module, ...], stage: int, cost: Cost) -> Stage:
+    nodes = members(graph, plan, stage)
+    names = tuple(dict.fromkeys(name for node in nodes for name in graph.nodes[node].parameters))
+    sizes = {parameter.name: prod(parameter.spec.shape) for parameter in graph.parameters}
+    inputs = set(graph.inputs)
+    return Stage(
+        rank=plan.rank_of[stage],
+        blocks=blocks_of_stages(graph, plan)[stage],
+        modules=tuple(i for i, module in enumerate(modules) if module.stage == stage),
+        inputs=tuple(i for i in nodes if i in inputs),
+        recomputed=tuple(i for i in nodes if graph.nodes[i].replicated and i not in inputs),
+        parameters=names,
+        num_parameters=sum(sizes[name] for name in names),
+        cost=cost,
+        bytes_in=sum(channel.nbytes for channel in plan.incoming[stage]),
+        bytes_out=sum(channel.nbytes for channel in plan.outgoing[stage]),
+    )
+
+
+def _edges(graph: Graph, plan: Plan, modules: tuple[Module, ...]) -> tuple[Edge, ...]:
+    module_of = {node: position for position, module in enumerate(modules) for node in module.nodes}
+    values: dict[tuple[int, int], list[int]] = {}
+    for value, users in enumerate(graph.users):
+        if value in module_of:
+            readers = [module_of[user] for user in users if user in module_of]
+            for reader in _ends(module_of[value], readers, modules):
+                values.setdefault((module_of[value], reader), []).append(value)
+    return tuple(
+        Edge(source, target, tuple(nodes), sum(graph.nodes[node].nbytes for node in nodes))
+        for (source, target), nodes in sorted(values.items())
+    )
+
+
+def _ends(source: int, readers: list[int], modules: tuple[Module, ...]) -> list[int]:
+    """The modules that read a value: all in its own stage, and the first in each other stage."""
+    near = {reader for reader in readers if modules[reader].stage == modules[source].stage} - {source}
+    first: dict[int, int] = {}
+    for reader in sorted(set(readers)):
+        first.setdefault(modules[reader].stage, reader)
+    return sorted(near | {m for stage, m in first.items() if stage != modules[source].stage})

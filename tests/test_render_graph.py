@@ -1,0 +1,414 @@
+import json
+import re
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import pytest
+from costed import Builder, by_time, gpt2, unet
+from rich.console import Console
+
+from pipecompile.graph import Cost, CostedGraph
+from pipecompile.plan import Plan
+from pipecompile.render.formats import FORMATS
+from pipecompile.render.layout import Rect, layout
+from pipecompile.render.modules import MOST_BOXES
+from pipecompile.render.stage_graph import StageGraph, stage_graph
+from pipecompile.render.table import table
+from pipecompile.render.units import bytes_text, count_text, seconds_text
+
+HOSTILE = "</script><script>alert('x')</script>\"&]]>\\ \x00`--> ; end\n%%{init}%% 😀"
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def view_of(costed: CostedGraph, num_stages: int) -> StageGraph:
+    return stage_graph(costed, by_time(costed, num_stages))
+
+
+@pytest.fixture(params=["gpt2-2", "gpt2-4", "gpt2-8", "unet-4", "unet-1"])
+def view(request: pytest.FixtureRequest) -> StageGraph:
+    name, num_stages = request.param.split("-")
+    return view_of({"gpt2": gpt2, "unet": unet}[name](), int(num_stages))
+
+
+@pytest.fixture
+def hostile() -> StageGraph:
+    b = Builder()
+    x = b.input(HOSTILE, 2, 3)
+    b.path, b.source = f"{HOSTILE}.a", HOSTILE
+    x = b.call(HOSTILE, [x], 2, 3, weights={HOSTILE: (3, 3)})
+    b.path = f"{HOSTILE}.b"
+    return stage_graph(b.costed([b.call(HOSTILE, [x], 2, 3, weights={HOSTILE: (3, 3)})]), _plan_of(b, [0, 0, 1]))
+
+
+def _plan_of(b: Builder, stages: list[int | None]) -> Plan:
+    return Plan.of(b.costed([len(b.nodes) - 1]).graph, stages)
+
+
+def path_model(*paths: str, cut: int | None = None) -> StageGraph:
+    """A chain with a node in each module; a second stage starts at ``cut``."""
+    b = Builder()
+    x = b.input("x", 2)
+    for path in paths:
+        b.path = path
+        x = b.call("relu", [x], 2)
+    return stage_graph(b.costed([x]), _plan_of(b, [0] + [int(cut is not None and i >= cut) for i in range(len(paths))]))
+
+
+def labels(view: StageGraph) -> list[str]:
+    return [module.label for module in view.modules]
+
+
+# The stage graph
+
+
+def test_every_placed_node_is_in_one_module_of_its_stage(view):
+    placed = {node: module.stage for module in view.modules for node in module.nodes}
+    assert placed == {node: stage for node, stage in enumerate(view.plan.stage_of) if stage is not None}
+    assert sum(len(module.nodes) for module in view.modules) == len(placed) > 50
+
+
+def test_modules_hold_consecutive_nodes_so_that_edges_point_forward(view):
+    assert view.edges
+    assert all(edge.source < edge.target for edge in view.edges)
+
+
+def test_crossing_edges_carry_what_the_channels_carry(view):
+    carried: dict[tuple[int, int], list[int]] = {}
+    for edge in view.crossings:
+        ends = view.modules[edge.source].stage, view.modules[edge.target].stage
+        carried.setdefault(ends, []).extend(edge.values)
+    assert {ends: tuple(sorted(values)) for ends, values in carried.items()} == {
+        (channel.source, channel.target): channel.values for channel in view.plan.channels
+    }
+    assert sum(edge.nbytes for edge in view.crossings) == sum(channel.nbytes for channel in view.plan.channels)
+
+
+def test_bytes_in_and_out_balance(view):
+    assert sum(stage.bytes_in for stage in view.stages) == sum(stage.bytes_out for stage in view.stages)
+    assert view.stages[0].bytes_in == view.stages[-1].bytes_out == 0
+
+
+def test_no_stage_has_more_boxes_than_a_person_reads():
+    view = view_of(gpt2(layers=48), 8)
+    assert max(len(stage.modules) for stage in view.stages) <= MOST_BOXES
+
+
+def test_module_times_sum_to_the_time_of_the_model(view):
+    total = sum(module.cost.seconds for module in view.modules)
+    replicated = [
+        cost for cost, node in zip(view.costed.costs, view.costed.graph.nodes, strict=True) if node.replicated
+    ]
+    assert total == pytest.approx(view.costed.seconds - sum(cost.seconds for cost in replicated))
+
+
+def test_tied_weight_is_told_by_both_stages():
+    view = view_of(gpt2(), 2)
+    assert view.tied(0) == (("transformer.wte.weight", (1,)),)
+    assert view.tied(1) == (("transformer.wte.weight", (0,)),)
+
+
+def test_replicated_nodes_are_counted_in_each_stage_that_needs_them():
+    view = view_of(gpt2(), 2)
+    assert [view.node(i).name for i in view.stages[0].inputs] == ["input_ids"]
+    assert [view.node(i).name for i in view.stages[1].inputs] == ["input_ids", "labels"]
+    shared = set(view.stages[0].recomputed) & set(view.stages[1].recomputed)
+    assert {view.node(i).op for i in shared} == {"ones", "tril"}
+
+
+def test_balance_is_busiest_over_mean():
+    b = Builder()
+    x = b.call("relu", [b.call("relu", [b.input("x", 2)], 2)], 2)
+    costed = CostedGraph(b.costed([x]).graph, (Cost(), Cost(1.0, 2.0), Cost(1.0, 0.0)), "counted")
+    assert stage_graph(costed, Plan.of(costed.graph, [0, 0, 1])).balance == 3 / 2
+
+
+def test_plan_for_another_graph_is_refused():
+    with pytest.raises(ValueError, match="the plan is for 68 nodes, the graph has 565"):
+        stage_graph(gpt2(), by_time(unet(), 2))
+
+
+# Modules
+
+
+def test_path_is_cut_at_numbered_blocks():
+    view = path_model("bert.embeddings.word", "bert.embeddings.norm", "bert.layer.0.attention.q", "bert.layer.0.mlp")
+    assert labels(view) == ["embeddings", "layer.0"]
+    assert [module.paths for module in view.modules] == [("bert.embeddings",), ("bert.layer.0",)]
+
+
+def test_numbered_leaves_are_one_module_until_the_plan_cuts_it():
+    paths = ["features.0", "features.1", "features.2", "features.3", "classifier"]
+    assert labels(path_model(*paths)) == ["features", "classifier"]
+    assert labels(path_model(*paths, cut=2)) == ["features.0", "features.1", "features.2", "features.3", "classifier"]
+
+
+def test_block_that_the_plan_cuts_shows_its_parts():
+    paths = ["h.0.attn.q", "h.0.attn.k", "h.0.mlp", "h.1.attn.q", "h.1.mlp"]
+    assert labels(path_model(*paths, cut=2)) == ["h.0.attn", "h.0.mlp", "h.1"]
+
+
+def test_long_run_of_blocks_becomes_one_box():
+    paths = [f"h.{layer}.{part}" for layer in range(6) for part in ("attn", "mlp")]
+    assert labels(path_model("wte", *paths, "head")) == ["wte", "h.0 … 5", "head"]
+    assert labels(path_model("wte", *paths[:8], "head")) == ["wte", "h.0", "h.1", "h.2", "h.3", "head"]
+
+
+def test_what_the_model_itself_computes_is_named_by_its_operations():
+    assert labels(path_model("a.0.x", "", "b.0.x")) == ["a.0", "relu", "b.0"]
+
+
+def test_same_block_number_in_two_towers_keeps_the_longer_name():
+    paths = ["encoder.block.0.x", "encoder.block.0.y", "decoder.block.0.x", "decoder.block.0.y"]
+    assert labels(path_model(*paths)) == ["encoder.block.0", "decoder.block.0"]
+
+
+# Formats
+
+
+def test_json_round_trip(view):
+    text = FORMATS["json"](view)
+    assert StageGraph.from_json(text) == view
+    assert set(json.loads(text)) == {"costed", "plan", "stages", "modules", "edges"}
+
+
+def test_json_can_be_read_without_us():
+    it = json.loads(FORMATS["json"](view_of(unet(), 4)))
+    nodes = it["costed"]["graph"]["nodes"]
+    skips = [
+        (nodes[value]["path"], it["modules"][edge["target"]]["stage"])
+        for edge in it["edges"]
+        for value in edge["values"]
+        if it["modules"][edge["target"]]["stage"] > it["modules"][edge["source"]]["stage"] + 1
+    ]
+    assert skips == [("down.0", 3), ("down.1", 3), ("down.2", 3), ("down.3", 2)]
+
+
+def texts_of(root: ElementTree.Element) -> str:
+    return "\n".join(root.itertext())
+
+
+def test_svg_is_xml_with_every_stage_module_edge_and_crossing_value(view):
+    root = ElementTree.fromstring(FORMATS["svg"](view))
+
+    def ids(kind: str) -> set[str]:
+        return {it.attrib[kind] for it in root.iter() if kind in it.attrib}
+
+    assert ids("data-stage") == {str(i) for i in range(len(view.stages))}
+    assert ids("data-module") == {str(i) for i in range(len(view.modules))}
+    assert ids("data-edge") == {str(i) for i in range(len(view.edges))}
+    titles = texts_of(root)
+    for stage in range(len(view.stages)):
+        assert f"stage {stage} · rank {stage}" in titles
+    assert all(view.node(value).name in titles for edge in view.crossings for value in edge.values)
+
+
+def test_svg_stays_within_its_frame(view):
+    places = layout(view)
+    points = [point for wire in places.wires for point in wire.points]
+    points += [(rect.right, rect.bottom) for rect in (*places.bands, *places.boxes)]
+    assert max(x for x, _ in points) <= places.width
+    assert max(y for _, y in points) <= places.height
+    assert min(min(point) for point in points) >= 0
+
+
+def test_svg_boxes_stand_in_their_band_and_apart(view):
+    places = layout(view)
+    for module, box in zip(view.modules, places.boxes, strict=True):
+        band = places.bands[module.stage]
+        assert band.x < box.x
+        assert box.right < band.right
+        assert band.y < box.y
+        assert box.bottom < band.bottom
+    assert not any(_overlap(a, b) for i, a in enumerate(places.boxes) for b in places.boxes[:i])
+
+
+def _overlap(a: Rect, b: Rect) -> bool:
+    return a.x < b.right and b.x < a.right and a.y < b.bottom and b.y < a.bottom
+
+
+def test_svg_wires_run_level_or_upright_and_never_through_a_band_they_pass(view):
+    places = layout(view)
+    for wire in places.wires:
+        edge = view.edges[wire.edge]
+        ends = {view.modules[edge.source].stage, view.modules[edge.target].stage}
+        passed = [band for stage, band in enumerate(places.bands) if stage not in ends]
+        for (x, y), (u, v) in zip(wire.points, wire.points[1:], strict=False):
+            assert x == u or y == v
+            piece = Rect(min(x, u), min(y, v), abs(u - x), abs(v - y))
+            assert not any(_overlap(piece, band) for band in passed)
+
+
+def test_svg_lanes_of_one_gutter_do_not_lie_on_each_other():
+    level = [
+        (y, min(x, u), max(x, u))
+        for wire in layout(view_of(unet(), 4)).wires
+        for (x, y), (u, v) in zip(wire.points, wire.points[1:], strict=False)
+        if y == v and len(wire.points) > 2
+    ]
+    assert len(level) > 8
+    assert not any(y == v and a < d and c < b for i, (y, a, b) in enumerate(level) for v, c, d in level[:i])
+
+
+class Page(HTMLParser):
+    """The tables of a page, what it loads, and the nesting of its tags."""
+
+    VOID = ("meta", "br", "rect", "path")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.rows: dict[str, list[str]] = {}
+        self.tags: list[str] = []
+        self.loads: list[str] = []
+        self.scripts = self.details = 0
+        self._open: list[str] = []
+        self._table = ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        values = {name: value or "" for name, value in attributes}
+        self.loads += [v for name, v in values.items() if name in ("src", "href") or name.startswith("on")]
+        self.scripts += tag == "script"
+        self.details += tag == "details"
+        if tag == "table":
+            self._table = values.get("id", "nodes")
+        if tag == "tr":
+            self.rows.setdefault(self._table, []).append("")
+        if tag not in self.VOID:
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "tr" in self._open:
+            self.rows[self._table][-1] += data + " "
+
+
+def test_html_lists_every_stage_every_crossing_value_and_every_node(view):
+    page = Page(FORMATS["html"](view))
+    assert len(page.rows["stages"]) == len(view.stages) + 2
+    crossing = [value for channel in view.plan.channels for value in channel.values]
+    assert len(page.rows["cuts"]) == len(crossing) + 1
+    for value, row in zip(crossing, page.rows["cuts"][1:], strict=True):
+        node = view.node(value)
+        assert node.name in row
+        assert str(node.outputs[0]) in row
+        assert node.source in row
+    nodes = "".join(page.rows["nodes"])
+    assert all(f"{node.name} " in nodes for node in view.costed.graph.nodes)
+    starts = sum(1 for stage in view.stages if stage.inputs or stage.recomputed)
+    assert page.details == len(view.modules) + starts
+
+
+def test_html_is_self_contained(view):
+    text = FORMATS["html"](view)
+    page = Page(text)
+    assert page.loads == []
+    assert page.scripts == 1
+    assert not page._open
+    assert "@import" not in text
+    assert set(re.findall(r"https?://[^\s\"'<]+", text)) <= {"http://www.w3.org/2000/svg"}
+
+
+def test_dot_has_a_cluster_for_each_stage_and_an_edge_for_each_edge(view):
+    lines = FORMATS["dot"](view).splitlines()
+    assert sum("subgraph cluster_" in line for line in lines) == len(view.stages)
+    edges = [re.match(r"\s*m(\d+) -> m(\d+) \[", line) for line in lines]
+    found = [(int(it[1]), int(it[2])) for it in edges if it]
+    assert found == [(edge.source, edge.target) for edge in view.edges]
+
+
+def test_mermaid_has_a_subgraph_for_each_stage_and_a_thick_edge_for_each_crossing(view):
+    text = FORMATS["mermaid"](view)
+    assert text.startswith("flowchart TB\n")
+    assert text.count("subgraph s") == len(view.stages)
+    thick = re.findall(r"^  m(\d+) == \"[^\"]+\" ==> m(\d+)$", text, re.MULTILINE)
+    assert [(int(a), int(b)) for a, b in thick] == [(edge.source, edge.target) for edge in view.crossings]
+
+
+def test_hostile_names_stay_text_in_svg(hostile):
+    root = ElementTree.fromstring(FORMATS["svg"](hostile))
+    assert not list(root.iter(f"{SVG}script"))
+    assert "<script>alert('x')</script>" in texts_of(root)
+
+
+def test_hostile_names_stay_text_in_html(hostile):
+    page = Page(FORMATS["html"](hostile))
+    assert page.scripts == 1
+    assert page.loads == []
+    assert "<script>alert('x')</script>" in page.rows["cuts"][1]
+
+
+def test_hostile_names_stay_strings_in_dot(hostile):
+    text = FORMATS["dot"](hostile)
+    outside = re.sub(r'"(?:[^"\\]|\\.)*"', "", text)
+    assert '"' not in outside
+    assert "alert" not in outside
+    assert outside.count("{") == outside.count("}") == 1 + len(hostile.stages)
+
+
+def test_hostile_names_stay_strings_in_mermaid(hostile):
+    text = FORMATS["mermaid"](hostile)
+    outside = re.sub(r'"[^"\n]*"', "", text)
+    assert "alert" not in outside
+    assert not re.search(r"[;`%<]", outside)
+
+
+def test_hostile_names_survive_json(hostile):
+    assert StageGraph.from_json(FORMATS["json"](hostile)) == hostile
+
+
+# The table
+
+
+def printed(view: StageGraph, width: int = 100) -> str:
+    console = Console(width=width, no_color=True)
+    with console.capture() as capture:
+        console.print(table(view))
+    return capture.get()
+
+
+def test_table_at_a_hundred_columns():
+    lines = [line.rstrip() for line in printed(view_of(gpt2(), 2)).splitlines()]
+    assert lines == [
+        "",
+        " stage   rank   modules         params   forward   backward   weights     saved        in       out",
+        " " + "─" * 98,
+        "     0      0   wte, wpe,       97.9 M    100 ms     200 ms   373 MiB   484 MiB       0 B   3.0 MiB",
+        "                drop, h.0 … 8",
+        "     1      1   h.8 … 11,       65.2 M    100 ms     200 ms   249 MiB   320 MiB   3.0 MiB       0 B",
+        "                ln_f, lm_head",
+        "",
+        "   all                           124 M    200 ms     401 ms   622 MiB   804 MiB   3.0 MiB   3.0 MiB",
+        "",
+        "one microbatch, counted; busiest stage / mean: 1.00",
+        "tied: transformer.wte.weight in stages 0, 1",
+    ]
+
+
+def test_table_prints_markup_in_names_as_it_is():
+    assert "[bold]x" in printed(path_model("[bold]x", "[/]y"))
+
+
+# Units
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (seconds_text(0), "0"),
+        (seconds_text(3.2e-8), "0.03 us"),
+        (seconds_text(0.00123), "1.23 ms"),
+        (seconds_text(83.25), "83.2 s"),
+        (bytes_text(0), "0 B"),
+        (bytes_text(1023), "1023 B"),
+        (bytes_text(1536), "1.5 KiB"),
+        (bytes_text(5 * 2**40), "5.0 TiB"),
+        (count_text(12), "12"),
+        (count_text(124_439_808), "124 M"),
+    ],
+)
+def test_numbers_are_short(text, expected):
+    assert text == expected
