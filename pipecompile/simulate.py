@@ -29,7 +29,7 @@ from pipecompile.program import (
     linearize,
 )
 from pipecompile.timeline import Span, Timeline
-from pipecompile.versions import stash_at_start, walk
+from pipecompile.versions import Stash, stash_at_start, walk
 
 
 def simulate(
@@ -68,18 +68,20 @@ def peak_bytes(program: Program, costs: Sequence[Cost]) -> tuple[int, ...]:
     """For each rank the most bytes it holds at once: each live version of its parameters, and what its microbatches in
     flight have saved. Gradients, optimizer state and transfer buffers come on top. Carried Forwards count as version 0.
     """
-    plan, stashes = program.plan, stash_at_start(program)
-    held = [s.live * c.parameter_bytes + len(s.in_flight) * c.saved_bytes for s, c in zip(stashes, costs, strict=True)]
-    peak = [_on_rank(held, rank, plan) for rank in range(plan.num_ranks)]
+    rank_of, stashes = program.plan.rank_of, stash_at_start(program)
+    held = [_held(stash, cost) for stash, cost in zip(stashes, costs, strict=True)]
+    now = [sum(nbytes for s, nbytes in enumerate(held) if rank_of[s] == rank) for rank in range(len(program.ranks))]
+    peak = list(now)
     for i, stash in walk(program, stashes):
-        cost, rank = costs[i.stage], plan.rank_of[i.stage]
-        held[i.stage] = stash.live * cost.parameter_bytes + len(stash.in_flight) * cost.saved_bytes
-        peak[rank] = max(peak[rank], _on_rank(held, rank, plan))
+        nbytes, rank = _held(stash, costs[i.stage]), rank_of[i.stage]
+        now[rank] += nbytes - held[i.stage]
+        held[i.stage] = nbytes
+        peak[rank] = max(peak[rank], now[rank])
     return tuple(peak)
 
 
-def _on_rank(held: Sequence[int], rank: int, plan: Plan) -> int:
-    return sum(nbytes for stage, nbytes in enumerate(held) if plan.rank_of[stage] == rank)
+def _held(stash: Stash, cost: Cost) -> int:
+    return stash.live * cost.parameter_bytes + len(stash.in_flight) * cost.saved_bytes
 
 
 def _seconds(i: Compute, costs: Sequence[Cost], step_seconds: float) -> float:
@@ -106,8 +108,8 @@ def _transfer_seconds(i: Send | Recv, plan: Plan, cluster: Cluster | None) -> fl
     if cluster is None:
         return 0.0
     source, target = i.result.stage, i.target
-    pair = (min(source, target), max(source, target))  # a gradient has the bytes of the value it belongs to
-    nbytes = sum(channel.nbytes for channel in plan.channels if (channel.source, channel.target) == pair)
+    first, last = min(source, target), max(source, target)  # a gradient has the bytes of the value it belongs to
+    nbytes = sum(channel.nbytes for channel in plan.outgoing[first] if channel.target == last)
     return cluster.transfer_seconds(plan.rank_of[source], plan.rank_of[target], nbytes)
 
 
