@@ -28,6 +28,7 @@ class Output:
     value: Any = None
     batch_dim: int | None = None
     is_scalar: bool = False  # no dimension, floating point
+    is_shared: bool = False  # computed from arguments without a batch alone, or from none
     requires_grad: bool = False
 
 

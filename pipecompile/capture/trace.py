@@ -216,7 +216,8 @@ class _Trace:
         if not isinstance(leaf, Tensor):
             return Output(name, lowered.name)
         scalar = leaf.ndim == 0 and leaf.dtype.is_floating_point
-        return Output(name, lowered.name, None, self._batch_dim(leaf), scalar, leaf.requires_grad)
+        shared = not any(n.op == "placeholder" and n.name in self.call.batched for n in _ancestors([lowered]))
+        return Output(name, lowered.name, None, self._batch_dim(leaf), scalar, shared, leaf.requires_grad)
 
     def _batch_dim(self, tensor: Tensor) -> int | None:
         batch = next((self.expected[n][0] for n in self.expected if n in self.call.batched), None)

@@ -1,0 +1,10 @@
+"""Runs the stages of a split model: programs, weights, transfers, gradients."""
+
+from pipecompile.runtime.ambient import Ambient
+from pipecompile.runtime.executor import Executor
+from pipecompile.runtime.lane import Lane
+from pipecompile.runtime.runner import Microbatch, Runner
+from pipecompile.runtime.transport import LocalTransport, Transport
+from pipecompile.runtime.weights import MakeOptimizer, Weights
+
+__all__ = ["Ambient", "Executor", "Lane", "LocalTransport", "MakeOptimizer", "Microbatch", "Runner", "Transport", "Weights"]

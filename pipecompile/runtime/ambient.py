@@ -1,0 +1,38 @@
+"""The modes of the calling thread, which a pipeline's own threads must run in too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Ambient:
+    """Gradient, inference and autocast modes; torch keeps them for each thread."""
+
+    grad: bool
+    inference: bool
+    autocast: tuple[tuple[str, torch.dtype, bool], ...]
+
+    @staticmethod
+    def of_caller(device_types: frozenset[str]) -> Ambient:
+        """The modes of the calling thread."""
+        casts = tuple(
+            (kind, torch.get_autocast_dtype(kind), torch.is_autocast_cache_enabled())
+            for kind in sorted(device_types)
+            if torch.is_autocast_enabled(kind)
+        )
+        return Ambient(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), casts)
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            if self.inference:
+                stack.enter_context(torch.inference_mode())
+            stack.enter_context(torch.set_grad_enabled(self.grad))
+            for kind, dtype, cache in self.autocast:
+                stack.enter_context(torch.autocast(kind, dtype=dtype, cache_enabled=cache))
+            yield

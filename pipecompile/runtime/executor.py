@@ -1,0 +1,180 @@
+"""Carries out programs in one process: a thread for each rank, each reading its own row.
+
+The executor has no mode for a schedule. It reads instructions, and what they mean is the same in every program; the
+program has been validated, so that no rank waits for ever. A failure in one rank stops all and surfaces in the caller.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import wait
+from typing import Any, assert_never
+
+from pipecompile.errors import ExecutionError, PipecompileError
+from pipecompile.plan import Plan
+from pipecompile.program import (
+    Backward,
+    Forward,
+    Instruction,
+    Program,
+    Recv,
+    Reduce,
+    Result,
+    Send,
+    Step,
+    followers,
+    reads,
+    readers,
+)
+from pipecompile.runtime.ambient import Ambient
+from pipecompile.runtime.lane import Lane, caller_event, caller_waits
+from pipecompile.runtime.runner import Microbatch, Runner
+from pipecompile.runtime.transport import Aborted, Transport, Values
+from pipecompile.runtime.weights import Version
+from pipecompile.timeline import Span, Timeline
+
+Mailbox = dict[tuple[Result, int], Values | Callable[[], Values]]
+
+
+class Executor:
+    """Runs programs over the stages of one plan. What a program leaves for the next stays in the mailboxes.
+
+    Args:
+        runners: one for each stage.
+        lanes: one for each rank.
+        transport: carries results between ranks.
+    """
+
+    def __init__(self, plan: Plan, runners: Sequence[Runner], lanes: Sequence[Lane], transport: Transport) -> None:
+        self.plan = plan
+        self.runners = runners
+        self.lanes = tuple(lanes)
+        self.transport = transport
+        self.mailboxes: list[Mailbox] = [{} for _ in lanes]
+
+    def run(self, program: Program, microbatches: Mapping[int, Microbatch], ambient: Ambient) -> Timeline:
+        """Runs a validated, lowered program.
+
+        Args:
+            microbatches: by number; those that the program computes with. Receives their outputs and gradients.
+
+        Raises:
+            ExecutionError: a stage raised; the message names stage, instruction, module and source line.
+        """
+        start = time.perf_counter()
+        event = caller_event(tuple(lane.device for lane in self.lanes))
+        jobs = [
+            lane.thread.submit(self._run_rank, rank, program.ranks[rank], microbatches, ambient, event, start)
+            for rank, lane in enumerate(self.lanes)
+        ]
+        try:
+            wait(jobs)
+        except BaseException:  # the user interrupts: wake the ranks before passing it on
+            self.transport.abort()
+            wait(jobs)
+            self.reset()
+            raise
+        self._raise_failure([job.exception() for job in jobs])
+        caller_waits(self.lanes)
+        spans = [span for job in jobs for span in job.result()]
+        return Timeline(tuple(sorted(spans, key=lambda s: (s.rank, s.start))), len(self.lanes))
+
+    def reset(self) -> None:
+        """Forgets every microbatch that is under way."""
+        self.transport.reset()
+        for mailbox in self.mailboxes:
+            mailbox.clear()
+
+    def _raise_failure(self, errors: Sequence[BaseException | None]) -> None:
+        failures = [error for error in errors if error is not None]
+        if not failures:
+            return
+        self.reset()
+        raise next((error for error in failures if not isinstance(error, Aborted)), failures[0])
+
+    def _run_rank(
+        self,
+        rank: int,
+        row: Sequence[Instruction],
+        microbatches: Mapping[int, Microbatch],
+        ambient: Ambient,
+        event: Any,
+        start: float,
+    ) -> list[Span]:
+        spans: list[Span] = []
+        try:
+            with self.lanes[rank].entered(event), ambient.entered():
+                for i in row:
+                    began, ended = self._do(i, self.mailboxes[rank], microbatches)
+                    spans.append(Span(rank, i, began - start, ended - start))
+        except BaseException:
+            self.transport.abort()
+            raise
+        return spans
+
+    def _do(self, i: Instruction, mailbox: Mailbox, microbatches: Mapping[int, Microbatch]) -> tuple[float, float]:
+        """Carries out one instruction; returns when it began (with all it needs at hand) and ended."""
+        match i:
+            case Send():
+                began = time.perf_counter()
+                self.transport.send(i, _open(mailbox.pop((i.result, i.target))))
+            case Recv():
+                began = time.perf_counter()
+                mailbox[i.result, i.target] = self.transport.recv(i)
+            case Forward() | Backward() | Reduce() | Step():
+                received = {r.stage: _open(mailbox.pop((r, i.stage))) for r in reads(i, self.plan)}
+                began = time.perf_counter()
+                self._compute(i, received, mailbox, microbatches)
+            case _:
+                assert_never(i)
+        return began, time.perf_counter()
+
+    def _compute(
+        self,
+        i: Forward | Backward | Reduce | Step,
+        received: Mapping[int, Values],
+        mailbox: Mailbox,
+        microbatches: Mapping[int, Microbatch],
+    ) -> None:
+        runner = self.runners[i.stage]
+        results: Mapping[int, Values] = {}
+        try:
+            match i:
+                case Forward(_, number):
+                    results = runner.forward(microbatches[number], received)
+                case Backward(_, number):
+                    results = runner.backward(microbatches[number], received)
+                case Reduce(stage, number):
+                    results = self._reduce(stage, microbatches[number].versions[stage], received)
+                case Step():
+                    runner.step(microbatches.values())
+                case _:
+                    assert_never(i)
+        except PipecompileError as error:
+            raise type(error)(f"stage {i.stage}, {i}: {error}") from error.__cause__
+        except Exception as error:
+            raise ExecutionError(f"stage {i.stage}, {i}: {type(error).__name__}: {error}") from error
+        if not isinstance(i, Step):
+            for reader in readers(i, self.plan):
+                mailbox[i, reader] = results[reader]
+
+    def _reduce(self, stage: int, version: Version, received: Mapping[int, Values]) -> dict[int, Values]:
+        """An owner adds up the gradients of its tied parameters, a follower hands its own on."""
+        leaves = version.leaves
+        results: dict[int, Values] = {}
+        for tied in self.plan.tied:
+            if stage in tied.followers:
+                results[tied.owner] = (*results.get(tied.owner, ()), leaves[tied.parameter].grad)
+                leaves[tied.parameter].grad = None
+        for follower in sorted(followers(stage, self.plan), reverse=True):
+            shared = [t.parameter for t in self.plan.tied if t.owner == stage and follower in t.followers]
+            for name, gradient in zip(shared, received[follower], strict=True):
+                leaf = leaves[name]
+                if gradient is not None:
+                    leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
+        return results
+
+
+def _open(content: Values | Callable[[], Values]) -> Values:
+    return content() if callable(content) else content

@@ -1,0 +1,134 @@
+"""Runs one stage: forward and backward of a microbatch, with what must be kept in between."""
+
+from __future__ import annotations
+
+import linecache
+import re
+import traceback
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from pipecompile.errors import ExecutionError
+from pipecompile.runtime.lane import Lane
+from pipecompile.runtime.transport import Values
+from pipecompile.runtime.weights import Version, Weights
+from pipecompile.split import Stage
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """What a forward leaves for its backward."""
+
+    inputs: Mapping[str, Tensor]  # leaves of the model inputs that want gradients
+    received: Mapping[int, Values]  # leaves of what came from each source stage
+    returned: Mapping[str, Tensor]
+
+
+@dataclass
+class Microbatch:
+    """One microbatch on its way: what goes in, the gradients that its backward starts from, and what has come out."""
+
+    inputs: Mapping[str, Tensor]
+    seeds: Mapping[str, Tensor | float] = field(default_factory=dict)  # model output -> its gradient
+    outputs: dict[str, Tensor] = field(default_factory=dict)  # model outputs, without their history
+    input_gradients: dict[str, list[Tensor]] = field(default_factory=dict)  # one from each stage that reads the input
+    saved: dict[int, Saved] = field(default_factory=dict)  # by stage, until its backward
+    versions: dict[int, Version] = field(default_factory=dict)  # by stage: the weights that its forward used
+
+
+class Runner:
+    """One stage at run time."""
+
+    def __init__(self, stage: Stage, weights: Weights, lane: Lane) -> None:
+        self.stage = stage
+        self.weights = weights
+        self.lane = lane
+
+    def forward(self, microbatch: Microbatch, received: Mapping[int, Values]) -> dict[int, Values]:
+        """Runs one microbatch; returns what each later stage reads."""
+        stage = self.stage
+        inputs = {name: _leaf(self.lane.fetch(microbatch.inputs[name])) for name in stage.inputs}
+        leaves = {source: tuple(map(_leaf, values)) for source, values in received.items()}  # type: ignore[arg-type]
+        arguments = [*inputs.values(), *(v for source in stage.receives for v in leaves[source])]
+        returned = dict(zip(stage.returns, self._call(arguments), strict=True))
+        if torch.is_grad_enabled():
+            wanted = {name: t for name, t in inputs.items() if t.requires_grad}
+            microbatch.saved[stage.index] = Saved(wanted, leaves, returned)
+            microbatch.versions[stage.index] = self.weights.current
+        for name in stage.outputs:
+            microbatch.outputs[name] = _detached(returned[name])
+        return {target: tuple(_detached(returned[v]) for v in values) for target, values in stage.sends.items()}
+
+    def backward(self, microbatch: Microbatch, received: Mapping[int, Values]) -> dict[int, Values]:
+        """Runs one microbatch's backward; returns the gradients of what each earlier stage sent.
+
+        "No gradient" (None) is a legal message both ways.
+        """
+        saved = microbatch.saved.pop(self.stage.index)
+        self.weights.check(microbatch.versions[self.stage.index])
+        gradients: dict[str, Tensor] = {}
+        for name, seed in microbatch.seeds.items():
+            if name in self.stage.outputs and saved.returned[name].requires_grad:
+                gradients[name] = self._seed(seed, saved.returned[name])
+        for target in sorted(received, reverse=True):  # the latest use first, as autograd adds them up
+            for name, gradient in zip(self.stage.sends[target], received[target], strict=True):
+                if gradient is not None:
+                    gradients[name] = gradients[name] + gradient if name in gradients else gradient
+        roots = [saved.returned[name] for name in gradients if saved.returned[name].requires_grad]
+        if roots:
+            torch.autograd.backward(roots, [gradients[n] for n in gradients if saved.returned[n].requires_grad])
+        self.weights.touch(microbatch.versions[self.stage.index])
+        for name, leaf in saved.inputs.items():
+            if leaf.grad is not None:
+                microbatch.input_gradients.setdefault(name, []).append(leaf.grad)
+        return {
+            source: tuple(leaf.grad if isinstance(leaf, Tensor) else None for leaf in leaves)
+            for source, leaves in saved.received.items()
+        }
+
+    def step(self, microbatches: Iterable[Microbatch]) -> None:
+        """The stage's optimizer updates its weights; those that a microbatch still needs are kept."""
+        index = self.stage.index
+        self.weights.step([m.versions[index] for m in microbatches if index in m.saved])
+
+    def _call(self, arguments: list[Tensor]) -> tuple[Tensor, ...]:
+        try:
+            return functional_call(self.stage.module, dict(self.weights.current.leaves), tuple(arguments), tie_weights=False)  # type: ignore[no-any-return]
+        except Exception as error:
+            raise ExecutionError(f"{self._where(error)}: {type(error).__name__}: {error}") from error
+
+    def _seed(self, seed: Tensor | float, output: Tensor) -> Tensor:
+        if isinstance(seed, Tensor):
+            return self.lane.fetch(seed)
+        return torch.full_like(output, seed, memory_format=torch.contiguous_format)
+
+    def _where(self, error: BaseException) -> str:
+        """The node that raised, found by the line of generated code that the exception came through."""
+        code = self.stage.code.splitlines()
+        for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
+            if "eval_with_key" in frame.f_code.co_filename and 0 < line <= len(code) + 8:
+                return self._origin(frame.f_code.co_filename, line)
+        return f"stage {self.stage.index}"
+
+    def _origin(self, filename: str, line: int) -> str:
+        match = re.match(r"\s*(\w+)\s*(?::[^=]*)?=", linecache.getline(filename, line))
+        name = match[1] if match else ""
+        return self.stage.origins.get(name, f"stage {self.stage.index}")
+
+
+def _leaf(value: Tensor | int | None) -> Tensor | int | None:
+    """A tensor cut off from its history that gathers a gradient if it wants one."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().requires_grad_(value.requires_grad)
+
+
+def _detached(value: Tensor) -> Tensor:
+    """A value as another stage may have it: without its history, but still saying whether it wants a gradient."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().requires_grad_(value.requires_grad)

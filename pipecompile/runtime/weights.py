@@ -1,0 +1,116 @@
+"""The weights of a stage in all the versions that are still needed.
+
+A stage never computes with the model's parameters themselves but with leaves that share their memory: gradients gather
+in the leaves, and a leaf goes on pointing at its memory when the parameter moves on to fresh memory. So a version is
+stashed without a copy: the step that would overwrite weights which a pending backward still needs first gives each
+parameter new memory. Versions that no pending backward needs are freed by dropping them.
+
+Source: PipeDream (SOSP 2019), section 3.3, weight stashing; the version a backward uses is that of its forward. Optimizer
+state and buffers are not versioned, as there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pipecompile.errors import ExecutionError
+
+MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True, eq=False)
+class Version:
+    """One version of a stage's weights: leaves by name; ``counters`` are those of the parameters when it was made."""
+
+    leaves: Mapping[str, Tensor]
+    counters: Mapping[str, int]
+
+
+class Weights:
+    """One stage's parameters and their versions.
+
+    Args:
+        tensors: the model's own parameters, and buffers that live elsewhere, by name.
+        device: the stage's; a tensor that lives elsewhere (a tied parameter, a shared buffer) is replicated here.
+        optimizer: for schedules that step inside the pipeline, which then own the updates.
+    """
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], device: torch.device, optimizer: MakeOptimizer | None = None
+    ) -> None:
+        self.tensors = dict(tensors)
+        self.device = device
+        trainable = [t for t in tensors.values() if isinstance(t, nn.Parameter) and t.requires_grad]
+        self.optimizer = optimizer(trainable) if optimizer is not None and trainable else None
+        self.replicas: dict[str, tuple[int, int, Tensor]] = {}
+        self.current = self._version()
+        self.touched: list[Version] = []  # versions with gradients since the last step
+        self.peak = 1  # versions alive at once
+
+    def begin(self, tensors: Mapping[str, Tensor]) -> None:
+        """Begins a pass: leaves without gradients, on the present values of the tensors that the pass reads."""
+        self.tensors.update(tensors)
+        self.current = self._version()
+
+    def check(self, version: Version) -> None:
+        """Raises ``ExecutionError`` if somebody has written to the parameters since a version was made."""
+        for name, counter in version.counters.items():
+            if self.tensors[name]._version != counter:
+                raise ExecutionError(
+                    f"parameter {name!r} was changed in place between the forward that used it and its backward; "
+                    f"call backward() before optimizer.step()"
+                )
+
+    def touch(self, version: Version) -> None:
+        """Notes that a version has gradients which the next step takes."""
+        if self.optimizer is not None:
+            self.touched.append(version)
+
+    def step(self, pending: Iterable[Version]) -> None:
+        """The optimizer updates the latest weights with the gradients since the last step.
+
+        Args:
+            pending: the versions that backwards still to come need.
+        """
+        needed = set(pending)
+        self._gather()
+        if self.current in needed:
+            for tensor in self.tensors.values():
+                if tensor.requires_grad:
+                    tensor.data = tensor.data.clone()
+        if self.optimizer is not None:
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        self.current = self._version()
+        self.peak = max(self.peak, len({*needed, self.current}))
+
+    def _gather(self) -> None:
+        for version in self.touched:
+            for name, leaf in version.leaves.items():
+                if leaf.grad is not None:
+                    parameter = self.tensors[name]
+                    parameter.grad = leaf.grad if parameter.grad is None else parameter.grad + leaf.grad
+                    leaf.grad = None
+        self.touched.clear()
+
+    def _version(self) -> Version:
+        leaves = {name: self._leaf(name, tensor) for name, tensor in self.tensors.items()}
+        watched = {} if self.optimizer else {n: t._version for n, t in self.tensors.items() if t.requires_grad}
+        return Version(leaves, watched)
+
+    def _leaf(self, name: str, tensor: Tensor) -> Tensor:
+        leaf = tensor.data if tensor.device == self.device else self._replica(name, tensor)
+        return leaf.detach().requires_grad_(tensor.requires_grad)
+
+    def _replica(self, name: str, tensor: Tensor) -> Tensor:
+        """A copy on this device, made anew when the tensor has changed."""
+        stamp = (tensor._version, tensor.data_ptr())
+        known = self.replicas.get(name)
+        if known is None or known[:2] != stamp:
+            known = (*stamp, tensor.data.to(self.device))
+            self.replicas[name] = known
+        return known[2]
