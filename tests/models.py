@@ -160,6 +160,10 @@ def _late(draw: Draw) -> Inputs:
     return (draw.floats(draw.length, D), draw.floats(draw.length, D)), {}
 
 
+def _late_target(draw: Draw) -> Inputs:
+    return _late(draw)[0], {"target": draw.floats(draw.length, D)}
+
+
 def _nested(draw: Draw) -> Inputs:
     return ((draw.floats(draw.length, D), {"more": [draw.floats(draw.length, D), draw.floats(1, D)]}),), {}
 
@@ -224,6 +228,7 @@ def _all() -> tuple[Model, ...]:
         _toy("no_grad", effects.NoGrad),
         _toy("autocast", effects.Autocast, mixes="gradients rounded to bfloat16"),
         _toy("long_skip", toys.LongSkip, _late),
+        _toy("skip_to_loss", toys.SkipToLoss, _late_target, loss=_bare, inside=True),
         _toy("dataclass_output", toys.DataclassOutput, loss=lambda output: output.loss, inside=True),
         _toy("named_tuple_output", toys.NamedTupleOutput, loss=_halves),
         _toy("nested_output", toys.NestedOutput, loss=_hidden),

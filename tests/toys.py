@@ -133,6 +133,13 @@ class LongSkip(nn.Module):
         return self.body[1:](first) + first + late
 
 
+class SkipToLoss(LongSkip):
+    """The same with its loss inside."""
+
+    def forward(self, x: Tensor, late: Tensor, target: Tensor) -> Tensor:
+        return F.mse_loss(super().forward(x, late), target)
+
+
 @dataclass
 class Scores:
     loss: Tensor

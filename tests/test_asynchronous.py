@@ -1,0 +1,69 @@
+"""PipeDream: training without a flush ends with the weights of the sequential recurrence, and stashes no more than due."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from models import MODELS
+from oracle import Recurrence, pipedream, split
+
+import pipecompile
+
+MODEL = MODELS["skip_to_loss"]
+CALLS = [MODEL.inputs(8, 6, seed) for seed in range(5)]
+MICROBATCHES = 4  # each a minibatch: twenty steps
+
+OPTIMIZERS = {
+    "momentum": partial(torch.optim.SGD, lr=0.05, momentum=0.9),
+    "adam": partial(torch.optim.Adam, lr=0.01),
+}
+
+
+def trained(stages: int, optimizer: Callable[..., torch.optim.Optimizer]) -> tuple[pipecompile.Pipeline, list[float]]:
+    pipe = pipecompile.compile(
+        MODEL.build(), devices=["cpu"] * stages, schedule="pipedream", microbatches=MICROBATCHES, optimizer=optimizer
+    )
+    losses = [pipe(*args, **kwargs).item() for args, kwargs in CALLS]
+    pipe.flush()
+    return pipe, losses
+
+
+def recurrence(pipe: pipecompile.Pipeline, optimizer: Callable[..., torch.optim.Optimizer]) -> Recurrence:
+    names = [[name for name, _ in stage.named_parameters()] for stage in pipe.stages]
+    assert all(names)
+    minibatches = [part for call in CALLS for part in split(call, MICROBATCHES)]
+    delay = range(len(names))[::-1]
+    return pipedream(MODEL.build(), MODEL.loss, minibatches, names, delay, optimizer)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("stages", [2, 3, 4])
+def test_twenty_minibatches_over_five_calls_equal_the_recurrence(
+    stages: int, optimizer: Callable[..., torch.optim.Optimizer]
+) -> None:
+    pipe, losses = trained(stages, optimizer)
+    expected = recurrence(pipe, optimizer)
+    assert pipe.plan.num_stages == stages
+    for name, parameter in pipe.named_parameters():
+        torch.testing.assert_close(parameter.detach(), expected.parameters.pop(name), msg=name)
+    assert not expected.parameters
+    means = [sum(expected.losses[i : i + MICROBATCHES]) / MICROBATCHES for i in range(0, 20, MICROBATCHES)]
+    torch.testing.assert_close(losses, means)
+
+
+@pytest.mark.parametrize("stages", [2, 3, 4])
+def test_a_stage_holds_as_many_versions_as_there_are_stages_from_it_on(stages: int) -> None:
+    pipe, _ = trained(stages, OPTIMIZERS["momentum"])
+    assert pipe.versions == tuple(range(stages, 0, -1))
+
+
+def test_weights_that_lag_behind_show() -> None:
+    pipe, _ = trained(3, OPTIMIZERS["momentum"])
+    names = [[name for name, _ in stage.named_parameters()] for stage in pipe.stages]
+    minibatches = [part for call in CALLS for part in split(call, MICROBATCHES)]
+    plain = pipedream(MODEL.build(), MODEL.loss, minibatches, names, [0, 0, 0], OPTIMIZERS["momentum"])
+    apart = [name for name, p in pipe.named_parameters() if not torch.allclose(p, plain.parameters[name])]
+    assert "body.0.0.weight" in apart
