@@ -17,50 +17,84 @@ Partitioning" (1996); the solver is Boykov and Kolmogorov (2004), never the slow
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from math import inf
 
 import networkx as nx
 import numpy as np
 from networkx.algorithms.flow import boykov_kolmogorov
 
-from pipecompile.partition.problem import Bools, Problem
+from pipecompile.partition.problem import Bools, Floats, Ints, Problem
 
 SOURCE, SINK = "source", "sink"
 PIERCINGS = 12
 Point = int | str | tuple[str, int]
 
 
-def closed_cut(problem: Problem, inside: Bools, outside: Bools) -> Bools:
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A cheapest closed set between two pinned ones, and the flow that proves it to be the cheapest."""
+
+    members: Bools
+    seconds: float  # of the nets open at it
+    slack: Floats  # net -> its seconds that the flow leaves unused
+
+
+def closed_cut(problem: Problem, inside: Bools, outside: Bools, nets: Bools | None = None) -> Cut:
     """The closed set with the fewest open seconds that has all atoms ``inside`` and none ``outside``.
+
+    No closed set between the two has fewer open seconds than this one has, plus the slack of each net open at it.
 
     Args:
         inside: a closed set.
         outside: the complement of a closed set, disjoint from ``inside``.
+        nets: which nets count; by default all.
     """
-    network = nx.DiGraph()
-    network.add_nodes_from((SOURCE, SINK))
-    free = np.flatnonzero(~(inside | outside)).tolist()
+    slack = problem.net_seconds.copy() if nets is None else np.where(nets, problem.net_seconds, 0.0)
     side: list[Point] = [
         SOURCE if i else SINK if o else v for v, (i, o) in enumerate(zip(inside, outside, strict=True))
     ]
+    network, arc_of = _network(problem, side, slack)
+    residual = boykov_kolmogorov(network, SOURCE, SINK)
+    _, (reached, _) = nx.minimum_cut(network, SOURCE, SINK, flow_func=lambda *_, **__: residual)
+    members = inside.copy()
+    members[[point for point in reached if isinstance(point, int)]] = True
+    open_always = _open_always(problem, inside, outside)
+    seconds = float(slack[open_always].sum()) + float(residual.graph["flow_value"])
+    slack[open_always] = 0.0
+    for net, (enter, leave) in arc_of.items():
+        if capacity := network[enter][leave].get("capacity"):
+            slack[net] *= max(0.0, 1 - residual[enter][leave]["flow"] / capacity)
+    return Cut(members, seconds, slack)
+
+
+def _network(problem: Problem, side: list[Point], seconds: Floats) -> tuple[nx.DiGraph, dict[int, tuple[Point, Point]]]:
+    """The network of the free atoms, and the arc that stands for each net that has one."""
+    network = nx.DiGraph()
+    network.add_nodes_from((SOURCE, SINK))
+    free = [atom for atom, point in enumerate(side) if point == atom]
     for atom in free:
         network.add_node(atom)
-        for source in problem.predecessors[atom]:
-            if side[source] == source:
-                network.add_edge(atom, source)  # no capacity: infinite
-    for net in sorted({net for atom in free for net in problem.nets_of[atom]}):
-        _add_net(network, problem, net, side)
-    _, (reached, _) = nx.minimum_cut(network, SOURCE, SINK, flow_func=boykov_kolmogorov)
-    cut = inside.copy()
-    cut[[point for point in reached if isinstance(point, int)]] = True
-    return cut
+        network.add_edges_from((atom, source) for source in problem.predecessors[atom] if side[source] == source)
+    nets = sorted({net for atom in free for net in problem.nets_of[atom] if seconds[net] > 0})
+    arcs = {net: _add_net(network, problem, net, side) for net in nets}
+    return network, {net: arc for net, arc in arcs.items() if arc is not None}
+
+
+def _open_always(problem: Problem, inside: Bools, outside: Bools) -> Ints:
+    """The nets with a pin in either pinned set."""
+    pins, begins = problem.net_pins
+    if not len(pins):
+        return np.zeros(0, np.int64)
+    both = np.logical_or.reduceat(inside[pins], begins) & np.logical_or.reduceat(outside[pins], begins)
+    return np.flatnonzero(both)
 
 
 def balanced_cuts(problem: Problem, inside: Bools, outside: Bools, low: float, high: float) -> Iterator[Bools]:
     """Cheap closed sets, the last of which weighs between ``low`` and ``high`` seconds if piercing can get there."""
     inside, outside = inside.copy(), outside.copy()
     for _ in range(PIERCINGS):
-        cut = closed_cut(problem, inside, outside)
+        cut = closed_cut(problem, inside, outside).members
         yield cut
         weight = float(cut @ problem.weight)
         if low <= weight <= high:
@@ -126,24 +160,25 @@ def _implied(problem: Problem, free: Bools, most: float) -> tuple[Bools, Bools]:
     return must, cannot
 
 
-def _add_net(network: nx.DiGraph, problem: Problem, index: int, side: list[Point]) -> None:
-    net = problem.nets[index]
+def _add_net(network: nx.DiGraph, problem: Problem, index: int, side: list[Point]) -> tuple[Point, Point] | None:
+    """Adds the points and arcs of a net; gives the arc that it is paid on, if it is not open or closed anyway."""
     producer, consumer = problem.net_ends[index]
-    points = list(dict.fromkeys(side[pin] for pin in net.pins))
+    points = list(dict.fromkeys(side[pin] for pin in problem.nets[index].pins))
     if SOURCE in points and SINK in points:
-        return
+        return None
     free = [point for point in points if isinstance(point, int)]
-    if len(points) == 2:  # the other of two points is the last one
-        producer, consumer = producer or free[0], consumer or free[-1]
+    if len(free) == 1:
+        producer = consumer = free[0]
     enter: Point = SOURCE if SOURCE in points else ("enter", index) if producer is None else producer
     leave: Point = SINK if SINK in points else ("leave", index) if consumer is None else consumer
-    for point in free:
-        if isinstance(enter, tuple):
-            network.add_edge(point, enter)
-        if isinstance(leave, tuple):
-            network.add_edge(leave, point)
-    capacity = net.seconds + network.get_edge_data(enter, leave, {"capacity": 0.0}).get("capacity", inf)
-    network.add_edge(enter, leave, **({"capacity": capacity} if capacity < inf else {}))
+    if isinstance(enter, tuple):
+        network.add_edges_from((point, enter) for point in free)
+    if isinstance(leave, tuple):
+        network.add_edges_from((leave, point) for point in free)
+    before = network.get_edge_data(enter, leave)
+    if before is None or "capacity" in before:
+        network.add_edge(enter, leave, capacity=problem.nets[index].seconds + (before or {"capacity": 0.0})["capacity"])
+    return enter, leave
 
 
 def _grown(problem: Problem, cut: Bools, outside: Bools, seconds: float) -> Bools:

@@ -2,11 +2,14 @@
 
 Free atoms are decided in topological order, in or out, for all partial sets at once: a row of bits for each. An atom
 may be in only if its sources are, so each closed set comes up exactly once. A row is dropped as soon as its weight
-and the seconds of the nets that it has opened for good exceed what a side may take: both only grow, so nothing in the
+and the open seconds that it cannot avoid any more exceed what a side may take: both only grow, so nothing in the
 window is lost.
 
+The open seconds start at the cheapest cut of the window, and grow by the slack of each net that opens: by weak duality,
+a cut costs at least the greatest flow and what that leaves unused on the cut's arcs.
+
 Source: ideals as in Tarnawski et al. (NeurIPS 2020), section 4, which enumerates all of them; to bound while
-enumerating is ours. """
+enumerating is ours."""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from pipecompile.partition.cuts import closed_cut
 from pipecompile.partition.family import Family
 from pipecompile.partition.problem import Bools, Floats, Problem
 from pipecompile.partition.window import Window
@@ -24,8 +28,8 @@ Words = NDArray[np.uint64]
 
 def closed_sets(problem: Problem, window: Window, most: int) -> Family | None:
     """The closed sets that the window allows, in order of weight; ``None`` if there may be more than ``most``."""
-    inside, outside = window.pins(problem)
-    if (inside & outside).any():
+    inside, outside = window.inside, window.outside
+    if window.is_contradiction:
         return Family.of(problem, [])
     rows = _Rows.of(problem, window, inside, outside)
     for position in range(len(rows.free)):
@@ -49,12 +53,13 @@ class _Rows:
     bits: Words  # (rows, words)
     taken: Floats  # seconds in the set
     left: Floats  # seconds out of it
-    opened: Floats  # seconds of nets with a decided pin on each side
+    opened: Floats  # seconds of nets that will be open, at least
+    slack: Floats  # net -> seconds that its opening adds to that
 
     @staticmethod
     def of(problem: Problem, window: Window, inside: Bools, outside: Bools) -> _Rows:
         free = np.flatnonzero(~(inside | outside)).tolist()
-        opened = sum(n.seconds for n in problem.nets if inside[list(n.pins)].any() and outside[list(n.pins)].any())
+        cut = closed_cut(problem, inside, outside) if window.cut is None else window.cut
         return _Rows(
             problem,
             window,
@@ -65,7 +70,8 @@ class _Rows:
             np.zeros((1, len(free) // 64 + 1), np.uint64),
             np.array([inside @ problem.weight]),
             np.array([outside @ problem.weight]),
-            np.array([float(opened)]),
+            np.array([cut.seconds]),
+            cut.slack,
         )
 
     def decide(self, position: int) -> _Rows:
@@ -89,6 +95,7 @@ class _Rows:
             np.concatenate([self.taken[with_it] + weight, self.taken[without]]),
             np.concatenate([self.left[with_it], self.left[without] + weight]),
             np.concatenate([(self.opened + opened_in)[with_it], (self.opened + opened_out)[without]]),
+            self.slack,
         )
 
     def members(self, inside: Bools) -> Bools:
@@ -108,13 +115,13 @@ class _Rows:
         for index in self.problem.nets_of[atom]:
             net = self.problem.nets[index]
             pinned_in, pinned_out = self.inside[list(net.pins)].any(), self.outside[list(net.pins)].any()
-            if pinned_in and pinned_out:
+            if self.slack[index] == 0:
                 continue
             mask = self._mask(tuple(pin for pin in net.pins if self.position_of.get(pin, position) < position))
             some_in = self._has_any(mask) | pinned_in
             some_out = ~self._has_all(mask) | pinned_out
-            opened_in += net.seconds * (some_out & ~some_in)
-            opened_out += net.seconds * (some_in & ~some_out)
+            opened_in += self.slack[index] * (some_out & ~some_in)
+            opened_out += self.slack[index] * (some_in & ~some_out)
         return opened_in, opened_out
 
     def _mask(self, atoms: tuple[int, ...]) -> Words:

@@ -1,7 +1,7 @@
 """The optimum, with its proof, where the windows are narrow enough to look at every closed set in them.
 
 A plan within T has all its boundaries in the windows of T. So T rises from the lower bound: as long as the programme
-over all closed sets in the windows finds no plan, T is a lower bound; the first plan that it finds is an optimum. """
+over all closed sets in the windows finds no plan, T is a lower bound; the first plan that it finds is an optimum."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pipecompile.partition.chain import Chain, best_chain
 from pipecompile.partition.enumerate import closed_sets
 from pipecompile.partition.family import Family
 from pipecompile.partition.problem import Problem
-from pipecompile.partition.window import ROUNDING, windows
+from pipecompile.partition.window import ROUNDING, Window, narrowed
 
 MOST_SETS = 20_000  # in one window
 FIRST_GAP = 0.01
@@ -21,10 +21,11 @@ def exact(problem: Problem, lower: float, upper: float) -> tuple[float, Chain | 
     floor = lower
     while True:
         limit = upper if floor == 0 else min(floor * (1 + gap) * (1 + ROUNDING), upper)
-        families = _families(problem, limit)
-        if families is None:
+        found = narrowed(problem, limit)
+        families = found and _families(problem, found)
+        if families is None and found is not None:
             return lower, None
-        if chain := best_chain(problem, families, limit):
+        if families and (chain := best_chain(problem, families, limit)):
             return max(lower, chain.bottleneck), chain
         lower = max(lower, limit)
         if limit >= upper:
@@ -32,13 +33,13 @@ def exact(problem: Problem, lower: float, upper: float) -> tuple[float, Chain | 
         gap = 2 * gap or FIRST_GAP
 
 
-def _families(problem: Problem, limit: float) -> list[Family] | None:
+def _families(problem: Problem, found: list[Window]) -> list[Family] | None:
     families = []
-    for window in windows(problem, limit):
-        found = closed_sets(problem, window, MOST_SETS)
-        if found is None:
+    for window in found:
+        sets = closed_sets(problem, window, MOST_SETS)
+        if sets is None:
             return None
-        families.append(found)
-        if not len(found):
-            return [found] * (problem.num_stages - 1)
+        families.append(sets)
+        if not len(sets):
+            return [sets] * (problem.num_stages - 1)
     return families
