@@ -183,7 +183,8 @@ def test_the_stages_of_a_rank_add_up_at_the_time_of_their_peak():
 def test_what_is_carried_is_there_at_the_start():
     program = Program.parse("0: 0B0\n1:", Plan.chain(2), carried=map(parse, ["0F0", "1F0", "1B0"]))
     timeline = simulate(program, [Cost(1, 2, saved_bytes=7)] * 2)
-    assert (timeline.makespan, timeline.peak_bytes) == (2, (7, 7))
+    assert [(span.start, span.end) for span in timeline.spans] == [(0, 2)]
+    assert timeline.peak_bytes == (7, 7)
 
 
 def test_an_empty_program_takes_no_time():

@@ -57,7 +57,9 @@ def test_the_live_versions_of_a_segment_count_those_that_it_carries():
     plan = Plan.chain(3)
     first = pipedream(plan, range(5))
     second = pipedream(plan, range(5, 6), carried_after(first))
-    assert versions(second, versions(first)).live == (3, 2, 1)
+    found = versions(second, versions(first))
+    assert used(found, 0) == [1, 2, 3]
+    assert found.live == (3, 2, 1)
 
 
 def test_a_step_every_second_microbatch_holds_two_versions():
