@@ -27,11 +27,11 @@ def timeline_text(timeline: Timeline, width: int = 100) -> Text:
     names = _column(["", *(f"rank {rank}" for rank in ranks)])
     busy = _column(["busy", *(busy_text(timeline, rank) for rank in ranks)])
     peak = _column(["peak" * any(timeline.peak_bytes), *(peak_text(timeline, rank) for rank in ranks)])
-    scale = _Scale.of(timeline, max(20, width - len(names[0] + busy[0] + peak[0]) - 6))
+    notes = [f"  {b}  {p}".rstrip() for b, p in zip(busy, peak, strict=True)]
+    scale = _Scale.of(timeline, max(20, width - len(names[0]) - 2 - max(map(len, notes))))
     rows = [Text(" " * scale.columns), *(_row(timeline, rank, scale) for rank in ranks)]
-    notes = [Text(f"  {b}  {p}".rstrip(), "dim") for b, p in zip(busy, peak, strict=True)]
     below = (Text(_axis(scale), "dim"), _legend(timeline), Text(summary(timeline)))
-    lines = [Text.assemble(name, "  ", row, note) for name, row, note in zip(names, rows, notes, strict=True)]
+    lines = [Text.assemble(name, "  ", row, (note, "dim")) for name, row, note in zip(names, rows, notes, strict=True)]
     lines += [Text.assemble(" " * len(names[0]), "  ", line) for line in below]
     return Text("\n", no_wrap=True, overflow="crop").join(lines)
 
