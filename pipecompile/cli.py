@@ -1,0 +1,244 @@
+"""The command line: plan a model, draw a schedule. It composes the verbs and prints; it decides nothing itself."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+from typer.core import TyperGroup
+
+from pipecompile.cluster import Cluster, Link
+from pipecompile.errors import InputError, PipecompileError
+from pipecompile.graph import Cost, CostedGraph
+from pipecompile.partition import partition
+from pipecompile.plan import Plan
+from pipecompile.program import Program
+from pipecompile.render.formats import FORMATS
+from pipecompile.render.stage_graph import StageGraph, stage_graph
+from pipecompile.render.table import table
+from pipecompile.render.timeline import timeline_svg, timeline_text
+from pipecompile.render.units import bytes_text, seconds_text
+from pipecompile.schedule import SCHEDULES, pipedream
+from pipecompile.simulate import simulate
+from pipecompile.timeline import Timeline
+
+SUFFIXES = {".gv": "dot", ".mmd": "mermaid", **{f".{name}": name for name in FORMATS}}
+NAMES = (*SCHEDULES, "pipedream")
+
+Stages = Annotated[int, typer.Option("--stages", "-n", min=1, help="How many stages.")]
+Microbatches = Annotated[int, typer.Option("--microbatches", "-m", min=1, help="How many microbatches a step has.")]
+
+
+class _Group(TyperGroup):
+    """Prints an error of ours as one message instead of a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except PipecompileError as error:
+            if ctx.params["debug"]:
+                raise
+            Console(stderr=True).print(Text.assemble(("error: ", "bold red"), (str(error), "red")), soft_wrap=True)
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Trains any PyTorch model split over several devices, without a rewrite.",
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"pipecompile {version('pipecompile')}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Read by ``_Group`` and ``_print_version``."""
+
+
+@app.command()
+def plan(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="[bold]module:function[/] or [bold]path/file.py:function[/], a function that returns (model, inputs); "
+            "or [bold]hf:gpt2[/], [bold]hf:path/or/name[/], the config of a transformers model.",
+        ),
+    ],
+    stages: Stages = 2,
+    microbatches: Microbatches = 8,
+    schedule: Annotated[str, typer.Option("--schedule", "-s", help=f"One of {', '.join(NAMES)}.")] = "1f1b",
+    microbatch: Annotated[
+        int | None, typer.Option(min=1, help="Samples in a microbatch. Default: all that MODEL returns; 2 for hf.")
+    ] = None,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of a sample, for hf.")] = 128,
+    profile: Annotated[
+        str, typer.Option(help="[bold]measure[/] the time of each operation here, or [bold]count[/] its work.")
+    ] = "measure",
+    format: Annotated[
+        str | None, typer.Option("--format", "-f", help=f"Write the stage graph as one of {', '.join(FORMATS)}.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Where to write it; the name tells the format.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the table and the prediction as JSON.")] = False,
+) -> None:
+    """Cut a model into stages: what each holds, costs and passes on, and how long a step will take.
+
+    pipecompile plan hf:gpt2 --stages 4 --output plan.html
+    """
+    written = _format(format, output)
+    _check_choice("profile", profile, ("measure", "count"))
+    _check_choice("schedule", schedule, NAMES)
+    costed = _costed(model, microbatch, length, profile)
+    cluster = Cluster.of([f"rank {rank}" for rank in range(stages)])
+    view = stage_graph(costed, partition(costed, stages, cluster))
+    costs = [stage.cost for stage in view.stages]
+    timeline = simulate(_program(schedule, view.plan, microbatches), costs, cluster)
+    if as_json:
+        typer.echo(json.dumps(_facts(view, timeline, schedule, microbatches), indent=2))
+    else:
+        console = Console(stderr=written is not None and output is None)  # stdout holds the stage graph then
+        console.print(table(view))
+        console.print(_prediction(view, timeline, schedule, microbatches))
+    if written is not None:
+        _write(FORMATS[written](view), output)
+
+
+@app.command("schedule")
+def draw_schedule(
+    name: Annotated[str, typer.Argument(metavar="NAME", help=f"One of {', '.join(NAMES)}.")],
+    stages: Stages = 4,
+    microbatches: Microbatches = 8,
+    forward: Annotated[str, typer.Option(help="Seconds of a forward: one for all stages, or 1,2,1,1.")] = "1",
+    backward: Annotated[str, typer.Option(help="Seconds of a backward, likewise.")] = "2",
+    transfer: Annotated[float, typer.Option(min=0, help="Seconds that a value takes to the next stage.")] = 0.0,
+    svg: Annotated[Path | None, typer.Option(help="Write the timeline as a picture.")] = None,
+    program: Annotated[bool, typer.Option("--program", help="Print the instructions of each rank too.")] = False,
+) -> None:
+    """Draw who computes what, and when.
+
+    pipecompile schedule 1f1b --stages 4 --microbatches 8 --svg 1f1b.svg
+    """
+    _check_choice("schedule", name, NAMES)
+    seconds = zip(_per_stage("--forward", forward, stages), _per_stage("--backward", backward, stages), strict=True)
+    cluster = Cluster.of([f"rank {rank}" for rank in range(stages)], Link(float("inf"), transfer))
+    it = _program(name, Plan.chain(stages), microbatches)
+    timeline = simulate(it, [Cost(*pair) for pair in seconds], cluster)
+    console = Console()
+    if program:
+        console.print(Text(str(it)), soft_wrap=True)
+    console.print(timeline_text(timeline, console.width))
+    if svg is not None:
+        _write(timeline_svg(timeline), svg)
+
+
+def _costed(model: str, microbatch: int | None, length: int, how: str) -> CostedGraph:
+    import torch  # here, so that other commands need not wait for it
+
+    from pipecompile.capture import capture, read_call, summarize
+    from pipecompile.models import load
+    from pipecompile.profile import profile
+
+    it, args, kwargs = load(model, microbatch or 2, length, meta=how == "count")
+    call = read_call(it.forward, args, kwargs)
+    if microbatch and call.batch and microbatch > call.batch:
+        raise InputError(f"--microbatch {microbatch} is more than the {call.batch} samples that {model} returns")
+    captured = capture(it, call, microbatch)
+    graph = summarize(captured)
+    return profile(captured, graph, "count", torch.device("cpu")) if how == "count" else profile(captured, graph)
+
+
+def _program(name: str, plan: Plan, microbatches: int) -> Program:
+    return SCHEDULES[name](plan, microbatches) if name in SCHEDULES else pipedream(plan, range(microbatches))
+
+
+def _prediction(view: StageGraph, timeline: Timeline, schedule: str, microbatches: int) -> Text:
+    alone, step = microbatches * view.costed.seconds, timeline.makespan
+    times = f", {alone / step:.2f} times as long" if step else ""
+    peaks = ", ".join(map(bytes_text, timeline.peak_bytes))
+    return Text.assemble(
+        f"{schedule}, {microbatches} microbatches: a step of ",
+        (seconds_text(step), "bold"),
+        f" predicted, bubble {timeline.bubble:.1%}\none device would take {seconds_text(alone)}{times}",
+        f"\nmost weights and saved activations at once, by rank: {peaks}",
+    )
+
+
+def _facts(view: StageGraph, timeline: Timeline, schedule: str, microbatches: int) -> dict[str, Any]:
+    """What the table and the prediction say; seconds and bytes, of one microbatch unless they are of a step."""
+    stages = [
+        {
+            "stage": index,
+            "rank": stage.rank,
+            "modules": list(stage.blocks),
+            "num_parameters": stage.num_parameters,
+            "forward": stage.cost.forward,
+            "backward": stage.cost.backward,
+            "parameter_bytes": stage.cost.parameter_bytes,
+            "saved_bytes": stage.cost.saved_bytes,
+            "bytes_in": stage.bytes_in,
+            "bytes_out": stage.bytes_out,
+        }
+        for index, stage in enumerate(view.stages)
+    ]
+    step = {"seconds": timeline.makespan, "bubble": timeline.bubble, "peak_bytes": list(timeline.peak_bytes)}
+    named = {"schedule": schedule, "microbatches": microbatches, "costs": view.costed.origin, "balance": view.balance}
+    return {**named, "step": step, "stages": stages}
+
+
+def _format(format: str | None, output: Path | None) -> str | None:
+    if format is None and output is not None:
+        format = SUFFIXES.get(output.suffix)
+        if format is None:
+            raise InputError(f"{output} does not tell a format; add --format, one of {', '.join(FORMATS)}")
+    if format is not None:
+        _check_choice("format", format, tuple(FORMATS))
+    return format
+
+
+def _check_choice(what: str, given: str, choices: tuple[str, ...]) -> None:
+    if given not in choices:
+        raise InputError(f"there is no {what} {given!r}; choose one of {', '.join(choices)}")
+
+
+def _per_stage(option: str, text: str, stages: int) -> list[float]:
+    try:
+        seconds = [float(word) for word in text.split(",")]
+    except ValueError:
+        raise InputError(f"{option} {text!r} is not a number of seconds, nor several with commas") from None
+    if not all(0 <= it < float("inf") for it in seconds):
+        raise InputError(f"{option} {text!r} must not be negative, and must end")
+    if len(seconds) not in (1, stages):
+        raise InputError(f"{option} gives {len(seconds)} times for {stages} stages; give one, or {stages}")
+    return seconds * stages if len(seconds) == 1 else seconds
+
+
+def _write(text: str, path: Path | None) -> None:
+    if path is None:
+        sys.stdout.write(text if text.endswith("\n") else f"{text}\n")
+        return
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from error
+    Console(stderr=True).print(Text(f"wrote {path}", "dim"), soft_wrap=True)

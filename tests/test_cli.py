@@ -1,0 +1,222 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from costed import gpt2
+from typer.testing import CliRunner, Result
+
+from pipecompile import cli
+from pipecompile.errors import InputError
+from pipecompile.render.formats import FORMATS
+from pipecompile.render.stage_graph import StageGraph
+
+NETS = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(4))
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x).square().mean()
+
+def make():
+    return Net(), {"x": torch.ones(6, 8)}
+
+def misfit():
+    return Net(), {"y": torch.ones(6, 8)}
+"""
+
+
+def run(*words: str) -> Result:
+    return CliRunner(env={"COLUMNS": "100", "NO_COLOR": "1"}).invoke(cli.app, list(words))
+
+
+@pytest.fixture
+def nets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "nets.py").write_text(NETS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "nets", raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def costed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans a graph like GPT-2's, made by hand, whatever the model."""
+    monkeypatch.setattr(cli, "_costed", lambda *_: gpt2(layers=3, width=48, words=600))
+
+
+# The program
+
+
+def test_version_is_printed():
+    assert run("--version").stdout.startswith("pipecompile 0.")
+
+
+def test_help_names_the_commands_and_their_forms():
+    assert run("--help").exit_code == 0
+    text = run("plan", "--help").stdout
+    assert "module:function" in text
+    assert "hf:gpt2" in text
+    assert "--stages" in text
+
+
+def test_no_command_shows_the_help():
+    assert "Usage" in run().output
+
+
+def test_module_can_be_run():
+    done = subprocess.run(
+        [sys.executable, "-m", "pipecompile", "schedule", "gpipe"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "rank 3" in done.stdout
+
+
+# plan
+
+
+def test_plan_of_a_function_here_prints_table_and_prediction(nets):
+    result = run("plan", "nets:make", "--profile", "count", "--microbatch", "3", "--microbatches", "4")
+    assert result.exit_code == 0, result.output
+    words = " ".join(result.stdout.split())
+    assert "stage rank modules params forward backward weights saved in out" in words
+    assert "layers.0 …" in words
+    assert "1f1b, 4 microbatches: a step of" in words
+    assert "bubble" in words
+
+
+def test_plan_measures_by_default(nets):
+    result = run("plan", "nets.py:make", "--json")
+    assert result.exit_code == 0, result.output
+    it = json.loads(result.stdout)
+    assert it["costs"].startswith("measured: cpu")
+    assert it["step"]["seconds"] > 0
+
+
+def test_plan_of_a_config_needs_no_network_and_no_memory(tmp_path):
+    small = {"model_type": "gpt2", "n_layer": 2, "n_embd": 16, "n_head": 2, "vocab_size": 50}
+    (tmp_path / "config.json").write_text(json.dumps(small))
+    result = run("plan", f"hf:{tmp_path}", "--profile", "count", "--length", "8", "--json")
+    assert result.exit_code == 0, result.output
+    stages = json.loads(result.stdout)["stages"]
+    assert [stage["modules"][-1] for stage in stages][-1] == "lm_head"
+    assert stages[0]["bytes_out"] == stages[1]["bytes_in"] > 0
+
+
+def test_json_says_what_the_table_says(costed):
+    it = json.loads(run("plan", "any:thing", "--stages", "3", "--schedule", "gpipe", "-m", "5", "--json").stdout)
+    assert it["schedule"] == "gpipe"
+    assert it["microbatches"] == 5
+    assert [stage["stage"] for stage in it["stages"]] == [0, 1, 2]
+    assert len(it["step"]["peak_bytes"]) == 3
+    busiest = max(stage["forward"] + stage["backward"] for stage in it["stages"])
+    assert 0 < it["step"]["bubble"] < 1
+    assert it["step"]["seconds"] >= 5 * busiest
+
+
+@pytest.mark.parametrize(("suffix", "format"), [(".gv", "dot"), (".mmd", "mermaid"), *((f".{f}", f) for f in FORMATS)])
+def test_output_file_tells_the_format(costed, tmp_path, suffix, format):
+    path = tmp_path / f"plan{suffix}"
+    result = run("plan", "any:thing", "--output", str(path))
+    assert result.exit_code == 0, result.output
+    assert "stage" in result.stdout
+    assert f"wrote {path}" in result.stderr
+    starts = {"dot": "digraph", "mermaid": "flowchart", "svg": "<svg", "json": "{", "html": "<!doctype html>"}
+    assert path.read_text(encoding="utf-8").startswith(starts[format])
+
+
+def test_format_without_a_file_writes_nothing_else_to_stdout(costed):
+    result = run("plan", "any:thing", "--format", "json")
+    assert len(StageGraph.from_json(result.stdout).stages) == 2
+    assert "predicted" in result.stderr
+
+
+def test_pipedream_is_predicted_too(nets):
+    result = run("plan", "nets:make", "--profile", "count", "--schedule", "pipedream", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["schedule"] == "pipedream"
+
+
+# schedule
+
+
+def test_schedule_draws_every_rank_and_the_known_bubble():
+    result = run("schedule", "1f1b", "--stages", "4", "--microbatches", "8")
+    assert result.exit_code == 0
+    assert [f"rank {rank}" in result.stdout for rank in range(5)] == [True] * 4 + [False]
+    assert f"{3 / 11:.1%}".replace("%", "") in result.stdout  # (stages - 1) / (microbatches + stages - 1)
+
+
+@pytest.mark.parametrize("name", cli.NAMES)
+def test_every_schedule_can_be_drawn(name):
+    assert run("schedule", name, "-n", "3", "-m", "2").exit_code == 0
+
+
+def test_schedule_is_written_as_a_picture(tmp_path):
+    path = tmp_path / "gpipe.svg"
+    assert run("schedule", "gpipe", "--svg", str(path)).exit_code == 0
+    assert ElementTree.parse(path).getroot().tag == "{http://www.w3.org/2000/svg}svg"
+
+
+def test_schedule_prints_the_program():
+    result = run("schedule", "1f1b", "-n", "2", "-m", "2", "--program")
+    assert "0: 0F0 0F1 0B0 0B1\n1: 1F0 1B0 1F1 1B1\n" in result.stdout
+
+
+def test_stages_may_have_times_of_their_own():
+    equal = run("schedule", "gpipe", "-n", "2", "-m", "1", "--forward", "1,1", "--backward", "2").stdout
+    assert "makespan 6" in equal
+    uneven = run("schedule", "gpipe", "-n", "2", "-m", "1", "--forward", "1,3", "--backward", "2", "--transfer", "0.5")
+    assert "makespan 9" in uneven.stdout
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("plan nets", "error: 'nets' names no model; write module:function"),
+        ("plan nets:nothing", "error: nets has no 'nothing'"),
+        ("plan nets:misfit", "error: the model's forward cannot be called so"),
+        ("plan nets:make --profile guess", "error: there is no profile 'guess'; choose one of measure, count"),
+        ("plan nets:make --schedule 1f2b", "error: there is no schedule '1f2b'; choose one of sequential, gpipe, 1f1b"),
+        ("plan nets:make --format png", "error: there is no format 'png'; choose one of dot, mermaid, svg, json, html"),
+        ("plan nets:make --output plan.png", "error: plan.png does not tell a format; add --format, one of dot"),
+        ("plan nets:make --profile count -o no/plan.svg", "error: cannot write no/plan.svg: No such file or directory"),
+        ("plan nets:make --profile count --microbatch 7", "error: --microbatch 7 is more than the 6 samples"),
+        ("plan nets:make --profile count --stages 90", "error: "),
+        ("schedule zigzag", "error: there is no schedule 'zigzag'"),
+        ("schedule gpipe --forward fast", "error: --forward 'fast' is not a number of seconds"),
+        ("schedule gpipe --backward -1", "error: --backward '-1' must not be negative"),
+        ("schedule gpipe --forward 1,2", "error: --forward gives 2 times for 4 stages; give one, or 4"),
+        ("schedule gpipe --svg no/plan.svg", "error: cannot write no/plan.svg"),
+    ],
+)
+def test_bad_input_is_one_message_and_exit_code_2(nets, words, message):
+    result = run(*words.split())
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("words", ["plan", "plan nets:make --stages 0", "schedule gpipe --microbatches no", "paint"])
+def test_malformed_command_line_exits_with_2(words):
+    assert run(*words.split()).exit_code == 2
+
+
+def test_debug_shows_where_an_error_came_from():
+    result = run("--debug", "schedule", "zigzag")
+    assert isinstance(result.exception, InputError)
+    assert result.exit_code == 1
