@@ -25,9 +25,9 @@ def dot(view: StageGraph) -> str:
 
 
 def _cluster(view: StageGraph, stage: int) -> Iterator[str]:
-    label = "\n".join((stage_name(view, stage), *stage_lines(view, stage)))
+    label = dot_string("\n".join((stage_name(view, stage), *stage_lines(view, stage), "")), end=r"\l")
     yield f"  subgraph cluster_{stage} {{"
-    yield f'    label={dot_string(label)}; labeljust=l; style="rounded,filled"; fillcolor="#f4f6f8"; color="#d5dbe1";'
+    yield f'    label={label}; labeljust=l; style="rounded,filled"; fillcolor="#f4f6f8"; color="#d5dbe1";'
     for position in view.stages[stage].modules:
         module = view.modules[position]
         words = dot_string(f"{module.label}\n{seconds_text(module.cost.seconds)}")

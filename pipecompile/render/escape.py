@@ -13,9 +13,9 @@ def xml(text: str) -> str:
     return escape(_NOT_XML.sub("�", text), {'"': "&quot;", "'": "&#39;"})
 
 
-def dot_string(text: str) -> str:
-    """A quoted string of the DOT language; a new line stays one."""
-    return '"' + _NOT_XML.sub("�", text).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
+def dot_string(text: str, end: str = "\\n") -> str:
+    """A quoted string of the DOT language; ``end`` ends a line: ``\\n`` in the middle, ``\\l`` at the left."""
+    return '"' + _NOT_XML.sub("�", text).replace("\\", "\\\\").replace('"', '\\"').replace("\n", end) + '"'
 
 
 def mermaid_string(text: str) -> str:

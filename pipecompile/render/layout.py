@@ -164,7 +164,7 @@ def _ports(view: StageGraph, boxes: Sequence[tuple[float, float]]) -> dict[int, 
             leaving.setdefault(edge.source, []).append(i)
             arriving.setdefault(edge.target, []).append(i)
     for edges in arriving.values():
-        edges.sort(key=lambda i: (-view.modules[view.edges[i].source].stage, boxes[view.edges[i].source][0]))
+        edges.sort(key=lambda i: (-view.modules[view.edges[i].source].stage, -boxes[view.edges[i].source][0]))
 
     def port(module: int, i: int, order: list[int]) -> float:
         x, width = boxes[module]

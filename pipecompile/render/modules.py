@@ -157,7 +157,7 @@ def run_name(first: str, last: str, name: str) -> str:
 
 def _own_label(graph: Graph, box: Box) -> str:
     """Operations, after the path if it tells one block from another: ``"add, view"``, ``"h.3.attn: split +4"``."""
-    ops = list(dict.fromkeys(graph.nodes[node].op for node in box.nodes))
+    ops = list(dict.fromkeys(graph.nodes[node].op.strip("_") for node in box.nodes))
     path = graph.nodes[box.nodes[0]].path
     if not any(word.isdigit() for word in _words(path)):
         return names_text(ops, 2)
