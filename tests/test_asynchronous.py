@@ -1,4 +1,4 @@
-"""PipeDream: training without a flush ends with the weights of the sequential recurrence, and stashes no more than due."""
+"""PipeDream: training without a flush ends with the weights of the recurrence, and stashes no more than is due."""
 
 from __future__ import annotations
 

@@ -7,8 +7,9 @@ why the order of addition differs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Hashable
+from functools import cache, partial
+from typing import Any
 
 import pytest
 import torch
@@ -17,10 +18,18 @@ from oracle import Run, assert_same, microbatched, step
 from torch import nn
 
 import pipecompile
+from pipecompile import compiled
 
 BATCH = 4
-ROUNDED: dict[str, str] = {}
+TIED = "the uses of a tied weight are added up stage by stage, not microbatch by microbatch"
+ROUNDED = {
+    **dict.fromkeys(
+        ["gpt2", "gpt2_padded", "bert", "t5", "tied", "tied_thrice", "used_twice", "label_shift", "options"], TIED
+    ),
+    "llama": "a cut between three uses of one value adds up their gradients in another order",
+}
 
+VERBS = {"capture": compiled.capture, "profile": compiled.profile}
 ALL = pytest.mark.parametrize("name", MODELS)
 
 
@@ -40,6 +49,19 @@ def in_order(name: str, length: int, microbatches: int) -> Run:
     return microbatched(built(name), model.loss, model.inputs(BATCH, length), microbatches, model.inside)
 
 
+@cache
+def _remembered(verb: str, key: Hashable) -> list[Any]:
+    return []
+
+
+def remembered(verb: str, subject: Any, call: Any, size: Any, *rest: Any) -> Any:
+    """What ``capture(model, call, size, ...)`` or ``profile(captured, graph, how, ...)`` gave before."""
+    known = _remembered(verb, (id(subject), getattr(call, "key", None), size))
+    if not known:
+        known.append(VERBS[verb](subject, call, size, *rest))
+    return known[0]
+
+
 def check(pipe: Callable[..., object], model: Model, length: int, microbatches: int) -> None:
     actual = step(pipe, built(model.name), model.loss, model.inputs(BATCH, length))
     if microbatches == 1 or not model.mixes:
@@ -47,13 +69,23 @@ def check(pipe: Callable[..., object], model: Model, length: int, microbatches: 
     assert_same(actual, in_order(model.name, length, microbatches), exact=model.name not in ROUNDED)
 
 
+@pytest.fixture
+def _one_capture_for_many_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages and schedules come after the capture and the profile; with the same call these would be the same."""
+    for verb in ("capture", "profile"):
+        monkeypatch.setattr(compiled, verb, partial(remembered, verb))
+
+
+@pytest.mark.usefixtures("_one_capture_for_many_plans")
 @pytest.mark.parametrize("microbatches", [1, 2, 4])
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
 @pytest.mark.parametrize("stages", [2, 3])
 @ALL
 def test_a_step_equals_the_unsplit_model(name: str, stages: int, schedule: str, microbatches: int) -> None:
     model = MODELS[name]
-    pipe = pipecompile.compile(built(name), devices=["cpu"] * stages, schedule=schedule, microbatches=microbatches)
+    pipe = pipecompile.compile(
+        built(name), devices=["cpu"] * stages, schedule=schedule, microbatches=microbatches, profile="count"
+    )
     check(pipe, model, model.lengths[0], microbatches)
     assert pipe.plan.num_stages == stages
 
