@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipecompile.batch import Rows, joined, scatter, spread, sum_weighted
+from pipecompile.batch import Rows, joined, scatter, spread
 from pipecompile.capture import Call, read_call
 from pipecompile.compiled import Compiled, compile_call, describe, find_loss, modes, parse_devices
 from pipecompile.errors import CaptureError, ExecutionError, InputError, PipecompileError
@@ -39,7 +39,7 @@ def compile(
         devices: one for each stage: ``["cuda:0", "cuda:1"]``, ``[0, 1]``, ``["cpu", "cpu"]``; a device may stand twice.
         schedule: "sequential", "gpipe", "1f1b" (with a flush) or "pipedream" (asynchronous).
         microbatches: parts of each batch; by default two for each stage. A batch with fewer rows has fewer parts.
-        example_inputs: arguments of a call, ``(args, kwargs)`` or either alone; captures at once, not at the first call.
+        example_inputs: arguments of a call, ``(args, kwargs)`` or either alone; captures now, not at the first call.
         loss_fn: ``loss_fn(output, target)``, run in the last stage; the pipeline is then called with ``target=``
             beside the model's own arguments and returns what ``loss_fn`` returns.
         loss: the name of the output that is the loss, where it is not called "loss" and not the only single number.
@@ -137,7 +137,9 @@ class Pipeline(nn.Module):
     def _captured(self) -> Compiled:
         compiled = self._last or self._first
         if compiled is None:
-            raise PipecompileError("the model is captured at the first call; call it, or pass example_inputs= to compile")
+            raise PipecompileError(
+                "the model is captured at the first call; call it, or pass example_inputs= to compile"
+            )
         return compiled
 
     # Calls
@@ -254,9 +256,9 @@ class Pipeline(nn.Module):
         }
         self._run(compiled, self._training_program(compiled, len(rows)), microbatches)
         values = self._join(compiled, microbatches, rows)
-        names, leaves, gradients = self._gradients(call, microbatches)
+        gradients = self._gradients(call, microbatches)
         tensors = [values[str(o.node)] for o in outputs]
-        delivered = Delivered.apply([gradients], loss, len(tensors), *tensors, *leaves)  # type: ignore[no-untyped-call]
+        delivered = Delivered.apply([gradients], loss, len(tensors), *tensors, *self._leaves(call))  # type: ignore[no-untyped-call]
         return compiled.captured.rebuild_output(
             {str(o.node): tensor for o, tensor in zip(outputs, delivered, strict=True)}
         )
@@ -284,7 +286,7 @@ class Pipeline(nn.Module):
             with torch.enable_grad():
                 halves = compiled.program(lambda plan: backward_only(plan, len(rows)), ("backward", len(rows)))
                 self._run(compiled, halves, microbatches)
-            return self._gradients(call, microbatches)[2]
+            return self._gradients(call, microbatches)
 
         tensors = [values[str(o.node)] for o in outputs]
         deferred = Deferred.apply(backward, len(tensors), *tensors, *leaves)  # type: ignore[no-untyped-call]
@@ -330,9 +332,7 @@ class Pipeline(nn.Module):
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         return [*parameters, *(t for t in call.tensors.values() if t.requires_grad)]
 
-    def _gradients(
-        self, call: Call, microbatches: Mapping[int, Microbatch]
-    ) -> tuple[list[str], list[Tensor], Gradients]:
+    def _gradients(self, call: Call, microbatches: Mapping[int, Microbatch]) -> Gradients:
         """The gradients of ``_leaves`` after a program has run."""
         found: dict[int, Tensor] = {}
         versions = next(iter(microbatches.values())).versions
@@ -347,7 +347,7 @@ class Pipeline(nn.Module):
         for name, tensor in call.tensors.items():
             if tensor.requires_grad:
                 gradients.append(_input_gradient(tensor, name, call, microbatches))
-        return [], self._leaves(call), gradients
+        return gradients
 
 
 class _Stream:
@@ -369,20 +369,20 @@ class _Stream:
         self.microbatches = {n: m for n, m in self.microbatches.items() if m.saved}
 
 
-def _input_gradient(
-    tensor: Tensor, name: str, call: Call, microbatches: Mapping[int, Microbatch]
-) -> Tensor | None:
+def _input_gradient(tensor: Tensor, name: str, call: Call, microbatches: Mapping[int, Microbatch]) -> Tensor | None:
     parts = [sum(g) if (g := m.input_gradients.get(name)) else None for m in microbatches.values()]
     if all(part is None for part in parts):
         return None
-    filled = [torch.zeros_like(m.inputs[name]) if p is None else p for m, p in zip(microbatches.values(), parts, strict=True)]
+    filled = [
+        torch.zeros_like(m.inputs[name]) if p is None else p for m, p in zip(microbatches.values(), parts, strict=True)
+    ]
     gradients = [torch.as_tensor(part, device=tensor.device) for part in filled]
     return torch.cat(gradients) if name in call.batched else sum(gradients[1:], gradients[0])
 
 
 def _holds(compiled: Compiled, call: Call, rows: Rows) -> bool:
     """Whether a capture holds for every microbatch of a call."""
-    sizes = {count: part for count, part in zip(rows.counts, scatter(call, rows), strict=True)}
+    sizes = dict(zip(rows.counts, scatter(call, rows), strict=True))
     return not any(compiled.captured.broken_guard(part, call.tensors) for part in sizes.values())
 
 
@@ -405,10 +405,13 @@ def _check_options(schedule: str, microbatches: int | None, optimizer: MakeOptim
         raise InputError(f"microbatches={microbatches!r}: a batch is cut into a whole number of parts, at least one")
     if schedule in ASYNCHRONOUS and optimizer is None:
         raise InputError(
-            f"schedule={schedule!r} steps inside the pipeline; pass optimizer=lambda params: torch.optim.SGD(params, lr=0.1)"
+            f"schedule={schedule!r} steps inside the pipeline; "
+            f"pass optimizer=lambda params: torch.optim.SGD(params, lr=0.1)"
         )
     if schedule not in ASYNCHRONOUS and optimizer is not None:
-        raise InputError(f"schedule={schedule!r} leaves stepping to you: make an optimizer of pipe.parameters() instead")
+        raise InputError(
+            f"schedule={schedule!r} leaves stepping to you: make an optimizer of pipe.parameters() instead"
+        )
 
 
 def _arguments(example: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:

@@ -44,7 +44,7 @@ def scatter(call: Call, rows: Rows) -> list[dict[str, Tensor]]:
     """The input tensors of each microbatch, contiguous."""
     parts: list[dict[str, Tensor]] = [{} for _ in rows.counts]
     for name, tensor in call.tensors.items():
-        pieces = tensor.split(rows.counts) if name in call.batched else [tensor] * len(rows)
+        pieces = torch.split(tensor, list(rows.counts)) if name in call.batched else [tensor] * len(rows)
         for part, piece in zip(parts, pieces, strict=True):
             part[name] = piece.contiguous()
     return parts
@@ -84,7 +84,7 @@ def spread(output: Output, gradient: Tensor, rows: Rows) -> list[Tensor]:
     """The gradient of each microbatch's part of an output: the transpose of ``gather``."""
     if output.batch_dim is not None and len(rows) > 1:
         scale = gradient.shape[output.batch_dim] // sum(rows.counts)
-        return list(gradient.split([count * scale for count in rows.counts], output.batch_dim))
+        return list(torch.split(gradient, [count * scale for count in rows.counts], output.batch_dim))
     return [gradient * weight for weight in rows.weights]
 
 

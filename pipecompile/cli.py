@@ -9,15 +9,20 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import torch
 from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
+from pipecompile.capture import capture, read_call, summarize
 from pipecompile.cluster import Cluster, Link
+from pipecompile.compiled import parse_devices
 from pipecompile.errors import InputError, PipecompileError
 from pipecompile.graph import Cost, CostedGraph
+from pipecompile.models import load
 from pipecompile.partition import partition
 from pipecompile.plan import Plan
+from pipecompile.profile import How, profile
 from pipecompile.program import Program
 from pipecompile.render.formats import FORMATS
 from pipecompile.render.stage_graph import StageGraph, stage_graph
@@ -91,9 +96,10 @@ def plan(
         int | None, typer.Option(min=1, help="Samples in a microbatch. Default: all that MODEL returns; 2 for hf.")
     ] = None,
     length: Annotated[int, typer.Option(min=1, help="Tokens of a sample, for hf.")] = 128,
-    profile: Annotated[
-        str, typer.Option(help="[bold]measure[/] the time of each operation here, or [bold]count[/] its work.")
+    costs: Annotated[
+        str, typer.Option("--profile", help="[bold]measure[/] the time of each operation, or [bold]count[/] its work.")
     ] = "measure",
+    device: Annotated[str, typer.Option(help="Where to measure.")] = "cpu",
     format: Annotated[
         str | None, typer.Option("--format", "-f", help=f"Write the stage graph as one of {', '.join(FORMATS)}.")
     ] = None,
@@ -107,18 +113,18 @@ def plan(
     pipecompile plan hf:gpt2 --stages 4 --output plan.html
     """
     written = _format(format, output)
-    _check_choice("profile", profile, ("measure", "count"))
     _check_choice("schedule", schedule, NAMES)
-    costed = _costed(model, microbatch, length, profile)
-    cluster = Cluster.of([f"rank {rank}" for rank in range(stages)])
+    (place,) = parse_devices([device])
+    costed = _costed(model, microbatch, length, _how(costs), place)
+    cluster = Cluster.of([str(place)] * stages)
     view = stage_graph(costed, partition(costed, stages, cluster))
-    costs = [stage.cost for stage in view.stages]
-    timeline = simulate(_program(schedule, view.plan, microbatches), costs, cluster)
+    program = _program(schedule, view.plan, microbatches)
+    timeline = simulate(program, [stage.cost for stage in view.stages], cluster)
     if as_json:
         typer.echo(json.dumps(_facts(view, timeline, schedule, microbatches), indent=2))
     else:
         console = Console(stderr=written is not None and output is None)  # stdout holds the stage graph then
-        console.print(table(view))
+        console.print(table(view, console.width))
         console.print(_prediction(view, timeline, schedule, microbatches))
     if written is not None:
         _write(FORMATS[written](view), output)
@@ -152,20 +158,18 @@ def draw_schedule(
         _write(timeline_svg(timeline), svg)
 
 
-def _costed(model: str, microbatch: int | None, length: int, how: str) -> CostedGraph:
-    import torch  # here, so that other commands need not wait for it
-
-    from pipecompile.capture import capture, read_call, summarize
-    from pipecompile.models import load
-    from pipecompile.profile import profile
-
+def _costed(model: str, microbatch: int | None, length: int, how: How, device: torch.device) -> CostedGraph:
     it, args, kwargs = load(model, microbatch or 2, length, meta=how == "count")
     call = read_call(it.forward, args, kwargs)
     if microbatch and call.batch and microbatch > call.batch:
         raise InputError(f"--microbatch {microbatch} is more than the {call.batch} samples that {model} returns")
     captured = capture(it, call, microbatch)
-    graph = summarize(captured)
-    return profile(captured, graph, "count", torch.device("cpu")) if how == "count" else profile(captured, graph)
+    return profile(captured, summarize(captured), how, device)
+
+
+def _how(costs: str) -> How:
+    _check_choice("profile", costs, ("measure", "count"))
+    return "count" if costs == "count" else "measure"
 
 
 def _program(name: str, plan: Plan, microbatches: int) -> Program:

@@ -101,7 +101,12 @@ def compile_call(
         plan = reference = partition(costed, len(devices), cluster)
         place(captured, plan, graph, devices)
     else:
-        plan, costed, reference, cluster = carry_over(first.plan, first.graph, graph), first.costed, first.reference, first.cluster
+        plan, costed, reference, cluster = (
+            carry_over(first.plan, first.graph, graph),
+            first.costed,
+            first.reference,
+            first.cluster,
+        )
     return Compiled(captured, graph, plan, costed, reference, cluster, split(captured, graph, plan, devices))
 
 
@@ -137,7 +142,9 @@ def parse_devices(devices: Sequence[torch.device | str | int]) -> tuple[torch.de
         InputError: none are given, or one is not there.
     """
     if isinstance(devices, str | int | torch.device) or not list(devices):
-        raise InputError(f"devices= takes a list with one device a stage, such as ['cpu', 'cpu'] or [0, 1]; got {devices!r}")
+        raise InputError(
+            f"devices= takes a list with one device a stage, such as ['cpu', 'cpu'] or [0, 1]; got {devices!r}"
+        )
     parsed = []
     for name in devices:
         try:
@@ -199,6 +206,7 @@ def describe(compiled: Compiled) -> Mapping[str, Sequence[str]]:
     return {
         "notes": compiled.captured.notes,
         "guards": [*guards, *reads],
-        "recomputed": [f"{copies} values (masks, positions, sizes) are computed in each stage that reads them"] * (copies > 0),
+        "recomputed": [f"{copies} values (masks, positions, sizes) are computed in each stage that reads them"]
+        * (copies > 0),
         "tied": [f"{t.parameter} over stages {', '.join(map(str, t.stages))}, gradients summed" for t in plan.tied],
     }

@@ -1,7 +1,7 @@
 """What each node costs: seconds forward and backward, and bytes kept for the backward pass.
 
-The captured graph is run node by node on the sample microbatch, and each node's backward on its own. Equal operations on
-equal shapes are timed once. A model without memory (on the meta device), or a device that is not here, is *counted*
+The captured graph is run node by node on the sample microbatch, and each node's backward on its own. Equal operations
+on equal shapes are timed once. A model without memory (on the meta device), or a device that is not here, is *counted*
 instead: the same walk on fake tensors, with seconds from operations and bytes moved over a device's roofline.
 
 Saved bytes are counted by storage: what several nodes keep counts for the first, and parameters do not count.
@@ -115,7 +115,7 @@ class _Counter:
     def tensor(self, tensor: Tensor) -> Tensor:
         if tensor.is_meta:
             return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
-        return self.fake.from_tensor(tensor.detach(), static_shapes=True)  # type: ignore[no-any-return]
+        return self.fake.from_tensor(tensor.detach(), static_shapes=True)
 
     def seconds(self, run: Callable[[], Any], nbytes: int) -> float:
         with FlopCounterMode(display=False) as counter:
@@ -189,7 +189,7 @@ class _Walk:
         run = _Call(node, args, kwargs)
         saved = _Saved(self.kept)
         with saved:
-            self.values[node] = _detached(run.forward())
+            self.values[node] = run.value()
         key = (node.target, origin_of(node).region, _described(args), _described(kwargs))
         if key not in self.timed:
             self.timed[key] = self._time(run)
@@ -197,7 +197,7 @@ class _Walk:
         return Cost(forward, backward, saved.nbytes)
 
     def _time(self, run: _Call) -> tuple[float, float]:
-        read, written = _tensors((run.args, run.kwargs)), _tensors(run.forward())
+        read, written = _tensors((run.args, run.kwargs)), run.forward()
         known = {t.untyped_storage()._cdata for t in read}
         is_view = all(t.untyped_storage()._cdata in known for t in written)
         traffic = 0 if is_view else sum(t.nbytes for t in read + written)
@@ -214,21 +214,36 @@ class _Call:
     def __init__(self, node: fx.Node, args: Any, kwargs: Any) -> None:
         self.function: Any = node.target
         self.region = origin_of(node).region
+        self.mutates = origin_of(node).mutates
         self.args, self.kwargs = args, kwargs
         self.leaves: list[Tensor] = [t for t in _tensors((args, kwargs)) if t.requires_grad]
         self.differentiable = False
 
-    def forward(self) -> Any:
-        args, kwargs = (self.args, self.kwargs) if not self.leaves else _writable((self.args, self.kwargs))
-        entered = enter_region(self.region.grad, self.region.autocast)
-        with entered:
-            out = self.function(*args, **kwargs)
-        self.differentiable = bool(self.leaves) and any(t.requires_grad for t in _tensors(out))
-        return out
+    def value(self) -> Any:
+        """What the nodes after this one read: leaves, and for a write the very memory that was written."""
+        if not self.mutates:
+            return _detached(self._run(self.args, self.kwargs))
+        wants = bool(self.leaves)
+        with torch.no_grad():
+            return _map_tensors(
+                lambda t: t.detach().requires_grad_(wants and t.dtype.is_floating_point),
+                self._run(self.args, self.kwargs),
+            )
+
+    def forward(self) -> list[Tensor]:
+        """Runs the call as often as one likes; the outputs that a backward can start from."""
+        copied = _map_tensors(torch.clone, (self.args, self.kwargs)) if self.mutates else (self.args, self.kwargs)
+        outputs = _tensors(self._run(*copied))
+        self.differentiable = bool(self.leaves) and any(t.grad_fn is not None for t in outputs)
+        return outputs
 
     def forward_backward(self) -> None:
-        outputs = [t for t in _tensors(self.forward()) if t.requires_grad]
-        torch.autograd.grad(outputs, self.leaves, [torch.ones_like(t) for t in outputs], allow_unused=True)
+        roots = [t for t in self.forward() if t.grad_fn is not None]
+        torch.autograd.grad(roots, self.leaves, [torch.ones_like(t) for t in roots], allow_unused=True)
+
+    def _run(self, args: Any, kwargs: Any) -> Any:
+        with enter_region(self.region.grad, self.region.autocast):
+            return self.function(*args, **kwargs)
 
 
 class _Saved(torch.autograd.graph.saved_tensors_hooks):
@@ -277,11 +292,6 @@ def _map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
 def _detached(value: Any) -> Any:
     """A node's value as the next node's leaf."""
     return _map_tensors(lambda t: t.detach().requires_grad_(t.requires_grad), value)
-
-
-def _writable(value: Any) -> Any:
-    """Arguments that may be written in place: views of the leaves, which autograd allows to be written."""
-    return _map_tensors(lambda t: t.view_as(t) if t.requires_grad else t, value)
 
 
 def _described(value: Any) -> Any:

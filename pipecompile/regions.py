@@ -1,7 +1,7 @@
-"""The modes that a stretch of a model runs in: no gradients, its own autocast. Recorded on nodes, entered again at run time.
+"""The modes that a stretch of a model runs in (no gradients, its own autocast): recorded on nodes, entered at run time.
 
-Only what the model itself does is a region. The modes of the calling thread are not traced in: the runtime reads them on
-every step and enters them in each worker.
+Only what the model itself does is a region. The modes of the calling thread are not traced in: the runtime reads them
+on every step and enters them in each worker.
 """
 
 from __future__ import annotations

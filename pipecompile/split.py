@@ -155,4 +155,7 @@ def _module(graph: fx.Graph, tensors: Mapping[str, Tensor], index: int) -> fx.Gr
             owner.register_parameter(last, tensor)
         else:
             owner.register_buffer(last, tensor)
-    return fx.GraphModule(root, graph, class_name=f"Stage{index}")
+    module = fx.GraphModule(root, graph, class_name=f"Stage{index}")
+    quiet: Any = type(module)
+    quiet.__call__ = nn.Module.__call__  # fx's own prints to stderr when a call fails; the runtime reports better
+    return module

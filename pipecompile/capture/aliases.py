@@ -1,8 +1,8 @@
 """In-place writes become new values, along all aliases, before the graph is cut.
 
-A graph that is cut into stages must not depend on the order of writes to shared memory: a stage that recomputes a value,
-or receives it, would miss them. So the tracer keeps, for every storage, the family of nodes that view it, and each write
-does one of three things:
+A graph that is cut into stages must not depend on the order of writes to shared memory: a stage that recomputes a
+value, or receives it, would miss them. So the tracer keeps, for every storage, the family of nodes that view it, and
+each write does one of three things:
 
     x.relu_()              nobody else has read x: the call stays as it is, and its result is x from now on;
     v = x[:, 1:]; v += 1   others read x, or view it: the family's base is cloned, its views are taken again from the
@@ -26,7 +26,7 @@ from pipecompile.functions import after
 def storage_key(tensor: Tensor) -> int | None:
     """Identifies the memory behind a tensor; None for layouts without a storage."""
     try:
-        return tensor.untyped_storage()._cdata
+        return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):
         return None
 
@@ -48,6 +48,7 @@ class Family:
 
     members: list[Alias] = field(default_factory=list)
     buffer: str | None = None
+    written: tuple[fx.Node, ...] = ()  # the members' nodes as the call that is being recorded finds them
 
     def position(self, tensor: Tensor) -> int | None:
         return next((i for i, member in enumerate(self.members) if member.tensor == id(tensor)), None)
@@ -102,26 +103,25 @@ class Aliases:
         family = self._family(tensor)
         if family is None or family.buffer is not None:
             return
-        if len(family.members) == 1 and _is_private(family.members[0].node):
-            return
-        copies: dict[fx.Node, fx.Node] = {}
-        for member in family.members:
-            member.node = self._copy(member, family, copies)
-            self.bind(member.tensor, member.node)
+        if len(family.members) > 1 or not _is_private(family.members[0].node):
+            copies: dict[fx.Node, fx.Node] = {}
+            for member in family.members:
+                member.node = self._copy(member, family, copies)
+                self.bind(member.tensor, member.node)
+        family.written = tuple(member.node for member in family.members)
 
     def finish_write(self, tensor: Tensor, writer: fx.Node, result: Tensor | None) -> None:
         """Every name of the family stands for its value after ``writer`` from now on."""
         family = self._family(tensor)
         if family is None or family.buffer is not None:
             return
-        before = [member.node for member in family.members]
         for member in family.members:
             if result is not None and member.tensor == id(result):
                 member.node = writer
             elif member.node is not writer:
                 member.node = self.emit(after, (member.node, writer), like=member.node)
             self.bind(member.tensor, member.node)
-        self.groups.append((*before, writer, *(member.node for member in family.members)))
+        self.groups.append((*family.written, writer, *(member.node for member in family.members)))
 
     def _family(self, tensor: Tensor) -> Family | None:
         key = storage_key(tensor)

@@ -1,7 +1,7 @@
-"""The arguments of a call: bound to the model's signature, flattened, named, and told apart by whether they have a batch.
+"""The arguments of a call: bound to the model's signature, flattened, named, and told apart by having a batch or not.
 
-A tensor is *batched* if its first dimension has the batch's size, which is the size that most first dimensions have (the
-first argument decides a tie). Batched tensors are split into microbatches; all other arguments are shared by all of them.
+A tensor is *batched* if its first dimension has the batch's size, which is the size that most first dimensions have
+(the first argument decides a tie). Batched tensors are split into microbatches; all other arguments are shared by them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from pipecompile.capture.trees import flatten
 from pipecompile.errors import InputError
 
 
@@ -23,8 +24,8 @@ from pipecompile.errors import InputError
 class Call:
     """One call's arguments: the tensors by name, and everything else.
 
-    ``key`` is equal for two calls exactly if they have the same tree, the same numbers, strings and flags, and tensors of
-    the same dtypes and ranks that want gradients alike.
+    ``key`` is equal for two calls exactly if they have the same tree, the same numbers, strings and flags, and tensors
+    of the same dtypes and ranks that want gradients alike.
     """
 
     tensors: Mapping[str, Tensor]
@@ -66,7 +67,7 @@ def read_call(
         bound = inspect.signature(forward).bind(*args, **kwargs)
     except TypeError as error:
         raise InputError(f"the model's forward cannot be called so: {error}; it takes {_signature(forward)}") from None
-    paths, spec = pytree.tree_flatten_with_path((bound.args, bound.kwargs))
+    paths, spec = flatten((bound.args, bound.kwargs))
     names = _names(forward, [path for path, _ in paths])
     tensors = {name: leaf for name, (_, leaf) in zip(names, paths, strict=True) if isinstance(leaf, Tensor)}
     leaves = tuple(
@@ -100,14 +101,14 @@ def _check_batch(
     for name, value in arguments.items():
         if _is_plain_batch(value, batch):
             raise InputError(
-                f"argument {name!r} is a {type(value).__name__} of {batch} items, one a sample, which cannot be split into "
-                f"microbatches; pass a tensor (torch.as_tensor) instead"
+                f"argument {name!r} is a {type(value).__name__} of {batch} items, one a sample, which cannot be split "
+                f"into microbatches; pass a tensor (torch.as_tensor) instead"
             )
 
 
 def _is_plain_batch(value: Any, batch: int | None) -> bool:
     """Whether a value has one entry a sample without being made of tensors."""
-    if type(value).__module__ == "numpy" and getattr(value, "ndim", 0):
+    if type(value).__module__ == "numpy" and hasattr(value, "ndim") and value.ndim:
         return True
     if not isinstance(value, list | tuple) or batch is None or batch < 2 or len(value) != batch:
         return False
@@ -119,7 +120,8 @@ def _names(forward: Callable[..., Any], paths: Sequence[tuple[Any, ...]]) -> lis
     parameters = list(inspect.signature(forward).parameters)
     names: list[str] = []
     for path in paths:
-        in_args, first, *rest = [getattr(key, "idx", getattr(key, "key", None)) for key in path]
+        keys: list[Any] = [getattr(key, "idx", getattr(key, "key", getattr(key, "name", None))) for key in path]
+        in_args, first, *rest = keys
         head = parameters[min(first, len(parameters) - 1)] if in_args == 0 else first
         name = re.sub(r"\W", "_", "_".join(map(str, [head, *rest])))
         names.append(name if name not in names else f"{name}_{len(names)}")

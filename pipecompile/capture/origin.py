@@ -19,13 +19,15 @@ _LIBRARIES = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(os.path.
 class Origin:
     """Kept in ``fx_node.meta["origin"]``.
 
-    ``writes`` names the buffers that the node writes in place; such a node runs exactly once a microbatch.
+    ``writes`` names the buffers that the node writes in place; such a node runs exactly once a microbatch. ``mutates``
+    says that it writes to an argument at all.
     """
 
     path: str = ""
     source: str = ""
     region: Region = PLAIN
     writes: tuple[str, ...] = ()
+    mutates: bool = False
 
     def __str__(self) -> str:
         module = f"module {self.path!r}" if self.path else "the model's own forward"

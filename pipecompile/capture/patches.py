@@ -60,7 +60,8 @@ def _autograd_functions(recorder: Recorder) -> Iterator[None]:
 
 @contextmanager
 def _autocast(recorder: Recorder) -> Iterator[None]:
-    enter, leave = torch.autocast.__enter__, torch.autocast.__exit__
+    enter: Any = torch.autocast.__enter__
+    leave: Any = torch.autocast.__exit__
 
     def entered(self: Any) -> Any:
         dtype = str(self.fast_dtype).removeprefix("torch.")

@@ -13,18 +13,18 @@ from pipecompile.capture.origin import origin_of
 _RANDOM = frozenset(
     {
         "dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout",
-        "feature_dropout", "native_dropout", "rrelu", "rrelu_", "gumbel_softmax", "rand", "randn", "randint", "randperm",
-        "rand_like", "randn_like", "randint_like", "bernoulli", "bernoulli_", "multinomial", "normal", "normal_",
-        "uniform_", "exponential_", "geometric_", "cauchy_", "log_normal_", "random_", "poisson",
+        "feature_dropout", "native_dropout", "rrelu", "rrelu_", "gumbel_softmax", "rand", "randn", "randint",
+        "randperm", "rand_like", "randn_like", "randint_like", "bernoulli", "bernoulli_", "multinomial",
+        "normal", "normal_", "uniform_", "exponential_", "geometric_", "cauchy_", "log_normal_", "random_", "poisson",
         "fractional_max_pool2d", "fractional_max_pool3d",
     }
 )  # fmt: skip
 
-# Functions that contract a dimension: (positions of the two factors). Repeating them may cost more than sending.
+# Functions that do much for each byte they give: repeating them may cost more than sending.
 _CONTRACTIONS = frozenset(
     {
-        "linear", "matmul", "bmm", "mm", "addmm", "baddbmm", "einsum", "tensordot", "bilinear", "__matmul__", "__rmatmul__",
-        "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
+        "linear", "matmul", "bmm", "mm", "addmm", "baddbmm", "einsum", "tensordot", "bilinear", "__matmul__",
+        "__rmatmul__", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
         "scaled_dot_product_attention", "cdist", "stft", "istft", "fft_rfft", "fft_fft", "lstm", "gru", "rnn_tanh",
         "svd", "qr", "inv", "pinv", "solve", "cholesky", "eigh", "sort", "argsort", "topk", "interpolate", "unfold",
     }

@@ -1,14 +1,14 @@
 """The recording mode: runs every torch function on fake tensors and appends it to a ``torch.fx`` graph.
 
-Functions are recorded as the model calls them (``F.linear`` is one node), neither as modules nor as aten operations: that
-is the level at which costs are profiled, losses are recognised, and people read. A tensor is known by identity; all
-tensors are kept alive during the trace, so that no identity is used twice.
+Functions are recorded as the model calls them (``F.linear`` is one node), neither as modules nor as aten operations:
+that is the level at which costs are profiled, losses are recognised, and people read. A tensor is known by identity;
+all tensors are kept alive during the trace, so that no identity is used twice.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -87,7 +87,7 @@ class Recorder(TorchFunctionMode):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         out: Any,
-        written: list[Tensor] = [],  # noqa: B006
+        written: Sequence[Tensor] = (),
     ) -> None:
         """Appends a call that gave ``out`` and wrote to ``written``."""
         if func is torch.Tensor.__setitem__:
@@ -98,7 +98,7 @@ class Recorder(TorchFunctionMode):
             self.aliases.prepare_write(tensor)
         if getattr(func, "__name__", "") == "__get__":
             func, args, kwargs = getattr, (args[0], func.__self__.__name__), {}  # type: ignore[attr-defined]
-        node = self.emit(func, self.lower(args), self.lower(kwargs), writes=self._buffers(written))
+        node = self.emit(func, self.lower(args), self.lower(kwargs), written=written)
         self._bind_results(node, out, list(_tensors((args, kwargs))))
         for tensor in written:
             self.aliases.finish_write(tensor, node, out if isinstance(out, Tensor) else None)
@@ -111,12 +111,13 @@ class Recorder(TorchFunctionMode):
         args: Any,
         kwargs: Any = None,
         like: fx.Node | None = None,
-        writes: tuple[str, ...] = (),
+        written: Sequence[Tensor] = (),
     ) -> fx.Node:
         node = self.graph.call_function(func, tuple(args), kwargs or {})
         region = self.region if like is None else like.meta.get("origin", Origin()).region
         region = PLAIN if func is torch.clone and like is not None else region
-        node.meta["origin"] = Origin(self.paths[-1], user_line(), region, writes)
+        buffers = tuple(name for name in map(self.aliases.buffer_of, written) if name is not None)
+        node.meta["origin"] = Origin(self.paths[-1], user_line(), region, buffers, bool(written))
         if like is not None:
             node.meta["val"] = like.meta.get("val")
         return node
@@ -214,9 +215,6 @@ class Recorder(TorchFunctionMode):
                 picked = self.emit(operator.getitem, (node, index))
                 picked.meta["val"] = item
                 self._bind_items(picked, item, sources, (*recipe, picked))
-
-    def _buffers(self, written: list[Tensor]) -> tuple[str, ...]:
-        return tuple(name for name in map(self.aliases.buffer_of, written) if name is not None)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

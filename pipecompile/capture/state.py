@@ -1,7 +1,7 @@
 """A model's own state during a trace: fakes in place of its tensors, and everything put back afterwards.
 
-The model's forward runs as Python and may change the model. What it binds to the name of a buffer becomes a write-back of
-the graph. All else is undone when the trace ends: the trace must leave no mark on the model.
+The model's forward runs as Python and may change the model. What it binds to the name of a buffer becomes a write-back
+of the graph. All else is undone when the trace ends: the trace must leave no mark on the model.
 """
 
 from __future__ import annotations
@@ -46,8 +46,7 @@ def _fake(tensor: Tensor, mode: FakeTensorMode, device: torch.device) -> Tensor:
         return fake
     with mode, torch.no_grad():
         moved = torch.empty_like(fake, device=device)
-    moved = nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
-    return moved
+    return nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
 
 
 @contextmanager

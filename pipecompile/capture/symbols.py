@@ -3,11 +3,11 @@
 A size in the graph is an expression over the inputs' sizes, so a stage can compute any shape without asking another.
 
 Two sorts of decision make a trace depend on sizes:
-- the model's own Python asks (``if x.shape[1] > 8``, ``range(x.shape[1])``): the expression asked is kept with its answer;
+- the model's own Python asks (``if x.shape[1] > 8``, ``range(x.shape[1])``): what it asked is kept with the answer;
 - an operation needs two sizes equal, or one to be a number: torch's ``ShapeEnv`` keeps these as replacements.
 
-Both are guards. What operations merely assume of a size in passing (that it is not 1, say, to choose a broadcast) is not:
-they run again on the real sizes and decide anew. So a batch of 1 needs no trace of its own.
+Both are guards. What operations merely assume of a size in passing (that it is not 1, say, to choose a broadcast) is
+not: they run again on the real sizes and decide anew. So a batch of 1 needs no trace of its own.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch._dynamo.source import ConstantSource
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 
-class Shapes(ShapeEnv):  # type: ignore[misc]
+class Shapes(ShapeEnv):
     """A ``ShapeEnv`` that remembers what the model's own Python asked about sizes."""
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class Shapes(ShapeEnv):  # type: ignore[misc]
             self.answers[sym_node._expr] = answer
         return answer
 
-    def symbol(self, name: str, hint: int) -> torch.SymInt:
+    def symbol(self, name: str, hint: int) -> int | torch.SymInt:
         """A new symbol for a size; torch may assume that it is at least 2 (see the module's docstring)."""
         source = ConstantSource(name)
         symbol = self.create_symbol(hint, source, DimDynamic.DYNAMIC, do_not_specialize_zero_one=hint < 2)

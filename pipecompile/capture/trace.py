@@ -9,7 +9,6 @@ from typing import Any
 import sympy
 import torch
 import torch.fx as fx
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -22,6 +21,7 @@ from pipecompile.capture.purity import has_effect
 from pipecompile.capture.recorder import Recorder
 from pipecompile.capture.state import Changes, fakes_of, named_tensors, with_fakes
 from pipecompile.capture.symbols import Shapes, Sizes
+from pipecompile.capture.trees import flatten
 from pipecompile.capture.values import Values
 from pipecompile.errors import CaptureError, PipecompileError
 from pipecompile.functions import write_back
@@ -84,7 +84,7 @@ class _Trace:
         self.sizes = Sizes(self.graph, self.shapes)
         self.mode = FakeTensorMode(shape_env=self.shapes, allow_non_fake_inputs=True)
         self.constants: dict[str, Tensor] = {}
-        self.real = {name: tensor for name, tensor in named_tensors(model)}
+        self.real = dict(named_tensors(model))
         self.parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         self.values = Values(call.tensors, self._attribute, self.parameters.__contains__)
         self.recorder = Recorder(self.graph, self.sizes, self.values, self._name_constant)
@@ -106,7 +106,13 @@ class _Trace:
         for path, module in self.model.named_modules():
             paths.setdefault(id(module), path)
         try:
-            with torch.enable_grad(), self.mode, enable_python_dispatcher(), patched(self.recorder, paths), self.recorder:
+            with (
+                torch.enable_grad(),
+                self.mode,
+                enable_python_dispatcher(),
+                patched(self.recorder, paths),
+                self.recorder,
+            ):
                 return self.forward(*args, **kwargs)
         except PipecompileError:
             raise
@@ -149,7 +155,7 @@ class _Trace:
         return symbols[kind, size]
 
     def _is_length(self, real: Tensor, dim: int, size: int, symbols: dict[tuple[str, int], int | torch.SymInt]) -> bool:
-        """Whether a dimension is likely to change from step to step: of ids, of sequences, or as long as one of those."""
+        """Whether a dimension may well change from step to step: of ids, of sequences, or as long as one of those."""
         if self.symbolic != "batch and lengths":
             return False
         if ("length", size) in symbols:
@@ -167,8 +173,8 @@ class _Trace:
                 return name
         if tensor.requires_grad:
             raise CaptureError(
-                f"{self.recorder.here}: the forward uses a tensor of shape {tuple(tensor.shape)} that requires a gradient "
-                f"but is no parameter of the model, so nobody could train it; register it as an nn.Parameter"
+                f"{self.recorder.here}: the forward uses a tensor of shape {tuple(tensor.shape)} that requires a "
+                f"gradient but is no parameter of the model, so nobody could train it; register it as an nn.Parameter"
             )
         name = f"_constant{len(self.constants)}"
         self.constants[name] = tensor
@@ -176,7 +182,7 @@ class _Trace:
 
     def _finish(self, out: Any, fakes: dict[str, Tensor], changes: Changes, notes: list[str]) -> Captured:
         self._write_back(fakes, changes.rebound)
-        leaves, spec = pytree.tree_flatten_with_path(out)[0], pytree.tree_structure(out)
+        leaves, spec = flatten(out)
         with self.mode:
             lowered = [self.recorder.lower(leaf) for _, leaf in leaves]
         outputs = tuple(self._output(path, leaf, low) for (path, leaf), low in zip(leaves, lowered, strict=True))
@@ -186,7 +192,8 @@ class _Trace:
         alive = {node.name for node in self.graph.nodes}
         groups = [[n.name for n in group if n.name in alive] for group in self.recorder.aliases.groups]
         return Captured(
-            model=self.model, graph=self.graph, constants=self.constants, call=self.call, microbatch=self.microbatch, outputs=outputs, out_spec=spec,
+            model=self.model, graph=self.graph, constants=self.constants, call=self.call, microbatch=self.microbatch,
+            outputs=outputs, out_spec=spec,
             sizes={symbol: (node.name, dim) for symbol, (node, dim) in self.sizes.sources.items()},
             shapes=self.expected, guards=self.shapes.decided() if self.shapes else (), reads=reads,
             read_values=tuple(value for _, value in self.values.reads),
@@ -202,12 +209,13 @@ class _Trace:
                 )
             with self.mode:
                 buffer, new = self.recorder.node_of(fakes[name]), self.recorder.node_of(value)
-            node = self.recorder.emit(write_back, (buffer, new), writes=(name,))
+            node = self.recorder.emit(write_back, (buffer, new), written=[fakes[name]])
             node.meta["val"] = value
             with self.graph.inserting_after(buffer):  # whoever reads the old value must not see the write
                 old = self.graph.call_function(torch.clone, (buffer,))
             old.meta.update(buffer.meta, origin=Origin())
-            buffer.replace_all_uses_with(old, delete_user_cb=lambda user, old=old, node=node: user not in (old, node))
+            keep = {old, node}
+            buffer.replace_all_uses_with(old, delete_user_cb=lambda user, keep=keep: user not in keep)  # type: ignore[misc]
 
     def _output(self, path: Any, leaf: Any, lowered: Any) -> Output:
         name = ".".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path)

@@ -2,8 +2,8 @@
 
 ``if mask.all():`` asks for a value that a fake tensor does not have. Where the value comes from the model's inputs and
 buffers only, the recorded nodes that lead to it are run on the real sample inputs, the trace takes that branch, and the
-read becomes a guard that is checked at the start of each step. Where it comes from parameters or activations there is no
-answer before the step runs: the caller hears so.
+read becomes a guard that is checked at the start of each step. Where it comes from parameters or activations there is
+no answer before the step runs: the caller hears so.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ class Values:
             return self.attributes(str(node.target)).clone()
         if is_random(node):
             raise CaptureError(f"the model's Python reads a random value ({node.name}); keep the module whole")
-        args, kwargs = fx.map_arg((node.args, node.kwargs), self._value)
+        args: Any = fx.map_arg(node.args, self._value)
+        kwargs: Any = fx.map_arg(node.kwargs, self._value)
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         assert callable(node.target)

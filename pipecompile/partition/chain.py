@@ -71,8 +71,8 @@ def _forward(problem: Problem, links: list[Family], limit: float) -> tuple[list[
     value = np.zeros(1)
     for seat, link in zip(problem.seats, links[1:], strict=True):
         following = np.full(len(link), inf)
-        for block, loads, _ in _blocks(problem, seat, reached[-1], link):
-            following[block] = np.maximum(value[:, None], loads).min(axis=0, initial=inf)
+        for rows, columns, loads, _ in _blocks(problem, seat, reached[-1], link, limit):
+            following[columns] = np.maximum(value[rows, None], loads).min(axis=0)
         alive = following <= limit
         reached.append(link.select(alive))
         value = following[alive]
@@ -86,11 +86,11 @@ def _least_crossing(problem: Problem, links: list[Family], limit: float) -> list
     for seat, lower, upper in zip(problem.seats, links, links[1:], strict=False):
         following = np.full(len(upper), inf)
         parent = np.zeros(len(upper), np.int64)
-        for block, loads, crossing in _blocks(problem, seat, lower, upper):
+        for rows, columns, loads, crossing in _blocks(problem, seat, lower, upper, limit):
             crossing[loads > limit] = inf
-            sums = value[:, None] + crossing
-            parent[block] = sums.argmin(axis=0)
-            following[block] = sums.min(axis=0)
+            sums = value[rows, None] + crossing
+            parent[columns] = sums.argmin(axis=0) + rows.start
+            following[columns] = sums.min(axis=0)
         value = following
         came_from.append(parent)
     rows = [0]
@@ -99,11 +99,19 @@ def _least_crossing(problem: Problem, links: list[Family], limit: float) -> list
     return rows[:0:-1]
 
 
-def _blocks(problem: Problem, seat: Seat, lower: Family, upper: Family) -> Iterator[tuple[slice, Floats, Floats]]:
+def _blocks(
+    problem: Problem, seat: Seat, lower: Family, upper: Family, limit: float
+) -> Iterator[tuple[slice, slice, Floats, Floats]]:
+    """Rows of both families, with the load and crossing seconds between them; the rest is beyond the limit."""
     width = max(1, BLOCK // max(1, len(lower)))
-    for begin in range(0, len(upper) if len(lower) else 0, width):
-        block = slice(begin, begin + width)
-        yield block, *stage_matrix(problem, seat, lower, upper.select(block))
+    for begin in range(0, len(upper), width):
+        columns = slice(begin, min(begin + width, len(upper)))
+        reach = limit * TIE * seat.speed
+        first = int(np.searchsorted(lower.weight, upper.weight[begin] * (1 - 1e-12) - reach))
+        last = int(np.searchsorted(lower.weight, upper.weight[columns.stop - 1] * TIE, side="right"))
+        if first < last:
+            rows = slice(first, last)
+            yield rows, columns, *stage_matrix(problem, seat, lower.select(rows), upper.select(columns))
 
 
 def _nested(lower: Family, upper: Family) -> Bools:

@@ -36,7 +36,7 @@ def closed_sets(problem: Problem, window: Window, most: int) -> Family | None:
         rows = rows.decide(position)
         if len(rows.bits) > most:
             return None
-    family = Family.of(problem, [rows.members(inside)])
+    family = Family.by_weight(problem, rows.members(inside))
     return family.select(window.allows(family))
 
 
@@ -107,7 +107,10 @@ class _Rows:
 
     def _fits(self, taken: Floats, left: Floats, opened: Floats) -> Bools:
         nothing = np.zeros(1)
-        return self.window.before.allows(taken, nothing, opened) & self.window.after.allows(left, nothing, opened)
+        within = opened <= self.window.most_open
+        return (
+            within & self.window.before.allows(taken, nothing, opened) & self.window.after.allows(left, nothing, opened)
+        )
 
     def _opening(self, atom: int, position: int) -> tuple[Floats, Floats]:
         """Seconds of the nets that open for good if the atom comes in, and if it stays out."""

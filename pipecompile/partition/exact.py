@@ -11,18 +11,21 @@ from pipecompile.partition.family import Family
 from pipecompile.partition.problem import Problem
 from pipecompile.partition.window import ROUNDING, Window, narrowed
 
-MOST_SETS = 20_000  # in one window
-FIRST_GAP = 0.01
+FIRST_GAP, STEP = 0.005, 1.6  # relative to the first lower bound
 
 
-def exact(problem: Problem, lower: float, upper: float) -> tuple[float, Chain | None]:
-    """A lower bound, and an optimal plan if one within ``upper`` (seconds) exists and the windows could be searched."""
+def exact(problem: Problem, lower: float, upper: float, most: int) -> tuple[float, Chain | None]:
+    """A lower bound, and an optimal plan if one within ``upper`` (seconds) exists and was found.
+
+    Args:
+        most: sets in one window; with more of them the search ends.
+    """
     gap = 0.0
     floor = lower
     while True:
         limit = upper if floor == 0 else min(floor * (1 + gap) * (1 + ROUNDING), upper)
         found = narrowed(problem, limit)
-        families = found and _families(problem, found)
+        families = found and _families(problem, found, most)
         if families is None and found is not None:
             return lower, None
         if families and (chain := best_chain(problem, families, limit)):
@@ -30,13 +33,13 @@ def exact(problem: Problem, lower: float, upper: float) -> tuple[float, Chain | 
         lower = max(lower, limit)
         if limit >= upper:
             return lower, None
-        gap = 2 * gap or FIRST_GAP
+        gap = gap * STEP or FIRST_GAP
 
 
-def _families(problem: Problem, found: list[Window]) -> list[Family] | None:
+def _families(problem: Problem, found: list[Window], most: int) -> list[Family] | None:
     families = []
     for window in found:
-        sets = closed_sets(problem, window, MOST_SETS)
+        sets = closed_sets(problem, window, most)
         if sets is None:
             return None
         families.append(sets)

@@ -16,9 +16,9 @@ import numpy as np
 from pipecompile.partition.problem import Bools, Floats, Ints, Problem
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Family:
-    """Closed sets of one problem; ``members[i, v]`` says whether set i has atom v."""
+    """Closed sets of one problem in order of weight; ``members[i, v]`` says whether set i has atom v."""
 
     problem: Problem
     members: Bools
@@ -30,8 +30,16 @@ class Family:
         if not len(stack):
             return Family(problem, stack)
         _, first = np.unique(np.packbits(stack, axis=1), axis=0, return_index=True)
-        stack = stack[np.sort(first)]
-        return Family(problem, stack[np.argsort(stack @ problem.weight, kind="stable")])
+        return Family.by_weight(problem, stack[np.sort(first)])
+
+    @staticmethod
+    def by_weight(problem: Problem, stack: Bools) -> Family:
+        """The sets of a stack without repeats, in order of weight."""
+        weight = stack @ problem.weight
+        order = np.argsort(weight, kind="stable")
+        family = Family(problem, stack[order])
+        family.__dict__["weight"] = weight[order]
+        return family
 
     @staticmethod
     def nothing(problem: Problem) -> Family:

@@ -143,6 +143,11 @@ class Problem:
         return above
 
     @cached_property
+    def ancestor_matrix(self) -> NDArray[np.float32]:
+        """``ancestors`` for products that may be a little wrong."""
+        return self.ancestors.astype(np.float32)
+
+    @cached_property
     def ancestor_weight(self) -> Floats:
         return np.asarray(self.ancestors @ self.weight)
 

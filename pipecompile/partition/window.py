@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -58,7 +59,7 @@ class Side:
         return np.asarray(within & (kept <= self.memory * (1 + ROUNDING)))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Window:
     """The closed sets that may be one boundary of a plan within a limit (seconds)."""
 
@@ -74,6 +75,12 @@ class Window:
         """The window with the atoms pinned that the two sides have no room for."""
         inside = problem.descendant_weight > after.work
         return Window(problem, before, after, inside, problem.ancestor_weight > before.work, cut)
+
+    @property
+    def most_open(self) -> float:
+        """Seconds of open nets that leave both sides together enough for all atoms."""
+        fastest = max(self.before.speed, self.after.speed)
+        return (self.before.time + self.after.time - self.problem.total / fastest) / 2
 
     @property
     def is_contradiction(self) -> bool:
@@ -120,9 +127,9 @@ def _sides(problem: Problem, limit: float) -> list[tuple[Side, Side]]:
 
 def _narrow(problem: Problem, limit: float, found: list[Window]) -> list[Window]:
     spent_before, spent_after = [0.0], [0.0]
-    for window, following in zip(found, found[1:], strict=False):
+    for window, following in pairwise(found):
         spent_before.append(spent_before[-1] + 2 * _least(problem, window, following.inside))
-    for window, preceding in zip(found[::-1], found[-2::-1], strict=False):
+    for window, preceding in pairwise(found[::-1]):
         spent_after.append(spent_after[-1] + 2 * _least(problem, window, preceding.outside))
     narrow = []
     for index, (before, after) in enumerate(_sides(problem, limit)):

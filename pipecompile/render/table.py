@@ -14,18 +14,34 @@ from pipecompile.render.stage_graph import Stage, StageGraph
 from pipecompile.render.units import bytes_text, count_text, seconds_text
 
 NUMBERS = ("params", "forward", "backward", "weights", "saved", "in", "out")
+WIDE = 96  # columns of a terminal that leave room for the modules
 
 
-def table(view: StageGraph) -> Table:
-    """A row for each stage and one for the whole model; ``saved`` is kept from forward to backward by a microbatch."""
-    it = Table(box=box.SIMPLE_HEAD, show_footer=True, pad_edge=False, caption_justify="left", caption=_caption(view))
+def table(view: StageGraph, width: int = 100) -> Table:
+    """A row for each stage and one for the whole model; ``saved`` is kept from forward to backward by a microbatch.
+
+    Args:
+        width: columns of the terminal; where it is narrow the modules stand below.
+    """
+    lines = _notes(view) if width >= WIDE else [*_modules(view), *_notes(view)]
+    caption = Text("\n".join(lines))
+    it = Table(
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        show_footer=True,
+        caption=caption,
+        caption_justify="left",
+    )
     it.add_column("stage", justify="right", footer="all")
     it.add_column("rank", justify="right")
-    it.add_column("modules", ratio=1)
+    if width >= WIDE:
+        it.add_column("modules", ratio=1)
     for name, total in zip(NUMBERS, totals(view), strict=True):
         it.add_column(name, justify="right", no_wrap=True, footer=total)
     for index, stage in enumerate(view.stages):
-        it.add_row(str(index), str(stage.rank), Text(modules_line(view, index)), *stage_numbers(stage))
+        modules = [Text(modules_line(view, index))] if width >= WIDE else []
+        it.add_row(str(index), str(stage.rank), *modules, *stage_numbers(stage))
     return it
 
 
@@ -48,8 +64,10 @@ def totals(view: StageGraph) -> tuple[str, ...]:
     return _numbers(num_parameters, total, crossing, crossing)
 
 
-def _caption(view: StageGraph) -> Text:
-    lines = [f"one microbatch, {view.costed.origin}; busiest stage / mean: {view.balance:.2f}"]
-    for tied in view.plan.tied:
-        lines.append(f"tied: {tied.parameter} in stages {', '.join(map(str, tied.stages))}")
-    return Text("\n".join(lines))
+def _modules(view: StageGraph) -> list[str]:
+    return [f"stage {index}: {modules_line(view, index)}" for index in range(len(view.stages))]
+
+
+def _notes(view: StageGraph) -> list[str]:
+    tied = [f"tied: {it.parameter} in stages {', '.join(map(str, it.stages))}" for it in view.plan.tied]
+    return [f"one microbatch, {view.costed.origin}; busiest stage / mean: {view.balance:.2f}", *tied]

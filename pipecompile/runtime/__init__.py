@@ -7,4 +7,14 @@ from pipecompile.runtime.runner import Microbatch, Runner
 from pipecompile.runtime.transport import LocalTransport, Transport
 from pipecompile.runtime.weights import MakeOptimizer, Weights
 
-__all__ = ["Ambient", "Executor", "Lane", "LocalTransport", "MakeOptimizer", "Microbatch", "Runner", "Transport", "Weights"]
+__all__ = [
+    "Ambient",
+    "Executor",
+    "Lane",
+    "LocalTransport",
+    "MakeOptimizer",
+    "Microbatch",
+    "Runner",
+    "Transport",
+    "Weights",
+]

@@ -20,7 +20,7 @@ Gradients = list[Tensor | None]
 
 
 class Delivered(torch.autograd.Function):
-    """``apply(box, loss position, number of outputs, *outputs, *leaves)``; ``box`` holds the gradients of the leaves."""
+    """``apply(box, position of the loss, number of outputs, *outputs, *leaves)``; the box holds the gradients."""
 
     @staticmethod
     def forward(ctx: Any, box: list[Gradients], loss: int, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:

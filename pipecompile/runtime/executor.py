@@ -24,8 +24,8 @@ from pipecompile.program import (
     Send,
     Step,
     followers,
-    reads,
     readers,
+    reads,
 )
 from pipecompile.runtime.ambient import Ambient
 from pipecompile.runtime.lane import Lane, caller_event, caller_waits

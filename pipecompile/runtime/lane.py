@@ -1,4 +1,4 @@
-"""Where a rank computes: its thread, its device, and on CUDA a stream of its own. This file holds all the CUDA code there is.
+"""Where a rank computes: its thread, its device, and on CUDA a stream of its own. All the CUDA code there is.
 
 On CPU every method does nothing or the plain thing, so that order, threads and failure are tested without a GPU.
 
@@ -28,8 +28,8 @@ class Lane:
         self.thread = ThreadPoolExecutor(1, thread_name_prefix=f"pipecompile {device}")
         self.device = device
         self.cuda = device.type == "cuda"
-        self.compute: Any = torch.cuda.Stream(device) if self.cuda else None
-        self.copies: Any = torch.cuda.Stream(device) if self.cuda else None
+        self.compute = _stream(device)
+        self.copies = _stream(device)
 
     @contextmanager
     def entered(self, after: Any) -> Iterator[None]:
@@ -82,6 +82,10 @@ class Lane:
     def _record(self, tensor: Value, stream: Any) -> None:
         if tensor is not None and tensor.is_cuda and stream is not None:
             tensor.record_stream(stream)  # [4]
+
+
+def _stream(device: torch.device) -> Any:
+    return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
 
 def caller_event(devices: tuple[torch.device, ...]) -> Any:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import linecache
 import re
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from pipecompile.errors import ExecutionError
-from pipecompile.runtime.lane import Lane
+from pipecompile.runtime.lane import Lane, Value
 from pipecompile.runtime.transport import Values
 from pipecompile.runtime.weights import Version, Weights
 from pipecompile.split import Stage
@@ -51,8 +50,8 @@ class Runner:
     def forward(self, microbatch: Microbatch, received: Mapping[int, Values]) -> dict[int, Values]:
         """Runs one microbatch; returns what each later stage reads."""
         stage = self.stage
-        inputs = {name: _leaf(self.lane.fetch(microbatch.inputs[name])) for name in stage.inputs}
-        leaves = {source: tuple(map(_leaf, values)) for source, values in received.items()}  # type: ignore[arg-type]
+        inputs = {name: _cut_off(self.lane.fetch(microbatch.inputs[name])) for name in stage.inputs}
+        leaves = {source: tuple(map(_leaf, values)) for source, values in received.items()}
         arguments = [*inputs.values(), *(v for source in stage.receives for v in leaves[source])]
         returned = dict(zip(stage.returns, self._call(arguments), strict=True))
         if torch.is_grad_enabled():
@@ -60,8 +59,8 @@ class Runner:
             microbatch.saved[stage.index] = Saved(wanted, leaves, returned)
             microbatch.versions[stage.index] = self.weights.current
         for name in stage.outputs:
-            microbatch.outputs[name] = _detached(returned[name])
-        return {target: tuple(_detached(returned[v]) for v in values) for target, values in stage.sends.items()}
+            microbatch.outputs[name] = _cut_off(returned[name])
+        return {target: tuple(_cut_off(returned[v]) for v in values) for target, values in stage.sends.items()}
 
     def backward(self, microbatch: Microbatch, received: Mapping[int, Values]) -> dict[int, Values]:
         """Runs one microbatch's backward; returns the gradients of what each earlier stage sent.
@@ -95,11 +94,16 @@ class Runner:
         index = self.stage.index
         self.weights.step([m.versions[index] for m in microbatches if index in m.saved])
 
-    def _call(self, arguments: list[Tensor]) -> tuple[Tensor, ...]:
+    def _call(self, arguments: Sequence[Value]) -> tuple[Tensor, ...]:
         try:
-            return functional_call(self.stage.module, dict(self.weights.current.leaves), tuple(arguments), tie_weights=False)  # type: ignore[no-any-return]
+            leaves = dict(self.weights.current.leaves)
+            returned: tuple[Tensor, ...] = functional_call(
+                self.stage.module, leaves, tuple(arguments), tie_weights=False
+            )
+            return returned
         except Exception as error:
-            raise ExecutionError(f"{self._where(error)}: {type(error).__name__}: {error}") from error
+            where = self._where(error)
+            raise ExecutionError(f"{where + ': ' if where else ''}{type(error).__name__}: {error}") from error
 
     def _seed(self, seed: Tensor | float, output: Tensor) -> Tensor:
         if isinstance(seed, Tensor):
@@ -108,27 +112,17 @@ class Runner:
 
     def _where(self, error: BaseException) -> str:
         """The node that raised, found by the line of generated code that the exception came through."""
-        code = self.stage.code.splitlines()
         for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
-            if "eval_with_key" in frame.f_code.co_filename and 0 < line <= len(code) + 8:
-                return self._origin(frame.f_code.co_filename, line)
-        return f"stage {self.stage.index}"
-
-    def _origin(self, filename: str, line: int) -> str:
-        match = re.match(r"\s*(\w+)\s*(?::[^=]*)?=", linecache.getline(filename, line))
-        name = match[1] if match else ""
-        return self.stage.origins.get(name, f"stage {self.stage.index}")
+            if "eval_with_key" in frame.f_code.co_filename:
+                match = re.match(r"\s*(\w+)\s*(?::[^=]*)?=", self.stage.code.splitlines()[line - 1])
+                return self.stage.origins.get(match[1] if match else "", "")
+        return ""
 
 
-def _leaf(value: Tensor | int | None) -> Tensor | int | None:
-    """A tensor cut off from its history that gathers a gradient if it wants one."""
-    if not isinstance(value, Tensor):
-        return value
-    return value.detach().requires_grad_(value.requires_grad)
+def _leaf(value: Value) -> Value:
+    return None if value is None else _cut_off(value)
 
 
-def _detached(value: Tensor) -> Tensor:
-    """A value as another stage may have it: without its history, but still saying whether it wants a gradient."""
-    if not isinstance(value, Tensor):
-        return value
+def _cut_off(value: Tensor) -> Tensor:
+    """A value without its history, a leaf that gathers a gradient if the value wants one."""
     return value.detach().requires_grad_(value.requires_grad)

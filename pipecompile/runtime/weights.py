@@ -2,11 +2,11 @@
 
 A stage never computes with the model's parameters themselves but with leaves that share their memory: gradients gather
 in the leaves, and a leaf goes on pointing at its memory when the parameter moves on to fresh memory. So a version is
-stashed without a copy: the step that would overwrite weights which a pending backward still needs first gives each
-parameter new memory. Versions that no pending backward needs are freed by dropping them.
+stashed as it is: the step that would overwrite weights which a pending backward still needs first gives each parameter
+new memory. Versions that no pending backward needs are freed by dropping them.
 
-Source: PipeDream (SOSP 2019), section 3.3, weight stashing; the version a backward uses is that of its forward. Optimizer
-state and buffers are not versioned, as there.
+Source: PipeDream (SOSP 2019), section 3.3, weight stashing; the version a backward uses is that of its forward.
+Optimizer state and buffers are not versioned, as there.
 """
 
 from __future__ import annotations

@@ -1,0 +1,42 @@
+"""Trees of arguments and outputs, with the user's own dataclasses among their branches."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from pipecompile.errors import CaptureError
+
+
+def flatten(tree: Any) -> tuple[list[tuple[Any, Any]], pytree.TreeSpec]:
+    """Leaves with their paths, and the tree; a dataclass that torch does not know is made known to it.
+
+    Raises:
+        CaptureError: a leaf is an object of a class that torch cannot look into, and holds tensors.
+    """
+    while True:
+        leaves, spec = pytree.tree_flatten_with_path(tree)
+        unknown = {type(leaf) for _, leaf in leaves if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type)}
+        if not unknown:
+            break
+        for kind in unknown:
+            pytree.register_dataclass(kind)
+    for path, leaf in leaves:
+        _refuse_hidden_tensors(pytree.keystr(path), leaf)
+    return leaves, spec
+
+
+def _refuse_hidden_tensors(path: str, leaf: Any) -> None:
+    held = [name for name, value in getattr(leaf, "__dict__", {}).items() if _has_tensor(value)]
+    if held and not isinstance(leaf, Tensor) and not isinstance(leaf, type):
+        raise CaptureError(
+            f"{path or 'the output'} is a {type(leaf).__name__}, which holds tensors in {', '.join(held)} where nobody "
+            f"can see them; use a dict, tuple, NamedTuple or dataclass, or torch.utils._pytree.register_pytree_node"
+        )
+
+
+def _has_tensor(value: Any) -> bool:
+    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
