@@ -8,8 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
 import torch
+import typer
 from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup

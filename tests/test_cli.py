@@ -90,7 +90,7 @@ def test_plan_of_a_function_here_prints_table_and_prediction(nets):
     assert result.exit_code == 0, result.output
     words = " ".join(result.stdout.split())
     assert "stage rank modules params forward backward weights saved in out" in words
-    assert "layers.0 …" in words
+    assert "layers.0…" in words
     assert "1f1b, 4 microbatches: a step of" in words
     assert "bubble" in words
 

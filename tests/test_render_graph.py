@@ -149,7 +149,7 @@ def test_block_that_the_plan_cuts_shows_its_parts():
 
 def test_long_run_of_blocks_becomes_one_box():
     paths = [f"h.{layer}.{part}" for layer in range(6) for part in ("attn", "mlp")]
-    assert labels(path_model("wte", *paths, "head")) == ["wte", "h.0 … 5", "head"]
+    assert labels(path_model("wte", *paths, "head")) == ["wte", "h.0…5", "head"]
     assert labels(path_model("wte", *paths[:8], "head")) == ["wte", "h.0", "h.1", "h.2", "h.3", "head"]
 
 
@@ -363,33 +363,38 @@ def test_hostile_names_survive_json(hostile):
 # The table
 
 
-def printed(view: StageGraph, width: int = 100) -> str:
+def printed(view: StageGraph, width: int = 100) -> list[str]:
     console = Console(width=width, no_color=True)
     with console.capture() as capture:
-        console.print(table(view))
-    return capture.get()
+        console.print(table(view, width))
+    return [line.rstrip() for line in capture.get().splitlines()]
 
 
 def test_table_at_a_hundred_columns():
-    lines = [line.rstrip() for line in printed(view_of(gpt2(), 2)).splitlines()]
-    assert lines == [
+    assert printed(view_of(gpt2(), 2)) == [
         "",
-        " stage   rank   modules         params   forward   backward   weights     saved        in       out",
-        " " + "─" * 98,
-        "     0      0   wte, wpe,       97.9 M    100 ms     200 ms   373 MiB   484 MiB       0 B   3.0 MiB",
-        "                drop, h.0 … 8",
-        "     1      1   h.8 … 11,       65.2 M    100 ms     200 ms   249 MiB   320 MiB   3.0 MiB       0 B",
-        "                ln_f, lm_head",
+        " stage  rank  modules                params  forward  backward  weights    saved       in      out",
+        " " + "─" * 97,
+        "     0     0  wte, wpe, drop, h.0…8  97.9 M   100 ms    200 ms  373 MiB  484 MiB      0 B  3.0 MiB",
+        "     1     1  h.8…11, ln_f, lm_head  65.2 M   100 ms    200 ms  249 MiB  320 MiB  3.0 MiB      0 B",
         "",
-        "   all                           124 M    200 ms     401 ms   622 MiB   804 MiB   3.0 MiB   3.0 MiB",
+        "   all                                124 M   200 ms    401 ms  622 MiB  804 MiB  3.0 MiB  3.0 MiB",
         "",
-        "one microbatch, counted; busiest stage / mean: 1.00",
+        "one microbatch, counted",
+        "busiest stage / mean: 1.00",
         "tied: transformer.wte.weight in stages 0, 1",
     ]
 
 
+def test_table_lists_the_modules_below_where_the_terminal_is_narrow():
+    lines = printed(view_of(gpt2(), 2), width=80)
+    assert "stage 1: h.8…11, ln_f, lm_head" in lines
+    assert max(map(len, lines)) <= 80
+    assert not any("…" in line for line in lines if "MiB" in line)
+
+
 def test_table_prints_markup_in_names_as_it_is():
-    assert "[bold]x" in printed(path_model("[bold]x", "[/]y"))
+    assert any("[bold]x, [/]y" in line for line in printed(path_model("[bold]x", "[/]y")))
 
 
 # Units

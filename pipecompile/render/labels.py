@@ -27,7 +27,7 @@ def stage_lines(view: StageGraph, stage: int) -> tuple[str, ...]:
 
 
 def modules_line(view: StageGraph, stage: int, limit: int = 5) -> str:
-    """The modules of a stage in a few words, numbered siblings as a run: ``"wte, wpe, h.0 … 4"``."""
+    """The modules of a stage in a few words, numbered siblings as a run: ``"wte, wpe, h.0…4"``."""
     every = sorted({path for it in view.stages for path in it.blocks})
     siblings: dict[tuple[str, bool], list[str]] = {}
     for path in view.stages[stage].blocks:

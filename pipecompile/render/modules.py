@@ -7,7 +7,7 @@ boxes point forward. A path is cut at the first module that is not *open*; open 
 - each module that the plan cuts, so that the place of the cut can be seen.
 
 What an open module computes itself becomes a box named after its operations. Long runs of numbered siblings become one
-box (``h.0 … 5``), and no stage has more than ``MOST_BOXES``.
+box (``h.0…5``), and no stage has more than ``MOST_BOXES``.
 """
 
 from __future__ import annotations
@@ -151,8 +151,8 @@ def _label(graph: Graph, box: Box, short: dict[str, str]) -> str:
 
 
 def run_name(first: str, last: str, name: str) -> str:
-    """``"h.0 … 5"`` for two numbered siblings, of which ``name`` is the first."""
-    return name if first == last else f"{name} … {last_word(last)}"
+    """``"h.0…5"`` for two numbered siblings, of which ``name`` is the first."""
+    return name if first == last else f"{name}…{last_word(last)}"
 
 
 def _own_label(graph: Graph, box: Box) -> str:

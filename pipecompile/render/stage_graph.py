@@ -25,7 +25,7 @@ class Module:
     """A box in a stage: consecutive nodes under one module path, or a run of such."""
 
     stage: int
-    label: str  # short: "h.3", "h.0 … 5", or the operations if an open module computes them itself
+    label: str  # short: "h.3", "h.0…5", or the operations if an open module computes them itself
     paths: tuple[str, ...]  # in full: "transformer.h.3"
     nodes: tuple[int, ...]
     cost: Cost  # of one microbatch; each parameter counts once

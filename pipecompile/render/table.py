@@ -69,5 +69,5 @@ def _modules(view: StageGraph) -> list[str]:
 
 
 def _notes(view: StageGraph) -> list[str]:
-    tied = [f"tied: {it.parameter} in stages {', '.join(map(str, it.stages))}" for it in view.plan.tied]
-    return [f"one microbatch, {view.costed.origin}; busiest stage / mean: {view.balance:.2f}", *tied]
+    costs = [f"one microbatch, {view.costed.origin}", f"busiest stage / mean: {view.balance:.2f}"]
+    return [*costs, *(f"tied: {it.parameter} in stages {', '.join(map(str, it.stages))}" for it in view.plan.tied)]
