@@ -93,10 +93,10 @@ def _least_crossing(problem: Problem, links: list[Family], limit: float) -> list
             following[columns] = sums.min(axis=0)
         value = following
         came_from.append(parent)
-    rows = [0]
+    chosen = [0]
     for parent in reversed(came_from[1:]):
-        rows.append(int(parent[rows[-1]]))
-    return rows[:0:-1]
+        chosen.append(int(parent[chosen[-1]]))
+    return chosen[:0:-1]
 
 
 def _blocks(

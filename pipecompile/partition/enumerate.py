@@ -53,6 +53,8 @@ class _Rows:
     bits: Words  # (rows, words)
     taken: Floats  # seconds in the set
     left: Floats  # seconds out of it
+    taken_bytes: Floats
+    left_bytes: Floats
     opened: Floats  # seconds of nets that will be open, at least
     slack: Floats  # net -> seconds that its opening adds to that
 
@@ -70,6 +72,8 @@ class _Rows:
             np.zeros((1, len(free) // 64 + 1), np.uint64),
             np.array([inside @ problem.weight]),
             np.array([outside @ problem.weight]),
+            np.array([inside @ problem.kept]),
+            np.array([outside @ problem.kept]),
             np.array([cut.seconds]),
             cut.slack,
         )
@@ -77,11 +81,16 @@ class _Rows:
     def decide(self, position: int) -> _Rows:
         """The rows with the next atom in and those with it out, as far as the window allows either."""
         atom = self.free[position]
-        weight = self.problem.seconds[atom]
+        weight, kept = self.problem.seconds[atom], self.problem.kept_bytes[atom]
         closed = self._has_all(self._mask(self.problem.predecessors[atom]))
         opened_in, opened_out = self._opening(atom, position)
-        with_it = np.flatnonzero(closed & self._fits(self.taken + weight, self.left, self.opened + opened_in))
-        without = np.flatnonzero(self._fits(self.taken, self.left + weight, self.opened + opened_out))
+        taken, left, taken_bytes, left_bytes = self.taken, self.left, self.taken_bytes, self.left_bytes
+        with_it = np.flatnonzero(
+            closed & self._fits(taken + weight, left, taken_bytes + kept, left_bytes, self.opened + opened_in)
+        )
+        without = np.flatnonzero(
+            self._fits(taken, left + weight, taken_bytes, left_bytes + kept, self.opened + opened_out)
+        )
         added = self.bits[with_it]
         added[:, position // 64] |= np.uint64(1 << position % 64)
         return _Rows(
@@ -92,8 +101,10 @@ class _Rows:
             self.free,
             self.position_of,
             np.concatenate([added, self.bits[without]]),
-            np.concatenate([self.taken[with_it] + weight, self.taken[without]]),
-            np.concatenate([self.left[with_it], self.left[without] + weight]),
+            np.concatenate([taken[with_it] + weight, taken[without]]),
+            np.concatenate([left[with_it], left[without] + weight]),
+            np.concatenate([taken_bytes[with_it] + kept, taken_bytes[without]]),
+            np.concatenate([left_bytes[with_it], left_bytes[without] + kept]),
             np.concatenate([(self.opened + opened_in)[with_it], (self.opened + opened_out)[without]]),
             self.slack,
         )
@@ -105,12 +116,10 @@ class _Rows:
         members[:, self.free] = unpacked[:, : len(self.free)].astype(np.bool_)
         return members
 
-    def _fits(self, taken: Floats, left: Floats, opened: Floats) -> Bools:
-        nothing = np.zeros(1)
-        within = opened <= self.window.most_open
-        return (
-            within & self.window.before.allows(taken, nothing, opened) & self.window.after.allows(left, nothing, opened)
-        )
+    def _fits(self, taken: Floats, left: Floats, taken_bytes: Floats, left_bytes: Floats, opened: Floats) -> Bools:
+        before, after = self.window.before, self.window.after
+        within = before.allows(taken, taken_bytes, opened) & after.allows(left, left_bytes, opened)
+        return within & (opened <= self.window.most_open)
 
     def _opening(self, atom: int, position: int) -> tuple[Floats, Floats]:
         """Seconds of the nets that open for good if the atom comes in, and if it stays out."""

@@ -19,7 +19,8 @@ from pipecompile.partition.family import Family
 from pipecompile.partition.problem import Bools, Ints, Problem
 from pipecompile.partition.window import Window, windows
 
-DRAWS, PATIENCE = 40, 6  # in all, and without a better plan, before it gives up
+EFFORT = 5_000  # atoms in all draws together
+PATIENCE = 6  # draws without a better plan, before it gives up
 MOST_SETS = 1_000  # in one corridor
 WIDEST = 48  # atoms free in a corridor
 STEP = 1 - 1e-5  # a better plan is at least this much better
@@ -29,7 +30,7 @@ def refined(problem: Problem, chain: Chain, lower: float, seed: int = 0) -> Chai
     """A plan no worse than the given one, repeatable."""
     random = np.random.default_rng(seed)
     patience = PATIENCE
-    for _ in range(DRAWS):
+    for _ in range(min(40, 6 + EFFORT // len(problem))):
         if not patience or chain.bottleneck * STEP <= lower:
             break
         better = _improved(problem, chain, random)

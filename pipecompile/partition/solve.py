@@ -15,15 +15,19 @@ from math import inf
 from time import process_time
 
 from pipecompile.errors import InfeasibleError, PlanError
+from pipecompile.partition.chain import Chain
 from pipecompile.partition.coarsen import lossless, lossy
 from pipecompile.partition.contract import Contraction
 from pipecompile.partition.evaluate import SLACK, bottleneck, check
 from pipecompile.partition.exact import exact
 from pipecompile.partition.pool import pooled
 from pipecompile.partition.problem import Problem
+from pipecompile.partition.refine import refined
 
 MOST_ATOMS = 600  # for the pool
 MOST_EXACT_ATOMS = 5_000  # for the exact programme, whose tables grow with the square
+QUICKLY, PATIENTLY = 3_000, 20_000  # sets in one window, before and after refinement
+SEEDS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +57,10 @@ def solve(problem: Problem) -> Solution:
     """
     begin = process_time()
     _refuse_impossible(problem)
-    stage_of, lower = _prove(problem, _first_plan(problem))
+    first = _first_plan(problem)
+    stage_of, lower = _prove(problem, first, problem.lower_bound, QUICKLY)
+    if stage_of and bottleneck(problem, stage_of) > lower * (1 + SLACK):
+        stage_of, lower = _prove(problem, _refine(problem, stage_of, lower), lower, PATIENTLY)
     if stage_of is None:
         raise InfeasibleError(
             f"no plan {'exists' if lower == inf else 'was found'} that keeps each of the {problem.num_stages} stages "
@@ -64,21 +71,39 @@ def solve(problem: Problem) -> Solution:
 
 
 def _first_plan(problem: Problem) -> tuple[int, ...] | None:
-    coarse = lossy(problem, MOST_ATOMS)
-    if not problem.may_idle and len(coarse.problem) < problem.num_stages:
-        coarse = Contraction.identity(problem)
+    coarse = _coarse(problem)
     chain, _ = pooled(coarse.problem)
     return None if chain is None else coarse.expand(chain.stage_of)
 
 
-def _prove(problem: Problem, stage_of: tuple[int, ...] | None) -> tuple[tuple[int, ...] | None, float]:
+def _coarse(problem: Problem) -> Contraction:
+    coarse = lossy(problem, MOST_ATOMS)
+    if problem.may_idle or len(coarse.problem) >= problem.num_stages:
+        return coarse
+    return Contraction.identity(problem)
+
+
+def _refine(problem: Problem, stage_of: tuple[int, ...], lower: float) -> tuple[int, ...]:
+    """The best of several refinements of a plan."""
+    best = Chain(bottleneck(problem, stage_of), stage_of)
+    for seed in range(SEEDS if len(problem) <= MOST_EXACT_ATOMS else 0):
+        best = min(best, refined(problem, Chain(bottleneck(problem, stage_of), stage_of), lower, seed), key=_bottleneck)
+    return best.stage_of
+
+
+def _bottleneck(chain: Chain) -> float:
+    return chain.bottleneck
+
+
+def _prove(
+    problem: Problem, stage_of: tuple[int, ...] | None, lower: float, most: int
+) -> tuple[tuple[int, ...] | None, float]:
     """The plan or a better one, and a lower bound; infinite if there is no plan."""
-    lower = problem.lower_bound
     upper = bottleneck(problem, stage_of) if stage_of else problem.upper_bound
     if len(problem) > MOST_EXACT_ATOMS:
         return stage_of, lower
     for contraction in _relaxations(problem):
-        lower, chain = exact(contraction.problem, lower, upper)
+        lower, chain = exact(contraction.problem, lower, upper, most)
         if chain and _is_plan(problem, found := contraction.expand(chain.stage_of)):
             return found, min(lower, bottleneck(problem, found))
     if not stage_of and lower >= upper:

@@ -73,8 +73,11 @@ class Window:
     @staticmethod
     def within(problem: Problem, before: Side, after: Side, cut: Cut | None = None) -> Window:
         """The window with the atoms pinned that the two sides have no room for."""
-        inside = problem.descendant_weight > after.work
-        return Window(problem, before, after, inside, problem.ancestor_weight > before.work, cut)
+        inside, outside = problem.descendant_weight > after.work, problem.ancestor_weight > before.work
+        if problem.bounded:
+            inside |= problem.kept @ problem.ancestors > after.memory * (1 + ROUNDING)
+            outside |= problem.ancestors @ problem.kept > before.memory * (1 + ROUNDING)
+        return Window(problem, before, after, inside, outside, cut)
 
     @property
     def most_open(self) -> float:
