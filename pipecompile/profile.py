@@ -31,8 +31,8 @@ from pipecompile.retarget import retarget
 
 How = Literal["measure", "count"]
 PATIENCE = 2.0  # seconds until a progress bar shows
-REPEATS = 5
-ENOUGH = 0.05  # seconds: a slow operation is not repeated further once it has been timed for so long
+REPEATS = (3, 7)  # timed runs of an operation, at least and at most
+ENOUGH = 0.05  # seconds: an operation is not repeated further once it has been timed for so long
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,8 @@ def profile(
     how = how or ("count" if on_meta else "measure")
     if how == "measure" and on_meta:
         raise ValueError("a model on the meta device has no values to measure with; use profile='count'")
-    device = device or captured.device
+    if device is None:
+        device = torch.device("cpu") if on_meta else captured.device
     meter: _Meter = _Clock(device) if how == "measure" else _Counter(roofline or Roofline())
     costs = _Walk(captured, device, meter).run()
     origin = f"measured: {device}, torch {torch.__version__}" if how == "measure" else "counted"
@@ -92,7 +93,8 @@ class _Clock:
     def seconds(self, run: Callable[[], Any], nbytes: int) -> float:
         run()
         times: list[float] = []
-        while len(times) < REPEATS and sum(times) < ENOUGH:
+        least, most = REPEATS
+        while len(times) < least or (len(times) < most and sum(times) < ENOUGH):
             self._wait()
             start = time.perf_counter()
             run()
