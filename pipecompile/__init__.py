@@ -9,10 +9,11 @@ A model is captured as a ``Graph``, profiled to a ``CostedGraph``, cut along a `
 ``Program``, which ``simulate`` predicts and an executor measures as a ``Timeline``.
 """
 
-from pipecompile.api import Pipeline, compile
+from pipecompile.api import compile
 from pipecompile.cluster import Cluster
 from pipecompile.errors import PipecompileError
 from pipecompile.graph import CostedGraph, Graph
+from pipecompile.pipeline import Pipeline
 from pipecompile.plan import Plan
 from pipecompile.program import Program
 from pipecompile.simulate import simulate

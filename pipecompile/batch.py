@@ -36,6 +36,12 @@ class Rows:
         """Each microbatch's share of the batch."""
         return tuple(count / sum(self.counts) for count in self.counts)
 
+    def equal(self) -> Rows:
+        """As many microbatches as there can be, no more than these, all of one size."""
+        batch = sum(self.counts)
+        parts = next(parts for parts in range(len(self), 0, -1) if batch % parts == 0)
+        return Rows((batch // parts,) * parts)
+
     def __len__(self) -> int:
         return len(self.counts)
 

@@ -1,0 +1,218 @@
+"""``Pipeline``: a split model that is called like the model."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipecompile import steps
+from pipecompile.batch import Rows, scatter
+from pipecompile.capture import Call, read_call
+from pipecompile.compiled import Compiled, compile_call, describe, find_loss, modes
+from pipecompile.errors import CaptureError, InputError, PipecompileError
+from pipecompile.plan import Plan
+from pipecompile.profile import How
+from pipecompile.program import Program
+from pipecompile.runtime import MakeOptimizer
+from pipecompile.schedule import ASYNCHRONOUS, SCHEDULES, pipedream
+from pipecompile.session import Session
+from pipecompile.timeline import Timeline
+
+
+class Pipeline(nn.Module):
+    """A model cut into stages; parameters, buffers and their names are the model's own. Made by ``compile``.
+
+    Attributes:
+        model: the unsplit model, whose parameters these are.
+        devices: one for each stage.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        devices: Sequence[torch.device],
+        schedule: str,
+        microbatches: int,
+        loss_fn: Callable[..., Any] | None,
+        loss: str | None,
+        optimizer: MakeOptimizer | None,
+        profile: How | None,
+    ) -> None:
+        super().__init__()
+        self.__dict__["model"] = model  # not a submodule: names would change
+        self._parameters, self._buffers, self._modules = model._parameters, model._buffers, model._modules
+        self.training = model.training
+        self.devices = tuple(devices)
+        self.schedule = schedule
+        self.microbatches = microbatches
+        self._loss = loss
+        self._profile = profile
+        self._signature = model.forward if loss_fn is None else _with_target(model.forward)
+        self._forward = None if loss_fn is None else _with_loss(model, loss_fn)
+        self._session = Session(devices, optimizer)
+        self._compiled: dict[Any, list[Compiled]] = {}
+        self._batched: dict[str, bool] = {}
+        self._first: Compiled | None = None
+        self._last: Compiled | None = None
+
+    # What the pipeline is
+
+    @property
+    def plan(self) -> Plan:
+        """The assignment of nodes to stages; there is one once the model is captured."""
+        return self._capture_in_use.plan
+
+    @property
+    def stages(self) -> tuple[torch.fx.GraphModule, ...]:
+        """The stage modules; ``stages[i].code`` is Python, their parameters have the model's own names."""
+        return tuple(stage.module for stage in self._capture_in_use.stages)
+
+    @property
+    def program(self) -> Program | None:
+        """What the last call carried out."""
+        return self._session.program
+
+    @property
+    def timeline(self) -> Timeline | None:
+        """When the last call carried out what, as measured."""
+        return self._session.timeline
+
+    @property
+    def predicted(self) -> Timeline:
+        """When the last program, or before any call that of the schedule, does what, by the profile."""
+        compiled = self._capture_in_use
+        program = self._session.program
+        if program is None or program.plan is not compiled.plan:
+            program = compiled.program(
+                lambda plan: self._schedule(plan, self.microbatches), ("train", self.microbatches)
+            )
+        return compiled.predict(program)
+
+    @property
+    def report(self) -> Mapping[str, Sequence[str]]:
+        """What is specialised, recomputed or otherwise worth knowing, by topic."""
+        return describe(self._capture_in_use)
+
+    @property
+    def captures(self) -> int:
+        """How many times the model has been captured."""
+        return sum(map(len, self._compiled.values()))
+
+    @property
+    def versions(self) -> tuple[int, ...]:
+        """For each stage the largest number of weight versions that were alive at once."""
+        return tuple(weights.peak for weights in self._session.weights)
+
+    @property
+    def _capture_in_use(self) -> Compiled:
+        compiled = self._last or self._first
+        if compiled is None:
+            raise PipecompileError(
+                "the model is captured at the first call; call it, or pass example_inputs= to compile"
+            )
+        return compiled
+
+    # Calls
+
+    def prepare(self, *args: Any, **kwargs: Any) -> None:
+        """Captures, profiles and cuts the model for a call without running it."""
+        self._batch(args, kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        batch = self._batch(args, kwargs)
+        if any(p.is_meta for p in self.model.parameters()):
+            raise InputError("the model is on the meta device: it can be planned, but has no values to compute with")
+        captured = batch.compiled.captured
+        loss = find_loss(captured, self._loss)
+        if not torch.is_grad_enabled() or not any(output.requires_grad for output in captured.outputs):
+            return steps.evaluate(self._session, batch)
+        if self.schedule in ASYNCHRONOUS and self.training:
+            if loss is None:
+                raise InputError(
+                    f"schedule={self.schedule!r} needs the loss inside: pass labels, or loss_fn= to compile"
+                )
+            return steps.stream(self._session, batch, loss)
+        if loss is None:
+            return steps.defer(self._session, batch)
+        return steps.train(self._session, batch, loss, self._schedule)
+
+    def flush(self) -> None:
+        """Drains an asynchronous pipeline: every microbatch that is under way ends with its update."""
+        steps.flush(self._session)
+
+    def train(self, mode: bool = True) -> Pipeline:
+        super().train(mode)
+        self.model.train(mode)
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        """What the pipeline lacks is the model's: ``pipe.config``."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["model"], name)
+
+    def _schedule(self, plan: Plan, count: int) -> Program:
+        if self.schedule in ASYNCHRONOUS:
+            return pipedream(plan, range(count))
+        return SCHEDULES[self.schedule](plan, count)
+
+    # Captures
+
+    def _batch(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> steps.Batch:
+        """A call with the capture that it runs on, which is made if there is none, and its microbatches."""
+        call = read_call(self._signature, args, kwargs, self._batched)
+        for name in call.tensors:
+            self._batched.setdefault(name, name in call.batched)
+        known = self._compiled.setdefault((call.key, modes(self.model)), [])
+        rows = Rows.of(call.batch, self.microbatches)
+        for candidate in (rows, rows.equal()):
+            for compiled in known:
+                if _holds(compiled, call, candidate):
+                    self._last = compiled
+                    return steps.Batch(compiled, call, candidate)
+        batch = self._capture(call, rows)
+        known.append(batch.compiled)
+        self._first = self._first or batch.compiled
+        self._last = batch.compiled
+        return batch
+
+    def _capture(self, call: Call, rows: Rows) -> steps.Batch:
+        """A new capture; if its trace holds for one size alone, all microbatches are made that size."""
+        for candidate in (rows, rows.equal()):
+            compiled = compile_call(
+                self.model, call, candidate, self.devices, self._forward, self._profile, self._first
+            )
+            if _holds(compiled, call, candidate):
+                return steps.Batch(compiled, call, candidate)
+        raise CaptureError("the trace does not hold for the inputs that it was made with; please report this")
+
+
+def _holds(compiled: Compiled, call: Call, rows: Rows) -> bool:
+    """Whether a capture holds for every microbatch of a call."""
+    sizes = dict(zip(rows.counts, scatter(call, rows), strict=True))
+    return not any(compiled.captured.broken_guard(part, call.tensors) for part in sizes.values())
+
+
+def _with_loss(model: nn.Module, loss_fn: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(*args: Any, target: Any, **kwargs: Any) -> Any:
+        return loss_fn(model(*args, **kwargs), target)
+
+    return forward
+
+
+def _with_target(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Something with the model's signature and a keyword ``target`` beside it."""
+    signature = inspect.signature(forward)
+    parameters = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    rest = [p for p in signature.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
+    target = inspect.Parameter("target", inspect.Parameter.KEYWORD_ONLY)
+
+    def described() -> None: ...
+
+    described.__signature__ = signature.replace(parameters=[*parameters, target, *rest])  # type: ignore[attr-defined]
+    return described

@@ -1,0 +1,78 @@
+"""The running side of a pipeline: what lives from one call to the next.
+
+Lanes and weights belong to the pipeline. Executors belong to a capture, and share them. A synchronous step leaves
+nothing behind; an asynchronous one leaves its stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from pipecompile.compiled import Compiled
+from pipecompile.program import Instruction, Program
+from pipecompile.runtime import Ambient, Executor, Lane, LocalTransport, MakeOptimizer, Microbatch, Runner, Weights
+from pipecompile.schedule import carried_after
+from pipecompile.timeline import Timeline
+
+
+@dataclass
+class Stream:
+    """The endless stream of an asynchronous schedule between two calls."""
+
+    compiled: Compiled | None = None
+    next: int = 0  # the number of the next microbatch
+    carried: frozenset[Instruction] = frozenset()
+    microbatches: dict[int, Microbatch] = field(default_factory=dict)  # under way, by number
+
+    def advance(self, program: Program, entered: int) -> None:
+        """Notes that a program has run; microbatches that have ended are forgotten."""
+        self.carried = carried_after(program)
+        self.next += entered
+        self.microbatches = {n: m for n, m in self.microbatches.items() if m.saved}
+
+
+class Session:
+    """Runs the programs of one pipeline.
+
+    Args:
+        devices: one for each rank.
+        optimizer: for schedules that step inside the pipeline.
+    """
+
+    def __init__(self, devices: Sequence[torch.device], optimizer: MakeOptimizer | None) -> None:
+        self.devices = tuple(devices)
+        self.optimizer = optimizer
+        self.lanes = tuple(map(Lane, devices))
+        self.weights: list[Weights] = []  # of each stage; all captures share the stages' weights
+        self.executors: dict[int, Executor] = {}
+        self.stream = Stream()
+        self.program: Program | None = None
+        self.timeline: Timeline | None = None
+
+    def begin(self, compiled: Compiled) -> None:
+        """Begins a pass of a synchronous schedule: every stage on the parameters' present values."""
+        self._own(compiled)
+        for stage, weights in enumerate(self.weights):
+            weights.begin(compiled.tensors(stage))
+
+    def run(self, compiled: Compiled, program: Program, microbatches: Mapping[int, Microbatch]) -> None:
+        """Runs a lowered program in the modes of the calling thread."""
+        self._own(compiled)
+        ambient = Ambient.of_caller(frozenset(device.type for device in self.devices))
+        self.program = program
+        self.timeline = self._executor(compiled).run(program, microbatches, ambient)
+
+    def _own(self, compiled: Compiled) -> None:
+        if not self.weights:
+            self.weights = [Weights(compiled.tensors(s.index), s.device, self.optimizer) for s in compiled.stages]
+
+    def _executor(self, compiled: Compiled) -> Executor:
+        if id(compiled) not in self.executors:
+            parts = zip(compiled.stages, self.weights, compiled.plan.rank_of, strict=True)
+            runners = [Runner(stage, weights, self.lanes[rank]) for stage, weights, rank in parts]
+            transport = LocalTransport(self.lanes, compiled.plan.rank_of)
+            self.executors[id(compiled)] = Executor(compiled.plan, runners, self.lanes, transport)
+        return self.executors[id(compiled)]

@@ -1,0 +1,176 @@
+"""The kinds of call: what a pipeline does with a batch.
+
+evaluate      no gradients: forwards alone
+train         the loss is an output: the whole schedule runs, ``loss.backward()`` delivers the gradients
+defer         the loss is the caller's: forwards now, backwards when the caller's gradients arrive
+stream        asynchronous: the next segment of the stream, each microbatch a minibatch with its own update
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipecompile.batch import Rows, joined, scatter, spread
+from pipecompile.capture import Call, Output
+from pipecompile.compiled import Compiled
+from pipecompile.errors import ExecutionError
+from pipecompile.plan import Plan
+from pipecompile.program import Program
+from pipecompile.runtime import Microbatch
+from pipecompile.runtime.delivery import Deferred, Delivered, Gradients
+from pipecompile.schedule import backward_only, drain, forward_only, pipedream
+from pipecompile.session import Session, Stream
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One call on one capture, cut into microbatches."""
+
+    compiled: Compiled
+    call: Call
+    rows: Rows
+
+    @property
+    def outputs(self) -> list[Output]:
+        """The outputs that are tensors."""
+        return [output for output in self.compiled.captured.outputs if output.node is not None]
+
+    @property
+    def model_tensors(self) -> list[Tensor]:
+        """What gradients are delivered to: trainable parameters, then inputs that want one."""
+        parameters = [p for p in self.compiled.captured.model.parameters() if p.requires_grad]
+        return [*parameters, *(t for t in self.call.tensors.values() if t.requires_grad)]
+
+    def program(self, kind: str, schedule: Callable[[Plan, int], Program]) -> Program:
+        count = len(self.rows)
+        return self.compiled.program(lambda plan: schedule(plan, count), (kind, count))
+
+    def join(self, microbatches: Mapping[int, Microbatch]) -> dict[str, Tensor]:
+        """The outputs of the whole batch, by node."""
+        return joined(self.compiled.captured.outputs, [m.outputs for m in microbatches.values()], self.rows)
+
+    def rebuild(self, tensors: Sequence[Tensor]) -> Any:
+        """The model's own output type around the outputs' tensors."""
+        named = {str(output.node): tensor for output, tensor in zip(self.outputs, tensors, strict=True)}
+        return self.compiled.captured.rebuild_output(named)
+
+
+def evaluate(session: Session, batch: Batch) -> Any:
+    """Forwards alone."""
+    microbatches = _forward(session, batch)
+    values = batch.join(microbatches)
+    return batch.rebuild([values[str(output.node)] for output in batch.outputs])
+
+
+def train(session: Session, batch: Batch, loss: int, schedule: Callable[[Plan, int], Program]) -> Any:
+    """The whole schedule, from the output at position ``loss``."""
+    session.begin(batch.compiled)
+    name = str(batch.outputs[loss].node)
+    parts = zip(scatter(batch.call, batch.rows), batch.rows.weights, strict=True)
+    microbatches = {i: Microbatch(part, {name: weight}) for i, (part, weight) in enumerate(parts)}
+    session.run(batch.compiled, batch.program("train", schedule), microbatches)
+    values = batch.join(microbatches)
+    tensors = [values[str(output.node)] for output in batch.outputs]
+    box = [_gradients(session, batch, microbatches)]
+    return batch.rebuild(Delivered.apply(box, loss, len(tensors), *tensors, *batch.model_tensors))  # type: ignore[no-untyped-call]
+
+
+def defer(session: Session, batch: Batch) -> Any:
+    """Forwards now; the backwards run when gradients of the outputs come in."""
+    microbatches = _forward(session, batch)
+    values = batch.join(microbatches)
+
+    def backward(incoming: Sequence[Tensor | None]) -> Gradients:
+        if not all(microbatch.saved for microbatch in microbatches.values()):
+            raise ExecutionError(
+                "backward() was called a second time on one call of the pipeline; call the pipeline again "
+                "(retain_graph= cannot help)"
+            )
+        _seed(batch, microbatches, incoming)
+        with torch.enable_grad():
+            session.run(batch.compiled, batch.program("backward", backward_only), microbatches)
+        return _gradients(session, batch, microbatches)
+
+    tensors = [values[str(output.node)] for output in batch.outputs]
+    return batch.rebuild(Deferred.apply(backward, len(tensors), *tensors, *batch.model_tensors))  # type: ignore[no-untyped-call]
+
+
+def stream(session: Session, batch: Batch, loss: int) -> Any:
+    """The next segment of the stream; the losses are those of weights that differ from microbatch to microbatch."""
+    if session.stream.compiled is not batch.compiled:
+        flush(session)
+        session.stream.compiled = batch.compiled
+    under_way = session.stream
+    name = str(batch.outputs[loss].node)
+    entering = range(under_way.next, under_way.next + len(batch.rows))
+    new = {n: Microbatch(part, {name: 1.0}) for n, part in zip(entering, scatter(batch.call, batch.rows), strict=True)}
+    under_way.microbatches.update(new)
+    program = batch.compiled.lowered(pipedream(batch.compiled.plan, entering, under_way.carried))
+    try:
+        session.run(batch.compiled, program, under_way.microbatches)
+    except BaseException:
+        session.stream = Stream()
+        raise
+    under_way.advance(program, len(new))
+    values = batch.join(new)
+    return batch.rebuild([values[str(output.node)].detach() for output in batch.outputs])
+
+
+def flush(session: Session) -> None:
+    """Ends every microbatch that is under way, with its update."""
+    under_way, session.stream = session.stream, Stream()
+    if under_way.compiled is not None and under_way.carried:
+        with torch.enable_grad():
+            program = under_way.compiled.lowered(drain(under_way.compiled.plan, under_way.carried))
+            session.run(under_way.compiled, program, under_way.microbatches)
+
+
+def _forward(session: Session, batch: Batch) -> dict[int, Microbatch]:
+    if session.optimizer is None:
+        session.begin(batch.compiled)
+    microbatches = dict(enumerate(map(Microbatch, scatter(batch.call, batch.rows))))
+    session.run(batch.compiled, batch.program("forward", forward_only), microbatches)
+    return microbatches
+
+
+def _seed(batch: Batch, microbatches: Mapping[int, Microbatch], incoming: Sequence[Tensor | None]) -> None:
+    """Gives each microbatch its part of the gradients that came in."""
+    for output, gradient in zip(batch.outputs, incoming, strict=True):
+        if gradient is not None:
+            for microbatch, part in zip(microbatches.values(), spread(output, gradient, batch.rows), strict=True):
+                microbatch.seeds = {**microbatch.seeds, str(output.node): part}
+
+
+def _gradients(session: Session, batch: Batch, microbatches: Mapping[int, Microbatch]) -> Gradients:
+    """What a program has gathered for each of the batch's ``model_tensors``; None where nothing arrived."""
+    found: dict[int, Tensor] = {}
+    for stage, version in next(iter(microbatches.values())).versions.items():
+        for name, leaf in version.leaves.items():
+            if leaf.grad is not None:
+                tensor = session.weights[stage].tensors[name]
+                gradient = leaf.grad.to(tensor.device)
+                found[id(tensor)] = found[id(tensor)] + gradient if id(tensor) in found else gradient
+    for name, tensor in batch.call.tensors.items():
+        arrived = _input_gradient(name, batch, microbatches) if tensor.requires_grad else None
+        if arrived is not None:
+            found[id(tensor)] = arrived
+    return [found.get(id(tensor)) for tensor in batch.model_tensors]
+
+
+def _input_gradient(name: str, batch: Batch, microbatches: Mapping[int, Microbatch]) -> Tensor | None:
+    """The gradient of a model input: rows of the microbatches side by side, or for a shared input their sum."""
+    tensor = batch.call.tensors[name]
+    parts: list[Tensor] = []
+    for microbatch in microbatches.values():
+        total = torch.zeros_like(microbatch.inputs[name])
+        for gradient in microbatch.input_gradients.get(name, ()):
+            total = total + gradient.to(tensor.device)
+        parts.append(total)
+    if not any(microbatch.input_gradients.get(name) for microbatch in microbatches.values()):
+        return None
+    return torch.cat(parts) if name in batch.call.batched else sum(parts[1:], parts[0])
