@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipecompile.capture import Captured
 from pipecompile.capture.origin import origin_of
+from pipecompile.errors import ExecutionError
 from pipecompile.graph import Cost, CostedGraph, Graph
 from pipecompile.regions import enter_region
 from pipecompile.retarget import retarget
@@ -150,7 +151,7 @@ class _Walk:
         last_use = {source: node for node in nodes for source in node.all_input_nodes}
         with self.meter.fake, _progress("profiling", len(nodes)) as advance:
             for node in nodes:
-                cost = self._visit(node)
+                cost = self._visit_or_say(node)
                 if cost is not None:
                     costs[node.name] = cost
                 for source in node.all_input_nodes:
@@ -158,6 +159,15 @@ class _Walk:
                         self.values.pop(source, None)
                 advance()
         return costs
+
+    def _visit_or_say(self, node: fx.Node) -> Cost | None:
+        try:
+            return self._visit(node)
+        except Exception as error:
+            raise ExecutionError(
+                f"{origin_of(node)}: a microbatch of {self.captured.microbatch} rows cannot be run: "
+                f"{type(error).__name__}: {error}"
+            ) from error
 
     def _visit(self, node: fx.Node) -> Cost | None:
         match node.op:
