@@ -12,6 +12,7 @@ from pipecompile.plan import Plan
 from pipecompile.render.formats import FORMATS
 from pipecompile.render.layout import Rect, layout
 from pipecompile.render.modules import MOST_BOXES
+from pipecompile.render.paths import Names
 from pipecompile.render.stage_graph import StageGraph, stage_graph
 from pipecompile.render.table import table
 from pipecompile.render.units import bytes_text, count_text, seconds_text
@@ -160,6 +161,37 @@ def test_what_the_model_itself_computes_is_named_by_its_operations():
 def test_same_block_number_in_two_towers_keeps_the_longer_name():
     paths = ["encoder.block.0.x", "encoder.block.0.y", "decoder.block.0.x", "decoder.block.0.y"]
     assert labels(path_model(*paths)) == ["encoder.block.0", "decoder.block.0"]
+
+
+def test_block_is_told_from_the_part_of_its_twin_in_the_other_tower():
+    paths = ["encoder.block.0.x", "encoder.block.0.y", "decoder.block.0.x", "decoder.block.0.z"]
+    assert labels(path_model(*paths, cut=1)) == ["encoder.block.0.x", "block.0.y", "decoder.block.0"]
+
+
+def test_module_that_two_stages_hold_without_a_value_between_stays_whole():
+    b = Builder()
+    x = b.input("x", 2)
+    b.path = "tower.0.a"
+    left = b.call("relu", [x], 2)
+    b.path = "tower.0.b"
+    right = b.call("relu", [x], 2)
+    b.path = "head"
+    view = stage_graph(b.costed([b.call("add", [left, right], 2)]), _plan_of(b, [0, 0, 1, 1]))
+    assert labels(view) == ["tower.0", "tower.0", "head"]
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "name"),
+    [
+        ("model.h.0", "model.h.0", "h.0"),
+        ("model.h.0", "model.h.2", "h.0…2"),
+        ("model.h.0.a", "model.h.0.b", "h.0.a … b"),
+        ("model.h.0.a", "model.h.0", "h.0.a … 0"),
+        ("model.wte", "model.h.0", "wte … h.0"),
+    ],
+)
+def test_run_of_modules_is_named_by_its_ends(first, last, name):
+    assert Names(["model.h.0.a", "model.h.0.b", "model.h.2.b", "model.wte"]).run(first, last) == name
 
 
 # Formats

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipecompile.render.modules import is_numbered, parent_of, run_name, short_name
+from pipecompile.render.paths import is_numbered, parent_of
 from pipecompile.render.stage_graph import Edge, StageGraph
 from pipecompile.render.units import bytes_text, count_text, names_text, plural, seconds_text
 
 TOOLTIP_LINES = 14
+LONGEST_LABEL = 32  # letters in a box
 
 
 def stage_name(view: StageGraph, stage: int) -> str:
@@ -23,17 +24,16 @@ def stage_lines(view: StageGraph, stage: int) -> tuple[str, ...]:
         f"forward {seconds_text(it.cost.forward)}, backward {seconds_text(it.cost.backward)}",
         f"weights {bytes_text(it.cost.parameter_bytes)}, saved {bytes_text(it.cost.saved_bytes)}",
     ]
-    return (*lines, *(f"{_end(name)} shared with {_stages(others)}" for name, others in view.tied(stage)))
+    return (*lines, *(f"tied to {_stages(others)}: {_end(name)}" for name, others in view.tied(stage)))
 
 
 def modules_line(view: StageGraph, stage: int, limit: int = 5) -> str:
     """The modules of a stage in a few words, numbered siblings as a run: ``"wte, wpe, h.0…4"``."""
-    every = sorted({path for it in view.stages for path in it.blocks})
     siblings: dict[tuple[str, bool], list[str]] = {}
     for path in view.stages[stage].blocks:
         numbered = is_numbered(path)
         siblings.setdefault((parent_of(path) if numbered else path, numbered), []).append(path)
-    names = [run_name(run[0], run[-1], short_name(run[0], every)) for run in siblings.values()]
+    names = [view.names.run(run[0], run[-1]) for run in siblings.values()]
     return names_text(names, limit) or ", ".join(view.modules[m].label for m in view.stages[stage].modules)
 
 
@@ -66,6 +66,12 @@ def module_lines(view: StageGraph, position: int) -> tuple[str, ...]:
     memory = f"weights {bytes_text(cost.parameter_bytes)}, saved {bytes_text(cost.saved_bytes)}"
     nodes = _limited([node_line(view, node) for node in module.nodes])
     return (module_path(view, position), f"{plural(len(module.nodes), 'node')}, {time}", memory, *nodes)
+
+
+def box_text(view: StageGraph, position: int) -> str:
+    """The label of a module, without its middle if it is long."""
+    label = view.modules[position].label
+    return label if len(label) <= LONGEST_LABEL else f"{label[: LONGEST_LABEL - 11]}…{label[-10:]}"
 
 
 def module_path(view: StageGraph, position: int) -> str:

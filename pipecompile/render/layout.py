@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from pipecompile.render.labels import edge_label, inputs_line
+from pipecompile.render.labels import box_text, edge_label, inputs_line
 from pipecompile.render.stage_graph import Edge, StageGraph
 
 PAD = 18.0  # around everything, and inside a band
@@ -143,8 +143,8 @@ class _Across:
 def _boxes_across(view: StageGraph, inputs: Sequence[float]) -> tuple[tuple[float, float], ...]:
     at = [PAD + HEADER + (width + BOX_GAP if width else 0) for width in inputs]
     boxes = []
-    for module in view.modules:
-        width = max(64.0, _text_width(module.label, GLYPH))
+    for position, module in enumerate(view.modules):
+        width = max(64.0, _text_width(box_text(view, position), GLYPH))
         boxes.append((at[module.stage], width))
         at[module.stage] += width + BOX_GAP
     return tuple(boxes)

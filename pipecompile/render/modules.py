@@ -18,6 +18,7 @@ from itertools import groupby, pairwise
 
 from pipecompile.graph import Graph
 from pipecompile.plan import Plan
+from pipecompile.render.paths import Names, common, is_numbered, parent_of, prefixes, words_of
 from pipecompile.render.units import names_text
 
 LONG_RUN = 4  # numbered siblings that still get a box each
@@ -45,11 +46,15 @@ def boxes_of_stages(graph: Graph, plan: Plan) -> tuple[tuple[Box, ...], ...]:
     return tuple(tuple(_bounded(_collapsed(_runs(graph, nodes, opened)))) for nodes in stages)
 
 
-def box_labels(graph: Graph, boxes: Sequence[Box]) -> tuple[str, ...]:
-    """A short name for each box: the shortest ends of its paths that no other box shares, or its operations."""
-    paths = sorted({path for box in boxes for path in box.paths})
-    short = {path: short_name(path, paths) for path in paths}
-    return tuple(_label(graph, box, short) for box in boxes)
+def box_label(graph: Graph, box: Box, names: Names) -> str:
+    """A short name for a box: from its modules, or from the operations that an open module computes itself."""
+    if box.paths:
+        return names.run(box.paths[0], box.paths[-1])
+    ops = list(dict.fromkeys(graph.nodes[node].op.strip("_") for node in box.nodes))
+    path = graph.nodes[box.nodes[0]].path
+    if any(word.isdigit() for word in words_of(path)):
+        return f"{names.short(path)}: {names_text(ops, 1)}"
+    return names_text(ops, 2)
 
 
 def blocks_of_stages(graph: Graph, plan: Plan) -> tuple[tuple[str, ...], ...]:
@@ -63,28 +68,30 @@ def blocks_of_stages(graph: Graph, plan: Plan) -> tuple[tuple[str, ...], ...]:
 
 
 def _open_modules(graph: Graph, plan: Plan) -> set[str]:
-    stages: dict[str, set[int]] = {}
-    for node, stage in zip(graph.nodes, plan.stage_of, strict=True):
-        if stage is not None:
-            for prefix in _prefixes(node.path):
-                stages.setdefault(prefix, set()).add(stage)
-    return _leading(stages) | {path for path, seen in stages.items() if len(seen) > 1}
+    """A module is cut where a value goes from one of its nodes to another, in another stage."""
+    cut: set[str] = set()
+    for channel in plan.channels:
+        for value in channel.values:
+            readers = (user for user in graph.users[value] if plan.stage_of[user] == channel.target)
+            for reader in readers:
+                cut.update(prefixes(common([graph.nodes[value].path, graph.nodes[reader].path])))
+    return _leading(node.path for node in graph.nodes) | cut
 
 
 def _leading(paths: Iterable[str]) -> set[str]:
     """The model itself, and the modules that lead to numbered blocks."""
-    parents = {parent_of(prefix) for path in paths for prefix in _prefixes(path) if prefix}
+    parents = {parent_of(prefix) for path in paths for prefix in prefixes(path) if prefix}
     blocks = {path for path in parents if is_numbered(path)}
     return {""} | {prefix for path in blocks for prefix in _outside_blocks(path, blocks)}
 
 
 def _closed(path: str, opened: set[str]) -> str | None:
     """The outermost module around a path that is not open."""
-    return next((prefix for prefix in _prefixes(path) if prefix not in opened), None)
+    return next((prefix for prefix in prefixes(path) if prefix not in opened), None)
 
 
 def _outside_blocks(path: str, blocks: set[str]) -> Iterator[str]:
-    for prefix in _prefixes(parent_of(path)):
+    for prefix in prefixes(parent_of(path)):
         if prefix in blocks:
             return
         yield prefix
@@ -102,7 +109,7 @@ def _runs(graph: Graph, nodes: Sequence[int], opened: set[str]) -> list[Box]:
 
 def _narrowed(graph: Graph, nodes: Sequence[int], path: str) -> str:
     """The innermost module that holds all the nodes, unless ``path`` is a numbered block."""
-    return path if is_numbered(path) else _common([graph.nodes[node].path for node in nodes])
+    return path if is_numbered(path) else common([graph.nodes[node].path for node in nodes])
 
 
 def _collapsed(boxes: Sequence[Box]) -> list[Box]:
@@ -139,69 +146,6 @@ def _bounded(boxes: list[Box]) -> list[Box]:
         at = sizes.index(min(sizes))
         boxes = [*boxes[:at], boxes[at] + boxes[at + 1], *boxes[at + 2 :]]
     return boxes
-
-
-def _label(graph: Graph, box: Box, short: dict[str, str]) -> str:
-    if not box.paths:
-        return _own_label(graph, box)
-    first, last = box.paths[0], box.paths[-1]
-    if parent_of(first) == parent_of(last) and is_numbered(first) and is_numbered(last):
-        return run_name(first, last, short[first])
-    return short[first] if first == last else f"{short[first]} … {short[last]}"
-
-
-def run_name(first: str, last: str, name: str) -> str:
-    """``"h.0…5"`` for two numbered siblings, of which ``name`` is the first."""
-    return name if first == last else f"{name}…{last_word(last)}"
-
-
-def _own_label(graph: Graph, box: Box) -> str:
-    """Operations, after the path if it tells one block from another: ``"add, view"``, ``"h.3.attn: split +4"``."""
-    ops = list(dict.fromkeys(graph.nodes[node].op.strip("_") for node in box.nodes))
-    path = graph.nodes[box.nodes[0]].path
-    if not any(word.isdigit() for word in _words(path)):
-        return names_text(ops, 2)
-    return f"{short_name(path, [])}: {names_text(ops, 1)}"
-
-
-def short_name(path: str, paths: Sequence[str]) -> str:
-    """The shortest end of a path that no other path shares, with all its numbers and what the first one counts."""
-    words = path.split(".")
-    numbered = [at for at, word in enumerate(words) if word.isdigit()]
-    least = len(words) - max(0, numbered[0] - 1) if numbered else 1
-    for count in range(least, len(words)):
-        end = ".".join(words[-count:])
-        if not any(other != path and f".{other}".endswith(f".{end}") for other in paths):
-            return end
-    return path
-
-
-def _prefixes(path: str) -> Iterator[str]:
-    """``""``, ``"a"``, ``"a.b"`` for ``"a.b"``."""
-    words = _words(path)
-    return (".".join(words[:count]) for count in range(len(words) + 1))
-
-
-def _common(paths: Sequence[str]) -> str:
-    first, last = min(_words(path) for path in paths), max(_words(path) for path in paths)
-    same = next((at for at, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), len(first))
-    return ".".join(first[:same])
-
-
-def _words(path: str) -> list[str]:
-    return path.split(".") if path else []
-
-
-def parent_of(path: str) -> str:
-    return path.rpartition(".")[0]
-
-
-def last_word(path: str) -> str:
-    return path.rpartition(".")[2]
-
-
-def is_numbered(path: str) -> bool:
-    return last_word(path).isdigit()
 
 
 def _sum(boxes: Sequence[Box]) -> Box:

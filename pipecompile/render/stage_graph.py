@@ -16,7 +16,8 @@ from math import prod
 
 from pipecompile.graph import Cost, CostedGraph, Graph, Node
 from pipecompile.plan import Channel, Plan, members, stage_costs
-from pipecompile.render.modules import Box, blocks_of_stages, box_labels, boxes_of_stages
+from pipecompile.render.modules import Box, blocks_of_stages, box_label, boxes_of_stages
+from pipecompile.render.paths import Names
 from pipecompile.serial import Json, converter
 
 
@@ -92,6 +93,11 @@ class StageGraph(Json):
         """The edges between stages."""
         return tuple(filter(self.crosses, self.edges))
 
+    @cached_property
+    def names(self) -> Names:
+        """Short names for the modules of the model."""
+        return Names(node.path for node in self.costed.graph.nodes)
+
     @property
     def cuts(self) -> tuple[Channel, ...]:
         """The pairs of stages that values go between."""
@@ -133,10 +139,16 @@ def stage_graph(costed: CostedGraph, plan: Plan) -> StageGraph:
 
 def _modules(costed: CostedGraph, plan: Plan) -> tuple[Module, ...]:
     placed = [(s, box) for s, boxes in enumerate(boxes_of_stages(costed.graph, plan)) for box in boxes]
-    labels = box_labels(costed.graph, [box for _, box in placed])
+    names = Names(node.path for node in costed.graph.nodes)
     return tuple(
-        Module(stage, label, box.paths or _own_paths(costed.graph, box), box.nodes, _cost(costed, box))
-        for (stage, box), label in zip(placed, labels, strict=True)
+        Module(
+            stage=stage,
+            label=box_label(costed.graph, box, names),
+            paths=box.paths or _own_paths(costed.graph, box),
+            nodes=box.nodes,
+            cost=_cost(costed, box),
+        )
+        for stage, box in placed
     )
 
 

@@ -8,7 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from pipecompile.render.escape import xml
-from pipecompile.render.labels import edge_lines, inputs_line, module_lines, node_line, stage_lines, stage_name
+from pipecompile.render.labels import (
+    box_text,
+    edge_lines,
+    inputs_line,
+    module_lines,
+    node_line,
+    stage_lines,
+    stage_name,
+)
 from pipecompile.render.layout import HEADER, PAD, Layout, Point, Rect, Wire, layout
 from pipecompile.render.stage_graph import StageGraph
 from pipecompile.render.units import seconds_text
@@ -118,7 +126,7 @@ def _modules(view: StageGraph, places: Layout) -> Iterator[str]:
         title = _title(module_lines(view, position))
         yield f'<g class="box" data-module="{position}" data-stage="{module.stage}">{title}'
         yield _rect(rect, 'rx="6"')
-        yield _text((middle, rect.y + 19), module.label, anchor="middle")
+        yield _text((middle, rect.y + 19), box_text(view, position), anchor="middle")
         yield _text((middle, rect.y + 34), seconds_text(module.cost.seconds), "time", "middle")
         yield _rect(heat, 'class="heat" rx="1.5"')
         yield "</g>"
