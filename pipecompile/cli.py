@@ -113,6 +113,8 @@ def plan(
     pipecompile plan hf:gpt2 --stages 4 --output plan.html
     """
     written = _format(format, output)
+    if as_json and written is not None and output is None:
+        raise InputError("--json and --format would both go to the terminal; add --output FILE")
     _check_choice("schedule", schedule, NAMES)
     (place,) = parse_devices([device])
     costed = _costed(model, microbatch, length, _how(costs), place)

@@ -192,6 +192,11 @@ def test_stages_may_have_times_of_their_own():
         ("plan nets:make --profile guess", "error: there is no profile 'guess'; choose one of measure, count"),
         ("plan nets:make --schedule 1f2b", "error: there is no schedule '1f2b'; choose one of sequential, gpipe, 1f1b"),
         ("plan nets:make --format png", "error: there is no format 'png'; choose one of dot, mermaid, svg, json, html"),
+        (
+            "plan nets:make --json --format svg",
+            "error: --json and --format would both go to the terminal; add --output",
+        ),
+        ("plan nets:make --device gpu", "error: "),
         ("plan nets:make --output plan.png", "error: plan.png does not tell a format; add --format, one of dot"),
         ("plan nets:make --profile count -o no/plan.svg", "error: cannot write no/plan.svg: No such file or directory"),
         ("plan nets:make --profile count --microbatch 7", "error: --microbatch 7 is more than the 6 samples"),
