@@ -1,17 +1,29 @@
 """Problems with wide lattices, from seeds: parallel towers, random layers, and attention with explicit heads.
 
-Real models are mostly narrow, and a narrow graph is easy: one topological order has nearly all good cuts. These are the hard
-ones. Costs are drawn, not measured: seconds are uniform, sent seconds log-uniform over a factor of thirty.
+Real models are mostly narrow, and a narrow graph is easy: one topological order has nearly all good cuts. These are
+the hard ones. Costs are drawn, not measured: seconds are uniform, sent seconds log-uniform over a factor of thirty.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from random import Random
 
 from pipecompile.partition.contract import contract
 from pipecompile.partition.problem import Problem, Seat
 
 Edges = list[tuple[int, int]]
+
+
+def problems(numbers: Sequence[int]) -> Iterator[tuple[str, Problem]]:
+    """All of them, at the given numbers of stages."""
+    for num_stages in numbers:
+        for seed in range(2):
+            for count in (2, 4, 8):
+                yield f"towers {count}, seed {seed}", towers(count, seed, num_stages)
+            yield f"layered 150, seed {seed}", layered(150, seed, num_stages)
+            yield f"heads 12 x 4, seed {seed}", heads(4, seed, num_stages)
 
 
 def towers(count: int, seed: int, num_stages: int) -> Problem:
@@ -22,7 +34,7 @@ def towers(count: int, seed: int, num_stages: int) -> Problem:
     for _ in range(count):
         length = random.randint(80, 120) // count
         chain = range(node, node + length)
-        edges += [(2, chain[0]), *zip(chain, chain[1:], strict=False)]
+        edges += [(2, chain[0]), *pairwise(chain)]
         ends.append(chain[-1])
         node += length
     edges += [(end, node) for end in ends] + [(node, node + 1), (node + 1, node + 2)]

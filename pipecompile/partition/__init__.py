@@ -2,5 +2,8 @@
 
 from pipecompile.partition.carry import carry_over as carry_over
 from pipecompile.partition.costed import partition as partition
+from pipecompile.partition.problem import Net as Net
+from pipecompile.partition.problem import Problem as Problem
+from pipecompile.partition.problem import Seat as Seat
 from pipecompile.partition.solve import Solution as Solution
 from pipecompile.partition.solve import solve as solve

@@ -31,6 +31,7 @@ def partition(costed: CostedGraph, num_stages: int, cluster: Cluster | None = No
     Raises:
         ValueError: ``num_stages`` is less than one.
         InfeasibleError: the model cannot be cut into so many stages, or does not fit into the devices' memory.
+        PlanError: no plan within memory was found, though there may be one.
     """
     if num_stages < 1:
         raise ValueError(f"a plan needs at least one stage; got {num_stages}")

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import inf
 from time import process_time
+from typing import NoReturn
 
 from pipecompile.errors import InfeasibleError, PlanError
 from pipecompile.partition.chain import Chain
@@ -53,19 +54,19 @@ def solve(problem: Problem) -> Solution:
     """The best plan found; the same problem has the same plan.
 
     Raises:
-        InfeasibleError: there are more seats than atoms, or no plan within memory was found.
+        InfeasibleError: there are more seats than atoms, or no plan within memory exists.
+        PlanError: no plan within memory was found, and the search was not exhaustive.
     """
     begin = process_time()
     _refuse_impossible(problem)
-    first = _first_plan(problem)
-    stage_of, lower = _prove(problem, first, problem.lower_bound, QUICKLY)
-    if stage_of and bottleneck(problem, stage_of) > lower * (1 + SLACK):
-        stage_of, lower = _prove(problem, _refine(problem, stage_of, lower), lower, PATIENTLY)
+    stage_of, lower = _prove(problem, _first_plan(problem), problem.lower_bound, QUICKLY)
+    if stage_of is None and lower < inf:
+        stage_of, lower = _prove(problem, None, lower, PATIENTLY)
     if stage_of is None:
-        raise InfeasibleError(
-            f"no plan {'exists' if lower == inf else 'was found'} that keeps each of the {problem.num_stages} stages "
-            f"within its memory; use more devices, devices with more memory, or fewer microbatches in flight"
-        )
+        _refuse_memory(problem, lower == inf)
+    elif bottleneck(problem, stage_of) > lower * (1 + SLACK):
+        stage_of, lower = _prove(problem, _refine(problem, stage_of, lower), lower, PATIENTLY)
+    assert stage_of is not None
     check(problem, stage_of)
     return Solution(stage_of, bottleneck(problem, stage_of), lower, process_time() - begin)
 
@@ -140,3 +141,11 @@ def _refuse_impossible(problem: Problem) -> None:
             f"all stages together must hold {held:,.0f} bytes (weights, gradients, optimizer state), and the "
             f"{problem.num_stages} devices have {limit:,.0f}; use more devices, or devices with more memory"
         )
+
+
+def _refuse_memory(problem: Problem, proven: bool) -> NoReturn:
+    kind, what = (InfeasibleError, "exists") if proven else (PlanError, "was found")
+    raise kind(
+        f"no plan {what} that keeps each of the {problem.num_stages} stages within its memory; use more devices, "
+        f"devices with more memory, or fewer microbatches in flight"
+    )
