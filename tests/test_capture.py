@@ -164,6 +164,14 @@ def test_a_length_equal_to_the_batch_is_not_taken_for_it() -> None:
         check(pipe, floats(batch, length))
 
 
+@pytest.mark.parametrize("name", ["input", "type", "max", "getattr", "torch", "size", "_x", "True_", "x1", "output"])
+def test_an_argument_may_have_any_name(name: str) -> None:
+    space: dict[str, Any] = {}
+    exec(f"def forward(self, {name}): return self[1](self[0]({name}))", space)
+    model = type("Net", (nn.Sequential,), {"forward": space["forward"]})(nn.Linear(D, D), nn.Linear(D, D)).double()
+    check(pipe_of(model), floats())
+
+
 # Values that Python reads
 
 
@@ -332,16 +340,6 @@ def _slices(_: Any, h: Tensor, x: Tensor) -> Tensor:
     return out
 
 
-def _input_in_place(_: Any, h: Tensor, x: Tensor) -> Tensor:
-    x.add_(1)
-    return h * x
-
-
-def _input_through_a_view(_: Any, h: Tensor, x: Tensor) -> Tensor:
-    x[:, 0] = 0
-    return h * x
-
-
 def _itself(_: Any, h: Tensor, x: Tensor) -> Tensor:
     h += h
     h[:, 1:] += h[:, :-1].clone()
@@ -424,8 +422,14 @@ def _operators(_: Any, h: Tensor, x: Tensor) -> Tensor:
     y *= 2
     y -= x
     y /= 3
-    y **= 2
     return y
+
+
+def _power(_: Any, h: Tensor, x: Tensor) -> Tensor:
+    y = h.detach() + 3
+    y **= 2
+    y //= 2
+    return h * y
 
 
 def _setitem_of_a_list(_: Any, h: Tensor, x: Tensor) -> Tensor:
@@ -436,20 +440,59 @@ def _setitem_of_a_list(_: Any, h: Tensor, x: Tensor) -> Tensor:
 
 
 def _functional(_: Any, h: Tensor, x: Tensor) -> Tensor:
-    return F.relu(F.leaky_relu(h + 0, 0.5, inplace=True), inplace=True) + F.dropout(x, 0.5, training=False, inplace=True)
+    return F.relu(h + 0, inplace=True) + F.dropout(h + 0, 0.5, training=False, inplace=True)
 
 
 WRITES = [
     _read_before, _through_a_view, _through_a_view_of_a_view, _to_the_base_of_a_view, _chunks, _unbound, _slices,
-    _input_in_place, _input_through_a_view, _itself, _mask, _out, _index, _data, _detached, _shape_in_place,
-    _nothing_copied, _expanded, _in_a_loop, _under_no_grad, _before_a_saved_use, _operators, _setitem_of_a_list,
+    _itself, _mask, _out, _index, _data, _detached, _shape_in_place,
+    _nothing_copied, _expanded, _in_a_loop, _under_no_grad, _before_a_saved_use, _operators, _power,
+    _setitem_of_a_list,
     _functional,
 ]  # fmt: skip
+
+
+OPERATORS: dict[str, Body] = {
+    "right": lambda _, h, x: 2 - h + 2 / (h.abs() + 1) + 2 * h + (1 + h),
+    "power": lambda _, h, x: 2**h + h**2 + h.abs() ** x.abs(),
+    "floor": lambda _, h, x: h * (7 // (x + 9)) + x // 0.5 + h % 3,
+    "right rest": lambda _, h, x: h * (7 % (x.abs() + 1)),
+    "compare": lambda _, h, x: h * (x > 0) * (0 < x) * (x != 1) * ~(x == 0),
+    "logic": lambda _, h, x: h * (((x > 0) | (x < -1)) & ((x > 0) ^ (x > 1))),
+    "shift": lambda _, h, x: h * ((x.abs().long() << 2) >> 1),
+    "sign": lambda _, h, x: -h + +h + abs(h),
+    "matrix": lambda _, h, x: h @ h.mT @ x,
+    "divmod": lambda _, h, x: h.div(3, rounding_mode="floor") + h.remainder(2),
+    "attributes": lambda _, h, x: h.T.mT.permute(2, 1, 0).real * h.mH.H.shape[-1] if h.ndim == 2 else h.mT.mH * h.ndim,
+}
+
+
+@pytest.mark.parametrize("body", OPERATORS.values(), ids=OPERATORS)
+def test_an_operator_of_python_is_its_torch_function(body: Body) -> None:
+    check(pipe_of(Around(body)), floats())
 
 
 @pytest.mark.parametrize("body", WRITES, ids=lambda body: body.__name__[1:])
 def test_a_write_in_place_means_what_it_means_to_the_model(body: Body) -> None:
     check(pipe_of(Around(body)), floats())
+
+
+def _second_input(_: Any, h: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    before = y * 2
+    y.add_(1)
+    return h * y + before
+
+
+def _second_input_through_a_view(_: Any, h: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    y[:, 0] = 0
+    y.mT[:, 1:] *= 2
+    return h * y
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("body", [_second_input, _second_input_through_a_view])
+def test_a_write_to_an_input_leaves_the_tensor_of_the_caller_alone(body: Body, microbatches: int) -> None:
+    check(pipe_of(Around(body), microbatches), floats(), floats(seed=1))
 
 
 def test_a_write_to_a_parameter_is_refused_or_done() -> None:

@@ -1,0 +1,694 @@
+"""A pipeline in place of its model: in every way that a training loop uses one, the numbers are the model's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from models import MODELS
+from oracle import Inputs, assert_same, preserved, split, step
+from torch import Tensor, nn
+from torch.nn import functional as F
+from toys import D, blocks, mean_square
+
+import pipecompile
+from pipecompile.errors import ExecutionError, InputError, PipecompileError
+
+INSIDE = "dict_in_out"  # its loss is an output
+OUTSIDE = "long_skip"  # its loss is the caller's
+
+
+def pipe_of(model: nn.Module, stages: int = 2, **options: Any) -> pipecompile.Pipeline:
+    options = {"microbatches": 2, "profile": "count", **options}
+    return pipecompile.compile(model, devices=["cpu"] * stages, **options)
+
+
+def both(name: str, **options: Any) -> tuple[pipecompile.Pipeline, nn.Module, Inputs]:
+    """A pipeline of a model, the model once more, and inputs."""
+    model = MODELS[name]
+    return pipe_of(model.build(), **options), model.build(), model.inputs(4, model.lengths[0])
+
+
+def loss_of(name: str, call: Callable[..., Any], inputs: Inputs) -> Tensor:
+    args, kwargs = inputs
+    return MODELS[name].loss(call(*args, **kwargs))
+
+
+def gradients(module: nn.Module) -> dict[str, Tensor | None]:
+    found = {name: parameter.grad for name, parameter in module.named_parameters()}
+    assert found
+    return found
+
+
+def assert_equal_gradients(pipe: nn.Module, model: nn.Module) -> None:
+    expected = gradients(model)
+    assert gradients(pipe).keys() == expected.keys()
+    for name, gradient in gradients(pipe).items():
+        torch.testing.assert_close(gradient, expected[name], msg=name)
+
+
+EITHER = pytest.mark.parametrize("name", [INSIDE, OUTSIDE])
+
+
+# The step
+
+
+@EITHER
+def test_a_gradient_that_comes_in_scales_all_that_go_out(name: str) -> None:
+    pipe, model, inputs = both(name)
+    for module in (pipe, model):
+        loss_of(name, module, inputs).backward(torch.tensor(0.25, dtype=torch.float64))
+    assert_equal_gradients(pipe, model)
+
+
+@EITHER
+def test_gradients_accumulate_over_calls(name: str) -> None:
+    pipe, model, _ = both(name)
+    for seed in range(3):
+        inputs = MODELS[name].inputs(4, 6, seed)
+        for module in (pipe, model):
+            (loss_of(name, module, inputs) / 3).backward()
+    assert_equal_gradients(pipe, model)
+
+
+@EITHER
+def test_losses_of_two_calls_may_be_summed_before_backward(name: str) -> None:
+    pipe, model, _ = both(name)
+    calls = [MODELS[name].inputs(4, 6, seed) for seed in range(2)]
+    for module in (pipe, model):
+        sum(loss_of(name, module, inputs) * i for i, inputs in enumerate(calls, 1)).backward()
+    assert_equal_gradients(pipe, model)
+
+
+@EITHER
+def test_steps_of_an_optimizer_follow_one_another(name: str) -> None:
+    pipe, model, _ = both(name)
+    for module in (pipe, model):
+        optimizer = torch.optim.AdamW(module.parameters(), lr=0.01)
+        for seed in range(4):
+            optimizer.zero_grad()
+            loss_of(name, module, MODELS[name].inputs(4, 6, seed)).backward()
+            optimizer.step()
+    for (name, parameter), expected in zip(pipe.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(parameter, expected, msg=name)
+
+
+@EITHER
+def test_autograd_grad_gives_the_gradients_and_leaves_none(name: str) -> None:
+    pipe, model, inputs = both(name)
+    got, expected = (torch.autograd.grad(loss_of(name, m, inputs), list(m.parameters())) for m in (pipe, model))
+    for (parameter, _), gradient, same in zip(pipe.named_parameters(), got, expected, strict=True):
+        torch.testing.assert_close(gradient, same, msg=parameter)
+    assert set(gradients(pipe).values()) == {None}
+
+
+@EITHER
+def test_a_grad_scaler_finds_scaled_gradients(name: str) -> None:
+    pipe, model, inputs = both(name)
+    for module in (pipe, model):
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+        scaler.scale(loss_of(name, module, inputs)).backward()
+        assert max(p.grad.abs().max() for p in module.parameters()) > 1
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+    assert_equal_gradients(pipe, model)
+    for parameter, same in zip(pipe.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(parameter, same)
+
+
+def test_gradients_are_clipped_over_all_stages() -> None:
+    pipe, model, inputs = both(INSIDE)
+    norms = []
+    for module in (pipe, model):
+        loss_of(INSIDE, module, inputs).backward()
+        norms.append(nn.utils.clip_grad_norm_(module.parameters(), 0.01))
+    torch.testing.assert_close(*norms)
+    assert norms[0] > 0.01
+    assert_equal_gradients(pipe, model)
+
+
+def test_zero_grad_between_the_call_and_backward_loses_nothing() -> None:
+    pipe, model, inputs = both(INSIDE)
+    for module in (pipe, model):
+        loss = loss_of(INSIDE, module, inputs)
+        module.zero_grad()
+        loss.backward()
+    assert_equal_gradients(pipe, model)
+
+
+def test_a_call_alone_delivers_no_gradient() -> None:
+    pipe, _, inputs = both(INSIDE)
+    loss_of(INSIDE, pipe, inputs)
+    assert set(gradients(pipe).values()) == {None}
+
+
+def test_two_calls_may_go_backward_in_any_order() -> None:
+    pipe, model, _ = both(OUTSIDE)
+    for module in (pipe, model):
+        losses = [loss_of(OUTSIDE, module, MODELS[OUTSIDE].inputs(4, 6, seed)) for seed in range(3)]
+        for i in (1, 0, 2):
+            losses[i].backward()
+    assert_equal_gradients(pipe, model)
+
+
+def test_a_hook_on_a_parameter_sees_its_gradient() -> None:
+    pipe, model, inputs = both(INSIDE)
+    for module in (pipe, model):
+        for parameter in module.parameters():
+            parameter.register_hook(lambda gradient: gradient * 2)
+        loss_of(INSIDE, module, inputs).backward()
+    assert_equal_gradients(pipe, model)
+
+
+def test_several_outputs_share_a_backward_when_the_loss_is_outside() -> None:
+    model = MODELS["named_tuple_output"]
+    pipe, unsplit, inputs = both("named_tuple_output")
+    for module in (pipe, unsplit):
+        output = module(*inputs[0])
+        (output.left.sum() * 2 + output.right.pow(2).mean() + output.right[0].sum()).backward()
+    assert_equal_gradients(pipe, unsplit)
+    assert model.loss(pipe(*inputs[0])).requires_grad
+
+
+def test_a_schedule_of_any_kind_gives_the_same_numbers() -> None:
+    for schedule in ("sequential", "gpipe", "1f1b"):
+        pipe, model, inputs = both(INSIDE, schedule=schedule, stages=3)
+        loss = MODELS[INSIDE].loss
+        assert_same(step(pipe, pipe.model, loss, inputs), step(model, model, loss, inputs))
+
+
+# A loss function of the user's
+
+
+def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(logits, target)
+
+
+class Classifier(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = blocks(3), nn.Linear(D, 5)
+
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        h = self.body(x if shift is None else x + shift)
+        return self.head(h)
+
+
+def classifier() -> tuple[nn.Module, Tensor, Tensor]:
+    torch.manual_seed(0)
+    return Classifier().double(), torch.randn(4, D, dtype=torch.float64), torch.tensor([1, 4, 0, 2])
+
+
+@pytest.mark.parametrize("make", [lambda: cross_entropy, nn.CrossEntropyLoss, lambda: lambda *a: {"loss": F.nll_loss(*a)}])
+def test_a_loss_function_runs_in_the_last_stage(make: Callable[[], Any]) -> None:
+    model, x, target = classifier()
+    loss_fn = make()
+    pipe = pipe_of(model, loss_fn=loss_fn)
+
+    def unsplit(x: Tensor, target: Tensor) -> Any:
+        return loss_fn(model(x), target)
+
+    def find(output: Any) -> Tensor:
+        return output["loss"] if isinstance(output, dict) else output
+
+    assert_same(step(pipe, model, find, ((x,), {"target": target})), step(unsplit, model, find, ((x, target), {})))
+
+
+def test_a_loss_function_leaves_the_models_own_arguments_alone() -> None:
+    model, x, target = classifier()
+    pipe = pipe_of(model, loss_fn=cross_entropy)
+    loss = pipe(x, shift=x * 2, target=target)
+    torch.testing.assert_close(loss, cross_entropy(model(x, x * 2), target))
+
+
+def test_a_loss_function_without_target_is_refused() -> None:
+    model, x, _ = classifier()
+    with pytest.raises(InputError, match="target"):
+        pipe_of(model, loss_fn=cross_entropy)(x)
+
+
+# Modes
+
+
+def test_no_grad_gives_the_output_without_a_history() -> None:
+    pipe, model, (args, kwargs) = both(OUTSIDE)
+    with torch.no_grad():
+        output = pipe(*args, **kwargs)
+    torch.testing.assert_close(output, model(*args, **kwargs), check_stride=False)
+    assert not output.requires_grad
+
+
+def test_inference_mode_gives_the_same_output() -> None:
+    pipe, model, (args, kwargs) = both(OUTSIDE)
+    with torch.inference_mode():
+        torch.testing.assert_close(pipe(*args, **kwargs), model(*args, **kwargs))
+    loss_of(OUTSIDE, pipe, (args, kwargs)).backward()
+    loss_of(OUTSIDE, model, (args, kwargs)).backward()
+    assert_equal_gradients(pipe, model)
+
+
+class Dropout(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.dropout = blocks(3), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body[2](self.dropout(self.body[:2](x)))
+
+
+def test_dropout_is_on_in_training_and_off_in_evaluation() -> None:
+    pipe, x = pipe_of(Dropout()), torch.ones(4, D)
+    assert not torch.equal(pipe(x), pipe(x))
+    assert not pipe.eval().model.training
+    torch.testing.assert_close(pipe(x), pipe.model(x))
+    assert pipe.train().model.dropout.training
+    assert not torch.equal(pipe(x), pipe(x))
+    assert pipe.captures == 2
+
+
+def test_a_model_put_into_evaluation_itself_is_noticed() -> None:
+    pipe, x = pipe_of(Dropout()), torch.ones(4, D)
+    pipe(x)
+    pipe.model.eval()
+    torch.testing.assert_close(pipe(x), pipe.model(x))
+
+
+def test_evaluation_trains_too_where_gradients_are_wanted() -> None:
+    pipe, model, inputs = both(INSIDE)
+    for module in (pipe.eval(), model.eval()):
+        loss_of(INSIDE, module, inputs).backward()
+    assert_equal_gradients(pipe, model)
+
+
+def test_a_seed_gives_the_same_dropout_twice() -> None:
+    pipe, x = pipe_of(Dropout(), stages=1), torch.ones(4, D)
+    pipe(x)
+    outputs = [(torch.manual_seed(3), pipe(x))[1] for _ in range(2)]
+    assert torch.equal(*outputs)
+
+
+def test_the_callers_autocast_holds_in_every_stage() -> None:
+    torch.manual_seed(0)
+    model = blocks(4)
+    pipe, x = pipe_of(model, stages=3, microbatches=2), torch.randn(4, D)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = pipe(x)
+        expected = torch.cat([model(part) for part in x.chunk(2)])
+    output.square().mean().backward()
+    got = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    expected.square().mean().backward()
+    torch.testing.assert_close(output, expected, rtol=0, atol=0)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(got[name], parameter.grad, rtol=0.02, atol=1e-4, msg=name)
+    assert not torch.equal(output.float(), model(x))
+
+
+def test_the_same_call_with_and_without_autocast_is_one_capture() -> None:
+    model, x = blocks(4), torch.randn(4, D)
+    pipe = pipe_of(model)
+    plain = pipe(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = pipe(x)
+    assert pipe.captures == 1
+    assert not torch.equal(plain, low.float())
+    torch.testing.assert_close(plain, model(x))
+
+
+# Parameters and inputs
+
+
+@pytest.mark.parametrize("name", ["frozen", "unused"])
+def test_a_parameter_that_takes_no_part_has_no_gradient(name: str) -> None:
+    pipe, model, inputs = both(name)
+    for module in (pipe, model):
+        loss_of(name, module, inputs).backward()
+    assert None in gradients(model).values()
+    assert_equal_gradients(pipe, model)
+
+
+def test_a_parameter_frozen_between_two_calls_gets_no_more_gradient() -> None:
+    pipe, model, inputs = both(OUTSIDE)
+    for module in (pipe, model):
+        loss_of(OUTSIDE, module, inputs).backward()
+        module.zero_grad()
+        module.body[2].requires_grad_(False)
+        loss_of(OUTSIDE, module, inputs).backward()
+    assert gradients(pipe)["body.2.0.weight"] is None
+    assert_equal_gradients(pipe, model)
+
+
+@pytest.mark.parametrize("microbatches", [1, 2, 4])
+def test_inputs_that_want_a_gradient_get_it(microbatches: int) -> None:
+    pipe, model, ((x, late), _) = both(OUTSIDE, microbatches=microbatches)
+    got = []
+    for module in (pipe, model):
+        leaves = [x.clone().requires_grad_(), late.clone().requires_grad_()]
+        mean_square(module(*(leaf * 2 for leaf in leaves))).backward()
+        got.append([leaf.grad for leaf in leaves])
+    torch.testing.assert_close(*got)
+    assert_equal_gradients(pipe, model)
+
+
+def test_an_input_without_a_batch_gets_the_sum_over_the_microbatches() -> None:
+    model = MODELS["options"]
+    pipe, unsplit, ((x,), kwargs) = both("options", microbatches=4)
+    got = []
+    for module in (pipe, unsplit):
+        scale = kwargs["scale"].clone().requires_grad_()
+        model.loss(module(x, **{**kwargs, "scale": scale})).backward()
+        got.append(scale.grad)
+    torch.testing.assert_close(*got)
+
+
+@EITHER
+def test_one_tensor_given_as_two_arguments_gets_both_gradients(name: str) -> None:
+    pipe, model, ((x, _), _) = both(OUTSIDE)
+    loss_fn = {INSIDE: {"loss_fn": lambda out, target: (out * target).mean()}, OUTSIDE: {}}[name]
+    pipe = pipe_of(model, **loss_fn)
+    got = []
+    for module in (pipe, model):
+        leaf = x.clone().requires_grad_()
+        if name == INSIDE and module is pipe:
+            pipe(leaf, leaf, target=x).backward()
+        else:
+            (module(leaf, leaf) * x).mean().backward()
+        got.append(leaf.grad)
+    torch.testing.assert_close(*got)
+
+
+def test_state_dict_has_the_models_keys_and_loads_both_ways() -> None:
+    pipe, model, inputs = both("tied")
+    assert list(pipe.state_dict()) == list(model.state_dict())
+    other = MODELS["tied"].build()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(0.5)
+    pipe.load_state_dict(other.state_dict())
+    torch.testing.assert_close(loss_of("tied", pipe, inputs), loss_of("tied", other, inputs))
+    model.load_state_dict(pipe.state_dict())
+    torch.testing.assert_close(loss_of("tied", model, inputs), loss_of("tied", other, inputs))
+
+
+def test_a_checkpoint_loaded_between_two_calls_is_what_the_next_call_uses() -> None:
+    pipe, model, inputs = both(INSIDE)
+    loss_of(INSIDE, pipe, inputs)
+    state = {name: value * 0.5 for name, value in model.state_dict().items()}
+    pipe.load_state_dict(state, assign=True)
+    model.load_state_dict(state)
+    for module in (pipe, model):
+        loss_of(INSIDE, module, inputs).backward()
+    assert_equal_gradients(pipe, model)
+
+
+def test_the_pipelines_parameters_are_the_models() -> None:
+    pipe, _, inputs = both("buffers_in_place")
+    pipe(*inputs[0])
+    for kind in ("named_parameters", "named_buffers", "named_modules"):
+        names = [(n, id(t)) for n, t in getattr(pipe.model, kind)() if t is not pipe.model]
+        assert [(n, id(t)) for n, t in getattr(pipe, kind)() if t is not pipe] == names
+
+
+def test_what_the_pipeline_lacks_is_the_models() -> None:
+    pipe, _, _ = both("gpt2")
+    assert pipe.config.n_layer == 3
+    assert pipe.get_input_embeddings() is pipe.model.transformer.wte
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        _ = pipe.no_such_thing
+
+
+def test_a_model_cast_through_the_pipeline_computes_in_its_new_type() -> None:
+    pipe, model, ((x, late), _) = both(OUTSIDE)
+    pipe(x, late)
+    output = pipe.float()(x.float(), late.float())
+    assert output.dtype == torch.float32
+    torch.testing.assert_close(output, model.float()(x.float(), late.float()))
+
+
+def test_the_original_model_still_works_beside_its_pipeline() -> None:
+    pipe, model, inputs = both(OUTSIDE)
+    loss_of(OUTSIDE, pipe, inputs).backward()
+    loss_of(OUTSIDE, pipe.model, inputs).backward()
+    (loss_of(OUTSIDE, model, inputs) * 2).backward()
+    assert_equal_gradients(pipe, model)
+
+
+def test_two_pipelines_of_one_model_share_its_parameters() -> None:
+    pipe, model, inputs = both(OUTSIDE)
+    other = pipe_of(pipe.model, stages=3)
+    for module in (pipe, other, model, model):
+        loss_of(OUTSIDE, module, inputs).backward()
+    assert_equal_gradients(pipe, model)
+
+
+def test_an_output_may_be_changed_in_place_by_the_caller() -> None:
+    pipe, model, ((x, late), _) = both(OUTSIDE)
+    for module in (pipe, model):
+        output = module(x, late)
+        output.mul_(2).add_(1)
+        mean_square(output).backward()
+    assert_equal_gradients(pipe, model)
+
+
+# What cannot be asked of a pipeline
+
+
+@EITHER
+def test_backward_twice_on_one_call_is_refused(name: str) -> None:
+    pipe, _, inputs = both(name)
+    loss = loss_of(name, pipe, inputs)
+    loss.backward(retain_graph=True)
+    with pytest.raises(ExecutionError, match=r"backward\(\) was called a second time.*call the pipeline again"):
+        loss.backward()
+
+
+def test_a_gradient_into_an_output_beside_the_loss_is_refused() -> None:
+    pipe, _, (args, _) = both(INSIDE)
+    output = pipe(*args)
+    with pytest.raises(ExecutionError, match=r"output beside the loss.*inside the model or in loss_fn="):
+        (output["loss"] + output["logits"].mean()).backward()
+
+
+def test_a_step_of_the_optimizer_before_backward_is_refused() -> None:
+    pipe, _, inputs = both(OUTSIDE)
+    loss = loss_of(OUTSIDE, pipe, inputs)
+    with torch.no_grad():
+        for parameter in pipe.parameters():
+            parameter.add_(1)
+    with pytest.raises(ExecutionError, match=r"parameter 'body.* was changed in place.*before optimizer\.step"):
+        loss.backward()
+
+
+def test_a_gradient_of_a_gradient_is_refused() -> None:
+    pipe, _, ((x, late), _) = both(OUTSIDE)
+    x = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(mean_square(pipe(x, late)), x, create_graph=True)
+    with pytest.raises((PipecompileError, RuntimeError), match=r"backward\(\)|second|twice|does not require grad"):
+        gradient.sum().backward()
+
+
+# compile()
+
+
+@pytest.mark.parametrize("form", [lambda x, late: ((x,), {"late": late}), lambda x, late: (x, late),
+                                  lambda x, late: [x, late], lambda x, late: {"x": x, "late": late}])  # fmt: skip
+def test_example_inputs_capture_at_once(form: Callable[..., Any]) -> None:
+    model = MODELS[OUTSIDE]
+    (x, late), _ = model.inputs(4, 6)
+    pipe = pipe_of(model.build(), example_inputs=form(x, late))
+    assert (pipe.captures, pipe.plan.num_stages, len(pipe.stages)) == (1, 2, 2)
+    assert pipe.timeline is None
+    torch.testing.assert_close(pipe(x, late=late), pipe.model(x, late))
+    assert pipe.captures == 1
+
+
+def test_one_tensor_is_an_example_of_one_argument() -> None:
+    pipe = pipe_of(MODELS["used_twice"].build(), example_inputs=torch.ones(4, 6, D, dtype=torch.float64))
+    assert pipe.captures == 1
+
+
+def test_example_inputs_with_a_loss_function_hold_its_target() -> None:
+    model, x, target = classifier()
+    pipe = pipe_of(model, loss_fn=cross_entropy, example_inputs=((x,), {"target": target}))
+    torch.testing.assert_close(pipe(x, target=target), cross_entropy(model(x), target))
+    assert pipe.captures == 1
+
+
+def test_before_the_first_call_there_is_no_plan() -> None:
+    pipe, _, inputs = both(OUTSIDE)
+    for name in ("plan", "stages", "predicted", "report"):
+        with pytest.raises(PipecompileError, match="captured at the first call"):
+            getattr(pipe, name)
+    pipe(*inputs[0])
+    assert pipe.plan.num_stages == 2
+
+
+def test_a_pipeline_shows_its_plan_program_and_timelines() -> None:
+    pipe, _, inputs = both(INSIDE, microbatches=2)
+    loss_of(INSIDE, pipe, inputs).backward()
+    rows = [[str(i) for i in pipe.program.row_of(stage)] for stage in range(2)]
+    assert rows == [["0F0", "0F1", "0B0", "0B1"], ["1F0", "1B0", "1F1", "1B1"]]
+    done = {(span.rank, span.instruction) for span in pipe.timeline.spans}
+    assert done == {(rank, i) for rank, row in enumerate(pipe.program.ranks) for i in row}
+    assert {span.instruction for span in pipe.predicted.spans} == {i for _, i in done}
+    assert pipe.predicted.makespan > 0
+
+
+def test_a_forward_alone_runs_no_backward() -> None:
+    pipe, _, (args, _) = both(OUTSIDE)
+    with torch.no_grad():
+        pipe(*args)
+    assert str(pipe.program) == "0: 0F0 0F0>1 0F1 0F1>1\n1: 1<0F0 1F0 1<0F1 1F1"
+
+
+def test_a_report_says_what_is_tied_guarded_and_recomputed() -> None:
+    pipe, _, inputs = both("tied")
+    pipe(**inputs[1])
+    assert pipe.report["tied"] == ["embedding.weight over stages 0, 1, gradients summed"]
+    assert {"notes", "guards", "recomputed"} <= pipe.report.keys()
+
+
+def test_three_virtual_stages_may_share_one_device() -> None:
+    pipe, model, inputs = both(INSIDE, stages=3)
+    assert_same(step(pipe, pipe.model, MODELS[INSIDE].loss, inputs), step(model, model, MODELS[INSIDE].loss, inputs))
+    assert pipe.plan.rank_of == (0, 1, 2)
+
+
+def test_one_stage_is_a_pipeline_too() -> None:
+    pipe, model, inputs = both(INSIDE, stages=1)
+    assert_same(step(pipe, pipe.model, MODELS[INSIDE].loss, inputs), step(model, model, MODELS[INSIDE].loss, inputs))
+
+
+def test_a_last_smaller_microbatch_counts_by_its_rows() -> None:
+    pipe, model, _ = both(INSIDE, microbatches=4)
+    inputs = MODELS[INSIDE].inputs(6, 6)
+    assert_same(step(pipe, pipe.model, MODELS[INSIDE].loss, inputs), step(model, model, MODELS[INSIDE].loss, inputs))
+
+
+def test_the_default_is_two_microbatches_a_stage() -> None:
+    pipe = pipecompile.compile(MODELS[OUTSIDE].build(), ["cpu"] * 3, profile="count")
+    pipe(*MODELS[OUTSIDE].inputs(12, 6)[0])
+    assert pipe.program.microbatches == tuple(range(6))
+
+
+def test_train_and_eval_alternate_on_one_placement() -> None:
+    model = nn.Sequential(blocks(2), nn.BatchNorm1d(D), blocks(2)).double()
+    pipe, x = pipe_of(model), torch.randn(6, D, dtype=torch.float64)
+    for _ in range(2):
+        before = model[1].running_mean.clone()
+        torch.testing.assert_close(pipe.eval()(x), model(x))
+        assert torch.equal(model[1].running_mean, before)
+        assert not torch.allclose(pipe.train()(x), pipe.eval()(x))
+        assert not torch.equal(model[1].running_mean, before)
+    assert pipe.captures == 2
+
+
+# Asynchronous
+
+
+def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.05)
+
+
+def asynchronous(stages: int = 2, **options: Any) -> pipecompile.Pipeline:
+    return pipe_of(MODELS["skip_to_loss"].build(), stages, schedule="pipedream", optimizer=sgd, **options)
+
+
+def moved(pipe: pipecompile.Pipeline) -> Callable[[], bool]:
+    before = [parameter.detach().clone() for parameter in pipe.parameters()]
+    return lambda: any(not torch.equal(b, p) for b, p in zip(before, pipe.parameters(), strict=True))
+
+
+def test_flush_ends_what_is_under_way_and_a_second_one_does_nothing() -> None:
+    pipe = asynchronous()
+    args, kwargs = MODELS["skip_to_loss"].inputs(4, 6)
+    pipe(*args, **kwargs)
+    still_under_way = moved(pipe)
+    pipe.flush()
+    assert still_under_way()
+    after_flush = moved(pipe)
+    pipe.flush()
+    assert not after_flush()
+
+
+def test_a_flush_after_every_call_of_one_microbatch_is_plain_training() -> None:
+    pipe, model = asynchronous(3, microbatches=1), MODELS["skip_to_loss"].build()
+    optimizer = sgd(list(model.parameters()))
+    for seed in range(3):
+        args, kwargs = MODELS["skip_to_loss"].inputs(4, 6, seed)
+        pipe(*args, **kwargs)
+        pipe.flush()
+        optimizer.zero_grad()
+        model(*args, **kwargs).backward()
+        optimizer.step()
+    for (name, parameter), same in zip(pipe.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(parameter, same, msg=name)
+
+
+def test_an_asynchronous_loss_has_nothing_to_go_backward() -> None:
+    pipe = asynchronous()
+    args, kwargs = MODELS["skip_to_loss"].inputs(4, 6)
+    assert not pipe(*args, **kwargs).requires_grad
+
+
+def test_an_asynchronous_pipeline_evaluates_between_its_steps() -> None:
+    pipe, through = asynchronous(), asynchronous()
+    for seed in range(3):
+        args, kwargs = MODELS["skip_to_loss"].inputs(4, 6, seed)
+        torch.testing.assert_close(pipe(*args, **kwargs), through(*args, **kwargs))
+        with torch.no_grad():
+            pipe.eval()(*args, **kwargs)
+        pipe.train()
+    pipe.flush()
+    through.flush()
+    for parameter, same in zip(pipe.parameters(), through.parameters(), strict=True):
+        torch.testing.assert_close(parameter, same)
+
+
+def test_an_asynchronous_pipeline_takes_other_lengths() -> None:
+    pipe = asynchronous()
+    still = moved(pipe)
+    for length in (6, 9, 6):
+        args, kwargs = MODELS["skip_to_loss"].inputs(4, length)
+        assert torch.isfinite(pipe(*args, **kwargs))
+    pipe.flush()
+    assert still()
+    assert pipe.captures == 1
+
+
+def test_minibatches_of_unequal_calls_are_each_a_step() -> None:
+    steps: list[int] = []
+
+    class Counting(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            steps.append(1)
+            super().step(closure)
+
+    pipe = pipe_of(
+        MODELS["skip_to_loss"].build(), schedule="pipedream", optimizer=partial(Counting, lr=0.1), microbatches=3
+    )
+    for batch in (6, 3, 1):
+        args, kwargs = MODELS["skip_to_loss"].inputs(batch, 6)
+        pipe(*args, **kwargs)
+    pipe.flush()
+    assert len(steps) == 2 * (3 + 3 + 1)
+
+
+def test_an_asynchronous_pipeline_steps_on_the_gradient_of_each_minibatch() -> None:
+    pipe = asynchronous(1, microbatches=2)
+    model, inputs = MODELS["skip_to_loss"].build(), MODELS["skip_to_loss"].inputs(4, 6)
+    optimizer = sgd(list(model.parameters()))
+    args, kwargs = inputs
+    pipe(*args, **kwargs)
+    pipe.flush()
+    for part, named in split(inputs, 2):
+        with preserved(nn.Module()):
+            optimizer.zero_grad()
+            model(*part, **named).backward()
+            optimizer.step()
+    for (name, parameter), same in zip(pipe.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(parameter, same, msg=name)
