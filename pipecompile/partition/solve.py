@@ -16,6 +16,7 @@ from time import process_time
 from typing import NoReturn
 
 from pipecompile.errors import InfeasibleError, PlanError
+from pipecompile.partition.bound import stage_bound
 from pipecompile.partition.chain import Chain
 from pipecompile.partition.coarsen import lossless, lossy
 from pipecompile.partition.contract import Contraction
@@ -59,7 +60,7 @@ def solve(problem: Problem) -> Solution:
     """
     begin = process_time()
     _refuse_impossible(problem)
-    stage_of, lower = _prove(problem, _first_plan(problem), problem.lower_bound, QUICKLY)
+    stage_of, lower = _prove(problem, _first_plan(problem), _lower_bound(problem), QUICKLY)
     if stage_of is None and lower < inf:
         stage_of, lower = _prove(problem, None, lower, PATIENTLY)
     if stage_of is None:
@@ -69,6 +70,12 @@ def solve(problem: Problem) -> Solution:
     assert stage_of is not None
     check(problem, stage_of)
     return Solution(stage_of, bottleneck(problem, stage_of), lower, process_time() - begin)
+
+
+def _lower_bound(problem: Problem) -> float:
+    if len(problem) > MOST_EXACT_ATOMS:
+        return problem.lower_bound
+    return stage_bound(_relaxations(problem)[0].problem)
 
 
 def _first_plan(problem: Problem) -> tuple[int, ...] | None:
@@ -101,8 +108,8 @@ def _prove(
 ) -> tuple[tuple[int, ...] | None, float]:
     """The plan or a better one, and a lower bound; infinite if there is no plan."""
     upper = bottleneck(problem, stage_of) if stage_of else problem.upper_bound
-    if len(problem) > MOST_EXACT_ATOMS:
-        return stage_of, lower
+    if len(problem) > MOST_EXACT_ATOMS or (stage_of and upper <= lower * (1 + SLACK)):
+        return stage_of, min(lower, upper)
     for contraction in _relaxations(problem):
         lower, chain = exact(contraction.problem, lower, upper, most)
         if chain and _is_plan(problem, found := contraction.expand(chain.stage_of)):

@@ -1,0 +1,43 @@
+"""What the stage of a heavy atom costs at least, by one minimum cut.
+
+Some stage holds the atom. Whatever else it holds, it pays the seconds of its atoms and of the nets that cross it, and
+the cheapest set of atoms around the given one, acyclic or not, is a minimum cut:
+
+    given atom = source     atom -> sink (its seconds)     pin -> enter -> leave -> pin (seconds of the net)
+
+A large head or embedding is often the bottleneck, and then this is the whole proof.
+
+Source: the reduction of a hyperedge cut to a network is Lawler, "Cutsets and Partitions of Hypergraphs" (1973).
+"""
+
+from __future__ import annotations
+
+import networkx as nx
+import numpy as np
+from networkx.algorithms.flow import boykov_kolmogorov
+
+from pipecompile.partition.problem import Problem
+
+MOST_CUTS = 4
+
+
+def stage_bound(problem: Problem) -> float:
+    """Seconds that the busiest stage takes at least: the mean stage, or the cheapest stage around a heavy atom."""
+    bound = problem.lower_bound
+    alone = problem.weight / problem.speeds.max()
+    alone = alone + [problem.net_seconds[list(nets)].sum() for nets in problem.nets_of]
+    for atom in np.argsort(-alone, kind="stable")[:MOST_CUTS].tolist():
+        if alone[atom] > bound:
+            bound = max(bound, _cheapest_stage_with(problem, atom))
+    return bound
+
+
+def _cheapest_stage_with(problem: Problem, atom: int) -> float:
+    network = nx.DiGraph()
+    for other, seconds in enumerate(problem.seconds):
+        network.add_edge(other, "sink", capacity=seconds / problem.speeds.max())
+    for index, net in enumerate(problem.nets):
+        network.add_edge(("enter", index), ("leave", index), capacity=net.seconds)
+        network.add_edges_from((pin, ("enter", index)) for pin in net.pins)
+        network.add_edges_from((("leave", index), pin) for pin in net.pins)
+    return float(boykov_kolmogorov(network, atom, "sink", value_only=True).graph["flow_value"])
