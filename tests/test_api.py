@@ -319,6 +319,44 @@ def test_the_same_call_with_and_without_autocast_is_one_capture() -> None:
     torch.testing.assert_close(plain, model(x))
 
 
+class Scattered(nn.Module):
+    """Asks for the type of an activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(D, D) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.layers[1](self.layers[0](x).tanh())
+        out = torch.zeros(h.shape, dtype=h.dtype).scatter(1, torch.zeros(len(h), 1, dtype=torch.long), h)
+        return self.layers[2](out).to(h.dtype)
+
+
+@pytest.mark.parametrize("order", [(False, True), (True, False)])
+def test_a_type_that_the_model_asks_for_follows_the_callers_autocast(order: tuple[bool, bool]) -> None:
+    model, x = Scattered(), torch.randn(4, D)
+    pipe = pipe_of(model, microbatches=1)
+    for enabled in order:
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            output, expected = pipe(x), model(x)
+        torch.testing.assert_close(output, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, partial(torch.autocast, "cpu", torch.bfloat16)])
+def test_the_mode_of_the_first_call_leaves_no_mark_on_the_next(mode: Callable[[], Any]) -> None:
+    torch.manual_seed(0)
+    model = Dropout().eval()
+    pipe, x = pipe_of(model), torch.randn(4, D)
+    with mode():
+        pipe(x)
+    pipe(x).square().mean().backward()
+    got = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    model(x).square().mean().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(got[name], parameter.grad, msg=name)
+
+
 # Parameters and inputs
 
 
@@ -542,7 +580,7 @@ def test_a_forward_alone_runs_no_backward() -> None:
     pipe, _, (args, _) = both(OUTSIDE)
     with torch.no_grad():
         pipe(*args)
-    assert str(pipe.program) == "0: 0F0 0F0>1 0F1 0F1>1\n1: 1<0F0 1F0 1<0F1 1F1"
+    assert [[str(i) for i in pipe.program.row_of(stage)] for stage in range(2)] == [["0F0", "0F1"], ["1F0", "1F1"]]
 
 
 def test_a_report_says_what_is_tied_guarded_and_recomputed() -> None:

@@ -1,0 +1,458 @@
+"""Bad input: each case has an error of ours that says what was seen and what to do, or just works."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import MODELS
+from oracle import assert_same, step
+from torch import Tensor, nn
+from toys import D, blocks, mean_square
+
+import pipecompile
+from pipecompile.errors import CaptureError, InfeasibleError, InputError, PipecompileError, PlanError
+
+KEPT = "skip_to_loss"
+
+
+class Net(nn.Module):
+    def __init__(self, layers: int = 3) -> None:
+        super().__init__()
+        self.body = blocks(layers).double()
+
+    def forward(self, x: Tensor, scale: float = 1.0, names: Any = None) -> Tensor:
+        return self.body(x) * scale
+
+
+def pipe_of(model: nn.Module | None = None, stages: int = 2, **options: Any) -> pipecompile.Pipeline:
+    options = {"microbatches": 2, "profile": "count", **options}
+    return pipecompile.compile(model or Net(), devices=["cpu"] * stages, **options)
+
+
+def floats(*shape: int) -> Tensor:
+    return torch.randn(*(shape or (4, D)), dtype=torch.float64)
+
+
+def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1)
+
+
+def refused(kind: type[Exception], *words: str) -> Any:
+    """Expects an error of ours with these words in order."""
+    assert issubclass(kind, PipecompileError)
+    return pytest.raises(kind, match="(?s)" + ".*".join(map(re.escape, words)))
+
+
+def works_after(pipe: pipecompile.Pipeline) -> None:
+    """A refused call leaves the pipeline as good as new."""
+    x = floats()
+    expected = step(pipe.model, pipe.model, mean_square, ((x,), {}))
+    assert_same(step(pipe, pipe.model, mean_square, ((x,), {})), expected)
+
+
+# Devices
+
+no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+
+
+@no_cuda
+@pytest.mark.parametrize("devices", [[0, 1], ["cuda:0", "cuda:1"], ["cpu", "cuda"], [torch.device("cuda", 0)]])
+def test_cuda_devices_that_are_not_there(devices: Any) -> None:
+    with refused(InputError, "cuda:0", "0 CUDA devices", "devices=['cpu', 'cpu']"):
+        pipecompile.compile(Net(), devices=devices)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cpu:x", "", None, 1.5, -1])
+def test_a_device_that_nobody_knows(device: Any) -> None:
+    with refused(InputError, repr(device), "no device"):
+        pipecompile.compile(Net(), devices=["cpu", device])
+
+
+@pytest.mark.parametrize("devices", ["cpu", [], 2, torch.device("cpu"), (), None])
+def test_devices_that_are_no_list(devices: Any) -> None:
+    with refused(InputError, "devices=", "one device a stage", repr(devices)):
+        pipecompile.compile(Net(), devices=devices)
+
+
+@pytest.mark.parametrize("device", ["mps", "xpu", "meta"])
+def test_a_kind_of_device_that_cannot_run_here(device: str) -> None:
+    with refused(InputError, device):
+        pipecompile.compile(Net(), devices=["cpu", device])
+
+
+# Options
+
+
+def test_an_unknown_schedule() -> None:
+    with refused(InputError, "schedule='zigzag'", "sequential, gpipe, 1f1b, pipedream"):
+        pipe_of(schedule="zigzag")
+
+
+@pytest.mark.parametrize("microbatches", [0, -1, 1.5, "2", True])
+def test_a_number_of_microbatches_that_is_none(microbatches: Any) -> None:
+    with refused(InputError, f"microbatches={microbatches!r}", "at least one"):
+        pipe_of(microbatches=microbatches)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "sequential"])
+def test_an_optimizer_where_the_user_steps(schedule: str) -> None:
+    with refused(InputError, f"schedule={schedule!r}", "pipe.parameters()"):
+        pipe_of(schedule=schedule, optimizer=sgd)
+
+
+def test_pipedream_without_an_optimizer() -> None:
+    with refused(InputError, "schedule='pipedream'", "optimizer="):
+        pipe_of(schedule="pipedream")
+
+
+def test_an_optimizer_that_is_made_already() -> None:
+    model = Net()
+    with refused(InputError, "optimizer=", "function"):
+        pipe_of(model, schedule="pipedream", optimizer=sgd(list(model.parameters())))(floats())
+
+
+@pytest.mark.parametrize("profile", ["guess", True])
+def test_an_unknown_way_to_profile(profile: Any) -> None:
+    with refused(InputError, f"profile={profile!r}", "measure", "count"):
+        pipe_of(profile=profile)(floats())
+
+
+@pytest.mark.parametrize("model", [torch.sin, None, "gpt2", Net])
+def test_a_model_that_is_no_module(model: Any) -> None:
+    with refused(InputError, "nn.Module"):
+        pipecompile.compile(model, devices=["cpu"])
+
+
+def test_pipedream_without_a_loss() -> None:
+    pipe = pipe_of(schedule="pipedream", optimizer=sgd)
+    with refused(InputError, "schedule='pipedream'", "loss inside", "loss_fn="):
+        pipe(floats())
+
+
+def test_a_parameter_tied_over_stages_under_pipedream() -> None:
+    model = MODELS["tied"]
+    pipe = pipe_of(model.build(), schedule="pipedream", optimizer=sgd)
+    with refused(PlanError, "embedding.weight"):
+        pipe(**model.inputs(4, 6)[1])
+
+
+# Stages
+
+
+@pytest.mark.parametrize("stages", [9, 40])
+def test_more_stages_than_the_model_can_be_cut_into(stages: int) -> None:
+    with refused(InfeasibleError, str(stages), "stages"):
+        pipe_of(Net(2), stages)(floats())
+
+
+def test_as_many_stages_as_there_are_operations_work() -> None:
+    pipe = pipe_of(nn.Sequential(Net(1)), 3)
+    works_after(pipe)
+    assert pipe.plan.num_stages == 3
+
+
+def test_a_model_without_parameters_works() -> None:
+    class Plain(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.sin().cos().tan()
+
+    x = floats()
+    torch.testing.assert_close(pipe_of(Plain())(x), x.sin().cos().tan())
+
+
+# Batches
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 5])
+def test_a_batch_smaller_than_or_uneven_for_the_microbatches_works(batch: int) -> None:
+    model = MODELS["dict_in_out"]
+    pipe, inputs = pipe_of(model.build(), microbatches=4), model.inputs(batch, 6)
+    assert_same(step(pipe, pipe.model, model.loss, inputs), step(pipe.model, pipe.model, model.loss, inputs))
+    assert len(pipe.program.microbatches) == min(batch, 4)
+
+
+def test_an_empty_batch() -> None:
+    pipe = pipe_of()
+    with refused(InputError, "batch is empty"):
+        pipe(floats(0, D))
+    works_after(pipe)
+    with refused(InputError, "batch is empty"):
+        pipe(floats(0, D))
+
+
+def test_rows_that_do_not_match() -> None:
+    model = MODELS["dict_in_out"]
+    pipe, ((batch,), _) = pipe_of(model.build()), model.inputs(4, 6)
+    pipe(batch)
+    with refused(InputError, "mask", "3 rows", "batch has 4"):
+        pipe({**batch, "mask": batch["mask"][:3]})
+    pipe(batch)
+
+
+def test_rows_that_do_not_match_in_the_first_call() -> None:
+    model = MODELS["dict_in_out"]
+    pipe, ((batch,), _) = pipe_of(model.build()), model.inputs(4, 6)
+    with refused(PipecompileError, "3"):
+        pipe({**batch, "mask": batch["mask"][:3]})
+
+
+@pytest.mark.parametrize("names", [["a", "b", "c", "d"], ("a", "b", "c", "d"), np.zeros(4), np.array(["a"] * 4), [1, 2, 3, 4]])
+def test_a_batch_that_is_not_made_of_tensors(names: Any) -> None:
+    pipe = pipe_of()
+    with refused(InputError, "'names'", type(names).__name__, "torch.as_tensor"):
+        pipe(floats(), names=names)
+    works_after(pipe)
+
+
+def test_strings_inside_a_dict_of_the_batch() -> None:
+    pipe = pipe_of()
+    with refused(InputError, "'names'", "list", "4 items"):
+        pipe(floats(), names={"text": ["a", "b", "c", "d"]})
+
+
+def test_an_array_of_numpy_as_the_first_argument() -> None:
+    with refused(InputError, "'x'", "ndarray", "torch.as_tensor"):
+        pipe_of()(np.zeros((4, D)))
+
+
+@pytest.mark.parametrize("names", ["text", 3, None, [True, False], ["a", "b"], {"a": 1}])
+def test_options_that_are_no_batch_work(names: Any) -> None:
+    pipe, x = pipe_of(), floats()
+    torch.testing.assert_close(pipe(x, names=names), pipe.model(x))
+
+
+def test_a_call_without_any_tensor() -> None:
+    class Constant(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = blocks(2)
+
+        def forward(self, times: int) -> Tensor:
+            return self.body(torch.ones(3, D)) * times
+
+    pipe = pipe_of(Constant())
+    torch.testing.assert_close(pipe(2), pipe.model(2))
+
+
+# Arguments
+
+
+def test_an_argument_that_the_model_does_not_take() -> None:
+    pipe = pipe_of()
+    with refused(InputError, "unexpected keyword argument 'colour'", "it takes x", "scale"):
+        pipe(floats(), colour="red")
+    works_after(pipe)
+
+
+def test_too_many_arguments() -> None:
+    with refused(InputError, "too many positional arguments", "it takes x"):
+        pipe_of()(floats(), 1.0, None, 3)
+
+
+def test_a_missing_argument() -> None:
+    with refused(InputError, "missing a required argument: 'x'", "it takes x"):
+        pipe_of()(scale=2.0)
+
+
+def test_an_argument_in_another_form_is_captured_anew() -> None:
+    pipe, x = pipe_of(), floats()
+    for scale in (1.0, 2.0, 1.0):
+        torch.testing.assert_close(pipe(x, scale=scale), pipe.model(x, scale))
+    assert pipe.captures == 2
+
+
+def test_another_tree_of_inputs_is_captured_anew() -> None:
+    model = MODELS["options"]
+    pipe, ((x,), kwargs) = pipe_of(model.build()), model.inputs(4, 6)
+    for named in (kwargs, {}, {"shift": x.clone()}, {**kwargs, "shift": x.clone(), "times": 3}, kwargs):
+        inputs = ((x,), named)
+        assert_same(step(pipe, pipe.model, mean_square, inputs), step(pipe.model, pipe.model, mean_square, inputs))
+    assert pipe.captures == 4
+
+
+def test_a_tensor_where_a_number_was_is_captured_anew() -> None:
+    pipe, x = pipe_of(), floats()
+    pipe(x, scale=2.0)
+    for scale in (torch.tensor(2.0), floats(4, 1), floats(D)):
+        torch.testing.assert_close(pipe(x, scale=scale), pipe.model(x, scale))
+
+
+def test_unhashable_options_that_change_are_seen() -> None:
+    class Listed(Net):
+        def forward(self, x: Tensor, layers: list[int]) -> Tensor:
+            for i in layers:
+                x = self.body[i](x)
+            return x
+
+    pipe, x, layers = pipe_of(Listed()), floats(), [0, 1, 2]
+    for layer in (0, 2):
+        layers[0] = layer
+        torch.testing.assert_close(pipe(x, layers), pipe.model(x, layers))
+
+
+def test_a_set_that_changes_is_seen() -> None:
+    pipe_model = Sets()
+    pipe, x, wanted = pipe_of(pipe_model), floats(), {0}
+    torch.testing.assert_close(pipe(x, wanted), pipe_model(x, wanted))
+    wanted.add(1)
+    torch.testing.assert_close(pipe(x, wanted), pipe_model(x, wanted))
+
+
+class Sets(Net):
+    def forward(self, x: Tensor, wanted: set[int]) -> Tensor:
+        for i in range(3):
+            x = self.body[i](x) if i in wanted else x * 2
+        return x
+
+
+def test_an_input_of_another_type_works_or_says_so() -> None:
+    pipe = pipe_of()
+    works_after(pipe)
+    with refused(PipecompileError, "Float"):
+        pipe(floats().float())
+    works_after(pipe)
+
+
+def test_an_input_of_another_width_says_where() -> None:
+    pipe = pipe_of()
+    works_after(pipe)
+    with refused(PipecompileError, "body.0.0"):
+        pipe(floats(4, D + 1))
+    works_after(pipe)
+
+
+def test_an_input_of_the_wrong_type_in_the_first_call_says_where() -> None:
+    with refused(CaptureError, "body.0.0"):
+        pipe_of()(torch.ones(4, D, dtype=torch.long))
+
+
+def test_an_index_out_of_range_says_where() -> None:
+    model = MODELS["tied"]
+    pipe, (_, kwargs) = pipe_of(model.build()), model.inputs(4, 6)
+    pipe(**kwargs)
+    with refused(PipecompileError, "module 'embedding'", "index out of range"):
+        pipe(ids=kwargs["ids"] + 1000, labels=kwargs["labels"])
+    torch.testing.assert_close(pipe(**kwargs)[0], pipe.model(**kwargs)[0])
+
+
+def test_an_input_on_the_meta_device() -> None:
+    with refused(InputError, "meta"):
+        pipe_of()(floats().to("meta"))
+
+
+def test_a_sparse_input_works_or_says_so() -> None:
+    pipe, x = pipe_of(), floats()
+    try:
+        output = pipe(x.to_sparse())
+    except PipecompileError:
+        return
+    torch.testing.assert_close(output, pipe.model(x))
+
+
+def test_an_input_with_strides_of_its_own_works() -> None:
+    pipe, x = pipe_of(), floats(D, 4).T
+    torch.testing.assert_close(pipe(x), pipe.model(x))
+    torch.testing.assert_close(pipe(floats(1, D).expand(4, D)), pipe(floats(1, D).expand(4, D)).detach() + 0, rtol=9, atol=9)
+
+
+# Models
+
+
+class Routed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = blocks(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body[0](x) if self.body[1](x).sum() > 0 else x
+
+
+def test_a_model_that_cannot_be_traced() -> None:
+    x = torch.ones(4, D)
+    pipe = pipe_of(nn.ModuleDict({"route": Routed()})["route"])
+    for _ in range(2):
+        with refused(CaptureError, "test_bad_input.py", "parameter"):
+            pipe(x)
+    assert pipe.captures == 0
+
+
+def test_a_model_that_raises_itself() -> None:
+    class Picky(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise ValueError("only on Sundays")
+
+    with refused(CaptureError, "test_bad_input.py", "only on Sundays"):
+        pipe_of(Picky())(floats())
+
+
+def test_a_model_on_the_meta_device_can_be_planned_but_not_called() -> None:
+    with torch.device("meta"):
+        model = Net()
+    x = floats().to("meta")
+    pipe = pipe_of(model, example_inputs=(x,), profile=None)
+    assert pipe.plan.num_stages == 2
+    assert pipe.predicted.makespan > 0
+    with refused(InputError, "meta device", "no values"):
+        pipe(x)
+
+
+def test_a_model_on_the_meta_device_cannot_be_measured() -> None:
+    with torch.device("meta"):
+        model = Net()
+    with refused(PipecompileError, "meta device", "profile='count'"):
+        pipe_of(model, profile="measure", example_inputs=(floats().to("meta"),))
+
+
+# The loss
+
+
+def two_losses(h: Tensor) -> dict[str, Tensor]:
+    return {"first": h.mean(), "second": h.square().mean(), "h": h}
+
+
+class Losses(Net):
+    def __init__(self, make: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.make = make
+
+    def forward(self, x: Tensor) -> Any:
+        return self.make(self.body(x))
+
+
+def test_several_losses_to_choose_from() -> None:
+    pipe = pipe_of(Losses(two_losses))
+    with refused(InputError, "first, second", "loss="):
+        pipe(floats())
+
+
+def test_a_loss_by_name() -> None:
+    pipe, x = pipe_of(Losses(two_losses), loss="second"), floats()
+    actual = step(pipe, pipe.model, lambda output: output["second"], ((x,), {}))
+    assert_same(actual, step(pipe.model, pipe.model, lambda output: output["second"], ((x,), {})))
+
+
+@pytest.mark.parametrize("name", ["third", "h"])
+def test_a_loss_that_is_no_output_or_no_number(name: str) -> None:
+    pipe = pipe_of(Losses(two_losses), loss=name)
+    with refused(InputError, f"loss={name!r}", "first, second, h"):
+        pipe(floats())
+
+
+def test_an_output_without_a_batch_cannot_be_joined() -> None:
+    pipe = pipe_of(Losses(lambda h: {"loss": h.mean(), "columns": h.mean(dim=0)}))
+    with refused(InputError, "'columns'", "no batch dimension", "microbatches=1"):
+        pipe(floats())
+    assert pipe(floats(1, D))["columns"].shape == (D,)
+
+
+def test_every_error_is_one_of_ours() -> None:
+    from pipecompile import errors
+
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
+    assert len(kinds) > 5
+    assert all(issubclass(kind, PipecompileError) for kind in kinds)
