@@ -181,7 +181,7 @@ def show(title: str, ways: list[Way], pipe: Any, timelines: list[Any]) -> None:
     table.add_row("ideal", f"{ideal:.4f}", "", f"{base / ideal:.2f}", "1.00", "", "1F1B, simulated from the profile")
     console.print(table)
     where_the_rest_is(pipe.predicted, timelines, ways[1].median)
-    console.print(pipe.plan, "")
+    console.print(str(pipe.plan), "", sep="\n")
 
 
 def where_the_rest_is(predicted: Any, timelines: list[Any], step: float) -> None:

@@ -197,7 +197,7 @@ def _hidden(output: dict[str, Any]) -> Tensor:
     return sum(toys.mean_square(hidden) / i for i, hidden in enumerate(output["hidden"], 1))
 
 
-def _toy(name: str, make: type[nn.Module], sample: Callable[[Draw], Inputs] = _floats, **facts: Any) -> Model:
+def _toy(name: str, make: Callable[[], nn.Module], sample: Callable[[Draw], Inputs] = _floats, **facts: Any) -> Model:
     """A model whose output is one tensor, and the loss its mean square, unless ``facts`` say otherwise."""
     return Model(name, make, sample, **{"loss": toys.mean_square, "inside": False, **facts})
 
@@ -213,6 +213,7 @@ def _all() -> tuple[Model, ...]:
         Model("vit", _vit, _pictures, lengths=(8,)),
         _toy("resnet50", _resnet50, _image(32), lengths=(32,), mixes="batch norm"),
         _toy("resnet50_frozen_norm", _resnet50_frozen_norm, _image(32), lengths=(32,)),
+        _toy("sequential", lambda: toys.blocks(5)),
         _toy("unet", toys.UNet, lambda draw: _image(draw.length)(draw), lengths=(8, 12)),
         _toy("two_towers", toys.TwoTowers, _pairs, loss=_bare, inside=True),
         _toy("dict_in_out", toys.DictInOut, _dictionary, loss=_item, inside=True),
