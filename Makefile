@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench
+.PHONY: demo test check bench zoo
 
 demo: .venv/installed
 	$(BIN)/python examples/train_gpt2.py
@@ -17,6 +17,9 @@ check: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/step_time.py
+
+zoo: .venv/installed
+	$(BIN)/python tests/zoo_run.py --jobs 2
 
 .venv/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -1,0 +1,190 @@
+"""One model of the zoo against its pipelines: what has been found is said as it is found.
+
+A pipeline of 2 and of 4 stages, over 1 and 2 microbatches, takes steps of several sizes, one after the other. Each must
+give the unsplit model's loss and gradients, by name. The unsplit model runs the whole batch where the samples do not
+mix, and the same microbatches in order where they do.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from oracle import Run, microbatched, preserved
+from torch import Tensor, nn
+
+import pipecompile
+from pipecompile import compiled
+from pipecompile.capture import capture, read_call, summarize
+from pipecompile.errors import ExecutionError, PipecompileError
+from zoo.entry import ROWS, Entry
+
+STAGES = (2, 4)
+TOLERANCE = {
+    torch.float64: 1e-5,
+    torch.float32: 1e-4,
+}  # of a tensor's largest entry; many models round to float32 inside
+FLOOR = 1e-2  # the same, of the model's largest gradient, in units of the tolerance
+EXACT = "exact"
+
+
+@dataclass(frozen=True)
+class Size:
+    batch: int
+    length: int
+
+
+def sizes(entry: Entry) -> list[Size]:
+    """Two batch sizes and two lengths, each step other than the one before in one of them, and the first again."""
+    first, other = Size(ROWS[0], entry.lengths[0]), Size(ROWS[1], entry.lengths[0])
+    longer = [Size(ROWS[1], entry.lengths[1])] if len(entry.lengths) > 1 else []
+    return [first, other, *longer, first]
+
+
+def missing(entry: Entry) -> str:
+    """The module that a model's loss needs and that is not installed."""
+    return entry.needs if entry.needs and importlib.util.find_spec(entry.needs) is None else ""
+
+
+def examine(entry: Entry) -> Iterator[dict[str, Any]]:
+    """Facts about a model, in the order in which they are found; a later fact never takes back an earlier one."""
+    model = entry.build()
+    references = _references(entry, model)
+    references(sizes(entry)[0], 1)
+    yield from _traced(entry, model)
+    with _one_capture_for_many_plans():
+        for stages in STAGES:
+            yield {f"stages {stages}": "hang"}
+            verdict, captures = _train(entry, model, stages, references)
+            yield {f"stages {stages}": verdict, f"captures {stages}": captures}
+
+
+def _traced(entry: Entry, model: nn.Module) -> Iterator[dict[str, Any]]:
+    args, kwargs = entry.inputs(ROWS[0], entry.lengths[0])
+    start = time.perf_counter()
+    try:
+        captured = capture(model, read_call(model.forward, args, kwargs), ROWS[0] if entry.whole else ROWS[0] // 2)
+    except Exception:
+        return
+    seconds = time.perf_counter() - start
+    leaves = len(getattr(captured, "leaves", ()))
+    yield {"nodes": len(summarize(captured).nodes), "seconds": seconds, "leaves": leaves, "notes": captured.notes}
+
+
+def _train(entry: Entry, model: nn.Module, stages: int, references: Callable[..., Run]) -> tuple[str, int]:
+    """The verdict over all microbatches and sizes: the first that is not ``EXACT``; and the captures needed."""
+    captures = 0
+    for microbatches in (1,) if entry.whole else (1, 2):
+        pipe = pipecompile.compile(
+            model, devices=["cpu"] * stages, schedule="1f1b", microbatches=microbatches, profile="count"
+        )
+        for size in sizes(entry):
+            verdict = _step(entry, pipe, size, microbatches, references)
+            captures = max(captures, pipe.captures)
+            if verdict != EXACT:
+                return f"{verdict} [{microbatches} microbatches of {size.batch} rows, length {size.length}]", captures
+    return EXACT, captures
+
+
+def _step(entry: Entry, pipe: Any, size: Size, microbatches: int, references: Callable[..., Run]) -> str:
+    expected = references(size, microbatches)
+    try:
+        actual = _run(entry, pipe, pipe.model, size)
+    except ExecutionError as error:
+        return f"foreign: {_first_line(error)}"
+    except PipecompileError as error:
+        return f"ours: {_first_line(error)}"
+    except Exception as error:
+        return f"foreign: {_first_line(error)}"
+    return difference(actual, expected, TOLERANCE[entry.dtype], buffers=microbatches == 1) or EXACT
+
+
+def _references(entry: Entry, model: nn.Module) -> Callable[[Size, int], Run]:
+    @cache
+    def reference(size: Size, microbatches: int) -> Run:
+        if microbatches == 1 or not entry.mixes:
+            return _run(entry, model, model, size)
+        inputs = entry.inputs(size.batch, size.length)
+        return microbatched(model, entry.loss, inputs, microbatches, entry.inside)
+
+    return reference
+
+
+def _run(entry: Entry, call: Callable[..., Any], model: nn.Module, size: Size) -> Run:
+    """One step on the whole batch, of the model or of a pipeline of it."""
+    args, kwargs = entry.inputs(size.batch, size.length)
+    with preserved(model):
+        value = entry.loss(call(*args, **kwargs))
+        value.backward()
+        gradients = {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
+        return Run(value.detach(), None, gradients, {n: b.clone() for n, b in model.named_buffers()})
+
+
+def difference(actual: Run, expected: Run, tolerance: float, buffers: bool = False) -> str:
+    """Where two runs differ, the loss first; empty if they do not."""
+    if not _close(actual.loss, expected.loss, tolerance, 0.0):
+        return f"wrong: loss {actual.loss.item():.9g} instead of {expected.loss.item():.9g}"
+    largest = max(
+        (g.abs().max().item() for g in expected.gradients.values() if g is not None and g.numel()), default=0.0
+    )
+    if not largest:
+        return "wrong: there is no gradient to compare"
+    for name, gradient in expected.gradients.items():
+        found = actual.gradients[name]
+        if gradient is None or found is None:
+            if gradient is not found:
+                return f"wrong: gradient of {name} is {_size(found)} instead of {_size(gradient)}"
+        elif not _close(found, gradient, tolerance, tolerance * FLOOR * largest):
+            return f"wrong: gradient of {name} is off by {_off(found, gradient):.1e} of its largest entry"
+    for name, buffer in expected.buffers.items() if buffers else ():
+        if not _close(actual.buffers[name], buffer, tolerance, 1e-12):
+            return f"wrong: buffer {name} differs"
+    return ""
+
+
+def _close(actual: Tensor, expected: Tensor, relative: float, absolute: float) -> bool:
+    if actual.shape != expected.shape or actual.dtype != expected.dtype:
+        return False
+    if not expected.is_floating_point():
+        return torch.equal(actual, expected)
+    if not expected.numel():
+        return True
+    bound = relative * expected.abs().max() + absolute
+    return bool(((actual - expected).abs() <= bound).all())
+
+
+def _off(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).abs().max() / expected.abs().max())
+
+
+def _size(gradient: Tensor | None) -> str:
+    return "none" if gradient is None else f"at most {gradient.abs().max().item():.1e}"
+
+
+def _first_line(error: BaseException) -> str:
+    message = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {message}"[:400]
+
+
+class _one_capture_for_many_plans:
+    """Lets pipelines of the same model share captures: stages come after the capture, which would be the same."""
+
+    def __enter__(self) -> None:
+        self.capture, known = compiled.capture, {}
+
+        def remembered(model: nn.Module, call: Any, microbatch: int | None, *rest: Any, **more: Any) -> Any:
+            shapes = tuple(sorted((name, tuple(tensor.shape)) for name, tensor in call.tensors.items()))
+            key = (call.key, shapes, microbatch)
+            if key not in known:
+                known[key] = self.capture(model, call, microbatch, *rest, **more)
+            return known[key]
+
+        compiled.capture = remembered
+
+    def __exit__(self, *exception: object) -> None:
+        compiled.capture = self.capture
