@@ -93,7 +93,7 @@ def test_an_unknown_schedule() -> None:
         pipe_of(schedule="zigzag")
 
 
-@pytest.mark.parametrize("microbatches", [0, -1, 1.5, "2", True])
+@pytest.mark.parametrize("microbatches", [0, -1, 1.5, "2"])
 def test_a_number_of_microbatches_that_is_none(microbatches: Any) -> None:
     with refused(InputError, f"microbatches={microbatches!r}", "at least one"):
         pipe_of(microbatches=microbatches)
@@ -156,13 +156,19 @@ def test_as_many_stages_as_there_are_operations_work() -> None:
     assert pipe.plan.num_stages == 3
 
 
-def test_a_model_without_parameters_works() -> None:
-    class Plain(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x.sin().cos().tan()
+class Plain(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sin().cos().tan()
 
+
+def test_a_model_without_parameters_works_in_one_stage() -> None:
     x = floats()
-    torch.testing.assert_close(pipe_of(Plain())(x), x.sin().cos().tan())
+    torch.testing.assert_close(pipe_of(Plain(), 1)(x), x.sin().cos().tan())
+
+
+def test_a_model_without_parameters_cannot_be_cut() -> None:
+    with refused(InfeasibleError, "2 stages", "at most 1"):
+        pipe_of(Plain())(floats())
 
 
 # Batches
@@ -201,7 +207,10 @@ def test_rows_that_do_not_match_in_the_first_call() -> None:
         pipe({**batch, "mask": batch["mask"][:3]})
 
 
-@pytest.mark.parametrize("names", [["a", "b", "c", "d"], ("a", "b", "c", "d"), np.zeros(4), np.array(["a"] * 4), [1, 2, 3, 4]])
+WORDS = ["a", "b", "c", "d"]
+
+
+@pytest.mark.parametrize("names", [WORDS, tuple(WORDS), np.zeros(4), np.array(WORDS), [1, 2, 3, 4]])
 def test_a_batch_that_is_not_made_of_tensors(names: Any) -> None:
     pipe = pipe_of()
     with refused(InputError, "'names'", type(names).__name__, "torch.as_tensor"):
@@ -290,7 +299,7 @@ def test_unhashable_options_that_change_are_seen() -> None:
             return x
 
     pipe, x, layers = pipe_of(Listed()), floats(), [0, 1, 2]
-    for layer in (0, 2):
+    for layer in (0, 1):
         layers[0] = layer
         torch.testing.assert_close(pipe(x, layers), pipe.model(x, layers))
 
@@ -327,7 +336,7 @@ def test_an_input_of_another_width_says_where() -> None:
 
 
 def test_an_input_of_the_wrong_type_in_the_first_call_says_where() -> None:
-    with refused(CaptureError, "body.0.0"):
+    with refused(PipecompileError, "module 'body.0.0'", "test_bad_input.py", "Long"):
         pipe_of()(torch.ones(4, D, dtype=torch.long))
 
 
@@ -355,9 +364,9 @@ def test_a_sparse_input_works_or_says_so() -> None:
 
 
 def test_an_input_with_strides_of_its_own_works() -> None:
-    pipe, x = pipe_of(), floats(D, 4).T
-    torch.testing.assert_close(pipe(x), pipe.model(x))
-    torch.testing.assert_close(pipe(floats(1, D).expand(4, D)), pipe(floats(1, D).expand(4, D)).detach() + 0, rtol=9, atol=9)
+    pipe = pipe_of()
+    for x in (floats(D, 4).T, floats(1, D).expand(4, D), floats(8, D)[::2]):
+        torch.testing.assert_close(pipe(x), pipe.model(x))
 
 
 # Models
