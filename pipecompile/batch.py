@@ -64,8 +64,6 @@ def gather(output: Output, parts: Sequence[Tensor], rows: Rows) -> Tensor:
     """
     if len(parts) == 1:
         return parts[0]
-    if not isinstance(parts[0], Tensor):
-        return parts[0]
     if output.batch_dim is not None:
         return torch.cat(list(parts), output.batch_dim)
     if output.is_scalar:

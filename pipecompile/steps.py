@@ -57,7 +57,7 @@ class Batch:
     def rebuild(self, tensors: Sequence[Tensor]) -> Any:
         """The model's own output type around the outputs' tensors."""
         named = {str(output.node): tensor for output, tensor in zip(self.outputs, tensors, strict=True)}
-        return self.compiled.captured.rebuild_output(named)
+        return self.compiled.captured.rebuild_output(named, self.call.tensors)
 
 
 def evaluate(session: Session, batch: Batch) -> Any:

@@ -18,7 +18,7 @@ from pipecompile.capture.symbols import resolve
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """One leaf of the model's output: a tensor of the graph, or a Python value that every call returns alike.
+    """One leaf of the model's output: a tensor of the graph, a size, or a Python value that every call returns alike.
 
     ``batch_dim`` is the dimension along which the microbatches' parts are joined; None where there is none.
     """
@@ -96,11 +96,11 @@ class Captured:
                 return f"the model reads {seen} from its inputs, the trace holds for {expected}"
         return ""
 
-    def rebuild_output(self, values: Mapping[str, Any]) -> Any:
-        """The model's own output type with the given tensors by node name."""
-        return pytree.tree_unflatten(
-            [o.value if o.node is None else values[o.node] for o in self.outputs], self.out_spec
-        )
+    def rebuild_output(self, values: Mapping[str, Any], inputs: Mapping[str, Tensor]) -> Any:
+        """The model's own output type with the given tensors by node name; sizes are those of the inputs."""
+        sizes = self.size_values(inputs)
+        leaves = [resolve(o.value, sizes) if o.node is None else values[o.node] for o in self.outputs]
+        return pytree.tree_unflatten(leaves, self.out_spec)
 
 
 def _same(seen: Any, expected: Any) -> bool:

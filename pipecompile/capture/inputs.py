@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch.fx as fx
 import torch.utils._pytree as pytree
 from torch import Tensor
 
@@ -118,13 +119,13 @@ def _is_plain_batch(value: Any, batch: int | None) -> bool:
 def _names(forward: Callable[..., Any], paths: Sequence[tuple[Any, ...]]) -> list[str]:
     """A name for each leaf: its argument's, with the keys inside the argument after it."""
     parameters = list(inspect.signature(forward).parameters)
+    namespace = fx.graph._Namespace()  # what Python or torch calls otherwise gets a number: input_1
     names: list[str] = []
     for path in paths:
         keys: list[Any] = [getattr(key, "idx", getattr(key, "key", getattr(key, "name", None))) for key in path]
         in_args, first, *rest = keys
         head = parameters[min(first, len(parameters) - 1)] if in_args == 0 else first
-        name = re.sub(r"\W", "_", "_".join(map(str, [head, *rest])))
-        names.append(name if name not in names else f"{name}_{len(names)}")
+        names.append(namespace.create_name(re.sub(r"\W", "_", "_".join(map(str, [head, *rest]))), None))
     return names
 
 

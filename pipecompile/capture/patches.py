@@ -2,7 +2,8 @@
 
 - modules being run: the path of each node;
 - ``torch.autograd.Function.apply``: recorded as one call, so that a custom backward survives;
-- autocast regions that the model enters itself.
+- autocast regions that the model enters itself;
+- ``torch.from_numpy``, which makes a constant.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.checkpoint import CheckpointFunction
 
 from pipecompile.capture.recorder import Recorder
 
@@ -24,7 +27,7 @@ def patched(recorder: Recorder, paths: Mapping[int, str]) -> Iterator[None]:
     Args:
         paths: the path of each module by identity.
     """
-    with _modules(recorder, paths), _autograd_functions(recorder), _autocast(recorder):
+    with _modules(recorder, paths), _autograd_functions(recorder), _autocast(recorder), _numpy():
         yield
 
 
@@ -49,12 +52,25 @@ def _autograd_functions(recorder: Recorder) -> Iterator[None]:
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         if not torch._C._is_torch_function_mode_enabled():
             return original(cls, *args, **kwargs)
+        if cls is CheckpointFunction:  # its function closes over parameters: trace what it would run
+            run_function, _, *arguments = args
+            return run_function(*arguments)
         with torch._C.DisableTorchFunction():
-            out = recorder.run(original, (cls, *args), kwargs)
-        recorder.record(cls.apply, args, kwargs, out)
-        return out
+            return recorder.call(cls.apply, args, kwargs, lambda *a, **k: original(cls, *a, **k))
 
     with _replaced(torch.autograd.Function, "apply", classmethod(apply)):
+        yield
+
+
+@contextmanager
+def _numpy() -> Iterator[None]:
+    original = torch.from_numpy
+
+    def from_numpy(array: Any) -> Any:
+        with torch._C.DisableTorchFunction(), _disable_current_modes():
+            return original(array)
+
+    with _replaced(torch, "from_numpy", from_numpy):
         yield
 
 

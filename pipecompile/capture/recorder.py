@@ -42,15 +42,18 @@ class Recorder(TorchFunctionMode):
         graph: receives the nodes; placeholders are in it already.
         sizes: turns symbolic sizes into nodes.
         values: answers what Python reads from tensors.
-        attribute: gives the graph a name for a real tensor met on the way, a constant.
+        constant: gives a name and a fake to a real tensor met on the way.
     """
 
-    def __init__(self, graph: fx.Graph, sizes: Sizes, values: Values, attribute: Callable[[Tensor], str]) -> None:
+    def __init__(
+        self, graph: fx.Graph, sizes: Sizes, values: Values, constant: Callable[[Tensor], tuple[str, Tensor]]
+    ) -> None:
         super().__init__()
         self.graph = graph
         self.sizes = sizes
         self.values = values
-        self.attribute = attribute
+        self.constant = constant
+        self.fakes: dict[int, Tensor] = {}  # by the identity of the real tensor
         self.paths: list[str] = [""]  # of the modules being run, innermost last
         self.autocasts: list[tuple[str, str, bool]] = []  # entered by the model itself
         self.nodes: dict[int, fx.Node] = {}
@@ -62,11 +65,12 @@ class Recorder(TorchFunctionMode):
         self._bind(tensor, placeholder)
         self.aliases.add(tensor, placeholder, [], ())
 
-    def add_attribute(self, name: str, tensor: Tensor) -> None:
-        """A parameter or buffer that the graph reads under ``name``."""
-        self.names.setdefault(id(tensor), name)
-        self.alive.append(tensor)
-        self.aliases.add_buffer(name, tensor)
+    def add_attribute(self, name: str, fake: Tensor, real: Tensor) -> None:
+        """A parameter, buffer or constant that the graph reads under ``name``."""
+        self.names.setdefault(id(fake), name)
+        self.fakes[id(real)] = fake
+        self.alive += [fake, real]
+        self.aliases.add_buffer(name, fake)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -74,9 +78,17 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in READS and isinstance(args[0], FakeTensor):
             return self._read(func, args, kwargs)
+        return self.call(func, args, kwargs, func)
+
+    def call(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[..., Any]
+    ) -> Any:
+        """Runs a function on fakes and records the call; ``run`` is what to run in its place."""
+        if any(_is_real(t) for t in _tensors((args, kwargs))):
+            args, kwargs = self._fake(args), self._fake(kwargs)
         tensors = list(_tensors((args, kwargs)))
         versions = [_version(t) for t in tensors]
-        out = self.run(func, args, kwargs)
+        out = self.run(run, args, kwargs)
         written = [t for t, version in zip(tensors, versions, strict=True) if _version(t) != version]
         self.record(func, args, kwargs, out, written + _silently_written(func, args, kwargs))
         return out
@@ -98,6 +110,7 @@ class Recorder(TorchFunctionMode):
             self.aliases.prepare_write(tensor)
         if getattr(func, "__name__", "") == "__get__":
             func, args, kwargs = getattr, (args[0], func.__self__.__name__), {}  # type: ignore[attr-defined]
+        func = _printable(func)
         node = self.emit(func, self.lower(args), self.lower(kwargs), written=written)
         self._bind_results(node, out, list(_tensors((args, kwargs))))
         for tensor in written:
@@ -162,16 +175,31 @@ class Recorder(TorchFunctionMode):
             return node
         name = self.names.get(id(tensor))
         if name is None:
-            if isinstance(tensor, FakeTensor):
-                raise CaptureError(
-                    f"{self.here}: a tensor of shape {tuple(tensor.shape)} was made out of the tracer's sight; "
-                    f"name the module around it in leaf_modules="
-                )
-            name = self.attribute(tensor)
+            if _is_real(tensor):
+                return self.node_of(self._fake(tensor))
+            raise CaptureError(
+                f"{self.here}: a tensor of shape {tuple(tensor.shape)} was made out of the tracer's sight; "
+                f"name the module around it in leaf_modules="
+            )
         node = self.graph.get_attr(name)
         node.meta["val"] = tensor
         self._bind(tensor, node)
         return node
+
+    def _fake(self, value: Any) -> Any:
+        """Arguments with the fake of each real tensor in its place."""
+        if isinstance(value, Tensor):
+            if not _is_real(value):
+                return value
+            if id(value) not in self.fakes:
+                name, fake = self.constant(value)
+                self.add_attribute(name, fake, value)
+            return self.fakes[id(value)]
+        if isinstance(value, slice):
+            return slice(self._fake(value.start), self._fake(value.stop), self._fake(value.step))
+        if isinstance(value, list | tuple | dict):
+            return pytree.tree_map(lambda leaf: self._fake(leaf) if isinstance(leaf, Tensor | slice) else leaf, value)
+        return value
 
     def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         shapes = self.sizes.shapes
@@ -184,6 +212,7 @@ class Recorder(TorchFunctionMode):
             shapes.inside -= 1
 
     def _read(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        func = _printable(func)
         node = self.emit(func, self.lower(args), self.lower(kwargs))
         try:
             return self.values.read(node)
@@ -233,6 +262,18 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             return
         case _:
             yield from (leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor))
+
+
+def _is_real(tensor: Tensor) -> bool:
+    return not isinstance(tensor, FakeTensor) and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def _printable(func: Callable[..., Any]) -> Callable[..., Any]:
+    """A function under a name that generated code can use: ``x ** 2`` arrives as a wrapper that has none."""
+    name, module = getattr(func, "__name__", ""), getattr(func, "__module__", None)
+    if module == "torch._tensor" and not hasattr(torch._tensor, name) and hasattr(torch.Tensor, name):
+        return getattr(torch.Tensor, name)  # type: ignore[no-any-return]
+    return func
 
 
 def _version(tensor: Tensor) -> int:

@@ -36,11 +36,12 @@ def fakes_of(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> di
     made: dict[int, Tensor] = {}
     for _, tensor in named_tensors(model):
         if id(tensor) not in made:
-            made[id(tensor)] = _fake(tensor, mode, device)
+            made[id(tensor)] = fake_of(tensor, mode, device)
     return {name: made[id(tensor)] for name, tensor in named_tensors(model)}
 
 
-def _fake(tensor: Tensor, mode: FakeTensorMode, device: torch.device) -> Tensor:
+def fake_of(tensor: Tensor, mode: FakeTensorMode, device: torch.device) -> Tensor:
+    """A fake of a real tensor, on ``device``."""
     fake = mode.from_tensor(tensor, static_shapes=True)
     if fake.device == device:
         return fake
@@ -63,7 +64,7 @@ def with_fakes(model: nn.Module, fakes: dict[str, Tensor]) -> Iterator[Changes]:
         for path, module in modules:
             _place(module, path, fakes)
         yield changes
-        for (path, module), (state, _, _) in zip(modules, before, strict=True):
+        for (path, module), (state, _) in zip(modules, before, strict=True):
             _read_changes(path, module, state, fakes, changes)
     finally:
         for (_, module), snapshot in zip(modules, before, strict=True):
@@ -77,17 +78,23 @@ def _place(module: nn.Module, path: str, fakes: dict[str, Tensor]) -> None:
                 table[name] = fakes[f"{path}.{name}" if path else name]  # type: ignore[assignment]
 
 
-def _snapshot(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    return dict(module.__dict__), dict(module._parameters), dict(module._buffers)
+Snapshot = tuple[dict[str, Any], dict[str, list[Any] | dict[Any, Any] | set[Any]]]
 
 
-def _restore(module: nn.Module, state: dict[str, Any], parameters: dict[str, Any], buffers: dict[str, Any]) -> None:
+def _snapshot(module: nn.Module) -> Snapshot:
+    """A module's attributes, and copies of the lists, dicts and sets among them."""
+    state = dict(module.__dict__)
+    return state, {name: value.copy() for name, value in state.items() if isinstance(value, list | dict | set)}
+
+
+def _restore(module: nn.Module, state: dict[str, Any], contents: dict[str, Any]) -> None:
     for name in set(module.__dict__) - set(state):
         del module.__dict__[name]
     module.__dict__.update(state)
-    for table, saved in ((module._parameters, parameters), (module._buffers, buffers)):
-        table.clear()
-        table.update(saved)
+    for name, content in contents.items():
+        holder = state[name]
+        holder.clear()
+        holder.extend(content) if isinstance(holder, list) else holder.update(content)
 
 
 def _read_changes(

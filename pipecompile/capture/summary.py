@@ -69,6 +69,7 @@ def _together(
     by_name = {n.name: i for n, i in index.items()}
     groups: list[list[int]] = [[by_name[name] for name in group if name in by_name] for group in captured.groups]
     groups += [[index[n.args[0]], i] for n, i in index.items() if _is_item(n) and n.args[0] in index]  # type: ignore[index]
+    groups += [[i, j] for i in index.values() if (j := _neighbour(i, fx_nodes, nodes)) is not None]
     written = {name for n in fx_nodes for name in origin_of(n).writes}
     for name in sorted(written):
         groups.append([i for n, i in index.items() if name in origin_of(n).writes or _reads(n, name)])
@@ -76,6 +77,14 @@ def _together(
         placed = tuple(sorted({i for i in group if not nodes[i].replicated}))
         if len(placed) > 1:
             yield placed
+
+
+def _neighbour(i: int, fx_nodes: list[fx.Node], nodes: list[Node]) -> int | None:
+    """For a write to a buffer that reads no activation (a counter): the next node of the same module."""
+    if not origin_of(fx_nodes[i]).writes or not all(nodes[j].replicated for j in nodes[i].inputs):
+        return None
+    later = [j for j in range(i + 1, len(nodes)) if not nodes[j].replicated]
+    return next((j for j in later if nodes[j].path == nodes[i].path), later[0] if later else None)
 
 
 def _is_item(n: fx.Node) -> bool:

@@ -15,16 +15,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pipecompile.capture.captured import Captured, Output
 from pipecompile.capture.inputs import Call
-from pipecompile.capture.origin import Origin, failing_line
+from pipecompile.capture.origin import Origin, failing_line, origin_of
 from pipecompile.capture.patches import patched
 from pipecompile.capture.purity import has_effect
 from pipecompile.capture.recorder import Recorder
-from pipecompile.capture.state import Changes, fakes_of, named_tensors, with_fakes
+from pipecompile.capture.state import Changes, fake_of, fakes_of, named_tensors, with_fakes
 from pipecompile.capture.symbols import Shapes, Sizes
 from pipecompile.capture.trees import flatten
 from pipecompile.capture.values import Values
 from pipecompile.errors import CaptureError, PipecompileError
-from pipecompile.functions import write_back
+from pipecompile.functions import after, write_back
 
 SYMBOLIC_ATTEMPTS = ("batch and lengths", "batch", "nothing")  # what is symbolic, widest first
 
@@ -87,13 +87,13 @@ class _Trace:
         self.real = dict(named_tensors(model))
         self.parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         self.values = Values(call.tensors, self._attribute, self.parameters.__contains__)
-        self.recorder = Recorder(self.graph, self.sizes, self.values, self._name_constant)
+        self.recorder = Recorder(self.graph, self.sizes, self.values, self._constant)
         self.expected: dict[str, tuple[Any, ...]] = {}
 
     def run(self, failures: list[Exception]) -> Captured:
         fakes = fakes_of(self.model, self.mode, self.device)
         for name, fake in fakes.items():
-            self.recorder.add_attribute(name, fake)
+            self.recorder.add_attribute(name, fake, self.real[name])
         inputs = self._fake_inputs()
         args, kwargs = self.call.rebuild(inputs)
         with with_fakes(self.model, fakes) as changes, _without_caches(self.model) as notes:
@@ -129,7 +129,7 @@ class _Trace:
             with self.mode, torch.no_grad():
                 fake = torch.empty(shape, dtype=real.dtype, device=self.device)
             fake.requires_grad_(real.requires_grad)
-            placeholder = self.graph.placeholder(name)
+            placeholder = self.graph.create_node("placeholder", name, name=name)
             placeholder.meta["origin"] = Origin()
             self.recorder.add_input(fake, placeholder)
             for dim, size in enumerate(shape):
@@ -166,11 +166,8 @@ class _Trace:
     def _attribute(self, name: str) -> Tensor:
         return self.constants[name] if name in self.constants else self.real[name]
 
-    def _name_constant(self, tensor: Tensor) -> str:
-        """The graph's name for a real tensor: the model's own, or one of a constant."""
-        for name, known in self.real.items():
-            if known is tensor:
-                return name
+    def _constant(self, tensor: Tensor) -> tuple[str, Tensor]:
+        """The graph's name and a fake for a real tensor that is no parameter or buffer of the model."""
         if tensor.requires_grad:
             raise CaptureError(
                 f"{self.recorder.here}: the forward uses a tensor of shape {tuple(tensor.shape)} that requires a "
@@ -178,13 +175,15 @@ class _Trace:
             )
         name = f"_constant{len(self.constants)}"
         self.constants[name] = tensor
-        return name
+        return name, fake_of(tensor, self.mode, self.device)
 
     def _finish(self, out: Any, fakes: dict[str, Tensor], changes: Changes, notes: list[str]) -> Captured:
         self._write_back(fakes, changes.rebound)
+        self._refuse_moving_reads()
         leaves, spec = flatten(out)
         with self.mode:
             lowered = [self.recorder.lower(leaf) for _, leaf in leaves]
+        lowered = [self._as_output(leaf, low) for (_, leaf), low in zip(leaves, lowered, strict=True)]
         outputs = tuple(self._output(path, leaf, low) for (path, leaf), low in zip(leaves, lowered, strict=True))
         reads = self._extract_reads()
         self.graph.output(tuple(low for low in lowered if isinstance(low, fx.Node)))
@@ -199,6 +198,17 @@ class _Trace:
             read_values=tuple(value for _, value in self.values.reads),
             groups=tuple(tuple(dict.fromkeys(group)) for group in groups if len(set(group)) > 1), notes=tuple(notes),
         )  # fmt: skip
+
+    def _refuse_moving_reads(self) -> None:
+        """A guard must not depend on what each microbatch changes."""
+        written = {name for node in self.graph.nodes for name in origin_of(node).writes}
+        for read, _ in self.values.reads:
+            moving = [n for n in _ancestors([read]) if n.op == "get_attr" and str(n.target) in written]
+            if moving:
+                raise CaptureError(
+                    f"{origin_of(read)}: the model's Python reads buffer {moving[0].target!r}, which its forward "
+                    f"changes; keep the module whole with leaf_modules="
+                )
 
     def _write_back(self, fakes: dict[str, Tensor], rebound: dict[str, Tensor]) -> None:
         for name, value in rebound.items():
@@ -217,12 +227,18 @@ class _Trace:
             keep = {old, node}
             buffer.replace_all_uses_with(old, delete_user_cb=lambda user, keep=keep: user not in keep)  # type: ignore[misc]
 
+    def _as_output(self, leaf: Any, lowered: Any) -> Any:
+        """What an output is read from: a parameter through a node of its own, a size as an expression."""
+        if isinstance(leaf, torch.SymInt | torch.SymFloat | torch.SymBool):
+            return leaf.node.expr
+        if isinstance(lowered, fx.Node) and lowered.op == "get_attr":
+            return self.recorder.emit(after, (lowered,), like=lowered)
+        return lowered
+
     def _output(self, path: Any, leaf: Any, lowered: Any) -> Output:
         name = ".".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path)
         if not isinstance(lowered, fx.Node):
             return Output(name, None, lowered)
-        if not isinstance(leaf, Tensor):
-            return Output(name, lowered.name)
         scalar = leaf.ndim == 0 and leaf.dtype.is_floating_point
         shared = not any(n.op == "placeholder" and n.name in self.call.batched for n in _ancestors([lowered]))
         return Output(name, lowered.name, None, self._batch_dim(leaf), scalar, shared, leaf.requires_grad)

@@ -22,8 +22,8 @@ from pipecompile.errors import CaptureError
 READS: frozenset[Callable[..., Any]] = frozenset(
     {
         Tensor.item, Tensor.tolist, Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__,
-        Tensor.__contains__, Tensor.numpy, Tensor.__array__, Tensor.is_nonzero, Tensor.equal, Tensor.allclose,
-        torch.equal, torch.allclose, torch.is_nonzero,
+        Tensor.__contains__, Tensor.__format__, Tensor.numpy, Tensor.__array__, Tensor.is_nonzero,
+        Tensor.equal, Tensor.allclose, torch.equal, torch.allclose, torch.is_nonzero,
     }
 )  # fmt: skip
 
