@@ -47,6 +47,7 @@ class Model:
     loss: Callable[[Any], Tensor] = lambda output: output.loss
     inside: bool = True  # the loss is a part of the output; otherwise it is a function of it
     lengths: tuple[int, ...] = (6, 9)  # one length: the model takes no other
+    rows: int = 4  # of a batch that is cut into four microbatches
     mixes: str = ""  # why a step over microbatches differs from one over the whole batch
 
     def build(self) -> nn.Module:
@@ -211,7 +212,7 @@ def _all() -> tuple[Model, ...]:
         Model("llama", _llama, _text),
         Model("t5", _t5, _translation),
         Model("vit", _vit, _pictures, lengths=(8,)),
-        _toy("resnet50", _resnet50, _image(32), lengths=(32,), mixes="batch norm"),
+        _toy("resnet50", _resnet50, _image(32), lengths=(32,), rows=8, mixes="batch norm"),
         _toy("resnet50_frozen_norm", _resnet50_frozen_norm, _image(32), lengths=(32,)),
         _toy("sequential", lambda: toys.blocks(5)),
         _toy("unet", toys.UNet, lambda draw: _image(draw.length)(draw), lengths=(8, 12)),

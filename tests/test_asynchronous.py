@@ -24,7 +24,12 @@ OPTIMIZERS = {
 
 def trained(stages: int, optimizer: Callable[..., torch.optim.Optimizer]) -> tuple[pipecompile.Pipeline, list[float]]:
     pipe = pipecompile.compile(
-        MODEL.build(), devices=["cpu"] * stages, schedule="pipedream", microbatches=MICROBATCHES, optimizer=optimizer
+        MODEL.build(),
+        devices=["cpu"] * stages,
+        schedule="pipedream",
+        microbatches=MICROBATCHES,
+        optimizer=optimizer,
+        profile="count",
     )
     losses = [pipe(*args, **kwargs).item() for args, kwargs in CALLS]
     pipe.flush()
@@ -33,7 +38,6 @@ def trained(stages: int, optimizer: Callable[..., torch.optim.Optimizer]) -> tup
 
 def recurrence(pipe: pipecompile.Pipeline, optimizer: Callable[..., torch.optim.Optimizer]) -> Recurrence:
     names = [[name for name, _ in stage.named_parameters()] for stage in pipe.stages]
-    assert all(names)
     minibatches = [part for call in CALLS for part in split(call, MICROBATCHES)]
     delay = range(len(names))[::-1]
     return pipedream(MODEL.build(), MODEL.loss, minibatches, names, delay, optimizer)

@@ -20,7 +20,6 @@ from torch import nn
 import pipecompile
 from pipecompile import compiled
 
-BATCH = 4
 TIED = "the uses of a tied weight are added up stage by stage, not microbatch by microbatch"
 ROUNDED = {
     **dict.fromkeys(
@@ -40,13 +39,13 @@ def built(name: str) -> nn.Module:
 
 @cache
 def whole(name: str, length: int) -> Run:
-    return step(built(name), built(name), MODELS[name].loss, MODELS[name].inputs(BATCH, length))
+    return step(built(name), built(name), MODELS[name].loss, MODELS[name].inputs(MODELS[name].rows, length))
 
 
 @cache
 def in_order(name: str, length: int, microbatches: int) -> Run:
     model = MODELS[name]
-    return microbatched(built(name), model.loss, model.inputs(BATCH, length), microbatches, model.inside)
+    return microbatched(built(name), model.loss, model.inputs(model.rows, length), microbatches, model.inside)
 
 
 @cache
@@ -63,7 +62,7 @@ def remembered(verb: str, subject: Any, call: Any, size: Any, *rest: Any) -> Any
 
 
 def check(pipe: Callable[..., object], model: Model, length: int, microbatches: int) -> None:
-    actual = step(pipe, built(model.name), model.loss, model.inputs(BATCH, length))
+    actual = step(pipe, built(model.name), model.loss, model.inputs(model.rows, length))
     if microbatches == 1 or not model.mixes:
         assert_same(actual, whole(model.name, length), buffers=microbatches == 1)
     assert_same(actual, in_order(model.name, length, microbatches), exact=model.name not in ROUNDED)
@@ -105,7 +104,7 @@ def test_gpt2_of_twelve_layers_and_768_features_takes_two_lengths() -> None:
     model = GPT2LMHeadModel(GPT2Config(vocab_size=997, use_cache=False, **off)).double()
     pipe = pipecompile.compile(model, devices=["cpu", "cpu"], schedule="1f1b", microbatches=2)
     for length in (7, 12):
-        ids = torch.randint(997, (2, length))
+        ids = torch.randint(997, (4, length))
         inputs = ((), {"input_ids": ids, "labels": ids})
         assert_same(
             step(pipe, model, lambda output: output.loss, inputs),
