@@ -15,26 +15,37 @@ Source: the programme over ideals of Tarnawski et al. (NeurIPS 2020), section 4;
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import inf
 
 import numpy as np
-from numpy.typing import NDArray
 
-from pipecompile.partition.family import Family
+from pipecompile.partition.family import Family, Words
 from pipecompile.partition.problem import Bools, Floats, Ints, Problem, Seat
 
 BLOCK = 2_000_000  # pairs looked at together
+SPARSE = 15  # with fewer than one pair in so many, the pairs are multiplied one by one
 TIE = 1 + 1e-12
 
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """A plan as the closed sets at its boundaries."""
+    """A plan, and the seconds of its busiest stage."""
 
     bottleneck: float
     stage_of: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stages:
+    """The stages between the sets of two families, one an entry."""
+
+    lower: Ints  # which set of the lower family
+    upper: Ints
+    loads: Floats
+    crossing: Floats  # seconds, of the load
 
 
 def best_chain(problem: Problem, families: Sequence[Family], limit: float) -> Chain | None:
@@ -50,19 +61,19 @@ def best_chain(problem: Problem, families: Sequence[Family], limit: float) -> Ch
     return Chain(bottleneck, tuple(stage_of.tolist()))
 
 
-def stage_matrix(problem: Problem, seat: Seat, lower: Family, upper: Family) -> tuple[Floats, Floats]:
-    """Load and crossing seconds of the stage between each pair of sets, infinite where there is no such stage."""
-    crossing = _crossing(problem, lower, upper)
-    loads = (upper.weight - lower.weight[:, None]) / seat.speed + crossing
-    loads[~_nested(lower, upper)] = inf
-    if problem.may_idle:
-        _pardon_idle(lower, upper, loads, crossing)
-    else:
-        loads[_equal(lower, upper)] = inf
-    if problem.bounded:
-        nbytes = (upper.kept - lower.kept[:, None]) + seat.in_flight * (upper.saved - lower.saved[:, None])
-        loads[nbytes > seat.memory * (1 + 1e-12)] = inf
-    return loads, crossing
+def stages_between(problem: Problem, seat: Seat, lower: Family, upper: Family, limit: float) -> Stages:
+    """All stages from a set of one family to one of the other that the seat has room for and finishes in the limit."""
+    pairs = _Pairs(problem, seat, lower, upper, limit)
+    width = max(1, BLOCK // max(1, len(lower)))
+    parts = [pairs.stages(begin, min(begin + width, len(upper))) for begin in range(0, len(upper), width)]
+    if not parts:
+        return Stages(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0), np.zeros(0))
+    return Stages(
+        np.concatenate([part.lower for part in parts]),
+        np.concatenate([part.upper for part in parts]),
+        np.concatenate([part.loads for part in parts]),
+        np.concatenate([part.crossing for part in parts]),
+    )
 
 
 def _forward(problem: Problem, links: list[Family], limit: float) -> tuple[list[Family], float]:
@@ -70,9 +81,9 @@ def _forward(problem: Problem, links: list[Family], limit: float) -> tuple[list[
     reached = [links[0]]
     value = np.zeros(1)
     for seat, link in zip(problem.seats, links[1:], strict=True):
+        stages = stages_between(problem, seat, reached[-1], link, limit)
         following = np.full(len(link), inf)
-        for rows, columns, loads, _ in _blocks(problem, seat, reached[-1], link, limit):
-            following[columns] = np.maximum(value[rows, None], loads).min(axis=0)
+        np.minimum.at(following, stages.upper, np.maximum(value[stages.lower], stages.loads))
         alive = following <= limit
         reached.append(link.select(alive))
         value = following[alive]
@@ -84,14 +95,14 @@ def _least_crossing(problem: Problem, links: list[Family], limit: float) -> list
     value = np.zeros(1)
     came_from: list[Ints] = []
     for seat, lower, upper in zip(problem.seats, links, links[1:], strict=False):
-        following = np.full(len(upper), inf)
+        stages = stages_between(problem, seat, lower, upper, limit)
+        sums = value[stages.lower] + stages.crossing
+        order = np.lexsort((sums, stages.upper))
+        reached, first = np.unique(stages.upper[order], return_index=True)
+        value = np.full(len(upper), inf)
+        value[reached] = sums[order[first]]
         parent = np.zeros(len(upper), np.int64)
-        for rows, columns, loads, crossing in _blocks(problem, seat, lower, upper, limit):
-            crossing[loads > limit] = inf
-            sums = value[rows, None] + crossing
-            parent[columns] = sums.argmin(axis=0) + rows.start
-            following[columns] = sums.min(axis=0)
-        value = following
+        parent[reached] = stages.lower[order[first]]
         came_from.append(parent)
     chosen = [0]
     for parent in reversed(came_from[1:]):
@@ -99,58 +110,77 @@ def _least_crossing(problem: Problem, links: list[Family], limit: float) -> list
     return chosen[:0:-1]
 
 
-def _blocks(
-    problem: Problem, seat: Seat, lower: Family, upper: Family, limit: float
-) -> Iterator[tuple[slice, slice, Floats, Floats]]:
-    """Rows of both families, with the load and crossing seconds between them; the rest is beyond the limit."""
-    width = max(1, BLOCK // max(1, len(lower)))
-    for begin in range(0, len(upper), width):
-        columns = slice(begin, min(begin + width, len(upper)))
-        reach = limit * TIE * seat.speed
-        first = int(np.searchsorted(lower.weight, upper.weight[begin] * (1 - 1e-12) - reach))
-        last = int(np.searchsorted(lower.weight, upper.weight[columns.stop - 1] * TIE, side="right"))
-        if first < last:
-            rows = slice(first, last)
-            yield rows, columns, *stage_matrix(problem, seat, lower.select(rows), upper.select(columns))
+@dataclass(frozen=True)
+class _Pairs:
+    """Two families, looked at a block of upper sets at a time."""
 
+    problem: Problem
+    seat: Seat
+    lower: Family
+    upper: Family
+    limit: float
 
-def _nested(lower: Family, upper: Family) -> Bools:
-    columns = lower.members.any(axis=0) & ~upper.members.all(axis=0)
-    left = lower.members[:, columns].astype(np.float32)
-    right = (~upper.members[:, columns]).astype(np.float32)
-    return np.asarray(left @ right.T == 0)
+    def stages(self, begin: int, end: int) -> Stages:
+        """The stages that end in some of the upper sets."""
+        first, second = self._candidates(begin, end)
+        crossing = self._crossing(first, second)
+        loads = (self.upper.weight[second] - self.lower.weight[first]) / self.seat.speed + crossing
+        if self.problem.may_idle:
+            idle = self.lower.size[first] == self.upper.size[second]
+            loads[idle] = crossing[idle] = 0.0
+        within = np.flatnonzero(loads <= self.limit)
+        return Stages(first[within], second[within], loads[within], crossing[within])
 
+    def _candidates(self, begin: int, end: int) -> tuple[Ints, Ints]:
+        """The pairs of sets, one within the other, that the seat has room for, in the limit by their atoms alone."""
+        lower, upper, problem = self.lower, self.upper, self.problem
+        least = upper.weight[begin:end] * (1 - 1e-12) - self.limit * TIE * self.seat.speed
+        low = int(np.searchsorted(lower.weight, least[0]))
+        high = int(np.searchsorted(lower.weight, upper.weight[end - 1] * TIE, side="right"))
+        rows, columns = slice(low, high), slice(begin, end)
+        fits = lower.weight[rows, None] >= least
+        fits &= _nested(lower.words[rows], upper.words[columns])
+        if problem.bounded:
+            nbytes = upper.kept[columns] - lower.kept[rows, None]
+            nbytes += self.seat.in_flight * (upper.saved[columns] - lower.saved[rows, None])
+            fits &= nbytes <= self.seat.memory * (1 + 1e-12)
+        if not problem.may_idle:
+            fits &= lower.size[rows, None] < upper.size[columns]
+        first, second = np.nonzero(fits)
+        return first + low, second + begin
 
-def _crossing(problem: Problem, lower: Family, upper: Family) -> Floats:
-    apart = lower.open_seconds[:, None] + upper.open_seconds
-    both = np.flatnonzero(lower.is_open.any(axis=0) & upper.is_open.any(axis=0))
-    if not len(both):
-        return apart
-    left, right, seconds = _columns(problem, lower, upper, both)
-    return np.asarray(np.maximum(apart - (left * seconds) @ right.T, 0.0))
+    def _crossing(self, first: Ints, second: Ints) -> Floats:
+        """Seconds of the nets that cross each of some stages."""
+        apart = self.lower.open_seconds[first] + self.upper.open_seconds[second]
+        left, right = self._columns
+        if not left.shape[1] or not len(first):
+            return apart
+        low, high, begin, end = first.min(), first.max() + 1, second.min(), second.max() + 1
+        if len(first) * SPARSE > (high - low) * (end - begin):
+            shared = (left[low:high] @ right[begin:end].T)[first - low, second - begin]
+        else:
+            shared = np.einsum("ij,ij->i", left[first], right[second])
+        return np.asarray(np.maximum(apart - shared, 0.0))
 
-
-def _columns(problem: Problem, lower: Family, upper: Family, nets: Ints) -> tuple[Floats, Floats, Floats]:
-    """Columns whose products count ``open`` and ``passing``: a net of two pins is passing whenever it is open twice."""
-    sizes = problem.net_sizes[nets]
-    inside = (lower.pins_inside[:, nets], upper.pins_inside[:, nets])
-    wide = np.flatnonzero(sizes > 2)
-    columns: list[tuple[NDArray[np.bool_], ...]] = [tuple((pins > 0) & (pins < sizes) for pins in inside)]
-    seconds = [problem.net_seconds[nets] * np.where(sizes > 2, 1.0, 2.0)]
-    for count in range(1, int(sizes.max())):
-        some = wide[sizes[wide] > count]
-        if len(some):
+    @cached_property
+    def _columns(self) -> tuple[Floats, Floats]:
+        """What to multiply for ``open`` and ``passing``; a net of two pins is passing whenever it is open twice."""
+        nets = np.flatnonzero(self.lower.is_open.any(axis=0) & self.upper.is_open.any(axis=0))
+        sizes, seconds = self.problem.net_sizes[nets], self.problem.net_seconds[nets]
+        inside = (self.lower.pins_inside[:, nets], self.upper.pins_inside[:, nets])
+        columns: list[tuple[Bools, ...]] = [tuple((pins > 0) & (pins < sizes) for pins in inside)]
+        paid = [seconds * np.where(sizes > 2, 1.0, 2.0)]
+        for count in range(1, int(sizes.max(initial=0))):
+            some = np.flatnonzero((sizes > 2) & (sizes > count))
             columns.append(tuple(pins[:, some] == count for pins in inside))
-            seconds.append(problem.net_seconds[nets[some]])
-    left, right = (np.hstack(side).astype(np.float64) for side in zip(*columns, strict=True))
-    return left, right, np.concatenate(seconds)
+            paid.append(seconds[some])
+        left, right = (np.hstack(side).astype(np.float64) for side in zip(*columns, strict=True))
+        return left * np.concatenate(paid), right
 
 
-def _equal(lower: Family, upper: Family) -> Bools:
-    return np.asarray(lower.members.sum(axis=1)[:, None] >= upper.members.sum(axis=1))
-
-
-def _pardon_idle(lower: Family, upper: Family, loads: Floats, crossing: Floats) -> None:
-    idle = _equal(lower, upper) & (loads < inf)
-    loads[idle] = 0.0
-    crossing[idle] = 0.0
+def _nested(lower: Words, upper: Words) -> Bools:
+    outside = np.zeros((len(lower), len(upper)), np.bool_)
+    some, all_ = np.bitwise_or.reduce(lower, axis=0), np.bitwise_and.reduce(upper, axis=0)
+    for word in np.flatnonzero(some & ~all_):
+        outside |= (lower[:, word, None] & ~upper[:, word]) != 0
+    return ~outside

@@ -16,14 +16,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pipecompile.partition.cuts import closed_cut
-from pipecompile.partition.family import Family
+from pipecompile.partition.family import Family, Words
 from pipecompile.partition.problem import Bools, Floats, Problem
 from pipecompile.partition.window import Window
 
-Words = NDArray[np.uint64]
+PARTIAL = 8  # partial sets are cheaper than full ones
 
 
 def closed_sets(problem: Problem, window: Window, most: int) -> Family | None:
@@ -34,10 +33,11 @@ def closed_sets(problem: Problem, window: Window, most: int) -> Family | None:
     rows = _Rows.of(problem, window, inside, outside)
     for position in range(len(rows.free)):
         rows = rows.decide(position)
-        if len(rows.bits) > most:
+        if len(rows.bits) > PARTIAL * most:
             return None
     family = Family.by_weight(problem, rows.members(inside))
-    return family.select(window.allows(family))
+    family = family.select(window.allows(family))
+    return family if len(family) <= most else None
 
 
 @dataclass(frozen=True, slots=True)

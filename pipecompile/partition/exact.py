@@ -5,6 +5,8 @@ over all closed sets in the windows finds no plan, T is a lower bound; the first
 
 from __future__ import annotations
 
+from math import inf
+
 from pipecompile.partition.chain import Chain, best_chain
 from pipecompile.partition.enumerate import closed_sets
 from pipecompile.partition.family import Family
@@ -12,28 +14,30 @@ from pipecompile.partition.problem import Problem
 from pipecompile.partition.window import ROUNDING, Window, narrowed
 
 FIRST_GAP, STEP = 0.005, 1.6  # relative to the first lower bound
+FINEST = 1.002  # the least rise of T that is worth a search
 
 
 def exact(problem: Problem, lower: float, upper: float, most: int) -> tuple[float, Chain | None]:
     """A lower bound, and an optimal plan if one within ``upper`` (seconds) exists and was found.
 
     Args:
-        most: sets in one window; with more of them the search ends.
+        most: sets in one window; where there are more, a smaller T is tried.
     """
-    gap = 0.0
-    floor = lower
+    floor, ceiling, gap = lower, inf, 0.0
     while True:
-        limit = upper if floor == 0 else min(floor * (1 + gap) * (1 + ROUNDING), upper)
+        limit = min(upper if floor == 0 else floor * (1 + gap), upper, (lower + ceiling) / 2) * (1 + ROUNDING)
         found = narrowed(problem, limit)
-        families = found and _families(problem, found, most)
-        if families is None and found is not None:
-            return lower, None
-        if families and (chain := best_chain(problem, families, limit)):
+        families = _families(problem, found, most) if found else []
+        if families is None:
+            if limit < lower * FINEST:
+                return lower, None
+            ceiling = limit
+        elif families and (chain := best_chain(problem, families, limit)):
             return max(lower, chain.bottleneck), chain
-        lower = max(lower, limit)
-        if limit >= upper:
+        else:
+            lower, gap = max(lower, limit), gap * STEP or FIRST_GAP
+        if lower >= upper or lower * FINEST > ceiling:
             return lower, None
-        gap = gap * STEP or FIRST_GAP
 
 
 def _families(problem: Problem, found: list[Window], most: int) -> list[Family] | None:

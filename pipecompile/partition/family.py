@@ -12,8 +12,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipecompile.partition.problem import Bools, Floats, Ints, Problem
+
+Words = NDArray[np.uint64]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -55,7 +58,7 @@ class Family:
     def select(self, which: Bools | Ints | slice) -> Family:
         """Some of the sets, with what is known of them."""
         chosen = Family(self.problem, self.members[which])
-        for name in ("weight", "pins_inside", "open_seconds"):
+        for name in ("weight", "size", "words", "kept", "saved", "pins_inside", "open_seconds"):
             if name in self.__dict__:
                 chosen.__dict__[name] = self.__dict__[name][which]
         return chosen
@@ -63,6 +66,17 @@ class Family:
     @cached_property
     def weight(self) -> Floats:
         return np.asarray(self.members @ self.problem.weight)
+
+    @cached_property
+    def size(self) -> Ints:
+        """How many atoms each set has."""
+        return np.asarray(self.members.sum(axis=1, dtype=np.int64))
+
+    @cached_property
+    def words(self) -> Words:
+        """The sets as bits."""
+        spare = np.zeros((len(self), -len(self.problem) % 64), np.bool_)
+        return np.asarray(np.packbits(np.hstack([self.members, spare]), axis=1).view(np.uint64))
 
     @cached_property
     def kept(self) -> Floats:
