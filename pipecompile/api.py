@@ -26,6 +26,7 @@ def compile(
     loss_fn: Callable[..., Any] | None = None,
     loss: str | None = None,
     optimizer: MakeOptimizer | None = None,
+    leaf_modules: Sequence[str] = (),
     profile: How | None = None,
 ) -> Pipeline:
     """A pipeline that trains ``model`` split over ``devices``, and is called as the model is.
@@ -39,23 +40,36 @@ def compile(
             beside the model's own arguments and returns what ``loss_fn`` returns.
         loss: the name of the output that is the loss, where it is not called "loss" and not the only single number.
         optimizer: for "pipedream", which steps inside the pipeline: makes an optimizer from a stage's parameters.
+        leaf_modules: paths of modules to keep whole, each run as ordinary Python inside one stage. Modules that depend
+            on activations in ways that no graph can record are found and kept whole without being named.
         profile: "measure" or "count" the costs; by default measured on the first device.
 
     Raises:
         InputError: a device is not there, or arguments do not fit together.
         CaptureError, PlanError: with ``example_inputs``, as the first call would raise them.
     """
-    _check_options(schedule, microbatches, optimizer)
+    _check_options(model, schedule, microbatches, optimizer, profile)
     present = parse_devices(devices)
     count = microbatches or 2 * len(present)
-    pipeline = Pipeline(model, present, schedule, count, loss_fn, loss, optimizer, profile)
+    pipeline = Pipeline(model, present, schedule, count, loss_fn, loss, optimizer, leaf_modules, profile)
     if example_inputs is not None:
         args, kwargs = _arguments(example_inputs)
         pipeline.prepare(*args, **kwargs)
     return pipeline
 
 
-def _check_options(schedule: str, microbatches: int | None, optimizer: MakeOptimizer | None) -> None:
+def _check_options(
+    model: nn.Module, schedule: str, microbatches: int | None, optimizer: MakeOptimizer | None, profile: str | None
+) -> None:
+    if not isinstance(model, nn.Module):
+        raise InputError(f"the model must be an nn.Module, got {type(model).__name__}: {model!r:.80}")
+    if profile not in (None, "measure", "count"):
+        raise InputError(f"profile={profile!r} is not known; there are 'measure' and 'count'")
+    if optimizer is not None and not callable(optimizer):
+        raise InputError(
+            f"optimizer= takes a function from parameters to an optimizer, such as "
+            f"lambda params: torch.optim.SGD(params, lr=0.1), not a {type(optimizer).__name__}"
+        )
     names = [*SCHEDULES, *ASYNCHRONOUS]
     if schedule not in names:
         raise InputError(f"schedule={schedule!r} is not known; there are {', '.join(names)}")

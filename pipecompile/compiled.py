@@ -79,6 +79,7 @@ def compile_call(
     rows: Rows,
     devices: Sequence[torch.device],
     forward: Callable[..., Any] | None = None,
+    leaves: Sequence[str] = (),
     how: How | None = None,
     first: Compiled | None = None,
 ) -> Compiled:
@@ -93,13 +94,12 @@ def compile_call(
         CaptureError: the model cannot be traced.
         PlanError: it cannot be cut into so many stages, or not along the earlier placement.
     """
-    captured = capture(model, call, rows.counts[0] if call.batch else None, forward)
+    captured = capture(model, call, rows.counts[0] if call.batch else None, forward, leaves)
     graph = summarize(captured)
     if first is None:
         cluster = Cluster.of([str(device) for device in devices])
         costed = profile(captured, graph, how, devices[0])
         plan = reference = partition(costed, len(devices), cluster)
-        place(captured, plan, graph, devices)
     else:
         plan, costed, reference, cluster = (
             carry_over(first.plan, first.graph, graph),
@@ -107,6 +107,7 @@ def compile_call(
             first.reference,
             first.cluster,
         )
+    place(captured, plan, graph, devices)
     return Compiled(captured, graph, plan, costed, reference, cluster, split(captured, graph, plan, devices))
 
 
@@ -141,7 +142,7 @@ def parse_devices(devices: Sequence[torch.device | str | int]) -> tuple[torch.de
     Raises:
         InputError: none are given, or one is not there.
     """
-    if isinstance(devices, str | int | torch.device) or not list(devices):
+    if not isinstance(devices, list | tuple) or not devices:
         raise InputError(
             f"devices= takes a list with one device a stage, such as ['cpu', 'cpu'] or [0, 1]; got {devices!r}"
         )
@@ -156,8 +157,10 @@ def parse_devices(devices: Sequence[torch.device | str | int]) -> tuple[torch.de
 
 
 def _present(device: torch.device) -> torch.device:
-    if device.type != "cuda":
+    if device.type == "cpu":
         return device
+    if device.type != "cuda":
+        raise InputError(f"{device} is asked for, but stages run on cpu and cuda devices")
     device = torch.device("cuda", device.index or 0)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device.index >= count:
@@ -169,9 +172,10 @@ def _present(device: torch.device) -> torch.device:
 
 
 def modes(model: nn.Module) -> tuple[Any, ...]:
-    """What about a model, beside the call, makes a capture its own: train or eval, and what is frozen."""
+    """What about a model, beside the call, makes a capture its own: train or eval, its tensors, and what is frozen."""
     training = tuple(module.training for module in model.modules())
-    return training, tuple(parameter.requires_grad for parameter in model.parameters())
+    parameters = tuple((id(parameter), parameter.requires_grad) for parameter in model.parameters())
+    return training, parameters, tuple(map(id, model.buffers()))
 
 
 def find_loss(captured: Captured, name: str | None) -> int | None:

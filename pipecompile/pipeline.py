@@ -17,7 +17,7 @@ from pipecompile.errors import CaptureError, InputError, PipecompileError
 from pipecompile.plan import Plan
 from pipecompile.profile import How
 from pipecompile.program import Program
-from pipecompile.runtime import MakeOptimizer
+from pipecompile.runtime import Ambient, MakeOptimizer
 from pipecompile.schedule import ASYNCHRONOUS, SCHEDULES, pipedream
 from pipecompile.session import Session
 from pipecompile.timeline import Timeline
@@ -40,6 +40,7 @@ class Pipeline(nn.Module):
         loss_fn: Callable[..., Any] | None,
         loss: str | None,
         optimizer: MakeOptimizer | None,
+        leaves: Sequence[str],
         profile: How | None,
     ) -> None:
         super().__init__()
@@ -50,12 +51,13 @@ class Pipeline(nn.Module):
         self.schedule = schedule
         self.microbatches = microbatches
         self._loss = loss
+        self._leaves = tuple(leaves)
         self._profile = profile
         self._signature = model.forward if loss_fn is None else _with_target(model.forward)
         self._forward = None if loss_fn is None else _with_loss(model, loss_fn)
         self._session = Session(devices, optimizer)
         self._compiled: dict[Any, list[Compiled]] = {}
-        self._batched: dict[str, bool] = {}
+        self._batched: dict[tuple[str, int], bool] = {}
         self._first: Compiled | None = None
         self._last: Compiled | None = None
 
@@ -166,9 +168,10 @@ class Pipeline(nn.Module):
     def _batch(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> steps.Batch:
         """A call with the capture that it runs on, which is made if there is none, and its microbatches."""
         call = read_call(self._signature, args, kwargs, self._batched)
-        for name in call.tensors:
-            self._batched.setdefault(name, name in call.batched)
-        known = self._compiled.setdefault((call.key, modes(self.model)), [])
+        for name, tensor in call.tensors.items():
+            self._batched.setdefault((name, tensor.ndim), name in call.batched)
+        ambient = Ambient.of_caller(frozenset(device.type for device in self.devices))
+        known = self._compiled.setdefault((call.key, modes(self.model), ambient.autocast), [])
         rows = Rows.of(call.batch, self.microbatches)
         for candidate in (rows, rows.equal()):
             for compiled in known:
@@ -185,7 +188,7 @@ class Pipeline(nn.Module):
         """A new capture; if its trace holds for one size alone, all microbatches are made that size."""
         for candidate in (rows, rows.equal()):
             compiled = compile_call(
-                self.model, call, candidate, self.devices, self._forward, self._profile, self._first
+                self.model, call, candidate, self.devices, self._forward, self._leaves, self._profile, self._first
             )
             if _holds(compiled, call, candidate):
                 return steps.Batch(compiled, call, candidate)

@@ -19,13 +19,13 @@ from typing import Any, Literal
 import torch
 import torch.fx as fx
 from rich.progress import Progress
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipecompile.capture import Captured
 from pipecompile.capture.origin import origin_of
-from pipecompile.errors import ExecutionError
+from pipecompile.errors import ExecutionError, InputError
 from pipecompile.graph import Cost, CostedGraph, Graph
 from pipecompile.regions import enter_region
 from pipecompile.retarget import retarget
@@ -67,12 +67,12 @@ def profile(
         device: where to measure; by default where the model is.
 
     Raises:
-        ValueError: a model on the meta device cannot be measured.
+        InputError: a model on the meta device cannot be measured.
     """
     on_meta = any(p.is_meta for p in captured.model.parameters())
     how = how or ("count" if on_meta else "measure")
     if how == "measure" and on_meta:
-        raise ValueError("a model on the meta device has no values to measure with; use profile='count'")
+        raise InputError("a model on the meta device has no values to measure with; use profile='count'")
     if device is None:
         device = torch.device("cpu") if on_meta else captured.device
     meter: _Meter = _Clock(device) if how == "measure" else _Counter(roofline or Roofline())
@@ -173,13 +173,13 @@ class _Walk:
         match node.op:
             case "placeholder":
                 call = self.captured.call
-                tensor = call.tensors[node.name]
+                tensor = call.tensors[node.name].detach()
                 rows = tensor[: self.captured.microbatch] if node.name in call.batched else tensor
                 self.values[node] = self.meter.tensor(rows.contiguous())
             case "get_attr":
                 tensor = self.attributes[str(node.target)]
                 self.values[node] = self._attribute(tensor)
-            case "call_function" | "call_method":
+            case "call_function" | "call_method" | "call_module":
                 return self._measure(node)
         return None
 
@@ -198,7 +198,8 @@ class _Walk:
         if node.op == "call_method":
             self.values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
             return Cost()
-        run = _Call(node, args, kwargs)
+        function = self._leaf(node) if node.op == "call_module" else node.target
+        run = _Call(node, function, args, kwargs)
         saved = _Saved(self.kept)
         with saved:
             self.values[node] = run.value()
@@ -207,6 +208,11 @@ class _Walk:
             self.timed[key] = self._time(run)
         forward, backward = self.timed[key]
         return Cost(forward, backward, saved.nbytes)
+
+    def _leaf(self, node: fx.Node) -> nn.Module:
+        """A module that is kept whole, on tensors of this walk."""
+        tensors = {name: self._attribute(tensor) for name, tensor in self.attributes.items()}
+        return self.captured.leaf(str(node.target), tensors)
 
     def _time(self, run: _Call) -> tuple[float, float]:
         read, written = _tensors((run.args, run.kwargs)), run.forward()
@@ -223,12 +229,13 @@ class _Walk:
 class _Call:
     """A node's call on leaves of its own, so that its backward can run alone."""
 
-    def __init__(self, node: fx.Node, args: Any, kwargs: Any) -> None:
-        self.function: Any = node.target
+    def __init__(self, node: fx.Node, function: Any, args: Any, kwargs: Any) -> None:
+        self.function = function
         self.region = origin_of(node).region
         self.mutates = origin_of(node).mutates
         self.args, self.kwargs = args, kwargs
-        self.leaves: list[Tensor] = [t for t in _tensors((args, kwargs)) if t.requires_grad]
+        own = list(function.parameters()) if isinstance(function, nn.Module) else []
+        self.leaves: list[Tensor] = [t for t in [*_tensors((args, kwargs)), *own] if t.requires_grad]
         self.differentiable = False
 
     def value(self) -> Any:

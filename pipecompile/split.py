@@ -10,7 +10,7 @@ autocast) are entered and left by calls in the code.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,7 +78,8 @@ class _Cut:
         outputs = tuple(name for name in self.model_outputs if self._makes(index, name))
         returns = tuple(dict.fromkeys([*(v for values in sends.values() for v in values), *outputs]))
         received = [name for values in receives.values() for name in values]
-        module = _module(_graph(run, received, returns, self.nodes, self.captured.device, device), self.tensors, index)
+        graph = _graph(run, received, returns, self.nodes, self.captured.device, device)
+        module = _module(graph, self.tensors, self.captured.leaf, index)
         origins = {n.name: str(origin_of(n)) for n in run}
         return Stage(index, device, module, inputs, receives, sends, outputs, returns, origins)
 
@@ -140,17 +141,22 @@ class _Regions:
         self.current = region
 
 
-def _module(graph: fx.Graph, tensors: Mapping[str, Tensor], index: int) -> fx.GraphModule:
+def _module(
+    graph: fx.Graph,
+    tensors: Mapping[str, Tensor],
+    leaf: Callable[[str, Mapping[str, Tensor]], nn.Module],
+    index: int,
+) -> fx.GraphModule:
     """A graph module that reads the model's own tensors under their own names."""
     root = nn.Module()
-    for name in dict.fromkeys(str(n.target) for n in graph.nodes if n.op == "get_attr"):
-        *parents, last = name.split(".")
-        owner: Any = root
-        for parent in parents:
-            if parent not in owner._modules:
-                owner.add_module(parent, nn.Module())
-            owner = owner._modules[parent]
-        tensor = tensors[name]
+    for target in dict.fromkeys(str(n.target) for n in graph.nodes if n.op == "call_module"):
+        owner, last = _owner(root, target)
+        owner.add_module(last, leaf(target, tensors))
+    for target in dict.fromkeys(str(n.target) for n in graph.nodes if n.op == "get_attr"):
+        owner, last = _owner(root, target)
+        tensor = tensors[target]
+        if last in owner._parameters or last in owner._buffers:
+            continue  # it is a leaf's
         if isinstance(tensor, nn.Parameter):
             owner.register_parameter(last, tensor)
         else:
@@ -159,3 +165,14 @@ def _module(graph: fx.Graph, tensors: Mapping[str, Tensor], index: int) -> fx.Gr
     quiet: Any = type(module)
     quiet.__call__ = nn.Module.__call__  # fx's own prints to stderr when a call fails; the runtime reports better
     return module
+
+
+def _owner(root: nn.Module, target: str) -> tuple[Any, str]:
+    """The module that a dotted name is an attribute of, made on the way, and the last part of the name."""
+    *parents, last = target.split(".")
+    owner: Any = root
+    for parent in parents:
+        if parent not in owner._modules:
+            owner.add_module(parent, nn.Module())
+        owner = owner._modules[parent]
+    return owner, last

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipecompile.batch import Rows, joined, scatter, spread
 from pipecompile.capture import Call, Output
@@ -41,10 +41,14 @@ class Batch:
         return [output for output in self.compiled.captured.outputs if output.node is not None]
 
     @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The trainable parameters, each once."""
+        return [p for p in self.compiled.captured.model.parameters() if p.requires_grad]
+
+    @property
     def model_tensors(self) -> list[Tensor]:
         """What gradients are delivered to: trainable parameters, then inputs that want one."""
-        parameters = [p for p in self.compiled.captured.model.parameters() if p.requires_grad]
-        return [*parameters, *(t for t in self.call.tensors.values() if t.requires_grad)]
+        return [*self.parameters, *(t for t in self.call.tensors.values() if t.requires_grad)]
 
     def program(self, kind: str, schedule: Callable[[Plan, int], Program]) -> Program:
         count = len(self.rows)
@@ -104,6 +108,7 @@ def stream(session: Session, batch: Batch, loss: int) -> Any:
     """The next segment of the stream; the losses are those of weights that differ from microbatch to microbatch."""
     if session.stream.compiled is not batch.compiled:
         flush(session)
+        session.begin(batch.compiled)
         session.stream.compiled = batch.compiled
     under_way = session.stream
     name = str(batch.outputs[loss].node)
@@ -155,11 +160,9 @@ def _gradients(session: Session, batch: Batch, microbatches: Mapping[int, Microb
                 tensor = session.weights[stage].tensors[name]
                 gradient = leaf.grad.to(tensor.device)
                 found[id(tensor)] = found[id(tensor)] + gradient if id(tensor) in found else gradient
-    for name, tensor in batch.call.tensors.items():
-        arrived = _input_gradient(name, batch, microbatches) if tensor.requires_grad else None
-        if arrived is not None:
-            found[id(tensor)] = arrived
-    return [found.get(id(tensor)) for tensor in batch.model_tensors]
+    wanting = [name for name, tensor in batch.call.tensors.items() if tensor.requires_grad]
+    inputs = [_input_gradient(name, batch, microbatches) for name in wanting]
+    return [*(found.get(id(parameter)) for parameter in batch.parameters), *inputs]
 
 
 def _input_gradient(name: str, batch: Batch, microbatches: Mapping[int, Microbatch]) -> Tensor | None:

@@ -13,6 +13,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from pipecompile.capture.inputs import Call
+from pipecompile.capture.leaves import Leaf, LeafCall, attribute_of
 from pipecompile.capture.symbols import resolve
 
 
@@ -48,9 +49,20 @@ class Captured:
     guards: tuple[tuple[sympy.Basic, Any], ...]
     reads: fx.GraphModule | None  # computes what Python read from the inputs
     read_values: tuple[Any, ...]
+    leaves: Mapping[str, tuple[LeafCall, ...]]  # modules kept whole, by path: the calls of each
     groups: tuple[tuple[str, ...], ...]  # nodes that share memory which one of them writes
     notes: tuple[str, ...]  # what the user should know
     checked: dict[tuple[int, ...], str] = field(default_factory=dict)  # answers of _check_sizes, by sizes
+
+    def leaf(self, target: str, tensors: Mapping[str, Tensor]) -> Leaf:
+        """What a ``call_module`` node runs, on given parameters and buffers by full name."""
+        path = next(path for path in self.leaves if attribute_of(path) == target)
+        return Leaf(self.leaves[path], tensors)
+
+    def leaf_parameters(self, target: str) -> tuple[str, ...]:
+        """The names of the parameters that a ``call_module`` node reads."""
+        path = next(path for path in self.leaves if attribute_of(path) == target)
+        return tuple(name for name, _ in self.model.named_parameters() if name.startswith(f"{path}."))
 
     @property
     def device(self) -> torch.device:

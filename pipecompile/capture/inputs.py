@@ -9,10 +9,11 @@ from __future__ import annotations
 import inspect
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.fx as fx
 import torch.utils._pytree as pytree
 from torch import Tensor
@@ -54,12 +55,12 @@ def read_call(
     forward: Callable[..., Any],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
-    settled: Mapping[str, bool] | None = None,
+    settled: Mapping[tuple[str, int], bool] | None = None,
 ) -> Call:
     """Reads the arguments of ``forward(*args, **kwargs)``.
 
     Args:
-        settled: whether a tensor has a batch dimension, by name, where an earlier call has settled it.
+        settled: whether a tensor has a batch, by name and number of dimensions, where an earlier call has settled it.
 
     Raises:
         InputError: the model does not take such arguments, or a batch is empty, or not made of tensors.
@@ -76,13 +77,19 @@ def read_call(
     )
     settled = settled or {}
     batch = _batch_size(tensors, settled)
-    batched = frozenset(n for n, t in tensors.items() if settled.get(n, t.ndim > 0 and t.shape[0] == batch))
+    batched = frozenset(n for n, t in tensors.items() if settled.get((n, t.ndim), t.ndim > 0 and t.shape[0] == batch))
+    for name, tensor in tensors.items():
+        if tensor.is_sparse or tensor.layout != torch.strided:
+            raise InputError(f"argument {name!r} is a sparse tensor ({tensor.layout}); pass tensor.to_dense()")
+        if tensor.is_meta:
+            raise InputError(f"argument {name!r} is on the meta device, which holds no values; pass a real tensor")
     _check_batch(tensors, batch, batched, bound.arguments)
     return Call(tensors, _key(spec, leaves, tensors), spec, leaves, batch, batched)
 
 
-def _batch_size(tensors: Mapping[str, Tensor], settled: Mapping[str, bool]) -> int | None:
-    names = [n for n in tensors if settled.get(n)] or [n for n, t in tensors.items() if t.ndim]
+def _batch_size(tensors: Mapping[str, Tensor], settled: Mapping[tuple[str, int], bool]) -> int | None:
+    known = [n for n, t in tensors.items() if settled.get((n, t.ndim))]
+    names = known or [n for n, t in tensors.items() if t.ndim]
     if not names:
         return None
     return int(Counter(int(tensors[name].shape[0]) for name in names).most_common(1)[0][0])
@@ -99,12 +106,25 @@ def _check_batch(
                 f"{name!r} has {tensors[name].shape[0]} rows where the batch has {batch}; "
                 f"every tensor with a batch dimension needs the same number"
             )
-    for name, value in arguments.items():
+    for name, value in _containers(arguments):
         if _is_plain_batch(value, batch):
             raise InputError(
                 f"argument {name!r} is a {type(value).__name__} of {batch} items, one a sample, which cannot be split "
                 f"into microbatches; pass a tensor (torch.as_tensor) instead"
             )
+
+
+def _containers(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Every list, tuple and array among the arguments, with its name."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _containers(item, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list | tuple):
+        yield name, value
+        for index, item in enumerate(value):
+            yield from _containers(item, f"{name}[{index}]")
+    elif type(value).__module__ == "numpy":
+        yield name, value
 
 
 def _is_plain_batch(value: Any, batch: int | None) -> bool:
@@ -138,7 +158,7 @@ def _hashable(leaf: Any) -> Any:
     try:
         hash(leaf)
     except TypeError:
-        return ("unhashable", id(leaf))
+        return (type(leaf), repr(leaf))
     return (type(leaf), leaf)
 
 

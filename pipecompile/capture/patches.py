@@ -1,6 +1,6 @@
 """What a ``TorchFunctionMode`` does not see, made visible for the time of a trace.
 
-- modules being run: the path of each node;
+- modules being run: the path of each node, and which of them are leaves;
 - ``torch.autograd.Function.apply``: recorded as one call, so that a custom backward survives;
 - autocast regions that the model enters itself;
 - ``torch.from_numpy``, which makes a constant.
@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import CheckpointFunction
 
 from pipecompile.capture.recorder import Recorder
+from pipecompile.retarget import same_device
 
 
 @contextmanager
@@ -36,13 +37,29 @@ def _modules(recorder: Recorder, paths: Mapping[int, str]) -> Iterator[None]:
     original = nn.Module.__call__
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        recorder.paths.append(paths.get(id(self), recorder.paths[-1]))
-        out = original(self, *args, **kwargs)
+        recorder.paths.append(paths.get(id(self)) or f"{recorder.paths[-1]}<{type(self).__name__}>")
+        if recorder.is_leaf:
+            out = recorder.call_leaf(self, args, kwargs, lambda *a, **k: original(self, *a, **k))
+        else:
+            out = original(self, *args, **kwargs)
         recorder.paths.pop()  # not on an exception: its message wants the innermost module
         return out
 
-    with _replaced(nn.Module, "__call__", call):
+    with _replaced(nn.Module, "__call__", call), _replaced(nn.Module, "to", _unchanging(nn.Module.to)):
         yield
+
+
+def _unchanging(original: Any) -> Any:
+    """``module.to(...)`` that leaves a module alone which is there already: fakes cannot be swapped once more."""
+
+    def to(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
+        tensors = [*self.parameters(), *self.buffers()]
+        moved = [t for t in tensors if device is not None and not same_device(t.device, device)]
+        cast = [t for t in tensors if dtype is not None and t.is_floating_point() and t.dtype != dtype]
+        return original(self, *args, **kwargs) if moved or cast else self
+
+    return to
 
 
 @contextmanager

@@ -15,15 +15,23 @@ import torch
 import torch.fx as fx
 import torch.nn.functional as F
 import torch.utils._pytree as pytree
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    UnsupportedOperatorException,
+)
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.overrides import TorchFunctionMode
 
 from pipecompile.capture.aliases import Aliases
+from pipecompile.capture.leaves import LeafCall, attribute_of, tensors_of
 from pipecompile.capture.origin import Origin, user_line
+from pipecompile.capture.stand_ins import STAND_INS
 from pipecompile.capture.symbols import Sizes
-from pipecompile.capture.values import READS, Values
-from pipecompile.errors import CaptureError, PipecompileError
+from pipecompile.capture.values import READS, DependsOnData, Values
+from pipecompile.errors import CaptureError
 from pipecompile.functions import setitem
 from pipecompile.regions import PLAIN, Region
 
@@ -35,6 +43,16 @@ SILENT_WRITES: dict[Callable[..., Any], tuple[tuple[int, str], ...]] = {
 }
 
 
+# What running on fakes raises where only real values would do.
+DATA_DEPENDENT = (
+    DependsOnData,
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+    GuardOnDataDependentSymNode,
+)
+
+
 class Recorder(TorchFunctionMode):
     """Records one run of a model.
 
@@ -43,21 +61,34 @@ class Recorder(TorchFunctionMode):
         sizes: turns symbolic sizes into nodes.
         values: answers what Python reads from tensors.
         constant: gives a name and a fake to a real tensor met on the way.
+        leaves: paths of modules that are kept whole.
+        learn: runs a leaf for real and gives what it returns, with fakes, or raises if that cannot be.
     """
 
     def __init__(
-        self, graph: fx.Graph, sizes: Sizes, values: Values, constant: Callable[[Tensor], tuple[str, Tensor]]
+        self,
+        graph: fx.Graph,
+        sizes: Sizes,
+        values: Values,
+        constant: Callable[[Tensor], tuple[str, Tensor]],
+        leaves: frozenset[str] = frozenset(),
+        learn: Callable[[LeafCall, list[fx.Node]], Any] | None = None,
     ) -> None:
         super().__init__()
         self.graph = graph
         self.sizes = sizes
         self.values = values
         self.constant = constant
+        self.leaves = leaves
+        self.learn = learn
+        self.leaf_calls: dict[str, list[LeafCall]] = {}  # by path
+        self.inside_leaf = False
         self.fakes: dict[int, Tensor] = {}  # by the identity of the real tensor
         self.paths: list[str] = [""]  # of the modules being run, innermost last
         self.autocasts: list[tuple[str, str, bool]] = []  # entered by the model itself
         self.nodes: dict[int, fx.Node] = {}
-        self.names: dict[int, str] = {}  # parameters and buffers
+        self.names: dict[int, str] = {}  # parameters, buffers and constants
+        self.trainable: set[str] = set()  # those that are parameters
         self.alive: list[Any] = []
         self.aliases = Aliases(self.emit, self.nodes.__setitem__)
 
@@ -68,14 +99,51 @@ class Recorder(TorchFunctionMode):
     def add_attribute(self, name: str, fake: Tensor, real: Tensor) -> None:
         """A parameter, buffer or constant that the graph reads under ``name``."""
         self.names.setdefault(id(fake), name)
+        if isinstance(real, nn.Parameter):
+            self.trainable.add(name)
         self.fakes[id(real)] = fake
         self.alive += [fake, real]
         self.aliases.add_buffer(name, fake)
+
+    @property
+    def is_leaf(self) -> bool:
+        """Whether the module being entered is kept whole."""
+        return self.paths[-1] in self.leaves and not self.inside_leaf
+
+    def call_leaf(self, module: nn.Module, args: Any, kwargs: Any, run: Callable[..., Any]) -> Any:
+        """Records the call of a module that is kept whole."""
+        path = self.paths[-1]
+        call, tensors = LeafCall.of(path, module, self._fake(args), self._fake(kwargs))
+        out = self._learn(call, tensors, run)
+        calls = self.leaf_calls.setdefault(path, [])
+        calls.append(call)
+        node = self.graph.call_module(attribute_of(path), (len(calls) - 1, *map(self.node_of, tensors)))
+        prefix = f"{path}."
+        buffers = tuple(n for n in self.names.values() if n.startswith(prefix) and n not in self.trainable)
+        node.meta["origin"] = Origin(path, user_line(), self.region, buffers)
+        results = tensors_of(out, path)
+        node.meta["val"] = results
+        self._bind_items(node, results, tensors, (node,))
+        return out
+
+    def _learn(self, call: LeafCall, tensors: list[Tensor], run: Callable[..., Any]) -> Any:
+        self.inside_leaf = True
+        try:
+            with torch._C.DisableTorchFunction():
+                args, kwargs = call.rebuild(tuple(tensors))
+                return run(*args, **kwargs)
+        except DATA_DEPENDENT:
+            assert self.learn is not None
+            return self.learn(call, [self.node_of(t) for t in tensors])
+        finally:
+            self.inside_leaf = False
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self.inside_leaf:
+            return func(*args, **kwargs)
         if func in READS and isinstance(args[0], FakeTensor):
             return self._read(func, args, kwargs)
         return self.call(func, args, kwargs, func)
@@ -202,6 +270,7 @@ class Recorder(TorchFunctionMode):
         return value
 
     def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        func = STAND_INS.get(func, func)
         shapes = self.sizes.shapes
         if shapes is None:
             return func(*args, **kwargs)
@@ -216,8 +285,10 @@ class Recorder(TorchFunctionMode):
         node = self.emit(func, self.lower(args), self.lower(kwargs))
         try:
             return self.values.read(node)
-        except PipecompileError as error:
-            raise type(error)(f"{self.here}: {error}") from error
+        except DependsOnData as error:
+            raise DependsOnData(
+                f"{self.here}: {error}; keep the module around it whole with leaf_modules=, or compute it from inputs"
+            ) from error
 
     def _bind(self, tensor: Tensor, node: fx.Node) -> None:
         self.nodes[id(tensor)] = node

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch.fx as fx
@@ -29,6 +30,8 @@ def summarize(captured: Captured) -> Graph:
         inputs = tuple(index[a] for a in n.all_input_nodes if a.op != "get_attr")
         origin = origin_of(n)
         outputs = tuple(_specs(n.meta.get("val"), sizes)) if n.op != "call_method" else ()
+        if n.op == "call_module":
+            attributes += captured.leaf_parameters(str(n.target))
         read = tuple(dict.fromkeys(a for a in attributes if a in parameters))
         nodes.append(
             Node(
@@ -45,6 +48,8 @@ def summarize(captured: Captured) -> Graph:
                 and _may_repeat(n, outputs),
             )
         )
+    if all(node.replicated for node in nodes):  # no parameters, no gradients: still something to run
+        nodes = [node if node.op == "input" else replace(node, replicated=False) for node in nodes]
     used = dict.fromkeys(name for node in nodes for name in node.parameters)
     output = next(n for n in captured.graph.nodes if n.op == "output")
     return Graph(
@@ -57,8 +62,8 @@ def summarize(captured: Captured) -> Graph:
 
 
 def _may_repeat(n: fx.Node, outputs: tuple[TensorSpec, ...]) -> bool:
-    if n.op == "placeholder":
-        return True
+    if n.op in ("placeholder", "call_module"):
+        return n.op == "placeholder"
     return not has_effect(n) and is_cheap(n) and not any(spec.requires_grad for spec in outputs)
 
 

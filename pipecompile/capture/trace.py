@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import sympy
 import torch
 import torch.fx as fx
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
 
 from pipecompile.capture.captured import Captured, Output
+from pipecompile.capture.evaluate import Evaluator
 from pipecompile.capture.inputs import Call
+from pipecompile.capture.leaves import Leaf, LeafCall, attribute_of, copy_of
 from pipecompile.capture.origin import Origin, failing_line, origin_of
 from pipecompile.capture.patches import patched
 from pipecompile.capture.purity import has_effect
-from pipecompile.capture.recorder import Recorder
+from pipecompile.capture.recorder import DATA_DEPENDENT, Recorder
 from pipecompile.capture.state import Changes, fake_of, fakes_of, named_tensors, with_fakes
 from pipecompile.capture.symbols import Shapes, Sizes
 from pipecompile.capture.trees import flatten
-from pipecompile.capture.values import Values
-from pipecompile.errors import CaptureError, PipecompileError
+from pipecompile.capture.values import DependsOnData, Values
+from pipecompile.errors import CaptureError, InputError, PipecompileError
 from pipecompile.functions import after, write_back
 
 SYMBOLIC_ATTEMPTS = ("batch and lengths", "batch", "nothing")  # what is symbolic, widest first
@@ -34,44 +38,97 @@ def capture(
     call: Call,
     microbatch: int | None = None,
     forward: Callable[..., Any] | None = None,
+    leaves: Iterable[str] = (),
 ) -> Captured:
     """Captures one call of a model.
 
-    Sizes are symbolic as far as the model allows: batch and lengths, else the batch alone, else none; what had to be
-    given up is in the notes.
+    Sizes are symbolic as far as the model allows: batch and lengths, else the batch alone, else none. What depends on
+    activations is kept whole: the innermost module around it becomes a leaf, and the trace begins anew. What had to be
+    given up or kept whole is in the notes.
 
     Args:
         call: the sample arguments, of the whole batch; what Python reads from them is read from the whole batch.
         microbatch: rows that the trace is taken at; by default all of the batch.
         forward: what to run instead of ``model`` itself; it may only use the model's parameters.
+        leaves: paths of modules to keep whole.
 
     Raises:
         CaptureError: the model cannot be traced; names the module path and the source line.
     """
-    failures: list[Exception] = []
+    rows = microbatch or call.batch or 1
+    sample = {n: t[:rows] if n in call.batched else t for n, t in call.tensors.items()}
+    kept = dict.fromkeys(_known(model, leaves), "as asked")
+    reasons: list[str] = []
     for symbolic in SYMBOLIC_ATTEMPTS:
         try:
-            captured = _Trace(model, call, microbatch or call.batch or 1, forward or model, symbolic).run(failures)
+            captured = _with_leaves(model, call, rows, forward or model, symbolic, kept, reasons)
         except CaptureError:
             raise
         except Exception as error:  # an operation that needs plain sizes: try with fewer symbols
-            failures.append(error)
+            failure = error
+            reasons.append(str(error).splitlines()[0][:200] if str(error) else type(error).__name__)
             continue
-        rows = microbatch or call.batch or 1
-        sample = {n: t[:rows] if n in call.batched else t for n, t in call.tensors.items()}
-        reason = captured.broken_guard(sample, call.tensors)
-        if not reason:
+        broken = captured.broken_guard(sample, call.tensors)
+        if not broken:
             return captured
-        failures.append(CaptureError(reason))
-    last = failures[-1]
-    raise CaptureError(f"the model cannot be traced: {getattr(last, 'origin', '')}: {last}") from last
+        failure = CaptureError(broken)
+        reasons.append(broken)
+    raise CaptureError(f"the model cannot be traced: {getattr(failure, 'origin', '')}: {failure}") from failure
+
+
+def _with_leaves(
+    model: nn.Module,
+    call: Call,
+    rows: int,
+    forward: Callable[..., Any],
+    symbolic: str,
+    kept: dict[str, str],
+    reasons: list[str],
+) -> Captured:
+    """Traces until no more modules have to be kept whole; adds them, with the reason, to ``kept``."""
+    while True:
+        trace = _Trace(model, call, rows, forward, symbolic, kept)
+        try:
+            return trace.run(reasons)
+        except DATA_DEPENDENT as error:
+            path = _next_leaf(trace.recorder.paths, kept)
+            if path is None:
+                if isinstance(error, CaptureError):
+                    raise
+                raise CaptureError(
+                    f"{getattr(error, 'origin', '')}: what the model does here depends on values that only a running "
+                    f"step knows ({type(error).__name__}); move it into a module of its own, which can be kept whole"
+                ) from error
+            kept[path] = str(error).splitlines()[0][:200] or type(error).__name__
+
+
+def _next_leaf(paths: list[str], kept: dict[str, str]) -> str | None:
+    """The innermost module being run that is not kept whole yet; inside one that is, the next further out."""
+    for path in reversed(paths):
+        if path and not any(path == k or path.startswith(f"{k}.") for k in kept):
+            return path
+    return None
+
+
+def _known(model: nn.Module, leaves: Iterable[str]) -> list[str]:
+    paths = dict(model.named_modules())
+    for path in leaves:
+        if path not in paths or not path:
+            raise InputError(f"leaf_modules= names {path!r}, which is no module inside the model")
+    return list(leaves)
 
 
 class _Trace:
     """One attempt at tracing; holds what its steps share."""
 
     def __init__(
-        self, model: nn.Module, call: Call, microbatch: int, forward: Callable[..., Any], symbolic: str
+        self,
+        model: nn.Module,
+        call: Call,
+        microbatch: int,
+        forward: Callable[..., Any],
+        symbolic: str,
+        kept: Mapping[str, str],
     ) -> None:
         self.model = model
         self.call = call
@@ -87,10 +144,15 @@ class _Trace:
         self.real = dict(named_tensors(model))
         self.parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         self.values = Values(call.tensors, self._attribute, self.parameters.__contains__)
-        self.recorder = Recorder(self.graph, self.sizes, self.values, self._constant)
+        self.kept = kept
+        self.recorder = Recorder(self.graph, self.sizes, self.values, self._constant, frozenset(kept), self._learn)
         self.expected: dict[str, tuple[Any, ...]] = {}
 
-    def run(self, failures: list[Exception]) -> Captured:
+    def run(self, reasons: list[str]) -> Captured:
+        with torch.inference_mode(False):
+            return self._run_outside_inference(reasons)
+
+    def _run_outside_inference(self, reasons: list[str]) -> Captured:
         fakes = fakes_of(self.model, self.mode, self.device)
         for name, fake in fakes.items():
             self.recorder.add_attribute(name, fake, self.real[name])
@@ -98,7 +160,8 @@ class _Trace:
         args, kwargs = self.call.rebuild(inputs)
         with with_fakes(self.model, fakes) as changes, _without_caches(self.model) as notes:
             out = self._run(args, kwargs)
-        notes = [*notes, *self._give_up_notes(failures), *_attribute_notes(changes)]
+        notes = [*notes, *self._give_up_notes(reasons), *_attribute_notes(changes)]
+        notes += [f"module {path} is kept whole: {why}" for path, why in self.kept.items()]
         return self._finish(out, fakes, changes, notes)
 
     def _run(self, args: Any, kwargs: Any) -> Any:
@@ -192,7 +255,7 @@ class _Trace:
         groups = [[n.name for n in group if n.name in alive] for group in self.recorder.aliases.groups]
         return Captured(
             model=self.model, graph=self.graph, constants=self.constants, call=self.call, microbatch=self.microbatch,
-            outputs=outputs, out_spec=spec,
+            outputs=outputs, out_spec=spec, leaves={p: tuple(c) for p, c in self.recorder.leaf_calls.items()},
             sizes={symbol: (node.name, dim) for symbol, (node, dim) in self.sizes.sources.items()},
             shapes=self.expected, guards=self.shapes.decided() if self.shapes else (), reads=reads,
             read_values=tuple(value for _, value in self.values.reads),
@@ -205,7 +268,8 @@ class _Trace:
         for read, _ in self.values.reads:
             moving = [n for n in _ancestors([read]) if n.op == "get_attr" and str(n.target) in written]
             if moving:
-                raise CaptureError(
+                self.recorder.paths.append(origin_of(read).path)
+                raise DependsOnData(
                     f"{origin_of(read)}: the model's Python reads buffer {moving[0].target!r}, which its forward "
                     f"changes; keep the module whole with leaf_modules="
                 )
@@ -267,11 +331,41 @@ class _Trace:
         graph.output(tuple(copies[node] for node in reads))
         return fx.GraphModule(_Root(self._attribute, graph), graph)
 
-    def _give_up_notes(self, failures: list[Exception]) -> list[str]:
-        if not failures:
+    def _give_up_notes(self, reasons: list[str]) -> list[str]:
+        if not reasons:
             return []
         kept = {"batch": "the batch alone has a symbolic size", "nothing": "all sizes are fixed"}[self.symbolic]
-        return [f"{kept}, inputs of other sizes are captured anew: {str(failures[0]).splitlines()[0][:200]}"]
+        return [f"{kept}, inputs of other sizes are captured anew: {reasons[0]}"]
+
+    def _learn(self, call: LeafCall, nodes: list[fx.Node]) -> Any:
+        """Runs a leaf for real, on what the graph computes from a sample microbatch; its output with fakes."""
+        if self.shapes is not None:
+            raise NotImplementedError(f"module {call.path} gives sizes that only a run tells")
+        if any(t.is_meta for t in self.real.values()):
+            raise CaptureError(f"module {call.path!r} must be run to be captured, but the model is on the meta device")
+        sample = {n: t[: self.microbatch] if n in self.call.batched else t for n, t in self.call.tensors.items()}
+        evaluator = Evaluator(sample, self._attribute, self._leaf)
+        values = tuple(evaluator.value(node) for node in nodes)
+        with torch._C.DisableTorchFunction(), _disable_current_modes(), torch.enable_grad():
+            values = tuple(_wanting(v, n.meta["val"]) for v, n in zip(values, nodes, strict=True))
+            args, kwargs = call.rebuild(values)
+            out = copy_of(call.module, call.path, self.real)(*args, **kwargs)
+        return pytree.tree_map_only(Tensor, self._as_fake, out)
+
+    def _as_fake(self, tensor: Tensor) -> Tensor:
+        """A fake for a real tensor; one that wants a gradient has a history, as the result of an operation."""
+        with torch._C.DisableTorchFunction():
+            fake = self.mode.from_tensor(tensor.detach(), static_shapes=True)
+            return fake.requires_grad_().view_as(fake) if tensor.requires_grad else fake
+
+    def _leaf(self, target: str) -> Leaf:
+        path = next(path for path in self.recorder.leaf_calls if attribute_of(path) == target)
+        return Leaf(self.recorder.leaf_calls[path], self.real)
+
+
+def _wanting(value: Any, like: Any) -> Any:
+    wants = isinstance(value, Tensor) and isinstance(like, Tensor) and like.requires_grad
+    return value.detach().requires_grad_().view_as(value) if wants else value
 
 
 class _Root(nn.Module):

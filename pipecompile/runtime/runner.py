@@ -46,6 +46,8 @@ class Runner:
         self.stage = stage
         self.weights = weights
         self.lane = lane
+        module = stage.module
+        self.names = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
 
     def forward(self, microbatch: Microbatch, received: Mapping[int, Values]) -> dict[int, Values]:
         """Runs one microbatch; returns what each later stage reads."""
@@ -96,7 +98,7 @@ class Runner:
 
     def _call(self, arguments: Sequence[Value]) -> tuple[Tensor, ...]:
         try:
-            leaves = dict(self.weights.current.leaves)
+            leaves = {name: leaf for name, leaf in self.weights.current.leaves.items() if name in self.names}
             returned: tuple[Tensor, ...] = functional_call(
                 self.stage.module, leaves, tuple(arguments), tie_weights=False
             )

@@ -53,7 +53,10 @@ class Weights:
 
     def begin(self, tensors: Mapping[str, Tensor]) -> None:
         """Begins a pass: leaves without gradients, on the present values of the tensors that the pass reads."""
+        new = [t for name, t in tensors.items() if t.requires_grad and name not in self.tensors]
         self.tensors.update(tensors)
+        if self.optimizer is not None and new:
+            self.optimizer.add_param_group({"params": new})
         self.current = self._version()
 
     def check(self, version: Version) -> None:

@@ -1,0 +1,74 @@
+"""Runs a part of the graph that is being recorded for real: the values of some nodes, not only their shapes."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from pipecompile.capture.origin import origin_of
+
+
+class Evaluator:
+    """Values of nodes for one set of inputs, each computed once.
+
+    Args:
+        inputs: real tensors by placeholder name.
+        attribute: gives the real tensor for a ``get_attr`` name.
+        module: gives what a ``call_module`` node runs.
+        check: sees each node before it is computed, and raises if it must not be.
+    """
+
+    def __init__(
+        self,
+        inputs: Mapping[str, Tensor],
+        attribute: Callable[[str], Tensor],
+        module: Callable[[str], Callable[..., Any]],
+        check: Callable[[fx.Node], None] = lambda node: None,
+    ) -> None:
+        self.inputs = inputs
+        self.attribute = attribute
+        self.module = module
+        self.check = check
+        self.known: dict[fx.Node, Any] = {}
+
+    def value(self, node: fx.Node) -> Any:
+        """The value of a node, outside all modes of the trace and without gradients."""
+        with torch._C.DisableTorchFunction(), _disable_current_modes(), torch.no_grad():
+            return self._value(node)
+
+    def _value(self, node: fx.Node) -> Any:
+        stack = [node]
+        while stack:  # no recursion: a graph may be deeper than Python's stack
+            current = stack[-1]
+            waiting = [source for source in current.all_input_nodes if source not in self.known]
+            if current in self.known or not waiting:
+                stack.pop()
+                if current not in self.known:
+                    self.known[current] = self._compute(current)
+            else:
+                stack.extend(waiting)
+        return self.known[node]
+
+    def _compute(self, node: fx.Node) -> Any:
+        self.check(node)
+        if node.op == "placeholder":
+            return self.inputs[node.name]
+        if node.op == "get_attr":
+            tensor = self.attribute(str(node.target))
+            return tensor if tensor.requires_grad else tensor.clone()  # a buffer may be written
+        args: Any = fx.map_arg(node.args, self.known.__getitem__)
+        kwargs: Any = fx.map_arg(node.kwargs, self.known.__getitem__)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        if node.op == "call_module":
+            return self.module(str(node.target))(*args, **kwargs)
+        if node.target is operator.getitem:
+            return args[0][args[1]]
+        assert callable(node.target), origin_of(node)
+        return node.target(*args, **kwargs)

@@ -1,0 +1,36 @@
+"""What to run on fake tensors in place of functions whose own fake kernels are missing, or refuse what real ones take.
+
+A stand-in gives a tensor of the right shape, type and need of a gradient; the graph records the function itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _grouped_mm(a: Tensor, b: Tensor, *, offs: Tensor | None = None, bias: Any = None, out_dtype: Any = None) -> Tensor:
+    """The fake kernel wants bfloat16; the real one on CPU takes any type."""
+    if offs is None:
+        return torch.bmm(a, b)
+    if b.ndim == 3:  # rows of a are dealt out to the matrices of b
+        return a @ b[0] if a.ndim == 2 else torch.bmm(a, b)
+    return (a @ b).unsqueeze(0).expand(offs.shape[0], -1, -1) * 1  # the contracted dimension is dealt out
+
+
+def _ctc_loss(log_probs: Tensor, targets: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The shape of what ctc_loss keeps for its backward depends on data; that of its result does not."""
+    reduction = kwargs.get("reduction", args[3] if len(args) > 3 else "mean")
+    none = reduction in ("none", 0)
+    return log_probs.sum((0, 2)) if none and log_probs.ndim == 3 else log_probs.sum()
+
+
+STAND_INS: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.ctc_loss: _ctc_loss,
+    **({F.grouped_mm: _grouped_mm} if hasattr(F, "grouped_mm") else {}),
+    **({torch._grouped_mm: _grouped_mm} if hasattr(torch, "_grouped_mm") else {}),
+}
