@@ -203,7 +203,9 @@ def classifier() -> tuple[nn.Module, Tensor, Tensor]:
     return Classifier().double(), torch.randn(4, D, dtype=torch.float64), torch.tensor([1, 4, 0, 2])
 
 
-@pytest.mark.parametrize("make", [lambda: cross_entropy, nn.CrossEntropyLoss, lambda: lambda *a: {"loss": F.nll_loss(*a)}])
+@pytest.mark.parametrize(
+    "make", [lambda: cross_entropy, nn.CrossEntropyLoss, lambda: lambda *a: {"loss": F.nll_loss(*a)}]
+)
 def test_a_loss_function_runs_in_the_last_stage(make: Callable[[], Any]) -> None:
     model, x, target = classifier()
     loss_fn = make()
@@ -308,7 +310,7 @@ def test_the_callers_autocast_holds_in_every_stage() -> None:
     assert not torch.equal(output.float(), model(x))
 
 
-def test_the_same_call_with_and_without_autocast_is_one_capture() -> None:
+def test_the_same_call_with_and_without_autocast_is_two_captures() -> None:
     model, x = blocks(4), torch.randn(4, D)
     pipe = pipe_of(model)
     plain = pipe(x)

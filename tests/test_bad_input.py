@@ -166,9 +166,9 @@ def test_a_model_without_parameters_works_in_one_stage() -> None:
     torch.testing.assert_close(pipe_of(Plain(), 1)(x), x.sin().cos().tan())
 
 
-def test_a_model_without_parameters_cannot_be_cut() -> None:
-    with refused(InfeasibleError, "2 stages", "at most 1"):
-        pipe_of(Plain())(floats())
+def test_a_model_without_parameters_is_cut_too() -> None:
+    x = floats()
+    torch.testing.assert_close(pipe_of(Plain(), 2)(x), x.sin().cos().tan())
 
 
 # Batches
@@ -220,7 +220,7 @@ def test_a_batch_that_is_not_made_of_tensors(names: Any) -> None:
 
 def test_strings_inside_a_dict_of_the_batch() -> None:
     pipe = pipe_of()
-    with refused(InputError, "'names'", "list", "4 items"):
+    with refused(InputError, "'names.text'", "list", "4 items"):
         pipe(floats(), names={"text": ["a", "b", "c", "d"]})
 
 
@@ -402,7 +402,7 @@ def test_a_model_that_raises_itself() -> None:
 def test_a_model_on_the_meta_device_can_be_planned_but_not_called() -> None:
     with torch.device("meta"):
         model = Net()
-    x = floats().to("meta")
+    x = floats()
     pipe = pipe_of(model, example_inputs=(x,), profile=None)
     assert pipe.plan.num_stages == 2
     assert pipe.predicted.makespan > 0
@@ -414,7 +414,7 @@ def test_a_model_on_the_meta_device_cannot_be_measured() -> None:
     with torch.device("meta"):
         model = Net()
     with refused(PipecompileError, "meta device", "profile='count'"):
-        pipe_of(model, profile="measure", example_inputs=(floats().to("meta"),))
+        pipe_of(model, profile="measure", example_inputs=(floats(),))
 
 
 # The loss

@@ -130,7 +130,7 @@ def test_the_code_reads_like_the_model() -> None:
     _, stages = by_hand(captured, graph, ["1"])
     lines = [line.split(";")[0].strip() for line in stages[1].code.strip().splitlines()]
     assert lines[0].startswith("def forward(self, tanh")
-    assert "getattr(self, \"1\")" in stages[1].code
+    assert 'getattr(self, "1")' in stages[1].code
     assert [line.split(" = ")[1].split("(")[0] for line in lines if "torch" in line] == [
         "torch._C._nn.linear",
         "torch.tanh",

@@ -1,0 +1,288 @@
+"""Costs: equal operations are timed once, saved bytes are those that autograd keeps, and a model without memory counts."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from models import MODELS
+from torch import Tensor, nn
+from toys import D, blocks
+
+from pipecompile.capture import Captured, capture, read_call, summarize
+from pipecompile.errors import PipecompileError
+from pipecompile.graph import Cost, CostedGraph
+from pipecompile.profile import Roofline, profile
+
+module = importlib.import_module("pipecompile.profile")
+CPU = torch.device("cpu")
+
+
+class Meter:
+    """A clock that counts what it is asked to time; a call takes a second, with its backward two more."""
+
+    timed: list[str]
+
+    def __init__(self, device: torch.device) -> None:
+        self.fake = nullcontext()
+        self.timed = Meter.timed = []
+
+    def tensor(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().clone()
+
+    def seconds(self, run: Callable[[], Any], nbytes: int) -> float:
+        run()
+        both = run.__name__ == "forward_backward"
+        self.timed.append("both" if both else "forward")
+        return 3.0 if both else 1.0
+
+
+@pytest.fixture
+def meter(monkeypatch: pytest.MonkeyPatch) -> type[Meter]:
+    monkeypatch.setattr(module, "_Clock", Meter)
+    return Meter
+
+
+def captured_of(name: str, batch: int = 4) -> Captured:
+    args, kwargs = MODELS[name].inputs(batch, MODELS[name].lengths[0])
+    model = MODELS[name].build()
+    return capture(model, read_call(model.forward, args, kwargs))
+
+
+def captured(model: nn.Module, *args: Any, microbatch: int | None = None) -> Captured:
+    return capture(model, read_call(model.forward, args, {}), microbatch)
+
+
+def costed(capture: Captured, how: Any = "count", **options: Any) -> CostedGraph:
+    return profile(capture, summarize(capture), how, **options)
+
+
+def cost_of(result: CostedGraph, op: str) -> list[Cost]:
+    return [cost for node, cost in zip(result.graph.nodes, result.costs, strict=True) if node.op == op]
+
+
+# Seconds
+
+
+def test_equal_operations_on_equal_shapes_are_timed_once(meter: type[Meter]) -> None:
+    result = costed(captured(blocks(6), torch.ones(4, D)), "measure")
+    assert len(cost_of(result, "linear")) == len(cost_of(result, "tanh")) == 6
+    # the first linear reads an input, which wants no gradient; the others read activations, which do
+    assert meter.timed == ["forward", "both"] * 3
+    assert {(cost.forward, cost.backward) for cost in cost_of(result, "linear")} == {(1.0, 2.0)}
+
+
+@pytest.mark.parametrize("width", [D, D + 1])
+def test_another_shape_is_timed_anew(width: int, meter: type[Meter]) -> None:
+    model = nn.Sequential(nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, width), nn.Linear(width, D))
+    costed(captured(model, torch.ones(4, D)), "measure")
+    assert len(meter.timed) == 2 * (2 if width == D else 4)
+
+
+def test_another_option_is_timed_anew(meter: type[Meter]) -> None:
+    class Sums(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.sum(dim=0).sum() + x.sum(dim=1).sum() + x.sum(dim=0, keepdim=True).sum() + x.sum(dim=0).sum()
+
+    result = costed(captured(Sums(), torch.ones(4, 4)), "measure")
+    assert len(cost_of(result, "sum")) == 8
+    # three ways to sum the matrix, the sum of a vector and of a matrix of one row; and one addition of scalars
+    assert meter.timed == ["forward"] * 6
+
+
+def test_what_wants_no_gradient_has_no_backward(meter: type[Meter]) -> None:
+    result = costed(captured_of("frozen"), "measure")
+    frozen = [c for n, c in zip(result.graph.nodes, result.costs, strict=True) if n.path.startswith("start")]
+    assert frozen
+    assert {cost.backward for cost in frozen} == {0.0}
+    assert any(cost.backward for cost in result.costs)
+
+
+def test_sizes_and_inputs_cost_nothing(meter: type[Meter]) -> None:
+    result = costed(captured_of("sizes"), "measure")
+    assert cost_of(result, "input") == [Cost()]
+    assert set(cost_of(result, "size")) == {Cost()}
+
+
+def test_a_clock_gives_the_median_of_several_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter([0.0, 5.0, 10.0, 11.0, 20.0, 22.0])
+    runs: list[int] = []
+    monkeypatch.setattr(module, "REPEATS", (3, 3))
+    monkeypatch.setattr(module.time, "perf_counter", lambda: next(ticks))
+    assert module._Clock(CPU).seconds(lambda: runs.append(1), 0) == 2.0
+    assert len(runs) == 4  # the first run is not timed
+
+
+def test_a_slow_operation_is_not_repeated_more_than_it_must() -> None:
+    runs: list[int] = []
+    clock = iter(range(100))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module.time, "perf_counter", lambda: float(next(clock)))
+        module._Clock(CPU).seconds(lambda: runs.append(1), 0)
+    assert len(runs) == 1 + module.REPEATS[0]
+
+
+def test_a_measured_profile_has_seconds_and_says_where_they_are_from() -> None:
+    result = costed(captured_of("used_twice"), "measure")
+    assert result.origin == f"measured: cpu, torch {torch.__version__}"
+    assert all(cost.forward > 0 for cost in cost_of(result, "linear"))
+    assert sum(cost.backward for cost in cost_of(result, "linear")) > 0
+
+
+@pytest.mark.parametrize("name", ["in_place_views", "buffers_in_place", "custom_functions", "label_shift", "autocast"])
+@pytest.mark.parametrize("how", ["measure", "count"])
+def test_a_profile_leaves_parameters_buffers_and_inputs_as_they_were(name: str, how: str) -> None:
+    capture = captured_of(name)
+    tensors = [*capture.model.parameters(), *capture.model.buffers(), *capture.call.tensors.values()]
+    before = [(tensor.clone(), tensor.grad) for tensor in tensors]
+    state = torch.get_rng_state()
+    assert costed(capture, how).seconds > 0
+    assert all(torch.equal(t, copy) and t.grad is grad for t, (copy, grad) in zip(tensors, before, strict=True))
+    assert how == "measure" or torch.equal(torch.get_rng_state(), state)
+
+
+# Bytes
+
+
+def kept_by_autograd(capture: Captured) -> int:
+    """Bytes of the storages, parameters apart, that autograd keeps in a run of the unsplit model."""
+    parameters = {p.untyped_storage().data_ptr() for p in capture.model.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in parameters:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    args, kwargs = capture.call.rebuild(capture.call.tensors)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = capture.model(*args, **kwargs)
+    del output
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+SAVING = [
+    "gpt2", "gpt2_padded", "bert", "t5", "vit", "unet", "resnet50", "two_towers", "dict_in_out", "tied",
+    "long_skip", "in_place", "no_grad", "frozen", "unused", "integers", "used_twice", "custom_functions",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SAVING)
+def test_saved_bytes_are_what_autograd_keeps_of_the_whole_model(name: str) -> None:
+    capture = captured_of(name)
+    saved = sum(cost.saved_bytes for cost in costed(capture).costs)
+    assert saved > 0
+    assert saved == pytest.approx(kept_by_autograd(capture), rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["dict_in_out", "unet", "in_place"])
+def test_measured_and_counted_bytes_are_the_same(name: str) -> None:
+    capture = captured_of(name)
+    measured, counted = (costed(capture, how).costs for how in ("measure", "count"))
+    assert [cost.saved_bytes for cost in measured] == [cost.saved_bytes for cost in counted]
+
+
+def test_a_value_that_two_operations_keep_counts_for_the_first() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(D, D, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.layer(x)
+            return h.exp() * h + h.sin() * h
+
+    result = costed(captured(Shared(), torch.ones(4, D)))
+    floats = 4 * D * 4
+    saved = [cost.saved_bytes // floats for cost in result.costs]
+    # x; exp keeps its result; mul keeps h; sin keeps nothing new; mul keeps sin's result
+    assert [*zip([n.op for n in result.graph.nodes], saved, strict=True)] == [
+        ("input", 0), ("linear", 1), ("exp", 1), ("mul", 1), ("sin", 0), ("mul", 1), ("add", 0),
+    ]  # fmt: skip
+
+
+def test_costs_are_those_of_one_microbatch() -> None:
+    model, x = blocks(3), torch.ones(8, D)
+    whole, half = (sum(c.saved_bytes for c in costed(captured(model, x, microbatch=rows)).costs) for rows in (8, 4))
+    assert whole == 2 * half > 0
+
+
+def test_parameters_are_not_saved_bytes() -> None:
+    result = costed(captured(nn.Sequential(nn.Linear(D, 1000), nn.Linear(1000, D)), torch.ones(1, D)))
+    assert sum(cost.saved_bytes for cost in result.costs) == (D + 1000) * 4
+
+
+# Counting
+
+
+def meta(make: Callable[[], nn.Module]) -> nn.Module:
+    with torch.device("meta"):
+        return make()
+
+
+def test_a_model_on_the_meta_device_is_counted_like_a_real_one() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    def make() -> nn.Module:
+        sizes = {"vocab_size": 61, "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2}
+        return GPT2LMHeadModel(GPT2Config(use_cache=False, **sizes))
+
+    ids = torch.ones(2, 8, dtype=torch.long)
+    on_meta = costed(captured(meta(make), ids), None)
+    real = costed(captured(make(), ids))
+    assert on_meta.origin == "counted"
+    assert on_meta.costs == real.costs
+    assert on_meta.seconds > 0
+
+
+def test_a_model_on_the_meta_device_cannot_be_measured() -> None:
+    capture = captured(meta(lambda: blocks(2)), torch.ones(4, D))
+    with pytest.raises(PipecompileError, match=r"meta device.*profile='count'"):
+        costed(capture, "measure")
+
+
+def test_seconds_are_counted_from_arithmetic_and_memory() -> None:
+    model = nn.Linear(256, 256, bias=False)
+    capture = captured(model, torch.ones(64, 256))
+    flops = 2 * 64 * 256 * 256
+    (slow,) = cost_of(costed(capture, roofline=Roofline(flops=1e6, bandwidth=1e12, launch=0.0)), "linear")
+    assert slow.forward == pytest.approx(flops / 1e6)
+    assert slow.backward == pytest.approx(flops / 1e6)  # the weight's gradient: the input wants none
+    (heavy,) = cost_of(costed(capture, roofline=Roofline(flops=1e15, bandwidth=1e6, launch=0.0)), "linear")
+    assert heavy.forward == pytest.approx(4 * (64 * 256 + 256 * 256 + 64 * 256) / 1e6)
+
+
+def test_a_view_takes_no_time() -> None:
+    class Views(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.transpose(0, 1)[1:].unsqueeze(0).exp()
+
+    result = costed(captured(Views(), torch.ones(4, D)))
+    assert [cost.forward > 0 for cost in result.costs] == [False, False, False, False, True]
+
+
+def test_more_work_costs_more() -> None:
+    wide, narrow = (
+        sum(c.forward for c in cost_of(costed(captured(nn.Linear(n, n), torch.ones(512, n))), "linear"))
+        for n in (4096, 512)
+    )
+    assert wide > 8 * narrow
+
+
+def test_every_node_has_a_cost() -> None:
+    for name in ("gpt2", "two_towers"):
+        result = costed(captured_of(name))
+        assert len(result.costs) == len(result.graph)
+        assert CostedGraph.from_json(result.to_json()) == result
+
+
+def test_a_node_that_cannot_run_says_where() -> None:
+    capture = captured(nn.Sequential(nn.Linear(D, D), nn.Linear(D, D)), torch.ones(4, D))
+    (name,) = capture.call.tensors
+    capture.call.tensors[name] = torch.ones(4, D + 1)  # type: ignore[index]
+    with pytest.raises(PipecompileError, match=r"module '0', .*cannot be run"):
+        costed(capture)
