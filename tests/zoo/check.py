@@ -10,18 +10,20 @@ from __future__ import annotations
 import importlib.util
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
-from oracle import Run, microbatched, preserved
+from oracle import Run, preserved, split
 from torch import Tensor, nn
 
 import pipecompile
 from pipecompile import compiled
-from pipecompile.capture import capture, read_call, summarize
+from pipecompile.capture import Call, read_call, summarize
 from pipecompile.errors import ExecutionError, PipecompileError
+from pipecompile.graph import Graph
 from zoo.entry import ROWS, Entry
 
 STAGES = (2, 4)
@@ -56,8 +58,8 @@ def examine(entry: Entry) -> Iterator[dict[str, Any]]:
     model = entry.build()
     references = _references(entry, model)
     references(sizes(entry)[0], 1)
-    yield from _traced(entry, model)
     with _one_capture_for_many_plans():
+        yield from _traced(entry, model)
         for stages in STAGES:
             yield {f"stages {stages}": "hang"}
             verdict, captures = _train(entry, model, stages, references)
@@ -68,7 +70,8 @@ def _traced(entry: Entry, model: nn.Module) -> Iterator[dict[str, Any]]:
     args, kwargs = entry.inputs(ROWS[0], entry.lengths[0])
     start = time.perf_counter()
     try:
-        captured = capture(model, read_call(model.forward, args, kwargs), ROWS[0] if entry.whole else ROWS[0] // 2)
+        call = read_call(model.forward, args, kwargs, {})
+        captured = compiled.capture(model, call, ROWS[0] if entry.whole else ROWS[0] // 2, None)
     except Exception:
         return
     seconds = time.perf_counter() - start
@@ -107,22 +110,24 @@ def _step(entry: Entry, pipe: Any, size: Size, microbatches: int, references: Ca
 def _references(entry: Entry, model: nn.Module) -> Callable[[Size, int], Run]:
     @cache
     def reference(size: Size, microbatches: int) -> Run:
-        if microbatches == 1 or not entry.mixes:
-            return _run(entry, model, model, size)
-        inputs = entry.inputs(size.batch, size.length)
-        return microbatched(model, entry.loss, inputs, microbatches, entry.inside)
+        return _run(entry, model, model, size, microbatches if entry.mixes else 1)
 
     return reference
 
 
-def _run(entry: Entry, call: Callable[..., Any], model: nn.Module, size: Size) -> Run:
-    """One step on the whole batch, of the model or of a pipeline of it."""
-    args, kwargs = entry.inputs(size.batch, size.length)
+def _run(entry: Entry, call: Callable[..., Any], model: nn.Module, size: Size, microbatches: int = 1) -> Run:
+    """One step of the model, or of a pipeline of it, over microbatches one after the other.
+
+    Every loss of the zoo is a mean over the rows, so that of the batch is the parts' by their shares.
+    """
     with preserved(model):
-        value = entry.loss(call(*args, **kwargs))
-        value.backward()
+        losses = []
+        for args, kwargs in split(entry.inputs(size.batch, size.length), microbatches):
+            losses.append(entry.loss(call(*args, **kwargs)) / microbatches)
+            losses[-1].backward()
         gradients = {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
-        return Run(value.detach(), None, gradients, {n: b.clone() for n, b in model.named_buffers()})
+        loss = torch.stack([loss.detach() for loss in losses]).sum()
+        return Run(loss, None, gradients, {n: b.clone() for n, b in model.named_buffers()})
 
 
 def difference(actual: Run, expected: Run, tolerance: float, buffers: bool = False) -> str:
@@ -171,20 +176,27 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {message}"[:400]
 
 
-class _one_capture_for_many_plans:
-    """Lets pipelines of the same model share captures: stages come after the capture, which would be the same."""
+@contextmanager
+def _one_capture_for_many_plans() -> Iterator[None]:
+    """Lets pipelines of one model share captures and profiles: stages come after both, which would be the same."""
+    verbs, known = {"capture": compiled.capture, "profile": compiled.profile}, {}
 
-    def __enter__(self) -> None:
-        self.capture, known = compiled.capture, {}
+    def remembered(verb: str, subject: Any, *rest: Any) -> Any:
+        key = (verb, id(subject), *map(_key, rest))
+        if key not in known:
+            known[key] = subject, verbs[verb](subject, *rest)
+        return known[key][1]
 
-        def remembered(model: nn.Module, call: Any, microbatch: int | None, *rest: Any, **more: Any) -> Any:
-            shapes = tuple(sorted((name, tuple(tensor.shape)) for name, tensor in call.tensors.items()))
-            key = (call.key, shapes, microbatch)
-            if key not in known:
-                known[key] = self.capture(model, call, microbatch, *rest, **more)
-            return known[key]
+    try:
+        for verb in verbs:
+            setattr(compiled, verb, partial(remembered, verb))
+        yield
+    finally:
+        for verb, original in verbs.items():
+            setattr(compiled, verb, original)
 
-        compiled.capture = remembered
 
-    def __exit__(self, *exception: object) -> None:
-        compiled.capture = self.capture
+def _key(argument: Any) -> Any:
+    if isinstance(argument, Call):
+        return argument.key, tuple((name, tuple(tensor.shape)) for name, tensor in argument.tensors.items())
+    return None if isinstance(argument, Graph) else argument  # each call makes an equal one

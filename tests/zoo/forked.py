@@ -78,7 +78,7 @@ def _start(
 def _child(name: str, work: Callable[[str], Iterable[dict[str, Any]]], send: int, seconds: float, memory: int) -> None:
     """The life of a child; whatever happens in it, it never returns into the parent's code."""
     try:
-        log = os.open(LOGS / f"{name}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        log = os.open(LOGS / f"{name}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(log, 1)
         os.dup2(log, 2)
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))

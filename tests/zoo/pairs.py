@@ -13,7 +13,7 @@ from torch import nn
 from zoo.entry import CLASSES, HEADS, SINGLE, TEXT, VOCABULARY, Entry, all_square, hugging_face, quiet
 from zoo.vision import VIT
 
-CONTRAST = {"mixes": "a contrastive loss compares the samples of the batch"}
+CONTRAST = {"whole": "a contrastive loss compares the samples of the batch"}
 WORDS = {**TEXT, "eos_token_id": VOCABULARY - 1, "projection_dim": 16}
 
 
