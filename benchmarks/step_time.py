@@ -112,7 +112,7 @@ def compare(title: str, model: nn.Module, loss_of: Loss, setting: Setting, round
 def peer_ways(setting: Setting, cut: int, stack: ExitStack) -> list[Way]:
     """torchgpipe only where it is installed."""
     pipelining = stack.enter_context(closing(TorchPipelining(setting, cut)))
-    ways = [Way("torch.distributed.pipelining", pipelining, f"1F1B, two processes, cut before layer {cut}")]
+    ways = [Way("torch.distributed.pipelining", pipelining, f"1F1B, two processes, cut at layer {cut}")]
     try:
         ways.append(Way("torchgpipe", torchgpipe_step(setting, cut), "GPipe, backward on one thread"))
     except ImportError as missing:
