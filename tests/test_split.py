@@ -81,7 +81,7 @@ def run(stages: Sequence[Stage], inputs: dict[str, Tensor]) -> dict[str, Tensor]
     return values
 
 
-SAMPLE = ["gpt2", "t5", "unet", "two_towers", "tied", "buffers_in_place", "no_grad", "sizes"]
+SAMPLE = ["gpt2", "unet", "two_towers", "tied", "buffers_in_place", "no_grad", "sizes"]
 
 
 @pytest.mark.parametrize("name", SAMPLE)
@@ -189,7 +189,7 @@ def test_an_input_goes_straight_to_the_stage_that_reads_it() -> None:
     assert [stage.inputs for stage in stages] == [("x",), (), ("late",)]
 
 
-@pytest.mark.parametrize("name", ["gpt2_padded", "bert", "llama", "t5", "sizes"])
+@pytest.mark.parametrize("name", ["gpt2_padded", "llama", "sizes"])
 def test_replicated_values_are_computed_again_and_never_sent(name: str) -> None:
     _, graph, plan, stages = of(name, 3)
     replicated = {node.name for node in graph.nodes if node.replicated and node.op != "input"}
@@ -334,7 +334,7 @@ def apart() -> Iterator[Callable[..., Any]]:
 
 
 ON_DEVICES = [
-    "gpt2", "gpt2_padded", "bert", "llama", "t5", "vit", "unet", "sizes", "label_shift", "in_place", "in_place_views",
+    "gpt2", "llama", "t5", "unet", "sizes", "label_shift", "in_place", "in_place_views",
     "buffers_in_place", "buffers_rebound", "dict_in_out", "options", "no_grad", "custom_functions", "integers",
 ]  # fmt: skip
 
@@ -382,7 +382,7 @@ WAYS: dict[str, Any] = {
     "index": lambda self, x: x[:, torch.tensor([0] * D)],
     "device context": lambda self, x: _in_context(x),
     "as tensor": lambda self, x: torch.as_tensor([1.0] * D, device=x.device),
-    "where": lambda self, x: torch.where(x > 0, torch.tensor(0.0), torch.tensor(1.0)),
+    "where": lambda self, x: torch.where(x > 0, torch.zeros(()), torch.ones(())),
     "linspace": lambda self, x: torch.linspace(0, 1, D, dtype=x.dtype),
     "embedding": lambda self, x: torch.nn.functional.one_hot(torch.arange(D) % 3, D)[0],
     "random": lambda self, x: torch.rand(D) + torch.randn(D, device=x.device),
