@@ -119,7 +119,8 @@ def place(captured: Captured, plan: Plan, graph: Graph, devices: Sequence[torch.
     model = captured.model
     if any(p.is_meta for p in model.parameters()):
         return
-    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    written_tensors = {**parameters, **dict(model.named_buffers(remove_duplicate=False)), **captured.constants}
     written = {n.name: origin_of(n).writes for n in captured.graph.nodes}
     for node, stage in reversed(list(zip(graph.nodes, plan.stage_of, strict=True))):
         if stage is None:
@@ -128,7 +129,7 @@ def place(captured: Captured, plan: Plan, graph: Graph, devices: Sequence[torch.
         for name in node.parameters:
             _move(parameters[name], device)
         for name in written[node.name]:
-            _move(buffers[name], device)
+            _move(written_tensors[name], device)
 
 
 def _move(tensor: Tensor, device: torch.device) -> None:

@@ -168,6 +168,12 @@ class Pipeline(nn.Module):
     def _batch(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> steps.Batch:
         """A call with the capture that it runs on, which is made if there is none, and its microbatches."""
         call = read_call(self._signature, args, kwargs, self._batched)
+        if not any(p.is_meta for p in self.model.parameters()):
+            for name, tensor in call.tensors.items():
+                if tensor.is_meta:
+                    raise InputError(
+                        f"argument {name!r} is on the meta device, which holds no values; pass a real tensor"
+                    )
         for name, tensor in call.tensors.items():
             self._batched.setdefault((name, tensor.ndim), name in call.batched)
         ambient = Ambient.of_caller(frozenset(device.type for device in self.devices))

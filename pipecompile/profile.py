@@ -137,6 +137,7 @@ class _Walk:
         self.device = device
         self.meter = meter
         self.values: dict[fx.Node, Any] = {}
+        self.inputs = {name: self._input(name) for name in captured.call.tensors}
         self.timed: dict[Any, tuple[float, float]] = {}
         self.kept: dict[int, Any] = {}  # storages that some node keeps, held so that their address is not used twice
         self.attributes = {
@@ -172,16 +173,19 @@ class _Walk:
     def _visit(self, node: fx.Node) -> Cost | None:
         match node.op:
             case "placeholder":
-                call = self.captured.call
-                tensor = call.tensors[node.name].detach()
-                rows = tensor[: self.captured.microbatch] if node.name in call.batched else tensor
-                self.values[node] = self.meter.tensor(rows.contiguous())
+                self.values[node] = self.inputs[node.name]
             case "get_attr":
                 tensor = self.attributes[str(node.target)]
                 self.values[node] = self._attribute(tensor)
             case "call_function" | "call_method" | "call_module":
                 return self._measure(node)
         return None
+
+    def _input(self, name: str) -> Tensor:
+        call = self.captured.call
+        tensor = call.tensors[name].detach()
+        rows = tensor[: self.captured.microbatch] if name in call.batched else tensor
+        return self.meter.tensor(rows.clone()).requires_grad_(call.tensors[name].requires_grad)
 
     def _attribute(self, tensor: Tensor) -> Tensor:
         value = self.meter.tensor(tensor)
@@ -199,10 +203,12 @@ class _Walk:
             self.values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
             return Cost()
         function = self._leaf(node) if node.op == "call_module" else node.target
+        if isinstance(function, nn.Module) and isinstance(self.meter, _Counter):
+            return self._count_leaf(node, function, args)
         run = _Call(node, function, args, kwargs)
         saved = _Saved(self.kept)
         with saved:
-            self.values[node] = run.value()
+            self.values[node] = _as_recorded(run.value(), node.meta.get("val"))
         key = (node.target, origin_of(node).region, _described(args), _described(kwargs))
         if key not in self.timed:
             self.timed[key] = self._time(run)
@@ -211,8 +217,22 @@ class _Walk:
 
     def _leaf(self, node: fx.Node) -> nn.Module:
         """A module that is kept whole, on tensors of this walk."""
-        tensors = {name: self._attribute(tensor) for name, tensor in self.attributes.items()}
-        return self.captured.leaf(str(node.target), tensors)
+        prefix = f"{node.target}."
+        mine = {name: self._attribute(t) for name, t in self.attributes.items() if name.startswith(prefix)}
+        return self.captured.leaf(str(node.target), mine)
+
+    def _count_leaf(self, node: fx.Node, leaf: nn.Module, args: Any) -> Cost:
+        """A leaf that no fake can run: as if each row of its first tensor met each of its parameters once."""
+        assert isinstance(self.meter, _Counter)
+        self.values[node] = _map_tensors(
+            lambda t: torch.empty(t.shape, dtype=t.dtype).requires_grad_(t.requires_grad), node.meta["val"]
+        )
+        tensors = _tensors((args, self.values[node]))
+        rows = tensors[0].numel() // max(1, tensors[0].shape[-1] if tensors[0].ndim else 1) if tensors else 1
+        weights = sum(p.numel() for p in leaf.parameters())
+        nbytes = sum(t.nbytes for t in [*tensors, *leaf.parameters()])
+        forward = self.meter.roofline.seconds(2 * rows * weights, nbytes)
+        return Cost(forward, 2 * forward, sum(t.nbytes for t in tensors))
 
     def _time(self, run: _Call) -> tuple[float, float]:
         read, written = _tensors((run.args, run.kwargs)), run.forward()
@@ -222,7 +242,10 @@ class _Walk:
         forward = self.meter.seconds(run.forward, traffic)
         if not run.differentiable:
             return forward, 0.0
-        both = self.meter.seconds(run.forward_backward, 3 * traffic)
+        try:
+            both = self.meter.seconds(run.forward_backward, 3 * traffic)
+        except RuntimeError:  # it cannot be differentiated on its own; most backwards take twice as long as the forward
+            return forward, 2 * forward
         return forward, max(0.0, both - forward)
 
 
@@ -239,15 +262,11 @@ class _Call:
         self.differentiable = False
 
     def value(self) -> Any:
-        """What the nodes after this one read: leaves, and for a write the very memory that was written."""
+        """What the nodes after this one read; for a write the very memory that was written."""
         if not self.mutates:
-            return _detached(self._run(self.args, self.kwargs))
-        wants = bool(self.leaves)
+            return self._run(self.args, self.kwargs)
         with torch.no_grad():
-            return _map_tensors(
-                lambda t: t.detach().requires_grad_(wants and t.dtype.is_floating_point),
-                self._run(self.args, self.kwargs),
-            )
+            return self._run(self.args, self.kwargs)
 
     def forward(self) -> list[Tensor]:
         """Runs the call as often as one likes; the outputs that a backward can start from."""
@@ -308,9 +327,10 @@ def _map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
     return torch.utils._pytree.tree_map_only(Tensor, function, value)
 
 
-def _detached(value: Any) -> Any:
-    """A node's value as the next node's leaf."""
-    return _map_tensors(lambda t: t.detach().requires_grad_(t.requires_grad), value)
+def _as_recorded(value: Any, recorded: Any) -> Any:
+    """A node's value as the next node's leaf, which wants a gradient if the trace says so."""
+    wants = iter([t.requires_grad for t in _tensors(recorded)])
+    return _map_tensors(lambda t: t.detach().requires_grad_(next(wants, False)), value)
 
 
 def _described(value: Any) -> Any:

@@ -23,7 +23,7 @@ from pipecompile.capture.origin import origin_of
 from pipecompile.graph import Graph
 from pipecompile.plan import Plan, members
 from pipecompile.regions import PLAIN, Region, enter_region, exit_region
-from pipecompile.retarget import retarget
+from pipecompile.retarget import retarget, same_device
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,13 @@ class Stage:
     outputs: tuple[str, ...]  # model outputs
     returns: tuple[str, ...]
     origins: Mapping[str, str]  # node -> "module 'h.0.attn', model.py:12", for error messages
+
+    @property
+    def modules(self) -> str:
+        """The first and the last module that the stage runs: "modules 'h.0.attn' to 'h.5.mlp'"."""
+        named = [origin for origin in self.origins.values() if origin.startswith("module ")]
+        paths = [origin.removeprefix("module ").split(",")[0] for origin in named]
+        return f"modules {paths[0]} to {paths[-1]}" if paths else "the model's own forward"
 
     @property
     def code(self) -> str:
@@ -113,13 +120,39 @@ def _graph(
     for source in (n for n in run if n.op != "placeholder"):
         for attribute in (a for a in source.all_input_nodes if a.op == "get_attr" and a not in copies):
             copies[attribute] = graph.get_attr(str(attribute.target))
-        region.change(origin_of(source).region)
+        region.change(_moved(origin_of(source).region, old, new))
         copy = graph.node_copy(source, copies.__getitem__)
         copy.args, copy.kwargs = retarget(copy.args, old, new), retarget(copy.kwargs, old, new)
+        if _makes_on_default_device(source, old) and old.type != new.type:
+            copy.kwargs = {**copy.kwargs, "device": new}
         copies[source] = copy
     region.change(PLAIN)
     graph.output(tuple(copies[nodes[name]] for name in returns))
     return graph
+
+
+# Functions that make a tensor on the default device unless they are told another.
+FACTORIES = frozenset(
+    {
+        torch.arange, torch.as_tensor, torch.empty, torch.eye, torch.full, torch.linspace, torch.logspace, torch.ones,
+        torch.rand, torch.randint, torch.randn, torch.randperm, torch.tensor, torch.tril_indices, torch.triu_indices,
+        torch.zeros, torch.bartlett_window, torch.blackman_window, torch.hamming_window, torch.hann_window,
+        torch.kaiser_window, torch.empty_strided, torch.normal,
+    }
+)  # fmt: skip
+
+
+def _makes_on_default_device(node: fx.Node, old: torch.device) -> bool:
+    """Whether a call made a tensor on the traced device without naming it."""
+    value = node.meta.get("val")
+    made_here = isinstance(value, Tensor) and same_device(value.device, old)
+    return node.target in FACTORIES and made_here and node.kwargs.get("device") is None
+
+
+def _moved(region: Region, old: torch.device, new: torch.device) -> Region:
+    """A region whose autocast of the traced device is that of the stage's."""
+    casts = tuple((new.type if kind == old.type else kind, dtype, on) for kind, dtype, on in region.autocast)
+    return Region(region.grad, casts)
 
 
 class _Regions:

@@ -81,8 +81,6 @@ def read_call(
     for name, tensor in tensors.items():
         if tensor.is_sparse or tensor.layout != torch.strided:
             raise InputError(f"argument {name!r} is a sparse tensor ({tensor.layout}); pass tensor.to_dense()")
-        if tensor.is_meta:
-            raise InputError(f"argument {name!r} is on the meta device, which holds no values; pass a real tensor")
     _check_batch(tensors, batch, batched, bound.arguments)
     return Call(tensors, _key(spec, leaves, tensors), spec, leaves, batch, batched)
 

@@ -37,7 +37,7 @@ def _modules(recorder: Recorder, paths: Mapping[int, str]) -> Iterator[None]:
     original = nn.Module.__call__
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        recorder.paths.append(paths.get(id(self)) or f"{recorder.paths[-1]}<{type(self).__name__}>")
+        recorder.paths.append(paths.get(id(self), f"{recorder.paths[-1]}<{type(self).__name__}>"))
         if recorder.is_leaf:
             out = recorder.call_leaf(self, args, kwargs, lambda *a, **k: original(self, *a, **k))
         else:

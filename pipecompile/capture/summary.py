@@ -10,6 +10,7 @@ from typing import Any
 import torch.fx as fx
 from torch import Tensor
 
+from pipecompile.capture.aliases import storage_key
 from pipecompile.capture.captured import Captured
 from pipecompile.capture.origin import origin_of, short
 from pipecompile.capture.purity import has_effect, is_cheap, name_of
@@ -75,18 +76,32 @@ def _together(
     groups: list[list[int]] = [[by_name[name] for name in group if name in by_name] for group in captured.groups]
     groups += [[index[n.args[0]], i] for n, i in index.items() if _is_item(n) and n.args[0] in index]  # type: ignore[index]
     groups += [[i, j] for i in index.values() if (j := _neighbour(i, fx_nodes, nodes)) is not None]
-    written = {name for n in fx_nodes for name in origin_of(n).writes}
-    for name in sorted(written):
-        groups.append([i for n, i in index.items() if name in origin_of(n).writes or _reads(n, name)])
+    groups += _around_buffers(captured, fx_nodes, index)
     for group in groups:
         placed = tuple(sorted({i for i in group if not nodes[i].replicated}))
         if len(placed) > 1:
             yield placed
 
 
+def _around_buffers(captured: Captured, fx_nodes: list[fx.Node], index: Mapping[fx.Node, int]) -> Iterable[list[int]]:
+    """For each buffer that is written: its writers, and whatever reads it, directly or through a view."""
+    writers: dict[str, list[int]] = {}
+    for n in fx_nodes:
+        for name in origin_of(n).writes:
+            writers.setdefault(name, []).append(index[n])
+    for name, group in writers.items():
+        roots = [n for n in captured.graph.nodes if n.op == "get_attr" and str(n.target) == name]
+        memory = {storage_key(n.meta["val"]) for n in roots} - {None}
+        for n in captured.graph.nodes:
+            value = n.meta.get("val")
+            if isinstance(value, Tensor) and storage_key(value) in memory:
+                group += [index[m] for m in (n, *n.users) if m in index]
+        yield group
+
+
 def _neighbour(i: int, fx_nodes: list[fx.Node], nodes: list[Node]) -> int | None:
-    """For a write to a buffer that reads no activation (a counter): the next node of the same module."""
-    if not origin_of(fx_nodes[i]).writes or not all(nodes[j].replicated for j in nodes[i].inputs):
+    """For a write to a buffer that nothing else hangs on (a counter): the next node of the same module."""
+    if not origin_of(fx_nodes[i]).writes or fx_nodes[i].users or not all(nodes[j].replicated for j in nodes[i].inputs):
         return None
     later = [j for j in range(i + 1, len(nodes)) if not nodes[j].replicated]
     return next((j for j in later if nodes[j].path == nodes[i].path), later[0] if later else None)
@@ -98,10 +113,6 @@ def _is_item(n: fx.Node) -> bool:
         return False
     source = n.args[0]
     return isinstance(source, fx.Node) and not isinstance(source.meta.get("val"), Tensor)
-
-
-def _reads(n: fx.Node, attribute: str) -> bool:
-    return any(a.op == "get_attr" and str(a.target) == attribute for a in n.all_input_nodes)
 
 
 def _sample_sizes(captured: Captured) -> dict[Any, int]:

@@ -143,8 +143,10 @@ class _Trace:
         self.constants: dict[str, Tensor] = {}
         self.real = dict(named_tensors(model))
         self.parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        self.buffers = set(self.real) - self.parameters
         self.values = Values(call.tensors, self._attribute, self.parameters.__contains__)
         self.kept = kept
+        self.sample = {n: t.detach()[:microbatch] if n in call.batched else t for n, t in call.tensors.items()}
         self.recorder = Recorder(self.graph, self.sizes, self.values, self._constant, frozenset(kept), self._learn)
         self.expected: dict[str, tuple[Any, ...]] = {}
 
@@ -295,6 +297,8 @@ class _Trace:
         """What an output is read from: a parameter through a node of its own, a size as an expression."""
         if isinstance(leaf, torch.SymInt | torch.SymFloat | torch.SymBool):
             return leaf.node.expr
+        if isinstance(leaf, Tensor) and self.recorder.aliases.buffer_of(leaf) in self.buffers:
+            return self.recorder.emit(torch.clone, (lowered,), like=lowered)  # the next microbatch may write it
         if isinstance(lowered, fx.Node) and lowered.op == "get_attr":
             return self.recorder.emit(after, (lowered,), like=lowered)
         return lowered
@@ -343,19 +347,21 @@ class _Trace:
             raise NotImplementedError(f"module {call.path} gives sizes that only a run tells")
         if any(t.is_meta for t in self.real.values()):
             raise CaptureError(f"module {call.path!r} must be run to be captured, but the model is on the meta device")
-        sample = {n: t[: self.microbatch] if n in self.call.batched else t for n, t in self.call.tensors.items()}
-        evaluator = Evaluator(sample, self._attribute, self._leaf)
+        evaluator = Evaluator(self.sample, self._attribute, self._leaf)
         values = tuple(evaluator.value(node) for node in nodes)
         with torch._C.DisableTorchFunction(), _disable_current_modes(), torch.enable_grad():
             values = tuple(_wanting(v, n.meta["val"]) for v, n in zip(values, nodes, strict=True))
             args, kwargs = call.rebuild(values)
-            out = copy_of(call.module, call.path, self.real)(*args, **kwargs)
+            mine = {
+                n: t.clone() if n in self.buffers else t for n, t in self.real.items() if n.startswith(f"{call.path}.")
+            }
+            out = copy_of(call.module, call.path, mine)(*args, **kwargs)
         return pytree.tree_map_only(Tensor, self._as_fake, out)
 
     def _as_fake(self, tensor: Tensor) -> Tensor:
         """A fake for a real tensor; one that wants a gradient has a history, as the result of an operation."""
         with torch._C.DisableTorchFunction():
-            fake = self.mode.from_tensor(tensor.detach(), static_shapes=True)
+            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self.device)
             return fake.requires_grad_().view_as(fake) if tensor.requires_grad else fake
 
     def _leaf(self, target: str) -> Leaf:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from pipecompile.capture.origin import failing_line
 from pipecompile.errors import ExecutionError
 from pipecompile.runtime.lane import Lane, Value
 from pipecompile.runtime.transport import Values
@@ -81,7 +82,7 @@ class Runner:
                     gradients[name] = gradients[name] + gradient if name in gradients else gradient
         roots = [saved.returned[name] for name in gradients if saved.returned[name].requires_grad]
         if roots:
-            torch.autograd.backward(roots, [gradients[n] for n in gradients if saved.returned[n].requires_grad])
+            self._differentiate(roots, [gradients[n] for n in gradients if saved.returned[n].requires_grad])
         self.weights.touch(microbatch.versions[self.stage.index])
         for name, leaf in saved.inputs.items():
             if leaf.grad is not None:
@@ -106,6 +107,14 @@ class Runner:
         except Exception as error:
             where = self._where(error)
             raise ExecutionError(f"{where + ': ' if where else ''}{type(error).__name__}: {error}") from error
+
+    def _differentiate(self, roots: list[Tensor], gradients: list[Tensor]) -> None:
+        try:
+            torch.autograd.backward(roots, gradients)
+        except Exception as error:
+            line = failing_line(error)
+            where = f"in the backward of {self.stage.modules}" + (f", {line}" if line else "")
+            raise ExecutionError(f"{where}: {type(error).__name__}: {error}") from error
 
     def _seed(self, seed: Tensor | float, output: Tensor) -> Tensor:
         if isinstance(seed, Tensor):
