@@ -5,7 +5,8 @@
 
 Every ``*.json`` below DIR is an instance; it is solved under its own memory limit, and its load is scored again from
 the file. The load has the unit of the file. ``ratio`` is to the optimum of the CSV (columns instance, stages,
-optimum), else to the lower bound. Seconds are CPU seconds of this process, reading excluded. """
+optimum), else to the lower bound. Seconds are CPU seconds of this process, reading excluded.
+"""
 
 from __future__ import annotations
 

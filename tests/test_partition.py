@@ -9,12 +9,17 @@ from pipecompile.cluster import Cluster, Device, Link
 from pipecompile.errors import InfeasibleError, PlanError
 from pipecompile.graph import Cost, CostedGraph, Graph, Node, TensorSpec
 from pipecompile.partition import partition, solve
+from pipecompile.partition.bound import stage_bound
+from pipecompile.partition.coarsen import lossless
 from pipecompile.partition.contract import contract
 from pipecompile.partition.costed import problem_of
+from pipecompile.partition.cuts import closed_cut
+from pipecompile.partition.enumerate import closed_sets
 from pipecompile.partition.evaluate import bottleneck, check, stage_loads
 from pipecompile.partition.interval import best_intervals
 from pipecompile.partition.orders import orders
 from pipecompile.partition.problem import Net, Problem, Seat
+from pipecompile.partition.window import Side, Window, narrowed
 from pipecompile.plan import Plan
 
 FREE = Link(bandwidth=1e30)
@@ -268,3 +273,70 @@ def test_the_evaluator_refuses_what_is_no_plan(stage_of, what):
     problem = Problem((1.0,) * 3, ((1, 2),), (), (Seat(memory=1.0), Seat(memory=9.0)), kept_bytes=(1.0, 1.0, 1.0))
     with pytest.raises(PlanError, match=what):
         check(problem, stage_of)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 100_000), st.booleans(), st.booleans(), st.booleans())
+def test_a_lower_bound_is_below_the_best_plan_and_proven_means_equal(seed, may_idle, uneven, tight):
+    problem = random_problem(seed, 7, may_idle, uneven, tight)
+    best = min((bottleneck(problem, plan) for plan in all_plans(problem)), default=None)
+    try:
+        solution = solve(problem)
+    except InfeasibleError:
+        assert best is None
+        return
+    assert solution.lower_bound <= best * (1 + 1e-9)
+    assert not solution.proven or solution.bottleneck == pytest.approx(best)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 100_000), st.booleans())
+def test_narrowed_windows_keep_every_plan_within_the_limit(seed, may_idle):
+    problem = random_problem(seed, 7, may_idle)
+    plans = list(all_plans(problem))
+    limit = sorted(bottleneck(problem, plan) for plan in plans)[len(plans) // 4]
+    found = narrowed(problem, limit)
+    assert found is not None
+    sets = [closed_sets(problem, window, 10_000) for window in found]
+    for plan in plans:
+        if bottleneck(problem, plan) <= limit:
+            for index, family in enumerate(sets):
+                assert family is not None
+                assert ([stage <= index for stage in plan] == family.members).all(axis=1).any()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 100_000), st.data())
+def test_a_closed_cut_is_the_cheapest_and_its_slack_bounds_all_others(seed, data):
+    problem = random_problem(seed, 8)
+    anything = Side.of(problem.seats, 1e9)
+    sets = closed_sets(problem, Window.within(problem, anything, anything), 10_000)
+    assert sets is not None
+    low, high = sorted(data.draw(st.tuples(st.integers(0, len(sets) - 1), st.integers(0, len(sets) - 1))))
+    inside, outside = sets.members[low] & sets.members[high], ~(sets.members[low] | sets.members[high])
+    cut = closed_cut(problem, inside, outside)
+    between = [
+        row
+        for row in range(len(sets))
+        if (sets.members[row] >= inside).all() and not (sets.members[row] & outside).any()
+    ]
+    assert cut.seconds == pytest.approx(min(sets.open_seconds[row] for row in between))
+    assert any((cut.members == sets.members[row]).all() for row in between)
+    for row in between:
+        assert sets.open_seconds[row] >= cut.seconds + cut.slack[sets.is_open[row]].sum() - 1e-9
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_heavy_atom_bounds_every_plan(seed):
+    problem = random_problem(seed, 7)
+    assert stage_bound(problem) <= min(bottleneck(problem, plan) for plan in all_plans(problem)) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_lossless_coarsening_keeps_the_best_load(seed):
+    problem = random_problem(seed, 8, may_idle=True)
+    coarse = lossless(problem)
+    best = min(bottleneck(coarse.problem, plan) for plan in all_plans(coarse.problem))
+    assert best == pytest.approx(min(bottleneck(problem, plan) for plan in all_plans(problem)))
+    for plan in all_plans(coarse.problem):
+        check(problem, coarse.expand(plan))

@@ -6,7 +6,8 @@
     parameters, saved activations  -> bytes, of which the latter count once for each microbatch in flight (1F1B)
 
 Replicated nodes are in no stage and cross no cut, so they are left out. A parameter read by several nodes counts for
-each of them: too much rather than too little where a memory limit is given."""
+each of them: too much rather than too little where a memory limit is given.
+"""
 
 from __future__ import annotations
 

@@ -9,7 +9,8 @@ The open seconds start at the cheapest cut of the window, and grow by the slack 
 a cut costs at least the greatest flow and what that leaves unused on the cut's arcs.
 
 Source: ideals as in Tarnawski et al. (NeurIPS 2020), section 4, which enumerates all of them; to bound while
-enumerating is ours."""
+enumerating is ours.
+"""
 
 from __future__ import annotations
 
@@ -19,132 +20,137 @@ import numpy as np
 
 from pipecompile.partition.cuts import closed_cut
 from pipecompile.partition.family import Family, Words
-from pipecompile.partition.problem import Bools, Floats, Problem
+from pipecompile.partition.problem import Bools, Floats, Ints, Problem
 from pipecompile.partition.window import Window
 
 PARTIAL = 8  # partial sets are cheaper than full ones
 
 
 def closed_sets(problem: Problem, window: Window, most: int) -> Family | None:
-    """The closed sets that the window allows, in order of weight; ``None`` if there may be more than ``most``."""
-    inside, outside = window.inside, window.outside
+    """The closed sets that the window allows; ``None`` if there may be more than ``most``."""
     if window.is_contradiction:
         return Family.of(problem, [])
-    rows = _Rows.of(problem, window, inside, outside)
-    for position in range(len(rows.free)):
-        rows = rows.decide(position)
-        if len(rows.bits) > PARTIAL * most:
+    search = _Search(problem, window)
+    rows = search.start()
+    for position in range(len(search.free)):
+        rows = search.decide(rows, position)
+        if len(rows) > PARTIAL * most:
             return None
-    family = Family.by_weight(problem, rows.members(inside))
-    family = family.select(window.allows(family))
+    family = search.family(rows)
     return family if len(family) <= most else None
 
 
-@dataclass(frozen=True, slots=True)
+def cheapest_sets(problem: Problem, window: Window, most: int) -> Family:
+    """Closed sets that the window allows, of which only those with the fewest open seconds are followed up."""
+    if window.is_contradiction:
+        return Family.of(problem, [])
+    search = _Search(problem, window)
+    rows = search.start()
+    for position in range(len(search.free)):
+        rows = search.decide(rows, position)
+        if len(rows) > 2 * PARTIAL * most:
+            rows = rows.select(_least(rows.opened, PARTIAL * most))
+    family = search.family(rows)
+    return family.select(_least(family.open_seconds, most))
+
+
+def _least(seconds: Floats, count: int) -> Ints:
+    return np.sort(np.argsort(seconds, kind="stable")[:count])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class _Rows:
-    """Partial closed sets: which free atoms are in, and what both sides weigh and have opened."""
+    """Partial closed sets: which atoms are in, and what that makes of both sides."""
 
-    problem: Problem
-    window: Window
-    inside: Bools
-    outside: Bools
-    free: list[int]
-    position_of: dict[int, int]
-    bits: Words  # (rows, words)
-    taken: Floats  # seconds in the set
-    left: Floats  # seconds out of it
-    taken_bytes: Floats
-    left_bytes: Floats
-    opened: Floats  # seconds of nets that will be open, at least
-    slack: Floats  # net -> seconds that its opening adds to that
+    bits: Words  # (rows, words), a bit for each free atom
+    taken: Floats  # (rows, 2), seconds and bytes in the set
+    left: Floats  # (rows, 2), seconds and bytes out of it
+    opened: Floats  # (rows,), seconds of the nets that will be open, at least
 
-    @staticmethod
-    def of(problem: Problem, window: Window, inside: Bools, outside: Bools) -> _Rows:
-        free = np.flatnonzero(~(inside | outside)).tolist()
-        cut = closed_cut(problem, inside, outside) if window.cut is None else window.cut
+    def __len__(self) -> int:
+        return len(self.bits)
+
+    def select(self, which: Ints) -> _Rows:
+        return _Rows(self.bits[which], self.taken[which], self.left[which], self.opened[which])
+
+    def joined(self, other: _Rows) -> _Rows:
         return _Rows(
-            problem,
-            window,
-            inside,
-            outside,
-            free,
-            {atom: position for position, atom in enumerate(free)},
-            np.zeros((1, len(free) // 64 + 1), np.uint64),
-            np.array([inside @ problem.weight]),
-            np.array([outside @ problem.weight]),
-            np.array([inside @ problem.kept]),
-            np.array([outside @ problem.kept]),
-            np.array([cut.seconds]),
-            cut.slack,
+            np.concatenate([self.bits, other.bits]),
+            np.concatenate([self.taken, other.taken]),
+            np.concatenate([self.left, other.left]),
+            np.concatenate([self.opened, other.opened]),
         )
 
-    def decide(self, position: int) -> _Rows:
+
+class _Search:
+    """One window's free atoms, decided one after the other."""
+
+    def __init__(self, problem: Problem, window: Window) -> None:
+        self.problem, self.window = problem, window
+        self.cut = window.cut or closed_cut(problem, window.inside, window.outside)
+        self.free: list[int] = np.flatnonzero(~(window.inside | window.outside)).tolist()
+        self.position_of = {atom: position for position, atom in enumerate(self.free)}
+        self.numbers = np.stack([problem.weight, problem.kept], axis=1)
+
+    def start(self) -> _Rows:
+        """Nothing decided: one row."""
+        bits = np.zeros((1, len(self.free) // 64 + 1), np.uint64)
+        taken, left = self.window.inside @ self.numbers, self.window.outside @ self.numbers
+        return _Rows(bits, taken[None], left[None], np.array([self.cut.seconds]))
+
+    def decide(self, rows: _Rows, position: int) -> _Rows:
         """The rows with the next atom in and those with it out, as far as the window allows either."""
         atom = self.free[position]
-        weight, kept = self.problem.seconds[atom], self.problem.kept_bytes[atom]
-        closed = self._has_all(self._mask(self.problem.predecessors[atom]))
-        opened_in, opened_out = self._opening(atom, position)
-        taken, left, taken_bytes, left_bytes = self.taken, self.left, self.taken_bytes, self.left_bytes
-        with_it = np.flatnonzero(
-            closed & self._fits(taken + weight, left, taken_bytes + kept, left_bytes, self.opened + opened_in)
-        )
-        without = np.flatnonzero(
-            self._fits(taken, left + weight, taken_bytes, left_bytes + kept, self.opened + opened_out)
-        )
-        added = self.bits[with_it]
-        added[:, position // 64] |= np.uint64(1 << position % 64)
-        return _Rows(
-            self.problem,
-            self.window,
-            self.inside,
-            self.outside,
-            self.free,
-            self.position_of,
-            np.concatenate([added, self.bits[without]]),
-            np.concatenate([taken[with_it] + weight, taken[without]]),
-            np.concatenate([left[with_it], left[without] + weight]),
-            np.concatenate([taken_bytes[with_it] + kept, taken_bytes[without]]),
-            np.concatenate([left_bytes[with_it], left_bytes[without] + kept]),
-            np.concatenate([(self.opened + opened_in)[with_it], (self.opened + opened_out)[without]]),
-            self.slack,
-        )
+        closed = _has_all(rows.bits, self._mask(rows, self.problem.predecessors[atom]))
+        opened_in, opened_out = self._opening(rows, atom, position)
+        bit = np.zeros(rows.bits.shape[1], np.uint64)
+        bit[position // 64] = 1 << position % 64
+        number = self.numbers[atom]
+        with_it = _Rows(rows.bits | bit, rows.taken + number, rows.left, rows.opened + opened_in)
+        without = _Rows(rows.bits, rows.taken, rows.left + number, rows.opened + opened_out)
+        kept = with_it.select(np.flatnonzero(closed & self._fits(with_it)))
+        return kept.joined(without.select(np.flatnonzero(self._fits(without))))
 
-    def members(self, inside: Bools) -> Bools:
-        """The full sets."""
-        unpacked = np.unpackbits(self.bits.astype("<u8").view(np.uint8), axis=1, bitorder="little")
-        members = np.tile(inside, (len(self.bits), 1))
+    def family(self, rows: _Rows) -> Family:
+        """The full sets, as far as the window allows them."""
+        unpacked = np.unpackbits(rows.bits.astype("<u8").view(np.uint8), axis=1, bitorder="little")
+        members = np.tile(self.window.inside, (len(rows), 1))
         members[:, self.free] = unpacked[:, : len(self.free)].astype(np.bool_)
-        return members
+        family = Family.by_weight(self.problem, members)
+        return family.select(self.window.allows(family))
 
-    def _fits(self, taken: Floats, left: Floats, taken_bytes: Floats, left_bytes: Floats, opened: Floats) -> Bools:
-        before, after = self.window.before, self.window.after
-        within = before.allows(taken, taken_bytes, opened) & after.allows(left, left_bytes, opened)
-        return within & (opened <= self.window.most_open)
+    def _fits(self, rows: _Rows) -> Bools:
+        window = self.window
+        before = window.before.allows(rows.taken[:, 0], rows.taken[:, 1], rows.opened)
+        after = window.after.allows(rows.left[:, 0], rows.left[:, 1], rows.opened)
+        return before & after & (rows.opened <= window.most_open)
 
-    def _opening(self, atom: int, position: int) -> tuple[Floats, Floats]:
+    def _opening(self, rows: _Rows, atom: int, position: int) -> tuple[Floats, Floats]:
         """Seconds of the nets that open for good if the atom comes in, and if it stays out."""
-        opened_in, opened_out = np.zeros(len(self.bits)), np.zeros(len(self.bits))
+        opened_in, opened_out = np.zeros(len(rows)), np.zeros(len(rows))
         for index in self.problem.nets_of[atom]:
-            net = self.problem.nets[index]
-            pinned_in, pinned_out = self.inside[list(net.pins)].any(), self.outside[list(net.pins)].any()
-            if self.slack[index] == 0:
+            if self.cut.slack[index] == 0:
                 continue
-            mask = self._mask(tuple(pin for pin in net.pins if self.position_of.get(pin, position) < position))
-            some_in = self._has_any(mask) | pinned_in
-            some_out = ~self._has_all(mask) | pinned_out
-            opened_in += self.slack[index] * (some_out & ~some_in)
-            opened_out += self.slack[index] * (some_in & ~some_out)
+            pins = self.problem.nets[index].pins
+            mask = self._mask(rows, tuple(pin for pin in pins if self.position_of.get(pin, position) < position))
+            some_in = _has_any(rows.bits, mask) | self.window.inside[list(pins)].any()
+            some_out = ~_has_all(rows.bits, mask) | self.window.outside[list(pins)].any()
+            opened_in += self.cut.slack[index] * (some_out & ~some_in)
+            opened_out += self.cut.slack[index] * (some_in & ~some_out)
         return opened_in, opened_out
 
-    def _mask(self, atoms: tuple[int, ...]) -> Words:
-        mask = [0] * self.bits.shape[1]
+    def _mask(self, rows: _Rows, atoms: tuple[int, ...]) -> Words:
+        """The bits of those of the atoms that are free."""
+        mask = [0] * rows.bits.shape[1]
         for atom in atoms:
             if (position := self.position_of.get(atom)) is not None:
                 mask[position // 64] |= 1 << position % 64
         return np.array(mask, np.uint64)
 
-    def _has_all(self, mask: Words) -> Bools:
-        return np.asarray(((self.bits & mask) == mask).all(axis=1))
 
-    def _has_any(self, mask: Words) -> Bools:
-        return np.asarray(((self.bits & mask) != 0).any(axis=1))
+def _has_all(bits: Words, mask: Words) -> Bools:
+    return np.asarray(((bits & mask) == mask).all(axis=1))
+
+
+def _has_any(bits: Words, mask: Words) -> Bools:
+    return np.asarray(((bits & mask) != 0).any(axis=1))

@@ -1,7 +1,8 @@
 """The optimum, with its proof, where the windows are narrow enough to look at every closed set in them.
 
 A plan within T has all its boundaries in the windows of T. So T rises from the lower bound: as long as the programme
-over all closed sets in the windows finds no plan, T is a lower bound; the first plan that it finds is an optimum."""
+over all closed sets in the windows finds no plan, T is a lower bound; the first plan that it finds is an optimum.
+"""
 
 from __future__ import annotations
 

@@ -11,7 +11,8 @@ once by each stage that uses it, and never by a stage it merely passes. The obje
 
 Source: Tarnawski, Phanishayee, Devanur, Mahajan, Nina Paravecino, "Efficient Algorithms for Device Placement of DNN
 Graph Operators" (NeurIPS 2020), section 3, in the hypergraph form of the load. Speeds, and bytes that grow with the
-microbatches in flight, are our additions."""
+microbatches in flight, are our additions.
+"""
 
 from __future__ import annotations
 

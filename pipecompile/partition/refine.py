@@ -1,11 +1,13 @@
-"""A better plan near a given one.
+"""A better plan near a given one, or anywhere in its windows.
 
-For each boundary a corridor of atoms on both sides of it is freed, all closed sets in the corridor that could belong
-to a better plan are listed, and the programme chooses from all boundaries together: so atoms may move through several
-stages at once, which single moves cannot do when every stage is full. How deep a corridor reaches into a branch is
-drawn anew each time, and it is as wide as the listing affords.
+*Cheapest sets*: of each window only the sets with the fewest open seconds are kept, as they come up, and the
+programme chooses from all windows together. *Corridors*: for each boundary some atoms on both sides of it are freed,
+and all closed sets in between are listed. How deep a corridor reaches into a branch is drawn anew each time, and it
+is as wide as the listing affords. Either way atoms may move through several stages at once, which single moves cannot
+do when every stage is full. The first finds what is far away, the second what looks dear at one boundary and pays at
+another.
 
-Source: large neighbourhood search (Shaw 1998) with the chain programme as its subproblem; the corridors are ours.
+Source: beam search, and large neighbourhood search (Shaw 1998), with the chain programme as the subproblem of both.
 """
 
 from __future__ import annotations
@@ -14,14 +16,14 @@ import numpy as np
 
 from pipecompile.partition.chain import Chain, best_chain
 from pipecompile.partition.contract import merge
-from pipecompile.partition.enumerate import closed_sets
+from pipecompile.partition.enumerate import cheapest_sets, closed_sets
 from pipecompile.partition.family import Family
 from pipecompile.partition.problem import Bools, Ints, Problem
-from pipecompile.partition.window import Window, windows
+from pipecompile.partition.window import Window, narrowed, windows
 
-EFFORT = 5_000  # atoms in all draws together
-PATIENCE = 6  # draws without a better plan, before it gives up
-MOST_SETS = 1_000  # in one corridor
+EFFORT = 3_000  # atoms in all draws together
+PATIENCE = 4  # draws without a better plan, before it gives up
+MOST_SETS = 600  # in one corridor
 WIDEST = 48  # atoms free in a corridor
 STEP = 1 - 1e-5  # a better plan is at least this much better
 
@@ -36,6 +38,21 @@ def refined(problem: Problem, chain: Chain, lower: float, seed: int = 0) -> Chai
         better = _improved(problem, chain, random)
         chain, patience = (better, PATIENCE) if better else (chain, patience - 1)
     return chain
+
+
+def cheapest(problem: Problem, chain: Chain, lower: float, most: int) -> Chain:
+    """A plan no worse than the given one, from at most ``most`` sets in each window."""
+    while chain.bottleneck * STEP > lower:
+        limit = chain.bottleneck * STEP
+        found = narrowed(problem, limit)
+        if found is None or (better := best_chain(problem, _cheapest_families(found, most), limit)) is None:
+            break
+        chain = better
+    return chain
+
+
+def _cheapest_families(found: list[Window], most: int) -> list[Family]:
+    return [cheapest_sets(window.problem, window, most) for window in found]
 
 
 def _improved(problem: Problem, chain: Chain, random: np.random.Generator) -> Chain | None:

@@ -24,12 +24,12 @@ from pipecompile.partition.evaluate import SLACK, bottleneck, check
 from pipecompile.partition.exact import exact
 from pipecompile.partition.pool import pooled
 from pipecompile.partition.problem import Problem
-from pipecompile.partition.refine import refined
+from pipecompile.partition.refine import cheapest, refined
 
 MOST_ATOMS = 600  # for the pool
 MOST_EXACT_ATOMS = 5_000  # for the exact programme, whose tables grow with the square
-QUICKLY, PATIENTLY = 3_000, 20_000  # sets in one window, before and after refinement
-SEEDS = 2
+QUICKLY, PATIENTLY = 3_000, 10_000  # sets in one window, before and after refinement
+BEAMS = 500, 1_500  # sets in one window that are followed up
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,15 +92,13 @@ def _coarse(problem: Problem) -> Contraction:
 
 
 def _refine(problem: Problem, stage_of: tuple[int, ...], lower: float) -> tuple[int, ...]:
-    """The best of several refinements of a plan."""
-    best = Chain(bottleneck(problem, stage_of), stage_of)
-    for seed in range(SEEDS if len(problem) <= MOST_EXACT_ATOMS else 0):
-        best = min(best, refined(problem, Chain(bottleneck(problem, stage_of), stage_of), lower, seed), key=_bottleneck)
-    return best.stage_of
-
-
-def _bottleneck(chain: Chain) -> float:
-    return chain.bottleneck
+    """The best plan of several searches, each from the best so far."""
+    chain = Chain(bottleneck(problem, stage_of), stage_of)
+    if len(problem) > MOST_EXACT_ATOMS:
+        return stage_of
+    for seed, most in enumerate(BEAMS):
+        chain = refined(problem, cheapest(problem, chain, lower, most), lower, seed)
+    return chain.stage_of
 
 
 def _prove(
