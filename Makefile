@@ -21,9 +21,6 @@ bench: .venv/installed
 zoo: .venv/installed
 	$(BIN)/python tests/zoo_run.py --jobs 2
 
-zoo: .venv/installed
-	$(BIN)/python tests/zoo_run.py
-
 .venv/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
