@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipecompile.capture import Captured
 from pipecompile.capture.origin import origin_of
+from pipecompile.capture.recorder import DATA_DEPENDENT
 from pipecompile.errors import ExecutionError, InputError
 from pipecompile.graph import Cost, CostedGraph, Graph
 from pipecompile.regions import enter_region
@@ -207,8 +208,11 @@ class _Walk:
             return self._count_leaf(node, function, args)
         run = _Call(node, function, args, kwargs)
         saved = _Saved(self.kept)
-        with saved:
-            self.values[node] = _as_recorded(run.value(), node.meta.get("val"))
+        try:
+            with saved:
+                self.values[node] = _as_recorded(run.value(), node.meta.get("val"))
+        except DATA_DEPENDENT:
+            return self._count_leaf(node, None, (args, kwargs))
         key = (node.target, origin_of(node).region, _described(args), _described(kwargs))
         if key not in self.timed:
             self.timed[key] = self._time(run)
@@ -221,17 +225,17 @@ class _Walk:
         mine = {name: self._attribute(t) for name, t in self.attributes.items() if name.startswith(prefix)}
         return self.captured.leaf(str(node.target), mine)
 
-    def _count_leaf(self, node: fx.Node, leaf: nn.Module, args: Any) -> Cost:
-        """A leaf that no fake can run: as if each row of its first tensor met each of its parameters once."""
-        assert isinstance(self.meter, _Counter)
+    def _count_leaf(self, node: fx.Node, leaf: nn.Module | None, args: Any) -> Cost:
+        """A call that no fake can run: as if each row of its first tensor met each of its parameters once."""
+        roofline = self.meter.roofline if isinstance(self.meter, _Counter) else Roofline()
         self.values[node] = _map_tensors(
-            lambda t: torch.empty(t.shape, dtype=t.dtype).requires_grad_(t.requires_grad), node.meta["val"]
+            lambda t: torch.empty(_sample_shape(t), dtype=t.dtype).requires_grad_(t.requires_grad), node.meta["val"]
         )
+        parameters = list(leaf.parameters()) if leaf is not None else []
         tensors = _tensors((args, self.values[node]))
         rows = tensors[0].numel() // max(1, tensors[0].shape[-1] if tensors[0].ndim else 1) if tensors else 1
-        weights = sum(p.numel() for p in leaf.parameters())
-        nbytes = sum(t.nbytes for t in [*tensors, *leaf.parameters()])
-        forward = self.meter.roofline.seconds(2 * rows * weights, nbytes)
+        nbytes = sum(t.nbytes for t in [*tensors, *parameters])
+        forward = roofline.seconds(2 * rows * sum(p.numel() for p in parameters), nbytes)
         return Cost(forward, 2 * forward, sum(t.nbytes for t in tensors))
 
     def _time(self, run: _Call) -> tuple[float, float]:
@@ -331,6 +335,10 @@ def _as_recorded(value: Any, recorded: Any) -> Any:
     """A node's value as the next node's leaf, which wants a gradient if the trace says so."""
     wants = iter([t.requires_grad for t in _tensors(recorded)])
     return _map_tensors(lambda t: t.detach().requires_grad_(next(wants, False)), value)
+
+
+def _sample_shape(tensor: Tensor) -> list[int]:
+    return [size.node.hint if isinstance(size, torch.SymInt) else size for size in tensor.shape]
 
 
 def _described(value: Any) -> Any:

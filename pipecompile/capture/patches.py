@@ -3,13 +3,15 @@
 - modules being run: the path of each node, and which of them are leaves;
 - ``torch.autograd.Function.apply``: recorded as one call, so that a custom backward survives;
 - autocast regions that the model enters itself;
-- ``torch.from_numpy``, which makes a constant.
+- ``torch.from_numpy``, which makes a constant;
+- whether a run is a trace, which libraries ask in order to take other branches: it is not.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -28,7 +30,14 @@ def patched(recorder: Recorder, paths: Mapping[int, str]) -> Iterator[None]:
     Args:
         paths: the path of each module by identity.
     """
-    with _modules(recorder, paths), _autograd_functions(recorder), _autocast(recorder), _numpy():
+    with (
+        _modules(recorder, paths),
+        _autograd_functions(recorder),
+        _autocast(recorder),
+        _numpy(),
+        _eager_branches(),
+        _unvalidated_distributions(),
+    ):
         yield
 
 
@@ -89,6 +98,32 @@ def _numpy() -> Iterator[None]:
 
     with _replaced(torch, "from_numpy", from_numpy):
         yield
+
+
+@contextmanager
+def _eager_branches() -> Iterator[None]:
+    """Lets transformers take the branches of a plain run: it takes others, with other masks, where it sees fakes."""
+    transformers = sys.modules.get("transformers.utils.import_utils")
+    original = getattr(transformers, "is_tracing", None)
+    if original is None:
+        yield
+        return
+    holders = [m for m in list(sys.modules.values()) if getattr(m, "__dict__", {}).get("is_tracing") is original]
+    with ExitStack() as stack:
+        for holder in holders:
+            stack.enter_context(_replaced(holder, "is_tracing", lambda *args, **kwargs: False))
+        yield
+
+
+@contextmanager
+def _unvalidated_distributions() -> Iterator[None]:
+    """Distributions do not check the values of their arguments, which fakes do not have."""
+    validates = torch.distributions.Distribution._validate_args
+    torch.distributions.Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        torch.distributions.Distribution.set_default_validate_args(validates)
 
 
 @contextmanager

@@ -156,7 +156,11 @@ class Recorder(TorchFunctionMode):
             args, kwargs = self._fake(args), self._fake(kwargs)
         tensors = list(_tensors((args, kwargs)))
         versions = [_version(t) for t in tensors]
-        out = self.run(run, args, kwargs)
+        try:
+            out = self.run(run, args, kwargs)
+        except DataDependentOutputException:  # perhaps a tensor stands where a number is wanted
+            args, kwargs = self._with_numbers(args), self._with_numbers(kwargs)
+            out = self.run(run, args, kwargs)
         written = [t for t, version in zip(tensors, versions, strict=True) if _version(t) != version]
         self.record(func, args, kwargs, out, written + _silently_written(func, args, kwargs))
         return out
@@ -268,6 +272,14 @@ class Recorder(TorchFunctionMode):
         if isinstance(value, list | tuple | dict):
             return pytree.tree_map(lambda leaf: self._fake(leaf) if isinstance(leaf, Tensor | slice) else leaf, value)
         return value
+
+    def _with_numbers(self, value: Any) -> Any:
+        """Arguments with the value of each integer tensor without dimensions in its place, as read by Python."""
+        return pytree.tree_map_only(
+            Tensor,
+            lambda t: self._read(Tensor.item, (t,), {}) if t.ndim == 0 and not t.is_floating_point() else t,
+            value,
+        )
 
     def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         func = STAND_INS.get(func, func)

@@ -6,7 +6,7 @@ of the graph. All else is undone when the trace ends: the trace must leave no ma
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,11 +51,14 @@ def fake_of(tensor: Tensor, mode: FakeTensorMode, device: torch.device) -> Tenso
 
 
 @contextmanager
-def with_fakes(model: nn.Module, fakes: dict[str, Tensor]) -> Iterator[Changes]:
+def with_fakes(model: nn.Module, fakes: dict[str, Tensor], was_read: Callable[[Tensor], bool]) -> Iterator[Changes]:
     """Puts fakes in place of the model's tensors; yields the changes that the forward made, complete afterwards.
 
+    Args:
+        was_read: whether the trace has read a real tensor that is no parameter or buffer.
+
     Raises:
-        CaptureError: the forward bound a traced tensor to an attribute that held a tensor before, but is no buffer.
+        CaptureError: the forward read a tensor kept in an attribute that is no buffer, and bound another one to it.
     """
     changes = Changes()
     modules = list(model.named_modules())
@@ -65,7 +68,7 @@ def with_fakes(model: nn.Module, fakes: dict[str, Tensor]) -> Iterator[Changes]:
             _place(module, path, fakes)
         yield changes
         for (path, module), (state, _) in zip(modules, before, strict=True):
-            _read_changes(path, module, state, fakes, changes)
+            _read_changes(path, module, state, fakes, changes, was_read)
     finally:
         for (_, module), snapshot in zip(modules, before, strict=True):
             _restore(module, *snapshot)
@@ -98,7 +101,12 @@ def _restore(module: nn.Module, state: dict[str, Any], contents: dict[str, Any])
 
 
 def _read_changes(
-    path: str, module: nn.Module, state: dict[str, Any], fakes: dict[str, Tensor], changes: Changes
+    path: str,
+    module: nn.Module,
+    state: dict[str, Any],
+    fakes: dict[str, Tensor],
+    changes: Changes,
+    was_read: Callable[[Tensor], bool],
 ) -> None:
     prefix = f"{path}." if path else ""
     for name, value in module._buffers.items():
@@ -108,7 +116,7 @@ def _read_changes(
     for name, value in module.__dict__.items():
         if value is state.get(name):
             continue
-        if isinstance(value, FakeTensor) and isinstance(state.get(name), Tensor):
+        if isinstance(value, FakeTensor) and isinstance(state.get(name), Tensor) and was_read(state[name]):
             raise CaptureError(
                 f"module {path!r}: forward assigns a new tensor to self.{name}, which would be lost between stages; "
                 f"make it a buffer: self.register_buffer({name!r}, ...)"

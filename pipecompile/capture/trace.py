@@ -62,13 +62,13 @@ def capture(
     for symbolic in SYMBOLIC_ATTEMPTS:
         try:
             captured = _with_leaves(model, call, rows, forward or model, symbolic, kept, reasons)
+            broken = captured.broken_guard(sample, call.tensors)
         except CaptureError:
             raise
         except Exception as error:  # an operation that needs plain sizes: try with fewer symbols
             failure = error
             reasons.append(str(error).splitlines()[0][:200] if str(error) else type(error).__name__)
             continue
-        broken = captured.broken_guard(sample, call.tensors)
         if not broken:
             return captured
         failure = CaptureError(broken)
@@ -160,7 +160,7 @@ class _Trace:
             self.recorder.add_attribute(name, fake, self.real[name])
         inputs = self._fake_inputs()
         args, kwargs = self.call.rebuild(inputs)
-        with with_fakes(self.model, fakes) as changes, _without_caches(self.model) as notes:
+        with with_fakes(self.model, fakes, self._is_constant) as changes, _without_caches(self.model) as notes:
             out = self._run(args, kwargs)
         notes = [*notes, *self._give_up_notes(reasons), *_attribute_notes(changes)]
         notes += [f"module {path} is kept whole: {why}" for path, why in self.kept.items()]
@@ -242,6 +242,9 @@ class _Trace:
         self.constants[name] = tensor
         return name, fake_of(tensor, self.mode, self.device)
 
+    def _is_constant(self, tensor: Tensor) -> bool:
+        return any(tensor is constant for constant in self.constants.values())
+
     def _finish(self, out: Any, fakes: dict[str, Tensor], changes: Changes, notes: list[str]) -> Captured:
         self._write_back(fakes, changes.rebound)
         self._refuse_moving_reads()
@@ -312,15 +315,16 @@ class _Trace:
         return Output(name, lowered.name, None, self._batch_dim(leaf), scalar, shared, leaf.requires_grad)
 
     def _batch_dim(self, tensor: Tensor) -> int | None:
+        """The one dimension of an output that grows with the batch; None if there is none, or more than one."""
         batch = next((self.expected[n][0] for n in self.expected if n in self.call.batched), None)
-        if isinstance(batch, sympy.Basic):
-            batch = self.shapes.replace(batch) if self.shapes else batch
-            for dim, size in enumerate(tensor.shape):
-                if isinstance(size, torch.SymInt) and size.node.expr.free_symbols & batch.free_symbols:
-                    return dim
-        if batch is None or isinstance(batch, sympy.Basic):
+        if batch is None:
             return None
-        return 0 if tensor.ndim and tensor.shape[0] == batch else None
+        if isinstance(batch, sympy.Basic) and self.shapes is not None:
+            batch = self.shapes.replace(batch)
+        dims = [dim for dim, size in enumerate(tensor.shape) if _grows(size, batch)]
+        if isinstance(batch, sympy.Basic) and batch.free_symbols:
+            return dims[0] if len(dims) == 1 else None
+        return 0 if dims and dims[0] == 0 else None
 
     def _extract_reads(self) -> fx.GraphModule | None:
         if not self.values.reads:
@@ -403,6 +407,13 @@ def _ancestors(nodes: list[fx.Node]) -> set[fx.Node]:
             found.add(node)
             stack.extend(node.all_input_nodes)
     return found
+
+
+def _grows(size: int | torch.SymInt, batch: Any) -> bool:
+    """Whether a size is the batch's, or a multiple of it; for a batch of fixed size, whether it is equal."""
+    if isinstance(size, torch.SymInt):
+        return bool(size.node.expr.free_symbols & getattr(batch, "free_symbols", set()))
+    return bool(size == batch)
 
 
 def _expression(size: int | torch.SymInt) -> Any:
