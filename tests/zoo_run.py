@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from zoo import QUARTER, ZOO
-from zoo.check import STAGES, examine, missing
+from zoo.check import STAGES, capture_sample, examine, missing
 from zoo.forked import run_each
 from zoo.table import kind, page, summary, verdict
 
@@ -68,7 +68,7 @@ def _work(name: str) -> Iterator[dict[str, Any]]:
 
 
 def _warm_up() -> None:
-    """Imports what models import as they run, so that no model's seconds hold it, and the children share it."""
+    """Captures a model, so that the children share what that imports; runs none: threads do not survive a fork."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torchvision  # noqa: F401
     import transformers
@@ -77,8 +77,7 @@ def _warm_up() -> None:
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     start = time.perf_counter()
-    for _ in examine(ZOO["llama"]):
-        pass
+    capture_sample(ZOO["llama"], ZOO["llama"].build())
     print(f"warmed up in {time.perf_counter() - start:.0f} s", flush=True)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import pipecompile
 from pipecompile import compiled
-from pipecompile.capture import Call, read_call, summarize
+from pipecompile.capture import Call, Captured, read_call, summarize
 from pipecompile.errors import ExecutionError, PipecompileError
 from pipecompile.graph import Graph
 from zoo.entry import ROWS, Entry
@@ -66,17 +66,22 @@ def examine(entry: Entry) -> Iterator[dict[str, Any]]:
             yield {f"stages {stages}": verdict, f"captures {stages}": captures}
 
 
-def _traced(entry: Entry, model: nn.Module) -> Iterator[dict[str, Any]]:
+def capture_sample(entry: Entry, model: nn.Module) -> Captured:
+    """The capture that a pipeline over two microbatches needs first."""
     args, kwargs = entry.inputs(ROWS[0], entry.lengths[0])
+    call = read_call(model.forward, args, kwargs, {})
+    return compiled.capture(model, call, ROWS[0] if entry.whole else ROWS[0] // 2, None)
+
+
+def _traced(entry: Entry, model: nn.Module) -> Iterator[dict[str, Any]]:
     start = time.perf_counter()
     try:
-        call = read_call(model.forward, args, kwargs, {})
-        captured = compiled.capture(model, call, ROWS[0] if entry.whole else ROWS[0] // 2, None)
+        captured = capture_sample(entry, model)
+        nodes = len(summarize(captured).nodes)
     except Exception:
-        return
+        return  # the pipelines will meet it too, and say so
     seconds = time.perf_counter() - start
-    leaves = len(getattr(captured, "leaves", ()))
-    yield {"nodes": len(summarize(captured).nodes), "seconds": seconds, "leaves": leaves, "notes": captured.notes}
+    yield {"nodes": nodes, "seconds": seconds, "leaves": len(captured.leaves), "notes": captured.notes}
 
 
 def _train(entry: Entry, model: nn.Module, stages: int, references: Callable[..., Run]) -> tuple[str, int]:
@@ -182,7 +187,7 @@ def _one_capture_for_many_plans() -> Iterator[None]:
     verbs, known = {"capture": compiled.capture, "profile": compiled.profile}, {}
 
     def remembered(verb: str, subject: Any, *rest: Any) -> Any:
-        key = (verb, id(subject), *map(_key, rest))
+        key = (verb, id(subject), *filter(None, map(_key, rest)))
         if key not in known:
             known[key] = subject, verbs[verb](subject, *rest)
         return known[key][1]
