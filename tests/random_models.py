@@ -132,6 +132,8 @@ OPERATIONS: dict[str, Operation] = {
     "positions": lambda m, layer, a, b: a + torch.arange(a.shape[1]).view(-1, 1),
     "relu in place": lambda m, layer, a, b: (a + 0.1).relu_(),
     "scaled by a buffer": lambda m, layer, a, b: a * m.scale,
+    "scaled by the count": lambda m, layer, a, b: a / (1 + m.count),
+    "less the mean": lambda m, layer, a, b: a - m.mean,
     "straight-through": lambda m, layer, a, b: StraightThrough.apply(a),
     "blend": lambda m, layer, a, b: sum(Blend.apply(a, b, 0.25)),
     "gate": _gate,
