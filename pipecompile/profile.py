@@ -190,9 +190,9 @@ class _Walk:
 
     def _attribute(self, tensor: Tensor) -> Tensor:
         value = self.meter.tensor(tensor)
-        if tensor.requires_grad:
-            self.kept[value.untyped_storage()._cdata] = value  # a parameter: never counted as saved
-            return value.requires_grad_()
+        if isinstance(tensor, nn.Parameter):
+            self.kept[value.untyped_storage()._cdata] = value  # never counted as saved
+            return value.requires_grad_(tensor.requires_grad)
         return value.clone()  # a buffer may be written
 
     def _measure(self, node: fx.Node) -> Cost:
@@ -207,17 +207,26 @@ class _Walk:
         if isinstance(function, nn.Module) and isinstance(self.meter, _Counter):
             return self._count_leaf(node, function, args)
         run = _Call(node, function, args, kwargs)
-        saved = _Saved(self.kept)
         try:
-            with saved:
-                self.values[node] = _as_recorded(run.value(), node.meta.get("val"))
+            value, saved = run.value()
+            self.values[node] = _as_recorded(value, node.meta.get("val"))
         except DATA_DEPENDENT:
             return self._count_leaf(node, None, (args, kwargs))
         key = (node.target, origin_of(node).region, _described(args), _described(kwargs))
         if key not in self.timed:
             self.timed[key] = self._time(run)
         forward, backward = self.timed[key]
-        return Cost(forward, backward, saved.nbytes)
+        return Cost(forward, backward, self._newly_kept(saved))
+
+    def _newly_kept(self, saved: list[Tensor]) -> int:
+        """Bytes of saved tensors whose storage nothing before has kept."""
+        nbytes = 0
+        for tensor in saved:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.kept:
+                self.kept[storage._cdata] = tensor
+                nbytes += storage.nbytes()
+        return nbytes
 
     def _leaf(self, node: fx.Node) -> nn.Module:
         """A module that is kept whole, on tensors of this walk."""
@@ -265,12 +274,31 @@ class _Call:
         self.leaves: list[Tensor] = [t for t in [*_tensors((args, kwargs)), *own] if t.requires_grad]
         self.differentiable = False
 
-    def value(self) -> Any:
-        """What the nodes after this one read; for a write the very memory that was written."""
+    def value(self) -> tuple[Any, list[Tensor]]:
+        """What the nodes after this one read, and the tensors that autograd keeps.
+
+        A write goes to the very memory that later nodes read, without gradients. What it would keep is seen on copies,
+        and told in terms of the originals.
+        """
         if not self.mutates:
-            return self._run(self.args, self.kwargs)
+            return self._watched(self.args, self.kwargs)
+        copies = _map_tensors(torch.clone, (self.args, self.kwargs))
+        out, saved = self._watched(*copies)
         with torch.no_grad():
-            return self._run(self.args, self.kwargs)
+            value = self._run(self.args, self.kwargs)
+        pairs = zip(_tensors((copies, out)), _tensors(((self.args, self.kwargs), value)), strict=True)
+        original = {copy.untyped_storage()._cdata: tensor for copy, tensor in pairs}
+        return value, [original.get(t.untyped_storage()._cdata, t) for t in saved]
+
+    def _watched(self, args: Any, kwargs: Any) -> tuple[Any, list[Tensor]]:
+        saved: list[Tensor] = []
+
+        def pack(tensor: Tensor) -> Tensor:
+            saved.append(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            return self._run(args, kwargs), saved
 
     def forward(self) -> list[Tensor]:
         """Runs the call as often as one likes; the outputs that a backward can start from."""
@@ -286,22 +314,6 @@ class _Call:
     def _run(self, args: Any, kwargs: Any) -> Any:
         with enter_region(self.region.grad, self.region.autocast):
             return self.function(*args, **kwargs)
-
-
-class _Saved(torch.autograd.graph.saved_tensors_hooks):
-    """Counts the bytes that autograd keeps and that nothing before has kept."""
-
-    def __init__(self, kept: dict[int, Any]) -> None:
-        self.kept = kept
-        self.nbytes = 0
-        super().__init__(self._pack, lambda tensor: tensor)
-
-    def _pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self.kept:
-            self.kept[storage._cdata] = tensor
-            self.nbytes += storage.nbytes()
-        return tensor
 
 
 @contextmanager

@@ -12,6 +12,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from pipecompile.capture.origin import origin_of
+from pipecompile.retarget import retarget
+
+META_TO_CPU = (torch.device("meta"), torch.device("cpu"))  # inputs have values even where the model has none
 
 
 class Evaluator:
@@ -62,8 +65,8 @@ class Evaluator:
         if node.op == "get_attr":
             tensor = self.attribute(str(node.target))
             return tensor if tensor.requires_grad else tensor.clone()  # a buffer may be written
-        args: Any = fx.map_arg(node.args, self.known.__getitem__)
-        kwargs: Any = fx.map_arg(node.kwargs, self.known.__getitem__)
+        args: Any = retarget(fx.map_arg(node.args, self.known.__getitem__), *META_TO_CPU)
+        kwargs: Any = retarget(fx.map_arg(node.kwargs, self.known.__getitem__), *META_TO_CPU)
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         if node.op == "call_module":

@@ -27,12 +27,13 @@ from torch.overrides import TorchFunctionMode
 
 from pipecompile.capture.aliases import Aliases
 from pipecompile.capture.leaves import LeafCall, attribute_of, tensors_of
-from pipecompile.capture.origin import Origin, user_line
+from pipecompile.capture.origin import Origin
 from pipecompile.capture.stand_ins import STAND_INS
 from pipecompile.capture.symbols import Sizes
 from pipecompile.capture.values import READS, DependsOnData, Values
 from pipecompile.errors import CaptureError
 from pipecompile.functions import setitem
+from pipecompile.lines import user_line
 from pipecompile.regions import PLAIN, Region
 
 # Functions that write to arguments without saying so in the tensor's version counter: positions of what they write.

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from pipecompile.capture.aliases import storage_key
 from pipecompile.capture.captured import Captured
-from pipecompile.capture.origin import origin_of, short
+from pipecompile.capture.origin import origin_of
 from pipecompile.capture.purity import has_effect, is_cheap, name_of
 from pipecompile.capture.symbols import resolve
 from pipecompile.graph import Graph, Node, Parameter, TensorSpec
+from pipecompile.lines import short
 
 
 def summarize(captured: Captured) -> Graph:

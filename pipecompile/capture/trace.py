@@ -19,7 +19,7 @@ from pipecompile.capture.captured import Captured, Output
 from pipecompile.capture.evaluate import Evaluator
 from pipecompile.capture.inputs import Call
 from pipecompile.capture.leaves import Leaf, LeafCall, attribute_of, copy_of
-from pipecompile.capture.origin import Origin, failing_line, origin_of
+from pipecompile.capture.origin import Origin, origin_of
 from pipecompile.capture.patches import patched
 from pipecompile.capture.purity import has_effect
 from pipecompile.capture.recorder import DATA_DEPENDENT, Recorder
@@ -29,6 +29,7 @@ from pipecompile.capture.trees import flatten
 from pipecompile.capture.values import DependsOnData, Values
 from pipecompile.errors import CaptureError, InputError, PipecompileError
 from pipecompile.functions import after, write_back
+from pipecompile.lines import failing_line
 
 SYMBOLIC_ATTEMPTS = ("batch and lengths", "batch", "nothing")  # what is symbolic, widest first
 

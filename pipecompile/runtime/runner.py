@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from pipecompile.capture.origin import failing_line
 from pipecompile.errors import ExecutionError
+from pipecompile.lines import failing_line
 from pipecompile.runtime.lane import Lane, Value
 from pipecompile.runtime.transport import Values
 from pipecompile.runtime.weights import Version, Weights

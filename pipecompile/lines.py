@@ -1,0 +1,37 @@
+"""Lines of the user's source: where a call was made, and where an exception came through."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+
+import torch
+
+_LIBRARIES = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(__file__) + os.sep)
+
+
+def user_line() -> str:
+    """``file:line`` of the innermost frame outside torch and pipecompile; empty if there is none."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        filename = frame.f_code.co_filename
+        if not filename.startswith(_LIBRARIES) and not filename.startswith("<frozen"):
+            return f"{filename}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""
+
+
+def failing_line(error: BaseException) -> str:
+    """``file:line`` of the innermost frame outside torch and pipecompile that an exception came through."""
+    lines = [
+        f"{frame.f_code.co_filename}:{line}"
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if not frame.f_code.co_filename.startswith(_LIBRARIES)
+    ]
+    return lines[-1] if lines else ""
+
+
+def short(source: str) -> str:
+    """A source line with its folder alone: ``gpt2/modeling_gpt2.py:42``."""
+    return "/".join(source.split(os.sep)[-2:])
