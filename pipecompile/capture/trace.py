@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from pipecompile.capture.captured import Captured, Output
-from pipecompile.capture.evaluate import Evaluator
+from pipecompile.capture.evaluate import META_TO_CPU, Evaluator
 from pipecompile.capture.inputs import Call
 from pipecompile.capture.leaves import Leaf, LeafCall, attribute_of, copy_of
 from pipecompile.capture.origin import Origin, origin_of
@@ -30,6 +30,7 @@ from pipecompile.capture.values import DependsOnData, Values
 from pipecompile.errors import CaptureError, InputError, PipecompileError
 from pipecompile.functions import after, write_back
 from pipecompile.lines import failing_line
+from pipecompile.retarget import retarget
 
 SYMBOLIC_ATTEMPTS = ("batch and lengths", "batch", "nothing")  # what is symbolic, widest first
 
@@ -336,7 +337,8 @@ class _Trace:
         needed = _ancestors(reads)
         for node in self.graph.nodes:
             if node in needed:
-                copies[node] = graph.node_copy(node, copies.__getitem__)
+                copies[node] = copy = graph.node_copy(node, copies.__getitem__)
+                copy.args, copy.kwargs = retarget(copy.args, *META_TO_CPU), retarget(copy.kwargs, *META_TO_CPU)
         graph.output(tuple(copies[node] for node in reads))
         return fx.GraphModule(_Root(self._attribute, graph), graph)
 
