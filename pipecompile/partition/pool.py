@@ -9,7 +9,7 @@ Effort is counted in atoms, not in seconds of a clock, so that the same problem 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from math import inf
 
 import numpy as np
@@ -20,10 +20,11 @@ from pipecompile.partition.family import Family
 from pipecompile.partition.interval import best_intervals, prefixes
 from pipecompile.partition.orders import orders
 from pipecompile.partition.problem import Bools, Problem
-from pipecompile.partition.window import admit
+from pipecompile.partition.window import admit, windows
 
 EFFORT = 12_000  # atoms placed by interval programmes
 MOST_ORDERS = 100
+MANY_ATOMS = 2_000
 KEPT_ORDERS = 8
 MOST_SETS = 1_000  # for one boundary
 ROUNDING = 1 + 1e-9  # the same load, added in another order
@@ -35,7 +36,7 @@ def pooled(problem: Problem) -> tuple[Chain | None, Family]:
     if not ranked:
         return None, Family.of(problem, [])
     best, _, _ = ranked[0]
-    order_sets = [prefixes(order, range(1, len(problem))) for _, order, _ in ranked[:KEPT_ORDERS]]
+    order_sets = [prefixes(order, _ends(problem, order, best)) for _, order, _ in ranked[:KEPT_ORDERS]]
     sets = Family.of(problem, [*order_sets, *_cuts(problem)])
     return combine(sets, best, prefixes(ranked[0][1], ranked[0][2][:-1])), sets
 
@@ -48,6 +49,15 @@ def combine(sets: Family, limit: float, known: Bools) -> Chain | None:
         for family, boundary in zip(families, known, strict=True)
     ]
     return best_chain(sets.problem, families, limit * ROUNDING)
+
+
+def _ends(problem: Problem, order: Sequence[int], limit: float) -> Sequence[int]:
+    """Where to end a prefix of the order so that its weight is within the window of some boundary."""
+    work = np.cumsum(problem.weight[list(order)])
+    near = np.zeros(len(order), np.bool_)
+    for window in windows(problem, limit):
+        near |= (work <= window.before.work) & (problem.total - work <= window.after.work)
+    return (np.flatnonzero(near[:-1]) + 1).tolist()
 
 
 def _ranked_orders(problem: Problem) -> list[tuple[float, tuple[int, ...], tuple[int, ...]]]:
@@ -63,7 +73,8 @@ def _ranked_orders(problem: Problem) -> list[tuple[float, tuple[int, ...], tuple
 
 def _cuts(problem: Problem) -> Iterable[Bools]:
     targets = 5 * problem.num_stages
-    return [cut[None] for cut in sweep(problem, targets, (0.1, 0.5))]
+    tolerances = (0.1, 0.5) if len(problem) < MANY_ATOMS else (0.5,)
+    return [cut[None] for cut in sweep(problem, targets, tolerances)]
 
 
 def _cheapest(family: Family) -> Family:
