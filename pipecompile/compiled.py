@@ -27,6 +27,7 @@ from pipecompile.partition import carry_over, partition
 from pipecompile.plan import Plan, stage_costs
 from pipecompile.profile import How, profile
 from pipecompile.program import Program
+from pipecompile.retarget import threads_each
 from pipecompile.simulate import simulate
 from pipecompile.split import Stage, split
 from pipecompile.timeline import Timeline
@@ -98,7 +99,7 @@ def compile_call(
     graph = summarize(captured)
     if first is None:
         cluster = Cluster.of([str(device) for device in devices])
-        costed = profile(captured, graph, how, devices[0])
+        costed = profile(captured, graph, how, devices[0], threads=threads_each(devices))
         plan = reference = partition(costed, len(devices), cluster)
     else:
         plan, costed, reference, cluster = (

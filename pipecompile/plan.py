@@ -42,7 +42,7 @@ class Plan(Json):
     """Node to stage, stage to rank, and the channels between stages.
 
     Invariants, checked by ``validate``:
-    1. stages are numbered without a gap, and each has a rank;
+    1. each stage has a rank; one may be empty, where another capture of the model has nothing to do there;
     2. no value flows to an earlier stage: channels point forward, one per pair of stages;
     3. a replicated node has no stage (``None``), any other has one.
     """
@@ -124,7 +124,7 @@ class Plan(Json):
         if not self.rank_of or min(self.rank_of) < 0:
             raise PlanError(f"ranks must be counted from 0, one for each stage; got {self.rank_of}")
         used = {stage for stage in self.stage_of if stage is not None}
-        if used and used != set(range(self.num_stages)):
+        if not used <= set(range(self.num_stages)):
             raise PlanError(f"stages {sorted(used)} are used, but there are {self.num_stages} with a rank")
         pairs = [(channel.source, channel.target) for channel in self.channels]
         for source, target in pairs:

@@ -60,12 +60,14 @@ def profile(
     how: How | None = None,
     device: torch.device | None = None,
     roofline: Roofline | None = None,
+    threads: int | None = None,
 ) -> CostedGraph:
     """The graph with the cost of each node for one microbatch.
 
     Args:
         how: "measure" on ``device``, or "count"; by default measured unless the model is on the meta device.
         device: where to measure; by default where the model is.
+        threads: within an operation on the CPU while it is measured; by default the caller's.
 
     Raises:
         InputError: a model on the meta device cannot be measured.
@@ -77,7 +79,8 @@ def profile(
     if device is None:
         device = torch.device("cpu") if on_meta else captured.device
     meter: _Meter = _Clock(device) if how == "measure" else _Counter(roofline or Roofline())
-    costs = _Walk(captured, device, meter).run()
+    with _threads(threads or torch.get_num_threads()):
+        costs = _Walk(captured, device, meter).run()
     origin = f"measured: {device}, torch {torch.__version__}" if how == "measure" else "counted"
     return CostedGraph(graph, tuple(costs.get(node.name, Cost()) for node in graph.nodes), origin)
 
@@ -314,6 +317,16 @@ class _Call:
     def _run(self, args: Any, kwargs: Any) -> Any:
         with enter_region(self.region.grad, self.region.autocast):
             return self.function(*args, **kwargs)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

@@ -1,7 +1,8 @@
-"""Devices as constants of a graph: a model that says ``device=x.device`` must run wherever its stage runs."""
+"""Devices: as constants of a graph, which must follow the stage, and as places that share one CPU."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,6 +26,11 @@ def retarget(argument: Any, old: torch.device, new: torch.device) -> Any:
             return {key: retarget(item, old, new) for key, item in argument.items()}
         case _:
             return argument
+
+
+def threads_each(devices: Sequence[torch.device]) -> int:
+    """Threads within an operation for each of several ranks on the CPU: the caller's, shared out."""
+    return max(1, torch.get_num_threads() // max(1, sum(device.type == "cpu" for device in devices)))
 
 
 def same_device(a: torch.device, b: torch.device) -> bool:

@@ -13,6 +13,7 @@ import torch
 
 from pipecompile.compiled import Compiled
 from pipecompile.program import Instruction, Program
+from pipecompile.retarget import threads_each
 from pipecompile.runtime import Ambient, Executor, Lane, LocalTransport, MakeOptimizer, Microbatch, Runner, Weights
 from pipecompile.schedule import carried_after
 from pipecompile.timeline import Timeline
@@ -45,7 +46,7 @@ class Session:
     def __init__(self, devices: Sequence[torch.device], optimizer: MakeOptimizer | None) -> None:
         self.devices = tuple(devices)
         self.optimizer = optimizer
-        self.lanes = tuple(map(Lane, devices))
+        self.lanes = tuple(Lane(device, threads_each(devices)) for device in devices)
         self.weights: list[Weights] = []  # of each stage; all captures share the stages' weights
         self.executors: dict[int, Executor] = {}
         self.stream = Stream()

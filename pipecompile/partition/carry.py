@@ -31,7 +31,7 @@ def carry_over(plan: Plan, graph: Graph, new_graph: Graph) -> Plan:
     """The plan of the new graph with every parameter on a stage that has it in the given plan of the old graph.
 
     Raises:
-        PlanError: no placement keeps all edges forward, or none was found that keeps all stages in use.
+        PlanError: no placement keeps all edges forward.
     """
     placed = Placed(new_graph)
     contraction = contract([0.0] * len(placed.nodes), placed.arcs, [], [Seat()], together=placed.together)
@@ -127,11 +127,7 @@ def _earliest(
 
 
 def _fill(problem: Problem, holders: list[frozenset[int] | None], stages: list[int], num_stages: int) -> None:
-    """Gives each stage that would be empty the last unbound atom that may move there.
-
-    Raises:
-        PlanError: there is none.
-    """
+    """Gives each stage that would be empty the last unbound atom that may move there; without one it stays empty."""
     for empty in sorted(set(range(num_stages)) - set(stages)):
         for atom in reversed(range(len(problem))):
             low = max((stages[source] for source in problem.predecessors[atom]), default=0)
@@ -139,8 +135,6 @@ def _fill(problem: Problem, holders: list[frozenset[int] | None], stages: list[i
             if holders[atom] is None and low <= empty <= high and stages.count(stages[atom]) > 1:
                 stages[atom] = empty
                 break
-        else:
-            raise PlanError(f"no node of the new graph can go to stage {empty}; compile with {num_stages - 1} stages")
 
 
 def _named(node: Node) -> str:

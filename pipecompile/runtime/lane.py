@@ -22,10 +22,14 @@ Value = Tensor | None
 
 
 class Lane:
-    """One rank's thread, device and streams; the thread lives as long as the lane."""
+    """One rank's thread, device and streams; the thread lives as long as the lane.
 
-    def __init__(self, device: torch.device) -> None:
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix=f"pipecompile {device}")
+    Args:
+        threads: of torch's own within an operation, on the CPU (see ``threads_each``).
+    """
+
+    def __init__(self, device: torch.device, threads: int = 1) -> None:
+        self.thread = ThreadPoolExecutor(1, f"pipecompile {device}", _settle, (device, threads))
         self.device = device
         self.cuda = device.type == "cuda"
         self.compute = _stream(device)
@@ -82,6 +86,12 @@ class Lane:
     def _record(self, tensor: Value, stream: Any) -> None:
         if tensor is not None and tensor.is_cuda and stream is not None:
             tensor.record_stream(stream)  # [4]
+
+
+def _settle(device: torch.device, threads: int) -> None:
+    """Run once in a lane's thread."""
+    if device.type == "cpu":
+        torch.set_num_threads(threads)
 
 
 def _stream(device: torch.device) -> Any:
