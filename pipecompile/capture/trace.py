@@ -1,8 +1,8 @@
-"""Captures a model by running its forward once on fake tensors."""
+"""One attempt at capturing a model: its forward run once on fake tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,105 +22,18 @@ from pipecompile.capture.leaves import Leaf, LeafCall, attribute_of, copy_of
 from pipecompile.capture.origin import Origin, origin_of
 from pipecompile.capture.patches import patched
 from pipecompile.capture.purity import has_effect
-from pipecompile.capture.recorder import DATA_DEPENDENT, Recorder
+from pipecompile.capture.recorder import Recorder
 from pipecompile.capture.state import Changes, fake_of, fakes_of, named_tensors, with_fakes
 from pipecompile.capture.symbols import Shapes, Sizes
 from pipecompile.capture.trees import flatten
 from pipecompile.capture.values import DependsOnData, Values
-from pipecompile.errors import CaptureError, InputError, PipecompileError
+from pipecompile.errors import CaptureError, PipecompileError
 from pipecompile.functions import after, write_back
 from pipecompile.lines import failing_line
 from pipecompile.retarget import retarget
 
-SYMBOLIC_ATTEMPTS = ("batch and lengths", "batch", "nothing")  # what is symbolic, widest first
 
-
-def capture(
-    model: nn.Module,
-    call: Call,
-    microbatch: int | None = None,
-    forward: Callable[..., Any] | None = None,
-    leaves: Iterable[str] = (),
-) -> Captured:
-    """Captures one call of a model.
-
-    Sizes are symbolic as far as the model allows: batch and lengths, else the batch alone, else none. What depends on
-    activations is kept whole: the innermost module around it becomes a leaf, and the trace begins anew. What had to be
-    given up or kept whole is in the notes.
-
-    Args:
-        call: the sample arguments, of the whole batch; what Python reads from them is read from the whole batch.
-        microbatch: rows that the trace is taken at; by default all of the batch.
-        forward: what to run instead of ``model`` itself; it may only use the model's parameters.
-        leaves: paths of modules to keep whole.
-
-    Raises:
-        CaptureError: the model cannot be traced; names the module path and the source line.
-    """
-    rows = microbatch or call.batch or 1
-    sample = {n: t[:rows] if n in call.batched else t for n, t in call.tensors.items()}
-    kept = dict.fromkeys(_known(model, leaves), "as asked")
-    reasons: list[str] = []
-    for symbolic in SYMBOLIC_ATTEMPTS:
-        try:
-            captured = _with_leaves(model, call, rows, forward or model, symbolic, kept, reasons)
-            broken = captured.broken_guard(sample, call.tensors)
-        except CaptureError:
-            raise
-        except Exception as error:  # an operation that needs plain sizes: try with fewer symbols
-            failure = error
-            reasons.append(str(error).splitlines()[0][:200] if str(error) else type(error).__name__)
-            continue
-        if not broken:
-            return captured
-        failure = CaptureError(broken)
-        reasons.append(broken)
-    raise CaptureError(f"the model cannot be traced: {getattr(failure, 'origin', '')}: {failure}") from failure
-
-
-def _with_leaves(
-    model: nn.Module,
-    call: Call,
-    rows: int,
-    forward: Callable[..., Any],
-    symbolic: str,
-    kept: dict[str, str],
-    reasons: list[str],
-) -> Captured:
-    """Traces until no more modules have to be kept whole; adds them, with the reason, to ``kept``."""
-    while True:
-        trace = _Trace(model, call, rows, forward, symbolic, kept)
-        try:
-            return trace.run(reasons)
-        except DATA_DEPENDENT as error:
-            path = _next_leaf(trace.recorder.paths, kept)
-            if path is None:
-                if isinstance(error, CaptureError):
-                    raise
-                raise CaptureError(
-                    f"{getattr(error, 'origin', '')}: what the model does here depends on values that only a running "
-                    f"step knows ({type(error).__name__}); move it into a module of its own, which can be kept whole"
-                ) from error
-            kept[path] = str(error).splitlines()[0][:200] or type(error).__name__
-
-
-def _next_leaf(paths: list[str], kept: dict[str, str]) -> str | None:
-    """The innermost module being run that is not kept whole yet; inside one that is, the next further out."""
-    for path in reversed(paths):
-        if path and not any(path == k or path.startswith(f"{k}.") for k in kept):
-            return path
-    return None
-
-
-def _known(model: nn.Module, leaves: Iterable[str]) -> list[str]:
-    paths = dict(model.named_modules())
-    for path in leaves:
-        if path not in paths or not path:
-            raise InputError(f"leaf_modules= names {path!r}, which is no module inside the model")
-    return list(leaves)
-
-
-class _Trace:
+class Trace:
     """One attempt at tracing; holds what its steps share."""
 
     def __init__(
