@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pipecompile.batch import Rows
 from pipecompile.capture import Call, Captured, capture, summarize
 from pipecompile.capture.origin import origin_of
+from pipecompile.capture.purity import is_random
 from pipecompile.cluster import Cluster
 from pipecompile.errors import InputError
 from pipecompile.graph import CostedGraph, Graph
@@ -203,6 +204,28 @@ def find_loss(captured: Captured, name: str | None) -> int | None:
     return losses[0] if losses else None
 
 
+def _across_microbatches(compiled: Compiled) -> list[str]:
+    """What several microbatches do differently from the whole batch."""
+    captured = compiled.captured
+    if captured.call.batch in (None, captured.microbatch):
+        return []
+    notes = []
+    if any(output.is_scalar and not output.is_shared for output in captured.outputs):
+        notes.append(
+            "the loss and other single numbers are taken as means over samples: microbatches weigh by their rows, "
+            "which differs from the whole batch for sums, for losses over unequal numbers of valid tokens, and where samples mix"
+        )
+    for node in captured.graph.nodes:
+        if node.target is torch.nn.functional.batch_norm and origin_of(node).writes:
+            notes.append(f"batch normalisation uses each microbatch's statistics ({origin_of(node)})")
+            break
+    random = [node for node in captured.graph.nodes if is_random(node)]
+    if random:
+        first = origin_of(random[0])
+        notes.append(f"{len(random)} functions draw random numbers, in the order in which stages run ({first})")
+    return notes
+
+
 def describe(compiled: Compiled) -> Mapping[str, Sequence[str]]:
     """What the user should know about a capture, by topic."""
     graph, plan = compiled.graph, compiled.plan
@@ -211,6 +234,7 @@ def describe(compiled: Compiled) -> Mapping[str, Sequence[str]]:
     reads = [f"the model reads {value} from its inputs" for value in compiled.captured.read_values]
     return {
         "notes": compiled.captured.notes,
+        "microbatches": _across_microbatches(compiled),
         "guards": [*guards, *reads],
         "recomputed": [f"{copies} values (masks, positions, sizes) are computed in each stage that reads them"]
         * (copies > 0),

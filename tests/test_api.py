@@ -592,6 +592,27 @@ def test_a_report_says_what_is_tied_guarded_and_recomputed() -> None:
     assert {"notes", "guards", "recomputed"} <= pipe.report.keys()
 
 
+def test_a_report_says_what_microbatches_change() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D), nn.Dropout(0.5), nn.Linear(D, D))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x).square().mean()
+
+    x = torch.randn(8, D)
+    cut = pipe_of(Net(), microbatches=2)
+    cut.prepare(x)
+    said = " ".join(cut.report["microbatches"])
+    assert "means over samples" in said
+    assert "batch normalisation uses each microbatch's statistics (module 'body.1'" in said
+    assert "1 functions draw random numbers" in said
+    whole = pipe_of(Net(), microbatches=1)
+    whole.prepare(x)
+    assert whole.report["microbatches"] == []
+
+
 def test_three_virtual_stages_may_share_one_device() -> None:
     pipe, model, inputs = both(INSIDE, stages=3)
     assert_same(step(pipe, pipe.model, MODELS[INSIDE].loss, inputs), step(model, model, MODELS[INSIDE].loss, inputs))
