@@ -213,7 +213,8 @@ def _across_microbatches(compiled: Compiled) -> list[str]:
     if any(output.is_scalar and not output.is_shared for output in captured.outputs):
         notes.append(
             "the loss and other single numbers are taken as means over samples: microbatches weigh by their rows, "
-            "which differs from the whole batch for sums, for losses over unequal numbers of valid tokens, and where samples mix"
+            "which differs from the whole batch for sums, for losses over unequal numbers of valid tokens, and where "
+            "samples mix"
         )
     for node in captured.graph.nodes:
         if node.target is torch.nn.functional.batch_norm and origin_of(node).writes:

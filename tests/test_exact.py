@@ -53,11 +53,11 @@ def _remembered(verb: str, key: Hashable) -> list[Any]:
     return []
 
 
-def remembered(verb: str, subject: Any, call: Any, size: Any, *rest: Any) -> Any:
+def remembered(verb: str, subject: Any, call: Any, size: Any, *rest: Any, **options: Any) -> Any:
     """What ``capture(model, call, size, ...)`` or ``profile(captured, graph, how, ...)`` gave before."""
     known = _remembered(verb, (id(subject), getattr(call, "key", None), size))
     if not known:
-        known.append(VERBS[verb](subject, call, size, *rest))
+        known.append(VERBS[verb](subject, call, size, *rest, **options))
     return known[0]
 
 
