@@ -200,7 +200,9 @@ def where_the_rest_is(predicted: Any, timelines: list[Any], step: float) -> None
 
 def environment() -> str:
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
-    return f"{versions}, {os.cpu_count()} cores; two threads at once do {parallel_gain():.2f} times the work of one"
+    gain = parallel_gain()
+    busy = "; the machine is busy, so the ideal is out of reach" if gain < 1.8 else ""
+    return f"{versions}, {os.cpu_count()} cores; two threads at once do {gain:.2f} times the work of one{busy}"
 
 
 def parallel_gain() -> float:
