@@ -188,7 +188,7 @@ def _middle(model: nn.Module) -> str:
 
 
 def report(results: Sequence[Found]) -> str:
-    """Counts for each way, and the models that it does not get right with what stopped it."""
+    """Counts for each way; what stopped it on which model is in the JSON."""
     lines = [
         f"| {len(results)} models | {' | '.join(COLUMNS)} | seconds, median |",
         "|---|" + "---|" * (len(COLUMNS) + 1),
