@@ -8,7 +8,7 @@ demo: .venv/installed
 	$(BIN)/python examples/train_gpt2.py
 
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: .venv/installed
 	$(BIN)/ruff check .
