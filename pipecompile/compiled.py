@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -50,9 +51,10 @@ class Compiled:
     stages: tuple[Stage, ...]
     programs: dict[Any, Program] = field(default_factory=dict)
 
-    @property
-    def device_of(self) -> tuple[torch.device, ...]:
-        return tuple(stage.device for stage in self.stages)
+    @cached_property
+    def is_random(self) -> bool:
+        """Whether the model draws random numbers, as for dropout."""
+        return any(map(is_random, self.captured.graph.nodes))
 
     def program(self, schedule: Callable[[Plan], Program], key: Any) -> Program:
         """The lowered program of a schedule, made once for each key."""
@@ -175,10 +177,13 @@ def _present(device: torch.device) -> torch.device:
 
 
 def modes(model: nn.Module) -> tuple[Any, ...]:
-    """What about a model, beside the call, makes a capture its own: train or eval, its tensors, and what is frozen."""
+    """What about a model, beside the call, makes a capture its own: train or eval, hooks, tensors, what is frozen."""
     training = tuple(module.training for module in model.modules())
+    hooks = tuple(
+        id(hook) for m in model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())
+    )
     parameters = tuple((id(parameter), parameter.requires_grad) for parameter in model.parameters())
-    return training, parameters, tuple(map(id, model.buffers()))
+    return training, hooks, parameters, tuple(map(id, model.buffers()))
 
 
 def find_loss(captured: Captured, name: str | None) -> int | None:
@@ -223,7 +228,7 @@ def _across_microbatches(compiled: Compiled) -> list[str]:
     random = [node for node in captured.graph.nodes if is_random(node)]
     if random:
         first = origin_of(random[0])
-        notes.append(f"{len(random)} functions draw random numbers, in the order in which stages run ({first})")
+        notes.append(f"{len(random)} functions draw random numbers, others than in the unsplit model ({first})")
     return notes
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +13,17 @@ def setitem(x: Tensor, index: Any, value: Any) -> Tensor:
     """``x[index] = value`` as an expression."""
     x[index] = value
     return x
+
+
+def hooked(hook: Callable[[Tensor], Tensor | None]) -> Callable[[Tensor], Tensor]:
+    """A function that gives its argument with a hook on its gradient, as ``x.register_hook(hook)`` leaves it."""
+
+    def with_hook(x: Tensor) -> Tensor:
+        if x.requires_grad:
+            x.register_hook(hook)  # type: ignore[no-untyped-call]
+        return x
+
+    return with_hook
 
 
 def after(x: Tensor, *writers: Any) -> Tensor:

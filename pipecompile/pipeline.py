@@ -132,7 +132,7 @@ class Pipeline(nn.Module):
         loss = find_loss(captured, self._loss)
         if not torch.is_grad_enabled() or not any(output.requires_grad for output in captured.outputs):
             return steps.evaluate(self._session, batch)
-        if self.schedule in ASYNCHRONOUS and self.training:
+        if self.schedule in ASYNCHRONOUS and self.model.training:
             if loss is None:
                 raise InputError(
                     f"schedule={self.schedule!r} needs the loss inside: pass labels, or loss_fn= to compile"

@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipecompile.capture import Captured
 from pipecompile.capture.origin import origin_of
 from pipecompile.capture.recorder import DATA_DEPENDENT
+from pipecompile.capture.stand_ins import STAND_INS
 from pipecompile.errors import ExecutionError, InputError
 from pipecompile.graph import Cost, CostedGraph, Graph
 from pipecompile.regions import enter_region
@@ -207,8 +208,10 @@ class _Walk:
             self.values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
             return Cost()
         function = self._leaf(node) if node.op == "call_module" else node.target
-        if isinstance(function, nn.Module) and isinstance(self.meter, _Counter):
-            return self._count_leaf(node, function, args)
+        if isinstance(self.meter, _Counter):
+            if isinstance(function, nn.Module):
+                return self._count_leaf(node, function, args)
+            function = STAND_INS.get(function, function)  # type: ignore[arg-type]
         run = _Call(node, function, args, kwargs)
         try:
             value, saved = run.value()

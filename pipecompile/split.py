@@ -20,8 +20,10 @@ from torch import Tensor, nn
 
 from pipecompile.capture import Captured
 from pipecompile.capture.origin import origin_of
+from pipecompile.capture.purity import is_random
 from pipecompile.graph import Graph
 from pipecompile.plan import Plan, members
+from pipecompile.randomness import seeded
 from pipecompile.regions import PLAIN, Region, enter_region, exit_region
 from pipecompile.retarget import retarget, same_device
 
@@ -122,6 +124,8 @@ def _graph(
             copies[attribute] = graph.get_attr(str(attribute.target))
         region.change(_moved(origin_of(source).region, old, new))
         copy = graph.node_copy(source, copies.__getitem__)
+        if source.op == "call_function" and is_random(source) and callable(source.target):
+            copy.target = seeded(source.target, source.name, new)
         copy.args, copy.kwargs = retarget(copy.args, old, new), retarget(copy.kwargs, old, new)
         if _makes_on_default_device(source, old) and old.type != new.type:
             copy.kwargs = {**copy.kwargs, "device": new}

@@ -9,7 +9,7 @@ stream        asynchronous: the next segment of the stream, each microbatch a mi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from pipecompile.compiled import Compiled
 from pipecompile.errors import ExecutionError
 from pipecompile.plan import Plan
 from pipecompile.program import Program
+from pipecompile.randomness import seeds
 from pipecompile.runtime import Microbatch
 from pipecompile.runtime.delivery import Deferred, Delivered, Gradients
 from pipecompile.schedule import backward_only, drain, forward_only, pipedream
@@ -75,8 +76,8 @@ def train(session: Session, batch: Batch, loss: int, schedule: Callable[[Plan, i
     """The whole schedule, from the output at position ``loss``."""
     session.begin(batch.compiled)
     name = str(batch.outputs[loss].node)
-    parts = zip(scatter(batch.call, batch.rows), batch.rows.weights, strict=True)
-    microbatches = {i: Microbatch(part, {name: weight}) for i, (part, weight) in enumerate(parts)}
+    parts = zip(_microbatches(batch), batch.rows.weights, strict=True)
+    microbatches = {i: replace(part, seeds={name: weight}) for i, (part, weight) in enumerate(parts)}
     session.run(batch.compiled, batch.program("train", schedule), microbatches)
     values = batch.join(microbatches)
     tensors = [values[str(output.node)] for output in batch.outputs]
@@ -113,7 +114,8 @@ def stream(session: Session, batch: Batch, loss: int) -> Any:
     under_way = session.stream
     name = str(batch.outputs[loss].node)
     entering = range(under_way.next, under_way.next + len(batch.rows))
-    new = {n: Microbatch(part, {name: 1.0}) for n, part in zip(entering, scatter(batch.call, batch.rows), strict=True)}
+    parts = zip(entering, _microbatches(batch), strict=True)
+    new = {number: replace(part, seeds={name: 1.0}) for number, part in parts}
     under_way.microbatches.update(new)
     program = batch.compiled.lowered(pipedream(batch.compiled.plan, entering, under_way.carried))
     try:
@@ -138,9 +140,16 @@ def flush(session: Session) -> None:
 def _forward(session: Session, batch: Batch) -> dict[int, Microbatch]:
     if session.optimizer is None:
         session.begin(batch.compiled)
-    microbatches = dict(enumerate(map(Microbatch, scatter(batch.call, batch.rows))))
+    microbatches = dict(enumerate(_microbatches(batch)))
     session.run(batch.compiled, batch.program("forward", forward_only), microbatches)
     return microbatches
+
+
+def _microbatches(batch: Batch) -> list[Microbatch]:
+    """The parts of a batch; a model that draws random numbers gets a seed for each from the caller's generator."""
+    parts = scatter(batch.call, batch.rows)
+    drawn: Sequence[int | None] = seeds(len(parts)) if batch.compiled.is_random else [None] * len(parts)
+    return [Microbatch(part, seed) for part, seed in zip(parts, drawn, strict=True)]
 
 
 def _seed(batch: Batch, microbatches: Mapping[int, Microbatch], incoming: Sequence[Tensor | None]) -> None:

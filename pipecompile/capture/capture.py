@@ -13,7 +13,7 @@ from pipecompile.capture.recorder import DATA_DEPENDENT
 from pipecompile.capture.trace import Trace
 from pipecompile.errors import CaptureError, InputError
 
-SYMBOLIC_ATTEMPTS = ("batch and lengths", "batch", "nothing")  # what is symbolic, widest first
+SYMBOLIC_ATTEMPTS = ("batch and lengths", "lengths", "batch", "nothing")  # what is symbolic, widest first
 
 
 def capture(
@@ -25,7 +25,7 @@ def capture(
 ) -> Captured:
     """Captures one call of a model.
 
-    Sizes are symbolic as far as the model allows: batch and lengths, else the batch alone, else none. What depends on
+    Sizes are symbolic as far as the model allows: batch and lengths, else one of the two, else none. What depends on
     activations is kept whole: the innermost module around it becomes a leaf, and the trace begins anew. What had to be
     given up or kept whole is in the notes.
 
@@ -40,7 +40,7 @@ def capture(
     """
     rows = microbatch or call.batch or 1
     sample = {n: t[:rows] if n in call.batched else t for n, t in call.tensors.items()}
-    kept = dict.fromkeys(_known(model, leaves), "as asked")
+    kept = {**_with_backward_hooks(model), **dict.fromkeys(_known(model, leaves), "as asked")}
     reasons: list[str] = []
     for symbolic in SYMBOLIC_ATTEMPTS:
         try:
@@ -91,6 +91,17 @@ def _next_leaf(paths: list[str], kept: dict[str, str]) -> str | None:
         if path and not any(path == k or path.startswith(f"{k}.") for k in kept):
             return path
     return None
+
+
+def _with_backward_hooks(model: nn.Module) -> dict[str, str]:
+    """Modules whose own backward hooks a graph of functions would lose."""
+    hooked = [path for path, m in model.named_modules() if m._backward_hooks or m._backward_pre_hooks]
+    if "" in hooked:
+        raise CaptureError(
+            "the model itself has a backward hook (register_full_backward_hook), which a split model has no place for; "
+            "register it on a module inside, or use hooks on parameters"
+        )
+    return dict.fromkeys(hooked, "it has backward hooks")
 
 
 def _known(model: nn.Module, leaves: Iterable[str]) -> list[str]:

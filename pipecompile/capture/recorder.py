@@ -32,7 +32,7 @@ from pipecompile.capture.stand_ins import STAND_INS
 from pipecompile.capture.symbols import Sizes
 from pipecompile.capture.values import READS, DependsOnData, Values
 from pipecompile.errors import CaptureError
-from pipecompile.functions import setitem
+from pipecompile.functions import hooked, setitem
 from pipecompile.lines import user_line
 from pipecompile.regions import PLAIN, Region
 
@@ -147,6 +147,8 @@ class Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         if func in READS and isinstance(args[0], FakeTensor):
             return self._read(func, args, kwargs)
+        if func is Tensor.register_hook:
+            self._hook(*args, **kwargs)
         return self.call(func, args, kwargs, func)
 
     def call(
@@ -292,6 +294,14 @@ class Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         finally:
             shapes.inside -= 1
+
+    def _hook(self, tensor: Tensor, hook: Callable[[Tensor], Tensor | None]) -> None:
+        """A hook on a gradient: the tensor with the hook is what the model reads from now on."""
+        before = self.node_of(tensor)
+        node = self.emit(hooked(hook), (before,), like=before)
+        self.aliases.groups.append((before, node))
+        self.aliases.add(tensor, node, [tensor], (node,))
+        self.nodes[id(tensor)] = node
 
     def _read(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         func = _printable(func)

@@ -127,7 +127,8 @@ class Trace:
             kind, size = "batch", self.microbatch
         else:
             kind = "length"
-        if self.shapes is None or (kind == "length" and not self._is_length(real, dim, size, symbols)):
+        fixed = "batch" not in self.symbolic if kind == "batch" else not self._is_length(real, dim, size, symbols)
+        if self.shapes is None or fixed:
             return size
         if (kind, size) not in symbols:
             hint = max(2, size) if kind == "batch" else size
@@ -136,7 +137,7 @@ class Trace:
 
     def _is_length(self, real: Tensor, dim: int, size: int, symbols: dict[tuple[str, int], int | torch.SymInt]) -> bool:
         """Whether a dimension may well change from step to step: of ids, of sequences, or as long as one of those."""
-        if self.symbolic != "batch and lengths":
+        if "lengths" not in self.symbolic:
             return False
         if ("length", size) in symbols:
             return True
@@ -258,7 +259,9 @@ class Trace:
     def _give_up_notes(self, reasons: list[str]) -> list[str]:
         if not reasons:
             return []
-        kept = {"batch": "the batch alone has a symbolic size", "nothing": "all sizes are fixed"}[self.symbolic]
+        kept = (
+            "all sizes are fixed" if self.symbolic == "nothing" else f"of the sizes, {self.symbolic} alone may change"
+        )
         return [f"{kept}, inputs of other sizes are captured anew: {reasons[0]}"]
 
     def _learn(self, call: LeafCall, nodes: list[fx.Node]) -> Any:

@@ -13,6 +13,7 @@ from torch.func import functional_call
 
 from pipecompile.errors import ExecutionError
 from pipecompile.lines import failing_line
+from pipecompile.randomness import seed_microbatch
 from pipecompile.runtime.lane import Lane, Value
 from pipecompile.runtime.transport import Values
 from pipecompile.runtime.weights import Version, Weights
@@ -33,6 +34,7 @@ class Microbatch:
     """One microbatch on its way: what goes in, the gradients that its backward starts from, and what has come out."""
 
     inputs: Mapping[str, Tensor]
+    randomness: int | None = None  # seeds its random functions
     seeds: Mapping[str, Tensor | float] = field(default_factory=dict)  # model output -> its gradient
     outputs: dict[str, Tensor] = field(default_factory=dict)  # model outputs, without their history
     input_gradients: dict[str, list[Tensor]] = field(default_factory=dict)  # one from each stage that reads the input
@@ -56,6 +58,7 @@ class Runner:
         inputs = {name: _cut_off(self.lane.fetch(microbatch.inputs[name])) for name in stage.inputs}
         leaves = {source: tuple(map(_leaf, values)) for source, values in received.items()}
         arguments = [*inputs.values(), *(v for source in stage.receives for v in leaves[source])]
+        seed_microbatch(microbatch.randomness)
         returned = dict(zip(stage.returns, self._call(arguments), strict=True))
         if torch.is_grad_enabled():
             wanted = {name: t for name, t in inputs.items() if t.requires_grad}
