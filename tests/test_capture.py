@@ -7,6 +7,7 @@ import inspect
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -299,6 +300,31 @@ class Rooted(Gate):
 def test_a_read_at_the_root_that_no_input_answers_is_refused_with_the_line(read: Any, reason: str) -> None:
     with pytest.raises(CaptureError, match=rf"test_capture.py:\d+.*{reason}"):
         captured(Rooted(read), torch.ones(2, D))
+
+
+class Remembers(nn.Module):
+    """Reads an activation, and binds a new tensor to the name of a buffer."""
+
+    largest: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("largest", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, h: Tensor) -> Tensor:
+        if h.detach().abs().max() > self.largest:
+            self.largest = h.detach().abs().max()
+        return h / (1 + self.largest)
+
+
+def test_a_module_that_is_kept_whole_may_bind_its_buffers_anew() -> None:
+    model = nn.Sequential(nn.Linear(D, D), Remembers(), nn.Linear(D, D)).double()
+    alone, pipe = deepcopy(model), pipe_of(model)
+    for seed in range(3):
+        x = floats(4, 1, seed=seed)[:, 0]
+        torch.testing.assert_close(pipe(x), alone(x))
+        assert torch.equal(model[1].largest, alone[1].largest)
+    assert model[1].largest > 0
 
 
 @pytest.mark.parametrize("read", [read for read, _ in REFUSED.values()], ids=REFUSED)

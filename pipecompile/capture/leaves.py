@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
@@ -72,7 +73,21 @@ class Leaf(nn.Module):
 
     def forward(self, number: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         args, kwargs = self.calls[number].rebuild(tensors)
-        return tensors_of(self.__dict__["inner"](*args, **kwargs), self.calls[number].path)
+        before = dict(self.named_buffers())
+        out = self.__dict__["inner"](*args, **kwargs)
+        self._write_back(before)
+        return tensors_of(out, self.calls[number].path)
+
+    def _write_back(self, before: Mapping[str, Tensor]) -> None:
+        """What the module has bound to the name of a buffer goes into the model's own buffer, which the copy shares."""
+        for name, buffer in before.items():
+            *parents, last = name.split(".")
+            owner = self.get_submodule(".".join(parents))
+            bound = owner._buffers[last]
+            if bound is not buffer and bound is not None:
+                with torch.no_grad():
+                    buffer.copy_(bound)
+                owner._buffers[last] = buffer
 
 
 def attribute_of(path: str) -> str:
