@@ -1093,3 +1093,10 @@ def test_a_node_knows_its_module_and_the_line_of_the_call() -> None:
 def test_a_module_used_twice_is_two_calls_of_one_path() -> None:
     nodes = summarize(captured(MODELS["used_twice"].build(), floats())).nodes
     assert [node.path for node in nodes if node.parameters].count("shared.0.0") == 2
+
+
+def test_a_type_of_python_and_an_array_of_numpy_are_arguments_that_generated_code_can_write() -> None:
+    def body(self: Any, h: Tensor, x: Tensor) -> Tensor:
+        return h[:, np.array([1, 0, 1])].to(float) + (x > 0).to(dtype=int)[:, :1]
+
+    check(pipe_of(Around(body)), floats())

@@ -19,7 +19,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from pipecompile.errors import CaptureError
+from pipecompile.capture.values import DependsOnData
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,12 +115,12 @@ def tensors_of(output: Any, path: str) -> tuple[Tensor, ...]:
     """The tensors of a leaf's output.
 
     Raises:
-        CaptureError: the output holds something else that may change from call to call.
+        DependsOnData: the output holds something else that may change from call to call.
     """
     flat = pytree.tree_leaves(output)
     other = [leaf for leaf in flat if not isinstance(leaf, Tensor) and leaf is not None and not isinstance(leaf, str)]
     if other:
-        raise CaptureError(
+        raise DependsOnData(
             f"module {path!r} is kept whole but returns a {type(other[0]).__name__}, which cannot pass along the "
             f"graph; name a module further out in leaf_modules="
         )

@@ -11,6 +11,7 @@ import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.fx as fx
 import torch.nn.functional as F
@@ -43,6 +44,8 @@ SILENT_WRITES: dict[Callable[..., Any], tuple[tuple[int, str], ...]] = {
     torch.batch_norm: ((3, "running_mean"), (4, "running_var")),
 }
 
+
+PYTHON_TYPES = {bool: torch.bool, int: torch.int64, float: torch.float64}  # where torch takes one for a dtype
 
 # What running on fakes raises where only real values would do.
 DATA_DEPENDENT = (
@@ -234,6 +237,10 @@ class Recorder(TorchFunctionMode):
                 return {key: self.lower(item) for key, item in value.items()}
             case slice():
                 return slice(self.lower(value.start), self.lower(value.stop), self.lower(value.step))
+            case type() if value in PYTHON_TYPES:
+                return PYTHON_TYPES[value]
+            case np.ndarray():
+                return value.tolist()
             case _ if type(value).__module__ == "numpy" and hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
                 return value.item()
             case _:

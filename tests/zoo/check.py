@@ -186,10 +186,10 @@ def _one_capture_for_many_plans() -> Iterator[None]:
     """Lets pipelines of one model share captures and profiles: stages come after both, which would be the same."""
     verbs, known = {"capture": compiled.capture, "profile": compiled.profile}, {}
 
-    def remembered(verb: str, subject: Any, *rest: Any) -> Any:
+    def remembered(verb: str, subject: Any, *rest: Any, **options: Any) -> Any:
         key = (verb, id(subject), *filter(None, map(_key, rest)))
         if key not in known:
-            known[key] = subject, verbs[verb](subject, *rest)
+            known[key] = subject, verbs[verb](subject, *rest, **options)
         return known[key][1]
 
     try:
