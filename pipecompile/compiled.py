@@ -123,17 +123,16 @@ def place(captured: Captured, plan: Plan, graph: Graph, devices: Sequence[torch.
     model = captured.model
     if any(p.is_meta for p in model.parameters()):
         return
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    written_tensors = {**parameters, **dict(model.named_buffers(remove_duplicate=False)), **captured.constants}
+    tensors = captured.tensors
     written = {n.name: origin_of(n).writes for n in captured.graph.nodes}
     for node, stage in reversed(list(zip(graph.nodes, plan.stage_of, strict=True))):
         if stage is None:
             continue
         device = devices[plan.rank_of[stage]]
         for name in node.parameters:
-            _move(parameters[name], device)
+            _move(tensors[name], device)
         for name in written[node.name]:
-            _move(written_tensors[name], device)
+            _move(tensors[name], device)
 
 
 def _move(tensor: Tensor, device: torch.device) -> None:

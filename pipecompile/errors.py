@@ -2,7 +2,6 @@
 
     PipecompileError
     ├── CaptureError         the model cannot be traced as it stands
-    │   └── GuardError       a trace was used on inputs that it was not made for
     ├── PlanError            no valid assignment of nodes to stages, or of stages to devices
     │   └── InfeasibleError  a bound (memory, number of stages) cannot be met
     ├── ProgramError         the instructions do not form a valid program
@@ -20,10 +19,6 @@ class PipecompileError(Exception):
 
 class CaptureError(PipecompileError):
     """The model cannot be traced as it stands; names the module path and the user's source line."""
-
-
-class GuardError(CaptureError):
-    """A trace was used on inputs that it was not made for."""
 
 
 class PlanError(PipecompileError):

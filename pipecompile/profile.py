@@ -145,11 +145,7 @@ class _Walk:
         self.inputs = {name: self._input(name) for name in captured.call.tensors}
         self.timed: dict[Any, tuple[float, float]] = {}
         self.kept: dict[int, Any] = {}  # storages that some node keeps, held so that their address is not used twice
-        self.attributes = {
-            **dict(captured.model.named_parameters(remove_duplicate=False)),
-            **dict(captured.model.named_buffers(remove_duplicate=False)),
-            **captured.constants,
-        }
+        self.attributes = captured.tensors
 
     def run(self) -> dict[str, Cost]:
         costs: dict[str, Cost] = {}

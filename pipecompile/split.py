@@ -22,6 +22,7 @@ from pipecompile.capture import Captured
 from pipecompile.capture.origin import origin_of
 from pipecompile.capture.purity import is_random
 from pipecompile.graph import Graph
+from pipecompile.modules import owner_of
 from pipecompile.plan import Plan, members
 from pipecompile.randomness import seeded
 from pipecompile.regions import PLAIN, Region, enter_region, exit_region
@@ -73,11 +74,7 @@ class _Cut:
         self.plan = plan
         self.nodes: dict[str, fx.Node] = {n.name: n for n in captured.graph.nodes}
         self.model_outputs = tuple(dict.fromkeys(o.node for o in captured.outputs if o.node is not None))
-        self.tensors: dict[str, Tensor] = {
-            **dict(captured.model.named_parameters(remove_duplicate=False)),
-            **dict(captured.model.named_buffers(remove_duplicate=False)),
-            **captured.constants,
-        }
+        self.tensors = captured.tensors
 
     def stage(self, index: int, device: torch.device) -> Stage:
         run = [self.nodes[self.graph.nodes[i].name] for i in members(self.graph, self.plan, index)]
@@ -187,10 +184,10 @@ def _module(
     """A graph module that reads the model's own tensors under their own names."""
     root = nn.Module()
     for target in dict.fromkeys(str(n.target) for n in graph.nodes if n.op == "call_module"):
-        owner, last = _owner(root, target)
+        owner, last = owner_of(root, target)
         owner.add_module(last, leaf(target, tensors))
     for target in dict.fromkeys(str(n.target) for n in graph.nodes if n.op == "get_attr"):
-        owner, last = _owner(root, target)
+        owner, last = owner_of(root, target)
         tensor = tensors[target]
         if last in owner._parameters or last in owner._buffers:
             continue  # it is a leaf's
@@ -202,14 +199,3 @@ def _module(
     quiet: Any = type(module)
     quiet.__call__ = nn.Module.__call__  # fx's own prints to stderr when a call fails; the runtime reports better
     return module
-
-
-def _owner(root: nn.Module, target: str) -> tuple[Any, str]:
-    """The module that a dotted name is an attribute of, made on the way, and the last part of the name."""
-    *parents, last = target.split(".")
-    owner: Any = root
-    for parent in parents:
-        if parent not in owner._modules:
-            owner.add_module(parent, nn.Module())
-        owner = owner._modules[parent]
-    return owner, last

@@ -17,7 +17,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "serial"),
     ("graph", "cluster", "plan", "program", "timeline", "versions"),
     ("partition", "schedule", "lower", "simulate", "render"),
-    ("lines", "regions", "functions", "randomness", "retarget"),
+    ("lines", "regions", "functions", "randomness", "retarget", "modules"),
     ("capture", "profile", "split", "batch", "runtime"),
     ("compiled",),
     ("session",),

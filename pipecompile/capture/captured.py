@@ -67,8 +67,16 @@ class Captured:
     @property
     def device(self) -> torch.device:
         """The device that the trace was made for: constants of this device move with their stage."""
-        tensors = [*self.model.parameters(), *self.model.buffers(), *self.call.tensors.values()]
-        return tensors[0].device if tensors else torch.device("cpu")
+        return device_of(self.model, self.call)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What the graph may read, by name: the model's parameters and buffers, and constants."""
+        named = (
+            *self.model.named_parameters(remove_duplicate=False),
+            *self.model.named_buffers(remove_duplicate=False),
+        )
+        return {**dict(named), **self.constants}
 
     def size_values(self, tensors: Mapping[str, Tensor]) -> dict[sympy.Symbol, int]:
         """The sizes' symbols for a set of inputs."""
@@ -118,3 +126,9 @@ class Captured:
 def _same(seen: Any, expected: Any) -> bool:
     same = seen == expected
     return bool(same.all()) if hasattr(same, "all") else bool(same)
+
+
+def device_of(model: nn.Module, call: Call) -> torch.device:
+    """Where a model is; one without tensors is where its inputs are."""
+    tensors = [*model.parameters(), *model.buffers(), *call.tensors.values()]
+    return tensors[0].device if tensors else torch.device("cpu")

@@ -15,7 +15,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from pipecompile.capture.captured import Captured, Output
+from pipecompile.capture.captured import Captured, Output, device_of
 from pipecompile.capture.evaluate import META_TO_CPU, Evaluator
 from pipecompile.capture.inputs import Call
 from pipecompile.capture.leaves import Leaf, LeafCall, attribute_of, copy_of
@@ -30,6 +30,7 @@ from pipecompile.capture.values import DependsOnData, Values
 from pipecompile.errors import CaptureError, PipecompileError
 from pipecompile.functions import after, write_back
 from pipecompile.lines import failing_line
+from pipecompile.modules import owner_of
 from pipecompile.retarget import retarget
 
 
@@ -50,7 +51,7 @@ class Trace:
         self.microbatch = microbatch
         self.forward = forward
         self.symbolic = symbolic
-        self.device = _device(model, call)
+        self.device = device_of(model, call)
         self.graph = fx.Graph()
         self.shapes = Shapes() if symbolic != "nothing" else None
         self.sizes = Sizes(self.graph, self.shapes)
@@ -254,7 +255,11 @@ class Trace:
                 copies[node] = copy = graph.node_copy(node, copies.__getitem__)
                 copy.args, copy.kwargs = retarget(copy.args, *META_TO_CPU), retarget(copy.kwargs, *META_TO_CPU)
         graph.output(tuple(copies[node] for node in reads))
-        return fx.GraphModule(_Root(self._attribute, graph), graph)
+        root = nn.Module()
+        for name in dict.fromkeys(str(node.target) for node in graph.nodes if node.op == "get_attr"):
+            owner, last = owner_of(root, name)
+            owner.register_buffer(last, self._attribute(name))
+        return fx.GraphModule(root, graph)
 
     def _give_up_notes(self, reasons: list[str]) -> list[str]:
         if not reasons:
@@ -297,22 +302,6 @@ def _wanting(value: Any, like: Any) -> Any:
     return value.detach().requires_grad_().view_as(value) if wants else value
 
 
-class _Root(nn.Module):
-    """Owns the buffers and constants that a graph reads."""
-
-    def __init__(self, attribute: Callable[[str], Tensor], graph: fx.Graph) -> None:
-        super().__init__()
-        for node in graph.nodes:
-            if node.op == "get_attr":
-                *parents, name = str(node.target).split(".")
-                owner: nn.Module = self
-                for parent in parents:
-                    if not hasattr(owner, parent):
-                        owner.add_module(parent, nn.Module())
-                    owner = getattr(owner, parent)
-                owner.register_buffer(name, attribute(str(node.target)))
-
-
 def _must_stay(node: fx.Node) -> bool:
     return node.op in ("placeholder", "output") or has_effect(node)
 
@@ -337,11 +326,6 @@ def _grows(size: int | torch.SymInt, batch: Any) -> bool:
 
 def _expression(size: int | torch.SymInt) -> Any:
     return size.node._expr if isinstance(size, torch.SymInt) else size
-
-
-def _device(model: nn.Module, call: Call) -> torch.device:
-    tensors = [*model.parameters(), *model.buffers(), *call.tensors.values()]
-    return tensors[0].device if tensors else torch.device("cpu")
 
 
 def _attribute_notes(changes: Changes) -> list[str]:
