@@ -46,6 +46,7 @@ class Pipeline(nn.Module):
         super().__init__()
         self.__dict__["model"] = model  # not a submodule: names would change
         self._parameters, self._buffers, self._modules = model._parameters, model._buffers, model._modules
+        self._non_persistent_buffers_set = model._non_persistent_buffers_set
         self.training = model.training
         self.devices = tuple(devices)
         self.schedule = schedule
