@@ -1,4 +1,4 @@
-"""The command line: plan a model, draw a schedule. It composes the verbs and prints; it decides nothing itself."""
+"""The command line: plan a model, check it, draw a schedule. It composes and prints; it decides nothing itself."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ import torch
 import typer
 from rich.console import Console
 from rich.text import Text
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from typer.core import TyperGroup
 
+from pipecompile.api import compile
 from pipecompile.capture import capture, read_call, summarize
 from pipecompile.cluster import Cluster, Link
 from pipecompile.compiled import parse_devices
@@ -36,6 +39,15 @@ from pipecompile.timeline import Timeline
 SUFFIXES = {".gv": "dot", ".mmd": "mermaid", **{f".{name}": name for name in FORMATS}}
 NAMES = (*SCHEDULES, "pipedream")
 
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="[bold]module:function[/] or [bold]path/file.py:function[/], a function that returns (model, inputs); "
+        "or [bold]hf:gpt2[/], [bold]hf:path/or/name[/], the config of a transformers model.",
+    ),
+]
+Length = Annotated[int, typer.Option(min=1, help="Tokens of a sample, for hf.")]
 Stages = Annotated[int, typer.Option("--stages", "-n", min=1, help="How many stages.")]
 Microbatches = Annotated[int, typer.Option("--microbatches", "-m", min=1, help="How many microbatches a step has.")]
 
@@ -81,21 +93,14 @@ def main(
 
 @app.command()
 def plan(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="[bold]module:function[/] or [bold]path/file.py:function[/], a function that returns (model, inputs); "
-            "or [bold]hf:gpt2[/], [bold]hf:path/or/name[/], the config of a transformers model.",
-        ),
-    ],
+    model: Model,
     stages: Stages = 2,
     microbatches: Microbatches = 8,
     schedule: Annotated[str, typer.Option("--schedule", "-s", help=f"One of {', '.join(NAMES)}.")] = "1f1b",
     microbatch: Annotated[
         int | None, typer.Option(min=1, help="Samples in a microbatch. Default: all that MODEL returns; 2 for hf.")
     ] = None,
-    length: Annotated[int, typer.Option(min=1, help="Tokens of a sample, for hf.")] = 128,
+    length: Length = 128,
     costs: Annotated[
         str, typer.Option("--profile", help="[bold]measure[/] the time of each operation, or [bold]count[/] its work.")
     ] = "measure",
@@ -132,6 +137,43 @@ def plan(
         _write(FORMATS[written](view), output)
 
 
+@app.command()
+def check(
+    model: Model,
+    stages: Stages = 2,
+    microbatches: Microbatches = 4,
+    schedule: Annotated[str, typer.Option("--schedule", "-s", help=f"One of {', '.join(SCHEDULES)}.")] = "1f1b",
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Samples of a batch, for hf. Default: two for each microbatch.")
+    ] = None,
+    length: Length = 128,
+    loss: Annotated[
+        str | None, typer.Option(help="The output that is the loss, if it is not called loss nor the only number.")
+    ] = None,
+    double: Annotated[
+        bool, typer.Option("--double", help="Compare in float64, so that rounding hides nothing.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="Where all the stages run.")] = "cpu",
+) -> None:
+    """Run one step of a split model beside the unsplit one, on fresh inputs too, and compare every number.
+
+    Exits with 1 if anything differs by more than rounding.
+
+    pipecompile check hf:gpt2 --stages 4 --double
+    """
+    _check_choice("schedule", schedule, tuple(SCHEDULES))
+    places = parse_devices([device] * stages)
+    it, args, kwargs = load(model, batch or 2 * microbatches, length)
+    if double:
+        it, (args, kwargs) = it.double(), tree_map_only(Tensor, _to_double, (args, kwargs))
+    it, (args, kwargs) = it.to(places[0]), tree_map_only(Tensor, lambda t: t.to(places[0]), (args, kwargs))
+    pipe = compile(it, list(map(str, places)), schedule=schedule, microbatches=microbatches, loss=loss, profile="count")
+    result = pipe.verify(*args, **kwargs)
+    Console().print(result)
+    if not result.exact:
+        raise typer.Exit(1)
+
+
 @app.command("schedule")
 def draw_schedule(
     name: Annotated[str, typer.Argument(metavar="NAME", help=f"One of {', '.join(NAMES)}.")],
@@ -158,6 +200,10 @@ def draw_schedule(
     console.print(timeline_text(timeline, console.width))
     if svg is not None:
         _write(timeline_svg(timeline), svg)
+
+
+def _to_double(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 def _costed(model: str, microbatch: int | None, length: int, how: How, device: torch.device) -> CostedGraph:

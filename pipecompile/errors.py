@@ -7,7 +7,8 @@
     ├── ProgramError         the instructions do not form a valid program
     │   └── DeadlockError    some rank would wait for ever
     ├── InputError           the call's arguments do not fit the model or the pipeline
-    └── ExecutionError       a stage raised while the program ran
+    ├── ExecutionError       a stage raised while the program ran
+    └── DifferenceError      the split model gave other numbers than the unsplit one
 
 A message says what was seen, why it cannot be, and what to do.
 """
@@ -43,3 +44,7 @@ class InputError(PipecompileError, ValueError):
 
 class ExecutionError(PipecompileError):
     """A stage raised while the program ran; the original exception is the ``__cause__``."""
+
+
+class DifferenceError(PipecompileError):
+    """The split model gave other numbers than the unsplit one; says which parameters, and by how much."""

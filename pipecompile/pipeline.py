@@ -21,6 +21,8 @@ from pipecompile.runtime import Ambient, MakeOptimizer
 from pipecompile.schedule import ASYNCHRONOUS, SCHEDULES, pipedream
 from pipecompile.session import Session
 from pipecompile.timeline import Timeline
+from pipecompile.verification import Verification
+from pipecompile.verify import Subject, verify
 
 
 class Pipeline(nn.Module):
@@ -143,6 +145,28 @@ class Pipeline(nn.Module):
             return steps.defer(self._session, batch)
         return steps.train(self._session, batch, loss, self._schedule)
 
+    def verify(self, *args: Any, **kwargs: Any) -> Verification:
+        """Compares the pipeline with the unsplit model: on this call, and on fresh inputs of this and of another shape.
+
+        Training and evaluation, loss, outputs, every gradient by name, buffers. Without arguments on the call of the
+        first capture. It leaves the model as it is, and does not step; an asynchronous schedule's stages are run by
+        1F1B, since their weights lag by design.
+        """
+        if any(p.is_meta for p in self.model.parameters()):
+            raise InputError("the model is on the meta device: it can be planned, but has no values to compare")
+        if not args and not kwargs:
+            sample = self._capture_in_use.captured.call
+            args, kwargs = sample.rebuild(sample.tensors)
+        last, training = self._last, self.training
+        schedule = SCHEDULES["1f1b" if self.schedule in ASYNCHRONOUS else self.schedule]
+        subject = Subject(
+            self.model, self._forward or self.model, self._batch, schedule, self.microbatches, self._loss, self.devices
+        )
+        try:
+            return verify(subject, args, kwargs)
+        finally:
+            self._last, self.training = last, training
+
     def flush(self) -> None:
         """Drains an asynchronous pipeline: every microbatch that is under way ends with its update."""
         steps.flush(self._session)
@@ -166,7 +190,7 @@ class Pipeline(nn.Module):
 
     # Captures
 
-    def _batch(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> steps.Batch:
+    def _batch(self, args: Sequence[Any], kwargs: Mapping[str, Any], microbatches: int | None = None) -> steps.Batch:
         """A call with the capture that it runs on, which is made if there is none, and its microbatches."""
         call = read_call(self._signature, args, kwargs, self._batched)
         if not any(p.is_meta for p in self.model.parameters()):
@@ -179,7 +203,7 @@ class Pipeline(nn.Module):
             self._batched.setdefault((name, tensor.ndim), name in call.batched)
         ambient = Ambient.of_caller(frozenset(device.type for device in self.devices))
         known = self._compiled.setdefault((call.key, modes(self.model), ambient.autocast), [])
-        rows = Rows.of(call.batch, self.microbatches)
+        rows = Rows.of(call.batch, microbatches or self.microbatches)
         for candidate in (rows, rows.equal()):
             for compiled in known:
                 if _holds(compiled, call, candidate):

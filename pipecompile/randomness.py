@@ -3,6 +3,8 @@
 A generator that several stages draw from gives each what is left when its turn comes, and on the CPU all stages share
 one. So each random call draws from its device's generator seeded for itself: by the step, the microbatch and the call's
 name in the whole model. The generator's own state is put back.
+
+Two runs of a model that are to be compared are made under ``alike``: there every random call draws from one seed.
 """
 
 from __future__ import annotations
@@ -10,14 +12,42 @@ from __future__ import annotations
 import functools
 import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+RANDOM = frozenset(
+    {
+        "dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout",
+        "feature_dropout", "native_dropout", "rrelu", "rrelu_", "gumbel_softmax", "rand", "randn", "randint",
+        "randperm", "rand_like", "randn_like", "randint_like", "bernoulli", "bernoulli_", "multinomial",
+        "normal", "normal_", "uniform_", "exponential_", "geometric_", "cauchy_", "log_normal_", "random_", "poisson",
+        "fractional_max_pool2d", "fractional_max_pool3d",
+    }
+)  # fmt: skip
 
 _DRAWING = threading.Lock()  # one call at a time has a generator seeded
 _current = threading.local()
 _LIMIT = 2**63
+_ALIKE = 20_240_229  # the seed of every call under ``alike``
+_comparing = False
+
+
+def draws(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call of the function ``name`` draws random numbers."""
+
+    def argument(position: int, keyword: str, default: Any) -> Any:
+        return kwargs.get(keyword, args[position] if len(args) > position else default)
+
+    if name == "scaled_dot_product_attention":
+        return bool(argument(4, "dropout_p", 0.0))
+    if "dropout" in name and name in RANDOM:
+        return bool(argument(2, "training", True)) and argument(1, "p", 0.5) != 0.0
+    return name in RANDOM
 
 
 def seed_microbatch(seed: int | None) -> None:
@@ -31,16 +61,11 @@ def seeded(function: Callable[..., Any], key: str, device: torch.device) -> Call
     @functools.wraps(function)
     def draw(*args: Any, **kwargs: Any) -> Any:
         seed = getattr(_current, "seed", None)
+        if _comparing:
+            return _draw(function, args, kwargs, _ALIKE, device)
         if seed is None:
             return function(*args, **kwargs)
-        generator = _generator(device)
-        with _DRAWING:
-            state = generator.get_state()
-            generator.manual_seed((seed + zlib.crc32(key.encode())) % _LIMIT)
-            try:
-                return function(*args, **kwargs)
-            finally:
-                generator.set_state(state)
+        return _draw(function, args, kwargs, (seed + zlib.crc32(key.encode())) % _LIMIT, device)
 
     draw.__name__ = f"seeded_{getattr(function, '__name__', 'call')}"
     draw.__module__ = __name__
@@ -51,6 +76,48 @@ def seeds(count: int) -> list[int]:
     """A seed for each microbatch of a step, drawn from the caller's generator."""
     step = int(torch.randint(_LIMIT - 1, ()).item())
     return [(step + i * 0x9E3779B97F4A7C15) % _LIMIT for i in range(count)]
+
+
+@contextmanager
+def alike() -> Iterator[None]:
+    """Every random call, in stages as in the calling thread, draws from one seed.
+
+    So calls of one function with equal arguments draw equal numbers, whoever makes them.
+    """
+    global _comparing
+    _comparing = True
+    try:
+        with compared():
+            yield
+    finally:
+        _comparing = False
+
+
+def compared() -> Any:
+    """In a thread that runs a part of a model as Python: a context in which ``alike`` holds there too."""
+    return _Alike() if _comparing else nullcontext()
+
+
+class _Alike(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not draws(getattr(func, "__name__", ""), args, kwargs):
+            return func(*args, **kwargs)
+        devices = [a.device for a in args if isinstance(a, Tensor)]
+        device = devices[0] if devices else torch.device(kwargs.get("device") or "cpu")
+        return _draw(func, args, kwargs, _ALIKE, device)
+
+
+def _draw(function: Callable[..., Any], args: Any, kwargs: Any, seed: int, device: torch.device) -> Any:
+    """The call with its device's generator seeded, whose own state is put back."""
+    generator = _generator(device)
+    with _DRAWING:
+        state = generator.get_state()
+        generator.manual_seed(seed)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            generator.set_state(state)
 
 
 def _generator(device: torch.device) -> torch.Generator:

@@ -31,6 +31,11 @@ class Net(nn.Module):
 def make():
     return Net(), {"x": torch.ones(6, 8)}
 
+def counted():
+    net, calls = Net(), iter(range(1, 10**6))
+    net.register_forward_hook(lambda net, args, out: out * next(calls))
+    return net, {"x": torch.rand(6, 8)}
+
 def misfit():
     return Net(), {"y": torch.ones(6, 8)}
 """
@@ -225,3 +230,33 @@ def test_debug_shows_where_an_error_came_from():
     result = run("--debug", "schedule", "zigzag")
     assert isinstance(result.exception, InputError)
     assert result.exit_code == 1
+
+
+# check
+
+
+def test_check_compares_a_split_model_with_the_unsplit_one(nets: Path):
+    result = run("check", "nets:make", "--stages", "3", "--double")
+    assert result.exit_code == 0, result.output
+    assert "layers.3" in result.stdout
+    assert "exact: " in result.stdout
+
+
+def test_check_exits_with_1_on_a_difference(nets: Path):
+    result = run("check", "nets:counted")
+    assert result.exit_code == 1, result.output
+    assert "NOT exact" in result.stdout
+
+
+def test_check_takes_a_transformers_model(tmp_path: Path):
+    config = {"model_type": "gpt2", "n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": 64, "n_positions": 32}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    result = run("check", f"hf:{tmp_path}", "--microbatches", "2", "--length", "16")
+    assert result.exit_code == 0, result.output
+    assert "transformer.h.1" in result.stdout
+
+
+def test_check_refuses_what_is_no_synchronous_schedule(nets: Path):
+    result = run("check", "nets:make", "--schedule", "pipedream")
+    assert result.exit_code == 2
+    assert "sequential, gpipe, 1f1b" in result.stderr

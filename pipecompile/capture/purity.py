@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.fx as fx
 from torch import Tensor
 
 from pipecompile.capture.origin import origin_of
-
-_RANDOM = frozenset(
-    {
-        "dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout",
-        "feature_dropout", "native_dropout", "rrelu", "rrelu_", "gumbel_softmax", "rand", "randn", "randint",
-        "randperm", "rand_like", "randn_like", "randint_like", "bernoulli", "bernoulli_", "multinomial",
-        "normal", "normal_", "uniform_", "exponential_", "geometric_", "cauchy_", "log_normal_", "random_", "poisson",
-        "fractional_max_pool2d", "fractional_max_pool3d",
-    }
-)  # fmt: skip
+from pipecompile.randomness import draws
 
 # Functions that do much for each byte they give: repeating them may cost more than sending.
 _CONTRACTIONS = frozenset(
@@ -41,16 +30,7 @@ def name_of(node: fx.Node) -> str:
 
 def is_random(node: fx.Node) -> bool:
     """Whether running a node twice may give two results."""
-    name = name_of(node)
-    if name == "scaled_dot_product_attention":
-        return bool(_argument(node, 4, "dropout_p", 0.0))
-    if "dropout" in name and name in _RANDOM:
-        return bool(_argument(node, 2, "training", True)) and _argument(node, 1, "p", 0.5) != 0.0
-    return name in _RANDOM
-
-
-def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
-    return node.kwargs.get(name, node.args[position] if len(node.args) > position else default)
+    return draws(name_of(node), node.args, node.kwargs)
 
 
 def has_effect(node: fx.Node) -> bool:

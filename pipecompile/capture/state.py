@@ -74,6 +74,36 @@ def with_fakes(model: nn.Module, fakes: dict[str, Tensor], was_read: Callable[[T
             _restore(module, *snapshot)
 
 
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Lets a model run as it likes, and puts its attributes, modes and buffers back; parameters are not copied."""
+    modules = list(model.modules())
+    before = [_snapshot(module) for module in modules]
+    values = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        for module, snapshot in zip(modules, before, strict=True):
+            _restore(module, *snapshot)
+        with torch.no_grad():
+            for buffer, value in values:
+                buffer.copy_(value)
+
+
+@contextmanager
+def without_caches(model: nn.Module) -> Iterator[list[str]]:
+    """Turns off the key-value caches of Hugging Face models, which training has no use for."""
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    on = [c for c in configs.values() if getattr(c, "use_cache", False) is True]
+    for config in on:
+        config.use_cache = False
+    try:
+        yield ["use_cache is off: the output holds no key-value cache"] if on else []
+    finally:
+        for config in on:
+            config.use_cache = True
+
+
 def _place(module: nn.Module, path: str, fakes: dict[str, Tensor]) -> None:
     for table in (module._parameters, module._buffers):
         for name in table:

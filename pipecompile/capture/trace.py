@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import sympy
@@ -23,7 +22,7 @@ from pipecompile.capture.origin import Origin, origin_of
 from pipecompile.capture.patches import patched
 from pipecompile.capture.purity import has_effect
 from pipecompile.capture.recorder import Recorder
-from pipecompile.capture.state import Changes, fake_of, fakes_of, named_tensors, with_fakes
+from pipecompile.capture.state import Changes, fake_of, fakes_of, named_tensors, with_fakes, without_caches
 from pipecompile.capture.symbols import Shapes, Sizes
 from pipecompile.capture.trees import flatten
 from pipecompile.capture.values import DependsOnData, Values
@@ -76,7 +75,7 @@ class Trace:
             self.recorder.add_attribute(name, fake, self.real[name])
         inputs = self._fake_inputs()
         args, kwargs = self.call.rebuild(inputs)
-        with with_fakes(self.model, fakes, self._is_constant) as changes, _without_caches(self.model) as notes:
+        with with_fakes(self.model, fakes, self._is_constant) as changes, without_caches(self.model) as notes:
             out = self._run(args, kwargs)
         notes = [*notes, *self._give_up_notes(reasons), *_attribute_notes(changes)]
         notes += [f"module {path} is kept whole: {why}" for path, why in self.kept.items()]
@@ -332,17 +331,3 @@ def _attribute_notes(changes: Changes) -> list[str]:
     if not changes.attributes:
         return []
     return [f"forward sets {', '.join(changes.attributes)}: done for the trace alone, not on each step"]
-
-
-@contextmanager
-def _without_caches(model: nn.Module) -> Iterator[list[str]]:
-    """Turns off the key-value caches of Hugging Face models, which training has no use for."""
-    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    on = [c for c in configs.values() if getattr(c, "use_cache", False) is True]
-    for config in on:
-        config.use_cache = False
-    try:
-        yield ["use_cache is off: the output holds no key-value cache"] if on else []
-    finally:
-        for config in on:
-            config.use_cache = True
