@@ -41,6 +41,7 @@ class Captured:
     graph: fx.Graph
     constants: Mapping[str, Tensor]  # real tensors met on the way that are no parameters or buffers of the model
     call: Call  # the sample
+    device: torch.device  # that the trace was made for: constants of this device move with their stage
     microbatch: int  # rows of the sample that the trace was taken at
     outputs: tuple[Output, ...]
     out_spec: pytree.TreeSpec
@@ -63,11 +64,6 @@ class Captured:
         """The names of the parameters that a ``call_module`` node reads."""
         path = next(path for path in self.leaves if attribute_of(path) == target)
         return tuple(name for name, _ in self.model.named_parameters() if name.startswith(f"{path}."))
-
-    @property
-    def device(self) -> torch.device:
-        """The device that the trace was made for: constants of this device move with their stage."""
-        return device_of(self.model, self.call)
 
     @property
     def tensors(self) -> dict[str, Tensor]:

@@ -175,7 +175,8 @@ class Trace:
         alive = {node.name for node in self.graph.nodes}
         groups = [[n.name for n in group if n.name in alive] for group in self.recorder.aliases.groups]
         return Captured(
-            model=self.model, graph=self.graph, constants=self.constants, call=self.call, microbatch=self.microbatch,
+            model=self.model, graph=self.graph, constants=self.constants, call=self.call, device=self.device,
+            microbatch=self.microbatch,
             outputs=outputs, out_spec=spec, leaves={p: tuple(c) for p, c in self.recorder.leaf_calls.items()},
             sizes={symbol: (node.name, dim) for symbol, (node, dim) in self.sizes.sources.items()},
             shapes=self.expected, guards=self.shapes.decided() if self.shapes else (), reads=reads,
