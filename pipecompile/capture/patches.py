@@ -4,7 +4,8 @@
 - ``torch.autograd.Function.apply``: recorded as one call, so that a custom backward survives;
 - autocast regions that the model enters itself;
 - ``torch.from_numpy``, which makes a constant;
-- whether a run is a trace, which libraries ask in order to take other branches: it is not.
+- whether a run is a trace, which libraries ask in order to take other branches: it is not;
+- arithmetic on symbolic sizes, which is remembered.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx.experimental.sym_node import SymNode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import CheckpointFunction
 
+from pipecompile.capture.arithmetic import REMEMBERED
 from pipecompile.capture.recorder import Recorder
 from pipecompile.retarget import same_device
 
@@ -37,6 +40,7 @@ def patched(recorder: Recorder, paths: Mapping[int, str]) -> Iterator[None]:
         _numpy(),
         _eager_branches(),
         _unvalidated_distributions(),
+        _arithmetic(),
     ):
         yield
 
@@ -124,6 +128,14 @@ def _unvalidated_distributions() -> Iterator[None]:
         yield
     finally:
         torch.distributions.Distribution.set_default_validate_args(validates)
+
+
+@contextmanager
+def _arithmetic() -> Iterator[None]:
+    with ExitStack() as stack:
+        for name, method in REMEMBERED.items():
+            stack.enter_context(_replaced(SymNode, name, method))
+        yield
 
 
 @contextmanager

@@ -1,0 +1,94 @@
+"""Arithmetic on symbolic sizes, remembered: what a trace has computed once is looked up from then on.
+
+A model repeats its layers, and each operation on fakes asks for sizes, strides and contiguity of its result: some sixty
+sums, products and comparisons of the same few sizes, each a call of sympy. Looked up, an operation on symbolic sizes
+costs little more than one on plain sizes.
+
+An answer holds as long as the trace goes on. What the trace learns later about a symbol (that it equals another one)
+is applied by ``SymNode.expr`` when an answer is read, not when it is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch.fx.experimental.sym_node import SymNode
+
+from pipecompile.capture.symbols import Shapes
+
+_OF_TWO = (
+    "add", "sub", "mul", "mod", "int_floordiv", "int_truediv", "float_truediv", "float_pow", "pow_by_natural",
+    "eq", "ne", "gt", "lt", "le", "ge", "sym_min", "sym_max", "and_", "or_", "sym_and", "sym_or",
+)  # fmt: skip
+_OF_ONE = ("sym_not", "neg", "sym_float", "abs", "floor", "ceil", "trunc", "sym_int", "is_integer")
+_OF_LAYOUTS = (
+    "is_contiguous", "is_channels_last_contiguous_2d", "is_channels_last_contiguous_3d",
+    "is_channels_last_strides_2d", "is_channels_last_strides_3d", "is_non_overlapping_and_dense_indicator",
+    "is_non_overlapping_and_dense",
+)  # fmt: skip
+
+
+def _of_two(name: str) -> Callable[..., Any]:
+    original = getattr(SymNode, name)
+
+    def compute(self: SymNode, other: SymNode) -> Any:
+        shapes = self.shape_env
+        if type(shapes) is not Shapes:
+            return original(self, other)
+        key = (name, self._expr, self.pytype, other._expr, other.pytype)
+        known = shapes.known.get(key)
+        if known is None:
+            known = shapes.known[key] = original(self, other)
+        return known
+
+    return compute
+
+
+def _of_any(name: str) -> Callable[..., Any]:
+    original = getattr(SymNode, name)
+
+    def compute(self: SymNode, *others: list[SymNode]) -> Any:
+        shapes = self.shape_env
+        if type(shapes) is not Shapes:
+            return original(self, *others)
+        key = (name, self._expr, self.pytype, *(tuple(node._expr for node in nodes) for nodes in others))
+        known = shapes.known.get(key)
+        if known is None:
+            known = shapes.known[key] = original(self, *others)
+        return known
+
+    return compute
+
+
+def _wrap_int(self: SymNode, number: int, original: Callable[..., SymNode] = SymNode.wrap_int) -> SymNode:
+    shapes = self.shape_env
+    if type(shapes) is not Shapes:
+        return original(self, number)
+    known = shapes.known.get(("wrap_int", number))
+    if known is None:
+        known = shapes.known["wrap_int", number] = original(self, number)
+    return known
+
+
+def _maybe_as_int(self: SymNode, original: Callable[..., int | None] = SymNode.maybe_as_int) -> int | None:
+    """The number that a node is; that it is none is remembered until the trace learns something about a symbol."""
+    shapes = self.shape_env
+    if type(shapes) is not Shapes:
+        return original(self)
+    learned = shapes._replacements_version_counter
+    if shapes.known.get(("maybe_as_int", self._expr)) == learned:
+        return None
+    number = original(self)
+    if number is None:
+        shapes.known["maybe_as_int", self._expr] = learned
+    return number
+
+
+# Methods of ``SymNode`` for the time of a trace. They leave numbers alone that belong to no ``Shapes``.
+REMEMBERED: dict[str, Callable[..., Any]] = {
+    **{name: _of_two(name) for name in _OF_TWO},
+    **{name: _of_any(name) for name in (*_OF_ONE, *_OF_LAYOUTS)},
+    "wrap_int": _wrap_int,
+    "maybe_as_int": _maybe_as_int,
+}
