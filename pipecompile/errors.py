@@ -2,6 +2,7 @@
 
     PipecompileError
     ├── CaptureError         the model cannot be traced as it stands
+    │   └── DependsOnData    unless a part of it is kept whole
     ├── PlanError            no valid assignment of nodes to stages, or of stages to devices
     │   └── InfeasibleError  a bound (memory, number of stages) cannot be met
     ├── ProgramError         the instructions do not form a valid program
@@ -20,6 +21,10 @@ class PipecompileError(Exception):
 
 class CaptureError(PipecompileError):
     """The model cannot be traced as it stands; names the module path and the user's source line."""
+
+
+class DependsOnData(CaptureError):
+    """The model's Python depends on values that only a running step knows; a part kept whole around it may help."""
 
 
 class PlanError(PipecompileError):

@@ -16,7 +16,7 @@ def user_line() -> str:
     frame = sys._getframe(1)
     while frame is not None:
         filename = frame.f_code.co_filename
-        if not filename.startswith(_LIBRARIES) and not filename.startswith("<frozen"):
+        if not is_library(filename):
             return f"{filename}:{frame.f_lineno}"
         frame = frame.f_back  # type: ignore[assignment]
     return ""
@@ -27,9 +27,14 @@ def failing_line(error: BaseException) -> str:
     lines = [
         f"{frame.f_code.co_filename}:{line}"
         for frame, line in traceback.walk_tb(error.__traceback__)
-        if not frame.f_code.co_filename.startswith(_LIBRARIES)
+        if not is_library(frame.f_code.co_filename)
     ]
     return lines[-1] if lines else ""
+
+
+def is_library(filename: str) -> bool:
+    """Whether a file is torch's or pipecompile's own."""
+    return filename.startswith((*_LIBRARIES, "<frozen"))
 
 
 def short(source: str) -> str:

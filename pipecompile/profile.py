@@ -24,9 +24,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipecompile.capture import Captured
+from pipecompile.capture.leaves import FunctionLeaf
 from pipecompile.capture.origin import origin_of
 from pipecompile.capture.recorder import DATA_DEPENDENT
 from pipecompile.capture.stand_ins import STAND_INS
+from pipecompile.capture.symbols import resolve
 from pipecompile.errors import ExecutionError, InputError
 from pipecompile.graph import Cost, CostedGraph, Graph
 from pipecompile.regions import enter_region
@@ -146,6 +148,7 @@ class _Walk:
         self.timed: dict[Any, tuple[float, float]] = {}
         self.kept: dict[int, Any] = {}  # storages that some node keeps, held so that their address is not used twice
         self.attributes = captured.tensors
+        self.sizes = captured.sample_sizes
 
     def run(self) -> dict[str, Cost]:
         costs: dict[str, Cost] = {}
@@ -205,7 +208,7 @@ class _Walk:
             return Cost()
         function = self._leaf(node) if node.op == "call_module" else node.target
         if isinstance(self.meter, _Counter):
-            if isinstance(function, nn.Module):
+            if isinstance(function, nn.Module | FunctionLeaf):
                 return self._count_leaf(node, function, args)
             function = STAND_INS.get(function, function)  # type: ignore[arg-type]
         run = _Call(node, function, args, kwargs)
@@ -236,13 +239,17 @@ class _Walk:
         mine = {name: self._attribute(t) for name, t in self.attributes.items() if name.startswith(prefix)}
         return self.captured.leaf(str(node.target), mine)
 
-    def _count_leaf(self, node: fx.Node, leaf: nn.Module | None, args: Any) -> Cost:
+    def _shape(self, tensor: Tensor) -> list[int]:
+        """The shape of a recorded tensor at the sample microbatch."""
+        return [resolve(size, self.sizes) for size in tensor.shape]
+
+    def _count_leaf(self, node: fx.Node, leaf: nn.Module | FunctionLeaf | None, args: Any) -> Cost:
         """A call that no fake can run: as if each row of its first tensor met each of its parameters once."""
         roofline = self.meter.roofline if isinstance(self.meter, _Counter) else Roofline()
         self.values[node] = _map_tensors(
-            lambda t: torch.empty(_sample_shape(t), dtype=t.dtype).requires_grad_(t.requires_grad), node.meta["val"]
+            lambda t: torch.empty(self._shape(t), dtype=t.dtype).requires_grad_(t.requires_grad), node.meta["val"]
         )
-        parameters = list(leaf.parameters()) if leaf is not None else []
+        parameters = list(leaf.parameters()) if isinstance(leaf, nn.Module) else []
         tensors = _tensors((args, self.values[node]))
         rows = tensors[0].numel() // max(1, tensors[0].shape[-1] if tensors[0].ndim else 1) if tensors else 1
         nbytes = sum(t.nbytes for t in [*tensors, *parameters])
@@ -367,10 +374,6 @@ def _as_recorded(value: Any, recorded: Any) -> Any:
     """A node's value as the next node's leaf, which wants a gradient if the trace says so."""
     wants = iter([t.requires_grad for t in _tensors(recorded)])
     return _map_tensors(lambda t: t.detach().requires_grad_(next(wants, False)), value)
-
-
-def _sample_shape(tensor: Tensor) -> list[int]:
-    return [size.node.hint if isinstance(size, torch.SymInt) else size for size in tensor.shape]
 
 
 def _described(value: Any) -> Any:

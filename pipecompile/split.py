@@ -19,6 +19,7 @@ import torch.fx as fx
 from torch import Tensor, nn
 
 from pipecompile.capture import Captured
+from pipecompile.capture.leaves import FunctionLeaf
 from pipecompile.capture.origin import origin_of
 from pipecompile.capture.purity import is_random
 from pipecompile.graph import Graph
@@ -123,6 +124,8 @@ def _graph(
         copy = graph.node_copy(source, copies.__getitem__)
         if source.op == "call_function" and is_random(source) and callable(source.target):
             copy.target = seeded(source.target, source.name, new)
+        if isinstance(source.target, FunctionLeaf):
+            copy.target = source.target.on(old, new)
         copy.args, copy.kwargs = retarget(copy.args, old, new), retarget(copy.kwargs, old, new)
         if _makes_on_default_device(source, old) and old.type != new.type:
             copy.kwargs = {**copy.kwargs, "device": new}

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from pipecompile.capture.captured import Captured
+from pipecompile.capture.innermost import Part, next_whole
 from pipecompile.capture.inputs import Call
 from pipecompile.capture.recorder import DATA_DEPENDENT
 from pipecompile.capture.trace import Trace
@@ -26,8 +27,8 @@ def capture(
     """Captures one call of a model.
 
     Sizes are symbolic as far as the model allows: batch and lengths, else one of the two, else none. What depends on
-    activations is kept whole: the innermost module around it becomes a leaf, and the trace begins anew. What had to be
-    given up or kept whole is in the notes.
+    activations is kept whole: the innermost module or function around it becomes a leaf, and the trace begins anew.
+    What had to be given up or kept whole is in the notes.
 
     Args:
         call: the sample arguments, of the whole batch; what Python reads from them is read from the whole batch.
@@ -40,7 +41,7 @@ def capture(
     """
     rows = microbatch or call.batch or 1
     sample = {n: t[:rows] if n in call.batched else t for n, t in call.tensors.items()}
-    kept = {**_with_backward_hooks(model), **dict.fromkeys(_known(model, leaves), "as asked")}
+    kept: dict[Part, str] = {**_with_backward_hooks(model), **dict.fromkeys(_known(model, leaves), "as asked")}
     reasons: list[str] = []
     for symbolic in SYMBOLIC_ATTEMPTS:
         try:
@@ -65,35 +66,27 @@ def _with_leaves(
     rows: int,
     forward: Callable[..., Any],
     symbolic: str,
-    kept: dict[str, str],
+    kept: dict[Part, str],
     reasons: list[str],
 ) -> Captured:
-    """Traces until no more modules have to be kept whole; adds them, with the reason, to ``kept``."""
+    """Traces until no more parts have to be kept whole; adds them, with the reason, to ``kept``."""
     while True:
         trace = Trace(model, call, rows, forward, symbolic, kept)
         try:
             return trace.run(reasons)
         except DATA_DEPENDENT as error:
-            path = _next_leaf(trace.recorder.paths, kept)
-            if path is None:
+            part = next_whole(error, trace.recorder.paths, kept)
+            if part is None:
                 if isinstance(error, CaptureError):
                     raise
                 raise CaptureError(
                     f"{getattr(error, 'origin', '')}: what the model does here depends on values that only a running "
                     f"step knows ({type(error).__name__}); move it into a module of its own, which can be kept whole"
                 ) from error
-            kept[path] = str(error).splitlines()[0][:200] or type(error).__name__
+            kept[part] = str(error).splitlines()[0][:200] or type(error).__name__
 
 
-def _next_leaf(paths: list[str], kept: dict[str, str]) -> str | None:
-    """The innermost module being run that is not kept whole yet; inside one that is, the next further out."""
-    for path in reversed(paths):
-        if path and not any(path == k or path.startswith(f"{k}.") for k in kept):
-            return path
-    return None
-
-
-def _with_backward_hooks(model: nn.Module) -> dict[str, str]:
+def _with_backward_hooks(model: nn.Module) -> dict[Part, str]:
     """Modules whose own backward hooks a graph of functions would lose."""
     hooked = [path for path, m in model.named_modules() if m._backward_hooks or m._backward_pre_hooks]
     if "" in hooked:

@@ -53,6 +53,7 @@ class Captured:
     leaves: Mapping[str, tuple[LeafCall, ...]]  # modules kept whole, by path: the calls of each
     groups: tuple[tuple[str, ...], ...]  # nodes that share memory which one of them writes
     notes: tuple[str, ...]  # what the user should know
+    data_sizes: Mapping[sympy.Symbol, int] = field(default_factory=dict)  # what planning takes other symbols for
     checked: dict[tuple[int, ...], str] = field(default_factory=dict)  # answers of _check_sizes, by sizes
 
     def leaf(self, target: str, tensors: Mapping[str, Tensor]) -> Leaf:
@@ -77,6 +78,11 @@ class Captured:
     def size_values(self, tensors: Mapping[str, Tensor]) -> dict[sympy.Symbol, int]:
         """The sizes' symbols for a set of inputs."""
         return {symbol: int(tensors[name].shape[dim]) for symbol, (name, dim) in self.sizes.items()}
+
+    @property
+    def sample_sizes(self) -> dict[sympy.Symbol, int]:
+        """All symbols of the graph, as they are for the sample microbatch."""
+        return {**sample_sizes(self.sizes, self.call, self.microbatch), **self.data_sizes}
 
     def broken_guard(self, microbatch: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> str:
         """Why the trace does not hold for inputs; empty if it does.
@@ -122,6 +128,13 @@ class Captured:
 def _same(seen: Any, expected: Any) -> bool:
     same = seen == expected
     return bool(same.all()) if hasattr(same, "all") else bool(same)
+
+
+def sample_sizes(sizes: Mapping[sympy.Symbol, tuple[str, int]], call: Call, microbatch: int) -> dict[sympy.Symbol, int]:
+    """The values of the inputs' size symbols for a microbatch of a call."""
+    whole = {symbol: int(call.tensors[name].shape[dim]) for symbol, (name, dim) in sizes.items()}
+    rows = {symbol for symbol, (name, dim) in sizes.items() if dim == 0 and name in call.batched}
+    return {symbol: microbatch if symbol in rows else size for symbol, size in whole.items()}
 
 
 def device_of(model: nn.Module, call: Call) -> torch.device:

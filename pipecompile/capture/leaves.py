@@ -1,7 +1,8 @@
-"""Modules kept whole: one call of the graph, run as ordinary Python inside its stage.
+"""Modules and functions kept whole: one call of the graph, run as ordinary Python inside its stage.
 
 What a module does may depend on activations (which experts are hit, when to stop), so that no single graph records it.
-Such a module becomes a leaf: a ``call_module`` node under its own path. Its arguments are flattened, so that only
+Such a module becomes a leaf: a ``call_module`` node under its own path. A function may be one too (a loss whose shapes
+depend on data, a matching that leaves torch): a ``call_function`` node. The arguments are flattened, so that only
 tensors flow along the graph's edges; everything else about the call is kept with the leaf.
 
 What a leaf returns is learnt: by running it on fakes where that is possible, else by running it once for real, on what
@@ -11,16 +12,17 @@ the recorded graph computes from the sample.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from pipecompile.capture.values import DependsOnData
+from pipecompile.errors import DependsOnData, ExecutionError
 from pipecompile.randomness import compared
+from pipecompile.retarget import retarget
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,26 +34,77 @@ class Slot:
 
 @dataclass(frozen=True)
 class LeafCall:
-    """One call of a leaf: the module, and its arguments with a slot for each tensor."""
+    """One call of a leaf: the module or function, and its arguments with a slot for each tensor.
 
-    path: str
-    module: nn.Module
+    ``shapes`` are those of the outputs where one run has told them; every run must give the same.
+    """
+
+    path: str  # of the module, or of that which calls the function
+    kept: Callable[..., Any]
     spec: pytree.TreeSpec
     leaves: tuple[Any, ...]
+    shapes: tuple[tuple[int, ...], ...] | None = None
 
     @staticmethod
-    def of(path: str, module: nn.Module, args: Any, kwargs: Any) -> tuple[LeafCall, list[Tensor]]:
+    def of(path: str, kept: Callable[..., Any], args: Any, kwargs: Any) -> tuple[LeafCall, list[Tensor]]:
         """The call, and the tensors among its arguments."""
         flat, spec = pytree.tree_flatten((args, kwargs))
         tensors = [leaf for leaf in flat if isinstance(leaf, Tensor)]
         slots = iter(range(len(tensors)))
         leaves = tuple(Slot(next(slots)) if isinstance(leaf, Tensor) else leaf for leaf in flat)
-        return LeafCall(path, module, spec, leaves), tensors
+        return LeafCall(path, kept, spec, leaves), tensors
+
+    @property
+    def name(self) -> str:
+        if isinstance(self.kept, nn.Module):
+            return f"module {self.path!r}"
+        return f"function {getattr(self.kept, '__qualname__', self.kept)}"
 
     def rebuild(self, tensors: tuple[Any, ...]) -> Any:
         """Positional and keyword arguments around other tensors."""
         leaves = [tensors[leaf.position] if isinstance(leaf, Slot) else leaf for leaf in self.leaves]
         return pytree.tree_unflatten(leaves, self.spec)
+
+    def tensors_of(self, output: Any) -> tuple[Tensor, ...]:
+        """The tensors of an output.
+
+        Raises:
+            DependsOnData: the output holds something else that may change from call to call.
+            ExecutionError: their shapes are others than those that the trace holds for.
+        """
+        flat = pytree.tree_leaves(output)
+        other = [leaf for leaf in flat if not isinstance(leaf, Tensor | str) and leaf is not None]
+        if other:
+            raise DependsOnData(
+                f"{self.name} is kept whole but returns a {type(other[0]).__name__}, which cannot pass along the "
+                f"graph; name a module further out in leaf_modules="
+            )
+        tensors = tuple(leaf for leaf in flat if isinstance(leaf, Tensor))
+        seen = tuple(tuple(tensor.shape) for tensor in tensors)
+        if self.shapes is not None and seen != self.shapes:
+            raise ExecutionError(
+                f"{self.name} is kept whole and gives shapes {_listed(seen)}, where the trace holds for "
+                f"{_listed(self.shapes)}: they depend on data; keep a larger part whole with leaf_modules="
+            )
+        return tensors
+
+
+class FunctionLeaf:
+    """What the graph calls for a function that is kept whole: takes and gives tensors alone."""
+
+    def __init__(self, call: LeafCall) -> None:
+        self.call = call
+        self.__name__ = str(getattr(call.kept, "__name__", "function"))
+
+    def on(self, old: torch.device, new: torch.device) -> FunctionLeaf:
+        """The same with another device among its arguments in place of the one that the trace was made for."""
+        return FunctionLeaf(replace(self.call, leaves=retarget(self.call.leaves, old, new)))
+
+    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        args, kwargs = self.call.rebuild(tensors)
+        with compared():
+            out = self.call.kept(*args, **kwargs)
+        return self.call.tensors_of(out)
 
 
 class Leaf(nn.Module):
@@ -67,7 +120,8 @@ class Leaf(nn.Module):
 
     def __init__(self, calls: Sequence[LeafCall], tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
-        inner = copy_of(calls[0].module, calls[0].path, tensors)
+        module: Any = calls[0].kept
+        inner = copy_of(module, calls[0].path, tensors)
         self.__dict__["inner"] = inner  # not a submodule: names would change
         self._parameters, self._buffers, self._modules = inner._parameters, inner._buffers, inner._modules
         self.calls = tuple(calls)
@@ -78,7 +132,7 @@ class Leaf(nn.Module):
         with compared():
             out = self.__dict__["inner"](*args, **kwargs)
         self._write_back(before)
-        return tensors_of(out, self.calls[number].path)
+        return self.calls[number].tensors_of(out)
 
     def _write_back(self, before: Mapping[str, Tensor]) -> None:
         """What the module has bound to the name of a buffer goes into the model's own buffer, which the copy shares."""
@@ -113,17 +167,5 @@ def copy_of(module: nn.Module, path: str, tensors: Mapping[str, Tensor]) -> nn.M
     return copy
 
 
-def tensors_of(output: Any, path: str) -> tuple[Tensor, ...]:
-    """The tensors of a leaf's output.
-
-    Raises:
-        DependsOnData: the output holds something else that may change from call to call.
-    """
-    flat = pytree.tree_leaves(output)
-    other = [leaf for leaf in flat if not isinstance(leaf, Tensor) and leaf is not None and not isinstance(leaf, str)]
-    if other:
-        raise DependsOnData(
-            f"module {path!r} is kept whole but returns a {type(other[0]).__name__}, which cannot pass along the "
-            f"graph; name a module further out in leaf_modules="
-        )
-    return tuple(leaf for leaf in flat if isinstance(leaf, Tensor))
+def _listed(shapes: tuple[tuple[int, ...], ...]) -> str:
+    return ", ".join(map(str, shapes))

@@ -1,6 +1,6 @@
 """What a ``TorchFunctionMode`` does not see, made visible for the time of a trace.
 
-- modules being run: the path of each node, and which of them are leaves;
+- modules being run: the path of each node, and which of them are leaves; functions that are leaves;
 - ``torch.autograd.Function.apply``: recorded as one call, so that a custom backward survives;
 - autocast regions that the model enters itself;
 - ``torch.from_numpy``, which makes a constant;
@@ -11,8 +11,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -22,19 +23,22 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import CheckpointFunction
 
 from pipecompile.capture.arithmetic import REMEMBERED
+from pipecompile.capture.intercept import intercepted
 from pipecompile.capture.recorder import Recorder
 from pipecompile.retarget import same_device
 
 
 @contextmanager
-def patched(recorder: Recorder, paths: Mapping[int, str]) -> Iterator[None]:
+def patched(recorder: Recorder, paths: Mapping[int, str], functions: Iterable[FunctionType] = ()) -> Iterator[None]:
     """Patches torch while a model is traced.
 
     Args:
         paths: the path of each module by identity.
+        functions: those that are kept whole.
     """
     with (
         _modules(recorder, paths),
+        intercepted(functions, recorder.call_function_leaf),
         _autograd_functions(recorder),
         _autocast(recorder),
         _numpy(),
@@ -60,6 +64,11 @@ def _modules(recorder: Recorder, paths: Mapping[int, str]) -> Iterator[None]:
 
     with _replaced(nn.Module, "__call__", call), _replaced(nn.Module, "to", _unchanging(nn.Module.to)):
         yield
+
+
+def runs_a_module(code: CodeType) -> bool:
+    """Whether a frame with this code is the call of a module in a trace."""
+    return code.co_name == "call" and code.co_filename == __file__
 
 
 def _unchanging(original: Any) -> Any:

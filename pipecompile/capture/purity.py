@@ -6,6 +6,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
+from pipecompile.capture.leaves import FunctionLeaf
 from pipecompile.capture.origin import origin_of
 from pipecompile.randomness import draws
 
@@ -40,6 +41,8 @@ def has_effect(node: fx.Node) -> bool:
 
 def is_cheap(node: fx.Node) -> bool:
     """Whether a stage had better compute a node again than receive it."""
+    if isinstance(node.target, FunctionLeaf):
+        return False
     if name_of(node) not in _CONTRACTIONS:
         return True
     if name_of(node) not in ("matmul", "bmm", "mm", "__matmul__"):

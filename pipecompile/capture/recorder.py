@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -27,12 +28,13 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.overrides import TorchFunctionMode
 
 from pipecompile.capture.aliases import Aliases
-from pipecompile.capture.leaves import LeafCall, attribute_of, tensors_of
+from pipecompile.capture.hidden import hides_tensors
+from pipecompile.capture.leaves import FunctionLeaf, LeafCall, attribute_of
 from pipecompile.capture.origin import Origin
 from pipecompile.capture.stand_ins import STAND_INS
 from pipecompile.capture.symbols import Sizes
-from pipecompile.capture.values import READS, DependsOnData, Values
-from pipecompile.errors import CaptureError
+from pipecompile.capture.values import READS, Values
+from pipecompile.errors import CaptureError, DependsOnData
 from pipecompile.functions import hooked, setitem
 from pipecompile.lines import user_line
 from pipecompile.regions import PLAIN, Region
@@ -66,7 +68,7 @@ class Recorder(TorchFunctionMode):
         values: answers what Python reads from tensors.
         constant: gives a name and a fake to a real tensor met on the way.
         leaves: paths of modules that are kept whole.
-        learn: runs a leaf for real and gives what it returns, with fakes, or raises if that cannot be.
+        learn: runs a leaf for real; gives the call with what that told, and what it returns, with fakes.
     """
 
     def __init__(
@@ -76,7 +78,7 @@ class Recorder(TorchFunctionMode):
         values: Values,
         constant: Callable[[Tensor], tuple[str, Tensor]],
         leaves: frozenset[str] = frozenset(),
-        learn: Callable[[LeafCall, list[fx.Node]], Any] | None = None,
+        learn: Callable[[LeafCall, list[fx.Node]], tuple[LeafCall, Any]] | None = None,
     ) -> None:
         super().__init__()
         self.graph = graph
@@ -117,30 +119,59 @@ class Recorder(TorchFunctionMode):
     def call_leaf(self, module: nn.Module, args: Any, kwargs: Any, run: Callable[..., Any]) -> Any:
         """Records the call of a module that is kept whole."""
         path = self.paths[-1]
+        if not all(id(t) in self.names for t in [*module.parameters(), *module.buffers()]):
+            raise DependsOnData(f"{self.here}: module {path!r} holds tensors that the forward itself has made")
         call, tensors = LeafCall.of(path, module, self._fake(args), self._fake(kwargs))
-        out = self._learn(call, tensors, run)
+        call, out = self._learn(call, tensors, run)
         calls = self.leaf_calls.setdefault(path, [])
         calls.append(call)
         node = self.graph.call_module(attribute_of(path), (len(calls) - 1, *map(self.node_of, tensors)))
         prefix = f"{path}."
         buffers = tuple(n for n in self.names.values() if n.startswith(prefix) and n not in self.trainable)
-        node.meta["origin"] = Origin(path, user_line(), self.region, buffers)
-        results = tensors_of(out, path)
-        node.meta["val"] = results
+        return self._bind_leaf(node, call, tensors, out, buffers)
+
+    def call_function_leaf(
+        self, function: FunctionType, original: FunctionType, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Records the call of a function that is kept whole, unless it is a part of something that is already."""
+        seen = torch._C._is_torch_function_mode_enabled() and not self.inside_leaf
+        if not seen or next(_tensors((args, kwargs)), None) is None:
+            return original(*args, **kwargs)
+        if hides_tensors((args, kwargs)):
+            raise DependsOnData(
+                f"{self.here}: function {function.__qualname__} reads tensors that are not among its arguments"
+            )
+        call, tensors = LeafCall.of(self.paths[-1], original, self._fake(args), self._fake(kwargs))
+        call, out = self._learn(call, tensors, original)
+        if next(_tensors(out), None) is None:
+            raise DependsOnData(f"{self.here}: function {function.__qualname__} is kept whole but returns no tensor")
+        node = self.graph.call_function(FunctionLeaf(call), tuple(map(self.node_of, tensors)))
+        return self._bind_leaf(node, call, tensors, out)
+
+    def _bind_leaf(
+        self, node: fx.Node, call: LeafCall, tensors: list[Tensor], out: Any, buffers: tuple[str, ...] = ()
+    ) -> Any:
+        node.meta["origin"] = Origin(call.path, user_line(), self.region, buffers)
+        node.meta["val"] = results = call.tensors_of(out)
         self._bind_items(node, results, tensors, (node,))
         return out
 
-    def _learn(self, call: LeafCall, tensors: list[Tensor], run: Callable[..., Any]) -> Any:
+    def _learn(self, call: LeafCall, tensors: list[Tensor], run: Callable[..., Any]) -> tuple[LeafCall, Any]:
+        """The call with what one run has told of it, and its output with fakes."""
         self.inside_leaf = True
+        versions = [_version(tensor) for tensor in tensors]
         try:
             with torch._C.DisableTorchFunction():
                 args, kwargs = call.rebuild(tuple(tensors))
-                return run(*args, **kwargs)
-        except DATA_DEPENDENT:
+                out = run(*args, **kwargs)
+        except Exception:  # a question about data, or what no fake can do: leave torch, run a custom kernel
             assert self.learn is not None
             return self.learn(call, [self.node_of(t) for t in tensors])
         finally:
             self.inside_leaf = False
+        if versions != [_version(tensor) for tensor in tensors]:
+            raise DependsOnData(f"{self.here}: {call.name} is kept whole but writes to its arguments")
+        return call, out
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -24,7 +24,7 @@ def summarize(captured: Captured) -> Graph:
     fx_nodes = [n for n in captured.graph.nodes if n.op not in ("get_attr", "output")]
     index = {n: i for i, n in enumerate(fx_nodes)}
     parameters = dict(captured.model.named_parameters(remove_duplicate=False))
-    sizes = _sample_sizes(captured)
+    sizes = captured.sample_sizes
     written = {name for n in fx_nodes for name in origin_of(n).writes}
     nodes: list[Node] = []
     for n in fx_nodes:
@@ -116,15 +116,6 @@ def _is_item(n: fx.Node) -> bool:
     return isinstance(source, fx.Node) and not isinstance(source.meta.get("val"), Tensor)
 
 
-def _sample_sizes(captured: Captured) -> dict[Any, int]:
-    """The values of the size symbols at the sample microbatch."""
-    values: dict[Any, int] = {}
-    for symbol, (name, dim) in captured.sizes.items():
-        size = int(captured.call.tensors[name].shape[dim])
-        values[symbol] = captured.microbatch if dim == 0 and name in captured.call.batched else size
-    return values
-
-
 def _specs(value: Any, sizes: Mapping[Any, int]) -> Iterable[TensorSpec]:
     if isinstance(value, Tensor):
         yield _spec(value, sizes)
@@ -134,5 +125,5 @@ def _specs(value: Any, sizes: Mapping[Any, int]) -> Iterable[TensorSpec]:
 
 
 def _spec(tensor: Tensor, sizes: Mapping[Any, int]) -> TensorSpec:
-    shape = tuple(int(resolve(size, dict(sizes))) for size in tensor.shape)
+    shape = tuple(int(resolve(size, sizes)) for size in tensor.shape)
     return TensorSpec(shape, str(tensor.dtype).removeprefix("torch."), tensor.requires_grad)

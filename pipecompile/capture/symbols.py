@@ -14,14 +14,16 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import sympy
 import torch
 import torch.fx as fx
 from torch._dynamo.source import ConstantSource
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, SymT, symbol_is_type  # type: ignore[attr-defined]
+
+from pipecompile.errors import CaptureError, DependsOnData
 
 
 class Shapes(ShapeEnv):
@@ -46,10 +48,23 @@ class Shapes(ShapeEnv):
         return self.create_symintnode(symbol, hint=hint, source=source)
 
     def decided(self) -> tuple[tuple[sympy.Basic, Any], ...]:
-        """Expressions over the input symbols with the values that the trace holds for."""
+        """Expressions over the input symbols with the values that the trace holds for.
+
+        Raises:
+            DependsOnData: an operation needs a size that only data tells to be a certain one.
+        """
+        for symbol, expr in self.replacements.items():
+            if _only_data_tells(symbol):
+                raise DependsOnData(f"the model needs a size that depends on its data to be {expr}")
         asked = [(expr, answer) for expr, answer in self.answers.items() if expr.free_symbols]
+        asked = [(expr, answer) for expr, answer in asked if not any(map(_only_data_tells, expr.free_symbols))]
         assumed = [(symbol, expr) for symbol, expr in self.replacements.items()]
         return tuple(asked + assumed)
+
+
+def _only_data_tells(symbol: Any) -> bool:
+    """Whether a size is no input's; what is asked of one and has an answer holds for every size."""
+    return bool(symbol_is_type(symbol, SymT.UNBACKED_INT))
 
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -114,8 +129,12 @@ def _concrete(number: torch.SymInt | torch.SymFloat) -> float:
     return int(number) if isinstance(number, torch.SymInt) else float(number)
 
 
-def resolve(expr: Any, values: dict[sympy.Symbol, int]) -> Any:
-    """A symbolic number (or a plain one) for given sizes of the inputs."""
+def resolve(expr: Any, values: Mapping[sympy.Symbol, int]) -> Any:
+    """A symbolic number (or a plain one) for given sizes of the inputs.
+
+    Raises:
+        CaptureError: it is none of the inputs' sizes, but depends on data.
+    """
     if isinstance(expr, torch.SymInt | torch.SymFloat | torch.SymBool):
         expr = expr.node._expr
     if not isinstance(expr, sympy.Basic):
@@ -123,4 +142,6 @@ def resolve(expr: Any, values: dict[sympy.Symbol, int]) -> Any:
     result = expr.xreplace({symbol: sympy.Integer(value) for symbol, value in values.items()})
     if result in (sympy.true, sympy.false):
         return bool(result)
+    if not result.is_number:
+        raise CaptureError(f"the number {result} depends on the model's data, not only on the sizes of its inputs")
     return int(result) if result.is_integer else float(result)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from types import FunctionType
 from typing import Any
 
 import sympy
@@ -14,8 +16,10 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from pipecompile.capture.captured import Captured, Output, device_of
+from pipecompile.capture.captured import Captured, Output, device_of, sample_sizes
+from pipecompile.capture.data_sizes import largest_sizes
 from pipecompile.capture.evaluate import META_TO_CPU, Evaluator
+from pipecompile.capture.innermost import Part, name_of_part
 from pipecompile.capture.inputs import Call
 from pipecompile.capture.leaves import Leaf, LeafCall, attribute_of, copy_of
 from pipecompile.capture.origin import Origin, origin_of
@@ -25,8 +29,8 @@ from pipecompile.capture.recorder import Recorder
 from pipecompile.capture.state import Changes, fake_of, fakes_of, named_tensors, with_fakes, without_caches
 from pipecompile.capture.symbols import Shapes, Sizes
 from pipecompile.capture.trees import flatten
-from pipecompile.capture.values import DependsOnData, Values
-from pipecompile.errors import CaptureError, PipecompileError
+from pipecompile.capture.values import Values
+from pipecompile.errors import CaptureError, DependsOnData, PipecompileError
 from pipecompile.functions import after, write_back
 from pipecompile.lines import failing_line
 from pipecompile.modules import owner_of
@@ -43,7 +47,7 @@ class Trace:
         microbatch: int,
         forward: Callable[..., Any],
         symbolic: str,
-        kept: Mapping[str, str],
+        kept: Mapping[Part, str],
     ) -> None:
         self.model = model
         self.call = call
@@ -62,7 +66,8 @@ class Trace:
         self.values = Values(call.tensors, self._attribute, self.parameters.__contains__)
         self.kept = kept
         self.sample = {n: t.detach()[:microbatch] if n in call.batched else t for n, t in call.tensors.items()}
-        self.recorder = Recorder(self.graph, self.sizes, self.values, self._constant, frozenset(kept), self._learn)
+        leaves = frozenset(part for part in kept if isinstance(part, str))
+        self.recorder = Recorder(self.graph, self.sizes, self.values, self._constant, leaves, self._learn)
         self.expected: dict[str, tuple[Any, ...]] = {}
 
     def run(self, reasons: list[str]) -> Captured:
@@ -78,7 +83,7 @@ class Trace:
         with with_fakes(self.model, fakes, self._is_constant) as changes, without_caches(self.model) as notes:
             out = self._run(args, kwargs)
         notes = [*notes, *self._give_up_notes(reasons), *_attribute_notes(changes)]
-        notes += [f"module {path} is kept whole: {why}" for path, why in self.kept.items()]
+        notes += [f"{name_of_part(part)} is kept whole: {why}" for part, why in self.kept.items()]
         return self._finish(out, fakes, changes, notes)
 
     def _run(self, args: Any, kwargs: Any) -> Any:
@@ -90,7 +95,7 @@ class Trace:
                 torch.enable_grad(),
                 self.mode,
                 enable_python_dispatcher(),
-                patched(self.recorder, paths),
+                patched(self.recorder, paths, [part for part in self.kept if isinstance(part, FunctionType)]),
                 self.recorder,
             ):
                 return self.forward(*args, **kwargs)
@@ -174,11 +179,12 @@ class Trace:
         self.graph.eliminate_dead_code(is_impure_node=_must_stay)
         alive = {node.name for node in self.graph.nodes}
         groups = [[n.name for n in group if n.name in alive] for group in self.recorder.aliases.groups]
+        sizes = {symbol: (node.name, dim) for symbol, (node, dim) in self.sizes.sources.items()}
         return Captured(
             model=self.model, graph=self.graph, constants=self.constants, call=self.call, device=self.device,
             microbatch=self.microbatch,
             outputs=outputs, out_spec=spec, leaves={p: tuple(c) for p, c in self.recorder.leaf_calls.items()},
-            sizes={symbol: (node.name, dim) for symbol, (node, dim) in self.sizes.sources.items()},
+            sizes=sizes, data_sizes=largest_sizes(self.graph, sample_sizes(sizes, self.call, self.microbatch)),
             shapes=self.expected, guards=self.shapes.decided() if self.shapes else (), reads=reads,
             read_values=tuple(value for _, value in self.values.reads),
             groups=tuple(tuple(dict.fromkeys(group)) for group in groups if len(set(group)) > 1), notes=tuple(notes),
@@ -269,22 +275,30 @@ class Trace:
         )
         return [f"{kept}, inputs of other sizes are captured anew: {reasons[0]}"]
 
-    def _learn(self, call: LeafCall, nodes: list[fx.Node]) -> Any:
+    def _learn(self, call: LeafCall, nodes: list[fx.Node]) -> tuple[LeafCall, Any]:
         """Runs a leaf for real, on what the graph computes from a sample microbatch; its output with fakes."""
         if self.shapes is not None:
-            raise NotImplementedError(f"module {call.path} gives sizes that only a run tells")
+            raise NotImplementedError(f"{call.name} gives sizes that only a run tells")
         if any(t.is_meta for t in self.real.values()):
-            raise CaptureError(f"module {call.path!r} must be run to be captured, but the model is on the meta device")
+            raise CaptureError(f"{call.name} must be run to be captured, but the model is on the meta device")
         evaluator = Evaluator(self.sample, self._attribute, self._leaf)
         values = tuple(evaluator.value(node) for node in nodes)
         with torch._C.DisableTorchFunction(), _disable_current_modes(), torch.enable_grad():
             values = tuple(_wanting(v, n.meta["val"]) for v, n in zip(values, nodes, strict=True))
+            versions = [value._version for value in values]
             args, kwargs = call.rebuild(values)
-            mine = {
-                n: t.clone() if n in self.buffers else t for n, t in self.real.items() if n.startswith(f"{call.path}.")
-            }
-            out = copy_of(call.module, call.path, mine)(*args, **kwargs)
-        return pytree.tree_map_only(Tensor, self._as_fake, out)
+            out = self._as_kept(call)(*args, **kwargs)
+        if versions != [value._version for value in values]:
+            raise DependsOnData(f"{call.name} is kept whole but writes to its arguments")
+        shapes = tuple(tuple(t.shape) for t in call.tensors_of(out))
+        return replace(call, shapes=shapes), pytree.tree_map_only(Tensor, self._as_fake, out)
+
+    def _as_kept(self, call: LeafCall) -> Callable[..., Any]:
+        """What a leaf runs, on the model's own parameters and copies of its buffers."""
+        if not isinstance(call.kept, nn.Module):
+            return call.kept
+        mine = {n: t.clone() if n in self.buffers else t for n, t in self.real.items() if n.startswith(f"{call.path}.")}
+        return copy_of(call.kept, call.path, mine)
 
     def _as_fake(self, tensor: Tensor) -> Tensor:
         """A fake for a real tensor; one that wants a gradient has a history, as the result of an operation."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pipecompile.capture.evaluate import Evaluator
 from pipecompile.capture.purity import is_random
-from pipecompile.errors import CaptureError
+from pipecompile.errors import DependsOnData
 
 READS: frozenset[Callable[..., Any]] = frozenset(
     {
@@ -26,10 +26,6 @@ READS: frozenset[Callable[..., Any]] = frozenset(
         Tensor.equal, Tensor.allclose, torch.equal, torch.allclose, torch.is_nonzero,
     }
 )  # fmt: skip
-
-
-class DependsOnData(CaptureError):
-    """The model's Python depends on values that only a running step knows; a leaf around it may help."""
 
 
 class Values:

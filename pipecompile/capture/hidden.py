@@ -1,0 +1,45 @@
+"""What an argument holds beside the tensors that torch sees in it: such a tensor would reach a function unrecorded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from types import FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+MOST = 10_000  # objects behind an argument that are searched; one with more is taken to hide something
+
+
+def hides_tensors(value: Any) -> bool:
+    """Whether an argument holds modules, or tensors where torch does not look: in objects, closures, bound methods."""
+    stack = [leaf for leaf in pytree.tree_leaves(value) if not isinstance(leaf, Tensor)]
+    seen: set[int] = set()
+    while stack:
+        item = stack.pop()
+        if isinstance(item, Tensor | nn.Module) or len(seen) > MOST:
+            return True
+        if id(item) not in seen:
+            seen.add(id(item))
+            stack.extend(_held(item))
+    return False
+
+
+def _held(item: Any) -> Iterable[Any]:
+    match item:
+        case None | bool() | int() | float() | str() | type() | ModuleType():
+            return ()
+        case list() | tuple() | set() | frozenset():
+            return item
+        case dict():
+            return item.values()
+        case FunctionType():
+            return [*(cell.cell_contents for cell in item.__closure__ or ()), *(item.__defaults__ or ())]
+        case MethodType():
+            return [item.__self__]
+        case partial():
+            return [item.func, item.args, item.keywords]
+        case _:
+            return list(getattr(item, "__dict__", {}).values())

@@ -1,0 +1,196 @@
+"""Parts of a model that are kept whole: functions whose result only a running step knows, and what they may not be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from oracle import assert_same, step
+from torch import Tensor, nn
+from toys import D, mean_square
+
+import pipecompile
+from pipecompile.capture import Captured, capture, read_call
+from pipecompile.errors import CaptureError, ExecutionError
+
+
+class Rooted(nn.Module):
+    """Two layers with a call between them in the root's own forward, where no module is around it."""
+
+    def __init__(self, between: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(D, D), nn.Linear(D, D)
+        self.between = between
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.between(self, self.first(x)))
+
+
+def normalised(h: Tensor, scale: float = 1.0) -> Tensor:
+    """Asks an activation; leaves torch for the answer."""
+    largest = float(h.detach().abs().max().numpy())
+    return h / largest * scale if largest > 1e-3 else h
+
+
+def matched(h: Tensor, rows: Tensor) -> list[Tensor]:
+    order = sorted(range(h.shape[0]), key=lambda i: h[i].sum().item())
+    return [h[order], rows[order]]
+
+
+class Table:
+    """An object between the model and a function."""
+
+    functions: ClassVar = {"normalised": normalised}
+
+    @staticmethod
+    def look_up(h: Tensor) -> Tensor:
+        return normalised(h, scale=2.0)
+
+
+class Holder:
+    def __init__(self, kept: Tensor) -> None:
+        self.kept = kept
+
+
+def _held(holder: Holder) -> Tensor:
+    return normalised(holder.kept)
+
+
+def _twice(h: Tensor) -> Tensor:
+    return normalised(normalised(h) + 1)
+
+
+def _norm(h: Tensor) -> float:
+    return h.detach().norm().item()
+
+
+def _over_norm(h: Tensor) -> Tensor:
+    return h / _norm(h)
+
+
+ASKS: dict[str, tuple[Callable[..., Tensor], str]] = {
+    "global": (lambda _, h: normalised(h), "normalised"),
+    "keyword": (lambda _, h: normalised(h, scale=3.0), "normalised"),
+    "table": (lambda _, h: Table.functions["normalised"](h), "normalised"),
+    "static method": (lambda _, h: Table.look_up(h), "normalised"),
+    "two calls": (lambda _, h: _twice(h), "normalised"),
+    "tensors in an object, taken out": (lambda _, h: _held(Holder(h)), "normalised"),
+    "several results": (lambda _, h: matched(h, h * 2)[1], "matched"),
+    "result that is no tensor": (lambda _, h: _over_norm(h), "_over_norm"),
+}
+
+
+def floats(batch: int = 4, seed: int = 0) -> Tensor:
+    return torch.randn(batch, D, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def captured(model: nn.Module, *args: Any) -> Captured:
+    return capture(model, read_call(model.forward, args, {}))
+
+
+@pytest.mark.parametrize(("between", "name"), ASKS.values(), ids=ASKS)
+def test_the_innermost_function_around_a_question_is_kept_whole(between: Any, name: str) -> None:
+    model = Rooted(between)
+    pipe = pipecompile.compile(model, devices=["cpu"] * 2, microbatches=1, profile="count")
+    for seed in range(3):
+        x = floats(seed=seed)
+        assert_same(step(pipe, model, mean_square, ((x,), {})), step(model, model, mean_square, ((x,), {})))
+    assert any(f"function {name} (" in note for note in pipe.report["notes"])
+
+
+def test_a_function_is_its_own_again_after_the_trace() -> None:
+    code = normalised.__code__
+    trace = captured(Rooted(ASKS["global"][0]), floats())
+    assert normalised.__code__ is code
+    assert "normalised" in [node.target.__name__ for node in trace.graph.nodes if node.op == "call_function"]
+
+
+def test_a_function_inside_a_module_that_asks_leaves_the_rest_of_the_module_visible() -> None:
+    model = nn.Sequential(nn.Linear(D, D), Rooted(ASKS["global"][0])).double()
+    assert captured(model, floats()).leaves == {}
+
+
+def _of_module(model: nn.Module, h: Tensor) -> Tensor:
+    return model.first(h) if h.sum() > 0 else h
+
+
+def _writes(h: Tensor) -> Tensor:
+    if h.sum() > 0:
+        h.mul_(2)
+    return h
+
+
+def _no_result(h: Tensor) -> None:
+    if h.isnan().any():
+        raise ValueError
+
+
+def _checked(model: nn.Module, h: Tensor) -> Tensor:
+    _no_result(h)
+    return h
+
+
+def _holds(holder: Holder) -> Tensor:
+    return holder.kept if holder.kept.sum() > 0 else -holder.kept
+
+
+REFUSED: dict[str, Callable[..., Tensor]] = {
+    "it reads parameters": _of_module,
+    "it writes to its argument": lambda _, h: _writes(h),
+    "it returns no tensor": _checked,
+    "its argument hides a tensor": lambda _, h: _holds(Holder(h)),
+}
+
+
+@pytest.mark.parametrize("between", REFUSED.values(), ids=REFUSED)
+def test_a_function_that_cannot_be_kept_whole_is_refused_with_the_line(between: Any) -> None:
+    with pytest.raises(CaptureError, match=r"test_leaves.py:\d+"):
+        captured(Rooted(between), floats())
+
+
+class FromForward(nn.Module):
+    """Makes a module with a tensor of its own on each run, as some losses do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return weighed(self.body(x))
+
+
+class Weighed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.arange(D, dtype=torch.float64))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h * self.weight if h.sum() > 0 else h
+
+
+def weighed(h: Tensor) -> Tensor:
+    return Weighed()(h)
+
+
+def test_a_module_that_the_forward_makes_is_part_of_the_function_around_it() -> None:
+    model = FromForward().double()
+    pipe = pipecompile.compile(model, devices=["cpu"] * 2, microbatches=1, profile="count")
+    for seed in range(4):
+        x = floats(seed=seed)
+        assert_same(step(pipe, model, mean_square, ((x,), {})), step(model, model, mean_square, ((x,), {})))
+
+
+def large(h: Tensor) -> Tensor:
+    return h[[i for i in range(len(h)) if h[i, 0].item() > 0]]
+
+
+def test_a_result_of_another_shape_than_the_trace_holds_for_is_an_error() -> None:
+    model = Rooted(lambda _, h: large(h))
+    pipe = pipecompile.compile(model, devices=["cpu"] * 2, microbatches=1, profile="count")
+    x = floats()
+    assert_same(step(pipe, model, mean_square, ((x,), {})), step(model, model, mean_square, ((x,), {})))
+    with pytest.raises(ExecutionError, match="function large is kept whole and gives shapes"):
+        pipe(-x)
