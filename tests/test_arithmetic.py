@@ -65,3 +65,22 @@ def test_what_a_trace_learns_later_holds_for_what_it_remembers() -> None:
         assert bool(b == 6)
         assert total.node.maybe_as_int() == 12
         assert (a + b).node.maybe_as_int() == 12
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "teaches"),
+    [
+        (lambda a, b: a == b, True, True),
+        (lambda a, b: a != b, False, True),
+        (lambda a, b: a == b + 1, False, False),
+        (lambda a, b: a != b + 1, True, False),
+        (lambda a, b: a < b + 1, True, False),
+        (lambda a, b: a > b, False, False),
+    ],
+)
+def test_only_equality_says_that_one_size_stands_for_another(question: Any, answer: bool, teaches: bool) -> None:
+    shapes = Shapes()
+    asked = question(shapes.symbol("a", 6), shapes.symbol("b", 6))
+    assert bool(asked) is answer
+    assert bool(shapes.replacements) is teaches
+    assert len(shapes.answers) == 1

@@ -36,7 +36,10 @@ class Shapes(ShapeEnv):
         self.known: dict[Any, Any] = {}  # results of arithmetic (see arithmetic.py)
 
     def evaluate_sym_node(self, sym_node: Any, *args: Any, **kwargs: Any) -> Any:
-        answer = super().evaluate_sym_node(sym_node, *args, **kwargs)
+        if _teaches_nothing(sym_node.expr, sym_node.hint):
+            answer = sympy.true if sym_node.hint else sympy.false
+        else:
+            answer = super().evaluate_sym_node(sym_node, *args, **kwargs)
         if not self.inside:
             self.answers[sym_node._expr] = answer
         return answer
@@ -65,6 +68,18 @@ class Shapes(ShapeEnv):
 def _only_data_tells(symbol: Any) -> bool:
     """Whether a size is no input's; what is asked of one and has an answer holds for every size."""
     return bool(symbol_is_type(symbol, SymT.UNBACKED_INT))
+
+
+def _teaches_nothing(expr: Any, answer: Any) -> bool:
+    """Whether an answer says no more of the sizes than that they differ, or which is larger.
+
+    Then it replaces no symbol, and torch need not try to prove it: the sizes at hand tell.
+    """
+    if not isinstance(answer, bool):
+        return False
+    if isinstance(expr, sympy.Eq | sympy.Ne):
+        return isinstance(expr, sympy.Ne) is answer
+    return isinstance(expr, sympy.Rel)
 
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
