@@ -9,10 +9,11 @@ one placement: the first one is profiled and partitioned, the others follow its 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -175,14 +176,24 @@ def _present(device: torch.device) -> torch.device:
     return device
 
 
-def modes(model: nn.Module) -> tuple[Any, ...]:
-    """What about a model, beside the call, makes a capture its own: train or eval, hooks, tensors, what is frozen."""
-    training = tuple(module.training for module in model.modules())
-    hooks = tuple(
-        id(hook) for m in model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())
-    )
+class Modes(NamedTuple):
+    """What about a model, beside the call, makes a capture its own."""
+
+    training: tuple[bool, ...]
+    modules: tuple[tuple[type, int], ...]
+    hooks: tuple[int, ...]
+    parameters: tuple[tuple[int, bool], ...]  # identity, and whether it is trained
+    buffers: tuple[int, ...]
+
+
+def modes(model: nn.Module) -> Modes:
+    """The present modes, hooks and tensors of a model."""
+    modules = list(model.modules())
+    training = tuple(module.training for module in modules)
+    hooks = tuple(id(hook) for m in modules for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
     parameters = tuple((id(parameter), parameter.requires_grad) for parameter in model.parameters())
-    return training, hooks, parameters, tuple(map(id, model.buffers()))
+    kinds = tuple((type(module), id(module)) for module in modules)
+    return Modes(training, kinds, hooks, parameters, tuple(map(id, model.buffers())))
 
 
 def find_loss(captured: Captured, name: str | None) -> int | None:
@@ -231,6 +242,15 @@ def _across_microbatches(compiled: Compiled) -> list[str]:
     return notes
 
 
+def _attribute_guards(compiled: Compiled) -> list[str]:
+    """The names of the Python attributes that the trace holds for, and how often each was met."""
+    attributes = compiled.captured.attributes
+    counts = Counter(attribute.name for attribute, _ in attributes.read)
+    names = ", ".join(name if count == 1 else f"{name} ({count})" for name, count in sorted(counts.items()))
+    followed = [f"the answers to {len(attributes.questions)} questions about {n.label}" for n in attributes.numbers]
+    return [f"Python attributes that forward reads: {names}"] * bool(names) + followed
+
+
 def describe(compiled: Compiled) -> Mapping[str, Sequence[str]]:
     """What the user should know about a capture, by topic."""
     graph, plan = compiled.graph, compiled.plan
@@ -240,7 +260,10 @@ def describe(compiled: Compiled) -> Mapping[str, Sequence[str]]:
     return {
         "notes": compiled.captured.notes,
         "microbatches": _across_microbatches(compiled),
-        "guards": [*guards, *reads],
+        "guards": [*guards, *reads, *_attribute_guards(compiled)],
+        "attributes": [
+            f"{attribute.label} is set once a call" for attribute, _ in compiled.captured.attributes.updates
+        ],
         "recomputed": [f"{copies} values (masks, positions, sizes) are computed in each stage that reads them"]
         * (copies > 0),
         "tied": [f"{t.parameter} over stages {', '.join(map(str, t.stages))}, gradients summed" for t in plan.tied],

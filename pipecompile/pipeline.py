@@ -12,6 +12,7 @@ from torch import nn
 from pipecompile import steps
 from pipecompile.batch import Rows, scatter
 from pipecompile.capture import Call, read_call
+from pipecompile.captures import Captures, Key
 from pipecompile.compiled import Compiled, compile_call, describe, find_loss, modes
 from pipecompile.errors import CaptureError, InputError, PipecompileError
 from pipecompile.plan import Plan
@@ -59,7 +60,7 @@ class Pipeline(nn.Module):
         self._signature = model.forward if loss_fn is None else _with_target(model.forward)
         self._forward = None if loss_fn is None else _with_loss(model, loss_fn)
         self._session = Session(devices, optimizer)
-        self._compiled: dict[Any, list[Compiled]] = {}
+        self._captures = Captures()
         self._batched: dict[tuple[str, int], bool] = {}
         self._first: Compiled | None = None
         self._last: Compiled | None = None
@@ -99,13 +100,14 @@ class Pipeline(nn.Module):
 
     @property
     def report(self) -> Mapping[str, Sequence[str]]:
-        """What is specialised, recomputed or otherwise worth knowing, by topic."""
-        return describe(self._capture_in_use)
+        """What is specialised, recomputed or otherwise worth knowing, by topic; of the capture in use."""
+        captures = [f"{number}: {reason}" for number, reason in enumerate(self._captures.reasons, 1)]
+        return {**describe(self._capture_in_use), "captures": captures}
 
     @property
     def captures(self) -> int:
         """How many times the model has been captured."""
-        return sum(map(len, self._compiled.values()))
+        return len(self._captures)
 
     @property
     def versions(self) -> tuple[int, ...]:
@@ -129,6 +131,12 @@ class Pipeline(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         batch = self._batch(args, kwargs)
+        output = self._run(batch)
+        captured = batch.compiled.captured
+        captured.attributes.update(captured.size_values(batch.call.tensors))
+        return output
+
+    def _run(self, batch: steps.Batch) -> Any:
         if any(p.is_meta for p in self.model.parameters()):
             raise InputError("the model is on the meta device: it can be planned, but has no values to compute with")
         captured = batch.compiled.captured
@@ -202,15 +210,18 @@ class Pipeline(nn.Module):
         for name, tensor in call.tensors.items():
             self._batched.setdefault((name, tensor.ndim), name in call.batched)
         ambient = Ambient.of_caller(frozenset(device.type for device in self.devices))
-        known = self._compiled.setdefault((call.key, modes(self.model), ambient.autocast), [])
+        key = Key(call.key, modes(self.model), ambient.autocast)
+        known = self._captures.of(key)
         rows = Rows.of(call.batch, microbatches or self.microbatches)
         for candidate in (rows, rows.equal()):
             for compiled in known:
-                if _holds(compiled, call, candidate):
+                if not _broken(compiled, call, candidate):
                     self._last = compiled
+                    self._captures.use(key)
                     return steps.Batch(compiled, call, candidate)
+        broken = _broken(known[-1], call, rows) if known else ""
         batch = self._capture(call, rows)
-        known.append(batch.compiled)
+        self._captures.add(key, batch.compiled, broken)
         self._first = self._first or batch.compiled
         self._last = batch.compiled
         return batch
@@ -221,15 +232,18 @@ class Pipeline(nn.Module):
             compiled = compile_call(
                 self.model, call, candidate, self.devices, self._forward, self._leaves, self._profile, self._first
             )
-            if _holds(compiled, call, candidate):
+            if not _broken(compiled, call, candidate):
                 return steps.Batch(compiled, call, candidate)
         raise CaptureError("the trace does not hold for the inputs that it was made with; please report this")
 
 
-def _holds(compiled: Compiled, call: Call, rows: Rows) -> bool:
-    """Whether a capture holds for every microbatch of a call."""
+def _broken(compiled: Compiled, call: Call, rows: Rows) -> str:
+    """Why a capture does not hold for every microbatch of a call; empty if it does."""
+    captured = compiled.captured
+    if changed := captured.attributes.changed():
+        return changed
     sizes = dict(zip(rows.counts, scatter(call, rows), strict=True))
-    return not any(compiled.captured.broken_guard(part, call.tensors) for part in sizes.values())
+    return next(filter(None, (captured.broken_guard(part, call.tensors) for part in sizes.values())), "")
 
 
 def _with_loss(model: nn.Module, loss_fn: Callable[..., Any]) -> Callable[..., Any]:

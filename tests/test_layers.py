@@ -21,6 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("capture", "profile", "split", "batch", "runtime"),
     ("variations",),
     ("compiled",),
+    ("captures",),
     ("session",),
     ("steps",),
     ("verify",),

@@ -460,6 +460,35 @@ def test_w06_optional_mask() -> None:
     assert pipe.captures <= 3
 
 
+def test_w07_python_flag() -> None:
+    def body(self: Blocks, x: Tensor) -> Tensor:
+        h = self.a(x)
+        return self.d(self.c(self.b(h)) if self.flag else self.c(h))
+
+    model = Blocks(body)
+    model.flag = True
+    pipe = same_step(model, rows())
+    for flag in (False, True, False):
+        model.flag = flag
+        again(pipe, rows(), target=rows(seed=9))
+    assert pipe.captures == 2
+
+
+def test_w07_counter() -> None:
+    def body(self: Blocks, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.chain(x) * (2 if self.calls % 3 == 0 else 1)
+
+    model, unsplit = Blocks(body), Blocks(body)
+    model.calls = unsplit.calls = 0
+    pipe = pipe_of(model)
+    for calls in range(1, 8):
+        actual, expected = (step(m, m, lambda y: y.pow(2).mean(), ((rows(),), {})) for m in (pipe, unsplit))
+        assert_same(actual, expected)
+        assert model.calls == unsplit.calls == calls
+    assert pipe.captures == 2
+
+
 def test_w08_dropout_in_eval() -> None:
     def body(self: Blocks, x: Tensor) -> Tensor:
         return self.d(F.dropout(self.c(self.b(self.a(x))), 0.5, self.training))
@@ -550,4 +579,4 @@ def test_w12_keys_of_albert() -> None:
 def test_every_snippet_has_its_test() -> None:
     names: Mapping[str, Any] = globals()
     named = {name.split("_")[1] for name in names if name.startswith("test_")}
-    assert named >= {f"f{i:02}" for i in range(1, 19)}
+    assert named >= {f"f{i:02}" for i in range(1, 19)} | {f"w{i:02}" for i in (1, 2, 5, 6, 7, 8, 10, 11, 12)}

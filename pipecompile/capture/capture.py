@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -71,9 +72,11 @@ def _with_leaves(
 ) -> Captured:
     """Traces until no more parts have to be kept whole; adds them, with the reason, to ``kept``."""
     while True:
-        trace = Trace(model, call, rows, forward, symbolic, kept)
+        attempt = partial(Trace, model, call, rows, forward, symbolic, kept)
+        trace = attempt()
         try:
-            return trace.run(reasons)
+            captured = trace.run(reasons)
+            return _following(captured, trace, attempt, reasons)
         except DATA_DEPENDENT as error:
             part = next_whole(error, trace.recorder.paths, kept)
             if part is None:
@@ -84,6 +87,17 @@ def _with_leaves(
                     f"step knows ({type(error).__name__}); move it into a module of its own, which can be kept whole"
                 ) from error
             kept[part] = str(error).splitlines()[0][:200] or type(error).__name__
+
+
+def _following(first: Captured, trace: Trace, again: Callable[..., Trace], reasons: list[str]) -> Captured:
+    """A trace that follows the numbers which the forward reads and sets; the first one if that cannot be done."""
+    if not trace.counters:
+        return first
+    try:
+        second = again(trace.counters).run(reasons)
+    except Exception:  # a stand-in went where only a number can go: the first trace holds for these numbers alone
+        return first
+    return second if len(second.attributes.updates) == len(first.attributes.updates) else first
 
 
 def _with_backward_hooks(model: nn.Module) -> dict[Part, str]:

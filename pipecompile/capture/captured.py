@@ -12,6 +12,7 @@ import torch.fx as fx
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from pipecompile.capture.attributes import Attributes
 from pipecompile.capture.inputs import Call
 from pipecompile.capture.leaves import Leaf, LeafCall, attribute_of
 from pipecompile.capture.symbols import resolve
@@ -52,6 +53,7 @@ class Captured:
     read_values: tuple[Any, ...]
     leaves: Mapping[str, tuple[LeafCall, ...]]  # modules kept whole, by path: the calls of each
     groups: tuple[tuple[str, ...], ...]  # nodes that share memory which one of them writes
+    attributes: Attributes  # Python attributes that the trace holds for, and what it makes of them
     notes: tuple[str, ...]  # what the user should know
     data_sizes: Mapping[sympy.Symbol, int] = field(default_factory=dict)  # what planning takes other symbols for
     checked: dict[tuple[int, ...], str] = field(default_factory=dict)  # answers of _check_sizes, by sizes

@@ -30,6 +30,7 @@ from torch.overrides import TorchFunctionMode
 from pipecompile.capture.aliases import Aliases
 from pipecompile.capture.hidden import hides_tensors
 from pipecompile.capture.leaves import FunctionLeaf, LeafCall, attribute_of
+from pipecompile.capture.numbers import is_number
 from pipecompile.capture.origin import Origin
 from pipecompile.capture.stand_ins import STAND_INS
 from pipecompile.capture.symbols import Sizes
@@ -254,6 +255,8 @@ class Recorder(TorchFunctionMode):
 
     def lower(self, value: Any) -> Any:
         """An argument with its tensors and symbolic sizes replaced by nodes."""
+        if is_number(value):
+            return value.concrete()
         match value:
             case Tensor():
                 return self.node_of(value)

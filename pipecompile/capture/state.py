@@ -15,15 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from pipecompile.capture.attributes import MISSING, NOT_PLAIN, TABLES, Attribute, frozen
 from pipecompile.errors import CaptureError
 
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """What a forward did to its model: tensors bound to the names of buffers, and other attributes it set."""
+    """What a forward did to its model: tensors bound to the names of buffers, and what it set other attributes to."""
 
+    before: dict[int, dict[str, Any]] = field(default_factory=dict)  # each module's attributes, by identity
     rebound: dict[str, Tensor] = field(default_factory=dict)
-    attributes: list[str] = field(default_factory=list)
+    attributes: list[tuple[Attribute, Any]] = field(default_factory=list)
 
 
 def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
@@ -60,45 +62,49 @@ def with_fakes(model: nn.Module, fakes: dict[str, Tensor], was_read: Callable[[T
     Raises:
         CaptureError: the forward read a tensor kept in an attribute that is no buffer, and bound another one to it.
     """
-    changes = Changes()
     modules = list(model.named_modules())
-    before = [_snapshot(module) for _, module in modules]
+    before = [snapshot(module) for _, module in modules]
+    changes = Changes({id(module): held[0] for (_, module), held in zip(modules, before, strict=True)})
     try:
         for path, module in modules:
             _place(module, path, fakes)
         yield changes
-        for (path, module), (state, _) in zip(modules, before, strict=True):
-            _read_changes(path, module, state, fakes, changes, was_read)
+        for (path, module), held in zip(modules, before, strict=True):
+            _read_changes(path, module, held, fakes, changes, was_read)
     finally:
-        for (_, module), snapshot in zip(modules, before, strict=True):
-            _restore(module, *snapshot)
+        for (_, module), held in zip(modules, before, strict=True):
+            restore(module, held)
 
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
     """Lets a model run as it likes, and puts its attributes, modes and buffers back; parameters are not copied."""
     modules = list(model.modules())
-    before = [_snapshot(module) for module in modules]
+    before = [snapshot(module) for module in modules]
     values = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     try:
         yield
     finally:
-        for module, snapshot in zip(modules, before, strict=True):
-            _restore(module, *snapshot)
+        for module, held in zip(modules, before, strict=True):
+            restore(module, held)
         with torch.no_grad():
             for buffer, value in values:
                 buffer.copy_(value)
 
 
 @contextmanager
-def without_caches(model: nn.Module) -> Iterator[list[str]]:
-    """Turns off the key-value caches of Hugging Face models, which training has no use for."""
+def without_caches(model: nn.Module) -> Iterator[tuple[list[str], frozenset[tuple[int, str]]]]:
+    """Turns off the key-value caches of Hugging Face models, which training has no use for.
+
+    Yields notes, and the attributes, by owner's identity and name, on which no trace depends for that.
+    """
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     on = [c for c in configs.values() if getattr(c, "use_cache", False) is True]
     for config in on:
         config.use_cache = False
     try:
-        yield ["use_cache is off: the output holds no key-value cache"] if on else []
+        notes = ["use_cache is off: the output holds no key-value cache"] if on else []
+        yield notes, frozenset((key, "use_cache") for key in configs)
     finally:
         for config in on:
             config.use_cache = True
@@ -114,26 +120,51 @@ def _place(module: nn.Module, path: str, fakes: dict[str, Tensor]) -> None:
 Snapshot = tuple[dict[str, Any], dict[str, list[Any] | dict[Any, Any] | set[Any]]]
 
 
-def _snapshot(module: nn.Module) -> Snapshot:
-    """A module's attributes, and copies of the lists, dicts and sets among them."""
-    state = dict(module.__dict__)
+def snapshot(owner: Any) -> Snapshot:
+    """An object's attributes, and copies of the lists, dicts and sets among them."""
+    state = dict(owner.__dict__)
     return state, {name: value.copy() for name, value in state.items() if isinstance(value, list | dict | set)}
 
 
-def _restore(module: nn.Module, state: dict[str, Any], contents: dict[str, Any]) -> None:
-    for name in set(module.__dict__) - set(state):
-        del module.__dict__[name]
-    module.__dict__.update(state)
+def restore(owner: Any, before: Snapshot) -> None:
+    """Puts an object's attributes back."""
+    state, contents = before
+    for name in set(owner.__dict__) - set(state):
+        del owner.__dict__[name]
+    owner.__dict__.update(state)
     for name, content in contents.items():
         holder = state[name]
         holder.clear()
         holder.extend(content) if isinstance(holder, list) else holder.update(content)
 
 
+def changed_attributes(owner: Any, label: str, before: Snapshot) -> Iterator[tuple[Attribute, Any]]:
+    """What an object's attributes have been set to, and copies of the lists, dicts and sets with other contents."""
+    state, contents = before
+    prefix = f"{label}." if label else ""
+    for name, value in owner.__dict__.items():
+        if value is not state.get(name, MISSING):
+            yield Attribute(owner, name, prefix + name), value
+        elif name in contents and name not in TABLES and _differs(value, contents[name]):
+            yield Attribute(owner, name, prefix + name), value.copy()
+
+
+def _differs(now: Any, before: Any) -> bool:
+    plain = frozen(now), frozen(before)
+    if NOT_PLAIN not in plain:
+        return bool(plain[0] != plain[1])
+    flat = [[*value.items()] if isinstance(value, dict) else [*value] for value in (now, before)]
+    return len(now) != len(before) or [*map(_identity, flat[0])] != [*map(_identity, flat[1])]
+
+
+def _identity(item: Any) -> Any:
+    return tuple(map(id, item)) if isinstance(item, tuple) else id(item)
+
+
 def _read_changes(
     path: str,
     module: nn.Module,
-    state: dict[str, Any],
+    before: Snapshot,
     fakes: dict[str, Tensor],
     changes: Changes,
     was_read: Callable[[Tensor], bool],
@@ -143,12 +174,11 @@ def _read_changes(
         fake = fakes.get(prefix + name)
         if isinstance(value, FakeTensor) and fake is not None and value is not fake:
             changes.rebound[prefix + name] = value
-    for name, value in module.__dict__.items():
-        if value is state.get(name):
-            continue
-        if isinstance(value, FakeTensor) and isinstance(state.get(name), Tensor) and was_read(state[name]):
+    for attribute, value in changed_attributes(module, path, before):
+        held = before[0].get(attribute.name)
+        if isinstance(value, FakeTensor) and isinstance(held, Tensor) and was_read(held):
             raise CaptureError(
-                f"module {path!r}: forward assigns a new tensor to self.{name}, which would be lost between stages; "
-                f"make it a buffer: self.register_buffer({name!r}, ...)"
+                f"module {path!r}: forward assigns a new tensor to self.{attribute.name}, which would be lost between "
+                f"stages; make it a buffer: self.register_buffer({attribute.name!r}, ...)"
             )
-        changes.attributes.append(prefix + name)
+        changes.attributes.append((attribute, value))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import FunctionType
 from typing import Any
@@ -16,12 +16,14 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
+from pipecompile.capture.attributes import Attribute, Attributes
 from pipecompile.capture.captured import Captured, Output, device_of, sample_sizes
 from pipecompile.capture.data_sizes import largest_sizes
 from pipecompile.capture.evaluate import META_TO_CPU, Evaluator
 from pipecompile.capture.innermost import Part, name_of_part
 from pipecompile.capture.inputs import Call
 from pipecompile.capture.leaves import Leaf, LeafCall, attribute_of, copy_of
+from pipecompile.capture.numbers import is_number
 from pipecompile.capture.origin import Origin, origin_of
 from pipecompile.capture.patches import patched
 from pipecompile.capture.purity import has_effect
@@ -30,6 +32,7 @@ from pipecompile.capture.state import Changes, fake_of, fakes_of, named_tensors,
 from pipecompile.capture.symbols import Shapes, Sizes
 from pipecompile.capture.trees import flatten
 from pipecompile.capture.values import Values
+from pipecompile.capture.watch import Watch
 from pipecompile.errors import CaptureError, DependsOnData, PipecompileError
 from pipecompile.functions import after, write_back
 from pipecompile.lines import failing_line
@@ -48,6 +51,7 @@ class Trace:
         forward: Callable[..., Any],
         symbolic: str,
         kept: Mapping[Part, str],
+        numbers: Sequence[Attribute] = (),
     ) -> None:
         self.model = model
         self.call = call
@@ -69,6 +73,8 @@ class Trace:
         leaves = frozenset(part for part in kept if isinstance(part, str))
         self.recorder = Recorder(self.graph, self.sizes, self.values, self._constant, leaves, self._learn)
         self.expected: dict[str, tuple[Any, ...]] = {}
+        self.numbers = numbers
+        self.counters: tuple[Attribute, ...] = ()  # numbers that the forward has read and set
 
     def run(self, reasons: list[str]) -> Captured:
         with torch.inference_mode(False):
@@ -80,16 +86,24 @@ class Trace:
             self.recorder.add_attribute(name, fake, self.real[name])
         inputs = self._fake_inputs()
         args, kwargs = self.call.rebuild(inputs)
-        with with_fakes(self.model, fakes, self._is_constant) as changes, without_caches(self.model) as notes:
-            out = self._run(args, kwargs)
-        notes = [*notes, *self._give_up_notes(reasons), *_attribute_notes(changes)]
+        paths = {id(module): path for path, module in reversed([*self.model.named_modules()])}
+        with (
+            with_fakes(self.model, fakes, self._is_constant) as changes,
+            without_caches(self.model) as (notes, caches),
+        ):
+            watch = Watch(paths, changes.before, self.numbers, caches)
+            with watch.watching():
+                out = self._run(args, kwargs, paths)
+        watch.changes += changes.attributes
+        self.counters = watch.counters
+        whole = {part: self.model.get_submodule(part) for part in self.kept if isinstance(part, str)}
+        attributes, lost = watch.attributes(whole)
+        notes += self._give_up_notes(reasons)
+        notes += [f"forward sets {', '.join(lost)}: done for the trace alone, not on each step"] if lost else []
         notes += [f"{name_of_part(part)} is kept whole: {why}" for part, why in self.kept.items()]
-        return self._finish(out, fakes, changes, notes)
+        return self._finish(out, fakes, changes, attributes, notes)
 
-    def _run(self, args: Any, kwargs: Any) -> Any:
-        paths: dict[int, str] = {}
-        for path, module in self.model.named_modules():
-            paths.setdefault(id(module), path)
+    def _run(self, args: Any, kwargs: Any, paths: Mapping[int, str]) -> Any:
         try:
             with (
                 torch.enable_grad(),
@@ -166,7 +180,9 @@ class Trace:
     def _is_constant(self, tensor: Tensor) -> bool:
         return any(tensor is constant for constant in self.constants.values())
 
-    def _finish(self, out: Any, fakes: dict[str, Tensor], changes: Changes, notes: list[str]) -> Captured:
+    def _finish(
+        self, out: Any, fakes: dict[str, Tensor], changes: Changes, attributes: Attributes, notes: list[str]
+    ) -> Captured:
         self._write_back(fakes, changes.rebound)
         self._refuse_moving_reads()
         leaves, spec = flatten(out)
@@ -182,7 +198,7 @@ class Trace:
         sizes = {symbol: (node.name, dim) for symbol, (node, dim) in self.sizes.sources.items()}
         return Captured(
             model=self.model, graph=self.graph, constants=self.constants, call=self.call, device=self.device,
-            microbatch=self.microbatch,
+            microbatch=self.microbatch, attributes=attributes,
             outputs=outputs, out_spec=spec, leaves={p: tuple(c) for p, c in self.recorder.leaf_calls.items()},
             sizes=sizes, data_sizes=largest_sizes(self.graph, sample_sizes(sizes, self.call, self.microbatch)),
             shapes=self.expected, guards=self.shapes.decided() if self.shapes else (), reads=reads,
@@ -221,6 +237,8 @@ class Trace:
 
     def _as_output(self, leaf: Any, lowered: Any) -> Any:
         """What an output is read from: a parameter through a node of its own, a size as an expression."""
+        if is_number(leaf):
+            return leaf.concrete()
         if isinstance(leaf, torch.SymInt | torch.SymFloat | torch.SymBool):
             return leaf.node.expr
         if isinstance(leaf, Tensor) and self.recorder.aliases.buffer_of(leaf) in self.buffers:
@@ -340,9 +358,3 @@ def _grows(size: int | torch.SymInt, batch: Any) -> bool:
 
 def _expression(size: int | torch.SymInt) -> Any:
     return size.node._expr if isinstance(size, torch.SymInt) else size
-
-
-def _attribute_notes(changes: Changes) -> list[str]:
-    if not changes.attributes:
-        return []
-    return [f"forward sets {', '.join(changes.attributes)}: done for the trace alone, not on each step"]

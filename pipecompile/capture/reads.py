@@ -1,0 +1,160 @@
+"""Sees which Python attributes a forward reads and sets while it is traced.
+
+Attribute access is watched where it happens: in the classes of modules, and in those of the objects that modules hold
+(a config), as they come into sight. What ``torch.nn.Module`` keeps for itself is not watched: hooks, modes and tensors
+are compared elsewhere. What a forward reads from globals and closures is not seen.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Set
+from contextlib import contextmanager
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+
+from pipecompile.capture.attributes import LONGEST, MISSING, NOT_PLAIN, TORCHS_OWN, Attribute, frozen
+from pipecompile.capture.state import Snapshot, changed_attributes, restore, snapshot
+
+_NO_HOLDERS = (Tensor, type, ModuleType, FunctionType, BuiltinFunctionType, MethodType)
+_FOREIGN = sys.stdlib_module_names | {"torch", "numpy"}  # what they keep is no option of a model
+_HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that Python code has made
+
+Key = tuple[int, str]
+
+
+class Reads:
+    """The attributes that one trace has read.
+
+    Args:
+        paths: the modules of the model by identity.
+        states: their attributes before the trace, by identity.
+        ignored: attributes, by owner's identity and name, on which the trace does not depend.
+    """
+
+    def __init__(
+        self, paths: Mapping[int, str], states: Mapping[int, Mapping[str, Any]], ignored: Set[Key] = frozenset()
+    ) -> None:
+        self.labels = dict(paths)
+        self.states = dict(states)
+        self.seen = set(ignored)
+        self.found: dict[Key, tuple[Attribute, Any]] = {}  # with the value before the trace, frozen
+        self.holders: list[tuple[Any, str, Snapshot]] = []  # objects that modules hold, as they were
+        self.originals: dict[type, Any] = {}  # watched classes: their own __getattribute__, or None
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        self._watch(nn.Module)
+        try:
+            yield
+        finally:
+            for kind, original in self.originals.items():
+                if original is None:
+                    del kind.__getattribute__
+                else:
+                    kind.__getattribute__ = original  # type: ignore[method-assign]
+            self.originals.clear()
+
+    def _watch(self, kind: type) -> None:
+        if any(base in self.originals for base in kind.__mro__ if base is not object):
+            return
+        inherited: Any = kind.__getattribute__
+        reads = self
+
+        def watched(self: Any, name: str) -> Any:
+            try:
+                value = inherited(self, name)
+            except AttributeError:
+                reads._see_missing(self, name)
+                raise
+            if name[:2] != "__":
+                reads._see(self, name, value)
+            return value
+
+        self.originals[kind] = kind.__dict__.get("__getattribute__")
+        kind.__getattribute__ = watched  # type: ignore[method-assign, assignment]
+
+    def _see(self, owner: Any, name: str, value: Any) -> None:
+        key = (id(owner), name)
+        if key in self.seen or name in TORCHS_OWN:
+            return
+        state = self._state(owner)
+        if state is None:
+            return
+        self.seen.add(key)
+        held = state.get(name, MISSING)
+        if held is MISSING and (name in owner.__dict__ or _is_computed(type(owner), name)):
+            return  # set by the forward itself; or what the property or method reads is seen by itself
+        if held is not MISSING and held is not value:
+            return  # set by the forward itself
+        label = f"{self._label(owner)}{name}"
+        for item in _within(value):
+            self._meet(item, label)
+        plain = frozen(value)
+        if plain is not NOT_PLAIN:
+            self.found[key] = (Attribute(owner, name, label), plain)
+
+    def _see_missing(self, owner: Any, name: str) -> None:
+        if name[:2] == "__" or getattr(type(owner), "__getattr__", None) is not nn.Module.__getattr__:
+            return
+        state = object.__getattribute__(owner, "__dict__")
+        if not any(name in state.get(table, ()) for table in ("_parameters", "_buffers", "_modules")):
+            self.found.setdefault((id(owner), name), (Attribute(owner, name, self._label(owner) + name), MISSING))
+
+    def _state(self, owner: Any) -> Mapping[str, Any] | None:
+        """The attributes before the trace; of a module that the model does not own, as they are at first sight."""
+        if id(owner) not in self.states and isinstance(owner, nn.Module):
+            self._hold(owner, type(owner).__name__)
+        return self.states.get(id(owner))
+
+    def _meet(self, value: Any, label: str) -> None:
+        """Watches an object that a module holds, from now on."""
+        kind = type(value)
+        if id(value) in self.states or not kind.__flags__ & _HEAP_TYPE or isinstance(value, _NO_HOLDERS):
+            return
+        if kind.__module__.split(".")[0] in _FOREIGN or not hasattr(value, "__dict__"):
+            return
+        try:
+            self._watch(kind)
+        except TypeError:  # a class that cannot be changed
+            return
+        self._hold(value, label)
+
+    def hold(self, attribute: Attribute) -> None:
+        """Notes an attribute's owner as it is, before it is changed."""
+        if id(attribute.owner) not in self.states:
+            self._watch(type(attribute.owner))
+            self._hold(attribute.owner, attribute.label.removesuffix(f".{attribute.name}"))
+
+    def _hold(self, owner: Any, label: str) -> None:
+        held = snapshot(owner)
+        self.holders.append((owner, label, held))
+        self.states[id(owner)] = held[0]
+        self.labels[id(owner)] = label
+
+    def changes(self) -> list[tuple[Attribute, Any]]:
+        """What the forward has set on objects other than the model's modules; all is put back."""
+        changed = []
+        for owner, label, held in self.holders:
+            changed += [*changed_attributes(owner, label, held)]
+            restore(owner, held)
+        return changed
+
+    def _label(self, owner: Any) -> str:
+        label = self.labels.get(id(owner), type(owner).__name__)
+        return f"{label}." if label else ""
+
+
+def _within(value: Any) -> list[Any]:
+    """A value, or the values in a short list, tuple or dict."""
+    if isinstance(value, dict | list | tuple) and len(value) <= LONGEST:
+        return list(value.values() if isinstance(value, dict) else value)
+    return [value]
+
+
+def _is_computed(kind: type, name: str) -> bool:
+    """Whether a class gives an attribute by a descriptor: a method or a property."""
+    found = next((base.__dict__[name] for base in kind.__mro__ if name in base.__dict__), None)
+    return hasattr(type(found), "__get__")
