@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from types import FunctionType
 from typing import Any
 
@@ -22,7 +21,8 @@ from pipecompile.capture.data_sizes import largest_sizes
 from pipecompile.capture.evaluate import META_TO_CPU, Evaluator
 from pipecompile.capture.innermost import Part, name_of_part
 from pipecompile.capture.inputs import Call
-from pipecompile.capture.leaves import Leaf, LeafCall, attribute_of, copy_of
+from pipecompile.capture.learn import fake_result, learn
+from pipecompile.capture.leaves import Leaf, LeafCall, attribute_of
 from pipecompile.capture.numbers import is_number
 from pipecompile.capture.origin import Origin, origin_of
 from pipecompile.capture.patches import patched
@@ -72,6 +72,7 @@ class Trace:
         self.sample = {n: t.detach()[:microbatch] if n in call.batched else t for n, t in call.tensors.items()}
         leaves = frozenset(part for part in kept if isinstance(part, str))
         self.recorder = Recorder(self.graph, self.sizes, self.values, self._constant, leaves, self._learn)
+        self.evaluator = Evaluator(self.sample, self._attribute, self._leaf)
         self.expected: dict[str, tuple[Any, ...]] = {}
         self.numbers = numbers
         self.counters: tuple[Attribute, ...] = ()  # numbers that the forward has read and set
@@ -285,6 +286,25 @@ class Trace:
             owner.register_buffer(last, self._attribute(name))
         return fx.GraphModule(root, graph)
 
+    def _learn(self, call: LeafCall, nodes: list[fx.Node]) -> tuple[LeafCall, Any]:
+        """Runs a leaf for real; the call with the shapes that gave, and the output with fakes."""
+        if self.shapes is not None:
+            raise NotImplementedError(f"{call.name} gives sizes that only a run tells")
+        if any(t.is_meta for t in self.real.values()):
+            raise CaptureError(f"{call.name} must be run to be captured, but the model is on the meta device")
+        learnt, out = learn(call, nodes, self.evaluator, self._sandbox(f"{call.path}."))
+        return learnt, pytree.tree_map_only(Tensor, lambda t: fake_result(t, self.device), out)
+
+    def _leaf(self, target: str) -> Leaf:
+        path = next(path for path in self.recorder.leaf_calls if attribute_of(path) == target)
+        return Leaf(self.recorder.leaf_calls[path], self._sandbox(f"{path}."))
+
+    def _sandbox(self, prefix: str) -> dict[str, Tensor]:
+        """A module's own parameters, and copies of its buffers, which a run may write to."""
+        mine = {name: tensor for name, tensor in self.real.items() if name.startswith(prefix)}
+        with torch._C.DisableTorchFunction(), _disable_current_modes():
+            return {name: t.clone() if name in self.buffers else t for name, t in mine.items()}
+
     def _give_up_notes(self, reasons: list[str]) -> list[str]:
         if not reasons:
             return []
@@ -292,46 +312,6 @@ class Trace:
             "all sizes are fixed" if self.symbolic == "nothing" else f"of the sizes, {self.symbolic} alone may change"
         )
         return [f"{kept}, inputs of other sizes are captured anew: {reasons[0]}"]
-
-    def _learn(self, call: LeafCall, nodes: list[fx.Node]) -> tuple[LeafCall, Any]:
-        """Runs a leaf for real, on what the graph computes from a sample microbatch; its output with fakes."""
-        if self.shapes is not None:
-            raise NotImplementedError(f"{call.name} gives sizes that only a run tells")
-        if any(t.is_meta for t in self.real.values()):
-            raise CaptureError(f"{call.name} must be run to be captured, but the model is on the meta device")
-        evaluator = Evaluator(self.sample, self._attribute, self._leaf)
-        values = tuple(evaluator.value(node) for node in nodes)
-        with torch._C.DisableTorchFunction(), _disable_current_modes(), torch.enable_grad():
-            values = tuple(_wanting(v, n.meta["val"]) for v, n in zip(values, nodes, strict=True))
-            versions = [value._version for value in values]
-            args, kwargs = call.rebuild(values)
-            out = self._as_kept(call)(*args, **kwargs)
-        if versions != [value._version for value in values]:
-            raise DependsOnData(f"{call.name} is kept whole but writes to its arguments")
-        shapes = tuple(tuple(t.shape) for t in call.tensors_of(out))
-        return replace(call, shapes=shapes), pytree.tree_map_only(Tensor, self._as_fake, out)
-
-    def _as_kept(self, call: LeafCall) -> Callable[..., Any]:
-        """What a leaf runs, on the model's own parameters and copies of its buffers."""
-        if not isinstance(call.kept, nn.Module):
-            return call.kept
-        mine = {n: t.clone() if n in self.buffers else t for n, t in self.real.items() if n.startswith(f"{call.path}.")}
-        return copy_of(call.kept, call.path, mine)
-
-    def _as_fake(self, tensor: Tensor) -> Tensor:
-        """A fake for a real tensor; one that wants a gradient has a history, as the result of an operation."""
-        with torch._C.DisableTorchFunction():
-            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self.device)
-            return fake.requires_grad_().view_as(fake) if tensor.requires_grad else fake
-
-    def _leaf(self, target: str) -> Leaf:
-        path = next(path for path in self.recorder.leaf_calls if attribute_of(path) == target)
-        return Leaf(self.recorder.leaf_calls[path], self.real)
-
-
-def _wanting(value: Any, like: Any) -> Any:
-    wants = isinstance(value, Tensor) and isinstance(like, Tensor) and like.requires_grad
-    return value.detach().requires_grad_().view_as(value) if wants else value
 
 
 def _must_stay(node: fx.Node) -> bool:

@@ -1,0 +1,52 @@
+"""What a leaf returns, learnt by running it once for real on what the graph computes from a sample microbatch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from pipecompile.capture.evaluate import Evaluator
+from pipecompile.capture.leaves import LeafCall, copy_of
+from pipecompile.errors import DependsOnData
+
+
+def learn(
+    call: LeafCall, nodes: Sequence[fx.Node], evaluator: Evaluator, tensors: Mapping[str, Tensor]
+) -> tuple[LeafCall, Any]:
+    """The call with the shapes of its results, and the results.
+
+    Args:
+        nodes: what the tensors among the arguments are computed by.
+        tensors: the parameters of a module, and buffers that it may write to.
+
+    Raises:
+        DependsOnData: the leaf writes to its arguments, or returns something else than tensors.
+    """
+    values = [evaluator.value(node) for node in nodes]
+    with torch._C.DisableTorchFunction(), _disable_current_modes(), torch.enable_grad():
+        values = [_wanting(value, node.meta["val"]) for value, node in zip(values, nodes, strict=True)]
+        before = [value._version for value in values]
+        args, kwargs = call.rebuild(tuple(values))
+        kept = copy_of(call.kept, call.path, tensors) if isinstance(call.kept, nn.Module) else call.kept
+        out = kept(*args, **kwargs)
+    if before != [value._version for value in values]:
+        raise DependsOnData(f"{call.name} is kept whole but writes to its arguments")
+    return replace(call, shapes=tuple(tuple(t.shape) for t in call.tensors_of(out))), out
+
+
+def fake_result(tensor: Tensor, device: torch.device) -> Tensor:
+    """A fake for a real tensor; one that wants a gradient has a history, as the result of an operation."""
+    with torch._C.DisableTorchFunction():
+        fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+        return fake.requires_grad_().view_as(fake) if tensor.requires_grad else fake
+
+
+def _wanting(value: Any, like: Any) -> Any:
+    wants = isinstance(value, Tensor) and isinstance(like, Tensor) and like.requires_grad
+    return value.detach().requires_grad_().view_as(value) if wants else value
