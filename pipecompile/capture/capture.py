@@ -11,6 +11,7 @@ from torch import nn
 from pipecompile.capture.captured import Captured
 from pipecompile.capture.innermost import Part, next_whole
 from pipecompile.capture.inputs import Call
+from pipecompile.capture.joins import with_batch_dims
 from pipecompile.capture.recorder import DATA_DEPENDENT
 from pipecompile.capture.trace import Trace
 from pipecompile.errors import CaptureError, InputError
@@ -55,7 +56,8 @@ def capture(
             reasons.append(str(error).splitlines()[0][:200] if str(error) else type(error).__name__)
             continue
         if not broken:
-            return captured
+            whole = partial(_with_leaves, model, call, call.batch or 1, forward or model, "nothing", dict(kept), [])
+            return with_batch_dims(captured, whole)
         failure = CaptureError(broken)
         reasons.append(broken)
     raise CaptureError(f"the model cannot be traced: {getattr(failure, 'origin', '')}: {failure}") from failure

@@ -331,9 +331,9 @@ def _ancestors(nodes: list[fx.Node]) -> set[fx.Node]:
 
 def _grows(size: int | torch.SymInt, batch: Any) -> bool:
     """Whether a size is the batch's, or a multiple of it; for a batch of fixed size, whether it is equal."""
-    if isinstance(size, torch.SymInt):
+    if isinstance(size, torch.SymInt) and size.node.expr.free_symbols:
         return bool(size.node.expr.free_symbols & getattr(batch, "free_symbols", set()))
-    return bool(size == batch)
+    return bool((size.node.expr if isinstance(size, torch.SymInt) else size) == batch)
 
 
 def _expression(size: int | torch.SymInt) -> Any:

@@ -1,0 +1,57 @@
+"""Along which dimension the microbatches' parts of an output are joined.
+
+Where the batch is a symbol, it is the dimension that holds the symbol. Where the trace has made a number of it, another
+dimension may have the same size by chance: a second trace, of the whole batch, shows which one grows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from pipecompile.capture.captured import Captured, Output
+from pipecompile.capture.symbols import resolve
+
+
+def with_batch_dims(captured: Captured, whole: Callable[[], Captured]) -> Captured:
+    """A capture that knows the batch dimension of its outputs, if there is more than one microbatch.
+
+    Args:
+        whole: captures the whole batch, with all sizes fixed.
+    """
+    batch = captured.call.batch
+    if batch is None or batch == captured.microbatch or not _is_fixed(captured):
+        return captured
+    try:
+        other = whole()
+    except Exception:  # it can be traced at the size of a microbatch alone; dimensions of its size count
+        return captured
+    if captured.out_spec != other.out_spec:
+        return captured
+    pairs = zip(captured.outputs, other.outputs, strict=True)
+    shapes = [(one, _shape(captured, one), _shape(other, two)) for one, two in pairs]
+    found = [replace(one, batch_dim=_growing(a, b, captured.microbatch, batch)) for one, a, b in shapes]
+    return replace(captured, outputs=tuple(found))
+
+
+def _is_fixed(captured: Captured) -> bool:
+    """Whether the trace holds for one number of rows alone."""
+    rows = {symbol for symbol, (name, dim) in captured.sizes.items() if dim == 0 and name in captured.call.batched}
+    return all(any(symbol == expr and answer.is_number for expr, answer in captured.guards) for symbol in rows)
+
+
+def _shape(captured: Captured, output: Output) -> tuple[int, ...]:
+    nodes: dict[str, Any] = {node.name: node.meta.get("val") for node in captured.graph.nodes}
+    value = nodes.get(output.node or "")
+    return tuple(resolve(size, captured.sample_sizes) for size in value.shape) if isinstance(value, Tensor) else ()
+
+
+def _growing(part: tuple[int, ...], whole: tuple[int, ...], rows: int, batch: int) -> int | None:
+    """The one dimension that grows from a microbatch to the whole batch as the rows do."""
+    if len(part) != len(whole):
+        return None
+    grown = [dim for dim, (a, b) in enumerate(zip(part, whole, strict=True)) if a != b]
+    return grown[0] if len(grown) == 1 and part[grown[0]] * batch == whole[grown[0]] * rows else None
