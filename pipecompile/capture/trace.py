@@ -97,7 +97,7 @@ class Trace:
                 out = self._run(args, kwargs, paths)
         watch.changes += changes.attributes
         self.counters = watch.counters
-        whole = {part: self.model.get_submodule(part) for part in self.kept if isinstance(part, str)}
+        whole = {path: module for path, module in self.model.named_modules() if path in self.kept}
         attributes, lost = watch.attributes(whole)
         notes += self._give_up_notes(reasons)
         notes += [f"forward sets {', '.join(lost)}: done for the trace alone, not on each step"] if lost else []
