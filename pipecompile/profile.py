@@ -37,6 +37,7 @@ from pipecompile.retarget import retarget
 How = Literal["measure", "count"]
 PATIENCE = 2.0  # seconds until a progress bar shows
 REPEATS = (3, 7)  # timed runs of an operation, at least and at most
+UNKNOWN_BACKWARD = 2.0  # forwards that a backward takes which cannot be run on its own
 ENOUGH = 0.05  # seconds: an operation is not repeated further once it has been timed for so long
 
 
@@ -98,7 +99,18 @@ class _Clock:
     def tensor(self, tensor: Tensor) -> Tensor:
         return tensor.detach().to(self.device)
 
-    def seconds(self, run: Callable[[], Any], nbytes: int) -> float:
+    def seconds(self, call: _Call) -> tuple[float, float]:
+        forward = self.repeated(call.forward)
+        if not call.differentiable:
+            return forward, 0.0
+        try:
+            both = self.repeated(lambda: call.backward(call.forward()))
+        except RuntimeError:
+            return forward, UNKNOWN_BACKWARD * forward
+        return forward, max(0.0, both - forward)
+
+    def repeated(self, run: Callable[[], Any]) -> float:
+        """The median of several runs."""
         run()
         times: list[float] = []
         least, most = REPEATS
@@ -127,10 +139,19 @@ class _Counter:
             return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
         return self.fake.from_tensor(tensor.detach(), static_shapes=True)
 
-    def seconds(self, run: Callable[[], Any], nbytes: int) -> float:
+    def seconds(self, call: _Call) -> tuple[float, float]:
         with FlopCounterMode(display=False) as counter:
-            run()
-        return self.roofline.seconds(counter.get_total_flops(), nbytes)
+            outputs = call.forward()
+            nbytes = call.traffic(outputs)
+            forward = self.roofline.seconds(counter.get_total_flops(), nbytes)
+            if not call.differentiable:
+                return forward, 0.0
+            try:
+                call.backward(outputs)
+            except RuntimeError:
+                return forward, UNKNOWN_BACKWARD * forward
+            both = self.roofline.seconds(counter.get_total_flops(), 3 * nbytes)
+        return forward, max(0.0, both - forward)
 
 
 _Meter = _Clock | _Counter
@@ -219,7 +240,7 @@ class _Walk:
             return self._count_leaf(node, None, (args, kwargs))
         key = (node.target, origin_of(node).region, _described(args), _described(kwargs))
         if key not in self.timed:
-            self.timed[key] = self._time(run)
+            self.timed[key] = self.meter.seconds(run)
         forward, backward = self.timed[key]
         return Cost(forward, backward, self._newly_kept(saved))
 
@@ -255,20 +276,6 @@ class _Walk:
         nbytes = sum(t.nbytes for t in [*tensors, *parameters])
         forward = roofline.seconds(2 * rows * sum(p.numel() for p in parameters), nbytes)
         return Cost(forward, 2 * forward, sum(t.nbytes for t in tensors))
-
-    def _time(self, run: _Call) -> tuple[float, float]:
-        read, written = _tensors((run.args, run.kwargs)), run.forward()
-        known = {t.untyped_storage()._cdata for t in read}
-        is_view = all(t.untyped_storage()._cdata in known for t in written)
-        traffic = 0 if is_view else sum(t.nbytes for t in read + written)
-        forward = self.meter.seconds(run.forward, traffic)
-        if not run.differentiable:
-            return forward, 0.0
-        try:
-            both = self.meter.seconds(run.forward_backward, 3 * traffic)
-        except RuntimeError:  # it cannot be differentiated on its own; most backwards take twice as long as the forward
-            return forward, 2 * forward
-        return forward, max(0.0, both - forward)
 
 
 class _Call:
@@ -316,9 +323,17 @@ class _Call:
         self.differentiable = bool(self.leaves) and any(t.grad_fn is not None for t in outputs)
         return outputs
 
-    def forward_backward(self) -> None:
-        roots = [t for t in self.forward() if t.grad_fn is not None]
+    def backward(self, outputs: list[Tensor]) -> None:
+        """Runs the backward of a forward's outputs."""
+        roots = [t for t in outputs if t.grad_fn is not None]
         torch.autograd.grad(roots, self.leaves, [torch.ones_like(t) for t in roots], allow_unused=True)
+
+    def traffic(self, outputs: list[Tensor]) -> int:
+        """Bytes that a forward reads and writes; none if its outputs are views."""
+        read = _tensors((self.args, self.kwargs))
+        known = {t.untyped_storage()._cdata for t in read}
+        is_view = all(t.untyped_storage()._cdata in known for t in outputs)
+        return 0 if is_view else sum(t.nbytes for t in read + outputs)
 
     def _run(self, args: Any, kwargs: Any) -> Any:
         with enter_region(self.region.grad, self.region.autocast):

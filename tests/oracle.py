@@ -144,10 +144,11 @@ def rows_of(inputs: Inputs) -> int:
 def split(tree: Any, microbatches: int) -> list[Any]:
     """The microbatches' trees: what has as many rows as the batch is cut along them, the rest is shared."""
     rows = rows_of(tree)
-    bounds = [(rows * i // microbatches, rows * (i + 1) // microbatches) for i in range(microbatches)]
+    counts = [rows // microbatches + (i < rows % microbatches) for i in range(microbatches)]
+    bounds = [(sum(counts[:i]), sum(counts[: i + 1])) for i in range(microbatches)]
 
     def part(tensor: Tensor, low: int, high: int) -> Tensor:
-        return tensor[low:high] if tensor.dim() and tensor.shape[0] == rows else tensor
+        return tensor[low:high].clone() if tensor.dim() and tensor.shape[0] == rows else tensor
 
     return [tree_map(lambda t, low=low, high=high: part(t, low, high), tree) for low, high in bounds]
 

@@ -34,11 +34,14 @@ class Meter:
     def tensor(self, tensor: Tensor) -> Tensor:
         return tensor.detach().clone()
 
-    def seconds(self, run: Callable[[], Any], nbytes: int) -> float:
-        run()
-        both = run.__name__ == "forward_backward"
-        self.timed.append("both" if both else "forward")
-        return 3.0 if both else 1.0
+    def seconds(self, call: Any) -> tuple[float, float]:
+        outputs = call.forward()
+        self.timed.append("forward")
+        if not call.differentiable:
+            return 1.0, 0.0
+        call.backward(outputs)
+        self.timed.append("both")
+        return 1.0, 2.0
 
 
 @pytest.fixture
@@ -113,7 +116,7 @@ def test_a_clock_gives_the_median_of_several_runs(monkeypatch: pytest.MonkeyPatc
     runs: list[int] = []
     monkeypatch.setattr(module, "REPEATS", (3, 3))
     monkeypatch.setattr(module.time, "perf_counter", lambda: next(ticks))
-    assert module._Clock(CPU).seconds(lambda: runs.append(1), 0) == 2.0
+    assert module._Clock(CPU).repeated(lambda: runs.append(1)) == 2.0
     assert len(runs) == 4  # the first run is not timed
 
 
@@ -122,7 +125,7 @@ def test_a_slow_operation_is_not_repeated_more_than_it_must() -> None:
     clock = iter(range(100))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module.time, "perf_counter", lambda: float(next(clock)))
-        module._Clock(CPU).seconds(lambda: runs.append(1), 0)
+        module._Clock(CPU).repeated(lambda: runs.append(1))
     assert len(runs) == 1 + module.REPEATS[0]
 
 

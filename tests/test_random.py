@@ -1,51 +1,23 @@
-"""Random models, split at random, give the numbers of the unsplit model over the same microbatches."""
+"""Random models, cut by the partitioner, give the numbers of the unsplit model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import count, islice
-from random import Random
-
 import pytest
-import torch
-from oracle import Inputs, assert_same, microbatched, step
-from random_models import D, RandomModel
+from random_models import drawn
+from random_splits import assert_a_split_equals_eager
 
-import pipecompile
-
-COUNT = 40
+from pipecompile import steps
 
 
-def inputs(length: int) -> Inputs:
-    generator = torch.Generator().manual_seed(length)
-    x, late = torch.randn(2, 4, length, D, dtype=torch.float64, generator=generator)
-    return (x, late), {}
+@pytest.mark.parametrize("seed", range(256))
+def test_a_random_model_gives_the_unsplit_models_numbers(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_a_split_equals_eager(seed, monkeypatch, random_plan=False)
 
 
-def built(seed: int) -> RandomModel:
-    torch.manual_seed(seed)
-    return RandomModel(seed).double()
-
-
-def seeds() -> Iterator[int]:
-    """Those whose models train in eager mode: some write what autograd has saved."""
-    for seed in count():
-        model = built(seed)
-        try:
-            step(model, model, model.loss, inputs(3))
-        except RuntimeError:
-            continue
-        yield seed
-
-
-@pytest.mark.parametrize("seed", list(islice(seeds(), COUNT)))
-def test_a_random_model_gives_the_unsplit_models_numbers(seed: int) -> None:
-    model, draw = built(seed), Random(seed)
-    stages, microbatches = draw.choice([2, 3, 4]), draw.choice([1, 2, 4])
-    schedule = draw.choice(["sequential", "gpipe", "1f1b"])
-    pipe = pipecompile.compile(
-        model, devices=["cpu"] * stages, schedule=schedule, microbatches=microbatches, profile="count"
-    )
-    for length in (3, 5, 3):
-        actual = step(pipe, model, model.loss, inputs(length))
-        assert_same(actual, microbatched(model, model.loss, inputs(length), microbatches, model.inside))
+def test_a_wrong_gradient_is_found_and_told_with_a_small_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = steps._gradients
+    monkeypatch.setattr(steps, "_gradients", lambda *args: [None if g is None else g * 1.001 for g in right(*args)])
+    with pytest.raises(pytest.fail.Exception, match="class Model") as failed:
+        assert_a_split_equals_eager(3, monkeypatch, random_plan=True)
+    forward = failed.value.msg.split("def forward")[1].split("{'devices'")[0]
+    assert len(forward.strip().splitlines()) <= 4 < len(drawn(3000).statements)
