@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -55,6 +56,7 @@ class Pipeline(nn.Module):
         self.schedule = schedule
         self.microbatches = microbatches
         self._loss = loss
+        self._loss_fn = loss_fn
         self._leaves = tuple(leaves)
         self._profile = profile
         self._signature = model.forward if loss_fn is None else _with_target(model.forward)
@@ -63,6 +65,7 @@ class Pipeline(nn.Module):
         self._captures = Captures()
         self._batched: dict[tuple[str, int], bool] = {}
         self._first: Compiled | None = None
+        self._placement: Compiled | None = None  # of the pipeline that this one is a copy of
         self._last: Compiled | None = None
 
     # What the pipeline is
@@ -127,14 +130,16 @@ class Pipeline(nn.Module):
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:
         """Captures, profiles and cuts the model for a call without running it."""
-        self._batch(args, kwargs)
+        with self._session.lock:
+            self._batch(args, kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        batch = self._batch(args, kwargs)
-        output = self._run(batch)
-        captured = batch.compiled.captured
-        captured.attributes.update(captured.size_values(batch.call.tensors))
-        return output
+        with self._session.lock:
+            batch = self._batch(args, kwargs)
+            output = self._run(batch)
+            captured = batch.compiled.captured
+            captured.attributes.update(captured.size_values(batch.call.tensors))
+            return output
 
     def _run(self, batch: steps.Batch) -> Any:
         if any(p.is_meta for p in self.model.parameters()):
@@ -171,18 +176,46 @@ class Pipeline(nn.Module):
             self.model, self._forward or self.model, self._batch, schedule, self.microbatches, self._loss, self.devices
         )
         try:
-            return verify(subject, args, kwargs)
+            with self._session.lock:
+                return verify(subject, args, kwargs)
         finally:
             self._last, self.training = last, training
 
     def flush(self) -> None:
         """Drains an asynchronous pipeline: every microbatch that is under way ends with its update."""
-        steps.flush(self._session)
+        with self._session.lock:
+            steps.flush(self._session)
 
     def train(self, mode: bool = True) -> Pipeline:
         super().train(mode)
         self.model.train(mode)
         return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Pipeline:
+        """A pipeline of a copy of the model, under the same placement; it captures that copy at its own first call.
+
+        Raises:
+            PipecompileError: optimizers step inside an asynchronous pipeline, and their state is not copied.
+        """
+        if self._session.optimizer is not None:
+            raise PipecompileError(
+                f"a pipeline with schedule={self.schedule!r} cannot be copied: optimizers step inside it, whose state "
+                f"would stay behind; call flush(), then compile copy.deepcopy(pipe.model) anew"
+            )
+        copy = Pipeline(
+            deepcopy(self.model, memo),
+            self.devices,
+            self.schedule,
+            self.microbatches,
+            self._loss_fn,
+            self._loss,
+            None,
+            self._leaves,
+            self._profile,
+        )
+        copy.training = self.training
+        copy._placement = self._first or self._placement
+        return copy
 
     def __getattr__(self, name: str) -> Any:
         """What the pipeline lacks is the model's: ``pipe.config``."""
@@ -230,7 +263,14 @@ class Pipeline(nn.Module):
         """A new capture; if its trace holds for one size alone, all microbatches are made that size."""
         for candidate in (rows, rows.equal()):
             compiled = compile_call(
-                self.model, call, candidate, self.devices, self._forward, self._leaves, self._profile, self._first
+                self.model,
+                call,
+                candidate,
+                self.devices,
+                self._forward,
+                self._leaves,
+                self._profile,
+                self._first or self._placement,
             )
             if not _broken(compiled, call, candidate):
                 return steps.Batch(compiled, call, candidate)

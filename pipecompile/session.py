@@ -6,6 +6,7 @@ nothing behind; an asynchronous one leaves its stream.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -44,6 +45,7 @@ class Session:
     """
 
     def __init__(self, devices: Sequence[torch.device], optimizer: MakeOptimizer | None) -> None:
+        self.lock = threading.RLock()  # calls from several threads follow one another
         self.devices = tuple(devices)
         self.optimizer = optimizer
         self.lanes = tuple(Lane(device, threads_each(devices)) for device in devices)
@@ -61,10 +63,11 @@ class Session:
 
     def run(self, compiled: Compiled, program: Program, microbatches: Mapping[int, Microbatch]) -> None:
         """Runs a lowered program in the modes of the calling thread."""
-        self._own(compiled)
-        ambient = Ambient.of_caller(frozenset(device.type for device in self.devices))
-        self.program = program
-        self.timeline = self._executor(compiled).run(program, microbatches, ambient)
+        with self.lock:
+            self._own(compiled)
+            ambient = Ambient.of_caller(frozenset(device.type for device in self.devices))
+            self.program = program
+            self.timeline = self._executor(compiled).run(program, microbatches, ambient)
 
     def _own(self, compiled: Compiled) -> None:
         if not self.weights:

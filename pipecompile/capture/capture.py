@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ from pipecompile.capture.recorder import DATA_DEPENDENT
 from pipecompile.capture.trace import Trace
 from pipecompile.errors import CaptureError, InputError
 
+ONE_AT_A_TIME = threading.RLock()  # a trace changes torch and the model while it runs
 SYMBOLIC_ATTEMPTS = ("batch and lengths", "lengths", "batch", "nothing")  # what is symbolic, widest first
 
 
@@ -77,8 +79,9 @@ def _with_leaves(
         attempt = partial(Trace, model, call, rows, forward, symbolic, kept)
         trace = attempt()
         try:
-            captured = trace.run(reasons)
-            return _following(captured, trace, attempt, reasons)
+            with ONE_AT_A_TIME:
+                captured = trace.run(reasons)
+                return _following(captured, trace, attempt, reasons)
         except DATA_DEPENDENT as error:
             part = next_whole(error, trace.recorder.paths, kept)
             if part is None:

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from types import CodeType, FunctionType
@@ -30,7 +31,7 @@ from pipecompile.retarget import same_device
 
 @contextmanager
 def patched(recorder: Recorder, paths: Mapping[int, str], functions: Iterable[FunctionType] = ()) -> Iterator[None]:
-    """Patches torch while a model is traced.
+    """Patches torch while a model is traced; what other threads run is left alone.
 
     Args:
         paths: the path of each module by identity.
@@ -53,7 +54,11 @@ def patched(recorder: Recorder, paths: Mapping[int, str], functions: Iterable[Fu
 def _modules(recorder: Recorder, paths: Mapping[int, str]) -> Iterator[None]:
     original = nn.Module.__call__
 
+    thread = threading.get_ident()
+
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != thread:
+            return original(self, *args, **kwargs)
         recorder.paths.append(paths.get(id(self), f"{recorder.paths[-1]}<{type(self).__name__}>"))
         if recorder.is_leaf:
             out = recorder.call_leaf(self, args, kwargs, lambda *a, **k: original(self, *a, **k))
@@ -88,8 +93,10 @@ def _unchanging(original: Any) -> Any:
 def _autograd_functions(recorder: Recorder) -> Iterator[None]:
     original = torch.autograd.Function.__dict__["apply"].__func__
 
+    thread = threading.get_ident()
+
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if not torch._C._is_torch_function_mode_enabled():
+        if threading.get_ident() != thread or not torch._C._is_torch_function_mode_enabled():
             return original(cls, *args, **kwargs)
         if cls is CheckpointFunction:  # its function closes over parameters: trace what it would run
             run_function, _, *arguments = args
@@ -152,13 +159,17 @@ def _autocast(recorder: Recorder) -> Iterator[None]:
     enter: Any = torch.autocast.__enter__
     leave: Any = torch.autocast.__exit__
 
+    thread = threading.get_ident()
+
     def entered(self: Any) -> Any:
-        dtype = str(self.fast_dtype).removeprefix("torch.")
-        recorder.autocasts.append((self.device, dtype, bool(self._enabled)))
+        if threading.get_ident() == thread:
+            dtype = str(self.fast_dtype).removeprefix("torch.")
+            recorder.autocasts.append((self.device, dtype, bool(self._enabled)))
         return enter(self)
 
     def left(self: Any, *exception: Any) -> Any:
-        recorder.autocasts.pop()
+        if threading.get_ident() == thread:
+            recorder.autocasts.pop()
         return leave(self, *exception)
 
     with _replaced(torch.autocast, "__enter__", entered), _replaced(torch.autocast, "__exit__", left):
