@@ -8,6 +8,7 @@ are compared elsewhere. What a forward reads from globals and closures is not se
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
@@ -61,9 +62,11 @@ class Reads:
         if any(base in self.originals for base in kind.__mro__ if base is not object):
             return
         inherited: Any = kind.__getattribute__
-        reads = self
+        reads, thread = self, threading.get_ident()
 
         def watched(self: Any, name: str) -> Any:
+            if threading.get_ident() != thread:  # what others read, and change meanwhile, is theirs
+                return inherited(self, name)
             try:
                 value = inherited(self, name)
             except AttributeError:
