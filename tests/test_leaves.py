@@ -221,3 +221,34 @@ def test_a_capture_runs_modules_that_are_kept_whole_on_copies_of_their_buffers()
     expected = step(model, model, mean_square, ((floats(),), {}))
     assert_same(step(pipe, model, mean_square, ((floats(),), {})), expected)
     assert expected.buffers["1.largest"] > 0
+
+
+class Criterion(nn.Module):
+    """Makes its loss module on each run: one that asks for attributes while it is made, and one without a question."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.body(x)
+        return nn.BCEWithLogitsLoss()(Asks()(h), x.sigmoid())
+
+
+class Asks(nn.Module):
+    def __init__(self, factor: float = 2.0) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h * self.factor if h.sum() > 0 else h
+
+
+def test_a_module_that_the_forward_makes_may_be_kept_whole() -> None:
+    model = Criterion().double()
+    assert list(captured(model, floats()).leaves) == ["<Asks>"]
+    pipe = pipecompile.compile(model, devices=["cpu"] * 2, microbatches=1, profile="count")
+    for seed in range(4):
+        inputs = (floats(seed=seed),), {}
+        assert_same(step(pipe, model, lambda loss: loss, inputs), step(model, model, lambda loss: loss, inputs))
+    assert pipe.captures == 1

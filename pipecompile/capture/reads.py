@@ -43,6 +43,7 @@ class Reads:
         self.seen = set(ignored)
         self.found: dict[Key, tuple[Attribute, Any]] = {}  # with the value before the trace, frozen
         self.holders: list[tuple[Any, str, Snapshot]] = []  # objects that modules hold, as they were
+        self.made: dict[int, nn.Module] = {}  # modules that the forward itself makes, kept alive for their identity
         self.originals: dict[type, Any] = {}  # watched classes: their own __getattribute__, or None
 
     @contextmanager
@@ -102,13 +103,23 @@ class Reads:
     def _see_missing(self, owner: Any, name: str) -> None:
         if name[:2] == "__" or getattr(type(owner), "__getattr__", None) is not nn.Module.__getattr__:
             return
+        if id(owner) in self.made:
+            return
         state = object.__getattribute__(owner, "__dict__")
         if not any(name in state.get(table, ()) for table in ("_parameters", "_buffers", "_modules")):
             self.found.setdefault((id(owner), name), (Attribute(owner, name, self._label(owner) + name), MISSING))
 
     def _state(self, owner: Any) -> Mapping[str, Any] | None:
-        """The attributes before the trace; of a module that the model does not own, as they are at first sight."""
+        """The attributes before the trace; of a module that the model does not own, as they are at first sight.
+
+        None for a module that is first seen while it is made: its attributes are the forward's own.
+        """
+        if id(owner) in self.made:
+            return None
         if id(owner) not in self.states and isinstance(owner, nn.Module):
+            if "_modules" not in object.__getattribute__(owner, "__dict__"):
+                self.made[id(owner)] = owner
+                return None
             self._hold(owner, type(owner).__name__)
         return self.states.get(id(owner))
 
