@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pipecompile.batch import Rows
 from pipecompile.capture import Call, Captured, capture, summarize
-from pipecompile.capture.origin import origin_of
+from pipecompile.capture.origin import Origin, origin_of
 from pipecompile.capture.purity import is_random
 from pipecompile.cluster import Cluster
 from pipecompile.errors import InputError
@@ -251,6 +251,15 @@ def _attribute_guards(compiled: Compiled) -> list[str]:
     return [f"Python attributes that forward reads: {names}"] * bool(names) + followed
 
 
+def _checkpoints(captured: Captured) -> list[str]:
+    """What the model itself asks to compute again in the backward."""
+    origins: dict[int, list[Origin]] = {}
+    for node in captured.graph.nodes:
+        if node.name in captured.recomputed:
+            origins.setdefault(captured.recomputed[node.name], []).append(origin_of(node))
+    return [f"{len(nodes)} calls from {nodes[0]} on, which the model checkpoints" for nodes in origins.values()]
+
+
 def describe(compiled: Compiled) -> Mapping[str, Sequence[str]]:
     """What the user should know about a capture, by topic."""
     graph, plan = compiled.graph, compiled.plan
@@ -264,7 +273,9 @@ def describe(compiled: Compiled) -> Mapping[str, Sequence[str]]:
         "attributes": [
             f"{attribute.label} is set once a call" for attribute, _ in compiled.captured.attributes.updates
         ],
-        "recomputed": [f"{copies} values (masks, positions, sizes) are computed in each stage that reads them"]
-        * (copies > 0),
+        "recomputed": [
+            *[f"{copies} values (masks, positions, sizes) are computed in each stage that reads them"] * (copies > 0),
+            *_checkpoints(compiled.captured),
+        ],
         "tied": [f"{t.parameter} over stages {', '.join(map(str, t.stages))}, gradients summed" for t in plan.tied],
     }

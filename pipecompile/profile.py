@@ -242,7 +242,15 @@ class _Walk:
         if key not in self.timed:
             self.timed[key] = self.meter.seconds(run)
         forward, backward = self.timed[key]
+        if node.name in self.captured.recomputed:
+            return Cost(forward, forward + backward, self._newly_kept(self._read_from_outside(node)))
         return Cost(forward, backward, self._newly_kept(saved))
+
+    def _read_from_outside(self, node: fx.Node) -> list[Tensor]:
+        """What a node that is computed again reads of nodes that are not: that is kept for it."""
+        region = self.captured.recomputed
+        outside = [n for n in node.all_input_nodes if region.get(n.name) != region[node.name]]
+        return _tensors([self.values[n] for n in outside])
 
     def _newly_kept(self, saved: list[Tensor]) -> int:
         """Bytes of saved tensors whose storage nothing before has kept."""

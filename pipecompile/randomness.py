@@ -55,12 +55,17 @@ def seed_microbatch(seed: int | None) -> None:
     _current.seed = seed
 
 
+def microbatch_seed() -> int | None:
+    """The seed of the microbatch that the calling thread runs."""
+    return getattr(_current, "seed", None)
+
+
 def seeded(function: Callable[..., Any], key: str, device: torch.device) -> Callable[..., Any]:
     """A function that draws random numbers, drawing those of the microbatch being run and of ``key``."""
 
     @functools.wraps(function)
     def draw(*args: Any, **kwargs: Any) -> Any:
-        seed = getattr(_current, "seed", None)
+        seed = microbatch_seed()
         if _comparing:
             return _draw(function, args, kwargs, _ALIKE, device)
         if seed is None:

@@ -5,13 +5,15 @@ their original names. Its arguments are the model inputs that it reads, then the
 returns the values that later stages read, and the model outputs that it makes.
 
 Values that are replicated (masks, positions, sizes) are computed again in each stage that reads them. Regions (no_grad,
-autocast) are entered and left by calls in the code.
+autocast) are entered and left by calls in the code. What the model checkpoints is a call of a graph of its own.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from pipecompile.graph import Graph
 from pipecompile.modules import owner_of
 from pipecompile.plan import Plan, members
 from pipecompile.randomness import seeded
+from pipecompile.recompute import Recomputed
 from pipecompile.regions import PLAIN, Region, enter_region, exit_region
 from pipecompile.retarget import retarget, same_device
 
@@ -56,8 +59,9 @@ class Stage:
 
     @property
     def code(self) -> str:
-        """The stage as Python."""
-        return str(self.module.code)
+        """The stage as Python, then each stretch that the backward computes again."""
+        stretches = [n.target for n in self.module.graph.nodes if isinstance(n.target, Recomputed)]
+        return "".join([str(self.module.code), *(f"\n\n# {s.__name__}\n{s.module.code}" for s in stretches)])
 
 
 def split(captured: Captured, graph: Graph, plan: Plan, devices: Sequence[torch.device]) -> tuple[Stage, ...]:
@@ -85,7 +89,7 @@ class _Cut:
         outputs = tuple(name for name in self.model_outputs if self._makes(index, name))
         returns = tuple(dict.fromkeys([*(v for values in sends.values() for v in values), *outputs]))
         received = [name for values in receives.values() for name in values]
-        graph = _graph(run, received, returns, self.nodes, self.captured.device, device)
+        graph = _graph(run, received, returns, self.nodes, self.captured, device)
         module = _module(graph, self.tensors, self.captured.leaf, index)
         origins = {n.name: str(origin_of(n)) for n in run}
         return Stage(index, device, module, inputs, receives, sends, outputs, returns, origins)
@@ -108,20 +112,55 @@ def _graph(
     received: Sequence[str],
     returns: Sequence[str],
     nodes: Mapping[str, fx.Node],
-    old: torch.device,
-    new: torch.device,
+    captured: Captured,
+    device: torch.device,
 ) -> fx.Graph:
     """The graph of one stage."""
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
+    writer = _Writer(captured.device, device)
     for source in [n for n in run if n.op == "placeholder"] + [nodes[name] for name in received]:
-        copies[source] = graph.placeholder(source.name)
-    region = _Regions(graph)
-    for source in (n for n in run if n.op != "placeholder"):
-        for attribute in (a for a in source.all_input_nodes if a.op == "get_attr" and a not in copies):
-            copies[attribute] = graph.get_attr(str(attribute.target))
-        region.change(_moved(origin_of(source).region, old, new))
-        copy = graph.node_copy(source, copies.__getitem__)
+        writer.argument(source)
+    returned = [nodes[name] for name in returns]
+    body = [n for n in run if n.op != "placeholder"]
+    for region, stretch in groupby(body, lambda n: captured.recomputed.get(n.name)):
+        members = list(stretch)
+        inside = set(members)
+        results = [n for n in members if n in returned or not inside.issuperset(n.users)]
+        if region is None or not any(_wants_gradient(n) for n in results):
+            for source in members:
+                writer.write(source)
+        else:
+            writer.write_recomputed(members, results, f"recompute_{region}")
+    return writer.close(returned)
+
+
+def _wants_gradient(node: fx.Node) -> bool:
+    return any(isinstance(t, Tensor) and t.requires_grad for t in torch.utils._pytree.tree_leaves(node.meta.get("val")))
+
+
+class _Writer:
+    """Writes nodes of the captured graph, made for the device ``old``, into a graph for the device ``new``."""
+
+    def __init__(self, old: torch.device, new: torch.device) -> None:
+        self.graph = fx.Graph()
+        self.old, self.new = old, new
+        self.copies: dict[fx.Node, fx.Node] = {}
+        self.region = _Regions(self.graph)
+
+    def argument(self, source: fx.Node) -> None:
+        self.copies[source] = self.graph.placeholder(source.name)
+
+    def read(self, source: fx.Node) -> fx.Node:
+        """The copy of a node that is here already, or of an attribute."""
+        if source.op == "get_attr" and source not in self.copies:
+            self.copies[source] = self.graph.get_attr(str(source.target))
+        return self.copies[source]
+
+    def write(self, source: fx.Node) -> None:
+        old, new = self.old, self.new
+        for attribute in source.all_input_nodes:
+            self.read(attribute)
+        self.region.change(_moved(origin_of(source).region, old, new))
+        copy = self.graph.node_copy(source, self.copies.__getitem__)
         if source.op == "call_function" and is_random(source) and callable(source.target):
             copy.target = seeded(source.target, source.name, new)
         if isinstance(source.target, FunctionLeaf):
@@ -129,10 +168,27 @@ def _graph(
         copy.args, copy.kwargs = retarget(copy.args, old, new), retarget(copy.kwargs, old, new)
         if _makes_on_default_device(source, old) and old.type != new.type:
             copy.kwargs = {**copy.kwargs, "device": new}
-        copies[source] = copy
-    region.change(PLAIN)
-    graph.output(tuple(copies[nodes[name]] for name in returns))
-    return graph
+        self.copies[source] = copy
+
+    def write_recomputed(self, members: Sequence[fx.Node], results: Sequence[fx.Node], name: str) -> None:
+        """Writes a stretch that the backward computes again, as one call of a graph of its own."""
+        inner = _Writer(self.old, self.new)
+        outside = dict.fromkeys(n for member in members for n in member.all_input_nodes if n not in members)
+        values = [self.read(source) for source in outside]
+        for source in outside:
+            inner.argument(source)
+        for member in members:
+            inner.write(member)
+        module = _quiet(fx.GraphModule(nn.Module(), inner.close(results)))
+        self.region.change(PLAIN)
+        call = self.graph.call_function(Recomputed(module, name), tuple(values))
+        for index, result in enumerate(results):
+            self.copies[result] = self.graph.call_function(operator.getitem, (call, index))
+
+    def close(self, returned: Sequence[fx.Node]) -> fx.Graph:
+        self.region.change(PLAIN)
+        self.graph.output(tuple(self.copies[node] for node in returned))
+        return self.graph
 
 
 # Functions that make a tensor on the default device unless they are told another.
@@ -198,7 +254,11 @@ def _module(
             owner.register_parameter(last, tensor)
         else:
             owner.register_buffer(last, tensor)
-    module = fx.GraphModule(root, graph, class_name=f"Stage{index}")
-    quiet: Any = type(module)
-    quiet.__call__ = nn.Module.__call__  # fx's own prints to stderr when a call fails; the runtime reports better
+    return _quiet(fx.GraphModule(root, graph, class_name=f"Stage{index}"))
+
+
+def _quiet(module: fx.GraphModule) -> fx.GraphModule:
+    """A module whose failing call does not print to stderr, as fx's does; the runtime reports better."""
+    kind: Any = type(module)
+    kind.__call__ = nn.Module.__call__
     return module

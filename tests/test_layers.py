@@ -18,6 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("graph", "cluster", "plan", "program", "timeline", "versions", "verification"),
     ("partition", "schedule", "lower", "simulate", "render"),
     ("lines", "regions", "functions", "randomness", "retarget", "modules"),
+    ("recompute",),
     ("capture", "profile", "split", "batch", "runtime"),
     ("variations",),
     ("compiled",),

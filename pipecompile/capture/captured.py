@@ -53,6 +53,7 @@ class Captured:
     read_values: tuple[Any, ...]
     leaves: Mapping[str, tuple[LeafCall, ...]]  # modules kept whole, by path: the calls of each
     groups: tuple[tuple[str, ...], ...]  # nodes that share memory which one of them writes
+    recomputed: Mapping[str, int]  # nodes that the backward computes again -> the checkpoint they stand in
     attributes: Attributes  # Python attributes that the trace holds for, and what it makes of them
     notes: tuple[str, ...]  # what the user should know
     data_sizes: Mapping[sympy.Symbol, int] = field(default_factory=dict)  # what planning takes other symbols for

@@ -14,7 +14,7 @@ class Origin:
     """Kept in ``fx_node.meta["origin"]``.
 
     ``writes`` names the buffers that the node writes in place; such a node runs exactly once a microbatch. ``mutates``
-    says that it writes to an argument at all.
+    says that it writes to an argument at all. ``recompute`` is the number of the checkpoint that the call stands in.
     """
 
     path: str = ""
@@ -22,6 +22,7 @@ class Origin:
     region: Region = PLAIN
     writes: tuple[str, ...] = ()
     mutates: bool = False
+    recompute: int | None = None
 
     def __str__(self) -> str:
         module = f"module {self.path!r}" if self.path else "the model's own forward"

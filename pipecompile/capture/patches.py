@@ -2,6 +2,7 @@
 
 - modules being run: the path of each node, and which of them are leaves; functions that are leaves;
 - ``torch.autograd.Function.apply``: recorded as one call, so that a custom backward survives;
+- ``torch.utils.checkpoint``: what it runs is marked, to be computed again;
 - autocast regions that the model enters itself;
 - ``torch.from_numpy``, which makes a constant;
 - whether a run is a trace, which libraries ask in order to take other branches: it is not;
@@ -13,7 +14,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -26,6 +27,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from pipecompile.capture.arithmetic import REMEMBERED
 from pipecompile.capture.intercept import intercepted
 from pipecompile.capture.recorder import Recorder
+from pipecompile.errors import CaptureError
 from pipecompile.retarget import same_device
 
 
@@ -41,6 +43,7 @@ def patched(recorder: Recorder, paths: Mapping[int, str], functions: Iterable[Fu
         _modules(recorder, paths),
         intercepted(functions, recorder.call_function_leaf),
         _autograd_functions(recorder),
+        _checkpoints(recorder),
         _autocast(recorder),
         _numpy(),
         _eager_branches(),
@@ -96,15 +99,46 @@ def _autograd_functions(recorder: Recorder) -> Iterator[None]:
     thread = threading.get_ident()
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if threading.get_ident() != thread or not torch._C._is_torch_function_mode_enabled():
+        if threading.get_ident() != thread:
             return original(cls, *args, **kwargs)
         if cls is CheckpointFunction:  # its function closes over parameters: trace what it would run
-            run_function, _, *arguments = args
-            return run_function(*arguments)
+            return _reentrant_checkpoint(recorder, *args)
+        if not torch._C._is_torch_function_mode_enabled():
+            return original(cls, *args, **kwargs)
         with torch._C.DisableTorchFunction():
             return recorder.call(cls.apply, args, kwargs, lambda *a, **k: original(cls, *a, **k))
 
     with _replaced(torch.autograd.Function, "apply", classmethod(apply)):
+        yield
+
+
+def _reentrant_checkpoint(recorder: Recorder, run: Any, preserve: bool, *args: Any) -> Any:
+    """``checkpoint(..., use_reentrant=True)``: without an argument that wants a gradient, nothing in it gets one."""
+    if recorder.inside_leaf:
+        raise CaptureError(
+            f"{recorder.here}: torch.utils.checkpoint with use_reentrant=True stands inside a module that is kept "
+            f"whole, where its gradients would miss the pipeline; pass use_reentrant=False"
+        )
+    wanted = any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args)
+    with recorder.checkpoint(), nullcontext() if wanted else torch.no_grad():
+        return run(*args)
+
+
+@contextmanager
+def _checkpoints(recorder: Recorder) -> Iterator[None]:
+    """``checkpoint(..., use_reentrant=False)``, which runs its function between two steps of a generator."""
+
+    original = torch.utils.checkpoint._checkpoint_without_reentrant_generator
+    thread = threading.get_ident()
+
+    def generator(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs) if threading.get_ident() != thread else marking()
+
+    def marking() -> Iterator[None]:
+        with recorder.checkpoint():
+            yield
+
+    with _replaced(torch.utils.checkpoint, "_checkpoint_without_reentrant_generator", generator):
         yield
 
 

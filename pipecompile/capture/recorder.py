@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
 
@@ -92,6 +93,8 @@ class Recorder(TorchFunctionMode):
         self.inside_leaf = False
         self.fakes: dict[int, Tensor] = {}  # by the identity of the real tensor
         self.paths: list[str] = [""]  # of the modules being run, innermost last
+        self.checkpoints: list[int] = []  # of the model's own, being run, innermost last
+        self.num_checkpoints = 0
         self.autocasts: list[tuple[str, str, bool]] = []  # entered by the model itself
         self.nodes: dict[int, fx.Node] = {}
         self.names: dict[int, str] = {}  # parameters, buffers and constants
@@ -152,7 +155,7 @@ class Recorder(TorchFunctionMode):
     def _bind_leaf(
         self, node: fx.Node, call: LeafCall, tensors: list[Tensor], out: Any, buffers: tuple[str, ...] = ()
     ) -> Any:
-        node.meta["origin"] = Origin(call.path, user_line(), self.region, buffers)
+        node.meta["origin"] = Origin(call.path, user_line(), self.region, buffers, False, self.recompute)
         node.meta["val"] = results = call.tensors_of(out)
         self._bind_items(node, results, tensors, (node,))
         return out
@@ -240,7 +243,7 @@ class Recorder(TorchFunctionMode):
         region = self.region if like is None else like.meta.get("origin", Origin()).region
         region = PLAIN if func is torch.clone and like is not None else region
         buffers = tuple(name for name in map(self.aliases.buffer_of, written) if name is not None)
-        node.meta["origin"] = Origin(self.paths[-1], user_line(), region, buffers, bool(written))
+        node.meta["origin"] = Origin(self.paths[-1], user_line(), region, buffers, bool(written), self.recompute)
         if like is not None:
             node.meta["val"] = like.meta.get("val")
         return node
@@ -248,6 +251,21 @@ class Recorder(TorchFunctionMode):
     @property
     def region(self) -> Region:
         return Region(torch.is_grad_enabled() and not torch.is_inference_mode_enabled(), tuple(self.autocasts))
+
+    @property
+    def recompute(self) -> int | None:
+        """The outermost checkpoint being run: all within it is computed again."""
+        return self.checkpoints[0] if self.checkpoints else None
+
+    @contextmanager
+    def checkpoint(self) -> Iterator[None]:
+        """The time of a function whose activations the model asks not to keep."""
+        self.checkpoints.append(self.num_checkpoints)
+        self.num_checkpoints += 1
+        try:
+            yield
+        finally:
+            self.checkpoints.pop()
 
     @property
     def here(self) -> Origin:

@@ -27,6 +27,7 @@ from pipecompile.capture.numbers import is_number
 from pipecompile.capture.origin import Origin, origin_of
 from pipecompile.capture.patches import patched
 from pipecompile.capture.purity import has_effect
+from pipecompile.capture.recomputed import recomputed
 from pipecompile.capture.recorder import Recorder
 from pipecompile.capture.state import Changes, fake_of, fakes_of, named_tensors, with_fakes, without_caches
 from pipecompile.capture.symbols import Shapes, Sizes
@@ -195,7 +196,8 @@ class Trace:
         self.graph.output(tuple(low for low in lowered if isinstance(low, fx.Node)))
         self.graph.eliminate_dead_code(is_impure_node=_must_stay)
         alive = {node.name for node in self.graph.nodes}
-        groups = [[n.name for n in group if n.name in alive] for group in self.recorder.aliases.groups]
+        shared = [[n.name for n in group if n.name in alive] for group in self.recorder.aliases.groups]
+        groups = [tuple(dict.fromkeys(group)) for group in shared if len(set(group)) > 1]
         sizes = {symbol: (node.name, dim) for symbol, (node, dim) in self.sizes.sources.items()}
         return Captured(
             model=self.model, graph=self.graph, constants=self.constants, call=self.call, device=self.device,
@@ -204,7 +206,7 @@ class Trace:
             sizes=sizes, data_sizes=largest_sizes(self.graph, sample_sizes(sizes, self.call, self.microbatch)),
             shapes=self.expected, guards=self.shapes.decided() if self.shapes else (), reads=reads,
             read_values=tuple(value for _, value in self.values.reads),
-            groups=tuple(tuple(dict.fromkeys(group)) for group in groups if len(set(group)) > 1), notes=tuple(notes),
+            groups=tuple(groups), recomputed=recomputed(self.graph, groups), notes=tuple(notes),
         )  # fmt: skip
 
     def _refuse_moving_reads(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 import re
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
@@ -128,7 +129,8 @@ class Runner:
         """The node that raised, found by the line of generated code that the exception came through."""
         for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
             if "eval_with_key" in frame.f_code.co_filename:
-                match = re.match(r"\s*(\w+)\s*(?::[^=]*)?=", self.stage.code.splitlines()[line - 1])
+                code = linecache.getline(frame.f_code.co_filename, line, frame.f_globals)
+                match = re.match(r"\s*(\w+)\s*(?::[^=]*)?=", code)
                 return self.stage.origins.get(match[1] if match else "", "")
         return ""
 

@@ -1,0 +1,36 @@
+"""Which nodes the backward computes again: those of the model's own ``torch.utils.checkpoint``, as far as they may be.
+
+What draws random numbers unseen, or writes to memory from outside the region, would not be the same a second time: such
+nodes run once, and the region is two regions around them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.fx as fx
+
+from pipecompile.capture.leaves import FunctionLeaf
+from pipecompile.capture.origin import origin_of
+
+
+def recomputed(graph: fx.Graph, groups: Iterable[Sequence[str]]) -> dict[str, int]:
+    """The region of each node that is computed again, by name.
+
+    Args:
+        groups: names of nodes that share memory which one of them writes.
+    """
+    found = {n.name: region for n in graph.nodes if (region := origin_of(n).recompute) is not None and _repeats(n)}
+    for group in groups:
+        if len({found.get(name) for name in group}) > 1:
+            for name in group:
+                found.pop(name, None)
+    return found
+
+
+def _repeats(node: fx.Node) -> bool:
+    if node.op not in ("call_function", "call_method") or isinstance(node.target, FunctionLeaf):
+        return False
+    owner = getattr(node.target, "__self__", None)
+    return not (isinstance(owner, type) and issubclass(owner, torch.autograd.Function))
