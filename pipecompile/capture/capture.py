@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from pipecompile.capture.innermost import Part, next_whole
 from pipecompile.capture.inputs import Call
 from pipecompile.capture.joins import with_batch_dims
 from pipecompile.capture.recorder import DATA_DEPENDENT
-from pipecompile.capture.trace import Trace
+from pipecompile.capture.trace import NeedsNumbers, Trace
 from pipecompile.errors import CaptureError, InputError
 
 ONE_AT_A_TIME = threading.RLock()  # a trace changes torch and the model while it runs
@@ -27,6 +27,7 @@ def capture(
     microbatch: int | None = None,
     forward: Callable[..., Any] | None = None,
     leaves: Iterable[str] = (),
+    symbolic: Sequence[str] = SYMBOLIC_ATTEMPTS,
 ) -> Captured:
     """Captures one call of a model.
 
@@ -39,6 +40,7 @@ def capture(
         microbatch: rows that the trace is taken at; by default all of the batch.
         forward: what to run instead of ``model`` itself; it may only use the model's parameters.
         leaves: paths of modules to keep whole.
+        symbolic: what to try, the widest first and "nothing" last.
 
     Raises:
         CaptureError: the model cannot be traced; names the module path and the source line.
@@ -47,15 +49,18 @@ def capture(
     sample = {n: t[:rows] if n in call.batched else t for n, t in call.tensors.items()}
     kept: dict[Part, str] = {**_with_backward_hooks(model), **dict.fromkeys(_known(model, leaves), "as asked")}
     reasons: list[str] = []
-    for symbolic in SYMBOLIC_ATTEMPTS:
+    attempts = list(symbolic)
+    while attempts:
         try:
-            captured = _with_leaves(model, call, rows, forward or model, symbolic, kept, reasons)
+            captured = _with_leaves(model, call, rows, forward or model, attempts.pop(0), kept, reasons)
             broken = captured.broken_guard(sample, call.tensors)
         except CaptureError:
             raise
         except Exception as error:  # an operation that needs plain sizes: try with fewer symbols
             failure = error
             reasons.append(str(error).splitlines()[0][:200] if str(error) else type(error).__name__)
+            if isinstance(error, NeedsNumbers):
+                del attempts[:-1]
             continue
         if not broken:
             whole = partial(_with_leaves, model, call, call.batch or 1, forward or model, "nothing", dict(kept), [])

@@ -41,6 +41,10 @@ from pipecompile.modules import owner_of
 from pipecompile.retarget import retarget
 
 
+class NeedsNumbers(Exception):
+    """A leaf must be run to learn what it gives, which needs every size to be a number."""
+
+
 class Trace:
     """One attempt at tracing; holds what its steps share."""
 
@@ -291,7 +295,7 @@ class Trace:
     def _learn(self, call: LeafCall, nodes: list[fx.Node]) -> tuple[LeafCall, Any]:
         """Runs a leaf for real; the call with the shapes that gave, and the output with fakes."""
         if self.shapes is not None:
-            raise NotImplementedError(f"{call.name} gives sizes that only a run tells")
+            raise NeedsNumbers(f"{call.name} gives sizes that only a run tells")
         if any(t.is_meta for t in self.real.values()):
             raise CaptureError(f"{call.name} must be run to be captured, but the model is on the meta device")
         learnt, out = learn(call, nodes, self.evaluator, self._sandbox(f"{call.path}."))

@@ -66,22 +66,31 @@ def examine(entry: Entry) -> Iterator[dict[str, Any]]:
             yield {f"stages {stages}": verdict, f"captures {stages}": captures}
 
 
-def capture_sample(entry: Entry, model: nn.Module) -> Captured:
+def capture_sample(entry: Entry, model: nn.Module, **options: Any) -> Captured:
     """The capture that a pipeline over two microbatches needs first."""
     args, kwargs = entry.inputs(ROWS[0], entry.lengths[0])
     call = read_call(model.forward, args, kwargs, {})
-    return compiled.capture(model, call, ROWS[0] if entry.whole else ROWS[0] // 2, None)
+    return compiled.capture(model, call, ROWS[0] if entry.whole else ROWS[0] // 2, None, **options)
 
 
 def _traced(entry: Entry, model: nn.Module) -> Iterator[dict[str, Any]]:
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         captured = capture_sample(entry, model)
         nodes = len(summarize(captured).nodes)
+        seconds = time.process_time() - start
+        static = _static_seconds(entry, model)
     except Exception:
         return  # the pipelines will meet it too, and say so
-    seconds = time.perf_counter() - start
-    yield {"nodes": nodes, "seconds": seconds, "leaves": len(captured.leaves), "notes": captured.notes}
+    found = {"nodes": nodes, "seconds": seconds, "static seconds": static}
+    yield {**found, "leaves": len(captured.leaves), "notes": captured.notes}
+
+
+def _static_seconds(entry: Entry, model: nn.Module) -> float:
+    """What a capture takes that leaves no size open."""
+    start = time.process_time()
+    summarize(capture_sample(entry, model, symbolic=("nothing",)))
+    return time.process_time() - start
 
 
 def _train(entry: Entry, model: nn.Module, stages: int, references: Callable[..., Run]) -> tuple[str, int]:
@@ -187,7 +196,7 @@ def _one_capture_for_many_plans() -> Iterator[None]:
     verbs, known = {"capture": compiled.capture, "profile": compiled.profile}, {}
 
     def remembered(verb: str, subject: Any, *rest: Any, **options: Any) -> Any:
-        key = (verb, id(subject), *filter(None, map(_key, rest)))
+        key = (verb, id(subject), *filter(None, map(_key, rest)), *options.items())
         if key not in known:
             known[key] = subject, verbs[verb](subject, *rest, **options)
         return known[key][1]

@@ -36,7 +36,7 @@ def page(entries: Mapping[str, Entry], results: Sequence[Found], command: str) -
         "loss and every gradient, by name, are the unsplit model's.",
         summary(entries, results),
         "## Every model",
-        "| model | family | nodes | capture, seconds | captures | leaves | 2 stages | 4 stages |\n"
+        "| model | family | nodes | capture, seconds, sizes open / fixed | captures | leaves | 2 stages | 4 stages |\n"
         "|---|---|---|---|---|---|---|---|\n" + "\n".join(rows),
     ]
     return "\n\n".join(head) + "\n"
@@ -58,14 +58,16 @@ def summary(entries: Mapping[str, Entry], results: Sequence[Found]) -> str:
 
 def _needs(results: Sequence[Found]) -> str:
     seconds = [found.facts["seconds"] for found in results if "seconds" in found.facts]
+    static = [found.facts["static seconds"] for found in results if "seconds" in found.facts]
     leaves = sum(found.facts.get("leaves", 0) > 0 for found in results)
-    more = sum(_captures(found) > 2 for found in results)
+    again, more = (sum(_captures(found) > count for found in results) for count in (1, 2))
     if not seconds:
         return "No model was captured."
     each = sum(seconds) / sum(found.facts["nodes"] for found in results if "seconds" in found.facts)
     return (
-        f"Capture takes {median(seconds):.2f} s at the median, {max(seconds):.1f} s at most, {1000 * each:.1f} ms "
-        f"a node. {leaves} models needed a leaf, {more} more than two captures."
+        f"Capture with symbolic sizes takes {median(seconds):.2f} s (of one core) at the median, {max(seconds):.1f} s "
+        f"at most, {1000 * each:.1f} ms a node; with static ones {median(static):.2f} s at the median, "
+        f"{max(static):.1f} s at most. {leaves} models needed a leaf, {again} a recapture ({more} more than one)."
     )
 
 
@@ -75,7 +77,7 @@ def _captures(found: Found) -> int:
 
 def _row(entry: Entry, found: Found) -> str:
     facts = found.facts
-    seconds = f"{facts['seconds']:.2f}" if "seconds" in facts else ""
+    seconds = f"{facts['seconds']:.2f} / {facts['static seconds']:.2f}" if "seconds" in facts else ""
     verdicts = [verdict(found, stages) for stages in STAGES]
     if verdicts[0] != EXACT and _message(verdicts[0]) == _message(verdicts[1]):
         verdicts[1] = "the same"
