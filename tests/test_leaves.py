@@ -252,3 +252,64 @@ def test_a_module_that_the_forward_makes_may_be_kept_whole() -> None:
         inputs = (floats(seed=seed),), {}
         assert_same(step(pipe, model, lambda loss: loss, inputs), step(model, model, lambda loss: loss, inputs))
     assert pipe.captures == 1
+
+
+class ThroughModules(torch.autograd.Function):
+    """Runs modules in its forward, and differentiates them in its own backward, as reversible layers do."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, layers: nn.ModuleList) -> Tensor:
+        ctx.layers, ctx.h = layers, h.detach()
+        with torch.no_grad():
+            for layer in layers:
+                h = h + layer(h)
+        return h
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        with torch.enable_grad():
+            start = out = ctx.h.requires_grad_()
+            for layer in ctx.layers:
+                out = out + layer(out)
+            torch.autograd.backward(out, gradient)
+        return start.grad, None
+
+
+class Reversible(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(D, D) for _ in range(2))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return ThroughModules.apply(h, self.layers)
+
+
+def test_a_module_whose_autograd_function_takes_modules_is_kept_whole_with_their_parameters() -> None:
+    model = nn.Sequential(nn.Linear(D, D), Reversible(), nn.Linear(D, D)).double()
+    assert list(captured(model, floats()).leaves) == ["1"]
+    pipe = pipecompile.compile(model, devices=["cpu"] * 2, microbatches=2, profile="count")
+    inputs = (floats(),), {}
+    expected = step(model, model, mean_square, inputs)
+    assert_same(step(pipe, model, mean_square, inputs), expected)
+    assert expected.gradients["1.layers.0.weight"] is not None
+
+
+class WithLoss(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner = nn.Linear(D, D), Reversible()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(self.first(x)).pow(2).mean()
+
+
+def test_a_backward_that_runs_modules_differentiates_them_for_a_loss_that_is_scaled_later() -> None:
+    model = WithLoss().double()
+    pipe = pipecompile.compile(model, devices=["cpu"] * 2, microbatches=2, profile="count")
+    inputs = (floats(),), {}
+    assert_same(step(pipe, model, lambda loss: 3 * loss, inputs), step(model, model, lambda loss: 3 * loss, inputs))
+
+
+def test_an_autograd_function_of_the_root_that_takes_modules_is_refused() -> None:
+    with pytest.raises(CaptureError, match="ThroughModules takes modules"):
+        captured(Reversible().double(), floats())

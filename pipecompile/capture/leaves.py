@@ -128,22 +128,19 @@ class Leaf(nn.Module):
 
     def forward(self, number: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         args, kwargs = self.calls[number].rebuild(tensors)
-        before = dict(self.named_buffers())
+        inner = copy_of(self.__dict__["inner"], "", {})  # keeps these tensors: its backward may run its modules again
         with compared():
-            out = self.__dict__["inner"](*args, **kwargs)
-        self._write_back(before)
+            out = inner(*args, **kwargs)
+        self._write_back(inner)
         return self.calls[number].tensors_of(out)
 
-    def _write_back(self, before: Mapping[str, Tensor]) -> None:
-        """What the module has bound to the name of a buffer goes into the model's own buffer, which the copy shares."""
-        for name, buffer in before.items():
-            *parents, last = name.split(".")
-            owner = self.get_submodule(".".join(parents))
-            bound = owner._buffers[last]
-            if bound is not buffer and bound is not None:
+    def _write_back(self, inner: nn.Module) -> None:
+        """What the module has bound to the name of a buffer goes into the model's own buffer."""
+        bound = dict(inner.named_buffers())
+        for name, buffer in self.named_buffers():
+            if name in bound and bound[name] is not buffer:
                 with torch.no_grad():
-                    buffer.copy_(bound)
-                owner._buffers[last] = buffer
+                    buffer.copy_(bound[name])
 
 
 def attribute_of(path: str) -> str:
@@ -151,21 +148,25 @@ def attribute_of(path: str) -> str:
     return re.sub(r"[^\w.]", "_", path) if "<" in path else path
 
 
-def copy_of(module: nn.Module, path: str, tensors: Mapping[str, Tensor]) -> nn.Module:
+def _listed(shapes: tuple[tuple[int, ...], ...]) -> str:
+    return ", ".join(map(str, shapes))
+
+
+def copy_of(
+    module: nn.Module, path: str, tensors: Mapping[str, Tensor], made: dict[int, nn.Module] | None = None
+) -> nn.Module:
     """A module of its own with the same structure and attributes, on given tensors; hooks and modes are kept."""
+    made = {} if made is None else made
+    if id(module) in made:
+        return made[id(module)]
     prefix = f"{path}." if path else ""
-    copy = module.__class__.__new__(module.__class__)
+    copy = made[id(module)] = module.__class__.__new__(module.__class__)
     copy.__dict__ = dict(module.__dict__)
-    copy.__dict__["_parameters"] = {
-        n: t if t is None else tensors.get(prefix + n, t) for n, t in module._parameters.items()
-    }
-    copy.__dict__["_buffers"] = {n: t if t is None else tensors.get(prefix + n, t) for n, t in module._buffers.items()}
+    for table in ("_parameters", "_buffers"):
+        held = module.__dict__[table]
+        copy.__dict__[table] = {n: t if t is None else tensors.get(prefix + n, t) for n, t in held.items()}
     copy.__dict__["_modules"] = {
-        name: child if child is None else copy_of(child, prefix + name, tensors)
+        name: child if child is None else copy_of(child, prefix + name, tensors, made)
         for name, child in module._modules.items()
     }
     return copy
-
-
-def _listed(shapes: tuple[tuple[int, ...], ...]) -> str:
-    return ", ".join(map(str, shapes))

@@ -25,9 +25,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import CheckpointFunction
 
 from pipecompile.capture.arithmetic import REMEMBERED
+from pipecompile.capture.hidden import hides_tensors
 from pipecompile.capture.intercept import intercepted
 from pipecompile.capture.recorder import Recorder
-from pipecompile.errors import CaptureError
+from pipecompile.errors import CaptureError, DependsOnData
 from pipecompile.retarget import same_device
 
 
@@ -105,6 +106,11 @@ def _autograd_functions(recorder: Recorder) -> Iterator[None]:
             return _reentrant_checkpoint(recorder, *args)
         if not torch._C._is_torch_function_mode_enabled():
             return original(cls, *args, **kwargs)
+        if hides_tensors((args, kwargs)):
+            raise DependsOnData(
+                f"{recorder.here}: {cls.__name__} takes modules, or objects with tensors inside, whose gradients a "
+                f"graph of functions would lose; keep the module around it whole with leaf_modules="
+            )
         with torch._C.DisableTorchFunction():
             return recorder.call(cls.apply, args, kwargs, lambda *a, **k: original(cls, *a, **k))
 
