@@ -235,6 +235,10 @@ def _across_microbatches(compiled: Compiled) -> list[str]:
         if node.target is torch.nn.functional.batch_norm and origin_of(node).writes:
             notes.append(f"batch normalisation uses each microbatch's statistics ({origin_of(node)})")
             break
+    others = [n for n in captured.graph.nodes if n.target is not torch.nn.functional.batch_norm]
+    written = dict.fromkeys(name for node in others for name in origin_of(node).writes)
+    if written:
+        notes.append(f"buffers are written once a microbatch, and read as its forward finds them: {', '.join(written)}")
     random = [node for node in captured.graph.nodes if is_random(node)]
     if random:
         first = origin_of(random[0])

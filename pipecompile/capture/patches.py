@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import CheckpointFunction
 
 from pipecompile.capture.arithmetic import REMEMBERED
+from pipecompile.capture.below import transforms_seen
 from pipecompile.capture.hidden import hides_tensors
 from pipecompile.capture.intercept import intercepted
 from pipecompile.capture.recorder import Recorder
@@ -45,6 +47,7 @@ def patched(recorder: Recorder, paths: Mapping[int, str], functions: Iterable[Fu
         intercepted(functions, recorder.call_function_leaf),
         _autograd_functions(recorder),
         _checkpoints(recorder),
+        transforms_seen(partial(_below, recorder, threading.get_ident())),
         _autocast(recorder),
         _numpy(),
         _eager_branches(),
@@ -104,6 +107,11 @@ def _autograd_functions(recorder: Recorder) -> Iterator[None]:
             return original(cls, *args, **kwargs)
         if cls is CheckpointFunction:  # its function closes over parameters: trace what it would run
             return _reentrant_checkpoint(recorder, *args)
+        if recorder.inside_transform:
+            raise DependsOnData(
+                f"{recorder.here}: {cls.__qualname__}.apply stands inside torch.vmap or torch.func, where its own "
+                f"backward cannot be recorded; the module around it must be kept whole"
+            )
         if not torch._C._is_torch_function_mode_enabled():
             return original(cls, *args, **kwargs)
         if hides_tensors((args, kwargs)):
@@ -146,6 +154,10 @@ def _checkpoints(recorder: Recorder) -> Iterator[None]:
 
     with _replaced(torch.utils.checkpoint, "_checkpoint_without_reentrant_generator", generator):
         yield
+
+
+def _below(recorder: Recorder, thread: int) -> Any:
+    return recorder.below() if threading.get_ident() == thread else nullcontext()
 
 
 @contextmanager

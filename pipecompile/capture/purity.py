@@ -25,6 +25,8 @@ CHEAP_CONTRACTION = 16  # multiply-adds per element of output up to which a cont
 def name_of(node: fx.Node) -> str:
     """What a node calls: ``linear``, ``getitem``, ``size``."""
     if node.op == "call_function":
+        if isinstance(node.target, torch._ops.OpOverload):  # aten::add.Tensor
+            return str(node.target._schema.name).partition("::")[2]
         return str(getattr(node.target, "__name__", node.target))
     return str(node.target)
 

@@ -29,6 +29,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.overrides import TorchFunctionMode
 
 from pipecompile.capture.aliases import Aliases
+from pipecompile.capture.below import Below, written_by
 from pipecompile.capture.hidden import hides_tensors
 from pipecompile.capture.leaves import FunctionLeaf, LeafCall, attribute_of
 from pipecompile.capture.numbers import is_number
@@ -95,6 +96,7 @@ class Recorder(TorchFunctionMode):
         self.paths: list[str] = [""]  # of the modules being run, innermost last
         self.checkpoints: list[int] = []  # of the model's own, being run, innermost last
         self.num_checkpoints = 0
+        self.inside_transform = False  # aten operations are being recorded, not functions
         self.autocasts: list[tuple[str, str, bool]] = []  # entered by the model itself
         self.nodes: dict[int, fx.Node] = {}
         self.names: dict[int, str] = {}  # parameters, buffers and constants
@@ -181,8 +183,11 @@ class Recorder(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self.inside_leaf:
+        if self.inside_leaf or self.inside_transform:
             return func(*args, **kwargs)
+        if func is torch.autograd.grad:
+            with self.below():
+                return func(*args, **kwargs)
         if func in READS and isinstance(args[0], FakeTensor):
             return self._read(func, args, kwargs)
         if func is Tensor.register_hook:
@@ -203,7 +208,8 @@ class Recorder(TorchFunctionMode):
             args, kwargs = self._with_numbers(args), self._with_numbers(kwargs)
             out = self.run(run, args, kwargs)
         written = [t for t, version in zip(tensors, versions, strict=True) if _version(t) != version]
-        self.record(func, args, kwargs, out, written + _silently_written(func, args, kwargs))
+        silent = [*_silently_written(func, args, kwargs), *written_by(func, args, kwargs)]
+        self.record(func, args, kwargs, out, written + [t for t in silent if not any(t is w for w in written)])
         return out
 
     def record(
@@ -266,6 +272,19 @@ class Recorder(TorchFunctionMode):
             yield
         finally:
             self.checkpoints.pop()
+
+    @contextmanager
+    def below(self) -> Iterator[None]:
+        """The time of a transform (``torch.vmap``): aten operations are recorded in place of functions."""
+        if self.inside_leaf or self.inside_transform:
+            yield
+            return
+        self.inside_transform = True
+        try:
+            with Below(self.call):
+                yield
+        finally:
+            self.inside_transform = False
 
     @property
     def here(self) -> Origin:
