@@ -99,7 +99,7 @@ def compile_call(
         CaptureError: the model cannot be traced.
         PlanError: it cannot be cut into so many stages, or not along the earlier placement.
     """
-    captured = capture(model, call, rows.counts[0] if call.batch else None, forward, leaves)
+    captured = capture(model, call, rows.counts if call.batch else None, forward, leaves)
     graph = summarize(captured)
     if first is None:
         cluster = Cluster.of([str(device) for device in devices])

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from pipecompile import steps
-from pipecompile.batch import Rows, scatter
+from pipecompile.batch import Rows
 from pipecompile.capture import Call, read_call
 from pipecompile.captures import Captures, Key
 from pipecompile.compiled import Compiled, compile_call, describe, find_loss, modes
@@ -282,8 +282,7 @@ def _broken(compiled: Compiled, call: Call, rows: Rows) -> str:
     captured = compiled.captured
     if changed := captured.attributes.changed():
         return changed
-    sizes = dict(zip(rows.counts, scatter(call, rows), strict=True))
-    return next(filter(None, (captured.broken_guard(part, call.tensors) for part in sizes.values())), "")
+    return captured.broken_guard(call.split(rows.counts) if call.batch else [call.tensors], call.tensors)
 
 
 def _with_loss(model: nn.Module, loss_fn: Callable[..., Any]) -> Callable[..., Any]:

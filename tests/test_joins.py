@@ -54,6 +54,13 @@ def test_an_output_grows_along_one_dimension_even_where_the_batch_is_a_number(ma
     assert_same(step(pipe, model, mean_square, ((floats(4),), {})), step(model, model, mean_square, ((floats(4),), {})))
 
 
+def test_a_list_with_an_item_for_each_row_is_not_joined_item_by_item() -> None:
+    model = Fixed(lambda h: {"rows": [row[:ROWS] for row in h]})
+    pipe = pipecompile.compile(model, devices=["cpu"] * 2, microbatches=2, profile="count")
+    with pytest.raises(InputError, match="'rows.0' of shape"):
+        pipe(floats(4))
+
+
 def test_an_output_of_the_batch_s_size_that_does_not_grow_is_not_joined() -> None:
     model = Fixed(lambda h: h.sum(0)[:ROWS])
     pipe = pipecompile.compile(model, devices=["cpu"] * 2, microbatches=2, profile="count")

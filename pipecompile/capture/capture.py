@@ -24,7 +24,7 @@ SYMBOLIC_ATTEMPTS = ("batch and lengths", "lengths", "batch", "nothing")  # what
 def capture(
     model: nn.Module,
     call: Call,
-    microbatch: int | None = None,
+    microbatch: int | Sequence[int] | None = None,
     forward: Callable[..., Any] | None = None,
     leaves: Iterable[str] = (),
     symbolic: Sequence[str] = SYMBOLIC_ATTEMPTS,
@@ -36,8 +36,9 @@ def capture(
     What had to be given up or kept whole is in the notes.
 
     Args:
-        call: the sample arguments, of the whole batch; what Python reads from them is read from the whole batch.
-        microbatch: rows that the trace is taken at; by default all of the batch.
+        call: the sample arguments, of the whole batch.
+        microbatch: rows of each microbatch, or of all but perhaps the last; by default all of the batch in one. The
+            trace is taken at the first; what Python reads from inputs holds for all of its size.
         forward: what to run instead of ``model`` itself; it may only use the model's parameters.
         leaves: paths of modules to keep whole.
         symbolic: what to try, the widest first and "nothing" last.
@@ -45,15 +46,14 @@ def capture(
     Raises:
         CaptureError: the model cannot be traced; names the module path and the source line.
     """
-    rows = microbatch or call.batch or 1
-    sample = {n: t[:rows] if n in call.batched else t for n, t in call.tensors.items()}
+    rows = _rows(call, microbatch)
     kept: dict[Part, str] = {**_with_backward_hooks(model), **dict.fromkeys(_known(model, leaves), "as asked")}
     reasons: list[str] = []
     attempts = list(symbolic)
     while attempts:
         try:
             captured = _with_leaves(model, call, rows, forward or model, attempts.pop(0), kept, reasons)
-            broken = captured.broken_guard(sample, call.tensors)
+            broken = captured.broken_guard(call.alike(rows), call.tensors)
         except CaptureError:
             raise
         except Exception as error:  # an operation that needs plain sizes: try with fewer symbols
@@ -63,17 +63,24 @@ def capture(
                 del attempts[:-1]
             continue
         if not broken:
-            whole = partial(_with_leaves, model, call, call.batch or 1, forward or model, "nothing", dict(kept), [])
+            whole = partial(_with_leaves, model, call, (call.batch or 1,), forward or model, "nothing", dict(kept), [])
             return with_batch_dims(captured, whole)
         failure = CaptureError(broken)
         reasons.append(broken)
     raise CaptureError(f"the model cannot be traced: {getattr(failure, 'origin', '')}: {failure}") from failure
 
 
+def _rows(call: Call, microbatch: int | Sequence[int] | None) -> tuple[int, ...]:
+    batch = call.batch or 1
+    if not isinstance(microbatch, int):
+        return tuple(microbatch or (batch,))
+    return (*[microbatch] * (batch // microbatch), *([batch % microbatch] if batch % microbatch else []))
+
+
 def _with_leaves(
     model: nn.Module,
     call: Call,
-    rows: int,
+    rows: Sequence[int],
     forward: Callable[..., Any],
     symbolic: str,
     kept: dict[Part, str],

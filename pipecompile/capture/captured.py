@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,8 @@ from pipecompile.capture.attributes import Attributes
 from pipecompile.capture.inputs import Call
 from pipecompile.capture.leaves import Leaf, LeafCall, attribute_of
 from pipecompile.capture.symbols import resolve
+from pipecompile.capture.values import same, settled
+from pipecompile.errors import DependsOnData
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,7 @@ class Captured:
     guards: tuple[tuple[sympy.Basic, Any], ...]
     reads: fx.GraphModule | None  # computes what Python read from the inputs
     read_values: tuple[Any, ...]
+    read_extremes: tuple[bool, ...]  # whether a value is the largest or smallest of all
     leaves: Mapping[str, tuple[LeafCall, ...]]  # modules kept whole, by path: the calls of each
     groups: tuple[tuple[str, ...], ...]  # nodes that share memory which one of them writes
     recomputed: Mapping[str, int]  # nodes that the backward computes again -> the checkpoint they stand in
@@ -87,17 +90,15 @@ class Captured:
         """All symbols of the graph, as they are for the sample microbatch."""
         return {**sample_sizes(self.sizes, self.call, self.microbatch), **self.data_sizes}
 
-    def broken_guard(self, microbatch: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> str:
-        """Why the trace does not hold for inputs; empty if it does.
-
-        Args:
-            microbatch: the inputs of one microbatch, which sizes are checked on.
-            whole: the inputs of the whole batch, which the model's own reads of values are checked on.
-        """
-        key = tuple(size for name in self.shapes for size in microbatch[name].shape)
-        if key not in self.checked:
-            self.checked[key] = self._check_sizes(microbatch)
-        return self.checked[key] or self._check_reads(whole)
+    def broken_guard(self, microbatches: Sequence[Mapping[str, Tensor]], whole: Mapping[str, Tensor]) -> str:
+        """Why the trace does not hold for the inputs of all microbatches, and of the whole batch; empty if it does."""
+        for microbatch in microbatches:
+            key = tuple(size for name in self.shapes for size in microbatch[name].shape)
+            if key not in self.checked:
+                self.checked[key] = self._check_sizes(microbatch)
+            if self.checked[key]:
+                return self.checked[key]
+        return self._check_reads(microbatches, whole)
 
     def _check_sizes(self, microbatch: Mapping[str, Tensor]) -> str:
         values = self.size_values(microbatch)
@@ -111,26 +112,32 @@ class Captured:
                 return f"{expr} = {answer} does not hold for the sizes {values}"
         return ""
 
-    def _check_reads(self, whole: Mapping[str, Tensor]) -> str:
+    def _check_reads(self, microbatches: Sequence[Mapping[str, Tensor]], whole: Mapping[str, Tensor]) -> str:
         if self.reads is None:
             return ""
-        with torch.no_grad():
-            values = self.reads(*(whole[node.name] for node in self.reads.graph.nodes if node.op == "placeholder"))
-        for seen, expected in zip(values, self.read_values, strict=True):
-            if not _same(seen, expected):
+        parts = [self._read(microbatch) for microbatch in microbatches]
+        for i, (expected, extreme) in enumerate(zip(self.read_values, self.read_extremes, strict=True)):
+            try:
+                seen = settled([part[i] for part in parts], lambda i=i: self._read(whole)[i], extreme)  # type: ignore[misc]
+            except DependsOnData as error:
+                return str(error)
+            if not same(seen, expected):
                 return f"the model reads {seen} from its inputs, the trace holds for {expected}"
         return ""
+
+    def _read(self, inputs: Mapping[str, Tensor]) -> tuple[Any, ...]:
+        """What Python reads from inputs."""
+        assert self.reads is not None
+        wanted = [node.name for node in self.reads.graph.nodes if node.op == "placeholder"]
+        with torch.no_grad():
+            values: tuple[Any, ...] = self.reads(*(inputs[name] for name in wanted))
+        return values
 
     def rebuild_output(self, values: Mapping[str, Any], inputs: Mapping[str, Tensor]) -> Any:
         """The model's own output type with the given tensors by node name; sizes are those of the inputs."""
         sizes = self.size_values(inputs)
         leaves = [resolve(o.value, sizes) if o.node is None else values[o.node] for o in self.outputs]
         return pytree.tree_unflatten(leaves, self.out_spec)
-
-
-def _same(seen: Any, expected: Any) -> bool:
-    same = seen == expected
-    return bool(same.all()) if hasattr(same, "all") else bool(same)
 
 
 def sample_sizes(sizes: Mapping[sympy.Symbol, tuple[str, int]], call: Call, microbatch: int) -> dict[sympy.Symbol, int]:

@@ -43,6 +43,15 @@ class Call:
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
         return args, kwargs
 
+    def split(self, rows: Sequence[int]) -> list[dict[str, Tensor]]:
+        """The tensors of each microbatch, views of the call's; those without a batch go to all."""
+        pieces = {name: torch.split(self.tensors[name], list(rows)) for name in self.batched}
+        return [{n: pieces[n][i] if n in pieces else t for n, t in self.tensors.items()} for i in range(len(rows))]
+
+    def alike(self, rows: Sequence[int]) -> list[dict[str, Tensor]]:
+        """The tensors of the microbatches that are as large as the first."""
+        return [part for part, count in zip(self.split(rows), rows, strict=True) if count == rows[0]]
+
 
 @dataclass(frozen=True, slots=True)
 class TensorName:

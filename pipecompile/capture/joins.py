@@ -29,11 +29,9 @@ def with_batch_dims(captured: Captured, whole: Callable[[], Captured]) -> Captur
         other = whole()
     except Exception:  # it can be traced at the size of a microbatch alone; dimensions of its size count
         return captured
-    if captured.out_spec != other.out_spec:
-        return captured
-    pairs = zip(captured.outputs, other.outputs, strict=True)
-    shapes = [(one, _shape(captured, one), _shape(other, two)) for one, two in pairs]
-    found = [replace(one, batch_dim=_growing(a, b, captured.microbatch, batch)) for one, a, b in shapes]
+    grown = {output.name: _shape(other, output) for output in other.outputs}
+    shapes = [(output, _shape(captured, output), grown.get(output.name, ())) for output in captured.outputs]
+    found = [replace(output, batch_dim=_growing(a, b, captured.microbatch, batch)) for output, a, b in shapes]
     return replace(captured, outputs=tuple(found))
 
 

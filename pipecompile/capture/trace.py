@@ -52,7 +52,7 @@ class Trace:
         self,
         model: nn.Module,
         call: Call,
-        microbatch: int,
+        rows: Sequence[int],
         forward: Callable[..., Any],
         symbolic: str,
         kept: Mapping[Part, str],
@@ -60,7 +60,7 @@ class Trace:
     ) -> None:
         self.model = model
         self.call = call
-        self.microbatch = microbatch
+        self.microbatch = microbatch = rows[0]
         self.forward = forward
         self.symbolic = symbolic
         self.device = device_of(model, call)
@@ -72,7 +72,7 @@ class Trace:
         self.real = dict(named_tensors(model))
         self.parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         self.buffers = set(self.real) - self.parameters
-        self.values = Values(call.tensors, self._attribute, self.parameters.__contains__)
+        self.values = Values(call.tensors, call.alike(rows), self._attribute, self.parameters.__contains__)
         self.kept = kept
         self.sample = {n: t.detach()[:microbatch] if n in call.batched else t for n, t in call.tensors.items()}
         leaves = frozenset(part for part in kept if isinstance(part, str))
@@ -209,14 +209,15 @@ class Trace:
             outputs=outputs, out_spec=spec, leaves={p: tuple(c) for p, c in self.recorder.leaf_calls.items()},
             sizes=sizes, data_sizes=largest_sizes(self.graph, sample_sizes(sizes, self.call, self.microbatch)),
             shapes=self.expected, guards=self.shapes.decided() if self.shapes else (), reads=reads,
-            read_values=tuple(value for _, value in self.values.reads),
+            read_values=tuple(read.value for read in self.values.reads),
+            read_extremes=tuple(read.extreme for read in self.values.reads),
             groups=tuple(groups), recomputed=recomputed(self.graph, groups), notes=tuple(notes),
         )  # fmt: skip
 
     def _refuse_moving_reads(self) -> None:
         """A guard must not depend on what each microbatch changes."""
         written = {name for node in self.graph.nodes for name in origin_of(node).writes}
-        for read, _ in self.values.reads:
+        for read in (read.node for read in self.values.reads):
             moving = [n for n in _ancestors([read]) if n.op == "get_attr" and str(n.target) in written]
             if moving:
                 self.recorder.paths.append(origin_of(read).path)
@@ -277,7 +278,7 @@ class Trace:
     def _extract_reads(self) -> fx.GraphModule | None:
         if not self.values.reads:
             return None
-        reads = [node for node, _ in self.values.reads]
+        reads = [read.node for read in self.values.reads]
         graph = fx.Graph()
         copies: dict[fx.Node, fx.Node] = {}
         needed = _ancestors(reads)

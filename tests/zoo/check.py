@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import pipecompile
 from pipecompile import compiled
+from pipecompile.batch import Rows
 from pipecompile.capture import Call, Captured, read_call, summarize
 from pipecompile.errors import ExecutionError, PipecompileError
 from pipecompile.graph import Graph
@@ -70,7 +71,7 @@ def capture_sample(entry: Entry, model: nn.Module, **options: Any) -> Captured:
     """The capture that a pipeline over two microbatches needs first."""
     args, kwargs = entry.inputs(ROWS[0], entry.lengths[0])
     call = read_call(model.forward, args, kwargs, {})
-    return compiled.capture(model, call, ROWS[0] if entry.whole else ROWS[0] // 2, None, **options)
+    return compiled.capture(model, call, Rows.of(call.batch, 1 if entry.whole else 2).counts, None, **options)
 
 
 def _traced(entry: Entry, model: nn.Module) -> Iterator[dict[str, Any]]:

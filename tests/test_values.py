@@ -1,0 +1,102 @@
+"""What Python reads from inputs, over several microbatches: theirs, the whole batch's, or each one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from oracle import Run, assert_same, microbatched, step
+from torch import Tensor, nn
+from toys import D, mean_square
+
+import pipecompile
+
+
+class Reads(nn.Module):
+    """Two layers with a function of their result and a mask between them."""
+
+    def __init__(self, body: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(D, D), Between(body), nn.Linear(D, D)
+        self.double()
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.last(self.middle(self.first(x), mask))
+
+
+class Between(nn.Module):
+    def __init__(self, body: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, h: Tensor, mask: Tensor) -> Tensor:
+        return self.body(h, mask)
+
+
+def _checked(h: Tensor, mask: Tensor) -> Tensor:
+    if mask.sum().item() != h.shape[0] * 3:
+        raise ValueError("not three a row")
+    return h * mask.sum().item()
+
+
+def _longest(h: Tensor, mask: Tensor) -> Tensor:
+    return h * int(mask.sum(1).max())
+
+
+def _share(h: Tensor, mask: Tensor) -> Tensor:
+    return h / mask.sum().item()
+
+
+def _padded(h: Tensor, mask: Tensor) -> Tensor:
+    return h * 2 if mask.all() else h * mask.sum(1, keepdim=True)
+
+
+def _mask(*lengths: int) -> Tensor:
+    return (torch.arange(5) < torch.tensor(lengths)[:, None]).long()
+
+
+def _floats(batch: int) -> Tensor:
+    return torch.randn(batch, D, dtype=torch.float64, generator=torch.Generator().manual_seed(batch))
+
+
+def _two(body: Callable[[Tensor, Tensor], Tensor], mask: Tensor) -> tuple[Run, nn.Module, Any, pipecompile.Pipeline]:
+    model = Reads(body)
+    pipe = pipecompile.compile(model, devices=["cpu"] * 2, microbatches=2, profile="count")
+    inputs = (_floats(4), mask), {}
+    return step(pipe, model, mean_square, inputs), model, inputs, pipe
+
+
+def test_a_number_in_which_the_microbatches_agree_is_theirs() -> None:
+    actual, model, inputs, pipe = _two(_checked, _mask(3, 3, 3, 3))
+    assert_same(actual, microbatched(model, mean_square, inputs, 2, inside=False))
+    assert pipe.report["guards"]
+
+
+@pytest.mark.parametrize("body", [_longest, _padded])
+def test_a_largest_number_and_a_yes_or_no_are_the_whole_batch_s(body: Any) -> None:
+    actual, model, inputs, pipe = _two(body, _mask(5, 5, 2, 4))
+    assert_same(actual, step(model, model, mean_square, inputs))
+    assert not pipe.report["notes"]
+
+
+def test_a_count_is_each_microbatch_s_own() -> None:
+    actual, model, inputs, pipe = _two(_share, _mask(1, 5, 2, 3))
+    assert_same(actual, microbatched(model, mean_square, inputs, 2, inside=False))
+    assert any("reads 6 from one microbatch and 5 from another" in note for note in pipe.report["notes"])
+
+
+def test_a_later_call_whose_microbatches_no_longer_agree_is_captured_again() -> None:
+    actual, model, inputs, pipe = _two(_share, _mask(2, 3, 3, 2))
+    assert_same(actual, microbatched(model, mean_square, inputs, 2, inside=False))
+    later = (_floats(4), _mask(1, 5, 2, 3)), {}
+    assert_same(step(pipe, model, mean_square, later), microbatched(model, mean_square, later, 2, inside=False))
+    assert pipe.captures == 2
+
+
+def test_microbatches_of_two_sizes_go_by_the_whole_batch_too() -> None:
+    model = Reads(_longest)
+    pipe = pipecompile.compile(model, devices=["cpu"] * 2, microbatches=2, profile="count")
+    inputs = (_floats(5), _mask(1, 2, 3, 4, 5)), {}
+    assert_same(step(pipe, model, mean_square, inputs), step(model, model, mean_square, inputs))
