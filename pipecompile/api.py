@@ -27,6 +27,7 @@ def compile(
     loss: str | None = None,
     optimizer: MakeOptimizer | None = None,
     leaf_modules: Sequence[str] = (),
+    allow_microbatch: Sequence[str] = (),
     profile: How | None = None,
 ) -> Pipeline:
     """A pipeline that trains ``model`` split over ``devices``, and is called as the model is.
@@ -42,6 +43,8 @@ def compile(
         optimizer: for "pipedream", which steps inside the pipeline: makes an optimizer from a stage's parameters.
         leaf_modules: paths of modules to keep whole, each run as ordinary Python inside one stage. Modules that depend
             on activations in ways that no graph can record are found and kept whole without being named.
+        allow_microbatch: paths of modules that mix samples in the middle of the model and may do so within each
+            microbatch; without it such a model is refused, since microbatches cannot give what the whole batch gives.
         profile: "measure" or "count" the costs; by default measured on the first device.
 
     Raises:
@@ -51,7 +54,10 @@ def compile(
     _check_options(model, schedule, microbatches, optimizer, profile)
     present = parse_devices(devices)
     count = microbatches or 2 * len(present)
-    pipeline = Pipeline(model, present, schedule, count, loss_fn, loss, optimizer, leaf_modules, profile)
+    _check_paths(model, allow_microbatch)
+    pipeline = Pipeline(
+        model, present, schedule, count, loss_fn, loss, optimizer, leaf_modules, profile, allow_microbatch
+    )
     if example_inputs is not None:
         args, kwargs = _arguments(example_inputs)
         pipeline.prepare(*args, **kwargs)
@@ -84,6 +90,13 @@ def _check_options(
         raise InputError(
             f"schedule={schedule!r} leaves stepping to you: make an optimizer of pipe.parameters() instead"
         )
+
+
+def _check_paths(model: nn.Module, paths: Sequence[str]) -> None:
+    known = dict(model.named_modules())
+    for path in paths:
+        if path not in known:
+            raise InputError(f"allow_microbatch= names {path!r}, which is no module of the model")
 
 
 def _arguments(example: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:

@@ -10,16 +10,18 @@ one placement: the first one is profiled and partitioned, the others follow its 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from pipecompile.batch import Rows
+from pipecompile.batching import Division, Partial, Rows, divide, scatter, undivided
 from pipecompile.capture import Call, Captured, capture, summarize
+from pipecompile.capture.capture import SYMBOLIC_ATTEMPTS
 from pipecompile.capture.origin import Origin, origin_of
 from pipecompile.capture.purity import is_random
 from pipecompile.cluster import Cluster
@@ -32,7 +34,7 @@ from pipecompile.profile import How, profile
 from pipecompile.program import Program
 from pipecompile.retarget import threads_each
 from pipecompile.simulate import simulate
-from pipecompile.split import Stage, split
+from pipecompile.split import Piece, Stage, cut_out, split
 from pipecompile.timeline import Timeline
 
 
@@ -40,17 +42,62 @@ from pipecompile.timeline import Timeline
 class Compiled:
     """A captured model cut into stages.
 
-    ``costed`` is that of the capture that was partitioned; other captures borrow its costs for their simulations.
+    The stages are made of the division's body; ``before`` and ``tail`` see the batch whole. ``costed`` is that of the
+    capture that was partitioned; other captures borrow its costs for their simulations.
     """
 
-    captured: Captured
+    division: Division
     graph: Graph
     plan: Plan
     costed: CostedGraph
     reference: Plan  # the plan that ``costed`` belongs to
     cluster: Cluster
     stages: tuple[Stage, ...]
+    before: Piece | None
+    tail: Piece | None
     programs: dict[Any, Program] = field(default_factory=dict)
+
+    @property
+    def captured(self) -> Captured:
+        """The trace of the model, whole, at the size of a microbatch."""
+        return self.division.captured
+
+    def broken(self, call: Call, rows: Rows) -> str:
+        """Why the capture does not hold for a call, cut into microbatches; empty if it does.
+
+        The whole batch decides what the model's Python asks; the microbatches need only fit the trace.
+        """
+        division, whole = self.division, call.tensors
+        if changed := self.captured.attributes.changed():
+            return changed
+        if division.one_part and len(rows) > 1:
+            return "it holds for a batch of one microbatch"
+        parts = dict(zip(rows.counts, scatter(call, rows), strict=True)).values()
+        if division.is_divided and division.whole is division.captured:
+            return division.whole.broken_guard(whole, whole) or _first(map(division.captured.misfit, parts))
+        why = _first(division.captured.broken_guard(part, whole) for part in parts)
+        return why or (division.whole.broken_guard(whole, whole) if division.is_divided else "")
+
+    def run_before(self, call: Call) -> dict[str, Tensor]:
+        """The values of the whole batch that the stages read."""
+        if self.before is None:
+            return {}
+        with torch.no_grad():
+            values = self.before.module(*(_near(call.tensors[name], self.captured.device) for name in self.before.inputs))
+        named = dict(zip(self.before.returns, values, strict=True))
+        return {each.name: each.value(named) for each in self.division.before}
+
+    def run_tail(self, joined: Mapping[str, Tensor], call: Call) -> dict[str, Tensor]:
+        """What the whole batch gives, from the joined values of the microbatches; writes the model's buffers."""
+        tail, piece = self.division.tail, self.tail
+        if tail is None or piece is None:
+            return {}
+        device = self.stages[-1].device
+        read = [call.tensors[name] for name in piece.inputs] + [joined[tail.joined[name]] for name in piece.received]
+        tensors = (*piece.module.named_parameters(), *piece.module.named_buffers())
+        moved = {name: t.to(device) for name, t in tensors if t.device != device}
+        values = functional_call(piece.module, moved, tuple(_near(t, device) for t in read), tie_weights=False)
+        return dict(zip(tail.outputs, values, strict=True))
 
     @cached_property
     def is_random(self) -> bool:
@@ -87,6 +134,8 @@ def compile_call(
     leaves: Sequence[str] = (),
     how: How | None = None,
     first: Compiled | None = None,
+    whole: bool = True,
+    allowed: Sequence[str] = (),
 ) -> Compiled:
     """Captures a call and cuts it into stages.
 
@@ -94,16 +143,22 @@ def compile_call(
         rows: the microbatches that the call will be run in; the trace is taken at the largest.
         devices: one for each rank.
         first: an earlier capture of the model, whose placement this one takes over.
+        whole: several microbatches are to give what the whole batch gives; else each is a batch of its own.
+        allowed: paths of modules that may mix samples of a microbatch.
 
     Raises:
-        CaptureError: the model cannot be traced.
+        CaptureError: the model cannot be traced, or what it computes of the whole batch cannot be divided.
         PlanError: it cannot be cut into so many stages, or not along the earlier placement.
     """
-    captured = capture(model, call, rows.counts if call.batch else None, forward, leaves)
-    graph = summarize(captured)
+    if whole:
+        division = _divided(model, call, rows, forward, leaves, allowed)
+    else:
+        division = undivided(capture(model, call, rows.counts[0] if call.batch else None, forward, leaves))
+    body = division.body
+    graph = summarize(body)
     if first is None:
         cluster = Cluster.of([str(device) for device in devices])
-        costed = profile(captured, graph, how, devices[0], threads=threads_each(devices))
+        costed = profile(body, graph, how, devices[0], threads=threads_each(devices))
         plan = reference = partition(costed, len(devices), cluster)
     else:
         plan, costed, reference, cluster = (
@@ -112,8 +167,64 @@ def compile_call(
             first.reference,
             first.cluster,
         )
-    place(captured, plan, graph, devices)
-    return Compiled(captured, graph, plan, costed, reference, cluster, split(captured, graph, plan, devices))
+    place(body, plan, graph, devices)
+    stages = split(body, graph, plan, devices)
+    before, tail = _pieces(division, devices[0], stages[-1].device)
+    return Compiled(division, graph, plan, costed, reference, cluster, stages, before, tail)
+
+
+def _divided(
+    model: nn.Module,
+    call: Call,
+    rows: Rows,
+    forward: Callable[..., Any] | None,
+    leaves: Sequence[str],
+    allowed: Sequence[str],
+) -> Division:
+    """The division of a model: of one trace that holds for any rows, or of two, at a microbatch's and at the batch's."""
+    whole = capture(model, call, None, forward, leaves)
+    if call.batch is None or (whole.is_fixed and len(rows) == 1):
+        return undivided(whole, one_part=True)
+    if not whole.is_fixed:
+        small = replace(whole, microbatch=rows.counts[0], checked={})
+        return divide(small, small, allowed)
+    narrower = SYMBOLIC_ATTEMPTS[SYMBOLIC_ATTEMPTS.index(whole.symbolic) :]  # for the same nodes
+    return divide(capture(model, call, rows.counts[0], forward, leaves, narrower), whole, allowed)
+
+
+def _pieces(division: Division, first: torch.device, last: torch.device) -> tuple[Piece | None, Piece | None]:
+    """The modules of what comes before the stages and after them."""
+    whole, tail = division.whole, division.tail
+    before = None
+    if division.before:
+        wanted = list(dict.fromkeys(name for each in division.before for name in each.nodes))
+        before = cut_out(whole, ancestors_of(whole, wanted), wanted, whole.device)
+    if tail is None:
+        return before, None
+    for name in tail.writes:
+        _move(whole.tensors[name], last)
+    return before, cut_out(whole, tail.nodes, tail.outputs, last)
+
+
+def ancestors_of(captured: Captured, names: Sequence[str]) -> list[str]:
+    """Nodes and all that they are computed from, in order."""
+    nodes = {n.name: n for n in captured.graph.nodes}
+    found: set[str] = set()
+    stack = [nodes[name] for name in names]
+    while stack:
+        node = stack.pop()
+        if node.name not in found:
+            found.add(node.name)
+            stack.extend(node.all_input_nodes)
+    return [n.name for n in captured.graph.nodes if n.name in found]
+
+
+def _near(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor if tensor.device == device or device.type == "meta" else tensor.to(device)
+
+
+def _first(reasons: Iterable[str]) -> str:
+    return next(filter(None, reasons), "")
 
 
 def place(captured: Captured, plan: Plan, graph: Graph, devices: Sequence[torch.device]) -> None:
@@ -220,17 +331,18 @@ def find_loss(captured: Captured, name: str | None) -> int | None:
 
 
 def _across_microbatches(compiled: Compiled) -> list[str]:
-    """What several microbatches do differently from the whole batch."""
-    captured = compiled.captured
+    """What several microbatches do to be the whole batch, and where they are not."""
+    captured, division = compiled.captured, compiled.division
     if captured.call.batch in (None, captured.microbatch):
         return []
-    notes = []
-    if any(output.is_scalar and not output.is_shared for output in captured.outputs):
-        notes.append(
-            "the loss and other single numbers are taken as means over samples: microbatches weigh by their rows, "
-            "which differs from the whole batch for sums, for losses over unequal numbers of valid tokens, and where "
-            "samples mix"
-        )
+    notes = [f"parts of the whole batch's: {line}" for line in division.reweighted]
+    if any(kind == Partial(mean=True) for kind in division.joins.values()):
+        notes.append("each microbatch is a batch of its own; single numbers are means over the rows")
+    if division.tail is not None and division.tail.why:
+        notes += [f"computed once from the whole batch, at GPipe's memory: {why}" for why in division.tail.why]
+    if division.tail is not None and division.tail.writes:
+        notes.append(f"written once a batch: {', '.join(division.tail.writes)}")
+    notes += [f"tried out: samples stay apart in {what}" for what in division.tried]
     for node in captured.graph.nodes:
         if node.target is torch.nn.functional.batch_norm and origin_of(node).writes:
             notes.append(f"batch normalisation uses each microbatch's statistics ({origin_of(node)})")

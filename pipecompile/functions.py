@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -35,3 +36,34 @@ def write_back(buffer: Tensor, value: Tensor) -> Tensor:
     """Gives a buffer the value that the model's forward bound to its name."""
     with torch.no_grad():
         return buffer.copy_(value)
+
+
+def part_of(value: Any, share: Tensor) -> Tensor:
+    """A microbatch's part of what stands for the whole batch, by its share of the rows; keeps the value's type."""
+    return value * (share.to(value.dtype) if isinstance(value, Tensor) and value.is_floating_point() else share)
+
+
+def valid_weight(target: Tensor, ignore_index: int, weight: Tensor | None) -> Tensor:
+    """What a mean of ``F.cross_entropy`` divides by: how many targets count, or the sum of their classes' weights."""
+    valid = target != ignore_index
+    if weight is None:
+        return valid.sum()
+    return torch.where(valid, weight[torch.where(valid, target, 0)], 0).sum()
+
+
+@functools.cache
+def over(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A loss summed up and divided by a given total: one microbatch's part of a mean over the whole batch.
+
+    Half precision is summed in single precision, where many entries do not overflow.
+    """
+
+    @functools.wraps(loss)
+    def part(total: Tensor, scores: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        half = scores.dtype == torch.float16
+        summed = loss(scores.float() if half else scores, *args, **kwargs, reduction="sum") / total
+        return summed.to(scores.dtype) if half else summed
+
+    part.__name__ = f"{getattr(loss, '__name__', 'loss')}_part"
+    part.__module__ = __name__
+    return part

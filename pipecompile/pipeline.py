@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from pipecompile import steps
-from pipecompile.batch import Rows
+from pipecompile.batching import Rows
 from pipecompile.capture import Call, read_call
 from pipecompile.captures import Captures, Key
 from pipecompile.compiled import Compiled, compile_call, describe, find_loss, modes
@@ -46,6 +46,7 @@ class Pipeline(nn.Module):
         optimizer: MakeOptimizer | None,
         leaves: Sequence[str],
         profile: How | None,
+        allowed: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.__dict__["model"] = model  # not a submodule: names would change
@@ -59,6 +60,7 @@ class Pipeline(nn.Module):
         self._loss_fn = loss_fn
         self._leaves = tuple(leaves)
         self._profile = profile
+        self._allowed = tuple(allowed)
         self._signature = model.forward if loss_fn is None else _with_target(model.forward)
         self._forward = None if loss_fn is None else _with_loss(model, loss_fn)
         self._session = Session(devices, optimizer)
@@ -154,7 +156,7 @@ class Pipeline(nn.Module):
                     f"schedule={self.schedule!r} needs the loss inside: pass labels, or loss_fn= to compile"
                 )
             return steps.stream(self._session, batch, loss)
-        if loss is None:
+        if loss is None or not batch.ends_in_body(loss):
             return steps.defer(self._session, batch)
         return steps.train(self._session, batch, loss, self._schedule)
 
@@ -248,11 +250,11 @@ class Pipeline(nn.Module):
         rows = Rows.of(call.batch, microbatches or self.microbatches)
         for candidate in (rows, rows.equal()):
             for compiled in known:
-                if not _broken(compiled, call, candidate):
+                if not compiled.broken(call, candidate):
                     self._last = compiled
                     self._captures.use(key)
                     return steps.Batch(compiled, call, candidate)
-        broken = _broken(known[-1], call, rows) if known else ""
+        broken = known[-1].broken(call, rows) if known else ""
         batch = self._capture(call, rows)
         self._captures.add(key, batch.compiled, broken)
         self._first = self._first or batch.compiled
@@ -271,18 +273,12 @@ class Pipeline(nn.Module):
                 self._leaves,
                 self._profile,
                 self._first or self._placement,
+                whole=self.microbatches > 1 and not (self.schedule in ASYNCHRONOUS and self.model.training),
+                allowed=self._allowed,
             )
-            if not _broken(compiled, call, candidate):
+            if not compiled.broken(call, candidate):
                 return steps.Batch(compiled, call, candidate)
         raise CaptureError("the trace does not hold for the inputs that it was made with; please report this")
-
-
-def _broken(compiled: Compiled, call: Call, rows: Rows) -> str:
-    """Why a capture does not hold for every microbatch of a call; empty if it does."""
-    captured = compiled.captured
-    if changed := captured.attributes.changed():
-        return changed
-    return captured.broken_guard(call.split(rows.counts) if call.batch else [call.tensors], call.tensors)
 
 
 def _with_loss(model: nn.Module, loss_fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -198,7 +198,7 @@ class _Walk:
     def _visit(self, node: fx.Node) -> Cost | None:
         match node.op:
             case "placeholder":
-                self.values[node] = self.inputs[node.name]
+                self.values[node] = self.inputs[node.name] if node.name in self.inputs else self._whole(node)
             case "get_attr":
                 tensor = self.attributes[str(node.target)]
                 self.values[node] = self._attribute(tensor)
@@ -261,6 +261,11 @@ class _Walk:
                 self.kept[storage._cdata] = tensor
                 nbytes += storage.nbytes()
         return nbytes
+
+    def _whole(self, node: fx.Node) -> Tensor:
+        """A stand-in for a value of the whole batch that the model reads (how many targets count)."""
+        like = node.meta["val"]
+        return self.meter.tensor(torch.ones(self._shape(like), dtype=like.dtype))
 
     def _leaf(self, node: fx.Node) -> nn.Module:
         """A module that is kept whole, on tensors of this walk."""

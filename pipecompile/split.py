@@ -70,6 +70,29 @@ def split(captured: Captured, graph: Graph, plan: Plan, devices: Sequence[torch.
     return tuple(cut.stage(s, devices[plan.rank_of[s]]) for s in range(plan.num_stages))
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Some nodes of a captured graph as one module, called with ``inputs`` then ``received``; returns a tuple."""
+
+    module: fx.GraphModule
+    inputs: tuple[str, ...]  # model inputs
+    received: tuple[str, ...]
+    returns: tuple[str, ...]
+
+
+def cut_out(captured: Captured, names: Sequence[str], returns: Sequence[str], device: torch.device) -> Piece:
+    """The module of some nodes, written for a device; what they read and are not among them is received."""
+    chosen = set(names)
+    nodes = {n.name: n for n in captured.graph.nodes}
+    run = [n for n in captured.graph.nodes if n.name in chosen and n.op != "get_attr"]
+    sources = dict.fromkeys(s.name for n in run for s in n.all_input_nodes if s.op != "get_attr")
+    received = tuple(name for name in sources if name not in chosen)
+    graph = _graph(run, received, returns, nodes, captured, device)
+    module = _module(graph, captured.tensors, captured.leaf, "Piece")
+    inputs = tuple(n.name for n in run if n.op == "placeholder")
+    return Piece(module, inputs, received, tuple(returns))
+
+
 class _Cut:
     """What the stages of one split share."""
 
@@ -90,7 +113,7 @@ class _Cut:
         returns = tuple(dict.fromkeys([*(v for values in sends.values() for v in values), *outputs]))
         received = [name for values in receives.values() for name in values]
         graph = _graph(run, received, returns, self.nodes, self.captured, device)
-        module = _module(graph, self.tensors, self.captured.leaf, index)
+        module = _module(graph, self.tensors, self.captured.leaf, f"Stage{index}")
         origins = {n.name: str(origin_of(n)) for n in run}
         return Stage(index, device, module, inputs, receives, sends, outputs, returns, origins)
 
@@ -238,7 +261,7 @@ def _module(
     graph: fx.Graph,
     tensors: Mapping[str, Tensor],
     leaf: Callable[[str, Mapping[str, Tensor]], nn.Module],
-    index: int,
+    name: str,
 ) -> fx.GraphModule:
     """A graph module that reads the model's own tensors under their own names."""
     root = nn.Module()
@@ -254,7 +277,7 @@ def _module(
             owner.register_parameter(last, tensor)
         else:
             owner.register_buffer(last, tensor)
-    return _quiet(fx.GraphModule(root, graph, class_name=f"Stage{index}"))
+    return _quiet(fx.GraphModule(root, graph, class_name=name))
 
 
 def _quiet(module: fx.GraphModule) -> fx.GraphModule:

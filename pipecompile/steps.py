@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipecompile.batch import Rows, joined, scatter, spread
+from pipecompile.batching import Division, Kind, Partial, Rows, gather, scatter, spread
 from pipecompile.capture import Call, Output
 from pipecompile.compiled import Compiled
 from pipecompile.errors import ExecutionError
@@ -55,9 +55,28 @@ class Batch:
         count = len(self.rows)
         return self.compiled.program(lambda plan: schedule(plan, count), (kind, count))
 
+    @property
+    def division(self) -> Division:
+        return self.compiled.division
+
+    @property
+    def joins(self) -> Mapping[str, Kind]:
+        """What the stages give, by name, with how the parts are joined."""
+        return self.division.joins
+
+    def ends_in_body(self, output: int) -> bool:
+        """Whether the stages compute an output themselves, part by part."""
+        return self.division.places[str(self.outputs[output].node)] in self.joins
+
     def join(self, microbatches: Mapping[int, Microbatch]) -> dict[str, Tensor]:
-        """The outputs of the whole batch, by node."""
-        return joined(self.compiled.captured.outputs, [m.outputs for m in microbatches.values()], self.rows)
+        """What the stages give, of the whole batch."""
+        parts = list(microbatches.values())
+        return {name: gather(kind, [m.outputs[name] for m in parts], self.rows) for name, kind in self.joins.items()}
+
+    def finish(self, joined: Mapping[str, Tensor]) -> list[Tensor]:
+        """The tensors of the model's output: what the stages give, and what the tail makes of it."""
+        tail = self.compiled.run_tail(joined, self.call)
+        return [{**joined, **tail}[self.division.places[str(output.node)]] for output in self.outputs]
 
     def rebuild(self, tensors: Sequence[Tensor]) -> Any:
         """The model's own output type around the outputs' tensors."""
@@ -67,28 +86,30 @@ class Batch:
 
 def evaluate(session: Session, batch: Batch) -> Any:
     """Forwards alone."""
-    microbatches = _forward(session, batch)
-    values = batch.join(microbatches)
-    return batch.rebuild([values[str(output.node)] for output in batch.outputs])
+    with torch.no_grad():
+        return batch.rebuild(batch.finish(batch.join(_forward(session, batch))))
 
 
 def train(session: Session, batch: Batch, loss: int, schedule: Callable[[Plan, int], Program]) -> Any:
-    """The whole schedule, from the output at position ``loss``."""
+    """The whole schedule, from the output at position ``loss``, which the stages compute."""
     session.begin(batch.compiled)
-    name = str(batch.outputs[loss].node)
-    parts = zip(_microbatches(batch), batch.rows.weights, strict=True)
+    name = batch.division.places[str(batch.outputs[loss].node)]
+    kind = batch.joins[name]
+    weights = batch.rows.weights if kind != Partial() else (1.0,) * len(batch.rows)
+    parts = zip(_microbatches(batch), weights, strict=True)
     microbatches = {i: replace(part, seeds={name: weight}) for i, (part, weight) in enumerate(parts)}
     session.run(batch.compiled, batch.program("train", schedule), microbatches)
-    values = batch.join(microbatches)
-    tensors = [values[str(output.node)] for output in batch.outputs]
+    with torch.no_grad():
+        tensors = batch.finish(batch.join(microbatches))
+    wanting = [t.detach().requires_grad_(o.requires_grad) for t, o in zip(tensors, batch.outputs, strict=True)]
     box = [_gradients(session, batch, microbatches)]
-    return batch.rebuild(Delivered.apply(box, loss, len(tensors), *tensors, *batch.model_tensors))  # type: ignore[no-untyped-call]
+    return batch.rebuild(Delivered.apply(box, loss, len(tensors), *wanting, *batch.model_tensors))  # type: ignore[no-untyped-call]
 
 
 def defer(session: Session, batch: Batch) -> Any:
-    """Forwards now; the backwards run when gradients of the outputs come in."""
+    """Forwards now; the backwards run when gradients of what the stages gave come in, from the caller or the tail."""
     microbatches = _forward(session, batch)
-    values = batch.join(microbatches)
+    joined = batch.join(microbatches)
 
     def backward(incoming: Sequence[Tensor | None]) -> Gradients:
         if not all(microbatch.saved for microbatch in microbatches.values()):
@@ -101,8 +122,8 @@ def defer(session: Session, batch: Batch) -> Any:
             session.run(batch.compiled, batch.program("backward", backward_only), microbatches)
         return _gradients(session, batch, microbatches)
 
-    tensors = [values[str(output.node)] for output in batch.outputs]
-    return batch.rebuild(Deferred.apply(backward, len(tensors), *tensors, *batch.model_tensors))  # type: ignore[no-untyped-call]
+    given = Deferred.apply(backward, len(joined), *joined.values(), *batch.model_tensors)  # type: ignore[no-untyped-call]
+    return batch.rebuild(batch.finish(dict(zip(joined, given, strict=True))))
 
 
 def stream(session: Session, batch: Batch, loss: int) -> Any:
@@ -124,8 +145,7 @@ def stream(session: Session, batch: Batch, loss: int) -> Any:
         session.stream = Stream()
         raise
     under_way.advance(program, len(new))
-    values = batch.join(new)
-    return batch.rebuild([values[str(output.node)].detach() for output in batch.outputs])
+    return batch.rebuild([tensor.detach() for tensor in batch.finish(batch.join(new))])
 
 
 def flush(session: Session) -> None:
@@ -147,17 +167,19 @@ def _forward(session: Session, batch: Batch) -> dict[int, Microbatch]:
 
 def _microbatches(batch: Batch) -> list[Microbatch]:
     """The parts of a batch; a model that draws random numbers gets a seed for each from the caller's generator."""
-    parts = scatter(batch.call, batch.rows)
+    parts = scatter(batch.call, batch.rows, batch.compiled.run_before(batch.call))
     drawn: Sequence[int | None] = seeds(len(parts)) if batch.compiled.is_random else [None] * len(parts)
     return [Microbatch(part, seed) for part, seed in zip(parts, drawn, strict=True)]
 
 
 def _seed(batch: Batch, microbatches: Mapping[int, Microbatch], incoming: Sequence[Tensor | None]) -> None:
     """Gives each microbatch its part of the gradients that came in."""
-    for output, gradient in zip(batch.outputs, incoming, strict=True):
+    parts = list(microbatches.values())
+    for (name, kind), gradient in zip(batch.joins.items(), incoming, strict=True):
         if gradient is not None:
-            for microbatch, part in zip(microbatches.values(), spread(output, gradient, batch.rows), strict=True):
-                microbatch.seeds = {**microbatch.seeds, str(output.node): part}
+            pieces = spread(kind, gradient, [m.outputs[name] for m in parts], batch.rows)
+            for microbatch, piece in zip(parts, pieces, strict=True):
+                microbatch.seeds = {**microbatch.seeds, name: piece}
 
 
 def _gradients(session: Session, batch: Batch, microbatches: Mapping[int, Microbatch]) -> Gradients:

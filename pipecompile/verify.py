@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from pipecompile import steps
-from pipecompile.batch import Rows, gather, scatter, spread
+from pipecompile.batching import Rows, gather, scatter, spread
 from pipecompile.capture import Captured, Output
 from pipecompile.capture.origin import origin_of
 from pipecompile.capture.purity import is_random

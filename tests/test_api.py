@@ -605,7 +605,7 @@ def test_a_report_says_what_microbatches_change() -> None:
     cut = pipe_of(Net(), microbatches=2)
     cut.prepare(x)
     said = " ".join(cut.report["microbatches"])
-    assert "means over samples" in said
+    assert "mean over rows" in said
     assert "batch normalisation uses each microbatch's statistics (module 'body.1'" in said
     assert "1 functions draw random numbers" in said
     whole = pipe_of(Net(), microbatches=1)

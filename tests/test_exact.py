@@ -1,8 +1,9 @@
 """The promise: a step of the split model gives the unsplit model's loss, output, gradients and buffers.
 
-Two levels. Against the unsplit model on the whole batch, to the default tolerances of ``torch.testing.assert_close`` in
-float64. Against the unsplit model over the same microbatches in the same order, bit for bit, unless ``ROUNDED`` says
-why the order of addition differs.
+Two levels. Against the unsplit model on the whole batch, buffers too, to the default tolerances of
+``torch.testing.assert_close`` in float64. Against the unsplit model over the same microbatches in the same order, bit for
+bit, unless ``ROUNDED`` says why the order of addition differs, or the model writes buffers: the pipeline does once a
+batch what the unsplit model does for each microbatch.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ ROUNDED = {
     ),
     "llama": "a cut between three uses of one value adds up their gradients in another order",
 }
+
+WRITES = {"buffers_in_place", "buffers_rebound", "buffer_read"}  # the unsplit model over microbatches writes more often
 
 VERBS = {"capture": compiled.capture, "profile": compiled.profile}
 ALL = pytest.mark.parametrize("name", MODELS)
@@ -63,9 +66,11 @@ def remembered(verb: str, subject: Any, call: Any, size: Any, *rest: Any, **opti
 
 def check(pipe: Callable[..., object], model: Model, length: int, microbatches: int) -> None:
     actual = step(pipe, built(model.name), model.loss, model.inputs(model.rows, length))
-    if microbatches == 1 or not model.mixes:
-        assert_same(actual, whole(model.name, length), buffers=microbatches == 1)
-    assert_same(actual, in_order(model.name, length, microbatches), exact=model.name not in ROUNDED)
+    if microbatches == 1 or not model.mixes or model.name in WRITES:
+        assert_same(actual, whole(model.name, length))
+    if microbatches == 1 or model.name not in WRITES:
+        expected = in_order(model.name, length, microbatches)
+        assert_same(actual, expected, exact=model.name not in ROUNDED, buffers=model.name != "resnet50")
 
 
 @pytest.fixture

@@ -19,7 +19,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("partition", "schedule", "lower", "simulate", "render"),
     ("lines", "regions", "functions", "randomness", "retarget", "modules"),
     ("recompute",),
-    ("capture", "profile", "split", "batch", "runtime"),
+    ("capture",),
+    ("batching",),
+    ("profile", "split", "runtime"),
     ("variations",),
     ("compiled",),
     ("captures",),
@@ -36,9 +38,6 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 NOUNS = LAYERS[:2]  # these import each other within a layer, in the order in which they stand
 TORCH = 3
 EXCEPTIONS = {
-    ("profile", "capture"): "reads the noun Captured",
-    ("split", "capture"): "reads the noun Captured",
-    ("batch", "capture"): "reads the nouns Call and Output",
     ("runtime", "split"): "reads the noun Stage",
 }
 LAYER_OF = {part: layer for layer, parts in enumerate(LAYERS) for part in parts}

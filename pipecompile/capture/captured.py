@@ -46,11 +46,13 @@ class Captured:
     call: Call  # the sample
     device: torch.device  # that the trace was made for: constants of this device move with their stage
     microbatch: int  # rows of the sample that the trace was taken at
+    symbolic: str  # what of the sizes is: one of SYMBOLIC_ATTEMPTS
     outputs: tuple[Output, ...]
     out_spec: pytree.TreeSpec
     sizes: Mapping[sympy.Symbol, tuple[str, int]]  # symbol -> placeholder, dimension
     shapes: Mapping[str, tuple[Any, ...]]  # placeholder -> expected sizes: expressions or numbers
-    guards: tuple[tuple[sympy.Basic, Any], ...]
+    guards: tuple[tuple[sympy.Basic, Any], ...]  # what Python asked, then what functions needed
+    assumed: tuple[tuple[sympy.Basic, Any], ...]  # the latter
     reads: fx.GraphModule | None  # computes what Python read from the inputs
     read_values: tuple[Any, ...]
     read_extremes: tuple[bool, ...]  # whether a value is the largest or smallest of all
@@ -71,6 +73,15 @@ class Captured:
         """The names of the parameters that a ``call_module`` node reads."""
         path = next(path for path in self.leaves if attribute_of(path) == target)
         return tuple(name for name, _ in self.model.named_parameters() if name.startswith(f"{path}."))
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the trace holds for its own number of rows alone."""
+        if self.call.batch is None:
+            return True
+        more = max(2, self.microbatch) + 1
+        sizes = {n: (more, *t.shape[1:]) if n in self.call.batched else t.shape for n, t in self.call.tensors.items()}
+        return bool(self.misfit({n: torch.empty(size, device="meta") for n, size in sizes.items()}))
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -100,14 +111,28 @@ class Captured:
                 return self.checked[key]
         return self._check_reads(microbatches, whole)
 
+    def misfit(self, microbatch: Mapping[str, Tensor]) -> str:
+        """Why the trace's functions cannot run on inputs of these sizes; empty if they can.
+
+        What the model's Python asked about sizes is left aside: a part of a batch is run as the batch would be.
+        """
+        return self._check_shapes(microbatch) or self._check_guards(self.assumed, microbatch)
+
     def _check_sizes(self, microbatch: Mapping[str, Tensor]) -> str:
+        return self._check_shapes(microbatch) or self._check_guards(self.guards, microbatch)
+
+    def _check_shapes(self, microbatch: Mapping[str, Tensor]) -> str:
         values = self.size_values(microbatch)
         for name, shape in self.shapes.items():
             for dim, size in enumerate(shape):
                 expected, seen = resolve(size, values), int(microbatch[name].shape[dim])
                 if expected != seen:
                     return f"dimension {dim} of {name!r} is {seen}, the trace holds for {expected}"
-        for expr, answer in self.guards:
+        return ""
+
+    def _check_guards(self, guards: Sequence[tuple[sympy.Basic, Any]], microbatch: Mapping[str, Tensor]) -> str:
+        values = self.size_values(microbatch)
+        for expr, answer in guards:
             if resolve(expr, values) != resolve(answer, values):
                 return f"{expr} = {answer} does not hold for the sizes {values}"
         return ""

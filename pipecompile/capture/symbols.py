@@ -61,8 +61,11 @@ class Shapes(ShapeEnv):
                 raise DependsOnData(f"the model needs a size that depends on its data to be {expr}")
         asked = [(expr, answer) for expr, answer in self.answers.items() if expr.free_symbols]
         asked = [(expr, answer) for expr, answer in asked if not any(map(_only_data_tells, expr.free_symbols))]
-        assumed = [(symbol, expr) for symbol, expr in self.replacements.items()]
-        return tuple(asked + assumed)
+        return (*asked, *self.assumed())
+
+    def assumed(self) -> tuple[tuple[sympy.Basic, Any], ...]:
+        """Those of them that functions needed, whatever the model's own Python asked."""
+        return tuple(self.replacements.items())
 
 
 def _only_data_tells(symbol: Any) -> bool:

@@ -205,10 +205,11 @@ class Trace:
         sizes = {symbol: (node.name, dim) for symbol, (node, dim) in self.sizes.sources.items()}
         return Captured(
             model=self.model, graph=self.graph, constants=self.constants, call=self.call, device=self.device,
-            microbatch=self.microbatch, attributes=attributes,
+            microbatch=self.microbatch, symbolic=self.symbolic, attributes=attributes,
             outputs=outputs, out_spec=spec, leaves={p: tuple(c) for p, c in self.recorder.leaf_calls.items()},
             sizes=sizes, data_sizes=largest_sizes(self.graph, sample_sizes(sizes, self.call, self.microbatch)),
-            shapes=self.expected, guards=self.shapes.decided() if self.shapes else (), reads=reads,
+            shapes=self.expected, guards=self.shapes.decided() if self.shapes else (),
+            assumed=self.shapes.assumed() if self.shapes else (), reads=reads,
             read_values=tuple(read.value for read in self.values.reads),
             read_extremes=tuple(read.extreme for read in self.values.reads),
             groups=tuple(groups), recomputed=recomputed(self.graph, groups), notes=tuple(notes),

@@ -90,7 +90,6 @@ def audio() -> tuple[Entry, ...]:
     }
     one = {"lengths": (8,)}
     outside = {"loss": all_square, "inside": False}
-    shared = {"mixes": "the loss is weighed by what is observed in the batch"}
     return (
         _entry("wav2vec2", "Wav2Vec2ForCTC", _spoken, **wave),
         _entry("wav2vec2_classifier", "Wav2Vec2ForSequenceClassification", _named, **wave),
@@ -110,7 +109,7 @@ def audio() -> tuple[Entry, ...]:
         _entry("encodec", "EncodecModel", _codec, {**outside, **SINGLE}, sampling_rate=16, target_bandwidths=[0.05], num_filters=4, upsampling_ratios=[2, 2], hidden_size=8, codebook_size=8, codebook_dim=8, num_lstm_layers=1, normalize=False),
         _entry("patchtst", "PatchTSTForPrediction", _series, {**one, **NORM}, d_model=16, num_hidden_layers=2, num_attention_heads=4, ffn_dim=24, num_input_channels=3, context_length=16, patch_length=4, patch_stride=4, prediction_length=4, loss="mse"),
         _entry("patchtsmixer", "PatchTSMixerForPrediction", _series, {**one, **NORM}, d_model=8, num_layers=2, num_input_channels=3, context_length=16, patch_length=4, patch_stride=4, prediction_length=4, loss="mse", norm_mlp="LayerNorm"),
-        _entry("time_series_transformer", "TimeSeriesTransformerForPrediction", _past(10, 4), {**one, **shared}, **series),
-        _entry("informer", "InformerForPrediction", _past(10, 4), {**one, **shared}, **series, attention_type="full", distil=False),
-        _entry("autoformer", "AutoformerForPrediction", _past(10, 4), {**one, **shared, **SINGLE}, **{**series, "label_length": 2, "moving_average": 3}),
+        _entry("time_series_transformer", "TimeSeriesTransformerForPrediction", _past(10, 4), {**one}, **series),
+        _entry("informer", "InformerForPrediction", _past(10, 4), {**one}, **series, attention_type="full", distil=False),
+        _entry("autoformer", "AutoformerForPrediction", _past(10, 4), {**one, **SINGLE}, **{**series, "label_length": 2, "moving_average": 3}),
     )  # fmt: skip

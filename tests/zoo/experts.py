@@ -44,10 +44,9 @@ def experts() -> tuple[Entry, ...]:
         "num_decoder_layers": 2,
         "decoder_start_token_id": 0,
     }
-    balanced = {"mixes": "the router's loss is a product of means over all tokens"}
     return (
         _entry("mixtral", "MixtralForCausalLM"),
-        _entry("mixtral_router_loss", "MixtralForCausalLM", output_router_logits=True, facts=balanced),
+        _entry("mixtral_router_loss", "MixtralForCausalLM", output_router_logits=True),
         _entry("mixtral_eager", "MixtralForCausalLM", experts_implementation="eager", facts=DOUBLE),
         _entry("qwen2_moe", "Qwen2MoeForCausalLM", shared_expert_intermediate_size=12),
         _entry("qwen3_moe", "Qwen3MoeForCausalLM", head_dim=4),
@@ -68,6 +67,6 @@ def experts() -> tuple[Entry, ...]:
         _entry("flex_olmo", "FlexOlmoForCausalLM"),
         _entry("llama4", "Llama4ForCausalLM", head_dim=4, intermediate_size_mlp=24, attention_chunk_size=4, num_experts_per_tok=1, facts=DOUBLE),
         _entry("longcat_flash", "LongcatFlashForCausalLM", **latent, head_dim=4, num_layers=2, ffn_hidden_size=24, expert_ffn_hidden_size=12, zero_expert_num=2, moe_topk=2),
-        _entry("switch_transformers", "SwitchTransformersForConditionalGeneration", translation, **encoder_decoder, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, router_jitter_noise=0.0, facts={**balanced, **DOUBLE}),
-        _entry("nllb_moe", "NllbMoeForConditionalGeneration", translation, d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=24, decoder_ffn_dim=24, encoder_sparse_step=2, decoder_sparse_step=2, decoder_start_token_id=0, facts={**balanced, **DOUBLE}),
+        _entry("switch_transformers", "SwitchTransformersForConditionalGeneration", translation, **encoder_decoder, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, router_jitter_noise=0.0, facts=DOUBLE),
+        _entry("nllb_moe", "NllbMoeForConditionalGeneration", translation, d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=24, decoder_ffn_dim=24, encoder_sparse_step=2, decoder_sparse_step=2, decoder_start_token_id=0, facts=DOUBLE),
     )  # fmt: skip

@@ -13,7 +13,6 @@ from torch import nn
 from zoo.entry import CLASSES, HEADS, SINGLE, TEXT, VOCABULARY, Entry, all_square, hugging_face, quiet
 from zoo.vision import VIT
 
-CONTRAST = {"whole": "a contrastive loss compares the samples of the batch"}
 WORDS = {**TEXT, "eos_token_id": VOCABULARY - 1, "projection_dim": 16}
 
 
@@ -106,14 +105,14 @@ def pairs() -> tuple[Entry, ...]:
     place = VOCABULARY - 1
     outside = {"loss": all_square, "inside": False}
     return (
-        _entry("clip", "CLIPModel", _pair_with_loss, CONTRAST, **two),
+        _entry("clip", "CLIPModel", _pair_with_loss, **two),
         _entry("clip_outputs", "CLIPTextModelWithProjection", lambda draw: ((), {"input_ids": _pair(draw)[1]["input_ids"]}), outside, **WORDS),
-        _entry("siglip", "SiglipModel", _pair_with_loss, CONTRAST, **two),
-        _entry("blip", "BlipModel", _pair_with_loss, CONTRAST, **two),
+        _entry("siglip", "SiglipModel", _pair_with_loss, **two),
+        _entry("blip", "BlipModel", _pair_with_loss, **two),
         _entry("blip_caption", "BlipForConditionalGeneration", _captioned, **{**two, "text_config": {**WORDS, "encoder_hidden_size": 16, "label_smoothing": 0.0}}),
-        _entry("altclip", "AltCLIPModel", _pair_with_loss, CONTRAST, **{**two, "text_config": {**WORDS, "max_position_embeddings": 34, "project_dim": 16}}),
-        _entry("chinese_clip", "ChineseCLIPModel", _pair_with_loss, CONTRAST, **two),
-        _entry("owlvit", "OwlViTModel", _pair_with_loss, CONTRAST, **two),
+        _entry("altclip", "AltCLIPModel", _pair_with_loss, **{**two, "text_config": {**WORDS, "max_position_embeddings": 34, "project_dim": 16}}),
+        _entry("chinese_clip", "ChineseCLIPModel", _pair_with_loss, **two),
+        _entry("owlvit", "OwlViTModel", _pair_with_loss, **two),
         _entry("clipseg", "CLIPSegForImageSegmentation", lambda draw: ((), {**_pair(draw)[1], "labels": draw.floats(16, 16).sigmoid()}), **two, reduce_dim=8, extract_layers=[0, 1], decoder_num_attention_heads=2, decoder_intermediate_size=16),
         _entry("flava", "FlavaModel", _pair, outside, text_config=WORDS, image_config=VIT, multimodal_config={k: v for k, v in TEXT.items() if k != "vocab_size"}, projection_dim=16, hidden_size=16),
         _entry("bridgetower", "BridgeTowerForImageAndTextRetrieval", lambda draw: ((), {**_pair(draw)[1], "labels": draw.ids(4) - 2}), hidden_size=16, num_hidden_layers=2, num_attention_heads=4, text_config={**WORDS, "max_position_embeddings": 34}, vision_config={**VIT, "hidden_size": 64}),
@@ -121,7 +120,7 @@ def pairs() -> tuple[Entry, ...]:
         _entry("visual_bert", "VisualBertForVisualReasoning", _regions, **TEXT, visual_embedding_dim=12, num_labels=CLASSES),
         _entry("lxmert", "LxmertForQuestionAnswering", _objects, **{**TEXT, "num_hidden_layers": None}, l_layers=2, x_layers=1, r_layers=1, visual_feat_dim=12, num_qa_labels=CLASSES),
         _entry("git", "GitForCausalLM", _captioned, **TEXT, vision_config=VIT),
-        Entry("dual_encoder", _towers, _pair_with_loss, family="multi-modal", **CONTRAST),
+        Entry("dual_encoder", _towers, _pair_with_loss, family="multi-modal"),
         Entry("captioner", _captioner, _caption, family="multi-modal"),
         _entry("layoutlmv3", "LayoutLMv3ForTokenClassification", _page, **{**flat, "input_size": 16, "max_2d_position_embeddings": 32, "coordinate_size": 2, "shape_size": 4, "max_position_embeddings": 34}),
         _entry("llava", "LlavaForConditionalGeneration", _prompt(16, place), vision_config=clip, text_config=llama, image_token_id=place, image_token_index=place, vision_feature_layer=-1),

@@ -1,0 +1,200 @@
+"""Types every value of a captured model: how a microbatch's relates to the whole batch's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch.fx as fx
+from torch import Tensor
+
+from pipecompile.batching.experiment import Experiment
+from pipecompile.batching.kinds import SHARED, Batched, Kind, Mixed, Partial, Shared
+from pipecompile.batching.rules import RULES, Answer, Edit, Edited, Use
+from pipecompile.batching.scale import Scale
+from pipecompile.capture import Captured
+from pipecompile.capture.origin import origin_of
+from pipecompile.capture.purity import has_effect, name_of
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """The kinds of a graph's values, and what must be changed for them to hold.
+
+    Attributes:
+        kinds: by node; for a node that gives a tuple, of each item.
+        edits: changes of calls.
+        early: nodes that are computed from inputs alone, so that the whole batch's value is known before the step.
+        whole: early nodes that are no microbatch's own: the whole batch's value takes their place.
+        inside: nodes of modules that were tried out, which no other module reads.
+        tried: modules (or functions) that no rule covers and that were tried out, with how many times each.
+    """
+
+    kinds: Mapping[fx.Node, Kind | tuple[Kind, ...]]
+    edits: Mapping[fx.Node, tuple[Edit, ...]]
+    early: frozenset[fx.Node]
+    whole: frozenset[fx.Node]
+    inside: frozenset[fx.Node]
+    tried: tuple[str, ...]
+
+    @property
+    def mixed(self) -> list[fx.Node]:
+        """The nodes that only the whole batch can give, in order."""
+        return [n for n, kind in self.kinds.items() if _is_mixed(kind) and n not in self.inside]
+
+
+def analyse(small: Captured, large: Captured, allowed: Iterable[str] = ()) -> Analysis:
+    """Types the values of a trace.
+
+    Args:
+        small: the trace at a microbatch's rows.
+        large: a trace with the same nodes at the whole batch's rows; ``small`` itself where its batch is symbolic.
+        allowed: paths of modules that may mix samples: they work on each microbatch by itself.
+    """
+    return _Analyst(small, large, tuple(allowed)).run()
+
+
+@dataclass
+class _Analyst:
+    small: Captured
+    large: Captured
+    allowed: tuple[str, ...]
+    kinds: dict[fx.Node, Kind | tuple[Kind, ...]] = field(default_factory=dict)
+    edits: dict[fx.Node, tuple[Edit, ...]] = field(default_factory=dict)
+    early: set[fx.Node] = field(default_factory=set)
+    whole: set[fx.Node] = field(default_factory=set)
+    inside: set[fx.Node] = field(default_factory=set)
+    tried: list[str] = field(default_factory=list)
+
+    def run(self) -> Analysis:
+        self.scale = Scale(self.small, self.large)
+        self.experiment = Experiment(self.small, self.scale, self.kinds)
+        self.written = {name for n in self.small.graph.nodes for name in origin_of(n).writes}
+        self.parameters = dict(self.small.model.named_parameters(remove_duplicate=False))
+        for node in self.small.graph.nodes:
+            if node.op == "output" or node in self.kinds:
+                continue
+            if self._is_early(node):
+                self.early.add(node)
+            self._settle(node, self._answer(node))
+        return Analysis(
+            self.kinds, self.edits, frozenset(self.early), frozenset(self.whole), frozenset(self.inside),
+            tuple(dict.fromkeys(self.tried)),
+        )  # fmt: skip
+
+    def _is_early(self, node: fx.Node) -> bool:
+        if node.op == "get_attr":
+            return str(node.target) not in self.parameters and str(node.target) not in self.written
+        return node.op != "call_module" and not has_effect(node) and all(n in self.early for n in node.all_input_nodes)
+
+    def _answer(self, node: fx.Node) -> Answer:
+        if node.op == "placeholder":
+            return Batched(0) if node.name in self.small.call.batched else SHARED
+        if node.op == "get_attr" or node.op == "call_method" or self._is_number(node):
+            return SHARED
+        mixed = [kind for n in node.all_input_nodes if isinstance(kind := self.kinds[n], Mixed)]
+        if mixed:
+            return mixed[0]
+        name = plain_name(node)
+        if node.op == "call_module" or name not in RULES:
+            return self._unruled(node)
+        return RULES[name](Use(node, name, self.kinds, self.scale, self.early))
+
+    def _is_number(self, node: fx.Node) -> bool:
+        """Whether a node computes a size."""
+        value = node.meta.get("val")
+        return not isinstance(value, Tensor | tuple | list) and not any(
+            isinstance(n.meta.get("val"), Tensor | tuple | list) for n in node.all_input_nodes
+        )
+
+    def _unruled(self, node: fx.Node) -> Answer:
+        """A function without a rule: alike everywhere if its arguments are, else to be tried out."""
+        kinds = [self.kinds[n] for n in node.all_input_nodes]
+        if all(isinstance(kind, Shared) for kind in kinds) and not self.scale.growing(node):
+            items = self.scale.shapes(node)
+            return SHARED if self.scale.shape(node) is not None else (SHARED,) * len(items)
+        return None
+
+    def _settle(self, node: fx.Node, answer: Answer) -> None:
+        kind: Kind | tuple[Kind, ...] | None = answer.kind if isinstance(answer, Edited) else answer
+        if node in self.early and (isinstance(answer, Edited) or isinstance(kind, Partial | Mixed)):
+            if not isinstance(kind, Batched) and not self.scale.growing(node) and self.scale.shape(node) is not None:
+                self.whole.add(node)
+                self.kinds[node] = SHARED
+                return
+        if kind is None or _is_mixed(kind):
+            spoilt = any(_is_mixed(self.kinds[n]) for n in node.all_input_nodes)
+            if self._allowed(node) or (not spoilt and self._try_out(node)):
+                return
+            kind = kind or Mixed(f"{name_of(node)}, which has no rule")
+        if isinstance(answer, Edited):
+            self.edits[node] = answer.edits
+        self.kinds[node] = kind
+
+    def _allowed(self, node: fx.Node) -> bool:
+        """Whether a module may mix samples by name; what it gives is then a microbatch's own."""
+        path = origin_of(node).path
+        if not any(path == name or path.startswith(f"{name}.") for name in self.allowed):
+            return False
+        self.kinds[node] = self.experiment.by_growth(node)
+        return True
+
+    def _try_out(self, node: fx.Node) -> bool:
+        """Finds the smallest module around a node that keeps samples apart as a whole."""
+        for region in regions(node, self.small.graph):
+            if len(region) > LARGEST_REGION or any(n in self.kinds and _fresh_mix(self.kinds, n) for n in region):
+                return False
+            found = self.experiment.kinds_of(region)
+            if found is None:
+                continue
+            for inner in region:
+                self.inside.add(inner)
+                self.kinds[inner] = found.get(inner, SHARED)
+                self.edits.pop(inner, None)
+                self.whole.discard(inner)
+            self.inside -= set(found)
+            self.tried.append(str(origin_of(node)))
+            return True
+        return False
+
+
+LARGEST_REGION = 600  # nodes; a larger module is not tried out
+
+
+def regions(node: fx.Node, graph: fx.Graph) -> Iterator[list[fx.Node]]:
+    """The node by itself, then the calls of the modules around it, from the innermost outwards."""
+    yield [node]
+    nodes = [n for n in graph.nodes if n.op not in ("output", "placeholder", "get_attr")]
+    at = nodes.index(node)
+    path = origin_of(node).path
+    while path:
+        first = last = at
+        while first > 0 and _within(nodes[first - 1], path):
+            first -= 1
+        while last + 1 < len(nodes) and _within(nodes[last + 1], path):
+            last += 1
+        yield nodes[first : last + 1]
+        path = path.rpartition(".")[0]
+
+
+def _within(node: fx.Node, path: str) -> bool:
+    origin = origin_of(node)
+    if not origin.path and not origin.source:
+        return True  # the tracer's own
+    return origin.path == path or origin.path.startswith(f"{path}.")
+
+
+def _fresh_mix(kinds: Mapping[fx.Node, Kind | tuple[Kind, ...]], node: fx.Node) -> bool:
+    return _is_mixed(kinds[node])
+
+
+def _is_mixed(kind: Kind | tuple[Kind, ...]) -> bool:
+    return isinstance(kind, Mixed) or (isinstance(kind, tuple) and any(isinstance(k, Mixed) for k in kind))
+
+
+def plain_name(node: fx.Node) -> str:
+    """The name of a function without what marks in-place, reflected and special forms: add_, __radd__ -> radd."""
+    name = name_of(node).removeprefix("__").removesuffix("__")
+    if name.startswith("i") and name[1:] in ("add", "sub", "mul", "truediv", "floordiv", "and", "or", "xor"):
+        return name[1:]
+    return name.rstrip("_") or name

@@ -1,0 +1,394 @@
+"""Divides a captured model into what runs on each microbatch and what runs once on the whole batch.
+
+    before   numbers of the whole batch that its inputs tell: how many targets count, how many rows there are
+    body     what the stages run on each microbatch, with sums over the batch weighed by their true share
+    tail     from the first function on that mixes samples (a contrastive loss, a balancing loss, a perplexity), and
+             what the forward writes to buffers: once, on the joined values of the microbatches
+
+A mean over the batch becomes a sum of parts: ``mean(x)`` in a microbatch is multiplied by its share of the rows, a
+cross entropy is summed and divided by the number of valid targets in the whole batch. So loss and gradients are the
+whole batch's. (The mean of the microbatches' means is another number as soon as they count unequally many tokens.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch import Tensor
+
+from pipecompile.batching.analyse import Analysis, analyse
+from pipecompile.batching.kinds import SHARED, Batched, Kind, Mixed, Partial
+from pipecompile.batching.rules import Recount, Share, ShareArgument, WholeArgument
+from pipecompile.capture import Captured, Output
+from pipecompile.capture.origin import origin_of
+from pipecompile.capture.purity import has_effect
+from pipecompile.capture.recorder import SILENT_WRITES
+from pipecompile.errors import CaptureError
+from pipecompile.functions import over, part_of, valid_weight
+
+SHARE = "share_of_rows"  # the body's input with a microbatch's share of the batch
+
+
+@dataclass(frozen=True, slots=True)
+class Before:
+    """A value of the whole batch that the body reads as input ``name``: that of a node, or what the node, as targets
+    of a cross entropy, is counted to."""
+
+    name: str
+    node: str
+    count: tuple[int, str | None] | None = None  # ignore_index, node with the classes' weights
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """The nodes whose values it is made from."""
+        return (self.node,) if self.count is None or self.count[1] is None else (self.node, self.count[1])
+
+    def value(self, values: Mapping[str, Any]) -> Tensor:
+        """The value, from those of the nodes; a number becomes a tensor without dimensions."""
+        if self.count is None:
+            return torch.as_tensor(values[self.node])
+        ignore_index, weight = self.count
+        return valid_weight(values[self.node], ignore_index, None if weight is None else values[weight])
+
+
+@dataclass(frozen=True)
+class Tail:
+    """What runs once for a batch: nodes of the whole batch's trace, in order.
+
+    ``joined`` are values of the body, by their names in the trace, under their names in the body.
+    """
+
+    nodes: tuple[str, ...]
+    joined: Mapping[str, str]
+    outputs: tuple[str, ...]
+    writes: tuple[str, ...]  # buffers
+    why: tuple[str, ...]  # what mixes samples, and where
+
+
+@dataclass(frozen=True)
+class Division:
+    """A captured model, divided.
+
+    Attributes:
+        captured: the trace at a microbatch.
+        whole: the trace that holds for the whole batch; the same where its batch is symbolic.
+        body: the trace that the stages are made of.
+        joins: how the microbatches' values of each of the body's outputs make the whole batch's.
+        places: for each node among the model's outputs its name among the body's or the tail's outputs.
+        reweighted: lines about means over the batch.
+        tried: what was tried out.
+    """
+
+    captured: Captured
+    whole: Captured
+    body: Captured
+    joins: Mapping[str, Kind]
+    before: tuple[Before, ...]
+    tail: Tail | None
+    places: Mapping[str, str]
+    reweighted: tuple[str, ...] = ()
+    tried: tuple[str, ...] = ()
+    one_part: bool = False  # for a batch that is one microbatch
+    is_divided: bool = True  # microbatches are parts of a batch, not batches of their own
+
+
+def undivided(captured: Captured, one_part: bool = False) -> Division:
+    """A model whose microbatches are batches of their own: single numbers are means weighed by rows.
+
+    Args:
+        one_part: the trace holds for batches of one microbatch alone.
+    """
+    joins: dict[str, Kind] = {}
+    for output in captured.outputs:
+        if output.node is not None:
+            joins[output.node] = _by_shape(output)
+    return Division(captured, captured, captured, joins, (), None, {name: name for name in joins}, one_part=one_part,
+        is_divided=False,
+    )  # fmt: skip
+
+
+def _by_shape(output: Output) -> Kind:
+    if output.batch_dim is not None:
+        return Batched(output.batch_dim)
+    if output.is_shared:
+        return SHARED
+    if output.is_scalar:
+        return Partial(mean=True)
+    return Mixed(f"output {output.name!r} has no batch dimension")
+
+
+def divide(small: Captured, large: Captured, allowed: Iterable[str] = ()) -> Division:
+    """Divides a trace so that several microbatches give what the whole batch gives.
+
+    Args:
+        small: the trace at a microbatch's rows.
+        large: one at the whole batch's; ``small`` itself where its batch is symbolic.
+        allowed: paths of modules that may mix samples; each then works on microbatches by themselves.
+
+    Raises:
+        CaptureError: the two traces are of different programs, or samples mix in the body of the model.
+    """
+    if large is not small:
+        _check_twins(small, large)
+    return _Divider(small, large, analyse(small, large, allowed)).division()
+
+
+def _check_twins(small: Captured, large: Captured) -> None:
+    mine, other = list(small.graph.nodes), list(large.graph.nodes)
+    for a, b in zip(mine, other, strict=False):
+        if (a.op, a.name) != (b.op, b.name):
+            raise CaptureError(
+                f"{origin_of(a)}: the model computes something else for a microbatch of {small.microbatch} rows than for "
+                f"the batch of {large.microbatch} ({a.name} against {b.name}), so microbatches cannot give the whole "
+                f"batch's result; use microbatches=1"
+            )
+    if len(mine) != len(other):
+        raise CaptureError(
+            f"the model calls {len(mine)} functions for a microbatch of {small.microbatch} rows and {len(other)} for the "
+            f"batch of {large.microbatch}, so microbatches cannot give the whole batch's result; use microbatches=1"
+        )
+
+
+class _Divider:
+    def __init__(self, small: Captured, large: Captured, analysis: Analysis) -> None:
+        self.small, self.large, self.analysis = small, large, analysis
+        self.parameters = dict(small.model.named_parameters(remove_duplicate=False))
+        self.written = {name for n in small.graph.nodes if _is_write(n) for name in origin_of(n).writes}
+        self.twins = dict(zip(small.graph.nodes, large.graph.nodes, strict=True))
+        self.before: dict[str, Before] = {}
+        self.notes: list[str] = []
+        self.tail_nodes: list[fx.Node] = []
+        self.received: dict[fx.Node, None] = {}
+
+    def division(self) -> Division:
+        small = self.small
+        outputs = {n.name: n for n in next(n for n in small.graph.nodes if n.op == "output").all_input_nodes}
+        late = [n for n in outputs.values() if self._is_whole_only(n)]
+        self._collect_tail([*late, *(n for n in small.graph.nodes if _is_write(n))])
+        self._refuse_mixing_in_the_body()
+        body, copies = self._body([*(n for n in outputs.values() if n not in late), *self.received])
+        tail = None
+        if self.tail_nodes:
+            why = [n for n in self.tail_nodes if self._begins_mixing(n)]
+            tail = Tail(
+                nodes=tuple(n.name for n in self.tail_nodes),
+                joined={n.name: copies[n].name for n in self.received},
+                outputs=tuple(n.name for n in late),
+                writes=tuple(sorted(self.written)),
+                why=tuple(dict.fromkeys(f"{_why(self.analysis.kinds[n])} ({origin_of(n)})" for n in why)),
+            )
+        joins = {copies[n].name: self._kind(n) for n in [*outputs.values(), *self.received] if n in copies}
+        places = {name: name if n in late else copies[n].name for name, n in outputs.items()}
+        used = {n.name for n in body.graph.nodes if n.op == "placeholder"}
+        before = tuple(b for b in self.before.values() if b.name in used)
+        return Division(
+            small, self.large, body, joins, before, tail, places, tuple(dict.fromkeys(self.notes)), self.analysis.tried
+        )
+
+    def _kind(self, node: fx.Node) -> Kind:
+        kind = self.analysis.kinds[node]
+        assert not isinstance(kind, tuple)
+        return kind
+
+    def _is_whole_only(self, node: fx.Node) -> bool:
+        kind = self.analysis.kinds[node]
+        return node in self.analysis.whole or (_has_mix(kind) and node not in self.analysis.inside)
+
+    def _begins_mixing(self, node: fx.Node) -> bool:
+        kind = self.analysis.kinds[node]
+        return _has_mix(kind) and not any(_has_mix(self.analysis.kinds[n]) for n in node.all_input_nodes)
+
+    # The tail
+
+    def _collect_tail(self, roots: Iterable[fx.Node]) -> None:
+        """Walks up from what only the whole batch gives, to inputs, attributes, and values of the body."""
+        needed: set[fx.Node] = set()
+        stack = list(roots)
+        while stack:
+            node = stack.pop()
+            if node in needed or node in self.received:
+                continue
+            if not self._in_tail(node):
+                self.received[node] = None
+                continue
+            needed.add(node)
+            stack.extend(node.all_input_nodes)
+        self.tail_nodes = [n for n in self.small.graph.nodes if n in needed]
+        self.received = {n: None for n in self.small.graph.nodes if n in self.received}
+
+    def _in_tail(self, node: fx.Node) -> bool:
+        """Whether the tail computes a node, rather than to join the body's values of it."""
+        if node in self.analysis.early or node.op in ("get_attr", "placeholder") or _is_write(node):
+            return True
+        return self._is_whole_only(node) or self._follows_a_write(node)
+
+    def _follows_a_write(self, node: fx.Node) -> bool:
+        """Whether a value that is alike everywhere reads a buffer that the forward writes."""
+        if self.analysis.kinds[node] != SHARED:
+            return False
+        return any(
+            (n.op == "get_attr" and str(n.target) in self.written) or _is_write(n) or self._follows_a_write(n)
+            for n in node.all_input_nodes
+        )
+
+    def _refuse_mixing_in_the_body(self) -> None:
+        for node in self.tail_nodes:
+            if not _has_mix(kind := self.analysis.kinds[node]) or node in self.analysis.early:
+                continue
+            weights = [n for n in node.all_input_nodes if n.op == "get_attr" and str(n.target) in self.parameters]
+            heavy = [str(n.target) for n in weights if self.parameters[str(n.target)].ndim >= 2]
+            heavy += self.small.leaf_parameters(str(node.target)) if node.op == "call_module" else ()
+            if heavy:
+                first = next((n for n in self.tail_nodes if self._begins_mixing(n) and _why_of(n, node)), node)
+                raise CaptureError(
+                    f"{origin_of(first)}: samples of the batch mix here ({_why(kind)}), and the model goes on from it "
+                    f"with {heavy[0]} ({origin_of(node)}); microbatches cannot give what the "
+                    f"whole batch gives. Use microbatches=1, or accept that this module sees one microbatch at a time: "
+                    f"allow_microbatch=[{origin_of(first).path!r}]"
+                )
+
+    # The body
+
+    def _body(self, wanted: Iterable[fx.Node]) -> tuple[Captured, dict[fx.Node, fx.Node]]:
+        graph = fx.Graph()
+        copies: dict[fx.Node, fx.Node] = {}
+        for node in self.small.graph.nodes:
+            if node.op == "placeholder":
+                copies[node] = graph.node_copy(node)
+        self.inputs: dict[str, fx.Node] = {}
+        self.graph = graph
+        self._first = graph.create_node("placeholder", SHARE, name=SHARE)
+        self._first.meta["val"] = torch.empty((), dtype=torch.float64, device="meta")
+        for node in self.small.graph.nodes:
+            if node.op in ("placeholder", "output") or (node not in copies and not self._copy(node, copies)):
+                continue
+        kept = [copies[n] for n in wanted]
+        graph.output(tuple(dict.fromkeys(kept)))
+        graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output") or has_effect(n))
+        for node in [self._first, *self.inputs.values()]:
+            if not node.users:
+                graph.erase_node(node)
+        outputs = tuple(_output(n) for n in dict.fromkeys(kept))
+        alive = {n.name for n in graph.nodes}
+        groups = [tuple(name for name in group if name in alive) for group in self.small.groups]
+        groups = [group for group in groups if len(group) > 1]
+        return replace(self.small, graph=graph, outputs=outputs, groups=tuple(groups), checked={}), copies
+
+    def _copy(self, node: fx.Node, copies: dict[fx.Node, fx.Node]) -> bool:
+        """Copies a node into the body; False where the body has no such value."""
+        if node in self.analysis.whole:
+            copies[node] = self._input(f"whole_{node.name}", node.meta["val"], Before(f"whole_{node.name}", node.name))
+            return True
+        if self._is_whole_only(node) or any(n not in copies for n in node.all_input_nodes):
+            return False
+        copy = self.graph.node_copy(node, copies.__getitem__)
+        if node.op == "get_attr" and str(node.target) in self.written:
+            copy = self._new(torch.clone, (copy,), f"{node.name}_before", node)  # the tail writes the buffer itself
+            copy.meta["origin"] = replace(origin_of(node), writes=())
+        if _is_write(node):
+            copy.meta["origin"] = replace(origin_of(node), writes=())
+        copies[node] = self._edited(node, copy)
+        return True
+
+    def _edited(self, node: fx.Node, copy: fx.Node) -> fx.Node:
+        for edit in self.analysis.edits.get(node, ()):
+            match edit:
+                case WholeArgument(position):
+                    copy.update_arg(position, self._whole_number(node, position))
+                case ShareArgument(position):
+                    part = self._new(part_of, (copy.args[position], self._first), f"{node.name}_part", node)
+                    part.meta["val"] = _part_of(copy.args[position])
+                    copy.prepend(part)
+                    copy.update_arg(position, part)
+                    self.notes.append(f"added to each microbatch by its share: {origin_of(node)}")
+                case Share():
+                    copy = self._new(part_of, (copy, self._first), f"{node.name}_share", node)
+                    self.notes.append(f"mean over rows: {origin_of(node)}")
+                case Recount():
+                    copy = self._recounted(node, copy, edit)
+                    self.notes.append(f"mean over valid targets: {origin_of(node)}")
+        return copy
+
+    def _recounted(self, node: fx.Node, copy: fx.Node, edit: Recount) -> fx.Node:
+        name = f"valid_{node.name}"
+        weight = None if edit.weight is None else edit.weight.name
+        dtype = torch.int64 if edit.weight is None else edit.weight.meta["val"].dtype
+        value = torch.empty((), dtype=dtype, device="meta")
+        total = self._input(name, value, Before(name, edit.target.name, (edit.ignore_index, weight)))
+        names = ("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction", "label_smoothing")
+        arguments: dict[str, Any] = {**dict(zip(names, copy.args, strict=False)), **copy.kwargs}
+        kept = {k: arguments[k] for k in ("weight", "ignore_index", "label_smoothing") if k in arguments}
+        assert callable(copy.target)
+        new = self._new(
+            over(copy.target), (total, arguments["input"], arguments["target"]), f"{node.name}_part", node, kept
+        )
+        self.graph.erase_node(copy)
+        return new
+
+    def _whole_number(self, node: fx.Node, position: int) -> Any:
+        """A number that counts samples, of the whole batch: a constant of its trace, or an input."""
+        argument, twin = node.args[position], self.twins[node].args[position]
+        if not isinstance(argument, fx.Node):
+            return twin
+        name = f"whole_{argument.name}"
+        value = torch.empty((), dtype=torch.int64, device="meta")
+        return self._input(name, value, Before(name, argument.name))
+
+    def _input(self, name: str, value: Any, before: Before) -> fx.Node:
+        if name not in self.inputs:
+            with self.graph.inserting_before(self._first):
+                self.inputs[name] = self.graph.create_node("placeholder", name, name=name)
+            self.inputs[name].meta["val"] = value
+            self.before[name] = before
+        return self.inputs[name]
+
+    def _new(
+        self, function: Any, args: tuple[Any, ...], name: str, like: fx.Node, kwargs: dict[str, Any] | None = None
+    ) -> fx.Node:
+        new = self.graph.create_node("call_function", function, args, kwargs or {}, name=name)
+        new.meta.update(like.meta)
+        return new
+
+
+def _is_write(node: fx.Node) -> bool:
+    """Whether a node writes a buffer by itself, not as a layer's part (batch norm's statistics, a module kept whole)."""
+    return bool(origin_of(node).writes) and node.op != "call_module" and node.target not in SILENT_WRITES
+
+
+def _has_mix(kind: Kind | tuple[Kind, ...]) -> bool:
+    return isinstance(kind, Mixed) or (isinstance(kind, tuple) and any(isinstance(k, Mixed) for k in kind))
+
+
+def _why(kind: Kind | tuple[Kind, ...]) -> str:
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    return next((k.why for k in kinds if isinstance(k, Mixed)), "a buffer is written")
+
+
+def _why_of(first: fx.Node, node: fx.Node) -> bool:
+    """Whether ``node`` is computed from ``first``."""
+    seen, stack = set(), [node]
+    while stack:
+        current = stack.pop()
+        if current is first:
+            return True
+        if current not in seen:
+            seen.add(current)
+            stack.extend(current.all_input_nodes)
+    return False
+
+
+def _part_of(argument: Any) -> Any:
+    value = argument.meta.get("val") if isinstance(argument, fx.Node) else None
+    return value if isinstance(value, Tensor) else torch.empty((), dtype=torch.float64, device="meta")
+
+
+def _output(node: fx.Node) -> Output:
+    value = node.meta.get("val")
+    wants = isinstance(value, Tensor) and value.requires_grad
+    return Output(node.name, node.name, requires_grad=wants)
+
+

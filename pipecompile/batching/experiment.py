@@ -1,0 +1,167 @@
+"""Tries out what no rule covers: does each sample's result depend on that sample alone?
+
+A module (a mixture of experts sorts the tokens of all samples and puts them back), or a function without a rule, is run
+on random samples, then with all samples but one replaced. If that one's results stay, for the first sample and for the
+last, with copies of it and with strangers around it, the module keeps samples apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.fx as fx
+import torch.utils._pytree as pytree
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from pipecompile.batching.kinds import SHARED, Batched, Kind, Mixed, Shared
+from pipecompile.batching.scale import UNKNOWN, Scale
+from pipecompile.capture import Captured
+from pipecompile.capture.evaluate import Evaluator
+from pipecompile.capture.origin import origin_of
+
+TOLERANCE = 1e-3  # of the result's largest entry; a sample that matters changes far more
+
+
+class Experiment:
+    """Experiments on one trace, at the trace's own rows."""
+
+    def __init__(self, captured: Captured, scale: Scale, kinds: Mapping[fx.Node, Kind | tuple[Kind, ...]]) -> None:
+        self.captured = captured
+        self.scale = scale
+        self.kinds = kinds
+        sample = captured.call.tensors
+        batched = captured.call.batched
+        self.rows = scale.fewer if (captured.call.batch or 1) >= scale.fewer else captured.microbatch
+        self.inputs = {n: t.detach()[: self.rows] if n in batched else t.detach() for n, t in sample.items()}
+        self.evaluator = self._evaluator()
+
+    def by_growth(self, node: fx.Node) -> Kind | tuple[Kind, ...]:
+        """The kind of a result by its shape alone."""
+        items = [self._by_growth(node, i) for i in self._items(node)]
+        return tuple(items) if items else self._by_growth(node, None)
+
+    def kinds_of(self, region: Sequence[fx.Node]) -> dict[fx.Node, Kind | tuple[Kind, ...]] | None:
+        """The kinds of what a region gives to the rest of the graph; None if it mixes samples, or cannot be tried."""
+        members = set(region)
+        sources = [n for node in region for n in node.all_input_nodes if n not in members]
+        outputs = [n for n in region if any(user not in members for user in n.users)]
+        answers = {n: self.by_growth(n) for n in outputs}
+        flat = [k for kind in answers.values() for k in (kind if isinstance(kind, tuple) else (kind,))]
+        if any(t.is_meta for t in self.captured.tensors.values()):
+            return answers  # nothing will run
+        if self.rows < 2 or not flat or any(isinstance(kind, Mixed) for kind in flat):
+            return None
+        if any(not isinstance(self.kinds.get(n, SHARED), Batched | Shared) for n in sources):
+            return None
+        if any(origin_of(n).writes and n.op != "call_module" for n in region):
+            return None
+        try:
+            apart = all(self._apart(region, sources, outputs, answers, row) for row in (0, self.rows - 1))
+        except Exception:  # the region cannot be run by itself
+            return None
+        return answers if apart else None
+
+    def _apart(
+        self,
+        region: Sequence[fx.Node],
+        sources: Sequence[fx.Node],
+        outputs: Sequence[fx.Node],
+        answers: Mapping[fx.Node, Kind | tuple[Kind, ...]],
+        row: int,
+    ) -> bool:
+        """Whether a row's results stay when the other rows change."""
+        generator = torch.Generator().manual_seed(row)
+        start = {n: self._sample(n, generator) for n in dict.fromkeys(sources)}
+        expected = self._run(region, outputs, start)
+        others = [
+            {n: self._around(n, value, row, None) for n, value in start.items()},
+            {n: self._around(n, value, row, generator) for n, value in start.items()},
+        ]
+        for changed in others:
+            seen = self._run(region, outputs, changed)
+            for n in outputs:
+                if not _same_rows(expected[n], seen[n], answers[n], row, self.rows):
+                    return False
+        return True
+
+    def _sample(self, node: fx.Node, generator: torch.Generator) -> Any:
+        """A value for an input of a region: random numbers for activations, the true value for all else."""
+        value = node.meta.get("val")
+        if isinstance(self.kinds.get(node, SHARED), Batched) and isinstance(value, Tensor) and value.is_floating_point():
+            shape = self.scale.sizes(value, False)
+            if UNKNOWN not in shape and self.rows == self.scale.fewer:
+                return torch.randn(shape, generator=generator, dtype=torch.float64).to(value.dtype)
+            real = self.evaluator.value(node)
+            return torch.randn(real.shape, generator=generator, dtype=torch.float64).to(value.dtype)
+        return self.evaluator.value(node)
+
+    def _around(self, node: fx.Node, value: Any, row: int, generator: torch.Generator | None) -> Any:
+        """A value with all rows but one changed: to copies of that one, or to random or other samples."""
+        kind = self.kinds.get(node, SHARED)
+        if not isinstance(kind, Batched) or not isinstance(value, Tensor):
+            return value
+        split = _by_rows(value, kind, self.rows).clone()
+        keep = split.select(kind.dim + 1, row).clone()
+        if generator is None:
+            split.copy_(keep.unsqueeze(kind.dim + 1).expand_as(split))
+        elif value.is_floating_point():
+            noise = torch.randn(split.shape, generator=generator, dtype=torch.float64).to(value.dtype)
+            split.copy_(noise)
+            split.select(kind.dim + 1, row).copy_(keep)
+        else:
+            split.copy_(split.roll(1, kind.dim + 1))
+            split.select(kind.dim + 1, row).copy_(keep)
+        return split.reshape(value.shape)
+
+    def _run(self, region: Sequence[fx.Node], outputs: Sequence[fx.Node], values: Mapping[fx.Node, Any]) -> Any:
+        evaluator = self._evaluator()
+        evaluator.known.update({n: v.clone() if isinstance(v, Tensor) else v for n, v in values.items()})
+        state = torch.get_rng_state()
+        torch.manual_seed(0)
+        try:
+            return {n: evaluator.value(n) for n in outputs}
+        finally:
+            torch.set_rng_state(state)
+
+    def _evaluator(self) -> Evaluator:
+        tensors = self.captured.tensors
+        return Evaluator(self.inputs, tensors.__getitem__, lambda target: self.captured.leaf(target, tensors))
+
+    def _items(self, node: fx.Node) -> range:
+        value = node.meta.get("val")
+        return range(len(value)) if isinstance(value, tuple | list) else range(0)
+
+    def _by_growth(self, node: fx.Node, item: int | None) -> Kind:
+        growing = self.scale.growing(node, item)
+        if not growing:
+            value = node.meta.get("val")
+            value = value[item] if item is not None else value
+            return Mixed(f"{node.name} has no batch dimension") if isinstance(value, Tensor) else SHARED
+        shape = self.scale.shapes(node)[item or 0]
+        if len(growing) > 1 or shape is None or shape[growing[0]] % self.scale.rows:
+            return Mixed(f"{node.name} has samples in several dimensions")
+        return Batched(growing[0], 1, shape[growing[0]] // self.scale.rows)
+
+
+def _by_rows(value: Tensor, kind: Batched, rows: int) -> Tensor:
+    """A tensor with its batch dimension taken apart into outer, rows, inner."""
+    shape = value.shape
+    return value.reshape(*shape[: kind.dim], kind.outer, rows, kind.inner, *shape[kind.dim + 1 :])
+
+
+def _same_rows(expected: Any, seen: Any, kind: Kind | tuple[Kind, ...], row: int, rows: int) -> bool:
+    if isinstance(kind, tuple):
+        pairs = zip(pytree.tree_leaves(expected), pytree.tree_leaves(seen), kind, strict=True)
+        return all(_same_rows(a, b, k, row, rows) for a, b, k in pairs)
+    if not isinstance(kind, Batched) or not isinstance(expected, Tensor):
+        return True
+    with torch._C.DisableTorchFunction(), _disable_current_modes():
+        a = _by_rows(expected, kind, rows).select(kind.dim + 1, row)
+        b = _by_rows(seen, kind, rows).select(kind.dim + 1, row)
+        if not expected.is_floating_point():
+            return bool((a == b).all())
+        scale = max(float(a.abs().max()), 1e-6) if a.numel() else 1.0
+        return bool(((a - b).abs() <= TOLERANCE * scale).all())

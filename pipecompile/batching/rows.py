@@ -1,0 +1,57 @@
+"""A batch into microbatches.
+
+Batched tensors are cut along their first dimension into parts as equal as possible; all other arguments go to every
+microbatch as they are, and so do values of the whole batch. Each part is told its share of the rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipecompile.batching.divide import SHARE
+from pipecompile.capture import Call
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The rows of each microbatch; they add up to the batch."""
+
+    counts: tuple[int, ...]
+
+    @staticmethod
+    def of(batch: int | None, microbatches: int) -> Rows:
+        """As equal as possible, larger ones first; fewer microbatches if there are fewer rows."""
+        if batch is None:
+            return Rows((1,))
+        parts = min(batch, microbatches)
+        return Rows(tuple(batch // parts + (i < batch % parts) for i in range(parts)))
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Each microbatch's share of the batch."""
+        return tuple(count / sum(self.counts) for count in self.counts)
+
+    def equal(self) -> Rows:
+        """As many microbatches as there can be, no more than these, all of one size."""
+        batch = sum(self.counts)
+        parts = next(parts for parts in range(len(self), 0, -1) if batch % parts == 0)
+        return Rows((batch // parts,) * parts)
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+
+def scatter(call: Call, rows: Rows, whole: Mapping[str, Tensor] | None = None) -> list[dict[str, Tensor]]:
+    """The input tensors of each microbatch, contiguous; ``whole`` are values that all of them read."""
+    parts: list[dict[str, Tensor]] = [dict(whole or {}) for _ in rows.counts]
+    for name, tensor in call.tensors.items():
+        pieces = torch.split(tensor, list(rows.counts)) if name in call.batched else [tensor] * len(rows)
+        for part, piece in zip(parts, pieces, strict=True):
+            part[name] = piece.contiguous()
+    for part, weight in zip(parts, rows.weights, strict=True):
+        part[SHARE] = torch.tensor(weight, dtype=torch.float64)
+    return parts

@@ -1,0 +1,135 @@
+"""Functions that work entry by entry, with broadcasting; and the arithmetic of sums over microbatches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.fx as fx
+
+from pipecompile.batching.kinds import PARTIAL, SHARED, Batched, Kind, Local, Mixed, Partial, Shared
+from pipecompile.batching.rules.use import Answer, Edited, ShareArgument, Use, WholeArgument, rule
+
+NONLINEAR = """
+    abs absolute acos acosh asin asinh atan atan2 atanh arctan arctan2 bitwise_and bitwise_not bitwise_or bitwise_xor
+    bitwise_left_shift bitwise_right_shift ceil celu clamp clamp_max clamp_min clip copysign cos cosh deg2rad digamma
+    elu eq erf erfc erfinv exp exp2 expm1 float_power floor floor_divide floordiv fmax fmin fmod frac ge gelu gt
+    hardshrink hardsigmoid hardswish hardtanh heaviside hypot i0 igamma igammac isclose isfinite isinf isnan le
+    leaky_relu lerp lgamma log log10 log1p log2 logaddexp logaddexp2 logical_and logical_not logical_or logical_xor
+    logit logsigmoid log_sigmoid lt max_of maximum minimum mish mod mvlgamma nan_to_num ne nextafter polygamma pow
+    prelu reciprocal relu relu6 remainder round rrelu rsqrt selu sgn sigmoid sign signbit silu sin sinc sinh softplus
+    softshrink softsign special_expit special_erf special_log1p special_xlog1py sqrt square tan tanh tanhshrink
+    threshold trunc fix where masked_fill xlogy and or xor invert lshift rshift angle polar complex
+    addcdiv dropout alpha_dropout feature_alpha_dropout feature_dropout dropout1d dropout2d dropout3d bernoulli
+    rand_like randn_like randint_like zeros_like ones_like full_like empty_like zero fill uniform normal exponential
+    geometric cauchy log_normal random quantize_per_tensor fake_quantize_per_tensor_affine hooked with_hook
+    bool long int short byte
+"""
+LINEAR = """
+    clone contiguous detach alias float double half bfloat16 to type type_as cpu cuda requires_grad positive neg
+    negative after lift_fresh identity conj real imag resolve_conj resolve_neg copy copysign_of
+"""
+
+
+def broadcast(use: Use, arguments: list[Any]) -> Kind:
+    """The kind of a result whose entries each depend on the entries in its place."""
+    found: Kind = SHARED
+    for argument in arguments:
+        kind = use.kind(argument)
+        if isinstance(kind, Batched | Local):
+            placed = _aligned(kind, use.ndim(argument), len(use.out))
+            if isinstance(found, Shared):
+                found = placed
+            elif found != placed:
+                return use.mixed(f"{use.name} of values whose samples lie in different places")
+        elif not isinstance(kind, Shared):
+            return kind if isinstance(kind, Mixed) else use.mixed(f"{use.name} of a sum over the batch")
+    return found
+
+
+def _aligned(kind: Batched | Local, ndim: int, out: int) -> Batched | Local:
+    dim = kind.dim - ndim + out
+    return kind.at(dim) if isinstance(kind, Batched) else Local(dim)
+
+
+def _numbers(use: Use) -> tuple[WholeArgument, ...]:
+    """Positions of numbers that count samples."""
+    return tuple(WholeArgument(i) for i in range(len(use.node.args)) if use.counts(i))
+
+
+def _with_numbers(use: Use, kind: Kind, edits: tuple[Any, ...] = ()) -> Answer:
+    edits = (*edits, *_numbers(use))
+    return Edited(kind, edits) if edits and not isinstance(kind, Mixed) else kind
+
+
+@rule(NONLINEAR)
+def entry_by_entry(use: Use) -> Answer:
+    kind = broadcast(use, list(use.tensors))
+    return use.mixed(f"{use.name} of row numbers") if isinstance(kind, Local) else _with_numbers(use, kind)
+
+
+@rule(LINEAR)
+def one_value(use: Use) -> Answer:
+    if len(use.tensors) > 1 and use.name in ("type_as", "to", "after"):
+        return use.kind(use.arg(0))
+    if isinstance(use.kind(use.arg(0)), Partial | Local) and len(use.tensors) == 1:
+        return use.kind(use.arg(0))
+    return broadcast(use, list(use.tensors))
+
+
+@rule("setitem")
+def setitem(use: Use) -> Answer:
+    """``x[index] = value``, where the index leaves the samples alone."""
+    x, index, value = use.node.args[:3]
+    items = index if isinstance(index, tuple) else (index,)
+    kind, incoming = use.kind(x), use.kind(value)
+    if all(isinstance(use.kind(n), Shared) for n in use.tensors):
+        return SHARED
+    masks = [i for i in items if isinstance(i, fx.Node)]
+    if len(items) == 1 and masks and use.shape(masks[0]) == use.shape(x)[: use.ndim(masks[0])] and not use.shape(value):
+        return broadcast(use, [x]) if use.kind(masks[0]) in (kind, SHARED) else use.mixed()
+    if not isinstance(kind, Batched) or masks or any(i is Ellipsis or i is None for i in items):
+        return use.mixed("an assignment to picked entries")
+    if kind.dim < len(items) and items[kind.dim] != slice(None):
+        return use.mixed("an assignment to some of the samples")
+    dropped = sum(isinstance(i, int) for i in items[: kind.dim])
+    room = use.ndim(x) - sum(isinstance(i, int) for i in items)
+    expected = kind.dim - dropped - room + use.ndim(value)
+    if isinstance(incoming, Shared) or (isinstance(incoming, Batched) and incoming.dim == expected):
+        return kind
+    return use.mixed()
+
+
+@rule("add sub rsub radd subtract addcmul_of")
+def plus(use: Use) -> Answer:
+    left, right = use.node.args[0], use.arg(1, "other", 0)
+    kinds = [use.kind(left), use.kind(right)]
+    if not any(isinstance(kind, Partial) for kind in kinds):
+        return entry_by_entry(use)
+    if all(isinstance(kind, Partial) for kind in kinds):
+        return PARTIAL
+    other = kinds.index(next(kind for kind in kinds if not isinstance(kind, Partial)))
+    argument = (left, right)[other]
+    if argument == 0:
+        return PARTIAL
+    if not isinstance(kinds[other], Shared) or len(use.node.args) < 2:
+        return use.mixed("a sum over the batch plus values of its samples")
+    edits = (WholeArgument(other),) if use.counts(other) else ()
+    return Edited(PARTIAL, (*edits, ShareArgument(other)))
+
+
+@rule("mul multiply div divide true_divide truediv rmul rdiv rtruediv")
+def times(use: Use) -> Answer:
+    left, right = use.node.args[0], use.arg(1, "other", 1)
+    kinds = [use.kind(left), use.kind(right)]
+    if not any(isinstance(kind, Partial) for kind in kinds):
+        return entry_by_entry(use)
+    reflected = use.name in ("rdiv", "rtruediv")
+    divides = reflected or use.name in ("div", "divide", "true_divide", "truediv")
+    numerator, factor = (1, 0) if reflected else (0, 1)
+    if divides and (use.node.kwargs.get("rounding_mode") or not isinstance(kinds[numerator], Partial)):
+        return use.mixed("a division by a sum over the batch")
+    if not divides and isinstance(kinds[1], Partial):
+        factor = 0 if isinstance(kinds[0], Shared) else 1
+    if not isinstance(kinds[factor], Shared):
+        return use.mixed(f"{use.name} of two values that depend on the whole batch")
+    return _with_numbers(use, PARTIAL)

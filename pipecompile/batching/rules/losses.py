@@ -1,0 +1,128 @@
+"""Losses: of the kind of a sum or a mean, over entries of which some may not count."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.fx as fx
+
+from pipecompile.batching.kinds import PARTIAL, SHARED, Batched, Kind, Shared
+from pipecompile.batching.rules.use import Answer, Edited, Recount, Share, Use, rule
+
+
+def reduction_of(use: Use, position: int) -> Any:
+    """``reduction=``, or what the deprecated ``size_average=`` and ``reduce=`` say."""
+    average, reduce = use.node.kwargs.get("size_average"), use.node.kwargs.get("reduce")
+    if average is not None or reduce is not None:
+        return "none" if reduce is False else "mean" if average in (None, True) else "sum"
+    return use.arg(position, "reduction", "mean")
+
+
+def reduced(use: Use, reduction: Any, entries: Kind) -> Answer:
+    """A loss over entries, each of one sample."""
+    if isinstance(entries, Shared):
+        return SHARED
+    if not isinstance(entries, Batched):
+        return entries
+    if reduction == "none":
+        return entries
+    if reduction == "sum":
+        return PARTIAL
+    if reduction in ("mean", "batchmean"):
+        return use.mixed("a mean over as many entries as values tell") if entries.ragged else Edited(PARTIAL, (Share(),))
+    return use.mixed()
+
+
+_REDUCTIONS = {
+    "binary_cross_entropy": 5, "binary_cross_entropy_with_logits": 5, "smooth_l1_loss": 4, "huber_loss": 2,
+    "gaussian_nll_loss": 5, "poisson_nll_loss": 7, "kl_div": 4, "hinge_embedding_loss": 5, "soft_margin_loss": 4,
+    "mse_loss": 4, "l1_loss": 4, "margin_ranking_loss": 6,
+}  # fmt: skip
+
+
+@rule(" ".join(_REDUCTIONS))
+def entry_losses(use: Use) -> Answer:
+    """A loss for each entry of broadcast arguments."""
+    reduction = reduction_of(use, _REDUCTIONS[use.name])
+    if use.name == "huber_loss":
+        reduction = use.arg(2, "reduction", "mean")
+    tensors = list(use.tensors)
+    ndim = max(map(use.ndim, tensors), default=0)
+    return reduced(use, reduction, _broadcast_to(use, tensors, ndim))
+
+
+def _broadcast_to(use: Use, tensors: list[fx.Node], ndim: int) -> Kind:
+    found: Kind = SHARED
+    for n in tensors:
+        kind = use.kind(n)
+        if isinstance(kind, Batched):
+            kind = kind.at(kind.dim - use.ndim(n) + ndim)
+            if found not in (SHARED, kind):
+                return use.mixed("a loss of values whose samples lie in different places")
+            found = kind
+        elif not isinstance(kind, Shared):
+            return use.mixed()
+    return found
+
+
+_ROW_LOSSES = {
+    "multi_margin_loss": 7, "multilabel_margin_loss": 4, "multilabel_soft_margin_loss": 5, "cosine_embedding_loss": 6,
+    "triplet_margin_loss": 9, "triplet_margin_with_distance_loss": 9,
+}  # fmt: skip
+
+
+@rule(" ".join(_ROW_LOSSES))
+def row_losses(use: Use) -> Answer:
+    """A loss for each row: the first dimension is the batch, whole or with the same number of entries each."""
+    kinds = {use.kind(n) for n in use.tensors if use.ndim(n)} - {SHARED}
+    entries = kinds.pop() if len(kinds) == 1 else None
+    if not isinstance(entries, Batched) or entries.dim != 0:
+        return use.mixed() if entries is not None else SHARED
+    reduction = use.node.kwargs.get("reduction", "mean") if use.name.startswith("triplet") else reduction_of(
+        use, _ROW_LOSSES[use.name])  # fmt: skip
+    return reduced(use, reduction, entries)
+
+
+@rule("cross_entropy nll_loss nll_loss_nd")
+def class_losses(use: Use) -> Answer:
+    """``input, target, weight, size_average, ignore_index``: a mean over the entries whose target is not ignored,
+    weighted by their classes' weights; over the rows if targets are probabilities (torch.nn.CrossEntropyLoss)."""
+    scores, target, weight = use.node.args[0], use.arg(1, "target"), use.arg(2, "weight")
+    kinds = [use.kind(scores), use.kind(target)]
+    if all(isinstance(kind, Shared) for kind in kinds):
+        return SHARED
+    if weight is not None and not isinstance(use.kind(weight), Shared):
+        return use.mixed()
+    probabilities = use.ndim(scores) == use.ndim(target) and use.shape(scores) == use.shape(target)
+    entries = kinds[0] if isinstance(kinds[0], Batched) else kinds[1]
+    if not all(kind == entries or isinstance(kind, Shared) for kind in kinds) or not isinstance(entries, Batched):
+        entries = _aligned_classes(use, kinds)
+    if entries is None or entries.dim == 1 and use.ndim(scores) > 1:
+        return use.mixed("a loss of values whose samples lie in different places")
+    reduction = reduction_of(use, 6)
+    if reduction != "mean" or probabilities:
+        return reduced(use, reduction, entries)
+    if target not in use.early or (weight is not None and weight not in use.early):
+        return use.mixed("a mean over valid targets, or with class weights, that only the step computes")
+    return Edited(PARTIAL, (Recount(target, weight, use.arg(4, "ignore_index", -100)),))
+
+
+def _aligned_classes(use: Use, kinds: list[Kind]) -> Batched | None:
+    """Scores have the classes in dimension 1, which targets lack."""
+    scores, target = kinds
+    if not isinstance(scores, Batched) or not isinstance(target, Batched):
+        return None
+    place = target.dim + (target.dim >= 1)
+    return scores if scores == target.at(place) else None
+
+
+@rule("ctc_loss")
+def ctc_loss(use: Use) -> Answer:
+    """``log_probs`` of length, batch, classes. Targets may be of batch, length, or all in a row."""
+    reduction = use.arg(5, "reduction", "mean")
+    kinds = [use.kind(n) for n in use.node.args[:4]]
+    if kinds[0] != Batched(1) or not all(isinstance(k, Batched) and k.dim == 0 for k in kinds[1:]):
+        return use.mixed() if any(not isinstance(k, Shared) for k in kinds) else SHARED
+    return reduced(use, reduction, Batched(0))
+
+

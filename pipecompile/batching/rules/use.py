@@ -1,0 +1,150 @@
+"""One call in a graph as the rules see it, and what a rule may answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch.fx as fx
+
+from pipecompile.batching.kinds import SHARED, Batched, Kind, Local, Mixed, Partial, Shared
+from pipecompile.batching.scale import Scale
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """The call's result times the microbatch's share of the rows: a mean over equally many entries a row."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShareArgument:
+    """One argument times the share of the rows: what is added to each part must be added once in all."""
+
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class WholeArgument:
+    """A number that counts samples: the whole batch's in its place."""
+
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class Recount:
+    """A mean over valid entries: the sum, over the number (or weight) of valid entries in the whole batch."""
+
+    target: fx.Node  # computed from inputs alone
+    weight: fx.Node | None
+    ignore_index: int
+
+
+Edit = Share | ShareArgument | WholeArgument | Recount
+
+
+@dataclass(frozen=True, slots=True)
+class Edited:
+    """A kind that holds once the call is changed."""
+
+    kind: Kind
+    edits: tuple[Edit, ...]
+
+
+Answer = Kind | tuple[Kind, ...] | Edited | None  # None: the rule does not know
+
+
+@dataclass(frozen=True)
+class Use:
+    """A call with the kinds of its arguments."""
+
+    node: fx.Node
+    name: str
+    kinds: Mapping[fx.Node, Kind | tuple[Kind, ...]]
+    scale: Scale
+    early: frozenset[fx.Node] | set[fx.Node]  # nodes that are computed from inputs alone
+
+    def arg(self, position: int, name: str = "", default: Any = None) -> Any:
+        """An argument by position or keyword."""
+        args = self.node.args
+        return args[position] if len(args) > position else self.node.kwargs.get(name, default)
+
+    def kind(self, argument: Any) -> Kind:
+        """The kind of an argument; numbers are shared, a list has the kind that its items agree on."""
+        if isinstance(argument, fx.Node):
+            kind = self.kinds[argument]
+            return kind if not isinstance(kind, tuple) else Mixed("a tuple is used whole")
+        return SHARED
+
+    def shape(self, argument: Any) -> tuple[int, ...]:
+        """The shape of an argument at the larger batch; that of a number is empty."""
+        shape = self.scale.shape(argument) if isinstance(argument, fx.Node) else ()
+        return shape or ()
+
+    def ndim(self, argument: Any) -> int:
+        return len(self.shape(argument))
+
+    def is_tensor(self, argument: Any) -> bool:
+        return isinstance(argument, fx.Node) and self.scale.shape(argument) is not None
+
+    @property
+    def out(self) -> tuple[int, ...]:
+        """The result's shape at the larger batch."""
+        return self.scale.shape(self.node) or ()
+
+    @property
+    def tensors(self) -> list[fx.Node]:
+        """The tensors among the arguments, nested ones too."""
+        return [n for n in self.node.all_input_nodes if self.is_tensor(n)]
+
+    def counts(self, position: int) -> bool:
+        """Whether the number at a position depends on the batch."""
+        twin = self.scale.twin[self.node].args
+        argument = self.node.args[position]
+        if isinstance(argument, fx.Node) and self.is_tensor(argument):
+            return False
+        return self.scale.grows(argument, twin[position])
+
+    def mixed(self, why: str = "") -> Mixed:
+        return Mixed(why or self.name)
+
+
+Rule = Callable[[Use], Answer]
+RULES: dict[str, Rule] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Registers the rule of functions, by name without underscores of in-place and reflected forms."""
+
+    def register(function: Rule) -> Rule:
+        for name in " ".join(names).split():
+            RULES[name] = function
+        return function
+
+    return register
+
+
+def positive(dim: int, ndim: int) -> int:
+    return dim + ndim if dim < 0 else dim
+
+
+def dims_of(dim: Any, ndim: int) -> tuple[int, ...]:
+    """A ``dim=`` argument as positive numbers; None means all."""
+    if dim is None or (isinstance(dim, Sequence) and not dim):
+        return tuple(range(ndim))
+    return tuple(positive(d, ndim) for d in (dim if isinstance(dim, Sequence) else (dim,)))
+
+
+def only_first(use: Use, first: Any) -> Kind | None:
+    """The first argument's kind where all other tensors are shared; a verdict on everything else."""
+    kind = use.kind(first)
+    rest = [n for n in use.tensors if n is not first]
+    if all(isinstance(use.kind(n), Shared) for n in rest):
+        return kind
+    return None
+
+
+__all__ = [
+    "RULES", "Answer", "Batched", "Edited", "Kind", "Local", "Mixed", "Partial", "Recount", "Rule", "Share",
+    "ShareArgument", "Use", "WholeArgument", "dims_of", "only_first", "positive", "rule",
+]  # fmt: skip

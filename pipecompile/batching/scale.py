@@ -1,0 +1,90 @@
+"""The sizes of a trace at two batch sizes: what is different between them belongs to the batch.
+
+A trace with a symbolic batch holds for both. One that is specialised has a second trace beside it, taken at the whole
+batch, with the same nodes.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import sympy
+import torch
+import torch.fx as fx
+from torch import Tensor
+
+from pipecompile.capture import Captured
+from pipecompile.capture.symbols import resolve
+
+UNKNOWN = -1  # a size that only values tell
+
+
+class Scale:
+    """Sizes and numbers of nodes at a smaller and at a larger batch.
+
+    Args:
+        small: the trace at a microbatch's rows.
+        large: the trace at the whole batch's; may be ``small`` itself, if its batch is symbolic.
+
+    Attributes:
+        fewer: rows of the smaller batch, at least 2 where the batch is symbolic.
+        rows: rows of the larger.
+    """
+
+    def __init__(self, small: Captured, large: Captured) -> None:
+        values = small.size_values({n: t for n, t in small.call.tensors.items()})
+        batch = [s for s, (name, dim) in small.sizes.items() if dim == 0 and name in small.call.batched]
+        if large is small:
+            self.fewer = max(2, small.microbatch)
+            self.rows = 2 * self.fewer
+            self._before = {**values, **{s: self.fewer for s in batch}}
+            self._after = {**values, **{s: self.rows for s in batch}}
+            self.twin = {node: node for node in small.graph.nodes}
+        else:
+            self.fewer, self.rows = small.microbatch, large.microbatch
+            self._before = {**values, **{s: small.microbatch for s in batch}}
+            self._after = large.size_values(large.call.tensors)
+            self.twin = dict(zip(small.graph.nodes, large.graph.nodes, strict=True))
+        self._at = lru_cache(maxsize=None)(self._resolve)
+
+    def shape(self, node: fx.Node) -> tuple[int, ...] | None:
+        """The shape of a tensor at the larger batch; None if the node gives no tensor."""
+        value = self.twin[node].meta.get("val")
+        return self.sizes(value, True) if isinstance(value, Tensor) else None
+
+    def shapes(self, node: fx.Node) -> list[tuple[int, ...] | None]:
+        """The same for each item of a tuple."""
+        value = self.twin[node].meta.get("val")
+        items = value if isinstance(value, tuple | list) else [value]
+        return [self.sizes(item, True) if isinstance(item, Tensor) else None for item in items]
+
+    def growing(self, node: fx.Node, item: int | None = None) -> tuple[int, ...]:
+        """The dimensions of a tensor (or of an item of a tuple) whose size depends on the batch."""
+        small, large = node.meta.get("val"), self.twin[node].meta.get("val")
+        if item is not None:
+            small, large = small[item], large[item]
+        if not isinstance(small, Tensor) or not isinstance(large, Tensor):
+            return ()
+        pairs = zip(self.sizes(small, False), self.sizes(large, True), strict=True)
+        return tuple(dim for dim, (before, after) in enumerate(pairs) if before != after or before == UNKNOWN)
+
+    def grows(self, argument: Any, twin: Any) -> bool:
+        """Whether a number among a node's arguments depends on the batch."""
+        if isinstance(argument, fx.Node):
+            value, after = argument.meta.get("val"), self.twin[argument].meta.get("val")
+            return self._at(_expression(value), False) != self._at(_expression(after), True)
+        return bool(argument != twin)
+
+    def sizes(self, tensor: Tensor, large: bool) -> tuple[int, ...]:
+        return tuple(self._at(_expression(size), large) for size in tensor.shape)
+
+    def _resolve(self, expr: Any, large: bool) -> Any:
+        values = self._after if large else self._before
+        if isinstance(expr, sympy.Basic) and not expr.free_symbols <= values.keys():
+            return UNKNOWN
+        return resolve(expr, values)
+
+
+def _expression(size: Any) -> Any:
+    return size.node._expr if isinstance(size, torch.SymInt | torch.SymFloat | torch.SymBool) else size
