@@ -83,7 +83,9 @@ class Compiled:
         if self.before is None:
             return {}
         with torch.no_grad():
-            values = self.before.module(*(_near(call.tensors[name], self.captured.device) for name in self.before.inputs))
+            values = self.before.module(
+                *(_near(call.tensors[name], self.captured.device) for name in self.before.inputs)
+            )
         named = dict(zip(self.before.returns, values, strict=True))
         return {each.name: each.value(named) for each in self.division.before}
 
@@ -181,7 +183,7 @@ def _divided(
     leaves: Sequence[str],
     allowed: Sequence[str],
 ) -> Division:
-    """The division of a model: of one trace that holds for any rows, or of two, at a microbatch's and at the batch's."""
+    """The division of a model: of one trace for any rows, or of two, at a microbatch's and at the batch's."""
     whole = capture(model, call, None, forward, leaves)
     if call.batch is None or (whole.is_fixed and len(rows) == 1):
         return undivided(whole, one_part=True)

@@ -40,7 +40,10 @@ def write_back(buffer: Tensor, value: Tensor) -> Tensor:
 
 def part_of(value: Any, share: Tensor) -> Tensor:
     """A microbatch's part of what stands for the whole batch, by its share of the rows; keeps the value's type."""
-    return value * (share.to(value.dtype) if isinstance(value, Tensor) and value.is_floating_point() else share)
+    if isinstance(value, Tensor) and value.is_floating_point():
+        share = share.to(value.dtype)
+    part: Tensor = share * value
+    return part
 
 
 def valid_weight(target: Tensor, ignore_index: int, weight: Tensor | None) -> Tensor:

@@ -35,6 +35,7 @@ _current = threading.local()
 _LIMIT = 2**63
 _ALIKE = 20_240_229  # the seed of every call under ``alike``
 _comparing = False
+_dropout = True
 
 
 def draws(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
@@ -45,6 +46,10 @@ def draws(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
 
     if name == "scaled_dot_product_attention":
         return bool(argument(4, "dropout_p", 0.0))
+    if name == "multi_head_attention_forward":
+        return bool(argument(10, "dropout_p", 0.0)) and bool(argument(13, "training", True))
+    if name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
+        return bool(argument(5, "dropout", 0.0)) and bool(argument(6, "train", False))
     if "dropout" in name and name in RANDOM:
         return bool(argument(2, "training", True)) and argument(1, "p", 0.5) != 0.0
     return name in RANDOM
@@ -67,7 +72,7 @@ def seeded(function: Callable[..., Any], key: str, device: torch.device) -> Call
     def draw(*args: Any, **kwargs: Any) -> Any:
         seed = microbatch_seed()
         if _comparing:
-            return _draw(function, args, kwargs, _ALIKE, device)
+            return _draw_alike(function, args, kwargs, device)
         if seed is None:
             return function(*args, **kwargs)
         return _draw(function, args, kwargs, (seed + zlib.crc32(key.encode())) % _LIMIT, device)
@@ -98,6 +103,22 @@ def alike() -> Iterator[None]:
         _comparing = False
 
 
+@contextmanager
+def without_dropout() -> Iterator[None]:
+    """Within ``alike``: dropout, which draws by the shape of what it is given, lets everything pass."""
+    global _dropout
+    _dropout = False
+    try:
+        yield
+    finally:
+        _dropout = True
+
+
+def is_dropout(name: str) -> bool:
+    """Whether a function is dropout, or attention with dropout inside."""
+    return "dropout" in name or name in ("scaled_dot_product_attention", "seeded_scaled_dot_product_attention")
+
+
 def compared() -> Any:
     """In a thread that runs a part of a model as Python: a context in which ``alike`` holds there too."""
     return _Alike() if _comparing else nullcontext()
@@ -110,7 +131,16 @@ class _Alike(TorchFunctionMode):
             return func(*args, **kwargs)
         devices = [a.device for a in args if isinstance(a, Tensor)]
         device = devices[0] if devices else torch.device(kwargs.get("device") or "cpu")
-        return _draw(func, args, kwargs, _ALIKE, device)
+        return _draw_alike(func, args, kwargs, device)
+
+
+def _draw_alike(function: Callable[..., Any], args: Any, kwargs: Any, device: torch.device) -> Any:
+    if not _dropout and is_dropout(getattr(function, "__name__", "")):
+        if "attention" not in function.__name__:
+            return args[0]
+        args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
+        kwargs = {**kwargs, "dropout_p": 0.0} if len(args) <= 4 else kwargs
+    return _draw(function, args, kwargs, _ALIKE, device)
 
 
 def _draw(function: Callable[..., Any], args: Any, kwargs: Any, seed: int, device: torch.device) -> Any:

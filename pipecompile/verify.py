@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,17 +22,17 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from pipecompile import steps
-from pipecompile.batching import Rows, gather, scatter, spread
+from pipecompile.batching import Batched, Rows, by_shape, gather, scatter
 from pipecompile.capture import Captured, Output
 from pipecompile.capture.origin import origin_of
-from pipecompile.capture.purity import is_random
+from pipecompile.capture.purity import is_random, name_of
 from pipecompile.capture.state import named_tensors, unchanged, without_caches
 from pipecompile.capture.trees import flatten
 from pipecompile.compiled import describe, find_loss
 from pipecompile.errors import PipecompileError
 from pipecompile.plan import Plan
 from pipecompile.program import Program
-from pipecompile.randomness import alike
+from pipecompile.randomness import alike, is_dropout, without_dropout
 from pipecompile.retarget import threads_each
 from pipecompile.session import Session
 from pipecompile.variations import like, other_shapes, same_shapes
@@ -118,23 +118,35 @@ def _check(
     try:
         batch = subject.batch(args, kwargs, microbatches)
         inputs = f"{what}: {_described(batch)}"
-        with unchanged(subject.model):
+        quiet = without_dropout if len(batch.rows) > 1 else nullcontext
+        with unchanged(subject.model), quiet():
             split, seeds = _split(subject, batch, mode)
     except PipecompileError as error:
         return Check(mode, inputs, 0, "", failure=f"{type(error).__name__}: {error}"), 0
     for topic, lines in describe(batch.compiled).items():
         notes.setdefault(topic, {}).update(dict.fromkeys(lines))
     if batch.compiled.is_random:
-        notes.setdefault("microbatches", {})["here both models drew their random numbers from one seed"] = None
+        how = "without dropout" if len(batch.rows) > 1 else "with random numbers from one seed"
+        notes.setdefault("microbatches", {})[f"{_several(len(batch.rows))} compared {how} in both models"] = None
     apart = _apart(batch, mode) if len(batch.rows) > 1 else ""
     rows = batch.rows if apart else Rows((sum(batch.rows.counts),))
-    with unchanged(subject.model), without_caches(subject.model):
+    tail = batch.division.tail
+    if apart and (batch.division.before or (tail is not None and tail.why)):
+        why = f"{apart}, and its loss is one of the whole batch: no run of the unsplit model does both"
+        return Check(mode, inputs, len(batch.rows), "", left_out=why), len(batch.rows)
+    with unchanged(subject.model), without_caches(subject.model), quiet():
         whole = _unsplit(subject, batch, rows, seeds)
     if apart:
         why = f"compared with the unsplit model over the same microbatches, since {apart}"
         notes.setdefault("microbatches", {})[why] = None
     on = "the same microbatches" if apart else "the whole batch"
-    return Check(mode, inputs, len(batch.rows), on, tuple(_differences(split, whole))), len(batch.rows)
+    found = [it for it in _differences(split, whole) if not (apart and it.name in _written_once(batch))]
+    return Check(mode, inputs, len(batch.rows), on, tuple(found)), len(batch.rows)
+
+
+def _written_once(batch: steps.Batch) -> tuple[str, ...]:
+    """The buffers that a pipeline writes once a batch, where the unsplit model does for each microbatch."""
+    return batch.division.tail.writes if batch.division.tail is not None else ()
 
 
 def _described(batch: steps.Batch) -> str:
@@ -144,8 +156,8 @@ def _described(batch: steps.Batch) -> str:
 
 def _apart(batch: steps.Batch, mode: Mode) -> str:
     """What of a model comes out otherwise on microbatches by its nature; empty if nothing does."""
-    nodes = batch.compiled.captured.graph.nodes
-    if any(map(is_random, nodes)):
+    nodes = list(batch.division.body.graph.nodes)
+    if any(is_random(node) and not is_dropout(name_of(node)) for node in nodes):
         return "it draws random numbers"
     written = sorted({name for node in nodes for name in origin_of(node).writes})
     if written:
@@ -163,7 +175,7 @@ def _split(subject: Subject, batch: steps.Batch, mode: Mode) -> tuple[Run, dict[
     with torch.set_grad_enabled(trains):
         if not trains:
             out = steps.evaluate(session, batch)
-        elif loss is None:
+        elif loss is None or not batch.ends_in_body(loss):
             out = steps.defer(session, batch)
         else:
             out = steps.train(session, batch, loss, subject.schedule)
@@ -176,7 +188,7 @@ def _split(subject: Subject, batch: steps.Batch, mode: Mode) -> tuple[Run, dict[
 def _unsplit(subject: Subject, batch: steps.Batch, rows: Rows, seeds: Mapping[int, Tensor]) -> Run:
     """The model's own forward on the parts of a batch, one after the other, from the same gradients of the outputs."""
     forward, outputs = _whole(subject), batch.compiled.captured.outputs
-    starts = {i: spread(outputs[i], seed, rows) for i, seed in seeds.items()}
+    starts = {i: _spread(outputs[i], seed, rows) for i, seed in seeds.items()}
     leaves: list[list[Any]] = []
     found: list[Tensor | None] = [None] * len(batch.model_tensors)
     with torch.set_grad_enabled(bool(seeds)):
@@ -216,7 +228,20 @@ def _leaves(out: Any) -> list[Any]:
 
 
 def _joined(output: Output, parts: Sequence[Any], rows: Rows) -> Any:
-    return gather(output, parts, rows) if isinstance(parts[0], Tensor) else parts[0]
+    return gather(by_shape(output), parts, rows) if isinstance(parts[0], Tensor) else parts[0]
+
+
+def _spread(output: Output, gradient: Tensor, rows: Rows) -> list[Tensor]:
+    """Each microbatch's part of an output's gradient."""
+    kind = by_shape(output)
+    if not isinstance(kind, Batched) or len(rows) == 1:
+        return [gradient * weight for weight in rows.weights]
+    entries = gradient.shape[kind.dim] // sum(rows.counts)
+    return list(torch.split(gradient, [count * entries for count in rows.counts], kind.dim))
+
+
+def _several(count: int) -> str:
+    return f"{count} microbatches" if count > 1 else "one microbatch"
 
 
 def _seeds(captured: Captured, leaves: Sequence[Any], loss: int | None) -> dict[int, Tensor]:

@@ -452,11 +452,12 @@ def test_a_loss_that_is_no_output_or_no_number(name: str) -> None:
         pipe(floats())
 
 
-def test_an_output_without_a_batch_cannot_be_joined() -> None:
-    pipe = pipe_of(Losses(lambda h: {"loss": h.mean(), "columns": h.mean(dim=0)}))
-    with refused(InputError, "'columns'", "no batch dimension", "microbatches=1"):
-        pipe(floats())
-    assert pipe(floats(1, D))["columns"].shape == (D,)
+def test_an_output_without_a_batch_is_that_of_the_whole_batch() -> None:
+    pipe = pipe_of(Losses(lambda h: {"loss": h.mean(), "columns": h.mean(dim=0), "largest": h.amax(dim=0)}))
+    x = floats()
+    found, expected = pipe(x), pipe.model(x)
+    for name in ("loss", "columns", "largest"):
+        torch.testing.assert_close(found[name], expected[name])
 
 
 def test_every_error_is_one_of_ours() -> None:

@@ -1,9 +1,9 @@
 """The promise: a step of the split model gives the unsplit model's loss, output, gradients and buffers.
 
 Two levels. Against the unsplit model on the whole batch, buffers too, to the default tolerances of
-``torch.testing.assert_close`` in float64. Against the unsplit model over the same microbatches in the same order, bit for
-bit, unless ``ROUNDED`` says why the order of addition differs, or the model writes buffers: the pipeline does once a
-batch what the unsplit model does for each microbatch.
+``torch.testing.assert_close`` in float64. Against the unsplit model over the same microbatches in the same order, bit
+for bit, unless ``ROUNDED`` says why the order of addition differs, or the model writes buffers: the pipeline does
+once a batch what the unsplit model does for each microbatch.
 """
 
 from __future__ import annotations

@@ -117,11 +117,10 @@ class _Analyst:
 
     def _settle(self, node: fx.Node, answer: Answer) -> None:
         kind: Kind | tuple[Kind, ...] | None = answer.kind if isinstance(answer, Edited) else answer
-        if node in self.early and (isinstance(answer, Edited) or isinstance(kind, Partial | Mixed)):
-            if not isinstance(kind, Batched) and not self.scale.growing(node) and self.scale.shape(node) is not None:
-                self.whole.add(node)
-                self.kinds[node] = SHARED
-                return
+        if node in self.early and self._is_of_the_whole(node, answer, kind):
+            self.whole.add(node)
+            self.kinds[node] = SHARED
+            return
         if kind is None or _is_mixed(kind):
             spoilt = any(_is_mixed(self.kinds[n]) for n in node.all_input_nodes)
             if self._allowed(node) or (not spoilt and self._try_out(node)):
@@ -130,6 +129,12 @@ class _Analyst:
         if isinstance(answer, Edited):
             self.edits[node] = answer.edits
         self.kinds[node] = kind
+
+    def _is_of_the_whole(self, node: fx.Node, answer: Answer, kind: Kind | tuple[Kind, ...] | None) -> bool:
+        """Whether an early value is no microbatch's own, and of a shape that the batch's size does not change."""
+        if not (isinstance(answer, Edited) or isinstance(kind, Partial | Mixed)) or isinstance(kind, Batched):
+            return False
+        return not self.scale.growing(node) and self.scale.shape(node) is not None
 
     def _allowed(self, node: fx.Node) -> bool:
         """Whether a module may mix samples by name; what it gives is then a microbatch's own."""

@@ -105,13 +105,14 @@ def undivided(captured: Captured, one_part: bool = False) -> Division:
     joins: dict[str, Kind] = {}
     for output in captured.outputs:
         if output.node is not None:
-            joins[output.node] = _by_shape(output)
+            joins[output.node] = by_shape(output)
     return Division(captured, captured, captured, joins, (), None, {name: name for name in joins}, one_part=one_part,
         is_divided=False,
     )  # fmt: skip
 
 
-def _by_shape(output: Output) -> Kind:
+def by_shape(output: Output) -> Kind:
+    """How an output is joined where microbatches are batches of their own."""
     if output.batch_dim is not None:
         return Batched(output.batch_dim)
     if output.is_shared:
@@ -142,14 +143,14 @@ def _check_twins(small: Captured, large: Captured) -> None:
     for a, b in zip(mine, other, strict=False):
         if (a.op, a.name) != (b.op, b.name):
             raise CaptureError(
-                f"{origin_of(a)}: the model computes something else for a microbatch of {small.microbatch} rows than for "
-                f"the batch of {large.microbatch} ({a.name} against {b.name}), so microbatches cannot give the whole "
-                f"batch's result; use microbatches=1"
+                f"{origin_of(a)}: the model computes something else for a microbatch of {small.microbatch} rows than "
+                f"for the batch of {large.microbatch} ({a.name} against {b.name}), so microbatches cannot give the "
+                f"whole batch's result; use microbatches=1"
             )
     if len(mine) != len(other):
         raise CaptureError(
-            f"the model calls {len(mine)} functions for a microbatch of {small.microbatch} rows and {len(other)} for the "
-            f"batch of {large.microbatch}, so microbatches cannot give the whole batch's result; use microbatches=1"
+            f"the model calls {len(mine)} functions for a microbatch of {small.microbatch} rows and {len(other)} for "
+            f"the batch of {large.microbatch}, so microbatches cannot give the whole batch's result; use microbatches=1"
         )
 
 
@@ -321,7 +322,9 @@ class _Divider:
         total = self._input(name, value, Before(name, edit.target.name, (edit.ignore_index, weight)))
         names = ("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction", "label_smoothing")
         arguments: dict[str, Any] = {**dict(zip(names, copy.args, strict=False)), **copy.kwargs}
-        kept = {k: arguments[k] for k in ("weight", "ignore_index", "label_smoothing") if k in arguments}
+        kept: dict[str, Any] = {
+            k: arguments[k] for k in ("weight", "ignore_index", "label_smoothing") if k in arguments
+        }
         assert callable(copy.target)
         new = self._new(
             over(copy.target), (total, arguments["input"], arguments["target"]), f"{node.name}_part", node, kept
@@ -355,7 +358,7 @@ class _Divider:
 
 
 def _is_write(node: fx.Node) -> bool:
-    """Whether a node writes a buffer by itself, not as a layer's part (batch norm's statistics, a module kept whole)."""
+    """Whether a node writes a buffer by itself, and not as a part of batch norm or of a module kept whole."""
     return bool(origin_of(node).writes) and node.op != "call_module" and node.target not in SILENT_WRITES
 
 
@@ -390,5 +393,3 @@ def _output(node: fx.Node) -> Output:
     value = node.meta.get("val")
     wants = isinstance(value, Tensor) and value.requires_grad
     return Output(node.name, node.name, requires_grad=wants)
-
-

@@ -90,7 +90,11 @@ class Experiment:
     def _sample(self, node: fx.Node, generator: torch.Generator) -> Any:
         """A value for an input of a region: random numbers for activations, the true value for all else."""
         value = node.meta.get("val")
-        if isinstance(self.kinds.get(node, SHARED), Batched) and isinstance(value, Tensor) and value.is_floating_point():
+        if (
+            isinstance(self.kinds.get(node, SHARED), Batched)
+            and isinstance(value, Tensor)
+            and value.is_floating_point()
+        ):
             shape = self.scale.sizes(value, False)
             if UNKNOWN not in shape and self.rows == self.scale.fewer:
                 return torch.randn(shape, generator=generator, dtype=torch.float64).to(value.dtype)
@@ -138,7 +142,7 @@ class Experiment:
         growing = self.scale.growing(node, item)
         if not growing:
             value = node.meta.get("val")
-            value = value[item] if item is not None else value
+            value = value[item] if isinstance(value, tuple | list) and item is not None else value
             return Mixed(f"{node.name} has no batch dimension") if isinstance(value, Tensor) else SHARED
         shape = self.scale.shapes(node)[item or 0]
         if len(growing) > 1 or shape is None or shape[growing[0]] % self.scale.rows:

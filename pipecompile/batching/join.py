@@ -24,7 +24,7 @@ def gather(kind: Kind, parts: Sequence[Tensor], rows: Rows) -> Tensor:
         case Batched(dim, outer):
             if outer == 1:
                 return torch.cat(list(parts), dim)
-            return torch.cat([part.unflatten(dim, (outer, -1)) for part in parts], dim + 1).flatten(dim, dim + 1)
+            return torch.cat([torch.unflatten(part, dim, (outer, -1)) for part in parts], dim + 1).flatten(dim, dim + 1)
         case Partial(mean):
             weighed = [part * weight for part, weight in zip(parts, rows.weights, strict=True)] if mean else parts
             return sum(weighed[1:], weighed[0])
@@ -43,7 +43,7 @@ def spread(kind: Kind, gradient: Tensor, parts: Sequence[Tensor], rows: Rows) ->
             sizes = [part.shape[dim] // outer for part in parts]
             if outer == 1:
                 return list(torch.split(gradient, sizes, dim))
-            pieces = torch.split(gradient.unflatten(dim, (outer, -1)), sizes, dim + 1)
+            pieces = torch.split(torch.unflatten(gradient, dim, (outer, -1)), sizes, dim + 1)
             return [piece.flatten(dim, dim + 1) for piece in pieces]
         case Partial(mean=False):
             return [gradient] * len(parts)

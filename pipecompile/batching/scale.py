@@ -33,17 +33,17 @@ class Scale:
     """
 
     def __init__(self, small: Captured, large: Captured) -> None:
-        values = small.size_values({n: t for n, t in small.call.tensors.items()})
+        values = small.size_values(small.call.tensors)
         batch = [s for s, (name, dim) in small.sizes.items() if dim == 0 and name in small.call.batched]
         if large is small:
             self.fewer = max(2, small.microbatch)
             self.rows = 2 * self.fewer
-            self._before = {**values, **{s: self.fewer for s in batch}}
-            self._after = {**values, **{s: self.rows for s in batch}}
+            self._before = {**values, **dict.fromkeys(batch, self.fewer)}
+            self._after = {**values, **dict.fromkeys(batch, self.rows)}
             self.twin = {node: node for node in small.graph.nodes}
         else:
             self.fewer, self.rows = small.microbatch, large.microbatch
-            self._before = {**values, **{s: small.microbatch for s in batch}}
+            self._before = {**values, **dict.fromkeys(batch, small.microbatch)}
             self._after = large.size_values(large.call.tensors)
             self.twin = dict(zip(small.graph.nodes, large.graph.nodes, strict=True))
         self._at = lru_cache(maxsize=None)(self._resolve)
@@ -62,7 +62,7 @@ class Scale:
     def growing(self, node: fx.Node, item: int | None = None) -> tuple[int, ...]:
         """The dimensions of a tensor (or of an item of a tuple) whose size depends on the batch."""
         small, large = node.meta.get("val"), self.twin[node].meta.get("val")
-        if item is not None:
+        if isinstance(small, tuple | list) and isinstance(large, tuple | list) and item is not None:
             small, large = small[item], large[item]
         if not isinstance(small, Tensor) or not isinstance(large, Tensor):
             return ()
@@ -73,7 +73,7 @@ class Scale:
         """Whether a number among a node's arguments depends on the batch."""
         if isinstance(argument, fx.Node):
             value, after = argument.meta.get("val"), self.twin[argument].meta.get("val")
-            return self._at(_expression(value), False) != self._at(_expression(after), True)
+            return bool(self._at(_expression(value), False) != self._at(_expression(after), True))
         return bool(argument != twin)
 
     def sizes(self, tensor: Tensor, large: bool) -> tuple[int, ...]:

@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 from pipecompile.batching.rules import elementwise, layers, losses, picking, reducing, shaping
-from pipecompile.batching.rules.use import RULES, Answer, Edit, Edited, Recount, Share, ShareArgument, Use, WholeArgument
+from pipecompile.batching.rules.use import (
+    RULES,
+    Answer,
+    Edit,
+    Edited,
+    Recount,
+    Share,
+    ShareArgument,
+    Use,
+    WholeArgument,
+)
 
 __all__ = [
     "RULES", "Answer", "Edit", "Edited", "Recount", "Share", "ShareArgument", "Use", "WholeArgument", "elementwise",

@@ -39,7 +39,9 @@ def add_product(use: Use) -> Answer:
 def _product(use: Use, a: object, b: object) -> Kind:
     left, right, out = use.kind(a), use.kind(b), len(use.out)
     sizes = use.ndim(a), use.ndim(b)
-    if isinstance(left, Partial) and isinstance(right, Shared) or isinstance(right, Partial) and isinstance(left, Shared):
+    if (isinstance(left, Partial) and isinstance(right, Shared)) or (
+        isinstance(right, Partial) and isinstance(left, Shared)
+    ):
         return PARTIAL
     summed = (sizes[0] - 1, max(0, sizes[1] - 2))  # the dimensions that the product sums over
     over = [isinstance(k, Batched) and k.dim == dim for k, dim in zip((left, right), summed, strict=True)]
@@ -175,7 +177,7 @@ def multi_head_attention(use: Use) -> Answer:
 
 @rule("lstm gru rnn_tanh rnn_relu")
 def recurrent(use: Use) -> Answer:
-    """``x, states, weights, has_biases, layers, dropout, training, bidirectional, batch_first``; not the packed form."""
+    """``x, states, weights, biases, layers, dropout, training, bidirectional, batch_first``; not the packed form."""
     x, states, flags = use.node.args[0], use.node.args[1], use.node.args[-1]
     if not isinstance(flags, bool) or use.ndim(x) != 3:
         return None
@@ -210,7 +212,10 @@ def cdist(use: Use) -> Answer:
     return found.pop() if len(found) == 1 else use.mixed("distances between samples")
 
 
-@rule("linalg_solve linalg_inv linalg_solve_triangular linalg_qr linalg_svd linalg_eigh linalg_cholesky linalg_det inverse")
+@rule("""
+    linalg_solve linalg_inv linalg_solve_triangular linalg_qr linalg_svd linalg_eigh linalg_cholesky linalg_det
+    inverse
+""")
 def matrices(use: Use) -> Answer:
     kinds = {use.kind(n) for n in use.tensors} - {SHARED}
     if not kinds:
@@ -218,5 +223,3 @@ def matrices(use: Use) -> Answer:
     kind = kinds.pop()
     inside = isinstance(kind, Batched) and kind.dim < min(map(use.ndim, use.tensors)) - 2 and not kinds
     return _alike(use, kind) if inside else use.mixed()
-
-

@@ -29,7 +29,9 @@ def reduced(use: Use, reduction: Any, entries: Kind) -> Answer:
     if reduction == "sum":
         return PARTIAL
     if reduction in ("mean", "batchmean"):
-        return use.mixed("a mean over as many entries as values tell") if entries.ragged else Edited(PARTIAL, (Share(),))
+        return (
+            use.mixed("a mean over as many entries as values tell") if entries.ragged else Edited(PARTIAL, (Share(),))
+        )
     return use.mixed()
 
 
@@ -94,10 +96,8 @@ def class_losses(use: Use) -> Answer:
     if weight is not None and not isinstance(use.kind(weight), Shared):
         return use.mixed()
     probabilities = use.ndim(scores) == use.ndim(target) and use.shape(scores) == use.shape(target)
-    entries = kinds[0] if isinstance(kinds[0], Batched) else kinds[1]
-    if not all(kind == entries or isinstance(kind, Shared) for kind in kinds) or not isinstance(entries, Batched):
-        entries = _aligned_classes(use, kinds)
-    if entries is None or entries.dim == 1 and use.ndim(scores) > 1:
+    entries = _entries(kinds)
+    if entries is None or (entries.dim == 1 and use.ndim(scores) > 1):
         return use.mixed("a loss of values whose samples lie in different places")
     reduction = reduction_of(use, 6)
     if reduction != "mean" or probabilities:
@@ -107,9 +107,12 @@ def class_losses(use: Use) -> Answer:
     return Edited(PARTIAL, (Recount(target, weight, use.arg(4, "ignore_index", -100)),))
 
 
-def _aligned_classes(use: Use, kinds: list[Kind]) -> Batched | None:
-    """Scores have the classes in dimension 1, which targets lack."""
+def _entries(kinds: list[Kind]) -> Batched | None:
+    """Where the samples are; scores have the classes in dimension 1, which targets lack."""
     scores, target = kinds
+    for one, other in ((scores, target), (target, scores)):
+        if isinstance(one, Batched) and (one == other or isinstance(other, Shared)):
+            return one
     if not isinstance(scores, Batched) or not isinstance(target, Batched):
         return None
     place = target.dim + (target.dim >= 1)
@@ -124,5 +127,3 @@ def ctc_loss(use: Use) -> Answer:
     if kinds[0] != Batched(1) or not all(isinstance(k, Batched) and k.dim == 0 for k in kinds[1:]):
         return use.mixed() if any(not isinstance(k, Shared) for k in kinds) else SHARED
     return reduced(use, reduction, Batched(0))
-
-

@@ -80,7 +80,9 @@ def _by_numbers(use: Use, whole: Kind, items: list[Any], tensors: list[fx.Node])
     source = _source_dims(items)
     item = items[source.index(whole.dim)]
     if isinstance(item, slice):
-        keeps = item == WHOLE or (item.start in (None, 0) and item.step in (None, 1) and _covers(use, whole, place, items))
+        keeps = item == WHOLE or (
+            item.start in (None, 0) and item.step in (None, 1) and _covers(use, whole, place, items)
+        )
         if not keeps:
             return use.mixed("a pick among the samples")
         if not all(isinstance(kind, Shared) for kind in picked):
@@ -99,9 +101,10 @@ def _by_row(use: Use, whole: Batched, rows: fx.Node, tensors: list[fx.Node], wid
     dim = local.dim - use.ndim(rows) + width
     for other in tensors:
         kind = use.kind(other)
-        if other is not rows and not isinstance(kind, Shared):
-            if not isinstance(kind, Batched) or kind.at(kind.dim - use.ndim(other) + width) != Batched(dim):
-                return use.mixed("samples picked by number")
+        if other is rows or isinstance(kind, Shared):
+            continue
+        if not isinstance(kind, Batched) or kind.at(kind.dim - use.ndim(other) + width) != Batched(dim):
+            return use.mixed("samples picked by number")
     return Batched(first + dim)
 
 
@@ -125,7 +128,8 @@ def _source_dims(items: list[Any]) -> list[int]:
 
 def _placed(items: list[Any], together: list[int], width: int, front: bool) -> list[int]:
     """For each item the dimension of the result where it ends up."""
-    places, dim = [], width if front else 0
+    places: list[int] = []
+    dim = width if front else 0
     seen = front
     for i, item in enumerate(items):
         if i in together:

@@ -61,8 +61,8 @@ def _order(use: Use, ndim: int) -> list[int]:
     order = list(range(ndim))
     name = use.name
     if name == "permute":
-        dims = use.node.args[1] if isinstance(use.node.args[1], tuple | list) else use.node.args[1:]
-        return [positive(d, ndim) for d in (use.node.kwargs.get("dims") or dims)]
+        dims: Any = use.arg(1, "dims")
+        return [positive(d, ndim) for d in (dims if isinstance(dims, tuple | list) else use.node.args[1:])]  # type: ignore[arg-type]
     if name in ("movedim", "moveaxis"):
         sources = dims_of(use.arg(1, "source"), ndim)
         targets = dims_of(use.arg(2, "destination"), ndim)
