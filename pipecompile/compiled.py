@@ -9,6 +9,7 @@ one placement: the first one is profiled and partitioned, the others follow its 
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from pipecompile.batching import Division, Partial, Rows, divide, scatter, undivided
+from pipecompile.batching import Division, Partial, Rows, divide, scatter, twins_differ, undivided
 from pipecompile.capture import Call, Captured, capture, summarize
 from pipecompile.capture.capture import SYMBOLIC_ATTEMPTS
 from pipecompile.capture.origin import Origin, origin_of
@@ -61,6 +62,10 @@ class Compiled:
     def captured(self) -> Captured:
         """The trace of the model, whole, at the size of a microbatch."""
         return self.division.captured
+
+    def cuts(self, rows: Rows) -> tuple[Rows, ...]:
+        """The ways to cut a batch that the capture may hold for: as asked, or into equal parts, or not at all."""
+        return (rows.of(sum(rows.counts), 1),) if self.division.one_part else (rows, rows.equal())
 
     def broken(self, call: Call, rows: Rows) -> str:
         """Why the capture does not hold for a call, cut into microbatches; empty if it does.
@@ -191,7 +196,11 @@ def _divided(
         small = replace(whole, microbatch=rows.counts[0], checked={})
         return divide(small, small, allowed)
     narrower = SYMBOLIC_ATTEMPTS[SYMBOLIC_ATTEMPTS.index(whole.symbolic) :]  # for the same nodes
-    return divide(capture(model, call, rows.counts[0], forward, leaves, narrower), whole, allowed)
+    small = capture(model, call, rows.counts[0], forward, leaves, narrower)
+    if differ := twins_differ(small, whole):
+        warnings.warn(f"{differ}; so every batch of {call.batch} rows is run as one microbatch", stacklevel=2)
+        return undivided(whole, one_part=True)
+    return divide(small, whole, allowed)
 
 
 def _pieces(division: Division, first: torch.device, last: torch.device) -> tuple[Piece | None, Piece | None]:

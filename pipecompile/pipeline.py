@@ -248,8 +248,8 @@ class Pipeline(nn.Module):
         key = Key(call.key, modes(self.model), ambient.autocast)
         known = self._captures.of(key)
         rows = Rows.of(call.batch, microbatches or self.microbatches)
-        for candidate in (rows, rows.equal()):
-            for compiled in known:
+        for compiled in known:
+            for candidate in compiled.cuts(rows):
                 if not compiled.broken(call, candidate):
                     self._last = compiled
                     self._captures.use(key)
@@ -276,8 +276,9 @@ class Pipeline(nn.Module):
                 whole=self.microbatches > 1 and not (self.schedule in ASYNCHRONOUS and self.model.training),
                 allowed=self._allowed,
             )
-            if not compiled.broken(call, candidate):
-                return steps.Batch(compiled, call, candidate)
+            for cut in compiled.cuts(candidate):
+                if not compiled.broken(call, cut):
+                    return steps.Batch(compiled, call, cut)
         raise CaptureError("the trace does not hold for the inputs that it was made with; please report this")
 
 

@@ -146,8 +146,9 @@ class Drops(nn.Module):
 def test_random_functions_draw_alike_in_both_and_that_is_said() -> None:
     result = pipe_of(Drops()).verify(x())
     assert result.exact, result
-    assert [check.against for check in result.checks[:2]] == ["the whole batch", "the whole batch"]
+    assert [check.against for check in result.checks[:2]] == ["the same microbatches", "the whole batch"]
     assert [check.microbatches for check in result.checks[:2]] == [2, 1]
+    assert "over the same microbatches, since it draws random numbers" in str(result)
     assert "2 microbatches compared without dropout in both models" in str(result)
     assert "one microbatch compared with random numbers from one seed in both models" in str(result)
 

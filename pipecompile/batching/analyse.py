@@ -72,10 +72,12 @@ class _Analyst:
         self.written = {name for n in self.small.graph.nodes for name in origin_of(n).writes}
         self.parameters = dict(self.small.model.named_parameters(remove_duplicate=False))
         for node in self.small.graph.nodes:
-            if node.op == "output" or node in self.kinds:
+            if node.op == "output":
                 continue
             if self._is_early(node):
                 self.early.add(node)
+            if node in self.kinds:
+                continue
             self._settle(node, self._answer(node))
         return Analysis(
             self.kinds, self.edits, frozenset(self.early), frozenset(self.whole), frozenset(self.inside),
@@ -202,4 +204,4 @@ def plain_name(node: fx.Node) -> str:
     name = name_of(node).removeprefix("__").removesuffix("__")
     if name.startswith("i") and name[1:] in ("add", "sub", "mul", "truediv", "floordiv", "and", "or", "xor"):
         return name[1:]
-    return name.rstrip("_") or name
+    return name.split(".")[0].rstrip("_") or name

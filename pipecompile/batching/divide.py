@@ -127,31 +127,25 @@ def divide(small: Captured, large: Captured, allowed: Iterable[str] = ()) -> Div
 
     Args:
         small: the trace at a microbatch's rows.
-        large: one at the whole batch's; ``small`` itself where its batch is symbolic.
+        large: one of the same program at the whole batch's; ``small`` itself where its batch is symbolic.
         allowed: paths of modules that may mix samples; each then works on microbatches by themselves.
 
     Raises:
-        CaptureError: the two traces are of different programs, or samples mix in the body of the model.
+        CaptureError: samples mix in the body of the model.
     """
-    if large is not small:
-        _check_twins(small, large)
     return _Divider(small, large, analyse(small, large, allowed)).division()
 
 
-def _check_twins(small: Captured, large: Captured) -> None:
+def twins_differ(small: Captured, large: Captured) -> str:
+    """Where a trace at a microbatch's rows and one at the whole batch's are of different programs; empty if nowhere."""
     mine, other = list(small.graph.nodes), list(large.graph.nodes)
+    sizes = f"for a microbatch of {small.microbatch} rows and for the batch of {large.microbatch}"
     for a, b in zip(mine, other, strict=False):
         if (a.op, a.name) != (b.op, b.name):
-            raise CaptureError(
-                f"{origin_of(a)}: the model computes something else for a microbatch of {small.microbatch} rows than "
-                f"for the batch of {large.microbatch} ({a.name} against {b.name}), so microbatches cannot give the "
-                f"whole batch's result; use microbatches=1"
-            )
+            return f"{origin_of(a)}: the model computes different things {sizes} ({a.name} and {b.name})"
     if len(mine) != len(other):
-        raise CaptureError(
-            f"the model calls {len(mine)} functions for a microbatch of {small.microbatch} rows and {len(other)} for "
-            f"the batch of {large.microbatch}, so microbatches cannot give the whole batch's result; use microbatches=1"
-        )
+        return f"the model calls {len(mine)} and {len(other)} functions {sizes}"
+    return ""
 
 
 class _Divider:
