@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from pipecompile.batching import Division, Partial, Rows, divide, scatter, twins_differ, undivided
+from pipecompile.batching import Division, Partial, Rows, divide, twins_differ, undivided
 from pipecompile.capture import Call, Captured, capture, summarize
 from pipecompile.capture.capture import SYMBOLIC_ATTEMPTS
 from pipecompile.capture.origin import Origin, origin_of
@@ -70,18 +70,19 @@ class Compiled:
     def broken(self, call: Call, rows: Rows) -> str:
         """Why the capture does not hold for a call, cut into microbatches; empty if it does.
 
-        The whole batch decides what the model's Python asks; the microbatches need only fit the trace.
+        Where one trace is the microbatches' and the whole batch's, the whole batch decides what the model's Python asks;
+        the microbatches need only fit the trace.
         """
         division, whole = self.division, call.tensors
         if changed := self.captured.attributes.changed():
             return changed
         if division.one_part and len(rows) > 1:
             return "it holds for a batch of one microbatch"
-        parts = dict(zip(rows.counts, scatter(call, rows), strict=True)).values()
+        parts = call.split(rows.counts) if call.batch else [whole]
         if division.is_divided and division.whole is division.captured:
-            return division.whole.broken_guard(whole, whole) or _first(map(division.captured.misfit, parts))
-        why = _first(division.captured.broken_guard(part, whole) for part in parts)
-        return why or (division.whole.broken_guard(whole, whole) if division.is_divided else "")
+            return division.whole.broken_guard([whole], whole) or _misfit(division.captured, parts, whole)
+        why = division.captured.broken_guard(parts, whole)
+        return why or (division.whole.broken_guard([whole], whole) if division.is_divided else "")
 
     def run_before(self, call: Call) -> dict[str, Tensor]:
         """The values of the whole batch that the stages read."""
@@ -160,7 +161,7 @@ def compile_call(
     if whole:
         division = _divided(model, call, rows, forward, leaves, allowed)
     else:
-        division = undivided(capture(model, call, rows.counts[0] if call.batch else None, forward, leaves))
+        division = undivided(capture(model, call, rows.counts if call.batch else None, forward, leaves))
     body = division.body
     graph = summarize(body)
     if first is None:
@@ -192,11 +193,11 @@ def _divided(
     whole = capture(model, call, None, forward, leaves)
     if call.batch is None or (whole.is_fixed and len(rows) == 1):
         return undivided(whole, one_part=True)
-    if not whole.is_fixed:
+    if not whole.is_fixed and not _misfit(whole, call.split(rows.counts), call.tensors):
         small = replace(whole, microbatch=rows.counts[0], checked={})
         return divide(small, small, allowed)
     narrower = SYMBOLIC_ATTEMPTS[SYMBOLIC_ATTEMPTS.index(whole.symbolic) :]  # for the same nodes
-    small = capture(model, call, rows.counts[0], forward, leaves, narrower)
+    small = capture(model, call, rows.counts, forward, leaves, narrower)
     if differ := twins_differ(small, whole):
         warnings.warn(f"{differ}; so every batch of {call.batch} rows is run as one microbatch", stacklevel=2)
         return undivided(whole, one_part=True)
@@ -234,8 +235,9 @@ def _near(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor if tensor.device == device or device.type == "meta" else tensor.to(device)
 
 
-def _first(reasons: Iterable[str]) -> str:
-    return next(filter(None, reasons), "")
+def _misfit(captured: Captured, parts: Sequence[Mapping[str, Tensor]], whole: Mapping[str, Tensor]) -> str:
+    """Why a trace of the whole batch cannot run its parts; empty if it can."""
+    return next(filter(None, map(captured.misfit, parts)), "") or captured.misread(parts, whole)
 
 
 def place(captured: Captured, plan: Plan, graph: Graph, devices: Sequence[torch.device]) -> None:

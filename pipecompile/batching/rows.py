@@ -48,10 +48,8 @@ class Rows:
 def scatter(call: Call, rows: Rows, whole: Mapping[str, Tensor] | None = None) -> list[dict[str, Tensor]]:
     """The input tensors of each microbatch, contiguous; ``whole`` are values that all of them read."""
     parts: list[dict[str, Tensor]] = [dict(whole or {}) for _ in rows.counts]
-    for name, tensor in call.tensors.items():
-        pieces = torch.split(tensor, list(rows.counts)) if name in call.batched else [tensor] * len(rows)
-        for part, piece in zip(parts, pieces, strict=True):
-            part[name] = piece.contiguous()
+    for part, tensors in zip(parts, call.split(rows.counts) if call.batch else [call.tensors], strict=True):
+        part.update({name: tensor.contiguous() for name, tensor in tensors.items()})
     for part, weight in zip(parts, rows.weights, strict=True):
         part[SHARE] = torch.tensor(weight, dtype=torch.float64)
     return parts

@@ -109,7 +109,7 @@ class Captured:
                 self.checked[key] = self._check_sizes(microbatch)
             if self.checked[key]:
                 return self.checked[key]
-        return self._check_reads(microbatches, whole)
+        return self.misread(microbatches, whole)
 
     def misfit(self, microbatch: Mapping[str, Tensor]) -> str:
         """Why the trace's functions cannot run on inputs of these sizes; empty if they can.
@@ -137,7 +137,8 @@ class Captured:
                 return f"{expr} = {answer} does not hold for the sizes {values}"
         return ""
 
-    def _check_reads(self, microbatches: Sequence[Mapping[str, Tensor]], whole: Mapping[str, Tensor]) -> str:
+    def misread(self, microbatches: Sequence[Mapping[str, Tensor]], whole: Mapping[str, Tensor]) -> str:
+        """Why what Python reads from inputs is not what the trace holds for; empty if it is."""
         if self.reads is None:
             return ""
         parts = [self._read(microbatch) for microbatch in microbatches]
