@@ -70,8 +70,8 @@ class Compiled:
     def broken(self, call: Call, rows: Rows) -> str:
         """Why the capture does not hold for a call, cut into microbatches; empty if it does.
 
-        Where one trace is the microbatches' and the whole batch's, the whole batch decides what the model's Python asks;
-        the microbatches need only fit the trace.
+        Where one trace is the microbatches' and the whole batch's, the whole batch decides what the model's Python
+        asks; the microbatches need only fit the trace.
         """
         division, whole = self.division, call.tensors
         if changed := self.captured.attributes.changed():
