@@ -23,6 +23,7 @@ from pipecompile.capture.innermost import Part, name_of_part
 from pipecompile.capture.inputs import Call
 from pipecompile.capture.learn import fake_result, learn
 from pipecompile.capture.leaves import Leaf, LeafCall, attribute_of
+from pipecompile.capture.memos import forgotten
 from pipecompile.capture.numbers import is_number
 from pipecompile.capture.origin import Origin, origin_of
 from pipecompile.capture.patches import patched
@@ -98,7 +99,7 @@ class Trace:
             without_caches(self.model) as (notes, caches),
         ):
             watch = Watch(paths, changes.before, self.numbers, caches)
-            with watch.watching():
+            with watch.watching(), forgotten(self.model):
                 out = self._run(args, kwargs, paths)
         watch.changes += changes.attributes
         self.counters = watch.counters

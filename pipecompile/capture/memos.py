@@ -1,0 +1,49 @@
+"""Results that functions remember (``lru_cache``): those of a trace are fakes, which nobody must find later."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import _lru_cache_wrapper
+from types import FunctionType, MethodType
+from typing import Any
+
+from torch import nn
+
+
+@contextmanager
+def forgotten(model: nn.Module) -> Iterator[None]:
+    """Empties, at its end, the caches that have been added to: on the model's modules, their classes and files."""
+    before = {id(memo): memo.cache_info().misses for memo in _memos(model)}
+    try:
+        yield
+    finally:
+        for memo in _memos(model):
+            if memo.cache_info().misses != before.get(id(memo), 0):
+                memo.cache_clear()
+
+
+def _memos(model: nn.Module) -> list[_lru_cache_wrapper[Any]]:
+    modules = list(model.modules())
+    kinds = {base for module in modules for base in type(module).__mro__ if not _is_foreign(base)}
+    files = [vars(sys.modules[name]) for name in {kind.__module__ for kind in kinds} if name in sys.modules]
+    held = [value for names in (*map(vars, modules), *map(vars, kinds), *files) for value in list(names.values())]
+    return [memo for value in held for memo in _inside(value)]
+
+
+def _inside(value: Any, depth: int = 3) -> Iterator[_lru_cache_wrapper[Any]]:
+    """The caches that a function, method or decorator is, wraps or closes over."""
+    match value:
+        case _lru_cache_wrapper():
+            yield value
+        case staticmethod() | classmethod() | MethodType():
+            yield from _inside(value.__func__, depth)
+        case FunctionType() if depth and value.__closure__:
+            for cell in value.__closure__:
+                with suppress(ValueError):  # not filled yet
+                    yield from _inside(cell.cell_contents, depth - 1)
+
+
+def _is_foreign(kind: type) -> bool:
+    return kind.__module__.split(".")[0] in sys.stdlib_module_names | {"torch"}
