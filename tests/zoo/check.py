@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from oracle import Run, preserved, split
-from pipecompile.batch import Rows
+from pipecompile.batching import Rows
 from torch import Tensor, nn
 
 import pipecompile
