@@ -356,6 +356,8 @@ def _across_microbatches(compiled: Compiled) -> list[str]:
     if division.tail is not None and division.tail.writes:
         notes.append(f"written once a batch: {', '.join(division.tail.writes)}")
     notes += [f"tried out: samples stay apart in {what}" for what in division.tried]
+    kept = {origin_of(n).path for n in captured.graph.nodes if n.op == "call_module" and origin_of(n).writes}
+    notes += [f"module {path!r}, kept whole, may write its buffers for each microbatch" for path in sorted(kept)]
     for node in captured.graph.nodes:
         if node.target is torch.nn.functional.batch_norm and origin_of(node).writes:
             notes.append(f"batch normalisation uses each microbatch's statistics ({origin_of(node)})")

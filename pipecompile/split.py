@@ -210,7 +210,7 @@ class _Writer:
 
     def close(self, returned: Sequence[fx.Node]) -> fx.Graph:
         self.region.change(PLAIN)
-        self.graph.output(tuple(self.copies[node] for node in returned))
+        self.graph.output(tuple(self.read(node) for node in returned))
         return self.graph
 
 

@@ -100,7 +100,10 @@ class _Analyst:
         name = plain_name(node)
         if node.op == "call_module" or name not in RULES:
             return self._unruled(node)
-        return RULES[name](Use(node, name, self.kinds, self.scale, self.early))
+        try:
+            return RULES[name](Use(node, name, self.kinds, self.scale, self.early))
+        except (IndexError, KeyError, AttributeError, TypeError, ValueError):  # a form that the rule does not know
+            return self._unruled(node)
 
     def _is_number(self, node: fx.Node) -> bool:
         """Whether a node computes a size."""
@@ -123,6 +126,9 @@ class _Analyst:
             self.whole.add(node)
             self.kinds[node] = SHARED
             return
+        if isinstance(kind, Partial) and self._may_mix(node):
+            self.kinds[node] = SHARED
+            return
         if kind is None or _is_mixed(kind):
             spoilt = any(_is_mixed(self.kinds[n]) for n in node.all_input_nodes)
             if self._allowed(node) or (not spoilt and self._try_out(node)):
@@ -138,12 +144,16 @@ class _Analyst:
             return False
         return not self.scale.growing(node) and self.scale.shape(node) is not None
 
+    def _may_mix(self, node: fx.Node) -> bool:
+        path = origin_of(node).path
+        return any(path == name or path.startswith(f"{name}.") for name in self.allowed)
+
     def _allowed(self, node: fx.Node) -> bool:
         """Whether a module may mix samples by name; what it gives is then a microbatch's own."""
-        path = origin_of(node).path
-        if not any(path == name or path.startswith(f"{name}.") for name in self.allowed):
+        if not self._may_mix(node):
             return False
-        self.kinds[node] = self.experiment.by_growth(node)
+        kind = self.experiment.by_growth(node)
+        self.kinds[node] = tuple(map(_own, kind)) if isinstance(kind, tuple) else _own(kind)
         return True
 
     def _try_out(self, node: fx.Node) -> bool:
@@ -163,6 +173,11 @@ class _Analyst:
             self.tried.append(str(origin_of(node)))
             return True
         return False
+
+
+def _own(kind: Kind) -> Kind:
+    """What a module that may mix samples gives without a batch: each microbatch goes on with its own."""
+    return SHARED if isinstance(kind, Mixed) else kind
 
 
 LARGEST_REGION = 600  # nodes; a larger module is not tried out

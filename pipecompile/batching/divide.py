@@ -40,19 +40,20 @@ class Before:
 
     name: str
     node: str
-    count: tuple[int, str | None] | None = None  # ignore_index, node with the classes' weights
+    count: tuple[int | str, str | None] | None = None  # ignore_index or its node, node with the classes' weights
 
     @property
     def nodes(self) -> tuple[str, ...]:
         """The nodes whose values it is made from."""
-        return (self.node,) if self.count is None or self.count[1] is None else (self.node, self.count[1])
+        return (self.node, *(name for name in self.count or () if isinstance(name, str)))
 
     def value(self, values: Mapping[str, Any]) -> Tensor:
         """The value, from those of the nodes; a number becomes a tensor without dimensions."""
         if self.count is None:
             return torch.as_tensor(values[self.node])
-        ignore_index, weight = self.count
-        return valid_weight(values[self.node], ignore_index, None if weight is None else values[weight])
+        ignored, weight = self.count
+        index = values[ignored] if isinstance(ignored, str) else ignored
+        return valid_weight(values[self.node], index, None if weight is None else values[weight])
 
 
 @dataclass(frozen=True)
@@ -313,7 +314,8 @@ class _Divider:
         weight = None if edit.weight is None else edit.weight.name
         dtype = torch.int64 if edit.weight is None else edit.weight.meta["val"].dtype
         value = torch.empty((), dtype=dtype, device="meta")
-        total = self._input(name, value, Before(name, edit.target.name, (edit.ignore_index, weight)))
+        ignored = edit.ignore_index.name if isinstance(edit.ignore_index, fx.Node) else edit.ignore_index
+        total = self._input(name, value, Before(name, edit.target.name, (ignored, weight)))
         names = ("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction", "label_smoothing")
         arguments: dict[str, Any] = {**dict(zip(names, copy.args, strict=False)), **copy.kwargs}
         kept: dict[str, Any] = {

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from oracle import Run, preserved, split
-from pipecompile.batching import Rows
 from torch import Tensor, nn
 
 import pipecompile
 from pipecompile import compiled
+from pipecompile.batching import Rows
 from pipecompile.capture import Call, Captured, read_call, summarize
 from pipecompile.errors import ExecutionError, PipecompileError
 from pipecompile.graph import Graph

@@ -28,7 +28,8 @@ def matmul(use: Use) -> Answer:
 @rule("addmm baddbmm addbmm_of addmv")
 def add_product(use: Use) -> Answer:
     start = use.kind(use.node.args[0])
-    kind = _product(use, use.node.args[1], use.node.args[2])
+    names = ("batch1", "batch2") if use.name == "baddbmm" else ("mat1", "mat2")
+    kind = _product(use, use.arg(1, names[0]), use.arg(2, names[1]))
     if isinstance(kind, Shared) and isinstance(start, Shared):
         return SHARED
     offset = len(use.out) - use.ndim(use.node.args[0])

@@ -37,7 +37,7 @@ class Recount:
 
     target: fx.Node  # computed from inputs alone
     weight: fx.Node | None
-    ignore_index: int
+    ignore_index: int | fx.Node
 
 
 Edit = Share | ShareArgument | WholeArgument | Recount
@@ -99,6 +99,8 @@ class Use:
 
     def counts(self, position: int) -> bool:
         """Whether the number at a position depends on the batch."""
+        if position >= len(self.node.args):
+            return False
         twin = self.scale.twin[self.node].args
         argument = self.node.args[position]
         if isinstance(argument, fx.Node) and self.is_tensor(argument):
