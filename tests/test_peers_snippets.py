@@ -442,6 +442,28 @@ def test_w02_custom_backward() -> None:
     same_step(Blocks(body), rows())
 
 
+def valid_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean over the labels that are not -100."""
+    return F.cross_entropy(logits, labels, ignore_index=-100)
+
+
+@EACH
+def test_w03_ignored_labels(stages: int, schedule: str) -> None:
+    labels = ids(count=ROWS, vocabulary=D)[:, 0]
+    labels[[0, 2, 3]] = -100  # the microbatches of two rows have 1, 0, 2 and 2 labels that count
+    options = {"stages": stages, "schedule": schedule, "loss_fn": valid_entropy}
+    same_step(Blocks(Blocks.chain), rows(), target=labels, **options)
+
+
+@EACH
+def test_w04_empty_microbatch(stages: int, schedule: str) -> None:
+    labels = ids(count=ROWS, vocabulary=D)[:, 0]
+    labels[4:6] = -100
+    options = {"stages": stages, "schedule": schedule, "loss_fn": valid_entropy}
+    pipe = same_step(Blocks(Blocks.chain), rows(), target=labels, **options)
+    assert not any(p.grad is not None and p.grad.isnan().any() for p in pipe.parameters())
+
+
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
 def test_w05_uneven_microbatches(schedule: str) -> None:
     same_step(Blocks(Blocks.chain), rows(7), target=rows(7, seed=9), schedule=schedule)
@@ -507,6 +529,27 @@ def test_w08_dropout_in_eval() -> None:
 class Outputs(NamedTuple):
     logits: Tensor
     hidden: tuple[Tensor, Tensor]
+
+
+@EACH
+def test_w09_batch_norm(stages: int, schedule: str) -> None:
+    """Statistics are those of each microbatch, as in GPipe, and that is said; steps are counted once a batch."""
+
+    def body(self: Blocks, x: Tensor) -> Tensor:
+        return self.d(self.c(self.norm(self.b(self.a(x)))))
+
+    model = Blocks(body)
+    model.norm = nn.BatchNorm1d(D).double()
+    pipe = pipe_of(model, stages, schedule, 2)
+    actual = step(pipe, model, lambda out: out.square().mean(), ((rows(),), {}))
+    expected = microbatched(model, lambda out: out.square().mean(), ((rows(),), {}), 2, False)
+    assert_same(actual, expected, buffers=False)
+    assert int(actual.buffers["norm.num_batches_tracked"]) == 1
+    torch.testing.assert_close(actual.buffers["norm.running_var"], expected.buffers["norm.running_var"])
+    assert any("batch normalisation uses each microbatch's statistics" in line for line in pipe.report["microbatches"])
+    whole = pipe_of(model, stages, schedule, 1)
+    reference = step(model, model, lambda out: out.square().mean(), ((rows(),), {}))
+    assert_same(step(whole, model, lambda out: out.square().mean(), ((rows(),), {})), reference)
 
 
 @pytest.mark.parametrize("kind", [dict, Outputs])

@@ -2,7 +2,7 @@
 
 A module (a mixture of experts sorts the tokens of all samples and puts them back), or a function without a rule, is run
 on random samples, then with all samples but one replaced. If that one's results stay, for the first sample and for the
-last, with copies of it and with strangers around it, and when all samples change places, the module keeps samples apart.
+last, with copies of it and with strangers around it, and as samples change places, the module keeps samples apart.
 """
 
 from __future__ import annotations

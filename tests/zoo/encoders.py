@@ -67,7 +67,7 @@ def encoders() -> tuple[Entry, ...]:
         _entry("convbert", "ConvBertForMaskedLM", embedding_size=16, head_ratio=2, conv_kernel_size=3),
         _entry("ernie", "ErnieForMaskedLM"),
         _entry("esm", "EsmForMaskedLM", mask_token_id=2, token_dropout=False, max_position_embeddings=34),
-        _entry("ibert", "IBertForMaskedLM", max_position_embeddings=34),
+        _entry("ibert", "IBertForMaskedLM", facts={"mixes": "modules kept whole keep the extremes of each microbatch"}, max_position_embeddings=34),
         _entry("lilt", "LiltForTokenClassification", _boxed_tags, **page, channel_shrink_ratio=2, hidden_size=24, max_position_embeddings=34),
         _entry("layoutlm", "LayoutLMForMaskedLM", _boxed, **page),
         _entry("longformer", "LongformerForMaskedLM", attention_window=4, max_position_embeddings=34),
