@@ -167,7 +167,7 @@ def _forward(session: Session, batch: Batch) -> dict[int, Microbatch]:
 
 def _microbatches(batch: Batch) -> list[Microbatch]:
     """The parts of a batch; a model that draws random numbers gets a seed for each from the caller's generator."""
-    parts = scatter(batch.call, batch.rows, batch.compiled.run_before(batch.call))
+    parts = scatter(batch.call, batch.rows, batch.compiled.run_before(batch.call), batch.division.before)
     drawn: Sequence[int | None] = seeds(len(parts)) if batch.compiled.is_random else [None] * len(parts)
     return [Microbatch(part, seed) for part, seed in zip(parts, drawn, strict=True)]
 

@@ -574,12 +574,12 @@ def _rebound_and_written(self: Any, h: Tensor, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("body", [_counted, _rebound, _rebound_twice, _rebound_and_written])
-def test_a_buffer_counts_each_microbatch_once(body: Body) -> None:
+def test_a_buffer_counts_each_batch_once(body: Body) -> None:
     pipe = pipe_of(Around(body, count=torch.tensor(0)), microbatches=2)
     count = pipe.model.count
     for calls in (1, 2, 3):
         pipe(floats())
-        assert pipe.model.count == 2 * calls
+        assert pipe.model.count == calls
     assert pipe.model.count is count
 
 

@@ -272,9 +272,13 @@ def test_f11_branch_on_an_activation() -> None:
         return self.d(self.c(self.e(self.b(self.a(x)))))
 
     model = Blocks(on_activation)
-    model.e = Doubling()  # of relu's outputs: every microbatch takes the branch that the whole batch takes
-    pipe = same_step(model, rows())
+    model.e = Doubling()
+    pipe = same_step(model, rows(), microbatches=1)
     assert any("module e is kept whole" in note for note in pipe.report["notes"])
+    with pytest.raises(CaptureError, match=r"module 'e'.*samples of the batch mix here"):  # the whole batch branches
+        pipe_of(model, microbatches=4)(rows())
+    pipe = pipe_of(model, microbatches=4, allow_microbatch=["e"])  # relu's outputs: every microbatch does the same
+    torch.testing.assert_close(pipe(rows()), model(rows()))
 
     def at_the_root(self: Blocks, x: Tensor) -> Tensor:
         h = self.a(x)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import Run, assert_same, microbatched, step
+from oracle import Run, assert_same, step
 from torch import Tensor, nn
 from toys import D, mean_square
 
@@ -68,9 +68,9 @@ def _two(body: Callable[[Tensor, Tensor], Tensor], mask: Tensor) -> tuple[Run, n
     return step(pipe, model, mean_square, inputs), model, inputs, pipe
 
 
-def test_a_number_in_which_the_microbatches_agree_is_theirs() -> None:
+def test_a_number_is_the_whole_batch_s_even_where_the_microbatches_agree_in_another() -> None:
     actual, model, inputs, pipe = _two(_checked, _mask(3, 3, 3, 3))
-    assert_same(actual, microbatched(model, mean_square, inputs, 2, inside=False))
+    assert_same(actual, step(model, model, mean_square, inputs))
     assert pipe.report["guards"]
 
 
@@ -81,17 +81,19 @@ def test_a_largest_number_and_a_yes_or_no_are_the_whole_batch_s(body: Any) -> No
     assert not pipe.report["notes"]
 
 
-def test_a_count_is_each_microbatch_s_own() -> None:
-    actual, model, inputs, pipe = _two(_share, _mask(1, 5, 2, 3))
-    assert_same(actual, microbatched(model, mean_square, inputs, 2, inside=False))
-    assert any("reads 6 from one microbatch and 5 from another" in note for note in pipe.report["notes"])
+def test_where_microbatches_read_other_counts_the_batch_is_one_microbatch() -> None:
+    with pytest.warns(UserWarning, match="run as one microbatch"):
+        actual, model, inputs, _ = _two(_share, _mask(1, 5, 2, 3))
+    assert_same(actual, step(model, model, mean_square, inputs))
 
 
 def test_a_later_call_whose_microbatches_no_longer_agree_is_captured_again() -> None:
     actual, model, inputs, pipe = _two(_share, _mask(2, 3, 3, 2))
-    assert_same(actual, microbatched(model, mean_square, inputs, 2, inside=False))
+    assert_same(actual, step(model, model, mean_square, inputs))
     later = (_floats(4), _mask(1, 5, 2, 3)), {}
-    assert_same(step(pipe, model, mean_square, later), microbatched(model, mean_square, later, 2, inside=False))
+    with pytest.warns(UserWarning, match="run as one microbatch"):
+        found = step(pipe, model, mean_square, later)
+    assert_same(found, step(model, model, mean_square, later))
     assert pipe.captures == 2
 
 

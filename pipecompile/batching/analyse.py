@@ -126,6 +126,14 @@ class _Analyst:
             self.whole.add(node)
             self.kinds[node] = SHARED
             return
+        if (
+            node in self.early
+            and isinstance(kind, Mixed)
+            and isinstance(own := self.experiment.by_growth(node), Batched)
+        ):
+            self.whole.add(node)  # numbers of samples: each microbatch has its rows of the whole batch's
+            self.kinds[node] = own
+            return
         if isinstance(kind, Partial) and self._may_mix(node):
             self.kinds[node] = SHARED
             return

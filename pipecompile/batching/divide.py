@@ -21,8 +21,8 @@ import torch.fx as fx
 from torch import Tensor
 
 from pipecompile.batching.analyse import Analysis, analyse
-from pipecompile.batching.kinds import SHARED, Batched, Kind, Mixed, Partial
-from pipecompile.batching.rules import Recount, Share, ShareArgument, WholeArgument
+from pipecompile.batching.kinds import SHARED, Batched, Kind, Local, Mixed, Partial
+from pipecompile.batching.rules import Recount, RowsArgument, Share, ShareArgument, WholeArgument
 from pipecompile.capture import Captured, Output
 from pipecompile.capture.origin import origin_of
 from pipecompile.capture.purity import has_effect
@@ -40,6 +40,7 @@ class Before:
 
     name: str
     node: str
+    rows: Batched | None = None  # each microbatch has its own part of it
     count: tuple[int | str, str | None] | None = None  # ignore_index or its node, node with the classes' weights
 
     @property
@@ -277,7 +278,7 @@ class _Divider:
     def _copy(self, node: fx.Node, copies: dict[fx.Node, fx.Node]) -> bool:
         """Copies a node into the body; False where the body has no such value."""
         if node in self.analysis.whole:
-            copies[node] = self._input(f"whole_{node.name}", node.meta["val"], Before(f"whole_{node.name}", node.name))
+            copies[node] = self._of_the_whole(node, self.analysis.kinds[node])
             return True
         if self._is_whole_only(node) or any(n not in copies for n in node.all_input_nodes):
             return False
@@ -290,11 +291,23 @@ class _Divider:
         copies[node] = self._edited(node, copy)
         return True
 
+    def _of_the_whole(self, node: fx.Node, kind: Kind | tuple[Kind, ...]) -> fx.Node:
+        """The input that holds an early value of the whole batch, or of that a microbatch's rows."""
+        rows = kind if isinstance(kind, Batched) else None
+        name = f"{'rows' if rows else 'whole'}_{node.name}"
+        return self._input(name, node.meta["val"], Before(name, node.name, rows))
+
     def _edited(self, node: fx.Node, copy: fx.Node) -> fx.Node:
         for edit in self.analysis.edits.get(node, ()):
             match edit:
                 case WholeArgument(position):
                     copy.update_arg(position, self._whole_number(node, position))
+                case RowsArgument(position):
+                    numbers = node.args[position]
+                    assert isinstance(numbers, fx.Node)
+                    kind = self.analysis.kinds[numbers]
+                    assert isinstance(kind, Local)
+                    copy.update_arg(position, self._of_the_whole(numbers, Batched(kind.dim)))
                 case ShareArgument(position):
                     part = self._new(part_of, (copy.args[position], self._first), f"{node.name}_part", node)
                     part.meta["val"] = _part_of(copy.args[position])
@@ -315,7 +328,7 @@ class _Divider:
         dtype = torch.int64 if edit.weight is None else edit.weight.meta["val"].dtype
         value = torch.empty((), dtype=dtype, device="meta")
         ignored = edit.ignore_index.name if isinstance(edit.ignore_index, fx.Node) else edit.ignore_index
-        total = self._input(name, value, Before(name, edit.target.name, (ignored, weight)))
+        total = self._input(name, value, Before(name, edit.target.name, count=(ignored, weight)))
         names = ("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction", "label_smoothing")
         arguments: dict[str, Any] = {**dict(zip(names, copy.args, strict=False)), **copy.kwargs}
         kept: dict[str, Any] = {

@@ -6,13 +6,13 @@ microbatch as they are, and so do values of the whole batch. Each part is told i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pipecompile.batching.divide import SHARE
+from pipecompile.batching.divide import SHARE, Before
 from pipecompile.capture import Call
 
 
@@ -45,9 +45,16 @@ class Rows:
         return len(self.counts)
 
 
-def scatter(call: Call, rows: Rows, whole: Mapping[str, Tensor] | None = None) -> list[dict[str, Tensor]]:
-    """The input tensors of each microbatch, contiguous; ``whole`` are values that all of them read."""
+def scatter(
+    call: Call, rows: Rows, whole: Mapping[str, Tensor] | None = None, before: Sequence[Before] = ()
+) -> list[dict[str, Tensor]]:
+    """The input tensors of each microbatch, contiguous, and the values of the whole batch that it reads."""
     parts: list[dict[str, Tensor]] = [dict(whole or {}) for _ in rows.counts]
+    for each in before:
+        if each.rows is not None and whole is not None:
+            sizes = [count * each.rows.inner for count in rows.counts]
+            for part, piece in zip(parts, torch.split(whole[each.name], sizes, each.rows.dim), strict=True):
+                part[each.name] = piece.contiguous()
     for part, tensors in zip(parts, call.split(rows.counts) if call.batch else [call.tensors], strict=True):
         part.update({name: tensor.contiguous() for name, tensor in tensors.items()})
     for part, weight in zip(parts, rows.weights, strict=True):

@@ -9,6 +9,7 @@ from pipecompile.batching.rules.use import (
     Edit,
     Edited,
     Recount,
+    RowsArgument,
     Share,
     ShareArgument,
     Use,
@@ -16,6 +17,6 @@ from pipecompile.batching.rules.use import (
 )
 
 __all__ = [
-    "RULES", "Answer", "Edit", "Edited", "Recount", "Share", "ShareArgument", "Use", "WholeArgument", "elementwise",
-    "layers", "losses", "picking", "reducing", "shaping",
+    "RULES", "Answer", "Edit", "Edited", "Recount", "RowsArgument", "Share", "ShareArgument", "Use", "WholeArgument",
+    "elementwise", "layers", "losses", "picking", "reducing", "shaping",
 ]  # fmt: skip

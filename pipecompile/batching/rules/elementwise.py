@@ -7,7 +7,7 @@ from typing import Any
 import torch.fx as fx
 
 from pipecompile.batching.kinds import PARTIAL, SHARED, Batched, Kind, Local, Mixed, Partial, Shared
-from pipecompile.batching.rules.use import Answer, Edited, ShareArgument, Use, WholeArgument, rule
+from pipecompile.batching.rules.use import Answer, Edited, RowsArgument, ShareArgument, Use, WholeArgument, rule
 
 NONLINEAR = """
     abs absolute acos acosh asin asinh atan atan2 atanh arctan arctan2 bitwise_and bitwise_not bitwise_or bitwise_xor
@@ -20,7 +20,7 @@ NONLINEAR = """
     softshrink softsign special_expit special_erf special_log1p special_xlog1py sqrt square tan tanh tanhshrink
     threshold trunc fix where masked_fill xlogy and or xor invert lshift rshift angle polar complex
     addcdiv dropout alpha_dropout feature_alpha_dropout feature_dropout dropout1d dropout2d dropout3d bernoulli
-    rand_like randn_like randint_like zeros_like ones_like full_like empty_like zero fill uniform normal exponential
+    rand_like randn_like randint_like zero fill uniform normal exponential
     geometric cauchy log_normal random quantize_per_tensor fake_quantize_per_tensor_affine hooked with_hook
     bool long int short byte
 """
@@ -37,6 +37,7 @@ def broadcast(use: Use, arguments: list[Any]) -> Kind:
         kind = use.kind(argument)
         if isinstance(kind, Batched | Local):
             placed = _aligned(kind, use.ndim(argument), len(use.out))
+            placed = Batched(placed.dim) if isinstance(kind, Local) and len(arguments) > 1 else placed
             if isinstance(found, Shared):
                 found = placed
             elif found != placed:
@@ -64,7 +65,20 @@ def _with_numbers(use: Use, kind: Kind, edits: tuple[Any, ...] = ()) -> Answer:
 @rule(NONLINEAR)
 def entry_by_entry(use: Use) -> Answer:
     kind = broadcast(use, list(use.tensors))
-    return use.mixed(f"{use.name} of row numbers") if isinstance(kind, Local) else _with_numbers(use, kind)
+    if isinstance(kind, Local):
+        return use.mixed(f"{use.name} of row numbers")
+    rows = [n for n in use.tensors if isinstance(use.kind(n), Local)]
+    positions = tuple(i for i, a in enumerate(use.node.args) if isinstance(a, fx.Node) and a in rows)
+    if len(positions) < len(rows) or any(n not in use.early for n in rows):
+        return use.mixed(f"{use.name} of row numbers")
+    return _with_numbers(use, kind, tuple(RowsArgument(i) for i in positions))
+
+
+@rule("zeros_like ones_like full_like empty_like")
+def constant_like(use: Use) -> Answer:
+    """Entries that are all alike: of the argument, only the shape matters."""
+    kind = use.kind(use.node.args[0])
+    return kind if isinstance(kind, Batched) else use.mixed() if use.scale.growing(use.node) else SHARED
 
 
 @rule(LINEAR)
@@ -85,8 +99,10 @@ def setitem(use: Use) -> Answer:
     if all(isinstance(use.kind(n), Shared) for n in use.tensors):
         return SHARED
     masks = [i for i in items if isinstance(i, fx.Node)]
-    if len(items) == 1 and masks and use.shape(masks[0]) == use.shape(x)[: use.ndim(masks[0])] and not use.shape(value):
-        return broadcast(use, [x]) if use.kind(masks[0]) in (kind, SHARED) else use.mixed()
+    if len(items) == 1 and masks and use.shape(masks[0]) == use.shape(x)[: use.ndim(masks[0])]:
+        picked = isinstance(incoming, Batched) and incoming.ragged and incoming.dim == 0 and kind == Batched(0)
+        fits = picked or (isinstance(incoming, Shared) and not use.shape(value))
+        return kind if fits and use.kind(masks[0]) == kind else use.mixed()
     if not isinstance(kind, Batched) or masks or any(i is Ellipsis or i is None for i in items):
         return use.mixed("an assignment to picked entries")
     if kind.dim < len(items) and items[kind.dim] != slice(None):

@@ -32,6 +32,13 @@ class WholeArgument:
 
 
 @dataclass(frozen=True, slots=True)
+class RowsArgument:
+    """Numbers of rows: the whole batch's, of which each microbatch has its own, in the place of its own count."""
+
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
 class Recount:
     """A mean over valid entries: the sum, over the number (or weight) of valid entries in the whole batch."""
 
@@ -40,7 +47,7 @@ class Recount:
     ignore_index: int | fx.Node
 
 
-Edit = Share | ShareArgument | WholeArgument | Recount
+Edit = Share | ShareArgument | WholeArgument | RowsArgument | Recount
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +154,6 @@ def only_first(use: Use, first: Any) -> Kind | None:
 
 
 __all__ = [
-    "RULES", "Answer", "Batched", "Edited", "Kind", "Local", "Mixed", "Partial", "Recount", "Rule", "Share",
-    "ShareArgument", "Use", "WholeArgument", "dims_of", "only_first", "positive", "rule",
+    "RULES", "Answer", "Batched", "Edited", "Kind", "Local", "Mixed", "Partial", "Recount", "RowsArgument", "Rule",
+    "Share", "ShareArgument", "Use", "WholeArgument", "dims_of", "only_first", "positive", "rule",
 ]  # fmt: skip
