@@ -23,6 +23,7 @@ from torch.func import functional_call
 from pipecompile.batching import Division, Partial, Rows, divide, twins_differ, undivided
 from pipecompile.capture import Call, Captured, capture, summarize
 from pipecompile.capture.capture import SYMBOLIC_ATTEMPTS
+from pipecompile.capture.joins import with_batch_dims
 from pipecompile.capture.origin import Origin, origin_of
 from pipecompile.capture.purity import is_random
 from pipecompile.cluster import Cluster
@@ -161,7 +162,8 @@ def compile_call(
     if whole:
         division = _divided(model, call, rows, forward, leaves, allowed)
     else:
-        division = undivided(capture(model, call, rows.counts if call.batch else None, forward, leaves))
+        captured = capture(model, call, rows.counts if call.batch else None, forward, leaves)
+        division = undivided(with_batch_dims(captured, lambda: capture(model, call, None, forward, leaves)))
     body = division.body
     graph = summarize(body)
     if first is None:

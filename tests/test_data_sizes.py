@@ -73,6 +73,19 @@ def test_steps_with_sizes_that_data_tells_equal_the_unsplit_model(kind: Any, inp
     assert pipe.captures == 1
 
 
+def test_an_assignment_to_rows_by_number_is_not_taken_for_one_by_a_mask() -> None:
+    class Zeroed(Routed):
+        def forward(self, x: Tensor, language: Tensor) -> Tensor:
+            h = self.first(x)
+            h[language[:, 0]] = 0
+            return self.last(h).pow(2).mean()
+
+    model = Zeroed().double()
+    pipe = pipecompile.compile(model, devices=["cpu"] * 2, microbatches=2, profile="count")
+    with pytest.raises(CaptureError, match="an assignment to rows by number"):
+        pipe(*_routed(4, 8))
+
+
 def _captured(forward: Any, *args: Tensor) -> Captured:
     model = nn.Linear(1, 1)
     model.forward = forward

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch.fx as fx
 from torch import Tensor
@@ -139,7 +140,8 @@ class _Analyst:
             return
         if kind is None or _is_mixed(kind):
             spoilt = any(_is_mixed(self.kinds[n]) for n in node.all_input_nodes)
-            if self._allowed(node) or (not spoilt and self._try_out(node)):
+            certain = isinstance(kind, Mixed) and kind.certain
+            if self._allowed(node) or (not spoilt and self._try_out(node, by_itself=not certain)):
                 return
             kind = kind or Mixed(f"{name_of(node)}, which has no rule")
         if isinstance(answer, Edited):
@@ -164,9 +166,9 @@ class _Analyst:
         self.kinds[node] = tuple(map(_own, kind)) if isinstance(kind, tuple) else _own(kind)
         return True
 
-    def _try_out(self, node: fx.Node) -> bool:
-        """Finds the smallest module around a node that keeps samples apart as a whole."""
-        for region in regions(node, self.small.graph):
+    def _try_out(self, node: fx.Node, by_itself: bool = True) -> bool:
+        """Finds the smallest module around a node, or the node itself, that keeps samples apart as a whole."""
+        for region in islice(regions(node, self.small.graph), 0 if by_itself else 1, None):
             if len(region) > LARGEST_REGION or any(n in self.kinds and _fresh_mix(self.kinds, n) for n in region):
                 return False
             found = self.experiment.kinds_of(region)

@@ -58,9 +58,13 @@ class Local:
 
 @dataclass(frozen=True, slots=True)
 class Mixed:
-    """Samples mix; ``why`` says what does it."""
+    """Samples mix; ``why`` says what does it.
+
+    ``certain``: by what the function is, so that nobody need try it out by itself.
+    """
 
     why: str
+    certain: bool = False
 
 
 Kind = Shared | Batched | Partial | Local | Mixed

@@ -12,7 +12,6 @@ from torch import nn
 from pipecompile.capture.captured import Captured
 from pipecompile.capture.innermost import Part, next_whole
 from pipecompile.capture.inputs import Call
-from pipecompile.capture.joins import with_batch_dims
 from pipecompile.capture.recorder import DATA_DEPENDENT
 from pipecompile.capture.trace import NeedsNumbers, Trace
 from pipecompile.errors import CaptureError, InputError
@@ -63,8 +62,7 @@ def capture(
                 del attempts[:-1]
             continue
         if not broken:
-            whole = partial(_with_leaves, model, call, (call.batch or 1,), forward or model, "nothing", dict(kept), [])
-            return with_batch_dims(captured, whole)
+            return captured
         failure = CaptureError(broken)
         reasons.append(broken)
     raise CaptureError(f"the model cannot be traced: {getattr(failure, 'origin', '')}: {failure}") from failure

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.fx as fx
 
 from pipecompile.batching.kinds import PARTIAL, SHARED, Batched, Kind, Local, Mixed, Partial, Shared
@@ -99,6 +100,8 @@ def setitem(use: Use) -> Answer:
     if all(isinstance(use.kind(n), Shared) for n in use.tensors):
         return SHARED
     masks = [i for i in items if isinstance(i, fx.Node)]
+    if any(use.is_tensor(i) and i.meta["val"].dtype != torch.bool for i in masks):
+        return use.mixed("an assignment to rows by number", certain=True)
     if len(items) == 1 and masks and use.shape(masks[0]) == use.shape(x)[: use.ndim(masks[0])]:
         picked = isinstance(incoming, Batched) and incoming.ragged and incoming.dim == 0 and kind == Batched(0)
         fits = picked or (isinstance(incoming, Shared) and not use.shape(value))

@@ -114,8 +114,8 @@ class Use:
             return False
         return self.scale.grows(argument, twin[position])
 
-    def mixed(self, why: str = "") -> Mixed:
-        return Mixed(why or self.name)
+    def mixed(self, why: str = "", certain: bool = False) -> Mixed:
+        return Mixed(why or self.name, certain)
 
 
 Rule = Callable[[Use], Answer]
