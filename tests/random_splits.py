@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
@@ -21,6 +22,7 @@ from pipecompile.plan import Plan
 from pipecompile.program import Backward, Forward
 
 SHAPES = [(4, 3), (8, 5), (5, 4), (4, 7)]  # batch and length; 6, the width, is neither
+COUNT = int(os.environ.get("RANDOM_MODELS", "100"))  # of each test; `make random` takes 256
 LARGEST = 1e4  # of a loss, so that rounding stays small
 
 
@@ -82,9 +84,11 @@ def _check(program: Program) -> None:
         parted = _numbers(
             program, shape, lambda inputs, parts=parts: microbatched(model, loss, inputs, parts, program.inside)
         )
-        assert_same(actual, parted)
-        if not program.writes:
+        normed = "self.batch_norm(" in program.source and parts > 1
+        if not normed:
             assert_same(actual, _numbers(program, shape, lambda inputs: step(model, model, loss, inputs)))
+        if not program.writes:
+            assert_same(actual, parted)
 
 
 def _compiled(model: nn.Module, program: Program, shape: tuple[int, int]) -> pipecompile.Pipeline:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 from random_models import drawn
-from random_splits import assert_a_split_equals_eager
+from random_splits import COUNT, assert_a_split_equals_eager
 
 from pipecompile import steps
 
 
-@pytest.mark.parametrize("seed", range(256))
+@pytest.mark.parametrize("seed", range(COUNT))
 def test_a_random_model_gives_the_unsplit_models_numbers(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_a_split_equals_eager(seed, monkeypatch, random_plan=False)
 

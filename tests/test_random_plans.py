@@ -6,6 +6,6 @@ import pytest
 from random_splits import assert_a_split_equals_eager
 
 
-@pytest.mark.parametrize("seed", range(256, 512))
+@pytest.mark.parametrize("seed", range(256, 256 + COUNT))
 def test_a_random_plan_gives_the_unsplit_models_numbers(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_a_split_equals_eager(seed, monkeypatch, random_plan=True)

@@ -32,7 +32,7 @@ def page(entries: Mapping[str, Entry], results: Sequence[Found], command: str) -
     head = [
         "# Models",
         f"`{command}`: every model of the zoo, tiny and random, split into 2 and 4 stages and trained for steps of two "
-        "batch sizes and two lengths under 1F1B, over 1 and 2 microbatches, beside the unsplit model. *Exact*: the "
+        "batch sizes and two lengths under 1F1B, over 2 microbatches, beside the unsplit model. *Exact*: the "
         "loss and every gradient, by name, are the unsplit model's.",
         summary(entries, results),
         "## Every model",
