@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from random_splits import assert_a_split_equals_eager
+from random_splits import COUNT, assert_a_split_equals_eager
 
 
 @pytest.mark.parametrize("seed", range(256, 256 + COUNT))
