@@ -219,7 +219,6 @@ MIXES: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda x: x.softmax(0),
     "sort": lambda x: x.sort(0).values,
     "attention": lambda x: (x @ x.T).softmax(-1) @ x,
-    "numbers": lambda x: x + torch.arange(x.shape[0], dtype=x.dtype)[:, None],
     "roll": lambda x: x.roll(1, 0),
     "first": lambda x: x * x[0],
 }
@@ -237,6 +236,12 @@ def test_what_mixes_samples_in_the_middle_is_refused_or_accepted_by_name(name: s
     accepted = pipecompile.compile(model, ["cpu", "cpu"], microbatches=3, profile="count", allow_microbatch=["centre"])
     parts = torch.stack([model(part) for part in x.split(2)]).mean()
     torch.testing.assert_close(accepted(x), parts)
+
+
+def test_numbers_of_rows_are_those_of_the_whole_batch() -> None:
+    model = MixesInside(lambda x: x + torch.arange(x.shape[0], dtype=x.dtype)[:, None]).double()
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=3, profile="count")
+    assert_step_equal(model, pipe, {"x": torch.randn(7, WIDTH, dtype=torch.float64)})
 
 
 class Experts(nn.Module):
