@@ -22,6 +22,7 @@ from torch.func import functional_call
 
 from pipecompile.batching import Division, Partial, Rows, divide, twins_differ, undivided
 from pipecompile.capture import Call, Captured, capture, summarize
+from pipecompile.capture.ancestors import ancestors
 from pipecompile.capture.capture import SYMBOLIC_ATTEMPTS
 from pipecompile.capture.joins import with_batch_dims
 from pipecompile.capture.origin import Origin, origin_of
@@ -79,6 +80,8 @@ class Compiled:
             return changed
         if division.one_part and len(rows) > 1:
             return "it holds for a batch of one microbatch"
+        if sum(rows.counts) < division.at_least:
+            return f"it holds for batches of {division.at_least} rows and more"
         parts = call.split(rows.counts) if call.batch else [whole]
         if division.is_divided and division.whole is division.captured:
             return division.whole.broken_guard([whole], whole) or _misfit(division.captured, parts, whole)
@@ -179,7 +182,7 @@ def compile_call(
         )
     place(body, plan, graph, devices)
     stages = split(body, graph, plan, devices)
-    before, tail = _pieces(division, devices[0], stages[-1].device)
+    before, tail = _pieces(division, stages[-1].device)
     return Compiled(division, graph, plan, costed, reference, cluster, stages, before, tail)
 
 
@@ -197,7 +200,8 @@ def _divided(
         return undivided(whole, one_part=True)
     if not whole.is_fixed and not _misfit(whole, call.split(rows.counts), call.tensors):
         small = replace(whole, microbatch=rows.counts[0], checked={})
-        return divide(small, small, allowed)
+        division = divide(small, small, allowed)
+        return division if call.batch >= division.at_least else undivided(whole, one_part=True)
     narrower = SYMBOLIC_ATTEMPTS[SYMBOLIC_ATTEMPTS.index(whole.symbolic) :]  # for the same nodes
     small = capture(model, call, rows.counts, forward, leaves, narrower)
     if differ := twins_differ(small, whole):
@@ -206,31 +210,19 @@ def _divided(
     return divide(small, whole, allowed)
 
 
-def _pieces(division: Division, first: torch.device, last: torch.device) -> tuple[Piece | None, Piece | None]:
+def _pieces(division: Division, last: torch.device) -> tuple[Piece | None, Piece | None]:
     """The modules of what comes before the stages and after them."""
     whole, tail = division.whole, division.tail
     before = None
     if division.before:
         wanted = list(dict.fromkeys(name for each in division.before for name in each.nodes))
-        before = cut_out(whole, ancestors_of(whole, wanted), wanted, whole.device)
+        needed = ancestors(n for n in whole.graph.nodes if n.name in wanted)
+        before = cut_out(whole, [n.name for n in needed], wanted, whole.device)
     if tail is None:
         return before, None
     for name in tail.writes:
         _move(whole.tensors[name], last)
     return before, cut_out(whole, tail.nodes, tail.outputs, last)
-
-
-def ancestors_of(captured: Captured, names: Sequence[str]) -> list[str]:
-    """Nodes and all that they are computed from, in order."""
-    nodes = {n.name: n for n in captured.graph.nodes}
-    found: set[str] = set()
-    stack = [nodes[name] for name in names]
-    while stack:
-        node = stack.pop()
-        if node.name not in found:
-            found.add(node.name)
-            stack.extend(node.all_input_nodes)
-    return [n.name for n in captured.graph.nodes if n.name in found]
 
 
 def _near(tensor: Tensor, device: torch.device) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 def setitem(x: Tensor, index: Any, value: Any) -> Tensor:
@@ -44,6 +45,18 @@ def part_of(value: Any, share: Tensor) -> Tensor:
         share = share.to(value.dtype)
     part: Tensor = share * value
     return part
+
+
+def masked_scatter_all(x: Tensor, mask: Tensor, source: Tensor) -> Tensor:
+    """``x.masked_scatter(mask, source)`` that takes all entries of the source, so that microbatches take their own."""
+    if not isinstance(source, FakeTensor):
+        places = int(mask.expand_as(x).sum())
+        if places != source.numel():
+            raise ValueError(
+                f"masked_scatter has {source.numel()} entries for the {places} places of a microbatch: samples would "
+                f"take each other's; use microbatches=1"
+            )
+    return x.masked_scatter(mask, source)
 
 
 def valid_weight(target: Tensor, ignore_index: int, weight: Tensor | None) -> Tensor:

@@ -10,8 +10,9 @@ import torch.fx as fx
 from torch import Tensor
 
 from pipecompile.batching.experiment import Experiment
-from pipecompile.batching.kinds import SHARED, Batched, Kind, Mixed, Partial, Shared
-from pipecompile.batching.rules import RULES, Answer, Edit, Edited, Use
+from pipecompile.batching.kinds import SHARED, Batched, Kind, Mixed, Partial, Shared, is_mixed
+from pipecompile.batching.rules import RULES, Answer, Edit, Edited, Use, WholeArgument
+from pipecompile.batching.rules.numbers import counts_samples, plain_name
 from pipecompile.batching.scale import Scale
 from pipecompile.capture import Captured
 from pipecompile.capture.origin import origin_of
@@ -28,7 +29,7 @@ class Analysis:
         early: nodes that are computed from inputs alone, so that the whole batch's value is known before the step.
         whole: early nodes that are no microbatch's own: the whole batch's value takes their place.
         inside: nodes of modules that were tried out, which no other module reads.
-        tried: modules (or functions) that no rule covers and that were tried out, with how many times each.
+        tried: where modules (or functions) that no rule covers were tried out.
     """
 
     kinds: Mapping[fx.Node, Kind | tuple[Kind, ...]]
@@ -37,11 +38,6 @@ class Analysis:
     whole: frozenset[fx.Node]
     inside: frozenset[fx.Node]
     tried: tuple[str, ...]
-
-    @property
-    def mixed(self) -> list[fx.Node]:
-        """The nodes that only the whole batch can give, in order."""
-        return [n for n, kind in self.kinds.items() if _is_mixed(kind) and n not in self.inside]
 
 
 def analyse(small: Captured, large: Captured, allowed: Iterable[str] = ()) -> Analysis:
@@ -88,6 +84,8 @@ class _Analyst:
     def _is_early(self, node: fx.Node) -> bool:
         if node.op == "get_attr":
             return str(node.target) not in self.parameters and str(node.target) not in self.written
+        if _wants_gradient(node):
+            return False  # it comes from an input that wants a gradient, which only the step can hand on
         return node.op != "call_module" and not has_effect(node) and all(n in self.early for n in node.all_input_nodes)
 
     def _answer(self, node: fx.Node) -> Answer:
@@ -101,10 +99,24 @@ class _Analyst:
         name = plain_name(node)
         if node.op == "call_module" or name not in RULES:
             return self._unruled(node)
+        use = Use(node, name, self.kinds, self.scale, self.early)
         try:
-            return RULES[name](Use(node, name, self.kinds, self.scale, self.early))
+            answer = RULES[name](use)
         except (IndexError, KeyError, AttributeError, TypeError, ValueError):  # a form that the rule does not know
             return self._unruled(node)
+        return self._checked(use, answer)
+
+    def _checked(self, use: Use, answer: Answer) -> Answer:
+        """An answer that fits the result's sizes at both batches, and numbers that count samples; else it mixes."""
+        kind = answer.kind if isinstance(answer, Edited) else answer
+        if kind is None or is_mixed(kind):
+            return answer
+        handled = isinstance(answer, Edited) and any(isinstance(edit, WholeArgument) for edit in answer.edits)
+        if counts_samples(node := use.node, self.scale) and not handled:
+            return use.mixed(f"{name_of(node)} by a number of samples", certain=True)
+        kinds = list(enumerate(kind)) if isinstance(kind, tuple) else [(None, kind)]
+        fits = all(self.scale.fits(use.node, item, one) for item, one in kinds)
+        return answer if fits else use.mixed(f"{use.name} of sizes that do not go with the batch")
 
     def _is_number(self, node: fx.Node) -> bool:
         """Whether a node computes a size."""
@@ -138,8 +150,8 @@ class _Analyst:
         if isinstance(kind, Partial) and self._may_mix(node):
             self.kinds[node] = SHARED
             return
-        if kind is None or _is_mixed(kind):
-            spoilt = any(_is_mixed(self.kinds[n]) for n in node.all_input_nodes)
+        if kind is None or is_mixed(kind):
+            spoilt = any(is_mixed(self.kinds[n]) for n in node.all_input_nodes)
             certain = isinstance(kind, Mixed) and kind.certain
             if self._allowed(node) or (not spoilt and self._try_out(node, by_itself=not certain)):
                 return
@@ -169,7 +181,7 @@ class _Analyst:
     def _try_out(self, node: fx.Node, by_itself: bool = True) -> bool:
         """Finds the smallest module around a node, or the node itself, that keeps samples apart as a whole."""
         for region in islice(regions(node, self.small.graph), 0 if by_itself else 1, None):
-            if len(region) > LARGEST_REGION or any(n in self.kinds and _fresh_mix(self.kinds, n) for n in region):
+            if len(region) > LARGEST_REGION or any(n in self.kinds and is_mixed(self.kinds[n]) for n in region):
                 return False
             found = self.experiment.kinds_of(region)
             if found is None:
@@ -188,6 +200,12 @@ class _Analyst:
 def _own(kind: Kind) -> Kind:
     """What a module that may mix samples gives without a batch: each microbatch goes on with its own."""
     return SHARED if isinstance(kind, Mixed) else kind
+
+
+def _wants_gradient(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    items = value if isinstance(value, tuple | list) else (value,)
+    return any(isinstance(item, Tensor) and item.requires_grad for item in items)
 
 
 LARGEST_REGION = 600  # nodes; a larger module is not tried out
@@ -214,19 +232,3 @@ def _within(node: fx.Node, path: str) -> bool:
     if not origin.path and not origin.source:
         return True  # the tracer's own
     return origin.path == path or origin.path.startswith(f"{path}.")
-
-
-def _fresh_mix(kinds: Mapping[fx.Node, Kind | tuple[Kind, ...]], node: fx.Node) -> bool:
-    return _is_mixed(kinds[node])
-
-
-def _is_mixed(kind: Kind | tuple[Kind, ...]) -> bool:
-    return isinstance(kind, Mixed) or (isinstance(kind, tuple) and any(isinstance(k, Mixed) for k in kind))
-
-
-def plain_name(node: fx.Node) -> str:
-    """The name of a function without what marks in-place, reflected and special forms: add_, __radd__ -> radd."""
-    name = name_of(node).removeprefix("__").removesuffix("__")
-    if name.startswith("i") and name[1:] in ("add", "sub", "mul", "truediv", "floordiv", "and", "or", "xor"):
-        return name[1:]
-    return name.split(".")[0].rstrip("_") or name

@@ -21,9 +21,10 @@ import torch.fx as fx
 from torch import Tensor
 
 from pipecompile.batching.analyse import Analysis, analyse
-from pipecompile.batching.kinds import SHARED, Batched, Kind, Local, Mixed, Partial
-from pipecompile.batching.rules import Recount, RowsArgument, Share, ShareArgument, WholeArgument
+from pipecompile.batching.kinds import SHARED, Batched, Kind, Local, Mixed, Partial, is_mixed
+from pipecompile.batching.rules import Instead, Recount, RowsArgument, Share, ShareArgument, Squeeze, WholeArgument
 from pipecompile.capture import Captured, Output
+from pipecompile.capture.ancestors import ancestors
 from pipecompile.capture.origin import origin_of
 from pipecompile.capture.purity import has_effect
 from pipecompile.capture.recorder import SILENT_WRITES
@@ -94,6 +95,7 @@ class Division:
     places: Mapping[str, str]
     reweighted: tuple[str, ...] = ()
     tried: tuple[str, ...] = ()
+    at_least: int = 1  # rows of a batch that it holds for
     one_part: bool = False  # for a batch that is one microbatch
     is_divided: bool = True  # microbatches are parts of a batch, not batches of their own
 
@@ -108,9 +110,8 @@ def undivided(captured: Captured, one_part: bool = False) -> Division:
     for output in captured.outputs:
         if output.node is not None:
             joins[output.node] = by_shape(output)
-    return Division(captured, captured, captured, joins, (), None, {name: name for name in joins}, one_part=one_part,
-        is_divided=False,
-    )  # fmt: skip
+    places = {name: name for name in joins}
+    return Division(captured, captured, captured, joins, (), None, places, one_part=one_part, is_divided=False)
 
 
 def by_shape(output: Output) -> Kind:
@@ -160,6 +161,7 @@ class _Divider:
         self.notes: list[str] = []
         self.tail_nodes: list[fx.Node] = []
         self.received: dict[fx.Node, None] = {}
+        self.at_least = 1
 
     def division(self) -> Division:
         small = self.small
@@ -183,8 +185,9 @@ class _Divider:
         used = {n.name for n in body.graph.nodes if n.op == "placeholder"}
         before = tuple(b for b in self.before.values() if b.name in used)
         return Division(
-            small, self.large, body, joins, before, tail, places, tuple(dict.fromkeys(self.notes)), self.analysis.tried
-        )
+            small, self.large, body, joins, before, tail, places, tuple(dict.fromkeys(self.notes)), self.analysis.tried,
+            at_least=self.at_least,
+        )  # fmt: skip
 
     def _kind(self, node: fx.Node) -> Kind:
         kind = self.analysis.kinds[node]
@@ -193,11 +196,11 @@ class _Divider:
 
     def _is_whole_only(self, node: fx.Node) -> bool:
         kind = self.analysis.kinds[node]
-        return node in self.analysis.whole or (_has_mix(kind) and node not in self.analysis.inside)
+        return node in self.analysis.whole or (is_mixed(kind) and node not in self.analysis.inside)
 
     def _begins_mixing(self, node: fx.Node) -> bool:
         kind = self.analysis.kinds[node]
-        return _has_mix(kind) and not any(_has_mix(self.analysis.kinds[n]) for n in node.all_input_nodes)
+        return is_mixed(kind) and not any(is_mixed(self.analysis.kinds[n]) for n in node.all_input_nodes)
 
     # The tail
 
@@ -234,13 +237,13 @@ class _Divider:
 
     def _refuse_mixing_in_the_body(self) -> None:
         for node in self.tail_nodes:
-            if not _has_mix(kind := self.analysis.kinds[node]) or node in self.analysis.early:
+            if not is_mixed(kind := self.analysis.kinds[node]) or node in self.analysis.early:
                 continue
             weights = [n for n in node.all_input_nodes if n.op == "get_attr" and str(n.target) in self.parameters]
             heavy = [str(n.target) for n in weights if self.parameters[str(n.target)].ndim >= 2]
             heavy += self.small.leaf_parameters(str(node.target)) if node.op == "call_module" else ()
             if heavy:
-                first = next((n for n in self.tail_nodes if self._begins_mixing(n) and _why_of(n, node)), node)
+                first = next((n for n in self.tail_nodes if self._begins_mixing(n) and n in ancestors([node])), node)
                 raise CaptureError(
                     f"{origin_of(first)}: samples of the batch mix here ({_why(kind)}), and the model goes on from it "
                     f"with {heavy[0]} ({origin_of(node)}); microbatches cannot give what the "
@@ -261,8 +264,8 @@ class _Divider:
         self._first = graph.create_node("placeholder", SHARE, name=SHARE)
         self._first.meta["val"] = torch.empty((), dtype=torch.float64, device="meta")
         for node in self.small.graph.nodes:
-            if node.op in ("placeholder", "output") or (node not in copies and not self._copy(node, copies)):
-                continue
+            if node.op not in ("placeholder", "output"):
+                self._copy(node, copies)
         kept = [copies[n] for n in wanted]
         graph.output(tuple(dict.fromkeys(kept)))
         graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output") or has_effect(n))
@@ -275,13 +278,13 @@ class _Divider:
         groups = [group for group in groups if len(group) > 1]
         return replace(self.small, graph=graph, outputs=outputs, groups=tuple(groups), checked={}), copies
 
-    def _copy(self, node: fx.Node, copies: dict[fx.Node, fx.Node]) -> bool:
-        """Copies a node into the body; False where the body has no such value."""
+    def _copy(self, node: fx.Node, copies: dict[fx.Node, fx.Node]) -> None:
+        """Copies a node into the body, if the body has such a value."""
         if node in self.analysis.whole:
             copies[node] = self._of_the_whole(node, self.analysis.kinds[node])
-            return True
+            return
         if self._is_whole_only(node) or any(n not in copies for n in node.all_input_nodes):
-            return False
+            return
         copy = self.graph.node_copy(node, copies.__getitem__)
         if node.op == "get_attr" and str(node.target) in self.written:
             copy = self._new(torch.clone, (copy,), f"{node.name}_before", node)  # the tail writes the buffer itself
@@ -289,7 +292,6 @@ class _Divider:
         if _is_write(node):
             copy.meta["origin"] = replace(origin_of(node), writes=())
         copies[node] = self._edited(node, copy)
-        return True
 
     def _of_the_whole(self, node: fx.Node, kind: Kind | tuple[Kind, ...]) -> fx.Node:
         """The input that holds an early value of the whole batch, or of that a microbatch's rows."""
@@ -314,6 +316,11 @@ class _Divider:
                     copy.prepend(part)
                     copy.update_arg(position, part)
                     self.notes.append(f"added to each microbatch by its share: {origin_of(node)}")
+                case Instead(function):
+                    copy.target = function
+                case Squeeze(dims):
+                    copy.target, copy.args, copy.kwargs = torch.squeeze, (copy.args[0], dims), {}
+                    self.at_least = 2
                 case Share():
                     copy = self._new(part_of, (copy, self._first), f"{node.name}_share", node)
                     self.notes.append(f"mean over rows: {origin_of(node)}")
@@ -371,26 +378,9 @@ def _is_write(node: fx.Node) -> bool:
     return bool(origin_of(node).writes) and node.op != "call_module" and node.target not in SILENT_WRITES
 
 
-def _has_mix(kind: Kind | tuple[Kind, ...]) -> bool:
-    return isinstance(kind, Mixed) or (isinstance(kind, tuple) and any(isinstance(k, Mixed) for k in kind))
-
-
 def _why(kind: Kind | tuple[Kind, ...]) -> str:
     kinds = kind if isinstance(kind, tuple) else (kind,)
     return next((k.why for k in kinds if isinstance(k, Mixed)), "a buffer is written")
-
-
-def _why_of(first: fx.Node, node: fx.Node) -> bool:
-    """Whether ``node`` is computed from ``first``."""
-    seen, stack = set(), [node]
-    while stack:
-        current = stack.pop()
-        if current is first:
-            return True
-        if current not in seen:
-            seen.add(current)
-            stack.extend(current.all_input_nodes)
-    return False
 
 
 def _part_of(argument: Any) -> Any:

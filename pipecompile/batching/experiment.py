@@ -17,11 +17,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from pipecompile.batching.kinds import SHARED, Batched, Kind, Mixed, Shared
+from pipecompile.batching.rules.numbers import counts_samples
 from pipecompile.batching.scale import UNKNOWN, Scale
 from pipecompile.capture import Captured
 from pipecompile.capture.evaluate import Evaluator
 from pipecompile.capture.origin import origin_of
 
+STRANGERS = 3  # times that the other rows are drawn
 TOLERANCE = 1e3  # roundings of the result's largest entry that another order of additions may leave
 
 
@@ -58,11 +60,17 @@ class Experiment:
             return None
         if any(origin_of(n).writes and n.op != "call_module" for n in region):
             return None
+        if any(counts_samples(n, self.scale) for n in region if not self._is_size(n)):
+            return None  # at the rows of the experiment nobody would see it
         try:
             apart = all(self._apart(region, sources, outputs, answers, row) for row in (0, self.rows - 1))
         except Exception:  # the region cannot be run by itself
             return None
         return answers if apart else None
+
+    def _is_size(self, node: fx.Node) -> bool:
+        value = node.meta.get("val")
+        return not isinstance(value, Tensor | tuple | list)
 
     def _apart(
         self,
@@ -76,10 +84,8 @@ class Experiment:
         generator = torch.Generator().manual_seed(row)
         start = {n: self._sample(n, generator) for n in dict.fromkeys(sources)}
         expected = self._run(region, outputs, start)
-        others = [
-            {n: self._around(n, value, row, None) for n, value in start.items()},
-            {n: self._around(n, value, row, generator) for n, value in start.items()},
-        ]
+        draws = [None, *[generator] * STRANGERS]
+        others = [{n: self._around(n, value, row, draw) for n, value in start.items()} for draw in draws]
         for changed in others:
             seen = self._run(region, outputs, changed)
             if not all(_same_rows(expected[n], seen[n], answers[n], row, row, self.rows) for n in outputs):
@@ -117,11 +123,11 @@ class Experiment:
         if generator is None:
             split.copy_(keep.unsqueeze(kind.dim + 1).expand_as(split))
         elif value.is_floating_point():
-            noise = torch.randn(split.shape, generator=generator, dtype=torch.float64).to(value.dtype)
-            split.copy_(noise)
+            split.copy_(torch.randn(split.shape, generator=generator, dtype=torch.float64).to(value.dtype))
             split.select(kind.dim + 1, row).copy_(keep)
         else:
-            split.copy_(split.roll(1, kind.dim + 1))
+            drawn = torch.randint(self.rows, (self.rows,), generator=generator)
+            split.copy_(split.index_select(kind.dim + 1, drawn))
             split.select(kind.dim + 1, row).copy_(keep)
         return split.reshape(value.shape)
 

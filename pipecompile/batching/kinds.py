@@ -72,6 +72,11 @@ SHARED = Shared()
 PARTIAL = Partial()
 
 
+def is_mixed(kind: Kind | tuple[Kind, ...]) -> bool:
+    """Whether a value, or an item of a tuple, is mixed."""
+    return any(isinstance(k, Mixed) for k in (kind if isinstance(kind, tuple) else (kind,)))
+
+
 def common(kinds: Sequence[Kind]) -> Kind | None:
     """The kind that several values agree on; None if they do not."""
     first = kinds[0] if kinds else SHARED

@@ -14,6 +14,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
+from pipecompile.batching.kinds import Batched, Kind, Local, Partial, Shared
 from pipecompile.capture import Captured
 from pipecompile.capture.symbols import resolve
 
@@ -68,6 +69,24 @@ class Scale:
             return ()
         pairs = zip(self.sizes(small, False), self.sizes(large, True), strict=True)
         return tuple(dim for dim, (before, after) in enumerate(pairs) if before != after or before == UNKNOWN)
+
+    def fits(self, node: fx.Node, item: int | None, kind: Kind) -> bool:
+        """Whether a result (or an item of a tuple) has the sizes, at both batches, that its kind asks for."""
+        small, large = node.meta.get("val"), self.twin[node].meta.get("val")
+        if isinstance(small, tuple | list) and isinstance(large, tuple | list) and item is not None:
+            small, large = small[item], large[item]
+        if not isinstance(small, Tensor) or not isinstance(large, Tensor):
+            return True
+        before, after = self.sizes(small, False), self.sizes(large, True)
+        match kind:
+            case Batched(dim, outer, inner, ragged):
+                here = ragged or (before[dim] == outer * self.fewer * inner and after[dim] == outer * self.rows * inner)
+                return here and before[:dim] == after[:dim] and before[dim + 1 :] == after[dim + 1 :]
+            case Local(dim):
+                return before[dim] == self.fewer and after[dim] == self.rows
+            case Shared() | Partial():
+                return before == after
+        return True
 
     def grows(self, argument: Any, twin: Any) -> bool:
         """Whether a number among a node's arguments depends on the batch."""

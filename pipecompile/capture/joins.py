@@ -23,7 +23,7 @@ def with_batch_dims(captured: Captured, whole: Callable[[], Captured]) -> Captur
         whole: captures the whole batch, with all sizes fixed.
     """
     batch = captured.call.batch
-    if batch is None or batch == captured.microbatch or not _is_fixed(captured):
+    if batch is None or batch == captured.microbatch or not captured.is_fixed:
         return captured
     try:
         other = whole()
@@ -33,12 +33,6 @@ def with_batch_dims(captured: Captured, whole: Callable[[], Captured]) -> Captur
     shapes = [(output, _shape(captured, output), grown.get(output.name, ())) for output in captured.outputs]
     found = [replace(output, batch_dim=_growing(a, b, captured.microbatch, batch)) for output, a, b in shapes]
     return replace(captured, outputs=tuple(found))
-
-
-def _is_fixed(captured: Captured) -> bool:
-    """Whether the trace holds for one number of rows alone."""
-    rows = {symbol for symbol, (name, dim) in captured.sizes.items() if dim == 0 and name in captured.call.batched}
-    return all(any(symbol == expr and answer.is_number for expr, answer in captured.guards) for symbol in rows)
 
 
 def _shape(captured: Captured, output: Output) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
+from pipecompile.capture.ancestors import ancestors
 from pipecompile.capture.attributes import Attribute, Attributes
 from pipecompile.capture.captured import Captured, Output, device_of, sample_sizes
 from pipecompile.capture.data_sizes import largest_sizes
@@ -220,7 +221,7 @@ class Trace:
         """A guard must not depend on what each microbatch changes."""
         written = {name for node in self.graph.nodes for name in origin_of(node).writes}
         for read in (read.node for read in self.values.reads):
-            moving = [n for n in _ancestors([read]) if n.op == "get_attr" and str(n.target) in written]
+            moving = [n for n in ancestors([read]) if n.op == "get_attr" and str(n.target) in written]
             if moving:
                 self.recorder.paths.append(origin_of(read).path)
                 raise DependsOnData(
@@ -262,7 +263,7 @@ class Trace:
         if not isinstance(lowered, fx.Node):
             return Output(name, None, lowered)
         scalar = leaf.ndim == 0 and leaf.dtype.is_floating_point
-        shared = not any(n.op == "placeholder" and n.name in self.call.batched for n in _ancestors([lowered]))
+        shared = not any(n.op == "placeholder" and n.name in self.call.batched for n in ancestors([lowered]))
         return Output(name, lowered.name, None, self._batch_dim(leaf), scalar, shared, leaf.requires_grad)
 
     def _batch_dim(self, tensor: Tensor) -> int | None:
@@ -283,7 +284,7 @@ class Trace:
         reads = [read.node for read in self.values.reads]
         graph = fx.Graph()
         copies: dict[fx.Node, fx.Node] = {}
-        needed = _ancestors(reads)
+        needed = ancestors(reads)
         for node in self.graph.nodes:
             if node in needed:
                 copies[node] = copy = graph.node_copy(node, copies.__getitem__)
@@ -325,17 +326,6 @@ class Trace:
 
 def _must_stay(node: fx.Node) -> bool:
     return node.op in ("placeholder", "output") or has_effect(node)
-
-
-def _ancestors(nodes: list[fx.Node]) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    stack = list(nodes)
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack.extend(node.all_input_nodes)
-    return found
 
 
 def _grows(size: int | torch.SymInt, batch: Any) -> bool:

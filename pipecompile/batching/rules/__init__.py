@@ -8,15 +8,17 @@ from pipecompile.batching.rules.use import (
     Answer,
     Edit,
     Edited,
+    Instead,
     Recount,
     RowsArgument,
     Share,
     ShareArgument,
+    Squeeze,
     Use,
     WholeArgument,
 )
 
 __all__ = [
-    "RULES", "Answer", "Edit", "Edited", "Recount", "RowsArgument", "Share", "ShareArgument", "Use", "WholeArgument",
-    "elementwise", "layers", "losses", "picking", "reducing", "shaping",
+    "RULES", "Answer", "Edit", "Edited", "Instead", "Recount", "RowsArgument", "Share", "ShareArgument", "Squeeze",
+    "Use", "WholeArgument", "elementwise", "layers", "losses", "picking", "reducing", "shaping",
 ]  # fmt: skip

@@ -16,7 +16,7 @@ NONLINEAR = """
     elu eq erf erfc erfinv exp exp2 expm1 float_power floor floor_divide floordiv fmax fmin fmod frac ge gelu gt
     hardshrink hardsigmoid hardswish hardtanh heaviside hypot i0 igamma igammac isclose isfinite isinf isnan le
     leaky_relu lerp lgamma log log10 log1p log2 logaddexp logaddexp2 logical_and logical_not logical_or logical_xor
-    logit logsigmoid log_sigmoid lt max_of maximum minimum mish mod mvlgamma nan_to_num ne nextafter polygamma pow
+    logit logsigmoid log_sigmoid lt maximum minimum mish mod mvlgamma nan_to_num ne nextafter polygamma pow
     prelu reciprocal relu relu6 remainder round rrelu rsqrt selu sgn sigmoid sign signbit silu sin sinc sinh softplus
     softshrink softsign special_expit special_erf special_log1p special_xlog1py sqrt square tan tanh tanhshrink
     threshold trunc fix where masked_fill xlogy and or xor invert lshift rshift angle polar complex
@@ -27,7 +27,7 @@ NONLINEAR = """
 """
 LINEAR = """
     clone contiguous detach alias float double half bfloat16 to type type_as cpu cuda requires_grad positive neg
-    negative after lift_fresh identity conj real imag resolve_conj resolve_neg copy copysign_of
+    negative after lift_fresh identity conj real imag resolve_conj resolve_neg copy
 """
 
 
@@ -118,7 +118,7 @@ def setitem(use: Use) -> Answer:
     return use.mixed()
 
 
-@rule("add sub rsub radd subtract addcmul_of")
+@rule("add sub rsub radd subtract")
 def plus(use: Use) -> Answer:
     left, right = use.node.args[0], use.arg(1, "other", 0)
     kinds = [use.kind(left), use.kind(right)]

@@ -25,7 +25,7 @@ def matmul(use: Use) -> Answer:
     return _product(use, a, b)
 
 
-@rule("addmm baddbmm addbmm_of addmv")
+@rule("addmm baddbmm")
 def add_product(use: Use) -> Answer:
     start = use.kind(use.node.args[0])
     names = ("batch1", "batch2") if use.name == "baddbmm" else ("mat1", "mat2")

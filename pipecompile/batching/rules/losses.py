@@ -28,7 +28,7 @@ def reduced(use: Use, reduction: Any, entries: Kind) -> Answer:
         return entries
     if reduction == "sum":
         return PARTIAL
-    if reduction in ("mean", "batchmean"):
+    if reduction == "mean" or (reduction == "batchmean" and entries.dim == 0):
         return (
             use.mixed("a mean over as many entries as values tell") if entries.ragged else Edited(PARTIAL, (Share(),))
         )
@@ -77,12 +77,12 @@ _ROW_LOSSES = {
 def row_losses(use: Use) -> Answer:
     """A loss for each row: the first dimension is the batch, whole or with the same number of entries each."""
     kinds = {use.kind(n) for n in use.tensors if use.ndim(n)} - {SHARED}
-    entries = kinds.pop() if len(kinds) == 1 else None
-    if not isinstance(entries, Batched) or entries.dim != 0:
-        return use.mixed() if entries is not None else SHARED
-    reduction = use.node.kwargs.get("reduction", "mean") if use.name.startswith("triplet") else reduction_of(
-        use, _ROW_LOSSES[use.name])  # fmt: skip
-    return reduced(use, reduction, entries)
+    if not kinds:
+        return SHARED
+    entries = kinds.pop()
+    if kinds or not isinstance(entries, Batched) or entries.dim != 0:
+        return use.mixed()
+    return reduced(use, reduction_of(use, _ROW_LOSSES[use.name]), entries)
 
 
 @rule("cross_entropy nll_loss nll_loss_nd")

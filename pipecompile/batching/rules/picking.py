@@ -9,7 +9,8 @@ import torch.fx as fx
 from torch import Tensor
 
 from pipecompile.batching.kinds import SHARED, Batched, Kind, Local, Shared
-from pipecompile.batching.rules.use import Answer, Use, only_first, positive, rule
+from pipecompile.batching.rules.use import Answer, Edited, Instead, Use, only_first, positive, rule
+from pipecompile.functions import masked_scatter_all
 
 WHOLE = slice(None)
 
@@ -165,12 +166,9 @@ def along(use: Use) -> Answer:
     if all(isinstance(kind, Shared) for kind in kinds):
         return SHARED if not use.scale.growing(use.node) else use.mixed()
     first = kinds[0]
-    agreed = [kind for kind in kinds if not isinstance(kind, Shared)]
-    if not all(kind == agreed[0] for kind in agreed) or not isinstance(agreed[0], Batched) or agreed[0].dim == dim:
+    if not isinstance(first, Batched) or first.dim == dim or any(kind != first for kind in kinds):
         return use.mixed(f"{use.name} among the samples")
-    if isinstance(first, Shared) and use.name != "gather":
-        return use.mixed()
-    return agreed[0]
+    return first
 
 
 @rule("index_select narrow select")
@@ -199,10 +197,15 @@ def masked_select(use: Use) -> Answer:
 
 @rule("masked_scatter")
 def masked_scatter(use: Use) -> Answer:
-    """Takes the source's entries one after another: sample by sample, if each has as many as its mask asks for."""
+    """Takes the source's entries one after another: sample by sample, if the microbatch's mask asks for just as many.
+
+    That is looked at when it runs.
+    """
     kinds = [use.kind(use.arg(i, name)) for i, name in enumerate(("self", "mask", "source"))]
     if all(isinstance(kind, Shared) for kind in kinds):
         return SHARED
     first, mask, source = kinds
     fits = isinstance(first, Batched) and first.dim == 0 and first == mask and isinstance(source, Batched)
-    return first if fits and source.dim == 0 and source.outer == 1 else use.mixed()  # type: ignore[union-attr]
+    if not fits or source.dim != 0 or source.outer != 1:  # type: ignore[union-attr]
+        return use.mixed()
+    return Edited(first, (Instead(masked_scatter_all),))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pipecompile.batching.kinds import PARTIAL, Batched, Kind, Partial, Shared
+from pipecompile.batching.rules.elementwise import broadcast, entry_by_entry
 from pipecompile.batching.rules.use import Answer, Edited, Share, Use, dims_of, only_first, positive, rule
 
 
@@ -49,15 +50,13 @@ def add_up(use: Use) -> Answer:
 @rule("""
     amax amin aminmax max min argmax argmin all any prod cumsum cumprod logcumsumexp cummax cummin softmax log_softmax
     softmin logsumexp norm linalg_norm linalg_vector_norm normalize std var std_mean var_mean median nanmedian mode
-    quantile nanquantile sort argsort topk kthvalue msort flip roll fft_fft fft_ifft fft_rfft fft_irfft glu unique_of
-    count_nonzero gumbel_softmax diff trapezoid renorm_of cosine_similarity_of
+    sort argsort topk kthvalue msort flip roll fft_fft fft_ifft fft_rfft fft_irfft glu
+    count_nonzero gumbel_softmax diff
 """)
 def along(use: Use) -> Answer:
     first = use.node.args[0]
     name = use.name
     if name in ("max", "min") and len(use.tensors) == 2:
-        from pipecompile.batching.rules.elementwise import entry_by_entry
-
         return entry_by_entry(use)
     dims = dims_of(_dim_argument(use), use.ndim(first))
     kind = only_first(use, first)
@@ -77,7 +76,7 @@ def _each(use: Use, kind: Kind, dims: tuple[int, ...] = ()) -> Answer:
 
 
 _POSITIONS = {"topk": 2, "kthvalue": 2, "norm": 2, "linalg_norm": 2, "linalg_vector_norm": 2, "normalize": 2,
-              "quantile": 2, "nanquantile": 2, "roll": 2, "gumbel_softmax": 3, "fft_fft": 2, "fft_ifft": 2,
+              "roll": 2, "gumbel_softmax": 4, "fft_fft": 2, "fft_ifft": 2,
               "fft_rfft": 2, "fft_irfft": 2, "diff": 2, "flip": 1}  # fmt: skip
 _DEFAULTS: dict[str, Any] = {"topk": -1, "kthvalue": -1, "sort": -1, "argsort": -1, "glu": -1, "normalize": 1,
                              "fft_fft": -1, "fft_ifft": -1, "fft_rfft": -1, "fft_irfft": -1, "diff": -1, "msort": 0,
@@ -104,15 +103,8 @@ def fourier(use: Use) -> Answer:
     return _along(use, dims) or use.mixed()
 
 
-@rule("var std")
-def spread_over(use: Use) -> Answer:
-    return along(use)
-
-
 @rule("cosine_similarity")
 def cosine(use: Use) -> Answer:
-    from pipecompile.batching.rules.elementwise import broadcast
-
     pair = list(use.tensors)[:2]
     ndim = max(map(use.ndim, pair))
     dim = positive(use.arg(2, "dim", 1), ndim)

@@ -6,10 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch.fx as fx
-
 from pipecompile.batching.kinds import PARTIAL, SHARED, Batched, Kind, Local, Mixed, Partial, Shared, common
-from pipecompile.batching.rules.use import Answer, Use, dims_of, only_first, positive, rule
+from pipecompile.batching.rules.use import Answer, Edited, Squeeze, Use, dims_of, only_first, positive, rule
 
 
 def reshaped(kind: Batched, before: Sequence[int], after: Sequence[int], rows: int) -> Batched | None:
@@ -30,7 +28,19 @@ def reshaped(kind: Batched, before: Sequence[int], after: Sequence[int], rows: i
     return None
 
 
-@rule("view reshape flatten unflatten view_as reshape_as ravel squeeze unsqueeze atleast_1d atleast_2d atleast_3d")
+@rule("squeeze")
+def squeeze(use: Use) -> Answer:
+    """What it takes away depends on sizes: it is to be what the whole batch's call takes away."""
+    kind = reshape(use)
+    if not isinstance(kind, Batched):
+        return kind
+    shape = use.shape(use.node.args[0])
+    asked = use.arg(1, "dim")
+    dims = dims_of(asked, len(shape)) if asked is not None else tuple(range(len(shape)))
+    return Edited(kind, (Squeeze(tuple(dim for dim in dims if shape[dim] == 1)),))
+
+
+@rule("view reshape flatten unflatten view_as reshape_as ravel unsqueeze atleast_1d atleast_2d atleast_3d")
 def reshape(use: Use) -> Answer:
     first = use.node.args[0]
     kind = use.kind(first)
@@ -196,6 +206,8 @@ def constant(use: Use) -> Answer:
     values = [n for n in use.tensors if not use.name.startswith("new_")]
     if any(not isinstance(use.kind(n), Shared) for n in values):
         return use.mixed()
+    if use.name in ("full", "new_full") and use.counts(1 if use.name == "full" else 2):
+        return use.mixed("numbers of samples")
     growing = use.scale.growing(use.node)
     if not growing:
         return SHARED
@@ -255,7 +267,3 @@ def windows(use: Use) -> Answer:
     if isinstance(dim, int) and len(use.node.args) >= 4:
         return kind if positive(dim, use.ndim(first)) != kind.dim else use.mixed()
     return kind if kind.dim == 0 else use.mixed()
-
-
-def _is_node(value: Any) -> bool:
-    return isinstance(value, fx.Node)

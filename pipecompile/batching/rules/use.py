@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.fx as fx
 
-from pipecompile.batching.kinds import SHARED, Batched, Kind, Local, Mixed, Partial, Shared
+from pipecompile.batching.kinds import SHARED, Kind, Mixed, Shared
 from pipecompile.batching.scale import Scale
 
 
@@ -39,6 +39,20 @@ class RowsArgument:
 
 
 @dataclass(frozen=True, slots=True)
+class Instead:
+    """Another function in the place of the call's, with the same arguments."""
+
+    function: Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Squeeze:
+    """The dimensions that the whole batch's call takes away: a microbatch of one row would lose its batch too."""
+
+    dims: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Recount:
     """A mean over valid entries: the sum, over the number (or weight) of valid entries in the whole batch."""
 
@@ -47,7 +61,7 @@ class Recount:
     ignore_index: int | fx.Node
 
 
-Edit = Share | ShareArgument | WholeArgument | RowsArgument | Recount
+Edit = Share | ShareArgument | WholeArgument | RowsArgument | Instead | Squeeze | Recount
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,11 +122,8 @@ class Use:
         """Whether the number at a position depends on the batch."""
         if position >= len(self.node.args):
             return False
-        twin = self.scale.twin[self.node].args
         argument = self.node.args[position]
-        if isinstance(argument, fx.Node) and self.is_tensor(argument):
-            return False
-        return self.scale.grows(argument, twin[position])
+        return not self.is_tensor(argument) and self.scale.grows(argument, self.scale.twin[self.node].args[position])
 
     def mixed(self, why: str = "", certain: bool = False) -> Mixed:
         return Mixed(why or self.name, certain)
@@ -154,6 +165,6 @@ def only_first(use: Use, first: Any) -> Kind | None:
 
 
 __all__ = [
-    "RULES", "Answer", "Batched", "Edited", "Kind", "Local", "Mixed", "Partial", "Recount", "RowsArgument", "Rule",
-    "Share", "ShareArgument", "Use", "WholeArgument", "dims_of", "only_first", "positive", "rule",
+    "RULES", "Answer", "Edited", "Instead", "Recount", "RowsArgument", "Rule", "Share", "ShareArgument", "Squeeze",
+    "Use", "WholeArgument", "dims_of", "only_first", "positive", "rule",
 ]  # fmt: skip
