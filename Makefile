@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench zoo random
+.PHONY: demo test check bench zoo
 
 demo: .venv/installed
 	$(BIN)/python examples/train_gpt2.py
@@ -17,9 +17,6 @@ check: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/step_time.py
-
-random: .venv/installed
-	RANDOM_MODELS=256 $(BIN)/python -m pytest --numprocesses 2 tests/test_random.py tests/test_random_plans.py
 
 zoo: .venv/installed
 	$(BIN)/python tests/zoo_run.py --jobs 2

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipecompile.compiled import parse_devices
+from pipecompile.devices import parse_devices
 from pipecompile.errors import InputError
 from pipecompile.pipeline import Pipeline
 from pipecompile.profile import How

@@ -10,9 +10,31 @@ import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from pipecompile.compiled import Compiled, Modes
+from torch import nn
+
+from pipecompile.compiled import Compiled
 
 MANY = 8  # captures from which on a pipeline warns, again whenever their number has doubled
+
+
+class Modes(NamedTuple):
+    """What about a model, beside the call, makes a capture its own."""
+
+    training: tuple[bool, ...]
+    modules: tuple[tuple[type, int], ...]
+    hooks: tuple[int, ...]
+    parameters: tuple[tuple[int, bool], ...]  # identity, and whether it is trained
+    buffers: tuple[int, ...]
+
+
+def modes(model: nn.Module) -> Modes:
+    """The present modes, hooks and tensors of a model."""
+    modules = list(model.modules())
+    training = tuple(module.training for module in modules)
+    hooks = tuple(id(hook) for m in modules for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
+    parameters = tuple((id(parameter), parameter.requires_grad) for parameter in model.parameters())
+    kinds = tuple((type(module), id(module)) for module in modules)
+    return Modes(training, kinds, hooks, parameters, tuple(map(id, model.buffers())))
 
 
 class Key(NamedTuple):

@@ -10,22 +10,21 @@ one placement: the first one is profiled and partitioned, the others follow its 
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from pipecompile.batching import Division, Partial, Rows, divide, twins_differ, undivided
+from pipecompile.batching import Division, Rows, divide, twins_differ, undivided
 from pipecompile.capture import Call, Captured, capture, summarize
 from pipecompile.capture.ancestors import ancestors
 from pipecompile.capture.capture import SYMBOLIC_ATTEMPTS
 from pipecompile.capture.joins import with_batch_dims
-from pipecompile.capture.origin import Origin, origin_of
+from pipecompile.capture.origin import origin_of
 from pipecompile.capture.purity import is_random
 from pipecompile.cluster import Cluster
 from pipecompile.errors import InputError
@@ -259,61 +258,6 @@ def _move(tensor: Tensor, device: torch.device) -> None:
         tensor.data = tensor.data.to(device)
 
 
-def parse_devices(devices: Sequence[torch.device | str | int]) -> tuple[torch.device, ...]:
-    """Devices by torch's name, or CUDA devices by number.
-
-    Raises:
-        InputError: none are given, or one is not there.
-    """
-    if not isinstance(devices, list | tuple) or not devices:
-        raise InputError(
-            f"devices= takes a list with one device a stage, such as ['cpu', 'cpu'] or [0, 1]; got {devices!r}"
-        )
-    parsed = []
-    for name in devices:
-        try:
-            device = torch.device("cuda", name) if isinstance(name, int) else torch.device(name)
-        except (RuntimeError, TypeError) as error:
-            raise InputError(f"{name!r} is no device: {error}") from None
-        parsed.append(_present(device))
-    return tuple(parsed)
-
-
-def _present(device: torch.device) -> torch.device:
-    if device.type == "cpu":
-        return device
-    if device.type != "cuda":
-        raise InputError(f"{device} is asked for, but stages run on cpu and cuda devices")
-    device = torch.device("cuda", device.index or 0)
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device.index >= count:
-        raise InputError(
-            f"{device} is asked for, but torch {torch.__version__} sees {count} CUDA devices; "
-            f"use devices=['cpu', 'cpu'] to run the same pipeline on the CPU"
-        )
-    return device
-
-
-class Modes(NamedTuple):
-    """What about a model, beside the call, makes a capture its own."""
-
-    training: tuple[bool, ...]
-    modules: tuple[tuple[type, int], ...]
-    hooks: tuple[int, ...]
-    parameters: tuple[tuple[int, bool], ...]  # identity, and whether it is trained
-    buffers: tuple[int, ...]
-
-
-def modes(model: nn.Module) -> Modes:
-    """The present modes, hooks and tensors of a model."""
-    modules = list(model.modules())
-    training = tuple(module.training for module in modules)
-    hooks = tuple(id(hook) for m in modules for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
-    parameters = tuple((id(parameter), parameter.requires_grad) for parameter in model.parameters())
-    kinds = tuple((type(module), id(module)) for module in modules)
-    return Modes(training, kinds, hooks, parameters, tuple(map(id, model.buffers())))
-
-
 def find_loss(captured: Captured, name: str | None) -> int | None:
     """The position of the loss among the outputs' tensors, or None if the model computes none.
 
@@ -335,72 +279,3 @@ def find_loss(captured: Captured, name: str | None) -> int | None:
         names = ", ".join(tensors[i].name or str(i) for i in losses)
         raise InputError(f"outputs {names} could each be the loss; say which one with loss=")
     return losses[0] if losses else None
-
-
-def _across_microbatches(compiled: Compiled) -> list[str]:
-    """What several microbatches do to be the whole batch, and where they are not."""
-    captured, division = compiled.captured, compiled.division
-    if captured.call.batch in (None, captured.microbatch):
-        return []
-    notes = [f"parts of the whole batch's: {line}" for line in division.reweighted]
-    if any(kind == Partial(mean=True) for kind in division.joins.values()):
-        notes.append("each microbatch is a batch of its own; single numbers are means over the rows")
-    if division.tail is not None and division.tail.why:
-        notes += [f"computed once from the whole batch, at GPipe's memory: {why}" for why in division.tail.why]
-    if division.tail is not None and division.tail.writes:
-        notes.append(f"written once a batch: {', '.join(division.tail.writes)}")
-    notes += [f"tried out: samples stay apart in {what}" for what in division.tried]
-    kept = {origin_of(n).path for n in captured.graph.nodes if n.op == "call_module" and origin_of(n).writes}
-    notes += [f"module {path!r}, kept whole, may write its buffers for each microbatch" for path in sorted(kept)]
-    for node in captured.graph.nodes:
-        if node.target is torch.nn.functional.batch_norm and origin_of(node).writes:
-            notes.append(f"batch normalisation uses each microbatch's statistics ({origin_of(node)})")
-            break
-    others = [n for n in captured.graph.nodes if n.target is not torch.nn.functional.batch_norm]
-    written = dict.fromkeys(name for node in others for name in origin_of(node).writes)
-    if written:
-        notes.append(f"buffers are written once a microbatch, and read as its forward finds them: {', '.join(written)}")
-    random = [node for node in captured.graph.nodes if is_random(node)]
-    if random:
-        first = origin_of(random[0])
-        notes.append(f"{len(random)} functions draw random numbers, others than in the unsplit model ({first})")
-    return notes
-
-
-def _attribute_guards(compiled: Compiled) -> list[str]:
-    """The names of the Python attributes that the trace holds for, and how often each was met."""
-    attributes = compiled.captured.attributes
-    counts = Counter(attribute.name for attribute, _ in attributes.read)
-    names = ", ".join(name if count == 1 else f"{name} ({count})" for name, count in sorted(counts.items()))
-    followed = [f"the answers to {len(attributes.questions)} questions about {n.label}" for n in attributes.numbers]
-    return [f"Python attributes that forward reads: {names}"] * bool(names) + followed
-
-
-def _checkpoints(captured: Captured) -> list[str]:
-    """What the model itself asks to compute again in the backward."""
-    origins: dict[int, list[Origin]] = {}
-    for node in captured.graph.nodes:
-        if node.name in captured.recomputed:
-            origins.setdefault(captured.recomputed[node.name], []).append(origin_of(node))
-    return [f"{len(nodes)} calls from {nodes[0]} on, which the model checkpoints" for nodes in origins.values()]
-
-
-def describe(compiled: Compiled) -> Mapping[str, Sequence[str]]:
-    """What the user should know about a capture, by topic."""
-    graph, plan = compiled.graph, compiled.plan
-    copies = sum(node.replicated and node.op != "input" for node in graph.nodes)
-    guards = [f"{expr} = {answer}" for expr, answer in compiled.captured.guards]
-    reads = [f"the model reads {value} from its inputs" for value in compiled.captured.read_values]
-    return {
-        "notes": compiled.captured.notes,
-        "microbatches": _across_microbatches(compiled),
-        "guards": [*guards, *reads, *_attribute_guards(compiled)],
-        "attributes": [
-            f"{attribute.label} is set once a call" for attribute, _ in compiled.captured.attributes.updates
-        ],
-        "recomputed": [
-            *[f"{copies} values (masks, positions, sizes) are computed in each stage that reads them"] * (copies > 0),
-            *_checkpoints(compiled.captured),
-        ],
-        "tied": [f"{t.parameter} over stages {', '.join(map(str, t.stages))}, gradients summed" for t in plan.tied],
-    }

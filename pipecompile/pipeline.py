@@ -13,12 +13,13 @@ from torch import nn
 from pipecompile import steps
 from pipecompile.batching import Rows
 from pipecompile.capture import Call, read_call
-from pipecompile.captures import Captures, Key
-from pipecompile.compiled import Compiled, compile_call, describe, find_loss, modes
+from pipecompile.captures import Captures, Key, modes
+from pipecompile.compiled import Compiled, compile_call, find_loss
 from pipecompile.errors import CaptureError, InputError, PipecompileError
 from pipecompile.plan import Plan
 from pipecompile.profile import How
 from pipecompile.program import Program
+from pipecompile.report import describe
 from pipecompile.runtime import Ambient, MakeOptimizer
 from pipecompile.schedule import ASYNCHRONOUS, SCHEDULES, pipedream
 from pipecompile.session import Session

@@ -32,7 +32,7 @@ from pipecompile.capture.symbols import resolve
 from pipecompile.errors import ExecutionError, InputError
 from pipecompile.graph import Cost, CostedGraph, Graph
 from pipecompile.regions import enter_region
-from pipecompile.retarget import retarget
+from pipecompile.retarget import retarget, threads_of
 
 How = Literal["measure", "count"]
 PATIENCE = 2.0  # seconds until a progress bar shows
@@ -83,7 +83,7 @@ def profile(
     if device is None:
         device = torch.device("cpu") if on_meta else captured.device
     meter: _Meter = _Clock(device) if how == "measure" else _Counter(roofline or Roofline())
-    with _threads(threads or torch.get_num_threads()):
+    with threads_of(threads or torch.get_num_threads()):
         costs = _Walk(captured, device, meter).run()
     origin = f"measured: {device}, torch {torch.__version__}" if how == "measure" else "counted"
     return CostedGraph(graph, tuple(costs.get(node.name, Cost()) for node in graph.nodes), origin)
@@ -351,16 +351,6 @@ class _Call:
     def _run(self, args: Any, kwargs: Any) -> Any:
         with enter_region(self.region.grad, self.region.autocast):
             return self.function(*args, **kwargs)
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager

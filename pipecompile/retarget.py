@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,6 +32,17 @@ def retarget(argument: Any, old: torch.device, new: torch.device) -> Any:
 def threads_each(devices: Sequence[torch.device]) -> int:
     """Threads within an operation for each of several ranks on the CPU: the caller's, shared out."""
     return max(1, torch.get_num_threads() // max(1, sum(device.type == "cpu" for device in devices)))
+
+
+@contextmanager
+def threads_of(count: int) -> Iterator[None]:
+    """As many threads within an operation as given: another number adds up in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def same_device(a: torch.device, b: torch.device) -> bool:

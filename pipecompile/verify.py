@@ -28,12 +28,13 @@ from pipecompile.capture.origin import origin_of
 from pipecompile.capture.purity import is_random, name_of
 from pipecompile.capture.state import named_tensors, unchanged, without_caches
 from pipecompile.capture.trees import flatten
-from pipecompile.compiled import describe, find_loss
+from pipecompile.compiled import find_loss
 from pipecompile.errors import PipecompileError
 from pipecompile.plan import Plan
 from pipecompile.program import Program
 from pipecompile.randomness import alike, is_dropout, without_dropout
-from pipecompile.retarget import threads_each
+from pipecompile.report import describe
+from pipecompile.retarget import threads_each, threads_of
 from pipecompile.session import Session
 from pipecompile.variations import like, other_shapes, same_shapes
 from pipecompile.verification import Check, Difference, Kind, Verification
@@ -81,7 +82,7 @@ def verify(subject: Subject, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
     """
     notes: dict[str, dict[str, None]] = {}
     checks: list[Check] = []
-    with _preserved(subject.model), alike(), _threads(threads_each(subject.devices)):
+    with _preserved(subject.model), alike(), threads_of(threads_each(subject.devices)):
         given = subject.batch(args, kwargs, subject.microbatches)
         for mode in MODES:
             subject.model.train(mode == "train")
@@ -341,14 +342,3 @@ def _preserved(model: nn.Module) -> Iterator[None]:
         torch.set_rng_state(generator)
         if cuda:
             torch.cuda.set_rng_state_all(cuda)
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """As many threads within an operation as a stage has: another number adds up in another order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

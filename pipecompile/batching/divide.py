@@ -25,9 +25,9 @@ from pipecompile.batching.kinds import SHARED, Batched, Kind, Local, Mixed, Part
 from pipecompile.batching.rules import Instead, Recount, RowsArgument, Share, ShareArgument, Squeeze, WholeArgument
 from pipecompile.capture import Captured, Output
 from pipecompile.capture.ancestors import ancestors
+from pipecompile.capture.calls import SILENT_WRITES
 from pipecompile.capture.origin import origin_of
 from pipecompile.capture.purity import has_effect
-from pipecompile.capture.recorder import SILENT_WRITES
 from pipecompile.errors import CaptureError
 from pipecompile.functions import over, part_of, valid_weight
 

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.fx as fx
-import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
@@ -30,6 +29,7 @@ from torch.overrides import TorchFunctionMode
 
 from pipecompile.capture.aliases import Aliases
 from pipecompile.capture.below import Below, written_by
+from pipecompile.capture.calls import is_real, printable, silently_written, tensors_in, version
 from pipecompile.capture.hidden import hides_tensors
 from pipecompile.capture.leaves import FunctionLeaf, LeafCall, attribute_of
 from pipecompile.capture.numbers import is_number
@@ -41,14 +41,6 @@ from pipecompile.errors import CaptureError, DependsOnData
 from pipecompile.functions import hooked, setitem
 from pipecompile.lines import user_line
 from pipecompile.regions import PLAIN, Region
-
-# Functions that write to arguments without saying so in the tensor's version counter: positions of what they write.
-SILENT_WRITES: dict[Callable[..., Any], tuple[tuple[int, str], ...]] = {
-    F.batch_norm: ((1, "running_mean"), (2, "running_var")),
-    F.instance_norm: ((1, "running_mean"), (2, "running_var")),
-    torch.batch_norm: ((3, "running_mean"), (4, "running_var")),
-}
-
 
 PYTHON_TYPES = {bool: torch.bool, int: torch.int64, float: torch.float64}  # where torch takes one for a dtype
 
@@ -141,7 +133,7 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         """Records the call of a function that is kept whole, unless it is a part of something that is already."""
         seen = torch._C._is_torch_function_mode_enabled() and not self.inside_leaf
-        if not seen or next(_tensors((args, kwargs)), None) is None:
+        if not seen or next(tensors_in((args, kwargs)), None) is None:
             return original(*args, **kwargs)
         if hides_tensors((args, kwargs)):
             raise DependsOnData(
@@ -149,7 +141,7 @@ class Recorder(TorchFunctionMode):
             )
         call, tensors = LeafCall.of(self.paths[-1], original, self._fake(args), self._fake(kwargs))
         call, out = self._learn(call, tensors, original)
-        if next(_tensors(out), None) is None:
+        if next(tensors_in(out), None) is None:
             raise DependsOnData(f"{self.here}: function {function.__qualname__} is kept whole but returns no tensor")
         node = self.graph.call_function(FunctionLeaf(call), tuple(map(self.node_of, tensors)))
         return self._bind_leaf(node, call, tensors, out)
@@ -165,7 +157,7 @@ class Recorder(TorchFunctionMode):
     def _learn(self, call: LeafCall, tensors: list[Tensor], run: Callable[..., Any]) -> tuple[LeafCall, Any]:
         """The call with what one run has told of it, and its output with fakes."""
         self.inside_leaf = True
-        versions = [_version(tensor) for tensor in tensors]
+        versions = [version(tensor) for tensor in tensors]
         try:
             with torch._C.DisableTorchFunction():
                 args, kwargs = call.rebuild(tuple(tensors))
@@ -175,7 +167,7 @@ class Recorder(TorchFunctionMode):
             return self.learn(call, [self.node_of(t) for t in tensors])
         finally:
             self.inside_leaf = False
-        if versions != [_version(tensor) for tensor in tensors]:
+        if versions != [version(tensor) for tensor in tensors]:
             raise DependsOnData(f"{self.here}: {call.name} is kept whole but writes to its arguments")
         return call, out
 
@@ -198,17 +190,17 @@ class Recorder(TorchFunctionMode):
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[..., Any]
     ) -> Any:
         """Runs a function on fakes and records the call; ``run`` is what to run in its place."""
-        if any(_is_real(t) for t in _tensors((args, kwargs))):
+        if any(is_real(t) for t in tensors_in((args, kwargs))):
             args, kwargs = self._fake(args), self._fake(kwargs)
-        tensors = list(_tensors((args, kwargs)))
-        versions = [_version(t) for t in tensors]
+        tensors = list(tensors_in((args, kwargs)))
+        versions = [version(t) for t in tensors]
         try:
             out = self.run(run, args, kwargs)
         except DataDependentOutputException:  # perhaps a tensor stands where a number is wanted
             args, kwargs = self._with_numbers(args), self._with_numbers(kwargs)
             out = self.run(run, args, kwargs)
-        written = [t for t, version in zip(tensors, versions, strict=True) if _version(t) != version]
-        silent = [*_silently_written(func, args, kwargs), *written_by(func, args, kwargs)]
+        written = [t for t, before in zip(tensors, versions, strict=True) if version(t) != before]
+        silent = [*silently_written(func, args, kwargs), *written_by(func, args, kwargs)]
         self.record(func, args, kwargs, out, written + [t for t in silent if not any(t is w for w in written)])
         return out
 
@@ -223,15 +215,15 @@ class Recorder(TorchFunctionMode):
         """Appends a call that gave ``out`` and wrote to ``written``."""
         if func is torch.Tensor.__setitem__:
             func, out = setitem, args[0]
-        if not written and next(_tensors(out), None) is None:
+        if not written and next(tensors_in(out), None) is None:
             return
         for tensor in written:
             self.aliases.prepare_write(tensor)
         if getattr(func, "__name__", "") == "__get__":
             func, args, kwargs = getattr, (args[0], func.__self__.__name__), {}  # type: ignore[attr-defined]
-        func = _printable(func)
+        func = printable(func)
         node = self.emit(func, self.lower(args), self.lower(kwargs), written=written)
-        self._bind_results(node, out, list(_tensors((args, kwargs))))
+        self._bind_results(node, out, list(tensors_in((args, kwargs))))
         for tensor in written:
             self.aliases.finish_write(tensor, node, out if isinstance(out, Tensor) else None)
             if self.aliases.buffer_of(tensor):
@@ -328,7 +320,7 @@ class Recorder(TorchFunctionMode):
             return node
         name = self.names.get(id(tensor))
         if name is None:
-            if _is_real(tensor):
+            if is_real(tensor):
                 return self.node_of(self._fake(tensor))
             raise CaptureError(
                 f"{self.here}: a tensor of shape {tuple(tensor.shape)} was made out of the tracer's sight; "
@@ -342,7 +334,7 @@ class Recorder(TorchFunctionMode):
     def _fake(self, value: Any) -> Any:
         """Arguments with the fake of each real tensor in its place."""
         if isinstance(value, Tensor):
-            if not _is_real(value):
+            if not is_real(value):
                 return value
             if id(value) not in self.fakes:
                 name, fake = self.constant(value)
@@ -382,7 +374,7 @@ class Recorder(TorchFunctionMode):
         self.nodes[id(tensor)] = node
 
     def _read(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        func = _printable(func)
+        func = printable(func)
         node = self.emit(func, self.lower(args), self.lower(kwargs))
         try:
             return self.values.read(node)
@@ -416,46 +408,3 @@ class Recorder(TorchFunctionMode):
                 picked = self.emit(operator.getitem, (node, index))
                 picked.meta["val"] = item
                 self._bind_items(picked, item, sources, (*recipe, picked))
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    match value:
-        case Tensor():
-            yield value
-        case dict():
-            for item in value.values():
-                yield from _tensors(item)
-        case list() | tuple():
-            for item in value:
-                yield from _tensors(item)
-        case slice():
-            yield from _tensors((value.start, value.stop, value.step))
-        case None | bool() | int() | float() | str():
-            return
-        case _:
-            yield from (leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor))
-
-
-def _is_real(tensor: Tensor) -> bool:
-    return not isinstance(tensor, FakeTensor) and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-
-
-def _printable(func: Callable[..., Any]) -> Callable[..., Any]:
-    """A function under a name that generated code can use: ``x ** 2`` arrives as a wrapper that has none."""
-    name, module = getattr(func, "__name__", ""), getattr(func, "__module__", None)
-    if module == "torch._tensor" and not hasattr(torch._tensor, name) and hasattr(torch.Tensor, name):
-        return getattr(torch.Tensor, name)  # type: ignore[no-any-return]
-    return func
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
-
-
-def _silently_written(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    positions = SILENT_WRITES.get(func, ())
-    if not positions:
-        return []
-    training = kwargs.get("training", kwargs.get("use_input_stats", args[5] if len(args) > 5 else False))
-    found = [kwargs.get(name, args[i] if len(args) > i else None) for i, name in positions]
-    return [tensor for tensor in found if tensor is not None] if training else []

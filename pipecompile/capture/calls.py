@@ -1,0 +1,62 @@
+"""One call of a torch function: the tensors in its arguments, what it writes to, and its printable name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torch.utils._pytree as pytree
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+# Functions that write to arguments without saying so in the tensor's version counter: positions of what they write.
+SILENT_WRITES: dict[Callable[..., Any], tuple[tuple[int, str], ...]] = {
+    F.batch_norm: ((1, "running_mean"), (2, "running_var")),
+    F.instance_norm: ((1, "running_mean"), (2, "running_var")),
+    torch.batch_norm: ((3, "running_mean"), (4, "running_var")),
+}
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    match value:
+        case Tensor():
+            yield value
+        case dict():
+            for item in value.values():
+                yield from tensors_in(item)
+        case list() | tuple():
+            for item in value:
+                yield from tensors_in(item)
+        case slice():
+            yield from tensors_in((value.start, value.stop, value.step))
+        case None | bool() | int() | float() | str():
+            return
+        case _:
+            yield from (leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor))
+
+
+def is_real(tensor: Tensor) -> bool:
+    return not isinstance(tensor, FakeTensor) and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def printable(func: Callable[..., Any]) -> Callable[..., Any]:
+    """A function under a name that generated code can use: ``x ** 2`` arrives as a wrapper that has none."""
+    name, module = getattr(func, "__name__", ""), getattr(func, "__module__", None)
+    if module == "torch._tensor" and not hasattr(torch._tensor, name) and hasattr(torch.Tensor, name):
+        return getattr(torch.Tensor, name)  # type: ignore[no-any-return]
+    return func
+
+
+def version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def silently_written(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    positions = SILENT_WRITES.get(func, ())
+    if not positions:
+        return []
+    training = kwargs.get("training", kwargs.get("use_input_stats", args[5] if len(args) > 5 else False))
+    found = [kwargs.get(name, args[i] if len(args) > i else None) for i, name in positions]
+    return [tensor for tensor in found if tensor is not None] if training else []

@@ -1,0 +1,80 @@
+"""What the user should know about a capture: what is specialised, guarded, recomputed, or not the unsplit model's."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from pipecompile.batching import Partial
+from pipecompile.capture import Captured
+from pipecompile.capture.calls import SILENT_WRITES
+from pipecompile.capture.origin import Origin, origin_of
+from pipecompile.capture.purity import is_random
+from pipecompile.compiled import Compiled
+
+
+def _across_microbatches(compiled: Compiled) -> list[str]:
+    """What several microbatches do to be the whole batch, and where they are not."""
+    captured, division = compiled.captured, compiled.division
+    if captured.call.batch in (None, captured.microbatch):
+        return []
+    notes = [f"parts of the whole batch's: {line}" for line in division.reweighted]
+    if any(kind == Partial(mean=True) for kind in division.joins.values()):
+        notes.append("each microbatch is a batch of its own; single numbers are means over the rows")
+    if division.tail is not None and division.tail.why:
+        notes += [f"computed once from the whole batch, at GPipe's memory: {why}" for why in division.tail.why]
+    if division.tail is not None and division.tail.writes:
+        notes.append(f"written once a batch: {', '.join(division.tail.writes)}")
+    notes += [f"tried out: samples stay apart in {what}" for what in division.tried]
+    kept = {origin_of(n).path for n in captured.graph.nodes if n.op == "call_module" and origin_of(n).writes}
+    notes += [f"module {path!r}, kept whole, may write its buffers for each microbatch" for path in sorted(kept)]
+    norms = [n for n in captured.graph.nodes if n.target in SILENT_WRITES and origin_of(n).writes]
+    if norms:
+        notes.append(f"batch normalisation uses each microbatch's statistics ({origin_of(norms[0])})")
+    written = dict.fromkeys(name for n in captured.graph.nodes if n not in norms for name in origin_of(n).writes)
+    if written and not division.is_divided:
+        notes.append(f"buffers are written once a microbatch, and read as its forward finds them: {', '.join(written)}")
+    random = [node for node in captured.graph.nodes if is_random(node)]
+    if random:
+        first = origin_of(random[0])
+        notes.append(f"{len(random)} functions draw random numbers, others than in the unsplit model ({first})")
+    return notes
+
+
+def _attribute_guards(compiled: Compiled) -> list[str]:
+    """The names of the Python attributes that the trace holds for, and how often each was met."""
+    attributes = compiled.captured.attributes
+    counts = Counter(attribute.name for attribute, _ in attributes.read)
+    names = ", ".join(name if count == 1 else f"{name} ({count})" for name, count in sorted(counts.items()))
+    followed = [f"the answers to {len(attributes.questions)} questions about {n.label}" for n in attributes.numbers]
+    return [f"Python attributes that forward reads: {names}"] * bool(names) + followed
+
+
+def _checkpoints(captured: Captured) -> list[str]:
+    """What the model itself asks to compute again in the backward."""
+    origins: dict[int, list[Origin]] = {}
+    for node in captured.graph.nodes:
+        if node.name in captured.recomputed:
+            origins.setdefault(captured.recomputed[node.name], []).append(origin_of(node))
+    return [f"{len(nodes)} calls from {nodes[0]} on, which the model checkpoints" for nodes in origins.values()]
+
+
+def describe(compiled: Compiled) -> Mapping[str, Sequence[str]]:
+    """What the user should know about a capture, by topic."""
+    graph, plan = compiled.graph, compiled.plan
+    copies = sum(node.replicated and node.op != "input" for node in graph.nodes)
+    guards = [f"{expr} = {answer}" for expr, answer in compiled.captured.guards]
+    reads = [f"the model reads {value} from its inputs" for value in compiled.captured.read_values]
+    return {
+        "notes": compiled.captured.notes,
+        "microbatches": _across_microbatches(compiled),
+        "guards": [*guards, *reads, *_attribute_guards(compiled)],
+        "attributes": [
+            f"{attribute.label} is set once a call" for attribute, _ in compiled.captured.attributes.updates
+        ],
+        "recomputed": [
+            *[f"{copies} values (masks, positions, sizes) are computed in each stage that reads them"] * (copies > 0),
+            *_checkpoints(compiled.captured),
+        ],
+        "tied": [f"{t.parameter} over stages {', '.join(map(str, t.stages))}, gradients summed" for t in plan.tied],
+    }
