@@ -245,11 +245,12 @@ def test_a_parametrization_gives_the_same_numbers(make: Callable[[], nn.Module],
 
 
 @pytest.mark.parametrize("make", SPECTRAL.values(), ids=SPECTRAL)
-def test_spectral_norm_iterates_once_a_microbatch_and_says_so(make: Callable[[], nn.Module]) -> None:
-    same(make, plain, 2, 1)
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_spectral_norm_iterates_once_a_batch_and_says_so(make: Callable[[], nn.Module], microbatches: int) -> None:
+    same(make, plain, 2, microbatches)
     pipe = pipe_of(Model(make), 2, 2)
     pipe.prepare(rows())
-    assert any("written once a microbatch" in note and "inner." in note for note in pipe.report["microbatches"])
+    assert any("written once a batch" in note and "inner." in note for note in pipe.report["microbatches"])
     model = pipe.model.eval()
     torch.testing.assert_close(pipe(rows()), model(rows()))
 

@@ -15,7 +15,7 @@ TAKES_SIZES = frozenset(
     {
         "view", "reshape", "expand", "repeat", "tile", "broadcast_to", "unflatten", "flatten", "zeros", "ones", "empty",
         "full", "new_zeros", "new_ones", "new_empty", "new_full", "rand", "randn", "randint", "empty_strided", "arange",
-        "getitem", "setitem", "split", "narrow",
+        "getitem", "setitem", "split", "narrow", "slice", "_unsafe_view", "_reshape_alias",
     }
 )  # fmt: skip
 

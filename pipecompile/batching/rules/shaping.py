@@ -40,7 +40,9 @@ def squeeze(use: Use) -> Answer:
     return Edited(kind, (Squeeze(tuple(dim for dim in dims if shape[dim] == 1)),))
 
 
-@rule("view reshape flatten unflatten view_as reshape_as ravel unsqueeze atleast_1d atleast_2d atleast_3d")
+@rule(
+    "view reshape flatten unflatten view_as reshape_as ravel unsqueeze _unsafe_view _reshape_alias atleast_1d atleast_2d atleast_3d"
+)
 def reshape(use: Use) -> Answer:
     first = use.node.args[0]
     kind = use.kind(first)
