@@ -41,7 +41,8 @@ def squeeze(use: Use) -> Answer:
 
 
 @rule(
-    "view reshape flatten unflatten view_as reshape_as ravel unsqueeze _unsafe_view _reshape_alias atleast_1d atleast_2d atleast_3d"
+    "view reshape flatten unflatten view_as reshape_as ravel unsqueeze atleast_1d atleast_2d atleast_3d",
+    "_unsafe_view _reshape_alias",
 )
 def reshape(use: Use) -> Answer:
     first = use.node.args[0]
