@@ -217,3 +217,30 @@ class LabelShift(nn.Module):
         context = self.encoder(self.embedding(ids)).mean(dim=1, keepdim=True)
         logits = self.head(self.decoder(self.embedding(self.shift(labels, 1)) + context))
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten()), logits
+
+
+class TimesTwo(torch.autograd.Function):
+    """Doubles, with a gradient that no one could derive from that."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * 5
+
+
+class Remembers(nn.Module):
+    """Asks an activation, and binds a new tensor to the name of a buffer."""
+
+    largest: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("largest", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, h: Tensor) -> Tensor:
+        if h.detach().abs().max() > self.largest:
+            self.largest = h.detach().abs().max()
+        return h / (1 + self.largest)

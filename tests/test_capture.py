@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import toys
+from effects import Remembers
 from models import MODELS
 from oracle import assert_same, leaves, step
 from torch import Tensor, nn
@@ -300,21 +301,6 @@ class Rooted(Gate):
 def test_a_read_at_the_root_that_no_input_answers_is_refused_with_the_line(read: Any, reason: str) -> None:
     with pytest.raises(CaptureError, match=rf"test_capture.py:\d+.*{reason}"):
         captured(Rooted(read), torch.ones(2, D))
-
-
-class Remembers(nn.Module):
-    """Reads an activation, and binds a new tensor to the name of a buffer."""
-
-    largest: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("largest", torch.zeros((), dtype=torch.float64))
-
-    def forward(self, h: Tensor) -> Tensor:
-        if h.detach().abs().max() > self.largest:
-            self.largest = h.detach().abs().max()
-        return h / (1 + self.largest)
 
 
 def test_a_module_that_is_kept_whole_may_bind_its_buffers_anew() -> None:

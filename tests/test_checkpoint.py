@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from effects import TimesTwo
 from oracle import assert_same, pipedream, split, step
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -168,18 +169,8 @@ def test_batch_statistics_inside_are_written_as_often_as_without_a_pipeline() ->
     assert model.norm.num_batches_tracked == 2
 
 
-class Fivefold(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x * 2
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient * 5
-
-
 def _custom(self: Any, h: Tensor) -> Tensor:
-    return self.inner(Fivefold.apply(self.inner(h)))
+    return self.inner(TimesTwo.apply(self.inner(h)))
 
 
 def _nested(self: Any, h: Tensor) -> Tensor:

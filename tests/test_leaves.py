@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from effects import Remembers
 from oracle import assert_same, step
 from torch import Tensor, nn
 from toys import D, mean_square
@@ -194,21 +195,6 @@ def test_a_result_of_another_shape_than_the_trace_holds_for_is_an_error() -> Non
     assert_same(step(pipe, model, mean_square, ((x,), {})), step(model, model, mean_square, ((x,), {})))
     with pytest.raises(ExecutionError, match="function large is kept whole and gives shapes"):
         pipe(-x)
-
-
-class Remembers(nn.Module):
-    """Asks an activation, and binds a new tensor to the name of a buffer."""
-
-    largest: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("largest", torch.zeros((), dtype=torch.float64))
-
-    def forward(self, h: Tensor) -> Tensor:
-        if h.detach().abs().max() > self.largest:
-            self.largest = h.detach().abs().max()
-        return h / (1 + self.largest)
 
 
 def test_a_capture_runs_modules_that_are_kept_whole_on_copies_of_their_buffers() -> None:

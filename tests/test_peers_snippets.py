@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from effects import TimesTwo
 from oracle import assert_same, microbatched, step
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -425,18 +426,6 @@ def test_w01_tied_weights(stages: int, schedule: str) -> None:
 def test_w01_tied_weights_of_gpt2(stages: int, schedule: str) -> None:
     pipe = same_labelled(gpt2(), {"input_ids": ids(), "labels": ids()}, stages, schedule)
     assert [tied.parameter for tied in pipe.plan.tied] == ["transformer.wte.weight"]
-
-
-class TimesTwo(torch.autograd.Function):
-    """Doubles, with a gradient that no one could derive from that."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x * 2
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient * 5
 
 
 def test_w02_custom_backward() -> None:
