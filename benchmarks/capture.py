@@ -52,7 +52,7 @@ def built(config: transformers.PretrainedConfig) -> tuple[nn.Module, Call]:
 
 
 def traced(model: nn.Module, call: Call, symbolic: str) -> Captured:
-    return Trace(model, call, BATCH, model, symbolic, {}).run([])
+    return Trace(model, call, (BATCH,), model, symbolic, {}).run([])
 
 
 class Stopwatch:
