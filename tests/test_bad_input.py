@@ -466,3 +466,24 @@ def test_every_error_is_one_of_ours() -> None:
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
     assert len(kinds) > 5
     assert all(issubclass(kind, PipecompileError) for kind in kinds)
+
+
+class CastsItself(nn.Module):
+    """Casts its own layer in its first forward, as routers of some mixtures of experts do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.router = nn.Linear(D, D), nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.router = self.router.to(torch.float32)
+        return self.router(self.first(x).float())
+
+
+def test_a_forward_that_casts_its_own_parameters_is_refused_until_they_are() -> None:
+    model = CastsItself().double()
+    pipe = pipe_of(model)
+    with refused(CaptureError, "test_bad_input.py", "moves parameters of a Linear to torch.float32"):
+        pipe(floats())
+    model.router.float()
+    torch.testing.assert_close(pipe(floats()), model(floats()))

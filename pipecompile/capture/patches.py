@@ -74,7 +74,7 @@ def _modules(recorder: Recorder, paths: Mapping[int, str]) -> Iterator[None]:
         recorder.paths.pop()  # not on an exception: its message wants the innermost module
         return out
 
-    with _replaced(nn.Module, "__call__", call), _replaced(nn.Module, "to", _unchanging(nn.Module.to)):
+    with _replaced(nn.Module, "__call__", call), _replaced(nn.Module, "to", _unchanging(nn.Module.to, recorder)):
         yield
 
 
@@ -83,15 +83,22 @@ def runs_a_module(code: CodeType) -> bool:
     return code.co_name == "call" and code.co_filename == __file__
 
 
-def _unchanging(original: Any) -> Any:
-    """``module.to(...)`` that leaves a module alone which is there already: fakes cannot be swapped once more."""
+def _unchanging(original: Any, recorder: Recorder) -> Any:
+    """``module.to(...)`` that leaves a module alone which is there already; one that would change it is refused."""
 
     def to(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
         tensors = [*self.parameters(), *self.buffers()]
         moved = [t for t in tensors if device is not None and not same_device(t.device, device)]
         cast = [t for t in tensors if dtype is not None and t.is_floating_point() and t.dtype != dtype]
-        return original(self, *args, **kwargs) if moved or cast else self
+        if not moved and not cast:
+            return self
+        if any(id(t) in recorder.names for t in tensors):
+            raise CaptureError(
+                f"{recorder.here}: the forward itself moves parameters of a {type(self).__name__} to {device or dtype}; "
+                f"a step must find them there: run the model once before, or call .to() on the module"
+            )
+        return original(self, *args, **kwargs)
 
     return to
 
