@@ -95,7 +95,7 @@ def _unchanging(original: Any, recorder: Recorder) -> Any:
             return self
         if any(id(t) in recorder.names for t in tensors):
             raise CaptureError(
-                f"{recorder.here}: the forward itself moves parameters of a {type(self).__name__} to {device or dtype}; "
+                f"{recorder.here}: forward moves parameters of a {type(self).__name__} to {device or dtype}; "
                 f"a step must find them there: run the model once before, or call .to() on the module"
             )
         return original(self, *args, **kwargs)
