@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from pipecompile.devices import parse_devices
-from pipecompile.errors import InputError
+from pipecompile.options import BatchNorm, Options
 from pipecompile.pipeline import Pipeline
 from pipecompile.profile import How
 from pipecompile.runtime import MakeOptimizer
-from pipecompile.schedule import ASYNCHRONOUS, SCHEDULES
 
 
 def compile(
@@ -28,6 +27,9 @@ def compile(
     optimizer: MakeOptimizer | None = None,
     leaf_modules: Sequence[str] = (),
     allow_microbatch: Sequence[str] = (),
+    in_dims: Mapping[str, int | None] | None = None,
+    out_dims: Mapping[str, int | None] | None = None,
+    batch_norm: BatchNorm = "microbatch",
     profile: How | None = None,
 ) -> Pipeline:
     """A pipeline that trains ``model`` split over ``devices``, and is called as the model is.
@@ -45,58 +47,39 @@ def compile(
             on activations in ways that no graph can record are found and kept whole without being named.
         allow_microbatch: paths of modules that mix samples in the middle of the model and may do so within each
             microbatch; without it such a model is refused, since microbatches cannot give what the whole batch gives.
+        in_dims: the dimension in which arguments have their batch, by name: ``{"x": 1}``; None for an argument that all
+            microbatches share. By default tensors are split along dimension 0 where most have one size there.
+        out_dims: the same for outputs, by name or number (``{"scores": 1}``), where what is found by analysis is not
+            what is wanted. What leads to such an output alone may mix the samples of a microbatch; with None the first
+            microbatch's stands for all.
+        batch_norm: batch normalisation takes each microbatch's statistics in training, as GPipe does, and moves its
+            running statistics once for each ("microbatch"), or once a batch, by the mean and variance of all rows
+            ("deferred").
         profile: "measure" or "count" the costs; by default measured on the first device.
 
     Raises:
         InputError: a device is not there, or arguments do not fit together.
         CaptureError, PlanError: with ``example_inputs``, as the first call would raise them.
     """
-    _check_options(model, schedule, microbatches, optimizer, profile)
-    present = parse_devices(devices)
-    count = microbatches or 2 * len(present)
-    _check_paths(model, allow_microbatch)
-    pipeline = Pipeline(
-        model, present, schedule, count, loss_fn, loss, optimizer, leaf_modules, profile, allow_microbatch
+    options = Options(
+        schedule=schedule,
+        microbatches=2 * len(parse_devices(devices)) if microbatches is None else microbatches,
+        loss_fn=loss_fn,
+        loss=loss,
+        optimizer=optimizer,
+        leaf_modules=tuple(leaf_modules),
+        allow_microbatch=tuple(allow_microbatch),
+        in_dims=dict(in_dims or {}),
+        out_dims={str(name): dim for name, dim in (out_dims or {}).items()},
+        batch_norm=batch_norm,
+        profile=profile,
     )
+    options.check(model)
+    pipeline = Pipeline(model, parse_devices(devices), options)
     if example_inputs is not None:
         args, kwargs = _arguments(example_inputs)
         pipeline.prepare(*args, **kwargs)
     return pipeline
-
-
-def _check_options(
-    model: nn.Module, schedule: str, microbatches: int | None, optimizer: MakeOptimizer | None, profile: str | None
-) -> None:
-    if not isinstance(model, nn.Module):
-        raise InputError(f"the model must be an nn.Module, got {type(model).__name__}: {model!r:.80}")
-    if profile not in (None, "measure", "count"):
-        raise InputError(f"profile={profile!r} is not known; there are 'measure' and 'count'")
-    if optimizer is not None and not callable(optimizer):
-        raise InputError(
-            f"optimizer= takes a function from parameters to an optimizer, such as "
-            f"lambda params: torch.optim.SGD(params, lr=0.1), not a {type(optimizer).__name__}"
-        )
-    names = [*SCHEDULES, *ASYNCHRONOUS]
-    if schedule not in names:
-        raise InputError(f"schedule={schedule!r} is not known; there are {', '.join(names)}")
-    if microbatches is not None and (not isinstance(microbatches, int) or microbatches < 1):
-        raise InputError(f"microbatches={microbatches!r}: a batch is cut into a whole number of parts, at least one")
-    if schedule in ASYNCHRONOUS and optimizer is None:
-        raise InputError(
-            f"schedule={schedule!r} steps inside the pipeline; "
-            f"pass optimizer=lambda params: torch.optim.SGD(params, lr=0.1)"
-        )
-    if schedule not in ASYNCHRONOUS and optimizer is not None:
-        raise InputError(
-            f"schedule={schedule!r} leaves stepping to you: make an optimizer of pipe.parameters() instead"
-        )
-
-
-def _check_paths(model: nn.Module, paths: Sequence[str]) -> None:
-    known = dict(model.named_modules())
-    for path in paths:
-        if path not in known:
-            raise InputError(f"allow_microbatch= names {path!r}, which is no module of the model")
 
 
 def _arguments(example: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:

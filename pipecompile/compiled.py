@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from pipecompile.batching import Division, Rows, divide, twins_differ, undivided
+from pipecompile.batching import Division, Rows, defer_running, divide, twins_differ, undivided
 from pipecompile.capture import Call, Captured, capture, summarize
 from pipecompile.capture.ancestors import ancestors
 from pipecompile.capture.capture import SYMBOLIC_ATTEMPTS
@@ -30,9 +30,10 @@ from pipecompile.cluster import Cluster
 from pipecompile.errors import InputError
 from pipecompile.graph import CostedGraph, Graph
 from pipecompile.lower import lower
+from pipecompile.options import Options
 from pipecompile.partition import carry_over, partition
 from pipecompile.plan import Plan, stage_costs
-from pipecompile.profile import How, profile
+from pipecompile.profile import profile
 from pipecompile.program import Program
 from pipecompile.retarget import threads_each
 from pipecompile.simulate import simulate
@@ -141,36 +142,36 @@ def compile_call(
     call: Call,
     rows: Rows,
     devices: Sequence[torch.device],
+    options: Options | None = None,
     forward: Callable[..., Any] | None = None,
-    leaves: Sequence[str] = (),
-    how: How | None = None,
     first: Compiled | None = None,
     whole: bool = True,
-    allowed: Sequence[str] = (),
 ) -> Compiled:
     """Captures a call and cuts it into stages.
 
     Args:
         rows: the microbatches that the call will be run in; the trace is taken at the largest.
         devices: one for each rank.
+        forward: what is traced in place of the model's own forward: that and a loss function.
         first: an earlier capture of the model, whose placement this one takes over.
         whole: several microbatches are to give what the whole batch gives; else each is a batch of its own.
-        allowed: paths of modules that may mix samples of a microbatch.
 
     Raises:
         CaptureError: the model cannot be traced, or what it computes of the whole batch cannot be divided.
         PlanError: it cannot be cut into so many stages, or not along the earlier placement.
     """
+    options = options or Options()
+    trace = _Tracer(model, call, forward, options.leaf_modules)
     if whole:
-        division = _divided(model, call, rows, forward, leaves, allowed)
+        division = _divided(trace, rows, options)
     else:
-        captured = capture(model, call, rows.counts if call.batch else None, forward, leaves)
-        division = undivided(with_batch_dims(captured, lambda: capture(model, call, None, forward, leaves)))
+        captured = with_batch_dims(trace(rows.counts if call.batch else None), trace)
+        division = undivided(captured, options.out_dims)
     body = division.body
     graph = summarize(body)
     if first is None:
         cluster = Cluster.of([str(device) for device in devices])
-        costed = profile(body, graph, how, devices[0], threads=threads_each(devices))
+        costed = profile(body, graph, options.profile, devices[0], threads=threads_each(devices))
         plan = reference = partition(costed, len(devices), cluster)
     else:
         plan, costed, reference, cluster = (
@@ -185,28 +186,38 @@ def compile_call(
     return Compiled(division, graph, plan, costed, reference, cluster, stages, before, tail)
 
 
-def _divided(
-    model: nn.Module,
-    call: Call,
-    rows: Rows,
-    forward: Callable[..., Any] | None,
-    leaves: Sequence[str],
-    allowed: Sequence[str],
-) -> Division:
+@dataclass(frozen=True)
+class _Tracer:
+    """Captures of one call, of the whole batch or at the rows of its microbatches."""
+
+    model: nn.Module
+    call: Call
+    forward: Callable[..., Any] | None
+    leaves: Sequence[str]
+
+    def __call__(self, rows: Sequence[int] | None = None, attempts: Sequence[str] = SYMBOLIC_ATTEMPTS) -> Captured:
+        return capture(self.model, self.call, rows, self.forward, self.leaves, attempts)
+
+
+def _divided(trace: _Tracer, rows: Rows, options: Options) -> Division:
     """The division of a model: of one trace for any rows, or of two, at a microbatch's and at the batch's."""
-    whole = capture(model, call, None, forward, leaves)
+    call, whole = trace.call, trace()
     if call.batch is None or (whole.is_fixed and len(rows) == 1):
         return undivided(whole, one_part=True)
     if not whole.is_fixed and not _misfit(whole, call.split(rows.counts), call.tensors):
-        small = replace(whole, microbatch=rows.counts[0], checked={})
-        division = divide(small, small, allowed)
-        return division if call.batch >= division.at_least else undivided(whole, one_part=True)
-    narrower = SYMBOLIC_ATTEMPTS[SYMBOLIC_ATTEMPTS.index(whole.symbolic) :]  # for the same nodes
-    small = capture(model, call, rows.counts, forward, leaves, narrower)
-    if differ := twins_differ(small, whole):
-        warnings.warn(f"{differ}; so every batch of {call.batch} rows is run as one microbatch", stacklevel=2)
-        return undivided(whole, one_part=True)
-    return divide(small, whole, allowed)
+        small = large = replace(whole, microbatch=rows.counts[0], checked={})
+    else:
+        narrower = SYMBOLIC_ATTEMPTS[SYMBOLIC_ATTEMPTS.index(whole.symbolic) :]  # for the same nodes
+        small, large = trace(rows.counts, narrower), whole
+        if differ := twins_differ(small, large):
+            warnings.warn(f"{differ}; so every batch of {call.batch} rows is run as one microbatch", stacklevel=2)
+            return undivided(whole, one_part=True)
+    if options.batch_norm == "deferred":
+        alone = small is large
+        small = defer_running(small)
+        large = small if alone else defer_running(large)
+    division = divide(small, large, options.allow_microbatch, options.out_dims)
+    return division if call.batch >= division.at_least else undivided(whole, one_part=True)
 
 
 def _pieces(division: Division, last: torch.device) -> tuple[Piece | None, Piece | None]:

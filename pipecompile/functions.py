@@ -39,6 +39,28 @@ def write_back(buffer: Tensor, value: Tensor) -> Tensor:
         return buffer.copy_(value)
 
 
+@torch.no_grad()
+def moments(x: Tensor) -> Tensor:
+    """What running statistics are made of: for each feature (dimension 1) the number of entries, their sum, and that of
+    their squares. Of shape ``[3, features]``, in double precision; it adds up over microbatches.
+    """
+    dims = [dim for dim in range(x.ndim) if dim != 1]
+    var, mean = torch.var_mean(x if x.dtype == torch.float64 else x.float(), dims, correction=0)
+    var, mean, count = var.double(), mean.double(), torch.full_like(mean, x.numel() // x.shape[1]).double()
+    return torch.stack([count, count * mean, count * (var + mean * mean)])
+
+
+@torch.no_grad()
+def add_moments(running_mean: Tensor, running_var: Tensor, total: Tensor, momentum: float) -> Tensor:
+    """Moves running statistics as batch normalisation does, by the moments of a whole batch."""
+    count, summed, squares = total
+    mean = summed / count
+    var = (squares / count - mean * mean).clamp(min=0) * count / (count - 1)
+    for running, now in ((running_mean, mean), (running_var, var)):
+        running.copy_(running.double() * (1 - momentum) + now.to(running.device) * momentum)
+    return running_mean
+
+
 def part_of(value: Any, share: Tensor) -> Tensor:
     """A microbatch's part of what stands for the whole batch, by its share of the rows; keeps the value's type."""
     if isinstance(value, Tensor) and value.is_floating_point():

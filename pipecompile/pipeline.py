@@ -16,11 +16,11 @@ from pipecompile.capture import Call, read_call
 from pipecompile.captures import Captures, Key, modes
 from pipecompile.compiled import Compiled, compile_call, find_loss
 from pipecompile.errors import CaptureError, InputError, PipecompileError
+from pipecompile.options import Options
 from pipecompile.plan import Plan
-from pipecompile.profile import How
 from pipecompile.program import Program
 from pipecompile.report import describe
-from pipecompile.runtime import Ambient, MakeOptimizer
+from pipecompile.runtime import Ambient
 from pipecompile.schedule import ASYNCHRONOUS, SCHEDULES, pipedream
 from pipecompile.session import Session
 from pipecompile.timeline import Timeline
@@ -34,37 +34,21 @@ class Pipeline(nn.Module):
     Attributes:
         model: the unsplit model, whose parameters these are.
         devices: one for each stage.
+        options: what ``compile`` was told.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        devices: Sequence[torch.device],
-        schedule: str,
-        microbatches: int,
-        loss_fn: Callable[..., Any] | None,
-        loss: str | None,
-        optimizer: MakeOptimizer | None,
-        leaves: Sequence[str],
-        profile: How | None,
-        allowed: Sequence[str] = (),
-    ) -> None:
+    def __init__(self, model: nn.Module, devices: Sequence[torch.device], options: Options) -> None:
         super().__init__()
         self.__dict__["model"] = model  # not a submodule: names would change
         self._parameters, self._buffers, self._modules = model._parameters, model._buffers, model._modules
         self._non_persistent_buffers_set = model._non_persistent_buffers_set
         self.training = model.training
         self.devices = tuple(devices)
-        self.schedule = schedule
-        self.microbatches = microbatches
-        self._loss = loss
-        self._loss_fn = loss_fn
-        self._leaves = tuple(leaves)
-        self._profile = profile
-        self._allowed = tuple(allowed)
+        self.options = options
+        loss_fn = options.loss_fn
         self._signature = model.forward if loss_fn is None else _with_target(model.forward)
         self._forward = None if loss_fn is None else _with_loss(model, loss_fn)
-        self._session = Session(devices, optimizer)
+        self._session = Session(devices, options.optimizer)
         self._captures = Captures()
         self._batched: dict[tuple[str, int], bool] = {}
         self._first: Compiled | None = None
@@ -72,6 +56,16 @@ class Pipeline(nn.Module):
         self._last: Compiled | None = None
 
     # What the pipeline is
+
+    @property
+    def schedule(self) -> str:
+        """The name of the schedule."""
+        return self.options.schedule
+
+    @property
+    def microbatches(self) -> int:
+        """Into how many parts each batch is cut, if it has as many rows."""
+        return self.options.microbatches
 
     @property
     def plan(self) -> Plan:
@@ -148,7 +142,7 @@ class Pipeline(nn.Module):
         if any(p.is_meta for p in self.model.parameters()):
             raise InputError("the model is on the meta device: it can be planned, but has no values to compute with")
         captured = batch.compiled.captured
-        loss = find_loss(captured, self._loss)
+        loss = find_loss(captured, self.options.loss)
         if not torch.is_grad_enabled() or not any(output.requires_grad for output in captured.outputs):
             return steps.evaluate(self._session, batch)
         if self.schedule in ASYNCHRONOUS and self.model.training:
@@ -176,7 +170,13 @@ class Pipeline(nn.Module):
         last, training = self._last, self.training
         schedule = SCHEDULES["1f1b" if self.schedule in ASYNCHRONOUS else self.schedule]
         subject = Subject(
-            self.model, self._forward or self.model, self._batch, schedule, self.microbatches, self._loss, self.devices
+            self.model,
+            self._forward or self.model,
+            self._batch,
+            schedule,
+            self.microbatches,
+            self.options.loss,
+            self.devices,
         )
         try:
             with self._session.lock:
@@ -205,17 +205,7 @@ class Pipeline(nn.Module):
                 f"a pipeline with schedule={self.schedule!r} cannot be copied: optimizers step inside it, whose state "
                 f"would stay behind; call flush(), then compile copy.deepcopy(pipe.model) anew"
             )
-        copy = Pipeline(
-            deepcopy(self.model, memo),
-            self.devices,
-            self.schedule,
-            self.microbatches,
-            self._loss_fn,
-            self._loss,
-            None,
-            self._leaves,
-            self._profile,
-        )
+        copy = Pipeline(deepcopy(self.model, memo), self.devices, self.options)
         copy.training = self.training
         copy._placement = self._first or self._placement
         return copy
@@ -236,7 +226,7 @@ class Pipeline(nn.Module):
 
     def _batch(self, args: Sequence[Any], kwargs: Mapping[str, Any], microbatches: int | None = None) -> steps.Batch:
         """A call with the capture that it runs on, which is made if there is none, and its microbatches."""
-        call = read_call(self._signature, args, kwargs, self._batched)
+        call = read_call(self._signature, args, kwargs, self._batched, self.options.in_dims)
         if not any(p.is_meta for p in self.model.parameters()):
             for name, tensor in call.tensors.items():
                 if tensor.is_meta:
@@ -270,12 +260,10 @@ class Pipeline(nn.Module):
                 call,
                 candidate,
                 self.devices,
+                self.options,
                 self._forward,
-                self._leaves,
-                self._profile,
                 self._first or self._placement,
                 whole=self.microbatches > 1 and not (self.schedule in ASYNCHRONOUS and self.model.training),
-                allowed=self._allowed,
             )
             for cut in compiled.cuts(candidate):
                 if not compiled.broken(call, cut):

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from pipecompile.batching import Partial
+from pipecompile.batching import Partial, uses_batch_statistics
 from pipecompile.capture import Captured
-from pipecompile.capture.calls import SILENT_WRITES
 from pipecompile.capture.origin import Origin, origin_of
 from pipecompile.capture.purity import is_random
 from pipecompile.compiled import Compiled
@@ -28,12 +27,13 @@ def _across_microbatches(compiled: Compiled) -> list[str]:
     notes += [f"tried out: samples stay apart in {what}" for what in division.tried]
     kept = {origin_of(n).path for n in captured.graph.nodes if n.op == "call_module" and origin_of(n).writes}
     notes += [f"module {path!r}, kept whole, may write its buffers for each microbatch" for path in sorted(kept)]
-    norms = [n for n in captured.graph.nodes if n.target in SILENT_WRITES and origin_of(n).writes]
+    norms = [n for n in captured.graph.nodes if uses_batch_statistics(n)]
     if norms:
         notes.append(f"batch normalisation uses each microbatch's statistics ({origin_of(norms[0])})")
-    written = dict.fromkeys(name for n in captured.graph.nodes if n not in norms for name in origin_of(n).writes)
-    if written and not division.is_divided:
-        notes.append(f"buffers are written once a microbatch, and read as its forward finds them: {', '.join(written)}")
+    body = [n for n in division.body.graph.nodes if n.op != "call_module"]
+    written = dict.fromkeys(name for n in body for name in origin_of(n).writes)
+    if written:
+        notes.append(f"written once a microbatch, and read as its forward finds them: {', '.join(written)}")
     random = [node for node in captured.graph.nodes if is_random(node)]
     if random:
         first = origin_of(random[0])

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from pipecompile import steps
-from pipecompile.batching import Batched, Rows, by_shape, gather, scatter
+from pipecompile.batching import Batched, Rows, by_shape, gather, scatter, uses_batch_statistics
 from pipecompile.capture import Captured, Output
 from pipecompile.capture.origin import origin_of
 from pipecompile.capture.purity import is_random, name_of
@@ -160,6 +160,8 @@ def _apart(batch: steps.Batch, mode: Mode) -> str:
     nodes = list(batch.division.body.graph.nodes)
     if any(is_random(node) and not is_dropout(name_of(node)) for node in nodes):
         return "it draws random numbers"
+    if any(map(uses_batch_statistics, nodes)):
+        return "its batch normalisation uses each microbatch's statistics"
     written = sorted({name for node in nodes for name in origin_of(node).writes})
     if written:
         return f"it writes buffer {written[0]!r}"

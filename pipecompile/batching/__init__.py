@@ -1,11 +1,12 @@
 """Microbatches: how a batch is cut, what each value of a model is to the batch, and what must see the batch whole."""
 
+from pipecompile.batching.batch_norm import defer_running, uses_batch_statistics
 from pipecompile.batching.divide import Division, by_shape, divide, twins_differ, undivided
 from pipecompile.batching.join import gather, spread
 from pipecompile.batching.kinds import Batched, Kind, Mixed, Partial, Shared
 from pipecompile.batching.rows import Rows, scatter
 
 __all__ = [
-    "Batched", "Division", "Kind", "Mixed", "Partial", "Rows", "Shared", "by_shape", "divide", "gather", "scatter",
-    "spread", "twins_differ", "undivided",
+    "Batched", "Division", "Kind", "Mixed", "Partial", "Rows", "Shared", "by_shape", "defer_running", "divide",
+    "gather", "scatter", "spread", "twins_differ", "undivided", "uses_batch_statistics",
 ]  # fmt: skip

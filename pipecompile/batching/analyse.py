@@ -15,8 +15,10 @@ from pipecompile.batching.rules import RULES, Answer, Edit, Edited, Use, WholeAr
 from pipecompile.batching.rules.numbers import counts_samples, plain_name
 from pipecompile.batching.scale import Scale
 from pipecompile.capture import Captured
+from pipecompile.capture.ancestors import ancestors
 from pipecompile.capture.origin import origin_of
 from pipecompile.capture.purity import has_effect, name_of
+from pipecompile.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -40,15 +42,22 @@ class Analysis:
     tried: tuple[str, ...]
 
 
-def analyse(small: Captured, large: Captured, allowed: Iterable[str] = ()) -> Analysis:
+def analyse(
+    small: Captured, large: Captured, allowed: Iterable[str] = (), out_dims: Mapping[str, int | None] | None = None
+) -> Analysis:
     """Types the values of a trace.
 
     Args:
         small: the trace at a microbatch's rows.
         large: a trace with the same nodes at the whole batch's rows; ``small`` itself where its batch is symbolic.
         allowed: paths of modules that may mix samples: they work on each microbatch by itself.
+        out_dims: for some outputs the dimension along which the microbatches' parts are joined, or None where the
+            first one's stands for all; what leads to such outputs alone may mix samples too.
+
+    Raises:
+        InputError: an output has no such name, or does not grow with the batch along its dimension.
     """
-    return _Analyst(small, large, tuple(allowed)).run()
+    return _Analyst(small, large, tuple(allowed), out_dims or {}).run()
 
 
 @dataclass
@@ -56,6 +65,7 @@ class _Analyst:
     small: Captured
     large: Captured
     allowed: tuple[str, ...]
+    out_dims: Mapping[str, int | None]
     kinds: dict[fx.Node, Kind | tuple[Kind, ...]] = field(default_factory=dict)
     edits: dict[fx.Node, tuple[Edit, ...]] = field(default_factory=dict)
     early: set[fx.Node] = field(default_factory=set)
@@ -68,6 +78,9 @@ class _Analyst:
         self.experiment = Experiment(self.small, self.scale, self.kinds)
         self.written = {name for n in self.small.graph.nodes for name in origin_of(n).writes}
         self.parameters = dict(self.small.model.named_parameters(remove_duplicate=False))
+        joined = joined_by_hand(self.small, self.out_dims)
+        others = [n for n in _outputs(self.small.graph) if n not in joined]
+        self.own = ancestors(joined) - ancestors(others)
         for node in self.small.graph.nodes:
             if node.op == "output":
                 continue
@@ -76,6 +89,9 @@ class _Analyst:
             if node in self.kinds:
                 continue
             self._settle(node, self._answer(node))
+        for node, (name, dim) in joined.items():
+            if node not in self.whole and not is_mixed(self.kinds[node]):
+                self.kinds[node] = self._joined(node, name, dim)
         return Analysis(
             self.kinds, self.edits, frozenset(self.early), frozenset(self.whole), frozenset(self.inside),
             tuple(dict.fromkeys(self.tried)),
@@ -166,7 +182,23 @@ class _Analyst:
             return False
         return not self.scale.growing(node) and self.scale.shape(node) is not None
 
+    def _joined(self, node: fx.Node, name: str, dim: int | None) -> Kind:
+        """The kind that an output has by the user's word."""
+        shape = self.scale.shape(node) or ()
+        grows = self.scale.growing(node)
+        inside = dim is not None and -len(shape) <= dim < len(shape)
+        at = dim % len(shape) if inside and dim is not None else None
+        kind = SHARED if at is None else Batched(at, 1, shape[at] // self.scale.rows)
+        if (dim is not None and not inside) or not self.scale.fits(node, None, kind):
+            raise InputError(
+                f"out_dims= says {dim} for output {name!r} of shape {shape} (for {self.scale.rows} rows), whose "
+                f"dimensions that grow with the batch are {list(grows)}"
+            )
+        return kind
+
     def _may_mix(self, node: fx.Node) -> bool:
+        if node in self.own:
+            return True
         path = origin_of(node).path
         return any(path == name or path.startswith(f"{name}.") for name in self.allowed)
 
@@ -200,6 +232,24 @@ class _Analyst:
 def _own(kind: Kind) -> Kind:
     """What a module that may mix samples gives without a batch: each microbatch goes on with its own."""
     return SHARED if isinstance(kind, Mixed) else kind
+
+
+def joined_by_hand(captured: Captured, out_dims: Mapping[str, int | None]) -> dict[fx.Node, tuple[str, int | None]]:
+    """The outputs whose joining the user has said, with their names.
+
+    Raises:
+        InputError: there is no output of a name.
+    """
+    names = {output.name: output.node for output in captured.outputs if output.node is not None}
+    for name in out_dims:
+        if name not in names:
+            raise InputError(f"out_dims= names {name!r}, which is no output of the model; it has {', '.join(names)}")
+    nodes = {n.name: n for n in _outputs(captured.graph)}
+    return {nodes[names[name]]: (name, dim) for name, dim in out_dims.items()}
+
+
+def _outputs(graph: fx.Graph) -> list[fx.Node]:
+    return list(next(n for n in graph.nodes if n.op == "output").all_input_nodes)
 
 
 def _wants_gradient(node: fx.Node) -> bool:

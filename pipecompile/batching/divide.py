@@ -20,7 +20,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from pipecompile.batching.analyse import Analysis, analyse
+from pipecompile.batching.analyse import Analysis, analyse, joined_by_hand
 from pipecompile.batching.kinds import SHARED, Batched, Kind, Local, Mixed, Partial, is_mixed
 from pipecompile.batching.rules import Instead, Recount, RowsArgument, Share, ShareArgument, Squeeze, WholeArgument
 from pipecompile.capture import Captured, Output
@@ -100,15 +100,20 @@ class Division:
     is_divided: bool = True  # microbatches are parts of a batch, not batches of their own
 
 
-def undivided(captured: Captured, one_part: bool = False) -> Division:
+def undivided(captured: Captured, out_dims: Mapping[str, int | None] | None = None, one_part: bool = False) -> Division:
     """A model whose microbatches are batches of their own: single numbers are means weighed by rows.
 
     Args:
+        out_dims: see ``analyse``.
         one_part: the trace holds for batches of one microbatch alone.
     """
+    said = {node.name: dim for node, (_, dim) in joined_by_hand(captured, out_dims or {}).items()}
     joins: dict[str, Kind] = {}
     for output in captured.outputs:
-        if output.node is not None:
+        if output.node in said:
+            dim = said[output.node]
+            joins[output.node] = SHARED if dim is None else Batched(dim)
+        elif output.node is not None:
             joins[output.node] = by_shape(output)
     places = {name: name for name in joins}
     return Division(captured, captured, captured, joins, (), None, places, one_part=one_part, is_divided=False)
@@ -125,18 +130,21 @@ def by_shape(output: Output) -> Kind:
     return Mixed(f"output {output.name!r} has no batch dimension")
 
 
-def divide(small: Captured, large: Captured, allowed: Iterable[str] = ()) -> Division:
+def divide(
+    small: Captured, large: Captured, allowed: Iterable[str] = (), out_dims: Mapping[str, int | None] | None = None
+) -> Division:
     """Divides a trace so that several microbatches give what the whole batch gives.
 
     Args:
         small: the trace at a microbatch's rows.
         large: one of the same program at the whole batch's; ``small`` itself where its batch is symbolic.
-        allowed: paths of modules that may mix samples; each then works on microbatches by themselves.
+        allowed, out_dims: what the user has said; see ``analyse``.
 
     Raises:
         CaptureError: samples mix in the body of the model.
+        InputError: ``out_dims`` does not go with the outputs.
     """
-    return _Divider(small, large, analyse(small, large, allowed)).division()
+    return _Divider(small, large, analyse(small, large, allowed, out_dims)).division()
 
 
 def twins_differ(small: Captured, large: Captured) -> str:

@@ -1,16 +1,11 @@
-"""The arguments of a call: bound to the model's signature, flattened, named, and told apart by having a batch or not.
-
-A tensor is *batched* if its first dimension has the batch's size, which is the size that most first dimensions have
-(the first argument decides a tie). Batched tensors are split into microbatches; all other arguments are shared by them.
-"""
+"""The arguments of a call: bound to the model's signature, flattened, named, with the batch in the first dimension."""
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +13,7 @@ import torch.fx as fx
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from pipecompile.capture.batches import Dims, Settled, find_batch, refuse_plain_batches
 from pipecompile.capture.trees import flatten
 from pipecompile.errors import InputError
 
@@ -26,6 +22,7 @@ from pipecompile.errors import InputError
 class Call:
     """One call's arguments: the tensors by name, and everything else.
 
+    ``tensors`` have their batch in the first dimension; ``dims`` says which have it elsewhere in the user's call.
     ``key`` is equal for two calls exactly if they have the same tree, the same numbers, strings and flags, and tensors
     of the same dtypes and ranks that want gradients alike.
     """
@@ -36,12 +33,16 @@ class Call:
     leaves: tuple[Any, ...]  # in the order of the tree; a tensor's name in its place
     batch: int | None  # None: no tensor has a dimension
     batched: frozenset[str]
+    dims: Mapping[str, int] = field(default_factory=dict)
 
     def rebuild(self, tensors: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Positional and keyword arguments with other tensors in place of the call's own."""
-        leaves = [tensors[leaf.name] if isinstance(leaf, TensorName) else leaf for leaf in self.leaves]
+        """The user's positional and keyword arguments, with other tensors in place of the call's own."""
+        leaves = [self._back(leaf.name, tensors) if isinstance(leaf, TensorName) else leaf for leaf in self.leaves]
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
         return args, kwargs
+
+    def _back(self, name: str, tensors: Mapping[str, Any]) -> Any:
+        return tensors[name].movedim(0, self.dims[name]) if name in self.dims else tensors[name]
 
     def split(self, rows: Sequence[int]) -> list[dict[str, Tensor]]:
         """The tensors of each microbatch, views of the call's; those without a batch go to all."""
@@ -64,12 +65,14 @@ def read_call(
     forward: Callable[..., Any],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
-    settled: Mapping[tuple[str, int], bool] | None = None,
+    settled: Settled | None = None,
+    in_dims: Dims | None = None,
 ) -> Call:
     """Reads the arguments of ``forward(*args, **kwargs)``.
 
     Args:
         settled: whether a tensor has a batch, by name and number of dimensions, where an earlier call has settled it.
+        in_dims: the batch's dimension, by the name of an argument or of one tensor inside it.
 
     Raises:
         InputError: the model does not take such arguments, or a batch is empty, or not made of tensors.
@@ -79,81 +82,39 @@ def read_call(
     except TypeError as error:
         raise InputError(f"the model's forward cannot be called so: {error}; it takes {_signature(forward)}") from None
     paths, spec = flatten((bound.args, bound.kwargs))
-    names = _names(forward, [path for path, _ in paths])
+    heads, names = _names(forward, [path for path, _ in paths])
     tensors = {name: leaf for name, (_, leaf) in zip(names, paths, strict=True) if isinstance(leaf, Tensor)}
     leaves = tuple(
         TensorName(name) if isinstance(leaf, Tensor) else leaf for name, (_, leaf) in zip(names, paths, strict=True)
     )
-    settled = settled or {}
-    batch = _batch_size(tensors, settled)
-    batched = frozenset(n for n, t in tensors.items() if settled.get((n, t.ndim), t.ndim > 0 and t.shape[0] == batch))
     for name, tensor in tensors.items():
         if tensor.is_sparse or tensor.layout != torch.strided:
             raise InputError(f"argument {name!r} is a sparse tensor ({tensor.layout}); pass tensor.to_dense()")
-    _check_batch(tensors, batch, batched, bound.arguments)
-    return Call(tensors, _key(spec, leaves, tensors), spec, leaves, batch, batched)
+    in_dims = in_dims or {}
+    given = {
+        n: in_dims.get(n, in_dims.get(head)) for n, head in zip(names, heads, strict=True) if {n, head} & {*in_dims}
+    }
+    batch = find_batch(tensors, {n: dim for n, dim in given.items() if n in tensors}, settled or {})
+    refuse_plain_batches(bound.arguments, batch.rows, in_dims)
+    elsewhere = {name: dim for name, dim in batch.dims.items() if dim}
+    with torch.enable_grad():  # a view of an input that wants a gradient wants one, whoever calls
+        first = {n: t.movedim(elsewhere[n], 0) if n in elsewhere else t for n, t in tensors.items()}
+    return Call(first, _key(spec, leaves, tensors), spec, leaves, batch.rows, frozenset(batch.dims), elsewhere)
 
 
-def _batch_size(tensors: Mapping[str, Tensor], settled: Mapping[tuple[str, int], bool]) -> int | None:
-    known = [n for n, t in tensors.items() if settled.get((n, t.ndim))]
-    names = known or [n for n, t in tensors.items() if t.ndim]
-    if not names:
-        return None
-    return int(Counter(int(tensors[name].shape[0]) for name in names).most_common(1)[0][0])
-
-
-def _check_batch(
-    tensors: Mapping[str, Tensor], batch: int | None, batched: frozenset[str], arguments: Mapping[str, Any]
-) -> None:
-    if batch == 0:
-        raise InputError("the batch is empty: the first dimension of the input tensors is 0")
-    for name in sorted(batched):
-        if tensors[name].shape[0] != batch:
-            raise InputError(
-                f"{name!r} has {tensors[name].shape[0]} rows where the batch has {batch}; "
-                f"every tensor with a batch dimension needs the same number"
-            )
-    for name, value in _containers(arguments):
-        if _is_plain_batch(value, batch):
-            raise InputError(
-                f"argument {name!r} is a {type(value).__name__} of {batch} items, one a sample, which cannot be split "
-                f"into microbatches; pass a tensor (torch.as_tensor) instead"
-            )
-
-
-def _containers(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Every list, tuple and array among the arguments, with its name."""
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _containers(item, f"{name}.{key}" if name else str(key))
-    elif isinstance(value, list | tuple):
-        yield name, value
-        for index, item in enumerate(value):
-            yield from _containers(item, f"{name}[{index}]")
-    elif type(value).__module__ == "numpy":
-        yield name, value
-
-
-def _is_plain_batch(value: Any, batch: int | None) -> bool:
-    """Whether a value has one entry a sample without being made of tensors."""
-    if type(value).__module__ == "numpy" and hasattr(value, "ndim") and value.ndim:
-        return True
-    if not isinstance(value, list | tuple) or batch is None or batch < 2 or len(value) != batch:
-        return False
-    return all(isinstance(item, str | int | float) and not isinstance(item, bool) for item in value)
-
-
-def _names(forward: Callable[..., Any], paths: Sequence[tuple[Any, ...]]) -> list[str]:
-    """A name for each leaf: its argument's, with the keys inside the argument after it."""
+def _names(forward: Callable[..., Any], paths: Sequence[tuple[Any, ...]]) -> tuple[list[str], list[str]]:
+    """For each leaf the argument that it is in, and a name: the argument's, with the keys inside it after it."""
     parameters = list(inspect.signature(forward).parameters)
     namespace = fx.graph._Namespace()  # what Python or torch calls otherwise gets a number: input_1
+    heads: list[str] = []
     names: list[str] = []
     for path in paths:
         keys: list[Any] = [getattr(key, "idx", getattr(key, "key", getattr(key, "name", None))) for key in path]
         in_args, first, *rest = keys
         head = parameters[min(first, len(parameters) - 1)] if in_args == 0 else first
+        heads.append(str(head))
         names.append(namespace.create_name(re.sub(r"\W", "_", "_".join(map(str, [head, *rest]))), None))
-    return names
+    return heads, names
 
 
 def _key(spec: Any, leaves: tuple[Any, ...], tensors: Mapping[str, Tensor]) -> tuple[Any, ...]:

@@ -93,7 +93,6 @@ class Trace:
         for name, fake in fakes.items():
             self.recorder.add_attribute(name, fake, self.real[name])
         inputs = self._fake_inputs()
-        args, kwargs = self.call.rebuild(inputs)
         paths = {id(module): path for path, module in reversed([*self.model.named_modules()])}
         with (
             with_fakes(self.model, fakes, self._is_constant) as changes,
@@ -101,7 +100,7 @@ class Trace:
         ):
             watch = Watch(paths, changes.before, self.numbers, caches)
             with watch.watching(), forgotten(self.model):
-                out = self._run(args, kwargs, paths)
+                out = self._run(inputs, paths)
         watch.changes += changes.attributes
         self.counters = watch.counters
         whole = {path: module for path, module in self.model.named_modules() if path in self.kept}
@@ -111,7 +110,7 @@ class Trace:
         notes += [f"{name_of_part(part)} is kept whole: {why}" for part, why in self.kept.items()]
         return self._finish(out, fakes, changes, attributes, notes)
 
-    def _run(self, args: Any, kwargs: Any, paths: Mapping[int, str]) -> Any:
+    def _run(self, inputs: Mapping[str, Tensor], paths: Mapping[int, str]) -> Any:
         try:
             with (
                 torch.enable_grad(),
@@ -120,6 +119,7 @@ class Trace:
                 patched(self.recorder, paths, [part for part in self.kept if isinstance(part, FunctionType)]),
                 self.recorder,
             ):
+                args, kwargs = self.call.rebuild(inputs)
                 return self.forward(*args, **kwargs)
         except PipecompileError:
             raise

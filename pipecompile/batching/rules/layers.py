@@ -137,6 +137,19 @@ def batch_norm(use: Use) -> Answer:
     return kind if isinstance(kind, Batched | Shared) and getattr(kind, "dim", 0) != 1 else use.mixed()
 
 
+@rule("moments")
+def batch_moments(use: Use) -> Answer:
+    """Of a batch normalisation with deferred statistics: sums over entries and rows."""
+    kind = use.kind(use.node.args[0])
+    return PARTIAL if isinstance(kind, Batched) and kind.dim != 1 else use.mixed()
+
+
+@rule("add_moments")
+def running_statistics(use: Use) -> Answer:
+    """A write, which the tail does."""
+    return SHARED
+
+
 @rule("layer_norm rms_norm fused_layer_norm")
 def layer_norm(use: Use) -> Answer:
     first, shape = use.node.args[0], use.arg(1, "normalized_shape", ())

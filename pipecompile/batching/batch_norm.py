@@ -1,0 +1,75 @@
+"""Batch normalisation: the one function that mixes samples in the body of a model and is taken as it is.
+
+Each microbatch is normalised by its own statistics, as GPipe does (Huang et al. 2019, section 3), which moves running
+statistics once for each of them. Deferred (torchgpipe: Kim et al. 2020, section 3.2), they are moved once, by the mean
+and the variance of all rows: what a normalisation is given is counted up in the stages, and written after them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.fx as fx
+import torch.nn.functional as F
+
+from pipecompile.capture import Captured
+from pipecompile.capture.origin import origin_of
+from pipecompile.functions import add_moments, moments
+
+# The forms of the function that a trace may hold, by the names of their arguments.
+_ARGUMENTS: Mapping[Any, tuple[str, ...]] = {
+    F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
+    torch.batch_norm: ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps"),
+}
+
+
+def uses_batch_statistics(node: fx.Node) -> bool:
+    """Whether a node is a batch normalisation in training, or one that has no running statistics."""
+    return node.target in _ARGUMENTS and bool(_given(node).get("training", False))
+
+
+def defer_running(captured: Captured) -> Captured:
+    """The trace with every write of running statistics apart from the normalisation that it belongs to."""
+    if not any(map(_writes_running, captured.graph.nodes)):
+        return captured
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    recomputed = dict(captured.recomputed)
+    for node in captured.graph.nodes:
+        copies[node] = copy = graph.node_copy(node, copies.__getitem__)
+        if _writes_running(node):
+            counted = _set_apart(graph, copy)
+            if node.name in recomputed:
+                recomputed[counted.name] = recomputed[node.name]
+    return replace(captured, graph=graph, recomputed=recomputed, checked={})
+
+
+def _writes_running(node: fx.Node) -> bool:
+    return node.target in _ARGUMENTS and bool(origin_of(node).writes)
+
+
+def _set_apart(graph: fx.Graph, norm: fx.Node) -> fx.Node:
+    """Leaves a normalisation without running statistics, followed by what counts its input up, which is returned, and
+    by the write."""
+    given = _given(norm)
+    x, mean, var = given["input"], given["running_mean"], given["running_var"]
+    norm.target, norm.args = F.batch_norm, (x, None, None)
+    norm.kwargs = {name: given[name] for name in ("weight", "bias", "training", "momentum", "eps") if name in given}
+    counted = graph.create_node("call_function", moments, (x,), name=f"{norm.name}_moments")
+    write = (mean, var, counted, given.get("momentum", 0.1))
+    written = graph.create_node("call_function", add_moments, write, name=f"{norm.name}_running")
+    origin = origin_of(norm)
+    for node in (counted, written):
+        node.meta.update(norm.meta)
+    norm.meta["origin"] = counted.meta["origin"] = replace(origin, writes=(), mutates=False)
+    counted.meta["val"] = torch.empty((3, *mean.meta["val"].shape), dtype=torch.float64, device="meta")
+    written.meta["val"] = mean.meta["val"]
+    return counted
+
+
+def _given(norm: fx.Node) -> dict[str, Any]:
+    """The arguments by name."""
+    return {**dict(zip(_ARGUMENTS[norm.target], norm.args, strict=False)), **norm.kwargs}
