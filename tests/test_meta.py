@@ -74,3 +74,15 @@ def test_a_call_is_refused_in_words(pipe: pipecompile.Pipeline) -> None:
     ids = torch.randint(1000, (4, 128))
     with pytest.raises(InputError, match="meta device"):
         pipe(input_ids=ids, labels=ids)
+
+
+def test_experts_can_be_planned_too() -> None:
+    config = transformers.MixtralConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    )
+    with torch.device("meta"):
+        model = transformers.MixtralForCausalLM(config)
+    ids = torch.randint(1000, (4, 16))
+    made = pipecompile.compile(model, ["cpu", "cpu"], microbatches=2, example_inputs={"input_ids": ids, "labels": ids})
+    assert made.plan.num_stages == 2
+    assert made._capture_in_use.costed.seconds > 0

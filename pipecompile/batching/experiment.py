@@ -52,11 +52,13 @@ class Experiment:
         outputs = [n for n in region if any(user not in members for user in n.users)]
         answers = {n: self.by_growth(n) for n in outputs}
         flat = [k for kind in answers.values() for k in (kind if isinstance(kind, tuple) else (kind,))]
-        if any(t.is_meta for t in self.captured.tensors.values()):
-            return answers  # nothing will run
-        if self.rows < 2 or not flat or any(isinstance(kind, Mixed) for kind in flat):
+        if not flat or any(isinstance(kind, Mixed) for kind in flat):
             return None
         if any(not isinstance(self.kinds.get(n, SHARED), Batched | Shared) for n in sources):
+            return None
+        if any(t.is_meta for t in self.captured.tensors.values()):
+            return answers  # nothing will run
+        if self.rows < 2:
             return None
         if any(origin_of(n).writes and n.op != "call_module" for n in region):
             return None

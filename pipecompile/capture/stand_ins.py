@@ -29,8 +29,14 @@ def _ctc_loss(log_probs: Tensor, targets: Tensor, *args: Any, **kwargs: Any) -> 
     return log_probs.sum((0, 2)) if none and log_probs.ndim == 3 else log_probs.sum()
 
 
+def _histc(x: Tensor, bins: int = 100, *args: Any, **kwargs: Any) -> Tensor:
+    """The fake kernel of the CPU refuses whole numbers, which a model on the meta device takes for those of a GPU."""
+    return x.new_zeros(bins)
+
+
 STAND_INS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.ctc_loss: _ctc_loss,
+    torch.histc: _histc,
     **({F.grouped_mm: _grouped_mm} if hasattr(F, "grouped_mm") else {}),
     **({torch._grouped_mm: _grouped_mm} if hasattr(torch, "_grouped_mm") else {}),
 }
