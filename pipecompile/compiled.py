@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils import _pytree as pytree
 
 from pipecompile.batching import Division, Rows, defer_running, divide, twins_differ, undivided
 from pipecompile.capture import Call, Captured, capture, summarize
@@ -115,6 +116,35 @@ class Compiled:
     def is_random(self) -> bool:
         """Whether the model draws random numbers, as for dropout."""
         return any(map(is_random, self.captured.graph.nodes))
+
+    @cached_property
+    def in_float16(self) -> bool:
+        """Whether the model itself computes with float16, whose gradients take only some scales."""
+        values = pytree.tree_leaves([node.meta.get("val") for node in self.captured.graph.nodes])
+        return any(isinstance(value, Tensor) and value.dtype == torch.float16 for value in values)
+
+    @cached_property
+    def reached(self) -> tuple[Tensor, ...]:
+        """The parameters that a gradient may arrive at, from some output."""
+        tensors = self.captured.tensors
+        tail = () if self.tail is None else tuple(self.tail.module.parameters())
+        return (*(tensors[name] for name in self.graph.reached), *tail)
+
+    @cached_property
+    def written(self) -> tuple[Tensor, ...]:
+        """The buffers that a call writes."""
+        tensors = self.captured.tensors
+        names = dict.fromkeys(name for node in self.captured.graph.nodes for name in origin_of(node).writes)
+        return tuple(tensors[name] for name in names)
+
+    @cached_property
+    def read(self) -> Mapping[str, Tensor]:
+        """The parameters, and the buffers that no call writes, by their names in messages."""
+        written = set(map(id, self.written))
+        modules = [*(stage.module for stage in self.stages), *(p.module for p in (self.before, self.tail) if p)]
+        found = {f"parameter {name!r}": t for module in modules for name, t in module.named_parameters()}
+        buffers = {f"buffer {name!r}": t for module in modules for name, t in module.named_buffers()}
+        return {name: t for name, t in {**found, **buffers}.items() if id(t) not in written}
 
     def program(self, schedule: Callable[[Plan], Program], key: Any) -> Program:
         """The lowered program of a schedule, made once for each key."""

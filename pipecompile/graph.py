@@ -101,6 +101,20 @@ class Graph(Json):
         return tuple(map(tuple, users))
 
     @cached_property
+    def reached(self) -> frozenset[str]:
+        """The parameters on differentiable paths to some output; what shares written memory counts as one."""
+        shared = {i: group for group in self.together for i in group}
+        found: set[int] = set()
+        stack = list(self.outputs)
+        while stack:
+            index = stack.pop()
+            specs = self.nodes[index].outputs
+            if index not in found and (index in shared or not specs or any(spec.requires_grad for spec in specs)):
+                found.add(index)
+                stack += [*self.nodes[index].inputs, *shared.get(index, ())]
+        return frozenset(name for index in found for name in self.nodes[index].parameters)
+
+    @cached_property
     def parameter_bytes(self) -> dict[str, int]:
         return {parameter.name: parameter.spec.nbytes for parameter in self.parameters}
 

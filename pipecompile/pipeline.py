@@ -102,7 +102,8 @@ class Pipeline(nn.Module):
     def report(self) -> Mapping[str, Sequence[str]]:
         """What is specialised, recomputed or otherwise worth knowing, by topic; of the capture in use."""
         captures = [f"{number}: {reason}" for number, reason in enumerate(self._captures.reasons, 1)]
-        return {**describe(self._capture_in_use), "captures": captures}
+        repeated = [f"{why} (times: {count})" for why, count in self._session.repeated.items()]
+        return {**describe(self._capture_in_use), "captures": captures, "run again": repeated}
 
     @property
     def captures(self) -> int:
@@ -151,7 +152,7 @@ class Pipeline(nn.Module):
                     f"schedule={self.schedule!r} needs the loss inside: pass labels, or loss_fn= to compile"
                 )
             return steps.stream(self._session, batch, loss)
-        if loss is None or not batch.ends_in_body(loss):
+        if loss is None or not batch.ends_in_body(loss) or steps.BESIDE in self._session.repeated:
             return steps.defer(self._session, batch)
         return steps.train(self._session, batch, loss, self._schedule)
 

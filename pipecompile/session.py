@@ -7,6 +7,7 @@ nothing behind; an asynchronous one leaves its stream.
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -52,6 +53,8 @@ class Session:
         self.weights: list[Weights] = []  # of each stage; all captures share the stages' weights
         self.executors: dict[int, Executor] = {}
         self.stream = Stream()
+        self.scale = 1.0  # of the last gradient into a loss computed with float16: the next is most often the same
+        self.repeated: Counter[str] = Counter()  # how often a call was run again, by reason
         self.program: Program | None = None
         self.timeline: Timeline | None = None
 

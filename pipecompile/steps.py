@@ -4,13 +4,18 @@ evaluate      no gradients: forwards alone
 train         the loss is an output: the whole schedule runs, ``loss.backward()`` delivers the gradients
 defer         the loss is the caller's: forwards now, backwards when the caller's gradients arrive
 stream        asynchronous: the next segment of the stream, each microbatch a minibatch with its own update
+
+Three gradients cannot be foreseen, and run the call again (``Snapshot``): into an output beside the loss, when all has
+run from the loss alone (later calls are then deferred); into a loss computed with float16, of another scale than the
+last; and a second one, with ``retain_graph=True``, into a call whose backwards have run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +23,19 @@ from torch import Tensor, nn
 from pipecompile.batching import Division, Kind, Partial, Rows, gather, scatter, spread
 from pipecompile.capture import Call, Output
 from pipecompile.compiled import Compiled
-from pipecompile.errors import ExecutionError
 from pipecompile.plan import Plan
 from pipecompile.program import Program
-from pipecompile.randomness import seeds
+from pipecompile.randomness import seed_microbatch, seeds
 from pipecompile.runtime import Microbatch
 from pipecompile.runtime.delivery import Deferred, Delivered, Gradients
 from pipecompile.schedule import backward_only, drain, forward_only, pipedream
 from pipecompile.session import Session, Stream
+from pipecompile.snapshot import Snapshot
+
+# Why a call is run again.
+BESIDE = "a gradient came into an output beside the loss; later calls run their backwards when gradients come in"
+RESCALED = "a gradient of another scale than the last came into a loss computed with float16"
+SECOND = "a second gradient came in, with retain_graph=True, after the backwards had run"
 
 
 @dataclass(frozen=True)
@@ -48,8 +58,18 @@ class Batch:
 
     @property
     def model_tensors(self) -> list[Tensor]:
-        """What gradients are delivered to: trainable parameters, then inputs that want one."""
+        """What may get a gradient: trainable parameters, then inputs that want one."""
         return [*self.parameters, *(t for t in self.call.tensors.values() if t.requires_grad)]
+
+    @property
+    def reached(self) -> list[Tensor]:
+        """The ``model_tensors``, each once, less the parameters that no output has a gradient for."""
+        unreached = {id(p) for p in self.parameters} - {id(p) for p in self.compiled.reached}
+        return list({id(t): t for t in self.model_tensors if id(t) not in unreached}.values())
+
+    def draw(self) -> Sequence[int | None]:
+        """A seed for each microbatch from the caller's generator, if the model draws random numbers."""
+        return seeds(len(self.rows)) if self.compiled.is_random else [None] * len(self.rows)
 
     def program(self, kind: str, schedule: Callable[[Plan, int], Program]) -> Program:
         count = len(self.rows)
@@ -73,9 +93,11 @@ class Batch:
         parts = list(microbatches.values())
         return {name: gather(kind, [m.outputs[name] for m in parts], self.rows) for name, kind in self.joins.items()}
 
-    def finish(self, joined: Mapping[str, Tensor]) -> list[Tensor]:
+    def finish(self, joined: Mapping[str, Tensor], drawn: Sequence[int | None]) -> list[Tensor]:
         """The tensors of the model's output: what the stages give, and what the tail makes of it."""
+        seed_microbatch(drawn[0])
         tail = self.compiled.run_tail(joined, self.call)
+        seed_microbatch(None)
         return [{**joined, **tail}[self.division.places[str(output.node)]] for output in self.outputs]
 
     def rebuild(self, tensors: Sequence[Tensor]) -> Any:
@@ -86,44 +108,93 @@ class Batch:
 
 def evaluate(session: Session, batch: Batch) -> Any:
     """Forwards alone."""
+    drawn = batch.draw()
     with torch.no_grad():
-        return batch.rebuild(batch.finish(batch.join(_forward(session, batch))))
+        return batch.rebuild(batch.finish(batch.join(_forward(session, batch, drawn)), drawn))
 
 
 def train(session: Session, batch: Batch, loss: int, schedule: Callable[[Plan, int], Program]) -> Any:
     """The whole schedule, from the output at position ``loss``, which the stages compute."""
-    session.begin(batch.compiled)
-    name = batch.division.places[str(batch.outputs[loss].node)]
-    kind = batch.joins[name]
-    weights = batch.rows.weights if kind != Partial() else (1.0,) * len(batch.rows)
-    parts = zip(_microbatches(batch), weights, strict=True)
-    microbatches = {i: replace(part, seeds={name: weight}) for i, (part, weight) in enumerate(parts)}
-    session.run(batch.compiled, batch.program("train", schedule), microbatches)
+    start = Snapshot.of(batch.compiled, batch.call, batch.draw(), session.devices)
+
+    def run(scale: float) -> dict[int, Microbatch]:
+        session.begin(batch.compiled)
+        microbatches = _from_loss(batch, loss, start.seeds, scale)
+        session.run(batch.compiled, batch.program("train", schedule), microbatches)
+        return microbatches
+
+    in_float16 = batch.compiled.in_float16 or start.ambient.in_float16
+    scale = session.scale if in_float16 else 1.0
+    microbatches = run(scale)
+    found = _gradients(session, batch, microbatches)
+    leaves = [leaf for leaf in batch.reached if id(leaf) in found]
+
+    def rescaled(scale: float) -> list[Tensor]:
+        session.scale = scale
+        with _again(session, start, RESCALED):
+            again = _gradients(session, batch, run(scale))
+        return [again[id(leaf)] for leaf in leaves]
+
     with torch.no_grad():
-        tensors = batch.finish(batch.join(microbatches))
-    wanting = [t.detach().requires_grad_(o.requires_grad) for t, o in zip(tensors, batch.outputs, strict=True)]
-    box = [_gradients(session, batch, microbatches)]
-    return batch.rebuild(Delivered.apply(box, loss, len(tensors), *wanting, *batch.model_tensors))  # type: ignore[no-untyped-call]
+        tensors = batch.finish(batch.join(microbatches), start.seeds)
+    outputs = [t.detach().requires_grad_(o.requires_grad) for t, o in zip(tensors, batch.outputs, strict=True)]
+    ready = [found[id(leaf)] for leaf in leaves]
+    own = Delivered.apply(ready, rescaled if in_float16 else None, scale, outputs[loss], *leaves)  # type: ignore[no-untyped-call]
+    rest = _beside(session, batch, start, [*outputs[:loss], *outputs[loss + 1 :]], loss)
+    return batch.rebuild([*rest[:loss], own, *rest[loss:]])
+
+
+def _beside(session: Session, batch: Batch, start: Snapshot, outputs: Sequence[Tensor], loss: int) -> Sequence[Tensor]:
+    """The outputs but the one at position ``loss``: a gradient into them runs the call again."""
+
+    def backward(incoming: Gradients) -> Gradients:
+        with _again(session, start, BESIDE):
+            tensors = _defer(session, batch, start)
+            pairs = zip([*tensors[:loss], *tensors[loss + 1 :]], incoming, strict=True)
+            given = [(tensor, gradient) for tensor, gradient in pairs if gradient is not None]
+            roots, gradients = [tensor for tensor, _ in given], [gradient for _, gradient in given]
+            return torch.autograd.grad(roots, batch.reached, gradients, allow_unused=True)
+
+    if not any(output.requires_grad for output in outputs):
+        return outputs
+    return cast(Sequence[Tensor], Deferred.apply(backward, len(outputs), *outputs, *batch.reached))  # type: ignore[no-untyped-call]
 
 
 def defer(session: Session, batch: Batch) -> Any:
     """Forwards now; the backwards run when gradients of what the stages gave come in, from the caller or the tail."""
-    microbatches = _forward(session, batch)
-    joined = batch.join(microbatches)
+    start = Snapshot.of(batch.compiled, batch.call, batch.draw(), session.devices)
+    return batch.rebuild(_defer(session, batch, start))
 
-    def backward(incoming: Sequence[Tensor | None]) -> Gradients:
-        if not all(microbatch.saved for microbatch in microbatches.values()):
-            raise ExecutionError(
-                "backward() was called a second time on one call of the pipeline; call the pipeline again "
-                "(retain_graph= cannot help)"
-            )
+
+def _defer(session: Session, batch: Batch, start: Snapshot) -> list[Tensor]:
+    """The outputs of a call whose backwards wait."""
+    waiting = _forward(session, batch, start.seeds)
+    joined = batch.join(waiting)
+
+    def run(microbatches: Mapping[int, Microbatch], incoming: Gradients) -> Gradients:
         _seed(batch, microbatches, incoming)
         with torch.enable_grad():
             session.run(batch.compiled, batch.program("backward", backward_only), microbatches)
-        return _gradients(session, batch, microbatches)
+        found = _gradients(session, batch, microbatches)
+        return [found.get(id(leaf)) for leaf in leaves]
 
-    given = Deferred.apply(backward, len(joined), *joined.values(), *batch.model_tensors)  # type: ignore[no-untyped-call]
-    return batch.rebuild(batch.finish(dict(zip(joined, given, strict=True))))
+    def backward(incoming: Gradients) -> Gradients:
+        if all(microbatch.saved for microbatch in waiting.values()):
+            return run(waiting, incoming)
+        with _again(session, start, SECOND):
+            return run(_forward(session, batch, start.seeds), incoming)
+
+    leaves = batch.reached
+    given = Deferred.apply(backward, len(joined), *joined.values(), *leaves)  # type: ignore[no-untyped-call]
+    return batch.finish(dict(zip(joined, given, strict=True)), start.seeds)
+
+
+@contextmanager
+def _again(session: Session, start: Snapshot, why: str) -> Iterator[None]:
+    """In which a call is run once more."""
+    session.repeated[why] += 1
+    with session.lock, start.restored():
+        yield
 
 
 def stream(session: Session, batch: Batch, loss: int) -> Any:
@@ -133,9 +204,10 @@ def stream(session: Session, batch: Batch, loss: int) -> Any:
         session.begin(batch.compiled)
         session.stream.compiled = batch.compiled
     under_way = session.stream
+    drawn = batch.draw()
     name = str(batch.outputs[loss].node)
     entering = range(under_way.next, under_way.next + len(batch.rows))
-    parts = zip(entering, _microbatches(batch), strict=True)
+    parts = zip(entering, _microbatches(batch, drawn), strict=True)
     new = {number: replace(part, seeds={name: 1.0}) for number, part in parts}
     under_way.microbatches.update(new)
     program = batch.compiled.lowered(pipedream(batch.compiled.plan, entering, under_way.carried))
@@ -145,7 +217,7 @@ def stream(session: Session, batch: Batch, loss: int) -> Any:
         session.stream = Stream()
         raise
     under_way.advance(program, len(new))
-    return batch.rebuild([tensor.detach() for tensor in batch.finish(batch.join(new))])
+    return batch.rebuild([tensor.detach() for tensor in batch.finish(batch.join(new), drawn)])
 
 
 def flush(session: Session) -> None:
@@ -157,19 +229,26 @@ def flush(session: Session) -> None:
             session.run(under_way.compiled, program, under_way.microbatches)
 
 
-def _forward(session: Session, batch: Batch) -> dict[int, Microbatch]:
+def _forward(session: Session, batch: Batch, drawn: Sequence[int | None]) -> dict[int, Microbatch]:
     if session.optimizer is None:
         session.begin(batch.compiled)
-    microbatches = dict(enumerate(_microbatches(batch)))
+    microbatches = dict(enumerate(_microbatches(batch, drawn)))
     session.run(batch.compiled, batch.program("forward", forward_only), microbatches)
     return microbatches
 
 
-def _microbatches(batch: Batch) -> list[Microbatch]:
-    """The parts of a batch; a model that draws random numbers gets a seed for each from the caller's generator."""
+def _microbatches(batch: Batch, drawn: Sequence[int | None]) -> list[Microbatch]:
+    """The parts of a batch, each with the seed of its random functions."""
     parts = scatter(batch.call, batch.rows, batch.compiled.run_before(batch.call), batch.division.before)
-    drawn: Sequence[int | None] = seeds(len(parts)) if batch.compiled.is_random else [None] * len(parts)
     return [Microbatch(part, seed) for part, seed in zip(parts, drawn, strict=True)]
+
+
+def _from_loss(batch: Batch, loss: int, drawn: Sequence[int | None], scale: float) -> dict[int, Microbatch]:
+    """The parts of a batch, whose backwards start from their shares of a gradient into the loss."""
+    name = batch.division.places[str(batch.outputs[loss].node)]
+    weights = batch.rows.weights if batch.joins[name] != Partial() else (1.0,) * len(batch.rows)
+    parts = zip(_microbatches(batch, drawn), weights, strict=True)
+    return {i: replace(part, seeds={name: weight * scale}) for i, (part, weight) in enumerate(parts)}
 
 
 def _seed(batch: Batch, microbatches: Mapping[int, Microbatch], incoming: Sequence[Tensor | None]) -> None:
@@ -182,21 +261,26 @@ def _seed(batch: Batch, microbatches: Mapping[int, Microbatch], incoming: Sequen
                 microbatch.seeds = {**microbatch.seeds, name: piece}
 
 
-def _gradients(session: Session, batch: Batch, microbatches: Mapping[int, Microbatch]) -> Gradients:
-    """What a program has gathered for each of the batch's ``model_tensors``; None where nothing arrived."""
+def _gradients(session: Session, batch: Batch, microbatches: Mapping[int, Microbatch]) -> dict[int, Tensor]:
+    """Takes what a program has gathered, for parameters and inputs by their ``id``; where nothing arrived, none."""
     found: dict[int, Tensor] = {}
+
+    def add(tensor: Tensor, gradient: Tensor) -> None:
+        found[id(tensor)] = found[id(tensor)] + gradient if id(tensor) in found else gradient
+
     for stage, version in next(iter(microbatches.values())).versions.items():
         for name, leaf in version.leaves.items():
             if leaf.grad is not None:
                 tensor = session.weights[stage].tensors[name]
-                gradient = leaf.grad.to(tensor.device)
-                found[id(tensor)] = found[id(tensor)] + gradient if id(tensor) in found else gradient
-    wanting = [name for name, tensor in batch.call.tensors.items() if tensor.requires_grad]
-    inputs = [_input_gradient(name, batch, microbatches) for name in wanting]
-    return [*(found.get(id(parameter)) for parameter in batch.parameters), *inputs]
+                add(tensor, leaf.grad.to(tensor.device))
+                leaf.grad = None
+    for name, tensor in batch.call.tensors.items():
+        if tensor.requires_grad and any(microbatch.input_gradients.get(name) for microbatch in microbatches.values()):
+            add(tensor, _input_gradient(name, batch, microbatches))
+    return found
 
 
-def _input_gradient(name: str, batch: Batch, microbatches: Mapping[int, Microbatch]) -> Tensor | None:
+def _input_gradient(name: str, batch: Batch, microbatches: Mapping[int, Microbatch]) -> Tensor:
     """The gradient of a model input: rows of the microbatches side by side, or for a shared input their sum."""
     tensor = batch.call.tensors[name]
     parts: list[Tensor] = []
@@ -205,6 +289,4 @@ def _input_gradient(name: str, batch: Batch, microbatches: Mapping[int, Microbat
         for gradient in microbatch.input_gradients.get(name, ()):
             total = total + gradient.to(tensor.device)
         parts.append(total)
-    if not any(microbatch.input_gradients.get(name) for microbatch in microbatches.values()):
-        return None
     return torch.cat(parts) if name in batch.call.batched else sum(parts[1:], parts[0])

@@ -96,41 +96,6 @@ def test_steps_of_an_optimizer_follow_one_another(name: str) -> None:
         torch.testing.assert_close(parameter, expected, msg=name)
 
 
-@EITHER
-def test_autograd_grad_gives_the_gradients_and_leaves_none(name: str) -> None:
-    pipe, model, inputs = both(name)
-    got, expected = (torch.autograd.grad(loss_of(name, m, inputs), list(m.parameters())) for m in (pipe, model))
-    for (parameter, _), gradient, same in zip(pipe.named_parameters(), got, expected, strict=True):
-        torch.testing.assert_close(gradient, same, msg=parameter)
-    assert set(gradients(pipe).values()) == {None}
-
-
-@EITHER
-def test_a_grad_scaler_finds_scaled_gradients(name: str) -> None:
-    pipe, model, inputs = both(name)
-    for module in (pipe, model):
-        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-        scaler.scale(loss_of(name, module, inputs)).backward()
-        assert max(p.grad.abs().max() for p in module.parameters()) > 1
-        scaler.unscale_(optimizer)
-        scaler.step(optimizer)
-    assert_equal_gradients(pipe, model)
-    for parameter, same in zip(pipe.parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(parameter, same)
-
-
-def test_gradients_are_clipped_over_all_stages() -> None:
-    pipe, model, inputs = both(INSIDE)
-    norms = []
-    for module in (pipe, model):
-        loss_of(INSIDE, module, inputs).backward()
-        norms.append(nn.utils.clip_grad_norm_(module.parameters(), 0.01))
-    torch.testing.assert_close(*norms)
-    assert norms[0] > 0.01
-    assert_equal_gradients(pipe, model)
-
-
 def test_zero_grad_between_the_call_and_backward_loses_nothing() -> None:
     pipe, model, inputs = both(INSIDE)
     for module in (pipe, model):
@@ -152,15 +117,6 @@ def test_two_calls_may_go_backward_in_any_order() -> None:
         losses = [loss_of(OUTSIDE, module, MODELS[OUTSIDE].inputs(4, 6, seed)) for seed in range(3)]
         for i in (1, 0, 2):
             losses[i].backward()
-    assert_equal_gradients(pipe, model)
-
-
-def test_a_hook_on_a_parameter_sees_its_gradient() -> None:
-    pipe, model, inputs = both(INSIDE)
-    for module in (pipe, model):
-        for parameter in module.parameters():
-            parameter.register_hook(lambda gradient: gradient * 2)
-        loss_of(INSIDE, module, inputs).backward()
     assert_equal_gradients(pipe, model)
 
 
@@ -293,23 +249,6 @@ def test_a_seed_gives_the_same_dropout_twice() -> None:
     assert torch.equal(*outputs)
 
 
-def test_the_callers_autocast_holds_in_every_stage() -> None:
-    torch.manual_seed(0)
-    model = blocks(4)
-    pipe, x = pipe_of(model, stages=3, microbatches=2), torch.randn(4, D)
-    with torch.autocast("cpu", torch.bfloat16):
-        output = pipe(x)
-        expected = torch.cat([model(part) for part in x.chunk(2)])
-    output.square().mean().backward()
-    got = {name: p.grad for name, p in model.named_parameters()}
-    model.zero_grad()
-    expected.square().mean().backward()
-    torch.testing.assert_close(output, expected, rtol=0, atol=0)
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(got[name], parameter.grad, rtol=0.02, atol=1e-4, msg=name)
-    assert not torch.equal(output.float(), model(x))
-
-
 def test_the_same_call_with_and_without_autocast_is_two_captures() -> None:
     model, x = blocks(4), torch.randn(4, D)
     pipe = pipe_of(model)
@@ -368,17 +307,6 @@ def test_a_parameter_that_takes_no_part_has_no_gradient(name: str) -> None:
     for module in (pipe, model):
         loss_of(name, module, inputs).backward()
     assert None in gradients(model).values()
-    assert_equal_gradients(pipe, model)
-
-
-def test_a_parameter_frozen_between_two_calls_gets_no_more_gradient() -> None:
-    pipe, model, inputs = both(OUTSIDE)
-    for module in (pipe, model):
-        loss_of(OUTSIDE, module, inputs).backward()
-        module.zero_grad()
-        module.body[2].requires_grad_(False)
-        loss_of(OUTSIDE, module, inputs).backward()
-    assert gradients(pipe)["body.2.0.weight"] is None
     assert_equal_gradients(pipe, model)
 
 
@@ -497,22 +425,6 @@ def test_an_output_may_be_changed_in_place_by_the_caller() -> None:
 # What cannot be asked of a pipeline
 
 
-@EITHER
-def test_backward_twice_on_one_call_is_refused(name: str) -> None:
-    pipe, _, inputs = both(name)
-    loss = loss_of(name, pipe, inputs)
-    loss.backward(retain_graph=True)
-    with pytest.raises(ExecutionError, match=r"backward\(\) was called a second time.*call the pipeline again"):
-        loss.backward()
-
-
-def test_a_gradient_into_an_output_beside_the_loss_is_refused() -> None:
-    pipe, _, (args, _) = both(INSIDE)
-    output = pipe(*args)
-    with pytest.raises(ExecutionError, match=r"output beside the loss.*inside the model or in loss_fn="):
-        (output["loss"] + output["logits"].mean()).backward()
-
-
 def test_a_step_of_the_optimizer_before_backward_is_refused() -> None:
     pipe, _, inputs = both(OUTSIDE)
     loss = loss_of(OUTSIDE, pipe, inputs)
@@ -521,14 +433,6 @@ def test_a_step_of_the_optimizer_before_backward_is_refused() -> None:
             parameter.add_(1)
     with pytest.raises(ExecutionError, match=r"parameter 'body.* was changed in place.*before optimizer\.step"):
         loss.backward()
-
-
-def test_a_gradient_of_a_gradient_is_refused() -> None:
-    pipe, _, ((x, late), _) = both(OUTSIDE)
-    x = x.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(mean_square(pipe(x, late)), x, create_graph=True)
-    with pytest.raises((PipecompileError, RuntimeError), match=r"backward\(\)|second|twice|does not require grad"):
-        gradient.sum().backward()
 
 
 # compile()

@@ -25,7 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("variations",),
     ("devices", "options"),
     ("compiled",),
-    ("captures", "report"),
+    ("captures", "report", "snapshot"),
     ("session",),
     ("steps",),
     ("verify",),

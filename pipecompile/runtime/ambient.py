@@ -17,6 +17,11 @@ class Ambient:
     inference: bool
     autocast: tuple[tuple[str, torch.dtype, bool], ...]
 
+    @property
+    def in_float16(self) -> bool:
+        """Whether an autocast to float16 is on."""
+        return any(dtype == torch.float16 for _, dtype, _ in self.autocast)
+
     @staticmethod
     def of_caller(device_types: frozenset[str]) -> Ambient:
         """The modes of the calling thread."""

@@ -1,9 +1,13 @@
 """Where a pipeline meets autograd: gradients that a program has computed, or will compute, as the backward of one call.
 
 ``Delivered``: the program has run forward and backward; ``loss.backward()`` hands the gradients on, times the gradient
-that comes in (so that a GradScaler, ``loss / n`` and accumulation work as ever).
+that comes in (so that ``loss / n`` and accumulation work as ever). float16 has no room for gradients of just any scale,
+and what was lost in it no factor brings back: there the program is run again if it began from another scale.
 
 ``Deferred``: the forwards have run; the gradients that come in start the backwards.
+
+Both keep to autograd's rules. ``retain_graph=True`` allows a second backward; without it ``ctx.saved_tensors`` raises
+torch's own error. Leaves that are given get a gradient as a rule, since torch calls hooks on the others too, with None.
 """
 
 from __future__ import annotations
@@ -16,58 +20,62 @@ from torch import Tensor
 
 from pipecompile.errors import ExecutionError
 
-Gradients = list[Tensor | None]
+Gradients = Sequence[Tensor | None]
 
 
 class Delivered(torch.autograd.Function):
-    """``apply(box, position of the loss, number of outputs, *outputs, *leaves)``; the box holds the gradients."""
+    """``apply(gradients, rescaled, scale, loss, *leaves)``: the loss, whose backward hands on a gradient for each leaf.
+
+    ``rescaled``, where given, computes them anew from another ``scale`` of the gradient into the loss than they were
+    computed from; without it that was 1, and they are multiplied.
+    """
 
     @staticmethod
-    def forward(ctx: Any, box: list[Gradients], loss: int, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.box, ctx.loss, ctx.count = box, loss, count
-        ctx.set_materialize_grads(False)
-        return _outputs(ctx, tensors[:count])
+    def forward(
+        ctx: Any,
+        gradients: Sequence[Tensor],
+        rescaled: Callable[[float], Sequence[Tensor]] | None,
+        scale: float,
+        loss: Tensor,
+        *leaves: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(*gradients)
+        ctx.rescaled, ctx.scale = rescaled, scale
+        return loss.detach()
 
     @staticmethod
-    def backward(ctx: Any, *incoming: Tensor | None) -> Any:
-        if any(gradient is not None for i, gradient in enumerate(incoming) if i != ctx.loss):
-            raise ExecutionError(
-                "a gradient flows into an output beside the loss, but the pipeline has run its backward from the loss "
-                "alone; compute the whole loss inside the model or in loss_fn="
-            )
-        scale = incoming[ctx.loss]
-        if scale is None:
-            return (None,) * (3 + ctx.count + len(ctx.box[0]))
-        if not ctx.box:
-            raise ExecutionError(
-                "backward() was called a second time on one call of the pipeline, whose gradients have been handed on; "
-                "call the pipeline again (retain_graph= cannot help)"
-            )
-        gradients = ctx.box.pop()
-        if scale.device.type == "cpu" and scale.item() == 1.0:
-            scaled = gradients
-        else:
-            scaled = [None if g is None else g * scale.to(g.device, g.dtype) for g in gradients]
-        return (None, None, None, *(None,) * ctx.count, *scaled)
+    def backward(ctx: Any, incoming: Tensor) -> Any:
+        _refuse_create_graph()
+        gradients = ctx.saved_tensors
+        if ctx.rescaled is not None:
+            scale = incoming.item()
+            gradients = gradients if scale == ctx.scale else ctx.rescaled(scale)
+        elif incoming.device.type != "cpu" or incoming.item() != 1.0:  # without waiting for a device
+            gradients = [g * incoming.to(g.device, g.dtype) for g in gradients]
+        return (None, None, None, None, *gradients)
 
 
 class Deferred(torch.autograd.Function):
     """``apply(backward, number of outputs, *outputs, *leaves)``; ``backward`` maps gradients of outputs to leaves'."""
 
     @staticmethod
-    def forward(
-        ctx: Any, backward: Callable[[Sequence[Tensor | None]], Gradients], count: int, *tensors: Tensor
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, backward: Callable[[Gradients], Gradients], count: int, *tensors: Tensor) -> Any:
         ctx.run, ctx.count = backward, count
         ctx.set_materialize_grads(False)
-        return _outputs(ctx, tensors[:count])
+        fresh = tuple(output.detach() for output in tensors[:count])
+        ctx.mark_non_differentiable(*(f for f, o in zip(fresh, tensors, strict=False) if not o.requires_grad))
+        return fresh
 
     @staticmethod
     def backward(ctx: Any, *incoming: Tensor | None) -> Any:
+        _refuse_create_graph()
+        _ = ctx.saved_tensors
         return (None, None, *(None,) * ctx.count, *ctx.run(incoming))
 
 
-def _outputs(ctx: Any, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    fresh = tuple(output.detach() for output in outputs)
-    ctx.mark_non_differentiable(*(f for f, o in zip(fresh, outputs, strict=True) if not o.requires_grad))
-    return fresh
+def _refuse_create_graph() -> None:
+    if torch.is_grad_enabled():
+        raise ExecutionError(
+            "create_graph=True asks for gradients of gradients, but a pipeline's backward leaves no graph to "
+            "differentiate; compute what needs them with the unsplit model, pipe.model"
+        )

@@ -114,7 +114,8 @@ class Runner:
 
     def _differentiate(self, roots: list[Tensor], gradients: list[Tensor]) -> None:
         try:
-            torch.autograd.backward(roots, gradients)
+            with torch.autocast(self.lane.device.type, enabled=False):  # it is for forwards: a backward follows theirs
+                torch.autograd.backward(roots, gradients)
         except Exception as error:
             line = failing_line(error)
             where = f"in the backward of {self.stage.modules}" + (f", {line}" if line else "")
