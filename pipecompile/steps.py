@@ -127,7 +127,7 @@ def train(session: Session, batch: Batch, loss: int, schedule: Callable[[Plan, i
     scale = session.scale if in_float16 else 1.0
     microbatches = run(scale)
     found = _gradients(session, batch, microbatches)
-    leaves = [leaf for leaf in batch.reached if id(leaf) in found]
+    leaves = list({id(t): t for t in batch.model_tensors if id(t) in found}.values())
 
     def rescaled(scale: float) -> list[Tensor]:
         session.scale = scale
@@ -176,6 +176,7 @@ def _defer(session: Session, batch: Batch, start: Snapshot) -> list[Tensor]:
         with torch.enable_grad():
             session.run(batch.compiled, batch.program("backward", backward_only), microbatches)
         found = _gradients(session, batch, microbatches)
+        assert found.keys() <= set(map(id, leaves)), "each gradient has a leaf to arrive at"
         return [found.get(id(leaf)) for leaf in leaves]
 
     def backward(incoming: Gradients) -> Gradients:

@@ -14,10 +14,10 @@ import pytest
 import torch
 from models import MODELS
 from oracle import Inputs, split
-from test_api import EITHER, INSIDE, OUTSIDE, assert_equal_gradients, both, gradients, loss_of, pipe_of
+from pairs import EITHER, INSIDE, OUTSIDE, assert_equal_gradients, both, gradients, loss_of, pipe_of
 from torch import Tensor, nn
 from torch.nn import functional as F
-from toys import D, blocks, mean_square
+from toys import D, Sparse, blocks, mean_square
 
 import pipecompile
 from pipecompile.errors import ExecutionError
@@ -178,9 +178,9 @@ class Remembers(nn.Module):
         return output if target is None else {"loss": F.mse_loss(output, target), "output": output}
 
 
-@pytest.mark.parametrize("microbatches", [1, 2])
-def test_a_call_run_again_draws_the_same_numbers_and_writes_no_buffer(microbatches: int) -> None:
-    pipe, x = pipe_of(Remembers().double(), microbatches=microbatches), torch.randn(6, D, dtype=torch.float64)
+@pytest.mark.parametrize("options", [{"microbatches": 1}, {"microbatches": 2}, {"batch_norm": "deferred"}])
+def test_a_call_run_again_draws_the_same_numbers_and_writes_no_buffer(options: dict[str, Any]) -> None:
+    pipe, x = pipe_of(Remembers().double(), **options), torch.randn(6, D, dtype=torch.float64)
     loss = mean_square(pipe(x))
     loss.backward(retain_graph=True)
     expected = {name: gradient.clone() for name, gradient in gradients(pipe).items()}
@@ -375,15 +375,6 @@ def test_a_model_that_is_frozen_whole_has_nothing_to_differentiate(name: str) ->
 
 
 # Sparse gradients
-
-
-class Sparse(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.words, self.body = nn.Embedding(20, D, sparse=True), blocks(3)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return mean_square(self.body(self.words(ids)))
 
 
 def test_a_sparse_gradient_stays_sparse() -> None:

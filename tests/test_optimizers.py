@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from models import MODELS
-from test_api import INSIDE, both, loss_of
-from test_autograd import Sparse
+from pairs import INSIDE, both, loss_of
 from torch import Tensor, nn, optim
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn
+from toys import Sparse
 
 import pipecompile
 

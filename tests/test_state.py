@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from models import MODELS
+from pairs import pipe_of
 from safetensors.torch import load_file, load_model, save_model
-from test_api import pipe_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 from toys import VOCABULARY, D, blocks

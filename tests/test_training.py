@@ -14,7 +14,7 @@ from functools import cache
 
 import pytest
 import torch
-from test_api import pipe_of
+from pairs import pipe_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 

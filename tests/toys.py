@@ -94,6 +94,17 @@ class Tied(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten()), logits
 
 
+class Sparse(nn.Module):
+    """An embedding with sparse gradients; the output is the loss itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.body = nn.Embedding(20, D, sparse=True), blocks(3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return mean_square(self.body(self.words(ids)))
+
+
 class TiedThrice(nn.Module):
     """One weight in the first, the middle and the last layer, one bias in the first and the last."""
 
