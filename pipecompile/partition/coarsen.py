@@ -55,8 +55,9 @@ def _joins(problem: Problem, cap: float, absorbed: list[float]) -> list[tuple[in
     joins = []
     room = [cap - seconds for seconds in absorbed]
     light, host = [False] * len(problem), [False] * len(problem)
+    pinned = {atom for atom, _ in problem.pins}
     for atom, seconds in enumerate(problem.seconds):
-        if seconds > cap or host[atom] or (problem.bounded and _has_bytes(problem, atom)):
+        if seconds > cap or host[atom] or atom in pinned or (problem.bounded and _has_bytes(problem, atom)):
             continue
         for other in _only(problem.predecessors[atom]) + _only(problem.successors[atom]):
             if not light[other] and seconds + absorbed[atom] <= room[other] and _is_free(problem, atom, other):

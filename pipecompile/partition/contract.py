@@ -1,8 +1,9 @@
 """What must stay together becomes one atom.
 
 Groups that must share a stage, and the strongly connected components that they close, are contracted; nets follow, and
-those that end up with the same pins are summed. Atoms are numbered topologically, in the given order where arcs leave
-a choice, so the model's own order is a plan candidate for nothing.
+those that end up with the same pins are summed. Things that are pinned to one stage are such a group, and an arc leads
+from each stage's to the next one's, so that every order of atoms agrees with the pins. Atoms are numbered
+topologically, in the given order where arcs leave a choice, so the model's own order is a plan candidate for nothing.
 
 Source: Tarnawski et al. (NeurIPS 2020), section 5, contraction of colour classes and of strongly connected components.
 """
@@ -11,9 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from operator import itemgetter
 
 import networkx as nx
 
+from pipecompile.errors import InfeasibleError
 from pipecompile.partition.problem import Net, Problem, Seat
 
 
@@ -46,11 +50,20 @@ def contract(
     together: Iterable[Sequence[int]] = (),
     kept_bytes: Sequence[float] = (),
     saved_bytes: Sequence[float] = (),
-    may_idle: bool = False,
+    pinned: Iterable[tuple[int, int]] = (),
 ) -> Contraction:
-    """The problem over things that may be cyclic or bound together; O(things + arcs + pins)."""
-    arcs = list(arcs)
-    atom_of = _atoms(len(seconds), arcs, together)
+    """The problem over things that may be cyclic or bound together; O(things + arcs + pins).
+
+    Args:
+        together: groups that must share a stage.
+        pinned: things and the stage that each must be in.
+
+    Raises:
+        InfeasibleError: things that must share a stage are pinned to two.
+    """
+    pinned_to = _by_stage(pinned)
+    arcs = [*arcs, *((low[0], high[0]) for low, high in pairwise(pinned_to.values()))]
+    atom_of = _atoms(len(seconds), arcs, [*together, *pinned_to.values()])
     count = 1 + max(atom_of, default=-1)
 
     def summed(numbers: Sequence[float]) -> tuple[float, ...]:
@@ -67,7 +80,7 @@ def contract(
         tuple(seats),
         summed(kept_bytes),
         summed(saved_bytes),
-        may_idle,
+        _pins(atom_of, pinned_to),
     )
     return Contraction(problem, tuple(atom_of))
 
@@ -82,7 +95,7 @@ def merge(problem: Problem, together: Iterable[Sequence[int]]) -> Contraction:
         together=together,
         kept_bytes=problem.kept_bytes,
         saved_bytes=problem.saved_bytes,
-        may_idle=problem.may_idle,
+        pinned=problem.pins,
     )
 
 
@@ -99,6 +112,25 @@ def _atoms(count: int, arcs: Iterable[tuple[int, int]], together: Iterable[Seque
         for thing in condensed.nodes[part]["members"]:
             atom_of[thing] = atom
     return atom_of
+
+
+def _by_stage(pinned: Iterable[tuple[int, int]]) -> dict[int, list[int]]:
+    things: dict[int, list[int]] = {}
+    for thing, stage in sorted(pinned, key=itemgetter(1)):
+        things.setdefault(stage, []).append(thing)
+    return things
+
+
+def _pins(atom_of: Sequence[int], pinned_to: dict[int, list[int]]) -> tuple[tuple[int, int], ...]:
+    stage_of: dict[int, int] = {}
+    for stage, things in pinned_to.items():
+        other = stage_of.setdefault(atom_of[things[0]], stage)
+        if other != stage:
+            raise InfeasibleError(
+                f"what is pinned to stage {other} and what is pinned to stage {stage} must share a stage, because each "
+                f"needs the other or they belong together; pin them to one stage"
+            )
+    return tuple(stage_of.items())
 
 
 def _nets(atom_of: Sequence[int], nets: Iterable[tuple[Iterable[int], float]]) -> tuple[Net, ...]:
