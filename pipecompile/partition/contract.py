@@ -10,12 +10,15 @@ Source: Tarnawski et al. (NeurIPS 2020), section 5, contraction of colour classe
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from itertools import pairwise
 from operator import itemgetter
 
 import networkx as nx
+from networkx.utils import UnionFind
 
 from pipecompile.errors import InfeasibleError
 from pipecompile.partition.problem import Net, Problem, Seat
@@ -99,19 +102,45 @@ def merge(problem: Problem, together: Iterable[Sequence[int]]) -> Contraction:
     )
 
 
-def _atoms(count: int, arcs: Iterable[tuple[int, int]], together: Iterable[Sequence[int]]) -> list[int]:
-    graph = nx.DiGraph()
-    graph.add_nodes_from(range(count))
-    graph.add_edges_from(arcs)
+def _atoms(count: int, arcs: Sequence[tuple[int, int]], together: Iterable[Sequence[int]]) -> list[int]:
+    """For each thing its atom: the groups, then the cycles that they close, in topological order."""
+    bound = UnionFind(range(count))
     for group in together:
-        nx.add_cycle(graph, group)  # a group is made into a component
-    condensed = nx.condensation(graph)
-    first = {part: min(condensed.nodes[part]["members"]) for part in condensed}
-    atom_of = [0] * count
-    for atom, part in enumerate(nx.lexicographical_topological_sort(condensed, key=first.__getitem__)):
-        for thing in condensed.nodes[part]["members"]:
-            atom_of[thing] = atom
-    return atom_of
+        bound.union(*group)
+    while True:
+        part_of = _numbered(bound[thing] for thing in range(count))
+        after: list[set[int]] = [set() for _ in range(1 + max(part_of, default=-1))]
+        for low, high in arcs:
+            if part_of[low] != part_of[high]:
+                after[part_of[low]].add(part_of[high])
+        position = _topological(after)
+        if len(position) == len(after):
+            return [position[part] for part in part_of]
+        things = dict(zip(reversed(part_of), reversed(range(count)), strict=True))  # the first of each part
+        rest = nx.DiGraph((low, high) for low, row in enumerate(after) if low not in position for high in row)
+        for cycle in nx.strongly_connected_components(rest):
+            bound.union(*(things[part] for part in cycle))
+
+
+def _numbered(names: Iterable[int]) -> list[int]:
+    """The names as numbers, in the order in which they first come."""
+    number: dict[int, int] = {}
+    return [number.setdefault(name, len(number)) for name in names]
+
+
+def _topological(after: Sequence[set[int]]) -> dict[int, int]:
+    """Where each part stands if the lowest that is ready always comes next; parts on and behind cycles never are."""
+    waiting = Counter(high for row in after for high in row)
+    ready = [part for part in range(len(after)) if not waiting[part]]  # ascending, hence a heap
+    position: dict[int, int] = {}
+    while ready:
+        part = heappop(ready)
+        position[part] = len(position)
+        for high in after[part]:
+            waiting[high] -= 1
+            if not waiting[high]:
+                heappush(ready, high)
+    return position
 
 
 def _by_stage(pinned: Iterable[tuple[int, int]]) -> dict[int, list[int]]:
