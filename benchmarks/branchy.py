@@ -84,4 +84,4 @@ def _drawn(count: int, edges: Edges, num_stages: int, random: Random) -> Problem
     for source, target in edges:
         users[source].append(target)
     nets = [((source, *targets), 0.1 * 30 ** random.random()) for source, targets in enumerate(users) if targets]
-    return contract(seconds, edges, nets, [Seat()] * num_stages, may_idle=True).problem
+    return contract(seconds, edges, nets, [Seat(may_idle=True)] * num_stages).problem

@@ -58,10 +58,9 @@ class Instance:
             self.seconds,
             self._order,
             [((node, *users), self.costs[node]) for node, users in enumerate(self._users) if users],
-            [Seat(memory=self.limit)] * num_stages,
+            [Seat(memory=self.limit, may_idle=True)] * num_stages,
             together=list(self._classes.values()),
             kept_bytes=self.sizes,
-            may_idle=True,
         )
 
     def load(self, stage_of: Sequence[int]) -> float:

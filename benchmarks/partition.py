@@ -97,17 +97,16 @@ def _solved(instance: Instance, num_stages: int) -> Row:
     seconds = process_time() - begin
     stage_of = contraction.expand(solution.stage_of)
     load = instance.load(stage_of)
-    assert abs(load - solution.bottleneck) <= 1e-9 * load, f"{instance.name} scores {load}, not {solution.bottleneck}"
+    quality = solution.quality
+    assert abs(load - quality.bottleneck) <= 1e-9 * load, f"{instance.name} scores {load}, not {quality.bottleneck}"
     plan = dict(zip(instance.ids, stage_of, strict=True))
-    return Row(instance.name, num_stages, load, solution.lower_bound, solution.proven, seconds, plan)
+    return Row(instance.name, num_stages, load, quality.lower_bound, quality.proven, seconds, plan)
 
 
 def _drawn(name: str, problem: Problem) -> Row:
     solution = solve(problem)
-    plan = dict(enumerate(solution.stage_of))
-    return Row(
-        name, problem.num_stages, solution.bottleneck, solution.lower_bound, solution.proven, solution.seconds, plan
-    )
+    plan, quality = dict(enumerate(solution.stage_of)), solution.quality
+    return Row(name, problem.num_stages, quality.bottleneck, quality.lower_bound, quality.proven, quality.seconds, plan)
 
 
 def _optima(path: Path | None) -> Optima:

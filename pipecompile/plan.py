@@ -8,6 +8,7 @@ from functools import cached_property, reduce
 
 from pipecompile.errors import PlanError
 from pipecompile.graph import Cost, CostedGraph, Graph
+from pipecompile.quality import Quality
 from pipecompile.serial import Json
 
 
@@ -51,6 +52,7 @@ class Plan(Json):
     rank_of: tuple[int, ...]  # stage -> rank; several stages may share one
     channels: tuple[Channel, ...] = ()
     tied: tuple[Tied, ...] = ()
+    quality: Quality | None = None  # where it was searched for
 
     def __post_init__(self) -> None:
         self.validate()
@@ -135,6 +137,7 @@ class Plan(Json):
 
     def __str__(self) -> str:
         lines = [f"{self.num_stages} stages on {self.num_ranks} ranks"]
+        lines += [f"  {self.quality}"] if self.quality else []
         for stage in range(self.num_stages):
             count = sum(1 for s in self.stage_of if s == stage)
             sends = ", ".join(f"{c.nbytes:,} B to {c.target}" for c in self.outgoing[stage])

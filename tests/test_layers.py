@@ -15,7 +15,7 @@ PACKAGE = Path(pipecompile.__file__).parent
 # From the bottom up; a part imports parts of lower layers only. "with torch" begins at TORCH.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "serial"),
-    ("graph", "cluster", "plan", "program", "timeline", "versions", "verification"),
+    ("graph", "cluster", "quality", "wishes", "plan", "program", "timeline", "versions", "verification"),
     ("partition", "schedule", "lower", "simulate", "render"),
     ("lines", "regions", "functions", "randomness", "retarget", "modules"),
     ("recompute",),

@@ -21,6 +21,7 @@ from pipecompile.partition.orders import orders
 from pipecompile.partition.problem import Net, Problem, Seat
 from pipecompile.partition.window import Side, Window, narrowed
 from pipecompile.plan import Plan
+from pipecompile.wishes import Wishes
 
 FREE = Link(bandwidth=1e30)
 
@@ -42,10 +43,11 @@ def random_problem(
             rnd.choice([1.0, 2.0, 0.5]) if uneven else 1.0,
             (sum(kept) + sum(saved) * 2) / stages * rnd.choice([0.9, 1.2, 1.6]) if tight else float("inf"),
             stages - stage,
+            may_idle,
         )
         for stage in range(stages)
     )
-    return Problem(seconds, tuple(arcs), tuple(nets), seats, kept, saved, may_idle)
+    return Problem(seconds, tuple(arcs), tuple(nets), seats, kept, saved)
 
 
 def all_plans(problem: Problem):
@@ -80,7 +82,7 @@ def test_small_problems_are_solved_as_well_as_by_trying_all_plans(seed):
     best = min(bottleneck(problem, plan) for plan in all_plans(problem))
     solution = solve(problem)
     check(problem, solution.stage_of)
-    assert best * (1 - 1e-9) <= solution.bottleneck <= best * (1 + 1e-9)
+    assert best * (1 - 1e-9) <= solution.quality.bottleneck <= best * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -93,7 +95,7 @@ def test_a_memory_limit_is_kept_or_said_to_be_too_small(seed):
         assert not plans
     else:
         check(problem, solution.stage_of)
-        assert solution.bottleneck <= min(bottleneck(problem, plan) for plan in plans) * (1 + 1e-9)
+        assert solution.quality.bottleneck <= min(bottleneck(problem, plan) for plan in plans) * (1 + 1e-9)
 
 
 @settings(max_examples=60, deadline=None)
@@ -103,11 +105,11 @@ def test_a_plan_is_valid_repeatable_and_never_worse_than_cutting_one_order(seed)
     solution = solve(problem)
     check(problem, solution.stage_of)
     assert solution.stage_of == solve(problem).stage_of
-    assert solution.bottleneck >= solution.lower_bound * (1 - 1e-9)
+    assert solution.quality.bottleneck >= solution.quality.lower_bound * (1 - 1e-9)
     for order in orders(problem, 10):
         found = best_intervals(problem, order)
         assert found is not None
-        assert solution.bottleneck <= found[0] * (1 + 1e-9)
+        assert solution.quality.bottleneck <= found[0] * (1 + 1e-9)
 
 
 @settings(max_examples=40, deadline=None)
@@ -175,7 +177,7 @@ def test_two_towers_are_not_cut_across_both_at_once():
 def test_long_skips_of_a_unet_cost_their_two_ends_only():
     skips = [(0, 11), (1, 10), (2, 9)]
     costed = chain_graph([1.0] * 12, nbytes=4_000, edges=skips)
-    problem = problem_of(costed, 3, Cluster.of(["a", "b", "c"], Link(bandwidth=1e5))).problem
+    problem = problem_of(costed, 3, Cluster.of(["a", "b", "c"], Link(bandwidth=1e5)), Wishes()).problem
     loads = stage_loads(problem, stages(partition(costed, 3, Cluster.of(["a", "b", "c"], Link(bandwidth=1e5)))))
     assert max(loads) <= max(stage_loads(problem, [0] * 4 + [1] * 4 + [2] * 4))
     assert stage_loads(problem, [0] * 4 + [1] * 4 + [2] * 4)[1] == pytest.approx(4 + 2 * 0.08)
@@ -186,7 +188,7 @@ def test_a_value_that_needs_no_gradient_is_sent_one_way_only():
         spec = TensorSpec((1000,), "float32", requires_grad)
         graph = Graph((Node("a", "relu", (), (spec,)), Node("b", "relu", (0,), (spec,))), outputs=(1,))
         problem = problem_of(
-            CostedGraph(graph, (Cost(), Cost()), "made up"), 2, Cluster.of(["x", "y"], Link(1e3))
+            CostedGraph(graph, (Cost(), Cost()), "made up"), 2, Cluster.of(["x", "y"], Link(1e3)), Wishes()
         ).problem
         assert problem.nets == (Net((0, 1), 4.0 * trips),)
 
@@ -267,7 +269,7 @@ def test_a_problem_that_is_none_is_refused(change, what):
 
 @pytest.mark.parametrize(
     ("stage_of", "what"),
-    [((0, 0), "need a stage"), ((0, 1, 0), "is needed by"), ((0, 0, 0), "only"), ((0, 0, 1), "bytes")],
+    [((0, 0), "need a stage"), ((0, 1, 0), "is needed by"), ((0, 0, 0), "must have an atom"), ((0, 0, 1), "bytes")],
 )
 def test_the_evaluator_refuses_what_is_no_plan(stage_of, what):
     problem = Problem((1.0,) * 3, ((1, 2),), (), (Seat(memory=1.0), Seat(memory=9.0)), kept_bytes=(1.0, 1.0, 1.0))
@@ -285,8 +287,8 @@ def test_a_lower_bound_is_below_the_best_plan_and_proven_means_equal(seed, may_i
     except InfeasibleError:
         assert best is None
         return
-    assert solution.lower_bound <= best * (1 + 1e-9)
-    assert not solution.proven or solution.bottleneck == pytest.approx(best)
+    assert solution.quality.lower_bound <= best * (1 + 1e-9)
+    assert not solution.quality.proven or solution.quality.bottleneck == pytest.approx(best)
 
 
 @settings(max_examples=60, deadline=None)

@@ -22,6 +22,7 @@ from math import inf
 
 import numpy as np
 
+from pipecompile.partition.deadline import NEVER, Deadline
 from pipecompile.partition.family import Family, Words
 from pipecompile.partition.problem import Bools, Floats, Ints, Problem, Seat
 
@@ -48,24 +49,33 @@ class Stages:
     crossing: Floats  # seconds, of the load
 
 
-def best_chain(problem: Problem, families: Sequence[Family], limit: float) -> Chain | None:
-    """The best plan with a boundary from each family, one family a boundary; ``None`` if all exceed the limit."""
+def best_chain(problem: Problem, families: Sequence[Family], limit: float, deadline: Deadline = NEVER) -> Chain | None:
+    """The best plan with a boundary from each family, one family a boundary; ``None`` if all exceed the limit.
+
+    Raises:
+        OutOfTime: the deadline has passed.
+    """
     links = [Family.nothing(problem), *families, Family.everything(problem)]
-    links, bottleneck = _forward(problem, links, limit)
+    links, bottleneck = _forward(problem, links, limit, deadline)
     if bottleneck > limit:
         return None
-    rows = _least_crossing(problem, links, bottleneck * TIE)
+    rows = _least_crossing(problem, links, bottleneck * TIE, deadline)
     stage_of = np.zeros(len(problem), np.int64)
     for link, row in zip(links[1:-1], rows, strict=True):
         stage_of += ~link.members[row]
     return Chain(bottleneck, tuple(stage_of.tolist()))
 
 
-def stages_between(problem: Problem, seat: Seat, lower: Family, upper: Family, limit: float) -> Stages:
+def stages_between(
+    problem: Problem, seat: Seat, lower: Family, upper: Family, limit: float, deadline: Deadline
+) -> Stages:
     """All stages from a set of one family to one of the other that the seat has room for and finishes in the limit."""
     pairs = _Pairs(problem, seat, lower, upper, limit)
     width = max(1, BLOCK // max(1, len(lower)))
-    parts = [pairs.stages(begin, min(begin + width, len(upper))) for begin in range(0, len(upper), width)]
+    parts = []
+    for begin in range(0, len(upper), width):
+        deadline.check()
+        parts.append(pairs.stages(begin, min(begin + width, len(upper))))
     if not parts:
         return Stages(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0), np.zeros(0))
     return Stages(
@@ -76,12 +86,12 @@ def stages_between(problem: Problem, seat: Seat, lower: Family, upper: Family, l
     )
 
 
-def _forward(problem: Problem, links: list[Family], limit: float) -> tuple[list[Family], float]:
+def _forward(problem: Problem, links: list[Family], limit: float, deadline: Deadline) -> tuple[list[Family], float]:
     """The sets that a chain within the limit can reach, and the least greatest load."""
     reached = [links[0]]
     value = np.zeros(1)
     for seat, link in zip(problem.seats, links[1:], strict=True):
-        stages = stages_between(problem, seat, reached[-1], link, limit)
+        stages = stages_between(problem, seat, reached[-1], link, limit, deadline)
         following = np.full(len(link), inf)
         np.minimum.at(following, stages.upper, np.maximum(value[stages.lower], stages.loads))
         alive = following <= limit
@@ -90,12 +100,12 @@ def _forward(problem: Problem, links: list[Family], limit: float) -> tuple[list[
     return reached, float(value.min(initial=inf))
 
 
-def _least_crossing(problem: Problem, links: list[Family], limit: float) -> list[int]:
+def _least_crossing(problem: Problem, links: list[Family], limit: float, deadline: Deadline) -> list[int]:
     """The row of each inner link in the chain within the limit that crosses least."""
     value = np.zeros(1)
     came_from: list[Ints] = []
     for seat, lower, upper in zip(problem.seats, links, links[1:], strict=False):
-        stages = stages_between(problem, seat, lower, upper, limit)
+        stages = stages_between(problem, seat, lower, upper, limit, deadline)
         sums = value[stages.lower] + stages.crossing
         order = np.lexsort((sums, stages.upper))
         reached, first = np.unique(stages.upper[order], return_index=True)
@@ -125,7 +135,7 @@ class _Pairs:
         first, second = self._candidates(begin, end)
         crossing = self._crossing(first, second)
         loads = (self.upper.weight[second] - self.lower.weight[first]) / self.seat.speed + crossing
-        if self.problem.may_idle:
+        if self.seat.may_idle:
             idle = self.lower.size[first] == self.upper.size[second]
             loads[idle] = crossing[idle] = 0.0
         within = np.flatnonzero(loads <= self.limit)
@@ -144,7 +154,7 @@ class _Pairs:
             nbytes = upper.kept[columns] - lower.kept[rows, None]
             nbytes += self.seat.in_flight * (upper.saved[columns] - lower.saved[rows, None])
             fits &= nbytes <= self.seat.memory * (1 + 1e-12)
-        if not problem.may_idle:
+        if not self.seat.may_idle:
             fits &= lower.size[rows, None] < upper.size[columns]
         first, second = np.nonzero(fits)
         return first + low, second + begin

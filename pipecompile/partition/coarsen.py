@@ -15,72 +15,103 @@ Algorithms for Acyclic Partitioning of Directed Acyclic Graphs" (2019), section 
 
 from __future__ import annotations
 
+import numpy as np
+
 from pipecompile.partition.contract import Contraction, merge
-from pipecompile.partition.problem import Problem
+from pipecompile.partition.problem import Floats, Problem
 
 SHARES = (3200, 1600, 800, 400, 200, 100, 50)  # a cap is a mean stage divided by one of these
 
 
 def lossless(problem: Problem) -> Contraction:
     """Contracts what never makes a difference, until nothing is left to."""
-    return _repeat(problem, 0.0)
+    quotient = _Quotient(problem)
+    quotient.join_lighter_than(0.0)
+    return merge(problem, quotient.groups)
 
 
 def lossy(problem: Problem, most: int) -> Contraction:
     """Contracts ever heavier atoms until ``most`` are left, or the next would weigh more than 2% of a stage."""
-    contraction = lossless(problem)
+    quotient = _Quotient(problem)
+    quotient.join_lighter_than(0.0)
     for share in SHARES:
-        if len(contraction.problem) <= most:
+        if quotient.count <= most:
             break
-        contraction = contraction.then(_repeat(contraction.problem, problem.total / problem.num_stages / share))
-    return contraction
+        quotient.join_lighter_than(1 / problem.num_stages / share)
+    return merge(problem, quotient.groups)
 
 
-def _repeat(problem: Problem, cap: float) -> Contraction:
-    contraction = Contraction.identity(problem)
-    absorbed = [0.0] * len(problem)
-    while groups := _joins(contraction.problem, cap, absorbed):
-        step = merge(contraction.problem, groups)
-        sums = [0.0] * len(step.problem)
-        for group in groups:
-            sums[step.atom_of[group[0]]] += contraction.problem.seconds[group[0]]  # the light one comes first
-        for atom, seconds in enumerate(absorbed):
-            sums[step.atom_of[atom]] += seconds
-        contraction, absorbed = contraction.then(step), sums
-    return contraction
+class _Quotient:
+    """The atoms that are left, their neighbours and their nets, as one joins the other."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.count = len(problem)
+        self.members = [[atom] for atom in range(len(problem))]
+        self.before = [set(sources) for sources in problem.predecessors]
+        self.after = [set(targets) for targets in problem.successors]
+        self.nets_of = [set(nets) for nets in problem.nets_of]
+        self.pins = [set(net.pins) for net in problem.nets]
+        self.seconds = [net.seconds for net in problem.nets]
+        self.weight = _shares(problem)
+        self.absorbed = [0.0] * len(problem)
+        self.fixed = {atom for atom, _ in problem.pins}
+
+    @property
+    def groups(self) -> list[list[int]]:
+        return [members for members in self.members if len(members) > 1]
+
+    def join_lighter_than(self, cap: float) -> None:
+        """Joins all atoms that may, as long as no host absorbs more than ``cap``, a share of all seconds or bytes."""
+        light = [atom for atom, members in enumerate(self.members) if members and self._is_light(atom, cap)]
+        while light:
+            later = [atom for atom in light if not self._joined(atom, cap)]
+            if len(later) == len(light):
+                return
+            light = [atom for atom in later if self._is_light(atom, cap)]
+
+    def _is_light(self, atom: int, cap: float) -> bool:
+        return self.weight[atom] <= cap and atom not in self.fixed
+
+    def _joined(self, atom: int, cap: float) -> bool:
+        for side in (self.before[atom], self.after[atom]):
+            if len(side) == 1:
+                (host,) = side
+                if self.absorbed[host] + self.weight[atom] <= cap and self._is_free(atom, host):
+                    self._join(atom, host)
+                    return True
+        return False
+
+    def _is_free(self, atom: int, host: int) -> bool:
+        gained = 0.0
+        for net in self.nets_of[atom]:
+            if host not in self.pins[net]:
+                gained += self.seconds[net]
+            elif len(self.pins[net]) == 2:
+                gained -= self.seconds[net]
+        return gained <= 0
+
+    def _join(self, atom: int, host: int) -> None:
+        for one_way, back in ((self.before, self.after), (self.after, self.before)):
+            for other in one_way[atom]:
+                back[other].discard(atom)
+                if other != host:
+                    back[other].add(host)
+                    one_way[host].add(other)
+        for net in self.nets_of[atom]:
+            self.pins[net].discard(atom)
+            self.pins[net].add(host)
+            self.nets_of[host].add(net)
+            if len(self.pins[net]) == 1:
+                self.nets_of[host].discard(net)
+        self.members[host] += self.members[atom]
+        self.members[atom] = []
+        self.weight[host] += self.weight[atom]
+        self.absorbed[host] += self.weight[atom]
+        self.count -= 1
 
 
-def _joins(problem: Problem, cap: float, absorbed: list[float]) -> list[tuple[int, int]]:
-    """Pairs (light atom, its host) that may all be contracted at once: no host is light itself."""
-    joins = []
-    room = [cap - seconds for seconds in absorbed]
-    light, host = [False] * len(problem), [False] * len(problem)
-    for atom, seconds in enumerate(problem.seconds):
-        if seconds > cap or host[atom] or (problem.bounded and _has_bytes(problem, atom)):
-            continue
-        for other in _only(problem.predecessors[atom]) + _only(problem.successors[atom]):
-            if not light[other] and seconds + absorbed[atom] <= room[other] and _is_free(problem, atom, other):
-                joins.append((atom, other))
-                room[other] -= seconds + absorbed[atom]
-                light[atom] = host[other] = True
-                break
-    return joins
-
-
-def _only(neighbours: tuple[int, ...]) -> tuple[int, ...]:
-    return neighbours if len(neighbours) == 1 else ()
-
-
-def _is_free(problem: Problem, atom: int, other: int) -> bool:
-    gained, lost = 0.0, 0.0
-    for index in problem.nets_of[atom]:
-        net = problem.nets[index]
-        if other not in net.pins:
-            gained += net.seconds
-        elif len(net.pins) == 2:
-            lost += net.seconds
-    return gained <= lost
-
-
-def _has_bytes(problem: Problem, atom: int) -> bool:
-    return problem.kept_bytes[atom] > 0 or problem.saved_bytes[atom] > 0
+def _shares(problem: Problem) -> list[float]:
+    """atom -> the greatest share it has of all seconds, and of all bytes where memory is short"""
+    numbers: list[Floats] = [problem.weight, *[problem.kept, problem.saved] * problem.bounded]
+    shares = [number / number.sum() for number in numbers if number.any()]
+    return np.max([np.zeros(len(problem)), *shares], axis=0).tolist()  # type: ignore[no-any-return]

@@ -1,19 +1,26 @@
 """What must stay together becomes one atom.
 
 Groups that must share a stage, and the strongly connected components that they close, are contracted; nets follow, and
-those that end up with the same pins are summed. Atoms are numbered topologically, in the given order where arcs leave
-a choice, so the model's own order is a plan candidate for nothing.
+those that end up with the same pins are summed. Things that are pinned to one stage are such a group, and an arc leads
+from each stage's to the next one's, so that every order of atoms agrees with the pins. Atoms are numbered
+topologically, in the given order where arcs leave a choice, so the model's own order is a plan candidate for nothing.
 
 Source: Tarnawski et al. (NeurIPS 2020), section 5, contraction of colour classes and of strongly connected components.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
+from itertools import pairwise
+from operator import itemgetter
 
 import networkx as nx
+from networkx.utils import UnionFind
 
+from pipecompile.errors import InfeasibleError
 from pipecompile.partition.problem import Net, Problem, Seat
 
 
@@ -46,11 +53,20 @@ def contract(
     together: Iterable[Sequence[int]] = (),
     kept_bytes: Sequence[float] = (),
     saved_bytes: Sequence[float] = (),
-    may_idle: bool = False,
+    pinned: Iterable[tuple[int, int]] = (),
 ) -> Contraction:
-    """The problem over things that may be cyclic or bound together; O(things + arcs + pins)."""
-    arcs = list(arcs)
-    atom_of = _atoms(len(seconds), arcs, together)
+    """The problem over things that may be cyclic or bound together; O(things + arcs + pins).
+
+    Args:
+        together: groups that must share a stage.
+        pinned: things and the stage that each must be in.
+
+    Raises:
+        InfeasibleError: things that must share a stage are pinned to two.
+    """
+    pinned_to = _by_stage(pinned)
+    arcs = [*arcs, *((low[0], high[0]) for low, high in pairwise(pinned_to.values()))]
+    atom_of = _atoms(len(seconds), arcs, [*together, *pinned_to.values()])
     count = 1 + max(atom_of, default=-1)
 
     def summed(numbers: Sequence[float]) -> tuple[float, ...]:
@@ -67,7 +83,7 @@ def contract(
         tuple(seats),
         summed(kept_bytes),
         summed(saved_bytes),
-        may_idle,
+        _pins(atom_of, pinned_to),
     )
     return Contraction(problem, tuple(atom_of))
 
@@ -82,23 +98,68 @@ def merge(problem: Problem, together: Iterable[Sequence[int]]) -> Contraction:
         together=together,
         kept_bytes=problem.kept_bytes,
         saved_bytes=problem.saved_bytes,
-        may_idle=problem.may_idle,
+        pinned=problem.pins,
     )
 
 
-def _atoms(count: int, arcs: Iterable[tuple[int, int]], together: Iterable[Sequence[int]]) -> list[int]:
-    graph = nx.DiGraph()
-    graph.add_nodes_from(range(count))
-    graph.add_edges_from(arcs)
+def _atoms(count: int, arcs: Sequence[tuple[int, int]], together: Iterable[Sequence[int]]) -> list[int]:
+    """For each thing its atom: the groups, then the cycles that they close, in topological order."""
+    bound = UnionFind(range(count))
     for group in together:
-        nx.add_cycle(graph, group)  # a group is made into a component
-    condensed = nx.condensation(graph)
-    first = {part: min(condensed.nodes[part]["members"]) for part in condensed}
-    atom_of = [0] * count
-    for atom, part in enumerate(nx.lexicographical_topological_sort(condensed, key=first.__getitem__)):
-        for thing in condensed.nodes[part]["members"]:
-            atom_of[thing] = atom
-    return atom_of
+        bound.union(*group)
+    while True:
+        part_of = _numbered(bound[thing] for thing in range(count))
+        after: list[set[int]] = [set() for _ in range(1 + max(part_of, default=-1))]
+        for low, high in arcs:
+            if part_of[low] != part_of[high]:
+                after[part_of[low]].add(part_of[high])
+        position = _topological(after)
+        if len(position) == len(after):
+            return [position[part] for part in part_of]
+        things = dict(zip(reversed(part_of), reversed(range(count)), strict=True))  # the first of each part
+        rest = nx.DiGraph((low, high) for low, row in enumerate(after) if low not in position for high in row)
+        for cycle in nx.strongly_connected_components(rest):
+            bound.union(*(things[part] for part in cycle))
+
+
+def _numbered(names: Iterable[int]) -> list[int]:
+    """The names as numbers, in the order in which they first come."""
+    number: dict[int, int] = {}
+    return [number.setdefault(name, len(number)) for name in names]
+
+
+def _topological(after: Sequence[set[int]]) -> dict[int, int]:
+    """Where each part stands if the lowest that is ready always comes next; parts on and behind cycles never are."""
+    waiting = Counter(high for row in after for high in row)
+    ready = [part for part in range(len(after)) if not waiting[part]]  # ascending, hence a heap
+    position: dict[int, int] = {}
+    while ready:
+        part = heappop(ready)
+        position[part] = len(position)
+        for high in after[part]:
+            waiting[high] -= 1
+            if not waiting[high]:
+                heappush(ready, high)
+    return position
+
+
+def _by_stage(pinned: Iterable[tuple[int, int]]) -> dict[int, list[int]]:
+    things: dict[int, list[int]] = {}
+    for thing, stage in sorted(pinned, key=itemgetter(1)):
+        things.setdefault(stage, []).append(thing)
+    return things
+
+
+def _pins(atom_of: Sequence[int], pinned_to: dict[int, list[int]]) -> tuple[tuple[int, int], ...]:
+    stage_of: dict[int, int] = {}
+    for stage, things in pinned_to.items():
+        other = stage_of.setdefault(atom_of[things[0]], stage)
+        if other != stage:
+            raise InfeasibleError(
+                f"what is pinned to stage {other} and what is pinned to stage {stage} must share a stage, because each "
+                f"needs the other or they belong together; pin them to one stage"
+            )
+    return tuple(stage_of.items())
 
 
 def _nets(atom_of: Sequence[int], nets: Iterable[tuple[Iterable[int], float]]) -> tuple[Net, ...]:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipecompile.partition.cuts import closed_cut
+from pipecompile.partition.deadline import NEVER, Deadline
 from pipecompile.partition.family import Family, Words
 from pipecompile.partition.problem import Bools, Floats, Ints, Problem
 from pipecompile.partition.window import Window
@@ -26,13 +27,18 @@ from pipecompile.partition.window import Window
 PARTIAL = 8  # partial sets are cheaper than full ones
 
 
-def closed_sets(problem: Problem, window: Window, most: int) -> Family | None:
-    """The closed sets that the window allows; ``None`` if there may be more than ``most``."""
+def closed_sets(problem: Problem, window: Window, most: int, deadline: Deadline = NEVER) -> Family | None:
+    """The closed sets that the window allows; ``None`` if there may be more than ``most``.
+
+    Raises:
+        OutOfTime: the deadline has passed.
+    """
     if window.is_contradiction:
         return Family.of(problem, [])
     search = _Search(problem, window)
     rows = search.start()
     for position in range(len(search.free)):
+        deadline.check()
         rows = search.decide(rows, position)
         if len(rows) > PARTIAL * most:
             return None
@@ -40,13 +46,18 @@ def closed_sets(problem: Problem, window: Window, most: int) -> Family | None:
     return family if len(family) <= most else None
 
 
-def cheapest_sets(problem: Problem, window: Window, most: int) -> Family:
-    """Closed sets that the window allows, of which only those with the fewest open seconds are followed up."""
+def cheapest_sets(problem: Problem, window: Window, most: int, deadline: Deadline = NEVER) -> Family:
+    """Closed sets that the window allows, of which only those with the fewest open seconds are followed up.
+
+    Raises:
+        OutOfTime: the deadline has passed.
+    """
     if window.is_contradiction:
         return Family.of(problem, [])
     search = _Search(problem, window)
     rows = search.start()
     for position in range(len(search.free)):
+        deadline.check()
         rows = search.decide(rows, position)
         if len(rows) > 2 * PARTIAL * most:
             rows = rows.select(_least(rows.opened, PARTIAL * most))

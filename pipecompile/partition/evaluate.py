@@ -10,8 +10,7 @@ from collections.abc import Sequence
 
 from pipecompile.errors import PlanError
 from pipecompile.partition.problem import Problem
-
-SLACK = 1e-9  # relative; the solver adds the same numbers in another order
+from pipecompile.quality import SLACK
 
 
 def stage_loads(problem: Problem, stage_of: Sequence[int]) -> tuple[float, ...]:
@@ -44,15 +43,20 @@ def check(problem: Problem, stage_of: Sequence[int]) -> None:
     """Passes if the assignment is a plan of this problem.
 
     Raises:
-        PlanError: it misses an atom or a seat, flows backward, leaves a seat idle that may not be, or exceeds a memory.
+        PlanError: it misses an atom or a seat, flows backward, leaves a seat idle that may not be, moves what is
+            pinned, or exceeds a memory.
     """
     if len(stage_of) != len(problem) or not all(0 <= stage < problem.num_stages for stage in stage_of):
         raise PlanError(f"{len(problem)} atoms need a stage below {problem.num_stages}; got {tuple(stage_of)}")
     for low, high in problem.arcs:
         if stage_of[low] > stage_of[high]:
             raise PlanError(f"atom {low} in stage {stage_of[low]} is needed by {high} in stage {stage_of[high]}")
-    if not problem.may_idle and len(set(stage_of)) < problem.num_stages:
-        raise PlanError(f"of {problem.num_stages} stages only {sorted(set(stage_of))} have an atom")
+    for stage, seat in enumerate(problem.seats):
+        if not seat.may_idle and stage not in stage_of:
+            raise PlanError(f"stage {stage} must have an atom; only {sorted(set(stage_of))} have one")
+    for atom, stage in problem.pins:
+        if stage_of[atom] != stage:
+            raise PlanError(f"atom {atom} is pinned to stage {stage}, and not in {stage_of[atom]}")
     for stage, nbytes in enumerate(stage_bytes(problem, stage_of)):
         if nbytes > problem.seats[stage].memory * (1 + SLACK):
             raise PlanError(f"stage {stage} holds {nbytes:.0f} bytes of {problem.seats[stage].memory:.0f}")

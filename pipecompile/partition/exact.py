@@ -6,9 +6,11 @@ over all closed sets in the windows finds no plan, T is a lower bound; the first
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import inf
 
 from pipecompile.partition.chain import Chain, best_chain
+from pipecompile.partition.deadline import NEVER, Deadline
 from pipecompile.partition.enumerate import closed_sets
 from pipecompile.partition.family import Family
 from pipecompile.partition.problem import Problem
@@ -18,33 +20,40 @@ FIRST_GAP, STEP = 0.005, 1.6  # relative to the first lower bound
 FINEST = 1.002  # the least rise of T that is worth a search
 
 
-def exact(problem: Problem, lower: float, upper: float, most: int) -> tuple[float, Chain | None]:
-    """A lower bound, and an optimal plan if one within ``upper`` (seconds) exists and was found.
+def exact(
+    problem: Problem, lower: float, upper: float, most: int, deadline: Deadline = NEVER
+) -> Iterator[tuple[float, Chain | None]]:
+    """Lower bounds as they rise, the last with an optimal plan if one within ``upper`` (seconds) exists and was found.
 
     Args:
         most: sets in one window; where there are more, a smaller T is tried.
+
+    Raises:
+        OutOfTime: the deadline has passed.
     """
     floor, ceiling, gap = lower, inf, 0.0
     while True:
         limit = min(upper if floor == 0 else floor * (1 + gap), upper, (lower + ceiling) / 2) * (1 + ROUNDING)
         found = narrowed(problem, limit)
-        families = _families(problem, found, most) if found else []
+        families = _families(problem, found, most, deadline) if found else []
         if families is None:
             if limit < lower * FINEST:
-                return lower, None
+                return
             ceiling = limit
-        elif families and (chain := best_chain(problem, families, limit)):
-            return max(lower, chain.bottleneck), chain
+        elif families and (chain := best_chain(problem, families, limit, deadline)):
+            yield max(lower, chain.bottleneck), chain
+            return
         else:
             lower, gap = max(lower, limit), gap * STEP or FIRST_GAP
+            yield lower, None
         if lower >= upper or lower * FINEST > ceiling:
-            return lower, None
+            return
 
 
-def _families(problem: Problem, found: list[Window], most: int) -> list[Family] | None:
+def _families(problem: Problem, found: list[Window], most: int, deadline: Deadline) -> list[Family] | None:
     families = []
     for window in found:
-        sets = closed_sets(problem, window, most)
+        sets = closed_sets(problem, window, most, deadline)
         if sets is None:
             return None
         families.append(sets)

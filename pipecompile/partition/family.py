@@ -78,6 +78,15 @@ class Family:
         spare = np.zeros((len(self), -len(self.problem) % 64), np.bool_)
         return np.asarray(np.packbits(np.hstack([self.members, spare]), axis=1).view(np.uint64))
 
+    def have(self, atoms: Bools) -> Bools:
+        """Which sets have all of some atoms."""
+        wanted = Family(self.problem, atoms[None]).words
+        return np.asarray(((self.words & wanted) == wanted).all(axis=1))
+
+    def lack(self, atoms: Bools) -> Bools:
+        """Which sets have none of some atoms."""
+        return np.asarray(((self.words & Family(self.problem, atoms[None]).words) == 0).all(axis=1))
+
     @cached_property
     def kept(self) -> Floats:
         return np.asarray(self.members @ self.problem.kept)

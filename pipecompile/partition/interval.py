@@ -27,11 +27,13 @@ def best_intervals(problem: Problem, order: Sequence[int], limit: float = inf) -
     count, stages = len(problem), problem.num_stages
     work = _prefix_sums(problem.weight, order)
     memory = _Memory(problem, order) if problem.bounded else None
+    first, last = _stages_done(problem, order)
     best: Floats = np.full((stages + 1, count + 1), inf)
-    best[: stages + 1 if problem.may_idle else 1, 0] = 0.0
+    best[0, 0] = 0.0
     start: Ints = np.zeros((stages + 1, count + 1), dtype=np.int64)
     starts = np.searchsorted(work, work - limit * problem.speeds.max()) if limit < inf else np.zeros(count + 1, int)
     crossing = _Crossing(problem)
+    _idle(problem, best, start, 0, last[0])
     for end in range(1, count + 1):
         crossing.place(order[end - 1], end - 1)
         low = int(starts[end])
@@ -42,8 +44,9 @@ def best_intervals(problem: Problem, order: Sequence[int], limit: float = inf) -
         chosen = greatest.argmin(axis=1)
         best[1:, end] = greatest[np.arange(stages), chosen]
         start[1:, end] = chosen + low
-        if problem.may_idle:
-            _idle(best, start, end)
+        best[: first[end], end] = inf
+        best[last[end] + 1 :, end] = inf
+        _idle(problem, best, start, end, last[end])
     if not best[stages, count] <= limit or best[stages, count] == inf:
         return None
     return float(best[stages, count]), _ends(start, stages, count)
@@ -93,10 +96,18 @@ class _Memory:
         return np.asarray(kept + self.in_flight * saved > self.limit)
 
 
-def _idle(best: Floats, start: Ints, end: int) -> None:
-    for stage in range(1, len(best)):
-        if best[stage - 1, end] <= best[stage, end]:
-            best[stage, end], start[stage, end] = best[stage - 1, end], end
+def _stages_done(problem: Problem, order: Sequence[int]) -> tuple[Ints, Ints]:
+    """For each end the least and the greatest number of stages that the pins let the atoms before it fill."""
+    earliest, latest = problem.earliest[list(order)], problem.latest[list(order)]
+    first = np.concatenate([[0], np.maximum.accumulate(earliest) + 1])
+    last = np.concatenate([np.minimum.accumulate(latest[::-1])[::-1], [problem.num_stages]])
+    return first, last
+
+
+def _idle(problem: Problem, best: Floats, start: Ints, end: int, last: int) -> None:
+    for stage, seat in enumerate(problem.seats[:last]):
+        if seat.may_idle and best[stage, end] <= best[stage + 1, end]:
+            best[stage + 1, end], start[stage + 1, end] = best[stage, end], end
 
 
 def _prefix_sums(numbers: Floats, order: Sequence[int]) -> Floats:

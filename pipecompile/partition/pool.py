@@ -9,13 +9,14 @@ Effort is counted in atoms, not in seconds of a clock, so that the same problem 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from math import inf
 
 import numpy as np
 
 from pipecompile.partition.chain import Chain, best_chain
 from pipecompile.partition.cuts import bisect, sweep
+from pipecompile.partition.deadline import Deadline
 from pipecompile.partition.family import Family
 from pipecompile.partition.interval import best_intervals, prefixes
 from pipecompile.partition.orders import orders
@@ -30,25 +31,31 @@ MOST_SETS = 1_000  # for one boundary
 ROUNDING = 1 + 1e-9  # the same load, added in another order
 
 
-def pooled(problem: Problem) -> tuple[Chain | None, Family]:
-    """The best plan over the pool, and the pool; ``None`` if no plan within memory was found."""
-    ranked = _ranked_orders(problem)
+def pooled(problem: Problem, deadline: Deadline) -> Iterator[Chain]:
+    """The best interval plan, then the best plan over the pool; neither if no plan within memory was found.
+
+    Raises:
+        OutOfTime: the deadline has passed.
+    """
+    ranked = _ranked_orders(problem, deadline)
     if not ranked:
-        return None, Family.of(problem, [])
-    best, _, _ = ranked[0]
+        return
+    best, order, ends = ranked[0]
+    yield Chain(best, _stages(order, ends))
     order_sets = [prefixes(order, _ends(problem, order, best)) for _, order, _ in ranked[:KEPT_ORDERS]]
-    sets = Family.of(problem, [*order_sets, *_cuts(problem)])
-    return combine(sets, best, prefixes(ranked[0][1], ranked[0][2][:-1])), sets
+    sets = Family.of(problem, [*order_sets, *_cuts(problem, deadline)])
+    if found := combine(sets, best, prefixes(order, ends[:-1]), deadline):
+        yield found
 
 
-def combine(sets: Family, limit: float, known: Bools) -> Chain | None:
+def combine(sets: Family, limit: float, known: Bools, deadline: Deadline) -> Chain | None:
     """The best plan with boundaries from the sets and from the boundaries of a known one."""
     families = [_cheapest(family) for family in admit(sets, limit)]
     families = [
         Family.of(sets.problem, [family.members, boundary[None]])
         for family, boundary in zip(families, known, strict=True)
     ]
-    return best_chain(sets.problem, families, limit * ROUNDING)
+    return best_chain(sets.problem, families, limit * ROUNDING, deadline)
 
 
 def _ends(problem: Problem, order: Sequence[int], limit: float) -> Sequence[int]:
@@ -60,21 +67,36 @@ def _ends(problem: Problem, order: Sequence[int], limit: float) -> Sequence[int]
     return (np.flatnonzero(near[:-1]) + 1).tolist()
 
 
-def _ranked_orders(problem: Problem) -> list[tuple[float, tuple[int, ...], tuple[int, ...]]]:
-    ranked = []
+def _stages(order: Sequence[int], ends: Sequence[int]) -> tuple[int, ...]:
+    position = np.empty(len(order), dtype=np.int64)
+    position[list(order)] = np.arange(len(order))
+    return tuple(np.searchsorted(ends, position, side="right").tolist())
+
+
+def _ranked_orders(problem: Problem, deadline: Deadline) -> list[tuple[float, tuple[int, ...], tuple[int, ...]]]:
+    ranked: list[tuple[float, tuple[int, ...], tuple[int, ...]]] = []
     limit = inf
-    halves, _ = bisect(problem, problem.total / problem.num_stages / 4)
-    for order in [*orders(problem, min(MOST_ORDERS, EFFORT // max(1, len(problem)))), halves]:
+    for order in _orders(problem):
+        if ranked and deadline.passed:
+            break
         if found := best_intervals(problem, order, limit * 1.3):
             limit = min(limit, found[0])
             ranked.append((found[0], order, found[1]))
     return sorted(ranked, key=lambda entry: entry[0])
 
 
-def _cuts(problem: Problem) -> Iterable[Bools]:
+def _orders(problem: Problem) -> Iterator[tuple[int, ...]]:
+    yield from orders(problem, min(MOST_ORDERS, EFFORT // max(1, len(problem))))
+    halves, _ = bisect(problem, problem.total / problem.num_stages / 4)
+    yield halves
+
+
+def _cuts(problem: Problem, deadline: Deadline) -> Iterator[Bools]:
     targets = 5 * problem.num_stages
     tolerances = (0.1, 0.5) if len(problem) < MANY_ATOMS else (0.5,)
-    return [cut[None] for cut in sweep(problem, targets, tolerances)]
+    for cut in sweep(problem, targets, tolerances):
+        deadline.check()
+        yield cut[None]
 
 
 def _cheapest(family: Family) -> Family:

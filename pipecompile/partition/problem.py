@@ -11,7 +11,7 @@ once by each stage that uses it, and never by a stage it merely passes. The obje
 
 Source: Tarnawski, Phanishayee, Devanur, Mahajan, Nina Paravecino, "Efficient Algorithms for Device Placement of DNN
 Graph Operators" (NeurIPS 2020), section 3, in the hypergraph form of the load. Speeds, and bytes that grow with the
-microbatches in flight, are our additions.
+microbatches in flight, are our additions, and so are pins: atoms whose stage is given.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from math import inf
 
 import numpy as np
@@ -44,6 +45,7 @@ class Seat:
     speed: float = 1.0
     memory: float = inf  # bytes
     in_flight: int = 1  # microbatches whose saved bytes the stage holds at once
+    may_idle: bool = False  # it may be left without an atom
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ class Problem:
     1. there is a seat, and its speed is positive;
     2. every arc goes from a lower to a higher atom;
     3. a net has two or more pins, ascending, and costs no less than nothing;
-    4. the numbers of each atom are given, and none is negative.
+    4. the numbers of each atom are given, and none is negative;
+    5. a stage has one pinned atom at most, and an arc leads from each to that of the next stage that has one.
     """
 
     seconds: tuple[float, ...]  # atom -> seconds at speed 1
@@ -63,7 +66,7 @@ class Problem:
     seats: tuple[Seat, ...]
     kept_bytes: tuple[float, ...] = ()  # atom -> bytes held once; none given: no atom holds any
     saved_bytes: tuple[float, ...] = ()  # atom -> bytes held for each microbatch in flight
-    may_idle: bool = False  # a seat may be left without an atom
+    pins: tuple[tuple[int, int], ...] = ()  # (atom, the stage that it must be in), by stage
 
     def __post_init__(self) -> None:
         nothing = (0.0,) * len(self.seconds)
@@ -94,6 +97,12 @@ class Problem:
             numbers: tuple[float, ...] = getattr(self, name)
             if len(numbers) != len(self) or not all(number >= 0 for number in numbers):
                 raise ValueError(f"{name} must hold a number, not negative, for each of the {len(self)} atoms")
+        if any(not (0 <= atom < len(self) and 0 <= stage < self.num_stages) for atom, stage in self.pins):
+            raise ValueError(f"{self.pins} pins what is none of {len(self)} atoms or {self.num_stages} stages")
+        arcs = set(self.arcs) if len(self.pins) > 1 else set()
+        for (low, stage), (high, later) in pairwise(self.pins):
+            if stage >= later or (low, high) not in arcs:
+                raise ValueError(f"atom {low} in stage {stage} and {high} in {later} need an arc, and stages to ascend")
 
     # What the solver reads again and again, as arrays.
 
@@ -121,6 +130,28 @@ class Problem:
     def bounded(self) -> bool:
         """Whether some seat's memory is less than everything would take there."""
         return any(self.kept.sum() + s.in_flight * self.saved.sum() > s.memory for s in self.seats)
+
+    @cached_property
+    def must_fill(self) -> int:
+        """How many seats may not be left without an atom."""
+        return sum(not seat.may_idle for seat in self.seats)
+
+    @cached_property
+    def earliest(self) -> Ints:
+        """atom -> the first stage that the pins leave it: the latest pin among its ancestors"""
+        stages, pins = [0] * len(self), dict(self.pins)
+        for atom, sources in enumerate(self.predecessors):
+            stages[atom] = pins.get(atom, max((stages[source] for source in sources), default=0))
+        return np.array(stages, dtype=np.int64)
+
+    @cached_property
+    def latest(self) -> Ints:
+        """atom -> the last stage that the pins leave it: the earliest pin among its descendants"""
+        stages, pins = [self.num_stages - 1] * len(self), dict(self.pins)
+        for atom in reversed(range(len(self))):
+            bound = min((stages[target] for target in self.successors[atom]), default=self.num_stages - 1)
+            stages[atom] = pins.get(atom, bound)
+        return np.array(stages, dtype=np.int64)
 
     @cached_property
     def predecessors(self) -> tuple[tuple[int, ...], ...]:

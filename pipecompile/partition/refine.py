@@ -12,10 +12,13 @@ Source: beam search, and large neighbourhood search (Shaw 1998), with the chain 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from pipecompile.partition.chain import Chain, best_chain
 from pipecompile.partition.contract import merge
+from pipecompile.partition.deadline import Deadline
 from pipecompile.partition.enumerate import cheapest_sets, closed_sets
 from pipecompile.partition.family import Family
 from pipecompile.partition.problem import Bools, Ints, Problem
@@ -28,34 +31,40 @@ WIDEST = 48  # atoms free in a corridor
 STEP = 1 - 1e-5  # a better plan is at least this much better
 
 
-def refined(problem: Problem, chain: Chain, lower: float, seed: int = 0) -> Chain:
-    """A plan no worse than the given one, repeatable."""
+def refined(problem: Problem, chain: Chain, lower: float, seed: int, deadline: Deadline) -> Iterator[Chain]:
+    """Ever better plans, from corridors around the last; repeatable.
+
+    Raises:
+        OutOfTime: the deadline has passed.
+    """
     random = np.random.default_rng(seed)
     patience = PATIENCE
     for _ in range(min(40, 6 + EFFORT // len(problem))):
         if not patience or chain.bottleneck * STEP <= lower:
             break
-        better = _improved(problem, chain, random)
-        chain, patience = (better, PATIENCE) if better else (chain, patience - 1)
-    return chain
+        patience -= 1
+        if better := _improved(problem, chain, random, deadline):
+            yield better
+            chain, patience = better, PATIENCE
 
 
-def cheapest(problem: Problem, chain: Chain, lower: float, most: int) -> Chain:
-    """A plan no worse than the given one, from at most ``most`` sets in each window."""
+def cheapest(problem: Problem, chain: Chain, lower: float, most: int, deadline: Deadline) -> Iterator[Chain]:
+    """Ever better plans, from at most ``most`` sets in each window.
+
+    Raises:
+        OutOfTime: the deadline has passed.
+    """
     while chain.bottleneck * STEP > lower:
         limit = chain.bottleneck * STEP
         found = narrowed(problem, limit)
-        if found is None or (better := best_chain(problem, _cheapest_families(found, most), limit)) is None:
+        families = [cheapest_sets(problem, window, most, deadline) for window in found or ()]
+        if found is None or (better := best_chain(problem, families, limit, deadline)) is None:
             break
+        yield better
         chain = better
-    return chain
 
 
-def _cheapest_families(found: list[Window], most: int) -> list[Family]:
-    return [cheapest_sets(window.problem, window, most) for window in found]
-
-
-def _improved(problem: Problem, chain: Chain, random: np.random.Generator) -> Chain | None:
+def _improved(problem: Problem, chain: Chain, random: np.random.Generator, deadline: Deadline) -> Chain | None:
     """A better plan in a draw of corridors, searched with all atoms that are in no corridor bound to their stage."""
     limit = chain.bottleneck * STEP
     stage_of = np.array(chain.stage_of)
@@ -68,20 +77,20 @@ def _improved(problem: Problem, chain: Chain, random: np.random.Generator) -> Ch
         atoms = np.array(small.atom_of)[ranks[index][:WIDEST]]
         boundary = np.zeros(len(small.problem), np.bool_)
         boundary[np.array(small.atom_of)[stage_of <= index]] = True
-        families.append(_corridor(window, boundary, atoms))
+        families.append(_corridor(window, boundary, atoms, deadline))
         if not len(families[-1]):
             return None
-    better = best_chain(small.problem, families, limit)
+    better = best_chain(small.problem, families, limit, deadline)
     return better and Chain(better.bottleneck, small.expand(better.stage_of))
 
 
-def _corridor(window: Window, boundary: Bools, atoms: Ints) -> Family:
+def _corridor(window: Window, boundary: Bools, atoms: Ints, deadline: Deadline) -> Family:
     """The closed sets near a boundary: as many of the nearest atoms are free as can be listed."""
     width = len(atoms)
     while width:
         near = np.zeros_like(boundary)
         near[atoms[:width]] = True
-        sets = closed_sets(window.problem, window.between(boundary & ~near, ~boundary & ~near), MOST_SETS)
+        sets = closed_sets(window.problem, window.between(boundary & ~near, ~boundary & ~near), MOST_SETS, deadline)
         if sets is not None:
             return sets
         width = width * 3 // 4

@@ -20,110 +20,128 @@ from pipecompile.partition.bound import stage_bound
 from pipecompile.partition.chain import Chain
 from pipecompile.partition.coarsen import lossless, lossy
 from pipecompile.partition.contract import Contraction
-from pipecompile.partition.evaluate import SLACK, bottleneck, check
+from pipecompile.partition.deadline import Deadline, OutOfTime
+from pipecompile.partition.evaluate import bottleneck, check
 from pipecompile.partition.exact import exact
 from pipecompile.partition.pool import pooled
 from pipecompile.partition.problem import Problem
 from pipecompile.partition.refine import cheapest, refined
+from pipecompile.quality import SLACK, Quality
 
 MOST_ATOMS = 600  # for the pool
 MOST_EXACT_ATOMS = 5_000  # for the exact programme, whose tables grow with the square
 QUICKLY, PATIENTLY = 3_000, 10_000  # sets in one window, before and after refinement
 BEAMS = 500, 1_500  # sets in one window that are followed up
+BEYOND = 1.001  # a search up to so many times the load of any plan proves that there is none
 
 
 @dataclass(frozen=True, slots=True)
 class Solution:
-    """A plan of a problem and its quality."""
+    """A plan of a problem and how good it is."""
 
     stage_of: tuple[int, ...]  # atom -> stage
-    bottleneck: float  # seconds of the busiest stage
-    lower_bound: float  # seconds that no plan can beat
-    seconds: float  # CPU seconds spent on it
-
-    @property
-    def gap(self) -> float:
-        """How much better another plan could be, relative to the bound."""
-        return self.bottleneck / self.lower_bound - 1 if self.lower_bound else self.bottleneck
-
-    @property
-    def proven(self) -> bool:
-        return self.gap <= SLACK
+    quality: Quality
 
 
-def solve(problem: Problem) -> Solution:
-    """The best plan found; the same problem has the same plan.
+def solve(problem: Problem, budget: float | None = None) -> Solution:
+    """The best plan found; the same problem has the same plan, unless the budget ends the search.
+
+    Args:
+        budget: CPU seconds after which the search ends with the best plan so far; a first plan is always looked for.
 
     Raises:
-        InfeasibleError: there are more seats than atoms, or no plan within memory exists.
-        PlanError: no plan within memory was found, and the search was not exhaustive.
+        InfeasibleError: there are more seats than atoms, or no plan keeps the memory limits and pins.
+        PlanError: no such plan was found, and the search was not exhaustive.
     """
     begin = process_time()
     _refuse_impossible(problem)
-    stage_of, lower = _prove(problem, _first_plan(problem), _lower_bound(problem), QUICKLY)
-    if stage_of is None and lower < inf:
-        stage_of, lower = _prove(problem, None, lower, PATIENTLY)
-    if stage_of is None:
-        _refuse_memory(problem, lower == inf)
-    elif bottleneck(problem, stage_of) > lower * (1 + SLACK):
-        stage_of, lower = _prove(problem, _refine(problem, stage_of, lower), lower, PATIENTLY)
-    assert stage_of is not None
-    check(problem, stage_of)
-    return Solution(stage_of, bottleneck(problem, stage_of), lower, process_time() - begin)
+    search = _Search(problem, Deadline.after(budget))
+    search.run()
+    if search.stage_of is None:
+        _refuse(problem, search.lower == inf)
+    check(problem, search.stage_of)
+    quality = Quality(search.upper, min(search.lower, search.upper), process_time() - begin)
+    return Solution(search.stage_of, quality)
 
 
-def _lower_bound(problem: Problem) -> float:
-    if len(problem) > MOST_EXACT_ATOMS:
-        return problem.lower_bound
-    return stage_bound(_relaxations(problem)[0].problem)
+class _Search:
+    """The best plan so far, and the best bound."""
 
+    def __init__(self, problem: Problem, deadline: Deadline) -> None:
+        self.problem, self.deadline = problem, deadline
+        self.stage_of: tuple[int, ...] | None = None
+        self.upper, self.lower = problem.upper_bound * BEYOND, problem.lower_bound
 
-def _first_plan(problem: Problem) -> tuple[int, ...] | None:
-    coarse = _coarse(problem)
-    chain, _ = pooled(coarse.problem)
-    return None if chain is None else coarse.expand(chain.stage_of)
+    def run(self) -> None:
+        """Searches until the plan is proven, or time or effort are spent."""
+        try:
+            self._first_plan()
+            if self._is_small:
+                self._bound()
+                self._prove(QUICKLY)
+                self._refine()
+                self._prove(PATIENTLY)
+        except OutOfTime:
+            pass
 
+    @property
+    def _is_small(self) -> bool:
+        return len(self.problem) <= MOST_EXACT_ATOMS
 
-def _coarse(problem: Problem) -> Contraction:
-    coarse = lossy(problem, MOST_ATOMS)
-    if problem.may_idle or len(coarse.problem) >= problem.num_stages:
-        return coarse
-    return Contraction.identity(problem)
+    @property
+    def _is_done(self) -> bool:
+        return self.lower == inf or (self.stage_of is not None and self.upper <= self.lower * (1 + SLACK))
 
+    def _improve(self, stage_of: tuple[int, ...]) -> None:
+        seconds = bottleneck(self.problem, stage_of)
+        if self.stage_of is None or seconds < self.upper:
+            self.stage_of, self.upper = stage_of, seconds
 
-def _refine(problem: Problem, stage_of: tuple[int, ...], lower: float) -> tuple[int, ...]:
-    """The best plan of several searches, each from the best so far."""
-    chain = Chain(bottleneck(problem, stage_of), stage_of)
-    if len(problem) > MOST_EXACT_ATOMS:
-        return stage_of
-    for seed, most in enumerate(BEAMS):
-        chain = refined(problem, cheapest(problem, chain, lower, most), lower, seed)
-    return chain.stage_of
+    def _first_plan(self) -> None:
+        coarse = self._coarse()
+        for chain in pooled(coarse.problem, self.deadline):
+            self._improve(coarse.expand(chain.stage_of))
 
+    def _coarse(self) -> Contraction:
+        coarse = lossy(self.problem, MOST_ATOMS)
+        if len(coarse.problem) >= self.problem.must_fill:
+            return coarse
+        return Contraction.identity(self.problem)
 
-def _prove(
-    problem: Problem, stage_of: tuple[int, ...] | None, lower: float, most: int
-) -> tuple[tuple[int, ...] | None, float]:
-    """The plan or a better one, and a lower bound; infinite if there is no plan."""
-    upper = bottleneck(problem, stage_of) if stage_of else problem.upper_bound
-    if len(problem) > MOST_EXACT_ATOMS or (stage_of and upper <= lower * (1 + SLACK)):
-        return stage_of, min(lower, upper)
-    for contraction in _relaxations(problem):
-        lower, chain = exact(contraction.problem, lower, upper, most)
-        if chain and _is_plan(problem, found := contraction.expand(chain.stage_of)):
-            return found, min(lower, bottleneck(problem, found))
-    if not stage_of and lower >= upper:
-        return None, inf
-    return stage_of, min(lower, upper)
+    def _bound(self) -> None:
+        self.lower = max(self.lower, stage_bound(_relaxations(self.problem)[0].problem))
+
+    def _prove(self, most: int) -> None:
+        """Finds an optimum, or a better bound; an infinite one if there is no plan."""
+        for contraction in _relaxations(self.problem):
+            if self._is_done:
+                return
+            for lower, chain in exact(contraction.problem, self.lower, self.upper, most, self.deadline):
+                self.lower = max(self.lower, lower)
+                if chain and _is_plan(self.problem, found := contraction.expand(chain.stage_of)):
+                    self._improve(found)
+        if self.stage_of is None and self.lower >= self.upper:
+            self.lower = inf
+
+    def _refine(self) -> None:
+        """Several searches for a better plan, each from the best so far."""
+        for seed, most in enumerate(BEAMS):
+            for search, effort in ((cheapest, most), (refined, seed)):
+                if self.stage_of is None:
+                    return
+                best = Chain(self.upper, self.stage_of)
+                for chain in search(self.problem, best, self.lower, effort, self.deadline):
+                    self._improve(chain.stage_of)
 
 
 def _relaxations(problem: Problem) -> list[Contraction]:
     """The problem without what makes it hard, and the problem itself."""
     nothing = (0.0,) * len(problem)
-    relaxed = lossless(replace(problem, kept_bytes=nothing, saved_bytes=nothing, may_idle=True))
-    if problem.may_idle and not problem.bounded:
-        return [relaxed]
-    return [relaxed, lossless(problem) if problem.may_idle else Contraction.identity(problem)]
+    idle = tuple(replace(seat, may_idle=True) for seat in problem.seats)
+    relaxed = lossless(replace(problem, kept_bytes=nothing, saved_bytes=nothing, seats=idle))
+    if idle != problem.seats:
+        return [relaxed, Contraction.identity(problem)]
+    return [relaxed, lossless(problem)] if problem.bounded else [relaxed]
 
 
 def _is_plan(problem: Problem, stage_of: tuple[int, ...]) -> bool:
@@ -135,9 +153,9 @@ def _is_plan(problem: Problem, stage_of: tuple[int, ...]) -> bool:
 
 
 def _refuse_impossible(problem: Problem) -> None:
-    if len(problem) < problem.num_stages and not problem.may_idle:
+    if len(problem) < problem.must_fill:
         raise InfeasibleError(
-            f"{problem.num_stages} stages were asked for, but the model can be cut into at most {len(problem)}: "
+            f"{problem.must_fill} stages were asked for, but the model can be cut into at most {len(problem)}: "
             f"the rest of it must stay together; ask for {len(problem)} stages or fewer"
         )
     held, limit = sum(problem.kept_bytes), sum(seat.memory for seat in problem.seats)
@@ -146,11 +164,21 @@ def _refuse_impossible(problem: Problem) -> None:
             f"all stages together must hold {held:,.0f} bytes (weights, gradients, optimizer state), and the "
             f"{problem.num_stages} devices have {limit:,.0f}; use more devices, or devices with more memory"
         )
+    for stage, seat in enumerate(problem.seats):
+        if not seat.may_idle and not ((problem.earliest <= stage) & (stage <= problem.latest)).any():
+            raise InfeasibleError(
+                f"stage {stage} would be empty: all that is not pinned elsewhere must come before or after it; "
+                f"ask for fewer stages, or pin less"
+            )
 
 
-def _refuse_memory(problem: Problem, proven: bool) -> NoReturn:
+def _refuse(problem: Problem, proven: bool) -> NoReturn:
     kind, what = (InfeasibleError, "exists") if proven else (PlanError, "was found")
-    raise kind(
-        f"no plan {what} that keeps each of the {problem.num_stages} stages within its memory; use more devices, "
-        f"devices with more memory, or fewer microbatches in flight"
-    )
+    wants, advice = [f"fills {problem.must_fill} of {problem.num_stages} stages"], ["fewer stages"]
+    if problem.pins:
+        wants.append("has in each stage what is pinned to it")
+        advice.append("fewer pins")
+    if problem.bounded:
+        wants.append("keeps each stage within its memory")
+        advice += ["more devices", "devices with more memory", "fewer microbatches in flight"]
+    raise kind(f"no plan {what} that {' and '.join(wants)}; use {' or '.join(advice)}")

@@ -89,19 +89,25 @@ class Window:
     def is_contradiction(self) -> bool:
         return bool((self.inside & self.outside).any())
 
+    def pinned(self, boundary: int) -> Window:
+        """The same for the boundary after so many stages, with the atoms pinned that belong before or after it."""
+        before, after = self.problem.latest < boundary, self.problem.earliest >= boundary
+        return replace(self, inside=self.inside | before, outside=self.outside | after)
+
     def between(self, inside: Bools, outside: Bools) -> Window:
         """The part of the window that has certain further atoms, and none of certain others."""
         return replace(self, inside=self.inside | inside, outside=self.outside | outside, cut=None)
 
     def allows(self, sets: Family) -> Bools:
         opened, weight, kept = sets.open_seconds, sets.weight, sets.kept
-        before = self.before.allows(weight, kept, opened)
+        before = self.before.allows(weight, kept, opened) & sets.have(self.inside) & sets.lack(self.outside)
         return before & self.after.allows(self.problem.total - weight, self.problem.kept.sum() - kept, opened)
 
 
 def windows(problem: Problem, limit: float) -> list[Window]:
-    """The window of each boundary, by weight alone."""
-    return [Window.within(problem, *sides) for sides in _sides(problem, limit)]
+    """The window of each boundary, by weight and pins alone."""
+    found = [Window.within(problem, *sides) for sides in _sides(problem, limit)]
+    return [window.pinned(boundary) for boundary, window in enumerate(found, start=1)]
 
 
 def narrowed(problem: Problem, limit: float) -> list[Window] | None:
@@ -139,7 +145,7 @@ def _narrow(problem: Problem, limit: float, found: list[Window]) -> list[Window]
         cut = closed_cut(problem, found[index].inside, found[index].outside)
         before = before.less(spent_before[index], cut.seconds)
         after = after.less(spent_after[-1 - index], cut.seconds)
-        narrow.append(Window.within(problem, before, after, cut))
+        narrow.append(Window.within(problem, before, after, cut).pinned(index + 1))
     return narrow
 
 

@@ -1,0 +1,159 @@
+"""Every plan of a small graph, from the definition alone: nothing here is shared with the solver."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import inf
+from random import Random
+
+import numpy as np
+
+from pipecompile.cluster import Cluster, Device, Link
+from pipecompile.graph import Cost, CostedGraph, Graph, Node, TensorSpec
+from pipecompile.plan import Plan
+from pipecompile.wishes import Wishes
+
+PATHS = ["", "a", "a.b", "a.b.c", "ab", "d", "d.e"]
+MOST_NODES = 10
+
+
+@dataclass(frozen=True)
+class Case:
+    """A question for the partitioner."""
+
+    costed: CostedGraph
+    num_stages: int
+    cluster: Cluster
+    wishes: Wishes
+
+    @property
+    def graph(self) -> Graph:
+        return self.costed.graph
+
+    @property
+    def seats(self) -> int:
+        return min(self.num_stages, self.wishes.most_stages or self.num_stages)
+
+    @property
+    def placed(self) -> list[int]:
+        return [index for index, node in enumerate(self.graph.nodes) if not node.replicated]
+
+    def nodes_in(self, path: str) -> list[int]:
+        parts = path.split(".") if path else []
+        return [i for i in self.placed if self.graph.nodes[i].path.split(".")[: len(parts)] == parts or not parts]
+
+
+def drawn(seed: int) -> Case:
+    """A graph of up to ten nodes, some replicated, on uneven devices, with or without memory limits and wishes."""
+    random = Random(seed)
+    costed = _graph(random)
+    num_stages = random.choice([1, 2, 2, 3, 3, 4])
+    needed = sum(4 * cost.parameter_bytes + num_stages * cost.saved_bytes for cost in costed.costs) + 1
+    tight = random.random() < 0.5
+    devices = tuple(
+        Device(f"d{i}", random.choice([1.0, 1.0, 0.5, 2.0]), _memory(random, needed / num_stages) if tight else None)
+        for i in range(num_stages)
+    )
+    cluster = Cluster(devices, Link(random.choice([1.0, 4.0, 100.0]), random.choice([0.0, 0.5])))
+    case = Case(costed, num_stages, cluster, Wishes())
+    return Case(costed, num_stages, cluster, _wishes(random, case)) if random.random() < 0.6 else case
+
+
+def least_load(case: Case) -> float:
+    """Seconds of the busiest stage in the best plan; infinite if there is none."""
+    stage_of = _assignments(case)
+    if not len(stage_of):
+        return inf
+    return float(_loads(case, stage_of).max(axis=1).min())
+
+
+def load(case: Case, plan: Plan) -> float:
+    """Seconds of the busiest stage of a plan; infinite if it breaks a bound."""
+    seat_of = plan.rank_of  # each stage has a device of its own here, and keeps it where others are left out
+    stage_of = np.array([[0 if stage is None else seat_of[stage] for stage in plan.stage_of]])
+    return float(_loads(case, stage_of).max()) if _allowed(case, stage_of).all() else inf
+
+
+def _graph(random: Random) -> CostedGraph:
+    nodes = [Node("x", "input", outputs=(TensorSpec((1,), "float32"),), replicated=True)]
+    costs = [Cost()]
+    if random.random() < 0.5:
+        nodes.append(Node("mask", "ones", (0,), (TensorSpec((9,), "float32"),), path="a.b", replicated=True))
+        costs.append(Cost(5.0))
+    copies = len(nodes)
+    density = random.choice([0.15, 0.3, 0.6])
+    for index in range(copies, random.randint(copies + 2, MOST_NODES)):
+        sources = [i for i in range(index) if random.random() < density] or [0]
+        spec = TensorSpec((random.randint(0, 3),), "float32", random.random() < 0.7)
+        nodes.append(Node(f"n{index}", "relu", tuple(sources), (spec,), path=random.choice(PATHS)))
+        costs.append(
+            Cost(random.choice([0, 1, 2, 5]), random.choice([0, 3]), random.choice([0, 1, 4]), random.choice([0, 0, 2]))
+        )
+    later = range(copies, len(nodes))
+    together = [tuple(random.sample(later, 2))] if random.random() < 0.3 else []
+    return CostedGraph(Graph(tuple(nodes), (0,), (len(nodes) - 1,), together=tuple(together)), tuple(costs), "drawn")
+
+
+def _memory(random: Random, mean: float) -> int:
+    return int(mean * random.choice([0.5, 0.8, 1.2, 2.0]))
+
+
+def _wishes(random: Random, case: Case) -> Wishes:
+    paths = [path for path in PATHS if path and case.nodes_in(path)]
+    random.shuffle(paths)
+    most = random.choice([None, None, None, *range(1, case.num_stages + 1)])
+    stages = min(case.num_stages, most or case.num_stages)
+    pins = {path: random.randrange(stages) for path in paths[: random.choice([0, 1, 1, 2])]}
+    uncut = tuple(random.sample(paths, min(len(paths), random.choice([0, 0, 1]))))
+    together = (tuple(paths[-2:]),) if len(paths) > 1 and random.random() < 0.2 else ()
+    return Wishes(pins, uncut, together, most)
+
+
+def _assignments(case: Case) -> np.ndarray:
+    """All that are allowed, a row each, a column for each node; replicated nodes stand in stage 0 and count nowhere."""
+    rows = np.zeros((1, 0), np.int64)
+    for index, node in enumerate(case.graph.nodes):
+        choices = range(1 if node.replicated else case.seats)
+        rows = np.concatenate([np.column_stack([rows, np.full(len(rows), stage)]) for stage in choices])
+        for source in () if node.replicated else node.inputs:
+            if not case.graph.nodes[source].replicated:
+                rows = rows[rows[:, source] <= rows[:, index]]
+    return rows[_allowed(case, rows)]
+
+
+def _allowed(case: Case, rows: np.ndarray) -> np.ndarray:
+    ok = np.ones(len(rows), np.bool_)
+    groups = [list(group) for group in case.graph.together] + [case.nodes_in(path) for path in case.wishes.uncut]
+    groups += [[i for path in group for i in case.nodes_in(path)] for group in case.wishes.together]
+    for group in groups:
+        ok &= (rows[:, group] == rows[:, group[:1]]).all(axis=1)
+    for path, stage in case.wishes.pins.items():
+        ok &= (rows[:, case.nodes_in(path)] == stage).all(axis=1)
+    for source, target in ((s, t) for t in case.placed for s in case.graph.nodes[t].inputs if s in case.placed):
+        ok &= rows[:, source] <= rows[:, target]
+    filled = case.seats if case.wishes.most_stages is None else 1 + max(case.wishes.pins.values(), default=0)
+    for seat in range(case.seats):
+        here = rows[:, case.placed] == seat
+        if seat < filled:
+            ok &= here.any(axis=1)
+        costs = [case.costed.costs[i] for i in case.placed]
+        held = here @ np.array([4 * c.parameter_bytes + (case.seats - seat) * c.saved_bytes for c in costs])
+        memory = case.cluster.devices[seat].memory
+        ok &= held <= (inf if memory is None else memory)
+    return ok
+
+
+def _loads(case: Case, rows: np.ndarray) -> np.ndarray:
+    loads = np.zeros((len(rows), case.seats))
+    for seat in range(case.seats):
+        speed = case.cluster.devices[seat].speed
+        for index in case.placed:
+            loads[:, seat] += (rows[:, index] == seat) * case.costed.costs[index].seconds / speed
+            readers = [i for i in case.placed if index in case.graph.nodes[i].inputs]
+            touching = np.stack([rows[:, i] == seat for i in (index, *readers)], axis=1)
+            crosses = touching.any(axis=1) & ~touching.all(axis=1)
+            node = case.graph.nodes[index]
+            there = case.cluster.link.seconds(node.nbytes)
+            back = case.cluster.link.seconds(node.nbytes) if node.outputs[0].requires_grad and node.nbytes else 0.0
+            loads[:, seat] += crosses * (there + back)
+    return loads
