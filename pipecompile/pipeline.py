@@ -16,6 +16,8 @@ from pipecompile.capture import Call, read_call
 from pipecompile.captures import Captures, Key, modes
 from pipecompile.compiled import Compiled, compile_call, find_loss
 from pipecompile.errors import CaptureError, InputError, PipecompileError
+from pipecompile.graph import CostedGraph
+from pipecompile.memory import Memory
 from pipecompile.options import Options
 from pipecompile.plan import Plan
 from pipecompile.program import Program
@@ -97,6 +99,16 @@ class Pipeline(nn.Module):
                 lambda plan: self._schedule(plan, self.microbatches), ("train", self.microbatches)
             )
         return compiled.predict(program)
+
+    @property
+    def memory(self) -> Memory:
+        """What each stage and rank holds at its fullest in training, by the plan."""
+        return self._capture_in_use.memory
+
+    @property
+    def profile(self) -> CostedGraph:
+        """The costs that the plan was made with; ``pipe.profile.save(path)`` keeps them for ``profile=path``."""
+        return self._capture_in_use.costed
 
     @property
     def report(self) -> Mapping[str, Sequence[str]]:

@@ -189,7 +189,7 @@ def _gradients(session: Session, batch: Batch, microbatches: Mapping[int, Microb
         for name, leaf in version.leaves.items():
             if leaf.grad is not None:
                 tensor = session.weights[stage].tensors[name]
-                gradient = leaf.grad.to(tensor.device)
+                gradient, leaf.grad = leaf.grad.to(tensor.device), None  # held once: autograd may take it as it is
                 found[id(tensor)] = found[id(tensor)] + gradient if id(tensor) in found else gradient
     wanting = [name for name, tensor in batch.call.tensors.items() if tensor.requires_grad]
     inputs = [_input_gradient(name, batch, microbatches) for name in wanting]
