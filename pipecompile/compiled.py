@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from pipecompile.batching import Division, Rows, defer_running, divide, twins_differ, undivided
+from pipecompile.calibrate import Times, stage_times
 from pipecompile.capture import Call, Captured, capture, summarize
 from pipecompile.capture.ancestors import ancestors
 from pipecompile.capture.capture import SYMBOLIC_ATTEMPTS
@@ -140,6 +141,15 @@ class Compiled:
         """What each stage and rank of the capture that was partitioned holds at its fullest in training."""
         buffers = [sum(b.nbytes for b in stage.module.buffers()) for stage in self.stages]
         return self.work.memory(self.costed, self.reference, self.cluster, buffers)
+
+    def times(self, timeline: Timeline) -> tuple[Times, ...]:
+        """What each stage took in a measured step beside the prediction; none where that cannot be told.
+
+        On CUDA a stage's operations run behind the clock that the timeline is measured by.
+        """
+        if any(stage.device.type == "cuda" for stage in self.stages):
+            return ()
+        return stage_times(stage_costs(self.costed, self.reference), timeline)
 
     def tensors(self, stage: int) -> dict[str, Tensor]:
         """What a stage reads: parameters, and buffers that live on another device, by name."""

@@ -82,16 +82,18 @@ def make_plan(costed: CostedGraph, num_stages: int, cluster: Cluster, work: Work
 
 def _fitted(costed: CostedGraph, num_stages: int, cluster: Cluster, work: Workload, again: bool) -> Plan:
     flight = versions(work.schedule(Plan.chain(num_stages, _ranks(num_stages, cluster)), work.microbatches))
-    limited = any(device.memory is not None for device in cluster.devices)
-    training = Training(flight.in_flight, flight.live, work.state if limited else 0.0, again, (0,) * len(cluster))
+    free = _without_limits(cluster)
+    training = Training(flight.in_flight, flight.live, 0.0, again)
+    plan = partition(costed, num_stages, free, training)
+    if cluster == free:
+        return plan
+    training = replace(training, optimizer_state=work.state, reserved=(0,) * len(cluster))
     for _ in range(ATTEMPTS):
-        plan = partition(costed, num_stages, cluster, training)
-        if not limited:
-            return plan
-        held = work.memory(costed, plan, cluster)
-        over = _excess(held, cluster)
+        over = _excess(work.memory(costed, plan, cluster), cluster)
         if not any(over):
             return plan
+        plan = partition(costed, num_stages, cluster, training)
+        over = _excess(work.memory(costed, plan, cluster), cluster)
         training = replace(training, reserved=tuple(map(int.__add__, training.reserved, over)))
     raise PlanError(f"no plan within memory was found in {ATTEMPTS} attempts")
 

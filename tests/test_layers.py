@@ -17,7 +17,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "serial", "accelerators"),
     ("graph", "cluster", "plan", "program", "timeline", "versions", "verification"),
     ("microbatch",),
-    ("partition", "schedule", "lower", "simulate", "memory"),
+    ("partition", "schedule", "lower", "simulate", "memory", "calibrate"),
     ("render",),
     ("planning",),
     ("lines", "regions", "functions", "randomness", "retarget", "modules"),
