@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pipecompile.devices import parse_devices
-from pipecompile.options import BatchNorm, Options
+from pipecompile.cluster import Cluster
+from pipecompile.devices import named_cluster, parse_devices
+from pipecompile.graph import CostedGraph
+from pipecompile.options import BatchNorm, Options, read_costs
 from pipecompile.pipeline import Pipeline
+from pipecompile.planning import Recompute
 from pipecompile.profile import How
 from pipecompile.runtime import MakeOptimizer
 
@@ -30,7 +34,10 @@ def compile(
     in_dims: Mapping[str, int | None] | None = None,
     out_dims: Mapping[str, int | None] | None = None,
     batch_norm: BatchNorm = "microbatch",
-    profile: How | None = None,
+    profile: How | str | Path | CostedGraph | None = None,
+    cluster: Cluster | str | None = None,
+    recompute: Recompute = "auto",
+    optimizer_state: float | None = None,
 ) -> Pipeline:
     """A pipeline that trains ``model`` split over ``devices``, and is called as the model is.
 
@@ -55,15 +62,24 @@ def compile(
         batch_norm: batch normalisation takes each microbatch's statistics in training, as GPipe does, and moves its
             running statistics once for each ("microbatch"), or once a batch, by the mean and variance of all rows
             ("deferred").
-        profile: "measure" or "count" the costs; by default measured on the first device.
+        profile: "measure" or "count" the costs, or the path of a profile that was saved; by default measured on the
+            first device.
+        cluster: the devices as planning sees them, one for each of ``devices``: their speeds, memory and links; or a
+            name such as "8xH100", for devices that are not here. By default equal devices, of whose memory only that of
+            CUDA devices is known.
+        recompute: whether the backward of a stage computes its forward again instead of keeping its activations:
+            "never", "always", or "auto", where it does not fit into its device's memory otherwise.
+        optimizer_state: bytes that the optimizer will keep for each byte of parameters, of which plans within memory
+            must know: 0 for SGD, 1 with momentum, 2 for Adam, the default. Found out where ``optimizer`` is given.
 
     Raises:
         InputError: a device is not there, or arguments do not fit together.
         CaptureError, PlanError: with ``example_inputs``, as the first call would raise them.
     """
+    present = parse_devices(devices)
     options = Options(
         schedule=schedule,
-        microbatches=2 * len(parse_devices(devices)) if microbatches is None else microbatches,
+        microbatches=2 * len(present) if microbatches is None else microbatches,
         loss_fn=loss_fn,
         loss=loss,
         optimizer=optimizer,
@@ -72,10 +88,13 @@ def compile(
         in_dims=dict(in_dims or {}),
         out_dims={str(name): dim for name, dim in (out_dims or {}).items()},
         batch_norm=batch_norm,
-        profile=profile,
+        profile=read_costs(profile),
+        cluster=None if cluster is None else named_cluster(cluster, present),
+        recompute=recompute,
+        optimizer_state=optimizer_state,
     )
     options.check(model)
-    pipeline = Pipeline(model, parse_devices(devices), options)
+    pipeline = Pipeline(model, present, options)
     if example_inputs is not None:
         args, kwargs = _arguments(example_inputs)
         pipeline.prepare(*args, **kwargs)

@@ -19,20 +19,24 @@ from typer.core import TyperGroup
 from pipecompile.api import compile
 from pipecompile.capture import capture, read_call, summarize
 from pipecompile.cluster import Cluster, Link
+from pipecompile.compiled import reused
 from pipecompile.devices import parse_devices
 from pipecompile.errors import InputError, PipecompileError
 from pipecompile.graph import Cost, CostedGraph
+from pipecompile.memory import Memory
 from pipecompile.models import load
-from pipecompile.partition import partition
+from pipecompile.options import read_costs
+from pipecompile.partition import ADAM
 from pipecompile.plan import Plan
-from pipecompile.profile import How, profile
+from pipecompile.planning import RECOMPUTE, Workload, make_plan
+from pipecompile.profile import profile
 from pipecompile.program import Program
 from pipecompile.render.formats import FORMATS
 from pipecompile.render.stage_graph import StageGraph, stage_graph
-from pipecompile.render.table import table
+from pipecompile.render.table import memory_table, table
 from pipecompile.render.timeline import timeline_svg, timeline_text
-from pipecompile.render.units import bytes_text, seconds_text
-from pipecompile.schedule import SCHEDULES, pipedream
+from pipecompile.render.units import seconds_text
+from pipecompile.schedule import SCHEDULES, pipedream, steady
 from pipecompile.simulate import simulate
 from pipecompile.timeline import Timeline
 
@@ -94,7 +98,9 @@ def main(
 @app.command()
 def plan(
     model: Model,
-    stages: Stages = 2,
+    stages: Annotated[
+        int | None, typer.Option("--stages", "-n", min=1, help="How many stages. Default: one for each device, or 2.")
+    ] = None,
     microbatches: Microbatches = 8,
     schedule: Annotated[str, typer.Option("--schedule", "-s", help=f"One of {', '.join(NAMES)}.")] = "1f1b",
     microbatch: Annotated[
@@ -102,9 +108,26 @@ def plan(
     ] = None,
     length: Length = 128,
     costs: Annotated[
-        str, typer.Option("--profile", help="[bold]measure[/] the time of each operation, or [bold]count[/] its work.")
-    ] = "measure",
+        str | None,
+        typer.Option(
+            "--profile",
+            help="[bold]measure[/] the time of each operation, [bold]count[/] its work, or a file of one. "
+            "Default: count with --cluster, else measure.",
+        ),
+    ] = None,
+    save_profile: Annotated[Path | None, typer.Option(help="Save the profile here, for --profile.")] = None,
     device: Annotated[str, typer.Option(help="Where to measure.")] = "cpu",
+    cluster: Annotated[
+        str | None, typer.Option(help="Devices that are not here: 8xH100, 64xH100, 2x8xA100-40GB.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of the weights: float32, bfloat16 or float16.")] = "float32",
+    optimizer_state: Annotated[
+        float, typer.Option(min=0, help="Bytes that the optimizer keeps for each byte of weights; 2 for Adam.")
+    ] = ADAM,
+    fused: Annotated[bool, typer.Option("--fused", help="The optimizer's step takes no copies.")] = False,
+    recompute: Annotated[
+        str, typer.Option(help=f"Compute forwards again in the backward: {', '.join(RECOMPUTE)}.")
+    ] = "auto",
     format: Annotated[
         str | None, typer.Option("--format", "-f", help=f"Write the stage graph as one of {', '.join(FORMATS)}.")
     ] = None,
@@ -116,22 +139,31 @@ def plan(
     """Cut a model into stages: what each holds, costs and passes on, and how long a step will take.
 
     pipecompile plan hf:gpt2 --stages 4 --output plan.html
+    pipecompile plan hf:llama --cluster 64xH100 --dtype bfloat16
     """
     written = _format(format, output)
     if as_json and written is not None and output is None:
         raise InputError("--json and --format would both go to the terminal; add --output FILE")
     _check_choice("schedule", schedule, NAMES)
+    _check_choice("recompute", recompute, RECOMPUTE)
     (place,) = parse_devices([device])
-    costed = _costed(model, microbatch, length, _how(costs), place)
-    cluster = Cluster.of([str(place)] * stages)
-    view = stage_graph(costed, partition(costed, stages, cluster))
+    devices = Cluster.from_name(cluster) if cluster else Cluster.of([str(place)] * (stages or 2))
+    num_stages = stages or len(devices)
+    costed = _costed(model, microbatch, length, costs or ("count" if cluster else "measure"), place, devices, dtype)
+    if save_profile is not None:
+        _write(costed.to_json(), save_profile)
+    work = Workload(SCHEDULES.get(schedule, steady), microbatches, optimizer_state, recompute, fused=fused)  # type: ignore[arg-type]
+    found = make_plan(costed, num_stages, devices, work)
+    held = work.memory(costed, found, devices)
+    view = stage_graph(costed, found)
     program = _program(schedule, view.plan, microbatches)
-    timeline = simulate(program, [stage.cost for stage in view.stages], cluster)
+    timeline = simulate(program, [stage.cost for stage in view.stages], devices)
     if as_json:
-        typer.echo(json.dumps(_facts(view, timeline, schedule, microbatches), indent=2))
+        typer.echo(json.dumps(_facts(view, timeline, held, schedule, microbatches), indent=2))
     else:
         console = Console(stderr=written is not None and output is None)  # stdout holds the stage graph then
         console.print(table(view, console.width))
+        console.print(memory_table(held, found, devices))
         console.print(_prediction(view, timeline, schedule, microbatches))
     if written is not None:
         _write(FORMATS[written](view), output)
@@ -206,18 +238,21 @@ def _to_double(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor
 
 
-def _costed(model: str, microbatch: int | None, length: int, how: How, device: torch.device) -> CostedGraph:
-    it, args, kwargs = load(model, microbatch or 2, length, meta=how == "count")
+def _costed(
+    model: str, microbatch: int | None, length: int, costs: str, device: torch.device, cluster: Cluster, dtype: str
+) -> CostedGraph:
+    """The costs of a model's calls: measured, counted, or read from a file."""
+    _check_choice("dtype", dtype, ("float32", "bfloat16", "float16"))
+    it, args, kwargs = load(model, microbatch or 2, length, meta=costs != "measure")
+    it = it.to(getattr(torch, dtype))
     call = read_call(it.forward, args, kwargs)
     if microbatch and call.batch and microbatch > call.batch:
         raise InputError(f"--microbatch {microbatch} is more than the {call.batch} samples that {model} returns")
     captured = capture(it, call, microbatch)
-    return profile(captured, summarize(captured), how, device)
-
-
-def _how(costs: str) -> How:
-    _check_choice("profile", costs, ("measure", "count"))
-    return "count" if costs == "count" else "measure"
+    how = read_costs(costs)
+    if isinstance(how, CostedGraph):
+        return reused(how, summarize(captured))
+    return profile(captured, summarize(captured), how, device, kind=cluster.devices[0].kind)
 
 
 def _program(name: str, plan: Plan, microbatches: int) -> Program:
@@ -227,16 +262,14 @@ def _program(name: str, plan: Plan, microbatches: int) -> Program:
 def _prediction(view: StageGraph, timeline: Timeline, schedule: str, microbatches: int) -> Text:
     alone, step = microbatches * view.costed.seconds, timeline.makespan
     times = f", {alone / step:.2f} times as long" if step else ""
-    peaks = ", ".join(map(bytes_text, timeline.peak_bytes))
     return Text.assemble(
         f"{schedule}, {microbatches} microbatches: a step of ",
         (seconds_text(step), "bold"),
         f" predicted, bubble {timeline.bubble:.1%}\none device would take {seconds_text(alone)}{times}",
-        f"\nmost weights and saved activations at once, by rank: {peaks}",
     )
 
 
-def _facts(view: StageGraph, timeline: Timeline, schedule: str, microbatches: int) -> dict[str, Any]:
+def _facts(view: StageGraph, timeline: Timeline, memory: Memory, schedule: str, microbatches: int) -> dict[str, Any]:
     """What the table and the prediction say; seconds and bytes, of one microbatch unless they are of a step."""
     stages = [
         {
@@ -250,10 +283,12 @@ def _facts(view: StageGraph, timeline: Timeline, schedule: str, microbatches: in
             "saved_bytes": stage.cost.saved_bytes,
             "bytes_in": stage.bytes_in,
             "bytes_out": stage.bytes_out,
+            "recomputed": index in view.plan.recomputed,
+            "memory": {**dict(memory.stages[index].by_kind()), "all": memory.stages[index].total},
         }
         for index, stage in enumerate(view.stages)
     ]
-    step = {"seconds": timeline.makespan, "bubble": timeline.bubble, "peak_bytes": list(timeline.peak_bytes)}
+    step = {"seconds": timeline.makespan, "bubble": timeline.bubble, "peak_bytes": list(memory.ranks)}
     named = {"schedule": schedule, "microbatches": microbatches, "costs": view.costed.origin, "balance": view.balance}
     return {**named, "step": step, "stages": stages}
 

@@ -1,6 +1,6 @@
 """One capture of a model, placed and ready to run: what the verbs make of a call, step by step.
 
-    capture -> summarize -> profile -> partition -> split        once for a kind of call
+    capture -> summarize -> profile -> make_plan -> split        once for a kind of call
     schedule -> simulate -> lower                                once for a number of microbatches
 
 A model has several captures (training and evaluation, another tree of arguments, sizes that break a guard). They share
@@ -21,6 +21,7 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from pipecompile.batching import Division, Rows, defer_running, divide, twins_differ, undivided
+from pipecompile.calibrate import Times, stage_times
 from pipecompile.capture import Call, Captured, capture, summarize
 from pipecompile.capture.ancestors import ancestors
 from pipecompile.capture.capture import SYMBOLIC_ATTEMPTS
@@ -28,15 +29,19 @@ from pipecompile.capture.joins import with_batch_dims
 from pipecompile.capture.origin import origin_of
 from pipecompile.capture.purity import is_random
 from pipecompile.cluster import Cluster
+from pipecompile.devices import cluster_of
 from pipecompile.errors import InputError
 from pipecompile.graph import CostedGraph, Graph
 from pipecompile.lower import lower
+from pipecompile.memory import Memory
 from pipecompile.options import Options
-from pipecompile.partition import carry_over, partition
+from pipecompile.partition import carry_over
 from pipecompile.plan import Plan, stage_costs
+from pipecompile.planning import Workload, make_plan
 from pipecompile.profile import profile
 from pipecompile.program import Program
 from pipecompile.retarget import threads_each
+from pipecompile.schedule import gpipe
 from pipecompile.simulate import simulate
 from pipecompile.split import Piece, Stage, cut_out, split
 from pipecompile.timeline import Timeline
@@ -56,6 +61,7 @@ class Compiled:
     costed: CostedGraph
     reference: Plan  # the plan that ``costed`` belongs to
     cluster: Cluster
+    work: Workload
     stages: tuple[Stage, ...]
     before: Piece | None
     tail: Piece | None
@@ -160,6 +166,21 @@ class Compiled:
         """What a program will take, by the profile."""
         return simulate(program, stage_costs(self.costed, self.reference), self.cluster)
 
+    @cached_property
+    def memory(self) -> Memory:
+        """What each stage and rank of the capture that was partitioned holds at its fullest in training."""
+        buffers = [sum(b.nbytes for b in stage.module.buffers()) for stage in self.stages]
+        return self.work.memory(self.costed, self.reference, self.cluster, buffers)
+
+    def times(self, timeline: Timeline) -> tuple[Times, ...]:
+        """What each stage took in a measured step beside the prediction; none where that cannot be told.
+
+        On CUDA a stage's operations run behind the clock that the timeline is measured by.
+        """
+        if any(stage.device.type == "cuda" for stage in self.stages):
+            return ()
+        return stage_times(stage_costs(self.costed, self.reference), timeline)
+
     def tensors(self, stage: int) -> dict[str, Tensor]:
         """What a stage reads: parameters, and buffers that live on another device, by name."""
         module, device = self.stages[stage].module, self.stages[stage].device
@@ -200,20 +221,61 @@ def compile_call(
     body = division.body
     graph = summarize(body)
     if first is None:
-        cluster = Cluster.of([str(device) for device in devices])
-        costed = profile(body, graph, options.profile, devices[0], threads=threads_each(devices))
-        plan = reference = partition(costed, len(devices), cluster)
+        cluster = options.cluster or cluster_of(devices)
+        work = _work(division, options)
+        costed = _costed(body, graph, options, cluster, devices)
+        plan = reference = make_plan(costed, len(devices), cluster, work)
     else:
-        plan, costed, reference, cluster = (
-            carry_over(first.plan, first.graph, graph),
-            first.costed,
-            first.reference,
-            first.cluster,
-        )
+        plan, costed, reference = carry_over(first.plan, first.graph, graph), first.costed, first.reference
+        cluster, work = first.cluster, first.work
     place(body, plan, graph, devices)
     stages = split(body, graph, plan, devices)
     before, tail = _pieces(division, stages[-1].device)
-    return Compiled(division, graph, plan, costed, reference, cluster, stages, before, tail)
+    return Compiled(division, graph, plan, costed, reference, cluster, work, stages, before, tail)
+
+
+def _costed(
+    captured: Captured, graph: Graph, options: Options, cluster: Cluster, devices: Sequence[torch.device]
+) -> CostedGraph:
+    """The costs of a capture: measured, counted, or those of an earlier profile, if it is one of this graph."""
+    if isinstance(options.profile, CostedGraph):
+        return reused(options.profile, graph)
+    kind = cluster.devices[0].kind
+    return profile(captured, graph, options.profile, devices[0], threads=threads_each(devices), kind=kind)
+
+
+def reused(costed: CostedGraph, graph: Graph) -> CostedGraph:
+    """The costs of an earlier profile for a graph.
+
+    Raises:
+        InputError: the profile is of another model or call; names the first node that differs.
+    """
+    try:
+        costed.check_fits(graph)
+    except ValueError as error:
+        taken = f" ({costed.setting.model} on {', '.join(costed.setting.inputs)})" if costed.setting else ""
+        raise InputError(f"the profile{taken} is not of this model and call: {error}; take it anew") from None
+    return replace(costed, graph=graph)
+
+
+def _work(division: Division, options: Options) -> Workload:
+    """How this capture is trained: where the stages do not end in the loss, all forwards come before the backwards."""
+    try:
+        loss = find_loss(division.captured, options.loss)
+    except InputError:  # the call that trains says so
+        loss = None
+    outputs = [output for output in division.captured.outputs if output.node is not None]
+    inside = loss is not None and division.places[str(outputs[loss].node)] in division.joins
+    schedule = options.work.schedule if inside else gpipe
+    return replace(options.work, tail=_tail_bytes(division), schedule=schedule)
+
+
+def _tail_bytes(division: Division) -> int:
+    """Bytes of all that is computed once from the whole batch: what it reads, joined, and each value on the way."""
+    if division.tail is None:
+        return 0
+    nbytes = {node.name: node.nbytes for node in summarize(division.whole).nodes}
+    return sum(nbytes.get(name, 0) for name in {*division.tail.nodes, *division.tail.joined})
 
 
 @dataclass(frozen=True)

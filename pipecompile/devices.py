@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
 
+from pipecompile.cluster import Cluster, Device
 from pipecompile.errors import InputError
 
 
@@ -27,6 +29,30 @@ def parse_devices(devices: Sequence[torch.device | str | int]) -> tuple[torch.de
             raise InputError(f"{name!r} is no device: {error}") from None
         parsed.append(_present(device))
     return tuple(parsed)
+
+
+def cluster_of(devices: Sequence[torch.device]) -> Cluster:
+    """The devices as planning sees them: equal ones, and of CUDA devices the memory, shared by the ranks on one."""
+    ranks = Counter(devices)
+    return Cluster(tuple(Device(str(device), memory=_memory(device, ranks[device])) for device in devices))
+
+
+def _memory(device: torch.device, ranks: int) -> int | None:
+    if device.type != "cuda":
+        return None
+    return int(torch.cuda.get_device_properties(device).total_memory) // ranks
+
+
+def named_cluster(cluster: Cluster | str, devices: Sequence[torch.device]) -> Cluster:
+    """A cluster to plan for that has a device for each rank.
+
+    Raises:
+        InputError: it has another number of devices, or its name is not known.
+    """
+    found = Cluster.from_name(cluster) if isinstance(cluster, str) else cluster
+    if len(found) != len(devices):
+        raise InputError(f"cluster= has {len(found)} devices and devices= {len(devices)}; give one for each stage")
+    return found
 
 
 def _present(device: torch.device) -> torch.device:

@@ -170,19 +170,93 @@ class Cost:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """What a node's call does to memory; storages are numbers into ``CostedGraph.storages``.
+
+    A storage is what several values may share: a view lives in that of its base. Parameters and buffers have none here.
+    """
+
+    values: tuple[int, ...] = ()  # storages that its values live in
+    saved: tuple[int, ...] = ()  # storages that autograd keeps for its backward
+    forward_bytes: int = 0  # most that it allocates at once while it runs, its values included
+    backward_bytes: int = 0  # the same of its backward, gradients included
+    again: tuple[int, ...] = ()  # of a node that the backward computes again: what is kept from then on
+    stretch: int | None = None  # which nodes are computed again at once
+    repeats: bool = True  # whether a backward may compute it again at all
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What a profile was taken with."""
+
+    device: str
+    torch: str
+    threads: int
+    date: str  # ISO 8601
+    model: str  # its class
+    inputs: tuple[str, ...]  # "input_ids: int64[4, 128]", those of one microbatch
+
+
 @dataclass(frozen=True)
 class CostedGraph(Json):
-    """A graph with the cost of each node and where the numbers come from ("measured: cpu, torch 2.13", "counted")."""
+    """A graph with the cost of each node and where the numbers come from ("measured: cpu, torch 2.13", "counted").
+
+    Without footprints each value has a storage of its own, and so has what a node saves.
+    """
 
     graph: Graph
     costs: tuple[Cost, ...]
     origin: str
+    storages: tuple[int, ...] = ()  # bytes
+    footprints: tuple[Footprint, ...] = ()
+    setting: Setting | None = None
 
     def __post_init__(self) -> None:
         if len(self.costs) != len(self.graph):
             raise ValueError(f"{len(self.costs)} costs for {len(self.graph)} nodes")
+        if not self.footprints:
+            storages, footprints = _unshared(self.graph, self.costs)
+            object.__setattr__(self, "storages", storages)
+            object.__setattr__(self, "footprints", footprints)
+        if len(self.footprints) != len(self.graph):
+            raise ValueError(f"{len(self.footprints)} footprints for {len(self.graph)} nodes")
 
     @property
     def seconds(self) -> float:
         """Seconds of one microbatch through the whole model, forward and backward."""
         return sum(cost.seconds for cost in self.costs)
+
+    def check_fits(self, graph: Graph) -> None:
+        """Passes if these are costs of ``graph``: the same calls on the same sizes; source lines may differ.
+
+        Raises:
+            ValueError: names the first node that differs, and how.
+        """
+        for index, (mine, other) in enumerate(zip(self.graph.nodes, graph.nodes, strict=False)):
+            for what in ("op", "inputs", "outputs", "parameters", "path"):
+                was, now = getattr(mine, what), getattr(other, what)
+                if was != now:
+                    place = f"node {index}, {other.name} ({other.path or 'the model'}, {other.source})"
+                    raise ValueError(f"{place}: {what} {_told(now)}, in the profile {_told(was)}")
+        if len(self.graph) != len(graph):
+            raise ValueError(f"the model has {len(graph)} nodes, the profile {len(self.graph)}")
+        if others := [p for p, q in zip(graph.parameters, self.graph.parameters, strict=True) if p != q]:
+            raise ValueError(f"parameter {others[0].name} is {others[0].spec} now, and another in the profile")
+
+
+def _told(value: object) -> str:
+    return ", ".join(map(str, value)) or "none" if isinstance(value, tuple) else repr(value)
+
+
+def _unshared(graph: Graph, costs: tuple[Cost, ...]) -> tuple[tuple[int, ...], tuple[Footprint, ...]]:
+    storages: list[int] = []
+    footprints = []
+    for node, cost in zip(graph.nodes, costs, strict=True):
+        values = tuple(range(len(storages), len(storages) + len(node.outputs)))
+        storages += [spec.nbytes for spec in node.outputs]
+        saved = (len(storages),) * (cost.saved_bytes > 0)
+        storages += [cost.saved_bytes] * len(saved)
+        backward = sum(graph.nodes[i].nbytes for i in dict.fromkeys(node.inputs)) + cost.parameter_bytes
+        footprints.append(Footprint(values, saved, node.nbytes + cost.saved_bytes, backward * (cost.backward > 0)))
+    return tuple(storages), tuple(footprints)

@@ -5,14 +5,20 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache, cached_property, partial
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from torch import nn
 
+from pipecompile.cluster import Cluster
 from pipecompile.errors import InputError
-from pipecompile.profile import How
+from pipecompile.graph import CostedGraph
+from pipecompile.partition import ADAM
+from pipecompile.planning import RECOMPUTE, Recompute, Workload
+from pipecompile.profile import How, optimizer_state
 from pipecompile.runtime import MakeOptimizer
-from pipecompile.schedule import ASYNCHRONOUS, SCHEDULES
+from pipecompile.schedule import ASYNCHRONOUS, SCHEDULES, steady
 
 BatchNorm = Literal["microbatch", "deferred"]
 
@@ -31,14 +37,17 @@ class Options:
     in_dims: Mapping[str, int | None] = field(default_factory=dict)
     out_dims: Mapping[str, int | None] = field(default_factory=dict)
     batch_norm: BatchNorm = "microbatch"
-    profile: How | None = None
+    profile: How | CostedGraph | None = None
+    cluster: Cluster | None = None
+    recompute: Recompute = "auto"
+    optimizer_state: float | None = None
 
     def check(self, model: nn.Module) -> None:
         """Raises ``InputError`` at the first option that is not known, or does not go with the model or another."""
         if not isinstance(model, nn.Module):
             raise InputError(f"the model must be an nn.Module, got {type(model).__name__}: {model!r:.80}")
-        if self.profile not in (None, "measure", "count"):
-            raise InputError(f"profile={self.profile!r} is not known; there are 'measure' and 'count'")
+        if self.recompute not in RECOMPUTE:
+            raise InputError(f"recompute={self.recompute!r} is not known; there are {', '.join(RECOMPUTE)}")
         if self.batch_norm not in get_args(BatchNorm):
             known = " and ".join(map(repr, get_args(BatchNorm)))
             raise InputError(f"batch_norm={self.batch_norm!r} is not known; there are {known}")
@@ -48,6 +57,14 @@ class Options:
             )
         self._check_schedule()
         self._check_names(model)
+
+    @cached_property
+    def work(self) -> Workload:
+        """What planning must know of the training."""
+        state: float | Callable[[], float] = ADAM if self.optimizer_state is None else self.optimizer_state
+        if self.optimizer_state is None and self.optimizer is not None:
+            state = cache(partial(optimizer_state, self.optimizer))
+        return Workload(SCHEDULES.get(self.schedule, steady), self.microbatches, state, self.recompute)
 
     def _check_schedule(self) -> None:
         names = [*SCHEDULES, *ASYNCHRONOUS]
@@ -84,3 +101,20 @@ class Options:
         for name in self.in_dims:
             if not any(name == argument or name.startswith(f"{argument}_") for argument in known):
                 raise InputError(f"in_dims= names {name!r}, which is no argument of the model; it has {known}")
+
+
+def read_costs(profile: str | Path | CostedGraph | None) -> How | CostedGraph | None:
+    """How to find the costs, or those that a file holds."""
+    match profile:
+        case None | "measure" | "count" | CostedGraph():
+            return profile
+    if not isinstance(profile, str | Path):
+        raise InputError(f"profile={profile!r} is not known; there are 'measure', 'count' and the path of a profile")
+    try:
+        return CostedGraph.load(profile)
+    except OSError as error:
+        raise InputError(
+            f"profile={str(profile)!r} is neither 'measure' nor 'count', nor a file that can be read: {error.strerror}"
+        ) from None
+    except ValueError as error:
+        raise InputError(f"profile={str(profile)!r} holds no profile: {error}") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,10 +13,13 @@ from torch import nn
 
 from pipecompile import steps
 from pipecompile.batching import Rows
+from pipecompile.calibrate import corrected
 from pipecompile.capture import Call, read_call
 from pipecompile.captures import Captures, Key, modes
 from pipecompile.compiled import Compiled, compile_call, find_loss
 from pipecompile.errors import CaptureError, InputError, PipecompileError
+from pipecompile.graph import CostedGraph
+from pipecompile.memory import Memory
 from pipecompile.options import Options
 from pipecompile.plan import Plan
 from pipecompile.program import Program
@@ -99,11 +103,26 @@ class Pipeline(nn.Module):
         return compiled.predict(program)
 
     @property
+    def memory(self) -> Memory:
+        """What each stage and rank holds at its fullest in training, by the plan."""
+        return self._capture_in_use.memory
+
+    @property
+    def profile(self) -> CostedGraph:
+        """The costs that the plan was made with; ``pipe.profile.save(path)`` keeps them for ``profile=path``."""
+        return self._capture_in_use.costed
+
+    @property
     def report(self) -> Mapping[str, Sequence[str]]:
         """What is specialised, recomputed or otherwise worth knowing, by topic; of the capture in use."""
         captures = [f"{number}: {reason}" for number, reason in enumerate(self._captures.reasons, 1)]
+<<<<<<< HEAD
         repeated = [f"{why} (times: {count})" for why, count in self._session.repeated.items()]
         return {**describe(self._capture_in_use), "captures": captures, "run again": repeated}
+=======
+        compiled, timeline = self._capture_in_use, self._session.timeline
+        return {**describe(compiled, timeline), "captures": captures}
+>>>>>>> memory
 
     @property
     def captures(self) -> int:
@@ -184,6 +203,33 @@ class Pipeline(nn.Module):
                 return verify(subject, args, kwargs)
         finally:
             self._last, self.training = last, training
+
+    def replan(self) -> Plan:
+        """Plans anew from the times that the stages took in the last training step, and takes over.
+
+        Parameters move to the devices of their new stages. An optimizer made before keeps its state where it was: with
+        more than one kind of device, load its ``state_dict`` into itself to move it.
+
+        Raises:
+            InputError: there was no training step on the capture that was planned, or its times say nothing.
+        """
+        with self._session.lock:
+            first, timeline = self._first, self._session.timeline
+            if self._session.optimizer is not None:
+                raise InputError(
+                    f"replan() cannot move the optimizers that step inside a pipeline with schedule={self.schedule!r}; "
+                    f"pass profile=pipe.profile to a new compile after flush()"
+                )
+            times = first.times(timeline) if first is not None and timeline is not None else ()
+            if first is None or not times or self._last is not first:
+                raise InputError("replan() needs the times of a training step like the first; run one before")
+            sample = first.captured.call
+            args, kwargs = sample.rebuild(sample.tensors)
+            self.options = replace(self.options, profile=corrected(first.costed, first.plan, times))
+            self._captures, self._first, self._last = Captures(), None, None
+            self._session.forget()
+            self._batch(args, kwargs)
+            return self.plan
 
     def flush(self) -> None:
         """Drains an asynchronous pipeline: every microbatch that is under way ends with its update."""

@@ -52,7 +52,11 @@ class Plan(Json):
     rank_of: tuple[int, ...]  # stage -> rank; several stages may share one
     channels: tuple[Channel, ...] = ()
     tied: tuple[Tied, ...] = ()
+<<<<<<< HEAD
     quality: Quality | None = None  # where it was searched for
+=======
+    recomputed: tuple[int, ...] = ()  # stages whose backward computes their forward again, ascending
+>>>>>>> memory
 
     def __post_init__(self) -> None:
         self.validate()
@@ -132,6 +136,8 @@ class Plan(Json):
         for source, target in pairs:
             if not 0 <= source < target < self.num_stages:
                 raise PlanError(f"a value flows from stage {source} to stage {target}: stages must point forward")
+        if not set(self.recomputed) <= set(range(self.num_stages)):
+            raise PlanError(f"stages {self.recomputed} are to be computed again, but there are {self.num_stages}")
         if len(set(pairs)) != len(pairs):
             raise PlanError(f"more than one channel for a pair of stages: {sorted(pairs)}")
 
@@ -141,7 +147,10 @@ class Plan(Json):
         for stage in range(self.num_stages):
             count = sum(1 for s in self.stage_of if s == stage)
             sends = ", ".join(f"{c.nbytes:,} B to {c.target}" for c in self.outgoing[stage])
-            lines.append(f"  stage {stage} on rank {self.rank_of[stage]}: {count} nodes" + (f"; {sends}" * bool(sends)))
+            again = ", computed again in the backward" * (stage in self.recomputed)
+            lines.append(
+                f"  stage {stage} on rank {self.rank_of[stage]}: {count} nodes{again}" + (f"; {sends}" * bool(sends))
+            )
         lines += [f"  {t.parameter} is tied over stages {', '.join(map(str, t.stages))}" for t in self.tied]
         return "\n".join(lines)
 
@@ -162,7 +171,10 @@ def members(graph: Graph, plan: Plan, stage: int) -> tuple[int, ...]:
 
 
 def stage_costs(costed: CostedGraph, plan: Plan) -> tuple[Cost, ...]:
-    """The cost of each stage for one microbatch, replicated nodes included; a parameter counts once a stage."""
+    """The cost of each stage for one microbatch, replicated nodes included; a parameter counts once a stage.
+
+    The backward of a recomputed stage takes its forward's time too.
+    """
     graph = costed.graph
     costs = []
     for stage in range(plan.num_stages):
@@ -170,7 +182,8 @@ def stage_costs(costed: CostedGraph, plan: Plan) -> tuple[Cost, ...]:
         total = reduce(Cost.__add__, (costed.costs[i] for i in nodes), Cost())
         names = {name for i in nodes for name in graph.nodes[i].parameters}
         parameter_bytes = sum(graph.parameter_bytes[name] for name in names)
-        costs.append(Cost(total.forward, total.backward, total.saved_bytes, parameter_bytes))
+        backward = total.backward + total.forward * (stage in plan.recomputed)
+        costs.append(Cost(total.forward, backward, total.saved_bytes, parameter_bytes))
     return tuple(costs)
 
 

@@ -10,6 +10,8 @@ from pipecompile.capture import Captured
 from pipecompile.capture.origin import Origin, origin_of
 from pipecompile.capture.purity import is_random
 from pipecompile.compiled import Compiled
+from pipecompile.render.units import bytes_text, seconds_text
+from pipecompile.timeline import Timeline
 
 
 def _across_microbatches(compiled: Compiled) -> list[str]:
@@ -59,8 +61,29 @@ def _checkpoints(captured: Captured) -> list[str]:
     return [f"{len(nodes)} calls from {nodes[0]} on, which the model checkpoints" for nodes in origins.values()]
 
 
-def describe(compiled: Compiled) -> Mapping[str, Sequence[str]]:
-    """What the user should know about a capture, by topic."""
+def _memory(compiled: Compiled) -> list[str]:
+    """What each stage will hold at its fullest, and of how much."""
+    lines = []
+    for stage, held in enumerate(compiled.memory.stages):
+        limit = compiled.cluster.devices[compiled.plan.rank_of[stage]].memory
+        parts = ", ".join(f"{kind} {bytes_text(nbytes)}" for kind, nbytes in held.by_kind() if nbytes)
+        of = f" of {bytes_text(limit)}" if limit is not None else ""
+        lines.append(f"stage {stage}: {bytes_text(held.total)}{of} ({parts})")
+    return lines
+
+
+def _calibration(compiled: Compiled, timeline: Timeline | None) -> list[str]:
+    """What stages took in the last training step, beside the prediction."""
+    times = compiled.times(timeline) if timeline is not None else ()
+    return [
+        f"stage {stage}: a microbatch took {seconds_text(t.measured.seconds)}, predicted "
+        f"{seconds_text(t.predicted.seconds)} ({t.ratio - 1:+.0%})"
+        for stage, t in enumerate(times)
+    ]
+
+
+def describe(compiled: Compiled, timeline: Timeline | None = None) -> Mapping[str, Sequence[str]]:
+    """What the user should know about a capture, by topic; ``timeline`` is that of the last call."""
     graph, plan = compiled.graph, compiled.plan
     copies = sum(node.replicated and node.op != "input" for node in graph.nodes)
     guards = [f"{expr} = {answer}" for expr, answer in compiled.captured.guards]
@@ -75,6 +98,9 @@ def describe(compiled: Compiled) -> Mapping[str, Sequence[str]]:
         "recomputed": [
             *[f"{copies} values (masks, positions, sizes) are computed in each stage that reads them"] * (copies > 0),
             *_checkpoints(compiled.captured),
+            *[f"stage {stage}, for its memory" for stage in plan.recomputed],
         ],
+        "memory": _memory(compiled),
+        "calibration": _calibration(compiled, timeline),
         "tied": [f"{t.parameter} over stages {', '.join(map(str, t.stages))}, gradients summed" for t in plan.tied],
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Self
 
 import cattrs
@@ -27,3 +28,17 @@ class Json:
             return converter.structure(json.loads(text), cls)
         except cattrs.BaseValidationError as error:
             raise ValueError(f"not a {cls.__name__}: {'; '.join(cattrs.transform_error(error))}") from error
+
+    def save(self, path: str | Path) -> None:
+        """Writes ``to_json`` into a file."""
+        Path(path).write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Reads what ``save`` wrote.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: it does not hold this noun.
+        """
+        return cls.from_json(Path(path).read_text(encoding="utf-8"))

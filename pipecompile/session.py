@@ -72,6 +72,11 @@ class Session:
             self.program = program
             self.timeline = self._executor(compiled).run(program, microbatches, ambient)
 
+    def forget(self) -> None:
+        """Forgets the stages; the next program brings its own."""
+        self.weights, self.executors = [], {}
+        self.program = self.timeline = None
+
     def _own(self, compiled: Compiled) -> None:
         if not self.weights:
             self.weights = [Weights(compiled.tensors(s.index), s.device, self.optimizer) for s in compiled.stages]

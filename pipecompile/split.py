@@ -87,7 +87,7 @@ def cut_out(captured: Captured, names: Sequence[str], returns: Sequence[str], de
     run = [n for n in captured.graph.nodes if n.name in chosen and n.op != "get_attr"]
     sources = dict.fromkeys(s.name for n in run for s in n.all_input_nodes if s.op != "get_attr")
     received = tuple(name for name in sources if name not in chosen)
-    graph = _graph(run, received, returns, nodes, captured, device)
+    graph = _graph(run, received, returns, nodes, captured, device, captured.recomputed)
     module = _module(graph, captured.tensors, captured.leaf, "Piece")
     inputs = tuple(n.name for n in run if n.op == "placeholder")
     return Piece(module, inputs, received, tuple(returns))
@@ -112,7 +112,10 @@ class _Cut:
         outputs = tuple(name for name in self.model_outputs if self._makes(index, name))
         returns = tuple(dict.fromkeys([*(v for values in sends.values() for v in values), *outputs]))
         received = [name for values in receives.values() for name in values]
-        graph = _graph(run, received, returns, self.nodes, self.captured, device)
+        regions = (
+            dict.fromkeys(self.captured.repeatable, 0) if index in self.plan.recomputed else self.captured.recomputed
+        )
+        graph = _graph(run, received, returns, self.nodes, self.captured, device, regions)
         module = _module(graph, self.tensors, self.captured.leaf, f"Stage{index}")
         origins = {n.name: str(origin_of(n)) for n in run}
         return Stage(index, device, module, inputs, receives, sends, outputs, returns, origins)
@@ -137,14 +140,19 @@ def _graph(
     nodes: Mapping[str, fx.Node],
     captured: Captured,
     device: torch.device,
+    regions: Mapping[str, int],
 ) -> fx.Graph:
-    """The graph of one stage."""
+    """The graph of one stage.
+
+    Args:
+        regions: of nodes that the backward computes again; those of one region that follow each other at once.
+    """
     writer = _Writer(captured.device, device)
     for source in [n for n in run if n.op == "placeholder"] + [nodes[name] for name in received]:
         writer.argument(source)
     returned = [nodes[name] for name in returns]
     body = [n for n in run if n.op != "placeholder"]
-    for region, stretch in groupby(body, lambda n: captured.recomputed.get(n.name)):
+    for region, stretch in groupby(body, lambda n: regions.get(n.name)):
         members = list(stretch)
         inside = set(members)
         results = [n for n in members if n in returned or not inside.issuperset(n.users)]

@@ -45,11 +45,15 @@ class Stash:
 
 @dataclass(frozen=True)
 class Versions:
-    """The version that each Forward uses; for each stage how many are live at most, and the latest at the end."""
+    """The version that each Forward uses; for each stage how many are live at most, and the latest at the end.
+
+    ``in_flight`` is how many microbatches a stage has run forward and not backward, at most.
+    """
 
     used: Mapping[Forward, int]  # carried Forwards included
     live: tuple[int, ...]
     latest: tuple[int, ...]
+    in_flight: tuple[int, ...]
 
     def __str__(self) -> str:
         lines = []
@@ -68,11 +72,13 @@ def versions(program: Program, before: Versions | None = None) -> Versions:
     stashes = stash_at_start(program, before)
     used = {Forward(stage, k): v for stage, stash in enumerate(stashes) for k, v in stash.in_flight.items()}
     live = [stash.live for stash in stashes]
+    in_flight = [len(stash.in_flight) for stash in stashes]
     for i, stash in walk(program, stashes):
         live[i.stage] = max(live[i.stage], stash.live)
+        in_flight[i.stage] = max(in_flight[i.stage], len(stash.in_flight))
         if isinstance(i, Forward):
             used[i] = stash.in_flight[i.microbatch]
-    return Versions(used, tuple(live), tuple(stash.latest for stash in stashes))
+    return Versions(used, tuple(live), tuple(stash.latest for stash in stashes), tuple(in_flight))
 
 
 def stash_at_start(program: Program, before: Versions | None = None) -> list[Stash]:

@@ -194,7 +194,7 @@ def test_stages_may_have_times_of_their_own():
         ("plan nets", "error: 'nets' names no model; write module:function"),
         ("plan nets:nothing", "error: nets has no 'nothing'"),
         ("plan nets:misfit", "error: the model's forward cannot be called so"),
-        ("plan nets:make --profile guess", "error: there is no profile 'guess'; choose one of measure, count"),
+        ("plan nets:make --profile guess", "error: profile='guess' is neither 'measure' nor 'count', nor a file"),
         ("plan nets:make --schedule 1f2b", "error: there is no schedule '1f2b'; choose one of sequential, gpipe, 1f1b"),
         ("plan nets:make --format png", "error: there is no format 'png'; choose one of dot, mermaid, svg, json, html"),
         (

@@ -14,9 +14,12 @@ PACKAGE = Path(pipecompile.__file__).parent
 
 # From the bottom up; a part imports parts of lower layers only. "with torch" begins at TORCH.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "serial"),
+    ("errors", "serial", "accelerators"),
     ("graph", "cluster", "quality", "wishes", "plan", "program", "timeline", "versions", "verification"),
-    ("partition", "schedule", "lower", "simulate", "render"),
+    ("microbatch",),
+    ("partition", "schedule", "lower", "simulate", "memory", "calibrate"),
+    ("render",),
+    ("planning",),
     ("lines", "regions", "functions", "randomness", "retarget", "modules"),
     ("recompute",),
     ("capture",),
@@ -37,7 +40,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__", "__init__"),
 )
 NOUNS = LAYERS[:2]  # these import each other within a layer, in the order in which they stand
-TORCH = 3
+TORCH = 6
 EXCEPTIONS = {
     ("runtime", "split"): "reads the noun Stage",
 }

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from pipecompile.cluster import Cluster, Device, Link
 from pipecompile.errors import InfeasibleError, PlanError
-from pipecompile.graph import Cost, CostedGraph, Graph, Node, TensorSpec
+from pipecompile.graph import Cost, CostedGraph, Graph, Node, Parameter, TensorSpec
 from pipecompile.partition import partition, solve
 from pipecompile.partition.bound import stage_bound
 from pipecompile.partition.coarsen import lossless
@@ -240,8 +240,9 @@ def test_fewer_than_one_stage_is_a_wrong_argument(num_stages):
 
 
 def test_weights_beyond_all_memory_are_refused_with_both_numbers():
-    nodes = (Node("a", "linear"), Node("b", "linear", (0,)))
-    costed = CostedGraph(Graph(nodes), (Cost(forward=1.0, parameter_bytes=1_000),) * 2, "made up")
+    nodes = (Node("a", "linear", parameters=("v",)), Node("b", "linear", (0,), parameters=("w",)))
+    weights = tuple(Parameter(name, TensorSpec((250,), "float32", requires_grad=True)) for name in "vw")
+    costed = CostedGraph(Graph(nodes, parameters=weights), (Cost(forward=1.0),) * 2, "made up")
     with pytest.raises(InfeasibleError, match=r"8,000 bytes.* 6,000"):
         partition(costed, 2, Cluster((Device("a", memory=3_000),) * 2))
 

@@ -13,12 +13,14 @@ from models import MODELS
 from torch import Tensor, nn
 from toys import D, blocks
 
+from pipecompile.accelerators import Roofline
 from pipecompile.capture import Captured, capture, read_call, summarize
 from pipecompile.errors import PipecompileError
 from pipecompile.graph import Cost, CostedGraph
-from pipecompile.profile import Roofline, profile
+from pipecompile.profile import profile
 
-module = importlib.import_module("pipecompile.profile")
+module = importlib.import_module("pipecompile.profile.profile")
+meters = importlib.import_module("pipecompile.profile.meters")
 CPU = torch.device("cpu")
 
 
@@ -46,7 +48,7 @@ class Meter:
 
 @pytest.fixture
 def meter(monkeypatch: pytest.MonkeyPatch) -> type[Meter]:
-    monkeypatch.setattr(module, "_Clock", Meter)
+    monkeypatch.setattr(module, "Clock", Meter)
     return Meter
 
 
@@ -114,9 +116,9 @@ def test_sizes_and_inputs_cost_nothing(meter: type[Meter]) -> None:
 def test_a_clock_gives_the_median_of_several_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter([0.0, 5.0, 10.0, 11.0, 20.0, 22.0])
     runs: list[int] = []
-    monkeypatch.setattr(module, "REPEATS", (3, 3))
-    monkeypatch.setattr(module.time, "perf_counter", lambda: next(ticks))
-    assert module._Clock(CPU).repeated(lambda: runs.append(1)) == 2.0
+    monkeypatch.setattr(meters, "REPEATS", (3, 3))
+    monkeypatch.setattr(meters.time, "perf_counter", lambda: next(ticks))
+    assert meters.Clock(CPU).repeated(lambda: runs.append(1)) == 2.0
     assert len(runs) == 4  # the first run is not timed
 
 
@@ -124,9 +126,9 @@ def test_a_slow_operation_is_not_repeated_more_than_it_must() -> None:
     runs: list[int] = []
     clock = iter(range(100))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module.time, "perf_counter", lambda: float(next(clock)))
-        module._Clock(CPU).repeated(lambda: runs.append(1))
-    assert len(runs) == 1 + module.REPEATS[0]
+        patch.setattr(meters.time, "perf_counter", lambda: float(next(clock)))
+        meters.Clock(CPU).repeated(lambda: runs.append(1))
+    assert len(runs) == 1 + meters.REPEATS[0]
 
 
 def test_a_measured_profile_has_seconds_and_says_where_they_are_from() -> None:
@@ -152,8 +154,8 @@ def test_a_profile_leaves_parameters_buffers_and_inputs_as_they_were(name: str, 
 
 
 def kept_by_autograd(capture: Captured) -> int:
-    """Bytes of the storages, parameters apart, that autograd keeps in a run of the unsplit model."""
-    parameters = {p.untyped_storage().data_ptr() for p in capture.model.parameters()}
+    """Bytes of the storages, parameters and buffers apart, that autograd keeps in a run of the unsplit model."""
+    parameters = {t.untyped_storage().data_ptr() for t in (*capture.model.parameters(), *capture.model.buffers())}
     kept: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:

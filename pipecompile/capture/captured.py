@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import sympy
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from pipecompile.capture.attributes import Attributes
 from pipecompile.capture.inputs import Call
 from pipecompile.capture.leaves import Leaf, LeafCall, attribute_of
+from pipecompile.capture.recomputed import repeatable
 from pipecompile.capture.symbols import resolve
 from pipecompile.capture.values import same, settled
 from pipecompile.errors import DependsOnData
@@ -64,6 +66,11 @@ class Captured:
     data_sizes: Mapping[sympy.Symbol, int] = field(default_factory=dict)  # what planning takes other symbols for
     checked: dict[tuple[int, ...], str] = field(default_factory=dict)  # answers of _check_sizes, by sizes
 
+    @cached_property
+    def repeatable(self) -> frozenset[str]:
+        """The names of the nodes that a backward may compute again."""
+        return repeatable(self.graph, self.groups)
+
     def leaf(self, target: str, tensors: Mapping[str, Tensor]) -> Leaf:
         """What a ``call_module`` node runs, on given parameters and buffers by full name."""
         path = next(path for path in self.leaves if attribute_of(path) == target)
@@ -100,6 +107,11 @@ class Captured:
     def sample_sizes(self) -> dict[sympy.Symbol, int]:
         """All symbols of the graph, as they are for the sample microbatch."""
         return {**sample_sizes(self.sizes, self.call, self.microbatch), **self.data_sizes}
+
+    def sample_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of an input at the sample microbatch."""
+        shape = tuple(self.call.tensors[name].shape)
+        return (self.microbatch, *shape[1:]) if name in self.call.batched else shape
 
     def broken_guard(self, microbatches: Sequence[Mapping[str, Tensor]], whole: Mapping[str, Tensor]) -> str:
         """Why the trace does not hold for the inputs of all microbatches, and of the whole batch; empty if it does."""

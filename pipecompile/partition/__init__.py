@@ -7,3 +7,5 @@ from pipecompile.partition.problem import Problem as Problem
 from pipecompile.partition.problem import Seat as Seat
 from pipecompile.partition.solve import Solution as Solution
 from pipecompile.partition.solve import solve as solve
+from pipecompile.partition.training import ADAM as ADAM
+from pipecompile.partition.training import Training as Training

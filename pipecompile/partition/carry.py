@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipecompile.errors import PlanError
 from pipecompile.graph import Graph, Node
@@ -43,7 +43,8 @@ def carry_over(plan: Plan, graph: Graph, new_graph: Graph) -> Plan:
     latest = _latest(problem, holders, plan.num_stages, [new_graph.nodes[members[0]] for members in nodes])
     stages = _earliest(problem, holders, old.wanted(new_graph, nodes), latest)
     _fill(problem, holders, stages, plan.num_stages)
-    return Plan.of(new_graph, placed.stages(contraction.expand(stages)), plan.rank_of)
+    carried = Plan.of(new_graph, placed.stages(contraction.expand(stages)), plan.rank_of)
+    return replace(carried, recomputed=plan.recomputed)
 
 
 @dataclass(frozen=True, slots=True)

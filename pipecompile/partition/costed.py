@@ -3,15 +3,21 @@
     node                           -> its seconds, forward and backward
     value                          -> a net: its bytes over the link, twice if its gradient comes back
     ``graph.together``             -> one atom
-    parameters, saved activations  -> bytes, of which the latter count once for each microbatch in flight (1F1B)
+    parameters, saved activations  -> bytes, of which the latter count once for each microbatch in flight
 
-Replicated nodes are in no stage and cross no cut, so they are left out. A parameter read by several nodes counts for
-each of them: too much rather than too little where a memory limit is given.
+Replicated nodes are in no stage and cross no cut, so they are left out. A parameter counts for the first node that
+reads it. What more a stage holds (tied weights, values of other stages, what is on the way) depends on the whole plan:
+it is told as ``reserved`` bytes once a plan is known (see ``memory`` and ``planning``).
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+<<<<<<< HEAD
+=======
+from itertools import pairwise
+from math import inf
+>>>>>>> memory
 
 from pipecompile.cluster import Cluster, Link
 from pipecompile.graph import CostedGraph, Node
@@ -19,12 +25,16 @@ from pipecompile.partition.contract import Contraction, contract
 from pipecompile.partition.placed import Placed
 from pipecompile.partition.problem import Seat
 from pipecompile.partition.solve import solve
+<<<<<<< HEAD
 from pipecompile.partition.wished import Wished
+=======
+from pipecompile.partition.training import Training
+>>>>>>> memory
 from pipecompile.plan import Plan
 from pipecompile.wishes import Wishes
 
-TRAINING_COPIES = 4  # of a parameter: itself, its gradient, two moments of Adam
 
+<<<<<<< HEAD
 
 def partition(
     costed: CostedGraph,
@@ -32,14 +42,22 @@ def partition(
     cluster: Cluster | None = None,
     wishes: Wishes | None = None,
     budget: float | None = None,
+=======
+def partition(
+    costed: CostedGraph, num_stages: int, cluster: Cluster | None = None, training: Training | None = None
+>>>>>>> memory
 ) -> Plan:
     """A plan with the least time of the busiest stage that was found, never worse than the best cut of one node order.
 
     Args:
         cluster: the devices, stage s on rank s, and round again if there are more stages; by default equal devices
             without a memory limit.
+<<<<<<< HEAD
         wishes: what else the plan must keep to. With ``most_stages`` it may have fewer than ``num_stages``.
         budget: CPU seconds after which the search ends with the best plan so far.
+=======
+        training: what their memory must hold; by default 1F1B's with Adam.
+>>>>>>> memory
 
     Raises:
         ValueError: ``num_stages`` is less than one.
@@ -51,6 +69,7 @@ def partition(
     if num_stages < 1:
         raise ValueError(f"a plan needs at least one stage; got {num_stages}")
     cluster = Cluster.of([f"rank {rank}" for rank in range(num_stages)]) if cluster is None else cluster
+<<<<<<< HEAD
     wishes = wishes or Wishes()
     num_stages = min(num_stages, wishes.most_stages or num_stages)
     contraction = problem_of(costed, num_stages, cluster, wishes)
@@ -63,23 +82,59 @@ def partition(
 
 
 def problem_of(costed: CostedGraph, num_stages: int, cluster: Cluster, wishes: Wishes) -> Contraction:
+=======
+    contraction = problem_of(costed, num_stages, cluster, training)
+    stage_of = contraction.expand(solve(contraction.problem).stage_of)
+    plan = Plan.of(costed.graph, Placed(costed.graph).stages(stage_of), _ranks(num_stages, cluster))
+    return replace(plan, recomputed=tuple(range(num_stages))) if training and training.again else plan
+
+
+def problem_of(costed: CostedGraph, num_stages: int, cluster: Cluster, training: Training | None = None) -> Contraction:
+>>>>>>> memory
     """The numbers of the problem; its things are the nodes that are not replicated, in order."""
+    training = training or Training.flushed(num_stages)
     placed = Placed(costed.graph)
     wished = Wished(placed, wishes, num_stages)
     wished.check()
     nodes = [costed.graph.nodes[index] for index in placed.nodes]
     costs = [costed.costs[index] for index in placed.nodes]
     values = zip(nodes, placed.users, strict=True)
+    held, trained = _parameters(costed, placed)
+    stashed = training.stashed
     return contract(
-        [cost.seconds for cost in costs],
+        [cost.seconds + cost.forward * training.again for cost in costs],
         placed.arcs,
+<<<<<<< HEAD
         [((thing, *users), _transfer(node, cluster.link)) for thing, (node, users) in enumerate(values)],
         _seats(num_stages, cluster, wished.least_stages),
         together=[*placed.together, *wished.groups],
         kept_bytes=[TRAINING_COPIES * cost.parameter_bytes for cost in costs],
         saved_bytes=[cost.saved_bytes for cost in costs],
         pinned=[(pin.thing, pin.stage) for pin in wished.pins],
+=======
+        [
+            ((thing, *users), _transfer(node, _typical_link(num_stages, cluster)))
+            for thing, (node, users) in enumerate(values)
+        ],
+        _seats(num_stages, cluster, training),
+        together=placed.together,
+        kept_bytes=[h + t * (1 + training.optimizer_state + stashed[0]) for h, t in zip(held, trained, strict=True)],
+        saved_bytes=[cost.saved_bytes + t * stashed[1] for cost, t in zip(costs, trained, strict=True)],
+>>>>>>> memory
     )
+
+
+def _parameters(costed: CostedGraph, placed: Placed) -> tuple[list[int], list[int]]:
+    """For each thing the bytes of the parameters that it is the first to read, and of those that are trained."""
+    specs = {parameter.name: parameter.spec for parameter in costed.graph.parameters}
+    held, trained = [], []
+    seen: set[str] = set()
+    for index in placed.nodes:
+        mine = [specs[name] for name in costed.graph.nodes[index].parameters if name not in seen]
+        seen.update(costed.graph.nodes[index].parameters)
+        held.append(sum(spec.nbytes for spec in mine))
+        trained.append(sum(spec.nbytes for spec in mine if spec.requires_grad))
+    return held, trained
 
 
 def _transfer(node: Node, link: Link) -> float:
@@ -92,12 +147,35 @@ def _ranks(num_stages: int, cluster: Cluster) -> tuple[int, ...]:
     return tuple(stage % len(cluster) for stage in range(num_stages))
 
 
+<<<<<<< HEAD
 def _seats(num_stages: int, cluster: Cluster, least: int) -> list[Seat]:
     """A seat for each stage, of which ``least`` are needed; stages on one rank share its memory."""
+=======
+def _typical_link(num_stages: int, cluster: Cluster) -> Link:
+    """The mean of the links from each stage to the next: a cut costs the same wherever it is."""
     ranks = _ranks(num_stages, cluster)
+    links = [cluster.between(*pair) for pair in pairwise(ranks) if pair[0] != pair[1]]
+    if not links:
+        return cluster.link
+    slowness = sum(1 / link.bandwidth for link in links)
+    bandwidth = len(links) / slowness if slowness else inf
+    return Link(bandwidth, sum(link.latency for link in links) / len(links))
+
+
+def _seats(num_stages: int, cluster: Cluster, training: Training) -> list[Seat]:
+    """A seat for each stage; stages on one rank share its memory."""
+>>>>>>> memory
+    ranks = _ranks(num_stages, cluster)
+    reserved = training.reserved or (0,) * len(cluster)
     seats = []
     for stage, rank in enumerate(ranks):
         device = cluster.devices[rank]
+<<<<<<< HEAD
         memory = float("inf") if device.memory is None else device.memory / ranks.count(rank)
         seats.append(Seat(device.speed, memory, num_stages - stage, stage >= least))
+=======
+        memory = inf if device.memory is None else max(0, device.memory - reserved[rank])
+        in_flight = 1 if training.again else training.in_flight[stage]
+        seats.append(Seat(device.speed, memory / ranks.count(rank), in_flight))
+>>>>>>> memory
     return seats

@@ -8,7 +8,10 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from pipecompile.cluster import Cluster
 from pipecompile.graph import Cost
+from pipecompile.memory import KINDS, Memory
+from pipecompile.plan import Plan
 from pipecompile.render.labels import modules_line
 from pipecompile.render.stage_graph import Stage, StageGraph
 from pipecompile.render.units import bytes_text, count_text, seconds_text
@@ -42,6 +45,22 @@ def table(view: StageGraph, width: int = 100) -> Table:
     for index, stage in enumerate(view.stages):
         modules = [Text(modules_line(view, index))] if width >= WIDE else []
         it.add_row(str(index), str(stage.rank), *modules, *stage_numbers(stage))
+    return it
+
+
+def memory_table(memory: Memory, plan: Plan, cluster: Cluster) -> Table:
+    """What each stage holds at its fullest in training, by kind, and how much its device has."""
+    kinds = [kind for kind in KINDS if any(dict(stage.by_kind())[kind] for stage in memory.stages)]
+    it = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title="memory at the fullest", title_style="")
+    for name in ("stage", *kinds, "all", "of"):
+        it.add_column(name, justify="right", no_wrap=True)
+    for index, stage in enumerate(memory.stages):
+        limit = cluster.devices[plan.rank_of[index]].memory
+        sizes = [bytes_text(dict(stage.by_kind())[kind]) for kind in kinds]
+        again = "*" * (index in plan.recomputed)
+        it.add_row(f"{index}{again}", *sizes, bytes_text(stage.total), "" if limit is None else bytes_text(limit))
+    if plan.recomputed:
+        it.caption = "* computed again in the backward, so that activations need not be kept"
     return it
 
 

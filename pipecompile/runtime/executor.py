@@ -148,7 +148,7 @@ class Executor:
                 case Reduce(stage, number):
                     results = self._reduce(stage, microbatches[number].versions[stage], received)
                 case Step():
-                    runner.step(microbatches.values())
+                    runner.step(tuple(microbatches.values()))
                 case _:
                     assert_never(i)
         except PipecompileError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import linecache
 import re
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -40,7 +40,9 @@ class Microbatch:
     outputs: dict[str, Tensor] = field(default_factory=dict)  # model outputs, without their history
     input_gradients: dict[str, list[Tensor]] = field(default_factory=dict)  # one from each stage that reads the input
     saved: dict[int, Saved] = field(default_factory=dict)  # by stage, until its backward
-    versions: dict[int, Version] = field(default_factory=dict)  # by stage: the weights that its forward used
+    versions: dict[int, Version] = field(
+        default_factory=dict
+    )  # by stage: the weights that its forward used, until they have stepped
 
 
 class Runner:
@@ -96,9 +98,12 @@ class Runner:
             for source, leaves in saved.received.items()
         }
 
-    def step(self, microbatches: Iterable[Microbatch]) -> None:
+    def step(self, microbatches: Sequence[Microbatch]) -> None:
         """The stage's optimizer updates its weights; those that a microbatch still needs are kept."""
         index = self.stage.index
+        for microbatch in microbatches:
+            if index not in microbatch.saved:
+                microbatch.versions.pop(index, None)
         self.weights.step([m.versions[index] for m in microbatches if index in m.saved])
 
     def _call(self, arguments: Sequence[Value]) -> tuple[Tensor, ...]:

@@ -14,7 +14,7 @@ from pipecompile.program import Program
 from pipecompile.schedule.gpipe import gpipe
 from pipecompile.schedule.halves import backward_only, forward_only
 from pipecompile.schedule.one_f_one_b import one_f_one_b
-from pipecompile.schedule.pipedream import carried_after, drain, pipedream
+from pipecompile.schedule.pipedream import carried_after, drain, pipedream, steady
 from pipecompile.schedule.sequential import sequential
 
 
@@ -39,4 +39,5 @@ __all__ = [
     "one_f_one_b",
     "pipedream",
     "sequential",
+    "steady",
 ]

@@ -42,6 +42,17 @@ def pipedream(plan: Plan, microbatches: range, carried: Iterable[Instruction] = 
     return arrange(plan, [*forwards, *backwards], waves(plan, stride=2), carried=carried)
 
 
+def steady(plan: Plan, num_microbatches: int) -> Program:
+    """A bare segment with so many microbatches of a pipeline that has been full before."""
+    carried: frozenset[Instruction] = frozenset()
+    start = 0
+    while True:
+        program = pipedream(plan, range(start, start + num_microbatches), carried)
+        if start >= max(plan.depth):
+            return program
+        carried, start = carried_after(program), start + num_microbatches
+
+
 def drain(plan: Plan, carried: Iterable[Instruction]) -> Program:
     """The bare program of the Backwards and Steps that are still to come, which leaves the pipeline empty."""
     pending = (i for i in carried if isinstance(i, Forward))

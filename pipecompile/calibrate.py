@@ -1,0 +1,64 @@
+"""What stages took in a step beside what was predicted, and costs corrected by it.
+
+A profile times each operation alone. In a step they share caches, threads and memory with others, and a stage has a
+cost of its own. The ratio of measured to predicted, forward and backward, corrects each node of a stage alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+
+from pipecompile.graph import Cost, CostedGraph
+from pipecompile.plan import Plan
+from pipecompile.program import Backward, Forward
+from pipecompile.timeline import Timeline
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Seconds of one microbatch in one stage: as predicted, and the median of those measured."""
+
+    predicted: Cost
+    measured: Cost
+
+    @property
+    def ratio(self) -> float:
+        """Measured over predicted; 1 where nothing was predicted."""
+        return self.measured.seconds / self.predicted.seconds if self.predicted.seconds else 1.0
+
+
+def stage_times(predicted: Sequence[Cost], timeline: Timeline) -> tuple[Times, ...]:
+    """For each stage its times in a measured step; none if it ran no backward.
+
+    Args:
+        predicted: of each stage, for one microbatch.
+    """
+    seconds: dict[tuple[type, int], list[float]] = {}
+    for span in timeline.spans:
+        seconds.setdefault((type(span.instruction), span.instruction.stage), []).append(span.seconds)
+    stages = range(len(predicted))
+    if not all((kind, stage) in seconds for kind in (Forward, Backward) for stage in stages):
+        return ()
+    return tuple(
+        Times(predicted[stage], Cost(median(seconds[Forward, stage]), median(seconds[Backward, stage])))
+        for stage in stages
+    )
+
+
+def corrected(costed: CostedGraph, plan: Plan, times: Sequence[Times]) -> CostedGraph:
+    """The costs with those of each stage's nodes scaled to what the stage took; replicated nodes keep theirs."""
+    forward = [_ratio(t.measured.forward, t.predicted.forward) for t in times]
+    backward = [_ratio(t.measured.backward, t.predicted.backward) for t in times]
+    costs = tuple(
+        cost
+        if stage is None
+        else replace(cost, forward=cost.forward * forward[stage], backward=cost.backward * backward[stage])
+        for cost, stage in zip(costed.costs, plan.stage_of, strict=True)
+    )
+    return replace(costed, costs=costs, origin=f"{costed.origin}, corrected by a measured step")
+
+
+def _ratio(measured: float, predicted: float) -> float:
+    return measured / predicted if predicted else 1.0

@@ -1,0 +1,32 @@
+"""What a plan within memory must know of the training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ADAM = 2.0  # bytes of optimizer state for each byte of parameters
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """What memory in training depends on beside the model; for each stage, as a program has it on stages in a row."""
+
+    in_flight: tuple[int, ...]  # microbatches at once
+    live: tuple[int, ...]  # weight versions at once
+    optimizer_state: float = ADAM  # bytes for each byte of trainable parameters
+    again: bool = False  # every stage's backward computes its forward again
+    reserved: tuple[int, ...] = ()  # bytes of each rank that the plan may not use
+
+    @property
+    def stashed(self) -> tuple[int, int]:
+        """Older weight versions: how many a stage holds, plus how many for each microbatch in flight.
+
+        Exact where stages hold one version, or as many as they have microbatches in flight; else not too few.
+        """
+        each = all(live <= count for live, count in zip(self.live, self.in_flight, strict=True))
+        return (-1, 1) if max(self.live) > 1 and each and not self.again else (max(self.live) - 1, 0)
+
+    @staticmethod
+    def flushed(num_stages: int) -> Training:
+        """As 1F1B has it, with Adam."""
+        return Training(tuple(range(num_stages, 0, -1)), (1,) * num_stages)

@@ -1,0 +1,43 @@
+"""How many bytes of tensors are alive that were made while this mode was on, now and at most."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees what torch's functions return; what a kernel takes for itself alone is not seen."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.most = 0
+        self._made: dict[int, weakref.finalize[..., Any]] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        before = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if _has_storage(t)}
+        for tensor in tree_leaves(out):
+            if _has_storage(tensor) and id(storage := tensor.untyped_storage()) not in before:
+                self._add(storage)
+        return out
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, nbytes = id(storage), storage.nbytes()
+        if key not in self._made:
+            self._made[key] = weakref.finalize(storage, self._remove, key, nbytes)
+            self.now += nbytes
+            self.most = max(self.most, self.now)
+
+    def _remove(self, key: int, nbytes: int) -> None:
+        del self._made[key]
+        self.now -= nbytes
+
+
+def _has_storage(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided

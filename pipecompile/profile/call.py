@@ -1,0 +1,128 @@
+"""One node's call, on tensors of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch import Tensor, nn
+
+from pipecompile.capture.origin import origin_of
+from pipecompile.profile.allocations import Allocations
+from pipecompile.regions import enter_region
+
+
+class Call:
+    """A node's call on leaves of its own, so that its backward can run alone."""
+
+    def __init__(self, node: fx.Node, function: Any, args: Any, kwargs: Any) -> None:
+        self.function = function
+        self.region = origin_of(node).region
+        self.mutates = origin_of(node).mutates
+        self.args, self.kwargs = args, kwargs
+        own = list(function.parameters()) if isinstance(function, nn.Module) else []
+        self.leaves: list[Tensor] = [t for t in [*tensors_of((args, kwargs)), *own] if t.requires_grad]
+        self.differentiable = False
+
+    def value(self) -> tuple[Any, list[Tensor]]:
+        """What the nodes after this one read, and the tensors that autograd keeps.
+
+        A write goes to the very memory that later nodes read, without gradients. What it would keep is seen on copies,
+        and told in terms of the originals.
+        """
+        if not self.mutates:
+            return self._watched(self.args, self.kwargs)
+        copies = map_tensors(torch.clone, (self.args, self.kwargs))
+        out, saved = self._watched(*copies)
+        with torch.no_grad():
+            value = self._run(self.args, self.kwargs)
+        pairs = zip(tensors_of((copies, out)), tensors_of(((self.args, self.kwargs), value)), strict=True)
+        original = {copy.untyped_storage()._cdata: tensor for copy, tensor in pairs}
+        return value, [original.get(t.untyped_storage()._cdata, t) for t in saved]
+
+    def _watched(self, args: Any, kwargs: Any) -> tuple[Any, list[Tensor]]:
+        saved: list[Tensor] = []
+
+        def pack(tensor: Tensor) -> Tensor:
+            saved.append(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            return self._run(args, kwargs), saved
+
+    def forward(self) -> list[Tensor]:
+        """Runs the call as often as one likes; the outputs that a backward can start from."""
+        copied = map_tensors(torch.clone, (self.args, self.kwargs)) if self.mutates else (self.args, self.kwargs)
+        outputs = tensors_of(self._run(*copied))
+        self.differentiable = bool(self.leaves) and any(t.grad_fn is not None for t in outputs)
+        return outputs
+
+    def backward(self, outputs: list[Tensor]) -> None:
+        """Runs the backward of a forward's outputs."""
+        roots = [t for t in outputs if t.grad_fn is not None]
+        torch.autograd.grad(roots, self.leaves, [torch.ones_like(t) for t in roots], allow_unused=True)
+
+    def allocated(self) -> tuple[int, int]:
+        """The most bytes that a forward allocates at once, and a backward; none of one that cannot be run alone."""
+        with Allocations() as during_forward:
+            outputs = self.forward()
+        if not self.differentiable:
+            return during_forward.most, 0
+        try:
+            with Allocations() as during_backward:
+                self.backward(outputs)
+        except RuntimeError:
+            return during_forward.most, 0
+        return during_forward.most, during_backward.most
+
+    @property
+    def is_half(self) -> bool:
+        """Whether the call computes with numbers of 16 bits."""
+        floats = [t for t in tensors_of((self.args, self.kwargs)) if t.is_floating_point()]
+        return any(t.itemsize == 2 for t in floats)
+
+    def traffic(self, outputs: list[Tensor]) -> int:
+        """Bytes that a forward reads and writes; none if its outputs are views."""
+        read = tensors_of((self.args, self.kwargs))
+        known = {t.untyped_storage()._cdata for t in read}
+        is_view = all(t.untyped_storage()._cdata in known for t in outputs)
+        return 0 if is_view else sum(t.nbytes for t in read + outputs)
+
+    def _run(self, args: Any, kwargs: Any) -> Any:
+        with enter_region(self.region.grad, self.region.autocast):
+            return self.function(*args, **kwargs)
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, tuple | list):
+        return [tensor for item in value for tensor in tensors_of(item)]
+    if isinstance(value, dict):
+        return [tensor for item in value.values() for tensor in tensors_of(item)]
+    return []
+
+
+def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return function(value)
+    return torch.utils._pytree.tree_map_only(Tensor, function, value)
+
+
+def as_recorded(value: Any, recorded: Any) -> Any:
+    """A node's value as the next node's leaf, which wants a gradient if the trace says so."""
+    wants = iter([t.requires_grad for t in tensors_of(recorded)])
+    return map_tensors(lambda t: t.detach().requires_grad_(next(wants, False)), value)
+
+
+def described(value: Any) -> Any:
+    """A hashable description of arguments: equal for equal operations on equal shapes."""
+    if isinstance(value, Tensor):
+        return (tuple(value.shape), value.stride(), value.dtype, value.requires_grad)
+    if isinstance(value, tuple | list):
+        return tuple(map(described, value))
+    if isinstance(value, dict):
+        return tuple((key, described(item)) for key, item in value.items())
+    return repr(value)

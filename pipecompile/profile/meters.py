@@ -1,0 +1,92 @@
+"""Two ways to tell the seconds of a call: by a clock, and by counting what it does."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from statistics import median
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipecompile.accelerators import Roofline
+from pipecompile.profile.call import Call
+
+How = Literal["measure", "count"]
+REPEATS = (3, 7)  # timed runs of an operation, at least and at most
+UNKNOWN_BACKWARD = 2.0  # forwards that a backward takes which cannot be run on its own
+ENOUGH = 0.05  # seconds: an operation is not repeated further once it has been timed for so long
+
+
+class Clock:
+    """Measures seconds; CUDA work is waited for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.fake: Any = nullcontext()
+
+    def tensor(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().to(self.device)
+
+    def seconds(self, call: Call) -> tuple[float, float]:
+        forward = self.repeated(call.forward)
+        if not call.differentiable:
+            return forward, 0.0
+        try:
+            both = self.repeated(lambda: call.backward(call.forward()))
+        except RuntimeError:
+            return forward, UNKNOWN_BACKWARD * forward
+        return forward, max(0.0, both - forward)
+
+    def repeated(self, run: Callable[[], Any]) -> float:
+        """The median of several runs."""
+        run()
+        times: list[float] = []
+        least, most = REPEATS
+        while len(times) < least or (len(times) < most and sum(times) < ENOUGH):
+            self._wait()
+            start = time.perf_counter()
+            run()
+            self._wait()
+            times.append(time.perf_counter() - start)
+        return median(times)
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+class Counter:
+    """Counts operations and bytes on fake tensors."""
+
+    def __init__(self, roofline: Roofline) -> None:
+        self.roofline = roofline
+        self.tensor_float = torch.get_float32_matmul_precision() != "highest"
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def tensor(self, tensor: Tensor) -> Tensor:
+        if tensor.is_meta:
+            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+        return self.fake.from_tensor(tensor.detach(), static_shapes=True)
+
+    def seconds(self, call: Call) -> tuple[float, float]:
+        with FlopCounterMode(display=False) as counter:
+            outputs = call.forward()
+            nbytes = call.traffic(outputs)
+            half = call.is_half
+            forward = self.roofline.seconds(counter.get_total_flops(), nbytes, half, self.tensor_float)
+            if not call.differentiable:
+                return forward, 0.0
+            try:
+                call.backward(outputs)
+            except RuntimeError:
+                return forward, UNKNOWN_BACKWARD * forward
+            both = self.roofline.seconds(counter.get_total_flops(), 3 * nbytes, half, self.tensor_float)
+        return forward, max(0.0, both - forward)
+
+
+Meter = Clock | Counter

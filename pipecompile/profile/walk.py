@@ -1,0 +1,208 @@
+"""One walk over a captured graph, which runs every node and holds the values that are still needed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.fx as fx
+from rich.progress import Progress
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from pipecompile.accelerators import ACCELERATORS
+from pipecompile.capture import Captured
+from pipecompile.capture.leaves import FunctionLeaf
+from pipecompile.capture.origin import origin_of
+from pipecompile.capture.recorder import DATA_DEPENDENT
+from pipecompile.capture.stand_ins import STAND_INS
+from pipecompile.capture.symbols import resolve
+from pipecompile.errors import ExecutionError
+from pipecompile.graph import Cost, Footprint
+from pipecompile.profile.call import Call, as_recorded, described, map_tensors, tensors_of
+from pipecompile.profile.meters import UNKNOWN_BACKWARD, Counter, Meter
+from pipecompile.retarget import retarget
+
+PATIENCE = 2.0  # seconds until a progress bar shows
+_SOME = ACCELERATORS["A100-40GB"].roofline  # for a call whose result is not known even where others are measured
+
+
+class Walk:
+    """One walk over the graph; holds the values that are still needed.
+
+    Attributes:
+        costs, footprints: by node name, once it has run.
+        storages: bytes of each storage that a footprint names.
+    """
+
+    def __init__(self, captured: Captured, device: torch.device, meter: Meter) -> None:
+        self.captured = captured
+        self.device = device
+        self.meter = meter
+        self.values: dict[fx.Node, Any] = {}
+        self.costs: dict[str, Cost] = {}
+        self.footprints: dict[str, Footprint] = {}
+        self.storages: list[int] = []
+        self.inputs = {name: self._input(name) for name in captured.call.tensors}
+        self.timed: dict[Any, tuple[float, float]] = {}
+        self.allocated: dict[Any, tuple[int, int]] = {}
+        self.numbers: Any = WeakIdKeyDictionary()  # storage -> its number, None for those of parameters and buffers
+        self.kept: set[int] = set()  # storages that some node before has kept
+        self.attributes = captured.tensors
+        self.sizes = captured.sample_sizes
+
+    def run(self) -> None:
+        nodes = list(self.captured.graph.nodes)
+        last_use = {source: node for node in nodes for source in node.all_input_nodes}
+        with self.meter.fake, _progress("profiling", len(nodes)) as advance:
+            for node in nodes:
+                self._visit_or_say(node)
+                for source in node.all_input_nodes:
+                    if last_use[source] is node:
+                        self.values.pop(source, None)
+                advance()
+
+    def _visit_or_say(self, node: fx.Node) -> None:
+        try:
+            self._visit(node)
+        except Exception as error:
+            raise ExecutionError(
+                f"{origin_of(node)}: a microbatch of {self.captured.microbatch} rows cannot be run: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+    def _visit(self, node: fx.Node) -> None:
+        match node.op:
+            case "placeholder":
+                value = self.inputs[node.name] if node.name in self.inputs else self._whole(node)
+                self.values[node] = value
+                self.footprints[node.name] = Footprint(self._numbers([value]))
+            case "get_attr":
+                tensor = self.attributes[str(node.target)]
+                self.values[node] = self._attribute(tensor)
+            case "call_function" | "call_method" | "call_module":
+                self._measure(node)
+
+    def _input(self, name: str) -> Tensor:
+        call = self.captured.call
+        tensor = call.tensors[name].detach()
+        rows = tensor[: self.captured.microbatch] if name in call.batched else tensor
+        return self.meter.tensor(rows.clone()).requires_grad_(call.tensors[name].requires_grad)
+
+    def _attribute(self, tensor: Tensor) -> Tensor:
+        value = self.meter.tensor(tensor)
+        if not isinstance(tensor, nn.Parameter):
+            value = value.clone()  # a buffer may be written
+        self.numbers[value.untyped_storage()] = None
+        return value.requires_grad_(tensor.requires_grad)
+
+    def _measure(self, node: fx.Node) -> None:
+        """Runs a node, keeps its value, and notes what it costs."""
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self.values.__getitem__)
+        args = retarget(args, self.captured.device, self.device)
+        kwargs = retarget(kwargs, self.captured.device, self.device)
+        if node.op == "call_method":
+            self.values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            return
+        function = self._leaf(node) if node.op == "call_module" else node.target
+        if isinstance(self.meter, Counter):
+            if isinstance(function, nn.Module | FunctionLeaf):
+                self._count_leaf(node, function, args)
+                return
+            function = STAND_INS.get(function, function)  # type: ignore[arg-type]
+        run = Call(node, function, args, kwargs)
+        try:
+            value, saved = run.value()
+            self.values[node] = as_recorded(value, node.meta.get("val"))
+        except DATA_DEPENDENT:
+            self._count_leaf(node, None, (args, kwargs))
+            return
+        key = (node.target, origin_of(node).region, described(args), described(kwargs))
+        if key not in self.timed:
+            self.timed[key] = self.meter.seconds(run)
+            self.allocated[key] = run.allocated()
+        self._note(node, *self.timed[key], saved, *self.allocated[key])
+
+    def _note(
+        self, node: fx.Node, forward: float, backward: float, saved: list[Tensor], allocated: int, returned: int
+    ) -> None:
+        values = self._numbers(tensors_of(self.values[node]))
+        stretch = self.captured.recomputed.get(node.name)
+        kept, again = self._numbers(saved), self._numbers([])
+        if stretch is not None:
+            kept, again = self._numbers(self._read_from_outside(node)), kept
+            backward += forward
+        nbytes = sum(self.storages[number] for number in kept if number not in self.kept)
+        self.kept.update(kept)
+        self.costs[node.name] = Cost(forward, backward, nbytes)
+        self.footprints[node.name] = Footprint(
+            values, kept, allocated, returned, again, stretch, node.name in self.captured.repeatable
+        )
+
+    def _read_from_outside(self, node: fx.Node) -> list[Tensor]:
+        """What a node that is computed again reads of nodes that are not: that is kept for it."""
+        region = self.captured.recomputed
+        outside = [n for n in node.all_input_nodes if region.get(n.name) != region[node.name]]
+        return tensors_of([self.values[n] for n in outside])
+
+    def _numbers(self, tensors: list[Tensor]) -> tuple[int, ...]:
+        """The storages of tensors, each once, without those of parameters and buffers."""
+        found: dict[int, None] = {}
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if storage not in self.numbers:
+                self.numbers[storage] = len(self.storages)
+                self.storages.append(storage.nbytes())
+            if (number := self.numbers[storage]) is not None:
+                found[number] = None
+        return tuple(found)
+
+    def _whole(self, node: fx.Node) -> Tensor:
+        """A stand-in for a value of the whole batch that the model reads (how many targets count)."""
+        like = node.meta["val"]
+        return self.meter.tensor(torch.ones(self._shape(like), dtype=like.dtype))
+
+    def _leaf(self, node: fx.Node) -> nn.Module:
+        """A module that is kept whole, on tensors of this walk."""
+        prefix = f"{node.target}."
+        mine = {name: self._attribute(t) for name, t in self.attributes.items() if name.startswith(prefix)}
+        return self.captured.leaf(str(node.target), mine)
+
+    def _shape(self, tensor: Tensor) -> list[int]:
+        """The shape of a recorded tensor at the sample microbatch."""
+        return [resolve(size, self.sizes) for size in tensor.shape]
+
+    def _count_leaf(self, node: fx.Node, leaf: nn.Module | FunctionLeaf | None, args: Any) -> None:
+        """A call that no fake can run: as if each row of its first tensor met each of its parameters once."""
+        roofline = self.meter.roofline if isinstance(self.meter, Counter) else _SOME
+        self.values[node] = map_tensors(
+            lambda t: torch.empty(self._shape(t), dtype=t.dtype).requires_grad_(t.requires_grad), node.meta["val"]
+        )
+        parameters = list(leaf.parameters()) if isinstance(leaf, nn.Module) else []
+        tensors = tensors_of((args, self.values[node]))
+        rows = tensors[0].numel() // max(1, tensors[0].shape[-1] if tensors[0].ndim else 1) if tensors else 1
+        nbytes = sum(t.nbytes for t in [*tensors, *parameters])
+        forward = roofline.seconds(2 * rows * sum(p.numel() for p in parameters), nbytes)
+        self._note(node, forward, UNKNOWN_BACKWARD * forward, tensors, nbytes, nbytes)
+
+
+@contextmanager
+def _progress(task: str, total: int) -> Iterator[Callable[[], None]]:
+    """A progress bar that shows itself only when the work takes longer than ``PATIENCE``."""
+    start = time.perf_counter()
+    bar = Progress(transient=True)
+    handle = bar.add_task(task, total=total)
+
+    def advance() -> None:
+        bar.advance(handle)
+        if time.perf_counter() - start > PATIENCE:
+            bar.start()
+
+    try:
+        yield advance
+    finally:
+        if bar.live.is_started:
+            bar.stop()
