@@ -116,13 +116,9 @@ class Pipeline(nn.Module):
     def report(self) -> Mapping[str, Sequence[str]]:
         """What is specialised, recomputed or otherwise worth knowing, by topic; of the capture in use."""
         captures = [f"{number}: {reason}" for number, reason in enumerate(self._captures.reasons, 1)]
-<<<<<<< HEAD
         repeated = [f"{why} (times: {count})" for why, count in self._session.repeated.items()]
-        return {**describe(self._capture_in_use), "captures": captures, "run again": repeated}
-=======
-        compiled, timeline = self._capture_in_use, self._session.timeline
-        return {**describe(compiled, timeline), "captures": captures}
->>>>>>> memory
+        described = describe(self._capture_in_use, self._session.timeline)
+        return {**described, "captures": captures, "run again": repeated}
 
     @property
     def captures(self) -> int:

@@ -52,11 +52,8 @@ class Plan(Json):
     rank_of: tuple[int, ...]  # stage -> rank; several stages may share one
     channels: tuple[Channel, ...] = ()
     tied: tuple[Tied, ...] = ()
-<<<<<<< HEAD
     quality: Quality | None = None  # where it was searched for
-=======
     recomputed: tuple[int, ...] = ()  # stages whose backward computes their forward again, ascending
->>>>>>> memory
 
     def __post_init__(self) -> None:
         self.validate()

@@ -273,20 +273,12 @@ def _gradients(session: Session, batch: Batch, microbatches: Mapping[int, Microb
         for name, leaf in version.leaves.items():
             if leaf.grad is not None:
                 tensor = session.weights[stage].tensors[name]
-<<<<<<< HEAD
                 add(tensor, leaf.grad.to(tensor.device))
                 leaf.grad = None
     for name, tensor in batch.call.tensors.items():
         if tensor.requires_grad and any(microbatch.input_gradients.get(name) for microbatch in microbatches.values()):
             add(tensor, _input_gradient(name, batch, microbatches))
     return found
-=======
-                gradient, leaf.grad = leaf.grad.to(tensor.device), None  # held once: autograd may take it as it is
-                found[id(tensor)] = found[id(tensor)] + gradient if id(tensor) in found else gradient
-    wanting = [name for name, tensor in batch.call.tensors.items() if tensor.requires_grad]
-    inputs = [_input_gradient(name, batch, microbatches) for name in wanting]
-    return [*(found.get(id(parameter)) for parameter in batch.parameters), *inputs]
->>>>>>> memory
 
 
 def _input_gradient(name: str, batch: Batch, microbatches: Mapping[int, Microbatch]) -> Tensor:

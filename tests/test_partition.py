@@ -21,7 +21,6 @@ from pipecompile.partition.orders import orders
 from pipecompile.partition.problem import Net, Problem, Seat
 from pipecompile.partition.window import Side, Window, narrowed
 from pipecompile.plan import Plan
-from pipecompile.wishes import Wishes
 
 FREE = Link(bandwidth=1e30)
 
@@ -177,7 +176,7 @@ def test_two_towers_are_not_cut_across_both_at_once():
 def test_long_skips_of_a_unet_cost_their_two_ends_only():
     skips = [(0, 11), (1, 10), (2, 9)]
     costed = chain_graph([1.0] * 12, nbytes=4_000, edges=skips)
-    problem = problem_of(costed, 3, Cluster.of(["a", "b", "c"], Link(bandwidth=1e5)), Wishes()).problem
+    problem = problem_of(costed, 3, Cluster.of(["a", "b", "c"], Link(bandwidth=1e5))).problem
     loads = stage_loads(problem, stages(partition(costed, 3, Cluster.of(["a", "b", "c"], Link(bandwidth=1e5)))))
     assert max(loads) <= max(stage_loads(problem, [0] * 4 + [1] * 4 + [2] * 4))
     assert stage_loads(problem, [0] * 4 + [1] * 4 + [2] * 4)[1] == pytest.approx(4 + 2 * 0.08)
@@ -188,7 +187,7 @@ def test_a_value_that_needs_no_gradient_is_sent_one_way_only():
         spec = TensorSpec((1000,), "float32", requires_grad)
         graph = Graph((Node("a", "relu", (), (spec,)), Node("b", "relu", (0,), (spec,))), outputs=(1,))
         problem = problem_of(
-            CostedGraph(graph, (Cost(), Cost()), "made up"), 2, Cluster.of(["x", "y"], Link(1e3)), Wishes()
+            CostedGraph(graph, (Cost(), Cost()), "made up"), 2, Cluster.of(["x", "y"], Link(1e3))
         ).problem
         assert problem.nets == (Net((0, 1), 4.0 * trips),)
 

@@ -74,7 +74,7 @@ def test_fewer_stages_than_allowed_where_more_would_not_be_faster() -> None:
 
 def test_a_device_that_is_too_slow_is_left_out_where_fewer_stages_are_allowed() -> None:
     cluster = Cluster((Device("a"), Device("slow", speed=1e-9), Device("c")))
-    assert partition(LAYERS, 3, cluster, Wishes(most_stages=3)).rank_of == (0, 2)
+    assert partition(LAYERS, 3, cluster, wishes=Wishes(most_stages=3)).rank_of == (0, 2)
 
 
 @pytest.mark.parametrize(

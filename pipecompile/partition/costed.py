@@ -13,11 +13,8 @@ it is told as ``reserved`` bytes once a plan is known (see ``memory`` and ``plan
 from __future__ import annotations
 
 from dataclasses import replace
-<<<<<<< HEAD
-=======
 from itertools import pairwise
 from math import inf
->>>>>>> memory
 
 from pipecompile.cluster import Cluster, Link
 from pipecompile.graph import CostedGraph, Node
@@ -25,39 +22,28 @@ from pipecompile.partition.contract import Contraction, contract
 from pipecompile.partition.placed import Placed
 from pipecompile.partition.problem import Seat
 from pipecompile.partition.solve import solve
-<<<<<<< HEAD
-from pipecompile.partition.wished import Wished
-=======
 from pipecompile.partition.training import Training
->>>>>>> memory
+from pipecompile.partition.wished import Wished
 from pipecompile.plan import Plan
 from pipecompile.wishes import Wishes
 
-
-<<<<<<< HEAD
 
 def partition(
     costed: CostedGraph,
     num_stages: int,
     cluster: Cluster | None = None,
+    training: Training | None = None,
     wishes: Wishes | None = None,
     budget: float | None = None,
-=======
-def partition(
-    costed: CostedGraph, num_stages: int, cluster: Cluster | None = None, training: Training | None = None
->>>>>>> memory
 ) -> Plan:
     """A plan with the least time of the busiest stage that was found, never worse than the best cut of one node order.
 
     Args:
         cluster: the devices, stage s on rank s, and round again if there are more stages; by default equal devices
             without a memory limit.
-<<<<<<< HEAD
+        training: what their memory must hold; by default 1F1B's with Adam.
         wishes: what else the plan must keep to. With ``most_stages`` it may have fewer than ``num_stages``.
         budget: CPU seconds after which the search ends with the best plan so far.
-=======
-        training: what their memory must hold; by default 1F1B's with Adam.
->>>>>>> memory
 
     Raises:
         ValueError: ``num_stages`` is less than one.
@@ -69,32 +55,29 @@ def partition(
     if num_stages < 1:
         raise ValueError(f"a plan needs at least one stage; got {num_stages}")
     cluster = Cluster.of([f"rank {rank}" for rank in range(num_stages)]) if cluster is None else cluster
-<<<<<<< HEAD
     wishes = wishes or Wishes()
     num_stages = min(num_stages, wishes.most_stages or num_stages)
-    contraction = problem_of(costed, num_stages, cluster, wishes)
+    contraction = problem_of(costed, num_stages, cluster, training, wishes)
     solution = solve(contraction.problem, budget)
     used = sorted(set(solution.stage_of))
     stage_of = tuple(used.index(stage) for stage in contraction.expand(solution.stage_of))
     ranks = _ranks(num_stages, cluster)
     plan = Plan.of(costed.graph, Placed(costed.graph).stages(stage_of), [ranks[stage] for stage in used])
-    return replace(plan, quality=solution.quality)
+    again = tuple(range(plan.num_stages)) if training and training.again else ()
+    return replace(plan, quality=solution.quality, recomputed=again)
 
 
-def problem_of(costed: CostedGraph, num_stages: int, cluster: Cluster, wishes: Wishes) -> Contraction:
-=======
-    contraction = problem_of(costed, num_stages, cluster, training)
-    stage_of = contraction.expand(solve(contraction.problem).stage_of)
-    plan = Plan.of(costed.graph, Placed(costed.graph).stages(stage_of), _ranks(num_stages, cluster))
-    return replace(plan, recomputed=tuple(range(num_stages))) if training and training.again else plan
-
-
-def problem_of(costed: CostedGraph, num_stages: int, cluster: Cluster, training: Training | None = None) -> Contraction:
->>>>>>> memory
+def problem_of(
+    costed: CostedGraph,
+    num_stages: int,
+    cluster: Cluster,
+    training: Training | None = None,
+    wishes: Wishes | None = None,
+) -> Contraction:
     """The numbers of the problem; its things are the nodes that are not replicated, in order."""
     training = training or Training.flushed(num_stages)
     placed = Placed(costed.graph)
-    wished = Wished(placed, wishes, num_stages)
+    wished = Wished(placed, wishes or Wishes(), num_stages)
     wished.check()
     nodes = [costed.graph.nodes[index] for index in placed.nodes]
     costs = [costed.costs[index] for index in placed.nodes]
@@ -104,23 +87,15 @@ def problem_of(costed: CostedGraph, num_stages: int, cluster: Cluster, training:
     return contract(
         [cost.seconds + cost.forward * training.again for cost in costs],
         placed.arcs,
-<<<<<<< HEAD
-        [((thing, *users), _transfer(node, cluster.link)) for thing, (node, users) in enumerate(values)],
-        _seats(num_stages, cluster, wished.least_stages),
-        together=[*placed.together, *wished.groups],
-        kept_bytes=[TRAINING_COPIES * cost.parameter_bytes for cost in costs],
-        saved_bytes=[cost.saved_bytes for cost in costs],
-        pinned=[(pin.thing, pin.stage) for pin in wished.pins],
-=======
         [
             ((thing, *users), _transfer(node, _typical_link(num_stages, cluster)))
             for thing, (node, users) in enumerate(values)
         ],
-        _seats(num_stages, cluster, training),
-        together=placed.together,
+        _seats(num_stages, cluster, training, wished.least_stages),
+        together=[*placed.together, *wished.groups],
         kept_bytes=[h + t * (1 + training.optimizer_state + stashed[0]) for h, t in zip(held, trained, strict=True)],
         saved_bytes=[cost.saved_bytes + t * stashed[1] for cost, t in zip(costs, trained, strict=True)],
->>>>>>> memory
+        pinned=[(pin.thing, pin.stage) for pin in wished.pins],
     )
 
 
@@ -147,10 +122,6 @@ def _ranks(num_stages: int, cluster: Cluster) -> tuple[int, ...]:
     return tuple(stage % len(cluster) for stage in range(num_stages))
 
 
-<<<<<<< HEAD
-def _seats(num_stages: int, cluster: Cluster, least: int) -> list[Seat]:
-    """A seat for each stage, of which ``least`` are needed; stages on one rank share its memory."""
-=======
 def _typical_link(num_stages: int, cluster: Cluster) -> Link:
     """The mean of the links from each stage to the next: a cut costs the same wherever it is."""
     ranks = _ranks(num_stages, cluster)
@@ -162,20 +133,14 @@ def _typical_link(num_stages: int, cluster: Cluster) -> Link:
     return Link(bandwidth, sum(link.latency for link in links) / len(links))
 
 
-def _seats(num_stages: int, cluster: Cluster, training: Training) -> list[Seat]:
-    """A seat for each stage; stages on one rank share its memory."""
->>>>>>> memory
+def _seats(num_stages: int, cluster: Cluster, training: Training, least: int) -> list[Seat]:
+    """A seat for each stage, of which ``least`` are needed; stages on one rank share its memory."""
     ranks = _ranks(num_stages, cluster)
     reserved = training.reserved or (0,) * len(cluster)
     seats = []
     for stage, rank in enumerate(ranks):
         device = cluster.devices[rank]
-<<<<<<< HEAD
-        memory = float("inf") if device.memory is None else device.memory / ranks.count(rank)
-        seats.append(Seat(device.speed, memory, num_stages - stage, stage >= least))
-=======
         memory = inf if device.memory is None else max(0, device.memory - reserved[rank])
         in_flight = 1 if training.again else training.in_flight[stage]
-        seats.append(Seat(device.speed, memory / ranks.count(rank), in_flight))
->>>>>>> memory
+        seats.append(Seat(device.speed, memory / ranks.count(rank), in_flight, stage >= least))
     return seats
