@@ -124,7 +124,10 @@ def _is_masked(model: nn.Module, kwargs: Mapping[str, Any]) -> bool:
 
 
 def examine_ragged(
-    entry: Entry, batches: tuple[int, ...] = BATCHES, microbatches: tuple[int, ...] = MICROBATCHES
+    entry: Entry,
+    batches: tuple[int, ...] = BATCHES,
+    microbatches: tuple[int, ...] = MICROBATCHES,
+    splits: tuple[int, ...] = STAGES,
 ) -> Iterator[dict[str, Any]]:
     """Facts about a model, variant by variant: a tally for each number of stages."""
     plain: Run | None = None
@@ -143,7 +146,7 @@ def examine_ragged(
         yield {f"{variant.name}: {fact}": value for fact, value in facts.items()}
         chosen = tuple(batch for batch in batches if batch in variant.batches)
         with one_capture_for_many_plans():
-            for stages in STAGES:
+            for stages in splits:
                 yield {f"{variant.name}: stages {stages}": "hang"}
                 tally = _train(variant, model, attended, stages, chosen, microbatches, reference)
                 yield {f"{variant.name}: stages {stages}": vars(tally)}
