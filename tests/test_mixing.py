@@ -101,6 +101,39 @@ def test_a_module_that_sorts_all_samples_and_puts_them_back_is_tried_out() -> No
     assert any("tried out" in line and "'experts'" in line for line in pipe.report["microbatches"])
 
 
+class Places(nn.Module):
+    """Each of two experts takes so many of the batch's rows; those that come too late go without."""
+
+    def __init__(self, places: int) -> None:
+        super().__init__()
+        self.places = places
+
+    def forward(self, x: Tensor) -> Tensor:
+        expert = torch.stack([x[:, 0] > 0, x[:, 0] <= 0], dim=1).long()
+        before = (expert.cumsum(0) - 1) * expert
+        return x * (before.sum(1) < self.places)[:, None]
+
+
+class WithPlaces(nn.Module):
+    def __init__(self, places: int) -> None:
+        super().__init__()
+        self.first, self.experts, self.last = nn.Linear(WIDTH, WIDTH), Places(places), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.experts(self.first(x))).square().mean()
+
+
+def test_places_enough_for_a_microbatch_but_not_for_the_batch_are_refused() -> None:
+    x = torch.randn(16, WIDTH, dtype=torch.float64)
+    model = WithPlaces(4).double()
+    with pytest.raises(CaptureError, match=r"module 'experts'.*samples of the batch mix here"):
+        pipecompile.compile(model, ["cpu", "cpu"], microbatches=4, profile="count")(x)
+    roomy = WithPlaces(16).double()
+    pipe = pipecompile.compile(roomy, ["cpu", "cpu"], microbatches=4, profile="count")
+    assert_step_equal(roomy, pipe, {"x": x})
+    assert any("tried out" in line and "'experts'" in line for line in pipe.report["microbatches"])
+
+
 class Remembers(nn.Module):
     """Keeps a running mean of what it sees, and counts its calls."""
 
