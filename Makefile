@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench zoo
+.PHONY: demo test check bench zoo ragged
 
 demo: .venv/installed
 	$(BIN)/python examples/train_gpt2.py
@@ -20,6 +20,9 @@ bench: .venv/installed
 
 zoo: .venv/installed
 	$(BIN)/python tests/zoo_run.py --jobs 2
+
+ragged: .venv/installed
+	$(BIN)/python tests/ragged_run.py --jobs 2 --seconds 600
 
 .venv/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -75,7 +75,7 @@ class _Analyst:
 
     def run(self) -> Analysis:
         self.scale = Scale(self.small, self.large)
-        self.experiment = Experiment(self.small, self.scale, self.kinds)
+        self.experiment = Experiment(self.small, self.large, self.scale, self.kinds)
         self.written = {name for n in self.small.graph.nodes for name in origin_of(n).writes}
         self.parameters = dict(self.small.model.named_parameters(remove_duplicate=False))
         joined = joined_by_hand(self.small, self.out_dims)

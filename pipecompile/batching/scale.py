@@ -6,6 +6,7 @@ batch, with the same nodes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -31,6 +32,7 @@ class Scale:
     Attributes:
         fewer: rows of the smaller batch, at least 2 where the batch is symbolic.
         rows: rows of the larger.
+        whole: rows of the batch that the call was made with, or of the larger one where that is more.
     """
 
     def __init__(self, small: Captured, large: Captured) -> None:
@@ -41,11 +43,14 @@ class Scale:
             self.rows = 2 * self.fewer
             self._before = {**values, **dict.fromkeys(batch, self.fewer)}
             self._after = {**values, **dict.fromkeys(batch, self.rows)}
+            self.whole = max(self.rows, small.call.batch or 1)
+            self._whole = {**values, **dict.fromkeys(batch, self.whole)}
             self.twin = {node: node for node in small.graph.nodes}
         else:
             self.fewer, self.rows = small.microbatch, large.microbatch
             self._before = {**values, **dict.fromkeys(batch, small.microbatch)}
             self._after = large.size_values(large.call.tensors)
+            self.whole, self._whole = self.rows, self._after
             self.twin = dict(zip(small.graph.nodes, large.graph.nodes, strict=True))
         self._at = lru_cache(maxsize=None)(self._resolve)
 
@@ -59,6 +64,11 @@ class Scale:
         value = self.twin[node].meta.get("val")
         items = value if isinstance(value, tuple | list) else [value]
         return [self.sizes(item, True) if isinstance(item, Tensor) else None for item in items]
+
+    def whole_shape(self, tensor: Tensor) -> tuple[int, ...]:
+        """The shape of a tensor of the larger trace at the whole batch."""
+        sizes = map(_expression, tensor.shape)
+        return tuple(resolve(e, self._whole) if _is_told(e, self._whole) else UNKNOWN for e in sizes)
 
     def growing(self, node: fx.Node, item: int | None = None) -> tuple[int, ...]:
         """The dimensions of a tensor (or of an item of a tuple) whose size depends on the batch."""
@@ -100,9 +110,12 @@ class Scale:
 
     def _resolve(self, expr: Any, large: bool) -> Any:
         values = self._after if large else self._before
-        if isinstance(expr, sympy.Basic) and not expr.free_symbols <= values.keys():
-            return UNKNOWN
-        return resolve(expr, values)
+        return resolve(expr, values) if _is_told(expr, values) else UNKNOWN
+
+
+def _is_told(expr: Any, values: Mapping[sympy.Symbol, int]) -> bool:
+    """Whether the sizes of inputs tell an expression."""
+    return not isinstance(expr, sympy.Basic) or expr.free_symbols <= values.keys()
 
 
 def _expression(size: Any) -> Any:

@@ -6,7 +6,8 @@
 - autocast regions that the model enters itself;
 - ``torch.from_numpy``, which makes a constant;
 - whether a run is a trace, which libraries ask in order to take other branches: it is not;
-- arithmetic on symbolic sizes, which is remembered.
+- arithmetic on symbolic sizes, which is remembered;
+- ``len(x)``, which is a symbolic size too.
 """
 
 from __future__ import annotations
@@ -29,13 +30,16 @@ from pipecompile.capture.arithmetic import REMEMBERED
 from pipecompile.capture.below import transforms_seen
 from pipecompile.capture.hidden import hides_tensors
 from pipecompile.capture.intercept import intercepted
+from pipecompile.capture.lengths import symbolic_lengths
 from pipecompile.capture.recorder import Recorder
 from pipecompile.errors import CaptureError, DependsOnData
 from pipecompile.retarget import same_device
 
 
 @contextmanager
-def patched(recorder: Recorder, paths: Mapping[int, str], functions: Iterable[FunctionType] = ()) -> Iterator[None]:
+def patched(
+    recorder: Recorder, model: nn.Module, paths: Mapping[int, str], functions: Iterable[FunctionType] = ()
+) -> Iterator[None]:
     """Patches torch while a model is traced; what other threads run is left alone.
 
     Args:
@@ -53,6 +57,7 @@ def patched(recorder: Recorder, paths: Mapping[int, str], functions: Iterable[Fu
         _eager_branches(),
         _unvalidated_distributions(),
         _arithmetic(),
+        symbolic_lengths(model),
     ):
         yield
 

@@ -29,6 +29,7 @@ from torch.overrides import TorchFunctionMode
 
 from pipecompile.capture.aliases import Aliases
 from pipecompile.capture.below import Below, written_by
+from pipecompile.capture.bodies import body_of, takes_function
 from pipecompile.capture.calls import is_real, printable, silently_written, tensors_in, version
 from pipecompile.capture.hidden import hides_tensors
 from pipecompile.capture.leaves import FunctionLeaf, LeafCall, attribute_of
@@ -184,6 +185,9 @@ class Recorder(TorchFunctionMode):
             return self._read(func, args, kwargs)
         if func is Tensor.register_hook:
             self._hook(*args, **kwargs)
+        elif takes_function(func, args, kwargs):
+            with self:
+                return body_of(func)(*args, **kwargs)
         return self.call(func, args, kwargs, func)
 
     def call(

@@ -34,9 +34,27 @@ def _histc(x: Tensor, bins: int = 100, *args: Any, **kwargs: Any) -> Tensor:
     return x.new_zeros(bins)
 
 
+def _gaussian_nll_loss(
+    input: Tensor, target: Tensor, var: Any, full: bool = False, eps: float = 1e-6, reduction: str = "mean"
+) -> Tensor:
+    """The function asks its variances whether one is negative, which only a run can answer."""
+    if isinstance(var, Tensor) and var.ndim == input.ndim - 1:
+        var = var.unsqueeze(-1)
+    loss: Tensor = (input - target) / var
+    return loss if reduction == "none" else loss.sum()
+
+
+def _cov(input: Tensor, **options: Any) -> Tensor:
+    """The function asks whether there are observations enough, by their number's value in a tensor."""
+    return input @ input.T if input.ndim == 2 else (input * input).sum()
+
+
 STAND_INS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.ctc_loss: _ctc_loss,
     torch.histc: _histc,
+    F.gaussian_nll_loss: _gaussian_nll_loss,
+    torch.cov: _cov,
+    torch.corrcoef: _cov,
     **({F.grouped_mm: _grouped_mm} if hasattr(F, "grouped_mm") else {}),
     **({torch._grouped_mm: _grouped_mm} if hasattr(torch, "_grouped_mm") else {}),
 }

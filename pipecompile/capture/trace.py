@@ -116,7 +116,9 @@ class Trace:
                 torch.enable_grad(),
                 self.mode,
                 enable_python_dispatcher(),
-                patched(self.recorder, paths, [part for part in self.kept if isinstance(part, FunctionType)]),
+                patched(
+                    self.recorder, self.model, paths, [part for part in self.kept if isinstance(part, FunctionType)]
+                ),
                 self.recorder,
             ):
                 args, kwargs = self.call.rebuild(inputs)

@@ -16,7 +16,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from oracle import Run, preserved, split
+from oracle import Inputs, Loss, Run, preserved, split
 from torch import Tensor, nn
 
 import pipecompile
@@ -59,7 +59,7 @@ def examine(entry: Entry) -> Iterator[dict[str, Any]]:
     model = entry.build()
     references = _references(entry, model)
     references(sizes(entry)[0], 1)
-    with _one_capture_for_many_plans():
+    with one_capture_for_many_plans():
         yield from _traced(entry, model)
         for stages in STAGES:
             yield {f"stages {stages}": "hang"}
@@ -112,37 +112,38 @@ def _train(entry: Entry, model: nn.Module, stages: int, references: Callable[...
 def _step(entry: Entry, pipe: Any, size: Size, microbatches: int, references: Callable[..., Run]) -> str:
     expected = references(size, microbatches)
     try:
-        actual = _run(entry, pipe, pipe.model, size)
+        actual = run(entry.loss, pipe, pipe.model, entry.inputs(size.batch, size.length))
     except ExecutionError as error:
-        return f"foreign: {_first_line(error)}"
+        return f"foreign: {first_line(error)}"
     except PipecompileError as error:
-        return f"ours: {_first_line(error)}"
+        return f"ours: {first_line(error)}"
     except Exception as error:
-        return f"foreign: {_first_line(error)}"
+        return f"foreign: {first_line(error)}"
     return difference(actual, expected, TOLERANCE[entry.dtype], buffers=not entry.mixes) or EXACT
 
 
 def _references(entry: Entry, model: nn.Module) -> Callable[[Size, int], Run]:
     @cache
     def reference(size: Size, microbatches: int) -> Run:
-        return _run(entry, model, model, size, microbatches if entry.mixes else 1)
+        inputs = entry.inputs(size.batch, size.length)
+        return run(entry.loss, model, model, inputs, microbatches if entry.mixes else 1)
 
     return reference
 
 
-def _run(entry: Entry, call: Callable[..., Any], model: nn.Module, size: Size, microbatches: int = 1) -> Run:
+def run(loss: Loss, call: Callable[..., Any], model: nn.Module, inputs: Inputs, microbatches: int = 1) -> Run:
     """One step of the model, or of a pipeline of it, over microbatches one after the other.
 
     Every loss of the zoo is a mean over the rows, so that of the batch is the parts' by their shares.
     """
     with preserved(model):
         losses = []
-        for args, kwargs in split(entry.inputs(size.batch, size.length), microbatches):
-            losses.append(entry.loss(call(*args, **kwargs)) / microbatches)
+        for args, kwargs in split(inputs, microbatches):
+            losses.append(loss(call(*args, **kwargs)) / microbatches)
             losses[-1].backward()
         gradients = {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
-        loss = torch.stack([loss.detach() for loss in losses]).sum()
-        return Run(loss, None, gradients, {n: b.clone() for n, b in model.named_buffers()})
+        total = torch.stack([loss.detach() for loss in losses]).sum()
+        return Run(total, None, gradients, {n: b.clone() for n, b in model.named_buffers()})
 
 
 def difference(actual: Run, expected: Run, tolerance: float, buffers: bool = False) -> str:
@@ -186,13 +187,13 @@ def _size(gradient: Tensor | None) -> str:
     return "none" if gradient is None else f"at most {gradient.abs().max().item():.1e}"
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     message = next(iter(str(error).splitlines()), "")
     return f"{type(error).__name__}: {message}"[:400]
 
 
 @contextmanager
-def _one_capture_for_many_plans() -> Iterator[None]:
+def one_capture_for_many_plans() -> Iterator[None]:
     """Lets pipelines of one model share captures and profiles: stages come after both, which would be the same."""
     verbs, known = {"capture": compiled.capture, "profile": compiled.profile}, {}
 
@@ -212,6 +213,6 @@ def _one_capture_for_many_plans() -> Iterator[None]:
 
 
 def _key(argument: Any) -> Any:
-    if isinstance(argument, Call):
-        return argument.key, tuple((name, tuple(tensor.shape)) for name, tensor in argument.tensors.items())
+    if isinstance(argument, Call):  # by its values too, which a model may read
+        return argument.key, tuple((name, str(t.tolist())) for name, t in argument.tensors.items())
     return None if isinstance(argument, Graph) else argument  # each call makes an equal one

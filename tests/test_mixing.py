@@ -1,0 +1,168 @@
+"""What mixes samples in the middle of a model, what only seems to, and buffers that the whole batch writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from losses import WIDTH, assert_step_equal
+from torch import Tensor, nn
+
+import pipecompile
+from pipecompile.errors import CaptureError
+
+
+class MixesInside(nn.Module):
+    """The batch's mean is subtracted in the middle."""
+
+    def __init__(self, mix: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.centre = Centre(mix)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.centre(self.first(x))).square().mean()
+
+
+class Centre(nn.Module):
+    def __init__(self, mix: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.mix = mix
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mix(x)
+
+
+MIXES: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda x: x - x.mean(0),
+    "softmax": lambda x: x.softmax(0),
+    "sort": lambda x: x.sort(0).values,
+    "attention": lambda x: (x @ x.T).softmax(-1) @ x,
+    "roll": lambda x: x.roll(1, 0),
+    "first": lambda x: x * x[0],
+    "standardised": lambda x: (x - x.mean(0)) / x.std(0),
+    "running sum": lambda x: x.cumsum(0),
+    "turned round": lambda x: x + x.flip(0),
+    "largest": lambda x: x / x.abs().max(),
+    "share of all": lambda x: x / x.norm(),
+}
+
+
+@pytest.mark.parametrize("name", MIXES)
+def test_what_mixes_samples_in_the_middle_is_refused_or_accepted_by_name(name: str) -> None:
+    model = MixesInside(MIXES[name]).double()
+    x = torch.randn(6, WIDTH, dtype=torch.float64)
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=3, profile="count")
+    with pytest.raises(CaptureError, match=r"module 'centre'.*test_mixing\.py:\d+.*samples of the batch mix"):
+        pipe(x)
+    whole = pipecompile.compile(model, ["cpu", "cpu"], microbatches=1, profile="count")
+    assert_step_equal(model, whole, {"x": x})
+    accepted = pipecompile.compile(model, ["cpu", "cpu"], microbatches=3, profile="count", allow_microbatch=["centre"])
+    parts = torch.stack([model(part) for part in x.split(2)]).mean()
+    torch.testing.assert_close(accepted(x), parts)
+
+
+def test_numbers_of_rows_are_those_of_the_whole_batch() -> None:
+    model = MixesInside(lambda x: x + torch.arange(x.shape[0], dtype=x.dtype)[:, None]).double()
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=3, profile="count")
+    assert_step_equal(model, pipe, {"x": torch.randn(7, WIDTH, dtype=torch.float64)})
+
+
+class Experts(nn.Module):
+    """Sorts the tokens of all samples by their expert, and puts them back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(WIDTH, 3)
+        self.weights = nn.Parameter(torch.randn(3, WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, WIDTH)
+        expert = self.router(tokens).argmax(-1)
+        order = expert.argsort()
+        done = torch.bmm(tokens[order].unsqueeze(1), self.weights[expert[order]]).squeeze(1)
+        return done[order.argsort()].reshape(x.shape)
+
+
+class WithExperts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.experts, self.last = nn.Linear(WIDTH, WIDTH), Experts(), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.experts(self.first(x))).square().mean()
+
+
+def test_a_module_that_sorts_all_samples_and_puts_them_back_is_tried_out() -> None:
+    model = WithExperts().double()
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=3, profile="count")
+    assert_step_equal(model, pipe, {"x": torch.randn(7, 4, WIDTH, dtype=torch.float64)})
+    assert any("tried out" in line and "'experts'" in line for line in pipe.report["microbatches"])
+
+
+class Places(nn.Module):
+    """Each of two experts takes so many of the batch's rows; those that come too late go without."""
+
+    def __init__(self, places: int) -> None:
+        super().__init__()
+        self.places = places
+
+    def forward(self, x: Tensor) -> Tensor:
+        expert = torch.stack([x[:, 0] > 0, x[:, 0] <= 0], dim=1).long()
+        before = (expert.cumsum(0) - 1) * expert
+        return x * (before.sum(1) < self.places)[:, None]
+
+
+class WithPlaces(nn.Module):
+    def __init__(self, places: int) -> None:
+        super().__init__()
+        self.first, self.experts, self.last = nn.Linear(WIDTH, WIDTH), Places(places), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.experts(self.first(x))).square().mean()
+
+
+def test_places_enough_for_a_microbatch_but_not_for_the_batch_are_refused() -> None:
+    x = torch.randn(16, WIDTH, dtype=torch.float64)
+    model = WithPlaces(4).double()
+    with pytest.raises(CaptureError, match=r"module 'experts'.*samples of the batch mix here"):
+        pipecompile.compile(model, ["cpu", "cpu"], microbatches=4, profile="count")(x)
+    roomy = WithPlaces(16).double()
+    pipe = pipecompile.compile(roomy, ["cpu", "cpu"], microbatches=4, profile="count")
+    assert_step_equal(roomy, pipe, {"x": x})
+    assert any("tried out" in line and "'experts'" in line for line in pipe.report["microbatches"])
+
+
+class Remembers(nn.Module):
+    """Keeps a running mean of what it sees, and counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH))
+        self.register_buffer("seen", torch.zeros(WIDTH))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.layers(x)
+        self.calls += 1
+        self.seen.mul_(0.9).add_(0.1 * hidden.detach().mean(0))
+        return (hidden - self.seen.clone()).square().mean()
+
+
+def test_buffers_are_written_once_a_batch_from_the_whole_batch() -> None:
+    model, twin = Remembers().double(), Remembers().double()
+    twin.load_state_dict(model.state_dict())
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=3, profile="count")
+    for rows in (7, 8, 7):
+        x = torch.randn(rows, WIDTH, dtype=torch.float64)
+        found, expected = pipe(x), twin(x)
+        torch.testing.assert_close(found, expected)
+        for one, other in ((found, model), (expected, twin)):
+            other.zero_grad()
+            one.backward()
+        for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad, msg=lambda text, name=name: f"{name}: {text}")
+        for (name, p), q in zip(model.named_buffers(), twin.buffers(), strict=True):
+            torch.testing.assert_close(p, q, msg=lambda text, name=name: f"{name}: {text}")
+    assert int(model.calls) == 3
