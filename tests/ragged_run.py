@@ -1,4 +1,4 @@
-"""Trains the models of the zoo on padded, ragged batches, split and unsplit, and writes docs/exact.md.
+"""Trains the models of the zoo on padded, ragged batches, split and unsplit, and writes docs/ragged.md.
 
     python tests/ragged_run.py                     all that take labels for tokens; writes the page
     python tests/ragged_run.py --only 'llama|t5'   some, by a pattern of names or by a family
@@ -21,7 +21,7 @@ from zoo.forked import run_each
 from zoo.ragged import examine_ragged, takes_ragged
 from zoo.ragged_table import line, page, summary, troubles
 
-PAGE = Path("docs/exact.md")
+PAGE = Path("docs/ragged.md")
 
 
 def main() -> int:
