@@ -1,7 +1,8 @@
 """Microbatches: how a batch is cut, what each value of a model is to the batch, and what must see the batch whole."""
 
 from pipecompile.batching.batch_norm import defer_running, uses_batch_statistics
-from pipecompile.batching.divide import Division, by_shape, divide, twins_differ, undivided
+from pipecompile.batching.divide import divide, twins_differ
+from pipecompile.batching.division import Division, by_shape, undivided
 from pipecompile.batching.join import gather, spread
 from pipecompile.batching.kinds import Batched, Kind, Mixed, Partial, Shared
 from pipecompile.batching.rows import Rows, scatter

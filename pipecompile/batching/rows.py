@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipecompile.batching.divide import SHARE, Before
+from pipecompile.batching.division import SHARE, Before
 from pipecompile.capture import Call
 
 
