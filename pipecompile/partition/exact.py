@@ -17,7 +17,7 @@ from pipecompile.partition.problem import Problem
 from pipecompile.partition.window import ROUNDING, Window, narrowed
 
 FIRST_GAP, STEP = 0.005, 1.6  # relative to the first lower bound
-FINEST = 1.002  # the least rise of T that is worth a search
+FINEST = 1.005  # the least rise of T that is worth a search
 
 
 def exact(

@@ -10,6 +10,7 @@ its plan happens to be one of the problem itself, all is done; else its optimum 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import inf
 from time import process_time
@@ -25,13 +26,15 @@ from pipecompile.partition.evaluate import bottleneck, check
 from pipecompile.partition.exact import exact
 from pipecompile.partition.pool import pooled
 from pipecompile.partition.problem import Problem
-from pipecompile.partition.refine import cheapest, refined
+from pipecompile.partition.refine import cheapest, walked
 from pipecompile.quality import SLACK, Quality
 
 MOST_ATOMS = 600  # for the pool
 MOST_EXACT_ATOMS = 5_000  # for the exact programme, whose tables grow with the square
 QUICKLY, PATIENTLY = 3_000, 10_000  # sets in one window, before and after refinement
-BEAMS = 500, 1_500  # sets in one window that are followed up
+QUICK_EFFORT = 1_000_000  # atoms times sets in one window, before refinement
+WORTHWHILE = 0.02  # a proof is tried again if the bound is that near
+BEAMS = 30_000, 100_000  # atoms times sets in one window that are followed up
 BEYOND = 1.001  # a search up to so many times the load of any plan proves that there is none
 
 
@@ -70,6 +73,7 @@ class _Search:
     def __init__(self, problem: Problem, deadline: Deadline) -> None:
         self.problem, self.deadline = problem, deadline
         self.stage_of: tuple[int, ...] | None = None
+        self.plans: list[tuple[int, ...]] = []
         self.upper, self.lower = problem.upper_bound * BEYOND, problem.lower_bound
 
     def run(self) -> None:
@@ -78,9 +82,10 @@ class _Search:
             self._first_plan()
             if self._is_small:
                 self._bound()
-                self._prove(QUICKLY)
+                self._prove(min(QUICKLY, QUICK_EFFORT // len(self.problem)))
                 self._refine()
-                self._prove(PATIENTLY)
+                if self.stage_of is None or self.upper <= self.lower * (1 + WORTHWHILE):
+                    self._prove(PATIENTLY)
         except OutOfTime:
             pass
 
@@ -100,7 +105,8 @@ class _Search:
     def _first_plan(self) -> None:
         coarse = self._coarse()
         for chain in pooled(coarse.problem, self.deadline):
-            self._improve(coarse.expand(chain.stage_of))
+            self.plans.append(coarse.expand(chain.stage_of))
+            self._improve(self.plans[-1])
 
     def _coarse(self) -> Contraction:
         coarse = lossy(self.problem, MOST_ATOMS)
@@ -124,14 +130,19 @@ class _Search:
             self.lower = inf
 
     def _refine(self) -> None:
-        """Several searches for a better plan, each from the best so far."""
-        for seed, most in enumerate(BEAMS):
-            for search, effort in ((cheapest, most), (refined, seed)):
-                if self.stage_of is None:
-                    return
-                best = Chain(self.upper, self.stage_of)
-                for chain in search(self.problem, best, self.lower, effort, self.deadline):
-                    self._improve(chain.stage_of)
+        """Walks and beams in turn, as long as a beam finds what the walk has not."""
+        for seed, effort in enumerate(BEAMS):
+            if self.stage_of is None:
+                return
+            self._follow(walked(self.problem, [self.stage_of, *self.plans], self.lower, seed, self.deadline))
+            best = Chain(self.upper, self.stage_of)
+            self._follow(cheapest(self.problem, best, self.lower, effort // len(self.problem), self.deadline))
+            if self.upper == best.bottleneck:
+                return
+
+    def _follow(self, chains: Iterator[Chain]) -> None:
+        for chain in chains:
+            self._improve(chain.stage_of)
 
 
 def _relaxations(problem: Problem) -> list[Contraction]:

@@ -155,4 +155,4 @@ def _least(problem: Problem, window: Window, within: Bools) -> float:
     if not len(atoms):
         return 0.0
     nets = np.logical_and.reduceat(within[atoms], begins)
-    return closed_cut(problem, window.inside, window.outside, nets).seconds
+    return closed_cut(problem, window.inside, window.outside, nets).seconds if nets.any() else 0.0
