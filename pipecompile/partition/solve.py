@@ -27,10 +27,12 @@ from pipecompile.partition.exact import exact
 from pipecompile.partition.pool import pooled
 from pipecompile.partition.problem import Problem
 from pipecompile.partition.refine import cheapest, walked
+from pipecompile.partition.zoom import near_boundaries
 from pipecompile.quality import SLACK, Quality
 
 MOST_ATOMS = 600  # for the pool
 MOST_EXACT_ATOMS = 5_000  # for the exact programme, whose tables grow with the square
+MOST_NEAR = 1_500  # near the boundaries of a larger problem's plan
 QUICKLY, PATIENTLY = 3_000, 10_000  # sets in one window, before and after refinement
 QUICK_EFFORT = 1_000_000  # atoms times sets in one window, before refinement
 WORTHWHILE = 0.02  # a proof is tried again if the bound is that near
@@ -86,6 +88,8 @@ class _Search:
                 self._refine()
                 if self.stage_of is None or self.upper <= self.lower * (1 + WORTHWHILE):
                     self._prove(PATIENTLY)
+            elif self.stage_of is not None:
+                self._zoom(self.stage_of)
         except OutOfTime:
             pass
 
@@ -139,6 +143,19 @@ class _Search:
             self._follow(cheapest(self.problem, best, self.lower, effort // len(self.problem), self.deadline))
             if self.upper == best.bottleneck:
                 return
+
+    def _zoom(self, stage_of: tuple[int, ...]) -> None:
+        """Refines the plan near its boundaries."""
+        near = near_boundaries(self.problem, stage_of, MOST_NEAR)
+        inner = _Search(near.problem, self.deadline)
+        inner.lower = self.lower
+        stages = dict(zip(near.atom_of, stage_of, strict=True))
+        inner._improve(tuple(stages[atom] for atom in range(len(near.problem))))
+        try:
+            inner._refine()
+        finally:
+            assert inner.stage_of is not None
+            self._improve(near.expand(inner.stage_of))
 
     def _follow(self, chains: Iterator[Chain]) -> None:
         for chain in chains:
