@@ -12,6 +12,7 @@ Source: memetic search, that is local search with recombination (Moscato 1989), 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -23,7 +24,7 @@ from pipecompile.partition.evaluate import bottleneck
 from pipecompile.partition.family import Family
 from pipecompile.partition.pool import combine
 from pipecompile.partition.problem import Bools, Problem
-from pipecompile.partition.window import narrowed
+from pipecompile.partition.window import narrowed, within_free
 
 WALKERS = 64
 STEPS = 6_000  # of one round
@@ -73,9 +74,13 @@ def cheapest(problem: Problem, chain: Chain, lower: float, most: int, deadline: 
     """
     while chain.bottleneck * STEP > lower:
         limit = chain.bottleneck * STEP
-        found = narrowed(problem, limit)
-        families = [cheapest_sets(problem, window, most, deadline) for window in found or ()]
-        if found is None or (better := best_chain(problem, families, limit, deadline)) is None:
-            break
-        yield better
-        chain = better
+        found = narrowed(problem, limit, deadline)
+        if not found:
+            return
+        small, free = within_free(found)
+        families = [cheapest_sets(small.problem, window, most, deadline) for window in free]
+        better = best_chain(small.problem, families, limit, deadline)
+        if better is None:
+            return
+        chain = replace(better, stage_of=small.expand(better.stage_of))
+        yield chain

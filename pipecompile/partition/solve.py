@@ -33,9 +33,8 @@ from pipecompile.quality import SLACK, Quality
 MOST_ATOMS = 600  # for the pool
 MOST_EXACT_ATOMS = 5_000  # for the exact programme, whose tables grow with the square
 MOST_NEAR = 1_500  # near the boundaries of a larger problem's plan
-QUICKLY, PATIENTLY = 3_000, 10_000  # sets in one window, before and after refinement
-QUICK_EFFORT = 1_000_000  # atoms times sets in one window, before refinement
-WORTHWHILE = 0.02  # a proof is tried again if the bound is that near
+QUICKLY, PATIENTLY = 1_000_000, 6_000_000  # the exact programme's effort, before and after refinement
+WORTHWHILE = 0.03  # a proof is tried again if the bound is that near
 BEAMS = 30_000, 100_000  # atoms times sets in one window that are followed up
 BEYOND = 1.001  # a search up to so many times the load of any plan proves that there is none
 
@@ -84,7 +83,7 @@ class _Search:
             self._first_plan()
             if self._is_small:
                 self._bound()
-                self._prove(min(QUICKLY, QUICK_EFFORT // len(self.problem)))
+                self._prove(QUICKLY)
                 self._refine()
                 if self.stage_of is None or self.upper <= self.lower * (1 + WORTHWHILE):
                     self._prove(PATIENTLY)
@@ -121,12 +120,12 @@ class _Search:
     def _bound(self) -> None:
         self.lower = max(self.lower, stage_bound(_relaxations(self.problem)[0].problem))
 
-    def _prove(self, most: int) -> None:
+    def _prove(self, effort: int) -> None:
         """Finds an optimum, or a better bound; an infinite one if there is no plan."""
         for contraction in _relaxations(self.problem):
             if self._is_done:
                 return
-            for lower, chain in exact(contraction.problem, self.lower, self.upper, most, self.deadline):
+            for lower, chain in exact(contraction.problem, self.lower, self.upper, effort, self.deadline):
                 self.lower = max(self.lower, lower)
                 if chain and _is_plan(self.problem, found := contraction.expand(chain.stage_of)):
                     self._improve(found)
