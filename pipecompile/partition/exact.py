@@ -16,10 +16,10 @@ from pipecompile.partition.deadline import NEVER, Deadline
 from pipecompile.partition.enumerate import closed_sets
 from pipecompile.partition.family import Family
 from pipecompile.partition.problem import Problem
-from pipecompile.partition.window import ROUNDING, Window, narrowed, within_free
+from pipecompile.partition.window import ROUNDING, free_atoms, narrowed, windows, within_free
 
 FIRST_GAP, STEP = 0.005, 1.6  # relative to the first lower bound
-MOST_SETS = 10_000  # in one window
+MOST_SETS, FEWEST_SETS = 10_000, 400  # in one window; with fewer, a search is not worth its minimum cuts
 FINEST = 1.005  # the least rise of T that is worth a search
 
 
@@ -37,9 +37,7 @@ def exact(
     floor, ceiling, gap = lower, inf, 0.0
     while True:
         limit = min(upper if floor == 0 else floor * (1 + gap), upper, (lower + ceiling) / 2) * (1 + ROUNDING)
-        found = narrowed(problem, limit, deadline)
-        small, free = within_free(found) if found else (Contraction.identity(problem), [])
-        families = _families(small.problem, free, effort, deadline)
+        small, families = _families(problem, limit, effort, deadline)
         if families is None:
             if limit < lower * FINEST:
                 return
@@ -54,14 +52,24 @@ def exact(
             return
 
 
-def _families(problem: Problem, found: list[Window], effort: int, deadline: Deadline) -> list[Family] | None:
+def _families(
+    problem: Problem, limit: float, effort: int, deadline: Deadline
+) -> tuple[Contraction, list[Family] | None]:
+    """The sets of each window, none if there is no plan, in the problem of the free atoms; ``None`` if too many."""
+    nowhere = Contraction.identity(problem)
+    if effort < FEWEST_SETS * free_atoms(windows(problem, limit)):
+        return nowhere, None
+    found = narrowed(problem, limit, deadline)
+    if not found:
+        return nowhere, []
+    small, found = within_free(found)
+    most = min(MOST_SETS, effort // (1 + free_atoms(found)))
     families = []
-    most = min(MOST_SETS, effort // (1 + sum(window.free for window in found)))
     for window in found:
-        sets = closed_sets(problem, window, most, deadline)
+        sets = closed_sets(small.problem, window, most, deadline)
         if sets is None:
-            return None
+            return small, None
         families.append(sets)
         if not len(sets):
-            return [sets] * (problem.num_stages - 1)
-    return families
+            return small, []
+    return small, families

@@ -24,13 +24,14 @@ from pipecompile.partition.evaluate import bottleneck
 from pipecompile.partition.family import Family
 from pipecompile.partition.pool import combine
 from pipecompile.partition.problem import Bools, Problem
-from pipecompile.partition.window import narrowed, within_free
+from pipecompile.partition.window import free_atoms, narrowed, windows, within_free
 
 WALKERS = 64
 STEPS = 6_000  # of one round
 ROUNDS, PATIENCE = 12, 2  # at most, and without a better plan
 EFFORT = 3_000  # atoms in all rounds together
 KEPT = 7  # walkers whose plans are used again
+FEWEST_SETS = 50  # in one window; with fewer, a beam is not worth its minimum cuts
 STEP = 1 - 1e-5  # a better plan is at least this much better
 
 
@@ -66,15 +67,16 @@ def _boundaries(problem: Problem, stage_of: Sequence[int]) -> Bools:
     return np.asarray(np.array(stage_of) <= np.arange(problem.num_stages - 1)[:, None])
 
 
-def cheapest(problem: Problem, chain: Chain, lower: float, most: int, deadline: Deadline) -> Iterator[Chain]:
-    """Ever better plans, from at most ``most`` sets in each window.
+def cheapest(problem: Problem, chain: Chain, lower: float, effort: int, deadline: Deadline) -> Iterator[Chain]:
+    """Ever better plans, from a few sets in each window: their number times that of free atoms is the effort.
 
     Raises:
         OutOfTime: the deadline has passed.
     """
     while chain.bottleneck * STEP > lower:
         limit = chain.bottleneck * STEP
-        found = narrowed(problem, limit, deadline)
+        most = effort // (1 + free_atoms(windows(problem, limit)))
+        found = narrowed(problem, limit, deadline) if most >= FEWEST_SETS else None
         if not found:
             return
         small, free = within_free(found)

@@ -35,7 +35,7 @@ MOST_EXACT_ATOMS = 5_000  # for the exact programme, whose tables grow with the 
 MOST_NEAR = 1_500  # near the boundaries of a larger problem's plan
 QUICKLY, PATIENTLY = 1_000_000, 6_000_000  # the exact programme's effort, before and after refinement
 WORTHWHILE = 0.03  # a proof is tried again if the bound is that near
-BEAMS = 30_000, 100_000  # atoms times sets in one window that are followed up
+BEAMS = 150_000, 500_000  # sets in one window that are followed up, times free atoms
 BEYOND = 1.001  # a search up to so many times the load of any plan proves that there is none
 
 
@@ -139,7 +139,7 @@ class _Search:
                 return
             self._follow(walked(self.problem, [self.stage_of, *self.plans], self.lower, seed, self.deadline))
             best = Chain(self.upper, self.stage_of)
-            self._follow(cheapest(self.problem, best, self.lower, effort // len(self.problem), self.deadline))
+            self._follow(cheapest(self.problem, best, self.lower, effort, self.deadline))
             if self.upper == best.bottleneck:
                 return
 

@@ -118,6 +118,11 @@ def windows(problem: Problem, limit: float) -> list[Window]:
     return [window.pinned(boundary) for boundary, window in enumerate(found, start=1)]
 
 
+def free_atoms(found: Sequence[Window]) -> int:
+    """How many atoms are not pinned, over all boundaries."""
+    return sum(window.free for window in found)
+
+
 def narrowed(problem: Problem, limit: float, deadline: Deadline = NEVER) -> list[Window] | None:
     """The window of each boundary, by minimum cuts; ``None`` if no plan is within the limit.
 
@@ -128,7 +133,7 @@ def narrowed(problem: Problem, limit: float, deadline: Deadline = NEVER) -> list
     for _ in range(ROUNDS):
         if any(window.is_contradiction for window in found):
             return None
-        before, free = free, sum(window.free for window in found)
+        before, free = free, free_atoms(found)
         if free > LITTLE * before:
             break
         found = _narrow(problem, limit, found, deadline)
