@@ -27,7 +27,7 @@ from pipecompile.partition.problem import Bools, Problem
 from pipecompile.partition.window import free_atoms, narrowed, windows, within_free
 
 WALKERS = 64
-STEPS = 6_000  # of one round
+STEPS, STEPS_EACH = 6_000, 60  # of one round, at most: in all, and for each atom
 ROUNDS, PATIENCE = 12, 2  # at most, and without a better plan
 EFFORT = 3_000  # atoms in all rounds together
 KEPT = 7  # walkers whose plans are used again
@@ -45,13 +45,13 @@ def walked(
     """
     best = Chain(bottleneck(problem, starts[0]), tuple(starts[0]))
     boundaries: list[Bools] = []
-    patience = PATIENCE
+    patience, steps = PATIENCE, min(STEPS, STEPS_EACH * len(problem))
     for number in range(max(2, min(ROUNDS, EFFORT // len(problem)))):
         if not patience or best.bottleneck * STEP <= lower:
             break
         patience -= 1
-        width = range(WALKERS)
-        plans = annealed(problem, [starts[i % len(starts)] for i in width], STEPS, seed * ROUNDS + number, deadline)
+        begins = [starts[walker % len(starts)] for walker in range(WALKERS)]
+        plans = annealed(problem, begins, steps, seed * ROUNDS + number, deadline)
         plans = sorted(dict.fromkeys(plans), key=lambda plan: bottleneck(problem, plan))
         boundaries += [_boundaries(problem, plan) for plan in plans]
         limit = min(best.bottleneck, bottleneck(problem, plans[0]))
