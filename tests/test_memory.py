@@ -101,8 +101,12 @@ def pipeline(make: Any, schedule: str, **options: Any) -> tuple[pipecompile.Pipe
 def test_predicted_bytes_are_those_of_a_run(make: Any, schedule: str) -> None:
     pipe, step, optimizer = pipeline(make, schedule)
     counted = peaks(pipe, step, optimizer)
-    pairs = [(p, c) for p, c in zip(pipe.memory.ranks, counted, strict=True) if c > 0.05 * max(counted)]
-    assert len(pairs) >= 2  # a stage that holds next to nothing is left out
+    compiled = pipe._capture_in_use
+    most = compiled.work.memory(pipe.profile, pipe.plan, compiled.cluster, bound=True).ranks
+    assert all(c <= 1.02 * m for c, m in zip(counted, most, strict=True))
+    ranks = zip(pipe.memory.ranks, counted, most, strict=True)
+    pairs = [(p, c) for p, c, m in ranks if m < 1.1 * p]  # the others depend on which thread is faster
+    assert len(pairs) >= 2
     assert [p / c for p, c in pairs] == [pytest.approx(1, abs=0.1)] * len(pairs)
 
 
