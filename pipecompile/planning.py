@@ -28,7 +28,9 @@ from pipecompile.versions import versions
 Schedule = Callable[[Plan, int], Program]
 Recompute = Literal["never", "always", "auto"]
 RECOMPUTE = get_args(Recompute)
-ATTEMPTS = 8
+ATTEMPTS = 4
+BUDGET = 10.0  # CPU seconds of a search without limits
+SHORT = 4.0  # and of one of several within limits
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def _fitted(costed: CostedGraph, num_stages: int, cluster: Cluster, work: Worklo
     flight = versions(work.schedule(Plan.chain(num_stages, _ranks(num_stages, cluster)), work.microbatches))
     free = _without_limits(cluster)
     training = Training(flight.in_flight, flight.live, 0.0, again)
-    plan = partition(costed, num_stages, free, training)
+    plan = partition(costed, num_stages, free, training, budget=BUDGET if cluster == free else SHORT)
     if cluster == free:
         return plan
     training = replace(training, optimizer_state=work.state)
@@ -105,7 +107,7 @@ def _fitted(costed: CostedGraph, num_stages: int, cluster: Cluster, work: Worklo
         if training.reserved:  # else the plan was made without limits, and says nothing of what must be reserved
             reserved = [before + more for before, more in zip(reserved, over, strict=True)]
         training = replace(training, reserved=tuple(reserved))
-        plan = partition(costed, num_stages, cluster, training)
+        plan = partition(costed, num_stages, cluster, training, budget=SHORT)
     raise PlanError(f"no plan within memory was found in {ATTEMPTS} attempts")
 
 
