@@ -11,13 +11,15 @@
     buffers       as many bytes as are given
     tail          what is computed once from the whole batch, as many bytes as are given
 
-All of it is read off a Program: nothing here knows a schedule. A value that stage u has sent lies at its reader for as
-long as its microbatch is in flight at u, so as many are there as u has in flight at most; a gradient may wait for each
-microbatch in flight. These two are bounds, whatever the clock says; so ``Memory`` is what a stage may come to hold.
+All of it is read off a Program: nothing here knows a schedule. With a timeline what waits is told by it: a value lies
+from its arrival to the end of its Backward. Without one it is the most that can ever be: a value that stage u has sent
+lies at its reader for as long as its microbatch is in flight at u, so as many are there as u has in flight at most, and
+a gradient may wait for each microbatch in flight.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal
@@ -25,8 +27,9 @@ from typing import Literal
 from pipecompile.graph import CostedGraph
 from pipecompile.microbatch import Load, load
 from pipecompile.plan import Plan, members
-from pipecompile.program import Backward, Forward, Program, Step
+from pipecompile.program import Backward, Forward, Instruction, Program, Recv, Send, Step
 from pipecompile.serial import Json
+from pipecompile.timeline import Timeline
 from pipecompile.versions import Stash, stash_at_start, versions
 
 
@@ -87,6 +90,7 @@ def memory(
     buffers: Sequence[int] = (),
     tail: int = 0,
     step: How = "single",
+    timeline: Timeline | None = None,
 ) -> Memory:
     """What training by a program takes.
 
@@ -97,23 +101,23 @@ def memory(
         tail: bytes that the last stage holds for what is computed once from the whole batch.
         step: how the optimizer updates parameters: one by one ("single", two copies of one), all at once ("foreach", a
             copy of all, torch's way on CUDA), or in one kernel ("fused", no copy).
+        timeline: of the program, simulated or measured; without it the most is taken that can ever wait.
     """
     in_flight = versions(program).in_flight
     stashes = stash_at_start(program)
     stages = []
     for stage, stash in enumerate(stashes):
         work = load(costed, plan, stage)
-        received = sum(nbytes * in_flight[source] for source, nbytes in work.received.items())
         held, trainable, largest = _parameters(costed, plan, stage)
         fixed = Bytes(
             parameters=held,
             optimizer=round(optimizer_state * trainable),
-            waiting=received,
             buffers=buffers[stage] if buffers else 0,
             tail=tail if stage == plan.num_stages - 1 else 0,
         )
         copies = {"single": STEP_COPIES * largest, "foreach": trainable, "fused": 0}[step]
-        stages.append(_State(work, fixed, trainable, copies, stash))
+        waiting = _Bound(work, in_flight) if timeline is None else _Clock(work, stage, program, timeline)
+        stages.append(_State(work, fixed, trainable, copies, stash, waiting))
     rank_of = program.plan.rank_of
     ranks = [
         sum(s.now.total for s, r in zip(stages, rank_of, strict=True) if r == rank)
@@ -138,11 +142,54 @@ def _parameters(costed: CostedGraph, plan: Plan, stage: int) -> tuple[int, int, 
     return sum(spec.nbytes for spec in mine), sum(trained), max(trained, default=0)
 
 
+class _Bound:
+    """The most that can wait, whatever the clock says."""
+
+    def __init__(self, work: Load, in_flight: Sequence[int]) -> None:
+        self.received = sum(nbytes * in_flight[source] for source, nbytes in work.received.items())
+        self.returned = sum(work.returned.values())
+
+    def reach(self, i: Instruction) -> None:
+        """The stage comes to an instruction."""
+
+    def nbytes(self, count: int) -> int:
+        """What waits with ``count`` microbatches in flight."""
+        return self.received + count * self.returned
+
+
+class _Clock:
+    """What waits by a timeline: what has arrived when an instruction ends, less what is done with."""
+
+    def __init__(self, work: Load, stage: int, program: Program, timeline: Timeline) -> None:
+        self.ends = {span.instruction: span.end for span in timeline.spans}
+        computed = [i for i in (*program.instructions, *program.carried) if not isinstance(i, Send | Recv)]
+        mine = {i.microbatch for i in computed if isinstance(i, Forward) and i.stage == stage}
+        backward = {i.microbatch for i in program.instructions if isinstance(i, Backward) and i.stage == stage}
+        self.arrivals = [
+            (nbytes, sorted(self.ends.get(Forward(source, k), 0.0) for k in mine))
+            for source, nbytes in work.received.items()
+        ] + [
+            (nbytes, sorted(self.ends.get(Backward(target, k), 0.0) for k in backward))
+            for target, nbytes in work.returned.items()
+        ]
+        self.until, self.done, self.last = 0.0, 0, False
+
+    def reach(self, i: Instruction) -> None:
+        self.done += self.last
+        self.until, self.last = self.ends[i], isinstance(i, Backward)
+
+    def nbytes(self, count: int) -> int:
+        return sum(nbytes * max(0, bisect_right(times, self.until) - self.done) for nbytes, times in self.arrivals)
+
+
 class _State:
     """One stage while its instructions are walked through."""
 
-    def __init__(self, work: Load, fixed: Bytes, trainable: int, step: int, stash: Stash) -> None:
-        self.work, self.fixed, self.trainable, self.step, self.stash = work, fixed, trainable, step, stash
+    def __init__(
+        self, work: Load, fixed: Bytes, trainable: int, step: int, stash: Stash, waiting: _Bound | _Clock
+    ) -> None:
+        self.work, self.fixed, self.trainable, self.step = work, fixed, trainable, step
+        self.stash, self.waiting = stash, waiting
         self.has_gradients = False
         self.made = 0  # microbatches whose outputs are there
         self.most = self.latest = self.now
@@ -156,12 +203,13 @@ class _State:
             gradients=self.trainable * self.has_gradients,
             versions=self.trainable * (self.stash.live - 1),
             activations=count * self.work.saved,
-            waiting=self.fixed.waiting + count * self.work.returned,
+            waiting=self.waiting.nbytes(count),
             outputs=self.made * self.work.outputs,
         )
 
     def do(self, i: Forward | Backward | Step) -> None:
         """Carries out an instruction; ``latest`` is what was held at its fullest."""
+        self.waiting.reach(i)
         before, work = self.now, self.work
         match i:
             case Forward():
