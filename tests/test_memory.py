@@ -104,9 +104,10 @@ def test_predicted_bytes_are_those_of_a_run(make: Any, schedule: str) -> None:
     compiled = pipe._capture_in_use
     most = compiled.work.memory(pipe.profile, pipe.plan, compiled.cluster, bound=True).ranks
     assert all(c <= 1.02 * m for c, m in zip(counted, most, strict=True))
-    ranks = zip(pipe.memory.ranks, counted, most, strict=True)
-    pairs = [(p, c) for p, c, m in ranks if m < 1.1 * p]  # the others depend on which thread is faster
-    assert len(pairs) >= 2
+    fixed = [m - stage.waiting for m, stage in zip(most, pipe.memory.stages, strict=True)]
+    # what waits depends on which thread is faster: a stage that holds little else is left to the bound
+    pairs = [(p, c) for p, c, f, m in zip(pipe.memory.ranks, counted, fixed, most, strict=True) if f > 0.9 * m]
+    assert max(counted) in [c for _, c in pairs]
     assert [p / c for p, c in pairs] == [pytest.approx(1, abs=0.1)] * len(pairs)
 
 
