@@ -34,7 +34,6 @@ MOST_ATOMS = 600  # for the pool
 MOST_EXACT_ATOMS = 5_000  # for the exact programme, whose tables grow with the square
 MOST_NEAR = 1_500  # near the boundaries of a larger problem's plan
 QUICKLY, PATIENTLY = 1_000_000, 6_000_000  # the exact programme's effort, before and after refinement
-WORTHWHILE = 0.03  # a proof is tried again if the bound is that near
 BEAMS = 150_000, 500_000  # sets in one window that are followed up, times free atoms
 BEYOND = 1.001  # a search up to so many times the load of any plan proves that there is none
 
@@ -85,8 +84,7 @@ class _Search:
                 self._bound()
                 self._prove(QUICKLY)
                 self._refine()
-                if self.stage_of is None or self.upper <= self.lower * (1 + WORTHWHILE):
-                    self._prove(PATIENTLY)
+                self._prove(PATIENTLY)
             elif self.stage_of is not None:
                 self._zoom(self.stage_of)
         except OutOfTime:
