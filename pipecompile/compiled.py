@@ -224,7 +224,7 @@ def compile_call(
         cluster = options.cluster or cluster_of(devices)
         work = _work(division, options)
         costed = _costed(body, graph, options, cluster, devices)
-        plan = reference = make_plan(costed, len(devices), cluster, work)
+        plan = reference = make_plan(costed, len(options.replicas) or len(devices), cluster, work, options.replicas)
     else:
         plan, costed, reference = carry_over(first.plan, first.graph, graph), first.costed, first.reference
         cluster, work = first.cluster, first.work

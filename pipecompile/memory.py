@@ -5,15 +5,16 @@
     optimizer     its state, for trainable parameters
     versions      older weights that a Backward still needs (see ``versions``)
     activations   what is kept from Forward to Backward, of every microbatch in flight
-    waiting       values and gradients of other stages, from their arrival to the Backward that ends with them
+    waiting       values and gradients of other stages, from their arrival to the Backward that ends with them; those of
+                  tied parameters, and of the replicas of a stage, to the Reduce
     outputs       the model's, part by part until the step ends, and then whole
     working       on the way through one Forward or Backward (see ``microbatch``), or through an optimizer's step
     buffers       as many bytes as are given
     tail          what is computed once from the whole batch, as many bytes as are given
 
 All of it is read off a Program: nothing here knows a schedule. A value that stage u has sent lies at its reader for as
-long as its microbatch is in flight at u, so as many are there as u has in flight at most; a gradient may wait for each
-microbatch in flight. These two are bounds, whatever the clock says; so ``Memory`` is what a stage may come to hold.
+long as its microbatch is in flight at u, so as many are there as u has in flight at most, or of these the reader's share
+where it has replicas; a gradient may wait for each microbatch in flight. These two are bounds, whatever the clock says; so ``Memory`` is what a stage may come to hold.
 """
 
 from __future__ import annotations
@@ -103,7 +104,8 @@ def memory(
     stages = []
     for stage, stash in enumerate(stashes):
         work = load(costed, plan, stage)
-        received = sum(nbytes * in_flight[source] for source, nbytes in work.received.items())
+        received = sum(c.nbytes * plan.shared(c, in_flight[c.source]) for c in plan.incoming[stage])
+        received += sum(tied.nbytes * len(tied.followers) for tied in plan.tied if tied.owner == stage)
         held, trainable, largest = _parameters(costed, plan, stage)
         fixed = Bytes(
             parameters=held,

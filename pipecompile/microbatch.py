@@ -22,7 +22,6 @@ class Load:
     """Bytes of one microbatch in one stage."""
 
     saved: int  # from Forward to Backward, beside what follows
-    received: dict[int, int]  # by source stage: values, from their arrival to the Backward
     returned: int  # gradients of what it sends, from their arrival to the Backward
     outputs: int  # what it makes of the model's output, to the end of the step
     forward: int  # at most on the way forward, ``saved`` and ``outputs`` included
@@ -37,7 +36,6 @@ def load(costed: CostedGraph, plan: Plan, stage: int) -> Load:
     returned = {value for channel in plan.outgoing[stage] for value in channel.values}
     return Load(
         walk.bytes_of(walk.resting - walk.outputs),
-        {channel.source: channel.nbytes for channel in plan.incoming[stage]},
         sum(_gradient_bytes(graph.nodes[i]) for i in returned),
         walk.bytes_of(walk.outputs),
         walk.forward(),

@@ -41,6 +41,7 @@ class Options:
     cluster: Cluster | None = None
     recompute: Recompute = "auto"
     optimizer_state: float | None = None
+    replicas: tuple[int, ...] = ()
 
     def check(self, model: nn.Module) -> None:
         """Raises ``InputError`` at the first option that is not known, or does not go with the model or another."""
@@ -57,6 +58,23 @@ class Options:
             )
         self._check_schedule()
         self._check_names(model)
+
+    def check_replicas(self, devices: int) -> None:
+        """Raises ``InputError`` if the replicas of stages cannot be, on so many devices."""
+        counts = self.replicas
+        if not all(isinstance(count, int) and not isinstance(count, bool) and count > 0 for count in counts):
+            raise InputError(
+                f"replicas={list(counts)} must hold for each stage the number of devices that run it, at least one"
+            )
+        if counts and sum(counts) != devices:
+            raise InputError(
+                f"replicas={list(counts)} takes {sum(counts)} devices for {len(counts)} stages, and devices= has {devices}"
+            )
+        if self.schedule in ASYNCHRONOUS and any(count > 1 for count in counts):
+            raise InputError(
+                f"replicas={list(counts)} does not go with schedule={self.schedule!r}: the gradients of replicas are summed "
+                f"once a batch, and it updates after each microbatch; use the schedule '1f1b' or 'gpipe'"
+            )
 
     @cached_property
     def work(self) -> Workload:
