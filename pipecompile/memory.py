@@ -2,19 +2,20 @@
 
     parameters    its own, and replicas of tied ones
     gradients     of trainable parameters, from the first Backward after a Step on
-    optimizer     its state, for trainable parameters
+    optimizer     its state, for trainable parameters; of tied ones the owner has it
     versions      older weights that a Backward still needs (see ``versions``)
     activations   what is kept from Forward to Backward, of every microbatch in flight
-    waiting       values and gradients of other stages, from their arrival to the Backward that ends with them; those of
-                  tied parameters, and of the replicas of a stage, to the Reduce
+    waiting       values and gradients of other stages, from their arrival to the Backward that ends with them, or of
+                  tied parameters, as those of replicas are, to the Reduce
     outputs       the model's, part by part until the step ends, and then whole
     working       on the way through one Forward or Backward (see ``microbatch``), or through an optimizer's step
     buffers       as many bytes as are given
     tail          what is computed once from the whole batch, as many bytes as are given
 
 All of it is read off a Program: nothing here knows a schedule. A value that stage u has sent lies at its reader for as
-long as its microbatch is in flight at u, so as many are there as u has in flight at most, or of these the reader's share
-where it has replicas; a gradient may wait for each microbatch in flight. These two are bounds, whatever the clock says; so ``Memory`` is what a stage may come to hold.
+long as its microbatch is in flight at u, so as many are there as u has in flight at most, or of these the reader's
+share where it has replicas; a gradient may wait for each microbatch in flight. These two are bounds, whatever the clock
+says; so ``Memory`` is what a stage may come to hold.
 """
 
 from __future__ import annotations
@@ -106,15 +107,15 @@ def memory(
         work = load(costed, plan, stage)
         received = sum(c.nbytes * plan.shared(c, in_flight[c.source]) for c in plan.incoming[stage])
         received += sum(tied.nbytes * len(tied.followers) for tied in plan.tied if tied.owner == stage)
-        held, trainable, largest = _parameters(costed, plan, stage)
+        held, trainable, owned = _parameters(costed, plan, stage)
         fixed = Bytes(
             parameters=held,
-            optimizer=round(optimizer_state * trainable),
+            optimizer=round(optimizer_state * sum(owned)),
             waiting=received,
             buffers=buffers[stage] if buffers else 0,
             tail=tail if stage == plan.num_stages - 1 else 0,
         )
-        copies = {"single": STEP_COPIES * largest, "foreach": trainable, "fused": 0}[step]
+        copies = {"single": STEP_COPIES * max(owned, default=0), "foreach": sum(owned), "fused": 0}[step]
         stages.append(_State(work, fixed, trainable, copies, stash))
     rank_of = program.plan.rank_of
     ranks = [
@@ -132,12 +133,14 @@ def memory(
     return Memory(tuple(state.most for state in stages), tuple(ranks))
 
 
-def _parameters(costed: CostedGraph, plan: Plan, stage: int) -> tuple[int, int, int]:
-    """Bytes of a stage's parameters, of those that are trained, and of the largest of these."""
+def _parameters(costed: CostedGraph, plan: Plan, stage: int) -> tuple[int, int, list[int]]:
+    """Bytes of a stage's parameters, of those that are trained, and of each of these that it steps."""
     names = {name for i in members(costed.graph, plan, stage) for name in costed.graph.nodes[i].parameters}
     mine = [parameter.spec for parameter in costed.graph.parameters if parameter.name in names]
     trained = [spec.nbytes for spec in mine if spec.requires_grad]
-    return sum(spec.nbytes for spec in mine), sum(trained), max(trained, default=0)
+    followed = {tied.parameter for tied in plan.tied if stage in tied.followers}
+    owned = [p.spec.nbytes for p in costed.graph.parameters if p.name in names - followed and p.spec.requires_grad]
+    return sum(spec.nbytes for spec in mine), sum(trained), owned
 
 
 class _State:

@@ -1,8 +1,8 @@
 """Which stage each node belongs to, which rank runs each stage, and what crosses between stages.
 
-A stage may have *replicas*: further stages, each on a rank of its own, that run its nodes too. Microbatches are dealt to
-them in turn, and whoever runs a microbatch forward runs it backward. So a replica is a stage like any other to schedules,
-programs and the runtime, with channels to all that its microbatches come from and go to; the parameters are tied.
+A stage may have *replicas*: further stages that run its nodes too. Microbatches are dealt to them in turn, and whoever
+runs a microbatch forward runs it backward. So a replica is a stage like any other to schedules, programs and the
+runtime, with channels to all that its microbatches come from and go to; the parameters are tied.
 
 Source: PipeDream (Narayanan et al., SOSP 2019), sections 3.1 and 3.2 (1F1B-RR).
 """
@@ -86,8 +86,8 @@ class Plan(Json):
             replica_of: for each stage the one whose nodes it runs (see ``with_replicas``); by default itself.
 
         Raises:
-            PlanError: a value would flow backward, nodes that belong together are apart, or a stage with replicas writes
-                a buffer for each microbatch.
+            PlanError: a value would flow backward, nodes that belong together are apart, or a stage with replicas
+                writes a buffer for each microbatch.
         """
         if len(stage_of) != len(graph):
             raise PlanError(f"{len(stage_of)} stages were given for {len(graph)} nodes")
@@ -174,7 +174,7 @@ class Plan(Json):
         return tuple(c.target for c in self.outgoing[stage] if self.runs(c.target, microbatch))
 
     def shared(self, channel: Channel, count: int) -> int:
-        """How many of ``count`` microbatches that follow each other in the source of a channel go through it, at most."""
+        """How many of ``count`` microbatches that follow each other in a channel's source go through it, at most."""
         source, target = len(self.replicas[channel.source]), len(self.replicas[channel.target])
         return -(-count * gcd(source, target) // target)
 
@@ -196,7 +196,9 @@ class Plan(Json):
             raise PlanError(f"ranks must be counted from 0, one for each stage; got {self.rank_of}")
         for stage, original in enumerate(self.replica_of):
             if original != stage and (stage == 0 or original != self.replica_of[stage - 1]):
-                raise PlanError(f"stage {stage} runs stage {original}'s nodes, but does not follow it: {self.replica_of}")
+                raise PlanError(
+                    f"stage {stage} runs stage {original}'s nodes, but does not follow it: {self.replica_of}"
+                )
         if len(self.replica_of) != self.num_stages:
             raise PlanError(f"{self.num_stages} stages have a rank, but replica_of is {self.replica_of}")
         used = {stage for stage in self.stage_of if stage is not None}
@@ -322,7 +324,7 @@ def _refuse_writers(graph: Graph, stage_of: Sequence[int | None], run_by: Sequen
     for node, stage in zip(graph.nodes, stage_of, strict=True):
         if stage is not None and node.writes and len(run_by[stage]) > 1:
             raise PlanError(
-                f"stage {stage} is to have {len(run_by[stage])} replicas, but module {node.path!r} ({node.source}) writes "
-                f"{', '.join(map(repr, node.writes))} for each microbatch, in their order, which replicas do not keep; "
+                f"stage {stage} is to have {len(run_by[stage])} replicas, but module {node.path!r} ({node.source}) "
+                f"writes {', '.join(map(repr, node.writes))} for each microbatch in turn, which replicas do not keep; "
                 f"give it a stage without replicas, or, for batch normalisation, batch_norm='deferred'"
             )

@@ -63,12 +63,18 @@ class Workload:
 
 
 def make_plan(
-    costed: CostedGraph, num_stages: int, cluster: Cluster, work: Workload, replicas: Sequence[int] = ()
+    costed: CostedGraph,
+    num_stages: int,
+    cluster: Cluster,
+    work: Workload,
+    replicas: Sequence[int] = (),
+    budget: float | None = None,
 ) -> Plan:
     """The best plan that was found within the memory of the devices.
 
     Args:
         replicas: for each stage how many devices run it; by default one.
+        budget: CPU seconds after which a search for a plan ends with the best so far.
 
     Raises:
         InfeasibleError: there is none; says which stage of the fastest plan holds how much too much, and what helps.
@@ -77,20 +83,27 @@ def make_plan(
     again = work.recompute == "always"
     counts = tuple(replicas) or (1,) * num_stages
     try:
-        return _fitted(costed, counts, cluster, work, again)
+        return _fitted(costed, counts, cluster, work, again, budget)
     except PlanError as error:
         if all(device.memory is None for device in cluster.devices):
             raise
-        if work.recompute == "auto" and (found := _try(costed, counts, cluster, work, True)):
+        if work.recompute == "auto" and (found := _try(costed, counts, cluster, work, True, budget)):
             return _eased(costed, found, cluster, work)
         raise type(error)(_refusal(costed, counts, cluster, work)) from error
 
 
-def _fitted(costed: CostedGraph, replicas: Sequence[int], cluster: Cluster, work: Workload, again: bool) -> Plan:
+def _fitted(
+    costed: CostedGraph,
+    replicas: Sequence[int],
+    cluster: Cluster,
+    work: Workload,
+    again: bool,
+    budget: float | None = None,
+) -> Plan:
     num_stages = len(replicas)
     training = _training(work, replicas, cluster, again)
     free = _without_limits(cluster)
-    plan = partition(costed, num_stages, free, training, replicas=replicas)
+    plan = partition(costed, num_stages, free, training, budget=budget, replicas=replicas)
     if cluster == free:
         return plan
     training = replace(training, optimizer_state=work.state, reserved=(0,) * len(cluster))
@@ -98,7 +111,7 @@ def _fitted(costed: CostedGraph, replicas: Sequence[int], cluster: Cluster, work
         over = _excess(work.memory(costed, plan, cluster), cluster)
         if not any(over):
             return plan
-        plan = partition(costed, num_stages, cluster, training, replicas=replicas)
+        plan = partition(costed, num_stages, cluster, training, budget=budget, replicas=replicas)
         over = _excess(work.memory(costed, plan, cluster), cluster)
         training = replace(training, reserved=tuple(map(int.__add__, training.reserved, over)))
     raise PlanError(f"no plan within memory was found in {ATTEMPTS} attempts")
@@ -114,9 +127,16 @@ def _training(work: Workload, replicas: Sequence[int], cluster: Cluster, again: 
     return Training(in_flight, tuple(max(flight.live[stage] for stage in group) for group in groups), 0.0, again)
 
 
-def _try(costed: CostedGraph, replicas: Sequence[int], cluster: Cluster, work: Workload, again: bool) -> Plan | None:
+def _try(
+    costed: CostedGraph,
+    replicas: Sequence[int],
+    cluster: Cluster,
+    work: Workload,
+    again: bool,
+    budget: float | None = None,
+) -> Plan | None:
     try:
-        return _fitted(costed, replicas, cluster, work, again)
+        return _fitted(costed, replicas, cluster, work, again, budget)
     except PlanError:
         return None
 

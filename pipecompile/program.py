@@ -172,7 +172,9 @@ class Program:
                 if i.stage >= self.plan.num_stages or self.plan.rank_of[i.stage] != rank:
                     raise ProgramError(f"{i} stands on rank {rank}, which does not run stage {i.stage}")
                 if isinstance(i, Forward | Backward) and not self.plan.runs(i.stage, i.microbatch):
-                    raise ProgramError(f"{i} is not dealt to stage {i.stage} of the replicas {self.plan.replicas[i.stage]}")
+                    raise ProgramError(
+                        f"{i} is not dealt to stage {i.stage} of the replicas {self.plan.replicas[i.stage]}"
+                    )
         present = Counter(self.instructions)
         for i, count in present.items():
             if count > 1 or i in self.carried:

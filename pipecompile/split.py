@@ -37,8 +37,8 @@ from pipecompile.retarget import retarget, same_device
 class Stage:
     """One stage of a split model. Values are named as in the captured graph.
 
-    The module is called with ``arguments`` and returns ``returns``, in order. Of the replicas that a value may come from,
-    or go to, one is at work on a microbatch.
+    The module is called with ``arguments`` and returns ``returns``, in order. Of the replicas that a value may come
+    from or go to, one is at work on a microbatch.
     """
 
     index: int

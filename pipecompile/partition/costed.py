@@ -91,15 +91,12 @@ def problem_of(
     nodes = [costed.graph.nodes[index] for index in placed.nodes]
     costs = [costed.costs[index] for index in placed.nodes]
     values = zip(nodes, placed.users, strict=True)
-    held, trained = _parameters(costed, placed)
+    held, trained = parameter_bytes(costed, placed)
     stashed = training.stashed
     return contract(
         [cost.seconds + cost.forward * training.again for cost in costs],
         placed.arcs,
-        [
-            ((thing, *users), _transfer(node, seating.typical_link))
-            for thing, (node, users) in enumerate(values)
-        ],
+        [((thing, *users), _transfer(node, seating.typical_link)) for thing, (node, users) in enumerate(values)],
         seating.seats(training, wished.least_stages),
         together=[*placed.together, *wished.groups],
         kept_bytes=[h + t * (1 + training.optimizer_state + stashed[0]) for h, t in zip(held, trained, strict=True)],
@@ -108,7 +105,7 @@ def problem_of(
     )
 
 
-def _parameters(costed: CostedGraph, placed: Placed) -> tuple[list[int], list[int]]:
+def parameter_bytes(costed: CostedGraph, placed: Placed) -> tuple[list[int], list[int]]:
     """For each thing the bytes of the parameters that it is the first to read, and of those that are trained."""
     specs = {parameter.name: parameter.spec for parameter in costed.graph.parameters}
     held, trained = [], []

@@ -82,8 +82,8 @@ def _check(plan: Plan, microbatches: range) -> None:
     for group in plan.replicas:
         if len(group) > 1:
             raise PlanError(
-                f"stages {', '.join(map(str, group))} are replicas, whose gradients are summed once a batch, and PipeDream "
-                f"updates after each microbatch; use the schedule '1f1b' or 'gpipe', or no replicas"
+                f"stages {', '.join(map(str, group))} are replicas, whose gradients are summed once a batch, and "
+                f"PipeDream updates after each microbatch; use the schedule '1f1b' or 'gpipe', or no replicas"
             )
     for tied in plan.tied:
         stages = ", ".join(map(str, tied.stages))
