@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from itertools import pairwise, product
-from math import gcd
+from math import ceil, gcd
 
 from pipecompile.errors import PlanError
 from pipecompile.graph import Cost, CostedGraph, Graph
@@ -176,18 +176,20 @@ class Plan(Json):
     def shared(self, channel: Channel, count: int) -> int:
         """How many of ``count`` microbatches that follow each other in a channel's source go through it, at most."""
         source, target = len(self.replicas[channel.source]), len(self.replicas[channel.target])
-        return -(-count * gcd(source, target) // target)
+        return ceil(count * gcd(source, target) / target)
 
     @cached_property
     def depth(self) -> tuple[int, ...]:
-        """For each stage the number of stages on the longest path from it to a sink, replicas and itself included.
+        """For each stage the number of stages on the longest path from it to a sink, itself included.
 
-        So many microbatches, one on each of them, keep all of that path at work.
+        So many microbatches keep the path at work. A stage with r replicas needs r for itself, and of those behind it a
+        multiple of r: each replica has as many.
         """
-        depth = list(map(len, self.replicas))
+        depth = [0] * self.num_stages
         for stage in reversed(range(self.num_stages)):
+            count = len(self.replicas[stage])
             behind = max((depth[channel.target] for channel in self.outgoing[stage]), default=0)
-            depth[stage] += behind
+            depth[stage] = count * (1 + ceil(behind / count))
         return tuple(depth)
 
     def validate(self) -> None:
@@ -323,8 +325,9 @@ def _tied(graph: Graph, stage_of: Sequence[int | None], run_by: Sequence[Sequenc
 def _refuse_writers(graph: Graph, stage_of: Sequence[int | None], run_by: Sequence[Sequence[int]]) -> None:
     for node, stage in zip(graph.nodes, stage_of, strict=True):
         if stage is not None and node.writes and len(run_by[stage]) > 1:
+            where = f"module {node.path!r}" if node.path else "the model's own forward"
             raise PlanError(
-                f"stage {stage} is to have {len(run_by[stage])} replicas, but module {node.path!r} ({node.source}) "
+                f"stage {stage} is to have {len(run_by[stage])} replicas, but {where} ({node.source}) "
                 f"writes {', '.join(map(repr, node.writes))} for each microbatch in turn, which replicas do not keep; "
                 f"give it a stage without replicas, or, for batch normalisation, batch_norm='deferred'"
             )

@@ -31,6 +31,9 @@ class Training:
     @staticmethod
     def flushed(replicas: Sequence[int]) -> Training:
         """As 1F1B has it, with Adam, for stages with so many replicas each."""
-        depth = [sum(replicas[stage:]) for stage in range(len(replicas))]
-        in_flight = tuple(ceil(all_behind / count) for all_behind, count in zip(depth, replicas, strict=True))
-        return Training(in_flight, (1,) * len(replicas))
+        in_flight: list[int] = []
+        behind = 0
+        for count in reversed(replicas):
+            in_flight.append(1 + ceil(behind / count))
+            behind = count * in_flight[-1]
+        return Training(tuple(reversed(in_flight)), (1,) * len(replicas))
