@@ -124,9 +124,8 @@ def plan(
     replicas: Annotated[
         str | None,
         typer.Option(
-            help="Devices for each stage, which take microbatches in turn: 1,2,1; or [bold]auto[/], the number of "
-            "stages and of replicas with the shortest predicted step on the devices of --cluster, or so many as "
-            "--stages says."
+            help="Devices for each stage, which take microbatches in turn: 1,2,1. [bold]auto[/] finds the numbers of "
+            "stages and of their devices with the shortest step on the devices of --cluster, or on --stages devices."
         ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="Of the weights: float32, bfloat16 or float16.")] = "float32",
@@ -183,8 +182,9 @@ def plan(
         console.print(table(view, console.width))
         console.print(memory_table(held, found, devices))
         console.print(_prediction(view, timeline, schedule, microbatches))
-        for candidate in candidates:
-            console.print(Text(f"devices a stage {candidate}"))
+        if candidates:
+            lines = ["devices of each stage, with the way of new weights to replicas:", *map(str, candidates)]
+            console.print(Text("\n".join(lines)))
     if written is not None:
         _write(FORMATS[written](view), output)
 

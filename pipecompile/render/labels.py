@@ -14,9 +14,7 @@ LONGEST_LABEL = 32  # letters in a box
 
 
 def stage_name(view: StageGraph, stage: int) -> str:
-    original = view.plan.replica_of[stage]
-    like = f" · replica of stage {original}" * (original != stage)
-    return f"stage {stage} · rank {view.stages[stage].rank}{like}"
+    return f"stage {stage} · rank {view.stages[stage].rank}"
 
 
 def stage_lines(view: StageGraph, stage: int) -> tuple[str, ...]:
@@ -28,8 +26,10 @@ def stage_lines(view: StageGraph, stage: int) -> tuple[str, ...]:
         f"weights {bytes_text(it.cost.parameter_bytes)}, saved {bytes_text(it.cost.saved_bytes)}",
     ]
     first, *others = view.plan.replicas[stage]
-    if others and first == stage:
-        lines.append(f"shares its microbatches with {_stages(others)}")
+    if first != stage:
+        lines.append(f"a replica of stage {first}")
+    elif others:
+        lines.append(f"replicas: {_stages(others)}")
     return (*lines, *(f"tied to {_stages(others)}: {_end(name)}" for name, others in view.tied(stage)))
 
 

@@ -102,8 +102,9 @@ class StageGraph(Json):
 
     @property
     def cuts(self) -> tuple[Channel, ...]:
-        """The pairs of stages that values go between."""
-        return self.plan.channels
+        """The pairs of stages that values go between, each once, whatever replicas they have."""
+        drawn = set(self.plan.replica_of)
+        return tuple(c for c in self.plan.channels if {c.source, c.target} <= drawn)
 
     @property
     def balance(self) -> float:

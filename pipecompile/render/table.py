@@ -85,8 +85,7 @@ def totals(view: StageGraph) -> tuple[str, ...]:
     total = sum((stage.cost for stage in view.stages), Cost())
     once = [view.stages[stage].cost for stage in set(view.plan.replica_of)]
     total = replace(total, forward=sum(c.forward for c in once), backward=sum(c.backward for c in once))
-    firsts = set(view.plan.replica_of)
-    crossing = sum(channel.nbytes for channel in view.cuts if {channel.source, channel.target} <= firsts)
+    crossing = sum(channel.nbytes for channel in view.cuts)
     return _numbers(num_parameters, total, crossing, crossing)
 
 
