@@ -12,23 +12,25 @@
     buffers       as many bytes as are given
     tail          what is computed once from the whole batch, as many bytes as are given
 
-All of it is read off a Program: nothing here knows a schedule. A value that stage u has sent lies at its reader for as
-long as its microbatch is in flight at u, so as many are there as u has in flight at most, or of these the reader's
-share where it has replicas; a gradient may wait for each microbatch in flight. These two are bounds, whatever the clock
-says; so ``Memory`` is what a stage may come to hold.
+All of it is read off a Program: nothing here knows a schedule. With a timeline what waits is told by it: a value lies
+from its arrival to the end of its Backward. Without one it is the most that can ever be: a value that stage u has sent
+lies at its reader for as long as its microbatch is in flight at u, so as many are there as u has in flight at most, or
+of these the reader's share where it has replicas, and a gradient may wait for each microbatch in flight.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from pipecompile.graph import CostedGraph
 from pipecompile.microbatch import Load, load
 from pipecompile.plan import Plan, members
-from pipecompile.program import Backward, Forward, Program, Step
+from pipecompile.program import Backward, Forward, Instruction, Program, Recv, Send, Step
 from pipecompile.serial import Json
+from pipecompile.timeline import Timeline
 from pipecompile.versions import Stash, stash_at_start, versions
 
 
@@ -89,6 +91,7 @@ def memory(
     buffers: Sequence[int] = (),
     tail: int = 0,
     step: How = "single",
+    timeline: Timeline | None = None,
 ) -> Memory:
     """What training by a program takes.
 
@@ -99,24 +102,26 @@ def memory(
         tail: bytes that the last stage holds for what is computed once from the whole batch.
         step: how the optimizer updates parameters: one by one ("single", two copies of one), all at once ("foreach", a
             copy of all, torch's way on CUDA), or in one kernel ("fused", no copy).
+        timeline: of the program, simulated or measured; without it the most is taken that can ever wait.
     """
     in_flight = versions(program).in_flight
     stashes = stash_at_start(program)
     stages = []
     for stage, stash in enumerate(stashes):
         work = load(costed, plan, stage)
-        received = sum(c.nbytes * plan.shared(c, in_flight[c.source]) for c in plan.incoming[stage])
-        received += sum(tied.nbytes * len(tied.followers) for tied in plan.tied if tied.owner == stage)
         held, trainable, owned = _parameters(costed, plan, stage)
         fixed = Bytes(
             parameters=held,
             optimizer=round(optimizer_state * sum(owned)),
-            waiting=received,
+            waiting=sum(tied.nbytes * len(tied.followers) for tied in plan.tied if tied.owner == stage),
             buffers=buffers[stage] if buffers else 0,
             tail=tail if stage == plan.num_stages - 1 else 0,
         )
         copies = {"single": STEP_COPIES * max(owned, default=0), "foreach": sum(owned), "fused": 0}[step]
-        stages.append(_State(work, fixed, trainable, copies, stash))
+        waiting = (
+            _Bound(work, plan, stage, in_flight) if timeline is None else _Clock(work, plan, stage, program, timeline)
+        )
+        stages.append(_State(work, fixed, trainable, copies, stash, waiting))
     rank_of = program.plan.rank_of
     ranks = [
         sum(s.now.total for s, r in zip(stages, rank_of, strict=True) if r == rank)
@@ -143,11 +148,59 @@ def _parameters(costed: CostedGraph, plan: Plan, stage: int) -> tuple[int, int, 
     return sum(spec.nbytes for spec in mine), sum(trained), owned
 
 
+def _once(nbytes: Mapping[int, int], plan: Plan) -> dict[int, int]:
+    """Bytes by stage, those of replicas once: a microbatch comes from one of them, and goes to one."""
+    return {plan.replica_of[stage]: n for stage, n in nbytes.items()}
+
+
+class _Bound:
+    """The most that can wait, whatever the clock says."""
+
+    def __init__(self, work: Load, plan: Plan, stage: int, in_flight: Sequence[int]) -> None:
+        self.received = sum(c.nbytes * plan.shared(c, in_flight[c.source]) for c in plan.incoming[stage])
+        self.returned = sum(_once(work.returned, plan).values())
+
+    def reach(self, i: Instruction) -> None:
+        """The stage comes to an instruction."""
+
+    def nbytes(self, count: int) -> int:
+        """What waits with ``count`` microbatches in flight."""
+        return self.received + count * self.returned
+
+
+class _Clock:
+    """What waits by a timeline: what has arrived when an instruction ends, less what is done with."""
+
+    def __init__(self, work: Load, plan: Plan, stage: int, program: Program, timeline: Timeline) -> None:
+        self.ends = {span.instruction: span.end for span in timeline.spans}
+        computed = [i for i in (*program.instructions, *program.carried) if not isinstance(i, Send | Recv)]
+        mine = {i.microbatch for i in computed if isinstance(i, Forward) and i.stage == stage}
+        backward = {i.microbatch for i in program.instructions if isinstance(i, Backward) and i.stage == stage}
+        self.arrivals = [
+            (nbytes, sorted(self.ends.get(Forward(plan.runner(source, k), k), 0.0) for k in mine))
+            for source, nbytes in _once(work.received, plan).items()
+        ] + [
+            (nbytes, sorted(self.ends.get(Backward(plan.runner(target, k), k), 0.0) for k in backward))
+            for target, nbytes in _once(work.returned, plan).items()
+        ]
+        self.until, self.done, self.last = 0.0, 0, False
+
+    def reach(self, i: Instruction) -> None:
+        self.done += self.last
+        self.until, self.last = self.ends[i], isinstance(i, Backward)
+
+    def nbytes(self, count: int) -> int:
+        return sum(nbytes * max(0, bisect_right(times, self.until) - self.done) for nbytes, times in self.arrivals)
+
+
 class _State:
     """One stage while its instructions are walked through."""
 
-    def __init__(self, work: Load, fixed: Bytes, trainable: int, step: int, stash: Stash) -> None:
-        self.work, self.fixed, self.trainable, self.step, self.stash = work, fixed, trainable, step, stash
+    def __init__(
+        self, work: Load, fixed: Bytes, trainable: int, step: int, stash: Stash, waiting: _Bound | _Clock
+    ) -> None:
+        self.work, self.fixed, self.trainable, self.step = work, fixed, trainable, step
+        self.stash, self.waiting = stash, waiting
         self.has_gradients = False
         self.made = 0  # microbatches whose outputs are there
         self.most = self.latest = self.now
@@ -161,12 +214,13 @@ class _State:
             gradients=self.trainable * self.has_gradients,
             versions=self.trainable * (self.stash.live - 1),
             activations=count * self.work.saved,
-            waiting=self.fixed.waiting + count * self.work.returned,
+            waiting=self.fixed.waiting + self.waiting.nbytes(count),
             outputs=self.made * self.work.outputs,
         )
 
     def do(self, i: Forward | Backward | Step) -> None:
         """Carries out an instruction; ``latest`` is what was held at its fullest."""
+        self.waiting.reach(i)
         before, work = self.now, self.work
         match i:
             case Forward():

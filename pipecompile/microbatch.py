@@ -22,7 +22,8 @@ class Load:
     """Bytes of one microbatch in one stage."""
 
     saved: int  # from Forward to Backward, beside what follows
-    returned: int  # gradients of what it sends, from their arrival to the Backward
+    received: dict[int, int]  # by source stage: values, from their arrival to the Backward
+    returned: dict[int, int]  # by target stage: gradients of what it has sent, from their arrival to the Backward
     outputs: int  # what it makes of the model's output, to the end of the step
     forward: int  # at most on the way forward, ``saved`` and ``outputs`` included
     backward: int  # at most on the way backward, beyond what is there before
@@ -33,10 +34,10 @@ def load(costed: CostedGraph, plan: Plan, stage: int) -> Load:
     """What a microbatch does to a stage."""
     walk = _Stage(costed, plan, stage)
     graph = costed.graph
-    returned = {value for channel in plan.outgoing[stage] for value in channel.values}
     return Load(
         walk.bytes_of(walk.resting - walk.outputs),
-        sum(_gradient_bytes(graph.nodes[i]) for i in returned),
+        {channel.source: channel.nbytes for channel in plan.incoming[stage]},
+        {c.target: sum(_gradient_bytes(graph.nodes[i]) for i in c.values) for c in plan.outgoing[stage]},
         walk.bytes_of(walk.outputs),
         walk.forward(),
         walk.backward(first=False),

@@ -152,18 +152,20 @@ class Plan(Json):
         """For each stage all that run its nodes, itself included, ascending."""
         return _replicas(self.replica_of)
 
-    def last_run(self, stage: int, microbatch: int) -> int | None:
-        """The last of the microbatches up to ``microbatch`` that a stage runs, if there is one.
+    def runner(self, stage: int, microbatch: int) -> int:
+        """The replica of a stage that a microbatch is dealt to; they take them in turn."""
+        group = self.replicas[stage]
+        return group[microbatch % len(group)]
 
-        They are dealt to its replicas in turn.
-        """
+    def last_run(self, stage: int, microbatch: int) -> int | None:
+        """The last of the microbatches up to ``microbatch`` that a stage runs, if there is one."""
         group = self.replicas[stage]
         last = microbatch - (microbatch - group.index(stage)) % len(group)
         return last if last >= 0 else None
 
     def runs(self, stage: int, microbatch: int) -> bool:
         """Whether a microbatch is one of those that a stage runs."""
-        return self.last_run(stage, microbatch) == microbatch
+        return self.runner(stage, microbatch) == stage
 
     def sources(self, stage: int, microbatch: int) -> tuple[int, ...]:
         """The stages that a stage's values of a microbatch come from, ascending."""

@@ -22,6 +22,7 @@ from pipecompile.partition import ADAM, Training, partition
 from pipecompile.plan import Plan, stage_costs
 from pipecompile.program import Program
 from pipecompile.render.units import bytes_text
+from pipecompile.simulate import simulate
 from pipecompile.versions import versions
 
 Schedule = Callable[[Plan, int], Program]
@@ -49,12 +50,20 @@ class Workload:
     tail: int = 0
     fused: bool = False
 
-    def memory(self, costed: CostedGraph, plan: Plan, cluster: Cluster, buffers: Sequence[int] = ()) -> Memory:
-        """What each stage and rank holds at its fullest; ``buffers`` are bytes of each stage."""
+    def memory(
+        self, costed: CostedGraph, plan: Plan, cluster: Cluster, buffers: Sequence[int] = (), bound: bool = False
+    ) -> Memory:
+        """What each stage and rank holds at its fullest, by the simulated clock.
+
+        Args:
+            buffers: bytes of each stage.
+            bound: the most that may ever be there instead, however long anything takes.
+        """
         at_once = any(device.kind or device.name.startswith("cuda") for device in cluster.devices)
         step: How = "fused" if self.fused else "foreach" if at_once else "single"
         program = self.schedule(plan, self.microbatches)
-        return memory(costed, plan, program, self.state, buffers, self.tail, step)
+        timeline = None if bound else simulate(program, stage_costs(costed, plan), cluster)
+        return memory(costed, plan, program, self.state, buffers, self.tail, step, timeline)
 
     @property
     def state(self) -> float:
@@ -106,14 +115,16 @@ def _fitted(
     plan = partition(costed, num_stages, free, training, budget=budget, replicas=replicas)
     if cluster == free:
         return plan
-    training = replace(training, optimizer_state=work.state, reserved=(0,) * len(cluster))
+    training = replace(training, optimizer_state=work.state)
+    reserved = [0] * len(cluster)
     for _ in range(ATTEMPTS):
-        over = _excess(work.memory(costed, plan, cluster), cluster)
+        over = _excess(work.memory(costed, plan, cluster, bound=True), cluster)
         if not any(over):
             return plan
+        if training.reserved:  # else the plan was made without limits, and says nothing of what must be reserved
+            reserved = [before + more for before, more in zip(reserved, over, strict=True)]
+        training = replace(training, reserved=tuple(reserved))
         plan = partition(costed, num_stages, cluster, training, budget=budget, replicas=replicas)
-        over = _excess(work.memory(costed, plan, cluster), cluster)
-        training = replace(training, reserved=tuple(map(int.__add__, training.reserved, over)))
     raise PlanError(f"no plan within memory was found in {ATTEMPTS} attempts")
 
 
@@ -146,7 +157,7 @@ def _eased(costed: CostedGraph, found: Plan, cluster: Cluster, work: Workload) -
     costs = stage_costs(costed, found)
     for stage in sorted(found.recomputed, key=lambda s: costs[s].forward, reverse=True):
         plan = replace(found, recomputed=tuple(s for s in found.recomputed if s != stage))
-        if not any(_excess(work.memory(costed, plan, cluster), cluster)):
+        if not any(_excess(work.memory(costed, plan, cluster, bound=True), cluster)):
             found = plan
     return found
 
@@ -166,7 +177,7 @@ def _refusal(costed: CostedGraph, replicas: Sequence[int], cluster: Cluster, wor
     """What the fastest plan would hold too much, and what would make it fit."""
     again = work.recompute != "never"
     fastest = _fitted(costed, replicas, _without_limits(cluster), work, again)
-    held = work.memory(costed, fastest, cluster)
+    held = work.memory(costed, fastest, cluster, bound=True)
     over = _excess(held, cluster)
     rank = max(range(len(over)), key=over.__getitem__)
     limit = cluster.devices[rank].memory
@@ -192,7 +203,7 @@ def _more_microbatches(costed: CostedGraph, _: Sequence[int], cluster: Cluster, 
     """An estimate: half as many rows are half as many bytes of everything that is not a parameter."""
     for factor in (2, 4, 8, 16):
         more = replace(work, microbatches=factor * work.microbatches)
-        held = more.memory(costed, plan, cluster)
+        held = more.memory(costed, plan, cluster, bound=True)
         shrunk = [stage.total - stage.of_rows * (factor - 1) // factor for stage in held.stages]
         limits = [cluster.devices[rank].memory for rank in plan.rank_of]
         if all(limit is None or n <= limit for n, limit in zip(shrunk, limits, strict=True)):

@@ -67,7 +67,7 @@ def counting(pipe: pipecompile.Pipeline) -> Iterator[list[Ledger]]:
     ledgers = [Ledger() for _ in pipe.devices]
     known: dict[int, Any] = {}
     here = threading.local()
-    run_rank, move = Executor._run_rank, Lane.move
+    run_rank, move, fetch = Executor._run_rank, Lane.move, Lane.fetch
 
     def counted(self: Executor, rank: int, *args: Any) -> Any:
         here.mode = Mode(ledgers[rank], known)
@@ -90,6 +90,7 @@ def counting(pipe: pipecompile.Pipeline) -> Iterator[list[Ledger]]:
     with pytest.MonkeyPatch.context() as patch, Mode(ledgers[-1], known):
         patch.setattr(Executor, "_run_rank", counted)
         patch.setattr(Lane, "move", copied)
+        patch.setattr(Lane, "fetch", lambda self, tensor: fetch(self, tensor).clone())
         yield ledgers
 
 

@@ -59,10 +59,10 @@ class Call:
         self.differentiable = bool(self.leaves) and any(t.grad_fn is not None for t in outputs)
         return outputs
 
-    def backward(self, outputs: list[Tensor]) -> None:
-        """Runs the backward of a forward's outputs."""
+    def backward(self, outputs: list[Tensor], seeds: list[Tensor] | None = None) -> None:
+        """Runs the backward of a forward's outputs, from ``seeds`` or ones."""
         roots = [t for t in outputs if t.grad_fn is not None]
-        torch.autograd.grad(roots, self.leaves, [torch.ones_like(t) for t in roots], allow_unused=True)
+        torch.autograd.grad(roots, self.leaves, seeds or _ones(roots), allow_unused=True)
 
     def allocated(self) -> tuple[int, int]:
         """The most bytes that a forward allocates at once, and a backward; none of one that cannot be run alone."""
@@ -70,9 +70,10 @@ class Call:
             outputs = self.forward()
         if not self.differentiable:
             return during_forward.most, 0
+        seeds = _ones([t for t in outputs if t.grad_fn is not None])
         try:
             with Allocations() as during_backward:
-                self.backward(outputs)
+                self.backward(outputs, seeds)
         except RuntimeError:
             return during_forward.most, 0
         return during_forward.most, during_backward.most
@@ -93,6 +94,10 @@ class Call:
     def _run(self, args: Any, kwargs: Any) -> Any:
         with enter_region(self.region.grad, self.region.autocast):
             return self.function(*args, **kwargs)
+
+
+def _ones(tensors: list[Tensor]) -> list[Tensor]:
+    return [torch.ones_like(tensor) for tensor in tensors]
 
 
 def tensors_of(value: Any) -> list[Tensor]:

@@ -1,0 +1,70 @@
+"""Plans a Llama of 70 billion parameters for devices that are not here: plan, memory and a predicted step, timed.
+
+    python benchmarks/llama70b.py --cluster 64xH100
+    pipecompile plan benchmarks/llama70b.py:model --cluster 64xH100 --dtype bfloat16     the same, step by step
+
+Weights are on the meta device. Seconds are those of the devices' peak figures, which nobody reaches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+import pipecompile
+from pipecompile.cluster import Cluster
+from pipecompile.render.table import memory_table
+from pipecompile.render.units import seconds_text
+
+
+def model(layers: int = 80, length: int = 2048, rows: int = 1) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Llama 3's 70-billion-parameter config in bfloat16, and rows of tokens."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        num_hidden_layers=layers,
+        hidden_size=8192,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        intermediate_size=28672,
+        vocab_size=128256,
+    )
+    with torch.device("meta"):
+        made = LlamaForCausalLM(config).to(torch.bfloat16)
+    ids = torch.randint(1000, (rows, length))
+    return made, {"input_ids": ids, "labels": ids}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cluster", default="8xH100")
+    parser.add_argument("--microbatches", type=int, default=32)
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--optimizer-state", type=float, default=2.0)
+    options = parser.parse_args()
+    cluster = Cluster.from_name(options.cluster)
+    start, cpu = time.perf_counter(), time.process_time()
+    it, call = model(length=options.length, rows=options.microbatches)
+    pipe = pipecompile.compile(
+        it,
+        ["cpu"] * len(cluster),
+        cluster=cluster,
+        microbatches=options.microbatches,
+        example_inputs=call,
+        optimizer_state=options.optimizer_state,
+    )
+    console = Console(width=140)
+    console.print(memory_table(pipe.memory, pipe.plan, cluster))
+    step = pipe.predicted
+    console.print(
+        f"a step of {options.microbatches} microbatches: {seconds_text(step.makespan)}, bubble {step.bubble:.1%}"
+    )
+    console.print(f"{time.perf_counter() - start:.1f} s, {time.process_time() - cpu:.1f} s of them on the CPU")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""Clusters: links by pair of ranks, devices by name, and the figures they are planned with."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipecompile.accelerators import ACCELERATORS, Roofline
+from pipecompile.cluster import Cluster, Device, Link, Pair
+from pipecompile.errors import InputError
+
+NEAR, FAR, OWN = Link(100.0), Link(10.0, latency=1.0), Link(1.0)
+
+
+def two_hosts() -> Cluster:
+    devices = tuple(Device(f"gpu{i}", host=i // 2) for i in range(4))
+    return Cluster(devices, NEAR, FAR, (Pair(0, 1, OWN),))
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "seconds"),
+    [(0, 0, 0.0), (2, 3, 1.0), (1, 2, 11.0), (3, 0, 11.0), (0, 1, 100.0), (1, 0, 100.0)],
+)
+def test_a_transfer_takes_what_the_link_of_its_two_ranks_takes(source: int, target: int, seconds: float) -> None:
+    assert two_hosts().transfer_seconds(source, target, 100) == seconds
+
+
+def test_without_a_network_all_links_are_alike() -> None:
+    cluster = Cluster(two_hosts().devices, NEAR)
+    assert cluster.between(0, 3) == cluster.between(0, 1) == NEAR
+
+
+@pytest.mark.parametrize(
+    ("name", "hosts", "kind"),
+    [
+        ("8xH100", [0] * 8, "H100"),
+        ("1xL4", [0], "L4"),
+        ("16xh100", [0] * 8 + [1] * 8, "H100"),
+        ("2x4xA100-40GB", [0] * 4 + [1] * 4, "A100-40GB"),
+        ("3x1xV100-16GB", [0, 1, 2], "V100-16GB"),
+    ],
+)
+def test_a_name_tells_devices_and_hosts(name: str, hosts: list[int], kind: str) -> None:
+    cluster = Cluster.from_name(name)
+    it = ACCELERATORS[kind]
+    assert [device.host for device in cluster.devices] == hosts
+    assert {(device.kind, device.memory) for device in cluster.devices} == {(kind, it.memory)}
+    assert (cluster.link, cluster.network) == (it.link, it.network)
+    assert Cluster.from_json(cluster.to_json()) == cluster
+
+
+@pytest.mark.parametrize("name", ["8xH1000", "H100", "0xH100", "8x", "x8xH100", "8 x H100", "2x0xH100", ""])
+def test_another_name_is_refused_with_those_that_are_known(name: str) -> None:
+    with pytest.raises(InputError, match="A100-40GB"):
+        Cluster.from_name(name)
+
+
+@pytest.mark.parametrize("pair", [(0, 0), (0, 4), (-1, 2)])
+def test_a_pair_is_two_ranks(pair: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="no pair"):
+        Cluster(two_hosts().devices, NEAR, pairs=(Pair(*pair, OWN),))
+
+
+def test_figures_are_plausible_and_have_sources() -> None:
+    for name, it in ACCELERATORS.items():
+        assert it.source, name
+        assert 1e12 < it.roofline.flops < (it.roofline.half_flops or 0) < 1e16, name
+        assert 1e11 < it.roofline.bandwidth < 1e13, name
+        assert it.link.bandwidth > it.network.bandwidth, name
+        assert it.link.latency < it.network.latency < 1e-3, name
+
+
+def test_a_roofline_takes_the_peak_of_the_numbers_it_computes_with() -> None:
+    roof = Roofline(1e12, 1e12, 0.0, half_flops=4e12, tensor_float_flops=2e12)
+    seconds = [roof.seconds(10**12, 8, *kind) for kind in ((False, False), (False, True), (True, False), (True, True))]
+    assert seconds == [1.0, 0.5, 0.25, 0.25]
+    assert roof.seconds(0, 10**12) == 1.0
+    assert roof.seconds(0, 0) == 0.0
+    assert Roofline(1.0, 1.0).seconds(2, 1, half=True) == 2.0  # no other peak is known

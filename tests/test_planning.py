@@ -1,0 +1,219 @@
+"""Plans within memory, saved profiles, and plans made anew from a measured step."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pipecompile
+from pipecompile.calibrate import corrected, stage_times
+from pipecompile.cluster import Cluster, Device
+from pipecompile.errors import InfeasibleError, InputError, PlanError
+from pipecompile.graph import Cost, CostedGraph
+from pipecompile.plan import stage_costs
+from pipecompile.program import Backward, Forward
+from pipecompile.timeline import Span, Timeline
+
+WIDTH = 48
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow, self.drop = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(3 * WIDTH, WIDTH), nn.Dropout(0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop(self.narrow(torch.nn.functional.gelu(self.wide(x))))
+
+
+class Model(nn.Module):
+    def __init__(self, blocks: int = 6) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(blocks))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return nn.functional.mse_loss(x, y)
+
+
+def compiled(blocks: int = 6, **options: Any) -> pipecompile.Pipeline:
+    torch.manual_seed(0)
+    model, x = Model(blocks), torch.randn(64, WIDTH)
+    defaults: dict[str, Any] = {"microbatches": 4, "profile": "count", "example_inputs": {"x": x, "y": -x}}
+    return pipecompile.compile(model, ["cpu", "cpu", "cpu"], **(defaults | options))
+
+
+def tight(batch: int = 512) -> dict[str, Any]:
+    """A batch whose activations weigh, and devices that have room for little more than what is computed again."""
+    x = torch.randn(batch, WIDTH)
+    pipe = compiled(recompute="always", example_inputs={"x": x, "y": x})
+    return {"example_inputs": {"x": x, "y": x}, "cluster": of_memory(int(1.15 * max(pipe.memory.ranks)))}
+
+
+def of_memory(nbytes: int) -> Cluster:
+    return Cluster((Device("cpu", memory=nbytes),) * 3)
+
+
+def gradients(pipe: pipecompile.Pipeline) -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    x = torch.randn(64, WIDTH)
+    pipe(x=x, y=-x).backward()
+    return {name: p.grad for name, p in pipe.named_parameters() if p.grad is not None}
+
+
+# Memory
+
+
+def test_recomputed_stages_give_the_same_gradients_bit_for_bit() -> None:
+    kept, again = compiled(recompute="never"), compiled(recompute="always")
+    assert (kept.plan.recomputed, again.plan.recomputed) == ((), (0, 1, 2))
+    before, after = gradients(kept), gradients(again)
+    assert before.keys() == after.keys() == dict(kept.named_parameters()).keys()
+    for name, gradient in before.items():
+        assert torch.equal(gradient, after[name]), name
+
+
+def test_a_recomputed_stage_takes_its_forward_twice() -> None:
+    pipe = compiled(recompute="always")
+    plain = stage_costs(pipe.profile, replace(pipe.plan, recomputed=()))
+    again = stage_costs(pipe.profile, pipe.plan)
+    assert [b.backward for b in again] == [a.backward + a.forward for a in plain]
+
+
+def test_what_does_not_fit_otherwise_is_computed_again_and_reported() -> None:
+    pipe = compiled(**tight())
+    assert 0 < len(pipe.plan.recomputed) <= 3
+    assert any("for its memory" in line for line in pipe.report["recomputed"])
+    assert "computed again" in str(pipe.plan)
+    assert len(pipe.report["memory"]) == 3
+
+
+def test_a_model_that_fits_is_not_computed_again() -> None:
+    assert compiled(cluster=of_memory(2**30)).plan.recomputed == ()
+
+
+def test_what_fits_nowhere_says_where_how_much_and_what_would_help() -> None:
+    least = max(compiled(recompute="always").memory.ranks)
+    with pytest.raises(PlanError, match=r"stage \d would hold .* too much .*parameters .*such devices in place of 3"):
+        compiled(cluster=of_memory(int(0.7 * least)))
+
+
+def test_recomputing_is_a_remedy_where_it_is_not_allowed() -> None:
+    with pytest.raises(PlanError, match="recompute='auto'"):
+        compiled(**tight(), recompute="never")
+
+
+def test_weights_that_fit_nowhere_are_infeasible() -> None:
+    with pytest.raises(InfeasibleError, match="too much"):
+        compiled(cluster=of_memory(1000))
+
+
+@pytest.mark.parametrize("cluster", [Cluster.of(["a", "b"]), "2xH100"])
+def test_a_cluster_has_a_device_for_each_stage(cluster: Any) -> None:
+    with pytest.raises(InputError, match="one for each"):
+        compiled(cluster=cluster)
+
+
+def test_unknown_ways_to_recompute_are_refused() -> None:
+    with pytest.raises(InputError, match="never, always, auto"):
+        compiled(recompute="sometimes")
+
+
+# Profiles
+
+
+def test_a_saved_profile_gives_the_same_plan(tmp_path: Path) -> None:
+    first = compiled()
+    first.profile.save(tmp_path / "profile.json")
+    again = compiled(profile=tmp_path / "profile.json")
+    assert again.profile == first.profile == CostedGraph.load(tmp_path / "profile.json")
+    assert again.plan == first.plan
+    setting = again.profile.setting
+    assert setting is not None
+    assert (setting.model, setting.torch, setting.inputs[0]) == ("Model", torch.__version__, "x: float32[16, 48]")
+    assert setting.date
+    assert setting.threads == torch.get_num_threads()
+
+
+def test_a_profile_of_another_model_is_refused_with_the_node(tmp_path: Path) -> None:
+    compiled().profile.save(tmp_path / "profile.json")
+    with pytest.raises(InputError, match=r"profile \(Model on .*node 33, .*blocks.6.*in the profile"):
+        compiled(blocks=7, profile=str(tmp_path / "profile.json"))
+
+
+def test_a_profile_of_other_sizes_is_refused(tmp_path: Path) -> None:
+    compiled().profile.save(tmp_path / "profile.json")
+    x = torch.randn(32, WIDTH)
+    with pytest.raises(InputError, match=r"node 0, .*outputs float32\[8, 48\], in the profile float32\[16, 48\]"):
+        compiled(profile=str(tmp_path / "profile.json"), example_inputs={"x": x, "y": x})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("{}", "holds no profile"), ("word", "holds no profile"), (None, "nor a")]
+)
+def test_what_is_no_profile_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
+    path = tmp_path / "profile.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(InputError, match=message):
+        compiled(profile=path)
+
+
+# Calibration
+
+
+def slowed(pipe: pipecompile.Pipeline, slow: int, factor: float) -> Timeline:
+    """A step in which one stage took longer than was predicted."""
+    spans = []
+    for stage, cost in enumerate(stage_costs(pipe.profile, pipe.plan)):
+        times = factor if stage == slow else 1.0
+        for k in range(4):
+            spans.append(Span(stage, Forward(stage, k), float(k), k + times * cost.forward))
+            spans.append(Span(stage, Backward(stage, k), float(k), k + times * cost.backward))
+    return Timeline(tuple(spans), 3)
+
+
+def test_times_are_corrected_stage_by_stage() -> None:
+    pipe = compiled()
+    predicted = stage_costs(pipe.profile, pipe.plan)
+    times = stage_times(predicted, slowed(pipe, 1, 3.0))
+    assert [t.ratio for t in times] == [pytest.approx(1), pytest.approx(3), pytest.approx(1)]
+    fixed = stage_costs(corrected(pipe.profile, pipe.plan, times), pipe.plan)
+    assert [c.seconds for c in fixed] == [pytest.approx(t.measured.seconds) for t in times]
+
+
+def test_times_of_a_step_without_a_backward_say_nothing() -> None:
+    assert stage_times([Cost(1.0)], Timeline((Span(0, Forward(0, 0), 0.0, 1.0),), 1)) == ()
+
+
+def test_replan_relieves_the_slow_stage_and_stays_exact() -> None:
+    pipe = compiled()
+    before = gradients(pipe)
+    assert len(pipe.report["calibration"]) == 3
+    sizes = [pipe.plan.stage_of.count(stage) for stage in range(3)]
+    pipe._session.timeline = slowed(pipe, 0, 4.0)
+    plan = pipe.replan()
+    assert plan == pipe.plan
+    assert plan.stage_of.count(0) < sizes[0]
+    assert "corrected" in pipe.profile.origin
+    assert pipe.report["calibration"] == []
+    pipe.zero_grad()
+    after = gradients(pipe)
+    for name, gradient in before.items():
+        torch.testing.assert_close(after[name], gradient)
+
+
+def test_replan_needs_a_step() -> None:
+    with pytest.raises(InputError, match="training step"):
+        compiled().replan()
+
+
+def test_replan_leaves_optimizers_inside_alone() -> None:
+    with pytest.raises(InputError, match="optimizers that step inside"):
+        compiled(schedule="pipedream", optimizer=torch.optim.Adam).replan()
