@@ -1,7 +1,8 @@
-"""Problems with wide lattices, from seeds: parallel towers, random layers, and attention with explicit heads.
+"""Problems from seeds: parallel towers, random layers, attention with explicit heads, and rows of blocks.
 
-Real models are mostly narrow, and a narrow graph is easy: one topological order has nearly all good cuts. These are
-the hard ones. Costs are drawn, not measured: seconds are uniform, sent seconds log-uniform over a factor of thirty.
+Real models are mostly narrow, and a narrow graph is easy: one topological order has nearly all good cuts. The blocks
+are of this sort; the others have wide lattices and are hard. Costs are drawn, not measured: seconds are uniform, sent
+seconds log-uniform over a factor of thirty.
 """
 
 from __future__ import annotations
@@ -24,6 +25,16 @@ def problems(numbers: Sequence[int]) -> Iterator[tuple[str, Problem]]:
                 yield f"towers {count}, seed {seed}", towers(count, seed, num_stages)
             yield f"layered 150, seed {seed}", layered(150, seed, num_stages)
             yield f"heads 12 x 4, seed {seed}", heads(4, seed, num_stages)
+
+
+def large(sizes: Sequence[int], numbers: Sequence[int]) -> Iterator[tuple[str, Problem]]:
+    """Problems of about so many nodes, at the given numbers of stages."""
+    for size in sizes:
+        for num_stages in numbers:
+            yield f"blocks, {size:,} nodes", blocks(size // 22, 0, num_stages)
+            yield f"blocks with skips, {size:,} nodes", blocks(size // 22, 0, num_stages, skips=size // 44)
+            yield f"heads, {size:,} nodes", heads(size // 78, 0, num_stages)
+            yield f"layered, {size:,} nodes", layered(size, 0, num_stages)
 
 
 def towers(count: int, seed: int, num_stages: int) -> Problem:
@@ -76,6 +87,25 @@ def heads(layers: int, seed: int, num_stages: int, width: int = 12) -> Problem:
         stream = node + 2
         node += 3
     return _drawn(node, edges, num_stages, random)
+
+
+def blocks(layers: int, seed: int, num_stages: int, skips: int = 0) -> Problem:
+    """Transformer blocks of 22 nodes in a row; the first ``skips`` are read again by the last, as in a U-Net."""
+    random = Random(seed)
+    edges: Edges = []
+    outputs = [0]
+    for layer in range(layers):
+        first = 1 + 22 * layer
+        norm, joint, query, key, value, scores, mixed = range(first, first + 7)
+        *rest, add, norm2, up, gate, act, down, add2, last = range(first + 7, first + 22)
+        edges += [(outputs[-1], norm), (outputs[-1], add), (norm, joint), (joint, query), (joint, key), (joint, value)]
+        edges += [(query, scores), (key, scores), (scores, mixed), (value, mixed), *pairwise([mixed, *rest, add])]
+        edges += [(add, norm2), (norm2, up), (norm2, gate), (up, act), (gate, act), (act, down), (down, add2)]
+        edges += [(add, add2), (add2, last)]
+        if layer >= layers - skips:
+            edges.append((outputs[layers - layer], norm))
+        outputs.append(last)
+    return _drawn(1 + 22 * layers, edges, num_stages, random)
 
 
 def _drawn(count: int, edges: Edges, num_stages: int, random: Random) -> Problem:

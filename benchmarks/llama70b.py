@@ -21,6 +21,18 @@ from pipecompile.render.table import memory_table
 from pipecompile.render.units import seconds_text
 
 
+class Loss(nn.Module):
+    """A language model's loss alone: the logits of all microbatches together would fill a device."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        loss: Tensor = self.inner(input_ids=input_ids, labels=labels).loss
+        return loss
+
+
 def model(layers: int = 80, length: int = 2048, rows: int = 1) -> tuple[nn.Module, dict[str, Tensor]]:
     """Llama 3's 70-billion-parameter config in bfloat16, and rows of tokens."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -36,7 +48,7 @@ def model(layers: int = 80, length: int = 2048, rows: int = 1) -> tuple[nn.Modul
     with torch.device("meta"):
         made = LlamaForCausalLM(config).to(torch.bfloat16)
     ids = torch.randint(1000, (rows, length))
-    return made, {"input_ids": ids, "labels": ids}
+    return Loss(made), {"input_ids": ids, "labels": ids}
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
     python benchmarks/partition.py --instances DIR --stages 2,4,6,8 --optima benchmarks/optima.csv --json out.json
     python benchmarks/partition.py --branchy
+    python benchmarks/partition.py --sizes 500,2000,10000,50000 --stages 8 --budget 5
 
 Every ``*.json`` below DIR is an instance; it is solved under its own memory limit, and its load is scored again from
 the file. The load has the unit of the file. ``ratio`` is to the optimum of the CSV (columns instance, stages,
@@ -16,6 +17,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import chain
 from math import inf
 from pathlib import Path
 from time import process_time
@@ -50,6 +52,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--instances", type=Path, metavar="DIR", help="where the instances are")
     parser.add_argument("--branchy", action="store_true", help="also solve the drawn problems of branchy.py")
+    parser.add_argument("--sizes", type=_numbers, default=[], help="also solve drawn problems of so many nodes")
+    parser.add_argument(
+        "--budget", type=float, metavar="SECONDS", help="CPU seconds for each search; without, no limit"
+    )
     parser.add_argument("--stages", type=_numbers, default=[2, 4, 6, 8], help="numbers of stages, with commas")
     parser.add_argument("--optima", type=Path, metavar="FILE.csv", help="known optima to compare with")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the rows here")
@@ -67,13 +73,14 @@ def main() -> None:
 
 
 def _rows(arguments: argparse.Namespace, optima: Optima) -> Iterator[Row]:
-    if not arguments.instances and not arguments.branchy:
-        raise ValueError("give --instances DIR or --branchy")
+    if not arguments.instances and not arguments.branchy and not arguments.sizes:
+        raise ValueError("give --instances DIR, --branchy or --sizes")
     for instance in _instances(arguments.instances) if arguments.instances else ():
         for num_stages in arguments.stages:
-            yield _reported(_solved(instance, num_stages), optima)
-    for name, problem in branchy.problems(arguments.stages) if arguments.branchy else ():
-        yield _reported(_drawn(name, problem), optima)
+            yield _reported(_solved(instance, num_stages, arguments.budget), optima)
+    drawn = branchy.problems(arguments.stages) if arguments.branchy else iter(())
+    for name, problem in chain(drawn, branchy.large(arguments.sizes, arguments.stages)):
+        yield _reported(_drawn(name, problem, arguments.budget), optima)
 
 
 def _instances(folder: Path) -> Iterator[Instance]:
@@ -84,13 +91,13 @@ def _instances(folder: Path) -> Iterator[Instance]:
         yield Instance.read(path, path.relative_to(folder).with_suffix("").as_posix())
 
 
-def _solved(instance: Instance, num_stages: int) -> Row:
+def _solved(instance: Instance, num_stages: int, budget: float | None) -> Row:
     begin = process_time()
     if max(instance.seconds) == inf:
         return Row(instance.name, num_stages, None, None, True, 0.0, None, "a node runs on no accelerator")
     contraction = instance.problem(num_stages)
     try:
-        solution = solve(contraction.problem)
+        solution = solve(contraction.problem, budget)
     except PlanError as error:
         proven = isinstance(error, InfeasibleError)
         return Row(instance.name, num_stages, None, None, proven, process_time() - begin, None, str(error))
@@ -103,8 +110,8 @@ def _solved(instance: Instance, num_stages: int) -> Row:
     return Row(instance.name, num_stages, load, quality.lower_bound, quality.proven, seconds, plan)
 
 
-def _drawn(name: str, problem: Problem) -> Row:
-    solution = solve(problem)
+def _drawn(name: str, problem: Problem, budget: float | None) -> Row:
+    solution = solve(problem, budget)
     plan, quality = dict(enumerate(solution.stage_of)), solution.quality
     return Row(name, problem.num_stages, quality.bottleneck, quality.lower_bound, quality.proven, quality.seconds, plan)
 

@@ -28,7 +28,9 @@ from pipecompile.versions import versions
 Schedule = Callable[[Plan, int], Program]
 Recompute = Literal["never", "always", "auto"]
 RECOMPUTE = get_args(Recompute)
-ATTEMPTS = 8
+ATTEMPTS = 4
+BUDGET = 10.0  # CPU seconds of a search without limits
+SHORT = 4.0  # and of one of several within limits
 
 
 @dataclass(frozen=True)
@@ -77,13 +79,13 @@ def make_plan(
     cluster: Cluster,
     work: Workload,
     replicas: Sequence[int] = (),
-    budget: float | None = None,
+    budget: float = BUDGET,
 ) -> Plan:
     """The best plan that was found within the memory of the devices.
 
     Args:
         replicas: for each stage how many devices run it; by default one.
-        budget: CPU seconds after which a search for a plan ends with the best so far.
+        budget: CPU seconds after which a search for a plan ends with the best so far; ``SHORT`` within limits.
 
     Raises:
         InfeasibleError: there is none; says which stage of the fastest plan holds how much too much, and what helps.
@@ -107,12 +109,13 @@ def _fitted(
     cluster: Cluster,
     work: Workload,
     again: bool,
-    budget: float | None = None,
+    budget: float = BUDGET,
 ) -> Plan:
     num_stages = len(replicas)
     training = _training(work, replicas, cluster, again)
     free = _without_limits(cluster)
-    plan = partition(costed, num_stages, free, training, budget=budget, replicas=replicas)
+    short = min(budget, SHORT)
+    plan = partition(costed, num_stages, free, training, budget=budget if cluster == free else short, replicas=replicas)
     if cluster == free:
         return plan
     training = replace(training, optimizer_state=work.state)
@@ -124,7 +127,7 @@ def _fitted(
         if training.reserved:  # else the plan was made without limits, and says nothing of what must be reserved
             reserved = [before + more for before, more in zip(reserved, over, strict=True)]
         training = replace(training, reserved=tuple(reserved))
-        plan = partition(costed, num_stages, cluster, training, budget=budget, replicas=replicas)
+        plan = partition(costed, num_stages, cluster, training, budget=short, replicas=replicas)
     raise PlanError(f"no plan within memory was found in {ATTEMPTS} attempts")
 
 
@@ -144,7 +147,7 @@ def _try(
     cluster: Cluster,
     work: Workload,
     again: bool,
-    budget: float | None = None,
+    budget: float = BUDGET,
 ) -> Plan | None:
     try:
         return _fitted(costed, replicas, cluster, work, again, budget)

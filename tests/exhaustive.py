@@ -9,7 +9,7 @@ from random import Random
 import numpy as np
 
 from pipecompile.cluster import Cluster, Device, Link
-from pipecompile.graph import Cost, CostedGraph, Graph, Node, TensorSpec
+from pipecompile.graph import Cost, CostedGraph, Graph, Node, Parameter, TensorSpec
 from pipecompile.plan import Plan
 from pipecompile.wishes import Wishes
 
@@ -48,7 +48,7 @@ def drawn(seed: int) -> Case:
     random = Random(seed)
     costed = _graph(random)
     num_stages = random.choice([1, 2, 2, 3, 3, 4])
-    needed = sum(4 * cost.parameter_bytes + num_stages * cost.saved_bytes for cost in costed.costs) + 1
+    needed = sum(kept_bytes(costed.graph)) + num_stages * sum(cost.saved_bytes for cost in costed.costs) + 1
     tight = random.random() < 0.5
     devices = tuple(
         Device(f"d{i}", random.choice([1.0, 1.0, 0.5, 2.0]), _memory(random, needed / num_stages) if tight else None)
@@ -85,13 +85,27 @@ def _graph(random: Random) -> CostedGraph:
     for index in range(copies, random.randint(copies + 2, MOST_NODES)):
         sources = [i for i in range(index) if random.random() < density] or [0]
         spec = TensorSpec((random.randint(0, 3),), "float32", random.random() < 0.7)
-        nodes.append(Node(f"n{index}", "relu", tuple(sources), (spec,), path=random.choice(PATHS)))
-        costs.append(
-            Cost(random.choice([0, 1, 2, 5]), random.choice([0, 3]), random.choice([0, 1, 4]), random.choice([0, 0, 2]))
-        )
+        read = tuple(sorted({f"p{random.randint(copies, index)}" for _ in range(random.choice([0, 0, 1, 2]))}))
+        nodes.append(Node(f"n{index}", "relu", tuple(sources), (spec,), read, path=random.choice(PATHS)))
+        costs.append(Cost(random.choice([0, 1, 2, 5]), random.choice([0, 3]), random.choice([0, 1, 4])))
     later = range(copies, len(nodes))
     together = [tuple(random.sample(later, 2))] if random.random() < 0.3 else []
-    return CostedGraph(Graph(tuple(nodes), (0,), (len(nodes) - 1,), together=tuple(together)), tuple(costs), "drawn")
+    parameters = tuple(
+        Parameter(name, TensorSpec((random.randint(1, 2),), "float16", random.random() < 0.7))
+        for name in sorted({name for node in nodes for name in node.parameters})
+    )
+    graph = Graph(tuple(nodes), (0,), (len(nodes) - 1,), parameters=parameters, together=tuple(together))
+    return CostedGraph(graph, tuple(costs), "drawn")
+
+
+def kept_bytes(graph: Graph) -> list[int]:
+    """For each node the bytes of the parameters that it is the first to read: four times if trained, with Adam."""
+    specs = {parameter.name: parameter.spec for parameter in graph.parameters}
+    first = {name: index for index, node in reversed([*enumerate(graph.nodes)]) for name in node.parameters}
+    sums = [0] * len(graph)
+    for name, index in first.items():
+        sums[index] += specs[name].nbytes * (4 if specs[name].requires_grad else 1)
+    return sums
 
 
 def _memory(random: Random, mean: float) -> int:
@@ -131,13 +145,14 @@ def _allowed(case: Case, rows: np.ndarray) -> np.ndarray:
         ok &= (rows[:, case.nodes_in(path)] == stage).all(axis=1)
     for source, target in ((s, t) for t in case.placed for s in case.graph.nodes[t].inputs if s in case.placed):
         ok &= rows[:, source] <= rows[:, target]
+    kept = kept_bytes(case.graph)
     filled = case.seats if case.wishes.most_stages is None else 1 + max(case.wishes.pins.values(), default=0)
     for seat in range(case.seats):
         here = rows[:, case.placed] == seat
         if seat < filled:
             ok &= here.any(axis=1)
-        costs = [case.costed.costs[i] for i in case.placed]
-        held = here @ np.array([4 * c.parameter_bytes + (case.seats - seat) * c.saved_bytes for c in costs])
+        saved = [case.costed.costs[i].saved_bytes for i in case.placed]
+        held = here @ np.array([kept[i] + (case.seats - seat) * s for i, s in zip(case.placed, saved, strict=True)])
         memory = case.cluster.devices[seat].memory
         ok &= held <= (inf if memory is None else memory)
     return ok

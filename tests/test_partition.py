@@ -9,17 +9,20 @@ from pipecompile.cluster import Cluster, Device, Link
 from pipecompile.errors import InfeasibleError, PlanError
 from pipecompile.graph import Cost, CostedGraph, Graph, Node, Parameter, TensorSpec
 from pipecompile.partition import partition, solve
+from pipecompile.partition.anneal import annealed
 from pipecompile.partition.bound import stage_bound
-from pipecompile.partition.coarsen import lossless
+from pipecompile.partition.coarsen import lossless, lossy
 from pipecompile.partition.contract import contract
 from pipecompile.partition.costed import problem_of
 from pipecompile.partition.cuts import closed_cut
+from pipecompile.partition.deadline import NEVER
 from pipecompile.partition.enumerate import closed_sets
 from pipecompile.partition.evaluate import bottleneck, check, stage_loads
 from pipecompile.partition.interval import best_intervals
 from pipecompile.partition.orders import orders
 from pipecompile.partition.problem import Net, Problem, Seat
 from pipecompile.partition.window import Side, Window, narrowed
+from pipecompile.partition.zoom import near_boundaries
 from pipecompile.plan import Plan
 
 FREE = Link(bandwidth=1e30)
@@ -342,3 +345,79 @@ def test_lossless_coarsening_keeps_the_best_load(seed):
     assert best == pytest.approx(min(bottleneck(problem, plan) for plan in all_plans(problem)))
     for plan in all_plans(coarse.problem):
         check(problem, coarse.expand(plan))
+
+
+def random_plan(problem: Problem, rnd: random.Random) -> tuple[int, ...]:
+    stage_of: list[int] = []
+    for sources in problem.predecessors:
+        low = max((stage_of[source] for source in sources), default=0)
+        stage_of.append(rnd.randint(low, problem.num_stages - 1))
+    return tuple(stage_of)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_walkers_end_in_plans_no_worse_than_their_starts(seed):
+    problem = random_problem(seed, 20, may_idle=seed % 2 == 0, uneven=True, tight=seed % 3 == 0)
+    rnd = random.Random(seed)
+    drawn = (random_plan(problem, rnd) for _ in range(3000))
+    starts = [plan for plan in drawn if is_plan(problem, plan)][:10]
+    if not starts:
+        return
+    ends = annealed(problem, starts, 300, seed, NEVER)
+    assert len(ends) == len(starts)
+    for start, end in zip(starts, ends, strict=True):
+        check(problem, end)
+        assert bottleneck(problem, end) <= bottleneck(problem, start) * (1 + 1e-9)
+
+
+def is_plan(problem: Problem, stage_of: tuple[int, ...]) -> bool:
+    try:
+        check(problem, stage_of)
+    except PlanError:
+        return False
+    return True
+
+
+def test_walks_find_the_best_of_all_plans_of_small_problems():
+    found = 0
+    for seed in range(30):
+        problem = random_problem(seed, 8, uneven=True)
+        plans = list(all_plans(problem))
+        (worst,) = sorted(plans, key=lambda plan: bottleneck(problem, plan))[-1:]
+        ends = annealed(problem, [worst] * 16, 1_000, seed, NEVER)
+        best = min(bottleneck(problem, plan) for plan in plans)
+        found += min(bottleneck(problem, end) for end in ends) <= best * (1 + 1e-9)
+    assert found >= 24
+
+
+def long_problem(count: int = 6_000) -> Problem:
+    """A row with detours, too long for tables that grow with the square."""
+    rnd = random.Random(1)
+    arcs = sorted({(i, j) for i in range(count - 1) for j in (i + 1, min(count - 1, i + rnd.randint(1, 9)))})
+    nets = tuple(Net((low, high), rnd.choice([0.1, 1.0, 9.0])) for low, high in arcs)
+    return Problem(tuple(rnd.uniform(0.1, 3.0) for _ in range(count)), tuple(arcs), nets, (Seat(),) * 4)
+
+
+def test_a_long_problem_is_coarsened_to_what_was_asked_for_and_keeps_its_order():
+    problem = long_problem()
+    coarse = lossy(problem, 100)
+    assert 100 < len(coarse.problem) <= 251
+    assert sum(coarse.problem.seconds) == pytest.approx(sum(problem.seconds))
+    check(problem, coarse.expand([4 * atom // len(coarse.problem) for atom in range(len(coarse.problem))]))
+
+
+def test_near_its_boundaries_a_long_plan_is_a_plan_of_a_small_problem():
+    problem = long_problem()
+    stage_of = [4 * atom // len(problem) for atom in range(len(problem))]
+    near = near_boundaries(problem, stage_of, 200)
+    assert len(near.problem) <= 204
+    small = dict(zip(near.atom_of, stage_of, strict=True))
+    plan = [small[atom] for atom in range(len(near.problem))]
+    assert list(near.expand(plan)) == stage_of
+    assert stage_loads(near.problem, plan) == pytest.approx(stage_loads(problem, stage_of))
+    assert len({near.atom_of[atom] for atom in range(1_480, 1_500)}) == 20
+
+
+def test_a_long_problem_has_a_plan_near_the_bound():
+    quality = solve(long_problem()).quality
+    assert quality.gap < 0.01

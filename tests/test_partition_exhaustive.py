@@ -22,9 +22,9 @@ def test_a_plan_is_as_good_as_the_best_of_all_plans_or_there_is_none(part: int) 
         best = least_load(case)
         if best == inf:
             with pytest.raises(InfeasibleError):
-                partition(case.costed, case.num_stages, case.cluster, case.wishes)
+                partition(case.costed, case.num_stages, case.cluster, wishes=case.wishes)
             continue
-        plan = partition(case.costed, case.num_stages, case.cluster, case.wishes)
+        plan = partition(case.costed, case.num_stages, case.cluster, wishes=case.wishes)
         assert load(case, plan) == pytest.approx(best, rel=1e-9), f"seed {seed}: {plan}"
         assert plan.quality is not None
         assert plan.quality.bottleneck == pytest.approx(best, rel=1e-9), f"seed {seed}"

@@ -15,11 +15,14 @@ Algorithms for Acyclic Partitioning of Directed Acyclic Graphs" (2019), section 
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 
 from pipecompile.partition.contract import Contraction, merge
 from pipecompile.partition.problem import Floats, Problem
 
+MANY = 2.5
 SHARES = (3200, 1600, 800, 400, 200, 100, 50)  # a cap is a mean stage divided by one of these
 
 
@@ -31,14 +34,41 @@ def lossless(problem: Problem) -> Contraction:
 
 
 def lossy(problem: Problem, most: int) -> Contraction:
-    """Contracts ever heavier atoms until ``most`` are left, or the next would weigh more than 2% of a stage."""
+    """Contracts ever heavier atoms until ``most`` are left, or the next would weigh more than 2% of a stage.
+
+    Graphs of parallel branches keep far more. Then stretches of the atoms' order are contracted, cut where the fewest
+    seconds are open, until some ``MANY`` times ``most`` are left.
+    """
     quotient = _Quotient(problem)
     quotient.join_lighter_than(0.0)
     for share in SHARES:
         if quotient.count <= most:
             break
         quotient.join_lighter_than(1 / problem.num_stages / share)
-    return merge(problem, quotient.groups)
+    contraction = merge(problem, quotient.groups)
+    if quotient.count <= MANY * most:
+        return contraction
+    return contraction.then(merge(contraction.problem, _stretches(contraction.problem, MANY * most)))
+
+
+def _stretches(problem: Problem, most: float) -> list[range]:
+    """Stretches of the order, each lighter than three halves of a share of one in ``most``, or a single atom."""
+    weight = np.cumsum(_shares(problem))
+    mean = float(weight[-1]) / most
+    opened = np.zeros(len(problem))  # by the boundary after each atom
+    for net in problem.nets:
+        opened[net.pins[0]] += net.seconds
+        opened[net.pins[-1]] -= net.seconds
+    opened = np.cumsum(opened)
+    ends = {0, len(problem), *(end for atom, _ in problem.pins for end in (atom, atom + 1))}
+    end, done = 0, 0.0
+    while end < len(problem):
+        low, high = np.searchsorted(weight, [done + mean / 2, done + mean * 3 / 2], side="right")
+        low = max(int(low), end)
+        end = 1 + low + int(opened[low : max(int(high), low + 1)].argmin()) if low < len(problem) else len(problem)
+        done = float(weight[end - 1])
+        ends.add(end)
+    return [range(first, last) for first, last in pairwise(sorted(ends)) if last - first > 1]
 
 
 class _Quotient:

@@ -108,14 +108,13 @@ def balanced_cuts(problem: Problem, inside: Bools, outside: Bools, low: float, h
             return
 
 
-def sweep(problem: Problem, targets: int, tolerances: tuple[float, ...]) -> Iterator[Bools]:
-    """Cheap cuts at evenly spread shares of the weight, within tolerances given as shares of a mean stage."""
-    for tolerance in tolerances:
-        half = tolerance * problem.total / max(1, problem.num_stages)
-        for target in np.linspace(0, problem.total, targets + 2)[1:-1]:
-            inside = problem.descendant_weight > problem.total - (target - half)
-            outside = problem.ancestor_weight > target + half
-            yield from balanced_cuts(problem, inside, outside, target - half, target + half)
+def sweep(problem: Problem, targets: int, tolerance: float) -> Iterator[Bools]:
+    """Cheap cuts at evenly spread shares of the weight, within a tolerance given as a share of a mean stage."""
+    half = tolerance * problem.total / max(1, problem.num_stages)
+    for target in np.linspace(0, problem.total, targets + 2)[1:-1]:
+        inside = problem.descendant_weight > problem.total - (target - half)
+        outside = problem.ancestor_weight > target + half
+        yield from balanced_cuts(problem, inside, outside, target - half, target + half)
 
 
 def bisect(problem: Problem, grain: float, tolerance: float = 0.2) -> tuple[tuple[int, ...], list[Bools]]:

@@ -7,26 +7,29 @@ over all closed sets in the windows finds no plan, T is a lower bound; the first
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from math import inf
 
 from pipecompile.partition.chain import Chain, best_chain
+from pipecompile.partition.contract import Contraction
 from pipecompile.partition.deadline import NEVER, Deadline
 from pipecompile.partition.enumerate import closed_sets
 from pipecompile.partition.family import Family
 from pipecompile.partition.problem import Problem
-from pipecompile.partition.window import ROUNDING, Window, narrowed
+from pipecompile.partition.window import ROUNDING, free_atoms, narrowed, windows, within_free
 
 FIRST_GAP, STEP = 0.005, 1.6  # relative to the first lower bound
-FINEST = 1.002  # the least rise of T that is worth a search
+MOST_SETS, FEWEST_SETS = 10_000, 400  # in one window; with fewer, a search is not worth its minimum cuts
+FINEST = 1.005  # the least rise of T that is worth a search
 
 
 def exact(
-    problem: Problem, lower: float, upper: float, most: int, deadline: Deadline = NEVER
+    problem: Problem, lower: float, upper: float, effort: int, deadline: Deadline = NEVER
 ) -> Iterator[tuple[float, Chain | None]]:
     """Lower bounds as they rise, the last with an optimal plan if one within ``upper`` (seconds) exists and was found.
 
     Args:
-        most: sets in one window; where there are more, a smaller T is tried.
+        effort: sets in one window times free atoms in all of them; where there are more, a smaller T is tried.
 
     Raises:
         OutOfTime: the deadline has passed.
@@ -34,14 +37,13 @@ def exact(
     floor, ceiling, gap = lower, inf, 0.0
     while True:
         limit = min(upper if floor == 0 else floor * (1 + gap), upper, (lower + ceiling) / 2) * (1 + ROUNDING)
-        found = narrowed(problem, limit)
-        families = _families(problem, found, most, deadline) if found else []
+        small, families = _families(problem, limit, effort, deadline)
         if families is None:
             if limit < lower * FINEST:
                 return
             ceiling = limit
-        elif families and (chain := best_chain(problem, families, limit, deadline)):
-            yield max(lower, chain.bottleneck), chain
+        elif families and (chain := best_chain(small.problem, families, limit, deadline)):
+            yield max(lower, chain.bottleneck), replace(chain, stage_of=small.expand(chain.stage_of))
             return
         else:
             lower, gap = max(lower, limit), gap * STEP or FIRST_GAP
@@ -50,13 +52,24 @@ def exact(
             return
 
 
-def _families(problem: Problem, found: list[Window], most: int, deadline: Deadline) -> list[Family] | None:
+def _families(
+    problem: Problem, limit: float, effort: int, deadline: Deadline
+) -> tuple[Contraction, list[Family] | None]:
+    """The sets of each window, none if there is no plan, in the problem of the free atoms; ``None`` if too many."""
+    nowhere = Contraction.identity(problem)
+    if effort < FEWEST_SETS * free_atoms(windows(problem, limit)):
+        return nowhere, None
+    found = narrowed(problem, limit, deadline)
+    if not found:
+        return nowhere, []
+    small, found = within_free(found)
+    most = min(MOST_SETS, effort // (1 + free_atoms(found)))
     families = []
     for window in found:
-        sets = closed_sets(problem, window, most, deadline)
+        sets = closed_sets(small.problem, window, most, deadline)
         if sets is None:
-            return None
+            return small, None
         families.append(sets)
         if not len(sets):
-            return [sets] * (problem.num_stages - 1)
-    return families
+            return small, []
+    return small, families

@@ -25,14 +25,13 @@ from pipecompile.partition.window import admit, windows
 
 EFFORT = 12_000  # atoms placed by interval programmes
 MOST_ORDERS = 100
-MANY_ATOMS = 2_000
 KEPT_ORDERS = 8
 MOST_SETS = 1_000  # for one boundary
 ROUNDING = 1 + 1e-9  # the same load, added in another order
 
 
 def pooled(problem: Problem, deadline: Deadline) -> Iterator[Chain]:
-    """The best interval plan, then the best plan over the pool; neither if no plan within memory was found.
+    """The best plans of each order, then the best plan over the pool; none if no plan within memory was found.
 
     Raises:
         OutOfTime: the deadline has passed.
@@ -40,8 +39,9 @@ def pooled(problem: Problem, deadline: Deadline) -> Iterator[Chain]:
     ranked = _ranked_orders(problem, deadline)
     if not ranked:
         return
+    for best, order, ends in ranked:
+        yield Chain(best, _stages(order, ends))
     best, order, ends = ranked[0]
-    yield Chain(best, _stages(order, ends))
     order_sets = [prefixes(order, _ends(problem, order, best)) for _, order, _ in ranked[:KEPT_ORDERS]]
     sets = Family.of(problem, [*order_sets, *_cuts(problem, deadline)])
     if found := combine(sets, best, prefixes(order, ends[:-1]), deadline):
@@ -92,9 +92,7 @@ def _orders(problem: Problem) -> Iterator[tuple[int, ...]]:
 
 
 def _cuts(problem: Problem, deadline: Deadline) -> Iterator[Bools]:
-    targets = 5 * problem.num_stages
-    tolerances = (0.1, 0.5) if len(problem) < MANY_ATOMS else (0.5,)
-    for cut in sweep(problem, targets, tolerances):
+    for cut in sweep(problem, 3 * problem.num_stages, 0.3):
         deadline.check()
         yield cut[None]
 

@@ -10,6 +10,7 @@ its plan happens to be one of the problem itself, all is done; else its optimum 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import inf
 from time import process_time
@@ -25,13 +26,16 @@ from pipecompile.partition.evaluate import bottleneck, check
 from pipecompile.partition.exact import exact
 from pipecompile.partition.pool import pooled
 from pipecompile.partition.problem import Problem
-from pipecompile.partition.refine import cheapest, refined
+from pipecompile.partition.refine import cheapest, walked
+from pipecompile.partition.zoom import near_boundaries
 from pipecompile.quality import SLACK, Quality
 
 MOST_ATOMS = 600  # for the pool
 MOST_EXACT_ATOMS = 5_000  # for the exact programme, whose tables grow with the square
-QUICKLY, PATIENTLY = 3_000, 10_000  # sets in one window, before and after refinement
-BEAMS = 500, 1_500  # sets in one window that are followed up
+MOST_NEAR = 1_500  # near the boundaries of a larger problem's plan
+QUICKLY, PATIENTLY = 1_000_000, 6_000_000  # the exact programme's effort, before and after refinement
+WORTHWHILE = 0.03  # a proof is tried again if the bound is that near
+BEAMS = 150_000, 500_000  # sets in one window that are followed up, times free atoms
 BEYOND = 1.001  # a search up to so many times the load of any plan proves that there is none
 
 
@@ -70,6 +74,7 @@ class _Search:
     def __init__(self, problem: Problem, deadline: Deadline) -> None:
         self.problem, self.deadline = problem, deadline
         self.stage_of: tuple[int, ...] | None = None
+        self.plans: list[tuple[int, ...]] = []
         self.upper, self.lower = problem.upper_bound * BEYOND, problem.lower_bound
 
     def run(self) -> None:
@@ -80,7 +85,10 @@ class _Search:
                 self._bound()
                 self._prove(QUICKLY)
                 self._refine()
-                self._prove(PATIENTLY)
+                if self.stage_of is None or self.upper <= self.lower * (1 + WORTHWHILE):
+                    self._prove(PATIENTLY)
+            elif self.stage_of is not None:
+                self._zoom(self.stage_of)
         except OutOfTime:
             pass
 
@@ -100,7 +108,8 @@ class _Search:
     def _first_plan(self) -> None:
         coarse = self._coarse()
         for chain in pooled(coarse.problem, self.deadline):
-            self._improve(coarse.expand(chain.stage_of))
+            self.plans.append(coarse.expand(chain.stage_of))
+            self._improve(self.plans[-1])
 
     def _coarse(self) -> Contraction:
         coarse = lossy(self.problem, MOST_ATOMS)
@@ -111,12 +120,12 @@ class _Search:
     def _bound(self) -> None:
         self.lower = max(self.lower, stage_bound(_relaxations(self.problem)[0].problem))
 
-    def _prove(self, most: int) -> None:
+    def _prove(self, effort: int) -> None:
         """Finds an optimum, or a better bound; an infinite one if there is no plan."""
         for contraction in _relaxations(self.problem):
             if self._is_done:
                 return
-            for lower, chain in exact(contraction.problem, self.lower, self.upper, most, self.deadline):
+            for lower, chain in exact(contraction.problem, self.lower, self.upper, effort, self.deadline):
                 self.lower = max(self.lower, lower)
                 if chain and _is_plan(self.problem, found := contraction.expand(chain.stage_of)):
                     self._improve(found)
@@ -124,14 +133,32 @@ class _Search:
             self.lower = inf
 
     def _refine(self) -> None:
-        """Several searches for a better plan, each from the best so far."""
-        for seed, most in enumerate(BEAMS):
-            for search, effort in ((cheapest, most), (refined, seed)):
-                if self.stage_of is None:
-                    return
-                best = Chain(self.upper, self.stage_of)
-                for chain in search(self.problem, best, self.lower, effort, self.deadline):
-                    self._improve(chain.stage_of)
+        """Walks and beams in turn, as long as a beam finds what the walk has not."""
+        for seed, effort in enumerate(BEAMS):
+            if self.stage_of is None:
+                return
+            self._follow(walked(self.problem, [self.stage_of, *self.plans], self.lower, seed, self.deadline))
+            best = Chain(self.upper, self.stage_of)
+            self._follow(cheapest(self.problem, best, self.lower, effort, self.deadline))
+            if self.upper == best.bottleneck:
+                return
+
+    def _zoom(self, stage_of: tuple[int, ...]) -> None:
+        """Refines the plan near its boundaries."""
+        near = near_boundaries(self.problem, stage_of, MOST_NEAR)
+        inner = _Search(near.problem, self.deadline)
+        inner.lower = self.lower
+        stages = dict(zip(near.atom_of, stage_of, strict=True))
+        inner._improve(tuple(stages[atom] for atom in range(len(near.problem))))
+        try:
+            inner._refine()
+        finally:
+            assert inner.stage_of is not None
+            self._improve(near.expand(inner.stage_of))
+
+    def _follow(self, chains: Iterator[Chain]) -> None:
+        for chain in chains:
+            self._improve(chain.stage_of)
 
 
 def _relaxations(problem: Problem) -> list[Contraction]:

@@ -12,7 +12,7 @@ weigh more than (K - k) T must be. These pins are implied by T, not a heuristic.
 Minimum cuts make the windows narrower. The cheapest cut within a window is a part of both sums. And the cheapest cut
 of an earlier window j < k, over the nets that lie wholly inside the window after it, is paid twice within the first k
 stages, by a producer and by a consumer; no net is counted by two windows. What remains pins more atoms, which makes
-the cuts dearer, until nothing changes or the pins contradict each other: then no plan is within T.
+the cuts dearer, until little changes or the pins contradict each other: then no plan is within T.
 
 Source: Tarnawski et al. (NeurIPS 2020), section 4, for ideals as boundaries; the windows and their narrowing are ours.
 """
@@ -22,15 +22,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from math import inf
 
 import numpy as np
 
+from pipecompile.partition.contract import Contraction, merge
 from pipecompile.partition.cuts import Cut, closed_cut
+from pipecompile.partition.deadline import NEVER, Deadline
 from pipecompile.partition.family import Family
 from pipecompile.partition.problem import Bools, Floats, Problem, Seat
 
 ROUNDING = 1e-9  # relative; a window is a hair too wide rather than too narrow
-ROUNDS = 4
+ROUNDS, LITTLE = 4, 0.9  # at most, and as long as each leaves fewer than so many free atoms of the last
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +89,11 @@ class Window:
         return (self.before.time + self.after.time - self.problem.total / fastest) / 2
 
     @property
+    def free(self) -> int:
+        """How many atoms are not pinned."""
+        return int((~(self.inside | self.outside)).sum())
+
+    @property
     def is_contradiction(self) -> bool:
         return bool((self.inside & self.outside).any())
 
@@ -110,18 +118,41 @@ def windows(problem: Problem, limit: float) -> list[Window]:
     return [window.pinned(boundary) for boundary, window in enumerate(found, start=1)]
 
 
-def narrowed(problem: Problem, limit: float) -> list[Window] | None:
-    """The window of each boundary, by minimum cuts; ``None`` if no plan is within the limit."""
-    found = windows(problem, limit)
-    pinned = -1
+def free_atoms(found: Sequence[Window]) -> int:
+    """How many atoms are not pinned, over all boundaries."""
+    return sum(window.free for window in found)
+
+
+def narrowed(problem: Problem, limit: float, deadline: Deadline = NEVER) -> list[Window] | None:
+    """The window of each boundary, by minimum cuts; ``None`` if no plan is within the limit.
+
+    Raises:
+        OutOfTime: the deadline has passed.
+    """
+    found, free = windows(problem, limit), inf
     for _ in range(ROUNDS):
         if any(window.is_contradiction for window in found):
             return None
-        before, pinned = pinned, sum(int(window.inside.sum() + window.outside.sum()) for window in found)
-        if pinned == before:
+        before, free = free, free_atoms(found)
+        if free > LITTLE * before:
             break
-        found = _narrow(problem, limit, found)
+        found = _narrow(problem, limit, found, deadline)
     return found
+
+
+def within_free(found: list[Window]) -> tuple[Contraction, list[Window]]:
+    """The problem with all atoms merged whose stage the windows leave no choice, and its windows.
+
+    Pinned sets are closed, and so are the stages between them: no free atom can lie between merged ones.
+    """
+    problem = found[0].problem
+    fixed = np.logical_and.reduce([window.inside | window.outside for window in found])
+    stage_of = np.sum([window.outside for window in found], axis=0)
+    groups = [np.flatnonzero(fixed & (stage_of == stage)).tolist() for stage in range(problem.num_stages)]
+    small = merge(problem, [group for group in groups if group])
+    first = np.unique(small.atom_of, return_index=True)[1]
+    lifted = [(window, window.inside[first], window.outside[first]) for window in found]
+    return small, [replace(w, problem=small.problem, inside=i, outside=o, cut=None) for w, i, o in lifted]
 
 
 def admit(sets: Family, limit: float) -> list[Family]:
@@ -134,7 +165,7 @@ def _sides(problem: Problem, limit: float) -> list[tuple[Side, Side]]:
     return [(Side.of(seats[:k], limit), Side.of(seats[k:], limit)) for k in range(1, len(seats))]
 
 
-def _narrow(problem: Problem, limit: float, found: list[Window]) -> list[Window]:
+def _narrow(problem: Problem, limit: float, found: list[Window], deadline: Deadline) -> list[Window]:
     spent_before, spent_after = [0.0], [0.0]
     for window, following in pairwise(found):
         spent_before.append(spent_before[-1] + 2 * _least(problem, window, following.inside))
@@ -142,6 +173,7 @@ def _narrow(problem: Problem, limit: float, found: list[Window]) -> list[Window]
         spent_after.append(spent_after[-1] + 2 * _least(problem, window, preceding.outside))
     narrow = []
     for index, (before, after) in enumerate(_sides(problem, limit)):
+        deadline.check()
         cut = closed_cut(problem, found[index].inside, found[index].outside)
         before = before.less(spent_before[index], cut.seconds)
         after = after.less(spent_after[-1 - index], cut.seconds)
@@ -155,4 +187,4 @@ def _least(problem: Problem, window: Window, within: Bools) -> float:
     if not len(atoms):
         return 0.0
     nets = np.logical_and.reduceat(within[atoms], begins)
-    return closed_cut(problem, window.inside, window.outside, nets).seconds
+    return closed_cut(problem, window.inside, window.outside, nets).seconds if nets.any() else 0.0
