@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ def compile(
     model: nn.Module,
     devices: Sequence[torch.device | str | int],
     *,
+    replicas: Sequence[int] | Literal["auto"] | None = None,
     schedule: str = "1f1b",
     microbatches: int | None = None,
     example_inputs: tuple[Sequence[Any], Mapping[str, Any]] | Mapping[str, Any] | Sequence[Any] | None = None,
@@ -43,6 +44,9 @@ def compile(
 
     Args:
         devices: one for each stage: ``["cuda:0", "cuda:1"]``, ``[0, 1]``, ``["cpu", "cpu"]``; a device may stand twice.
+        replicas: how many devices run each stage, data parallel, by default one: with ``[1, 2, 1]`` the second of three
+            stages runs on the second and the third of four devices, which take microbatches in turn. "auto" finds the
+            number of stages, and of devices for each, with the shortest predicted step.
         schedule: "sequential", "gpipe", "1f1b" (with a flush) or "pipedream" (asynchronous).
         microbatches: parts of each batch; by default two for each stage. A batch with fewer rows has fewer parts.
         example_inputs: arguments of a call, ``(args, kwargs)`` or either alone; captures now, not at the first call.
@@ -92,8 +96,10 @@ def compile(
         cluster=None if cluster is None else named_cluster(cluster, present),
         recompute=recompute,
         optimizer_state=optimizer_state,
+        replicas=replicas if isinstance(replicas, str) else tuple(replicas or ()),
     )
     options.check(model)
+    options.check_replicas(len(present))
     pipeline = Pipeline(model, present, options)
     if example_inputs is not None:
         args, kwargs = _arguments(example_inputs)

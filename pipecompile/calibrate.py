@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from statistics import median
+from statistics import mean, median
 
 from pipecompile.graph import Cost, CostedGraph
 from pipecompile.plan import Plan
@@ -30,7 +30,7 @@ class Times:
 
 
 def stage_times(predicted: Sequence[Cost], timeline: Timeline) -> tuple[Times, ...]:
-    """For each stage its times in a measured step; none if it ran no backward.
+    """For each stage its times in a measured step; none if one ran no backward.
 
     Args:
         predicted: of each stage, for one microbatch.
@@ -48,9 +48,12 @@ def stage_times(predicted: Sequence[Cost], timeline: Timeline) -> tuple[Times, .
 
 
 def corrected(costed: CostedGraph, plan: Plan, times: Sequence[Times]) -> CostedGraph:
-    """The costs with those of each stage's nodes scaled to what the stage took; replicated nodes keep theirs."""
-    forward = [_ratio(t.measured.forward, t.predicted.forward) for t in times]
-    backward = [_ratio(t.measured.backward, t.predicted.backward) for t in times]
+    """The costs with those of each stage's nodes scaled to what the stage took; replicated nodes keep theirs.
+
+    Of a stage with replicas it is the mean of theirs.
+    """
+    forward = [mean(_ratio(times[s].measured.forward, times[s].predicted.forward) for s in r) for r in plan.replicas]
+    backward = [mean(_ratio(times[s].measured.backward, times[s].predicted.backward) for s in r) for r in plan.replicas]
     costs = tuple(
         cost
         if stage is None

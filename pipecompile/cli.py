@@ -36,6 +36,7 @@ from pipecompile.render.stage_graph import StageGraph, stage_graph
 from pipecompile.render.table import memory_table, table
 from pipecompile.render.timeline import timeline_svg, timeline_text
 from pipecompile.render.units import seconds_text
+from pipecompile.replicate import Candidate, with_best_replicas
 from pipecompile.schedule import SCHEDULES, pipedream, steady
 from pipecompile.simulate import simulate
 from pipecompile.timeline import Timeline
@@ -120,6 +121,13 @@ def plan(
     cluster: Annotated[
         str | None, typer.Option(help="Devices that are not here: 8xH100, 64xH100, 2x8xA100-40GB.")
     ] = None,
+    replicas: Annotated[
+        str | None,
+        typer.Option(
+            help="Devices for each stage, which take microbatches in turn: 1,2,1. [bold]auto[/] finds the numbers of "
+            "stages and of their devices with the shortest step on the devices of --cluster, or on --stages devices."
+        ),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Of the weights: float32, bfloat16 or float16.")] = "float32",
     optimizer_state: Annotated[
         float, typer.Option(min=0, help="Bytes that the optimizer keeps for each byte of weights; 2 for Adam.")
@@ -147,24 +155,36 @@ def plan(
     _check_choice("schedule", schedule, NAMES)
     _check_choice("recompute", recompute, RECOMPUTE)
     (place,) = parse_devices([device])
-    devices = Cluster.from_name(cluster) if cluster else Cluster.of([str(place)] * (stages or 2))
-    num_stages = stages or len(devices)
+    counts = _replicas(replicas)
+    num_devices = sum(counts) or stages or 2
+    devices = Cluster.from_name(cluster) if cluster else Cluster.of([str(place)] * num_devices)
+    num_stages = len(counts) or stages or len(devices)
+    _check_replicas(replicas, counts, stages, len(devices), schedule)
     costed = _costed(model, microbatch, length, costs or ("count" if cluster else "measure"), place, devices, dtype)
     if save_profile is not None:
         _write(costed.to_json(), save_profile)
     work = Workload(SCHEDULES.get(schedule, steady), microbatches, optimizer_state, recompute, fused=fused)  # type: ignore[arg-type]
-    found = make_plan(costed, num_stages, devices, work)
+    candidates: tuple[Candidate, ...] = ()
+    if replicas == "auto":
+        found, candidates = with_best_replicas(costed, devices, work)
+    else:
+        found = make_plan(costed, num_stages, devices, work, counts)
     held = work.memory(costed, found, devices)
     view = stage_graph(costed, found)
     program = _program(schedule, view.plan, microbatches)
     timeline = simulate(program, [stage.cost for stage in view.stages], devices)
     if as_json:
-        typer.echo(json.dumps(_facts(view, timeline, held, schedule, microbatches), indent=2))
+        facts = _facts(view, timeline, held, schedule, microbatches)
+        tried = [{"replicas": c.replicas, "seconds": c.seconds, "refused": c.refused} for c in candidates]
+        typer.echo(json.dumps({**facts, "candidates": tried}, indent=2))
     else:
         console = Console(stderr=written is not None and output is None)  # stdout holds the stage graph then
         console.print(table(view, console.width))
         console.print(memory_table(held, found, devices))
         console.print(_prediction(view, timeline, schedule, microbatches))
+        if candidates:
+            lines = ["devices of each stage, with the way of new weights to replicas:", *map(str, candidates)]
+            console.print(Text("\n".join(lines)))
     if written is not None:
         _write(FORMATS[written](view), output)
 
@@ -284,6 +304,7 @@ def _facts(view: StageGraph, timeline: Timeline, memory: Memory, schedule: str, 
             "bytes_in": stage.bytes_in,
             "bytes_out": stage.bytes_out,
             "recomputed": index in view.plan.recomputed,
+            "replica_of": view.plan.replica_of[index],
             "memory": {**dict(memory.stages[index].by_kind()), "all": memory.stages[index].total},
         }
         for index, stage in enumerate(view.stages)
@@ -306,6 +327,28 @@ def _format(format: str | None, output: Path | None) -> str | None:
 def _check_choice(what: str, given: str, choices: tuple[str, ...]) -> None:
     if given not in choices:
         raise InputError(f"there is no {what} {given!r}; choose one of {', '.join(choices)}")
+
+
+def _replicas(text: str | None) -> tuple[int, ...]:
+    """The numbers that --replicas gives; none where it gives none."""
+    if text is None or text == "auto":
+        return ()
+    try:
+        counts = tuple(map(int, text.split(",")))
+    except ValueError:
+        counts = ()
+    if min(counts, default=0) < 1:
+        raise InputError(f"--replicas {text!r} is neither auto nor a number of devices for each stage, such as 1,2,1")
+    return counts
+
+
+def _check_replicas(text: str | None, counts: tuple[int, ...], stages: int | None, devices: int, schedule: str) -> None:
+    if text is not None and schedule not in SCHEDULES:
+        raise InputError(f"--replicas does not go with {schedule}, which updates after each microbatch")
+    if counts and stages not in (None, len(counts)):
+        raise InputError(f"--replicas {text} is for {len(counts)} stages, and --stages says {stages}")
+    if counts and sum(counts) != devices:
+        raise InputError(f"--replicas {text} takes {sum(counts)} devices, and there are {devices}")
 
 
 def _per_stage(option: str, text: str, stages: int) -> list[float]:

@@ -40,6 +40,7 @@ from pipecompile.plan import Plan, stage_costs
 from pipecompile.planning import Workload, make_plan
 from pipecompile.profile import profile
 from pipecompile.program import Program
+from pipecompile.replicate import Candidate, with_best_replicas
 from pipecompile.retarget import threads_each
 from pipecompile.schedule import gpipe
 from pipecompile.simulate import simulate
@@ -62,6 +63,7 @@ class Compiled:
     reference: Plan  # the plan that ``costed`` belongs to
     cluster: Cluster
     work: Workload
+    candidates: tuple[Candidate, ...]  # where replicas were looked for, the best first
     stages: tuple[Stage, ...]
     before: Piece | None
     tail: Piece | None
@@ -220,18 +222,23 @@ def compile_call(
         division = undivided(captured, options.out_dims)
     body = division.body
     graph = summarize(body)
+    candidates: tuple[Candidate, ...] = ()
     if first is None:
         cluster = options.cluster or cluster_of(devices)
         work = _work(division, options)
         costed = _costed(body, graph, options, cluster, devices)
-        plan = reference = make_plan(costed, len(devices), cluster, work)
+        if options.replicas == "auto":
+            plan, candidates = with_best_replicas(costed, cluster, work)
+        else:
+            plan = make_plan(costed, len(options.replicas) or len(devices), cluster, work, options.replicas)
+        reference = plan
     else:
         plan, costed, reference = carry_over(first.plan, first.graph, graph), first.costed, first.reference
-        cluster, work = first.cluster, first.work
+        cluster, work, candidates = first.cluster, first.work, first.candidates
     place(body, plan, graph, devices)
     stages = split(body, graph, plan, devices)
     before, tail = _pieces(division, stages[-1].device)
-    return Compiled(division, graph, plan, costed, reference, cluster, work, stages, before, tail)
+    return Compiled(division, graph, plan, costed, reference, cluster, work, candidates, stages, before, tail)
 
 
 def _costed(

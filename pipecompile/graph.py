@@ -60,6 +60,7 @@ class Node:
     path: str = ""  # "layers.3.mlp": the module whose forward made the call
     source: str = ""  # "model.py:42": the user's line
     replicated: bool = False
+    writes: tuple[str, ...] = ()  # buffers that it writes
 
     @property
     def nbytes(self) -> int:

@@ -2,10 +2,11 @@
 
     parameters    its own, and replicas of tied ones
     gradients     of trainable parameters, from the first Backward after a Step on
-    optimizer     its state, for trainable parameters
+    optimizer     its state, for trainable parameters; of tied ones the owner has it
     versions      older weights that a Backward still needs (see ``versions``)
     activations   what is kept from Forward to Backward, of every microbatch in flight
-    waiting       values and gradients of other stages, from their arrival to the Backward that ends with them
+    waiting       values and gradients of other stages, from their arrival to the Backward that ends with them, or of
+                  tied parameters, as those of replicas are, to the Reduce
     outputs       the model's, part by part until the step ends, and then whole
     working       on the way through one Forward or Backward (see ``microbatch``), or through an optimizer's step
     buffers       as many bytes as are given
@@ -13,14 +14,14 @@
 
 All of it is read off a Program: nothing here knows a schedule. With a timeline what waits is told by it: a value lies
 from its arrival to the end of its Backward. Without one it is the most that can ever be: a value that stage u has sent
-lies at its reader for as long as its microbatch is in flight at u, so as many are there as u has in flight at most, and
-a gradient may wait for each microbatch in flight.
+lies at its reader for as long as its microbatch is in flight at u, so as many are there as u has in flight at most, or
+of these the reader's share where it has replicas, and a gradient may wait for each microbatch in flight.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
@@ -108,15 +109,18 @@ def memory(
     stages = []
     for stage, stash in enumerate(stashes):
         work = load(costed, plan, stage)
-        held, trainable, largest = _parameters(costed, plan, stage)
+        held, trainable, owned = _parameters(costed, plan, stage)
         fixed = Bytes(
             parameters=held,
-            optimizer=round(optimizer_state * trainable),
+            optimizer=round(optimizer_state * sum(owned)),
+            waiting=sum(tied.nbytes * len(tied.followers) for tied in plan.tied if tied.owner == stage),
             buffers=buffers[stage] if buffers else 0,
             tail=tail if stage == plan.num_stages - 1 else 0,
         )
-        copies = {"single": STEP_COPIES * largest, "foreach": trainable, "fused": 0}[step]
-        waiting = _Bound(work, in_flight) if timeline is None else _Clock(work, stage, program, timeline)
+        copies = {"single": STEP_COPIES * max(owned, default=0), "foreach": sum(owned), "fused": 0}[step]
+        waiting = (
+            _Bound(work, plan, stage, in_flight) if timeline is None else _Clock(work, plan, stage, program, timeline)
+        )
         stages.append(_State(work, fixed, trainable, copies, stash, waiting))
     rank_of = program.plan.rank_of
     ranks = [
@@ -134,20 +138,27 @@ def memory(
     return Memory(tuple(state.most for state in stages), tuple(ranks))
 
 
-def _parameters(costed: CostedGraph, plan: Plan, stage: int) -> tuple[int, int, int]:
-    """Bytes of a stage's parameters, of those that are trained, and of the largest of these."""
+def _parameters(costed: CostedGraph, plan: Plan, stage: int) -> tuple[int, int, list[int]]:
+    """Bytes of a stage's parameters, of those that are trained, and of each of these that it steps."""
     names = {name for i in members(costed.graph, plan, stage) for name in costed.graph.nodes[i].parameters}
     mine = [parameter.spec for parameter in costed.graph.parameters if parameter.name in names]
     trained = [spec.nbytes for spec in mine if spec.requires_grad]
-    return sum(spec.nbytes for spec in mine), sum(trained), max(trained, default=0)
+    followed = {tied.parameter for tied in plan.tied if stage in tied.followers}
+    owned = [p.spec.nbytes for p in costed.graph.parameters if p.name in names - followed and p.spec.requires_grad]
+    return sum(spec.nbytes for spec in mine), sum(trained), owned
+
+
+def _once(nbytes: Mapping[int, int], plan: Plan) -> dict[int, int]:
+    """Bytes by stage, those of replicas once: a microbatch comes from one of them, and goes to one."""
+    return {plan.replica_of[stage]: n for stage, n in nbytes.items()}
 
 
 class _Bound:
     """The most that can wait, whatever the clock says."""
 
-    def __init__(self, work: Load, in_flight: Sequence[int]) -> None:
-        self.received = sum(nbytes * in_flight[source] for source, nbytes in work.received.items())
-        self.returned = sum(work.returned.values())
+    def __init__(self, work: Load, plan: Plan, stage: int, in_flight: Sequence[int]) -> None:
+        self.received = sum(c.nbytes * plan.shared(c, in_flight[c.source]) for c in plan.incoming[stage])
+        self.returned = sum(_once(work.returned, plan).values())
 
     def reach(self, i: Instruction) -> None:
         """The stage comes to an instruction."""
@@ -160,17 +171,17 @@ class _Bound:
 class _Clock:
     """What waits by a timeline: what has arrived when an instruction ends, less what is done with."""
 
-    def __init__(self, work: Load, stage: int, program: Program, timeline: Timeline) -> None:
+    def __init__(self, work: Load, plan: Plan, stage: int, program: Program, timeline: Timeline) -> None:
         self.ends = {span.instruction: span.end for span in timeline.spans}
         computed = [i for i in (*program.instructions, *program.carried) if not isinstance(i, Send | Recv)]
         mine = {i.microbatch for i in computed if isinstance(i, Forward) and i.stage == stage}
         backward = {i.microbatch for i in program.instructions if isinstance(i, Backward) and i.stage == stage}
         self.arrivals = [
-            (nbytes, sorted(self.ends.get(Forward(source, k), 0.0) for k in mine))
-            for source, nbytes in work.received.items()
+            (nbytes, sorted(self.ends.get(Forward(plan.runner(source, k), k), 0.0) for k in mine))
+            for source, nbytes in _once(work.received, plan).items()
         ] + [
-            (nbytes, sorted(self.ends.get(Backward(target, k), 0.0) for k in backward))
-            for target, nbytes in work.returned.items()
+            (nbytes, sorted(self.ends.get(Backward(plan.runner(target, k), k), 0.0) for k in backward))
+            for target, nbytes in _once(work.returned, plan).items()
         ]
         self.until, self.done, self.last = 0.0, 0, False
 
@@ -203,7 +214,7 @@ class _State:
             gradients=self.trainable * self.has_gradients,
             versions=self.trainable * (self.stash.live - 1),
             activations=count * self.work.saved,
-            waiting=self.waiting.nbytes(count),
+            waiting=self.fixed.waiting + self.waiting.nbytes(count),
             outputs=self.made * self.work.outputs,
         )
 

@@ -41,6 +41,7 @@ class Options:
     cluster: Cluster | None = None
     recompute: Recompute = "auto"
     optimizer_state: float | None = None
+    replicas: tuple[int, ...] | Literal["auto"] = ()
 
     def check(self, model: nn.Module) -> None:
         """Raises ``InputError`` at the first option that is not known, or does not go with the model or another."""
@@ -57,6 +58,29 @@ class Options:
             )
         self._check_schedule()
         self._check_names(model)
+
+    def check_replicas(self, devices: int) -> None:
+        """Raises ``InputError`` if the replicas of stages cannot be, on so many devices."""
+        counts = self.replicas
+        if isinstance(counts, str) and counts != "auto":
+            raise InputError(f"replicas={counts!r} is not known; there are 'auto' and a list with a number a stage")
+        if self.schedule in ASYNCHRONOUS and (counts == "auto" or any(count > 1 for count in counts)):
+            raise InputError(
+                f"replicas={counts if counts == 'auto' else list(counts)!r} does not go with "
+                f"schedule={self.schedule!r}, which updates after each microbatch, while the gradients of replicas are "
+                f"summed once a batch; use the schedule '1f1b' or 'gpipe'"
+            )
+        if counts == "auto":
+            return
+        if not all(isinstance(count, int) and not isinstance(count, bool) and count > 0 for count in counts):
+            raise InputError(
+                f"replicas={list(counts)} must hold for each stage the number of devices that run it, at least one"
+            )
+        if counts and sum(counts) != devices:
+            raise InputError(
+                f"replicas={list(counts)} takes {sum(counts)} devices for {len(counts)} stages, and devices= has "
+                f"{devices}"
+            )
 
     @cached_property
     def work(self) -> Workload:

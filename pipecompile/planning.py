@@ -73,29 +73,49 @@ class Workload:
         return self.optimizer_state() if callable(self.optimizer_state) else self.optimizer_state
 
 
-def make_plan(costed: CostedGraph, num_stages: int, cluster: Cluster, work: Workload) -> Plan:
+def make_plan(
+    costed: CostedGraph,
+    num_stages: int,
+    cluster: Cluster,
+    work: Workload,
+    replicas: Sequence[int] = (),
+    budget: float = BUDGET,
+) -> Plan:
     """The best plan that was found within the memory of the devices.
+
+    Args:
+        replicas: for each stage how many devices run it; by default one.
+        budget: CPU seconds after which a search for a plan ends with the best so far; ``SHORT`` within limits.
 
     Raises:
         InfeasibleError: there is none; says which stage of the fastest plan holds how much too much, and what helps.
-        PlanError: none was found.
+        PlanError: none was found, or a stage that is to have replicas cannot.
     """
     again = work.recompute == "always"
+    counts = tuple(replicas) or (1,) * num_stages
     try:
-        return _fitted(costed, num_stages, cluster, work, again)
+        return _fitted(costed, counts, cluster, work, again, budget)
     except PlanError as error:
         if all(device.memory is None for device in cluster.devices):
             raise
-        if work.recompute == "auto" and (found := _try(costed, num_stages, cluster, work, True)):
+        if work.recompute == "auto" and (found := _try(costed, counts, cluster, work, True, budget)):
             return _eased(costed, found, cluster, work)
-        raise type(error)(_refusal(costed, num_stages, cluster, work)) from error
+        raise type(error)(_refusal(costed, counts, cluster, work)) from error
 
 
-def _fitted(costed: CostedGraph, num_stages: int, cluster: Cluster, work: Workload, again: bool) -> Plan:
-    flight = versions(work.schedule(Plan.chain(num_stages, _ranks(num_stages, cluster)), work.microbatches))
+def _fitted(
+    costed: CostedGraph,
+    replicas: Sequence[int],
+    cluster: Cluster,
+    work: Workload,
+    again: bool,
+    budget: float = BUDGET,
+) -> Plan:
+    num_stages = len(replicas)
+    training = _training(work, replicas, cluster, again)
     free = _without_limits(cluster)
-    training = Training(flight.in_flight, flight.live, 0.0, again)
-    plan = partition(costed, num_stages, free, training, budget=BUDGET if cluster == free else SHORT)
+    short = min(budget, SHORT)
+    plan = partition(costed, num_stages, free, training, budget=budget if cluster == free else short, replicas=replicas)
     if cluster == free:
         return plan
     training = replace(training, optimizer_state=work.state)
@@ -107,13 +127,30 @@ def _fitted(costed: CostedGraph, num_stages: int, cluster: Cluster, work: Worklo
         if training.reserved:  # else the plan was made without limits, and says nothing of what must be reserved
             reserved = [before + more for before, more in zip(reserved, over, strict=True)]
         training = replace(training, reserved=tuple(reserved))
-        plan = partition(costed, num_stages, cluster, training, budget=SHORT)
+        plan = partition(costed, num_stages, cluster, training, budget=short, replicas=replicas)
     raise PlanError(f"no plan within memory was found in {ATTEMPTS} attempts")
 
 
-def _try(costed: CostedGraph, num_stages: int, cluster: Cluster, work: Workload, again: bool) -> Plan | None:
+def _training(work: Workload, replicas: Sequence[int], cluster: Cluster, again: bool) -> Training:
+    """What a device of each stage has at once, without optimizer state."""
+    ranks = [place % len(cluster) for place in range(sum(replicas))]
+    chain = Plan.chain(len(replicas), ranks, replicas=replicas)
+    flight = versions(work.schedule(chain, work.microbatches))
+    groups = [chain.replicas[first] for first in sorted(set(chain.replica_of))]
+    in_flight = tuple(max(flight.in_flight[stage] for stage in group) for group in groups)
+    return Training(in_flight, tuple(max(flight.live[stage] for stage in group) for group in groups), 0.0, again)
+
+
+def _try(
+    costed: CostedGraph,
+    replicas: Sequence[int],
+    cluster: Cluster,
+    work: Workload,
+    again: bool,
+    budget: float = BUDGET,
+) -> Plan | None:
     try:
-        return _fitted(costed, num_stages, cluster, work, again)
+        return _fitted(costed, replicas, cluster, work, again, budget)
     except PlanError:
         return None
 
@@ -135,18 +172,14 @@ def _excess(held: Memory, cluster: Cluster) -> list[int]:
     return [0 if limit is None else max(0, n - limit) for n, limit in zip(bytes_of, limits, strict=True)]
 
 
-def _ranks(num_stages: int, cluster: Cluster) -> Sequence[int]:
-    return [stage % len(cluster) for stage in range(num_stages)]
-
-
 def _without_limits(cluster: Cluster) -> Cluster:
     return replace(cluster, devices=tuple(replace(device, memory=None) for device in cluster.devices))
 
 
-def _refusal(costed: CostedGraph, num_stages: int, cluster: Cluster, work: Workload) -> str:
+def _refusal(costed: CostedGraph, replicas: Sequence[int], cluster: Cluster, work: Workload) -> str:
     """What the fastest plan would hold too much, and what would make it fit."""
     again = work.recompute != "never"
-    fastest = _fitted(costed, num_stages, _without_limits(cluster), work, again)
+    fastest = _fitted(costed, replicas, _without_limits(cluster), work, again)
     held = work.memory(costed, fastest, cluster, bound=True)
     over = _excess(held, cluster)
     rank = max(range(len(over)), key=over.__getitem__)
@@ -154,22 +187,22 @@ def _refusal(costed: CostedGraph, num_stages: int, cluster: Cluster, work: Workl
     stages = [stage for stage, r in enumerate(fastest.rank_of) if r == rank]
     most = max(stages, key=lambda stage: held.stages[stage].total)
     parts = ", ".join(f"{kind} {bytes_text(n)}" for kind, n in held.stages[most].by_kind() if n)
-    helps = [text for text in (remedy(costed, num_stages, cluster, work, fastest) for remedy in _REMEDIES) if text]
+    helps = [text for text in (remedy(costed, replicas, cluster, work, fastest) for remedy in _REMEDIES) if text]
     return (
-        f"the model does not fit into the memory of its devices: in the fastest plan of {num_stages} stages, stage "
-        f"{most} would hold {bytes_text(held.ranks[rank])} of {bytes_text(limit or 0)}, "
+        f"the model does not fit into the memory of its devices: in the fastest plan of {fastest.num_stages} stages, "
+        f"stage {most} would hold {bytes_text(held.ranks[rank])} of {bytes_text(limit or 0)}, "
         f"{bytes_text(over[rank])} too much ({parts}), and no other plan that fits was found; "
         + (f"what would make it fit: {'; '.join(helps)}" if helps else "use devices with more memory")
     )
 
 
-def _recomputing(costed: CostedGraph, num_stages: int, cluster: Cluster, work: Workload, _: Plan) -> str:
-    if work.recompute != "never" or not _try(costed, num_stages, cluster, work, True):
+def _recomputing(costed: CostedGraph, replicas: Sequence[int], cluster: Cluster, work: Workload, _: Plan) -> str:
+    if work.recompute != "never" or not _try(costed, replicas, cluster, work, True):
         return ""
     return "recompute='auto'"
 
 
-def _more_microbatches(costed: CostedGraph, num_stages: int, cluster: Cluster, work: Workload, plan: Plan) -> str:
+def _more_microbatches(costed: CostedGraph, _: Sequence[int], cluster: Cluster, work: Workload, plan: Plan) -> str:
     """An estimate: half as many rows are half as many bytes of everything that is not a parameter."""
     for factor in (2, 4, 8, 16):
         more = replace(work, microbatches=factor * work.microbatches)
@@ -181,10 +214,10 @@ def _more_microbatches(costed: CostedGraph, num_stages: int, cluster: Cluster, w
     return ""
 
 
-def _more_devices(costed: CostedGraph, num_stages: int, cluster: Cluster, work: Workload, _: Plan) -> str:
+def _more_devices(costed: CostedGraph, replicas: Sequence[int], cluster: Cluster, work: Workload, _: Plan) -> str:
     for factor in (2, 4):
         larger = replace(cluster, devices=cluster.devices * factor, pairs=())
-        if _try(costed, factor * num_stages, larger, work, work.recompute != "never"):
+        if _try(costed, (*replicas,) * factor, larger, work, work.recompute != "never"):
             return f"{len(larger)} such devices in place of {len(cluster)}"
     return ""
 

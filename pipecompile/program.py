@@ -2,7 +2,7 @@
 
     Forward(stage, microbatch)     2F0     run the stage on one microbatch
     Backward(stage, microbatch)    2B0     gradients of its inputs and of its weights
-    Reduce(stage, microbatch)      2R7     hand on, or sum up, the gradients of tied parameters
+    Reduce(stage, microbatch)      2R7     hand on, or sum up, what tied parameters have gathered up to microbatch 7
     Step(stage, microbatch)        2S7     the optimizer updates the stage with what has accumulated up to microbatch 7
     Send(result, target)           0F3>2   send the result of a Forward, Backward or Reduce to a stage on another rank
     Recv(result, target)           2<0F3   the other half; equal fields, so that the halves find each other
@@ -133,7 +133,8 @@ class Program:
     not drained between calls leaves some, and so does a forward pass whose backward pass is a program of its own.
 
     Invariants, checked by ``validate``:
-    1. there is a row for each rank, each instruction stands once, on the rank of its stage;
+    1. there is a row for each rank, each instruction stands once, on the rank of its stage, and a microbatch is run by
+       the replica that it is dealt to;
     2. what a computation reads is in the program or carried;
     3. in a lowered program every Send has its Recv and every Recv its Send;
     4. ``linearize`` reaches the end: no rank waits for ever.
@@ -170,6 +171,10 @@ class Program:
             for i in row:
                 if i.stage >= self.plan.num_stages or self.plan.rank_of[i.stage] != rank:
                     raise ProgramError(f"{i} stands on rank {rank}, which does not run stage {i.stage}")
+                if isinstance(i, Forward | Backward) and not self.plan.runs(i.stage, i.microbatch):
+                    raise ProgramError(
+                        f"{i} is not dealt to stage {i.stage} of the replicas {self.plan.replicas[i.stage]}"
+                    )
         present = Counter(self.instructions)
         for i, count in present.items():
             if count > 1 or i in self.carried:
@@ -207,11 +212,11 @@ def reads(i: Compute, plan: Plan) -> Iterator[Result]:
     """The results of other stages that a computation reads."""
     match i:
         case Forward(stage, microbatch):
-            for channel in plan.incoming[stage]:
-                yield Forward(channel.source, microbatch)
+            for source in plan.sources(stage, microbatch):
+                yield Forward(source, microbatch)
         case Backward(stage, microbatch):
-            for channel in plan.outgoing[stage]:
-                yield Backward(channel.target, microbatch)
+            for target in plan.targets(stage, microbatch):
+                yield Backward(target, microbatch)
         case Reduce(stage, microbatch):
             for follower in followers(stage, plan):
                 yield Reduce(follower, microbatch)
@@ -224,10 +229,10 @@ def reads(i: Compute, plan: Plan) -> Iterator[Result]:
 def readers(result: Result, plan: Plan) -> tuple[int, ...]:
     """The stages that read a result, ascending."""
     match result:
-        case Forward(stage, _):
-            return tuple(channel.target for channel in plan.outgoing[stage])
-        case Backward(stage, _):
-            return tuple(channel.source for channel in plan.incoming[stage])
+        case Forward(stage, microbatch):
+            return plan.targets(stage, microbatch)
+        case Backward(stage, microbatch):
+            return plan.sources(stage, microbatch)
         case Reduce(stage, _):
             return owners(stage, plan)
         case _:
@@ -263,11 +268,10 @@ def dependencies(i: Instruction, plan: Plan) -> Iterator[Instruction]:
         case Forward() | Backward() | Reduce() | Step():
             if isinstance(i, Backward):
                 yield Forward(i.stage, i.microbatch)
-            if isinstance(i, Reduce):
-                yield Backward(i.stage, i.microbatch)
-            if isinstance(i, Step):
-                tied = is_tied(i.stage, plan)
-                yield Reduce(i.stage, i.microbatch) if tied else Backward(i.stage, i.microbatch)
+            if isinstance(i, Step) and is_tied(i.stage, plan):
+                yield Reduce(i.stage, i.microbatch)
+            elif isinstance(i, Reduce | Step) and (last := plan.last_run(i.stage, i.microbatch)) is not None:
+                yield Backward(i.stage, last)
             for result in reads(i, plan):
                 near = plan.rank_of[result.stage] == plan.rank_of[i.stage]
                 yield result if near else Recv(result, i.stage)

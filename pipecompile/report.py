@@ -10,6 +10,7 @@ from pipecompile.capture import Captured
 from pipecompile.capture.origin import Origin, origin_of
 from pipecompile.capture.purity import is_random
 from pipecompile.compiled import Compiled
+from pipecompile.render.labels import replica_notes
 from pipecompile.render.units import bytes_text, seconds_text
 from pipecompile.timeline import Timeline
 
@@ -102,5 +103,8 @@ def describe(compiled: Compiled, timeline: Timeline | None = None) -> Mapping[st
         ],
         "memory": _memory(compiled),
         "calibration": _calibration(compiled, timeline),
-        "tied": [f"{t.parameter} over stages {', '.join(map(str, t.stages))}, gradients summed" for t in plan.tied],
+        "tied": [
+            f"{t.parameter} over stages {', '.join(map(str, t.stages))}, gradients summed" for t in plan.tied_by_model
+        ],
+        "replicas": [*replica_notes(plan), *map(str, compiled.candidates)],
     }

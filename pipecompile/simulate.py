@@ -23,6 +23,7 @@ from pipecompile.program import (
     Instruction,
     Program,
     Recv,
+    Reduce,
     Send,
     Step,
     dependencies,
@@ -109,7 +110,10 @@ def _transfer_seconds(i: Send | Recv, plan: Plan, cluster: Cluster | None) -> fl
         return 0.0
     source, target = i.result.stage, i.target
     first, last = min(source, target), max(source, target)  # a gradient has the bytes of the value it belongs to
-    nbytes = sum(channel.nbytes for channel in plan.outgoing[first] if channel.target == last)
+    if isinstance(i.result, Reduce):
+        nbytes = sum(tied.nbytes for tied in plan.tied if tied.owner == first and last in tied.followers)
+    else:
+        nbytes = sum(channel.nbytes for channel in plan.outgoing[first] if channel.target == last)
     return cluster.transfer_seconds(plan.rank_of[source], plan.rank_of[target], nbytes)
 
 

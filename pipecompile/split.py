@@ -37,7 +37,8 @@ from pipecompile.retarget import retarget, same_device
 class Stage:
     """One stage of a split model. Values are named as in the captured graph.
 
-    The module is called with ``inputs`` then ``receives``, in order, and returns ``returns``, in order.
+    The module is called with ``arguments`` and returns ``returns``, in order. Of the replicas that a value may come
+    from or go to, one is at work on a microbatch.
     """
 
     index: int
@@ -45,6 +46,7 @@ class Stage:
     module: fx.GraphModule
     inputs: tuple[str, ...]  # model inputs
     receives: Mapping[int, tuple[str, ...]]  # source stage -> values
+    arguments: tuple[str, ...]  # inputs, then values received
     sends: Mapping[int, tuple[str, ...]]  # target stage -> values
     outputs: tuple[str, ...]  # model outputs
     returns: tuple[str, ...]
@@ -111,14 +113,15 @@ class _Cut:
         sends = {c.target: self._names(c.values) for c in self.plan.outgoing[index]}
         outputs = tuple(name for name in self.model_outputs if self._makes(index, name))
         returns = tuple(dict.fromkeys([*(v for values in sends.values() for v in values), *outputs]))
-        received = [name for values in receives.values() for name in values]
+        received = list(dict.fromkeys(name for values in receives.values() for name in values))
         regions = (
             dict.fromkeys(self.captured.repeatable, 0) if index in self.plan.recomputed else self.captured.recomputed
         )
         graph = _graph(run, received, returns, self.nodes, self.captured, device, regions)
         module = _module(graph, self.tensors, self.captured.leaf, f"Stage{index}")
         origins = {n.name: str(origin_of(n)) for n in run}
-        return Stage(index, device, module, inputs, receives, sends, outputs, returns, origins)
+        arguments = (*inputs, *received)
+        return Stage(index, device, module, inputs, receives, arguments, sends, outputs, returns, origins)
 
     def _names(self, values: Sequence[int]) -> tuple[str, ...]:
         return tuple(self.graph.nodes[i].name for i in values)
@@ -126,7 +129,7 @@ class _Cut:
     def _makes(self, stage: int, name: str) -> bool:
         """Whether a stage returns a model output: its own, or, for the last stage, a replicated one."""
         owner = self.owner.get(name)
-        return (self.plan.num_stages - 1 if owner is None else owner) == stage
+        return (self.plan.replica_of[-1] if owner is None else owner) == self.plan.replica_of[stage]
 
     @property
     def owner(self) -> dict[str, int | None]:

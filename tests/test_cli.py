@@ -118,6 +118,25 @@ def test_plan_of_a_config_needs_no_network_and_no_memory(tmp_path):
     assert stages[0]["bytes_out"] == stages[1]["bytes_in"] > 0
 
 
+def test_plan_shows_replicas(costed):
+    result = run("plan", "any:thing", "--replicas", "1,2")
+    assert result.exit_code == 0, result.output
+    assert "stages 1, 2 are replicas, which take microbatches in turn" in result.stdout
+    stages = json.loads(run("plan", "any:thing", "--replicas", "1,2", "--json").stdout)["stages"]
+    assert [(stage["rank"], stage["replica_of"]) for stage in stages] == [(0, 0), (1, 1), (2, 1)]
+
+
+def test_plan_says_what_auto_has_tried(costed):
+    result = run("plan", "any:thing", "--stages", "3", "--replicas", "auto", "--json")
+    assert result.exit_code == 0, result.output
+    it = json.loads(result.stdout)
+    assert len(it["candidates"]) >= 3
+    assert [1, 1, 1] in [candidate["replicas"] for candidate in it["candidates"]]
+    assert sum(it["candidates"][0]["replicas"]) == len(it["stages"]) == 3
+    text = run("plan", "any:thing", "--stages", "3", "--replicas", "auto").stdout
+    assert f"{it['candidates'][0]['replicas']}: a step of" in text
+
+
 def test_json_says_what_the_table_says(costed):
     it = json.loads(run("plan", "any:thing", "--stages", "3", "--schedule", "gpipe", "-m", "5", "--json").stdout)
     assert it["schedule"] == "gpipe"
@@ -206,6 +225,11 @@ def test_stages_may_have_times_of_their_own():
         ("plan nets:make --profile count -o no/plan.svg", "error: cannot write no/plan.svg: No such file or directory"),
         ("plan nets:make --profile count --microbatch 7", "error: --microbatch 7 is more than the 6 samples"),
         ("plan nets:make --profile count --stages 90", "error: "),
+        ("plan nets:make --replicas many", "error: --replicas 'many' is neither auto nor a number of devices for each"),
+        ("plan nets:make --replicas 1,0", "error: --replicas '1,0' is neither auto nor a number of devices for each"),
+        ("plan nets:make --replicas 1,2 --stages 3", "error: --replicas 1,2 is for 2 stages, and --stages says 3"),
+        ("plan nets:make --replicas 1,2 --cluster 2xH100", "error: --replicas 1,2 takes 3 devices, and there are 2"),
+        ("plan nets:make --replicas auto -s pipedream", "error: --replicas does not go with pipedream, which updates"),
         ("schedule zigzag", "error: there is no schedule 'zigzag'"),
         ("schedule gpipe --forward fast", "error: --forward 'fast' is not a number of seconds"),
         ("schedule gpipe --backward -1", "error: --backward '-1' must not be negative"),

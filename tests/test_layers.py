@@ -20,6 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("partition", "schedule", "lower", "simulate", "memory", "calibrate"),
     ("render",),
     ("planning",),
+    ("replicate",),
     ("lines", "regions", "functions", "randomness", "retarget", "modules"),
     ("recompute",),
     ("capture",),
@@ -40,7 +41,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__", "__init__"),
 )
 NOUNS = LAYERS[:2]  # these import each other within a layer, in the order in which they stand
-TORCH = 6
+TORCH = 7
 EXCEPTIONS = {
     ("runtime", "split"): "reads the noun Stage",
 }

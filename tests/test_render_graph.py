@@ -8,8 +8,9 @@ from costed import Builder, by_time, gpt2, unet
 from rich.console import Console
 
 from pipecompile.graph import Cost, CostedGraph
-from pipecompile.plan import Plan
+from pipecompile.plan import Plan, with_replicas
 from pipecompile.render.formats import FORMATS
+from pipecompile.render.labels import stage_lines
 from pipecompile.render.layout import Rect, layout
 from pipecompile.render.modules import MOST_BOXES
 from pipecompile.render.paths import Names
@@ -25,10 +26,19 @@ def view_of(costed: CostedGraph, num_stages: int) -> StageGraph:
     return stage_graph(costed, by_time(costed, num_stages))
 
 
-@pytest.fixture(params=["gpt2-2", "gpt2-4", "gpt2-8", "unet-4", "unet-1"])
+@pytest.fixture(params=["gpt2-2", "gpt2-4", "gpt2-8", "unet-4", "unet-1", "gpt2-4-with_replicas"])
 def view(request: pytest.FixtureRequest) -> StageGraph:
-    name, num_stages = request.param.split("-")
-    return view_of({"gpt2": gpt2, "unet": unet}[name](), int(num_stages))
+    name, num_stages, *replicas = request.param.split("-")
+    costed = {"gpt2": gpt2, "unet": unet}[name]()
+    return replicated(costed) if replicas else view_of(costed, int(num_stages))
+
+
+def replicated(costed: CostedGraph) -> StageGraph:
+    """Four stages, of which the second has two replicas and the last one three."""
+    replica_of = with_replicas((1, 2, 1, 3))
+    first = sorted(set(replica_of))
+    stage_of = [None if stage is None else first[stage] for stage in by_time(costed, 4).stage_of]
+    return stage_graph(costed, Plan.of(costed.graph, stage_of, replica_of=replica_of))
 
 
 @pytest.fixture
@@ -79,9 +89,26 @@ def test_crossing_edges_carry_what_the_channels_carry(view):
         ends = view.modules[edge.source].stage, view.modules[edge.target].stage
         carried.setdefault(ends, []).extend(edge.values)
     assert {ends: tuple(sorted(values)) for ends, values in carried.items()} == {
-        (channel.source, channel.target): channel.values for channel in view.plan.channels
+        (channel.source, channel.target): channel.values for channel in view.cuts
     }
-    assert sum(edge.nbytes for edge in view.crossings) == sum(channel.nbytes for channel in view.plan.channels)
+    assert sum(edge.nbytes for edge in view.crossings) == sum(channel.nbytes for channel in view.cuts)
+
+
+def test_a_replica_is_a_stage_whose_modules_are_drawn_once():
+    view = replicated(gpt2())
+    assert [len(stage.modules) > 0 for stage in view.stages] == [True, True, False, True, True, False, False]
+    assert [stage.blocks for stage in view.stages[4:]] == [view.stages[4].blocks] * 3
+    assert [(cut.source, cut.target) for cut in view.cuts] == [(0, 1), (1, 3), (3, 4)]
+    words = "\n".join(printed(view))
+    assert "stages 1, 2 are replicas, which take microbatches in turn" in words
+    assert "stages 4, 5, 6 are replicas, which take microbatches in turn" in words
+    assert "replicas: stage 2" in stage_lines(view, 1)
+    assert "a replica of stage 1" in stage_lines(view, 2)
+    assert view.plan.tied
+    assert view.tied(4) == ()
+    seconds = [stage.cost.seconds for stage in view.stages]
+    paces = [seconds[0], seconds[1] / 2, seconds[3], seconds[4] / 3]
+    assert view.balance == pytest.approx(max(paces) * 7 / (seconds[0] + seconds[1] + seconds[3] + seconds[4]))
 
 
 def test_bytes_in_and_out_balance(view):
@@ -321,7 +348,7 @@ class Page(HTMLParser):
 def test_html_lists_every_stage_every_crossing_value_and_every_node(view):
     page = Page(FORMATS["html"](view))
     assert len(page.rows["stages"]) == len(view.stages) + 2
-    crossing = [value for channel in view.plan.channels for value in channel.values]
+    crossing = [value for channel in view.cuts for value in channel.values]
     assert len(page.rows["cuts"]) == len(crossing) + 1
     for value, row in zip(crossing, page.rows["cuts"][1:], strict=True):
         node = view.node(value)

@@ -199,7 +199,6 @@ class _Divider:
         copy = self.graph.node_copy(node, copies.__getitem__)
         if node.op == "get_attr" and str(node.target) in self.written:
             copy = self._new(torch.clone, (copy,), f"{node.name}_before", node)  # the tail writes the buffer itself
-            copy.meta["origin"] = replace(origin_of(node), writes=())
         if _is_write(node):
             copy.meta["origin"] = replace(origin_of(node), writes=())
         copies[node] = self._edited(node, copy)
@@ -280,7 +279,7 @@ class _Divider:
         self, function: Any, args: tuple[Any, ...], name: str, like: fx.Node, kwargs: dict[str, Any] | None = None
     ) -> fx.Node:
         new = self.graph.create_node("call_function", function, args, kwargs or {}, name=name)
-        new.meta.update(like.meta)
+        new.meta.update({**like.meta, "origin": replace(origin_of(like), writes=())})
         return new
 
 

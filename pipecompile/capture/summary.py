@@ -48,6 +48,7 @@ def summarize(captured: Captured) -> Graph:
                 and not written.intersection(attributes)
                 and all(nodes[i].replicated for i in inputs)
                 and _may_repeat(n, outputs),
+                writes=origin.writes,
             )
         )
     if all(node.replicated for node in nodes):  # no parameters, no gradients: still something to run

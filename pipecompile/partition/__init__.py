@@ -2,6 +2,8 @@
 
 from pipecompile.partition.carry import carry_over as carry_over
 from pipecompile.partition.costed import partition as partition
+from pipecompile.partition.deal import Step as Step
+from pipecompile.partition.deal import deals as deals
 from pipecompile.partition.problem import Net as Net
 from pipecompile.partition.problem import Problem as Problem
 from pipecompile.partition.problem import Seat as Seat

@@ -42,8 +42,8 @@ def carry_over(plan: Plan, graph: Graph, new_graph: Graph) -> Plan:
     holders = [old.holders(new_graph, members) for members in nodes]
     latest = _latest(problem, holders, plan.num_stages, [new_graph.nodes[members[0]] for members in nodes])
     stages = _earliest(problem, holders, old.wanted(new_graph, nodes), latest)
-    _fill(problem, holders, stages, plan.num_stages)
-    carried = Plan.of(new_graph, placed.stages(contraction.expand(stages)), plan.rank_of)
+    _fill(problem, holders, stages, plan)
+    carried = Plan.of(new_graph, placed.stages(contraction.expand(stages)), plan.rank_of, plan.replica_of)
     return replace(carried, recomputed=plan.recomputed)
 
 
@@ -127,12 +127,12 @@ def _earliest(
     return stages
 
 
-def _fill(problem: Problem, holders: list[frozenset[int] | None], stages: list[int], num_stages: int) -> None:
+def _fill(problem: Problem, holders: list[frozenset[int] | None], stages: list[int], plan: Plan) -> None:
     """Gives each stage that would be empty the last unbound atom that may move there; without one it stays empty."""
-    for empty in sorted(set(range(num_stages)) - set(stages)):
+    for empty in sorted(set(plan.replica_of) - set(stages)):
         for atom in reversed(range(len(problem))):
             low = max((stages[source] for source in problem.predecessors[atom]), default=0)
-            high = min((stages[user] for user in problem.successors[atom]), default=num_stages - 1)
+            high = min((stages[user] for user in problem.successors[atom]), default=plan.num_stages - 1)
             if holders[atom] is None and low <= empty <= high and stages.count(stages[atom]) > 1:
                 stages[atom] = empty
                 break

@@ -12,19 +12,18 @@ it is told as ``reserved`` bytes once a plan is known (see ``memory`` and ``plan
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
-from math import inf
 
 from pipecompile.cluster import Cluster, Link
 from pipecompile.graph import CostedGraph, Node
 from pipecompile.partition.contract import Contraction, contract
 from pipecompile.partition.placed import Placed
-from pipecompile.partition.problem import Seat
+from pipecompile.partition.seating import Seating
 from pipecompile.partition.solve import solve
 from pipecompile.partition.training import Training
 from pipecompile.partition.wished import Wished
-from pipecompile.plan import Plan
+from pipecompile.plan import Plan, with_replicas
 from pipecompile.wishes import Wishes
 
 
@@ -35,6 +34,7 @@ def partition(
     training: Training | None = None,
     wishes: Wishes | None = None,
     budget: float | None = None,
+    replicas: Sequence[int] = (),
 ) -> Plan:
     """A plan with the least time of the busiest stage that was found, never worse than the best cut of one node order.
 
@@ -44,9 +44,11 @@ def partition(
         training: what their memory must hold; by default 1F1B's with Adam.
         wishes: what else the plan must keep to. With ``most_stages`` it may have fewer than ``num_stages``.
         budget: CPU seconds after which the search ends with the best plan so far.
+        replicas: for each stage how many devices run it, one after the other in the cluster; by default one. To the
+            search such a stage is a device so many times as fast as the slowest of them; what it sends counts whole.
 
     Raises:
-        ValueError: ``num_stages`` is less than one.
+        ValueError: ``num_stages`` is less than one, or ``replicas`` are not so many.
         InputError: a wish names a module or a stage that is not there.
         InfeasibleError: the model cannot be cut into so many stages, does not fit into the devices' memory, or wishes
             contradict the model or each other.
@@ -56,13 +58,18 @@ def partition(
         raise ValueError(f"a plan needs at least one stage; got {num_stages}")
     cluster = Cluster.of([f"rank {rank}" for rank in range(num_stages)]) if cluster is None else cluster
     wishes = wishes or Wishes()
+    if len(replicas) not in (0, num_stages):
+        raise ValueError(f"{num_stages} stages have replicas {tuple(replicas)}; give a number for each")
     num_stages = min(num_stages, wishes.most_stages or num_stages)
-    contraction = problem_of(costed, num_stages, cluster, training, wishes)
+    seating = Seating.of(num_stages, cluster, replicas)
+    contraction = problem_of(costed, num_stages, cluster, training, wishes, replicas)
     solution = solve(contraction.problem, budget)
     used = sorted(set(solution.stage_of))
-    stage_of = tuple(used.index(stage) for stage in contraction.expand(solution.stage_of))
-    ranks = _ranks(num_stages, cluster)
-    plan = Plan.of(costed.graph, Placed(costed.graph).stages(stage_of), [ranks[stage] for stage in used])
+    replica_of = with_replicas([seating.replicas[stage] for stage in used])
+    firsts = dict(zip(used, sorted(set(replica_of)), strict=True))
+    stage_of = tuple(firsts[stage] for stage in contraction.expand(solution.stage_of))
+    rank_of = [rank for stage in used for rank in seating.ranks[stage]]
+    plan = Plan.of(costed.graph, Placed(costed.graph).stages(stage_of), rank_of, replica_of)
     again = tuple(range(plan.num_stages)) if training and training.again else ()
     return replace(plan, quality=solution.quality, recomputed=again)
 
@@ -73,25 +80,24 @@ def problem_of(
     cluster: Cluster,
     training: Training | None = None,
     wishes: Wishes | None = None,
+    replicas: Sequence[int] = (),
 ) -> Contraction:
     """The numbers of the problem; its things are the nodes that are not replicated, in order."""
-    training = training or Training.flushed(num_stages)
+    seating = Seating.of(num_stages, cluster, replicas)
+    training = training or Training.flushed(seating.replicas)
     placed = Placed(costed.graph)
     wished = Wished(placed, wishes or Wishes(), num_stages)
     wished.check()
     nodes = [costed.graph.nodes[index] for index in placed.nodes]
     costs = [costed.costs[index] for index in placed.nodes]
     values = zip(nodes, placed.users, strict=True)
-    held, trained = _parameters(costed, placed)
+    held, trained = parameter_bytes(costed, placed)
     stashed = training.stashed
     return contract(
         [cost.seconds + cost.forward * training.again for cost in costs],
         placed.arcs,
-        [
-            ((thing, *users), _transfer(node, _typical_link(num_stages, cluster)))
-            for thing, (node, users) in enumerate(values)
-        ],
-        _seats(num_stages, cluster, training, wished.least_stages),
+        [((thing, *users), _transfer(node, seating.typical_link)) for thing, (node, users) in enumerate(values)],
+        seating.seats(training, wished.least_stages),
         together=[*placed.together, *wished.groups],
         kept_bytes=[h + t * (1 + training.optimizer_state + stashed[0]) for h, t in zip(held, trained, strict=True)],
         saved_bytes=[cost.saved_bytes + t * stashed[1] for cost, t in zip(costs, trained, strict=True)],
@@ -99,7 +105,7 @@ def problem_of(
     )
 
 
-def _parameters(costed: CostedGraph, placed: Placed) -> tuple[list[int], list[int]]:
+def parameter_bytes(costed: CostedGraph, placed: Placed) -> tuple[list[int], list[int]]:
     """For each thing the bytes of the parameters that it is the first to read, and of those that are trained."""
     specs = {parameter.name: parameter.spec for parameter in costed.graph.parameters}
     held, trained = [], []
@@ -116,31 +122,3 @@ def _transfer(node: Node, link: Link) -> float:
     """Seconds to send a node's value, and to send its gradient back."""
     returned = sum(spec.nbytes for spec in node.outputs if spec.requires_grad)
     return link.seconds(node.nbytes) + (link.seconds(returned) if returned else 0.0)
-
-
-def _ranks(num_stages: int, cluster: Cluster) -> tuple[int, ...]:
-    return tuple(stage % len(cluster) for stage in range(num_stages))
-
-
-def _typical_link(num_stages: int, cluster: Cluster) -> Link:
-    """The mean of the links from each stage to the next: a cut costs the same wherever it is."""
-    ranks = _ranks(num_stages, cluster)
-    links = [cluster.between(*pair) for pair in pairwise(ranks) if pair[0] != pair[1]]
-    if not links:
-        return cluster.link
-    slowness = sum(1 / link.bandwidth for link in links)
-    bandwidth = len(links) / slowness if slowness else inf
-    return Link(bandwidth, sum(link.latency for link in links) / len(links))
-
-
-def _seats(num_stages: int, cluster: Cluster, training: Training, least: int) -> list[Seat]:
-    """A seat for each stage, of which ``least`` are needed; stages on one rank share its memory."""
-    ranks = _ranks(num_stages, cluster)
-    reserved = training.reserved or (0,) * len(cluster)
-    seats = []
-    for stage, rank in enumerate(ranks):
-        device = cluster.devices[rank]
-        memory = inf if device.memory is None else max(0, device.memory - reserved[rank])
-        in_flight = 1 if training.again else training.in_flight[stage]
-        seats.append(Seat(device.speed, memory / ranks.count(rank), in_flight, stage >= least))
-    return seats

@@ -32,7 +32,7 @@ def best_intervals(problem: Problem, order: Sequence[int], limit: float = inf) -
     best[0, 0] = 0.0
     start: Ints = np.zeros((stages + 1, count + 1), dtype=np.int64)
     starts = np.searchsorted(work, work - limit * problem.speeds.max()) if limit < inf else np.zeros(count + 1, int)
-    crossing = _Crossing(problem)
+    crossing = Crossing(problem)
     _idle(problem, best, start, 0, last[0])
     for end in range(1, count + 1):
         crossing.place(order[end - 1], end - 1)
@@ -59,7 +59,7 @@ def prefixes(order: Sequence[int], ends: Sequence[int]) -> Bools:
     return np.asarray(position[None, :] < np.asarray(ends)[:, None])
 
 
-class _Crossing:
+class Crossing:
     """Seconds of the nets that cross the interval [start, here), for each start, as atoms are placed one by one."""
 
     def __init__(self, problem: Problem) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 
 ADAM = 2.0  # bytes of optimizer state for each byte of parameters
 
@@ -27,6 +29,11 @@ class Training:
         return (-1, 1) if max(self.live) > 1 and each and not self.again else (max(self.live) - 1, 0)
 
     @staticmethod
-    def flushed(num_stages: int) -> Training:
-        """As 1F1B has it, with Adam."""
-        return Training(tuple(range(num_stages, 0, -1)), (1,) * num_stages)
+    def flushed(replicas: Sequence[int]) -> Training:
+        """As 1F1B has it, with Adam, for stages with so many replicas each."""
+        in_flight: list[int] = []
+        behind = 0
+        for count in reversed(replicas):
+            in_flight.append(1 + ceil(behind / count))
+            behind = count * in_flight[-1]
+        return Training(tuple(reversed(in_flight)), (1,) * len(replicas))

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from importlib import resources
 
 from pipecompile.render.escape import xml
-from pipecompile.render.labels import module_path, modules_line, stage_lines, stage_name
+from pipecompile.render.labels import module_path, modules_line, replica_notes, stage_lines, stage_name
 from pipecompile.render.stage_graph import StageGraph
 from pipecompile.render.svg import svg
 from pipecompile.render.table import NUMBERS, stage_numbers, totals
@@ -62,7 +62,9 @@ def _stages(view: StageGraph) -> Iterator[str]:
         cells = [str(index), str(stage.rank), modules_line(view, index, limit=12)]
         yield f'<tr data-stage="{index}">{_cells(cells)}{_cells(stage_numbers(stage), "number")}</tr>'
     yield f'<tfoot><tr><td colspan="3">all</td>{_cells(totals(view), "number")}</tr></tfoot></table></div>'
-    for tied in view.plan.tied:
+    for note in replica_notes(view.plan):
+        yield f'<p class="hint">{xml(note)}.</p>'
+    for tied in view.plan.tied_by_model:
         stages = ", ".join(map(str, tied.stages))
         yield f'<p class="hint"><code>{xml(tied.parameter)}</code> is tied: stages {stages} hold it.</p>'
 

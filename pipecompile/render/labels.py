@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pipecompile.plan import Plan
 from pipecompile.render.paths import is_numbered, parent_of
 from pipecompile.render.stage_graph import Edge, StageGraph
 from pipecompile.render.units import bytes_text, count_text, names_text, plural, seconds_text
@@ -24,7 +25,19 @@ def stage_lines(view: StageGraph, stage: int) -> tuple[str, ...]:
         f"forward {seconds_text(it.cost.forward)}, backward {seconds_text(it.cost.backward)}",
         f"weights {bytes_text(it.cost.parameter_bytes)}, saved {bytes_text(it.cost.saved_bytes)}",
     ]
+    first, *others = view.plan.replicas[stage]
+    if first != stage:
+        lines.append(f"a replica of stage {first}")
+    elif others:
+        lines.append(f"replicas: {_stages(others)}")
     return (*lines, *(f"tied to {_stages(others)}: {_end(name)}" for name, others in view.tied(stage)))
+
+
+def replica_notes(plan: Plan) -> tuple[str, ...]:
+    """What to know about each stage that has replicas."""
+    groups = [group for stage, group in enumerate(plan.replicas) if group[0] == stage and len(group) > 1]
+    listed = (", ".join(map(str, group)) for group in groups)
+    return tuple(f"stages {stages} are replicas, which take microbatches in turn" for stages in listed)
 
 
 def modules_line(view: StageGraph, stage: int, limit: int = 5) -> str:

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from pipecompile.render.labels import box_text, edge_label, inputs_line
+from pipecompile.render.labels import box_text, edge_label, inputs_line, stage_lines
 from pipecompile.render.stage_graph import Edge, StageGraph
 
 PAD = 18.0  # around everything, and inside a band
@@ -256,8 +256,7 @@ def _bands(view: StageGraph, across: _Across, arcs: dict[int, int], lanes: _Lane
     for stage in range(len(view.stages)):
         levels = (level for i, level in arcs.items() if view.modules[view.edges[i].source].stage == stage)
         over = ARC * max(levels, default=0)
-        tied = 16 * len(view.tied(stage))
-        height = max(2 * PAD + BOX_HEIGHT + over, 104.0 + tied)
+        height = max(2 * PAD + BOX_HEIGHT + over, 56.0 + 16 * len(stage_lines(view, stage)))
         bands.append(Rect(PAD, y, across.right - PAD, height))
         y += height + lanes.height(stage)
     return tuple(bands)

@@ -37,7 +37,7 @@ class Box:
 
 
 def boxes_of_stages(graph: Graph, plan: Plan) -> tuple[tuple[Box, ...], ...]:
-    """For each stage its boxes, in the order of computation; replicated nodes are in none."""
+    """For each stage its boxes, in the order of computation; replicated nodes are in none, and replicas have none."""
     opened = _open_modules(graph, plan)
     stages: list[list[int]] = [[] for _ in range(plan.num_stages)]
     for node, stage in enumerate(plan.stage_of):
@@ -64,7 +64,7 @@ def blocks_of_stages(graph: Graph, plan: Plan) -> tuple[tuple[str, ...], ...]:
     for node, stage in zip(graph.nodes, plan.stage_of, strict=True):
         if stage is not None and (path := _closed(node.path, opened)) is not None:
             stages[stage][path] = None
-    return tuple(map(tuple, stages))
+    return tuple(tuple(stages[original]) for original in plan.replica_of)
 
 
 def _open_modules(graph: Graph, plan: Plan) -> set[str]:

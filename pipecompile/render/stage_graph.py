@@ -4,7 +4,8 @@
     dot  mermaid  svg  html  table             and itself the json format
 
 A stage is a cluster of modules; an edge carries values from one module to another, within a stage or across a cut. A
-value that several modules of one stage read crosses once, so its edge ends at the first of them.
+value that several modules of one stage read crosses once, so its edge ends at the first of them. A replica is a stage
+with its own rank and memory, whose modules and edges are drawn once, with the stage that it is a replica of.
 """
 
 from __future__ import annotations
@@ -66,9 +67,10 @@ class StageGraph(Json):
 
     - ``costed``: the ``CostedGraph``: ``graph`` (``nodes`` with name, op, inputs, outputs, parameters, path, source,
       replicated; ``inputs``, ``outputs``, ``parameters``, ``together``), ``costs`` (one for each node) and ``origin``;
-    - ``plan``: the ``Plan``: ``stage_of`` (node -> stage, null for replicated), ``rank_of``, ``channels``, ``tied``;
+    - ``plan``: the ``Plan``: ``stage_of`` (node -> stage, null for replicated), ``rank_of``, ``channels``, ``tied``,
+      ``replica_of`` (stage -> the stage whose nodes it runs);
     - ``stages``, ``modules``, ``edges``: the fields of the classes above. An edge whose modules have different stages
-      crosses a cut; the ``nbytes`` of those between two stages sum to the ``nbytes`` of their channel.
+      crosses a cut; the ``nbytes`` of those between two stages, none a replica, sum to those of their channel.
 
     Times are seconds and sizes bytes, of one microbatch. ``StageGraph.from_json`` reads it back.
     """
@@ -100,13 +102,15 @@ class StageGraph(Json):
 
     @property
     def cuts(self) -> tuple[Channel, ...]:
-        """The pairs of stages that values go between."""
-        return self.plan.channels
+        """The pairs of stages that values go between, each once, whatever replicas they have."""
+        drawn = set(self.plan.replica_of)
+        return tuple(c for c in self.plan.channels if {c.source, c.target} <= drawn)
 
     @property
     def balance(self) -> float:
-        """The time of the busiest stage over the mean of all; 1.0 is perfect."""
-        seconds = [stage.cost.seconds for stage in self.stages]
+        """The time of the busiest stage over the mean of all; 1.0 is perfect. Replicas share the time of a stage."""
+        groups = zip(self.stages, self.plan.replicas, strict=True)
+        seconds = [stage.cost.seconds / len(group) for stage, group in groups]
         return max(seconds) * len(seconds) / sum(seconds) if sum(seconds) else 1.0
 
     def share(self, cost: Cost) -> float:
@@ -115,10 +119,10 @@ class StageGraph(Json):
         return cost.seconds / busiest if busiest else 0.0
 
     def tied(self, stage: int) -> tuple[tuple[str, tuple[int, ...]], ...]:
-        """The parameters that a stage shares, and the stages it shares each with."""
+        """The parameters that a stage shares with others than its replicas, and the stages it shares each with."""
         return tuple(
             (tied.parameter, tuple(other for other in tied.stages if other != stage))
-            for tied in self.plan.tied
+            for tied in self.plan.tied_by_model
             if stage in tied.stages
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 
 from rich import box
@@ -12,7 +13,7 @@ from pipecompile.cluster import Cluster
 from pipecompile.graph import Cost
 from pipecompile.memory import KINDS, Memory
 from pipecompile.plan import Plan
-from pipecompile.render.labels import modules_line
+from pipecompile.render.labels import modules_line, replica_notes
 from pipecompile.render.stage_graph import Stage, StageGraph
 from pipecompile.render.units import bytes_text, count_text, seconds_text
 
@@ -76,9 +77,14 @@ def _numbers(num_parameters: int, cost: Cost, bytes_in: int, bytes_out: int) -> 
 
 
 def totals(view: StageGraph) -> tuple[str, ...]:
-    """The parameters of the model, and sums over the stages: the memory of a tied weight is there in each of them."""
+    """The parameters of the model, and sums over the stages: the memory of a tied weight is there in each of them.
+
+    Replicas have memory of their own; a microbatch is computed, and crosses a cut, once.
+    """
     num_parameters = sum(prod(parameter.spec.shape) for parameter in view.costed.graph.parameters)
     total = sum((stage.cost for stage in view.stages), Cost())
+    once = [view.stages[stage].cost for stage in set(view.plan.replica_of)]
+    total = replace(total, forward=sum(c.forward for c in once), backward=sum(c.backward for c in once))
     crossing = sum(channel.nbytes for channel in view.cuts)
     return _numbers(num_parameters, total, crossing, crossing)
 
@@ -89,4 +95,5 @@ def _modules(view: StageGraph) -> list[str]:
 
 def _notes(view: StageGraph) -> list[str]:
     costs = [f"one microbatch, {view.costed.origin}", f"busiest stage / mean: {view.balance:.2f}"]
-    return [*costs, *(f"tied: {it.parameter} in stages {', '.join(map(str, it.stages))}" for it in view.plan.tied)]
+    tied = [f"tied: {it.parameter} in stages {', '.join(map(str, it.stages))}" for it in view.plan.tied_by_model]
+    return [*costs, *replica_notes(view.plan), *tied]

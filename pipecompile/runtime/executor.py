@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import wait
 from typing import Any, assert_never
 
+from torch import Tensor
+
 from pipecompile.errors import ExecutionError, PipecompileError
 from pipecompile.plan import Plan
 from pipecompile.program import (
@@ -31,7 +33,6 @@ from pipecompile.runtime.ambient import Ambient
 from pipecompile.runtime.lane import Lane, caller_event, caller_waits
 from pipecompile.runtime.runner import Microbatch, Runner
 from pipecompile.runtime.transport import Aborted, Transport, Values
-from pipecompile.runtime.weights import Version
 from pipecompile.timeline import Span, Timeline
 
 Mailbox = dict[tuple[Result, int], Values | Callable[[], Values]]
@@ -146,7 +147,9 @@ class Executor:
                 case Backward(_, number):
                     results = runner.backward(microbatches[number], received)
                 case Reduce(stage, number):
-                    results = self._reduce(stage, microbatches[number].versions[stage], received)
+                    last = self.plan.last_run(stage, number)  # where there is none, nothing has been gathered
+                    leaves = {} if last is None else microbatches[last].versions[stage].leaves
+                    results = self._reduce(stage, leaves, received)
                 case Step():
                     runner.step(tuple(microbatches.values()))
                 case _:
@@ -159,14 +162,15 @@ class Executor:
             for reader in readers(i, self.plan):
                 mailbox[i, reader] = results[reader]
 
-    def _reduce(self, stage: int, version: Version, received: Mapping[int, Values]) -> dict[int, Values]:
+    def _reduce(self, stage: int, leaves: Mapping[str, Tensor], received: Mapping[int, Values]) -> dict[int, Values]:
         """An owner adds up the gradients of its tied parameters, a follower hands its own on."""
-        leaves = version.leaves
         results: dict[int, Values] = {}
         for tied in self.plan.tied:
             if stage in tied.followers:
-                results[tied.owner] = (*results.get(tied.owner, ()), leaves[tied.parameter].grad)
-                leaves[tied.parameter].grad = None
+                leaf = leaves.get(tied.parameter)
+                results[tied.owner] = (*results.get(tied.owner, ()), None if leaf is None else leaf.grad)
+                if leaf is not None:
+                    leaf.grad = None
         for follower in sorted(followers(stage, self.plan), reverse=True):
             shared = [t.parameter for t in self.plan.tied if t.owner == stage and follower in t.followers]
             for name, gradient in zip(shared, received[follower], strict=True):

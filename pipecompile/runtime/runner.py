@@ -60,9 +60,11 @@ class Runner:
         stage = self.stage
         inputs = {name: _cut_off(self.lane.fetch(microbatch.inputs[name])) for name in stage.inputs}
         leaves = {source: tuple(map(_leaf, values)) for source, values in received.items()}
-        arguments = [*inputs.values(), *(v for source in stage.receives for v in leaves[source])]
+        named: dict[str, Value] = dict(inputs)
+        for source, values in leaves.items():
+            named.update(zip(stage.receives[source], values, strict=True))
         seed_microbatch(microbatch.randomness)
-        returned = dict(zip(stage.returns, self._call(arguments), strict=True))
+        returned = dict(zip(stage.returns, self._call([named[name] for name in stage.arguments]), strict=True))
         if torch.is_grad_enabled():
             wanted = {name: t for name, t in inputs.items() if t.requires_grad}
             microbatch.saved[stage.index] = Saved(wanted, leaves, returned)

@@ -1,7 +1,7 @@
 """From ticks to a program: every schedule here is a clock.
 
     D          depth of the whole plan: stages on its longest path
-    d(s)       depth of stage s: stages on the longest path from s to a sink, s included
+    d(s)       depth of stage s: stages on the longest path from s to a sink, s included; more with replicas
     k          microbatch
 
 A schedule is told completely by the tick at which each computation would run if each took one tick:
@@ -16,7 +16,8 @@ A schedule is told completely by the tick at which each computation would run if
     rank 2   .  .  F0 B0 F1 B1 F2 B2          without waiting for them: in the replay F1 and F2 of rank 0 move left.
 
 On a stage of a 1F1B pipeline F_k comes after B_(k-d) and before B_(k-d+1), so at most d(s) microbatches are in
-flight.
+flight. The r replicas of a stage share them: each runs those that are dealt to it (1F1B-RR), and as it is r ticks at
+work on one where others take a tick, d(s) is so much greater, and a multiple of r (see ``Plan.depth``).
 
 Ticks grow along every dependency, whatever the stage graph: a chain, skips, branches. All ranks follow one global
 order, so no program made here can deadlock, also when several stages share a rank: their rows are merged by tick.
@@ -25,6 +26,7 @@ order, so no program made here can deadlock, also when several stages share a ra
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import product
 
 from pipecompile.errors import InputError
 from pipecompile.plan import Plan
@@ -62,14 +64,15 @@ def arrange(
 
 
 def forwards(plan: Plan, num_microbatches: int) -> tuple[Forward, ...]:
-    """All Forwards of a step.
+    """All Forwards of a step, each on the replica that its microbatch is dealt to.
 
     Raises:
         InputError: there are no microbatches.
     """
     if num_microbatches < 1:
         raise InputError(f"a schedule needs at least one microbatch, got {num_microbatches}")
-    return tuple(Forward(stage, k) for stage in range(plan.num_stages) for k in range(num_microbatches))
+    pairs = product(range(plan.num_stages), range(num_microbatches))
+    return tuple(Forward(stage, k) for stage, k in pairs if plan.runs(stage, k))
 
 
 def backwards(plan: Plan, num_microbatches: int) -> tuple[Backward, ...]:

@@ -32,7 +32,7 @@ def pipedream(plan: Plan, microbatches: range, carried: Iterable[Instruction] = 
 
     Raises:
         InputError: no microbatches, or some are left out.
-        PlanError: stages share a tied parameter.
+        PlanError: stages share a tied parameter, or have replicas.
     """
     _check(plan, microbatches)
     forwards = [Forward(stage, k) for stage in range(plan.num_stages) for k in microbatches]
@@ -79,6 +79,12 @@ def _with_steps(forwards: Iterable[Forward]) -> list[Compute]:
 def _check(plan: Plan, microbatches: range) -> None:
     if not microbatches or microbatches.step != 1 or microbatches.start < 0:
         raise InputError(f"a segment takes at least one microbatch and leaves none out, got {microbatches}")
+    for group in plan.replicas:
+        if len(group) > 1:
+            raise PlanError(
+                f"stages {', '.join(map(str, group))} are replicas, whose gradients are summed once a batch, and "
+                f"PipeDream updates after each microbatch; use the schedule '1f1b' or 'gpipe', or no replicas"
+            )
     for tied in plan.tied:
         stages = ", ".join(map(str, tied.stages))
         raise PlanError(

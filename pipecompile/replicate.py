@@ -1,0 +1,106 @@
+"""How many stages, and on how many devices each: plans with and without replicas, and the one with the shortest step.
+
+For each number of stages ``partition.deals`` proposes replicas. Each proposal becomes a plan within memory, and the
+step of each is simulated; on top comes what bringing new weights to the replicas takes at the start of a step, to one
+after the other from the rank that owns them.
+
+Source: PipeDream (Narayanan et al., SOSP 2019), section 3.1.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from pipecompile.cluster import Cluster
+from pipecompile.errors import InfeasibleError, InputError, PlanError
+from pipecompile.graph import CostedGraph
+from pipecompile.partition import Step, deals
+from pipecompile.plan import Plan, stage_costs
+from pipecompile.planning import Workload, make_plan
+from pipecompile.render.units import seconds_text
+from pipecompile.simulate import simulate
+from pipecompile.versions import versions
+
+MOST_DEVICES = 16  # the programme takes time with their cube
+BUDGET = 1.0  # CPU seconds of the search for one candidate
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """Stages with so many devices each, and the predicted seconds of a step, or why there is no such plan."""
+
+    replicas: tuple[int, ...]
+    seconds: float | None
+    refused: str = ""
+
+    def __str__(self) -> str:
+        result = self.refused if self.seconds is None else f"a step of {seconds_text(self.seconds)} predicted"
+        return f"{list(self.replicas)}: {result}"
+
+
+def with_best_replicas(costed: CostedGraph, cluster: Cluster, work: Workload) -> tuple[Plan, tuple[Candidate, ...]]:
+    """The plan with the shortest predicted step on all devices of the cluster, and all that were tried, the best first.
+
+    Raises:
+        InputError: there are too many devices.
+        PlanError: no candidate has a plan within memory.
+    """
+    if len(cluster) > MOST_DEVICES:
+        raise InputError(
+            f"replicas='auto' looks at up to {MOST_DEVICES} devices, and here are {len(cluster)}; say "
+            f"replicas=[...], a number of devices for each stage"
+        )
+    found = [_tried(costed, replicas, cluster, work) for replicas in _proposals(costed, cluster, work)]
+    fitting = [candidate for candidate in found if candidate.seconds is not None]
+    if not fitting:
+        reasons = "; ".join(map(str, found)) or "the model has a node that no device holds"
+        raise InfeasibleError(f"no number of stages and replicas has a plan on {len(cluster)} devices: {reasons}")
+    ordered = sorted(found, key=lambda it: (it.seconds is None, it.seconds))
+    best = ordered[0].replicas
+    return make_plan(costed, len(best), cluster, work, best), tuple(ordered)
+
+
+def step_seconds(costed: CostedGraph, plan: Plan, cluster: Cluster, work: Workload) -> float:
+    """Predicted seconds of a step, the weights' way to the replicas included."""
+    timeline = simulate(work.schedule(plan, work.microbatches), stage_costs(costed, plan), cluster)
+    return timeline.makespan + max(_weights_seconds(plan, cluster).values(), default=0.0)
+
+
+def _weights_seconds(plan: Plan, cluster: Cluster) -> dict[int, float]:
+    """For each rank the seconds to send the parameters that it owns to all that read them."""
+    nbytes: Counter[tuple[int, int]] = Counter()
+    for tied in plan.tied:
+        for follower in tied.followers:
+            nbytes[plan.rank_of[tied.owner], plan.rank_of[follower]] += tied.nbytes
+    seconds: dict[int, float] = {}
+    for (owner, follower), size in nbytes.items():
+        seconds[owner] = seconds.get(owner, 0.0) + cluster.transfer_seconds(owner, follower, size)
+    return seconds
+
+
+def _proposals(costed: CostedGraph, cluster: Cluster, work: Workload) -> Iterator[tuple[int, ...]]:
+    """Each once: without replicas, and those of the programme, with and without recomputation where both may be."""
+
+    @cache
+    def in_flight(replicas: int, behind: int) -> int:
+        chain = Plan.chain(1 + (behind > replicas), replicas=[replicas, *[behind - replicas] * (behind > replicas)])
+        return max(versions(work.schedule(chain, work.microbatches)).in_flight[:replicas])
+
+    modes = {"never": [False], "always": [True], "auto": [False, True]}[work.recompute]
+    limited = any(device.memory is not None for device in cluster.devices)
+    proposed: dict[tuple[int, ...], None] = {}
+    for again in modes if limited else modes[:1]:
+        state = work.state if limited else 0.0
+        proposed |= dict.fromkeys(deals(costed, cluster, Step(work.microbatches, in_flight, state, again)))
+    yield from dict.fromkeys([*proposed, (1,) * len(cluster)])
+
+
+def _tried(costed: CostedGraph, replicas: Sequence[int], cluster: Cluster, work: Workload) -> Candidate:
+    try:
+        plan = make_plan(costed, len(replicas), cluster, work, replicas, BUDGET)
+    except PlanError as error:
+        return Candidate(tuple(replicas), None, str(error))
+    return Candidate(tuple(replicas), step_seconds(costed, plan, cluster, work))
