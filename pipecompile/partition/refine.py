@@ -50,12 +50,16 @@ def walked(
         if not patience or best.bottleneck * STEP <= lower:
             break
         patience -= 1
-        begins = [starts[walker % len(starts)] for walker in range(WALKERS)]
+        begins = [starts[index % len(starts)] for index in range(WALKERS)]
         plans = annealed(problem, begins, steps, seed * ROUNDS + number, deadline)
         plans = sorted(dict.fromkeys(plans), key=lambda plan: bottleneck(problem, plan))
         boundaries += [_boundaries(problem, plan) for plan in plans]
-        limit = min(best.bottleneck, bottleneck(problem, plans[0]))
-        found = combine(Family.of(problem, boundaries), limit, _boundaries(problem, plans[0]), deadline)
+        walker = Chain(bottleneck(problem, plans[0]), plans[0])
+        if walker.bottleneck < best.bottleneck * STEP:
+            yield walker
+            best, patience = walker, PATIENCE
+        sets, known = Family.of(problem, boundaries), _boundaries(problem, plans[0])
+        found = combine(sets, min(best.bottleneck, walker.bottleneck), known, deadline)
         if found and found.bottleneck < best.bottleneck * STEP:
             yield found
             best, patience = found, PATIENCE

@@ -10,7 +10,7 @@ its plan happens to be one of the problem itself, all is done; else its optimum 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 from time import process_time
@@ -83,7 +83,7 @@ class _Search:
             if self._is_small:
                 self._bound()
                 self._prove(QUICKLY)
-                self._refine()
+                self._refine(BEAMS)
                 self._prove(PATIENTLY)
             elif self.stage_of is not None:
                 self._zoom(self.stage_of)
@@ -130,9 +130,9 @@ class _Search:
         if self.stage_of is None and self.lower >= self.upper:
             self.lower = inf
 
-    def _refine(self) -> None:
+    def _refine(self, efforts: Sequence[int]) -> None:
         """Walks and beams in turn, as long as a beam finds what the walk has not."""
-        for seed, effort in enumerate(BEAMS):
+        for seed, effort in enumerate(efforts):
             if self.stage_of is None:
                 return
             self._follow(walked(self.problem, [self.stage_of, *self.plans], self.lower, seed, self.deadline))
@@ -149,7 +149,7 @@ class _Search:
         stages = dict(zip(near.atom_of, stage_of, strict=True))
         inner._improve(tuple(stages[atom] for atom in range(len(near.problem))))
         try:
-            inner._refine()
+            inner._refine(BEAMS[:1])
         finally:
             assert inner.stage_of is not None
             self._improve(near.expand(inner.stage_of))
