@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +45,11 @@ def assert_step_equal(model: nn.Module, pipe: nn.Module, inputs: dict[str, Tenso
         if gradient is not None:
             torch.testing.assert_close(parameter.grad, gradient, msg=lambda text, name=name: f"{name}: {text}")
     model.zero_grad()
+
+
+def cut_into(pipe: Any, microbatches: int) -> None:
+    """Lets a pipeline cut its next batches into so many microbatches; the captures that it has stay."""
+    pipe.options = replace(pipe.options, microbatches=microbatches)
 
 
 def microbatches_of(pipe: nn.Module) -> int:

@@ -14,12 +14,12 @@ from functools import cache
 from typing import Any
 
 import torch
+from losses import cut_into, microbatches_of
 from oracle import Inputs, Run
 from torch import Tensor, nn
 
 import pipecompile
 from pipecompile.errors import ExecutionError, PipecompileError
-from pipecompile.program import Backward
 from zoo.check import FLOOR, STAGES, TOLERANCE, difference, first_line, one_capture_for_many_plans, run
 from zoo.entry import Entry
 
@@ -203,8 +203,9 @@ def _train(
     tally = Tally()
     pipe = pipecompile.compile(model, ["cpu"] * stages, schedule="1f1b", microbatches=2, profile="count")
     for batch in batches:
-        for pipe.microbatches in microbatches:
-            for valid in lengths(batch, pipe.microbatches, _longest(variant.entry)):
+        for count in microbatches:
+            cut_into(pipe, count)
+            for valid in lengths(batch, count, _longest(variant.entry)):
                 inputs = _inputs(variant, model, batch, valid, attended)
                 _count(tally, variant, pipe, inputs, reference(batch, valid), valid)
     tally.captures = pipe.captures
@@ -228,8 +229,7 @@ def _count(tally: Tally, variant: Variant, pipe: Any, inputs: Inputs, expected: 
     else:
         said = difference(actual, expected, TOLERANCE[variant.entry.dtype], buffers=True)
         tally.exact += not said
-        cut = {done.microbatch for rank in pipe.program.ranks for done in rank if isinstance(done, Backward)}
-        tally.uncut += len(cut) < min(len(valid), pipe.microbatches)
+        tally.uncut += microbatches_of(pipe) < min(len(valid), pipe.microbatches)
         tally.worst = max(tally.worst, 0.0 if said else _apart(actual, expected))
     if said and len(tally.seen) < 5:
         tally.seen.append(f"{said} [{pipe.microbatches} microbatches, lengths {', '.join(map(str, valid))}]")
