@@ -14,9 +14,10 @@ from pipecompile.devices import named_cluster, parse_devices
 from pipecompile.graph import CostedGraph
 from pipecompile.options import BatchNorm, Options, read_costs
 from pipecompile.pipeline import Pipeline
-from pipecompile.planning import Recompute
+from pipecompile.planning import BUDGET, Recompute
 from pipecompile.profile import How
 from pipecompile.runtime import MakeOptimizer
+from pipecompile.wishes import Wishes
 
 
 def compile(
@@ -39,6 +40,11 @@ def compile(
     cluster: Cluster | str | None = None,
     recompute: Recompute = "auto",
     optimizer_state: float | None = None,
+    pins: Mapping[str, int] | None = None,
+    uncut: Sequence[str] = (),
+    together: Sequence[Sequence[str]] = (),
+    most_stages: int | None = None,
+    budget: float = BUDGET,
 ) -> Pipeline:
     """A pipeline that trains ``model`` split over ``devices``, and is called as the model is.
 
@@ -75,6 +81,13 @@ def compile(
             "never", "always", or "auto", where it does not fit into its device's memory otherwise.
         optimizer_state: bytes that the optimizer will keep for each byte of parameters, of which plans within memory
             must know: 0 for SGD, 1 with momentum, 2 for Adam, the default. Found out where ``optimizer`` is given.
+        pins: modules and the stages that compute them: ``{"encoder": 0}``. Like the next three it is kept to, or
+            refused with the reason.
+        uncut: paths of modules that lie in one stage each.
+        together: groups of paths of modules that share a stage.
+        most_stages: the plan may have fewer stages than there are devices, and no more than so many.
+        budget: CPU seconds after which the search for a plan ends with the best so far; ``pipe.plan`` says how good
+            that is known to be.
 
     Raises:
         InputError: a device is not there, or arguments do not fit together.
@@ -97,6 +110,8 @@ def compile(
         recompute=recompute,
         optimizer_state=optimizer_state,
         replicas=replicas if isinstance(replicas, str) else tuple(replicas or ()),
+        wishes=Wishes(pins or {}, uncut, together, most_stages),
+        budget=budget,
     )
     options.check(model)
     options.check_replicas(len(present))

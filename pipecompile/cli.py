@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,7 +29,7 @@ from pipecompile.models import load
 from pipecompile.options import read_costs
 from pipecompile.partition import ADAM
 from pipecompile.plan import Plan
-from pipecompile.planning import RECOMPUTE, Workload, make_plan
+from pipecompile.planning import BUDGET, RECOMPUTE, Request, Workload, make_plan
 from pipecompile.profile import profile
 from pipecompile.program import Program
 from pipecompile.render.formats import FORMATS
@@ -40,6 +41,7 @@ from pipecompile.replicate import Candidate, with_best_replicas
 from pipecompile.schedule import SCHEDULES, pipedream, steady
 from pipecompile.simulate import simulate
 from pipecompile.timeline import Timeline
+from pipecompile.wishes import Wishes
 
 SUFFIXES = {".gv": "dot", ".mmd": "mermaid", **{f".{name}": name for name in FORMATS}}
 NAMES = (*SCHEDULES, "pipedream")
@@ -136,6 +138,16 @@ def plan(
     recompute: Annotated[
         str, typer.Option(help=f"Compute forwards again in the backward: {', '.join(RECOMPUTE)}.")
     ] = "auto",
+    pins: Annotated[
+        list[str] | None, typer.Option("--pin", help="A module and its stage: encoder=0. May be repeated.")
+    ] = None,
+    uncut: Annotated[list[str] | None, typer.Option(help="A module that is not cut. May be repeated.")] = None,
+    together: Annotated[
+        list[str] | None, typer.Option(help="Modules that share a stage: embed,head. May be repeated.")
+    ] = None,
+    budget: Annotated[
+        float, typer.Option(min=0, help="CPU seconds after which the search ends with the best plan so far.")
+    ] = BUDGET,
     format: Annotated[
         str | None, typer.Option("--format", "-f", help=f"Write the stage graph as one of {', '.join(FORMATS)}.")
     ] = None,
@@ -160,15 +172,16 @@ def plan(
     devices = Cluster.from_name(cluster) if cluster else Cluster.of([str(place)] * num_devices)
     num_stages = len(counts) or stages or len(devices)
     _check_replicas(replicas, counts, stages, len(devices), schedule)
+    wishes = Wishes(_pins(pins or ()), tuple(uncut or ()), tuple(tuple(group.split(",")) for group in together or ()))
     costed = _costed(model, microbatch, length, costs or ("count" if cluster else "measure"), place, devices, dtype)
     if save_profile is not None:
         _write(costed.to_json(), save_profile)
     work = Workload(SCHEDULES.get(schedule, steady), microbatches, optimizer_state, recompute, fused=fused)  # type: ignore[arg-type]
     candidates: tuple[Candidate, ...] = ()
     if replicas == "auto":
-        found, candidates = with_best_replicas(costed, devices, work)
+        found, candidates = with_best_replicas(costed, devices, work, wishes, budget)
     else:
-        found = make_plan(costed, num_stages, devices, work, counts)
+        found = make_plan(costed, Request(counts or (1,) * num_stages, wishes, budget), devices, work)
     held = work.memory(costed, found, devices)
     view = stage_graph(costed, found)
     program = _program(schedule, view.plan, microbatches)
@@ -327,6 +340,17 @@ def _format(format: str | None, output: Path | None) -> str | None:
 def _check_choice(what: str, given: str, choices: tuple[str, ...]) -> None:
     if given not in choices:
         raise InputError(f"there is no {what} {given!r}; choose one of {', '.join(choices)}")
+
+
+def _pins(texts: Sequence[str]) -> dict[str, int]:
+    """``encoder=0`` as a path and a stage."""
+    pins = {}
+    for text in texts:
+        path, sign, stage = text.rpartition("=")
+        if not (sign and stage.isdecimal()):
+            raise InputError(f"--pin {text}: write a module's path, = and the number of its stage: encoder=0")
+        pins[path] = int(stage)
+    return pins
 
 
 def _replicas(text: str | None) -> tuple[int, ...]:

@@ -37,7 +37,7 @@ from pipecompile.memory import Memory
 from pipecompile.options import Options
 from pipecompile.partition import carry_over
 from pipecompile.plan import Plan, stage_costs
-from pipecompile.planning import Workload, make_plan
+from pipecompile.planning import Request, Workload, make_plan
 from pipecompile.profile import profile
 from pipecompile.program import Program
 from pipecompile.replicate import Candidate, with_best_replicas
@@ -228,9 +228,10 @@ def compile_call(
         work = _work(division, options)
         costed = _costed(body, graph, options, cluster, devices)
         if options.replicas == "auto":
-            plan, candidates = with_best_replicas(costed, cluster, work)
+            plan, candidates = with_best_replicas(costed, cluster, work, options.wishes, options.budget)
         else:
-            plan = make_plan(costed, len(options.replicas) or len(devices), cluster, work, options.replicas)
+            request = Request(options.replicas or (1,) * len(devices), options.wishes, options.budget)
+            plan = make_plan(costed, request, cluster, work)
         reference = plan
     else:
         plan, costed, reference = carry_over(first.plan, first.graph, graph), first.costed, first.reference

@@ -15,10 +15,11 @@ from pipecompile.cluster import Cluster
 from pipecompile.errors import InputError
 from pipecompile.graph import CostedGraph
 from pipecompile.partition import ADAM
-from pipecompile.planning import RECOMPUTE, Recompute, Workload
+from pipecompile.planning import BUDGET, RECOMPUTE, Recompute, Workload
 from pipecompile.profile import How, optimizer_state
 from pipecompile.runtime import MakeOptimizer
 from pipecompile.schedule import ASYNCHRONOUS, SCHEDULES, steady
+from pipecompile.wishes import NO_WISHES, Wishes
 
 BatchNorm = Literal["microbatch", "deferred"]
 
@@ -42,6 +43,8 @@ class Options:
     recompute: Recompute = "auto"
     optimizer_state: float | None = None
     replicas: tuple[int, ...] | Literal["auto"] = ()
+    wishes: Wishes = NO_WISHES
+    budget: float = BUDGET
 
     def check(self, model: nn.Module) -> None:
         """Raises ``InputError`` at the first option that is not known, or does not go with the model or another."""
@@ -56,6 +59,8 @@ class Options:
             raise InputError(
                 f"microbatches={self.microbatches!r}: a batch is cut into a whole number of parts, at least one"
             )
+        if isinstance(self.budget, bool) or not isinstance(self.budget, int | float) or not self.budget > 0:
+            raise InputError(f"budget={self.budget!r}: a search for a plan takes some CPU seconds")
         self._check_schedule()
         self._check_names(model)
 

@@ -24,6 +24,7 @@ from pipecompile.program import Program
 from pipecompile.render.units import bytes_text
 from pipecompile.simulate import simulate
 from pipecompile.versions import versions
+from pipecompile.wishes import NO_WISHES, Wishes
 
 Schedule = Callable[[Plan, int], Program]
 Recompute = Literal["never", "always", "auto"]
@@ -73,49 +74,50 @@ class Workload:
         return self.optimizer_state() if callable(self.optimizer_state) else self.optimizer_state
 
 
-def make_plan(
-    costed: CostedGraph,
-    num_stages: int,
-    cluster: Cluster,
-    work: Workload,
-    replicas: Sequence[int] = (),
-    budget: float = BUDGET,
-) -> Plan:
-    """The best plan that was found within the memory of the devices.
+@dataclass(frozen=True)
+class Request:
+    """What a plan is asked to be, beside fast and within memory.
 
     Args:
-        replicas: for each stage how many devices run it; by default one.
+        replicas: for each stage how many devices run it.
+        wishes: the user's hand.
         budget: CPU seconds after which a search for a plan ends with the best so far; ``SHORT`` within limits.
+    """
+
+    replicas: tuple[int, ...]
+    wishes: Wishes = NO_WISHES
+    budget: float = BUDGET
+
+    def partition(self, costed: CostedGraph, cluster: Cluster, training: Training) -> Plan:
+        """The best plan that was found for such training; where devices have a limit, after a short search."""
+        limited = any(device.memory is not None for device in cluster.devices)
+        budget = min(self.budget, SHORT) if limited else self.budget
+        return partition(costed, len(self.replicas), cluster, training, self.wishes, budget, self.replicas)
+
+
+def make_plan(costed: CostedGraph, request: Request, cluster: Cluster, work: Workload) -> Plan:
+    """The best plan that was found within the memory of the devices.
 
     Raises:
+        InputError: a wish names what is not there.
         InfeasibleError: there is none; says which stage of the fastest plan holds how much too much, and what helps.
         PlanError: none was found, or a stage that is to have replicas cannot.
     """
     again = work.recompute == "always"
-    counts = tuple(replicas) or (1,) * num_stages
     try:
-        return _fitted(costed, counts, cluster, work, again, budget)
+        return _fitted(costed, request, cluster, work, again)
     except PlanError as error:
         if all(device.memory is None for device in cluster.devices):
             raise
-        if work.recompute == "auto" and (found := _try(costed, counts, cluster, work, True, budget)):
+        if work.recompute == "auto" and (found := _try(costed, request, cluster, work, True)):
             return _eased(costed, found, cluster, work)
-        raise type(error)(_refusal(costed, counts, cluster, work)) from error
+        raise type(error)(_refusal(costed, request, cluster, work)) from error
 
 
-def _fitted(
-    costed: CostedGraph,
-    replicas: Sequence[int],
-    cluster: Cluster,
-    work: Workload,
-    again: bool,
-    budget: float = BUDGET,
-) -> Plan:
-    num_stages = len(replicas)
-    training = _training(work, replicas, cluster, again)
+def _fitted(costed: CostedGraph, request: Request, cluster: Cluster, work: Workload, again: bool) -> Plan:
+    training = _training(work, request.replicas, cluster, again)
     free = _without_limits(cluster)
-    short = min(budget, SHORT)
-    plan = partition(costed, num_stages, free, training, budget=budget if cluster == free else short, replicas=replicas)
+    plan = request.partition(costed, free, training)
     if cluster == free:
         return plan
     training = replace(training, optimizer_state=work.state)
@@ -127,7 +129,7 @@ def _fitted(
         if training.reserved:  # else the plan was made without limits, and says nothing of what must be reserved
             reserved = [before + more for before, more in zip(reserved, over, strict=True)]
         training = replace(training, reserved=tuple(reserved))
-        plan = partition(costed, num_stages, cluster, training, budget=short, replicas=replicas)
+        plan = request.partition(costed, cluster, training)
     raise PlanError(f"no plan within memory was found in {ATTEMPTS} attempts")
 
 
@@ -141,16 +143,9 @@ def _training(work: Workload, replicas: Sequence[int], cluster: Cluster, again: 
     return Training(in_flight, tuple(max(flight.live[stage] for stage in group) for group in groups), 0.0, again)
 
 
-def _try(
-    costed: CostedGraph,
-    replicas: Sequence[int],
-    cluster: Cluster,
-    work: Workload,
-    again: bool,
-    budget: float = BUDGET,
-) -> Plan | None:
+def _try(costed: CostedGraph, request: Request, cluster: Cluster, work: Workload, again: bool) -> Plan | None:
     try:
-        return _fitted(costed, replicas, cluster, work, again, budget)
+        return _fitted(costed, request, cluster, work, again)
     except PlanError:
         return None
 
@@ -176,10 +171,10 @@ def _without_limits(cluster: Cluster) -> Cluster:
     return replace(cluster, devices=tuple(replace(device, memory=None) for device in cluster.devices))
 
 
-def _refusal(costed: CostedGraph, replicas: Sequence[int], cluster: Cluster, work: Workload) -> str:
+def _refusal(costed: CostedGraph, request: Request, cluster: Cluster, work: Workload) -> str:
     """What the fastest plan would hold too much, and what would make it fit."""
     again = work.recompute != "never"
-    fastest = _fitted(costed, replicas, _without_limits(cluster), work, again)
+    fastest = _fitted(costed, request, _without_limits(cluster), work, again)
     held = work.memory(costed, fastest, cluster, bound=True)
     over = _excess(held, cluster)
     rank = max(range(len(over)), key=over.__getitem__)
@@ -187,7 +182,7 @@ def _refusal(costed: CostedGraph, replicas: Sequence[int], cluster: Cluster, wor
     stages = [stage for stage, r in enumerate(fastest.rank_of) if r == rank]
     most = max(stages, key=lambda stage: held.stages[stage].total)
     parts = ", ".join(f"{kind} {bytes_text(n)}" for kind, n in held.stages[most].by_kind() if n)
-    helps = [text for text in (remedy(costed, replicas, cluster, work, fastest) for remedy in _REMEDIES) if text]
+    helps = [text for text in (remedy(costed, request, cluster, work, fastest) for remedy in _REMEDIES) if text]
     return (
         f"the model does not fit into the memory of its devices: in the fastest plan of {fastest.num_stages} stages, "
         f"stage {most} would hold {bytes_text(held.ranks[rank])} of {bytes_text(limit or 0)}, "
@@ -196,13 +191,13 @@ def _refusal(costed: CostedGraph, replicas: Sequence[int], cluster: Cluster, wor
     )
 
 
-def _recomputing(costed: CostedGraph, replicas: Sequence[int], cluster: Cluster, work: Workload, _: Plan) -> str:
-    if work.recompute != "never" or not _try(costed, replicas, cluster, work, True):
+def _recomputing(costed: CostedGraph, request: Request, cluster: Cluster, work: Workload, _: Plan) -> str:
+    if work.recompute != "never" or not _try(costed, request, cluster, work, True):
         return ""
     return "recompute='auto'"
 
 
-def _more_microbatches(costed: CostedGraph, _: Sequence[int], cluster: Cluster, work: Workload, plan: Plan) -> str:
+def _more_microbatches(costed: CostedGraph, _: Request, cluster: Cluster, work: Workload, plan: Plan) -> str:
     """An estimate: half as many rows are half as many bytes of everything that is not a parameter."""
     for factor in (2, 4, 8, 16):
         more = replace(work, microbatches=factor * work.microbatches)
@@ -214,10 +209,11 @@ def _more_microbatches(costed: CostedGraph, _: Sequence[int], cluster: Cluster, 
     return ""
 
 
-def _more_devices(costed: CostedGraph, replicas: Sequence[int], cluster: Cluster, work: Workload, _: Plan) -> str:
+def _more_devices(costed: CostedGraph, request: Request, cluster: Cluster, work: Workload, _: Plan) -> str:
     for factor in (2, 4):
         larger = replace(cluster, devices=cluster.devices * factor, pairs=())
-        if _try(costed, (*replicas,) * factor, larger, work, work.recompute != "never"):
+        more = replace(request, replicas=request.replicas * factor)
+        if _try(costed, more, larger, work, work.recompute != "never"):
             return f"{len(larger)} such devices in place of {len(cluster)}"
     return ""
 

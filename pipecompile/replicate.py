@@ -10,7 +10,7 @@ Source: PipeDream (Narayanan et al., SOSP 2019), section 3.1.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -19,10 +19,12 @@ from pipecompile.errors import InfeasibleError, InputError, PlanError
 from pipecompile.graph import CostedGraph
 from pipecompile.partition import Step, deals
 from pipecompile.plan import Plan, stage_costs
-from pipecompile.planning import Workload, make_plan
+from pipecompile.planning import BUDGET as PATIENTLY
+from pipecompile.planning import Request, Workload, make_plan
 from pipecompile.render.units import seconds_text
 from pipecompile.simulate import simulate
 from pipecompile.versions import versions
+from pipecompile.wishes import NO_WISHES, Wishes
 
 MOST_DEVICES = 16  # the programme takes time with their cube
 BUDGET = 1.0  # CPU seconds of the search for one candidate
@@ -41,8 +43,14 @@ class Candidate:
         return f"{list(self.replicas)}: {result}"
 
 
-def with_best_replicas(costed: CostedGraph, cluster: Cluster, work: Workload) -> tuple[Plan, tuple[Candidate, ...]]:
+def with_best_replicas(
+    costed: CostedGraph, cluster: Cluster, work: Workload, wishes: Wishes = NO_WISHES, budget: float = PATIENTLY
+) -> tuple[Plan, tuple[Candidate, ...]]:
     """The plan with the shortest predicted step on all devices of the cluster, and all that were tried, the best first.
+
+    Args:
+        wishes: what every plan keeps to; without pins and a number of stages, since those are looked for.
+        budget: CPU seconds for the plan in the end; candidates are searched for shortly.
 
     Raises:
         InputError: there are too many devices.
@@ -53,14 +61,19 @@ def with_best_replicas(costed: CostedGraph, cluster: Cluster, work: Workload) ->
             f"replicas='auto' looks at up to {MOST_DEVICES} devices, and here are {len(cluster)}; say "
             f"replicas=[...], a number of devices for each stage"
         )
-    found = [_tried(costed, replicas, cluster, work) for replicas in _proposals(costed, cluster, work)]
+    if wishes.pins or wishes.most_stages is not None:
+        raise InputError(
+            f"replicas='auto' looks for the number of stages, which {wishes} would need to know; keep modules together "
+            f"or uncut, or say replicas=[...], a number of devices for each stage"
+        )
+    asked = [Request(replicas, wishes, BUDGET) for replicas in _proposals(costed, cluster, work)]
+    found = [_tried(costed, request, cluster, work) for request in asked]
     fitting = [candidate for candidate in found if candidate.seconds is not None]
     if not fitting:
         reasons = "; ".join(map(str, found)) or "the model has a node that no device holds"
         raise InfeasibleError(f"no number of stages and replicas has a plan on {len(cluster)} devices: {reasons}")
     ordered = sorted(found, key=lambda it: (it.seconds is None, it.seconds))
-    best = ordered[0].replicas
-    return make_plan(costed, len(best), cluster, work, best), tuple(ordered)
+    return make_plan(costed, Request(ordered[0].replicas, wishes, budget), cluster, work), tuple(ordered)
 
 
 def step_seconds(costed: CostedGraph, plan: Plan, cluster: Cluster, work: Workload) -> float:
@@ -98,9 +111,9 @@ def _proposals(costed: CostedGraph, cluster: Cluster, work: Workload) -> Iterato
     yield from dict.fromkeys([*proposed, (1,) * len(cluster)])
 
 
-def _tried(costed: CostedGraph, replicas: Sequence[int], cluster: Cluster, work: Workload) -> Candidate:
+def _tried(costed: CostedGraph, request: Request, cluster: Cluster, work: Workload) -> Candidate:
     try:
-        plan = make_plan(costed, len(replicas), cluster, work, replicas, BUDGET)
+        plan = make_plan(costed, request, cluster, work)
     except PlanError as error:
-        return Candidate(tuple(replicas), None, str(error))
-    return Candidate(tuple(replicas), step_seconds(costed, plan, cluster, work))
+        return Candidate(request.replicas, None, str(error))
+    return Candidate(request.replicas, step_seconds(costed, plan, cluster, work))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,9 +19,9 @@ class Wishes(Json):
     2. a group of modules to keep together has two or more.
     """
 
-    pins: dict[str, int] = field(default_factory=dict)  # path -> the stage that computes all of that module
-    uncut: tuple[str, ...] = ()  # paths of modules that lie in one stage each, no matter in which
-    together: tuple[tuple[str, ...], ...] = ()  # groups of paths of modules that share a stage
+    pins: Mapping[str, int] = field(default_factory=dict)  # path -> the stage that computes all of that module
+    uncut: Sequence[str] = ()  # paths of modules that lie in one stage each, no matter in which
+    together: Sequence[Sequence[str]] = ()  # groups of paths of modules that share a stage
     most_stages: int | None = None  # the plan may have fewer, where more would not be faster
 
     def __post_init__(self) -> None:
@@ -53,3 +53,6 @@ def _paths(name: str, paths: Sequence[Any]) -> tuple[str, ...]:
     if isinstance(paths, str) or not all(isinstance(path, str) for path in paths):
         raise InputError(f"{name} takes a list of module paths, not {paths!r}")
     return tuple(paths)
+
+
+NO_WISHES = Wishes()

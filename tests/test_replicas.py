@@ -25,7 +25,7 @@ from pipecompile.lower import lower
 from pipecompile.memory import memory
 from pipecompile.partition import Step, deals, partition
 from pipecompile.plan import Channel, Plan, Tied, with_replicas
-from pipecompile.planning import Workload, make_plan
+from pipecompile.planning import Request, Workload, make_plan
 from pipecompile.program import Backward, Forward, Program, dependencies, linearize
 from pipecompile.replicate import MOST_DEVICES, step_seconds, with_best_replicas
 from pipecompile.schedule import SCHEDULES, backward_only, forward_only, gpipe, one_f_one_b, pipedream
@@ -377,7 +377,7 @@ def test_the_choice_has_the_shortest_step_of_all_and_no_replicas_is_among_them()
     assert (1, 1, 1, 1) in [candidate.replicas for candidate in candidates]
     assert candidates[0].seconds == pytest.approx(step_seconds(costed, plan, cluster, workload()))
     for replicas in [(1, 2, 1), (2, 2), (1, 3), (3, 1), (4,)]:
-        other = make_plan(costed, len(replicas), cluster, workload(), replicas)
+        other = make_plan(costed, Request(tuple(replicas)), cluster, workload())
         assert candidates[0].seconds <= step_seconds(costed, other, cluster, workload()) * 1.05
 
 

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from pipecompile.cluster import Cluster, Link
+from pipecompile.errors import InputError
 from pipecompile.graph import CostedGraph, Node
 from pipecompile.partition.contract import Contraction, contract
 from pipecompile.partition.placed import Placed
@@ -60,7 +61,13 @@ def partition(
     wishes = wishes or Wishes()
     if len(replicas) not in (0, num_stages):
         raise ValueError(f"{num_stages} stages have replicas {tuple(replicas)}; give a number for each")
+    if wishes.most_stages is not None and any(count > 1 for count in replicas):
+        raise InputError(
+            f"most_stages={wishes.most_stages} may leave stages out, and replicas={list(replicas)} says which devices "
+            f"run each of {num_stages}; give only one of them"
+        )
     num_stages = min(num_stages, wishes.most_stages or num_stages)
+    replicas = replicas[:num_stages]
     seating = Seating.of(num_stages, cluster, replicas)
     contraction = problem_of(costed, num_stages, cluster, training, wishes, replicas)
     solution = solve(contraction.problem, budget)

@@ -66,8 +66,8 @@ class Executor:
         start = time.perf_counter()
         event = caller_event(tuple(lane.device for lane in self.lanes))
         jobs = [
-            lane.thread.submit(self._run_rank, rank, program.ranks[rank], microbatches, ambient, event, start)
-            for rank, lane in enumerate(self.lanes)
+            self.lanes[rank].thread.submit(self._run_rank, rank, row, microbatches, ambient, event, start)
+            for rank, row in enumerate(program.ranks)  # a plan may leave the last lanes idle
         ]
         try:
             wait(jobs)
@@ -79,7 +79,7 @@ class Executor:
         self._raise_failure([job.exception() for job in jobs])
         caller_waits(self.lanes)
         spans = [span for job in jobs for span in job.result()]
-        return Timeline(tuple(sorted(spans, key=lambda s: (s.rank, s.start))), len(self.lanes))
+        return Timeline(tuple(sorted(spans, key=lambda s: (s.rank, s.start))), len(program.ranks))
 
     def reset(self) -> None:
         """Forgets every microbatch that is under way."""
