@@ -126,7 +126,7 @@ def _outer_loss(output: Any) -> Tensor:
 def _planned(seed: int) -> Any:
     """In place of ``partition``: a random plan, which keeps together what must be, and sends values forward."""
 
-    def plan(costed: CostedGraph, num_stages: int, cluster: Any, training: Any) -> Plan:
+    def plan(costed: CostedGraph, num_stages: int, *args: Any, **options: Any) -> Plan:
         return random_plan(costed.graph, num_stages, Random(seed))
 
     return plan
