@@ -49,17 +49,22 @@ def table(view: StageGraph, width: int = 100) -> Table:
     return it
 
 
+_SHORT = {"parameters": "params", "gradients": "grads", "optimizer": "state", "activations": "saved"}
+
+
 def memory_table(memory: Memory, plan: Plan, cluster: Cluster) -> Table:
     """What each stage holds at its fullest in training, by kind, and how much its device has."""
     kinds = [kind for kind in KINDS if any(dict(stage.by_kind())[kind] for stage in memory.stages)]
     it = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title="memory at the fullest", title_style="")
-    for name in ("stage", *kinds, "all", "of"):
+    limited = any(device.memory is not None for device in cluster.devices)
+    for name in ("stage", *(_SHORT.get(kind, kind) for kind in kinds), "all", *["of"] * limited):
         it.add_column(name, justify="right", no_wrap=True)
     for index, stage in enumerate(memory.stages):
         limit = cluster.devices[plan.rank_of[index]].memory
         sizes = [bytes_text(dict(stage.by_kind())[kind]) for kind in kinds]
         again = "*" * (index in plan.recomputed)
-        it.add_row(f"{index}{again}", *sizes, bytes_text(stage.total), "" if limit is None else bytes_text(limit))
+        of = ["" if limit is None else bytes_text(limit)] * limited
+        it.add_row(f"{index}{again}", *sizes, bytes_text(stage.total), *of)
     if plan.recomputed:
         it.caption = "* computed again in the backward, so that activations need not be kept"
     return it
