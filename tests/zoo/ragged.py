@@ -208,6 +208,8 @@ def _train(
             for valid in lengths(batch, count, _longest(variant.entry)):
                 inputs = _inputs(variant, model, batch, valid, attended)
                 _count(tally, variant, pipe, inputs, reference(batch, valid), valid)
+        if tally.refused == tally.steps:
+            break  # it would be refused for other batches too
     tally.captures = pipe.captures
     if tally.exact:
         tally.tail = next((line for line in pipe.report["microbatches"] if "computed once" in line), "")
