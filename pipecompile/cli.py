@@ -20,7 +20,7 @@ from typer.core import TyperGroup
 from pipecompile.api import compile
 from pipecompile.capture import capture, read_call, summarize
 from pipecompile.cluster import Cluster, Link
-from pipecompile.compiled import reused
+from pipecompile.compile_call import reused
 from pipecompile.devices import parse_devices
 from pipecompile.errors import InputError, PipecompileError
 from pipecompile.graph import Cost, CostedGraph

@@ -16,7 +16,8 @@ from pipecompile.batching import Rows
 from pipecompile.calibrate import corrected
 from pipecompile.capture import Call, read_call
 from pipecompile.captures import Captures, Key, modes
-from pipecompile.compiled import Compiled, compile_call, find_loss
+from pipecompile.compile_call import compile_call
+from pipecompile.compiled import Compiled, find_loss
 from pipecompile.errors import CaptureError, InputError, PipecompileError
 from pipecompile.graph import CostedGraph
 from pipecompile.memory import Memory

@@ -29,6 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("variations",),
     ("devices", "options"),
     ("compiled",),
+    ("compile_call",),
     ("captures", "report", "snapshot"),
     ("session",),
     ("steps",),
