@@ -10,6 +10,7 @@ from zoo.check import STAGES
 from zoo.entry import Entry
 from zoo.forked import Found
 from zoo.ragged import ATTENDED, BATCHES, MICROBATCHES
+from zoo.table import published
 
 COLUMNS = (
     "model", "family", "called", "dtype", "attention", "steps", "exact", "refused", "uncut", "tail", "captures",
@@ -23,7 +24,7 @@ def page(entries: Mapping[str, Entry], results: Sequence[Found], command: str) -
     rows = [_row(entries[found.name], found, variant) for found in ranked for variant in _variants(found)]
     left_out = [found.name for found in ranked if not any(_tallies(found))]
     head = [
-        "# Exact",
+        "# Padded, ragged batches",
         f"`{command}`: models of the zoo, tiny and random, on padded batches of {_listed(BATCHES)} rows in "
         f"{_listed(MICROBATCHES)} microbatches, split into {_listed(STAGES)} stages under 1F1B. Each row has its own "
         "number of valid tokens: in one batch the first microbatch has none and the last row all, in the other the "
@@ -44,7 +45,7 @@ def page(entries: Mapping[str, Entry], results: Sequence[Found], command: str) -
         "## Every model",
         f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}\n" + "\n".join(rows),
     ]
-    return "\n\n".join(head) + "\n"
+    return published(head)
 
 
 def summary(results: Sequence[Found]) -> str:
