@@ -42,7 +42,7 @@ def main() -> None:
     unsplit = deepcopy(model)
     data = batches(texts, tokenizer, options.batch, options.steps)
     console.print(
-        "Labels of padding count, as in the classic script: reweighting uneven microbatches is still to come.\n"
+        "Padding has no labels, so that microbatches count unequally many tokens; the loss is the whole batch's.\n"
     )
 
     pipe = pipecompile.compile(
@@ -143,7 +143,7 @@ def batches(texts: list[str], tokenizer: Any, size: int, count: int) -> list[dic
             yield {
                 "input_ids": batch["input_ids"],
                 "attention_mask": batch["attention_mask"],
-                "labels": batch["input_ids"],
+                "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100),
             }
 
     return list(draw())
