@@ -78,6 +78,8 @@ class Compiled:
             return "it holds for a batch of one microbatch"
         if sum(rows.counts) < division.at_least:
             return f"it holds for batches of {division.at_least} rows and more"
+        if division.at_most is not None and sum(rows.counts) > division.at_most:
+            return f"that samples stay apart was tried out for batches of up to {division.at_most} rows"
         parts = call.split(rows.counts) if call.batch else [whole]
         if division.is_divided and division.whole is division.captured:
             return division.whole.broken_guard([whole], whole) or misfit(division.captured, parts, whole)

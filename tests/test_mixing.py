@@ -128,6 +128,10 @@ def test_places_enough_for_a_microbatch_but_not_for_the_batch_are_refused() -> N
     model = WithPlaces(4).double()
     with pytest.raises(CaptureError, match=r"module 'experts'.*samples of the batch mix here"):
         pipecompile.compile(model, ["cpu", "cpu"], microbatches=4, profile="count")(x)
+    fits = pipecompile.compile(model, ["cpu", "cpu"], microbatches=4, profile="count")
+    assert_step_equal(model, fits, {"x": x[:4]})
+    with pytest.raises(CaptureError, match=r"module 'experts'.*samples of the batch mix here"):
+        fits(x)  # a batch larger than the one that was tried out is tried out anew
     roomy = WithPlaces(16).double()
     pipe = pipecompile.compile(roomy, ["cpu", "cpu"], microbatches=4, profile="count")
     assert_step_equal(roomy, pipe, {"x": x})

@@ -32,6 +32,7 @@ class Analysis:
         whole: early nodes that are no microbatch's own: the whole batch's value takes their place.
         inside: nodes of modules that were tried out, which no other module reads.
         tried: where modules (or functions) that no rule covers were tried out.
+        at_most: the rows of the batches for which they were, where any were.
     """
 
     kinds: Mapping[fx.Node, Kind | tuple[Kind, ...]]
@@ -40,6 +41,7 @@ class Analysis:
     whole: frozenset[fx.Node]
     inside: frozenset[fx.Node]
     tried: tuple[str, ...]
+    at_most: int | None
 
 
 def analyse(
@@ -94,7 +96,7 @@ class _Analyst:
                 self.kinds[node] = self._joined(node, name, dim)
         return Analysis(
             self.kinds, self.edits, frozenset(self.early), frozenset(self.whole), frozenset(self.inside),
-            tuple(dict.fromkeys(self.tried)),
+            tuple(dict.fromkeys(self.tried)), self.scale.whole if self.tried else None,
         )  # fmt: skip
 
     def _is_early(self, node: fx.Node) -> bool:

@@ -97,7 +97,7 @@ class _Divider:
         before = tuple(b for b in self.before.values() if b.name in used)
         return Division(
             small, self.large, body, joins, before, tail, places, tuple(dict.fromkeys(self.notes)), self.analysis.tried,
-            at_least=self.at_least,
+            at_least=self.at_least, at_most=self.analysis.at_most,
         )  # fmt: skip
 
     def _kind(self, node: fx.Node) -> Kind:

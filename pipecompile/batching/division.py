@@ -79,6 +79,7 @@ class Division:
     reweighted: tuple[str, ...] = ()
     tried: tuple[str, ...] = ()
     at_least: int = 1  # rows of a batch that it holds for
+    at_most: int | None = None  # the same, where something was tried out, on so many rows
     one_part: bool = False  # for a batch that is one microbatch
     is_divided: bool = True  # microbatches are parts of a batch, not batches of their own
 
