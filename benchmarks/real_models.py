@@ -20,7 +20,6 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from time import process_time
 from typing import Any
 
 import torch
@@ -38,6 +37,7 @@ from pipecompile.partition.costed import problem_of
 from pipecompile.partition.evaluate import bottleneck
 from pipecompile.partition.placed import Placed
 from pipecompile.partition.solve import solve
+from pipecompile.planning import BUDGET
 from pipecompile.profile import profile
 
 ROWS = 4  # of a microbatch
@@ -121,21 +121,20 @@ def compare(name: str, stages: Sequence[int]) -> list[dict[str, Any]]:
 def _row(name: str, pattern: str, costed: CostedGraph, stages: int) -> dict[str, Any]:
     contraction = problem_of(costed, stages, Cluster.of([f"rank {rank}" for rank in range(stages)]))
     problem = contraction.problem
-    begin = process_time()
-    found = solve(problem)
-    seconds = process_time() - begin
+    found = solve(problem, BUDGET)
+    quality = found.quality
     layer_of = layers(costed, contraction, pattern)
     count = 1 + max(layer_of)
     ways = {
         "layers": _forward(problem.arcs, [layer * stages // count for layer in layer_of]),
         "by time": _by_time(problem.seconds, layer_of, stages) if name in SEQUENTIAL else None,
-        "compute": solve(replace(problem, nets=())).stage_of,
+        "compute": solve(replace(problem, nets=()), BUDGET).stage_of,
         "pipecompile": found.stage_of,
     }
-    scores = {way: bottleneck(problem, plan) / found.lower_bound if plan else None for way, plan in ways.items()}
+    scores = {way: bottleneck(problem, plan) / quality.lower_bound if plan else None for way, plan in ways.items()}
     return {
-        "model": name, "nodes": len(costed.graph), "stages": stages, "bound": found.lower_bound, "proven": found.proven,
-        "seconds": seconds, **scores,
+        "model": name, "nodes": len(costed.graph), "stages": stages, "bound": quality.lower_bound,
+        "proven": quality.proven, "seconds": quality.seconds, **scores,
     }  # fmt: skip
 
 
