@@ -41,9 +41,7 @@ def main() -> None:
     model = load_model(tokenizer, options.width)
     unsplit = deepcopy(model)
     data = batches(texts, tokenizer, options.batch, options.steps)
-    console.print(
-        "Padding has no labels, so that microbatches count unequally many tokens; the loss is the whole batch's.\n"
-    )
+    console.print("Padding has no labels: microbatches count unequally, the loss is the whole batch's.\n")
 
     pipe = pipecompile.compile(
         model, devices=options.devices, schedule=options.schedule, microbatches=options.microbatches
