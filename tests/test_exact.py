@@ -19,7 +19,7 @@ from oracle import Run, assert_same, microbatched, step
 from torch import nn
 
 import pipecompile
-from pipecompile import compiled
+from pipecompile import compile_call
 
 TIED = "the uses of a tied weight are added up stage by stage, not microbatch by microbatch"
 ROUNDED = {
@@ -31,7 +31,7 @@ ROUNDED = {
 
 WRITES = {"buffers_in_place", "buffers_rebound", "buffer_read"}  # the unsplit model over microbatches writes more often
 
-VERBS = {"capture": compiled.capture, "profile": compiled.profile}
+VERBS = {"capture": compile_call.capture, "profile": compile_call.profile}
 ALL = pytest.mark.parametrize("name", MODELS)
 
 
@@ -77,7 +77,7 @@ def check(pipe: Callable[..., object], model: Model, length: int, microbatches: 
 def _one_capture_for_many_plans(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stages and schedules come after the capture and the profile; with the same call these would be the same."""
     for verb in ("capture", "profile"):
-        monkeypatch.setattr(compiled, verb, partial(remembered, verb))
+        monkeypatch.setattr(compile_call, verb, partial(remembered, verb))
 
 
 @pytest.mark.usefixtures("_one_capture_for_many_plans")

@@ -20,7 +20,7 @@ from oracle import Inputs, Loss, Run, preserved, split
 from torch import Tensor, nn
 
 import pipecompile
-from pipecompile import compiled
+from pipecompile import compile_call
 from pipecompile.batching import Rows
 from pipecompile.capture import Call, Captured, read_call, summarize
 from pipecompile.errors import ExecutionError, PipecompileError
@@ -71,7 +71,7 @@ def capture_sample(entry: Entry, model: nn.Module, **options: Any) -> Captured:
     """The capture that a pipeline over two microbatches needs first."""
     args, kwargs = entry.inputs(ROWS[0], entry.lengths[0])
     call = read_call(model.forward, args, kwargs, {})
-    return compiled.capture(model, call, Rows.of(call.batch, 1 if entry.whole else 2).counts, None, **options)
+    return compile_call.capture(model, call, Rows.of(call.batch, 1 if entry.whole else 2).counts, None, **options)
 
 
 def _traced(entry: Entry, model: nn.Module) -> Iterator[dict[str, Any]]:
@@ -195,7 +195,7 @@ def first_line(error: BaseException) -> str:
 @contextmanager
 def one_capture_for_many_plans() -> Iterator[None]:
     """Lets pipelines of one model share captures and profiles: stages come after both, which would be the same."""
-    verbs, known = {"capture": compiled.capture, "profile": compiled.profile}, {}
+    verbs, known = {"capture": compile_call.capture, "profile": compile_call.profile}, {}
 
     def remembered(verb: str, subject: Any, *rest: Any, **options: Any) -> Any:
         key = (verb, id(subject), *filter(None, map(_key, rest)), *options.items())
@@ -205,11 +205,11 @@ def one_capture_for_many_plans() -> Iterator[None]:
 
     try:
         for verb in verbs:
-            setattr(compiled, verb, partial(remembered, verb))
+            setattr(compile_call, verb, partial(remembered, verb))
         yield
     finally:
         for verb, original in verbs.items():
-            setattr(compiled, verb, original)
+            setattr(compile_call, verb, original)
 
 
 def _key(argument: Any) -> Any:
