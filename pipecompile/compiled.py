@@ -78,8 +78,11 @@ class Compiled:
             return "it holds for a batch of one microbatch"
         if sum(rows.counts) < division.at_least:
             return f"it holds for batches of {division.at_least} rows and more"
-        if division.at_most is not None and sum(rows.counts) > division.at_most:
-            return f"that samples stay apart was tried out for batches of up to {division.at_most} rows"
+        sizes = division.whole.size_values(whole)
+        for size, most in division.at_most.items():
+            if sizes.get(size, 0) > most:
+                name, dim = division.whole.sizes[size]
+                return f"that samples stay apart was tried out up to a size of {most} of dimension {dim} of {name!r}"
         parts = call.split(rows.counts) if call.batch else [whole]
         if division.is_divided and division.whole is division.captured:
             return division.whole.broken_guard([whole], whole) or misfit(division.captured, parts, whole)

@@ -114,6 +114,14 @@ def without_dropout() -> Iterator[None]:
         _dropout = True
 
 
+def undropped(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A call of a function; dropout lets everything pass."""
+    name = getattr(function, "__name__", "")
+    if is_dropout(name) and draws(name, args, kwargs):
+        return _quiet(function, args, kwargs)
+    return function(*args, **kwargs)
+
+
 def is_dropout(name: str) -> bool:
     """Whether a function is dropout, or attention with dropout inside."""
     return "dropout" in name or name in ("scaled_dot_product_attention", "seeded_scaled_dot_product_attention")
@@ -136,11 +144,17 @@ class _Alike(TorchFunctionMode):
 
 def _draw_alike(function: Callable[..., Any], args: Any, kwargs: Any, device: torch.device) -> Any:
     if not _dropout and is_dropout(getattr(function, "__name__", "")):
-        if "attention" not in function.__name__:
-            return args[0]
-        args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
-        kwargs = {**kwargs, "dropout_p": 0.0} if len(args) <= 4 else kwargs
+        return _quiet(function, args, kwargs)
     return _draw(function, args, kwargs, _ALIKE, device)
+
+
+def _quiet(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """A call of dropout, or of attention with dropout inside, without it."""
+    if "attention" not in function.__name__:
+        return args[0] if args else kwargs["input"]
+    args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
+    kwargs = {**kwargs, "dropout_p": 0.0} if len(args) <= 4 else kwargs
+    return function(*args, **kwargs)
 
 
 def _draw(function: Callable[..., Any], args: Any, kwargs: Any, seed: int, device: torch.device) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import pipecompile
-from pipecompile.errors import InputError
+from pipecompile.errors import CaptureError, InputError
 
 ROWS = [3, 2, 2]  # what 7 rows in 3 microbatches are
 
@@ -177,6 +177,23 @@ def test_statistics_without_running_ones_are_reported() -> None:
     pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=3, batch_norm="deferred")
     pipe(batches(model)[0]).sum().backward()
     assert any("each microbatch's statistics" in line for line in pipe.report["microbatches"])
+
+
+class Reads(nn.Module):
+    """A model that reads the statistics that its normalisation has just moved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.norm(self.first(x))).square().mean() + self.norm.running_mean.sum()
+
+
+def test_deferred_statistics_that_the_model_reads_are_refused() -> None:
+    pipe = pipecompile.compile(Reads(), ["cpu", "cpu"], microbatches=3, batch_norm="deferred")
+    with pytest.raises(CaptureError, match=r"the model reads norm.running_mean, which batch_norm='deferred' moves"):
+        pipe(torch.randn(7, 4))
 
 
 def test_an_unknown_way_is_refused() -> None:

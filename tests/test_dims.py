@@ -153,7 +153,7 @@ def test_an_output_that_mixes_may_be_each_microbatchs_own() -> None:
     [
         ({"centred": 1}, r"out_dims= says 1 for output 'centred' of shape .* that grow with the batch are \[0\]"),
         ({"centred": None}, r"out_dims= says None for output 'centred'"),
-        ({"centred": 7}, r"out_dims= says 7 for output 'centred'"),
+        ({"centred": 7}, r"out_dims= says 7 for output 'centred', which has 2 dimensions"),
         ({"scores": 0}, r"out_dims= names 'scores', which is no output of the model; it has loss, centred, centre"),
     ],
 )
@@ -161,3 +161,15 @@ def test_dimensions_of_outputs_that_cannot_be(out_dims: Any, message: str) -> No
     pipe = pipecompile.compile(Pooled(), ["cpu", "cpu"], microbatches=2, out_dims={"centre": None, **out_dims})
     with pytest.raises(InputError, match=message):
         pipe(torch.randn(5, 4))
+
+
+def test_an_asynchronous_schedule_joins_outputs_by_hand_too() -> None:
+    def piped(dim: int) -> pipecompile.Pipeline:
+        return pipecompile.compile(
+            Pooled(), ["cpu"], microbatches=2, schedule="pipedream", out_dims={"centred": dim, "centre": None},
+            optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+        )  # fmt: skip
+
+    assert piped(0)(torch.randn(5, 4))["centred"].shape == (5, 2)
+    with pytest.raises(InputError, match=r"out_dims= says 5 for output 'centred', which has 2 dimensions"):
+        piped(5)(torch.randn(5, 4))

@@ -154,6 +154,47 @@ class Remembers(nn.Module):
         return (hidden - self.seen.clone()).square().mean()
 
 
+class Capacity(nn.Module):
+    """So many tokens of the whole batch are worked on, the first of them."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.work, self.dropout = nn.Linear(WIDTH, WIDTH), nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, WIDTH)
+        place = torch.argsort(torch.argsort((tokens[:, 0] > -1e9).long(), stable=True))
+        done = self.dropout(self.work(tokens)) * (place < 40).to(tokens.dtype)[:, None]
+        return x + done.reshape(x.shape)
+
+
+class WithCapacity(nn.Module):
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.first, self.experts, self.last = nn.Linear(WIDTH, WIDTH), Capacity(dropout), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.experts(self.first(x))).square().mean()
+
+
+def test_what_was_tried_out_on_short_samples_is_tried_out_anew_on_long_ones() -> None:
+    model = WithCapacity().double()
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=4, profile="count")
+    assert_step_equal(model, pipe, {"x": torch.randn(8, 4, WIDTH, dtype=torch.float64)})
+    with pytest.raises(CaptureError, match=r"module 'experts'.*samples of the batch mix here"):
+        pipe(torch.randn(8, 16, WIDTH, dtype=torch.float64))
+    model.zero_grad()
+    assert_step_equal(model, pipe, {"x": torch.randn(8, 3, WIDTH, dtype=torch.float64)})
+
+
+def test_dropout_hides_no_mixing() -> None:
+    pipe = pipecompile.compile(WithCapacity(0.3).double(), ["cpu", "cpu"], microbatches=4, profile="count")
+    with pytest.raises(CaptureError, match=r"module 'experts'.*samples of the batch mix here"):
+        pipe(torch.randn(8, 16, WIDTH, dtype=torch.float64))
+    pipe(torch.randn(8, 4, WIDTH, dtype=torch.float64)).backward()
+    assert any("tried out" in line and "'experts'" in line for line in pipe.report["microbatches"])
+
+
 def test_buffers_are_written_once_a_batch_from_the_whole_batch() -> None:
     model, twin = Remembers().double(), Remembers().double()
     twin.load_state_dict(model.state_dict())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Any
 
 import torch.fx as fx
 from torch import Tensor
@@ -32,7 +33,7 @@ class Analysis:
         whole: early nodes that are no microbatch's own: the whole batch's value takes their place.
         inside: nodes of modules that were tried out, which no other module reads.
         tried: where modules (or functions) that no rule covers were tried out.
-        at_most: the rows of the batches for which they were, where any were.
+        at_most: the sizes (symbols) of the batch that they were tried out on, where any were.
     """
 
     kinds: Mapping[fx.Node, Kind | tuple[Kind, ...]]
@@ -41,7 +42,7 @@ class Analysis:
     whole: frozenset[fx.Node]
     inside: frozenset[fx.Node]
     tried: tuple[str, ...]
-    at_most: int | None
+    at_most: Mapping[Any, int]
 
 
 def analyse(
@@ -96,7 +97,7 @@ class _Analyst:
                 self.kinds[node] = self._joined(node, name, dim)
         return Analysis(
             self.kinds, self.edits, frozenset(self.early), frozenset(self.whole), frozenset(self.inside),
-            tuple(dict.fromkeys(self.tried)), self.scale.whole if self.tried else None,
+            tuple(dict.fromkeys(self.tried)), self.scale.sizes_tried if self.tried else {},
         )  # fmt: skip
 
     def _is_early(self, node: fx.Node) -> bool:
@@ -188,10 +189,9 @@ class _Analyst:
         """The kind that an output has by the user's word."""
         shape = self.scale.shape(node) or ()
         grows = self.scale.growing(node)
-        inside = dim is not None and -len(shape) <= dim < len(shape)
-        at = dim % len(shape) if inside and dim is not None else None
+        at = None if dim is None else dim % len(shape)
         kind = SHARED if at is None else Batched(at, 1, shape[at] // self.scale.rows)
-        if (dim is not None and not inside) or not self.scale.fits(node, None, kind):
+        if not self.scale.fits(node, None, kind):
             raise InputError(
                 f"out_dims= says {dim} for output {name!r} of shape {shape} (for {self.scale.rows} rows), whose "
                 f"dimensions that grow with the batch are {list(grows)}"
@@ -240,13 +240,17 @@ def joined_by_hand(captured: Captured, out_dims: Mapping[str, int | None]) -> di
     """The outputs whose joining the user has said, with their names.
 
     Raises:
-        InputError: there is no output of a name.
+        InputError: there is no output of a name, or it has no such dimension.
     """
     names = {output.name: output.node for output in captured.outputs if output.node is not None}
     for name in out_dims:
         if name not in names:
             raise InputError(f"out_dims= names {name!r}, which is no output of the model; it has {', '.join(names)}")
     nodes = {n.name: n for n in _outputs(captured.graph)}
+    for name, dim in out_dims.items():
+        shape = tuple(nodes[names[name]].meta["val"].shape)
+        if dim is not None and not -len(shape) <= dim < len(shape):
+            raise InputError(f"out_dims= says {dim} for output {name!r}, which has {len(shape)} dimensions")
     return {nodes[names[name]]: (name, dim) for name, dim in out_dims.items()}
 
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from pipecompile.capture import Captured
 from pipecompile.capture.origin import origin_of
+from pipecompile.errors import CaptureError
 from pipecompile.functions import add_moments, moments
 
 # The forms of the function that a trace may hold, by the names of their arguments.
@@ -32,9 +33,14 @@ def uses_batch_statistics(node: fx.Node) -> bool:
 
 
 def defer_running(captured: Captured) -> Captured:
-    """The trace with every write of running statistics apart from the normalisation that it belongs to."""
+    """The trace with every write of running statistics apart from the normalisation that it belongs to.
+
+    Raises:
+        CaptureError: the model reads running statistics itself.
+    """
     if not any(map(_writes_running, captured.graph.nodes)):
         return captured
+    _refuse_reads(captured)
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     recomputed = dict(captured.recomputed)
@@ -45,6 +51,18 @@ def defer_running(captured: Captured) -> Captured:
             if node.name in recomputed:
                 recomputed[counted.name] = recomputed[node.name]
     return replace(captured, graph=graph, recomputed=recomputed, checked={})
+
+
+def _refuse_reads(captured: Captured) -> None:
+    """Raises ``CaptureError`` if the model itself reads statistics, which are moved after the stages only."""
+    written = {name for node in captured.graph.nodes if _writes_running(node) for name in origin_of(node).writes}
+    for node in captured.graph.nodes:
+        readers = [user for user in node.users if not _writes_running(user)]
+        if node.op == "get_attr" and str(node.target) in written and readers:
+            raise CaptureError(
+                f"{origin_of(readers[0])}: the model reads {node.target}, which batch_norm='deferred' moves after the "
+                f"stages only; use batch_norm='microbatch' or microbatches=1"
+            )
 
 
 def _writes_running(node: fx.Node) -> bool:

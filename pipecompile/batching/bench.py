@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pipecompile.capture import Captured
 from pipecompile.capture.evaluate import Evaluator
+from pipecompile.randomness import undropped
 
 
 class Bench:
@@ -33,7 +34,10 @@ class Bench:
         return self.evaluator.value(node)
 
     def run(self, outputs: Sequence[fx.Node], values: Mapping[fx.Node, Any], seed: int = 0) -> dict[fx.Node, Any]:
-        """The values of nodes, from those of others; random numbers are drawn from the seed."""
+        """The values of nodes, from those of others; random numbers are drawn from the seed.
+
+        Without dropout, which drops entries of each sample whatever the others are, and would hide what else happens.
+        """
         evaluator = self._evaluator()
         evaluator.known.update({n: v.clone() if isinstance(v, Tensor) else v for n, v in values.items()})
         state = torch.get_rng_state()
@@ -45,4 +49,6 @@ class Bench:
 
     def _evaluator(self) -> Evaluator:
         tensors = self.captured.tensors
-        return Evaluator(self.inputs, tensors.__getitem__, lambda target: self.captured.leaf(target, tensors))
+        return Evaluator(
+            self.inputs, tensors.__getitem__, lambda target: self.captured.leaf(target, tensors), call=undropped
+        )

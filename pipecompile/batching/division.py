@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -79,7 +79,7 @@ class Division:
     reweighted: tuple[str, ...] = ()
     tried: tuple[str, ...] = ()
     at_least: int = 1  # rows of a batch that it holds for
-    at_most: int | None = None  # the same, where something was tried out, on so many rows
+    at_most: Mapping[Any, int] = field(default_factory=dict)  # sizes (symbols) of what something was tried out on
     one_part: bool = False  # for a batch that is one microbatch
     is_divided: bool = True  # microbatches are parts of a batch, not batches of their own
 

@@ -33,6 +33,7 @@ class Scale:
         fewer: rows of the smaller batch, at least 2 where the batch is symbolic.
         rows: rows of the larger.
         whole: rows of the batch that the call was made with, or of the larger one where that is more.
+        sizes_tried: all symbols at such a batch, which is what things are tried out on.
     """
 
     def __init__(self, small: Captured, large: Captured) -> None:
@@ -44,13 +45,13 @@ class Scale:
             self._before = {**values, **dict.fromkeys(batch, self.fewer)}
             self._after = {**values, **dict.fromkeys(batch, self.rows)}
             self.whole = max(self.rows, small.call.batch or 1)
-            self._whole = {**values, **dict.fromkeys(batch, self.whole)}
+            self.sizes_tried = {**values, **dict.fromkeys(batch, self.whole)}
             self.twin = {node: node for node in small.graph.nodes}
         else:
             self.fewer, self.rows = small.microbatch, large.microbatch
             self._before = {**values, **dict.fromkeys(batch, small.microbatch)}
             self._after = large.size_values(large.call.tensors)
-            self.whole, self._whole = self.rows, self._after
+            self.whole, self.sizes_tried = self.rows, self._after
             self.twin = dict(zip(small.graph.nodes, large.graph.nodes, strict=True))
         self._at = lru_cache(maxsize=None)(self._resolve)
 
@@ -68,7 +69,7 @@ class Scale:
     def whole_shape(self, tensor: Tensor) -> tuple[int, ...]:
         """The shape of a tensor of the larger trace at the whole batch."""
         sizes = map(_expression, tensor.shape)
-        return tuple(resolve(e, self._whole) if _is_told(e, self._whole) else UNKNOWN for e in sizes)
+        return tuple(resolve(e, self.sizes_tried) if _is_told(e, self.sizes_tried) else UNKNOWN for e in sizes)
 
     def growing(self, node: fx.Node, item: int | None = None) -> tuple[int, ...]:
         """The dimensions of a tensor (or of an item of a tuple) whose size depends on the batch."""

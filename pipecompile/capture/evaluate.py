@@ -25,6 +25,7 @@ class Evaluator:
         attribute: gives the real tensor for a ``get_attr`` name.
         module: gives what a ``call_module`` node runs.
         check: sees each node before it is computed, and raises if it must not be.
+        call: calls a function of the graph.
     """
 
     def __init__(
@@ -33,11 +34,13 @@ class Evaluator:
         attribute: Callable[[str], Tensor],
         module: Callable[[str], Callable[..., Any]],
         check: Callable[[fx.Node], None] = lambda node: None,
+        call: Callable[..., Any] = lambda function, *args, **kwargs: function(*args, **kwargs),
     ) -> None:
         self.inputs = inputs
         self.attribute = attribute
         self.module = module
         self.check = check
+        self.call = call
         self.known: dict[fx.Node, Any] = {}
 
     def value(self, node: fx.Node) -> Any:
@@ -74,4 +77,4 @@ class Evaluator:
         if node.target is operator.getitem:
             return args[0][args[1]]
         assert callable(node.target), origin_of(node)
-        return node.target(*args, **kwargs)
+        return self.call(node.target, *args, **kwargs)
