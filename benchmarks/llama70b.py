@@ -12,8 +12,10 @@ import argparse
 import time
 
 import torch
+from capture import MODELS
 from rich.console import Console
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 import pipecompile
 from pipecompile.cluster import Cluster
@@ -35,18 +37,10 @@ class Loss(nn.Module):
 
 def model(layers: int = 80, length: int = 2048, rows: int = 1) -> tuple[nn.Module, dict[str, Tensor]]:
     """Llama 3's 70-billion-parameter config in bfloat16, and rows of tokens."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        num_hidden_layers=layers,
-        hidden_size=8192,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-        intermediate_size=28672,
-        vocab_size=128256,
-    )
+    config = MODELS["llama-70b"]()
+    config.num_hidden_layers = layers
     with torch.device("meta"):
-        made = LlamaForCausalLM(config).to(torch.bfloat16)
+        made = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
     ids = torch.randint(1000, (rows, length))
     return Loss(made), {"input_ids": ids, "labels": ids}
 

@@ -186,18 +186,16 @@ def plan(
     view = stage_graph(costed, found)
     program = _program(schedule, view.plan, microbatches)
     timeline = simulate(program, [stage.cost for stage in view.stages], devices)
+    facts = _facts(view, timeline, held, schedule, microbatches, candidates)
     if as_json:
-        facts = _facts(view, timeline, held, schedule, microbatches)
-        tried = [{"replicas": c.replicas, "seconds": c.seconds, "refused": c.refused} for c in candidates]
-        typer.echo(json.dumps({**facts, "candidates": tried}, indent=2))
+        typer.echo(json.dumps(facts, indent=2))
     else:
         console = Console(stderr=written is not None and output is None)  # stdout holds the stage graph then
         console.print(table(view, console.width))
         console.print(memory_table(held, found, devices))
         console.print(_prediction(view, timeline, schedule, microbatches))
-        if candidates:
-            lines = ["devices of each stage, with the way of new weights to replicas:", *map(str, candidates)]
-            console.print(Text("\n".join(lines)))
+        for line in _comparison(candidates):
+            console.print(Text(line))
     if written is not None:
         _write(FORMATS[written](view), output)
 
@@ -302,7 +300,20 @@ def _prediction(view: StageGraph, timeline: Timeline, schedule: str, microbatche
     )
 
 
-def _facts(view: StageGraph, timeline: Timeline, memory: Memory, schedule: str, microbatches: int) -> dict[str, Any]:
+def _comparison(candidates: Sequence[Candidate]) -> list[str]:
+    """What was tried to find the devices of each stage."""
+    title = ["devices of each stage, with the way of new weights to replicas:"] * bool(candidates)
+    return [*title, *map(str, candidates)]
+
+
+def _facts(
+    view: StageGraph,
+    timeline: Timeline,
+    memory: Memory,
+    schedule: str,
+    microbatches: int,
+    candidates: Sequence[Candidate],
+) -> dict[str, Any]:
     """What the table and the prediction say; seconds and bytes, of one microbatch unless they are of a step."""
     stages = [
         {
@@ -324,7 +335,8 @@ def _facts(view: StageGraph, timeline: Timeline, memory: Memory, schedule: str, 
     ]
     step = {"seconds": timeline.makespan, "bubble": timeline.bubble, "peak_bytes": list(memory.ranks)}
     named = {"schedule": schedule, "microbatches": microbatches, "costs": view.costed.origin, "balance": view.balance}
-    return {**named, "step": step, "stages": stages}
+    tried = [{"replicas": c.replicas, "seconds": c.seconds, "refused": c.refused} for c in candidates]
+    return {**named, "step": step, "stages": stages, "candidates": tried}
 
 
 def _format(format: str | None, output: Path | None) -> str | None:

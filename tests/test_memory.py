@@ -208,3 +208,11 @@ def test_memory_goes_to_json_and_back_and_prints_a_row_for_each_stage() -> None:
 )
 def test_optimizer_state_is_found_by_a_step(make: Any, expected: float) -> None:
     assert optimizer_state(make) == expected
+
+
+def test_an_optimizer_that_cannot_be_tried_is_taken_for_adam_and_said() -> None:
+    def picky(parameters: Any) -> torch.optim.Optimizer:
+        raise ValueError("three groups are needed")
+
+    with pytest.warns(UserWarning, match=r"ValueError: three groups are needed.*as much state as Adam"):
+        assert optimizer_state(picky) == 2.0
