@@ -8,6 +8,7 @@ normalisation in training it runs the same microbatches in order, and buffers ar
 from __future__ import annotations
 
 import importlib.util
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -188,7 +189,8 @@ def _size(gradient: Tensor | None) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    message = next(iter(str(error).splitlines()), "")
+    """What an error says first; places in packages begin with the package, wherever that is installed."""
+    message = re.sub(r"[^\s(]*/site-packages/", "", next(iter(str(error).splitlines()), ""))
     return f"{type(error).__name__}: {message}"[:400]
 
 

@@ -10,7 +10,6 @@ from zoo.check import STAGES
 from zoo.entry import Entry
 from zoo.forked import Found
 from zoo.ragged import ATTENDED, BATCHES, MICROBATCHES
-from zoo.table import published
 
 COLUMNS = (
     "model", "family", "called", "dtype", "attention", "steps", "exact", "refused", "uncut", "tail", "captures",
@@ -45,7 +44,7 @@ def page(entries: Mapping[str, Entry], results: Sequence[Found], command: str) -
         "## Every model",
         f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}\n" + "\n".join(rows),
     ]
-    return published(head)
+    return "\n\n".join(head) + "\n"
 
 
 def summary(results: Sequence[Found]) -> str:

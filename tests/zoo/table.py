@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import median
@@ -40,12 +39,7 @@ def page(entries: Mapping[str, Entry], results: Sequence[Found], command: str) -
         "| model | family | nodes | capture, seconds, sizes open / fixed | captures | leaves | 2 stages | 4 stages |\n"
         "|---|---|---|---|---|---|---|---|\n" + "\n".join(rows),
     ]
-    return published(head)
-
-
-def published(paragraphs: Sequence[str]) -> str:
-    """A page; places in packages begin with the package, wherever that is installed."""
-    return re.sub(r"[^\s(]*/site-packages/", "", "\n\n".join(paragraphs)) + "\n"
+    return "\n\n".join(head) + "\n"
 
 
 def summary(entries: Mapping[str, Entry], results: Sequence[Found]) -> str:
