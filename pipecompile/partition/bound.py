@@ -1,9 +1,11 @@
 """What the stage of a heavy atom costs at least, by one minimum cut.
 
-Some stage holds the atom. Whatever else it holds, it pays the seconds of its atoms and of the nets that cross it, and
-the cheapest set of atoms around the given one, acyclic or not, is a minimum cut:
+Some stage holds the atom. Whatever else it holds, it pays the seconds of its atoms and of the nets that cross it. With
+an ancestor it holds all that lies on the way from there, and so with a descendant. The cheapest set of atoms of which
+this is true is a minimum cut:
 
     given atom = source     atom -> sink (its seconds)     pin -> enter -> leave -> pin (seconds of the net)
+    ancestor -> what reads it, as far as that is an ancestor     descendant -> what it reads, likewise
 
 A large head or embedding is often the bottleneck, and then this is the whole proof.
 
@@ -11,6 +13,8 @@ Source: the reduction of a hyperedge cut to a network is Lawler, "Cutsets and Pa
 """
 
 from __future__ import annotations
+
+from itertools import chain
 
 import networkx as nx
 import numpy as np
@@ -26,7 +30,8 @@ def stage_bound(problem: Problem) -> float:
     bound = problem.lower_bound
     alone = problem.weight / problem.speeds.max()
     alone = alone + [problem.net_seconds[list(nets)].sum() for nets in problem.nets_of]
-    for atom in np.argsort(-alone, kind="stable")[:MOST_CUTS].tolist():
+    heaviest = [np.argsort(-seconds, kind="stable")[:MOST_CUTS].tolist() for seconds in (alone, problem.weight)]
+    for atom in dict.fromkeys(chain(*heaviest)):
         if alone[atom] > bound:
             bound = max(bound, _cheapest_stage_with(problem, atom))
     return bound
@@ -40,4 +45,7 @@ def _cheapest_stage_with(problem: Problem, atom: int) -> float:
         network.add_edge(("enter", index), ("leave", index), capacity=net.seconds)
         network.add_edges_from((pin, ("enter", index)) for pin in net.pins)
         network.add_edges_from((("leave", index), pin) for pin in net.pins)
+    before, after = problem.ancestors[atom], problem.ancestors[:, atom]
+    network.add_edges_from((low, high) for low, high in problem.arcs if before[high])
+    network.add_edges_from((high, low) for low, high in problem.arcs if after[low])
     return float(boykov_kolmogorov(network, atom, "sink", value_only=True).graph["flow_value"])

@@ -1,13 +1,15 @@
-"""Fewer atoms at no loss: a light atom joins the neighbour that it can always be moved to.
+"""Fewer atoms at no loss: an atom joins the neighbour that it can always be moved to.
 
 Atom x may join y, its only predecessor or its only successor, if in every plan moving x into the stage of y raises no
 load. Moving it changes the nets of x alone, in the two stages alone: those without y may become crossing, the net
 {x, y} ceases to be. So the move is free where
 
-    sum of c(e) over nets e with x, without y   <=   c({x, y})        and x weighs nothing.
+    seconds of x  +  sum of c(e) over nets e with x, without y   <=   c({x, y})
 
-With a cap above nothing the rule also moves light atoms that weigh something, and the loss is bounded by what was
-absorbed. Heavy-edge contraction, the usual rule, merges across the narrow cuts between transformer blocks.
+as for a cheap operation with a large result, a constant, a mask that is widened for its reader. Where memory is short,
+x must hold no bytes either. With a cap above nothing the rule also moves light atoms whose own seconds are the loss,
+which is bounded by what was absorbed. Heavy-edge contraction, the usual rule, merges across the narrow cuts between
+transformer blocks.
 
 Source: ours; that contracting an atom with one neighbour on a side is safe is in Herrmann et al., "Multilevel
 Algorithms for Acyclic Partitioning of Directed Acyclic Graphs" (2019), section 4.1.
@@ -15,6 +17,7 @@ Algorithms for Acyclic Partitioning of Directed Acyclic Graphs" (2019), section 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
@@ -29,7 +32,7 @@ SHARES = (3200, 1600, 800, 400, 200, 100, 50)  # a cap is a mean stage divided b
 def lossless(problem: Problem) -> Contraction:
     """Contracts what never makes a difference, until nothing is left to."""
     quotient = _Quotient(problem)
-    quotient.join_lighter_than(0.0)
+    quotient.join_dominated()
     return merge(problem, quotient.groups)
 
 
@@ -40,7 +43,7 @@ def lossy(problem: Problem, most: int) -> Contraction:
     seconds are open, until some ``MANY`` times ``most`` are left.
     """
     quotient = _Quotient(problem)
-    quotient.join_lighter_than(0.0)
+    quotient.join_dominated()
     for share in SHARES:
         if quotient.count <= most:
             break
@@ -81,7 +84,9 @@ class _Quotient:
         self.after = [set(targets) for targets in problem.successors]
         self.nets_of = [set(nets) for nets in problem.nets_of]
         self.pins = [set(net.pins) for net in problem.nets]
-        self.seconds = [net.seconds for net in problem.nets]
+        self.net_seconds = [net.seconds for net in problem.nets]
+        self.seconds = (problem.weight / problem.speeds.min()).tolist()  # at the most
+        self.nbytes = ((problem.kept + problem.saved) * problem.bounded).tolist()
         self.weight = _shares(problem)
         self.absorbed = [0.0] * len(problem)
         self.fixed = {atom for atom, _ in problem.pins}
@@ -90,35 +95,50 @@ class _Quotient:
     def groups(self) -> list[list[int]]:
         return [members for members in self.members if len(members) > 1]
 
+    def join_dominated(self) -> None:
+        """Joins all atoms that may at no loss."""
+        self._join_all(lambda atom: self.nbytes[atom] == 0, lambda atom, host: self._gained(atom, host, True) <= 0)
+
     def join_lighter_than(self, cap: float) -> None:
-        """Joins all atoms that may, as long as no host absorbs more than ``cap``, a share of all seconds or bytes."""
-        light = [atom for atom, members in enumerate(self.members) if members and self._is_light(atom, cap)]
-        while light:
-            later = [atom for atom in light if not self._joined(atom, cap)]
-            if len(later) == len(light):
+        """Joins all light atoms that may, as long as no host absorbs more than ``cap``, a share of seconds or bytes."""
+        self._join_all(
+            lambda atom: self.weight[atom] <= cap,
+            lambda atom, host: self._gained(atom, host) <= 0 and self._absorbs(atom, host, cap),
+        )
+
+    def _join_all(self, is_light: Callable[[int], bool], may: Callable[[int, int], bool]) -> None:
+        waiting = [a for a, members in enumerate(self.members) if members and a not in self.fixed and is_light(a)]
+        while waiting:
+            later = [atom for atom in waiting if not self._joined(atom, may)]
+            if len(later) == len(waiting):
                 return
-            light = [atom for atom in later if self._is_light(atom, cap)]
+            waiting = [atom for atom in later if is_light(atom)]
 
-    def _is_light(self, atom: int, cap: float) -> bool:
-        return self.weight[atom] <= cap and atom not in self.fixed
-
-    def _joined(self, atom: int, cap: float) -> bool:
+    def _joined(self, atom: int, may: Callable[[int, int], bool]) -> bool:
         for side in (self.before[atom], self.after[atom]):
             if len(side) == 1:
                 (host,) = side
-                if self.absorbed[host] + self.weight[atom] <= cap and self._is_free(atom, host):
+                if may(atom, host):
                     self._join(atom, host)
                     return True
         return False
 
-    def _is_free(self, atom: int, host: int) -> bool:
-        gained = 0.0
+    def _gained(self, atom: int, host: int, its_own: bool = False) -> float:
+        """Seconds by which a stage gets slower at most as the atom moves to its host, those of its own left out."""
+        gained = self.seconds[atom] if its_own else 0.0
         for net in self.nets_of[atom]:
             if host not in self.pins[net]:
-                gained += self.seconds[net]
+                gained += self.net_seconds[net]
             elif len(self.pins[net]) == 2:
-                gained -= self.seconds[net]
-        return gained <= 0
+                gained -= self.net_seconds[net]
+        return gained
+
+    def _absorbs(self, atom: int, host: int, cap: float) -> bool:
+        """Notes the atom's weight with its host, if that may absorb so much more."""
+        if self.absorbed[host] + self.weight[atom] > cap:
+            return False
+        self.absorbed[host] += self.weight[atom]
+        return True
 
     def _join(self, atom: int, host: int) -> None:
         for one_way, back in ((self.before, self.after), (self.after, self.before)):
@@ -135,8 +155,9 @@ class _Quotient:
                 self.nets_of[host].discard(net)
         self.members[host] += self.members[atom]
         self.members[atom] = []
+        self.seconds[host] += self.seconds[atom]
+        self.nbytes[host] += self.nbytes[atom]
         self.weight[host] += self.weight[atom]
-        self.absorbed[host] += self.weight[atom]
         self.count -= 1
 
 
