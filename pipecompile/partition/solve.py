@@ -23,7 +23,7 @@ from pipecompile.partition.coarsen import lossless, lossy
 from pipecompile.partition.contract import Contraction
 from pipecompile.partition.deadline import Deadline, OutOfTime
 from pipecompile.partition.evaluate import bottleneck, check
-from pipecompile.partition.exact import exact
+from pipecompile.partition.exact import PATIENTLY, QUICKLY, Effort, exact
 from pipecompile.partition.pool import pooled
 from pipecompile.partition.problem import Problem
 from pipecompile.partition.refine import cheapest, walked
@@ -33,7 +33,6 @@ from pipecompile.quality import SLACK, Quality
 MOST_ATOMS = 600  # for the pool
 MOST_EXACT_ATOMS = 5_000  # for the exact programme, whose tables grow with the square
 MOST_NEAR = 1_500  # near the boundaries of a larger problem's plan
-QUICKLY, PATIENTLY = 1_000_000, 6_000_000  # the exact programme's effort, before and after refinement
 BEAMS = 150_000, 500_000  # sets in one window that are followed up, times free atoms
 BEYOND = 1.001  # a search up to so many times the load of any plan proves that there is none
 
@@ -58,7 +57,7 @@ def solve(problem: Problem, budget: float | None = None) -> Solution:
     """
     begin = process_time()
     _refuse_impossible(problem)
-    search = _Search(problem, Deadline.after(budget))
+    search = _Search(problem, _filled(lossless(problem), problem), Deadline.after(budget))
     search.run()
     if search.stage_of is None:
         _refuse(problem, search.lower == inf)
@@ -70,103 +69,112 @@ def solve(problem: Problem, budget: float | None = None) -> Solution:
 class _Search:
     """The best plan so far, and the best bound."""
 
-    def __init__(self, problem: Problem, deadline: Deadline) -> None:
+    def __init__(self, problem: Problem, base: Contraction, deadline: Deadline) -> None:
         self.problem, self.deadline = problem, deadline
+        self.base = base  # where plans are looked for
         self.stage_of: tuple[int, ...] | None = None
-        self.plans: list[tuple[int, ...]] = []
+        self.plans: list[tuple[int, ...]] = []  # of the base, the best first
         self.upper, self.lower = problem.upper_bound * BEYOND, problem.lower_bound
 
     def run(self) -> None:
         """Searches until the plan is proven, or time or effort are spent."""
         try:
             self._first_plan()
-            if self._is_small:
+            if len(self.base.problem) <= MOST_EXACT_ATOMS:
                 self._bound()
                 self._prove(QUICKLY)
                 self._refine(BEAMS)
                 self._prove(PATIENTLY)
-            elif self.stage_of is not None:
-                self._zoom(self.stage_of)
+            elif self.plans:
+                self._zoom()
         except OutOfTime:
             pass
-
-    @property
-    def _is_small(self) -> bool:
-        return len(self.problem) <= MOST_EXACT_ATOMS
 
     @property
     def _is_done(self) -> bool:
         return self.lower == inf or (self.stage_of is not None and self.upper <= self.lower * (1 + SLACK))
 
-    def _improve(self, stage_of: tuple[int, ...]) -> None:
+    def _improve(self, stage_of: tuple[int, ...]) -> bool:
+        """Notes a plan, if it is better than all before."""
         seconds = bottleneck(self.problem, stage_of)
-        if self.stage_of is None or seconds < self.upper:
-            self.stage_of, self.upper = stage_of, seconds
+        if self.stage_of is not None and seconds >= self.upper:
+            return False
+        self.stage_of, self.upper = stage_of, seconds
+        return True
+
+    def _follow(self, chains: Iterator[Chain], coarse: Contraction | None = None) -> None:
+        """Notes plans of the base, or of what it was contracted to."""
+        for chain in chains:
+            stage_of = coarse.expand(chain.stage_of) if coarse else chain.stage_of
+            self.plans.insert(0 if self._improve(self.base.expand(stage_of)) else len(self.plans), stage_of)
 
     def _first_plan(self) -> None:
-        coarse = self._coarse()
-        for chain in pooled(coarse.problem, self.deadline):
-            self.plans.append(coarse.expand(chain.stage_of))
-            self._improve(self.plans[-1])
-
-    def _coarse(self) -> Contraction:
-        coarse = lossy(self.problem, MOST_ATOMS)
-        if len(coarse.problem) >= self.problem.must_fill:
-            return coarse
-        return Contraction.identity(self.problem)
+        coarse = _filled(lossy(self.base.problem, MOST_ATOMS), self.base.problem)
+        self._follow(pooled(coarse.problem, self.deadline), coarse)
 
     def _bound(self) -> None:
-        self.lower = max(self.lower, stage_bound(_relaxations(self.problem)[0].problem))
+        self.lower = max(self.lower, stage_bound(_relaxed(self.problem).problem))
 
-    def _prove(self, effort: int) -> None:
+    def _prove(self, effort: Effort) -> None:
         """Finds an optimum, or a better bound; an infinite one if there is no plan."""
-        for contraction in _relaxations(self.problem):
+        for contraction in _contractions(self.problem):
             if self._is_done:
                 return
+            chain = None
             for lower, chain in exact(contraction.problem, self.lower, self.upper, effort, self.deadline):
                 self.lower = max(self.lower, lower)
-                if chain and _is_plan(self.problem, found := contraction.expand(chain.stage_of)):
-                    self._improve(found)
+            if chain and _is_plan(self.problem, found := contraction.expand(chain.stage_of)):
+                self._improve(found)
+            elif not chain and self.lower < self.upper:
+                return  # what is harder will not end either
         if self.stage_of is None and self.lower >= self.upper:
             self.lower = inf
 
     def _refine(self, efforts: Sequence[int]) -> None:
         """Walks and beams in turn, as long as a beam finds what the walk has not."""
         for seed, effort in enumerate(efforts):
-            if self.stage_of is None:
+            if not self.plans or self._is_done:
                 return
-            self._follow(walked(self.problem, [self.stage_of, *self.plans], self.lower, seed, self.deadline))
-            best = Chain(self.upper, self.stage_of)
-            self._follow(cheapest(self.problem, best, self.lower, effort, self.deadline))
-            if self.upper == best.bottleneck:
+            problem = self.base.problem
+            self._follow(walked(problem, self.plans, self.lower, seed, self.deadline))
+            before = self.upper
+            self._follow(cheapest(problem, Chain(before, self.plans[0]), self.lower, effort, self.deadline))
+            if self.upper == before:
                 return
 
-    def _zoom(self, stage_of: tuple[int, ...]) -> None:
-        """Refines the plan near its boundaries."""
-        near = near_boundaries(self.problem, stage_of, MOST_NEAR)
-        inner = _Search(near.problem, self.deadline)
+    def _zoom(self) -> None:
+        """Refines the best plan near its boundaries."""
+        best = self.plans[0]
+        near = near_boundaries(self.base.problem, best, MOST_NEAR)
+        inner = _Search(near.problem, Contraction.identity(near.problem), self.deadline)
         inner.lower = self.lower
-        stages = dict(zip(near.atom_of, stage_of, strict=True))
-        inner._improve(tuple(stages[atom] for atom in range(len(near.problem))))
+        stages = dict(zip(near.atom_of, best, strict=True))
+        inner._follow(iter([Chain(self.upper, tuple(stages[atom] for atom in range(len(near.problem))))]))
         try:
             inner._refine(BEAMS[:1])
         finally:
-            assert inner.stage_of is not None
-            self._improve(near.expand(inner.stage_of))
-
-    def _follow(self, chains: Iterator[Chain]) -> None:
-        for chain in chains:
-            self._improve(chain.stage_of)
+            self._follow(iter([Chain(inner.upper, inner.plans[0])]), near)
 
 
-def _relaxations(problem: Problem) -> list[Contraction]:
-    """The problem without what makes it hard, and the problem itself."""
+def _filled(contraction: Contraction, problem: Problem) -> Contraction:
+    """The contraction, if it leaves enough atoms for all seats."""
+    return contraction if len(contraction.problem) >= problem.must_fill else Contraction.identity(problem)
+
+
+def _relaxed(problem: Problem) -> Contraction:
+    """The problem without what makes it hard: bytes, and seats that may not idle."""
     nothing = (0.0,) * len(problem)
     idle = tuple(replace(seat, may_idle=True) for seat in problem.seats)
-    relaxed = lossless(replace(problem, kept_bytes=nothing, saved_bytes=nothing, seats=idle))
-    if idle != problem.seats:
-        return [relaxed, Contraction.identity(problem)]
-    return [relaxed, lossless(problem)] if problem.bounded else [relaxed]
+    return lossless(replace(problem, kept_bytes=nothing, saved_bytes=nothing, seats=idle))
+
+
+def _contractions(problem: Problem) -> Iterator[Contraction]:
+    """The relaxed problem, and the problem itself."""
+    yield _relaxed(problem)
+    if problem.must_fill:
+        yield Contraction.identity(problem)
+    elif problem.bounded:
+        yield lossless(problem)
 
 
 def _is_plan(problem: Problem, stage_of: tuple[int, ...]) -> bool:

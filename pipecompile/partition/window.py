@@ -33,7 +33,7 @@ from pipecompile.partition.family import Family
 from pipecompile.partition.problem import Bools, Floats, Problem, Seat
 
 ROUNDING = 1e-9  # relative; a window is a hair too wide rather than too narrow
-ROUNDS, LITTLE = 4, 0.9  # at most, and as long as each leaves fewer than so many free atoms of the last
+ROUNDS, LITTLE = 8, 0.95  # at most, and as long as each leaves fewer than so many free atoms of the last
 
 
 @dataclass(frozen=True, slots=True)
