@@ -27,8 +27,9 @@ from pipecompile.partition.problem import Bools, Problem
 from pipecompile.partition.window import free_atoms, narrowed, windows, within_free
 
 WALKERS = 64
-STEPS, STEPS_EACH = 6_000, 60  # of one round, at most: in all, and for each atom
-ROUNDS, PATIENCE = 12, 2  # at most, and without a better plan
+STEPS = 600_000  # of one round, times atoms
+FEWEST_STEPS, MOST_STEPS = 1_000, 3_000
+ROUNDS, PATIENCE = 12, 3  # at most, and without a better plan
 EFFORT = 3_000  # atoms in all rounds together
 KEPT = 7  # walkers whose plans are used again
 FEWEST_SETS = 50  # in one window; with fewer, a beam is not worth its minimum cuts
@@ -45,7 +46,7 @@ def walked(
     """
     best = Chain(bottleneck(problem, starts[0]), tuple(starts[0]))
     boundaries: list[Bools] = []
-    patience, steps = PATIENCE, min(STEPS, STEPS_EACH * len(problem))
+    patience, steps = PATIENCE, min(MOST_STEPS, max(FEWEST_STEPS, STEPS // len(problem)))
     for number in range(max(2, min(ROUNDS, EFFORT // len(problem)))):
         if not patience or best.bottleneck * STEP <= lower:
             break

@@ -33,7 +33,7 @@ from pipecompile.quality import SLACK, Quality
 MOST_ATOMS = 600  # for the pool
 MOST_EXACT_ATOMS = 5_000  # for the exact programme, whose tables grow with the square
 MOST_NEAR = 1_500  # near the boundaries of a larger problem's plan
-BEAMS = 150_000, 500_000  # sets in one window that are followed up, times free atoms
+BEAMS, ZOOMED = (150_000, 500_000), (60_000,)  # sets in one window that are followed up, times free atoms
 BEYOND = 1.001  # a search up to so many times the load of any plan proves that there is none
 
 
@@ -151,7 +151,7 @@ class _Search:
         stages = dict(zip(near.atom_of, best, strict=True))
         inner._follow(iter([Chain(self.upper, tuple(stages[atom] for atom in range(len(near.problem))))]))
         try:
-            inner._refine(BEAMS[:1])
+            inner._refine(ZOOMED)
         finally:
             self._follow(iter([Chain(inner.upper, inner.plans[0])]), near)
 
