@@ -28,12 +28,11 @@ from pipecompile.program import (
     Program,
     Recv,
     Reduce,
-    Result,
     Send,
     Step,
     linearize,
-    readers,
     reads,
+    sends,
 )
 from pipecompile.timeline import Timeline
 
@@ -74,23 +73,18 @@ def _transfers(program: Program, timeline: Timeline) -> Iterator[tuple[Key, Inst
     for place, (_, i) in enumerate(linearize(program)):
         if not isinstance(i, Forward | Backward | Reduce):
             continue
-        for target in _far_readers(i, program):
-            yield from (((end[i], place, 1), Send(i, target)), ((end[i], place, 1), Recv(i, target)))
-
-
-def _far_readers(result: Result, program: Program) -> list[int]:
-    rank_of = program.plan.rank_of
-    return [target for target in readers(result, program.plan) if rank_of[target] != rank_of[result.stage]]
+        for send in sends(i, program.plan):
+            yield from (((end[i], place, 1), send), ((end[i], place, 1), Recv(i, send.target)))
 
 
 def _owed(program: Program) -> list[Send]:
     """Transfers of carried results that no earlier program has written and a computation of this one waits for."""
     owed = [
-        Send(result, i.stage)
+        send
         for i in program.instructions
         if isinstance(i, Forward | Backward | Reduce | Step)
         for result in reads(i, program.plan)
-        if result in program.carried and i.stage in _far_readers(result, program)
+        if result in program.carried and (send := Send(result, i.stage)) in sends(result, program.plan)
     ]
     missing = (send for send in owed if Recv(send.result, send.target) not in program.carried)
     return sorted(missing, key=lambda send: (send.result.microbatch, send.result.stage, send.target))

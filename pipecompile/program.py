@@ -239,6 +239,12 @@ def readers(result: Result, plan: Plan) -> tuple[int, ...]:
             assert_never(result)
 
 
+def sends(result: Result, plan: Plan) -> tuple[Send, ...]:
+    """What takes a result to its readers on other ranks."""
+    rank_of = plan.rank_of
+    return tuple(Send(result, to) for to in readers(result, plan) if rank_of[to] != rank_of[result.stage])
+
+
 def owners(stage: int, plan: Plan) -> tuple[int, ...]:
     """The stages that own a tied parameter of which ``stage`` holds a replica."""
     return tuple(sorted({tied.owner for tied in plan.tied if stage in tied.followers}))

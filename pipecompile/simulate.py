@@ -1,9 +1,19 @@
 """What a program will do on a cluster, before it does it: a max-plus replay.
 
 A rank computes one thing at a time, in the order of its row; a computation starts once the rank is free and
-everything it reads has arrived. A transfer starts when its result is there, takes the time of the link, and overlaps
-with computation and with other transfers. A bare program, which has no transfers, waits for them on the edge; both
-give the same computations at the same times.
+everything it reads has arrived.
+
+A link, from one rank to another, carries one transfer at a time, in the order in which their results are ready; the way
+back is a link of its own. A transfer overlaps with computation, and with transfers over other links: what several links
+share, such as a host's adapter, is not modelled.
+
+    rank 0   0F0 0F1 0F2
+    0 to 1       0F0>1   0F1>1   0F2>1             results that come faster than they are carried wait for the link
+    rank 1               1F0     1F1     1F2
+
+A rank's results are ready in the order of its row, and so are its Sends, which ``lower`` writes by that time. So a bare
+program, whose transfers are implied, gives the same computations at the same times as the lowered one. What an earlier
+program has made and this one carries has arrived before it starts.
 
 Memory needs no clock: it follows from the order of each row.
 """
@@ -28,6 +38,7 @@ from pipecompile.program import (
     Step,
     dependencies,
     linearize,
+    sends,
 )
 from pipecompile.timeline import Span, Timeline
 from pipecompile.versions import Stash, stash_at_start, walk
@@ -48,19 +59,11 @@ def simulate(
         DeadlockError: the program cannot end.
     """
     _check(program.plan, costs, cluster)
-    end: dict[Instruction, float] = dict.fromkeys(program.carried, 0.0)
-    free = [0.0] * len(program.ranks)
+    clock = _Clock(program, costs, cluster, step_seconds)
     spans = []
     for rank, i in linearize(program):
-        if isinstance(i, Send | Recv):
-            start = end[i.result]
-            end[i] = start + _transfer_seconds(i, program.plan, cluster)
-        else:
-            arrivals = (_arrival(needed, program, end, cluster) for needed in dependencies(i, program.plan))
-            start = max(free[rank], *arrivals, 0.0)
-            speed = 1.0 if cluster is None else cluster.devices[rank].speed
-            end[i] = free[rank] = start + _seconds(i, costs, step_seconds) / speed
-        spans.append(Span(rank, i, start, end[i]))
+        clock.do(rank, i)
+        spans.append(Span(rank, i, *clock.times[i]))
     spans.sort(key=lambda span: (span.rank, span.start))
     return Timeline(tuple(spans), len(program.ranks), peak_bytes(program, costs))
 
@@ -85,32 +88,62 @@ def _held(stash: Stash, cost: Cost) -> int:
     return stash.live * cost.parameter_bytes + len(stash.in_flight) * cost.saved_bytes
 
 
-def _seconds(i: Compute, costs: Sequence[Cost], step_seconds: float) -> float:
-    match i:
-        case Forward():
-            return costs[i.stage].forward
-        case Backward():
-            return costs[i.stage].backward
-        case Step():
-            return step_seconds
-        case _:
-            return 0.0  # a Reduce adds gradients up, in no time beside a Backward
+class _Clock:
+    """Start and end of each instruction; ranks, and links as pairs of ranks, do one thing at a time."""
+
+    def __init__(self, program: Program, costs: Sequence[Cost], cluster: Cluster | None, step_seconds: float) -> None:
+        self.program, self.plan = program, program.plan
+        self.costs, self.cluster, self.step_seconds = costs, cluster, step_seconds
+        self.times: dict[Instruction, tuple[float, float]] = {}
+        self.free: dict[int | tuple[int, int], float] = {}
+
+    def do(self, rank: int, i: Instruction) -> None:
+        match i:
+            case Send():
+                self._transfer(i)
+            case Recv():
+                self.times[i] = self.times[Send(i.result, i.target)]
+            case _:
+                ready = max((self._end(needed) for needed in dependencies(i, self.plan)), default=0.0)
+                speed = 1.0 if self.cluster is None else self.cluster.devices[rank].speed
+                self.times[i] = self._occupied(rank, ready, self._seconds(i) / speed)
+                if not self.program.lowered and not isinstance(i, Step):
+                    for send in sends(i, self.plan):
+                        self._transfer(send)
+
+    def _transfer(self, send: Send) -> None:
+        link = self.plan.rank_of[send.stage], self.plan.rank_of[send.target]
+        seconds = _transfer_seconds(send, self.plan, self.cluster)
+        self.times[send] = self._occupied(link, self._end(send.result), seconds)
+
+    def _occupied(self, what: int | tuple[int, int], ready: float, seconds: float) -> tuple[float, float]:
+        start = max(ready, self.free.get(what, 0.0))
+        self.free[what] = start + seconds
+        return start, self.free[what]
+
+    def _end(self, needed: Instruction) -> float:
+        """When something is there: at the start what is carried into the program, its transfers included."""
+        done = Send(needed.result, needed.target) if isinstance(needed, Recv) else needed
+        return self.times[done][1] if done in self.times else 0.0
+
+    def _seconds(self, i: Compute) -> float:
+        match i:
+            case Forward():
+                return self.costs[i.stage].forward
+            case Backward():
+                return self.costs[i.stage].backward
+            case Step():
+                return self.step_seconds
+            case _:
+                return 0.0  # a Reduce adds gradients up, in no time beside a Backward
 
 
-def _arrival(needed: Instruction, program: Program, end: dict[Instruction, float], cluster: Cluster | None) -> float:
-    if program.lowered or not isinstance(needed, Recv):
-        return end[needed]
-    if needed.result in program.carried:  # the program that made it has sent it
-        return 0.0
-    return end[needed.result] + _transfer_seconds(needed, program.plan, cluster)
-
-
-def _transfer_seconds(i: Send | Recv, plan: Plan, cluster: Cluster | None) -> float:
+def _transfer_seconds(send: Send, plan: Plan, cluster: Cluster | None) -> float:
     if cluster is None:
         return 0.0
-    source, target = i.result.stage, i.target
+    source, target = send.stage, send.target
     first, last = min(source, target), max(source, target)  # a gradient has the bytes of the value it belongs to
-    if isinstance(i.result, Reduce):
+    if isinstance(send.result, Reduce):
         nbytes = sum(tied.nbytes for tied in plan.tied if tied.owner == first and last in tied.followers)
     else:
         nbytes = sum(channel.nbytes for channel in plan.outgoing[first] if channel.target == last)

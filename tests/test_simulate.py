@@ -1,10 +1,12 @@
+from collections import defaultdict
 from itertools import pairwise
+from typing import Any
 
 import networkx as nx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from plans import NBYTES, SHAPES, branches, costs, plans, unet, units
+from plans import NBYTES, SHAPES, branches, costs, dag, plans, unet, units
 
 from pipecompile.cluster import Cluster, Device, Link
 from pipecompile.errors import DeadlockError, InputError
@@ -14,6 +16,7 @@ from pipecompile.plan import Plan
 from pipecompile.program import Program, Recv, Send, parse, reads
 from pipecompile.schedule import SCHEDULES, forward_only, gpipe, one_f_one_b, pipedream, sequential
 from pipecompile.simulate import simulate
+from pipecompile.timeline import Span
 
 SIZES = [(1, 1), (2, 3), (4, 4), (4, 8), (8, 32)]
 
@@ -69,17 +72,30 @@ def test_1f1b_has_the_bubbles_published_for_measured_profiles(p, n, f, b, w, c, 
 
 
 def longest_path(program: Program, stage_costs: list[Cost], seconds: float) -> float:
-    """The makespan as the longest path through rows and reads, each read from another rank an edge of ``seconds``."""
+    """The makespan as the longest path through rows, reads and links.
+
+    A read is an edge over a transfer, which takes ``seconds`` if it is of another rank. A link is a row of transfers:
+    what a rank makes for another goes over in the order of its row.
+    """
     graph = nx.DiGraph()
     rank_of = program.plan.rank_of
-    for i in program.instructions:
-        cost = stage_costs[i.stage]
-        graph.add_edge((i, "start"), (i, "end"), weight=cost.forward if "F" in str(i) else cost.backward)
-        for result in reads(i, program.plan):
-            apart = rank_of[result.stage] != rank_of[i.stage]
-            graph.add_edge((result, "end"), (i, "start"), weight=seconds * apart)
+    transfers = {(result, i.stage) for i in program.instructions for result in reads(i, program.plan)}
+    links: dict[tuple[int, int], list[Any]] = defaultdict(list)
     for row in program.ranks:
         graph.add_edges_from((((i, "end"), (j, "start")) for i, j in pairwise(row)), weight=0.0)
+        for i in row:
+            cost = stage_costs[i.stage]
+            graph.add_edge((i, "start"), (i, "end"), weight=cost.forward if "F" in str(i) else cost.backward)
+            for result in reads(i, program.plan):
+                graph.add_edge(((result, i.stage), "end"), (i, "start"), weight=0.0)
+            for target in sorted(target for result, target in transfers if result == i):
+                apart = rank_of[target] != rank_of[i.stage]
+                graph.add_edge((i, "end"), ((i, target), "start"), weight=0.0)
+                graph.add_edge(((i, target), "start"), ((i, target), "end"), weight=seconds * apart)
+                if apart:
+                    links[rank_of[i.stage], rank_of[target]].append((i, target))
+    for link in links.values():
+        graph.add_edges_from((((i, "end"), (j, "start")) for i, j in pairwise(link)), weight=0.0)
     return nx.dag_longest_path_length(graph)
 
 
@@ -129,6 +145,36 @@ def test_a_transfer_takes_the_time_of_its_channel_both_ways_and_overlaps_with_co
     assert times["0F1"] == (1, 2)
     assert times["1B0>0"] == times["0<1B0"] == (5, 7)
     assert times["0B0"] == (7, 8)
+
+
+def test_a_link_carries_one_transfer_at_a_time_in_the_order_of_their_results():
+    cluster = Cluster.of(["gpu"] * 3, Link(bandwidth=1e30, latency=2.0))
+    plan = dag([(0, 1), (0, 2), (1, 2)], (0, 1, 2))
+    program = gpipe(plan, 3)
+    bare = simulate(program, [Cost(1.0, 1.0)] * 3, cluster)
+    lowered = simulate(lower(program, bare), [Cost(1.0, 1.0)] * 3, cluster)
+    times = {str(span.instruction): (span.start, span.end) for span in lowered.spans}
+    assert [times[f"0F{k}>1"] for k in range(3)] == [(1, 3), (3, 5), (5, 7)]
+    assert [times[f"0F{k}>2"] for k in range(3)] == [(1, 3), (3, 5), (5, 7)]  # over another link at the same time
+    assert [times[f"1F{k}"] for k in range(3)] == [(3, 4), (5, 6), (7, 8)]
+    assert times["2B0>1"] == (times["2B0"][1], times["2B0"][1] + 2)  # the way back is a link of its own
+
+
+@given(plans_and_costs, names, st.integers(1, 5), st.integers(1, 4))
+def test_no_two_transfers_are_on_a_link_at_once(plan_and_costs, name, num_microbatches, seconds):
+    plan, stage_costs = plan_and_costs
+    program = SCHEDULES[name](plan, num_microbatches)
+    cluster = Cluster.of(["gpu"] * plan.num_ranks, Link(bandwidth=1e30, latency=seconds))
+    lowered = simulate(lower(program, simulate(program, stage_costs, cluster)), stage_costs, cluster)
+    ends = {span.instruction: span.end for span in lowered.spans}
+    links: dict[tuple[int, int], list[Span]] = defaultdict(list)
+    for span in lowered.spans:
+        if isinstance(span.instruction, Send):
+            links[span.rank, plan.rank_of[span.instruction.target]].append(span)
+    for link in links.values():
+        ready = [ends[span.instruction.result] for span in sorted(link, key=lambda span: span.start)]
+        assert ready == sorted(ready)
+        assert all(first.end <= second.start for first, second in pairwise(sorted(link, key=lambda span: span.start)))
 
 
 def test_nothing_is_transferred_within_a_rank():
