@@ -50,6 +50,8 @@ def compile(
 
     Args:
         devices: one for each stage: ``["cuda:0", "cuda:1"]``, ``[0, 1]``, ``["cpu", "cpu"]``; a device may stand twice.
+            The stages follow one another along them, but where the links between equal devices differ (see ``cluster``)
+            those change places, so that heavy cuts lie on fast links.
         replicas: how many devices run each stage, data parallel, by default one: with ``[1, 2, 1]`` the second of three
             stages runs on the second and the third of four devices, which take microbatches in turn. "auto" finds the
             number of stages, and of devices for each, with the shortest predicted step.

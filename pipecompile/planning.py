@@ -4,6 +4,9 @@ The partitioner knows what adds up node by node. What a stage holds beside that 
 what is on the way through a pass) is known once there is a plan; where a plan turns out to be too large, so much memory
 is reserved, and the next plan is made within the rest.
 
+Stages are planned one after the other along the ranks, over the mean of their links; in the end devices that are equal
+change places, so that heavy cuts lie on fast links.
+
 With ``recompute="auto"`` a stage's backward computes its forward again where memory does not allow otherwise: all of
 them first, then, as far as there is room, the slowest stages no longer.
 """
@@ -18,7 +21,7 @@ from pipecompile.cluster import Cluster
 from pipecompile.errors import PlanError
 from pipecompile.graph import CostedGraph
 from pipecompile.memory import How, Memory, memory
-from pipecompile.partition import ADAM, Training, partition
+from pipecompile.partition import ADAM, Training, assign, partition
 from pipecompile.plan import Plan, stage_costs
 from pipecompile.program import Program
 from pipecompile.render.units import bytes_text
@@ -96,13 +99,18 @@ class Request:
 
 
 def make_plan(costed: CostedGraph, request: Request, cluster: Cluster, work: Workload) -> Plan:
-    """The best plan that was found within the memory of the devices.
+    """The best plan that was found within the memory of the devices, its stages on the ranks that suit their links.
 
     Raises:
         InputError: a wish names what is not there.
         InfeasibleError: there is none; says which stage of the fastest plan holds how much too much, and what helps.
         PlanError: none was found, or a stage that is to have replicas cannot.
     """
+    plan = _within_memory(costed, request, cluster, work)
+    return assign(plan, [cost.seconds for cost in stage_costs(costed, plan)], cluster, work.microbatches)
+
+
+def _within_memory(costed: CostedGraph, request: Request, cluster: Cluster, work: Workload) -> Plan:
     again = work.recompute == "always"
     try:
         return _fitted(costed, request, cluster, work, again)

@@ -1,4 +1,4 @@
-"""Plans without a graph: the shapes that schedules must serve, and random ones for properties."""
+"""Plans without a graph: the shapes that schedules must serve, and random ones for properties; layers to plan."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from hypothesis import strategies as st
 
-from pipecompile.graph import Cost
+from pipecompile.graph import Cost, CostedGraph, Footprint, Graph, Node, Parameter, TensorSpec
 from pipecompile.plan import Channel, Plan, Tied
 from pipecompile.program import Program
 
@@ -41,6 +41,18 @@ SHAPES = {
 
 def units(plan: Plan, forward: float = 1.0, backward: float = 1.0) -> list[Cost]:
     return [Cost(forward, backward, saved_bytes=1)] * plan.num_stages
+
+
+def layers(*seconds: float, weights: int = 4_000, saved: int = 1_000) -> CostedGraph:
+    """Layers in a row, each with a weight, a value of 4 bytes, and something of its own that it saves."""
+    spec, weight = TensorSpec((1,), "float32", requires_grad=True), TensorSpec((weights // 4,), "float32", True)
+    nodes = [Node("x", "input", replicated=True)]
+    nodes += [Node(f"n{i}", "linear", (i,), (spec,), (f"w{i}",), f"l{i}") for i in range(len(seconds))]
+    costs = (Cost(), *(Cost(s / 3, 2 * s / 3, saved) for s in seconds))
+    prints = [Footprint(), *(Footprint((2 * i,), (2 * i + 1,), 4 + saved, 0) for i in range(len(seconds)))]
+    parameters = tuple(Parameter(f"w{i}", weight) for i in range(len(seconds)))
+    graph = Graph(tuple(nodes), (0,), (len(seconds),), parameters)
+    return CostedGraph(graph, costs, "by hand", (4, saved) * len(seconds), tuple(prints))
 
 
 def rows(text: str) -> str:

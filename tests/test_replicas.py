@@ -13,14 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import MODELS
 from oracle import assert_same, step
-from plans import NBYTES, rows, stage_row, units
+from plans import NBYTES, layers, rows, stage_row, units
 from torch import Tensor, nn
 from toys import D, SkipToLoss, blocks, mean_square
 
 import pipecompile
 from pipecompile.cluster import Cluster, Device, Link
 from pipecompile.errors import InfeasibleError, InputError, PlanError, ProgramError
-from pipecompile.graph import Cost, CostedGraph, Footprint, Graph, Node, Parameter, TensorSpec
+from pipecompile.graph import Cost, TensorSpec
 from pipecompile.lower import lower
 from pipecompile.memory import memory
 from pipecompile.partition import Step, deals, partition
@@ -294,18 +294,6 @@ def test_nodes_belong_to_the_first_of_the_replicas():
 
 
 # Speed and memory, predicted
-
-
-def layers(*seconds: float, weights: int = 4_000, saved: int = 1_000) -> CostedGraph:
-    """Layers in a row, each with a weight, a value of 4 bytes, and something of its own that it saves."""
-    spec, weight = TensorSpec((1,), "float32", requires_grad=True), TensorSpec((weights // 4,), "float32", True)
-    nodes = [Node("x", "input", replicated=True)]
-    nodes += [Node(f"n{i}", "linear", (i,), (spec,), (f"w{i}",), f"l{i}") for i in range(len(seconds))]
-    costs = (Cost(), *(Cost(s / 3, 2 * s / 3, saved) for s in seconds))
-    prints = [Footprint(), *(Footprint((2 * i,), (2 * i + 1,), 4 + saved, 0) for i in range(len(seconds)))]
-    parameters = tuple(Parameter(f"w{i}", weight) for i in range(len(seconds)))
-    graph = Graph(tuple(nodes), (0,), (len(seconds),), parameters)
-    return CostedGraph(graph, costs, "by hand", (4, saved) * len(seconds), tuple(prints))
 
 
 def equal_devices(count: int, bandwidth: float = inf, memory: int | None = None) -> Cluster:
