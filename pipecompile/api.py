@@ -78,7 +78,8 @@ def compile(
             first device.
         cluster: the devices as planning sees them, one for each of ``devices``: their speeds, memory and links; or a
             name such as "8xH100", for devices that are not here. By default equal devices, of whose memory only that of
-            CUDA devices is known.
+            CUDA devices is known, and whose links are measured where the profile is. ``pipe.report["links"]`` says what
+            they are taken to be.
         recompute: whether the backward of a stage computes its forward again instead of keeping its activations:
             "never", "always", or "auto", where it does not fit into its device's memory otherwise.
         optimizer_state: bytes that the optimizer will keep for each byte of parameters, of which plans within memory

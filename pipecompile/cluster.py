@@ -14,6 +14,7 @@ from pipecompile.serial import Json
 
 HOST_DEVICES = 8  # on one host, where a name tells the number of all devices alone
 SOME_LINK = Link(bandwidth=10e9, latency=20e-6)  # where nothing is known
+HANDED_OVER = Link(bandwidth=1e12, latency=5e-6)  # a reference, within a process and a device: a lock and a notice
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,7 @@ class Cluster(Json):
     link: Link = SOME_LINK  # between two devices of one host
     network: Link | None = None  # between two hosts; None: as within one
     pairs: tuple[Pair, ...] = ()
+    origin: str = "assumed"  # what is known of the links: "measured", "data sheet"
 
     def __post_init__(self) -> None:
         if not self.devices:
@@ -82,7 +84,7 @@ class Cluster(Json):
         count = int(match[1] or 1) * int(match[2])
         it = ACCELERATORS[kind]
         devices = (Device(f"{kind}:{i}", memory=it.memory, host=i // each, kind=kind) for i in range(count))
-        return Cluster(tuple(devices), it.link, it.network)
+        return Cluster(tuple(devices), it.link, it.network, origin="data sheet")
 
     @property
     def accelerator(self) -> Accelerator | None:

@@ -22,7 +22,6 @@ from pipecompile.capture.ancestors import ancestors
 from pipecompile.capture.capture import SYMBOLIC_ATTEMPTS
 from pipecompile.capture.joins import with_batch_dims
 from pipecompile.capture.origin import origin_of
-from pipecompile.cluster import Cluster
 from pipecompile.compiled import Compiled, find_loss, misfit
 from pipecompile.devices import cluster_of
 from pipecompile.errors import InputError
@@ -72,9 +71,9 @@ def compile_call(
     graph = summarize(body)
     candidates: tuple[Candidate, ...] = ()
     if first is None:
-        cluster = options.cluster or cluster_of(devices)
         work = _work(division, options)
-        costed = _costed(body, graph, options, cluster, devices)
+        costed = _costed(body, graph, options, devices)
+        cluster = options.cluster or cluster_of(devices, measure=costed.measured)
         if options.replicas == "auto":
             plan, candidates = with_best_replicas(costed, cluster, work, options.wishes, options.budget)
         else:
@@ -90,13 +89,11 @@ def compile_call(
     return Compiled(division, graph, plan, costed, reference, cluster, work, candidates, stages, before, tail)
 
 
-def _costed(
-    captured: Captured, graph: Graph, options: Options, cluster: Cluster, devices: Sequence[torch.device]
-) -> CostedGraph:
+def _costed(captured: Captured, graph: Graph, options: Options, devices: Sequence[torch.device]) -> CostedGraph:
     """The costs of a capture: measured, counted, or those of an earlier profile, if it is one of this graph."""
     if isinstance(options.profile, CostedGraph):
         return reused(options.profile, graph)
-    kind = cluster.devices[0].kind
+    kind = options.cluster.devices[0].kind if options.cluster else ""
     return profile(captured, graph, options.profile, devices[0], threads=threads_each(devices), kind=kind)
 
 

@@ -9,6 +9,7 @@ import torch
 
 from pipecompile.cluster import Cluster, Device
 from pipecompile.errors import InputError
+from pipecompile.profile import with_measured_links
 
 
 def parse_devices(devices: Sequence[torch.device | str | int]) -> tuple[torch.device, ...]:
@@ -31,10 +32,15 @@ def parse_devices(devices: Sequence[torch.device | str | int]) -> tuple[torch.de
     return tuple(parsed)
 
 
-def cluster_of(devices: Sequence[torch.device]) -> Cluster:
-    """The devices as planning sees them: equal ones, and of CUDA devices the memory, shared by the ranks on one."""
+def cluster_of(devices: Sequence[torch.device], measure: bool = False) -> Cluster:
+    """The devices as planning sees them: equal ones, and of CUDA devices the memory, shared by the ranks on one.
+
+    Args:
+        measure: the links between them; else they are assumed.
+    """
     ranks = Counter(devices)
-    return Cluster(tuple(Device(str(device), memory=_memory(device, ranks[device])) for device in devices))
+    cluster = Cluster(tuple(Device(str(device), memory=_memory(device, ranks[device])) for device in devices))
+    return with_measured_links(cluster, devices) if measure else cluster
 
 
 def _memory(device: torch.device, ranks: int) -> int | None:

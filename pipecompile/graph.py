@@ -213,6 +213,11 @@ class CostedGraph(Json):
     footprints: tuple[Footprint, ...] = ()
     setting: Setting | None = None
 
+    @property
+    def measured(self) -> bool:
+        """Whether the seconds are those of a device that was there."""
+        return self.origin.startswith("measured")
+
     def __post_init__(self) -> None:
         if len(self.costs) != len(self.graph):
             raise ValueError(f"{len(self.costs)} costs for {len(self.graph)} nodes")

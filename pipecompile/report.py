@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 
 from pipecompile.batching import Partial, uses_batch_statistics
 from pipecompile.capture import Captured
 from pipecompile.capture.origin import Origin, origin_of
 from pipecompile.capture.purity import is_random
+from pipecompile.cluster import HANDED_OVER, Cluster, Link
 from pipecompile.compiled import Compiled
 from pipecompile.render.labels import replica_notes
-from pipecompile.render.units import bytes_text, seconds_text
+from pipecompile.render.units import bytes_text, count_text, names_text, seconds_text
 from pipecompile.timeline import Timeline
 
 
@@ -73,6 +75,19 @@ def _memory(compiled: Compiled) -> list[str]:
     return lines
 
 
+def _links(cluster: Cluster) -> list[str]:
+    """What each link between two ranks is taken to be, and from where; those that are alike in one line."""
+    names = [device.name for device in cluster.devices]
+    alike: dict[Link, dict[str, None]] = {}
+    for one, two in combinations(range(len(cluster)), 2):
+        alike.setdefault(cluster.between(one, two), {})[f"{names[one]} to {names[two]}"] = None
+    return [
+        f"{names_text(list(pairs))}: {seconds_text(link.latency)} + bytes / {count_text(link.bandwidth)}B/s, "
+        + ("handed over, not copied" if link == HANDED_OVER else cluster.origin)
+        for link, pairs in alike.items()
+    ]
+
+
 def _calibration(compiled: Compiled, timeline: Timeline | None) -> list[str]:
     """What stages took in the last training step, beside the prediction."""
     times = compiled.times(timeline) if timeline is not None else ()
@@ -102,6 +117,7 @@ def describe(compiled: Compiled, timeline: Timeline | None = None) -> Mapping[st
             *[f"stage {stage}, for its memory" for stage in plan.recomputed],
         ],
         "memory": _memory(compiled),
+        "links": _links(compiled.cluster),
         "calibration": _calibration(compiled, timeline),
         "tied": [
             f"{t.parameter} over stages {', '.join(map(str, t.stages))}, gradients summed" for t in plan.tied_by_model

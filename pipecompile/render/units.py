@@ -18,7 +18,7 @@ def bytes_text(nbytes: int) -> str:
     return _scaled(nbytes, 1024, ("B", "KiB", "MiB", "GiB", "TiB"), 2)
 
 
-def count_text(count: int) -> str:
+def count_text(count: float) -> str:
     """``124439808`` -> ``"124 M"``."""
     return _scaled(count, 1000, ("", "k", "M", "G", "T"), 3)
 

@@ -1,0 +1,81 @@
+"""The links between the devices at hand: latency and bandwidth, from copies of two sizes.
+
+A copy of n bytes takes ``latency + n / bandwidth`` seconds, so two sizes tell both. Copies go there and back, one
+behind the other: a link is the same in both directions, and the clock's own waits count little. Ranks on one device
+hand over a reference: nothing is copied, and nothing is measured.
+
+Figures that differ by less than clocks do are taken for one, so that links of a kind stay equal.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from itertools import combinations
+from math import inf
+from statistics import median
+
+import torch
+
+from pipecompile.cluster import HANDED_OVER, Cluster, Link, Pair
+from pipecompile.profile.meters import Clock
+
+Copy = Callable[[torch.device, torch.device, int], float]  # seconds to copy so many bytes from one device to another
+
+SIZES = (1 << 12, 1 << 23)  # bytes
+ROUNDS = 2  # there and back in one timed run
+ALIKE = 1.25  # times the least of a kind: noise
+
+
+def with_measured_links(cluster: Cluster, devices: Sequence[torch.device], copy: Copy | None = None) -> Cluster:
+    """The cluster with the links between its devices, each pair of them measured once.
+
+    Args:
+        devices: one for each rank; some may be the same.
+        copy: how to measure; by default as many runs as the profile makes of an operation.
+    """
+    apart = list(combinations(dict.fromkeys(devices), 2))
+    lines = [_line([(copy or copy_seconds)(*pair, nbytes) for nbytes in SIZES]) for pair in apart]
+    latency, slope = _alike(line[0] for line in lines), _alike(line[1] for line in lines)
+    links = {frozenset(ends): _link(latency[a], slope[b]) for ends, (a, b) in zip(apart, lines, strict=True)}
+    pairs = [
+        Pair(one, two, links.get(frozenset((devices[one], devices[two])), HANDED_OVER))
+        for one, two in combinations(range(len(devices)), 2)
+    ]
+    usual = Counter(pair.link for pair in pairs).most_common(1)[0][0] if pairs else HANDED_OVER
+    return replace(cluster, link=usual, pairs=tuple(p for p in pairs if p.link != usual), origin="measured")
+
+
+def copy_seconds(source: torch.device, target: torch.device, nbytes: int) -> float:
+    """Seconds of one copy, the median of several runs."""
+    value = torch.empty(nbytes, dtype=torch.uint8, device=source)
+
+    def run() -> None:
+        for _ in range(ROUNDS):
+            there = value.to(target, non_blocking=target.type == "cuda")
+            there.to(source, non_blocking=source.type == "cuda")
+
+    last = source if source.type == "cuda" else target  # whatever goes back to the CPU waits for itself
+    return Clock(last).repeated(run) / (2 * ROUNDS)
+
+
+def _line(seconds: Sequence[float]) -> tuple[float, float]:
+    """Seconds of a copy without bytes, and of each further byte, where copies of ``SIZES`` take so long."""
+    (small, large), (short, long) = SIZES, seconds
+    slope = max(0.0, long - short) / (large - small)
+    return max(0.0, short - small * slope), slope
+
+
+def _link(latency: float, slope: float) -> Link:
+    return Link(1 / slope if slope else inf, latency)
+
+
+def _alike(figures: Iterable[float]) -> dict[float, float]:
+    """For each figure the median of its kind: those up to ``ALIKE`` times the least of them."""
+    kinds: list[list[float]] = []
+    for figure in sorted(figures):
+        if not kinds or figure > ALIKE * kinds[-1][0]:
+            kinds.append([])
+        kinds[-1].append(figure)
+    return {figure: median(kind) for kind in kinds for figure in kind}
