@@ -35,7 +35,7 @@ class Link:
     bandwidth: float  # bytes per second, in one direction
     latency: float = 0.0  # seconds
 
-    def seconds(self, nbytes: int) -> float:
+    def seconds(self, nbytes: float) -> float:
         return self.latency + nbytes / self.bandwidth
 
 

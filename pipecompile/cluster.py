@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from pipecompile.accelerators import ACCELERATORS, Accelerator
@@ -85,6 +85,12 @@ class Cluster(Json):
         it = ACCELERATORS[kind]
         devices = (Device(f"{kind}:{i}", memory=it.memory, host=i // each, kind=kind) for i in range(count))
         return Cluster(tuple(devices), it.link, it.network, origin="data sheet")
+
+    def in_order(self, ranks: Sequence[int]) -> Cluster:
+        """The same devices and links, numbered anew: first the device of ``ranks[0]``, and so on through all ranks."""
+        place = {rank: index for index, rank in enumerate(ranks)}
+        pairs = (Pair(place[pair.first], place[pair.second], pair.link) for pair in self.pairs)
+        return replace(self, devices=tuple(self.devices[rank] for rank in ranks), pairs=tuple(pairs))
 
     @property
     def accelerator(self) -> Accelerator | None:

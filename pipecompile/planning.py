@@ -4,8 +4,8 @@ The partitioner knows what adds up node by node. What a stage holds beside that 
 what is on the way through a pass) is known once there is a plan; where a plan turns out to be too large, so much memory
 is reserved, and the next plan is made within the rest.
 
-Stages are planned one after the other along the ranks, over the mean of their links; in the end devices that are equal
-change places, so that heavy cuts lie on fast links.
+Stages are planned along a row of the devices in which each has a fast link to the next. In the end devices that are
+equal change places, so that heavy cuts lie on fast links.
 
 With ``recompute="auto"`` a stage's backward computes its forward again where memory does not allow otherwise: all of
 them first, then, as far as there is room, the slowest stages no longer.
@@ -21,7 +21,7 @@ from pipecompile.cluster import Cluster
 from pipecompile.errors import PlanError
 from pipecompile.graph import CostedGraph
 from pipecompile.memory import How, Memory, memory
-from pipecompile.partition import ADAM, Training, assign, partition
+from pipecompile.partition import ADAM, Training, assign, partition, suited
 from pipecompile.plan import Plan, stage_costs
 from pipecompile.program import Program
 from pipecompile.render.units import bytes_text
@@ -106,8 +106,22 @@ def make_plan(costed: CostedGraph, request: Request, cluster: Cluster, work: Wor
         InfeasibleError: there is none; says which stage of the fastest plan holds how much too much, and what helps.
         PlanError: none was found, or a stage that is to have replicas cannot.
     """
-    plan = _within_memory(costed, request, cluster, work)
+    row = _row(costed, request, cluster)
+    plan = _within_memory(costed, request, cluster.in_order(row), work)
+    plan = replace(plan, rank_of=tuple(row[rank] for rank in plan.rank_of))
     return assign(plan, [cost.seconds for cost in stage_costs(costed, plan)], cluster, work.microbatches)
+
+
+def _row(costed: CostedGraph, request: Request, cluster: Cluster) -> tuple[int, ...]:
+    """The devices in an order in which each has a fast link to the next, as stages in a row need it."""
+    nbytes = sum(node.nbytes for node in costed.graph.nodes) // len(costed.graph)
+    chain = Plan.chain(len(request.replicas), _ranks(request.replicas, cluster), nbytes, request.replicas)
+    return suited(chain, [0.0] * chain.num_stages, cluster)
+
+
+def _ranks(replicas: Sequence[int], cluster: Cluster) -> list[int]:
+    """A rank for each replica of each stage, one after the other, and round again."""
+    return [place % len(cluster) for place in range(sum(replicas))]
 
 
 def _within_memory(costed: CostedGraph, request: Request, cluster: Cluster, work: Workload) -> Plan:
@@ -143,8 +157,7 @@ def _fitted(costed: CostedGraph, request: Request, cluster: Cluster, work: Workl
 
 def _training(work: Workload, replicas: Sequence[int], cluster: Cluster, again: bool) -> Training:
     """What a device of each stage has at once, without optimizer state."""
-    ranks = [place % len(cluster) for place in range(sum(replicas))]
-    chain = Plan.chain(len(replicas), ranks, replicas=replicas)
+    chain = Plan.chain(len(replicas), _ranks(replicas, cluster), replicas=replicas)
     flight = versions(work.schedule(chain, work.microbatches))
     groups = [chain.replicas[first] for first in sorted(set(chain.replica_of))]
     in_flight = tuple(max(flight.in_flight[stage] for stage in group) for group in groups)

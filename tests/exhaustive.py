@@ -8,7 +8,7 @@ from random import Random
 
 import numpy as np
 
-from pipecompile.cluster import Cluster, Device, Link
+from pipecompile.cluster import Cluster, Device, Link, Pair
 from pipecompile.graph import Cost, CostedGraph, Graph, Node, Parameter, TensorSpec
 from pipecompile.plan import Plan
 from pipecompile.wishes import Wishes
@@ -47,14 +47,17 @@ def drawn(seed: int) -> Case:
     """A graph of up to ten nodes, some replicated, on uneven devices, with or without memory limits and wishes."""
     random = Random(seed)
     costed = _graph(random)
-    num_stages = random.choice([1, 2, 2, 3, 3, 4])
+    num_stages = random.choice([1, 2, 2, 3, 3, 3, 4])
     needed = sum(kept_bytes(costed.graph)) + num_stages * sum(cost.saved_bytes for cost in costed.costs) + 1
     tight = random.random() < 0.5
     devices = tuple(
         Device(f"d{i}", random.choice([1.0, 1.0, 0.5, 2.0]), _memory(random, needed / num_stages) if tight else None)
         for i in range(num_stages)
     )
-    cluster = Cluster(devices, Link(random.choice([1.0, 4.0, 100.0]), random.choice([0.0, 0.5])))
+    link, *others = (Link(random.choice([1.0, 4.0, 100.0]), random.choice([0.0, 0.5])) for _ in devices)
+    slow = random.random() < 0.8  # some of the links from a device to the next are others
+    pairs = [Pair(i, i + 1, other) for i, other in enumerate(others) if slow and random.random() < 0.8]
+    cluster = Cluster(devices, link, pairs=tuple(pairs))
     case = Case(costed, num_stages, cluster, Wishes())
     return Case(costed, num_stages, cluster, _wishes(random, case)) if random.random() < 0.6 else case
 
@@ -158,8 +161,21 @@ def _allowed(case: Case, rows: np.ndarray) -> np.ndarray:
     return ok
 
 
+def link_factors(case: Case) -> tuple[Link, list[float]]:
+    """The fastest of the links in the row of devices, for a mean value, and how many times as long each takes."""
+    sizes = [case.graph.nodes[i].nbytes for i in case.placed]
+    mean = sum(sizes) / len(sizes)
+    row = [case.cluster.between(seat, seat + 1) for seat in range(case.seats - 1)]
+    timed = [(link.latency + mean / link.bandwidth, link) for link in row]
+    if not any(seconds for seconds, _ in timed):
+        return row[0] if row else case.cluster.link, [1.0] * len(row)
+    unit, fastest = min(((seconds, link) for seconds, link in timed if seconds), key=lambda entry: entry[0])
+    return fastest, [max(1.0, seconds / unit) for seconds, _ in timed]
+
+
 def _loads(case: Case, rows: np.ndarray) -> np.ndarray:
     loads = np.zeros((len(rows), case.seats))
+    link, factors = link_factors(case)
     for seat in range(case.seats):
         speed = case.cluster.devices[seat].speed
         for index in case.placed:
@@ -168,7 +184,8 @@ def _loads(case: Case, rows: np.ndarray) -> np.ndarray:
             touching = np.stack([rows[:, i] == seat for i in (index, *readers)], axis=1)
             crosses = touching.any(axis=1) & ~touching.all(axis=1)
             node = case.graph.nodes[index]
-            there = case.cluster.link.seconds(node.nbytes)
-            back = case.cluster.link.seconds(node.nbytes) if node.outputs[0].requires_grad and node.nbytes else 0.0
-            loads[:, seat] += crosses * (there + back)
+            there = link.seconds(node.nbytes)
+            back = link.seconds(node.nbytes) if node.outputs[0].requires_grad and node.nbytes else 0.0
+            onward, before = ([1.0, *factors, 1.0][seat + 1], [1.0, *factors, 1.0][seat])
+            loads[:, seat] += crosses * (there + back) * np.where(rows[:, index] == seat, onward, before)
     return loads

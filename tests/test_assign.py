@@ -11,6 +11,7 @@ import pytest
 from plans import layers
 
 from pipecompile.cluster import Cluster, Device, Link, Pair
+from pipecompile.graph import TensorSpec
 from pipecompile.partition import assign
 from pipecompile.plan import Channel, Plan, Tied
 from pipecompile.planning import Request, Workload, make_plan
@@ -142,3 +143,16 @@ def test_a_plan_is_made_with_its_stages_where_their_links_are() -> None:
     far = [c for c in plan.channels if slow.between(plan.rank_of[c.source], plan.rank_of[c.target]) == FAR]
     assert len(far) == 1
     assert make_plan(costed, Request((1,) * 4), Cluster(slow.devices, NEAR), work).rank_of == (0, 1, 2, 3)
+
+
+def test_the_cut_between_hosts_is_where_little_is_sent() -> None:
+    """Ten equal layers, of which only the sixth passes on little, on two hosts of two devices."""
+    costed = layers(*[1.0] * 10)
+    spec = TensorSpec((100,), "float32", True)
+    nodes = [node if node.name in ("n5", "x") else replace(node, outputs=(spec,)) for node in costed.graph.nodes]
+    costed = replace(costed, graph=replace(costed.graph, nodes=tuple(nodes)), storages=(), footprints=())
+    cluster = replace(on_hosts(0, 1, 0, 1), link=Link(1e6), network=Link(500.0))
+    plan = make_plan(costed, Request((1,) * 4), cluster, Workload(one_f_one_b, 4))
+    hosts = [cluster.devices[rank].host for rank in plan.rank_of]
+    assert [channel.nbytes for channel in plan.channels if hosts[channel.source] != hosts[channel.target]] == [4]
+    assert max(map(plan.stage_of.count, range(4))) == 3

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 
 from pipecompile.accelerators import ACCELERATORS, Roofline
@@ -58,6 +60,14 @@ def test_another_name_is_refused_with_those_that_are_known(name: str) -> None:
 def test_a_pair_is_two_ranks(pair: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="no pair"):
         Cluster(two_hosts().devices, NEAR, pairs=(Pair(*pair, OWN),))
+
+
+def test_another_order_keeps_each_devices_links() -> None:
+    cluster, order = two_hosts(), (2, 0, 3, 1)
+    moved = cluster.in_order(order)
+    assert moved.devices == tuple(cluster.devices[rank] for rank in order)
+    for one, two in product(range(4), repeat=2):
+        assert moved.transfer_seconds(one, two, 100) == cluster.transfer_seconds(order[one], order[two], 100)
 
 
 def test_figures_are_plausible_and_have_sources() -> None:

@@ -1,15 +1,17 @@
 import random
+from dataclasses import replace
 from itertools import product
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipecompile.cluster import Cluster, Device, Link
+from pipecompile.cluster import Cluster, Device, Link, Pair
 from pipecompile.errors import InfeasibleError, PlanError
 from pipecompile.graph import Cost, CostedGraph, Graph, Node, Parameter, TensorSpec
 from pipecompile.partition import partition, solve
-from pipecompile.partition.anneal import annealed
+from pipecompile.partition.anneal import _Walk, annealed
 from pipecompile.partition.bound import stage_bound
 from pipecompile.partition.coarsen import lossless, lossy
 from pipecompile.partition.contract import contract
@@ -46,6 +48,7 @@ def random_problem(
             (sum(kept) + sum(saved) * 2) / stages * rnd.choice([0.9, 1.2, 1.6]) if tight else float("inf"),
             stages - stage,
             may_idle,
+            *(rnd.choice([1.0, 1.0, 1.5, 4.0]) if uneven else 1.0 for _ in ("sends", "receives")),
         )
         for stage in range(stages)
     )
@@ -337,9 +340,9 @@ def test_a_heavy_atom_bounds_every_plan(seed):
     assert stage_bound(problem) <= min(bottleneck(problem, plan) for plan in all_plans(problem)) * (1 + 1e-9)
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(40))
 def test_lossless_coarsening_keeps_the_best_load(seed):
-    problem = random_problem(seed, 8, may_idle=True)
+    problem = random_problem(seed, 8, may_idle=True, uneven=seed % 2 == 0)
     coarse = lossless(problem)
     best = min(bottleneck(coarse.problem, plan) for plan in all_plans(coarse.problem))
     assert best == pytest.approx(min(bottleneck(problem, plan) for plan in all_plans(problem)))
@@ -368,6 +371,51 @@ def test_walkers_end_in_plans_no_worse_than_their_starts(seed):
     for start, end in zip(starts, ends, strict=True):
         check(problem, end)
         assert bottleneck(problem, end) <= bottleneck(problem, start) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_walkers_know_the_loads_of_their_plans_whatever_moves(seed):
+    problem = random_problem(seed, 12, may_idle=True, uneven=True)
+    rnd = random.Random(seed)
+    walk = _Walk(problem, np.array([random_plan(problem, rnd) for _ in range(6)]).T)
+    moved = 0
+    for _ in range(200):
+        before = walk.stage_of.copy()
+        draw = np.array([rnd.random() for _ in range(6)])
+        walk.step(rnd.randrange(len(problem)), draw, np.full(6, -np.inf))  # any move is made
+        moved += int((walk.stage_of != before).sum())
+    assert moved > 100 or problem.num_stages == 1
+    for plan, loads in zip(walk.stage_of.T.tolist(), walk.loads.T, strict=True):
+        assert loads == pytest.approx(stage_loads(problem, plan))
+
+
+def test_a_factor_below_one_and_a_net_without_its_producers_arcs_are_refused():
+    with pytest.raises(ValueError, match="factors of links are at least 1"):
+        Problem((1.0, 1.0), ((0, 1),), (), (Seat(sends=0.5),))
+    with pytest.raises(ValueError, match="without an arc from its first"):
+        Problem((1.0,) * 3, ((0, 1),), (Net((0, 1, 2), 1.0),), (Seat(sends=2.0), Seat()))
+    Problem((1.0,) * 3, ((0, 1),), (Net((0, 1, 2), 1.0),), (Seat(), Seat()))
+
+
+def test_the_maker_pays_its_link_and_each_reader_its_own():
+    seats = (Seat(sends=2.0), Seat(sends=3.0, receives=5.0), Seat(receives=7.0))
+    problem = Problem((0.0,) * 4, ((0, 1), (0, 2), (0, 3)), (Net((0, 1, 2, 3), 1.0),), seats)
+    assert stage_loads(problem, (0, 1, 1, 2)) == (2.0, 5.0, 7.0)
+    assert stage_loads(problem, (1, 1, 1, 2)) == (0.0, 3.0, 7.0)
+    assert stage_loads(problem, (0, 0, 0, 0)) == (0.0, 0.0, 0.0)
+
+
+def test_the_heavy_cut_is_not_where_the_slow_link_is():
+    costed = chain_graph([1.0] * 6, nbytes=400)
+    nodes = [
+        replace(n, outputs=(TensorSpec((1,), "float32", True),)) if n.name == "n2" else n for n in costed.graph.nodes
+    ]
+    costed = replace(costed, graph=replace(costed.graph, nodes=tuple(nodes)))  # only the third value is small
+    slow = Pair(1, 2, Link(400.0))
+    cluster = Cluster.of(["a", "b", "c"], Link(4e6))
+    assert stages(partition(costed, 3, cluster)) == [0, 0, 1, 1, 2, 2]
+    moved = stages(partition(costed, 3, replace(cluster, pairs=(slow,))))
+    assert moved.index(2) == 3  # what crosses the slow link is what is small
 
 
 def is_plan(problem: Problem, stage_of: tuple[int, ...]) -> bool:

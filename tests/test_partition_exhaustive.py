@@ -6,7 +6,7 @@ import os
 from math import inf
 
 import pytest
-from exhaustive import drawn, least_load, load
+from exhaustive import drawn, least_load, link_factors, load
 
 from pipecompile.errors import InfeasibleError
 from pipecompile.partition import partition
@@ -43,3 +43,5 @@ def test_the_drawn_cases_are_of_all_kinds() -> None:
     assert any(limited)
     assert not all(limited)
     assert any(len({device.speed for device in case.cluster.devices}) > 1 for case in cases)
+    differ = [can for case, can in zip(cases, possible, strict=True) if max(link_factors(case)[1], default=1.0) > 1]
+    assert sum(differ) > 20

@@ -1,6 +1,7 @@
 """Which stage each node goes to: the solver, and what turns a model into its numbers and back."""
 
 from pipecompile.partition.assign import assign as assign
+from pipecompile.partition.assign import suited as suited
 from pipecompile.partition.carry import carry_over as carry_over
 from pipecompile.partition.costed import partition as partition
 from pipecompile.partition.deal import Step as Step

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pipecompile.partition.deadline import Deadline
-from pipecompile.partition.problem import Floats, Ints, Problem
+from pipecompile.partition.problem import Bools, Floats, Ints, Problem
 
 POWER = 12.0  # of a load, relative to the best bottleneck at the start
 HOT, COLD = 0.6, 0.006  # what a move may cost with odds of one in e, first and last, relative to a mean atom's weight
@@ -54,7 +54,10 @@ class _Walk:
             for pin in net.pins:
                 self.pins[index, stage_of[pin], everyone] += 1
         self.touched = (self.pins > 0).sum(axis=1)
-        crossing = ((self.pins > 0) & (self.touched > 1)[:, None]) * problem.net_seconds[:, None, None]
+        self.sends, self.receives = problem.factors.T
+        makers = stage_of[[net.pins[0] for net in problem.nets]][:, None] == np.arange(problem.num_stages)[:, None]
+        factors = np.where(makers, self.sends[:, None], self.receives[:, None])
+        crossing = ((self.pins > 0) & (self.touched > 1)[:, None]) * factors * problem.net_seconds[:, None, None]
         self.loads = self._sums(problem.weight) / problem.speeds[:, None] + crossing.sum(axis=0)
         in_flight = np.array([seat.in_flight for seat in problem.seats])[:, None]
         self.bytes = self._sums(problem.kept) + in_flight * self._sums(problem.saved)
@@ -69,6 +72,8 @@ class _Walk:
         self.before = [np.array(row, np.int64) for row in problem.predecessors]
         self.after = [np.array(row, np.int64) for row in problem.successors]
         self.nets_of = [np.array(row, np.int64)[:, None] for row in problem.nets_of]
+        first = np.array([net.pins[0] for net in problem.nets], np.int64)
+        self.producers = [first[nets] for nets in self.nets_of]
 
     @property
     def movable(self) -> Ints:
@@ -96,8 +101,12 @@ class _Walk:
         before = self.touched[nets, walkers]
         after = before - leaves + enters
         seconds, weight = self.problem.net_seconds[nets], self.problem.weight[atom]
-        less = (seconds * (~leaves * 1.0 - (before > 1))).sum(axis=0) - weight / self.problem.speeds[here]
-        more = (seconds * ((after > 1) * 1.0 - ~enters)).sum(axis=0) + weight / self.problem.speeds[there]
+        producers = self.producers[atom]
+        home, mine = self.stage_of[producers, walkers], producers == atom  # the stage that makes a net, by its producer
+        less = self._paid(here, (home == here) & ~mine) * ~leaves - self._paid(here, home == here) * (before > 1)
+        more = self._paid(there, (home == there) | mine) * (after > 1) - self._paid(there, home == there) * ~enters
+        less = (seconds * less).sum(axis=0) - weight / self.problem.speeds[here]
+        more = (seconds * more).sum(axis=0) + weight / self.problem.speeds[there]
         low, high = self.loads[here, walkers], self.loads[there, walkers]
         powers = (np.stack([low, high, low + less, high + more]) / self.pace) ** POWER
         moves = powers[0] + powers[1] - powers[2] - powers[3] > limit[walkers]
@@ -108,6 +117,10 @@ class _Walk:
         some = np.flatnonzero(moves)
         if len(some):
             self._move(atom, walkers[some], here[some], there[some], after[:, some], less[some], more[some])
+
+    def _paid(self, stages: Ints, makes: Bools) -> Floats:
+        """net, walker -> times its seconds that a net which crosses costs a stage that makes it, or does not"""
+        return np.asarray(np.where(makes, self.sends[stages], self.receives[stages]))
 
     def _drawn(self, atom: int, draw: Floats) -> Ints:
         """A stage for the atom in each walker, between those of its sources and those of its targets."""

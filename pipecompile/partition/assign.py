@@ -32,7 +32,13 @@ EXACT = 8  # devices
 
 
 def assign(plan: Plan, seconds: Sequence[float], cluster: Cluster, microbatches: int = 1) -> Plan:
-    """The plan with its stages on the ranks that suit its channels; never a slower one than the given.
+    """The plan with its stages on the ranks that suit its channels; never a slower one than the given."""
+    devices = suited(plan, seconds, cluster, microbatches)
+    return replace(plan, rank_of=tuple(devices[rank] for rank in plan.rank_of))
+
+
+def suited(plan: Plan, seconds: Sequence[float], cluster: Cluster, microbatches: int = 1) -> tuple[int, ...]:
+    """For each rank the device that does its work best.
 
     Args:
         seconds: of each stage for one microbatch, on a device of speed 1.
@@ -45,7 +51,7 @@ def assign(plan: Plan, seconds: Sequence[float], cluster: Cluster, microbatches:
         found = _swapped(task, found)
         if len(cluster) <= EXACT:
             found = _Search(task, found).run()
-    return replace(plan, rank_of=tuple(found[rank] for rank in plan.rank_of))
+    return found
 
 
 @dataclass(frozen=True, slots=True)

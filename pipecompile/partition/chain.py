@@ -2,13 +2,13 @@
 
     nothing  ⊆  A in families[0]  ⊆  B in families[1]  ⊆ ... ⊆  everything
 
-Stage k is the difference of two links. A net crosses it if it is open at either link, unless it is open at both and has
-no pin between, so for all pairs at once
+Stage k is the difference of two links. It makes the nets that are open at B and not at A, since what is open at A was
+made before, and it reads the nets that are open at A and have a pin between. So for all pairs at once
 
-    crossing(B - A) = open(A) + open(B) - open(A and B) - passing(A, B)
+    crossing(B - A) = sends * (open(B) - open(A and B)) + receives * (open(A) - passing(A, B))
 
-and the last two are matrix products over the few nets that are open on both sides. First the least greatest load is
-found, then, among the plans that have it, the one that sends the fewest seconds.
+and the terms with both are matrix products over the few nets that are open on both sides. First the least greatest load
+is found, then, among the plans that have it, the one that sends the fewest seconds.
 
 Source: the programme over ideals of Tarnawski et al. (NeurIPS 2020), section 4; the matrix form of the load is ours.
 """
@@ -161,7 +161,8 @@ class _Pairs:
 
     def _crossing(self, first: Ints, second: Ints) -> Floats:
         """Seconds of the nets that cross each of some stages."""
-        apart = self.lower.open_seconds[first] + self.upper.open_seconds[second]
+        seat = self.seat
+        apart = seat.receives * self.lower.open_seconds[first] + seat.sends * self.upper.open_seconds[second]
         left, right = self._columns
         if not left.shape[1] or not len(first):
             return apart
@@ -179,11 +180,12 @@ class _Pairs:
         sizes, seconds = self.problem.net_sizes[nets], self.problem.net_seconds[nets]
         inside = (self.lower.pins_inside[:, nets], self.upper.pins_inside[:, nets])
         columns: list[tuple[Bools, ...]] = [tuple((pins > 0) & (pins < sizes) for pins in inside)]
-        paid = [seconds * np.where(sizes > 2, 1.0, 2.0)]
+        sends, receives = self.seat.sends, self.seat.receives
+        paid = [seconds * np.where(sizes > 2, sends, sends + receives)]
         for count in range(1, int(sizes.max(initial=0))):
             some = np.flatnonzero((sizes > 2) & (sizes > count))
             columns.append(tuple(pins[:, some] == count for pins in inside))
-            paid.append(seconds[some])
+            paid.append(receives * seconds[some])
         left, right = (np.hstack(side).astype(np.float64) for side in zip(*columns, strict=True))
         return left * np.concatenate(paid), right
 

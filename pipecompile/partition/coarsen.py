@@ -6,10 +6,11 @@ load. Moving it changes the nets of x alone, in the two stages alone: those with
 
     seconds of x  +  sum of c(e) over nets e with x, without y   <=   c({x, y})
 
-as for a cheap operation with a large result, a constant, a mask that is widened for its reader. Where memory is short,
-x must hold no bytes either. With a cap above nothing the rule also moves light atoms whose own seconds are the loss,
-which is bounded by what was absorbed. Heavy-edge contraction, the usual rule, merges across the narrow cuts between
-transformer blocks.
+as for a cheap operation with a large result, a constant, a mask that is widened for its reader. Where links differ the
+move is free too: what may come to cross a stage is made there if {x, y} was, and only read there if {x, y} was, so it
+takes the same factor, which is at least 1. Where memory is short, x must hold no bytes either. With a cap above nothing
+the rule also moves light atoms whose own seconds are the loss, which is bounded by what was absorbed. Heavy-edge
+contraction, the usual rule, merges across the narrow cuts between transformer blocks.
 
 Source: ours; that contracting an atom with one neighbour on a side is safe is in Herrmann et al., "Multilevel
 Algorithms for Acyclic Partitioning of Directed Acyclic Graphs" (2019), section 4.1.

@@ -1,7 +1,8 @@
 """From a costed graph to a plan: which numbers of the model the solver sees, and what it gives back.
 
     node                           -> its seconds, forward and backward
-    value                          -> a net: its bytes over the link, twice if its gradient comes back
+    value                          -> a net: its bytes over the fastest link, twice if its gradient comes back
+    links between stages           -> factors of their seats, by the mean value
     ``graph.together``             -> one atom
     parameters, saved activations  -> bytes, of which the latter count once for each microbatch in flight
 
@@ -98,13 +99,15 @@ def problem_of(
     nodes = [costed.graph.nodes[index] for index in placed.nodes]
     costs = [costed.costs[index] for index in placed.nodes]
     values = zip(nodes, placed.users, strict=True)
+    mean = sum(node.nbytes for node in nodes) / max(1, len(nodes))
+    link = seating.fastest_link(mean)
     held, trained = parameter_bytes(costed, placed)
     stashed = training.stashed
     return contract(
         [cost.seconds + cost.forward * training.again for cost in costs],
         placed.arcs,
-        [((thing, *users), _transfer(node, seating.typical_link)) for thing, (node, users) in enumerate(values)],
-        seating.seats(training, wished.least_stages),
+        [((thing, *users), _transfer(node, link)) for thing, (node, users) in enumerate(values)],
+        seating.seats(training, wished.least_stages, mean),
         together=[*placed.together, *wished.groups],
         kept_bytes=[h + t * (1 + training.optimizer_state + stashed[0]) for h, t in zip(held, trained, strict=True)],
         saved_bytes=[cost.saved_bytes + t * stashed[1] for cost, t in zip(costs, trained, strict=True)],

@@ -104,7 +104,9 @@ class _Programme:
         ranks = range(first, first + replicas)
         speed = replicas * min(self.cluster.devices[rank].speed for rank in ranks)
         trained = _between(self.trained)
-        load = _between(self.problem.weight) / speed + self.crossing
+        made, read = self.crossing
+        seats = self.problem.seats
+        load = _between(self.problem.weight) / speed + seats[ranks[-1]].sends * made + seats[first].receives * read
         for rank in ranks[1:]:
             link = self.cluster.between(first, rank)
             load = load + 2 * (link.latency + trained / link.bandwidth) / self.step.microbatches
@@ -119,12 +121,12 @@ class _Programme:
 
     @cached_property
     def crossing(self) -> Floats:
-        """Seconds of the nets that cross a stage, by its first atom and the first behind it."""
+        """Seconds of the nets that cross a stage, made or only read there, by its first atom and the next stage's."""
         atoms = len(self.problem)
-        crossing, seconds = Crossing(self.problem), np.zeros((atoms + 1, atoms + 1))
+        crossing, seconds = Crossing(self.problem), np.zeros((2, atoms + 1, atoms + 1))
         for atom in range(atoms):
             crossing.place(atom, atom)
-            seconds[: atom + 1, atom + 1] = crossing.seconds[: atom + 1]
+            seconds[:, : atom + 1, atom + 1] = crossing.seconds[:, : atom + 1]
         return seconds
 
 

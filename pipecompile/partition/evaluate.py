@@ -22,7 +22,8 @@ def stage_loads(problem: Problem, stage_of: Sequence[int]) -> tuple[float, ...]:
         touched = sorted({stage_of[pin] for pin in net.pins})
         if len(touched) > 1:
             for stage in touched:
-                loads[stage] += net.seconds
+                seat = problem.seats[stage]
+                loads[stage] += net.seconds * (seat.sends if stage == stage_of[net.pins[0]] else seat.receives)
     return tuple(loads)
 
 

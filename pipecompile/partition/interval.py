@@ -3,7 +3,8 @@
 One pass over the order keeps, for the atoms placed so far, the seconds of the nets that cross the interval from every
 possible start to here. Placing an atom at position ``j`` changes them by slices only:
 
-    a net with its last pin at q     newly touches the intervals that start in (q, j]
+    a net that is made here          crosses the intervals that start in [0, j], which send it
+    a net with its last pin at q     newly touches the intervals that start in (q, j], which receive it
     a net that is complete now       no longer crosses those that start at or before its first pin
 
 and the dynamic programme takes, for each number of stages, the start with the least greatest load.
@@ -37,7 +38,7 @@ def best_intervals(problem: Problem, order: Sequence[int], limit: float = inf) -
     for end in range(1, count + 1):
         crossing.place(order[end - 1], end - 1)
         low = int(starts[end])
-        loads = (work[end] - work[low:end]) / problem.speeds[:, None] + crossing.seconds[low:end]
+        loads = (work[end] - work[low:end]) / problem.speeds[:, None] + problem.factors @ crossing.seconds[:, low:end]
         if memory is not None:
             loads[memory.exceeded(low, end)] = inf
         greatest = np.maximum(best[:-1, low:end], loads)
@@ -60,11 +61,14 @@ def prefixes(order: Sequence[int], ends: Sequence[int]) -> Bools:
 
 
 class Crossing:
-    """Seconds of the nets that cross the interval [start, here), for each start, as atoms are placed one by one."""
+    """Seconds of the nets that cross the interval [start, here), for each start, as atoms are placed one by one.
+
+    ``seconds`` has two rows: nets that are made in the interval, and nets that are only read there.
+    """
 
     def __init__(self, problem: Problem) -> None:
         self.nets_of, self.nets = problem.nets_of, problem.nets
-        self.seconds: Floats = np.zeros(len(problem))
+        self.seconds: Floats = np.zeros((2, len(problem)))
         self.first: list[int] = [-1] * len(problem.nets)
         self.last: list[int] = [-1] * len(problem.nets)
         self.missing: list[int] = [len(net.pins) for net in problem.nets]
@@ -72,13 +76,13 @@ class Crossing:
     def place(self, atom: int, position: int) -> None:
         for net in self.nets_of[atom]:
             cost = self.nets[net].seconds
-            self.seconds[self.last[net] + 1 : position + 1] += cost
+            self.seconds[int(self.first[net] >= 0), self.last[net] + 1 : position + 1] += cost
             self.last[net] = position
             self.missing[net] -= 1
             if self.first[net] < 0:
                 self.first[net] = position
             if self.missing[net] == 0:
-                self.seconds[: self.first[net] + 1] -= cost
+                self.seconds[0, : self.first[net] + 1] -= cost
 
 
 class _Memory:

@@ -1,17 +1,21 @@
 """The partitioning problem as numbers: what must be placed, in which order, and what a cut costs.
 
 *Atoms* are what cannot be taken apart. They are numbered so that every arc goes up, hence a stage assignment is acyclic
-when it never goes down along an arc. A *net* is one value: its producer and its consumers. The seconds of a stage S
-in seat k are
+when it never goes down along an arc. A *net* is one value: its producer, which is its first pin, and its consumers. The
+seconds of a stage S in seat k are
 
-    load(S, k) = sum of the seconds of its atoms / speed(k)  +  sum of the seconds of the nets that cross it
+    load(S, k) = sum of the seconds of its atoms / speed(k)
+               + sends(k)    * sum of the seconds of the nets that are made in S and cross it
+               + receives(k) * sum of the seconds of the other nets that cross it
 
 where a net crosses S if it has a pin in S and a pin elsewhere: each tensor is paid once by the stage that makes it and
-once by each stage that uses it, and never by a stage it merely passes. The objective is the greatest load.
+once by each stage that uses it, and never by a stage it merely passes. The seconds of a net are those on the fastest
+link, and the factors, one or more, say how much slower a seat's links to the next and from the last seat are. The
+objective is the greatest load.
 
 Source: Tarnawski, Phanishayee, Devanur, Mahajan, Nina Paravecino, "Efficient Algorithms for Device Placement of DNN
-Graph Operators" (NeurIPS 2020), section 3, in the hypergraph form of the load. Speeds, and bytes that grow with the
-microbatches in flight, are our additions, and so are pins: atoms whose stage is given.
+Graph Operators" (NeurIPS 2020), section 3, in the hypergraph form of the load. Speeds, factors of links, and bytes that
+grow with the microbatches in flight, are our additions, and so are pins: atoms whose stage is given.
 """
 
 from __future__ import annotations
@@ -46,6 +50,8 @@ class Seat:
     memory: float = inf  # bytes
     in_flight: int = 1  # microbatches whose saved bytes the stage holds at once
     may_idle: bool = False  # it may be left without an atom
+    sends: float = 1.0  # times a net's seconds, of nets that are made in the stage
+    receives: float = 1.0  # and of nets that it only reads
 
 
 @dataclass(frozen=True)
@@ -53,11 +59,12 @@ class Problem:
     """Atoms, arcs and nets to be placed on a row of seats, one stage a seat.
 
     Invariants, checked by ``validate``:
-    1. there is a seat, and its speed is positive;
+    1. there is a seat, its speed is positive, and no link is faster than the fastest;
     2. every arc goes from a lower to a higher atom;
     3. a net has two or more pins, ascending, and costs no less than nothing;
     4. the numbers of each atom are given, and none is negative;
-    5. a stage has one pinned atom at most, and an arc leads from each to that of the next stage that has one.
+    5. a stage has one pinned atom at most, and an arc leads from each to that of the next stage that has one;
+    6. where links differ, an arc leads from a net's first pin to each other.
     """
 
     seconds: tuple[float, ...]  # atom -> seconds at speed 1
@@ -85,6 +92,8 @@ class Problem:
         """Raises ``ValueError`` at the first invariant that does not hold."""
         if not self.seats or any(seat.speed <= 0 for seat in self.seats):
             raise ValueError(f"there must be a seat, and every speed must be positive; got {self.seats}")
+        if any(not min(seat.sends, seat.receives) >= 1 for seat in self.seats):
+            raise ValueError(f"the factors of links are at least 1; got {self.seats}")
         for low, high in self.arcs:
             if not 0 <= low < high < len(self):
                 raise ValueError(f"arc {low} -> {high} does not go up within the {len(self)} atoms")
@@ -99,10 +108,13 @@ class Problem:
                 raise ValueError(f"{name} must hold a number, not negative, for each of the {len(self)} atoms")
         if any(not (0 <= atom < len(self) and 0 <= stage < self.num_stages) for atom, stage in self.pins):
             raise ValueError(f"{self.pins} pins what is none of {len(self)} atoms or {self.num_stages} stages")
-        arcs = set(self.arcs) if len(self.pins) > 1 else set()
+        arcs = set(self.arcs) if len(self.pins) > 1 or self.links_differ else set()
         for (low, stage), (high, later) in pairwise(self.pins):
             if stage >= later or (low, high) not in arcs:
                 raise ValueError(f"atom {low} in stage {stage} and {high} in {later} need an arc, and stages to ascend")
+        for net in self.nets if self.links_differ else ():
+            if any((net.pins[0], pin) not in arcs for pin in net.pins[1:]):
+                raise ValueError(f"{net} has pins without an arc from its first, which must be its producer")
 
     # What the solver reads again and again, as arrays.
 
@@ -121,6 +133,16 @@ class Problem:
     @cached_property
     def speeds(self) -> Floats:
         return np.array([seat.speed for seat in self.seats], dtype=np.float64)
+
+    @cached_property
+    def factors(self) -> Floats:
+        """stage -> sends, receives"""
+        return np.array([(seat.sends, seat.receives) for seat in self.seats], dtype=np.float64)
+
+    @property
+    def links_differ(self) -> bool:
+        """Whether some seat's links are slower than the fastest."""
+        return any(max(seat.sends, seat.receives) > 1 for seat in self.seats)
 
     @cached_property
     def total(self) -> float:
@@ -220,8 +242,8 @@ class Problem:
 
     @property
     def upper_bound(self) -> float:
-        """Seconds that no plan exceeds: everything on the slowest seat, and every net."""
-        return float(self.total / self.speeds.min() + self.net_seconds.sum())
+        """Seconds that no plan exceeds: everything on the slowest seat, and every net on the slowest link."""
+        return float(self.total / self.speeds.min() + self.net_seconds.sum() * self.factors.max())
 
 
 def _neighbours(count: int, pairs: Iterable[tuple[int, int]]) -> tuple[tuple[int, ...], ...]:

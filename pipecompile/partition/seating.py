@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise, product
 from math import inf
+from statistics import fmean
 
 from pipecompile.cluster import Cluster, Link
 from pipecompile.partition.problem import Seat
@@ -18,7 +19,8 @@ class Seating:
     """Stages with so many replicas each on the devices of a cluster, one after the other, and round again.
 
     To the solver a stage with r replicas is a seat r times as fast as the slowest of their devices, with the memory of
-    the smallest.
+    the smallest. What a seat sends takes the link to the next one, and what it receives the link from the one before,
+    wherever it goes to or comes from; of replicas that is the mean of their links.
     """
 
     cluster: Cluster
@@ -39,18 +41,29 @@ class Seating:
         )
 
     @cached_property
-    def typical_link(self) -> Link:
-        """The mean of the links from each stage to the next: a cut costs the same wherever it is."""
-        pairs = [pair for here, there in pairwise(self.ranks) for pair in product(here, there)]
-        links = [self.cluster.between(*pair) for pair in pairs if pair[0] != pair[1]]
-        if not links:
-            return self.cluster.link
-        slowness = sum(1 / link.bandwidth for link in links)
-        bandwidth = len(links) / slowness if slowness else inf
-        return Link(bandwidth, sum(link.latency for link in links) / len(links))
+    def links(self) -> tuple[tuple[Link, ...], ...]:
+        """The links from the ranks of each stage to those of the next; none within a rank."""
+        rows = (product(here, there) for here, there in pairwise(self.ranks))
+        return tuple(tuple(self.cluster.between(*pair) for pair in row if pair[0] != pair[1]) for row in rows)
 
-    def seats(self, training: Training, least: int) -> list[Seat]:
-        """A seat for each stage, of which ``least`` are needed; stages on one rank share its memory."""
+    def fastest_link(self, nbytes: float) -> Link:
+        """The fastest of them for a value of so many bytes; one that takes no time only if all do."""
+        links = [link for row in self.links for link in row] or [self.cluster.link]
+        return min(links, key=lambda link: link.seconds(nbytes) or inf)
+
+    def factors(self, nbytes: float) -> list[float]:
+        """How many times as long as the fastest each link from stage to stage takes for a value of so many bytes."""
+        unit = self.fastest_link(nbytes).seconds(nbytes) or 1.0
+        rows = ([link.seconds(nbytes) / unit for link in row] or [1.0] for row in self.links)
+        return [max(1.0, fmean(row)) for row in rows]
+
+    def seats(self, training: Training, least: int, nbytes: float) -> list[Seat]:
+        """A seat for each stage, of which ``least`` are needed; stages on one rank share its memory.
+
+        Args:
+            nbytes: of a value, by which links are compared.
+        """
+        factors = [1.0, *self.factors(nbytes), 1.0]
         reserved = training.reserved or (0,) * len(self.cluster)
         all_ranks = [rank for ranks in self.ranks for rank in ranks]
         seats = []
@@ -62,5 +75,5 @@ class Seating:
                     memory = min(memory, max(0, limit - reserved[rank]) / all_ranks.count(rank))
             speed = len(ranks) * min(self.cluster.devices[rank].speed for rank in ranks)
             in_flight = 1 if training.again else training.in_flight[stage]
-            seats.append(Seat(speed, memory, in_flight, stage >= least))
+            seats.append(Seat(speed, memory, in_flight, stage >= least, factors[stage + 1], factors[stage]))
         return seats
