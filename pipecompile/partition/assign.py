@@ -9,7 +9,7 @@ both change places, each with all the stages that it runs. The seconds of a stag
 where a channel between replicas counts for the share of the microbatches that goes through it, and a tied parameter's
 gradient and new weights for their share of a step. The slowest stage should take least, and among equals the seconds on
 all links together should be least. That is the quadratic assignment problem with a bottleneck, so it is solved exactly
-for few devices, by branch and bound, and by swaps beyond.
+for few devices, by branch and bound, and beyond by swaps, from the given order and from one of near neighbours.
 
 Source: Koopmans, Beckmann, "Assignment Problems and the Location of Economic Activities" (Econometrica 1957); the
 bound, open pairs on the fastest link, is a weak form of Gilmore's and Lawler's.
@@ -48,7 +48,8 @@ def suited(plan: Plan, seconds: Sequence[float], cluster: Cluster, microbatches:
     task = _Task(plan, tuple(seconds), cluster, microbatches)
     found = tuple(range(len(cluster)))
     if len(set(task.twin_of)) > len(set(task.kind_of)):  # else no two places differ
-        found = _swapped(task, found)
+        found, row = _swapped(task, found), _swapped(task, _nearest(task))
+        found = row if task.score(row) < task.score(found) else found
         if len(cluster) <= EXACT:
             found = _Search(task, found).run()
     return found
@@ -164,6 +165,17 @@ class Score:
         if abs(mine - others) <= SLACK * others:
             return self.sent < other.sent * (1 - SLACK)
         return mine < others
+
+
+def _nearest(task: _Task) -> tuple[int, ...]:
+    """The assignment in which each place is given the device, of those that are left, that is nearest to the last."""
+    nbytes = sum(wire.nbytes for wire in task.wires) // max(1, len(task.wires))
+    found: list[int] = []
+    for place, kind in enumerate(task.kind_of):
+        last = found[-1] if found else place
+        free = (device for device in range(len(task.kind_of)) if device not in found and task.kind_of[device] == kind)
+        found.append(min(free, key=lambda device: task.cluster.transfer_seconds(last, device, nbytes)))
+    return tuple(found)
 
 
 def _swapped(task: _Task, devices: tuple[int, ...]) -> tuple[int, ...]:
