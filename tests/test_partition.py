@@ -33,6 +33,7 @@ FREE = Link(bandwidth=1e30)
 def random_problem(
     seed: int, most: int = 9, may_idle: bool = False, uneven: bool = False, tight: bool = False
 ) -> Problem:
+    """A problem whose stages send while they compute for every fourth seed."""
     rnd = random.Random(seed)
     count = rnd.randint(4, most)
     arcs = [(i, j) for j in range(count) for i in range(j) if rnd.random() < 0.3]
@@ -52,7 +53,7 @@ def random_problem(
         )
         for stage in range(stages)
     )
-    return Problem(seconds, tuple(arcs), tuple(nets), seats, kept, saved)
+    return Problem(seconds, tuple(arcs), tuple(nets), seats, kept, saved, overlapped=seed % 4 == 3)
 
 
 def all_plans(problem: Problem):
@@ -385,7 +386,7 @@ def test_walkers_know_the_loads_of_their_plans_whatever_moves(seed):
         walk.step(rnd.randrange(len(problem)), draw, np.full(6, -np.inf))  # any move is made
         moved += int((walk.stage_of != before).sum())
     assert moved > 100 or problem.num_stages == 1
-    for plan, loads in zip(walk.stage_of.T.tolist(), walk.loads.T, strict=True):
+    for plan, loads in zip(walk.stage_of.T.tolist(), problem.load(walk.work, walk.sent).T, strict=True):
         assert loads == pytest.approx(stage_loads(problem, plan))
 
 

@@ -58,15 +58,16 @@ class _Walk:
         makers = stage_of[[net.pins[0] for net in problem.nets]][:, None] == np.arange(problem.num_stages)[:, None]
         factors = np.where(makers, self.sends[:, None], self.receives[:, None])
         crossing = ((self.pins > 0) & (self.touched > 1)[:, None]) * factors * problem.net_seconds[:, None, None]
-        self.loads = self._sums(problem.weight) / problem.speeds[:, None] + crossing.sum(axis=0)
+        self.work = self._sums(problem.weight) / problem.speeds[:, None]
+        self.sent = crossing.sum(axis=0)
         in_flight = np.array([seat.in_flight for seat in problem.seats])[:, None]
         self.bytes = self._sums(problem.kept) + in_flight * self._sums(problem.saved)
         self.atoms = self._sums(np.ones(len(problem)))
         self.least_atoms = np.array([float(not seat.may_idle) for seat in problem.seats])
         self.memory = np.array([seat.memory for seat in problem.seats])
         self.in_flight = in_flight[:, 0]
-        self.pace = float(self.loads.max(axis=0).min())
-        self.best, self.least = stage_of.copy(), self.loads.max(axis=0)
+        self.best, self.least = stage_of.copy(), problem.load(self.work, self.sent).max(axis=0)
+        self.pace = float(self.least.min())
         self.scale = POWER * problem.total / len(problem) / problem.speeds.mean() / self.pace
         self.arcs = np.array(problem.arcs, np.int64).reshape(-1, 2).T
         self.before = [np.array(row, np.int64) for row in problem.predecessors]
@@ -105,10 +106,10 @@ class _Walk:
         home, mine = self.stage_of[producers, walkers], producers == atom  # the stage that makes a net, by its producer
         less = self._paid(here, (home == here) & ~mine) * ~leaves - self._paid(here, home == here) * (before > 1)
         more = self._paid(there, (home == there) | mine) * (after > 1) - self._paid(there, home == there) * ~enters
-        less = (seconds * less).sum(axis=0) - weight / self.problem.speeds[here]
-        more = (seconds * more).sum(axis=0) + weight / self.problem.speeds[there]
-        low, high = self.loads[here, walkers], self.loads[there, walkers]
-        powers = (np.stack([low, high, low + less, high + more]) / self.pace) ** POWER
+        less, more = (seconds * less).sum(axis=0), (seconds * more).sum(axis=0)
+        low, high = self._load(here, walkers), self._load(there, walkers)
+        lower, higher = self._load(here, walkers, -weight, less), self._load(there, walkers, weight, more)
+        powers = (np.stack([low, high, lower, higher]) / self.pace) ** POWER
         moves = powers[0] + powers[1] - powers[2] - powers[3] > limit[walkers]
         moves &= self.atoms[here, walkers] > self.least_atoms[here]
         if self.problem.bounded:
@@ -117,6 +118,11 @@ class _Walk:
         some = np.flatnonzero(moves)
         if len(some):
             self._move(atom, walkers[some], here[some], there[some], after[:, some], less[some], more[some])
+
+    def _load(self, stages: Ints, walkers: Ints, weight: float = 0.0, sent: Floats | float = 0.0) -> Floats:
+        """Seconds of one stage of each walker, with an atom's seconds and seconds to send on top."""
+        work = self.work[stages, walkers] + weight / self.problem.speeds[stages]
+        return self.problem.load(work, self.sent[stages, walkers] + sent)
 
     def _paid(self, stages: Ints, makes: Bools) -> Floats:
         """net, walker -> times its seconds that a net which crosses costs a stage that makes it, or does not"""
@@ -136,10 +142,11 @@ class _Walk:
         self.touched[nets, walkers] = touched
         for stages, count, seconds in ((here, -1, less), (there, 1, more)):
             self.pins[nets, stages, walkers] += count
-            self.loads[stages, walkers] += seconds
+            self.work[stages, walkers] += count * problem.weight[atom] / problem.speeds[stages]
+            self.sent[stages, walkers] += seconds
             self.atoms[stages, walkers] += count
             self.bytes[stages, walkers] += count * (problem.kept[atom] + self.in_flight[stages] * problem.saved[atom])
-        slowest = self.loads[:, walkers].max(axis=0)
+        slowest = problem.load(self.work[:, walkers], self.sent[:, walkers]).max(axis=0)
         better = slowest < self.least[walkers]
         if better.any():
             chosen = walkers[better]

@@ -33,7 +33,8 @@ def stage_bound(problem: Problem) -> float:
     heaviest = [np.argsort(-seconds, kind="stable")[:MOST_CUTS].tolist() for seconds in (alone, problem.weight)]
     for atom in dict.fromkeys(chain(*heaviest)):
         if alone[atom] > bound:
-            bound = max(bound, _cheapest_stage_with(problem, atom))
+            both = _cheapest_stage_with(problem, atom)
+            bound = max(bound, both / 2 if problem.overlapped else both)
     return bound
 
 

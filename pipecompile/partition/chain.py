@@ -55,10 +55,22 @@ def best_chain(problem: Problem, families: Sequence[Family], limit: float, deadl
     Raises:
         OutOfTime: the deadline has passed.
     """
+    return _chain(problem, families, limit, deadline, tight=True)
+
+
+def thrifty_chain(
+    problem: Problem, families: Sequence[Family], limit: float, deadline: Deadline = NEVER
+) -> Chain | None:
+    """Of all such plans within the limit the one that sends the fewest seconds."""
+    return _chain(problem, families, limit, deadline, tight=False)
+
+
+def _chain(problem: Problem, families: Sequence[Family], limit: float, deadline: Deadline, tight: bool) -> Chain | None:
     links = [Family.nothing(problem), *families, Family.everything(problem)]
-    links, bottleneck = _forward(problem, links, limit, deadline)
-    if bottleneck > limit:
+    links, least = _forward(problem, links, limit, deadline)
+    if least > limit:
         return None
+    bottleneck = least if tight else limit
     rows = _least_crossing(problem, links, bottleneck * TIE, deadline)
     stage_of = np.zeros(len(problem), np.int64)
     for link, row in zip(links[1:-1], rows, strict=True):
@@ -134,7 +146,8 @@ class _Pairs:
         """The stages that end in some of the upper sets."""
         first, second = self._candidates(begin, end)
         crossing = self._crossing(first, second)
-        loads = (self.upper.weight[second] - self.lower.weight[first]) / self.seat.speed + crossing
+        work = (self.upper.weight[second] - self.lower.weight[first]) / self.seat.speed
+        loads = self.problem.load(work, crossing)
         if self.seat.may_idle:
             idle = self.lower.size[first] == self.upper.size[second]
             loads[idle] = crossing[idle] = 0.0

@@ -8,7 +8,8 @@ load. Moving it changes the nets of x alone, in the two stages alone: those with
 
 as for a cheap operation with a large result, a constant, a mask that is widened for its reader. Where links differ the
 move is free too: what may come to cross a stage is made there if {x, y} was, and only read there if {x, y} was, so it
-takes the same factor, which is at least 1. Where memory is short, x must hold no bytes either. With a cap above nothing
+takes the same factor, which is at least 1. Where memory is short, x must hold no bytes
+either; where stages send while they compute, it must take no seconds. With a cap above nothing
 the rule also moves light atoms whose own seconds are the loss, which is bounded by what was absorbed. Heavy-edge
 contraction, the usual rule, merges across the narrow cuts between transformer blocks.
 
@@ -88,7 +89,7 @@ class _Quotient:
         self.net_seconds = [net.seconds for net in problem.nets]
         self.seconds = (problem.weight / problem.speeds.min()).tolist()  # at the most
         self.nbytes = ((problem.kept + problem.saved) * problem.bounded).tolist()
-        self.weight = _shares(problem)
+        self.weight, self.overlapped = _shares(problem), problem.overlapped
         self.absorbed = [0.0] * len(problem)
         self.fixed = {atom for atom, _ in problem.pins}
 
@@ -98,7 +99,7 @@ class _Quotient:
 
     def join_dominated(self) -> None:
         """Joins all atoms that may at no loss."""
-        self._join_all(lambda atom: self.nbytes[atom] == 0, lambda atom, host: self._gained(atom, host, True) <= 0)
+        self._join_all(self._is_free, lambda atom, host: self._gained(atom, host, True) <= 0)
 
     def join_lighter_than(self, cap: float) -> None:
         """Joins all light atoms that may, as long as no host absorbs more than ``cap``, a share of seconds or bytes."""
@@ -114,6 +115,9 @@ class _Quotient:
             if len(later) == len(waiting):
                 return
             waiting = [atom for atom in later if is_light(atom)]
+
+    def _is_free(self, atom: int) -> bool:
+        return self.nbytes[atom] == 0 and not (self.overlapped and self.seconds[atom])
 
     def _joined(self, atom: int, may: Callable[[int, int], bool]) -> bool:
         for side in (self.before[atom], self.after[atom]):

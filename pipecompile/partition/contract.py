@@ -54,12 +54,14 @@ def contract(
     kept_bytes: Sequence[float] = (),
     saved_bytes: Sequence[float] = (),
     pinned: Iterable[tuple[int, int]] = (),
+    overlapped: bool = False,
 ) -> Contraction:
     """The problem over things that may be cyclic or bound together; O(things + arcs + pins).
 
     Args:
         together: groups that must share a stage.
         pinned: things and the stage that each must be in.
+        overlapped: stages compute while they send and receive.
 
     Raises:
         InfeasibleError: things that must share a stage are pinned to two.
@@ -84,6 +86,7 @@ def contract(
         summed(kept_bytes),
         summed(saved_bytes),
         _pins(atom_of, pinned_to),
+        overlapped,
     )
     return Contraction(problem, tuple(atom_of))
 
@@ -99,6 +102,7 @@ def merge(problem: Problem, together: Iterable[Sequence[int]]) -> Contraction:
         kept_bytes=problem.kept_bytes,
         saved_bytes=problem.saved_bytes,
         pinned=problem.pins,
+        overlapped=problem.overlapped,
     )
 
 

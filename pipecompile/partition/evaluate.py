@@ -15,16 +15,23 @@ from pipecompile.quality import SLACK
 
 def stage_loads(problem: Problem, stage_of: Sequence[int]) -> tuple[float, ...]:
     """Seconds of each stage, communication included."""
-    loads = [0.0] * problem.num_stages
+    work = [0.0] * problem.num_stages
     for atom, stage in enumerate(stage_of):
-        loads[stage] += problem.seconds[atom] / problem.seats[stage].speed
+        work[stage] += problem.seconds[atom] / problem.seats[stage].speed
+    both = zip(work, stage_transfers(problem, stage_of), strict=True)
+    return tuple(max(pair) if problem.overlapped else sum(pair) for pair in both)
+
+
+def stage_transfers(problem: Problem, stage_of: Sequence[int]) -> tuple[float, ...]:
+    """Seconds that each stage sends and receives."""
+    sent = [0.0] * problem.num_stages
     for net in problem.nets:
         touched = sorted({stage_of[pin] for pin in net.pins})
         if len(touched) > 1:
             for stage in touched:
                 seat = problem.seats[stage]
-                loads[stage] += net.seconds * (seat.sends if stage == stage_of[net.pins[0]] else seat.receives)
-    return tuple(loads)
+                sent[stage] += net.seconds * (seat.sends if stage == stage_of[net.pins[0]] else seat.receives)
+    return tuple(sent)
 
 
 def stage_bytes(problem: Problem, stage_of: Sequence[int]) -> tuple[float, ...]:

@@ -1,9 +1,9 @@
 """The optimum, with its proof, where the windows are narrow enough to look at every closed set in them.
 
 A plan within T has all its boundaries in the windows of T. So T rises from the lower bound: as long as the programme
-over all closed sets in the windows finds no plan, T is a lower bound; the first plan that it finds is an optimum. A quick
-search rises in small steps, since most often the optimum is near the bound. A patient one, which follows when it is
-not, halves what is left between the bounds.
+over all closed sets in the windows finds no plan, T is a lower bound; the first plan that it finds is an optimum. A
+quick search rises in small steps, since most often the optimum is near the bound. A patient one, which follows when it
+is not, halves what is left between the bounds.
 """
 
 from __future__ import annotations

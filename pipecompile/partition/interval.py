@@ -38,7 +38,8 @@ def best_intervals(problem: Problem, order: Sequence[int], limit: float = inf) -
     for end in range(1, count + 1):
         crossing.place(order[end - 1], end - 1)
         low = int(starts[end])
-        loads = (work[end] - work[low:end]) / problem.speeds[:, None] + problem.factors @ crossing.seconds[:, low:end]
+        computed = (work[end] - work[low:end]) / problem.speeds[:, None]
+        loads = problem.load(computed, problem.factors @ crossing.seconds[:, low:end])
         if memory is not None:
             loads[memory.exceeded(low, end)] = inf
         greatest = np.maximum(best[:-1, low:end], loads)

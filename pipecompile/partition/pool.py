@@ -9,14 +9,14 @@ Effort is counted in atoms, not in seconds of a clock, so that the same problem 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import inf
 
 import numpy as np
 
 from pipecompile.partition.chain import Chain, best_chain
 from pipecompile.partition.cuts import bisect, sweep
-from pipecompile.partition.deadline import Deadline
+from pipecompile.partition.deadline import NEVER, Deadline
 from pipecompile.partition.family import Family
 from pipecompile.partition.interval import best_intervals, prefixes
 from pipecompile.partition.orders import orders
@@ -28,6 +28,8 @@ MOST_ORDERS = 100
 KEPT_ORDERS = 8
 MOST_SETS = 1_000  # for one boundary
 ROUNDING = 1 + 1e-9  # the same load, added in another order
+
+Programme = Callable[[Problem, Sequence[Family], float, Deadline], Chain | None]
 
 
 def pooled(problem: Problem, deadline: Deadline) -> Iterator[Chain]:
@@ -48,14 +50,16 @@ def pooled(problem: Problem, deadline: Deadline) -> Iterator[Chain]:
         yield found
 
 
-def combine(sets: Family, limit: float, known: Bools, deadline: Deadline) -> Chain | None:
+def combine(
+    sets: Family, limit: float, known: Bools, deadline: Deadline = NEVER, programme: Programme = best_chain
+) -> Chain | None:
     """The best plan with boundaries from the sets and from the boundaries of a known one."""
     families = [_cheapest(family) for family in admit(sets, limit)]
     families = [
         Family.of(sets.problem, [family.members, boundary[None]])
         for family, boundary in zip(families, known, strict=True)
     ]
-    return best_chain(sets.problem, families, limit * ROUNDING, deadline)
+    return programme(sets.problem, families, limit * ROUNDING, deadline)
 
 
 def _ends(problem: Problem, order: Sequence[int], limit: float) -> Sequence[int]:

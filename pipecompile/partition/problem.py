@@ -10,8 +10,9 @@ seconds of a stage S in seat k are
 
 where a net crosses S if it has a pin in S and a pin elsewhere: each tensor is paid once by the stage that makes it and
 once by each stage that uses it, and never by a stage it merely passes. The seconds of a net are those on the fastest
-link, and the factors, one or more, say how much slower a seat's links to the next and from the last seat are. The
-objective is the greatest load.
+link, and the factors, one or more, say how much slower a seat's links to the next and from the last seat are. Where
+values are sent while a stage computes, its load is not the sum of both, but the greater one. The objective is the
+greatest load.
 
 Source: Tarnawski, Phanishayee, Devanur, Mahajan, Nina Paravecino, "Efficient Algorithms for Device Placement of DNN
 Graph Operators" (NeurIPS 2020), section 3, in the hypergraph form of the load. Speeds, factors of links, and bytes that
@@ -74,6 +75,7 @@ class Problem:
     kept_bytes: tuple[float, ...] = ()  # atom -> bytes held once; none given: no atom holds any
     saved_bytes: tuple[float, ...] = ()  # atom -> bytes held for each microbatch in flight
     pins: tuple[tuple[int, int], ...] = ()  # (atom, the stage that it must be in), by stage
+    overlapped: bool = False  # a stage computes while it sends and receives
 
     def __post_init__(self) -> None:
         nothing = (0.0,) * len(self.seconds)
@@ -133,6 +135,10 @@ class Problem:
     @cached_property
     def speeds(self) -> Floats:
         return np.array([seat.speed for seat in self.seats], dtype=np.float64)
+
+    def load(self, work: Floats, sent: Floats) -> Floats:
+        """Seconds of stages that compute and send for so many."""
+        return np.maximum(work, sent) if self.overlapped else work + sent
 
     @cached_property
     def factors(self) -> Floats:

@@ -11,17 +11,19 @@ Source: memetic search, that is local search with recombination (Moscato 1989), 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from pipecompile.partition.anneal import annealed
-from pipecompile.partition.chain import Chain, best_chain
+from pipecompile.partition.chain import Chain, best_chain, thrifty_chain
 from pipecompile.partition.deadline import Deadline
 from pipecompile.partition.enumerate import cheapest_sets
 from pipecompile.partition.evaluate import bottleneck
 from pipecompile.partition.family import Family
+from pipecompile.partition.interval import prefixes
+from pipecompile.partition.orders import orders
 from pipecompile.partition.pool import combine
 from pipecompile.partition.problem import Bools, Problem
 from pipecompile.partition.window import free_atoms, narrowed, windows, within_free
@@ -34,6 +36,7 @@ EFFORT = 3_000  # atoms in all rounds together
 KEPT = 7  # walkers whose plans are used again
 FEWEST_SETS = 50  # in one window; with fewer, a beam is not worth its minimum cuts
 STEP = 1 - 1e-5  # a better plan is at least this much better
+NATURAL = 3  # orders whose prefixes are looked at too
 
 
 def walked(
@@ -65,6 +68,21 @@ def walked(
             yield found
             best, patience = found, PATIENCE
         starts = [best.stage_of, *plans[:KEPT]]
+
+
+def traded(problem: Problem, plans: Sequence[Sequence[int]], limits: Iterable[float]) -> Iterator[Chain]:
+    """For each limit (seconds) the plan that sends least, from the boundaries of given plans and of some orders.
+
+    Where few microbatches fill a pipeline, a step takes about the sum of all stages and so many times the busiest one's
+    seconds as there are further microbatches: what is sent counts once for each stage, not only in the busiest.
+    """
+    known = _boundaries(problem, plans[0])
+    ends = range(1, len(problem))
+    natural = [prefixes(order, ends) for order in orders(problem, NATURAL)]
+    sets = Family.of(problem, [*natural, *(_boundaries(problem, plan) for plan in plans)])
+    for limit in limits:
+        if found := combine(sets, limit, known, programme=thrifty_chain):
+            yield Chain(bottleneck(problem, found.stage_of), found.stage_of)
 
 
 def _boundaries(problem: Problem, stage_of: Sequence[int]) -> Bools:

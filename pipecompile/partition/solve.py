@@ -22,11 +22,11 @@ from pipecompile.partition.chain import Chain
 from pipecompile.partition.coarsen import lossless, lossy
 from pipecompile.partition.contract import Contraction
 from pipecompile.partition.deadline import Deadline, OutOfTime
-from pipecompile.partition.evaluate import bottleneck, check
+from pipecompile.partition.evaluate import bottleneck, check, stage_transfers
 from pipecompile.partition.exact import PATIENTLY, QUICKLY, Effort, exact
 from pipecompile.partition.pool import pooled
 from pipecompile.partition.problem import Problem
-from pipecompile.partition.refine import cheapest, walked
+from pipecompile.partition.refine import cheapest, traded, walked
 from pipecompile.partition.zoom import near_boundaries
 from pipecompile.quality import SLACK, Quality
 
@@ -34,6 +34,8 @@ MOST_ATOMS = 600  # for the pool
 MOST_EXACT_ATOMS = 5_000  # for the exact programme, whose tables grow with the square
 MOST_NEAR = 1_500  # near the boundaries of a larger problem's plan
 BEAMS, ZOOMED = (150_000, 500_000), (60_000,)  # sets in one window that are followed up, times free atoms
+MOST_OTHERS = 40
+SLACKS = (1.02, 1.05, 1.1, 1.2, 1.4)  # times the least load
 BEYOND = 1.001  # a search up to so many times the load of any plan proves that there is none
 
 
@@ -43,12 +45,14 @@ class Solution:
 
     stage_of: tuple[int, ...]  # atom -> stage
     quality: Quality
+    others: tuple[tuple[int, ...], ...] = ()  # plans whose busiest stage takes longer, if they were asked for
 
 
-def solve(problem: Problem, budget: float | None = None) -> Solution:
+def solve(problem: Problem, budget: float | None = None, others: bool = False) -> Solution:
     """The best plan found; the same problem has the same plan, unless the budget ends the search.
 
     Args:
+        others: whether to keep other plans found on the way, and to look for such as send less.
         budget: CPU seconds after which the search ends with the best plan so far; a first plan is always looked for.
 
     Raises:
@@ -62,8 +66,9 @@ def solve(problem: Problem, budget: float | None = None) -> Solution:
     if search.stage_of is None:
         _refuse(problem, search.lower == inf)
     check(problem, search.stage_of)
+    kept = search.others() if others else ()
     quality = Quality(search.upper, min(search.lower, search.upper), process_time() - begin)
-    return Solution(search.stage_of, quality)
+    return Solution(search.stage_of, quality, kept)
 
 
 class _Search:
@@ -89,6 +94,16 @@ class _Search:
                 self._zoom()
         except OutOfTime:
             pass
+        self._break_tie()
+
+    def others(self) -> tuple[tuple[int, ...], ...]:
+        """Up to ``MOST_OTHERS`` plans beside the best: those that send less, and those of single orders."""
+        if not self.plans:
+            return ()
+        limits = [self.upper * slack for slack in SLACKS]
+        sends_less = [chain.stage_of for chain in traded(self.base.problem, self.plans, limits)]
+        plans = dict.fromkeys(self.base.expand(plan) for plan in [*sends_less, *self.plans])
+        return tuple(plan for plan in plans if plan != self.stage_of)[:MOST_OTHERS]
 
     @property
     def _is_done(self) -> bool:
@@ -112,6 +127,16 @@ class _Search:
         coarse = _filled(lossy(self.base.problem, MOST_ATOMS), self.base.problem)
         self._follow(pooled(coarse.problem, self.deadline), coarse)
 
+    def _break_tie(self) -> None:
+        """Of the plans whose busiest stage takes as long as the best's takes one that sends less."""
+        if self.stage_of is None or not self.plans or len(self.base.problem) > MOST_NEAR:
+            return
+        for chain in traded(self.base.problem, self.plans, [self.upper]):
+            found = self.base.expand(chain.stage_of)
+            sent = [sum(stage_transfers(self.problem, plan)) for plan in (found, self.stage_of)]
+            if bottleneck(self.problem, found) <= self.upper and sent[0] < sent[1] * (1 - SLACK):
+                self.stage_of = found
+
     def _bound(self) -> None:
         self.lower = max(self.lower, stage_bound(_relaxed(self.problem).problem))
 
@@ -120,12 +145,12 @@ class _Search:
         for contraction in _contractions(self.problem):
             if self._is_done:
                 return
-            chain = None
+            best = None
             for lower, chain in exact(contraction.problem, self.lower, self.upper, effort, self.deadline):
-                self.lower = max(self.lower, lower)
-            if chain and _is_plan(self.problem, found := contraction.expand(chain.stage_of)):
+                self.lower, best = max(self.lower, lower), chain
+            if best and _is_plan(self.problem, found := contraction.expand(best.stage_of)):
                 self._improve(found)
-            elif not chain and self.lower < self.upper:
+            elif not best and self.lower < self.upper:
                 return  # what is harder will not end either
         if self.stage_of is None and self.lower >= self.upper:
             self.lower = inf

@@ -44,22 +44,24 @@ class Side:
     time: float  # seconds of atoms and nets
     speed: float  # of the fastest
     memory: float  # bytes
+    overlapped: bool  # nets take no time from atoms
 
     @staticmethod
-    def of(seats: Sequence[Seat], limit: float) -> Side:
+    def of(seats: Sequence[Seat], limit: float, overlapped: bool = False) -> Side:
         wide = limit * (1 + ROUNDING)
-        speeds = [seat.speed for seat in seats]
-        return Side(wide * sum(speeds), wide * len(seats), max(speeds), sum(seat.memory for seat in seats))
+        speeds, memory = [seat.speed for seat in seats], sum(seat.memory for seat in seats)
+        return Side(wide * sum(speeds), wide * len(seats), max(speeds), memory, overlapped)
 
     def less(self, spent: float, opened: float) -> Side:
         """The same after seconds that are spent anyway, of which ``opened`` on nets open at the boundary."""
-        work = min(self.work, self.speed * (self.time - spent - opened))
-        return Side(work, self.time - spent, self.speed, self.memory)
+        rest = self.speed * (self.time - spent - opened)
+        work = min(self.work, rest) if rest < 0 or not self.overlapped else self.work
+        return replace(self, work=work, time=self.time - spent)
 
     def allows(self, weight: Floats, kept: Floats, opened: Floats) -> Bools:
         """Whether this much weight, bytes and open seconds may lie on this side."""
-        within = (weight <= self.work) & (weight / self.speed + opened <= self.time)
-        return np.asarray(within & (kept <= self.memory * (1 + ROUNDING)))
+        spent = opened if self.overlapped else weight / self.speed + opened
+        return np.asarray((weight <= self.work) & (spent <= self.time) & (kept <= self.memory * (1 + ROUNDING)))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -85,8 +87,8 @@ class Window:
     @property
     def most_open(self) -> float:
         """Seconds of open nets that leave both sides together enough for all atoms."""
-        fastest = max(self.before.speed, self.after.speed)
-        return (self.before.time + self.after.time - self.problem.total / fastest) / 2
+        time, fastest = self.before.time + self.after.time, max(self.before.speed, self.after.speed)
+        return (time if self.problem.overlapped else time - self.problem.total / fastest) / 2
 
     @property
     def free(self) -> int:
@@ -161,8 +163,10 @@ def admit(sets: Family, limit: float) -> list[Family]:
 
 
 def _sides(problem: Problem, limit: float) -> list[tuple[Side, Side]]:
-    seats = problem.seats
-    return [(Side.of(seats[:k], limit), Side.of(seats[k:], limit)) for k in range(1, len(seats))]
+    def side(seats: Sequence[Seat]) -> Side:
+        return Side.of(seats, limit, problem.overlapped)
+
+    return [(side(problem.seats[:k]), side(problem.seats[k:])) for k in range(1, problem.num_stages)]
 
 
 def _narrow(problem: Problem, limit: float, found: list[Window], deadline: Deadline) -> list[Window]:
