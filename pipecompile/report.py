@@ -102,6 +102,7 @@ def describe(compiled: Compiled, timeline: Timeline | None = None) -> Mapping[st
             *[f"stage {stage}, for its memory" for stage in plan.recomputed],
         ],
         "memory": _memory(compiled),
+        "costs": [compiled.costed.origin],
         "calibration": _calibration(compiled, timeline),
         "tied": [
             f"{t.parameter} over stages {', '.join(map(str, t.stages))}, gradients summed" for t in plan.tied_by_model
