@@ -32,7 +32,7 @@ from pipecompile.errors import ExecutionError, InputError
 from pipecompile.graph import CostedGraph, Graph
 from pipecompile.options import Options
 from pipecompile.partition import carry_over
-from pipecompile.plan import Plan
+from pipecompile.plan import Plan, stage_costs
 from pipecompile.planning import Request, Workload, make_plan
 from pipecompile.profile import profile
 from pipecompile.rehearse import rehearse
@@ -116,13 +116,15 @@ def _rehearsed(
 ) -> Compiled:
     """The same planned from what its stages take together, rehearsed until the plan's times hold.
 
-    Where a stage raises, the costs stay as they are and say so: the step to come raises too.
+    If they never do, of all rehearsed plans that whose busiest stage took least, with the times that it took. Where a
+    stage raises, the costs stay as they are and say so: the step to come raises too.
     """
+    tried: list[Compiled] = []
     fitting = [cut for cut in compiled.cuts(rows) if not compiled.broken(call, cut)]
     schedule = SCHEDULES["1f1b"] if options.schedule in ASYNCHRONOUS else compiled.work.schedule
     loss = _loss(compiled.division, options)
     starts = [loss] if loss else list(compiled.division.joins)
-    for _ in range(REHEARSALS if fitting else 0):
+    while fitting and len(tried) < REHEARSALS:
         costed, plan = compiled.costed, compiled.plan
         try:
             with attributes_kept(compiled.captured.model):
@@ -133,10 +135,12 @@ def _rehearsed(
             return compiled
         if max(it.error for it in times) <= HOLDS:
             return _noted(compiled, "held in a rehearsal")
-        compiled = _replanned(compiled, corrected(costed, plan, times, "a rehearsal"), request, devices)
-        if replace(compiled.plan, quality=None) == replace(plan, quality=None):
-            break
-    return compiled
+        costed, plan = corrected(costed, plan, times, "a rehearsal"), replace(plan, quality=None)
+        tried.append(replace(compiled, costed=costed, plan=plan, reference=plan, programs={}))
+        compiled = _replanned(compiled, costed, request, devices)
+        if replace(compiled.plan, quality=None) == plan:
+            return compiled
+    return min(tried, key=lambda it: max(cost.seconds for cost in stage_costs(it.costed, it.plan)), default=compiled)
 
 
 def _replanned(compiled: Compiled, costed: CostedGraph, request: Request, devices: Sequence[torch.device]) -> Compiled:

@@ -26,7 +26,8 @@ from pipecompile.session import Session
 from pipecompile.steps import Batch, microbatches_of
 from pipecompile.timeline import Timeline
 
-PASSES = 2  # timed, after one to warm up
+PASSES = (2, 8)  # timed, at least and at most, after one to warm up
+ENOUGH = 0.5  # seconds: passes are not repeated further once they have taken so long
 WORTH = 5e-3  # seconds of a stage from which it is rehearsed: Python's lock passes from thread to thread so late
 
 
@@ -52,14 +53,20 @@ def rehearse(
     program = compiled.lowered(schedule(compiled.plan, min(len(batch.rows), 2 * compiled.plan.num_stages + 1)))
     with closing(Session(devices, None)) as session:
         session.weights = [Weights(_tensors(compiled, stage.index), stage.device) for stage in compiled.stages]
-        timelines = []
-        for _ in range(1 + PASSES):
+
+        def run() -> Timeline:
             for weights in session.weights:
                 weights.begin(weights.tensors)
             session.run(compiled, program, _microbatches(batch, starts))
-            timelines.append(session.timeline)
-    spans = [span for timeline in timelines[1:] if timeline is not None for span in timeline.spans]
-    return compiled.times(Timeline(tuple(spans), len(devices)))
+            assert session.timeline is not None
+            return session.timeline
+
+        run()
+        timed: list[Timeline] = []
+        least, most = PASSES
+        while len(timed) < least or (len(timed) < most and sum(each.makespan for each in timed) < ENOUGH):
+            timed.append(run())
+    return compiled.times(Timeline(tuple(span for each in timed for span in each.spans), len(devices)))
 
 
 def _tells(compiled: Compiled) -> bool:

@@ -21,7 +21,7 @@ from pipecompile import compile_call, rehearse
 from pipecompile.calibrate import Times
 from pipecompile.cluster import Cluster
 from pipecompile.errors import ExecutionError
-from pipecompile.graph import CostedGraph
+from pipecompile.graph import Cost, CostedGraph
 from pipecompile.plan import stage_costs
 from pipecompile.program import Backward, Forward
 from pipecompile.schedule import SCHEDULES
@@ -260,6 +260,26 @@ def test_a_plan_whose_times_hold_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     assert stages.first is not None
     assert pipe.profile.costs == stages.first.costs
     assert pipe.profile.origin.endswith(", held in a rehearsal")
+
+
+def test_where_times_never_hold_the_best_plan_that_was_rehearsed_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    took: list[tuple[float, tuple[int | None, ...]]] = []
+
+    def now_one_now_the_other(batch: Batch, *_: Any) -> tuple[Times, ...]:
+        plan = batch.compiled.plan
+        costs = stage_costs(batch.compiled.costed, plan)
+        slow = len(took) % 2
+        measured = [Cost(4 * c.forward, 4 * c.backward) if s == slow else c for s, c in enumerate(costs)]
+        took.append((max(cost.seconds for cost in measured), plan.stage_of))
+        return tuple(map(Times, costs, measured))
+
+    monkeypatch.setattr(compile_call, "rehearse", now_one_now_the_other)
+    pipe = compiled(Deep())
+    assert len(took) == compile_call.REHEARSALS
+    seconds, stage_of = min(took)
+    assert pipe.plan.stage_of == stage_of
+    assert max(cost.seconds for cost in stage_costs(pipe.profile, pipe.plan)) == pytest.approx(seconds)
+    pipe(rows()).backward()
 
 
 def test_later_steps_are_predicted_by_the_rehearsal(monkeypatch: pytest.MonkeyPatch) -> None:
