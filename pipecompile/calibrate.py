@@ -26,7 +26,14 @@ class Times:
     @property
     def ratio(self) -> float:
         """Measured over predicted; 1 where nothing was predicted."""
-        return self.measured.seconds / self.predicted.seconds if self.predicted.seconds else 1.0
+        return _ratio(self.measured.seconds, self.predicted.seconds)
+
+    @property
+    def error(self) -> float:
+        """How far forward or backward is off, whichever is more, relative to the prediction."""
+        measured, predicted = self.measured, self.predicted
+        pairs = (measured.forward, predicted.forward), (measured.backward, predicted.backward)
+        return max(abs(_ratio(*pair) - 1) for pair in pairs)
 
 
 def stage_times(predicted: Sequence[Cost], timeline: Timeline) -> tuple[Times, ...]:
@@ -47,20 +54,39 @@ def stage_times(predicted: Sequence[Cost], timeline: Timeline) -> tuple[Times, .
     )
 
 
-def corrected(costed: CostedGraph, plan: Plan, times: Sequence[Times]) -> CostedGraph:
+def corrected(costed: CostedGraph, plan: Plan, times: Sequence[Times], by: str = "a measured step") -> CostedGraph:
     """The costs with those of each stage's nodes scaled to what the stage took; replicated nodes keep theirs.
 
     Of a stage with replicas it is the mean of theirs.
+
+    Args:
+        by: where the times are from, for ``origin``.
     """
-    forward = [mean(_ratio(times[s].measured.forward, times[s].predicted.forward) for s in r) for r in plan.replicas]
-    backward = [mean(_ratio(times[s].measured.backward, times[s].predicted.backward) for s in r) for r in plan.replicas]
+    ratios = [_ratios(it, stage in plan.recomputed) for stage, it in enumerate(times)]
+    forward = [mean(ratios[stage][0] for stage in r) for r in plan.replicas]
+    backward = [mean(ratios[stage][1] for stage in r) for r in plan.replicas]
     costs = tuple(
         cost
         if stage is None
         else replace(cost, forward=cost.forward * forward[stage], backward=cost.backward * backward[stage])
         for cost, stage in zip(costed.costs, plan.stage_of, strict=True)
     )
-    return replace(costed, costs=costs, origin=f"{costed.origin}, corrected by a measured step")
+    origin = f"{costed.origin.removesuffix(_corrected_by(by))}{_corrected_by(by)}"
+    return replace(costed, costs=costs, origin=origin)
+
+
+def _corrected_by(what: str) -> str:
+    return f", corrected by {what}"
+
+
+def _ratios(times: Times, again: bool) -> tuple[float, float]:
+    """Of forward and backward; that of a stage which computes its forward again holds for the rest of its backward."""
+    measured, predicted = times.measured, times.predicted
+    rest = max(0.0, measured.backward - again * measured.forward)
+    return (
+        _ratio(measured.forward, predicted.forward),
+        _ratio(rest, predicted.backward - again * predicted.forward),
+    )
 
 
 def _ratio(measured: float, predicted: float) -> float:

@@ -1,9 +1,10 @@
 """What the verbs make of a call, step by step.
 
     capture -> summarize -> profile -> make_plan -> split        once for a kind of call
+    rehearse -> corrected -> make_plan -> split                  until the plan's times hold
     schedule -> simulate -> lower                                once for a number of microbatches
 
-The first capture of a model is profiled and partitioned, the others follow its plan.
+The first capture of a model is profiled, partitioned and rehearsed, the others follow its plan.
 """
 
 from __future__ import annotations
@@ -17,24 +18,31 @@ import torch
 from torch import Tensor, nn
 
 from pipecompile.batching import Division, Rows, defer_running, divide, twins_differ, undivided
+from pipecompile.calibrate import corrected
 from pipecompile.capture import Call, Captured, capture, summarize
 from pipecompile.capture.ancestors import ancestors
 from pipecompile.capture.capture import SYMBOLIC_ATTEMPTS
 from pipecompile.capture.joins import with_batch_dims
 from pipecompile.capture.origin import origin_of
+from pipecompile.capture.state import attributes_kept
 from pipecompile.compiled import Compiled, find_loss, misfit
 from pipecompile.devices import cluster_of
-from pipecompile.errors import InputError
+from pipecompile.errors import ExecutionError, InputError
 from pipecompile.graph import CostedGraph, Graph
 from pipecompile.options import Options
 from pipecompile.partition import carry_over
-from pipecompile.plan import Plan
+from pipecompile.plan import Plan, stage_costs
 from pipecompile.planning import Request, Workload, make_plan
 from pipecompile.profile import profile
+from pipecompile.rehearse import rehearse
 from pipecompile.replicate import Candidate, with_best_replicas
 from pipecompile.retarget import threads_each
-from pipecompile.schedule import gpipe
-from pipecompile.split import Piece, cut_out, split
+from pipecompile.schedule import ASYNCHRONOUS, SCHEDULES, gpipe
+from pipecompile.split import Piece, Stage, cut_out, split
+from pipecompile.steps import Batch
+
+REHEARSALS = 3  # at most, each of a plan made from the one before
+HOLDS = 0.05  # relative: a stage's forward or backward is not predicted closer than steps differ from one another
 
 
 def compile_call(
@@ -67,26 +75,83 @@ def compile_call(
     else:
         captured = with_batch_dims(trace(rows.counts if call.batch else None), trace)
         division = undivided(captured, options.out_dims)
-    body = division.body
-    graph = summarize(body)
+    graph = summarize(division.body)
+    if first is not None:
+        plan = carry_over(first.plan, first.graph, graph)
+        known = first.costed, first.reference, first.cluster, first.work, first.candidates
+        return Compiled(division, graph, plan, *known, *_cut(division, graph, plan, devices))
+    work, costed = _work(division, options), _costed(division.body, graph, options, devices)
+    cluster = options.cluster or cluster_of(devices, measure=costed.measured)
+    request = Request((1,) * len(devices), options.wishes, options.budget)
     candidates: tuple[Candidate, ...] = ()
-    if first is None:
-        work = _work(division, options)
-        costed = _costed(body, graph, options, devices)
-        cluster = options.cluster or cluster_of(devices, measure=costed.measured)
-        if options.replicas == "auto":
-            plan, candidates = with_best_replicas(costed, cluster, work, options.wishes, options.budget)
-        else:
-            request = Request(options.replicas or (1,) * len(devices), options.wishes, options.budget)
-            plan = make_plan(costed, request, cluster, work)
-        reference = plan
+    if options.replicas == "auto":
+        plan, candidates = with_best_replicas(costed, cluster, work, options.wishes, options.budget)
+        request = replace(request, replicas=candidates[0].replicas)
     else:
-        plan, costed, reference = carry_over(first.plan, first.graph, graph), first.costed, first.reference
-        cluster, work, candidates = first.cluster, first.work, first.candidates
-    place(body, plan, graph, devices)
-    stages = split(body, graph, plan, devices)
-    before, tail = _pieces(division, stages[-1].device)
-    return Compiled(division, graph, plan, costed, reference, cluster, work, candidates, stages, before, tail)
+        request = replace(request, replicas=options.replicas or request.replicas)
+        plan = make_plan(costed, request, cluster, work)
+    cut = _cut(division, graph, plan, devices)
+    compiled = Compiled(division, graph, plan, costed, plan, cluster, work, candidates, *cut)
+    return _rehearsed(compiled, request, call, rows, devices, options) if _is_real(model, options) else compiled
+
+
+def _cut(
+    division: Division, graph: Graph, plan: Plan, devices: Sequence[torch.device]
+) -> tuple[tuple[Stage, ...], Piece | None, Piece | None]:
+    """The stages, and the pieces before and after them; parameters are moved to their devices."""
+    place(division.body, plan, graph, devices)
+    stages = split(division.body, graph, plan, devices)
+    return stages, *_pieces(division, stages[-1].device)
+
+
+def _is_real(model: nn.Module, options: Options) -> bool:
+    """Whether costs are measured here, for the devices that are here."""
+    measured = options.profile in (None, "measure") and not any(p.is_meta for p in model.parameters())
+    return measured and options.cluster is None
+
+
+def _rehearsed(
+    compiled: Compiled, request: Request, call: Call, rows: Rows, devices: Sequence[torch.device], options: Options
+) -> Compiled:
+    """The same planned from what its stages take together, rehearsed until the plan's times hold.
+
+    If they never do, of all rehearsed plans that whose busiest stage took least, with the times that it took. Where a
+    stage raises, the costs stay as they are and say so: the step to come raises too.
+    """
+    tried: list[Compiled] = []
+    fitting = [cut for cut in compiled.cuts(rows) if not compiled.broken(call, cut)]
+    schedule = SCHEDULES["1f1b"] if options.schedule in ASYNCHRONOUS else compiled.work.schedule
+    loss = _loss(compiled.division, options)
+    starts = [loss] if loss else list(compiled.division.joins)
+    while fitting and len(tried) < REHEARSALS:
+        costed, plan = compiled.costed, compiled.plan
+        try:
+            with attributes_kept(compiled.captured.model):
+                times = rehearse(Batch(compiled, call, fitting[0]), starts, schedule, devices)
+        except ExecutionError as error:
+            return _noted(compiled, f"not rehearsed, since {error}")
+        if not times:
+            return compiled
+        if max(it.error for it in times) <= HOLDS:
+            return _noted(compiled, "held in a rehearsal")
+        costed, plan = corrected(costed, plan, times, "a rehearsal"), replace(plan, quality=None)
+        tried.append(replace(compiled, costed=costed, plan=plan, reference=plan, programs={}))
+        compiled = _replanned(compiled, costed, request, devices)
+        if replace(compiled.plan, quality=None) == plan:
+            return compiled
+    return min(tried, key=lambda it: max(cost.seconds for cost in stage_costs(it.costed, it.plan)), default=compiled)
+
+
+def _replanned(compiled: Compiled, costed: CostedGraph, request: Request, devices: Sequence[torch.device]) -> Compiled:
+    plan = make_plan(costed, request, compiled.cluster, compiled.work)
+    division, graph, candidates = compiled.division, compiled.graph, compiled.candidates
+    known = costed, plan, compiled.cluster, compiled.work, candidates
+    return Compiled(division, graph, plan, *known, *_cut(division, graph, plan, devices))
+
+
+def _noted(compiled: Compiled, what: str) -> Compiled:
+    """The same with a word on where its costs are from."""
+    return replace(compiled, costed=replace(compiled.costed, origin=f"{compiled.costed.origin}, {what}"))
 
 
 def _costed(captured: Captured, graph: Graph, options: Options, devices: Sequence[torch.device]) -> CostedGraph:
@@ -94,7 +159,8 @@ def _costed(captured: Captured, graph: Graph, options: Options, devices: Sequenc
     if isinstance(options.profile, CostedGraph):
         return reused(options.profile, graph)
     kind = options.cluster.devices[0].kind if options.cluster else ""
-    return profile(captured, graph, options.profile, devices[0], threads=threads_each(devices), kind=kind)
+    with attributes_kept(captured.model):  # parts kept whole may set some
+        return profile(captured, graph, options.profile, devices[0], threads=threads_each(devices), kind=kind)
 
 
 def reused(costed: CostedGraph, graph: Graph) -> CostedGraph:
@@ -113,14 +179,19 @@ def reused(costed: CostedGraph, graph: Graph) -> CostedGraph:
 
 def _work(division: Division, options: Options) -> Workload:
     """How this capture is trained: where the stages do not end in the loss, all forwards come before the backwards."""
+    schedule = options.work.schedule if _loss(division, options) else gpipe
+    return replace(options.work, tail=_tail_bytes(division), schedule=schedule)
+
+
+def _loss(division: Division, options: Options) -> str:
+    """The value of the stages that is the loss; empty if they compute none."""
     try:
         loss = find_loss(division.captured, options.loss)
     except InputError:  # the call that trains says so
-        loss = None
+        return ""
     outputs = [output for output in division.captured.outputs if output.node is not None]
-    inside = loss is not None and division.places[str(outputs[loss].node)] in division.joins
-    schedule = options.work.schedule if inside else gpipe
-    return replace(options.work, tail=_tail_bytes(division), schedule=schedule)
+    name = "" if loss is None else division.places[str(outputs[loss].node)]
+    return name if name in division.joins else ""
 
 
 def _tail_bytes(division: Division) -> int:
@@ -201,5 +272,5 @@ def place(captured: Captured, plan: Plan, graph: Graph, devices: Sequence[torch.
 
 
 def _move(tensor: Tensor, device: torch.device) -> None:
-    if tensor.device != device:
+    if tensor.device != device and not tensor.is_meta:
         tensor.data = tensor.data.to(device)

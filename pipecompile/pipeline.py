@@ -24,6 +24,7 @@ from pipecompile.memory import Memory
 from pipecompile.options import Options
 from pipecompile.plan import Plan
 from pipecompile.program import Program
+from pipecompile.randomness import undrawn
 from pipecompile.report import describe
 from pipecompile.runtime import Ambient
 from pipecompile.schedule import ASYNCHRONOUS, SCHEDULES, pipedream
@@ -299,16 +300,17 @@ class Pipeline(nn.Module):
     def _capture(self, call: Call, rows: Rows) -> steps.Batch:
         """A new capture; if its trace holds for one size alone, all microbatches are made that size."""
         for candidate in (rows, rows.equal()):
-            compiled = compile_call(
-                self.model,
-                call,
-                candidate,
-                self.devices,
-                self.options,
-                self._forward,
-                self._first or self._placement,
-                whole=self.microbatches > 1 and not (self.schedule in ASYNCHRONOUS and self.model.training),
-            )
+            with undrawn(self.devices):
+                compiled = compile_call(
+                    self.model,
+                    call,
+                    candidate,
+                    self.devices,
+                    self.options,
+                    self._forward,
+                    self._first or self._placement,
+                    whole=self.microbatches > 1 and not (self.schedule in ASYNCHRONOUS and self.model.training),
+                )
             for cut in compiled.cuts(candidate):
                 if not compiled.broken(call, cut):
                     return steps.Batch(compiled, call, cut)

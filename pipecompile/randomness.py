@@ -10,12 +10,14 @@ Two runs of a model that are to be compared are made under ``alike``: there ever
 from __future__ import annotations
 
 import functools
+import random
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -86,6 +88,19 @@ def seeds(count: int) -> list[int]:
     """A seed for each microbatch of a step, drawn from the caller's generator."""
     step = int(torch.randint(_LIMIT - 1, ()).item())
     return [(step + i * 0x9E3779B97F4A7C15) % _LIMIT for i in range(count)]
+
+
+@contextmanager
+def undrawn(devices: Iterable[torch.device]) -> Iterator[None]:
+    """Whatever draws random numbers in it, the generators of torch, Python and numpy are as before at the end."""
+    cuda = [device for device in dict.fromkeys(devices) if device.type == "cuda"]
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(cuda):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 @contextmanager

@@ -118,6 +118,7 @@ def describe(compiled: Compiled, timeline: Timeline | None = None) -> Mapping[st
         ],
         "memory": _memory(compiled),
         "links": _links(compiled.cluster),
+        "costs": [compiled.costed.origin],
         "calibration": _calibration(compiled, timeline),
         "tied": [
             f"{t.parameter} over stages {', '.join(map(str, t.stages))}, gradients summed" for t in plan.tied_by_model

@@ -77,6 +77,11 @@ class Session:
         self.weights, self.executors = [], {}
         self.program = self.timeline = None
 
+    def close(self) -> None:
+        """Ends the ranks' threads; nothing can be run any more."""
+        for lane in self.lanes:
+            lane.thread.shutdown()
+
     def _own(self, compiled: Compiled) -> None:
         if not self.weights:
             self.weights = [Weights(compiled.tensors(s.index), s.device, self.optimizer) for s in compiled.stages]

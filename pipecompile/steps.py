@@ -208,7 +208,7 @@ def stream(session: Session, batch: Batch, loss: int) -> Any:
     drawn = batch.draw()
     name = str(batch.outputs[loss].node)
     entering = range(under_way.next, under_way.next + len(batch.rows))
-    parts = zip(entering, _microbatches(batch, drawn), strict=True)
+    parts = zip(entering, microbatches_of(batch, drawn), strict=True)
     new = {number: replace(part, seeds={name: 1.0}) for number, part in parts}
     under_way.microbatches.update(new)
     program = batch.compiled.lowered(pipedream(batch.compiled.plan, entering, under_way.carried))
@@ -233,12 +233,12 @@ def flush(session: Session) -> None:
 def _forward(session: Session, batch: Batch, drawn: Sequence[int | None]) -> dict[int, Microbatch]:
     if session.optimizer is None:
         session.begin(batch.compiled)
-    microbatches = dict(enumerate(_microbatches(batch, drawn)))
+    microbatches = dict(enumerate(microbatches_of(batch, drawn)))
     session.run(batch.compiled, batch.program("forward", forward_only), microbatches)
     return microbatches
 
 
-def _microbatches(batch: Batch, drawn: Sequence[int | None]) -> list[Microbatch]:
+def microbatches_of(batch: Batch, drawn: Sequence[int | None]) -> list[Microbatch]:
     """The parts of a batch, each with the seed of its random functions."""
     parts = scatter(batch.call, batch.rows, batch.compiled.run_before(batch.call), batch.division.before)
     return [Microbatch(part, seed) for part, seed in zip(parts, drawn, strict=True)]
@@ -248,7 +248,7 @@ def _from_loss(batch: Batch, loss: int, drawn: Sequence[int | None], scale: floa
     """The parts of a batch, whose backwards start from their shares of a gradient into the loss."""
     name = batch.division.places[str(batch.outputs[loss].node)]
     weights = batch.rows.weights if batch.joins[name] != Partial() else (1.0,) * len(batch.rows)
-    parts = zip(_microbatches(batch, drawn), weights, strict=True)
+    parts = zip(microbatches_of(batch, drawn), weights, strict=True)
     return {i: replace(part, seeds={name: weight * scale}) for i, (part, weight) in enumerate(parts)}
 
 

@@ -32,7 +32,7 @@ from pipecompile.compiled import find_loss
 from pipecompile.errors import PipecompileError
 from pipecompile.plan import Plan
 from pipecompile.program import Program
-from pipecompile.randomness import alike, is_dropout, without_dropout
+from pipecompile.randomness import alike, is_dropout, undrawn, without_dropout
 from pipecompile.report import describe
 from pipecompile.retarget import threads_each, threads_of
 from pipecompile.session import Session
@@ -82,7 +82,7 @@ def verify(subject: Subject, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
     """
     notes: dict[str, dict[str, None]] = {}
     checks: list[Check] = []
-    with _preserved(subject.model), alike(), threads_of(threads_each(subject.devices)):
+    with _preserved(subject.model, subject.devices), alike(), threads_of(threads_each(subject.devices)):
         given = subject.batch(args, kwargs, subject.microbatches)
         for mode in MODES:
             subject.model.train(mode == "train")
@@ -330,17 +330,12 @@ def _magnitude(tensor: Tensor) -> float:
 
 
 @contextmanager
-def _preserved(model: nn.Module) -> Iterator[None]:
+def _preserved(model: nn.Module, devices: Sequence[torch.device]) -> Iterator[None]:
     """Modes, generators and the caller's autograd modes are as before at the end; what a check changes it undoes."""
     modes = [(module, module.training) for module in model.modules()]
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    generator = torch.get_rng_state()
     try:
-        with torch.inference_mode(False), torch.enable_grad():
+        with undrawn(devices), torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
         for module, training in modes:
             module.training = training
-        torch.set_rng_state(generator)
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import pipecompile
-from pipecompile.calibrate import corrected, stage_times
+from pipecompile.calibrate import Times, corrected, stage_times
 from pipecompile.cluster import Cluster, Device
 from pipecompile.errors import InfeasibleError, InputError, PlanError
 from pipecompile.graph import Cost, CostedGraph
@@ -186,6 +186,22 @@ def test_times_are_corrected_stage_by_stage() -> None:
     assert [t.ratio for t in times] == [pytest.approx(1), pytest.approx(3), pytest.approx(1)]
     fixed = stage_costs(corrected(pipe.profile, pipe.plan, times), pipe.plan)
     assert [c.seconds for c in fixed] == [pytest.approx(t.measured.seconds) for t in times]
+
+
+@pytest.mark.parametrize("recompute", ["never", "always"])
+def test_forward_and_backward_are_corrected_each(recompute: str) -> None:
+    pipe = compiled(recompute=recompute)
+    costs = tuple(Cost() if stage is None else Cost(1.0, 2.0) for stage in pipe.plan.stage_of)
+    costed = replace(pipe.profile, costs=costs)
+    before = stage_costs(costed, pipe.plan)
+    times = [Times(cost, Cost(2 * cost.forward, 3 * cost.backward)) for cost in before]
+    assert {round(it.error, 9) for it in times} == {2.0}
+    once = corrected(costed, pipe.plan, times, "a test")
+    for cost, it in zip(stage_costs(once, pipe.plan), times, strict=True):
+        assert cost.forward == pytest.approx(it.measured.forward)
+        assert cost.backward == pytest.approx(it.measured.backward)
+    twice = corrected(once, pipe.plan, times, "a test")
+    assert once.origin == twice.origin == f"{costed.origin}, corrected by a test"
 
 
 def test_times_of_a_step_without_a_backward_say_nothing() -> None:

@@ -122,6 +122,33 @@ def test_a_clock_gives_the_median_of_several_runs(monkeypatch: pytest.MonkeyPatc
     assert len(runs) == 4  # the first run is not timed
 
 
+class Paced:
+    """A call on a clock of its own: two seconds forward, five backward and one to start it, much for its seeds."""
+
+    differentiable = True
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def forward(self) -> list[Tensor]:
+        self.now += 2
+        return []
+
+    def seeds(self, outputs: list[Tensor]) -> list[Tensor]:
+        self.now += 100
+        return []
+
+    def backward(self, outputs: list[Tensor], seeds: list[Tensor]) -> None:
+        self.now += 5 + 1
+
+
+def test_a_backward_is_measured_without_its_seeds_and_its_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    call, clock = Paced(), meters.Clock(CPU)
+    clock.start = 1.0
+    monkeypatch.setattr(meters.time, "perf_counter", lambda: call.now)
+    assert clock.seconds(call) == (2, 5)
+
+
 def test_a_slow_operation_is_not_repeated_more_than_it_must() -> None:
     runs: list[int] = []
     clock = iter(range(100))

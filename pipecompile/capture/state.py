@@ -79,17 +79,26 @@ def with_fakes(model: nn.Module, fakes: dict[str, Tensor], was_read: Callable[[T
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
     """Lets a model run as it likes, and puts its attributes, modes and buffers back; parameters are not copied."""
+    values = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    try:
+        with attributes_kept(model):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in values:
+                buffer.copy_(value)
+
+
+@contextmanager
+def attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Whatever sets attributes of the model's modules in it, they are as before at the end."""
     modules = list(model.modules())
     before = [snapshot(module) for module in modules]
-    values = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     try:
         yield
     finally:
         for module, held in zip(modules, before, strict=True):
             restore(module, held)
-        with torch.no_grad():
-            for buffer, value in values:
-                buffer.copy_(value)
 
 
 @contextmanager

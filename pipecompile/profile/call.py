@@ -64,13 +64,17 @@ class Call:
         roots = [t for t in outputs if t.grad_fn is not None]
         torch.autograd.grad(roots, self.leaves, seeds or _ones(roots), allow_unused=True)
 
+    def seeds(self, outputs: list[Tensor]) -> list[Tensor]:
+        """Gradients of a forward's outputs for a backward to start from, which in a stage come from the next one."""
+        return _ones([t for t in outputs if t.grad_fn is not None])
+
     def allocated(self) -> tuple[int, int]:
         """The most bytes that a forward allocates at once, and a backward; none of one that cannot be run alone."""
         with Allocations() as during_forward:
             outputs = self.forward()
         if not self.differentiable:
             return during_forward.most, 0
-        seeds = _ones([t for t in outputs if t.grad_fn is not None])
+        seeds = self.seeds(outputs)
         try:
             with Allocations() as during_backward:
                 self.backward(outputs, seeds)
