@@ -14,10 +14,11 @@ from pipecompile.devices import named_cluster, parse_devices
 from pipecompile.graph import CostedGraph
 from pipecompile.options import BatchNorm, Options, read_costs
 from pipecompile.pipeline import Pipeline
-from pipecompile.planning import BUDGET, Recompute
+from pipecompile.planning import BUDGET, Goal
 from pipecompile.profile import How
 from pipecompile.runtime import MakeOptimizer
 from pipecompile.wishes import Wishes
+from pipecompile.workload import Recompute
 
 
 def compile(
@@ -45,6 +46,7 @@ def compile(
     together: Sequence[Sequence[str]] = (),
     most_stages: int | None = None,
     budget: float = BUDGET,
+    objective: Goal = "pace",
 ) -> Pipeline:
     """A pipeline that trains ``model`` split over ``devices``, and is called as the model is.
 
@@ -91,6 +93,10 @@ def compile(
         most_stages: the plan may have fewer stages than there are devices, and no more than so many.
         budget: CPU seconds after which the search for a plan ends with the best so far; ``pipe.plan`` says how good
             that is known to be.
+        objective: what the plan makes least: the "pace", seconds of the busiest stage for one microbatch with what it
+            sends added; the same where stages send while they compute ("overlap"); the predicted seconds of a whole
+            "step", which counts where few microbatches fill the pipeline; or any function of a plan, which chooses
+            among those that were found.
 
     Raises:
         InputError: a device is not there, or arguments do not fit together.
@@ -115,6 +121,7 @@ def compile(
         replicas=replicas if isinstance(replicas, str) else tuple(replicas or ()),
         wishes=Wishes(pins or {}, uncut, together, most_stages),
         budget=budget,
+        objective=objective,
     )
     options.check(model)
     options.check_replicas(len(present))

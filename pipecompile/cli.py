@@ -29,7 +29,7 @@ from pipecompile.models import load
 from pipecompile.options import read_costs
 from pipecompile.partition import ADAM
 from pipecompile.plan import Plan
-from pipecompile.planning import BUDGET, RECOMPUTE, Request, Workload, make_plan
+from pipecompile.planning import BUDGET, GOALS, Request, make_plan
 from pipecompile.profile import profile
 from pipecompile.program import Program
 from pipecompile.render.formats import FORMATS
@@ -42,6 +42,7 @@ from pipecompile.schedule import SCHEDULES, pipedream, steady
 from pipecompile.simulate import simulate
 from pipecompile.timeline import Timeline
 from pipecompile.wishes import Wishes
+from pipecompile.workload import RECOMPUTE, Workload
 
 SUFFIXES = {".gv": "dot", ".mmd": "mermaid", **{f".{name}": name for name in FORMATS}}
 NAMES = (*SCHEDULES, "pipedream")
@@ -148,6 +149,13 @@ def plan(
     budget: Annotated[
         float, typer.Option(min=0, help="CPU seconds after which the search ends with the best plan so far.")
     ] = BUDGET,
+    objective: Annotated[
+        str,
+        typer.Option(
+            help="What is to be least: the pace of the busiest stage, its pace with transfers overlapped (overlap), "
+            "or a whole step."
+        ),
+    ] = "pace",
     format: Annotated[
         str | None, typer.Option("--format", "-f", help=f"Write the stage graph as one of {', '.join(FORMATS)}.")
     ] = None,
@@ -166,6 +174,7 @@ def plan(
         raise InputError("--json and --format would both go to the terminal; add --output FILE")
     _check_choice("schedule", schedule, NAMES)
     _check_choice("recompute", recompute, RECOMPUTE)
+    _check_choice("objective", objective, GOALS)
     (place,) = parse_devices([device])
     counts = _replicas(replicas)
     num_devices = sum(counts) or stages or 2
@@ -181,7 +190,8 @@ def plan(
     if replicas == "auto":
         found, candidates = with_best_replicas(costed, devices, work, wishes, budget)
     else:
-        found = make_plan(costed, Request(counts or (1,) * num_stages, wishes, budget), devices, work)
+        request = Request(counts or (1,) * num_stages, wishes, budget, objective)  # type: ignore[arg-type]
+        found = make_plan(costed, request, devices, work)
     held = work.memory(costed, found, devices)
     view = stage_graph(costed, found)
     program = _program(schedule, view.plan, microbatches)

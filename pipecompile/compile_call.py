@@ -32,7 +32,7 @@ from pipecompile.graph import CostedGraph, Graph
 from pipecompile.options import Options
 from pipecompile.partition import carry_over
 from pipecompile.plan import Plan, stage_costs
-from pipecompile.planning import Request, Workload, make_plan
+from pipecompile.planning import Request, make_plan
 from pipecompile.profile import profile
 from pipecompile.rehearse import rehearse
 from pipecompile.replicate import Candidate, with_best_replicas
@@ -40,6 +40,7 @@ from pipecompile.retarget import threads_each
 from pipecompile.schedule import ASYNCHRONOUS, SCHEDULES, gpipe
 from pipecompile.split import Piece, Stage, cut_out, split
 from pipecompile.steps import Batch
+from pipecompile.workload import Workload
 
 REHEARSALS = 3  # at most, each of a plan made from the one before
 HOLDS = 0.05  # relative: a stage's forward or backward is not predicted closer than steps differ from one another
@@ -82,7 +83,7 @@ def compile_call(
         return Compiled(division, graph, plan, *known, *_cut(division, graph, plan, devices))
     work, costed = _work(division, options), _costed(division.body, graph, options, devices)
     cluster = options.cluster or cluster_of(devices, measure=costed.measured)
-    request = Request((1,) * len(devices), options.wishes, options.budget)
+    request = Request((1,) * len(devices), options.wishes, options.budget, options.objective)
     candidates: tuple[Candidate, ...] = ()
     if options.replicas == "auto":
         plan, candidates = with_best_replicas(costed, cluster, work, options.wishes, options.budget)

@@ -27,12 +27,12 @@ from pipecompile.graph import CostedGraph, Graph
 from pipecompile.lower import lower
 from pipecompile.memory import Memory
 from pipecompile.plan import Plan, stage_costs
-from pipecompile.planning import Workload
 from pipecompile.program import Program
 from pipecompile.replicate import Candidate
 from pipecompile.simulate import simulate
 from pipecompile.split import Piece, Stage
 from pipecompile.timeline import Timeline
+from pipecompile.workload import Workload
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,12 @@ from pipecompile.cluster import Cluster
 from pipecompile.errors import InputError
 from pipecompile.graph import CostedGraph
 from pipecompile.partition import ADAM
-from pipecompile.planning import BUDGET, RECOMPUTE, Recompute, Workload
+from pipecompile.planning import BUDGET, GOALS, Goal
 from pipecompile.profile import How, optimizer_state
 from pipecompile.runtime import MakeOptimizer
 from pipecompile.schedule import ASYNCHRONOUS, SCHEDULES, steady
 from pipecompile.wishes import NO_WISHES, Wishes
+from pipecompile.workload import RECOMPUTE, Recompute, Workload
 
 BatchNorm = Literal["microbatch", "deferred"]
 
@@ -45,6 +46,7 @@ class Options:
     replicas: tuple[int, ...] | Literal["auto"] = ()
     wishes: Wishes = NO_WISHES
     budget: float = BUDGET
+    objective: Goal = "pace"
 
     def check(self, model: nn.Module) -> None:
         """Raises ``InputError`` at the first option that is not known, or does not go with the model or another."""
@@ -61,6 +63,9 @@ class Options:
             )
         if isinstance(self.budget, bool) or not isinstance(self.budget, int | float) or not self.budget > 0:
             raise InputError(f"budget={self.budget!r}: a search for a plan takes some CPU seconds")
+        if not callable(self.objective) and self.objective not in GOALS:
+            known = ", ".join(map(repr, GOALS))
+            raise InputError(f"objective={self.objective!r} is not known; there are {known} and functions of a plan")
         self._check_schedule()
         self._check_names(model)
 

@@ -8,73 +8,36 @@ Stages are planned along a row of the devices in which each has a fast link to t
 equal change places, so that heavy cuts lie on fast links.
 
 With ``recompute="auto"`` a stage's backward computes its forward again where memory does not allow otherwise: all of
-them first, then, as far as there is room, the slowest stages no longer.
+them first, then, as far as there is room, the slowest stages no longer, and the others, which are slower now, are given
+less.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from functools import partial
+from math import ceil
+from typing import Literal
 
 from pipecompile.cluster import Cluster
 from pipecompile.errors import PlanError
 from pipecompile.graph import CostedGraph
-from pipecompile.memory import How, Memory, memory
-from pipecompile.partition import ADAM, Training, assign, partition, suited
+from pipecompile.memory import Memory
+from pipecompile.partition import Objective, Training, assign, partition, suited
 from pipecompile.plan import Plan, stage_costs
-from pipecompile.program import Program
 from pipecompile.render.units import bytes_text
-from pipecompile.simulate import simulate
 from pipecompile.versions import versions
 from pipecompile.wishes import NO_WISHES, Wishes
+from pipecompile.workload import Workload
 
-Schedule = Callable[[Plan, int], Program]
-Recompute = Literal["never", "always", "auto"]
-RECOMPUTE = get_args(Recompute)
+Goal = Objective | Literal["step"]
+GOALS = ("pace", "overlap", "step")
 ATTEMPTS = 4
 BUDGET = 10.0  # CPU seconds of a search without limits
 SHORT = 4.0  # and of one of several within limits
-
-
-@dataclass(frozen=True)
-class Workload:
-    """How a model is to be trained.
-
-    Args:
-        schedule: from a plan and a number of microbatches to a program.
-        optimizer_state: bytes for each byte of trainable parameters, or a function that finds out once they matter.
-        fused: the optimizer needs no memory while it steps; else on CUDA, where torch's update all parameters at once,
-            a copy of them.
-        tail: bytes that the last stage holds for what is computed once from the whole batch.
-    """
-
-    schedule: Schedule
-    microbatches: int
-    optimizer_state: float | Callable[[], float] = ADAM
-    recompute: Recompute = "auto"
-    tail: int = 0
-    fused: bool = False
-
-    def memory(
-        self, costed: CostedGraph, plan: Plan, cluster: Cluster, buffers: Sequence[int] = (), bound: bool = False
-    ) -> Memory:
-        """What each stage and rank holds at its fullest, by the simulated clock.
-
-        Args:
-            buffers: bytes of each stage.
-            bound: the most that may ever be there instead, however long anything takes.
-        """
-        at_once = any(device.kind or device.name.startswith("cuda") for device in cluster.devices)
-        step: How = "fused" if self.fused else "foreach" if at_once else "single"
-        program = self.schedule(plan, self.microbatches)
-        timeline = None if bound else simulate(program, stage_costs(costed, plan), cluster)
-        return memory(costed, plan, program, self.state, buffers, self.tail, step, timeline)
-
-    @property
-    def state(self) -> float:
-        """Bytes of optimizer state for each byte of trainable parameters."""
-        return self.optimizer_state() if callable(self.optimizer_state) else self.optimizer_state
+MARGIN = 1.25  # of what a plan holds too much, that the next reserves
+WORTH = 0.999  # of a step, for which another plan is taken
 
 
 @dataclass(frozen=True)
@@ -85,17 +48,22 @@ class Request:
         replicas: for each stage how many devices run it.
         wishes: the user's hand.
         budget: CPU seconds after which a search for a plan ends with the best so far; ``SHORT`` within limits.
+        objective: what is to be least: the "pace" of the busiest stage, its pace with transfers overlapped ("overlap"),
+            the simulated seconds of a "step", or what a function makes of a plan.
     """
 
     replicas: tuple[int, ...]
     wishes: Wishes = NO_WISHES
     budget: float = BUDGET
+    objective: Goal = "pace"
 
-    def partition(self, costed: CostedGraph, cluster: Cluster, training: Training) -> Plan:
+    def partition(self, costed: CostedGraph, cluster: Cluster, training: Training, work: Workload) -> Plan:
         """The best plan that was found for such training; where devices have a limit, after a short search."""
         limited = any(device.memory is not None for device in cluster.devices)
         budget = min(self.budget, SHORT) if limited else self.budget
-        return partition(costed, len(self.replicas), cluster, training, self.wishes, budget, self.replicas)
+        step = partial(work.step_seconds, costed, cluster=cluster)
+        objective = step if self.objective == "step" else self.objective
+        return partition(costed, len(self.replicas), cluster, training, self.wishes, budget, self.replicas, objective)
 
 
 def make_plan(costed: CostedGraph, request: Request, cluster: Cluster, work: Workload) -> Plan:
@@ -125,57 +93,81 @@ def _ranks(replicas: Sequence[int], cluster: Cluster) -> list[int]:
 
 
 def _within_memory(costed: CostedGraph, request: Request, cluster: Cluster, work: Workload) -> Plan:
-    again = work.recompute == "always"
+    every = (True,) * len(request.replicas)
     try:
-        return _fitted(costed, request, cluster, work, again)
+        return _fitted(costed, request, cluster, work, every if work.recompute == "always" else ())
     except PlanError as error:
         if all(device.memory is None for device in cluster.devices):
             raise
-        if work.recompute == "auto" and (found := _try(costed, request, cluster, work, True)):
-            return _eased(costed, found, cluster, work)
+        if work.recompute == "auto" and (found := _try(costed, request, cluster, work, every)):
+            return _eased(costed, request, found, cluster, work)
         raise type(error)(_refusal(costed, request, cluster, work)) from error
 
 
-def _fitted(costed: CostedGraph, request: Request, cluster: Cluster, work: Workload, again: bool) -> Plan:
+def _fitted(costed: CostedGraph, request: Request, cluster: Cluster, work: Workload, again: Sequence[bool]) -> Plan:
+    """A plan within memory of which some stages compute their forward again."""
     training = _training(work, request.replicas, cluster, again)
     free = _without_limits(cluster)
-    plan = request.partition(costed, free, training)
+    plan = request.partition(costed, free, training, work)
     if cluster == free:
         return plan
     training = replace(training, optimizer_state=work.state)
     reserved = [0] * len(cluster)
-    for _ in range(ATTEMPTS):
+    for attempt in range(1 + ATTEMPTS):
         over = _excess(work.memory(costed, plan, cluster, bound=True), cluster)
         if not any(over):
             return plan
         if training.reserved:  # else the plan was made without limits, and says nothing of what must be reserved
-            reserved = [before + more for before, more in zip(reserved, over, strict=True)]
-        training = replace(training, reserved=tuple(reserved))
-        plan = request.partition(costed, cluster, training)
+            reserved = [before + ceil(MARGIN * more) for before, more in zip(reserved, over, strict=True)]
+        if attempt < ATTEMPTS:
+            training = replace(training, reserved=tuple(reserved))
+            plan = request.partition(costed, cluster, training, work)
     raise PlanError(f"no plan within memory was found in {ATTEMPTS} attempts")
 
 
-def _training(work: Workload, replicas: Sequence[int], cluster: Cluster, again: bool) -> Training:
+def _training(work: Workload, replicas: Sequence[int], cluster: Cluster, again: Sequence[bool]) -> Training:
     """What a device of each stage has at once, without optimizer state."""
     chain = Plan.chain(len(replicas), _ranks(replicas, cluster), replicas=replicas)
     flight = versions(work.schedule(chain, work.microbatches))
     groups = [chain.replicas[first] for first in sorted(set(chain.replica_of))]
     in_flight = tuple(max(flight.in_flight[stage] for stage in group) for group in groups)
-    return Training(in_flight, tuple(max(flight.live[stage] for stage in group) for group in groups), 0.0, again)
+    live = tuple(max(flight.live[stage] for stage in group) for group in groups)
+    return Training(in_flight, live, 0.0, tuple(again))
 
 
-def _try(costed: CostedGraph, request: Request, cluster: Cluster, work: Workload, again: bool) -> Plan | None:
+def _try(
+    costed: CostedGraph, request: Request, cluster: Cluster, work: Workload, again: Sequence[bool] = ()
+) -> Plan | None:
     try:
         return _fitted(costed, request, cluster, work, again)
     except PlanError:
         return None
 
 
-def _eased(costed: CostedGraph, found: Plan, cluster: Cluster, work: Workload) -> Plan:
-    """The same plan with as few recomputed stages as memory allows, the slowest relieved first."""
+def _eased(costed: CostedGraph, request: Request, found: Plan, cluster: Cluster, work: Workload) -> Plan:
+    """A plan of which no more stages compute their forward again than memory demands, and which is balanced for it."""
+    best = _relieved(costed, found, cluster, work)
+    tried = [(True,) * len(request.replicas)]
+    while len(again := tuple(s in best.recomputed for s in sorted(set(best.replica_of)))) == len(tried[0]):
+        other = None if again in tried else _try(costed, request, cluster, work, again)
+        if other is None:
+            break
+        tried.append(again)
+        other = _relieved(costed, other, cluster, work)
+        if work.step_seconds(costed, other, cluster) >= work.step_seconds(costed, best, cluster) * WORTH:
+            break
+        best = other
+    return best
+
+
+def _relieved(costed: CostedGraph, found: Plan, cluster: Cluster, work: Workload) -> Plan:
+    """The same plan with as few recomputed stages as memory allows, the slowest relieved first.
+
+    Nothing is known then of how good it is.
+    """
     costs = stage_costs(costed, found)
     for stage in sorted(found.recomputed, key=lambda s: costs[s].forward, reverse=True):
-        plan = replace(found, recomputed=tuple(s for s in found.recomputed if s != stage))
+        plan = replace(found, recomputed=tuple(s for s in found.recomputed if s != stage), quality=None)
         if not any(_excess(work.memory(costed, plan, cluster, bound=True), cluster)):
             found = plan
     return found
@@ -194,8 +186,7 @@ def _without_limits(cluster: Cluster) -> Cluster:
 
 def _refusal(costed: CostedGraph, request: Request, cluster: Cluster, work: Workload) -> str:
     """What the fastest plan would hold too much, and what would make it fit."""
-    again = work.recompute != "never"
-    fastest = _fitted(costed, request, _without_limits(cluster), work, again)
+    fastest = _fitted(costed, request, _without_limits(cluster), work, _at_most(work, request))
     held = work.memory(costed, fastest, cluster, bound=True)
     over = _excess(held, cluster)
     rank = max(range(len(over)), key=over.__getitem__)
@@ -212,8 +203,13 @@ def _refusal(costed: CostedGraph, request: Request, cluster: Cluster, work: Work
     )
 
 
+def _at_most(work: Workload, request: Request) -> tuple[bool, ...]:
+    """Which stages may compute their forward again."""
+    return (work.recompute != "never",) * len(request.replicas)
+
+
 def _recomputing(costed: CostedGraph, request: Request, cluster: Cluster, work: Workload, _: Plan) -> str:
-    if work.recompute != "never" or not _try(costed, request, cluster, work, True):
+    if work.recompute != "never" or not _try(costed, request, cluster, work, (True,) * len(request.replicas)):
         return ""
     return "recompute='auto'"
 
@@ -234,7 +230,7 @@ def _more_devices(costed: CostedGraph, request: Request, cluster: Cluster, work:
     for factor in (2, 4):
         larger = replace(cluster, devices=cluster.devices * factor, pairs=())
         more = replace(request, replicas=request.replicas * factor)
-        if _try(costed, more, larger, work, work.recompute != "never"):
+        if _try(costed, more, larger, work, _at_most(work, more)):
             return f"{len(larger)} such devices in place of {len(cluster)}"
     return ""
 

@@ -9,7 +9,6 @@ Source: PipeDream (Narayanan et al., SOSP 2019), section 3.1.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -18,13 +17,13 @@ from pipecompile.cluster import Cluster
 from pipecompile.errors import InfeasibleError, InputError, PlanError
 from pipecompile.graph import CostedGraph
 from pipecompile.partition import Step, deals
-from pipecompile.plan import Plan, stage_costs
+from pipecompile.plan import Plan
 from pipecompile.planning import BUDGET as PATIENTLY
-from pipecompile.planning import Request, Workload, make_plan
+from pipecompile.planning import Request, make_plan
 from pipecompile.render.units import seconds_text
-from pipecompile.simulate import simulate
 from pipecompile.versions import versions
 from pipecompile.wishes import NO_WISHES, Wishes
+from pipecompile.workload import Workload
 
 MOST_DEVICES = 16  # the programme takes time with their cube
 BUDGET = 1.0  # CPU seconds of the search for one candidate
@@ -76,24 +75,6 @@ def with_best_replicas(
     return make_plan(costed, Request(ordered[0].replicas, wishes, budget), cluster, work), tuple(ordered)
 
 
-def step_seconds(costed: CostedGraph, plan: Plan, cluster: Cluster, work: Workload) -> float:
-    """Predicted seconds of a step, the weights' way to the replicas included."""
-    timeline = simulate(work.schedule(plan, work.microbatches), stage_costs(costed, plan), cluster)
-    return timeline.makespan + max(_weights_seconds(plan, cluster).values(), default=0.0)
-
-
-def _weights_seconds(plan: Plan, cluster: Cluster) -> dict[int, float]:
-    """For each rank the seconds to send the parameters that it owns to all that read them."""
-    nbytes: Counter[tuple[int, int]] = Counter()
-    for tied in plan.tied:
-        for follower in tied.followers:
-            nbytes[plan.rank_of[tied.owner], plan.rank_of[follower]] += tied.nbytes
-    seconds: dict[int, float] = {}
-    for (owner, follower), size in nbytes.items():
-        seconds[owner] = seconds.get(owner, 0.0) + cluster.transfer_seconds(owner, follower, size)
-    return seconds
-
-
 def _proposals(costed: CostedGraph, cluster: Cluster, work: Workload) -> Iterator[tuple[int, ...]]:
     """Each once: without replicas, and those of the programme, with and without recomputation where both may be."""
 
@@ -116,4 +97,4 @@ def _tried(costed: CostedGraph, request: Request, cluster: Cluster, work: Worklo
         plan = make_plan(costed, request, cluster, work)
     except PlanError as error:
         return Candidate(request.replicas, None, str(error))
-    return Candidate(request.replicas, step_seconds(costed, plan, cluster, work))
+    return Candidate(request.replicas, work.step_seconds(costed, plan, cluster))

@@ -14,8 +14,9 @@ from pipecompile.cluster import Cluster, Device, Link, Pair
 from pipecompile.graph import TensorSpec
 from pipecompile.partition import assign
 from pipecompile.plan import Channel, Plan, Tied
-from pipecompile.planning import Request, Workload, make_plan
+from pipecompile.planning import Request, make_plan
 from pipecompile.schedule import one_f_one_b
+from pipecompile.workload import Workload
 
 NEAR, FAR = Link(100.0, 0.01), Link(10.0, 0.1)
 

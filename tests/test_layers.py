@@ -19,6 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("microbatch",),
     ("partition", "schedule", "lower", "simulate", "memory", "calibrate"),
     ("render",),
+    ("workload",),
     ("planning",),
     ("replicate",),
     ("lines", "regions", "functions", "randomness", "retarget", "modules"),
@@ -42,7 +43,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__", "__init__"),
 )
 NOUNS = LAYERS[:2]  # these import each other within a layer, in the order in which they stand
-TORCH = 7
+TORCH = 8
 EXCEPTIONS = {
     ("runtime", "split"): "reads the noun Stage",
 }

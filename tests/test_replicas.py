@@ -25,12 +25,13 @@ from pipecompile.lower import lower
 from pipecompile.memory import memory
 from pipecompile.partition import Step, deals, partition
 from pipecompile.plan import Channel, Plan, Tied, with_replicas
-from pipecompile.planning import Request, Workload, make_plan
+from pipecompile.planning import Request, make_plan
 from pipecompile.program import Backward, Forward, Program, dependencies, linearize
-from pipecompile.replicate import MOST_DEVICES, step_seconds, with_best_replicas
+from pipecompile.replicate import MOST_DEVICES, with_best_replicas
 from pipecompile.schedule import SCHEDULES, backward_only, forward_only, gpipe, one_f_one_b, pipedream
 from pipecompile.simulate import simulate
 from pipecompile.versions import versions
+from pipecompile.workload import Workload
 
 NAMES = (  # of all sorts: tied weights, towers, buffers, values that are read late, outputs of several stages
     "gpt2", "unet", "two_towers", "dict_in_out", "tied_thrice", "used_twice", "buffers_in_place", "in_place_views",
@@ -309,7 +310,7 @@ def test_a_stage_with_replicas_relieves_the_bottleneck():
     assert dealt.quality is not None
     assert plain.quality.bottleneck == pytest.approx(4.0, abs=1e-3)
     assert dealt.quality.bottleneck == pytest.approx(2.0, abs=1e-3)
-    steps = [step_seconds(HEAVY, plan, equal_devices(4), workload(40)) for plan in (plain, dealt)]
+    steps = [workload(40).step_seconds(HEAVY, plan, equal_devices(4)) for plan in (plain, dealt)]
     assert steps[0] == pytest.approx(40 * 4, abs=2)
     assert steps[1] == pytest.approx(40 * 2 + 4, abs=2)
 
@@ -363,10 +364,10 @@ def test_the_choice_has_the_shortest_step_of_all_and_no_replicas_is_among_them()
     plan, candidates = with_best_replicas(costed, cluster, workload())
     assert [candidate.seconds for candidate in candidates] == sorted(c.seconds for c in candidates)
     assert (1, 1, 1, 1) in [candidate.replicas for candidate in candidates]
-    assert candidates[0].seconds == pytest.approx(step_seconds(costed, plan, cluster, workload()))
+    assert candidates[0].seconds == pytest.approx(workload().step_seconds(costed, plan, cluster))
     for replicas in [(1, 2, 1), (2, 2), (1, 3), (3, 1), (4,)]:
         other = make_plan(costed, Request(tuple(replicas)), cluster, workload())
-        assert candidates[0].seconds <= step_seconds(costed, other, cluster, workload()) * 1.05
+        assert candidates[0].seconds <= workload().step_seconds(costed, other, cluster) * 1.05
 
 
 @pytest.mark.parametrize(("bandwidth", "best"), [(1e9, (4,)), (300.0, (1, 3))])

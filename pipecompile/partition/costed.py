@@ -13,13 +13,15 @@ it is told as ``reserved`` bytes once a plan is known (see ``memory`` and ``plan
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Literal
 
 from pipecompile.cluster import Cluster, Link
 from pipecompile.errors import InputError
 from pipecompile.graph import CostedGraph, Node
 from pipecompile.partition.contract import Contraction, contract
+from pipecompile.partition.evaluate import bottleneck
 from pipecompile.partition.placed import Placed
 from pipecompile.partition.seating import Seating
 from pipecompile.partition.solve import solve
@@ -27,6 +29,8 @@ from pipecompile.partition.training import Training
 from pipecompile.partition.wished import Wished
 from pipecompile.plan import Plan, with_replicas
 from pipecompile.wishes import Wishes
+
+Objective = Literal["pace", "overlap"] | Callable[[Plan], float]
 
 
 def partition(
@@ -37,6 +41,7 @@ def partition(
     wishes: Wishes | None = None,
     budget: float | None = None,
     replicas: Sequence[int] = (),
+    objective: Objective = "pace",
 ) -> Plan:
     """A plan with the least time of the busiest stage that was found, never worse than the best cut of one node order.
 
@@ -48,6 +53,9 @@ def partition(
         budget: CPU seconds after which the search ends with the best plan so far.
         replicas: for each stage how many devices run it, one after the other in the cluster; by default one. To the
             search such a stage is a device so many times as fast as the slowest of them; what it sends counts whole.
+        objective: the busiest stage's seconds, with what it sends added ("pace") or, if that is more, in place of what
+            it computes ("overlap"); or what a function makes of a plan, which chooses among the plans that were found
+            on the way to the best pace, and such as send less.
 
     Raises:
         ValueError: ``num_stages`` is less than one, or ``replicas`` are not so many.
@@ -70,16 +78,24 @@ def partition(
     num_stages = min(num_stages, wishes.most_stages or num_stages)
     replicas = replicas[:num_stages]
     seating = Seating.of(num_stages, cluster, replicas)
-    contraction = problem_of(costed, num_stages, cluster, training, wishes, replicas)
-    solution = solve(contraction.problem, budget)
-    used = sorted(set(solution.stage_of))
-    replica_of = with_replicas([seating.replicas[stage] for stage in used])
-    firsts = dict(zip(used, sorted(set(replica_of)), strict=True))
-    stage_of = tuple(firsts[stage] for stage in contraction.expand(solution.stage_of))
-    rank_of = [rank for stage in used for rank in seating.ranks[stage]]
-    plan = Plan.of(costed.graph, Placed(costed.graph).stages(stage_of), rank_of, replica_of)
-    again = tuple(range(plan.num_stages)) if training and training.again else ()
-    return replace(plan, quality=solution.quality, recomputed=again)
+    contraction = problem_of(costed, num_stages, cluster, training, wishes, replicas, objective == "overlap")
+    again = (training and training.again) or (False,) * num_stages
+    solution = solve(contraction.problem, budget, others=callable(objective))
+
+    def plan_of(atoms: tuple[int, ...]) -> Plan:
+        used = sorted(set(atoms))
+        replica_of = with_replicas([seating.replicas[stage] for stage in used])
+        seat_of = dict(zip(sorted(set(replica_of)), used, strict=True))
+        stage_on = {seat: stage for stage, seat in seat_of.items()}
+        stage_of = tuple(stage_on[seat] for seat in contraction.expand(atoms))
+        rank_of = [rank for stage in used for rank in seating.ranks[stage]]
+        plan = Plan.of(costed.graph, Placed(costed.graph).stages(stage_of), rank_of, replica_of)
+        recomputed = tuple(stage for stage, first in enumerate(replica_of) if again[seat_of[first]])
+        quality = replace(solution.quality, bottleneck=bottleneck(contraction.problem, atoms))
+        return replace(plan, quality=quality, recomputed=recomputed)
+
+    plans = [plan_of(atoms) for atoms in (solution.stage_of, *solution.others)]
+    return min(plans, key=objective) if callable(objective) else plans[0]
 
 
 def problem_of(
@@ -89,6 +105,7 @@ def problem_of(
     training: Training | None = None,
     wishes: Wishes | None = None,
     replicas: Sequence[int] = (),
+    overlapped: bool = False,
 ) -> Contraction:
     """The numbers of the problem; its things are the nodes that are not replicated, in order."""
     seating = Seating.of(num_stages, cluster, replicas)
@@ -103,15 +120,18 @@ def problem_of(
     link = seating.fastest_link(mean)
     held, trained = parameter_bytes(costed, placed)
     stashed = training.stashed
+    seconds, forward = sum(cost.seconds for cost in costs), sum(cost.forward for cost in costs)
+    slower = (seconds + forward) / seconds if seconds else 1.0
     return contract(
-        [cost.seconds + cost.forward * training.again for cost in costs],
+        [cost.seconds + cost.forward * training.all_again for cost in costs],
         placed.arcs,
         [((thing, *users), _transfer(node, link)) for thing, (node, users) in enumerate(values)],
-        seating.seats(training, wished.least_stages, mean),
+        seating.seats(training, wished.least_stages, mean, slower),
         together=[*placed.together, *wished.groups],
         kept_bytes=[h + t * (1 + training.optimizer_state + stashed[0]) for h, t in zip(held, trained, strict=True)],
         saved_bytes=[cost.saved_bytes + t * stashed[1] for cost, t in zip(costs, trained, strict=True)],
         pinned=[(pin.thing, pin.stage) for pin in wished.pins],
+        overlapped=overlapped,
     )
 
 

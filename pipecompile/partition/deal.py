@@ -66,7 +66,7 @@ class _Programme:
     @staticmethod
     def of(costed: CostedGraph, cluster: Cluster, step: Step) -> _Programme:
         count = len(cluster)
-        training = Training((1,) * count, (1,) * count, step.optimizer_state, step.again)
+        training = Training((1,) * count, (1,) * count, step.optimizer_state, (step.again,) * count)
         nodes = problem_of(costed, count, cluster, training)
         coarse = nodes.then(lossy(nodes.problem, MOST_ATOMS))
         placed = Placed(costed.graph)

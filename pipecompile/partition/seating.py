@@ -57,11 +57,12 @@ class Seating:
         rows = ([link.seconds(nbytes) / unit for link in row] or [1.0] for row in self.links)
         return [max(1.0, fmean(row)) for row in rows]
 
-    def seats(self, training: Training, least: int, nbytes: float) -> list[Seat]:
+    def seats(self, training: Training, least: int, nbytes: float, again: float) -> list[Seat]:
         """A seat for each stage, of which ``least`` are needed; stages on one rank share its memory.
 
         Args:
             nbytes: of a value, by which links are compared.
+            again: how much faster a stage is that does not compute its forward again, as some do.
         """
         factors = [1.0, *self.factors(nbytes), 1.0]
         reserved = training.reserved or (0,) * len(self.cluster)
@@ -74,6 +75,9 @@ class Seating:
                 if limit is not None:
                     memory = min(memory, max(0, limit - reserved[rank]) / all_ranks.count(rank))
             speed = len(ranks) * min(self.cluster.devices[rank].speed for rank in ranks)
-            in_flight = 1 if training.again else training.in_flight[stage]
+            is_again = bool(training.again) and training.again[stage]
+            if is_again and not training.all_again:
+                speed /= again
+            in_flight = 1 if is_again else training.in_flight[stage]
             seats.append(Seat(speed, memory, in_flight, stage >= least, factors[stage + 1], factors[stage]))
         return seats

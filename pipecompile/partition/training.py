@@ -16,8 +16,13 @@ class Training:
     in_flight: tuple[int, ...]  # microbatches at once
     live: tuple[int, ...]  # weight versions at once
     optimizer_state: float = ADAM  # bytes for each byte of trainable parameters
-    again: bool = False  # every stage's backward computes its forward again
+    again: tuple[bool, ...] = ()  # whether each stage's backward computes its forward again; none given: no stage's
     reserved: tuple[int, ...] = ()  # bytes of each rank that the plan may not use
+
+    @property
+    def all_again(self) -> bool:
+        """Whether every stage's backward computes its forward again."""
+        return bool(self.again) and all(self.again)
 
     @property
     def stashed(self) -> tuple[int, int]:
@@ -26,7 +31,7 @@ class Training:
         Exact where stages hold one version, or as many as they have microbatches in flight; else not too few.
         """
         each = all(live <= count for live, count in zip(self.live, self.in_flight, strict=True))
-        return (-1, 1) if max(self.live) > 1 and each and not self.again else (max(self.live) - 1, 0)
+        return (-1, 1) if max(self.live) > 1 and each and not any(self.again) else (max(self.live) - 1, 0)
 
     @staticmethod
     def flushed(replicas: Sequence[int]) -> Training:
