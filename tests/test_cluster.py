@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from itertools import product
 
 import pytest
 
+from pipecompile import accelerators
 from pipecompile.accelerators import ACCELERATORS, Roofline
 from pipecompile.cluster import Cluster, Device, Link, Pair
 from pipecompile.errors import InputError
@@ -71,12 +73,67 @@ def test_another_order_keeps_each_devices_links() -> None:
 
 
 def test_figures_are_plausible_and_have_sources() -> None:
+    sources = set(re.findall(r"^    (\[.+?\])", accelerators.__doc__ or "", re.MULTILINE))
     for name, it in ACCELERATORS.items():
         assert it.source, name
+        assert set(re.findall(r"\[.+?\]", it.source)) <= sources, name
         assert 1e12 < it.roofline.flops < (it.roofline.half_flops or 0) < 1e16, name
         assert 1e11 < it.roofline.bandwidth < 1e13, name
         assert it.link.bandwidth > it.network.bandwidth, name
         assert it.link.latency < it.network.latency < 1e-3, name
+        if it.roofline.tensor_float_flops:  # half of those in 16 bits on every sheet, dense as well as sparse
+            assert it.roofline.half_flops == pytest.approx(2 * it.roofline.tensor_float_flops, rel=0.02), name
+
+
+@pytest.mark.parametrize(
+    ("name", "cores", "clock"),  # each core does two float32 operations a cycle; GHz of the boost clock
+    [
+        ("H200", 16896, 1.98), ("H100", 16896, 1.98), ("H100-PCIe", 14592, 1.755), ("A100-80GB", 6912, 1.41),
+        ("A100-40GB", 6912, 1.41), ("V100-32GB", 5120, 1.53), ("V100-16GB", 5120, 1.53), ("L40S", 18176, 2.52),
+        ("L4", 7424, 2.04), ("T4", 2560, 1.59), ("A6000", 10752, 1.8), ("RTX-5090", 21760, 2.407),
+        ("RTX-4090", 16384, 2.52), ("RTX-3090", 10496, 1.695),
+    ],
+)  # fmt: skip
+def test_float32_is_two_operations_of_each_core_in_each_cycle(name: str, cores: int, clock: float) -> None:
+    assert ACCELERATORS[name].roofline.flops == pytest.approx(2 * cores * clock * 1e9, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "bits", "rate"),  # of the memory's bus, Gb/s of each of them
+    [
+        ("A100-40GB", 5120, 2.43), ("V100-32GB", 4096, 1.755), ("L40S", 384, 18), ("L4", 192, 12.5),
+        ("A10G", 384, 12.5), ("T4", 256, 10), ("A6000", 384, 16), ("RTX-5090", 512, 28), ("RTX-4090", 384, 21),
+        ("RTX-3090", 384, 19.5),
+    ],
+)  # fmt: skip
+def test_memory_bandwidth_is_that_of_the_bus(name: str, bits: int, rate: float) -> None:
+    assert ACCELERATORS[name].roofline.bandwidth == pytest.approx(bits / 8 * rate * 1e9, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "each"),  # NVLinks between two devices, GB/s of one in one direction
+    [
+        ("B200", 18, 50),
+        ("H200", 18, 25),
+        ("H100", 18, 25),
+        ("A100-80GB", 12, 25),
+        ("A100-40GB", 12, 25),
+        ("V100-32GB", 2, 25),
+    ],
+)
+def test_a_link_is_that_of_its_nvlinks_in_one_direction(name: str, count: int, each: int) -> None:
+    assert ACCELERATORS[name].link.bandwidth == count * each * 1e9
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),  # GiB in all, as torch said when they were not enough, or (H100, L4, A10G) as the driver says
+    [
+        ("B200", 178.35), ("H100", 79.65), ("A100-80GB", 79.14), ("A100-40GB", 39.50), ("L40S", 44.42), ("L4", 22.49),
+        ("A10G", 22.49), ("T4", 14.56), ("RTX-4090", 23.68),
+    ],
+)  # fmt: skip
+def test_memory_is_a_little_less_than_there_is(name: str, found: float) -> None:
+    assert 0.93 < ACCELERATORS[name].memory / (found * 2**30) < 0.97
 
 
 def test_a_roofline_takes_the_peak_of_the_numbers_it_computes_with() -> None:
