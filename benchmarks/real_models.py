@@ -37,8 +37,8 @@ from pipecompile.partition.costed import problem_of
 from pipecompile.partition.evaluate import bottleneck
 from pipecompile.partition.placed import Placed
 from pipecompile.partition.solve import solve
-from pipecompile.planning import BUDGET
 from pipecompile.profile import profile
+from pipecompile.request import BUDGET
 
 ROWS = 4  # of a microbatch
 Inputs = dict[str, torch.Tensor]

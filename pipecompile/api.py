@@ -14,8 +14,8 @@ from pipecompile.devices import named_cluster, parse_devices
 from pipecompile.graph import CostedGraph
 from pipecompile.options import BatchNorm, Options, read_costs
 from pipecompile.pipeline import Pipeline
-from pipecompile.planning import BUDGET, Goal
 from pipecompile.profile import How
+from pipecompile.request import BUDGET, Goal
 from pipecompile.runtime import MakeOptimizer
 from pipecompile.wishes import Wishes
 from pipecompile.workload import Recompute

@@ -29,7 +29,7 @@ from pipecompile.models import load
 from pipecompile.options import read_costs
 from pipecompile.partition import ADAM
 from pipecompile.plan import Plan
-from pipecompile.planning import BUDGET, GOALS, Request, make_plan
+from pipecompile.planning import make_plan
 from pipecompile.profile import profile
 from pipecompile.program import Program
 from pipecompile.render.formats import FORMATS
@@ -38,6 +38,7 @@ from pipecompile.render.table import memory_table, table
 from pipecompile.render.timeline import timeline_svg, timeline_text
 from pipecompile.render.units import seconds_text
 from pipecompile.replicate import Candidate, with_best_replicas
+from pipecompile.request import BUDGET, GOALS, Request
 from pipecompile.schedule import SCHEDULES, pipedream, steady
 from pipecompile.simulate import simulate
 from pipecompile.timeline import Timeline

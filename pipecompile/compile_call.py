@@ -32,10 +32,11 @@ from pipecompile.graph import CostedGraph, Graph
 from pipecompile.options import Options
 from pipecompile.partition import carry_over
 from pipecompile.plan import Plan, stage_costs
-from pipecompile.planning import Request, make_plan
+from pipecompile.planning import make_plan
 from pipecompile.profile import profile
 from pipecompile.rehearse import rehearse
 from pipecompile.replicate import Candidate, with_best_replicas
+from pipecompile.request import Request
 from pipecompile.retarget import threads_each
 from pipecompile.schedule import ASYNCHRONOUS, SCHEDULES, gpipe
 from pipecompile.split import Piece, Stage, cut_out, split

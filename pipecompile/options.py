@@ -15,8 +15,8 @@ from pipecompile.cluster import Cluster
 from pipecompile.errors import InputError
 from pipecompile.graph import CostedGraph
 from pipecompile.partition import ADAM
-from pipecompile.planning import BUDGET, GOALS, Goal
 from pipecompile.profile import How, optimizer_state
+from pipecompile.request import BUDGET, GOALS, Goal
 from pipecompile.runtime import MakeOptimizer
 from pipecompile.schedule import ASYNCHRONOUS, SCHEDULES, steady
 from pipecompile.wishes import NO_WISHES, Wishes

@@ -18,9 +18,10 @@ from pipecompile.errors import InfeasibleError, InputError, PlanError
 from pipecompile.graph import CostedGraph
 from pipecompile.partition import Step, deals
 from pipecompile.plan import Plan
-from pipecompile.planning import BUDGET as PATIENTLY
-from pipecompile.planning import Request, make_plan
+from pipecompile.planning import make_plan
 from pipecompile.render.units import seconds_text
+from pipecompile.request import BUDGET as PATIENTLY
+from pipecompile.request import Request
 from pipecompile.versions import versions
 from pipecompile.wishes import NO_WISHES, Wishes
 from pipecompile.workload import Workload

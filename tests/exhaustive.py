@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from random import Random
+from typing import Literal
 
 import numpy as np
 
@@ -25,6 +26,7 @@ class Case:
     num_stages: int
     cluster: Cluster
     wishes: Wishes
+    objective: Literal["pace", "overlap"] = "pace"
 
     @property
     def graph(self) -> Graph:
@@ -58,8 +60,8 @@ def drawn(seed: int) -> Case:
     slow = random.random() < 0.8  # some of the links from a device to the next are others
     pairs = [Pair(i, i + 1, other) for i, other in enumerate(others) if slow and random.random() < 0.8]
     cluster = Cluster(devices, link, pairs=tuple(pairs))
-    case = Case(costed, num_stages, cluster, Wishes())
-    return Case(costed, num_stages, cluster, _wishes(random, case)) if random.random() < 0.6 else case
+    case = Case(costed, num_stages, cluster, Wishes(), random.choice(["pace", "pace", "overlap"]))
+    return replace(case, wishes=_wishes(random, case)) if random.random() < 0.6 else case
 
 
 def least_load(case: Case) -> float:
@@ -174,12 +176,12 @@ def link_factors(case: Case) -> tuple[Link, list[float]]:
 
 
 def _loads(case: Case, rows: np.ndarray) -> np.ndarray:
-    loads = np.zeros((len(rows), case.seats))
+    work, sent = np.zeros((2, len(rows), case.seats))
     link, factors = link_factors(case)
     for seat in range(case.seats):
         speed = case.cluster.devices[seat].speed
         for index in case.placed:
-            loads[:, seat] += (rows[:, index] == seat) * case.costed.costs[index].seconds / speed
+            work[:, seat] += (rows[:, index] == seat) * case.costed.costs[index].seconds / speed
             readers = [i for i in case.placed if index in case.graph.nodes[i].inputs]
             touching = np.stack([rows[:, i] == seat for i in (index, *readers)], axis=1)
             crosses = touching.any(axis=1) & ~touching.all(axis=1)
@@ -187,5 +189,5 @@ def _loads(case: Case, rows: np.ndarray) -> np.ndarray:
             there = link.seconds(node.nbytes)
             back = link.seconds(node.nbytes) if node.outputs[0].requires_grad and node.nbytes else 0.0
             onward, before = ([1.0, *factors, 1.0][seat + 1], [1.0, *factors, 1.0][seat])
-            loads[:, seat] += crosses * (there + back) * np.where(rows[:, index] == seat, onward, before)
-    return loads
+            sent[:, seat] += crosses * (there + back) * np.where(rows[:, index] == seat, onward, before)
+    return np.maximum(work, sent) if case.objective == "overlap" else work + sent

@@ -14,7 +14,8 @@ from pipecompile.cluster import Cluster, Device, Link, Pair
 from pipecompile.graph import TensorSpec
 from pipecompile.partition import assign
 from pipecompile.plan import Channel, Plan, Tied
-from pipecompile.planning import Request, make_plan
+from pipecompile.planning import make_plan
+from pipecompile.request import Request
 from pipecompile.schedule import one_f_one_b
 from pipecompile.workload import Workload
 

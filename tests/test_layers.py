@@ -20,6 +20,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("partition", "schedule", "lower", "simulate", "memory", "calibrate"),
     ("render",),
     ("workload",),
+    ("request",),
+    ("fitting",),
     ("planning",),
     ("replicate",),
     ("lines", "regions", "functions", "randomness", "retarget", "modules"),
@@ -43,7 +45,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__", "__init__"),
 )
 NOUNS = LAYERS[:2]  # these import each other within a layer, in the order in which they stand
-TORCH = 8
+TORCH = 10
 EXCEPTIONS = {
     ("runtime", "split"): "reads the noun Stage",
 }

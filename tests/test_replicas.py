@@ -25,9 +25,10 @@ from pipecompile.lower import lower
 from pipecompile.memory import memory
 from pipecompile.partition import Step, deals, partition
 from pipecompile.plan import Channel, Plan, Tied, with_replicas
-from pipecompile.planning import Request, make_plan
+from pipecompile.planning import make_plan
 from pipecompile.program import Backward, Forward, Program, dependencies, linearize
 from pipecompile.replicate import MOST_DEVICES, with_best_replicas
+from pipecompile.request import Request
 from pipecompile.schedule import SCHEDULES, backward_only, forward_only, gpipe, one_f_one_b, pipedream
 from pipecompile.simulate import simulate
 from pipecompile.versions import versions
