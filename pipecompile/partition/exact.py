@@ -3,7 +3,8 @@
 A plan within T has all its boundaries in the windows of T. So T rises from the lower bound: as long as the programme
 over all closed sets in the windows finds no plan, T is a lower bound; the first plan that it finds is an optimum. A
 quick search rises in small steps, since most often the optimum is near the bound. A patient one, which follows when it
-is not, halves what is left between the bounds.
+is not, begins with the best plan's T, whose windows have an optimum at once, and, where they have too many sets, halves
+what is left between the bounds.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Effort:
     Args:
         sets: in one window, times free atoms in all of them; where there are more, a smaller T is tried.
         finest: the least rise of T, as a factor, that is worth a search.
-        halves: T is halfway between the bounds, and does not rise in steps.
+        halves: T begins with the best plan's, then is halfway between the bounds, and does not rise in steps.
     """
 
     sets: int
@@ -39,7 +40,7 @@ class Effort:
     halves: bool
 
 
-QUICKLY, PATIENTLY = Effort(1_000_000, 1.01, halves=False), Effort(6_000_000, 1.005, halves=True)
+QUICKLY, PATIENTLY = Effort(1_000_000, 1.01, halves=False), Effort(9_000_000, 1.005, halves=True)
 
 
 def exact(
@@ -52,9 +53,7 @@ def exact(
     """
     floor, ceiling, gap = lower, inf, 0.0
     while True:
-        step = floor * (1 + gap) if floor else upper
-        if effort.halves:
-            step = (lower + upper) / 2 if lower * effort.finest < upper else upper
+        step = floor * (1 + gap) if floor and not effort.halves else upper
         limit = min(step, upper, (lower + ceiling) / 2) * (1 + ROUNDING)
         small, families = _families(problem, limit, effort.sets, deadline)
         if families is None:
