@@ -32,6 +32,7 @@ from pipecompile.plan import Plan
 from pipecompile.planning import make_plan
 from pipecompile.profile import profile
 from pipecompile.program import Program
+from pipecompile.quality import known
 from pipecompile.render.formats import FORMATS
 from pipecompile.render.stage_graph import StageGraph, stage_graph
 from pipecompile.render.table import memory_table, table
@@ -302,10 +303,11 @@ def _program(name: str, plan: Plan, microbatches: int) -> Program:
 
 
 def _prediction(view: StageGraph, timeline: Timeline, schedule: str, microbatches: int) -> Text:
+    quality = f"plan: {known(view.plan.quality)}\n"
     alone, step = microbatches * view.costed.seconds, timeline.makespan
     times = f", {alone / step:.2f} times as long" if step else ""
     return Text.assemble(
-        f"{schedule}, {microbatches} microbatches: a step of ",
+        f"{quality}{schedule}, {microbatches} microbatches: a step of ",
         (seconds_text(step), "bold"),
         f" predicted, bubble {timeline.bubble:.1%}\none device would take {seconds_text(alone)}{times}",
     )
@@ -346,8 +348,10 @@ def _facts(
     ]
     step = {"seconds": timeline.makespan, "bubble": timeline.bubble, "peak_bytes": list(memory.ranks)}
     named = {"schedule": schedule, "microbatches": microbatches, "costs": view.costed.origin, "balance": view.balance}
+    quality = view.plan.quality
+    plan = quality and {"bottleneck": quality.bottleneck, "lower_bound": quality.lower_bound, "proven": quality.proven}
     tried = [{"replicas": c.replicas, "seconds": c.seconds, "refused": c.refused} for c in candidates]
-    return {**named, "step": step, "stages": stages, "candidates": tried}
+    return {**named, "step": step, "plan": plan, "stages": stages, "candidates": tried}
 
 
 def _format(format: str | None, output: Path | None) -> str | None:

@@ -28,3 +28,8 @@ class Quality:
     def __str__(self) -> str:
         known = "no plan is better" if self.proven else f"at most {100 * self.gap:.2g}% above the best plan"
         return f"busiest stage {self.bottleneck:.4g} s a microbatch; {known}; searched {self.seconds:.2g} s"
+
+
+def known(quality: Quality | None) -> str:
+    """What to say of a plan that was searched for, or was not."""
+    return str(quality) if quality else "how near it is to the best is not known, as it is not what was searched for"

@@ -12,6 +12,7 @@ from pipecompile.capture.origin import Origin, origin_of
 from pipecompile.capture.purity import is_random
 from pipecompile.cluster import HANDED_OVER, Cluster, Link
 from pipecompile.compiled import Compiled
+from pipecompile.quality import known
 from pipecompile.render.labels import replica_notes
 from pipecompile.render.units import bytes_text, count_text, names_text, seconds_text
 from pipecompile.timeline import Timeline
@@ -116,6 +117,7 @@ def describe(compiled: Compiled, timeline: Timeline | None = None) -> Mapping[st
             *_checkpoints(compiled.captured),
             *[f"stage {stage}, for its memory" for stage in plan.recomputed],
         ],
+        "plan": [known(plan.quality)],
         "memory": _memory(compiled),
         "links": _links(compiled.cluster),
         "costs": [compiled.costed.origin],

@@ -16,7 +16,7 @@ from pipecompile.workload import Workload
 Goal = Objective | Literal["step"]
 GOALS = ("pace", "overlap", "step")
 BUDGET = 10.0  # CPU seconds of a search without limits
-SHORT = 4.0  # and of one of several within limits
+SHORT = 2.5  # and of one of several within limits
 
 
 @dataclass(frozen=True)
