@@ -18,11 +18,12 @@ from dataclasses import replace
 from typing import Literal
 
 from pipecompile.cluster import Cluster, Link
-from pipecompile.errors import InputError
+from pipecompile.errors import InputError, PlanError
 from pipecompile.graph import CostedGraph, Node
 from pipecompile.partition.contract import Contraction, contract
 from pipecompile.partition.evaluate import bottleneck
 from pipecompile.partition.placed import Placed
+from pipecompile.partition.problem import Problem
 from pipecompile.partition.seating import Seating
 from pipecompile.partition.solve import solve
 from pipecompile.partition.training import Training
@@ -55,7 +56,7 @@ def partition(
             search such a stage is a device so many times as fast as the slowest of them; what it sends counts whole.
         objective: the busiest stage's seconds, with what it sends added ("pace") or, if that is more, in place of what
             it computes ("overlap"); or what a function makes of a plan, which chooses among the plans that were found
-            on the way to the best pace, and such as send less.
+            on the way to either, and such as send less.
 
     Raises:
         ValueError: ``num_stages`` is less than one, or ``replicas`` are not so many.
@@ -94,8 +95,20 @@ def partition(
         quality = replace(solution.quality, bottleneck=bottleneck(contraction.problem, atoms))
         return replace(plan, quality=quality, recomputed=recomputed)
 
-    plans = [plan_of(atoms) for atoms in (solution.stage_of, *solution.others)]
-    return min(plans, key=objective) if callable(objective) else plans[0]
+    plans = [plan_of(solution.stage_of)]
+    if not callable(objective):
+        return plans[0]
+    plans += [plan_of(atoms) for atoms in (*solution.others, *_overlapping(contraction.problem, budget))]
+    return min(plans, key=objective)
+
+
+def _overlapping(problem: Problem, budget: float | None) -> tuple[tuple[int, ...], ...]:
+    """Plans of the same problem for stages that send while they compute; none if none was found."""
+    try:
+        solution = solve(replace(problem, overlapped=True), budget, others=True)
+    except PlanError:
+        return ()
+    return (solution.stage_of, *solution.others)
 
 
 def problem_of(
