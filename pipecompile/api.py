@@ -83,7 +83,8 @@ def compile(
             CUDA devices is known, and whose links are measured where the profile is. ``pipe.report["links"]`` says what
             they are taken to be.
         recompute: whether the backward of a stage computes its forward again instead of keeping its activations:
-            "never", "always", or "auto", where it does not fit into its device's memory otherwise.
+            "never", "always", or "auto", where the step is shorter for it than within memory otherwise, or nothing else
+            fits.
         optimizer_state: bytes that the optimizer will keep for each byte of parameters, of which plans within memory
             must know: 0 for SGD, 1 with momentum, 2 for Adam, the default. Found out where ``optimizer`` is given.
         pins: modules and the stages that compute them: ``{"encoder": 0}``. Like the next three it is kept to, or

@@ -30,10 +30,10 @@ class Times:
 
     @property
     def error(self) -> float:
-        """How far forward or backward is off, whichever is more, relative to the prediction."""
+        """Seconds by which forward and backward are off, relative to the prediction of both."""
         measured, predicted = self.measured, self.predicted
-        pairs = (measured.forward, predicted.forward), (measured.backward, predicted.backward)
-        return max(abs(_ratio(*pair) - 1) for pair in pairs)
+        off = abs(measured.forward - predicted.forward) + abs(measured.backward - predicted.backward)
+        return off / predicted.seconds if predicted.seconds else 0.0
 
 
 def stage_times(predicted: Sequence[Cost], timeline: Timeline) -> tuple[Times, ...]:
@@ -82,11 +82,10 @@ def _corrected_by(what: str) -> str:
 def _ratios(times: Times, again: bool) -> tuple[float, float]:
     """Of forward and backward; that of a stage which computes its forward again holds for the rest of its backward."""
     measured, predicted = times.measured, times.predicted
-    rest = max(0.0, measured.backward - again * measured.forward)
-    return (
-        _ratio(measured.forward, predicted.forward),
-        _ratio(rest, predicted.backward - again * predicted.forward),
-    )
+    rest = measured.backward - again * measured.forward
+    if rest <= 0:  # the forward in a backward took less than that before it
+        return times.ratio, times.ratio
+    return _ratio(measured.forward, predicted.forward), _ratio(rest, predicted.backward - again * predicted.forward)
 
 
 def _ratio(measured: float, predicted: float) -> float:

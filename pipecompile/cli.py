@@ -190,7 +190,7 @@ def plan(
     work = Workload(SCHEDULES.get(schedule, steady), microbatches, optimizer_state, recompute, fused=fused)  # type: ignore[arg-type]
     candidates: tuple[Candidate, ...] = ()
     if replicas == "auto":
-        found, candidates = with_best_replicas(costed, devices, work, wishes, budget)
+        found, candidates = with_best_replicas(costed, devices, work, wishes, budget, objective)  # type: ignore[arg-type]
     else:
         request = Request(counts or (1,) * num_stages, wishes, budget, objective)  # type: ignore[arg-type]
         found = make_plan(costed, request, devices, work)

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from pipecompile.batching import Division, Rows, defer_running, divide, twins_differ, undivided
-from pipecompile.calibrate import corrected
 from pipecompile.capture import Call, Captured, capture, summarize
 from pipecompile.capture.ancestors import ancestors
 from pipecompile.capture.capture import SYMBOLIC_ATTEMPTS
@@ -27,24 +26,20 @@ from pipecompile.capture.origin import origin_of
 from pipecompile.capture.state import attributes_kept
 from pipecompile.compiled import Compiled, find_loss, misfit
 from pipecompile.devices import cluster_of
-from pipecompile.errors import ExecutionError, InputError
+from pipecompile.errors import InputError
 from pipecompile.graph import CostedGraph, Graph
 from pipecompile.options import Options
 from pipecompile.partition import carry_over
-from pipecompile.plan import Plan, stage_costs
+from pipecompile.plan import Plan
 from pipecompile.planning import make_plan
 from pipecompile.profile import profile
-from pipecompile.rehearse import rehearse
+from pipecompile.rehearse import Rehearsal, rehearsed
 from pipecompile.replicate import Candidate, with_best_replicas
 from pipecompile.request import Request
 from pipecompile.retarget import threads_each
 from pipecompile.schedule import ASYNCHRONOUS, SCHEDULES, gpipe
 from pipecompile.split import Piece, Stage, cut_out, split
-from pipecompile.steps import Batch
 from pipecompile.workload import Workload
-
-REHEARSALS = 3  # at most, each of a plan made from the one before
-HOLDS = 0.05  # relative: a stage's forward or backward is not predicted closer than steps differ from one another
 
 
 def compile_call(
@@ -87,7 +82,7 @@ def compile_call(
     request = Request((1,) * len(devices), options.wishes, options.budget, options.objective)
     candidates: tuple[Candidate, ...] = ()
     if options.replicas == "auto":
-        plan, candidates = with_best_replicas(costed, cluster, work, options.wishes, options.budget)
+        plan, candidates = with_best_replicas(costed, cluster, work, options.wishes, options.budget, options.objective)
         request = replace(request, replicas=candidates[0].replicas)
     else:
         request = replace(request, replicas=options.replicas or request.replicas)
@@ -115,45 +110,21 @@ def _is_real(model: nn.Module, options: Options) -> bool:
 def _rehearsed(
     compiled: Compiled, request: Request, call: Call, rows: Rows, devices: Sequence[torch.device], options: Options
 ) -> Compiled:
-    """The same planned from what its stages take together, rehearsed until the plan's times hold.
-
-    If they never do, of all rehearsed plans that whose busiest stage took least, with the times that it took. Where a
-    stage raises, the costs stay as they are and say so: the step to come raises too.
-    """
-    tried: list[Compiled] = []
+    """The same planned from what its stages take together."""
     fitting = [cut for cut in compiled.cuts(rows) if not compiled.broken(call, cut)]
+    if not fitting:
+        return compiled
     schedule = SCHEDULES["1f1b"] if options.schedule in ASYNCHRONOUS else compiled.work.schedule
     loss = _loss(compiled.division, options)
     starts = [loss] if loss else list(compiled.division.joins)
-    while fitting and len(tried) < REHEARSALS:
-        costed, plan = compiled.costed, compiled.plan
-        try:
-            with attributes_kept(compiled.captured.model):
-                times = rehearse(Batch(compiled, call, fitting[0]), starts, schedule, devices)
-        except ExecutionError as error:
-            return _noted(compiled, f"not rehearsed, since {error}")
-        if not times:
-            return compiled
-        if max(it.error for it in times) <= HOLDS:
-            return _noted(compiled, "held in a rehearsal")
-        costed, plan = corrected(costed, plan, times, "a rehearsal"), replace(plan, quality=None)
-        tried.append(replace(compiled, costed=costed, plan=plan, reference=plan, programs={}))
-        compiled = _replanned(compiled, costed, request, devices)
-        if replace(compiled.plan, quality=None) == plan:
-            return compiled
-    return min(tried, key=lambda it: max(cost.seconds for cost in stage_costs(it.costed, it.plan)), default=compiled)
 
+    def replan(costed: CostedGraph) -> Compiled:
+        plan = make_plan(costed, request, compiled.cluster, compiled.work)
+        stages, before, tail = _cut(compiled.division, compiled.graph, plan, devices)
+        planned = replace(compiled, costed=costed, plan=plan, reference=plan, programs={})
+        return replace(planned, stages=stages, before=before, tail=tail)
 
-def _replanned(compiled: Compiled, costed: CostedGraph, request: Request, devices: Sequence[torch.device]) -> Compiled:
-    plan = make_plan(costed, request, compiled.cluster, compiled.work)
-    division, graph, candidates = compiled.division, compiled.graph, compiled.candidates
-    known = costed, plan, compiled.cluster, compiled.work, candidates
-    return Compiled(division, graph, plan, *known, *_cut(division, graph, plan, devices))
-
-
-def _noted(compiled: Compiled, what: str) -> Compiled:
-    """The same with a word on where its costs are from."""
-    return replace(compiled, costed=replace(compiled.costed, origin=f"{compiled.costed.origin}, {what}"))
+    return rehearsed(compiled, call, fitting[0], Rehearsal(starts, schedule, devices), replan)
 
 
 def _costed(captured: Captured, graph: Graph, options: Options, devices: Sequence[torch.device]) -> CostedGraph:

@@ -11,18 +11,18 @@ and the others, which are slower now, are given less.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from math import ceil
-from typing import NoReturn
+from functools import cached_property, partial
+from math import ceil, inf
 
 from pipecompile.cluster import Cluster
-from pipecompile.errors import PlanError
+from pipecompile.errors import InfeasibleError, PlanError
 from pipecompile.graph import CostedGraph
 from pipecompile.memory import Memory
 from pipecompile.partition import Training
 from pipecompile.plan import Plan, stage_costs
+from pipecompile.quality import Quality
 from pipecompile.render.units import bytes_text
 from pipecompile.request import Request
 from pipecompile.versions import versions
@@ -41,7 +41,7 @@ class Fitting:
     request: Request
     cluster: Cluster
     work: Workload
-    found: dict[tuple[bool, ...], Plan | PlanError] = field(default_factory=dict, compare=False)  # by what is again
+    searched: dict[object, Plan | PlanError] = field(default_factory=dict, compare=False)  # what each search gave
 
     def plan(self) -> Plan:
         """The plan with the shortest step that was found.
@@ -52,16 +52,15 @@ class Fitting:
                 helps.
             PlanError: none was found, or a stage that is to have replicas cannot.
         """
-        if self.work.recompute == "always":
-            found = self._try(self.every)
-        elif self.work.recompute == "never" or self._fits(self._fastest(())):
-            found = self._try(())
-        else:
-            plans = [plan for plan in (self._try(()), self._eased()) if plan]
-            found = min(plans, key=self._step, default=None)
+        fewest = self.every if self.work.recompute == "always" else ()
+        fastest = self._fastest(fewest)
+        if self._is_free or not any(self._excess(fastest)):
+            return fastest
+        plans = [self._try(fewest), self._eased() if self.work.recompute == "auto" else None]
+        found = min((plan for plan in plans if plan), key=self._score, default=None)
         if found is None:
-            self._refuse()
-        return found
+            raise self._refusal()
+        return replace(found, quality=self._quality(found, fastest))
 
     @cached_property
     def every(self) -> tuple[bool, ...]:
@@ -71,19 +70,19 @@ class Fitting:
     def _fastest(self, again: Sequence[bool]) -> Plan:
         """The best plan if memory had no limits, and some stages compute their forward again all the same."""
         devices = tuple(replace(device, memory=None) for device in self.cluster.devices)
-        return self.request.partition(
-            self.costed, replace(self.cluster, devices=devices), self._training(again), self.work
-        )
+        free = replace(self.cluster, devices=devices)
+        search = partial(self.request.partition, self.costed, free, self._training(again), self.work)
+        return self._once(("free", *again), search)
+
+    def _try(self, again: Sequence[bool]) -> Plan | None:
+        """A plan within memory of which some stages compute their forward again, if one was found."""
+        try:
+            return self._once(("fitted", *again), partial(self._fitted, again))
+        except PlanError:
+            return None
 
     def _fitted(self, again: Sequence[bool]) -> Plan:
-        """A plan within memory of which some stages compute their forward again.
-
-        Raises:
-            PlanError: there is none, or none was found.
-        """
         plan = self._fastest(again)
-        if self._is_free:
-            return plan
         training = replace(self._training(again), optimizer_state=self.work.state)
         reserved = [0] * len(self.cluster)
         for attempt in range(1 + ATTEMPTS):
@@ -97,18 +96,17 @@ class Fitting:
                 plan = self.request.partition(self.costed, self.cluster, training, self.work)
         raise PlanError(f"no plan within memory was found in {ATTEMPTS} attempts")
 
-    def _try(self, again: Sequence[bool]) -> Plan | None:
-        """Such a plan, or none; where nothing is said of memory what is wrong is another thing, and raised."""
-        key = tuple(again)
-        if key not in self.found:
+    def _once(self, key: object, search: Callable[[], Plan]) -> Plan:
+        """What a search gives, or raises; it is made once."""
+        if key not in self.searched:
             try:
-                self.found[key] = self._fitted(key)
+                self.searched[key] = search()
             except PlanError as error:
-                if self._is_free:
-                    raise
-                self.found[key] = error
-        found = self.found[key]
-        return found if isinstance(found, Plan) else None
+                self.searched[key] = error
+        found = self.searched[key]
+        if isinstance(found, PlanError):
+            raise found
+        return found
 
     def _eased(self) -> Plan | None:
         """A plan of which no more stages compute their forward again than must, and which is balanced for it."""
@@ -122,20 +120,17 @@ class Fitting:
                 break
             tried.append(again)
             other = self._relieved(other)
-            if self._step(other) >= self._step(best) * WORTH:
+            if self._score(other) >= self._score(best) * WORTH:
                 break
             best = other
         return best
 
     def _relieved(self, found: Plan) -> Plan:
-        """The same plan with as few recomputed stages as memory allows, the slowest relieved first.
-
-        Nothing is known then of how good it is.
-        """
+        """The same plan with as few recomputed stages as memory allows, the slowest relieved first."""
         costs = stage_costs(self.costed, found)
         for stage in sorted(found.recomputed, key=lambda s: costs[s].forward, reverse=True):
             plan = replace(found, recomputed=tuple(s for s in found.recomputed if s != stage), quality=None)
-            if self._fits(plan):
+            if not any(self._excess(plan)):
                 found = plan
         return found
 
@@ -152,14 +147,22 @@ class Fitting:
     def _is_free(self) -> bool:
         return all(device.memory is None for device in self.cluster.devices)
 
-    def _step(self, plan: Plan) -> float:
-        return self.work.step_seconds(self.costed, plan, self.cluster)
+    @cached_property
+    def _score(self) -> Callable[[Plan], float]:
+        return self.request.score(self.costed, self.cluster, self.work)
+
+    def _quality(self, found: Plan, fastest: Plan) -> Quality | None:
+        """What is known of a plan within memory, by the fastest without limits; nothing if some stages are recomputed.
+
+        The search within limits knows bytes but roughly, and of stages that compute again only how slow they are.
+        """
+        if found.quality is None or fastest.quality is None or 0 < len(found.recomputed) < found.num_stages:
+            return None
+        bound = min(fastest.quality.lower_bound, found.quality.bottleneck)
+        return replace(found.quality, lower_bound=bound)
 
     def _held(self, plan: Plan) -> Memory:
         return self.work.memory(self.costed, plan, self.cluster, bound=True)
-
-    def _fits(self, plan: Plan) -> bool:
-        return self._is_free or not any(self._excess(plan))
 
     def _excess(self, plan: Plan) -> list[int]:
         """For each rank of the cluster the bytes beyond its memory."""
@@ -170,13 +173,8 @@ class Fitting:
 
     # Where there is none.
 
-    def _refuse(self) -> NoReturn:
-        """Raises what the fastest plan would hold too much, and what would make it fit."""
-        error = self.found[self._most]
-        assert isinstance(error, PlanError)
-        raise type(error)(self._refusal()) from error
-
-    def _refusal(self) -> str:
+    def _refusal(self) -> PlanError:
+        """What the fastest plan would hold too much, and what would make it fit."""
         fastest = self._fastest(self._most)
         held, over = self._held(fastest), self._excess(fastest)
         rank = max(range(len(over)), key=over.__getitem__)
@@ -185,12 +183,21 @@ class Fitting:
         most = max(stages, key=lambda stage: held.stages[stage].total)
         parts = ", ".join(f"{kind} {bytes_text(n)}" for kind, n in held.stages[most].by_kind() if n)
         helps = "; ".join(self._remedies(fastest))
-        return (
+        kind = (
+            InfeasibleError if self._least > sum(device.memory or inf for device in self.cluster.devices) else PlanError
+        )
+        return kind(
             f"the model does not fit into the memory of its devices: in the fastest plan of {fastest.num_stages} "
             f"stages, stage {most} would hold {bytes_text(held.ranks[rank])} of {bytes_text(limit or 0)}, "
             f"{bytes_text(over[rank])} too much ({parts}), and no other plan that fits was found; "
             + (f"what would make it fit: {helps}" if helps else "use devices with more memory")
         )
+
+    @property
+    def _least(self) -> float:
+        """Bytes that all devices together must hold: weights, and what comes with those that are trained."""
+        each = self.costed.graph.parameters
+        return sum(p.spec.nbytes * (1 + p.spec.requires_grad * (1 + self.work.state)) for p in each)
 
     @property
     def _most(self) -> tuple[bool, ...]:

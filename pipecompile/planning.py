@@ -6,14 +6,12 @@ Stages are planned along a row of the devices in which each has a fast link to t
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from pipecompile.cluster import Cluster
 from pipecompile.fitting import Fitting
 from pipecompile.graph import CostedGraph
 from pipecompile.partition import assign, suited
 from pipecompile.plan import Plan, stage_costs
-from pipecompile.request import Request
+from pipecompile.request import Request, placed
 from pipecompile.workload import Workload
 
 
@@ -24,9 +22,11 @@ def make_plan(costed: CostedGraph, request: Request, cluster: Cluster, work: Wor
         InputError, InfeasibleError, PlanError: as ``Fitting.plan``.
     """
     row = _row(costed, request, cluster)
-    plan = Fitting(costed, request, cluster.in_order(row), work).plan()
-    plan = replace(plan, rank_of=tuple(row[rank] for rank in plan.rank_of))
-    return assign(plan, [cost.seconds for cost in stage_costs(costed, plan)], cluster, work.microbatches)
+    plan = placed(Fitting(costed, request.on(row), cluster.in_order(row), work).plan(), row)
+    other = assign(plan, [cost.seconds for cost in stage_costs(costed, plan)], cluster, work.microbatches)
+    if request.objective == "step" or callable(request.objective):
+        return min(plan, other, key=request.score(costed, cluster, work))
+    return other
 
 
 def _row(costed: CostedGraph, request: Request, cluster: Cluster) -> tuple[int, ...]:

@@ -6,19 +6,25 @@ sample and under the schedule of the step to come, so it holds no more memory at
 
 It leaves no mark: gradients gather in leaves that are thrown away, buffers that a step writes are written as copies,
 random functions draw from seeds of their own. What else a part kept whole may do, to the model's attributes and to
-the generators, is undone by those who call (``compile_call``, ``Pipeline``).
+the generators, is undone here and by those who call (``Pipeline``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from pipecompile.calibrate import Times
+from pipecompile.batching import Rows
+from pipecompile.calibrate import Times, corrected
+from pipecompile.capture import Call
+from pipecompile.capture.state import attributes_kept
 from pipecompile.compiled import Compiled
+from pipecompile.errors import ExecutionError, PlanError
+from pipecompile.graph import CostedGraph
 from pipecompile.plan import Plan, stage_costs
 from pipecompile.program import Program
 from pipecompile.runtime import Microbatch, Weights
@@ -26,47 +32,99 @@ from pipecompile.session import Session
 from pipecompile.steps import Batch, microbatches_of
 from pipecompile.timeline import Timeline
 
+REHEARSALS = 3  # at most, each of a plan made from the one before
+HOLDS = 0.05  # relative: a stage's time is not predicted closer than steps differ from one another
 PASSES = (2, 8)  # timed, at least and at most, after one to warm up
 ENOUGH = 0.5  # seconds: passes are not repeated further once they have taken so long
 WORTH = 5e-3  # seconds of a stage from which it is rehearsed: Python's lock passes from thread to thread so late
 
 
-def rehearse(
-    batch: Batch, starts: Sequence[str], schedule: Callable[[Plan, int], Program], devices: Sequence[torch.device]
-) -> tuple[Times, ...]:
-    """For each stage its times; none where a rehearsal tells nothing.
-
-    That is with a single stage, where no backward will run, on CUDA (see ``Compiled.times``), and where each stage
-    takes less than ``WORTH``.
+@dataclass(frozen=True)
+class Rehearsal:
+    """What is rehearsed.
 
     Args:
-        batch: the sample; its first microbatches are run, two for each stage and one more, if there are so many.
         starts: the values that backwards start from, by name.
         schedule: a synchronous one.
-
-    Raises:
-        ExecutionError: a stage raised, as it would in a step.
+        devices: one for each rank.
     """
-    compiled = batch.compiled
-    if not _tells(compiled):
-        return ()
-    program = compiled.lowered(schedule(compiled.plan, min(len(batch.rows), 2 * compiled.plan.num_stages + 1)))
-    with closing(Session(devices, None)) as session:
-        session.weights = [Weights(_tensors(compiled, stage.index), stage.device) for stage in compiled.stages]
 
-        def run() -> Timeline:
-            for weights in session.weights:
-                weights.begin(weights.tensors)
-            session.run(compiled, program, _microbatches(batch, starts))
-            assert session.timeline is not None
-            return session.timeline
+    starts: Sequence[str]
+    schedule: Callable[[Plan, int], Program]
+    devices: Sequence[torch.device]
 
-        run()
-        timed: list[Timeline] = []
-        least, most = PASSES
-        while len(timed) < least or (len(timed) < most and sum(each.makespan for each in timed) < ENOUGH):
-            timed.append(run())
-    return compiled.times(Timeline(tuple(span for each in timed for span in each.spans), len(devices)))
+    def times(self, batch: Batch) -> tuple[Times, ...]:
+        """For each stage its times; none where a rehearsal tells nothing.
+
+        That is with a single stage, where no backward will run, on CUDA (see ``Compiled.times``), and where each stage
+        takes less than ``WORTH``.
+
+        Args:
+            batch: the sample; its first microbatches are run, two for each stage and one more, if there are so many.
+
+        Raises:
+            ExecutionError: a stage raised, as it would in a step.
+        """
+        compiled = batch.compiled
+        if not _tells(compiled):
+            return ()
+        count = min(len(batch.rows), 2 * compiled.plan.num_stages + 1)
+        program = compiled.lowered(self.schedule(compiled.plan, count))
+        with attributes_kept(compiled.captured.model), closing(Session(self.devices, None)) as session:
+            session.weights = [Weights(_tensors(compiled, stage.index), stage.device) for stage in compiled.stages]
+
+            def run() -> Timeline:
+                for weights in session.weights:
+                    weights.begin(weights.tensors)
+                session.run(compiled, program, _microbatches(batch, self.starts))
+                assert session.timeline is not None
+                return session.timeline
+
+            run()
+            timed: list[Timeline] = []
+            least, most = PASSES
+            while len(timed) < least or (len(timed) < most and sum(each.makespan for each in timed) < ENOUGH):
+                timed.append(run())
+        spans = tuple(span for each in timed for span in each.spans)
+        return compiled.times(Timeline(spans, len(self.devices)))
+
+
+def rehearsed(
+    compiled: Compiled, call: Call, rows: Rows, it: Rehearsal, replan: Callable[[CostedGraph], Compiled]
+) -> Compiled:
+    """The same planned from what its stages take together, rehearsed until the plan's times hold.
+
+    If they never do, of all rehearsed plans that whose busiest stage took least, with the times that it took. Where a
+    stage raises, the costs stay as they are and say so: the step to come raises too.
+
+    Args:
+        replan: the same model planned anew, from other costs.
+    """
+    tried: list[Compiled] = []
+    while len(tried) < REHEARSALS:
+        try:
+            times = it.times(Batch(compiled, call, rows))
+        except ExecutionError as error:
+            return _noted(compiled, f"not rehearsed, since {error}")
+        if not times:
+            return compiled
+        if max(each.error for each in times) <= HOLDS:
+            return _noted(compiled, "held in a rehearsal")
+        costed = corrected(compiled.costed, compiled.plan, times, "a rehearsal")
+        plan = replace(compiled.plan, quality=None)
+        tried.append(replace(compiled, costed=costed, plan=plan, reference=plan, programs={}))
+        try:
+            compiled = replan(costed)
+        except PlanError:  # a search can fail where another has not
+            break
+        if replace(compiled.plan, quality=None) == plan:
+            return compiled
+    return min(tried, key=lambda each: max(cost.seconds for cost in stage_costs(each.costed, each.plan)))
+
+
+def _noted(compiled: Compiled, what: str) -> Compiled:
+    """The same with a word on where its costs are from."""
+    return replace(compiled, costed=replace(compiled.costed, origin=f"{compiled.costed.origin}, {what}"))
 
 
 def _tells(compiled: Compiled) -> bool:

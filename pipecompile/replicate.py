@@ -21,7 +21,7 @@ from pipecompile.plan import Plan
 from pipecompile.planning import make_plan
 from pipecompile.render.units import seconds_text
 from pipecompile.request import BUDGET as PATIENTLY
-from pipecompile.request import Request
+from pipecompile.request import Goal, Request
 from pipecompile.versions import versions
 from pipecompile.wishes import NO_WISHES, Wishes
 from pipecompile.workload import Workload
@@ -44,13 +44,19 @@ class Candidate:
 
 
 def with_best_replicas(
-    costed: CostedGraph, cluster: Cluster, work: Workload, wishes: Wishes = NO_WISHES, budget: float = PATIENTLY
+    costed: CostedGraph,
+    cluster: Cluster,
+    work: Workload,
+    wishes: Wishes = NO_WISHES,
+    budget: float = PATIENTLY,
+    objective: Goal = "pace",
 ) -> tuple[Plan, tuple[Candidate, ...]]:
     """The plan with the shortest predicted step on all devices of the cluster, and all that were tried, the best first.
 
     Args:
         wishes: what every plan keeps to; without pins and a number of stages, since those are looked for.
         budget: CPU seconds for the plan in the end; candidates are searched for shortly.
+        objective: what that plan makes least.
 
     Raises:
         InputError: there are too many devices.
@@ -73,7 +79,7 @@ def with_best_replicas(
         reasons = "; ".join(map(str, found)) or "the model has a node that no device holds"
         raise InfeasibleError(f"no number of stages and replicas has a plan on {len(cluster)} devices: {reasons}")
     ordered = sorted(found, key=lambda it: (it.seconds is None, it.seconds))
-    return make_plan(costed, Request(ordered[0].replicas, wishes, budget), cluster, work), tuple(ordered)
+    return make_plan(costed, Request(ordered[0].replicas, wishes, budget, objective), cluster, work), tuple(ordered)
 
 
 def _proposals(costed: CostedGraph, cluster: Cluster, work: Workload) -> Iterator[tuple[int, ...]]:

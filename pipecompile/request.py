@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
 from pipecompile.cluster import Cluster
 from pipecompile.graph import CostedGraph
-from pipecompile.partition import Objective, Training, partition
+from pipecompile.partition import Objective, Training, partition, scored
 from pipecompile.plan import Plan
 from pipecompile.wishes import NO_WISHES, Wishes
 from pipecompile.workload import Workload
@@ -40,11 +41,28 @@ class Request:
         """The best plan that was found for such training; where devices have a limit, after a short search."""
         limited = any(device.memory is not None for device in cluster.devices)
         budget = min(self.budget, SHORT) if limited else self.budget
-        step = partial(work.step_seconds, costed, cluster=cluster)
-        objective = step if self.objective == "step" else self.objective
+        objective = self.score(costed, cluster, work) if self.objective == "step" else self.objective
         return partition(costed, len(self.replicas), cluster, training, self.wishes, budget, self.replicas, objective)
+
+    def score(self, costed: CostedGraph, cluster: Cluster, work: Workload) -> Callable[[Plan], float]:
+        """What chooses between whole plans: the function that was given, or the predicted step."""
+        if callable(self.objective):
+            return partial(scored, self.objective)
+        return partial(work.step_seconds, costed, cluster=cluster)
+
+    def on(self, ranks: Sequence[int]) -> Request:
+        """The same where the devices stand in another order: a function of plans still sees ranks of the first."""
+        objective = self.objective
+        if not callable(objective):
+            return self
+        return replace(self, objective=lambda plan: objective(placed(plan, ranks)))
 
     def chain(self, devices: int, nbytes: int = 0) -> Plan:
         """The stages in a row without a graph, one after the other on so many devices, and round again."""
         ranks = [place % devices for place in range(sum(self.replicas))]
         return Plan.chain(len(self.replicas), ranks, nbytes, self.replicas)
+
+
+def placed(plan: Plan, ranks: Sequence[int]) -> Plan:
+    """A plan for devices in a row on the ranks that those have."""
+    return replace(plan, rank_of=tuple(ranks[rank] for rank in plan.rank_of))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Any
 
 import pytest
@@ -20,6 +20,7 @@ from pipecompile.graph import Cost, CostedGraph, Graph, Node, TensorSpec
 from pipecompile.partition import partition
 from pipecompile.plan import Plan
 from pipecompile.planning import make_plan
+from pipecompile.replicate import with_best_replicas
 from pipecompile.request import Request
 from pipecompile.schedule import SCHEDULES
 from pipecompile.workload import Workload
@@ -95,6 +96,44 @@ def test_a_function_of_plans_chooses_among_those_that_were_found() -> None:
     assert len({plan.stage_of for plan in seen}) > 1
     scores = [sent(plan) for plan in tuple(seen)]
     assert sent(found) == min(scores) < scores[0]
+
+
+def test_a_function_sees_the_ranks_that_the_plan_will_have() -> None:
+    costed = row([3, 3, 3, 3], [1, 1, 1, 1])
+    devices = tuple(Device(str(i), host=host) for i, host in enumerate((0, 1, 0, 1)))
+    cluster = Cluster(devices, Link(bandwidth=100.0), Link(bandwidth=1.0))
+    seen: list[tuple[int, ...]] = []
+
+    def score(plan: Plan) -> float:
+        seen.append(plan.rank_of)
+        return cost(plan)
+
+    def cost(plan: Plan) -> float:
+        return Workload(SCHEDULES["1f1b"], 4).step_seconds(costed, plan, cluster)
+
+    plan = make_plan(costed, Request((1,) * 4, objective=score), cluster, Workload(SCHEDULES["1f1b"], 4))
+    assert plan.rank_of in seen
+    hosts = [devices[rank].host for rank in plan.rank_of]
+    assert sum(here != there for here, there in pairwise(hosts)) == 1
+
+
+@pytest.mark.parametrize("nothing", [None, float("nan"), "much"])
+def test_a_function_that_gives_no_number_is_refused(nothing: Any) -> None:
+    with pytest.raises(InputError, match="must give a number"):
+        partition(row([1, 2, 3], [1, 1, 1]), 2, objective=lambda plan: nothing)
+
+
+def test_the_best_replicas_are_planned_for_the_objective() -> None:
+    seen: list[Plan] = []
+
+    def score(plan: Plan) -> float:
+        seen.append(plan)
+        return sum(channel.nbytes for channel in plan.channels)
+
+    costed, work = row([3, 9, 3, 3], [5, 1, 7, 1]), Workload(SCHEDULES["1f1b"], 8)
+    plan, _ = with_best_replicas(costed, Cluster.of(["a", "b", "c"], Link(1e9)), work, objective=score)
+    assert seen
+    assert score(plan) == min(score(other) for other in tuple(seen))
 
 
 def test_of_plans_with_the_same_pace_the_one_that_sends_less_is_taken() -> None:

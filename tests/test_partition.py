@@ -253,6 +253,12 @@ def test_weights_beyond_all_memory_are_refused_with_both_numbers():
         partition(costed, 2, Cluster((Device("a", memory=3_000),) * 2))
 
 
+def test_where_nothing_takes_time_a_search_that_gave_up_is_no_proof():
+    problem = Problem((0.0,) * 3, ((0, 1), (0, 2)), (), (Seat(memory=6.0),) * 2, (4.0, 1.0, 2.0))
+    solution = solve(problem)
+    check(problem, solution.stage_of)
+
+
 def test_nodes_that_cost_nothing_can_still_be_cut():
     assert sorted(set(stages(partition(chain_graph([0.0] * 5), 3)))) == [0, 1, 2]
 

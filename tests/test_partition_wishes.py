@@ -1,5 +1,7 @@
 """What a user asks of a plan is honoured, or refused with the modules that stand against it."""
 
+from random import Random
+
 import pytest
 
 from pipecompile.cluster import Cluster, Device
@@ -7,6 +9,7 @@ from pipecompile.errors import InfeasibleError, InputError, PlanError
 from pipecompile.graph import Cost, CostedGraph, Graph, Node, TensorSpec
 from pipecompile.partition import partition, solve
 from pipecompile.partition.contract import contract
+from pipecompile.partition.evaluate import check
 from pipecompile.partition.problem import Net, Problem, Seat
 from pipecompile.plan import Plan
 from pipecompile.quality import Quality
@@ -184,3 +187,18 @@ def test_without_time_no_plan_within_memory_is_no_proof_that_there_is_none() -> 
         solve(tight)
     with pytest.raises(PlanError, match="no plan was found"):
         solve(tight, budget=0.0)
+
+
+@pytest.mark.parametrize("count", [60, 500])
+def test_a_pin_that_alone_fills_a_stage_is_kept_though_its_neighbour_could_take_the_atom(count: int) -> None:
+    """Joining the two costs nothing, and leaves a stage without an atom."""
+    rnd = Random(count)
+    arcs = [(0, 1), *((i, j) for j in range(3, count) for i in sorted(rnd.sample(range(2, j), min(2, j - 2))))]
+    arcs += [(1, j) for j in range(2, 4)]
+    readers = [[high for low, high in arcs if low == atom] for atom in range(count)]
+    nets = tuple(Net((atom, *users), 50.0 if atom == 0 else 0.1) for atom, users in enumerate(readers) if users)
+    seconds = (0.1, 0.1, *(rnd.uniform(0.5, 2.0) for _ in range(count - 2)))
+    problem = Problem(seconds, tuple(sorted(arcs)), nets, (Seat(),) * 4, pins=((1, 1),))
+    solution = solve(problem, budget=3.0)
+    check(problem, solution.stage_of)
+    assert (solution.stage_of[0], solution.stage_of[1]) == (0, 1)

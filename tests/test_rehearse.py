@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,12 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pipecompile
-from pipecompile import compile_call, rehearse
+from pipecompile import rehearse
 from pipecompile.calibrate import Times
 from pipecompile.cluster import Cluster
-from pipecompile.errors import ExecutionError
+from pipecompile.errors import ExecutionError, PlanError
 from pipecompile.graph import Cost, CostedGraph
-from pipecompile.plan import stage_costs
+from pipecompile.plan import Plan, stage_costs
+from pipecompile.planning import make_plan
 from pipecompile.program import Backward, Forward
 from pipecompile.schedule import SCHEDULES
 from pipecompile.session import Session
@@ -208,7 +208,7 @@ class Stages:
         self.first: CostedGraph | None = None
         self.plans: list[tuple[int | None, ...]] = []
 
-    def __call__(self, batch: Batch, starts: Sequence[str], *rest: Any) -> tuple[Times, ...]:
+    def __call__(self, batch: Batch) -> tuple[Times, ...]:
         costed, plan = batch.compiled.costed, batch.compiled.plan
         self.first = self.first or costed
         self.plans.append(plan.stage_of)
@@ -235,9 +235,9 @@ class Deep(nn.Sequential):
 
 def test_a_plan_is_made_from_what_its_stages_took(monkeypatch: pytest.MonkeyPatch) -> None:
     stages = Stages(slow=3.0)
-    monkeypatch.setattr(compile_call, "rehearse", stages)
+    monkeypatch.setattr(rehearse.Rehearsal, "times", lambda _, batch: stages(batch))
     pipe = compiled(Deep(), profile="measure")
-    assert 2 <= len(stages.plans) <= compile_call.REHEARSALS
+    assert 2 <= len(stages.plans) <= rehearse.REHEARSALS
     assert pipe.plan.stage_of.count(0) < stages.plans[0].count(0)
     assert is_rehearsed(pipe)
     assert pipe.profile.origin.count("corrected by") == 1
@@ -254,7 +254,7 @@ def test_a_plan_is_made_from_what_its_stages_took(monkeypatch: pytest.MonkeyPatc
 
 def test_a_plan_whose_times_hold_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     stages = Stages(slow=1.0)
-    monkeypatch.setattr(compile_call, "rehearse", stages)
+    monkeypatch.setattr(rehearse.Rehearsal, "times", lambda _, batch: stages(batch))
     pipe = compiled(Deep())
     assert stages.plans == [pipe.plan.stage_of]
     assert stages.first is not None
@@ -265,7 +265,7 @@ def test_a_plan_whose_times_hold_stays(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_where_times_never_hold_the_best_plan_that_was_rehearsed_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     took: list[tuple[float, tuple[int | None, ...]]] = []
 
-    def now_one_now_the_other(batch: Batch, *_: Any) -> tuple[Times, ...]:
+    def now_one_now_the_other(batch: Batch) -> tuple[Times, ...]:
         plan = batch.compiled.plan
         costs = stage_costs(batch.compiled.costed, plan)
         slow = len(took) % 2
@@ -273,9 +273,9 @@ def test_where_times_never_hold_the_best_plan_that_was_rehearsed_is_taken(monkey
         took.append((max(cost.seconds for cost in measured), plan.stage_of))
         return tuple(map(Times, costs, measured))
 
-    monkeypatch.setattr(compile_call, "rehearse", now_one_now_the_other)
+    monkeypatch.setattr(rehearse.Rehearsal, "times", lambda _, batch: now_one_now_the_other(batch))
     pipe = compiled(Deep())
-    assert len(took) == compile_call.REHEARSALS
+    assert len(took) == rehearse.REHEARSALS
     seconds, stage_of = min(took)
     assert pipe.plan.stage_of == stage_of
     assert max(cost.seconds for cost in stage_costs(pipe.profile, pipe.plan)) == pytest.approx(seconds)
@@ -283,7 +283,8 @@ def test_where_times_never_hold_the_best_plan_that_was_rehearsed_is_taken(monkey
 
 
 def test_later_steps_are_predicted_by_the_rehearsal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compile_call, "rehearse", Stages(slow=4.0))
+    stages = Stages(slow=4.0)
+    monkeypatch.setattr(rehearse.Rehearsal, "times", lambda _, batch: stages(batch))
     pipe = compiled(Deep())
     pipe(rows()).backward()
     costs = stage_costs(pipe.profile, pipe.plan)
@@ -304,7 +305,7 @@ def test_costs_that_are_not_measured_here_are_not_rehearsed(monkeypatch: pytest.
     def never(*_: Any) -> None:
         raise AssertionError("a rehearsal")
 
-    monkeypatch.setattr(compile_call, "rehearse", never)
+    monkeypatch.setattr(rehearse.Rehearsal, "times", lambda _, batch: never(batch))
     asked.eval()
     asked(rows(6))  # a second capture, on the placement of the first
     assert asked.captures == 2
@@ -351,3 +352,20 @@ def test_a_model_that_raises_says_so_in_the_report_and_in_the_step() -> None:
     with pytest.raises(ExecutionError, match=r"stage 0, 0F2: module 'table'.*IndexError: index out of range"):
         pipe(ids)
     pipe(ids % 4).backward()
+
+
+def test_where_no_other_plan_is_found_the_rehearsed_one_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    stages = Stages(slow=3.0)
+    monkeypatch.setattr(rehearse.Rehearsal, "times", lambda _, batch: stages(batch))
+    plans = []
+
+    def make(*args: Any) -> Plan:
+        if plans:
+            raise PlanError("no plan was found")
+        plans.append(make_plan(*args))
+        return plans[0]
+
+    monkeypatch.setattr("pipecompile.compile_call.make_plan", make)
+    pipe = compiled(Deep())
+    assert pipe.plan.stage_of == plans[0].stage_of
+    assert is_rehearsed(pipe)

@@ -5,6 +5,7 @@ from pipecompile.partition.assign import suited as suited
 from pipecompile.partition.carry import carry_over as carry_over
 from pipecompile.partition.costed import Objective as Objective
 from pipecompile.partition.costed import partition as partition
+from pipecompile.partition.costed import scored as scored
 from pipecompile.partition.deal import Step as Step
 from pipecompile.partition.deal import deals as deals
 from pipecompile.partition.problem import Net as Net

@@ -67,7 +67,7 @@ class _Walk:
         self.memory = np.array([seat.memory for seat in problem.seats])
         self.in_flight = in_flight[:, 0]
         self.best, self.least = stage_of.copy(), problem.load(self.work, self.sent).max(axis=0)
-        self.pace = float(self.least.min())
+        self.pace = float(self.least.min()) or 1.0
         self.scale = POWER * problem.total / len(problem) / problem.speeds.mean() / self.pace
         self.arcs = np.array(problem.arcs, np.int64).reshape(-1, 2).T
         self.before = [np.array(row, np.int64) for row in problem.predecessors]

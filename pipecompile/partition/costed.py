@@ -8,13 +8,14 @@
 
 Replicated nodes are in no stage and cross no cut, so they are left out. A parameter counts for the first node that
 reads it. What more a stage holds (tied weights, values of other stages, what is on the way) depends on the whole plan:
-it is told as ``reserved`` bytes once a plan is known (see ``memory`` and ``planning``).
+it is told as ``reserved`` bytes once a plan is known (see ``memory`` and ``fitting``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 from pipecompile.cluster import Cluster, Link
@@ -99,7 +100,21 @@ def partition(
     if not callable(objective):
         return plans[0]
     plans += [plan_of(atoms) for atoms in (*solution.others, *_overlapping(contraction.problem, budget))]
-    return min(plans, key=objective)
+    return min(plans, key=partial(scored, objective))
+
+
+def scored(objective: Callable[[Plan], float], plan: Plan) -> float:
+    """What a function makes of a plan.
+
+    Raises:
+        InputError: that is no number.
+    """
+    score = objective(plan)
+    if not isinstance(score, int | float) or score != score:
+        raise InputError(
+            f"objective= is a function that gave {score!r} for a plan; it must give a number, less is better"
+        )
+    return score
 
 
 def _overlapping(problem: Problem, budget: float | None) -> tuple[tuple[int, ...], ...]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from pipecompile.partition.chain import Chain, best_chain
 from pipecompile.partition.cuts import bisect, sweep
-from pipecompile.partition.deadline import NEVER, Deadline
+from pipecompile.partition.deadline import Deadline
 from pipecompile.partition.family import Family
 from pipecompile.partition.interval import best_intervals, prefixes
 from pipecompile.partition.orders import orders
@@ -44,14 +44,14 @@ def pooled(problem: Problem, deadline: Deadline) -> Iterator[Chain]:
     for best, order, ends in ranked:
         yield Chain(best, _stages(order, ends))
     best, order, ends = ranked[0]
-    order_sets = [prefixes(order, _ends(problem, order, best)) for _, order, _ in ranked[:KEPT_ORDERS]]
+    order_sets = [prefixes(order, ends_near(problem, order, best)) for _, order, _ in ranked[:KEPT_ORDERS]]
     sets = Family.of(problem, [*order_sets, *_cuts(problem, deadline)])
     if found := combine(sets, best, prefixes(order, ends[:-1]), deadline):
         yield found
 
 
 def combine(
-    sets: Family, limit: float, known: Bools, deadline: Deadline = NEVER, programme: Programme = best_chain
+    sets: Family, limit: float, known: Bools, deadline: Deadline, programme: Programme = best_chain
 ) -> Chain | None:
     """The best plan with boundaries from the sets and from the boundaries of a known one."""
     families = [_cheapest(family) for family in admit(sets, limit)]
@@ -62,7 +62,7 @@ def combine(
     return programme(sets.problem, families, limit * ROUNDING, deadline)
 
 
-def _ends(problem: Problem, order: Sequence[int], limit: float) -> Sequence[int]:
+def ends_near(problem: Problem, order: Sequence[int], limit: float) -> Sequence[int]:
     """Where to end a prefix of the order so that its weight is within the window of some boundary."""
     work = np.cumsum(problem.weight[list(order)])
     near = np.zeros(len(order), np.bool_)

@@ -11,7 +11,7 @@ Source: memetic search, that is local search with recombination (Moscato 1989), 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -24,7 +24,7 @@ from pipecompile.partition.evaluate import bottleneck
 from pipecompile.partition.family import Family
 from pipecompile.partition.interval import prefixes
 from pipecompile.partition.orders import orders
-from pipecompile.partition.pool import combine
+from pipecompile.partition.pool import combine, ends_near
 from pipecompile.partition.problem import Bools, Problem
 from pipecompile.partition.window import free_atoms, narrowed, windows, within_free
 
@@ -70,18 +70,22 @@ def walked(
         starts = [best.stage_of, *plans[:KEPT]]
 
 
-def traded(problem: Problem, plans: Sequence[Sequence[int]], limits: Iterable[float]) -> Iterator[Chain]:
+def traded(
+    problem: Problem, plans: Sequence[Sequence[int]], limits: Sequence[float], deadline: Deadline
+) -> Iterator[Chain]:
     """For each limit (seconds) the plan that sends least, from the boundaries of given plans and of some orders.
 
     Where few microbatches fill a pipeline, a step takes about the sum of all stages and so many times the busiest one's
     seconds as there are further microbatches: what is sent counts once for each stage, not only in the busiest.
+
+    Raises:
+        OutOfTime: the deadline has passed.
     """
     known = _boundaries(problem, plans[0])
-    ends = range(1, len(problem))
-    natural = [prefixes(order, ends) for order in orders(problem, NATURAL)]
+    natural = [prefixes(order, ends_near(problem, order, max(limits))) for order in orders(problem, NATURAL)]
     sets = Family.of(problem, [*natural, *(_boundaries(problem, plan) for plan in plans)])
     for limit in limits:
-        if found := combine(sets, limit, known, programme=thrifty_chain):
+        if found := combine(sets, limit, known, deadline, thrifty_chain):
             yield Chain(bottleneck(problem, found.stage_of), found.stage_of)
 
 

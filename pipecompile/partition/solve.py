@@ -11,7 +11,9 @@ its plan happens to be one of the problem itself, all is done; else its optimum 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import inf
 from time import process_time
 from typing import NoReturn
@@ -35,6 +37,7 @@ MOST_EXACT_ATOMS = 5_000  # for the exact programme, whose tables grow with the 
 MOST_NEAR = 1_500  # near the boundaries of a larger problem's plan
 BEAMS, ZOOMED = (150_000, 500_000), (60_000,)  # sets in one window that are followed up, times free atoms
 MOST_OTHERS = 40
+TRADING = 1.0  # CPU seconds for plans that send less
 SLACKS = (1.02, 1.05, 1.1, 1.2, 1.4)  # times the least load
 BEYOND = 1.001  # a search up to so many times the load of any plan proves that there is none
 
@@ -45,7 +48,7 @@ class Solution:
 
     stage_of: tuple[int, ...]  # atom -> stage
     quality: Quality
-    others: tuple[tuple[int, ...], ...] = ()  # plans whose busiest stage takes longer, if they were asked for
+    others: tuple[tuple[int, ...], ...] = ()  # further plans, if they were asked for
 
 
 def solve(problem: Problem, budget: float | None = None, others: bool = False) -> Solution:
@@ -53,7 +56,8 @@ def solve(problem: Problem, budget: float | None = None, others: bool = False) -
 
     Args:
         others: whether to keep other plans found on the way, and to look for such as send less.
-        budget: CPU seconds after which the search ends with the best plan so far; a first plan is always looked for.
+        budget: CPU seconds after which the search ends with the best plan so far; a first plan is always looked for,
+            and in the end, for up to ``TRADING`` seconds, one that is as good and sends less.
 
     Raises:
         InfeasibleError: there are more seats than atoms, or no plan keeps the memory limits and pins.
@@ -79,7 +83,22 @@ class _Search:
         self.base = base  # where plans are looked for
         self.stage_of: tuple[int, ...] | None = None
         self.plans: list[tuple[int, ...]] = []  # of the base, the best first
-        self.upper, self.lower = problem.upper_bound * BEYOND, problem.lower_bound
+        self.upper, self.lower = problem.upper_bound * BEYOND or 1.0, problem.lower_bound
+
+    @cached_property
+    def relaxed(self) -> Contraction:
+        """The problem without what makes it hard: bytes, and seats that may not idle."""
+        nothing = (0.0,) * len(self.problem)
+        idle = tuple(replace(seat, may_idle=True) for seat in self.problem.seats)
+        return lossless(replace(self.problem, kept_bytes=nothing, saved_bytes=nothing, seats=idle))
+
+    def _contractions(self) -> Iterator[Contraction]:
+        """The relaxed problem, and the problem itself."""
+        yield self.relaxed
+        if self.problem.must_fill:
+            yield Contraction.identity(self.problem)
+        elif self.problem.bounded:
+            yield lossless(self.problem)
 
     def run(self) -> None:
         """Searches until the plan is proven, or time or effort are spent."""
@@ -98,12 +117,18 @@ class _Search:
 
     def others(self) -> tuple[tuple[int, ...], ...]:
         """Up to ``MOST_OTHERS`` plans beside the best: those that send less, and those of single orders."""
-        if not self.plans:
-            return ()
-        limits = [self.upper * slack for slack in SLACKS]
-        sends_less = [chain.stage_of for chain in traded(self.base.problem, self.plans, limits)]
-        plans = dict.fromkeys(self.base.expand(plan) for plan in [*sends_less, *self.plans])
+        plans = dict.fromkeys(self.base.expand(plan) for plan in [*self._traded(SLACKS), *self.plans])
         return tuple(plan for plan in plans if plan != self.stage_of)[:MOST_OTHERS]
+
+    def _traded(self, slacks: Sequence[float]) -> list[tuple[int, ...]]:
+        """Plans of the base that send less, if the busiest stage takes up to so many times as long as the best's."""
+        found: list[tuple[int, ...]] = []
+        if self.stage_of is not None and self.plans and len(self.base.problem) <= MOST_NEAR:
+            limits = [self.upper * slack for slack in slacks]
+            with suppress(OutOfTime):
+                for chain in traded(self.base.problem, self.plans, limits, Deadline.after(TRADING)):
+                    found.append(chain.stage_of)
+        return found
 
     @property
     def _is_done(self) -> bool:
@@ -124,26 +149,31 @@ class _Search:
             self.plans.insert(0 if self._improve(self.base.expand(stage_of)) else len(self.plans), stage_of)
 
     def _first_plan(self) -> None:
-        coarse = _filled(lossy(self.base.problem, MOST_ATOMS), self.base.problem)
-        self._follow(pooled(coarse.problem, self.deadline), coarse)
+        """Where what has joined leaves a seat without an atom that must have one, nothing joins."""
+        for base in (self.base, Contraction.identity(self.problem)):
+            self.base, coarse = base, Contraction.identity(base.problem)
+            if len(base.problem) > MOST_ATOMS:
+                coarse = _filled(lossy(base.problem, MOST_ATOMS), base.problem)
+            self._follow(pooled(coarse.problem, self.deadline), coarse)
+            if self.plans:
+                return
 
     def _break_tie(self) -> None:
         """Of the plans whose busiest stage takes as long as the best's takes one that sends less."""
-        if self.stage_of is None or not self.plans or len(self.base.problem) > MOST_NEAR:
-            return
-        for chain in traded(self.base.problem, self.plans, [self.upper]):
-            found = self.base.expand(chain.stage_of)
+        for plan in self._traded([1.0]):
+            assert self.stage_of is not None
+            found = self.base.expand(plan)
             sent = [sum(stage_transfers(self.problem, plan)) for plan in (found, self.stage_of)]
             if bottleneck(self.problem, found) <= self.upper and sent[0] < sent[1] * (1 - SLACK):
                 self.stage_of = found
 
     def _bound(self) -> None:
-        self.lower = max(self.lower, stage_bound(_relaxed(self.problem).problem))
+        self.lower = max(self.lower, stage_bound(self.relaxed.problem))
 
     def _prove(self, effort: Effort) -> None:
         """Finds an optimum, or a better bound; an infinite one if there is no plan."""
-        for contraction in _contractions(self.problem):
-            if self._is_done:
+        for contraction in self._contractions():
+            if self._is_done or len(contraction.problem) > MOST_EXACT_ATOMS:
                 return
             best = None
             for lower, chain in exact(contraction.problem, self.lower, self.upper, effort, self.deadline):
@@ -184,22 +214,6 @@ class _Search:
 def _filled(contraction: Contraction, problem: Problem) -> Contraction:
     """The contraction, if it leaves enough atoms for all seats."""
     return contraction if len(contraction.problem) >= problem.must_fill else Contraction.identity(problem)
-
-
-def _relaxed(problem: Problem) -> Contraction:
-    """The problem without what makes it hard: bytes, and seats that may not idle."""
-    nothing = (0.0,) * len(problem)
-    idle = tuple(replace(seat, may_idle=True) for seat in problem.seats)
-    return lossless(replace(problem, kept_bytes=nothing, saved_bytes=nothing, seats=idle))
-
-
-def _contractions(problem: Problem) -> Iterator[Contraction]:
-    """The relaxed problem, and the problem itself."""
-    yield _relaxed(problem)
-    if problem.must_fill:
-        yield Contraction.identity(problem)
-    elif problem.bounded:
-        yield lossless(problem)
 
 
 def _is_plan(problem: Problem, stage_of: tuple[int, ...]) -> bool:
