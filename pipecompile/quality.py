@@ -32,4 +32,4 @@ class Quality:
 
 def known(quality: Quality | None) -> str:
     """What to say of a plan that was searched for, or was not."""
-    return str(quality) if quality else "how near it is to the best is not known: some stages compute again, or were rehearsed"
+    return str(quality) if quality else "its gap to the best is not known: some stages compute again, or were rehearsed"

@@ -24,6 +24,11 @@ class Deadline:
     def after(seconds: float | None) -> Deadline:
         return Deadline() if seconds is None else Deadline(process_time() + seconds)
 
+    def part(self, share: float) -> Deadline:
+        """A deadline before this one, after such a share of the time that is left."""
+        now = process_time()
+        return self if self.at == inf else Deadline(now + share * max(0.0, self.at - now))
+
     @property
     def passed(self) -> bool:
         return self.at < inf and process_time() > self.at

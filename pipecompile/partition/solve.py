@@ -37,6 +37,8 @@ MOST_EXACT_ATOMS = 5_000  # for the exact programme, whose tables grow with the 
 MOST_NEAR = 1_500  # near the boundaries of a larger problem's plan
 BEAMS, ZOOMED = (150_000, 500_000), (60_000,)  # sets in one window that are followed up, times free atoms
 MOST_OTHERS = 40
+SEARCHING = 0.95  # of the time; the rest is for a plan as good that sends less
+SHARE = 0.4  # of the time that is left, for a first plan, and for a quick proof
 TRADING = 1.0  # CPU seconds for plans that send less
 SLACKS = (1.02, 1.05, 1.1, 1.2, 1.4)  # times the least load
 BEYOND = 1.001  # a search up to so many times the load of any plan proves that there is none
@@ -55,9 +57,9 @@ def solve(problem: Problem, budget: float | None = None, others: bool = False) -
     """The best plan found; the same problem has the same plan, unless the budget ends the search.
 
     Args:
-        others: whether to keep other plans found on the way, and to look for such as send less.
-        budget: CPU seconds after which the search ends with the best plan so far; a first plan is always looked for,
-            and in the end, for up to ``TRADING`` seconds, one that is as good and sends less.
+        others: whether to keep other plans found on the way, and to look for such as send less, for up to ``TRADING``
+            CPU seconds more.
+        budget: CPU seconds after which the search ends with the best plan so far; a first plan is always looked for.
 
     Raises:
         InfeasibleError: there are more seats than atoms, or no plan keeps the memory limits and pins.
@@ -79,7 +81,7 @@ class _Search:
     """The best plan so far, and the best bound."""
 
     def __init__(self, problem: Problem, base: Contraction, deadline: Deadline) -> None:
-        self.problem, self.deadline = problem, deadline
+        self.problem, self.end, self.deadline = problem, deadline, deadline.part(SEARCHING)
         self.base = base  # where plans are looked for
         self.stage_of: tuple[int, ...] | None = None
         self.plans: list[tuple[int, ...]] = []  # of the base, the best first
@@ -102,31 +104,33 @@ class _Search:
 
     def run(self) -> None:
         """Searches until the plan is proven, or time or effort are spent."""
-        try:
-            self._first_plan()
+        with suppress(OutOfTime):
+            self._first_plan(self.deadline.part(SHARE))
+        with suppress(OutOfTime):
             if len(self.base.problem) <= MOST_EXACT_ATOMS:
                 self._bound()
-                self._prove(QUICKLY)
+                with suppress(OutOfTime):
+                    self._prove(QUICKLY, self.deadline.part(SHARE))
                 self._refine(BEAMS)
-                self._prove(PATIENTLY)
+                self._prove(PATIENTLY, self.deadline)
             elif self.plans:
                 self._zoom()
-        except OutOfTime:
-            pass
         self._break_tie()
 
     def others(self) -> tuple[tuple[int, ...], ...]:
         """Up to ``MOST_OTHERS`` plans beside the best: those that send less, and those of single orders."""
-        plans = dict.fromkeys(self.base.expand(plan) for plan in [*self._traded(SLACKS), *self.plans])
+        plans = dict.fromkeys(
+            self.base.expand(plan) for plan in [*self._traded(SLACKS, Deadline.after(TRADING)), *self.plans]
+        )
         return tuple(plan for plan in plans if plan != self.stage_of)[:MOST_OTHERS]
 
-    def _traded(self, slacks: Sequence[float]) -> list[tuple[int, ...]]:
+    def _traded(self, slacks: Sequence[float], deadline: Deadline) -> list[tuple[int, ...]]:
         """Plans of the base that send less, if the busiest stage takes up to so many times as long as the best's."""
         found: list[tuple[int, ...]] = []
         if self.stage_of is not None and self.plans and len(self.base.problem) <= MOST_NEAR:
             limits = [self.upper * slack for slack in slacks]
             with suppress(OutOfTime):
-                for chain in traded(self.base.problem, self.plans, limits, Deadline.after(TRADING)):
+                for chain in traded(self.base.problem, self.plans, limits, deadline):
                     found.append(chain.stage_of)
         return found
 
@@ -148,19 +152,19 @@ class _Search:
             stage_of = coarse.expand(chain.stage_of) if coarse else chain.stage_of
             self.plans.insert(0 if self._improve(self.base.expand(stage_of)) else len(self.plans), stage_of)
 
-    def _first_plan(self) -> None:
+    def _first_plan(self, deadline: Deadline) -> None:
         """Where what has joined leaves a seat without an atom that must have one, nothing joins."""
         for base in (self.base, Contraction.identity(self.problem)):
             self.base, coarse = base, Contraction.identity(base.problem)
             if len(base.problem) > MOST_ATOMS:
                 coarse = _filled(lossy(base.problem, MOST_ATOMS), base.problem)
-            self._follow(pooled(coarse.problem, self.deadline), coarse)
+            self._follow(pooled(coarse.problem, deadline), coarse)
             if self.plans:
                 return
 
     def _break_tie(self) -> None:
         """Of the plans whose busiest stage takes as long as the best's takes one that sends less."""
-        for plan in self._traded([1.0]):
+        for plan in self._traded([1.0], self.end if self.end.at < inf else Deadline.after(TRADING)):
             assert self.stage_of is not None
             found = self.base.expand(plan)
             sent = [sum(stage_transfers(self.problem, plan)) for plan in (found, self.stage_of)]
@@ -170,13 +174,13 @@ class _Search:
     def _bound(self) -> None:
         self.lower = max(self.lower, stage_bound(self.relaxed.problem))
 
-    def _prove(self, effort: Effort) -> None:
+    def _prove(self, effort: Effort, deadline: Deadline) -> None:
         """Finds an optimum, or a better bound; an infinite one if there is no plan."""
         for contraction in self._contractions():
             if self._is_done or len(contraction.problem) > MOST_EXACT_ATOMS:
                 return
             best = None
-            for lower, chain in exact(contraction.problem, self.lower, self.upper, effort, self.deadline):
+            for lower, chain in exact(contraction.problem, self.lower, self.upper, effort, deadline):
                 self.lower, best = max(self.lower, lower), chain
             if best and _is_plan(self.problem, found := contraction.expand(best.stage_of)):
                 self._improve(found)
