@@ -3,8 +3,7 @@
 A plan within T has all its boundaries in the windows of T. So T rises from the lower bound: as long as the programme
 over all closed sets in the windows finds no plan, T is a lower bound; the first plan that it finds is an optimum. A
 quick search rises in small steps, since most often the optimum is near the bound. A patient one, which follows when it
-is not, begins with the best plan's T, whose windows have an optimum at once, and, where they have too many sets, halves
-what is left between the bounds.
+is not, halves what is left between the bounds, so that it has a better one whenever it is ended.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ class Effort:
     Args:
         sets: in one window, times free atoms in all of them; where there are more, a smaller T is tried.
         finest: the least rise of T, as a factor, that is worth a search.
-        halves: T begins with the best plan's, then is halfway between the bounds, and does not rise in steps.
+        halves: T is halfway between the bounds, and does not rise in steps.
     """
 
     sets: int
@@ -53,7 +52,9 @@ def exact(
     """
     floor, ceiling, gap = lower, inf, 0.0
     while True:
-        step = floor * (1 + gap) if floor and not effort.halves else upper
+        step = floor * (1 + gap) if floor else upper
+        if effort.halves:
+            step = (lower + upper) / 2 if lower * effort.finest < upper else upper
         limit = min(step, upper, (lower + ceiling) / 2) * (1 + ROUNDING)
         small, families = _families(problem, limit, effort.sets, deadline)
         if families is None:
