@@ -44,7 +44,7 @@ class Fitting:
     searched: dict[object, Plan | PlanError] = field(default_factory=dict, compare=False)  # what each search gave
 
     def plan(self) -> Plan:
-        """The plan with the shortest step that was found.
+        """The best plan that was found; between whole plans the objective decides, or, for a pace, the predicted step.
 
         Raises:
             InputError: a wish names what is not there.
@@ -183,9 +183,8 @@ class Fitting:
         most = max(stages, key=lambda stage: held.stages[stage].total)
         parts = ", ".join(f"{kind} {bytes_text(n)}" for kind, n in held.stages[most].by_kind() if n)
         helps = "; ".join(self._remedies(fastest))
-        kind = (
-            InfeasibleError if self._least > sum(device.memory or inf for device in self.cluster.devices) else PlanError
-        )
+        room = sum(inf if device.memory is None else device.memory for device in self.cluster.devices)
+        kind = InfeasibleError if self._least > room else PlanError
         return kind(
             f"the model does not fit into the memory of its devices: in the fastest plan of {fastest.num_stages} "
             f"stages, stage {most} would hold {bytes_text(held.ranks[rank])} of {bytes_text(limit or 0)}, "

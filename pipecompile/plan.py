@@ -118,6 +118,10 @@ class Plan(Json):
         run_by = _replicas(replica_of)
         return Plan((), tuple(ranks), _with_replicas(channels, run_by), replica_of=replica_of)
 
+    def on_ranks(self, ranks: Sequence[int]) -> Plan:
+        """The same with the stages of each rank on another: ``ranks[0]`` in place of rank 0, and so on."""
+        return replace(self, rank_of=tuple(ranks[rank] for rank in self.rank_of))
+
     @property
     def num_stages(self) -> int:
         return len(self.rank_of)

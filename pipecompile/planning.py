@@ -11,7 +11,7 @@ from pipecompile.fitting import Fitting
 from pipecompile.graph import CostedGraph
 from pipecompile.partition import assign, suited
 from pipecompile.plan import Plan, stage_costs
-from pipecompile.request import Request, placed
+from pipecompile.request import Request
 from pipecompile.workload import Workload
 
 
@@ -22,7 +22,7 @@ def make_plan(costed: CostedGraph, request: Request, cluster: Cluster, work: Wor
         InputError, InfeasibleError, PlanError: as ``Fitting.plan``.
     """
     row = _row(costed, request, cluster)
-    plan = placed(Fitting(costed, request.on(row), cluster.in_order(row), work).plan(), row)
+    plan = Fitting(costed, request.on(row), cluster.in_order(row), work).plan().on_ranks(row)
     other = assign(plan, [cost.seconds for cost in stage_costs(costed, plan)], cluster, work.microbatches)
     if request.objective == "step" or callable(request.objective):
         return min(plan, other, key=request.score(costed, cluster, work))

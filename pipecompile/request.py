@@ -55,14 +55,9 @@ class Request:
         objective = self.objective
         if not callable(objective):
             return self
-        return replace(self, objective=lambda plan: objective(placed(plan, ranks)))
+        return replace(self, objective=lambda plan: objective(plan.on_ranks(ranks)))
 
     def chain(self, devices: int, nbytes: int = 0) -> Plan:
         """The stages in a row without a graph, one after the other on so many devices, and round again."""
         ranks = [place % devices for place in range(sum(self.replicas))]
         return Plan.chain(len(self.replicas), ranks, nbytes, self.replicas)
-
-
-def placed(plan: Plan, ranks: Sequence[int]) -> Plan:
-    """A plan for devices in a row on the ranks that those have."""
-    return replace(plan, rank_of=tuple(ranks[rank] for rank in plan.rank_of))

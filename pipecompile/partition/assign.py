@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
 from math import lcm
@@ -33,8 +33,7 @@ EXACT = 8  # devices
 
 def assign(plan: Plan, seconds: Sequence[float], cluster: Cluster, microbatches: int = 1) -> Plan:
     """The plan with its stages on the ranks that suit its channels; never a slower one than the given."""
-    devices = suited(plan, seconds, cluster, microbatches)
-    return replace(plan, rank_of=tuple(devices[rank] for rank in plan.rank_of))
+    return plan.on_ranks(suited(plan, seconds, cluster, microbatches))
 
 
 def suited(plan: Plan, seconds: Sequence[float], cluster: Cluster, microbatches: int = 1) -> tuple[int, ...]:

@@ -66,17 +66,9 @@ def partition(
             contradict the model or each other.
         PlanError: no plan within memory was found, though there may be one.
     """
-    if num_stages < 1:
-        raise ValueError(f"a plan needs at least one stage; got {num_stages}")
-    cluster = Cluster.of([f"rank {rank}" for rank in range(num_stages)]) if cluster is None else cluster
     wishes = wishes or Wishes()
-    if len(replicas) not in (0, num_stages):
-        raise ValueError(f"{num_stages} stages have replicas {tuple(replicas)}; give a number for each")
-    if wishes.most_stages is not None and any(count > 1 for count in replicas):
-        raise InputError(
-            f"most_stages={wishes.most_stages} may leave stages out, and replicas={list(replicas)} says which devices "
-            f"run each of {num_stages}; give only one of them"
-        )
+    _check(num_stages, wishes, replicas)
+    cluster = Cluster.of([f"rank {rank}" for rank in range(num_stages)]) if cluster is None else cluster
     num_stages = min(num_stages, wishes.most_stages or num_stages)
     replicas = replicas[:num_stages]
     seating = Seating.of(num_stages, cluster, replicas)
@@ -85,22 +77,42 @@ def partition(
     solution = solve(contraction.problem, budget, others=callable(objective))
 
     def plan_of(atoms: tuple[int, ...]) -> Plan:
-        used = sorted(set(atoms))
-        replica_of = with_replicas([seating.replicas[stage] for stage in used])
-        seat_of = dict(zip(sorted(set(replica_of)), used, strict=True))
-        stage_on = {seat: stage for stage, seat in seat_of.items()}
-        stage_of = tuple(stage_on[seat] for seat in contraction.expand(atoms))
-        rank_of = [rank for stage in used for rank in seating.ranks[stage]]
-        plan = Plan.of(costed.graph, Placed(costed.graph).stages(stage_of), rank_of, replica_of)
-        recomputed = tuple(stage for stage, first in enumerate(replica_of) if again[seat_of[first]])
         quality = replace(solution.quality, bottleneck=bottleneck(contraction.problem, atoms))
-        return replace(plan, quality=quality, recomputed=recomputed)
+        return replace(_seated(costed, seating, contraction.expand(atoms), again), quality=quality)
 
     plans = [plan_of(solution.stage_of)]
     if not callable(objective):
         return plans[0]
     plans += [plan_of(atoms) for atoms in (*solution.others, *_overlapping(contraction.problem, budget))]
     return min(plans, key=partial(scored, objective))
+
+
+def _check(num_stages: int, wishes: Wishes, replicas: Sequence[int]) -> None:
+    if num_stages < 1:
+        raise ValueError(f"a plan needs at least one stage; got {num_stages}")
+    if len(replicas) not in (0, num_stages):
+        raise ValueError(f"{num_stages} stages have replicas {tuple(replicas)}; give a number for each")
+    if wishes.most_stages is not None and any(count > 1 for count in replicas):
+        raise InputError(
+            f"most_stages={wishes.most_stages} may leave stages out, and replicas={list(replicas)} says which devices "
+            f"run each of {num_stages}; give only one of them"
+        )
+
+
+def _seated(costed: CostedGraph, seating: Seating, seat_of: Sequence[int], again: Sequence[bool]) -> Plan:
+    """The plan in which each thing is on a seat, without the seats that have none.
+
+    Args:
+        again: whether what is on a seat is computed again in the backward.
+    """
+    used = sorted(set(seat_of))
+    replica_of = with_replicas([seating.replicas[seat] for seat in used])
+    seats = dict(zip(sorted(set(replica_of)), used, strict=True))  # stage, the first of its replicas -> seat
+    stage_on = {seat: stage for stage, seat in seats.items()}
+    rank_of = [rank for seat in used for rank in seating.ranks[seat]]
+    stages = Placed(costed.graph).stages(tuple(stage_on[seat] for seat in seat_of))
+    plan = Plan.of(costed.graph, stages, rank_of, replica_of)
+    return replace(plan, recomputed=tuple(s for s, first in enumerate(replica_of) if again[seats[first]]))
 
 
 def scored(objective: Callable[[Plan], float], plan: Plan) -> float:
