@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -503,3 +504,63 @@ def test_a_number_remembers_how_it_was_computed_and_what_was_asked() -> None:
     assert [*range(number)] == [0, 1, 2, 3, 4]
     answers = [[question(State({(0, "n"): n}, {})) for question, _ in questions] for n in (5, 9)]
     assert answers == [[True, False, 5], [True, True, 9]]
+
+
+class Frozen(OrderedDict[str, Any]):
+    """A configuration that nobody may change, as diffusers has it."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        super().__init__(values)
+        for name, value in values.items():
+            setattr(self, name, value)
+        self.closed = True
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise TypeError("a configuration is not changed")
+
+    clear = update = pop = popitem = setdefault = copy = __delitem__ = _refuse
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._refuse() if hasattr(self, "closed") else super().__setitem__(key, value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._refuse() if hasattr(self, "closed") else super().__setattr__(name, value)
+
+
+class Sealed(list[Any]):
+    """A list that nobody may change."""
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise TypeError("the list is sealed")
+
+    clear = extend = append = copy = __setitem__ = __delitem__ = _refuse
+
+
+@pytest.mark.parametrize("config", [Frozen({"scale": 2.0}), Sealed([2.0])], ids=["dict", "list"])
+def test_containers_that_refuse_to_be_changed_are_left_alone(config: Any) -> None:
+    def forward(self: Any, h: Tensor) -> Tensor:
+        return h * next(iter(self.config.values() if isinstance(self.config, dict) else self.config))
+
+    pipe, model = pair(forward, lambda: {"config": config})
+    for _ in range(2):
+        follow(pipe, model)
+    assert pipe.captures == 1
+    assert pipe.inner.config is config
+
+
+class Log(OrderedDict[str, Any]):
+    """A dict with an item setter of its own, which the restoring of its contents must not call."""
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(key, value * 2)
+
+
+def test_a_dict_with_a_setter_of_its_own_is_put_back_as_it_was() -> None:
+    def forward(self: Any, h: Tensor) -> Tensor:
+        self.log["n"] = 3
+        return h
+
+    pipe, model = pair(forward, lambda: {"log": Log(a=1)})
+    for _ in range(2):
+        follow(pipe, model)
+        assert pipe.inner.log == model.inner.log == {"a": 2, "n": 6}

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipecompile.capture.containers import clone, contents, kind_of, refill
 from pipecompile.capture.symbols import resolve
 
 TABLES = frozenset({"_parameters", "_buffers", "_modules"})  # what a module keeps its tensors and children in
@@ -108,9 +109,8 @@ class Attributes:
         state = self._state(sizes)
         for attribute, value in [(attribute, update(state)) for attribute, update in self.updates]:
             held = attribute.value()
-            if isinstance(value, list | dict | set) and type(held) is type(value):
-                held.clear()
-                held.extend(value) if isinstance(held, list) else held.update(value)
+            if kind_of(value) is not None and type(held) is type(value):
+                refill(held, contents(value))
             else:
                 setattr(attribute.owner, attribute.name, value)
 
@@ -151,7 +151,7 @@ def constant(value: Any) -> Update | None:
         return lambda state: resolve(value, dict(state.sizes))
     if frozen(value) is NOT_PLAIN:
         return None
-    return (lambda state: value.copy()) if isinstance(value, list | dict | set) else (lambda state: value)
+    return (lambda state: clone(value)) if kind_of(value) is not None else (lambda state: value)
 
 
 def _short(value: Any) -> str:

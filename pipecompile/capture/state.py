@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from pipecompile.capture.attributes import MISSING, NOT_PLAIN, TABLES, Attribute, frozen
+from pipecompile.capture.containers import clone, contents, is_same, kind_of, put_back
 from pipecompile.errors import CaptureError
 
 
@@ -126,48 +127,40 @@ def _place(module: nn.Module, path: str, fakes: dict[str, Tensor]) -> None:
                 table[name] = fakes[f"{path}.{name}" if path else name]  # type: ignore[assignment]
 
 
-Snapshot = tuple[dict[str, Any], dict[str, list[Any] | dict[Any, Any] | set[Any]]]
+Snapshot = tuple[dict[str, Any], dict[str, list[Any]]]
 
 
 def snapshot(owner: Any) -> Snapshot:
-    """An object's attributes, and copies of the lists, dicts and sets among them."""
+    """An object's attributes, and what the lists, dicts and sets among them hold."""
     state = dict(owner.__dict__)
-    return state, {name: value.copy() for name, value in state.items() if isinstance(value, list | dict | set)}
+    return state, {name: contents(value) for name, value in state.items() if kind_of(value) is not None}
 
 
 def restore(owner: Any, before: Snapshot) -> None:
     """Puts an object's attributes back."""
-    state, contents = before
+    state, held = before
     for name in set(owner.__dict__) - set(state):
         del owner.__dict__[name]
     owner.__dict__.update(state)
-    for name, content in contents.items():
-        holder = state[name]
-        holder.clear()
-        holder.extend(content) if isinstance(holder, list) else holder.update(content)
+    for name, items in held.items():
+        put_back(state[name], items)
 
 
 def changed_attributes(owner: Any, label: str, before: Snapshot) -> Iterator[tuple[Attribute, Any]]:
     """What an object's attributes have been set to, and copies of the lists, dicts and sets with other contents."""
-    state, contents = before
+    state, held = before
     prefix = f"{label}." if label else ""
     for name, value in owner.__dict__.items():
         if value is not state.get(name, MISSING):
             yield Attribute(owner, name, prefix + name), value
-        elif name in contents and name not in TABLES and _differs(value, contents[name]):
-            yield Attribute(owner, name, prefix + name), value.copy()
+        elif name in held and name not in TABLES and _differ(contents(value), held[name]):
+            yield Attribute(owner, name, prefix + name), clone(value)
 
 
-def _differs(now: Any, before: Any) -> bool:
+def _differ(now: list[Any], before: list[Any]) -> bool:
+    """Whether contents are others: plain values by value, objects by identity."""
     plain = frozen(now), frozen(before)
-    if NOT_PLAIN not in plain:
-        return bool(plain[0] != plain[1])
-    flat = [[*value.items()] if isinstance(value, dict) else [*value] for value in (now, before)]
-    return len(now) != len(before) or [*map(_identity, flat[0])] != [*map(_identity, flat[1])]
-
-
-def _identity(item: Any) -> Any:
-    return tuple(map(id, item)) if isinstance(item, tuple) else id(item)
+    return bool(plain[0] != plain[1]) if NOT_PLAIN not in plain else not is_same(now, before)
 
 
 def _read_changes(

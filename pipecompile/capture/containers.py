@@ -1,0 +1,64 @@
+"""Lists, dicts, sets and deques that a model keeps: their contents noted, compared and put back.
+
+Classes of libraries refuse or redefine the methods of the built-in type that they derive from (a configuration that
+nobody may change). So contents are read and written through the built-in type itself, and written only where they
+have changed.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, defaultdict, deque
+from copy import copy
+from typing import Any
+
+KINDS: tuple[type, ...] = (list, OrderedDict, dict, set, deque)  # each before what it derives from
+
+
+def kind_of(value: Any) -> Any:
+    """The built-in type whose methods change a value; None if it is no container that can change."""
+    return next((kind for kind in KINDS if isinstance(value, kind)), None)
+
+
+def contents(holder: Any) -> list[Any]:
+    """What a container holds, in order; pairs of a dict."""
+    kind = kind_of(holder)
+    return [*kind.items(holder)] if issubclass(kind, dict) else [*kind.__iter__(holder)]
+
+
+def refill(holder: Any, items: list[Any]) -> None:
+    """Puts other contents into a container."""
+    kind = kind_of(holder)
+    kind.clear(holder)
+    if kind in (list, deque):
+        kind.extend(holder, items)
+    elif kind is set:
+        set.update(holder, items)
+    else:
+        for key, value in items:
+            kind.__setitem__(holder, key, value)
+
+
+def clone(holder: Any) -> Any:
+    """Another container of the same type with the same contents."""
+    if isinstance(holder, deque | defaultdict) or type(holder) in KINDS:
+        return copy(holder)
+    new = kind_of(holder).__new__(type(holder))
+    if hasattr(holder, "__dict__"):
+        vars(new).update(vars(holder))
+    refill(new, contents(holder))
+    return new
+
+
+def put_back(holder: Any, items: list[Any]) -> None:
+    """Puts a container's contents back, if they are others by now."""
+    if not is_same(contents(holder), items):
+        refill(holder, items)
+
+
+def is_same(now: list[Any], before: list[Any]) -> bool:
+    """Whether contents are the same objects, in the same order."""
+    return len(now) == len(before) and [*map(_identity, now)] == [*map(_identity, before)]
+
+
+def _identity(item: Any) -> Any:
+    return tuple(map(id, item)) if type(item) is tuple else id(item)
