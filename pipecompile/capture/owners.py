@@ -1,0 +1,98 @@
+"""What has named values that a forward may read and set: objects, classes, files and the cells of closures.
+
+A file's variables are attributes of its module, those of a closure the one attribute of each cell.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Iterator
+from types import CellType, ModuleType
+from typing import Any
+
+from torch import nn
+
+FOREIGN = sys.stdlib_module_names | {"torch", "numpy", "scipy", "sympy", "pipecompile"}  # nothing of a model's own
+_PLAIN = frozenset({"types", "argparse", "weakref", "collections"})  # whose instances hold what a model puts there
+
+
+class Table:
+    """The variables of code that belongs to no imported file (``exec``), as attributes."""
+
+    def __init__(self, table: dict[str, Any]) -> None:
+        self.__dict__ = table
+
+
+def is_foreign(name: str | None) -> bool:
+    """Whether a module's name is of a library whose state is none of the model's."""
+    return (name or "").partition(".")[0] in FOREIGN
+
+
+def owns_names(value: Any) -> bool:
+    """Whether an object's attributes may be a model's state."""
+    kind = type(value)
+    if isinstance(value, nn.Module | CellType):
+        return True
+    if isinstance(value, type | ModuleType) or (_dict_of(value) is None and next(_slots(value), None) is None):
+        return False
+    return not is_foreign(kind.__module__) or kind.__module__ in _PLAIN
+
+
+def names_of(owner: Any, wanted: Collection[str] | None = None) -> dict[str, Any]:
+    """The values by name; of a file those of the ``wanted`` names that it has."""
+    if isinstance(owner, CellType):
+        return {"cell_contents": owner.cell_contents}
+    if isinstance(owner, type):
+        return {name: value for name, value in vars(owner).items() if _is_data(name, value)}
+    held = _dict_of(owner) or {}
+    named = held if wanted is None else {name: held[name] for name in wanted if name in held}
+    return {**named, **dict(_slots(owner))}
+
+
+def put(owner: Any, name: str, value: Any) -> None:
+    """Sets a value by name, past the owner's own rules."""
+    held = None if isinstance(owner, CellType | type) else _dict_of(owner)
+    if held is not None and not any(name == slot for slot, _ in _slots(owner)):
+        held[name] = value
+    elif isinstance(owner, type):
+        type.__setattr__(owner, name, value)
+    else:
+        object.__setattr__(owner, name, value)
+
+
+def drop(owner: Any, name: str) -> None:
+    """Takes a name away."""
+    held = None if isinstance(owner, CellType | type) else _dict_of(owner)
+    if held is not None and name in held:
+        del held[name]
+    else:
+        (type if isinstance(owner, type) else object).__delattr__(owner, name)
+
+
+def file_of(table: dict[str, Any]) -> Any:
+    """The owner of a function's global variables."""
+    module = sys.modules.get(str(table.get("__name__")))
+    return module if module is not None and vars(module) is table else Table(table)
+
+
+def _dict_of(value: Any) -> dict[str, Any] | None:
+    try:
+        held = object.__getattribute__(value, "__dict__")
+    except AttributeError:
+        return None
+    return held if type(held) is dict else None
+
+
+def _slots(owner: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(owner, ModuleType | nn.Module):
+        return
+    for kind in type(owner).__mro__:
+        names = kind.__dict__.get("__slots__", ())
+        for name in (names,) if isinstance(names, str) else names:
+            if name not in ("__dict__", "__weakref__") and not is_foreign(kind.__module__) and hasattr(owner, name):
+                yield name, object.__getattribute__(owner, name)
+
+
+def _is_data(name: str, value: Any) -> bool:
+    """Whether an entry of a class is a value that it holds, not a part of its code."""
+    return not (name[:2] == "__" and name[-2:] == "__") and not hasattr(type(value), "__get__")

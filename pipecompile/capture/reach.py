@@ -1,0 +1,215 @@
+"""What a model's forward may read and change besides its arguments, found without running it.
+
+From the modules on, values are followed to the objects that they hold, and code to the code that it may call: a
+function's names are looked up among the variables of its file and its closure, and every method of a class in sight
+is code that may run if some function in sight names it. That finds more than what runs, and not what is reached by
+names that are computed; so it serves to note state and put it back, not to tell what a forward depends on.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Set
+from dataclasses import dataclass, field
+from functools import _lru_cache_wrapper, partial, partialmethod
+from types import CellType, CodeType, FunctionType, MappingProxyType, MethodType, ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipecompile.capture.containers import contents, kind_of
+from pipecompile.capture.owners import file_of, is_foreign, names_of, owns_names
+
+MOST = 300_000  # objects; what lies beyond is not noted
+LONGEST = 20_000  # what a longer container holds is not followed
+_RUN_UNNAMED = frozenset(f"__{n}__" for n in ("init", "call", "getattr", "getitem", "setitem", "enter", "exit", "iter"))
+
+Generator = np.random.Generator | np.random.RandomState | random.Random | torch.Generator
+
+
+@dataclass
+class Reach:
+    """What was found, each with a label for a person.
+
+    Attributes:
+        owners: objects, classes, files and cells with named values; of a file, with the names that code mentions.
+        containers: lists, dicts, sets and deques.
+        memos: results that functions remember (``lru_cache``).
+        generators: of random numbers, that a model holds.
+        tensors: those that are no parameters or buffers.
+    """
+
+    owners: list[tuple[Any, str, Set[str] | None]] = field(default_factory=list)
+    containers: list[tuple[Any, str]] = field(default_factory=list)
+    memos: list[_lru_cache_wrapper[Any]] = field(default_factory=list)
+    generators: list[Generator] = field(default_factory=list)
+    tensors: list[Tensor] = field(default_factory=list)
+
+
+def reach_of(model: nn.Module, functions: Iterable[Callable[..., Any]] = ()) -> Reach:
+    """What the forward of a model, and other functions, may read and change."""
+    return _Walk().run(model, functions)
+
+
+class _Walk:
+    def __init__(self) -> None:
+        self.reach = Reach()
+        self.seen: dict[int, Any] = {}  # kept alive, so that no identity is used twice
+        self.waiting: list[tuple[Any, str]] = []
+        self.mentioned: set[str] = set()
+        self.classes: list[type] = []
+        self.files: dict[int, tuple[Any, set[str]]] = {}
+
+    def run(self, model: nn.Module, functions: Iterable[Callable[..., Any]]) -> Reach:
+        for tensor in (*model.parameters(), *model.buffers()):
+            self.seen[id(tensor)] = tensor
+        self.mentioned.add("forward")
+        for path, module in model.named_modules():
+            self.waiting.append((module, path))
+        self.waiting += [(function, "") for function in functions]
+        while self.waiting:
+            self._empty()
+            self._follow_names()
+        for file, names in self.files.values():
+            self.reach.owners.append((file, getattr(file, "__name__", ""), names))
+        return self.reach
+
+    def _empty(self) -> None:
+        while self.waiting and len(self.seen) < MOST:
+            value, label = self.waiting.pop()
+            if id(value) not in self.seen:
+                self.seen[id(value)] = value
+                self._visit(value, label)
+        self.waiting.clear()
+
+    def _follow_names(self) -> None:
+        """Methods and variables of imported files that some code has named since the last time."""
+        for kind in self.classes:
+            for name, value in list(vars(kind).items()):
+                if name in self.mentioned or name in _RUN_UNNAMED:
+                    self._want(value, f"{kind.__name__}.{name}")
+        for file, names in list(self.files.values()):
+            table = vars(file)
+            for name in (self.mentioned & table.keys()) - names:
+                names.add(name)
+                self._want(table[name], name)
+
+    def _want(self, value: Any, label: str) -> None:
+        if id(value) not in self.seen:
+            self.waiting.append((value, label))
+
+    def _visit(self, value: Any, label: str) -> None:
+        if isinstance(value, Tensor):
+            self.reach.tensors.append(value)
+        elif isinstance(value, Generator) and not isinstance(value, random.SystemRandom):
+            self.reach.generators.append(value)
+        elif isinstance(value, type):
+            self._visit_class(value)
+        elif isinstance(value, ModuleType):
+            if not is_foreign(value.__name__):
+                self.files.setdefault(id(vars(value)), (value, set()))
+        elif isinstance(value, _lru_cache_wrapper):
+            self.reach.memos.append(value)
+            self._want(value.__wrapped__, label)
+        elif isinstance(value, FunctionType):
+            self._visit_function(value)
+        else:
+            for part in _parts(value):
+                self._want(part, label)
+            self._visit_object(value, label)
+
+    def _visit_object(self, value: Any, label: str) -> None:
+        if kind_of(value) is not None:
+            self.reach.containers.append((value, label))
+            if len(value) <= LONGEST:
+                for item in contents(value):
+                    self._want_item(item, label)
+        elif isinstance(value, tuple | frozenset):
+            for item in value:
+                self._want_item(item, label)
+        if owns_names(value):
+            self._note(value, label)
+            self._want(type(value), type(value).__name__)
+
+    def _want_item(self, item: Any, label: str) -> None:
+        if isinstance(item, tuple):
+            self.seen[id(item)] = item
+            for part in item:
+                self._want_item(part, label)
+        elif not isinstance(item, str | int | float | None):
+            self._want(item, label)
+
+    def _visit_class(self, kind: type) -> None:
+        for base in kind.__mro__:
+            if not is_foreign(base.__module__) and (base is kind or id(base) not in self.seen):
+                self.seen[id(base)] = base
+                self.classes.append(base)
+                self._note(base, base.__name__)
+
+    def _visit_function(self, function: FunctionType) -> None:
+        names = set(_names(function.__code__))
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
+            self._visit_cell(cell, name)
+        for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+            self._want(value, function.__name__)
+        if vars(function):
+            self.reach.owners.append((function, function.__name__, None))
+            for value in vars(function).values():
+                self._want(value, function.__name__)
+        table = function.__globals__
+        if is_foreign(table.get("__name__")):
+            return
+        self.mentioned |= names
+        _, noted = self.files.setdefault(id(table), (file_of(table), set()))
+        for name in names - noted:
+            noted.add(name)
+            if name in table:
+                self._want(table[name], name)
+
+    def _visit_cell(self, cell: CellType, name: str) -> None:
+        if id(cell) in self.seen:
+            return
+        self.seen[id(cell)] = cell
+        try:
+            value = cell.cell_contents
+        except ValueError:  # not filled yet
+            return
+        self.reach.owners.append((cell, name, None))
+        self._want(value, name)
+
+    def _note(self, owner: Any, label: str) -> None:
+        self.reach.owners.append((owner, label, None))
+        for name, value in names_of(owner).items():
+            if not isinstance(value, str | int | float | None):
+                self._want(value, f"{label}.{name}" if label else name)
+
+
+def _parts(value: Any) -> tuple[Any, ...]:
+    """The code within what wraps code."""
+    match value:
+        case staticmethod() | classmethod():
+            return (value.__func__,)
+        case MethodType():
+            return (value.__func__, value.__self__)
+        case property():
+            return (value.fget, value.fset)
+        case partial():
+            return (value.func, value.args, value.keywords)
+        case partialmethod():
+            return (value.func, value.args, value.keywords)
+        case MappingProxyType():
+            return tuple(value.values())
+        case _:
+            return ()
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """The names that code mentions, in words too: ``getattr(self, "cache")``."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
+        elif isinstance(constant, str) and constant.isidentifier():
+            yield constant
