@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("fitting",),
     ("planning",),
     ("replicate",),
-    ("lines", "regions", "functions", "randomness", "retarget", "modules"),
+    ("lines", "regions", "functions", "custom", "randomness", "retarget", "modules"),
     ("recompute",),
     ("capture",),
     ("batching",),

@@ -13,7 +13,7 @@ from itertools import takewhile
 from types import FrameType, FunctionType
 
 from pipecompile.capture.hidden import hides_tensors
-from pipecompile.capture.intercept import function_of, key_of
+from pipecompile.capture.intercept import function_of, intercepted_by
 from pipecompile.capture.patches import runs_a_module
 from pipecompile.lines import is_library, short
 
@@ -49,14 +49,13 @@ def name_of_part(part: Part) -> str:
 
 def _running(frames: list[FrameType], paths: list[str], kept: Mapping[Part, str]) -> list[Part | FrameType]:
     """Modules (paths), functions that are kept whole, and other frames, outermost first."""
-    by_id = {id(part): part for part in kept if isinstance(part, FunctionType)}
     modules = iter(paths[1:])
     found: list[Part | FrameType] = []
     for frame in frames:
         if runs_a_module(frame.f_code):
             found.append(next(modules))
-        elif (key := key_of(frame.f_code)) is not None:
-            found.append(by_id[key])
+        elif (function := intercepted_by(frame.f_code)) is not None and function in kept:
+            found.append(function)
         else:
             found.append(frame)
     return [*found, *modules]  # what is refused when the run is over is in no frame

@@ -10,31 +10,35 @@ import gc
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from types import CodeType, FunctionType
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakSet, WeakValueDictionary
 
 Arrival = Callable[[FunctionType, FunctionType, tuple[Any, ...], dict[str, Any]], Any]
 
 _OPAQUE = 0x20 | 0x80 | 0x100 | 0x200  # generators and coroutines: their frames outlive the call
-_arrivals: dict[int, Callable[..., Any]] = {}
+_keys = count(1)  # 0 is another constant of the code below
+_arrivals: dict[int, Callable[..., Any]] = {}  # by key, for the time of a trace
+_functions: WeakValueDictionary[int, FunctionType] = WeakValueDictionary()  # by key
 _copies: WeakSet[FunctionType] = WeakSet()
 
 
 @contextmanager
 def intercepted(functions: Iterable[FunctionType], arrival: Arrival) -> Iterator[None]:
     """Makes each call of the functions, in this thread, ``arrival(function, as it was, args, kwargs)``."""
-    before = {function: function.__code__ for function in functions}
+    before = {function: (next(_keys), function.__code__) for function in functions}
     thread = threading.get_ident()
     try:
-        for function in before:
-            _arrivals[id(function)] = _arrive(function, copy_of_function(function), arrival, thread)
-            function.__code__ = _code_of(id(function))
+        for function, (key, code) in before.items():
+            _arrivals[key] = _arrive(function, copy_of_function(function), arrival, thread)
+            _functions[key] = function
+            function.__code__ = _code_of(key, code)
         yield
     finally:
-        for function, code in before.items():
+        for function, (key, code) in before.items():
             function.__code__ = code
-            _arrivals.pop(id(function), None)
+            _arrivals.pop(key, None)
 
 
 def _arrive(function: FunctionType, original: FunctionType, arrival: Arrival, thread: int) -> Callable[..., Any]:
@@ -48,7 +52,10 @@ def _arrive(function: FunctionType, original: FunctionType, arrival: Arrival, th
 
 def entered(key: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What the code of an intercepted function calls."""
-    return _arrivals[key](args, kwargs)
+    arrive = _arrivals.get(key)
+    if arrive is None:  # another thread has entered just before a trace ended
+        return _functions[key](*args, **kwargs)
+    return arrive(args, kwargs)
 
 
 def _template(*args: Any, **kwargs: Any) -> Any:
@@ -57,21 +64,24 @@ def _template(*args: Any, **kwargs: Any) -> Any:
     return entered("key", args, kwargs)  # type: ignore[arg-type]
 
 
-def _code_of(key: int) -> CodeType:
-    constants = _template.__code__.co_consts
-    return _template.__code__.replace(co_consts=tuple(key if constant == "key" else constant for constant in constants))
+def _code_of(key: int, code: CodeType) -> CodeType:
+    """Code in place of a function's own, with its free variables, which a function's code cannot do without."""
+    constants = tuple(key if constant == "key" else constant for constant in _template.__code__.co_consts)
+    return _template.__code__.replace(co_consts=constants, co_freevars=code.co_freevars)
 
 
-def key_of(code: CodeType) -> int | None:
-    """The identity of the intercepted function that a frame with this code runs."""
+def intercepted_by(code: CodeType) -> FunctionType | None:
+    """The intercepted function that a frame with this code runs."""
     if code.co_name != _template.__name__ or code.co_filename != __file__:
         return None
-    return next((constant for constant in code.co_consts if constant in _arrivals), None)
+    return next((_functions[constant] for constant in code.co_consts if constant in _functions), None)
 
 
 def copy_of_function(function: FunctionType) -> FunctionType:
     """A function that does what another one does now, whatever becomes of that one's code."""
-    copy = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__)
+    copy = FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
     _copies.add(copy)
     copy.__kwdefaults__ = function.__kwdefaults__
     copy.__module__, copy.__qualname__ = function.__module__, function.__qualname__

@@ -32,6 +32,7 @@ from pipecompile.capture.hidden import hides_tensors
 from pipecompile.capture.intercept import intercepted
 from pipecompile.capture.lengths import symbolic_lengths
 from pipecompile.capture.recorder import Recorder
+from pipecompile.custom import APPLY, Applied, Draws
 from pipecompile.errors import CaptureError, DependsOnData
 from pipecompile.retarget import same_device
 
@@ -49,7 +50,7 @@ def patched(
     with (
         _modules(recorder, paths),
         intercepted(functions, recorder.call_function_leaf),
-        _autograd_functions(recorder),
+        intercepted([APPLY], partial(_apply, recorder)),
         _checkpoints(recorder),
         transforms_seen(partial(_below, recorder, threading.get_ident())),
         _autocast(recorder),
@@ -76,6 +77,7 @@ def _modules(recorder: Recorder, paths: Mapping[int, str]) -> Iterator[None]:
             out = recorder.call_leaf(self, args, kwargs, lambda *a, **k: original(self, *a, **k))
         else:
             out = original(self, *args, **kwargs)
+            recorder.check_module(out)
         recorder.paths.pop()  # not on an exception: its message wants the innermost module
         return out
 
@@ -108,34 +110,35 @@ def _unchanging(original: Any, recorder: Recorder) -> Any:
     return to
 
 
-@contextmanager
-def _autograd_functions(recorder: Recorder) -> Iterator[None]:
-    original = torch.autograd.Function.__dict__["apply"].__func__
+def _apply(
+    recorder: Recorder, function: FunctionType, original: FunctionType, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """A call of ``torch.autograd.Function.apply``, however the model has come by it."""
+    cls, *rest = args
+    if cls is CheckpointFunction:  # its function closes over parameters: trace what it would run
+        return _reentrant_checkpoint(recorder, *rest)
+    if recorder.inside_transform:
+        raise DependsOnData(
+            f"{recorder.here}: {cls.__qualname__}.apply stands inside torch.vmap or torch.func, where its own "
+            f"backward cannot be recorded; the module around it must be kept whole"
+        )
+    if not torch._C._is_torch_function_mode_enabled():
+        return original(*args, **kwargs)
+    if hides_tensors((rest, kwargs)):
+        raise DependsOnData(
+            f"{recorder.here}: {cls.__name__} takes modules, or objects with tensors inside, whose gradients a "
+            f"graph of functions would lose; keep the module around it whole with leaf_modules="
+        )
+    applied = Applied(cls)
 
-    thread = threading.get_ident()
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with Draws() as draws:
+            out = original(cls, *args, **kwargs)
+        applied.draws = draws.seen
+        return out
 
-    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if threading.get_ident() != thread:
-            return original(cls, *args, **kwargs)
-        if cls is CheckpointFunction:  # its function closes over parameters: trace what it would run
-            return _reentrant_checkpoint(recorder, *args)
-        if recorder.inside_transform:
-            raise DependsOnData(
-                f"{recorder.here}: {cls.__qualname__}.apply stands inside torch.vmap or torch.func, where its own "
-                f"backward cannot be recorded; the module around it must be kept whole"
-            )
-        if not torch._C._is_torch_function_mode_enabled():
-            return original(cls, *args, **kwargs)
-        if hides_tensors((args, kwargs)):
-            raise DependsOnData(
-                f"{recorder.here}: {cls.__name__} takes modules, or objects with tensors inside, whose gradients a "
-                f"graph of functions would lose; keep the module around it whole with leaf_modules="
-            )
-        with torch._C.DisableTorchFunction():
-            return recorder.call(cls.apply, args, kwargs, lambda *a, **k: original(cls, *a, **k))
-
-    with _replaced(torch.autograd.Function, "apply", classmethod(apply)):
-        yield
+    with torch._C.DisableTorchFunction():
+        return recorder.call(applied, tuple(rest), kwargs, run)
 
 
 def _reentrant_checkpoint(recorder: Recorder, run: Any, preserve: bool, *args: Any) -> Any:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pipecompile.capture.leaves import FunctionLeaf
 from pipecompile.capture.origin import origin_of
+from pipecompile.custom import Applied
 from pipecompile.randomness import draws
 
 # Functions that do much for each byte they give: repeating them may cost more than sending.
@@ -33,6 +34,8 @@ def name_of(node: fx.Node) -> str:
 
 def is_random(node: fx.Node) -> bool:
     """Whether running a node twice may give two results."""
+    if isinstance(node.target, Applied):
+        return node.target.draws
     return draws(name_of(node), node.args, node.kwargs)
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import torch
 import torch.fx as fx
 
 from pipecompile.capture.leaves import FunctionLeaf
 from pipecompile.capture.origin import origin_of
+from pipecompile.custom import Applied
 
 
 def recomputed(graph: fx.Graph, groups: Iterable[Sequence[str]]) -> dict[str, int]:
@@ -43,7 +43,4 @@ def _whole_groups(found: dict[str, int], groups: Iterable[Sequence[str]]) -> dic
 
 
 def _repeats(node: fx.Node) -> bool:
-    if node.op not in ("call_function", "call_method") or isinstance(node.target, FunctionLeaf):
-        return False
-    owner = getattr(node.target, "__self__", None)
-    return not (isinstance(owner, type) and issubclass(owner, torch.autograd.Function))
+    return node.op in ("call_function", "call_method") and not isinstance(node.target, FunctionLeaf | Applied)

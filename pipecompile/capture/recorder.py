@@ -8,7 +8,7 @@ all tensors are kept alive during the trace, so that no identity is used twice.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
@@ -32,9 +32,10 @@ from pipecompile.capture.below import Below, written_by
 from pipecompile.capture.bodies import body_of, takes_function
 from pipecompile.capture.calls import is_real, printable, silently_written, tensors_in, version
 from pipecompile.capture.hidden import hides_tensors
+from pipecompile.capture.histories import Histories
 from pipecompile.capture.leaves import FunctionLeaf, LeafCall, attribute_of
 from pipecompile.capture.numbers import is_number
-from pipecompile.capture.origin import Origin
+from pipecompile.capture.origin import Origin, origin_of
 from pipecompile.capture.stand_ins import STAND_INS
 from pipecompile.capture.symbols import Sizes
 from pipecompile.capture.values import READS, Values
@@ -43,6 +44,7 @@ from pipecompile.functions import hooked, setitem
 from pipecompile.lines import user_line
 from pipecompile.regions import PLAIN, Region
 
+_SET_REQUIRES_GRAD = Tensor.requires_grad.__set__  # type: ignore[attr-defined]
 PYTHON_TYPES = {bool: torch.bool, int: torch.int64, float: torch.float64}  # where torch takes one for a dtype
 
 # What running on fakes raises where only real values would do.
@@ -96,6 +98,7 @@ class Recorder(TorchFunctionMode):
         self.trainable: set[str] = set()  # those that are parameters
         self.alive: list[Any] = []
         self.aliases = Aliases(self.emit, self.nodes.__setitem__)
+        self.histories = Histories(self._is_known)
 
     def add_input(self, tensor: Tensor, placeholder: fx.Node) -> None:
         self._bind(tensor, placeholder)
@@ -185,6 +188,8 @@ class Recorder(TorchFunctionMode):
             return self._read(func, args, kwargs)
         if func is Tensor.register_hook:
             self._hook(*args, **kwargs)
+        elif func == _SET_REQUIRES_GRAD:
+            return self.call(Tensor.requires_grad_, args, kwargs, Tensor.requires_grad_)
         elif takes_function(func, args, kwargs):
             with self:
                 return body_of(func)(*args, **kwargs)
@@ -197,6 +202,7 @@ class Recorder(TorchFunctionMode):
         if any(is_real(t) for t in tensors_in((args, kwargs))):
             args, kwargs = self._fake(args), self._fake(kwargs)
         tensors = list(tensors_in((args, kwargs)))
+        self.check(tensors)
         versions = [version(t) for t in tensors]
         try:
             out = self.run(run, args, kwargs)
@@ -221,7 +227,9 @@ class Recorder(TorchFunctionMode):
             func, out = setitem, args[0]
         if not written and next(tensors_in(out), None) is None:
             return
+        self._check_results(list(tensors_in(out)), func)
         for tensor in written:
+            self.histories.note_write(tensor)
             self.aliases.prepare_write(tensor)
         if getattr(func, "__name__", "") == "__get__":
             func, args, kwargs = getattr, (args[0], func.__self__.__name__), {}  # type: ignore[attr-defined]
@@ -232,6 +240,43 @@ class Recorder(TorchFunctionMode):
             self.aliases.finish_write(tensor, node, out if isinstance(out, Tensor) else None)
             if self.aliases.buffer_of(tensor):
                 self.nodes[id(tensor)] = node if out is tensor else self.nodes[id(tensor)]
+
+    def check(self, tensors: Iterable[Tensor]) -> None:
+        """Raises ``DependsOnData`` if something that was not recorded has changed one of the tensors."""
+        if self.inside_transform:
+            return  # what is recorded there is seen below autograd
+        for tensor in tensors:
+            if self._is_known(tensor) and (node := self.histories.stranger(tensor)) is not None:
+                raise DependsOnData(
+                    f"{origin_of(self.node_of(tensor))}: a tensor of shape {tuple(tensor.shape)} that was made here "
+                    f"has got its gradient from {node.name()}, which has run out of the tracer's sight before "
+                    f"{self.here}; name the module around it in leaf_modules="
+                )
+
+    def check_module(self, out: Any) -> None:
+        """The same, and that all was recorded, for what a module returns: here it is known what to keep whole."""
+        if self.inside_leaf or not torch._C._is_torch_function_mode_enabled():
+            return
+        for tensor in tensors_in(out):
+            if not self.inside_transform and not is_real(tensor) and not self._is_known(tensor):
+                raise self._out_of_sight(tensor)
+            self.check([tensor])
+
+    def _check_results(self, results: list[Tensor], func: Callable[..., Any]) -> None:
+        if not self.inside_transform and (lost := self.histories.lost(results)) is not None:
+            raise DependsOnData(
+                f"{self.here}: {getattr(func, '__name__', func)} reads a tensor of shape {tuple(lost.shape)} that is "
+                f"not among its arguments, and whose gradient would be lost; name the module around it in leaf_modules="
+            )
+
+    def _is_known(self, tensor: Tensor) -> bool:
+        return id(tensor) in self.nodes or id(tensor) in self.names
+
+    def _out_of_sight(self, tensor: Tensor) -> DependsOnData:
+        return DependsOnData(
+            f"{self.here}: a tensor of shape {tuple(tensor.shape)} was made out of the tracer's sight; "
+            f"name the module around it in leaf_modules="
+        )
 
     def emit(
         self,
@@ -317,7 +362,7 @@ class Recorder(TorchFunctionMode):
         """The node that a tensor is now.
 
         Raises:
-            CaptureError: a fake tensor that no recorded function made.
+            DependsOnData: a fake tensor that no recorded function made.
         """
         node = self.nodes.get(id(tensor))
         if node is not None:
@@ -326,10 +371,7 @@ class Recorder(TorchFunctionMode):
         if name is None:
             if is_real(tensor):
                 return self.node_of(self._fake(tensor))
-            raise CaptureError(
-                f"{self.here}: a tensor of shape {tuple(tensor.shape)} was made out of the tracer's sight; "
-                f"name the module around it in leaf_modules="
-            )
+            raise self._out_of_sight(tensor)
         node = self.graph.get_attr(name)
         node.meta["val"] = tensor
         self._bind(tensor, node)
@@ -391,6 +433,7 @@ class Recorder(TorchFunctionMode):
         self.nodes[id(tensor)] = node
         self.alive.append(tensor)
         node.meta.setdefault("val", tensor)
+        (self.histories.forget if self.inside_transform else self.histories.note)(tensor)
 
     def _bind_results(self, node: fx.Node, out: Any, sources: list[Tensor]) -> None:
         if isinstance(out, Tensor):

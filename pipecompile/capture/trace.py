@@ -101,7 +101,7 @@ class Trace:
             watch = Watch(paths, changes.before, self.numbers, caches)
             with watch.watching(), forgotten(self.model):
                 out = self._run(inputs, paths)
-        watch.changes += changes.attributes
+        watch.changes += [*changes.attributes, *self._frozen(fakes)]
         self.counters = watch.counters
         whole = {path: module for path, module in self.model.named_modules() if path in self.kept}
         attributes, lost = watch.attributes(whole)
@@ -109,6 +109,15 @@ class Trace:
         notes += [f"forward sets {', '.join(lost)}: done for the trace alone, not on each step"] if lost else []
         notes += [f"{name_of_part(part)} is kept whole: {why}" for part, why in self.kept.items()]
         return self._finish(out, fakes, changes, attributes, notes)
+
+    def _frozen(self, fakes: Mapping[str, Tensor]) -> list[tuple[Attribute, Any]]:
+        """The parameters that the forward itself has frozen, or made to train."""
+        changed = [(name, fake) for name, fake in fakes.items() if name in self.parameters]
+        return [
+            (Attribute(self.real[name], "requires_grad", f"{name}.requires_grad"), fake.requires_grad)
+            for name, fake in changed
+            if fake.is_leaf and fake.requires_grad != self.real[name].requires_grad
+        ]
 
     def _run(self, inputs: Mapping[str, Tensor], paths: Mapping[int, str]) -> Any:
         try:
