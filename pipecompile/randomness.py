@@ -22,15 +22,19 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-RANDOM = frozenset(
-    {
-        "dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout",
-        "feature_dropout", "native_dropout", "rrelu", "rrelu_", "gumbel_softmax", "rand", "randn", "randint",
-        "randperm", "rand_like", "randn_like", "randint_like", "bernoulli", "bernoulli_", "multinomial",
-        "normal", "normal_", "uniform_", "exponential_", "geometric_", "cauchy_", "log_normal_", "random_", "poisson",
-        "fractional_max_pool2d", "fractional_max_pool3d",
-    }
-)  # fmt: skip
+from pipecompile.operators import function_of, is_opaque, named
+
+_DROPOUT = named(
+    "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout native_dropout"
+)
+_ATTENTION = named("scaled_dot_product_attention")
+_HEADS = named("multi_head_attention_forward")
+_RECURRENT = named("lstm gru rnn_tanh rnn_relu")
+_ALWAYS = named("""
+    rrelu gumbel_softmax rand randn randint randperm rand_like randn_like randint_like bernoulli multinomial normal
+    uniform exponential geometric cauchy log_normal random poisson binomial _standard_gamma _sample_dirichlet
+    fractional_max_pool2d fractional_max_pool2d_with_indices fractional_max_pool3d fractional_max_pool3d_with_indices
+""")
 
 _DRAWING = threading.Lock()  # one call at a time has a generator seeded
 _current = threading.local()
@@ -40,21 +44,24 @@ _comparing = False
 _dropout = True
 
 
-def draws(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call of the function ``name`` draws random numbers."""
+def draws(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call draws random numbers: of a function of torch's, or of an operator that says so by its tag."""
 
     def argument(position: int, keyword: str, default: Any) -> Any:
         return kwargs.get(keyword, args[position] if len(args) > position else default)
 
-    if name == "scaled_dot_product_attention":
+    key = function_of(function)
+    if key in _ATTENTION:
         return bool(argument(4, "dropout_p", 0.0))
-    if name == "multi_head_attention_forward":
+    if key in _HEADS:
         return bool(argument(10, "dropout_p", 0.0)) and bool(argument(13, "training", True))
-    if name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
+    if key in _RECURRENT:
         return bool(argument(5, "dropout", 0.0)) and bool(argument(6, "train", False))
-    if "dropout" in name and name in RANDOM:
+    if key in _DROPOUT:
         return bool(argument(2, "training", True)) and argument(1, "p", 0.5) != 0.0
-    return name in RANDOM
+    if key in _ALWAYS:
+        return True
+    return is_opaque(key) and torch.Tag.nondeterministic_seeded in getattr(function, "tags", ())
 
 
 def seed_microbatch(seed: int | None) -> None:
@@ -131,15 +138,15 @@ def without_dropout() -> Iterator[None]:
 
 def undropped(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """A call of a function; dropout lets everything pass."""
-    name = getattr(function, "__name__", "")
-    if is_dropout(name) and draws(name, args, kwargs):
+    if is_dropout(function) and draws(function, args, kwargs):
         return _quiet(function, args, kwargs)
     return function(*args, **kwargs)
 
 
-def is_dropout(name: str) -> bool:
+def is_dropout(function: Any) -> bool:
     """Whether a function is dropout, or attention with dropout inside."""
-    return "dropout" in name or name in ("scaled_dot_product_attention", "seeded_scaled_dot_product_attention")
+    key = function_of(function)
+    return key in _DROPOUT or key in _ATTENTION
 
 
 def compared() -> Any:
@@ -150,7 +157,7 @@ def compared() -> Any:
 class _Alike(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not draws(getattr(func, "__name__", ""), args, kwargs):
+        if not draws(func, args, kwargs):
             return func(*args, **kwargs)
         devices = [a.device for a in args if isinstance(a, Tensor)]
         device = devices[0] if devices else torch.device(kwargs.get("device") or "cpu")
@@ -158,14 +165,14 @@ class _Alike(TorchFunctionMode):
 
 
 def _draw_alike(function: Callable[..., Any], args: Any, kwargs: Any, device: torch.device) -> Any:
-    if not _dropout and is_dropout(getattr(function, "__name__", "")):
+    if not _dropout and is_dropout(function):
         return _quiet(function, args, kwargs)
     return _draw(function, args, kwargs, _ALIKE, device)
 
 
 def _quiet(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """A call of dropout, or of attention with dropout inside, without it."""
-    if "attention" not in function.__name__:
+    if function_of(function) not in _ATTENTION:
         return args[0] if args else kwargs["input"]
     args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
     kwargs = {**kwargs, "dropout_p": 0.0} if len(args) <= 4 else kwargs

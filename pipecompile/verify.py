@@ -25,7 +25,7 @@ from pipecompile import steps
 from pipecompile.batching import Batched, Rows, by_shape, gather, scatter, uses_batch_statistics
 from pipecompile.capture import Captured, Output
 from pipecompile.capture.origin import origin_of
-from pipecompile.capture.purity import is_random, name_of
+from pipecompile.capture.purity import is_random
 from pipecompile.capture.state import named_tensors, unchanged, without_caches
 from pipecompile.capture.trees import flatten
 from pipecompile.compiled import find_loss
@@ -158,7 +158,7 @@ def _described(batch: steps.Batch) -> str:
 def _apart(batch: steps.Batch, mode: Mode) -> str:
     """What of a model comes out otherwise on microbatches by its nature; empty if nothing does."""
     nodes = list(batch.division.body.graph.nodes)
-    if any(is_random(node) and not is_dropout(name_of(node)) for node in nodes):
+    if any(is_random(node) and not is_dropout(node.target) for node in nodes):
         return "it draws random numbers"
     if any(map(uses_batch_statistics, nodes)):
         return "its batch normalisation uses each microbatch's statistics"

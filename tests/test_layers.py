@@ -24,6 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("fitting",),
     ("planning",),
     ("replicate",),
+    ("operators",),
     ("lines", "regions", "functions", "custom", "randomness", "retarget", "modules"),
     ("recompute",),
     ("capture",),

@@ -13,13 +13,14 @@ from torch import Tensor
 from pipecompile.batching.experiment import Experiment
 from pipecompile.batching.kinds import SHARED, Batched, Kind, Mixed, Partial, Shared, is_mixed
 from pipecompile.batching.rules import RULES, Answer, Edit, Edited, Use, WholeArgument
-from pipecompile.batching.rules.numbers import counts_samples, plain_name
+from pipecompile.batching.rules.numbers import counts_samples
 from pipecompile.batching.scale import Scale
 from pipecompile.capture import Captured
 from pipecompile.capture.ancestors import ancestors
 from pipecompile.capture.origin import origin_of
 from pipecompile.capture.purity import has_effect, name_of
 from pipecompile.errors import InputError
+from pipecompile.operators import function_of
 
 
 @dataclass(frozen=True)
@@ -115,12 +116,13 @@ class _Analyst:
         mixed = [kind for n in node.all_input_nodes if isinstance(kind := self.kinds[n], Mixed)]
         if mixed:
             return mixed[0]
-        name = plain_name(node)
-        if node.op == "call_module" or name not in RULES:
+        known = RULES.get(function_of(node.target)) if node.op == "call_function" else None
+        if known is None:
             return self._unruled(node)
+        name, rule = known
         use = Use(node, name, self.kinds, self.scale, self.early)
         try:
-            answer = RULES[name](use)
+            answer = rule(use)
         except (IndexError, KeyError, AttributeError, TypeError, ValueError):  # a form that the rule does not know
             return self._unruled(node)
         return self._checked(use, answer)

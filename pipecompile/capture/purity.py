@@ -6,20 +6,19 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from pipecompile.capture.leaves import FunctionLeaf
 from pipecompile.capture.origin import origin_of
 from pipecompile.custom import Applied
+from pipecompile.operators import function_of, is_opaque, named
 from pipecompile.randomness import draws
 
 # Functions that do much for each byte they give: repeating them may cost more than sending.
-_CONTRACTIONS = frozenset(
-    {
-        "linear", "matmul", "bmm", "mm", "addmm", "baddbmm", "einsum", "tensordot", "bilinear", "__matmul__",
-        "__rmatmul__", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
-        "scaled_dot_product_attention", "cdist", "stft", "istft", "fft_rfft", "fft_fft", "lstm", "gru", "rnn_tanh",
-        "svd", "qr", "inv", "pinv", "solve", "cholesky", "eigh", "sort", "argsort", "topk", "interpolate", "unfold",
-    }
-)  # fmt: skip
+_PRODUCTS = named("matmul bmm mm")
+_CONTRACTIONS = _PRODUCTS | named("""
+    linear addmm baddbmm einsum tensordot bilinear rmatmul conv1d conv2d conv3d conv_transpose1d conv_transpose2d
+    conv_transpose3d scaled_dot_product_attention cdist stft istft fft_rfft fft_fft lstm gru rnn_tanh svd qr inverse
+    pinverse cholesky linalg_svd linalg_qr linalg_inv linalg_pinv linalg_solve linalg_cholesky linalg_eigh sort argsort
+    topk interpolate unfold
+""")
 CHEAP_CONTRACTION = 16  # multiply-adds per element of output up to which a contraction counts as cheap
 
 
@@ -36,7 +35,7 @@ def is_random(node: fx.Node) -> bool:
     """Whether running a node twice may give two results."""
     if isinstance(node.target, Applied):
         return node.target.draws
-    return draws(name_of(node), node.args, node.kwargs)
+    return node.op == "call_function" and draws(node.target, node.args, node.kwargs)
 
 
 def has_effect(node: fx.Node) -> bool:
@@ -46,11 +45,12 @@ def has_effect(node: fx.Node) -> bool:
 
 def is_cheap(node: fx.Node) -> bool:
     """Whether a stage had better compute a node again than receive it."""
-    if isinstance(node.target, FunctionLeaf):
+    function = function_of(node.target)
+    if node.op == "call_module" or is_opaque(function):
         return False
-    if name_of(node) not in _CONTRACTIONS:
+    if function not in _CONTRACTIONS:
         return True
-    if name_of(node) not in ("matmul", "bmm", "mm", "__matmul__"):
+    if function not in _PRODUCTS:
         return False
     first = node.args[0]
     value = first.meta.get("val") if isinstance(first, fx.Node) else None

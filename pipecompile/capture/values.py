@@ -17,8 +17,11 @@ import torch.fx as fx
 from torch import Tensor
 
 from pipecompile.capture.evaluate import Evaluator
-from pipecompile.capture.purity import is_random, name_of
+from pipecompile.capture.purity import is_random
 from pipecompile.errors import DependsOnData
+from pipecompile.operators import function_of, named
+
+_EXTREMES = named("max amax min amin")
 
 READS: frozenset[Callable[..., Any]] = frozenset(
     {
@@ -52,7 +55,7 @@ def _is_extreme(read: fx.Node) -> bool:
     while len(node.all_input_nodes) == 1:
         (node,) = node.all_input_nodes
         value = node.meta.get("val")
-        if name_of(node) in ("max", "amax", "min", "amin") and isinstance(value, Tensor) and value.ndim == 0:
+        if function_of(node.target) in _EXTREMES and isinstance(value, Tensor) and value.ndim == 0:
             return True
     return False
 

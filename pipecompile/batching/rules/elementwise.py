@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from pipecompile import functions
 from pipecompile.batching.kinds import PARTIAL, SHARED, Batched, Kind, Local, Mixed, Partial, Shared
 from pipecompile.batching.rules.use import Answer, Edited, RowsArgument, ShareArgument, Use, WholeArgument, rule
 
@@ -19,15 +20,15 @@ NONLINEAR = """
     logit logsigmoid log_sigmoid lt maximum minimum mish mod mvlgamma nan_to_num ne nextafter polygamma pow
     prelu reciprocal relu relu6 remainder round rrelu rsqrt selu sgn sigmoid sign signbit silu sin sinc sinh softplus
     softshrink softsign special_expit special_erf special_log1p special_xlog1py sqrt square tan tanh tanhshrink
-    threshold trunc fix where masked_fill xlogy and or xor invert lshift rshift angle polar complex
+    threshold trunc fix where masked_fill xlogy and __rand__ or xor invert lshift rshift angle polar complex
     addcdiv dropout alpha_dropout feature_alpha_dropout feature_dropout dropout1d dropout2d dropout3d bernoulli
     rand_like randn_like randint_like zero fill uniform normal exponential
-    geometric cauchy log_normal random quantize_per_tensor fake_quantize_per_tensor_affine hooked with_hook
+    geometric cauchy log_normal random quantize_per_tensor fake_quantize_per_tensor_affine
     bool long int short byte
 """
 LINEAR = """
     clone contiguous detach alias float double half bfloat16 to type type_as cpu cuda requires_grad positive neg
-    negative after lift_fresh identity conj real imag resolve_conj resolve_neg copy
+    negative alias lift_fresh conj real imag resolve_conj resolve_neg copy
 """
 
 
@@ -82,7 +83,7 @@ def constant_like(use: Use) -> Answer:
     return kind if isinstance(kind, Batched) else use.mixed() if use.scale.growing(use.node) else SHARED
 
 
-@rule(LINEAR)
+@rule(LINEAR, functions.after)
 def one_value(use: Use) -> Answer:
     if len(use.tensors) > 1 and use.name in ("type_as", "to", "after"):
         return use.kind(use.arg(0))
@@ -91,7 +92,7 @@ def one_value(use: Use) -> Answer:
     return broadcast(use, list(use.tensors))
 
 
-@rule("setitem")
+@rule("setitem", functions.setitem)
 def setitem(use: Use) -> Answer:
     """``x[index] = value``, where the index leaves the samples alone."""
     x, index, value = use.node.args[:3]

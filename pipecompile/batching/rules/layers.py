@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
+
+from pipecompile import functions
 from pipecompile.batching.kinds import PARTIAL, SHARED, Batched, Kind, Partial, Shared
 from pipecompile.batching.rules.use import Answer, Use, only_first, rule
 
@@ -101,9 +105,17 @@ def bilinear(use: Use) -> Answer:
     return kind if isinstance(kind, Batched) and kind.dim < len(use.out) - 1 else use.mixed()
 
 
-@rule("embedding one_hot")
+@rule(F.embedding, "one_hot")
 def embedding(use: Use) -> Answer:
+    """``(..., batch, ...) -> (..., batch, ..., width)``"""
     kind = only_first(use, use.node.args[0])
+    return kind if isinstance(kind, Batched | Shared) else use.mixed()
+
+
+@rule(torch.embedding, torch.ops.aten.embedding)
+def table(use: Use) -> Answer:
+    """``(words, width), (..., batch, ...) -> (..., batch, ..., width)``"""
+    kind = only_first(use, use.arg(1, "indices"))
     return kind if isinstance(kind, Batched | Shared) else use.mixed()
 
 
@@ -112,7 +124,7 @@ def embedding(use: Use) -> Answer:
     avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d
     adaptive_max_pool2d adaptive_max_pool3d lp_pool1d lp_pool2d interpolate upsample upsample_nearest upsample_bilinear
     pixel_shuffle pixel_unshuffle channel_shuffle fold group_norm instance_norm local_response_norm
-    boolean_dispatch fn affine_grid stft grid_sample
+    affine_grid stft grid_sample max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices
 """)
 def images(use: Use) -> Answer:
     """What takes a batch of images or signals in dimension 0."""
@@ -137,20 +149,20 @@ def batch_norm(use: Use) -> Answer:
     return kind if isinstance(kind, Batched | Shared) and getattr(kind, "dim", 0) != 1 else use.mixed()
 
 
-@rule("moments")
+@rule(functions.moments)
 def batch_moments(use: Use) -> Answer:
     """Of a batch normalisation with deferred statistics: sums over entries and rows."""
     kind = use.kind(use.node.args[0])
     return PARTIAL if isinstance(kind, Batched) and kind.dim != 1 else use.mixed()
 
 
-@rule("add_moments")
+@rule(functions.add_moments)
 def running_statistics(use: Use) -> Answer:
     """A write, which the tail does."""
     return SHARED
 
 
-@rule("layer_norm rms_norm fused_layer_norm")
+@rule("layer_norm rms_norm")
 def layer_norm(use: Use) -> Answer:
     first, shape = use.node.args[0], use.arg(1, "normalized_shape", ())
     kind = only_first(use, first)
@@ -159,7 +171,7 @@ def layer_norm(use: Use) -> Answer:
     return kind if isinstance(kind, Shared) else use.mixed()
 
 
-@rule("weight_norm")
+@rule("_weight_norm")
 def weight_norm(use: Use) -> Answer:
     return SHARED if all(isinstance(use.kind(n), Shared) for n in use.tensors) else use.mixed()
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch.fx as fx
+import torch.nn.functional as F
 
 from pipecompile.batching.kinds import PARTIAL, SHARED, Batched, Kind, Shared
 from pipecompile.batching.rules.use import Answer, Edited, Recount, Share, Use, rule
@@ -35,19 +37,18 @@ def reduced(use: Use, reduction: Any, entries: Kind) -> Answer:
     return use.mixed()
 
 
-_REDUCTIONS = {
-    "binary_cross_entropy": 5, "binary_cross_entropy_with_logits": 5, "smooth_l1_loss": 4, "huber_loss": 2,
-    "gaussian_nll_loss": 5, "poisson_nll_loss": 7, "kl_div": 4, "hinge_embedding_loss": 5, "soft_margin_loss": 4,
-    "mse_loss": 4, "l1_loss": 4, "margin_ranking_loss": 6,
+# The positions of ``reduction=``. torch.kl_div and its like have the names of some, and a number for the reduction.
+_REDUCTIONS: dict[Callable[..., Any], int] = {
+    F.binary_cross_entropy: 5, F.binary_cross_entropy_with_logits: 5, F.smooth_l1_loss: 4, F.huber_loss: 2,
+    F.gaussian_nll_loss: 5, F.poisson_nll_loss: 7, F.kl_div: 4, F.hinge_embedding_loss: 5, F.soft_margin_loss: 4,
+    F.mse_loss: 4, F.l1_loss: 4, F.margin_ranking_loss: 6,
 }  # fmt: skip
 
 
-@rule(" ".join(_REDUCTIONS))
+@rule(*_REDUCTIONS)
 def entry_losses(use: Use) -> Answer:
     """A loss for each entry of broadcast arguments."""
-    reduction = reduction_of(use, _REDUCTIONS[use.name])
-    if use.name == "huber_loss":
-        reduction = use.arg(2, "reduction", "mean")
+    reduction = reduction_of(use, _REDUCTIONS[use.function])
     tensors = list(use.tensors)
     ndim = max(map(use.ndim, tensors), default=0)
     return reduced(use, reduction, _broadcast_to(use, tensors, ndim))
@@ -67,13 +68,13 @@ def _broadcast_to(use: Use, tensors: list[fx.Node], ndim: int) -> Kind:
     return found
 
 
-_ROW_LOSSES = {
-    "multi_margin_loss": 7, "multilabel_margin_loss": 4, "multilabel_soft_margin_loss": 5, "cosine_embedding_loss": 6,
-    "triplet_margin_loss": 9, "triplet_margin_with_distance_loss": 9,
+_ROW_LOSSES: dict[Callable[..., Any], int] = {
+    F.multi_margin_loss: 7, F.multilabel_margin_loss: 4, F.multilabel_soft_margin_loss: 5, F.cosine_embedding_loss: 6,
+    F.triplet_margin_loss: 9, F.triplet_margin_with_distance_loss: 9,
 }  # fmt: skip
 
 
-@rule(" ".join(_ROW_LOSSES))
+@rule(*_ROW_LOSSES)
 def row_losses(use: Use) -> Answer:
     """A loss for each row: the first dimension is the batch, whole or with the same number of entries each."""
     kinds = {use.kind(n) for n in use.tensors if use.ndim(n)} - {SHARED}
@@ -82,10 +83,10 @@ def row_losses(use: Use) -> Answer:
     entries = kinds.pop()
     if kinds or not isinstance(entries, Batched) or entries.dim != 0:
         return use.mixed()
-    return reduced(use, reduction_of(use, _ROW_LOSSES[use.name]), entries)
+    return reduced(use, reduction_of(use, _ROW_LOSSES[use.function]), entries)
 
 
-@rule("cross_entropy nll_loss nll_loss_nd")
+@rule(F.cross_entropy, F.nll_loss)
 def class_losses(use: Use) -> Answer:
     """``input, target, weight, size_average, ignore_index``: a mean over the entries whose target is not ignored,
     weighted by their classes' weights; over the rows if targets are probabilities (torch.nn.CrossEntropyLoss)."""
@@ -119,7 +120,7 @@ def _entries(kinds: list[Kind]) -> Batched | None:
     return scores if scores == target.at(place) else None
 
 
-@rule("ctc_loss")
+@rule(F.ctc_loss)
 def ctc_loss(use: Use) -> Answer:
     """``log_probs`` of length, batch, classes. Targets may be of batch, length, or all in a row."""
     reduction = use.arg(5, "reduction", "mean")

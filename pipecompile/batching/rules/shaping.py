@@ -58,7 +58,7 @@ def reshape(use: Use) -> Answer:
     return reshaped(kind, use.shape(first), use.out, use.scale.rows) or use.mixed("a view across samples")
 
 
-@rule("transpose swapaxes swapdims t mT permute movedim moveaxis adjoint")
+@rule("transpose swapaxes swapdims t permute movedim moveaxis adjoint")
 def permute(use: Use) -> Answer:
     first = use.node.args[0]
     kind, ndim = use.kind(first), use.ndim(first)
@@ -83,7 +83,7 @@ def _order(use: Use, ndim: int) -> list[int]:
         for target, source in sorted(zip(targets, sources, strict=True)):
             rest.insert(target, source)
         return rest
-    pair = (-2, -1) if name in ("mT", "adjoint", "t") else (use.arg(1, "dim0"), use.arg(2, "dim1"))
+    pair = (-2, -1) if name in ("adjoint", "t") else (use.arg(1, "dim0"), use.arg(2, "dim1"))
     if ndim < 2:
         return order
     a, b = (positive(d, ndim) for d in pair)
@@ -91,7 +91,7 @@ def _order(use: Use, ndim: int) -> list[int]:
     return order
 
 
-@rule("getattr")
+@rule(getattr)
 def attribute(use: Use) -> Answer:
     name = use.arg(1)
     if name in ("T", "mT", "H", "mH"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch.fx as fx
 
 from pipecompile.batching.kinds import SHARED, Kind, Mixed, Shared
 from pipecompile.batching.scale import Scale
+from pipecompile.operators import function_of, named
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +110,11 @@ class Use:
         return isinstance(argument, fx.Node) and self.scale.shape(argument) is not None
 
     @property
+    def function(self) -> Any:
+        """The object by which the call is known."""
+        return function_of(self.node.target)
+
+    @property
     def out(self) -> tuple[int, ...]:
         """The result's shape at the larger batch."""
         return self.scale.shape(self.node) or ()
@@ -130,16 +136,25 @@ class Use:
 
 
 Rule = Callable[[Use], Answer]
-RULES: dict[str, Rule] = {}
+RULES: dict[Hashable, tuple[str, Rule]] = {}  # by function object: the name that the rule knows it by, and the rule
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Registers the rule of functions, by name without underscores of in-place and reflected forms."""
+def rule(*functions: str | Callable[..., Any], aten: bool = True) -> Callable[[Rule], Rule]:
+    """Registers the rule of functions: of objects, and of torch's functions by name (``operators.named``).
 
-    def register(function: Rule) -> Rule:
-        for name in " ".join(names).split():
-            RULES[name] = function
-        return function
+    Raises:
+        NameError: torch has no function of a name, or a function has a rule already.
+    """
+    found: dict[Hashable, str] = {}
+    for function in functions:
+        found |= named(function, aten) if isinstance(function, str) else {function: function.__name__}
+
+    def register(one: Rule) -> Rule:
+        for key, name in found.items():
+            if key in RULES:
+                raise NameError(f"{name} has two rules: {RULES[key][1].__name__} and {one.__name__}")
+            RULES[key] = name, one
+        return one
 
     return register
 
