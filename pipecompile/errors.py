@@ -8,6 +8,7 @@
     ├── ProgramError         the instructions do not form a valid program
     │   └── DeadlockError    some rank would wait for ever
     ├── InputError           the call's arguments do not fit the model or the pipeline
+    ├── ReentryError         the pipeline is called by what it runs itself
     ├── ExecutionError       a stage raised while the program ran
     └── DifferenceError      the split model gave other numbers than the unsplit one
 
@@ -45,6 +46,10 @@ class DeadlockError(ProgramError):
 
 class InputError(PipecompileError, ValueError):
     """The arguments of a call do not fit the model, the pipeline or the devices."""
+
+
+class ReentryError(PipecompileError):
+    """The pipeline is called by code that it runs itself, and would wait for its own call to end."""
 
 
 class ExecutionError(PipecompileError):

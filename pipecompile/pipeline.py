@@ -14,7 +14,7 @@ from torch import nn
 from pipecompile import steps
 from pipecompile.batching import Rows
 from pipecompile.calibrate import corrected
-from pipecompile.capture import Call, read_call
+from pipecompile.capture import CAPTURING, Call, read_call
 from pipecompile.captures import Captures, Key, modes
 from pipecompile.compile_call import compile_call
 from pipecompile.compiled import Compiled, find_loss
@@ -145,11 +145,11 @@ class Pipeline(nn.Module):
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:
         """Captures, profiles and cuts the model for a call without running it."""
-        with self._session.lock:
+        with self._session.turn.taken(again=False):
             self._batch(args, kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with self._session.lock:
+        with self._session.turn.taken(again=False):
             batch = self._batch(args, kwargs)
             output = self._run(batch)
             captured = batch.compiled.captured
@@ -197,7 +197,7 @@ class Pipeline(nn.Module):
             self.devices,
         )
         try:
-            with self._session.lock:
+            with self._session.turn.taken(again=False):
                 return verify(subject, args, kwargs)
         finally:
             self._last, self.training = last, training
@@ -211,7 +211,7 @@ class Pipeline(nn.Module):
         Raises:
             InputError: there was no training step on the capture that was planned, or its times say nothing.
         """
-        with self._session.lock:
+        with self._session.turn.taken(again=False):
             first, timeline = self._first, self._session.timeline
             if self._session.optimizer is not None:
                 raise InputError(
@@ -231,7 +231,7 @@ class Pipeline(nn.Module):
 
     def flush(self) -> None:
         """Drains an asynchronous pipeline: every microbatch that is under way ends with its update."""
-        with self._session.lock:
+        with self._session.turn.taken(again=False):
             steps.flush(self._session)
 
     def train(self, mode: bool = True) -> Pipeline:
@@ -300,7 +300,7 @@ class Pipeline(nn.Module):
     def _capture(self, call: Call, rows: Rows) -> steps.Batch:
         """A new capture; if its trace holds for one size alone, all microbatches are made that size."""
         for candidate in (rows, rows.equal()):
-            with undrawn(self.devices):
+            with CAPTURING.taken(), undrawn(self.devices):
                 compiled = compile_call(
                     self.model,
                     call,

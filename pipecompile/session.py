@@ -6,10 +6,11 @@ nothing behind; an asynchronous one leaves its stream.
 
 from __future__ import annotations
 
-import threading
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from weakref import WeakSet
 
 import torch
 
@@ -19,6 +20,7 @@ from pipecompile.retarget import threads_each
 from pipecompile.runtime import Ambient, Executor, Lane, LocalTransport, MakeOptimizer, Microbatch, Runner, Weights
 from pipecompile.schedule import carried_after
 from pipecompile.timeline import Timeline
+from pipecompile.turns import Turn
 
 
 @dataclass
@@ -37,6 +39,14 @@ class Stream:
         self.microbatches = {n: m for n, m in self.microbatches.items() if m.saved}
 
 
+_SESSIONS: WeakSet[Session] = WeakSet()
+
+
+def _renew_all() -> None:
+    for session in list(_SESSIONS):
+        session.renew()
+
+
 class Session:
     """Runs the programs of one pipeline.
 
@@ -46,7 +56,7 @@ class Session:
     """
 
     def __init__(self, devices: Sequence[torch.device], optimizer: MakeOptimizer | None) -> None:
-        self.lock = threading.RLock()  # calls from several threads follow one another
+        self.turn = Turn()  # calls from several threads follow one another
         self.devices = tuple(devices)
         self.optimizer = optimizer
         self.lanes = tuple(Lane(device, threads_each(devices)) for device in devices)
@@ -57,6 +67,8 @@ class Session:
         self.repeated: Counter[str] = Counter()  # how often a call was run again, by reason
         self.program: Program | None = None
         self.timeline: Timeline | None = None
+        self.running = False
+        _SESSIONS.add(self)
 
     def begin(self, compiled: Compiled) -> None:
         """Begins a pass of a synchronous schedule: every stage on the parameters' present values."""
@@ -66,16 +78,30 @@ class Session:
 
     def run(self, compiled: Compiled, program: Program, microbatches: Mapping[int, Microbatch]) -> None:
         """Runs a lowered program in the modes of the calling thread."""
-        with self.lock:
+        with self.turn.taken():
             self._own(compiled)
             ambient = Ambient.of_caller(frozenset(device.type for device in self.devices))
             self.program = program
-            self.timeline = self._executor(compiled).run(program, microbatches, ambient)
+            self.running = True
+            try:
+                self.timeline = self._executor(compiled).run(program, microbatches, ambient)
+            finally:
+                self.running = False
 
     def forget(self) -> None:
         """Forgets the stages; the next program brings its own."""
         self.weights, self.executors = [], {}
         self.program = self.timeline = None
+
+    def renew(self) -> None:
+        """Makes a forked process's copy fit for use: threads of its own.
+
+        A program that another thread was in the midst of does not end there, nor does what waits for it.
+        """
+        if self.running:
+            self.executors, self.stream, self.running = {}, Stream(), False
+        for lane in self.lanes:
+            lane.renew()
 
     def close(self) -> None:
         """Ends the ranks' threads; nothing can be run any more."""
@@ -93,3 +119,7 @@ class Session:
             transport = LocalTransport(self.lanes, compiled.plan.rank_of)
             self.executors[id(compiled)] = Executor(compiled.plan, runners, self.lanes, transport)
         return self.executors[id(compiled)]
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_all)

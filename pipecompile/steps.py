@@ -194,7 +194,7 @@ def _defer(session: Session, batch: Batch, start: Snapshot) -> list[Tensor]:
 def _again(session: Session, start: Snapshot, why: str) -> Iterator[None]:
     """In which a call is run once more."""
     session.repeated[why] += 1
-    with session.lock, start.restored():
+    with session.turn.taken(), start.restored():
         yield
 
 

@@ -14,7 +14,7 @@ PACKAGE = Path(pipecompile.__file__).parent
 
 # From the bottom up; a part imports parts of lower layers only. "with torch" begins at TORCH.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "serial", "accelerators"),
+    ("errors", "serial", "accelerators", "turns"),
     ("graph", "cluster", "quality", "wishes", "plan", "program", "timeline", "versions", "verification"),
     ("microbatch",),
     ("partition", "schedule", "lower", "simulate", "memory", "calibrate"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -14,9 +13,10 @@ from pipecompile.capture.innermost import Part, next_whole
 from pipecompile.capture.inputs import Call
 from pipecompile.capture.recorder import DATA_DEPENDENT
 from pipecompile.capture.trace import NeedsNumbers, Trace
-from pipecompile.errors import CaptureError, InputError
+from pipecompile.errors import CaptureError, InputError, ReentryError
+from pipecompile.turns import Tracing
 
-ONE_AT_A_TIME = threading.RLock()  # a trace changes torch and the model while it runs
+CAPTURING = Tracing()  # a trace changes torch and the model while it runs, and so does what comes after it
 SYMBOLIC_ATTEMPTS = ("batch and lengths", "lengths", "batch", "nothing")  # what is symbolic, widest first
 
 
@@ -53,7 +53,7 @@ def capture(
         try:
             captured = _with_leaves(model, call, rows, forward or model, attempts.pop(0), kept, reasons)
             broken = captured.broken_guard(call.alike(rows), call.tensors)
-        except CaptureError:
+        except (CaptureError, ReentryError):
             raise
         except Exception as error:  # an operation that needs plain sizes: try with fewer symbols
             failure = error
@@ -89,7 +89,7 @@ def _with_leaves(
         attempt = partial(Trace, model, call, rows, forward, symbolic, kept)
         trace = attempt()
         try:
-            with ONE_AT_A_TIME:
+            with CAPTURING.taken():
                 captured = trace.run(reasons)
                 return _following(captured, trace, attempt, reasons)
         except DATA_DEPENDENT as error:

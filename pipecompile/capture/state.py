@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from pipecompile.capture.attributes import MISSING, NOT_PLAIN, TABLES, Attribute, frozen
 from pipecompile.capture.containers import clone, contents, is_same, kind_of, put_back
+from pipecompile.capture.tables import Table
 from pipecompile.errors import CaptureError
 
 
@@ -66,9 +67,10 @@ def with_fakes(model: nn.Module, fakes: dict[str, Tensor], was_read: Callable[[T
     modules = list(model.named_modules())
     before = [snapshot(module) for _, module in modules]
     changes = Changes({id(module): held[0] for (_, module), held in zip(modules, before, strict=True)})
+    tables: dict[int, Table] = {}
     try:
         for path, module in modules:
-            _place(module, path, fakes)
+            _place(module, path, fakes, tables)
         yield changes
         for (path, module), held in zip(modules, before, strict=True):
             _read_changes(path, module, held, fakes, changes, was_read)
@@ -120,11 +122,15 @@ def without_caches(model: nn.Module) -> Iterator[tuple[list[str], frozenset[tupl
             config.use_cache = True
 
 
-def _place(module: nn.Module, path: str, fakes: dict[str, Tensor]) -> None:
-    for table in (module._parameters, module._buffers):
-        for name in table:
-            if table[name] is not None:
-                table[name] = fakes[f"{path}.{name}" if path else name]  # type: ignore[assignment]
+def _place(module: nn.Module, path: str, fakes: dict[str, Tensor], tables: dict[int, Table]) -> None:
+    """Gives a module tables of fakes; two modules with one table get one."""
+    prefix = f"{path}." if path else ""
+    for kind in ("_parameters", "_buffers"):
+        own = module.__dict__[kind]
+        if id(own) not in tables:
+            held = {name: None if tensor is None else fakes[prefix + name] for name, tensor in own.items()}
+            tables[id(own)] = Table(held, own)
+        module.__dict__[kind] = tables[id(own)]
 
 
 Snapshot = tuple[dict[str, Any], dict[str, list[Any]]]
@@ -150,7 +156,9 @@ def changed_attributes(owner: Any, label: str, before: Snapshot) -> Iterator[tup
     """What an object's attributes have been set to, and copies of the lists, dicts and sets with other contents."""
     state, held = before
     prefix = f"{label}." if label else ""
-    for name, value in owner.__dict__.items():
+    for name, value in list(owner.__dict__.items()):
+        if isinstance(value, Table):
+            continue
         if value is not state.get(name, MISSING):
             yield Attribute(owner, name, prefix + name), value
         elif name in held and name not in TABLES and _differ(contents(value), held[name]):

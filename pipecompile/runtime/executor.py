@@ -34,6 +34,7 @@ from pipecompile.runtime.lane import Lane, caller_event, caller_waits
 from pipecompile.runtime.runner import Microbatch, Runner
 from pipecompile.runtime.transport import Aborted, Transport, Values
 from pipecompile.timeline import Span, Timeline
+from pipecompile.turns import Turn, busy, waited_for
 
 Mailbox = dict[tuple[Result, int], Values | Callable[[], Values]]
 
@@ -66,7 +67,7 @@ class Executor:
         start = time.perf_counter()
         event = caller_event(tuple(lane.device for lane in self.lanes))
         jobs = [
-            self.lanes[rank].thread.submit(self._run_rank, rank, row, microbatches, ambient, event, start)
+            self.lanes[rank].thread.submit(self._run_rank, rank, row, microbatches, ambient, event, start, busy().turns)
             for rank, row in enumerate(program.ranks)  # a plan may leave the last lanes idle
         ]
         try:
@@ -102,10 +103,11 @@ class Executor:
         ambient: Ambient,
         event: Any,
         start: float,
+        waiting: frozenset[Turn],
     ) -> list[Span]:
         spans: list[Span] = []
         try:
-            with self.lanes[rank].entered(event), ambient.entered():
+            with waited_for(waiting), self.lanes[rank].entered(event), ambient.entered():
                 for i in row:
                     began, ended = self._do(i, self.mailboxes[rank], microbatches)
                     spans.append(Span(rank, i, began - start, ended - start))

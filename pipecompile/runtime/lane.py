@@ -29,11 +29,17 @@ class Lane:
     """
 
     def __init__(self, device: torch.device, threads: int = 1) -> None:
-        self.thread = ThreadPoolExecutor(1, f"pipecompile {device}", _settle, (device, threads))
         self.device = device
+        self.threads = threads
+        self.renew()
         self.cuda = device.type == "cuda"
         self.compute = _stream(device)
         self.copies = _stream(device)
+
+    def renew(self) -> None:
+        """Takes a new thread, as in a forked process, which has none of its parent's."""
+        name = f"pipecompile {self.device}"
+        self.thread = ThreadPoolExecutor(1, name, _settle, (self.device, self.threads))
 
     @contextmanager
     def entered(self, after: Any) -> Iterator[None]:

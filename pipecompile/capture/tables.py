@@ -1,0 +1,47 @@
+"""A module's table of parameters or buffers during a trace: the thread that traces finds fakes in it, others do not.
+
+A model may be run eagerly by one thread while another captures it. So the fakes are not written into the module's own
+tables, which stay as they are; for the time of the trace the module has tables of this kind in their place.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+
+class Table(dict[str, Any]):
+    """A dict of fakes to the thread that made it; to any other thread the table that it stands for."""
+
+    def __init__(self, fakes: Mapping[str, Tensor | None], own: dict[str, Any]) -> None:
+        super().__init__(fakes)
+        self.own = own
+        self.thread = threading.get_ident()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return dict, (dict(self.items()),)
+
+
+def _as_seen(name: str) -> Callable[..., Any]:
+    """A method of dict, of the fakes or of the module's own table."""
+    method = getattr(dict, name)
+
+    def seen(self: Table, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() == self.thread:
+            return method(self, *args, **kwargs)
+        return getattr(self.own, name)(*args, **kwargs)
+
+    return seen
+
+
+_SEEN = (
+    "__contains__", "__delitem__", "__eq__", "__getitem__", "__ior__", "__iter__", "__len__", "__ne__", "__or__",
+    "__repr__", "__reversed__", "__ror__", "__setitem__",
+    "clear", "copy", "get", "items", "keys", "pop", "popitem", "setdefault", "update", "values",
+)  # fmt: skip
+
+for _name in _SEEN:
+    setattr(Table, _name, _as_seen(_name))
