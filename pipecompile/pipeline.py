@@ -14,7 +14,7 @@ from torch import nn
 from pipecompile import steps
 from pipecompile.batching import Rows
 from pipecompile.calibrate import corrected
-from pipecompile.capture import CAPTURING, Call, read_call
+from pipecompile.capture import Call, read_call
 from pipecompile.captures import Captures, Key, modes
 from pipecompile.compile_call import compile_call
 from pipecompile.compiled import Compiled, find_loss
@@ -30,6 +30,7 @@ from pipecompile.runtime import Ambient
 from pipecompile.schedule import ASYNCHRONOUS, SCHEDULES, pipedream
 from pipecompile.session import Session
 from pipecompile.timeline import Timeline
+from pipecompile.turns import CAPTURING
 from pipecompile.verification import Verification
 from pipecompile.verify import Subject, verify
 

@@ -112,3 +112,5 @@ def _renew() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew)
+
+CAPTURING = Tracing()  # what captures a model changes torch and the model for some time

@@ -14,9 +14,8 @@ from pipecompile.capture.inputs import Call
 from pipecompile.capture.recorder import DATA_DEPENDENT
 from pipecompile.capture.trace import NeedsNumbers, Trace
 from pipecompile.errors import CaptureError, InputError, ReentryError
-from pipecompile.turns import Tracing
+from pipecompile.turns import CAPTURING
 
-CAPTURING = Tracing()  # a trace changes torch and the model while it runs, and so does what comes after it
 SYMBOLIC_ATTEMPTS = ("batch and lengths", "lengths", "batch", "nothing")  # what is symbolic, widest first
 
 
