@@ -1,8 +1,9 @@
-# The few commands of this repository. Needs Python 3.11 or later, pip and make; the rest is installed into .venv.
+# The few commands of this repository. Needs Python 3.11 or later, pip and make; the rest is installed into .venv
+# (and, for `make wild`, other libraries into .venv-wild).
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench zoo ragged
+.PHONY: demo test check bench zoo ragged wild
 
 demo: .venv/installed
 	$(BIN)/python examples/train_gpt2.py
@@ -24,7 +25,16 @@ zoo: .venv/installed
 ragged: .venv/installed
 	$(BIN)/python tests/ragged_run.py --jobs 2 --seconds 600
 
+wild: .venv-wild/installed
+	.venv-wild/bin/python tests/wild_run.py --jobs 2 --results out/wild.json --write
+
 .venv/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+.venv-wild/installed: pyproject.toml tests/wild/requirements.txt tests/wild/alone.txt
+	test -x .venv-wild/bin/python || $(PYTHON) -m venv .venv-wild
+	.venv-wild/bin/python -m pip install --quiet --editable '.[hf]' --requirement tests/wild/requirements.txt
+	.venv-wild/bin/python -m pip install --quiet --no-deps --requirement tests/wild/alone.txt
 	touch $@

@@ -18,7 +18,7 @@ from zoo import QUARTER, ZOO
 from zoo.check import STAGES, examine, missing
 from zoo.command import chosen, one_thread, options, warm_up
 from zoo.forked import run_each
-from zoo.table import kind, page, summary, verdict
+from zoo.table import elsewhere, kind, page, summary, verdict
 
 PAGE = Path("docs/models.md")
 
@@ -40,7 +40,8 @@ def main() -> int:
         print(f"{len(results):3}/{len(names) - len(absent)} {found.name}: {said}", flush=True)
     print("\n" + summary(ZOO, results))
     if not given.only and not given.quarter:
-        PAGE.write_text(page(ZOO, results, "make zoo"))
+        found = page(ZOO, results, "make zoo")
+        PAGE.write_text(found + elsewhere(PAGE.read_text()))
     fine = all(kind(found, stages) in ("exact", "ours") for found in results for stages in STAGES)
     return 0 if results and fine else 1
 

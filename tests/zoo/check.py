@@ -149,7 +149,7 @@ def run(loss: Loss, call: Callable[..., Any], model: nn.Module, inputs: Inputs, 
 
 def difference(actual: Run, expected: Run, tolerance: float, buffers: bool = False) -> str:
     """Where two runs differ, the loss first; empty if they do not."""
-    if not _close(actual.loss, expected.loss, tolerance, 0.0):
+    if not close(actual.loss, expected.loss, tolerance, 0.0):
         return f"wrong: loss {actual.loss.item():.9g} instead of {expected.loss.item():.9g}"
     largest = max(
         (g.abs().max().item() for g in expected.gradients.values() if g is not None and g.numel()), default=0.0
@@ -161,23 +161,29 @@ def difference(actual: Run, expected: Run, tolerance: float, buffers: bool = Fal
         if gradient is None or found is None:
             if gradient is not found:
                 return f"wrong: gradient of {name} is {_size(found)} instead of {_size(gradient)}"
-        elif not _close(found, gradient, tolerance, tolerance * FLOOR * largest):
+        elif not close(found, gradient, tolerance, tolerance * FLOOR * largest):
             return f"wrong: gradient of {name} is off by {_off(found, gradient):.1e} of its largest entry"
     for name, buffer in expected.buffers.items() if buffers else ():
-        if not _close(actual.buffers[name], buffer, tolerance, 1e-12):
+        if not close(actual.buffers[name], buffer, tolerance, 1e-12):
             return f"wrong: buffer {name} differs"
     return ""
 
 
-def _close(actual: Tensor, expected: Tensor, relative: float, absolute: float) -> bool:
+def close(actual: Tensor, expected: Tensor, relative: float, absolute: float) -> bool:
     if actual.shape != expected.shape or actual.dtype != expected.dtype:
         return False
-    if not expected.is_floating_point():
+    if not expected.is_floating_point() or not expected.numel():
         return torch.equal(actual, expected)
-    if not expected.numel():
-        return True
-    bound = relative * expected.abs().max() + absolute
-    return bool(((actual - expected).abs() <= bound).all())
+    finite = expected.isfinite()
+    if not torch.equal(actual.isfinite(), finite) or not _same_limits(actual[~finite], expected[~finite]):
+        return False
+    actual, expected = actual[finite], expected[finite]
+    return not expected.numel() or bool(((actual - expected).abs() <= relative * expected.abs().max() + absolute).all())
+
+
+def _same_limits(actual: Tensor, expected: Tensor) -> bool:
+    """Whether two tensors have infinities of the same signs, and NaN, in the same places."""
+    return bool(((actual == expected) | (actual.isnan() & expected.isnan())).all())
 
 
 def _off(actual: Tensor, expected: Tensor) -> float:

@@ -42,6 +42,12 @@ def page(entries: Mapping[str, Entry], results: Sequence[Found], command: str) -
     return "\n\n".join(head) + "\n"
 
 
+def elsewhere(page: str) -> str:
+    """What a page says of other libraries, which another run writes (``tests/wild_run.py``)."""
+    _, heading, rest = page.partition("\n## Other libraries")
+    return heading + rest
+
+
 def summary(entries: Mapping[str, Entry], results: Sequence[Found]) -> str:
     """Totals by family, and what all of them needed."""
     families = list(dict.fromkeys(entry.family for entry in entries.values()))
