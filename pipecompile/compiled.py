@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import torch.fx as fx
 from torch import Tensor
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
@@ -19,9 +20,11 @@ from torch.utils import _pytree as pytree
 from pipecompile.batching import Division, Rows
 from pipecompile.calibrate import Times, stage_times
 from pipecompile.capture import Call, Captured
+from pipecompile.capture.leaves import FunctionLeaf
 from pipecompile.capture.origin import origin_of
 from pipecompile.capture.purity import is_random
 from pipecompile.cluster import Cluster
+from pipecompile.custom import Applied
 from pipecompile.errors import InputError
 from pipecompile.graph import CostedGraph, Graph
 from pipecompile.lower import lower
@@ -118,6 +121,11 @@ class Compiled:
         return any(map(is_random, self.captured.graph.nodes))
 
     @cached_property
+    def runs_python(self) -> bool:
+        """Whether a step runs code of the user's (parts kept whole, custom functions), which may do anything."""
+        return any(map(_is_the_users, self.captured.graph.nodes))
+
+    @cached_property
     def in_float16(self) -> bool:
         """Whether the model itself computes with float16, whose gradients take only some scales."""
         values = pytree.tree_leaves([node.meta.get("val") for node in self.captured.graph.nodes])
@@ -180,6 +188,12 @@ class Compiled:
         module, device = self.stages[stage].module, self.stages[stage].device
         far = {name: b for name, b in module.named_buffers() if b.device != device}
         return {**dict(module.named_parameters()), **far}
+
+
+def _is_the_users(node: fx.Node) -> bool:
+    module = getattr(node.target, "__module__", None) or "torch"
+    ours = module.partition(".")[0] in ("torch", "_operator", "builtins", "pipecompile")
+    return node.op == "call_module" or isinstance(node.target, FunctionLeaf | Applied) or not ours
 
 
 def _near(tensor: Tensor, device: torch.device) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
+from math import inf, prod
 
 from pipecompile.serial import Json
 
@@ -162,6 +162,13 @@ class Cost:
     def seconds(self) -> float:
         return self.forward + self.backward
 
+    def check(self, name: str) -> None:
+        """Raises ``ValueError`` if these are no costs that the node ``name`` could have."""
+        if not (0 <= self.forward < inf and 0 <= self.backward < inf):
+            raise ValueError(f"node {name} takes {self.forward} s and {self.backward} s: not negative, and finite")
+        if self.saved_bytes < 0 or self.parameter_bytes < 0:
+            raise ValueError(f"node {name} holds {self.saved_bytes} and {self.parameter_bytes} bytes: not negative")
+
     def __add__(self, other: Cost) -> Cost:
         return Cost(
             self.forward + other.forward,
@@ -221,12 +228,18 @@ class CostedGraph(Json):
     def __post_init__(self) -> None:
         if len(self.costs) != len(self.graph):
             raise ValueError(f"{len(self.costs)} costs for {len(self.graph)} nodes")
+        for node, cost in zip(self.graph.nodes, self.costs, strict=True):
+            cost.check(node.name)
         if not self.footprints:
             storages, footprints = _unshared(self.graph, self.costs)
             object.__setattr__(self, "storages", storages)
             object.__setattr__(self, "footprints", footprints)
         if len(self.footprints) != len(self.graph):
             raise ValueError(f"{len(self.footprints)} footprints for {len(self.graph)} nodes")
+        for node, footprint in zip(self.graph.nodes, self.footprints, strict=True):
+            named = (*footprint.values, *footprint.saved, *footprint.again)
+            if any(not 0 <= storage < len(self.storages) for storage in named):
+                raise ValueError(f"node {node.name} names storages {named}, and there are {len(self.storages)}")
 
     @property
     def seconds(self) -> float:

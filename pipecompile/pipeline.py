@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import nn
 
 from pipecompile import steps
@@ -29,10 +30,18 @@ from pipecompile.report import describe
 from pipecompile.runtime import Ambient
 from pipecompile.schedule import ASYNCHRONOUS, SCHEDULES, pipedream
 from pipecompile.session import Session
+from pipecompile.surroundings import check_parameters, check_surroundings, uncompiled
 from pipecompile.timeline import Timeline
 from pipecompile.turns import CAPTURING
 from pipecompile.verification import Verification
 from pipecompile.verify import Subject, verify
+
+_OWN = frozenset(
+    {
+        "model", "devices", "options", "_signature", "_forward", "_session", "_captures", "_batched", "_first",
+        "_placement", "_last", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set",
+    }
+)  # fmt: skip
 
 
 class Pipeline(nn.Module):
@@ -150,7 +159,7 @@ class Pipeline(nn.Module):
             self._batch(args, kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with self._session.turn.taken(again=False):
+        with uncompiled(), self._session.turn.taken(again=False):
             batch = self._batch(args, kwargs)
             output = self._run(batch)
             captured = batch.compiled.captured
@@ -256,6 +265,29 @@ class Pipeline(nn.Module):
         copy._placement = self._first or self._placement
         return copy
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled (``torch.save``) as its model and options: what is read again plans and captures at its first call.
+
+        Raises:
+            PipecompileError: optimizers step inside an asynchronous pipeline, and their state would not go along.
+        """
+        if self._session.optimizer is not None:
+            raise PipecompileError(
+                f"a pipeline with schedule={self.schedule!r} cannot be pickled: optimizers step inside it, whose state "
+                f"would stay behind; call flush(), then save pipe.state_dict()"
+            )
+        given = {name: value for name, value in self.__dict__.items() if name not in _OWN}  # hooks, what users set
+        return Pipeline, (self.model, self.devices, self.options), given
+
+    def __prepare_scriptable__(self) -> Any:
+        """What torch.jit.script asks for; a pipeline is no such thing."""
+        raise InputError("a pipeline cannot be scripted: its stages run in threads; use torch.jit.script(pipe.model)")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "model":
+            raise PipecompileError("pipe.model cannot be exchanged; call pipecompile.compile with the other model")
+        super().__setattr__(name, value)
+
     def __getattr__(self, name: str) -> Any:
         """What the pipeline lacks is the model's: ``pipe.config``."""
         try:
@@ -272,6 +304,7 @@ class Pipeline(nn.Module):
 
     def _batch(self, args: Sequence[Any], kwargs: Mapping[str, Any], microbatches: int | None = None) -> steps.Batch:
         """A call with the capture that it runs on, which is made if there is none, and its microbatches."""
+        check_surroundings(pytree.tree_leaves((args, kwargs)))
         call = read_call(self._signature, args, kwargs, self._batched, self.options.in_dims)
         if not any(p.is_meta for p in self.model.parameters()):
             for name, tensor in call.tensors.items():
@@ -279,8 +312,6 @@ class Pipeline(nn.Module):
                     raise InputError(
                         f"argument {name!r} is on the meta device, which holds no values; pass a real tensor"
                     )
-        for name, tensor in call.tensors.items():
-            self._batched.setdefault((name, tensor.ndim), name in call.batched)
         ambient = Ambient.of_caller(frozenset(device.type for device in self.devices))
         key = Key(call.key, modes(self.model), ambient.autocast)
         known = self._captures.of(key)
@@ -288,15 +319,23 @@ class Pipeline(nn.Module):
         for compiled in known:
             for candidate in compiled.cuts(rows):
                 if not compiled.broken(call, candidate):
+                    self._settle(call)
                     self._last = compiled
                     self._captures.use(key)
                     return steps.Batch(compiled, call, candidate)
+        check_parameters(self.model)
         broken = known[-1].broken(call, rows) if known else ""
         batch = self._capture(call, rows)
+        self._settle(call)
         self._captures.add(key, batch.compiled, broken)
         self._first = self._first or batch.compiled
         self._last = batch.compiled
         return batch
+
+    def _settle(self, call: Call) -> None:
+        """Which tensors have a batch is settled by the first call that could be run."""
+        for name, tensor in call.tensors.items():
+            self._batched.setdefault((name, tensor.ndim), name in call.batched)
 
     def _capture(self, call: Call, rows: Rows) -> steps.Batch:
         """A new capture; if its trace holds for one size alone, all microbatches are made that size."""

@@ -15,6 +15,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -97,17 +98,44 @@ def seeds(count: int) -> list[int]:
     return [(step + i * 0x9E3779B97F4A7C15) % _LIMIT for i in range(count)]
 
 
+@dataclass(frozen=True)
+class Generators:
+    """The states of the generators of torch, and of Python and numpy where they are wanted."""
+
+    of_torch: Sequence[tuple[torch.Generator, Tensor]]
+    python: Any
+    numpy: Any
+
+    @staticmethod
+    def of(devices: Iterable[torch.device], all_of_them: bool = True) -> Generators:
+        """The present states; of torch's generators those of the CPU and of the devices.
+
+        Args:
+            all_of_them: Python's and numpy's too; numpy takes 0.2 ms to tell its state.
+        """
+        cuda = [device for device in dict.fromkeys(devices) if device.type == "cuda"]
+        generators = [torch.default_generator, *map(_generator, cuda)]
+        states = [(generator, generator.get_state()) for generator in generators]
+        if not all_of_them:
+            return Generators(states, None, None)
+        return Generators(states, random.getstate(), np.random.get_state())
+
+    def put_back(self) -> None:
+        for generator, state in self.of_torch:
+            generator.set_state(state)
+        if self.python is not None:
+            random.setstate(self.python)
+            np.random.set_state(self.numpy)
+
+
 @contextmanager
 def undrawn(devices: Iterable[torch.device]) -> Iterator[None]:
     """Whatever draws random numbers in it, the generators of torch, Python and numpy are as before at the end."""
-    cuda = [device for device in dict.fromkeys(devices) if device.type == "cuda"]
-    python, numpy = random.getstate(), np.random.get_state()
+    before = Generators.of(devices)
     try:
-        with torch.random.fork_rng(cuda):
-            yield
+        yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
+        before.put_back()
 
 
 @contextmanager

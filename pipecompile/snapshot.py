@@ -7,7 +7,7 @@ and random numbers that it had, on weights and inputs that nobody has written to
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from pipecompile.capture import Call
 from pipecompile.compiled import Compiled
 from pipecompile.errors import ExecutionError
+from pipecompile.randomness import Generators
 from pipecompile.runtime import Ambient
 
 
@@ -28,18 +29,37 @@ class Snapshot:
     seeds: Sequence[int | None]  # of each microbatch's random functions
     read: Mapping[str, tuple[Tensor, int]]  # what the call reads and does not write, with its version counter
     written: Sequence[tuple[Tensor, Tensor]]  # buffers that the call writes, and copies of them
+    generators: Generators
 
     @staticmethod
-    def of(compiled: Compiled, call: Call, seeds: Sequence[int | None], devices: Iterable[torch.device]) -> Snapshot:
-        """The state before a call, in the modes of the calling thread."""
+    def of(
+        compiled: Compiled, call: Call, draw: Callable[[], Sequence[int | None]], devices: Sequence[torch.device]
+    ) -> Snapshot:
+        """The state before a call, in the modes of the calling thread.
+
+        Args:
+            draw: gives the seeds, from the caller's generator.
+        """
+        generators = Generators.of(devices, compiled.runs_python)
         inputs = {f"argument {name!r}": tensor for name, tensor in call.tensors.items()}
         tracked = {**compiled.read, **inputs}
         return Snapshot(
             Ambient.of_caller(frozenset(device.type for device in devices)),
-            seeds,
+            draw(),
             {name: (t, t._version) for name, t in tracked.items() if not t.is_inference()},
             [(buffer, buffer.detach().clone()) for buffer in compiled.written],
+            generators,
         )
+
+    @contextmanager
+    def kept_on_failure(self) -> Iterator[None]:
+        """In which the call runs: if it raises, buffers and random generators are as they were found here."""
+        try:
+            yield
+        except BaseException:
+            _write(self.written)
+            self.generators.put_back()
+            raise
 
     @contextmanager
     def restored(self) -> Iterator[None]:

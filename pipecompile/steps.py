@@ -96,8 +96,10 @@ class Batch:
     def finish(self, joined: Mapping[str, Tensor], drawn: Sequence[int | None]) -> list[Tensor]:
         """The tensors of the model's output: what the stages give, and what the tail makes of it."""
         seed_microbatch(drawn[0])
-        tail = self.compiled.run_tail(joined, self.call)
-        seed_microbatch(None)
+        try:
+            tail = self.compiled.run_tail(joined, self.call)
+        finally:
+            seed_microbatch(None)
         return [{**joined, **tail}[self.division.places[str(output.node)]] for output in self.outputs]
 
     def rebuild(self, tensors: Sequence[Tensor]) -> Any:
@@ -108,15 +110,19 @@ class Batch:
 
 def evaluate(session: Session, batch: Batch) -> Any:
     """Forwards alone."""
-    drawn = batch.draw()
-    with torch.no_grad():
-        return batch.rebuild(batch.finish(batch.join(_forward(session, batch, drawn)), drawn))
+    start = Snapshot.of(batch.compiled, batch.call, batch.draw, session.devices)
+    with start.kept_on_failure(), torch.no_grad():
+        return batch.rebuild(batch.finish(batch.join(_forward(session, batch, start.seeds)), start.seeds))
 
 
 def train(session: Session, batch: Batch, loss: int, schedule: Callable[[Plan, int], Program]) -> Any:
     """The whole schedule, from the output at position ``loss``, which the stages compute."""
-    start = Snapshot.of(batch.compiled, batch.call, batch.draw(), session.devices)
+    start = Snapshot.of(batch.compiled, batch.call, batch.draw, session.devices)
+    with start.kept_on_failure():
+        return _train(session, batch, loss, schedule, start)
 
+
+def _train(session: Session, batch: Batch, loss: int, schedule: Callable[[Plan, int], Program], start: Snapshot) -> Any:
     def run(scale: float) -> dict[int, Microbatch]:
         session.begin(batch.compiled)
         microbatches = _from_loss(batch, loss, start.seeds, scale)
@@ -162,8 +168,9 @@ def _beside(session: Session, batch: Batch, start: Snapshot, outputs: Sequence[T
 
 def defer(session: Session, batch: Batch) -> Any:
     """Forwards now; the backwards run when gradients of what the stages gave come in, from the caller or the tail."""
-    start = Snapshot.of(batch.compiled, batch.call, batch.draw(), session.devices)
-    return batch.rebuild(_defer(session, batch, start))
+    start = Snapshot.of(batch.compiled, batch.call, batch.draw, session.devices)
+    with start.kept_on_failure():
+        return batch.rebuild(_defer(session, batch, start))
 
 
 def _defer(session: Session, batch: Batch, start: Snapshot) -> list[Tensor]:
@@ -180,8 +187,10 @@ def _defer(session: Session, batch: Batch, start: Snapshot) -> list[Tensor]:
         return [found.get(id(leaf)) for leaf in leaves]
 
     def backward(incoming: Gradients) -> Gradients:
-        if all(microbatch.saved for microbatch in waiting.values()):
-            return run(waiting, incoming)
+        if waiting:
+            microbatches = dict(waiting)
+            waiting.clear()  # also where this backward fails: another one runs the call again
+            return run(microbatches, incoming)
         with _again(session, start, SECOND):
             return run(_forward(session, batch, start.seeds), incoming)
 

@@ -31,7 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("batching",),
     ("profile", "split", "runtime"),
     ("variations",),
-    ("devices", "options"),
+    ("devices", "options", "surroundings"),
     ("compiled",),
     ("captures", "report", "snapshot"),
     ("session",),

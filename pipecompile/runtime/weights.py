@@ -58,6 +58,7 @@ class Weights:
         if self.optimizer is not None and new:
             self.optimizer.add_param_group({"params": new})
         self.current = self._version()
+        self.touched.clear()  # of a stream that has failed
 
     def check(self, version: Version) -> None:
         """Raises ``ExecutionError`` if somebody has written to the parameters since a version was made."""

@@ -1,0 +1,73 @@
+"""What a pipeline cannot be called in, or with: transforms that the ranks' threads would not see.
+
+``torch.func``, ``torch.jit.trace``, ``make_fx``, ``torch.export`` and fake tensors follow what one thread computes. A
+pipeline computes in threads of its own: they would record constants, or fail far from the cause.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch._C._dynamo.eval_frame import set_eval_frame
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from pipecompile.errors import InputError
+
+
+def check_surroundings(arguments: Iterable[object]) -> None:
+    """Passes if a call can be made here, with these leaves of its arguments.
+
+    Raises:
+        InputError: says what follows the call, and what to do.
+    """
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        _refuse("inside torch.func (grad, vmap, jacrev ...)", "transforms a function")
+    if torch._C._get_tracing_state() is not None:
+        _refuse("inside torch.jit.trace", "records what is computed")
+    if torch.compiler.is_compiling():
+        _refuse("inside torch.compile or torch.export", "records what is computed")
+    for mode in _get_current_dispatch_mode_stack():
+        if isinstance(mode, ProxyTorchDispatchMode | FakeTensorMode):
+            _refuse(f"inside {type(mode).__name__} (make_fx, torch.export)", "records what is computed")
+    for argument in arguments:
+        if isinstance(argument, FakeTensor):
+            _refuse("with fake tensors", "computes shapes alone")
+        if isinstance(argument, torch.fx.Proxy):
+            _refuse("inside torch.fx.symbolic_trace", "records what is computed")
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Within ``torch.compile``: what follows is run as it is, a break in the compiled graph."""
+    before = set_eval_frame(None)
+    try:
+        yield
+    finally:
+        set_eval_frame(before)
+
+
+def check_parameters(model: nn.Module) -> None:
+    """Passes if the model has parameters of its own, to be captured with.
+
+    Raises:
+        InputError: names one in whose place there is another tensor.
+    """
+    for name, parameter in model.named_parameters():
+        if not isinstance(parameter, nn.Parameter):
+            raise InputError(
+                f"{name!r} is a plain tensor in the place of a parameter, as under torch.func.functional_call: a "
+                f"pipeline trains the model's own parameters, which have gradients, versions and devices; call "
+                f"functional_call(pipe.model, ...), or copy the values into the parameters"
+            )
+
+
+def _refuse(where: str, what: str) -> None:
+    raise InputError(
+        f"a pipeline is called {where}, which {what} in one thread; a pipeline's stages run in threads of their own; "
+        f"use the unsplit model there, pipe.model"
+    )
