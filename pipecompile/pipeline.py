@@ -162,8 +162,7 @@ class Pipeline(nn.Module):
         with uncompiled(), self._session.turn.taken(again=False):
             batch = self._batch(args, kwargs)
             output = self._run(batch)
-            captured = batch.compiled.captured
-            captured.attributes.update(captured.size_values(batch.call.tensors))
+            batch.leave()
             return output
 
     def _run(self, batch: steps.Batch) -> Any:
@@ -171,7 +170,7 @@ class Pipeline(nn.Module):
             raise InputError("the model is on the meta device: it can be planned, but has no values to compute with")
         captured = batch.compiled.captured
         loss = find_loss(captured, self.options.loss)
-        if not torch.is_grad_enabled() or not any(output.requires_grad for output in captured.outputs):
+        if not torch.is_grad_enabled() or not any(output.requires_grad for output in captured.results):
             return steps.evaluate(self._session, batch)
         if self.schedule in ASYNCHRONOUS and self.model.training:
             if loss is None:

@@ -134,7 +134,7 @@ def _tells(compiled: Compiled) -> bool:
         and max(cost.seconds for cost in costs) >= WORTH
         and all(stage.device.type == "cpu" for stage in compiled.stages)
         and torch.is_grad_enabled()
-        and any(output.requires_grad for output in compiled.captured.outputs)
+        and any(output.requires_grad for output in compiled.captured.results)
     )
 
 

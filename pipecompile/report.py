@@ -109,9 +109,7 @@ def describe(compiled: Compiled, timeline: Timeline | None = None) -> Mapping[st
         "notes": compiled.captured.notes,
         "microbatches": _across_microbatches(compiled),
         "guards": [*guards, *reads, *_attribute_guards(compiled)],
-        "attributes": [
-            f"{attribute.label} is set once a call" for attribute, _ in compiled.captured.attributes.updates
-        ],
+        "attributes": [f"{effect.place.label} is set once a call" for effect in compiled.captured.attributes.updates],
         "recomputed": [
             *[f"{copies} values (masks, positions, sizes) are computed in each stage that reads them"] * (copies > 0),
             *_checkpoints(compiled.captured),

@@ -103,7 +103,7 @@ class _Cut:
         self.graph = graph
         self.plan = plan
         self.nodes: dict[str, fx.Node] = {n.name: n for n in captured.graph.nodes}
-        self.model_outputs = tuple(dict.fromkeys(o.node for o in captured.outputs if o.node is not None))
+        self.model_outputs = tuple(dict.fromkeys(str(result.node) for result in captured.results))
         self.tensors = captured.tensors
 
     def stage(self, index: int, device: torch.device) -> Stage:

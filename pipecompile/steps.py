@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -45,11 +45,12 @@ class Batch:
     compiled: Compiled
     call: Call
     rows: Rows
+    tensors: dict[str, Tensor] = field(default_factory=dict)  # all that the call has given, by node
 
     @property
-    def outputs(self) -> list[Output]:
-        """The outputs that are tensors."""
-        return [output for output in self.compiled.captured.outputs if output.node is not None]
+    def outputs(self) -> Sequence[Output]:
+        """What the call gives: the outputs that are tensors, and what the forward leaves behind."""
+        return self.compiled.captured.results
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -104,8 +105,13 @@ class Batch:
 
     def rebuild(self, tensors: Sequence[Tensor]) -> Any:
         """The model's own output type around the outputs' tensors."""
-        named = {str(output.node): tensor for output, tensor in zip(self.outputs, tensors, strict=True)}
-        return self.compiled.captured.rebuild_output(named, self.call.tensors)
+        self.tensors.update({str(o.node): tensor for o, tensor in zip(self.outputs, tensors, strict=True)})
+        return self.compiled.captured.rebuild_output(self.tensors, self.call.tensors)
+
+    def leave(self) -> None:
+        """Sets what the forward sets, for the whole batch."""
+        captured, call = self.compiled.captured, self.call
+        captured.attributes.update(captured.size_values(call.tensors), {**call.tensors, **self.tensors})
 
 
 def evaluate(session: Session, batch: Batch) -> Any:

@@ -187,7 +187,7 @@ class _Divider:
         alive = {n.name for n in graph.nodes}
         groups = [tuple(name for name in group if name in alive) for group in self.small.groups]
         groups = [group for group in groups if len(group) > 1]
-        return replace(self.small, graph=graph, outputs=outputs, groups=tuple(groups), checked={}), copies
+        return replace(self.small, graph=graph, outputs=outputs, left=(), groups=tuple(groups), checked={}), copies
 
     def _copy(self, node: fx.Node, copies: dict[fx.Node, fx.Node]) -> None:
         """Copies a node into the body, if the body has such a value."""

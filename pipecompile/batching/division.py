@@ -93,12 +93,13 @@ def undivided(captured: Captured, out_dims: Mapping[str, int | None] | None = No
     """
     said = {node.name: dim for node, (_, dim) in joined_by_hand(captured, out_dims or {}).items()}
     joins: dict[str, Kind] = {}
-    for output in captured.outputs:
-        if output.node in said:
-            dim = said[output.node]
-            joins[output.node] = SHARED if dim is None else Batched(dim)
-        elif output.node is not None:
-            joins[output.node] = by_shape(output)
+    for output in captured.results:
+        name = str(output.node)
+        if name in said:
+            dim = said[name]
+            joins[name] = SHARED if dim is None else Batched(dim)
+        else:
+            joins.setdefault(name, by_shape(output))
     places = {name: name for name in joins}
     return Division(captured, captured, captured, joins, (), None, places, one_part=one_part, is_divided=False)
 

@@ -11,17 +11,16 @@ guarded by the answers to what the forward asked of it (``numbers.py``): its val
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from types import BuiltinFunctionType, FunctionType, NoneType, SimpleNamespace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from pipecompile.capture.containers import clone, contents, kind_of, refill
-from pipecompile.capture.symbols import resolve
+from pipecompile.capture.containers import contents, kind_of
 
 TABLES = frozenset({"_parameters", "_buffers", "_modules"})  # what a module keeps its tensors and children in
 TORCHS_OWN = frozenset(nn.Module().__dict__) | {"_compiled_call_impl"}  # attributes of every module
@@ -55,14 +54,112 @@ class Attribute:
 
 
 @dataclass(frozen=True, slots=True)
+class Item:
+    """What is kept under a key of a container; ``label`` is what a person calls it: ``h.0.losses['aux']``."""
+
+    holder: Attribute | Item
+    key: Any
+
+    @property
+    def label(self) -> str:
+        return f"{self.holder.label}[{self.key!r:.20}]"
+
+    def value(self) -> Any:
+        try:
+            return self.holder.value()[self.key]
+        except (LookupError, TypeError):
+            return MISSING
+
+
+Place = Attribute | Item
+
+
+@dataclass(frozen=True, slots=True)
 class State:
-    """What an update is computed from: the numbers before the call, and the sizes of the whole batch."""
+    """What an update is computed from: the numbers before the call, and the whole batch's sizes and tensors.
+
+    ``built`` holds what has been made of it by now, so that what two places share is made once.
+    """
 
     numbers: Mapping[tuple[int, str], float]
     sizes: Mapping[Any, int]
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)  # by the names of the graph's nodes and inputs
+    built: dict[int, Any] = field(default_factory=dict)
 
 
 Update = Callable[[State], Any]
+
+
+@dataclass(frozen=True)
+class Same:
+    """A value that is known by identity alone, as a tensor."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
+class OfKind:
+    """Any value of a type."""
+
+    kind: type
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a trace has read of what a container holds: values under keys, or all of it."""
+
+    place: Place
+    kind: type
+    keys: tuple[tuple[Any, Any], ...]
+    items: tuple[Any, ...] | None
+
+    def changed(self) -> str:
+        """Why the trace does not hold for the present contents; empty if it does."""
+        now: Any = self.place.value()
+        if type(self.place.value()) is not self.kind:
+            return f"{self.place.label} is {_short(now)}, the trace holds for a {self.kind.__name__}"
+        for key, expected in self.keys:
+            seen = now.get(key, MISSING) if issubclass(self.kind, dict) else key in now
+            if not _alike(seen, expected):
+                return f"{self.place.label}[{key!r:.20}] is {_short(seen)}, the trace holds for {_short(expected)}"
+        if self.items is not None and not _all_alike(contents(now), self.items):
+            return f"{self.place.label} holds other things than in the trace"
+        return ""
+
+
+@dataclass(frozen=True)
+class Operations:
+    """What a forward does to a container: methods of the built-in type, with arguments, one after the other."""
+
+    place: Place
+    steps: tuple[tuple[str, tuple[Update, ...]], ...]
+
+    def ready(self, state: State) -> Callable[[], None]:
+        """Makes the operations, once all arguments are known."""
+        holder, kind = self.place.value(), kind_of(self.place.value())
+        steps = [(name, [argument(state) for argument in arguments]) for name, arguments in self.steps]
+
+        def apply() -> None:
+            for name, arguments in steps:
+                getattr(kind, name)(holder, *arguments)
+
+        return apply
+
+
+@dataclass(frozen=True)
+class Setting:
+    """An attribute that a forward sets, or takes away."""
+
+    place: Attribute
+    to: Update
+
+    def ready(self, state: State) -> Callable[[], None]:
+        """Sets the attribute, once the value is known."""
+        value, owner, name = self.to(state), self.place.owner, self.place.name
+        return (lambda: delattr(owner, name)) if value is MISSING else (lambda: setattr(owner, name, value))
+
+
+Effect = Operations | Setting
 
 
 @dataclass(frozen=True)
@@ -70,17 +167,20 @@ class Attributes:
     """Guards and updates of a capture.
 
     ``questions`` holds functions of the ``numbers`` with the answers that the trace holds for. An update sets an
-    attribute, or the contents of the list, dict or set that it holds.
+    attribute, or changes what a list, dict or set holds.
     """
 
     read: tuple[tuple[Attribute, Any], ...] = ()  # with the frozen value
+    held: tuple[Held, ...] = ()
     numbers: tuple[Attribute, ...] = ()
     questions: tuple[tuple[Update, Any], ...] = ()
-    updates: tuple[tuple[Attribute, Update], ...] = ()
+    updates: tuple[Effect, ...] = ()
     _fast: list[tuple[Any, str, Any, type]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._fast.extend((a.owner, a.name, value, type(value)) for a, value in self.read)
+        for a, value in self.read:
+            expected = value.value if isinstance(value, Same) else value.kind if isinstance(value, OfKind) else value
+            self._fast.append((a.owner, a.name, expected, type(value)))
 
     def changed(self) -> str:
         """Why the trace does not hold for the attributes' present values; empty if it does."""
@@ -88,13 +188,19 @@ class Attributes:
             seen = getattr(owner, name, MISSING)
             if seen is expected or (type(seen) is kind and seen == expected and kind is not tuple):
                 continue
+            if kind is OfKind and type(seen) is expected:
+                continue
             if kind is not tuple or frozen(seen) != expected:
                 label = next(a.label for a, _ in self.read if a.owner is owner and a.name == name)
+                if kind is Same and type(seen) is type(expected):
+                    return f"{label} is another {type(seen).__name__} than in the trace"
                 return f"{label} is {_short(seen)}, the trace holds for {_short(expected)}"
+        if changed := next(filter(None, (held.changed() for held in self.held)), ""):
+            return changed
         return self._changed_answer() if self.numbers else ""
 
     def _changed_answer(self) -> str:
-        state = self._state({})
+        state = self._state({}, {})
         for number in self.numbers:
             if type(number.value()) not in (int, float):
                 return f"{number.label} is {_short(number.value())}, the trace holds for numbers"
@@ -104,18 +210,14 @@ class Attributes:
                 return f"a question that forward asks of {asked} has another answer than in the trace"
         return ""
 
-    def update(self, sizes: Mapping[Any, int]) -> None:
+    def update(self, sizes: Mapping[Any, int], tensors: Mapping[str, Tensor]) -> None:
         """Makes the changes that one run of the forward on the whole batch makes."""
-        state = self._state(sizes)
-        for attribute, value in [(attribute, update(state)) for attribute, update in self.updates]:
-            held = attribute.value()
-            if kind_of(value) is not None and type(held) is type(value):
-                refill(held, contents(value))
-            else:
-                setattr(attribute.owner, attribute.name, value)
+        state = self._state(sizes, tensors)
+        for apply in [effect.ready(state) for effect in self.updates]:
+            apply()
 
-    def _state(self, sizes: Mapping[Any, int]) -> State:
-        return State({(id(n.owner), n.name): n.value() for n in self.numbers}, sizes)
+    def _state(self, sizes: Mapping[Any, int], tensors: Mapping[str, Tensor]) -> State:
+        return State({(id(n.owner), n.name): n.value() for n in self.numbers}, sizes, tensors)
 
 
 def frozen(value: Any) -> Any:
@@ -145,13 +247,21 @@ def _items(value: Any) -> list[Any] | None:
     return None
 
 
-def constant(value: Any) -> Update | None:
-    """The update to a plain value or to a size; None for other values, such as tensors."""
-    if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
-        return lambda state: resolve(value, dict(state.sizes))
-    if frozen(value) is NOT_PLAIN:
-        return None
-    return (lambda state: clone(value)) if kind_of(value) is not None else (lambda state: value)
+def _alike(seen: Any, expected: Any) -> bool:
+    """Whether a value is the one before; of a container in a container, its type: it has a ledger of its own."""
+    if seen is expected or (kind_of(expected) is not None and type(seen) is type(expected)):
+        return True
+    plain = frozen(expected)
+    return plain is not NOT_PLAIN and type(seen) is type(expected) and bool(frozen(seen) == plain)
+
+
+def _all_alike(now: Sequence[Any], before: Sequence[Any]) -> bool:
+    def same(a: Any, b: Any) -> bool:
+        if type(a) is tuple and type(b) is tuple:
+            return len(a) == len(b) and all(map(_alike, a, b))
+        return _alike(a, b)
+
+    return len(now) == len(before) and all(map(same, now, before))
 
 
 def _short(value: Any) -> str:

@@ -11,6 +11,7 @@ from torch import nn
 from pipecompile.capture.captured import Captured
 from pipecompile.capture.innermost import Part, next_whole
 from pipecompile.capture.inputs import Call
+from pipecompile.capture.reach import Reach, reach_of
 from pipecompile.capture.recorder import DATA_DEPENDENT
 from pipecompile.capture.trace import NeedsNumbers, Trace
 from pipecompile.errors import CaptureError, InputError, ReentryError
@@ -48,9 +49,10 @@ def capture(
     kept: dict[Part, str] = {**_with_backward_hooks(model), **dict.fromkeys(_known(model, leaves), "as asked")}
     reasons: list[str] = []
     attempts = list(symbolic)
+    reach = reach_of(model, [forward] if forward is not None else [])
     while attempts:
         try:
-            captured = _with_leaves(model, call, rows, forward or model, attempts.pop(0), kept, reasons)
+            captured = _with_leaves(model, call, rows, forward or model, attempts.pop(0), kept, reach, reasons)
             broken = captured.broken_guard(call.alike(rows), call.tensors)
         except (CaptureError, ReentryError):
             raise
@@ -81,11 +83,12 @@ def _with_leaves(
     forward: Callable[..., Any],
     symbolic: str,
     kept: dict[Part, str],
+    reach: Reach,
     reasons: list[str],
 ) -> Captured:
     """Traces until no more parts have to be kept whole; adds them, with the reason, to ``kept``."""
     while True:
-        attempt = partial(Trace, model, call, rows, forward, symbolic, kept)
+        attempt = partial(Trace, model, call, rows, forward, symbolic, kept, reach)
         trace = attempt()
         try:
             with CAPTURING.taken():

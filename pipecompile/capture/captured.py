@@ -50,6 +50,7 @@ class Captured:
     microbatch: int  # rows of the sample that the trace was taken at
     symbolic: str  # what of the sizes is: one of SYMBOLIC_ATTEMPTS
     outputs: tuple[Output, ...]
+    left: tuple[Output, ...]  # tensors that the forward leaves behind, beside its outputs
     out_spec: pytree.TreeSpec
     sizes: Mapping[sympy.Symbol, tuple[str, int]]  # symbol -> placeholder, dimension
     shapes: Mapping[str, tuple[Any, ...]]  # placeholder -> expected sizes: expressions or numbers
@@ -65,6 +66,11 @@ class Captured:
     notes: tuple[str, ...]  # what the user should know
     data_sizes: Mapping[sympy.Symbol, int] = field(default_factory=dict)  # what planning takes other symbols for
     checked: dict[tuple[int, ...], str] = field(default_factory=dict)  # answers of _check_sizes, by sizes
+
+    @property
+    def results(self) -> tuple[Output, ...]:
+        """What the graph gives: the tensors among the outputs, and what the forward leaves behind."""
+        return (*(output for output in self.outputs if output.node is not None), *self.left)
 
     @cached_property
     def repeatable(self) -> frozenset[str]:

@@ -7,8 +7,7 @@ have changed.
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict, deque
-from copy import copy
+from collections import OrderedDict, deque
 from typing import Any
 
 KINDS: tuple[type, ...] = (list, OrderedDict, dict, set, deque)  # each before what it derives from
@@ -36,17 +35,6 @@ def refill(holder: Any, items: list[Any]) -> None:
     else:
         for key, value in items:
             kind.__setitem__(holder, key, value)
-
-
-def clone(holder: Any) -> Any:
-    """Another container of the same type with the same contents."""
-    if isinstance(holder, deque | defaultdict) or type(holder) in KINDS:
-        return copy(holder)
-    new = kind_of(holder).__new__(type(holder))
-    if hasattr(holder, "__dict__"):
-        vars(new).update(vars(holder))
-    refill(new, contents(holder))
-    return new
 
 
 def put_back(holder: Any, items: list[Any]) -> None:

@@ -29,10 +29,13 @@ def with_batch_dims(captured: Captured, whole: Callable[[], Captured]) -> Captur
         other = whole()
     except Exception:  # it can be traced at the size of a microbatch alone; dimensions of its size count
         return captured
-    grown = {output.name: _shape(other, output) for output in other.outputs}
-    shapes = [(output, _shape(captured, output), grown.get(output.name, ())) for output in captured.outputs]
-    found = [replace(output, batch_dim=_growing(a, b, captured.microbatch, batch)) for output, a, b in shapes]
-    return replace(captured, outputs=tuple(found))
+    grown = {output.name: _shape(other, output) for output in (*other.outputs, *other.left)}
+
+    def settled(outputs: tuple[Output, ...]) -> tuple[Output, ...]:
+        shapes = [(output, _shape(captured, output), grown.get(output.name, ())) for output in outputs]
+        return tuple(replace(output, batch_dim=_growing(a, b, captured.microbatch, batch)) for output, a, b in shapes)
+
+    return replace(captured, outputs=settled(captured.outputs), left=settled(captured.left))
 
 
 def _shape(captured: Captured, output: Output) -> tuple[int, ...]:

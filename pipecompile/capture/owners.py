@@ -16,7 +16,7 @@ FOREIGN = sys.stdlib_module_names | {"torch", "numpy", "scipy", "sympy", "pipeco
 _PLAIN = frozenset({"types", "argparse", "weakref", "collections"})  # whose instances hold what a model puts there
 
 
-class Table:
+class Variables:
     """The variables of code that belongs to no imported file (``exec``), as attributes."""
 
     def __init__(self, table: dict[str, Any]) -> None:
@@ -36,6 +36,13 @@ def owns_names(value: Any) -> bool:
     if isinstance(value, type | ModuleType) or (_dict_of(value) is None and next(_slots(value), None) is None):
         return False
     return not is_foreign(kind.__module__) or kind.__module__ in _PLAIN
+
+
+def label_of(owner: Any, label: str, name: str) -> str:
+    """What a person calls a value: ``h.0.scale``; a cell's one value has the cell's own name."""
+    if isinstance(owner, CellType):
+        return label
+    return f"{label}.{name}" if label else name
 
 
 def names_of(owner: Any, wanted: Collection[str] | None = None) -> dict[str, Any]:
@@ -72,7 +79,7 @@ def drop(owner: Any, name: str) -> None:
 def file_of(table: dict[str, Any]) -> Any:
     """The owner of a function's global variables."""
     module = sys.modules.get(str(table.get("__name__")))
-    return module if module is not None and vars(module) is table else Table(table)
+    return module if module is not None and vars(module) is table else Variables(table)
 
 
 def _dict_of(value: Any) -> dict[str, Any] | None:

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
 
-from pipecompile.capture.attributes import LONGEST, MISSING, NOT_PLAIN, TORCHS_OWN, Attribute, frozen
-from pipecompile.capture.state import Snapshot, changed_attributes, restore, snapshot
+from pipecompile.capture.attributes import LONGEST, MISSING, NOT_PLAIN, TORCHS_OWN, Attribute, Same, frozen
+from pipecompile.capture.ledgers import Ledgers, is_stand_in, ledger_of
+from pipecompile.capture.state import Change, Snapshot, changes_of, restore, snapshot
 
 _NO_HOLDERS = (Tensor, type, ModuleType, FunctionType, BuiltinFunctionType, MethodType)
 _FOREIGN = sys.stdlib_module_names | {"torch", "numpy"}  # what they keep is no option of a model
@@ -32,17 +33,24 @@ class Reads:
     Args:
         paths: the modules of the model by identity.
         states: their attributes before the trace, by identity.
+        ledgers: receives the containers that come into sight.
         ignored: attributes, by owner's identity and name, on which the trace does not depend.
     """
 
     def __init__(
-        self, paths: Mapping[int, str], states: Mapping[int, Mapping[str, Any]], ignored: Set[Key] = frozenset()
+        self,
+        paths: Mapping[int, str],
+        states: Mapping[int, Mapping[str, Any]],
+        ledgers: Ledgers,
+        ignored: Set[Key] = frozenset(),
     ) -> None:
         self.labels = dict(paths)
         self.states = dict(states)
+        self.ledgers = ledgers
         self.seen = set(ignored)
         self.found: dict[Key, tuple[Attribute, Any]] = {}  # with the value before the trace, frozen
-        self.holders: list[tuple[Any, str, Snapshot]] = []  # objects that modules hold, as they were
+        self.holders: list[tuple[Any, str, Snapshot, Set[str] | None]] = []  # all but the model's modules, as they were
+        self.met: set[int] = set()  # objects that modules hold, which are watched
         self.made: dict[int, nn.Module] = {}  # modules that the forward itself makes, kept alive for their identity
         self.originals: dict[type, Any] = {}  # watched classes: their own __getattribute__, or None
 
@@ -89,6 +97,8 @@ class Reads:
             return
         self.seen.add(key)
         held = state.get(name, MISSING)
+        if is_stand_in(value):
+            value = ledger_of(value).original
         if held is MISSING and (name in owner.__dict__ or _is_computed(type(owner), name)):
             return  # set by the forward itself; or what the property or method reads is seen by itself
         if held is not MISSING and held is not value:
@@ -99,6 +109,8 @@ class Reads:
         plain = frozen(value)
         if plain is not NOT_PLAIN:
             self.found[key] = (Attribute(owner, name, label), plain)
+        elif held is value and id(value) not in self.ledgers.made and not isinstance(value, nn.Module):
+            self.found[key] = (Attribute(owner, name, label), Same(value))
 
     def _see_missing(self, owner: Any, name: str) -> None:
         if name[:2] == "__" or getattr(type(owner), "__getattr__", None) is not nn.Module.__getattr__:
@@ -126,7 +138,7 @@ class Reads:
     def _meet(self, value: Any, label: str) -> None:
         """Watches an object that a module holds, from now on."""
         kind = type(value)
-        if id(value) in self.states or not kind.__flags__ & _HEAP_TYPE or isinstance(value, _NO_HOLDERS):
+        if id(value) in self.met or not kind.__flags__ & _HEAP_TYPE or isinstance(value, _NO_HOLDERS):
             return
         if kind.__module__.split(".")[0] in _FOREIGN or not hasattr(value, "__dict__"):
             return
@@ -134,7 +146,19 @@ class Reads:
             self._watch(kind)
         except TypeError:  # a class that cannot be changed
             return
-        self._hold(value, label)
+        self.met.add(id(value))
+        if id(value) not in self.states:
+            self._hold(value, label)
+
+    def sees(self, owner: Any) -> bool:
+        """Whether what the forward reads of an owner is seen."""
+        return id(owner) in self.met or isinstance(owner, nn.Module)
+
+    def hold_all(self, owners: Iterable[tuple[Any, str, Set[str] | None]]) -> None:
+        """Notes what else the forward may reach, as it is."""
+        for owner, label, names in owners:
+            if id(owner) not in self.states:
+                self._hold(owner, label, names)
 
     def hold(self, attribute: Attribute) -> None:
         """Notes an attribute's owner as it is, before it is changed."""
@@ -142,18 +166,19 @@ class Reads:
             self._watch(type(attribute.owner))
             self._hold(attribute.owner, attribute.label.removesuffix(f".{attribute.name}"))
 
-    def _hold(self, owner: Any, label: str) -> None:
-        held = snapshot(owner)
-        self.holders.append((owner, label, held))
+    def _hold(self, owner: Any, label: str, names: Set[str] | None = None) -> None:
+        held = snapshot(owner, names)
+        self.holders.append((owner, label, held, names))
         self.states[id(owner)] = held[0]
         self.labels[id(owner)] = label
+        self.ledgers.place(owner, label, held[0])
 
-    def changes(self) -> list[tuple[Attribute, Any]]:
+    def changes(self) -> list[Change]:
         """What the forward has set on objects other than the model's modules; all is put back."""
         changed = []
-        for owner, label, held in self.holders:
-            changed += [*changed_attributes(owner, label, held)]
-            restore(owner, held)
+        for owner, label, held, names in self.holders:
+            changed += [*changes_of(owner, label, held, names)]
+            restore(owner, held, names)
         return changed
 
     def _label(self, owner: Any) -> str:

@@ -34,6 +34,7 @@ from pipecompile.capture.calls import is_real, printable, silently_written, tens
 from pipecompile.capture.hidden import hides_tensors
 from pipecompile.capture.histories import Histories
 from pipecompile.capture.leaves import FunctionLeaf, LeafCall, attribute_of
+from pipecompile.capture.ledgers import without_stand_ins
 from pipecompile.capture.numbers import is_number
 from pipecompile.capture.origin import Origin, origin_of
 from pipecompile.capture.stand_ins import STAND_INS
@@ -120,7 +121,7 @@ class Recorder(TorchFunctionMode):
 
     def call_leaf(self, module: nn.Module, args: Any, kwargs: Any, run: Callable[..., Any]) -> Any:
         """Records the call of a module that is kept whole."""
-        path = self.paths[-1]
+        path, args, kwargs = self.paths[-1], without_stand_ins(args), without_stand_ins(kwargs)
         if not all(id(t) in self.names for t in [*module.parameters(), *module.buffers()]):
             raise DependsOnData(f"{self.here}: module {path!r} holds tensors that the forward itself has made")
         call, tensors = LeafCall.of(path, module, self._fake(args), self._fake(kwargs))
@@ -139,6 +140,7 @@ class Recorder(TorchFunctionMode):
         seen = torch._C._is_torch_function_mode_enabled() and not self.inside_leaf
         if not seen or next(tensors_in((args, kwargs)), None) is None:
             return original(*args, **kwargs)
+        args, kwargs = without_stand_ins(args), without_stand_ins(kwargs)
         if hides_tensors((args, kwargs)):
             raise DependsOnData(
                 f"{self.here}: function {function.__qualname__} reads tensors that are not among its arguments"
@@ -181,6 +183,7 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.inside_leaf or self.inside_transform:
             return func(*args, **kwargs)
+        args, kwargs = without_stand_ins(args), without_stand_ins(kwargs)
         if func is torch.autograd.grad:
             with self.below():
                 return func(*args, **kwargs)

@@ -6,7 +6,7 @@ of the graph. All else is undone when the trace ends: the trace must leave no ma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from pipecompile.capture.attributes import MISSING, NOT_PLAIN, TABLES, Attribute, frozen
-from pipecompile.capture.containers import clone, contents, is_same, kind_of, put_back
+from pipecompile.capture.containers import contents, is_same, kind_of, put_back
+from pipecompile.capture.owners import drop, label_of, names_of, put
 from pipecompile.capture.tables import Table
 from pipecompile.errors import CaptureError
 
@@ -27,7 +28,34 @@ class Changes:
 
     before: dict[int, dict[str, Any]] = field(default_factory=dict)  # each module's attributes, by identity
     rebound: dict[str, Tensor] = field(default_factory=dict)
-    attributes: list[tuple[Attribute, Any]] = field(default_factory=list)
+    attributes: list[Change] = field(default_factory=list)
+
+
+class Entries:
+    """A module's parameters, buffers or children, as attributes."""
+
+    __slots__ = ("module", "table")
+
+    def __init__(self, module: nn.Module, table: str) -> None:
+        object.__setattr__(self, "module", module)
+        object.__setattr__(self, "table", table)
+
+    @property
+    def entries(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.module.__dict__[self.table]
+        return found
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.entries[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self.entries[name] = value
+
+    def __delattr__(self, name: str) -> None:
+        del self.entries[name]
 
 
 def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
@@ -136,33 +164,46 @@ def _place(module: nn.Module, path: str, fakes: dict[str, Tensor], tables: dict[
 Snapshot = tuple[dict[str, Any], dict[str, list[Any]]]
 
 
-def snapshot(owner: Any) -> Snapshot:
-    """An object's attributes, and what the lists, dicts and sets among them hold."""
-    state = dict(owner.__dict__)
+def snapshot(owner: Any, names: Collection[str] | None = None) -> Snapshot:
+    """An owner's values by name, and what the lists, dicts and sets among them hold."""
+    state = names_of(owner, names)
     return state, {name: contents(value) for name, value in state.items() if kind_of(value) is not None}
 
 
-def restore(owner: Any, before: Snapshot) -> None:
-    """Puts an object's attributes back."""
+def restore(owner: Any, before: Snapshot, names: Collection[str] | None = None) -> None:
+    """Puts an owner's values back."""
     state, held = before
-    for name in set(owner.__dict__) - set(state):
-        del owner.__dict__[name]
-    owner.__dict__.update(state)
+    now = names_of(owner, names)
+    for name in set(now) - set(state):
+        drop(owner, name)
+    for name, value in state.items():
+        if name not in now or now[name] is not value:
+            put(owner, name, value)
     for name, items in held.items():
         put_back(state[name], items)
 
 
-def changed_attributes(owner: Any, label: str, before: Snapshot) -> Iterator[tuple[Attribute, Any]]:
-    """What an object's attributes have been set to, and copies of the lists, dicts and sets with other contents."""
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What a forward has set a name to, or what the container that is kept under it holds now."""
+
+    place: Attribute
+    value: Any
+    items: list[Any] | None = None
+
+
+def changes_of(owner: Any, label: str, before: Snapshot, names: Collection[str] | None = None) -> Iterator[Change]:
+    """What an owner's names have been set to, and the lists, dicts and sets with other contents."""
     state, held = before
-    prefix = f"{label}." if label else ""
-    for name, value in list(owner.__dict__.items()):
+    now = names_of(owner, names)
+    for name in [*now, *(state.keys() - now.keys())]:
+        place, value = Attribute(owner, name, label_of(owner, label, name)), now.get(name, MISSING)
         if isinstance(value, Table):
             continue
         if value is not state.get(name, MISSING):
-            yield Attribute(owner, name, prefix + name), value
-        elif name in held and name not in TABLES and _differ(contents(value), held[name]):
-            yield Attribute(owner, name, prefix + name), clone(value)
+            yield Change(place, value)
+        elif name in held and name not in TABLES and _differ(items := contents(value), held[name]):
+            yield Change(place, value, items)
 
 
 def _differ(now: list[Any], before: list[Any]) -> bool:
@@ -179,16 +220,46 @@ def _read_changes(
     changes: Changes,
     was_read: Callable[[Tensor], bool],
 ) -> None:
-    prefix = f"{path}." if path else ""
-    for name, value in module._buffers.items():
-        fake = fakes.get(prefix + name)
-        if isinstance(value, FakeTensor) and fake is not None and value is not fake:
-            changes.rebound[prefix + name] = value
-    for attribute, value in changed_attributes(module, path, before):
-        held = before[0].get(attribute.name)
-        if isinstance(value, FakeTensor) and isinstance(held, Tensor) and was_read(held):
+    for table in sorted(TABLES):
+        changes.attributes.extend(_entries(path, module, table, dict(before[1][table]), fakes, changes.rebound))
+    for change in changes_of(module, path, before):
+        name, held = change.place.name, before[0].get(change.place.name)
+        if isinstance(change.value, FakeTensor) and isinstance(held, Tensor) and was_read(held):
             raise CaptureError(
-                f"module {path!r}: forward assigns a new tensor to self.{attribute.name}, which would be lost between "
-                f"stages; make it a buffer: self.register_buffer({attribute.name!r}, ...)"
+                f"module {path!r}: forward assigns a new tensor to self.{name} and reads the one before, which "
+                f"microbatches cannot share; make it a buffer: self.register_buffer({name!r}, ...)"
             )
-        changes.attributes.append((attribute, value))
+        changes.attributes.append(change)
+
+
+def _entries(
+    path: str,
+    module: nn.Module,
+    table: str,
+    before: dict[str, Any],
+    fakes: dict[str, Tensor],
+    rebound: dict[str, Tensor],
+) -> Iterator[Change]:
+    """Parameters, buffers and children that the forward has registered, taken away or replaced.
+
+    A buffer that is bound to a tensor of its own shape goes to ``rebound``: the graph writes to it.
+    """
+    now = module.__dict__[table]
+    for name in [*now, *(before.keys() - now.keys())]:
+        label = f"{path}.{name}" if path else name
+        value, fake = now.get(name, MISSING), fakes.get(label)
+        if (value is fake and value is not None) or value is before.get(name, MISSING):
+            continue
+        if table == "_buffers" and isinstance(value, FakeTensor) and fake is not None and _alike(value, fake):
+            rebound[label] = value
+        elif isinstance(value, nn.Module) and any(isinstance(t, FakeTensor) for _, t in named_tensors(value)):
+            raise CaptureError(
+                f"module {path!r}: forward makes {label!r}, a {type(value).__name__}, whose parameters nobody could "
+                f"train: make it in __init__, or run the model once before compile"
+            )
+        else:
+            yield Change(Attribute(Entries(module, table), name, label), value)
+
+
+def _alike(value: Tensor, fake: Tensor) -> bool:
+    return bool(value.shape == fake.shape and value.dtype == fake.dtype)

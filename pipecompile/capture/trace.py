@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import FunctionType
 from typing import Any
 
@@ -16,7 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from pipecompile.capture.ancestors import ancestors
-from pipecompile.capture.attributes import Attribute, Attributes
+from pipecompile.capture.attributes import Attribute, Attributes, Update
+from pipecompile.capture.calls import is_real
 from pipecompile.capture.captured import Captured, Output, device_of, sample_sizes
 from pipecompile.capture.data_sizes import largest_sizes
 from pipecompile.capture.evaluate import META_TO_CPU, Evaluator
@@ -24,16 +26,19 @@ from pipecompile.capture.innermost import Part, name_of_part
 from pipecompile.capture.inputs import Call
 from pipecompile.capture.learn import fake_result, learn
 from pipecompile.capture.leaves import Leaf, LeafCall, attribute_of
+from pipecompile.capture.ledgers import without_stand_ins
 from pipecompile.capture.memos import forgotten
 from pipecompile.capture.numbers import is_number
 from pipecompile.capture.origin import Origin, origin_of
 from pipecompile.capture.patches import patched
 from pipecompile.capture.purity import has_effect
+from pipecompile.capture.reach import Reach
 from pipecompile.capture.recomputed import recomputed
 from pipecompile.capture.recorder import Recorder
-from pipecompile.capture.state import Changes, fake_of, fakes_of, named_tensors, with_fakes, without_caches
+from pipecompile.capture.state import Change, fake_of, fakes_of, named_tensors, with_fakes, without_caches
 from pipecompile.capture.symbols import Shapes, Sizes
 from pipecompile.capture.trees import flatten
+from pipecompile.capture.undo import Noted
 from pipecompile.capture.values import Values
 from pipecompile.capture.watch import Watch
 from pipecompile.errors import CaptureError, DependsOnData, PipecompileError
@@ -58,9 +63,11 @@ class Trace:
         forward: Callable[..., Any],
         symbolic: str,
         kept: Mapping[Part, str],
+        reach: Reach,
         numbers: Sequence[Attribute] = (),
     ) -> None:
         self.model = model
+        self.reach = reach
         self.call = call
         self.microbatch = microbatch = rows[0]
         self.forward = forward
@@ -83,9 +90,10 @@ class Trace:
         self.expected: dict[str, tuple[Any, ...]] = {}
         self.numbers = numbers
         self.counters: tuple[Attribute, ...] = ()  # numbers that the forward has read and set
+        self.left: dict[str, Output] = {}  # what the forward leaves behind, by node
 
     def run(self, reasons: list[str]) -> Captured:
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), Noted(self.reach).kept():
             return self._run_outside_inference(reasons)
 
     def _run_outside_inference(self, reasons: list[str]) -> Captured:
@@ -95,26 +103,26 @@ class Trace:
         inputs = self._fake_inputs()
         paths = {id(module): path for path, module in reversed([*self.model.named_modules()])}
         with (
-            with_fakes(self.model, fakes, self._is_constant) as changes,
+            with_fakes(self.model, fakes, self._is_used) as changes,
             without_caches(self.model) as (notes, caches),
         ):
-            watch = Watch(paths, changes.before, self.numbers, caches)
+            watch = Watch(self.model, self.reach, changes.before, self.numbers, caches)
             with watch.watching(), forgotten(self.model):
                 out = self._run(inputs, paths)
-        watch.changes += [*changes.attributes, *self._frozen(fakes)]
+        watch.note([*changes.attributes, *self._frozen(fakes)])
         self.counters = watch.counters
         whole = {path: module for path, module in self.model.named_modules() if path in self.kept}
-        attributes, lost = watch.attributes(whole)
+        self._write_back(fakes, changes.rebound)
+        attributes = watch.attributes(whole, self._left_behind)
         notes += self._give_up_notes(reasons)
-        notes += [f"forward sets {', '.join(lost)}: done for the trace alone, not on each step"] if lost else []
         notes += [f"{name_of_part(part)} is kept whole: {why}" for part, why in self.kept.items()]
-        return self._finish(out, fakes, changes, attributes, notes)
+        return self._finish(without_stand_ins(out), attributes, notes)
 
-    def _frozen(self, fakes: Mapping[str, Tensor]) -> list[tuple[Attribute, Any]]:
+    def _frozen(self, fakes: Mapping[str, Tensor]) -> list[Change]:
         """The parameters that the forward itself has frozen, or made to train."""
         changed = [(name, fake) for name, fake in fakes.items() if name in self.parameters]
         return [
-            (Attribute(self.real[name], "requires_grad", f"{name}.requires_grad"), fake.requires_grad)
+            Change(Attribute(self.real[name], "requires_grad", f"{name}.requires_grad"), fake.requires_grad)
             for name, fake in changed
             if fake.is_leaf and fake.requires_grad != self.real[name].requires_grad
         ]
@@ -187,6 +195,11 @@ class Trace:
 
     def _constant(self, tensor: Tensor) -> tuple[str, Tensor]:
         """The graph's name and a fake for a real tensor that is no parameter or buffer of the model."""
+        if tensor.grad_fn is not None:
+            raise CaptureError(
+                f"{self.recorder.here}: the forward uses a tensor of shape {tuple(tensor.shape)} that was computed "
+                f"before this call, and gradients would flow from this call into that one; detach() it where it is kept"
+            )
         if tensor.requires_grad:
             raise CaptureError(
                 f"{self.recorder.here}: the forward uses a tensor of shape {tuple(tensor.shape)} that requires a "
@@ -196,13 +209,12 @@ class Trace:
         self.constants[name] = tensor
         return name, fake_of(tensor, self.mode, self.device)
 
-    def _is_constant(self, tensor: Tensor) -> bool:
-        return any(tensor is constant for constant in self.constants.values())
+    def _is_used(self, tensor: Tensor) -> bool:
+        """Whether the graph reads a real tensor that is no parameter or buffer; its shape alone is not in the graph."""
+        used = {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
+        return any(tensor is constant and name in used for name, constant in self.constants.items())
 
-    def _finish(
-        self, out: Any, fakes: dict[str, Tensor], changes: Changes, attributes: Attributes, notes: list[str]
-    ) -> Captured:
-        self._write_back(fakes, changes.rebound)
+    def _finish(self, out: Any, attributes: Attributes, notes: list[str]) -> Captured:
         self._refuse_moving_reads()
         leaves, spec = flatten(out)
         with self.mode:
@@ -210,7 +222,10 @@ class Trace:
         lowered = [self._as_output(leaf, low) for (_, leaf), low in zip(leaves, lowered, strict=True)]
         outputs = tuple(self._output(path, leaf, low) for (path, leaf), low in zip(leaves, lowered, strict=True))
         reads = self._extract_reads()
-        self.graph.output(tuple(low for low in lowered if isinstance(low, fx.Node)))
+        nodes = {node.name: node for node in self.graph.nodes}
+        left = tuple(self.left.values())
+        returned = [low for low in lowered if isinstance(low, fx.Node)]
+        self.graph.output((*returned, *(nodes[str(output.node)] for output in left)))
         self.graph.eliminate_dead_code(is_impure_node=_must_stay)
         alive = {node.name for node in self.graph.nodes}
         shared = [[n.name for n in group if n.name in alive] for group in self.recorder.aliases.groups]
@@ -219,7 +234,8 @@ class Trace:
         return Captured(
             model=self.model, graph=self.graph, constants=self.constants, call=self.call, device=self.device,
             microbatch=self.microbatch, symbolic=self.symbolic, attributes=attributes,
-            outputs=outputs, out_spec=spec, leaves={p: tuple(c) for p, c in self.recorder.leaf_calls.items()},
+            outputs=outputs, left=left, out_spec=spec,
+            leaves={p: tuple(c) for p, c in self.recorder.leaf_calls.items()},
             sizes=sizes, data_sizes=largest_sizes(self.graph, sample_sizes(sizes, self.call, self.microbatch)),
             shapes=self.expected, guards=self.shapes.decided() if self.shapes else (),
             assumed=self.shapes.assumed() if self.shapes else (), reads=reads,
@@ -242,11 +258,6 @@ class Trace:
 
     def _write_back(self, fakes: dict[str, Tensor], rebound: dict[str, Tensor]) -> None:
         for name, value in rebound.items():
-            if value.shape != fakes[name].shape or value.dtype != fakes[name].dtype:
-                raise CaptureError(
-                    f"forward binds buffer {name!r} of {fakes[name].dtype} {tuple(fakes[name].shape)} to a tensor of "
-                    f"{value.dtype} {tuple(value.shape)}; a buffer must keep its shape and type"
-                )
             with self.mode:
                 buffer, new = self.recorder.node_of(fakes[name]), self.recorder.node_of(value)
             node = self.recorder.emit(write_back, (buffer, new), written=[fakes[name]])
@@ -256,6 +267,26 @@ class Trace:
             old.meta.update(buffer.meta, origin=Origin())
             keep = {old, node}
             buffer.replace_all_uses_with(old, delete_user_cb=lambda user, keep=keep: user not in keep)  # type: ignore[misc]
+
+    def _left_behind(self, tensor: Tensor) -> Update:
+        """What a tensor that the forward leaves behind becomes: the model's own, an input's, or one of the graph.
+
+        Raises:
+            CaptureError: the trace has not recorded where it comes from.
+        """
+        own = self.recorder.names.get(id(tensor))
+        if is_real(tensor) or own is not None:
+            real = tensor if own is None else self._attribute(own)
+            return lambda state: real
+        with self.mode:
+            node = self.recorder.node_of(tensor)
+            if node.op != "placeholder":
+                node = self._as_output(tensor, node)
+        name, dim = node.name, self.call.dims.get(node.name, 0)
+        if node.op == "placeholder":
+            return lambda state: state.tensors[name].movedim(0, dim) if dim else state.tensors[name]
+        self.left.setdefault(name, replace(self._output((), tensor, node), name=name))
+        return lambda state: state.tensors[name]
 
     def _as_output(self, leaf: Any, lowered: Any) -> Any:
         """What an output is read from: a parameter through a node of its own, a size as an expression."""

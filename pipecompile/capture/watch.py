@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from pipecompile.capture.attributes import NOT_PLAIN, TORCHS_OWN, Attribute, Attributes, Update, constant, frozen
-from pipecompile.capture.numbers import is_number, start
+from pipecompile.capture.attributes import (
+    MISSING,
+    NOT_PLAIN,
+    TORCHS_OWN,
+    Attribute,
+    Attributes,
+    Effect,
+    OfKind,
+    Place,
+    Same,
+    Setting,
+    Update,
+    frozen,
+)
+from pipecompile.capture.ledgers import Ledgers
+from pipecompile.capture.numbers import start
+from pipecompile.capture.owners import put
+from pipecompile.capture.reach import Reach
 from pipecompile.capture.reads import Key, Reads
+from pipecompile.capture.recipes import Recipes
+from pipecompile.capture.state import Change
 from pipecompile.errors import CaptureError
 
 
@@ -19,71 +37,111 @@ class Watch:
     """Watches one run of a forward.
 
     Args:
-        paths: the modules of the model by identity.
-        states: their attributes before the trace, by identity.
+        model: whose forward it is.
+        reach: what else it may read and change.
+        states: the attributes of the model's modules before the trace, by identity.
         numbers: attributes that an earlier trace has both read and set, which get stand-ins.
         ignored: attributes, by owner's identity and name, on which the trace does not depend.
     """
 
     def __init__(
         self,
-        paths: Mapping[int, str],
+        model: nn.Module,
+        reach: Reach,
         states: Mapping[int, Mapping[str, Any]],
         numbers: Sequence[Attribute] = (),
         ignored: Set[Key] = frozenset(),
     ) -> None:
-        self.reads = Reads(paths, states, ignored)
+        paths = {id(module): path for path, module in reversed([*model.named_modules()])}
+        self.model = model
+        self.reach = reach
+        self.ledgers = Ledgers()
+        self.reads = Reads(paths, states, self.ledgers, ignored)
         self.numbers = tuple(numbers)
         self.questions: list[tuple[Update, Any]] = []
-        self.changes: list[tuple[Attribute, Any]] = []
+        self.changes: list[Change] = []
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """The time of the forward; objects that modules hold are put back at its end, the modules by the caller."""
+        """The time of the forward; at its end all is put back but the attributes of the model's modules."""
+        reads = self.reads
         try:
+            reads.hold_all(self.reach.owners)
+            for path, module in self.model.named_modules():
+                self.ledgers.place(module, path, reads.states[id(module)])
             for number in self.numbers:
                 value = number.value()  # before its owner is watched
-                self.reads.hold(number)
-                number.owner.__dict__[number.name] = start(value, (id(number.owner), number.name), self.questions)
-            with self.reads.watching():
+                reads.hold(number)
+                put(number.owner, number.name, start(value, (id(number.owner), number.name), self.questions))
+            with reads.watching():
                 yield
         finally:
-            self.changes += self.reads.changes()
+            self.ledgers.take_back()
+            self.changes += reads.changes()
+
+    def note(self, changes: Iterable[Change]) -> None:
+        """Takes up what was set on the model's modules, and guards what was set where reads are not seen."""
+        followed = {(id(number.owner), number.name) for number in self.numbers}
+        for change in self.changes:
+            owner, name = change.place.owner, change.place.name
+            if self.reads.sees(owner) or (id(owner), name) in followed:
+                continue
+            before = self.reads.states[id(owner)].get(name, MISSING)
+            self.reads.found.setdefault((id(owner), name), (change.place, _expected(before)))
+        self.changes += changes
 
     @property
     def counters(self) -> tuple[Attribute, ...]:
         """The numbers that the forward has read and then set: another trace may follow them."""
-        set_to = {(id(a.owner), a.name): value for a, value in self.changes}
+        set_to = {(id(c.place.owner), c.place.name): c.value for c in self.changes}
         return tuple(
             attribute
             for key, (attribute, value) in self.reads.found.items()
             if type(value) in (int, float) and type(set_to.get(key)) in (int, float, torch.SymInt, torch.SymFloat)
         )
 
-    def attributes(self, kept: Mapping[str, nn.Module]) -> tuple[Attributes, list[str]]:
-        """Guards and updates, and what cannot be updated.
+    def attributes(self, kept: Mapping[str, nn.Module], tensor: Callable[[Tensor], Update]) -> Attributes:
+        """Guards and updates.
 
         Args:
             kept: modules kept whole, by path: they run on a copy of the attributes, all of which are guarded.
+            tensor: what a tensor that the forward leaves behind becomes on a later call.
 
         Raises:
-            CaptureError: a module that is kept whole counts in an attribute.
+            CaptureError: a module that is kept whole counts in an attribute, or something was left behind that no later
+                call could leave.
         """
         for attribute in self.counters:
             self._refuse_counting(attribute, kept)
-        updates = [(attribute, _update(value)) for attribute, value in self.changes]
-        lost = [attribute.label for attribute, update in updates if update is None]
-        set_by_forward = {(id(a.owner), a.name) for a, _ in self.changes}
+        set_by_forward = {(id(c.place.owner), c.place.name) for c in self.changes}
         read = dict(self.reads.found)
         for path, module in kept.items():
             read |= {key: guard for key, guard in _all_of(path, module).items() if key not in set_by_forward}
-        found = Attributes(
+        readings = [ledger.reading() for ledger in self.ledgers.made.values()]
+        return Attributes(
             read=tuple(read.values()),
+            held=tuple(reading for reading in readings if reading is not None),
             numbers=self.numbers,
             questions=tuple(self.questions),
-            updates=tuple((attribute, update) for attribute, update in updates if update is not None),
+            updates=tuple(self._effects(Recipes(tensor, self._known))),
         )
-        return found, lost
+
+    @property
+    def _known(self) -> set[int]:
+        """The identities of containers that were there before the trace."""
+        return {*self.ledgers.made, *(id(holder) for holder, _ in self.reach.containers)}
+
+    def _effects(self, recipes: Recipes) -> Iterator[Effect]:
+        for change in self.changes:
+            with _left_at(change.place):
+                if change.items is None:
+                    yield Setting(change.place, recipes.of(change.value))
+                else:
+                    yield recipes.filling(change.place, change.value, change.items)
+        for ledger in self.ledgers.made.values():
+            if ledger.is_changed:
+                with _left_at(ledger.place):
+                    yield recipes.effect(ledger)
 
     def _refuse_counting(self, attribute: Attribute, kept: Mapping[str, nn.Module]) -> None:
         for path, module in kept.items():
@@ -95,8 +153,23 @@ class Watch:
                 )
 
 
-def _update(value: Any) -> Update | None:
-    return value.of if is_number(value) else constant(value)
+@contextmanager
+def _left_at(place: Place) -> Iterator[None]:
+    """Says in errors where something was left."""
+    try:
+        yield
+    except CaptureError as error:
+        raise CaptureError(
+            f"forward leaves something in {place.label} that no later call could leave: {error}"
+        ) from error
+
+
+def _expected(before: Any) -> Any:
+    """What a name must be that the trace has set, perhaps for what it was."""
+    if isinstance(before, Tensor):
+        return OfKind(type(before))
+    plain = frozen(before)
+    return Same(before) if plain is NOT_PLAIN else plain
 
 
 def _all_of(path: str, module: nn.Module) -> dict[Key, tuple[Attribute, Any]]:
