@@ -193,6 +193,13 @@ def _divided(trace: _Tracer, rows: Rows, options: Options) -> Division:
     call, whole = trace.call, trace()
     if call.batch is None or (whole.is_fixed and len(rows) == 1):
         return undivided(whole, one_part=True)
+    if whole.draws_whole and len(rows) > 1:
+        warnings.warn(
+            f"a part that is kept whole draws random numbers of Python or numpy, where each microbatch would draw its "
+            f"own; so every batch of {call.batch} rows is run as one microbatch",
+            stacklevel=2,
+        )
+        return undivided(whole, one_part=True)
     if not whole.is_fixed and not misfit(whole, call.split(rows.counts), call.tensors):
         small = large = replace(whole, microbatch=rows.counts[0], checked={})
     else:

@@ -28,6 +28,11 @@ def hooked(hook: Callable[[Tensor], Tensor | None]) -> Callable[[Tensor], Tensor
     return with_hook
 
 
+def number(value: Tensor) -> float:
+    """A number that the model's Python has computed before the step, of a tensor without dimensions that brings it."""
+    return value.item()
+
+
 def after(x: Tensor, *writers: Any) -> Tensor:
     """``x`` as it is once ``writers`` have written to its storage: makes the order of a write a dependency."""
     return x

@@ -47,6 +47,9 @@ class Batch:
     rows: Rows
     tensors: dict[str, Tensor] = field(default_factory=dict)  # all that the call has given, by node
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "call", self.compiled.captured.filled(self.call))
+
     @property
     def outputs(self) -> Sequence[Output]:
         """What the call gives: the outputs that are tensors, and what the forward leaves behind."""

@@ -279,7 +279,7 @@ COUNTERS: dict[str, tuple[Callable[..., Tensor], int, int]] = {  # forward, firs
     "warming up": (_warming_up, 0, 2),
     "annealed": (_annealed, 1, 3),
     "counting rows": (_counting_rows, 0, 1),
-    "as a number": (_as_number, 0, 6),
+    "as a number": (_as_number, 0, 1),
     "as an index": (_as_index, 0, 2),
     "repeated": (_repeated, 0, 3),
 }

@@ -20,6 +20,7 @@ from pipecompile.capture.ancestors import ancestors
 from pipecompile.capture.origin import origin_of
 from pipecompile.capture.purity import has_effect, name_of
 from pipecompile.errors import InputError
+from pipecompile.functions import number
 from pipecompile.operators import function_of
 
 
@@ -111,7 +112,7 @@ class _Analyst:
     def _answer(self, node: fx.Node) -> Answer:
         if node.op == "placeholder":
             return Batched(0) if node.name in self.small.call.batched else SHARED
-        if node.op == "get_attr" or node.op == "call_method" or self._is_number(node):
+        if node.op == "get_attr" or node.op == "call_method" or node.target is number or self._is_number(node):
             return SHARED
         mixed = [kind for n in node.all_input_nodes if isinstance(kind := self.kinds[n], Mixed)]
         if mixed:

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from pipecompile.capture.containers import contents, kind_of
+from pipecompile.capture.draws import Ahead, Draws
+from pipecompile.capture.values import same
 
 TABLES = frozenset({"_parameters", "_buffers", "_modules"})  # what a module keeps its tensors and children in
 TORCHS_OWN = frozenset(nn.Module().__dict__) | {"_compiled_call_impl"}  # attributes of every module
@@ -84,6 +86,7 @@ class State:
     numbers: Mapping[tuple[int, str], float]
     sizes: Mapping[Any, int]
     tensors: Mapping[str, Tensor] = field(default_factory=dict)  # by the names of the graph's nodes and inputs
+    draws: tuple[Any, ...] = ()  # random numbers of Python and numpy, in the order in which forward draws them
     built: dict[int, Any] = field(default_factory=dict)
 
 
@@ -175,6 +178,8 @@ class Attributes:
     numbers: tuple[Attribute, ...] = ()
     questions: tuple[tuple[Update, Any], ...] = ()
     updates: tuple[Effect, ...] = ()
+    draws: Draws = field(default_factory=Draws)
+    _ahead: list[Ahead] = field(default_factory=list)  # what the present call draws
     _fast: list[tuple[Any, str, Any, type]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -197,27 +202,36 @@ class Attributes:
                 return f"{label} is {_short(seen)}, the trace holds for {_short(expected)}"
         if changed := next(filter(None, (held.changed() for held in self.held)), ""):
             return changed
-        return self._changed_answer() if self.numbers else ""
+        if self.draws.made:
+            self._ahead[:] = [self.draws.ahead()]
+        return self._changed_answer() if self.numbers or self.draws.made else ""
 
     def _changed_answer(self) -> str:
-        state = self._state({}, {})
+        state = self.state({}, {})
         for number in self.numbers:
             if type(number.value()) not in (int, float):
                 return f"{number.label} is {_short(number.value())}, the trace holds for numbers"
         for question, answer in self.questions:
-            if question(state) != answer:
+            if not same(question(state), answer):
+                if not self.numbers:
+                    return "a random number that forward draws leads elsewhere than in the trace"
                 asked = ", ".join(f"{number.label} = {number.value()}" for number in self.numbers)
                 return f"a question that forward asks of {asked} has another answer than in the trace"
         return ""
 
     def update(self, sizes: Mapping[Any, int], tensors: Mapping[str, Tensor]) -> None:
         """Makes the changes that one run of the forward on the whole batch makes."""
-        state = self._state(sizes, tensors)
+        state = self.state(sizes, tensors)
         for apply in [effect.ready(state) for effect in self.updates]:
             apply()
+        for ahead in self._ahead:
+            ahead.take()
+        self._ahead.clear()
 
-    def _state(self, sizes: Mapping[Any, int], tensors: Mapping[str, Tensor]) -> State:
-        return State({(id(n.owner), n.name): n.value() for n in self.numbers}, sizes, tensors)
+    def state(self, sizes: Mapping[Any, int], tensors: Mapping[str, Tensor]) -> State:
+        """What the present call's numbers and updates are computed from."""
+        draws = self._ahead[0].values if self._ahead else ()
+        return State({(id(n.owner), n.name): n.value() for n in self.numbers}, sizes, tensors, draws)
 
 
 def frozen(value: Any) -> Any:

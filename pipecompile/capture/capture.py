@@ -87,14 +87,20 @@ def _with_leaves(
     reasons: list[str],
 ) -> Captured:
     """Traces until no more parts have to be kept whole; adds them, with the reason, to ``kept``."""
+    follow = True  # random numbers of Python and numpy have stand-ins, which not all code takes
     while True:
-        attempt = partial(Trace, model, call, rows, forward, symbolic, kept, reach)
+        attempt = partial(Trace, model, call, rows, forward, symbolic, kept, reach, follow=follow)
         trace = attempt()
         try:
             with CAPTURING.taken():
                 captured = trace.run(reasons)
                 return _following(captured, trace, attempt, reasons)
-        except DATA_DEPENDENT as error:
+        except Exception as error:
+            if trace.stood_in:
+                follow = False
+                continue
+            if not isinstance(error, DATA_DEPENDENT):
+                raise
             part = next_whole(error, trace.recorder.paths, kept)
             if part is None:
                 if isinstance(error, CaptureError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch.fx as fx
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from pipecompile.capture.attributes import Attributes
+from pipecompile.capture.attributes import Attributes, Update
 from pipecompile.capture.inputs import Call
 from pipecompile.capture.leaves import Leaf, LeafCall, attribute_of
 from pipecompile.capture.recomputed import repeatable
@@ -64,6 +64,8 @@ class Captured:
     recomputed: Mapping[str, int]  # nodes that the backward computes again -> the checkpoint they stand in
     attributes: Attributes  # Python attributes that the trace holds for, and what it makes of them
     notes: tuple[str, ...]  # what the user should know
+    numbers: Mapping[str, Update] = field(default_factory=dict)  # inputs that Python computes before each call
+    draws_whole: bool = False  # whether a part that is kept whole draws random numbers of Python or numpy
     data_sizes: Mapping[sympy.Symbol, int] = field(default_factory=dict)  # what planning takes other symbols for
     checked: dict[tuple[int, ...], str] = field(default_factory=dict)  # answers of _check_sizes, by sizes
 
@@ -104,6 +106,16 @@ class Captured:
             *self.model.named_buffers(remove_duplicate=False),
         )
         return {**dict(named), **self.constants}
+
+    def filled(self, call: Call) -> Call:
+        """A call with the numbers that the graph takes beside its arguments."""
+        if not self.numbers:
+            return call
+        state = self.attributes.state(self.size_values(call.tensors), {})
+        numbers = {
+            name: torch.tensor(of(state), dtype=self.call.tensors[name].dtype) for name, of in self.numbers.items()
+        }
+        return replace(call, tensors={**call.tensors, **numbers})
 
     def size_values(self, tensors: Mapping[str, Tensor]) -> dict[sympy.Symbol, int]:
         """The sizes' symbols for a set of inputs."""

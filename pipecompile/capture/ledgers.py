@@ -111,10 +111,16 @@ class Ledger:
 
 
 class Ledgers:
-    """The stand-ins of one trace."""
+    """The stand-ins of one trace.
 
-    def __init__(self) -> None:
+    Args:
+        other: gives the stand-in for what is no container, or the value itself.
+    """
+
+    def __init__(self, other: Callable[[Any], Any]) -> None:
+        self.other = other
         self.made: dict[int, Ledger] = {}  # by the identity of the container
+        self.others: dict[tuple[int, str, int], Any] = {}
         self.placed: list[tuple[Any, str, Any, Any]] = []  # owner, name, stand-in, original
 
     def place(self, owner: Any, label: str, names: Mapping[str, Any]) -> None:
@@ -124,13 +130,24 @@ class Ledgers:
         """
         compared = owns_names(owner) and not isinstance(owner, CellType)
         for name, value in names.items():
-            if type(value) not in _CLASSES or (isinstance(owner, nn.Module) and name in TORCHS_OWN):
+            if isinstance(owner, nn.Module) and name in TORCHS_OWN:
+                continue
+            if type(value) not in _CLASSES:
+                if (stand_in := self.other(value)) is not value:
+                    self._put(owner, name, stand_in, value)
+                    self.others[id(owner), name, id(stand_in)] = value
                 continue
             if compared and value and frozen(value) is not NOT_PLAIN and not _is_deep(value):
                 continue
-            stand_in = self.stand_in(value, Attribute(owner, name, label_of(owner, label, name)))
-            self.placed.append((owner, name, stand_in, value))
-            put(owner, name, stand_in)
+            self._put(owner, name, self.stand_in(value, Attribute(owner, name, label_of(owner, label, name))), value)
+
+    def _put(self, owner: Any, name: str, stand_in: Any, value: Any) -> None:
+        self.placed.append((owner, name, stand_in, value))
+        put(owner, name, stand_in)
+
+    def original(self, owner: Any, name: str, value: Any) -> Any:
+        """What stood under a name where its stand-in stands."""
+        return self.others.get((id(owner), name, id(value)), value)
 
     def take_back(self) -> None:
         """Puts the containers back where their stand-ins still are."""

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
@@ -65,9 +67,29 @@ class Number:
             function(self.value, *values), lambda state: function(*(part(state) for part in parts)), self.questions
         )
 
+    def argument(self) -> Any:
+        """The number as an argument of arithmetic with tensors, which the trace does not depend on."""
+        if isinstance(self.value, torch.SymInt | torch.SymFloat):
+            return self.concrete()
+        made: Any = (WholeArgument if type(self.value) is int else Argument)(self.value)
+        made.number = self
+        return made
+
     def concrete(self) -> Any:
         """The number itself; the trace holds for it alone."""
         return self.ask(lambda value: value)
+
+
+class Argument(float):
+    """A number on its way into a torch function: in the graph it is an input, not this value."""
+
+    number: Number
+
+
+class WholeArgument(int):
+    """The same of a whole number."""
+
+    number: Number
 
 
 def is_number(value: Any) -> bool:
@@ -98,7 +120,9 @@ def _binary(function: Callable[..., Any], reflected: bool, comparison: bool) -> 
 
         if _is_operand(other):
             return self.ask(compute, other) if comparison else self.apply(compute, other)
-        if isinstance(other, Tensor) or comparison:
+        if isinstance(other, Tensor):
+            return compute(self.argument(), other)
+        if comparison:
             return compute(self.concrete(), other)
         return NotImplemented
 
@@ -123,6 +147,28 @@ for _name in _UNARY:
     setattr(Number, f"__{_name}__", _unary(getattr(operator, _name)))
 for _name, _convert in _CONVERSIONS.items():
     setattr(Number, f"__{_name}__", _converting(_convert))
+
+
+@contextmanager
+def seen_in_place() -> Iterator[None]:
+    """The time of a trace: ``x *= number`` writes to ``x``, which Python alone would compute anew for a stand-in."""
+    names = [f"__i{name}__" for name in _ARITHMETIC if hasattr(Tensor, f"__i{name}__")]
+    before = {name: Tensor.__dict__.get(name) for name in names}
+    for name in names:
+        setattr(Tensor, name, _in_place(getattr(Tensor, name)))
+    try:
+        yield
+    finally:
+        for name, held in before.items():
+            delattr(Tensor, name) if held is None else setattr(Tensor, name, held)
+
+
+def _in_place(method: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(method)
+    def run(self: Tensor, other: Any) -> Any:
+        return method(self, other.argument() if is_number(other) else other)
+
+    return run
 
 
 def start(value: float, key: tuple[int, str], questions: list[tuple[Update, Any]]) -> Number:

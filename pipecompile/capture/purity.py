@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pipecompile.capture.origin import origin_of
 from pipecompile.custom import Applied
+from pipecompile.functions import number
 from pipecompile.operators import function_of, is_opaque, named
 from pipecompile.randomness import draws
 
@@ -46,6 +47,8 @@ def has_effect(node: fx.Node) -> bool:
 def is_cheap(node: fx.Node) -> bool:
     """Whether a stage had better compute a node again than receive it."""
     function = function_of(node.target)
+    if function is number:
+        return True
     if node.op == "call_module" or is_opaque(function):
         return False
     if function not in _CONTRACTIONS:

@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass, field
 from functools import _lru_cache_wrapper, partial, partialmethod
-from types import CellType, CodeType, FunctionType, MappingProxyType, MethodType, ModuleType
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MappingProxyType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -193,6 +193,8 @@ def _parts(value: Any) -> tuple[Any, ...]:
             return (value.__func__,)
         case MethodType():
             return (value.__func__, value.__self__)
+        case BuiltinFunctionType():
+            return (value.__self__,)
         case property():
             return (value.fget, value.fset)
         case partial():

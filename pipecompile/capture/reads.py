@@ -97,8 +97,7 @@ class Reads:
             return
         self.seen.add(key)
         held = state.get(name, MISSING)
-        if is_stand_in(value):
-            value = ledger_of(value).original
+        value = ledger_of(value).original if is_stand_in(value) else self.ledgers.original(owner, name, value)
         if held is MISSING and (name in owner.__dict__ or _is_computed(type(owner), name)):
             return  # set by the forward itself; or what the property or method reads is seen by itself
         if held is not MISSING and held is not value:

@@ -35,7 +35,7 @@ from pipecompile.capture.hidden import hides_tensors
 from pipecompile.capture.histories import Histories
 from pipecompile.capture.leaves import FunctionLeaf, LeafCall, attribute_of
 from pipecompile.capture.ledgers import without_stand_ins
-from pipecompile.capture.numbers import is_number
+from pipecompile.capture.numbers import Argument, Number, WholeArgument, is_number
 from pipecompile.capture.origin import Origin, origin_of
 from pipecompile.capture.stand_ins import STAND_INS
 from pipecompile.capture.symbols import Sizes
@@ -68,6 +68,7 @@ class Recorder(TorchFunctionMode):
         constant: gives a name and a fake to a real tensor met on the way.
         leaves: paths of modules that are kept whole.
         learn: runs a leaf for real; gives the call with what that told, and what it returns, with fakes.
+        number: gives the node of a number that Python computes before each step.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Recorder(TorchFunctionMode):
         constant: Callable[[Tensor], tuple[str, Tensor]],
         leaves: frozenset[str] = frozenset(),
         learn: Callable[[LeafCall, list[fx.Node]], tuple[LeafCall, Any]] | None = None,
+        number: Callable[[Number], fx.Node] | None = None,
     ) -> None:
         super().__init__()
         self.graph = graph
@@ -86,6 +88,7 @@ class Recorder(TorchFunctionMode):
         self.constant = constant
         self.leaves = leaves
         self.learn = learn
+        self.number = number
         self.leaf_calls: dict[str, list[LeafCall]] = {}  # by path
         self.inside_leaf = False
         self.fakes: dict[int, Tensor] = {}  # by the identity of the real tensor
@@ -338,6 +341,8 @@ class Recorder(TorchFunctionMode):
         """An argument with its tensors and symbolic sizes replaced by nodes."""
         if is_number(value):
             return value.concrete()
+        if type(value) in (Argument, WholeArgument) and self.number is not None:
+            return self.number(value.number)
         match value:
             case Tensor():
                 return self.node_of(value)

@@ -28,7 +28,7 @@ from pipecompile.capture.learn import fake_result, learn
 from pipecompile.capture.leaves import Leaf, LeafCall, attribute_of
 from pipecompile.capture.ledgers import without_stand_ins
 from pipecompile.capture.memos import forgotten
-from pipecompile.capture.numbers import is_number
+from pipecompile.capture.numbers import Number, is_number
 from pipecompile.capture.origin import Origin, origin_of
 from pipecompile.capture.patches import patched
 from pipecompile.capture.purity import has_effect
@@ -38,11 +38,11 @@ from pipecompile.capture.recorder import Recorder
 from pipecompile.capture.state import Change, fake_of, fakes_of, named_tensors, with_fakes, without_caches
 from pipecompile.capture.symbols import Shapes, Sizes
 from pipecompile.capture.trees import flatten
-from pipecompile.capture.undo import Noted
+from pipecompile.capture.undo import Noted, generators_kept
 from pipecompile.capture.values import Values
 from pipecompile.capture.watch import Watch
 from pipecompile.errors import CaptureError, DependsOnData, PipecompileError
-from pipecompile.functions import after, write_back
+from pipecompile.functions import after, number, write_back
 from pipecompile.lines import failing_line
 from pipecompile.modules import owner_of
 from pipecompile.retarget import retarget
@@ -65,6 +65,7 @@ class Trace:
         kept: Mapping[Part, str],
         reach: Reach,
         numbers: Sequence[Attribute] = (),
+        follow: bool = True,
     ) -> None:
         self.model = model
         self.reach = reach
@@ -85,15 +86,22 @@ class Trace:
         self.kept = kept
         self.sample = {n: t.detach()[:microbatch] if n in call.batched else t for n, t in call.tensors.items()}
         leaves = frozenset(part for part in kept if isinstance(part, str))
-        self.recorder = Recorder(self.graph, self.sizes, self.values, self._constant, leaves, self._learn)
+        self.recorder = Recorder(
+            self.graph, self.sizes, self.values, self._constant, leaves, self._learn, self._number_input
+        )
         self.evaluator = Evaluator(self.sample, self._attribute, self._leaf)
         self.expected: dict[str, tuple[Any, ...]] = {}
         self.numbers = numbers
+        self.follow = follow
+        self.stood_in = False  # whether random numbers that the forward drew had stand-ins
+        self.drew_whole = False  # whether a part that is kept whole drew some
+        self.inputs: dict[str, Number] = {}  # numbers that the graph takes as inputs
+        self.number_nodes: dict[str, fx.Node] = {}
         self.counters: tuple[Attribute, ...] = ()  # numbers that the forward has read and set
         self.left: dict[str, Output] = {}  # what the forward leaves behind, by node
 
     def run(self, reasons: list[str]) -> Captured:
-        with torch.inference_mode(False), Noted(self.reach).kept():
+        with torch.inference_mode(False), generators_kept(self.reach.generators), Noted(self.reach).kept():
             return self._run_outside_inference(reasons)
 
     def _run_outside_inference(self, reasons: list[str]) -> Captured:
@@ -106,9 +114,20 @@ class Trace:
             with_fakes(self.model, fakes, self._is_used) as changes,
             without_caches(self.model) as (notes, caches),
         ):
-            watch = Watch(self.model, self.reach, changes.before, self.numbers, caches)
-            with watch.watching(), forgotten(self.model):
-                out = self._run(inputs, paths)
+            watch = Watch(
+                self.model,
+                self.reach,
+                changes.before,
+                self.numbers,
+                caches,
+                self.follow,
+                lambda: self.recorder.inside_leaf,
+            )
+            try:
+                with watch.watching(), forgotten(self.model):
+                    out = self._run(inputs, paths)
+            finally:
+                self.stood_in, self.drew_whole = watch.drawing.stood_in, watch.drawing.in_leaf
         watch.note([*changes.attributes, *self._frozen(fakes)])
         self.counters = watch.counters
         whole = {path: module for path, module in self.model.named_modules() if path in self.kept}
@@ -232,7 +251,9 @@ class Trace:
         groups = [tuple(dict.fromkeys(group)) for group in shared if len(set(group)) > 1]
         sizes = {symbol: (node.name, dim) for symbol, (node, dim) in self.sizes.sources.items()}
         return Captured(
-            model=self.model, graph=self.graph, constants=self.constants, call=self.call, device=self.device,
+            model=self.model, graph=self.graph, constants=self.constants, call=self._call_with_numbers(),
+            numbers={name: value.of for name, value in self.inputs.items()}, draws_whole=self.drew_whole,
+            device=self.device,
             microbatch=self.microbatch, symbolic=self.symbolic, attributes=attributes,
             outputs=outputs, left=left, out_spec=spec,
             leaves={p: tuple(c) for p, c in self.recorder.leaf_calls.items()},
@@ -243,6 +264,11 @@ class Trace:
             read_extremes=tuple(read.extreme for read in self.values.reads),
             groups=tuple(groups), recomputed=recomputed(self.graph, groups), notes=tuple(notes),
         )  # fmt: skip
+
+    def _call_with_numbers(self) -> Call:
+        """The sample, with the numbers that Python computed for it."""
+        numbers = {name: torch.tensor(value.value, dtype=_dtype_of(value)) for name, value in self.inputs.items()}
+        return replace(self.call, tensors={**self.call.tensors, **numbers})
 
     def _refuse_moving_reads(self) -> None:
         """A guard must not depend on what each microbatch changes."""
@@ -267,6 +293,22 @@ class Trace:
             old.meta.update(buffer.meta, origin=Origin())
             keep = {old, node}
             buffer.replace_all_uses_with(old, delete_user_cb=lambda user, keep=keep: user not in keep)  # type: ignore[misc]
+
+    def _number_input(self, value: Number) -> fx.Node:
+        """The node of a number that Python computes before each step: read off an input of the graph's own."""
+        name = next((name for name, known in self.inputs.items() if known is value), "")
+        if not name:
+            name = f"_number{len(self.inputs)}"
+            self.inputs[name] = value
+            last = [node for node in self.graph.nodes if node.op == "placeholder"][-1]
+            with self.graph.inserting_after(last):
+                placeholder = self.graph.create_node("placeholder", name, name=name)
+            with self.mode:
+                placeholder.meta.update(val=torch.empty((), dtype=_dtype_of(value)), origin=Origin())
+            with self.graph.inserting_after(placeholder):
+                self.number_nodes[name] = self.graph.call_function(number, (placeholder,))
+            self.number_nodes[name].meta.update(val=value.value, origin=Origin())
+        return self.number_nodes[name]
 
     def _left_behind(self, tensor: Tensor) -> Update:
         """What a tensor that the forward leaves behind becomes: the model's own, an input's, or one of the graph.
@@ -364,6 +406,10 @@ class Trace:
             "all sizes are fixed" if self.symbolic == "nothing" else f"of the sizes, {self.symbolic} alone may change"
         )
         return [f"{kept}, inputs of other sizes are captured anew: {reasons[0]}"]
+
+
+def _dtype_of(value: Number) -> torch.dtype:
+    return torch.int64 if type(value.value) is int else torch.float64
 
 
 def _must_stay(node: fx.Node) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pipecompile.capture.containers import contents, put_back
 from pipecompile.capture.owners import drop, names_of, put
 from pipecompile.capture.reach import Generator, Reach, reach_of
+from pipecompile.randomness import set_state, state_of
 
 
 @contextmanager
@@ -77,7 +78,7 @@ class Noted:
 @contextmanager
 def generators_kept(generators: Iterable[Generator] = ()) -> Iterator[None]:
     """The generators of torch, Python and numpy, and others, are as before at its end."""
-    others = [(generator, _state(generator)) for generator in generators]
+    others = [(generator, state_of(generator)) for generator in generators]
     python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng():
@@ -86,7 +87,7 @@ def generators_kept(generators: Iterable[Generator] = ()) -> Iterator[None]:
         random.setstate(python)
         np.random.set_state(numpy)
         for generator, state in others:
-            _set_state(generator, state)
+            set_state(generator, state)
 
 
 def _write(tensor: Tensor, value: Tensor) -> None:
@@ -100,20 +101,3 @@ def _write(tensor: Tensor, value: Tensor) -> None:
 def _forget(memo: _lru_cache_wrapper[Any], misses: int) -> None:
     if memo.cache_info().misses != misses:
         memo.cache_clear()
-
-
-def _state(generator: Generator) -> Any:
-    if isinstance(generator, np.random.Generator):
-        return generator.bit_generator.state
-    if isinstance(generator, random.Random):
-        return generator.getstate()
-    return generator.get_state()
-
-
-def _set_state(generator: Generator, state: Any) -> None:
-    if isinstance(generator, np.random.Generator):
-        generator.bit_generator.state = state
-    elif isinstance(generator, random.Random):
-        generator.setstate(state)
-    else:
-        generator.set_state(state)

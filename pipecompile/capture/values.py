@@ -19,6 +19,7 @@ from torch import Tensor
 from pipecompile.capture.evaluate import Evaluator
 from pipecompile.capture.purity import is_random
 from pipecompile.errors import DependsOnData
+from pipecompile.functions import number
 from pipecompile.operators import function_of, named
 
 _EXTREMES = named("max amax min amin")
@@ -113,7 +114,7 @@ class Values:
                 f"the model's Python reads a value that depends on the parameter {node.target!r}, which changes as "
                 f"training goes on"
             )
-        if is_random(node):
+        if is_random(node) or node.target is number:
             raise DependsOnData(f"the model's Python reads a random value ({node.name})")
 
     def _no_module(self, path: str) -> Callable[..., Any]:

@@ -23,8 +23,9 @@ from pipecompile.capture.attributes import (
     Update,
     frozen,
 )
+from pipecompile.capture.drawing import Drawing
 from pipecompile.capture.ledgers import Ledgers
-from pipecompile.capture.numbers import start
+from pipecompile.capture.numbers import seen_in_place, start
 from pipecompile.capture.owners import put
 from pipecompile.capture.reach import Reach
 from pipecompile.capture.reads import Key, Reads
@@ -42,6 +43,8 @@ class Watch:
         states: the attributes of the model's modules before the trace, by identity.
         numbers: attributes that an earlier trace has both read and set, which get stand-ins.
         ignored: attributes, by owner's identity and name, on which the trace does not depend.
+        follow: whether random numbers that the forward draws have stand-ins.
+        is_leaf: whether a part is being run that is kept whole.
     """
 
     def __init__(
@@ -51,14 +54,17 @@ class Watch:
         states: Mapping[int, Mapping[str, Any]],
         numbers: Sequence[Attribute] = (),
         ignored: Set[Key] = frozenset(),
+        follow: bool = True,
+        is_leaf: Callable[[], bool] = lambda: False,
     ) -> None:
         paths = {id(module): path for path, module in reversed([*model.named_modules()])}
         self.model = model
         self.reach = reach
-        self.ledgers = Ledgers()
-        self.reads = Reads(paths, states, self.ledgers, ignored)
         self.numbers = tuple(numbers)
         self.questions: list[tuple[Update, Any]] = []
+        self.drawing = Drawing(reach.generators, self.questions, follow, is_leaf)
+        self.ledgers = Ledgers(self.drawing.stand_in)
+        self.reads = Reads(paths, states, self.ledgers, ignored)
         self.changes: list[Change] = []
 
     @contextmanager
@@ -73,7 +79,7 @@ class Watch:
                 value = number.value()  # before its owner is watched
                 reads.hold(number)
                 put(number.owner, number.name, start(value, (id(number.owner), number.name), self.questions))
-            with reads.watching():
+            with reads.watching(), self.drawing.watching(), seen_in_place():
                 yield
         finally:
             self.ledgers.take_back()
@@ -124,6 +130,7 @@ class Watch:
             numbers=self.numbers,
             questions=tuple(self.questions),
             updates=tuple(self._effects(Recipes(tensor, self._known))),
+            draws=self.drawing.draws(),
         )
 
     @property
