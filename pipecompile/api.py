@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pipecompile.cluster import Cluster
 from pipecompile.devices import named_cluster, parse_devices
 from pipecompile.graph import CostedGraph
-from pipecompile.options import BatchNorm, Options, read_costs
+from pipecompile.options import BatchNorm, Options, Verify, read_costs
 from pipecompile.pipeline import Pipeline
 from pipecompile.profile import How
 from pipecompile.request import BUDGET, Goal
@@ -47,6 +47,7 @@ def compile(
     most_stages: int | None = None,
     budget: float = BUDGET,
     objective: Goal = "pace",
+    verify: Verify = "first",
 ) -> Pipeline:
     """A pipeline that trains ``model`` split over ``devices``, and is called as the model is.
 
@@ -98,6 +99,10 @@ def compile(
             sends added; the same where stages send while they compute ("overlap"); the predicted seconds of a whole
             "step", which counts where few microbatches fill the pipeline; or any function of a plan, which chooses
             among those that were found.
+        verify: when a call is compared with the unsplit model's own step, before anything of it reaches the caller:
+            outputs, loss, every gradient, buffers, parameters and attributes written. "first": the first call of each
+            capture, on a slice of its batch of two rows a microbatch and one more; "every" call; each nth for a number
+            n; "never". What differs is an ``ExactnessError``; ``pipe.report["verified"]`` says what was compared.
 
     Raises:
         InputError: a device is not there, or arguments do not fit together.
@@ -123,6 +128,7 @@ def compile(
         wishes=Wishes(pins or {}, uncut, together, most_stages),
         budget=budget,
         objective=objective,
+        verify=verify,
     )
     options.check(model)
     options.check_replicas(len(present))

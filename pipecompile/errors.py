@@ -10,7 +10,7 @@
     ├── InputError           the call's arguments do not fit the model or the pipeline
     ├── ReentryError         the pipeline is called by what it runs itself
     ├── ExecutionError       a stage raised while the program ran
-    └── DifferenceError      the split model gave other numbers than the unsplit one
+    └── ExactnessError       the split model does not compute what the unsplit one does
 
 A message says what was seen, why it cannot be, and what to do.
 """
@@ -56,5 +56,5 @@ class ExecutionError(PipecompileError):
     """A stage raised while the program ran; the original exception is the ``__cause__``."""
 
 
-class DifferenceError(PipecompileError):
-    """The split model gave other numbers than the unsplit one; says which parameters, and by how much."""
+class ExactnessError(PipecompileError):
+    """The split model does not compute what the unsplit one does; says what differs, and in which module."""

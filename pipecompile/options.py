@@ -23,6 +23,7 @@ from pipecompile.wishes import NO_WISHES, Wishes
 from pipecompile.workload import RECOMPUTE, Recompute, Workload
 
 BatchNorm = Literal["microbatch", "deferred"]
+Verify = Literal["first", "never", "every"] | int
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Options:
     wishes: Wishes = NO_WISHES
     budget: float = BUDGET
     objective: Goal = "pace"
+    verify: Verify = "first"
 
     def check(self, model: nn.Module) -> None:
         """Raises ``InputError`` at the first option that is not known, or does not go with the model or another."""
@@ -66,6 +68,11 @@ class Options:
         if not callable(self.objective) and self.objective not in GOALS:
             known = ", ".join(map(repr, GOALS))
             raise InputError(f"objective={self.objective!r} is not known; there are {known} and functions of a plan")
+        counted = isinstance(self.verify, int) and not isinstance(self.verify, bool) and self.verify > 0
+        if not counted and self.verify not in ("first", "never", "every"):
+            raise InputError(
+                f"verify={self.verify!r} is not known; there are 'first', 'never', 'every', and a number n for each nth"
+            )
         self._check_schedule()
         self._check_names(model)
 

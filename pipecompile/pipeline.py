@@ -25,21 +25,23 @@ from pipecompile.memory import Memory
 from pipecompile.options import Options
 from pipecompile.plan import Plan
 from pipecompile.program import Program
+from pipecompile.prove import due, first_microbatch, prove
 from pipecompile.randomness import undrawn
 from pipecompile.report import describe
 from pipecompile.runtime import Ambient
 from pipecompile.schedule import ASYNCHRONOUS, SCHEDULES, pipedream
 from pipecompile.session import Session
+from pipecompile.side_by_side import Trial
 from pipecompile.surroundings import check_parameters, check_surroundings, uncompiled
 from pipecompile.timeline import Timeline
 from pipecompile.turns import CAPTURING
-from pipecompile.verification import Verification
+from pipecompile.verification import Proof, Verification
 from pipecompile.verify import Subject, verify
 
 _OWN = frozenset(
     {
         "model", "devices", "options", "_signature", "_forward", "_session", "_captures", "_batched", "_first",
-        "_placement", "_last", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set",
+        "_placement", "_last", "_proofs", "_calls", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set",
     }
 )  # fmt: skip
 
@@ -67,6 +69,8 @@ class Pipeline(nn.Module):
         self._session = Session(devices, options.optimizer)
         self._captures = Captures()
         self._batched: dict[tuple[str, int], bool] = {}
+        self._proofs: dict[tuple[int, bool], Proof] = {}  # by the identity of the capture, and whether it trained
+        self._calls = 0
         self._first: Compiled | None = None
         self._placement: Compiled | None = None  # of the pipeline that this one is a copy of
         self._last: Compiled | None = None
@@ -130,7 +134,9 @@ class Pipeline(nn.Module):
         captures = [f"{number}: {reason}" for number, reason in enumerate(self._captures.reasons, 1)]
         repeated = [f"{why} (times: {count})" for why, count in self._session.repeated.items()]
         described = describe(self._capture_in_use, self._session.timeline)
-        return {**described, "captures": captures, "run again": repeated}
+        kinds = {True: "training", False: "evaluation"}
+        verified = [f"{kinds[trains]}: {proof}" for (_, trains), proof in self._proofs.items()]
+        return {**described, "captures": captures, "verified": verified, "run again": repeated}
 
     @property
     def captures(self) -> int:
@@ -161,26 +167,46 @@ class Pipeline(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with uncompiled(), self._session.turn.taken(again=False):
             batch = self._batch(args, kwargs)
+            self._prove(batch)
             output = self._run(batch)
             batch.leave()
+            self._calls += 1
             return output
+
+    def _prove(self, batch: steps.Batch) -> None:
+        """Compares the call with the unsplit model's, if that is due."""
+        captured = batch.compiled.captured
+        trains = torch.is_grad_enabled() and any(output.requires_grad for output in captured.results)
+        key = (id(batch.compiled), trains)
+        if any(p.is_meta for p in self.model.parameters()) or not due(
+            self.options.verify, self._calls, key in self._proofs
+        ):
+            return
+        asynchronous = self.schedule in ASYNCHRONOUS
+        trial = Trial(
+            self.model,
+            first_microbatch(batch) if asynchronous and self.model.training else batch,
+            SCHEDULES["1f1b" if asynchronous else self.schedule],
+            self.devices,
+            self.options.loss_fn,
+            self.options.loss,
+            trains,
+            self.options.batch_norm == "deferred",
+            bool(self.options.allow_microbatch),
+            self.options.out_dims,
+        )
+        self._proofs[key] = prove(trial)
 
     def _run(self, batch: steps.Batch) -> Any:
         if any(p.is_meta for p in self.model.parameters()):
             raise InputError("the model is on the meta device: it can be planned, but has no values to compute with")
         captured = batch.compiled.captured
         loss = find_loss(captured, self.options.loss)
-        if not torch.is_grad_enabled() or not any(output.requires_grad for output in captured.results):
-            return steps.evaluate(self._session, batch)
-        if self.schedule in ASYNCHRONOUS and self.model.training:
-            if loss is None:
-                raise InputError(
-                    f"schedule={self.schedule!r} needs the loss inside: pass labels, or loss_fn= to compile"
-                )
-            return steps.stream(self._session, batch, loss)
-        if loss is None or not batch.ends_in_body(loss) or steps.BESIDE in self._session.repeated:
-            return steps.defer(self._session, batch)
-        return steps.train(self._session, batch, loss, self._schedule)
+        asynchronous = self.schedule in ASYNCHRONOUS and self.model.training
+        trains = torch.is_grad_enabled() and any(output.requires_grad for output in captured.results)
+        if trains and asynchronous and loss is None:
+            raise InputError(f"schedule={self.schedule!r} needs the loss inside: pass labels, or loss_fn= to compile")
+        return steps.run(self._session, batch, loss, self._schedule, asynchronous)
 
     def verify(self, *args: Any, **kwargs: Any) -> Verification:
         """Compares the pipeline with the unsplit model: on this call, and on fresh inputs of this and of another shape.
@@ -198,12 +224,15 @@ class Pipeline(nn.Module):
         schedule = SCHEDULES["1f1b" if self.schedule in ASYNCHRONOUS else self.schedule]
         subject = Subject(
             self.model,
-            self._forward or self.model,
+            self.options.loss_fn,
             self._batch,
             schedule,
             self.microbatches,
             self.options.loss,
             self.devices,
+            self.options.batch_norm == "deferred",
+            bool(self.options.allow_microbatch),
+            self.options.out_dims,
         )
         try:
             with self._session.turn.taken(again=False):
@@ -234,6 +263,7 @@ class Pipeline(nn.Module):
             args, kwargs = sample.rebuild(sample.tensors)
             self.options = replace(self.options, profile=corrected(first.costed, first.plan, times))
             self._captures, self._first, self._last = Captures(), None, None
+            self._proofs.clear()
             self._session.forget()
             self._batch(args, kwargs)
             return self.plan

@@ -4,7 +4,8 @@ A generator that several stages draw from gives each what is left when its turn 
 one. So each random call draws from its device's generator seeded for itself: by the step, the microbatch and the call's
 name in the whole model. The generator's own state is put back.
 
-Two runs of a model that are to be compared are made under ``alike``: there every random call draws from one seed.
+Two runs of a model that are to be compared are made under ``alike``: there every random call draws from one seed, the
+same numbers for every row (``row_draws``).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pipecompile.operators import function_of, is_opaque, named
+from pipecompile.row_draws import drawn_by_row, draws_by_row
 
 _DROPOUT = named(
     "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout native_dropout"
@@ -41,8 +43,6 @@ _DRAWING = threading.Lock()  # one call at a time has a generator seeded
 _current = threading.local()
 _LIMIT = 2**63
 _ALIKE = 20_240_229  # the seed of every call under ``alike``
-_comparing = False
-_dropout = True
 
 
 def draws(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
@@ -81,7 +81,7 @@ def seeded(function: Callable[..., Any], key: str, device: torch.device) -> Call
     @functools.wraps(function)
     def draw(*args: Any, **kwargs: Any) -> Any:
         seed = microbatch_seed()
-        if _comparing:
+        if is_alike():
             return _draw_alike(function, args, kwargs, device)
         if seed is None:
             return function(*args, **kwargs)
@@ -138,30 +138,39 @@ def undrawn(devices: Iterable[torch.device]) -> Iterator[None]:
         before.put_back()
 
 
-@contextmanager
-def alike() -> Iterator[None]:
-    """Every random call, in stages as in the calling thread, draws from one seed.
-
-    So calls of one function with equal arguments draw equal numbers, whoever makes them.
-    """
-    global _comparing
-    _comparing = True
-    try:
-        with compared():
-            yield
-    finally:
-        _comparing = False
+def is_alike() -> bool:
+    """Whether the calling thread runs one of two runs that are to be compared."""
+    return getattr(_current, "alike", False)
 
 
 @contextmanager
-def without_dropout() -> Iterator[None]:
-    """Within ``alike``: dropout, which draws by the shape of what it is given, lets everything pass."""
-    global _dropout
-    _dropout = False
+def drawing_alike(on: bool) -> Iterator[None]:
+    """In which the random calls of a stage, in this thread, draw as under ``alike``, or do not."""
+    before = is_alike()
+    _current.alike = on
     try:
         yield
     finally:
-        _dropout = True
+        _current.alike = before
+
+
+@contextmanager
+def alike() -> Iterator[None]:
+    """Every random call of this thread, and of the stages that it runs, draws from one seed, alike for every row.
+
+    So calls of one function with equal arguments draw equal numbers, whoever makes them, and a microbatch draws its
+    part of the whole batch's.
+    """
+    with drawing_alike(True), _Alike():
+        yield
+
+
+def drawn_alike(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A call of a function as under ``alike``, also where torch's function modes are off."""
+    if not draws(function, args, kwargs):
+        return function(*args, **kwargs)
+    devices = [a.device for a in args if isinstance(a, Tensor)]
+    return _draw_alike(function, args, kwargs, devices[0] if devices else torch.device(kwargs.get("device") or "cpu"))
 
 
 def undropped(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -179,22 +188,17 @@ def is_dropout(function: Any) -> bool:
 
 def compared() -> Any:
     """In a thread that runs a part of a model as Python: a context in which ``alike`` holds there too."""
-    return _Alike() if _comparing else nullcontext()
+    return _Alike() if is_alike() else nullcontext()
 
 
 class _Alike(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if not draws(func, args, kwargs):
-            return func(*args, **kwargs)
-        devices = [a.device for a in args if isinstance(a, Tensor)]
-        device = devices[0] if devices else torch.device(kwargs.get("device") or "cpu")
-        return _draw_alike(func, args, kwargs, device)
+        return drawn_alike(func, *args, **(kwargs or {}))
 
 
 def _draw_alike(function: Callable[..., Any], args: Any, kwargs: Any, device: torch.device) -> Any:
-    if not _dropout and is_dropout(function):
-        return _quiet(function, args, kwargs)
+    if draws_by_row(function):
+        return drawn_by_row(function, args, kwargs, _ALIKE)
     return _draw(function, args, kwargs, _ALIKE, device)
 
 

@@ -84,6 +84,12 @@ class Batch:
         return self.compiled.division
 
     @property
+    def sees_the_whole(self) -> bool:
+        """Whether a part of the model is computed from the whole batch: numbers before the stages, or what mixes."""
+        tail = self.division.tail
+        return bool(self.division.before) or (tail is not None and bool(tail.why))
+
+    @property
     def joins(self) -> Mapping[str, Kind]:
         """What the stages give, by name, with how the parts are joined."""
         return self.division.joins
@@ -115,6 +121,28 @@ class Batch:
         """Sets what the forward sets, for the whole batch."""
         captured, call = self.compiled.captured, self.call
         captured.attributes.update(captured.size_values(call.tensors), {**call.tensors, **self.tensors})
+
+
+def run(
+    session: Session,
+    batch: Batch,
+    loss: int | None,
+    schedule: Callable[[Plan, int], Program],
+    asynchronous: bool = False,
+) -> Any:
+    """The kind of call that a batch asks for, in the modes of the calling thread.
+
+    Args:
+        loss: the position of the loss among the outputs' tensors; None where the caller computes it.
+        asynchronous: whether the stages step by themselves.
+    """
+    if not torch.is_grad_enabled() or not any(o.requires_grad for o in batch.compiled.captured.outputs):
+        return evaluate(session, batch)
+    if asynchronous and loss is not None:
+        return stream(session, batch, loss)
+    if loss is None or not batch.ends_in_body(loss) or BESIDE in session.repeated:
+        return defer(session, batch)
+    return train(session, batch, loss, schedule)
 
 
 def evaluate(session: Session, batch: Batch) -> Any:

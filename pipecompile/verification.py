@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,9 +19,9 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from pipecompile.errors import DifferenceError
+from pipecompile.errors import ExactnessError
 
-Kind = Literal["output", "gradient", "input gradient", "buffer"]
+Kind = Literal["output", "gradient", "input gradient", "buffer", "parameter", "attribute"]
 WIDTH = 118  # columns of the text form
 MOST_NOTES = 6  # lines of a topic
 
@@ -37,6 +38,7 @@ class Difference:
     largest: float  # the largest difference of two elements
     scale: float  # the largest magnitude in the unsplit model's
     allowed: float  # what rounding may explain
+    seen: str = ""  # both, in words, where they cannot be subtracted
 
     @property
     def verdict(self) -> Literal["equal", "rounding", "different"]:
@@ -48,8 +50,13 @@ class Difference:
     def relative(self) -> float:
         return self.largest / self.scale if self.scale else math.copysign(math.inf, self.largest) * (self.largest > 0)
 
+    @property
+    def amount(self) -> str:
+        """How far apart the two are, in words."""
+        return self.seen or f"by {self.largest:.3g} where values go up to {self.scale:.3g}"
+
     def __str__(self) -> str:
-        return f"{self.kind} {self.name!r} differs by {self.largest:.3g} where values go up to {self.scale:.3g}"
+        return f"{self.kind} {self.name!r} {'is' if self.seen else 'differs'} {self.amount}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +84,33 @@ class Check:
         if self.differing:
             return "DIFFERENT"
         return "bit-equal" if all(it.verdict == "equal" for it in self.differences) else "rounding"
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What the first call of a capture was compared in, before it trained.
+
+    Attributes:
+        rows: of the batch that were run, in the microbatches ``counts``.
+        of: rows of the whole batch.
+        note: what could not be compared, or not as it is.
+    """
+
+    rows: int
+    counts: tuple[int, ...]
+    differences: tuple[Difference, ...] = ()
+    of: int = 0
+    seconds: float = 0.0
+    note: str = ""
+
+    def __str__(self) -> str:
+        kinds = Counter(it.kind for it in self.differences)
+        what = ", ".join(f"{count} {kind}{'s' * (count > 1)}" for kind, count in kinds.items())
+        worst = max((it.relative for it in self.differences if math.isfinite(it.relative)), default=0.0)
+        how = "bit for bit" if worst == 0 else f"within {worst:.1e} of their size"
+        cut = f" in microbatches of {', '.join(map(str, self.counts))}" if len(self.counts) > 1 else ""
+        compared = f"{self.rows} of {self.of} rows{cut}: {what} equal {how}" if what else ""
+        return f"{'; '.join(filter(None, [compared, self.note]))}; it took {self.seconds:.2f} s"
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,11 +155,11 @@ class Verification:
         return tuple(_row(group, parameters) for group, parameters in groups.items())
 
     def raise_if_different(self) -> None:
-        """Raises ``DifferenceError`` with every difference, unless the split model is exact."""
+        """Raises ``ExactnessError`` with every difference, unless the split model is exact."""
         if self.exact:
             return
         lines = [line for number, check in enumerate(self.checks, 1) for line in _faults(number, check)]
-        raise DifferenceError("\n".join(lines) or "nothing could be compared:\n" + "\n".join(self._left_out()))
+        raise ExactnessError("\n".join(lines) or "nothing could be compared:\n" + "\n".join(self._left_out()))
 
     def _left_out(self) -> list[str]:
         return [f"check {n} left out: {it.left_out}" for n, it in enumerate(self.checks, 1) if it.left_out]

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from toys import D, blocks, mean_square
 
 import pipecompile
-from pipecompile.errors import DifferenceError, InputError, PipecompileError
+from pipecompile.errors import ExactnessError, InputError, PipecompileError
 from pipecompile.verification import Verification
 
 
@@ -146,19 +146,17 @@ class Drops(nn.Module):
 def test_random_functions_draw_alike_in_both_and_that_is_said() -> None:
     result = pipe_of(Drops()).verify(x())
     assert result.exact, result
-    assert [check.against for check in result.checks[:2]] == ["the same microbatches", "the whole batch"]
+    assert [check.against for check in result.checks[:2]] == ["the whole batch", "the whole batch"]
     assert [check.microbatches for check in result.checks[:2]] == [2, 1]
-    assert "over the same microbatches, since it draws random numbers" in str(result)
-    assert "2 microbatches compared without dropout in both models" in str(result)
-    assert "one microbatch compared with random numbers from one seed in both models" in str(result)
+    assert "compared with the same random numbers for every row, in both models" in str(result)
 
 
-def test_batch_statistics_are_compared_over_the_same_microbatches() -> None:
+def test_batch_statistics_are_those_of_the_microbatches_in_both() -> None:
     model = nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D), nn.ReLU(inplace=True), nn.Linear(D, D))
     result = pipe_of(model).verify(torch.randn(6, D, dtype=torch.float64))
     assert result.exact, result
-    assert result.checks[0].against == "the same microbatches"
-    assert any("since its batch normalisation" in line for line in result.notes["microbatches"])
+    assert result.checks[0].against == "the whole batch"
+    assert any("by the statistics of each microbatch" in line for line in result.notes["microbatches"])
     assert any(it.kind == "buffer" and it.scale > 0 for it in result.checks[0].differences)
 
 
@@ -235,7 +233,7 @@ def test_what_the_unsplit_model_itself_refuses_is_left_out_and_said() -> None:
 def test_where_nothing_could_be_compared_nothing_is_exact() -> None:
     empty = Verification(())
     assert not empty.exact
-    with pytest.raises(DifferenceError, match="nothing could be compared"):
+    with pytest.raises(ExactnessError, match="nothing could be compared"):
         empty.raise_if_different()
 
 
@@ -253,7 +251,7 @@ def test_a_wrong_gradient_is_found_and_named(outside: bool) -> None:
     assert differing(result, "gradient") == {"layers.2.weight"}
     assert differing(result, "output") == set()
     assert [row.group for row in result.rows if row.verdict == "DIFFERENT"] == ["layers.2"]
-    with pytest.raises(DifferenceError, match=r"gradient 'layers\.2\.weight' differs by"):
+    with pytest.raises(ExactnessError, match=r"gradient 'layers\.2\.weight' differs by"):
         result.raise_if_different()
     assert "NOT exact" in str(result)
 

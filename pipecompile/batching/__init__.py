@@ -4,10 +4,10 @@ from pipecompile.batching.batch_norm import defer_running, uses_batch_statistics
 from pipecompile.batching.divide import divide, twins_differ
 from pipecompile.batching.division import Division, by_shape, undivided
 from pipecompile.batching.join import gather, spread
-from pipecompile.batching.kinds import Batched, Kind, Mixed, Partial, Shared
+from pipecompile.batching.kinds import SHARED, Batched, Kind, Mixed, Partial, Shared
 from pipecompile.batching.rows import Rows, scatter
 
 __all__ = [
-    "Batched", "Division", "Kind", "Mixed", "Partial", "Rows", "Shared", "by_shape", "defer_running", "divide",
-    "gather", "scatter", "spread", "twins_differ", "undivided", "uses_batch_statistics",
+    "SHARED", "Batched", "Division", "Kind", "Mixed", "Partial", "Rows", "Shared", "by_shape", "defer_running",
+    "divide", "gather", "scatter", "spread", "twins_differ", "undivided", "uses_batch_statistics",
 ]  # fmt: skip

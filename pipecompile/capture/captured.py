@@ -66,6 +66,7 @@ class Captured:
     notes: tuple[str, ...]  # what the user should know
     numbers: Mapping[str, Update] = field(default_factory=dict)  # inputs that Python computes before each call
     draws_whole: bool = False  # whether a part that is kept whole draws random numbers of Python or numpy
+    returns: tuple[tuple[str, tuple[str | None, ...]], ...] = ()  # module calls as they end: path, nodes of the output
     data_sizes: Mapping[sympy.Symbol, int] = field(default_factory=dict)  # what planning takes other symbols for
     checked: dict[tuple[int, ...], str] = field(default_factory=dict)  # answers of _check_sizes, by sizes
 

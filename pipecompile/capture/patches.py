@@ -78,6 +78,7 @@ def _modules(recorder: Recorder, paths: Mapping[int, str]) -> Iterator[None]:
         else:
             out = original(self, *args, **kwargs)
             recorder.check_module(out)
+        recorder.returned(recorder.paths[-1], out)
         recorder.paths.pop()  # not on an exception: its message wants the innermost module
         return out
 

@@ -98,6 +98,7 @@ class Recorder(TorchFunctionMode):
         self.inside_transform = False  # aten operations are being recorded, not functions
         self.autocasts: list[tuple[str, str, bool]] = []  # entered by the model itself
         self.nodes: dict[int, fx.Node] = {}
+        self.returns: list[tuple[str, tuple[fx.Node | None, ...]]] = []  # of each call of a module, as calls end
         self.names: dict[int, str] = {}  # parameters, buffers and constants
         self.trainable: set[str] = set()  # those that are parameters
         self.alive: list[Any] = []
@@ -116,6 +117,11 @@ class Recorder(TorchFunctionMode):
         self.fakes[id(real)] = fake
         self.alive += [fake, real]
         self.aliases.add_buffer(name, fake)
+
+    def returned(self, path: str, out: Any) -> None:
+        """Notes which nodes a module's call has returned."""
+        if not self.inside_leaf and not self.inside_transform:
+            self.returns.append((path, tuple(self.nodes.get(id(tensor)) for tensor in tensors_in(out))))
 
     @property
     def is_leaf(self) -> bool:

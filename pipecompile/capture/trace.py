@@ -263,6 +263,10 @@ class Trace:
             read_values=tuple(read.value for read in self.values.reads),
             read_extremes=tuple(read.extreme for read in self.values.reads),
             groups=tuple(groups), recomputed=recomputed(self.graph, groups), notes=tuple(notes),
+            returns=tuple(
+                (path, tuple(node.name if node is not None and node.name in alive else None for node in nodes))
+                for path, nodes in self.recorder.returns
+            ),
         )  # fmt: skip
 
     def _call_with_numbers(self) -> Call:

@@ -20,7 +20,10 @@ from pipecompile.randomness import set_state, state_of
 
 @contextmanager
 def left_as_before(
-    model: nn.Module, functions: Iterable[Callable[..., Any]] = (), tensors: Iterable[Tensor] = ()
+    model: nn.Module,
+    functions: Iterable[Callable[..., Any]] = (),
+    tensors: Iterable[Tensor] = (),
+    reach: Reach | None = None,
 ) -> Iterator[None]:
     """In which a model's forward and backward may run; at its end all is as before that they may have changed.
 
@@ -31,8 +34,9 @@ def left_as_before(
     Args:
         functions: others that run in it, as a loss.
         tensors: others whose values are put back, as the parameters that a forward writes.
+        reach: of the model and the functions, where it has been found before.
     """
-    reach = reach_of(model, functions)
+    reach = reach_of(model, functions) if reach is None else reach
     values = {id(t): t for t in (*model.buffers(), *reach.tensors, *tensors) if not t.is_meta}
     kept = [(tensor, tensor.detach().clone()) for tensor in values.values()]
     with generators_kept(reach.generators), Noted(reach).kept():

@@ -8,14 +8,17 @@ from dataclasses import dataclass
 
 import torch
 
+from pipecompile.randomness import drawing_alike, is_alike
+
 
 @dataclass(frozen=True, slots=True)
 class Ambient:
-    """Gradient, inference and autocast modes; torch keeps them for each thread."""
+    """Gradient, inference and autocast modes, which torch keeps for each thread, and whether random draws are alike."""
 
     grad: bool
     inference: bool
     autocast: tuple[tuple[str, torch.dtype, bool], ...]
+    alike: bool = False
 
     @property
     def in_float16(self) -> bool:
@@ -30,11 +33,12 @@ class Ambient:
             for kind in sorted(device_types)
             if torch.is_autocast_enabled(kind)
         )
-        return Ambient(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), casts)
+        return Ambient(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), casts, is_alike())
 
     @contextmanager
     def entered(self) -> Iterator[None]:
         with ExitStack() as stack:
+            stack.enter_context(drawing_alike(self.alike))
             if self.inference:
                 stack.enter_context(torch.inference_mode())
             stack.enter_context(torch.set_grad_enabled(self.grad))

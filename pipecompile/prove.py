@@ -1,0 +1,300 @@
+"""The check that a capture passes before it trains: one step beside the unsplit model's own, on a slice of the batch.
+
+The slice has as few rows as leave every microbatch two, and the first one three, so that a microbatch that is lost, or
+weighed as if all were equal, shows. Both models draw the same random numbers. Nothing of the check is left behind.
+
+What differs by more than ``comparison.allowed`` is judged once more by how well the unsplit model knows its own
+numbers: a copy of it runs the step in float64, and with its parameters off by one unit in the last place, and the split
+model may be some times as far off as these are. Where that noise is as large as what a lost microbatch would do,
+nothing is proven, and that is said.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from pipecompile import steps
+from pipecompile.batching import Rows
+from pipecompile.blame import first_that_differs
+from pipecompile.capture.reach import reach_of
+from pipecompile.comparison import Run, coarsest_type, differences, distance
+from pipecompile.errors import ExactnessError, PipecompileError
+from pipecompile.randomness import alike, undrawn
+from pipecompile.side_by_side import Trial, apart, copied, split_step, unsplit_step
+from pipecompile.verification import Difference, Proof
+
+NOISE = 4.0  # times as far from the float64 step as the unsplit model is, that a split model may be
+SHAKEN = 16.0  # times what one unit in the last place of parameters and inputs does
+LISTED = 5  # differences that an error lists
+
+Tensors = Mapping[tuple[str, str], Tensor]  # by kind and name
+
+
+def prove(trial: Trial) -> Proof:
+    """Compares one step of a split model with the unsplit model's.
+
+    Args:
+        trial: the user's call; a slice of it is run, or all of it where the model does not take a slice.
+
+    Raises:
+        ExactnessError: they differ; says what, and in which module it begins.
+        Exception: what the unsplit model itself raises on the call.
+    """
+    start = time.perf_counter()
+    functions = [] if trial.loss_fn is None else [trial.loss_fn]
+    trial = replace(trial, reach=reach_of(trial.model, functions))
+    with _nothing_left(trial):
+        for candidate in (sliced := _slice(trial), trial):
+            if candidate is None:
+                continue
+            try:
+                proof = _compare(candidate)
+            except ExactnessError:
+                raise
+            except torch.OutOfMemoryError:
+                return _unproven(trial, "the unsplit model does not fit", start)
+            except Exception as error:
+                if candidate is sliced:  # the model may not take fewer rows than the batch has
+                    continue
+                if not isinstance(error, PipecompileError):
+                    error.add_note("raised by the unsplit model, which pipecompile compares a first call with")
+                raise
+            return replace(proof, of=_rows(trial), seconds=time.perf_counter() - start)
+    raise AssertionError("the whole call is always tried")
+
+
+def _rows(trial: Trial) -> int:
+    return trial.batch.call.batch or 1
+
+
+def _slice(trial: Trial) -> Trial | None:
+    """The trial on as few rows as tell microbatches apart; None if the batch has no more, or the capture needs all."""
+    batch = trial.batch
+    count = 2 * len(batch.rows) + 1
+    if batch.call.batch is None or batch.call.batch <= count:
+        return None
+    rows = Rows((3, *(2,) * (len(batch.rows) - 1)))
+    call = copied(batch.call, count)
+    return None if batch.compiled.broken(call, rows) else replace(trial, batch=replace(batch, call=call, rows=rows))
+
+
+def _compare(trial: Trial) -> Proof:
+    """One comparison; of a model that cannot be compared on microbatches, on one of them all."""
+    note = ""
+    why = apart(trial)
+    if why and trial.batch.sees_the_whole:
+        whole = Rows((_rows(trial),))
+        if trial.batch.compiled.broken(trial.batch.call, whole):
+            return Proof(
+                _rows(trial), trial.rows.counts, note=f"not compared: {why}, and its loss is of the whole batch"
+            )
+        note = f"compared as one microbatch, since {why} while its loss is one of the whole batch"
+        trial, why = replace(trial, batch=replace(trial.batch, rows=whole)), ""
+    if why:
+        note = f"compared over the same microbatches, since {why}"
+    try:
+        split, seeds = split_step(trial.fresh())
+    except Exception:
+        if raised := _unsplit_raises(trial):
+            return Proof(_rows(trial), trial.rows.counts, note=f"not compared: the unsplit model raises {raised}")
+        raise
+    parts = trial.rows if why else Rows((_rows(trial),))
+    try:
+        whole_run = unsplit_step(trial.fresh(), parts, seeds)
+    except torch.OutOfMemoryError:
+        whole_run = unsplit_step(trial.fresh(), parts, seeds, torch.device("cpu"))
+        note = "; ".join(filter(None, [note, "the unsplit model ran on the CPU"]))
+    nodes = trial.captured.graph.nodes
+    found = differences(split, whole_run, coarsest_type(node.meta.get("val") for node in nodes))
+    if why:
+        found = tuple(it for it in found if not _written_once(trial, it))
+    wrong = [it for it in found if it.verdict == "different"]
+    if wrong:
+        verdict = _explained(trial, parts, seeds, split, whole_run, wrong)
+        if verdict is None:
+            raise ExactnessError(_message(trial, wrong))
+        note = "; ".join(filter(None, [note, verdict]))
+    return Proof(_rows(trial), trial.rows.counts, tuple(found), note=note)
+
+
+def _unsplit_raises(trial: Trial) -> str:
+    """What the unsplit model raises on a call, in its forward or from gradients of its outputs; empty if nothing."""
+    try:
+        unsplit_step(trial.fresh(), Rows((_rows(trial),)), None)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _written_once(trial: Trial, it: Difference) -> bool:
+    """Whether a pipeline writes this once a batch, where the unsplit model does for each microbatch."""
+    tail = trial.batch.division.tail
+    return it.kind == "attribute" or (tail is not None and it.name in tail.writes)
+
+
+def _unproven(trial: Trial, why: str, start: float) -> Proof:
+    note = f"not compared with the unsplit model: {why}"
+    warnings.warn(f"{note}; verify='never' to pipecompile.compile says that you know", stacklevel=5)
+    return Proof(0, (), of=_rows(trial), seconds=time.perf_counter() - start, note=note)
+
+
+# Rounding or not
+
+
+def _explained(
+    trial: Trial, parts: Rows, seeds: dict[int, Tensor], split: Run, whole: Run, wrong: Sequence[Difference]
+) -> str | None:
+    """How the rounding of the unsplit model explains what differs; None if it does not."""
+    rounded = ("output", "gradient", "input gradient", "buffer")
+    if any(math.isinf(it.largest) or it.kind not in rounded for it in wrong):
+        return None
+    noise = _noise(trial, parts, seeds, _tensors(whole))
+    if any(it.largest > noise.get((it.kind, it.name), 0.0) + it.allowed for it in wrong):
+        return None
+    most = max(noise[it.kind, it.name] / it.scale if it.scale else math.inf for it in wrong)
+    if math.isfinite(most) and most > 1 / (2 * len(trial.rows)):
+        return (
+            f"rounding alone moves the unsplit model's numbers by {most:.0%}, so that a lost microbatch might not show"
+        )
+    return f"{len(wrong)} numbers differ by no more than the unsplit model's own rounding ({most:.1e} of their size)"
+
+
+def _noise(trial: Trial, parts: Rows, seeds: dict[int, Tensor], whole: Tensors) -> dict[tuple[str, str], float]:
+    """How far two models that round otherwise may be apart, for each number; empty if that cannot be found.
+
+    That is the distance of the unsplit model from its own step in float64, and from its own step with every parameter
+    and input off by one unit in the last place.
+    """
+    coarse = coarsest_type(whole.values())
+    tried: list[tuple[float, Callable[[Tensor], Tensor]]] = [(SHAKEN, _shaken)]
+    if coarse is not None and torch.finfo(coarse).eps > torch.finfo(torch.float64).eps:
+        tried.append((NOISE + 1, Tensor.double))
+    found: dict[tuple[str, str], float] = {}
+    for times, change in tried:
+        try:
+            other = _tensors(_changed(trial, parts, seeds, change))
+        except Exception:  # a model that does not take float64
+            continue
+        for key in whole.keys() & other.keys():
+            if whole[key].shape == other[key].shape:
+                gap = distance(whole[key].to(other[key].dtype), other[key])
+                found[key] = max(found.get(key, 0.0), times * gap)
+    return found
+
+
+def _changed(trial: Trial, parts: Rows, seeds: dict[int, Tensor], change: Callable[[Tensor], Tensor]) -> Run:
+    """The unsplit step of a copy of the model, with its parameters, buffers and inputs changed."""
+
+    def changed(tensor: Tensor) -> Tensor:
+        return change(tensor.detach()).requires_grad_(tensor.requires_grad) if tensor.is_floating_point() else tensor
+
+    def copied(module: nn.Module) -> nn.Module:
+        module = copy.deepcopy(module)
+        for tensor in (*module.parameters(), *module.buffers()):
+            tensor.data = changed(tensor.data)
+        return module
+
+    call = trial.fresh().batch.call
+    batch = replace(trial.batch, call=replace(call, tensors={n: changed(t) for n, t in call.tensors.items()}))
+    loss_fn = copied(trial.loss_fn) if isinstance(trial.loss_fn, nn.Module) else trial.loss_fn
+    other = replace(trial, model=copied(trial.model), loss_fn=loss_fn, batch=batch, reach=None)
+    with ExitStack() as stack:
+        if change is Tensor.double:
+            for kind in {tensor.device.type for tensor in other.tensors}:
+                stack.enter_context(torch.autocast(kind, enabled=False))
+            seeds = {i: changed(seed) for i, seed in seeds.items()}
+        return unsplit_step(other, parts, seeds)
+
+
+def _shaken(tensor: Tensor) -> Tensor:
+    """A tensor with every element off by one unit in the last place."""
+    signs = torch.randint(0, 2, tensor.shape, generator=torch.Generator().manual_seed(0)).to(tensor.device) * 2 - 1
+    return tensor * (1 + signs * torch.finfo(tensor.dtype).eps).to(tensor.dtype)
+
+
+def _tensors(run: Run) -> Tensors:
+    return {(kind, n): v for kind, part in run.parts() for n, v in part.items() if isinstance(v, Tensor)}
+
+
+# What is said
+
+
+def _message(trial: Trial, wrong: Sequence[Difference]) -> str:
+    listed = [f"  {it}" for it in wrong[:LISTED]]
+    more = [f"  and {len(wrong) - LISTED} more"] if len(wrong) > LISTED else []
+    try:
+        where = first_that_differs(trial, wrong)
+    except Exception as error:  # what differs may also fail when it is run by itself
+        where = f"which module it begins in could not be found ({type(error).__name__}: {error})"
+    rows = f"{_rows(trial)} rows in {len(trial.rows)} microbatches" if len(trial.rows) > 1 else f"{_rows(trial)} rows"
+    return "\n".join(
+        [
+            f"the split model does not compute what the unsplit model does, on {rows} of this call:",
+            *listed,
+            *more,
+            f"{where}.",
+            "Keep that module whole with leaf_modules=[...], or use microbatches=1; model and gradients are as they "
+            "were. Please report it: pipecompile should have refused the model, or been exact.",
+        ]
+    )
+
+
+# Leaving no mark
+
+
+@contextmanager
+def _nothing_left(trial: Trial) -> Iterator[None]:
+    """Generators, modes and hooks on parameters are as before at the end; what a step changes it undoes itself."""
+    with (
+        undrawn(trial.devices),
+        torch.inference_mode(False),
+        torch.set_grad_enabled(trial.trains),
+        alike(),
+        _without_hooks(trial.model),
+    ):
+        yield
+
+
+@contextmanager
+def _without_hooks(model: nn.Module) -> Iterator[None]:
+    """Hooks on the gradients of parameters, which are for real steps, are not called."""
+    hooked = [(p, p._backward_hooks) for p in model.parameters() if p._backward_hooks]
+    for p, _ in hooked:
+        p._backward_hooks = None
+    try:
+        yield
+    finally:
+        for p, hooks in hooked:
+            p._backward_hooks = hooks
+
+
+def due(verify: str | int, calls: int, proven: bool) -> bool:
+    """Whether a call is to be compared with the unsplit model.
+
+    Args:
+        verify: "first", "never", "every", or a number n: the first and each nth call.
+        calls: that have been made before.
+        proven: whether a call on the same capture, of the same kind, has been compared.
+    """
+    if verify == "never":
+        return False
+    if verify == "every":
+        return True
+    return not proven or (isinstance(verify, int) and calls % verify == 0)
+
+
+def first_microbatch(batch: steps.Batch) -> steps.Batch:
+    """The first microbatch of a call as a batch of its own."""
+    count = batch.rows.counts[0]
+    if batch.call.batch is None:
+        return batch
+    return replace(batch, call=copied(batch.call, count), rows=Rows((count,)))
