@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipecompile.batching import scatter
+from pipecompile.batching import Rows, scatter
 from pipecompile.capture import Captured
 from pipecompile.capture.calls import tensors_in
 from pipecompile.capture.evaluate import Evaluator
@@ -23,7 +23,7 @@ from pipecompile.capture.state import without_caches
 from pipecompile.capture.undo import left_as_before
 from pipecompile.comparison import coarsest_type, difference
 from pipecompile.randomness import drawn_alike
-from pipecompile.side_by_side import Trial, on_one_device
+from pipecompile.side_by_side import Trial, on_one_device, statistics_of
 from pipecompile.verification import Difference
 
 Parts = Sequence[Tensor]  # a value of the whole batch, or of each microbatch
@@ -37,17 +37,20 @@ def first_that_differs(trial: Trial, found: Sequence[Difference]) -> str:
         found: what differs in the whole step.
     """
     whole, body = trial.batch.division.whole, trial.batch.division.body
-    expected = _of_model(trial.fresh())
     captured = _of_trace(whole, [trial.fresh().batch.call.tensors])
-    if where := _first(whole, expected, captured):
+    if where := _first(whole, _of_model(trial.fresh(), Rows((1,))), captured):
         return f"the first module whose output differs is {where}, as it was captured"
-    if len(trial.rows) > 1 and (where := _first(body, expected, _of_trace(body, _parts(trial.fresh())))):
-        return f"the first module whose output differs is {where}, on microbatches of {list(trial.rows.counts)} rows"
+    if len(trial.rows) > 1:
+        expected, divided = _of_model(trial.fresh(), trial.rows), _of_trace(body, _parts(trial.fresh()))
+        if where := _first(body, expected, divided):
+            return (
+                f"the first module whose output differs is {where}, on microbatches of {list(trial.rows.counts)} rows"
+            )
     return _first_gradient(whole, found)
 
 
-def _of_model(trial: Trial) -> Outputs:
-    """What each module of the unsplit model returns."""
+def _of_model(trial: Trial, rows: Rows) -> Outputs:
+    """What each module of the unsplit model returns, with the batch statistics of so many rows."""
     seen: dict[str, list[Sequence[Parts]]] = defaultdict(list)
 
     def hook(path: str) -> Callable[..., None]:
@@ -64,6 +67,7 @@ def _of_model(trial: Trial) -> Outputs:
     ):
         for path, module in trial.model.named_modules():
             stack.callback(module.register_forward_hook(hook(path)).remove)
+        stack.enter_context(statistics_of(rows))
         args, kwargs = trial.batch.call.rebuild(trial.batch.call.tensors)
         on_one_device(trial.model, trial.forward)(*args, **kwargs)
     return seen

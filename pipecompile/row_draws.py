@@ -18,7 +18,9 @@ from pipecompile.operators import named
 Arguments = Mapping[str, Any]
 Fill = Callable[[Tensor, Arguments], Any]  # uniform numbers, arguments by name -> values
 
-_DROPOUT = named("dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout", aten=False)
+_DROPOUT = named(
+    "dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout", aten=False
+)
 _ATTENTION = named("scaled_dot_product_attention", aten=False)
 
 

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
+from torch.autograd.graph import _engine_run_backward
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
@@ -167,8 +168,8 @@ def unsplit_step(
         forward = on_one_device(trial.model, trial.forward, device)
         for k, part in enumerate(scatter(batch.call, rows) if len(rows) > 1 else [batch.call.tensors]):
             args, kwargs = batch.call.rebuild(part if device is None else {n: t.to(device) for n, t in part.items()})
-            with _statistics(trial, rows):  # in the backward too, where checkpoints run again
-                out = forward(*args, **kwargs)
+            with statistics_of(trial.rows if len(rows) == 1 else rows, trial.deferred):
+                out = forward(*args, **kwargs)  # and the backward, where checkpoints run again
                 leaves = leaves_of(out)
                 given = {i: parts[k].to(leaves[i].device) for i, parts in starts.items()}
                 new = _gradients(trial, leaves, _seeds(trial, leaves) if seeds is None else given)
@@ -235,7 +236,11 @@ def _gradients(trial: Trial, leaves: Sequence[Any], seeds: Mapping[int, Tensor])
         for kind in {tensor.device.type for tensor in tensors}:
             stack.enter_context(torch.autocast(kind, enabled=False))
         roots = [leaves[i] for i in starts]
-        found: list[Tensor | None] = list(torch.autograd.grad(roots, tensors, list(starts.values()), allow_unused=True))
+        gradients = tuple(starts.values())
+        # torch.autograd.grad itself would leave function modes, in which a checkpoint runs its forward once more
+        found: list[Tensor | None] = list(
+            _engine_run_backward(tuple(roots), gradients, False, False, tuple(tensors), True, accumulate_grad=False)
+        )
     for position, tensor in enumerate(tensors):  # what a backward that runs modules by itself has added
         if isinstance(tensor, nn.Parameter) and tensor.grad is not None:
             mine = found[position]
@@ -269,19 +274,16 @@ def _spread(kind: Kind, gradient: Tensor, rows: Rows) -> list[Tensor]:
 # Batch normalisation, as a pipeline does it
 
 
-def _statistics(trial: Trial, rows: Rows) -> _MicrobatchStatistics:
-    counts = trial.rows.counts if len(rows) == 1 else ()
-    return _MicrobatchStatistics(counts, trial.deferred)
+def statistics_of(rows: Rows, deferred: bool = False) -> TorchFunctionMode:
+    """In which batch normalisation of the whole batch is by the statistics of its microbatches, as GPipe has it.
+
+    Args:
+        deferred: running statistics are moved once, by those of all rows.
+    """
+    return _MicrobatchStatistics(rows.counts, deferred)
 
 
 class _MicrobatchStatistics(TorchFunctionMode):
-    """Batch normalisation of the whole batch by the statistics of its microbatches, as GPipe has it.
-
-    Args:
-        counts: rows of each microbatch.
-        deferred: running statistics are moved once, by those of all rows.
-    """
-
     def __init__(self, counts: Sequence[int], deferred: bool) -> None:
         super().__init__()
         self.counts = tuple(counts)
@@ -323,7 +325,8 @@ def _observed(trial: Trial) -> Iterator[_Seen]:
     functions = [] if trial.loss_fn is None else [trial.loss_fn]
     reach = trial.reach or reach_of(model, functions)
     before = [(label, owner, names, names_of(owner, names)) for owner, label, names in reach.owners]
-    held = {id(holder): contents(holder) for holder, _ in reach.containers}
+    tables = {id(vars(module).get(name)) for module in model.modules() for name in TORCHS_OWN}
+    containers = [(holder, label, contents(holder)) for holder, label in reach.containers if id(holder) not in tables]
     weights = {name: (p, p.data, p.detach().clone(), p.grad) for name, p in model.named_parameters()}
     with left_as_before(model, functions, reach=reach):
         try:
@@ -336,8 +339,8 @@ def _observed(trial: Trial) -> Iterator[_Seen]:
                     seen.parameters[name] = p.detach().clone()
             for label, owner, names, state in before:
                 seen.attributes.update(_changes(label, names_of(owner, names), state))
-            for holder, label in reach.containers:
-                if not is_same(contents(holder), held[id(holder)]):
+            for holder, label, items in containers:
+                if not is_same(contents(holder), items):
                     seen.attributes.update(_comparable(label, holder))
         finally:
             for p, memory, value, gradient in weights.values():

@@ -26,6 +26,7 @@ from pipecompile.program import Program
 from pipecompile.randomness import alike, undrawn
 from pipecompile.report import describe
 from pipecompile.retarget import threads_each, threads_of
+from pipecompile.rounding import with_noise
 from pipecompile.side_by_side import SEED, Trial, apart, on_one_device, split_step, unsplit_step
 from pipecompile.variations import like, other_shapes, same_shapes
 from pipecompile.verification import Check, Verification
@@ -82,7 +83,7 @@ def verify(subject: Subject, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
     """
     notes: dict[str, dict[str, None]] = {}
     checks: list[Check] = []
-    with _preserved(subject.model, subject.devices), alike(), threads_of(threads_each(subject.devices)):
+    with _preserved(subject.model, subject.devices), threads_of(threads_each(subject.devices)):
         given = subject.batch(args, kwargs, subject.microbatches)
         for mode in MODES:
             subject.model.train(mode == "train")
@@ -119,7 +120,8 @@ def _check(
         batch = subject.batch(args, kwargs, microbatches)
         inputs = f"{what}: {_described(batch)}"
         trial = subject.trial(batch, mode)
-        split, seeds = split_step(trial)
+        with alike():
+            split, seeds = split_step(trial)
     except PipecompileError as error:
         return Check(mode, inputs, 0, "", failure=f"{type(error).__name__}: {error}"), 0
     for topic, lines in describe(batch.compiled).items():
@@ -138,9 +140,13 @@ def _check(
     elif len(batch.rows) > 1 and any(map(uses_batch_statistics, batch.division.body.graph.nodes)):
         line = "the unsplit model normalises by the statistics of each microbatch too"
         notes.setdefault("microbatches", {})[line] = None
-    whole = unsplit_step(trial, batch.rows if why else Rows((sum(batch.rows.counts),)), seeds)
+    parts = batch.rows if why else Rows((sum(batch.rows.counts),))
+    with alike():
+        whole = unsplit_step(trial, parts, seeds)
+        found = [it for it in differences(split, whole) if not (why and it.name in _written_once(batch))]
+        if any(it.verdict == "different" for it in found):
+            found = [*with_noise(found, trial, parts, seeds, whole)]
     on = "the same microbatches" if why else "the whole batch"
-    found = [it for it in differences(split, whole) if not (why and it.name in _written_once(batch))]
     return Check(mode, inputs, len(batch.rows), on, tuple(found)), len(batch.rows)
 
 

@@ -39,7 +39,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("steps",),
     ("rehearse", "comparison"),
     ("side_by_side",),
-    ("blame",),
+    ("blame", "rounding"),
     ("compile_call", "verify", "prove"),
     ("pipeline",),
     ("api",),
