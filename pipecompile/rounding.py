@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pipecompile.batching import Rows
-from pipecompile.comparison import Run, coarsest_type, distance
+from pipecompile.comparison import Run, allowed, coarsest_type, distance, magnitude
 from pipecompile.side_by_side import Trial, unsplit_step
 from pipecompile.verification import Difference
 
@@ -25,6 +25,7 @@ WIDER = 5.0  # times as far from the unsplit model as that is from its step in f
 SHAKEN = 16.0  # times what one unit in the last place of parameters and inputs does
 
 Noise = Mapping[tuple[str, str], float]  # by kind and name
+Numbers = dict[tuple[str, str], Tensor]
 ROUNDED = ("output", "gradient", "input gradient", "buffer")
 
 
@@ -44,6 +45,8 @@ def with_noise(
 def _noise(trial: Trial, parts: Rows, seeds: Mapping[int, Tensor], whole: Run) -> Noise:
     """How far two models that round otherwise may be apart, for each number; empty if that cannot be found."""
     numbers = _tensors(whole)
+    if _is_another(numbers, _tensors(unsplit_step(trial.fresh(), parts, seeds))):
+        return {}  # the model gives other numbers on each run, by more than rounding
     coarse = coarsest_type(numbers.values())
     tried: list[tuple[float, Callable[[Tensor], Tensor]]] = [(SHAKEN, _shaken)]
     if coarse is not None and torch.finfo(coarse).eps > torch.finfo(torch.float64).eps:
@@ -59,6 +62,12 @@ def _noise(trial: Trial, parts: Rows, seeds: Mapping[int, Tensor], whole: Run) -
                 gap = distance(numbers[key].to(other[key].dtype), other[key])
                 found[key] = max(found.get(key, 0.0), times * gap)
     return found
+
+
+def _is_another(numbers: Numbers, again: Numbers) -> bool:
+    """Whether a step that was run again has given other numbers."""
+    pairs = [(numbers[key], again[key]) for key in numbers.keys() & again.keys()]
+    return any(distance(a, b) > allowed(a.dtype, magnitude(a)) for a, b in pairs if a.shape == b.shape)
 
 
 def _changed(trial: Trial, parts: Rows, seeds: Mapping[int, Tensor], change: Callable[[Tensor], Tensor]) -> Run:
@@ -91,6 +100,6 @@ def _shaken(tensor: Tensor) -> Tensor:
     return tensor + tensor * signs.to(tensor.dtype) * torch.finfo(tensor.dtype).eps
 
 
-def _tensors(run: Run) -> dict[tuple[str, str], Tensor]:
+def _tensors(run: Run) -> Numbers:
     parts = ((kind, part) for kind, part in run.parts() if kind in ROUNDED)
     return {(kind, name): value for kind, part in parts for name, value in part.items() if isinstance(value, Tensor)}

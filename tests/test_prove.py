@@ -1,0 +1,296 @@
+"""Every capture is compared with the unsplit model at its first call: what differs is refused, and nothing is left."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from toys import D, blocks, mean_square
+
+import pipecompile
+from pipecompile.errors import ExactnessError, InputError
+
+CPU = ["cpu", "cpu"]
+
+
+def pipe_of(model: nn.Module, **options: Any) -> pipecompile.Pipeline:
+    return pipecompile.compile(model.double(), CPU, **{"microbatches": 2, "profile": "count", **options})
+
+
+def x(rows: int = 8) -> Tensor:
+    return torch.randn(rows, 5, D, dtype=torch.float64)
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(D, D) for _ in range(4))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x))
+        return x
+
+
+def corrupt(pipe: pipecompile.Pipeline, parameter: str, function: Callable[[Tensor], Tensor]) -> None:
+    """Lets every stage that reads a parameter read a function of it instead."""
+    changed = 0
+    for stage in pipe.stages:
+        for node in [n for n in stage.graph.nodes if n.op == "get_attr" and n.target == parameter]:
+            with stage.graph.inserting_after(node):
+                wrong = stage.graph.call_function(function, (node,))
+            node.replace_all_uses_with(wrong, delete_user_cb=lambda user, wrong=wrong: user is not wrong)
+            stage.recompile()
+            changed += 1
+    assert changed
+
+
+def state(model: nn.Module) -> dict[str, Any]:
+    """All that a refused call must leave as it was."""
+    return {
+        **{name: t.detach().clone() for name, t in model.state_dict().items()},
+        **{f"grad {name}": None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()},
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": np.random.get_state()[1].tolist(),
+        "modes": [module.training for module in model.modules()],
+        "hooks": [len(module._forward_hooks) for module in model.modules()],
+    }
+
+
+def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return one.keys() == other.keys() and all(
+        torch.equal(a, other[name]) if isinstance(a, Tensor) else a == other[name] for name, a in one.items()
+    )
+
+
+@pytest.mark.parametrize("microbatches", [1, 3])
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_wrong_gradient_is_refused_and_leaves_no_mark(inside: bool, microbatches: int) -> None:
+    model = Residual()
+    call = (x(), x()) if inside else (x(),)
+    options = {"loss_fn": F.mse_loss} if inside else {}
+    pipe = pipe_of(model, microbatches=microbatches, **options)
+    named = {"x": call[0], **({"target": call[1]} if inside else {})}
+    pipe.prepare(**named)
+    corrupt(pipe, "layers.2.weight", lambda t: t.detach() + 1.001 * (t - t.detach()))
+    before = state(model)
+    for _ in range(2):  # a refused capture is refused again
+        with pytest.raises(ExactnessError, match=r"gradient 'layers\.2\.weight' differs by") as found:
+            pipe(**named)
+        assert same(state(model), before)
+    assert "in module 'layers.2'" in str(found.value)
+    assert pipe.timeline is None
+
+
+class Leaks(nn.Module):
+    """What its second layer adds is drawn where no capture looks: in a table that a function makes anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = blocks(1), Shifts(), blocks(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.third(self.second(self.first(x)))
+
+
+class Counted:
+    """An object whose C-level state no capture compares."""
+
+    def __init__(self) -> None:
+        self.numbers = iter(range(1, 1000))
+
+
+COUNTED = Counted()
+
+
+class Shifts(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * next(COUNTED.numbers)
+
+
+def test_the_first_module_whose_output_differs_is_named() -> None:
+    with pytest.raises(ExactnessError, match=r"first module whose output differs is 'second' \(Shifts\)"):
+        pipe_of(Leaks())(x())
+
+
+def test_a_slice_with_every_microbatch_is_compared_and_reported() -> None:
+    pipe = pipe_of(Residual(), microbatches=3)
+    mean_square(pipe(x(64))).backward()
+    (line,) = pipe.report["verified"]
+    assert line.startswith("training: 7 of 64 rows in microbatches of 3, 2, 2: ")
+    assert "8 gradients" in line
+    assert "1 buffer" in line
+
+
+def test_evaluation_and_training_are_proven_apart() -> None:
+    pipe = pipe_of(Residual())
+    with torch.no_grad():
+        pipe(x())
+    assert len(pipe.report["verified"]) == 1
+    corrupt(pipe, "layers.0.weight", lambda t: t.detach() + 2 * (t - t.detach()))
+    with torch.no_grad():
+        pipe(x())
+    with pytest.raises(ExactnessError, match="gradient"):
+        pipe(x())
+
+
+def test_never_and_every() -> None:
+    for verify, refused in (("never", [False] * 4), ("every", [False, True]), (3, [False, False, False, True])):
+        pipe = pipe_of(Residual(), verify=verify)
+        pipe(x())
+        corrupt(pipe, "layers.1.bias", lambda t: t + 1)
+        for expected in refused[1:]:
+            if expected:
+                with pytest.raises(ExactnessError):
+                    pipe(x())
+            else:
+                pipe(x())
+    assert "verified" in pipe.report
+
+
+@pytest.mark.parametrize("verify", ["always", 0, -1, True, None, 1.5])
+def test_other_words_are_refused(verify: Any) -> None:
+    with pytest.raises(InputError, match="verify="):
+        pipe_of(Residual(), verify=verify)
+
+
+def test_a_lost_microbatch_shows_in_every_floating_type() -> None:
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        model = blocks(4).to(dtype)
+        pipe = pipecompile.compile(model, CPU, microbatches=4, profile="count", loss_fn=F.mse_loss)
+        data = torch.randn(12, D, dtype=dtype)
+        pipe(data, target=torch.randn(12, D, dtype=dtype))
+        (line,) = pipe.report["verified"]
+        assert "gradients" in line
+        pipe = pipecompile.compile(model, CPU, microbatches=4, profile="count", loss_fn=F.mse_loss)
+        pipe.prepare(data, target=data)
+        losing = pipe._first
+        assert losing is not None
+        body = losing.stages[-1].module
+        share = next(n for n in body.graph.nodes if n.op == "placeholder" and "share" in n.name)
+        with body.graph.inserting_after(share):
+            lost = body.graph.call_function(_without_the_third, (share,))
+        share.replace_all_uses_with(lost, delete_user_cb=lambda user, lost=lost: user is not lost)
+        body.recompile()
+        _CALLS.clear()
+        with pytest.raises(ExactnessError):
+            pipe(data, target=torch.randn(12, D, dtype=dtype))
+
+
+_CALLS: list[int] = []
+
+
+def _without_the_third(share: Tensor) -> Tensor:
+    _CALLS.append(1)
+    return share * (len(_CALLS) % 4 != 3)
+
+
+class Noisy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.last, self.drop = blocks(2), blocks(2), nn.Dropout(0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.drop(self.body(x))
+        keep = hidden.new_empty(len(hidden), 1, 1).bernoulli_(0.8)
+        noise = 0.1 * torch.randn_like(hidden)
+        return self.last(F.dropout(hidden + noise, 0.2, self.training)) * keep
+
+
+def test_random_models_are_proven_and_draw_as_they_would_without() -> None:
+    model = Noisy()
+    data = x()
+    outputs = []
+    for verify in ("first", "never"):
+        pipe = pipe_of(model, verify=verify, microbatches=3)
+        torch.manual_seed(3)
+        outputs.append(pipe(data))
+    assert torch.equal(*outputs)
+    torch.manual_seed(4)
+    assert not torch.equal(pipe(data), outputs[0])
+
+
+def test_an_asynchronous_pipeline_proves_its_first_microbatch() -> None:
+    model = blocks(4).double()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = {"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.0)}
+    pipe = pipe_of(model, schedule="pipedream", loss_fn=F.mse_loss, **optimizer)
+    pipe(x(), target=x())
+    assert pipe.report["verified"][0].startswith("training: 3 of 4 rows: ")
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+def test_a_model_that_takes_its_own_batch_alone_is_proven_on_all_of_it() -> None:
+    class Eight(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = blocks(3)
+
+        def forward(self, x: Tensor, rows: int) -> Tensor:
+            return self.body(x).reshape(rows, -1)
+
+    pipe = pipe_of(Eight(), microbatches=1)
+    pipe(x(8), 8)
+    assert pipe.report["verified"][0].startswith("training: 8 of 8 rows: ")
+
+
+def test_what_the_unsplit_model_raises_is_raised() -> None:
+    class Refuses(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = blocks(2)
+            self.captured = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            if next(REFUSALS):
+                raise ZeroDivisionError("the model's own")
+            return self.body(x)
+
+    with pytest.raises(ZeroDivisionError, match="the model's own"):
+        pipe_of(Refuses(), microbatches=1)(x(2))
+
+
+class _Later:
+    """Tells a capture nothing; true from the unsplit model's own run on."""
+
+    def __iter__(self) -> Any:
+        return self
+
+    def __next__(self) -> bool:
+        return not torch.overrides._get_current_function_mode_stack() or _is_comparing()
+
+
+def _is_comparing() -> bool:
+    from pipecompile.randomness import is_alike
+
+    return is_alike()
+
+
+REFUSALS = _Later()
+
+
+def test_gradients_that_cancel_are_no_false_alarm() -> None:
+    model = nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D, affine=False), nn.Linear(D, D, bias=False))
+    pipe = pipe_of(model, microbatches=2)
+    pipe(torch.randn(8, D, dtype=torch.float64)).sum().backward()  # the mean of normalised values: no gradient at all
+    assert pipe.report["verified"]
+
+
+def test_hooks_on_parameters_are_for_real_steps() -> None:
+    model, calls = Residual(), []
+    for p in model.parameters():
+        p.register_hook(lambda gradient: calls.append(1))
+    pipe = pipe_of(model)
+    mean_square(pipe(x())).backward()
+    assert len(calls) == 8
+    mean_square(pipe(x())).backward()
+    assert len(calls) == 16
