@@ -41,7 +41,8 @@ from pipecompile.verify import Subject, verify
 _OWN = frozenset(
     {
         "model", "devices", "options", "_signature", "_forward", "_session", "_captures", "_batched", "_first",
-        "_placement", "_last", "_proofs", "_calls", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set",
+        "_placement", "_last", "_proofs", "_calls", "_parameters", "_buffers", "_modules",
+        "_non_persistent_buffers_set",
     }
 )  # fmt: skip
 

@@ -99,7 +99,7 @@ class Trial:
 
     def fresh(self) -> Trial:
         """The same on copies of the inputs, which a run may write to."""
-        return replace(self, batch=replace(self.batch, call=copied(self.batch.call)))
+        return replace(self, batch=replace(self.batch, call=copied(self.batch.call), tensors={}))
 
 
 def copied(call: Call, rows: int | None = None) -> Call:
@@ -146,7 +146,7 @@ def split_step(trial: Trial) -> tuple[Run, dict[int, Tensor]]:
             leaves = leaves_of(out)
             seeds = _seeds(trial, leaves)
             found = _gradients(trial, leaves, seeds)
-        trial.captured.attributes.update(trial.captured.size_values(batch.call.tensors))
+        batch.leave()
     return _run(trial, out, leaves, found, seen), seeds
 
 

@@ -136,7 +136,7 @@ def run(
         loss: the position of the loss among the outputs' tensors; None where the caller computes it.
         asynchronous: whether the stages step by themselves.
     """
-    if not torch.is_grad_enabled() or not any(o.requires_grad for o in batch.compiled.captured.outputs):
+    if not torch.is_grad_enabled() or not any(output.requires_grad for output in batch.outputs):
         return evaluate(session, batch)
     if asynchronous and loss is not None:
         return stream(session, batch, loss)

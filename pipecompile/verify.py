@@ -51,7 +51,7 @@ class Subject:
     out_dims: Mapping[str, int | None]
 
     def trial(self, batch: steps.Batch, mode: Mode) -> Trial:
-        trains = mode == "train" and any(output.requires_grad for output in batch.compiled.captured.outputs)
+        trains = mode == "train" and any(output.requires_grad for output in batch.outputs)
         return Trial(
             self.model,
             batch,
