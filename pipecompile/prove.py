@@ -28,7 +28,7 @@ from pipecompile.comparison import coarsest_type, differences
 from pipecompile.errors import ExactnessError, PipecompileError
 from pipecompile.randomness import alike, undrawn
 from pipecompile.rounding import with_noise
-from pipecompile.side_by_side import Trial, apart, copied, split_step, unsplit_step
+from pipecompile.side_by_side import Trial, apart, copied, incomparable, split_step, unsplit_step
 from pipecompile.verification import Difference, Proof
 
 LISTED = 5  # differences that an error lists
@@ -51,12 +51,14 @@ def prove(trial: Trial) -> Proof:
         for candidate in (sliced := _slice(trial), trial):
             if candidate is None:
                 continue
+            if why := incomparable(candidate):
+                return _unproven(trial, why)
             try:
                 proof = _compare(candidate)
             except ExactnessError:
                 raise
             except torch.OutOfMemoryError:
-                return _unproven(trial, "the unsplit model does not fit", start)
+                return _unproven(trial, "it does not fit into memory")
             except Exception as error:
                 if candidate is sliced:  # the model may not take fewer rows than the batch has
                     continue
@@ -89,9 +91,7 @@ def _compare(trial: Trial) -> Proof:
     if why and trial.batch.sees_the_whole:
         whole = Rows((_rows(trial),))
         if trial.batch.compiled.broken(trial.batch.call, whole):
-            return Proof(
-                _rows(trial), trial.rows.counts, note=f"not compared: {why}, and its loss is of the whole batch"
-            )
+            return _unproven(trial, f"{why}, and its loss is of the whole batch")
         note = f"compared as one microbatch, since {why} while its loss is one of the whole batch"
         trial, why = replace(trial, batch=replace(trial.batch, rows=whole)), ""
     if why:
@@ -99,8 +99,8 @@ def _compare(trial: Trial) -> Proof:
     try:
         split, seeds = split_step(trial.fresh())
     except Exception:
-        if raised := _unsplit_raises(trial):
-            return Proof(_rows(trial), trial.rows.counts, note=f"not compared: the unsplit model raises {raised}")
+        if raised := _unsplit_raises(trial):  # gradients of an output that nobody may ask for
+            return Proof(0, (), note=f"not compared: the unsplit model raises {raised}")
         raise
     parts = trial.rows if why else Rows((_rows(trial),))
     try:
@@ -147,10 +147,10 @@ def _written_once(trial: Trial, it: Difference) -> bool:
     return it.kind == "attribute" or (tail is not None and it.name in tail.writes)
 
 
-def _unproven(trial: Trial, why: str, start: float) -> Proof:
+def _unproven(trial: Trial, why: str) -> Proof:
     note = f"not compared with the unsplit model: {why}"
     warnings.warn(f"{note}; verify='never' to pipecompile.compile says that you know", stacklevel=5)
-    return Proof(0, (), of=_rows(trial), seconds=time.perf_counter() - start, note=note)
+    return Proof(0, (), note=note)
 
 
 # What is said

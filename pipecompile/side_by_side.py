@@ -130,6 +130,14 @@ def apart(trial: Trial) -> str:
     return f"module {next(iter(leaves))!r} is kept whole" if leaves and trial.model.training else ""
 
 
+def incomparable(trial: Trial) -> str:
+    """Why no run of the unsplit model draws the random numbers that a pipeline draws; empty if one does."""
+    for node in trial.captured.graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and is_random(node):
+            return f"{origin_of(node)}: it draws random numbers inside torch.vmap or a custom operator"
+    return ""
+
+
 def _is_normalisation(node: torch.fx.Node) -> bool:
     return node.target in (F.batch_norm, torch.batch_norm, add_moments, moments)
 
