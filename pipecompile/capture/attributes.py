@@ -11,7 +11,8 @@ guarded by the answers to what the forward asked of it (``numbers.py``): its val
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from types import BuiltinFunctionType, FunctionType, NoneType, SimpleNamespace
@@ -227,6 +228,15 @@ class Attributes:
         for ahead in self._ahead:
             ahead.take()
         self._ahead.clear()
+
+    @contextmanager
+    def tried(self) -> Iterator[None]:
+        """In which the present call may be run beforehand: at its end, what it draws is still to be drawn."""
+        ahead = [*self._ahead]
+        try:
+            yield
+        finally:
+            self._ahead[:] = ahead
 
     def state(self, sizes: Mapping[Any, int], tensors: Mapping[str, Tensor]) -> State:
         """What the present call's numbers and updates are computed from."""
