@@ -7,13 +7,25 @@ and every capture takes time. A model whose calls keep differing is told so, wit
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
+from torch.nn.modules import module as torch_module
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
+from pipecompile.capture.attributes import TABLES
+from pipecompile.capture.imprints import Same
+from pipecompile.capture.sweep import Sweep
 from pipecompile.compiled import Compiled
+from pipecompile.errors import InputError
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # what a module has them in
+FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
+_IRRELEVANT = frozenset(nn.Module().__dict__) - {"training", "_is_full_backward_hook", *TABLES, *HOOKS}
 MANY = 8  # captures from which on a pipeline warns, again whenever their number has doubled
 
 
@@ -21,28 +33,123 @@ class Modes(NamedTuple):
     """What about a model, beside the call, makes a capture its own."""
 
     training: tuple[bool, ...]
-    modules: tuple[tuple[type, int], ...]
-    hooks: tuple[int, ...]
-    parameters: tuple[tuple[int, bool], ...]  # identity, and whether it is trained
-    buffers: tuple[int, ...]
+    modules: tuple[Any, ...]  # each with its class
+    hooks: tuple[Any, ...]  # of each module, and of all
+    parameters: tuple[Any, ...]  # with whether each is trained, and what it is
+    buffers: tuple[Any, ...]
 
 
 def modes(model: nn.Module) -> Modes:
     """The present modes, hooks and tensors of a model."""
-    modules = list(model.modules())
-    training = tuple(module.training for module in modules)
-    hooks = tuple(id(hook) for m in modules for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
-    parameters = tuple((id(parameter), parameter.requires_grad) for parameter in model.parameters())
-    kinds = tuple((type(module), id(module)) for module in modules)
-    return Modes(training, kinds, hooks, parameters, tuple(map(id, model.buffers())))
+    modules = list(model.named_modules(remove_duplicate=False))
+    parameters = model.named_parameters(remove_duplicate=False)
+    return Modes(
+        tuple(module.training for _, module in modules),
+        tuple((path, Same(module), Same(type(module))) for path, module in modules),
+        (_hooks(vars(torch_module), "_global"), *(_hooks(module.__dict__) for _, module in modules)),
+        tuple((name, Same(p), p.requires_grad, p.dtype, p.shape) for name, p in parameters),
+        tuple((n, Same(b), b.requires_grad, b.dtype, b.shape) for n, b in model.named_buffers(remove_duplicate=False)),
+    )
+
+
+def _hooks(held: Mapping[str, Any], prefix: str = "") -> tuple[Any, ...]:
+    """The hooks that a module, or the file of all modules, holds: in their order, with their flags."""
+    flags = [held.get(f"{prefix}{name}", ()) for name in FLAGS]
+    return tuple(
+        (name, Same(hook), *(number in flag for flag in flags))
+        for name in HOOKS
+        for number, hook in held[f"{prefix}{name}"].items()
+    )
+
+
+def hooks_of_all_modules() -> bool:
+    """Whether hooks run before or after the forward of every module there is."""
+    return any(vars(torch_module)[f"_global{name}"] for name in HOOKS[:2])
+
+
+class States:
+    """The states that a pipeline's model has been seen in.
+
+    Attributes:
+        number: of the last; another one whenever anything on the model's modules may have changed.
+        modes: those of the last, the same object for equal ones.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.modes: Modes | None = None
+        self._known: dict[Modes, Modes] = {}
+        self._sweep: Sweep | None = None
+
+    def look(self, model: nn.Module) -> Modes:
+        """Looks at the model as it is now; quickly where nothing has changed."""
+        if self.modes is None or self._sweep is None or not self._sweep.holds():
+            now = modes(model)
+            self.modes = self._known.setdefault(now, now)
+            self.number += 1
+            self._sweep = _sweep(model)
+        return self.modes
+
+    @contextmanager
+    def followed(self) -> Iterator[None]:
+        """The time of changes to attributes that are known: the model is in the same state after them."""
+        still = self._sweep is not None and self._sweep.holds()
+        yield
+        if still and self._sweep is not None:
+            self._sweep.follow()
+
+
+def _sweep(model: nn.Module) -> Sweep:
+    modules = [*model.modules()]
+    held = [module.__dict__ for module in modules]
+    tables = [each[name] for each in held for name in (*TABLES, *HOOKS)]
+    flags = [each[name] for each in held if any(each[hooks] for hooks in HOOKS) for name in FLAGS]
+    everywhere = [vars(torch_module)[f"_global{name}"] for name in (*HOOKS, *FLAGS[:2])]
+    containers = [*tables, *flags, *everywhere]
+    return Sweep(held, _IRRELEVANT, containers, modules, [*model.parameters(), *model.buffers()])
+
+
+def settings() -> tuple[Any, ...]:
+    """The settings of torch, for the process and the thread, that a forward may ask for or depend on."""
+    function_modes = torch._C._len_torch_function_stack()
+    return (
+        torch.get_default_dtype(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.get_float32_matmul_precision(),
+        torch.backends.mha.get_fastpath_enabled(),
+        tuple(map(_of_mode, _get_current_function_mode_stack())) if function_modes else (),  # type: ignore[no-untyped-call]
+    )
+
+
+def refuse_default_device(devices: Iterable[torch.device]) -> None:
+    """Refuses a call under a default device that no stage has: the stages' threads know of none.
+
+    Raises:
+        InputError: what the forward creates without ``device=`` would lie elsewhere.
+    """
+    if torch._C._len_torch_function_stack() == 0:
+        return
+    modes = [m for m in _get_current_function_mode_stack() if isinstance(m, DeviceContext)]  # type: ignore[no-untyped-call]
+    kinds = {device.type for device in devices}
+    if modes and modes[-1].device.type not in kinds:
+        raise InputError(
+            f"torch's default device is {modes[-1].device}, the stages are on {', '.join(sorted(kinds))}; call the "
+            f"pipeline under torch.device({min(kinds)!r}), or torch.set_default_device(None)"
+        )
+
+
+def _of_mode(mode: Any) -> Any:
+    return str(mode.device) if isinstance(mode, DeviceContext) else Same(mode)
 
 
 class Key(NamedTuple):
     """What two calls must have in common, beside what guards check, to run on one capture."""
 
     arguments: tuple[Any, ...]
-    modes: Modes
+    model: Same  # its modes
     autocast: tuple[Any, ...]
+    settings: tuple[Any, ...] = ()
 
 
 class Captures:
@@ -94,17 +201,21 @@ def _difference(key: Key, last: Key | None) -> str:
 
 
 def _differences(key: Key, last: Key) -> Iterator[str]:
-    if key.modes.training != last.modes.training:
+    now: Modes = key.model.value
+    before: Modes = last.model.value
+    if now.training != before.training:
         training = {True: "train()", False: "eval()"}
-        yield f"modules in {training[any(key.modes.training)]}"
-    if key.modes.modules != last.modes.modules:
+        yield f"modules in {training[any(now.training)]}"
+    if now.modules != before.modules:
         yield "modules that were exchanged"
-    if key.modes.hooks != last.modes.hooks:
+    if now.hooks != before.hooks:
         yield "other hooks on modules"
-    if key.modes.parameters != last.modes.parameters:
-        yield "parameters that were exchanged or frozen"
-    if key.modes.buffers != last.modes.buffers:
-        yield "buffers that were exchanged"
+    if now.parameters != before.parameters:
+        yield "parameters that were exchanged, frozen, or of another shape or type"
+    if now.buffers != before.buffers:
+        yield "buffers that were exchanged, or of another shape or type"
+    if key.settings != last.settings:
+        yield "other settings of torch (default dtype or device, deterministic algorithms, precision of products)"
     if key.autocast != last.autocast:
         yield "another autocast around the call"
     if key.arguments != last.arguments:

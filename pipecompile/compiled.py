@@ -68,14 +68,16 @@ class Compiled:
         """The ways to cut a batch that the capture may hold for: as asked, or into equal parts, or not at all."""
         return (rows.of(sum(rows.counts), 1),) if self.division.one_part else (rows, rows.equal())
 
-    def broken(self, call: Call, rows: Rows) -> str:
+    def broken(self, call: Call, rows: Rows, state: int = -1) -> str:
         """Why the capture does not hold for a call, cut into microbatches; empty if it does.
+
+        ``state`` numbers the states of the model's modules; without one what the trace has read is looked at closely.
 
         Where one trace is the microbatches' and the whole batch's, the whole batch decides what the model's Python
         asks; the microbatches need only fit the trace.
         """
         division, whole = self.division, call.tensors
-        if changed := self.captured.attributes.changed():
+        if changed := self.captured.attributes.changed(state):
             return changed
         if division.one_part and len(rows) > 1:
             return "it holds for a batch of one microbatch"

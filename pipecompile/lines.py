@@ -23,6 +23,11 @@ def user_line() -> str:
     return ""
 
 
+def caller_file(depth: int) -> str:
+    """The file of the frame so many calls above the one that asks."""
+    return sys._getframe(depth + 1).f_code.co_filename
+
+
 def failing_line(error: BaseException) -> str:
     """``file:line`` of the innermost frame outside torch and pipecompile that an exception came through."""
     lines = [

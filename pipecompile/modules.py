@@ -1,4 +1,8 @@
-"""Modules built from dotted names, so that tensors stand in them under the names that they have in the model."""
+"""Modules of the pipeline's own.
+
+They are built from dotted names, so that tensors stand in them under the names that they have in the model, and called
+without the hooks of all modules, which are for the model's.
+"""
 
 from __future__ import annotations
 
@@ -16,3 +20,8 @@ def owner_of(root: nn.Module, target: str) -> tuple[Any, str]:
             owner.add_module(parent, nn.Module())
         owner = owner._modules[parent]
     return owner, last
+
+
+def called_bare(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The call of a module that runs no hooks."""
+    return module.forward(*args, **kwargs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
@@ -16,7 +17,8 @@ from pipecompile import steps
 from pipecompile.batching import Rows
 from pipecompile.calibrate import corrected
 from pipecompile.capture import Call, read_call
-from pipecompile.captures import Captures, Key, modes
+from pipecompile.capture.imprints import Same
+from pipecompile.captures import Captures, Key, States, hooks_of_all_modules, refuse_default_device, settings
 from pipecompile.compile_call import compile_call
 from pipecompile.compiled import Compiled, find_loss
 from pipecompile.errors import CaptureError, InputError, PipecompileError
@@ -69,6 +71,7 @@ class Pipeline(nn.Module):
         self._forward = None if loss_fn is None else _with_loss(model, loss_fn)
         self._session = Session(devices, options.optimizer)
         self._captures = Captures()
+        self._states = States()
         self._batched: dict[tuple[str, int], bool] = {}
         self._proofs: dict[tuple[int, bool], Proof] = {}  # by the identity of the capture, and whether it trained
         self._calls = 0
@@ -165,12 +168,28 @@ class Pipeline(nn.Module):
         with self._session.turn.taken(again=False):
             self._batch(args, kwargs)
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the hooks that were registered on the pipeline; those of all modules are for the model's alone.
+
+        Raises:
+            InputError: there are hooks of both kinds.
+        """
+        if not hooks_of_all_modules():
+            return super().__call__(*args, **kwargs)
+        if self._forward_hooks or self._forward_pre_hooks:
+            raise InputError(
+                "the pipeline has hooks of its own, and there are hooks of all modules (register_module_forward_hook), "
+                "which would run for the pipeline too; remove either"
+            )
+        return self.forward(*args, **kwargs)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with uncompiled(), self._session.turn.taken(again=False):
             batch = self._batch(args, kwargs)
             self._prove(batch)
             output = self._run(batch)
-            batch.leave()
+            with self._states.followed() if batch.compiled.captured.attributes.are_followed else nullcontext():
+                batch.leave()
             self._calls += 1
             return output
 
@@ -334,6 +353,7 @@ class Pipeline(nn.Module):
 
     def _batch(self, args: Sequence[Any], kwargs: Mapping[str, Any], microbatches: int | None = None) -> steps.Batch:
         """A call with the capture that it runs on, which is made if there is none, and its microbatches."""
+        refuse_default_device(self.devices)
         check_surroundings(pytree.tree_leaves((args, kwargs)))
         call = read_call(self._signature, args, kwargs, self._batched, self.options.in_dims)
         if not any(p.is_meta for p in self.model.parameters()):
@@ -343,12 +363,12 @@ class Pipeline(nn.Module):
                         f"argument {name!r} is on the meta device, which holds no values; pass a real tensor"
                     )
         ambient = Ambient.of_caller(frozenset(device.type for device in self.devices))
-        key = Key(call.key, modes(self.model), ambient.autocast)
+        key = Key(call.key, Same(self._states.look(self.model)), ambient.autocast, settings())
         known = self._captures.of(key)
         rows = Rows.of(call.batch, microbatches or self.microbatches)
         for compiled in known:
             for candidate in compiled.cuts(rows):
-                if not compiled.broken(call, candidate):
+                if not compiled.broken(call, candidate, self._states.number):
                     self._settle(call)
                     self._last = compiled
                     self._captures.use(key)

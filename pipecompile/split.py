@@ -25,7 +25,7 @@ from pipecompile.capture.leaves import FunctionLeaf
 from pipecompile.capture.origin import origin_of
 from pipecompile.capture.purity import is_random
 from pipecompile.graph import Graph
-from pipecompile.modules import owner_of
+from pipecompile.modules import called_bare, owner_of
 from pipecompile.plan import Plan, members
 from pipecompile.randomness import seeded
 from pipecompile.recompute import Recomputed
@@ -292,7 +292,10 @@ def _module(
 
 
 def _quiet(module: fx.GraphModule) -> fx.GraphModule:
-    """A module whose failing call does not print to stderr, as fx's does; the runtime reports better."""
+    """A module whose failing call does not print to stderr, as fx's does; the runtime reports better.
+
+    Hooks of all modules (``register_module_forward_hook``) are not for it: it is none of the model's.
+    """
     kind: Any = type(module)
-    kind.__call__ = nn.Module.__call__
+    kind.__call__ = called_bare
     return module

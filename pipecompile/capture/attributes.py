@@ -1,7 +1,8 @@
 """What a capture knows of Python attributes: which values its trace holds for, and what the forward makes of them.
 
 A forward that reads ``self.flag`` has another graph for another flag. So each plain attribute that the trace has read,
-of modules and of the objects that they hold (a config), is guarded by its value before the call.
+of modules and of the objects that they hold (a config), is guarded by its value before the call, and so are code and
+what it reads elsewhere (``code.py``).
 
 A forward that sets ``self.calls += 1`` does so once a call. The trace undoes its changes; the pipeline makes them
 after each call, once for the whole batch, as the unsplit model does. A number that a forward both reads and sets is
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
+from functools import cached_property
 from types import BuiltinFunctionType, FunctionType, NoneType, SimpleNamespace
 from typing import Any
 
@@ -23,6 +25,12 @@ from torch import Tensor, nn
 
 from pipecompile.capture.containers import contents, kind_of
 from pipecompile.capture.draws import Ahead, Draws
+from pipecompile.capture.imprints import MISSING as MISSING
+from pipecompile.capture.imprints import Nothing, imprint
+from pipecompile.capture.imprints import Same as Same
+from pipecompile.capture.places import Attribute as Attribute
+from pipecompile.capture.places import Entry, Fact
+from pipecompile.capture.sweep import Sweep
 from pipecompile.capture.values import same
 
 TABLES = frozenset({"_parameters", "_buffers", "_modules"})  # what a module keeps its tensors and children in
@@ -33,27 +41,7 @@ _SCALARS = frozenset({bool, int, float, complex, str, bytes, NoneType, torch.dty
 _NAMED = (Enum, FunctionType, BuiltinFunctionType, type)  # known by identity
 
 
-class _Nothing:
-    """The value of an attribute that is not there, or is no plain value; equal to itself alone."""
-
-    def __repr__(self) -> str:
-        return "nothing"
-
-
-MISSING = _Nothing()
-NOT_PLAIN = _Nothing()
-
-
-@dataclass(frozen=True, slots=True)
-class Attribute:
-    """One attribute of one object; ``label`` is what a person calls it: ``h.0.attn.scale``."""
-
-    owner: Any
-    name: str
-    label: str
-
-    def value(self) -> Any:
-        return getattr(self.owner, self.name, MISSING)
+NOT_PLAIN = Nothing()
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,13 +80,6 @@ class State:
 
 
 Update = Callable[[State], Any]
-
-
-@dataclass(frozen=True)
-class Same:
-    """A value that is known by identity alone, as a tensor."""
-
-    value: Any
 
 
 @dataclass(frozen=True)
@@ -180,32 +161,84 @@ class Attributes:
     questions: tuple[tuple[Update, Any], ...] = ()
     updates: tuple[Effect, ...] = ()
     draws: Draws = field(default_factory=Draws)
+    facts: tuple[Fact, ...] = ()  # of code, and of what it reads elsewhere
+    apart: frozenset[int] = frozenset()  # identities of the namespaces that the caller looks after
     _ahead: list[Ahead] = field(default_factory=list)  # what the present call draws
-    _fast: list[tuple[Any, str, Any, type]] = field(default_factory=list)
+    _seen: list[tuple[Sweep, int]] = field(default_factory=list)  # the last look at which everything held
+    _fast: list[tuple[Attribute, Any, str, Any, type]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         for a, value in self.read:
             expected = value.value if isinstance(value, Same) else value.kind if isinstance(value, OfKind) else value
-            self._fast.append((a.owner, a.name, expected, type(value)))
+            self._fast.append((a, a.owner, a.name, expected, type(value)))
 
-    def changed(self) -> str:
-        """Why the trace does not hold for the attributes' present values; empty if it does."""
-        for owner, name, expected, kind in self._fast:
+    def changed(self, state: int = -1) -> str:
+        """Why the trace does not hold for what stands in its places now; empty if it does.
+
+        Args:
+            state: that of the namespaces ``apart``: as long as it is the same, nothing in them has changed. Without one
+                everything is looked at closely.
+        """
+        sweep, seen = self._seen[0] if self._seen else (None, -1)
+        quiet = state >= 0 and sweep is not None and sweep.holds()
+        if not quiet or seen != state:
+            if changed := self._looked_at(apart_alone=quiet):
+                return changed
+            kept = sweep if quiet and not self._holds_containers_apart else None
+            self._seen[:] = [(kept or self._sweep(), state)]
+        if self.draws.made:
+            self._ahead[:] = [self.draws.ahead()]
+        return self._changed_answer() if self.numbers or self.draws.made else ""
+
+    @cached_property
+    def are_followed(self) -> bool:
+        """Whether there are updates of attributes, and none is one that the trace holds for."""
+        places = [effect.place for effect in self.updates if isinstance(effect, Setting)]
+        read = {(id(attribute.owner), attribute.name) for attribute, _ in self.read}
+        return bool(places) and not any((id(place.owner), place.name) in read for place in places)
+
+    @cached_property
+    def _holds_containers_apart(self) -> bool:
+        apart = [attribute for attribute, _ in self.read if self._is_apart(attribute)]
+        return any(not isinstance(imprint(attribute.value()), Same) for attribute in apart) or bool(self.held)
+
+    def _is_apart(self, place: Any) -> bool:
+        owner = getattr(place, "owner", None)
+        return id(place.namespace if isinstance(place, Entry) else getattr(owner, "__dict__", None)) in self.apart
+
+    def _sweep(self) -> Sweep:
+        """A sweep of all places, and of all containers in them."""
+        places: list[Any] = [*(attribute for attribute, _ in self.read), *(fact.place for fact in self.facts)]
+        containers: list[Any] = []
+        for held in self.held:
+            place: Place = held.place
+            while isinstance(place, Item):
+                containers.append(place.value())
+                place = place.holder
+            places.append(place)
+        for place in places:
+            imprint(place.value(), containers.append)
+        return Sweep(places=places, containers=containers, apart=self.apart)
+
+    def _looked_at(self, apart_alone: bool) -> str:
+        """What has changed, by a close look; at what stands in namespaces apart alone, or everywhere."""
+        for attribute, owner, name, expected, kind in self._fast:
+            if apart_alone and not self._is_apart(attribute):
+                continue
             seen = getattr(owner, name, MISSING)
             if seen is expected or (type(seen) is kind and seen == expected and kind is not tuple):
                 continue
             if kind is OfKind and type(seen) is expected:
                 continue
             if kind is not tuple or frozen(seen) != expected:
-                label = next(a.label for a, _ in self.read if a.owner is owner and a.name == name)
+                label = attribute.label
                 if kind is Same and type(seen) is type(expected):
                     return f"{label} is another {type(seen).__name__} than in the trace"
                 return f"{label} is {_short(seen)}, the trace holds for {_short(expected)}"
         if changed := next(filter(None, (held.changed() for held in self.held)), ""):
             return changed
-        if self.draws.made:
-            self._ahead[:] = [self.draws.ahead()]
-        return self._changed_answer() if self.numbers or self.draws.made else ""
+        facts = (fact for fact in self.facts if not apart_alone or self._is_apart(fact.place))
+        return next(filter(None, (fact.changed() for fact in facts)), "")
 
     def _changed_answer(self) -> str:
         state = self.state({}, {})

@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.modules import module as torch_module
 
 from pipecompile.capture.captured import Captured
 from pipecompile.capture.innermost import Part, next_whole
@@ -87,13 +89,18 @@ def _with_leaves(
     reasons: list[str],
 ) -> Captured:
     """Traces until no more parts have to be kept whole; adds them, with the reason, to ``kept``."""
-    follow = True  # random numbers of Python and numpy have stand-ins, which not all code takes
+    wanted = torch.is_grad_enabled()
+    gradients = follow = True  # random numbers of Python and numpy have stand-ins, which not all code takes
     while True:
-        attempt = partial(Trace, model, call, rows, forward, symbolic, kept, reach, follow=follow)
+        attempt = partial(Trace, model, call, rows, forward, symbolic, kept, reach, follow=follow, gradients=gradients)
         trace = attempt()
         try:
             with CAPTURING.taken():
                 captured = trace.run(reasons)
+                if trace.asks_for_gradients and gradients != wanted:
+                    gradients = wanted
+                    continue
+                _refuse_inference_mode(trace)
                 return _following(captured, trace, attempt, reasons)
         except Exception as error:
             if trace.stood_in:
@@ -112,6 +119,14 @@ def _with_leaves(
             kept[part] = str(error).splitlines()[0][:200] or type(error).__name__
 
 
+def _refuse_inference_mode(trace: Trace) -> None:
+    if torch.is_inference_mode_enabled() and torch.is_inference_mode_enabled in trace.recorder.ran.asked:
+        raise CaptureError(
+            "forward asks torch.is_inference_mode_enabled(), and a trace cannot answer that it is on; call the "
+            "pipeline under torch.no_grad() in place of torch.inference_mode()"
+        )
+
+
 def _following(first: Captured, trace: Trace, again: Callable[..., Trace], reasons: list[str]) -> Captured:
     """A trace that follows the numbers which the forward reads and sets; the first one if that cannot be done."""
     if not trace.counters:
@@ -124,8 +139,23 @@ def _following(first: Captured, trace: Trace, again: Callable[..., Trace], reaso
 
 
 def _with_backward_hooks(model: nn.Module) -> dict[Part, str]:
-    """Modules whose own backward hooks a graph of functions would lose."""
-    hooked = [path for path, m in model.named_modules() if m._backward_hooks or m._backward_pre_hooks]
+    """Modules whose own backward hooks a graph of functions would lose.
+
+    Raises:
+        CaptureError: a hook stands where a split model has no place for it.
+    """
+    if torch_module._global_backward_hooks or torch_module._global_backward_pre_hooks:
+        raise CaptureError(
+            "there are backward hooks of all modules (register_module_full_backward_hook), and a split model has other "
+            "modules; remove them, and register_full_backward_hook on the modules inside that they are for"
+        )
+    hooked = {path: m for path, m in model.named_modules() if m._backward_hooks or m._backward_pre_hooks}
+    for path, module in hooked.items():
+        if module._backward_hooks and module._is_full_backward_hook is False:
+            raise CaptureError(
+                f"module {path!r} has a hook of register_backward_hook, whose gradients are those of the module's last "
+                f"function alone, which a split model does not keep; use register_full_backward_hook"
+            )
     if "" in hooked:
         raise CaptureError(
             "the model itself has a backward hook (register_full_backward_hook), which a split model has no place for; "

@@ -24,7 +24,7 @@ class Call:
 
     ``tensors`` have their batch in the first dimension; ``dims`` says which have it elsewhere in the user's call.
     ``key`` is equal for two calls exactly if they have the same tree, the same numbers, strings and flags, and tensors
-    of the same dtypes and ranks that want gradients alike.
+    of the same dtypes, ranks and orders in memory that want gradients alike.
     """
 
     tensors: Mapping[str, Tensor]
@@ -118,8 +118,17 @@ def _names(forward: Callable[..., Any], paths: Sequence[tuple[Any, ...]]) -> tup
 
 
 def _key(spec: Any, leaves: tuple[Any, ...], tensors: Mapping[str, Tensor]) -> tuple[Any, ...]:
-    described = tuple((n, t.dtype, t.ndim, t.requires_grad) for n, t in tensors.items())
+    described = tuple((n, t.dtype, t.ndim, t.requires_grad, order_of(t)) for n, t in tensors.items())
     return (str(spec), tuple(_hashable(leaf) for leaf in leaves), described)
+
+
+def order_of(tensor: Tensor) -> tuple[int, ...] | None:
+    """The dimensions from the widest stride to the narrowest; None if they lie in memory as they are counted."""
+    if tensor.is_contiguous():
+        return None
+    strides = tensor.stride()
+    order = tuple(sorted(range(tensor.ndim), key=lambda dim: -strides[dim]))
+    return None if order == tuple(range(tensor.ndim)) else order
 
 
 def _hashable(leaf: Any) -> Any:

@@ -21,6 +21,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from pipecompile.errors import DependsOnData, ExecutionError
+from pipecompile.modules import called_bare
 from pipecompile.randomness import compared
 from pipecompile.retarget import retarget
 
@@ -125,6 +126,9 @@ class Leaf(nn.Module):
         self.__dict__["inner"] = inner  # not a submodule: names would change
         self._parameters, self._buffers, self._modules = inner._parameters, inner._buffers, inner._modules
         self.calls = tuple(calls)
+
+    def __call__(self, *args: Any) -> Any:
+        return called_bare(self, *args)
 
     def forward(self, number: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         args, kwargs = self.calls[number].rebuild(tensors)

@@ -2,27 +2,31 @@
 
 Attribute access is watched where it happens: in the classes of modules, and in those of the objects that modules hold
 (a config), as they come into sight. What ``torch.nn.Module`` keeps for itself is not watched: hooks, modes and tensors
-are compared elsewhere. What a forward reads from globals and closures is not seen.
+are compared elsewhere. What a forward reads from globals and closures is known from its code (``code.py``).
 """
 
 from __future__ import annotations
 
 import sys
 import threading
+from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from functools import partial
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
 
 from pipecompile.capture.attributes import LONGEST, MISSING, NOT_PLAIN, TORCHS_OWN, Attribute, Same, frozen
+from pipecompile.capture.imprints import HEAP_TYPE
 from pipecompile.capture.ledgers import Ledgers, is_stand_in, ledger_of
+from pipecompile.capture.places import Entry
 from pipecompile.capture.state import Change, Snapshot, changes_of, restore, snapshot
 
 _NO_HOLDERS = (Tensor, type, ModuleType, FunctionType, BuiltinFunctionType, MethodType)
 _FOREIGN = sys.stdlib_module_names | {"torch", "numpy"}  # what they keep is no option of a model
-_HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that Python code has made
+DEEPEST = 4  # containers within containers in which objects are looked for
 
 Key = tuple[int, str]
 
@@ -49,6 +53,7 @@ class Reads:
         self.ledgers = ledgers
         self.seen = set(ignored)
         self.found: dict[Key, tuple[Attribute, Any]] = {}  # with the value before the trace, frozen
+        self.places: dict[Key, Entry | Attribute] = {}  # places to look at when all has been put back
         self.holders: list[tuple[Any, str, Snapshot, Set[str] | None]] = []  # all but the model's modules, as they were
         self.met: set[int] = set()  # objects that modules hold, which are watched
         self.made: dict[int, nn.Module] = {}  # modules that the forward itself makes, kept alive for their identity
@@ -98,25 +103,29 @@ class Reads:
         self.seen.add(key)
         held = state.get(name, MISSING)
         value = ledger_of(value).original if is_stand_in(value) else self.ledgers.original(owner, name, value)
-        if held is MISSING and (name in owner.__dict__ or _is_computed(type(owner), name)):
+        label = f"{self._label(owner)}{name}"
+        if held is MISSING and (name in owner.__dict__ or self._is_computed(owner, name, label)):
             return  # set by the forward itself; or what the property or method reads is seen by itself
         if held is not MISSING and held is not value:
             return  # set by the forward itself
-        label = f"{self._label(owner)}{name}"
-        for item in _within(value):
-            self._meet(item, label)
+        self.meet(value, label)
         plain = frozen(value)
-        if plain is not NOT_PLAIN:
+        if isinstance(value, SimpleNamespace | Namespace | partial) or (
+            plain is NOT_PLAIN and isinstance(value, tuple)
+        ):
+            self.places[key] = Attribute(owner, name, label)
+        elif plain is not NOT_PLAIN:
             self.found[key] = (Attribute(owner, name, label), plain)
         elif held is value and id(value) not in self.ledgers.made and not isinstance(value, nn.Module):
             self.found[key] = (Attribute(owner, name, label), Same(value))
 
     def _see_missing(self, owner: Any, name: str) -> None:
-        if name[:2] == "__" or getattr(type(owner), "__getattr__", None) is not nn.Module.__getattr__:
-            return
-        if id(owner) in self.made:
+        if name[:2] == "__" or id(owner) in self.made or self._state(owner) is None:
             return
         state = object.__getattribute__(owner, "__dict__")
+        if getattr(type(owner), "__getattr__", None) is not nn.Module.__getattr__:
+            self.places.setdefault((id(owner), name), Entry(state, name, self._label(owner) + name))
+            return
         if not any(name in state.get(table, ()) for table in ("_parameters", "_buffers", "_modules")):
             self.found.setdefault((id(owner), name), (Attribute(owner, name, self._label(owner) + name), MISSING))
 
@@ -134,10 +143,32 @@ class Reads:
             self._hold(owner, type(owner).__name__)
         return self.states.get(id(owner))
 
+    def _is_computed(self, owner: Any, name: str, label: str) -> bool:
+        """Whether an attribute is a method or property of the owner's class, which one of its own would hide."""
+        if not _is_computed(type(owner), name):
+            return False
+        if not isinstance(owner, nn.Module) or name not in vars(nn.Module) or name == "forward":
+            self.places[id(owner), name] = Entry(owner.__dict__, name, label)
+        return True
+
+    def meet(self, value: Any, label: str, depth: int = 0) -> None:
+        """Watches an object that the forward finds, from now on, and those in a short list, tuple or dict."""
+        value = ledger_of(value).original if is_stand_in(value) else value
+        match value:
+            case dict() | list() | tuple() if len(value) <= LONGEST and depth < DEEPEST:
+                for item in [*dict.values(value)] if isinstance(value, dict) else value:
+                    self.meet(item, label, depth + 1)
+            case MethodType():
+                self._meet(value.__self__, label)
+            case partial():
+                self.meet((value.func, value.args, value.keywords), label, depth + 1)
+            case SimpleNamespace():
+                self.meet(vars(value), label, depth + 1)
+        self._meet(value, label)
+
     def _meet(self, value: Any, label: str) -> None:
-        """Watches an object that a module holds, from now on."""
         kind = type(value)
-        if id(value) in self.met or not kind.__flags__ & _HEAP_TYPE or isinstance(value, _NO_HOLDERS):
+        if id(value) in self.met or not kind.__flags__ & HEAP_TYPE or isinstance(value, _NO_HOLDERS):
             return
         if kind.__module__.split(".")[0] in _FOREIGN or not hasattr(value, "__dict__"):
             return
@@ -183,13 +214,6 @@ class Reads:
     def _label(self, owner: Any) -> str:
         label = self.labels.get(id(owner), type(owner).__name__)
         return f"{label}." if label else ""
-
-
-def _within(value: Any) -> list[Any]:
-    """A value, or the values in a short list, tuple or dict."""
-    if isinstance(value, dict | list | tuple) and len(value) <= LONGEST:
-        return list(value.values() if isinstance(value, dict) else value)
-    return [value]
 
 
 def _is_computed(kind: type, name: str) -> bool:

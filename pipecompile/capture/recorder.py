@@ -37,12 +37,13 @@ from pipecompile.capture.leaves import FunctionLeaf, LeafCall, attribute_of
 from pipecompile.capture.ledgers import without_stand_ins
 from pipecompile.capture.numbers import Argument, Number, WholeArgument, is_number
 from pipecompile.capture.origin import Origin, origin_of
+from pipecompile.capture.ran import Ran
 from pipecompile.capture.stand_ins import STAND_INS
 from pipecompile.capture.symbols import Sizes
 from pipecompile.capture.values import READS, Values
 from pipecompile.errors import CaptureError, DependsOnData
 from pipecompile.functions import hooked, setitem
-from pipecompile.lines import user_line
+from pipecompile.lines import caller_file, is_library, user_line
 from pipecompile.regions import PLAIN, Region
 
 _SET_REQUIRES_GRAD = Tensor.requires_grad.__set__  # type: ignore[attr-defined]
@@ -56,6 +57,9 @@ DATA_DEPENDENT = (
     UnsupportedOperatorException,
     GuardOnDataDependentSymNode,
 )
+
+
+_OF_HISTORY = frozenset(getattr(Tensor, name).__get__ for name in ("requires_grad", "grad_fn", "is_leaf"))
 
 
 class Recorder(TorchFunctionMode):
@@ -89,6 +93,7 @@ class Recorder(TorchFunctionMode):
         self.leaves = leaves
         self.learn = learn
         self.number = number
+        self.ran = Ran()
         self.leaf_calls: dict[str, list[LeafCall]] = {}  # by path
         self.inside_leaf = False
         self.fakes: dict[int, Tensor] = {}  # by the identity of the real tensor
@@ -189,10 +194,18 @@ class Recorder(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        looking = self.ran.pause()
+        try:
+            return self._called(func, args, kwargs or {}, looking)
+        finally:
+            self.ran.resume(looking)
+
+    def _called(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], looking: bool) -> Any:
         if self.inside_leaf or self.inside_transform:
             return func(*args, **kwargs)
         args, kwargs = without_stand_ins(args), without_stand_ins(kwargs)
+        if func in _OF_HISTORY and id(args[0]) not in self.names and not is_library(caller_file(2)):
+            self.ran.asked.add(torch.is_grad_enabled)  # what the tensor answers follows from that
         if func is torch.autograd.grad:
             with self.below():
                 return func(*args, **kwargs)
@@ -203,6 +216,7 @@ class Recorder(TorchFunctionMode):
         elif func == _SET_REQUIRES_GRAD:
             return self.call(Tensor.requires_grad_, args, kwargs, Tensor.requires_grad_)
         elif takes_function(func, args, kwargs):
+            self.ran.resume(looking)  # the body calls functions of the model's
             with self:
                 return body_of(func)(*args, **kwargs)
         return self.call(func, args, kwargs, func)

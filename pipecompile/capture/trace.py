@@ -22,8 +22,9 @@ from pipecompile.capture.calls import is_real
 from pipecompile.capture.captured import Captured, Output, device_of, sample_sizes
 from pipecompile.capture.data_sizes import largest_sizes
 from pipecompile.capture.evaluate import META_TO_CPU, Evaluator
+from pipecompile.capture.imprints import imprint
 from pipecompile.capture.innermost import Part, name_of_part
-from pipecompile.capture.inputs import Call
+from pipecompile.capture.inputs import Call, TensorName, order_of
 from pipecompile.capture.learn import fake_result, learn
 from pipecompile.capture.leaves import Leaf, LeafCall, attribute_of
 from pipecompile.capture.ledgers import without_stand_ins
@@ -31,6 +32,7 @@ from pipecompile.capture.memos import forgotten
 from pipecompile.capture.numbers import Number, is_number
 from pipecompile.capture.origin import Origin, origin_of
 from pipecompile.capture.patches import patched
+from pipecompile.capture.places import Answer, Fact
 from pipecompile.capture.purity import has_effect
 from pipecompile.capture.reach import Reach
 from pipecompile.capture.recomputed import recomputed
@@ -66,6 +68,7 @@ class Trace:
         reach: Reach,
         numbers: Sequence[Attribute] = (),
         follow: bool = True,
+        gradients: bool = True,
     ) -> None:
         self.model = model
         self.reach = reach
@@ -97,6 +100,7 @@ class Trace:
         self.drew_whole = False  # whether a part that is kept whole drew some
         self.inputs: dict[str, Number] = {}  # numbers that the graph takes as inputs
         self.number_nodes: dict[str, fx.Node] = {}
+        self.gradients = gradients
         self.counters: tuple[Attribute, ...] = ()  # numbers that the forward has read and set
         self.left: dict[str, Output] = {}  # what the forward leaves behind, by node
 
@@ -114,6 +118,7 @@ class Trace:
             with_fakes(self.model, fakes, self._is_used) as changes,
             without_caches(self.model) as (notes, caches),
         ):
+            plain = [leaf for leaf in self.call.leaves if not isinstance(leaf, TensorName)]
             watch = Watch(
                 self.model,
                 self.reach,
@@ -122,6 +127,8 @@ class Trace:
                 caches,
                 self.follow,
                 lambda: self.recorder.inside_leaf,
+                self.recorder.ran,
+                plain,
             )
             try:
                 with watch.watching(), forgotten(self.model):
@@ -130,12 +137,28 @@ class Trace:
                 self.stood_in, self.drew_whole = watch.drawing.stood_in, watch.drawing.in_leaf
         watch.note([*changes.attributes, *self._frozen(fakes)])
         self.counters = watch.counters
+        self.recorder.ran.add(part for part in self.kept if isinstance(part, FunctionType))
         whole = {path: module for path, module in self.model.named_modules() if path in self.kept}
         self._write_back(fakes, changes.rebound)
         attributes = watch.attributes(whole, self._left_behind)
+        attributes = replace(attributes, facts=(*attributes.facts, *self._modes_asked()))
         notes += self._give_up_notes(reasons)
         notes += [f"{name_of_part(part)} is kept whole: {why}" for part, why in self.kept.items()]
         return self._finish(without_stand_ins(out), attributes, notes)
+
+    @property
+    def asks_for_gradients(self) -> bool:
+        """Whether the model's Python has asked if gradients are on."""
+        return torch.is_grad_enabled in self.recorder.ran.asked
+
+    def _modes_asked(self) -> list[Fact]:
+        """The answers that the trace gave about the modes of the calling thread."""
+        given = {torch.is_grad_enabled: self.gradients, torch.is_inference_mode_enabled: False}
+        return [
+            Fact(Answer(ask, f"torch.{ask.__name__}()"), imprint(answer), str(answer))
+            for ask, answer in given.items()
+            if ask in self.recorder.ran.asked
+        ]
 
     def _frozen(self, fakes: Mapping[str, Tensor]) -> list[Change]:
         """The parameters that the forward itself has frozen, or made to train."""
@@ -149,7 +172,7 @@ class Trace:
     def _run(self, inputs: Mapping[str, Tensor], paths: Mapping[int, str]) -> Any:
         try:
             with (
-                torch.enable_grad(),
+                torch.set_grad_enabled(self.gradients),
                 self.mode,
                 enable_python_dispatcher(),
                 patched(
@@ -171,8 +194,10 @@ class Trace:
         fakes: dict[str, Tensor] = {}
         for name, real in self.call.tensors.items():
             shape = [self._size(name, real, dim, symbols) for dim in range(real.ndim)]
+            order = order_of(real)
             with self.mode, torch.no_grad():
-                fake = torch.empty(shape, dtype=real.dtype, device=self.device)
+                fake = torch.empty([shape[d] for d in order or range(real.ndim)], dtype=real.dtype, device=self.device)
+                fake = fake if order is None else fake.permute(sorted(range(real.ndim), key=order.__getitem__))
             fake.requires_grad_(real.requires_grad)
             placeholder = self.graph.create_node("placeholder", name, name=name)
             placeholder.meta["origin"] = Origin()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
@@ -23,10 +24,13 @@ from pipecompile.capture.attributes import (
     Update,
     frozen,
 )
+from pipecompile.capture.code import CodeRead, known_place
 from pipecompile.capture.drawing import Drawing
 from pipecompile.capture.ledgers import Ledgers
 from pipecompile.capture.numbers import seen_in_place, start
-from pipecompile.capture.owners import put
+from pipecompile.capture.owners import owns_names, put
+from pipecompile.capture.places import Fact
+from pipecompile.capture.ran import Ran
 from pipecompile.capture.reach import Reach
 from pipecompile.capture.reads import Key, Reads
 from pipecompile.capture.recipes import Recipes
@@ -45,6 +49,8 @@ class Watch:
         ignored: attributes, by owner's identity and name, on which the trace does not depend.
         follow: whether random numbers that the forward draws have stand-ins.
         is_leaf: whether a part is being run that is kept whole.
+        ran: receives the functions that run.
+        arguments: those of the call, without tensors.
     """
 
     def __init__(
@@ -56,10 +62,14 @@ class Watch:
         ignored: Set[Key] = frozenset(),
         follow: bool = True,
         is_leaf: Callable[[], bool] = lambda: False,
+        ran: Ran | None = None,
+        arguments: Sequence[Any] = (),
     ) -> None:
         paths = {id(module): path for path, module in reversed([*model.named_modules()])}
         self.model = model
         self.reach = reach
+        self.code = CodeRead(ran or Ran())
+        self.arguments = arguments
         self.numbers = tuple(numbers)
         self.questions: list[tuple[Update, Any]] = []
         self.drawing = Drawing(reach.generators, self.questions, follow, is_leaf)
@@ -79,11 +89,25 @@ class Watch:
                 value = number.value()  # before its owner is watched
                 reads.hold(number)
                 put(number.owner, number.name, start(value, (id(number.owner), number.name), self.questions))
-            with reads.watching(), self.drawing.watching(), seen_in_place():
+            with reads.watching(), self.drawing.watching(), seen_in_place(), self.code.ran.seen(self._begun):
+                self._meet_given()
                 yield
         finally:
             self.ledgers.take_back()
             self.changes += reads.changes()
+
+    def _meet_given(self) -> None:
+        """Objects that the forward finds where no attribute is read: hooks and arguments."""
+        for argument in self.arguments:
+            self.reads.meet(argument, "an argument")
+        for module in self.model.modules():
+            for table in ("_forward_hooks", "_forward_pre_hooks"):
+                for hook in module.__dict__[table].values():
+                    self.reads.meet(hook, f"a hook of {type(module).__name__}")
+
+    def _begun(self, frame: FrameType) -> None:
+        for value, label in self.code.begun(frame):
+            self.reads.meet(value, label)
 
     def note(self, changes: Iterable[Change]) -> None:
         """Takes up what was set on the model's modules, and guards what was set where reads are not seen."""
@@ -131,7 +155,17 @@ class Watch:
             questions=tuple(self.questions),
             updates=tuple(self._effects(Recipes(tensor, self._known))),
             draws=self.drawing.draws(),
+            facts=(*map(Fact.of, self.reads.places.values()), *self._code_facts()),
+            apart=frozenset(id(module.__dict__) for module in self.model.modules()),
         )
+
+    def _code_facts(self) -> list[Fact]:
+        """What the functions that ran depend on, but for places that the forward sets and containers that it fills."""
+        owners = [*self.model.modules(), *(owner for owner, *_ in self.reads.holders)]
+        kinds = {type(owner) for owner in owners if owns_names(owner)}
+        known = {known_place(change.place.owner, change.place.name) for change in self.changes}
+        known |= {known_place(number.owner, number.name) for number in self.numbers}
+        return self.code.facts(kinds, known, self.ledgers.made.keys())
 
     @property
     def _known(self) -> set[int]:

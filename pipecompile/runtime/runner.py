@@ -53,7 +53,8 @@ class Runner:
         self.weights = weights
         self.lane = lane
         module = stage.module
-        self.names = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
+        far = [name for name, buffer in module.named_buffers() if buffer.device != stage.device]
+        self.names = {*(name for name, _ in module.named_parameters()), *far}
 
     def forward(self, microbatch: Microbatch, received: Mapping[int, Values]) -> dict[int, Values]:
         """Runs one microbatch; returns what each later stage reads."""
