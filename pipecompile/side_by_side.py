@@ -1,8 +1,8 @@
 """One step of a split model, and the same step of the unsplit model, each as numbers by name.
 
-The unsplit model is the model's own forward on its own parameters, run on the whole batch. Gradients come from
-``torch.autograd.grad``, so that no ``.grad`` changes. What a pipeline does otherwise on purpose is done to the unsplit
-model too, so that both can be compared on the whole batch: batch normalisation takes the statistics of each microbatch,
+The unsplit model is the model's own forward on its own parameters, run on the whole batch. Gradients gather in
+``.grad``, which is as before at the end. What a pipeline does otherwise on purpose is done to the unsplit model too, so
+that both can be compared on the whole batch: batch normalisation takes the statistics of each microbatch,
 and random functions draw the same numbers for every row. Where a pipeline still differs by nature from the unsplit
 model on the whole batch (``apart``), the unsplit model runs the microbatches one after the other.
 """
@@ -26,7 +26,7 @@ from pipecompile import steps
 from pipecompile.batching import SHARED, Batched, Kind, Rows, by_shape, gather, scatter
 from pipecompile.capture import Call, Captured, Output
 from pipecompile.capture.attributes import NOT_PLAIN, TORCHS_OWN, frozen
-from pipecompile.capture.containers import contents, is_same
+from pipecompile.capture.containers import contents, is_same, kind_of
 from pipecompile.capture.origin import origin_of
 from pipecompile.capture.owners import names_of
 from pipecompile.capture.purity import is_random
@@ -245,16 +245,14 @@ def _gradients(trial: Trial, leaves: Sequence[Any], seeds: Mapping[int, Tensor])
         for kind in {tensor.device.type for tensor in tensors}:
             stack.enter_context(torch.autocast(kind, enabled=False))
         roots = [leaves[i] for i in starts]
-        gradients = tuple(starts.values())
-        # torch.autograd.grad itself would leave function modes, in which a checkpoint runs its forward once more
-        found: list[Tensor | None] = list(
-            _engine_run_backward(tuple(roots), gradients, False, False, tuple(tensors), True, accumulate_grad=False)
+        # torch.autograd.grad would leave function modes, in which a checkpoint runs its forward once more, and is
+        # refused by reentrant checkpoints; so gradients gather in the leaves
+        _engine_run_backward(
+            tuple(roots), tuple(starts.values()), False, False, (), allow_unreachable=True, accumulate_grad=True
         )
-    for position, tensor in enumerate(tensors):  # what a backward that runs modules by itself has added
-        if isinstance(tensor, nn.Parameter) and tensor.grad is not None:
-            mine = found[position]
-            found[position] = tensor.grad if mine is None else mine + tensor.grad
-            tensor.grad = None
+    found = [tensor.grad for tensor in tensors]
+    for tensor in tensors:
+        tensor.grad = None
     return found
 
 
@@ -363,10 +361,17 @@ def _observed(trial: Trial) -> Iterator[_Seen]:
 def _changes(label: str, now: Mapping[str, Any], before: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """The attributes of one owner that have been set; what torch keeps for itself is compared elsewhere."""
     for name, value in now.items():
-        if name not in TORCHS_OWN and (name not in before or before[name] is not value):
+        if name not in TORCHS_OWN and (name not in before or not _is_as_before(value, before[name])):
             yield from _comparable(f"{label}.{name}" if label else name, value)
     for name in before.keys() - now.keys():
         yield f"{label}.{name}" if label else name, "deleted"
+
+
+def _is_as_before(value: Any, before: Any) -> bool:
+    """Whether an attribute holds the same object, or a container with the same contents."""
+    if value is before:
+        return True
+    return type(value) is type(before) and kind_of(value) is not None and is_same(contents(value), contents(before))
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
