@@ -212,7 +212,7 @@ class Pipeline(nn.Module):
             self.options.loss,
             trains,
             self.options.batch_norm == "deferred",
-            bool(self.options.allow_microbatch),
+            bool(self.options.allow_microbatch or self.options.out_dims),
             self.options.out_dims,
         )
         self._proofs[key] = prove(trial)
@@ -251,7 +251,7 @@ class Pipeline(nn.Module):
             self.options.loss,
             self.devices,
             self.options.batch_norm == "deferred",
-            bool(self.options.allow_microbatch),
+            bool(self.options.allow_microbatch or self.options.out_dims),
             self.options.out_dims,
         )
         try:

@@ -199,6 +199,9 @@ class _Alike(TorchFunctionMode):
 def _draw_alike(function: Callable[..., Any], args: Any, kwargs: Any, device: torch.device) -> Any:
     if draws_by_row(function):
         return drawn_by_row(function, args, kwargs, _ALIKE)
+    if is_opaque(function):  # what it calls draws alike
+        with _Alike():
+            return function(*args, **kwargs)
     return _draw(function, args, kwargs, _ALIKE, device)
 
 

@@ -147,14 +147,14 @@ def split_step(trial: Trial) -> tuple[Run, dict[int, Tensor]]:
 
     The model is left as it was.
     """
-    batch = trial.batch
+    batch, tensors = trial.batch, trial.tensors
     drawn = trial.captured.attributes.tried()
     with drawn, _observed(trial) as seen, closing(Session(trial.devices, None)) as session:
         with torch.set_grad_enabled(trial.trains):
             out = steps.run(session, batch, trial.loss_output, trial.schedule)
             leaves = leaves_of(out)
             seeds = _seeds(trial, leaves)
-            found = _gradients(trial, leaves, seeds)
+            found = _gradients(tensors, leaves, seeds)
         batch.leave()
     return _run(trial, out, leaves, found, seen), seeds
 
@@ -169,10 +169,10 @@ def unsplit_step(
         seeds: gradients of the outputs, by position; None: those that a split step would give.
         device: where to run it; by default where the first of its tensors is.
     """
-    batch, outputs = trial.batch, trial.captured.outputs
+    batch, outputs, tensors = trial.batch, trial.captured.outputs, trial.tensors
     starts = {i: _spread(_kind(trial, outputs[i]), seed, rows) for i, seed in (seeds or {}).items()}
     gathered: list[list[Any]] = []
-    found: list[Tensor | None] = [None] * len(trial.tensors)
+    found: list[Tensor | None] = [None] * len(tensors)
     with _observed(trial) as seen, without_caches(trial.model), torch.set_grad_enabled(trial.trains):
         forward = on_one_device(trial.model, trial.forward, device)
         for k, part in enumerate(scatter(batch.call, rows) if len(rows) > 1 else [batch.call.tensors]):
@@ -181,7 +181,7 @@ def unsplit_step(
                 out = forward(*args, **kwargs)  # and the backward, where checkpoints run again
                 leaves = leaves_of(out)
                 given = {i: parts[k].to(leaves[i].device) for i, parts in starts.items()}
-                new = _gradients(trial, leaves, _seeds(trial, leaves) if seeds is None else given)
+                new = _gradients(tensors, leaves, _seeds(trial, leaves) if seeds is None else given)
             found = [a if b is None else b if a is None else a + b for a, b in zip(found, new, strict=True)]
             gathered.append([leaf.detach() if isinstance(leaf, Tensor) and len(rows) > 1 else leaf for leaf in leaves])
     joined = gathered[0]
@@ -235,9 +235,8 @@ def _seeds(trial: Trial, leaves: Sequence[Any]) -> dict[int, Tensor]:
     return {i: torch.randn(leaves[i].shape, generator=generator).to(leaves[i]) for i in wanted}
 
 
-def _gradients(trial: Trial, leaves: Sequence[Any], seeds: Mapping[int, Tensor]) -> list[Tensor | None]:
-    """The gradient of each of the trial's ``tensors``."""
-    tensors = trial.tensors
+def _gradients(tensors: Sequence[Tensor], leaves: Sequence[Any], seeds: Mapping[int, Tensor]) -> list[Tensor | None]:
+    """The gradient of each of some leaves."""
     starts = {i: seed for i, seed in seeds.items() if leaves[i].requires_grad}
     if not starts or not tensors:
         return [None] * len(tensors)
@@ -335,6 +334,7 @@ def _observed(trial: Trial) -> Iterator[_Seen]:
     tables = {id(vars(module).get(name)) for module in model.modules() for name in TORCHS_OWN}
     containers = [(holder, label, contents(holder)) for holder, label in reach.containers if id(holder) not in tables]
     weights = {name: (p, p.data, p.detach().clone(), p.grad) for name, p in model.named_parameters()}
+    trained = {name: p.requires_grad for name, p in model.named_parameters()}
     with left_as_before(model, functions, reach=reach):
         try:
             for p, *_ in weights.values():
@@ -344,13 +344,16 @@ def _observed(trial: Trial) -> Iterator[_Seen]:
             for name, (p, memory, value, _) in weights.items():
                 if p.data_ptr() != memory.data_ptr() or not _same(p.detach(), value):
                     seen.parameters[name] = p.detach().clone()
+                if p.requires_grad != trained[name]:
+                    seen.attributes[f"{name}.requires_grad"] = p.requires_grad
             for label, owner, names, state in before:
                 seen.attributes.update(_changes(label, names_of(owner, names), state))
             for holder, label, items in containers:
                 if not is_same(contents(holder), items):
                     seen.attributes.update(_comparable(label, holder))
         finally:
-            for p, memory, value, gradient in weights.values():
+            for name, (p, memory, value, gradient) in weights.items():
+                p.requires_grad_(trained[name])
                 if p.data_ptr() != memory.data_ptr():
                     p.data = memory
                 if not _same(p.detach(), value):
