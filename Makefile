@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench zoo ragged wild
+.PHONY: demo test check bench zoo ragged wild opdb nightly
 
 demo: .venv/installed
 	$(BIN)/python examples/train_gpt2.py
@@ -27,6 +27,11 @@ ragged: .venv/installed
 
 wild: .venv-wild/installed
 	.venv-wild/bin/python tests/wild_run.py --jobs 2 --results out/wild.json --write
+
+opdb: .venv/installed
+	$(BIN)/python tests/opdb_run.py --jobs 2
+
+nightly: zoo ragged opdb wild
 
 .venv/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -26,7 +26,7 @@ from pipecompile.capture.origin import origin_of
 from pipecompile.capture.state import attributes_kept
 from pipecompile.compiled import Compiled, find_loss, misfit
 from pipecompile.devices import cluster_of
-from pipecompile.errors import InputError
+from pipecompile.errors import CaptureError, InputError
 from pipecompile.graph import CostedGraph, Graph
 from pipecompile.options import Options
 from pipecompile.partition import carry_over
@@ -204,7 +204,7 @@ def _divided(trace: _Tracer, rows: Rows, options: Options) -> Division:
         small = large = replace(whole, microbatch=rows.counts[0], checked={})
     else:
         narrower = SYMBOLIC_ATTEMPTS[SYMBOLIC_ATTEMPTS.index(whole.symbolic) :]  # for the same nodes
-        small, large = trace(rows.counts, narrower), whole
+        small, large = _of_a_microbatch(trace, rows, narrower), whole
         if differ := twins_differ(small, large):
             warnings.warn(f"{differ}; so every batch of {call.batch} rows is run as one microbatch", stacklevel=2)
             return undivided(whole, one_part=True)
@@ -214,6 +214,21 @@ def _divided(trace: _Tracer, rows: Rows, options: Options) -> Division:
         large = small if alone else defer_running(large)
     division = divide(small, large, options.allow_microbatch, options.out_dims)
     return division if call.batch >= division.at_least else undivided(whole, one_part=True)
+
+
+def _of_a_microbatch(trace: _Tracer, rows: Rows, attempts: Sequence[str]) -> Captured:
+    """A trace at a microbatch's rows, of a model that has been traced at the whole batch's.
+
+    Raises:
+        CaptureError: it works for the whole batch alone.
+    """
+    try:
+        return trace(rows.counts, attempts)
+    except CaptureError as error:
+        raise CaptureError(
+            f"this model works for a batch of {trace.call.batch} only; use microbatches=1 (with the {rows.counts[0]} "
+            f"rows of a microbatch: {str(error).removeprefix('the model cannot be traced: ')})"
+        ) from error
 
 
 def _pieces(division: Division, last: torch.device) -> tuple[Piece | None, Piece | None]:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from pipecompile.errors import InputError
+
 
 def setitem(x: Tensor, index: Any, value: Any) -> Tensor:
     """``x[index] = value`` as an expression."""
@@ -79,7 +81,7 @@ def masked_scatter_all(x: Tensor, mask: Tensor, source: Tensor) -> Tensor:
     if not isinstance(source, FakeTensor):
         places = int(mask.expand_as(x).sum())
         if places != source.numel():
-            raise ValueError(
+            raise InputError(
                 f"masked_scatter has {source.numel()} entries for the {places} places of a microbatch: samples would "
                 f"take each other's; use microbatches=1"
             )

@@ -2,7 +2,7 @@
 
     python tests/zoo_run.py                     all of them; writes the page
     python tests/zoo_run.py --only 'llama|t5'   some, by a pattern of names or by a family
-    python tests/zoo_run.py --quarter           every fourth, as the tests run it
+    python tests/zoo_run.py --quarter           every fourth
 
 Exits with 1 unless every model is exact or ends in an error of pipecompile.
 """

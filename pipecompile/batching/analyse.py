@@ -14,6 +14,7 @@ from pipecompile.batching.experiment import Experiment
 from pipecompile.batching.kinds import SHARED, Batched, Kind, Mixed, Partial, Shared, is_mixed
 from pipecompile.batching.rules import RULES, Answer, Edit, Edited, Use, WholeArgument
 from pipecompile.batching.rules.numbers import counts_samples
+from pipecompile.batching.samples import Samples
 from pipecompile.batching.scale import Scale
 from pipecompile.capture import Captured
 from pipecompile.capture.ancestors import ancestors
@@ -21,7 +22,7 @@ from pipecompile.capture.origin import origin_of
 from pipecompile.capture.purity import has_effect, name_of
 from pipecompile.errors import InputError
 from pipecompile.functions import number
-from pipecompile.operators import function_of
+from pipecompile.operators import function_of, is_opaque
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,8 @@ class _Analyst:
 
     def run(self) -> Analysis:
         self.scale = Scale(self.small, self.large)
-        self.experiment = Experiment(self.small, self.large, self.scale, self.kinds)
+        self.samples = Samples(self.small, self.large, self.scale, self.kinds)
+        self.experiment = Experiment(self.samples)
         self.written = {name for n in self.small.graph.nodes for name in origin_of(n).writes}
         self.parameters = dict(self.small.model.named_parameters(remove_duplicate=False))
         joined = joined_by_hand(self.small, self.out_dims)
@@ -151,6 +153,9 @@ class _Analyst:
         """A function without a rule: alike everywhere if its arguments are, else to be tried out."""
         kinds = [self.kinds[n] for n in node.all_input_nodes]
         if all(isinstance(kind, Shared) for kind in kinds) and not self.scale.growing(node):
+            if is_opaque(node.target) and _wants_gradient(node) and not self.experiment.adds_up(node):
+                why = f"the backward of {name_of(node)} gives a sum of gradients something else than their sum"
+                return Mixed(why, certain=True)
             items = self.scale.shapes(node)
             return SHARED if self.scale.shape(node) is not None else (SHARED,) * len(items)
         return None
@@ -161,11 +166,7 @@ class _Analyst:
             self.whole.add(node)
             self.kinds[node] = SHARED
             return
-        if (
-            node in self.early
-            and isinstance(kind, Mixed)
-            and isinstance(own := self.experiment.by_growth(node), Batched)
-        ):
+        if node in self.early and isinstance(kind, Mixed) and isinstance(own := self.samples.by_growth(node), Batched):
             self.whole.add(node)  # numbers of samples: each microbatch has its rows of the whole batch's
             self.kinds[node] = own
             return
@@ -211,7 +212,7 @@ class _Analyst:
         """Whether a module may mix samples by name; what it gives is then a microbatch's own."""
         if not self._may_mix(node):
             return False
-        kind = self.experiment.by_growth(node)
+        kind = self.samples.by_growth(node)
         self.kinds[node] = tuple(map(_own, kind)) if isinstance(kind, tuple) else _own(kind)
         return True
 

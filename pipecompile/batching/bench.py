@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.fx as fx
-from torch import Tensor
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
 
 from pipecompile.capture import Captured
 from pipecompile.capture.evaluate import Evaluator
@@ -38,8 +40,32 @@ class Bench:
 
         Without dropout, which drops entries of each sample whatever the others are, and would hide what else happens.
         """
-        evaluator = self._evaluator()
-        evaluator.known.update({n: v.clone() if isinstance(v, Tensor) else v for n, v in values.items()})
+        return self._run(self._evaluator(), outputs, values, seed)
+
+    def gradients(
+        self, outputs: Sequence[fx.Node], values: Mapping[fx.Node, Any], incoming: Callable[[int, Tensor], Tensor]
+    ) -> dict[fx.Node, Tensor]:
+        """The gradients of the values that get one, from those that come into the outputs.
+
+        Args:
+            incoming: gives the gradient of an output, by its position among the outputs' tensors, and its value.
+        """
+        wanted = {n: v.detach().clone().requires_grad_() for n, v in values.items() if _is_float(v)}
+        found = self._run(self._evaluator(True), outputs, {**values, **wanted}, 0)
+        tensors = [t for n in outputs for t in pytree.tree_leaves(found[n])]
+        ends = [(i, t) for i, t in enumerate(tensors) if isinstance(t, Tensor) and t.requires_grad]
+        if not ends or not wanted:
+            return {}
+        given = [incoming(i, t.detach()) for i, t in ends]
+        gradients = torch.autograd.grad([t for _, t in ends], [*wanted.values()], given, allow_unused=True)
+        return {n: g for n, g in zip(wanted, gradients, strict=True) if g is not None}
+
+    @staticmethod
+    def _run(
+        evaluator: Evaluator, outputs: Sequence[fx.Node], values: Mapping[fx.Node, Any], seed: int
+    ) -> dict[fx.Node, Any]:
+        with torch.set_grad_enabled(evaluator.gradients):
+            evaluator.known.update({n: v.clone() if isinstance(v, Tensor) else v for n, v in values.items()})
         state = torch.get_rng_state()
         torch.manual_seed(seed)
         try:
@@ -47,8 +73,18 @@ class Bench:
         finally:
             torch.set_rng_state(state)
 
-    def _evaluator(self) -> Evaluator:
+    def _evaluator(self, gradients: bool = False) -> Evaluator:
         tensors = self.captured.tensors
-        return Evaluator(
-            self.inputs, tensors.__getitem__, lambda target: self.captured.leaf(target, tensors), call=undropped
-        )
+        if gradients:  # a backward of the user's may add to the gradients of weights: to those of copies
+            tensors = {name: _copy(tensor) for name, tensor in tensors.items()}
+        leaf = partial(self.captured.leaf, tensors=tensors)
+        return Evaluator(self.inputs, tensors.__getitem__, leaf, call=undropped, gradients=gradients)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    copy = tensor.detach().clone()
+    return nn.Parameter(copy, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copy
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())

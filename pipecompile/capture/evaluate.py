@@ -26,6 +26,7 @@ class Evaluator:
         module: gives what a ``call_module`` node runs.
         check: sees each node before it is computed, and raises if it must not be.
         call: calls a function of the graph.
+        gradients: whether autograd records.
     """
 
     def __init__(
@@ -35,17 +36,20 @@ class Evaluator:
         module: Callable[[str], Callable[..., Any]],
         check: Callable[[fx.Node], None] = lambda node: None,
         call: Callable[..., Any] = lambda function, *args, **kwargs: function(*args, **kwargs),
+        gradients: bool = False,
     ) -> None:
         self.inputs = inputs
         self.attribute = attribute
         self.module = module
         self.check = check
         self.call = call
+        self.gradients = gradients
         self.known: dict[fx.Node, Any] = {}
 
     def value(self, node: fx.Node) -> Any:
-        """The value of a node, outside all modes of the trace and without gradients."""
-        with torch._C.DisableTorchFunction(), _disable_current_modes(), torch.no_grad():
+        """The value of a node, outside all modes of the trace."""
+        recording = torch.set_grad_enabled(self.gradients)
+        with torch._C.DisableTorchFunction(), _disable_current_modes(), recording:
             return self._value(node)
 
     def _value(self, node: fx.Node) -> Any:

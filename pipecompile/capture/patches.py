@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,6 +22,7 @@ from types import CodeType, FunctionType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.fx.experimental.sym_node import SymNode
 from torch.utils._python_dispatch import _disable_current_modes
@@ -28,6 +30,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from pipecompile.capture.arithmetic import REMEMBERED
 from pipecompile.capture.below import transforms_seen
+from pipecompile.capture.bodies import body_of
 from pipecompile.capture.hidden import hides_tensors
 from pipecompile.capture.intercept import intercepted
 from pipecompile.capture.lengths import symbolic_lengths
@@ -55,6 +58,8 @@ def patched(
         transforms_seen(partial(_below, recorder, threading.get_ident())),
         _autocast(recorder),
         _numpy(),
+        _seeds(recorder),
+        _weighted_differences(recorder),
         _eager_branches(),
         _unvalidated_distributions(),
         _arithmetic(),
@@ -185,6 +190,36 @@ def _numpy() -> Iterator[None]:
             return original(array)
 
     with _replaced(torch, "from_numpy", from_numpy):
+        yield
+
+
+@contextmanager
+def _seeds(recorder: Recorder) -> Iterator[None]:
+    original, thread = torch.manual_seed, threading.get_ident()
+
+    def manual_seed(seed: int) -> Any:
+        if threading.get_ident() != thread or recorder.inside_leaf:
+            return original(seed)
+        raise CaptureError(
+            f"{recorder.here}: forward seeds torch's generator, and the numbers that follow would be others in a "
+            f"pipeline, where each call draws from a seed of its own; draw them outside, and pass them in"
+        )
+
+    with _replaced(torch, "manual_seed", manual_seed), _replaced(torch.random, "manual_seed", manual_seed):
+        yield
+
+
+@contextmanager
+def _weighted_differences(recorder: Recorder) -> Iterator[None]:
+    """``F.l1_loss`` tells a mode all of its arguments but ``weight=``: given one, what it computes is recorded."""
+    original = F.l1_loss
+
+    def l1_loss(*args: Any, **kwargs: Any) -> Any:
+        weighted = inspect.signature(original).bind(*args, **kwargs).arguments.get("weight") is not None
+        seen = torch._C._is_torch_function_mode_enabled()
+        return (body_of(original) if weighted and seen else original)(*args, **kwargs)
+
+    with _replaced(F, "l1_loss", l1_loss):
         yield
 
 

@@ -1,6 +1,7 @@
 """The zoo: tiny, random models of more than 200 architectures, each with inputs and a loss.
 
-``ZOO`` holds them by name. None needs a download. ``make zoo`` runs them all, ``make test`` those in ``QUARTER``.
+``ZOO`` holds them by name. None needs a download. ``make zoo`` and ``make nightly`` run them all; ``QUARTER`` has
+every fourth, for a look in between (``zoo_run.py --quarter``).
 """
 
 from __future__ import annotations

@@ -21,7 +21,8 @@ NONLINEAR = """
     prelu reciprocal relu relu6 remainder round rrelu rsqrt selu sgn sigmoid sign signbit silu sin sinc sinh softplus
     softshrink softsign special_expit special_erf special_log1p special_xlog1py sqrt square tan tanh tanhshrink
     threshold trunc fix where masked_fill xlogy and __rand__ or xor invert lshift rshift angle polar complex
-    addcdiv dropout alpha_dropout feature_alpha_dropout feature_dropout dropout1d dropout2d dropout3d bernoulli
+    addcdiv addcmul rpow rfloordiv rmod dropout alpha_dropout feature_alpha_dropout feature_dropout dropout1d dropout2d
+    dropout3d bernoulli
     rand_like randn_like randint_like zero fill uniform normal exponential
     geometric cauchy log_normal random quantize_per_tensor fake_quantize_per_tensor_affine
     bool long int short byte
@@ -85,11 +86,26 @@ def constant_like(use: Use) -> Answer:
 
 @rule(LINEAR, functions.after)
 def one_value(use: Use) -> Answer:
-    if len(use.tensors) > 1 and use.name in ("type_as", "to", "after"):
+    if (
+        len(use.tensors) > 1
+        and use.name in ("type_as", "to", "after")
+        and not isinstance(use.kind(use.arg(0)), Partial)
+    ):
         return use.kind(use.arg(0))
-    if isinstance(use.kind(use.arg(0)), Partial | Local) and len(use.tensors) == 1:
-        return use.kind(use.arg(0))
+    kind = use.kind(use.arg(0))
+    if isinstance(kind, Local) and use.name in ("neg", "negative"):
+        return entry_by_entry(use)
+    if isinstance(kind, Partial) and _rounds(use):
+        return use.mixed("a sum over the batch as a whole number")
+    if isinstance(kind, Partial | Local) and len(use.tensors) == 1:
+        return kind
     return broadcast(use, list(use.tensors))
+
+
+def _rounds(use: Use) -> bool:
+    """Whether a call makes integers out of floats."""
+    before, after = (n.meta["val"].dtype for n in (use.node.args[0], use.node))  # type: ignore[union-attr]
+    return bool(before.is_floating_point and not (after.is_floating_point or after.is_complex))
 
 
 @rule("setitem", functions.setitem)

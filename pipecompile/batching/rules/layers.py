@@ -108,13 +108,24 @@ def bilinear(use: Use) -> Answer:
 @rule(F.embedding, "one_hot")
 def embedding(use: Use) -> Answer:
     """``(..., batch, ...) -> (..., batch, ..., width)``"""
+    if use.name == "embedding" and use.given("scale_grad_by_freq"):
+        return use.mixed("gradients divided by how often a word is in the batch", certain=True)
     kind = only_first(use, use.node.args[0])
     return kind if isinstance(kind, Batched | Shared) else use.mixed()
+
+
+@rule(F.embedding_bag)
+def bags(use: Use) -> Answer:
+    return (
+        use.mixed("gradients of bags divided by frequency", certain=True) if use.given("scale_grad_by_freq") else None
+    )
 
 
 @rule(torch.embedding, torch.ops.aten.embedding)
 def table(use: Use) -> Answer:
     """``(words, width), (..., batch, ...) -> (..., batch, ..., width)``"""
+    if use.arg(4, "scale_grad_by_freq", False):
+        return use.mixed("gradients divided by how often a word is in the batch", certain=True)
     kind = only_first(use, use.arg(1, "indices"))
     return kind if isinstance(kind, Batched | Shared) else use.mixed()
 

@@ -12,12 +12,12 @@ from pipecompile.batching.kinds import PARTIAL, SHARED, Batched, Kind, Shared
 from pipecompile.batching.rules.use import Answer, Edited, Recount, Share, Use, rule
 
 
-def reduction_of(use: Use, position: int) -> Any:
+def reduction_of(use: Use) -> Any:
     """``reduction=``, or what the deprecated ``size_average=`` and ``reduce=`` say."""
-    average, reduce = use.node.kwargs.get("size_average"), use.node.kwargs.get("reduce")
+    average, reduce = use.given("size_average"), use.given("reduce")
     if average is not None or reduce is not None:
         return "none" if reduce is False else "mean" if average in (None, True) else "sum"
-    return use.arg(position, "reduction", "mean")
+    return use.given("reduction", "mean")
 
 
 def reduced(use: Use, reduction: Any, entries: Kind) -> Answer:
@@ -37,18 +37,19 @@ def reduced(use: Use, reduction: Any, entries: Kind) -> Answer:
     return use.mixed()
 
 
-# The positions of ``reduction=``. torch.kl_div and its like have the names of some, and a number for the reduction.
-_REDUCTIONS: dict[Callable[..., Any], int] = {
-    F.binary_cross_entropy: 5, F.binary_cross_entropy_with_logits: 5, F.smooth_l1_loss: 4, F.huber_loss: 2,
-    F.gaussian_nll_loss: 5, F.poisson_nll_loss: 7, F.kl_div: 4, F.hinge_embedding_loss: 5, F.soft_margin_loss: 4,
-    F.mse_loss: 4, F.l1_loss: 4, F.margin_ranking_loss: 6,
-}  # fmt: skip
+# torch.kl_div and its like have the names of some of these, and a number for the reduction.
+_WEIGHED: tuple[Callable[..., Any], ...] = (F.mse_loss, F.l1_loss, F.huber_loss)  # divided by the sum of their weights
 
 
-@rule(*_REDUCTIONS)
+@rule(
+    F.binary_cross_entropy, F.binary_cross_entropy_with_logits, F.smooth_l1_loss, F.gaussian_nll_loss,
+    F.poisson_nll_loss, F.kl_div, F.hinge_embedding_loss, F.soft_margin_loss, F.margin_ranking_loss, *_WEIGHED,
+)  # fmt: skip
 def entry_losses(use: Use) -> Answer:
-    """A loss for each entry of broadcast arguments."""
-    reduction = reduction_of(use, _REDUCTIONS[use.function])
+    """A loss for each entry of broadcast arguments: ``(batch, ...), (batch, ...) -> ()``"""
+    reduction = reduction_of(use)
+    if reduction == "mean" and use.function in _WEIGHED and use.given("weight") is not None:
+        return use.mixed("a mean by weights")
     tensors = list(use.tensors)
     ndim = max(map(use.ndim, tensors), default=0)
     return reduced(use, reduction, _broadcast_to(use, tensors, ndim))
@@ -68,22 +69,19 @@ def _broadcast_to(use: Use, tensors: list[fx.Node], ndim: int) -> Kind:
     return found
 
 
-_ROW_LOSSES: dict[Callable[..., Any], int] = {
-    F.multi_margin_loss: 7, F.multilabel_margin_loss: 4, F.multilabel_soft_margin_loss: 5, F.cosine_embedding_loss: 6,
-    F.triplet_margin_loss: 9, F.triplet_margin_with_distance_loss: 9,
-}  # fmt: skip
-
-
-@rule(*_ROW_LOSSES)
+@rule(
+    F.multi_margin_loss, F.multilabel_margin_loss, F.multilabel_soft_margin_loss, F.cosine_embedding_loss,
+    F.triplet_margin_loss,
+)  # fmt: skip
 def row_losses(use: Use) -> Answer:
-    """A loss for each row: the first dimension is the batch, whole or with the same number of entries each."""
+    """A loss for each row: ``(batch, classes), (batch, ...) -> ()``; a row may have several, the same number each."""
     kinds = {use.kind(n) for n in use.tensors if use.ndim(n)} - {SHARED}
     if not kinds:
         return SHARED
     entries = kinds.pop()
-    if kinds or not isinstance(entries, Batched) or entries.dim != 0:
+    if kinds or not isinstance(entries, Batched) or entries.dim != 0 or use.ndim(use.node.args[0]) < 2:
         return use.mixed()
-    return reduced(use, reduction_of(use, _ROW_LOSSES[use.function]), entries)
+    return reduced(use, reduction_of(use), entries)
 
 
 @rule(F.cross_entropy, F.nll_loss)
@@ -100,7 +98,7 @@ def class_losses(use: Use) -> Answer:
     entries = _entries(kinds)
     if entries is None or (entries.dim == 1 and use.ndim(scores) > 1):
         return use.mixed("a loss of values whose samples lie in different places")
-    reduction = reduction_of(use, 6)
+    reduction = reduction_of(use)
     if reduction != "mean" or probabilities:
         return reduced(use, reduction, entries)
     if target not in use.early or (weight is not None and weight not in use.early):

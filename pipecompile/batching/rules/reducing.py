@@ -77,22 +77,24 @@ def _each(use: Use, kind: Kind, dims: tuple[int, ...] = ()) -> Answer:
 
 _POSITIONS = {"topk": 2, "kthvalue": 2, "norm": 2, "linalg_norm": 2, "linalg_vector_norm": 2, "normalize": 2,
               "roll": 2, "gumbel_softmax": 4, "fft_fft": 2, "fft_ifft": 2,
-              "fft_rfft": 2, "fft_irfft": 2, "diff": 2, "flip": 1}  # fmt: skip
+              "fft_rfft": 2, "fft_irfft": 2, "diff": 2}  # fmt: skip
 _DEFAULTS: dict[str, Any] = {"topk": -1, "kthvalue": -1, "sort": -1, "argsort": -1, "glu": -1, "normalize": 1,
                              "fft_fft": -1, "fft_ifft": -1, "fft_rfft": -1, "fft_irfft": -1, "diff": -1, "msort": 0,
                              "gumbel_softmax": -1, "mode": -1}  # fmt: skip
 
 
 def _dim_argument(use: Use) -> Any:
+    if use.name == "flip":
+        return use.dims(1, "dims")
     position = _POSITIONS.get(use.name, 1)
-    name = "dims" if use.name in ("flip", "roll") else "dim"
+    name = "dims" if use.name == "roll" else "dim"
     found = use.arg(position, name, use.node.kwargs.get("axis"))
     if isinstance(found, bool) or (found is not None and not isinstance(found, int | list | tuple)):
         found = None
     if found is None and use.name in ("sort", "argsort") and "stable" in use.node.kwargs:
         return use.node.kwargs.get("dim", -1)
-    if found is None and use.name == "softmax":
-        return 1 if use.ndim(use.node.args[0]) > 1 else 0
+    if found is None and use.name in ("softmax", "log_softmax", "softmin"):
+        return 0 if use.ndim(use.node.args[0]) in (0, 1, 3) else 1  # F.softmax without dim=
     return _DEFAULTS.get(use.name) if found is None else found
 
 

@@ -28,14 +28,14 @@ def reshaped(kind: Batched, before: Sequence[int], after: Sequence[int], rows: i
     return None
 
 
-@rule("squeeze")
+@rule("squeeze squeeze_copy")
 def squeeze(use: Use) -> Answer:
     """What it takes away depends on sizes: it is to be what the whole batch's call takes away."""
     kind = reshape(use)
     if not isinstance(kind, Batched):
         return kind
     shape = use.shape(use.node.args[0])
-    asked = use.arg(1, "dim")
+    asked = use.dims(1, "dim")
     dims = dims_of(asked, len(shape)) if asked is not None else tuple(range(len(shape)))
     return Edited(kind, (Squeeze(tuple(dim for dim in dims if shape[dim] == 1)),))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -90,6 +91,16 @@ class Use:
         """An argument by position or keyword."""
         args = self.node.args
         return args[position] if len(args) > position else self.node.kwargs.get(name, default)
+
+    def given(self, name: str, default: Any = None) -> Any:
+        """An argument of a Python function by its name, however it was given."""
+        bound = inspect.signature(self.function).bind(*self.node.args, **self.node.kwargs)
+        return bound.arguments.get(name, default)
+
+    def dims(self, position: int, name: str) -> Any:
+        """A ``dim=`` argument that may also be given as several arguments: ``x.flip(0, 1)``."""
+        rest = self.node.args[position:]
+        return rest if len(rest) > 1 else self.arg(position, name)
 
     def kind(self, argument: Any) -> Kind:
         """The kind of an argument; numbers are shared, a list has the kind that its items agree on."""
