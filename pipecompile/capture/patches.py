@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,12 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.fx.experimental.sym_node import SymNode
+from torch.overrides import handle_torch_function
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import CheckpointFunction
 
 from pipecompile.capture.arithmetic import REMEMBERED
 from pipecompile.capture.below import transforms_seen
-from pipecompile.capture.bodies import body_of
 from pipecompile.capture.hidden import hides_tensors
 from pipecompile.capture.intercept import intercepted
 from pipecompile.capture.lengths import symbolic_lengths
@@ -59,7 +58,7 @@ def patched(
         _autocast(recorder),
         _numpy(),
         _seeds(recorder),
-        _weighted_differences(recorder),
+        _weighted_differences(),
         _eager_branches(),
         _unvalidated_distributions(),
         _arithmetic(),
@@ -210,14 +209,14 @@ def _seeds(recorder: Recorder) -> Iterator[None]:
 
 
 @contextmanager
-def _weighted_differences(recorder: Recorder) -> Iterator[None]:
-    """``F.l1_loss`` tells a mode all of its arguments but ``weight=``: given one, what it computes is recorded."""
+def _weighted_differences() -> Iterator[None]:
+    """``F.l1_loss`` tells a mode of all its arguments but ``weight=``; here it tells of that too."""
     original = F.l1_loss
 
     def l1_loss(*args: Any, **kwargs: Any) -> Any:
-        weighted = inspect.signature(original).bind(*args, **kwargs).arguments.get("weight") is not None
-        seen = torch._C._is_torch_function_mode_enabled()
-        return (body_of(original) if weighted and seen else original)(*args, **kwargs)
+        if not torch._C._is_torch_function_mode_enabled():
+            return original(*args, **kwargs)
+        return handle_torch_function(original, (*args[:2], *kwargs.values()), *args, **kwargs)
 
     with _replaced(F, "l1_loss", l1_loss):
         yield
