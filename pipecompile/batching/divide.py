@@ -80,7 +80,8 @@ class _Divider:
         late = [n for n in outputs.values() if self._is_whole_only(n)]
         self._collect_tail([*late, *(n for n in small.graph.nodes if _is_write(n))])
         self._refuse_mixing_in_the_body()
-        body, copies = self._body([*(n for n in outputs.values() if n not in late), *self.received])
+        given = [*(n for n in outputs.values() if n not in late), *self.received]
+        body, copies = self._body(given)
         tail = None
         if self.tail_nodes:
             why = [n for n in self.tail_nodes if self._begins_mixing(n)]
@@ -91,7 +92,7 @@ class _Divider:
                 writes=tuple(sorted(self.written)),
                 why=tuple(dict.fromkeys(f"{_why(self.analysis.kinds[n])} ({origin_of(n)})" for n in why)),
             )
-        joins = {copies[n].name: self._kind(n) for n in [*outputs.values(), *self.received] if n in copies}
+        joins = {copies[n].name: self._kind(n) for n in given if n in copies}
         places = {name: name if n in late else copies[n].name for name, n in outputs.items()}
         used = {n.name for n in body.graph.nodes if n.op == "placeholder"}
         before = tuple(b for b in self.before.values() if b.name in used)

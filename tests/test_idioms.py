@@ -1,0 +1,70 @@
+"""What people write in forwards: each idiom trains as in eager, or is refused with a remedy.
+
+The models are in ``idioms/``, by theme: written for these tests after what forwards of torchvision, transformers, timm,
+diffusers, fairseq, MONAI, speechbrain, PyTorch Geometric, detectron2, vector-quantize-pytorch, cleanrl, nanoGPT and
+lightning-bolts do. How they are compared is said in ``idioms/check.py``.
+
+Here each is cut twice at random: into two stages, one microbatch, with an evaluation behind the steps, or into three
+and four uneven microbatches. ``IDIOMS=all`` in the environment: all stages, microbatches and schedules, cut as planned.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import zlib
+from contextlib import nullcontext
+from itertools import product
+
+import pytest
+from idioms import changes, draws, functions, objectives, programs, sequences, states, structures, tensors
+from idioms.check import REMEDY, outcome
+from idioms.cuts import cut_at_random
+from idioms.declare import IDIOMS, Idiom
+
+THEMES = (changes, draws, functions, objectives, programs, sequences, states, structures, tensors)
+THOROUGH = os.environ.get("IDIOMS") == "all"
+SCHEDULES = ("sequential", "gpipe", "1f1b", "pipedream")
+EVERY = list(product((2, 3), (1, 4), SCHEDULES))
+SETTINGS = EVERY if THOROUGH else [(2, 1, "gpipe"), (3, 4, "1f1b")]
+TRIED = [name for name, idiom in IDIOMS.items() if not idiom.held]
+
+
+def test_there_are_enough() -> None:
+    assert len(TRIED) >= 100
+    assert all(theme.__doc__ for theme in THEMES)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch.compile reads it
+@pytest.mark.parametrize(("stages", "microbatches", "schedule"), SETTINGS)
+@pytest.mark.parametrize("name", TRIED)
+def test_an_idiom_is_exact_or_refused(name: str, stages: int, microbatches: int, schedule: str) -> None:
+    idiom = IDIOMS[name]
+    cuts = nullcontext() if THOROUGH else cut_at_random(zlib.crc32(f"{name} {stages}".encode()))
+    with cuts:
+        found = outcome(idiom, stages, microbatches, schedule, evaluate=THOROUGH or microbatches == 1)
+    if found != "exact":
+        reason = allowed(idiom, microbatches, schedule)
+        assert reason, f"{name} is {found}"
+        assert re.search(reason, found), f"{name} is {found}, where {reason!r} was expected"
+        assert REMEDY.search(found), f"no remedy in {found}"
+
+
+@pytest.mark.parametrize("name", [name for i, name in enumerate(TRIED) if i % 4 == 0 and not THOROUGH])
+def test_an_asynchronous_pipeline_begins_with_the_losses_of_eager(name: str) -> None:
+    idiom = IDIOMS[name]
+    with cut_at_random(zlib.crc32(name.encode())):
+        found = outcome(idiom, 2, 2, "pipedream")
+    if found != "exact":
+        reason = allowed(idiom, 2, "pipedream")
+        assert reason and re.search(reason, found), f"{name} is {found}"
+
+
+def allowed(idiom: Idiom, microbatches: int, schedule: str) -> str:
+    """The pattern of the reasons for which an idiom may be refused; empty if it may not be."""
+    reasons = [idiom.refused]
+    if microbatches > 1:
+        reasons.append(idiom.refused_parts)
+    if schedule == "pipedream":
+        reasons.append(idiom.refused_stream)
+    return "|".join(filter(None, reasons))
