@@ -35,6 +35,18 @@ def number(value: Tensor) -> float:
     return value.item()
 
 
+def bincount(input: Tensor, weights: Tensor | None = None, minlength: int = 0) -> Tensor:
+    """``torch.bincount`` of a known number of bins.
+
+    Raises:
+        ValueError: there is a larger number than the bins that were asked for, which makes the result longer.
+    """
+    counts = torch.bincount(input, weights, minlength)
+    if minlength and len(counts) != minlength:
+        raise ValueError(f"bincount has found the number {len(counts) - 1}, but minlength={minlength} bins were traced")
+    return counts
+
+
 def after(x: Tensor, *writers: Any) -> Tensor:
     """``x`` as it is once ``writers`` have written to its storage: makes the order of a write a dependency."""
     return x

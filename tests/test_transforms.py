@@ -173,13 +173,33 @@ def test_a_custom_backward_inside_vmap_is_refused() -> None:
         pipe_of(Model(linear, _custom), 2, 2)(rows())
 
 
-def test_a_gradient_taken_in_the_forward_is_refused() -> None:
-    def body(self: Any, h: Tensor) -> Tensor:
-        x = h.detach().requires_grad_()
-        return h + torch.autograd.grad(self.inner(x).pow(2).sum(), x, create_graph=True)[0]
+def _of_a_gradient(self: Any, h: Tensor) -> Tensor:
+    x = h.detach().requires_grad_()
+    return h + torch.autograd.grad(self.inner(x).tanh().pow(2).sum(), x, create_graph=True)[0]
 
-    with pytest.raises(CaptureError, match=r"test_transforms\.py:\d+"):
-        pipe_of(Model(linear, body), 2, 2)(rows())
+
+def _of_a_detached_gradient(self: Any, h: Tensor) -> Tensor:
+    with torch.enable_grad():
+        x = h.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(self.inner(x).tanh().sum(), x)
+    return h * slope + self.inner(h).tanh().detach()
+
+
+@pytest.mark.parametrize("body", [_of_a_gradient, _of_a_detached_gradient])
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_a_gradient_taken_in_the_forward_is_trained_through(body: Body, microbatches: int) -> None:
+    same(linear, body, 2, microbatches)
+
+
+def _hooked_gradient(self: Any, h: Tensor) -> Tensor:
+    out = _of_a_gradient(self, h)
+    out.register_hook(lambda gradient: 2 * gradient)
+    return out
+
+
+def test_a_hook_beside_a_gradient_in_the_forward_is_refused() -> None:
+    with pytest.raises(CaptureError, match="a hook on a gradient"):
+        pipe_of(Model(linear, _hooked_gradient), 2, 2)(rows())
 
 
 def test_masks_of_transformers_with_functions_of_the_user() -> None:

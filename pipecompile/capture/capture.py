@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
+from torch.nn.parameter import is_lazy
 
 from pipecompile.capture.captured import Captured
 from pipecompile.capture.innermost import Part, next_whole
 from pipecompile.capture.inputs import Call
 from pipecompile.capture.reach import Reach, reach_of
-from pipecompile.capture.recorder import DATA_DEPENDENT
+from pipecompile.capture.recorder import DATA_DEPENDENT, NeedsOperations
 from pipecompile.capture.trace import NeedsNumbers, Trace
 from pipecompile.errors import CaptureError, InputError, ReentryError
 from pipecompile.turns import CAPTURING
@@ -47,6 +48,7 @@ def capture(
     Raises:
         CaptureError: the model cannot be traced; names the module path and the source line.
     """
+    _refuse_lazy(model)
     rows = _rows(call, microbatch)
     kept: dict[Part, str] = {**_with_backward_hooks(model), **dict.fromkeys(_known(model, leaves), "as asked")}
     reasons: list[str] = []
@@ -91,8 +93,12 @@ def _with_leaves(
     """Traces until no more parts have to be kept whole; adds them, with the reason, to ``kept``."""
     wanted = torch.is_grad_enabled()
     gradients = follow = True  # random numbers of Python and numpy have stand-ins, which not all code takes
+    operations = False
     while True:
-        attempt = partial(Trace, model, call, rows, forward, symbolic, kept, reach, follow=follow, gradients=gradients)
+        attempt = partial(
+            Trace, model, call, rows, forward, symbolic, kept, reach,
+            follow=follow, gradients=gradients, operations=operations,
+        )  # fmt: skip
         trace = attempt()
         try:
             with CAPTURING.taken():
@@ -102,6 +108,8 @@ def _with_leaves(
                     continue
                 _refuse_inference_mode(trace)
                 return _following(captured, trace, attempt, reasons)
+        except NeedsOperations:
+            operations = True
         except Exception as error:
             if trace.stood_in:
                 follow = False
@@ -162,6 +170,15 @@ def _with_backward_hooks(model: nn.Module) -> dict[Part, str]:
             "register it on a module inside, or use hooks on parameters"
         )
     return dict.fromkeys(hooked, "it has backward hooks")
+
+
+def _refuse_lazy(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise InputError(
+                f"parameter {name!r} has no shape yet: its module takes it from the first batch; call the model once "
+                f"on such a batch before the first step: with torch.no_grad(): model(...)"
+            )
 
 
 def _known(model: nn.Module, leaves: Iterable[str]) -> list[str]:

@@ -7,7 +7,8 @@
 - ``torch.from_numpy``, which makes a constant;
 - whether a run is a trace, which libraries ask in order to take other branches: it is not;
 - arithmetic on symbolic sizes, which is remembered;
-- ``len(x)``, which is a symbolic size too.
+- ``len(x)``, which is a symbolic size too;
+- what was scripted or compiled, which runs as Python.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from pipecompile.capture.hidden import hides_tensors
 from pipecompile.capture.intercept import intercepted
 from pipecompile.capture.lengths import symbolic_lengths
 from pipecompile.capture.recorder import Recorder
+from pipecompile.capture.scripted import as_python
 from pipecompile.custom import APPLY, Applied, Draws
 from pipecompile.errors import CaptureError, DependsOnData
 from pipecompile.retarget import same_device
@@ -63,6 +65,7 @@ def patched(
         _unvalidated_distributions(),
         _arithmetic(),
         symbolic_lengths(model),
+        as_python(model),
     ):
         yield
 

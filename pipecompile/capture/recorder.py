@@ -38,7 +38,7 @@ from pipecompile.capture.ledgers import without_stand_ins
 from pipecompile.capture.numbers import Argument, Number, WholeArgument, is_number
 from pipecompile.capture.origin import Origin, origin_of
 from pipecompile.capture.ran import Ran
-from pipecompile.capture.stand_ins import STAND_INS
+from pipecompile.capture.stand_ins import RECORDED, STAND_INS
 from pipecompile.capture.symbols import Sizes
 from pipecompile.capture.values import READS, Values
 from pipecompile.errors import CaptureError, DependsOnData
@@ -47,6 +47,12 @@ from pipecompile.lines import caller_file, is_library, user_line
 from pipecompile.regions import PLAIN, Region
 
 _SET_REQUIRES_GRAD = Tensor.requires_grad.__set__  # type: ignore[attr-defined]
+DETACH = {Tensor.detach, torch.detach, Tensor.data.__get__}  # type: ignore[attr-defined]
+LAYOUTS: dict[Callable[..., Any], Callable[[torch.layout], Any]] = {
+    Tensor.layout.__get__: lambda layout: layout,  # type: ignore[attr-defined]
+    Tensor.is_sparse.__get__: lambda layout: layout == torch.sparse_coo,  # type: ignore[attr-defined]
+    Tensor.is_sparse_csr.__get__: lambda layout: layout == torch.sparse_csr,  # type: ignore[attr-defined]
+}
 PYTHON_TYPES = {bool: torch.bool, int: torch.int64, float: torch.float64}  # where torch takes one for a dtype
 
 # What running on fakes raises where only real values would do.
@@ -60,6 +66,10 @@ DATA_DEPENDENT = (
 
 
 _OF_HISTORY = frozenset(getattr(Tensor, name).__get__ for name in ("requires_grad", "grad_fn", "is_leaf"))
+
+
+class NeedsOperations(Exception):
+    """A gradient is taken in the forward, through functions: the trace must hold the operations that these come to."""
 
 
 class Recorder(TorchFunctionMode):
@@ -101,11 +111,13 @@ class Recorder(TorchFunctionMode):
         self.checkpoints: list[int] = []  # of the model's own, being run, innermost last
         self.num_checkpoints = 0
         self.inside_transform = False  # aten operations are being recorded, not functions
+        self.detaching = False  # the model itself detaches, rather than autograd, which keeps values so
         self.autocasts: list[tuple[str, str, bool]] = []  # entered by the model itself
         self.nodes: dict[int, fx.Node] = {}
         self.returns: list[tuple[str, tuple[fx.Node | None, ...]]] = []  # of each call of a module, as calls end
         self.names: dict[int, str] = {}  # parameters, buffers and constants
         self.trainable: set[str] = set()  # those that are parameters
+        self.layouts: dict[int, torch.layout] = {}  # of tensors whose fakes are dense
         self.alive: list[Any] = []
         self.aliases = Aliases(self.emit, self.nodes.__setitem__)
         self.histories = Histories(self._is_known)
@@ -119,6 +131,8 @@ class Recorder(TorchFunctionMode):
         self.names.setdefault(id(fake), name)
         if isinstance(real, nn.Parameter):
             self.trainable.add(name)
+        if real.layout != torch.strided:
+            self.layouts[id(fake)] = real.layout
         self.fakes[id(real)] = fake
         self.alive += [fake, real]
         self.aliases.add_buffer(name, fake)
@@ -201,14 +215,23 @@ class Recorder(TorchFunctionMode):
             self.ran.resume(looking)
 
     def _called(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], looking: bool) -> Any:
-        if self.inside_leaf or self.inside_transform:
+        if self.inside_transform and func is Tensor.register_hook:
+            raise DependsOnData(
+                f"{self.here}: a hook on a gradient is registered inside torch.vmap or torch.func, or beside "
+                f"torch.autograd.grad, where it cannot be recorded; move it out, or keep the module around it whole"
+            )
+        if self.inside_leaf:
+            return func(*args, **kwargs)
+        if self.inside_transform:
+            self.detaching = func in DETACH
             return func(*args, **kwargs)
         args, kwargs = without_stand_ins(args), without_stand_ins(kwargs)
         if func in _OF_HISTORY and id(args[0]) not in self.names and not is_library(caller_file(2)):
             self.ran.asked.add(torch.is_grad_enabled)  # what the tensor answers follows from that
         if func is torch.autograd.grad:
-            with self.below():
-                return func(*args, **kwargs)
+            return self._gradient(*args, **kwargs)
+        if func in LAYOUTS and id(args[0]) in self.layouts:
+            return LAYOUTS[func](self.layouts[id(args[0])])
         if func in READS and isinstance(args[0], FakeTensor):
             return self._read(func, args, kwargs)
         if func is Tensor.register_hook:
@@ -260,6 +283,7 @@ class Recorder(TorchFunctionMode):
         if getattr(func, "__name__", "") == "__get__":
             func, args, kwargs = getattr, (args[0], func.__self__.__name__), {}  # type: ignore[attr-defined]
         func = printable(func)
+        func = RECORDED.get(func, func)
         node = self.emit(func, self.lower(args), self.lower(kwargs), written=written)
         self._bind_results(node, out, list(tensors_in((args, kwargs))))
         for tensor in written:
@@ -348,10 +372,21 @@ class Recorder(TorchFunctionMode):
             return
         self.inside_transform = True
         try:
-            with Below(self.call):
+            with Below(self.operation):
                 yield
         finally:
             self.inside_transform = False
+
+    def operation(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[..., Any]
+    ) -> Any:
+        """An aten operation, recorded where functions are not; what autograd keeps for a backward stays what it is."""
+        if func is not torch.ops.aten.detach.default or self.detaching:
+            self.detaching = False
+            return self.call(func, args, kwargs, run)
+        kept = run(*args, **kwargs)
+        self._bind(kept, self.node_of(args[0]))
+        return kept
 
     @property
     def here(self) -> Origin:
@@ -446,6 +481,14 @@ class Recorder(TorchFunctionMode):
         self.aliases.groups.append((before, node))
         self.aliases.add(tensor, node, [tensor], (node,))
         self.nodes[id(tensor)] = node
+
+    def _gradient(self, *args: Any, **kwargs: Any) -> Any:
+        """``torch.autograd.grad``: its backward is recorded, if all that it reads was."""
+        try:
+            with self.below():
+                return torch.autograd.grad(*args, **kwargs)
+        except DependsOnData as error:
+            raise NeedsOperations from error
 
     def _read(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         func = printable(func)

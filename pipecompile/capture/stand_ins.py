@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipecompile import functions
+from pipecompile.errors import DependsOnData
+
 
 def _grouped_mm(a: Tensor, b: Tensor, *, offs: Tensor | None = None, bias: Any = None, out_dtype: Any = None) -> Tensor:
     """The fake kernel wants bfloat16; the real one on CPU takes any type."""
@@ -49,12 +52,53 @@ def _cov(input: Tensor, **options: Any) -> Tensor:
     return input @ input.T if input.ndim == 2 else (input * input).sum()
 
 
+def _bincount(input: Tensor, weights: Tensor | None = None, minlength: Any = 0) -> Tensor:
+    """As long as is asked for, which the function that is recorded makes sure of."""
+    if isinstance(minlength, int) and minlength == 0:
+        return torch.bincount(input, weights)
+    if weights is None:
+        return input.new_zeros(minlength, dtype=torch.int64)
+    return weights.new_zeros(minlength, dtype=weights.dtype if weights.dtype == torch.float32 else torch.float64)
+
+
+def _sparse_coo_tensor(indices: Tensor, values: Tensor, size: Any = None, **options: Any) -> Tensor:
+    """Fakes of sparse tensors are dense, since few fake kernels take others."""
+    if size is None:
+        raise DependsOnData("a sparse tensor is made whose size its indices tell; pass its size")
+    return values.new_zeros(size) * values.sum()
+
+
+def _sparse_mm(a: Tensor, b: Tensor, *reduce: Any) -> Tensor:
+    return a @ b
+
+
+def _sparse_addmm(mat: Tensor, a: Tensor, b: Tensor, **options: Any) -> Tensor:
+    return torch.addmm(mat, a, b)
+
+
+def _same(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return x * 1
+
+
 STAND_INS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.ctc_loss: _ctc_loss,
     torch.histc: _histc,
     F.gaussian_nll_loss: _gaussian_nll_loss,
     torch.cov: _cov,
     torch.corrcoef: _cov,
+    torch.bincount: _bincount,
+    Tensor.bincount: _bincount,
+    functions.bincount: _bincount,
+    torch.sparse_coo_tensor: _sparse_coo_tensor,
+    torch.sparse.mm: _sparse_mm,
+    torch.sparse.addmm: _sparse_addmm,
+    Tensor.coalesce: _same,
+    Tensor.to_sparse: _same,
+    Tensor.to_sparse_csr: _same,
+    Tensor.to_dense: _same,
     **({F.grouped_mm: _grouped_mm} if hasattr(F, "grouped_mm") else {}),
     **({torch._grouped_mm: _grouped_mm} if hasattr(torch, "_grouped_mm") else {}),
 }
+
+# What the graph records in place of functions whose results may have other shapes than their stand-ins'.
+RECORDED = {torch.bincount: functions.bincount, Tensor.bincount: functions.bincount}

@@ -73,7 +73,11 @@ def fakes_of(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> di
 
 
 def fake_of(tensor: Tensor, mode: FakeTensorMode, device: torch.device) -> Tensor:
-    """A fake of a real tensor, on ``device``."""
+    """A fake of a real tensor, on ``device``; that of a sparse tensor is dense, since few fake kernels take others."""
+    if tensor.layout != torch.strided:
+        with mode, torch.no_grad():
+            dense = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        return nn.Parameter(dense, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else dense
     fake = mode.from_tensor(tensor, static_shapes=True)
     if fake.device == device:
         return fake

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from types import FunctionType
 from typing import Any
@@ -69,6 +70,7 @@ class Trace:
         numbers: Sequence[Attribute] = (),
         follow: bool = True,
         gradients: bool = True,
+        operations: bool = False,
     ) -> None:
         self.model = model
         self.reach = reach
@@ -101,6 +103,7 @@ class Trace:
         self.inputs: dict[str, Number] = {}  # numbers that the graph takes as inputs
         self.number_nodes: dict[str, fx.Node] = {}
         self.gradients = gradients
+        self.operations = operations  # records those that functions come to
         self.counters: tuple[Attribute, ...] = ()  # numbers that the forward has read and set
         self.left: dict[str, Output] = {}  # what the forward leaves behind, by node
 
@@ -179,6 +182,7 @@ class Trace:
                     self.recorder, self.model, paths, [part for part in self.kept if isinstance(part, FunctionType)]
                 ),
                 self.recorder,
+                self.recorder.below() if self.operations else nullcontext(),
             ):
                 args, kwargs = self.call.rebuild(inputs)
                 return self.forward(*args, **kwargs)

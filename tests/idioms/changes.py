@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from idioms.declare import D, Wrapped, idiom, takes
 from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
+
+from idioms.declare import D, Wrapped, idiom, takes
 
 
 class Plain(Wrapped):

@@ -14,17 +14,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, fields, is_dataclass
-from itertools import chain, repeat
+from itertools import chain, pairwise, repeat
 from typing import Any
 
 import numpy as np
 import torch
-from idioms.declare import ROWS, Draw, Idiom, Inputs
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.lazy import is_lazy
 
 import pipecompile
+from idioms.declare import ROWS, Draw, Idiom, Inputs
 from pipecompile import PipecompileError
 
 REMEDY = re.compile(
@@ -48,7 +48,7 @@ class Refused(Exception):
 
 
 def outcome(idiom: Idiom, stages: int, microbatches: int, schedule: str, evaluate: bool = True) -> str:
-    """"exact", or "refused: ..." with the message; anything else raises."""
+    """ "exact", or "refused: ..." with the message; anything else raises."""
     try:
         with warned(idiom):
             if schedule == "pipedream":
@@ -89,9 +89,7 @@ def check_steps(idiom: Idiom, stages: int, microbatches: int, schedule: str, eva
         assert len(pipe.stages) == stages, f"{len(pipe.stages)} stages instead of {stages}"
 
 
-def in_eager(
-    idiom: Idiom, microbatches: int, evaluate: bool, drawn: Iterable[Mapping[str, Any]] = ()
-) -> list[Seen]:
+def in_eager(idiom: Idiom, microbatches: int, evaluate: bool, drawn: Iterable[Mapping[str, Any]] = ()) -> list[Seen]:
     """The unsplit model's numbers; what the pipeline has drawn is given to it."""
     model = idiom.build()
     forward = model if not idiom.parts else in_parts(idiom, model, microbatches)
@@ -101,7 +99,7 @@ def in_eager(
 
 def check_drawn(drawn: list[Mapping[str, Any]]) -> None:
     """What is drawn differs from call to call, and from row to row."""
-    for one, other in zip(drawn, drawn[1:], strict=False):
+    for one, other in pairwise(drawn):
         for name, value in one.items():
             assert value.shape != other[name].shape or not torch.equal(value, other[name]), f"{name} is drawn once"
     for name, value in drawn[0].items() if drawn else ():
@@ -186,7 +184,7 @@ def look(model: nn.Module, output: Any, loss: Tensor | None, inputs: Inputs) -> 
     tensors.update((f"buffer {name}", b) for name, b in model.named_buffers(remove_duplicate=False) if not is_lazy(b))
     for path, module in model.named_modules():
         for name, value in [*module.__dict__.items(), *watched(module)]:
-            if name not in TABLES:
+            if name not in TABLES and not name.startswith("_torchdynamo"):
                 tensors[f"attribute {path}.{name}"] = plain(value)
     tensors["inputs"] = inputs
     tensors["input gradients"] = [leaf.grad for _, leaf in leaves(inputs) if isinstance(leaf, Tensor) and leaf.is_leaf]

@@ -1,4 +1,4 @@
-"""What forwards draw. The model gives what it has drawn as an output, and takes it as an argument for the comparison."""
+"""What forwards draw. A model gives what it has drawn as an output, and takes it as an argument to be compared."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from idioms.declare import D, Draw, Inputs, Wrapped, idiom
 from torch import Tensor, nn
+
+from idioms.declare import D, Draw, Inputs, Wrapped, idiom
 
 
 @idiom(draws=("noise",))

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from idioms.declare import D, Wrapped, idiom, takes
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+
+from idioms.declare import D, Wrapped, idiom, takes
 
 
 class Square(Function):

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from idioms.declare import D, Draw, Inputs, Wrapped, idiom
 from torch import Tensor, nn
+
+from idioms.declare import D, Draw, Inputs, Wrapped, idiom
 
 
 class Encoder(nn.Module):

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from idioms.declare import D, Draw, Inputs, Wrapped, idiom, takes
+import torch.nn.utils.prune
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
+
+from idioms.declare import D, Draw, Inputs, Wrapped, idiom, takes
 
 
 @idiom(takes(4, D))
@@ -82,7 +84,7 @@ def tasks(draw: Draw) -> Inputs:
     return (draw.floats(4, D), draw.floats(4, 1), draw.floats(4, D), draw.floats(4, 1)), {}
 
 
-@idiom(tasks)
+@idiom(tasks, refused_parts="samples")
 class MamlByFunctionalCall(nn.Module):
     """MAML: an inner step by ``autograd.grad`` and ``functional_call`` with the weights that it gives."""
 
@@ -245,7 +247,7 @@ class DisabledCompilation(Wrapped):
         return self.special(h)
 
 
-@idiom()
+@idiom(refused="no shape yet")
 class LazyLayers(nn.Module):
     """``LazyLinear``: parameters that the first call makes."""
 

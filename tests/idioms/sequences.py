@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from idioms.declare import D, Draw, Inputs, Wrapped, idiom, takes
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
+
+from idioms.declare import D, Draw, Inputs, Wrapped, idiom, takes
 
 
 def padded(draw: Draw) -> Inputs:
@@ -501,5 +501,3 @@ class InvertibleLinear(nn.Module):
         triangular = self.lower * self.mask + torch.eye(D, dtype=x.dtype)
         z = (z @ triangular) * self.scale.exp()
         return (0.5 * z.pow(2).sum(1) - log_det - self.scale.sum()).mean()
-
-

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from idioms.declare import D, Draw, Inputs, Wrapped, idiom, takes
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
+
+from idioms.declare import D, Draw, Inputs, Wrapped, idiom, takes
 
 
 @idiom(refused_parts="samples|microbatch")
@@ -505,7 +506,7 @@ class TableInAGlobal(Wrapped):
         TABLES.clear()
 
     def outside(self) -> Any:
-        return [(key, value) for key, value in TABLES.items()]
+        return list(TABLES.items())
 
     def middle(self, h: Tensor) -> Tensor:
         length = h.shape[1]

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from idioms.declare import D, Draw, Inputs, Wrapped, idiom, takes
 from torch import Tensor, nn
+
+from idioms.declare import D, Draw, Inputs, Wrapped, idiom, takes
 
 log = logging.getLogger(__name__)
 
@@ -491,7 +492,8 @@ class AssertsAndFormats(Wrapped):
     def middle(self, h: Tensor) -> Tensor:
         assert h.ndim == 2, f"{h.shape}"
         assert h.dtype == self.enter.weight.dtype, f"{h.dtype}"
-        assert h.shape[-1] == D and h.is_floating_point() and h.device == self.enter.weight.device
+        assert h.is_floating_point()
+        assert h.device == self.enter.weight.device
         if h.shape[-1] % 2:
             raise ValueError(f"width {h.shape[-1]} is odd")
         with warnings.catch_warnings():

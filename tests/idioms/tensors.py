@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from idioms.declare import D, Draw, Inputs, Wrapped, idiom, takes
 from torch import Tensor, nn
+
+from idioms.declare import D, Draw, Inputs, Wrapped, idiom, takes
 
 
 @idiom(takes(5, D))
@@ -338,7 +339,9 @@ class SparseAdjacency(Wrapped):
     def __init__(self) -> None:
         super().__init__()
         index = torch.tensor([[0, 1, 2, 3, 7], [1, 0, 3, 2, 5]])
-        self.register_buffer("matrix", torch.sparse_coo_tensor(index, torch.rand(5), (D, D)).coalesce())
+        self.register_buffer(
+            "matrix", torch.sparse_coo_tensor(index, torch.rand(5), (D, D), check_invariants=True).coalesce()
+        )
 
     def middle(self, h: Tensor) -> Tensor:
         flat = h.reshape(-1, D).t()
@@ -351,7 +354,7 @@ class SparseOfActivations(Wrapped):
 
     def middle(self, h: Tensor) -> Tensor:
         index = torch.arange(D).repeat(2, 1)
-        weight = torch.sparse_coo_tensor(index, self.enter.weight.diagonal(), (D, D))
+        weight = torch.sparse_coo_tensor(index, self.enter.weight.diagonal(), (D, D), check_invariants=True)
         return h @ weight.to_dense()
 
 
