@@ -142,8 +142,8 @@ def without_caches(model: nn.Module) -> Iterator[tuple[list[str], frozenset[tupl
 
     Yields notes, and the attributes, by owner's identity and name, on which no trace depends for that.
     """
-    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    on = [c for c in configs.values() if getattr(c, "use_cache", False) is True]
+    configs = {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "__dict__")}
+    on = [c for c in configs.values() if vars(c).get("use_cache") is True]
     for config in on:
         config.use_cache = False
     try:
@@ -225,7 +225,7 @@ def _read_changes(
     was_read: Callable[[Tensor], bool],
 ) -> None:
     for table in sorted(TABLES):
-        changes.attributes.extend(_entries(path, module, table, dict(before[1][table]), fakes, changes.rebound))
+        changes.attributes.extend(_entries(path, module, table, dict(before[1].get(table, {})), fakes, changes.rebound))
     for change in changes_of(module, path, before):
         name, held = change.place.name, before[0].get(change.place.name)
         if isinstance(change.value, FakeTensor) and isinstance(held, Tensor) and was_read(held):
@@ -248,7 +248,9 @@ def _entries(
 
     A buffer that is bound to a tensor of its own shape goes to ``rebound``: the graph writes to it.
     """
-    now = module.__dict__[table]
+    now = module.__dict__.get(table)
+    if not isinstance(now, dict):
+        return  # a scripted module's, which nothing can be added to
     for name in [*now, *(before.keys() - now.keys())]:
         label = f"{path}.{name}" if path else name
         value, fake = now.get(name, MISSING), fakes.get(label)

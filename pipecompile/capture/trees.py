@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
@@ -24,9 +25,34 @@ def flatten(tree: Any) -> tuple[list[tuple[Any, Any]], pytree.TreeSpec]:
             break
         for kind in unknown:
             pytree.register_dataclass(kind)
+    if any(isinstance(leaf, torch.Size) for leaf in pytree.tree_leaves(tree, is_leaf=_is_size)):
+        leaves, spec = pytree.tree_flatten_with_path(pytree.tree_map(_kept, tree, is_leaf=_is_size))
     for path, leaf in leaves:
         _refuse_hidden_tensors(pytree.keystr(path), leaf)
     return leaves, spec
+
+
+@dataclasses.dataclass(frozen=True)
+class _Size:
+    """Stands for a ``torch.Size`` in a tree: torch itself makes a tuple of what it has taken apart."""
+
+    sizes: tuple[Any, ...]
+
+
+pytree.register_pytree_node(
+    _Size,
+    lambda size: (list(size.sizes), None),
+    lambda sizes, _: torch.Size(sizes),  # type: ignore[arg-type, return-value]
+    flatten_with_keys_fn=lambda size: ([(pytree.SequenceKey(i), s) for i, s in enumerate(size.sizes)], None),
+)
+
+
+def _is_size(tree: Any) -> bool:
+    return isinstance(tree, torch.Size)
+
+
+def _kept(leaf: Any) -> Any:
+    return _Size(tuple(leaf)) if isinstance(leaf, torch.Size) else leaf
 
 
 def _refuse_hidden_tensors(path: str, leaf: Any) -> None:
