@@ -148,7 +148,7 @@ class RandomMasking(Wrapped):
         return {"h": self.leave(h), "noise": noise}
 
 
-@idiom()
+@idiom(held="random numbers of Python and numpy")
 class LayerDropByPython(nn.Module):
     """Layer drop with ``random.random()``, as wav2vec 2.0 and fairseq do it."""
 
@@ -164,7 +164,7 @@ class LayerDropByPython(nn.Module):
         return self.head(x)
 
 
-@idiom()
+@idiom(held="random numbers of Python and numpy")
 class MixingWeightByPython(Wrapped):
     """``random.uniform`` as a weight."""
 
@@ -173,7 +173,7 @@ class MixingWeightByPython(Wrapped):
         return h * weight + h.sin() * (1 - weight)
 
 
-@idiom(refused_parts="samples")
+@idiom(held="random numbers of Python and numpy", refused_parts="samples")
 class MixupByNumpy(Wrapped):
     """Mixup: a weight of ``np.random.beta``, rows exchanged with a flip of the batch."""
 
@@ -182,7 +182,7 @@ class MixupByNumpy(Wrapped):
         return h * weight + h.flip(0) * (1 - weight)
 
 
-@idiom()
+@idiom(held="random numbers of Python and numpy")
 class LayerDropByNumpy(Wrapped):
     """LayerDrop with ``np.random.uniform``, as older transformers have it."""
 
@@ -211,7 +211,7 @@ class LayerDropByTorch(nn.Module):
         return self.head(x)
 
 
-@idiom(refused="random|number|reads|draw|shuffle")
+@idiom(held="random numbers of Python and numpy", refused="random|draw")
 class ShuffledLayers(Wrapped):
     """``random.sample`` of modules, ``random.choice`` of an activation."""
 
@@ -220,7 +220,7 @@ class ShuffledLayers(Wrapped):
         return act(h) * random.randint(1, 5)
 
 
-@idiom()
+@idiom(held="a generator as an argument")
 class FixedProjection(Wrapped):
     """A seeded generator for fixed random features (a random projection that is the same in each call)."""
 
@@ -229,7 +229,7 @@ class FixedProjection(Wrapped):
         return h @ torch.randn(D, D, generator=generator, dtype=h.dtype)
 
 
-@idiom(refused="seed|random|generator")
+@idiom(held="seeds in forward", refused="seed|random|generator")
 class ManualSeedInForward(Wrapped):
     """``torch.manual_seed(0)`` in forward, then noise of a shape that no row has a share in."""
 

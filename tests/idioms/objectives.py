@@ -240,7 +240,7 @@ class Output:
         return {"loss": self.loss, "extra": self.extra}
 
 
-@idiom(tokens)
+@idiom(tokens, refused="holds tensors")
 class OwnClassOutput(Language):
     """An object of one's own class as the output."""
 
@@ -264,7 +264,9 @@ def weighted(model: Any, output: dict[str, Tensor]) -> Tensor:
     return sum(output[name] * weight for name, weight in (("boxes", 1.0), ("classes", 0.5), ("extra", 0.1)))  # type: ignore
 
 
-@idiom(lambda draw: ((draw.floats(D), draw.floats(4), draw.ids(3)), {}), loss=weighted)
+@idiom(
+    lambda draw: ((draw.floats(D), draw.floats(4), draw.ids(3)), {}), loss=weighted, refused="could each be the loss"
+)
 class LossDict(nn.Module):
     """detectron2: a dict of losses in training, which the caller sums up."""
 

@@ -260,7 +260,7 @@ class LazyLayers(nn.Module):
         return self.leave(self.enter(x).tanh())
 
 
-@idiom()
+@idiom(refused="nobody could train")
 class LayerMadeInForward(nn.Module):
     """A layer that forward makes at the first call: ``if self.proj is None: self.proj = nn.Linear(...)``."""
 

@@ -62,7 +62,7 @@ class InitialStateParameters(nn.Module):
         return self.head(out[-1] + last[0])
 
 
-@idiom(padded, refused_parts="samples|lengths|parts|microbatch|reads")
+@idiom(padded, refused_parts="samples|lengths|parts|microbatch|reads", refused="values that only a running step knows")
 class PackedSequences(nn.Module):
     """``pack_padded_sequence`` by lengths and back."""
 
@@ -76,7 +76,7 @@ class PackedSequences(nn.Module):
         return self.head(out)
 
 
-@idiom(padded, warns="as one microbatch")
+@idiom(padded, warns="as one microbatch", refused_parts="from one microbatch")
 class PaddedAgain(Wrapped):
     """Rows cut to their lengths and padded again with ``pad_sequence``."""
 
@@ -245,7 +245,7 @@ class PointerNetwork(nn.Module):
         return -torch.stack(logs, 1).sum(1).mean()
 
 
-@idiom(takes(6, D), warns="")
+@idiom(takes(6, D), warns="", held="a branch on the maximum of the batch", refused_parts="samples")
 class EarlyExit(nn.Module):
     """Layers until the whole batch is confident: ``if confidence.min() > t: break``."""
 
@@ -303,7 +303,7 @@ class WhileConverging(nn.Module):
         return root
 
 
-@idiom(takes(6, D))
+@idiom(takes(6, D), refused_parts="samples")
 class LoopOnAValue(Wrapped):
     """A while loop on an activation's value (deep equilibrium solvers)."""
 
@@ -338,7 +338,7 @@ class NeuralOde(nn.Module):
 # Experts
 
 
-@idiom(takes(4, D))
+@idiom(takes(4, D), refused_parts="samples")
 class ExpertsByLoop(Wrapped):
     """Mixtral's block of old: for each expert the tokens that chose it, ``torch.where``, ``index_add_``."""
 

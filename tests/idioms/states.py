@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations, parametrize
 from idioms.declare import D, Draw, Inputs, Wrapped, idiom, takes
 
 
-@idiom(refused_parts="samples|microbatch")
+@idiom(held="written through .data", refused_parts="samples|microbatch")
 class ActNormByData(Wrapped):
     """Glow's ActNorm: scale and shift are set by the first batch, through ``.data``."""
 
@@ -32,7 +32,7 @@ class ActNormByData(Wrapped):
         return h * self.scale + self.shift
 
 
-@idiom(refused_parts="samples|microbatch")
+@idiom(refused_parts="samples|microbatch", refused="reads buffer|reads .*ready")
 class ActNormCopied(Wrapped):
     """The same with ``.data.copy_`` under no_grad and a flag that is a buffer, as normflows has it."""
 
@@ -51,7 +51,7 @@ class ActNormCopied(Wrapped):
         return h * self.s.exp()
 
 
-@idiom()
+@idiom(held="parameters moved in forward, over microbatches")
 class ScaledUnderNoGrad(Wrapped):
     """``self.s.data.mul_(0.9)`` under no_grad."""
 
@@ -65,7 +65,7 @@ class ScaledUnderNoGrad(Wrapped):
         return h * self.s
 
 
-@idiom()
+@idiom(held="parameters moved in forward, over microbatches")
 class WeightNormalisedInPlace(Wrapped):
     """EDM2's forced weight normalisation: the weight is normalised in place in each forward of training."""
 
@@ -80,7 +80,7 @@ class WeightNormalisedInPlace(Wrapped):
         return F.linear(h, F.normalize(self.weight, dim=1))
 
 
-@idiom()
+@idiom(held="written through .data")
 class MaxNormByData(Wrapped):
     """``self.conv.weight.data = torch.renorm(...)``, EEGNet's constraint in speechbrain."""
 
@@ -193,7 +193,7 @@ class MergedLora(nn.Module):
         return self.head(torch.tanh(h))
 
 
-@idiom(refused_stream="")
+@idiom(refused_stream="", held="parameters moved in forward, over microbatches")
 class MomentumTeacher(nn.Module):
     """BYOL: a teacher without gradients, moved towards the student in each forward, in place."""
 
@@ -217,7 +217,7 @@ class MomentumTeacher(nn.Module):
         return 2 - 2 * F.cosine_similarity(p, target, dim=-1).mean()
 
 
-@idiom(refused_parts="samples|microbatch|written|writes")
+@idiom(refused_parts="samples|microbatch|written|writes", refused="reads buffer")
 class MomentumQueue(nn.Module):
     """MoCo: a key encoder by momentum, and a queue of keys in a buffer with a pointer."""
 
@@ -378,7 +378,7 @@ class CountingBuffer(Wrapped):
         return h / (0.5 + 0.5 * torch.exp(-0.1 * self.step.to(h.dtype)))
 
 
-@idiom()
+@idiom(refused="reads buffer")
 class CounterAsNumber(Wrapped):
     """``self.step.item()`` of a buffer in forward."""
 
@@ -686,7 +686,7 @@ class StatefulRecurrent(nn.Module):
         return self.head(out)
 
 
-@idiom(refused_parts="samples|microbatch|written|writes")
+@idiom(refused_parts="samples")
 class RunningStatisticsByHand(Wrapped):
     """Batch renormalisation of one's own: means of the batch in training, running ones in eval."""
 

@@ -165,7 +165,7 @@ class DefaultDtype(Wrapped):
         return h * scale + torch.tensor(0.1) + torch.linspace(0, 1, D, dtype=torch.get_default_dtype())
 
 
-@idiom(takes(5, D))
+@idiom(takes(5, D), refused_parts="samples")
 class NewTensors(Wrapped):
     """``new_zeros``, ``new_full``, ``new_tensor``, ``x.new(...)``, ``torch.full_like``, ``torch.eye``."""
 
@@ -238,7 +238,7 @@ class UnfoldsAndFolds(nn.Module):
         return self.head(out) + F.interpolate(other, size=x.shape[-2:])
 
 
-@idiom(takes(2, 8, 8))
+@idiom(takes(2, 8, 8), refused_parts="samples")
 class SpatialTransformer(nn.Module):
     """``affine_grid`` and ``grid_sample`` with a predicted matrix."""
 
@@ -375,7 +375,7 @@ class BucketsAndHistograms(Wrapped):
         return h + self.levels(bucket) + F.one_hot(other, 7).to(h.dtype) @ self.levels.weight
 
 
-@idiom(lambda draw: ((draw.ids(9, 5),), {}))
+@idiom(lambda draw: ((draw.ids(9, 5),), {}), refused_parts="samples")
 class UniqueIds(nn.Module):
     """``unique`` of the ids of a batch, embedded once and put back with its inverse."""
 
@@ -400,7 +400,7 @@ class PacksByMask(Wrapped):
         return out
 
 
-@idiom(lambda draw: ((draw.floats(5, D), draw.mask(5)), {}))
+@idiom(lambda draw: ((draw.floats(5, D), draw.mask(5)), {}), refused_parts="samples")
 class NonzeroIndices(Wrapped):
     """``nonzero(as_tuple=True)``, ``torch.where(mask)`` and ``masked_select``."""
 
@@ -422,7 +422,7 @@ class NumpyConstants(Wrapped):
         return h * table / np.sqrt(D) + torch.as_tensor(np.cos(angles), dtype=h.dtype) * np.float64(0.5)
 
 
-@idiom(takes(5, D))
+@idiom(takes(5, D), refused="depends on the parameter")
 class NumpyRoundTrip(Wrapped):
     """An activation through numpy and back (a metric that is not differentiated)."""
 
@@ -431,7 +431,7 @@ class NumpyRoundTrip(Wrapped):
         return h * torch.from_numpy(weights)
 
 
-@idiom(takes(5, D))
+@idiom(takes(5, D), refused="depends on the parameter")
 class ReadsActivations(Wrapped):
     """``h.abs().max().item()`` used as a number."""
 
@@ -440,7 +440,7 @@ class ReadsActivations(Wrapped):
         return h / (1 + scale)
 
 
-@idiom(takes(5, D), refused_parts="samples|parts|microbatch")
+@idiom(takes(5, D), refused_parts="samples|parts|microbatch", refused="depends on the parameter")
 class ReadsRowMean(Wrapped):
     """``float(h.mean())`` of activations, kept on the module for a log."""
 
@@ -453,7 +453,7 @@ class ReadsRowMean(Wrapped):
         return h.sin()
 
 
-@idiom(lambda draw: ((draw.floats(5, D), draw.lengths(5)), {}))
+@idiom(lambda draw: ((draw.floats(5, D), draw.lengths(5)), {}), refused_parts="from one microbatch")
 class ReadsLengthsAsList(Wrapped):
     """``lengths.tolist()`` and ``max().item()`` of inputs, in a loop over the rows."""
 
@@ -463,7 +463,7 @@ class ReadsLengthsAsList(Wrapped):
         return self.leave(torch.stack(rows).tanh())
 
 
-@idiom(takes(5, D))
+@idiom(takes(5, D), warns="as one microbatch")
 class LoopsOverRows(Wrapped):
     """A Python loop over the rows of the batch."""
 
@@ -545,7 +545,7 @@ class EinsumOfMany(Wrapped):
         return h * a[..., None] + torch.einsum("bnn,bnd->bnd", h @ h.mT, h)
 
 
-@idiom(lambda draw: ((draw.floats(5, D),), {}))
+@idiom(lambda draw: ((draw.floats(5, D),), {}), held="writes to the arguments of the caller")
 class InPlaceOnInput(Wrapped):
     """A forward that writes into its argument: ``x.mul_(2)``."""
 
