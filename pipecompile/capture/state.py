@@ -142,7 +142,8 @@ def without_caches(model: nn.Module) -> Iterator[tuple[list[str], frozenset[tupl
 
     Yields notes, and the attributes, by owner's identity and name, on which no trace depends for that.
     """
-    configs = {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "__dict__")}
+    held: list[Any] = [getattr(m, "config", None) for m in model.modules()]
+    configs = {id(config): config for config in held if hasattr(config, "__dict__")}
     on = [c for c in configs.values() if vars(c).get("use_cache") is True]
     for config in on:
         config.use_cache = False

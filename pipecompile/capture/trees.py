@@ -42,7 +42,7 @@ class _Size:
 pytree.register_pytree_node(
     _Size,
     lambda size: (list(size.sizes), None),
-    lambda sizes, _: torch.Size(sizes),  # type: ignore[arg-type, return-value]
+    lambda sizes, _: torch.Size(sizes),
     flatten_with_keys_fn=lambda size: ([(pytree.SequenceKey(i), s) for i, s in enumerate(size.sizes)], None),
 )
 
