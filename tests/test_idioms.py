@@ -4,9 +4,9 @@ The models are in ``idioms/``, by theme: written for these tests after what forw
 diffusers, fairseq, MONAI, speechbrain, PyTorch Geometric, detectron2, vector-quantize-pytorch, cleanrl, nanoGPT and
 lightning-bolts do. How they are compared is said in ``idioms/check.py``.
 
-Here each is cut at random once: one half into two stages, one microbatch, with an evaluation behind the steps, the other
-into three and four uneven microbatches. With ``IDIOMS=all`` in the environment each is tried with all stages, microbatches
-and schedules, cut as planned.
+Here each is cut at random once: one half into two stages, one microbatch, with an evaluation behind the steps, the
+other into three and four uneven microbatches. With ``IDIOMS=all`` in the environment each is tried with all stages,
+microbatches and schedules, cut as planned.
 """
 
 from __future__ import annotations

@@ -76,6 +76,8 @@ class Idiom:
         refused: why no pipeline is possible; a pattern of the message. Without a refusal the step must be exact.
         refused_parts: why no several microbatches are.
         refused_stream: why no asynchronous schedule is.
+        stream: whether an asynchronous schedule is tried: Python state is set once a call, not for each microbatch.
+        stages: whether the pipeline must have as many stages as were asked for.
         warns: a pattern of a warning of the pipeline's that is right here.
         held: what is still wrong, for idioms that the tests leave out.
     """

@@ -565,7 +565,7 @@ class RotaryCache(Wrapped):
         return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
 
 
-@idiom(takes(7, D))
+@idiom(takes(7, D), refused_stream="cannot be joined")
 class MaskBuffer(Wrapped):
     """A causal mask that forward registers as a buffer that is not persistent, as x-transformers did."""
 
@@ -668,7 +668,7 @@ class SwinIndex(Wrapped):
         return ((heads @ heads.mT + bias).softmax(-1) @ heads).transpose(1, 2).flatten(2)
 
 
-@idiom(takes(4, D), refused="buffer|attribute|kept")
+@idiom(takes(4, D), refused="buffer|attribute|kept", stream=False)
 class StatefulRecurrent(nn.Module):
     """A GRU whose last hidden state is kept, detached, for the next call (truncated backpropagation)."""
 

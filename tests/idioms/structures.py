@@ -636,7 +636,7 @@ class StrategyObjects(Wrapped):
         return self.processor(h, module=self)
 
 
-@idiom()
+@idiom(stream=False)
 class OneExpertPerCall(Wrapped):
     """Layers taken in turn by a counter on the module, of which only one runs in a call."""
 
