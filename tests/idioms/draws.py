@@ -148,7 +148,7 @@ class RandomMasking(Wrapped):
         return {"h": self.leave(h), "noise": noise}
 
 
-@idiom(held="random numbers of Python and numpy")
+@idiom()
 class LayerDropByPython(nn.Module):
     """Layer drop with ``random.random()``, as wav2vec 2.0 and fairseq do it."""
 
@@ -164,7 +164,7 @@ class LayerDropByPython(nn.Module):
         return self.head(x)
 
 
-@idiom(held="random numbers of Python and numpy")
+@idiom()
 class MixingWeightByPython(Wrapped):
     """``random.uniform`` as a weight."""
 
@@ -173,7 +173,7 @@ class MixingWeightByPython(Wrapped):
         return h * weight + h.sin() * (1 - weight)
 
 
-@idiom(held="random numbers of Python and numpy", refused_parts="samples")
+@idiom(refused_parts="samples")
 class MixupByNumpy(Wrapped):
     """Mixup: a weight of ``np.random.beta``, rows exchanged with a flip of the batch."""
 
@@ -182,7 +182,7 @@ class MixupByNumpy(Wrapped):
         return h * weight + h.flip(0) * (1 - weight)
 
 
-@idiom(held="random numbers of Python and numpy")
+@idiom()
 class LayerDropByNumpy(Wrapped):
     """LayerDrop with ``np.random.uniform``, as older transformers have it."""
 
@@ -211,7 +211,7 @@ class LayerDropByTorch(nn.Module):
         return self.head(x)
 
 
-@idiom(held="random numbers of Python and numpy", refused="random|draw")
+@idiom(refused="random|draw")
 class ShuffledLayers(Wrapped):
     """``random.sample`` of modules, ``random.choice`` of an activation."""
 
