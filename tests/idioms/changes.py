@@ -32,7 +32,7 @@ def another_forward(model: Any) -> Iterator[None]:
     yield
 
 
-@idiom(between=another_forward, held="guards")
+@idiom(between=another_forward)
 class ForwardReplaced(Plain):
     """``module.forward = f`` after the first call."""
 
@@ -43,7 +43,7 @@ def another_method(model: Any) -> Iterator[None]:
     yield
 
 
-@idiom(between=another_method, held="guards")
+@idiom(between=another_method)
 class MethodSetOnInstance(Plain):
     """A method set on the model after the first call."""
 
@@ -56,7 +56,7 @@ def method_of_class(model: Any) -> Iterator[None]:
     type(model).middle = before
 
 
-@idiom(between=method_of_class, held="guards")
+@idiom(between=method_of_class)
 class MethodSetOnClass(Plain):
     """A method set on the model's class after the first call."""
 
@@ -72,7 +72,7 @@ def linear_exchanged(model: Any) -> Iterator[None]:
     F.linear = before
 
 
-@idiom(between=linear_exchanged, held="guards")
+@idiom(between=linear_exchanged)
 class FunctionalLinearReplaced(Plain):
     """``F.linear`` exchanged for another function."""
 
@@ -85,7 +85,7 @@ def class_forward_exchanged(model: Any) -> Iterator[None]:
     nn.Linear.forward = before  # type: ignore[method-assign]
 
 
-@idiom(between=class_forward_exchanged, held="guards")
+@idiom(between=class_forward_exchanged)
 class LinearForwardReplaced(Plain):
     """``nn.Linear.forward`` exchanged."""
 
@@ -97,7 +97,7 @@ def hook_moved(model: Any) -> Iterator[None]:
     yield
 
 
-@idiom(between=hook_moved, held="guards")
+@idiom(between=hook_moved)
 class HookMoved(Plain):
     """A forward hook taken from one module and given to another."""
 
@@ -114,7 +114,7 @@ def global_forward_hook(model: Any) -> Iterator[None]:
     handle.remove()
 
 
-@idiom(between=global_forward_hook, held="guards")
+@idiom(between=global_forward_hook)
 class GlobalForwardHook(Plain):
     """A forward hook for all modules."""
 
@@ -126,7 +126,7 @@ def global_pre_hook(model: Any) -> Iterator[None]:
     handle.remove()
 
 
-@idiom(between=global_pre_hook, held="guards")
+@idiom(between=global_pre_hook)
 class GlobalForwardPreHook(Plain):
     """A forward pre-hook for all modules."""
 
@@ -137,7 +137,7 @@ def backward_hook(model: Any) -> Iterator[None]:
     yield
 
 
-@idiom(between=backward_hook, held="guards")
+@idiom(between=backward_hook)
 class BackwardHookAdded(Plain):
     """A full backward hook that changes gradients, added after the first call."""
 
@@ -150,7 +150,7 @@ def another_shape(model: Any) -> Iterator[None]:
     yield
 
 
-@idiom(between=another_shape, held="guards")
+@idiom(between=another_shape, held="the gradient of a weight that has got another shape")
 class ParameterOfAnotherShape(Plain):
     """Parameters that are given another shape through ``.data``."""
 
@@ -195,7 +195,7 @@ def another_global(model: Any) -> Iterator[None]:
     SCALE = 1.0
 
 
-@idiom(between=another_global, held="guards")
+@idiom(between=another_global)
 class GlobalNumber(Plain):
     """A module-level number that forward reads."""
 
@@ -209,7 +209,7 @@ def another_cell(model: Any) -> Iterator[None]:
     yield
 
 
-@idiom(between=another_cell, held="guards")
+@idiom(between=another_cell)
 class ClosureNumber(Plain):
     """A number in a closure that a function on the module reads."""
 
@@ -235,7 +235,7 @@ def another_class_attribute(model: Any) -> Iterator[None]:
     type(model).factor = 1.0
 
 
-@idiom(between=another_class_attribute, held="guards")
+@idiom(between=another_class_attribute)
 class ClassNumber(Plain):
     """A number on the class, read through the class."""
 
@@ -251,7 +251,7 @@ def item_of_a_list(model: Any) -> Iterator[None]:
     yield
 
 
-@idiom(between=item_of_a_list, held="guards")
+@idiom(between=item_of_a_list)
 class ItemOfALongList(Plain):
     """Item 65 of a list on the module."""
 

@@ -451,7 +451,7 @@ class FrozenBackbone(nn.Module):
         return self.head(self.backbone(x))
 
 
-@idiom(held="a trace holds for training, whether or not gradients are on")
+@idiom()
 class RequiresGradQueries(Wrapped):
     """Branches on ``requires_grad``, ``is_grad_enabled`` and ``is_leaf``."""
 
