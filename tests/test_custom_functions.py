@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import traceback
 from collections.abc import Callable
 from functools import partial, wraps
 from typing import Any
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from toys import D, blocks, mean_square
 from trained import WAYS, assert_trains_alike, floats
 
+import pipecompile
 from pipecompile.capture import capture, read_call
 from pipecompile.errors import CaptureError
 
@@ -433,3 +435,32 @@ def test_what_a_forward_has_frozen_stays_frozen(again: bool) -> None:
     pipe = pipe_of(Freezes(nn.Parameter.requires_grad_, again).double())
     pipe(*floats(0))
     assert pipe.body[1][0].weight.requires_grad is again
+
+
+def test_the_variables_of_a_frame_that_failed_in_a_trace_can_be_read() -> None:
+    """Debuggers and test runners ask each frame of a traceback for its variables."""
+
+    class Failing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            raise ZeroDivisionError("in a custom function")
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return Failing.apply(self.linear(x))
+
+    pipe = pipecompile.compile(Model(), ["cpu", "cpu"], microbatches=1, profile="count")
+    with pytest.raises(Exception, match="in a custom function") as caught:
+        pipe(torch.randn(4, 4))
+    error: BaseException | None = caught.value
+    frames = 0
+    while error is not None:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            assert isinstance(frame.f_locals, dict)
+            frames += 1
+        error = error.__cause__
+    assert frames > 5

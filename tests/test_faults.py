@@ -29,14 +29,18 @@ class Net(nn.Module):
         return mean_square(self.body(x))
 
 
+def nothing() -> None:
+    """What is done unless something else is to be."""
+
+
 class Raising:
     """Calls a function the next time that it is told to."""
 
     def __init__(self) -> None:
-        self.what: Callable[[], Any] = lambda: None
+        self.what: Callable[[], Any] = nothing
 
     def __call__(self) -> None:
-        what, self.what = self.what, lambda: None
+        what, self.what = self.what, nothing
         what()
 
 

@@ -10,6 +10,7 @@ import gc
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from itertools import count
 from types import CodeType, FunctionType
 from typing import Any
@@ -66,8 +67,28 @@ def _template(*args: Any, **kwargs: Any) -> Any:
 
 def _code_of(key: int, code: CodeType) -> CodeType:
     """Code in place of a function's own, with its free variables, which a function's code cannot do without."""
-    constants = tuple(key if constant == "key" else constant for constant in _template.__code__.co_consts)
-    return _template.__code__.replace(co_consts=constants, co_freevars=code.co_freevars)
+    template = _with_variables(code.co_freevars)
+    return template.replace(co_consts=tuple(key if constant == "key" else constant for constant in template.co_consts))
+
+
+@cache
+def _with_variables(names: tuple[str, ...]) -> CodeType:
+    """The template's code with free variables, compiled with them: a frame whose code only claims to have some holds no
+    cells, and Python crashes when it is asked for the frame's variables."""
+    if not names:
+        return _template.__code__
+    lines = [
+        "def outer():",
+        *(f"    {name} = None" for name in names),
+        f"    def {_template.__name__}(*args, **kwargs):",
+        f"        from {__name__} import entered",
+        "        return entered('key', args, kwargs)",
+        *(f"        {name}" for name in names),  # never run
+        f"    return {_template.__name__}",
+    ]
+    made: dict[str, Any] = {}
+    exec(compile("\n".join(lines), __file__, "exec"), made)
+    return made["outer"]().__code__  # type: ignore[no-any-return]
 
 
 def intercepted_by(code: CodeType) -> FunctionType | None:
