@@ -77,8 +77,9 @@ class Compiled:
         asks; the microbatches need only fit the trace.
         """
         division, whole = self.division, call.tensors
-        if changed := self.captured.attributes.changed(state):
-            return changed
+        for attributes in {id(c.attributes): c.attributes for c in (self.captured, division.whole)}.values():
+            if changed := attributes.changed(state):
+                return changed
         if division.one_part and len(rows) > 1:
             return "it holds for a batch of one microbatch"
         if sum(rows.counts) < division.at_least:

@@ -48,7 +48,7 @@ class Batch:
     tensors: dict[str, Tensor] = field(default_factory=dict)  # all that the call has given, by node
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "call", self.compiled.captured.filled(self.call))
+        object.__setattr__(self, "call", self.compiled.division.whole.filled(self.call))
 
     @property
     def outputs(self) -> Sequence[Output]:
@@ -119,7 +119,7 @@ class Batch:
 
     def leave(self) -> None:
         """Sets what the forward sets, for the whole batch."""
-        captured, call = self.compiled.captured, self.call
+        captured, call = self.compiled.division.whole, self.call
         captured.attributes.update(captured.size_values(call.tensors), {**call.tensors, **self.tensors})
 
 

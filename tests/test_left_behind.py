@@ -6,23 +6,24 @@ gradient by name and what was left are held to the unsplit model's.
 
 from __future__ import annotations
 
-import gc
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 import pipecompile
+from pipecompile.errors import CaptureError
 
 D = 6
 TABLES: dict[Any, Tensor] = {}
+BY_MODULE: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
 STATISTICS: list[Tensor] = []
 COUNTS: dict[str, int] = {}
 LAST: Any = None
@@ -360,26 +361,156 @@ def follow(
     return pipe
 
 
-def surviving_fakes() -> list[str]:
-    """What holds fake tensors, beside the nodes of graphs."""
-    gc.collect()
-    found = []
-    for holder in gc.get_objects():
-        kind = type(holder)
-        if issubclass(kind, dict) and "val" not in holder:
-            fakes = sum(type(value) is FakeTensor for value in list(dict.values(holder)))
-        elif kind in (list, set, deque):
-            fakes = sum(type(value) is FakeTensor for value in list(holder))
-        else:
-            continue
-        if fakes:
-            found.append(f"a {kind.__name__} holds {fakes} fakes: {str(holder)[:100]}")
-    return found
-
-
 @pytest.mark.parametrize(("stages", "microbatches"), [(2, 1), (3, 4)])
 @pytest.mark.parametrize(("body", "make", "look"), CASES.values(), ids=CASES)
 def test_what_is_left_is_what_the_unsplit_model_leaves(
     body: Callable[..., Tensor], make: Callable[[], dict[str, Any]], look: Look, stages: int, microbatches: int
 ) -> None:
     follow(body, make, look, stages, microbatches)
+
+
+# Tables that one call leaves for the next
+
+
+def _global_table(self: Any, h: Tensor) -> Tensor:
+    length = h.shape[1]
+    if length not in TABLES:
+        TABLES[length] = torch.arange(length, dtype=h.dtype)
+    return h + TABLES[length][:, None]
+
+
+def _rotary(self: Any, h: Tensor) -> Tensor:
+    length = h.shape[1]
+    if length > self.longest:
+        self.longest = length
+        angles = torch.outer(torch.arange(length, dtype=h.dtype), torch.arange(D, dtype=h.dtype) / D)
+        self.cos, self.sin = angles.cos(), angles.sin()
+    return h * self.cos[:length] + h.flip(-1) * self.sin[:length]
+
+
+def _registered(self: Any, h: Tensor) -> Tensor:
+    length = h.shape[1]
+    if not hasattr(self, "table") or self.table.shape[0] < length:
+        self.register_buffer("table", torch.arange(length * 1.0, dtype=h.dtype), persistent=False)
+    return h + self.table[:length, None]
+
+
+def _by_module(self: Any, h: Tensor) -> Tensor:
+    if self not in BY_MODULE:
+        BY_MODULE[self] = torch.arange(D, dtype=h.dtype)
+    return h * BY_MODULE[self]
+
+
+def _default_argument(self: Any, h: Tensor, tables: dict[int, Tensor] = {}) -> Tensor:  # noqa: B006
+    length = h.shape[1]
+    if length not in tables:
+        tables[length] = torch.arange(length, dtype=h.dtype)
+    return h + tables[length][:, None]
+
+
+def _function_attribute(self: Any, h: Tensor) -> Tensor:
+    if not hasattr(_function_attribute, "table"):
+        _function_attribute.table = torch.arange(D, dtype=h.dtype)  # type: ignore[attr-defined]
+    table: Tensor = _function_attribute.table  # type: ignore[attr-defined]
+    return h * table
+
+
+def _forget_tables() -> None:
+    TABLES.clear()
+    BY_MODULE.clear()
+    _default_argument.__defaults__[0].clear()  # type: ignore[index]
+    vars(_function_attribute).clear()
+
+
+NEXT: dict[str, tuple[Callable[..., Tensor], Callable[[], dict[str, Any]], Look]] = {
+    "global": (_global_table, dict, lambda m: TABLES),
+    "rotary": (_rotary, lambda: {"longest": 0}, lambda m: [m.cos, m.sin, m.longest]),
+    "registered": (_registered, dict, lambda m: [m.table, m._non_persistent_buffers_set, [*m.state_dict()]]),
+    "by module": (_by_module, dict, lambda m: BY_MODULE.get(m)),
+    "default argument": (_default_argument, dict, lambda m: _default_argument.__defaults__),
+    "function": (_function_attribute, dict, lambda m: [*vars(_function_attribute).values()]),
+}
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize(("body", "make", "look"), NEXT.values(), ids=NEXT)
+def test_a_table_that_a_call_leaves_is_read_by_the_next(
+    body: Callable[..., Tensor], make: Callable[[], dict[str, Any]], look: Look, microbatches: int
+) -> None:
+    batches = [inputs(0), inputs(1), inputs(2, length=5), inputs(3)]
+    _forget_tables()
+    expected = [run(model, model, look, x) for model in [Model(body, make)] for x in batches]
+    _forget_tables()
+    model = Model(body, make)
+    pipe = pipecompile.compile(model, ["cpu"] * 2, microbatches=microbatches, profile="count")
+    for x, step in zip(batches, expected, strict=True):
+        same(run(pipe, model, look, x), step)
+    captures = pipe.captures
+    run(pipe, model, look, batches[-1])
+    assert pipe.captures == captures
+    _forget_tables()
+
+
+@pytest.mark.parametrize("body", [_global_table, _list, _by_module, _function_attribute, _default_argument])
+def test_no_fake_tensor_is_left_by_a_trace_that_fails(body: Callable[..., Tensor]) -> None:
+    def failing(self: Any, h: Tensor) -> Tensor:
+        body(self, h)
+        return h @ h @ h @ h
+
+    _forget_tables()
+    model = Model(failing, lambda: {"losses": []})
+    pipe = pipecompile.compile(model, ["cpu"] * 2, profile="count")
+    with pytest.raises(CaptureError):
+        pipe(inputs(0))
+    left = [TABLES, [*BY_MODULE.values()], _default_argument.__defaults__, vars(_function_attribute)]
+    assert not tensors_in([*left, *(block.losses for block in model.blocks)])
+
+
+def test_state_that_goes_from_call_to_call_is_refused_with_the_remedy() -> None:
+    def body(self: Any, h: Tensor) -> Tensor:
+        self.membrane = (0.9 * self.membrane + h).detach()
+        return h + self.membrane
+
+    pipe = pipecompile.compile(Model(body, lambda: {"membrane": torch.zeros(D)}), ["cpu"] * 2, profile="count")
+    with pytest.raises(CaptureError, match="register_buffer"):
+        pipe(inputs(0))
+
+
+def test_gradients_from_one_call_into_the_next_are_refused() -> None:
+    def body(self: Any, h: Tensor) -> Tensor:
+        self.total = self.total + h.mean()
+        return h
+
+    pipe = pipecompile.compile(Model(body, lambda: {"total": 0.0}), ["cpu"] * 2, profile="count")
+    pipe(inputs(0))
+    with pytest.raises(CaptureError, match="detach"):
+        pipe(inputs(0))
+
+
+class Whole(nn.Module):
+    """A module that is kept whole."""
+
+    def __init__(self, kind: str, asks: bool) -> None:
+        super().__init__()
+        self.lin, self.kind, self.asks = nn.Linear(D, D), kind, asks
+        self.losses: list[Any] = []
+
+    def forward(self, h: Tensor) -> Tensor:
+        h = self.lin(h)
+        if self.asks and (h.sum(-1) > 1e9).any():
+            return h
+        if self.kind == "set":
+            self.aux = h.mean()
+        else:
+            self.losses.append(h.mean() if self.kind == "list" else 1)
+        return h
+
+
+@pytest.mark.parametrize("asks", [True, False])
+@pytest.mark.parametrize("kind", ["set", "list", "number"])
+def test_what_a_module_kept_whole_leaves_is_refused(kind: str, asks: bool) -> None:
+    model = Model(lambda self, h: self.whole(h), lambda: {"whole": Whole(kind, asks)})
+    leaves = ["blocks.0.whole", "blocks.1.whole"]
+    pipe = pipecompile.compile(model, ["cpu"] * 2, profile="count", leaf_modules=leaves)
+    with pytest.raises(CaptureError, match=r"kept whole.*let it return"):
+        pipe(inputs(0))

@@ -48,7 +48,7 @@ NOT_PLAIN = Nothing()
 class Item:
     """What is kept under a key of a container; ``label`` is what a person calls it: ``h.0.losses['aux']``."""
 
-    holder: Attribute | Item
+    holder: Place
     key: Any
 
     @property
@@ -62,7 +62,18 @@ class Item:
             return MISSING
 
 
-Place = Attribute | Item
+@dataclass(frozen=True, slots=True)
+class Itself:
+    """A container that is known by no name, as the default of an argument."""
+
+    holder: Any
+    label: str
+
+    def value(self) -> Any:
+        return self.holder
+
+
+Place = Attribute | Item | Itself
 
 
 @dataclass(frozen=True, slots=True)

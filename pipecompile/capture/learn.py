@@ -11,9 +11,10 @@ import torch.fx as fx
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from pipecompile.capture.attributes import MISSING, NOT_PLAIN, TORCHS_OWN, frozen
 from pipecompile.capture.evaluate import Evaluator
 from pipecompile.capture.leaves import LeafCall, copy_of
-from pipecompile.errors import DependsOnData
+from pipecompile.errors import CaptureError, DependsOnData
 
 
 def learn(
@@ -35,9 +36,23 @@ def learn(
         args, kwargs = call.rebuild(tuple(values))
         kept = copy_of(call.kept, call.path, tensors) if isinstance(call.kept, nn.Module) else call.kept
         out = kept(*args, **kwargs)
+    if isinstance(call.kept, nn.Module):
+        _refuse_settings(call, kept)
     if before != [value._version for value in values]:
         raise DependsOnData(f"{call.name} is kept whole but writes to its arguments")
     return replace(call, shapes=tuple(tuple(t.shape) for t in call.tensors_of(out))), out
+
+
+def _refuse_settings(call: LeafCall, copy: Any) -> None:
+    """What a copy of a module sets on itself would be lost."""
+    for module, inner in zip(call.kept.modules(), copy.modules(), strict=False):  # type: ignore[attr-defined]
+        names = [n for n, v in vars(inner).items() if n not in TORCHS_OWN and v is not vars(module).get(n, MISSING)]
+        changed = [n for n in names if frozen(vars(inner)[n]) is NOT_PLAIN or vars(inner)[n] != vars(module).get(n)]
+        if changed:
+            raise CaptureError(
+                f"{call.name} is kept whole and its forward sets self.{changed[0]}, which each microbatch "
+                f"would do for itself; let it return it, or make it a buffer: self.register_buffer({changed[0]!r}, ...)"
+            )
 
 
 def fake_result(tensor: Tensor, device: torch.device) -> Tensor:

@@ -74,6 +74,8 @@ class Ledger:
     is_set: bool = False
     is_cleared: bool = False
     own: set[Any] = field(default_factory=set)  # keys that the trace itself has set
+    is_leaf: Callable[[], bool] = lambda: False
+    by_leaf: bool = False  # changed by a part that is kept whole
     stand_in: Any = None
     before: list[Any] = field(default_factory=list)
 
@@ -98,9 +100,11 @@ class Ledger:
 
     def clear(self) -> None:
         self.is_cleared, self.operations = True, []
+        self.by_leaf |= self.is_leaf()
 
     def do(self, name: str, args: tuple[Any, ...]) -> None:
         self.operations.append((name, args))
+        self.by_leaf |= self.is_leaf()
 
     def reading(self) -> Held | None:
         """What the trace holds for; None if nothing was read or changed."""
@@ -115,10 +119,12 @@ class Ledgers:
 
     Args:
         other: gives the stand-in for what is no container, or the value itself.
+        is_leaf: whether a part is being run that is kept whole.
     """
 
-    def __init__(self, other: Callable[[Any], Any]) -> None:
+    def __init__(self, other: Callable[[Any], Any], is_leaf: Callable[[], bool] = lambda: False) -> None:
         self.other = other
+        self.is_leaf = is_leaf
         self.made: dict[int, Ledger] = {}  # by the identity of the container
         self.others: dict[tuple[int, str, int], Any] = {}
         self.placed: list[tuple[Any, str, Any, Any]] = []  # owner, name, stand-in, original
@@ -161,7 +167,7 @@ class Ledgers:
         if type(value) not in _CLASSES or depth > DEEPEST:
             return value  # one that is longer than LONGEST has a stand-in, but what it holds has none
         if id(value) not in self.made:
-            ledger = self.made[id(value)] = Ledger(place, value)
+            ledger = self.made[id(value)] = Ledger(place, value, is_leaf=self.is_leaf)
             ledger.stand_in = _make(value, ledger, lambda item, key: self.stand_in(item, Item(place, key), depth + 1))
         return self.made[id(value)].stand_in
 
@@ -290,6 +296,7 @@ def _other(base: type, name: str, changes: bool) -> Callable[..., Any]:
             return None
         ledger.read_all()
         ledger.is_set |= changes
+        ledger.by_leaf |= changes and ledger.is_leaf()
         return method(self, *args, **kwargs)
 
     return run

@@ -154,10 +154,9 @@ class _Walk:
             self._visit_cell(cell, name)
         for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
             self._want(value, function.__name__)
-        if vars(function):
-            self.reach.owners.append((function, function.__name__, None))
-            for value in vars(function).values():
-                self._want(value, function.__name__)
+        self.reach.owners.append((function, function.__name__, None))
+        for value in vars(function).values():
+            self._want(value, function.__name__)
         table = function.__globals__
         if is_foreign(table.get("__name__")):
             return

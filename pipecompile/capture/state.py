@@ -87,11 +87,14 @@ def fake_of(tensor: Tensor, mode: FakeTensorMode, device: torch.device) -> Tenso
 
 
 @contextmanager
-def with_fakes(model: nn.Module, fakes: dict[str, Tensor], was_read: Callable[[Tensor], bool]) -> Iterator[Changes]:
+def with_fakes(
+    model: nn.Module, fakes: dict[str, Tensor], is_replaced: Callable[[Tensor, Tensor], bool]
+) -> Iterator[Changes]:
     """Puts fakes in place of the model's tensors; yields the changes that the forward made, complete afterwards.
 
     Args:
-        was_read: whether the trace has read a real tensor that is no parameter or buffer.
+        is_replaced: whether the trace has read the first, a real tensor that is no parameter or buffer, and made the
+            second in its place.
 
     Raises:
         CaptureError: the forward read a tensor kept in an attribute that is no buffer, and bound another one to it.
@@ -105,7 +108,7 @@ def with_fakes(model: nn.Module, fakes: dict[str, Tensor], was_read: Callable[[T
             _place(module, path, fakes, tables)
         yield changes
         for (path, module), held in zip(modules, before, strict=True):
-            _read_changes(path, module, held, fakes, changes, was_read)
+            _read_changes(path, module, held, fakes, changes, is_replaced)
     finally:
         for (_, module), held in zip(modules, before, strict=True):
             restore(module, held)
@@ -223,13 +226,13 @@ def _read_changes(
     before: Snapshot,
     fakes: dict[str, Tensor],
     changes: Changes,
-    was_read: Callable[[Tensor], bool],
+    is_replaced: Callable[[Tensor, Tensor], bool],
 ) -> None:
     for table in sorted(TABLES):
         changes.attributes.extend(_entries(path, module, table, dict(before[1].get(table, {})), fakes, changes.rebound))
     for change in changes_of(module, path, before):
         name, held = change.place.name, before[0].get(change.place.name)
-        if isinstance(change.value, FakeTensor) and isinstance(held, Tensor) and was_read(held):
+        if isinstance(change.value, FakeTensor) and isinstance(held, Tensor) and is_replaced(held, change.value):
             raise CaptureError(
                 f"module {path!r}: forward assigns a new tensor to self.{name} and reads the one before, which "
                 f"microbatches cannot share; make it a buffer: self.register_buffer({name!r}, ...)"

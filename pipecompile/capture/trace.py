@@ -108,17 +108,18 @@ class Trace:
         self.left: dict[str, Output] = {}  # what the forward leaves behind, by node
 
     def run(self, reasons: list[str]) -> Captured:
-        with torch.inference_mode(False), generators_kept(self.reach.generators), Noted(self.reach).kept():
-            return self._run_outside_inference(reasons)
+        noted = Noted(self.reach)
+        with torch.inference_mode(False), generators_kept(self.reach.generators), noted.kept():
+            return self._run_outside_inference(reasons, noted)
 
-    def _run_outside_inference(self, reasons: list[str]) -> Captured:
+    def _run_outside_inference(self, reasons: list[str], noted: Noted) -> Captured:
         fakes = fakes_of(self.model, self.mode, self.device)
         for name, fake in fakes.items():
             self.recorder.add_attribute(name, fake, self.real[name])
         inputs = self._fake_inputs()
         paths = {id(module): path for path, module in reversed([*self.model.named_modules()])}
         with (
-            with_fakes(self.model, fakes, self._is_used) as changes,
+            with_fakes(self.model, fakes, self._is_replaced) as changes,
             without_caches(self.model) as (notes, caches),
         ):
             plain = [leaf for leaf in self.call.leaves if not isinstance(leaf, TensorName)]
@@ -138,7 +139,7 @@ class Trace:
                     out = self._run(inputs, paths)
             finally:
                 self.stood_in, self.drew_whole = watch.drawing.stood_in, watch.drawing.in_leaf
-        watch.note([*changes.attributes, *self._frozen(fakes)])
+        watch.note([*changes.attributes, *self._frozen(fakes)], noted.filled())
         self.counters = watch.counters
         self.recorder.ran.add(part for part in self.kept if isinstance(part, FunctionType))
         whole = {path: module for path, module in self.model.named_modules() if path in self.kept}
@@ -257,8 +258,13 @@ class Trace:
         self.constants[name] = tensor
         return name, fake_of(tensor, self.mode, self.device)
 
-    def _is_used(self, tensor: Tensor) -> bool:
-        """Whether the graph reads a real tensor that is no parameter or buffer; its shape alone is not in the graph."""
+    def _is_replaced(self, tensor: Tensor, value: Tensor) -> bool:
+        """Whether the graph reads a real tensor that is no parameter or buffer, in whose place another is kept then.
+
+        Its shape alone is not in the graph.
+        """
+        if self.recorder.fakes.get(id(tensor)) is value:
+            return False
         used = {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
         return any(tensor is constant and name in used for name, constant in self.constants.items())
 

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipecompile.capture.containers import contents, put_back
+from pipecompile.capture.attributes import Itself
+from pipecompile.capture.containers import contents, is_same, put_back
 from pipecompile.capture.owners import drop, names_of, put
 from pipecompile.capture.reach import Generator, Reach, reach_of
 from pipecompile.randomness import set_state, state_of
@@ -54,6 +55,7 @@ class Noted:
     def __init__(self, reach: Reach) -> None:
         self._names = [(owner, names, names_of(owner, names)) for owner, _, names in reach.owners]
         self._contents = [(holder, contents(holder)) for holder, _ in reach.containers]
+        self._labels = [label for _, label in reach.containers]
         self._memos = [(memo, memo.cache_info().misses) for memo in reach.memos]
 
     @contextmanager
@@ -63,6 +65,12 @@ class Noted:
             yield
         finally:
             self.put_back()
+
+    def filled(self) -> Iterator[tuple[Itself, list[Any], list[Any]]]:
+        """The containers with other contents by now: what they hold, and what they held."""
+        for (holder, before), label in zip(self._contents, self._labels, strict=True):
+            if not is_same(now := contents(holder), before):
+                yield Itself(holder, label), now, before
 
     def put_back(self) -> None:
         """Puts names and contents back; what functions have remembered since is forgotten."""

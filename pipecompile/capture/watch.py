@@ -17,6 +17,8 @@ from pipecompile.capture.attributes import (
     Attribute,
     Attributes,
     Effect,
+    Held,
+    Itself,
     OfKind,
     Place,
     Same,
@@ -73,9 +75,10 @@ class Watch:
         self.numbers = tuple(numbers)
         self.questions: list[tuple[Update, Any]] = []
         self.drawing = Drawing(reach.generators, self.questions, follow, is_leaf)
-        self.ledgers = Ledgers(self.drawing.stand_in)
+        self.ledgers = Ledgers(self.drawing.stand_in, is_leaf)
         self.reads = Reads(paths, states, self.ledgers, ignored)
         self.changes: list[Change] = []
+        self.filled: list[tuple[Itself, list[Any], list[Any]]] = []
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -109,8 +112,13 @@ class Watch:
         for value, label in self.code.begun(frame):
             self.reads.meet(value, label)
 
-    def note(self, changes: Iterable[Change]) -> None:
-        """Takes up what was set on the model's modules, and guards what was set where reads are not seen."""
+    def note(self, changes: Iterable[Change], filled: Iterable[tuple[Itself, list[Any], list[Any]]]) -> None:
+        """Takes up what was set on the model's modules, and guards what was set where reads are not seen.
+
+        Args:
+            filled: containers without a ledger, with what they hold and what they held.
+        """
+        self.filled += filled
         followed = {(id(number.owner), number.name) for number in self.numbers}
         for change in self.changes:
             owner, name = change.place.owner, change.place.name
@@ -148,12 +156,13 @@ class Watch:
         for path, module in kept.items():
             read |= {key: guard for key, guard in _all_of(path, module).items() if key not in set_by_forward}
         readings = [ledger.reading() for ledger in self.ledgers.made.values()]
+        readings += [Held(place, type(place.holder), (), tuple(before)) for place, _, before in self.filled]
         return Attributes(
             read=tuple(read.values()),
             held=tuple(reading for reading in readings if reading is not None),
             numbers=self.numbers,
             questions=tuple(self.questions),
-            updates=tuple(self._effects(Recipes(tensor, self._known))),
+            updates=tuple(self._effects(Recipes(tensor, self._known), kept)),
             draws=self.drawing.draws(),
             facts=(*map(Fact.of, self.reads.places.values()), *self._code_facts()),
             apart=frozenset(id(module.__dict__) for module in self.model.modules()),
@@ -172,14 +181,29 @@ class Watch:
         """The identities of containers that were there before the trace."""
         return {*self.ledgers.made, *(id(holder) for holder, _ in self.reach.containers)}
 
-    def _effects(self, recipes: Recipes) -> Iterator[Effect]:
+    def _effects(self, recipes: Recipes, kept: Mapping[str, nn.Module]) -> Iterator[Effect]:
+        whole = {id(module) for kept_whole in kept.values() for module in kept_whole.modules()}
         for change in self.changes:
+            if id(change.place.owner) in whole and isinstance(change.value, Tensor):
+                raise CaptureError(
+                    f"a module that is kept whole sets {change.place.label}, which each microbatch would do for "
+                    f"itself; let it return the tensor, or make it a buffer: "
+                    f"self.register_buffer({change.place.name!r}, ...)"
+                )
             with _left_at(change.place):
                 if change.items is None:
                     yield Setting(change.place, recipes.of(change.value))
                 else:
                     yield recipes.filling(change.place, change.value, change.items)
+        for place, items, _ in self.filled:
+            with _left_at(place):
+                yield recipes.filling(place, place.holder, items)
         for ledger in self.ledgers.made.values():
+            if ledger.by_leaf:
+                raise CaptureError(
+                    f"a module or function that is kept whole fills {ledger.place.label}, which each microbatch would "
+                    f"do for itself; let it return what it puts there"
+                )
             if ledger.is_changed:
                 with _left_at(ledger.place):
                     yield recipes.effect(ledger)
