@@ -148,7 +148,7 @@ def split_step(trial: Trial) -> tuple[Run, dict[int, Tensor]]:
     The model is left as it was.
     """
     batch, tensors = trial.batch, trial.tensors
-    drawn = trial.captured.attributes.tried()
+    drawn = batch.division.whole.attributes.tried()
     with drawn, _observed(trial) as seen, closing(Session(trial.devices, None)) as session:
         with torch.set_grad_enabled(trial.trains):
             out = steps.run(session, batch, trial.loss_output, trial.schedule)
