@@ -148,6 +148,11 @@ class Pipeline(nn.Module):
         return len(self._captures)
 
     @property
+    def proofs(self) -> tuple[Proof, ...]:
+        """What the first calls of the captures were compared in with the unsplit model, in the order of the calls."""
+        return tuple(self._proofs.values())
+
+    @property
     def versions(self) -> tuple[int, ...]:
         """For each stage the largest number of weight versions that were alive at once."""
         return tuple(weights.peak for weights in self._session.weights)
