@@ -121,6 +121,7 @@ def magnitude(tensor: Tensor) -> float:
     """The largest magnitude of a finite element."""
     values = tensor.detach()
     values = values if values.layout == torch.strided else values.to_dense()
+    values = values.float() if values.dtype == torch.bool else values
     finite = values[values.isfinite()]
     return float(finite.abs().max()) if finite.numel() else 0.0
 
