@@ -71,6 +71,7 @@ def compile_call(
         division = _divided(trace, rows, options)
     else:
         captured = with_batch_dims(trace(rows.counts if call.batch else None), trace)
+        _refuse_writes_between_versions(captured, options)
         division = undivided(captured, options.out_dims)
     graph = summarize(division.body)
     if first is not None:
@@ -90,6 +91,17 @@ def compile_call(
     cut = _cut(division, graph, plan, devices)
     compiled = Compiled(division, graph, plan, costed, plan, cluster, work, candidates, *cut)
     return _rehearsed(compiled, request, call, rows, devices, options) if _is_real(model, options) else compiled
+
+
+def _refuse_writes_between_versions(captured: Captured, options: Options) -> None:
+    """Raises ``CaptureError`` if a forward writes to weights of which the schedule keeps several versions."""
+    trained = {name for name, parameter in captured.model.named_parameters() if parameter.requires_grad}
+    for node in captured.graph.nodes if options.schedule in ASYNCHRONOUS else ():
+        for name in trained.intersection(origin_of(node).writes):
+            raise CaptureError(
+                f"{origin_of(node)}: forward writes to parameter {name!r}, of which schedule={options.schedule!r} "
+                f"keeps several versions at once; use a synchronous schedule"
+            )
 
 
 def _cut(
@@ -191,14 +203,10 @@ class _Tracer:
 def _divided(trace: _Tracer, rows: Rows, options: Options) -> Division:
     """The division of a model: of one trace for any rows, or of two, at a microbatch's and at the batch's."""
     call, whole = trace.call, trace()
-    if call.batch is None or (whole.is_fixed and len(rows) == 1):
+    if call.batch is None or ((whole.is_fixed or whole.leaf_writes) and len(rows) == 1):
         return undivided(whole, one_part=True)
-    if whole.draws_whole and len(rows) > 1:
-        warnings.warn(
-            f"a part that is kept whole draws random numbers of Python or numpy, where each microbatch would draw its "
-            f"own; so every batch of {call.batch} rows is run as one microbatch",
-            stacklevel=2,
-        )
+    if len(rows) > 1 and (why := _each_for_itself(whole)):
+        warnings.warn(f"{why}; so every batch of {call.batch} rows is run as one microbatch", stacklevel=2)
         return undivided(whole, one_part=True)
     if not whole.is_fixed and not misfit(whole, call.split(rows.counts), call.tensors):
         small = large = replace(whole, microbatch=rows.counts[0], checked={})
@@ -229,6 +237,18 @@ def _of_a_microbatch(trace: _Tracer, rows: Rows, attempts: Sequence[str]) -> Cap
             f"this model works for a batch of {trace.call.batch} only; use microbatches=1 (with the {rows.counts[0]} "
             f"rows of a microbatch: {str(error).removeprefix('the model cannot be traced: ')})"
         ) from error
+
+
+def _each_for_itself(captured: Captured) -> str:
+    """What of a part that is kept whole each microbatch would do for itself; empty if nothing."""
+    if captured.draws_whole:
+        return "a part that is kept whole draws random numbers of Python or numpy, where each microbatch would draw its own"
+    for path, name in captured.leaf_writes.items():
+        return (
+            f"module {path!r} is kept whole and its forward writes to its parameter {name!r}, which each microbatch "
+            f"would do for itself (where only the first batch does, run the model once before compile)"
+        )
+    return ""
 
 
 def _pieces(division: Division, last: torch.device) -> tuple[Piece | None, Piece | None]:

@@ -52,6 +52,12 @@ def after(x: Tensor, *writers: Any) -> Tensor:
     return x
 
 
+def with_data(x: Tensor, value: Tensor) -> Tensor:
+    """``x.data = value`` as an expression; what autograd has saved of ``x`` itself has these numbers then too."""
+    x.data = value.detach()
+    return x
+
+
 def write_back(buffer: Tensor, value: Tensor) -> Tensor:
     """Gives a buffer the value that the model's forward bound to its name."""
     with torch.no_grad():

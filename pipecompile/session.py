@@ -73,8 +73,9 @@ class Session:
     def begin(self, compiled: Compiled) -> None:
         """Begins a pass of a synchronous schedule: every stage on the parameters' present values."""
         self._own(compiled)
+        tail = compiled.division.tail
         for stage, weights in enumerate(self.weights):
-            weights.begin(compiled.tensors(stage))
+            weights.begin(compiled.tensors(stage), frozenset(tail.writes if tail else ()))
 
     def run(self, compiled: Compiled, program: Program, microbatches: Mapping[int, Microbatch]) -> None:
         """Runs a lowered program in the modes of the calling thread."""

@@ -26,6 +26,7 @@ from pipecompile.capture.origin import origin_of
 from pipecompile.capture.purity import is_random
 from pipecompile.graph import Graph
 from pipecompile.modules import called_bare, owner_of
+from pipecompile.names import in_code
 from pipecompile.plan import Plan, members
 from pipecompile.randomness import seeded
 from pipecompile.recompute import Recomputed
@@ -186,7 +187,7 @@ class _Writer:
     def read(self, source: fx.Node) -> fx.Node:
         """The copy of a node that is here already, or of an attribute."""
         if source.op == "get_attr" and source not in self.copies:
-            self.copies[source] = self.graph.get_attr(str(source.target))
+            self.copies[source] = self.graph.get_attr(in_code(str(source.target)))
         return self.copies[source]
 
     def write(self, source: fx.Node) -> None:

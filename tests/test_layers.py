@@ -26,7 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("replicate",),
     ("operators",),
     ("row_draws",),
-    ("lines", "regions", "functions", "custom", "randomness", "retarget", "modules"),
+    ("lines", "regions", "functions", "custom", "names", "randomness", "retarget", "modules"),
     ("recompute",),
     ("capture",),
     ("batching",),

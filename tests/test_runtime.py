@@ -99,7 +99,7 @@ def works(pipe: pipecompile.Pipeline) -> None:
 
 def stage_of_fuse(pipe: pipecompile.Pipeline, number: int) -> int | None:
     graph, _, _ = summary(pipe)
-    index = next(i for i, n in enumerate(graph.nodes) if n.op == "apply" and n.path == f"layers.{number}")
+    index = next(i for i, n in enumerate(graph.nodes) if n.op == "Fuse_apply" and n.path == f"layers.{number}")
     return pipe.plan.stage_of[index]
 
 
@@ -302,7 +302,7 @@ def test_a_step_between_two_calls_is_seen_by_the_second() -> None:
 
 
 def watched(pipe: pipecompile.Pipeline) -> list[int]:
-    return [i for i, node in enumerate(summary(pipe)[0].nodes) if node.op == "apply"]
+    return [i for i, node in enumerate(summary(pipe)[0].nodes) if node.op == "Watch_apply"]
 
 
 def test_every_stage_runs_in_a_thread_of_its_own() -> None:

@@ -30,7 +30,7 @@ from pipecompile.capture.calls import SILENT_WRITES
 from pipecompile.capture.origin import origin_of
 from pipecompile.capture.purity import has_effect
 from pipecompile.errors import CaptureError
-from pipecompile.functions import over, part_of
+from pipecompile.functions import over, part_of, with_data
 
 
 def divide(
@@ -151,8 +151,9 @@ class _Divider:
         for node in self.tail_nodes:
             if not is_mixed(kind := self.analysis.kinds[node]) or node in self.analysis.early:
                 continue
-            weights = [n for n in node.all_input_nodes if n.op == "get_attr" and str(n.target) in self.parameters]
-            heavy = [str(n.target) for n in weights if self.parameters[str(n.target)].ndim >= 2]
+            read = [str(n.target) for n in node.all_input_nodes if n.op == "get_attr" and n.target in self.parameters]
+            written = origin_of(node).writes
+            heavy = [name for name in read if self.parameters[name].ndim >= 2 and name not in written]
             heavy += self.small.leaf_parameters(str(node.target)) if node.op == "call_module" else ()
             if heavy:
                 first = next((n for n in self.tail_nodes if self._begins_mixing(n) and n in ancestors([node])), node)
@@ -180,7 +181,7 @@ class _Divider:
                 self._copy(node, copies)
         kept = [copies[n] for n in wanted]
         graph.output(tuple(dict.fromkeys(kept)))
-        graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output") or has_effect(n))
+        graph.eliminate_dead_code(is_impure_node=_must_stay)
         for node in [self._first, *self.inputs.values()]:
             if not node.users:
                 graph.erase_node(node)
@@ -201,7 +202,7 @@ class _Divider:
         if node.op == "get_attr" and str(node.target) in self.written:
             copy = self._new(torch.clone, (copy,), f"{node.name}_before", node)  # the tail writes the buffer itself
         if _is_write(node):
-            copy.meta["origin"] = replace(origin_of(node), writes=())
+            copy.meta["origin"] = replace(origin_of(node), writes=(), copies=origin_of(node).writes)
         copies[node] = self._edited(node, copy)
 
     def _of_the_whole(self, node: fx.Node, kind: Kind | tuple[Kind, ...]) -> fx.Node:
@@ -282,6 +283,15 @@ class _Divider:
         new = self.graph.create_node("call_function", function, args, kwargs or {}, name=name)
         new.meta.update({**like.meta, "origin": replace(origin_of(like), writes=())})
         return new
+
+
+def _must_stay(node: fx.Node) -> bool:
+    """Whether a node of the body has an effect: a write past autograd is seen by backwards of what was read before."""
+    if node.op in ("placeholder", "output") or has_effect(node):
+        return True
+    if not origin_of(node).copies:
+        return False
+    return node.target is with_data or any(n.target is getattr and n.args[1] == "data" for n in ancestors([node]))
 
 
 def _is_write(node: fx.Node) -> bool:

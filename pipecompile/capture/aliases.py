@@ -8,7 +8,10 @@ each write does one of three things:
     v = x[:, 1:]; v += 1   others read x, or view it: the family's base is cloned, its views are taken again from the
                            clone, the write goes there, and every name moves on to the new family; what was read
                            before keeps the old values;
-    self.count += 1        x is a buffer of the model: the write is an effect that stays where it is, once a microbatch.
+    self.count += 1        x is a buffer or a parameter of the model: the write is an effect that stays where it is,
+                           once a microbatch; every name moves on, so that who reads later reads after the write.
+
+``x.data = y`` takes x out of its family into that of y. Of the model's own tensors what they hold last is written back.
 """
 
 from __future__ import annotations
@@ -26,9 +29,13 @@ from pipecompile.functions import after
 def storage_key(tensor: Tensor) -> int | None:
     """Identifies the memory behind a tensor; None for layouts without a storage."""
     try:
-        return int(tensor.untyped_storage()._cdata)
+        with torch._C.DisableTorchFunction():
+            return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):
         return None
+
+
+NOBODY = 0  # no tensor's id
 
 
 @dataclass(slots=True)
@@ -82,6 +89,12 @@ class Aliases:
         family = self._family(tensor)
         return None if family is None else family.buffer
 
+    def leave(self, tensor: Tensor) -> None:
+        """A tensor is about to get other memory: what happens to that of its family no longer concerns it."""
+        family = self._family(tensor)
+        if family is not None and (known := family.position(tensor)) is not None:
+            family.members[known].tensor = NOBODY
+
     def add(self, tensor: Tensor, node: fx.Node, sources: list[Tensor], recipe: tuple[fx.Node, ...]) -> None:
         """A tensor that a node made, perhaps as a view of one of its sources."""
         key = storage_key(tensor)
@@ -101,9 +114,9 @@ class Aliases:
     def prepare_write(self, tensor: Tensor) -> None:
         """Makes it safe that the next call writes to ``tensor``."""
         family = self._family(tensor)
-        if family is None or family.buffer is not None:
+        if family is None:
             return
-        if len(family.members) > 1 or not _is_private(family.members[0].node):
+        if family.buffer is None and (len(family.members) > 1 or not _is_private(family.members[0].node)):
             copies: dict[fx.Node, fx.Node] = {}
             for member in family.members:
                 member.node = self._copy(member, family, copies)
@@ -113,7 +126,7 @@ class Aliases:
     def finish_write(self, tensor: Tensor, writer: fx.Node, result: Tensor | None) -> None:
         """Every name of the family stands for its value after ``writer`` from now on."""
         family = self._family(tensor)
-        if family is None or family.buffer is not None:
+        if family is None:
             return
         for member in family.members:
             if result is not None and member.tensor == id(result):

@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-from torch import Tensor
 from torch._functorch import apis, eager_transforms
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -35,18 +33,6 @@ class Below(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.record(func, args, kwargs or {}, func)
-
-
-def written_by(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The tensors that an aten operation writes to, by its schema; none for other functions."""
-    if not isinstance(func, torch._ops.OpOverload) or not func._schema.is_mutable:
-        return []
-    written: list[Tensor] = []
-    for position, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = kwargs.get(argument.name, args[position] if position < len(args) else None)
-            written += [value] if isinstance(value, Tensor) else [t for t in value or () if isinstance(t, Tensor)]
-    return written
 
 
 @contextmanager

@@ -91,6 +91,11 @@ class Captured:
         return tuple(name for name, _ in self.model.named_parameters() if name.startswith(f"{path}."))
 
     @property
+    def leaf_writes(self) -> dict[str, str]:
+        """Modules kept whole that write to a parameter of their own, with its name in them."""
+        return {path: call.writes[0] for path, calls in self.leaves.items() for call in calls if call.writes}
+
+    @property
     def is_fixed(self) -> bool:
         """Whether the trace holds for its own number of rows alone."""
         if self.call.batch is None:

@@ -71,7 +71,8 @@ class Evaluator:
             return self.inputs[node.name]
         if node.op == "get_attr":
             tensor = self.attribute(str(node.target))
-            return tensor if tensor.requires_grad else tensor.clone()  # a buffer may be written
+            written = not tensor.requires_grad or _is_written(node)
+            return tensor.clone() if written else tensor
         args: Any = retarget(fx.map_arg(node.args, self.known.__getitem__), *META_TO_CPU)
         kwargs: Any = retarget(fx.map_arg(node.kwargs, self.known.__getitem__), *META_TO_CPU)
         if node.op == "call_method":
@@ -82,3 +83,8 @@ class Evaluator:
             return args[0][args[1]]
         assert callable(node.target), origin_of(node)
         return self.call(node.target, *args, **kwargs)
+
+
+def _is_written(attribute: fx.Node) -> bool:
+    """Whether the graph, so far, writes to a parameter."""
+    return any(str(attribute.target) in origin_of(node).writes for node in attribute.graph.nodes)

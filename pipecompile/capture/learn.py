@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch.fx as fx
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from pipecompile.capture.aliases import storage_key
 from pipecompile.capture.attributes import MISSING, NOT_PLAIN, TORCHS_OWN, frozen
+from pipecompile.capture.effects import Effects
 from pipecompile.capture.evaluate import Evaluator
 from pipecompile.capture.leaves import LeafCall, copy_of
 from pipecompile.errors import CaptureError, DependsOnData
@@ -35,11 +38,13 @@ def learn(
         before = [value._version for value in values]
         args, kwargs = call.rebuild(tuple(values))
         kept = copy_of(call.kept, call.path, tensors) if isinstance(call.kept, nn.Module) else call.kept
-        out = kept(*args, **kwargs)
+        with watched(kept, values) as (written, parameters):
+            out = kept(*args, **kwargs)
     if isinstance(call.kept, nn.Module):
         _refuse_settings(call, kept)
-    if before != [value._version for value in values]:
+    if written or before != [value._version for value in values]:
         raise DependsOnData(f"{call.name} is kept whole but writes to its arguments")
+    call = replace(call, writes=tuple(parameters))
     return replace(call, shapes=tuple(tuple(t.shape) for t in call.tensors_of(out))), out
 
 
@@ -53,6 +58,21 @@ def _refuse_settings(call: LeafCall, copy: Any) -> None:
                 f"{call.name} is kept whole and its forward sets self.{changed[0]}, which each microbatch "
                 f"would do for itself; let it return it, or make it a buffer: self.register_buffer({changed[0]!r}, ...)"
             )
+
+
+@contextmanager
+def watched(kept: Any, arguments: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], list[str]]]:
+    """Yields the arguments and the names of a module's parameters that are written within; complete at its end."""
+    named = list(kept.named_parameters()) if isinstance(kept, nn.Module) else []
+    memory = [storage_key(parameter) for _, parameter in named]
+    tensors: list[Tensor] = []
+    parameters: list[str] = []
+    with Effects() as effects:
+        yield tensors, parameters
+    tensors += effects.among(arguments)
+    for (name, parameter), key in zip(named, memory, strict=True):
+        if key in effects.written - {None} or storage_key(parameter) != key:
+            parameters.append(name)
 
 
 def fake_result(tensor: Tensor, device: torch.device) -> Tensor:

@@ -20,6 +20,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from pipecompile.capture.aliases import storage_key
+from pipecompile.capture.calls import version
 from pipecompile.errors import DependsOnData, ExecutionError
 from pipecompile.modules import called_bare
 from pipecompile.randomness import compared
@@ -37,7 +39,8 @@ class Slot:
 class LeafCall:
     """One call of a leaf: the module or function, and its arguments with a slot for each tensor.
 
-    ``shapes`` are those of the outputs where one run has told them; every run must give the same.
+    ``shapes`` are those of the outputs where one run has told them; every run must give the same. ``writes`` names the
+    parameters that a module has written to, by their names in it.
     """
 
     path: str  # of the module, or of that which calls the function
@@ -45,6 +48,7 @@ class LeafCall:
     spec: pytree.TreeSpec
     leaves: tuple[Any, ...]
     shapes: tuple[tuple[int, ...], ...] | None = None
+    writes: tuple[str, ...] = ()
 
     @staticmethod
     def of(path: str, kept: Callable[..., Any], args: Any, kwargs: Any) -> tuple[LeafCall, list[Tensor]]:
@@ -133,13 +137,30 @@ class Leaf(nn.Module):
     def forward(self, number: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         args, kwargs = self.calls[number].rebuild(tensors)
         inner = copy_of(self.__dict__["inner"], "", {})  # keeps these tensors: its backward may run its modules again
+        held = [(tensor, tensor.data, version(tensor)) for tensor in (*self.parameters(), *self.buffers())]
         with compared():
             out = inner(*args, **kwargs)
-        self._write_back(inner)
+        self._refuse_new_writes(number, held)
+        self._write_back(inner, held)
         return self.calls[number].tensors_of(out)
 
-    def _write_back(self, inner: nn.Module) -> None:
-        """What the module has bound to the name of a buffer goes into the model's own buffer."""
+    def _refuse_new_writes(self, number: int, held: Sequence[tuple[Tensor, Tensor, int]]) -> None:
+        """Raises ``ExecutionError`` if the module writes to parameters and did not where it was captured."""
+        call = self.calls[number]
+        written = {id(t) for t, data, before in held if version(t) != before or storage_key(t) != storage_key(data)}
+        for name, parameter in self.named_parameters():
+            if id(parameter) in written and not call.writes:
+                raise ExecutionError(
+                    f"{call.name} is kept whole and has begun to write to its parameter {name!r}, which it did not do "
+                    f"when the model was captured; do that in a forward of its own, outside the pipeline"
+                )
+
+    def _write_back(self, inner: nn.Module, held: Sequence[tuple[Tensor, Tensor, int]]) -> None:
+        """What the module has bound to the name of a buffer, or as data to a tensor, goes into the model's own."""
+        with torch.no_grad():
+            for tensor, data, _ in held:
+                if storage_key(tensor) != storage_key(data):
+                    tensor.data = data.copy_(tensor.data)
         bound = dict(inner.named_buffers())
         for name, buffer in self.named_buffers():
             if name in bound and bound[name] is not buffer:

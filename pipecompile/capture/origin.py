@@ -13,8 +13,9 @@ from pipecompile.regions import PLAIN, Region
 class Origin:
     """Kept in ``fx_node.meta["origin"]``.
 
-    ``writes`` names the buffers that the node writes in place; such a node runs exactly once a microbatch. ``mutates``
-    says that it writes to an argument at all. ``recompute`` is the number of the checkpoint that the call stands in.
+    ``writes`` names the buffers and parameters that the node writes in place; such a node runs exactly once a
+    microbatch. ``copies`` names those of which it writes a microbatch's copy. ``mutates`` says that it writes to an
+    argument at all. ``recompute`` is the number of the checkpoint that the call stands in.
     """
 
     path: str = ""
@@ -23,6 +24,7 @@ class Origin:
     writes: tuple[str, ...] = ()
     mutates: bool = False
     recompute: int | None = None
+    copies: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         module = f"module {self.path!r}" if self.path else "the model's own forward"

@@ -36,9 +36,11 @@ from pipecompile.capture.intercept import intercepted
 from pipecompile.capture.lengths import symbolic_lengths
 from pipecompile.capture.recorder import Recorder
 from pipecompile.capture.scripted import as_python
-from pipecompile.custom import APPLY, Applied, Draws
+from pipecompile.custom import APPLY, Applied
 from pipecompile.errors import CaptureError, DependsOnData
 from pipecompile.retarget import same_device
+
+SWAP: Any = torch.utils.swap_tensors
 
 
 @contextmanager
@@ -55,6 +57,8 @@ def patched(
         _modules(recorder, paths),
         intercepted(functions, recorder.call_function_leaf),
         intercepted([APPLY], partial(_apply, recorder)),
+        intercepted([SWAP], partial(_swap, recorder)),
+        _set(recorder),
         _checkpoints(recorder),
         transforms_seen(partial(_below, recorder, threading.get_ident())),
         _autocast(recorder),
@@ -137,16 +141,39 @@ def _apply(
             f"{recorder.here}: {cls.__name__} takes modules, or objects with tensors inside, whose gradients a "
             f"graph of functions would lose; keep the module around it whole with leaf_modules="
         )
-    applied = Applied(cls)
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with Draws() as draws:
-            out = original(cls, *args, **kwargs)
-        applied.draws = draws.seen
-        return out
-
     with torch._C.DisableTorchFunction():
-        return recorder.call(applied, tuple(rest), kwargs, run)
+        return recorder.call(Applied(cls), tuple(rest), kwargs, partial(original, cls))
+
+
+def _swap(
+    recorder: Recorder, function: FunctionType, original: FunctionType, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    if not torch._C._is_torch_function_mode_enabled():
+        return original(*args, **kwargs)
+    raise CaptureError(
+        f"{recorder.here}: torch.utils.swap_tensors exchanges tensors with their place in autograd, which a pipeline "
+        f"cannot follow; write to the one that is there: tensor.data.copy_(other)"
+    )
+
+
+@contextmanager
+def _set(recorder: Recorder) -> Iterator[None]:
+    """``x.set_(y)``, which does not tell a mode of itself."""
+    original: Any = torch.Tensor.set_
+    thread = threading.get_ident()
+
+    def set_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != thread or not torch._C._is_torch_function_mode_enabled():
+            return original(self, *args, **kwargs)
+        with torch._C.DisableTorchFunction():
+            recorder.set_storage(original, self, *args, **kwargs)
+        return self
+
+    torch.Tensor.set_ = set_  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        del torch.Tensor.set_  # that of its base again
 
 
 def _reentrant_checkpoint(recorder: Recorder, run: Any, preserve: bool, *args: Any) -> Any:

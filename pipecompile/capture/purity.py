@@ -7,7 +7,7 @@ import torch.fx as fx
 from torch import Tensor
 
 from pipecompile.capture.origin import origin_of
-from pipecompile.custom import Applied
+from pipecompile.custom import custom_of
 from pipecompile.functions import number
 from pipecompile.operators import function_of, is_opaque, named
 from pipecompile.randomness import draws
@@ -34,8 +34,8 @@ def name_of(node: fx.Node) -> str:
 
 def is_random(node: fx.Node) -> bool:
     """Whether running a node twice may give two results."""
-    if isinstance(node.target, Applied):
-        return node.target.draws
+    if (custom := custom_of(node.target)) is not None:
+        return custom.draws
     return node.op == "call_function" and draws(node.target, node.args, node.kwargs)
 
 

@@ -13,7 +13,7 @@ import torch.fx as fx
 
 from pipecompile.capture.leaves import FunctionLeaf
 from pipecompile.capture.origin import origin_of
-from pipecompile.custom import Applied
+from pipecompile.custom import custom_of
 
 
 def recomputed(graph: fx.Graph, groups: Iterable[Sequence[str]]) -> dict[str, int]:
@@ -43,4 +43,6 @@ def _whole_groups(found: dict[str, int], groups: Iterable[Sequence[str]]) -> dic
 
 
 def _repeats(node: fx.Node) -> bool:
-    return node.op in ("call_function", "call_method") and not isinstance(node.target, FunctionLeaf | Applied)
+    if node.op not in ("call_function", "call_method") or isinstance(node.target, FunctionLeaf):
+        return False
+    return custom_of(node.target) is None

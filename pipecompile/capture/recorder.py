@@ -8,8 +8,10 @@ all tensors are kept alive during the trace, so that no identity is used twice.
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from types import FunctionType
 from typing import Any
 
@@ -27,12 +29,14 @@ from torch._subclasses.fake_tensor import (
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.overrides import TorchFunctionMode
 
-from pipecompile.capture.aliases import Aliases
-from pipecompile.capture.below import Below, written_by
+from pipecompile.capture.aliases import Aliases, storage_key
+from pipecompile.capture.below import Below
 from pipecompile.capture.bodies import body_of, takes_function
 from pipecompile.capture.calls import is_real, printable, silently_written, tensors_in, version
+from pipecompile.capture.effects import Effects
 from pipecompile.capture.hidden import hides_tensors
 from pipecompile.capture.histories import Histories
+from pipecompile.capture.learn import watched
 from pipecompile.capture.leaves import FunctionLeaf, LeafCall, attribute_of
 from pipecompile.capture.ledgers import without_stand_ins
 from pipecompile.capture.numbers import Argument, Number, WholeArgument, is_number
@@ -41,9 +45,11 @@ from pipecompile.capture.ran import Ran
 from pipecompile.capture.stand_ins import RECORDED, STAND_INS
 from pipecompile.capture.symbols import Sizes
 from pipecompile.capture.values import READS, Values
+from pipecompile.custom import Applied, held
 from pipecompile.errors import CaptureError, DependsOnData
-from pipecompile.functions import hooked, setitem
+from pipecompile.functions import hooked, setitem, with_data
 from pipecompile.lines import caller_file, is_library, user_line
+from pipecompile.names import in_code
 from pipecompile.regions import PLAIN, Region
 
 _SET_REQUIRES_GRAD = Tensor.requires_grad.__set__  # type: ignore[attr-defined]
@@ -53,7 +59,8 @@ LAYOUTS: dict[Callable[..., Any], Callable[[torch.layout], Any]] = {
     Tensor.is_sparse.__get__: lambda layout: layout == torch.sparse_coo,  # type: ignore[attr-defined]
     Tensor.is_sparse_csr.__get__: lambda layout: layout == torch.sparse_csr,  # type: ignore[attr-defined]
 }
-PYTHON_TYPES = {bool: torch.bool, int: torch.int64, float: torch.float64}  # where torch takes one for a dtype
+_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
+_STORAGES = (Tensor.untyped_storage, Tensor.storage)
 
 # What running on fakes raises where only real values would do.
 DATA_DEPENDENT = (
@@ -116,6 +123,8 @@ class Recorder(TorchFunctionMode):
         self.nodes: dict[int, fx.Node] = {}
         self.returns: list[tuple[str, tuple[fx.Node | None, ...]]] = []  # of each call of a module, as calls end
         self.names: dict[int, str] = {}  # parameters, buffers and constants
+        self.attributes: dict[str, fx.Node] = {}  # what reads them
+        self.moved: dict[str, Tensor] = {}  # those that have been given other data
         self.trainable: set[str] = set()  # those that are parameters
         self.layouts: dict[int, torch.layout] = {}  # of tensors whose fakes are dense
         self.alive: list[Any] = []
@@ -156,10 +165,10 @@ class Recorder(TorchFunctionMode):
         call, out = self._learn(call, tensors, run)
         calls = self.leaf_calls.setdefault(path, [])
         calls.append(call)
-        node = self.graph.call_module(attribute_of(path), (len(calls) - 1, *map(self.node_of, tensors)))
+        node = self.graph.call_module(in_code(attribute_of(path)), (len(calls) - 1, *map(self.node_of, tensors)))
         prefix = f"{path}."
         buffers = tuple(n for n in self.names.values() if n.startswith(prefix) and n not in self.trainable)
-        return self._bind_leaf(node, call, tensors, out, buffers)
+        return self._bind_leaf(node, call, tensors, out, (*buffers, *(prefix + name for name in call.writes)))
 
     def call_function_leaf(
         self, function: FunctionType, original: FunctionType, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -193,7 +202,7 @@ class Recorder(TorchFunctionMode):
         self.inside_leaf = True
         versions = [version(tensor) for tensor in tensors]
         try:
-            with torch._C.DisableTorchFunction():
+            with torch._C.DisableTorchFunction(), watched(call.kept, tensors) as (written, parameters):
                 args, kwargs = call.rebuild(tuple(tensors))
                 out = run(*args, **kwargs)
         except Exception:  # a question about data, or what no fake can do: leave torch, run a custom kernel
@@ -201,9 +210,9 @@ class Recorder(TorchFunctionMode):
             return self.learn(call, [self.node_of(t) for t in tensors])
         finally:
             self.inside_leaf = False
-        if versions != [version(tensor) for tensor in tensors]:
+        if written or versions != [version(tensor) for tensor in tensors]:
             raise DependsOnData(f"{self.here}: {call.name} is kept whole but writes to its arguments")
-        return call, out
+        return replace(call, writes=tuple(parameters)), out
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -238,6 +247,10 @@ class Recorder(TorchFunctionMode):
             self._hook(*args, **kwargs)
         elif func == _SET_REQUIRES_GRAD:
             return self.call(Tensor.requires_grad_, args, kwargs, Tensor.requires_grad_)
+        elif func == _SET_DATA:
+            return self.set_data(func, *args)
+        elif func in _STORAGES and isinstance(args[0], FakeTensor) and not is_library(_caller()):
+            raise self._asks_for_storage()
         elif takes_function(func, args, kwargs):
             self.ran.resume(looking)  # the body calls functions of the model's
             with self:
@@ -253,14 +266,19 @@ class Recorder(TorchFunctionMode):
         tensors = list(tensors_in((args, kwargs)))
         self.check(tensors)
         versions = [version(t) for t in tensors]
-        try:
-            out = self.run(run, args, kwargs)
-        except DataDependentOutputException:  # perhaps a tensor stands where a number is wanted
-            args, kwargs = self._with_numbers(args), self._with_numbers(kwargs)
-            out = self.run(run, args, kwargs)
+        with Effects() as effects:
+            try:
+                out = self.run(run, args, kwargs)
+            except DataDependentOutputException:  # perhaps a tensor stands where a number is wanted
+                args, kwargs = self._with_numbers(args), self._with_numbers(kwargs)
+                out = self.run(run, args, kwargs)
         written = [t for t, before in zip(tensors, versions, strict=True) if version(t) != before]
-        silent = [*silently_written(func, args, kwargs), *written_by(func, args, kwargs)]
-        self.record(func, args, kwargs, out, written + [t for t in silent if not any(t is w for w in written)])
+        moved = silently_written(func, args, kwargs)
+        effects.written -= set(map(storage_key, [*written, *moved]))
+        unseen = list({storage_key(t): t for t in effects.among(tensors)}.values())  # by autograd
+        if isinstance(func, Applied):
+            func.draws = effects.draws
+        self.record(func, args, kwargs, out, written + unseen, moved)
         return out
 
     def record(
@@ -270,11 +288,12 @@ class Recorder(TorchFunctionMode):
         kwargs: dict[str, Any],
         out: Any,
         written: Sequence[Tensor] = (),
+        moved: Sequence[Tensor] = (),
     ) -> None:
-        """Appends a call that gave ``out`` and wrote to ``written``."""
+        """Appends a call that gave ``out``, wrote to ``written``, and moved running statistics on."""
         if func is torch.Tensor.__setitem__:
             func, out = setitem, args[0]
-        if not written and next(tensors_in(out), None) is None:
+        if not written and not moved and next(tensors_in(out), None) is None:
             return
         self._check_results(list(tensors_in(out)), func)
         for tensor in written:
@@ -284,12 +303,44 @@ class Recorder(TorchFunctionMode):
             func, args, kwargs = getattr, (args[0], func.__self__.__name__), {}  # type: ignore[attr-defined]
         func = printable(func)
         func = RECORDED.get(func, func)
-        node = self.emit(func, self.lower(args), self.lower(kwargs), written=written)
+        node = self.emit(*held(func, self.lower(args), self.lower(kwargs)), written=[*written, *moved])
         self._bind_results(node, out, list(tensors_in((args, kwargs))))
         for tensor in written:
             self.aliases.finish_write(tensor, node, out if isinstance(out, Tensor) else None)
-            if self.aliases.buffer_of(tensor):
-                self.nodes[id(tensor)] = node if out is tensor else self.nodes[id(tensor)]
+
+    def set_data(self, func: Callable[..., Any], tensor: Tensor, value: Tensor) -> None:
+        """Records ``tensor.data = value``: it keeps its place in autograd and stands for other numbers."""
+        tensor, value = self._fake(tensor), self._fake(value)
+        if storage_key(tensor) == storage_key(value) and _geometry(tensor) == _geometry(value):
+            return  # x.data += y
+        if tensor.shape != value.shape or tensor.dtype != value.dtype:
+            raise CaptureError(
+                f"{self.here}: the forward gives a tensor of {tensor.dtype} {tuple(tensor.shape)} data of "
+                f"{value.dtype} {tuple(value.shape)}; it must keep its shape and type"
+            )
+        self.check([tensor, value])
+        before, data = self.node_of(tensor), self.node_of(value)
+        name = self.names.get(id(tensor))
+        if name is None:  # of the model's own a copy is made where their last value is written back
+            before = self.emit(torch.clone, (before,), like=before)
+        self.aliases.leave(tensor)
+        self._keep_values(tensor)
+        self.run(func, (tensor, value), {})
+        node = self.emit(with_data, (before, data))
+        node.meta["origin"] = replace(origin_of(node), region=PLAIN, copies=() if name is None else (name,))
+        self._bind(tensor, node)
+        self.aliases.add(tensor, node, [value], (node,))
+        self.aliases.groups.append((before, node))
+        if name is not None:
+            self.moved[name] = tensor
+
+    def _keep_values(self, tensor: Tensor) -> None:
+        """Lets the nodes that a tensor has been stand for the memory that it has now."""
+        held = tensor.detach().requires_grad_(tensor.requires_grad)
+        self.alive.append(held)
+        for node in self.graph.nodes:
+            if node.meta.get("val") is tensor:
+                node.meta["val"] = held
 
     def check(self, tensors: Iterable[Tensor]) -> None:
         """Raises ``DependsOnData`` if something that was not recorded has changed one of the tensors."""
@@ -307,10 +358,11 @@ class Recorder(TorchFunctionMode):
         """The same, and that all was recorded, for what a module returns: here it is known what to keep whole."""
         if self.inside_leaf or not torch._C._is_torch_function_mode_enabled():
             return
-        for tensor in tensors_in(out):
-            if not self.inside_transform and not is_real(tensor) and not self._is_known(tensor):
-                raise self._out_of_sight(tensor)
-            self.check([tensor])
+        with torch._C.DisableTorchFunction():
+            for tensor in tensors_in(out):
+                if not self.inside_transform and not is_real(tensor) and not self._is_known(tensor):
+                    raise self._out_of_sight(tensor)
+                self.check([tensor])
 
     def _check_results(self, results: list[Tensor], func: Callable[..., Any]) -> None:
         if not self.inside_transform and (lost := self.histories.lost(results)) is not None:
@@ -344,6 +396,22 @@ class Recorder(TorchFunctionMode):
         if like is not None:
             node.meta["val"] = like.meta.get("val")
         return node
+
+    def set_storage(self, func: Callable[..., Any], tensor: Tensor, *source: Any, **kwargs: Any) -> None:
+        """Records ``tensor.set_(source)``.
+
+        Raises:
+            DependsOnData: it is given a storage, not another tensor.
+        """
+        if len(source) != 1 or not isinstance(source[0], Tensor) or kwargs:
+            raise self._asks_for_storage()
+        self.set_data(func, tensor, source[0])
+
+    def _asks_for_storage(self) -> DependsOnData:
+        return DependsOnData(
+            f"{self.here}: the forward asks for the storage of a tensor, where no tracer sees what it writes; "
+            f"write to the tensor itself, or name the module around it in leaf_modules="
+        )
 
     @property
     def region(self) -> Region:
@@ -412,8 +480,6 @@ class Recorder(TorchFunctionMode):
                 return {key: self.lower(item) for key, item in value.items()}
             case slice():
                 return slice(self.lower(value.start), self.lower(value.stop), self.lower(value.step))
-            case type() if value in PYTHON_TYPES:
-                return PYTHON_TYPES[value]
             case np.ndarray():
                 return value.tolist()
             case _ if type(value).__module__ == "numpy" and hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
@@ -435,10 +501,18 @@ class Recorder(TorchFunctionMode):
             if is_real(tensor):
                 return self.node_of(self._fake(tensor))
             raise self._out_of_sight(tensor)
-        node = self.graph.get_attr(name)
+        node = self.graph.get_attr(in_code(name))
         node.meta["val"] = tensor
         self._bind(tensor, node)
+        self.aliases.add(tensor, node, [], ())
+        self.attributes[name] = node
         return node
+
+    def attribute(self, name: str, tensor: Tensor) -> fx.Node:
+        """The node that reads a parameter, buffer or constant as the forward has found it."""
+        if name not in self.attributes:
+            self.node_of(tensor)
+        return self.attributes[name]
 
     def _fake(self, value: Any) -> Any:
         """Arguments with the fake of each real tensor in its place."""
@@ -526,3 +600,12 @@ class Recorder(TorchFunctionMode):
                 picked = self.emit(operator.getitem, (node, index))
                 picked.meta["val"] = item
                 self._bind_items(picked, item, sources, (*recipe, picked))
+
+
+def _geometry(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype
+
+
+def _caller() -> str:
+    """The file of what calls the function that a mode is told of."""
+    return sys._getframe(2).f_code.co_filename

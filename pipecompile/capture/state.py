@@ -262,6 +262,11 @@ def _entries(
             continue
         if table == "_buffers" and isinstance(value, FakeTensor) and fake is not None and _alike(value, fake):
             rebound[label] = value
+        elif table == "_parameters" and isinstance(value, FakeTensor):
+            raise CaptureError(
+                f"module {path!r}: forward makes a new parameter {name!r}, which no optimizer knows; write to the one "
+                f"that is there, under torch.no_grad(), or make it before: run the model once"
+            )
         elif isinstance(value, nn.Module) and any(isinstance(t, FakeTensor) for _, t in named_tensors(value)):
             raise CaptureError(
                 f"module {path!r}: forward makes {label!r}, a {type(value).__name__}, whose parameters nobody could "

@@ -86,10 +86,10 @@ def _together(
 
 
 def _around_buffers(captured: Captured, fx_nodes: list[fx.Node], index: Mapping[fx.Node, int]) -> Iterable[list[int]]:
-    """For each buffer that is written: its writers, and whatever reads it, directly or through a view."""
+    """For each buffer that is written, or copied and written: its writers, and whatever reads it, perhaps by a view."""
     writers: dict[str, list[int]] = {}
     for n in fx_nodes:
-        for name in origin_of(n).writes:
+        for name in (*origin_of(n).writes, *origin_of(n).copies):
             writers.setdefault(name, []).append(index[n])
     for name, group in writers.items():
         roots = [n for n in captured.graph.nodes if n.op == "get_attr" and str(n.target) == name]

@@ -17,6 +17,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
+from pipecompile.capture.aliases import storage_key
 from pipecompile.capture.ancestors import ancestors
 from pipecompile.capture.attributes import Attribute, Attributes, Update
 from pipecompile.capture.calls import is_real
@@ -143,7 +144,7 @@ class Trace:
         self.counters = watch.counters
         self.recorder.ran.add(part for part in self.kept if isinstance(part, FunctionType))
         whole = {path: module for path, module in self.model.named_modules() if path in self.kept}
-        self._write_back(fakes, changes.rebound)
+        self._write_back({**self._moved(), **changes.rebound})
         attributes = watch.attributes(whole, self._left_behind)
         attributes = replace(attributes, facts=(*attributes.facts, *self._modes_asked()))
         notes += self._give_up_notes(reasons)
@@ -321,12 +322,25 @@ class Trace:
                     f"changes; keep the module whole with leaf_modules="
                 )
 
-    def _write_back(self, fakes: dict[str, Tensor], rebound: dict[str, Tensor]) -> None:
+    def _moved(self) -> dict[str, Tensor]:
+        """The model's tensors that the forward has given other data."""
+        moved = self.recorder.moved
+        keys = [storage_key(tensor) for tensor in moved.values()]
+        for name, tensor in moved.items():
+            if keys.count(storage_key(tensor)) > 1 or self.recorder.aliases.buffer_of(tensor) is not None:
+                raise CaptureError(
+                    f"forward gives {name!r} the memory of another tensor of the model (self.{name}.data = ...), so "
+                    f"that a write to one would be a write to both; copy it: self.{name}.data.copy_(...)"
+                )
+        return moved
+
+    def _write_back(self, rebound: dict[str, Tensor]) -> None:
         for name, value in rebound.items():
+            real = self._attribute(name)
             with self.mode:
-                buffer, new = self.recorder.node_of(fakes[name]), self.recorder.node_of(value)
-            node = self.recorder.emit(write_back, (buffer, new), written=[fakes[name]])
-            node.meta["val"] = value
+                buffer, new = self.recorder.attribute(name, self.recorder.fakes[id(real)]), self.recorder.node_of(value)
+            node = self.recorder.emit(write_back, (buffer, new))
+            node.meta.update(val=value, origin=replace(origin_of(node), writes=(name,), mutates=True))
             with self.graph.inserting_after(buffer):  # whoever reads the old value must not see the write
                 old = self.graph.call_function(torch.clone, (buffer,))
             old.meta.update(buffer.meta, origin=Origin())
@@ -433,10 +447,10 @@ class Trace:
         return Leaf(self.recorder.leaf_calls[path], self._sandbox(f"{path}."))
 
     def _sandbox(self, prefix: str) -> dict[str, Tensor]:
-        """A module's own parameters, and copies of its buffers, which a run may write to."""
+        """Copies of a module's parameters and buffers, which a run may write to."""
         mine = {name: tensor for name, tensor in self.real.items() if name.startswith(prefix)}
         with torch._C.DisableTorchFunction(), _disable_current_modes():
-            return {name: t.clone() if name in self.buffers else t for name, t in mine.items()}
+            return {name: t.detach().clone().requires_grad_(t.requires_grad) for name, t in mine.items()}
 
     def _give_up_notes(self, reasons: list[str]) -> list[str]:
         if not reasons:

@@ -52,6 +52,7 @@ class Walk:
         self.numbers: Any = WeakIdKeyDictionary()  # storage -> its number, None for those of parameters and buffers
         self.kept: set[int] = set()  # storages that some node before has kept
         self.attributes = captured.tensors
+        self.written = {name for node in captured.graph.nodes for name in origin_of(node).writes}
         self.sizes = captured.sample_sizes
 
     def run(self) -> None:
@@ -82,7 +83,7 @@ class Walk:
                 self.footprints[node.name] = Footprint(self._numbers([value]))
             case "get_attr":
                 tensor = self.attributes[str(node.target)]
-                self.values[node] = self._attribute(tensor)
+                self.values[node] = self._attribute(tensor, str(node.target) in self.written)
             case "call_function" | "call_method" | "call_module":
                 self._measure(node)
 
@@ -92,10 +93,10 @@ class Walk:
         rows = tensor[: self.captured.microbatch] if name in call.batched else tensor
         return self.meter.tensor(rows.clone()).requires_grad_(call.tensors[name].requires_grad)
 
-    def _attribute(self, tensor: Tensor) -> Tensor:
+    def _attribute(self, tensor: Tensor, written: bool = False) -> Tensor:
         value = self.meter.tensor(tensor)
-        if not isinstance(tensor, nn.Parameter):
-            value = value.clone()  # a buffer may be written
+        if written or not isinstance(tensor, nn.Parameter):
+            value = value.detach().clone()  # a buffer may be written
         self.numbers[value.untyped_storage()] = None
         return value.requires_grad_(tensor.requires_grad)
 
@@ -168,7 +169,7 @@ class Walk:
     def _leaf(self, node: fx.Node) -> nn.Module:
         """A module that is kept whole, on tensors of this walk."""
         prefix = f"{node.target}."
-        mine = {name: self._attribute(t) for name, t in self.attributes.items() if name.startswith(prefix)}
+        mine = {n: self._attribute(t, n in self.written) for n, t in self.attributes.items() if n.startswith(prefix)}
         return self.captured.leaf(str(node.target), mine)
 
     def _shape(self, tensor: Tensor) -> list[int]:

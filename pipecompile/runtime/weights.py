@@ -11,7 +11,7 @@ Optimizer state and buffers are not versioned, as there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
 
 import torch
@@ -46,13 +46,19 @@ class Weights:
         self.device = device
         trainable = [t for t in tensors.values() if isinstance(t, nn.Parameter) and t.requires_grad]
         self.optimizer = optimizer(trainable) if optimizer is not None and trainable else None
+        self.written: Set[str] = frozenset()
         self.replicas: dict[str, tuple[int, int, Tensor]] = {}
         self.current = self._version()
         self.touched: list[Version] = []  # versions with gradients since the last step
         self.peak = 1  # versions alive at once
 
-    def begin(self, tensors: Mapping[str, Tensor]) -> None:
-        """Begins a pass: leaves without gradients, on the present values of the tensors that the pass reads."""
+    def begin(self, tensors: Mapping[str, Tensor], written: Set[str] = frozenset()) -> None:
+        """Begins a pass: leaves without gradients, on the present values of the tensors that the pass reads.
+
+        Args:
+            written: those that the call itself writes, after its forwards, which have read copies.
+        """
+        self.written = written
         new = [t for name, t in tensors.items() if t.requires_grad and name not in self.tensors]
         self.tensors.update(tensors)
         if self.optimizer is not None and new:
@@ -103,7 +109,8 @@ class Weights:
 
     def _version(self) -> Version:
         leaves = {name: self._leaf(name, tensor) for name, tensor in self.tensors.items()}
-        watched = {} if self.optimizer else {n: t._version for n, t in self.tensors.items() if t.requires_grad}
+        trainable = {n: t for n, t in self.tensors.items() if t.requires_grad and n not in self.written}
+        watched = {} if self.optimizer else {n: t._version for n, t in trainable.items()}
         return Version(leaves, watched)
 
     def _leaf(self, name: str, tensor: Tensor) -> Tensor:

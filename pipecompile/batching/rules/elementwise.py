@@ -84,7 +84,7 @@ def constant_like(use: Use) -> Answer:
     return kind if isinstance(kind, Batched) else use.mixed() if use.scale.growing(use.node) else SHARED
 
 
-@rule(LINEAR, functions.after)
+@rule(LINEAR, functions.after, functions.with_data)
 def one_value(use: Use) -> Answer:
     if (
         len(use.tensors) > 1
