@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -306,12 +307,14 @@ def watched(pipe: pipecompile.Pipeline) -> list[int]:
 
 
 def test_every_stage_runs_in_a_thread_of_its_own() -> None:
-    threads: set[int] = set()
+    seen: SimpleQueue[int] = (
+        SimpleQueue()
+    )  # no container of Python's, which would be left as the unsplit model leaves it
 
     class Watch(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: Tensor) -> Tensor:
-            threads.add(threading.get_ident())
+            seen.put(threading.get_ident())
             return x.clone()
 
         @staticmethod
@@ -338,8 +341,10 @@ def test_every_stage_runs_in_a_thread_of_its_own() -> None:
 
     pipe = pipe_of(Watched())
     pipe(floats())
-    threads.clear()
+    while not seen.empty():
+        seen.get()
     pipe(floats())
+    threads = {seen.get() for _ in range(seen.qsize())}
     assert len(threads) == len({pipe.plan.stage_of[i] for i in watched(pipe)}) > 1
     assert threading.get_ident() not in threads
 
