@@ -242,7 +242,7 @@ def _of_a_microbatch(trace: _Tracer, rows: Rows, attempts: Sequence[str]) -> Cap
 def _each_for_itself(captured: Captured) -> str:
     """What of a part that is kept whole each microbatch would do for itself; empty if nothing."""
     if captured.draws_whole:
-        return "a part that is kept whole draws random numbers of Python or numpy, where each microbatch would draw its own"
+        return "a part kept whole draws random numbers of Python or numpy, which each microbatch would do for itself"
     for path, name in captured.leaf_writes.items():
         return (
             f"module {path!r} is kept whole and its forward writes to its parameter {name!r}, which each microbatch "
