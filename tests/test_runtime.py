@@ -307,9 +307,7 @@ def watched(pipe: pipecompile.Pipeline) -> list[int]:
 
 
 def test_every_stage_runs_in_a_thread_of_its_own() -> None:
-    seen: SimpleQueue[int] = (
-        SimpleQueue()
-    )  # no container, which is left as unsplit
+    seen: SimpleQueue[int] = SimpleQueue()  # no container, which is left as unsplit
 
     class Watch(torch.autograd.Function):
         @staticmethod
