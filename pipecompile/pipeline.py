@@ -34,7 +34,7 @@ from pipecompile.runtime import Ambient
 from pipecompile.schedule import ASYNCHRONOUS, SCHEDULES, pipedream
 from pipecompile.session import Session
 from pipecompile.side_by_side import Trial
-from pipecompile.surroundings import check_parameters, check_surroundings, uncompiled
+from pipecompile.surroundings import check_parameters, check_surroundings, saved_as_they_are, uncompiled
 from pipecompile.timeline import Timeline
 from pipecompile.turns import CAPTURING
 from pipecompile.verification import Proof, Verification
@@ -395,7 +395,7 @@ class Pipeline(nn.Module):
     def _capture(self, call: Call, rows: Rows) -> steps.Batch:
         """A new capture; if its trace holds for one size alone, all microbatches are made that size."""
         for candidate in (rows, rows.equal()):
-            with CAPTURING.taken(), undrawn(self.devices):
+            with CAPTURING.taken(), undrawn(self.devices), saved_as_they_are():
                 compiled = compile_call(
                     self.model,
                     call,

@@ -120,6 +120,17 @@ class Generators:
             return Generators(states, None, None)
         return Generators(states, random.getstate(), np.random.get_state())
 
+    @staticmethod
+    @contextmanager
+    def kept_on_failure(devices: Iterable[torch.device], all_of_them: bool = True) -> Iterator[None]:
+        """If what runs in it raises, the generators are as before."""
+        before = Generators.of(devices, all_of_them)
+        try:
+            yield
+        except BaseException:
+            before.put_back()
+            raise
+
     def put_back(self) -> None:
         for generator, state in self.of_torch:
             generator.set_state(state)

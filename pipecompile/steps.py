@@ -25,7 +25,7 @@ from pipecompile.capture import Call, Output
 from pipecompile.compiled import Compiled
 from pipecompile.plan import Plan
 from pipecompile.program import Program
-from pipecompile.randomness import seed_microbatch, seeds
+from pipecompile.randomness import Generators, seed_microbatch, seeds
 from pipecompile.runtime import Microbatch
 from pipecompile.runtime.delivery import Deferred, Delivered, Gradients
 from pipecompile.schedule import backward_only, drain, forward_only, pipedream
@@ -224,12 +224,13 @@ def _defer(session: Session, batch: Batch, start: Snapshot) -> list[Tensor]:
         return [found.get(id(leaf)) for leaf in leaves]
 
     def backward(incoming: Gradients) -> Gradients:
-        if waiting:
-            microbatches = dict(waiting)
-            waiting.clear()  # also where this backward fails: another one runs the call again
-            return run(microbatches, incoming)
-        with _again(session, start, SECOND):
-            return run(_forward(session, batch, start.seeds), incoming)
+        with Generators.kept_on_failure(session.devices, batch.compiled.runs_python):
+            if waiting:
+                microbatches = dict(waiting)
+                waiting.clear()  # also where this backward fails: another one runs the call again
+                return run(microbatches, incoming)
+            with _again(session, start, SECOND):
+                return run(_forward(session, batch, start.seeds), incoming)
 
     leaves = batch.reached
     given = Deferred.apply(backward, len(joined), *joined.values(), *leaves)  # type: ignore[no-untyped-call]
