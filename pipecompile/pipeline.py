@@ -34,6 +34,7 @@ from pipecompile.runtime import Ambient
 from pipecompile.schedule import ASYNCHRONOUS, SCHEDULES, pipedream
 from pipecompile.session import Session
 from pipecompile.side_by_side import Trial
+from pipecompile.snapshot import STOPPED
 from pipecompile.surroundings import check_parameters, check_surroundings, saved_as_they_are, uncompiled
 from pipecompile.timeline import Timeline
 from pipecompile.turns import CAPTURING
@@ -192,11 +193,19 @@ class Pipeline(nn.Module):
         with uncompiled(), self._session.turn.taken(again=False):
             batch = self._batch(args, kwargs)
             self._prove(batch)
-            output = self._run(batch)
-            with self._states.followed() if batch.compiled.captured.attributes.are_followed else nullcontext():
-                batch.leave()
+            try:
+                output = self._run(batch)
+            except STOPPED:
+                with suppress(KeyError):  # of tensors that are not there to be left behind
+                    self._leave(batch)
+                raise
+            self._leave(batch)
             self._calls += 1
             return output
+
+    def _leave(self, batch: steps.Batch) -> None:
+        with self._states.followed() if batch.compiled.captured.attributes.are_followed else nullcontext():
+            batch.leave()
 
     def _prove(self, batch: steps.Batch) -> None:
         """Compares the call with the unsplit model's, if that is due."""

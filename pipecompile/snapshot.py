@@ -13,12 +13,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import _StopRecomputationError
 
 from pipecompile.capture import Call
 from pipecompile.compiled import Compiled
 from pipecompile.errors import ExecutionError
 from pipecompile.randomness import Generators
 from pipecompile.runtime import Ambient
+
+STOPPED = _StopRecomputationError  # no failure: a checkpoint around the call has all of it that it needs
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ class Snapshot:
         """In which the call runs: if it raises, buffers and random generators are as they were found here."""
         try:
             yield
+        except STOPPED:
+            raise
         except BaseException:
             _write(self.written)
             self.generators.put_back()

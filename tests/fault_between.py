@@ -117,6 +117,7 @@ for _name, _meddle in BETWEEN.items():
 def no_backward_at_all(call: Any, model: nn.Module, x: Tensor, rng: random.Random) -> Any:
     """What a call keeps for its backward is freed with its output."""
     given = x.clone().requires_grad_()
+    call(x.requires_grad_())  # a pipeline keeps the sample that it has been captured with
     loss = loss_of(call(given))
     alive = weakref.ref(given)
     del loss, given
