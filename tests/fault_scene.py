@@ -15,6 +15,7 @@ import copy
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -32,27 +33,29 @@ class UserError(Exception):
 
 
 class Trap:
-    """Points in the models' own code where something can be made to happen."""
+    """Points in the models' own code where something can be made to happen; a capture sees nothing of what and when."""
 
-    where: str = ""
-    lasting: bool = False  # springs until it is cleared
-    action: Callable[[], Any] = staticmethod(lambda: None)
+    _set: SimpleQueue[tuple[str, Callable[[], Any], bool]] = SimpleQueue()
 
     @classmethod
     def set(cls, where: str, action: Callable[[], Any], lasting: bool = False) -> None:
-        cls.where, cls.action, cls.lasting = where, staticmethod(action), lasting
+        """At the point ``where``, the next time, or each time until ``clear``."""
+        cls._set.put((where, action, lasting))
 
     @classmethod
     def clear(cls) -> None:
-        cls.where = ""
+        while not cls._set.empty():
+            cls._set.get()
 
     @classmethod
     def spring(cls, where: str) -> None:
-        if where != cls.where:
+        if cls._set.empty():
             return
-        if not cls.lasting:
-            cls.where = ""
-        cls.action()
+        point, action, lasting = cls._set.get()
+        if lasting or point != where:
+            cls._set.put((point, action, lasting))
+        if point == where:
+            action()
 
 
 class Through(torch.autograd.Function):

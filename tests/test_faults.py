@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -29,19 +30,18 @@ class Net(nn.Module):
         return mean_square(self.body(x))
 
 
-def nothing() -> None:
-    """What is done unless something else is to be."""
-
-
 class Raising:
-    """Calls a function the next time that it is told to."""
+    """Calls a function the next time that it is told to; a capture sees nothing of when that is."""
 
     def __init__(self) -> None:
-        self.what: Callable[[], Any] = nothing
+        self.queue: SimpleQueue[Callable[[], Any]] = SimpleQueue()
+
+    def next(self, what: Callable[[], Any]) -> None:
+        self.queue.put(what)
 
     def __call__(self) -> None:
-        what, self.what = self.what, nothing
-        what()
+        if not self.queue.empty():
+            self.queue.get()()
 
 
 class Square(torch.autograd.Function):
@@ -100,7 +100,7 @@ def works(pipe: pipecompile.Pipeline, x: Tensor | None = None) -> None:
 def test_a_function_that_calls_its_own_pipeline_is_refused(where: str, stages: int) -> None:
     pipe, x = pipe_of(WithFunction(), stages), floats()
     works(pipe)
-    getattr(Square, where).what = lambda: pipe(x)
+    getattr(Square, where).next(lambda: pipe(x))
     with pytest.raises(ExecutionError, match=r"called by code that it runs itself.*pipe\.model") as caught:
         pipe(x)
     assert isinstance(caught.value.__cause__, ReentryError)
@@ -112,7 +112,7 @@ def test_a_module_kept_whole_that_calls_its_own_pipeline_is_refused() -> None:
     model.body[1] = Kept()
     pipe = pipe_of(model, leaf_modules=["body.1"])
     works(pipe)
-    Kept.calls.what = lambda: pipe(floats())
+    Kept.calls.next(lambda: pipe(floats()))
     with pytest.raises(ExecutionError, match="called by code that it runs itself"):
         pipe(floats())
     works(pipe)
@@ -136,9 +136,9 @@ def test_a_backward_of_an_earlier_call_within_a_stage() -> None:
     pipe, waiting = pipe_of(model), pipe_of(Body(model))
     works(pipe)
     first, second = waiting(x).sum(), waiting(x).sum()
-    Square.forward_calls.what = first.backward  # nothing waits for that
+    Square.forward_calls.next(first.backward)  # nothing waits for that
     pipe(x)
-    Square.forward_calls.what = second.backward
+    Square.forward_calls.next(second.backward)
     with pytest.raises(ExecutionError, match="called by code that it runs itself"):
         waiting(x)
 
@@ -157,15 +157,15 @@ def test_another_pipeline_within_a_stage_works_and_one_that_calls_back_is_refuse
     works(outer)
     works(inner)
     seen: list[float] = []
-    Square.forward_calls.what = lambda: seen.append(inner(x).item())
+    Square.forward_calls.next(lambda: seen.append(inner(x).item()))
     outer(x)
     assert seen == [pytest.approx(inner.model(x).item(), rel=1e-12)]
 
     def there_and_back() -> None:
-        Square.forward_calls.what = lambda: outer(x)
+        Square.forward_calls.next(lambda: outer(x))
         inner(x)
 
-    Square.forward_calls.what = there_and_back
+    Square.forward_calls.next(there_and_back)
     with pytest.raises(ExecutionError, match="called by code that it runs itself"):
         outer(x)
     works(outer)
@@ -232,7 +232,7 @@ def test_a_process_forked_while_another_thread_is_in_the_midst_of_a_call_runs_th
         begun.set()
         go_on.wait()
 
-    Square.backward_calls.what = waiting
+    Square.backward_calls.next(waiting)
     thread = threading.Thread(target=lambda: pipe(x))
     thread.start()
     begun.wait()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -17,26 +18,28 @@ from pipecompile.errors import ExecutionError
 
 
 class Fault:
-    """Draws from every generator, and raises where and when it is told to."""
+    """Draws from every generator, and raises where and when it is told to; a capture sees nothing of when that is."""
 
-    where, error, countdown = "", KeyError("told to"), 0
+    _set: SimpleQueue[tuple[str, BaseException, int]] = SimpleQueue()
 
     @classmethod
     def set(cls, where: str, error: BaseException, countdown: int = 0) -> None:
-        cls.where, cls.error, cls.countdown = where, error, countdown
+        while not cls._set.empty():
+            cls._set.get()
+        cls._set.put((where, error, countdown))
 
     @classmethod
     def at(cls, where: str) -> None:
-        if where != cls.where:
+        if cls._set.empty():
             return
-        if cls.countdown:
-            cls.countdown -= 1
+        point, error, countdown = cls._set.get()
+        if point != where or countdown:
+            cls._set.put((point, error, countdown - (point == where)))
             return
-        cls.where = ""
         torch.rand(3)
         random.random()
         np.random.rand()
-        raise cls.error
+        raise error
 
 
 class Through(torch.autograd.Function):
