@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench zoo ragged wild opdb nightly
+.PHONY: demo test check bench zoo ragged wild opdb faults nightly
 
 demo: .venv/installed
 	$(BIN)/python examples/train_gpt2.py
@@ -25,13 +25,16 @@ zoo: .venv/installed
 ragged: .venv/installed
 	$(BIN)/python tests/ragged_run.py --jobs 2 --seconds 600
 
+faults: .venv/installed
+	$(BIN)/python tests/faults_run.py --count 1160 --jobs 2
+
 wild: .venv-wild/installed
 	.venv-wild/bin/python tests/wild_run.py --jobs 2 --results out/wild.json --write
 
 opdb: .venv/installed
 	$(BIN)/python tests/opdb_run.py --jobs 2
 
-nightly: zoo ragged opdb wild
+nightly: zoo ragged opdb wild faults
 
 .venv/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
