@@ -118,9 +118,12 @@ class Batch:
         return self.compiled.captured.rebuild_output(self.tensors, self.call.tensors)
 
     def leave(self) -> None:
-        """Sets what the forward sets, for the whole batch."""
+        """Sets what the forward sets, for the whole batch, and writes what it writes to the caller's tensors."""
         captured, call = self.compiled.division.whole, self.call
         captured.attributes.update(captured.size_values(call.tensors), {**call.tensors, **self.tensors})
+        with torch.no_grad():
+            for name, node in captured.written_inputs.items():
+                call.tensors[name].copy_(self.tensors[node])
 
 
 def run(

@@ -68,6 +68,7 @@ class Captured:
     draws_whole: bool = False  # whether a part that is kept whole draws random numbers of Python or numpy
     returns: tuple[tuple[str, tuple[str | None, ...]], ...] = ()  # module calls as they end: path, nodes of the output
     data_sizes: Mapping[sympy.Symbol, int] = field(default_factory=dict)  # what planning takes other symbols for
+    written_inputs: Mapping[str, str] = field(default_factory=dict)  # tensors of the call -> what is written to them
     checked: dict[tuple[int, ...], str] = field(default_factory=dict)  # answers of _check_sizes, by sizes
 
     @property

@@ -106,6 +106,7 @@ class Trace:
         self.gradients = gradients
         self.operations = operations  # records those that functions come to
         self.counters: tuple[Attribute, ...] = ()  # numbers that the forward has read and set
+        self.written: dict[str, str] = {}  # tensors of the call -> nodes
         self.left: dict[str, Output] = {}  # what the forward leaves behind, by node
 
     def run(self, reasons: list[str]) -> Captured:
@@ -147,6 +148,7 @@ class Trace:
         self._write_back({**self._moved(), **changes.rebound})
         attributes = watch.attributes(whole, self._left_behind)
         attributes = replace(attributes, facts=(*attributes.facts, *self._modes_asked()))
+        self._note_written(inputs)
         notes += self._give_up_notes(reasons)
         notes += [f"{name_of_part(part)} is kept whole: {why}" for part, why in self.kept.items()]
         return self._finish(without_stand_ins(out), attributes, notes)
@@ -303,6 +305,7 @@ class Trace:
                 (path, tuple(node.name if node is not None and node.name in alive else None for node in nodes))
                 for path, nodes in self.recorder.returns
             ),
+            written_inputs=self.written,
         )  # fmt: skip
 
     def _call_with_numbers(self) -> Call:
@@ -382,6 +385,14 @@ class Trace:
             return lambda state: state.tensors[name].movedim(0, dim) if dim else state.tensors[name]
         self.left.setdefault(name, replace(self._output((), tensor, node), name=name))
         return lambda state: state.tensors[name]
+
+    def _note_written(self, inputs: Mapping[str, Tensor]) -> None:
+        """What the forward has written to the tensors of its caller is left in them."""
+        for name, fake in inputs.items():
+            node = self.recorder.node_of(fake)
+            if node.op != "placeholder":
+                self.left.setdefault(node.name, replace(self._output((), fake, node), name=node.name))
+                self.written[name] = node.name
 
     def _as_output(self, leaf: Any, lowered: Any) -> Any:
         """What an output is read from: a parameter through a node of its own, a size as an expression."""
