@@ -12,8 +12,8 @@ from importlib import import_module
 from zoo.entry import Entry
 
 NAMES = (
-    "timm", "diffusers", "segmentation", "monai", "x_transformers", "neuralforecast", "peft", "litgpt", "mambapy",
-    "torchaudio",
+    "timm", "diffusers", "segmentation", "monai", "x_transformers", "open_clip", "geometric", "speechbrain", "kornia",
+    "neuralforecast", "peft", "litgpt", "mambapy", "torchaudio", "sentence_transformers",
 )  # fmt: skip
 
 

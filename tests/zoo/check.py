@@ -163,6 +163,8 @@ def difference(actual: Run, expected: Run, tolerance: float, buffers: bool = Fal
                 return f"wrong: gradient of {name} is {_size(found)} instead of {_size(gradient)}"
         elif not close(found, gradient, tolerance, tolerance * FLOOR * largest):
             return f"wrong: gradient of {name} is off by {_off(found, gradient):.1e} of its largest entry"
+    if buffers and not expected.buffers.keys() <= actual.buffers.keys():
+        return f"wrong: there is no buffer {min(expected.buffers.keys() - actual.buffers.keys())}"
     for name, buffer in expected.buffers.items() if buffers else ():
         if not close(actual.buffers[name], buffer, tolerance, 1e-12):
             return f"wrong: buffer {name} differs"
