@@ -21,28 +21,28 @@ from pipecompile.errors import CaptureError, DependsOnData
 
 
 def learn(
-    call: LeafCall, nodes: Sequence[fx.Node], evaluator: Evaluator, tensors: Mapping[str, Tensor]
+    call: LeafCall, nodes: Sequence[fx.Node | float], evaluator: Evaluator, tensors: Mapping[str, Tensor]
 ) -> tuple[LeafCall, Any]:
     """The call with the shapes of its results, and the results.
 
     Args:
-        nodes: what the tensors among the arguments are computed by.
+        nodes: what the tensors and sizes among the arguments are computed by; a size that is known is itself.
         tensors: the parameters of a module, and buffers that it may write to.
 
     Raises:
         DependsOnData: the leaf writes to its arguments, or returns something else than tensors.
     """
-    values = [evaluator.value(node) for node in nodes]
+    values = [evaluator.value(node) if isinstance(node, fx.Node) else node for node in nodes]
     with torch._C.DisableTorchFunction(), _disable_current_modes(), torch.enable_grad():
-        values = [_wanting(value, node.meta["val"]) for value, node in zip(values, nodes, strict=True)]
-        before = [value._version for value in values]
+        values = [_wanting(value, node) for value, node in zip(values, nodes, strict=True)]
+        before = _versions(values)
         args, kwargs = call.rebuild(tuple(values))
         kept = copy_of(call.kept, call.path, tensors) if isinstance(call.kept, nn.Module) else call.kept
-        with watched(kept, values) as (written, parameters):
+        with watched(kept, [value for value in values if isinstance(value, Tensor)]) as (written, parameters):
             out = kept(*args, **kwargs)
     if isinstance(call.kept, nn.Module):
         _refuse_settings(call, kept)
-    if written or before != [value._version for value in values]:
+    if written or before != _versions(values):
         raise DependsOnData(f"{call.name} is kept whole but writes to its arguments")
     call = replace(call, writes=tuple(parameters))
     return replace(call, shapes=tuple(tuple(t.shape) for t in call.tensors_of(out))), out
@@ -82,6 +82,11 @@ def fake_result(tensor: Tensor, device: torch.device) -> Tensor:
         return fake.requires_grad_().view_as(fake) if tensor.requires_grad else fake
 
 
-def _wanting(value: Any, like: Any) -> Any:
+def _versions(values: Sequence[Any]) -> list[int]:
+    return [value._version for value in values if isinstance(value, Tensor)]
+
+
+def _wanting(value: Any, node: fx.Node | float) -> Any:
+    like = node.meta["val"] if isinstance(node, fx.Node) else None
     wants = isinstance(value, Tensor) and isinstance(like, Tensor) and like.requires_grad
     return value.detach().requires_grad_().view_as(value) if wants else value

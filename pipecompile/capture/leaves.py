@@ -27,17 +27,19 @@ from pipecompile.modules import called_bare
 from pipecompile.randomness import compared
 from pipecompile.retarget import retarget
 
+CHANGING = (Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
+
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """Stands for the n-th tensor among the arguments of a leaf."""
+    """Stands for the n-th value that changes from call to call among the arguments of a leaf: a tensor, or a size."""
 
     position: int
 
 
 @dataclass(frozen=True)
 class LeafCall:
-    """One call of a leaf: the module or function, and its arguments with a slot for each tensor.
+    """One call of a leaf: the module or function, and its arguments with a slot for each tensor and each size.
 
     ``shapes`` are those of the outputs where one run has told them; every run must give the same. ``writes`` names the
     parameters that a module has written to, by their names in it.
@@ -51,13 +53,13 @@ class LeafCall:
     writes: tuple[str, ...] = ()
 
     @staticmethod
-    def of(path: str, kept: Callable[..., Any], args: Any, kwargs: Any) -> tuple[LeafCall, list[Tensor]]:
-        """The call, and the tensors among its arguments."""
+    def of(path: str, kept: Callable[..., Any], args: Any, kwargs: Any) -> tuple[LeafCall, list[Any]]:
+        """The call, and what changes among its arguments from call to call: tensors and symbolic sizes."""
         flat, spec = pytree.tree_flatten((args, kwargs))
-        tensors = [leaf for leaf in flat if isinstance(leaf, Tensor)]
-        slots = iter(range(len(tensors)))
-        leaves = tuple(Slot(next(slots)) if isinstance(leaf, Tensor) else leaf for leaf in flat)
-        return LeafCall(path, kept, spec, leaves), tensors
+        changing = [leaf for leaf in flat if isinstance(leaf, CHANGING)]
+        slots = iter(range(len(changing)))
+        leaves = tuple(Slot(next(slots)) if isinstance(leaf, CHANGING) else leaf for leaf in flat)
+        return LeafCall(path, kept, spec, leaves), changing
 
     @property
     def name(self) -> str:
@@ -65,9 +67,9 @@ class LeafCall:
             return f"module {self.path!r}"
         return f"function {getattr(self.kept, '__qualname__', self.kept)}"
 
-    def rebuild(self, tensors: tuple[Any, ...]) -> Any:
-        """Positional and keyword arguments around other tensors."""
-        leaves = [tensors[leaf.position] if isinstance(leaf, Slot) else leaf for leaf in self.leaves]
+    def rebuild(self, changing: tuple[Any, ...]) -> Any:
+        """Positional and keyword arguments around other tensors and sizes."""
+        leaves = [changing[leaf.position] if isinstance(leaf, Slot) else leaf for leaf in self.leaves]
         return pytree.tree_unflatten(leaves, self.spec)
 
     def tensors_of(self, output: Any) -> tuple[Tensor, ...]:
@@ -95,7 +97,7 @@ class LeafCall:
 
 
 class FunctionLeaf:
-    """What the graph calls for a function that is kept whole: takes and gives tensors alone."""
+    """What the graph calls for a function that is kept whole: takes tensors and sizes, gives tensors."""
 
     def __init__(self, call: LeafCall) -> None:
         self.call = call
@@ -105,15 +107,15 @@ class FunctionLeaf:
         """The same with another device among its arguments in place of the one that the trace was made for."""
         return FunctionLeaf(replace(self.call, leaves=retarget(self.call.leaves, old, new)))
 
-    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        args, kwargs = self.call.rebuild(tensors)
+    def __call__(self, *changing: Any) -> tuple[Tensor, ...]:
+        args, kwargs = self.call.rebuild(changing)
         with compared():
             out = self.call.kept(*args, **kwargs)
         return self.call.tensors_of(out)
 
 
 class Leaf(nn.Module):
-    """A leaf inside a stage: takes and gives tensors alone.
+    """A leaf inside a stage: takes tensors and sizes, gives tensors.
 
     It has the parameters and buffers of a copy of the module under the module's own names, so that the stage may swap
     them.
@@ -134,8 +136,8 @@ class Leaf(nn.Module):
     def __call__(self, *args: Any) -> Any:
         return called_bare(self, *args)
 
-    def forward(self, number: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        args, kwargs = self.calls[number].rebuild(tensors)
+    def forward(self, number: int, *changing: Any) -> tuple[Tensor, ...]:
+        args, kwargs = self.calls[number].rebuild(changing)
         inner = copy_of(self.__dict__["inner"], "", {})  # keeps these tensors: its backward may run its modules again
         held = [(tensor, tensor.data, version(tensor)) for tensor in (*self.parameters(), *self.buffers())]
         with compared():

@@ -4,6 +4,7 @@
 - ``torch.autograd.Function.apply``: recorded as one call, so that a custom backward survives;
 - ``torch.utils.checkpoint``: what it runs is marked, to be computed again;
 - autocast regions that the model enters itself;
+- functions that ``torch.jit.script`` has compiled: they run as the Python that they were made from;
 - ``torch.from_numpy``, which makes a constant;
 - whether a run is a trace, which libraries ask in order to take other branches: it is not;
 - arithmetic on symbolic sizes, which is remembered;
@@ -62,6 +63,7 @@ def patched(
         _checkpoints(recorder),
         transforms_seen(partial(_below, recorder, threading.get_ident())),
         _autocast(recorder),
+        _scripts(recorder),
         _numpy(),
         _seeds(recorder),
         _weighted_differences(),
@@ -208,6 +210,21 @@ def _checkpoints(recorder: Recorder) -> Iterator[None]:
 
 def _below(recorder: Recorder, thread: int) -> Any:
     return recorder.below() if threading.get_ident() == thread else nullcontext()
+
+
+@contextmanager
+def _scripts(recorder: Recorder) -> Iterator[None]:
+    """Scripted functions as Python, whose operations the mode sees; TorchScript's interpreter would hide them."""
+    original = torch._C.ScriptFunction.__call__
+    thread = threading.get_ident()
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        python = getattr(self, "_torchdynamo_inline", None)
+        traced = threading.get_ident() == thread and not recorder.inside_leaf
+        return python(*args, **kwargs) if traced and python is not None else original(self, *args, **kwargs)
+
+    with _replaced(torch._C.ScriptFunction, "__call__", call):
+        yield
 
 
 @contextmanager

@@ -99,7 +99,7 @@ class Recorder(TorchFunctionMode):
         values: Values,
         constant: Callable[[Tensor], tuple[str, Tensor]],
         leaves: frozenset[str] = frozenset(),
-        learn: Callable[[LeafCall, list[fx.Node]], tuple[LeafCall, Any]] | None = None,
+        learn: Callable[[LeafCall, list[Any]], tuple[LeafCall, Any]] | None = None,
         number: Callable[[Number], fx.Node] | None = None,
     ) -> None:
         super().__init__()
@@ -161,14 +161,14 @@ class Recorder(TorchFunctionMode):
         path, args, kwargs = self.paths[-1], without_stand_ins(args), without_stand_ins(kwargs)
         if not all(id(t) in self.names for t in [*module.parameters(), *module.buffers()]):
             raise DependsOnData(f"{self.here}: module {path!r} holds tensors that the forward itself has made")
-        call, tensors = LeafCall.of(path, module, self._fake(args), self._fake(kwargs))
-        call, out = self._learn(call, tensors, run)
+        call, changing = LeafCall.of(path, module, self._fake(args), self._fake(kwargs))
+        call, out = self._learn(call, changing, run)
         calls = self.leaf_calls.setdefault(path, [])
         calls.append(call)
-        node = self.graph.call_module(in_code(attribute_of(path)), (len(calls) - 1, *map(self.node_of, tensors)))
+        node = self.graph.call_module(in_code(attribute_of(path)), (len(calls) - 1, *map(self.lower, changing)))
         prefix = f"{path}."
         buffers = tuple(n for n in self.names.values() if n.startswith(prefix) and n not in self.trainable)
-        return self._bind_leaf(node, call, tensors, out, (*buffers, *(prefix + name for name in call.writes)))
+        return self._bind_leaf(node, call, changing, out, (*buffers, *(prefix + name for name in call.writes)))
 
     def call_function_leaf(
         self, function: FunctionType, original: FunctionType, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -182,32 +182,33 @@ class Recorder(TorchFunctionMode):
             raise DependsOnData(
                 f"{self.here}: function {function.__qualname__} reads tensors that are not among its arguments"
             )
-        call, tensors = LeafCall.of(self.paths[-1], original, self._fake(args), self._fake(kwargs))
-        call, out = self._learn(call, tensors, original)
+        call, changing = LeafCall.of(self.paths[-1], original, self._fake(args), self._fake(kwargs))
+        call, out = self._learn(call, changing, original)
         if next(tensors_in(out), None) is None:
             raise DependsOnData(f"{self.here}: function {function.__qualname__} is kept whole but returns no tensor")
-        node = self.graph.call_function(FunctionLeaf(call), tuple(map(self.node_of, tensors)))
-        return self._bind_leaf(node, call, tensors, out)
+        node = self.graph.call_function(FunctionLeaf(call), tuple(map(self.lower, changing)))
+        return self._bind_leaf(node, call, changing, out)
 
     def _bind_leaf(
-        self, node: fx.Node, call: LeafCall, tensors: list[Tensor], out: Any, buffers: tuple[str, ...] = ()
+        self, node: fx.Node, call: LeafCall, changing: list[Any], out: Any, buffers: tuple[str, ...] = ()
     ) -> Any:
         node.meta["origin"] = Origin(call.path, user_line(), self.region, buffers, False, self.recompute)
         node.meta["val"] = results = call.tensors_of(out)
-        self._bind_items(node, results, tensors, (node,))
+        self._bind_items(node, results, list(tensors_in(changing)), (node,))
         return out
 
-    def _learn(self, call: LeafCall, tensors: list[Tensor], run: Callable[..., Any]) -> tuple[LeafCall, Any]:
+    def _learn(self, call: LeafCall, changing: list[Any], run: Callable[..., Any]) -> tuple[LeafCall, Any]:
         """The call with what one run has told of it, and its output with fakes."""
         self.inside_leaf = True
+        tensors = list(tensors_in(changing))
         versions = [version(tensor) for tensor in tensors]
         try:
             with torch._C.DisableTorchFunction(), watched(call.kept, tensors) as (written, parameters):
-                args, kwargs = call.rebuild(tuple(tensors))
+                args, kwargs = call.rebuild(tuple(changing))
                 out = run(*args, **kwargs)
         except Exception:  # a question about data, or what no fake can do: leave torch, run a custom kernel
             assert self.learn is not None
-            return self.learn(call, [self.node_of(t) for t in tensors])
+            return self.learn(call, [self.lower(value) for value in changing])
         finally:
             self.inside_leaf = False
         if written or versions != [version(tensor) for tensor in tensors]:

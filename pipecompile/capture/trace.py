@@ -444,7 +444,7 @@ class Trace:
             owner.register_buffer(last, self._attribute(name))
         return fx.GraphModule(root, graph)
 
-    def _learn(self, call: LeafCall, nodes: list[fx.Node]) -> tuple[LeafCall, Any]:
+    def _learn(self, call: LeafCall, nodes: list[Any]) -> tuple[LeafCall, Any]:
         """Runs a leaf for real; the call with the shapes that gave, and the output with fakes."""
         if self.shapes is not None:
             raise NeedsNumbers(f"{call.name} gives sizes that only a run tells")

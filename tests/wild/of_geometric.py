@@ -29,7 +29,22 @@ CONVOLUTIONS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "LGConv": ((), {}), "MixHopConv": ((6, 5), {"powers": [0, 1, 2]}), "AntiSymmetricConv": ((6,), {}), "HypergraphConv": ((6, 5), {}), "CGConv": ((6,), {}),
 }  # fmt: skip
 WITH_MLP = ("GINConv", "EdgeConv")
-STATIC = ("GCNConv", "SAGEConv", "GraphConv", "ChebConv", "TAGConv", "SGConv", "ARMAConv", "LEConv", "ClusterGCNConv", "SSGConv", "APPNP", "LGConv", "GINConv", "ResGatedGraphConv")
+STATIC = (
+    "GCNConv",
+    "SAGEConv",
+    "GraphConv",
+    "ChebConv",
+    "TAGConv",
+    "SGConv",
+    "ARMAConv",
+    "LEConv",
+    "ClusterGCNConv",
+    "SSGConv",
+    "APPNP",
+    "LGConv",
+    "GINConv",
+    "ResGatedGraphConv",
+)
 MODELS: dict[str, dict[str, Any]] = {
     name: {"in_channels": 6, "hidden_channels": 8, "num_layers": 2, "out_channels": 3} for name in ("GCN", "GraphSAGE", "GIN", "GAT", "EdgeCNN")
 }  # fmt: skip
@@ -40,12 +55,14 @@ def entries() -> tuple[Wild, ...]:
 
     def conv(name: str) -> nn.Module:
         if name in WITH_MLP:
-            return getattr(gnn, name)(nn.Sequential(nn.Linear(12 if name == "EdgeConv" else 6, 8), nn.ReLU(), nn.Linear(8, 6)))  # type: ignore[no-any-return]
+            return getattr(gnn, name)(
+                nn.Sequential(nn.Linear(12 if name == "EdgeConv" else 6, 8), nn.ReLU(), nn.Linear(8, 6))
+            )  # type: ignore[no-any-return]
         args, kwargs = CONVOLUTIONS[name]
         return getattr(gnn, name)(*args, **kwargs)  # type: ignore[no-any-return]
 
     names = (*CONVOLUTIONS, *WITH_MLP)
-    everything = alternating([
+    return alternating([
         *(wild("geometric", name, lambda name=name: _Deep(conv(name)), _graph, whole=GRAPH, lengths=(8,)) for name in names),
         *(wild("geometric", f"{name} (signals)", lambda name=name: _Deep(conv(name)), _signals, lengths=(8,)) for name in STATIC),
         *(wild("geometric", name, lambda name=name: getattr(gnn, name)(**MODELS[name]), _graph, whole=GRAPH, lengths=(8,)) for name in MODELS),
@@ -65,7 +82,6 @@ def entries() -> tuple[Wild, ...]:
         wild("geometric", "GCNConv, sparse adjacency", lambda: _Deep(conv("GCNConv")), _sparse, whole=GRAPH, lengths=(8,)),
         wild("geometric", "SAGEConv, CSR adjacency", lambda: _Deep(conv("SAGEConv")), _csr, whole=GRAPH, lengths=(8,)),
     ])  # fmt: skip
-    return everything
 
 
 def _edges(nodes: int) -> Tensor:
@@ -101,7 +117,10 @@ def _signals(draw: Draw) -> Inputs:
 
 def _sparse(draw: Draw) -> Inputs:
     edges = _edges(draw.batch)
-    return (draw.floats(6), torch.sparse_coo_tensor(edges, torch.ones(edges.shape[1]), (draw.batch,) * 2).coalesce()), {}
+    return (
+        draw.floats(6),
+        torch.sparse_coo_tensor(edges, torch.ones(edges.shape[1]), (draw.batch,) * 2).coalesce(),
+    ), {}
 
 
 def _csr(draw: Draw) -> Inputs:

@@ -22,14 +22,39 @@ def entries() -> tuple[Wild, ...]:
 
     def loss(name: str, *args: Any, target: str = "picture", **config: Any) -> Wild:
         channels = CLASSES if target in ("classes", "channel") else 1
-        sample = {"picture": _pictures, "classes": _classes, "binary": _binary, "hinge": _hinge, "channel": _channel}[target]
-        return wild("kornia", name, lambda: Criterion(getattr(losses, name)(*args, **config), channels), sample, loss=itself, inside=True, lengths=(16,))
+        sample = {"picture": _pictures, "classes": _classes, "binary": _binary, "hinge": _hinge, "channel": _channel}[
+            target
+        ]
+        return wild(
+            "kornia",
+            name,
+            lambda: Criterion(getattr(losses, name)(*args, **config), channels),
+            sample,
+            loss=itself,
+            inside=True,
+            lengths=(16,),
+        )
 
-    def net(name: str, make: Callable[[], nn.Module], sample: Callable[[Draw], Inputs] | None = None, lengths: tuple[int, ...] = (32,)) -> Wild:
-        return wild("kornia", name, make, sample or (lambda draw: ((draw.floats(3, draw.length, draw.length),), {})), lengths=lengths)
+    def net(
+        name: str,
+        make: Callable[[], nn.Module],
+        sample: Callable[[Draw], Inputs] | None = None,
+        lengths: tuple[int, ...] = (32,),
+    ) -> Wild:
+        return wild(
+            "kornia",
+            name,
+            make,
+            sample or (lambda draw: ((draw.floats(3, draw.length, draw.length),), {})),
+            lengths=lengths,
+        )
 
     def op(name: str, module: Callable[[], nn.Module]) -> Wild:
-        return net(name, lambda: nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.Sigmoid(), module(), _Flat()), lengths=(16, 20))
+        return net(
+            name,
+            lambda: nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.Sigmoid(), module(), _Flat()),
+            lengths=(16, 20),
+        )
 
     mean = {"reduction": "mean"}
     nets = [

@@ -36,7 +36,17 @@ def entries() -> tuple[Wild, ...]:
         made.append(wild("open_clip", name, make, sample, lengths=(8,)))
         if kind != "CoCa":
             loss = "SigLipLoss" if "logit_bias" in str(rest) else "ClipLoss"
-            made.append(wild("open_clip", f"{name}, {loss}", lambda make=make, loss=loss: _Trained(make(), loss), sample, loss=itself, inside=True, lengths=(8,)))
+            made.append(
+                wild(
+                    "open_clip",
+                    f"{name}, {loss}",
+                    lambda make=make, loss=loss: _Trained(make(), loss),
+                    sample,
+                    loss=itself,
+                    inside=True,
+                    lengths=(8,),
+                )
+            )
     return tuple(made)
 
 

@@ -26,7 +26,14 @@ def entries() -> tuple[Wild, ...]:
     from sentence_transformers import models
 
     def module(name: str, make: Any, sample: Any = None) -> Wild:
-        return wild("sentence_transformers", name, lambda: _Sentences(make()), sample or _words, loss=_embedding, lengths=(8, 12))
+        return wild(
+            "sentence_transformers",
+            name,
+            lambda: _Sentences(make()),
+            sample or _words,
+            loss=_embedding,
+            lengths=(8, 12),
+        )
 
     modes = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
     pooled = lambda: models.Pooling(WIDTH, "mean")  # noqa: E731
@@ -56,7 +63,12 @@ def _loss(name: str, sentences: int, label: str, options: dict[str, Any]) -> Wil
         if label == "class":
             labels: Tensor | None = torch.arange(draw.batch) % 2 if "Batch" in name else draw.ids(5) - 2
         else:
-            makers: dict[str, Any] = {"score": lambda: draw.floats().sigmoid(), "binary": lambda: torch.arange(draw.batch) % 2, "vector": lambda: draw.floats(WIDTH), "scores": lambda: draw.floats(2)}
+            makers: dict[str, Any] = {
+                "score": lambda: draw.floats().sigmoid(),
+                "binary": lambda: torch.arange(draw.batch) % 2,
+                "vector": lambda: draw.floats(WIDTH),
+                "scores": lambda: draw.floats(2),
+            }
             labels = makers[label]() if label in makers else None
         return (features, labels), {}
 

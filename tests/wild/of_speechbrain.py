@@ -38,11 +38,20 @@ def _wave(draw: Draw) -> Inputs:
 
 
 def entries() -> tuple[Wild, ...]:
-    def lobe(path: str, sample: Callable[[Draw], Inputs], label: str = "", lengths: tuple[int, ...] = (8, 12), **config: Any) -> Wild:
+    def lobe(
+        path: str, sample: Callable[[Draw], Inputs], label: str = "", lengths: tuple[int, ...] = (8, 12), **config: Any
+    ) -> Wild:
         return wild("speechbrain", label or path.split(".")[-1], lambda: _lobe(path)(**config), sample, lengths=lengths)
 
     long = {"lengths": (24, 32)}
-    transformer = {"d_model": 16, "nhead": 2, "num_encoder_layers": 2, "num_decoder_layers": 1, "d_ffn": 24, "dropout": 0.0}
+    transformer = {
+        "d_model": 16,
+        "nhead": 2,
+        "num_encoder_layers": 2,
+        "num_decoder_layers": 1,
+        "d_ffn": 24,
+        "dropout": 0.0,
+    }
     speech = lambda draw: ((draw.floats(draw.length, 16), draw.ids(12, 5)), {})  # noqa: E731
     tokens = lambda draw: ((draw.ids(12, draw.length),), {})  # noqa: E731
     return alternating([
