@@ -8,7 +8,6 @@ all tensors are kept alive during the trace, so that no identity is used twice.
 from __future__ import annotations
 
 import operator
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -250,7 +249,7 @@ class Recorder(TorchFunctionMode):
             return self.call(Tensor.requires_grad_, args, kwargs, Tensor.requires_grad_)
         elif func == _SET_DATA:
             return self.set_data(func, *args)
-        elif func in _STORAGES and isinstance(args[0], FakeTensor) and not is_library(_caller()):
+        elif func in _STORAGES and isinstance(args[0], FakeTensor) and not is_library(caller_file(2)):
             raise self._asks_for_storage()
         elif takes_function(func, args, kwargs):
             self.ran.resume(looking)  # the body calls functions of the model's
@@ -605,8 +604,3 @@ class Recorder(TorchFunctionMode):
 
 def _geometry(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype
-
-
-def _caller() -> str:
-    """The file of what calls the function that a mode is told of."""
-    return sys._getframe(2).f_code.co_filename
