@@ -17,7 +17,7 @@ def test_a_random_model_gives_the_unsplit_models_numbers(seed: int, monkeypatch:
 def test_a_wrong_gradient_is_found_and_told_with_a_small_program(monkeypatch: pytest.MonkeyPatch) -> None:
     right = steps._gradients
     monkeypatch.setattr(steps, "_gradients", lambda *args: {key: g * 1.001 for key, g in right(*args).items()})
-    with pytest.raises(pytest.fail.Exception, match="not close|does not compute") as failed:
+    with pytest.raises(pytest.fail.Exception, match=r"not close|does not compute") as failed:
         assert_a_split_equals_eager(3, monkeypatch, random_plan=True)
     forward = failed.value.msg.split("def forward")[1].split("{'devices'")[0]
     assert len(forward.strip().splitlines()) <= 4 < len(drawn(3000).statements)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from queue import SimpleQueue
+from queue import Queue, SimpleQueue
 from typing import Any
 
 import pytest
@@ -30,9 +30,9 @@ class Stop(BaseException):
 
 
 class Fuse(torch.autograd.Function):
-    """Passes values and gradients on, unless it is lit."""
+    """Passes values and gradients on, unless it is lit, of which a capture sees nothing."""
 
-    lit: tuple[str, BaseException] | None = None
+    wire: Queue[tuple[str, BaseException]] = Queue()
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, name: str) -> Tensor:
@@ -47,8 +47,9 @@ class Fuse(torch.autograd.Function):
 
     @staticmethod
     def _burn(place: str) -> None:
-        if Fuse.lit is not None and Fuse.lit[0] == place:
-            raise Fuse.lit[1]
+        for lit, error in list(Fuse.wire.queue):
+            if lit == place:
+                raise error
 
 
 class Fused(nn.Module):
@@ -113,10 +114,11 @@ def summary(pipe: pipecompile.Pipeline) -> Any:
 @pytest.fixture
 def light() -> Iterator[Callable[..., None]]:
     def lit(place: str, error: BaseException | None = None) -> None:
-        Fuse.lit = (place, error or ValueError("too hot"))
+        Fuse.wire.queue.clear()
+        Fuse.wire.put((place, error or ValueError("too hot")))
 
     yield lit
-    Fuse.lit = None
+    Fuse.wire.queue.clear()
 
 
 # Failure
@@ -147,7 +149,7 @@ def test_a_pipeline_works_again_after_a_failure(place: str, schedule: str, light
     light(place)
     with pytest.raises(ExecutionError):
         loss_of(pipe, floats()).backward()
-    Fuse.lit = None
+    Fuse.wire.queue.clear()
     works(pipe)
     works(pipe)
 
@@ -162,7 +164,7 @@ def test_what_is_no_exception_comes_through_as_it_is(
     light(place, error)
     with pytest.raises(type(error)):
         loss_of(pipe, floats())
-    Fuse.lit = None
+    Fuse.wire.queue.clear()
     works(pipe)
 
 
@@ -181,7 +183,7 @@ def test_a_failure_of_a_deferred_backward_may_be_repaired_by_another_call(light:
     light("backward 1")
     with pytest.raises(ExecutionError, match="too hot"):
         loss.backward()
-    Fuse.lit = None
+    Fuse.wire.queue.clear()
     works(pipe)
 
 
@@ -193,7 +195,7 @@ def test_an_asynchronous_pipeline_works_again_after_a_failure(light: Callable[..
         light(place)
         with pytest.raises(ExecutionError, match="too hot"):
             pipe(x)
-        Fuse.lit = None
+        Fuse.wire.queue.clear()
         before = [parameter.detach().clone() for parameter in pipe.parameters()]
         assert torch.isfinite(pipe(x))
         pipe.flush()
@@ -206,7 +208,7 @@ def test_a_failure_in_a_flush_surfaces(light: Callable[..., None]) -> None:
     light("backward 0")
     with pytest.raises(ExecutionError, match="too hot"):
         pipe.flush()
-    Fuse.lit = None
+    Fuse.wire.queue.clear()
     pipe.flush()
     assert torch.isfinite(pipe(floats()))
 
