@@ -10,6 +10,7 @@ import contextlib
 import copy
 import enum
 import functools
+import gc
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -1834,3 +1835,27 @@ def test_a_change_between_calls(name: str, microbatches: int) -> None:
                 continue
             with contextlib.suppress(*[PipecompileError] * after.may_be_refused):
                 assert_equal(numbers(pipe, after), expected)
+
+
+def test_callbacks_of_the_garbage_collector_are_no_code_of_the_model() -> None:
+    """Test runners and profilers have some, which read and set variables of their own."""
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)), torch.randn(4, 4)
+    collections = [0]
+
+    def counting(phase: str, info: Any) -> None:
+        collections[0] += 1
+
+    class Collects(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return sum([[x] for _ in range(3000)], [])[0] * 1.0  # enough new lists for a collection
+
+    gc.callbacks.append(counting)
+    try:
+        pipe = pipecompile.compile(nn.Sequential(Collects(), model), ["cpu", "cpu"], microbatches=1, profile="count")
+        for _ in range(3):
+            gc.collect()
+            torch.testing.assert_close(pipe(x), model(x))
+    finally:
+        gc.callbacks.remove(counting)
+    assert collections[0] >= 3
+    assert pipe.captures == 1

@@ -55,9 +55,10 @@ class Ran:
     def seen(self, first: Met) -> Iterator[None]:
         """The time of a forward; ``first`` is called as each function begins to run for the first time.
 
-        A profiler of the user's pauses meanwhile.
+        A profiler of the user's pauses meanwhile, and so does the garbage collector, whose callbacks are nobody's code.
         """
-        other = sys.getprofile()
+        other, collecting = sys.getprofile(), gc.isenabled()
+        gc.disable()
         self._first = first
         self.resume(True)
         try:
@@ -66,6 +67,8 @@ class Ran:
             self.pause()
             self._first = None
             _install(other)
+            if collecting:
+                gc.enable()
             self._find()
             self._frames.clear()
 
