@@ -144,7 +144,7 @@ class Watched:
         began: int | None = None
         while True:
             try:
-                line = lines.get(timeout=2 * LIMIT)
+                line = lines.get(timeout=(2 if began is not None else 10) * LIMIT)  # imports may take long
             except queue.Empty:
                 return began, "hung"
             if line is None:
