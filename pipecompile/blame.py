@@ -62,7 +62,6 @@ def _of_model(trial: Trial, rows: Rows) -> Outputs:
     with (
         left_as_before(trial.model, reach=trial.reach),
         without_caches(trial.model),
-        torch.no_grad(),
         ExitStack() as stack,
     ):
         for path, module in trial.model.named_modules():
@@ -75,7 +74,8 @@ def _of_model(trial: Trial, rows: Rows) -> Outputs:
 
 def _of_trace(captured: Captured, parts: Sequence[Mapping[str, Tensor]]) -> Outputs:
     """What the nodes that stand for the modules' outputs compute from some parts of a batch."""
-    names = {name for _, nodes in captured.returns for name in nodes if name is not None}
+    own = {name for _, nodes in captured.returns for name in nodes if name is not None}
+    names = {name + suffix for name in own for suffix in ("", "_share", "_part")}
     values: dict[str, list[Tensor]] = defaultdict(list)
     tensors = {n: t if t.requires_grad else t.detach().clone() for n, t in captured.tensors.items()}
     for part in parts:
@@ -87,8 +87,16 @@ def _of_trace(captured: Captured, parts: Sequence[Mapping[str, Tensor]]) -> Outp
                 values[node.name].append(evaluator.value(node).detach().clone())
     seen: dict[str, list[Sequence[Parts]]] = defaultdict(list)
     for path, nodes in captured.returns:
-        seen[path].append([values.get(str(name), []) for name in nodes])
+        seen[path].append([_whole_value(values, str(name), len(parts)) for name in nodes])
     return seen
+
+
+def _whole_value(values: Mapping[str, Parts], name: str, parts: int) -> Parts:
+    """A value in its parts, or as one where it is a sum of the microbatches' shares; nothing where no node has it."""
+    for share in (f"{name}_share", f"{name}_part") if parts > 1 else ():
+        if share in values:
+            return [torch.stack(list(values[share])).sum(0)]
+    return values.get(name, [])
 
 
 def _parts(trial: Trial) -> list[dict[str, Tensor]]:
@@ -120,7 +128,7 @@ def _compared(path: str, ours: Parts, theirs: Tensor, coarsest: torch.dtype | No
         return difference("output", path, ours[0], theirs, coarsest=coarsest)
     if not ours or any(part.ndim != theirs.ndim for part in ours):
         return None
-    if all(part.shape == theirs.shape for part in ours):
+    if all(torch.equal(part, ours[0]) for part in ours):
         return difference("output", path, ours[0], theirs, coarsest=coarsest)
     for dim in range(theirs.ndim):
         rest = [(*part.shape[:dim], *part.shape[dim + 1 :]) for part in ours]

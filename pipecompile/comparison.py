@@ -18,6 +18,7 @@ from torch import Tensor
 from pipecompile.verification import Difference, Kind
 
 ULPS = 64  # of the largest gradient, that rounding may leave in any other
+MOST = 0.01  # of the largest gradient, whatever the type: more would hide what is lost, in sixteen bits
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Run:
     attributes: Mapping[str, Any] = field(default_factory=dict)  # those that the step has set
     structure: Any = None  # the tree of the output: its types and keys
     wanting: frozenset[str] = frozenset()  # outputs that a gradient can be asked of
+    left: Mapping[str, bool] = field(default_factory=dict)  # tensors left behind: whether one can be asked of them
 
     def parts(self) -> Iterator[tuple[Kind, Mapping[str, Any]]]:
         yield "output", self.outputs
@@ -66,8 +68,16 @@ def _of_outputs(split: Run, whole: Run) -> Iterator[Difference | None]:
             "output", "the structure", math.inf, 0.0, 0.0, f"{split.structure} instead of {whole.structure}"
         )
     for name in split.wanting ^ whole.wanting if split.wanting and whole.wanting else ():
-        seen = "without a gradient" if name in whole.wanting else "with a gradient, which the unsplit model's has not"
-        yield Difference("output", name, math.inf, 0.0, 0.0, seen)
+        yield _takes("output", name, name in whole.wanting)
+    for name in split.left.keys() & whole.left.keys():
+        if split.left[name] != whole.left[name]:
+            yield _takes("attribute", name, whole.left[name])
+
+
+def _takes(kind: Kind, name: str, expected: bool) -> Difference:
+    """A tensor that takes no gradient though it should, or takes one though it should not."""
+    seen = "without a gradient" if expected else "with a gradient, which the unsplit model's has not"
+    return Difference(kind, name, math.inf, 0.0, 0.0, seen)
 
 
 def difference(
@@ -108,7 +118,7 @@ def allowed(dtype: torch.dtype, scale: float, level: float = 0.0, coarsest: torc
     if not (dtype.is_floating_point or dtype.is_complex):
         return 0.0
     eps = max(torch.finfo(dtype).eps, 0.0 if coarsest is None else torch.finfo(coarsest).eps)
-    return math.sqrt(eps) * scale + ULPS * eps * level
+    return math.sqrt(eps) * scale + min(ULPS * eps, MOST) * level
 
 
 def coarsest_type(values: Iterable[Any]) -> torch.dtype | None:

@@ -102,7 +102,7 @@ def _compare(trial: Trial) -> Proof:
     if why:
         note = f"compared over the same microbatches, since {why}"
     try:
-        split, seeds = split_step(trial.fresh())
+        split, seeds = split_step(trial.fresh(), left_too=not why)
     except Exception:
         if raised := _unsplit_raises(trial):  # gradients of an output that nobody may ask for
             return Proof(0, (), note=f"not compared: the unsplit model raises {raised}")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pipecompile.batching import Rows
 from pipecompile.comparison import Run, allowed, coarsest_type, distance, magnitude
-from pipecompile.side_by_side import Trial, unsplit_step
+from pipecompile.side_by_side import Seeds, Trial, unsplit_step
 from pipecompile.verification import Difference
 
 WIDER = 5.0  # times as far from the unsplit model as that is from its step in float64
@@ -30,7 +30,7 @@ ROUNDED = ("output", "gradient", "input gradient", "buffer")
 
 
 def with_noise(
-    found: Sequence[Difference], trial: Trial, parts: Rows, seeds: Mapping[int, Tensor], whole: Run
+    found: Sequence[Difference], trial: Trial, parts: Rows, seeds: Seeds, whole: Run
 ) -> tuple[Difference, ...]:
     """The differences of a step, each allowed what the unsplit model's own rounding explains.
 
@@ -42,7 +42,7 @@ def with_noise(
     return tuple(replace(it, allowed=it.allowed + noise.get((it.kind, it.name), 0.0)) for it in found)
 
 
-def _noise(trial: Trial, parts: Rows, seeds: Mapping[int, Tensor], whole: Run) -> Noise:
+def _noise(trial: Trial, parts: Rows, seeds: Seeds, whole: Run) -> Noise:
     """How far two models that round otherwise may be apart, for each number; empty if that cannot be found."""
     numbers = _tensors(whole)
     if _is_another(numbers, _tensors(unsplit_step(trial.fresh(), parts, seeds))):
@@ -70,7 +70,7 @@ def _is_another(numbers: Numbers, again: Numbers) -> bool:
     return any(distance(a, b) > allowed(a.dtype, magnitude(a)) for a, b in pairs if a.shape == b.shape)
 
 
-def _changed(trial: Trial, parts: Rows, seeds: Mapping[int, Tensor], change: Callable[[Tensor], Tensor]) -> Run:
+def _changed(trial: Trial, parts: Rows, seeds: Seeds, change: Callable[[Tensor], Tensor]) -> Run:
     """The unsplit step of a copy of the model, with its parameters, buffers and inputs changed."""
 
     def changed(tensor: Tensor) -> Tensor:

@@ -9,14 +9,13 @@ model on the whole batch (``apart``), the unsplit model runs the microbatches on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.autograd.graph import _engine_run_backward
 from torch.func import functional_call
@@ -25,24 +24,24 @@ from torch.overrides import TorchFunctionMode
 from pipecompile import steps
 from pipecompile.batching import SHARED, Batched, Kind, Rows, by_shape, gather, scatter
 from pipecompile.capture import Call, Captured, Output
-from pipecompile.capture.attributes import NOT_PLAIN, TORCHS_OWN, frozen
-from pipecompile.capture.containers import contents, is_same, kind_of
 from pipecompile.capture.origin import origin_of
-from pipecompile.capture.owners import names_of
 from pipecompile.capture.purity import is_random
 from pipecompile.capture.reach import Reach, reach_of
 from pipecompile.capture.state import named_tensors, without_caches
 from pipecompile.capture.trees import flatten
-from pipecompile.capture.undo import left_as_before
 from pipecompile.comparison import Run
 from pipecompile.compiled import find_loss
 from pipecompile.functions import add_moments, moments
+from pipecompile.observed import Seen, observed
 from pipecompile.plan import Plan
 from pipecompile.program import Program
 from pipecompile.row_draws import draws_by_row
 from pipecompile.session import Session
 
 SEED = 0  # of the gradients that outputs are given
+
+Name = int | str  # of what is given a gradient: the position of an output, the place of what is left behind
+Seeds = dict[Name, Tensor]
 
 
 @dataclass(frozen=True)
@@ -142,35 +141,45 @@ def _is_normalisation(node: torch.fx.Node) -> bool:
     return node.target in (F.batch_norm, torch.batch_norm, add_moments, moments)
 
 
-def split_step(trial: Trial) -> tuple[Run, dict[int, Tensor]]:
-    """The pipeline's step, on a session of its own, and the gradients that its outputs were given, by position.
+def split_step(trial: Trial, left_too: bool = True) -> tuple[Run, Seeds]:
+    """The pipeline's step, on a session of its own, and the gradients that were given to what it computed.
 
     The model is left as it was.
+
+    Args:
+        left_too: gradients are given to what the forward leaves behind, too.
     """
     batch, tensors = trial.batch, trial.tensors
     drawn = batch.division.whole.attributes.tried()
-    with drawn, _observed(trial) as seen, closing(Session(trial.devices, None)) as session:
-        with torch.set_grad_enabled(trial.trains):
-            out = steps.run(session, batch, trial.loss_output, trial.schedule)
-            leaves = leaves_of(out)
-            seeds = _seeds(trial, leaves)
-            found = _gradients(tensors, leaves, seeds)
+    with (
+        drawn,
+        _observed(trial) as seen,
+        closing(Session(trial.devices, None)) as session,
+        torch.set_grad_enabled(trial.trains),
+    ):
+        out = steps.run(session, batch, trial.loss_output, trial.schedule)
+        leaves = leaves_of(out)
         batch.leave()
-    return _run(trial, out, leaves, found, seen), seeds
+        given = set(map(id, batch.tensors.values()))
+        left = {name: tensor for name, tensor in seen.left().items() if left_too and id(tensor) in given}
+        seeds = _seeds(trial, leaves, left)
+        found = _gradients(tensors, _named(leaves, left), seeds)
+    return _run(trial, out, leaves, found, seen, left), seeds
 
 
-def unsplit_step(
-    trial: Trial, rows: Rows, seeds: Mapping[int, Tensor] | None, device: torch.device | None = None
-) -> Run:
+def unsplit_step(trial: Trial, rows: Rows, seeds: Seeds | None, device: torch.device | None = None) -> Run:
     """The model's own step on the parts of a batch, one after the other. The model is left as it was.
 
     Args:
         rows: of each part; a single one is the whole batch.
-        seeds: gradients of the outputs, by position; None: those that a split step would give.
+        seeds: gradients of what it computes; None: those that a split step would give. What is left behind takes its
+            own on the whole batch alone.
         device: where to run it; by default where the first of its tensors is.
     """
     batch, outputs, tensors = trial.batch, trial.captured.outputs, trial.tensors
-    starts = {i: _spread(_kind(trial, outputs[i]), seed, rows) for i, seed in (seeds or {}).items()}
+    starts = {i: _spread(_kind(trial, outputs[i]), s, rows) for i, s in (seeds or {}).items() if isinstance(i, int)}
+    of_left = {name: seed for name, seed in (seeds or {}).items() if isinstance(name, str)}
+    left: dict[str, Tensor] = {}
     gathered: list[list[Any]] = []
     found: list[Tensor | None] = [None] * len(tensors)
     with _observed(trial) as seen, without_caches(trial.model), torch.set_grad_enabled(trial.trains):
@@ -180,15 +189,18 @@ def unsplit_step(
             with statistics_of(trial.rows if len(rows) == 1 else rows, trial.deferred):
                 out = forward(*args, **kwargs)  # and the backward, where checkpoints run again
                 leaves = leaves_of(out)
-                given = {i: parts[k].to(leaves[i].device) for i, parts in starts.items()}
-                new = _gradients(tensors, leaves, _seeds(trial, leaves) if seeds is None else given)
+                left = seen.left() if len(rows) == 1 else {}
+                given: Seeds = {i: parts[k].to(leaves[i].device) for i, parts in starts.items()}
+                given |= {name: seed.to(left[name].device) for name, seed in of_left.items() if name in left}
+                wanted = _seeds(trial, leaves, left) if seeds is None else given
+                new = _gradients(tensors, _named(leaves, left), wanted)
             found = [a if b is None else b if a is None else a + b for a, b in zip(found, new, strict=True)]
             gathered.append([leaf.detach() if isinstance(leaf, Tensor) and len(rows) > 1 else leaf for leaf in leaves])
     joined = gathered[0]
     if len(rows) > 1:
         pairs = zip(outputs, zip(*gathered, strict=True), strict=True)
         joined = [_joined(_kind(trial, output), parts, rows) for output, parts in pairs]
-    return _run(trial, out, joined, found, seen)
+    return _run(trial, out, joined, found, seen, left)
 
 
 def on_one_device(
@@ -217,33 +229,54 @@ class _Whole(nn.Module):
         return self.run(*args, **kwargs)
 
 
+def _observed(trial: Trial) -> AbstractContextManager[Seen]:
+    functions = [] if trial.loss_fn is None else [trial.loss_fn]
+    return observed(trial.model, functions, trial.reach or reach_of(trial.model, functions))
+
+
 def leaves_of(out: Any) -> list[Any]:
     """The leaves of an output."""
     return [leaf for _, leaf in flatten(out)[0]]
 
 
-def _seeds(trial: Trial, leaves: Sequence[Any]) -> dict[int, Tensor]:
-    """The gradients to give to outputs, by position: one to the loss, else drawn ones to all that take any."""
+def _named(leaves: Sequence[Any], left: Mapping[str, Tensor]) -> dict[Name, Any]:
+    """What a gradient may be given to: the leaves of an output by position, and what is left behind by place."""
+    pairs: list[tuple[Name, Any]] = [*enumerate(leaves), *left.items()]
+    return dict(pairs)
+
+
+def _seeds(trial: Trial, leaves: Sequence[Any], left: Mapping[str, Tensor]) -> Seeds:
+    """The gradients to give: into the loss, else drawn ones into all outputs that take any; and into what is left.
+
+    The loss is given another than one, so that one which is not handed on shows; half, which rounds nothing. With
+    float16 each other scale is a run more.
+    """
     if not trial.trains:
         return {}
     captured, loss = trial.captured, trial.loss_output
     positions = [i for i, output in enumerate(captured.outputs) if output.node is not None]
+    seeds: Seeds = {}
+    wanted: dict[Name, Tensor] = {name: tensor for name, tensor in left.items() if tensor.requires_grad}
     if loss is not None:
-        return {positions[loss]: torch.ones_like(leaves[positions[loss]])}
+        scale = 1.0 if trial.batch.compiled.in_float16 else 0.5
+        seeds[positions[loss]] = torch.full_like(leaves[positions[loss]], scale)
+    else:
+        wanted |= {i: leaves[i] for i in positions if captured.outputs[i].requires_grad}
     generator = torch.Generator().manual_seed(SEED)
-    wanted = [i for i in positions if captured.outputs[i].requires_grad]
-    return {i: torch.randn(leaves[i].shape, generator=generator).to(leaves[i]) for i in wanted}
+    with torch._C.DisableTorchFunction():  # each row draws its own, also where random functions draw alike
+        drawn = {name: torch.randn(leaf.shape, generator=generator).to(leaf) for name, leaf in wanted.items()}
+    return {**seeds, **drawn}
 
 
-def _gradients(tensors: Sequence[Tensor], leaves: Sequence[Any], seeds: Mapping[int, Tensor]) -> list[Tensor | None]:
+def _gradients(tensors: Sequence[Tensor], values: Mapping[Name, Any], seeds: Seeds) -> list[Tensor | None]:
     """The gradient of each of some leaves."""
-    starts = {i: seed for i, seed in seeds.items() if leaves[i].requires_grad}
+    starts = {i: seed for i, seed in seeds.items() if values[i].requires_grad}
     if not starts or not tensors:
         return [None] * len(tensors)
     with ExitStack() as stack:
         for kind in {tensor.device.type for tensor in tensors}:
             stack.enter_context(torch.autocast(kind, enabled=False))
-        roots = [leaves[i] for i in starts]
+        roots = [values[i] for i in starts]
         # torch.autograd.grad would leave function modes, in which a checkpoint runs its forward once more, and is
         # refused by reentrant checkpoints; so gradients gather in the leaves
         _engine_run_backward(
@@ -312,88 +345,17 @@ class _MicrobatchStatistics(TorchFunctionMode):
         return torch.cat([func(part, **given) for part in parts])
 
 
-# What a step leaves behind
+# What a step has given
 
 
-@dataclass
-class _Seen:
-    """What a step has changed of its model, taken before all is put back."""
-
-    buffers: dict[str, Tensor]
-    parameters: dict[str, Tensor]
-    attributes: dict[str, Any]
-
-
-@contextmanager
-def _observed(trial: Trial) -> Iterator[_Seen]:
-    """Notes what a step changes of a model and of what the model reaches, then puts everything back."""
-    seen, model = _Seen({}, {}, {}), trial.model
-    functions = [] if trial.loss_fn is None else [trial.loss_fn]
-    reach = trial.reach or reach_of(model, functions)
-    before = [(label, owner, names, names_of(owner, names)) for owner, label, names in reach.owners]
-    tables = {id(vars(module).get(name)) for module in model.modules() for name in TORCHS_OWN}
-    containers = [(holder, label, contents(holder)) for holder, label in reach.containers if id(holder) not in tables]
-    weights = {name: (p, p.data, p.detach().clone(), p.grad) for name, p in model.named_parameters()}
-    trained = {name: p.requires_grad for name, p in model.named_parameters()}
-    with left_as_before(model, functions, reach=reach):
-        try:
-            for p, *_ in weights.values():
-                p.grad = None  # a backward inside the model may add to it
-            yield seen
-            seen.buffers.update({name: b.detach().clone() for name, b in model.named_buffers()})
-            for name, (p, memory, value, _) in weights.items():
-                if p.data_ptr() != memory.data_ptr() or not _same(p.detach(), value):
-                    seen.parameters[name] = p.detach().clone()
-                if p.requires_grad != trained[name]:
-                    seen.attributes[f"{name}.requires_grad"] = p.requires_grad
-            for label, owner, names, state in before:
-                seen.attributes.update(_changes(label, names_of(owner, names), state))
-            for holder, label, items in containers:
-                if not is_same(contents(holder), items):
-                    seen.attributes.update(_comparable(label, holder))
-        finally:
-            for name, (p, memory, value, gradient) in weights.items():
-                p.requires_grad_(trained[name])
-                if p.data_ptr() != memory.data_ptr():
-                    p.data = memory
-                if not _same(p.detach(), value):
-                    p.data.copy_(value)
-                p.grad = gradient
-
-
-def _changes(label: str, now: Mapping[str, Any], before: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The attributes of one owner that have been set; what torch keeps for itself is compared elsewhere."""
-    for name, value in now.items():
-        if name not in TORCHS_OWN and (name not in before or not _is_as_before(value, before[name])):
-            yield from _comparable(f"{label}.{name}" if label else name, value)
-    for name in before.keys() - now.keys():
-        yield f"{label}.{name}" if label else name, "deleted"
-
-
-def _is_as_before(value: Any, before: Any) -> bool:
-    """Whether an attribute holds the same object, or a container with the same contents."""
-    if value is before:
-        return True
-    return type(value) is type(before) and kind_of(value) is not None and is_same(contents(value), contents(before))
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    return torch.equal(a, b) or torch.equal(a.nan_to_num(), b.nan_to_num())
-
-
-def _comparable(label: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """The plain values and tensors in an attribute, by name; other objects are left out."""
-    for path, leaf in pytree.tree_flatten_with_path(value)[0]:
-        name = label + pytree.keystr(path)
-        if isinstance(leaf, Tensor):
-            yield name, leaf.detach().clone()
-        elif frozen(leaf) is not NOT_PLAIN:
-            yield name, leaf
-
-
-def _run(trial: Trial, out: Any, leaves: Sequence[Any], found: Sequence[Tensor | None], seen: _Seen) -> Run:
+def _run(
+    trial: Trial,
+    out: Any,
+    leaves: Sequence[Any],
+    found: Sequence[Tensor | None],
+    seen: Seen,
+    left: Mapping[str, Tensor],
+) -> Run:
     outputs = trial.captured.outputs
     known = len(outputs) == len(leaves)
     names = [output.name or "output" for output in outputs] if known else [str(i) for i in range(len(leaves))]
@@ -409,4 +371,5 @@ def _run(trial: Trial, out: Any, leaves: Sequence[Any], found: Sequence[Tensor |
         seen.attributes,
         structure=flatten(out)[1],
         wanting=frozenset(name for name, leaf in named.items() if isinstance(leaf, Tensor) and leaf.requires_grad),
+        left={name: tensor.requires_grad for name, tensor in left.items()},
     )

@@ -37,7 +37,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("captures", "report", "snapshot"),
     ("session",),
     ("steps",),
-    ("rehearse", "comparison"),
+    ("rehearse", "comparison", "observed"),
     ("side_by_side",),
     ("blame", "rounding"),
     ("compile_call", "verify", "prove"),
