@@ -3,13 +3,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench zoo ragged wild opdb faults nightly
+.PHONY: demo test long check bench zoo ragged wild opdb faults nightly
 
 demo: .venv/installed
 	$(BIN)/python examples/train_gpt2.py
 
 test: check
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+long: check
+	LONG=1 IDIOMS=all $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: .venv/installed
 	$(BIN)/ruff check .
@@ -34,7 +37,7 @@ wild: .venv-wild/installed
 opdb: .venv/installed
 	$(BIN)/python tests/opdb_run.py --jobs 2
 
-nightly: zoo ragged opdb wild faults
+nightly: long zoo ragged opdb wild faults
 
 .venv/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

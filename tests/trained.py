@@ -8,16 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from long import LONG
 from pairs import pipe_of
 from torch import Tensor, nn
 from toys import D, mean_square
 
 ROWS, LENGTH = 8, 5
+MORE = ((2, 4, "1f1b"), (3, 1, "1f1b"), (3, 4, "gpipe")) if LONG else ()
 WAYS = pytest.mark.parametrize(
     "way",
     [
         {"stages": stages, "microbatches": microbatches, "schedule": schedule}
-        for stages, microbatches, schedule in ((2, 1, "gpipe"), (2, 4, "1f1b"), (3, 1, "1f1b"), (3, 4, "gpipe"))
+        for stages, microbatches, schedule in ((2, 1, "gpipe"), (3, 4, "1f1b"), *MORE)
     ],
     ids=lambda way: "-".join(map(str, way.values())),
 )
