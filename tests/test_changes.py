@@ -622,19 +622,19 @@ def list_item_65() -> Iterator[Step]:
     yield step(model)
 
 
-LONG = [1.0] * 1000
+THOUSAND = [1.0] * 1000
 LONG_TABLE = {f"key{i}": float(i) for i in range(500)}
 
 
 @kind
 def item_of_a_long_global_list() -> Iterator[Step]:
-    model = Net(lambda self, h: h * LONG[900])
+    model = Net(lambda self, h: h * THOUSAND[900])
     yield step(model)
-    LONG[900] = 2.0
+    THOUSAND[900] = 2.0
     try:
         yield step(model)
     finally:
-        LONG[900] = 1.0
+        THOUSAND[900] = 1.0
 
 
 @kind
@@ -1848,7 +1848,8 @@ def test_callbacks_of_the_garbage_collector_are_no_code_of_the_model() -> None:
 
     class Collects(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return [[x] for _ in range(3000)][0][0] * 1.0  # enough new lists for a collection
+            lists = [[x] for _ in range(3000)]  # enough for a collection
+            return lists[0][0] * 1.0
 
     gc.callbacks.append(counting)
     try:
