@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from pipecompile.capture.containers import contents, is_same, kind_of
 from pipecompile.capture.owners import names_of
 from pipecompile.capture.reach import Reach
 from pipecompile.capture.undo import left_as_before
+
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 @dataclass
@@ -108,7 +111,7 @@ def _comparable(label: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 def _leaves(label: str, value: Any) -> Iterator[tuple[str, Any]]:
     for path, leaf in pytree.tree_flatten_with_path(value)[0]:
-        yield label + pytree.keystr(path), leaf
+        yield label + _ADDRESS.sub("", pytree.keystr(path)), leaf  # the same name for another weak reference
 
 
 def _is_leaf(tensor: Tensor) -> bool:

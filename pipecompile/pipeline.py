@@ -369,6 +369,8 @@ class Pipeline(nn.Module):
         """A call with the capture that it runs on, which is made if there is none, and its microbatches."""
         refuse_default_device(self.devices)
         check_surroundings(pytree.tree_leaves((args, kwargs)))
+        if not len(self._captures):
+            check_parameters(self.model)
         call = read_call(self._signature, args, kwargs, self._batched, self.options.in_dims)
         if not any(p.is_meta for p in self.model.parameters()):
             for name, tensor in call.tensors.items():

@@ -39,7 +39,7 @@ _ALWAYS = named("""
     fractional_max_pool2d fractional_max_pool2d_with_indices fractional_max_pool3d fractional_max_pool3d_with_indices
 """)
 
-_DRAWING = threading.Lock()  # one call at a time has a generator seeded
+_DRAWING = threading.RLock()  # one call at a time has a generator seeded; what it calls may draw in turn
 _current = threading.local()
 _LIMIT = 2**63
 _ALIKE = 20_240_229  # the seed of every call under ``alike``

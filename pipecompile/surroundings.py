@@ -7,7 +7,7 @@ pipeline computes in threads of its own: they would record constants, or fail fa
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import nn
 from torch._C._dynamo.eval_frame import set_eval_frame
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from pipecompile.errors import InputError
@@ -54,6 +55,8 @@ def uncompiled() -> Iterator[None]:
 
 def saved_as_they_are() -> Any:
     """Hooks of the caller on saved tensors (a checkpoint around the call) see nothing of what runs in it."""
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+        return nullcontext()  # torch.func in a forward does not go with hooks, of whatever kind
     return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
 
 
@@ -61,9 +64,14 @@ def check_parameters(model: nn.Module) -> None:
     """Passes if the model has parameters of its own, to be captured with.
 
     Raises:
-        InputError: names one in whose place there is another tensor.
+        InputError: names one in whose place there is another tensor, or that has no shape yet.
     """
     for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise InputError(
+                f"parameter {name!r} has no shape yet: its module takes it from the first batch; call the model once "
+                f"on such a batch before the first step: with torch.no_grad(): model(...)"
+            )
         if not isinstance(parameter, nn.Parameter):
             raise InputError(
                 f"{name!r} is a plain tensor in the place of a parameter, as under torch.func.functional_call: a "

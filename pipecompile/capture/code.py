@@ -55,7 +55,10 @@ class CodeRead:
         for function in functions:
             accesses = self._of(function.__code__)
             names |= accesses.attributes
-            for place in (Code(function), *places_read(accesses, function.__globals__, _outer(function))):
+            for place in (
+                Code(function),
+                *places_read(accesses, function.__globals__, _outer(function)),
+            ):
                 places[_key(place)] = place
         classes = {*kinds, *(value for place in places.values() if _is_class(value := place.value()))}
         for place in _of_classes(classes, names):

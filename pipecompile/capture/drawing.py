@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from copy import copy
+from types import BuiltinMethodType, MethodType
 from typing import Any
 
 import numpy as np
@@ -175,7 +176,9 @@ class _Watched:
 
 def _is_draw(value: Any) -> bool:
     """Whether a value is a method of one of the two generators that everybody shares."""
-    of = getattr(value, "__self__", None)
+    if not isinstance(value, BuiltinMethodType | MethodType):  # others may answer as they like
+        return False
+    of = value.__self__
     return callable(value) and (of is _OF_PYTHON or of is _OF_NUMPY) and value.__name__ not in _NO_DRAWS
 
 

@@ -9,6 +9,8 @@ from enum import Enum
 from types import CellType, FunctionType
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from pipecompile.capture.imprints import MISSING, SCALARS, Nothing, Same, imprint
 
 
@@ -73,7 +75,10 @@ class OfClass:
 
 @dataclass(frozen=True, slots=True)
 class Code:
-    """What a function does: its code, and its default arguments."""
+    """What a function does: its code, and its default arguments.
+
+    A dict of tensors among these, or an empty one, is a table that the forward fills, and is known by identity.
+    """
 
     function: FunctionType
 
@@ -83,7 +88,14 @@ class Code:
 
     def value(self) -> Any:
         function = self.function
-        return function.__code__, function.__defaults__, function.__kwdefaults__
+        named = function.__kwdefaults__ or {}
+        defaults = [_default(value) for value in function.__defaults__ or ()]
+        return function.__code__, defaults, {name: _default(value) for name, value in named.items()}
+
+
+def _default(value: Any) -> Any:
+    table = isinstance(value, dict) and (not value or any(isinstance(item, Tensor) for item in value.values()))
+    return Same(value) if table else value
 
 
 @dataclass(frozen=True, slots=True)

@@ -262,7 +262,7 @@ def _entries(
             continue
         if table == "_buffers" and isinstance(value, FakeTensor) and fake is not None and _alike(value, fake):
             rebound[label] = value
-        elif table == "_parameters" and isinstance(value, FakeTensor):
+        elif table == "_parameters" and isinstance(value, FakeTensor) and not any(value is f for f in fakes.values()):
             raise CaptureError(
                 f"module {path!r}: forward makes a new parameter {name!r}, which no optimizer knows; write to the one "
                 f"that is there, under torch.no_grad(), or make it before: run the model once"

@@ -164,7 +164,7 @@ class LayerDropByPython(nn.Module):
         return self.head(x)
 
 
-@idiom()
+@idiom(stream=False)
 class MixingWeightByPython(Wrapped):
     """``random.uniform`` as a weight."""
 

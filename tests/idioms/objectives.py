@@ -183,7 +183,7 @@ class IgnoredLabels(Language):
         return loss, torch.exp(loss.detach())
 
 
-@idiom(tokens)
+@idiom(tokens, stream=False)
 class LabelSmoothingByHand(Language):
     """fairseq's label smoothing: sums over tokens that are no padding, divided by their number."""
 

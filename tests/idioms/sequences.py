@@ -429,7 +429,7 @@ def flat_graph(draw: Draw) -> Inputs:
     return (draw.floats(D), torch.stack([source, target])), {}
 
 
-@idiom(flat_graph, refused_parts="samples|microbatch|batch")
+@idiom(flat_graph, refused_parts="samples|microbatch|batch", stream=False)
 class NodesAreTheBatch(Wrapped):
     """PyG: nodes in the first dimension, edges between any of them, attention by scatter softmax."""
 

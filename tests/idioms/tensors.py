@@ -49,7 +49,7 @@ class FillsAnEmptyTensor(Wrapped):
         return out
 
 
-@idiom(takes(5, D))
+@idiom(takes(5, D), refused_parts="samples")
 class OutArguments(Wrapped):
     """``torch.add(a, b, out=c)`` under no_grad for a statistic."""
 
