@@ -10,9 +10,11 @@ import torch
 import torch.fx as fx
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from pipecompile.capture import Captured
 from pipecompile.capture.evaluate import Evaluator
+from pipecompile.capture.leaves import Leaf
 from pipecompile.randomness import undropped
 
 
@@ -77,8 +79,17 @@ class Bench:
         tensors = self.captured.tensors
         if gradients:  # a backward of the user's may add to the gradients of weights: to those of copies
             tensors = {name: _copy(tensor) for name, tensor in tensors.items()}
-        leaf = partial(self.captured.leaf, tensors=tensors)
+        leaf = partial(_undropping, self.captured, tensors)
         return Evaluator(self.inputs, tensors.__getitem__, leaf, call=undropped, gradients=gradients)
+
+
+def _undropping(captured: Captured, tensors: Mapping[str, Tensor], target: str) -> Leaf:
+    """A module that is kept whole, with the dropout modules inside its copy in evaluation."""
+    leaf = captured.leaf(target, tensors)
+    for module in leaf.__dict__["inner"].modules():
+        if isinstance(module, _DropoutNd):
+            module.training = False
+    return leaf
 
 
 def _copy(tensor: Tensor) -> Tensor:
