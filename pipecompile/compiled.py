@@ -29,6 +29,7 @@ from pipecompile.errors import InputError
 from pipecompile.graph import CostedGraph, Graph
 from pipecompile.lower import lower
 from pipecompile.memory import Memory
+from pipecompile.operators import is_opaque
 from pipecompile.plan import Plan, stage_costs
 from pipecompile.program import Program
 from pipecompile.replicate import Candidate
@@ -133,6 +134,14 @@ class Compiled:
         """Whether the model itself computes with float16, whose gradients take only some scales."""
         values = pytree.tree_leaves([node.meta.get("val") for node in self.captured.graph.nodes])
         return any(isinstance(value, Tensor) and value.dtype == torch.float16 for value in values)
+
+    @cached_property
+    def has_own_backward(self) -> bool:
+        """Whether a custom function, an operator or a hook may make of a gradient twice as large another than twice."""
+        targets = [node.target for node in self.captured.graph.nodes if node.op == "call_function"]
+        own = [target for target in targets if getattr(target, "__module__", "") == "pipecompile.functions"]
+        hooks = [target for target in own if getattr(target, "__name__", "") == "with_hook"]
+        return bool(hooks) or any(is_opaque(target) for target in targets if target not in own)
 
     @cached_property
     def reached(self) -> tuple[Tensor, ...]:

@@ -43,8 +43,8 @@ from pipecompile.verify import Subject, verify
 
 _OWN = frozenset(
     {
-        "model", "devices", "options", "_signature", "_forward", "_session", "_captures", "_batched", "_first",
-        "_placement", "_last", "_proofs", "_calls", "_parameters", "_buffers", "_modules",
+        "model", "devices", "options", "_signature", "_forward", "_session", "_captures", "_states", "_batched",
+        "_first", "_placement", "_last", "_proofs", "_calls", "_parameters", "_buffers", "_modules",
         "_non_persistent_buffers_set",
     }
 )  # fmt: skip
@@ -229,7 +229,8 @@ class Pipeline(nn.Module):
             bool(self.options.allow_microbatch or self.options.out_dims),
             self.options.out_dims,
         )
-        self._proofs[key] = prove(trial)
+        with saved_as_they_are():
+            self._proofs[key] = prove(trial)
 
     def _run(self, batch: steps.Batch) -> Any:
         if any(p.is_meta for p in self.model.parameters()):

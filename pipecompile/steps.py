@@ -34,7 +34,7 @@ from pipecompile.snapshot import Snapshot
 
 # Why a call is run again.
 BESIDE = "a gradient came into an output beside the loss; later calls run their backwards when gradients come in"
-RESCALED = "a gradient of another scale than the last came into a loss computed with float16"
+RESCALED = "a gradient of another scale than the last came into a loss computed with float16 or custom backwards"
 SECOND = "a second gradient came in, with retain_graph=True, after the backwards had run"
 
 
@@ -169,8 +169,8 @@ def _train(session: Session, batch: Batch, loss: int, schedule: Callable[[Plan, 
         session.run(batch.compiled, batch.program("train", schedule), microbatches)
         return microbatches
 
-    in_float16 = batch.compiled.in_float16 or start.ambient.in_float16
-    scale = session.scale if in_float16 else 1.0
+    not_scaled = batch.compiled.in_float16 or start.ambient.in_float16 or batch.compiled.has_own_backward
+    scale = session.scale if not_scaled else 1.0
     microbatches = run(scale)
     found = _gradients(session, batch, microbatches)
     leaves = list({id(t): t for t in batch.model_tensors if id(t) in found}.values())
@@ -185,7 +185,7 @@ def _train(session: Session, batch: Batch, loss: int, schedule: Callable[[Plan, 
         tensors = batch.finish(batch.join(microbatches), start.seeds)
     outputs = [t.detach().requires_grad_(o.requires_grad) for t, o in zip(tensors, batch.outputs, strict=True)]
     ready = [found[id(leaf)] for leaf in leaves]
-    own = Delivered.apply(ready, rescaled if in_float16 else None, scale, outputs[loss], *leaves)  # type: ignore[no-untyped-call]
+    own = Delivered.apply(ready, rescaled if not_scaled else None, scale, outputs[loss], *leaves)  # type: ignore[no-untyped-call]
     rest = _beside(session, batch, start, [*outputs[:loss], *outputs[loss + 1 :]], loss)
     return batch.rebuild([*rest[:loss], own, *rest[loss:]])
 

@@ -269,7 +269,13 @@ def test_gradients_of_a_stream_that_failed_go_into_no_later_update() -> None:
         model.norm.eval()
         model.drop.eval()
         pipe = pipecompile.compile(
-            model, devices=["cpu"], microbatches=1, schedule="pipedream", optimizer=sgd, profile="count"
+            model,
+            devices=["cpu"],
+            microbatches=1,
+            schedule="pipedream",
+            optimizer=sgd,
+            profile="count",
+            verify="never",  # the check would meet the fault, which happens once
         )
         pipe.prepare(x)
         if fails:
