@@ -349,7 +349,7 @@ class VectorQuantizedByGradient(nn.Module):
         return F.mse_loss(out, x) + loss, perplexity
 
 
-@idiom()
+@idiom(stream=False)
 class CountingAttribute(Wrapped):
     """``self.calls += 1``, and a schedule computed from it: warm-up of a weight."""
 

@@ -332,7 +332,7 @@ class ComplexParameters(nn.Module):
         return self.head(F.gelu(y))
 
 
-@idiom(takes(5, D))
+@idiom(takes(5, D), refused_parts="samples")
 class SparseAdjacency(Wrapped):
     """A sparse COO matrix in a buffer, multiplied with ``torch.sparse.mm``."""
 
