@@ -199,17 +199,19 @@ def _nothing_left(trial: Trial) -> Iterator[None]:
 
 @contextmanager
 def _without_hooks(model: nn.Module) -> Iterator[None]:
-    """Hooks on the gradients of parameters, which are for real steps, are not called."""
-    hooked = [(p, p._backward_hooks, p._post_accumulate_grad_hooks) for p in model.parameters()]
-    hooked = [it for it in hooked if it[1] or it[2]]
-    for p, _, _ in hooked:
-        p._backward_hooks = None
-        p._post_accumulate_grad_hooks = None  # type: ignore[assignment]
+    """Hooks on the gradients of parameters, which are for real steps, are not called.
+
+    Autograd calls what stands in a parameter's tables, whoever has taken these from the parameter; so they are emptied.
+    """
+    tables = [t for p in model.parameters() for t in (p._backward_hooks, p._post_accumulate_grad_hooks) if t]
+    held = [(table, dict(table)) for table in tables]
+    for table in tables:
+        table.clear()
     try:
         yield
     finally:
-        for p, hooks, after in hooked:
-            p._backward_hooks, p._post_accumulate_grad_hooks = hooks, after
+        for table, hooks in held:
+            table.update(hooks)
 
 
 def due(verify: str | int, calls: int, proven: bool) -> bool:
