@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import nn
+from torch import Tensor, nn
 
 from pipecompile import steps
 from pipecompile.batching import Rows
@@ -194,18 +194,19 @@ class Pipeline(nn.Module):
             batch = self._batch(args, kwargs)
             self._prove(batch)
             try:
-                output = self._run(batch)
+                given = self._run(batch)
             except STOPPED:
                 with suppress(KeyError):  # of tensors that are not there to be left behind
-                    self._leave(batch)
+                    self._leave(batch, {})
                 raise
-            self._leave(batch)
+            output = batch.rebuild(given)
+            self._leave(batch, given)
             self._calls += 1
             return output
 
-    def _leave(self, batch: steps.Batch) -> None:
+    def _leave(self, batch: steps.Batch, given: Mapping[str, Tensor]) -> None:
         with self._states.followed() if batch.compiled.captured.attributes.are_followed else nullcontext():
-            batch.leave()
+            batch.leave(given)
 
     def _prove(self, batch: steps.Batch) -> None:
         """Compares the call with the unsplit model's, if that is due."""
@@ -232,7 +233,7 @@ class Pipeline(nn.Module):
         with saved_as_they_are():
             self._proofs[key] = prove(trial)
 
-    def _run(self, batch: steps.Batch) -> Any:
+    def _run(self, batch: steps.Batch) -> dict[str, Tensor]:
         if any(p.is_meta for p in self.model.parameters()):
             raise InputError("the model is on the meta device: it can be planned, but has no values to compute with")
         captured = batch.compiled.captured

@@ -23,6 +23,7 @@ from torch import nn
 from pipecompile import steps
 from pipecompile.batching import Rows
 from pipecompile.blame import first_that_differs
+from pipecompile.capture.quiet import not_collecting
 from pipecompile.capture.reach import reach_of
 from pipecompile.comparison import coarsest_type, differences
 from pipecompile.errors import ExactnessError, PipecompileError
@@ -188,6 +189,7 @@ def _message(trial: Trial, wrong: Sequence[Difference]) -> str:
 def _nothing_left(trial: Trial) -> Iterator[None]:
     """Generators, modes and hooks on parameters are as before at the end; what a step changes it undoes itself."""
     with (
+        not_collecting(),
         undrawn(trial.devices),
         torch.inference_mode(False),
         torch.set_grad_enabled(trial.trains),

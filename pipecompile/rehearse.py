@@ -4,9 +4,8 @@ A profile times each operation alone: that gives each its share of a stage, and 
 stages share caches, memory and Python's lock with one another. A rehearsal is a step with fewer microbatches, on the
 sample and under the schedule of the step to come, so it holds no more memory at once.
 
-It leaves no mark: gradients gather in leaves that are thrown away, buffers that a step writes are written as copies,
-random functions draw from seeds of their own. What else a part kept whole may do, to the model's attributes and to
-the generators, is undone here and by those who call (``Pipeline``).
+It leaves no mark: gradients gather in leaves that are thrown away, random functions draw from seeds of their own, and
+what else a step changes, buffers, attributes and generators, is put back.
 """
 
 from __future__ import annotations
@@ -16,12 +15,11 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from pipecompile.batching import Rows
 from pipecompile.calibrate import Times, corrected
 from pipecompile.capture import Call
-from pipecompile.capture.state import attributes_kept
+from pipecompile.capture.undo import left_as_before
 from pipecompile.compiled import Compiled
 from pipecompile.errors import ExecutionError, PlanError
 from pipecompile.graph import CostedGraph
@@ -70,8 +68,8 @@ class Rehearsal:
             return ()
         count = min(len(batch.rows), 2 * compiled.plan.num_stages + 1)
         program = compiled.lowered(self.schedule(compiled.plan, count))
-        with attributes_kept(compiled.captured.model), closing(Session(self.devices, None)) as session:
-            session.weights = [Weights(_tensors(compiled, stage.index), stage.device) for stage in compiled.stages]
+        with left_as_before(compiled.captured.model), closing(Session(self.devices, None)) as session:
+            session.weights = [Weights(compiled.tensors(stage.index), stage.device) for stage in compiled.stages]
 
             def run() -> Timeline:
                 for weights in session.weights:
@@ -136,14 +134,6 @@ def _tells(compiled: Compiled) -> bool:
         and torch.is_grad_enabled()
         and any(output.requires_grad for output in compiled.captured.results)
     )
-
-
-def _tensors(compiled: Compiled, stage: int) -> dict[str, Tensor]:
-    """What a stage reads, by name: what a step reads, and copies of what it writes."""
-    module, written = compiled.stages[stage].module, set(map(id, compiled.written))
-    named = [*module.named_parameters(), *module.named_buffers()]
-    copies = {n: t.detach().clone().requires_grad_(t.requires_grad) for n, t in named if id(t) in written}
-    return {**compiled.tensors(stage), **copies}
 
 
 def _microbatches(batch: Batch, starts: Sequence[str]) -> dict[int, Microbatch]:

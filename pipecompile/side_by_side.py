@@ -98,7 +98,7 @@ class Trial:
 
     def fresh(self) -> Trial:
         """The same on copies of the inputs, which a run may write to."""
-        return replace(self, batch=replace(self.batch, call=copied(self.batch.call), tensors={}))
+        return replace(self, batch=replace(self.batch, call=copied(self.batch.call)))
 
 
 def copied(call: Call, rows: int | None = None) -> Call:
@@ -157,11 +157,12 @@ def split_step(trial: Trial, left_too: bool = True) -> tuple[Run, Seeds]:
         closing(Session(trial.devices, None)) as session,
         torch.set_grad_enabled(trial.trains),
     ):
-        out = steps.run(session, batch, trial.loss_output, trial.schedule)
+        given = steps.run(session, batch, trial.loss_output, trial.schedule)
+        out = batch.rebuild(given)
         leaves = leaves_of(out)
-        batch.leave()
-        given = set(map(id, batch.tensors.values()))
-        left = {name: tensor for name, tensor in seen.left().items() if left_too and id(tensor) in given}
+        batch.leave(given)
+        own = set(map(id, given.values()))
+        left = {name: tensor for name, tensor in seen.left().items() if left_too and id(tensor) in own}
         seeds = _seeds(trial, leaves, left)
         found = _gradients(tensors, _named(leaves, left), seeds)
     return _run(trial, out, leaves, found, seen, left), seeds
@@ -327,6 +328,7 @@ class _MicrobatchStatistics(TorchFunctionMode):
         super().__init__()
         self.counts = tuple(counts)
         self.deferred = deferred
+        self.uses: dict[int, _Uses] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -342,7 +344,32 @@ class _MicrobatchStatistics(TorchFunctionMode):
                 func(x.detach(), **given)
             given["running_mean"] = given["running_var"] = None
         parts = torch.split(x, [count * (x.shape[0] // rows) for count in self.counts])
-        return torch.cat([func(part, **given) for part in parts])
+        mean, var = given.get("running_mean"), given.get("running_var")
+        if mean is None or var is None or torch._C._current_graph_task_id() != -1:  # -1: no checkpoint's second run
+            return torch.cat([func(part, **given) for part in parts])
+        found = [(torch.zeros_like(mean), torch.zeros_like(var)) for _ in parts]
+        alone = [{**given, "running_mean": m, "running_var": v, "momentum": 1.0} for m, v in found]
+        joined = torch.cat([func(part, **own) for part, own in zip(parts, alone, strict=True)])
+        self.uses.setdefault(id(mean), _Uses((mean, var))).add(given.get("momentum", 0.1), found)
+        return joined
+
+
+class _Uses:
+    """One module's running statistics, moved by all that one microbatch does with it, then by the next one's."""
+
+    def __init__(self, running: tuple[Tensor, Tensor]) -> None:
+        self.running = running
+        self.start = tuple(map(torch.clone, running))
+        self.found: list[tuple[float, Sequence[tuple[Tensor, Tensor]]]] = []  # of each use: momentum; each part's
+
+    def add(self, momentum: float, found: Sequence[tuple[Tensor, Tensor]]) -> None:
+        self.found.append((momentum, found))
+        with torch.no_grad():
+            for i, tensor in enumerate(self.running):
+                tensor.copy_(self.start[i])
+                for part in range(len(found)):
+                    for momentum, of_parts in self.found:
+                        tensor.lerp_(of_parts[part][i], momentum)
 
 
 # What a step has given

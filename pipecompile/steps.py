@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -45,7 +45,6 @@ class Batch:
     compiled: Compiled
     call: Call
     rows: Rows
-    tensors: dict[str, Tensor] = field(default_factory=dict)  # all that the call has given, by node
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "call", self.compiled.division.whole.filled(self.call))
@@ -104,7 +103,7 @@ class Batch:
         return {name: gather(kind, [m.outputs[name] for m in parts], self.rows) for name, kind in self.joins.items()}
 
     def finish(self, joined: Mapping[str, Tensor], drawn: Sequence[int | None]) -> list[Tensor]:
-        """The tensors of the model's output: what the stages give, and what the tail makes of it."""
+        """The tensors of the ``outputs``: what the stages give, and what the tail makes of it."""
         seed_microbatch(drawn[0])
         try:
             tail = self.compiled.run_tail(joined, self.call)
@@ -112,18 +111,21 @@ class Batch:
             seed_microbatch(None)
         return [{**joined, **tail}[self.division.places[str(output.node)]] for output in self.outputs]
 
-    def rebuild(self, tensors: Sequence[Tensor]) -> Any:
-        """The model's own output type around the outputs' tensors."""
-        self.tensors.update({str(o.node): tensor for o, tensor in zip(self.outputs, tensors, strict=True)})
-        return self.compiled.captured.rebuild_output(self.tensors, self.call.tensors)
+    def given(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The tensors of the ``outputs``, by node."""
+        return {str(output.node): tensor for output, tensor in zip(self.outputs, tensors, strict=True)}
 
-    def leave(self) -> None:
+    def rebuild(self, given: Mapping[str, Tensor]) -> Any:
+        """The model's own output type around what the call has given."""
+        return self.compiled.captured.rebuild_output(given, self.call.tensors)
+
+    def leave(self, given: Mapping[str, Tensor]) -> None:
         """Sets what the forward sets, for the whole batch, and writes what it writes to the caller's tensors."""
         captured, call = self.compiled.division.whole, self.call
-        captured.attributes.update(captured.size_values(call.tensors), {**call.tensors, **self.tensors})
+        captured.attributes.update(captured.size_values(call.tensors), {**call.tensors, **given})
         with torch.no_grad():
             for name, node in captured.written_inputs.items():
-                call.tensors[name].copy_(self.tensors[node])
+                call.tensors[name].copy_(given[node])
 
 
 def run(
@@ -132,8 +134,10 @@ def run(
     loss: int | None,
     schedule: Callable[[Plan, int], Program],
     asynchronous: bool = False,
-) -> Any:
-    """The kind of call that a batch asks for, in the modes of the calling thread.
+) -> dict[str, Tensor]:
+    """The kind of call that a batch asks for, in the modes of the calling thread; what it gives, by node.
+
+    A batch does not hold what it gives: those tensors' own graph holds the batch, to run it again.
 
     Args:
         loss: the position of the loss among the outputs' tensors; None where the caller computes it.
@@ -148,21 +152,23 @@ def run(
     return train(session, batch, loss, schedule)
 
 
-def evaluate(session: Session, batch: Batch) -> Any:
+def evaluate(session: Session, batch: Batch) -> dict[str, Tensor]:
     """Forwards alone."""
     start = Snapshot.of(batch.compiled, batch.call, batch.draw, session.devices)
     with start.kept_on_failure(), torch.no_grad():
-        return batch.rebuild(batch.finish(batch.join(_forward(session, batch, start.seeds)), start.seeds))
+        return batch.given(batch.finish(batch.join(_forward(session, batch, start.seeds)), start.seeds))
 
 
-def train(session: Session, batch: Batch, loss: int, schedule: Callable[[Plan, int], Program]) -> Any:
+def train(session: Session, batch: Batch, loss: int, schedule: Callable[[Plan, int], Program]) -> dict[str, Tensor]:
     """The whole schedule, from the output at position ``loss``, which the stages compute."""
     start = Snapshot.of(batch.compiled, batch.call, batch.draw, session.devices)
     with start.kept_on_failure():
         return _train(session, batch, loss, schedule, start)
 
 
-def _train(session: Session, batch: Batch, loss: int, schedule: Callable[[Plan, int], Program], start: Snapshot) -> Any:
+def _train(
+    session: Session, batch: Batch, loss: int, schedule: Callable[[Plan, int], Program], start: Snapshot
+) -> dict[str, Tensor]:
     def run(scale: float) -> dict[int, Microbatch]:
         session.begin(batch.compiled)
         microbatches = _from_loss(batch, loss, start.seeds, scale)
@@ -187,7 +193,7 @@ def _train(session: Session, batch: Batch, loss: int, schedule: Callable[[Plan, 
     ready = [found[id(leaf)] for leaf in leaves]
     own = Delivered.apply(ready, rescaled if not_scaled else None, scale, outputs[loss], *leaves)  # type: ignore[no-untyped-call]
     rest = _beside(session, batch, start, [*outputs[:loss], *outputs[loss + 1 :]], loss)
-    return batch.rebuild([*rest[:loss], own, *rest[loss:]])
+    return batch.given([*rest[:loss], own, *rest[loss:]])
 
 
 def _beside(session: Session, batch: Batch, start: Snapshot, outputs: Sequence[Tensor], loss: int) -> Sequence[Tensor]:
@@ -206,11 +212,11 @@ def _beside(session: Session, batch: Batch, start: Snapshot, outputs: Sequence[T
     return cast(Sequence[Tensor], Deferred.apply(backward, len(outputs), *outputs, *batch.reached))  # type: ignore[no-untyped-call]
 
 
-def defer(session: Session, batch: Batch) -> Any:
+def defer(session: Session, batch: Batch) -> dict[str, Tensor]:
     """Forwards now; the backwards run when gradients of what the stages gave come in, from the caller or the tail."""
     start = Snapshot.of(batch.compiled, batch.call, batch.draw, session.devices)
     with start.kept_on_failure():
-        return batch.rebuild(_defer(session, batch, start))
+        return batch.given(_defer(session, batch, start))
 
 
 def _defer(session: Session, batch: Batch, start: Snapshot) -> list[Tensor]:
@@ -248,7 +254,7 @@ def _again(session: Session, start: Snapshot, why: str) -> Iterator[None]:
         yield
 
 
-def stream(session: Session, batch: Batch, loss: int) -> Any:
+def stream(session: Session, batch: Batch, loss: int) -> dict[str, Tensor]:
     """The next segment of the stream; the losses are those of weights that differ from microbatch to microbatch."""
     if session.stream.compiled is not batch.compiled:
         flush(session)
@@ -268,7 +274,7 @@ def stream(session: Session, batch: Batch, loss: int) -> Any:
         session.stream = Stream()
         raise
     under_way.advance(program, len(new))
-    return batch.rebuild([tensor.detach() for tensor in batch.finish(batch.join(new), drawn)])
+    return batch.given([tensor.detach() for tensor in batch.finish(batch.join(new), drawn)])
 
 
 def flush(session: Session) -> None:

@@ -149,8 +149,21 @@ def test_the_model_cannot_be_exchanged() -> None:
     works(pipe, pipe.model)
 
 
-def test_nothing_of_a_call_lives_on_with_nobody_to_use_it() -> None:
-    pipe = pipe_of()
+class NetBeside(Net):
+    def forward(self, x: Tensor) -> Any:
+        h = self.body(x)
+        return {"loss": mean_square(h), "hidden": h}
+
+
+class NetWithout(Net):
+    def forward(self, x: Tensor) -> Any:
+        return [self.body(x)]
+
+
+@pytest.mark.parametrize("net", [Net, NetBeside, NetWithout])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_nothing_of_a_call_lives_on_with_nobody_to_use_it(net: type[nn.Module], training: bool) -> None:
+    pipe = pipe_of(net()).train(training)
     pipe(floats().requires_grad_())  # the first, which is kept as the sample
     x = floats().requires_grad_()
     loss = pipe(x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Callable
 from typing import Any
@@ -294,3 +295,60 @@ def test_hooks_on_parameters_are_for_real_steps() -> None:
     assert len(calls) == 8
     mean_square(pipe(x())).backward()
     assert len(calls) == 16
+
+
+class Collector:
+    calls = 0
+
+
+def note_collection(phase: str, info: dict[str, int]) -> None:
+    Collector.calls += 1
+
+
+def collections() -> int:
+    return Collector.calls
+
+
+class MayAsk(nn.Module):
+    """Names what the collector's callback sets, and does not read it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.asks = blocks(4), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return mean_square(self.body(x) * (collections() if self.asks else 1))
+
+
+def test_what_a_callback_of_the_garbage_collector_sets_is_not_the_models() -> None:
+    thresholds = gc.get_threshold()
+    gc.callbacks.append(note_collection)
+    gc.set_threshold(10)
+    try:
+        pipe = pipecompile.compile(MayAsk(), ["cpu", "cpu"], microbatches=2, profile="count")
+        pipe(torch.randn(4, D)).backward()
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.callbacks.remove(note_collection)
+    assert pipe.proofs
+    assert Collector.calls > 10
+    assert gc.isenabled()
+
+
+class NormedThrice(nn.Module):
+    """One batch norm, used in several places of one forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.norm = nn.ModuleList(nn.Linear(D, D) for _ in range(3)), nn.BatchNorm1d(D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(self.norm(x)))
+        return mean_square(x)
+
+
+def test_running_statistics_of_a_norm_that_is_used_thrice_are_no_false_alarm() -> None:
+    pipe = pipecompile.compile(NormedThrice().double(), ["cpu", "cpu"], microbatches=4, profile="count")
+    pipe(torch.randn(24, D, dtype=torch.float64)).backward()
+    assert pipe.proofs

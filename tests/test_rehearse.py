@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import random
 import threading
+from contextlib import nullcontext
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -119,7 +121,9 @@ def test_a_rehearsal_leaves_no_mark(kept: bool, loss: bool, schedule: str) -> No
         model(rows())  # else buffers are zeros and ones
     before, drawn = marks(model), generators()
     options = {"leaf_modules": leaves, "allow_microbatch": leaves, "example_inputs": (x,)}
-    pipe = compiled(model, schedule=schedule, **options)
+    one_part = pytest.warns(UserWarning, match="draws random numbers of Python") if kept else nullcontext()
+    with one_part:
+        pipe = compiled(model, schedule=schedule, **options)
     assert is_rehearsed(pipe)
     assert marks(model) == before
     assert generators() == drawn
@@ -149,19 +153,19 @@ def test_the_first_step_is_that_of_a_pipeline_without_one() -> None:
 
 
 def test_modes_of_the_caller_are_those_of_a_rehearsal() -> None:
-    seen = set()
+    seen: SimpleQueue[tuple[bool, bool]] = SimpleQueue()  # of a set, a rehearsal would undo the changes
 
     class Asks(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             if threading.current_thread() is not threading.main_thread():
-                seen.add((torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()))
+                seen.put((torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()))
             return super().forward(x)
 
     model = nn.Sequential(*(Asks(WIDTH, WIDTH) for _ in range(3)))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         pipe = compiled(model, leaf_modules=["0", "1", "2"])
     assert is_rehearsed(pipe)
-    assert seen == {(True, True)}
+    assert {seen.get() for _ in range(seen.qsize())} == {(True, True)}
     assert not torch.is_autocast_enabled("cpu")
 
 
@@ -178,7 +182,7 @@ def test_no_more_is_in_flight_than_in_a_step(
         original(self, compiled, program, microbatches)
 
     monkeypatch.setattr(Session, "run", noted)
-    pipe = compiled(schedule=schedule, microbatches=microbatches)
+    pipe = compiled(schedule=schedule, microbatches=microbatches, verify="never")
     pipe(rows()).backward()
     assert len(programs) > 1
     *rehearsed, step = programs

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from pipecompile.capture.captured import Captured
 from pipecompile.capture.innermost import Part, next_whole
 from pipecompile.capture.inputs import Call
-from pipecompile.capture.quiet import quiet
+from pipecompile.capture.quiet import not_collecting, quiet
 from pipecompile.capture.reach import Reach, reach_of
 from pipecompile.capture.recorder import DATA_DEPENDENT, NeedsOperations
 from pipecompile.capture.trace import NeedsNumbers, Trace
@@ -102,7 +102,7 @@ def _with_leaves(
         )  # fmt: skip
         trace = attempt()
         try:
-            with CAPTURING.taken(), quiet():
+            with CAPTURING.taken(), quiet(), not_collecting():
                 captured = trace.run(reasons)
                 if trace.asks_for_gradients and gradients != wanted:
                     gradients = wanted

@@ -1,11 +1,13 @@
-"""What torch itself logs while a model is tried out: that a size cannot be a symbol is an error to it, not to us.
+"""What goes on beside a model that is tried out, and is kept from it: torch's logs, and the garbage collector.
 
-Each attempt that fails may be followed by one that does not, and what fails for good is raised. The records of the
-calling thread are dropped at the loggers themselves; levels and handlers stay as the user has them.
+That a size cannot be a symbol is an error to torch, not to us: each attempt that fails may be followed by one that does
+not, and what fails for good is raised. The records of the calling thread are dropped at the loggers themselves; levels
+and handlers stay as the user has them.
 """
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 from collections.abc import Iterator
@@ -30,3 +32,15 @@ def quiet() -> Iterator[None]:
     finally:
         for logger in loggers:
             logger.removeFilter(passes)
+
+
+@contextmanager
+def not_collecting() -> Iterator[None]:
+    """In which no garbage is collected: what is called at that (``gc.callbacks``) is nobody's code, and sets state."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()

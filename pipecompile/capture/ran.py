@@ -18,6 +18,7 @@ import numpy
 import sympy
 import torch
 
+from pipecompile.capture.quiet import not_collecting
 from pipecompile.lines import is_library
 
 _MOST_FRAMES = 64  # that are kept until they end, each with its variables
@@ -55,22 +56,20 @@ class Ran:
     def seen(self, first: Met) -> Iterator[None]:
         """The time of a forward; ``first`` is called as each function begins to run for the first time.
 
-        A profiler of the user's pauses meanwhile, and so does the garbage collector, whose callbacks are nobody's code.
+        A profiler of the user's pauses meanwhile, and so does the garbage collector.
         """
-        other, collecting = sys.getprofile(), gc.isenabled()
-        gc.disable()
-        self._first = first
-        self.resume(True)
-        try:
-            yield
-        finally:
-            self.pause()
-            self._first = None
-            _install(other)
-            if collecting:
-                gc.enable()
-            self._find()
-            self._frames.clear()
+        other = sys.getprofile()
+        with not_collecting():
+            self._first = first
+            self.resume(True)
+            try:
+                yield
+            finally:
+                self.pause()
+                self._first = None
+                _install(other)
+                self._find()
+                self._frames.clear()
 
     def pause(self) -> bool:
         """Stops looking while torch computes; whether it was looking."""

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from pipecompile.capture.attributes import Itself
 from pipecompile.capture.containers import contents, is_same, put_back
@@ -40,7 +41,8 @@ def left_as_before(
     reach = reach_of(model, functions) if reach is None else reach
     values = {id(t): t for t in (*model.buffers(), *reach.tensors, *tensors) if not t.is_meta}
     kept = [(tensor, tensor.detach().clone()) for tensor in values.values()]
-    with generators_kept(reach.generators), Noted(reach).kept():
+    versions = _unsafe_preserve_version_counter(tuple(t for t in values.values() if not t.is_inference()))
+    with versions, generators_kept(reach.generators), Noted(reach).kept():  # who has saved a tensor finds what it saved
         try:
             yield
         finally:
