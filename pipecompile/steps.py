@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from pipecompile.batching import Division, Kind, Partial, Rows, gather, scatter, spread
 from pipecompile.capture import Call, Output
+from pipecompile.capture.aliases import storage_key
 from pipecompile.compiled import Compiled
 from pipecompile.plan import Plan
 from pipecompile.program import Program
@@ -119,6 +120,19 @@ class Batch:
         """The model's own output type around what the call has given."""
         return self.compiled.captured.rebuild_output(given, self.call.tensors)
 
+    def apart(self) -> Batch:
+        """The same on copies of the tensors that the call writes to in the end, and of others in their memory.
+
+        Its backwards still read them; autograd counts the writes to a tensor and to all its views as one.
+        """
+        tensors, written = self.call.tensors, self.compiled.division.whole.written_inputs
+        if not written:
+            return self
+        memory = {storage_key(tensors[name]) for name in written}
+        shared = {n: t for n, t in tensors.items() if not t.requires_grad and storage_key(t) in memory}
+        copies = {name: tensor.detach().clone() for name, tensor in shared.items()}
+        return replace(self, call=replace(self.call, tensors={**tensors, **copies}))
+
     def leave(self, given: Mapping[str, Tensor]) -> None:
         """Sets what the forward sets, for the whole batch, and writes what it writes to the caller's tensors."""
         captured, call = self.compiled.division.whole, self.call
@@ -143,6 +157,7 @@ def run(
         loss: the position of the loss among the outputs' tensors; None where the caller computes it.
         asynchronous: whether the stages step by themselves.
     """
+    batch = batch.apart()
     if not torch.is_grad_enabled() or not any(output.requires_grad for output in batch.outputs):
         return evaluate(session, batch)
     if asynchronous and loss is not None:

@@ -256,7 +256,7 @@ RUNTIME = (
     Mutant(
         "outputs swapped",
         "two outputs of one shape are given in the other order",
-        patched(steps.Batch, "rebuild", lambda original: lambda self, tensors: original(self, tensors[::-1])),
+        patched(steps.Batch, "given", lambda original: lambda self, tensors: original(self, tensors[::-1])),
         end(lambda net, o: (o, o.exp())),
     ),
     Mutant(

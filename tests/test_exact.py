@@ -8,6 +8,7 @@ once a batch what the unsplit model does for each microbatch.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Hashable
 from functools import cache, partial
 from itertools import product
@@ -60,6 +61,7 @@ def _remembered(verb: str, key: Hashable) -> list[Any]:
 
 def remembered(verb: str, subject: Any, call: Any, size: Any, *rest: Any, **options: Any) -> Any:
     """What ``capture(model, call, size, ...)`` or ``profile(captured, graph, how, ...)`` gave before."""
+    os.environ.pop("PYTEST_CURRENT_TEST", None)  # transformers' attention asks the environment, which is guarded whole
     known = _remembered(verb, (id(subject), getattr(call, "key", None), size))
     if not known:
         known.append((subject, VERBS[verb](subject, call, size, *rest, **options)))  # alive, so that its id is its own

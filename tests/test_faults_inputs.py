@@ -77,3 +77,34 @@ def test_an_input_that_is_read_alone_stays_as_it_is() -> None:
     pipe(x).backward()
     assert torch.equal(x, before)
     assert x._version == version
+
+
+class Halves(nn.Module):
+    """Writes to one half of its caller's tensor when the other has been read; loss inside or outside."""
+
+    def __init__(self, inside: bool) -> None:
+        super().__init__()
+        self.body, self.gain, self.inside = blocks(4).double(), nn.Parameter(torch.ones(D).double()), inside
+
+    def forward(self, a: Tensor, b: Tensor) -> Any:
+        h = self.body(b + 0.5)
+        b.add_(1.0)
+        h = a * self.gain * h
+        return {"loss": mean_square(h), "h": h} if self.inside else h
+
+
+@pytest.mark.parametrize(("inside", "from_beside"), [(True, True), (True, False), (False, False)])
+def test_a_write_to_a_view_of_the_callers_tensor_keeps_what_backwards_read(inside: bool, from_beside: bool) -> None:
+    model = Halves(inside)
+    pipe = pipecompile.compile(model, devices=["cpu"] * 2, microbatches=2, profile="count")
+
+    def loss(output: Any) -> Tensor:
+        if not inside:
+            return mean_square(output)
+        return output["loss"] + mean_square(output["h"]) if from_beside else output["loss"]
+
+    both = torch.randn(2, 4, D, dtype=torch.float64)
+    mine, wanted = both.clone(), both.clone()
+    expected = step(model, model, loss, (tuple(wanted), {}))
+    assert_same(step(pipe, model, loss, (tuple(mine), {})), expected)
+    torch.testing.assert_close(mine, wanted)

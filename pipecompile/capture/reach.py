@@ -58,43 +58,46 @@ class _Walk:
         self.reach = Reach()
         self.seen: dict[int, Any] = {}  # kept alive, so that no identity is used twice
         self.waiting: list[tuple[Any, str]] = []
-        self.mentioned: set[str] = set()
-        self.classes: list[type] = []
+        self.mentioned = {"forward", *_RUN_UNNAMED}
+        self.unmentioned: dict[str, list[tuple[Any, str]]] = {}  # what classes and files have under other names
         self.files: dict[int, tuple[Any, set[str]]] = {}
 
     def run(self, model: nn.Module, functions: Iterable[Callable[..., Any]]) -> Reach:
         for tensor in (*model.parameters(), *model.buffers()):
             self.seen[id(tensor)] = tensor
-        self.mentioned.add("forward")
         for path, module in model.named_modules():
             self.waiting.append((module, path))
         self.waiting += [(function, "") for function in functions]
-        while self.waiting:
-            self._empty()
-            self._follow_names()
-        for file, names in self.files.values():
-            self.reach.owners.append((file, getattr(file, "__name__", ""), names))
-        return self.reach
-
-    def _empty(self) -> None:
         while self.waiting and len(self.seen) < MOST:
             value, label = self.waiting.pop()
             if id(value) not in self.seen:
                 self.seen[id(value)] = value
                 self._visit(value, label)
-        self.waiting.clear()
+        for file, names in self.files.values():
+            self.reach.owners.append((file, getattr(file, "__name__", ""), names))
+        return self.reach
 
-    def _follow_names(self) -> None:
-        """Methods and variables of imported files that some code has named since the last time."""
-        for kind in self.classes:
-            for name, value in list(vars(kind).items()):
-                if name in self.mentioned or name in _RUN_UNNAMED:
-                    self._want(value, f"{kind.__name__}.{name}")
-        for file, names in list(self.files.values()):
-            table = vars(file)
-            for name in (self.mentioned & table.keys()) - names:
-                names.add(name)
-                self._want(table[name], name)
+    def _mention(self, names: Iterable[str]) -> None:
+        """Methods of classes and variables of files that some code names are in reach, whichever is met first."""
+        for name in names:
+            if name not in self.mentioned:
+                self.mentioned.add(name)
+                for holder, label in self.unmentioned.pop(name, ()):
+                    self._want_named(holder, name, label)
+
+    def _hold(self, holder: Any, label: str) -> None:
+        """A class or a file, of which the names count that code mentions."""
+        for name in list(vars(holder)):
+            if name in self.mentioned:
+                self._want_named(holder, name, label)
+            else:
+                self.unmentioned.setdefault(name, []).append((holder, label))
+
+    def _want_named(self, holder: Any, name: str, label: str) -> None:
+        if id(vars(holder)) in self.files:
+            self.files[id(vars(holder))][1].add(name)
+        if name in vars(holder):
+            self._want(vars(holder)[name], f"{label}.{name}" if label else name)
 
     def _want(self, value: Any, label: str) -> None:
         if id(value) not in self.seen:
@@ -109,7 +112,7 @@ class _Walk:
             self._visit_class(value)
         elif isinstance(value, ModuleType):
             if not is_foreign(value.__name__):
-                self.files.setdefault(id(vars(value)), (value, set()))
+                self._visit_file(value)
         elif isinstance(value, _lru_cache_wrapper):
             self.reach.memos.append(value)
             self._want(value.__wrapped__, label)
@@ -145,8 +148,13 @@ class _Walk:
         for base in kind.__mro__:
             if not is_foreign(base.__module__) and (base is kind or id(base) not in self.seen):
                 self.seen[id(base)] = base
-                self.classes.append(base)
+                self._hold(base, base.__name__)
                 self._note(base, base.__name__)
+
+    def _visit_file(self, file: Any) -> None:
+        if id(vars(file)) not in self.files:
+            self.files[id(vars(file))] = file, set()
+            self._hold(file, "")
 
     def _visit_function(self, function: FunctionType) -> None:
         names = set(_names(function.__code__))
@@ -160,12 +168,9 @@ class _Walk:
         table = function.__globals__
         if is_foreign(table.get("__name__")):
             return
-        self.mentioned |= names
-        _, noted = self.files.setdefault(id(table), (file_of(table), set()))
-        for name in names - noted:
-            noted.add(name)
-            if name in table:
-                self._want(table[name], name)
+        self._visit_file(file_of(table))
+        self.files[id(table)][1].update(names)  # those that do not stand there yet, too
+        self._mention(names)
 
     def _visit_cell(self, cell: CellType, name: str) -> None:
         if id(cell) in self.seen:
