@@ -230,7 +230,7 @@ class Pipeline(nn.Module):
             bool(self.options.allow_microbatch or self.options.out_dims),
             self.options.out_dims,
         )
-        with saved_as_they_are():
+        with CAPTURING.taken(), saved_as_they_are():
             self._proofs[key] = prove(trial)
 
     def _run(self, batch: steps.Batch) -> dict[str, Tensor]:

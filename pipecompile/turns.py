@@ -83,13 +83,22 @@ class Turn:
 
 
 class Tracing(Turn):
-    """Held while torch or a model is changed for some time: no process is forked meanwhile by another thread."""
+    """Held while torch or a model is changed for some time: no process is forked meanwhile by another thread.
+
+    The threads that the holder waits for, a program's, may take it beside the holder, one at a time.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.lent = Turn()
         self.held: list[threading.RLock] = []  # by the thread that forks
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(before=self._wait, after_in_parent=self._go_on, after_in_child=self._go_on)
+
+    @contextmanager
+    def taken(self, again: bool = True) -> Iterator[None]:
+        with self.lent.taken(again) if self in busy().waited_for else super().taken(again):
+            yield
 
     def _wait(self) -> None:
         if self not in busy().waited_for:
@@ -113,4 +122,4 @@ def _renew() -> None:
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew)
 
-CAPTURING = Tracing()  # what captures a model changes torch and the model for some time
+CAPTURING = Tracing()  # what captures a model, or compares it with another, changes torch and the model for some time

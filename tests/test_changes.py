@@ -1514,7 +1514,7 @@ def deterministic_algorithms_asked() -> Iterator[Step]:
 def backend_flag_asked() -> Iterator[Step]:
     model = Net(lambda self, h: h * (2 if torch.backends.cudnn.benchmark else 1))
     yield step(model)
-    with setting(lambda on: setattr(torch.backends.cudnn, "benchmark", on), True, False):
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True):
         yield step(model)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import random
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,9 @@ from torch.nn import functional as F
 from toys import D, blocks, mean_square
 
 import pipecompile
+from pipecompile import prove, steps
 from pipecompile.errors import ExactnessError, InputError
+from pipecompile.side_by_side import Trial
 
 CPU = ["cpu", "cpu"]
 
@@ -352,3 +356,49 @@ def test_running_statistics_of_a_norm_that_is_used_thrice_are_no_false_alarm() -
     pipe = pipecompile.compile(NormedThrice().double(), ["cpu", "cpu"], microbatches=4, profile="count")
     pipe(torch.randn(24, D, dtype=torch.float64)).backward()
     assert pipe.proofs
+
+
+class Clock:
+    ticks = 0
+
+
+class MayLook(nn.Module):
+    """Names what another thread counts, and does not read it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.looks = blocks(4), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return mean_square(self.body(x) * (Clock.ticks if self.looks else 1))
+
+
+def test_what_another_thread_sets_once_is_not_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, compared = prove.split_step, []
+
+    def while_a_clock_ticks(trial: Trial, left_too: bool = True) -> Any:
+        with a_tick(lambda: setattr(Clock, "ticks", 1)) if not compared else nullcontext():
+            compared.append(trial)
+            return run(trial, left_too)
+
+    monkeypatch.setattr(prove, "split_step", while_a_clock_ticks)
+    pipe = pipecompile.compile(MayLook(), ["cpu", "cpu"], microbatches=2, profile="count")
+    pipe(torch.randn(4, D)).backward()
+    assert len(compared) == 2
+    assert pipe.proofs
+
+
+@contextmanager
+def a_tick(tick: Callable[[], None]) -> Iterator[None]:
+    """In which ``tick`` is called by another thread as soon as the model's first stage runs."""
+    original = steps.run
+
+    def ticking(*args: Any) -> Any:
+        thread = threading.Thread(target=tick)
+        thread.start()
+        thread.join()
+        return original(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(steps, "run", ticking)
+        yield

@@ -9,6 +9,7 @@ names that are computed; so it serves to note state and put it back, not to tell
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass, field
 from functools import _lru_cache_wrapper, partial, partialmethod
@@ -22,7 +23,8 @@ from torch import Tensor, nn
 from pipecompile.capture.containers import contents, kind_of
 from pipecompile.capture.owners import file_of, is_foreign, names_of, owns_names
 
-MOST = 300_000  # objects; what lies beyond is not noted
+MOST = 30_000  # objects beside those of the modules themselves; what lies beyond is not noted
+OF_A_MODULE = 50
 LONGEST = 20_000  # what a longer container holds is not followed
 _RUN_UNNAMED = frozenset(f"__{n}__" for n in ("init", "call", "getattr", "getitem", "setitem", "enter", "exit", "iter"))
 
@@ -57,7 +59,7 @@ class _Walk:
     def __init__(self) -> None:
         self.reach = Reach()
         self.seen: dict[int, Any] = {}  # kept alive, so that no identity is used twice
-        self.waiting: list[tuple[Any, str]] = []
+        self.waiting: deque[tuple[Any, str]] = deque()  # the nearest to the model first
         self.mentioned = {"forward", *_RUN_UNNAMED}
         self.unmentioned: dict[str, list[tuple[Any, str]]] = {}  # what classes and files have under other names
         self.files: dict[int, tuple[Any, set[str]]] = {}
@@ -68,8 +70,9 @@ class _Walk:
         for path, module in model.named_modules():
             self.waiting.append((module, path))
         self.waiting += [(function, "") for function in functions]
-        while self.waiting and len(self.seen) < MOST:
-            value, label = self.waiting.pop()
+        most = MOST + OF_A_MODULE * len(self.waiting)
+        while self.waiting and len(self.seen) < most:
+            value, label = self.waiting.popleft()
             if id(value) not in self.seen:
                 self.seen[id(value)] = value
                 self._visit(value, label)
