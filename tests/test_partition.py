@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from long import LONG
 
 from pipecompile.cluster import Cluster, Device, Link, Pair
 from pipecompile.errors import InfeasibleError, PlanError
@@ -104,7 +105,7 @@ def test_a_memory_limit_is_kept_or_said_to_be_too_small(seed):
         assert solution.quality.bottleneck <= min(bottleneck(problem, plan) for plan in plans) * (1 + 1e-9)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60 if LONG else 25, deadline=None)
 @given(st.integers(0, 10_000))
 def test_a_plan_is_valid_repeatable_and_never_worse_than_cutting_one_order(seed):
     problem = random_problem(seed, most=30)

@@ -5,14 +5,18 @@ A file's variables are attributes of its module, those of a closure the one attr
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Collection, Iterator
+from functools import lru_cache
 from types import CellType, ModuleType
 from typing import Any
 
 from torch import nn
 
 FOREIGN = sys.stdlib_module_names | {"torch", "numpy", "scipy", "sympy", "pipecompile"}  # nothing of a model's own
+_INSTALLED = frozenset({"site-packages", "dist-packages"})
+_TORCHS = frozenset({"torch", "nn", "Tensor"})
 _PLAIN = frozenset({"types", "argparse", "weakref", "collections"})  # whose instances hold what a model puts there
 
 
@@ -26,6 +30,25 @@ class Variables:
 def is_foreign(name: str | None) -> bool:
     """Whether a module's name is of a library whose state is none of the model's."""
     return (name or "").partition(".")[0] in FOREIGN
+
+
+def has_no_models(file: ModuleType | None) -> bool:
+    """Whether a file's code is no model's: it is of a foreign library, or of an installed one that does not name torch.
+
+    So a progress bar, or the tool that runs the script, is not followed to all that it holds.
+    """
+    name = getattr(file, "__name__", None)
+    if file is None or is_foreign(name):
+        return is_foreign(name)
+    installed = not _INSTALLED.isdisjoint(str(getattr(file, "__file__", None) or "").split(os.sep))
+    return installed and str(name).partition(".")[0] not in _naming_torch(len(sys.modules))
+
+
+@lru_cache(maxsize=1)
+def _naming_torch(count: int) -> frozenset[str]:
+    """The packages of which a file has torch or what is torch's among its variables; ``count`` files are imported."""
+    files = [(name, getattr(file, "__dict__", {})) for name, file in [*sys.modules.items()]]
+    return frozenset(name.partition(".")[0] for name, table in files if not _TORCHS.isdisjoint(table))
 
 
 def owns_names(value: Any) -> bool:

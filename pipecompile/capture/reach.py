@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from pipecompile.capture.containers import contents, kind_of
-from pipecompile.capture.owners import file_of, is_foreign, names_of, owns_names
+from pipecompile.capture.owners import file_of, has_no_models, is_foreign, names_of, owns_names
 
 MOST = 30_000  # objects beside those of the modules themselves; what lies beyond is not noted
 OF_A_MODULE = 50
@@ -114,7 +114,7 @@ class _Walk:
         elif isinstance(value, type):
             self._visit_class(value)
         elif isinstance(value, ModuleType):
-            if not is_foreign(value.__name__):
+            if not has_no_models(value):
                 self._visit_file(value)
         elif isinstance(value, _lru_cache_wrapper):
             self.reach.memos.append(value)
@@ -169,9 +169,10 @@ class _Walk:
         for value in vars(function).values():
             self._want(value, function.__name__)
         table = function.__globals__
-        if is_foreign(table.get("__name__")):
+        file = file_of(table)
+        if has_no_models(file):
             return
-        self._visit_file(file_of(table))
+        self._visit_file(file)
         self.files[id(table)][1].update(names)  # those that do not stand there yet, too
         self._mention(names)
 
