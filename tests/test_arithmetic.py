@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
+from long import some
 from models import MODELS, Model
 from torch._dynamo.source import ConstantSource
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -30,7 +31,7 @@ def reading(capture: Captured) -> Mapping[str, Any]:
     }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", some(MODELS))
 def test_a_trace_that_remembers_is_the_trace_that_does_not(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     remembered = reading(captured(MODELS[name]))
     monkeypatch.setattr(patches, "REMEMBERED", {})

@@ -22,20 +22,22 @@ from idioms import changes, draws, functions, objectives, programs, sequences, s
 from idioms.check import REMEDY, outcome
 from idioms.cuts import cut_at_random
 from idioms.declare import IDIOMS, Idiom
+from long import some
 
 THEMES = (changes, draws, functions, objectives, programs, sequences, states, structures, tensors)
 THOROUGH = os.environ.get("IDIOMS") == "all"
 SCHEDULES = ("sequential", "gpipe", "1f1b", "pipedream")
 EVERY = list(product((2, 3), (1, 4), SCHEDULES))
 QUICK = [(2, 1, "gpipe"), (3, 4, "1f1b")]
-TRIED = [name for name, idiom in IDIOMS.items() if not idiom.held]
+HELD_TO = [name for name, idiom in IDIOMS.items() if not idiom.held]
+TRIED = HELD_TO if THOROUGH else some(HELD_TO)
 CASES = [
     (name, *setting) for i, name in enumerate(TRIED) for setting in (EVERY if THOROUGH else [QUICK[i % len(QUICK)]])
 ]
 
 
 def test_there_are_enough() -> None:
-    assert len(TRIED) >= 100
+    assert len(HELD_TO) >= 200
     assert all(theme.__doc__ for theme in THEMES)
 
 

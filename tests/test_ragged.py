@@ -26,7 +26,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("name", VARIANTS if LONG else ["bert", "t5", "olmoe"])
+@pytest.mark.parametrize("name", VARIANTS if LONG else ["bert", "t5"])
 def test_a_padded_batch_is_exact(name: str) -> None:
     found = {}
     for facts in examine_ragged(ZOO[name], batches=(7,), microbatches=(4,), splits=(2,)):

@@ -14,6 +14,7 @@ from functools import cache
 
 import pytest
 import torch
+from long import some
 from pairs import pipe_of
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -121,8 +122,7 @@ def trained(stages: int, loop: Loop, steps: int) -> tuple[float, float, list[flo
     return distance(pipe.model, parameters), rounding, losses
 
 
-@pytest.mark.parametrize("stages", [2, 3])
-@pytest.mark.parametrize("loop", [*LOOPS])
+@pytest.mark.parametrize(("loop", "stages"), some([(loop, stages) for loop in LOOPS for stages in (3, 2)]))
 def test_training_ends_where_the_unsplit_model_ends(loop: str, stages: int) -> None:
     ours, rounding, _ = trained(stages, LOOPS[loop], steps=10)
     assert 0 < ours < WITHIN * rounding

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.utils.parametrize as parametrize
+from long import some
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
@@ -129,8 +130,7 @@ TRANSFORMS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("microbatches", [1, 2])
-@pytest.mark.parametrize("stages", [2, 3])
+@pytest.mark.parametrize(("stages", "microbatches"), some([(2, 1), (2, 2), (3, 2), (3, 1)]))
 @pytest.mark.parametrize("body", TRANSFORMS, ids=lambda body: body.__name__[1:])
 def test_a_function_of_a_function_gives_the_same_numbers(body: Body, stages: int, microbatches: int) -> None:
     pipe = same(linear, body, stages, microbatches, steps=1)
