@@ -165,7 +165,7 @@ def split_step(trial: Trial, left_too: bool = True) -> tuple[Run, Seeds]:
         left = {name: tensor for name, tensor in seen.left().items() if left_too and id(tensor) in own}
         seeds = _seeds(trial, leaves, left)
         found = _gradients(tensors, _named(leaves, left), seeds)
-    return _run(trial, out, leaves, found, seen, left), seeds
+    return _run(trial, tensors, out, leaves, found, seen, left), seeds
 
 
 def unsplit_step(trial: Trial, rows: Rows, seeds: Seeds | None, device: torch.device | None = None) -> Run:
@@ -201,7 +201,7 @@ def unsplit_step(trial: Trial, rows: Rows, seeds: Seeds | None, device: torch.de
     if len(rows) > 1:
         pairs = zip(outputs, zip(*gathered, strict=True), strict=True)
         joined = [_joined(_kind(trial, output), parts, rows) for output, parts in pairs]
-    return _run(trial, out, joined, found, seen, left)
+    return _run(trial, tensors, out, joined, found, seen, left)
 
 
 def on_one_device(
@@ -377,6 +377,7 @@ class _Uses:
 
 def _run(
     trial: Trial,
+    tensors: Sequence[Tensor],
     out: Any,
     leaves: Sequence[Any],
     found: Sequence[Tensor | None],
@@ -386,8 +387,9 @@ def _run(
     outputs = trial.captured.outputs
     known = len(outputs) == len(leaves)
     names = [output.name or "output" for output in outputs] if known else [str(i) for i in range(len(leaves))]
-    trained = [name for name, p in trial.model.named_parameters() if p.requires_grad]
-    wanting = [name for name, tensor in trial.batch.call.tensors.items() if tensor.requires_grad]
+    asked = set(map(id, tensors))  # before the run, which may set requires_grad itself
+    trained = [name for name, p in trial.model.named_parameters() if id(p) in asked]
+    wanting = [name for name, tensor in trial.batch.call.tensors.items() if id(tensor) in asked]
     named = dict(zip(names, leaves, strict=True))
     return Run(
         {name: leaf.detach() if isinstance(leaf, Tensor) else leaf for name, leaf in named.items()},

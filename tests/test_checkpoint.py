@@ -313,3 +313,38 @@ def test_a_model_of_transformers_that_checkpoints_itself(reentrant: bool) -> Non
     assert_same(plain, step(model, model, loss, inputs))
     assert pipe.captures == 2
     assert stretches(pipe) >= 3
+
+
+class DenseBlock(nn.Module):
+    """As timm's DenseNet has them: layers that see all before them, each checkpointed, with batch norm inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norms = nn.ModuleList(nn.BatchNorm1d(D * (i + 1)) for i in range(4))
+        self.layers = nn.ModuleList(nn.Linear(D * (i + 1), D) for i in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = [x.requires_grad_()]
+        for norm, layer in zip(self.norms, self.layers, strict=True):
+            features.append(checkpoint(self._bottleneck(norm, layer), *features, use_reentrant=False))
+        return mean_square(features[-1])
+
+    @staticmethod
+    def _bottleneck(norm: nn.Module, layer: nn.Module) -> Callable[..., Tensor]:
+        return lambda *features: layer(F.relu(norm(torch.cat(features, 1))))
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_batch_norm_that_is_frozen_within_a_checkpoint_moves_nothing(microbatches: int) -> None:
+    model = DenseBlock().double()
+    for norm in model.norms:
+        norm.eval()  # within a model that trains
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    pipe = pipe_of(model, 2, microbatches)
+    x = torch.randn(6, D, dtype=torch.float64)
+    for _ in range(2):
+        expected = step(model, model, lambda loss: loss, ((x.clone(),), {}))
+        assert_same(step(pipe, model, lambda loss: loss, ((x.clone(),), {})), expected)
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, before[name]), name

@@ -13,6 +13,8 @@ from operator import attrgetter, is_, itemgetter
 from types import CellType, FunctionType, MappingProxyType, ModuleType
 from typing import Any
 
+from torch import nn
+
 from pipecompile.capture.containers import kind_of
 from pipecompile.capture.imprints import HEAP_TYPE, MISSING, imprint
 from pipecompile.capture.owners import Variables
@@ -122,6 +124,13 @@ class Sweep:
             case Attribute() if _is_kept(place):
                 self._add_namespace(id(place.owner.__dict__), place.owner.__dict__)
                 self._add_class(type(place.owner), place.name)
+            case Attribute() if _is_missing(place):
+                held = place.owner.__dict__
+                for namespace in (held, *(held[table] for table in ("_parameters", "_buffers", "_modules"))):
+                    self._add_name(id(namespace), namespace, place.name)
+                self._add_class(type(place.owner), place.name)
+            case Attribute(owner=type() as kind) if any(place.name in vars(base) for base in kind.__mro__):
+                self._add_class(kind, place.name)
             case Cell() if place.value() is not MISSING:
                 self._cells.append(place.cell)
             case Code():
@@ -174,6 +183,14 @@ class Sweep:
 def _getter(names: Iterable[str]) -> Callable[[Any], tuple[Any, ...]]:
     first, *others = names
     return itemgetter(first, *others) if others else itemgetter(first, first)
+
+
+def _is_missing(attribute: Attribute) -> bool:
+    """Whether a module does not have an attribute, and says so by torch's own ``__getattr__``."""
+    owner, kind = attribute.owner, type(attribute.owner)
+    torchs = isinstance(owner, nn.Module) and kind.__getattr__ is nn.Module.__getattr__
+    plain = getattr(kind, "__getattribute__", None) is object.__getattribute__
+    return torchs and plain and attribute.value() is MISSING
 
 
 def _is_kept(attribute: Attribute) -> bool:
