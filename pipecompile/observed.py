@@ -16,6 +16,7 @@ from pipecompile.capture.attributes import NOT_PLAIN, TORCHS_OWN, frozen
 from pipecompile.capture.containers import contents, is_same, kind_of
 from pipecompile.capture.owners import names_of
 from pipecompile.capture.reach import Reach
+from pipecompile.capture.trees import with_paths
 from pipecompile.capture.undo import left_as_before
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
@@ -110,7 +111,7 @@ def _comparable(label: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _leaves(label: str, value: Any) -> Iterator[tuple[str, Any]]:
-    for path, leaf in pytree.tree_flatten_with_path(value)[0]:
+    for path, leaf in with_paths(value)[0]:
         yield label + _ADDRESS.sub("", pytree.keystr(path)), leaf  # the same name for another weak reference
 
 

@@ -7,12 +7,14 @@ anything runs.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.utils._pytree as pytree
 from effects import TimesTwo
 from long import some
 from oracle import assert_same, microbatched, step
@@ -617,3 +619,28 @@ def test_every_snippet_has_its_test() -> None:
     names: Mapping[str, Any] = globals()
     named = {name.split("_")[1] for name in names if name.startswith("test_")}
     assert named >= {f"f{i:02}" for i in range(1, 19)} | {f"w{i:02}" for i in (1, 2, 5, 6, 7, 8, 10, 11, 12)}
+
+
+@dataclass
+class Sampled(OrderedDict[str, Any]):
+    """An output as diffusers has them: torch knows how to take it apart, and no names for its parts."""
+
+    sample: Any = None
+
+    def __post_init__(self) -> None:
+        self["sample"] = self.sample
+
+
+pytree.register_pytree_node(Sampled, lambda value: ([*value.values()], [*value]), lambda v, keys: Sampled(*v))
+
+
+def test_an_output_whose_class_names_no_parts() -> None:
+    def body(self: Blocks, x: Tensor) -> Any:
+        return Sampled(sample=self.b(self.a(x)))
+
+    model = Blocks(body)
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=2, profile="count")
+    out = pipe(rows())
+    assert type(out) is Sampled
+    assert out["sample"] is out.sample
+    torch.testing.assert_close(out.sample, model(rows()).sample)

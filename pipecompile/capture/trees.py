@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,6 +13,26 @@ from torch import Tensor
 from pipecompile.errors import CaptureError
 
 
+def with_paths(tree: Any) -> tuple[list[tuple[Any, Any]], pytree.TreeSpec]:
+    """Leaves with their paths, and the tree; where a class names no parts (diffusers' outputs), by their number."""
+    try:
+        return pytree.tree_flatten_with_path(tree)
+    except ValueError:  # a class is registered with torch without ``flatten_with_keys_fn``
+        leaves, spec = pytree.tree_flatten(tree)
+        return list(zip(_paths(spec), leaves, strict=True)), spec
+
+
+def _paths(spec: pytree.TreeSpec) -> Iterator[tuple[Any, ...]]:
+    if spec.is_leaf():
+        yield ()
+        return
+    children, names = spec.children(), spec.context
+    named = isinstance(names, list) and len(names) == len(children) and all(isinstance(name, str) for name in names)
+    for i, child in enumerate(children):
+        for path in _paths(child):
+            yield (pytree.MappingKey(names[i]) if named else pytree.SequenceKey(i), *path)
+
+
 def flatten(tree: Any) -> tuple[list[tuple[Any, Any]], pytree.TreeSpec]:
     """Leaves with their paths, and the tree; a dataclass that torch does not know is made known to it.
 
@@ -19,14 +40,14 @@ def flatten(tree: Any) -> tuple[list[tuple[Any, Any]], pytree.TreeSpec]:
         CaptureError: a leaf is an object of a class that torch cannot look into, and holds tensors.
     """
     while True:
-        leaves, spec = pytree.tree_flatten_with_path(tree)
+        leaves, spec = with_paths(tree)
         unknown = {type(leaf) for _, leaf in leaves if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type)}
         if not unknown:
             break
         for kind in unknown:
             pytree.register_dataclass(kind)
     if any(isinstance(leaf, torch.Size) for leaf in pytree.tree_leaves(tree, is_leaf=_is_size)):
-        leaves, spec = pytree.tree_flatten_with_path(pytree.tree_map(_kept, tree, is_leaf=_is_size))
+        leaves, spec = with_paths(pytree.tree_map(_kept, tree, is_leaf=_is_size))
     for path, leaf in leaves:
         _refuse_hidden_tensors(pytree.keystr(path), leaf)
     return leaves, spec

@@ -150,7 +150,7 @@ def entries() -> tuple[Wild, ...]:
 
 def _first(output: Any) -> Tensor:
     """The mean square of a model's sample, whatever it is called."""
-    first = output if isinstance(output, Tensor) else next(iter(output.values()))
+    first = output if isinstance(output, Tensor | list | tuple) else next(iter(output.values()))
     tensors = [first] if isinstance(first, Tensor) else list(first)
     return torch.stack([mean_square(tensor) for tensor in tensors]).sum()
 
