@@ -644,3 +644,16 @@ def test_an_output_whose_class_names_no_parts() -> None:
     assert type(out) is Sampled
     assert out["sample"] is out.sample
     torch.testing.assert_close(out.sample, model(rows()).sample)
+
+
+def test_a_list_in_an_output_of_a_class_of_its_own() -> None:
+    def body(self: Blocks, x: Tensor) -> Any:
+        h = self.a(x)
+        return Sampled(sample=[h, self.b(h)])
+
+    model = Blocks(body)
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=2, profile="count")
+    out, expected = pipe(rows()), model(rows())
+    assert type(out.sample) is list
+    assert out["sample"] is out.sample
+    torch.testing.assert_close(out.sample, expected.sample)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ from pipecompile.capture.quiet import not_collecting, quiet
 from pipecompile.capture.reach import Reach, reach_of
 from pipecompile.capture.recorder import DATA_DEPENDENT, NeedsOperations
 from pipecompile.capture.trace import NeedsNumbers, Trace
-from pipecompile.errors import CaptureError, InputError, ReentryError
+from pipecompile.errors import CaptureError, InputError, PipecompileError, ReentryError
 from pipecompile.turns import CAPTURING
 
 SYMBOLIC_ATTEMPTS = ("batch and lengths", "lengths", "batch", "nothing")  # what is symbolic, widest first
@@ -71,6 +72,9 @@ def capture(
             return captured
         failure = CaptureError(broken)
         reasons.append(broken)
+    if not isinstance(failure, PipecompileError):  # an operation that fake tensors do not take, as of sparse ones
+        with suppress(Exception):
+            return _with_leaves(model, call, rows, forward or model, symbolic[-1], kept, reach, reasons, Exception)
     raise CaptureError(f"the model cannot be traced: {getattr(failure, 'origin', '')}: {failure}") from failure
 
 
@@ -90,8 +94,13 @@ def _with_leaves(
     kept: dict[Part, str],
     reach: Reach,
     reasons: list[str],
+    unknown: type[Exception] | tuple[type[Exception], ...] = DATA_DEPENDENT,
 ) -> Captured:
-    """Traces until no more parts have to be kept whole; adds them, with the reason, to ``kept``."""
+    """Traces until no more parts have to be kept whole; adds them, with the reason, to ``kept``.
+
+    Args:
+        unknown: errors for which the part that raises them is kept whole.
+    """
     wanted = torch.is_grad_enabled()
     gradients = follow = True  # random numbers of Python and numpy have stand-ins, which not all code takes
     operations = False
@@ -115,7 +124,7 @@ def _with_leaves(
             if trace.stood_in:
                 follow = False
                 continue
-            if not isinstance(error, DATA_DEPENDENT):
+            if not isinstance(error, unknown):
                 raise
             part = next_whole(error, trace.recorder.paths, kept)
             if part is None:

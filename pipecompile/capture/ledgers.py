@@ -16,6 +16,7 @@ from types import CellType
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import nn
 
 from pipecompile.capture.attributes import MISSING, NOT_PLAIN, TORCHS_OWN, Attribute, Held, Item, Place, frozen
@@ -201,7 +202,13 @@ def without_stand_ins(value: Any) -> Any:
         return kind(map(without_stand_ins, value))
     if kind is dict and any(type(item) in _HOLDING for item in value.values()):
         return {key: without_stand_ins(item) for key, item in value.items()}
+    if kind in pytree.SUPPORTED_NODES and any(map(_is_stand_in, pytree.tree_leaves(value, is_leaf=_is_stand_in))):
+        return pytree.tree_map(without_stand_ins, value, is_leaf=_is_stand_in)  # an output of a class of its own
     return value
+
+
+def _is_stand_in(value: Any) -> bool:
+    return type(value) in _STAND_INS
 
 
 def _make(value: Any, ledger: Ledger, inner: Callable[[Any, Any], Any]) -> Any:

@@ -34,6 +34,7 @@ class Shapes(ShapeEnv):
         self.inside = 0  # depth of torch functions being run; what they ask is not the model's question
         self.answers: dict[sympy.Basic, Any] = {}
         self.known: dict[Any, Any] = {}  # results of arithmetic (see arithmetic.py)
+        self.in_leaf: Callable[[], bool] = lambda: False  # a part kept whole is being run: at each step it asks anew
 
     def evaluate_sym_node(self, sym_node: Any, *args: Any, **kwargs: Any) -> Any:
         if _teaches_nothing(sym_node.expr, sym_node.hint):
@@ -44,6 +45,16 @@ class Shapes(ShapeEnv):
             self.answers[sym_node._expr] = answer
         return answer
 
+    def _set_replacement(self, a: sympy.Symbol, tgt: sympy.Expr, msg: str) -> None:
+        """What torch calls as soon as an operation needs a size to be a certain one.
+
+        Raises:
+            DependsOnData: only data tells the size, and the operation is in the graph itself.
+        """
+        super()._set_replacement(a, tgt, msg)
+        if _only_data_tells(a) and a in self.replacements and not msg.startswith(_RENAMES) and not self.in_leaf():
+            raise DependsOnData(f"an operation needs a size that depends on the model's data to be {tgt}")
+
     def symbol(self, name: str, hint: int) -> int | torch.SymInt:
         """A new symbol for a size; torch may assume that it is at least 2 (see the module's docstring)."""
         source = ConstantSource(name)
@@ -51,21 +62,17 @@ class Shapes(ShapeEnv):
         return self.create_symintnode(symbol, hint=hint, source=source)
 
     def decided(self) -> tuple[tuple[sympy.Basic, Any], ...]:
-        """Expressions over the input symbols with the values that the trace holds for.
-
-        Raises:
-            DependsOnData: an operation needs a size that only data tells to be a certain one.
-        """
-        for symbol, expr in self.replacements.items():
-            if _only_data_tells(symbol):
-                raise DependsOnData(f"the model needs a size that depends on its data to be {expr}")
+        """Expressions over the input symbols with the values that the trace holds for."""
         asked = [(expr, answer) for expr, answer in self.answers.items() if expr.free_symbols]
         asked = [(expr, answer) for expr, answer in asked if not any(map(_only_data_tells, expr.free_symbols))]
         return (*asked, *self.assumed())
 
     def assumed(self) -> tuple[tuple[sympy.Basic, Any], ...]:
         """Those of them that functions needed, whatever the model's own Python asked."""
-        return tuple(self.replacements.items())
+        return tuple((symbol, expr) for symbol, expr in self.replacements.items() if not _only_data_tells(symbol))
+
+
+_RENAMES = ("eliminate_unbacked", "rename_unbacked_to", "find")  # one name of a size for another
 
 
 def _only_data_tells(symbol: Any) -> bool:
@@ -154,7 +161,8 @@ def resolve(expr: Any, values: Mapping[sympy.Symbol, int]) -> Any:
         CaptureError: it is none of the inputs' sizes, but depends on data.
     """
     if isinstance(expr, torch.SymInt | torch.SymFloat | torch.SymBool):
-        expr = expr.node._expr
+        own, known = expr.node._expr, expr.node.expr  # a part kept whole may tell a size of data to be an input's
+        expr = own if own.free_symbols <= values.keys() else known
     if not isinstance(expr, sympy.Basic):
         return expr
     result = expr.xreplace({symbol: sympy.Integer(value) for symbol, value in values.items()})
