@@ -149,6 +149,9 @@ APART: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "flat tokens": lambda x, y: x.reshape(-1, WIDTH).softmax(-1).view(x.shape),
     "two batches": lambda x, y: torch.cat([x, -x]).relu().chunk(2)[0],
     "repeated samples": lambda x, y: x.repeat_interleave(2, 0).view(-1, 2, LENGTH, WIDTH).mean(1),
+    "repeated samples, so many in all": lambda x, y: x.repeat_interleave(2, 0, output_size=2 * x.shape[0])
+    .view(-1, 2, LENGTH, WIDTH)
+    .mean(1),
     "tiled samples": lambda x, y: x.repeat(2, 1, 1).view(2, -1, LENGTH, WIDTH).mean(0),
     "a table by labels": lambda x, y: x + torch.eye(WIDTH).double()[y],
     "masked": lambda x, y: torch.where((y > 2)[..., None], x, -x),
