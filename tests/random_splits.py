@@ -23,7 +23,7 @@ from pipecompile.plan import Plan
 from pipecompile.program import Backward, Forward
 
 SHAPES = [(4, 3), (8, 5), (5, 4), (4, 7)]  # batch and length; 6, the width, is neither
-COUNT = int(os.environ.get("RANDOM_MODELS", "256" if LONG else "24"))  # of each test
+COUNT = int(os.environ.get("RANDOM_MODELS", "256" if LONG else "16"))  # of each test
 LARGEST = 1e4  # of a loss, so that rounding stays small
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from long import LONG
+from long import LONG, some
 from models import MODELS, Model
 from oracle import Run, assert_same, microbatched, step
 from torch import nn
@@ -35,7 +35,6 @@ ROUNDED = {
 WRITES = {"buffers_in_place", "buffers_rebound", "buffer_read"}  # the unsplit model over microbatches writes more often
 
 VERBS = {"capture": compile_call.capture, "profile": compile_call.profile}
-ALL = pytest.mark.parametrize("name", MODELS)
 
 
 @cache
@@ -100,7 +99,7 @@ def test_a_step_equals_the_unsplit_model(name: str, stages: int, schedule: str, 
     assert pipe.plan.num_stages == stages
 
 
-@ALL
+@pytest.mark.parametrize("name", some(MODELS))
 def test_steps_of_other_lengths_follow_one_another(name: str) -> None:
     model = MODELS[name]
     pipe = pipecompile.compile(built(name), devices=["cpu", "cpu"], schedule="1f1b", microbatches=2)

@@ -30,7 +30,7 @@ SCHEDULES = ("sequential", "gpipe", "1f1b", "pipedream")
 EVERY = list(product((2, 3), (1, 4), SCHEDULES))
 QUICK = [(2, 1, "gpipe"), (3, 4, "1f1b")]
 HELD_TO = [name for name, idiom in IDIOMS.items() if not idiom.held]
-TRIED = HELD_TO if THOROUGH else some(HELD_TO)
+TRIED = HELD_TO if THOROUGH else some(HELD_TO, 3)
 CASES = [
     (name, *setting) for i, name in enumerate(TRIED) for setting in (EVERY if THOROUGH else [QUICK[i % len(QUICK)]])
 ]

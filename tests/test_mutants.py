@@ -20,7 +20,7 @@ GROSS = {  # what shows beyond the rounding of any type
 COARSE = [m.of(dtype) for dtype in (torch.float32, torch.bfloat16) for m in MUTANTS if m.name in GROSS]
 
 
-@pytest.mark.parametrize("mutant", [*MUTANTS, *some(COARSE, 10)], ids=str)
+@pytest.mark.parametrize("mutant", [*some(MUTANTS), *some(COARSE, 20)], ids=str)
 def test_a_mutant_is_wrong_and_refused(mutant: Mutant) -> None:
     right = mutant.split("first")
     assert mutant.draws or not mutant.apart(right, mutant.eager()), "the model is exact where nothing is broken"
