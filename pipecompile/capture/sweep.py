@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
-from operator import attrgetter, is_, itemgetter
+from operator import attrgetter, contains, is_, itemgetter
 from types import CellType, FunctionType, MappingProxyType, ModuleType
 from typing import Any
 
@@ -37,6 +37,8 @@ class Sweep:
         tensors: those whose shape, dtype and ``requires_grad`` count.
         places: others that are looked at.
         apart: identities of namespaces that the caller looks after.
+        alike: names in namespaces under which an equal value is as good as the same (tables, whose contents are looked
+            at by themselves), which is quicker to see.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Sweep:
         tensors: Sequence[Any] = (),
         places: Iterable[Any] = (),
         apart: frozenset[int] = frozenset(),
+        alike: frozenset[str] = frozenset(),
     ) -> None:
         self._ignored, self._apart = ignored, apart
         self._objects, self._tensors = objects, tensors
@@ -66,7 +69,14 @@ class Sweep:
             self._add(place)
         for container in containers:
             self._add_container(container)
-        self._getters = [(_getter(names), namespace) for namespace, names in self._names.values()]
+        self._getters: list[tuple[Callable[[Any], tuple[Any, ...]], Any]] = []
+        self._equal: list[tuple[Callable[[Any], tuple[Any, ...]], Any]] = []
+        for namespace, names in self._names.values():
+            for group, chosen in ((self._getters, names.keys() - alike), (self._equal, names.keys() & alike)):
+                if chosen:
+                    group.append((_getter(chosen), namespace))
+        self._expected_equal = self._present_equal()
+        self._nowhere = [n for n, _ in self._absent.values()], [name for _, name in self._absent.values()]
         self._sizes = self._present_sizes()
         self._expected = [*self._present()]
         self._expected_tensors = [*map(_TENSOR, self._tensors)]
@@ -89,7 +99,9 @@ class Sweep:
         try:
             return (
                 not any(self._empty.values())
+                and not any(map(contains, *self._nowhere))
                 and self._present_sizes() == self._sizes
+                and self._present_equal() == self._expected_equal
                 and all(map(is_, self._present(), self._expected))
                 and [*map(_TENSOR, self._tensors)] == self._expected_tensors
                 and all(map(set.__eq__, self._sets.values(), self._expected_sets))
@@ -101,13 +113,14 @@ class Sweep:
     def _present_sizes(self) -> list[int]:
         return [*map(len, self._whole.values()), *map(len, self._sequences.values())]
 
+    def _present_equal(self) -> list[tuple[Any, ...]]:
+        return [*[get(namespace) for get, namespace in self._equal], *map(_CODE, self._functions)]
+
     def _present(self) -> Iterable[Any]:
         return chain(
             chain.from_iterable([get(namespace) for get, namespace in self._getters]),
             chain.from_iterable(self._sequences.values()),
-            [namespace.get(name, MISSING) for namespace, name in self._absent.values()],
             [cell.cell_contents for cell in self._cells],
-            chain.from_iterable(map(_CODE, self._functions)),
             map(type, self._objects),
         )
 
