@@ -290,11 +290,12 @@ def _gradients(tensors: Sequence[Tensor], values: Mapping[Name, Any], seeds: See
 
 
 def _kind(trial: Trial, output: Output) -> Kind:
-    """How the parts of an output are joined: as the user has said, or by their shape."""
+    """How the parts of an output are joined: as the user has said, as the stages' own are, or by their shape."""
     if output.name in trial.out_dims:
         dim = trial.out_dims[output.name]
         return SHARED if dim is None else Batched(dim)
-    return by_shape(output)
+    kind = trial.batch.joins.get(trial.batch.division.places.get(str(output.node), ""))
+    return kind if isinstance(kind, Batched) else by_shape(output)
 
 
 def _joined(kind: Kind, parts: Sequence[Any], rows: Rows) -> Any:
