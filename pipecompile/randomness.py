@@ -65,6 +65,12 @@ def draws(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool
     return is_opaque(key) and torch.Tag.nondeterministic_seeded in getattr(function, "tags", ())
 
 
+def passes(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call is dropout that drops nothing: torch gives back its first argument, the very same tensor."""
+    key = function_of(function)
+    return key in _DROPOUT and _DROPOUT[key] != "native_dropout" and not draws(function, args, kwargs)
+
+
 def seed_microbatch(seed: int | None) -> None:
     """Says which microbatch the calling thread runs from now on; None: random calls draw as they come."""
     _current.seed = seed

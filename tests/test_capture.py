@@ -1087,3 +1087,20 @@ def test_a_type_of_python_and_an_array_of_numpy_are_arguments_that_generated_cod
         return h[:, np.array([1, 0, 1])].to(float) + (x > 0).to(dtype=int)[:, :1]
 
     check(pipe_of(Around(body)), floats())
+
+
+def test_what_gives_back_its_argument_shares_memory_that_is_written() -> None:
+    """Dropout of nothing and ``contiguous`` give the very same tensor: a write to it needs the stage that made it."""
+
+    class Passes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.drop, self.last = nn.Linear(4, 4), nn.Dropout(0.0), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = F.leaky_relu(self.drop(self.first(x)), inplace=True)
+            return self.last(self.last(h).contiguous().relu_())
+
+    captured = capture(model := Passes(), read_call(model.forward, (torch.randn(2, 4),), {}))
+    assert any({"linear", "leaky_relu"} <= set(group) for group in captured.groups)
+    assert any({"linear_1", "contiguous", "relu_"} <= set(group) for group in captured.groups)

@@ -78,6 +78,7 @@ class Aliases:
         self.bind = bind
         self.families: dict[int, Family] = {}
         self.groups: list[tuple[fx.Node, ...]] = []  # nodes that share memory which one of them writes
+        self.passed: dict[fx.Node, fx.Node] = {}  # calls that gave back what they were given -> the node of that
 
     def add_buffer(self, name: str, tensor: Tensor) -> None:
         """A parameter or buffer of the model: writes to it are effects."""
@@ -108,7 +109,8 @@ class Aliases:
             alias = Alias(id(tensor), node, parent, recipe, family.members[parent].node)
         if known is None:
             family.members.append(alias)
-        else:  # the same Python object again: x.contiguous(), or the result of a write
+        else:  # the same Python object again: x.contiguous(), dropout of nothing, or the result of a write
+            self.passed[node] = family.members[known].node
             family.members[known].node = node
 
     def prepare_write(self, tensor: Tensor) -> None:
@@ -116,18 +118,19 @@ class Aliases:
         family = self._family(tensor)
         if family is None:
             return
-        if family.buffer is None and (len(family.members) > 1 or not _is_private(family.members[0].node)):
+        if family.buffer is None and (len(family.members) > 1 or not self._is_private(family.members[0].node)):
             copies: dict[fx.Node, fx.Node] = {}
             for member in family.members:
                 member.node = self._copy(member, family, copies)
                 self.bind(member.tensor, member.node)
-        family.written = tuple(member.node for member in family.members)
+        family.written = tuple(node for member in family.members for node in self._names_of(member.node))
 
     def finish_write(self, tensor: Tensor, writer: fx.Node, result: Tensor | None) -> None:
         """Every name of the family stands for its value after ``writer`` from now on."""
         family = self._family(tensor)
         if family is None:
             return
+        self.passed.pop(writer, None)
         for member in family.members:
             if result is not None and member.tensor == id(result):
                 member.node = writer
@@ -135,6 +138,19 @@ class Aliases:
                 member.node = self.emit(after, (member.node, writer), like=member.node)
             self.bind(member.tensor, member.node)
         self.groups.append((*family.written, writer, *(member.node for member in family.members)))
+
+    def _names_of(self, node: fx.Node) -> list[fx.Node]:
+        """The node, and those that it has passed on."""
+        names = [node]
+        while names[-1] in self.passed:
+            names.append(self.passed[names[-1]])
+        return names
+
+    def _is_private(self, node: fx.Node) -> bool:
+        """Whether nothing but the model's own name for it reads a node's value so far."""
+        first, *others = self._names_of(node)
+        alone = not first.users and all(len(other.users) == 1 for other in others)
+        return alone and [first, *others][-1].op == "call_function"
 
     def _family(self, tensor: Tensor) -> Family | None:
         key = storage_key(tensor)
@@ -154,8 +170,3 @@ class Aliases:
                     like=node,
                 )
         return copies[member.recipe[-1]]
-
-
-def _is_private(node: fx.Node) -> bool:
-    """Whether nothing but the model's own name for it reads a node's value so far."""
-    return node.op == "call_function" and not node.users
