@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -117,6 +118,6 @@ def _refuse_random(first: Run, second: Run) -> None:
 
 
 def said(error: BaseException) -> str:
-    """A whole message on one line; places in packages begin with the package, wherever that is installed."""
-    message = re.sub(r"[^\s(]*/site-packages/", "", " ".join(str(error).split()))
+    """A whole message on one line; places begin with the package, or the folder here, wherever that is."""
+    message = re.sub(r"[^\s(]*/site-packages/", "", " ".join(str(error).split())).replace(f"{Path.cwd()}/", "")
     return f"{type(error).__name__}: {message}"[:600]

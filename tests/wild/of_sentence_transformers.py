@@ -40,7 +40,7 @@ def entries() -> tuple[Wild, ...]:
     made = [
         *(module(f"Pooling ({mode})", lambda mode=mode: [models.Pooling(WIDTH, mode)]) for mode in modes),
         module("Dense", lambda: [pooled(), models.Dense(WIDTH, 5)]),
-        module("Normalize", lambda: [pooled(), models.Normalize()]),
+        module("Normalize", lambda: [pooled(), models.Normalize(), models.Dense(WIDTH, 5)]),  # alone its square is 1
         module("LayerNorm", lambda: [pooled(), models.LayerNorm(WIDTH)]),
         module("Dropout", lambda: [pooled(), models.Dropout(0.0)]),
         module("CNN", lambda: [models.CNN(WIDTH, WIDTH, [1, 3]), models.Pooling(2 * WIDTH, "mean")]),

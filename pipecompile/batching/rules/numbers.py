@@ -33,7 +33,8 @@ def _counts(argument: Any, twin: Any, scale: Scale) -> bool:
             value = argument.meta.get("val")
             return not isinstance(value, Tensor | tuple | list) and scale.grows(argument, twin)
         case tuple() | list():
-            return any(_counts(a, b, scale) for a, b in zip(argument, twin, strict=True))
+            other = len(argument) != len(twin)  # as many as there are samples
+            return other or any(_counts(a, b, scale) for a, b in zip(argument, twin, strict=True))
         case dict():
             return any(_counts(item, twin[key], scale) for key, item in argument.items())
         case slice():
