@@ -89,7 +89,7 @@ def entries() -> tuple[Wild, ...]:
         net("MedNeXt", _image(32), **TWO, init_filters=4, in_channels=1, out_channels=2, kernel_size=3, blocks_down=(1, 1, 1, 1), blocks_bottleneck=1, blocks_up=(1, 1, 1, 1)),
         net("MedNeXt", _image(32), "MedNeXt (deep supervision)", **TWO, init_filters=4, in_channels=1, out_channels=2, kernel_size=3, blocks_down=(1, 1, 1, 1), blocks_bottleneck=1, blocks_up=(1, 1, 1, 1), deep_supervision=True, use_residual_connection=True),
         *(wild("monai", f"MILModel ({mode})", lambda mode=mode: nets.MILModel(num_classes=3, mil_mode=mode, pretrained=False, backbone=_backbone(), backbone_num_features=8, trans_blocks=1), lambda draw: ((draw.floats(3, 3, 16, 16),), {}), lengths=(16,)) for mode in ("mean", "max", "att", "att_trans")),
-        wild("monai", "NaViT", lambda: nets.NaViT(image_size=16, patch_size=8, num_classes=3, hidden_size=16, mlp_dim=24, num_layers=2, num_heads=2, in_channels=1, dim_head=8, spatial_dims=2), lambda draw: (([*draw.floats(1, 16, 16)[:2], *draw.floats(1, 16, 8)[:2]],), {}), lengths=(16,), whole="pictures of several sizes, in a list"),
+        wild("monai", "NaViT", lambda: nets.NaViT(image_size=16, patch_size=8, num_classes=3, hidden_size=16, mlp_dim=24, num_layers=2, num_heads=2, in_channels=1, dim_head=8, spatial_dims=2), lambda draw: (([[*draw.floats(1, 16, 16)[:2]], [*draw.floats(1, 16, 8)[:2]]],), {}), lengths=(16,), whole="pictures of several sizes, in a list"),
         net("PatchDiscriminator", _image(32), **TWO, channels=4, in_channels=1, num_layers_d=2),
         net("MultiScalePatchDiscriminator", _image(64), num_d=2, num_layers_d=2, **TWO, channels=4, in_channels=1, minimum_size_im=64),
         net("Quicknat", _image(32), num_classes=3, num_filters=4, se_block="CSE"),
