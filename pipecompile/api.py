@@ -64,6 +64,7 @@ def compile(
         loss_fn: ``loss_fn(output, target)``, run in the last stage; the pipeline is then called with ``target=``
             beside the model's own arguments and returns what ``loss_fn`` returns.
         loss: the name of the output that is the loss, where it is not called "loss" and not the only single number.
+            Without it several such numbers wait for the caller's gradients, as every output does.
         optimizer: for "pipedream", which steps inside the pipeline: makes an optimizer from a stage's parameters.
         leaf_modules: paths of modules to keep whole, each run as ordinary Python inside one stage. Modules that depend
             on activations in ways that no graph can record are found and kept whole without being named.

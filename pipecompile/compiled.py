@@ -217,13 +217,20 @@ def misfit(captured: Captured, parts: Sequence[Mapping[str, Tensor]], whole: Map
     return next(filter(None, map(captured.misfit, parts)), "") or captured.misread(parts, whole)
 
 
-def find_loss(captured: Captured, name: str | None) -> int | None:
-    """The position of the loss among the outputs' tensors, or None if the model computes none.
+def could_be_losses(captured: Captured) -> list[str]:
+    """The outputs that are single numbers which want a gradient."""
+    tensors = [output for output in captured.outputs if output.node is not None]
+    return [o.name or str(i) for i, o in enumerate(tensors) if o.is_scalar and o.requires_grad]
 
-    It is the output called ``name``, or "loss", or the only single number that wants a gradient.
+
+def find_loss(captured: Captured, name: str | None) -> int | None:
+    """The position of the loss among the outputs' tensors; None if the caller computes it.
+
+    It is the output called ``name``, or "loss", or the only single number that wants a gradient. Where there are
+    several, the caller may do with them what it likes, so that their gradients are waited for.
 
     Raises:
-        InputError: ``name`` is no output, or no loss, or several outputs could be the loss.
+        InputError: ``name`` is no output, or no loss.
     """
     tensors = [output for output in captured.outputs if output.node is not None]
     losses = [i for i, output in enumerate(tensors) if output.is_scalar and output.requires_grad]
@@ -234,7 +241,4 @@ def find_loss(captured: Captured, name: str | None) -> int | None:
     if name is not None:
         names = ", ".join(output.name for output in tensors)
         raise InputError(f"loss={name!r} is no output with a single number that wants a gradient; outputs are {names}")
-    if len(losses) > 1:
-        names = ", ".join(tensors[i].name or str(i) for i in losses)
-        raise InputError(f"outputs {names} could each be the loss; say which one with loss=")
-    return losses[0] if losses else None
+    return losses[0] if len(losses) == 1 else None

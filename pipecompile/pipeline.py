@@ -20,7 +20,7 @@ from pipecompile.capture import Call, read_call
 from pipecompile.capture.imprints import Same
 from pipecompile.captures import Captures, Key, States, hooks_of_all_modules, refuse_default_device, settings
 from pipecompile.compile_call import compile_call
-from pipecompile.compiled import Compiled, find_loss
+from pipecompile.compiled import Compiled, could_be_losses, find_loss
 from pipecompile.errors import CaptureError, InputError, PipecompileError
 from pipecompile.graph import CostedGraph
 from pipecompile.memory import Memory
@@ -241,7 +241,11 @@ class Pipeline(nn.Module):
         asynchronous = self.schedule in ASYNCHRONOUS and self.model.training
         trains = torch.is_grad_enabled() and any(output.requires_grad for output in captured.results)
         if trains and asynchronous and loss is None:
-            raise InputError(f"schedule={self.schedule!r} needs the loss inside: pass labels, or loss_fn= to compile")
+            several = ", ".join(could_be_losses(captured))
+            remedy = (
+                f"outputs {several} could each be it, say which with loss=" if several else "pass labels, or loss_fn="
+            )
+            raise InputError(f"schedule={self.schedule!r} needs the loss inside: {remedy} to compile")
         return steps.run(self._session, batch, loss, self._schedule, asynchronous)
 
     def verify(self, *args: Any, **kwargs: Any) -> Verification:

@@ -118,8 +118,8 @@ def _compare(trial: Trial) -> Proof:
     found = differences(split, whole_run, coarsest)
     found = tuple(it for it in found if not (_moved_otherwise(trial, it) or (why and _written_once(trial, it))))
     if any(map(_is_state, found)):  # of the model it shows again; other threads, as a progress bar's, set variables too
-        split, seeds = split_step(trial.fresh(), left_too=not why)
-        again = differences(split, unsplit_step(trial.fresh(), parts, seeds), coarsest)
+        once_more, given = split_step(trial.fresh(), left_too=not why)
+        again = differences(once_more, unsplit_step(trial.fresh(), parts, given), coarsest)
         shows = {it.name for it in again if _is_state(it)}
         found = tuple(it for it in found if not _is_state(it) or it.name in shows)
     wrong = [it for it in found if it.verdict == "different"]

@@ -11,7 +11,7 @@ from pipecompile.capture import Captured
 from pipecompile.capture.origin import Origin, origin_of
 from pipecompile.capture.purity import is_random
 from pipecompile.cluster import HANDED_OVER, Cluster, Link
-from pipecompile.compiled import Compiled
+from pipecompile.compiled import Compiled, could_be_losses
 from pipecompile.quality import known
 from pipecompile.render.labels import replica_notes
 from pipecompile.render.units import bytes_text, count_text, names_text, seconds_text
@@ -45,6 +45,17 @@ def _across_microbatches(compiled: Compiled) -> list[str]:
         first = origin_of(random[0])
         notes.append(f"{len(random)} functions draw random numbers, others than in the unsplit model ({first})")
     return notes
+
+
+def _losses(compiled: Compiled) -> list[str]:
+    """Why the loss is the caller's, where the model computes more than one number that could be it."""
+    names = could_be_losses(compiled.captured)
+    if len(names) < 2 or "loss" in names:
+        return []
+    return [
+        f"outputs {', '.join(names)} could each be the loss: the backwards wait for their gradients, at GPipe's memory "
+        f"(unless loss= to compile names one)"
+    ]
 
 
 def _attribute_guards(compiled: Compiled) -> list[str]:
@@ -106,7 +117,7 @@ def describe(compiled: Compiled, timeline: Timeline | None = None) -> Mapping[st
     guards = [f"{expr} = {answer}" for expr, answer in compiled.captured.guards]
     reads = [f"the model reads {value} from its inputs" for value in compiled.captured.read_values]
     return {
-        "notes": compiled.captured.notes,
+        "notes": (*compiled.captured.notes, *_losses(compiled)),
         "microbatches": _across_microbatches(compiled),
         "guards": [*guards, *reads, *_attribute_guards(compiled)],
         "attributes": [f"{effect.place.label} is set once a call" for effect in compiled.captured.attributes.updates],

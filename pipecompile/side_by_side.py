@@ -346,7 +346,8 @@ class _MicrobatchStatistics(TorchFunctionMode):
             given["running_mean"] = given["running_var"] = None
         parts = torch.split(x, [count * (x.shape[0] // rows) for count in self.counts])
         mean, var = given.get("running_mean"), given.get("running_var")
-        if mean is None or var is None or torch._C._current_graph_task_id() != -1:  # -1: no checkpoint's second run
+        in_backward = torch._C._current_graph_task_id() != -1  # a checkpoint's second run, behind all first ones
+        if mean is None or var is None or in_backward:
             return torch.cat([func(part, **given) for part in parts])
         found = [(torch.zeros_like(mean), torch.zeros_like(var)) for _ in parts]
         alone = [{**given, "running_mean": m, "running_var": v, "momentum": 1.0} for m, v in found]

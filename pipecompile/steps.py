@@ -120,7 +120,7 @@ class Batch:
         """The model's own output type around what the call has given."""
         return self.compiled.captured.rebuild_output(given, self.call.tensors)
 
-    def apart(self) -> Batch:
+    def on_copies(self) -> Batch:
         """The same on copies of the tensors that the call writes to in the end, and of others in their memory.
 
         Its backwards still read them; autograd counts the writes to a tensor and to all its views as one.
@@ -157,7 +157,7 @@ def run(
         loss: the position of the loss among the outputs' tensors; None where the caller computes it.
         asynchronous: whether the stages step by themselves.
     """
-    batch = batch.apart()
+    batch = batch.on_copies()
     if not torch.is_grad_enabled() or not any(output.requires_grad for output in batch.outputs):
         return evaluate(session, batch)
     if asynchronous and loss is not None:

@@ -433,8 +433,19 @@ class Losses(Net):
         return self.make(self.body(x))
 
 
-def test_several_losses_to_choose_from() -> None:
-    pipe = pipe_of(Losses(two_losses))
+def test_several_losses_wait_for_the_caller() -> None:
+    pipe, x = pipe_of(Losses(two_losses)), floats()
+
+    def weighted(output: Any) -> Tensor:
+        return output["first"] + 0.3 * output["second"]
+
+    actual = step(pipe, pipe.model, weighted, ((x,), {}))
+    assert_same(actual, step(pipe.model, pipe.model, weighted, ((x,), {})))
+    assert any("outputs first, second could each be the loss" in note for note in pipe.report["notes"])
+
+
+def test_an_asynchronous_pipeline_must_know_which_of_several_losses() -> None:
+    pipe = pipe_of(Losses(two_losses), schedule="pipedream", optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
     with refused(InputError, "first, second", "loss="):
         pipe(floats())
 

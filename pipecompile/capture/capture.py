@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -19,10 +18,12 @@ from pipecompile.capture.quiet import not_collecting, quiet
 from pipecompile.capture.reach import Reach, reach_of
 from pipecompile.capture.recorder import DATA_DEPENDENT, NeedsOperations
 from pipecompile.capture.trace import NeedsNumbers, Trace
-from pipecompile.errors import CaptureError, InputError, PipecompileError, ReentryError
+from pipecompile.errors import CaptureError, InputError, ReentryError
 from pipecompile.turns import CAPTURING
 
 SYMBOLIC_ATTEMPTS = ("batch and lengths", "lengths", "batch", "nothing")  # what is symbolic, widest first
+Errors = tuple[type[Exception], ...]
+ANYTHING: Errors = (Exception,)
 
 
 def capture(
@@ -54,27 +55,29 @@ def capture(
     rows = _rows(call, microbatch)
     kept: dict[Part, str] = {**_with_backward_hooks(model), **dict.fromkeys(_known(model, leaves), "as asked")}
     reasons: list[str] = []
-    attempts = list(symbolic)
+    attempts: list[tuple[str, Errors]] = [(what, DATA_DEPENDENT) for what in symbolic]
     reach = reach_of(model, [forward] if forward is not None else [])
     while attempts:
+        what, unknown = attempts.pop(0)
         try:
-            captured = _with_leaves(model, call, rows, forward or model, attempts.pop(0), kept, reach, reasons)
+            captured = _with_leaves(model, call, rows, forward or model, what, unknown, kept, reach, reasons)
             broken = captured.broken_guard(call.alike(rows), call.tensors)
-        except (CaptureError, ReentryError):
-            raise
         except Exception as error:  # an operation that needs plain sizes: try with fewer symbols
+            if unknown is ANYTHING:
+                break  # no part of the model takes it either: what had failed before is said
+            if isinstance(error, CaptureError | ReentryError):
+                raise
             failure = error
             reasons.append(str(error).splitlines()[0][:200] if str(error) else type(error).__name__)
             if isinstance(error, NeedsNumbers):
                 del attempts[:-1]
+            if not attempts:  # an operation that fake tensors do not take: kept whole, with what is around it
+                attempts.append((symbolic[-1], ANYTHING))
             continue
         if not broken:
             return captured
         failure = CaptureError(broken)
         reasons.append(broken)
-    if not isinstance(failure, PipecompileError):  # an operation that fake tensors do not take, as of sparse ones
-        with suppress(Exception):
-            return _with_leaves(model, call, rows, forward or model, symbolic[-1], kept, reach, reasons, Exception)
     raise CaptureError(f"the model cannot be traced: {getattr(failure, 'origin', '')}: {failure}") from failure
 
 
@@ -91,10 +94,10 @@ def _with_leaves(
     rows: Sequence[int],
     forward: Callable[..., Any],
     symbolic: str,
+    unknown: Errors,
     kept: dict[Part, str],
     reach: Reach,
     reasons: list[str],
-    unknown: type[Exception] | tuple[type[Exception], ...] = DATA_DEPENDENT,
 ) -> Captured:
     """Traces until no more parts have to be kept whole; adds them, with the reason, to ``kept``.
 

@@ -9,14 +9,13 @@ import os
 import sys
 from collections.abc import Collection, Iterator
 from functools import lru_cache
-from types import CellType, ModuleType
+from types import CellType, FunctionType, ModuleType
 from typing import Any
 
 from torch import nn
 
 FOREIGN = sys.stdlib_module_names | {"torch", "numpy", "scipy", "sympy", "pipecompile"}  # nothing of a model's own
 _INSTALLED = frozenset({"site-packages", "dist-packages"})
-_TORCHS = frozenset({"torch", "nn", "Tensor"})
 _PLAIN = frozenset({"types", "argparse", "weakref", "collections"})  # whose instances hold what a model puts there
 
 
@@ -41,14 +40,20 @@ def has_no_models(file: ModuleType | None) -> bool:
     if file is None or is_foreign(name):
         return is_foreign(name)
     installed = not _INSTALLED.isdisjoint(str(getattr(file, "__file__", None) or "").split(os.sep))
-    return installed and str(name).partition(".")[0] not in _naming_torch(len(sys.modules))
+    return installed and not _names_torch(str(name).partition(".")[0], len(sys.modules))
 
 
-@lru_cache(maxsize=1)
-def _naming_torch(count: int) -> frozenset[str]:
-    """The packages of which a file has torch or what is torch's among its variables; ``count`` files are imported."""
-    files = [(name, getattr(file, "__dict__", {})) for name, file in [*sys.modules.items()]]
-    return frozenset(name.partition(".")[0] for name, table in files if not _TORCHS.isdisjoint(table))
+@lru_cache(maxsize=256)
+def _names_torch(package: str, imported: int) -> bool:
+    """Whether a file of a package has something of torch's among its variables, of so many files that are imported."""
+    files = [f for n, f in [*sys.modules.items()] if n.partition(".")[0] == package and isinstance(f, ModuleType)]
+    return any(_is_torchs(value) for file in files for value in list(vars(file).values()))
+
+
+def _is_torchs(value: Any) -> bool:
+    if isinstance(value, ModuleType):
+        return value.__name__.partition(".")[0] == "torch"
+    return isinstance(value, type | FunctionType) and str(value.__module__).partition(".")[0] == "torch"
 
 
 def owns_names(value: Any) -> bool:

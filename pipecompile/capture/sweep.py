@@ -114,13 +114,14 @@ class Sweep:
         return [*map(len, self._whole.values()), *map(len, self._sequences.values())]
 
     def _present_equal(self) -> list[tuple[Any, ...]]:
-        return [*[get(namespace) for get, namespace in self._equal], *map(_CODE, self._functions)]
+        return [get(namespace) for get, namespace in self._equal]
 
     def _present(self) -> Iterable[Any]:
         return chain(
             chain.from_iterable([get(namespace) for get, namespace in self._getters]),
             chain.from_iterable(self._sequences.values()),
             [cell.cell_contents for cell in self._cells],
+            chain.from_iterable(map(_CODE, self._functions)),
             map(type, self._objects),
         )
 

@@ -34,7 +34,6 @@ class Shapes(ShapeEnv):
         self.inside = 0  # depth of torch functions being run; what they ask is not the model's question
         self.answers: dict[sympy.Basic, Any] = {}
         self.known: dict[Any, Any] = {}  # results of arithmetic (see arithmetic.py)
-        self.in_leaf: Callable[[], bool] = lambda: False  # a part kept whole is being run: at each step it asks anew
 
     def evaluate_sym_node(self, sym_node: Any, *args: Any, **kwargs: Any) -> Any:
         if _teaches_nothing(sym_node.expr, sym_node.hint):
@@ -52,7 +51,7 @@ class Shapes(ShapeEnv):
             DependsOnData: only data tells the size, and the operation is in the graph itself.
         """
         super()._set_replacement(a, tgt, msg)
-        if _only_data_tells(a) and a in self.replacements and not msg.startswith(_RENAMES) and not self.in_leaf():
+        if _only_data_tells(a) and a in self.replacements and not msg.startswith(_RENAMES):
             raise DependsOnData(f"an operation needs a size that depends on the model's data to be {tgt}")
 
     def symbol(self, name: str, hint: int) -> int | torch.SymInt:
