@@ -255,6 +255,17 @@ def defaults_of_a_function() -> Iterator[Step]:
 
 
 @kind
+def default_that_is_equal_and_of_another_type() -> Iterator[Step]:
+    def sized(h: Tensor, factor: float = 2) -> Tensor:
+        return h * torch.tensor(factor).dtype.itemsize  # 8 of an integer, 4 of a float
+
+    model = Net(lambda self, h: sized(h))
+    yield step(model)
+    sized.__defaults__ = (2.0,)
+    yield step(model)
+
+
+@kind
 def keyword_defaults_of_a_function() -> Iterator[Step]:
     def helper(h: Tensor, *, factor: float = 2.0) -> Tensor:
         return h * factor

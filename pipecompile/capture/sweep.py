@@ -37,8 +37,8 @@ class Sweep:
         tensors: those whose shape, dtype and ``requires_grad`` count.
         places: others that are looked at.
         apart: identities of namespaces that the caller looks after.
-        alike: names in namespaces under which an equal value is as good as the same (tables, whose contents are looked
-            at by themselves), which is quicker to see.
+        alike: names in namespaces under which an equal value is as good as the same, which is quicker to see: tables of
+            hooks, whose contents are looked at by themselves.
     """
 
     def __init__(

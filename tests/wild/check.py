@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -16,7 +17,9 @@ from typing import Any
 
 import torch
 from losses import microbatches_of
-from oracle import Run, leaves, microbatched, step
+from oracle import Run, leaves, microbatched, rows_of, split, step
+from torch import Tensor
+from torch.nn import functional as F
 from zoo.check import EXACT, TOLERANCE, Size, close, difference
 
 import pipecompile
@@ -25,6 +28,7 @@ from wild.entry import Wild, settled
 
 MICROBATCHES = {2: 1, 3: 2}  # by stages
 ROWS = (4, 6, 5)
+MOVED = ("running_mean", "running_var")  # by each microbatch in turn, however often a forward uses the norm
 COUNTER = "num_batches_tracked"  # a pipeline counts batches, the unsplit model would count microbatches
 Reference = Callable[[Size, int], Run]
 
@@ -102,12 +106,32 @@ def _references(entry: Wild, seed: int = 0) -> Reference:
     def reference(size: Size, microbatches: int) -> Run:
         torch.manual_seed(seed)
         inputs = entry.inputs(size.batch, size.length)
-        if entry.mixes and microbatches > 1:
-            found = microbatched(model, entry.loss, inputs, microbatches, entry.inside)
-            return replace(found, buffers={n: b for n, b in found.buffers.items() if n.split(".")[-1] != COUNTER})
-        return step(model, model, entry.loss, inputs)
+        if not entry.mixes or microbatches == 1:
+            return step(model, model, entry.loss, inputs)
+        moved = microbatched(model, entry.loss, inputs, microbatches, entry.inside).buffers
+        with statistics_of([rows_of(part) for part in split(inputs, microbatches)]):
+            found = step(model, model, entry.loss, inputs)
+        buffers = {n: moved[n] if n.split(".")[-1] in MOVED else b for n, b in found.buffers.items()}
+        return replace(found, buffers={n: b for n, b in buffers.items() if n.split(".")[-1] != COUNTER})
 
     return reference
+
+
+@contextmanager
+def statistics_of(counts: Sequence[int]) -> Iterator[None]:
+    """In which batch norm takes the statistics of microbatches, and all else sees the whole batch, as in a pipeline."""
+    original, rows = F.batch_norm, sum(counts)
+
+    def by_parts(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        assert x.shape[0] % rows == 0, "each sample has as many rows of a norm"
+        parts = x.split([count * (x.shape[0] // rows) for count in counts])
+        return torch.cat([original(part, *args, **kwargs) for part in parts])
+
+    F.batch_norm = by_parts
+    try:
+        yield
+    finally:
+        F.batch_norm = original
 
 
 def _refuse_random(first: Run, second: Run) -> None:

@@ -58,9 +58,6 @@ def _maker(kind: str, vision: dict[str, Any], text: dict[str, Any], rest: dict[s
         if kind == "CoCa":  # which leaves parameters uninitialised
             for parameter in model.parameters():
                 nn.init.normal_(parameter, std=0.1)
-        for path, module in [*model.named_modules()]:
-            if isinstance(module, nn.BatchNorm2d):  # with it, and a loss of the whole batch, there is no reference
-                model.set_submodule(path, nn.GroupNorm(1, module.num_features))
         return model
 
     return make

@@ -59,10 +59,6 @@ def entries() -> tuple[Wild, ...]:
         for module in model.modules():
             if hasattr(module, "_get_gauss_noise"):  # a little noise, always: no model to compare with
                 module._get_gauss_noise = lambda shape, device="cpu": torch.zeros(shape, device=device)
-        if (
-            path == "MetricGAN.MetricDiscriminator"
-        ):  # with spectral norm, which iterates once a batch, there is no reference
-            model.BN = nn.Identity()
         return Transposed(model) if path == "dual_path.DPTNetBlock" else model
 
     long = {"lengths": (24, 32)}
