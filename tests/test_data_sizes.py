@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -116,18 +117,26 @@ def _kept_rows(h: Tensor, ids: Tensor) -> Tensor:
     return kept + torch.ones(h.shape[0], 1, dtype=h.dtype)
 
 
+def _through_csr(h: Tensor, ids: Tensor) -> Tensor:
+    rows = torch.arange(h.shape[1] + 1)
+    matrix = torch.sparse_csr_tensor(rows, rows[:-1].flip(0), torch.ones(h.shape[1], dtype=h.dtype))
+    return h @ matrix.to_dense()
+
+
 class Through(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
-        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 2)
+        self.first, self.last, self.function = nn.Linear(4, 6), nn.Linear(6, 2), function
 
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
-        return self.last(_kept_rows(self.first(x), ids)).pow(2).mean()
+        return self.last(self.function(self.first(x), ids)).pow(2).mean()
 
 
-def test_a_function_that_needs_a_size_of_data_to_be_another_is_kept_whole() -> None:
-    model = Through().double()
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.parametrize("function", [_kept_rows, _through_csr])
+def test_a_function_that_no_graph_holds_is_kept_whole(function: Callable[[Tensor, Tensor], Tensor]) -> None:
+    model = Through(function).double()
     pipe = pipecompile.compile(model, devices=["cpu"] * 2, microbatches=1, profile="count")
     inputs = torch.randn(4, 4, dtype=torch.float64), torch.arange(4)[:, None]
     assert_same(step(pipe, model, lambda loss: loss, (inputs, {})), step(model, model, lambda loss: loss, (inputs, {})))
-    assert any("function _kept_rows" in note for note in pipe.report["notes"])
+    assert any(f"function {function.__name__}" in note for note in pipe.report["notes"])

@@ -11,13 +11,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipecompile.capture.aliases import storage_key
+from pipecompile.errors import DependsOnData
+from pipecompile.operators import function_of, named
+
+_COMPRESSED = named("""
+    sparse_compressed_tensor _sparse_compressed_tensor_unsafe _to_sparse_csr _to_sparse_csc _to_sparse_bsr
+    _to_sparse_bsc
+""")
 
 
 class Effects(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sees the operations that run in it."""
+    """Sees the operations that run in it.
+
+    Raises:
+        DependsOnData: one makes a sparse matrix of compressed rows, which no fake tensor can be: torch's own error on
+            it recurs until Python gives up, and leaves the thread in the midst of a dispatch.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -26,6 +39,8 @@ class Effects(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if function_of(func) in _COMPRESSED and any(isinstance(argument, FakeTensor) for argument in args):
+            raise DependsOnData("a sparse matrix of compressed rows is made, which no graph holds")
         self.draws |= torch.Tag.nondeterministic_seeded in func.tags
         self.written.update(storage_key(tensor) for tensor in written_by(func, args, kwargs))
         return func(*args, **kwargs)

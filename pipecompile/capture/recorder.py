@@ -60,12 +60,6 @@ LAYOUTS: dict[Callable[..., Any], Callable[[torch.layout], Any]] = {
     Tensor.is_sparse_csr.__get__: lambda layout: layout == torch.sparse_csr,  # type: ignore[attr-defined]
 }
 _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
-_COMPRESSED = frozenset(  # of sparse matrices, which fake tensors cannot be
-    {
-        *(getattr(torch, f"sparse_{layout}_tensor") for layout in ("csr", "csc", "bsr", "bsc", "compressed")),
-        *(getattr(Tensor, f"to_sparse_{layout}") for layout in ("csr", "csc", "bsr", "bsc")),
-    }
-)
 _STORAGES = (Tensor.untyped_storage, Tensor.storage)
 
 # What running on fakes raises where only real values would do.
@@ -209,7 +203,7 @@ class Recorder(TorchFunctionMode):
         tensors = list(tensors_in(changing))
         versions = [version(tensor) for tensor in tensors]
         try:
-            with torch._C.DisableTorchFunction(), watched(call.kept, tensors) as (written, parameters):
+            with torch._C.DisableTorchFunction(), Effects(), watched(call.kept, tensors) as (written, parameters):
                 args, kwargs = call.rebuild(tuple(changing))
                 out = run(*args, **kwargs)
         except Exception:  # a question about data, or what no fake can do: leave torch, run a custom kernel
@@ -246,8 +240,6 @@ class Recorder(TorchFunctionMode):
             self.ran.asked.add(torch.is_grad_enabled)  # what the tensor answers follows from that
         if func is torch.autograd.grad:
             return self._gradient(*args, **kwargs)
-        if func in _COMPRESSED:
-            raise DependsOnData(f"{self.here}: a sparse matrix of compressed rows is made, which no graph holds")
         if func in LAYOUTS and id(args[0]) in self.layouts:
             return LAYOUTS[func](self.layouts[id(args[0])])
         if func in READS and isinstance(args[0], FakeTensor):
