@@ -23,7 +23,7 @@ from pipecompile.capture.ancestors import ancestors
 from pipecompile.capture.capture import SYMBOLIC_ATTEMPTS
 from pipecompile.capture.joins import with_batch_dims
 from pipecompile.capture.origin import origin_of
-from pipecompile.capture.state import attributes_kept
+from pipecompile.capture.undo import left_as_before
 from pipecompile.compiled import Compiled, find_loss, misfit
 from pipecompile.devices import cluster_of
 from pipecompile.errors import CaptureError, InputError
@@ -67,12 +67,13 @@ def compile_call(
     """
     options = options or Options()
     trace = _Tracer(model, call, forward, options.leaf_modules)
-    if whole:
-        division = _divided(trace, rows, options)
-    else:
-        captured = with_batch_dims(trace(rows.counts if call.batch else None), trace)
-        _refuse_writes_between_versions(captured, options)
-        division = undivided(captured, options.out_dims)
+    with left_as_before(model, [] if forward is None else [forward]):  # parts kept whole are tried out
+        if whole:
+            division = _divided(trace, rows, options)
+        else:
+            captured = with_batch_dims(trace(rows.counts if call.batch else None), trace)
+            _refuse_writes_between_versions(captured, options)
+            division = undivided(captured, options.out_dims)
     graph = summarize(division.body)
     if first is not None:
         plan = carry_over(first.plan, first.graph, graph)
@@ -144,7 +145,7 @@ def _costed(captured: Captured, graph: Graph, options: Options, devices: Sequenc
     if isinstance(options.profile, CostedGraph):
         return reused(options.profile, graph)
     kind = options.cluster.devices[0].kind if options.cluster else ""
-    with attributes_kept(captured.model):  # parts kept whole may set some
+    with left_as_before(captured.model):  # parts kept whole are run
         return profile(captured, graph, options.profile, devices[0], threads=threads_each(devices), kind=kind)
 
 
