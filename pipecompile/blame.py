@@ -37,11 +37,11 @@ def first_that_differs(trial: Trial, found: Sequence[Difference]) -> str:
         found: what differs in the whole step.
     """
     whole, body = trial.batch.division.whole, trial.batch.division.body
-    captured = _of_trace(whole, [trial.fresh().batch.call.tensors])
+    captured = _of_trace(trial, whole, [trial.fresh().batch.call.tensors])
     if where := _first(whole, _of_model(trial.fresh(), Rows((1,))), captured):
         return f"the first module whose output differs is {where}, as it was captured"
     if len(trial.rows) > 1:
-        expected, divided = _of_model(trial.fresh(), trial.rows), _of_trace(body, _parts(trial.fresh()))
+        expected, divided = _of_model(trial.fresh(), trial.rows), _of_trace(trial, body, _parts(trial.fresh()))
         if where := _first(body, expected, divided):
             return (
                 f"the first module whose output differs is {where}, on microbatches of {list(trial.rows.counts)} rows"
@@ -72,19 +72,20 @@ def _of_model(trial: Trial, rows: Rows) -> Outputs:
     return seen
 
 
-def _of_trace(captured: Captured, parts: Sequence[Mapping[str, Tensor]]) -> Outputs:
+def _of_trace(trial: Trial, captured: Captured, parts: Sequence[Mapping[str, Tensor]]) -> Outputs:
     """What the nodes that stand for the modules' outputs compute from some parts of a batch."""
     own = {name for _, nodes in captured.returns for name in nodes if name is not None}
     names = {name + suffix for name in own for suffix in ("", "_share", "_part")}
     values: dict[str, list[Tensor]] = defaultdict(list)
     tensors = {n: t if t.requires_grad else t.detach().clone() for n, t in captured.tensors.items()}
-    for part in parts:
-        evaluator = Evaluator(
-            part, tensors.__getitem__, lambda target: captured.leaf(target, tensors), call=drawn_alike
-        )
-        for node in captured.graph.nodes:
-            if node.name in names and node.op != "output":
-                values[node.name].append(evaluator.value(node).detach().clone())
+    with left_as_before(trial.model, reach=trial.reach):  # parts kept whole are run
+        for part in parts:
+            evaluator = Evaluator(
+                part, tensors.__getitem__, lambda target: captured.leaf(target, tensors), call=drawn_alike
+            )
+            for node in captured.graph.nodes:
+                if node.name in names and node.op != "output":
+                    values[node.name].append(evaluator.value(node).detach().clone())
     seen: dict[str, list[Sequence[Parts]]] = defaultdict(list)
     for path, nodes in captured.returns:
         seen[path].append([_whole_value(values, str(name), len(parts)) for name in nodes])
