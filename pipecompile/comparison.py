@@ -33,6 +33,7 @@ class Run:
     attributes: Mapping[str, Any] = field(default_factory=dict)  # those that the step has set
     structure: Any = None  # the tree of the output: its types and keys
     wanting: frozenset[str] = frozenset()  # outputs that a gradient can be asked of
+    weights: Mapping[str, Tensor] = field(default_factory=dict)  # all parameters, as they were before the step
     left: Mapping[str, bool] = field(default_factory=dict)  # tensors left behind: whether one can be asked of them
 
     def parts(self) -> Iterator[tuple[Kind, Mapping[str, Any]]]:
@@ -57,7 +58,9 @@ def differences(split: Run, whole: Run, coarsest: torch.dtype | None = None) -> 
     for (kind, ours), (_, theirs) in zip(split.parts(), whole.parts(), strict=True):
         level = largest if "gradient" in kind else 0.0
         for name in dict.fromkeys((*theirs, *ours)):
-            found.append(difference(kind, name, ours.get(name, _MISSING), theirs.get(name, _MISSING), level, coarsest))
+            unchanged = whole.weights.get(name, _MISSING) if kind == "parameter" else _MISSING
+            pair = ours.get(name, unchanged), theirs.get(name, unchanged)
+            found.append(difference(kind, name, *pair, level, coarsest))
     return tuple(it for it in found if it is not None)
 
 

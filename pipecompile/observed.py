@@ -60,8 +60,8 @@ def observed(model: nn.Module, functions: Sequence[Callable[..., Any]], reach: R
                 p.grad = None  # a backward inside the model may add to it
             yield seen
             seen.buffers.update({name: b.detach().clone() for name, b in model.named_buffers()})
-            for name, (p, memory, value, _) in weights.items():
-                if p.data_ptr() != memory.data_ptr() or not _same(p.detach(), value):
+            for name, (p, _, value, _) in weights.items():
+                if not _same(p.detach(), value):
                     seen.parameters[name] = p.detach().clone()
                 if p.requires_grad != trained[name]:
                     seen.attributes[f"{name}.requires_grad"] = p.requires_grad

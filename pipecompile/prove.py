@@ -202,7 +202,7 @@ def _nothing_left(trial: Trial) -> Iterator[None]:
         undrawn(trial.devices),
         torch.inference_mode(False),
         torch.set_grad_enabled(trial.trains),
-        alike(),
+        alike(trial.generators),
         _without_hooks(trial.model),
     ):
         yield

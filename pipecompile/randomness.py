@@ -172,13 +172,16 @@ def drawing_alike(on: bool) -> Iterator[None]:
 
 
 @contextmanager
-def alike() -> Iterator[None]:
+def alike(generators: Iterable[Any]) -> Iterator[None]:
     """Every random call of this thread, and of the stages that it runs, draws from one seed, alike for every row.
 
     So calls of one function with equal arguments draw equal numbers, whoever makes them, and a microbatch draws its
     part of the whole batch's.
+
+    Args:
+        generators: the model's own. One that a forward makes gives the same numbers in every call, and does here.
     """
-    with drawing_alike(True), _Alike():
+    with drawing_alike(True), _Alike(generators):
         yield
 
 
@@ -209,7 +212,16 @@ def compared() -> Any:
 
 
 class _Alike(TorchFunctionMode):
+    """Draws from one seed, but for generators that are not known, if any are."""
+
+    def __init__(self, generators: Iterable[Any] | None = None) -> None:
+        super().__init__()
+        self._known = None if generators is None else {id(it) for it in (torch.default_generator, *generators)}
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        generator = (kwargs or {}).get("generator")
+        if generator is not None and self._known is not None and id(generator) not in self._known:
+            return func(*args, **kwargs)
         return drawn_alike(func, *args, **(kwargs or {}))
 
 

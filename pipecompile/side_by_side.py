@@ -26,7 +26,7 @@ from pipecompile.batching import SHARED, Batched, Kind, Rows, by_shape, gather, 
 from pipecompile.capture import Call, Captured, Output
 from pipecompile.capture.origin import origin_of
 from pipecompile.capture.purity import is_random
-from pipecompile.capture.reach import Reach, reach_of
+from pipecompile.capture.reach import Generator, Reach, reach_of
 from pipecompile.capture.state import named_tensors, without_caches
 from pipecompile.capture.trees import flatten
 from pipecompile.comparison import Run
@@ -77,6 +77,11 @@ class Trial:
     @property
     def rows(self) -> Rows:
         return self.batch.rows
+
+    @property
+    def generators(self) -> Sequence[Generator]:
+        """The model's own generators of random numbers."""
+        return () if self.reach is None else self.reach.generators
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -402,5 +407,6 @@ def _run(
         seen.attributes,
         structure=flatten(out)[1],
         wanting=frozenset(name for name, leaf in named.items() if isinstance(leaf, Tensor) and leaf.requires_grad),
+        weights=dict(trial.model.named_parameters()),
         left={name: tensor.requires_grad for name, tensor in left.items()},
     )

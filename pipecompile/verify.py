@@ -17,6 +17,7 @@ from torch import nn
 
 from pipecompile import steps
 from pipecompile.batching import Rows, uses_batch_statistics
+from pipecompile.capture.reach import reach_of
 from pipecompile.capture.state import without_caches
 from pipecompile.capture.undo import left_as_before
 from pipecompile.comparison import differences
@@ -63,6 +64,7 @@ class Subject:
             self.deferred,
             self.mixes,
             self.out_dims,
+            reach_of(self.model, [] if self.loss_fn is None else [self.loss_fn]),
         )
 
     def run_unsplit(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -120,7 +122,7 @@ def _check(
         batch = subject.batch(args, kwargs, microbatches)
         inputs = f"{what}: {_described(batch)}"
         trial = subject.trial(batch, mode)
-        with alike():
+        with alike(trial.generators):
             split, seeds = split_step(trial)
     except PipecompileError as error:
         return Check(mode, inputs, 0, "", failure=f"{type(error).__name__}: {error}"), 0
@@ -141,7 +143,7 @@ def _check(
         line = "the unsplit model normalises by the statistics of each microbatch too"
         notes.setdefault("microbatches", {})[line] = None
     parts = batch.rows if why else Rows((sum(batch.rows.counts),))
-    with alike():
+    with alike(trial.generators):
         whole = unsplit_step(trial, parts, seeds)
         found = [it for it in differences(split, whole) if not (why and it.name in _written_once(batch))]
         if any(it.verdict == "different" for it in found):

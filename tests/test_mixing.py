@@ -211,3 +211,56 @@ def test_buffers_are_written_once_a_batch_from_the_whole_batch() -> None:
         for (name, p), q in zip(model.named_buffers(), twin.buffers(), strict=True):
             torch.testing.assert_close(p, q, msg=lambda text, name=name: f"{name}: {text}")
     assert int(model.calls) == 3
+
+
+# Branches on the batch
+
+
+def stops_early(x: Tensor) -> Tensor:
+    for _ in range(3):
+        x = x + x.sin()
+        if x.abs().max() > 5.0:
+            break
+    return x
+
+
+def clips_if_any(x: Tensor) -> Tensor:
+    return x.clamp(-1, 1) if bool((x > 3.0).any()) else x
+
+
+def by_the_mean(x: Tensor) -> Tensor:
+    return x.tanh() if x.mean().item() > 0.3 else x.sin()
+
+
+def skips_what_nobody_wants(x: Tensor) -> Tensor:
+    out = torch.zeros_like(x)
+    for i in range(WIDTH):
+        chosen = x.argmax(-1) == i
+        if chosen.any():
+            out = out + chosen[:, None] * x * (i + 1)
+    return out
+
+
+def row_by_row(x: Tensor) -> Tensor:
+    return torch.stack([row.tanh() if row.abs().max() > 1.0 else row.sin() for row in x])
+
+
+@pytest.mark.parametrize("branches", [stops_early, clips_if_any, by_the_mean])
+def test_a_branch_that_the_batch_decides_for_all_rows_is_refused(branches: Callable[[Tensor], Tensor]) -> None:
+    """Though on this batch all microbatches take the same way, as the whole does: no comparison would tell."""
+    model = MixesInside(branches).double()
+    x = torch.randn(6, WIDTH, dtype=torch.float64) * 1e-3
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=3, profile="count")
+    with pytest.raises(CaptureError, match="samples of the batch mix"):
+        pipe(x)
+    whole = pipecompile.compile(model, ["cpu", "cpu"], microbatches=1, profile="count")
+    for size in (1e-3, 1.0, 100.0):
+        assert_step_equal(model, whole, {"x": x * size})
+
+
+@pytest.mark.parametrize("branches", [skips_what_nobody_wants, row_by_row])
+def test_a_branch_that_decides_for_the_rows_that_it_asked_is_exact(branches: Callable[[Tensor], Tensor]) -> None:
+    model = MixesInside(branches).double()
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=3, profile="count")
+    for size in (1e-3, 1.0, 100.0):
+        assert_step_equal(model, pipe, {"x": torch.randn(6, WIDTH, dtype=torch.float64) * size})

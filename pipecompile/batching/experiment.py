@@ -3,6 +3,8 @@
 A module (a mixture of experts sorts the tokens of all samples and puts them back), or a function without a rule, is run
 on random samples, then with all samples but one replaced. If that one's results stay, for the first sample and for the
 last, with copies of it and with strangers around it, and as samples change places, the module keeps samples apart.
+What asks about data (``if x.abs().max() > 2: break``) is tried with small samples among large ones too, and with large
+among none: somewhere the answer is another, and nobody else's result may be.
 And a whole batch's results must be its parts' side by side: what deals out a number of places (the capacity of an
 expert) may keep the few samples of a part apart, and not the many of a batch.
 """
@@ -24,6 +26,8 @@ from pipecompile.batching.samples import Samples, same_rows
 from pipecompile.capture.origin import origin_of
 
 STRANGERS = 3  # times that the other rows are drawn
+SIZES = (0.01, 1.0)  # of a sample, in parts that ask about data
+AROUND = (0.0, 1.0, 100.0)  # of the samples around it
 
 
 class Experiment:
@@ -52,7 +56,12 @@ class Experiment:
         if any(counts_samples(n, self.samples.scale) for n in region if not _is_size(n)):
             return None  # at the rows of the experiment nobody would see it
         try:
-            apart = all(self._apart(sources, outputs, answers, row) for row in (0, self.samples.rows - 1))
+            asks = any(self._asks(node) for node in region)
+            apart = all(
+                self._apart(sources, outputs, answers, row, size, AROUND if asks else (1.0,))
+                for row in (0, self.samples.rows - 1)
+                for size in (SIZES if asks else (1.0,))
+            )
             apart = apart and self._side_by_side(sources, outputs, answers)
             apart = apart and Backward(self.samples, sources, outputs, answers).keeps_apart()
         except Exception:  # the region cannot be run by itself
@@ -68,19 +77,26 @@ class Experiment:
         except Exception:  # it cannot be run by itself
             return False
 
+    def _asks(self, node: fx.Node) -> bool:
+        """Whether what a node stands for had to be run for real: its Python may ask what values are."""
+        call = self.samples.captured.leaf_call(node)
+        return call is not None and call.shapes is not None
+
     def _apart(
         self,
         sources: Sequence[fx.Node],
         outputs: Sequence[fx.Node],
         answers: Mapping[fx.Node, Kind | tuple[Kind, ...]],
         row: int,
+        size: float,
+        sizes: Sequence[float],
     ) -> bool:
-        """Whether a row's results stay when the other rows change."""
+        """Whether a row's results stay when the other rows change, to samples of some sizes."""
         generator = torch.Generator().manual_seed(row)
-        start = {n: self.samples.draw(n, generator) for n in dict.fromkeys(sources)}
+        start = {n: self.samples.draw(n, generator, size) for n in dict.fromkeys(sources)}
         expected = self.samples.bench.run(outputs, start)
-        draws = [None, *[generator] * STRANGERS]
-        others = [{n: self.samples.around(n, value, row, draw) for n, value in start.items()} for draw in draws]
+        draws = [(None, 1.0), *((generator, other) for other in sizes for _ in range(STRANGERS))]
+        others = [{n: self.samples.around(n, value, row, *draw) for n, value in start.items()} for draw in draws]
         for changed in others:
             seen = self.samples.bench.run(outputs, changed)
             if not all(same_rows(expected[n], seen[n], answers[n], row, row, self.samples.rows) for n in outputs):

@@ -68,21 +68,21 @@ class Samples:
         """Whether a value is an activation, for which any numbers will do."""
         return value.is_floating_point() and isinstance(self.kinds.get(node, SHARED), Batched)
 
-    def draw(self, node: fx.Node, generator: torch.Generator) -> Any:
-        """A value for an input of a region: random numbers for activations, the true value for all else."""
+    def draw(self, node: fx.Node, generator: torch.Generator, size: float = 1.0) -> Any:
+        """A value for an input of a region: random numbers for activations, so large, the true value for all else."""
         value = node.meta.get("val")
         if isinstance(value, Tensor) and self._is_drawn(node, value):
             shape = self.scale.sizes(value, False)
             if UNKNOWN not in shape and self.rows == self.scale.fewer:
-                return torch.randn(shape, generator=generator, dtype=torch.float64).to(value.dtype)
+                return (torch.randn(shape, generator=generator, dtype=torch.float64) * size).to(value.dtype)
             real = self.bench.value(node)
-            return torch.randn(real.shape, generator=generator, dtype=torch.float64).to(value.dtype)
+            return (torch.randn(real.shape, generator=generator, dtype=torch.float64) * size).to(value.dtype)
         return self.bench.value(node)
 
-    def around(self, node: fx.Node, value: Any, row: int, generator: torch.Generator | None) -> Any:
+    def around(self, node: fx.Node, value: Any, row: int, generator: torch.Generator | None, size: float = 1.0) -> Any:
         """A value with all rows but one changed: to copies of that one, or to random or other samples."""
         kind = self.kinds.get(node, SHARED)
-        return value if isinstance(kind, tuple) else around(value, kind, row, self.rows, generator)
+        return value if isinstance(kind, tuple) else around(value, kind, row, self.rows, generator, size)
 
     def moved(self, node: fx.Node, value: Any) -> Any:
         """A value with each row in the next one's place: a sample's result must not depend on where it stands."""
@@ -113,8 +113,12 @@ def by_rows(value: Tensor, kind: Batched, rows: int) -> Tensor:
     return value.reshape(*shape[: kind.dim], kind.outer, rows, kind.inner, *shape[kind.dim + 1 :])
 
 
-def around(value: Any, kind: Kind, row: int, rows: int, generator: torch.Generator | None) -> Any:
-    """A value with all rows but one changed: to copies of that one, or to random or other samples."""
+def around(value: Any, kind: Kind, row: int, rows: int, generator: torch.Generator | None, size: float = 1.0) -> Any:
+    """A value with all rows but one changed: to copies of that one, or to random or other samples.
+
+    Args:
+        size: the standard deviation of random numbers.
+    """
     if not isinstance(kind, Batched) or not isinstance(value, Tensor):
         return value
     split = by_rows(value, kind, rows).clone()
@@ -122,11 +126,12 @@ def around(value: Any, kind: Kind, row: int, rows: int, generator: torch.Generat
     if generator is None:
         split.copy_(keep.unsqueeze(kind.dim + 1).expand_as(split))
     elif value.is_floating_point():
-        split.copy_(torch.randn(split.shape, generator=generator, dtype=torch.float64).to(value.dtype))
+        drawn = torch.randn(split.shape, generator=generator, dtype=torch.float64) * size
+        split.copy_(drawn.to(value.dtype))
         split.select(kind.dim + 1, row).copy_(keep)
     else:
-        drawn = torch.randint(rows, (rows,), generator=generator)
-        split.copy_(split.index_select(kind.dim + 1, drawn))
+        picked = torch.randint(rows, (rows,), generator=generator)
+        split.copy_(split.index_select(kind.dim + 1, picked))
         split.select(kind.dim + 1, row).copy_(keep)
     return split.reshape(value.shape)
 

@@ -78,7 +78,10 @@ def capture(
             return captured
         failure = CaptureError(broken)
         reasons.append(broken)
-    raise CaptureError(f"the model cannot be traced: {getattr(failure, 'origin', '')}: {failure}") from failure
+    raise CaptureError(
+        f"the model cannot be traced: {getattr(failure, 'origin', '')}: {failure}; make what this line makes in the "
+        f"constructor, or move it into a module of its own and name that in leaf_modules=[...]"
+    ) from failure
 
 
 def _rows(call: Call, microbatch: int | Sequence[int] | None) -> tuple[int, ...]:

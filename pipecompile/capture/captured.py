@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pipecompile.capture.attributes import Attributes, Update
 from pipecompile.capture.inputs import Call
-from pipecompile.capture.leaves import Leaf, LeafCall, attribute_of
+from pipecompile.capture.leaves import FunctionLeaf, Leaf, LeafCall, attribute_of
 from pipecompile.capture.recomputed import repeatable
 from pipecompile.capture.symbols import resolve
 from pipecompile.capture.values import same, settled
@@ -85,6 +85,15 @@ class Captured:
         """What a ``call_module`` node runs, on given parameters and buffers by full name."""
         path = next(path for path in self.leaves if attribute_of(path) == target)
         return Leaf(self.leaves[path], tensors)
+
+    def leaf_call(self, node: fx.Node) -> LeafCall | None:
+        """The call of a part kept whole that a node stands for."""
+        if isinstance(node.target, FunctionLeaf):
+            return node.target.call
+        if node.op != "call_module":
+            return None
+        path = next(path for path in self.leaves if attribute_of(path) == node.target)
+        return self.leaves[path][node.args[0]]  # type: ignore[index]
 
     def leaf_parameters(self, target: str) -> tuple[str, ...]:
         """The names of the parameters that a ``call_module`` node reads."""

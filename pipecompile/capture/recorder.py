@@ -27,6 +27,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
 
 from pipecompile.capture.aliases import Aliases, storage_key
 from pipecompile.capture.below import Below
@@ -128,6 +129,7 @@ class Recorder(TorchFunctionMode):
         self.trainable: set[str] = set()  # those that are parameters
         self.layouts: dict[int, torch.layout] = {}  # of tensors whose fakes are dense
         self.alive: list[Any] = []
+        self.generators: set[int] = {id(torch.default_generator)}  # those that were there before the call
         self.aliases = Aliases(self.emit, self.nodes.__setitem__)
         self.histories = Histories(self._is_known)
 
@@ -267,6 +269,8 @@ class Recorder(TorchFunctionMode):
         if any(is_real(t) for t in tensors_in((args, kwargs))):
             args, kwargs = self._fake(args), self._fake(kwargs)
         tensors = list(tensors_in((args, kwargs)))
+        if any(isinstance(it, torch.Generator) and id(it) not in self.generators for it in (*args, *kwargs.values())):
+            return self._drawn_alike_each_call(func, args, kwargs, tensors)
         self.check(tensors)
         versions = [version(t) for t in tensors]
         with Effects() as effects:
@@ -283,6 +287,20 @@ class Recorder(TorchFunctionMode):
             func.draws = effects.draws
         self.record(func, args, kwargs, out, written + unseen, moved)
         return out
+
+    def _drawn_alike_each_call(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], tensors: Sequence[Tensor]
+    ) -> Any:
+        """What a forward draws from a generator that it makes itself, which is the same in every call: a constant."""
+        numbers = pytree.tree_leaves((args, kwargs))
+        if tensors or any(isinstance(it, torch.SymInt | torch.SymFloat) for it in numbers):
+            raise DependsOnData(
+                f"{self.here}: forward draws random numbers from a generator that it makes itself, and how many "
+                f"depends on the call; make the generator in the constructor, or draw outside and pass the numbers in"
+            )
+        with torch._C.DisableTorchFunction(), _disable_current_modes():
+            drawn = func(*args, **kwargs)
+        return self.call(torch.clone, (drawn,), {}, torch.clone)  # forward may write to it
 
     def record(
         self,

@@ -95,6 +95,7 @@ class Trace:
         self.recorder = Recorder(
             self.graph, self.sizes, self.values, self._constant, leaves, self._learn, self._number_input
         )
+        self.recorder.generators.update(map(id, (*reach.generators, *call.leaves)))
         self.evaluator = Evaluator(self.sample, self._attribute, self._leaf)
         self.expected: dict[str, tuple[Any, ...]] = {}
         self.numbers = numbers

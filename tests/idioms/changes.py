@@ -150,7 +150,7 @@ def another_shape(model: Any) -> Iterator[None]:
     yield
 
 
-@idiom(between=another_shape, held="the gradient of a weight that has got another shape")
+@idiom(between=another_shape)
 class ParameterOfAnotherShape(Plain):
     """Parameters that are given another shape through ``.data``."""
 

@@ -220,7 +220,7 @@ class ShuffledLayers(Wrapped):
         return act(h) * random.randint(1, 5)
 
 
-@idiom(held="a generator as an argument")
+@idiom()
 class FixedProjection(Wrapped):
     """A seeded generator for fixed random features (a random projection that is the same in each call)."""
 
@@ -229,7 +229,7 @@ class FixedProjection(Wrapped):
         return h @ torch.randn(D, D, generator=generator, dtype=h.dtype)
 
 
-@idiom(held="seeds in forward", refused="seed|random|generator")
+@idiom(refused="seed|random|generator")
 class ManualSeedInForward(Wrapped):
     """``torch.manual_seed(0)`` in forward, then noise of a shape that no row has a share in."""
 

@@ -245,7 +245,7 @@ class PointerNetwork(nn.Module):
         return -torch.stack(logs, 1).sum(1).mean()
 
 
-@idiom(takes(6, D), warns="", held="a branch on the maximum of the batch", refused_parts="samples")
+@idiom(takes(6, D), warns="", refused_parts="samples")
 class EarlyExit(nn.Module):
     """Layers until the whole batch is confident: ``if confidence.min() > t: break``."""
 

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations, parametrize
 from idioms.declare import D, Draw, Inputs, Wrapped, idiom, takes
 
 
-@idiom(held="written through .data", refused_parts="samples|microbatch")
+@idiom(refused_parts="samples|microbatch", refused_stream="several versions")
 class ActNormByData(Wrapped):
     """Glow's ActNorm: scale and shift are set by the first batch, through ``.data``."""
 
@@ -51,7 +51,7 @@ class ActNormCopied(Wrapped):
         return h * self.s.exp()
 
 
-@idiom(held="parameters moved in forward, over microbatches")
+@idiom(refused_stream="several versions")
 class ScaledUnderNoGrad(Wrapped):
     """``self.s.data.mul_(0.9)`` under no_grad."""
 
@@ -65,7 +65,7 @@ class ScaledUnderNoGrad(Wrapped):
         return h * self.s
 
 
-@idiom(held="parameters moved in forward, over microbatches")
+@idiom(refused_stream="several versions")
 class WeightNormalisedInPlace(Wrapped):
     """EDM2's forced weight normalisation: the weight is normalised in place in each forward of training."""
 
@@ -80,7 +80,7 @@ class WeightNormalisedInPlace(Wrapped):
         return F.linear(h, F.normalize(self.weight, dim=1))
 
 
-@idiom(held="written through .data")
+@idiom(refused_stream="several versions")
 class MaxNormByData(Wrapped):
     """``self.conv.weight.data = torch.renorm(...)``, EEGNet's constraint in speechbrain."""
 
@@ -193,7 +193,7 @@ class MergedLora(nn.Module):
         return self.head(torch.tanh(h))
 
 
-@idiom(refused_stream="", held="parameters moved in forward, over microbatches")
+@idiom()
 class MomentumTeacher(nn.Module):
     """BYOL: a teacher without gradients, moved towards the student in each forward, in place."""
 

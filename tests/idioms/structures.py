@@ -468,7 +468,7 @@ class TriesAnImport(Wrapped):
         return fast(h)
 
 
-@idiom(held="type(x) is Tensor", refused="differ")
+@idiom(refused="differ")
 class ChecksItsTypes(Wrapped):
     """``isinstance`` on tensors, ``type(x) is``, ``torch.is_tensor``, and a float in place of a tensor."""
 

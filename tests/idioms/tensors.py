@@ -545,7 +545,7 @@ class EinsumOfMany(Wrapped):
         return h * a[..., None] + torch.einsum("bnn,bnd->bnd", h @ h.mT, h)
 
 
-@idiom(lambda draw: ((draw.floats(5, D),), {}), held="writes to the arguments of the caller")
+@idiom(lambda draw: ((draw.floats(5, D),), {}))
 class InPlaceOnInput(Wrapped):
     """A forward that writes into its argument: ``x.mul_(2)``."""
 
