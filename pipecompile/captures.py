@@ -106,8 +106,7 @@ def _sweep(model: nn.Module) -> Sweep:
     flags = [each[name] for each in held if any(each[hooks] for hooks in HOOKS) for name in FLAGS]
     everywhere = [vars(torch_module)[f"_global{name}"] for name in (*HOOKS, *FLAGS[:2])]
     containers = [*tables, *flags, *everywhere]
-    alike = frozenset({*HOOKS, *FLAGS})
-    return Sweep(held, _IRRELEVANT, containers, modules, [*model.parameters(), *model.buffers()], alike=alike)
+    return Sweep(held, _IRRELEVANT, containers, modules, [*model.parameters(), *model.buffers()])
 
 
 def settings() -> tuple[Any, ...]:

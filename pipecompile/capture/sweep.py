@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
-from operator import attrgetter, contains, is_, itemgetter
+from operator import attrgetter, contains, itemgetter
 from types import CellType, FunctionType, MappingProxyType, ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
 from pipecompile.capture.containers import kind_of
+from pipecompile.capture.identities import identities
 from pipecompile.capture.imprints import HEAP_TYPE, MISSING, imprint
 from pipecompile.capture.owners import Variables
 from pipecompile.capture.places import Attribute, Cell, Code, Entry, OfClass
@@ -24,6 +26,7 @@ FEW = 24  # names up to which a class is looked at whole
 
 _CODE = attrgetter("__code__", "__defaults__", "__kwdefaults__")
 _TENSOR = attrgetter("requires_grad", "dtype", "shape")
+_CHECKS: Any = getattr(getattr(torch._C, "_dynamo", None), "guards", None)  # torch.compile's, in C++
 
 
 class Sweep:
@@ -37,8 +40,6 @@ class Sweep:
         tensors: those whose shape, dtype and ``requires_grad`` count.
         places: others that are looked at.
         apart: identities of namespaces that the caller looks after.
-        alike: names in namespaces under which an equal value is as good as the same, which is quicker to see: tables of
-            hooks, whose contents are looked at by themselves.
     """
 
     def __init__(
@@ -50,7 +51,6 @@ class Sweep:
         tensors: Sequence[Any] = (),
         places: Iterable[Any] = (),
         apart: frozenset[int] = frozenset(),
-        alike: frozenset[str] = frozenset(),
     ) -> None:
         self._ignored, self._apart = ignored, apart
         self._objects, self._tensors = objects, tensors
@@ -58,6 +58,7 @@ class Sweep:
         self._whole: dict[int, Any] = {}  # namespaces in which nothing may be added
         self._absent: dict[tuple[int, str], tuple[Any, str]] = {}
         self._sequences: dict[Any, Any] = {}
+        self._keys: dict[int, Any] = {}  # of dicts: an equal key is the same
         self._sets: dict[int, Any] = {}
         self._empty: dict[int, Any] = {}
         self._cells: list[Any] = []
@@ -69,30 +70,28 @@ class Sweep:
             self._add(place)
         for container in containers:
             self._add_container(container)
-        self._getters: list[tuple[Callable[[Any], tuple[Any, ...]], Any]] = []
-        self._equal: list[tuple[Callable[[Any], tuple[Any, ...]], Any]] = []
-        for namespace, names in self._names.values():
-            for group, chosen in ((self._getters, names.keys() - alike), (self._equal, names.keys() & alike)):
-                if chosen:
-                    group.append((_getter(chosen), namespace))
-        self._expected_equal = self._present_equal()
+        self._getters = [(_getter(names), namespace) for namespace, names in self._names.values() if names]
+        self._expected_keys = [*chain.from_iterable(self._keys.values())]
         self._nowhere = [n for n, _ in self._absent.values()], [name for _, name in self._absent.values()]
         self._sizes = self._present_sizes()
-        self._expected = [*self._present()]
-        self._expected_tensors = [*map(_TENSOR, self._tensors)]
+        self._expect(tuple(self._present()))
+        self._expected_tensors, self._quick = [*map(_TENSOR, self._tensors)], _quick_check(self._tensors)
         self._expected_sets = [set(held) for held in self._sets.values()]
         self._expected_live = [imprint(ask()) for ask in self._live]
 
     def follow(self) -> None:
         """Takes what stands in the namespaces for what is to stand there, if nothing but that has changed."""
         try:
-            now, held = [*self._present()], self._expected
+            now, held = tuple(self._present()), self._expected
         except LookupError:
             return
         names = sum(len(get(namespace)) for get, namespace in self._getters)
-        self._expected = [*now[:names], *held[names:]]
+        self._expect((*now[:names], *held[names:]))
         if not self.holds():
-            self._expected = held
+            self._expect(held)
+
+    def _expect(self, objects: tuple[Any, ...]) -> None:
+        self._expected, self._identities = objects, identities(objects)  # which hold while the objects are kept
 
     def holds(self) -> bool:
         """Whether nothing has changed."""
@@ -101,20 +100,25 @@ class Sweep:
                 not any(self._empty.values())
                 and not any(map(contains, *self._nowhere))
                 and self._present_sizes() == self._sizes
-                and self._present_equal() == self._expected_equal
-                and all(map(is_, self._present(), self._expected))
-                and [*map(_TENSOR, self._tensors)] == self._expected_tensors
+                and [*chain.from_iterable(self._keys.values())] == self._expected_keys
+                and identities(tuple(self._present())) == self._identities
+                and self._tensors_hold()
                 and all(map(set.__eq__, self._sets.values(), self._expected_sets))
                 and all(imprint(ask()) == seen for ask, seen in zip(self._live, self._expected_live, strict=True))
             )
         except Exception:  # what is not there any more, or cannot be compared: a close look will tell
             return False
 
+    def _tensors_hold(self) -> bool:
+        if self._quick(*self._tensors):
+            return True
+        if [*map(_TENSOR, self._tensors)] != self._expected_tensors:
+            return False
+        self._quick = _quick_check(self._tensors)  # the last one was made in other modes of torch
+        return True
+
     def _present_sizes(self) -> list[int]:
         return [*map(len, self._whole.values()), *map(len, self._sequences.values())]
-
-    def _present_equal(self) -> list[tuple[Any, ...]]:
-        return [get(namespace) for get, namespace in self._equal]
 
     def _present(self) -> Iterable[Any]:
         return chain(
@@ -184,8 +188,8 @@ class Sweep:
                 self._empty[id(container)] = container
             case dict() | MappingProxyType():
                 kind: Any = kind_of(container) or MappingProxyType
-                self._sequences[id(container)] = kind.keys(container)
-                self._sequences[id(container), "values"] = kind.values(container)
+                self._keys[id(container)] = kind.keys(container)
+                self._sequences[id(container)] = kind.values(container)
             case list() | deque():
                 self._sequences[id(container)] = container
             case set():
@@ -197,6 +201,16 @@ class Sweep:
 def _getter(names: Iterable[str]) -> Callable[[Any], tuple[Any, ...]]:
     first, *others = names
     return itemgetter(first, *others) if others else itemgetter(first, first)
+
+
+def _quick_check(tensors: Sequence[Any]) -> Callable[..., bool]:
+    """What says of the same tensors, in the same modes, that they are as they are now; it may say so of none."""
+    try:
+        sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
+        guards = _CHECKS.TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+        return guards.check if guards.check(*tensors) else lambda *_: False
+    except Exception:  # sparse ones, or another torch
+        return lambda *_: False
 
 
 def _is_missing(attribute: Attribute) -> bool:
