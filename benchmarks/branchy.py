@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from random import Random
 
-from pipecompile.partition.contract import contract
-from pipecompile.partition.problem import Problem, Seat
+from pipecompile.partition.solver.contract import contract
+from pipecompile.partition.solver.problem import Problem, Seat
 
 Edges = list[tuple[int, int]]
 

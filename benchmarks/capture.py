@@ -22,8 +22,8 @@ from torch import nn
 
 from pipecompile.capture import Call, Captured, read_call, summarize
 from pipecompile.capture.trace import Trace
-from pipecompile.cluster import Cluster
-from pipecompile.graph import Graph
+from pipecompile.ir.cluster import Cluster
+from pipecompile.ir.graph import Graph
 from pipecompile.partition import partition
 from pipecompile.profile import profile
 

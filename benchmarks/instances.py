@@ -20,8 +20,8 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from pipecompile.partition.contract import Contraction, contract
-from pipecompile.partition.problem import Seat
+from pipecompile.partition.solver.contract import Contraction, contract
+from pipecompile.partition.solver.problem import Seat
 
 Edge = tuple[int, int]
 

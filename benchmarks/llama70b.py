@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import pipecompile
-from pipecompile.cluster import Cluster
+from pipecompile.ir.cluster import Cluster
+from pipecompile.ir.units import seconds_text
 from pipecompile.render.table import memory_table
-from pipecompile.render.units import seconds_text
 
 
 class Loss(nn.Module):

@@ -28,7 +28,8 @@ from rich.console import Console
 from rich.table import Table
 
 from pipecompile.errors import InfeasibleError, PlanError
-from pipecompile.partition import Problem, solve
+from pipecompile.partition import Problem
+from pipecompile.partition.solver import solve
 
 Optima = dict[tuple[str, int], float]
 console = Console(width=120)

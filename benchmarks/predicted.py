@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pipecompile
-from pipecompile.calibrate import Times
-from pipecompile.graph import Cost
+from pipecompile.ir.graph import Cost
+from pipecompile.planning.calibrate import Times
 
 Model = tuple[nn.Module, dict[str, Tensor]]  # with the arguments of a call
 SIDE = 64  # pixels of an image

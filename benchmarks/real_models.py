@@ -30,15 +30,15 @@ from torch import nn
 from unet import UNet
 
 from pipecompile.capture import capture, read_call, summarize
-from pipecompile.cluster import Cluster
-from pipecompile.graph import CostedGraph
-from pipecompile.partition.contract import Contraction
+from pipecompile.ir.cluster import Cluster
+from pipecompile.ir.graph import CostedGraph
 from pipecompile.partition.costed import problem_of
-from pipecompile.partition.evaluate import bottleneck
 from pipecompile.partition.placed import Placed
-from pipecompile.partition.solve import solve
+from pipecompile.partition.solver.contract import Contraction
+from pipecompile.partition.solver.evaluate import bottleneck
+from pipecompile.partition.solver.solve import solve
+from pipecompile.planning.request import BUDGET
 from pipecompile.profile import profile
-from pipecompile.request import BUDGET
 
 ROWS = 4  # of a microbatch
 Inputs = dict[str, torch.Tensor]

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import pipecompile
 from pipecompile import pipeline
-from pipecompile.compile_call import compile_call
+from pipecompile.compiler.compile_call import compile_call
 
 SETTINGS = {
     "gpt2": Setting(layers=8, width=256, vocabulary=2048, length=128, batch=8, microbatches=4),

@@ -10,14 +10,14 @@ A model is captured as a ``Graph``, profiled to a ``CostedGraph``, cut along a `
 """
 
 from pipecompile.api import compile
-from pipecompile.cluster import Cluster
 from pipecompile.errors import PipecompileError
-from pipecompile.graph import CostedGraph, Graph
+from pipecompile.ir.cluster import Cluster
+from pipecompile.ir.graph import CostedGraph, Graph
+from pipecompile.ir.plan import Plan
+from pipecompile.ir.program import Program
+from pipecompile.ir.timeline import Timeline
 from pipecompile.pipeline import Pipeline
-from pipecompile.plan import Plan
-from pipecompile.program import Program
-from pipecompile.simulate import simulate
-from pipecompile.timeline import Timeline
+from pipecompile.schedule.simulate import simulate
 
 __version__ = "0.1.0"
 __all__ = [

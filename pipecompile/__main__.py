@@ -1,5 +1,5 @@
 """``python -m pipecompile``."""
 
-from pipecompile.cli import app
+from pipecompile.cli.main import app
 
 app(prog_name="pipecompile")

@@ -9,16 +9,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pipecompile.cluster import Cluster
-from pipecompile.devices import named_cluster, parse_devices
-from pipecompile.graph import CostedGraph
-from pipecompile.options import BatchNorm, Options, Verify, read_costs
+from pipecompile.compiler.devices import named_cluster, parse_devices
+from pipecompile.compiler.options import BatchNorm, Options, Verify, read_costs
+from pipecompile.ir.cluster import Cluster
+from pipecompile.ir.graph import CostedGraph
+from pipecompile.ir.wishes import Wishes
 from pipecompile.pipeline import Pipeline
+from pipecompile.planning.request import BUDGET, Goal
+from pipecompile.planning.workload import Recompute
 from pipecompile.profile import How
-from pipecompile.request import BUDGET, Goal
 from pipecompile.runtime import MakeOptimizer
-from pipecompile.wishes import Wishes
-from pipecompile.workload import Recompute
 
 
 def compile(

@@ -13,33 +13,32 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from pipecompile import steps
 from pipecompile.batching import Rows
-from pipecompile.calibrate import corrected
 from pipecompile.capture import Call, read_call
-from pipecompile.capture.imprints import Same
-from pipecompile.captures import Captures, Key, States, hooks_of_all_modules, refuse_default_device, settings
-from pipecompile.compile_call import compile_call
-from pipecompile.compiled import Compiled, could_be_losses, find_loss
+from pipecompile.capture.state.imprints import Same
+from pipecompile.capture.turns import CAPTURING
+from pipecompile.compiler.captures import Captures, Key, States, hooks_of_all_modules, refuse_default_device, settings
+from pipecompile.compiler.compile_call import compile_call
+from pipecompile.compiler.options import Options
+from pipecompile.compiler.report import describe
+from pipecompile.compiler.surroundings import check_parameters, check_surroundings, saved_as_they_are, uncompiled
 from pipecompile.errors import CaptureError, InputError, PipecompileError
-from pipecompile.graph import CostedGraph
-from pipecompile.memory import Memory
-from pipecompile.options import Options
-from pipecompile.plan import Plan
-from pipecompile.program import Program
-from pipecompile.prove import due, first_microbatch, prove
-from pipecompile.randomness import undrawn
-from pipecompile.report import describe
-from pipecompile.runtime import Ambient
+from pipecompile.ir.graph import CostedGraph
+from pipecompile.ir.plan import Plan
+from pipecompile.ir.program import Program
+from pipecompile.ir.timeline import Timeline
+from pipecompile.ops.randomness import undrawn
+from pipecompile.planning.calibrate import corrected
+from pipecompile.planning.memory import Memory
+from pipecompile.runtime import Ambient, steps
+from pipecompile.runtime.compiled import Compiled, could_be_losses, find_loss
+from pipecompile.runtime.session import Session
+from pipecompile.runtime.snapshot import STOPPED
 from pipecompile.schedule import ASYNCHRONOUS, SCHEDULES, pipedream
-from pipecompile.session import Session
-from pipecompile.side_by_side import Trial
-from pipecompile.snapshot import STOPPED
-from pipecompile.surroundings import check_parameters, check_surroundings, saved_as_they_are, uncompiled
-from pipecompile.timeline import Timeline
-from pipecompile.turns import CAPTURING
-from pipecompile.verification import Proof, Verification
-from pipecompile.verify import Subject, verify
+from pipecompile.verify.prove import due, first_microbatch, prove
+from pipecompile.verify.side_by_side import Trial
+from pipecompile.verify.verification import Proof, Verification
+from pipecompile.verify.verify import Subject, verify
 
 _OWN = frozenset(
     {

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import pipecompile
-from pipecompile import compile_call
 from pipecompile.capture import Captured
 from pipecompile.capture.origin import origin_of
+from pipecompile.compiler import compile_call
 
 ROWS = 10  # in three microbatches of 4, 3, 3
 WIDTH = 6

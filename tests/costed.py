@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pipecompile.graph import Cost, CostedGraph, Graph, Node, Parameter, TensorSpec
-from pipecompile.plan import Plan
+from pipecompile.ir.graph import Cost, CostedGraph, Graph, Node, Parameter, TensorSpec
+from pipecompile.ir.plan import Plan
 
 BATCH, LENGTH = 2, 128
 

@@ -15,12 +15,12 @@ from mutants_capture import Net, ids, net
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipecompile import steps
 from pipecompile.batching import SHARED, Batched, Division, Partial, Rows
 from pipecompile.batching.division import Before
 from pipecompile.batching.rules import RULES, Recount, Share, Use
 from pipecompile.capture import Captured
-from pipecompile.operators import named
+from pipecompile.ops.operators import named
+from pipecompile.runtime import steps
 
 DIVIDE = sys.modules["pipecompile.batching.divide"]
 EXPERIMENT = sys.modules["pipecompile.batching.experiment"]

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from pipecompile.capture import Captured, trace
 from pipecompile.capture.origin import origin_of
 from pipecompile.capture.values import Values
-from pipecompile.regions import PLAIN, Region
+from pipecompile.ops.regions import PLAIN, Region
 
 
 class Net(nn.Module):

@@ -13,11 +13,11 @@ from mutants_capture import Repeated, Tied, ids
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from pipecompile import steps
 from pipecompile.batching import Batched
 from pipecompile.batching.division import SHARE
-from pipecompile.program import Backward, Forward, Recv
-from pipecompile.recompute import Recomputed
+from pipecompile.ir.program import Backward, Forward, Recv
+from pipecompile.ops.recompute import Recomputed
+from pipecompile.runtime import steps
 from pipecompile.runtime.delivery import Delivered
 from pipecompile.runtime.executor import Executor
 from pipecompile.runtime.runner import Microbatch, Runner

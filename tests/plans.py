@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from hypothesis import strategies as st
 
-from pipecompile.graph import Cost, CostedGraph, Footprint, Graph, Node, Parameter, TensorSpec
-from pipecompile.plan import Channel, Plan, Tied
-from pipecompile.program import Program
+from pipecompile.ir.graph import Cost, CostedGraph, Footprint, Graph, Node, Parameter, TensorSpec
+from pipecompile.ir.plan import Channel, Plan, Tied
+from pipecompile.ir.program import Program
 
 NBYTES = 1_000_000
 

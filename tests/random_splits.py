@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 import pipecompile
 from pipecompile.errors import InfeasibleError
-from pipecompile.graph import CostedGraph, Graph
-from pipecompile.plan import Plan
-from pipecompile.program import Backward, Forward
+from pipecompile.ir.graph import CostedGraph, Graph
+from pipecompile.ir.plan import Plan
+from pipecompile.ir.program import Backward, Forward
 
 SHAPES = [(4, 3), (8, 5), (5, 4), (4, 7)]  # batch and length; 6, the width, is neither
 COUNT = int(os.environ.get("RANDOM_MODELS", "256" if LONG else "16"))  # of each test
@@ -31,7 +31,7 @@ def assert_a_split_equals_eager(seed: int, monkeypatch: pytest.MonkeyPatch, rand
     """Draws programs from a seed until one trains in eager mode, and holds its split to the unsplit model's numbers."""
     program = next(p for p in map(drawn, count(seed * 1000)) if trains(p))
     if random_plan:
-        monkeypatch.setattr("pipecompile.request.partition", _planned(seed))
+        monkeypatch.setattr("pipecompile.planning.request.partition", _planned(seed))
     error = failure(program)
     if error is not None:
         smallest = shrunk(program, lambda p: trains(p) and type(failure(p)) is type(error))

@@ -12,7 +12,7 @@ from torch._dynamo.source import ConstantSource
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from pipecompile.capture import Captured, capture, patches, read_call, summarize
-from pipecompile.capture.symbols import Shapes
+from pipecompile.ops.symbols import Shapes
 
 
 def captured(model: Model) -> Captured:

@@ -10,14 +10,14 @@ from random import Random
 import pytest
 from plans import layers
 
-from pipecompile.cluster import Cluster, Device, Link, Pair
-from pipecompile.graph import TensorSpec
+from pipecompile.ir.cluster import Cluster, Device, Link, Pair
+from pipecompile.ir.graph import TensorSpec
+from pipecompile.ir.plan import Channel, Plan, Tied
 from pipecompile.partition import assign
-from pipecompile.plan import Channel, Plan, Tied
-from pipecompile.planning import make_plan
-from pipecompile.request import Request
+from pipecompile.planning.planning import make_plan
+from pipecompile.planning.request import Request
+from pipecompile.planning.workload import Workload
 from pipecompile.schedule import one_f_one_b
-from pipecompile.workload import Workload
 
 NEAR, FAR = Link(100.0, 0.01), Link(10.0, 0.1)
 

@@ -11,7 +11,7 @@ from oracle import assert_same, step
 from torch import Tensor, nn
 
 import pipecompile
-from pipecompile.batching.kinds import Batched
+from pipecompile.batching.rules.kinds import Batched
 from pipecompile.batching.rules.shaping import reshaped
 from pipecompile.errors import CaptureError, ExecutionError
 

@@ -3,9 +3,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from pipecompile.errors import PlanError
-from pipecompile.graph import Graph, Node, Parameter, TensorSpec
+from pipecompile.ir.graph import Graph, Node, Parameter, TensorSpec
+from pipecompile.ir.plan import Plan
 from pipecompile.partition import carry_over
-from pipecompile.plan import Plan
 
 SPEC = TensorSpec((2,), "float32", True)
 

@@ -8,7 +8,7 @@ import pytest
 from costed import gpt2
 from typer.testing import CliRunner, Result
 
-from pipecompile import cli
+from pipecompile.cli import main as cli
 from pipecompile.errors import InputError
 from pipecompile.render.formats import FORMATS
 from pipecompile.render.stage_graph import StageGraph

@@ -7,10 +7,10 @@ from itertools import product
 
 import pytest
 
-from pipecompile import accelerators
-from pipecompile.accelerators import ACCELERATORS, Roofline
-from pipecompile.cluster import Cluster, Device, Link, Pair
 from pipecompile.errors import InputError
+from pipecompile.ir import accelerators
+from pipecompile.ir.accelerators import ACCELERATORS, Roofline
+from pipecompile.ir.cluster import Cluster, Device, Link, Pair
 
 NEAR, FAR, OWN = Link(100.0), Link(10.0, latency=1.0), Link(1.0)
 

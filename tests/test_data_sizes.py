@@ -14,8 +14,8 @@ from toys import D
 
 import pipecompile
 from pipecompile.capture import Captured, capture, read_call, summarize
-from pipecompile.capture.symbols import resolve
 from pipecompile.errors import CaptureError
+from pipecompile.ops.symbols import resolve
 
 
 class Aligned(nn.Module):

@@ -22,7 +22,7 @@ from oracle import Run, assert_same, microbatched, step
 from torch import nn
 
 import pipecompile
-from pipecompile import compile_call
+from pipecompile.compiler import compile_call
 
 TIED = "the uses of a tied weight are added up stage by stage, not microbatch by microbatch"
 ROUNDED = {

@@ -12,9 +12,9 @@ import torch
 from toys import D, blocks
 
 import pipecompile
-from pipecompile.cluster import Cluster
 from pipecompile.errors import InputError
-from pipecompile.serial import Json
+from pipecompile.ir.cluster import Cluster
+from pipecompile.ir.serial import Json
 
 WRONG = [
     "", "null", "[]", "{}", "true", "NaN", "-1", '"nodes"', "[[]]", "1e999", "\ufeff{}", "\x00", '{"graph": null}',

@@ -1,69 +1,62 @@
-"""Imports point down the list of layers, and what plans knows no torch."""
+"""The package's folders are its layers: imports point down the list, no file imports itself in the end."""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import networkx as nx
 import pytest
 
 import pipecompile
 
 PACKAGE = Path(pipecompile.__file__).parent
 
-# From the bottom up; a part imports parts of lower layers only. "with torch" begins at TORCH.
-LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "serial", "accelerators", "turns"),
-    ("graph", "cluster", "quality", "wishes", "plan", "program", "timeline", "versions", "verification"),
-    ("microbatch",),
-    ("partition", "schedule", "lower", "simulate", "memory", "calibrate"),
-    ("render",),
-    ("workload",),
-    ("request",),
-    ("fitting",),
-    ("planning",),
-    ("replicate",),
-    ("operators",),
-    ("row_draws",),
-    ("lines", "regions", "functions", "custom", "names", "randomness", "retarget", "modules"),
-    ("recompute",),
-    ("capture",),
-    ("batching",),
-    ("profile", "split", "runtime"),
-    ("variations",),
-    ("devices", "options", "surroundings"),
-    ("compiled",),
-    ("captures", "report", "snapshot"),
-    ("session",),
-    ("steps",),
-    ("rehearse", "comparison", "observed"),
-    ("side_by_side",),
-    ("blame", "rounding"),
-    ("compile_call", "verify", "prove"),
-    ("pipeline",),
-    ("api",),
-    ("huggingface",),
-    ("models",),
-    ("cli",),
-    ("__main__", "__init__"),
+# From the bottom up. A folder imports itself and folders above it in this list only; errors belong to all.
+LAYERS = (
+    "ir",
+    "ops",
+    "partition/solver",
+    "partition",
+    "schedule",
+    "planning",
+    "render",
+    "capture/state",
+    "capture",
+    "batching/rules",
+    "batching",
+    "profile",
+    "runtime",
+    "compiler",
+    "verify",
+    "pipeline",
+    "api",
+    "cli",
+    "__main__",
+    "__init__",
 )
-NOUNS = LAYERS[:2]  # these import each other within a layer, in the order in which they stand
-TORCH = 10
-EXCEPTIONS = {
-    ("runtime", "split"): "reads the noun Stage",
-}
-LAYER_OF = {part: layer for layer, parts in enumerate(LAYERS) for part in parts}
+WITHOUT_TORCH = ("ir", "partition/solver", "partition", "schedule", "planning", "render")
+ROOT = ("errors", "pipeline", "api", "__main__", "__init__")  # the only files that are in no folder
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
-def part_of(file: Path) -> str:
-    """The first name below the package: ``capture`` for ``capture/trace.py``."""
-    return file.relative_to(PACKAGE).with_suffix("").parts[0]
+def module_of(file: Path) -> str:
+    """``pipecompile.capture.trace``; a package's is its ``__init__``."""
+    return ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts)
+
+
+MODULES = {module_of(file): file for file in FILES}
+
+
+def layer_of(module: str) -> str:
+    """The folder of a module, or its own name where it is in none."""
+    inner = module.split(".")[1:]
+    return "/".join(inner[:-1]) or inner[0]
 
 
 def imports(source: str) -> Iterator[str]:
-    """All modules that a source imports, anywhere in it."""
+    """All modules and names that a source imports, anywhere in it."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -72,80 +65,102 @@ def imports(source: str) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def parts_imported(source: str) -> set[str]:
-    return {name.split(".")[1] for name in imports(source) if name.startswith("pipecompile.")}
+def modules_imported(source: str) -> set[str]:
+    """The package's modules that a source imports."""
+    found = set()
+    for name in imports(source):
+        if name.split(".")[0] == "pipecompile":
+            tried = (name, name.rpartition(".")[0], f"{name}.__init__", f"{name.rpartition('.')[0]}.__init__")
+            found.add(next(module for module in tried if module in MODULES))
+    return found
 
 
-def may_import(part: str, other: str) -> bool:
-    if part == other or (part, other) in EXCEPTIONS:
-        return True
-    below, above = LAYER_OF[other], LAYER_OF[part]
-    if below == above:
-        return LAYERS[above] in NOUNS and LAYERS[above].index(other) < LAYERS[above].index(part)
-    return below < above
+def forbidden(layer: str, imported: Iterable[str]) -> list[str]:
+    """Layers that one may not import."""
+    below = {"errors", *LAYERS[: LAYERS.index(layer) + 1]} if layer != "errors" else {"errors"}
+    return sorted({layer_of(module) for module in imported} - below)
 
 
-def names(path: Path) -> str:
+def libraries(file: Path) -> set[str]:
+    """The top names of all that a file imports."""
+    return {each.split(".")[0] for each in imports(file.read_text())}
+
+
+def name(path: Path) -> str:
     return str(path.relative_to(PACKAGE))
 
 
-def test_every_file_has_a_layer() -> None:
-    assert {part_of(file) for file in FILES} == set(LAYER_OF)
+def test_every_folder_is_a_layer_and_the_root_holds_next_to_nothing() -> None:
+    found = {layer_of(module) for module in MODULES}
+    assert found == {"errors", *LAYERS}
+    assert {layer for layer in found if (PACKAGE / f"{layer}.py").exists()} == set(ROOT)
+    assert sum((PACKAGE / layer).is_dir() for layer in found) <= 16
 
 
-@pytest.mark.parametrize("file", FILES, ids=names)
-def test_imports_point_down(file: Path) -> None:
-    part = part_of(file)
-    known = {name for name in parts_imported(file.read_text()) if part != "__init__" or name in LAYER_OF}
-    assert [other for other in sorted(known) if not may_import(part, other)] == []
+def test_every_folder_says_what_it_is_for() -> None:
+    folders = [PACKAGE / layer / "__init__.py" for layer in LAYERS if (PACKAGE / layer).is_dir()]
+    assert [name(file) for file in folders if not ast.get_docstring(ast.parse(file.read_text()))] == []
 
 
-@pytest.mark.parametrize("file", [f for f in FILES if LAYER_OF[part_of(f)] < TORCH], ids=names)
-def test_what_plans_knows_no_torch(file: Path) -> None:
-    heavy = {"torch", "transformers", "torchvision", "numpy.random"}
-    assert heavy.isdisjoint(name.split(".")[0] for name in imports(file.read_text()))
+def test_imports_point_down() -> None:
+    wrong = {name(f): forbidden(layer_of(m), modules_imported(f.read_text())) for m, f in MODULES.items()}
+    assert {file: layers for file, layers in wrong.items() if layers} == {}
 
 
-def test_only_the_partition_knows_networkx_and_only_the_command_line_typer() -> None:
-    users = {"networkx": set(), "typer": set()}
-    for file in FILES:
-        for name in imports(file.read_text()):
-            if name.split(".")[0] in users:
-                users[name.split(".")[0]].add(part_of(file))
-    assert users == {"networkx": {"partition"}, "typer": {"cli"}}
+def test_no_file_imports_itself_in_the_end() -> None:
+    pairs = ((m, other) for m, f in MODULES.items() for other in modules_imported(f.read_text()))
+    graph = nx.DiGraph(pair for pair in pairs if pair[0] != pair[1])
+    inner = graph.subgraph(module for module in graph if not module.endswith("__init__"))
+    assert len(inner) > 100
+    assert list(nx.simple_cycles(inner)) == []
 
 
-def test_transformers_is_imported_where_it_is_optional_alone() -> None:
-    users = {part_of(file) for file in FILES for name in imports(file.read_text()) if name.startswith("transformers")}
-    assert users == {"huggingface"}
-
-
-def test_every_exception_is_in_use() -> None:
-    used = {(part_of(file), other) for file in FILES for other in parts_imported(file.read_text())}
-    assert used >= EXCEPTIONS.keys()
+def test_what_plans_knows_no_torch() -> None:
+    heavy = {"torch", "transformers", "torchvision"}
+    light = {"errors", *WITHOUT_TORCH}
+    for module, file in MODULES.items():
+        if layer_of(module) in light:
+            assert heavy.isdisjoint(libraries(file)), name(file)
+            assert {layer_of(other) for other in modules_imported(file.read_text())} <= light, name(file)
 
 
 @pytest.mark.parametrize(
-    ("part", "line"),
+    ("library", "layers"),
     [
-        ("graph", "from pipecompile.plan import Plan"),
-        ("lower", "from pipecompile.simulate import simulate"),
-        ("simulate", "def late():\n    import pipecompile.partition"),
-        ("split", "from pipecompile.profile import profile"),
-        ("capture", "from pipecompile.compiled import Compiled"),
-        ("errors", "from pipecompile import graph"),
+        ("networkx", {"partition/solver"}),
+        ("typer", {"cli"}),
+        ("transformers", {"cli"}),
     ],
 )
-def test_a_forbidden_import_would_show(part: str, line: str) -> None:
-    assert [other for other in parts_imported(line) if not may_import(part, other)]
+def test_a_library_is_known_in_its_place_alone(library: str, layers: set[str]) -> None:
+    assert {layer_of(module) for module, file in MODULES.items() if library in libraries(file)} == layers
+
+
+def test_transformers_is_imported_by_one_file() -> None:
+    assert [name(file) for file in FILES if "transformers" in libraries(file)] == ["cli/huggingface.py"]
+
+
+@pytest.mark.parametrize(
+    ("layer", "line"),
+    [
+        ("ir", "from pipecompile.planning.planning import make_plan"),
+        ("schedule", "def late():\n    import pipecompile.planning.fitting"),
+        ("runtime", "from pipecompile.compiler.options import Options"),
+        ("capture", "from pipecompile.runtime.compiled import Compiled"),
+        ("capture/state", "from pipecompile.capture import Captured"),
+        ("errors", "from pipecompile.ir import graph"),
+    ],
+)
+def test_a_forbidden_import_would_show(layer: str, line: str) -> None:
+    assert forbidden(layer, modules_imported(line))
 
 
 def test_the_public_names_are_ten_or_fewer_and_exist() -> None:
     assert 0 < len(pipecompile.__all__) <= 10
     assert sorted(pipecompile.__all__, key=str.lower) == sorted(set(pipecompile.__all__), key=str.lower)
-    assert all(hasattr(pipecompile, name) for name in pipecompile.__all__)
+    assert all(hasattr(pipecompile, each) for each in pipecompile.__all__)
 
 
 def test_public_names_are_imported_from_their_own_files() -> None:
-    homes = {name: getattr(pipecompile, name).__module__ for name in pipecompile.__all__}
+    homes = {each: getattr(pipecompile, each).__module__ for each in pipecompile.__all__}
     assert all(home.startswith("pipecompile.") for home in homes.values()), homes

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import pipecompile
-from pipecompile.cluster import HANDED_OVER, SOME_LINK, Cluster, Link
-from pipecompile.devices import cluster_of
+from pipecompile.compiler.devices import cluster_of
+from pipecompile.ir.cluster import HANDED_OVER, SOME_LINK, Cluster, Link
 from pipecompile.profile import with_measured_links
 from pipecompile.profile.links import SIZES, copy_seconds
 

@@ -6,9 +6,8 @@ from hypothesis import strategies as st
 from plans import SHAPES, costs, dag, plans, rows, units
 
 from pipecompile.errors import ProgramError
-from pipecompile.lower import lower
-from pipecompile.plan import Plan, Tied
-from pipecompile.program import Instruction, Program, Recv, Send, dependencies, linearize, parse, reads
+from pipecompile.ir.plan import Plan, Tied
+from pipecompile.ir.program import Instruction, Program, Recv, Send, dependencies, linearize, parse, reads
 from pipecompile.schedule import (
     SCHEDULES,
     backward_only,
@@ -19,7 +18,8 @@ from pipecompile.schedule import (
     one_f_one_b,
     pipedream,
 )
-from pipecompile.simulate import simulate
+from pipecompile.schedule.lower import lower
+from pipecompile.schedule.simulate import simulate
 
 
 def lowered(program: Program, forward: float = 1.0, backward: float = 2.0) -> Program:

@@ -13,10 +13,10 @@ from long import LONG
 from torch import Tensor, nn
 
 import pipecompile
-from pipecompile.cluster import Cluster, Device
-from pipecompile.graph import Cost, CostedGraph, Footprint, Graph, Node, Parameter, TensorSpec
-from pipecompile.memory import Bytes, Memory, memory
-from pipecompile.plan import Plan
+from pipecompile.ir.cluster import Cluster, Device
+from pipecompile.ir.graph import Cost, CostedGraph, Footprint, Graph, Node, Parameter, TensorSpec
+from pipecompile.ir.plan import Plan
+from pipecompile.planning.memory import Bytes, Memory, memory
 from pipecompile.profile import optimizer_state
 from pipecompile.schedule import gpipe, one_f_one_b, steady
 

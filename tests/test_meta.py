@@ -10,7 +10,7 @@ import transformers
 
 import pipecompile
 from pipecompile.errors import InputError
-from pipecompile.plan import members
+from pipecompile.ir.plan import members
 
 GIB = 2**30
 LAYERS, STAGES = 8, 4

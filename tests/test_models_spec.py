@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipecompile.cli.models import load
 from pipecompile.errors import InputError
-from pipecompile.models import load
 
 GOOD = """
 import torch
@@ -186,7 +186,7 @@ def test_directory_without_a_config_is_told(tmp_path):
 
 
 def test_missing_transformers_is_told_with_the_command_to_install_it(monkeypatch):
-    monkeypatch.delitem(sys.modules, "pipecompile.huggingface", raising=False)
+    monkeypatch.delitem(sys.modules, "pipecompile.cli.huggingface", raising=False)
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(InputError, match=r"hf: needs transformers .* pip install 'pipecompile\[hf\]'"):
         load("hf:gpt2")

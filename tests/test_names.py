@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from toys import D, blocks
 from trained import WAYS, assert_trains_alike, floats
 
-from pipecompile.names import in_code
+from pipecompile.ops.names import in_code
 
 NAMES = [
     "it's", 'a "word"', "back\\slash", "line\nend", "a space", "class", "None", "lambda", "0", "1st", "-", "{x}", "%s",

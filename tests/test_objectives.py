@@ -13,17 +13,17 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import pipecompile
-from pipecompile.cli import app
-from pipecompile.cluster import Cluster, Device, Link
+from pipecompile.cli.main import app
 from pipecompile.errors import InputError
-from pipecompile.graph import Cost, CostedGraph, Graph, Node, TensorSpec
+from pipecompile.ir.cluster import Cluster, Device, Link
+from pipecompile.ir.graph import Cost, CostedGraph, Graph, Node, TensorSpec
+from pipecompile.ir.plan import Plan
 from pipecompile.partition import partition
-from pipecompile.plan import Plan
-from pipecompile.planning import make_plan
-from pipecompile.replicate import with_best_replicas
-from pipecompile.request import Request
+from pipecompile.planning.planning import make_plan
+from pipecompile.planning.replicate import with_best_replicas
+from pipecompile.planning.request import Request
+from pipecompile.planning.workload import Workload
 from pipecompile.schedule import SCHEDULES
-from pipecompile.workload import Workload
 
 LINK = Link(bandwidth=1.0)  # a byte a second
 

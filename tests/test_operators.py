@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import pipecompile
 from pipecompile.batching.rules import RULES
 from pipecompile.errors import CaptureError
-from pipecompile.operators import function_of, is_opaque, named
-from pipecompile.randomness import draws, is_dropout
+from pipecompile.ops.operators import function_of, is_opaque, named
+from pipecompile.ops.randomness import draws, is_dropout
 
 WIDTH = 6
 NAMES = sorted({name for name, _ in RULES.values() if not iskeyword(name)})

@@ -8,25 +8,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from long import LONG
 
-from pipecompile.cluster import Cluster, Device, Link, Pair
 from pipecompile.errors import InfeasibleError, PlanError
-from pipecompile.graph import Cost, CostedGraph, Graph, Node, Parameter, TensorSpec
-from pipecompile.partition import partition, solve
-from pipecompile.partition.anneal import _Walk, annealed
-from pipecompile.partition.bound import stage_bound
-from pipecompile.partition.coarsen import lossless, lossy
-from pipecompile.partition.contract import contract
+from pipecompile.ir.cluster import Cluster, Device, Link, Pair
+from pipecompile.ir.graph import Cost, CostedGraph, Graph, Node, Parameter, TensorSpec
+from pipecompile.ir.plan import Plan
+from pipecompile.partition import partition
 from pipecompile.partition.costed import problem_of
-from pipecompile.partition.cuts import closed_cut
-from pipecompile.partition.deadline import NEVER
-from pipecompile.partition.enumerate import closed_sets
-from pipecompile.partition.evaluate import bottleneck, check, stage_loads
-from pipecompile.partition.interval import best_intervals
-from pipecompile.partition.orders import orders
-from pipecompile.partition.problem import Net, Problem, Seat
-from pipecompile.partition.window import Side, Window, narrowed
-from pipecompile.partition.zoom import near_boundaries
-from pipecompile.plan import Plan
+from pipecompile.partition.solver import solve
+from pipecompile.partition.solver.anneal import _Walk, annealed
+from pipecompile.partition.solver.bound import stage_bound
+from pipecompile.partition.solver.coarsen import lossless, lossy
+from pipecompile.partition.solver.contract import contract
+from pipecompile.partition.solver.cuts import closed_cut
+from pipecompile.partition.solver.deadline import NEVER
+from pipecompile.partition.solver.enumerate import closed_sets
+from pipecompile.partition.solver.evaluate import bottleneck, check, stage_loads
+from pipecompile.partition.solver.interval import best_intervals
+from pipecompile.partition.solver.orders import orders
+from pipecompile.partition.solver.problem import Net, Problem, Seat
+from pipecompile.partition.solver.window import Side, Window, narrowed
+from pipecompile.partition.solver.zoom import near_boundaries
 
 FREE = Link(bandwidth=1e30)
 

@@ -9,8 +9,8 @@ import pytest
 from exhaustive import Case, drawn, least_load, link_factors, load
 
 from pipecompile.errors import InfeasibleError
+from pipecompile.ir.plan import Plan
 from pipecompile.partition import partition
-from pipecompile.plan import Plan
 
 COUNT = int(os.environ.get("RANDOM_GRAPHS", "400"))
 PARTS = 8

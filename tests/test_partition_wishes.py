@@ -4,16 +4,17 @@ from random import Random
 
 import pytest
 
-from pipecompile.cluster import Cluster, Device
 from pipecompile.errors import InfeasibleError, InputError, PlanError
-from pipecompile.graph import Cost, CostedGraph, Graph, Node, TensorSpec
-from pipecompile.partition import partition, solve
-from pipecompile.partition.contract import contract
-from pipecompile.partition.evaluate import check
-from pipecompile.partition.problem import Net, Problem, Seat
-from pipecompile.plan import Plan
-from pipecompile.quality import Quality
-from pipecompile.wishes import Wishes
+from pipecompile.ir.cluster import Cluster, Device
+from pipecompile.ir.graph import Cost, CostedGraph, Graph, Node, TensorSpec
+from pipecompile.ir.plan import Plan
+from pipecompile.ir.quality import Quality
+from pipecompile.ir.wishes import Wishes
+from pipecompile.partition import partition
+from pipecompile.partition.solver import solve
+from pipecompile.partition.solver.contract import contract
+from pipecompile.partition.solver.evaluate import check
+from pipecompile.partition.solver.problem import Net, Problem, Seat
 
 SPEC = TensorSpec((1,), "float32", True)
 

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 import pipecompile
-from pipecompile.calibrate import Times, corrected, stage_times
-from pipecompile.cluster import Cluster, Device
 from pipecompile.errors import InfeasibleError, InputError, PlanError
-from pipecompile.graph import Cost, CostedGraph
-from pipecompile.plan import stage_costs
-from pipecompile.program import Backward, Forward
-from pipecompile.timeline import Span, Timeline
+from pipecompile.ir.cluster import Cluster, Device
+from pipecompile.ir.graph import Cost, CostedGraph
+from pipecompile.ir.plan import stage_costs
+from pipecompile.ir.program import Backward, Forward
+from pipecompile.ir.timeline import Span, Timeline
+from pipecompile.planning.calibrate import Times, corrected, stage_times
 
 WIDTH = 48
 

@@ -13,10 +13,10 @@ from models import MODELS
 from torch import Tensor, nn
 from toys import D, blocks
 
-from pipecompile.accelerators import Roofline
 from pipecompile.capture import Captured, capture, read_call, summarize
 from pipecompile.errors import PipecompileError
-from pipecompile.graph import Cost, CostedGraph
+from pipecompile.ir.accelerators import Roofline
+from pipecompile.ir.graph import Cost, CostedGraph
 from pipecompile.profile import profile
 
 module = importlib.import_module("pipecompile.profile.profile")

@@ -17,9 +17,10 @@ from torch.nn import functional as F
 from toys import D, blocks, mean_square
 
 import pipecompile
-from pipecompile import prove, steps
 from pipecompile.errors import ExactnessError, InputError
-from pipecompile.side_by_side import Trial
+from pipecompile.runtime import steps
+from pipecompile.verify import prove
+from pipecompile.verify.side_by_side import Trial
 
 CPU = ["cpu", "cpu"]
 
@@ -275,7 +276,7 @@ class _Later:
 
 
 def _is_comparing() -> bool:
-    from pipecompile.randomness import is_alike
+    from pipecompile.ops.randomness import is_alike
 
     return is_alike()
 

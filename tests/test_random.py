@@ -6,7 +6,7 @@ import pytest
 from random_models import drawn
 from random_splits import COUNT, assert_a_split_equals_eager
 
-from pipecompile import steps
+from pipecompile.runtime import steps
 
 
 @pytest.mark.parametrize("seed", range(COUNT))

@@ -18,18 +18,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pipecompile
-from pipecompile import rehearse
-from pipecompile.calibrate import Times
-from pipecompile.cluster import Cluster
+from pipecompile.compiler import rehearse
 from pipecompile.errors import ExecutionError, PlanError
-from pipecompile.graph import Cost, CostedGraph
-from pipecompile.plan import Plan, stage_costs
-from pipecompile.planning import make_plan
-from pipecompile.program import Backward, Forward
+from pipecompile.ir.cluster import Cluster
+from pipecompile.ir.graph import Cost, CostedGraph
+from pipecompile.ir.plan import Plan, stage_costs
+from pipecompile.ir.program import Backward, Forward
+from pipecompile.ir.versions import versions
+from pipecompile.planning.calibrate import Times
+from pipecompile.planning.planning import make_plan
+from pipecompile.runtime.session import Session
+from pipecompile.runtime.steps import Batch
 from pipecompile.schedule import SCHEDULES
-from pipecompile.session import Session
-from pipecompile.steps import Batch
-from pipecompile.versions import versions
 
 WIDTH, ROWS = 12, 24
 Truth = dict[str, float]
@@ -369,7 +369,7 @@ def test_where_no_other_plan_is_found_the_rehearsed_one_is_taken(monkeypatch: py
         plans.append(make_plan(*args))
         return plans[0]
 
-    monkeypatch.setattr("pipecompile.compile_call.make_plan", make)
+    monkeypatch.setattr("pipecompile.compiler.compile_call.make_plan", make)
     pipe = compiled(Deep())
     assert pipe.plan.stage_of == plans[0].stage_of
     assert is_rehearsed(pipe)

@@ -7,8 +7,9 @@ import pytest
 from costed import Builder, by_time, gpt2, unet
 from rich.console import Console
 
-from pipecompile.graph import Cost, CostedGraph
-from pipecompile.plan import Plan, with_replicas
+from pipecompile.ir.graph import Cost, CostedGraph
+from pipecompile.ir.plan import Plan, with_replicas
+from pipecompile.ir.units import bytes_text, count_text, seconds_text
 from pipecompile.render.formats import FORMATS
 from pipecompile.render.labels import stage_lines
 from pipecompile.render.layout import Rect, layout
@@ -16,7 +17,6 @@ from pipecompile.render.modules import MOST_BOXES
 from pipecompile.render.paths import Names
 from pipecompile.render.stage_graph import StageGraph, stage_graph
 from pipecompile.render.table import table
-from pipecompile.render.units import bytes_text, count_text, seconds_text
 
 HOSTILE = "</script><script>alert('x')</script>\"&]]>\\ \x00`--> ; end\n%%{init}%% 😀"
 SVG = "{http://www.w3.org/2000/svg}"

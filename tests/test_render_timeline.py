@@ -6,17 +6,17 @@ from hypothesis import strategies as st
 from plans import NBYTES, costs, plans, units
 from rich.text import Text
 
-from pipecompile.cluster import Cluster, Link
-from pipecompile.graph import Cost
-from pipecompile.lower import lower
-from pipecompile.plan import Plan
-from pipecompile.program import Forward
+from pipecompile.ir.cluster import Cluster, Link
+from pipecompile.ir.graph import Cost
+from pipecompile.ir.plan import Plan
+from pipecompile.ir.program import Forward
+from pipecompile.ir.timeline import Span, Timeline
+from pipecompile.ir.units import bytes_text, seconds_text
 from pipecompile.render.cells import SHADES, ticks
 from pipecompile.render.timeline import timeline_svg, timeline_text
-from pipecompile.render.units import bytes_text, seconds_text
 from pipecompile.schedule import gpipe, one_f_one_b, pipedream, sequential
-from pipecompile.simulate import simulate
-from pipecompile.timeline import Span, Timeline
+from pipecompile.schedule.lower import lower
+from pipecompile.schedule.simulate import simulate
 
 PAIR = simulate(one_f_one_b(Plan.chain(2), 3), [Cost(1.0, 2.0)] * 2)
 

@@ -18,21 +18,21 @@ from torch import Tensor, nn
 from toys import D, SkipToLoss, blocks, mean_square
 
 import pipecompile
-from pipecompile.cluster import Cluster, Device, Link
 from pipecompile.errors import InfeasibleError, InputError, PlanError, ProgramError
-from pipecompile.graph import Cost, TensorSpec
-from pipecompile.lower import lower
-from pipecompile.memory import memory
+from pipecompile.ir.cluster import Cluster, Device, Link
+from pipecompile.ir.graph import Cost, TensorSpec
+from pipecompile.ir.plan import Channel, Plan, Tied, with_replicas
+from pipecompile.ir.program import Backward, Forward, Program, dependencies, linearize
+from pipecompile.ir.versions import versions
 from pipecompile.partition import Step, deals, partition
-from pipecompile.plan import Channel, Plan, Tied, with_replicas
-from pipecompile.planning import make_plan
-from pipecompile.program import Backward, Forward, Program, dependencies, linearize
-from pipecompile.replicate import MOST_DEVICES, with_best_replicas
-from pipecompile.request import Request
+from pipecompile.planning.memory import memory
+from pipecompile.planning.planning import make_plan
+from pipecompile.planning.replicate import MOST_DEVICES, with_best_replicas
+from pipecompile.planning.request import Request
+from pipecompile.planning.workload import Workload
 from pipecompile.schedule import SCHEDULES, backward_only, forward_only, gpipe, one_f_one_b, pipedream
-from pipecompile.simulate import simulate
-from pipecompile.versions import versions
-from pipecompile.workload import Workload
+from pipecompile.schedule.lower import lower
+from pipecompile.schedule.simulate import simulate
 
 NAMES = (  # of all sorts: tied weights, towers, buffers, values that are read late, outputs of several stages
     "gpt2", "unet", "two_towers", "dict_in_out", "tied_thrice", "used_twice", "buffers_in_place", "in_place_views",

@@ -16,8 +16,8 @@ from toys import D, blocks, mean_square
 
 import pipecompile
 from pipecompile.errors import ExecutionError
-from pipecompile.plan import Plan
-from pipecompile.program import Forward, Recv, Send
+from pipecompile.ir.plan import Plan
+from pipecompile.ir.program import Forward, Recv, Send
 from pipecompile.runtime import Lane, LocalTransport, Weights
 from pipecompile.runtime.transport import Aborted
 

@@ -8,9 +8,8 @@ from plans import SHAPES, branches, costs, dag, plans, rows, stage_row, units
 from torch.distributed.pipelining import schedules as torch_schedules
 
 from pipecompile.errors import InputError, PlanError, ProgramError
-from pipecompile.lower import lower
-from pipecompile.plan import Plan, Tied
-from pipecompile.program import Backward, Forward, Program, Recv, Reduce, Step
+from pipecompile.ir.plan import Plan, Tied
+from pipecompile.ir.program import Backward, Forward, Program, Recv, Reduce, Step
 from pipecompile.schedule import (
     ASYNCHRONOUS,
     SCHEDULES,
@@ -23,7 +22,8 @@ from pipecompile.schedule import (
     pipedream,
     sequential,
 )
-from pipecompile.simulate import simulate
+from pipecompile.schedule.lower import lower
+from pipecompile.schedule.simulate import simulate
 
 every = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 

@@ -8,15 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from plans import NBYTES, SHAPES, branches, costs, dag, plans, unet, units
 
-from pipecompile.cluster import Cluster, Device, Link
 from pipecompile.errors import DeadlockError, InputError
-from pipecompile.graph import Cost
-from pipecompile.lower import lower
-from pipecompile.plan import Plan
-from pipecompile.program import Program, Recv, Send, parse, reads
+from pipecompile.ir.cluster import Cluster, Device, Link
+from pipecompile.ir.graph import Cost
+from pipecompile.ir.plan import Plan
+from pipecompile.ir.program import Program, Recv, Send, parse, reads
+from pipecompile.ir.timeline import Span
 from pipecompile.schedule import SCHEDULES, forward_only, gpipe, one_f_one_b, pipedream, sequential
-from pipecompile.simulate import simulate
-from pipecompile.timeline import Span
+from pipecompile.schedule.lower import lower
+from pipecompile.schedule.simulate import simulate
 
 SIZES = [(1, 1), (2, 3), (4, 4), (4, 8), (8, 32)]
 

@@ -22,13 +22,13 @@ from torch.func import functional_call
 from toys import D, blocks
 
 from pipecompile.capture import Captured, capture, read_call, summarize
-from pipecompile.cluster import Cluster
 from pipecompile.errors import PlanError
-from pipecompile.graph import Graph
+from pipecompile.ir.cluster import Cluster
+from pipecompile.ir.graph import Graph
+from pipecompile.ir.plan import Plan, members
 from pipecompile.partition import partition
-from pipecompile.plan import Plan, members
 from pipecompile.profile import profile
-from pipecompile.split import Stage, split
+from pipecompile.runtime.split import Stage, split
 
 CPU = torch.device("cpu")
 

@@ -5,10 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from plans import branches, plans, rows, unet
 
-from pipecompile.plan import Plan
-from pipecompile.program import Backward, Forward, Program, Step, linearize
+from pipecompile.ir.plan import Plan
+from pipecompile.ir.program import Backward, Forward, Program, Step, linearize
+from pipecompile.ir.versions import Versions, versions
 from pipecompile.schedule import SCHEDULES, backward_only, carried_after, drain, gpipe, one_f_one_b, pipedream
-from pipecompile.versions import Versions, versions
 
 
 def used(found: Versions, stage: int) -> list[int]:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import pipecompile
-from pipecompile.cli import app
+from pipecompile.cli.main import app
 from pipecompile.errors import InfeasibleError, InputError
-from pipecompile.plan import members
+from pipecompile.ir.plan import members
 
 
 class Tower(nn.Module):

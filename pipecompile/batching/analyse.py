@@ -11,18 +11,18 @@ import torch.fx as fx
 from torch import Tensor
 
 from pipecompile.batching.experiment import Experiment
-from pipecompile.batching.kinds import SHARED, Batched, Kind, Mixed, Partial, Shared, is_mixed
 from pipecompile.batching.rules import RULES, Answer, Edit, Edited, Use, WholeArgument
+from pipecompile.batching.rules.kinds import SHARED, Batched, Kind, Mixed, Partial, Shared, is_mixed
 from pipecompile.batching.rules.numbers import counts_samples
+from pipecompile.batching.rules.scale import Scale
 from pipecompile.batching.samples import Samples
-from pipecompile.batching.scale import Scale
 from pipecompile.capture import Captured
 from pipecompile.capture.ancestors import ancestors
 from pipecompile.capture.origin import origin_of
 from pipecompile.capture.purity import has_effect, name_of
 from pipecompile.errors import InputError
-from pipecompile.functions import number
-from pipecompile.operators import function_of, is_opaque
+from pipecompile.ops.functions import number
+from pipecompile.ops.operators import function_of, is_opaque
 
 
 @dataclass(frozen=True)

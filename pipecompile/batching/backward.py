@@ -15,7 +15,7 @@ import torch.fx as fx
 from torch import Tensor
 
 from pipecompile.batching.bench import Bench
-from pipecompile.batching.kinds import SHARED, Batched, Kind
+from pipecompile.batching.rules.kinds import SHARED, Batched, Kind
 from pipecompile.batching.samples import Samples, around, by_rows, same_entries, same_rows
 
 LEAST = 1e-2  # what counts as the largest entry of a gradient that is next to nothing

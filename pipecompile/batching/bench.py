@@ -15,7 +15,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from pipecompile.capture import Captured
 from pipecompile.capture.evaluate import Evaluator
 from pipecompile.capture.leaves import Leaf
-from pipecompile.randomness import undropped
+from pipecompile.ops.randomness import undropped
 
 
 class Bench:

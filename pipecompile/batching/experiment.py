@@ -20,7 +20,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from pipecompile.batching.backward import Backward
-from pipecompile.batching.kinds import SHARED, Batched, Kind, Mixed, Shared
+from pipecompile.batching.rules.kinds import SHARED, Batched, Kind, Mixed, Shared
 from pipecompile.batching.rules.numbers import counts_samples
 from pipecompile.batching.samples import Samples, same_rows
 from pipecompile.capture.origin import origin_of

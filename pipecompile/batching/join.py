@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pipecompile.batching.kinds import Batched, Kind, Partial, Shared
 from pipecompile.batching.rows import Rows
+from pipecompile.batching.rules.kinds import Batched, Kind, Partial, Shared
 from pipecompile.errors import InputError
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from pipecompile.batching.bench import Bench
-from pipecompile.batching.kinds import SHARED, Batched, Kind, Mixed
-from pipecompile.batching.scale import UNKNOWN, Scale
+from pipecompile.batching.rules.kinds import SHARED, Batched, Kind, Mixed
+from pipecompile.batching.rules.scale import UNKNOWN, Scale
 from pipecompile.capture import Captured
 
 TOLERANCE = 1e3  # roundings of the result's largest entry that another order of additions may leave

@@ -23,7 +23,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from pipecompile.functions import after
+from pipecompile.ops.functions import after
 
 
 def storage_key(tensor: Tensor) -> int | None:

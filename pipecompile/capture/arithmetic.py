@@ -15,7 +15,7 @@ from typing import Any
 
 from torch.fx.experimental.sym_node import SymNode
 
-from pipecompile.capture.symbols import Shapes
+from pipecompile.ops.symbols import Shapes
 
 _OF_TWO = (
     "add", "sub", "mul", "mod", "int_floordiv", "int_truediv", "float_truediv", "float_pow", "pow_by_natural",

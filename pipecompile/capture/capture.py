@@ -14,12 +14,12 @@ from torch.nn.parameter import is_lazy
 from pipecompile.capture.captured import Captured
 from pipecompile.capture.innermost import Part, next_whole
 from pipecompile.capture.inputs import Call
-from pipecompile.capture.quiet import not_collecting, quiet
-from pipecompile.capture.reach import Reach, reach_of
 from pipecompile.capture.recorder import DATA_DEPENDENT, NeedsOperations
+from pipecompile.capture.state.quiet import not_collecting, quiet
+from pipecompile.capture.state.reach import Reach, reach_of
 from pipecompile.capture.trace import NeedsNumbers, Trace
+from pipecompile.capture.turns import CAPTURING
 from pipecompile.errors import CaptureError, InputError, ReentryError
-from pipecompile.turns import CAPTURING
 
 SYMBOLIC_ATTEMPTS = ("batch and lengths", "lengths", "batch", "nothing")  # what is symbolic, widest first
 Errors = tuple[type[Exception], ...]

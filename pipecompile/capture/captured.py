@@ -13,13 +13,14 @@ import torch.fx as fx
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from pipecompile.capture.attributes import Attributes, Update
 from pipecompile.capture.inputs import Call
 from pipecompile.capture.leaves import FunctionLeaf, Leaf, LeafCall, attribute_of
 from pipecompile.capture.recomputed import repeatable
-from pipecompile.capture.symbols import resolve
-from pipecompile.capture.values import same, settled
+from pipecompile.capture.state.attributes import Attributes, Update
+from pipecompile.capture.state.imprints import same
+from pipecompile.capture.values import settled
 from pipecompile.errors import DependsOnData
+from pipecompile.ops.symbols import resolve
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ import torch.fx as fx
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from pipecompile.capture.symbols import resolve
+from pipecompile.ops.symbols import resolve
 
 
 def largest_sizes(graph: fx.Graph, sizes: Mapping[sympy.Symbol, int]) -> dict[sympy.Symbol, int]:

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipecompile.capture.aliases import storage_key
 from pipecompile.errors import DependsOnData
-from pipecompile.operators import function_of, named
+from pipecompile.ops.operators import function_of, named
 
 _COMPRESSED = named("""
     sparse_compressed_tensor _sparse_compressed_tensor_unsafe _to_sparse_csr _to_sparse_csc _to_sparse_bsr

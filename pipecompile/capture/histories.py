@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from pipecompile.capture.aliases import storage_key
-from pipecompile.capture.calls import is_real
+from pipecompile.ops.calls import is_real
 
 
 class Histories:

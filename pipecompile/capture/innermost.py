@@ -15,7 +15,7 @@ from types import FrameType, FunctionType
 from pipecompile.capture.hidden import hides_tensors
 from pipecompile.capture.intercept import function_of, intercepted_by
 from pipecompile.capture.patches import runs_a_module
-from pipecompile.lines import is_library, short
+from pipecompile.ops.lines import is_library, short
 
 Part = str | FunctionType  # a module's path, or a function
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from pipecompile.capture.captured import Captured, Output
-from pipecompile.capture.symbols import resolve
+from pipecompile.ops.symbols import resolve
 
 
 def with_batch_dims(captured: Captured, whole: Callable[[], Captured]) -> Captured:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from pipecompile.capture.aliases import storage_key
-from pipecompile.capture.attributes import MISSING, NOT_PLAIN, TORCHS_OWN, frozen
 from pipecompile.capture.effects import Effects
 from pipecompile.capture.evaluate import Evaluator
 from pipecompile.capture.leaves import LeafCall, copy_of
+from pipecompile.capture.state.attributes import MISSING, NOT_PLAIN, TORCHS_OWN, frozen
 from pipecompile.errors import CaptureError, DependsOnData
 
 

@@ -21,11 +21,11 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from pipecompile.capture.aliases import storage_key
-from pipecompile.capture.calls import version
 from pipecompile.errors import DependsOnData, ExecutionError
-from pipecompile.modules import called_bare
-from pipecompile.randomness import compared
-from pipecompile.retarget import retarget
+from pipecompile.ops.calls import version
+from pipecompile.ops.modules import called_bare
+from pipecompile.ops.randomness import compared
+from pipecompile.ops.retarget import retarget
 
 CHANGING = (Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
 

@@ -37,9 +37,9 @@ from pipecompile.capture.intercept import intercepted
 from pipecompile.capture.lengths import symbolic_lengths
 from pipecompile.capture.recorder import Recorder
 from pipecompile.capture.scripted import as_python
-from pipecompile.custom import APPLY, Applied
 from pipecompile.errors import CaptureError, DependsOnData
-from pipecompile.retarget import same_device
+from pipecompile.ops.custom import APPLY, Applied
+from pipecompile.ops.retarget import same_device
 
 SWAP: Any = torch.utils.swap_tensors
 

@@ -7,10 +7,10 @@ import torch.fx as fx
 from torch import Tensor
 
 from pipecompile.capture.origin import origin_of
-from pipecompile.custom import custom_of
-from pipecompile.functions import number
-from pipecompile.operators import function_of, is_opaque, named
-from pipecompile.randomness import draws
+from pipecompile.ops.custom import custom_of
+from pipecompile.ops.functions import number
+from pipecompile.ops.operators import function_of, is_opaque, named
+from pipecompile.ops.randomness import draws
 
 # Functions that do much for each byte they give: repeating them may cost more than sending.
 _PRODUCTS = named("matmul bmm mm")

@@ -13,7 +13,7 @@ import torch.fx as fx
 
 from pipecompile.capture.leaves import FunctionLeaf
 from pipecompile.capture.origin import origin_of
-from pipecompile.custom import custom_of
+from pipecompile.ops.custom import custom_of
 
 
 def recomputed(graph: fx.Graph, groups: Iterable[Sequence[str]]) -> dict[str, int]:

@@ -32,26 +32,26 @@ from torch.utils._python_dispatch import _disable_current_modes
 from pipecompile.capture.aliases import Aliases, storage_key
 from pipecompile.capture.below import Below
 from pipecompile.capture.bodies import body_of, takes_function
-from pipecompile.capture.calls import is_real, printable, silently_written, tensors_in, version
 from pipecompile.capture.effects import Effects
 from pipecompile.capture.hidden import hides_tensors
 from pipecompile.capture.histories import Histories
 from pipecompile.capture.learn import watched
 from pipecompile.capture.leaves import FunctionLeaf, LeafCall, attribute_of
-from pipecompile.capture.ledgers import without_stand_ins
-from pipecompile.capture.numbers import Argument, Number, WholeArgument, is_number
 from pipecompile.capture.origin import Origin, origin_of
-from pipecompile.capture.ran import Ran
 from pipecompile.capture.stand_ins import RECORDED, STAND_INS
-from pipecompile.capture.symbols import Sizes
+from pipecompile.capture.state.ledgers import without_stand_ins
+from pipecompile.capture.state.numbers import Argument, Number, WholeArgument, is_number
+from pipecompile.capture.state.ran import Ran
 from pipecompile.capture.values import READS, Values
-from pipecompile.custom import Applied, held
 from pipecompile.errors import CaptureError, DependsOnData
-from pipecompile.functions import hooked, setitem, with_data
-from pipecompile.lines import caller_file, is_library, user_line
-from pipecompile.names import in_code
-from pipecompile.randomness import passes
-from pipecompile.regions import PLAIN, Region
+from pipecompile.ops.calls import is_real, printable, silently_written, tensors_in, version
+from pipecompile.ops.custom import Applied, held
+from pipecompile.ops.functions import hooked, setitem, with_data
+from pipecompile.ops.lines import caller_file, is_library, user_line
+from pipecompile.ops.names import in_code
+from pipecompile.ops.randomness import passes
+from pipecompile.ops.regions import PLAIN, Region
+from pipecompile.ops.symbols import Sizes
 
 _SET_REQUIRES_GRAD = Tensor.requires_grad.__set__  # type: ignore[attr-defined]
 DETACH = {Tensor.detach, torch.detach, Tensor.data.__get__}  # type: ignore[attr-defined]

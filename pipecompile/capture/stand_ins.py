@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipecompile import functions
 from pipecompile.errors import DependsOnData
+from pipecompile.ops import functions
 
 
 def _grouped_mm(a: Tensor, b: Tensor, *, offs: Tensor | None = None, bias: Any = None, out_dtype: Any = None) -> Tensor:

@@ -14,9 +14,9 @@ from pipecompile.capture.aliases import storage_key
 from pipecompile.capture.captured import Captured
 from pipecompile.capture.origin import origin_of
 from pipecompile.capture.purity import has_effect, is_cheap, name_of
-from pipecompile.capture.symbols import resolve
-from pipecompile.graph import Graph, Node, Parameter, TensorSpec
-from pipecompile.lines import short
+from pipecompile.ir.graph import Graph, Node, Parameter, TensorSpec
+from pipecompile.ops.lines import short
+from pipecompile.ops.symbols import resolve
 
 
 def summarize(captured: Captured) -> Graph:

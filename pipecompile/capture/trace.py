@@ -19,37 +19,37 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from pipecompile.capture.aliases import storage_key
 from pipecompile.capture.ancestors import ancestors
-from pipecompile.capture.attributes import Attribute, Attributes, Update
-from pipecompile.capture.calls import is_real
 from pipecompile.capture.captured import Captured, Output, device_of, sample_sizes
 from pipecompile.capture.data_sizes import largest_sizes
 from pipecompile.capture.evaluate import META_TO_CPU, Evaluator
-from pipecompile.capture.imprints import imprint
 from pipecompile.capture.innermost import Part, name_of_part
 from pipecompile.capture.inputs import Call, TensorName, order_of
 from pipecompile.capture.learn import fake_result, learn
 from pipecompile.capture.leaves import Leaf, LeafCall, attribute_of
-from pipecompile.capture.ledgers import without_stand_ins
-from pipecompile.capture.memos import forgotten
-from pipecompile.capture.numbers import Number, is_number
 from pipecompile.capture.origin import Origin, origin_of
 from pipecompile.capture.patches import patched
-from pipecompile.capture.places import Answer, Fact
 from pipecompile.capture.purity import has_effect
-from pipecompile.capture.reach import Reach
 from pipecompile.capture.recomputed import recomputed
 from pipecompile.capture.recorder import Recorder
-from pipecompile.capture.state import Change, fake_of, fakes_of, named_tensors, with_fakes, without_caches
-from pipecompile.capture.symbols import Shapes, Sizes
+from pipecompile.capture.state.attributes import Attribute, Attributes, Update
+from pipecompile.capture.state.imprints import imprint
+from pipecompile.capture.state.ledgers import without_stand_ins
+from pipecompile.capture.state.memos import forgotten
+from pipecompile.capture.state.numbers import Number, is_number
+from pipecompile.capture.state.places import Answer, Fact
+from pipecompile.capture.state.reach import Reach
+from pipecompile.capture.state.state import Change, fake_of, fakes_of, named_tensors, with_fakes, without_caches
+from pipecompile.capture.state.undo import Noted, generators_kept
+from pipecompile.capture.state.watch import Watch
 from pipecompile.capture.trees import flatten
-from pipecompile.capture.undo import Noted, generators_kept
 from pipecompile.capture.values import Values
-from pipecompile.capture.watch import Watch
 from pipecompile.errors import CaptureError, DependsOnData, PipecompileError
-from pipecompile.functions import after, number, write_back
-from pipecompile.lines import failing_line
-from pipecompile.modules import owner_of
-from pipecompile.retarget import retarget
+from pipecompile.ops.calls import is_real
+from pipecompile.ops.functions import after, number, write_back
+from pipecompile.ops.lines import failing_line
+from pipecompile.ops.modules import owner_of
+from pipecompile.ops.retarget import retarget
+from pipecompile.ops.symbols import Shapes, Sizes
 
 
 class NeedsNumbers(Exception):

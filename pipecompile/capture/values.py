@@ -18,9 +18,10 @@ from torch import Tensor
 
 from pipecompile.capture.evaluate import Evaluator
 from pipecompile.capture.purity import is_random
+from pipecompile.capture.state.imprints import same
 from pipecompile.errors import DependsOnData
-from pipecompile.functions import number
-from pipecompile.operators import function_of, named
+from pipecompile.ops.functions import number
+from pipecompile.ops.operators import function_of, named
 
 _EXTREMES = named("max amax min amin")
 
@@ -59,12 +60,6 @@ def _is_extreme(read: fx.Node) -> bool:
         if function_of(node.target) in _EXTREMES and isinstance(value, Tensor) and value.ndim == 0:
             return True
     return False
-
-
-def same(seen: Any, expected: Any) -> bool:
-    """Whether two values that Python has read are equal: numbers, lists or arrays."""
-    equal = seen == expected
-    return bool(equal.all()) if hasattr(equal, "all") else bool(equal)
 
 
 class Read(NamedTuple):

@@ -8,10 +8,10 @@ from pipecompile.partition.costed import partition as partition
 from pipecompile.partition.costed import scored as scored
 from pipecompile.partition.deal import Step as Step
 from pipecompile.partition.deal import deals as deals
-from pipecompile.partition.problem import Net as Net
-from pipecompile.partition.problem import Problem as Problem
-from pipecompile.partition.problem import Seat as Seat
-from pipecompile.partition.solve import Solution as Solution
-from pipecompile.partition.solve import solve as solve
+from pipecompile.partition.solver.problem import Net as Net
+from pipecompile.partition.solver.problem import Problem as Problem
+from pipecompile.partition.solver.problem import Seat as Seat
+from pipecompile.partition.solver.solve import Solution as Solution
+from pipecompile.partition.solver.solve import solve as solve
 from pipecompile.partition.training import ADAM as ADAM
 from pipecompile.partition.training import Training as Training

@@ -24,9 +24,9 @@ from functools import cached_property
 from itertools import combinations
 from math import lcm
 
-from pipecompile.cluster import Cluster
-from pipecompile.plan import Plan
-from pipecompile.quality import SLACK
+from pipecompile.ir.cluster import Cluster
+from pipecompile.ir.plan import Plan
+from pipecompile.ir.quality import SLACK
 
 EXACT = 8  # devices
 

@@ -18,11 +18,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from pipecompile.errors import PlanError
-from pipecompile.graph import Graph, Node
-from pipecompile.partition.contract import contract
+from pipecompile.ir.graph import Graph, Node
+from pipecompile.ir.plan import Plan
 from pipecompile.partition.placed import Placed
-from pipecompile.partition.problem import Problem, Seat
-from pipecompile.plan import Plan
+from pipecompile.partition.solver.contract import contract
+from pipecompile.partition.solver.problem import Problem, Seat
 
 Key = tuple[str, str, int]
 

@@ -18,19 +18,19 @@ from dataclasses import replace
 from functools import partial
 from typing import Literal
 
-from pipecompile.cluster import Cluster, Link
 from pipecompile.errors import InputError, PlanError
-from pipecompile.graph import CostedGraph, Node
-from pipecompile.partition.contract import Contraction, contract
-from pipecompile.partition.evaluate import bottleneck
+from pipecompile.ir.cluster import Cluster, Link
+from pipecompile.ir.graph import CostedGraph, Node
+from pipecompile.ir.plan import Plan, with_replicas
+from pipecompile.ir.wishes import Wishes
 from pipecompile.partition.placed import Placed
-from pipecompile.partition.problem import Problem
 from pipecompile.partition.seating import Seating
-from pipecompile.partition.solve import solve
+from pipecompile.partition.solver.contract import Contraction, contract
+from pipecompile.partition.solver.evaluate import bottleneck
+from pipecompile.partition.solver.problem import Problem
+from pipecompile.partition.solver.solve import solve
 from pipecompile.partition.training import Training
 from pipecompile.partition.wished import Wished
-from pipecompile.plan import Plan, with_replicas
-from pipecompile.wishes import Wishes
 
 Objective = Literal["pace", "overlap"] | Callable[[Plan], float]
 

@@ -21,13 +21,13 @@ from math import inf
 
 import numpy as np
 
-from pipecompile.cluster import Cluster
-from pipecompile.graph import CostedGraph
-from pipecompile.partition.coarsen import lossy
+from pipecompile.ir.cluster import Cluster
+from pipecompile.ir.graph import CostedGraph
 from pipecompile.partition.costed import parameter_bytes, problem_of
-from pipecompile.partition.interval import Crossing
 from pipecompile.partition.placed import Placed
-from pipecompile.partition.problem import Floats, Problem
+from pipecompile.partition.solver.coarsen import lossy
+from pipecompile.partition.solver.interval import Crossing
+from pipecompile.partition.solver.problem import Floats, Problem
 from pipecompile.partition.training import Training
 
 MOST_ATOMS = 150

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from pipecompile.graph import Graph
+from pipecompile.ir.graph import Graph
 
 
 @dataclass(frozen=True)

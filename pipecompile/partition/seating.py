@@ -9,8 +9,8 @@ from itertools import pairwise, product
 from math import inf
 from statistics import fmean
 
-from pipecompile.cluster import Cluster, Link
-from pipecompile.partition.problem import Seat
+from pipecompile.ir.cluster import Cluster, Link
+from pipecompile.partition.solver.problem import Seat
 from pipecompile.partition.training import Training
 
 

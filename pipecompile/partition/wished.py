@@ -14,11 +14,11 @@ from difflib import get_close_matches
 from functools import cached_property
 
 from pipecompile.errors import InfeasibleError, InputError
-from pipecompile.graph import Node
-from pipecompile.partition.contract import Contraction, contract
+from pipecompile.ir.graph import Node
+from pipecompile.ir.wishes import Wishes
 from pipecompile.partition.placed import Placed
-from pipecompile.partition.problem import Seat
-from pipecompile.wishes import Wishes
+from pipecompile.partition.solver.contract import Contraction, contract
+from pipecompile.partition.solver.problem import Seat
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,8 @@ import torch.fx as fx
 from torch import Tensor, nn
 
 from pipecompile.capture.origin import origin_of
+from pipecompile.ops.regions import enter_region
 from pipecompile.profile.allocations import Allocations
-from pipecompile.regions import enter_region
 
 
 class Call:

@@ -18,7 +18,7 @@ from statistics import median
 
 import torch
 
-from pipecompile.cluster import HANDED_OVER, Cluster, Link, Pair
+from pipecompile.ir.cluster import HANDED_OVER, Cluster, Link, Pair
 from pipecompile.profile.meters import Clock
 
 Copy = Callable[[torch.device, torch.device, int], float]  # seconds to copy so many bytes from one device to another

@@ -6,13 +6,13 @@ from datetime import UTC, datetime
 
 import torch
 
-from pipecompile.accelerators import ACCELERATORS, Roofline
 from pipecompile.capture import Captured
 from pipecompile.errors import InputError
-from pipecompile.graph import Cost, CostedGraph, Footprint, Graph, Setting
+from pipecompile.ir.accelerators import ACCELERATORS, Roofline
+from pipecompile.ir.graph import Cost, CostedGraph, Footprint, Graph, Setting
+from pipecompile.ops.retarget import threads_of
 from pipecompile.profile.meters import Clock, Counter, How, Meter
 from pipecompile.profile.walk import Walk
-from pipecompile.retarget import threads_of
 
 DEFAULT = "A100-40GB"  # whose roofline a model on the meta device is counted over, where no device is named
 

@@ -13,18 +13,18 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from pipecompile.accelerators import ACCELERATORS
 from pipecompile.capture import Captured
 from pipecompile.capture.leaves import FunctionLeaf
 from pipecompile.capture.origin import origin_of
 from pipecompile.capture.recorder import DATA_DEPENDENT
 from pipecompile.capture.stand_ins import STAND_INS
-from pipecompile.capture.symbols import resolve
 from pipecompile.errors import ExecutionError
-from pipecompile.graph import Cost, Footprint
+from pipecompile.ir.accelerators import ACCELERATORS
+from pipecompile.ir.graph import Cost, Footprint
+from pipecompile.ops.retarget import retarget
+from pipecompile.ops.symbols import resolve
 from pipecompile.profile.call import Call, as_recorded, described, map_tensors, tensors_of
 from pipecompile.profile.meters import UNKNOWN_BACKWARD, Counter, Meter
-from pipecompile.retarget import retarget
 
 PATIENCE = 2.0  # seconds until a progress bar shows
 _SOME = ACCELERATORS["A100-40GB"].roofline  # for a call whose result is not known even where others are measured

@@ -1,0 +1,1 @@
+"""Drawings of stage graphs and timelines: terminal, Mermaid, Graphviz, SVG, HTML, JSON."""

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import floor, log10
 
-from pipecompile.program import Backward, Compute, Forward, Recv, Reduce, Send, Step
-from pipecompile.render.units import bytes_text, seconds_text
-from pipecompile.timeline import Span, Timeline
+from pipecompile.ir.program import Backward, Compute, Forward, Recv, Reduce, Send, Step
+from pipecompile.ir.timeline import Span, Timeline
+from pipecompile.ir.units import bytes_text, seconds_text
 
 LETTERS = {Forward: "F", Backward: "B", Reduce: "R", Step: "S"}
 KINDS = {"F": "forward", "B": "backward", "R": "reduce", "S": "step"}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pipecompile.ir.units import seconds_text
 from pipecompile.render.escape import dot_string
 from pipecompile.render.labels import edge_label, edge_lines, module_lines, stage_lines, stage_name
 from pipecompile.render.stage_graph import StageGraph
-from pipecompile.render.units import seconds_text
 
 HEAD = """digraph plan {
   rankdir=TB; compound=true;

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from importlib import resources
 
+from pipecompile.ir.units import bytes_text, names_text, plural, seconds_text
 from pipecompile.render.escape import xml
 from pipecompile.render.labels import module_path, modules_line, replica_notes, stage_lines, stage_name
 from pipecompile.render.stage_graph import StageGraph
 from pipecompile.render.svg import svg
 from pipecompile.render.table import NUMBERS, stage_numbers, totals
-from pipecompile.render.units import bytes_text, names_text, plural, seconds_text
 
 NODE_COLUMNS = ("node", "operation", "outputs", "-bytes", "-forward", "-backward", "-saved", "parameters", "source")
 CUT_COLUMNS = ("from", "to", "value", "operation", "module", "shape", "-bytes", "source")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipecompile.plan import Plan
+from pipecompile.ir.plan import Plan
+from pipecompile.ir.units import bytes_text, count_text, names_text, plural, seconds_text
 from pipecompile.render.paths import is_numbered, parent_of
 from pipecompile.render.stage_graph import Edge, StageGraph
-from pipecompile.render.units import bytes_text, count_text, names_text, plural, seconds_text
 
 TOOLTIP_LINES = 14
 LONGEST_LABEL = 32  # letters in a box

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pipecompile.ir.units import seconds_text
 from pipecompile.render.escape import mermaid_string
 from pipecompile.render.labels import edge_label, stage_lines, stage_name
 from pipecompile.render.stage_graph import StageGraph
-from pipecompile.render.units import seconds_text
 
 
 def mermaid(view: StageGraph) -> str:

@@ -16,10 +16,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 
-from pipecompile.graph import Graph
-from pipecompile.plan import Plan
+from pipecompile.ir.graph import Graph
+from pipecompile.ir.plan import Plan
+from pipecompile.ir.units import names_text
 from pipecompile.render.paths import Names, common, is_numbered, parent_of, prefixes, words_of
-from pipecompile.render.units import names_text
 
 LONG_RUN = 4  # numbered siblings that still get a box each
 MOST_BOXES = 8  # of one stage

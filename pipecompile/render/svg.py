@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from pipecompile.ir.units import seconds_text
 from pipecompile.render.escape import xml
 from pipecompile.render.labels import (
     box_text,
@@ -19,7 +20,6 @@ from pipecompile.render.labels import (
 )
 from pipecompile.render.layout import HEADER, PAD, Layout, Point, Rect, Wire, layout
 from pipecompile.render.stage_graph import StageGraph
-from pipecompile.render.units import seconds_text
 
 RADIUS = 7.0  # of the corners of wires
 

@@ -9,13 +9,13 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from pipecompile.cluster import Cluster
-from pipecompile.graph import Cost
-from pipecompile.memory import KINDS, Memory
-from pipecompile.plan import Plan
+from pipecompile.ir.cluster import Cluster
+from pipecompile.ir.graph import Cost
+from pipecompile.ir.plan import Plan
+from pipecompile.ir.units import bytes_text, count_text, seconds_text
+from pipecompile.planning.memory import KINDS, Memory
 from pipecompile.render.labels import modules_line, replica_notes
 from pipecompile.render.stage_graph import Stage, StageGraph
-from pipecompile.render.units import bytes_text, count_text, seconds_text
 
 NUMBERS = ("params", "forward", "backward", "weights", "saved", "in", "out")
 WIDE = 96  # columns of a terminal that leave room for the modules

@@ -13,10 +13,10 @@ from math import floor
 
 from rich.text import Text
 
+from pipecompile.ir.timeline import Timeline
+from pipecompile.ir.units import seconds_text
 from pipecompile.render.cells import KINDS, SHADES, busy_text, cells, drawn_kinds, peak_text, summary, ticks
 from pipecompile.render.timeline_svg import timeline_svg
-from pipecompile.render.units import seconds_text
-from pipecompile.timeline import Timeline
 
 __all__ = ["timeline_svg", "timeline_text"]
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from pipecompile.ir.timeline import Timeline
+from pipecompile.ir.units import seconds_text
 from pipecompile.render.cells import (
     KINDS,
     SHADES,
@@ -18,8 +20,6 @@ from pipecompile.render.cells import (
     ticks,
     wires,
 )
-from pipecompile.render.units import seconds_text
-from pipecompile.timeline import Timeline
 
 ROW, GAP, LEFT, RIGHT, TOP, BOTTOM = 30, 14, 70, 160, 52, 30  # pixels
 

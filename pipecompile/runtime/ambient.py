@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pipecompile.randomness import drawing_alike, is_alike
+from pipecompile.ops.randomness import drawing_alike, is_alike
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,10 @@ from typing import Any, assert_never
 
 from torch import Tensor
 
+from pipecompile.capture.turns import Turn, busy, waited_for
 from pipecompile.errors import ExecutionError, PipecompileError
-from pipecompile.plan import Plan
-from pipecompile.program import (
+from pipecompile.ir.plan import Plan
+from pipecompile.ir.program import (
     Backward,
     Forward,
     Instruction,
@@ -29,12 +30,11 @@ from pipecompile.program import (
     readers,
     reads,
 )
+from pipecompile.ir.timeline import Span, Timeline
 from pipecompile.runtime.ambient import Ambient
 from pipecompile.runtime.lane import Lane, caller_event, caller_waits
 from pipecompile.runtime.runner import Microbatch, Runner
 from pipecompile.runtime.transport import Aborted, Transport, Values
-from pipecompile.timeline import Span, Timeline
-from pipecompile.turns import Turn, busy, waited_for
 
 Mailbox = dict[tuple[Result, int], Values | Callable[[], Values]]
 

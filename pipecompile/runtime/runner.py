@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.func import functional_call
 
 from pipecompile.errors import ExecutionError
-from pipecompile.lines import failing_line
-from pipecompile.randomness import seed_microbatch
+from pipecompile.ops.lines import failing_line
+from pipecompile.ops.randomness import seed_microbatch
 from pipecompile.runtime.lane import Lane, Value
+from pipecompile.runtime.split import Stage
 from pipecompile.runtime.transport import Values
 from pipecompile.runtime.weights import Version, Weights
-from pipecompile.split import Stage
 
 
 @dataclass(frozen=True, slots=True)

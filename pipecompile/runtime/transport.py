@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from threading import Condition
 from typing import Any, Protocol
 
-from pipecompile.program import Recv, Result, Send
+from pipecompile.ir.program import Recv, Result, Send
 from pipecompile.runtime.lane import Lane, Value
 
 Values = tuple[Value, ...]

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
-from pipecompile.plan import Plan
-from pipecompile.program import Program
+from pipecompile.ir.plan import Plan
+from pipecompile.ir.program import Program
 from pipecompile.schedule.gpipe import gpipe
 from pipecompile.schedule.halves import backward_only, forward_only
 from pipecompile.schedule.one_f_one_b import one_f_one_b

@@ -29,8 +29,8 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import product
 
 from pipecompile.errors import InputError
-from pipecompile.plan import Plan
-from pipecompile.program import Backward, Compute, Forward, Instruction, Program, Reduce, Step, is_tied
+from pipecompile.ir.plan import Plan
+from pipecompile.ir.program import Backward, Compute, Forward, Instruction, Program, Reduce, Step, is_tied
 
 Clock = Callable[[Compute], int]
 

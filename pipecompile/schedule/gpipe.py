@@ -11,8 +11,8 @@ Source: GPipe (Huang et al., NeurIPS 2019), section 2.2; the order of Backwards 
 
 from __future__ import annotations
 
-from pipecompile.plan import Plan
-from pipecompile.program import Program
+from pipecompile.ir.plan import Plan
+from pipecompile.ir.program import Program
 from pipecompile.schedule.arrange import arrange, backwards, closing, forwards, waves
 
 

@@ -9,8 +9,8 @@ model: the caller has the outputs of all microbatches before the first gradient 
 
 from __future__ import annotations
 
-from pipecompile.plan import Plan
-from pipecompile.program import Program
+from pipecompile.ir.plan import Plan
+from pipecompile.ir.program import Program
 from pipecompile.schedule.arrange import arrange, backwards, closing, forwards, waves
 
 

@@ -18,8 +18,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from pipecompile.errors import InputError, PlanError
-from pipecompile.plan import Plan
-from pipecompile.program import Backward, Compute, Forward, Instruction, Program, Step, dependencies, reads
+from pipecompile.ir.plan import Plan
+from pipecompile.ir.program import Backward, Compute, Forward, Instruction, Program, Step, dependencies, reads
 from pipecompile.schedule.arrange import arrange, waves
 
 

@@ -10,9 +10,10 @@ from unittest import mock
 
 from random_splits import random_plan
 
-from pipecompile import compile_call, request
-from pipecompile.graph import Cost, CostedGraph, Graph
-from pipecompile.plan import Plan
+from pipecompile.compiler import compile_call
+from pipecompile.ir.graph import Cost, CostedGraph, Graph
+from pipecompile.ir.plan import Plan
+from pipecompile.planning import request
 
 
 @contextmanager

@@ -21,11 +21,11 @@ from oracle import Inputs, Loss, Run, preserved, split
 from torch import Tensor, nn
 
 import pipecompile
-from pipecompile import compile_call
 from pipecompile.batching import Rows
 from pipecompile.capture import Call, Captured, read_call, summarize
+from pipecompile.compiler import compile_call
 from pipecompile.errors import ExecutionError, PipecompileError
-from pipecompile.graph import Graph
+from pipecompile.ir.graph import Graph
 from zoo.entry import ROWS, Entry
 
 STAGES = (2, 4)

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from pipecompile import functions
-from pipecompile.batching.kinds import PARTIAL, SHARED, Batched, Kind, Local, Mixed, Partial, Shared
+from pipecompile.batching.rules.kinds import PARTIAL, SHARED, Batched, Kind, Local, Mixed, Partial, Shared
 from pipecompile.batching.rules.use import Answer, Edited, RowsArgument, ShareArgument, Use, WholeArgument, rule
+from pipecompile.ops import functions
 
 NONLINEAR = """
     abs absolute acos acosh asin asinh atan atan2 atanh arctan arctan2 bitwise_and bitwise_not bitwise_or bitwise_xor

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from pipecompile import functions
-from pipecompile.batching.kinds import PARTIAL, SHARED, Batched, Kind, Partial, Shared
+from pipecompile.batching.rules.kinds import PARTIAL, SHARED, Batched, Kind, Partial, Shared
 from pipecompile.batching.rules.use import Answer, Use, only_first, rule
+from pipecompile.ops import functions
 
 
 @rule("linear")

@@ -7,9 +7,9 @@ from typing import Any
 import torch.fx as fx
 from torch import Tensor
 
-from pipecompile.batching.scale import Scale
-from pipecompile.functions import setitem
-from pipecompile.operators import function_of, named
+from pipecompile.batching.rules.scale import Scale
+from pipecompile.ops.functions import setitem
+from pipecompile.ops.operators import function_of, named
 
 # Functions whose numbers may be sizes of the result, which are looked at instead.
 TAKES_SIZES = named("""

@@ -8,9 +8,9 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from pipecompile.batching.kinds import SHARED, Batched, Kind, Local, Shared
+from pipecompile.batching.rules.kinds import SHARED, Batched, Kind, Local, Shared
 from pipecompile.batching.rules.use import Answer, Edited, Instead, Use, only_first, positive, rule
-from pipecompile.functions import masked_scatter_all
+from pipecompile.ops.functions import masked_scatter_all
 
 WHOLE = slice(None)
 

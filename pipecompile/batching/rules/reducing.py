@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipecompile.batching.kinds import PARTIAL, Batched, Kind, Partial, Shared
 from pipecompile.batching.rules.elementwise import broadcast, entry_by_entry
+from pipecompile.batching.rules.kinds import PARTIAL, Batched, Kind, Partial, Shared
 from pipecompile.batching.rules.use import Answer, Edited, Share, Use, dims_of, only_first, positive, rule
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from pipecompile.batching.kinds import PARTIAL, SHARED, Batched, Kind, Local, Mixed, Partial, Shared, common
+from pipecompile.batching.rules.kinds import PARTIAL, SHARED, Batched, Kind, Local, Mixed, Partial, Shared, common
 from pipecompile.batching.rules.use import Answer, Edited, Squeeze, Use, dims_of, only_first, positive, rule
 
 

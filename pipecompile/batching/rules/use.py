@@ -9,9 +9,9 @@ from typing import Any
 
 import torch.fx as fx
 
-from pipecompile.batching.kinds import SHARED, Kind, Mixed, Shared
-from pipecompile.batching.scale import Scale
-from pipecompile.operators import function_of, named
+from pipecompile.batching.rules.kinds import SHARED, Kind, Mixed, Shared
+from pipecompile.batching.rules.scale import Scale
+from pipecompile.ops.operators import function_of, named
 
 
 @dataclass(frozen=True, slots=True)

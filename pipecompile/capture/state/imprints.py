@@ -1,0 +1,130 @@
+"""An imprint of a value: equal to that of another value exactly if a trace that has read the one holds for the other.
+
+Plain values are known by their type and value, lists, tuples, dicts and sets by what they hold, all else (functions,
+classes, modules, tensors, objects) by identity. Objects whose attributes matter are known attribute by attribute, as
+the forward reads them (``reads.py``).
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from types import (
+    BuiltinFunctionType,
+    CodeType,
+    FunctionType,
+    MappingProxyType,
+    MemberDescriptorType,
+    MethodType,
+    ModuleType,
+    NoneType,
+    SimpleNamespace,
+)
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipecompile.capture.state.containers import contents
+
+
+class Nothing:
+    """The value of what is not there, or is no plain value; equal to itself alone."""
+
+    def __repr__(self) -> str:
+        return "nothing"
+
+
+MISSING = Nothing()
+SCALARS = frozenset(
+    {bool, int, float, complex, str, bytes, NoneType, torch.dtype, torch.device, torch.memory_format, torch.layout}
+)
+HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that Python code has made
+DEEPEST = 12  # containers within containers; what lies deeper is known by identity
+
+_BY_IDENTITY = frozenset({FunctionType, BuiltinFunctionType, type, ModuleType, CodeType, property, Nothing})
+Meet = Callable[[Any], None]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Same:
+    """A value known by identity, kept alive so that no other can take its address."""
+
+    value: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+def imprint(value: Any, meet: Meet | None = None, depth: int = 0) -> Any:
+    """The imprint of a value; ``meet`` is called with each mutable container on the way."""
+    kind = type(value)
+    if kind is float or isinstance(value, np.generic):
+        return kind, repr(value)  # tells 0.0 from -0.0, and nan is like nan
+    if kind in SCALARS:
+        return kind, value
+    if kind is Same:
+        return value
+    if kind in _BY_IDENTITY:
+        return Same(value)
+    if depth >= DEEPEST:
+        return Same(value)
+    if isinstance(value, list | tuple | deque):
+        return _of_items(kind, value, value, meet, depth)
+    if isinstance(value, dict | MappingProxyType):
+        return _of_items(kind, value, contents(value) if isinstance(value, dict) else value.items(), meet, depth)
+    if isinstance(value, set | frozenset):
+        _met(value, meet)
+        return kind, frozenset(imprint(item, None, depth + 1) for item in value)
+    if isinstance(value, np.ndarray):
+        _met(value, meet)
+        return (kind, value.shape, value.dtype, value.tobytes()) if value.dtype != object else Same(value)
+    return _of_object(kind, value, meet, depth)
+
+
+def _of_object(kind: type, value: Any, meet: Meet | None, depth: int) -> Any:
+    """The imprint of what has no items: of a record without methods of its own what it holds."""
+    if isinstance(value, MethodType):
+        return kind, Same(value.__func__), Same(value.__self__)
+    if isinstance(value, partial):
+        return _of_items(kind, (), (value.func, value.args, value.keywords), meet, depth)
+    if isinstance(value, SimpleNamespace | Namespace):
+        return _of_items(kind, vars(value), [*vars(value).items()], meet, depth)
+    if isinstance(value, Mapping) and isinstance(held := getattr(value, "_data", None), dict):  # os.environ
+        return Same(value), imprint(held, meet, depth + 1)
+    if not hasattr(value, "__dict__") and (slots := _slots(kind)):
+        return Same(value), _of_items(kind, value, [getattr(value, name, MISSING) for name in slots], meet, depth)
+    return Same(value)
+
+
+def _slots(kind: type) -> list[str]:
+    """The attributes of a class of Python's that has no others."""
+    return [
+        name
+        for base in kind.__mro__
+        if base.__flags__ & HEAP_TYPE
+        for name, found in vars(base).items()
+        if isinstance(found, MemberDescriptorType)
+    ]
+
+
+def _of_items(kind: type, container: Any, items: Any, meet: Meet | None, depth: int) -> Any:
+    _met(container, meet)
+    return kind, tuple(imprint(item, meet, depth + 1) for item in items)
+
+
+def _met(container: Any, meet: Meet | None) -> None:
+    if meet is not None and not isinstance(container, tuple | frozenset):
+        meet(container)
+
+
+def same(seen: Any, expected: Any) -> bool:
+    """Whether two values that Python has read are equal: numbers, lists or arrays."""
+    equal = seen == expected
+    return bool(equal.all()) if hasattr(equal, "all") else bool(equal)

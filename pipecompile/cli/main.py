@@ -1,0 +1,425 @@
+"""The command line: plan a model, check it, draw a schedule. It composes and prints; it decides nothing itself."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.text import Text
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+from typer.core import TyperGroup
+
+from pipecompile.api import compile
+from pipecompile.capture import capture, read_call, summarize
+from pipecompile.cli.models import load
+from pipecompile.compiler.compile_call import reused
+from pipecompile.compiler.devices import parse_devices
+from pipecompile.compiler.options import read_costs
+from pipecompile.errors import InputError, PipecompileError
+from pipecompile.ir.cluster import Cluster, Link
+from pipecompile.ir.graph import Cost, CostedGraph
+from pipecompile.ir.plan import Plan
+from pipecompile.ir.program import Program
+from pipecompile.ir.quality import known
+from pipecompile.ir.timeline import Timeline
+from pipecompile.ir.units import seconds_text
+from pipecompile.ir.wishes import Wishes
+from pipecompile.partition import ADAM
+from pipecompile.planning.memory import Memory
+from pipecompile.planning.planning import make_plan
+from pipecompile.planning.replicate import Candidate, with_best_replicas
+from pipecompile.planning.request import BUDGET, GOALS, Request
+from pipecompile.planning.workload import RECOMPUTE, Workload
+from pipecompile.profile import profile
+from pipecompile.render.formats import FORMATS
+from pipecompile.render.stage_graph import StageGraph, stage_graph
+from pipecompile.render.table import memory_table, table
+from pipecompile.render.timeline import timeline_svg, timeline_text
+from pipecompile.schedule import SCHEDULES, pipedream, steady
+from pipecompile.schedule.simulate import simulate
+
+SUFFIXES = {".gv": "dot", ".mmd": "mermaid", **{f".{name}": name for name in FORMATS}}
+NAMES = (*SCHEDULES, "pipedream")
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="[bold]module:function[/] or [bold]path/file.py:function[/], a function that returns (model, inputs); "
+        "or [bold]hf:gpt2[/], [bold]hf:path/or/name[/], the config of a transformers model.",
+    ),
+]
+Length = Annotated[int, typer.Option(min=1, help="Tokens of a sample, for hf.")]
+Stages = Annotated[int, typer.Option("--stages", "-n", min=1, help="How many stages.")]
+Microbatches = Annotated[int, typer.Option("--microbatches", "-m", min=1, help="How many microbatches a step has.")]
+
+
+class _Group(TyperGroup):
+    """Prints an error of ours as one message instead of a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except PipecompileError as error:
+            if ctx.params["debug"]:
+                raise
+            Console(stderr=True).print(Text.assemble(("error: ", "bold red"), (str(error), "red")), soft_wrap=True)
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Trains any PyTorch model split over several devices, without a rewrite.",
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"pipecompile {version('pipecompile')}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Read by ``_Group`` and ``_print_version``."""
+
+
+@app.command()
+def plan(
+    model: Model,
+    stages: Annotated[
+        int | None, typer.Option("--stages", "-n", min=1, help="How many stages. Default: one for each device, or 2.")
+    ] = None,
+    microbatches: Microbatches = 8,
+    schedule: Annotated[str, typer.Option("--schedule", "-s", help=f"One of {', '.join(NAMES)}.")] = "1f1b",
+    microbatch: Annotated[
+        int | None, typer.Option(min=1, help="Samples in a microbatch. Default: all that MODEL returns; 2 for hf.")
+    ] = None,
+    length: Length = 128,
+    costs: Annotated[
+        str | None,
+        typer.Option(
+            "--profile",
+            help="[bold]measure[/] the time of each operation, [bold]count[/] its work, or a file of one. "
+            "Default: count with --cluster, else measure.",
+        ),
+    ] = None,
+    save_profile: Annotated[Path | None, typer.Option(help="Save the profile here, for --profile.")] = None,
+    device: Annotated[str, typer.Option(help="Where to measure.")] = "cpu",
+    cluster: Annotated[
+        str | None, typer.Option(help="Devices that are not here: 8xH100, 64xH100, 2x8xA100-40GB.")
+    ] = None,
+    replicas: Annotated[
+        str | None,
+        typer.Option(
+            help="Devices for each stage, which take microbatches in turn: 1,2,1. [bold]auto[/] finds the numbers of "
+            "stages and of their devices with the shortest step on the devices of --cluster, or on --stages devices."
+        ),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of the weights: float32, bfloat16 or float16.")] = "float32",
+    optimizer_state: Annotated[
+        float, typer.Option(min=0, help="Bytes that the optimizer keeps for each byte of weights; 2 for Adam.")
+    ] = ADAM,
+    fused: Annotated[bool, typer.Option("--fused", help="The optimizer's step takes no copies.")] = False,
+    recompute: Annotated[
+        str, typer.Option(help=f"Compute forwards again in the backward: {', '.join(RECOMPUTE)}.")
+    ] = "auto",
+    pins: Annotated[
+        list[str] | None, typer.Option("--pin", help="A module and its stage: encoder=0. May be repeated.")
+    ] = None,
+    uncut: Annotated[list[str] | None, typer.Option(help="A module that is not cut. May be repeated.")] = None,
+    together: Annotated[
+        list[str] | None, typer.Option(help="Modules that share a stage: embed,head. May be repeated.")
+    ] = None,
+    budget: Annotated[
+        float, typer.Option(min=0, help="CPU seconds after which the search ends with the best plan so far.")
+    ] = BUDGET,
+    objective: Annotated[
+        str,
+        typer.Option(
+            help="What is to be least: the pace of the busiest stage, its pace with transfers overlapped (overlap), "
+            "or a whole step."
+        ),
+    ] = "pace",
+    format: Annotated[
+        str | None, typer.Option("--format", "-f", help=f"Write the stage graph as one of {', '.join(FORMATS)}.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Where to write it; the name tells the format.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the table and the prediction as JSON.")] = False,
+) -> None:
+    """Cut a model into stages: what each holds, costs and passes on, and how long a step will take.
+
+    pipecompile plan hf:gpt2 --stages 4 --output plan.html
+    pipecompile plan hf:llama --cluster 64xH100 --dtype bfloat16
+    """
+    written = _format(format, output)
+    if as_json and written is not None and output is None:
+        raise InputError("--json and --format would both go to the terminal; add --output FILE")
+    _check_choice("schedule", schedule, NAMES)
+    _check_choice("recompute", recompute, RECOMPUTE)
+    _check_choice("objective", objective, GOALS)
+    (place,) = parse_devices([device])
+    counts = _replicas(replicas)
+    num_devices = sum(counts) or stages or 2
+    devices = Cluster.from_name(cluster) if cluster else Cluster.of([str(place)] * num_devices)
+    num_stages = len(counts) or stages or len(devices)
+    _check_replicas(replicas, counts, stages, len(devices), schedule)
+    wishes = Wishes(_pins(pins or ()), tuple(uncut or ()), tuple(tuple(group.split(",")) for group in together or ()))
+    costed = _costed(model, microbatch, length, costs or ("count" if cluster else "measure"), place, devices, dtype)
+    if save_profile is not None:
+        _write(costed.to_json(), save_profile)
+    work = Workload(SCHEDULES.get(schedule, steady), microbatches, optimizer_state, recompute, fused=fused)  # type: ignore[arg-type]
+    candidates: tuple[Candidate, ...] = ()
+    if replicas == "auto":
+        found, candidates = with_best_replicas(costed, devices, work, wishes, budget, objective)  # type: ignore[arg-type]
+    else:
+        request = Request(counts or (1,) * num_stages, wishes, budget, objective)  # type: ignore[arg-type]
+        found = make_plan(costed, request, devices, work)
+    held = work.memory(costed, found, devices)
+    view = stage_graph(costed, found)
+    program = _program(schedule, view.plan, microbatches)
+    timeline = simulate(program, [stage.cost for stage in view.stages], devices)
+    facts = _facts(view, timeline, held, schedule, microbatches, candidates)
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+    else:
+        console = Console(stderr=written is not None and output is None)  # stdout holds the stage graph then
+        console.print(table(view, console.width))
+        console.print(memory_table(held, found, devices))
+        console.print(_prediction(view, timeline, schedule, microbatches))
+        for line in _comparison(candidates):
+            console.print(Text(line))
+    if written is not None:
+        _write(FORMATS[written](view), output)
+
+
+@app.command()
+def check(
+    model: Model,
+    stages: Stages = 2,
+    microbatches: Microbatches = 4,
+    schedule: Annotated[str, typer.Option("--schedule", "-s", help=f"One of {', '.join(SCHEDULES)}.")] = "1f1b",
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Samples of a batch, for hf. Default: two for each microbatch.")
+    ] = None,
+    length: Length = 128,
+    loss: Annotated[
+        str | None, typer.Option(help="The output that is the loss, if it is not called loss nor the only number.")
+    ] = None,
+    double: Annotated[
+        bool, typer.Option("--double", help="Compare in float64, so that rounding hides nothing.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="Where all the stages run.")] = "cpu",
+) -> None:
+    """Run one step of a split model beside the unsplit one, on fresh inputs too, and compare every number.
+
+    Exits with 1 if anything differs by more than rounding.
+
+    pipecompile check hf:gpt2 --stages 4 --double
+    """
+    _check_choice("schedule", schedule, tuple(SCHEDULES))
+    places = parse_devices([device] * stages)
+    it, args, kwargs = load(model, batch or 2 * microbatches, length)
+    if double:
+        it, (args, kwargs) = it.double(), tree_map_only(Tensor, _to_double, (args, kwargs))
+    it, (args, kwargs) = it.to(places[0]), tree_map_only(Tensor, lambda t: t.to(places[0]), (args, kwargs))
+    pipe = compile(it, list(map(str, places)), schedule=schedule, microbatches=microbatches, loss=loss, profile="count")
+    result = pipe.verify(*args, **kwargs)
+    Console().print(result)
+    if not result.exact:
+        raise typer.Exit(1)
+
+
+@app.command("schedule")
+def draw_schedule(
+    name: Annotated[str, typer.Argument(metavar="NAME", help=f"One of {', '.join(NAMES)}.")],
+    stages: Stages = 4,
+    microbatches: Microbatches = 8,
+    forward: Annotated[str, typer.Option(help="Seconds of a forward: one for all stages, or 1,2,1,1.")] = "1",
+    backward: Annotated[str, typer.Option(help="Seconds of a backward, likewise.")] = "2",
+    transfer: Annotated[float, typer.Option(min=0, help="Seconds that a value takes to the next stage.")] = 0.0,
+    svg: Annotated[Path | None, typer.Option(help="Write the timeline as a picture.")] = None,
+    program: Annotated[bool, typer.Option("--program", help="Print the instructions of each rank too.")] = False,
+) -> None:
+    """Draw who computes what, and when.
+
+    pipecompile schedule 1f1b --stages 4 --microbatches 8 --svg 1f1b.svg
+    """
+    _check_choice("schedule", name, NAMES)
+    seconds = zip(_per_stage("--forward", forward, stages), _per_stage("--backward", backward, stages), strict=True)
+    cluster = Cluster.of([f"rank {rank}" for rank in range(stages)], Link(float("inf"), transfer))
+    it = _program(name, Plan.chain(stages), microbatches)
+    timeline = simulate(it, [Cost(*pair) for pair in seconds], cluster)
+    console = Console()
+    if program:
+        console.print(Text(str(it)), soft_wrap=True)
+    console.print(timeline_text(timeline, console.width))
+    if svg is not None:
+        _write(timeline_svg(timeline), svg)
+
+
+def _to_double(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def _costed(
+    model: str, microbatch: int | None, length: int, costs: str, device: torch.device, cluster: Cluster, dtype: str
+) -> CostedGraph:
+    """The costs of a model's calls: measured, counted, or read from a file."""
+    _check_choice("dtype", dtype, ("float32", "bfloat16", "float16"))
+    it, args, kwargs = load(model, microbatch or 2, length, meta=costs != "measure")
+    it = it.to(getattr(torch, dtype))
+    call = read_call(it.forward, args, kwargs)
+    if microbatch and call.batch and microbatch > call.batch:
+        raise InputError(f"--microbatch {microbatch} is more than the {call.batch} samples that {model} returns")
+    captured = capture(it, call, microbatch)
+    how = read_costs(costs)
+    if isinstance(how, CostedGraph):
+        return reused(how, summarize(captured))
+    return profile(captured, summarize(captured), how, device, kind=cluster.devices[0].kind)
+
+
+def _program(name: str, plan: Plan, microbatches: int) -> Program:
+    return SCHEDULES[name](plan, microbatches) if name in SCHEDULES else pipedream(plan, range(microbatches))
+
+
+def _prediction(view: StageGraph, timeline: Timeline, schedule: str, microbatches: int) -> Text:
+    quality = f"plan: {known(view.plan.quality)}\n"
+    alone, step = microbatches * view.costed.seconds, timeline.makespan
+    times = f", {alone / step:.2f} times as long" if step else ""
+    return Text.assemble(
+        f"{quality}{schedule}, {microbatches} microbatches: a step of ",
+        (seconds_text(step), "bold"),
+        f" predicted, bubble {timeline.bubble:.1%}\none device would take {seconds_text(alone)}{times}",
+    )
+
+
+def _comparison(candidates: Sequence[Candidate]) -> list[str]:
+    """What was tried to find the devices of each stage."""
+    title = ["devices of each stage, with the way of new weights to replicas:"] * bool(candidates)
+    return [*title, *map(str, candidates)]
+
+
+def _facts(
+    view: StageGraph,
+    timeline: Timeline,
+    memory: Memory,
+    schedule: str,
+    microbatches: int,
+    candidates: Sequence[Candidate],
+) -> dict[str, Any]:
+    """What the table and the prediction say; seconds and bytes, of one microbatch unless they are of a step."""
+    stages = [
+        {
+            "stage": index,
+            "rank": stage.rank,
+            "modules": list(stage.blocks),
+            "num_parameters": stage.num_parameters,
+            "forward": stage.cost.forward,
+            "backward": stage.cost.backward,
+            "parameter_bytes": stage.cost.parameter_bytes,
+            "saved_bytes": stage.cost.saved_bytes,
+            "bytes_in": stage.bytes_in,
+            "bytes_out": stage.bytes_out,
+            "recomputed": index in view.plan.recomputed,
+            "replica_of": view.plan.replica_of[index],
+            "memory": {**dict(memory.stages[index].by_kind()), "all": memory.stages[index].total},
+        }
+        for index, stage in enumerate(view.stages)
+    ]
+    step = {"seconds": timeline.makespan, "bubble": timeline.bubble, "peak_bytes": list(memory.ranks)}
+    named = {"schedule": schedule, "microbatches": microbatches, "costs": view.costed.origin, "balance": view.balance}
+    quality = view.plan.quality
+    plan = quality and {"bottleneck": quality.bottleneck, "lower_bound": quality.lower_bound, "proven": quality.proven}
+    tried = [{"replicas": c.replicas, "seconds": c.seconds, "refused": c.refused} for c in candidates]
+    return {**named, "step": step, "plan": plan, "stages": stages, "candidates": tried}
+
+
+def _format(format: str | None, output: Path | None) -> str | None:
+    if format is None and output is not None:
+        format = SUFFIXES.get(output.suffix)
+        if format is None:
+            raise InputError(f"{output} does not tell a format; add --format, one of {', '.join(FORMATS)}")
+    if format is not None:
+        _check_choice("format", format, tuple(FORMATS))
+    return format
+
+
+def _check_choice(what: str, given: str, choices: tuple[str, ...]) -> None:
+    if given not in choices:
+        raise InputError(f"there is no {what} {given!r}; choose one of {', '.join(choices)}")
+
+
+def _pins(texts: Sequence[str]) -> dict[str, int]:
+    """``encoder=0`` as a path and a stage."""
+    pins = {}
+    for text in texts:
+        path, sign, stage = text.rpartition("=")
+        if not (sign and stage.isdecimal()):
+            raise InputError(f"--pin {text}: write a module's path, = and the number of its stage: encoder=0")
+        pins[path] = int(stage)
+    return pins
+
+
+def _replicas(text: str | None) -> tuple[int, ...]:
+    """The numbers that --replicas gives; none where it gives none."""
+    if text is None or text == "auto":
+        return ()
+    try:
+        counts = tuple(map(int, text.split(",")))
+    except ValueError:
+        counts = ()
+    if min(counts, default=0) < 1:
+        raise InputError(f"--replicas {text!r} is neither auto nor a number of devices for each stage, such as 1,2,1")
+    return counts
+
+
+def _check_replicas(text: str | None, counts: tuple[int, ...], stages: int | None, devices: int, schedule: str) -> None:
+    if text is not None and schedule not in SCHEDULES:
+        raise InputError(f"--replicas does not go with {schedule}, which updates after each microbatch")
+    if counts and stages not in (None, len(counts)):
+        raise InputError(f"--replicas {text} is for {len(counts)} stages, and --stages says {stages}")
+    if counts and sum(counts) != devices:
+        raise InputError(f"--replicas {text} takes {sum(counts)} devices, and there are {devices}")
+
+
+def _per_stage(option: str, text: str, stages: int) -> list[float]:
+    try:
+        seconds = [float(word) for word in text.split(",")]
+    except ValueError:
+        raise InputError(f"{option} {text!r} is not a number of seconds, nor several with commas") from None
+    if not all(0 <= it < float("inf") for it in seconds):
+        raise InputError(f"{option} {text!r} must not be negative, and must end")
+    if len(seconds) not in (1, stages):
+        raise InputError(f"{option} gives {len(seconds)} times for {stages} stages; give one, or {stages}")
+    return seconds * stages if len(seconds) == 1 else seconds
+
+
+def _write(text: str, path: Path | None) -> None:
+    if path is None:
+        sys.stdout.write(text if text.endswith("\n") else f"{text}\n")
+        return
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from error
+    Console(stderr=True).print(Text(f"wrote {path}", "dim"), soft_wrap=True)

@@ -1,0 +1,129 @@
+"""Loads the model that a command line names, with sample inputs.
+
+    package.module:function    a function that returns (model, inputs); found from the current directory too
+    path/file.py:function      the same in a file
+    hf:gpt2                    a type of transformers model, with the default config of the type
+    hf:path/or/name            a config.json, a directory that holds one, or a model in the local Hugging Face cache
+
+Inputs are a dict of keyword arguments, a tuple of arguments, or one tensor. Of a transformers model only the config is
+read: the weights are random, because a plan does not depend on them, and nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from difflib import get_close_matches
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+
+from pipecompile.errors import InputError
+
+Loaded = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
+
+FORMS = "write module:function, path/file.py:function, or hf: and a type of transformers model, such as hf:gpt2"
+
+
+def load(spec: str, batch: int = 2, length: int = 128, meta: bool = False) -> Loaded:
+    """The model that ``spec`` names, and the positional and keyword arguments of a sample call.
+
+    Args:
+        batch: samples of the inputs made for a transformers model.
+        length: tokens of these, or less if the model takes less.
+        meta: build a transformers model without memory for its weights.
+
+    Raises:
+        InputError: it cannot be found, cannot be built, or is not of the form above.
+    """
+    kind, colon, name = spec.partition(":")
+    if kind == "hf" and name:
+        from pipecompile.cli.huggingface import load_config  # transformers is optional
+
+        return load_config(name, batch, length, meta)
+    place, colon, function = spec.rpartition(":")
+    if not (place and colon and function):
+        raise InputError(f"{spec!r} names no model; {FORMS}")
+    return _checked(spec, _call(spec, _function(_module(place), place, function)))
+
+
+def _module(place: str) -> ModuleType:
+    try:
+        return _file_module(Path(place)) if place.endswith(".py") else _named_module(place)
+    except InputError:
+        raise
+    except Exception as error:  # whatever the user's module does when it is imported
+        raise InputError(f"importing {place} failed: {_told(error)}") from error
+
+
+def _named_module(name: str) -> ModuleType:
+    _make_importable(Path.cwd())
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise  # the module is there, and imports one that is not
+        raise InputError(f"there is no module {error.name!r} here or among the installed ones; {FORMS}") from None
+
+
+def _file_module(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise InputError(f"there is no file {path}")
+    _make_importable(path.resolve().parent)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(path.stem, module)  # dataclasses and pickle look a class's module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def _make_importable(directory: Path) -> None:
+    if str(directory) not in sys.path:
+        sys.path.insert(0, str(directory))
+
+
+def _function(module: ModuleType, place: str, name: str) -> Callable[[], Any]:
+    found = getattr(module, name, None)
+    if found is None:
+        close = get_close_matches(name, [key for key, value in vars(module).items() if callable(value)], n=3)
+        raise InputError(f"{place} has no {name!r}" + (f"; did you mean {' or '.join(close)}?" if close else ""))
+    if not callable(found):
+        raise InputError(
+            f"{place}:{name} is of type {type(found).__name__}, not a function that returns (model, inputs)"
+        )
+    return found  # type: ignore[no-any-return]
+
+
+def _call(spec: str, function: Callable[[], Any]) -> Any:
+    try:
+        return function()
+    except Exception as error:  # whatever the user's function does
+        raise InputError(f"{spec} raised {_told(error)}; it is called without arguments") from error
+
+
+def _checked(spec: str, result: Any) -> Loaded:
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise InputError(f"{spec} returned {type(result).__name__}; it must return a pair (model, inputs)")
+    model, inputs = result
+    if not isinstance(model, nn.Module):
+        raise InputError(f"{spec} returned {type(model).__name__} first; that must be the model, a torch.nn.Module")
+    if isinstance(inputs, dict) and all(isinstance(key, str) for key in inputs):
+        return model, (), inputs
+    if isinstance(inputs, Tensor):
+        return model, (inputs,), {}
+    if isinstance(inputs, tuple | list):
+        return model, tuple(inputs), {}
+    raise InputError(
+        f"{spec} returned {type(inputs).__name__} second; that must be the inputs: "
+        "a dict of keyword arguments, a tuple of arguments, or one tensor"
+    )
+
+
+def _told(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".rstrip(": ")

@@ -1,0 +1,76 @@
+"""The devices that a user names."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+
+from pipecompile.errors import InputError
+from pipecompile.ir.cluster import Cluster, Device
+from pipecompile.profile import with_measured_links
+
+
+def parse_devices(devices: Sequence[torch.device | str | int]) -> tuple[torch.device, ...]:
+    """Devices by torch's name, or CUDA devices by number.
+
+    Raises:
+        InputError: none are given, or one is not there.
+    """
+    if not isinstance(devices, list | tuple) or not devices:
+        raise InputError(
+            f"devices= takes a list with one device a stage, such as ['cpu', 'cpu'] or [0, 1]; got {devices!r}"
+        )
+    parsed = []
+    for name in devices:
+        try:
+            device = torch.device("cuda", name) if isinstance(name, int) else torch.device(name)
+        except (RuntimeError, TypeError) as error:
+            raise InputError(f"{name!r} is no device: {error}") from None
+        parsed.append(_present(device))
+    return tuple(parsed)
+
+
+def cluster_of(devices: Sequence[torch.device], measure: bool = False) -> Cluster:
+    """The devices as planning sees them: equal ones, and of CUDA devices the memory, shared by the ranks on one.
+
+    Args:
+        measure: the links between them; else they are assumed.
+    """
+    ranks = Counter(devices)
+    cluster = Cluster(tuple(Device(str(device), memory=_memory(device, ranks[device])) for device in devices))
+    return with_measured_links(cluster, devices) if measure else cluster
+
+
+def _memory(device: torch.device, ranks: int) -> int | None:
+    if device.type != "cuda":
+        return None
+    return int(torch.cuda.get_device_properties(device).total_memory) // ranks
+
+
+def named_cluster(cluster: Cluster | str, devices: Sequence[torch.device]) -> Cluster:
+    """A cluster to plan for that has a device for each rank.
+
+    Raises:
+        InputError: it has another number of devices, or its name is not known.
+    """
+    found = Cluster.from_name(cluster) if isinstance(cluster, str) else cluster
+    if len(found) != len(devices):
+        raise InputError(f"cluster= has {len(found)} devices and devices= {len(devices)}; give one for each stage")
+    return found
+
+
+def _present(device: torch.device) -> torch.device:
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda":
+        raise InputError(f"{device} is asked for, but stages run on cpu and cuda devices")
+    device = torch.device("cuda", device.index or 0)
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.index >= count:
+        raise InputError(
+            f"{device} is asked for, but torch {torch.__version__} sees {count} CUDA devices; "
+            f"use devices=['cpu', 'cpu'] to run the same pipeline on the CPU"
+        )
+    return device

@@ -1,0 +1,1 @@
+"""What passes from one pass to the next: graphs, clusters, plans, programs, timelines. Frozen data; knows no torch."""

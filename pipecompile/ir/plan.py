@@ -1,0 +1,339 @@
+"""Which stage each node belongs to, which rank runs each stage, and what crosses between stages.
+
+A stage may have *replicas*: further stages that run its nodes too. Microbatches are dealt to them in turn, and whoever
+runs a microbatch forward runs it backward. So a replica is a stage like any other to schedules, programs and the
+runtime, with channels to all that its microbatches come from and go to; the parameters are tied.
+
+Source: PipeDream (Narayanan et al., SOSP 2019), sections 3.1 and 3.2 (1F1B-RR).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, reduce
+from itertools import pairwise, product
+from math import ceil, gcd
+
+from pipecompile.errors import PlanError
+from pipecompile.ir.graph import Cost, CostedGraph, Graph
+from pipecompile.ir.quality import Quality
+from pipecompile.ir.serial import Json
+
+
+@dataclass(frozen=True, slots=True)
+class Channel:
+    """The values that one stage sends straight to another, skips included."""
+
+    source: int  # stage
+    target: int  # stage, greater than source
+    values: tuple[int, ...] = ()  # node ids, ascending
+    nbytes: int = 0  # of one microbatch
+
+
+@dataclass(frozen=True, slots=True)
+class Tied:
+    """A parameter that several stages read: the first owns it, the others hold a replica."""
+
+    parameter: str
+    stages: tuple[int, ...]  # ascending
+    nbytes: int = 0  # of its gradient; none where it is not trained
+
+    @property
+    def owner(self) -> int:
+        return self.stages[0]
+
+    @property
+    def followers(self) -> tuple[int, ...]:
+        return self.stages[1:]
+
+
+@dataclass(frozen=True)
+class Plan(Json):
+    """Node to stage, stage to rank, and the channels between stages.
+
+    Invariants, checked by ``validate``:
+    1. each stage has a rank; one may be empty, where another capture of the model has nothing to do there;
+    2. no value flows to an earlier stage: channels point forward, one per pair of stages;
+    3. a replicated node has no stage (``None``), any other has one that is no replica;
+    4. the replicas of a stage follow it at once, and have channels where it has some.
+    """
+
+    stage_of: tuple[int | None, ...]  # node -> stage
+    rank_of: tuple[int, ...]  # stage -> rank; several stages may share one
+    channels: tuple[Channel, ...] = ()
+    tied: tuple[Tied, ...] = ()
+    quality: Quality | None = None  # where it was searched for
+    recomputed: tuple[int, ...] = ()  # stages whose backward computes their forward again, ascending
+    replica_of: tuple[int, ...] = ()  # stage -> the stage whose nodes it runs, mostly itself; none given: always itself
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "replica_of", self.replica_of or tuple(range(len(self.rank_of))))
+        self.validate()
+
+    @staticmethod
+    def of(
+        graph: Graph,
+        stage_of: Sequence[int | None],
+        rank_of: Sequence[int] | None = None,
+        replica_of: Sequence[int] = (),
+    ) -> Plan:
+        """The plan that an assignment of nodes to stages implies.
+
+        Args:
+            stage_of: a stage for each node; ignored for replicated ones.
+            rank_of: a rank for each stage; by default one rank a stage.
+            replica_of: for each stage the one whose nodes it runs (see ``with_replicas``); by default itself.
+
+        Raises:
+            PlanError: a value would flow backward, nodes that belong together are apart, or a stage with replicas
+                writes a buffer for each microbatch.
+        """
+        if len(stage_of) != len(graph):
+            raise PlanError(f"{len(stage_of)} stages were given for {len(graph)} nodes")
+        stages = tuple(None if node.replicated else stage for node, stage in zip(graph.nodes, stage_of, strict=True))
+        for node, stage in zip(graph.nodes, stages, strict=True):
+            if stage is None and not node.replicated:
+                raise PlanError(f"node {node.name} ({node.path}) has no stage")
+        for group in graph.together:
+            if len({stages[i] for i in group} - {None}) > 1:
+                names = ", ".join(f"{graph.nodes[i].name} in {stages[i]}" for i in group)
+                raise PlanError(f"nodes that must share a stage are apart: {names}")
+        num_stages = len(replica_of) or 1 + max((stage for stage in stages if stage is not None), default=0)
+        ranks = tuple(range(num_stages)) if rank_of is None else tuple(rank_of)
+        run_by = _replicas(replica_of or range(num_stages))
+        _refuse_writers(graph, stages, run_by)
+        channels = _with_replicas(_channels(graph, stages), run_by)
+        return Plan(stages, ranks, channels, _tied(graph, stages, run_by), replica_of=tuple(replica_of))
+
+    @staticmethod
+    def chain(
+        num_stages: int, rank_of: Sequence[int] | None = None, nbytes: int = 0, replicas: Sequence[int] = ()
+    ) -> Plan:
+        """Stages in a row without a graph, with so many replicas each: for schedules and simulations."""
+        replica_of = with_replicas(replicas or (1,) * num_stages)
+        ranks = range(len(replica_of)) if rank_of is None else rank_of
+        firsts = sorted(set(replica_of))
+        channels = tuple(Channel(*pair, (), nbytes) for pair in pairwise(firsts))
+        run_by = _replicas(replica_of)
+        return Plan((), tuple(ranks), _with_replicas(channels, run_by), replica_of=replica_of)
+
+    def on_ranks(self, ranks: Sequence[int]) -> Plan:
+        """The same with the stages of each rank on another: ``ranks[0]`` in place of rank 0, and so on."""
+        return replace(self, rank_of=tuple(ranks[rank] for rank in self.rank_of))
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.rank_of)
+
+    @property
+    def tied_by_model(self) -> tuple[Tied, ...]:
+        """Those parameters that stages with other nodes read, and not replicas alone."""
+        return tuple(t for t in self.tied if len({self.replica_of[stage] for stage in t.stages}) > 1)
+
+    @property
+    def num_ranks(self) -> int:
+        return 1 + max(self.rank_of)
+
+    @cached_property
+    def incoming(self) -> tuple[tuple[Channel, ...], ...]:
+        """For each stage the channels that end in it, by source."""
+        return tuple(
+            tuple(sorted((c for c in self.channels if c.target == s), key=lambda c: c.source))
+            for s in range(self.num_stages)
+        )
+
+    @cached_property
+    def outgoing(self) -> tuple[tuple[Channel, ...], ...]:
+        """For each stage the channels that start in it, by target."""
+        return tuple(
+            tuple(sorted((c for c in self.channels if c.source == s), key=lambda c: c.target))
+            for s in range(self.num_stages)
+        )
+
+    @cached_property
+    def replicas(self) -> tuple[tuple[int, ...], ...]:
+        """For each stage all that run its nodes, itself included, ascending."""
+        return _replicas(self.replica_of)
+
+    def runner(self, stage: int, microbatch: int) -> int:
+        """The replica of a stage that a microbatch is dealt to; they take them in turn."""
+        group = self.replicas[stage]
+        return group[microbatch % len(group)]
+
+    def last_run(self, stage: int, microbatch: int) -> int | None:
+        """The last of the microbatches up to ``microbatch`` that a stage runs, if there is one."""
+        group = self.replicas[stage]
+        last = microbatch - (microbatch - group.index(stage)) % len(group)
+        return last if last >= 0 else None
+
+    def runs(self, stage: int, microbatch: int) -> bool:
+        """Whether a microbatch is one of those that a stage runs."""
+        return self.runner(stage, microbatch) == stage
+
+    def sources(self, stage: int, microbatch: int) -> tuple[int, ...]:
+        """The stages that a stage's values of a microbatch come from, ascending."""
+        return tuple(c.source for c in self.incoming[stage] if self.runs(c.source, microbatch))
+
+    def targets(self, stage: int, microbatch: int) -> tuple[int, ...]:
+        """The stages that a stage's values of a microbatch go to, ascending."""
+        return tuple(c.target for c in self.outgoing[stage] if self.runs(c.target, microbatch))
+
+    def shared(self, channel: Channel, count: int) -> int:
+        """How many of ``count`` microbatches that follow each other in a channel's source go through it, at most."""
+        source, target = len(self.replicas[channel.source]), len(self.replicas[channel.target])
+        return ceil(count * gcd(source, target) / target)
+
+    @cached_property
+    def depth(self) -> tuple[int, ...]:
+        """For each stage the number of stages on the longest path from it to a sink, itself included.
+
+        So many microbatches keep the path at work. A stage with r replicas needs r for itself, and of those behind it a
+        multiple of r: each replica has as many.
+        """
+        depth = [0] * self.num_stages
+        for stage in reversed(range(self.num_stages)):
+            count = len(self.replicas[stage])
+            behind = max((depth[channel.target] for channel in self.outgoing[stage]), default=0)
+            depth[stage] = count * (1 + ceil(behind / count))
+        return tuple(depth)
+
+    def validate(self) -> None:
+        """Raises ``PlanError`` at the first invariant that does not hold."""
+        if not self.rank_of or min(self.rank_of) < 0:
+            raise PlanError(f"ranks must be counted from 0, one for each stage; got {self.rank_of}")
+        for stage, original in enumerate(self.replica_of):
+            if original != stage and (stage == 0 or original != self.replica_of[stage - 1]):
+                raise PlanError(
+                    f"stage {stage} runs stage {original}'s nodes, but does not follow it: {self.replica_of}"
+                )
+        if len(self.replica_of) != self.num_stages:
+            raise PlanError(f"{self.num_stages} stages have a rank, but replica_of is {self.replica_of}")
+        used = {stage for stage in self.stage_of if stage is not None}
+        if not used <= set(self.replica_of):
+            raise PlanError(f"stages {sorted(used)} are used, but there are {sorted(set(self.replica_of))} to use")
+        pairs = [(channel.source, channel.target) for channel in self.channels]
+        for source, target in pairs:
+            if not 0 <= source < target < self.num_stages:
+                raise PlanError(f"a value flows from stage {source} to stage {target}: stages must point forward")
+        if not set(self.recomputed) <= set(range(self.num_stages)):
+            raise PlanError(f"stages {self.recomputed} are to be computed again, but there are {self.num_stages}")
+        if len(set(pairs)) != len(pairs):
+            raise PlanError(f"more than one channel for a pair of stages: {sorted(pairs)}")
+        due = {ends for s, t in pairs for ends in _meeting(self.replicas[s], self.replicas[t])}
+        if missing := sorted(due - set(pairs)):
+            raise PlanError(f"replicas have the channels of their stage, but {missing[0]} is not among {sorted(pairs)}")
+
+    def __str__(self) -> str:
+        lines = [f"{self.num_stages} stages on {self.num_ranks} ranks"]
+        lines += [f"  {self.quality}"] if self.quality else []
+        for stage, original in enumerate(self.replica_of):
+            count = sum(1 for s in self.stage_of if s == original)
+            sends = ", ".join(f"{c.nbytes:,} B to {c.target}" for c in self.outgoing[stage])
+            again = ", computed again in the backward" * (stage in self.recomputed)
+            like = f", a replica of stage {original}" * (original != stage)
+            lines.append(
+                f"  stage {stage} on rank {self.rank_of[stage]}: {count} nodes{like}{again}"
+                + (f"; {sends}" * bool(sends))
+            )
+        lines += [f"  {t.parameter} is tied over stages {', '.join(map(str, t.stages))}" for t in self.tied_by_model]
+        return "\n".join(lines)
+
+
+def with_replicas(counts: Sequence[int]) -> tuple[int, ...]:
+    """``Plan.replica_of`` of stages with so many replicas each, themselves included: of (1, 2, 1) it is (0, 1, 1, 3).
+
+    Raises:
+        PlanError: a count is less than one.
+    """
+    if min(counts, default=1) < 1:
+        raise PlanError(f"replicas are counted with the stage itself, so at least one; got {tuple(counts)}")
+    return tuple(sum(counts[:stage]) for stage, count in enumerate(counts) for _ in range(count))
+
+
+def members(graph: Graph, plan: Plan, stage: int) -> tuple[int, ...]:
+    """The nodes that a stage runs, ascending: its own and the replicated ones they need; model inputs included."""
+    original, last = plan.replica_of[stage], plan.replica_of[-1]
+    needed = {i for i, s in enumerate(plan.stage_of) if s == original}
+    if original == last:  # a replicated output is made by the last stage
+        needed |= {i for i in graph.outputs if graph.nodes[i].replicated}
+    stack = list(needed)
+    while stack:
+        for source in graph.nodes[stack.pop()].inputs:
+            if graph.nodes[source].replicated and source not in needed:
+                needed.add(source)
+                stack.append(source)
+    return tuple(sorted(needed))
+
+
+def stage_costs(costed: CostedGraph, plan: Plan) -> tuple[Cost, ...]:
+    """The cost of each stage for one microbatch, replicated nodes included; a parameter counts once a stage.
+
+    The backward of a recomputed stage takes its forward's time too.
+    """
+    graph = costed.graph
+    costs = []
+    for stage in range(plan.num_stages):
+        nodes = members(graph, plan, stage)
+        total = reduce(Cost.__add__, (costed.costs[i] for i in nodes), Cost())
+        names = {name for i in nodes for name in graph.nodes[i].parameters}
+        parameter_bytes = sum(graph.parameter_bytes[name] for name in names)
+        backward = total.backward + total.forward * (stage in plan.recomputed)
+        costs.append(Cost(total.forward, backward, total.saved_bytes, parameter_bytes))
+    return tuple(costs)
+
+
+def _channels(graph: Graph, stage_of: Sequence[int | None]) -> tuple[Channel, ...]:
+    values: dict[tuple[int, int], list[int]] = {}
+    for index, users in enumerate(graph.users):
+        source = stage_of[index]
+        if source is None:
+            continue
+        for target in sorted({stage_of[user] for user in users} - {source, None}):  # type: ignore[type-var]
+            values.setdefault((source, target), []).append(index)  # type: ignore[arg-type]
+    return tuple(
+        Channel(source, target, tuple(nodes), sum(graph.nodes[i].nbytes for i in nodes))
+        for (source, target), nodes in sorted(values.items())
+    )
+
+
+def _with_replicas(channels: Sequence[Channel], run_by: Sequence[Sequence[int]]) -> tuple[Channel, ...]:
+    """The channels of stages without replicas, for each pair of those that run them and share microbatches."""
+    each = [replace(c, source=s, target=t) for c in channels for s, t in _meeting(run_by[c.source], run_by[c.target])]
+    return tuple(sorted(each, key=lambda c: (c.source, c.target)))
+
+
+def _meeting(sources: Sequence[int], targets: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """The pairs of replicas of two stages that some microbatch is dealt to both of."""
+    common = gcd(len(sources), len(targets))
+    for (i, source), (j, target) in product(enumerate(sources), enumerate(targets)):
+        if i % common == j % common:
+            yield source, target
+
+
+def _replicas(replica_of: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    run_by: dict[int, tuple[int, ...]] = {}
+    for stage, original in enumerate(replica_of):
+        run_by[original] = (*run_by.get(original, ()), stage)
+    return tuple(run_by[original] for original in replica_of)
+
+
+def _tied(graph: Graph, stage_of: Sequence[int | None], run_by: Sequence[Sequence[int]]) -> tuple[Tied, ...]:
+    stages: dict[str, set[int]] = {}
+    for node, stage in zip(graph.nodes, stage_of, strict=True):
+        for name in node.parameters:
+            assert stage is not None, "a node with parameters has a stage"
+            stages.setdefault(name, set()).update(run_by[stage])
+    nbytes = {p.name: p.spec.nbytes * p.spec.requires_grad for p in graph.parameters}
+    return tuple(Tied(name, tuple(sorted(s)), nbytes[name]) for name, s in stages.items() if len(s) > 1)
+
+
+def _refuse_writers(graph: Graph, stage_of: Sequence[int | None], run_by: Sequence[Sequence[int]]) -> None:
+    for node, stage in zip(graph.nodes, stage_of, strict=True):
+        if stage is not None and node.writes and len(run_by[stage]) > 1:
+            where = f"module {node.path!r}" if node.path else "the model's own forward"
+            raise PlanError(
+                f"stage {stage} is to have {len(run_by[stage])} replicas, but {where} ({node.source}) "
+                f"writes {', '.join(map(repr, node.writes))} for each microbatch in turn, which replicas do not keep; "
+                f"give it a stage without replicas, or, for batch normalisation, batch_norm='deferred'"
+            )

@@ -1,0 +1,323 @@
+"""Programs: for each rank an ordered tuple of instructions; who waits for whom; the text form.
+
+    Forward(stage, microbatch)     2F0     run the stage on one microbatch
+    Backward(stage, microbatch)    2B0     gradients of its inputs and of its weights
+    Reduce(stage, microbatch)      2R7     hand on, or sum up, what tied parameters have gathered up to microbatch 7
+    Step(stage, microbatch)        2S7     the optimizer updates the stage with what has accumulated up to microbatch 7
+    Send(result, target)           0F3>2   send the result of a Forward, Backward or Reduce to a stage on another rank
+    Recv(result, target)           2<0F3   the other half; equal fields, so that the halves find each other
+
+A program is *bare* as a schedule writes it (no transfers) and *lowered* once ``lower`` has written them in. Bubbles are
+not in a program: they are a property of a ``Timeline``.
+
+``dependencies`` is the only statement of what must come before what. Everybody else (the validator, the simulator, the
+lowering, the executor's wait) reads it.
+
+The compute notation is the one of torch.distributed.pipelining where the two overlap.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import assert_never
+
+from pipecompile.errors import DeadlockError, ProgramError
+from pipecompile.ir.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    stage: int
+    microbatch: int
+
+    def __str__(self) -> str:
+        return f"{self.stage}F{self.microbatch}"
+
+
+@dataclass(frozen=True, slots=True)
+class Backward:
+    stage: int
+    microbatch: int
+
+    def __str__(self) -> str:
+        return f"{self.stage}B{self.microbatch}"
+
+
+@dataclass(frozen=True, slots=True)
+class Reduce:
+    stage: int
+    microbatch: int
+
+    def __str__(self) -> str:
+        return f"{self.stage}R{self.microbatch}"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    stage: int
+    microbatch: int
+
+    def __str__(self) -> str:
+        return f"{self.stage}S{self.microbatch}"
+
+
+Result = Forward | Backward | Reduce  # what leaves values for another stage
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    result: Result
+    target: int  # stage
+
+    @property
+    def stage(self) -> int:
+        return self.result.stage
+
+    def __str__(self) -> str:
+        return f"{self.result}>{self.target}"
+
+
+@dataclass(frozen=True, slots=True)
+class Recv:
+    result: Result
+    target: int  # stage
+
+    @property
+    def stage(self) -> int:
+        return self.target
+
+    def __str__(self) -> str:
+        return f"{self.target}<{self.result}"
+
+
+Compute = Forward | Backward | Reduce | Step
+Instruction = Forward | Backward | Reduce | Step | Send | Recv
+
+_COMPUTE: dict[str, type[Forward] | type[Backward] | type[Reduce] | type[Step]] = {
+    "F": Forward,
+    "B": Backward,
+    "R": Reduce,
+    "S": Step,
+}
+_TEXT = re.compile(r"(?:(?P<receiver>\d+)<)?(?P<stage>\d+)(?P<kind>[FBRS])(?P<microbatch>\d+)(?:>(?P<target>\d+))?")
+
+
+def parse(text: str) -> Instruction:
+    """The instruction whose ``str`` is ``text``.
+
+    Raises:
+        ProgramError: the text is no instruction.
+    """
+    match = _TEXT.fullmatch(text)
+    if match is None or (match["receiver"] and match["target"]):
+        raise ProgramError(f"{text!r} is no instruction; one looks like 2F0, 2B0, 2R0, 2S0, 0F3>2 or 2<0F3")
+    compute = _COMPUTE[match["kind"]](int(match["stage"]), int(match["microbatch"]))
+    if not (match["receiver"] or match["target"]):
+        return compute
+    if isinstance(compute, Step):
+        raise ProgramError(f"{text!r}: a step leaves no result to transfer")
+    if match["receiver"]:
+        return Recv(compute, int(match["receiver"]))
+    return Send(compute, int(match["target"]))
+
+
+@dataclass(frozen=True)
+class Program:
+    """What each rank does, in order.
+
+    ``carried`` are instructions that earlier programs have done and whose results this one reads: a pipeline that is
+    not drained between calls leaves some, and so does a forward pass whose backward pass is a program of its own.
+
+    Invariants, checked by ``validate``:
+    1. there is a row for each rank, each instruction stands once, on the rank of its stage, and a microbatch is run by
+       the replica that it is dealt to;
+    2. what a computation reads is in the program or carried;
+    3. in a lowered program every Send has its Recv and every Recv its Send;
+    4. ``linearize`` reaches the end: no rank waits for ever.
+    """
+
+    plan: Plan
+    ranks: tuple[tuple[Instruction, ...], ...]
+    carried: frozenset[Instruction] = frozenset()
+
+    @cached_property
+    def lowered(self) -> bool:
+        """Whether transfers are written in."""
+        return any(isinstance(i, Send | Recv) for i in self.instructions)
+
+    @cached_property
+    def instructions(self) -> tuple[Instruction, ...]:
+        return tuple(i for row in self.ranks for i in row)
+
+    @property
+    def microbatches(self) -> tuple[int, ...]:
+        """The microbatches that enter the pipeline in this program, ascending."""
+        return tuple(sorted({i.microbatch for i in self.instructions if isinstance(i, Forward)}))
+
+    def row_of(self, stage: int) -> tuple[Instruction, ...]:
+        """The computations of one stage, in order."""
+        row = self.ranks[self.plan.rank_of[stage]]
+        return tuple(i for i in row if not isinstance(i, Send | Recv) and i.stage == stage)
+
+    def validate(self) -> None:
+        """Raises ``ProgramError`` at the first invariant that does not hold."""
+        if len(self.ranks) != self.plan.num_ranks:
+            raise ProgramError(f"{len(self.ranks)} rows for {self.plan.num_ranks} ranks")
+        for rank, row in enumerate(self.ranks):
+            for i in row:
+                if i.stage >= self.plan.num_stages or self.plan.rank_of[i.stage] != rank:
+                    raise ProgramError(f"{i} stands on rank {rank}, which does not run stage {i.stage}")
+                if isinstance(i, Forward | Backward) and not self.plan.runs(i.stage, i.microbatch):
+                    raise ProgramError(
+                        f"{i} is not dealt to stage {i.stage} of the replicas {self.plan.replicas[i.stage]}"
+                    )
+        present = Counter(self.instructions)
+        for i, count in present.items():
+            if count > 1 or i in self.carried:
+                raise ProgramError(f"{i} is done {count + (i in self.carried)} times")
+        for i in self.instructions:
+            if isinstance(i, Recv) and Send(i.result, i.target) not in present:
+                raise ProgramError(f"{i} waits for {Send(i.result, i.target)}, which nobody sends")
+            if isinstance(i, Send) and Recv(i.result, i.target) not in present:
+                raise ProgramError(f"{i} has no {Recv(i.result, i.target)}: nobody receives it")
+        for _ in linearize(self):
+            pass
+
+    def __str__(self) -> str:
+        return "\n".join(f"{rank}: {' '.join(map(str, row))}" for rank, row in enumerate(self.ranks))
+
+    @staticmethod
+    def parse(text: str, plan: Plan, carried: Iterable[Instruction] = ()) -> Program:
+        """Reads what ``str(program)`` wrote.
+
+        Raises:
+            ProgramError: a line has no rank, or a word is no instruction.
+        """
+        rows: dict[int, tuple[Instruction, ...]] = {}
+        for line in filter(None, map(str.strip, text.splitlines())):
+            rank, colon, words = line.partition(":")
+            if not colon or not rank.strip().isdigit():
+                raise ProgramError(f"{line!r} does not start with a rank and a colon")
+            rows[int(rank)] = tuple(map(parse, words.split()))
+        if sorted(rows) != list(range(len(rows))):
+            raise ProgramError(f"rows are given for the ranks {sorted(rows)}, which leaves a gap")
+        return Program(plan, tuple(rows[rank] for rank in sorted(rows)), frozenset(carried))
+
+
+def reads(i: Compute, plan: Plan) -> Iterator[Result]:
+    """The results of other stages that a computation reads."""
+    match i:
+        case Forward(stage, microbatch):
+            for source in plan.sources(stage, microbatch):
+                yield Forward(source, microbatch)
+        case Backward(stage, microbatch):
+            for target in plan.targets(stage, microbatch):
+                yield Backward(target, microbatch)
+        case Reduce(stage, microbatch):
+            for follower in followers(stage, plan):
+                yield Reduce(follower, microbatch)
+        case Step():
+            return
+        case _:
+            assert_never(i)
+
+
+def readers(result: Result, plan: Plan) -> tuple[int, ...]:
+    """The stages that read a result, ascending."""
+    match result:
+        case Forward(stage, microbatch):
+            return plan.targets(stage, microbatch)
+        case Backward(stage, microbatch):
+            return plan.sources(stage, microbatch)
+        case Reduce(stage, _):
+            return owners(stage, plan)
+        case _:
+            assert_never(result)
+
+
+def sends(result: Result, plan: Plan) -> tuple[Send, ...]:
+    """What takes a result to its readers on other ranks."""
+    rank_of = plan.rank_of
+    return tuple(Send(result, to) for to in readers(result, plan) if rank_of[to] != rank_of[result.stage])
+
+
+def owners(stage: int, plan: Plan) -> tuple[int, ...]:
+    """The stages that own a tied parameter of which ``stage`` holds a replica."""
+    return tuple(sorted({tied.owner for tied in plan.tied if stage in tied.followers}))
+
+
+def followers(stage: int, plan: Plan) -> tuple[int, ...]:
+    """The stages that hold a replica of a parameter that ``stage`` owns."""
+    return tuple(sorted({s for tied in plan.tied if tied.owner == stage for s in tied.followers}))
+
+
+def is_tied(stage: int, plan: Plan) -> bool:
+    """Whether a stage holds a parameter that another stage holds too."""
+    return any(stage in tied.stages for tied in plan.tied)
+
+
+def dependencies(i: Instruction, plan: Plan) -> Iterator[Instruction]:
+    """What must be done before ``i``, beside what stands before it on its own rank.
+
+    A result from another rank is read from its Recv. In a bare program, which has none, a transfer stands for what it
+    depends on itself (see ``linearize``).
+    """
+    match i:
+        case Send(result, _):
+            yield result
+        case Recv(result, target):
+            yield Send(result, target)
+        case Forward() | Backward() | Reduce() | Step():
+            if isinstance(i, Backward):
+                yield Forward(i.stage, i.microbatch)
+            if isinstance(i, Step) and is_tied(i.stage, plan):
+                yield Reduce(i.stage, i.microbatch)
+            elif isinstance(i, Reduce | Step) and (last := plan.last_run(i.stage, i.microbatch)) is not None:
+                yield Backward(i.stage, last)
+            for result in reads(i, plan):
+                near = plan.rank_of[result.stage] == plan.rank_of[i.stage]
+                yield result if near else Recv(result, i.stage)
+        case _:
+            assert_never(i)
+
+
+def linearize(program: Program) -> Iterator[tuple[int, Instruction]]:
+    """Yields ``(rank, instruction)`` in an order that keeps every row and every dependency.
+
+    Raises:
+        DeadlockError: no rank can go on; the message shows the wait that cannot end.
+    """
+    done: set[Instruction] = set(program.carried)
+    position = [0] * len(program.ranks)
+    progress = True
+    while progress:
+        progress = False
+        for rank, row in enumerate(program.ranks):
+            while position[rank] < len(row) and not _missing(row[position[rank]], program, done):
+                i = row[position[rank]]
+                position[rank] += 1
+                done.add(i)
+                progress = True
+                yield rank, i
+    if stuck := [
+        (rank, row[p]) for rank, (row, p) in enumerate(zip(program.ranks, position, strict=True)) if p < len(row)
+    ]:
+        waits = "".join(
+            f"\n  rank {rank} is at {i}, which needs {', '.join(map(str, _missing(i, program, done)))}"
+            for rank, i in stuck
+        )
+        raise DeadlockError(f"no rank can go on:{waits}")
+
+
+def _missing(i: Instruction, program: Program, done: set[Instruction]) -> list[Instruction]:
+    missing = []
+    for needed in dependencies(i, program.plan):
+        if isinstance(needed, Recv) and not program.lowered:
+            needed = needed.result
+        if needed not in done:
+            missing.append(needed)
+    return missing

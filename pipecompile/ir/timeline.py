@@ -1,0 +1,54 @@
+"""When each instruction ran: the result of a simulation and of a measured run alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from pipecompile.ir.program import Instruction, Recv, Send
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One instruction on one rank, in seconds from the start of the program."""
+
+    rank: int
+    instruction: Instruction
+    start: float
+    end: float
+
+    @property
+    def seconds(self) -> float:
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Spans by rank and start; ``peak_bytes`` holds each rank's peak memory where it is known."""
+
+    spans: tuple[Span, ...]
+    num_ranks: int
+    peak_bytes: tuple[int, ...] = ()
+
+    @cached_property
+    def makespan(self) -> float:
+        """Seconds from the first start to the last end."""
+        if not self.spans:
+            return 0.0
+        return max(span.end for span in self.spans) - min(span.start for span in self.spans)
+
+    def busy(self, rank: int) -> float:
+        """Seconds that a rank computes; transfers do not count."""
+        return sum(s.seconds for s in self.spans if s.rank == rank and not isinstance(s.instruction, Send | Recv))
+
+    @property
+    def bubble(self) -> float:
+        """The fraction of all ranks' time, over the makespan, in which they compute nothing."""
+        total = self.makespan * self.num_ranks
+        return 1 - sum(map(self.busy, range(self.num_ranks))) / total if total else 0.0
+
+    def __str__(self) -> str:
+        lines = [f"{self.makespan:.6g} s, bubble {self.bubble:.1%}"]
+        for span in self.spans:
+            lines.append(f"  rank {span.rank}  {span.start:.6g} - {span.end:.6g}  {span.instruction}")
+        return "\n".join(lines)

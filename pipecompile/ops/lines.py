@@ -1,0 +1,49 @@
+"""Lines of the user's source: where a call was made, and where an exception came through."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import traceback
+
+import torch
+
+_PACKAGE = os.path.dirname(os.path.dirname(__file__))
+_LIBRARIES = (os.path.dirname(torch.__file__) + os.sep, _PACKAGE + os.sep, contextlib.__file__)
+
+
+def user_line() -> str:
+    """``file:line`` of the innermost frame outside torch and pipecompile; empty if there is none."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        filename = frame.f_code.co_filename
+        if not is_library(filename):
+            return f"{filename}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""
+
+
+def caller_file(depth: int) -> str:
+    """The file of the frame so many calls above the one that asks."""
+    return sys._getframe(depth + 1).f_code.co_filename
+
+
+def failing_line(error: BaseException) -> str:
+    """``file:line`` of the innermost frame outside torch and pipecompile that an exception came through."""
+    lines = [
+        f"{frame.f_code.co_filename}:{line}"
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if not is_library(frame.f_code.co_filename)
+    ]
+    return lines[-1] if lines else ""
+
+
+def is_library(filename: str) -> bool:
+    """Whether a file is torch's or pipecompile's own."""
+    return filename.startswith((*_LIBRARIES, "<frozen"))
+
+
+def short(source: str) -> str:
+    """A source line with its folder alone: ``gpt2/modeling_gpt2.py:42``."""
+    return "/".join(source.split(os.sep)[-2:])

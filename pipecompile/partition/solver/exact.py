@@ -1,0 +1,94 @@
+"""The optimum, with its proof, where the windows are narrow enough to look at every closed set in them.
+
+A plan within T has all its boundaries in the windows of T. So T rises from the lower bound: as long as the programme
+over all closed sets in the windows finds no plan, T is a lower bound; the first plan that it finds is an optimum. A
+quick search rises in small steps, since most often the optimum is near the bound. A patient one, which follows when it
+is not, halves what is left between the bounds, so that it has a better one whenever it is ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import inf
+
+from pipecompile.partition.solver.chain import Chain, best_chain
+from pipecompile.partition.solver.contract import Contraction
+from pipecompile.partition.solver.deadline import NEVER, Deadline
+from pipecompile.partition.solver.enumerate import closed_sets
+from pipecompile.partition.solver.family import Family
+from pipecompile.partition.solver.problem import Problem
+from pipecompile.partition.solver.window import ROUNDING, free_atoms, narrowed, windows, within_free
+
+FIRST_GAP, STEP = 0.005, 1.6  # relative to the first lower bound
+MOST_SETS, FEWEST_SETS = 10_000, 400  # in one window; with fewer, a search is not worth its minimum cuts
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How hard to try.
+
+    Args:
+        sets: in one window, times free atoms in all of them; where there are more, a smaller T is tried.
+        finest: the least rise of T, as a factor, that is worth a search.
+        halves: T is halfway between the bounds, and does not rise in steps.
+    """
+
+    sets: int
+    finest: float
+    halves: bool
+
+
+QUICKLY, PATIENTLY = Effort(1_000_000, 1.01, halves=False), Effort(9_000_000, 1.005, halves=True)
+
+
+def exact(
+    problem: Problem, lower: float, upper: float, effort: Effort, deadline: Deadline = NEVER
+) -> Iterator[tuple[float, Chain | None]]:
+    """Lower bounds as they rise, the last with an optimal plan if one within ``upper`` (seconds) exists and was found.
+
+    Raises:
+        OutOfTime: the deadline has passed.
+    """
+    floor, ceiling, gap = lower, inf, 0.0
+    while True:
+        step = floor * (1 + gap) if floor else upper
+        if effort.halves:
+            step = (lower + upper) / 2 if lower * effort.finest < upper else upper
+        limit = min(step, upper, (lower + ceiling) / 2) * (1 + ROUNDING)
+        small, families = _families(problem, limit, effort.sets, deadline)
+        if families is None:
+            if limit < lower * effort.finest:
+                return
+            ceiling = limit
+        elif families and (chain := best_chain(small.problem, families, limit, deadline)):
+            yield max(lower, chain.bottleneck), replace(chain, stage_of=small.expand(chain.stage_of))
+            return
+        else:
+            lower, gap = max(lower, limit), gap * STEP or FIRST_GAP
+            yield lower, None
+        if lower >= upper or lower * effort.finest > ceiling:
+            return
+
+
+def _families(
+    problem: Problem, limit: float, effort: int, deadline: Deadline
+) -> tuple[Contraction, list[Family] | None]:
+    """The sets of each window, none if there is no plan, in the problem of the free atoms; ``None`` if too many."""
+    nowhere = Contraction.identity(problem)
+    if effort < FEWEST_SETS * free_atoms(windows(problem, limit)):
+        return nowhere, None
+    found = narrowed(problem, limit, deadline)
+    if not found:
+        return nowhere, []
+    small, found = within_free(found)
+    most = min(MOST_SETS, effort // (1 + free_atoms(found)))
+    families = []
+    for window in found:
+        sets = closed_sets(small.problem, window, most, deadline)
+        if sets is None:
+            return small, None
+        families.append(sets)
+        if not len(sets):
+            return small, []
+    return small, families

@@ -1,0 +1,1 @@
+"""From costs to a plan that fits: the search, memory, recomputation, replicas, and what a rehearsal corrects."""

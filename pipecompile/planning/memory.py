@@ -1,0 +1,246 @@
+"""How many bytes each stage holds at its fullest, by what they are for.
+
+    parameters    its own, and replicas of tied ones
+    gradients     of trainable parameters, from the first Backward after a Step on
+    optimizer     its state, for trainable parameters; of tied ones the owner has it
+    versions      older weights that a Backward still needs (see ``versions``)
+    activations   what is kept from Forward to Backward, of every microbatch in flight
+    waiting       values and gradients of other stages, from their arrival to the Backward that ends with them, or of
+                  tied parameters, as those of replicas are, to the Reduce
+    outputs       the model's, part by part until the step ends, and then whole
+    working       on the way through one Forward or Backward (see ``microbatch``), or through an optimizer's step
+    buffers       as many bytes as are given
+    tail          what is computed once from the whole batch, as many bytes as are given
+
+All of it is read off a Program: nothing here knows a schedule. With a timeline what waits is told by it: a value lies
+from its arrival to the end of its Backward. Without one it is the most that can ever be: a value that stage u has sent
+lies at its reader for as long as its microbatch is in flight at u, so as many are there as u has in flight at most, or
+of these the reader's share where it has replicas, and a gradient may wait for each microbatch in flight.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+from pipecompile.ir.graph import CostedGraph
+from pipecompile.ir.plan import Plan, members
+from pipecompile.ir.program import Backward, Forward, Instruction, Program, Recv, Send, Step
+from pipecompile.ir.serial import Json
+from pipecompile.ir.timeline import Timeline
+from pipecompile.ir.versions import Stash, stash_at_start, versions
+from pipecompile.planning.microbatch import Load, load
+
+
+@dataclass(frozen=True, slots=True)
+class Bytes:
+    """What one stage holds at one moment."""
+
+    parameters: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    versions: int = 0
+    activations: int = 0
+    waiting: int = 0
+    outputs: int = 0
+    working: int = 0
+    buffers: int = 0
+    tail: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(nbytes for _, nbytes in self.by_kind())
+
+    @property
+    def of_rows(self) -> int:
+        """What grows with the rows of a microbatch."""
+        return self.activations + self.waiting + self.outputs + self.working
+
+    def by_kind(self) -> list[tuple[str, int]]:
+        return [(kind, getattr(self, kind)) for kind in KINDS]
+
+
+How = Literal["single", "foreach", "fused"]
+STEP_COPIES = 2  # of one parameter that an optimizer makes on its way: Adam's denominator, in two steps
+KINDS = tuple(field.name for field in fields(Bytes))
+
+
+@dataclass(frozen=True)
+class Memory(Json):
+    """Each stage, and each rank, at its fullest."""
+
+    stages: tuple[Bytes, ...]
+    ranks: tuple[int, ...]  # of all its stages together, which need not be at their fullest at once
+
+    def __str__(self) -> str:
+        kinds = [kind for kind in KINDS if any(getattr(stage, kind) for stage in self.stages)]
+        rows = [["", *kinds, "all"]]
+        for index, stage in enumerate(self.stages):
+            rows.append([f"stage {index}", *(f"{getattr(stage, kind):,}" for kind in kinds), f"{stage.total:,}"])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows)
+
+
+def memory(
+    costed: CostedGraph,
+    plan: Plan,
+    program: Program,
+    optimizer_state: float = 2.0,
+    buffers: Sequence[int] = (),
+    tail: int = 0,
+    step: How = "single",
+    timeline: Timeline | None = None,
+) -> Memory:
+    """What training by a program takes.
+
+    Args:
+        program: bare or lowered; its plan may be any with the same stages.
+        optimizer_state: bytes for each byte of trainable parameters; 2 is Adam's.
+        buffers: bytes of each stage.
+        tail: bytes that the last stage holds for what is computed once from the whole batch.
+        step: how the optimizer updates parameters: one by one ("single", two copies of one), all at once ("foreach", a
+            copy of all, torch's way on CUDA), or in one kernel ("fused", no copy).
+        timeline: of the program, simulated or measured; without it the most is taken that can ever wait.
+    """
+    in_flight = versions(program).in_flight
+    stashes = stash_at_start(program)
+    stages = []
+    for stage, stash in enumerate(stashes):
+        work = load(costed, plan, stage)
+        held, trainable, owned = _parameters(costed, plan, stage)
+        fixed = Bytes(
+            parameters=held,
+            optimizer=round(optimizer_state * sum(owned)),
+            waiting=sum(tied.nbytes * len(tied.followers) for tied in plan.tied if tied.owner == stage),
+            buffers=buffers[stage] if buffers else 0,
+            tail=tail if stage == plan.num_stages - 1 else 0,
+        )
+        copies = {"single": STEP_COPIES * max(owned, default=0), "foreach": sum(owned), "fused": 0}[step]
+        waiting = (
+            _Bound(work, plan, stage, in_flight) if timeline is None else _Clock(work, plan, stage, program, timeline)
+        )
+        stages.append(_State(work, fixed, trainable, copies, stash, waiting))
+    rank_of = program.plan.rank_of
+    ranks = [
+        sum(s.now.total for s, r in zip(stages, rank_of, strict=True) if r == rank)
+        for rank in range(len(program.ranks))
+    ]
+    for rank, row in enumerate(program.ranks):
+        mine = [state for state, r in zip(stages, rank_of, strict=True) if r == rank]
+        for i in row:
+            if isinstance(i, Forward | Backward | Step):
+                stages[i.stage].do(i)
+                others = sum(state.now.total for state in mine if state is not stages[i.stage])
+                ranks[rank] = max(ranks[rank], others + stages[i.stage].latest.total)
+        ranks[rank] = max(ranks[rank], sum(state.end().total for state in mine))
+    return Memory(tuple(state.most for state in stages), tuple(ranks))
+
+
+def _parameters(costed: CostedGraph, plan: Plan, stage: int) -> tuple[int, int, list[int]]:
+    """Bytes of a stage's parameters, of those that are trained, and of each of these that it steps."""
+    names = {name for i in members(costed.graph, plan, stage) for name in costed.graph.nodes[i].parameters}
+    mine = [parameter.spec for parameter in costed.graph.parameters if parameter.name in names]
+    trained = [spec.nbytes for spec in mine if spec.requires_grad]
+    followed = {tied.parameter for tied in plan.tied if stage in tied.followers}
+    owned = [p.spec.nbytes for p in costed.graph.parameters if p.name in names - followed and p.spec.requires_grad]
+    return sum(spec.nbytes for spec in mine), sum(trained), owned
+
+
+def _once(nbytes: Mapping[int, int], plan: Plan) -> dict[int, int]:
+    """Bytes by stage, those of replicas once: a microbatch comes from one of them, and goes to one."""
+    return {plan.replica_of[stage]: n for stage, n in nbytes.items()}
+
+
+class _Bound:
+    """The most that can wait, whatever the clock says."""
+
+    def __init__(self, work: Load, plan: Plan, stage: int, in_flight: Sequence[int]) -> None:
+        self.received = sum(c.nbytes * plan.shared(c, in_flight[c.source]) for c in plan.incoming[stage])
+        self.returned = sum(_once(work.returned, plan).values())
+
+    def reach(self, i: Instruction) -> None:
+        """The stage comes to an instruction."""
+
+    def nbytes(self, count: int) -> int:
+        """What waits with ``count`` microbatches in flight."""
+        return self.received + count * self.returned
+
+
+class _Clock:
+    """What waits by a timeline: what has arrived when an instruction ends, less what is done with."""
+
+    def __init__(self, work: Load, plan: Plan, stage: int, program: Program, timeline: Timeline) -> None:
+        self.ends = {span.instruction: span.end for span in timeline.spans}
+        computed = [i for i in (*program.instructions, *program.carried) if not isinstance(i, Send | Recv)]
+        mine = {i.microbatch for i in computed if isinstance(i, Forward) and i.stage == stage}
+        backward = {i.microbatch for i in program.instructions if isinstance(i, Backward) and i.stage == stage}
+        self.arrivals = [
+            (nbytes, sorted(self.ends.get(Forward(plan.runner(source, k), k), 0.0) for k in mine))
+            for source, nbytes in _once(work.received, plan).items()
+        ] + [
+            (nbytes, sorted(self.ends.get(Backward(plan.runner(target, k), k), 0.0) for k in backward))
+            for target, nbytes in _once(work.returned, plan).items()
+        ]
+        self.until, self.done, self.last = 0.0, 0, False
+
+    def reach(self, i: Instruction) -> None:
+        self.done += self.last
+        self.until, self.last = self.ends[i], isinstance(i, Backward)
+
+    def nbytes(self, count: int) -> int:
+        return sum(nbytes * max(0, bisect_right(times, self.until) - self.done) for nbytes, times in self.arrivals)
+
+
+class _State:
+    """One stage while its instructions are walked through."""
+
+    def __init__(
+        self, work: Load, fixed: Bytes, trainable: int, step: int, stash: Stash, waiting: _Bound | _Clock
+    ) -> None:
+        self.work, self.fixed, self.trainable, self.step = work, fixed, trainable, step
+        self.stash, self.waiting = stash, waiting
+        self.has_gradients = False
+        self.made = 0  # microbatches whose outputs are there
+        self.most = self.latest = self.now
+
+    @property
+    def now(self) -> Bytes:
+        """Between two instructions."""
+        count = len(self.stash.in_flight)
+        return replace(
+            self.fixed,
+            gradients=self.trainable * self.has_gradients,
+            versions=self.trainable * (self.stash.live - 1),
+            activations=count * self.work.saved,
+            waiting=self.fixed.waiting + self.waiting.nbytes(count),
+            outputs=self.made * self.work.outputs,
+        )
+
+    def do(self, i: Forward | Backward | Step) -> None:
+        """Carries out an instruction; ``latest`` is what was held at its fullest."""
+        self.waiting.reach(i)
+        before, work = self.now, self.work
+        match i:
+            case Forward():
+                during = replace(before, working=work.forward)
+                self.made += 1
+            case Backward() if self.has_gradients or not self.trainable:
+                during = replace(before, working=work.backward)
+            case Backward():
+                during = replace(before, working=work.first_backward)
+                self.has_gradients = True
+        self.stash.do(i)
+        if isinstance(i, Step):  # what is still needed has been copied when it begins
+            during = replace(self.now, working=self.step)
+            self.has_gradients = False
+        self.latest = max(before, during, self.now, key=lambda held: held.total)
+        self.most = max(self.most, self.latest, key=lambda held: held.total)
+
+    def end(self) -> Bytes:
+        """The outputs' parts are joined, and the optimizer steps if it has not yet."""
+        joined = self.now.outputs * (1 + (self.made > 1))
+        last = replace(self.now, outputs=joined, working=self.step * self.has_gradients)
+        self.most = max(self.most, last, key=lambda held: held.total)
+        return last

@@ -1,0 +1,172 @@
+"""What one microbatch does to the memory of a stage: bytes that stay from its Forward to its Backward, and on the way.
+
+Both passes are walked through node by node with what is alive after each: a value lives until its last reader has run,
+what autograd keeps until the last backward that reads it, a gradient from the first backward that adds to it until the
+backward of the node that it belongs to. Bytes are those of storages, so that views, and what several nodes keep, count
+once. What a kernel takes for itself is not known.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from pipecompile.ir.graph import CostedGraph, Footprint, Node
+from pipecompile.ir.plan import Plan, members
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Bytes of one microbatch in one stage."""
+
+    saved: int  # from Forward to Backward, beside what follows
+    received: dict[int, int]  # by source stage: values, from their arrival to the Backward
+    returned: dict[int, int]  # by target stage: gradients of what it has sent, from their arrival to the Backward
+    outputs: int  # what it makes of the model's output, to the end of the step
+    forward: int  # at most on the way forward, ``saved`` and ``outputs`` included
+    backward: int  # at most on the way backward, beyond what is there before
+    first_backward: int  # the same where the parameters have no gradients yet; these included
+
+
+def load(costed: CostedGraph, plan: Plan, stage: int) -> Load:
+    """What a microbatch does to a stage."""
+    walk = _Stage(costed, plan, stage)
+    graph = costed.graph
+    return Load(
+        walk.bytes_of(walk.resting - walk.outputs),
+        {channel.source: channel.nbytes for channel in plan.incoming[stage]},
+        {c.target: sum(_gradient_bytes(graph.nodes[i]) for i in c.values) for c in plan.outgoing[stage]},
+        walk.bytes_of(walk.outputs),
+        walk.forward(),
+        walk.backward(first=False),
+        walk.backward(first=True),
+    )
+
+
+def _gradient_bytes(node: Node) -> int:
+    return sum(spec.nbytes for spec in node.outputs if spec.requires_grad)
+
+
+class _Stage:
+    """One stage's nodes and storages."""
+
+    def __init__(self, costed: CostedGraph, plan: Plan, stage: int) -> None:
+        self.costed, self.graph, self.again = costed, costed.graph, stage in plan.recomputed
+        self.nodes = members(self.graph, plan, stage)
+        here = set(self.nodes)
+        self.received = self._values(v for channel in plan.incoming[stage] for v in channel.values)
+        self.sent = {v for channel in plan.outgoing[stage] for v in channel.values}
+        self.outputs = self._values(i for i in self.graph.outputs if i in here) - self.received
+        self.trainable = {p.name for p in self.graph.parameters if p.spec.requires_grad}
+
+    def bytes_of(self, storages: Iterable[int]) -> int:
+        return sum(self.costed.storages[number] for number in storages)
+
+    def _values(self, nodes: Iterable[int]) -> set[int]:
+        return {number for i in nodes for number in self.costed.footprints[i].values}
+
+    def _footprint(self, i: int) -> Footprint:
+        """A node's footprint; where the whole stage is computed again, as one stretch."""
+        footprint = self.costed.footprints[i]
+        if not self.again:
+            return footprint
+        if not footprint.repeats and self.graph.nodes[i].op != "input":
+            return replace(
+                footprint, saved=(*footprint.saved, *(n for n in footprint.values if n not in footprint.saved))
+            )
+        kept = footprint.values if self.graph.nodes[i].op == "input" else ()
+        inner = footprint.saved if footprint.stretch is None else footprint.again
+        return Footprint(
+            footprint.values, kept, footprint.forward_bytes, footprint.backward_bytes, inner, -1 if inner else None
+        )
+
+    @cached_property
+    def footprints(self) -> dict[int, Footprint]:
+        return {i: self._footprint(i) for i in self.nodes}
+
+    @cached_property
+    def resting(self) -> set[int]:
+        """Storages that stay from the Forward to the Backward, apart from those that were received."""
+        saved = {number for footprint in self.footprints.values() for number in footprint.saved}
+        return (saved | self._values(self.sent) | self.outputs) - self.received
+
+    def forward(self) -> int:
+        """The most bytes alive on the way forward."""
+        last_read = {n: i for i in self.nodes for source in self.graph.nodes[i].inputs for n in self._values([source])}
+        alive: set[int] = set()
+        now = most = 0
+        for i in self.nodes:
+            footprint = self.footprints[i]
+            most = max(most, now + footprint.forward_bytes)
+            new = {*footprint.values, *footprint.saved} - alive - self.received
+            dead = {n for n in alive | new if n not in self.resting and last_read.get(n, -1) <= i}
+            now += self.bytes_of(new) - self.bytes_of(dead)
+            alive = (alive | new) - dead
+        return max(most, now)
+
+    def backward(self, first: bool) -> int:
+        """The most bytes alive on the way backward, beyond what is there before it."""
+        held = self.received | self._values(self.sent) | self.outputs  # until the whole backward is done
+        gradients = _Gradients(self.sent)
+        kept = Counter(number for footprint in self.footprints.values() for number in footprint.saved)
+        stretches = self._stretches()
+        summed: set[str] = set()
+        again: Counter[int] = Counter()
+        freed = most = 0
+        for i in reversed(self.nodes):
+            node, footprint = self.graph.nodes[i], self.footprints[i]
+            if footprint.stretch is not None and footprint.stretch in stretches:
+                again = stretches.pop(footprint.stretch)
+            now = self.bytes_of(again) + gradients.now - freed
+            if _gradient_bytes(node):
+                most = max(most, now + footprint.backward_bytes)
+                for source in dict.fromkeys(node.inputs):
+                    gradients.give(source, i, _gradient_bytes(self.graph.nodes[source]), footprint.backward_bytes == 0)
+                new = {name for name in node.parameters if name in self.trainable} - summed
+                summed |= new
+                gradients.now += sum(self.graph.parameter_bytes[name] for name in new) * first
+                gradients.drop(i)
+            kept.subtract(footprint.saved)
+            freed += self.bytes_of(n for n in footprint.saved if kept[n] == 0 and n not in held)
+            again.subtract(footprint.again)
+            again = +again
+            most = max(most, self.bytes_of(again) + gradients.now - freed)
+        return most
+
+    def _stretches(self) -> dict[int, Counter[int]]:
+        """What is kept of each stretch while its backward is at work; how many nodes keep each storage."""
+        found: dict[int, Counter[int]] = {}
+        for footprint in self.footprints.values():
+            if footprint.stretch is not None:
+                found.setdefault(footprint.stretch, Counter()).update(
+                    n for n in footprint.again if n not in self.resting | self.received
+                )
+        return found
+
+
+class _Gradients:
+    """Gradients of values, several of which may be one tensor: a view's, a sum's."""
+
+    def __init__(self, received: set[int]) -> None:
+        self.now = 0
+        self.owner = {value: value for value in received}  # value -> whose tensor its gradient is
+        self.size = dict.fromkeys(received, 0)  # owner -> bytes; those received are there already
+
+    def give(self, value: int, user: int, nbytes: int, shared: bool) -> None:
+        """A user's backward adds to a value's gradient; ``shared``: it hands its own on."""
+        if value in self.owner or not nbytes:
+            return
+        if shared and user in self.owner:
+            self.owner[value] = self.owner[user]
+            return
+        self.owner[value] = value
+        self.size[value] = nbytes
+        self.now += nbytes
+
+    def drop(self, value: int) -> None:
+        """The value's own backward has run."""
+        owner = self.owner.pop(value, None)
+        if owner is not None and owner not in self.owner.values():
+            self.now -= self.size.pop(owner)

@@ -1,0 +1,126 @@
+"""The running side of a pipeline: what lives from one call to the next.
+
+Lanes and weights belong to the pipeline. Executors belong to a capture, and share them. A synchronous step leaves
+nothing behind; an asynchronous one leaves its stream.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from weakref import WeakSet
+
+import torch
+
+from pipecompile.capture.turns import Turn
+from pipecompile.ir.program import Instruction, Program
+from pipecompile.ir.timeline import Timeline
+from pipecompile.ops.retarget import threads_each
+from pipecompile.runtime import Ambient, Executor, Lane, LocalTransport, MakeOptimizer, Microbatch, Runner, Weights
+from pipecompile.runtime.compiled import Compiled
+from pipecompile.schedule import carried_after
+
+
+@dataclass
+class Stream:
+    """The endless stream of an asynchronous schedule between two calls."""
+
+    compiled: Compiled | None = None
+    next: int = 0  # the number of the next microbatch
+    carried: frozenset[Instruction] = frozenset()
+    microbatches: dict[int, Microbatch] = field(default_factory=dict)  # under way, by number
+
+    def advance(self, program: Program, entered: int) -> None:
+        """Notes that a program has run; microbatches that have ended are forgotten."""
+        self.carried = carried_after(program)
+        self.next += entered
+        self.microbatches = {n: m for n, m in self.microbatches.items() if m.saved}
+
+
+_SESSIONS: WeakSet[Session] = WeakSet()
+
+
+def _renew_all() -> None:
+    for session in list(_SESSIONS):
+        session.renew()
+
+
+class Session:
+    """Runs the programs of one pipeline.
+
+    Args:
+        devices: one for each rank.
+        optimizer: for schedules that step inside the pipeline.
+    """
+
+    def __init__(self, devices: Sequence[torch.device], optimizer: MakeOptimizer | None) -> None:
+        self.turn = Turn()  # calls from several threads follow one another
+        self.devices = tuple(devices)
+        self.optimizer = optimizer
+        self.lanes = tuple(Lane(device, threads_each(devices)) for device in devices)
+        self.weights: list[Weights] = []  # of each stage; all captures share the stages' weights
+        self.executors: dict[int, Executor] = {}
+        self.stream = Stream()
+        self.scale = 1.0  # of the last gradient into a loss computed with float16: the next is most often the same
+        self.repeated: Counter[str] = Counter()  # how often a call was run again, by reason
+        self.program: Program | None = None
+        self.timeline: Timeline | None = None
+        self.running = False
+        _SESSIONS.add(self)
+
+    def begin(self, compiled: Compiled) -> None:
+        """Begins a pass of a synchronous schedule: every stage on the parameters' present values."""
+        self._own(compiled)
+        tail = compiled.division.tail
+        for stage, weights in enumerate(self.weights):
+            weights.begin(compiled.tensors(stage), frozenset(tail.writes if tail else ()))
+
+    def run(self, compiled: Compiled, program: Program, microbatches: Mapping[int, Microbatch]) -> None:
+        """Runs a lowered program in the modes of the calling thread."""
+        with self.turn.taken():
+            self._own(compiled)
+            ambient = Ambient.of_caller(frozenset(device.type for device in self.devices))
+            self.program = program
+            self.running = True
+            try:
+                self.timeline = self._executor(compiled).run(program, microbatches, ambient)
+            finally:
+                self.running = False
+
+    def forget(self) -> None:
+        """Forgets the stages; the next program brings its own."""
+        self.weights, self.executors = [], {}
+        self.program = self.timeline = None
+
+    def renew(self) -> None:
+        """Makes a forked process's copy fit for use: threads of its own.
+
+        A program that another thread was in the midst of does not end there, nor does what waits for it.
+        """
+        if self.running:
+            self.executors, self.stream, self.running = {}, Stream(), False
+        for lane in self.lanes:
+            lane.renew()
+
+    def close(self) -> None:
+        """Ends the ranks' threads; nothing can be run any more."""
+        for lane in self.lanes:
+            lane.thread.shutdown()
+
+    def _own(self, compiled: Compiled) -> None:
+        if not self.weights:
+            self.weights = [Weights(compiled.tensors(s.index), s.device, self.optimizer) for s in compiled.stages]
+
+    def _executor(self, compiled: Compiled) -> Executor:
+        if id(compiled) not in self.executors:
+            parts = zip(compiled.stages, self.weights, compiled.plan.rank_of, strict=True)
+            runners = [Runner(stage, weights, self.lanes[rank]) for stage, weights, rank in parts]
+            transport = LocalTransport(self.lanes, compiled.plan.rank_of)
+            self.executors[id(compiled)] = Executor(compiled.plan, runners, self.lanes, transport)
+        return self.executors[id(compiled)]
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_all)

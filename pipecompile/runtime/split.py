@@ -1,0 +1,302 @@
+"""Cuts a captured graph into stage modules.
+
+A stage is a ``torch.fx.GraphModule`` that owns no tensors of its own: its parameters and buffers are the model's, under
+their original names. Its arguments are the model inputs that it reads, then the values that earlier stages send it. It
+returns the values that later stages read, and the model outputs that it makes.
+
+Values that are replicated (masks, positions, sizes) are computed again in each stage that reads them. Regions (no_grad,
+autocast) are entered and left by calls in the code. What the model checkpoints is a call of a graph of its own.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch import Tensor, nn
+
+from pipecompile.capture import Captured
+from pipecompile.capture.leaves import FunctionLeaf
+from pipecompile.capture.origin import origin_of
+from pipecompile.capture.purity import is_random
+from pipecompile.ir.graph import Graph
+from pipecompile.ir.plan import Plan, members
+from pipecompile.ops.modules import called_bare, owner_of
+from pipecompile.ops.names import in_code
+from pipecompile.ops.randomness import seeded
+from pipecompile.ops.recompute import Recomputed
+from pipecompile.ops.regions import PLAIN, Region, enter_region, exit_region
+from pipecompile.ops.retarget import retarget, same_device
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a split model. Values are named as in the captured graph.
+
+    The module is called with ``arguments`` and returns ``returns``, in order. Of the replicas that a value may come
+    from or go to, one is at work on a microbatch.
+    """
+
+    index: int
+    device: torch.device
+    module: fx.GraphModule
+    inputs: tuple[str, ...]  # model inputs
+    receives: Mapping[int, tuple[str, ...]]  # source stage -> values
+    arguments: tuple[str, ...]  # inputs, then values received
+    sends: Mapping[int, tuple[str, ...]]  # target stage -> values
+    outputs: tuple[str, ...]  # model outputs
+    returns: tuple[str, ...]
+    origins: Mapping[str, str]  # node -> "module 'h.0.attn', model.py:12", for error messages
+
+    @property
+    def modules(self) -> str:
+        """The first and the last module that the stage runs: "modules 'h.0.attn' to 'h.5.mlp'"."""
+        named = [origin for origin in self.origins.values() if origin.startswith("module ")]
+        paths = [origin.removeprefix("module ").split(",")[0] for origin in named]
+        return f"modules {paths[0]} to {paths[-1]}" if paths else "the model's own forward"
+
+    @property
+    def code(self) -> str:
+        """The stage as Python, then each stretch that the backward computes again."""
+        stretches = [n.target for n in self.module.graph.nodes if isinstance(n.target, Recomputed)]
+        return "".join([str(self.module.code), *(f"\n\n# {s.__name__}\n{s.module.code}" for s in stretches)])
+
+
+def split(captured: Captured, graph: Graph, plan: Plan, devices: Sequence[torch.device]) -> tuple[Stage, ...]:
+    """The stages of a plan; stage ``s`` is written for ``devices[plan.rank_of[s]]``."""
+    cut = _Cut(captured, graph, plan)
+    return tuple(cut.stage(s, devices[plan.rank_of[s]]) for s in range(plan.num_stages))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some nodes of a captured graph as one module, called with ``inputs`` then ``received``; returns a tuple."""
+
+    module: fx.GraphModule
+    inputs: tuple[str, ...]  # model inputs
+    received: tuple[str, ...]
+    returns: tuple[str, ...]
+
+
+def cut_out(captured: Captured, names: Sequence[str], returns: Sequence[str], device: torch.device) -> Piece:
+    """The module of some nodes, written for a device; what they read and are not among them is received."""
+    chosen = set(names)
+    nodes = {n.name: n for n in captured.graph.nodes}
+    run = [n for n in captured.graph.nodes if n.name in chosen and n.op != "get_attr"]
+    sources = dict.fromkeys(s.name for n in run for s in n.all_input_nodes if s.op != "get_attr")
+    received = tuple(name for name in sources if name not in chosen)
+    graph = _graph(run, received, returns, nodes, captured, device, captured.recomputed)
+    module = _module(graph, captured.tensors, captured.leaf, "Piece")
+    inputs = tuple(n.name for n in run if n.op == "placeholder")
+    return Piece(module, inputs, received, tuple(returns))
+
+
+class _Cut:
+    """What the stages of one split share."""
+
+    def __init__(self, captured: Captured, graph: Graph, plan: Plan) -> None:
+        self.captured = captured
+        self.graph = graph
+        self.plan = plan
+        self.nodes: dict[str, fx.Node] = {n.name: n for n in captured.graph.nodes}
+        self.model_outputs = tuple(dict.fromkeys(str(result.node) for result in captured.results))
+        self.tensors = captured.tensors
+
+    def stage(self, index: int, device: torch.device) -> Stage:
+        run = [self.nodes[self.graph.nodes[i].name] for i in members(self.graph, self.plan, index)]
+        inputs = tuple(n.name for n in run if n.op == "placeholder")
+        receives = {c.source: self._names(c.values) for c in self.plan.incoming[index]}
+        sends = {c.target: self._names(c.values) for c in self.plan.outgoing[index]}
+        outputs = tuple(name for name in self.model_outputs if self._makes(index, name))
+        returns = tuple(dict.fromkeys([*(v for values in sends.values() for v in values), *outputs]))
+        received = list(dict.fromkeys(name for values in receives.values() for name in values))
+        regions = (
+            dict.fromkeys(self.captured.repeatable, 0) if index in self.plan.recomputed else self.captured.recomputed
+        )
+        graph = _graph(run, received, returns, self.nodes, self.captured, device, regions)
+        module = _module(graph, self.tensors, self.captured.leaf, f"Stage{index}")
+        origins = {n.name: str(origin_of(n)) for n in run}
+        arguments = (*inputs, *received)
+        return Stage(index, device, module, inputs, receives, arguments, sends, outputs, returns, origins)
+
+    def _names(self, values: Sequence[int]) -> tuple[str, ...]:
+        return tuple(self.graph.nodes[i].name for i in values)
+
+    def _makes(self, stage: int, name: str) -> bool:
+        """Whether a stage returns a model output: its own, or, for the last stage, a replicated one."""
+        owner = self.owner.get(name)
+        return (self.plan.replica_of[-1] if owner is None else owner) == self.plan.replica_of[stage]
+
+    @property
+    def owner(self) -> dict[str, int | None]:
+        return {node.name: stage for node, stage in zip(self.graph.nodes, self.plan.stage_of, strict=True)}
+
+
+def _graph(
+    run: Sequence[fx.Node],
+    received: Sequence[str],
+    returns: Sequence[str],
+    nodes: Mapping[str, fx.Node],
+    captured: Captured,
+    device: torch.device,
+    regions: Mapping[str, int],
+) -> fx.Graph:
+    """The graph of one stage.
+
+    Args:
+        regions: of nodes that the backward computes again; those of one region that follow each other at once.
+    """
+    writer = _Writer(captured.device, device)
+    for source in [n for n in run if n.op == "placeholder"] + [nodes[name] for name in received]:
+        writer.argument(source)
+    returned = [nodes[name] for name in returns]
+    body = [n for n in run if n.op != "placeholder"]
+    for region, stretch in groupby(body, lambda n: regions.get(n.name)):
+        members = list(stretch)
+        inside = set(members)
+        results = [n for n in members if n in returned or not inside.issuperset(n.users)]
+        if region is None or not any(_wants_gradient(n) for n in results):
+            for source in members:
+                writer.write(source)
+        else:
+            writer.write_recomputed(members, results, f"recompute_{region}")
+    return writer.close(returned)
+
+
+def _wants_gradient(node: fx.Node) -> bool:
+    return any(isinstance(t, Tensor) and t.requires_grad for t in torch.utils._pytree.tree_leaves(node.meta.get("val")))
+
+
+class _Writer:
+    """Writes nodes of the captured graph, made for the device ``old``, into a graph for the device ``new``."""
+
+    def __init__(self, old: torch.device, new: torch.device) -> None:
+        self.graph = fx.Graph()
+        self.old, self.new = old, new
+        self.copies: dict[fx.Node, fx.Node] = {}
+        self.region = _Regions(self.graph)
+
+    def argument(self, source: fx.Node) -> None:
+        self.copies[source] = self.graph.placeholder(source.name)
+
+    def read(self, source: fx.Node) -> fx.Node:
+        """The copy of a node that is here already, or of an attribute."""
+        if source.op == "get_attr" and source not in self.copies:
+            self.copies[source] = self.graph.get_attr(in_code(str(source.target)))
+        return self.copies[source]
+
+    def write(self, source: fx.Node) -> None:
+        old, new = self.old, self.new
+        for attribute in source.all_input_nodes:
+            self.read(attribute)
+        self.region.change(_moved(origin_of(source).region, old, new))
+        copy = self.graph.node_copy(source, self.copies.__getitem__)
+        if source.op == "call_function" and is_random(source) and callable(source.target):
+            copy.target = seeded(source.target, source.name, new)
+        if isinstance(source.target, FunctionLeaf):
+            copy.target = source.target.on(old, new)
+        copy.args, copy.kwargs = retarget(copy.args, old, new), retarget(copy.kwargs, old, new)
+        if _makes_on_default_device(source, old) and old.type != new.type:
+            copy.kwargs = {**copy.kwargs, "device": new}
+        self.copies[source] = copy
+
+    def write_recomputed(self, members: Sequence[fx.Node], results: Sequence[fx.Node], name: str) -> None:
+        """Writes a stretch that the backward computes again, as one call of a graph of its own."""
+        inner = _Writer(self.old, self.new)
+        outside = dict.fromkeys(n for member in members for n in member.all_input_nodes if n not in members)
+        values = [self.read(source) for source in outside]
+        for source in outside:
+            inner.argument(source)
+        for member in members:
+            inner.write(member)
+        module = _quiet(fx.GraphModule(nn.Module(), inner.close(results)))
+        self.region.change(PLAIN)
+        call = self.graph.call_function(Recomputed(module, name), tuple(values))
+        for index, result in enumerate(results):
+            self.copies[result] = self.graph.call_function(operator.getitem, (call, index))
+
+    def close(self, returned: Sequence[fx.Node]) -> fx.Graph:
+        self.region.change(PLAIN)
+        self.graph.output(tuple(self.read(node) for node in returned))
+        return self.graph
+
+
+# Functions that make a tensor on the default device unless they are told another.
+FACTORIES = frozenset(
+    {
+        torch.arange, torch.as_tensor, torch.empty, torch.eye, torch.full, torch.linspace, torch.logspace, torch.ones,
+        torch.rand, torch.randint, torch.randn, torch.randperm, torch.tensor, torch.tril_indices, torch.triu_indices,
+        torch.zeros, torch.bartlett_window, torch.blackman_window, torch.hamming_window, torch.hann_window,
+        torch.kaiser_window, torch.empty_strided, torch.normal,
+    }
+)  # fmt: skip
+
+
+def _makes_on_default_device(node: fx.Node, old: torch.device) -> bool:
+    """Whether a call made a tensor on the traced device without naming it."""
+    value = node.meta.get("val")
+    made_here = isinstance(value, Tensor) and same_device(value.device, old)
+    return node.target in FACTORIES and made_here and node.kwargs.get("device") is None
+
+
+def _moved(region: Region, old: torch.device, new: torch.device) -> Region:
+    """A region whose autocast of the traced device is that of the stage's."""
+    casts = tuple((new.type if kind == old.type else kind, dtype, on) for kind, dtype, on in region.autocast)
+    return Region(region.grad, casts)
+
+
+class _Regions:
+    """Writes the calls that enter and leave regions."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.current = PLAIN
+        self.entered: fx.Node | None = None
+
+    def change(self, region: Region) -> None:
+        if region == self.current:
+            return
+        if self.entered is not None:
+            self.graph.call_function(exit_region, (self.entered,))
+        self.entered = None
+        if region != PLAIN:
+            self.entered = self.graph.call_function(enter_region, (region.grad, region.autocast))
+        self.current = region
+
+
+def _module(
+    graph: fx.Graph,
+    tensors: Mapping[str, Tensor],
+    leaf: Callable[[str, Mapping[str, Tensor]], nn.Module],
+    name: str,
+) -> fx.GraphModule:
+    """A graph module that reads the model's own tensors under their own names."""
+    root = nn.Module()
+    for target in dict.fromkeys(str(n.target) for n in graph.nodes if n.op == "call_module"):
+        owner, last = owner_of(root, target)
+        owner.add_module(last, leaf(target, tensors))
+    for target in dict.fromkeys(str(n.target) for n in graph.nodes if n.op == "get_attr"):
+        owner, last = owner_of(root, target)
+        tensor = tensors[target]
+        if last in owner._parameters or last in owner._buffers:
+            continue  # it is a leaf's
+        if isinstance(tensor, nn.Parameter):
+            owner.register_parameter(last, tensor)
+        else:
+            owner.register_buffer(last, tensor)
+    return _quiet(fx.GraphModule(root, graph, class_name=name))
+
+
+def _quiet(module: fx.GraphModule) -> fx.GraphModule:
+    """A module whose failing call does not print to stderr, as fx's does; the runtime reports better.
+
+    Hooks of all modules (``register_module_forward_hook``) are not for it: it is none of the model's.
+    """
+    kind: Any = type(module)
+    kind.__call__ = called_bare
+    return module

@@ -1,0 +1,153 @@
+"""Where a split model that differs from the unsplit one begins to: found by comparing, module by module.
+
+In the forward, the outputs of the modules are compared in the order of their calls: those of the unsplit model with
+the nodes of the trace that stand for them, first on the whole batch (what was captured), then on the microbatches (what
+was divided). Where all of these agree, gradients are compared in the order of the backward.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipecompile.batching import Rows, scatter
+from pipecompile.capture import Captured
+from pipecompile.capture.evaluate import Evaluator
+from pipecompile.capture.state.state import without_caches
+from pipecompile.capture.state.undo import left_as_before
+from pipecompile.ops.calls import tensors_in
+from pipecompile.ops.randomness import drawn_alike
+from pipecompile.verify.comparison import coarsest_type, difference
+from pipecompile.verify.side_by_side import Trial, on_one_device, statistics_of
+from pipecompile.verify.verification import Difference
+
+Parts = Sequence[Tensor]  # a value of the whole batch, or of each microbatch
+Outputs = Mapping[str, Sequence[Sequence[Parts]]]  # of each call of each module, by path
+
+
+def first_that_differs(trial: Trial, found: Sequence[Difference]) -> str:
+    """The first module whose output differs, or whose parameters' gradients do, in words.
+
+    Args:
+        found: what differs in the whole step.
+    """
+    whole, body = trial.batch.division.whole, trial.batch.division.body
+    captured = _of_trace(trial, whole, [trial.fresh().batch.call.tensors])
+    if where := _first(whole, _of_model(trial.fresh(), Rows((1,))), captured):
+        return f"the first module whose output differs is {where}, as it was captured"
+    if len(trial.rows) > 1:
+        expected, divided = _of_model(trial.fresh(), trial.rows), _of_trace(trial, body, _parts(trial.fresh()))
+        if where := _first(body, expected, divided):
+            return (
+                f"the first module whose output differs is {where}, on microbatches of {list(trial.rows.counts)} rows"
+            )
+    return _first_gradient(whole, found)
+
+
+def _of_model(trial: Trial, rows: Rows) -> Outputs:
+    """What each module of the unsplit model returns, with the batch statistics of so many rows."""
+    seen: dict[str, list[Sequence[Parts]]] = defaultdict(list)
+
+    def hook(path: str) -> Callable[..., None]:
+        def note(module: nn.Module, args: Any, output: Any) -> None:
+            seen[path].append([[t.detach().clone()] for t in tensors_in(output)])
+
+        return note
+
+    with (
+        left_as_before(trial.model, reach=trial.reach),
+        without_caches(trial.model),
+        ExitStack() as stack,
+    ):
+        for path, module in trial.model.named_modules():
+            stack.callback(module.register_forward_hook(hook(path)).remove)
+        stack.enter_context(statistics_of(rows))
+        args, kwargs = trial.batch.call.rebuild(trial.batch.call.tensors)
+        on_one_device(trial.model, trial.forward)(*args, **kwargs)
+    return seen
+
+
+def _of_trace(trial: Trial, captured: Captured, parts: Sequence[Mapping[str, Tensor]]) -> Outputs:
+    """What the nodes that stand for the modules' outputs compute from some parts of a batch."""
+    own = {name for _, nodes in captured.returns for name in nodes if name is not None}
+    names = {name + suffix for name in own for suffix in ("", "_share", "_part")}
+    values: dict[str, list[Tensor]] = defaultdict(list)
+    tensors = {n: t if t.requires_grad else t.detach().clone() for n, t in captured.tensors.items()}
+    with left_as_before(trial.model, reach=trial.reach):  # parts kept whole are run
+        for part in parts:
+            evaluator = Evaluator(
+                part, tensors.__getitem__, lambda target: captured.leaf(target, tensors), call=drawn_alike
+            )
+            for node in captured.graph.nodes:
+                if node.name in names and node.op != "output":
+                    values[node.name].append(evaluator.value(node).detach().clone())
+    seen: dict[str, list[Sequence[Parts]]] = defaultdict(list)
+    for path, nodes in captured.returns:
+        seen[path].append([_whole_value(values, str(name), len(parts)) for name in nodes])
+    return seen
+
+
+def _whole_value(values: Mapping[str, Parts], name: str, parts: int) -> Parts:
+    """A value in its parts, or as one where it is a sum of the microbatches' shares; nothing where no node has it."""
+    for share in (f"{name}_share", f"{name}_part") if parts > 1 else ():
+        if share in values:
+            return [torch.stack(list(values[share])).sum(0)]
+    return values.get(name, [])
+
+
+def _parts(trial: Trial) -> list[dict[str, Tensor]]:
+    """What each microbatch of a trial is given."""
+    batch = trial.batch
+    return scatter(batch.call, batch.rows, batch.compiled.run_before(batch.call), batch.division.before)
+
+
+def _first(captured: Captured, expected: Outputs, seen: Outputs) -> str:
+    """The first module, in the order in which calls end, one of whose outputs differs; empty if none does."""
+    coarsest = coarsest_type(node.meta.get("val") for node in captured.graph.nodes)
+    kinds = {path: type(module).__name__ for path, module in captured.model.named_modules()}
+    calls: Counter[str] = Counter()
+    for path, _ in captured.returns:
+        number = calls[path]
+        calls[path] += 1
+        if number >= len(expected.get(path, ())):
+            continue
+        for ours, theirs in zip(seen[path][number], expected[path][number], strict=False):
+            it = _compared(path, ours, theirs[0], coarsest)
+            if it is not None and it.verdict == "different":
+                return f"{path or 'the model itself'!r} ({kinds.get(path, 'a module')}), {it.amount}"
+    return ""
+
+
+def _compared(path: str, ours: Parts, theirs: Tensor, coarsest: torch.dtype | None) -> Difference | None:
+    """A module's output beside the unsplit model's; None where the parts cannot be put together."""
+    if len(ours) == 1:
+        return difference("output", path, ours[0], theirs, coarsest=coarsest)
+    if not ours or any(part.ndim != theirs.ndim for part in ours):
+        return None
+    if all(torch.equal(part, ours[0]) for part in ours):
+        return difference("output", path, ours[0], theirs, coarsest=coarsest)
+    for dim in range(theirs.ndim):
+        rest = [(*part.shape[:dim], *part.shape[dim + 1 :]) for part in ours]
+        fits = sum(part.shape[dim] for part in ours) == theirs.shape[dim]
+        if fits and all(other == (*theirs.shape[:dim], *theirs.shape[dim + 1 :]) for other in rest):
+            return difference("output", path, torch.cat(list(ours), dim), theirs, coarsest=coarsest)
+    return None
+
+
+def _first_gradient(captured: Captured, found: Sequence[Difference]) -> str:
+    """The module nearest to the loss one of whose parameters has another gradient."""
+    wrong = {it.name: it for it in found if it.kind == "gradient" and it.verdict == "different"}
+    last = {path: position for position, (path, _) in enumerate(captured.returns)}
+    by_owner = sorted(wrong, key=lambda name: last.get(name.rpartition(".")[0], -1))
+    if by_owner:
+        owner = by_owner[-1].rpartition(".")[0]
+        return (
+            f"every module's output agrees; in the order of the backward the first gradient that differs is that of "
+            f"{by_owner[-1]!r}, in module {owner or 'the model itself'!r}"
+        )
+    return "every module's output agrees, and so do the gradients of all parameters"

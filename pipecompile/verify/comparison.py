@@ -1,0 +1,172 @@
+"""Compares what two models gave in one step, by name: outputs, gradients, buffers, parameters and Python attributes.
+
+Rounding is told from error by a bound for each tensor. Sums of the same terms in another order differ by a few units in
+the last place of the largest terms, so a part of the tensor's own largest value is allowed, and far less of the
+largest gradient of the model: a gradient that is nothing but the rounding of larger ones has no size of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipecompile.verify.verification import Difference, Kind
+
+ULPS = 64  # of the largest gradient, that rounding may leave in any other
+MOST = 0.01  # of the largest gradient, whatever the type: more would hide what is lost, in sixteen bits
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one step gave, by name."""
+
+    outputs: Mapping[str, Any]
+    gradients: Mapping[str, Tensor | None] = field(default_factory=dict)
+    input_gradients: Mapping[str, Tensor | None] = field(default_factory=dict)
+    buffers: Mapping[str, Tensor] = field(default_factory=dict)
+    parameters: Mapping[str, Tensor] = field(default_factory=dict)  # those that the step has written
+    attributes: Mapping[str, Any] = field(default_factory=dict)  # those that the step has set
+    structure: Any = None  # the tree of the output: its types and keys
+    wanting: frozenset[str] = frozenset()  # outputs that a gradient can be asked of
+    weights: Mapping[str, Tensor] = field(default_factory=dict)  # all parameters, as they were before the step
+    left: Mapping[str, bool] = field(default_factory=dict)  # tensors left behind: whether one can be asked of them
+
+    def parts(self) -> Iterator[tuple[Kind, Mapping[str, Any]]]:
+        yield "output", self.outputs
+        yield "gradient", self.gradients
+        yield "input gradient", self.input_gradients
+        yield "buffer", self.buffers
+        yield "parameter", self.parameters
+        yield "attribute", self.attributes
+
+
+def differences(split: Run, whole: Run, coarsest: torch.dtype | None = None) -> tuple[Difference, ...]:
+    """How far apart two runs are, tensor by tensor.
+
+    Args:
+        whole: the unsplit model's; magnitudes are taken from it.
+        coarsest: the least precise floating type that the model computes in, whatever type its results have.
+    """
+    gradients = [g for g in (*whole.gradients.values(), *whole.input_gradients.values()) if g is not None]
+    largest = max(map(magnitude, gradients), default=0.0)
+    found = [*_of_outputs(split, whole)]
+    for (kind, ours), (_, theirs) in zip(split.parts(), whole.parts(), strict=True):
+        level = largest if "gradient" in kind else 0.0
+        for name in dict.fromkeys((*theirs, *ours)):
+            unchanged = whole.weights.get(name, _MISSING) if kind == "parameter" else _MISSING
+            pair = ours.get(name, unchanged), theirs.get(name, unchanged)
+            found.append(difference(kind, name, *pair, level, coarsest))
+    return tuple(it for it in found if it is not None)
+
+
+def _of_outputs(split: Run, whole: Run) -> Iterator[Difference | None]:
+    """What of the output is no number: its structure, and what takes a gradient."""
+    if split.structure != whole.structure:
+        yield Difference(
+            "output", "the structure", math.inf, 0.0, 0.0, f"{split.structure} instead of {whole.structure}"
+        )
+    for name in split.wanting ^ whole.wanting if split.wanting and whole.wanting else ():
+        yield _takes("output", name, name in whole.wanting)
+    for name in split.left.keys() & whole.left.keys():
+        if split.left[name] != whole.left[name]:
+            yield _takes("attribute", name, whole.left[name])
+
+
+def _takes(kind: Kind, name: str, expected: bool) -> Difference:
+    """A tensor that takes no gradient though it should, or takes one though it should not."""
+    seen = "without a gradient" if expected else "with a gradient, which the unsplit model's has not"
+    return Difference(kind, name, math.inf, 0.0, 0.0, seen)
+
+
+def difference(
+    kind: Kind, name: str, ours: Any, theirs: Any, level: float = 0.0, coarsest: torch.dtype | None = None
+) -> Difference | None:
+    """How far apart two values are; None where there is nothing to compare.
+
+    Args:
+        level: the largest magnitude of a gradient in the model, for a gradient.
+    """
+    if ours is None and theirs is None:
+        return None
+    if not (isinstance(ours, Tensor) and isinstance(theirs, Tensor)):
+        same = isinstance(ours, Tensor) == isinstance(theirs, Tensor) and _equal(ours, theirs)
+        return Difference(kind, name, 0.0 if same else math.inf, 0.0, 0.0, "" if same else _both(ours, theirs))
+    scale = magnitude(theirs)
+    if ours.shape != theirs.shape or ours.dtype != theirs.dtype or ours.layout != theirs.layout:
+        return Difference(kind, name, math.inf, scale, 0.0, _both(ours, theirs))
+    largest = distance(ours, theirs)
+    return Difference(kind, name, largest, scale, allowed(ours.dtype, scale, level, coarsest) if largest else 0.0)
+
+
+def distance(ours: Tensor, theirs: Tensor) -> float:
+    """The largest difference of two elements; infinite where only one is a number, 0 where both are alike."""
+    a, b = ours.detach(), theirs.detach().to(ours.device)
+    if a.layout != torch.strided:
+        a, b = a.to_dense(), b.to_dense()
+    if torch.equal(a, b) or not a.numel():
+        return 0.0
+    wide = torch.complex128 if a.dtype.is_complex else torch.float64
+    gap = (a.to(wide) - b.to(wide)).abs()
+    gap = torch.where((a == b) | (a.isnan() & b.isnan()), torch.zeros_like(gap), gap)
+    return float(gap.max()) if bool(gap.isfinite().all()) else math.inf
+
+
+def allowed(dtype: torch.dtype, scale: float, level: float = 0.0, coarsest: torch.dtype | None = None) -> float:
+    """The difference that rounding may explain in a tensor of a type whose values go up to ``scale``."""
+    if not (dtype.is_floating_point or dtype.is_complex):
+        return 0.0
+    eps = max(torch.finfo(dtype).eps, 0.0 if coarsest is None else torch.finfo(coarsest).eps)
+    return math.sqrt(eps) * scale + min(ULPS * eps, MOST) * level
+
+
+def coarsest_type(values: Iterable[Any]) -> torch.dtype | None:
+    """The least precise floating type among tensors; None if there is none."""
+    types = {v.dtype for v in values if isinstance(v, Tensor) and (v.dtype.is_floating_point or v.dtype.is_complex)}
+    return max(types, key=lambda dtype: torch.finfo(dtype).eps, default=None)
+
+
+def magnitude(tensor: Tensor) -> float:
+    """The largest magnitude of a finite element."""
+    values = tensor.detach()
+    values = values if values.layout == torch.strided else values.to_dense()
+    values = values.float() if values.dtype == torch.bool else values
+    finite = values[values.isfinite()]
+    return float(finite.abs().max()) if finite.numel() else 0.0
+
+
+class _Missing:
+    def __repr__(self) -> str:
+        return "nothing"
+
+
+_MISSING = _Missing()
+
+
+def _equal(ours: Any, theirs: Any) -> bool:
+    """Whether two Python values are alike; numbers that are not numbers are."""
+    if type(ours) is not type(theirs):
+        return False
+    if isinstance(ours, float) and math.isnan(ours):
+        return math.isnan(theirs)
+    same = ours == theirs
+    return bool(same.all()) if hasattr(same, "all") else bool(same)
+
+
+def _both(ours: Any, theirs: Any) -> str:
+    return f"{_described(ours)} instead of {_described(theirs)}"
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    return "none" if value is None else f"{value!r:.60}"
+
+
+def names_of(differences: Sequence[Difference], kind: Kind) -> list[str]:
+    """The names of what differs by more than rounding, of one kind."""
+    return [it.name for it in differences if it.kind == kind and it.verdict == "different"]

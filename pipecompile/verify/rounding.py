@@ -1,0 +1,105 @@
+"""How well a model knows its own numbers: what rounding alone does to the unsplit model's step.
+
+A split model adds up in another order, and so rounds otherwise. Where that matters more than ``comparison.allowed``
+allows (gradients that cancel, sums with large terms, sixteen-bit types), the unsplit model itself tells how far apart
+two right answers may be: a copy of it runs the step in float64, and one runs it with every parameter and input off by
+one unit in the last place.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from pipecompile.batching import Rows
+from pipecompile.verify.comparison import Run, allowed, coarsest_type, distance, magnitude
+from pipecompile.verify.side_by_side import Seeds, Trial, unsplit_step
+from pipecompile.verify.verification import Difference
+
+WIDER = 5.0  # times as far from the unsplit model as that is from its step in float64
+SHAKEN = 16.0  # times what one unit in the last place of parameters and inputs does
+
+Noise = Mapping[tuple[str, str], float]  # by kind and name
+Numbers = dict[tuple[str, str], Tensor]
+ROUNDED = ("output", "gradient", "input gradient", "buffer")
+
+
+def with_noise(
+    found: Sequence[Difference], trial: Trial, parts: Rows, seeds: Seeds, whole: Run
+) -> tuple[Difference, ...]:
+    """The differences of a step, each allowed what the unsplit model's own rounding explains.
+
+    Args:
+        parts, seeds: what the unsplit step was run on.
+        whole: what it gave.
+    """
+    noise = _noise(trial, parts, seeds, whole)
+    return tuple(replace(it, allowed=it.allowed + noise.get((it.kind, it.name), 0.0)) for it in found)
+
+
+def _noise(trial: Trial, parts: Rows, seeds: Seeds, whole: Run) -> Noise:
+    """How far two models that round otherwise may be apart, for each number; empty if that cannot be found."""
+    numbers = _tensors(whole)
+    if _is_another(numbers, _tensors(unsplit_step(trial.fresh(), parts, seeds))):
+        return {}  # the model gives other numbers on each run, by more than rounding
+    coarse = coarsest_type(numbers.values())
+    tried: list[tuple[float, Callable[[Tensor], Tensor]]] = [(SHAKEN, _shaken)]
+    if coarse is not None and torch.finfo(coarse).eps > torch.finfo(torch.float64).eps:
+        tried.append((WIDER, Tensor.double))
+    found: dict[tuple[str, str], float] = {}
+    for times, change in tried:
+        try:
+            other = _tensors(_changed(trial, parts, seeds, change))
+        except Exception:  # a model that cannot be copied, or does not take float64
+            continue
+        for key in numbers.keys() & other.keys():
+            if numbers[key].shape == other[key].shape:
+                gap = distance(numbers[key].to(other[key].dtype), other[key])
+                found[key] = max(found.get(key, 0.0), times * gap)
+    return found
+
+
+def _is_another(numbers: Numbers, again: Numbers) -> bool:
+    """Whether a step that was run again has given other numbers."""
+    pairs = [(numbers[key], again[key]) for key in numbers.keys() & again.keys()]
+    return any(distance(a, b) > allowed(a.dtype, magnitude(a)) for a, b in pairs if a.shape == b.shape)
+
+
+def _changed(trial: Trial, parts: Rows, seeds: Seeds, change: Callable[[Tensor], Tensor]) -> Run:
+    """The unsplit step of a copy of the model, with its parameters, buffers and inputs changed."""
+
+    def changed(tensor: Tensor) -> Tensor:
+        return change(tensor.detach()).requires_grad_(tensor.requires_grad) if tensor.is_floating_point() else tensor
+
+    def copied(module: nn.Module) -> nn.Module:
+        module = copy.deepcopy(module)
+        for tensor in (*module.parameters(), *module.buffers()):
+            tensor.data = changed(tensor.data)
+        return module
+
+    call = trial.fresh().batch.call
+    batch = replace(trial.batch, call=replace(call, tensors={n: changed(t) for n, t in call.tensors.items()}))
+    loss_fn = copied(trial.loss_fn) if isinstance(trial.loss_fn, nn.Module) else trial.loss_fn
+    other = replace(trial, model=copied(trial.model), loss_fn=loss_fn, batch=batch, reach=None)
+    with ExitStack() as stack:
+        if change is Tensor.double:
+            for kind in {tensor.device.type for tensor in other.tensors}:
+                stack.enter_context(torch.autocast(kind, enabled=False))
+            seeds = {i: changed(seed) for i, seed in seeds.items()}
+        return unsplit_step(other, parts, seeds)
+
+
+def _shaken(tensor: Tensor) -> Tensor:
+    """A tensor with every element off by one unit in the last place."""
+    signs = torch.randint(0, 2, tensor.shape, generator=torch.Generator().manual_seed(0)).to(tensor.device) * 2 - 1
+    return tensor + tensor * signs.to(tensor.dtype) * torch.finfo(tensor.dtype).eps
+
+
+def _tensors(run: Run) -> Numbers:
+    parts = ((kind, part) for kind, part in run.parts() if kind in ROUNDED)
+    return {(kind, name): value for kind, part in parts for name, value in part.items() if isinstance(value, Tensor)}

@@ -1,0 +1,412 @@
+"""One step of a split model, and the same step of the unsplit model, each as numbers by name.
+
+The unsplit model is the model's own forward on its own parameters, run on the whole batch. Gradients gather in
+``.grad``, which is as before at the end. What a pipeline does otherwise on purpose is done to the unsplit model too, so
+that both can be compared on the whole batch: batch normalisation takes the statistics of each microbatch,
+and random functions draw the same numbers for every row. Where a pipeline still differs by nature from the unsplit
+model on the whole batch (``apart``), the unsplit model runs the microbatches one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.graph import _engine_run_backward
+from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
+
+from pipecompile.batching import SHARED, Batched, Kind, Rows, by_shape, gather, scatter
+from pipecompile.capture import Call, Captured, Output
+from pipecompile.capture.origin import origin_of
+from pipecompile.capture.purity import is_random
+from pipecompile.capture.state.reach import Generator, Reach, reach_of
+from pipecompile.capture.state.state import named_tensors, without_caches
+from pipecompile.capture.trees import flatten
+from pipecompile.ir.plan import Plan
+from pipecompile.ir.program import Program
+from pipecompile.ops.functions import add_moments, moments
+from pipecompile.ops.row_draws import draws_by_row
+from pipecompile.runtime import steps
+from pipecompile.runtime.compiled import find_loss
+from pipecompile.runtime.session import Session
+from pipecompile.verify.comparison import Run
+from pipecompile.verify.observed import Seen, observed
+
+SEED = 0  # of the gradients that outputs are given
+
+Name = int | str  # of what is given a gradient: the position of an output, the place of what is left behind
+Seeds = dict[Name, Tensor]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A call that both models are to make.
+
+    Attributes:
+        loss_fn: what the model's output and ``target=`` are given to, where the user has said it.
+        loss: the name of the output that is the loss, where the user has said it.
+        trains: whether gradients are wanted.
+        deferred: whether running statistics are moved by the whole batch (``batch_norm="deferred"``).
+        mixes: whether the user lets modules mix the samples of each microbatch.
+        out_dims: along which dimension outputs are joined, where the user has said it.
+        reach: what the model may read and change besides its arguments, where it has been found before.
+    """
+
+    model: nn.Module
+    batch: steps.Batch
+    schedule: Callable[[Plan, int], Program]
+    devices: tuple[torch.device, ...]
+    loss_fn: Callable[..., Any] | None = None
+    loss: str | None = None
+    trains: bool = True
+    deferred: bool = False
+    mixes: bool = False
+    out_dims: Mapping[str, int | None] = field(default_factory=dict)
+    reach: Reach | None = None
+
+    @property
+    def captured(self) -> Captured:
+        return self.batch.compiled.captured
+
+    @property
+    def rows(self) -> Rows:
+        return self.batch.rows
+
+    @property
+    def generators(self) -> Sequence[Generator]:
+        """The model's own generators of random numbers."""
+        return () if self.reach is None else self.reach.generators
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What gradients are asked for: trainable parameters, then inputs that want one."""
+        inputs = [tensor for tensor in self.batch.call.tensors.values() if tensor.requires_grad]
+        return [*(p for p in self.model.parameters() if p.requires_grad), *inputs]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The unsplit model, and the loss function."""
+        if self.loss_fn is None:
+            return self.model(*args, **kwargs)
+        target = kwargs.pop("target")
+        return self.loss_fn(self.model(*args, **kwargs), target)
+
+    @property
+    def loss_output(self) -> int | None:
+        """The position of the loss among the outputs' tensors."""
+        return find_loss(self.captured, self.loss) if self.trains else None
+
+    def fresh(self) -> Trial:
+        """The same on copies of the inputs, which a run may write to."""
+        return replace(self, batch=replace(self.batch, call=copied(self.batch.call)))
+
+
+def copied(call: Call, rows: int | None = None) -> Call:
+    """A call on copies of its tensors, or of their first rows; those that want a gradient are leaves."""
+
+    def copy(name: str, tensor: Tensor) -> Tensor:
+        part = tensor if rows is None or name not in call.batched else tensor[:rows]
+        return part.detach().clone().requires_grad_(tensor.requires_grad)
+
+    with torch.inference_mode(False):
+        tensors = {name: copy(name, tensor) for name, tensor in call.tensors.items()}
+    return replace(call, tensors=tensors, batch=call.batch if rows is None or call.batch is None else rows)
+
+
+def apart(trial: Trial) -> str:
+    """What of a model comes out otherwise on microbatches by its nature; empty if nothing does."""
+    if len(trial.rows) == 1:
+        return ""
+    if trial.mixes:
+        return "modules mix the samples of each microbatch, as asked"
+    nodes = list(trial.batch.division.body.graph.nodes)
+    if any(is_random(node) and not draws_by_row(node.target) for node in nodes):
+        return "it draws random numbers"
+    written = sorted({name for node in nodes for name in origin_of(node).writes if not _is_normalisation(node)})
+    if written:
+        return f"it writes buffer {written[0]!r}"
+    leaves = trial.captured.leaves
+    return f"module {next(iter(leaves))!r} is kept whole" if leaves and trial.model.training else ""
+
+
+def incomparable(trial: Trial) -> str:
+    """Why no run of the unsplit model draws the random numbers that a pipeline draws; empty if one does."""
+    for node in trial.captured.graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and is_random(node):
+            return f"{origin_of(node)}: it draws random numbers inside torch.vmap or a custom operator"
+    return ""
+
+
+def _is_normalisation(node: torch.fx.Node) -> bool:
+    return node.target in (F.batch_norm, torch.batch_norm, add_moments, moments)
+
+
+def split_step(trial: Trial, left_too: bool = True) -> tuple[Run, Seeds]:
+    """The pipeline's step, on a session of its own, and the gradients that were given to what it computed.
+
+    The model is left as it was.
+
+    Args:
+        left_too: gradients are given to what the forward leaves behind, too.
+    """
+    batch, tensors = trial.batch, trial.tensors
+    drawn = batch.division.whole.attributes.tried()
+    with (
+        drawn,
+        _observed(trial) as seen,
+        closing(Session(trial.devices, None)) as session,
+        torch.set_grad_enabled(trial.trains),
+    ):
+        given = steps.run(session, batch, trial.loss_output, trial.schedule)
+        out = batch.rebuild(given)
+        leaves = leaves_of(out)
+        batch.leave(given)
+        own = set(map(id, given.values()))
+        left = {name: tensor for name, tensor in seen.left().items() if left_too and id(tensor) in own}
+        seeds = _seeds(trial, leaves, left)
+        found = _gradients(tensors, _named(leaves, left), seeds)
+    return _run(trial, tensors, out, leaves, found, seen, left), seeds
+
+
+def unsplit_step(trial: Trial, rows: Rows, seeds: Seeds | None, device: torch.device | None = None) -> Run:
+    """The model's own step on the parts of a batch, one after the other. The model is left as it was.
+
+    Args:
+        rows: of each part; a single one is the whole batch.
+        seeds: gradients of what it computes; None: those that a split step would give. What is left behind takes its
+            own on the whole batch alone.
+        device: where to run it; by default where the first of its tensors is.
+    """
+    batch, outputs, tensors = trial.batch, trial.captured.outputs, trial.tensors
+    starts = {i: _spread(_kind(trial, outputs[i]), s, rows) for i, s in (seeds or {}).items() if isinstance(i, int)}
+    of_left = {name: seed for name, seed in (seeds or {}).items() if isinstance(name, str)}
+    left: dict[str, Tensor] = {}
+    gathered: list[list[Any]] = []
+    found: list[Tensor | None] = [None] * len(tensors)
+    with _observed(trial) as seen, without_caches(trial.model), torch.set_grad_enabled(trial.trains):
+        forward = on_one_device(trial.model, trial.forward, device)
+        for k, part in enumerate(scatter(batch.call, rows) if len(rows) > 1 else [batch.call.tensors]):
+            args, kwargs = batch.call.rebuild(part if device is None else {n: t.to(device) for n, t in part.items()})
+            with statistics_of(trial.rows if len(rows) == 1 else rows, trial.deferred):
+                out = forward(*args, **kwargs)  # and the backward, where checkpoints run again
+                leaves = leaves_of(out)
+                left = seen.left() if len(rows) == 1 else {}
+                given: Seeds = {i: parts[k].to(leaves[i].device) for i, parts in starts.items()}
+                given |= {name: seed.to(left[name].device) for name, seed in of_left.items() if name in left}
+                wanted = _seeds(trial, leaves, left) if seeds is None else given
+                new = _gradients(tensors, _named(leaves, left), wanted)
+            found = [a if b is None else b if a is None else a + b for a, b in zip(found, new, strict=True)]
+            gathered.append([leaf.detach() if isinstance(leaf, Tensor) and len(rows) > 1 else leaf for leaf in leaves])
+    joined = gathered[0]
+    if len(rows) > 1:
+        pairs = zip(outputs, zip(*gathered, strict=True), strict=True)
+        joined = [_joined(_kind(trial, output), parts, rows) for output, parts in pairs]
+    return _run(trial, tensors, out, joined, found, seen, left)
+
+
+def on_one_device(
+    model: nn.Module, forward: Callable[..., Any], device: torch.device | None = None
+) -> Callable[..., Any]:
+    """The unsplit model on one device, by default that of its first tensor; those on others are copied there."""
+    tensors = dict(named_tensors(model))
+    if device is None:
+        device = next(iter(tensors.values())).device if tensors else torch.device("cpu")
+    moved = {f"model.{name}": t.to(device) for name, t in tensors.items() if t.device != device}
+    if not moved:
+        return forward
+    whole = _Whole(model, forward)
+    return lambda *args, **kwargs: functional_call(whole, moved, args, kwargs)
+
+
+class _Whole(nn.Module):
+    """A model, and what is called to run it."""
+
+    def __init__(self, model: nn.Module, run: Callable[..., Any]) -> None:
+        super().__init__()
+        self.model = model
+        self.run = run
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(*args, **kwargs)
+
+
+def _observed(trial: Trial) -> AbstractContextManager[Seen]:
+    functions = [] if trial.loss_fn is None else [trial.loss_fn]
+    return observed(trial.model, functions, trial.reach or reach_of(trial.model, functions))
+
+
+def leaves_of(out: Any) -> list[Any]:
+    """The leaves of an output."""
+    return [leaf for _, leaf in flatten(out)[0]]
+
+
+def _named(leaves: Sequence[Any], left: Mapping[str, Tensor]) -> dict[Name, Any]:
+    """What a gradient may be given to: the leaves of an output by position, and what is left behind by place."""
+    pairs: list[tuple[Name, Any]] = [*enumerate(leaves), *left.items()]
+    return dict(pairs)
+
+
+def _seeds(trial: Trial, leaves: Sequence[Any], left: Mapping[str, Tensor]) -> Seeds:
+    """The gradients to give: into the loss, else drawn ones into all outputs that take any; and into what is left.
+
+    The loss is given another than one, so that one which is not handed on shows; half, which rounds nothing. With
+    float16 each other scale is a run more.
+    """
+    if not trial.trains:
+        return {}
+    captured, loss = trial.captured, trial.loss_output
+    positions = [i for i, output in enumerate(captured.outputs) if output.node is not None]
+    seeds: Seeds = {}
+    wanted: dict[Name, Tensor] = {name: tensor for name, tensor in left.items() if tensor.requires_grad}
+    if loss is not None:
+        scale = 1.0 if trial.batch.compiled.in_float16 else 0.5
+        seeds[positions[loss]] = torch.full_like(leaves[positions[loss]], scale)
+    else:
+        wanted |= {i: leaves[i] for i in positions if captured.outputs[i].requires_grad}
+    generator = torch.Generator().manual_seed(SEED)
+    with torch._C.DisableTorchFunction():  # each row draws its own, also where random functions draw alike
+        drawn = {name: torch.randn(leaf.shape, generator=generator).to(leaf) for name, leaf in wanted.items()}
+    return {**seeds, **drawn}
+
+
+def _gradients(tensors: Sequence[Tensor], values: Mapping[Name, Any], seeds: Seeds) -> list[Tensor | None]:
+    """The gradient of each of some leaves."""
+    starts = {i: seed for i, seed in seeds.items() if values[i].requires_grad}
+    if not starts or not tensors:
+        return [None] * len(tensors)
+    with ExitStack() as stack:
+        for kind in {tensor.device.type for tensor in tensors}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        roots = [values[i] for i in starts]
+        # torch.autograd.grad would leave function modes, in which a checkpoint runs its forward once more, and is
+        # refused by reentrant checkpoints; so gradients gather in the leaves
+        _engine_run_backward(
+            tuple(roots), tuple(starts.values()), False, False, (), allow_unreachable=True, accumulate_grad=True
+        )
+    found = [tensor.grad for tensor in tensors]
+    for tensor in tensors:
+        tensor.grad = None
+    return found
+
+
+def _kind(trial: Trial, output: Output) -> Kind:
+    """How the parts of an output are joined: as the user has said, as the stages' own are, or by their shape."""
+    if output.name in trial.out_dims:
+        dim = trial.out_dims[output.name]
+        return SHARED if dim is None else Batched(dim)
+    kind = trial.batch.joins.get(trial.batch.division.places.get(str(output.node), ""))
+    return kind if isinstance(kind, Batched) else by_shape(output)
+
+
+def _joined(kind: Kind, parts: Sequence[Any], rows: Rows) -> Any:
+    return gather(kind, parts, rows) if isinstance(parts[0], Tensor) else parts[0]
+
+
+def _spread(kind: Kind, gradient: Tensor, rows: Rows) -> list[Tensor]:
+    """Each part's share of an output's gradient."""
+    if len(rows) == 1:
+        return [gradient]
+    if not isinstance(kind, Batched):
+        return [gradient * weight for weight in rows.weights]
+    entries = gradient.shape[kind.dim] // sum(rows.counts)
+    return list(torch.split(gradient, [count * entries for count in rows.counts], kind.dim))
+
+
+# Batch normalisation, as a pipeline does it
+
+
+def statistics_of(rows: Rows, deferred: bool = False) -> TorchFunctionMode:
+    """In which batch normalisation of the whole batch is by the statistics of its microbatches, as GPipe has it.
+
+    Args:
+        deferred: running statistics are moved once, by those of all rows.
+    """
+    return _MicrobatchStatistics(rows.counts, deferred)
+
+
+class _MicrobatchStatistics(TorchFunctionMode):
+    def __init__(self, counts: Sequence[int], deferred: bool) -> None:
+        super().__init__()
+        self.counts = tuple(counts)
+        self.deferred = deferred
+        self.uses: dict[int, _Uses] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.batch_norm or len(self.counts) < 2:
+            return func(*args, **kwargs)
+        names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        x, rows = given.pop("input"), sum(self.counts)
+        if not given.get("training", False) or x.shape[0] % rows:
+            return func(*args, **kwargs)
+        if self.deferred:
+            with torch.no_grad():
+                func(x.detach(), **given)
+            given["running_mean"] = given["running_var"] = None
+        parts = torch.split(x, [count * (x.shape[0] // rows) for count in self.counts])
+        mean, var = given.get("running_mean"), given.get("running_var")
+        in_backward = torch._C._current_graph_task_id() != -1  # a checkpoint's second run, behind all first ones
+        if mean is None or var is None or in_backward:
+            return torch.cat([func(part, **given) for part in parts])
+        found = [(torch.zeros_like(mean), torch.zeros_like(var)) for _ in parts]
+        alone = [{**given, "running_mean": m, "running_var": v, "momentum": 1.0} for m, v in found]
+        joined = torch.cat([func(part, **own) for part, own in zip(parts, alone, strict=True)])
+        self.uses.setdefault(id(mean), _Uses((mean, var))).add(given.get("momentum", 0.1), found)
+        return joined
+
+
+class _Uses:
+    """One module's running statistics, moved by all that one microbatch does with it, then by the next one's."""
+
+    def __init__(self, running: tuple[Tensor, Tensor]) -> None:
+        self.running = running
+        self.start = tuple(map(torch.clone, running))
+        self.found: list[tuple[float, Sequence[tuple[Tensor, Tensor]]]] = []  # of each use: momentum; each part's
+
+    def add(self, momentum: float, found: Sequence[tuple[Tensor, Tensor]]) -> None:
+        self.found.append((momentum, found))
+        with torch.no_grad():
+            for i, tensor in enumerate(self.running):
+                tensor.copy_(self.start[i])
+                for part in range(len(found)):
+                    for momentum, of_parts in self.found:
+                        tensor.lerp_(of_parts[part][i], momentum)
+
+
+# What a step has given
+
+
+def _run(
+    trial: Trial,
+    tensors: Sequence[Tensor],
+    out: Any,
+    leaves: Sequence[Any],
+    found: Sequence[Tensor | None],
+    seen: Seen,
+    left: Mapping[str, Tensor],
+) -> Run:
+    outputs = trial.captured.outputs
+    known = len(outputs) == len(leaves)
+    names = [output.name or "output" for output in outputs] if known else [str(i) for i in range(len(leaves))]
+    asked = set(map(id, tensors))  # before the run, which may set requires_grad itself
+    trained = [name for name, p in trial.model.named_parameters() if id(p) in asked]
+    wanting = [name for name, tensor in trial.batch.call.tensors.items() if id(tensor) in asked]
+    named = dict(zip(names, leaves, strict=True))
+    return Run(
+        {name: leaf.detach() if isinstance(leaf, Tensor) else leaf for name, leaf in named.items()},
+        dict(zip(trained, found, strict=False)),
+        dict(zip(wanting, found[len(trained) :], strict=True)),
+        seen.buffers,
+        seen.parameters,
+        seen.attributes,
+        structure=flatten(out)[1],
+        wanting=frozenset(name for name, leaf in named.items() if isinstance(leaf, Tensor) and leaf.requires_grad),
+        weights=dict(trial.model.named_parameters()),
+        left={name: tensor.requires_grad for name, tensor in left.items()},
+    )

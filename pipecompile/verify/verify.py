@@ -1,0 +1,177 @@
+"""Runs a split model beside the unsplit one and compares every number: a report of several steps.
+
+Each check is one step of both on the same inputs (``side_by_side``): the given ones, fresh ones of the same shape,
+fresh ones of another shape; training and evaluation; in the pipeline's microbatches and in one. ``prove`` is the one
+quick check that every capture passes before it trains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from pipecompile.batching import Rows, uses_batch_statistics
+from pipecompile.capture.state.reach import reach_of
+from pipecompile.capture.state.state import without_caches
+from pipecompile.capture.state.undo import left_as_before
+from pipecompile.compiler.report import describe
+from pipecompile.errors import PipecompileError
+from pipecompile.ir.plan import Plan
+from pipecompile.ir.program import Program
+from pipecompile.ops.randomness import alike, undrawn
+from pipecompile.ops.retarget import threads_each, threads_of
+from pipecompile.runtime import steps
+from pipecompile.verify.comparison import differences
+from pipecompile.verify.rounding import with_noise
+from pipecompile.verify.side_by_side import SEED, Trial, apart, on_one_device, split_step, unsplit_step
+from pipecompile.verify.variations import like, other_shapes, same_shapes
+from pipecompile.verify.verification import Check, Verification
+
+Mode = Literal["train", "eval"]
+MODES: tuple[Mode, ...] = ("train", "eval")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A split model as it is to be verified."""
+
+    model: nn.Module
+    loss_fn: Callable[..., Any] | None
+    batch: Callable[[Sequence[Any], Mapping[str, Any], int], steps.Batch]  # of so many microbatches
+    schedule: Callable[[Plan, int], Program]
+    microbatches: int
+    loss: str | None
+    devices: tuple[torch.device, ...]
+    deferred: bool  # batch normalisation
+    mixes: bool
+    out_dims: Mapping[str, int | None]
+
+    def trial(self, batch: steps.Batch, mode: Mode) -> Trial:
+        trains = mode == "train" and any(output.requires_grad for output in batch.outputs)
+        return Trial(
+            self.model,
+            batch,
+            self.schedule,
+            self.devices,
+            self.loss_fn,
+            self.loss,
+            trains,
+            self.deferred,
+            self.mixes,
+            self.out_dims,
+            reach_of(self.model, [] if self.loss_fn is None else [self.loss_fn]),
+        )
+
+    def run_unsplit(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Runs the unsplit model for what it raises."""
+        forward: Callable[..., Any] = self.model
+        if self.loss_fn is not None:
+            loss_fn = self.loss_fn
+            forward = lambda *args, target, **kwargs: loss_fn(self.model(*args, **kwargs), target)  # noqa: E731
+        with left_as_before(self.model), without_caches(self.model), torch.no_grad():
+            on_one_device(self.model, forward)(*args, **kwargs)
+
+
+def verify(subject: Subject, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Verification:
+    """Compares a split model with the unsplit one on a call and on fresh ones like it.
+
+    Raises:
+        CaptureError, PlanError, InputError: the given call cannot be split, as the pipeline itself would raise.
+    """
+    notes: dict[str, dict[str, None]] = {}
+    checks: list[Check] = []
+    with _preserved(subject.model, subject.devices), threads_of(threads_each(subject.devices)):
+        given = subject.batch(args, kwargs, subject.microbatches)
+        for mode in MODES:
+            subject.model.train(mode == "train")
+            for what, call in _calls(given):
+                check, parts = _check(subject, mode, what, call, subject.microbatches, notes)
+                checks.append(check)
+                if parts > 1 and mode == "train":
+                    checks.append(_check(subject, mode, what, call, 1, notes)[0])
+    return Verification(tuple(checks), {topic: tuple(lines) for topic, lines in notes.items()})
+
+
+def _calls(given: steps.Batch) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    """The calls to make, with a word for each."""
+    call, captured = given.call, given.compiled.captured
+    generator = torch.Generator().manual_seed(SEED)
+    yield "given", call.rebuild(call.tensors)
+    yield "fresh", call.rebuild(like(call, same_shapes(call), generator))
+    other = other_shapes(captured, call)
+    if other is not None:
+        yield "fresh", call.rebuild(like(call, other, generator))
+
+
+def _check(
+    subject: Subject, mode: Mode, what: str, call: tuple[Any, Any], microbatches: int, notes: dict[str, dict[str, None]]
+) -> tuple[Check, int]:
+    """One check, and the number of microbatches that it took."""
+    args, kwargs = call
+    try:
+        subject.run_unsplit(args, kwargs)
+    except Exception as error:  # whatever the model raises on values or sizes that it was not made for
+        return Check(mode, what, 0, "", left_out=f"the unsplit model itself raises {type(error).__name__}: {error}"), 0
+    inputs = what
+    try:
+        batch = subject.batch(args, kwargs, microbatches)
+        inputs = f"{what}: {_described(batch)}"
+        trial = subject.trial(batch, mode)
+        with alike(trial.generators):
+            split, seeds = split_step(trial)
+    except PipecompileError as error:
+        return Check(mode, inputs, 0, "", failure=f"{type(error).__name__}: {error}"), 0
+    for topic, lines in describe(batch.compiled).items():
+        notes.setdefault(topic, {}).update(dict.fromkeys(lines))
+    if batch.compiled.is_random:
+        notes.setdefault("microbatches", {})["compared with the same random numbers for every row, in both models"] = (
+            None
+        )
+    why = apart(trial)
+    if why and batch.sees_the_whole:
+        left_out = f"{why}, and its loss is one of the whole batch: no run of the unsplit model does both"
+        return Check(mode, inputs, len(batch.rows), "", left_out=left_out), len(batch.rows)
+    if why:
+        line = f"compared with the unsplit model over the same microbatches, since {why}"
+        notes.setdefault("microbatches", {})[line] = None
+    elif len(batch.rows) > 1 and any(map(uses_batch_statistics, batch.division.body.graph.nodes)):
+        line = "the unsplit model normalises by the statistics of each microbatch too"
+        notes.setdefault("microbatches", {})[line] = None
+    parts = batch.rows if why else Rows((sum(batch.rows.counts),))
+    with alike(trial.generators):
+        whole = unsplit_step(trial, parts, seeds)
+        found = [it for it in differences(split, whole) if not (why and it.name in _written_once(batch))]
+        if any(it.verdict == "different" for it in found):
+            found = [*with_noise(found, trial, parts, seeds, whole)]
+    on = "the same microbatches" if why else "the whole batch"
+    return Check(mode, inputs, len(batch.rows), on, tuple(found)), len(batch.rows)
+
+
+def _written_once(batch: steps.Batch) -> tuple[str, ...]:
+    """The buffers that a pipeline writes once a batch, where the unsplit model does for each microbatch."""
+    return batch.division.tail.writes if batch.division.tail is not None else ()
+
+
+def _described(batch: steps.Batch) -> str:
+    shapes = [f"{name} {list(tensor.shape)}" for name, tensor in batch.call.tensors.items()]
+    return ", ".join(shapes[:3]) + (f" +{len(shapes) - 3}" if len(shapes) > 3 else "")
+
+
+# Leaving no mark
+
+
+@contextmanager
+def _preserved(model: nn.Module, devices: Sequence[torch.device]) -> Iterator[None]:
+    """Modes, generators and the caller's autograd modes are as before at the end; what a check changes it undoes."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with undrawn(devices), torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
