@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from random import Random
 
-from pipecompile.partition.solver.contract import contract
+from pipecompile.partition.solver.contraction import contract
 from pipecompile.partition.solver.problem import Problem, Seat
 
 Edges = list[tuple[int, int]]

@@ -20,7 +20,7 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from pipecompile.partition.solver.contract import Contraction, contract
+from pipecompile.partition.solver.contraction import Contraction, contract
 from pipecompile.partition.solver.problem import Seat
 
 Edge = tuple[int, int]

@@ -29,7 +29,7 @@ from rich.table import Table
 
 from pipecompile.errors import InfeasibleError, PlanError
 from pipecompile.partition import Problem
-from pipecompile.partition.solver import solve
+from pipecompile.partition.solver.solver import solve
 
 Optima = dict[tuple[str, int], float]
 console = Console(width=120)

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 import pipecompile
 from pipecompile.ir.graph import Cost
-from pipecompile.planning.calibrate import Times
+from pipecompile.planning.calibration import Times
 
 Model = tuple[nn.Module, dict[str, Tensor]]  # with the arguments of a call
 SIDE = 64  # pixels of an image

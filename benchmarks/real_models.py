@@ -32,12 +32,12 @@ from unet import UNet
 from pipecompile.capture import capture, read_call, summarize
 from pipecompile.ir.cluster import Cluster
 from pipecompile.ir.graph import CostedGraph
-from pipecompile.partition.costed import problem_of
-from pipecompile.partition.placed import Placed
-from pipecompile.partition.solver.contract import Contraction
-from pipecompile.partition.solver.evaluate import bottleneck
-from pipecompile.partition.solver.solve import solve
-from pipecompile.planning.request import BUDGET
+from pipecompile.partition.from_graph import problem_of
+from pipecompile.partition.solver.contraction import Contraction
+from pipecompile.partition.solver.score import bottleneck
+from pipecompile.partition.solver.solver import solve
+from pipecompile.partition.stage_nodes import Placed
+from pipecompile.planning.search_spec import BUDGET
 from pipecompile.profile import profile
 
 ROWS = 4  # of a microbatch

@@ -17,7 +17,7 @@ from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import Program
 from pipecompile.ir.timeline import Timeline
 from pipecompile.pipeline import Pipeline
-from pipecompile.schedule.simulate import simulate
+from pipecompile.schedule.simulator import simulate
 
 __version__ = "0.1.0"
 __all__ = [

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from pipecompile.compiler.devices import named_cluster, parse_devices
 from pipecompile.compiler.options import BatchNorm, Options, Verify, read_costs
 from pipecompile.ir.cluster import Cluster
+from pipecompile.ir.constraints import Wishes
 from pipecompile.ir.graph import CostedGraph
-from pipecompile.ir.wishes import Wishes
 from pipecompile.pipeline import Pipeline
-from pipecompile.planning.request import BUDGET, Goal
-from pipecompile.planning.workload import Recompute
+from pipecompile.planning.search_spec import BUDGET, Goal
+from pipecompile.planning.training_spec import Recompute
 from pipecompile.profile import How
 from pipecompile.runtime import MakeOptimizer
 

@@ -15,9 +15,16 @@ from torch import Tensor, nn
 
 from pipecompile.batching import Rows
 from pipecompile.capture import Call, read_call
-from pipecompile.capture.state.imprints import Same
-from pipecompile.capture.turns import CAPTURING
-from pipecompile.compiler.captures import Captures, Key, States, hooks_of_all_modules, refuse_default_device, settings
+from pipecompile.capture.locks import CAPTURING
+from pipecompile.capture.state.fingerprints import Same
+from pipecompile.compiler.capture_cache import (
+    Captures,
+    Key,
+    States,
+    hooks_of_all_modules,
+    refuse_default_device,
+    settings,
+)
 from pipecompile.compiler.compile_call import compile_call
 from pipecompile.compiler.options import Options
 from pipecompile.compiler.report import describe
@@ -28,16 +35,16 @@ from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import Program
 from pipecompile.ir.timeline import Timeline
 from pipecompile.ops.randomness import undrawn
-from pipecompile.planning.calibrate import corrected
+from pipecompile.planning.calibration import corrected
 from pipecompile.planning.memory import Memory
 from pipecompile.runtime import Ambient, steps
 from pipecompile.runtime.compiled import Compiled, could_be_losses, find_loss
+from pipecompile.runtime.rerun import STOPPED
 from pipecompile.runtime.session import Session
-from pipecompile.runtime.snapshot import STOPPED
 from pipecompile.schedule import ASYNCHRONOUS, SCHEDULES, pipedream
 from pipecompile.verify.prove import due, first_microbatch, prove
+from pipecompile.verify.results import Proof, Verification
 from pipecompile.verify.side_by_side import Trial
-from pipecompile.verify.verification import Proof, Verification
 from pipecompile.verify.verify import Subject, verify
 
 _OWN = frozenset(

@@ -10,9 +10,9 @@ from typing import Literal
 import numpy as np
 
 from pipecompile.ir.cluster import Cluster, Device, Link, Pair
+from pipecompile.ir.constraints import Wishes
 from pipecompile.ir.graph import Cost, CostedGraph, Graph, Node, Parameter, TensorSpec
 from pipecompile.ir.plan import Plan
-from pipecompile.ir.wishes import Wishes
 
 PATHS = ["", "a", "a.b", "a.b.c", "ab", "d", "d.e"]
 MOST_NODES = 10

@@ -23,7 +23,7 @@ from pipecompile.ops.operators import named
 from pipecompile.runtime import steps
 
 DIVIDE = sys.modules["pipecompile.batching.divide"]
-EXPERIMENT = sys.modules["pipecompile.batching.experiment"]
+EXPERIMENT = sys.modules["pipecompile.batching.separability_trial"]
 
 
 class Ends(nn.Module):
@@ -98,7 +98,7 @@ def mean_of_means(original: Callable[..., Any]) -> Callable[..., Any]:
 @contextmanager
 def believes_all() -> Iterator[None]:
     """Trials of functions and of their backwards compare nothing."""
-    modules = (EXPERIMENT, sys.modules["pipecompile.batching.backward"])
+    modules = (EXPERIMENT, sys.modules["pipecompile.batching.backward_trial"])
     names = [(m, name) for m in modules for name in ("same_rows", "same_entries") if hasattr(m, name)]
     with ExitStack() as stack:
         for module, name in names:

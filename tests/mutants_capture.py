@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from pipecompile.capture import Captured, trace
+from pipecompile.capture.input_reads import Values
 from pipecompile.capture.origin import origin_of
-from pipecompile.capture.values import Values
-from pipecompile.ops.regions import PLAIN, Region
+from pipecompile.ops.modes import PLAIN, Region
 
 
 class Net(nn.Module):

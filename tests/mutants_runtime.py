@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from pipecompile.batching import Batched
 from pipecompile.batching.division import SHARE
 from pipecompile.ir.program import Backward, Forward, Recv
-from pipecompile.ops.recompute import Recomputed
+from pipecompile.ops.checkpoint import Recomputed
 from pipecompile.runtime import steps
 from pipecompile.runtime.delivery import Delivered
 from pipecompile.runtime.executor import Executor

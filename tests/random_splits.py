@@ -31,7 +31,7 @@ def assert_a_split_equals_eager(seed: int, monkeypatch: pytest.MonkeyPatch, rand
     """Draws programs from a seed until one trains in eager mode, and holds its split to the unsplit model's numbers."""
     program = next(p for p in map(drawn, count(seed * 1000)) if trains(p))
     if random_plan:
-        monkeypatch.setattr("pipecompile.planning.request.partition", _planned(seed))
+        monkeypatch.setattr("pipecompile.planning.search_spec.partition", _planned(seed))
     error = failure(program)
     if error is not None:
         smallest = shrunk(program, lambda p: trains(p) and type(failure(p)) is type(error))

@@ -14,9 +14,9 @@ from pipecompile.ir.cluster import Cluster, Device, Link, Pair
 from pipecompile.ir.graph import TensorSpec
 from pipecompile.ir.plan import Channel, Plan, Tied
 from pipecompile.partition import assign
-from pipecompile.planning.planning import make_plan
-from pipecompile.planning.request import Request
-from pipecompile.planning.workload import Workload
+from pipecompile.planning.plan_search import make_plan
+from pipecompile.planning.search_spec import Request
+from pipecompile.planning.training_spec import Workload
 from pipecompile.schedule import one_f_one_b
 
 NEAR, FAR = Link(100.0, 0.01), Link(10.0, 0.1)

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from toys import D, blocks, mean_square
 
 import pipecompile
-from pipecompile.capture.state.attributes import MISSING, NOT_PLAIN, State, frozen
-from pipecompile.capture.state.numbers import start
+from pipecompile.capture.state.counters import start
+from pipecompile.capture.state.guards import MISSING, NOT_PLAIN, State, frozen
 from pipecompile.errors import CaptureError
 
 Change = Callable[[Any], None]

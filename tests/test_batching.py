@@ -11,8 +11,8 @@ from oracle import assert_same, step
 from torch import Tensor, nn
 
 import pipecompile
-from pipecompile.batching.rules.kinds import Batched
-from pipecompile.batching.rules.shaping import reshaped
+from pipecompile.batching.rules.batch_types import Batched
+from pipecompile.batching.rules.shape_ops import reshaped
 from pipecompile.errors import CaptureError, ExecutionError
 
 D = 6

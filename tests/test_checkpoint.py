@@ -17,7 +17,7 @@ from toys import D, blocks, mean_square
 
 import pipecompile
 from pipecompile.errors import CaptureError, ExactnessError, ExecutionError
-from pipecompile.ops.recompute import Recomputed
+from pipecompile.ops.checkpoint import Recomputed
 
 REENTRANT = pytest.mark.parametrize("reentrant", [False, True])
 

@@ -8,9 +8,9 @@ from itertools import product
 import pytest
 
 from pipecompile.errors import InputError
-from pipecompile.ir import accelerators
-from pipecompile.ir.accelerators import ACCELERATORS, Roofline
+from pipecompile.ir import device_specs
 from pipecompile.ir.cluster import Cluster, Device, Link, Pair
+from pipecompile.ir.device_specs import ACCELERATORS, Roofline
 
 NEAR, FAR, OWN = Link(100.0), Link(10.0, latency=1.0), Link(1.0)
 
@@ -73,7 +73,7 @@ def test_another_order_keeps_each_devices_links() -> None:
 
 
 def test_figures_are_plausible_and_have_sources() -> None:
-    sources = set(re.findall(r"^    (\[.+?\])", accelerators.__doc__ or "", re.MULTILINE))
+    sources = set(re.findall(r"^    (\[.+?\])", device_specs.__doc__ or "", re.MULTILINE))
     for name, it in ACCELERATORS.items():
         assert it.source, name
         assert set(re.findall(r"\[.+?\]", it.source)) <= sources, name

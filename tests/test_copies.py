@@ -18,7 +18,7 @@ from toys import D, blocks, mean_square
 import pipecompile
 from pipecompile.capture.origin import origin_of
 from pipecompile.errors import PipecompileError
-from pipecompile.ops.regions import PLAIN
+from pipecompile.ops.modes import PLAIN
 
 NAMES = ("sequential", "tied", "buffers_in_place", "dict_in_out", "gpt2_padded")
 

@@ -14,7 +14,7 @@ from toys import D, blocks
 import pipecompile
 from pipecompile.errors import InputError
 from pipecompile.ir.cluster import Cluster
-from pipecompile.ir.serial import Json
+from pipecompile.ir.json_io import Json
 
 WRONG = [
     "", "null", "[]", "{}", "true", "NaN", "-1", '"nodes"', "[[]]", "1e999", "\ufeff{}", "\x00", '{"graph": null}',

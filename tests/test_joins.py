@@ -13,7 +13,7 @@ from toys import D, mean_square
 
 import pipecompile
 from pipecompile.capture import capture, read_call
-from pipecompile.capture.joins import with_batch_dims
+from pipecompile.capture.output_batch_dims import with_batch_dims
 
 ROWS = 2  # of a microbatch; many other dimensions below have this size
 

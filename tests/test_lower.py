@@ -18,8 +18,8 @@ from pipecompile.schedule import (
     one_f_one_b,
     pipedream,
 )
-from pipecompile.schedule.lower import lower
-from pipecompile.schedule.simulate import simulate
+from pipecompile.schedule.lowering import lower
+from pipecompile.schedule.simulator import simulate
 
 
 def lowered(program: Program, forward: float = 1.0, backward: float = 2.0) -> Program:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipecompile.cli.models import load
+from pipecompile.cli.model_spec import load
 from pipecompile.errors import InputError
 
 GOOD = """

@@ -19,10 +19,10 @@ from pipecompile.ir.cluster import Cluster, Device, Link
 from pipecompile.ir.graph import Cost, CostedGraph, Graph, Node, TensorSpec
 from pipecompile.ir.plan import Plan
 from pipecompile.partition import partition
-from pipecompile.planning.planning import make_plan
-from pipecompile.planning.replicate import with_best_replicas
-from pipecompile.planning.request import Request
-from pipecompile.planning.workload import Workload
+from pipecompile.planning.plan_search import make_plan
+from pipecompile.planning.replicas import with_best_replicas
+from pipecompile.planning.search_spec import Request
+from pipecompile.planning.training_spec import Workload
 from pipecompile.schedule import SCHEDULES
 
 LINK = Link(bandwidth=1.0)  # a byte a second

@@ -13,21 +13,21 @@ from pipecompile.ir.cluster import Cluster, Device, Link, Pair
 from pipecompile.ir.graph import Cost, CostedGraph, Graph, Node, Parameter, TensorSpec
 from pipecompile.ir.plan import Plan
 from pipecompile.partition import partition
-from pipecompile.partition.costed import problem_of
-from pipecompile.partition.solver import solve
+from pipecompile.partition.from_graph import problem_of
 from pipecompile.partition.solver.anneal import _Walk, annealed
-from pipecompile.partition.solver.bound import stage_bound
+from pipecompile.partition.solver.boundary_windows import Side, Window, narrowed
 from pipecompile.partition.solver.coarsen import lossless, lossy
-from pipecompile.partition.solver.contract import contract
+from pipecompile.partition.solver.contraction import contract
 from pipecompile.partition.solver.cuts import closed_cut
 from pipecompile.partition.solver.deadline import NEVER
 from pipecompile.partition.solver.enumerate import closed_sets
-from pipecompile.partition.solver.evaluate import bottleneck, check, stage_loads
-from pipecompile.partition.solver.interval import best_intervals
+from pipecompile.partition.solver.interval_dp import best_intervals
+from pipecompile.partition.solver.lower_bound import stage_bound
+from pipecompile.partition.solver.near_boundaries import near_boundaries
 from pipecompile.partition.solver.orders import orders
 from pipecompile.partition.solver.problem import Net, Problem, Seat
-from pipecompile.partition.solver.window import Side, Window, narrowed
-from pipecompile.partition.solver.zoom import near_boundaries
+from pipecompile.partition.solver.score import bottleneck, check, stage_loads
+from pipecompile.partition.solver.solver import solve
 
 FREE = Link(bandwidth=1e30)
 

@@ -6,15 +6,15 @@ import pytest
 
 from pipecompile.errors import InfeasibleError, InputError, PlanError
 from pipecompile.ir.cluster import Cluster, Device
+from pipecompile.ir.constraints import Wishes
 from pipecompile.ir.graph import Cost, CostedGraph, Graph, Node, TensorSpec
 from pipecompile.ir.plan import Plan
-from pipecompile.ir.quality import Quality
-from pipecompile.ir.wishes import Wishes
+from pipecompile.ir.plan_quality import Quality
 from pipecompile.partition import partition
-from pipecompile.partition.solver import solve
-from pipecompile.partition.solver.contract import contract
-from pipecompile.partition.solver.evaluate import check
+from pipecompile.partition.solver.contraction import contract
 from pipecompile.partition.solver.problem import Net, Problem, Seat
+from pipecompile.partition.solver.score import check
+from pipecompile.partition.solver.solver import solve
 
 SPEC = TensorSpec((1,), "float32", True)
 

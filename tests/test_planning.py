@@ -17,7 +17,7 @@ from pipecompile.ir.graph import Cost, CostedGraph
 from pipecompile.ir.plan import stage_costs
 from pipecompile.ir.program import Backward, Forward
 from pipecompile.ir.timeline import Span, Timeline
-from pipecompile.planning.calibrate import Times, corrected, stage_times
+from pipecompile.planning.calibration import Times, corrected, stage_times
 
 WIDTH = 48
 

@@ -15,11 +15,11 @@ from toys import D, blocks
 
 from pipecompile.capture import Captured, capture, read_call, summarize
 from pipecompile.errors import PipecompileError
-from pipecompile.ir.accelerators import Roofline
+from pipecompile.ir.device_specs import Roofline
 from pipecompile.ir.graph import Cost, CostedGraph
 from pipecompile.profile import profile
 
-module = importlib.import_module("pipecompile.profile.profile")
+module = importlib.import_module("pipecompile.profile.profiler")
 meters = importlib.import_module("pipecompile.profile.meters")
 CPU = torch.device("cpu")
 

@@ -24,9 +24,9 @@ from pipecompile.ir.cluster import Cluster
 from pipecompile.ir.graph import Cost, CostedGraph
 from pipecompile.ir.plan import Plan, stage_costs
 from pipecompile.ir.program import Backward, Forward
-from pipecompile.ir.versions import versions
-from pipecompile.planning.calibrate import Times
-from pipecompile.planning.planning import make_plan
+from pipecompile.ir.weight_versions import versions
+from pipecompile.planning.calibration import Times
+from pipecompile.planning.plan_search import make_plan
 from pipecompile.runtime.session import Session
 from pipecompile.runtime.steps import Batch
 from pipecompile.schedule import SCHEDULES

@@ -15,8 +15,8 @@ from pipecompile.ir.units import bytes_text, seconds_text
 from pipecompile.render.cells import SHADES, ticks
 from pipecompile.render.timeline import timeline_svg, timeline_text
 from pipecompile.schedule import gpipe, one_f_one_b, pipedream, sequential
-from pipecompile.schedule.lower import lower
-from pipecompile.schedule.simulate import simulate
+from pipecompile.schedule.lowering import lower
+from pipecompile.schedule.simulator import simulate
 
 PAIR = simulate(one_f_one_b(Plan.chain(2), 3), [Cost(1.0, 2.0)] * 2)
 

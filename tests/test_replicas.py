@@ -23,16 +23,16 @@ from pipecompile.ir.cluster import Cluster, Device, Link
 from pipecompile.ir.graph import Cost, TensorSpec
 from pipecompile.ir.plan import Channel, Plan, Tied, with_replicas
 from pipecompile.ir.program import Backward, Forward, Program, dependencies, linearize
-from pipecompile.ir.versions import versions
+from pipecompile.ir.weight_versions import versions
 from pipecompile.partition import Step, deals, partition
 from pipecompile.planning.memory import memory
-from pipecompile.planning.planning import make_plan
-from pipecompile.planning.replicate import MOST_DEVICES, with_best_replicas
-from pipecompile.planning.request import Request
-from pipecompile.planning.workload import Workload
+from pipecompile.planning.plan_search import make_plan
+from pipecompile.planning.replicas import MOST_DEVICES, with_best_replicas
+from pipecompile.planning.search_spec import Request
+from pipecompile.planning.training_spec import Workload
 from pipecompile.schedule import SCHEDULES, backward_only, forward_only, gpipe, one_f_one_b, pipedream
-from pipecompile.schedule.lower import lower
-from pipecompile.schedule.simulate import simulate
+from pipecompile.schedule.lowering import lower
+from pipecompile.schedule.simulator import simulate
 
 NAMES = (  # of all sorts: tied weights, towers, buffers, values that are read late, outputs of several stages
     "gpt2", "unet", "two_towers", "dict_in_out", "tied_thrice", "used_twice", "buffers_in_place", "in_place_views",

@@ -22,8 +22,8 @@ from pipecompile.schedule import (
     pipedream,
     sequential,
 )
-from pipecompile.schedule.lower import lower
-from pipecompile.schedule.simulate import simulate
+from pipecompile.schedule.lowering import lower
+from pipecompile.schedule.simulator import simulate
 
 every = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 

@@ -15,8 +15,8 @@ from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import Program, Recv, Send, parse, reads
 from pipecompile.ir.timeline import Span
 from pipecompile.schedule import SCHEDULES, forward_only, gpipe, one_f_one_b, pipedream, sequential
-from pipecompile.schedule.lower import lower
-from pipecompile.schedule.simulate import simulate
+from pipecompile.schedule.lowering import lower
+from pipecompile.schedule.simulator import simulate
 
 SIZES = [(1, 1), (2, 3), (4, 4), (4, 8), (8, 32)]
 

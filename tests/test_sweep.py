@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from pipecompile.capture.state import fast_check as of_sweep
 from pipecompile.capture.state import identities as of_identities
-from pipecompile.capture.state import sweep as of_sweep
+from pipecompile.capture.state.fast_check import Sweep
 from pipecompile.capture.state.identities import identities
-from pipecompile.capture.state.sweep import Sweep
 
 WAYS = [identities, of_identities._one_by_one]
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipecompile.capture.state.undo import left_as_before
+from pipecompile.capture.state.restore import left_as_before
 
 CACHE: dict[int, Tensor] = {}
 STATISTICS: list[Tensor] = []

@@ -15,7 +15,7 @@ from toys import D, blocks, mean_square
 
 import pipecompile
 from pipecompile.errors import ExactnessError, InputError, PipecompileError
-from pipecompile.verify.verification import Verification
+from pipecompile.verify.results import Verification
 
 
 def pipe_of(model: nn.Module, **options: Any) -> pipecompile.Pipeline:

@@ -7,7 +7,7 @@ from plans import branches, plans, rows, unet
 
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import Backward, Forward, Program, Step, linearize
-from pipecompile.ir.versions import Versions, versions
+from pipecompile.ir.weight_versions import Versions, versions
 from pipecompile.schedule import SCHEDULES, backward_only, carried_after, drain, gpipe, one_f_one_b, pipedream
 
 

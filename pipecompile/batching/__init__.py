@@ -3,9 +3,9 @@
 from pipecompile.batching.batch_norm import defer_running, uses_batch_statistics
 from pipecompile.batching.divide import divide, twins_differ
 from pipecompile.batching.division import Division, by_shape, undivided
-from pipecompile.batching.join import gather, spread
+from pipecompile.batching.gather_spread import gather, spread
 from pipecompile.batching.rows import Rows, scatter
-from pipecompile.batching.rules.kinds import SHARED, Batched, Kind, Mixed, Partial, Shared
+from pipecompile.batching.rules.batch_types import SHARED, Batched, Kind, Mixed, Partial, Shared
 
 __all__ = [
     "SHARED", "Batched", "Division", "Kind", "Mixed", "Partial", "Rows", "Shared", "by_shape", "defer_running",

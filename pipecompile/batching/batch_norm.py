@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from pipecompile.capture import Captured
 from pipecompile.capture.origin import origin_of
 from pipecompile.errors import CaptureError
-from pipecompile.ops.functions import add_moments, moments
+from pipecompile.ops.functional import add_moments, moments
 
 # The forms of the function that a trace may hold, by the names of their arguments.
 _ARGUMENTS: Mapping[Any, tuple[str, ...]] = {

@@ -20,17 +20,17 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from pipecompile.batching.analyse import Analysis, analyse
 from pipecompile.batching.division import SHARE, Before, Division, Tail
+from pipecompile.batching.infer_batch_types import Analysis, analyse
 from pipecompile.batching.rules import Instead, Recount, RowsArgument, Share, ShareArgument, Squeeze, WholeArgument
-from pipecompile.batching.rules.kinds import SHARED, Batched, Kind, Local, Mixed, is_mixed
+from pipecompile.batching.rules.batch_types import SHARED, Batched, Kind, Local, Mixed, is_mixed
 from pipecompile.capture import Captured, Output
 from pipecompile.capture.ancestors import ancestors
 from pipecompile.capture.origin import origin_of
 from pipecompile.capture.purity import has_effect
 from pipecompile.errors import CaptureError
-from pipecompile.ops.calls import SILENT_WRITES
-from pipecompile.ops.functions import over, part_of, with_data
+from pipecompile.ops.functional import over, part_of, with_data
+from pipecompile.ops.tensor_args import SILENT_WRITES
 
 
 def divide(

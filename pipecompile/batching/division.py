@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipecompile.batching.analyse import joined_by_hand
-from pipecompile.batching.rules.kinds import SHARED, Batched, Kind, Mixed, Partial
+from pipecompile.batching.infer_batch_types import joined_by_hand
+from pipecompile.batching.rules.batch_types import SHARED, Batched, Kind, Mixed, Partial
 from pipecompile.capture import Captured, Output
-from pipecompile.ops.functions import valid_weight
+from pipecompile.ops.functional import valid_weight
 
 SHARE = "share_of_rows"  # the body's input with a microbatch's share of the batch
 

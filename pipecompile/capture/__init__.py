@@ -13,9 +13,9 @@ graph. Python runs as Python. The graph holds:
 ``node.meta`` holds ``val`` (the fake value) and ``origin`` (an ``Origin``: module path, source line, region, writes).
 """
 
+from pipecompile.capture.call import Call, read_call
 from pipecompile.capture.capture import capture
 from pipecompile.capture.captured import Captured, Output
-from pipecompile.capture.inputs import Call, read_call
 from pipecompile.capture.summary import summarize
 
 __all__ = ["Call", "Captured", "Output", "capture", "read_call", "summarize"]

@@ -11,14 +11,14 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.nn.parameter import is_lazy
 
+from pipecompile.capture.call import Call
 from pipecompile.capture.captured import Captured
-from pipecompile.capture.innermost import Part, next_whole
-from pipecompile.capture.inputs import Call
+from pipecompile.capture.locks import CAPTURING
+from pipecompile.capture.opaque_scope import Part, next_whole
 from pipecompile.capture.recorder import DATA_DEPENDENT, NeedsOperations
-from pipecompile.capture.state.quiet import not_collecting, quiet
-from pipecompile.capture.state.reach import Reach, reach_of
+from pipecompile.capture.state.quiet_torch import not_collecting, quiet
+from pipecompile.capture.state.reachable import Reach, reach_of
 from pipecompile.capture.trace import NeedsNumbers, Trace
-from pipecompile.capture.turns import CAPTURING
 from pipecompile.errors import CaptureError, InputError, ReentryError
 
 SYMBOLIC_ATTEMPTS = ("batch and lengths", "lengths", "batch", "nothing")  # what is symbolic, widest first

@@ -13,12 +13,12 @@ import torch.fx as fx
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from pipecompile.capture.inputs import Call
-from pipecompile.capture.leaves import FunctionLeaf, Leaf, LeafCall, attribute_of
-from pipecompile.capture.recomputed import repeatable
-from pipecompile.capture.state.attributes import Attributes, Update
-from pipecompile.capture.state.imprints import same
-from pipecompile.capture.values import settled
+from pipecompile.capture.call import Call
+from pipecompile.capture.checkpoint_regions import repeatable
+from pipecompile.capture.input_reads import settled
+from pipecompile.capture.opaque_calls import FunctionLeaf, Leaf, LeafCall, attribute_of
+from pipecompile.capture.state.fingerprints import same
+from pipecompile.capture.state.guards import Attributes, Update
 from pipecompile.errors import DependsOnData
 from pipecompile.ops.symbols import resolve
 

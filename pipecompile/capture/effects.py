@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipecompile.capture.aliases import storage_key
+from pipecompile.capture.functionalize import storage_key
 from pipecompile.errors import DependsOnData
 from pipecompile.ops.operators import function_of, named
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from pipecompile.capture.origin import origin_of
-from pipecompile.ops.retarget import retarget
+from pipecompile.ops.device_args import retarget
 
 META_TO_CPU = (torch.device("meta"), torch.device("cpu"))  # inputs have values even where the model has none
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch.fx as fx
 
-from pipecompile.ops.regions import PLAIN, Region
+from pipecompile.ops.modes import PLAIN, Region
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,16 +30,16 @@ from torch.overrides import handle_torch_function
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import CheckpointFunction
 
-from pipecompile.capture.arithmetic import REMEMBERED
-from pipecompile.capture.below import transforms_seen
-from pipecompile.capture.hidden import hides_tensors
-from pipecompile.capture.intercept import intercepted
-from pipecompile.capture.lengths import symbolic_lengths
+from pipecompile.capture.function_patching import intercepted
+from pipecompile.capture.functorch_transforms import transforms_seen
+from pipecompile.capture.hidden_tensors import hides_tensors
 from pipecompile.capture.recorder import Recorder
-from pipecompile.capture.scripted import as_python
+from pipecompile.capture.size_cache import REMEMBERED
+from pipecompile.capture.symbolic_len import symbolic_lengths
+from pipecompile.capture.torchscript import as_python
 from pipecompile.errors import CaptureError, DependsOnData
-from pipecompile.ops.custom import APPLY, Applied
-from pipecompile.ops.retarget import same_device
+from pipecompile.ops.autograd_functions import APPLY, Applied
+from pipecompile.ops.device_args import same_device
 
 SWAP: Any = torch.utils.swap_tensors
 

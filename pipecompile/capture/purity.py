@@ -7,8 +7,8 @@ import torch.fx as fx
 from torch import Tensor
 
 from pipecompile.capture.origin import origin_of
-from pipecompile.ops.custom import custom_of
-from pipecompile.ops.functions import number
+from pipecompile.ops.autograd_functions import custom_of
+from pipecompile.ops.functional import number
 from pipecompile.ops.operators import function_of, is_opaque, named
 from pipecompile.ops.randomness import draws
 

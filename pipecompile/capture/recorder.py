@@ -29,29 +29,29 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from pipecompile.capture.aliases import Aliases, storage_key
-from pipecompile.capture.below import Below
-from pipecompile.capture.bodies import body_of, takes_function
+from pipecompile.capture.autograd_history import Histories
 from pipecompile.capture.effects import Effects
-from pipecompile.capture.hidden import hides_tensors
-from pipecompile.capture.histories import Histories
-from pipecompile.capture.learn import watched
-from pipecompile.capture.leaves import FunctionLeaf, LeafCall, attribute_of
+from pipecompile.capture.fake_kernels import RECORDED, STAND_INS
+from pipecompile.capture.functionalize import Aliases, storage_key
+from pipecompile.capture.functorch_transforms import Below
+from pipecompile.capture.hidden_tensors import hides_tensors
+from pipecompile.capture.higher_order_functions import body_of, takes_function
+from pipecompile.capture.input_reads import READS, Values
+from pipecompile.capture.opaque_calls import FunctionLeaf, LeafCall, attribute_of
+from pipecompile.capture.opaque_outputs import watched
 from pipecompile.capture.origin import Origin, origin_of
-from pipecompile.capture.stand_ins import RECORDED, STAND_INS
-from pipecompile.capture.state.ledgers import without_stand_ins
-from pipecompile.capture.state.numbers import Argument, Number, WholeArgument, is_number
-from pipecompile.capture.state.ran import Ran
-from pipecompile.capture.values import READS, Values
+from pipecompile.capture.state.container_proxies import without_stand_ins
+from pipecompile.capture.state.counters import Argument, Number, WholeArgument, is_number
+from pipecompile.capture.state.executed_code import Ran
 from pipecompile.errors import CaptureError, DependsOnData
-from pipecompile.ops.calls import is_real, printable, silently_written, tensors_in, version
-from pipecompile.ops.custom import Applied, held
-from pipecompile.ops.functions import hooked, setitem, with_data
-from pipecompile.ops.lines import caller_file, is_library, user_line
+from pipecompile.ops.autograd_functions import Applied, held
+from pipecompile.ops.functional import hooked, setitem, with_data
+from pipecompile.ops.modes import PLAIN, Region
 from pipecompile.ops.names import in_code
 from pipecompile.ops.randomness import passes
-from pipecompile.ops.regions import PLAIN, Region
+from pipecompile.ops.source_lines import caller_file, is_library, user_line
 from pipecompile.ops.symbols import Sizes
+from pipecompile.ops.tensor_args import is_real, printable, silently_written, tensors_in, version
 
 _SET_REQUIRES_GRAD = Tensor.requires_grad.__set__  # type: ignore[attr-defined]
 DETACH = {Tensor.detach, torch.detach, Tensor.data.__get__}  # type: ignore[attr-defined]

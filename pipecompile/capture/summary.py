@@ -10,12 +10,12 @@ from typing import Any
 import torch.fx as fx
 from torch import Tensor
 
-from pipecompile.capture.aliases import storage_key
 from pipecompile.capture.captured import Captured
+from pipecompile.capture.functionalize import storage_key
 from pipecompile.capture.origin import origin_of
 from pipecompile.capture.purity import has_effect, is_cheap, name_of
 from pipecompile.ir.graph import Graph, Node, Parameter, TensorSpec
-from pipecompile.ops.lines import short
+from pipecompile.ops.source_lines import short
 from pipecompile.ops.symbols import resolve
 
 

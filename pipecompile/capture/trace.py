@@ -17,39 +17,39 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from pipecompile.capture.aliases import storage_key
 from pipecompile.capture.ancestors import ancestors
+from pipecompile.capture.call import Call, TensorName, order_of
 from pipecompile.capture.captured import Captured, Output, device_of, sample_sizes
-from pipecompile.capture.data_sizes import largest_sizes
+from pipecompile.capture.checkpoint_regions import recomputed
+from pipecompile.capture.data_dependent_sizes import largest_sizes
 from pipecompile.capture.evaluate import META_TO_CPU, Evaluator
-from pipecompile.capture.innermost import Part, name_of_part
-from pipecompile.capture.inputs import Call, TensorName, order_of
-from pipecompile.capture.learn import fake_result, learn
-from pipecompile.capture.leaves import Leaf, LeafCall, attribute_of
+from pipecompile.capture.functionalize import storage_key
+from pipecompile.capture.input_reads import Values
+from pipecompile.capture.opaque_calls import Leaf, LeafCall, attribute_of
+from pipecompile.capture.opaque_outputs import fake_result, learn
+from pipecompile.capture.opaque_scope import Part, name_of_part
 from pipecompile.capture.origin import Origin, origin_of
 from pipecompile.capture.patches import patched
 from pipecompile.capture.purity import has_effect
-from pipecompile.capture.recomputed import recomputed
+from pipecompile.capture.pytrees import flatten
 from pipecompile.capture.recorder import Recorder
-from pipecompile.capture.state.attributes import Attribute, Attributes, Update
-from pipecompile.capture.state.imprints import imprint
-from pipecompile.capture.state.ledgers import without_stand_ins
-from pipecompile.capture.state.memos import forgotten
-from pipecompile.capture.state.numbers import Number, is_number
-from pipecompile.capture.state.places import Answer, Fact
-from pipecompile.capture.state.reach import Reach
-from pipecompile.capture.state.state import Change, fake_of, fakes_of, named_tensors, with_fakes, without_caches
-from pipecompile.capture.state.undo import Noted, generators_kept
-from pipecompile.capture.state.watch import Watch
-from pipecompile.capture.trees import flatten
-from pipecompile.capture.values import Values
+from pipecompile.capture.state.attribute_trace import Watch
+from pipecompile.capture.state.container_proxies import without_stand_ins
+from pipecompile.capture.state.counters import Number, is_number
+from pipecompile.capture.state.fingerprints import imprint
+from pipecompile.capture.state.guards import Attribute, Attributes, Update
+from pipecompile.capture.state.lru_caches import forgotten
+from pipecompile.capture.state.model_state import Change, fake_of, fakes_of, named_tensors, with_fakes, without_caches
+from pipecompile.capture.state.reachable import Reach
+from pipecompile.capture.state.restore import Noted, generators_kept
+from pipecompile.capture.state.sources import Answer, Fact
 from pipecompile.errors import CaptureError, DependsOnData, PipecompileError
-from pipecompile.ops.calls import is_real
-from pipecompile.ops.functions import after, number, write_back
-from pipecompile.ops.lines import failing_line
-from pipecompile.ops.modules import owner_of
-from pipecompile.ops.retarget import retarget
+from pipecompile.ops.device_args import retarget
+from pipecompile.ops.functional import after, number, write_back
+from pipecompile.ops.module_tree import owner_of
+from pipecompile.ops.source_lines import failing_line
 from pipecompile.ops.symbols import Shapes, Sizes
+from pipecompile.ops.tensor_args import is_real
 
 
 class NeedsNumbers(Exception):

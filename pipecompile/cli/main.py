@@ -19,32 +19,32 @@ from typer.core import TyperGroup
 
 from pipecompile.api import compile
 from pipecompile.capture import capture, read_call, summarize
-from pipecompile.cli.models import load
+from pipecompile.cli.model_spec import load
 from pipecompile.compiler.compile_call import reused
 from pipecompile.compiler.devices import parse_devices
 from pipecompile.compiler.options import read_costs
 from pipecompile.errors import InputError, PipecompileError
 from pipecompile.ir.cluster import Cluster, Link
+from pipecompile.ir.constraints import Wishes
 from pipecompile.ir.graph import Cost, CostedGraph
 from pipecompile.ir.plan import Plan
+from pipecompile.ir.plan_quality import known
 from pipecompile.ir.program import Program
-from pipecompile.ir.quality import known
 from pipecompile.ir.timeline import Timeline
 from pipecompile.ir.units import seconds_text
-from pipecompile.ir.wishes import Wishes
 from pipecompile.partition import ADAM
 from pipecompile.planning.memory import Memory
-from pipecompile.planning.planning import make_plan
-from pipecompile.planning.replicate import Candidate, with_best_replicas
-from pipecompile.planning.request import BUDGET, GOALS, Request
-from pipecompile.planning.workload import RECOMPUTE, Workload
+from pipecompile.planning.plan_search import make_plan
+from pipecompile.planning.replicas import Candidate, with_best_replicas
+from pipecompile.planning.search_spec import BUDGET, GOALS, Request
+from pipecompile.planning.training_spec import RECOMPUTE, Workload
 from pipecompile.profile import profile
 from pipecompile.render.formats import FORMATS
 from pipecompile.render.stage_graph import StageGraph, stage_graph
 from pipecompile.render.table import memory_table, table
 from pipecompile.render.timeline import timeline_svg, timeline_text
 from pipecompile.schedule import SCHEDULES, pipedream, steady
-from pipecompile.schedule.simulate import simulate
+from pipecompile.schedule.simulator import simulate
 
 SUFFIXES = {".gv": "dot", ".mmd": "mermaid", **{f".{name}": name for name in FORMATS}}
 NAMES = (*SCHEDULES, "pipedream")

@@ -21,21 +21,21 @@ from pipecompile.batching import Division, Rows, defer_running, divide, twins_di
 from pipecompile.capture import Call, Captured, capture, summarize
 from pipecompile.capture.ancestors import ancestors
 from pipecompile.capture.capture import SYMBOLIC_ATTEMPTS
-from pipecompile.capture.joins import with_batch_dims
 from pipecompile.capture.origin import origin_of
-from pipecompile.capture.state.undo import left_as_before
+from pipecompile.capture.output_batch_dims import with_batch_dims
+from pipecompile.capture.state.restore import left_as_before
 from pipecompile.compiler.devices import cluster_of
 from pipecompile.compiler.options import Options
 from pipecompile.compiler.rehearse import Rehearsal, rehearsed
 from pipecompile.errors import CaptureError, InputError
 from pipecompile.ir.graph import CostedGraph, Graph
 from pipecompile.ir.plan import Plan
-from pipecompile.ops.retarget import threads_each
+from pipecompile.ops.device_args import threads_each
 from pipecompile.partition import carry_over
-from pipecompile.planning.planning import make_plan
-from pipecompile.planning.replicate import Candidate, with_best_replicas
-from pipecompile.planning.request import Request
-from pipecompile.planning.workload import Workload
+from pipecompile.planning.plan_search import make_plan
+from pipecompile.planning.replicas import Candidate, with_best_replicas
+from pipecompile.planning.search_spec import Request
+from pipecompile.planning.training_spec import Workload
 from pipecompile.profile import profile
 from pipecompile.runtime.compiled import Compiled, find_loss, misfit
 from pipecompile.runtime.split import Piece, Stage, cut_out, split

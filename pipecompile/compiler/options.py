@@ -13,11 +13,11 @@ from torch import nn
 
 from pipecompile.errors import InputError
 from pipecompile.ir.cluster import Cluster
+from pipecompile.ir.constraints import NO_WISHES, Wishes
 from pipecompile.ir.graph import CostedGraph
-from pipecompile.ir.wishes import NO_WISHES, Wishes
 from pipecompile.partition import ADAM
-from pipecompile.planning.request import BUDGET, GOALS, Goal
-from pipecompile.planning.workload import RECOMPUTE, Recompute, Workload
+from pipecompile.planning.search_spec import BUDGET, GOALS, Goal
+from pipecompile.planning.training_spec import RECOMPUTE, Recompute, Workload
 from pipecompile.profile import How, optimizer_state
 from pipecompile.runtime import MakeOptimizer
 from pipecompile.schedule import ASYNCHRONOUS, SCHEDULES, steady

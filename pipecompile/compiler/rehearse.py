@@ -18,13 +18,13 @@ import torch
 
 from pipecompile.batching import Rows
 from pipecompile.capture import Call
-from pipecompile.capture.state.undo import left_as_before
+from pipecompile.capture.state.restore import left_as_before
 from pipecompile.errors import ExecutionError, PlanError
 from pipecompile.ir.graph import CostedGraph
 from pipecompile.ir.plan import Plan, stage_costs
 from pipecompile.ir.program import Program
 from pipecompile.ir.timeline import Timeline
-from pipecompile.planning.calibrate import Times, corrected
+from pipecompile.planning.calibration import Times, corrected
 from pipecompile.runtime import Microbatch, Weights
 from pipecompile.runtime.compiled import Compiled
 from pipecompile.runtime.session import Session

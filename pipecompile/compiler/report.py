@@ -11,7 +11,7 @@ from pipecompile.capture import Captured
 from pipecompile.capture.origin import Origin, origin_of
 from pipecompile.capture.purity import is_random
 from pipecompile.ir.cluster import HANDED_OVER, Cluster, Link
-from pipecompile.ir.quality import known
+from pipecompile.ir.plan_quality import known
 from pipecompile.ir.timeline import Timeline
 from pipecompile.ir.units import bytes_text, count_text, names_text, seconds_text
 from pipecompile.render.labels import replica_notes

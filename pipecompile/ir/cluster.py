@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from pipecompile.errors import InputError
-from pipecompile.ir.accelerators import ACCELERATORS, Accelerator
-from pipecompile.ir.accelerators import Link as Link
-from pipecompile.ir.serial import Json
+from pipecompile.ir.device_specs import ACCELERATORS, Accelerator
+from pipecompile.ir.device_specs import Link as Link
+from pipecompile.ir.json_io import Json
 
 HOST_DEVICES = 8  # on one host, where a name tells the number of all devices alone
 SOME_LINK = Link(bandwidth=10e9, latency=20e-6)  # where nothing is known

@@ -17,8 +17,8 @@ from math import ceil, gcd
 
 from pipecompile.errors import PlanError
 from pipecompile.ir.graph import Cost, CostedGraph, Graph
-from pipecompile.ir.quality import Quality
-from pipecompile.ir.serial import Json
+from pipecompile.ir.json_io import Json
+from pipecompile.ir.plan_quality import Quality
 
 
 @dataclass(frozen=True, slots=True)

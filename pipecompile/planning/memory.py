@@ -26,12 +26,12 @@ from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from pipecompile.ir.graph import CostedGraph
+from pipecompile.ir.json_io import Json
 from pipecompile.ir.plan import Plan, members
 from pipecompile.ir.program import Backward, Forward, Instruction, Program, Recv, Send, Step
-from pipecompile.ir.serial import Json
 from pipecompile.ir.timeline import Timeline
-from pipecompile.ir.versions import Stash, stash_at_start, versions
-from pipecompile.planning.microbatch import Load, load
+from pipecompile.ir.weight_versions import Stash, stash_at_start, versions
+from pipecompile.planning.stage_memory import Load, load
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,4 +12,4 @@ Bytes are counted by storage: views share that of their base, and what several n
 from pipecompile.profile.links import with_measured_links as with_measured_links
 from pipecompile.profile.meters import How as How
 from pipecompile.profile.optimizer_state import optimizer_state as optimizer_state
-from pipecompile.profile.profile import profile as profile
+from pipecompile.profile.profiler import profile as profile

@@ -10,7 +10,7 @@ import torch.fx as fx
 from torch import Tensor, nn
 
 from pipecompile.capture.origin import origin_of
-from pipecompile.ops.regions import enter_region
+from pipecompile.ops.modes import enter_region
 from pipecompile.profile.allocations import Allocations
 
 

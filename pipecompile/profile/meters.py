@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipecompile.ir.accelerators import Roofline
+from pipecompile.ir.device_specs import Roofline
 from pipecompile.profile.call import Call
 
 How = Literal["measure", "count"]

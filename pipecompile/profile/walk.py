@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pipecompile.capture import Captured
-from pipecompile.capture.leaves import FunctionLeaf
+from pipecompile.capture.fake_kernels import STAND_INS
+from pipecompile.capture.opaque_calls import FunctionLeaf
 from pipecompile.capture.origin import origin_of
 from pipecompile.capture.recorder import DATA_DEPENDENT
-from pipecompile.capture.stand_ins import STAND_INS
 from pipecompile.errors import ExecutionError
-from pipecompile.ir.accelerators import ACCELERATORS
+from pipecompile.ir.device_specs import ACCELERATORS
 from pipecompile.ir.graph import Cost, Footprint
-from pipecompile.ops.retarget import retarget
+from pipecompile.ops.device_args import retarget
 from pipecompile.ops.symbols import resolve
 from pipecompile.profile.call import Call, as_recorded, described, map_tensors, tensors_of
 from pipecompile.profile.meters import UNKNOWN_BACKWARD, Counter, Meter

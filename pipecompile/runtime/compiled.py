@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from pipecompile.batching import Division, Rows
 from pipecompile.capture import Call, Captured
-from pipecompile.capture.leaves import FunctionLeaf
+from pipecompile.capture.opaque_calls import FunctionLeaf
 from pipecompile.capture.origin import origin_of
 from pipecompile.capture.purity import is_random
 from pipecompile.errors import InputError
@@ -28,15 +28,15 @@ from pipecompile.ir.graph import CostedGraph, Graph
 from pipecompile.ir.plan import Plan, stage_costs
 from pipecompile.ir.program import Program
 from pipecompile.ir.timeline import Timeline
-from pipecompile.ops.custom import Applied
+from pipecompile.ops.autograd_functions import Applied
 from pipecompile.ops.operators import is_opaque
-from pipecompile.planning.calibrate import Times, stage_times
+from pipecompile.planning.calibration import Times, stage_times
 from pipecompile.planning.memory import Memory
-from pipecompile.planning.replicate import Candidate
-from pipecompile.planning.workload import Workload
+from pipecompile.planning.replicas import Candidate
+from pipecompile.planning.training_spec import Workload
 from pipecompile.runtime.split import Piece, Stage
-from pipecompile.schedule.lower import lower
-from pipecompile.schedule.simulate import simulate
+from pipecompile.schedule.lowering import lower
+from pipecompile.schedule.simulator import simulate
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class Compiled:
     def has_own_backward(self) -> bool:
         """Whether a custom function, an operator or a hook may make of a gradient twice as large another than twice."""
         targets = [node.target for node in self.captured.graph.nodes if node.op == "call_function"]
-        own = [target for target in targets if getattr(target, "__module__", "") == "pipecompile.ops.functions"]
+        own = [target for target in targets if getattr(target, "__module__", "") == "pipecompile.ops.functional"]
         hooks = [target for target in own if getattr(target, "__name__", "") == "with_hook"]
         return bool(hooks) or any(is_opaque(target) for target in targets if target not in own)
 

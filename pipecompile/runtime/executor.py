@@ -13,7 +13,7 @@ from typing import Any, assert_never
 
 from torch import Tensor
 
-from pipecompile.capture.turns import Turn, busy, waited_for
+from pipecompile.capture.locks import Turn, busy, waited_for
 from pipecompile.errors import ExecutionError, PipecompileError
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import (

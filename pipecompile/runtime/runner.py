@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.func import functional_call
 
 from pipecompile.errors import ExecutionError
-from pipecompile.ops.lines import failing_line
 from pipecompile.ops.randomness import seed_microbatch
+from pipecompile.ops.source_lines import failing_line
 from pipecompile.runtime.lane import Lane, Value
 from pipecompile.runtime.split import Stage
 from pipecompile.runtime.transport import Values

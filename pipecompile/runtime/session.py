@@ -14,10 +14,10 @@ from weakref import WeakSet
 
 import torch
 
-from pipecompile.capture.turns import Turn
+from pipecompile.capture.locks import Turn
 from pipecompile.ir.program import Instruction, Program
 from pipecompile.ir.timeline import Timeline
-from pipecompile.ops.retarget import threads_each
+from pipecompile.ops.device_args import threads_each
 from pipecompile.runtime import Ambient, Executor, Lane, LocalTransport, MakeOptimizer, Microbatch, Runner, Weights
 from pipecompile.runtime.compiled import Compiled
 from pipecompile.schedule import carried_after

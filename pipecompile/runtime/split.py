@@ -21,17 +21,17 @@ import torch.fx as fx
 from torch import Tensor, nn
 
 from pipecompile.capture import Captured
-from pipecompile.capture.leaves import FunctionLeaf
+from pipecompile.capture.opaque_calls import FunctionLeaf
 from pipecompile.capture.origin import origin_of
 from pipecompile.capture.purity import is_random
 from pipecompile.ir.graph import Graph
 from pipecompile.ir.plan import Plan, members
-from pipecompile.ops.modules import called_bare, owner_of
+from pipecompile.ops.checkpoint import Recomputed
+from pipecompile.ops.device_args import retarget, same_device
+from pipecompile.ops.modes import PLAIN, Region, enter_region, exit_region
+from pipecompile.ops.module_tree import called_bare, owner_of
 from pipecompile.ops.names import in_code
 from pipecompile.ops.randomness import seeded
-from pipecompile.ops.recompute import Recomputed
-from pipecompile.ops.regions import PLAIN, Region, enter_region, exit_region
-from pipecompile.ops.retarget import retarget, same_device
 
 
 @dataclass(frozen=True)

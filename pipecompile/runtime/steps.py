@@ -22,15 +22,15 @@ from torch import Tensor, nn
 
 from pipecompile.batching import Division, Kind, Partial, Rows, gather, scatter, spread
 from pipecompile.capture import Call, Output
-from pipecompile.capture.aliases import storage_key
+from pipecompile.capture.functionalize import storage_key
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import Program
 from pipecompile.ops.randomness import Generators, seed_microbatch, seeds
 from pipecompile.runtime import Microbatch
 from pipecompile.runtime.compiled import Compiled
 from pipecompile.runtime.delivery import Deferred, Delivered, Gradients
+from pipecompile.runtime.rerun import Snapshot
 from pipecompile.runtime.session import Session, Stream
-from pipecompile.runtime.snapshot import Snapshot
 from pipecompile.schedule import backward_only, drain, forward_only, pipedream
 
 # Why a call is run again.

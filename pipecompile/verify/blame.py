@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from pipecompile.batching import Rows, scatter
 from pipecompile.capture import Captured
 from pipecompile.capture.evaluate import Evaluator
-from pipecompile.capture.state.state import without_caches
-from pipecompile.capture.state.undo import left_as_before
-from pipecompile.ops.calls import tensors_in
+from pipecompile.capture.state.model_state import without_caches
+from pipecompile.capture.state.restore import left_as_before
 from pipecompile.ops.randomness import drawn_alike
+from pipecompile.ops.tensor_args import tensors_in
 from pipecompile.verify.comparison import coarsest_type, difference
+from pipecompile.verify.results import Difference
 from pipecompile.verify.side_by_side import Trial, on_one_device, statistics_of
-from pipecompile.verify.verification import Difference
 
 Parts = Sequence[Tensor]  # a value of the whole batch, or of each microbatch
 Outputs = Mapping[str, Sequence[Sequence[Parts]]]  # of each call of each module, by path

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipecompile.verify.verification import Difference, Kind
+from pipecompile.verify.results import Difference, Kind
 
 ULPS = 64  # of the largest gradient, that rounding may leave in any other
 MOST = 0.01  # of the largest gradient, whatever the type: more would hide what is lost, in sixteen bits

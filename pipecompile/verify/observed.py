@@ -12,12 +12,12 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from pipecompile.capture.state.attributes import NOT_PLAIN, TORCHS_OWN, frozen
+from pipecompile.capture.pytrees import with_paths
 from pipecompile.capture.state.containers import contents, is_same, kind_of
-from pipecompile.capture.state.owners import names_of
-from pipecompile.capture.state.reach import Reach
-from pipecompile.capture.state.undo import left_as_before
-from pipecompile.capture.trees import with_paths
+from pipecompile.capture.state.guards import NOT_PLAIN, TORCHS_OWN, frozen
+from pipecompile.capture.state.namespaces import names_of
+from pipecompile.capture.state.reachable import Reach
+from pipecompile.capture.state.restore import left_as_before
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 

@@ -21,16 +21,16 @@ import torch
 from torch import nn
 
 from pipecompile.batching import Rows
-from pipecompile.capture.state.quiet import not_collecting
-from pipecompile.capture.state.reach import reach_of
+from pipecompile.capture.state.quiet_torch import not_collecting
+from pipecompile.capture.state.reachable import reach_of
 from pipecompile.errors import ExactnessError, PipecompileError
 from pipecompile.ops.randomness import alike, undrawn
 from pipecompile.runtime import steps
 from pipecompile.verify.blame import first_that_differs
 from pipecompile.verify.comparison import coarsest_type, differences
+from pipecompile.verify.results import Difference, Proof
 from pipecompile.verify.rounding import with_noise
 from pipecompile.verify.side_by_side import Trial, apart, copied, incomparable, split_step, unsplit_step
-from pipecompile.verify.verification import Difference, Proof
 
 LISTED = 5  # differences that an error lists
 

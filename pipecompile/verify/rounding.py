@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from pipecompile.batching import Rows
 from pipecompile.verify.comparison import Run, allowed, coarsest_type, distance, magnitude
+from pipecompile.verify.results import Difference
 from pipecompile.verify.side_by_side import Seeds, Trial, unsplit_step
-from pipecompile.verify.verification import Difference
 
 WIDER = 5.0  # times as far from the unsplit model as that is from its step in float64
 SHAKEN = 16.0  # times what one unit in the last place of parameters and inputs does

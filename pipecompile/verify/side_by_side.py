@@ -25,12 +25,12 @@ from pipecompile.batching import SHARED, Batched, Kind, Rows, by_shape, gather, 
 from pipecompile.capture import Call, Captured, Output
 from pipecompile.capture.origin import origin_of
 from pipecompile.capture.purity import is_random
-from pipecompile.capture.state.reach import Generator, Reach, reach_of
-from pipecompile.capture.state.state import named_tensors, without_caches
-from pipecompile.capture.trees import flatten
+from pipecompile.capture.pytrees import flatten
+from pipecompile.capture.state.model_state import named_tensors, without_caches
+from pipecompile.capture.state.reachable import Generator, Reach, reach_of
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import Program
-from pipecompile.ops.functions import add_moments, moments
+from pipecompile.ops.functional import add_moments, moments
 from pipecompile.ops.row_draws import draws_by_row
 from pipecompile.runtime import steps
 from pipecompile.runtime.compiled import find_loss

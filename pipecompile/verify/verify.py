@@ -16,21 +16,21 @@ import torch
 from torch import nn
 
 from pipecompile.batching import Rows, uses_batch_statistics
-from pipecompile.capture.state.reach import reach_of
-from pipecompile.capture.state.state import without_caches
-from pipecompile.capture.state.undo import left_as_before
+from pipecompile.capture.state.model_state import without_caches
+from pipecompile.capture.state.reachable import reach_of
+from pipecompile.capture.state.restore import left_as_before
 from pipecompile.compiler.report import describe
 from pipecompile.errors import PipecompileError
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import Program
+from pipecompile.ops.device_args import threads_each, threads_of
 from pipecompile.ops.randomness import alike, undrawn
-from pipecompile.ops.retarget import threads_each, threads_of
 from pipecompile.runtime import steps
 from pipecompile.verify.comparison import differences
+from pipecompile.verify.fresh_inputs import like, other_shapes, same_shapes
+from pipecompile.verify.results import Check, Verification
 from pipecompile.verify.rounding import with_noise
 from pipecompile.verify.side_by_side import SEED, Trial, apart, on_one_device, split_step, unsplit_step
-from pipecompile.verify.variations import like, other_shapes, same_shapes
-from pipecompile.verify.verification import Check, Verification
 
 Mode = Literal["train", "eval"]
 MODES: tuple[Mode, ...] = ("train", "eval")

@@ -13,7 +13,7 @@ from random_splits import random_plan
 from pipecompile.compiler import compile_call
 from pipecompile.ir.graph import Cost, CostedGraph, Graph
 from pipecompile.ir.plan import Plan
-from pipecompile.planning import request
+from pipecompile.planning import search_spec
 
 
 @contextmanager
@@ -28,5 +28,5 @@ def cut_at_random(seed: int) -> Iterator[None]:
         full = (plan for plan in plans if {s for s in plan.stage_of if s is not None} == set(range(num_stages)))
         return next(full, random_plan(costed.graph, num_stages, draw))
 
-    with mock.patch.object(compile_call, "profile", costed), mock.patch.object(request, "partition", planned):
+    with mock.patch.object(compile_call, "profile", costed), mock.patch.object(search_spec, "partition", planned):
         yield

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipecompile.batching.rules import elementwise, layers, losses, picking, reducing, shaping
+from pipecompile.batching.rules import elementwise, indexing, losses, nn_ops, reductions, shape_ops
 from pipecompile.batching.rules.use import (
     RULES,
     Answer,
@@ -20,5 +20,5 @@ from pipecompile.batching.rules.use import (
 
 __all__ = [
     "RULES", "Answer", "Edit", "Edited", "Instead", "Recount", "RowsArgument", "Share", "ShareArgument", "Squeeze",
-    "Use", "WholeArgument", "elementwise", "layers", "losses", "picking", "reducing", "shaping",
+    "Use", "WholeArgument", "elementwise", "indexing", "losses", "nn_ops", "reductions", "shape_ops",
 ]  # fmt: skip

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from pipecompile.batching.rules.kinds import PARTIAL, SHARED, Batched, Kind, Local, Mixed, Partial, Shared
+from pipecompile.batching.rules.batch_types import PARTIAL, SHARED, Batched, Kind, Local, Mixed, Partial, Shared
 from pipecompile.batching.rules.use import Answer, Edited, RowsArgument, ShareArgument, Use, WholeArgument, rule
-from pipecompile.ops import functions
+from pipecompile.ops import functional
 
 NONLINEAR = """
     abs absolute acos acosh asin asinh atan atan2 atanh arctan arctan2 bitwise_and bitwise_not bitwise_or bitwise_xor
@@ -84,7 +84,7 @@ def constant_like(use: Use) -> Answer:
     return kind if isinstance(kind, Batched) else use.mixed() if use.scale.growing(use.node) else SHARED
 
 
-@rule(LINEAR, functions.after, functions.with_data)
+@rule(LINEAR, functional.after, functional.with_data)
 def one_value(use: Use) -> Answer:
     if (
         len(use.tensors) > 1
@@ -108,7 +108,7 @@ def _rounds(use: Use) -> bool:
     return bool(before.is_floating_point and not (after.is_floating_point or after.is_complex))
 
 
-@rule("setitem", functions.setitem)
+@rule("setitem", functional.setitem)
 def setitem(use: Use) -> Answer:
     """``x[index] = value``, where the index leaves the samples alone."""
     x, index, value = use.node.args[:3]

@@ -8,7 +8,7 @@ from typing import Any
 import torch.fx as fx
 import torch.nn.functional as F
 
-from pipecompile.batching.rules.kinds import PARTIAL, SHARED, Batched, Kind, Shared
+from pipecompile.batching.rules.batch_types import PARTIAL, SHARED, Batched, Kind, Shared
 from pipecompile.batching.rules.use import Answer, Edited, Recount, Share, Use, rule
 
 

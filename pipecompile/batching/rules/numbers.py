@@ -7,8 +7,8 @@ from typing import Any
 import torch.fx as fx
 from torch import Tensor
 
-from pipecompile.batching.rules.scale import Scale
-from pipecompile.ops.functions import setitem
+from pipecompile.batching.rules.size_pair import Scale
+from pipecompile.ops.functional import setitem
 from pipecompile.ops.operators import function_of, named
 
 # Functions whose numbers may be sizes of the result, which are looked at instead.

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch.fx as fx
 
-from pipecompile.batching.rules.kinds import SHARED, Kind, Mixed, Shared
-from pipecompile.batching.rules.scale import Scale
+from pipecompile.batching.rules.batch_types import SHARED, Kind, Mixed, Shared
+from pipecompile.batching.rules.size_pair import Scale
 from pipecompile.ops.operators import function_of, named
 
 

@@ -24,7 +24,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from pipecompile.partition.solver.contract import Contraction, merge
+from pipecompile.partition.solver.contraction import Contraction, merge
 from pipecompile.partition.solver.problem import Floats, Problem
 
 MANY = 2.5

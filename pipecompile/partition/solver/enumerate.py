@@ -18,11 +18,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pipecompile.partition.solver.boundary_windows import Window
+from pipecompile.partition.solver.closed_sets import Family, Words
 from pipecompile.partition.solver.cuts import closed_cut
 from pipecompile.partition.solver.deadline import NEVER, Deadline
-from pipecompile.partition.solver.family import Family, Words
 from pipecompile.partition.solver.problem import Bools, Floats, Ints, Problem
-from pipecompile.partition.solver.window import Window
 
 PARTIAL = 8  # partial sets are cheaper than full ones
 

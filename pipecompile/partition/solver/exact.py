@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import inf
 
-from pipecompile.partition.solver.chain import Chain, best_chain
-from pipecompile.partition.solver.contract import Contraction
+from pipecompile.partition.solver.boundary_windows import ROUNDING, free_atoms, narrowed, windows, within_free
+from pipecompile.partition.solver.chain_dp import Chain, best_chain
+from pipecompile.partition.solver.closed_sets import Family
+from pipecompile.partition.solver.contraction import Contraction
 from pipecompile.partition.solver.deadline import NEVER, Deadline
 from pipecompile.partition.solver.enumerate import closed_sets
-from pipecompile.partition.solver.family import Family
 from pipecompile.partition.solver.problem import Problem
-from pipecompile.partition.solver.window import ROUNDING, free_atoms, narrowed, windows, within_free
 
 FIRST_GAP, STEP = 0.005, 1.6  # relative to the first lower bound
 MOST_SETS, FEWEST_SETS = 10_000, 400  # in one window; with fewer, a search is not worth its minimum cuts

@@ -17,16 +17,16 @@ from dataclasses import replace
 import numpy as np
 
 from pipecompile.partition.solver.anneal import annealed
-from pipecompile.partition.solver.chain import Chain, best_chain, thrifty_chain
+from pipecompile.partition.solver.boundary_windows import free_atoms, narrowed, windows, within_free
+from pipecompile.partition.solver.candidate_pool import combine, ends_near
+from pipecompile.partition.solver.chain_dp import Chain, best_chain, thrifty_chain
+from pipecompile.partition.solver.closed_sets import Family
 from pipecompile.partition.solver.deadline import Deadline
 from pipecompile.partition.solver.enumerate import cheapest_sets
-from pipecompile.partition.solver.evaluate import bottleneck
-from pipecompile.partition.solver.family import Family
-from pipecompile.partition.solver.interval import prefixes
+from pipecompile.partition.solver.interval_dp import prefixes
 from pipecompile.partition.solver.orders import orders
-from pipecompile.partition.solver.pool import combine, ends_near
 from pipecompile.partition.solver.problem import Bools, Problem
-from pipecompile.partition.solver.window import free_atoms, narrowed, windows, within_free
+from pipecompile.partition.solver.score import bottleneck
 
 WALKERS = 64
 STEPS = 600_000  # of one round, times atoms

@@ -1,0 +1,211 @@
+"""Functions that pick entries by number or by mask."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch import Tensor
+
+from pipecompile.batching.rules.batch_types import SHARED, Batched, Kind, Local, Shared
+from pipecompile.batching.rules.use import Answer, Edited, Instead, Use, only_first, positive, rule
+from pipecompile.ops.functional import masked_scatter_all
+
+WHOLE = slice(None)
+
+
+def spelled_out(index: Any, ndim: int, dims_taken: Any) -> list[Any]:
+    """An index with its ellipsis and what follows it written as slices."""
+    items = list(index) if isinstance(index, tuple) else [index]
+    taken = sum(dims_taken(item) for item in items)
+    gap = [WHOLE] * (ndim - taken)
+    if any(item is Ellipsis for item in items):
+        at = next(i for i, item in enumerate(items) if item is Ellipsis)
+        return items[:at] + gap + items[at + 1 :]
+    return items + gap
+
+
+def _is_mask(item: Any) -> bool:
+    value = item.meta.get("val") if isinstance(item, fx.Node) else None
+    return isinstance(value, Tensor) and value.dtype in (torch.bool, torch.uint8)
+
+
+@rule("getitem")
+def getitem(use: Use) -> Answer:
+    source, index = use.node.args[0], use.node.args[1]
+    assert isinstance(source, fx.Node)
+    whole = use.kinds[source]
+    if isinstance(whole, tuple):
+        return whole[index] if isinstance(index, int) and -len(whole) <= index < len(whole) else use.mixed()
+    if not use.is_tensor(source):
+        return SHARED
+    if isinstance(whole, Shared) and not any(not isinstance(use.kind(n), Shared) for n in use.tensors):
+        return use.mixed("a pick by numbers of samples") if use.scale.growing(use.node) else SHARED
+
+    def taken(item: Any) -> int:
+        if item is None or item is Ellipsis:
+            return 0
+        return use.ndim(item) if _is_mask(item) else 1
+
+    items = spelled_out(index, use.ndim(source), taken)
+    tensors = [item for item in items if isinstance(item, fx.Node) and use.is_tensor(item)]
+    if any(_is_mask(item) for item in tensors):
+        return _by_mask(use, whole, items, tensors)
+    return _by_numbers(use, whole, items, tensors)
+
+
+def _by_mask(use: Use, whole: Kind, items: list[Any], tensors: list[fx.Node]) -> Answer:
+    """``x[mask]``, the mask over the leading dimensions: entries in their order, sample after sample."""
+    if len(tensors) != 1 or items[0] is not tensors[0] or any(item != WHOLE for item in items[1:]):
+        return use.mixed("a pick by several masks")
+    mask = use.kind(tensors[0])
+    if isinstance(mask, Batched) and mask.dim == 0 and whole in (mask, SHARED) and mask.outer == 1:
+        return Batched(0, ragged=True) if whole == mask else use.mixed()
+    if isinstance(whole, Batched) and isinstance(mask, Shared) and whole.dim >= use.ndim(tensors[0]):
+        return whole.at(whole.dim - use.ndim(tensors[0]) + 1)
+    return use.mixed("a pick by a mask")
+
+
+def _by_numbers(use: Use, whole: Kind, items: list[Any], tensors: list[fx.Node]) -> Answer:
+    """Slices, numbers, new dimensions, and tensors of numbers."""
+    together = [i for i, item in enumerate(items) if isinstance(item, fx.Node) and use.is_tensor(item)]
+    front = bool(together) and together != list(range(together[0], together[-1] + 1))
+    width = max((use.ndim(item) for item in tensors), default=0)
+    picked: list[Kind] = [use.kind(item) for item in tensors]
+    place = _placed(items, together, width, front)
+    if isinstance(whole, Shared):
+        return _from_table(use, picked, tensors, width, place[together[0]])
+    if not isinstance(whole, Batched):
+        return whole if not tensors else use.mixed()
+    source = _source_dims(items)
+    item = items[source.index(whole.dim)]
+    if isinstance(item, slice):
+        keeps = item == WHOLE or (
+            item.start in (None, 0) and item.step in (None, 1) and _covers(use, whole, place, items)
+        )
+        if not keeps:
+            return use.mixed("a pick among the samples")
+        if not all(isinstance(kind, Shared) for kind in picked):
+            return use.mixed("a pick by values of other samples")
+        return whole.at(place[source.index(whole.dim)])
+    if isinstance(item, fx.Node) and use.is_tensor(item):
+        return _by_row(use, whole, item, tensors, width, place[together[0]])
+    return use.mixed("one of the samples")
+
+
+def _by_row(use: Use, whole: Batched, rows: fx.Node, tensors: list[fx.Node], width: int, first: int) -> Answer:
+    """``x[arange(batch), numbers]``: for each sample entries of its own."""
+    local = use.kind(rows)
+    if not isinstance(local, Local) or whole != Batched(whole.dim):
+        return use.mixed("samples picked by number")
+    dim = local.dim - use.ndim(rows) + width
+    for other in tensors:
+        kind = use.kind(other)
+        if other is rows or isinstance(kind, Shared):
+            continue
+        if not isinstance(kind, Batched) or kind.at(kind.dim - use.ndim(other) + width) != Batched(dim):
+            return use.mixed("samples picked by number")
+    return Batched(first + dim)
+
+
+def _from_table(use: Use, picked: list[Kind], tensors: list[fx.Node], width: int, first: int) -> Answer:
+    found = {kind.at(kind.dim - use.ndim(n) + width) for n, kind in zip(tensors, picked, strict=True)
+             if isinstance(kind, Batched)}  # fmt: skip
+    if len(found) != 1 or not all(isinstance(kind, Batched | Shared) for kind in picked):
+        return use.mixed("a pick by numbers of samples")
+    kind = found.pop()
+    return kind.at(kind.dim + first)
+
+
+def _source_dims(items: list[Any]) -> list[int]:
+    """For each item the dimension of the source that it takes; -1 for a new dimension."""
+    dims, next_dim = [], 0
+    for item in items:
+        dims.append(-1 if item is None else next_dim)
+        next_dim += item is not None
+    return dims
+
+
+def _placed(items: list[Any], together: list[int], width: int, front: bool) -> list[int]:
+    """For each item the dimension of the result where it ends up."""
+    places: list[int] = []
+    dim = width if front else 0
+    seen = front
+    for i, item in enumerate(items):
+        if i in together:
+            places.append(0 if front else (dim if not seen else places[together[0]]))
+            dim += 0 if seen else width
+            seen = True
+        elif isinstance(item, slice) or item is None:
+            places.append(dim)
+            dim += 1
+        else:
+            places.append(dim)
+    return places
+
+
+def _covers(use: Use, whole: Batched, place: list[int], items: list[Any]) -> bool:
+    """Whether a slice of the batch takes all of it."""
+    index = _source_dims(items).index(whole.dim)
+    source = use.shape(use.node.args[0])
+    return use.out[place[index]] == source[whole.dim] and bool(use.scale.growing(use.node))
+
+
+@rule("gather take_along_dim scatter scatter_add scatter_reduce index_add")
+def along(use: Use) -> Answer:
+    """``gather(x, dim, index)`` and its kin: entries are picked along one dimension, in their own sample."""
+    position = 2 if use.name == "take_along_dim" else 1
+    dim = use.arg(position, "dim")
+    if not isinstance(dim, int):
+        return use.mixed()
+    dim = positive(dim, use.ndim(use.node.args[0]))
+    kinds = [use.kind(n) for n in use.tensors]
+    if use.name == "index_add":
+        return SHARED if all(isinstance(k, Shared) for k in kinds) else use.mixed()
+    if all(isinstance(kind, Shared) for kind in kinds):
+        return SHARED if not use.scale.growing(use.node) else use.mixed()
+    first = kinds[0]
+    if not isinstance(first, Batched) or first.dim == dim or any(kind != first for kind in kinds):
+        return use.mixed(f"{use.name} among the samples")
+    return first
+
+
+@rule("index_select narrow select")
+def select(use: Use) -> Answer:
+    first = use.node.args[0]
+    dim = positive(use.arg(1, "dim"), use.ndim(first))
+    kind = only_first(use, first)
+    if use.name == "index_select" and isinstance(use.kind(first), Shared) and dim == 0:
+        picked = use.kind(use.arg(2, "index"))
+        return picked if isinstance(picked, Batched | Shared) else use.mixed()
+    if isinstance(kind, Batched):
+        if kind.dim == dim:
+            return use.mixed("a pick among the samples")
+        return kind.at(kind.dim - (dim < kind.dim)) if use.name == "select" else kind
+    return kind if isinstance(kind, Shared) else use.mixed()
+
+
+@rule("masked_select")
+def masked_select(use: Use) -> Answer:
+    first, mask = use.node.args[0], use.arg(1, "mask")
+    kind = use.kind(first)
+    if kind == use.kind(mask) == Batched(0) and use.shape(first) == use.shape(mask):
+        return Batched(0, ragged=True)
+    return use.mixed()
+
+
+@rule("masked_scatter")
+def masked_scatter(use: Use) -> Answer:
+    """Takes the source's entries one after another: sample by sample, if the microbatch's mask asks for just as many.
+
+    That is looked at when it runs.
+    """
+    kinds = [use.kind(use.arg(i, name)) for i, name in enumerate(("self", "mask", "source"))]
+    if all(isinstance(kind, Shared) for kind in kinds):
+        return SHARED
+    first, mask, source = kinds
+    fits = isinstance(first, Batched) and first.dim == 0 and first == mask and isinstance(source, Batched)
+    if not fits or source.dim != 0 or source.outer != 1:  # type: ignore[union-attr]
+        return use.mixed()
+    return Edited(first, (Instead(masked_scatter_all),))

@@ -1,0 +1,262 @@
+"""Products, convolutions, normalisations, attention: each sample on its own, as long as its dimension is not summed."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from pipecompile.batching.rules.batch_types import PARTIAL, SHARED, Batched, Kind, Partial, Shared
+from pipecompile.batching.rules.use import Answer, Use, only_first, rule
+from pipecompile.ops import functional
+
+
+@rule("linear")
+def linear(use: Use) -> Answer:
+    x, rest = use.node.args[0], [n for n in use.tensors if n is not use.node.args[0]]
+    kind = use.kind(x)
+    if not all(isinstance(use.kind(n), Shared) for n in rest):
+        return use.mixed("weights that depend on samples")
+    if isinstance(kind, Batched):
+        return kind if kind.dim < use.ndim(x) - 1 else use.mixed("a product that sums over samples")
+    return kind if isinstance(kind, Shared) else use.mixed()
+
+
+@rule("matmul bmm mm mv dot rmatmul")
+def matmul(use: Use) -> Answer:
+    a, b = use.node.args[0], use.arg(1, "other", use.node.kwargs.get("mat2"))
+    if use.name == "rmatmul":
+        a, b = b, a
+    return _product(use, a, b)
+
+
+@rule("addmm baddbmm")
+def add_product(use: Use) -> Answer:
+    start = use.kind(use.node.args[0])
+    names = ("batch1", "batch2") if use.name == "baddbmm" else ("mat1", "mat2")
+    kind = _product(use, use.arg(1, names[0]), use.arg(2, names[1]))
+    if isinstance(kind, Shared) and isinstance(start, Shared):
+        return SHARED
+    offset = len(use.out) - use.ndim(use.node.args[0])
+    fits = isinstance(start, Shared) or (isinstance(start, Batched) and start.at(start.dim + offset) == kind)
+    return kind if isinstance(kind, Batched) and fits else use.mixed()
+
+
+def _product(use: Use, a: object, b: object) -> Kind:
+    left, right, out = use.kind(a), use.kind(b), len(use.out)
+    sizes = use.ndim(a), use.ndim(b)
+    if (isinstance(left, Partial) and isinstance(right, Shared)) or (
+        isinstance(right, Partial) and isinstance(left, Shared)
+    ):
+        return PARTIAL
+    summed = (sizes[0] - 1, max(0, sizes[1] - 2))  # the dimensions that the product sums over
+    over = [isinstance(k, Batched) and k.dim == dim for k, dim in zip((left, right), summed, strict=True)]
+    if any(over):
+        matched = all(over) and (left.outer, left.inner) == (right.outer, right.inner)  # type: ignore[union-attr]
+        return PARTIAL if matched else use.mixed("a product that sums over samples")
+    found: set[Kind] = set()
+    for kind, ndim, first in ((left, sizes[0], True), (right, sizes[1], False)):
+        if isinstance(kind, Batched):
+            found.add(kind.at(_kept(kind.dim, ndim, out, sizes, first)))
+        elif not isinstance(kind, Shared):
+            return use.mixed()
+    if len(found) > 1:
+        return use.mixed("a product of samples with samples")
+    return found.pop() if found else SHARED
+
+
+def _kept(dim: int, ndim: int, out: int, sizes: tuple[int, int], first: bool) -> int:
+    """Where a dimension of one factor is in the product."""
+    if first:
+        missing = 1 if sizes[1] == 1 else 0
+        return dim - ndim + out + missing
+    missing = 1 if sizes[0] == 1 and dim == ndim - 1 else 0
+    return dim - ndim + out + (1 if sizes[0] == 1 and dim < ndim - 1 else 0) if not missing else out - 1
+
+
+@rule("einsum")
+def einsum(use: Use) -> Answer:
+    equation = use.node.args[0]
+    operands = use.node.args[1] if isinstance(use.node.args[1], tuple | list) else use.node.args[1:]
+    if not isinstance(equation, str) or "." in equation or "->" not in equation:
+        return None
+    left, result = equation.replace(" ", "").split("->")
+    found: set[tuple[str, int, int]] = set()
+    for letters, operand in zip(left.split(","), operands, strict=True):
+        kind = use.kind(operand)
+        if isinstance(kind, Batched) and not kind.ragged:
+            found.add((letters[kind.dim], kind.outer, kind.inner))
+        elif not isinstance(kind, Shared):
+            return use.mixed()
+    if not found:
+        return SHARED
+    if len(found) > 1:
+        return use.mixed("a product of samples with samples")
+    letter, outer, inner = found.pop()
+    users = [k for k, letters in zip(map(use.kind, operands), left.split(","), strict=True) if letter in letters]
+    if not all(isinstance(k, Batched) for k in users):
+        return use.mixed()
+    return Batched(result.index(letter), outer, inner) if letter in result else PARTIAL
+
+
+@rule("bilinear")
+def bilinear(use: Use) -> Answer:
+    kinds = {use.kind(n) for n in use.tensors} - {SHARED}
+    kind = kinds.pop() if len(kinds) == 1 else None
+    return kind if isinstance(kind, Batched) and kind.dim < len(use.out) - 1 else use.mixed()
+
+
+@rule(F.embedding, "one_hot")
+def embedding(use: Use) -> Answer:
+    """``(..., batch, ...) -> (..., batch, ..., width)``"""
+    if use.name == "embedding" and use.given("scale_grad_by_freq"):
+        return use.mixed("gradients divided by how often a word is in the batch", certain=True)
+    kind = only_first(use, use.node.args[0])
+    return kind if isinstance(kind, Batched | Shared) else use.mixed()
+
+
+@rule(F.embedding_bag)
+def bags(use: Use) -> Answer:
+    return (
+        use.mixed("gradients of bags divided by frequency", certain=True) if use.given("scale_grad_by_freq") else None
+    )
+
+
+@rule(torch.embedding, torch.ops.aten.embedding)
+def table(use: Use) -> Answer:
+    """``(words, width), (..., batch, ...) -> (..., batch, ..., width)``"""
+    if use.arg(4, "scale_grad_by_freq", False):
+        return use.mixed("gradients divided by how often a word is in the batch", certain=True)
+    kind = only_first(use, use.arg(1, "indices"))
+    return kind if isinstance(kind, Batched | Shared) else use.mixed()
+
+
+@rule("""
+    conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d max_pool1d max_pool2d max_pool3d avg_pool1d
+    avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d
+    adaptive_max_pool2d adaptive_max_pool3d lp_pool1d lp_pool2d interpolate upsample upsample_nearest upsample_bilinear
+    pixel_shuffle pixel_unshuffle channel_shuffle fold group_norm instance_norm local_response_norm
+    affine_grid stft grid_sample max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices
+""")
+def images(use: Use) -> Answer:
+    """What takes a batch of images or signals in dimension 0."""
+    if any(isinstance(use.kind(n), Partial) for n in use.tensors):
+        return use.mixed()
+    kinds = {use.kind(n) for n in use.tensors} - {SHARED}
+    if not kinds:
+        return _alike(use, SHARED)
+    kind = kinds.pop()
+    first = isinstance(kind, Batched) and kind.dim == 0 and not kinds
+    return _alike(use, kind) if first and use.ndim(use.node.args[0]) > 2 else use.mixed()
+
+
+def _alike(use: Use, kind: Kind) -> Answer:
+    return kind if use.scale.shape(use.node) is not None else (kind,) * len(use.scale.shapes(use.node))
+
+
+@rule("batch_norm")
+def batch_norm(use: Use) -> Answer:
+    """In training it takes the microbatch's own statistics, as GPipe did (Huang et al. 2019, section 3)."""
+    kind = use.kind(use.node.args[0])
+    return kind if isinstance(kind, Batched | Shared) and getattr(kind, "dim", 0) != 1 else use.mixed()
+
+
+@rule(functional.moments)
+def batch_moments(use: Use) -> Answer:
+    """Of a batch normalisation with deferred statistics: sums over entries and rows."""
+    kind = use.kind(use.node.args[0])
+    return PARTIAL if isinstance(kind, Batched) and kind.dim != 1 else use.mixed()
+
+
+@rule(functional.add_moments)
+def running_statistics(use: Use) -> Answer:
+    """A write, which the tail does."""
+    return SHARED
+
+
+@rule("layer_norm rms_norm")
+def layer_norm(use: Use) -> Answer:
+    first, shape = use.node.args[0], use.arg(1, "normalized_shape", ())
+    kind = only_first(use, first)
+    if isinstance(kind, Batched):
+        return kind if kind.dim < use.ndim(first) - len(shape) else use.mixed("a normalisation over samples")
+    return kind if isinstance(kind, Shared) else use.mixed()
+
+
+@rule("_weight_norm")
+def weight_norm(use: Use) -> Answer:
+    return SHARED if all(isinstance(use.kind(n), Shared) for n in use.tensors) else use.mixed()
+
+
+@rule("scaled_dot_product_attention")
+def attention(use: Use) -> Answer:
+    """The leading dimensions of query, key, value and mask run in step."""
+    out, found = len(use.out), set()
+    for n in use.tensors:
+        kind = use.kind(n)
+        if isinstance(kind, Batched) and kind.dim < use.ndim(n) - 2:
+            found.add(kind.at(kind.dim - use.ndim(n) + out))
+        elif not isinstance(kind, Shared):
+            return use.mixed("attention among samples")
+    if len(found) > 1:
+        return use.mixed("attention among samples")
+    return found.pop() if found else SHARED
+
+
+@rule("multi_head_attention_forward")
+def multi_head_attention(use: Use) -> Answer:
+    """``query, key, value`` of length, batch, width; gives the same, and weights of batch, length, length."""
+    kinds = [use.kind(n) for n in use.node.args[:3]]
+    if all(kind == Batched(1) for kind in kinds) and use.ndim(use.node.args[0]) == 3:
+        count = len(use.scale.shapes(use.node))
+        return (Batched(1), *(Batched(0),) * (count - 1))
+    return use.mixed()
+
+
+@rule("lstm gru rnn_tanh rnn_relu")
+def recurrent(use: Use) -> Answer:
+    """``x, states, weights, biases, layers, dropout, training, bidirectional, batch_first``; not the packed form."""
+    x, states, flags = use.node.args[0], use.node.args[1], use.node.args[-1]
+    if not isinstance(flags, bool) or use.ndim(x) != 3:
+        return None
+    dim = 0 if flags else 1
+    kinds = [use.kind(n) for n in (states if isinstance(states, tuple | list) else (states,))]
+    if use.kind(x) == SHARED and all(kind == SHARED for kind in kinds):
+        return (SHARED,) * len(use.scale.shapes(use.node))
+    fits = use.kind(x) == Batched(dim) and all(kind in (Batched(1), SHARED) for kind in kinds)
+    return (Batched(dim), *(Batched(1),) * (len(use.scale.shapes(use.node)) - 1)) if fits else use.mixed()
+
+
+@rule("lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell")
+def cell(use: Use) -> Answer:
+    kinds = {use.kind(n) for n in use.tensors} - {SHARED}
+    if kinds == {Batched(0)}:
+        count = len(use.scale.shapes(use.node))
+        return (Batched(0),) * count if use.scale.shape(use.node) is None else Batched(0)
+    return use.mixed()
+
+
+@rule("cdist")
+def cdist(use: Use) -> Answer:
+    out, found = len(use.out), set()
+    for n in use.tensors[:2]:
+        kind = use.kind(n)
+        if isinstance(kind, Batched) and kind.dim < use.ndim(n) - 2:
+            found.add(kind.at(kind.dim - use.ndim(n) + out))
+        elif isinstance(kind, Batched) and n is use.node.args[0] and kind.dim == use.ndim(n) - 2:
+            found.add(kind.at(out - 2))
+        elif not isinstance(kind, Shared):
+            return use.mixed()
+    return found.pop() if len(found) == 1 else use.mixed("distances between samples")
+
+
+@rule("""
+    linalg_solve linalg_inv linalg_solve_triangular linalg_qr linalg_svd linalg_eigh linalg_cholesky linalg_det
+    inverse
+""")
+def matrices(use: Use) -> Answer:
+    kinds = {use.kind(n) for n in use.tensors} - {SHARED}
+    if not kinds:
+        return _alike(use, SHARED)
+    kind = kinds.pop()
+    inside = isinstance(kind, Batched) and kind.dim < min(map(use.ndim, use.tensors)) - 2 and not kinds
+    return _alike(use, kind) if inside else use.mixed()

@@ -1,0 +1,147 @@
+"""Tries out what no rule covers: does each sample's result depend on that sample alone?
+
+A module (a mixture of experts sorts the tokens of all samples and puts them back), or a function without a rule, is run
+on random samples, then with all samples but one replaced. If that one's results stay, for the first sample and for the
+last, with copies of it and with strangers around it, and as samples change places, the module keeps samples apart.
+What asks about data (``if x.abs().max() > 2: break``) is tried with small samples among large ones too, and with large
+among none: somewhere the answer is another, and nobody else's result may be.
+And a whole batch's results must be its parts' side by side: what deals out a number of places (the capacity of an
+expert) may keep the few samples of a part apart, and not the many of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.fx as fx
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from pipecompile.batching.backward_trial import Backward
+from pipecompile.batching.rules.batch_types import SHARED, Batched, Kind, Mixed, Shared
+from pipecompile.batching.rules.numbers import counts_samples
+from pipecompile.batching.trial_samples import Samples, same_rows
+from pipecompile.capture.origin import origin_of
+
+STRANGERS = 3  # times that the other rows are drawn
+SIZES = (0.01, 1.0)  # of a sample, in parts that ask about data
+AROUND = (0.0, 1.0, 100.0)  # of the samples around it
+
+
+class Experiment:
+    """Experiments on a trace at a microbatch's rows, and on its twin at the whole batch's."""
+
+    def __init__(self, samples: Samples) -> None:
+        self.samples = samples
+
+    def kinds_of(self, region: Sequence[fx.Node]) -> dict[fx.Node, Kind | tuple[Kind, ...]] | None:
+        """The kinds of what a region gives to the rest of the graph; None if it mixes samples, or cannot be tried."""
+        members = set(region)
+        sources = [n for node in region for n in node.all_input_nodes if n not in members]
+        outputs = [n for n in region if any(user not in members for user in n.users)]
+        answers = {n: self.samples.by_growth(n) for n in outputs}
+        flat = [k for kind in answers.values() for k in (kind if isinstance(kind, tuple) else (kind,))]
+        if not flat or any(isinstance(kind, Mixed) for kind in flat):
+            return None
+        if any(not isinstance(self.samples.kinds.get(n, SHARED), Batched | Shared) for n in sources):
+            return None
+        if any(t.is_meta for t in self.samples.captured.tensors.values()):
+            return answers  # nothing will run
+        if self.samples.rows < 2:
+            return None
+        if any(origin_of(n).writes and n.op != "call_module" for n in region):
+            return None
+        if any(counts_samples(n, self.samples.scale) for n in region if not _is_size(n)):
+            return None  # at the rows of the experiment nobody would see it
+        try:
+            asks = any(self._asks(node) for node in region)
+            apart = all(
+                self._apart(sources, outputs, answers, row, size, AROUND if asks else (1.0,))
+                for row in (0, self.samples.rows - 1)
+                for size in (SIZES if asks else (1.0,))
+            )
+            apart = apart and self._side_by_side(sources, outputs, answers)
+            apart = apart and Backward(self.samples, sources, outputs, answers).keeps_apart()
+        except Exception:  # the region cannot be run by itself
+            return None
+        return answers if apart else None
+
+    def adds_up(self, node: fx.Node) -> bool:
+        """Whether a function of what is alike everywhere hands on gradients that add up over microbatches."""
+        if any(t.is_meta for t in self.samples.captured.tensors.values()):
+            return True  # nothing will run
+        try:
+            return Backward(self.samples, node.all_input_nodes, [node], {node: SHARED}).adds_up()
+        except Exception:  # it cannot be run by itself
+            return False
+
+    def _asks(self, node: fx.Node) -> bool:
+        """Whether what a node stands for had to be run for real: its Python may ask what values are."""
+        call = self.samples.captured.leaf_call(node)
+        return call is not None and call.shapes is not None
+
+    def _apart(
+        self,
+        sources: Sequence[fx.Node],
+        outputs: Sequence[fx.Node],
+        answers: Mapping[fx.Node, Kind | tuple[Kind, ...]],
+        row: int,
+        size: float,
+        sizes: Sequence[float],
+    ) -> bool:
+        """Whether a row's results stay when the other rows change, to samples of some sizes."""
+        generator = torch.Generator().manual_seed(row)
+        start = {n: self.samples.draw(n, generator, size) for n in dict.fromkeys(sources)}
+        expected = self.samples.bench.run(outputs, start)
+        draws = [(None, 1.0), *((generator, other) for other in sizes for _ in range(STRANGERS))]
+        others = [{n: self.samples.around(n, value, row, *draw) for n, value in start.items()} for draw in draws]
+        for changed in others:
+            seen = self.samples.bench.run(outputs, changed)
+            if not all(same_rows(expected[n], seen[n], answers[n], row, row, self.samples.rows) for n in outputs):
+                return False
+        if not all(
+            torch.equal(*pair)
+            for n in outputs
+            for pair in _pairs(expected[n], self.samples.bench.run([n], start, 1)[n])
+        ):
+            return True  # it draws random numbers, by place
+        moved = self.samples.bench.run(outputs, {n: self.samples.moved(n, value) for n, value in start.items()})
+        to = (row + 1) % self.samples.rows
+        return all(same_rows(expected[n], moved[n], answers[n], row, to, self.samples.rows) for n in outputs)
+
+    def _side_by_side(
+        self,
+        sources: Sequence[fx.Node],
+        outputs: Sequence[fx.Node],
+        answers: Mapping[fx.Node, Kind | tuple[Kind, ...]],
+    ) -> bool:
+        """Whether the first and the last part of a whole batch give what the batch gives there."""
+        twin, rows, most = self.samples.scale.twin, self.samples.rows, self.samples.whole.rows
+        generator = torch.Generator().manual_seed(most)
+        start = {n: self.samples.of_the_whole(n, generator) for n in dict.fromkeys(sources)}
+        large = {twin[n]: value for n, value in start.items()}
+        twins = [twin[n] for n in outputs]
+        expected, again = self.samples.whole.run(twins, large), self.samples.whole.run(twins, large, 1)
+        if not all(torch.equal(*pair) for n in twins for pair in _pairs(expected[n], again[n])):
+            return True  # it draws random numbers, by place
+        for first in (0, most - rows):
+            found = self.samples.bench.run(
+                outputs, {n: self.samples.part(n, value, first) for n, value in start.items()}
+            )
+            for n in outputs:
+                seen = expected[twin[n]], found[n]
+                if not all(same_rows(*seen, answers[n], first + row, row, most, rows) for row in range(rows)):
+                    return False
+        return True
+
+
+def _pairs(one: Any, other: Any) -> list[tuple[Tensor, Tensor]]:
+    pairs = zip(pytree.tree_leaves(one), pytree.tree_leaves(other), strict=True)
+    return [(a, b) for a, b in pairs if isinstance(a, Tensor)]
+
+
+def _is_size(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return not isinstance(value, Tensor | tuple | list)

@@ -1,0 +1,143 @@
+"""The arguments of a call: bound to the model's signature, flattened, named, with the batch in the first dimension."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.fx as fx
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from pipecompile.capture.batch_dims import Dims, Settled, find_batch, refuse_plain_batches
+from pipecompile.capture.pytrees import flatten
+from pipecompile.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call's arguments: the tensors by name, and everything else.
+
+    ``tensors`` have their batch in the first dimension; ``dims`` says which have it elsewhere in the user's call.
+    ``key`` is equal for two calls exactly if they have the same tree, the same numbers, strings and flags, and tensors
+    of the same dtypes, ranks and orders in memory that want gradients alike.
+    """
+
+    tensors: Mapping[str, Tensor]
+    key: tuple[Any, ...]
+    spec: pytree.TreeSpec
+    leaves: tuple[Any, ...]  # in the order of the tree; a tensor's name in its place
+    batch: int | None  # None: no tensor has a dimension
+    batched: frozenset[str]
+    dims: Mapping[str, int] = field(default_factory=dict)
+
+    def rebuild(self, tensors: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The user's positional and keyword arguments, with other tensors in place of the call's own."""
+        leaves = [self._back(leaf.name, tensors) if isinstance(leaf, TensorName) else leaf for leaf in self.leaves]
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        return args, kwargs
+
+    def _back(self, name: str, tensors: Mapping[str, Any]) -> Any:
+        return tensors[name].movedim(0, self.dims[name]) if name in self.dims else tensors[name]
+
+    def split(self, rows: Sequence[int]) -> list[dict[str, Tensor]]:
+        """The tensors of each microbatch, views of the call's; those without a batch go to all."""
+        pieces = {name: torch.split(self.tensors[name], list(rows)) for name in self.batched}
+        return [{n: pieces[n][i] if n in pieces else t for n, t in self.tensors.items()} for i in range(len(rows))]
+
+    def alike(self, rows: Sequence[int]) -> list[dict[str, Tensor]]:
+        """The tensors of the microbatches that are as large as the first."""
+        return [part for part, count in zip(self.split(rows), rows, strict=True) if count == rows[0]]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorName:
+    """Stands for a tensor among the leaves of a call."""
+
+    name: str
+
+
+def read_call(
+    forward: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    settled: Settled | None = None,
+    in_dims: Dims | None = None,
+) -> Call:
+    """Reads the arguments of ``forward(*args, **kwargs)``.
+
+    Args:
+        settled: whether a tensor has a batch, by name and number of dimensions, where an earlier call has settled it.
+        in_dims: the batch's dimension, by the name of an argument or of one tensor inside it.
+
+    Raises:
+        InputError: the model does not take such arguments, or a batch is empty, or not made of tensors.
+    """
+    try:
+        bound = inspect.signature(forward).bind(*args, **kwargs)
+    except TypeError as error:
+        raise InputError(f"the model's forward cannot be called so: {error}; it takes {_signature(forward)}") from None
+    paths, spec = flatten((bound.args, bound.kwargs))
+    heads, names = _names(forward, [path for path, _ in paths])
+    tensors = {name: leaf for name, (_, leaf) in zip(names, paths, strict=True) if isinstance(leaf, Tensor)}
+    leaves = tuple(
+        TensorName(name) if isinstance(leaf, Tensor) else leaf for name, (_, leaf) in zip(names, paths, strict=True)
+    )
+    for name, tensor in tensors.items():
+        if tensor.is_sparse or tensor.layout != torch.strided:
+            raise InputError(f"argument {name!r} is a sparse tensor ({tensor.layout}); pass tensor.to_dense()")
+    in_dims = in_dims or {}
+    given = {
+        n: in_dims.get(n, in_dims.get(head)) for n, head in zip(names, heads, strict=True) if {n, head} & {*in_dims}
+    }
+    batch = find_batch(tensors, {n: dim for n, dim in given.items() if n in tensors}, settled or {})
+    refuse_plain_batches(bound.arguments, batch.rows, in_dims)
+    elsewhere = {name: dim for name, dim in batch.dims.items() if dim}
+    with torch.enable_grad():  # a view of an input that wants a gradient wants one, whoever calls
+        first = {n: t.movedim(elsewhere[n], 0) if n in elsewhere else t for n, t in tensors.items()}
+    return Call(first, _key(spec, leaves, tensors), spec, leaves, batch.rows, frozenset(batch.dims), elsewhere)
+
+
+def _names(forward: Callable[..., Any], paths: Sequence[tuple[Any, ...]]) -> tuple[list[str], list[str]]:
+    """For each leaf the argument that it is in, and a name: the argument's, with the keys inside it after it."""
+    parameters = list(inspect.signature(forward).parameters)
+    namespace = fx.graph._Namespace()  # what Python or torch calls otherwise gets a number: input_1
+    heads: list[str] = []
+    names: list[str] = []
+    for path in paths:
+        keys: list[Any] = [getattr(key, "idx", getattr(key, "key", getattr(key, "name", None))) for key in path]
+        in_args, first, *rest = keys
+        head = parameters[min(first, len(parameters) - 1)] if in_args == 0 else first
+        heads.append(str(head))
+        names.append(namespace.create_name(re.sub(r"\W", "_", "_".join(map(str, [head, *rest]))), None))
+    return heads, names
+
+
+def _key(spec: Any, leaves: tuple[Any, ...], tensors: Mapping[str, Tensor]) -> tuple[Any, ...]:
+    described = tuple((n, t.dtype, t.ndim, t.requires_grad, order_of(t)) for n, t in tensors.items())
+    return (str(spec), tuple(_hashable(leaf) for leaf in leaves), described)
+
+
+def order_of(tensor: Tensor) -> tuple[int, ...] | None:
+    """The dimensions from the widest stride to the narrowest; None if they lie in memory as they are counted."""
+    if tensor.is_contiguous():
+        return None
+    strides = tensor.stride()
+    order = tuple(sorted(range(tensor.ndim), key=lambda dim: -strides[dim]))
+    return None if order == tuple(range(tensor.ndim)) else order
+
+
+def _hashable(leaf: Any) -> Any:
+    try:
+        hash(leaf)
+    except TypeError:
+        return (type(leaf), repr(leaf))
+    return (type(leaf), leaf)
+
+
+def _signature(forward: Callable[..., Any]) -> str:
+    return ", ".join(map(str, inspect.signature(forward).parameters.values()))

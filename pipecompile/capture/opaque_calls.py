@@ -1,0 +1,199 @@
+"""Modules and functions kept whole: one call of the graph, run as ordinary Python inside its stage.
+
+What a module does may depend on activations (which experts are hit, when to stop), so that no single graph records it.
+Such a module becomes a leaf: a ``call_module`` node under its own path. A function may be one too (a loss whose shapes
+depend on data, a matching that leaves torch): a ``call_function`` node. The arguments are flattened, so that only
+tensors flow along the graph's edges; everything else about the call is kept with the leaf.
+
+What a leaf returns is learnt: by running it on fakes where that is possible, else by running it once for real, on what
+the recorded graph computes from the sample.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from pipecompile.capture.functionalize import storage_key
+from pipecompile.errors import DependsOnData, ExecutionError
+from pipecompile.ops.device_args import retarget
+from pipecompile.ops.module_tree import called_bare
+from pipecompile.ops.randomness import compared
+from pipecompile.ops.tensor_args import version
+
+CHANGING = (Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Stands for the n-th value that changes from call to call among the arguments of a leaf: a tensor, or a size."""
+
+    position: int
+
+
+@dataclass(frozen=True)
+class LeafCall:
+    """One call of a leaf: the module or function, and its arguments with a slot for each tensor and each size.
+
+    ``shapes`` are those of the outputs where one run has told them; every run must give the same. ``writes`` names the
+    parameters that a module has written to, by their names in it.
+    """
+
+    path: str  # of the module, or of that which calls the function
+    kept: Callable[..., Any]
+    spec: pytree.TreeSpec
+    leaves: tuple[Any, ...]
+    shapes: tuple[tuple[int, ...], ...] | None = None
+    writes: tuple[str, ...] = ()
+
+    @staticmethod
+    def of(path: str, kept: Callable[..., Any], args: Any, kwargs: Any) -> tuple[LeafCall, list[Any]]:
+        """The call, and what changes among its arguments from call to call: tensors and symbolic sizes."""
+        flat, spec = pytree.tree_flatten((args, kwargs))
+        changing = [leaf for leaf in flat if isinstance(leaf, CHANGING)]
+        slots = iter(range(len(changing)))
+        leaves = tuple(Slot(next(slots)) if isinstance(leaf, CHANGING) else leaf for leaf in flat)
+        return LeafCall(path, kept, spec, leaves), changing
+
+    @property
+    def name(self) -> str:
+        if isinstance(self.kept, nn.Module):
+            return f"module {self.path!r}"
+        return f"function {getattr(self.kept, '__qualname__', self.kept)}"
+
+    def rebuild(self, changing: tuple[Any, ...]) -> Any:
+        """Positional and keyword arguments around other tensors and sizes."""
+        leaves = [changing[leaf.position] if isinstance(leaf, Slot) else leaf for leaf in self.leaves]
+        return pytree.tree_unflatten(leaves, self.spec)
+
+    def tensors_of(self, output: Any) -> tuple[Tensor, ...]:
+        """The tensors of an output.
+
+        Raises:
+            DependsOnData: the output holds something else that may change from call to call.
+            ExecutionError: their shapes are others than those that the trace holds for.
+        """
+        flat = pytree.tree_leaves(output)
+        other = [leaf for leaf in flat if not isinstance(leaf, Tensor | str) and leaf is not None]
+        if other:
+            raise DependsOnData(
+                f"{self.name} is kept whole but returns a {type(other[0]).__name__}, which cannot pass along the "
+                f"graph; name a module further out in leaf_modules="
+            )
+        tensors = tuple(leaf for leaf in flat if isinstance(leaf, Tensor))
+        seen = tuple(tuple(tensor.shape) for tensor in tensors)
+        if self.shapes is not None and seen != self.shapes:
+            raise ExecutionError(
+                f"{self.name} is kept whole and gives shapes {_listed(seen)}, where the trace holds for "
+                f"{_listed(self.shapes)}: they depend on data; keep a larger part whole with leaf_modules="
+            )
+        return tensors
+
+
+class FunctionLeaf:
+    """What the graph calls for a function that is kept whole: takes tensors and sizes, gives tensors."""
+
+    def __init__(self, call: LeafCall) -> None:
+        self.call = call
+        self.__name__ = str(getattr(call.kept, "__name__", "function"))
+
+    def on(self, old: torch.device, new: torch.device) -> FunctionLeaf:
+        """The same with another device among its arguments in place of the one that the trace was made for."""
+        return FunctionLeaf(replace(self.call, leaves=retarget(self.call.leaves, old, new)))
+
+    def __call__(self, *changing: Any) -> tuple[Tensor, ...]:
+        args, kwargs = self.call.rebuild(changing)
+        with compared():
+            out = self.call.kept(*args, **kwargs)
+        return self.call.tensors_of(out)
+
+
+class Leaf(nn.Module):
+    """A leaf inside a stage: takes tensors and sizes, gives tensors.
+
+    It has the parameters and buffers of a copy of the module under the module's own names, so that the stage may swap
+    them.
+
+    Args:
+        calls: the recorded calls of one module; ``forward`` is told which of them it is to make.
+        tensors: the model's parameters and buffers by full name.
+    """
+
+    def __init__(self, calls: Sequence[LeafCall], tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        module: Any = calls[0].kept
+        inner = copy_of(module, calls[0].path, tensors)
+        self.__dict__["inner"] = inner  # not a submodule: names would change
+        self._parameters, self._buffers, self._modules = inner._parameters, inner._buffers, inner._modules
+        self.calls = tuple(calls)
+
+    def __call__(self, *args: Any) -> Any:
+        return called_bare(self, *args)
+
+    def forward(self, number: int, *changing: Any) -> tuple[Tensor, ...]:
+        args, kwargs = self.calls[number].rebuild(changing)
+        inner = copy_of(self.__dict__["inner"], "", {})  # keeps these tensors: its backward may run its modules again
+        held = [(tensor, tensor.data, version(tensor)) for tensor in (*self.parameters(), *self.buffers())]
+        with compared():
+            out = inner(*args, **kwargs)
+        self._refuse_new_writes(number, held)
+        self._write_back(inner, held)
+        return self.calls[number].tensors_of(out)
+
+    def _refuse_new_writes(self, number: int, held: Sequence[tuple[Tensor, Tensor, int]]) -> None:
+        """Raises ``ExecutionError`` if the module writes to parameters and did not where it was captured."""
+        call = self.calls[number]
+        written = {id(t) for t, data, before in held if version(t) != before or storage_key(t) != storage_key(data)}
+        for name, parameter in self.named_parameters():
+            if id(parameter) in written and not call.writes:
+                raise ExecutionError(
+                    f"{call.name} is kept whole and has begun to write to its parameter {name!r}, which it did not do "
+                    f"when the model was captured; do that in a forward of its own, outside the pipeline"
+                )
+
+    def _write_back(self, inner: nn.Module, held: Sequence[tuple[Tensor, Tensor, int]]) -> None:
+        """What the module has bound to the name of a buffer, or as data to a tensor, goes into the model's own."""
+        with torch.no_grad():
+            for tensor, data, _ in held:
+                if storage_key(tensor) != storage_key(data):
+                    tensor.data = data.copy_(tensor.data)
+        bound = dict(inner.named_buffers())
+        for name, buffer in self.named_buffers():
+            if name in bound and bound[name] is not buffer:
+                with torch.no_grad():
+                    buffer.copy_(bound[name])
+
+
+def attribute_of(path: str) -> str:
+    """A leaf's name in a stage: its path, or one made up if the model does not own the module."""
+    return re.sub(r"[^\w.]", "_", path) if "<" in path else path
+
+
+def _listed(shapes: tuple[tuple[int, ...], ...]) -> str:
+    return ", ".join(map(str, shapes))
+
+
+def copy_of(
+    module: nn.Module, path: str, tensors: Mapping[str, Tensor], made: dict[int, nn.Module] | None = None
+) -> nn.Module:
+    """A module of its own with the same structure and attributes, on given tensors; hooks and modes are kept."""
+    made = {} if made is None else made
+    if id(module) in made:
+        return made[id(module)]
+    prefix = f"{path}." if path else ""
+    copy = made[id(module)] = module.__class__.__new__(module.__class__)
+    copy.__dict__ = dict(module.__dict__)
+    for table in ("_parameters", "_buffers"):
+        held = module.__dict__[table]
+        copy.__dict__[table] = {n: t if t is None else tensors.get(prefix + n, t) for n, t in held.items()}
+    copy.__dict__["_modules"] = {
+        name: child if child is None else copy_of(child, prefix + name, tensors, made)
+        for name, child in module._modules.items()
+    }
+    return copy

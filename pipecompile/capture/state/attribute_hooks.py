@@ -1,0 +1,222 @@
+"""Sees which Python attributes a forward reads and sets while it is traced.
+
+Attribute access is watched where it happens: in the classes of modules, and in those of the objects that modules hold
+(a config), as they come into sight. What ``torch.nn.Module`` keeps for itself is not watched: hooks, modes and tensors
+are compared elsewhere. What a forward reads from globals and closures is known from its code (``code.py``).
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from argparse import Namespace
+from collections.abc import Iterable, Iterator, Mapping, Set
+from contextlib import contextmanager
+from functools import partial
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType, SimpleNamespace
+from typing import Any
+
+from torch import Tensor, nn
+
+from pipecompile.capture.state.container_proxies import Ledgers, is_stand_in, ledger_of
+from pipecompile.capture.state.fingerprints import HEAP_TYPE
+from pipecompile.capture.state.guards import LONGEST, MISSING, NOT_PLAIN, TORCHS_OWN, Attribute, Same, frozen
+from pipecompile.capture.state.model_state import Change, Snapshot, changes_of, restore, snapshot
+from pipecompile.capture.state.sources import Entry
+
+_NO_HOLDERS = (Tensor, type, ModuleType, FunctionType, BuiltinFunctionType, MethodType)
+_FOREIGN = sys.stdlib_module_names | {"torch", "numpy"}  # what they keep is no option of a model
+DEEPEST = 4  # containers within containers in which objects are looked for
+
+Key = tuple[int, str]
+
+
+class Reads:
+    """The attributes that one trace has read.
+
+    Args:
+        paths: the modules of the model by identity.
+        states: their attributes before the trace, by identity.
+        ledgers: receives the containers that come into sight.
+        ignored: attributes, by owner's identity and name, on which the trace does not depend.
+    """
+
+    def __init__(
+        self,
+        paths: Mapping[int, str],
+        states: Mapping[int, Mapping[str, Any]],
+        ledgers: Ledgers,
+        ignored: Set[Key] = frozenset(),
+    ) -> None:
+        self.labels = dict(paths)
+        self.states = dict(states)
+        self.ledgers = ledgers
+        self.seen = set(ignored)
+        self.found: dict[Key, tuple[Attribute, Any]] = {}  # with the value before the trace, frozen
+        self.places: dict[Key, Entry | Attribute] = {}  # places to look at when all has been put back
+        self.holders: list[tuple[Any, str, Snapshot, Set[str] | None]] = []  # all but the model's modules, as they were
+        self.met: set[int] = set()  # objects that modules hold, which are watched
+        self.made: dict[int, nn.Module] = {}  # modules that the forward itself makes, kept alive for their identity
+        self.originals: dict[type, Any] = {}  # watched classes: their own __getattribute__, or None
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        self._watch(nn.Module)
+        try:
+            yield
+        finally:
+            for kind, original in self.originals.items():
+                if original is None:
+                    del kind.__getattribute__
+                else:
+                    kind.__getattribute__ = original  # type: ignore[method-assign]
+            self.originals.clear()
+
+    def _watch(self, kind: type) -> None:
+        if any(base in self.originals for base in kind.__mro__ if base is not object):
+            return
+        inherited: Any = kind.__getattribute__
+        reads, thread = self, threading.get_ident()
+
+        def watched(self: Any, name: str) -> Any:
+            if threading.get_ident() != thread:  # what others read, and change meanwhile, is theirs
+                return inherited(self, name)
+            try:
+                value = inherited(self, name)
+            except AttributeError:
+                reads._see_missing(self, name)
+                raise
+            if name[:2] != "__":
+                reads._see(self, name, value)
+            return value
+
+        self.originals[kind] = kind.__dict__.get("__getattribute__")
+        kind.__getattribute__ = watched  # type: ignore[method-assign, assignment]
+
+    def _see(self, owner: Any, name: str, value: Any) -> None:
+        key = (id(owner), name)
+        if key in self.seen or name in TORCHS_OWN:
+            return
+        state = self._state(owner)
+        if state is None:
+            return
+        self.seen.add(key)
+        held = state.get(name, MISSING)
+        value = ledger_of(value).original if is_stand_in(value) else self.ledgers.original(owner, name, value)
+        label = f"{self._label(owner)}{name}"
+        if held is MISSING and (name in owner.__dict__ or self._is_computed(owner, name, label)):
+            return  # set by the forward itself; or what the property or method reads is seen by itself
+        if held is not MISSING and held is not value:
+            return  # set by the forward itself
+        self.meet(value, label)
+        plain = frozen(value)
+        if isinstance(value, SimpleNamespace | Namespace | partial) or (
+            plain is NOT_PLAIN and isinstance(value, tuple)
+        ):
+            self.places[key] = Attribute(owner, name, label)
+        elif plain is not NOT_PLAIN:
+            self.found[key] = (Attribute(owner, name, label), plain)
+        elif held is value and id(value) not in self.ledgers.made and not isinstance(value, nn.Module):
+            self.found[key] = (Attribute(owner, name, label), Same(value))
+
+    def _see_missing(self, owner: Any, name: str) -> None:
+        if name[:2] == "__" or id(owner) in self.made or self._state(owner) is None:
+            return
+        state = object.__getattribute__(owner, "__dict__")
+        if getattr(type(owner), "__getattr__", None) is not nn.Module.__getattr__:
+            self.places.setdefault((id(owner), name), Entry(state, name, self._label(owner) + name))
+            return
+        if not any(name in state.get(table, ()) for table in ("_parameters", "_buffers", "_modules")):
+            self.found.setdefault((id(owner), name), (Attribute(owner, name, self._label(owner) + name), MISSING))
+
+    def _state(self, owner: Any) -> Mapping[str, Any] | None:
+        """The attributes before the trace; of a module that the model does not own, as they are at first sight.
+
+        None for a module that is first seen while it is made: its attributes are the forward's own.
+        """
+        if id(owner) in self.made:
+            return None
+        if id(owner) not in self.states and isinstance(owner, nn.Module):
+            if "_modules" not in object.__getattribute__(owner, "__dict__"):
+                self.made[id(owner)] = owner
+                return None
+            self._hold(owner, type(owner).__name__)
+        return self.states.get(id(owner))
+
+    def _is_computed(self, owner: Any, name: str, label: str) -> bool:
+        """Whether an attribute is a method or property of the owner's class, which one of its own would hide."""
+        if not _is_computed(type(owner), name):
+            return False
+        if not isinstance(owner, nn.Module) or name not in vars(nn.Module) or name == "forward":
+            self.places[id(owner), name] = Entry(owner.__dict__, name, label)
+        return True
+
+    def meet(self, value: Any, label: str, depth: int = 0) -> None:
+        """Watches an object that the forward finds, from now on, and those in a short list, tuple or dict."""
+        value = ledger_of(value).original if is_stand_in(value) else value
+        match value:
+            case dict() | list() | tuple() if len(value) <= LONGEST and depth < DEEPEST:
+                for item in [*dict.values(value)] if isinstance(value, dict) else value:
+                    self.meet(item, label, depth + 1)
+            case MethodType():
+                self._meet(value.__self__, label)
+            case partial():
+                self.meet((value.func, value.args, value.keywords), label, depth + 1)
+            case SimpleNamespace():
+                self.meet(vars(value), label, depth + 1)
+        self._meet(value, label)
+
+    def _meet(self, value: Any, label: str) -> None:
+        kind = type(value)
+        if id(value) in self.met or not kind.__flags__ & HEAP_TYPE or isinstance(value, _NO_HOLDERS):
+            return
+        if kind.__module__.split(".")[0] in _FOREIGN or not hasattr(value, "__dict__"):
+            return
+        try:
+            self._watch(kind)
+        except TypeError:  # a class that cannot be changed
+            return
+        self.met.add(id(value))
+        if id(value) not in self.states:
+            self._hold(value, label)
+
+    def sees(self, owner: Any) -> bool:
+        """Whether what the forward reads of an owner is seen."""
+        return id(owner) in self.met or isinstance(owner, nn.Module)
+
+    def hold_all(self, owners: Iterable[tuple[Any, str, Set[str] | None]]) -> None:
+        """Notes what else the forward may reach, as it is."""
+        for owner, label, names in owners:
+            if id(owner) not in self.states:
+                self._hold(owner, label, names)
+
+    def hold(self, attribute: Attribute) -> None:
+        """Notes an attribute's owner as it is, before it is changed."""
+        if id(attribute.owner) not in self.states:
+            self._watch(type(attribute.owner))
+            self._hold(attribute.owner, attribute.label.removesuffix(f".{attribute.name}"))
+
+    def _hold(self, owner: Any, label: str, names: Set[str] | None = None) -> None:
+        held = snapshot(owner, names)
+        self.holders.append((owner, label, held, names))
+        self.states[id(owner)] = held[0]
+        self.labels[id(owner)] = label
+        self.ledgers.place(owner, label, held[0])
+
+    def changes(self) -> list[Change]:
+        """What the forward has set on objects other than the model's modules; all is put back."""
+        changed = []
+        for owner, label, held, names in self.holders:
+            changed += [*changes_of(owner, label, held, names)]
+            restore(owner, held, names)
+        return changed
+
+    def _label(self, owner: Any) -> str:
+        label = self.labels.get(id(owner), type(owner).__name__)
+        return f"{label}." if label else ""
+
+
+def _is_computed(kind: type, name: str) -> bool:
+    """Whether a class gives an attribute by a descriptor: a method or a property."""
+    found = next((base.__dict__[name] for base in kind.__mro__ if name in base.__dict__), None)
+    return hasattr(type(found), "__get__")

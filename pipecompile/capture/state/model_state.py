@@ -1,0 +1,280 @@
+"""A model's own state during a trace: fakes in place of its tensors, and everything put back afterwards.
+
+The model's forward runs as Python and may change the model. What it binds to the name of a buffer becomes a write-back
+of the graph. All else is undone when the trace ends: the trace must leave no mark on the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from pipecompile.capture.state.containers import contents, is_same, kind_of, put_back
+from pipecompile.capture.state.fake_tables import Table
+from pipecompile.capture.state.guards import MISSING, NOT_PLAIN, TABLES, Attribute, frozen
+from pipecompile.capture.state.namespaces import drop, label_of, names_of, put
+from pipecompile.errors import CaptureError
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What a forward did to its model: tensors bound to the names of buffers, and what it set other attributes to."""
+
+    before: dict[int, dict[str, Any]] = field(default_factory=dict)  # each module's attributes, by identity
+    rebound: dict[str, Tensor] = field(default_factory=dict)
+    attributes: list[Change] = field(default_factory=list)
+
+
+class Entries:
+    """A module's parameters, buffers or children, as attributes."""
+
+    __slots__ = ("module", "table")
+
+    def __init__(self, module: nn.Module, table: str) -> None:
+        object.__setattr__(self, "module", module)
+        object.__setattr__(self, "table", table)
+
+    @property
+    def entries(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.module.__dict__[self.table]
+        return found
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.entries[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self.entries[name] = value
+
+    def __delattr__(self, name: str) -> None:
+        del self.entries[name]
+
+
+def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters, then buffers, under every name they have."""
+    return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+
+
+def fakes_of(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> dict[str, Tensor]:
+    """A fake on ``device`` for each parameter and buffer by name; tied ones share one fake."""
+    made: dict[int, Tensor] = {}
+    for _, tensor in named_tensors(model):
+        if id(tensor) not in made:
+            made[id(tensor)] = fake_of(tensor, mode, device)
+    return {name: made[id(tensor)] for name, tensor in named_tensors(model)}
+
+
+def fake_of(tensor: Tensor, mode: FakeTensorMode, device: torch.device) -> Tensor:
+    """A fake of a real tensor, on ``device``; that of a sparse tensor is dense, since few fake kernels take others."""
+    if tensor.layout != torch.strided:
+        with mode, torch.no_grad():
+            dense = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        return nn.Parameter(dense, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else dense
+    fake = mode.from_tensor(tensor, static_shapes=True)
+    if fake.device == device:
+        return fake
+    with mode, torch.no_grad():
+        moved = torch.empty_like(fake, device=device)
+    return nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
+
+
+@contextmanager
+def with_fakes(
+    model: nn.Module, fakes: dict[str, Tensor], is_replaced: Callable[[Tensor, Tensor], bool]
+) -> Iterator[Changes]:
+    """Puts fakes in place of the model's tensors; yields the changes that the forward made, complete afterwards.
+
+    Args:
+        is_replaced: whether the trace has read the first, a real tensor that is no parameter or buffer, and made the
+            second in its place.
+
+    Raises:
+        CaptureError: the forward read a tensor kept in an attribute that is no buffer, and bound another one to it.
+    """
+    modules = list(model.named_modules())
+    before = [snapshot(module) for _, module in modules]
+    changes = Changes({id(module): held[0] for (_, module), held in zip(modules, before, strict=True)})
+    tables: dict[int, Table] = {}
+    try:
+        for path, module in modules:
+            _place(module, path, fakes, tables)
+        yield changes
+        for (path, module), held in zip(modules, before, strict=True):
+            _read_changes(path, module, held, fakes, changes, is_replaced)
+    finally:
+        for (_, module), held in zip(modules, before, strict=True):
+            restore(module, held)
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Lets a model run as it likes, and puts its attributes, modes and buffers back; parameters are not copied."""
+    values = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    try:
+        with attributes_kept(model):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in values:
+                buffer.copy_(value)
+
+
+@contextmanager
+def attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Whatever sets attributes of the model's modules in it, they are as before at the end."""
+    modules = list(model.modules())
+    before = [snapshot(module) for module in modules]
+    try:
+        yield
+    finally:
+        for module, held in zip(modules, before, strict=True):
+            restore(module, held)
+
+
+@contextmanager
+def without_caches(model: nn.Module) -> Iterator[tuple[list[str], frozenset[tuple[int, str]]]]:
+    """Turns off the key-value caches of Hugging Face models, which training has no use for.
+
+    Yields notes, and the attributes, by owner's identity and name, on which no trace depends for that.
+    """
+    held: list[Any] = [getattr(m, "config", None) for m in model.modules()]
+    configs = {id(config): config for config in held if hasattr(config, "__dict__")}
+    on = [c for c in configs.values() if vars(c).get("use_cache") is True]
+    for config in on:
+        config.use_cache = False
+    try:
+        notes = ["use_cache is off: the output holds no key-value cache"] if on else []
+        yield notes, frozenset((key, "use_cache") for key in configs)
+    finally:
+        for config in on:
+            config.use_cache = True
+
+
+def _place(module: nn.Module, path: str, fakes: dict[str, Tensor], tables: dict[int, Table]) -> None:
+    """Gives a module tables of fakes; two modules with one table get one."""
+    prefix = f"{path}." if path else ""
+    for kind in ("_parameters", "_buffers"):
+        own = module.__dict__[kind]
+        if id(own) not in tables:
+            held = {name: None if tensor is None else fakes[prefix + name] for name, tensor in own.items()}
+            tables[id(own)] = Table(held, own)
+        module.__dict__[kind] = tables[id(own)]
+
+
+Snapshot = tuple[dict[str, Any], dict[str, list[Any]]]
+
+
+def snapshot(owner: Any, names: Collection[str] | None = None) -> Snapshot:
+    """An owner's values by name, and what the lists, dicts and sets among them hold."""
+    state = names_of(owner, names)
+    return state, {name: contents(value) for name, value in state.items() if kind_of(value) is not None}
+
+
+def restore(owner: Any, before: Snapshot, names: Collection[str] | None = None) -> None:
+    """Puts an owner's values back."""
+    state, held = before
+    now = names_of(owner, names)
+    for name in set(now) - set(state):
+        drop(owner, name)
+    for name, value in state.items():
+        if name not in now or now[name] is not value:
+            put(owner, name, value)
+    for name, items in held.items():
+        put_back(state[name], items)
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What a forward has set a name to, or what the container that is kept under it holds now."""
+
+    place: Attribute
+    value: Any
+    items: list[Any] | None = None
+
+
+def changes_of(owner: Any, label: str, before: Snapshot, names: Collection[str] | None = None) -> Iterator[Change]:
+    """What an owner's names have been set to, and the lists, dicts and sets with other contents."""
+    state, held = before
+    now = names_of(owner, names)
+    for name in [*now, *(state.keys() - now.keys())]:
+        place, value = Attribute(owner, name, label_of(owner, label, name)), now.get(name, MISSING)
+        if isinstance(value, Table):
+            continue
+        if value is not state.get(name, MISSING):
+            yield Change(place, value)
+        elif name in held and name not in TABLES and _differ(items := contents(value), held[name]):
+            yield Change(place, value, items)
+
+
+def _differ(now: list[Any], before: list[Any]) -> bool:
+    """Whether contents are others: plain values by value, objects by identity."""
+    plain = frozen(now), frozen(before)
+    return bool(plain[0] != plain[1]) if NOT_PLAIN not in plain else not is_same(now, before)
+
+
+def _read_changes(
+    path: str,
+    module: nn.Module,
+    before: Snapshot,
+    fakes: dict[str, Tensor],
+    changes: Changes,
+    is_replaced: Callable[[Tensor, Tensor], bool],
+) -> None:
+    for table in sorted(TABLES):
+        changes.attributes.extend(_entries(path, module, table, dict(before[1].get(table, {})), fakes, changes.rebound))
+    for change in changes_of(module, path, before):
+        name, held = change.place.name, before[0].get(change.place.name)
+        if isinstance(change.value, FakeTensor) and isinstance(held, Tensor) and is_replaced(held, change.value):
+            raise CaptureError(
+                f"module {path!r}: forward assigns a new tensor to self.{name} and reads the one before, which "
+                f"microbatches cannot share; make it a buffer: self.register_buffer({name!r}, ...)"
+            )
+        changes.attributes.append(change)
+
+
+def _entries(
+    path: str,
+    module: nn.Module,
+    table: str,
+    before: dict[str, Any],
+    fakes: dict[str, Tensor],
+    rebound: dict[str, Tensor],
+) -> Iterator[Change]:
+    """Parameters, buffers and children that the forward has registered, taken away or replaced.
+
+    A buffer that is bound to a tensor of its own shape goes to ``rebound``: the graph writes to it.
+    """
+    now = module.__dict__.get(table)
+    if not isinstance(now, dict):
+        return  # a scripted module's, which nothing can be added to
+    for name in [*now, *(before.keys() - now.keys())]:
+        label = f"{path}.{name}" if path else name
+        value, fake = now.get(name, MISSING), fakes.get(label)
+        if (value is fake and value is not None) or value is before.get(name, MISSING):
+            continue
+        if table == "_buffers" and isinstance(value, FakeTensor) and fake is not None and _alike(value, fake):
+            rebound[label] = value
+        elif table == "_parameters" and isinstance(value, FakeTensor) and not any(value is f for f in fakes.values()):
+            raise CaptureError(
+                f"module {path!r}: forward makes a new parameter {name!r}, which no optimizer knows; write to the one "
+                f"that is there, under torch.no_grad(), or make it before: run the model once"
+            )
+        elif isinstance(value, nn.Module) and any(isinstance(t, FakeTensor) for _, t in named_tensors(value)):
+            raise CaptureError(
+                f"module {path!r}: forward makes {label!r}, a {type(value).__name__}, whose parameters nobody could "
+                f"train: make it in __init__, or run the model once before compile"
+            )
+        else:
+            yield Change(Attribute(Entries(module, table), name, label), value)
+
+
+def _alike(value: Tensor, fake: Tensor) -> bool:
+    return bool(value.shape == fake.shape and value.dtype == fake.dtype)

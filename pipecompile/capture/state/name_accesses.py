@@ -1,0 +1,118 @@
+"""What the code of a function reads beside its arguments: globals, variables of outer functions, attributes of both."""
+
+from __future__ import annotations
+
+import builtins
+import dis
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+
+from pipecompile.capture.state.sources import Attribute, Entry, OfClass, Place
+
+_GLOBAL = frozenset({"LOAD_GLOBAL", "LOAD_NAME"})
+_OUTER = frozenset({"LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF"})
+_ATTRIBUTE = frozenset({"LOAD_ATTR", "LOAD_METHOD"})
+
+
+@dataclass(frozen=True)
+class Accesses:
+    """The names that a code object reads.
+
+    A chain is a name with the attributes that are read from it at once: ``("torch", "nn", "functional", "linear")``.
+    """
+
+    of_globals: tuple[tuple[str, ...], ...]
+    of_outer: tuple[tuple[str, ...], ...]
+    of_imports: tuple[tuple[str, ...], ...]  # the first name is that of a file
+    attributes: frozenset[str]  # read from anything; strings too, for getattr
+
+    @staticmethod
+    def of(code: CodeType) -> Accesses:
+        """What a code object reads, with the functions that are written inside it."""
+        outer = frozenset(code.co_freevars)
+        found: dict[str, dict[tuple[str, ...], None]] = {"global": {}, "outer": {}, "import": {}}
+        attributes: set[str] = set()
+        for inner in _with_inner(code):
+            attributes |= {c for c in inner.co_consts if isinstance(c, str) and c.isidentifier()}
+            for kind, chain in _chains(inner):
+                attributes |= {*chain[1:]}
+                if kind in found and (kind != "outer" or chain[0] in outer):
+                    found[kind][chain] = None
+        return Accesses(tuple(found["global"]), tuple(found["outer"]), tuple(found["import"]), frozenset(attributes))
+
+
+def _with_inner(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _with_inner(constant)
+
+
+def _chains(code: CodeType) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Each name that is loaded, with the attributes read from it: ("global", ("F", "linear"))."""
+    kind, chain = "", [""]
+    files: dict[str, str] = {}  # local names of files that the function itself imports
+    imported = ""
+    for instruction in dis.get_instructions(code):
+        name, value = instruction.opname, instruction.argval
+        if name in _ATTRIBUTE:
+            chain.append(value)
+            continue
+        if name == "CACHE":
+            continue
+        yield kind, tuple(chain)
+        kind, chain = "", [""]
+        if name in _GLOBAL:
+            kind, chain = "global", [value]
+        elif name in _OUTER:
+            kind, chain = "outer", [value]
+        elif name == "IMPORT_NAME":
+            imported = value
+        elif name == "IMPORT_FROM":
+            yield "import", (imported, value)
+        elif name == "STORE_FAST" and imported:
+            files[value], imported = imported, ""
+        elif name.startswith("LOAD_FAST") and value in files:
+            kind, chain = "import", [files[value]]
+    yield kind, tuple(chain)
+
+
+def global_place(namespace: dict[str, Any], name: str) -> Entry:
+    """The place of a global name, as functions of a file see it."""
+    if name not in namespace and name in vars(builtins):
+        return Entry(vars(builtins), name, f"builtins.{name}")
+    return Entry(namespace, name, f"{namespace.get('__name__', '')}.{name}")
+
+
+def along(place: Place, chain: Sequence[str]) -> Iterator[Place]:
+    """The places that a chain of attributes passes, as far as they stand in files, classes and functions.
+
+    The attributes of other objects are watched while the forward reads them.
+    """
+    yield place
+    for name in chain:
+        value, label = place.value(), f"{place.label}.{name}"
+        if isinstance(value, ModuleType | FunctionType):
+            plain = name in vars(value) or not isinstance(value, ModuleType)
+            place = Entry(vars(value), name, label) if plain else Attribute(value, name, label)
+        elif isinstance(value, type):
+            place = OfClass(value, name, label)
+        else:
+            return
+        yield place
+
+
+def places_read(accesses: Accesses, namespace: dict[str, Any], outer: Callable[[str], Place | None]) -> Iterator[Place]:
+    """The places that a function reads from; ``outer`` finds that of a variable of an outer function."""
+    for name, *rest in accesses.of_globals:
+        yield from along(global_place(namespace, name), rest)
+    for name, *rest in accesses.of_outer:
+        place = outer(name)
+        if place is not None:
+            yield from along(place, rest)
+    for name, *rest in accesses.of_imports:
+        if name in sys.modules and all(vars(sys.modules[name]).get(part) is not None for part in rest[:1]):
+            yield from along(Entry(sys.modules, name, name), rest)

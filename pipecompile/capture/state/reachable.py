@@ -1,0 +1,225 @@
+"""What a model's forward may read and change besides its arguments, found without running it.
+
+From the modules on, values are followed to the objects that they hold, and code to the code that it may call: a
+function's names are looked up among the variables of its file and its closure, and every method of a class in sight
+is code that may run if some function in sight names it. That finds more than what runs, and not what is reached by
+names that are computed; so it serves to note state and put it back, not to tell what a forward depends on.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Set
+from dataclasses import dataclass, field
+from functools import _lru_cache_wrapper, partial, partialmethod
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MappingProxyType, MethodType, ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipecompile.capture.state.containers import contents, kind_of
+from pipecompile.capture.state.namespaces import file_of, has_no_models, is_foreign, names_of, owns_names
+
+MOST = 30_000  # objects beside those of the modules themselves; what lies beyond is not noted
+OF_A_MODULE = 50
+LONGEST = 20_000  # what a longer container holds is not followed
+_RUN_UNNAMED = frozenset(f"__{n}__" for n in ("init", "call", "getattr", "getitem", "setitem", "enter", "exit", "iter"))
+
+Generator = np.random.Generator | np.random.RandomState | random.Random | torch.Generator
+
+
+@dataclass
+class Reach:
+    """What was found, each with a label for a person.
+
+    Attributes:
+        owners: objects, classes, files and cells with named values; of a file, with the names that code mentions.
+        containers: lists, dicts, sets and deques.
+        memos: results that functions remember (``lru_cache``).
+        generators: of random numbers, that a model holds.
+        tensors: those that are no parameters or buffers.
+    """
+
+    owners: list[tuple[Any, str, Set[str] | None]] = field(default_factory=list)
+    containers: list[tuple[Any, str]] = field(default_factory=list)
+    memos: list[_lru_cache_wrapper[Any]] = field(default_factory=list)
+    generators: list[Generator] = field(default_factory=list)
+    tensors: list[Tensor] = field(default_factory=list)
+
+
+def reach_of(model: nn.Module, functions: Iterable[Callable[..., Any]] = ()) -> Reach:
+    """What the forward of a model, and other functions, may read and change."""
+    return _Walk().run(model, functions)
+
+
+class _Walk:
+    def __init__(self) -> None:
+        self.reach = Reach()
+        self.seen: dict[int, Any] = {}  # kept alive, so that no identity is used twice
+        self.waiting: deque[tuple[Any, str]] = deque()  # the nearest to the model first
+        self.mentioned = {"forward", *_RUN_UNNAMED}
+        self.unmentioned: dict[str, list[tuple[Any, str]]] = {}  # what classes and files have under other names
+        self.files: dict[int, tuple[Any, set[str]]] = {}
+
+    def run(self, model: nn.Module, functions: Iterable[Callable[..., Any]]) -> Reach:
+        for tensor in (*model.parameters(), *model.buffers()):
+            self.seen[id(tensor)] = tensor
+        for path, module in model.named_modules():
+            self.waiting.append((module, path))
+        self.waiting += [(function, "") for function in functions]
+        most = MOST + OF_A_MODULE * len(self.waiting)
+        while self.waiting and len(self.seen) < most:
+            value, label = self.waiting.popleft()
+            if id(value) not in self.seen:
+                self.seen[id(value)] = value
+                self._visit(value, label)
+        for file, names in self.files.values():
+            self.reach.owners.append((file, getattr(file, "__name__", ""), names))
+        return self.reach
+
+    def _mention(self, names: Iterable[str]) -> None:
+        """Methods of classes and variables of files that some code names are in reach, whichever is met first."""
+        for name in names:
+            if name not in self.mentioned:
+                self.mentioned.add(name)
+                for holder, label in self.unmentioned.pop(name, ()):
+                    self._want_named(holder, name, label)
+
+    def _hold(self, holder: Any, label: str) -> None:
+        """A class or a file, of which the names count that code mentions."""
+        for name in list(vars(holder)):
+            if name in self.mentioned:
+                self._want_named(holder, name, label)
+            else:
+                self.unmentioned.setdefault(name, []).append((holder, label))
+
+    def _want_named(self, holder: Any, name: str, label: str) -> None:
+        if id(vars(holder)) in self.files:
+            self.files[id(vars(holder))][1].add(name)
+        if name in vars(holder):
+            self._want(vars(holder)[name], f"{label}.{name}" if label else name)
+
+    def _want(self, value: Any, label: str) -> None:
+        if id(value) not in self.seen:
+            self.waiting.append((value, label))
+
+    def _visit(self, value: Any, label: str) -> None:
+        if isinstance(value, Tensor):
+            self.reach.tensors.append(value)
+        elif isinstance(value, Generator) and not isinstance(value, random.SystemRandom):
+            self.reach.generators.append(value)
+        elif isinstance(value, type):
+            self._visit_class(value)
+        elif isinstance(value, ModuleType):
+            if not has_no_models(value):
+                self._visit_file(value)
+        elif isinstance(value, _lru_cache_wrapper):
+            self.reach.memos.append(value)
+            self._want(value.__wrapped__, label)
+        elif isinstance(value, FunctionType):
+            self._visit_function(value)
+        else:
+            for part in _parts(value):
+                self._want(part, label)
+            self._visit_object(value, label)
+
+    def _visit_object(self, value: Any, label: str) -> None:
+        if kind_of(value) is not None:
+            self.reach.containers.append((value, label))
+            if len(value) <= LONGEST:
+                for item in contents(value):
+                    self._want_item(item, label)
+        elif isinstance(value, tuple | frozenset):
+            for item in value:
+                self._want_item(item, label)
+        if owns_names(value):
+            self._note(value, label)
+            self._want(type(value), type(value).__name__)
+
+    def _want_item(self, item: Any, label: str) -> None:
+        if isinstance(item, tuple):
+            self.seen[id(item)] = item
+            for part in item:
+                self._want_item(part, label)
+        elif not isinstance(item, str | int | float | None):
+            self._want(item, label)
+
+    def _visit_class(self, kind: type) -> None:
+        for base in kind.__mro__:
+            if not is_foreign(base.__module__) and (base is kind or id(base) not in self.seen):
+                self.seen[id(base)] = base
+                self._hold(base, base.__name__)
+                self._note(base, base.__name__)
+
+    def _visit_file(self, file: Any) -> None:
+        if id(vars(file)) not in self.files:
+            self.files[id(vars(file))] = file, set()
+            self._hold(file, "")
+
+    def _visit_function(self, function: FunctionType) -> None:
+        names = set(_names(function.__code__))
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
+            self._visit_cell(cell, name)
+        for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+            self._want(value, function.__name__)
+        self.reach.owners.append((function, function.__name__, None))
+        for value in vars(function).values():
+            self._want(value, function.__name__)
+        table = function.__globals__
+        file = file_of(table)
+        if has_no_models(file):
+            return
+        self._visit_file(file)
+        self.files[id(table)][1].update(names)  # those that do not stand there yet, too
+        self._mention(names)
+
+    def _visit_cell(self, cell: CellType, name: str) -> None:
+        if id(cell) in self.seen:
+            return
+        self.seen[id(cell)] = cell
+        try:
+            value = cell.cell_contents
+        except ValueError:  # not filled yet
+            return
+        self.reach.owners.append((cell, name, None))
+        self._want(value, name)
+
+    def _note(self, owner: Any, label: str) -> None:
+        self.reach.owners.append((owner, label, None))
+        for name, value in names_of(owner).items():
+            if not isinstance(value, str | int | float | None):
+                self._want(value, f"{label}.{name}" if label else name)
+
+
+def _parts(value: Any) -> tuple[Any, ...]:
+    """The code within what wraps code."""
+    match value:
+        case staticmethod() | classmethod():
+            return (value.__func__,)
+        case MethodType():
+            return (value.__func__, value.__self__)
+        case BuiltinFunctionType():
+            return (value.__self__,)
+        case property():
+            return (value.fget, value.fset)
+        case partial():
+            return (value.func, value.args, value.keywords)
+        case partialmethod():
+            return (value.func, value.args, value.keywords)
+        case MappingProxyType():
+            return tuple(value.values())
+        case _:
+            return ()
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """The names that code mentions, in words too: ``getattr(self, "cache")``."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
+        elif isinstance(constant, str) and constant.isidentifier():
+            yield constant

@@ -1,0 +1,145 @@
+"""The user's wishes in the numbers of a problem, or why they cannot be met.
+
+    pins       -> things with a stage         uncut, together -> groups of things
+
+Whether pins agree with each other is seen on the graph with all groups contracted: going down it, each part has a
+latest stage pinned above it, and may not be pinned to an earlier one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cached_property
+
+from pipecompile.errors import InfeasibleError, InputError
+from pipecompile.ir.constraints import Wishes
+from pipecompile.ir.graph import Node
+from pipecompile.partition.solver.contraction import Contraction, contract
+from pipecompile.partition.solver.problem import Seat
+from pipecompile.partition.stage_nodes import Placed
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """A thing, the stage that it must be in, and the path that says so."""
+
+    thing: int
+    stage: int
+    path: str
+
+
+@dataclass(frozen=True)
+class Wished:
+    """Wishes about a graph that is to be cut into so many stages."""
+
+    placed: Placed
+    wishes: Wishes
+    num_stages: int
+
+    @cached_property
+    def groups(self) -> tuple[tuple[int, ...], ...]:
+        """Things that must share a stage."""
+        uncut = [self._things(f"uncut={path!r}", path) for path in self.wishes.uncut]
+        together = [
+            tuple(thing for path in group for thing in self._things(f"together={group!r}", path))
+            for group in self.wishes.together
+        ]
+        return (*uncut, *together)
+
+    @cached_property
+    def pins(self) -> tuple[Pin, ...]:
+        pins: dict[int, Pin] = {}
+        for path, stage in self.wishes.pins.items():
+            if stage >= self.num_stages:
+                raise InputError(f"pins[{path!r}] = {stage}, but the stages are 0 to {self.num_stages - 1}")
+            for thing in self._things(f"pins[{path!r}]", path):
+                other = pins.setdefault(thing, Pin(thing, stage, path))
+                if other.stage != stage:
+                    raise InfeasibleError(
+                        f"{self._named(thing)} is in module {other.path!r}, pinned to stage {other.stage}, and in "
+                        f"{path!r}, pinned to stage {stage}; pin parts that do not overlap"
+                    )
+        return tuple(pins.values())
+
+    @property
+    def least_stages(self) -> int:
+        """The stages that must not be empty: all, or with ``most_stages`` those up to the last pin."""
+        return self.num_stages if self.wishes.most_stages is None else 1 + max(self.wishes.pins.values(), default=0)
+
+    def check(self) -> None:
+        """Passes if no two wishes contradict each other.
+
+        Raises:
+            InputError: a path or a stage is not there.
+            InfeasibleError: with the modules that cannot be where they were asked to be.
+        """
+        contraction = self._contracted(self.groups)
+        pin_of: dict[int, Pin] = {}
+        for pin in self.pins:
+            other = pin_of.setdefault(contraction.atom_of[pin.thing], pin)
+            if other.stage != pin.stage:
+                raise InfeasibleError(
+                    f"{self._pinned(other)} and {self._pinned(pin)}, but {self._named(other.thing)} and "
+                    f"{self._named(pin.thing)} must share a stage, for the model or other wishes bind them together"
+                )
+        self._check_order(contraction, pin_of)
+        self._check_stages(contraction)
+
+    def _check_order(self, contraction: Contraction, pin_of: dict[int, Pin]) -> None:
+        above: list[Pin | None] = []
+        for atom, sources in enumerate(contraction.problem.predecessors):
+            pins = [pin for source in sources if (pin := above[source])]
+            before = max(pins, key=lambda pin: pin.stage, default=None)
+            here = pin_of.get(atom)
+            if before and here and here.stage < before.stage:
+                raise InfeasibleError(
+                    f"{self._pinned(before)} and {self._pinned(here)}, but {self._named(here.thing)} needs what "
+                    f"{self._named(before.thing)} computes, and values flow to later stages only; pin {here.path!r} to "
+                    f"stage {before.stage} or later, or {before.path!r} to stage {here.stage} or earlier"
+                )
+            above.append(here or before)
+
+    def _check_stages(self, contraction: Contraction) -> None:
+        parts = len(contraction.problem)
+        if self.groups and parts < self.least_stages <= len(self._contracted(()).problem):
+            raise InfeasibleError(
+                f"{self.num_stages} stages were asked for, but with {self.wishes} the model can be cut into at most "
+                f"{parts}; ask for fewer stages, or keep less together"
+            )
+
+    def _contracted(self, groups: tuple[tuple[int, ...], ...]) -> Contraction:
+        nothing = [0.0] * len(self.placed.nodes)
+        return contract(nothing, self.placed.arcs, [], [Seat()], together=[*self.placed.together, *groups])
+
+    def _things(self, wish: str, path: str) -> tuple[int, ...]:
+        nodes = [index for index, node in enumerate(self.placed.graph.nodes) if _is_in(node, path)]
+        things = tuple(self.placed.thing_of[index] for index in nodes if index in self.placed.thing_of)
+        if things:
+            return things
+        if nodes:
+            raise InputError(
+                f"{wish}: all of {path!r} is cheap and computed again in each stage that reads it, so it has no stage; "
+                f"leave it out"
+            )
+        known = dict.fromkeys(path for node in self.placed.graph.nodes for path in _prefixes(node.path))
+        close = ", ".join(map(repr, get_close_matches(path, known, 3)))
+        hint = f"did you mean {close}?" if close else "paths look like those of model.named_modules()"
+        raise InputError(f"{wish}: no module called {path!r} computes anything; {hint}")
+
+    def _pinned(self, pin: Pin) -> str:
+        return f"module {pin.path!r} is pinned to stage {pin.stage}"
+
+    def _named(self, thing: int) -> str:
+        node = self.placed.graph.nodes[self.placed.nodes[thing]]
+        return f"node {node.name} ({', '.join(part for part in (node.path, node.source) if part)})"
+
+
+def _is_in(node: Node, path: str) -> bool:
+    return not path or node.path == path or node.path.startswith(f"{path}.")
+
+
+def _prefixes(path: str) -> Iterator[str]:
+    parts = path.split(".")
+    return (".".join(parts[:count]) for count in range(1, len(parts) + 1))

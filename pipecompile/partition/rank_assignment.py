@@ -1,0 +1,233 @@
+"""Which rank runs each stage, so that heavy cuts lie on fast links.
+
+A stage keeps its number, its nodes and the speed and the memory that it was planned for: only devices that are equal in
+both change places, each with all the stages that it runs. The seconds of a stage for one microbatch are
+
+    its nodes' seconds / its device's speed / its replicas
+    + for each channel that it ends, and each parameter that it shares, the seconds of the link there and back
+
+where a channel between replicas counts for the share of the microbatches that goes through it, and a tied parameter's
+gradient and new weights for their share of a step. The slowest stage should take least, and among equals the seconds on
+all links together should be least. That is the quadratic assignment problem with a bottleneck, so it is solved exactly
+for few devices, by branch and bound, and beyond by swaps, from the given order and from one of near neighbours.
+
+Source: Koopmans, Beckmann, "Assignment Problems and the Location of Economic Activities" (Econometrica 1957); the
+bound, open pairs on the fastest link, is a weak form of Gilmore's and Lawler's.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations
+from math import lcm
+
+from pipecompile.ir.cluster import Cluster
+from pipecompile.ir.plan import Plan
+from pipecompile.ir.plan_quality import SLACK
+
+EXACT = 8  # devices
+
+
+def assign(plan: Plan, seconds: Sequence[float], cluster: Cluster, microbatches: int = 1) -> Plan:
+    """The plan with its stages on the ranks that suit its channels; never a slower one than the given."""
+    return plan.on_ranks(suited(plan, seconds, cluster, microbatches))
+
+
+def suited(plan: Plan, seconds: Sequence[float], cluster: Cluster, microbatches: int = 1) -> tuple[int, ...]:
+    """For each rank the device that does its work best.
+
+    Args:
+        seconds: of each stage for one microbatch, on a device of speed 1.
+        cluster: a device for each rank, and maybe more, which may be used as well.
+        microbatches: of a step, in which the gradients of tied parameters are sent once.
+    """
+    task = _Task(plan, tuple(seconds), cluster, microbatches)
+    found = tuple(range(len(cluster)))
+    if len(set(task.twin_of)) > len(set(task.kind_of)):  # else no two places differ
+        found, row = _swapped(task, found), _swapped(task, _nearest(task))
+        found = row if task.score(row) < task.score(found) else found
+        if len(cluster) <= EXACT:
+            found = _Search(task, found).run()
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Wire:
+    """What two stages send each other for one microbatch, one way."""
+
+    first: int
+    second: int
+    nbytes: int
+    share: float  # of the microbatches, both ways
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Places are the given ranks, with the stages there; an assignment says which device each place is given."""
+
+    plan: Plan
+    stage_seconds: tuple[float, ...]
+    cluster: Cluster
+    microbatches: int
+
+    @cached_property
+    def wires(self) -> tuple[Wire, ...]:
+        """Those between stages on different ranks."""
+        replicas, rank_of = self.plan.replicas, self.plan.rank_of
+        tied: Counter[tuple[int, int]] = Counter()
+        for each in self.plan.tied:
+            tied.update({(each.owner, follower): each.nbytes for follower in each.followers})
+        wires = [
+            Wire(c.source, c.target, c.nbytes, 2 / lcm(len(replicas[c.source]), len(replicas[c.target])))
+            for c in self.plan.channels
+        ] + [Wire(*pair, nbytes, 2 / self.microbatches) for pair, nbytes in tied.items() if nbytes]
+        return tuple(wire for wire in wires if rank_of[wire.first] != rank_of[wire.second])
+
+    @cached_property
+    def wires_at(self) -> tuple[tuple[Wire, ...], ...]:
+        """For each place the wires that end there."""
+        rank_of = self.plan.rank_of
+        return tuple(
+            tuple(wire for wire in self.wires if place in (rank_of[wire.first], rank_of[wire.second]))
+            for place in range(len(self.cluster))
+        )
+
+    @cached_property
+    def kind_of(self) -> tuple[tuple[float, int | None], ...]:
+        """For each device what it must have in common with another to change places."""
+        return tuple((device.speed, device.memory) for device in self.cluster.devices)
+
+    @cached_property
+    def twin_of(self) -> tuple[int, ...]:
+        """For each device the first with which it may change places while all links stay the same."""
+        ranks = range(len(self.cluster))
+        twins: list[int] = []
+        for rank in ranks:
+            twins.append(next((other for other in twins if self._alike(other, rank)), rank))
+        return tuple(twins)
+
+    def _alike(self, one: int, two: int) -> bool:
+        between = self.cluster.between
+        others = (rank for rank in range(len(self.cluster)) if rank not in (one, two))
+        return self.kind_of[one] == self.kind_of[two] and all(between(one, r) == between(two, r) for r in others)
+
+    @cached_property
+    def computing(self) -> tuple[float, ...]:
+        """For each stage the seconds that it computes for one microbatch of all."""
+        devices, plan = self.cluster.devices, self.plan
+        return tuple(
+            seconds / devices[rank].speed / len(group)
+            for seconds, rank, group in zip(self.stage_seconds, plan.rank_of, plan.replicas, strict=True)
+        )
+
+    @cached_property
+    def least(self) -> dict[Wire, float]:
+        """For each wire its seconds on the link that is the fastest for it."""
+        pairs = combinations(range(len(self.cluster)), 2)
+        links = {self.cluster.between(*pair) for pair in pairs}
+        return {wire: wire.share * min(link.seconds(wire.nbytes) for link in links) for wire in self.wires}
+
+    def seconds(self, wire: Wire, devices: Sequence[int] | Mapping[int, int]) -> float:
+        first, second = devices[self.plan.rank_of[wire.first]], devices[self.plan.rank_of[wire.second]]
+        return wire.share * self.cluster.transfer_seconds(first, second, wire.nbytes)
+
+    def score(self, devices: Sequence[int]) -> Score:
+        """Of a whole assignment, place -> device."""
+        return self.scored(self.seconds(wire, devices) for wire in self.wires)
+
+    def scored(self, seconds: Iterable[float]) -> Score:
+        """With so many seconds on each wire."""
+        score = Score(list(self.computing))
+        for wire, each in zip(self.wires, seconds, strict=True):
+            score.add(wire, each)
+        return score
+
+
+@dataclass(slots=True)
+class Score:
+    """Seconds of each stage, and on all links."""
+
+    loads: list[float]
+    sent: float = 0.0
+
+    def add(self, wire: Wire, seconds: float) -> None:
+        self.loads[wire.first] += seconds
+        self.loads[wire.second] += seconds
+        self.sent += seconds
+
+    def __lt__(self, other: Score) -> bool:
+        """Whether it is better by more than rounding."""
+        mine, others = max(self.loads), max(other.loads)
+        if abs(mine - others) <= SLACK * others:
+            return self.sent < other.sent * (1 - SLACK)
+        return mine < others
+
+
+def _nearest(task: _Task) -> tuple[int, ...]:
+    """The assignment in which each place is given the device, of those that are left, that is nearest to the last."""
+    nbytes = sum(wire.nbytes for wire in task.wires) // max(1, len(task.wires))
+    found: list[int] = []
+    for place, kind in enumerate(task.kind_of):
+        last = found[-1] if found else place
+        free = (device for device in range(len(task.kind_of)) if device not in found and task.kind_of[device] == kind)
+        found.append(min(free, key=lambda device: task.cluster.transfer_seconds(last, device, nbytes)))
+    return tuple(found)
+
+
+def _swapped(task: _Task, devices: tuple[int, ...]) -> tuple[int, ...]:
+    """The assignment after swaps of two devices, each of which makes it better, until none does."""
+    best = task.score(devices)
+    improved = True
+    while improved:
+        improved = False
+        for one, two in combinations(range(len(devices)), 2):
+            here, there = devices[one], devices[two]
+            if task.kind_of[here] != task.kind_of[there] or task.twin_of[here] == task.twin_of[there]:
+                continue
+            trial = list(devices)
+            trial[one], trial[two] = there, here
+            score = Score(list(best.loads), best.sent)
+            for wire in {*task.wires_at[one], *task.wires_at[two]}:
+                score.add(wire, task.seconds(wire, trial) - task.seconds(wire, devices))
+            if score < best:
+                devices, best, improved = tuple(trial), task.score(trial), True
+    return devices
+
+
+class _Search:
+    """Gives places their devices one after the other; a wire counts on the fastest link until both ends have one."""
+
+    def __init__(self, task: _Task, devices: tuple[int, ...]) -> None:
+        self.task, self.best, self.best_score = task, devices, task.score(devices)
+        weight = [sum(task.least[wire] for wire in wires) for wires in task.wires_at]
+        self.order = sorted(range(len(devices)), key=lambda place: -weight[place])
+        self.device_at: dict[int, int] = {}
+
+    def run(self) -> tuple[int, ...]:
+        self._place(0, self.task.scored(self.task.least[wire] for wire in self.task.wires))
+        return self.best
+
+    def _place(self, depth: int, bound: Score) -> None:
+        if not bound < self.best_score:
+            return
+        if depth == len(self.order):
+            self.best, self.best_score = tuple(self.device_at[place] for place in range(depth)), bound
+            return
+        place, task = self.order[depth], self.task
+        for device in self._choices(place):
+            self.device_at[place] = device
+            score = Score(list(bound.loads), bound.sent)
+            for wire in task.wires_at[place]:
+                if {task.plan.rank_of[wire.first], task.plan.rank_of[wire.second]} <= self.device_at.keys():
+                    score.add(wire, task.seconds(wire, self.device_at) - task.least[wire])
+            self._place(depth + 1, score)
+            del self.device_at[place]
+
+    def _choices(self, place: int) -> Iterator[int]:
+        """Free devices of the place's kind, of twins one."""
+        taken, kinds = set(self.device_at.values()), self.task.kind_of
+        free = (device for device in range(len(kinds)) if device not in taken and kinds[device] == kinds[place])
+        yield from {self.task.twin_of[device]: device for device in free}.values()

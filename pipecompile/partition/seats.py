@@ -1,0 +1,83 @@
+"""Which devices run which stage, and what the solver sees of them: a seat for each stage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise, product
+from math import inf
+from statistics import fmean
+
+from pipecompile.ir.cluster import Cluster, Link
+from pipecompile.partition.memory_model import Training
+from pipecompile.partition.solver.problem import Seat
+
+
+@dataclass(frozen=True)
+class Seating:
+    """Stages with so many replicas each on the devices of a cluster, one after the other, and round again.
+
+    To the solver a stage with r replicas is a seat r times as fast as the slowest of their devices, with the memory of
+    the smallest. What a seat sends takes the link to the next one, and what it receives the link from the one before,
+    wherever it goes to or comes from; of replicas that is the mean of their links.
+    """
+
+    cluster: Cluster
+    replicas: tuple[int, ...]  # stage -> devices that run it
+
+    @staticmethod
+    def of(num_stages: int, cluster: Cluster, replicas: Sequence[int] = ()) -> Seating:
+        """So many stages, by default without replicas."""
+        return Seating(cluster, tuple(replicas[:num_stages]) or (1,) * num_stages)
+
+    @cached_property
+    def ranks(self) -> tuple[tuple[int, ...], ...]:
+        """stage -> ranks that run it"""
+        begin = [sum(self.replicas[:stage]) for stage in range(len(self.replicas))]
+        return tuple(
+            tuple(place % len(self.cluster) for place in range(first, first + count))
+            for first, count in zip(begin, self.replicas, strict=True)
+        )
+
+    @cached_property
+    def links(self) -> tuple[tuple[Link, ...], ...]:
+        """The links from the ranks of each stage to those of the next; none within a rank."""
+        rows = (product(here, there) for here, there in pairwise(self.ranks))
+        return tuple(tuple(self.cluster.between(*pair) for pair in row if pair[0] != pair[1]) for row in rows)
+
+    def fastest_link(self, nbytes: float) -> Link:
+        """The fastest of them for a value of so many bytes; one that takes no time only if all do."""
+        links = [link for row in self.links for link in row] or [self.cluster.link]
+        return min(links, key=lambda link: link.seconds(nbytes) or inf)
+
+    def factors(self, nbytes: float) -> list[float]:
+        """How many times as long as the fastest each link from stage to stage takes for a value of so many bytes."""
+        unit = self.fastest_link(nbytes).seconds(nbytes) or 1.0
+        rows = ([link.seconds(nbytes) / unit for link in row] or [1.0] for row in self.links)
+        return [max(1.0, fmean(row)) for row in rows]
+
+    def seats(self, training: Training, least: int, nbytes: float, again: float) -> list[Seat]:
+        """A seat for each stage, of which ``least`` are needed; stages on one rank share its memory.
+
+        Args:
+            nbytes: of a value, by which links are compared.
+            again: how much faster a stage is that does not compute its forward again, as some do.
+        """
+        factors = [1.0, *self.factors(nbytes), 1.0]
+        reserved = training.reserved or (0,) * len(self.cluster)
+        all_ranks = [rank for ranks in self.ranks for rank in ranks]
+        seats = []
+        for stage, ranks in enumerate(self.ranks):
+            memory = inf
+            for rank in ranks:
+                limit = self.cluster.devices[rank].memory
+                if limit is not None:
+                    memory = min(memory, max(0, limit - reserved[rank]) / all_ranks.count(rank))
+            speed = len(ranks) * min(self.cluster.devices[rank].speed for rank in ranks)
+            is_again = bool(training.again) and training.again[stage]
+            if is_again and not training.all_again:
+                speed /= again
+            in_flight = 1 if is_again else training.in_flight[stage]
+            seats.append(Seat(speed, memory, in_flight, stage >= least, factors[stage + 1], factors[stage]))
+        return seats

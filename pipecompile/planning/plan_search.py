@@ -1,0 +1,35 @@
+"""The verb: a model, the devices, and what is asked for in; a plan out.
+
+Stages are planned along a row of the devices in which each has a fast link to the next, within their memory
+(``fitting``). In the end devices that are equal change places, so that heavy cuts lie on fast links.
+"""
+
+from __future__ import annotations
+
+from pipecompile.ir.cluster import Cluster
+from pipecompile.ir.graph import CostedGraph
+from pipecompile.ir.plan import Plan, stage_costs
+from pipecompile.partition import assign, suited
+from pipecompile.planning.memory_fit import Fitting
+from pipecompile.planning.search_spec import Request
+from pipecompile.planning.training_spec import Workload
+
+
+def make_plan(costed: CostedGraph, request: Request, cluster: Cluster, work: Workload) -> Plan:
+    """The best plan that was found within the memory of the devices, its stages on the ranks that suit their links.
+
+    Raises:
+        InputError, InfeasibleError, PlanError: as ``Fitting.plan``.
+    """
+    row = _row(costed, request, cluster)
+    plan = Fitting(costed, request.on(row), cluster.in_order(row), work).plan().on_ranks(row)
+    other = assign(plan, [cost.seconds for cost in stage_costs(costed, plan)], cluster, work.microbatches)
+    if request.objective == "step" or callable(request.objective):
+        return min(plan, other, key=request.score(costed, cluster, work))
+    return other
+
+
+def _row(costed: CostedGraph, request: Request, cluster: Cluster) -> tuple[int, ...]:
+    """The devices in an order in which each has a fast link to the next, as stages in a row need it."""
+    chain = request.chain(len(cluster), sum(node.nbytes for node in costed.graph.nodes) // len(costed.graph))
+    return suited(chain, [0.0] * chain.num_stages, cluster)

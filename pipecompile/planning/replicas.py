@@ -1,0 +1,107 @@
+"""How many stages, and on how many devices each: plans with and without replicas, and the one with the shortest step.
+
+For each number of stages ``partition.deals`` proposes replicas. Each proposal becomes a plan within memory, and the
+step of each is simulated; on top comes what bringing new weights to the replicas takes at the start of a step, to one
+after the other from the rank that owns them.
+
+Source: PipeDream (Narayanan et al., SOSP 2019), section 3.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+from pipecompile.errors import InfeasibleError, InputError, PlanError
+from pipecompile.ir.cluster import Cluster
+from pipecompile.ir.constraints import NO_WISHES, Wishes
+from pipecompile.ir.graph import CostedGraph
+from pipecompile.ir.plan import Plan
+from pipecompile.ir.units import seconds_text
+from pipecompile.ir.weight_versions import versions
+from pipecompile.partition import Step, deals
+from pipecompile.planning.plan_search import make_plan
+from pipecompile.planning.search_spec import BUDGET as PATIENTLY
+from pipecompile.planning.search_spec import Goal, Request
+from pipecompile.planning.training_spec import Workload
+
+MOST_DEVICES = 16  # the programme takes time with their cube
+BUDGET = 1.0  # CPU seconds of the search for one candidate
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """Stages with so many devices each, and the predicted seconds of a step, or why there is no such plan."""
+
+    replicas: tuple[int, ...]
+    seconds: float | None
+    refused: str = ""
+
+    def __str__(self) -> str:
+        result = self.refused if self.seconds is None else f"a step of {seconds_text(self.seconds)} predicted"
+        return f"{list(self.replicas)}: {result}"
+
+
+def with_best_replicas(
+    costed: CostedGraph,
+    cluster: Cluster,
+    work: Workload,
+    wishes: Wishes = NO_WISHES,
+    budget: float = PATIENTLY,
+    objective: Goal = "pace",
+) -> tuple[Plan, tuple[Candidate, ...]]:
+    """The plan with the shortest predicted step on all devices of the cluster, and all that were tried, the best first.
+
+    Args:
+        wishes: what every plan keeps to; without pins and a number of stages, since those are looked for.
+        budget: CPU seconds for the plan in the end; candidates are searched for shortly.
+        objective: what that plan makes least.
+
+    Raises:
+        InputError: there are too many devices.
+        PlanError: no candidate has a plan within memory.
+    """
+    if len(cluster) > MOST_DEVICES:
+        raise InputError(
+            f"replicas='auto' looks at up to {MOST_DEVICES} devices, and here are {len(cluster)}; say "
+            f"replicas=[...], a number of devices for each stage"
+        )
+    if wishes.pins or wishes.most_stages is not None:
+        raise InputError(
+            f"replicas='auto' looks for the number of stages, which {wishes} would need to know; keep modules together "
+            f"or uncut, or say replicas=[...], a number of devices for each stage"
+        )
+    asked = [Request(replicas, wishes, BUDGET) for replicas in _proposals(costed, cluster, work)]
+    found = [_tried(costed, request, cluster, work) for request in asked]
+    fitting = [candidate for candidate in found if candidate.seconds is not None]
+    if not fitting:
+        reasons = "; ".join(map(str, found)) or "the model has a node that no device holds"
+        raise InfeasibleError(f"no number of stages and replicas has a plan on {len(cluster)} devices: {reasons}")
+    ordered = sorted(found, key=lambda it: (it.seconds is None, it.seconds))
+    return make_plan(costed, Request(ordered[0].replicas, wishes, budget, objective), cluster, work), tuple(ordered)
+
+
+def _proposals(costed: CostedGraph, cluster: Cluster, work: Workload) -> Iterator[tuple[int, ...]]:
+    """Each once: without replicas, and those of the programme, with and without recomputation where both may be."""
+
+    @cache
+    def in_flight(replicas: int, behind: int) -> int:
+        chain = Plan.chain(1 + (behind > replicas), replicas=[replicas, *[behind - replicas] * (behind > replicas)])
+        return max(versions(work.schedule(chain, work.microbatches)).in_flight[:replicas])
+
+    modes = {"never": [False], "always": [True], "auto": [False, True]}[work.recompute]
+    limited = any(device.memory is not None for device in cluster.devices)
+    proposed: dict[tuple[int, ...], None] = {}
+    for again in modes if limited else modes[:1]:
+        state = work.state if limited else 0.0
+        proposed |= dict.fromkeys(deals(costed, cluster, Step(work.microbatches, in_flight, state, again)))
+    yield from dict.fromkeys([*proposed, (1,) * len(cluster)])
+
+
+def _tried(costed: CostedGraph, request: Request, cluster: Cluster, work: Workload) -> Candidate:
+    try:
+        plan = make_plan(costed, request, cluster, work)
+    except PlanError as error:
+        return Candidate(request.replicas, None, str(error))
+    return Candidate(request.replicas, work.step_seconds(costed, plan, cluster))

@@ -1,0 +1,77 @@
+"""How a model is to be trained: what planning must know beside the model and the devices."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from pipecompile.ir.cluster import Cluster
+from pipecompile.ir.graph import CostedGraph
+from pipecompile.ir.plan import Plan, stage_costs
+from pipecompile.ir.program import Program
+from pipecompile.partition import ADAM
+from pipecompile.planning.memory import How, Memory, memory
+from pipecompile.schedule.simulator import simulate
+
+Schedule = Callable[[Plan, int], Program]
+Recompute = Literal["never", "always", "auto"]
+RECOMPUTE = get_args(Recompute)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """How a model is to be trained.
+
+    Args:
+        schedule: from a plan and a number of microbatches to a program.
+        optimizer_state: bytes for each byte of trainable parameters, or a function that finds out once they matter.
+        fused: the optimizer needs no memory while it steps; else on CUDA, where torch's update all parameters at once,
+            a copy of them.
+        tail: bytes that the last stage holds for what is computed once from the whole batch.
+    """
+
+    schedule: Schedule
+    microbatches: int
+    optimizer_state: float | Callable[[], float] = ADAM
+    recompute: Recompute = "auto"
+    tail: int = 0
+    fused: bool = False
+
+    def memory(
+        self, costed: CostedGraph, plan: Plan, cluster: Cluster, buffers: Sequence[int] = (), bound: bool = False
+    ) -> Memory:
+        """What each stage and rank holds at its fullest, by the simulated clock.
+
+        Args:
+            buffers: bytes of each stage.
+            bound: the most that may ever be there instead, however long anything takes.
+        """
+        at_once = any(device.kind or device.name.startswith("cuda") for device in cluster.devices)
+        step: How = "fused" if self.fused else "foreach" if at_once else "single"
+        program = self.schedule(plan, self.microbatches)
+        timeline = None if bound else simulate(program, stage_costs(costed, plan), cluster)
+        return memory(costed, plan, program, self.state, buffers, self.tail, step, timeline)
+
+    def step_seconds(self, costed: CostedGraph, plan: Plan, cluster: Cluster) -> float:
+        """Predicted seconds of a step, the weights' way to replicas and other stages that read them included."""
+        timeline = simulate(self.schedule(plan, self.microbatches), stage_costs(costed, plan), cluster)
+        return timeline.makespan + max(_weights_seconds(plan, cluster).values(), default=0.0)
+
+    @property
+    def state(self) -> float:
+        """Bytes of optimizer state for each byte of trainable parameters."""
+        return self.optimizer_state() if callable(self.optimizer_state) else self.optimizer_state
+
+
+def _weights_seconds(plan: Plan, cluster: Cluster) -> dict[int, float]:
+    """For each rank the seconds to send the parameters that it owns to all that read them."""
+    nbytes: Counter[tuple[int, int]] = Counter()
+    for tied in plan.tied:
+        for follower in tied.followers:
+            nbytes[plan.rank_of[tied.owner], plan.rank_of[follower]] += tied.nbytes
+    seconds: dict[int, float] = {}
+    for (owner, follower), size in nbytes.items():
+        seconds[owner] = seconds.get(owner, 0.0) + cluster.transfer_seconds(owner, follower, size)
+    return seconds

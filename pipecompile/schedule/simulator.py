@@ -1,0 +1,157 @@
+"""What a program will do on a cluster, before it does it: a max-plus replay.
+
+A rank computes one thing at a time, in the order of its row; a computation starts once the rank is free and
+everything it reads has arrived.
+
+A link, from one rank to another, carries one transfer at a time, in the order in which their results are ready; the way
+back is a link of its own. A transfer overlaps with computation, and with transfers over other links: what several links
+share, such as a host's adapter, is not modelled.
+
+    rank 0   0F0 0F1 0F2
+    0 to 1       0F0>1   0F1>1   0F2>1             results that come faster than they are carried wait for the link
+    rank 1               1F0     1F1     1F2
+
+A rank's results are ready in the order of its row, and so are its Sends, which ``lower`` writes by that time. So a bare
+program, whose transfers are implied, gives the same computations at the same times as the lowered one. What an earlier
+program has made and this one carries has arrived before it starts.
+
+Memory needs no clock: it follows from the order of each row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pipecompile.errors import InputError
+from pipecompile.ir.cluster import Cluster
+from pipecompile.ir.graph import Cost
+from pipecompile.ir.plan import Plan
+from pipecompile.ir.program import (
+    Backward,
+    Compute,
+    Forward,
+    Instruction,
+    Program,
+    Recv,
+    Reduce,
+    Send,
+    Step,
+    dependencies,
+    linearize,
+    sends,
+)
+from pipecompile.ir.timeline import Span, Timeline
+from pipecompile.ir.weight_versions import Stash, stash_at_start, walk
+
+
+def simulate(
+    program: Program, costs: Sequence[Cost], cluster: Cluster | None = None, step_seconds: float = 0.0
+) -> Timeline:
+    """The timeline of a bare or a lowered program.
+
+    Args:
+        costs: of each stage, for one microbatch, on a device of speed 1.
+        cluster: a device for each rank; by default equal devices and links that take no time.
+        step_seconds: of one Step, on a device of speed 1.
+
+    Raises:
+        InputError: there is not one cost for each stage, or not one device for each rank.
+        DeadlockError: the program cannot end.
+    """
+    _check(program.plan, costs, cluster)
+    clock = _Clock(program, costs, cluster, step_seconds)
+    spans = []
+    for rank, i in linearize(program):
+        clock.do(rank, i)
+        spans.append(Span(rank, i, *clock.times[i]))
+    spans.sort(key=lambda span: (span.rank, span.start))
+    return Timeline(tuple(spans), len(program.ranks), peak_bytes(program, costs))
+
+
+def peak_bytes(program: Program, costs: Sequence[Cost]) -> tuple[int, ...]:
+    """For each rank the most bytes it holds at once: each live version of its parameters, and what its microbatches in
+    flight have saved. Gradients, optimizer state and transfer buffers come on top. Carried Forwards count as version 0.
+    """
+    rank_of, stashes = program.plan.rank_of, stash_at_start(program)
+    held = [_held(stash, cost) for stash, cost in zip(stashes, costs, strict=True)]
+    now = [sum(nbytes for s, nbytes in enumerate(held) if rank_of[s] == rank) for rank in range(len(program.ranks))]
+    peak = list(now)
+    for i, stash in walk(program, stashes):
+        nbytes, rank = _held(stash, costs[i.stage]), rank_of[i.stage]
+        now[rank] += nbytes - held[i.stage]
+        held[i.stage] = nbytes
+        peak[rank] = max(peak[rank], now[rank])
+    return tuple(peak)
+
+
+def _held(stash: Stash, cost: Cost) -> int:
+    return stash.live * cost.parameter_bytes + len(stash.in_flight) * cost.saved_bytes
+
+
+class _Clock:
+    """Start and end of each instruction; ranks, and links as pairs of ranks, do one thing at a time."""
+
+    def __init__(self, program: Program, costs: Sequence[Cost], cluster: Cluster | None, step_seconds: float) -> None:
+        self.program, self.plan = program, program.plan
+        self.costs, self.cluster, self.step_seconds = costs, cluster, step_seconds
+        self.times: dict[Instruction, tuple[float, float]] = {}
+        self.free: dict[int | tuple[int, int], float] = {}
+
+    def do(self, rank: int, i: Instruction) -> None:
+        match i:
+            case Send():
+                self._transfer(i)
+            case Recv():
+                self.times[i] = self.times[Send(i.result, i.target)]
+            case _:
+                ready = max((self._end(needed) for needed in dependencies(i, self.plan)), default=0.0)
+                speed = 1.0 if self.cluster is None else self.cluster.devices[rank].speed
+                self.times[i] = self._occupied(rank, ready, self._seconds(i) / speed)
+                if not self.program.lowered and not isinstance(i, Step):
+                    for send in sends(i, self.plan):
+                        self._transfer(send)
+
+    def _transfer(self, send: Send) -> None:
+        link = self.plan.rank_of[send.stage], self.plan.rank_of[send.target]
+        seconds = _transfer_seconds(send, self.plan, self.cluster)
+        self.times[send] = self._occupied(link, self._end(send.result), seconds)
+
+    def _occupied(self, what: int | tuple[int, int], ready: float, seconds: float) -> tuple[float, float]:
+        start = max(ready, self.free.get(what, 0.0))
+        self.free[what] = start + seconds
+        return start, self.free[what]
+
+    def _end(self, needed: Instruction) -> float:
+        """When something is there: at the start what is carried into the program, its transfers included."""
+        done = Send(needed.result, needed.target) if isinstance(needed, Recv) else needed
+        return self.times[done][1] if done in self.times else 0.0
+
+    def _seconds(self, i: Compute) -> float:
+        match i:
+            case Forward():
+                return self.costs[i.stage].forward
+            case Backward():
+                return self.costs[i.stage].backward
+            case Step():
+                return self.step_seconds
+            case _:
+                return 0.0  # a Reduce adds gradients up, in no time beside a Backward
+
+
+def _transfer_seconds(send: Send, plan: Plan, cluster: Cluster | None) -> float:
+    if cluster is None:
+        return 0.0
+    source, target = send.stage, send.target
+    first, last = min(source, target), max(source, target)  # a gradient has the bytes of the value it belongs to
+    if isinstance(send.result, Reduce):
+        nbytes = sum(tied.nbytes for tied in plan.tied if tied.owner == first and last in tied.followers)
+    else:
+        nbytes = sum(channel.nbytes for channel in plan.outgoing[first] if channel.target == last)
+    return cluster.transfer_seconds(plan.rank_of[source], plan.rank_of[target], nbytes)
+
+
+def _check(plan: Plan, costs: Sequence[Cost], cluster: Cluster | None) -> None:
+    if len(costs) != plan.num_stages:
+        raise InputError(f"{len(costs)} costs were given for {plan.num_stages} stages; give one for each")
+    if cluster is not None and len(cluster) < plan.num_ranks:
+        raise InputError(f"the cluster has {len(cluster)} devices, but the plan uses {plan.num_ranks} ranks")
