@@ -148,7 +148,7 @@ REFUSED: dict[str, Callable[..., Tensor]] = {
 
 @pytest.mark.parametrize("between", REFUSED.values(), ids=REFUSED)
 def test_a_function_that_cannot_be_kept_whole_is_refused_with_the_line(between: Any) -> None:
-    with pytest.raises(CaptureError, match=r"test_leaves.py:\d+"):
+    with pytest.raises(CaptureError, match=r"test_opaque_calls.py:\d+"):
         captured(Rooted(between), floats())
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "partition.py"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "partition.py"
 
 
 def node(index: int, seconds: float, backward: bool = False, colour: int = 0, size: float = 1.0) -> dict:

@@ -273,7 +273,7 @@ def test_an_error_inside_names_its_line() -> None:
     model.table = nn.Parameter(torch.ones(5, D, dtype=torch.float64))
     pipe = pipe_of(model)
     pipe(torch.tensor([[1, 2], [3, 4]]))
-    with pytest.raises(ExecutionError, match=r"test_checkpoint\.py:\d+.*IndexError"):
+    with pytest.raises(ExecutionError, match=r"test_checkpoint_regions\.py:\d+.*IndexError"):
         pipe(torch.tensor([[1, 2], [3, 7]]))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from plans import layers
-from test_planning import compiled
+from test_plan_search import compiled
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
