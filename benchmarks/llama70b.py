@@ -64,8 +64,8 @@ def main() -> None:
         optimizer_state=options.optimizer_state,
     )
     console = Console(width=140)
-    console.print(memory_table(pipe.memory, pipe.plan, cluster))
-    step = pipe.predicted
+    console.print(memory_table(pipe.pipeline.memory, pipe.pipeline.plan, cluster))
+    step = pipe.pipeline.predicted
     console.print(
         f"a step of {options.microbatches} microbatches: {seconds_text(step.makespan)}, bubble {step.bubble:.1%}"
     )

@@ -62,7 +62,7 @@ class TorchPipelining:
 
     def close(self) -> None:
         for pipe in self._pipes:
-            pipe.close()
+            pipe.pipeline.close()
         for process in self._processes:
             process.join(timeout=10)
             process.kill()

@@ -139,8 +139,8 @@ def measured(model: nn.Module, call: dict[str, Tensor], microbatches: int, round
         out: Any = pipe(**call)
         (out if isinstance(out, Tensor) else out.loss).backward()
         pipe.zero_grad(set_to_none=True)
-        assert pipe.timeline is not None
-        steps.append(pipe._capture_in_use.times(pipe.timeline))
+        assert pipe.pipeline.timeline is not None
+        steps.append(pipe.pipeline._capture_in_use.times(pipe.pipeline.timeline))
     stages = zip(*steps[1:], strict=True)  # the first step warms up
     return [Times(many[0].predicted, _median([t.measured for t in many])) for many in stages]
 

@@ -99,12 +99,12 @@ def compare(title: str, model: nn.Module, loss_of: Loss, setting: Setting, round
     with ExitStack() as stack:
         if peers:
             ways += peer_ways(setting, layer_cut(pipe, model), stack)
-        timelines = take_turns(title, ways, rounds, lambda: pipe.timeline)
+        timelines = take_turns(title, ways, rounds, lambda: pipe.pipeline.timeline)
     show(title, ways, pipe, timelines)
     return {
         "model": title,
-        "ideal": pipe.predicted.makespan,
-        "plan": str(pipe.plan),
+        "ideal": pipe.pipeline.predicted.makespan,
+        "plan": str(pipe.pipeline.plan),
         "ways": [{"name": way.name, "seconds": way.seconds, "loss": way.losses[-1]} for way in ways],
     }
 
@@ -162,7 +162,7 @@ def microbatched(model: nn.Module, loss_of: Loss, inputs: dict[str, Tensor], cou
 
 def layer_cut(pipe: Any, model: WithLoss) -> int:
     """The boundary between layers that is nearest to our cut: layers with most of their parameters in stage 0."""
-    first = {name for name, _ in pipe.stages[0].named_parameters()}
+    first = {name for name, _ in pipe.pipeline.stages[0].named_parameters()}
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     cut = 0
     for layer in range(len(model.body)):
@@ -173,15 +173,15 @@ def layer_cut(pipe: Any, model: WithLoss) -> int:
 
 
 def show(title: str, ways: list[Way], pipe: Any, timelines: list[Any]) -> None:
-    ideal, base = pipe.predicted.makespan, ways[0].median
+    ideal, base = pipe.pipeline.predicted.makespan, ways[0].median
     table = Table("", "seconds", "spread", "speed", "of ideal", "loss", "", title=title)
     for way in ways:
         numbers = (f"{way.median:.4f}", f"{way.spread:.0%}", f"{base / way.median:.2f}", f"{ideal / way.median:.2f}")
         table.add_row(way.name, *numbers, f"{way.losses[-1]:.5f}", way.note)
     table.add_row("ideal", f"{ideal:.4f}", "", f"{base / ideal:.2f}", "1.00", "", "1F1B, simulated from the profile")
     console.print(table)
-    where_the_rest_is(pipe.predicted, timelines, ways[1].median)
-    console.print(str(pipe.plan), "", sep="\n")
+    where_the_rest_is(pipe.pipeline.predicted, timelines, ways[1].median)
+    console.print(str(pipe.pipeline.plan), "", sep="\n")
 
 
 def where_the_rest_is(predicted: Any, timelines: list[Any], step: float) -> None:

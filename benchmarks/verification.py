@@ -4,7 +4,7 @@
     python benchmarks/verification.py --models gpt2,t5 --rounds 3
 
 Models of real depth and little width, two stages on CPU devices, a batch of 64 in 4 microbatches. ``check`` is what
-``pipe.report["verified"]`` says, ``slice`` the rows that it runs, ``eager step`` the unsplit model's forward and
+``report["verified"]`` says, ``slice`` the rows that it runs, ``eager step`` the unsplit model's forward and
 backward on the whole batch. Medians of some pipelines, each captured anew; ratios are of one run, taken side by side.
 """
 
@@ -59,9 +59,9 @@ def measured(name: str, rounds: int) -> tuple[float, float, float, float, int]:
     found = []
     for _ in range(rounds):
         pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=MICROBATCHES, profile="count")
-        preparing = seconds(lambda pipe=pipe: pipe.prepare(**inputs))
+        preparing = seconds(lambda pipe=pipe: pipe.pipeline.prepare(**inputs))
         step(pipe, model, inputs)
-        (proof,) = pipe.proofs
+        (proof,) = pipe.pipeline.proofs
         ours = min(seconds(lambda pipe=pipe: step(pipe, model, inputs)) for _ in range(2))
         eager = min(seconds(lambda: step(model, model, inputs)) for _ in range(2))
         found.append((preparing, proof.seconds, ours, eager, proof.rows))

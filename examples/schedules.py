@@ -69,7 +69,7 @@ def train(model: nn.Module, schedule: str, batches: list[Tensor], options: argpa
             model, devices=devices, schedule=schedule, microbatches=options.microbatches, optimizer=optimizer
         )
         losses = [pipe(batch).item() for batch in batches]
-        pipe.flush()
+        pipe.pipeline.flush()
         return losses
     pipe = pipecompile.compile(model, devices=devices, schedule=schedule, microbatches=options.microbatches)
     outer = optimizer(pipe.parameters())

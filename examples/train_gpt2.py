@@ -167,9 +167,9 @@ def report_plan(pipe: Any, batch: dict[str, torch.Tensor]) -> None:
     measured = []
     for _ in range(5):
         pipe(**batch).loss.backward()
-        measured.append(pipe.timeline.makespan)
-    predicted = pipe.predicted.makespan
-    console.print(f"\n{pipe.plan}\n")
+        measured.append(pipe.pipeline.timeline.makespan)
+    predicted = pipe.pipeline.predicted.makespan
+    console.print(f"\n{pipe.pipeline.plan}\n")
     console.print(
         f"forward and backward of the first batch: predicted {predicted:.3f} s, measured {median(measured):.3f} s"
     )

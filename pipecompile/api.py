@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pipecompile.compiler.devices import named_cluster, parse_devices
 from pipecompile.compiler.options import BatchNorm, Options, Verify, read_costs
+from pipecompile.facade import as_model
 from pipecompile.ir.cluster import Cluster
 from pipecompile.ir.constraints import Wishes
 from pipecompile.ir.graph import CostedGraph
@@ -48,7 +49,7 @@ def compile(
     budget: float = BUDGET,
     objective: Goal = "pace",
     verify: Verify = "first",
-) -> Pipeline:
+) -> Any:
     """A pipeline that trains ``model`` split over ``devices``, and is called as the model is.
 
     Args:
@@ -82,8 +83,8 @@ def compile(
             first device.
         cluster: the devices as planning sees them, one for each of ``devices``: their speeds, memory and links; or a
             name such as "8xH100", for devices that are not here. By default equal devices, of whose memory only that of
-            CUDA devices is known, and whose links are measured where the profile is. ``pipe.report["links"]`` says what
-            they are taken to be.
+            CUDA devices is known, and whose links are measured where the profile is. ``report["links"]`` says what they
+            are taken to be.
         recompute: whether the backward of a stage computes its forward again instead of keeping its activations:
             "never", "always", or "auto", where the step is shorter for it than within memory otherwise, or nothing else
             fits.
@@ -94,8 +95,7 @@ def compile(
         uncut: paths of modules that lie in one stage each.
         together: groups of paths of modules that share a stage.
         most_stages: the plan may have fewer stages than there are devices, and no more than so many.
-        budget: CPU seconds after which the search for a plan ends with the best so far; ``pipe.plan`` says how good
-            that is known to be.
+        budget: CPU seconds after which the search for a plan ends with the best so far; ``plan`` says how good that is.
         objective: what the plan makes least: the "pace", seconds of the busiest stage for one microbatch with what it
             sends added; the same where stages send while they compute ("overlap"); the predicted seconds of a whole
             "step", which counts where few microbatches fill the pipeline; or any function of a plan, which chooses
@@ -103,7 +103,7 @@ def compile(
         verify: when a call is compared with the unsplit model's own step, before anything of it reaches the caller:
             outputs, loss, every gradient, buffers, parameters and attributes written. "first": the first call of each
             capture, on a slice of its batch of two rows a microbatch and one more; "every" call; each nth for a number
-            n; "never". What differs is an ``ExactnessError``; ``pipe.report["verified"]`` says what was compared.
+            n; "never". What differs is an ``ExactnessError``; ``report["verified"]`` says what was compared.
 
     Raises:
         InputError: a device is not there, or arguments do not fit together.
@@ -137,7 +137,7 @@ def compile(
     if example_inputs is not None:
         args, kwargs = _arguments(example_inputs)
         pipeline.prepare(*args, **kwargs)
-    return pipeline
+    return as_model(pipeline)
 
 
 def _arguments(example: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:

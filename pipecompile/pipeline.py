@@ -1,4 +1,4 @@
-"""``Pipeline``: a split model that is called like the model."""
+"""``Pipeline``: what a split model is to its user, beside what the model itself is: plan, stages, program, report."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from pipecompile.compiler.capture_cache import (
     Captures,
     Key,
     States,
-    hooks_of_all_modules,
     refuse_default_device,
     settings,
 )
@@ -47,34 +46,20 @@ from pipecompile.verify.results import Proof, Verification
 from pipecompile.verify.side_by_side import Trial
 from pipecompile.verify.verify import Subject, verify
 
-_OWN = frozenset(
-    {
-        "model", "devices", "options", "_signature", "_forward", "_session", "_captures", "_states", "_batched",
-        "_first", "_placement", "_last", "_proofs", "_calls", "_parameters", "_buffers", "_modules",
-        "_non_persistent_buffers_set",
-    }
-)  # fmt: skip
 
-
-class Pipeline(nn.Module):
-    """A model cut into stages; parameters, buffers and their names are the model's own. Made by ``compile``.
+class Pipeline:
+    """A model cut into stages, over devices. ``compile`` makes it; it is ``pipe.pipeline``.
 
     Attributes:
-        model: the unsplit model, whose parameters these are.
         devices: one for each stage.
         options: what ``compile`` was told.
     """
 
     def __init__(self, model: nn.Module, devices: Sequence[torch.device], options: Options) -> None:
-        super().__init__()
-        self.__dict__["model"] = model  # not a submodule: names would change
-        self._parameters, self._buffers, self._modules = model._parameters, model._buffers, model._modules
-        self._non_persistent_buffers_set = model._non_persistent_buffers_set
-        self.training = model.training
+        self._model = model
         self.devices = tuple(devices)
         self.options = options
         loss_fn = options.loss_fn
-        self._signature = model.forward if loss_fn is None else _with_target(model.forward)
         self._forward = None if loss_fn is None else _with_loss(model, loss_fn)
         self._session = Session(devices, options.optimizer)
         self._captures = Captures()
@@ -86,7 +71,29 @@ class Pipeline(nn.Module):
         self._placement: Compiled | None = None  # of the pipeline that this one is a copy of
         self._last: Compiled | None = None
 
+    def __repr__(self) -> str:
+        devices = ", ".join(map(str, self.devices))
+        return (
+            f"Pipeline({type(self.model).__name__}, devices=({devices}), schedule={self.schedule!r}, "
+            f"microbatches={self.microbatches})"
+        )
+
     # What the pipeline is
+
+    @property
+    def model(self) -> nn.Module:
+        """The unsplit model, whose parameters the stages train."""
+        return self._model
+
+    @property
+    def signature(self) -> Callable[..., Any]:
+        """What has the signature of a call."""
+        return self.model.forward if self.options.loss_fn is None else _with_target(self.model.forward)
+
+    @property
+    def runs_the_hooks(self) -> bool:
+        """Whether stages run the hooks on the model itself: where its output goes on into ``loss_fn``."""
+        return self.options.loss_fn is not None
 
     @property
     def schedule(self) -> str:
@@ -136,7 +143,7 @@ class Pipeline(nn.Module):
 
     @property
     def profile(self) -> CostedGraph:
-        """The costs that the plan was made with; ``pipe.profile.save(path)`` keeps them for ``profile=path``."""
+        """The costs that the plan was made with; ``profile.save(path)`` keeps them for ``profile=path``."""
         return self._capture_in_use.costed
 
     @property
@@ -181,21 +188,7 @@ class Pipeline(nn.Module):
             self._batch(args, kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the hooks that were registered on the pipeline; those of all modules are for the model's alone.
-
-        Raises:
-            InputError: there are hooks of both kinds.
-        """
-        if not hooks_of_all_modules():
-            return super().__call__(*args, **kwargs)
-        if self._forward_hooks or self._forward_pre_hooks:
-            raise InputError(
-                "the pipeline has hooks of its own, and there are hooks of all modules (register_module_forward_hook), "
-                "which would run for the pipeline too; remove either"
-            )
-        return self.forward(*args, **kwargs)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs a call, without the hooks on the model itself unless ``runs_the_hooks``."""
         with uncompiled(), self._session.turn.taken(again=False):
             batch = self._batch(args, kwargs)
             self._prove(batch)
@@ -266,7 +259,8 @@ class Pipeline(nn.Module):
         if not args and not kwargs:
             sample = self._capture_in_use.captured.call
             args, kwargs = sample.rebuild(sample.tensors)
-        last, training = self._last, self.training
+        kept = self._captures, self._batched, self._first, self._last  # what it captures is not for later calls
+        self._captures, self._batched = self._captures.copied(), dict(self._batched)
         schedule = SCHEDULES["1f1b" if self.schedule in ASYNCHRONOUS else self.schedule]
         subject = Subject(
             self.model,
@@ -284,7 +278,7 @@ class Pipeline(nn.Module):
             with self._session.turn.taken(again=False):
                 return verify(subject, args, kwargs)
         finally:
-            self._last, self.training = last, training
+            self._captures, self._batched, self._first, self._last = kept
 
     def replan(self) -> Plan:
         """Plans anew from the times that the stages took in the last training step, and takes over.
@@ -300,7 +294,7 @@ class Pipeline(nn.Module):
             if self._session.optimizer is not None:
                 raise InputError(
                     f"replan() cannot move the optimizers that step inside a pipeline with schedule={self.schedule!r}; "
-                    f"pass profile=pipe.profile to a new compile after flush()"
+                    f"pass profile=pipe.pipeline.profile to a new compile after flush()"
                 )
             times = first.times(timeline) if first is not None and timeline is not None else ()
             if first is None or not times or self._last is not first:
@@ -319,13 +313,21 @@ class Pipeline(nn.Module):
         with self._session.turn.taken(again=False):
             steps.flush(self._session)
 
-    def train(self, mode: bool = True) -> Pipeline:
-        super().train(mode)
-        self.model.train(mode)
+    def close(self) -> None:
+        """Ends the pipeline's threads; it cannot be called after it. ``with pipe.pipeline:`` does so at its end."""
+        self._session.close()
+
+    def __enter__(self) -> Pipeline:
         return self
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Pipeline:
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def copied(self, memo: dict[int, Any]) -> Pipeline:
         """A pipeline of a copy of the model, under the same placement; it captures that copy at its own first call.
+
+        Args:
+            memo: of ``copy.deepcopy``.
 
         Raises:
             PipecompileError: optimizers step inside an asynchronous pipeline, and their state is not copied.
@@ -333,12 +335,14 @@ class Pipeline(nn.Module):
         if self._session.optimizer is not None:
             raise PipecompileError(
                 f"a pipeline with schedule={self.schedule!r} cannot be copied: optimizers step inside it, whose state "
-                f"would stay behind; call flush(), then compile copy.deepcopy(pipe.model) anew"
+                f"would stay behind; call flush(), then compile copy.deepcopy(pipe.pipeline.model) anew"
             )
         copy = Pipeline(deepcopy(self.model, memo), self.devices, self.options)
-        copy.training = self.training
         copy._placement = self._first or self._placement
         return copy
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Pipeline:
+        return self.copied(memo)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickled (``torch.save``) as its model and options: what is read again plans and captures at its first call.
@@ -351,24 +355,7 @@ class Pipeline(nn.Module):
                 f"a pipeline with schedule={self.schedule!r} cannot be pickled: optimizers step inside it, whose state "
                 f"would stay behind; call flush(), then save pipe.state_dict()"
             )
-        given = {name: value for name, value in self.__dict__.items() if name not in _OWN}  # hooks, what users set
-        return Pipeline, (self.model, self.devices, self.options), given
-
-    def __prepare_scriptable__(self) -> Any:
-        """What torch.jit.script asks for; a pipeline is no such thing."""
-        raise InputError("a pipeline cannot be scripted: its stages run in threads; use torch.jit.script(pipe.model)")
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "model":
-            raise PipecompileError("pipe.model cannot be exchanged; call pipecompile.compile with the other model")
-        super().__setattr__(name, value)
-
-    def __getattr__(self, name: str) -> Any:
-        """What the pipeline lacks is the model's: ``pipe.config``."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["model"], name)
+        return Pipeline, (self.model, self.devices, self.options)
 
     def _schedule(self, plan: Plan, count: int) -> Program:
         if self.schedule in ASYNCHRONOUS:
@@ -383,7 +370,7 @@ class Pipeline(nn.Module):
         check_surroundings(pytree.tree_leaves((args, kwargs)))
         if not len(self._captures):
             check_parameters(self.model)
-        call = read_call(self._signature, args, kwargs, self._batched, self.options.in_dims)
+        call = read_call(self.signature, args, kwargs, self._batched, self.options.in_dims)
         if not any(p.is_meta for p in self.model.parameters()):
             for name, tensor in call.tensors.items():
                 if tensor.is_meta:

@@ -64,7 +64,7 @@ class Mode(TorchDispatchMode):
 @contextmanager
 def counting(pipe: pipecompile.Pipeline) -> Iterator[list[Ledger]]:
     """The ledgers of a pipeline's ranks while steps run; what the calling thread makes is the last rank's."""
-    ledgers = [Ledger() for _ in pipe.devices]
+    ledgers = [Ledger() for _ in pipe.pipeline.devices]
     known: dict[int, Any] = {}
     here = threading.local()
     run_rank, move, fetch = Executor._run_rank, Lane.move, Lane.fetch
@@ -76,7 +76,7 @@ def counting(pipe: pipecompile.Pipeline) -> Iterator[list[Ledger]]:
 
     def copied(self: Lane, values: tuple[Tensor | None, ...], target: Lane) -> Any:
         mode, mine = here.mode, here.mode.ledger
-        mode.ledger = ledgers[pipe._session.lanes.index(target)]
+        mode.ledger = ledgers[pipe.pipeline._session.lanes.index(target)]
         try:
             return move(
                 self, tuple(None if v is None else v.clone().requires_grad_(v.requires_grad) for v in values), target
@@ -84,7 +84,7 @@ def counting(pipe: pipecompile.Pipeline) -> Iterator[list[Ledger]]:
         finally:
             mode.ledger = mine
 
-    for stage, rank in zip(pipe.stages, pipe.plan.rank_of, strict=True):
+    for stage, rank in zip(pipe.pipeline.stages, pipe.pipeline.plan.rank_of, strict=True):
         for tensor in (*stage.parameters(), *stage.buffers()):
             ledgers[rank].add(tensor.untyped_storage(), known)
     with pytest.MonkeyPatch.context() as patch, Mode(ledgers[-1], known):
@@ -99,7 +99,7 @@ def peaks(pipe: pipecompile.Pipeline, step: Callable[[], Any], optimizer: torch.
     step()
     step()  # some models read in their second call what the first has set
     state: dict[int, int] = {}
-    inside = [weights.optimizer for weights in pipe._session.weights if weights.optimizer is not None]
+    inside = [weights.optimizer for weights in pipe.pipeline._session.weights if weights.optimizer is not None]
     for each in inside if optimizer is None else [optimizer]:
         for parameter, kept in each.state.items():
             state[id(parameter)] = sum(t.nbytes for t in kept.values() if isinstance(t, Tensor))
@@ -107,6 +107,6 @@ def peaks(pipe: pipecompile.Pipeline, step: Callable[[], Any], optimizer: torch.
     with counting(pipe) as ledgers:
         step()
     extra = [0] * len(ledgers)
-    for stage, rank in zip(pipe.stages, pipe.plan.rank_of, strict=True):
+    for stage, rank in zip(pipe.pipeline.stages, pipe.pipeline.plan.rank_of, strict=True):
         extra[rank] += sum(state.get(id(p), 0) for p in stage.parameters())
     return [ledger.most + more for ledger, more in zip(ledgers, extra, strict=True)]

@@ -336,11 +336,11 @@ for _name, _run in TRANSFORMS.items():
 @kind
 def replanned_and_verified(call: Any, model: nn.Module, x: Tensor, rng: random.Random) -> Any:
     if isinstance(call, pipecompile.Pipeline):
-        call.prepare(x)
-        call.flush()
-        assert call.plan.num_stages
-        assert str(call.program)
-        assert call.report
+        call.pipeline.prepare(x)
+        call.pipeline.flush()
+        assert call.pipeline.plan.num_stages
+        assert str(call.pipeline.program)
+        assert call.pipeline.report
     return train(call, model, x)
 
 

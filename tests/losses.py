@@ -49,9 +49,9 @@ def assert_step_equal(model: nn.Module, pipe: nn.Module, inputs: dict[str, Tenso
 
 def cut_into(pipe: Any, microbatches: int) -> None:
     """Lets a pipeline cut its next batches into so many microbatches; the captures that it has stay."""
-    pipe.options = replace(pipe.options, microbatches=microbatches)
+    pipe.pipeline.options = replace(pipe.pipeline.options, microbatches=microbatches)
 
 
 def microbatches_of(pipe: nn.Module) -> int:
     """Into how many microbatches the last training step was cut."""
-    return len({done.microbatch for rank in pipe.program.ranks for done in rank if isinstance(done, Backward)})
+    return len({done.microbatch for rank in pipe.pipeline.program.ranks for done in rank if isinstance(done, Backward)})

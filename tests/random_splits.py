@@ -80,8 +80,8 @@ def _check(program: Program) -> None:
     pipe = _compiled(model, program, shapes[0])
     for shape in shapes:
         actual = _numbers(program, shape, lambda inputs: step(pipe, model, loss, inputs))
-        assert pipe.program is not None
-        parts = len({i.microbatch for i in pipe.program.instructions if isinstance(i, Forward | Backward)})
+        assert pipe.pipeline.program is not None
+        parts = len({i.microbatch for i in pipe.pipeline.program.instructions if isinstance(i, Forward | Backward)})
         parted = _numbers(
             program, shape, lambda inputs, parts=parts: microbatched(model, loss, inputs, parts, program.inside)
         )

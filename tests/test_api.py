@@ -99,7 +99,7 @@ def test_a_schedule_of_any_kind_gives_the_same_numbers() -> None:
     for schedule in ("sequential", "gpipe", "1f1b"):
         pipe, model, inputs = both(INSIDE, schedule=schedule, stages=3)
         loss = MODELS[INSIDE].loss
-        assert_same(step(pipe, pipe.model, loss, inputs), step(model, model, loss, inputs))
+        assert_same(step(pipe, pipe.pipeline.model, loss, inputs), step(model, model, loss, inputs))
 
 
 # A loss function of the user's
@@ -186,18 +186,18 @@ class Dropout(nn.Module):
 def test_dropout_is_on_in_training_and_off_in_evaluation() -> None:
     pipe, x = pipe_of(Dropout()), torch.ones(4, D)
     assert not torch.equal(pipe(x), pipe(x))
-    assert not pipe.eval().model.training
-    torch.testing.assert_close(pipe(x), pipe.model(x))
-    assert pipe.train().model.dropout.training
+    assert not pipe.eval().pipeline.model.training
+    torch.testing.assert_close(pipe(x), pipe.pipeline.model(x))
+    assert pipe.train().pipeline.model.dropout.training
     assert not torch.equal(pipe(x), pipe(x))
-    assert pipe.captures == 2
+    assert pipe.pipeline.captures == 2
 
 
 def test_a_model_put_into_evaluation_itself_is_noticed() -> None:
     pipe, x = pipe_of(Dropout()), torch.ones(4, D)
     pipe(x)
-    pipe.model.eval()
-    torch.testing.assert_close(pipe(x), pipe.model(x))
+    pipe.pipeline.model.eval()
+    torch.testing.assert_close(pipe(x), pipe.pipeline.model(x))
 
 
 def test_evaluation_trains_too_where_gradients_are_wanted() -> None:
@@ -220,7 +220,7 @@ def test_the_same_call_with_and_without_autocast_is_two_captures() -> None:
     plain = pipe(x)
     with torch.autocast("cpu", torch.bfloat16):
         low = pipe(x)
-    assert pipe.captures == 2
+    assert pipe.pipeline.captures == 2
     assert not torch.equal(plain, low.float())
     torch.testing.assert_close(plain, model(x))
 
@@ -342,14 +342,14 @@ def test_the_pipelines_parameters_are_the_models() -> None:
     pipe, _, inputs = both("buffers_in_place")
     pipe(*inputs[0])
     for kind in ("named_parameters", "named_buffers", "named_modules"):
-        names = [(n, id(t)) for n, t in getattr(pipe.model, kind)() if t is not pipe.model]
+        names = [(n, id(t)) for n, t in getattr(pipe.pipeline.model, kind)() if t is not pipe.pipeline.model]
         assert [(n, id(t)) for n, t in getattr(pipe, kind)() if t is not pipe] == names
 
 
 def test_what_the_pipeline_lacks_is_the_models() -> None:
     pipe, _, _ = both("gpt2")
     assert pipe.config.n_layer == 3
-    assert pipe.get_input_embeddings() is pipe.model.transformer.wte
+    assert pipe.get_input_embeddings() is pipe.pipeline.model.transformer.wte
     with pytest.raises(AttributeError, match="no_such_thing"):
         _ = pipe.no_such_thing
 
@@ -365,14 +365,14 @@ def test_a_model_cast_through_the_pipeline_computes_in_its_new_type() -> None:
 def test_the_original_model_still_works_beside_its_pipeline() -> None:
     pipe, model, inputs = both(OUTSIDE)
     loss_of(OUTSIDE, pipe, inputs).backward()
-    loss_of(OUTSIDE, pipe.model, inputs).backward()
+    loss_of(OUTSIDE, pipe.pipeline.model, inputs).backward()
     (loss_of(OUTSIDE, model, inputs) * 2).backward()
     assert_equal_gradients(pipe, model)
 
 
 def test_two_pipelines_of_one_model_share_its_parameters() -> None:
     pipe, model, inputs = both(OUTSIDE)
-    other = pipe_of(pipe.model, stages=3)
+    other = pipe_of(pipe.pipeline.model, stages=3)
     for module in (pipe, other, model, model):
         loss_of(OUTSIDE, module, inputs).backward()
     assert_equal_gradients(pipe, model)
@@ -409,56 +409,59 @@ def test_example_inputs_capture_at_once(form: Callable[..., Any]) -> None:
     model = MODELS[OUTSIDE]
     (x, late), _ = model.inputs(4, 6)
     pipe = pipe_of(model.build(), example_inputs=form(x, late))
-    assert (pipe.captures, pipe.plan.num_stages, len(pipe.stages)) == (1, 2, 2)
-    assert pipe.timeline is None
-    torch.testing.assert_close(pipe(x, late=late), pipe.model(x, late))
-    assert pipe.captures == 1
+    assert (pipe.pipeline.captures, pipe.pipeline.plan.num_stages, len(pipe.pipeline.stages)) == (1, 2, 2)
+    assert pipe.pipeline.timeline is None
+    torch.testing.assert_close(pipe(x, late=late), pipe.pipeline.model(x, late))
+    assert pipe.pipeline.captures == 1
 
 
 def test_one_tensor_is_an_example_of_one_argument() -> None:
     pipe = pipe_of(MODELS["used_twice"].build(), example_inputs=torch.ones(4, 6, D, dtype=torch.float64))
-    assert pipe.captures == 1
+    assert pipe.pipeline.captures == 1
 
 
 def test_example_inputs_with_a_loss_function_hold_its_target() -> None:
     model, x, target = classifier()
     pipe = pipe_of(model, loss_fn=cross_entropy, example_inputs=((x,), {"target": target}))
     torch.testing.assert_close(pipe(x, target=target), cross_entropy(model(x), target))
-    assert pipe.captures == 1
+    assert pipe.pipeline.captures == 1
 
 
 def test_before_the_first_call_there_is_no_plan() -> None:
     pipe, _, inputs = both(OUTSIDE)
     for name in ("plan", "stages", "predicted", "report"):
         with pytest.raises(PipecompileError, match="captured at the first call"):
-            getattr(pipe, name)
+            getattr(pipe.pipeline, name)
     pipe(*inputs[0])
-    assert pipe.plan.num_stages == 2
+    assert pipe.pipeline.plan.num_stages == 2
 
 
 def test_a_pipeline_shows_its_plan_program_and_timelines() -> None:
     pipe, _, inputs = both(INSIDE, microbatches=2)
     loss_of(INSIDE, pipe, inputs).backward()
-    rows = [[str(i) for i in pipe.program.row_of(stage)] for stage in range(2)]
+    rows = [[str(i) for i in pipe.pipeline.program.row_of(stage)] for stage in range(2)]
     assert rows == [["0F0", "0F1", "0B0", "0B1"], ["1F0", "1B0", "1F1", "1B1"]]
-    done = {(span.rank, span.instruction) for span in pipe.timeline.spans}
-    assert done == {(rank, i) for rank, row in enumerate(pipe.program.ranks) for i in row}
-    assert {span.instruction for span in pipe.predicted.spans} == {i for _, i in done}
-    assert pipe.predicted.makespan > 0
+    done = {(span.rank, span.instruction) for span in pipe.pipeline.timeline.spans}
+    assert done == {(rank, i) for rank, row in enumerate(pipe.pipeline.program.ranks) for i in row}
+    assert {span.instruction for span in pipe.pipeline.predicted.spans} == {i for _, i in done}
+    assert pipe.pipeline.predicted.makespan > 0
 
 
 def test_a_forward_alone_runs_no_backward() -> None:
     pipe, _, (args, _) = both(OUTSIDE)
     with torch.no_grad():
         pipe(*args)
-    assert [[str(i) for i in pipe.program.row_of(stage)] for stage in range(2)] == [["0F0", "0F1"], ["1F0", "1F1"]]
+    assert [[str(i) for i in pipe.pipeline.program.row_of(stage)] for stage in range(2)] == [
+        ["0F0", "0F1"],
+        ["1F0", "1F1"],
+    ]
 
 
 def test_a_report_says_what_is_tied_guarded_and_recomputed() -> None:
     pipe, _, inputs = both("tied")
     pipe(**inputs[1])
-    assert pipe.report["tied"] == ["embedding.weight over stages 0, 1, gradients summed"]
-    assert {"notes", "guards", "recomputed"} <= pipe.report.keys()
+    assert pipe.pipeline.report["tied"] == ["embedding.weight over stages 0, 1, gradients summed"]
+    assert {"notes", "guards", "recomputed"} <= pipe.pipeline.report.keys()
 
 
 def test_a_report_says_what_microbatches_change() -> None:
@@ -472,37 +475,43 @@ def test_a_report_says_what_microbatches_change() -> None:
 
     x = torch.randn(8, D)
     cut = pipe_of(Net(), microbatches=2)
-    cut.prepare(x)
-    said = " ".join(cut.report["microbatches"])
+    cut.pipeline.prepare(x)
+    said = " ".join(cut.pipeline.report["microbatches"])
     assert "mean over rows" in said
     assert "batch normalisation uses each microbatch's statistics (module 'body.1'" in said
     assert "1 functions draw random numbers" in said
     whole = pipe_of(Net(), microbatches=1)
-    whole.prepare(x)
-    assert whole.report["microbatches"] == []
+    whole.pipeline.prepare(x)
+    assert whole.pipeline.report["microbatches"] == []
 
 
 def test_three_virtual_stages_may_share_one_device() -> None:
     pipe, model, inputs = both(INSIDE, stages=3)
-    assert_same(step(pipe, pipe.model, MODELS[INSIDE].loss, inputs), step(model, model, MODELS[INSIDE].loss, inputs))
-    assert pipe.plan.rank_of == (0, 1, 2)
+    assert_same(
+        step(pipe, pipe.pipeline.model, MODELS[INSIDE].loss, inputs), step(model, model, MODELS[INSIDE].loss, inputs)
+    )
+    assert pipe.pipeline.plan.rank_of == (0, 1, 2)
 
 
 def test_one_stage_is_a_pipeline_too() -> None:
     pipe, model, inputs = both(INSIDE, stages=1)
-    assert_same(step(pipe, pipe.model, MODELS[INSIDE].loss, inputs), step(model, model, MODELS[INSIDE].loss, inputs))
+    assert_same(
+        step(pipe, pipe.pipeline.model, MODELS[INSIDE].loss, inputs), step(model, model, MODELS[INSIDE].loss, inputs)
+    )
 
 
 def test_a_last_smaller_microbatch_counts_by_its_rows() -> None:
     pipe, model, _ = both(INSIDE, microbatches=4)
     inputs = MODELS[INSIDE].inputs(6, 6)
-    assert_same(step(pipe, pipe.model, MODELS[INSIDE].loss, inputs), step(model, model, MODELS[INSIDE].loss, inputs))
+    assert_same(
+        step(pipe, pipe.pipeline.model, MODELS[INSIDE].loss, inputs), step(model, model, MODELS[INSIDE].loss, inputs)
+    )
 
 
 def test_the_default_is_two_microbatches_a_stage() -> None:
     pipe = pipecompile.compile(MODELS[OUTSIDE].build(), ["cpu"] * 3, profile="count")
     pipe(*MODELS[OUTSIDE].inputs(12, 6)[0])
-    assert pipe.program.microbatches == tuple(range(6))
+    assert pipe.pipeline.program.microbatches == tuple(range(6))
 
 
 def test_train_and_eval_alternate_on_one_placement() -> None:
@@ -514,7 +523,7 @@ def test_train_and_eval_alternate_on_one_placement() -> None:
         assert torch.equal(model[1].running_mean, before)
         assert not torch.allclose(pipe.train()(x), pipe.eval()(x))
         assert not torch.equal(model[1].running_mean, before)
-    assert pipe.captures == 2
+    assert pipe.pipeline.captures == 2
 
 
 # Asynchronous
@@ -538,10 +547,10 @@ def test_flush_ends_what_is_under_way_and_a_second_one_does_nothing() -> None:
     args, kwargs = MODELS["skip_to_loss"].inputs(4, 6)
     pipe(*args, **kwargs)
     still_under_way = moved(pipe)
-    pipe.flush()
+    pipe.pipeline.flush()
     assert still_under_way()
     after_flush = moved(pipe)
-    pipe.flush()
+    pipe.pipeline.flush()
     assert not after_flush()
 
 
@@ -551,7 +560,7 @@ def test_a_flush_after_every_call_of_one_microbatch_is_plain_training() -> None:
     for seed in range(3):
         args, kwargs = MODELS["skip_to_loss"].inputs(4, 6, seed)
         pipe(*args, **kwargs)
-        pipe.flush()
+        pipe.pipeline.flush()
         optimizer.zero_grad()
         model(*args, **kwargs).backward()
         optimizer.step()
@@ -573,8 +582,8 @@ def test_an_asynchronous_pipeline_evaluates_between_its_steps() -> None:
         with torch.no_grad():
             pipe.eval()(*args, **kwargs)
         pipe.train()
-    pipe.flush()
-    through.flush()
+    pipe.pipeline.flush()
+    through.pipeline.flush()
     for parameter, same in zip(pipe.parameters(), through.parameters(), strict=True):
         torch.testing.assert_close(parameter, same)
 
@@ -585,9 +594,9 @@ def test_an_asynchronous_pipeline_takes_other_lengths() -> None:
     for length in (6, 9, 6):
         args, kwargs = MODELS["skip_to_loss"].inputs(4, length)
         assert torch.isfinite(pipe(*args, **kwargs))
-    pipe.flush()
+    pipe.pipeline.flush()
     assert still()
-    assert pipe.captures == 1
+    assert pipe.pipeline.captures == 1
 
 
 def test_minibatches_of_unequal_calls_are_each_a_step() -> None:
@@ -604,7 +613,7 @@ def test_minibatches_of_unequal_calls_are_each_a_step() -> None:
     for batch in (6, 3, 1):
         args, kwargs = MODELS["skip_to_loss"].inputs(batch, 6)
         pipe(*args, **kwargs)
-    pipe.flush()
+    pipe.pipeline.flush()
     assert len(steps) == 2 * (3 + 3 + 1)
 
 
@@ -614,7 +623,7 @@ def test_an_asynchronous_pipeline_steps_on_the_gradient_of_each_minibatch() -> N
     optimizer = sgd(list(model.parameters()))
     args, kwargs = inputs
     pipe(*args, **kwargs)
-    pipe.flush()
+    pipe.pipeline.flush()
     for part, named in split(inputs, 2):
         with preserved(nn.Module()):
             optimizer.zero_grad()

@@ -96,7 +96,7 @@ def test_a_step_equals_the_unsplit_model(name: str, stages: int, schedule: str, 
         built(name), devices=["cpu"] * stages, schedule=schedule, microbatches=microbatches, profile="count"
     )
     check(pipe, model, model.lengths[0], microbatches)
-    assert pipe.plan.num_stages == stages
+    assert pipe.pipeline.plan.num_stages == stages
 
 
 @pytest.mark.parametrize("name", some(MODELS))

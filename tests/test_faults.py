@@ -88,8 +88,8 @@ def floats(*shape: int) -> Tensor:
 
 def works(pipe: pipecompile.Pipeline, x: Tensor | None = None) -> None:
     x = floats() if x is None else x
-    expected = step(pipe.model, pipe.model, lambda output: output, ((x,), {}))
-    assert_same(step(pipe, pipe.model, lambda output: output, ((x,), {})), expected)
+    expected = step(pipe.pipeline.model, pipe.pipeline.model, lambda output: output, ((x,), {}))
+    assert_same(step(pipe, pipe.pipeline.model, lambda output: output, ((x,), {})), expected)
 
 
 # Called by what it runs itself
@@ -101,7 +101,7 @@ def test_a_function_that_calls_its_own_pipeline_is_refused(where: str, stages: i
     pipe, x = pipe_of(WithFunction(), stages), floats()
     works(pipe)
     getattr(Square, where).next(lambda: pipe(x))
-    with pytest.raises(ExecutionError, match=r"called by code that it runs itself.*pipe\.model") as caught:
+    with pytest.raises(ExecutionError, match=r"called by code that it runs itself.*pipe\.pipeline\.model") as caught:
         pipe(x)
     assert isinstance(caught.value.__cause__, ReentryError)
     works(pipe)
@@ -124,7 +124,7 @@ def test_a_hook_that_calls_its_own_pipeline_is_refused(method: str) -> None:
     pipe = pipe_of(model)
     works(pipe)
     arguments = (floats(),) if method in ("__call__", "prepare", "verify") else ()
-    handle = model.body[1].register_forward_hook(lambda *_: getattr(pipe, method)(*arguments) and None)
+    handle = model.body[1].register_forward_hook(lambda *_: getattr(pipe.pipeline, method)(*arguments) and None)
     with pytest.raises(ReentryError, match="called by code that it runs itself"):
         pipe(floats())
     handle.remove()
@@ -159,7 +159,7 @@ def test_another_pipeline_within_a_stage_works_and_one_that_calls_back_is_refuse
     seen: list[float] = []
     Square.forward_calls.next(lambda: seen.append(inner(x).item()))
     outer(x)
-    assert seen == [pytest.approx(inner.model(x).item(), rel=1e-12)]
+    assert seen == [pytest.approx(inner.pipeline.model(x).item(), rel=1e-12)]
 
     def there_and_back() -> None:
         Square.forward_calls.next(lambda: outer(x))
@@ -255,12 +255,12 @@ def test_a_stream_goes_on_in_a_forked_process() -> None:
 
     def there() -> None:
         losses = [pipe(x).item() for x in xs[1:]]
-        pipe.flush()
+        pipe.pipeline.flush()
         os.write(send, repr([*losses, *(p.sum().item() for p in model.parameters())]).encode())
 
     in_child(there)
     here = [pipe(x).item() for x in xs[1:]]
-    pipe.flush()
+    pipe.pipeline.flush()
     assert os.read(receive, 100_000).decode() == repr([*here, *(p.sum().item() for p in model.parameters())])
 
 
@@ -284,7 +284,7 @@ def test_a_loaders_workers_run_the_pipeline() -> None:
         FromPipeline(pipe), batch_size=2, num_workers=2, multiprocessing_context="fork"
     )
     with torch.no_grad():
-        expected = [pipe.model(torch.full((4, D), float(row), dtype=torch.float64)) for row in range(4)]
+        expected = [pipe.pipeline.model(torch.full((4, D), float(row), dtype=torch.float64)) for row in range(4)]
     torch.testing.assert_close(torch.cat(list(loader)), torch.stack(expected))
 
 
@@ -335,7 +335,7 @@ def test_a_model_runs_eagerly_in_another_thread_while_it_is_captured() -> None:
 
     def capturing() -> None:
         model.thread = threading.get_ident()
-        pipe_of(model).prepare(x)
+        pipe_of(model).pipeline.prepare(x)
 
     def eager() -> None:
         model.entered.wait()  # the trace stands in the middle of the forward
@@ -365,7 +365,7 @@ def test_a_forward_that_has_begun_in_another_thread_ends_while_the_model_is_capt
     def capturing() -> None:
         model.entered.wait()
         model.body[3].register_forward_pre_hook(lambda *_: hooked())
-        pipe_of(model).prepare(x)
+        pipe_of(model).pipeline.prepare(x)
 
     def hooked() -> None:
         if threading.get_ident() != model.thread:
@@ -379,8 +379,8 @@ def test_two_threads_make_the_first_call() -> None:
     pipe, xs = pipe_of(Net()), [floats() for _ in range(3)]
     seen: dict[int, float] = {}
     together(*(lambda i=i: seen.__setitem__(i, pipe(xs[i]).item()) for i in range(3)))
-    assert pipe.captures == 1
-    assert [seen[i] for i in range(3)] == pytest.approx([pipe.model(x).item() for x in xs], rel=1e-12)
+    assert pipe.pipeline.captures == 1
+    assert [seen[i] for i in range(3)] == pytest.approx([pipe.pipeline.model(x).item() for x in xs], rel=1e-12)
 
 
 def test_several_pipelines_of_one_model_are_captured_at_once() -> None:
@@ -389,4 +389,4 @@ def test_several_pipelines_of_one_model_are_captured_at_once() -> None:
     together(*(lambda pipe=pipe: pipe(x) for pipe in pipes))
     for pipe in pipes:
         works(pipe)
-        assert pipe.captures == 1
+        assert pipe.pipeline.captures == 1

@@ -32,13 +32,14 @@ def pipe() -> pipecompile.Pipeline:
         loss_fn=torch.nn.MSELoss(),
     )
     x = torch.randn(4, D)
-    made.prepare(x, target=x)
+    made.pipeline.prepare(x, target=x)
     return made
 
 
 def nouns() -> dict[str, Json]:
     made = pipe()
-    return {"profile": made.profile, "graph": made.profile.graph, "plan": made.plan, "cluster": Cluster.of(["a", "b"])}
+    costed, plan = made.pipeline.profile, made.pipeline.plan
+    return {"profile": costed, "graph": costed.graph, "plan": plan, "cluster": Cluster.of(["a", "b"])}
 
 
 @pytest.fixture(scope="module")

@@ -138,7 +138,7 @@ def loss_of(output: Tensor) -> Tensor:
 
 def steps_as_before(pipe: pipecompile.Pipeline, first: Any, x: Tensor) -> None:
     """The same call gives the same numbers as before the fault, dropout's included."""
-    again = step(pipe, pipe.model, loss_of, ((x,), {}))
+    again = step(pipe, pipe.pipeline.model, loss_of, ((x,), {}))
     assert_same(again, first, exact=True)
 
 
@@ -277,12 +277,12 @@ def test_gradients_of_a_stream_that_failed_go_into_no_later_update() -> None:
             profile="count",
             verify="never",  # the check would meet the fault, which happens once
         )
-        pipe.prepare(x)
+        pipe.pipeline.prepare(x)
         if fails:
             Fault.set("backward", KeyError("told to"))
             with pytest.raises(ExecutionError, match="told to"):
                 pipe(x)
         pipe(x)
-        pipe.flush()
+        pipe.pipeline.flush()
     for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0.0, atol=0.0)

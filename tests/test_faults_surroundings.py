@@ -63,32 +63,32 @@ def test_what_follows_one_thread_is_refused(name: str, first: bool) -> None:
     transform, words = TRANSFORMS[name]
     pipe, x = pipe_of(), floats()
     if not first:
-        works(pipe, pipe.model)
-    with pytest.raises(InputError, match=f"(?s){words}.*threads of their own.*pipe.model"):
+        works(pipe, pipe.pipeline.model)
+    with pytest.raises(InputError, match=f"(?s){words}.*threads of their own.*pipe.pipeline.model"):
         transform(pipe, x)
-    works(pipe, pipe.model)
+    works(pipe, pipe.pipeline.model)
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_torch_jit_is_refused() -> None:
     pipe, x = pipe_of(), floats()
-    works(pipe, pipe.model)
+    works(pipe, pipe.pipeline.model)
     with pytest.raises(InputError, match=r"inside torch\.jit\.trace"):
         torch.jit.trace(pipe, x)
-    with pytest.raises(InputError, match=r"cannot be scripted.*torch\.jit\.script\(pipe\.model\)"):
+    with pytest.raises(InputError, match=r"cannot be scripted.*torch\.jit\.script\(pipe\.pipeline\.model\)"):
         torch.jit.script(pipe)
-    works(pipe, pipe.model)
+    works(pipe, pipe.pipeline.model)
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["first call", "later"])
 def test_functional_call_is_refused_with_the_reason(first: bool) -> None:
     pipe, x = pipe_of(), floats()
     if not first:
-        works(pipe, pipe.model)
+        works(pipe, pipe.pipeline.model)
     weights = {name: p.detach() * 2 for name, p in pipe.named_parameters()}
-    with pytest.raises(InputError, match=r"'body\.0\.0\.weight' is a plain tensor.*functional_call\(pipe\.model"):
+    with pytest.raises(InputError, match=r"'body\.0\.0\.weight' is a plain tensor.*\(pipe\.pipeline\.model"):
         torch.func.functional_call(pipe, weights, (x,))
-    works(pipe, pipe.model)
+    works(pipe, pipe.pipeline.model)
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["first call", "later"])
@@ -129,11 +129,11 @@ def test_a_pipeline_is_pickled_and_copied(make: Callable[[Any], Any], first: boo
     pipe = pipe_of().eval()
     pipe.note = "kept"
     if not first:
-        works(pipe, pipe.model)
+        works(pipe, pipe.pipeline.model)
     made = make(pipe)
-    assert (made.note, made.training, made.schedule, made.microbatches) == ("kept", False, "1f1b", 2)
-    works(made, made.model)
-    works(pipe, pipe.model)
+    assert (made.note, made.training, made.pipeline.schedule, made.pipeline.microbatches) == ("kept", False, "1f1b", 2)
+    works(made, made.pipeline.model)
+    works(pipe, pipe.pipeline.model)
 
 
 def test_a_pipeline_with_optimizers_inside_is_not_pickled() -> None:
@@ -144,9 +144,11 @@ def test_a_pipeline_with_optimizers_inside_is_not_pickled() -> None:
 
 def test_the_model_cannot_be_exchanged() -> None:
     pipe = pipe_of()
-    with pytest.raises(PipecompileError, match=r"pipe\.model cannot be exchanged"):
-        pipe.model = Net()
-    works(pipe, pipe.model)
+    with pytest.raises(AttributeError, match="model"):
+        pipe.pipeline.model = Net()
+    with pytest.raises(AttributeError, match="pipeline"):
+        pipe.pipeline = pipe_of().pipeline
+    works(pipe, pipe.pipeline.model)
 
 
 class NetBeside(Net):
@@ -175,8 +177,8 @@ def test_nothing_of_a_call_lives_on_with_nobody_to_use_it(net: type[nn.Module], 
 
 def test_a_pipeline_is_freed_with_its_threads() -> None:
     pipe = pipe_of()
-    works(pipe, pipe.model)
-    threads = [thread for lane in pipe._session.lanes for thread in lane.thread._threads]
+    works(pipe, pipe.pipeline.model)
+    threads = [thread for lane in pipe.pipeline._session.lanes for thread in lane.thread._threads]
     alive = weakref.ref(pipe)
     del pipe
     gc.collect()
@@ -202,18 +204,24 @@ METHODS: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("name", METHODS)
 def test_what_is_done_with_any_module(name: str) -> None:
     pipe = pipe_of()
-    works(pipe, pipe.model)
+    works(pipe, pipe.pipeline.model)
     METHODS[name](pipe)
-    works(pipe, pipe.model)
+    works(pipe, pipe.pipeline.model)
 
 
 def test_hooks_on_the_pipeline_itself() -> None:
-    pipe, x = pipe_of(), floats()
+    pipe, x = pipe_of(), floats().requires_grad_()
     pipe.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
     pipe.register_forward_hook(lambda module, args, output: output * 3)
-    assert pipe(x).item() == pytest.approx(3 * pipe.model(x * 2).item(), rel=1e-12)
+    seen = []
+    pipe.register_full_backward_hook(lambda module, given, come: seen.append(come[0].item()))
+    loss = pipe(x)
+    assert loss.item() == pytest.approx(3 * pipe.pipeline.model.forward(x * 2).item(), rel=1e-12)
+    loss.backward()
+    assert seen == [1.0]
+    works(pipe, pipe.pipeline.model, x.detach().requires_grad_())  # whose hooks they are too
 
 
 def test_data_parallel_without_gpus() -> None:
     pipe = pipe_of()
-    works(nn.DataParallel(pipe) if not torch.cuda.is_available() else pipe, pipe.model)
+    works(nn.DataParallel(pipe) if not torch.cuda.is_available() else pipe, pipe.pipeline.model)

@@ -80,14 +80,19 @@ def same_step(
     pipe = pipe_of(model, stages, schedule, microbatches, loss_fn=loss_fn)
     target = rows(seed=9) if target is None else target
     again(pipe, *args, target=target, loss_fn=loss_fn, **kwargs)
-    assert pipe.plan.num_stages == stages
+    assert pipe.pipeline.plan.num_stages == stages
     return pipe
 
 
 def again(pipe: Any, *args: Any, target: Tensor, loss_fn: Callable[..., Tensor] = square, **kwargs: Any) -> None:
     """A further step of a pipeline against its unsplit model."""
-    actual = step(pipe, pipe.model, lambda loss: loss, (args, {**kwargs, "target": target}))
-    expected = step(lambda *a, **k: loss_fn(pipe.model(*a, **k), target), pipe.model, lambda loss: loss, (args, kwargs))
+    actual = step(pipe, pipe.pipeline.model, lambda loss: loss, (args, {**kwargs, "target": target}))
+    expected = step(
+        lambda *a, **k: loss_fn(pipe.pipeline.model(*a, **k), target),
+        pipe.pipeline.model,
+        lambda loss: loss,
+        (args, kwargs),
+    )
     assert_same(actual, expected)
 
 
@@ -99,14 +104,14 @@ def same_labelled(model: nn.Module, inputs: dict[str, Any], stages: int, schedul
     """One step of a model that computes its own loss."""
     pipe = pipe_of(model, stages, schedule)
     assert_same(step(pipe, model, loss_of, ((), inputs)), step(model, model, loss_of, ((), inputs)))
-    assert pipe.plan.num_stages == stages
+    assert pipe.pipeline.plan.num_stages == stages
     return pipe
 
 
 def same_output(pipe: Any, *args: Any, **kwargs: Any) -> None:
     """Without gradients: the model's own output, type and values."""
     with torch.no_grad():
-        actual, expected = pipe(*args, **kwargs), pipe.model(*args, **kwargs)
+        actual, expected = pipe(*args, **kwargs), pipe.pipeline.model(*args, **kwargs)
     assert type(actual) is type(expected)
     torch.testing.assert_close(actual, expected)
 
@@ -191,7 +196,7 @@ def test_f06_autocast() -> None:
 
     model, x, target = Blocks(body).float(), rows().float(), rows(seed=9).float()
     pipe = same_step(model, x, target=target, microbatches=1)
-    assert any("enter_region" in stage.code for stage in pipe.stages)
+    assert any("enter_region" in stage.code for stage in pipe.pipeline.stages)
 
     def loss(output: Tensor) -> Tensor:
         return F.mse_loss(output, target)
@@ -268,7 +273,7 @@ def test_f11_branch_on_data(sign: float) -> None:
     pipe = same_step(Blocks(on_input), sign * x)
     again(pipe, -sign * x, target=rows(seed=9))
     again(pipe, sign * x, target=rows(seed=9))
-    assert pipe.captures == 2
+    assert pipe.pipeline.captures == 2
 
 
 def test_f11_branch_on_an_activation() -> None:
@@ -278,7 +283,7 @@ def test_f11_branch_on_an_activation() -> None:
     model = Blocks(on_activation)
     model.e = Doubling()
     pipe = same_step(model, rows(), microbatches=1)
-    assert any("module e is kept whole" in note for note in pipe.report["notes"])
+    assert any("module e is kept whole" in note for note in pipe.pipeline.report["notes"])
     with pytest.raises(CaptureError, match=r"module 'e'.*samples of the batch mix here"):  # the whole batch branches
         pipe_of(model, microbatches=4)(rows())
     pipe = pipe_of(model, microbatches=4, allow_microbatch=["e"])  # relu's outputs: every microbatch does the same
@@ -300,7 +305,7 @@ def test_f12_loop_over_an_item() -> None:
 
     pipe = same_step(Blocks(body), rows())
     again(pipe, rows() * 0.1, target=rows(seed=9))
-    assert pipe.captures == 2
+    assert pipe.pipeline.captures == 2
 
 
 def test_f13_write_to_a_view_across_the_cut() -> None:
@@ -349,7 +354,7 @@ def test_f15_dynamic_cache() -> None:
     actual = step(lambda **k: pipe(**k).loss, model, lambda loss: loss, ((), inputs))
     expected = step(lambda **k: model(**k).loss, model, lambda loss: loss, ((), inputs))
     assert_same(actual, expected)
-    assert any("use_cache is off" in note for note in pipe.report["notes"])
+    assert any("use_cache is off" in note for note in pipe.pipeline.report["notes"])
     assert model.config.use_cache is True
 
 
@@ -411,7 +416,7 @@ def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
 def test_w01_tied_weights(stages: int, schedule: str) -> None:
     model = Tied()
     pipe = same_step(model, ids(), target=ids(seed=1), loss_fn=cross_entropy, stages=stages, schedule=schedule)
-    assert [tied.parameter for tied in pipe.plan.tied] == ["emb.weight"]
+    assert [tied.parameter for tied in pipe.pipeline.plan.tied] == ["emb.weight"]
     unsplit = Tied()
     optimizers = [torch.optim.SGD(module.parameters(), lr=0.1) for module in (pipe, unsplit)]
     for _ in range(2):
@@ -428,7 +433,7 @@ def test_w01_tied_weights(stages: int, schedule: str) -> None:
 @EACH
 def test_w01_tied_weights_of_gpt2(stages: int, schedule: str) -> None:
     pipe = same_labelled(gpt2(), {"input_ids": ids(), "labels": ids()}, stages, schedule)
-    assert [tied.parameter for tied in pipe.plan.tied] == ["transformer.wte.weight"]
+    assert [tied.parameter for tied in pipe.pipeline.plan.tied] == ["transformer.wte.weight"]
 
 
 def test_w02_custom_backward() -> None:
@@ -475,7 +480,7 @@ def test_w06_optional_mask() -> None:
     again(pipe, rows(), mask=mask, target=rows(seed=9))
     again(pipe, rows(), mask=1 - mask, target=rows(seed=9))
     again(pipe, rows(), target=rows(seed=9))
-    assert pipe.captures <= 3
+    assert pipe.pipeline.captures <= 3
 
 
 def test_w07_python_flag() -> None:
@@ -489,7 +494,7 @@ def test_w07_python_flag() -> None:
     for flag in (False, True, False):
         model.flag = flag
         again(pipe, rows(), target=rows(seed=9))
-    assert pipe.captures == 2
+    assert pipe.pipeline.captures == 2
 
 
 def test_w07_counter() -> None:
@@ -504,7 +509,7 @@ def test_w07_counter() -> None:
         actual, expected = (step(m, m, lambda y: y.pow(2).mean(), ((rows(),), {})) for m in (pipe, unsplit))
         assert_same(actual, expected)
         assert model.calls == unsplit.calls == calls
-    assert pipe.captures == 2
+    assert pipe.pipeline.captures == 2
 
 
 def test_w08_dropout_in_eval() -> None:
@@ -519,7 +524,7 @@ def test_w08_dropout_in_eval() -> None:
     assert not torch.allclose(dropped, model(rows()))
     torch.manual_seed(0)
     torch.testing.assert_close(pipe.train()(rows()), dropped)
-    assert pipe.captures == 2
+    assert pipe.pipeline.captures == 2
 
 
 class Outputs(NamedTuple):
@@ -542,7 +547,9 @@ def test_w09_batch_norm(stages: int, schedule: str) -> None:
     assert_same(actual, expected, buffers=False)
     assert int(actual.buffers["norm.num_batches_tracked"]) == 1
     torch.testing.assert_close(actual.buffers["norm.running_var"], expected.buffers["norm.running_var"])
-    assert any("batch normalisation uses each microbatch's statistics" in line for line in pipe.report["microbatches"])
+    assert any(
+        "batch normalisation uses each microbatch's statistics" in line for line in pipe.pipeline.report["microbatches"]
+    )
     whole = pipe_of(model, stages, schedule, 1)
     reference = step(model, model, lambda out: out.square().mean(), ((rows(),), {}))
     assert_same(step(whole, model, lambda out: out.square().mean(), ((rows(),), {})), reference)
@@ -571,7 +578,7 @@ def test_w11_variable_length() -> None:
     for length in (6, 9, 6):
         inputs = {"input_ids": ids(length), "labels": ids(length)}
         assert_same(step(pipe, model, loss_of, ((), inputs)), step(model, model, loss_of, ((), inputs)))
-    assert pipe.captures == 1
+    assert pipe.pipeline.captures == 1
 
 
 class Keys(nn.Module):

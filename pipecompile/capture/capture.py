@@ -20,6 +20,7 @@ from pipecompile.capture.state.quiet_torch import not_collecting, quiet
 from pipecompile.capture.state.reachable import Reach, reach_of
 from pipecompile.capture.trace import NeedsNumbers, Trace
 from pipecompile.errors import CaptureError, InputError, ReentryError
+from pipecompile.ops.module_tree import called_bare
 
 SYMBOLIC_ATTEMPTS = ("batch and lengths", "lengths", "batch", "nothing")  # what is symbolic, widest first
 Errors = tuple[type[Exception], ...]
@@ -44,7 +45,8 @@ def capture(
         call: the sample arguments, of the whole batch.
         microbatch: rows of each microbatch, or of all but perhaps the last; by default all of the batch in one. The
             trace is taken at the first; what Python reads from inputs holds for all of its size.
-        forward: what to run instead of ``model`` itself; it may only use the model's parameters.
+        forward: what to run instead of the model's own forward, without the hooks on the model itself; it may only
+            use the model's parameters.
         leaves: paths of modules to keep whole.
         symbolic: what to try, the widest first and "nothing" last.
 
@@ -53,14 +55,16 @@ def capture(
     """
     _refuse_lazy(model)
     rows = _rows(call, microbatch)
-    kept: dict[Part, str] = {**_with_backward_hooks(model), **dict.fromkeys(_known(model, leaves), "as asked")}
+    kept: dict[Part, str] = _with_backward_hooks(model, forward is None)
+    kept.update(dict.fromkeys(_known(model, leaves), "as asked"))
     reasons: list[str] = []
     attempts: list[tuple[str, Errors]] = [(what, DATA_DEPENDENT) for what in symbolic]
     reach = reach_of(model, [forward] if forward is not None else [])
+    forward = forward or partial(called_bare, model)
     while attempts:
         what, unknown = attempts.pop(0)
         try:
-            captured = _with_leaves(model, call, rows, forward or model, what, unknown, kept, reach, reasons)
+            captured = _with_leaves(model, call, rows, forward, what, unknown, kept, reach, reasons)
             broken = captured.broken_guard(call.alike(rows), call.tensors)
         except Exception as error:  # an operation that needs plain sizes: try with fewer symbols
             if unknown is ANYTHING:
@@ -162,8 +166,11 @@ def _following(first: Captured, trace: Trace, again: Callable[..., Trace], reaso
     return second if len(second.attributes.updates) == len(first.attributes.updates) else first
 
 
-def _with_backward_hooks(model: nn.Module) -> dict[Part, str]:
+def _with_backward_hooks(model: nn.Module, bare: bool) -> dict[Part, str]:
     """Modules whose own backward hooks a graph of functions would lose.
+
+    Args:
+        bare: those on the model itself are not for the trace.
 
     Raises:
         CaptureError: a hook stands where a split model has no place for it.
@@ -173,7 +180,8 @@ def _with_backward_hooks(model: nn.Module) -> dict[Part, str]:
             "there are backward hooks of all modules (register_module_full_backward_hook), and a split model has other "
             "modules; remove them, and register_full_backward_hook on the modules inside that they are for"
         )
-    hooked = {path: m for path, m in model.named_modules() if m._backward_hooks or m._backward_pre_hooks}
+    modules = [(path, m) for path, m in model.named_modules() if path or not bare]
+    hooked = {path: m for path, m in modules if m._backward_hooks or m._backward_pre_hooks}
     for path, module in hooked.items():
         if module._backward_hooks and module._is_full_backward_hook is False:
             raise CaptureError(

@@ -71,8 +71,8 @@ class Turn:
         if self in before.waited_for or (not again and self in before.holds):
             raise ReentryError(
                 "the pipeline is called by code that it runs itself (a hook, a loss function, a module or function of "
-                "the model), and would wait for its own call to end; call the unsplit model there, pipe.model, or call "
-                "the pipeline once that call has returned"
+                "the model), and would wait for its own call to end; call the unsplit model there, "
+                "pipe.pipeline.model, or call the pipeline once that call has returned"
             )
         with self.lock:
             _local.busy = replace(before, holds=before.holds | {self})

@@ -243,7 +243,7 @@ def check(
         it, (args, kwargs) = it.double(), tree_map_only(Tensor, _to_double, (args, kwargs))
     it, (args, kwargs) = it.to(places[0]), tree_map_only(Tensor, lambda t: t.to(places[0]), (args, kwargs))
     pipe = compile(it, list(map(str, places)), schedule=schedule, microbatches=microbatches, loss=loss, profile="count")
-    result = pipe.verify(*args, **kwargs)
+    result = pipe.pipeline.verify(*args, **kwargs)
     Console().print(result)
     if not result.exact:
         raise typer.Exit(1)

@@ -160,6 +160,13 @@ class Captures:
         self._known: dict[Key, list[Compiled]] = {}
         self._last: Key | None = None
 
+    def copied(self) -> Captures:
+        """The same captures in a cache of their own."""
+        copy = Captures()
+        copy.reasons, copy._last = [*self.reasons], self._last
+        copy._known = {key: [*known] for key, known in self._known.items()}
+        return copy
+
     def __len__(self) -> int:
         return len(self.reasons)
 

@@ -76,12 +76,12 @@ def check_parameters(model: nn.Module) -> None:
             raise InputError(
                 f"{name!r} is a plain tensor in the place of a parameter, as under torch.func.functional_call: a "
                 f"pipeline trains the model's own parameters, which have gradients, versions and devices; call "
-                f"functional_call(pipe.model, ...), or copy the values into the parameters"
+                f"functional_call(pipe.pipeline.model, ...), or copy the values into the parameters"
             )
 
 
 def _refuse(where: str, what: str) -> None:
     raise InputError(
         f"a pipeline is called {where}, which {what} in one thread; a pipeline's stages run in threads of their own; "
-        f"use the unsplit model there, pipe.model"
+        f"use the unsplit model there, pipe.pipeline.model"
     )

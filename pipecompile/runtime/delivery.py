@@ -77,5 +77,5 @@ def _refuse_create_graph() -> None:
     if torch.is_grad_enabled():
         raise ExecutionError(
             "create_graph=True asks for gradients of gradients, but a pipeline's backward leaves no graph to "
-            "differentiate; compute what needs them with the unsplit model, pipe.model"
+            "differentiate; compute what needs them with the unsplit model, pipe.pipeline.model"
         )

@@ -31,6 +31,7 @@ from pipecompile.capture.state.reachable import Generator, Reach, reach_of
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import Program
 from pipecompile.ops.functional import add_moments, moments
+from pipecompile.ops.module_tree import called_bare
 from pipecompile.ops.row_draws import draws_by_row
 from pipecompile.runtime import steps
 from pipecompile.runtime.compiled import find_loss
@@ -92,7 +93,7 @@ class Trial:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The unsplit model, and the loss function."""
         if self.loss_fn is None:
-            return self.model(*args, **kwargs)
+            return called_bare(self.model, *args, **kwargs)
         target = kwargs.pop("target")
         return self.loss_fn(self.model(*args, **kwargs), target)
 

@@ -136,7 +136,7 @@ def test_gradients_are_those_of_microbatches_either_way(batch_norm: str) -> None
     for (name, mine), other in zip(model.named_parameters(), unsplit.parameters(), strict=True):
         assert mine.grad is not None
         torch.testing.assert_close(mine.grad, other.grad, rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
-    once = pipe.report["microbatches"]
+    once = pipe.pipeline.report["microbatches"]
     assert any("each microbatch's statistics" in line for line in once)
     moved = [line for line in once if "first.running_mean" in line]
     assert len(moved) == 1
@@ -169,14 +169,14 @@ def test_evaluation_reads_deferred_statistics_and_moves_none() -> None:
         torch.testing.assert_close(pipe(x), model(x), rtol=1e-12, atol=1e-13)
     assert all(torch.equal(before[name], buffer) for name, buffer in model.named_buffers())
     pipe.train()
-    assert pipe.verify(x).exact
+    assert pipe.pipeline.verify(x).exact
 
 
 def test_statistics_without_running_ones_are_reported() -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6, track_running_stats=False), nn.Linear(6, 3)).double()
     pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=3, batch_norm="deferred")
     pipe(batches(model)[0]).sum().backward()
-    assert any("each microbatch's statistics" in line for line in pipe.report["microbatches"])
+    assert any("each microbatch's statistics" in line for line in pipe.pipeline.report["microbatches"])
 
 
 class Reads(nn.Module):

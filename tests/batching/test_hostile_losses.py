@@ -257,7 +257,7 @@ def test_a_hostile_loss_is_the_whole_batchs(name: str) -> None:
         cut_into(pipe, microbatches)
         assert_step_equal(model, pipe, batch(rows))
         assert microbatches_of(pipe) == (1 if name in WHOLE else microbatches)
-    assert any("computed once" in line for line in pipe.report["microbatches"]) == (name in MIXING)
+    assert any("computed once" in line for line in pipe.pipeline.report["microbatches"]) == (name in MIXING)
 
 
 def test_a_number_of_items_given_as_a_python_number_is_the_callers() -> None:

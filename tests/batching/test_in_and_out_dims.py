@@ -72,7 +72,7 @@ def test_a_batch_in_another_dimension(rows: int, stages: int, dim: int) -> None:
     )
     table = torch.randn(rows, 3, dtype=torch.float64)
     assert_same_step(pipe, deepcopy(model), sequence(rows), table, scales=(0.5,) * rows)
-    forwards = [i for rank in pipe.program.ranks for i in rank if isinstance(i, Forward)]
+    forwards = [i for rank in pipe.pipeline.program.ranks for i in rank if isinstance(i, Forward)]
     assert len(forwards) == stages * min(rows, 2)
 
 
@@ -85,7 +85,7 @@ def test_another_batch_size_runs_on_the_same_capture() -> None:
         unsplit = deepcopy(model)
         model.zero_grad()
         assert_same_step(pipe, unsplit, x=sequence(rows), table=table)
-    assert pipe.captures == 1
+    assert pipe.pipeline.captures == 1
 
 
 def test_the_gradient_of_an_input_comes_in_its_own_shape() -> None:
@@ -103,7 +103,7 @@ def test_the_gradient_of_an_input_comes_in_its_own_shape() -> None:
 def test_it_verifies() -> None:
     torch.manual_seed(0)
     pipe = pipecompile.compile(TimeFirst().double(), ["cpu", "cpu"], microbatches=2, in_dims={"x": 1, "table": None})
-    result = pipe.verify(sequence(4), torch.randn(7, 3, dtype=torch.float64))
+    result = pipe.pipeline.verify(sequence(4), torch.randn(7, 3, dtype=torch.float64))
     assert result.exact, str(result)
 
 

@@ -48,7 +48,7 @@ def test_pairs_of_pictures_and_words_train_exactly(name: str) -> None:
         found = run(entry.loss, pipe, model, inputs)
         assert difference(found, expected, TOLERANCE[entry.dtype], buffers=True) == ""
         assert microbatches_of(pipe) == 4
-    assert any("computed once" in line for line in pipe.report["microbatches"])
+    assert any("computed once" in line for line in pipe.pipeline.report["microbatches"])
 
 
 def test_lengths_go_from_none_to_all() -> None:

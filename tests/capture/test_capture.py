@@ -79,9 +79,9 @@ def calls(capture: Captured) -> list[str]:
 def check(pipe: pipecompile.Pipeline, *args: Any) -> None:
     """A step of the pipeline gives the model's own numbers, and leaves the arguments as they were."""
     copies = [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]
-    expected = step(pipe.model, pipe.model, mean_square, (tuple(copies), {}))
+    expected = step(pipe.pipeline.model, pipe.pipeline.model, mean_square, (tuple(copies), {}))
     kept = [(arg, arg.clone()) for arg in args if isinstance(arg, Tensor)]
-    assert_same(step(pipe, pipe.model, mean_square, (args, {})), expected)
+    assert_same(step(pipe, pipe.pipeline.model, mean_square, (args, {})), expected)
     assert all(torch.equal(arg, copy) for arg, copy in kept), "an argument was written to"
 
 
@@ -93,7 +93,7 @@ def test_one_capture_serves_batches_of_one_to_eight(first: int) -> None:
     pipe = pipe_of(MODELS["sizes"].build())
     for batch in (first, *range(1, 9)):
         check(pipe, floats(batch))
-    assert pipe.captures == 1
+    assert pipe.pipeline.captures == 1
 
 
 @pytest.mark.parametrize("name", ["gpt2", "sizes", "dict_in_out"])
@@ -102,8 +102,11 @@ def test_one_capture_serves_several_lengths(name: str) -> None:
     pipe = pipe_of(model.build())
     for length in (5, 3, 2, 9, 17):
         inputs = model.inputs(4, length)
-        assert_same(step(pipe, pipe.model, model.loss, inputs), step(pipe.model, pipe.model, model.loss, inputs))
-    assert pipe.captures == 1
+        assert_same(
+            step(pipe, pipe.pipeline.model, model.loss, inputs),
+            step(pipe.pipeline.model, pipe.pipeline.model, model.loss, inputs),
+        )
+    assert pipe.pipeline.captures == 1
 
 
 def test_a_question_about_a_size_becomes_a_guard() -> None:
@@ -111,9 +114,9 @@ def test_a_question_about_a_size_becomes_a_guard() -> None:
     captures = []
     for length in (6, 8, 3, 4, 5):
         check(pipe, floats(4, length))
-        captures.append(pipe.captures)
+        captures.append(pipe.pipeline.captures)
     assert captures == [1, 1, 2, 2, 2]
-    assert pipe.report["guards"]
+    assert pipe.pipeline.report["guards"]
 
 
 def test_a_question_about_the_batch_becomes_a_guard() -> None:
@@ -126,7 +129,7 @@ def test_a_loop_over_a_length_is_captured_anew_for_another_length() -> None:
     pipe = pipe_of(Around(lambda _, h, x: sum(h[:, i] / (i + 1) for i in range(x.shape[1]))))
     for length in (3, 5, 3):
         check(pipe, floats(4, length))
-    assert pipe.captures == 2
+    assert pipe.pipeline.captures == 2
 
 
 SIZES_AS_NUMBERS: dict[str, Body] = {
@@ -219,8 +222,8 @@ def test_a_read_that_gives_another_value_is_captured_anew_once() -> None:
     pipe = pipe_of(Around(lambda _, h, x, mask: h * 2 if mask.all() else h + 1))
     for mask in (ones(), ones(), padded(), ones(), padded()):
         pipe(floats(), mask)
-    assert pipe.captures == 2
-    assert any("reads" in guard for guard in pipe.report["guards"])
+    assert pipe.pipeline.captures == 2
+    assert any("reads" in guard for guard in pipe.pipeline.report["guards"])
 
 
 def test_a_value_is_read_from_the_whole_batch_not_from_a_microbatch() -> None:
@@ -239,9 +242,9 @@ def test_a_number_read_from_an_input_is_used_as_a_number() -> None:
 def test_a_read_of_a_buffer_is_guarded() -> None:
     pipe = pipe_of(Around(lambda self, h, x: h * 2 if self.switch.item() else h + 1, switch=torch.tensor(1)))
     check(pipe, floats())
-    pipe.model.switch.zero_()
+    pipe.pipeline.model.switch.zero_()
     check(pipe, floats())
-    assert pipe.captures == 2
+    assert pipe.pipeline.captures == 2
 
 
 def test_a_read_at_the_root_of_a_buffer_that_forward_writes_is_refused_and_changes_nothing() -> None:
@@ -252,7 +255,7 @@ def test_a_read_at_the_root_of_a_buffer_that_forward_writes_is_refused_and_chang
     pipe = pipe_of(Around(body, count=torch.tensor(1)))
     with pytest.raises(CaptureError, match="'count', which its forward changes"):
         pipe(floats())
-    assert pipe.model.count == 1
+    assert pipe.pipeline.model.count == 1
 
 
 def test_a_read_of_a_buffer_that_forward_writes_sees_what_earlier_calls_wrote() -> None:
@@ -523,23 +526,23 @@ def _second_input_through_a_view(_: Any, h: Tensor, x: Tensor, y: Tensor) -> Ten
 def test_a_write_to_an_input_is_left_in_the_tensor_of_the_caller(body: Body, microbatches: int) -> None:
     pipe = pipe_of(Around(body), microbatches)
     found = []
-    for call in (pipe, pipe.model):
+    for call in (pipe, pipe.pipeline.model):
         inputs = [floats(), floats(seed=1)]
-        pipe.model.zero_grad()
+        pipe.pipeline.model.zero_grad()
         output = call(*inputs)
         output.square().mean().backward()
-        found.append((output.detach(), inputs, [p.grad.clone() for p in pipe.model.parameters()]))
+        found.append((output.detach(), inputs, [p.grad.clone() for p in pipe.pipeline.model.parameters()]))
     torch.testing.assert_close(*found)
 
 
 def test_a_write_to_a_parameter_is_refused_or_done() -> None:
     pipe = pipe_of(nn.Sequential(nn.Embedding(9, D, max_norm=1.0), nn.Linear(D, D)).double())
-    weight = pipe.model[0].weight.detach().clone()
+    weight = pipe.pipeline.model[0].weight.detach().clone()
     pipe(torch.tensor([[1, 2], [3, 4]]))
-    norms = pipe.model[0].weight.detach().norm(dim=1)
+    norms = pipe.pipeline.model[0].weight.detach().norm(dim=1)
     assert (weight[1:5].norm(dim=1) > 1).any()
     assert (norms[1:5] < 1 + 1e-6).all()
-    assert torch.equal(pipe.model[0].weight[5:], weight[5:])
+    assert torch.equal(pipe.pipeline.model[0].weight[5:], weight[5:])
 
 
 # Buffers
@@ -570,11 +573,11 @@ def _rebound_and_written(self: Any, h: Tensor, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("body", [_counted, _rebound, _rebound_twice, _rebound_and_written])
 def test_a_buffer_counts_each_batch_once(body: Body) -> None:
     pipe = pipe_of(Around(body, count=torch.tensor(0)), microbatches=2)
-    count = pipe.model.count
+    count = pipe.pipeline.model.count
     for calls in (1, 2, 3):
         pipe(floats())
-        assert pipe.model.count == calls
-    assert pipe.model.count is count
+        assert pipe.pipeline.model.count == calls
+    assert pipe.pipeline.model.count is count
 
 
 def test_a_buffer_read_around_a_write_gives_the_old_and_the_new_value() -> None:
@@ -625,7 +628,7 @@ def test_a_buffer_that_changes_its_shape_is_bound_anew() -> None:
     pipe = pipe_of(deepcopy(model))
     for _ in range(3):
         torch.testing.assert_close(pipe(floats()), model(floats()))
-        assert torch.equal(pipe.model.seen, model.seen)
+        assert torch.equal(pipe.pipeline.model.seen, model.seen)
     assert model.seen.shape == (16,)
 
 
@@ -1061,7 +1064,7 @@ def test_what_had_to_be_fixed_is_noted() -> None:
 
     pipe = pipe_of(Around(body))
     check(pipe, floats())
-    assert any(re.search("plain sizes only", note) for note in pipe.report["notes"])
+    assert any(re.search("plain sizes only", note) for note in pipe.pipeline.report["notes"])
 
 
 # Where a node comes from

@@ -60,7 +60,7 @@ def same(model: nn.Module, stages: int = 2, microbatches: int = 2, **options: An
 
 
 def stretches(pipe: Any) -> int:
-    return sum(isinstance(node.target, Recomputed) for stage in pipe.stages for node in stage.graph.nodes)
+    return sum(isinstance(node.target, Recomputed) for stage in pipe.pipeline.stages for node in stage.graph.nodes)
 
 
 def kept_bytes(pipe: Any) -> int:
@@ -73,11 +73,11 @@ def kept_bytes(pipe: Any) -> int:
 
     values: dict[str, Any] = {}
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        for stage in pipe._first.stages:
+        for stage in pipe.pipeline._first.stages:
             arguments = [rows() for _ in stage.inputs]
             arguments += [values[name] for names in stage.receives.values() for name in names]
             values |= dict(zip(stage.returns, stage.module(*arguments), strict=True))
-    parameters = {p.untyped_storage()._cdata for p in pipe.model.parameters()}
+    parameters = {p.untyped_storage()._cdata for p in pipe.pipeline.model.parameters()}
     return sum(t.nbytes for storage, t in kept.items() if storage not in parameters)
 
 
@@ -87,13 +87,13 @@ def kept_bytes(pipe: Any) -> int:
 def test_a_checkpoint_gives_the_same_numbers(reentrant: bool, stages: int, microbatches: int) -> None:
     pipe = same(Checkpointed(reentrant), stages, microbatches)
     assert stretches(pipe) >= 1
-    assert any("which the model checkpoints" in line for line in pipe.report["recomputed"])
+    assert any("which the model checkpoints" in line for line in pipe.pipeline.report["recomputed"])
 
 
 @REENTRANT
 def test_activations_inside_are_not_kept(reentrant: bool) -> None:
     pipes = [pipe_of(Checkpointed(reentrant, keep=keep)) for keep in (True, False)]
-    kept, recomputed = (kept_bytes(pipe) for pipe in pipes if pipe.prepare(rows()) is None)
+    kept, recomputed = (kept_bytes(pipe) for pipe in pipes if pipe.pipeline.prepare(rows()) is None)
     one = rows().nbytes
     assert kept - recomputed >= 2 * one
     assert stretches(pipes[0]) == 0
@@ -252,9 +252,9 @@ def test_stashed_weights_are_those_of_the_forward() -> None:
     optimizer = partial(torch.optim.SGD, lr=0.5)
     pipe = pipe_of(Inside(False), 3, 4, schedule="pipedream", optimizer=optimizer)
     losses = [pipe(rows()).item() for _ in range(4)]
-    pipe.flush()
+    pipe.pipeline.flush()
     assert stretches(pipe) >= 1
-    names = [[name for name, _ in stage.named_parameters()] for stage in pipe.stages]
+    names = [[name for name, _ in stage.named_parameters()] for stage in pipe.pipeline.stages]
     model = Inside(False, keep=True)  # a checkpoint within functional_call would run again on other weights
     del model.norm
     minibatches = [part for _ in range(4) for part in split(((rows(),), {}), 4)]
@@ -311,7 +311,7 @@ def test_a_model_of_transformers_that_checkpoints_itself(reentrant: bool) -> Non
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     assert_same(step(pipe, model, loss, inputs), step(model, model, loss, inputs))
     assert_same(plain, step(model, model, loss, inputs))
-    assert pipe.captures == 2
+    assert pipe.pipeline.captures == 2
     assert stretches(pipe) >= 3
 
 

@@ -71,7 +71,7 @@ def test_steps_with_sizes_that_data_tells_equal_the_unsplit_model(kind: Any, inp
         args = inputs(batch, length), {}
         expected = microbatched(model, lambda loss: loss, args, microbatches, inside=True)
         assert_same(step(pipe, model, lambda loss: loss, args), expected)
-    assert pipe.captures == 1
+    assert pipe.pipeline.captures == 1
 
 
 def test_an_assignment_to_rows_by_number_is_not_taken_for_one_by_a_mask() -> None:
@@ -139,4 +139,4 @@ def test_a_function_that_no_graph_holds_is_kept_whole(function: Callable[[Tensor
     pipe = pipecompile.compile(model, devices=["cpu"] * 2, microbatches=1, profile="count")
     inputs = torch.randn(4, 4, dtype=torch.float64), torch.arange(4)[:, None]
     assert_same(step(pipe, model, lambda loss: loss, (inputs, {})), step(model, model, lambda loss: loss, (inputs, {})))
-    assert any(f"function {function.__name__}" in note for note in pipe.report["notes"])
+    assert any(f"function {function.__name__}" in note for note in pipe.pipeline.report["notes"])

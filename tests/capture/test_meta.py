@@ -42,13 +42,13 @@ def pipe() -> pipecompile.Pipeline:
 
 
 def test_no_weight_has_memory(pipe: pipecompile.Pipeline) -> None:
-    weights = [*pipe.parameters(), *(p for stage in pipe.stages for p in stage.parameters())]
+    weights = [*pipe.parameters(), *(p for stage in pipe.pipeline.stages for p in stage.parameters())]
     assert len(weights) > 2 * 9 * LAYERS
     assert all(weight.is_meta for weight in weights)
 
 
 def test_every_parameter_has_a_stage(pipe: pipecompile.Pipeline) -> None:
-    compiled = pipe._capture_in_use
+    compiled = pipe.pipeline._capture_in_use
     read = {
         name
         for stage in range(STAGES)
@@ -56,18 +56,18 @@ def test_every_parameter_has_a_stage(pipe: pipecompile.Pipeline) -> None:
         for name in compiled.graph.nodes[i].parameters
     }
     assert read == {name for name, _ in pipe.named_parameters()} != set()
-    assert read == {name for stage in pipe.stages for name, _ in stage.named_parameters()}
+    assert read == {name for stage in pipe.pipeline.stages for name, _ in stage.named_parameters()}
 
 
 def test_stages_are_balanced_and_a_step_is_predicted(pipe: pipecompile.Pipeline) -> None:
-    compiled = pipe._capture_in_use
+    compiled = pipe.pipeline._capture_in_use
     assert compiled.costed.origin == "counted"
     seconds = [0.0] * STAGES
     for cost, stage in zip(compiled.costed.costs, compiled.plan.stage_of, strict=True):
         if stage is not None:
             seconds[stage] += cost.seconds
     assert max(seconds) < 1.3 * sum(seconds) / STAGES
-    assert pipe.predicted.makespan > max(seconds)
+    assert pipe.pipeline.predicted.makespan > max(seconds)
 
 
 def test_a_call_is_refused_in_words(pipe: pipecompile.Pipeline) -> None:
@@ -84,5 +84,5 @@ def test_experts_can_be_planned_too() -> None:
         model = transformers.MixtralForCausalLM(config)
     ids = torch.randint(1000, (4, 16))
     made = pipecompile.compile(model, ["cpu", "cpu"], microbatches=2, example_inputs={"input_ids": ids, "labels": ids})
-    assert made.plan.num_stages == 2
-    assert made._capture_in_use.costed.seconds > 0
+    assert made.pipeline.plan.num_stages == 2
+    assert made.pipeline._capture_in_use.costed.seconds > 0

@@ -35,5 +35,5 @@ def test_a_scripted_function_is_traced_as_the_python_that_it_was_made_from() -> 
     for rows in (4, 6):
         inputs = (rows_of(rows),), {}
         assert_same(step(pipe, model, mean_square, inputs), step(model, model, mean_square, inputs))
-    assert pipe.captures == 1
-    assert not any("kept whole" in note for note in pipe.report["notes"])
+    assert pipe.pipeline.captures == 1
+    assert not any("kept whole" in note for note in pipe.pipeline.report["notes"])

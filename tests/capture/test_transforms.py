@@ -134,7 +134,7 @@ TRANSFORMS = [
 @pytest.mark.parametrize("body", TRANSFORMS, ids=lambda body: body.__name__[1:])
 def test_a_function_of_a_function_gives_the_same_numbers(body: Body, stages: int, microbatches: int) -> None:
     pipe = same(linear, body, stages, microbatches, steps=1)
-    assert not any("whole" in note for note in pipe.report["notes"])
+    assert not any("whole" in note for note in pipe.pipeline.report["notes"])
 
 
 def test_random_numbers_inside_vmap_are_the_microbatchs_own() -> None:
@@ -270,9 +270,9 @@ def test_a_parametrization_gives_the_same_numbers(make: Callable[[], nn.Module],
 def test_spectral_norm_iterates_once_a_batch_and_says_so(make: Callable[[], nn.Module], microbatches: int) -> None:
     same(make, plain, 2, microbatches)
     pipe = pipe_of(Model(make), 2, 2)
-    pipe.prepare(rows())
-    assert any("written once a batch" in note and "inner." in note for note in pipe.report["microbatches"])
-    model = pipe.model.eval()
+    pipe.pipeline.prepare(rows())
+    assert any("written once a batch" in note and "inner." in note for note in pipe.pipeline.report["microbatches"])
+    model = pipe.pipeline.model.eval()
     torch.testing.assert_close(pipe(rows()), model(rows()))
 
 

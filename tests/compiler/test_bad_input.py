@@ -51,8 +51,8 @@ def refused(kind: type[Exception], *words: str) -> Any:
 def works_after(pipe: pipecompile.Pipeline) -> None:
     """A refused call leaves the pipeline as good as new."""
     x = floats()
-    expected = step(pipe.model, pipe.model, mean_square, ((x,), {}))
-    assert_same(step(pipe, pipe.model, mean_square, ((x,), {})), expected)
+    expected = step(pipe.pipeline.model, pipe.pipeline.model, mean_square, ((x,), {}))
+    assert_same(step(pipe, pipe.pipeline.model, mean_square, ((x,), {})), expected)
 
 
 # Devices
@@ -153,7 +153,7 @@ def test_more_stages_than_the_model_can_be_cut_into(stages: int) -> None:
 def test_as_many_stages_as_there_are_operations_work() -> None:
     pipe = pipe_of(nn.Sequential(Net(1)), 3)
     works_after(pipe)
-    assert pipe.plan.num_stages == 3
+    assert pipe.pipeline.plan.num_stages == 3
 
 
 class Plain(nn.Module):
@@ -178,8 +178,11 @@ def test_a_model_without_parameters_is_cut_too() -> None:
 def test_a_batch_smaller_than_or_uneven_for_the_microbatches_works(batch: int) -> None:
     model = MODELS["dict_in_out"]
     pipe, inputs = pipe_of(model.build(), microbatches=4), model.inputs(batch, 6)
-    assert_same(step(pipe, pipe.model, model.loss, inputs), step(pipe.model, pipe.model, model.loss, inputs))
-    assert len(pipe.program.microbatches) == min(batch, 4)
+    assert_same(
+        step(pipe, pipe.pipeline.model, model.loss, inputs),
+        step(pipe.pipeline.model, pipe.pipeline.model, model.loss, inputs),
+    )
+    assert len(pipe.pipeline.program.microbatches) == min(batch, 4)
 
 
 def test_an_empty_batch() -> None:
@@ -232,7 +235,7 @@ def test_an_array_of_numpy_as_the_first_argument() -> None:
 @pytest.mark.parametrize("names", ["text", 3, None, [True, False], ["a", "b"], {"a": 1}])
 def test_options_that_are_no_batch_work(names: Any) -> None:
     pipe, x = pipe_of(), floats()
-    torch.testing.assert_close(pipe(x, names=names), pipe.model(x))
+    torch.testing.assert_close(pipe(x, names=names), pipe.pipeline.model(x))
 
 
 def test_a_call_without_any_tensor() -> None:
@@ -245,7 +248,7 @@ def test_a_call_without_any_tensor() -> None:
             return self.body(torch.ones(3, D)) * times
 
     pipe = pipe_of(Constant())
-    torch.testing.assert_close(pipe(2), pipe.model(2))
+    torch.testing.assert_close(pipe(2), pipe.pipeline.model(2))
 
 
 # Arguments
@@ -271,8 +274,8 @@ def test_a_missing_argument() -> None:
 def test_an_argument_in_another_form_is_captured_anew() -> None:
     pipe, x = pipe_of(), floats()
     for scale in (1.0, 2.0, 1.0):
-        torch.testing.assert_close(pipe(x, scale=scale), pipe.model(x, scale))
-    assert pipe.captures == 2
+        torch.testing.assert_close(pipe(x, scale=scale), pipe.pipeline.model(x, scale))
+    assert pipe.pipeline.captures == 2
 
 
 def test_another_tree_of_inputs_is_captured_anew() -> None:
@@ -280,15 +283,18 @@ def test_another_tree_of_inputs_is_captured_anew() -> None:
     pipe, ((x,), kwargs) = pipe_of(model.build()), model.inputs(4, 6)
     for named in (kwargs, {}, {"shift": x.clone()}, {**kwargs, "shift": x.clone(), "times": 3}, kwargs):
         inputs = ((x,), named)
-        assert_same(step(pipe, pipe.model, mean_square, inputs), step(pipe.model, pipe.model, mean_square, inputs))
-    assert pipe.captures == 4
+        assert_same(
+            step(pipe, pipe.pipeline.model, mean_square, inputs),
+            step(pipe.pipeline.model, pipe.pipeline.model, mean_square, inputs),
+        )
+    assert pipe.pipeline.captures == 4
 
 
 def test_a_tensor_where_a_number_was_is_captured_anew() -> None:
     pipe, x = pipe_of(), floats()
     pipe(x, scale=2.0)
     for scale in (torch.tensor(2.0), floats(4, 1), floats(D)):
-        torch.testing.assert_close(pipe(x, scale=scale), pipe.model(x, scale))
+        torch.testing.assert_close(pipe(x, scale=scale), pipe.pipeline.model(x, scale))
 
 
 def test_unhashable_options_that_change_are_seen() -> None:
@@ -301,7 +307,7 @@ def test_unhashable_options_that_change_are_seen() -> None:
     pipe, x, layers = pipe_of(Listed()), floats(), [0, 1, 2]
     for layer in (0, 1):
         layers[0] = layer
-        torch.testing.assert_close(pipe(x, layers), pipe.model(x, layers))
+        torch.testing.assert_close(pipe(x, layers), pipe.pipeline.model(x, layers))
 
 
 def test_a_set_that_changes_is_seen() -> None:
@@ -346,7 +352,7 @@ def test_an_index_out_of_range_says_where() -> None:
     pipe(**kwargs)
     with refused(PipecompileError, "module 'embedding'", "index out of range"):
         pipe(ids=kwargs["ids"] + 1000, labels=kwargs["labels"])
-    torch.testing.assert_close(pipe(**kwargs)[0], pipe.model(**kwargs)[0])
+    torch.testing.assert_close(pipe(**kwargs)[0], pipe.pipeline.model(**kwargs)[0])
 
 
 def test_an_input_on_the_meta_device() -> None:
@@ -360,13 +366,13 @@ def test_a_sparse_input_works_or_says_so() -> None:
         output = pipe(x.to_sparse())
     except PipecompileError:
         return
-    torch.testing.assert_close(output, pipe.model(x))
+    torch.testing.assert_close(output, pipe.pipeline.model(x))
 
 
 def test_an_input_with_strides_of_its_own_works() -> None:
     pipe = pipe_of()
     for x in (floats(D, 4).T, floats(1, D).expand(4, D), floats(8, D)[::2]):
-        torch.testing.assert_close(pipe(x), pipe.model(x))
+        torch.testing.assert_close(pipe(x), pipe.pipeline.model(x))
 
 
 # Models
@@ -387,7 +393,7 @@ def test_a_model_that_cannot_be_traced() -> None:
     for _ in range(2):
         with refused(CaptureError, "test_bad_input.py", "parameter"):
             pipe(x)
-    assert pipe.captures == 0
+    assert pipe.pipeline.captures == 0
 
 
 def test_a_model_that_raises_itself() -> None:
@@ -404,8 +410,8 @@ def test_a_model_on_the_meta_device_can_be_planned_but_not_called() -> None:
         model = Net()
     x = floats()
     pipe = pipe_of(model, example_inputs=(x,), profile=None)
-    assert pipe.plan.num_stages == 2
-    assert pipe.predicted.makespan > 0
+    assert pipe.pipeline.plan.num_stages == 2
+    assert pipe.pipeline.predicted.makespan > 0
     with refused(InputError, "meta device", "no values"):
         pipe(x)
 
@@ -439,9 +445,9 @@ def test_several_losses_wait_for_the_caller() -> None:
     def weighted(output: Any) -> Tensor:
         return output["first"] + 0.3 * output["second"]
 
-    actual = step(pipe, pipe.model, weighted, ((x,), {}))
-    assert_same(actual, step(pipe.model, pipe.model, weighted, ((x,), {})))
-    assert any("outputs first, second could each be the loss" in note for note in pipe.report["notes"])
+    actual = step(pipe, pipe.pipeline.model, weighted, ((x,), {}))
+    assert_same(actual, step(pipe.pipeline.model, pipe.pipeline.model, weighted, ((x,), {})))
+    assert any("outputs first, second could each be the loss" in note for note in pipe.pipeline.report["notes"])
 
 
 def test_an_asynchronous_pipeline_must_know_which_of_several_losses() -> None:
@@ -452,8 +458,8 @@ def test_an_asynchronous_pipeline_must_know_which_of_several_losses() -> None:
 
 def test_a_loss_by_name() -> None:
     pipe, x = pipe_of(Losses(two_losses), loss="second"), floats()
-    actual = step(pipe, pipe.model, lambda output: output["second"], ((x,), {}))
-    assert_same(actual, step(pipe.model, pipe.model, lambda output: output["second"], ((x,), {})))
+    actual = step(pipe, pipe.pipeline.model, lambda output: output["second"], ((x,), {}))
+    assert_same(actual, step(pipe.pipeline.model, pipe.pipeline.model, lambda output: output["second"], ((x,), {})))
 
 
 @pytest.mark.parametrize("name", ["third", "h"])
@@ -466,7 +472,7 @@ def test_a_loss_that_is_no_output_or_no_number(name: str) -> None:
 def test_an_output_without_a_batch_is_that_of_the_whole_batch() -> None:
     pipe = pipe_of(Losses(lambda h: {"loss": h.mean(), "columns": h.mean(dim=0), "largest": h.amax(dim=0)}))
     x = floats()
-    found, expected = pipe(x), pipe.model(x)
+    found, expected = pipe(x), pipe.pipeline.model(x)
     for name in ("loss", "columns", "largest"):
         torch.testing.assert_close(found[name], expected[name])
 

@@ -88,7 +88,7 @@ def compiled(model: nn.Module | None = None, **options: Any) -> pipecompile.Pipe
 
 
 def is_rehearsed(pipe: pipecompile.Pipeline) -> bool:
-    return pipe.profile.origin.endswith((", corrected by a rehearsal", ", held in a rehearsal"))
+    return pipe.pipeline.profile.origin.endswith((", corrected by a rehearsal", ", held in a rehearsal"))
 
 
 def generators() -> tuple[Any, ...]:
@@ -129,8 +129,8 @@ def test_a_rehearsal_leaves_no_mark(kept: bool, loss: bool, schedule: str) -> No
     assert generators() == drawn
     assert x.grad is None
     assert torch.is_grad_enabled()
-    assert pipe.program is None
-    assert pipe.timeline is None
+    assert pipe.pipeline.program is None
+    assert pipe.pipeline.timeline is None
 
 
 def test_the_first_step_is_that_of_a_pipeline_without_one() -> None:
@@ -242,17 +242,17 @@ def test_a_plan_is_made_from_what_its_stages_took(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(rehearse.Rehearsal, "times", lambda _, batch: stages(batch))
     pipe = compiled(Deep(), profile="measure")
     assert 2 <= len(stages.plans) <= rehearse.REHEARSALS
-    assert pipe.plan.stage_of.count(0) < stages.plans[0].count(0)
+    assert pipe.pipeline.plan.stage_of.count(0) < stages.plans[0].count(0)
     assert is_rehearsed(pipe)
-    assert pipe.profile.origin.count("corrected by") == 1
-    assert pipe.report["costs"] == [pipe.profile.origin]
-    predicted, measured = stage_costs(pipe.profile, pipe.plan), stages.measured(pipe.plan)
+    assert pipe.pipeline.profile.origin.count("corrected by") == 1
+    assert pipe.pipeline.report["costs"] == [pipe.pipeline.profile.origin]
+    predicted, measured = stage_costs(pipe.pipeline.profile, pipe.pipeline.plan), stages.measured(pipe.pipeline.plan)
     for guess, truth in zip(predicted, measured, strict=True):
         assert guess.seconds == pytest.approx(truth.seconds, rel=0.15)
     busiest = max(cost.seconds for cost in measured)
-    assert pipe.plan.quality is not None
-    assert pipe.plan.quality.bottleneck >= 0.99 * max(cost.seconds for cost in predicted)
-    first = pipe.plan.of(pipe.profile.graph, stages.plans[0])
+    assert pipe.pipeline.plan.quality is not None
+    assert pipe.pipeline.plan.quality.bottleneck >= 0.99 * max(cost.seconds for cost in predicted)
+    first = pipe.pipeline.plan.of(pipe.pipeline.profile.graph, stages.plans[0])
     assert busiest < 0.9 * max(cost.seconds for cost in stages.measured(first))
 
 
@@ -260,10 +260,10 @@ def test_a_plan_whose_times_hold_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     stages = Stages(slow=1.0)
     monkeypatch.setattr(rehearse.Rehearsal, "times", lambda _, batch: stages(batch))
     pipe = compiled(Deep())
-    assert stages.plans == [pipe.plan.stage_of]
+    assert stages.plans == [pipe.pipeline.plan.stage_of]
     assert stages.first is not None
-    assert pipe.profile.costs == stages.first.costs
-    assert pipe.profile.origin.endswith(", held in a rehearsal")
+    assert pipe.pipeline.profile.costs == stages.first.costs
+    assert pipe.pipeline.profile.origin.endswith(", held in a rehearsal")
 
 
 def test_where_times_never_hold_the_best_plan_that_was_rehearsed_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,8 +281,10 @@ def test_where_times_never_hold_the_best_plan_that_was_rehearsed_is_taken(monkey
     pipe = compiled(Deep())
     assert len(took) == rehearse.REHEARSALS
     seconds, stage_of = min(took)
-    assert pipe.plan.stage_of == stage_of
-    assert max(cost.seconds for cost in stage_costs(pipe.profile, pipe.plan)) == pytest.approx(seconds)
+    assert pipe.pipeline.plan.stage_of == stage_of
+    assert max(cost.seconds for cost in stage_costs(pipe.pipeline.profile, pipe.pipeline.plan)) == pytest.approx(
+        seconds
+    )
     pipe(rows()).backward()
 
 
@@ -291,8 +293,8 @@ def test_later_steps_are_predicted_by_the_rehearsal(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(rehearse.Rehearsal, "times", lambda _, batch: stages(batch))
     pipe = compiled(Deep())
     pipe(rows()).backward()
-    costs = stage_costs(pipe.profile, pipe.plan)
-    for span in pipe.predicted.spans:
+    costs = stage_costs(pipe.pipeline.profile, pipe.pipeline.plan)
+    for span in pipe.pipeline.predicted.spans:
         if isinstance(span.instruction, Forward | Backward):
             cost = costs[span.instruction.stage]
             expected = cost.forward if isinstance(span.instruction, Forward) else cost.backward
@@ -304,7 +306,7 @@ def test_later_steps_are_predicted_by_the_rehearsal(monkeypatch: pytest.MonkeyPa
 
 def test_costs_that_are_not_measured_here_are_not_rehearsed(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = compiled()
-    known = asked.profile
+    known = asked.pipeline.profile
 
     def never(*_: Any) -> None:
         raise AssertionError("a rehearsal")
@@ -312,10 +314,10 @@ def test_costs_that_are_not_measured_here_are_not_rehearsed(monkeypatch: pytest.
     monkeypatch.setattr(rehearse.Rehearsal, "times", lambda _, batch: never(batch))
     asked.eval()
     asked(rows(6))  # a second capture, on the placement of the first
-    assert asked.captures == 2
+    assert asked.pipeline.captures == 2
     for options in ({"profile": "count"}, {"profile": known}, {"cluster": Cluster.of(["cpu", "cpu"])}):
         pipe = compiled(Marked(kept=False, loss=True), **options)
-        assert pipe.plan.num_stages == 2
+        assert pipe.pipeline.plan.num_stages == 2
     compiled(Marked(kept=False, loss=True).to("meta"), example_inputs=(rows().to("meta"),))
 
 
@@ -331,7 +333,7 @@ def test_what_tells_nothing_is_not_rehearsed(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(rehearse, "WORTH", 1e9)
     short = compiled(Deep())
     for pipe in (alone, evaluated, frozen, short):
-        assert pipe.profile.origin == f"measured: cpu, torch {torch.__version__}"
+        assert pipe.pipeline.profile.origin == f"measured: cpu, torch {torch.__version__}"
 
 
 # Errors
@@ -350,9 +352,9 @@ class Looks(nn.Module):
 def test_a_model_that_raises_says_so_in_the_report_and_in_the_step() -> None:
     ids = torch.tensor([0, 1, 2, 3, 9, 3, 2, 1])  # no row of the table is the third microbatch's
     pipe = compiled(Looks(), example_inputs=(ids,))
-    assert pipe.plan.num_stages == 2
-    assert "not rehearsed, since stage 0, 0F2: module 'table'" in pipe.report["costs"][0]
-    assert "IndexError: index out of range" in pipe.report["costs"][0]
+    assert pipe.pipeline.plan.num_stages == 2
+    assert "not rehearsed, since stage 0, 0F2: module 'table'" in pipe.pipeline.report["costs"][0]
+    assert "IndexError: index out of range" in pipe.pipeline.report["costs"][0]
     with pytest.raises(ExecutionError, match=r"stage 0, 0F2: module 'table'.*IndexError: index out of range"):
         pipe(ids)
     pipe(ids % 4).backward()
@@ -371,5 +373,5 @@ def test_where_no_other_plan_is_found_the_rehearsed_one_is_taken(monkeypatch: py
 
     monkeypatch.setattr("pipecompile.compiler.compile_call.make_plan", make)
     pipe = compiled(Deep())
-    assert pipe.plan.stage_of == plans[0].stage_of
+    assert pipe.pipeline.plan.stage_of == plans[0].stage_of
     assert is_rehearsed(pipe)

@@ -90,7 +90,7 @@ def check_steps(idiom: Idiom, stages: int, microbatches: int, schedule: str, eva
             *({n: t for n, t in seen.tensors.items() if not n.endswith(left_out)} for seen in (a, b)),
         )
     if idiom.stages:
-        assert len(pipe.stages) == stages, f"{len(pipe.stages)} stages instead of {stages}"
+        assert len(pipe.pipeline.stages) == stages, f"{len(pipe.pipeline.stages)} stages instead of {stages}"
 
 
 def in_eager(idiom: Idiom, microbatches: int, evaluate: bool, drawn: Iterable[Mapping[str, Any]] = ()) -> list[Seen]:
@@ -344,7 +344,7 @@ def check_stream(idiom: Idiom, stages: int, microbatches: int) -> None:
     try:
         output = pipe(*args, **kwargs, **target)
     finally:
-        pipe.flush()
+        pipe.pipeline.flush()
     seed_all()
     expected = [idiom.loss(other, other(*a, **k)) * share for (a, k), share in cut(copied, microbatches)]
     actual = idiom.loss(model, output) if inside else output

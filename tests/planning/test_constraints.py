@@ -37,11 +37,11 @@ def piped(stages: int = 3, **options: object) -> pipecompile.Pipeline:
 
 def stages_of(pipe: pipecompile.Pipeline, path: str) -> set[int]:
     """The stages in which a module's nodes are."""
-    graph = pipe._capture_in_use.graph
+    graph = pipe.pipeline._capture_in_use.graph
     found = [
         stage
-        for stage in range(pipe.plan.num_stages)
-        for index in members(graph, pipe.plan, stage)
+        for stage in range(pipe.pipeline.plan.num_stages)
+        for index in members(graph, pipe.pipeline.plan, stage)
         if graph.nodes[index].path.split(".")[: len(path.split("."))] == path.split(".")
     ]
     assert found, path
@@ -50,7 +50,7 @@ def stages_of(pipe: pipecompile.Pipeline, path: str) -> set[int]:
 
 def test_wishes_are_kept_and_the_step_is_exact() -> None:
     pipe = piped(pins={"layers.0": 0, "layers.1": 1}, uncut=["layers.2"], together=[["layers.3", "head"]])
-    unsplit = deepcopy(pipe.model)
+    unsplit = deepcopy(pipe.pipeline.model)
     x = torch.randn(5, 8, dtype=torch.float64)
     pipe(x).square().mean().backward()
     unsplit(x).square().mean().backward()
@@ -65,21 +65,21 @@ def test_wishes_are_kept_and_the_step_is_exact() -> None:
 
 def test_fewer_stages_than_devices_train() -> None:
     pipe = piped(most_stages=2, pins={"layers.0": 0, "layers.5": 1})
-    unsplit = deepcopy(pipe.model)
+    unsplit = deepcopy(pipe.pipeline.model)
     x = torch.randn(4, 8, dtype=torch.float64)
     pipe(x).sum().backward()
     unsplit(x).sum().backward()
-    assert pipe.plan.num_stages == 2
+    assert pipe.pipeline.plan.num_stages == 2
     for mine, other in zip(pipe.parameters(), unsplit.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, other.grad, rtol=1e-10, atol=1e-13)
 
 
 def test_a_plan_says_how_good_it_is() -> None:
     pipe = piped(budget=2.0)
-    pipe.prepare(torch.randn(4, 8, dtype=torch.float64))
-    assert pipe.plan.quality is not None
-    assert pipe.plan.quality.proven
-    assert str(pipe.plan.quality) in str(pipe.plan)
+    pipe.pipeline.prepare(torch.randn(4, 8, dtype=torch.float64))
+    assert pipe.pipeline.plan.quality is not None
+    assert pipe.pipeline.plan.quality.proven
+    assert str(pipe.pipeline.plan.quality) in str(pipe.pipeline.plan)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_a_plan_says_how_good_it_is() -> None:
 )
 def test_wishes_that_cannot_be(options: dict[str, object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        piped(**options).prepare(torch.randn(4, 8, dtype=torch.float64))
+        piped(**options).pipeline.prepare(torch.randn(4, 8, dtype=torch.float64))
 
 
 def test_a_search_takes_some_time() -> None:

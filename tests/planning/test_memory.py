@@ -102,12 +102,12 @@ def pipeline(make: Any, schedule: str, **options: Any) -> tuple[pipecompile.Pipe
 def test_predicted_bytes_are_those_of_a_run(make: Any, schedule: str) -> None:
     pipe, step, optimizer = pipeline(make, schedule)
     counted = peaks(pipe, step, optimizer)
-    compiled = pipe._capture_in_use
-    most = compiled.work.memory(pipe.profile, pipe.plan, compiled.cluster, bound=True).ranks
+    compiled = pipe.pipeline._capture_in_use
+    most = compiled.work.memory(pipe.pipeline.profile, pipe.pipeline.plan, compiled.cluster, bound=True).ranks
     assert all(c <= 1.02 * m for c, m in zip(counted, most, strict=True))
-    fixed = [m - stage.waiting for m, stage in zip(most, pipe.memory.stages, strict=True)]
+    fixed = [m - stage.waiting for m, stage in zip(most, pipe.pipeline.memory.stages, strict=True)]
     # what waits depends on which thread is faster: a stage that holds little else is left to the bound
-    pairs = [(p, c) for p, c, f, m in zip(pipe.memory.ranks, counted, fixed, most, strict=True) if f > 0.9 * m]
+    pairs = [(p, c) for p, c, f, m in zip(pipe.pipeline.memory.ranks, counted, fixed, most, strict=True) if f > 0.9 * m]
     assert max(counted) in [c for _, c in pairs]
     assert [p / c for p, c in pairs] == [pytest.approx(1, abs=0.1)] * len(pairs)
 
@@ -115,13 +115,13 @@ def test_predicted_bytes_are_those_of_a_run(make: Any, schedule: str) -> None:
 @pytest.mark.parametrize("recompute", ["auto", "always"] if LONG else ["always"])
 def test_a_limit_is_never_exceeded(recompute: Any) -> None:
     free, _, _ = pipeline(transformer, "1f1b")
-    limit = int(0.8 * max(free.memory.ranks))
+    limit = int(0.8 * max(free.pipeline.memory.ranks))
     cluster = Cluster(tuple(Device(f"cpu {rank}", memory=limit) for rank in range(STAGES)))
     pipe, step, optimizer = pipeline(transformer, "1f1b", cluster=cluster, recompute=recompute)
     counted = peaks(pipe, step, optimizer)
     assert max(counted) <= limit
     assert max(counted) < max(peaks(*pipeline(transformer, "1f1b")))
-    assert bool(pipe.plan.recomputed) or recompute == "auto"
+    assert bool(pipe.pipeline.plan.recomputed) or recompute == "auto"
 
 
 # By hand

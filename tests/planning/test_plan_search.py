@@ -53,7 +53,7 @@ def tight(batch: int = 512) -> dict[str, Any]:
     """A batch whose activations weigh, and devices that have room for little more than what is computed again."""
     x = torch.randn(batch, WIDTH)
     pipe = compiled(recompute="always", example_inputs={"x": x, "y": x})
-    return {"example_inputs": {"x": x, "y": x}, "cluster": of_memory(int(1.15 * max(pipe.memory.ranks)))}
+    return {"example_inputs": {"x": x, "y": x}, "cluster": of_memory(int(1.15 * max(pipe.pipeline.memory.ranks)))}
 
 
 def of_memory(nbytes: int) -> Cluster:
@@ -72,7 +72,7 @@ def gradients(pipe: pipecompile.Pipeline) -> dict[str, Tensor]:
 
 def test_recomputed_stages_give_the_same_gradients_bit_for_bit() -> None:
     kept, again = compiled(recompute="never"), compiled(recompute="always")
-    assert (kept.plan.recomputed, again.plan.recomputed) == ((), (0, 1, 2))
+    assert (kept.pipeline.plan.recomputed, again.pipeline.plan.recomputed) == ((), (0, 1, 2))
     before, after = gradients(kept), gradients(again)
     assert before.keys() == after.keys() == dict(kept.named_parameters()).keys()
     for name, gradient in before.items():
@@ -81,25 +81,25 @@ def test_recomputed_stages_give_the_same_gradients_bit_for_bit() -> None:
 
 def test_a_recomputed_stage_takes_its_forward_twice() -> None:
     pipe = compiled(recompute="always")
-    plain = stage_costs(pipe.profile, replace(pipe.plan, recomputed=()))
-    again = stage_costs(pipe.profile, pipe.plan)
+    plain = stage_costs(pipe.pipeline.profile, replace(pipe.pipeline.plan, recomputed=()))
+    again = stage_costs(pipe.pipeline.profile, pipe.pipeline.plan)
     assert [b.backward for b in again] == [a.backward + a.forward for a in plain]
 
 
 def test_what_does_not_fit_otherwise_is_computed_again_and_reported() -> None:
     pipe = compiled(**tight())
-    assert 0 < len(pipe.plan.recomputed) <= 3
-    assert any("for its memory" in line for line in pipe.report["recomputed"])
-    assert "computed again" in str(pipe.plan)
-    assert len(pipe.report["memory"]) == 3
+    assert 0 < len(pipe.pipeline.plan.recomputed) <= 3
+    assert any("for its memory" in line for line in pipe.pipeline.report["recomputed"])
+    assert "computed again" in str(pipe.pipeline.plan)
+    assert len(pipe.pipeline.report["memory"]) == 3
 
 
 def test_a_model_that_fits_is_not_computed_again() -> None:
-    assert compiled(cluster=of_memory(2**30)).plan.recomputed == ()
+    assert compiled(cluster=of_memory(2**30)).pipeline.plan.recomputed == ()
 
 
 def test_what_fits_nowhere_says_where_how_much_and_what_would_help() -> None:
-    least = max(compiled(recompute="always").memory.ranks)
+    least = max(compiled(recompute="always").pipeline.memory.ranks)
     with pytest.raises(PlanError, match=r"stage \d would hold .* too much .*parameters .*such devices in place of 3"):
         compiled(cluster=of_memory(int(0.7 * least)))
 
@@ -130,11 +130,11 @@ def test_unknown_ways_to_recompute_are_refused() -> None:
 
 def test_a_saved_profile_gives_the_same_plan(tmp_path: Path) -> None:
     first = compiled()
-    first.profile.save(tmp_path / "profile.json")
+    first.pipeline.profile.save(tmp_path / "profile.json")
     again = compiled(profile=tmp_path / "profile.json")
-    assert again.profile == first.profile == CostedGraph.load(tmp_path / "profile.json")
-    assert again.plan == first.plan
-    setting = again.profile.setting
+    assert again.pipeline.profile == first.pipeline.profile == CostedGraph.load(tmp_path / "profile.json")
+    assert again.pipeline.plan == first.pipeline.plan
+    setting = again.pipeline.profile.setting
     assert setting is not None
     assert (setting.model, setting.torch, setting.inputs[0]) == ("Model", torch.__version__, "x: float32[16, 48]")
     assert setting.date
@@ -142,13 +142,13 @@ def test_a_saved_profile_gives_the_same_plan(tmp_path: Path) -> None:
 
 
 def test_a_profile_of_another_model_is_refused_with_the_node(tmp_path: Path) -> None:
-    compiled().profile.save(tmp_path / "profile.json")
+    compiled().pipeline.profile.save(tmp_path / "profile.json")
     with pytest.raises(InputError, match=r"profile \(Model on .*node 33, .*blocks.6.*in the profile"):
         compiled(blocks=7, profile=str(tmp_path / "profile.json"))
 
 
 def test_a_profile_of_other_sizes_is_refused(tmp_path: Path) -> None:
-    compiled().profile.save(tmp_path / "profile.json")
+    compiled().pipeline.profile.save(tmp_path / "profile.json")
     x = torch.randn(32, WIDTH)
     with pytest.raises(InputError, match=r"node 0, .*outputs float32\[8, 48\], in the profile float32\[16, 48\]"):
         compiled(profile=str(tmp_path / "profile.json"), example_inputs={"x": x, "y": x})
@@ -171,7 +171,7 @@ def test_what_is_no_profile_is_refused(tmp_path: Path, text: str | None, message
 def slowed(pipe: pipecompile.Pipeline, slow: int, factor: float) -> Timeline:
     """A step in which one stage took longer than was predicted."""
     spans = []
-    for stage, cost in enumerate(stage_costs(pipe.profile, pipe.plan)):
+    for stage, cost in enumerate(stage_costs(pipe.pipeline.profile, pipe.pipeline.plan)):
         times = factor if stage == slow else 1.0
         for k in range(4):
             spans.append(Span(stage, Forward(stage, k), float(k), k + times * cost.forward))
@@ -181,35 +181,35 @@ def slowed(pipe: pipecompile.Pipeline, slow: int, factor: float) -> Timeline:
 
 def test_times_are_corrected_stage_by_stage() -> None:
     pipe = compiled()
-    predicted = stage_costs(pipe.profile, pipe.plan)
+    predicted = stage_costs(pipe.pipeline.profile, pipe.pipeline.plan)
     times = stage_times(predicted, slowed(pipe, 1, 3.0))
     assert [t.ratio for t in times] == [pytest.approx(1), pytest.approx(3), pytest.approx(1)]
-    fixed = stage_costs(corrected(pipe.profile, pipe.plan, times), pipe.plan)
+    fixed = stage_costs(corrected(pipe.pipeline.profile, pipe.pipeline.plan, times), pipe.pipeline.plan)
     assert [c.seconds for c in fixed] == [pytest.approx(t.measured.seconds) for t in times]
 
 
 @pytest.mark.parametrize(("recompute", "error"), [("never", 5 / 3), ("always", 7 / 4)])
 def test_forward_and_backward_are_corrected_each(recompute: str, error: float) -> None:
     pipe = compiled(recompute=recompute)
-    costs = tuple(Cost() if stage is None else Cost(1.0, 2.0) for stage in pipe.plan.stage_of)
-    costed = replace(pipe.profile, costs=costs)
-    before = stage_costs(costed, pipe.plan)
+    costs = tuple(Cost() if stage is None else Cost(1.0, 2.0) for stage in pipe.pipeline.plan.stage_of)
+    costed = replace(pipe.pipeline.profile, costs=costs)
+    before = stage_costs(costed, pipe.pipeline.plan)
     times = [Times(cost, Cost(2 * cost.forward, 3 * cost.backward)) for cost in before]
     assert [it.error for it in times] == [pytest.approx(error)] * 3  # seconds off, of those predicted
-    once = corrected(costed, pipe.plan, times, "a test")
-    for cost, it in zip(stage_costs(once, pipe.plan), times, strict=True):
+    once = corrected(costed, pipe.pipeline.plan, times, "a test")
+    for cost, it in zip(stage_costs(once, pipe.pipeline.plan), times, strict=True):
         assert cost.forward == pytest.approx(it.measured.forward)
         assert cost.backward == pytest.approx(it.measured.backward)
-    twice = corrected(once, pipe.plan, times, "a test")
+    twice = corrected(once, pipe.pipeline.plan, times, "a test")
     assert once.origin == twice.origin == f"{costed.origin}, corrected by a test"
 
 
 def test_a_recomputed_stage_whose_backward_took_less_than_its_forward_is_corrected_as_a_whole() -> None:
     pipe = compiled(recompute="always")
-    costs = tuple(Cost() if stage is None else Cost(1.0, 2.0) for stage in pipe.plan.stage_of)
-    costed = replace(pipe.profile, costs=costs)
-    times = [Times(cost, Cost(cost.forward, cost.forward / 2)) for cost in stage_costs(costed, pipe.plan)]
-    fixed = stage_costs(corrected(costed, pipe.plan, times), pipe.plan)
+    costs = tuple(Cost() if stage is None else Cost(1.0, 2.0) for stage in pipe.pipeline.plan.stage_of)
+    costed = replace(pipe.pipeline.profile, costs=costs)
+    times = [Times(cost, Cost(cost.forward, cost.forward / 2)) for cost in stage_costs(costed, pipe.pipeline.plan)]
+    fixed = stage_costs(corrected(costed, pipe.pipeline.plan, times), pipe.pipeline.plan)
     assert [c.seconds for c in fixed] == [pytest.approx(it.measured.seconds) for it in times]
     assert all(c.backward > c.forward > 0 for c in fixed)
 
@@ -221,14 +221,14 @@ def test_times_of_a_step_without_a_backward_say_nothing() -> None:
 def test_replan_relieves_the_slow_stage_and_stays_exact() -> None:
     pipe = compiled()
     before = gradients(pipe)
-    assert len(pipe.report["calibration"]) == 3
-    sizes = [pipe.plan.stage_of.count(stage) for stage in range(3)]
-    pipe._session.timeline = slowed(pipe, 0, 4.0)
-    plan = pipe.replan()
-    assert plan == pipe.plan
+    assert len(pipe.pipeline.report["calibration"]) == 3
+    sizes = [pipe.pipeline.plan.stage_of.count(stage) for stage in range(3)]
+    pipe.pipeline._session.timeline = slowed(pipe, 0, 4.0)
+    plan = pipe.pipeline.replan()
+    assert plan == pipe.pipeline.plan
     assert plan.stage_of.count(0) < sizes[0]
-    assert "corrected" in pipe.profile.origin
-    assert pipe.report["calibration"] == []
+    assert "corrected" in pipe.pipeline.profile.origin
+    assert pipe.pipeline.report["calibration"] == []
     pipe.zero_grad()
     after = gradients(pipe)
     for name, gradient in before.items():
@@ -237,9 +237,9 @@ def test_replan_relieves_the_slow_stage_and_stays_exact() -> None:
 
 def test_replan_needs_a_step() -> None:
     with pytest.raises(InputError, match="training step"):
-        compiled().replan()
+        compiled().pipeline.replan()
 
 
 def test_replan_leaves_optimizers_inside_alone() -> None:
     with pytest.raises(InputError, match="optimizers that step inside"):
-        compiled(schedule="pipedream", optimizer=torch.optim.Adam).replan()
+        compiled(schedule="pipedream", optimizer=torch.optim.Adam).pipeline.replan()

@@ -68,7 +68,7 @@ def test_uneven_batches_fewer_microbatches_than_replicas_and_skips(replicas, sch
     model, inputs = skipping()
     pipe = pipe_of(model, replicas, schedule=schedule, microbatches=microbatches)
     assert_same(step(pipe, model, itself, inputs), step(model, model, itself, inputs))
-    groups = [group for stage, group in enumerate(pipe.plan.replicas) if group[0] == stage]
+    groups = [group for stage, group in enumerate(pipe.pipeline.plan.replicas) if group[0] == stage]
     assert list(map(len, groups)) == replicas
 
 
@@ -99,10 +99,10 @@ def test_a_weight_of_a_replicated_and_another_stage_gets_its_gradient_once(repli
     inputs = ((torch.randn(5, D, dtype=torch.float64),), {})
     pipe = pipe_of(model, replicas)
     assert_same(step(pipe, model, mean_square, inputs), step(model, model, mean_square, inputs))
-    assert [tied.parameter for tied in pipe.plan.tied_by_model] == ["body.0.0.weight"]
-    assert len(pipe.plan.tied) > 1
-    assert pipe.report["tied"] == ["body.0.0.weight over stages " + ", ".join(
-        map(str, pipe.plan.tied_by_model[0].stages)) + ", gradients summed"]  # fmt: skip
+    assert [tied.parameter for tied in pipe.pipeline.plan.tied_by_model] == ["body.0.0.weight"]
+    assert len(pipe.pipeline.plan.tied) > 1
+    assert pipe.pipeline.report["tied"] == ["body.0.0.weight over stages " + ", ".join(
+        map(str, pipe.pipeline.plan.tied_by_model[0].stages)) + ", gradients summed"]  # fmt: skip
 
 
 def test_the_loss_may_be_the_callers_and_a_second_backward_may_come():
@@ -407,7 +407,7 @@ def test_a_pipeline_says_what_it_has_chosen_and_trains():
     model, inputs = skipping(rows=8)
     pipe = pipe_of(model, "auto", example_inputs=inputs)
     assert_same(step(pipe, model, itself, inputs), step(model, model, itself, inputs))
-    assert sum("a step of" in line for line in pipe.report["replicas"]) >= 2
+    assert sum("a step of" in line for line in pipe.pipeline.report["replicas"]) >= 2
 
 
 # What cannot be
@@ -429,7 +429,7 @@ def test_a_stage_that_writes_for_each_microbatch_has_no_replicas():
         pipe(x)
     pipe_of(Norm(), [2], batch_norm="deferred")(x).sum().backward()
     pipe.eval()
-    torch.testing.assert_close(pipe(x), pipe.model(x))
+    torch.testing.assert_close(pipe(x), pipe.pipeline.model(x))
     with pytest.raises(PlanError, match="module 'norm'"):
         pipe.train()(x)
 
@@ -447,10 +447,10 @@ def test_deferred_batch_norm_writes_once_whoever_runs_the_microbatches():
 
 def test_auto_gives_no_replicas_to_what_writes_for_each_microbatch():
     pipe = pipe_of(Norm(), "auto", example_inputs=(torch.randn(8, D),))
-    node = next(node for node in pipe.profile.graph.nodes if node.writes)
-    stage = pipe.plan.stage_of[pipe.profile.graph.nodes.index(node)]
+    node = next(node for node in pipe.pipeline.profile.graph.nodes if node.writes)
+    stage = pipe.pipeline.plan.stage_of[pipe.pipeline.profile.graph.nodes.index(node)]
     assert stage is not None
-    assert len(pipe.plan.replicas[stage]) == 1
+    assert len(pipe.pipeline.plan.replicas[stage]) == 1
 
 
 @pytest.mark.parametrize(

@@ -32,12 +32,12 @@ def trained(stages: int, optimizer: Callable[..., torch.optim.Optimizer]) -> tup
         profile="count",
     )
     losses = [pipe(*args, **kwargs).item() for args, kwargs in CALLS]
-    pipe.flush()
+    pipe.pipeline.flush()
     return pipe, losses
 
 
 def recurrence(pipe: pipecompile.Pipeline, optimizer: Callable[..., torch.optim.Optimizer]) -> Recurrence:
-    names = [[name for name, _ in stage.named_parameters()] for stage in pipe.stages]
+    names = [[name for name, _ in stage.named_parameters()] for stage in pipe.pipeline.stages]
     minibatches = [part for call in CALLS for part in split(call, MICROBATCHES)]
     delay = range(len(names))[::-1]
     return pipedream(MODEL.build(), MODEL.loss, minibatches, names, delay, optimizer)
@@ -50,7 +50,7 @@ def test_twenty_minibatches_over_five_calls_equal_the_recurrence(
 ) -> None:
     pipe, losses = trained(stages, optimizer)
     expected = recurrence(pipe, optimizer)
-    assert pipe.plan.num_stages == stages
+    assert pipe.pipeline.plan.num_stages == stages
     for name, parameter in pipe.named_parameters():
         torch.testing.assert_close(parameter.detach(), expected.parameters.pop(name), msg=name)
     assert not expected.parameters
@@ -61,12 +61,12 @@ def test_twenty_minibatches_over_five_calls_equal_the_recurrence(
 @pytest.mark.parametrize("stages", [2, 3, 4])
 def test_a_stage_holds_as_many_versions_as_there_are_stages_from_it_on(stages: int) -> None:
     pipe, _ = trained(stages, OPTIMIZERS["momentum"])
-    assert pipe.versions == tuple(range(stages, 0, -1))
+    assert pipe.pipeline.versions == tuple(range(stages, 0, -1))
 
 
 def test_weights_that_lag_behind_show() -> None:
     pipe, _ = trained(3, OPTIMIZERS["momentum"])
-    names = [[name for name, _ in stage.named_parameters()] for stage in pipe.stages]
+    names = [[name for name, _ in stage.named_parameters()] for stage in pipe.pipeline.stages]
     minibatches = [part for call in CALLS for part in split(call, MICROBATCHES)]
     plain = pipedream(MODEL.build(), MODEL.loss, minibatches, names, [0, 0, 0], OPTIMIZERS["momentum"])
     apart = [name for name, p in pipe.named_parameters() if not torch.allclose(p, plain.parameters[name])]

@@ -33,7 +33,7 @@ def pairs(name: str, **options: Any) -> Iterator[tuple[nn.Module, Inputs]]:
 
 
 def repeats(pipe: nn.Module) -> list[str]:
-    return list(pipe.report["run again"])
+    return list(pipe.pipeline.report["run again"])
 
 
 # Asking for gradients
@@ -213,7 +213,7 @@ def test_a_call_is_not_run_again_on_other_values(what: str) -> None:
 def test_gradients_of_gradients_are_refused(name: str) -> None:
     pipe, _, inputs = both(name)
     loss = loss_of(name, pipe, inputs)
-    with pytest.raises(ExecutionError, match=r"create_graph=True.*pipe\.model"):
+    with pytest.raises(ExecutionError, match=r"create_graph=True.*pipe\.pipeline\.model"):
         torch.autograd.grad(loss, list(pipe.parameters()), create_graph=True)
     with pytest.raises(ExecutionError, match="create_graph=True"):
         loss.backward(create_graph=True)

@@ -45,13 +45,13 @@ def test_a_copy_is_a_pipeline_of_a_copy(name: str, captured: bool) -> None:
     pipe = pipe_of(entry.build())
     inputs = entry.inputs(4, entry.lengths[0])
     if captured:
-        pipe.prepare(*inputs[0], **inputs[1])
+        pipe.pipeline.prepare(*inputs[0], **inputs[1])
     copy = deepcopy(pipe)
-    reference = deepcopy(pipe.model)
+    reference = deepcopy(pipe.pipeline.model)
     before = {name: tensor.clone() for name, tensor in pipe.state_dict().items()}
     assert before.keys() == copy.state_dict().keys()
     assert not {id(p) for p in pipe.parameters()} & {id(p) for p in copy.parameters()}
-    assert_same(step(copy, copy.model, entry.loss, inputs), step(reference, reference, entry.loss, inputs))
+    assert_same(step(copy, copy.pipeline.model, entry.loss, inputs), step(reference, reference, entry.loss, inputs))
     entry.loss(copy(*inputs[0], **inputs[1])).backward()
     torch.optim.SGD(copy.parameters(), lr=0.5).step()
     assert all(p.grad is None for p in pipe.parameters())
@@ -65,10 +65,14 @@ def test_a_copy_keeps_the_placement_and_the_options() -> None:
     pipe(x, target=x)
     copy = deepcopy(pipe).eval()
     copy(x, target=x)
-    assert copy.plan.stage_of == pipe.plan.stage_of
-    assert (copy.schedule, copy.microbatches, copy.devices) == (pipe.schedule, pipe.microbatches, pipe.devices)
+    assert copy.pipeline.plan.stage_of == pipe.pipeline.plan.stage_of
+    assert (copy.pipeline.schedule, copy.pipeline.microbatches, copy.pipeline.devices) == (
+        pipe.pipeline.schedule,
+        pipe.pipeline.microbatches,
+        pipe.pipeline.devices,
+    )
     assert pipe.training
-    assert not copy.model.training
+    assert not copy.pipeline.model.training
 
 
 def test_a_copy_of_a_copy_keeps_the_placement() -> None:
@@ -77,7 +81,7 @@ def test_a_copy_of_a_copy_keeps_the_placement() -> None:
     pipe(x)
     copy = deepcopy(deepcopy(pipe))
     copy(x)
-    assert copy.plan.stage_of == pipe.plan.stage_of
+    assert copy.pipeline.plan.stage_of == pipe.pipeline.plan.stage_of
 
 
 def test_a_pipeline_inside_a_module_is_copied_with_it() -> None:
@@ -90,7 +94,7 @@ def test_a_pipeline_inside_a_module_is_copied_with_it() -> None:
 
 def test_an_asynchronous_pipeline_is_not_copied() -> None:
     pipe = pipe_of(blocks(4), schedule="pipedream", optimizer=lambda params: torch.optim.SGD(params, lr=0.1))
-    with pytest.raises(PipecompileError, match=r"cannot be copied.*compile copy\.deepcopy\(pipe\.model\) anew"):
+    with pytest.raises(PipecompileError, match=r"cannot be copied.*copy\.deepcopy\(pipe\.pipeline\.model\) anew"):
         deepcopy(pipe)
 
 
@@ -99,7 +103,7 @@ def test_two_threads_make_one_capture() -> None:
     pipe = pipe_of(model)
     inputs = [torch.randn(4, D, dtype=torch.float64) for _ in range(4)]
     outputs = all_at_once(4, lambda number: pipe(inputs[number]))
-    assert pipe.captures == 1
+    assert pipe.pipeline.captures == 1
     assert len(outputs) == 4
     for x, output in zip(inputs, outputs, strict=True):
         assert torch.equal(output, model(x))
@@ -137,11 +141,11 @@ def test_a_trace_does_not_see_what_another_thread_runs() -> None:
     x = torch.randn(4, D)
     pipe = pipe_of(Waits())
     with ThreadPoolExecutor(1) as thread:
-        captured = thread.submit(pipe.prepare, x)
+        captured = thread.submit(pipe.pipeline.prepare, x)
         assert inside.wait(60)
         with torch.autocast("cpu", torch.bfloat16):
             Lasts()(x)
-    origins = [origin_of(node) for node in pipe._first.captured.graph.nodes if node.op == "call_function"]
+    origins = [origin_of(node) for node in pipe.pipeline._first.captured.graph.nodes if node.op == "call_function"]
     assert origins
     assert {origin.path.split(".")[0] for origin in origins} == {"layers"}
     assert {origin.region for origin in origins} == {PLAIN}

@@ -206,13 +206,13 @@ def test_an_average_of_a_pipelines_weights_is_a_pipeline() -> None:
             average.update_parameters(module)
         averages.append(average)
     ours, theirs = averages
-    assert isinstance(ours.module, pipecompile.Pipeline)
+    assert isinstance(ours.module.pipeline, pipecompile.Pipeline)
     assert list(ours.state_dict()) == list(theirs.state_dict())
     assert_same_parameters(ours.module, theirs.module, start)
     assert not torch.equal(ours.module.head.weight, pipe.head.weight)
     inputs = MODELS[INSIDE].inputs(5, 6, 9)
     torch.testing.assert_close(loss_of(INSIDE, ours, inputs), loss_of(INSIDE, theirs, inputs))
-    assert ours.module.plan.stage_of == pipe.plan.stage_of
+    assert ours.module.pipeline.plan.stage_of == pipe.pipeline.plan.stage_of
 
 
 def test_a_copy_of_a_pipeline_trains_by_itself() -> None:

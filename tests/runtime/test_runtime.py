@@ -95,19 +95,20 @@ def loss_of(pipe: Any, x: Tensor) -> Tensor:
 def works(pipe: pipecompile.Pipeline) -> None:
     x = floats()
     inputs = ((x,), {})
-    assert_same(step(lambda x: loss_of(pipe, x), pipe.model, lambda loss: loss, inputs),
-                step(lambda x: loss_of(pipe.model, x), pipe.model, lambda loss: loss, inputs))  # fmt: skip
+    model = pipe.pipeline.model
+    ours = step(lambda x: loss_of(pipe, x), model, lambda loss: loss, inputs)
+    assert_same(ours, step(lambda x: loss_of(model, x), model, lambda loss: loss, inputs))
 
 
 def stage_of_fuse(pipe: pipecompile.Pipeline, number: int) -> int | None:
     graph, _, _ = summary(pipe)
     index = next(i for i, n in enumerate(graph.nodes) if n.op == "Fuse_apply" and n.path == f"layers.{number}")
-    return pipe.plan.stage_of[index]
+    return pipe.pipeline.plan.stage_of[index]
 
 
 def summary(pipe: pipecompile.Pipeline) -> Any:
     """The graph, the captured graph and the stages behind a pipeline."""
-    compiled = pipe._capture_in_use
+    compiled = pipe.pipeline._capture_in_use
     return compiled.graph, compiled.captured.graph, compiled.stages
 
 
@@ -198,7 +199,7 @@ def test_an_asynchronous_pipeline_works_again_after_a_failure(light: Callable[..
         Fuse.wire.queue.clear()
         before = [parameter.detach().clone() for parameter in pipe.parameters()]
         assert torch.isfinite(pipe(x))
-        pipe.flush()
+        pipe.pipeline.flush()
         assert all(not torch.equal(b, p) for b, p in zip(before, pipe.parameters(), strict=True))
 
 
@@ -207,9 +208,9 @@ def test_a_failure_in_a_flush_surfaces(light: Callable[..., None]) -> None:
     pipe(floats())
     light("backward 0")
     with pytest.raises(ExecutionError, match="too hot"):
-        pipe.flush()
+        pipe.pipeline.flush()
     Fuse.wire.queue.clear()
-    pipe.flush()
+    pipe.pipeline.flush()
     assert torch.isfinite(pipe(floats()))
 
 
@@ -300,7 +301,7 @@ def test_a_step_between_two_calls_is_seen_by_the_second() -> None:
     with torch.no_grad():
         for parameter in pipe.parameters():
             parameter.mul_(0.5)
-    torch.testing.assert_close(pipe(x), pipe.model(x))
+    torch.testing.assert_close(pipe(x), pipe.pipeline.model(x))
     assert not torch.allclose(pipe(x), before)
 
 
@@ -345,7 +346,7 @@ def test_every_stage_runs_in_a_thread_of_its_own() -> None:
         seen.get()
     pipe(floats())
     threads = {seen.get() for _ in range(seen.qsize())}
-    assert len(threads) == len({pipe.plan.stage_of[i] for i in watched(pipe)}) > 1
+    assert len(threads) == len({pipe.pipeline.plan.stage_of[i] for i in watched(pipe)}) > 1
     assert threading.get_ident() not in threads
 
 
@@ -449,8 +450,8 @@ def test_pipedream_holds_one_version_for_each_stage_from_here_on(stages: int) ->
     pipe = pipe_of(Net(), stages, schedule="pipedream", optimizer=lambda p: torch.optim.SGD(p, lr=0.01))
     for _ in range(3):
         pipe(floats(8))
-    pipe.flush()
-    assert pipe.versions == tuple(range(stages, 0, -1))
+    pipe.pipeline.flush()
+    assert pipe.pipeline.versions == tuple(range(stages, 0, -1))
 
 
 @pytest.mark.parametrize("schedule", ["sequential", "gpipe", "1f1b"])
@@ -458,7 +459,7 @@ def test_a_schedule_with_a_flush_holds_one_version(schedule: str) -> None:
     pipe = pipe_of(Net(), schedule=schedule)
     for _ in range(2):
         pipe(floats()).backward()
-    assert pipe.versions == (1,) * STAGES
+    assert pipe.pipeline.versions == (1,) * STAGES
 
 
 # Transfers
@@ -531,7 +532,10 @@ def test_values_without_a_gradient_cross_between_stages() -> None:
     crossed = set()
     for stages in (2, 3, 5):
         pipe, inputs = pipe_of(model.build(), stages), model.inputs(4, 6)
-        assert_same(step(pipe, pipe.model, model.loss, inputs), step(pipe.model, pipe.model, model.loss, inputs))
+        assert_same(
+            step(pipe, pipe.pipeline.model, model.loss, inputs),
+            step(pipe.pipeline.model, pipe.pipeline.model, model.loss, inputs),
+        )
         _, graph, parts = summary(pipe)
         sent_values = {value for part in parts for values in part.sends.values() for value in values}
         crossed |= {n.meta["val"].dtype for n in graph.nodes if n.name in sent_values}
@@ -541,8 +545,11 @@ def test_values_without_a_gradient_cross_between_stages() -> None:
 def test_two_towers_send_to_one_stage_from_two() -> None:
     model = MODELS["two_towers"]
     pipe, inputs = pipe_of(model.build(), stages=3), model.inputs(4, 6)
-    assert_same(step(pipe, pipe.model, model.loss, inputs), step(pipe.model, pipe.model, model.loss, inputs))
-    assert isinstance(pipe.plan, Plan)
+    assert_same(
+        step(pipe, pipe.pipeline.model, model.loss, inputs),
+        step(pipe.pipeline.model, pipe.pipeline.model, model.loss, inputs),
+    )
+    assert isinstance(pipe.pipeline.plan, Plan)
 
 
 def test_stages_of_one_rank_need_no_transfer() -> None:
@@ -551,4 +558,4 @@ def test_stages_of_one_rank_need_no_transfer() -> None:
     model.forward = lambda x: model.body(x)
     pipe = pipecompile.compile(model, ["cpu"], microbatches=2, profile="count")
     pipe(torch.ones(4, D))
-    assert not any(isinstance(i, Send | Recv) for i in pipe.program.instructions)
+    assert not any(isinstance(i, Send | Recv) for i in pipe.pipeline.program.instructions)

@@ -151,7 +151,7 @@ def test_transformers_saves_and_loads_the_model_of_a_pipeline(tmp_path: Path) ->
     pipe(**kwargs).loss.backward()
     optimizer.step()
     pipe.save_pretrained(tmp_path)
-    other = type(pipe.model).from_pretrained(tmp_path, dtype=torch.float64)
+    other = type(pipe.pipeline.model).from_pretrained(tmp_path, dtype=torch.float64)
     assert_same_state(dict(other.state_dict()), dict(pipe.state_dict()))
 
 

@@ -117,9 +117,9 @@ def trained(stages: int, loop: Loop, steps: int) -> tuple[float, float, list[flo
     """How far a pipeline ends from the unsplit model, how far the order of rows takes that, and the losses."""
     parameters, expected, rounding = unsplit(loop, steps)
     pipe = pipe_of(gpt2(), stages, microbatches=4)
-    losses = train(pipe, pipe.model, loop, steps)
+    losses = train(pipe, pipe.pipeline.model, loop, steps)
     torch.testing.assert_close(losses, expected, rtol=1e-12, atol=0)
-    return distance(pipe.model, parameters), rounding, losses
+    return distance(pipe.pipeline.model, parameters), rounding, losses
 
 
 @pytest.mark.parametrize(("loop", "stages"), some([(loop, stages) for loop in LOOPS for stages in (3, 2)]))

@@ -49,7 +49,7 @@ class Residual(nn.Module):
 def corrupt(pipe: pipecompile.Pipeline, parameter: str, function: Callable[[Tensor], Tensor]) -> None:
     """Lets every stage that reads a parameter read a function of it instead."""
     changed = 0
-    for stage in pipe.stages:
+    for stage in pipe.pipeline.stages:
         for node in [n for n in stage.graph.nodes if n.op == "get_attr" and n.target == parameter]:
             with stage.graph.inserting_after(node):
                 wrong = stage.graph.call_function(function, (node,))
@@ -86,7 +86,7 @@ def test_a_wrong_gradient_is_refused_and_leaves_no_mark(inside: bool, microbatch
     options = {"loss_fn": F.mse_loss} if inside else {}
     pipe = pipe_of(model, microbatches=microbatches, **options)
     named = {"x": call[0], **({"target": call[1]} if inside else {})}
-    pipe.prepare(**named)
+    pipe.pipeline.prepare(**named)
     corrupt(pipe, "layers.2.weight", lambda t: t.detach() + 1.001 * (t - t.detach()))
     before = state(model)
     for _ in range(2):  # a refused capture is refused again
@@ -94,7 +94,7 @@ def test_a_wrong_gradient_is_refused_and_leaves_no_mark(inside: bool, microbatch
             pipe(**named)
         assert same(state(model), before)
     assert "in module 'layers.2'" in str(found.value)
-    assert pipe.timeline is None
+    assert pipe.pipeline.timeline is None
 
 
 class Leaks(nn.Module):
@@ -131,7 +131,7 @@ def test_the_first_module_whose_output_differs_is_named() -> None:
 def test_a_slice_with_every_microbatch_is_compared_and_reported() -> None:
     pipe = pipe_of(Residual(), microbatches=3)
     mean_square(pipe(x(64))).backward()
-    (line,) = pipe.report["verified"]
+    (line,) = pipe.pipeline.report["verified"]
     assert line.startswith("training: 7 of 64 rows in microbatches of 3, 2, 2: ")
     assert "8 gradients" in line
     assert "1 buffer" in line
@@ -141,7 +141,7 @@ def test_evaluation_and_training_are_proven_apart() -> None:
     pipe = pipe_of(Residual())
     with torch.no_grad():
         pipe(x())
-    assert len(pipe.report["verified"]) == 1
+    assert len(pipe.pipeline.report["verified"]) == 1
     corrupt(pipe, "layers.0.weight", lambda t: t.detach() + 2 * (t - t.detach()))
     with torch.no_grad():
         pipe(x())
@@ -160,7 +160,7 @@ def test_never_and_every() -> None:
                     pipe(x())
             else:
                 pipe(x())
-    assert "verified" in pipe.report
+    assert "verified" in pipe.pipeline.report
 
 
 @pytest.mark.parametrize("verify", ["always", 0, -1, True, None, 1.5])
@@ -175,11 +175,11 @@ def test_a_lost_microbatch_shows_in_every_floating_type() -> None:
         pipe = pipecompile.compile(model, CPU, microbatches=4, profile="count", loss_fn=F.mse_loss)
         data = torch.randn(12, D, dtype=dtype)
         pipe(data, target=torch.randn(12, D, dtype=dtype))
-        (line,) = pipe.report["verified"]
+        (line,) = pipe.pipeline.report["verified"]
         assert "gradients" in line
         pipe = pipecompile.compile(model, CPU, microbatches=4, profile="count", loss_fn=F.mse_loss)
-        pipe.prepare(data, target=data)
-        losing = pipe._first
+        pipe.pipeline.prepare(data, target=data)
+        losing = pipe.pipeline._first
         assert losing is not None
         body = losing.stages[-1].module
         share = next(n for n in body.graph.nodes if n.op == "placeholder" and "share" in n.name)
@@ -231,7 +231,7 @@ def test_an_asynchronous_pipeline_proves_its_first_microbatch() -> None:
     optimizer = {"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.0)}
     pipe = pipe_of(model, schedule="pipedream", loss_fn=F.mse_loss, **optimizer)
     pipe(x(), target=x())
-    assert pipe.report["verified"][0].startswith("training: 3 of 4 rows: ")
+    assert pipe.pipeline.report["verified"][0].startswith("training: 3 of 4 rows: ")
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
 
 
@@ -246,7 +246,7 @@ def test_a_model_that_takes_its_own_batch_alone_is_proven_on_all_of_it() -> None
 
     pipe = pipe_of(Eight(), microbatches=1)
     pipe(x(8), 8)
-    assert pipe.report["verified"][0].startswith("training: 8 of 8 rows: ")
+    assert pipe.pipeline.report["verified"][0].startswith("training: 8 of 8 rows: ")
 
 
 def test_what_the_unsplit_model_raises_is_raised() -> None:
@@ -288,7 +288,7 @@ def test_gradients_that_cancel_are_no_false_alarm() -> None:
     model = nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D, affine=False), nn.Linear(D, D, bias=False))
     pipe = pipe_of(model, microbatches=2)
     pipe(torch.randn(8, D, dtype=torch.float64)).sum().backward()  # the mean of normalised values: no gradient at all
-    assert pipe.report["verified"]
+    assert pipe.pipeline.report["verified"]
 
 
 def test_hooks_on_parameters_are_for_real_steps() -> None:
@@ -335,7 +335,7 @@ def test_what_a_callback_of_the_garbage_collector_sets_is_not_the_models() -> No
     finally:
         gc.set_threshold(*thresholds)
         gc.callbacks.remove(note_collection)
-    assert pipe.proofs
+    assert pipe.pipeline.proofs
     assert Collector.calls > 10
     assert gc.isenabled()
 
@@ -356,7 +356,7 @@ class NormedThrice(nn.Module):
 def test_running_statistics_of_a_norm_that_is_used_thrice_are_no_false_alarm() -> None:
     pipe = pipecompile.compile(NormedThrice().double(), ["cpu", "cpu"], microbatches=4, profile="count")
     pipe(torch.randn(24, D, dtype=torch.float64)).backward()
-    assert pipe.proofs
+    assert pipe.pipeline.proofs
 
 
 class Clock:
@@ -386,7 +386,7 @@ def test_what_another_thread_sets_once_is_not_the_models(monkeypatch: pytest.Mon
     pipe = pipecompile.compile(MayLook(), ["cpu", "cpu"], microbatches=2, profile="count")
     pipe(torch.randn(4, D)).backward()
     assert len(compared) == 2
-    assert pipe.proofs
+    assert pipe.pipeline.proofs
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""``pipe.verify`` finds what is wrong, names it, passes what is right, and leaves no mark."""
+"""``pipe.pipeline.verify`` finds what is wrong, names it, passes what is right, and leaves no mark."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def skewed(tensor: Tensor) -> Tensor:
 def corrupt(pipe: pipecompile.Pipeline, parameter: str, function: Callable[[Tensor], Tensor]) -> None:
     """Lets every stage that reads a parameter read a function of it instead."""
     found = False
-    for stage in pipe.stages:
+    for stage in pipe.pipeline.stages:
         for node in [n for n in stage.graph.nodes if n.op == "get_attr" and n.target == parameter]:
             with stage.graph.inserting_after(node):
                 wrong = stage.graph.call_function(function, (node,))
@@ -79,7 +79,7 @@ def test_a_model_that_is_split_rightly_is_exact(name: str) -> None:
     model = MODELS[name]
     args, kwargs = model.inputs(4, model.lengths[0])
     pipe = pipe_of(model.build())
-    result = pipe.verify(*args, **kwargs)
+    result = pipe.pipeline.verify(*args, **kwargs)
     assert result.exact, result
     result.raise_if_different()
     assert {check.mode for check in result.checks} == {"train", "eval"}
@@ -89,7 +89,7 @@ def test_a_model_that_is_split_rightly_is_exact(name: str) -> None:
 
 
 def test_one_microbatch_is_equal_bit_for_bit() -> None:
-    result = pipe_of(Residual(), microbatches=1).verify(x())
+    result = pipe_of(Residual(), microbatches=1).pipeline.verify(x())
     assert result.bit_equal, result
     assert [row.verdict for row in result.rows] == ["bit-equal"] * 4
     assert "exact: bit for bit" in str(result)
@@ -97,27 +97,27 @@ def test_one_microbatch_is_equal_bit_for_bit() -> None:
 
 def test_another_shape_is_checked_without_another_capture() -> None:
     pipe = pipe_of(Residual())
-    result = pipe.verify(x(4, 8))
+    result = pipe.pipeline.verify(x(4, 8))
     assert [check.inputs for check in result.checks if check.mode == "eval"] == [
         "given: x [4, 8, 10]",
         "fresh: x [4, 8, 10]",
         "fresh: x [5, 6, 10]",
     ]
-    assert pipe.captures == 2  # training and evaluation
+    assert pipe.pipeline.captures == 0  # what a verification captures is not for later calls
     assert result.exact
 
 
 def test_without_arguments_the_first_capture_tells_the_call() -> None:
     pipe = pipe_of(Residual())
     with pytest.raises(PipecompileError, match="captured at the first call"):
-        pipe.verify()
-    pipe.prepare(x(6))
-    assert pipe.verify().checks[0].inputs.startswith("given: x [6, 5, 10]")
+        pipe.pipeline.verify()
+    pipe.pipeline.prepare(x(6))
+    assert pipe.pipeline.verify().checks[0].inputs.startswith("given: x [6, 5, 10]")
 
 
 def test_a_loss_function_and_inputs_that_want_gradients_are_compared() -> None:
     pipe = pipe_of(Residual(), loss_fn=F.mse_loss)
-    result = pipe.verify(x().requires_grad_(), target=x())
+    result = pipe.pipeline.verify(x().requires_grad_(), target=x())
     assert result.exact, result
     assert {it.name for check in result.checks for it in check.differences if it.kind == "input gradient"} == {"x"}
 
@@ -126,7 +126,7 @@ def test_frozen_and_unused_parameters_need_no_gradient() -> None:
     model = Residual()
     model.layers[1].requires_grad_(False)
     model.register_parameter("unused", nn.Parameter(torch.ones(3)))
-    result = pipe_of(model).verify(x())
+    result = pipe_of(model).pipeline.verify(x())
     assert result.exact
     assert {row.group for row in result.rows} == {"layers.0", "layers.2", "layers.3"}
 
@@ -144,7 +144,7 @@ class Drops(nn.Module):
 
 
 def test_random_functions_draw_alike_in_both_and_that_is_said() -> None:
-    result = pipe_of(Drops()).verify(x())
+    result = pipe_of(Drops()).pipeline.verify(x())
     assert result.exact, result
     assert [check.against for check in result.checks[:2]] == ["the whole batch", "the whole batch"]
     assert [check.microbatches for check in result.checks[:2]] == [2, 1]
@@ -153,7 +153,7 @@ def test_random_functions_draw_alike_in_both_and_that_is_said() -> None:
 
 def test_batch_statistics_are_those_of_the_microbatches_in_both() -> None:
     model = nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D), nn.ReLU(inplace=True), nn.Linear(D, D))
-    result = pipe_of(model).verify(torch.randn(6, D, dtype=torch.float64))
+    result = pipe_of(model).pipeline.verify(torch.randn(6, D, dtype=torch.float64))
     assert result.exact, result
     assert result.checks[0].against == "the whole batch"
     assert any("by the statistics of each microbatch" in line for line in result.notes["microbatches"])
@@ -185,7 +185,7 @@ class Routed(nn.Module):
 
 
 def test_a_module_that_is_kept_whole_is_checked_and_named() -> None:
-    result = pipe_of(Routed()).verify(x())
+    result = pipe_of(Routed()).pipeline.verify(x())
     assert result.exact, result
     assert any("since module 'expert' is kept whole" in line for line in result.notes["microbatches"])
     assert "module expert is kept whole" in str(result)
@@ -205,7 +205,7 @@ class Masked(nn.Module):
 def test_a_guard_on_values_is_kept_and_told(full: bool) -> None:
     mask = torch.ones(4, 5, dtype=torch.bool)
     mask[1, 3:] = full
-    result = pipe_of(Masked()).verify(x(), mask)
+    result = pipe_of(Masked()).pipeline.verify(x(), mask)
     assert result.exact, result
     assert f"guards: the model reads {full} from its inputs" in str(result)
 
@@ -224,7 +224,7 @@ class FourRows(nn.Module):
 
 
 def test_what_the_unsplit_model_itself_refuses_is_left_out_and_said() -> None:
-    result = pipe_of(FourRows()).verify(x())
+    result = pipe_of(FourRows()).pipeline.verify(x())
     assert result.exact, result
     assert [check.verdict for check in result.checks].count("left out") == 2
     assert "left out: the unsplit model itself raises ValueError: rows come in pairs" in str(result)
@@ -244,9 +244,9 @@ def test_where_nothing_could_be_compared_nothing_is_exact() -> None:
 def test_a_wrong_gradient_is_found_and_named(outside: bool) -> None:
     pipe = pipe_of(Residual(), **({} if outside else {"loss_fn": F.mse_loss}))
     call = {"x": x()} if outside else {"x": x(), "target": x()}
-    pipe.prepare(**call)
+    pipe.pipeline.prepare(**call)
     corrupt(pipe, "layers.2.weight", skewed)
-    result = pipe.verify(**call)
+    result = pipe.pipeline.verify(**call)
     assert not result.exact
     assert differing(result, "gradient") == {"layers.2.weight"}
     assert differing(result, "output") == set()
@@ -258,18 +258,18 @@ def test_a_wrong_gradient_is_found_and_named(outside: bool) -> None:
 
 def test_a_wrong_value_in_evaluation_alone_is_found() -> None:
     pipe = pipe_of(Residual()).eval()
-    pipe.prepare(x())
+    pipe.pipeline.prepare(x())
     corrupt(pipe, "layers.3.bias", torch.neg)
-    result = pipe.train().verify(x())
+    result = pipe.train().pipeline.verify(x())
     assert {check.mode for check in result.checks if check.differing} == {"eval"}
     assert differing(result, "output") == {"output"}
 
 
 def test_a_stage_that_raises_fails_the_check() -> None:
     pipe = pipe_of(Residual())
-    pipe.prepare(x())
+    pipe.pipeline.prepare(x())
     corrupt(pipe, "layers.1.weight", torch.linalg.vector_norm)
-    result = pipe.verify(x())
+    result = pipe.pipeline.verify(x())
     assert not result.exact
     assert result.checks[0].verdict == "FAILED"
     assert "stage" in result.checks[0].failure
@@ -290,7 +290,7 @@ class Counting(nn.Module):
 
 
 def test_what_the_capture_could_not_see_is_found() -> None:
-    result = pipe_of(Counting()).verify(x())
+    result = pipe_of(Counting()).pipeline.verify(x())
     assert not result.exact
     assert differing(result, "output")
 
@@ -298,9 +298,9 @@ def test_what_the_capture_could_not_see_is_found() -> None:
 def test_a_buffer_that_comes_out_wrong_is_found() -> None:
     pipe = pipe_of(nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D), nn.Linear(D, D)))
     features = torch.randn(6, D, dtype=torch.float64)
-    pipe.prepare(features)
+    pipe.pipeline.prepare(features)
     corrupt(pipe, "1.running_mean", torch.clone)
-    assert differing(pipe.verify(features), "buffer") == {"1.running_mean"}
+    assert differing(pipe.pipeline.verify(features), "buffer") == {"1.running_mean"}
 
 
 # No mark
@@ -315,8 +315,8 @@ def test_the_model_and_the_pipeline_stay_as_they_were() -> None:
     before = {name: (value, value.clone()) for name, value in model.state_dict(keep_vars=True).items()}
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     modes = [module.training for module in model.modules()]
-    state, timeline, plan = torch.get_rng_state(), pipe.timeline, pipe.plan
-    assert pipe.verify(features).exact
+    state, timeline, plan = torch.get_rng_state(), pipe.pipeline.timeline, pipe.pipeline.plan
+    assert pipe.pipeline.verify(features).exact
     assert gradients
     for name, value in model.state_dict(keep_vars=True).items():
         assert value is before[name][0], name
@@ -326,8 +326,8 @@ def test_the_model_and_the_pipeline_stay_as_they_were() -> None:
     assert [module.training for module in model.modules()] == modes
     assert pipe.training
     assert torch.equal(torch.get_rng_state(), state)
-    assert pipe.timeline is timeline
-    assert pipe.plan is plan
+    assert pipe.pipeline.timeline is timeline
+    assert pipe.pipeline.plan is plan
 
 
 def test_an_asynchronous_pipeline_is_checked_without_a_step() -> None:
@@ -335,8 +335,8 @@ def test_an_asynchronous_pipeline_is_checked_without_a_step() -> None:
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     options = {"schedule": "pipedream", "optimizer": lambda p: torch.optim.SGD(p, lr=0.1), "loss_fn": F.mse_loss}
     pipe = pipe_of(model, **options)
-    pipe.prepare(x(), target=x())
-    assert pipe.verify().exact
+    pipe.pipeline.prepare(x(), target=x())
+    assert pipe.pipeline.verify().exact
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]), name
 
@@ -345,4 +345,4 @@ def test_a_model_on_meta_is_refused() -> None:
     with torch.device("meta"):
         model = Residual()
     with pytest.raises(InputError, match="meta"):
-        pipe_of(model).verify(x())
+        pipe_of(model).pipeline.verify(x())

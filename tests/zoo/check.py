@@ -104,7 +104,7 @@ def _train(entry: Entry, model: nn.Module, stages: int, references: Callable[...
         )
         for size in sizes(entry):
             verdict = _step(entry, pipe, size, microbatches, references)
-            captures = max(captures, pipe.captures)
+            captures = max(captures, pipe.pipeline.captures)
             if verdict != EXACT:
                 return f"{verdict} [{microbatches} microbatches of {size.batch} rows, length {size.length}]", captures
     return EXACT, captures
@@ -113,7 +113,7 @@ def _train(entry: Entry, model: nn.Module, stages: int, references: Callable[...
 def _step(entry: Entry, pipe: Any, size: Size, microbatches: int, references: Callable[..., Run]) -> str:
     expected = references(size, microbatches)
     try:
-        actual = run(entry.loss, pipe, pipe.model, entry.inputs(size.batch, size.length))
+        actual = run(entry.loss, pipe, pipe.pipeline.model, entry.inputs(size.batch, size.length))
     except ExecutionError as error:
         return f"foreign: {first_line(error)}"
     except PipecompileError as error:

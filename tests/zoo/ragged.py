@@ -210,9 +210,9 @@ def _train(
                 _count(tally, variant, pipe, inputs, reference(batch, valid), valid)
         if tally.refused == tally.steps:
             break  # it would be refused for other batches too
-    tally.captures = pipe.captures
+    tally.captures = pipe.pipeline.captures
     if tally.exact:
-        tally.tail = next((line for line in pipe.report["microbatches"] if "computed once" in line), "")
+        tally.tail = next((line for line in pipe.pipeline.report["microbatches"] if "computed once" in line), "")
     return tally
 
 
@@ -220,7 +220,7 @@ def _count(tally: Tally, variant: Variant, pipe: Any, inputs: Inputs, expected: 
     tally.steps += 1
     said = ""
     try:
-        actual = run(variant.entry.loss, pipe, pipe.model, inputs)
+        actual = run(variant.entry.loss, pipe, pipe.pipeline.model, inputs)
     except ExecutionError as error:
         said = f"foreign: {first_line(error)}"
     except PipecompileError as error:
@@ -231,10 +231,10 @@ def _count(tally: Tally, variant: Variant, pipe: Any, inputs: Inputs, expected: 
     else:
         said = difference(actual, expected, TOLERANCE[variant.entry.dtype], buffers=True)
         tally.exact += not said
-        tally.uncut += microbatches_of(pipe) < min(len(valid), pipe.microbatches)
+        tally.uncut += microbatches_of(pipe) < min(len(valid), pipe.pipeline.microbatches)
         tally.worst = max(tally.worst, 0.0 if said else _apart(actual, expected))
     if said and len(tally.seen) < 5:
-        tally.seen.append(f"{said} [{pipe.microbatches} microbatches, lengths {', '.join(map(str, valid))}]")
+        tally.seen.append(f"{said} [{pipe.pipeline.microbatches} microbatches, lengths {', '.join(map(str, valid))}]")
 
 
 def _apart(actual: Run, expected: Run) -> float:

@@ -1002,7 +1002,7 @@ def backward_hook_on_the_model() -> Iterator[Step]:
     model = Net()
     yield step(model)
     model.register_full_backward_pre_hook(lambda module, go: (go[0] * 2,))
-    yield step(model, refused=True)
+    yield Step(model, (rows().requires_grad_(),))
 
 
 @kind
@@ -1871,4 +1871,4 @@ def test_callbacks_of_the_garbage_collector_are_no_code_of_the_model() -> None:
     finally:
         gc.callbacks.remove(counting)
     assert collections[0] >= 3
-    assert pipe.captures == 1
+    assert pipe.pipeline.captures == 1

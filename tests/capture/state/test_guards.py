@@ -64,7 +64,7 @@ def follow(pipe: Any, model: Any, change: Change = lambda inner: None, count: in
     for module in (pipe, model):
         change(module.inner)
     inputs = ((rows(count),), {})
-    assert_same(step(pipe, pipe.model, mean_square, inputs), step(model, model, mean_square, inputs))
+    assert_same(step(pipe, pipe.pipeline.model, mean_square, inputs), step(model, model, mean_square, inputs))
 
 
 def plain_attributes(module: nn.Module) -> dict[str, Any]:
@@ -170,29 +170,29 @@ def test_an_attribute_that_changes_between_calls_is_seen(
 ) -> None:
     pipe, model = pair(forward, make)
     follow(pipe, model)
-    placement = pipe.plan.rank_of
+    placement = pipe.pipeline.plan.rank_of
     follow(pipe, model)
-    assert pipe.captures == 1
+    assert pipe.pipeline.captures == 1
     follow(pipe, model, change)
-    assert pipe.captures == 2
-    assert pipe.plan.rank_of == placement
+    assert pipe.pipeline.captures == 2
+    assert pipe.pipeline.plan.rank_of == placement
     follow(pipe, model)
-    assert pipe.captures == 2
+    assert pipe.pipeline.captures == 2
 
 
 def test_a_flag_that_changes_back_finds_its_capture() -> None:
     pipe, model = pair(lambda self, h: h * 2 if self.flag else h, lambda: {"flag": True})
     for flag in (True, False, True, False):
         follow(pipe, model, setting("flag", flag))
-    assert pipe.captures == 2
-    assert any("inner.flag is False, the trace holds for True" in reason for reason in pipe.report["captures"])
+    assert pipe.pipeline.captures == 2
+    assert any("inner.flag is False, the trace holds for True" in reason for reason in pipe.pipeline.report["captures"])
 
 
 def test_an_attribute_that_is_not_read_is_not_guarded() -> None:
     pipe, model = pair(lambda self, h: h, lambda: {"epoch": 0})
     for epoch in range(3):
         follow(pipe, model, setting("epoch", epoch))
-    assert pipe.captures == 1
+    assert pipe.pipeline.captures == 1
 
 
 def test_watching_ends_with_the_trace() -> None:
@@ -220,12 +220,12 @@ def test_a_config_of_transformers_is_guarded() -> None:
     assert model.config.use_cache is True
     model.config.use_cache = False
     pipe(ids)
-    assert pipe.captures == 1
+    assert pipe.pipeline.captures == 1
     assert pipe(ids).hidden_states is None
     model.config.output_hidden_states = True
     with torch.no_grad():
         torch.testing.assert_close(pipe(ids).hidden_states, model(ids).hidden_states)
-    assert pipe.captures == 2
+    assert pipe.pipeline.captures == 2
 
 
 # What the forward sets
@@ -294,8 +294,8 @@ def test_a_number_that_forward_sets_is_set_once_a_call_and_followed(
         follow(pipe, model)
         assert pipe.inner.calls == model.inner.calls
         assert type(pipe.inner.calls) is type(model.inner.calls)
-    assert pipe.captures == captures
-    assert pipe.report["attributes"] == ["inner.calls is set once a call"]
+    assert pipe.pipeline.captures == captures
+    assert pipe.pipeline.report["attributes"] == ["inner.calls is set once a call"]
 
 
 def test_two_numbers_that_depend_on_each_other_are_followed() -> None:
@@ -307,7 +307,7 @@ def test_two_numbers_that_depend_on_each_other_are_followed() -> None:
     for _ in range(6):
         follow(pipe, model)
         assert plain_attributes(pipe.inner) == plain_attributes(model.inner)
-    assert pipe.captures == 2
+    assert pipe.pipeline.captures == 2
 
 
 def test_a_number_that_forward_sets_may_be_set_by_the_user_as_well() -> None:
@@ -336,7 +336,7 @@ def test_the_state_of_an_object_that_a_module_holds_is_kept_as_well() -> None:
     for _ in range(4):
         follow(pipe, model)
         assert pipe.inner.statistics == model.inner.statistics
-    assert pipe.captures == 2
+    assert pipe.pipeline.captures == 2
 
 
 def _flipping(self: Any, h: Tensor) -> Tensor:
@@ -387,7 +387,7 @@ def test_whatever_forward_sets_is_what_the_unsplit_model_has_after_each_call(
 
 def test_a_call_that_only_prepares_counts_nothing() -> None:
     pipe, _ = pair(_counted, lambda: {"calls": 0})
-    pipe.prepare(rows())
+    pipe.pipeline.prepare(rows())
     assert pipe.inner.calls == 0
     pipe(rows())
     assert pipe.inner.calls == 1
@@ -418,7 +418,7 @@ def test_a_flag_of_a_module_kept_whole_is_guarded() -> None:
     pipe, model = pair(forward, lambda: {"flag": True})
     for flag in (True, False, True):
         follow(pipe, model, setting("flag", flag))
-    assert pipe.captures == 2
+    assert pipe.pipeline.captures == 2
 
 
 # Captures that keep coming
@@ -438,7 +438,7 @@ def test_captures_that_keep_coming_are_told_with_what_differed() -> None:
         warnings.simplefilter("error")
         pipe.inner.scale = 8.0
         pipe(rows())
-    assert len(pipe.report["captures"]) == pipe.captures == 9
+    assert len(pipe.pipeline.report["captures"]) == pipe.pipeline.captures == 9
 
 
 class Optional(nn.Module):
@@ -464,8 +464,8 @@ def test_each_kind_of_call_is_one_capture_with_its_reason() -> None:
         pipe(x.double().float(), mask=None, twice=False)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             pipe(x)
-    reasons = pipe.report["captures"]
-    assert pipe.captures == len(reasons)
+    reasons = pipe.pipeline.report["captures"]
+    assert pipe.pipeline.captures == len(reasons)
     expected = ["first call", "eval()", "with mask", "without mask", "instead of True", "autocast"]
     assert len(reasons) == len(expected), reasons
     for reason, words in zip(reasons, expected, strict=True):
@@ -544,7 +544,7 @@ def test_containers_that_refuse_to_be_changed_are_left_alone(config: Any) -> Non
     pipe, model = pair(forward, lambda: {"config": config})
     for _ in range(2):
         follow(pipe, model)
-    assert pipe.captures == 1
+    assert pipe.pipeline.captures == 1
     assert pipe.inner.config is config
 
 

@@ -163,7 +163,7 @@ def test_a_seed_gives_the_numbers_of_the_unsplit_model(
     for mine, theirs in zip(steps(pipe, model), expected, strict=True):
         torch.testing.assert_close(mine[:2], theirs[:2])
         assert mine[2:] == theirs[2:]
-    assert pipe.captures == captures
+    assert pipe.pipeline.captures == captures
     assert random.random.__self__ is random.choice.__self__  # type: ignore[attr-defined]
     assert type(model.numpy) is np.random.Generator
 
@@ -172,7 +172,7 @@ def test_a_capture_alone_draws_nothing() -> None:
     model = Model(_held)
     pipe = pipecompile.compile(model, ["cpu", "cpu"], profile="count")
     before = states(model)
-    pipe.prepare(inputs(0))
+    pipe.pipeline.prepare(inputs(0))
     assert states(model) == before
 
 

@@ -1,0 +1,94 @@
+"""What ``compile`` returns: a module that everybody takes for the model, and that runs the pipeline when it is called.
+
+Tools look at a model's class, its signature, its attributes and its modules' paths: trainers, checkpoints, PEFT,
+``functional_call``, freezing by path. So the pipeline is no wrapper around the model. Its class is a subclass of the
+model's, made for it, of the same name; it shares the model's ``__dict__``, so each attribute, parameter, hook and mode
+is that of the model itself. Two names are not the model's: ``forward``, which runs the pipeline, and ``pipeline``.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from types import MethodType, new_class
+from typing import Any
+
+from torch import nn
+
+from pipecompile.errors import InputError
+from pipecompile.pipeline import Pipeline
+
+NAME = "pipeline"  # what is ours of all the attributes that the module has
+
+
+def as_model(pipeline: Pipeline) -> Any:
+    """A module that is the pipeline's model to everybody who looks, and runs the pipeline when it is called.
+
+    Raises:
+        InputError: the model has an attribute of the name that is ours, or a class that nothing can inherit from.
+    """
+    model = pipeline.model
+    base = type(model)
+    if hasattr(model, NAME):
+        raise InputError(
+            f"the model has an attribute {NAME!r} of its own, which would hide the pipeline's; rename it in the model"
+        )
+    members = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "forward": _forward(pipeline),
+        "__getattribute__": _getattribute,
+        NAME: property(lambda self: pipeline, doc="The pipeline: its plan, program, report, stages and memory."),
+        "__call__": _call_without_hooks if pipeline.runs_the_hooks else _call_with_hooks,
+        "__deepcopy__": lambda self, memo: as_model(pipeline.copied(memo)),
+        "__reduce_ex__": lambda self, protocol: (as_model, (pipeline,)),
+        "__prepare_scriptable__": _refuse_script,
+    }
+    try:
+        kind = new_class(base.__name__, (base,), exec_body=lambda namespace: namespace.update(members))
+    except TypeError as error:
+        raise InputError(
+            f"class {base.__qualname__} cannot be inherited from, as a pipeline has to: {error}"
+        ) from error
+    pipe: Any = object.__new__(kind)
+    object.__setattr__(pipe, "__dict__", model.__dict__)
+    return pipe
+
+
+def _forward(pipeline: Pipeline) -> Any:
+    """``forward`` of the class: runs the pipeline, and has the signature of the model's."""
+
+    @functools.wraps(type(pipeline.model).forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return pipeline(*args, **kwargs)
+
+    own = inspect.signature(pipeline.signature)
+    unbound = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    forward.__signature__ = own.replace(parameters=[unbound, *own.parameters.values()])  # type: ignore[attr-defined]
+    return forward
+
+
+def _getattribute(pipe: Any, name: str) -> Any:
+    """``forward`` is the class's, whatever the instance has: one that is set, ``pipe.forward = f``, is the model's."""
+    kind = type(pipe)
+    return MethodType(kind.forward, pipe) if name == "forward" else super(kind, pipe).__getattribute__(name)
+
+
+def _call_with_hooks(pipe: Any, *args: Any, **kwargs: Any) -> Any:
+    """Hooks on the model itself run around the pipeline, on whole batches; ``model.compile()`` compiles no pipeline."""
+    base = type(pipe).__mro__[1]
+    if base.__call__ is not nn.Module.__call__:
+        return base.__call__(pipe, *args, **kwargs)
+    return pipe._call_impl(*args, **kwargs)
+
+
+def _call_without_hooks(pipe: Any, *args: Any, **kwargs: Any) -> Any:
+    """Hooks on the model itself are between it and the loss function, so stages run them."""
+    return pipe.forward(*args, **kwargs)
+
+
+def _refuse_script(pipe: Any) -> Any:
+    raise InputError(
+        "a pipeline cannot be scripted: its stages run in threads; use torch.jit.script(pipe.pipeline.model)"
+    )
