@@ -19,6 +19,7 @@ from pipecompile.capture.input_reads import settled
 from pipecompile.capture.opaque_calls import FunctionLeaf, Leaf, LeafCall, attribute_of
 from pipecompile.capture.state.fingerprints import same
 from pipecompile.capture.state.guards import Attributes, Update
+from pipecompile.capture.state.model_state import named_tensors
 from pipecompile.errors import DependsOnData
 from pipecompile.ops.symbols import resolve
 
@@ -99,7 +100,14 @@ class Captured:
     def leaf_parameters(self, target: str) -> tuple[str, ...]:
         """The names of the parameters that a ``call_module`` node reads."""
         path = next(path for path in self.leaves if attribute_of(path) == target)
-        return tuple(name for name, _ in self.model.named_parameters() if name.startswith(f"{path}."))
+        named = self.model.named_parameters(remove_duplicate=False)
+        own = (self.first_names[id(p)] for name, p in named if name.startswith(f"{path}."))
+        return tuple(dict.fromkeys(own))
+
+    @property
+    def first_names(self) -> dict[int, str]:
+        """The first name of each parameter and buffer, by identity: tied ones have several."""
+        return {id(tensor): name for name, tensor in reversed(named_tensors(self.model))}
 
     @property
     def leaf_writes(self) -> dict[str, str]:
@@ -118,11 +126,7 @@ class Captured:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """What the graph may read, by name: the model's parameters and buffers, and constants."""
-        named = (
-            *self.model.named_parameters(remove_duplicate=False),
-            *self.model.named_buffers(remove_duplicate=False),
-        )
-        return {**dict(named), **self.constants}
+        return {**dict(named_tensors(self.model)), **self.constants}
 
     def filled(self, call: Call) -> Call:
         """A call with the numbers that the graph takes beside its arguments."""

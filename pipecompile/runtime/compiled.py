@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.fx as fx
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
@@ -22,6 +22,7 @@ from pipecompile.capture import Call, Captured
 from pipecompile.capture.opaque_calls import FunctionLeaf
 from pipecompile.capture.origin import origin_of
 from pipecompile.capture.purity import is_random
+from pipecompile.capture.state.model_state import named_tensors
 from pipecompile.errors import InputError
 from pipecompile.ir.cluster import Cluster
 from pipecompile.ir.graph import CostedGraph, Graph
@@ -196,10 +197,14 @@ class Compiled:
         return stage_times(stage_costs(self.costed, self.reference), timeline)
 
     def tensors(self, stage: int) -> dict[str, Tensor]:
-        """What a stage reads: parameters, and buffers that live on another device, by name."""
-        module, device = self.stages[stage].module, self.stages[stage].device
-        far = {name: b for name, b in module.named_buffers() if b.device != device}
-        return {**dict(module.named_parameters()), **far}
+        """What a stage reads: parameters, and buffers that live on another device, by the model's first names."""
+        names, device = self.stages[stage].names, self.stages[stage].device
+        read = dict(named_tensors(self.stages[stage].module))
+        return {
+            first: read[name]
+            for name, first in names.items()
+            if isinstance(read[name], nn.Parameter) or read[name].device != device
+        }
 
 
 def _is_the_users(node: fx.Node) -> bool:

@@ -52,9 +52,6 @@ class Runner:
         self.stage = stage
         self.weights = weights
         self.lane = lane
-        module = stage.module
-        far = [name for name, buffer in module.named_buffers() if buffer.device != stage.device]
-        self.names = {*(name for name, _ in module.named_parameters()), *far}
 
     def forward(self, microbatch: Microbatch, received: Mapping[int, Values]) -> dict[int, Values]:
         """Runs one microbatch; returns what each later stage reads."""
@@ -111,7 +108,8 @@ class Runner:
 
     def _call(self, arguments: Sequence[Value]) -> tuple[Tensor, ...]:
         try:
-            leaves = {name: leaf for name, leaf in self.weights.current.leaves.items() if name in self.names}
+            current = self.weights.current.leaves
+            leaves = {name: current[first] for name, first in self.stage.names.items() if first in current}
             returned: tuple[Tensor, ...] = functional_call(
                 self.stage.module, leaves, tuple(arguments), tie_weights=False
             )

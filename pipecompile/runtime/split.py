@@ -24,6 +24,7 @@ from pipecompile.capture import Captured
 from pipecompile.capture.opaque_calls import FunctionLeaf
 from pipecompile.capture.origin import origin_of
 from pipecompile.capture.purity import is_random
+from pipecompile.capture.state.model_state import named_tensors
 from pipecompile.ir.graph import Graph
 from pipecompile.ir.plan import Plan, members
 from pipecompile.ops.checkpoint import Recomputed
@@ -45,6 +46,7 @@ class Stage:
     index: int
     device: torch.device
     module: fx.GraphModule
+    names: Mapping[str, str]  # the module's parameters and buffers -> the first names that the model has for them
     inputs: tuple[str, ...]  # model inputs
     receives: Mapping[int, tuple[str, ...]]  # source stage -> values
     arguments: tuple[str, ...]  # inputs, then values received
@@ -122,7 +124,9 @@ class _Cut:
         module = _module(graph, self.tensors, self.captured.leaf, f"Stage{index}")
         origins = {n.name: str(origin_of(n)) for n in run}
         arguments = (*inputs, *received)
-        return Stage(index, device, module, inputs, receives, arguments, sends, outputs, returns, origins)
+        first = self.captured.first_names
+        names = {name: first.get(id(tensor), name) for name, tensor in named_tensors(module)}
+        return Stage(index, device, module, names, inputs, receives, arguments, sends, outputs, returns, origins)
 
     def _names(self, values: Sequence[int]) -> tuple[str, ...]:
         return tuple(self.graph.nodes[i].name for i in values)

@@ -99,7 +99,7 @@ def test_the_innermost_function_around_a_question_is_kept_whole(between: Any, na
     for seed in range(3):
         x = floats(seed=seed)
         assert_same(step(pipe, model, mean_square, ((x,), {})), step(model, model, mean_square, ((x,), {})))
-    assert any(f"function {name} (" in note for note in pipe.report["notes"])
+    assert any(f"function {name} (" in note for note in pipe.pipeline.report["notes"])
 
 
 def test_a_function_is_its_own_again_after_the_trace() -> None:
@@ -237,7 +237,7 @@ def test_a_module_that_the_forward_makes_may_be_kept_whole() -> None:
     for seed in range(4):
         inputs = (floats(seed=seed),), {}
         assert_same(step(pipe, model, lambda loss: loss, inputs), step(model, model, lambda loss: loss, inputs))
-    assert pipe.captures == 1
+    assert pipe.pipeline.captures == 1
 
 
 class ThroughModules(torch.autograd.Function):
@@ -299,3 +299,41 @@ def test_a_backward_that_runs_modules_differentiates_them_for_a_loss_that_is_sca
 def test_an_autograd_function_of_the_root_that_takes_modules_is_refused() -> None:
     with pytest.raises(CaptureError, match="ThroughModules takes modules"):
         captured(Reversible().double(), floats())
+
+
+# Parameters that several such modules hold
+
+
+class Banked(nn.Module):
+    """VB-LoRA: each layer takes its weights from a bank that all layers hold under names of their own."""
+
+    def __init__(self, bank: nn.Parameter) -> None:
+        super().__init__()
+        self.bank = bank
+        self.linear = nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.linear(x).isinf().any():
+            raise RuntimeError("infinite")
+        return torch.tanh(self.linear(x) * self.bank)
+
+
+@pytest.mark.parametrize("stages", [1, 2, 4])
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_a_parameter_that_several_modules_kept_whole_hold_gets_the_sum_of_their_gradients(
+    stages: int, scale: float
+) -> None:
+    bank = nn.Parameter(torch.rand(D))
+    model = nn.Sequential(*(Banked(bank) for _ in range(4)), nn.Linear(D, 1)).double()
+    pipe = pipecompile.compile(model, ["cpu"] * stages, microbatches=2, profile="count")
+    inputs = ((floats(6),), {})
+
+    def loss(output: Tensor) -> Tensor:
+        return scale * mean_square(output)
+
+    for _ in range(2):
+        actual, expected = step(pipe, model, loss, inputs), step(model, model, loss, inputs)
+        assert expected.gradients["0.bank"] is not None
+        assert_same(actual, expected)
+    tied = {tied.parameter for tied in pipe.pipeline.plan.tied}
+    assert tied == ({"0.bank"} if stages > 1 else set())
