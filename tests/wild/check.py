@@ -28,6 +28,7 @@ from wild.entry import Wild, settled
 
 MICROBATCHES = {2: 1, 3: 2}  # by stages
 ROWS = (4, 6, 5)
+LEAST = 1e-12  # of the largest gradient, in a model that tells something
 MOVED = ("running_mean", "running_var")  # by each microbatch in turn, however often a forward uses the norm
 COUNTER = "num_batches_tracked"  # a pipeline counts batches, the unsplit model would count microbatches
 Reference = Callable[[Size, int], Run]
@@ -62,15 +63,15 @@ def _train(entry: Wild, stages: int, microbatches: int, reference: Reference) ->
         if verdict != EXACT:
             verdict += f" [{microbatches} microbatches of {size.batch} rows, length {size.length}]"
             break
-    found = {f"stages {stages}": verdict, f"captures {stages}": pipe.captures}
-    notes = pipe.report.get("notes", []) if pipe.captures else []
+    found = {f"stages {stages}": verdict, f"captures {stages}": pipe.pipeline.captures}
+    notes = pipe.pipeline.report.get("notes", []) if pipe.pipeline.captures else []
     return {**found, f"notes {stages}": [str(note)[:200] for note in notes]}
 
 
 def _step(entry: Wild, pipe: Any, size: Size, reference: Reference) -> str:
     reference(size, 1)  # what the unsplit model does not take is no fault of the pipeline's
     try:
-        actual = step(pipe, pipe.model, entry.loss, entry.inputs(size.batch, size.length))
+        actual = step(pipe, pipe.pipeline.model, entry.loss, entry.inputs(size.batch, size.length))
     except ExecutionError as error:
         return f"foreign: {said(error)}"
     except PipecompileError as error:
@@ -136,6 +137,9 @@ def statistics_of(counts: Sequence[int]) -> Iterator[None]:
 
 def _refuse_random(first: Run, second: Run) -> None:
     """A model whose numbers are others from another seed has no reference."""
+    largest = max((float(g.abs().max()) for g in first.gradients.values() if g is not None and g.numel()), default=0.0)
+    if largest < LEAST:
+        raise ValueError(f"gradients of at most {largest:.0e} are rounding: another loss tells more")
     different = difference(second, first, TOLERANCE[torch.float32])
     if different:
         raise ValueError(f"the unsplit model draws random numbers, or its numbers are of no use: {different}")

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
+import torch
 from models import Draw, Inputs
 from torch import Tensor, nn
 
-from wild.entry import Wild, alternating, itself, wild
+from wild.entry import Wild, all_square, alternating, itself, wild
 
 CLASSES = 3
 
@@ -40,12 +41,14 @@ def entries() -> tuple[Wild, ...]:
         make: Callable[[], nn.Module],
         sample: Callable[[Draw], Inputs] | None = None,
         lengths: tuple[int, ...] = (32,),
+        loss: Callable[[Any], Tensor] = all_square,
     ) -> Wild:
         return wild(
             "kornia",
             name,
             make,
             sample or (lambda draw: ((draw.floats(3, draw.length, draw.length),), {})),
+            loss=loss,
             lengths=lengths,
         )
 
@@ -61,11 +64,11 @@ def entries() -> tuple[Wild, ...]:
         net("ViT", lambda: nn.Sequential(import_module("kornia.models.vit").VisionTransformer(image_size=32, patch_size=16, embed_dim=16, depth=2, num_heads=2, dropout_rate=0.0, dropout_attn=0.0))),
         net("TinyViT", lambda: kornia.contrib.TinyViT(img_size=32, num_classes=3, embed_dims=[8, 16, 16, 16], depths=[1, 1, 1, 1], num_heads=[1, 2, 2, 2], window_sizes=[4, 4, 4, 4], drop_path_rate=0.0)),
         net("RRDBNet", lambda: kornia.models.RRDBNet(3, 3, 4, 8, 1, 4), lengths=(16, 20)),
-        net("HardNet", lambda: kornia.feature.HardNet(pretrained=False), lambda draw: ((draw.floats(1, 32, 32),), {})),
-        net("SOSNet", lambda: kornia.feature.SOSNet(pretrained=False), lambda draw: ((draw.floats(1, 32, 32),), {})),
+        net("HardNet", lambda: kornia.feature.HardNet(pretrained=False), lambda draw: ((draw.floats(1, 32, 32),), {}), loss=_of_unit_length),
+        net("SOSNet", lambda: kornia.feature.SOSNet(pretrained=False), lambda draw: ((draw.floats(1, 32, 32),), {}), loss=_of_unit_length),
         net("TFeat", lambda: kornia.feature.TFeat(pretrained=False), lambda draw: ((draw.floats(1, 32, 32),), {})),
-        net("HyNet", lambda: kornia.feature.HyNet(pretrained=False), lambda draw: ((draw.floats(1, 32, 32),), {})),
-        net("SIFTDescriptor", lambda: nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), kornia.feature.SIFTDescriptor(32)), lambda draw: ((draw.floats(1, 32, 32),), {})),
+        net("HyNet", lambda: kornia.feature.HyNet(pretrained=False), lambda draw: ((draw.floats(1, 32, 32),), {}), loss=_of_unit_length),
+        net("SIFTDescriptor", lambda: nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), kornia.feature.SIFTDescriptor(32)), lambda draw: ((draw.floats(1, 32, 32),), {}), loss=_of_unit_length),
         op("GaussianBlur2d", lambda: kornia.filters.GaussianBlur2d((3, 3), (1.0, 1.0))),
         op("Sobel", kornia.filters.Sobel), op("Laplacian", lambda: kornia.filters.Laplacian(3)), op("MedianBlur", lambda: kornia.filters.MedianBlur(3)),
         op("UnsharpMask", lambda: kornia.filters.UnsharpMask((3, 3), (1.0, 1.0))),
@@ -82,6 +85,11 @@ def entries() -> tuple[Wild, ...]:
         loss("SSIMLoss", 5), loss("MS_SSIMLoss", sigmas=[0.5, 1.0]), loss("PSNRLoss", 1.0), loss("HausdorffERLoss", target="channel"), loss("InverseDepthSmoothnessLoss"),
                 *nets,
     ])  # fmt: skip
+
+
+def _of_unit_length(output: Tensor) -> Tensor:
+    """A loss of vectors whose mean square is a constant."""
+    return (output.square() * torch.linspace(0, 1, output.shape[-1]).to(output)).mean()
 
 
 class Criterion(nn.Module):
