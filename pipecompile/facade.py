@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from types import MethodType, new_class
 from typing import Any
 
@@ -19,6 +20,7 @@ from pipecompile.errors import InputError
 from pipecompile.pipeline import Pipeline
 
 NAME = "pipeline"  # what is ours of all the attributes that the module has
+GENERATE = "generate"  # the method of transformers' models that the unsplit model runs
 
 
 def as_model(pipeline: Pipeline) -> Any:
@@ -45,6 +47,8 @@ def as_model(pipeline: Pipeline) -> Any:
         "__reduce_ex__": lambda self, protocol: (as_model, (pipeline,)),
         "__prepare_scriptable__": _refuse_script,
     }
+    if callable(getattr(base, GENERATE, None)):  # passes a cache of keys and values from call to call
+        members[GENERATE] = _by_the_model(getattr(base, GENERATE), pipeline)
     try:
         kind = new_class(base.__name__, (base,), exec_body=lambda namespace: namespace.update(members))
     except TypeError as error:
@@ -73,6 +77,16 @@ def _getattribute(pipe: Any, name: str) -> Any:
     """``forward`` is the class's, whatever the instance has: one that is set, ``pipe.forward = f``, is the model's."""
     kind = type(pipe)
     return MethodType(kind.forward, pipe) if name == "forward" else super(kind, pipe).__getattribute__(name)
+
+
+def _by_the_model(method: Callable[..., Any], pipeline: Pipeline) -> Any:
+    """A method that the unsplit model runs, as it would without a pipeline."""
+
+    @functools.wraps(method)
+    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return getattr(pipeline.model, method.__name__)(*args, **kwargs)
+
+    return run
 
 
 def _call_with_hooks(pipe: Any, *args: Any, **kwargs: Any) -> Any:

@@ -17,6 +17,7 @@ from pipecompile.batching import Rows
 from pipecompile.capture import Call, read_call
 from pipecompile.capture.locks import CAPTURING
 from pipecompile.capture.state.fingerprints import Same
+from pipecompile.capture.state.model_state import named_tensors
 from pipecompile.compiler.capture_cache import (
     Captures,
     Key,
@@ -27,7 +28,13 @@ from pipecompile.compiler.capture_cache import (
 from pipecompile.compiler.compile_call import compile_call
 from pipecompile.compiler.options import Options
 from pipecompile.compiler.report import describe
-from pipecompile.compiler.surroundings import check_parameters, check_surroundings, saved_as_they_are, uncompiled
+from pipecompile.compiler.surroundings import (
+    Substituted,
+    check_parameters,
+    check_surroundings,
+    saved_as_they_are,
+    uncompiled,
+)
 from pipecompile.errors import CaptureError, InputError, PipecompileError
 from pipecompile.ir.graph import CostedGraph
 from pipecompile.ir.plan import Plan
@@ -40,6 +47,7 @@ from pipecompile.runtime import Ambient, steps
 from pipecompile.runtime.compiled import Compiled, could_be_losses, find_loss
 from pipecompile.runtime.rerun import STOPPED
 from pipecompile.runtime.session import Session
+from pipecompile.runtime.substituted import called_with
 from pipecompile.schedule import ASYNCHRONOUS, SCHEDULES, pipedream
 from pipecompile.verify.prove import due, first_microbatch, prove
 from pipecompile.verify.results import Proof, Verification
@@ -66,6 +74,7 @@ class Pipeline:
         self._states = States()
         self._batched: dict[tuple[str, int], bool] = {}
         self._proofs: dict[tuple[int, bool], Proof] = {}  # by the identity of the capture, and whether it trained
+        self._own = dict(named_tensors(model))  # as they were last seen to be the model's own
         self._calls = 0
         self._first: Compiled | None = None
         self._placement: Compiled | None = None  # of the pipeline that this one is a copy of
@@ -190,18 +199,26 @@ class Pipeline:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs a call, without the hooks on the model itself unless ``runs_the_hooks``."""
         with uncompiled(), self._session.turn.taken(again=False):
-            batch = self._batch(args, kwargs)
-            self._prove(batch)
             try:
-                given = self._run(batch)
-            except STOPPED:
-                with suppress(KeyError):  # of tensors that are not there to be left behind
-                    self._leave(batch, {})
-                raise
-            output = batch.rebuild(given)
-            self._leave(batch, given)
-            self._calls += 1
-            return output
+                return self._call(*args, **kwargs)
+            except Substituted:
+                if self.schedule in ASYNCHRONOUS:
+                    raise
+                return called_with(self.model, self._own, self._call, args, kwargs)
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        batch = self._batch(args, kwargs)
+        self._prove(batch)
+        try:
+            given = self._run(batch)
+        except STOPPED:
+            with suppress(KeyError):  # of tensors that are not there to be left behind
+                self._leave(batch, {})
+            raise
+        output = batch.rebuild(given)
+        self._leave(batch, given)
+        self._calls += 1
+        return output
 
     def _leave(self, batch: steps.Batch, given: Mapping[str, Tensor]) -> None:
         with self._states.followed() if batch.compiled.captured.attributes.are_followed else nullcontext():
@@ -368,8 +385,6 @@ class Pipeline:
         """A call with the capture that it runs on, which is made if there is none, and its microbatches."""
         refuse_default_device(self.devices)
         check_surroundings(pytree.tree_leaves((args, kwargs)))
-        if not len(self._captures):
-            check_parameters(self.model)
         call = read_call(self.signature, args, kwargs, self._batched, self.options.in_dims)
         if not any(p.is_meta for p in self.model.parameters()):
             for name, tensor in call.tensors.items():
@@ -378,7 +393,7 @@ class Pipeline:
                         f"argument {name!r} is on the meta device, which holds no values; pass a real tensor"
                     )
         ambient = Ambient.of_caller(frozenset(device.type for device in self.devices))
-        key = Key(call.key, Same(self._states.look(self.model)), ambient.autocast, settings())
+        key = Key(call.key, Same(self._states.look(self.model, self._check)), ambient.autocast, settings())
         known = self._captures.of(key)
         rows = Rows.of(call.batch, microbatches or self.microbatches)
         for compiled in known:
@@ -388,7 +403,6 @@ class Pipeline:
                     self._last = compiled
                     self._captures.use(key)
                     return steps.Batch(compiled, call, candidate)
-        check_parameters(self.model)
         broken = known[-1].broken(call, rows) if known else ""
         batch = self._capture(call, rows)
         self._settle(call)
@@ -396,6 +410,10 @@ class Pipeline:
         self._first = self._first or batch.compiled
         self._last = batch.compiled
         return batch
+
+    def _check(self, model: nn.Module) -> None:
+        check_parameters(model)
+        self._own = dict(named_tensors(model))
 
     def _settle(self, call: Call) -> None:
         """Which tensors have a batch is settled by the first call that could be run."""

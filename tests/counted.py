@@ -94,7 +94,7 @@ def counting(pipe: pipecompile.Pipeline) -> Iterator[list[Ledger]]:
         yield ledgers
 
 
-def peaks(pipe: pipecompile.Pipeline, step: Callable[[], Any], optimizer: torch.optim.Optimizer | None) -> list[int]:
+def peaks(pipe: Any, step: Callable[[], Any], optimizer: torch.optim.Optimizer | None) -> list[int]:
     """The most bytes that each rank holds in a step, optimizer state included."""
     step()
     step()  # some models read in their second call what the first has set

@@ -237,7 +237,7 @@ class Scene:
     microbatches: int
     model: nn.Module = field(init=False)
     twin: nn.Module = field(init=False)
-    pipe: pipecompile.Pipeline = field(init=False)
+    pipe: Any = field(init=False)
     whole: State = field(init=False)
     worn: int = 0
 

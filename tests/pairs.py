@@ -17,12 +17,12 @@ INSIDE = "dict_in_out"  # its loss is an output
 OUTSIDE = "long_skip"  # its loss is the caller's
 
 
-def pipe_of(model: nn.Module, stages: int = 2, **options: Any) -> pipecompile.Pipeline:
+def pipe_of(model: nn.Module, stages: int = 2, **options: Any) -> Any:
     options = {"microbatches": 2, "profile": "count", **options}
     return pipecompile.compile(model, devices=["cpu"] * stages, **options)
 
 
-def both(name: str, **options: Any) -> tuple[pipecompile.Pipeline, nn.Module, Inputs]:
+def both(name: str, **options: Any) -> tuple[Any, nn.Module, Inputs]:
     """A pipeline of a model, the model once more, and inputs."""
     model = MODELS[name]
     return pipe_of(model.build(), **options), model.build(), model.inputs(4, model.lengths[0])

@@ -92,7 +92,7 @@ def _check(program: Program) -> None:
             assert_same(actual, parted)
 
 
-def _compiled(model: nn.Module, program: Program, shape: tuple[int, int]) -> pipecompile.Pipeline:
+def _compiled(model: nn.Module, program: Program, shape: tuple[int, int]) -> Any:
     """The model's pipeline; of fewer stages if what must stay together leaves no more."""
     options = choices(program)
     while True:

@@ -533,11 +533,11 @@ def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.05)
 
 
-def asynchronous(stages: int = 2, **options: Any) -> pipecompile.Pipeline:
+def asynchronous(stages: int = 2, **options: Any) -> Any:
     return pipe_of(MODELS["skip_to_loss"].build(), stages, schedule="pipedream", optimizer=sgd, **options)
 
 
-def moved(pipe: pipecompile.Pipeline) -> Callable[[], bool]:
+def moved(pipe: Any) -> Callable[[], bool]:
     before = [parameter.detach().clone() for parameter in pipe.parameters()]
     return lambda: any(not torch.equal(b, p) for b, p in zip(before, pipe.parameters(), strict=True))
 

@@ -78,7 +78,7 @@ class Kept(nn.Module):
         return self.linear(x)
 
 
-def pipe_of(model: nn.Module, stages: int = 2, **options: Any) -> pipecompile.Pipeline:
+def pipe_of(model: nn.Module, stages: int = 2, **options: Any) -> Any:
     return pipecompile.compile(model, devices=["cpu"] * stages, **{"microbatches": 2, "profile": "count", **options})
 
 
@@ -86,7 +86,7 @@ def floats(*shape: int) -> Tensor:
     return torch.randn(*(shape or (4, D)), dtype=torch.float64)
 
 
-def works(pipe: pipecompile.Pipeline, x: Tensor | None = None) -> None:
+def works(pipe: Any, x: Tensor | None = None) -> None:
     x = floats() if x is None else x
     expected = step(pipe.pipeline.model, pipe.pipeline.model, lambda output: output, ((x,), {}))
     assert_same(step(pipe, pipe.pipeline.model, lambda output: output, ((x,), {})), expected)

@@ -23,7 +23,7 @@ WRONG = [
 INSTEAD = [None, [], {}, "x", "", -1, 10**30, float("nan"), float("inf"), True, [None], {"a": 1}, 1.5, [[[]]]]
 
 
-def pipe() -> pipecompile.Pipeline:
+def pipe() -> Any:
     made = pipecompile.compile(
         torch.nn.Sequential(*blocks(4)),
         devices=["cpu"] * 2,

@@ -32,7 +32,7 @@ class Net(nn.Module):
         return mean_square(self.body(x))
 
 
-def pipe_of(model: nn.Module | None = None, **options: Any) -> pipecompile.Pipeline:
+def pipe_of(model: nn.Module | None = None, **options: Any) -> Any:
     options = {"microbatches": 2, "profile": "count", **options}
     return pipecompile.compile(model or Net(), devices=["cpu"] * 2, **options)
 
@@ -81,14 +81,15 @@ def test_torch_jit_is_refused() -> None:
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["first call", "later"])
-def test_functional_call_is_refused_with_the_reason(first: bool) -> None:
-    pipe, x = pipe_of(), floats()
+def test_an_asynchronous_pipeline_refuses_other_weights(first: bool) -> None:
+    pipe, x = pipe_of(schedule="pipedream", optimizer=lambda p: torch.optim.SGD(p, lr=0.0)), floats()
     if not first:
-        works(pipe, pipe.pipeline.model)
+        pipe(x)
     weights = {name: p.detach() * 2 for name, p in pipe.named_parameters()}
     with pytest.raises(InputError, match=r"'body\.0\.0\.weight' is a plain tensor.*\(pipe\.pipeline\.model"):
         torch.func.functional_call(pipe, weights, (x,))
-    works(pipe, pipe.pipeline.model)
+    pipe(x)
+    pipe.pipeline.flush()
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["first call", "later"])

@@ -7,7 +7,7 @@ and every capture takes time. A model whose calls keep differing is told so, wit
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -81,9 +81,14 @@ class States:
         self._known: dict[Modes, Modes] = {}
         self._sweep: Sweep | None = None
 
-    def look(self, model: nn.Module) -> Modes:
-        """Looks at the model as it is now; quickly where nothing has changed."""
+    def look(self, model: nn.Module, check: Callable[[nn.Module], None] = lambda _: None) -> Modes:
+        """Looks at the model as it is now; quickly where nothing has changed.
+
+        Args:
+            check: is called with the model where something may have changed.
+        """
         if self.modes is None or self._sweep is None or not self._sweep.holds():
+            check(model)
             now = modes(model)
             self.modes = self._known.setdefault(now, now)
             self.number += 1

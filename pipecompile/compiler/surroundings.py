@@ -60,11 +60,16 @@ def saved_as_they_are() -> Any:
     return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
 
 
+class Substituted(InputError):
+    """Other tensors stand in the place of a model's parameters."""
+
+
 def check_parameters(model: nn.Module) -> None:
     """Passes if the model has parameters of its own, to be captured with.
 
     Raises:
-        InputError: names one in whose place there is another tensor, or that has no shape yet.
+        Substituted: names one in whose place there is another tensor.
+        InputError: names one that has no shape yet.
     """
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
@@ -73,9 +78,9 @@ def check_parameters(model: nn.Module) -> None:
                 f"on such a batch before the first step: with torch.no_grad(): model(...)"
             )
         if not isinstance(parameter, nn.Parameter):
-            raise InputError(
+            raise Substituted(
                 f"{name!r} is a plain tensor in the place of a parameter, as under torch.func.functional_call: a "
-                f"pipeline trains the model's own parameters, which have gradients, versions and devices; call "
+                f"pipeline plans for, and an asynchronous one trains, the model's own parameters; call "
                 f"functional_call(pipe.pipeline.model, ...), or copy the values into the parameters"
             )
 

@@ -45,7 +45,7 @@ class Delivered(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> Any:
-        _refuse_create_graph()
+        refuse_create_graph()
         gradients = ctx.saved_tensors
         if ctx.rescaled is not None:
             scale = incoming.item()
@@ -68,12 +68,12 @@ class Deferred(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *incoming: Tensor | None) -> Any:
-        _refuse_create_graph()
+        refuse_create_graph()
         _ = ctx.saved_tensors
         return (None, None, *(None,) * ctx.count, *ctx.run(incoming))
 
 
-def _refuse_create_graph() -> None:
+def refuse_create_graph() -> None:
     if torch.is_grad_enabled():
         raise ExecutionError(
             "create_graph=True asks for gradients of gradients, but a pipeline's backward leaves no graph to "

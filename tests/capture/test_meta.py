@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ LAYERS, STAGES = 8, 4
 
 
 @pytest.fixture(scope="module")
-def pipe() -> pipecompile.Pipeline:
+def pipe() -> Any:
     """Eight layers of a 70-billion-parameter Llama, at a length and batch that stay symbols."""
     config = transformers.LlamaConfig(
         num_hidden_layers=LAYERS,
@@ -41,13 +42,13 @@ def pipe() -> pipecompile.Pipeline:
     return made
 
 
-def test_no_weight_has_memory(pipe: pipecompile.Pipeline) -> None:
+def test_no_weight_has_memory(pipe: Any) -> None:
     weights = [*pipe.parameters(), *(p for stage in pipe.pipeline.stages for p in stage.parameters())]
     assert len(weights) > 2 * 9 * LAYERS
     assert all(weight.is_meta for weight in weights)
 
 
-def test_every_parameter_has_a_stage(pipe: pipecompile.Pipeline) -> None:
+def test_every_parameter_has_a_stage(pipe: Any) -> None:
     compiled = pipe.pipeline._capture_in_use
     read = {
         name
@@ -59,7 +60,7 @@ def test_every_parameter_has_a_stage(pipe: pipecompile.Pipeline) -> None:
     assert read == {name for stage in pipe.pipeline.stages for name, _ in stage.named_parameters()}
 
 
-def test_stages_are_balanced_and_a_step_is_predicted(pipe: pipecompile.Pipeline) -> None:
+def test_stages_are_balanced_and_a_step_is_predicted(pipe: Any) -> None:
     compiled = pipe.pipeline._capture_in_use
     assert compiled.costed.origin == "counted"
     seconds = [0.0] * STAGES
@@ -70,7 +71,7 @@ def test_stages_are_balanced_and_a_step_is_predicted(pipe: pipecompile.Pipeline)
     assert pipe.pipeline.predicted.makespan > max(seconds)
 
 
-def test_a_call_is_refused_in_words(pipe: pipecompile.Pipeline) -> None:
+def test_a_call_is_refused_in_words(pipe: Any) -> None:
     ids = torch.randint(1000, (4, 128))
     with pytest.raises(InputError, match="meta device"):
         pipe(input_ids=ids, labels=ids)

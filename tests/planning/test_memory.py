@@ -76,7 +76,7 @@ def layers() -> tuple[nn.Module, dict[str, Tensor]]:
     return Layers(), {"x": torch.randn(64, 160), "y": torch.randn(64, 160)}
 
 
-def pipeline(make: Any, schedule: str, **options: Any) -> tuple[pipecompile.Pipeline, Callable[[], None], Any]:
+def pipeline(make: Any, schedule: str, **options: Any) -> tuple[Any, Callable[[], None], Any]:
     """A pipeline, its training step, and the optimizer outside it."""
     torch.manual_seed(0)
     model, call = make()

@@ -40,7 +40,7 @@ NAMES = (  # of all sorts: tied weights, towers, buffers, values that are read l
 )  # fmt: skip
 
 
-def pipe_of(model: nn.Module, replicas: Any, **options: Any) -> pipecompile.Pipeline:
+def pipe_of(model: nn.Module, replicas: Any, **options: Any) -> Any:
     options = {"microbatches": 4, "profile": "count", **options}
     devices = ["cpu"] * (4 if isinstance(replicas, str) else sum(replicas))
     options.setdefault("cluster", Cluster.of(devices, Link(inf)))  # cuts cost nothing, so that stages are alike

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ OPTIMIZERS = {
 }
 
 
-def trained(stages: int, optimizer: Callable[..., torch.optim.Optimizer]) -> tuple[pipecompile.Pipeline, list[float]]:
+def trained(stages: int, optimizer: Callable[..., torch.optim.Optimizer]) -> tuple[Any, list[float]]:
     pipe = pipecompile.compile(
         MODEL.build(),
         devices=["cpu"] * stages,
@@ -36,7 +37,7 @@ def trained(stages: int, optimizer: Callable[..., torch.optim.Optimizer]) -> tup
     return pipe, losses
 
 
-def recurrence(pipe: pipecompile.Pipeline, optimizer: Callable[..., torch.optim.Optimizer]) -> Recurrence:
+def recurrence(pipe: Any, optimizer: Callable[..., torch.optim.Optimizer]) -> Recurrence:
     names = [[name for name, _ in stage.named_parameters()] for stage in pipe.pipeline.stages]
     minibatches = [part for call in CALLS for part in split(call, MICROBATCHES)]
     delay = range(len(names))[::-1]

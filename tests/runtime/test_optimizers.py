@@ -76,7 +76,7 @@ def assert_same_parameters(pipe: nn.Module, model: nn.Module, start: nn.Module) 
         assert not torch.equal(parameter, moved[name]), name
 
 
-def started(**options: Any) -> tuple[pipecompile.Pipeline, nn.Module, nn.Module]:
+def started(**options: Any) -> tuple[Any, nn.Module, nn.Module]:
     """A pipeline, its model once more, and how both began."""
     pipe, model, _ = both(INSIDE, **options)
     return pipe, model, deepcopy(model)

@@ -78,7 +78,7 @@ class Net(nn.Module):
         return mean_square(out) if self.inside else out
 
 
-def pipe_of(model: nn.Module, stages: int = STAGES, **options: Any) -> pipecompile.Pipeline:
+def pipe_of(model: nn.Module, stages: int = STAGES, **options: Any) -> Any:
     options = {"microbatches": 4, "profile": "count", **options}
     return pipecompile.compile(model, devices=["cpu"] * stages, **options)
 
@@ -92,7 +92,7 @@ def loss_of(pipe: Any, x: Tensor) -> Tensor:
     return mean_square(output) if output.ndim else output
 
 
-def works(pipe: pipecompile.Pipeline) -> None:
+def works(pipe: Any) -> None:
     x = floats()
     inputs = ((x,), {})
     model = pipe.pipeline.model
@@ -100,13 +100,13 @@ def works(pipe: pipecompile.Pipeline) -> None:
     assert_same(ours, step(lambda x: loss_of(model, x), model, lambda loss: loss, inputs))
 
 
-def stage_of_fuse(pipe: pipecompile.Pipeline, number: int) -> int | None:
+def stage_of_fuse(pipe: Any, number: int) -> int | None:
     graph, _, _ = summary(pipe)
     index = next(i for i, n in enumerate(graph.nodes) if n.op == "Fuse_apply" and n.path == f"layers.{number}")
     return pipe.pipeline.plan.stage_of[index]
 
 
-def summary(pipe: pipecompile.Pipeline) -> Any:
+def summary(pipe: Any) -> Any:
     """The graph, the captured graph and the stages behind a pipeline."""
     compiled = pipe.pipeline._capture_in_use
     return compiled.graph, compiled.captured.graph, compiled.stages
@@ -305,7 +305,7 @@ def test_a_step_between_two_calls_is_seen_by_the_second() -> None:
     assert not torch.allclose(pipe(x), before)
 
 
-def watched(pipe: pipecompile.Pipeline) -> list[int]:
+def watched(pipe: Any) -> list[int]:
     return [i for i, node in enumerate(summary(pipe)[0].nodes) if node.op == "Watch_apply"]
 
 

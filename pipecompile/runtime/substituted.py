@@ -1,0 +1,148 @@
+"""Calls with other tensors in the place of a model's parameters, as ``torch.func.functional_call`` makes them.
+
+Stages train the model's own parameters. So for the time of such a call, and of its backward, these stand in their
+places again, on the memory of the tensors that were put there; what gradients they get is handed on to those tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from pipecompile.capture.state.model_state import named_tensors
+from pipecompile.errors import InputError
+from pipecompile.runtime.delivery import refuse_create_graph
+
+
+def called_with(
+    model: nn.Module,
+    own: Mapping[str, Tensor],
+    call: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """What a pipeline gives with the tensors that stand in the model now, differentiable by them and by arguments.
+
+    Args:
+        own: the model's own parameters and buffers, by all their names.
+        call: runs the pipeline on its model.
+
+    Raises:
+        InputError: one of them has another shape, type or device than the parameter in whose place it stands.
+    """
+    put = {name: t for name, t in named_tensors(model) if name in own and t is not own[name]}
+    for name, tensor in put.items():
+        if (tensor.shape, tensor.dtype, tensor.device) != (own[name].shape, own[name].dtype, own[name].device):
+            raise InputError(
+                f"a tensor of shape {tuple(tensor.shape)}, {tensor.dtype} on {tensor.device} stands in the place of "
+                f"{name!r}, which is {tuple(own[name].shape)}, {own[name].dtype} on {own[name].device}; pass one like "
+                f"it"
+            )
+    leaves, tree = pytree.tree_flatten((args, dict(kwargs)))
+    inputs = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    wanted = [*{id(own[name]): name for name, tensor in put.items() if tensor.requires_grad}.values()]  # once if tied
+    run = _Run(model, own, put, call, leaves, tree, inputs, wanted)
+    if not torch.is_grad_enabled() or not (inputs or wanted):
+        return run.output(())
+    tensors = _Differentiable.apply(  # type: ignore[no-untyped-call]
+        run, *(leaves[i] for i in inputs), *(put[name] for name in wanted)
+    )
+    return run.rebuilt(tensors)
+
+
+class _Run:
+    """One such call, and what its backward needs."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        own: Mapping[str, Tensor],
+        put: Mapping[str, Tensor],
+        call: Callable[..., Any],
+        leaves: list[Any],
+        tree: pytree.TreeSpec,
+        inputs: Sequence[int],
+        wanted: Sequence[str],
+    ) -> None:
+        self.model, self.own, self.put, self.call = model, own, put, call
+        self.leaves, self.tree, self.inputs, self.wanted = leaves, tree, inputs, wanted
+        self.copies: list[Tensor] = []
+        self.found: Any = None
+
+    def output(self, copies: Sequence[Tensor]) -> Any:
+        """The pipeline's output with copies for the arguments that want a gradient."""
+        given = dict(zip(self.inputs, copies, strict=False))
+        args, kwargs = pytree.tree_unflatten([given.get(i, leaf) for i, leaf in enumerate(self.leaves)], self.tree)
+        with _in_place(self.model, self.own, self.put):
+            return self.call(*args, **kwargs)
+
+    def forward(self) -> tuple[Tensor, ...]:
+        """The tensors of the output that take a gradient."""
+        with torch.enable_grad():
+            self.copies = [self.leaves[i].detach().requires_grad_() for i in self.inputs]
+            self.found = pytree.tree_flatten(self.output(self.copies))
+        return tuple(leaf for leaf in self.found[0] if self._takes(leaf))
+
+    def backward(self, gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        """The gradients of the arguments, then of the tensors in the places of parameters."""
+        roots = [leaf for leaf in self.found[0] if self._takes(leaf)]
+        given = [(root, gradient) for root, gradient in zip(roots, gradients, strict=True) if gradient is not None]
+        with _in_place(self.model, self.own, self.put):
+            return torch.autograd.grad(
+                [root for root, _ in given],
+                [*self.copies, *(self.own[name] for name in self.wanted)],
+                [gradient for _, gradient in given],
+                allow_unused=True,
+            )
+
+    def rebuilt(self, tensors: Sequence[Tensor]) -> Any:
+        left = iter(tensors)
+        leaves, tree = self.found
+        return pytree.tree_unflatten([next(left) if self._takes(leaf) else leaf for leaf in leaves], tree)
+
+    @staticmethod
+    def _takes(leaf: Any) -> bool:
+        return isinstance(leaf, Tensor) and leaf.requires_grad
+
+
+class _Differentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, run: _Run, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.run = run
+        return tuple(tensor.detach() for tensor in run.forward())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_create_graph()
+        return None, *ctx.run.backward(gradients)
+
+
+@contextmanager
+def _in_place(model: nn.Module, own: Mapping[str, Tensor], put: Mapping[str, Tensor]) -> Iterator[None]:
+    """The time in which a model has its own tensors, on the memory of those that were put in their places."""
+    memory = {name: (own[name].data, own[name].requires_grad) for name in put}
+    standing = {name: tensor for name, tensor in named_tensors(model) if name in put}
+    for name, tensor in put.items():
+        _set(model, name, own[name])
+        own[name].data = tensor.detach()
+        if isinstance(own[name], nn.Parameter):
+            own[name].requires_grad_(tensor.requires_grad)
+    try:
+        yield
+    finally:
+        for name, (data, wants) in memory.items():
+            own[name].data = data
+            own[name].requires_grad_(wants)
+            _set(model, name, standing[name])
+
+
+def _set(model: nn.Module, name: str, tensor: Tensor) -> None:
+    path, _, last = name.rpartition(".")
+    owner = model.get_submodule(path)
+    table = owner._parameters if last in owner._parameters else owner._buffers
+    table[last] = tensor  # type: ignore[assignment]
