@@ -6,7 +6,7 @@ graph. Python runs as Python. The graph holds:
     placeholder     a tensor of the call, under its argument's name
     get_attr        a parameter, buffer or constant, under its original name
     call_function   a torch function as the model called it, ``getattr`` for a property, ``operator.getitem`` for an
-                    item of a tuple, arithmetic on sizes, and the functions of ``pipecompile.functions``
+                    item of a tuple, arithmetic on sizes, and the functions of ``pipecompile.ops.functional``
     call_method     ``size`` of a placeholder
     output          the tensors of the model's output, flat
 

@@ -27,7 +27,7 @@ transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # i
 
 
 def load_config(name: str, batch: int, length: int, meta: bool) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
-    """The model of a config, and the keyword arguments of a sample call; see ``models.load``.
+    """The model of a config, and the keyword arguments of a sample call; see ``model_spec.load``.
 
     Raises:
         InputError: there is no such config, or no model or sample inputs can be made from it.

@@ -33,7 +33,7 @@ class Shapes(ShapeEnv):
         super().__init__(duck_shape=False)
         self.inside = 0  # depth of torch functions being run; what they ask is not the model's question
         self.answers: dict[sympy.Basic, Any] = {}
-        self.known: dict[Any, Any] = {}  # results of arithmetic (see arithmetic.py)
+        self.known: dict[Any, Any] = {}  # results of arithmetic (see capture/size_cache.py)
 
     def evaluate_sym_node(self, sym_node: Any, *args: Any, **kwargs: Any) -> Any:
         if _teaches_nothing(sym_node.expr, sym_node.hint):

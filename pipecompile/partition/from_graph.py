@@ -8,7 +8,7 @@
 
 Replicated nodes are in no stage and cross no cut, so they are left out. A parameter counts for the first node that
 reads it. What more a stage holds (tied weights, values of other stages, what is on the way) depends on the whole plan:
-it is told as ``reserved`` bytes once a plan is known (see ``memory`` and ``fitting``).
+it is told as ``reserved`` bytes once a plan is known (see ``memory`` and ``memory_fit``).
 """
 
 from __future__ import annotations

@@ -3,12 +3,12 @@
     parameters    its own, and replicas of tied ones
     gradients     of trainable parameters, from the first Backward after a Step on
     optimizer     its state, for trainable parameters; of tied ones the owner has it
-    versions      older weights that a Backward still needs (see ``versions``)
+    versions      older weights that a Backward still needs (see ``weight_versions``)
     activations   what is kept from Forward to Backward, of every microbatch in flight
     waiting       values and gradients of other stages, from their arrival to the Backward that ends with them, or of
                   tied parameters, as those of replicas are, to the Reduce
     outputs       the model's, part by part until the step ends, and then whole
-    working       on the way through one Forward or Backward (see ``microbatch``), or through an optimizer's step
+    working       on the way through one Forward or Backward (see ``stage_memory``), or through an optimizer's step
     buffers       as many bytes as are given
     tail          what is computed once from the whole batch, as many bytes as are given
 

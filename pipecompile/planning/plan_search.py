@@ -1,7 +1,7 @@
 """The verb: a model, the devices, and what is asked for in; a plan out.
 
 Stages are planned along a row of the devices in which each has a fast link to the next, within their memory
-(``fitting``). In the end devices that are equal change places, so that heavy cuts lie on fast links.
+(``memory_fit``). In the end devices that are equal change places, so that heavy cuts lie on fast links.
 """
 
 from __future__ import annotations

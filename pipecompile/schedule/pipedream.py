@@ -8,7 +8,7 @@ F_k comes right after B_(k-w-1) and its Step. A call takes the next microbatches
 each stage what stands in its stream before F_b and has not been done. So the last w Backwards are left to the next
 segment, or to ``drain``, which empties the pipeline; after it the stream starts with a new warm-up.
 
-Which weights a Forward uses follows from the Steps: see ``versions``.
+Which weights a Forward uses follows from the Steps: see ``weight_versions``.
 
 Source: PipeDream (Narayanan et al., SOSP 2019), sections 3.2 and 3.3, without vertical sync.
 """

@@ -2,7 +2,7 @@
 
 Attribute access is watched where it happens: in the classes of modules, and in those of the objects that modules hold
 (a config), as they come into sight. What ``torch.nn.Module`` keeps for itself is not watched: hooks, modes and tensors
-are compared elsewhere. What a forward reads from globals and closures is known from its code (``code.py``).
+are compared elsewhere. What a forward reads from globals and closures is known from its code (``code_guards.py``).
 """
 
 from __future__ import annotations

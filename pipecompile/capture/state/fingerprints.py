@@ -2,7 +2,7 @@
 
 Plain values are known by their type and value, lists, tuples, dicts and sets by what they hold, all else (functions,
 classes, modules, tensors, objects) by identity. Objects whose attributes matter are known attribute by attribute, as
-the forward reads them (``reads.py``).
+the forward reads them (``attribute_hooks.py``).
 """
 
 from __future__ import annotations

@@ -2,11 +2,11 @@
 
 A forward that reads ``self.flag`` has another graph for another flag. So each plain attribute that the trace has read,
 of modules and of the objects that they hold (a config), is guarded by its value before the call, and so are code and
-what it reads elsewhere (``code.py``).
+what it reads elsewhere (``code_guards.py``).
 
 A forward that sets ``self.calls += 1`` does so once a call. The trace undoes its changes; the pipeline makes them
 after each call, once for the whole batch, as the unsplit model does. A number that a forward both reads and sets is
-guarded by the answers to what the forward asked of it (``numbers.py``): its value is another on each call.
+guarded by the answers to what the forward asked of it (``counters.py``): its value is another on each call.
 """
 
 from __future__ import annotations

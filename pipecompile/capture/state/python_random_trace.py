@@ -2,7 +2,7 @@
 
 A trace records each draw: from which generator, by which method, with which arguments. Before a later call the draws
 are made again, in their order, so that a seed gives the numbers that it gives the unsplit model. A single number has a
-stand-in (``numbers.py``): where it goes into arithmetic with tensors it is an input of the graph, and where Python
+stand-in (``counters.py``): where it goes into arithmetic with tensors it is an input of the graph, and where Python
 decides by it (``if random.random() < p``) the decision is guarded. Any other value (an order, a choice) is guarded.
 """
 
