@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 import pipecompile
 
@@ -52,6 +53,7 @@ def names_of_a_script() -> dict[str, Any]:
         "torch": torch,
         "transformers": transformers,
         "peft": peft,
+        "get_model_state_dict": get_model_state_dict,
         "pipecompile": pipecompile,
         "model": model,
         "ids": ids,
