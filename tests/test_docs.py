@@ -99,8 +99,9 @@ def test_a_block_runs_and_prints_what_the_page_says(
 
 
 def settled(text: str) -> list[str]:
-    """Lines without what another machine or folder changes; numbers with six digits."""
+    """Lines without what another machine or folder changes; numbers with six digits, instructions in any order."""
     lines = [line.rstrip() for line in text.strip().splitlines() if not OF_THE_MACHINE.search(line)]
+    lines = [" ".join(sorted(line.split())) if re.match(r"\d+: \d", line) else line for line in lines]
     lines = [re.sub(r"(\S*/)?\w+\.py:\d+", "page.py", line) for line in lines]
     return [re.sub(r"\d+\.\d{5,}", lambda number: f"{float(number[0]):.6g}", line) for line in lines]
 
