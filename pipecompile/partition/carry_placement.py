@@ -3,7 +3,7 @@
 Evaluation, another shape, another branch of the user's Python give another graph over the same parameters, which must
 not move. What stays together in the new graph is
 
-    bound   if it reads a parameter: it goes to a stage that holds it;
+    bound   if it reads a parameter: it goes to a stage that holds it, if one holds all that it reads;
     known   if the old graph has its like (path, operation, occurrence): it goes where that was, as far as edges allow;
     new     otherwise: it goes to the earliest stage that keeps edges forward.
 
@@ -65,18 +65,14 @@ class _Old:
         return _Old(stage_of, stages_of)
 
     def holders(self, graph: Graph, members: list[int]) -> frozenset[int] | None:
-        """The stages that hold all parameters these nodes read; ``None`` if they read none that was placed."""
+        """The stages that hold all parameters these nodes read; ``None`` if they read none that was placed.
+
+        Where none holds all (an operation of the old graph that is two in the new one), those that hold some: the
+        others are tied there.
+        """
         names = dict.fromkeys(name for i in members for name in graph.nodes[i].parameters if name in self.stages_of)
-        if not names:
-            return None
-        if common := frozenset.intersection(*(self.stages_of[name] for name in names)):
-            return common
-        node = next(graph.nodes[i] for i in members if graph.nodes[i].parameters)
-        where = ", ".join(f"{name} on {_listed(self.stages_of[name])}" for name in names)
-        raise PlanError(
-            f"{_named(node)} needs parameters that no one stage holds: {where}; compile the model again, on inputs "
-            f"that take this path"
-        )
+        held = [self.stages_of[name] for name in names]
+        return (frozenset.intersection(*held) or frozenset.union(*held)) if held else None
 
     def wanted(self, graph: Graph, nodes: list[list[int]]) -> list[int | None]:
         """For each list of nodes the stage that most of their likes had."""

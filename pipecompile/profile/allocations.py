@@ -6,9 +6,10 @@ import weakref
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from pipecompile.profile.storages import has_storage
 
 
 class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -21,9 +22,9 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = function(*args, **(kwargs or {}))
-        before = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if _has_storage(t)}
+        before = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if has_storage(t)}
         for tensor in tree_leaves(out):
-            if _has_storage(tensor) and id(storage := tensor.untyped_storage()) not in before:
+            if has_storage(tensor) and id(storage := tensor.untyped_storage()) not in before:
                 self._add(storage)
         return out
 
@@ -37,7 +38,3 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _remove(self, key: int, nbytes: int) -> None:
         del self._made[key]
         self.now -= nbytes
-
-
-def _has_storage(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.layout == torch.strided

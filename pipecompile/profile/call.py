@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pipecompile.capture.origin import origin_of
 from pipecompile.ops.modes import enter_region
 from pipecompile.profile.allocations import Allocations
+from pipecompile.profile.storages import address, has_storage, nbytes
 
 
 class Call:
@@ -39,8 +40,8 @@ class Call:
         with torch.no_grad():
             value = self._run(self.args, self.kwargs)
         pairs = zip(tensors_of((copies, out)), tensors_of(((self.args, self.kwargs), value)), strict=True)
-        original = {copy.untyped_storage()._cdata: tensor for copy, tensor in pairs}
-        return value, [original.get(t.untyped_storage()._cdata, t) for t in saved]
+        original = {address(copy): tensor for copy, tensor in pairs if has_storage(copy)}
+        return value, [original.get(address(t), t) for t in saved]
 
     def _watched(self, args: Any, kwargs: Any) -> tuple[Any, list[Tensor]]:
         saved: list[Tensor] = []
@@ -91,9 +92,9 @@ class Call:
     def traffic(self, outputs: list[Tensor]) -> int:
         """Bytes that a forward reads and writes; none if its outputs are views."""
         read = tensors_of((self.args, self.kwargs))
-        known = {t.untyped_storage()._cdata for t in read}
-        is_view = all(t.untyped_storage()._cdata in known for t in outputs)
-        return 0 if is_view else sum(t.nbytes for t in read + outputs)
+        known = {address(t) for t in read} - {None}
+        is_view = all(address(t) in known for t in outputs)
+        return 0 if is_view else sum(map(nbytes, read + outputs))
 
     def _run(self, args: Any, kwargs: Any) -> Any:
         with enter_region(self.region.grad, self.region.autocast):

@@ -25,6 +25,7 @@ from pipecompile.ops.device_args import retarget
 from pipecompile.ops.symbols import resolve
 from pipecompile.profile.call import Call, as_recorded, described, map_tensors, tensors_of
 from pipecompile.profile.meters import UNKNOWN_BACKWARD, Counter, Meter
+from pipecompile.profile.storages import has_storage
 
 PATIENCE = 2.0  # seconds until a progress bar shows
 _SOME = ACCELERATORS["A100-40GB"].roofline  # for a call whose result is not known even where others are measured
@@ -97,7 +98,8 @@ class Walk:
         value = self.meter.tensor(tensor)
         if written or not isinstance(tensor, nn.Parameter):
             value = value.detach().clone()  # a buffer may be written
-        self.numbers[value.untyped_storage()] = None
+        if has_storage(value):
+            self.numbers[value.untyped_storage()] = None
         return value.requires_grad_(tensor.requires_grad)
 
     def _measure(self, node: fx.Node) -> None:
@@ -152,7 +154,7 @@ class Walk:
     def _numbers(self, tensors: list[Tensor]) -> tuple[int, ...]:
         """The storages of tensors, each once, without those of parameters and buffers."""
         found: dict[int, None] = {}
-        for tensor in tensors:
+        for tensor in filter(has_storage, tensors):
             storage = tensor.untyped_storage()
             if storage not in self.numbers:
                 self.numbers[storage] = len(self.storages)

@@ -29,7 +29,7 @@ def two_views(draw: Draw) -> Inputs:
     return (draw.floats(D), draw.floats(D)), {}
 
 
-@idiom(two_views)
+@idiom(two_views, refused_stream="no batch dimension")
 class Clip(nn.Module):
     """CLIP: two towers, a learned temperature, cross entropy both ways."""
 
@@ -309,7 +309,7 @@ def rollout(draw: Draw) -> Inputs:
     return (draw.floats(D), draw.ids(3), draw.floats(), draw.floats(), draw.floats()), {}
 
 
-@idiom(rollout, refused_parts="samples|microbatch")
+@idiom(rollout, refused_parts="samples|microbatch", stream=False)  # a spread of one row
 class Ppo(nn.Module):
     """PPO (cleanrl): a clipped ratio, normalised advantages, an entropy bonus, a clipped value loss."""
 
@@ -417,7 +417,7 @@ class MaskedMeans(Wrapped):
         return rows.mean() + each[mask].mean() + (each * mask).sum() / mask.sum()
 
 
-@idiom(two_views)
+@idiom(two_views, stream=False)  # a spread of one row
 class VicReg(Encoder):
     """VICReg: invariance, variance over the batch, covariance off the diagonal."""
 

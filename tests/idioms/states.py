@@ -545,7 +545,7 @@ class CachedMethod(Wrapped):
         return scores.softmax(-1) @ h
 
 
-@idiom(takes(7, D))
+@idiom(takes(7, D), refused_stream="no batch dimension")
 class RotaryCache(Wrapped):
     """Cosines and sines kept on the module as plain attributes, made anew when a longer sequence comes."""
 

@@ -70,6 +70,22 @@ def cost_of(result: CostedGraph, op: str) -> list[Cost]:
     return [cost for node, cost in zip(result.graph.nodes, result.costs, strict=True) if node.op == op]
 
 
+@pytest.mark.parametrize("how", ["count", "measure"])
+def test_a_sparse_buffer_takes_time_and_its_memory_is_not_counted(how: str) -> None:
+    class Graph(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(D, D)
+            self.register_buffer("edges", torch.eye(D).to_sparse())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.sparse.mm(self.edges, self.linear(x).t())
+
+    result = costed(captured(Graph(), torch.randn(4, D)), how)
+    (multiplied,) = [c for n, c in zip(result.graph.nodes, result.costs, strict=True) if "mm" in n.name]
+    assert multiplied.forward > 0
+
+
 # Seconds
 
 

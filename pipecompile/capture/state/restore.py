@@ -108,7 +108,7 @@ def _write(tensor: Tensor, value: Tensor) -> None:
     """Puts a tensor's value back, also where ``.data`` has been given another memory."""
     if tensor.shape != value.shape or tensor.dtype != value.dtype or tensor.device != value.device:
         tensor.data = value
-    elif not torch.equal(tensor, value):
+    elif tensor.layout != torch.strided or not torch.equal(tensor, value):  # sparse ones are not compared
         tensor.copy_(value)
 
 
