@@ -10,7 +10,15 @@ A model is captured as a ``Graph``, profiled to a ``CostedGraph``, cut along a `
 """
 
 from pipecompile.api import compile
-from pipecompile.errors import PipecompileError
+from pipecompile.errors import (
+    CaptureError,
+    ExactnessError,
+    ExecutionError,
+    InfeasibleError,
+    InputError,
+    PipecompileError,
+    PlanError,
+)
 from pipecompile.ir.cluster import Cluster
 from pipecompile.ir.graph import CostedGraph, Graph
 from pipecompile.ir.plan import Plan
@@ -21,12 +29,18 @@ from pipecompile.schedule.simulator import simulate
 
 __version__ = "0.1.0"
 __all__ = [
+    "CaptureError",
     "Cluster",
     "CostedGraph",
+    "ExactnessError",
+    "ExecutionError",
     "Graph",
+    "InfeasibleError",
+    "InputError",
     "PipecompileError",
     "Pipeline",
     "Plan",
+    "PlanError",
     "Program",
     "Timeline",
     "compile",

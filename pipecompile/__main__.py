@@ -1,5 +1,20 @@
-"""``python -m pipecompile``."""
+"""``python -m pipecompile``, and the command ``pipecompile``."""
 
-from pipecompile.cli.main import app
+from __future__ import annotations
 
-app(prog_name="pipecompile")
+import sys
+
+
+def main() -> None:
+    """Runs the command line, which needs the extra ``pipecompile[cli]``."""
+    try:
+        from pipecompile.cli.main import app
+    except ModuleNotFoundError as error:
+        if error.name != "typer":
+            raise
+        sys.exit("error: the command line needs typer, which is not installed; pip install 'pipecompile[cli]'")
+    app(prog_name="pipecompile")
+
+
+if __name__ == "__main__":
+    main()

@@ -10,7 +10,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from pipecompile.batching import Rows
@@ -41,6 +40,7 @@ from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import Program
 from pipecompile.ir.timeline import Timeline
 from pipecompile.ops.randomness import undrawn
+from pipecompile.ops.torch_internals import pytree
 from pipecompile.planning.calibration import corrected
 from pipecompile.planning.memory import Memory
 from pipecompile.runtime import Ambient, steps

@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 import torch.fx as fx
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from pipecompile.capture import Captured
 from pipecompile.capture.evaluate import Evaluator
 from pipecompile.capture.opaque_calls import Leaf
 from pipecompile.ops.randomness import undropped
+from pipecompile.ops.torch_internals import _DropoutNd, pytree
 
 
 class Bench:

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.fx as fx
-import torch.utils._pytree as pytree
 from torch import Tensor
 
 from pipecompile.batching.backward_trial import Backward
@@ -24,6 +23,7 @@ from pipecompile.batching.rules.batch_types import SHARED, Batched, Kind, Mixed,
 from pipecompile.batching.rules.numbers import counts_samples
 from pipecompile.batching.trial_samples import Samples, same_rows
 from pipecompile.capture.origin import origin_of
+from pipecompile.ops.torch_internals import pytree
 
 STRANGERS = 3  # times that the other rows are drawn
 SIZES = (0.01, 1.0)  # of a sample, in parts that ask about data

@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 import torch.fx as fx
-import torch.utils._pytree as pytree
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from pipecompile.batching.region_runner import Bench
 from pipecompile.batching.rules.batch_types import SHARED, Batched, Kind, Mixed
 from pipecompile.batching.rules.size_pair import UNKNOWN, Scale
 from pipecompile.capture import Captured
+from pipecompile.ops.torch_internals import DisableTorchFunction, _disable_current_modes, pytree
 
 TOLERANCE = 1e3  # roundings of the result's largest entry that another order of additions may leave
 LEAST = 1e-6  # what counts as the largest entry of next to nothing
@@ -152,7 +151,7 @@ def same_rows(
         return all(same_rows(a, b, k, row, other, rows, others, least) for a, b, k in pairs)
     if not isinstance(kind, Batched) or not isinstance(expected, Tensor):
         return True
-    with torch._C.DisableTorchFunction(), _disable_current_modes():
+    with DisableTorchFunction(), _disable_current_modes():
         a = by_rows(expected, kind, rows).select(kind.dim + 1, row)
         b = by_rows(seen, kind, others or rows).select(kind.dim + 1, other)
         return same_entries(a, b, least)

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 import torch.fx as fx
-import torch.utils._pytree as pytree
 from torch import Tensor
 
 from pipecompile.capture.batch_dims import Dims, Settled, find_batch, refuse_plain_batches
 from pipecompile.capture.pytrees import flatten
 from pipecompile.errors import InputError
+from pipecompile.ops.torch_internals import pytree
 
 
 @dataclass(frozen=True, slots=True)

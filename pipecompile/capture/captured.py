@@ -10,7 +10,6 @@ from typing import Any
 import sympy
 import torch
 import torch.fx as fx
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from pipecompile.capture.call import Call
@@ -22,6 +21,7 @@ from pipecompile.capture.state.guards import Attributes, Update
 from pipecompile.capture.state.model_state import named_tensors
 from pipecompile.errors import DependsOnData
 from pipecompile.ops.symbols import resolve
+from pipecompile.ops.torch_internals import pytree
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,10 +13,10 @@ from typing import Any
 import sympy
 import torch
 import torch.fx as fx
-import torch.utils._pytree as pytree
 from torch import Tensor
 
 from pipecompile.ops.symbols import resolve
+from pipecompile.ops.torch_internals import pytree
 
 
 def largest_sizes(graph: fx.Graph, sizes: Mapping[sympy.Symbol, int]) -> dict[sympy.Symbol, int]:

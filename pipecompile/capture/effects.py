@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipecompile.capture.functionalize import storage_key
 from pipecompile.errors import DependsOnData
 from pipecompile.ops.operators import function_of, named
+from pipecompile.ops.torch_internals import FakeTensor, OpOverload, TorchDispatchMode
 
 _COMPRESSED = named("""
     sparse_compressed_tensor _sparse_compressed_tensor_unsafe _to_sparse_csr _to_sparse_csc _to_sparse_bsr
@@ -52,7 +51,7 @@ class Effects(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def written_by(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """The tensors that an aten operation writes to, by its schema; none for other functions."""
-    if not isinstance(func, torch._ops.OpOverload) or not func._schema.is_mutable:
+    if not isinstance(func, OpOverload) or not func._schema.is_mutable:
         return []
     written: list[Tensor] = []
     for position, argument in enumerate(func._schema.arguments):

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 import torch.fx as fx
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from pipecompile.capture.origin import origin_of
 from pipecompile.ops.device_args import retarget
+from pipecompile.ops.torch_internals import DisableTorchFunction, _disable_current_modes
 
 META_TO_CPU = (torch.device("meta"), torch.device("cpu"))  # inputs have values even where the model has none
 
@@ -49,7 +49,7 @@ class Evaluator:
     def value(self, node: fx.Node) -> Any:
         """The value of a node, outside all modes of the trace."""
         recording = torch.set_grad_enabled(self.gradients)
-        with torch._C.DisableTorchFunction(), _disable_current_modes(), recording:
+        with DisableTorchFunction(), _disable_current_modes(), recording:
             return self._value(node)
 
     def _value(self, node: fx.Node) -> Any:

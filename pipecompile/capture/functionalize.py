@@ -24,12 +24,13 @@ import torch.fx as fx
 from torch import Tensor
 
 from pipecompile.ops.functional import after
+from pipecompile.ops.torch_internals import DisableTorchFunction
 
 
 def storage_key(tensor: Tensor) -> int | None:
     """Identifies the memory behind a tensor; None for layouts without a storage."""
     try:
-        with torch._C.DisableTorchFunction():
+        with DisableTorchFunction():
             return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):
         return None

@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch._functorch import apis, eager_transforms
-from torch.utils._python_dispatch import TorchDispatchMode
+from pipecompile.ops.torch_internals import TorchDispatchMode, apis, eager_transforms
 
 # Where transforms begin: attributes of torch's own modules that hold what runs one.
 TRANSFORMS = (

@@ -7,8 +7,9 @@ from functools import partial
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
+
+from pipecompile.ops.torch_internals import pytree
 
 MOST = 10_000  # objects behind an argument that are searched; one with more is taken to hide something
 

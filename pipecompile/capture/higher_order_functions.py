@@ -10,8 +10,9 @@ from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
-import torch.utils._pytree as pytree
 from torch import Tensor
+
+from pipecompile.ops.torch_internals import pytree
 
 # What functions of torch ask before they hand a call over to the mode that watches them.
 _GATES = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")

@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from pipecompile.capture.functionalize import storage_key
@@ -26,6 +25,7 @@ from pipecompile.ops.device_args import retarget
 from pipecompile.ops.module_tree import called_bare
 from pipecompile.ops.randomness import compared
 from pipecompile.ops.tensor_args import version
+from pipecompile.ops.torch_internals import pytree
 
 CHANGING = (Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
 

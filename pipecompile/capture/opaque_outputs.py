@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.fx as fx
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 from pipecompile.capture.effects import Effects
 from pipecompile.capture.evaluate import Evaluator
@@ -18,6 +17,7 @@ from pipecompile.capture.functionalize import storage_key
 from pipecompile.capture.opaque_calls import LeafCall, copy_of
 from pipecompile.capture.state.guards import MISSING, NOT_PLAIN, TORCHS_OWN, frozen
 from pipecompile.errors import CaptureError, DependsOnData
+from pipecompile.ops.torch_internals import DisableTorchFunction, _disable_current_modes
 
 
 def learn(
@@ -33,7 +33,7 @@ def learn(
         DependsOnData: the leaf writes to its arguments, or returns something else than tensors.
     """
     values = [evaluator.value(node) if isinstance(node, fx.Node) else node for node in nodes]
-    with torch._C.DisableTorchFunction(), _disable_current_modes(), torch.enable_grad():
+    with DisableTorchFunction(), _disable_current_modes(), torch.enable_grad():
         values = [_wanting(value, node) for value, node in zip(values, nodes, strict=True)]
         before = _versions(values)
         args, kwargs = call.rebuild(tuple(values))
@@ -77,7 +77,7 @@ def watched(kept: Any, arguments: Sequence[Tensor]) -> Iterator[tuple[list[Tenso
 
 def fake_result(tensor: Tensor, device: torch.device) -> Tensor:
     """A fake for a real tensor; one that wants a gradient has a history, as the result of an operation."""
-    with torch._C.DisableTorchFunction():
+    with DisableTorchFunction():
         fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
         return fake.requires_grad_().view_as(fake) if tensor.requires_grad else fake
 

@@ -25,9 +25,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.fx.experimental.sym_node import SymNode
 from torch.overrides import handle_torch_function
-from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import CheckpointFunction
 
 from pipecompile.capture.function_patching import intercepted
@@ -40,6 +38,14 @@ from pipecompile.capture.torchscript import as_python
 from pipecompile.errors import CaptureError, DependsOnData
 from pipecompile.ops.autograd_functions import APPLY, Applied
 from pipecompile.ops.device_args import same_device
+from pipecompile.ops.torch_internals import (
+    DisableTorchFunction,
+    ScriptFunction,
+    SymNode,
+    _disable_current_modes,
+    _is_torch_function_mode_enabled,
+    _parse_to,
+)
 
 SWAP: Any = torch.utils.swap_tensors
 
@@ -108,7 +114,7 @@ def _unchanging(original: Any, recorder: Recorder) -> Any:
     """``module.to(...)`` that leaves a module alone which is there already; one that would change it is refused."""
 
     def to(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
+        device, dtype, _, _ = _parse_to(*args, **kwargs)
         tensors = [*self.parameters(), *self.buffers()]
         moved = [t for t in tensors if device is not None and not same_device(t.device, device)]
         cast = [t for t in tensors if dtype is not None and t.is_floating_point() and t.dtype != dtype]
@@ -136,21 +142,21 @@ def _apply(
             f"{recorder.here}: {cls.__qualname__}.apply stands inside torch.vmap or torch.func, where its own "
             f"backward cannot be recorded; the module around it must be kept whole"
         )
-    if not torch._C._is_torch_function_mode_enabled():
+    if not _is_torch_function_mode_enabled():
         return original(*args, **kwargs)
     if hides_tensors((rest, kwargs)):
         raise DependsOnData(
             f"{recorder.here}: {cls.__name__} takes modules, or objects with tensors inside, whose gradients a "
             f"graph of functions would lose; keep the module around it whole with leaf_modules="
         )
-    with torch._C.DisableTorchFunction():
+    with DisableTorchFunction():
         return recorder.call(Applied(cls), tuple(rest), kwargs, partial(original, cls))
 
 
 def _swap(
     recorder: Recorder, function: FunctionType, original: FunctionType, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    if not torch._C._is_torch_function_mode_enabled():
+    if not _is_torch_function_mode_enabled():
         return original(*args, **kwargs)
     raise CaptureError(
         f"{recorder.here}: torch.utils.swap_tensors exchanges tensors with their place in autograd, which a pipeline "
@@ -165,9 +171,9 @@ def _set(recorder: Recorder) -> Iterator[None]:
     thread = threading.get_ident()
 
     def set_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if threading.get_ident() != thread or not torch._C._is_torch_function_mode_enabled():
+        if threading.get_ident() != thread or not _is_torch_function_mode_enabled():
             return original(self, *args, **kwargs)
-        with torch._C.DisableTorchFunction():
+        with DisableTorchFunction():
             recorder.set_storage(original, self, *args, **kwargs)
         return self
 
@@ -215,7 +221,7 @@ def _below(recorder: Recorder, thread: int) -> Any:
 @contextmanager
 def _scripts(recorder: Recorder) -> Iterator[None]:
     """Scripted functions as Python, whose operations the mode sees; TorchScript's interpreter would hide them."""
-    original = torch._C.ScriptFunction.__call__
+    original = ScriptFunction.__call__
     thread = threading.get_ident()
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -223,7 +229,7 @@ def _scripts(recorder: Recorder) -> Iterator[None]:
         traced = threading.get_ident() == thread and not recorder.inside_leaf
         return python(*args, **kwargs) if traced and python is not None else original(self, *args, **kwargs)
 
-    with _replaced(torch._C.ScriptFunction, "__call__", call):
+    with _replaced(ScriptFunction, "__call__", call):
         yield
 
 
@@ -232,7 +238,7 @@ def _numpy() -> Iterator[None]:
     original = torch.from_numpy
 
     def from_numpy(array: Any) -> Any:
-        with torch._C.DisableTorchFunction(), _disable_current_modes():
+        with DisableTorchFunction(), _disable_current_modes():
             return original(array)
 
     with _replaced(torch, "from_numpy", from_numpy):
@@ -261,7 +267,7 @@ def _weighted_differences() -> Iterator[None]:
     original = F.l1_loss
 
     def l1_loss(*args: Any, **kwargs: Any) -> Any:
-        if not torch._C._is_torch_function_mode_enabled():
+        if not _is_torch_function_mode_enabled():
             return original(*args, **kwargs)
         return handle_torch_function(original, (*args[:2], *kwargs.values()), *args, **kwargs)
 

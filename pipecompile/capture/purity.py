@@ -11,6 +11,7 @@ from pipecompile.ops.autograd_functions import custom_of
 from pipecompile.ops.functional import number
 from pipecompile.ops.operators import function_of, is_opaque, named
 from pipecompile.ops.randomness import draws
+from pipecompile.ops.torch_internals import OpOverload
 
 # Functions that do much for each byte they give: repeating them may cost more than sending.
 _PRODUCTS = named("matmul bmm mm")
@@ -26,7 +27,7 @@ CHEAP_CONTRACTION = 16  # multiply-adds per element of output up to which a cont
 def name_of(node: fx.Node) -> str:
     """What a node calls: ``linear``, ``getitem``, ``size``."""
     if node.op == "call_function":
-        if isinstance(node.target, torch._ops.OpOverload):  # aten::add.Tensor
+        if isinstance(node.target, OpOverload):  # aten::add.Tensor
             return str(node.target._schema.name).partition("::")[2]
         return str(getattr(node.target, "__name__", node.target))
     return str(node.target)

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 
 from pipecompile.errors import CaptureError
+from pipecompile.ops.torch_internals import pytree
 
 
 def with_paths(tree: Any) -> tuple[list[tuple[Any, Any]], pytree.TreeSpec]:

@@ -17,17 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.fx as fx
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensor,
-    UnsupportedOperatorException,
-)
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import _disable_current_modes
 
 from pipecompile.capture.autograd_history import Histories
 from pipecompile.capture.effects import Effects
@@ -52,6 +43,17 @@ from pipecompile.ops.randomness import passes
 from pipecompile.ops.source_lines import caller_file, is_library, user_line
 from pipecompile.ops.symbols import Sizes
 from pipecompile.ops.tensor_args import is_real, printable, silently_written, tensors_in, version
+from pipecompile.ops.torch_internals import (
+    DataDependentOutputException,
+    DisableTorchFunction,
+    DynamicOutputShapeException,
+    FakeTensor,
+    GuardOnDataDependentSymNode,
+    UnsupportedOperatorException,
+    _disable_current_modes,
+    _is_torch_function_mode_enabled,
+    pytree,
+)
 
 _SET_REQUIRES_GRAD = Tensor.requires_grad.__set__  # type: ignore[attr-defined]
 DETACH = {Tensor.detach, torch.detach, Tensor.data.__get__}  # type: ignore[attr-defined]
@@ -176,7 +178,7 @@ class Recorder(TorchFunctionMode):
         self, function: FunctionType, original: FunctionType, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Records the call of a function that is kept whole, unless it is a part of something that is already."""
-        seen = torch._C._is_torch_function_mode_enabled() and not self.inside_leaf
+        seen = _is_torch_function_mode_enabled() and not self.inside_leaf
         if not seen or next(tensors_in((args, kwargs)), None) is None:
             return original(*args, **kwargs)
         args, kwargs = without_stand_ins(args), without_stand_ins(kwargs)
@@ -205,7 +207,7 @@ class Recorder(TorchFunctionMode):
         tensors = list(tensors_in(changing))
         versions = [version(tensor) for tensor in tensors]
         try:
-            with torch._C.DisableTorchFunction(), Effects(), watched(call.kept, tensors) as (written, parameters):
+            with DisableTorchFunction(), Effects(), watched(call.kept, tensors) as (written, parameters):
                 args, kwargs = call.rebuild(tuple(changing))
                 out = run(*args, **kwargs)
         except Exception:  # a question about data, or what no fake can do: leave torch, run a custom kernel
@@ -298,7 +300,7 @@ class Recorder(TorchFunctionMode):
                 f"{self.here}: forward draws random numbers from a generator that it makes itself, and how many "
                 f"depends on the call; make the generator in the constructor, or draw outside and pass the numbers in"
             )
-        with torch._C.DisableTorchFunction(), _disable_current_modes():
+        with DisableTorchFunction(), _disable_current_modes():
             drawn = func(*args, **kwargs)
         return self.call(torch.clone, (drawn,), {}, torch.clone)  # forward may write to it
 
@@ -377,9 +379,9 @@ class Recorder(TorchFunctionMode):
 
     def check_module(self, out: Any) -> None:
         """The same, and that all was recorded, for what a module returns: here it is known what to keep whole."""
-        if self.inside_leaf or not torch._C._is_torch_function_mode_enabled():
+        if self.inside_leaf or not _is_torch_function_mode_enabled():
             return
-        with torch._C.DisableTorchFunction():
+        with DisableTorchFunction():
             for tensor in tensors_in(out):
                 if not self.inside_transform and not is_real(tensor) and not self._is_known(tensor):
                     raise self._out_of_sight(tensor)

@@ -13,9 +13,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch.fx.experimental.sym_node import SymNode
-
 from pipecompile.ops.symbols import Shapes
+from pipecompile.ops.torch_internals import SymNode
 
 _OF_TWO = (
     "add", "sub", "mul", "mod", "int_floordiv", "int_truediv", "float_truediv", "float_pow", "pow_by_natural",

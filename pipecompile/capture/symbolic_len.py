@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
+
+from pipecompile.ops.torch_internals import FakeTensor
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from pipecompile.errors import DependsOnData
+from pipecompile.ops.torch_internals import ScriptFunction, ScriptMethod
 
 
 @contextmanager
@@ -31,8 +32,8 @@ def as_python(model: nn.Module) -> Iterator[None]:
         return None if function is None else lambda *args, **kwargs: function(module, *args, **kwargs)
 
     with ExitStack() as stack:
-        stack.enter_context(_run_as(torch._C.ScriptFunction, _python_of_function, thread))
-        stack.enter_context(_run_as(torch._C.ScriptMethod, python_of_method, thread))
+        stack.enter_context(_run_as(ScriptFunction, _python_of_function, thread))
+        stack.enter_context(_run_as(ScriptMethod, python_of_method, thread))
         if "torch._dynamo" in sys.modules:  # nothing can be compiled before
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield

@@ -11,11 +11,7 @@ from typing import Any
 import sympy
 import torch
 import torch.fx as fx
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
-from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import _disable_current_modes
 
 from pipecompile.capture.ancestors import ancestors
 from pipecompile.capture.call import Call, TensorName, order_of
@@ -50,6 +46,13 @@ from pipecompile.ops.module_tree import owner_of
 from pipecompile.ops.source_lines import failing_line
 from pipecompile.ops.symbols import Shapes, Sizes
 from pipecompile.ops.tensor_args import is_real
+from pipecompile.ops.torch_internals import (
+    DisableTorchFunction,
+    FakeTensorMode,
+    _disable_current_modes,
+    enable_python_dispatcher,
+    pytree,
+)
 
 
 class NeedsNumbers(Exception):
@@ -461,7 +464,7 @@ class Trace:
     def _sandbox(self, prefix: str) -> dict[str, Tensor]:
         """Copies of a module's parameters and buffers, which a run may write to."""
         mine = {name: tensor for name, tensor in self.real.items() if name.startswith(prefix)}
-        with torch._C.DisableTorchFunction(), _disable_current_modes():
+        with DisableTorchFunction(), _disable_current_modes():
             return {name: t.detach().clone().requires_grad_(t.requires_grad) for name, t in mine.items()}
 
     def _give_up_notes(self, reasons: list[str]) -> list[str]:

@@ -14,7 +14,6 @@ import typer
 from rich.console import Console
 from rich.text import Text
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 from typer.core import TyperGroup
 
 from pipecompile.api import compile
@@ -32,6 +31,7 @@ from pipecompile.ir.plan_quality import known
 from pipecompile.ir.program import Program
 from pipecompile.ir.timeline import Timeline
 from pipecompile.ir.units import seconds_text
+from pipecompile.ops.torch_internals import tree_map_only
 from pipecompile.partition import ADAM
 from pipecompile.planning.memory import Memory
 from pipecompile.planning.plan_search import make_plan

@@ -14,13 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
 
 from pipecompile.capture.state.fast_check import Sweep
 from pipecompile.capture.state.fingerprints import Same
 from pipecompile.capture.state.guards import TABLES
 from pipecompile.errors import InputError
+from pipecompile.ops.torch_internals import DeviceContext, _get_current_function_mode_stack, _len_torch_function_stack
 from pipecompile.runtime.compiled import Compiled
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # what a module has them in
@@ -116,7 +115,7 @@ def _sweep(model: nn.Module) -> Sweep:
 
 def settings() -> tuple[Any, ...]:
     """The settings of torch, for the process and the thread, that a forward may ask for or depend on."""
-    function_modes = torch._C._len_torch_function_stack()
+    function_modes = _len_torch_function_stack()
     return (
         torch.get_default_dtype(),
         torch.are_deterministic_algorithms_enabled(),
@@ -133,7 +132,7 @@ def refuse_default_device(devices: Iterable[torch.device]) -> None:
     Raises:
         InputError: what the forward creates without ``device=`` would lie elsewhere.
     """
-    if torch._C._len_torch_function_stack() == 0:
+    if _len_torch_function_stack() == 0:
         return
     modes = [m for m in _get_current_function_mode_stack() if isinstance(m, DeviceContext)]  # type: ignore[no-untyped-call]
     kinds = {device.type for device in devices}

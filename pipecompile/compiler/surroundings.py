@@ -12,13 +12,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._C._dynamo.eval_frame import set_eval_frame
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from pipecompile.errors import InputError
+from pipecompile.ops.torch_internals import (
+    FakeTensor,
+    FakeTensorMode,
+    ProxyTorchDispatchMode,
+    _get_current_dispatch_mode_stack,
+    _get_tracing_state,
+    _top_saved_tensors_default_hooks,
+    peek_interpreter_stack,
+    set_eval_frame,
+)
 
 
 def check_surroundings(arguments: Iterable[object]) -> None:
@@ -27,9 +33,9 @@ def check_surroundings(arguments: Iterable[object]) -> None:
     Raises:
         InputError: says what follows the call, and what to do.
     """
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if peek_interpreter_stack() is not None:
         _refuse("inside torch.func (grad, vmap, jacrev ...)", "transforms a function")
-    if torch._C._get_tracing_state() is not None:
+    if _get_tracing_state() is not None:
         _refuse("inside torch.jit.trace", "records what is computed")
     if torch.compiler.is_compiling():
         _refuse("inside torch.compile or torch.export", "records what is computed")
@@ -55,7 +61,7 @@ def uncompiled() -> Iterator[None]:
 
 def saved_as_they_are() -> Any:
     """Hooks of the caller on saved tensors (a checkpoint around the call) see nothing of what runs in it."""
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+    if _top_saved_tensors_default_hooks(True) is None:
         return nullcontext()  # torch.func in a forward does not go with hooks, of whatever kind
     return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 import torch.fx as fx
-import torch.utils._pytree as pytree
 
 from pipecompile.ops.operators import is_opaque
+from pipecompile.ops.torch_internals import OpOverload, pytree
 
 APPLY: FunctionType = torch.autograd.Function.__dict__["apply"].__func__  # that of all subclasses, as a plain function
 _HELD = "<held "
@@ -73,7 +73,7 @@ def held(function: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Callable
     own = is_opaque(function)
 
     def spelled(item: Any) -> Any:
-        if isinstance(item, fx.Node | torch._ops.OpOverload):
+        if isinstance(item, fx.Node | OpOverload):
             return item
         if type(item) in _SPELLED and not (isinstance(item, str) and item.startswith(_HELD)):
             return item

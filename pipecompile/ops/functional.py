@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from pipecompile.errors import InputError
+from pipecompile.ops.torch_internals import FakeTensor
 
 
 def setitem(x: Tensor, index: Any, value: Any) -> Tensor:

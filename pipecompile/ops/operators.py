@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from pipecompile.ops.torch_internals import OpOverload, OpOverloadPacket
+
 # Where functions are looked for, with what stands before their names there. torch._C._nn is none of them: its losses
 # have the names of torch.nn.functional's, and take other arguments.
 _SPACES: tuple[tuple[str, Any], ...] = (
@@ -82,14 +84,14 @@ def _is_function(found: object) -> bool:
 
 def function_of(target: Any) -> Any:
     """The object under which tables hold what a graph calls: for an aten operation that of all its overloads."""
-    return target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
+    return target.overloadpacket if isinstance(target, OpOverload) else target
 
 
 def is_opaque(target: Any) -> bool:
     """Whether what a graph calls is none of torch's functions: a module or function kept whole, a custom operator, a
     custom function of autograd, a hook. Its name says nothing about it."""
     target = function_of(target)
-    if isinstance(target, torch._ops.OpOverloadPacket):
+    if isinstance(target, OpOverloadPacket):
         return target._qualified_op_name.partition("::")[0] not in ("aten", "prims")
     root = (getattr(target, "__module__", None) or "torch").partition(".")[0]
     return isinstance(getattr(target, "__self__", None), type) or root not in (

@@ -20,10 +20,9 @@ from typing import Any
 import sympy
 import torch
 import torch.fx as fx
-from torch._dynamo.source import ConstantSource
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, SymT, symbol_is_type  # type: ignore[attr-defined]
 
 from pipecompile.errors import CaptureError, DependsOnData
+from pipecompile.ops.torch_internals import ConstantSource, DimDynamic, ShapeEnv, SymT, symbol_is_type
 
 
 class Shapes(ShapeEnv):

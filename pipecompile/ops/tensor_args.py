@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torch.utils._pytree as pytree
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+
+from pipecompile.ops.torch_internals import FakeTensor, is_functorch_wrapped_tensor, pytree
 
 # Functions that write to arguments without saying so in the tensor's version counter: positions of what they write.
 SILENT_WRITES: dict[Callable[..., Any], tuple[tuple[int, str], ...]] = {
@@ -38,7 +38,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def is_real(tensor: Tensor) -> bool:
-    return not isinstance(tensor, FakeTensor) and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return not isinstance(tensor, FakeTensor) and not is_functorch_wrapped_tensor(tensor)
 
 
 def printable(func: Callable[..., Any]) -> Callable[..., Any]:

@@ -6,9 +6,8 @@ import weakref
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from pipecompile.ops.torch_internals import TorchDispatchMode, tree_leaves
 from pipecompile.profile.storages import has_storage
 
 

@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipecompile.ir.device_specs import Roofline
+from pipecompile.ops.torch_internals import FakeTensorMode
 from pipecompile.profile.call import Call
 
 How = Literal["measure", "count"]

@@ -15,7 +15,6 @@ import torch
 import torch.fx as fx
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils import _pytree as pytree
 
 from pipecompile.batching import Division, Rows
 from pipecompile.capture import Call, Captured
@@ -31,6 +30,7 @@ from pipecompile.ir.program import Program
 from pipecompile.ir.timeline import Timeline
 from pipecompile.ops.autograd_functions import Applied
 from pipecompile.ops.operators import is_opaque
+from pipecompile.ops.torch_internals import pytree
 from pipecompile.planning.calibration import Times, stage_times
 from pipecompile.planning.memory import Memory
 from pipecompile.planning.replicas import Candidate

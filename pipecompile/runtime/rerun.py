@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import _StopRecomputationError
 
 from pipecompile.capture import Call
 from pipecompile.errors import ExecutionError
 from pipecompile.ops.randomness import Generators
+from pipecompile.ops.torch_internals import _StopRecomputationError
 from pipecompile.runtime import Ambient
 from pipecompile.runtime.compiled import Compiled
 

@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from pipecompile.capture.state.model_state import named_tensors
 from pipecompile.errors import InputError
+from pipecompile.ops.torch_internals import pytree
 from pipecompile.runtime.delivery import refuse_create_graph
 
 

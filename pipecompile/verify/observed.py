@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from pipecompile.capture.pytrees import with_paths
@@ -18,6 +17,7 @@ from pipecompile.capture.state.guards import NOT_PLAIN, TORCHS_OWN, frozen
 from pipecompile.capture.state.namespaces import names_of
 from pipecompile.capture.state.reachable import Reach
 from pipecompile.capture.state.restore import left_as_before
+from pipecompile.ops.torch_internals import pytree
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 

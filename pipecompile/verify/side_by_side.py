@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import _engine_run_backward
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
@@ -33,6 +32,12 @@ from pipecompile.ir.program import Program
 from pipecompile.ops.functional import add_moments, moments
 from pipecompile.ops.module_tree import called_bare
 from pipecompile.ops.row_draws import draws_by_row
+from pipecompile.ops.torch_internals import (
+    DisableTorchFunction,
+    OpOverload,
+    _current_graph_task_id,
+    _engine_run_backward,
+)
 from pipecompile.runtime import steps
 from pipecompile.runtime.compiled import find_loss
 from pipecompile.runtime.session import Session
@@ -138,7 +143,7 @@ def apart(trial: Trial) -> str:
 def incomparable(trial: Trial) -> str:
     """Why no run of the unsplit model draws the random numbers that a pipeline draws; empty if one does."""
     for node in trial.captured.graph.nodes:
-        if isinstance(node.target, torch._ops.OpOverload) and is_random(node):
+        if isinstance(node.target, OpOverload) and is_random(node):
             return f"{origin_of(node)}: it draws random numbers inside torch.vmap or a custom operator"
     return ""
 
@@ -270,7 +275,7 @@ def _seeds(trial: Trial, leaves: Sequence[Any], left: Mapping[str, Tensor]) -> S
     else:
         wanted |= {i: leaves[i] for i in positions if captured.outputs[i].requires_grad}
     generator = torch.Generator().manual_seed(SEED)
-    with torch._C.DisableTorchFunction():  # each row draws its own, also where random functions draw alike
+    with DisableTorchFunction():  # each row draws its own, also where random functions draw alike
         drawn = {name: torch.randn(leaf.shape, generator=generator).to(leaf) for name, leaf in wanted.items()}
     return {**seeds, **drawn}
 
@@ -352,7 +357,7 @@ class _MicrobatchStatistics(TorchFunctionMode):
             given["running_mean"] = given["running_var"] = None
         parts = torch.split(x, [count * (x.shape[0] // rows) for count in self.counts])
         mean, var = given.get("running_mean"), given.get("running_var")
-        in_backward = torch._C._current_graph_task_id() != -1  # a checkpoint's second run, behind all first ones
+        in_backward = _current_graph_task_id() != -1  # a checkpoint's second run, behind all first ones
         if mean is None or var is None or in_backward:
             return torch.cat([func(part, **given) for part in parts])
         found = [(torch.zeros_like(mean), torch.zeros_like(var)) for _ in parts]

@@ -284,3 +284,13 @@ def test_check_refuses_what_is_no_synchronous_schedule(nets: Path):
     result = run("check", "nets:make", "--schedule", "pipedream")
     assert result.exit_code == 2
     assert "sequential, gpipe, 1f1b" in result.stderr
+
+
+def test_without_typer_the_command_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
+    from pipecompile.__main__ import main
+
+    for name in [name for name in sys.modules if name.startswith("pipecompile.cli")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "typer", None)
+    with pytest.raises(SystemExit, match=r"needs typer.*pip install 'pipecompile\[cli\]'"):
+        main()

@@ -16,13 +16,13 @@ from types import CellType
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import nn
 
 from pipecompile.capture.state.containers import contents, kind_of
 from pipecompile.capture.state.counters import concrete
 from pipecompile.capture.state.guards import MISSING, NOT_PLAIN, TORCHS_OWN, Attribute, Held, Item, Place, frozen
 from pipecompile.capture.state.namespaces import label_of, names_of, owns_names, put
+from pipecompile.ops.torch_internals import pytree
 
 DEEPEST = 4  # containers in containers that have stand-ins
 LONGEST = 1000  # containers in a longer one have none

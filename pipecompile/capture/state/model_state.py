@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from pipecompile.capture.state.containers import contents, is_same, kind_of, put_back
 from pipecompile.capture.state.fake_tables import Table
 from pipecompile.capture.state.guards import MISSING, NOT_PLAIN, TABLES, Attribute, frozen
 from pipecompile.capture.state.namespaces import drop, label_of, names_of, put
 from pipecompile.errors import CaptureError
+from pipecompile.ops.torch_internals import FakeTensor, FakeTensorMode
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from pipecompile.capture.state.containers import contents, is_same, put_back
 from pipecompile.capture.state.guards import Itself
 from pipecompile.capture.state.namespaces import drop, names_of, put
 from pipecompile.capture.state.reachable import Generator, Reach, reach_of
 from pipecompile.ops.randomness import set_state, state_of
+from pipecompile.ops.torch_internals import _unsafe_preserve_version_counter
 
 
 @contextmanager
