@@ -21,6 +21,8 @@ from rich.table import Table
 from torch import nn
 
 from pipecompile.capture import Call, Captured, read_call, summarize
+from pipecompile.capture.captured import SymbolicSizes
+from pipecompile.capture.state.reachable import reach_of
 from pipecompile.capture.trace import Trace
 from pipecompile.ir.cluster import Cluster
 from pipecompile.ir.graph import Graph
@@ -51,8 +53,8 @@ def built(config: transformers.PretrainedConfig) -> tuple[nn.Module, Call]:
     return model, read_call(model.forward, (), {"input_ids": ids, "labels": ids})
 
 
-def traced(model: nn.Module, call: Call, symbolic: str) -> Captured:
-    return Trace(model, call, (BATCH,), model, symbolic, {}).run([])
+def traced(model: nn.Module, call: Call, symbolic: SymbolicSizes) -> Captured:
+    return Trace(model, call, (BATCH,), model, symbolic, {}, reach_of(model)).run([])
 
 
 class Stopwatch:
@@ -86,14 +88,16 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    traced(*built(GPT2(n_layer=1, n_embd=8, n_head=1)), "batch and lengths")
+    traced(*built(GPT2(n_layer=1, n_embd=8, n_head=1)), SymbolicSizes.BATCH | SymbolicSizes.LENGTHS)
     watch = Stopwatch(args.repeats)
     headings = ("static", "ms / node", "symbolic", "ms / node", "graph", "profile", f"{args.stages} stages")
     table = Table("model", "parameters", "nodes", *headings, title="CPU seconds")
     for name in args.models.split(","):
         model, call = built(MODELS[name]())
-        static, _ = watch(lambda model=model, call=call: traced(model, call, "nothing"))
-        symbolic, captured = watch(lambda model=model, call=call: traced(model, call, "batch and lengths"))
+        static, _ = watch(lambda model=model, call=call: traced(model, call, SymbolicSizes.NONE))
+        symbolic, captured = watch(
+            lambda model=model, call=call: traced(model, call, SymbolicSizes.BATCH | SymbolicSizes.LENGTHS)
+        )
         graph, *planning = planned(captured, args.stages, watch)
         count = len(captured.graph.nodes)
         table.add_row(

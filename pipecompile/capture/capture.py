@@ -12,7 +12,7 @@ from torch.nn.modules import module as torch_module
 from torch.nn.parameter import is_lazy
 
 from pipecompile.capture.call import Call
-from pipecompile.capture.captured import Captured
+from pipecompile.capture.captured import Captured, SymbolicSizes
 from pipecompile.capture.locks import CAPTURING
 from pipecompile.capture.opaque_scope import Part, next_whole
 from pipecompile.capture.recorder import DATA_DEPENDENT, NeedsOperations
@@ -22,7 +22,12 @@ from pipecompile.capture.trace import NeedsNumbers, Trace
 from pipecompile.errors import CaptureError, InputError, ReentryError
 from pipecompile.ops.module_tree import called_bare
 
-SYMBOLIC_ATTEMPTS = ("batch and lengths", "lengths", "batch", "nothing")  # what is symbolic, widest first
+SYMBOLIC_ATTEMPTS = (
+    SymbolicSizes.BATCH | SymbolicSizes.LENGTHS,
+    SymbolicSizes.LENGTHS,
+    SymbolicSizes.BATCH,
+    SymbolicSizes.NONE,
+)  # widest first
 Errors = tuple[type[Exception], ...]
 ANYTHING: Errors = (Exception,)
 
@@ -33,7 +38,7 @@ def capture(
     microbatch: int | Sequence[int] | None = None,
     forward: Callable[..., Any] | None = None,
     leaves: Iterable[str] = (),
-    symbolic: Sequence[str] = SYMBOLIC_ATTEMPTS,
+    symbolic: Sequence[SymbolicSizes] = SYMBOLIC_ATTEMPTS,
 ) -> Captured:
     """Captures one call of a model.
 
@@ -48,7 +53,7 @@ def capture(
         forward: what to run instead of the model's own forward, without the hooks on the model itself; it may only
             use the model's parameters.
         leaves: paths of modules to keep whole.
-        symbolic: what to try, the widest first and "nothing" last.
+        symbolic: what to try, the widest first and ``NONE`` last.
 
     Raises:
         CaptureError: the model cannot be traced; names the module path and the source line.
@@ -58,7 +63,7 @@ def capture(
     kept: dict[Part, str] = _with_backward_hooks(model, forward is None)
     kept.update(dict.fromkeys(_known(model, leaves), "as asked"))
     reasons: list[str] = []
-    attempts: list[tuple[str, Errors]] = [(what, DATA_DEPENDENT) for what in symbolic]
+    attempts: list[tuple[SymbolicSizes, Errors]] = [(what, DATA_DEPENDENT) for what in symbolic]
     reach = reach_of(model, [forward] if forward is not None else [])
     forward = forward or partial(called_bare, model)
     while attempts:
@@ -100,7 +105,7 @@ def _with_leaves(
     call: Call,
     rows: Sequence[int],
     forward: Callable[..., Any],
-    symbolic: str,
+    symbolic: SymbolicSizes,
     unknown: Errors,
     kept: dict[Part, str],
     reach: Reach,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from enum import Flag, auto
 from functools import cached_property
 from typing import Any
 
@@ -40,6 +41,17 @@ class Output:
     requires_grad: bool = False
 
 
+class SymbolicSizes(Flag):
+    """Which sizes of a call may change without another trace."""
+
+    NONE = 0
+    BATCH = auto()
+    LENGTHS = auto()
+
+    def __str__(self) -> str:
+        return " and ".join(str(part.name).lower() for part in self)
+
+
 @dataclass(frozen=True)
 class Captured:
     """The recording of one run of a model; see the package's docstring for what its graph may hold."""
@@ -50,7 +62,7 @@ class Captured:
     call: Call  # the sample
     device: torch.device  # that the trace was made for: constants of this device move with their stage
     microbatch: int  # rows of the sample that the trace was taken at
-    symbolic: str  # what of the sizes is: one of SYMBOLIC_ATTEMPTS
+    symbolic: SymbolicSizes
     outputs: tuple[Output, ...]
     left: tuple[Output, ...]  # tensors that the forward leaves behind, beside its outputs
     out_spec: pytree.TreeSpec

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pipecompile.capture.ancestors import ancestors
 from pipecompile.capture.call import Call, TensorName, order_of
-from pipecompile.capture.captured import Captured, Output, device_of, sample_sizes
+from pipecompile.capture.captured import Captured, Output, SymbolicSizes, device_of, sample_sizes
 from pipecompile.capture.checkpoint_regions import recomputed
 from pipecompile.capture.data_dependent_sizes import largest_sizes
 from pipecompile.capture.evaluate import META_TO_CPU, Evaluator
@@ -68,7 +68,7 @@ class Trace:
         call: Call,
         rows: Sequence[int],
         forward: Callable[..., Any],
-        symbolic: str,
+        symbolic: SymbolicSizes,
         kept: Mapping[Part, str],
         reach: Reach,
         numbers: Sequence[Attribute] = (),
@@ -84,7 +84,7 @@ class Trace:
         self.symbolic = symbolic
         self.device = device_of(model, call)
         self.graph = fx.Graph()
-        self.shapes = Shapes() if symbolic != "nothing" else None
+        self.shapes = Shapes() if symbolic else None
         self.sizes = Sizes(self.graph, self.shapes)
         self.mode = FakeTensorMode(shape_env=self.shapes, allow_non_fake_inputs=True)
         self.constants: dict[str, Tensor] = {}
@@ -229,7 +229,11 @@ class Trace:
             kind, size = "batch", self.microbatch
         else:
             kind = "length"
-        fixed = "batch" not in self.symbolic if kind == "batch" else not self._is_length(real, dim, size, symbols)
+        fixed = (
+            SymbolicSizes.BATCH not in self.symbolic
+            if kind == "batch"
+            else not self._is_length(real, dim, size, symbols)
+        )
         if self.shapes is None or fixed:
             return size
         if (kind, size) not in symbols:
@@ -239,7 +243,7 @@ class Trace:
 
     def _is_length(self, real: Tensor, dim: int, size: int, symbols: dict[tuple[str, int], int | torch.SymInt]) -> bool:
         """Whether a dimension may well change from step to step: of ids, of sequences, or as long as one of those."""
-        if "lengths" not in self.symbolic:
+        if SymbolicSizes.LENGTHS not in self.symbolic:
             return False
         if ("length", size) in symbols:
             return True
@@ -470,9 +474,7 @@ class Trace:
     def _give_up_notes(self, reasons: list[str]) -> list[str]:
         if not reasons:
             return []
-        kept = (
-            "all sizes are fixed" if self.symbolic == "nothing" else f"of the sizes, {self.symbolic} alone may change"
-        )
+        kept = "all sizes are fixed" if not self.symbolic else f"of the sizes, {self.symbolic} alone may change"
         return [f"{kept}, inputs of other sizes are captured anew: {reasons[0]}"]
 
 

@@ -21,6 +21,7 @@ from pipecompile.batching import Division, Rows, defer_running, divide, twins_di
 from pipecompile.capture import Call, Captured, capture, summarize
 from pipecompile.capture.ancestors import ancestors
 from pipecompile.capture.capture import SYMBOLIC_ATTEMPTS
+from pipecompile.capture.captured import SymbolicSizes
 from pipecompile.capture.origin import origin_of
 from pipecompile.capture.output_batch_dims import with_batch_dims
 from pipecompile.capture.state.restore import left_as_before
@@ -197,7 +198,9 @@ class _Tracer:
     forward: Callable[..., Any] | None
     leaves: Sequence[str]
 
-    def __call__(self, rows: Sequence[int] | None = None, attempts: Sequence[str] = SYMBOLIC_ATTEMPTS) -> Captured:
+    def __call__(
+        self, rows: Sequence[int] | None = None, attempts: Sequence[SymbolicSizes] = SYMBOLIC_ATTEMPTS
+    ) -> Captured:
         return capture(self.model, self.call, rows, self.forward, self.leaves, attempts)
 
 
@@ -225,7 +228,7 @@ def _divided(trace: _Tracer, rows: Rows, options: Options) -> Division:
     return division if call.batch >= division.at_least else undivided(whole, one_part=True)
 
 
-def _of_a_microbatch(trace: _Tracer, rows: Rows, attempts: Sequence[str]) -> Captured:
+def _of_a_microbatch(trace: _Tracer, rows: Rows, attempts: Sequence[SymbolicSizes]) -> Captured:
     """A trace at a microbatch's rows, of a model that has been traced at the whole batch's.
 
     Raises:

@@ -122,7 +122,7 @@ def rehearsed(
 
 def _noted(compiled: Compiled, what: str) -> Compiled:
     """The same with a word on where its costs are from."""
-    return replace(compiled, costed=replace(compiled.costed, origin=f"{compiled.costed.origin}, {what}"))
+    return replace(compiled, costed=replace(compiled.costed, corrections=(*compiled.costed.corrections, what)))
 
 
 def _tells(compiled: Compiled) -> bool:

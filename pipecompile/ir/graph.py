@@ -210,20 +210,27 @@ class Setting:
 class CostedGraph(Json):
     """A graph with the cost of each node and where the numbers come from ("measured: cpu, torch 2.13", "counted").
 
+    Attributes:
+        source: where the first numbers are from.
+        measured: whether the seconds are those of a device that was there.
+        corrections: what has been made of them since, in words.
+
     Without footprints each value has a storage of its own, and so has what a node saves.
     """
 
     graph: Graph
     costs: tuple[Cost, ...]
-    origin: str
+    source: str
     storages: tuple[int, ...] = ()  # bytes
     footprints: tuple[Footprint, ...] = ()
     setting: Setting | None = None
+    measured: bool = False
+    corrections: tuple[str, ...] = ()
 
     @property
-    def measured(self) -> bool:
-        """Whether the seconds are those of a device that was there."""
-        return self.origin.startswith("measured")
+    def origin(self) -> str:
+        """Where the numbers are from, in words."""
+        return ", ".join([self.source, *self.corrections])
 
     def __post_init__(self) -> None:
         if len(self.costs) != len(self.graph):

@@ -71,12 +71,8 @@ def corrected(costed: CostedGraph, plan: Plan, times: Sequence[Times], by: str =
         else replace(cost, forward=cost.forward * forward[stage], backward=cost.backward * backward[stage])
         for cost, stage in zip(costed.costs, plan.stage_of, strict=True)
     )
-    origin = f"{costed.origin.removesuffix(_corrected_by(by))}{_corrected_by(by)}"
-    return replace(costed, costs=costs, origin=origin)
-
-
-def _corrected_by(what: str) -> str:
-    return f", corrected by {what}"
+    corrections = (*(done for done in costed.corrections if done != f"corrected by {by}"), f"corrected by {by}")
+    return replace(costed, costs=costs, corrections=corrections)
 
 
 def _ratios(times: Times, again: bool) -> tuple[float, float]:

@@ -57,6 +57,7 @@ def profile(
         tuple(walk.storages),
         tuple(walk.footprints.get(name, Footprint()) for name in names),
         setting,
+        measured=how == "measure",
     )
 
 

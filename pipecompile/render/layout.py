@@ -85,6 +85,7 @@ class _Lane:
     start: float
     end: float
     text: str = ""
+    from_margin: bool = False
     lane: int = field(default=0)
 
     @property
@@ -214,7 +215,7 @@ class _Lanes:
             label = edge_label(view, view.edges[i])
             if i in margin:
                 gutters[source].append(_Lane(i, out, margin[i], label))
-                gutters[target - 1].append(_Lane(i, margin[i], into, f"from stage {source}"))
+                gutters[target - 1].append(_Lane(i, margin[i], into, f"from stage {source}", from_margin=True))
             else:
                 gutters[source].append(_Lane(i, out, into, label))
         for gutter in gutters:
@@ -234,8 +235,9 @@ class _Lanes:
 def _lane_order(lane: _Lane) -> tuple[int, float]:
     """To the margin on top, then to the next stage, each with the rightmost first, so that wires cross other wires
     away from their labels; from the margin at the bottom."""
-    to_margin, from_margin = lane.end > lane.start and not lane.text.startswith("from "), lane.text.startswith("from ")
-    return (2, lane.end) if from_margin else (0, -lane.start) if to_margin else (1, -lane.start)
+    if lane.from_margin:
+        return 2, lane.end
+    return (0 if lane.end > lane.start else 1), -lane.start
 
 
 def _margin(view: StageGraph, across: _Across) -> dict[int, float]:

@@ -138,7 +138,8 @@ class Runner:
             if "eval_with_key" in frame.f_code.co_filename:
                 code = linecache.getline(frame.f_code.co_filename, line, frame.f_globals)
                 match = re.match(r"\s*(\w+)\s*(?::[^=]*)?=", code)
-                return self.stage.origins.get(match[1] if match else "", "")
+                origin = self.stage.origins.get(match[1] if match else "")
+                return str(origin) if origin else ""
         return ""
 
 

@@ -10,6 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from weakref import WeakSet
 
 import torch
@@ -21,6 +22,14 @@ from pipecompile.ops.device_args import threads_each
 from pipecompile.runtime import Ambient, Executor, Lane, LocalTransport, MakeOptimizer, Microbatch, Runner, Weights
 from pipecompile.runtime.compiled import Compiled
 from pipecompile.schedule import carried_after
+
+
+class Rerun(StrEnum):
+    """Why a call is run again."""
+
+    BESIDE = "a gradient came into an output beside the loss; later calls run their backwards when gradients come in"
+    RESCALED = "a gradient of another scale than the last came into a loss computed with float16 or custom backwards"
+    SECOND = "a second gradient came in, with retain_graph=True, after the backwards had run"
 
 
 @dataclass
@@ -64,7 +73,8 @@ class Session:
         self.executors: dict[int, Executor] = {}
         self.stream = Stream()
         self.scale = 1.0  # of the last gradient into a loss computed with float16: the next is most often the same
-        self.repeated: Counter[str] = Counter()  # how often a call was run again, by reason
+        self.repeated: Counter[Rerun] = Counter()  # how often a call was run again
+        self.defers = False  # whether backwards run when gradients come in, also where the model computes its loss
         self.program: Program | None = None
         self.timeline: Timeline | None = None
         self.running = False

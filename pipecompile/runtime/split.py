@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from pipecompile.capture import Captured
 from pipecompile.capture.opaque_calls import FunctionLeaf
-from pipecompile.capture.origin import origin_of
+from pipecompile.capture.origin import Origin, origin_of
 from pipecompile.capture.purity import is_random
 from pipecompile.capture.state.model_state import named_tensors
 from pipecompile.ir.graph import Graph
@@ -53,14 +53,13 @@ class Stage:
     sends: Mapping[int, tuple[str, ...]]  # target stage -> values
     outputs: tuple[str, ...]  # model outputs
     returns: tuple[str, ...]
-    origins: Mapping[str, str]  # node -> "module 'h.0.attn', model.py:12", for error messages
+    origins: Mapping[str, Origin]  # by node
 
     @property
     def modules(self) -> str:
         """The first and the last module that the stage runs: "modules 'h.0.attn' to 'h.5.mlp'"."""
-        named = [origin for origin in self.origins.values() if origin.startswith("module ")]
-        paths = [origin.removeprefix("module ").split(",")[0] for origin in named]
-        return f"modules {paths[0]} to {paths[-1]}" if paths else "the model's own forward"
+        paths = [origin.path for origin in self.origins.values() if origin.path]
+        return f"modules {paths[0]!r} to {paths[-1]!r}" if paths else "the model's own forward"
 
     @property
     def code(self) -> str:
@@ -122,7 +121,7 @@ class _Cut:
         )
         graph = _graph(run, received, returns, self.nodes, self.captured, device, regions)
         module = _module(graph, self.tensors, self.captured.leaf, f"Stage{index}")
-        origins = {n.name: str(origin_of(n)) for n in run}
+        origins = {n.name: origin_of(n) for n in run}
         arguments = (*inputs, *received)
         first = self.captured.first_names
         names = {name: first.get(id(tensor), name) for name, tensor in named_tensors(module)}

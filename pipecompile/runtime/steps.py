@@ -30,13 +30,8 @@ from pipecompile.runtime import Microbatch
 from pipecompile.runtime.compiled import Compiled
 from pipecompile.runtime.delivery import Deferred, Delivered, Gradients
 from pipecompile.runtime.rerun import Snapshot
-from pipecompile.runtime.session import Session, Stream
+from pipecompile.runtime.session import Rerun, Session, Stream
 from pipecompile.schedule import backward_only, drain, forward_only, pipedream
-
-# Why a call is run again.
-BESIDE = "a gradient came into an output beside the loss; later calls run their backwards when gradients come in"
-RESCALED = "a gradient of another scale than the last came into a loss computed with float16 or custom backwards"
-SECOND = "a second gradient came in, with retain_graph=True, after the backwards had run"
 
 
 @dataclass(frozen=True)
@@ -162,7 +157,7 @@ def run(
         return evaluate(session, batch)
     if asynchronous and loss is not None:
         return stream(session, batch, loss)
-    if loss is None or not batch.ends_in_body(loss) or BESIDE in session.repeated:
+    if loss is None or not batch.ends_in_body(loss) or session.defers:
         return defer(session, batch)
     return train(session, batch, loss, schedule)
 
@@ -198,7 +193,7 @@ def _train(
 
     def rescaled(scale: float) -> list[Tensor]:
         session.scale = scale
-        with _again(session, start, RESCALED):
+        with _again(session, start, Rerun.RESCALED):
             again = _gradients(session, batch, run(scale))
         return [again[id(leaf)] for leaf in leaves]
 
@@ -215,7 +210,8 @@ def _beside(session: Session, batch: Batch, start: Snapshot, outputs: Sequence[T
     """The outputs but the one at position ``loss``: a gradient into them runs the call again."""
 
     def backward(incoming: Gradients) -> Gradients:
-        with _again(session, start, BESIDE):
+        session.defers = True
+        with _again(session, start, Rerun.BESIDE):
             tensors = _defer(session, batch, start)
             pairs = zip([*tensors[:loss], *tensors[loss + 1 :]], incoming, strict=True)
             given = [(tensor, gradient) for tensor, gradient in pairs if gradient is not None]
@@ -253,7 +249,7 @@ def _defer(session: Session, batch: Batch, start: Snapshot) -> list[Tensor]:
                 microbatches = dict(waiting)
                 waiting.clear()  # also where this backward fails: another one runs the call again
                 return run(microbatches, incoming)
-            with _again(session, start, SECOND):
+            with _again(session, start, Rerun.SECOND):
                 return run(_forward(session, batch, start.seeds), incoming)
 
     leaves = batch.reached
@@ -262,7 +258,7 @@ def _defer(session: Session, batch: Batch, start: Snapshot) -> list[Tensor]:
 
 
 @contextmanager
-def _again(session: Session, start: Snapshot, why: str) -> Iterator[None]:
+def _again(session: Session, start: Snapshot, why: Rerun) -> Iterator[None]:
     """In which a call is run once more."""
     session.repeated[why] += 1
     with session.turn.taken(), start.restored():

@@ -169,7 +169,7 @@ def test_a_stage_knows_where_each_of_its_nodes_comes_from() -> None:
         calls = [node.name for node in stage.module.graph.nodes if node.op == "call_function"]
         known = [name for name in calls if "region" not in name]
         assert known
-        assert all("module" in stage.origins[name] or "forward" in stage.origins[name] for name in known)
+        assert all(stage.origins[name].source for name in known)
 
 
 # What crosses

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import pipecompile
 from pipecompile.batching import Rows
 from pipecompile.capture import Call, Captured, read_call, summarize
+from pipecompile.capture.captured import SymbolicSizes
 from pipecompile.compiler import compile_call
 from pipecompile.errors import ExecutionError, PipecompileError
 from pipecompile.ir.graph import Graph
@@ -91,7 +92,7 @@ def _traced(entry: Entry, model: nn.Module) -> Iterator[dict[str, Any]]:
 def _static_seconds(entry: Entry, model: nn.Module) -> float:
     """What a capture takes that leaves no size open."""
     start = time.process_time()
-    summarize(capture_sample(entry, model, symbolic=("nothing",)))
+    summarize(capture_sample(entry, model, symbolic=(SymbolicSizes.NONE,)))
     return time.process_time() - start
 
 
