@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
+from long import some
 from oracle import assert_same, step
 from test_facade import MODELS, assert_equal, both, loss_of, trained, words
 from torch import Tensor, nn
@@ -49,11 +51,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_transformers_trainer_takes_a_pipe_for_the_model(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "options"), some(product(["gpt2", "llama"], OPTIONS), 3))
+def test_transformers_trainer_takes_a_pipe_for_the_model(name: str, options: str, tmp_path: Path) -> None:
     pipe, model, _ = both(name)
-    made = {module: trainer(module, tmp_path / str(i), **options) for i, module in enumerate((pipe, model))}
+    made = {module: trainer(module, tmp_path / str(i), **OPTIONS[options]) for i, module in enumerate((pipe, model))}
     ours, theirs = (losses(made[module]) for module in (pipe, model))
     assert len(theirs) == 5
     assert ours == pytest.approx(theirs, rel=1e-5)  # the trainer adds up in single precision

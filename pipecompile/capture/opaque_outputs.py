@@ -19,6 +19,8 @@ from pipecompile.capture.state.guards import MISSING, NOT_PLAIN, TORCHS_OWN, fro
 from pipecompile.errors import CaptureError, DependsOnData
 from pipecompile.ops.torch_internals import DisableTorchFunction, _disable_current_modes
 
+OF_RECURRENT = frozenset({"_flat_weights", "_flat_weight_refs"})  # what such a module lists its parameters in
+
 
 def learn(
     call: LeafCall, nodes: Sequence[fx.Node | float], evaluator: Evaluator, tensors: Mapping[str, Tensor]
@@ -51,7 +53,8 @@ def learn(
 def _refuse_settings(call: LeafCall, copy: Any) -> None:
     """What a copy of a module sets on itself would be lost."""
     for module, inner in zip(call.kept.modules(), copy.modules(), strict=False):  # type: ignore[attr-defined]
-        names = [n for n, v in vars(inner).items() if n not in TORCHS_OWN and v is not vars(module).get(n, MISSING)]
+        own = TORCHS_OWN | (OF_RECURRENT if isinstance(inner, nn.RNNBase) else frozenset())
+        names = [n for n, v in vars(inner).items() if n not in own and v is not vars(module).get(n, MISSING)]
         changed = [n for n in names if frozen(vars(inner)[n]) is NOT_PLAIN or vars(inner)[n] != vars(module).get(n)]
         if changed:
             raise CaptureError(

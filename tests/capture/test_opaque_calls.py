@@ -337,3 +337,35 @@ def test_a_parameter_that_several_modules_kept_whole_hold_gets_the_sum_of_their_
         assert_same(actual, expected)
     tied = {tied.parameter for tied in pipe.pipeline.plan.tied}
     assert tied == ({"0.bank"} if stages > 1 else set())
+
+
+class Packed(nn.Module):
+    """A recurrent module on packed sequences, whose lengths only data tells."""
+
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.inner = kind(D, D, batch_first=True, bidirectional=True)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths.tolist(), batch_first=True, enforce_sorted=False)
+        out, _ = self.inner(packed)
+        return nn.utils.rnn.pad_packed_sequence(out, batch_first=True, total_length=x.shape[1])[0]
+
+
+class WithPacked(nn.Module):
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.first, self.packed, self.last = nn.Linear(D, D), Packed(kind), nn.Linear(2 * D, D)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        return self.last(self.packed(self.first(x), lengths))
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_a_recurrent_module_on_packed_sequences(kind: type[nn.RNNBase]) -> None:
+    model = WithPacked(kind).double()
+    inputs = ((torch.randn(4, 5, D, dtype=torch.float64), torch.tensor([5, 3, 2, 4])), {})
+    for microbatches in (1, 2):
+        pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=microbatches, profile="count")
+        for _ in range(2):
+            assert_same(step(pipe, model, mean_square, inputs), step(model, model, mean_square, inputs))
