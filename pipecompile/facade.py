@@ -31,6 +31,8 @@ def as_model(pipeline: Pipeline) -> Any:
     """
     model = pipeline.model
     base = type(model)
+    if isinstance(getattr(model, NAME, None), Pipeline):
+        raise InputError("the model is a pipeline already; compile pipe.pipeline.model")
     if hasattr(model, NAME):
         raise InputError(
             f"the model has an attribute {NAME!r} of its own, which would hide the pipeline's; rename it in the model"
@@ -40,9 +42,9 @@ def as_model(pipeline: Pipeline) -> Any:
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
         "forward": _forward(pipeline),
-        "__getattribute__": _getattribute,
+        "__getattribute__": _looking_up(base),
         NAME: property(lambda self: pipeline, doc="The pipeline: its plan, program, report, stages and memory."),
-        "__call__": _call_without_hooks if pipeline.runs_the_hooks else _call_with_hooks,
+        "__call__": _call_without_hooks if pipeline.runs_the_hooks else _calling(base),
         "__deepcopy__": lambda self, memo: as_model(pipeline.copied(memo)),
         "__reduce_ex__": lambda self, protocol: (as_model, (pipeline,)),
         "__prepare_scriptable__": _refuse_script,
@@ -73,10 +75,13 @@ def _forward(pipeline: Pipeline) -> Any:
     return forward
 
 
-def _getattribute(pipe: Any, name: str) -> Any:
+def _looking_up(base: type[nn.Module]) -> Callable[[Any, str], Any]:
     """``forward`` is the class's, whatever the instance has: one that is set, ``pipe.forward = f``, is the model's."""
-    kind = type(pipe)
-    return MethodType(kind.forward, pipe) if name == "forward" else super(kind, pipe).__getattribute__(name)
+
+    def __getattribute__(pipe: Any, name: str) -> Any:
+        return MethodType(type(pipe).forward, pipe) if name == "forward" else base.__getattribute__(pipe, name)
+
+    return __getattribute__
 
 
 def _by_the_model(method: Callable[..., Any], pipeline: Pipeline) -> Any:
@@ -89,12 +94,14 @@ def _by_the_model(method: Callable[..., Any], pipeline: Pipeline) -> Any:
     return run
 
 
-def _call_with_hooks(pipe: Any, *args: Any, **kwargs: Any) -> Any:
+def _calling(base: type[nn.Module]) -> Callable[..., Any]:
     """Hooks on the model itself run around the pipeline, on whole batches; ``model.compile()`` compiles no pipeline."""
-    base = type(pipe).__mro__[1]
-    if base.__call__ is not nn.Module.__call__:
-        return base.__call__(pipe, *args, **kwargs)
-    return pipe._call_impl(*args, **kwargs)
+    call = nn.Module._call_impl if base.__call__ is nn.Module.__call__ else base.__call__
+
+    def __call__(pipe: Any, *args: Any, **kwargs: Any) -> Any:
+        return call(pipe, *args, **kwargs)
+
+    return __call__
 
 
 def _call_without_hooks(pipe: Any, *args: Any, **kwargs: Any) -> Any:

@@ -184,6 +184,22 @@ def test_a_model_that_has_a_pipeline_of_its_own_is_refused() -> None:
         pipecompile.compile(model, ["cpu", "cpu"])
 
 
+def test_a_pipe_is_not_split_again() -> None:
+    pipe, _, _ = both("custom")
+    with pytest.raises(InputError, match=r"a pipeline already; compile pipe\.pipeline\.model"):
+        pipecompile.compile(pipe, ["cpu", "cpu"])
+
+
+def test_a_tool_may_give_a_pipe_a_class_of_its_own() -> None:
+    """As ``fully_shard`` does: a subclass of the pipe's, made for it."""
+    pipe, model, call = both("custom")
+    before = type(pipe)
+    pipe.__class__ = type("Sharded", (before,), {"note": lambda self: self.scale})
+    assert pipe.note() == 2.0
+    assert_same(step(pipe, pipe, loss_of, call), step(model, model, loss_of, call))
+    assert pipe.pipeline.captures == 1
+
+
 def test_a_class_that_nothing_can_inherit_from_is_refused() -> None:
     class Final(nn.Module):
         def __init_subclass__(cls) -> None:
