@@ -23,6 +23,7 @@ from pipecompile.capture.state.fingerprints import HEAP_TYPE
 from pipecompile.capture.state.guards import LONGEST, MISSING, NOT_PLAIN, TORCHS_OWN, Attribute, Same, frozen
 from pipecompile.capture.state.model_state import Change, Snapshot, changes_of, restore, snapshot
 from pipecompile.capture.state.sources import Entry
+from pipecompile.ops.torch_internals import FakeTensor
 
 _NO_HOLDERS = (Tensor, type, ModuleType, FunctionType, BuiltinFunctionType, MethodType)
 _FOREIGN = sys.stdlib_module_names | {"torch", "numpy"}  # what they keep is no option of a model
@@ -170,6 +171,9 @@ class Reads:
         kind = type(value)
         if id(value) in self.met or not kind.__flags__ & HEAP_TYPE or isinstance(value, _NO_HOLDERS):
             return
+        if id(value) not in self.states and _holds_fakes(value):  # the forward itself has made it (an output)
+            self.made.setdefault(id(value), value)
+            return
         if kind.__module__.split(".")[0] in _FOREIGN or not hasattr(value, "__dict__"):
             return
         try:
@@ -220,3 +224,9 @@ def _is_computed(kind: type, name: str) -> bool:
     """Whether a class gives an attribute by a descriptor: a method or a property."""
     found = next((base.__dict__[name] for base in kind.__mro__ if name in base.__dict__), None)
     return hasattr(type(found), "__get__")
+
+
+def _holds_fakes(value: Any) -> bool:
+    """Whether an object that is no module has tensors of the trace among its attributes."""
+    held = getattr(value, "__dict__", {})
+    return not isinstance(value, nn.Module) and any(isinstance(item, FakeTensor) for item in held.values())

@@ -564,3 +564,34 @@ def test_a_dict_with_a_setter_of_its_own_is_put_back_as_it_was() -> None:
     for _ in range(2):
         follow(pipe, model)
         assert pipe.inner.log == model.inner.log == {"a": 2, "n": 6}
+
+
+class Made:
+    """What a forward makes, works with by a function of its own, and changes."""
+
+    def __init__(self, h: Tensor) -> None:
+        self.h = h
+
+    def total(self) -> Tensor:
+        return sum(getattr(self, name) for name in ("h",))  # the generator's variable is this object
+
+
+class MakesObjects(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(D, D), nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = Made(self.first(x))
+        made.total()
+        made.h = made.h.tanh()
+        return self.last(made.total()).square().mean()
+
+
+def test_an_object_that_the_forward_makes_is_not_compared_with_the_next_calls() -> None:
+    model = MakesObjects().double()
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=2, profile="count")
+    for seed in range(3):
+        inputs = ((torch.randn(4, D, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)),), {})
+        assert_same(step(pipe, model, lambda loss: loss, inputs), step(model, model, lambda loss: loss, inputs))
+    assert pipe.pipeline.captures == 1
