@@ -10,6 +10,8 @@ import networkx as nx
 import pytest
 
 import pipecompile
+from pipecompile.capture.state import executed_code
+from pipecompile.ops import source_lines
 
 PACKAGE = Path(pipecompile.__file__).parent
 
@@ -171,3 +173,9 @@ def test_the_public_names_are_ten_or_fewer_beside_errors_and_exist() -> None:
 def test_public_names_are_imported_from_their_own_files() -> None:
     homes = {each: getattr(pipecompile, each).__module__ for each in pipecompile.__all__}
     assert all(home.startswith("pipecompile.") for home in homes.values()), homes
+
+
+def test_the_packages_own_folder_is_known_to_what_tells_a_users_code_from_ours() -> None:
+    assert Path(source_lines.PACKAGE) == PACKAGE
+    assert all(source_lines.is_library(str(file)) for file in FILES)
+    assert all(executed_code.is_foreign(compile("def f(): pass", str(file), "exec").co_consts[0]) for file in FILES)

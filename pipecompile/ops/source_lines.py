@@ -9,8 +9,8 @@ import traceback
 
 import torch
 
-_PACKAGE = os.path.dirname(os.path.dirname(__file__))
-_LIBRARIES = (os.path.dirname(torch.__file__) + os.sep, _PACKAGE + os.sep, contextlib.__file__)
+PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep  # the folder of all files of pipecompile
+_LIBRARIES = (os.path.dirname(torch.__file__) + os.sep, PACKAGE, contextlib.__file__)
 
 
 def user_line() -> str:

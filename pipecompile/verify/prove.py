@@ -119,8 +119,9 @@ def _compare(trial: Trial) -> Proof:
     found = tuple(it for it in found if not (_moved_otherwise(trial, it) or (why and _written_once(trial, it))))
     if any(map(_is_state, found)):  # of the model it shows again; other threads, as a progress bar's, set variables too
         once_more, given = split_step(trial.fresh(), left_too=not why)
-        again = differences(once_more, unsplit_step(trial.fresh(), parts, given), coarsest)
-        shows = {it.name for it in again if _is_state(it)}
+        whole_again = unsplit_step(trial.fresh(), parts, given)
+        shows = {it.name for it in differences(once_more, whole_again, coarsest) if _is_state(it)}
+        shows -= {it.name for it in differences(whole_run, whole_again, coarsest) if _is_state(it)}  # as it comes
         found = tuple(it for it in found if not _is_state(it) or it.name in shows)
     wrong = [it for it in found if it.verdict == "different"]
     if wrong:

@@ -11,7 +11,7 @@ import sys
 import threading
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
@@ -91,8 +91,9 @@ class Reads:
                 reads._see(self, name, value)
             return value
 
-        self.originals[kind] = kind.__dict__.get("__getattribute__")
+        original = kind.__dict__.get("__getattribute__")
         kind.__getattribute__ = watched  # type: ignore[method-assign, assignment]
+        self.originals[kind] = original
 
     def _see(self, owner: Any, name: str, value: Any) -> None:
         key = (id(owner), name)
@@ -197,7 +198,8 @@ class Reads:
     def hold(self, attribute: Attribute) -> None:
         """Notes an attribute's owner as it is, before it is changed."""
         if id(attribute.owner) not in self.states:
-            self._watch(type(attribute.owner))
+            with suppress(TypeError):  # a class that cannot be changed
+                self._watch(type(attribute.owner))
             self._hold(attribute.owner, attribute.label.removesuffix(f".{attribute.name}"))
 
     def _hold(self, owner: Any, label: str, names: Set[str] | None = None) -> None:

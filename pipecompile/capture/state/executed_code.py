@@ -19,13 +19,13 @@ import sympy
 import torch
 
 from pipecompile.capture.state.quiet_torch import not_collecting
-from pipecompile.ops.source_lines import is_library
+from pipecompile.ops.source_lines import PACKAGE, is_library
 
 _MOST_FRAMES = 64  # that are kept until they end, each with its variables
 _STANDARD = os.path.dirname(os.__file__) + os.sep
 _FOREIGN = (
     *(os.path.dirname(str(library.__file__)) + os.sep for library in (torch, numpy, sympy)),
-    os.path.dirname(os.path.dirname(__file__)) + os.sep,
+    PACKAGE,
     "<",
 )
 _MODULES = tuple(os.path.join(os.path.dirname(torch.__file__), "nn", part) + os.sep for part in ("modules", "utils"))

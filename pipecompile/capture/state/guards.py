@@ -33,7 +33,7 @@ from pipecompile.capture.state.sources import Attribute as Attribute
 from pipecompile.capture.state.sources import Entry, Fact
 
 TABLES = frozenset({"_parameters", "_buffers", "_modules"})  # what a module keeps its tensors and children in
-TORCHS_OWN = frozenset(nn.Module().__dict__) | {"_compiled_call_impl"}  # attributes of every module
+TORCHS_OWN = frozenset(nn.Module().__dict__) | {"_compiled_call_impl", "_flat_weight_refs"}  # attributes of torch's
 LONGEST = 64  # a longer list or dict is data, and not compared
 
 _SCALARS = frozenset({bool, int, float, complex, str, bytes, NoneType, torch.dtype, torch.device, torch.memory_format})
