@@ -29,6 +29,7 @@ from pipecompile.ops.randomness import set_state, state_of
 _OF_PYTHON: Any = random.random.__self__  # type: ignore[attr-defined]
 _OF_NUMPY: Any = vars(np.random)["rand"].__self__
 SINGLE = (int, float, np.float64)  # numbers that have stand-ins
+_OF_NUMPYS_FILE = (np.random.seed, np.random.ranf, np.random.sample)  # these are no methods
 _NO_DRAWS = frozenset({"getstate", "get_state", "bit_generator", "spawn"})
 
 
@@ -175,7 +176,9 @@ class _Watched:
 
 
 def _is_draw(value: Any) -> bool:
-    """Whether a value is a method of one of the two generators that everybody shares."""
+    """Whether a value is a method of one of the two generators that everybody shares, or a function that calls one."""
+    if any(value is function for function in _OF_NUMPYS_FILE):
+        return True
     if not isinstance(value, BuiltinMethodType | MethodType):  # others may answer as they like
         return False
     of = value.__self__
