@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -222,6 +223,9 @@ def differ(a: Any, b: Any, exact: bool = False) -> str:
             tolerance = 0.0 if exact else {torch.float64: 1e-9, torch.float32: 1e-4}.get(value.dtype, 2e-2)
             if not torch.allclose(mine.detach(), value.detach(), rtol=tolerance, atol=tolerance, equal_nan=True):
                 return f"{path or 'result'} differs"
+        elif type(value) is float and type(mine) is float and not exact:
+            if not math.isclose(mine, value, rel_tol=1e-9) and not math.isnan(mine + value):
+                return f"{path or 'result'} is {mine!r:.60} instead of {value!r:.60}"
         elif type(mine) is not type(value) or mine != value:
             return f"{path or 'result'} is {mine!r:.60} instead of {value!r:.60}"
     return ""

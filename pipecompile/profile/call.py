@@ -130,7 +130,8 @@ def as_recorded(value: Any, recorded: Any) -> Any:
 def described(value: Any) -> Any:
     """A hashable description of arguments: equal for equal operations on equal shapes."""
     if isinstance(value, Tensor):
-        return (tuple(value.shape), value.stride(), value.dtype, value.requires_grad)
+        order = value.stride() if has_storage(value) else value.layout
+        return (tuple(value.shape), order, value.dtype, value.requires_grad)
     if isinstance(value, tuple | list):
         return tuple(map(described, value))
     if isinstance(value, dict):
