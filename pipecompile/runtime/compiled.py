@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.fx as fx
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 
 from pipecompile.batching import Division, Rows
@@ -198,13 +198,8 @@ class Compiled:
 
     def tensors(self, stage: int) -> dict[str, Tensor]:
         """What a stage reads: parameters, and buffers that live on another device, by the model's first names."""
-        names, device = self.stages[stage].names, self.stages[stage].device
         read = dict(named_tensors(self.stages[stage].module))
-        return {
-            first: read[name]
-            for name, first in names.items()
-            if isinstance(read[name], nn.Parameter) or read[name].device != device
-        }
+        return {first: read[name] for name, first in self.stages[stage].names.items()}
 
 
 def _is_the_users(node: fx.Node) -> bool:

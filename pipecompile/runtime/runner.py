@@ -109,7 +109,7 @@ class Runner:
     def _call(self, arguments: Sequence[Value]) -> tuple[Tensor, ...]:
         try:
             current = self.weights.current.leaves
-            leaves = {name: current[first] for name, first in self.stage.names.items() if first in current}
+            leaves = {name: current[first] for name, first in self.stage.names.items()}
             returned: tuple[Tensor, ...] = functional_call(
                 self.stage.module, leaves, tuple(arguments), tie_weights=False
             )

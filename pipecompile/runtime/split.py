@@ -46,7 +46,7 @@ class Stage:
     index: int
     device: torch.device
     module: fx.GraphModule
-    names: Mapping[str, str]  # the module's parameters and buffers -> the first names that the model has for them
+    names: Mapping[str, str]  # the module's parameters, and buffers that live elsewhere -> the model's first names
     inputs: tuple[str, ...]  # model inputs
     receives: Mapping[int, tuple[str, ...]]  # source stage -> values
     arguments: tuple[str, ...]  # inputs, then values received
@@ -124,7 +124,11 @@ class _Cut:
         origins = {n.name: origin_of(n) for n in run}
         arguments = (*inputs, *received)
         first = self.captured.first_names
-        names = {name: first.get(id(tensor), name) for name, tensor in named_tensors(module)}
+        names = {
+            name: first.get(id(tensor), name)
+            for name, tensor in named_tensors(module)
+            if isinstance(tensor, nn.Parameter) or tensor.device != device
+        }
         return Stage(index, device, module, names, inputs, receives, arguments, sends, outputs, returns, origins)
 
     def _names(self, values: Sequence[int]) -> tuple[str, ...]:

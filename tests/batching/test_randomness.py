@@ -109,9 +109,9 @@ def test_a_forward_hook_that_is_removed_no_longer_acts() -> None:
     torch.testing.assert_close(pipe(x), model(x))
 
 
-def test_a_backward_hook_on_the_model_itself_is_refused() -> None:
+def test_a_backward_hook_on_the_model_itself_is_refused_where_a_loss_function_follows() -> None:
     model = nn.Sequential(nn.Linear(D, D), nn.Linear(D, D))
     model.register_full_backward_hook(lambda module, given, taken: None)
-    pipe = pipecompile.compile(model, ["cpu", "cpu"], profile="count")
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], profile="count", loss_fn=nn.functional.mse_loss)
     with pytest.raises(pipecompile.PipecompileError, match="backward hook"):
-        pipe(torch.ones(4, D))
+        pipe(torch.ones(4, D), target=torch.ones(4, D))
