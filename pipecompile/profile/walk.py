@@ -121,15 +121,20 @@ class Walk:
             value, saved = run.value()
             self.values[node] = as_recorded(value, node.meta.get("val"))
         except Exception as error:
-            if not isinstance(error, DATA_DEPENDENT) and not isinstance(self.meter, Counter):
+            if not isinstance(error, DATA_DEPENDENT) and not self._wants_a_constants_values(node):
                 raise
-            self._count_leaf(node, None, (args, kwargs))  # no fake kernel tells: counted by what goes in and comes out
+            self._count_leaf(node, None, (args, kwargs))
             return
         key = (node.target, origin_of(node).region, described(args), described(kwargs))
         if key not in self.timed:
             self.timed[key] = self.meter.seconds(run)
             self.allocated[key] = run.allocated()
         self._note(node, *self.timed[key], saved, *self.allocated[key])
+
+    def _wants_a_constants_values(self, node: fx.Node) -> bool:
+        """Whether a node may read whole numbers that stand in the model, which the trace had and fakes have not."""
+        read = [self.values[n] for n in node.all_input_nodes if n.op == "get_attr"]
+        return isinstance(self.meter, Counter) and any(not value.is_floating_point() for value in read)
 
     def _note(
         self, node: fx.Node, forward: float, backward: float, saved: list[Tensor], allocated: int, returned: int
