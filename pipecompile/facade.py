@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from types import MethodType, new_class
+from types import FunctionType, MethodType, new_class
 from typing import Any
 
 from torch import nn
@@ -31,13 +31,14 @@ def as_model(pipeline: Pipeline) -> Any:
     """
     model = pipeline.model
     base = type(model)
-    if isinstance(getattr(model, NAME, None), Pipeline):
+    if isinstance(vars(base).get(NAME), property):
         raise InputError("the model is a pipeline already; compile pipe.pipeline.model")
-    if hasattr(model, NAME):
+    if _has(model, NAME):
         raise InputError(
             f"the model has an attribute {NAME!r} of its own, which would hide the pipeline's; rename it in the model"
         )
     members = {
+        "__new__": lambda kind, *args, **kwargs: base(*args, **kwargs),  # what makes more of its kind makes models
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
@@ -62,13 +63,21 @@ def as_model(pipeline: Pipeline) -> Any:
     return pipe
 
 
+def _has(model: nn.Module, name: str) -> bool:
+    """Whether a model has an attribute, whatever its ``__getattr__`` may answer."""
+    tables = (vars(model), *(vars(model).get(table, ()) for table in ("_parameters", "_buffers", "_modules")))
+    return any(name in table for table in (*tables, *map(vars, type(model).__mro__)))
+
+
 def _forward(pipeline: Pipeline) -> Any:
     """``forward`` of the class: runs the pipeline, and has the signature of the model's."""
 
-    @functools.wraps(type(pipeline.model).forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return pipeline(*args, **kwargs)
 
+    models = inspect.getattr_static(type(pipeline.model), "forward")
+    if isinstance(models, FunctionType):  # a scripted model has none
+        functools.update_wrapper(forward, models)
     own = inspect.signature(pipeline.signature)
     unbound = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     forward.__signature__ = own.replace(parameters=[unbound, *own.parameters.values()])  # type: ignore[attr-defined]

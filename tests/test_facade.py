@@ -22,7 +22,7 @@ from torch.func import functional_call
 from toys import D
 
 import pipecompile
-from pipecompile.errors import ExecutionError, InputError
+from pipecompile.errors import CaptureError, ExecutionError, InputError
 
 WORDS = 32
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -198,6 +198,72 @@ def test_a_tool_may_give_a_pipe_a_class_of_its_own() -> None:
     assert pipe.note() == 2.0
     assert_same(step(pipe, pipe, loss_of, call), step(model, model, loss_of, call))
     assert pipe.pipeline.captures == 1
+
+
+def test_what_a_tool_makes_of_the_pipes_class_is_a_model() -> None:
+    """A slice of a Sequential is ``self.__class__(...)``; so are models read by ``type(pipe).from_pretrained``."""
+    model = nn.Sequential(*(nn.Linear(D, D) for _ in range(4))).double()
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=2, profile="count")
+    (x,), _ = floats()
+    part = pipe[1:3]
+    assert type(part) is nn.Sequential
+    assert torch.equal(part(x), model[2](model[1](x)))
+    assert (len(pipe), pipe[1], list(pipe)) == (4, model[1], list(model))
+
+
+class AnswersAll(nn.Module):
+    """Has an answer for every name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(D, D), nn.Linear(D, D))
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x).square().mean()
+
+
+class InSlots(nn.Sequential):
+    __slots__ = ("factor",)
+
+
+def test_a_model_that_answers_to_every_name() -> None:
+    model = AnswersAll().double()
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=2, profile="count")
+    assert_same(step(pipe, pipe, loss_of, floats()), step(model, model, loss_of, floats()))
+    assert pipe.whatever is None
+
+
+def test_a_scripted_model() -> None:
+    model = torch.jit.script(nn.Sequential(nn.Linear(D, D), nn.Linear(D, D)).double())
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=2, profile="count")
+    seen = []
+    for module in (pipe, model):  # which share their parameters
+        loss = module(*floats()[0]).square().mean()
+        loss.backward()
+        seen.append({name: p.grad for name, p in model.named_parameters()} | {"loss": loss.detach()})
+        model.zero_grad()
+    assert_equal(*seen)
+
+
+def test_a_module_with_slots_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(D, D), InSlots(nn.Linear(D, D))).double()
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], profile="count")
+    with pytest.raises(CaptureError, match=r"module '1' keeps attributes in the __slots__ of class InSlots.*remove"):
+        pipe(*floats()[0])
+
+
+def test_a_closed_pipeline_says_so() -> None:
+    pipe, _, (args, _) = both("custom")
+    with pipe.pipeline:
+        pipe(*args)
+    with pytest.raises(ExecutionError, match=r"has been closed.*compile the model again"):
+        pipe(*args)
 
 
 def test_a_class_that_nothing_can_inherit_from_is_refused() -> None:

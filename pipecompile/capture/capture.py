@@ -59,6 +59,7 @@ def capture(
         CaptureError: the model cannot be traced; names the module path and the source line.
     """
     _refuse_lazy(model)
+    _refuse_slots(model)
     rows = _rows(call, microbatch)
     kept: dict[Part, str] = _with_backward_hooks(model, forward is None)
     kept.update(dict.fromkeys(_known(model, leaves), "as asked"))
@@ -207,6 +208,17 @@ def _refuse_lazy(model: nn.Module) -> None:
             raise InputError(
                 f"parameter {name!r} has no shape yet: its module takes it from the first batch; call the model once "
                 f"on such a batch before the first step: with torch.no_grad(): model(...)"
+            )
+
+
+def _refuse_slots(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        kinds = [kind for kind in type(module).__mro__ if any(n[:2] != "__" for n in vars(kind).get("__slots__", ()))]
+        if kinds:
+            where = f"module {path!r}" if path else "the model itself"
+            raise CaptureError(
+                f"{where} keeps attributes in the __slots__ of class {kinds[0].__qualname__}, where nobody would see "
+                f"them change (torch cannot copy such a module either); remove __slots__ from the class"
             )
 
 

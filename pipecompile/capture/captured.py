@@ -97,8 +97,7 @@ class Captured:
 
     def leaf(self, target: str, tensors: Mapping[str, Tensor]) -> Leaf:
         """What a ``call_module`` node runs, on given parameters and buffers by full name."""
-        path = next(path for path in self.leaves if attribute_of(path) == target)
-        return Leaf(self.leaves[path], tensors)
+        return Leaf(self.leaves[self._path_of(target)], tensors)
 
     def leaf_call(self, node: fx.Node) -> LeafCall | None:
         """The call of a part kept whole that a node stands for."""
@@ -106,15 +105,18 @@ class Captured:
             return node.target.call
         if node.op != "call_module":
             return None
-        path = next(path for path in self.leaves if attribute_of(path) == node.target)
-        return self.leaves[path][node.args[0]]  # type: ignore[index]
+        return self.leaves[self._path_of(str(node.target))][node.args[0]]  # type: ignore[index]
 
     def leaf_parameters(self, target: str) -> tuple[str, ...]:
         """The names of the parameters that a ``call_module`` node reads."""
-        path = next(path for path in self.leaves if attribute_of(path) == target)
+        path = self._path_of(target)
         named = self.model.named_parameters(remove_duplicate=False)
         own = (self.first_names[id(p)] for name, p in named if name.startswith(f"{path}."))
         return tuple(dict.fromkeys(own))
+
+    def _path_of(self, target: str) -> str:
+        """The path of a module kept whole, by its name in the graph."""
+        return next(path for path in self.leaves if attribute_of(path) == target)
 
     @property
     def first_names(self) -> dict[int, str]:

@@ -19,7 +19,7 @@ from pipecompile.capture.state.guards import MISSING, NOT_PLAIN, TORCHS_OWN, fro
 from pipecompile.errors import CaptureError, DependsOnData
 from pipecompile.ops.torch_internals import DisableTorchFunction, _disable_current_modes
 
-OF_RECURRENT = frozenset({"_flat_weights", "_flat_weight_refs"})  # what such a module lists its parameters in
+OF_RECURRENT = frozenset({"_flat_weights"})  # what such a module lists its parameters in
 
 
 def learn(

@@ -9,10 +9,11 @@ import torch
 import torch.fx as fx
 from torch import Tensor, nn
 
+from pipecompile.capture.functionalize import storage_key
 from pipecompile.capture.origin import origin_of
 from pipecompile.ops.modes import enter_region
 from pipecompile.profile.allocations import Allocations
-from pipecompile.profile.storages import address, has_storage, nbytes
+from pipecompile.profile.storages import has_storage, nbytes
 
 
 class Call:
@@ -40,8 +41,8 @@ class Call:
         with torch.no_grad():
             value = self._run(self.args, self.kwargs)
         pairs = zip(tensors_of((copies, out)), tensors_of(((self.args, self.kwargs), value)), strict=True)
-        original = {address(copy): tensor for copy, tensor in pairs if has_storage(copy)}
-        return value, [original.get(address(t), t) for t in saved]
+        original = {storage_key(copy): tensor for copy, tensor in pairs if has_storage(copy)}
+        return value, [original.get(storage_key(t), t) for t in saved]
 
     def _watched(self, args: Any, kwargs: Any) -> tuple[Any, list[Tensor]]:
         saved: list[Tensor] = []
@@ -92,8 +93,8 @@ class Call:
     def traffic(self, outputs: list[Tensor]) -> int:
         """Bytes that a forward reads and writes; none if its outputs are views."""
         read = tensors_of((self.args, self.kwargs))
-        known = {address(t) for t in read} - {None}
-        is_view = all(address(t) in known for t in outputs)
+        known = {storage_key(t) for t in read} - {None}
+        is_view = all(storage_key(t) in known for t in outputs)
         return 0 if is_view else sum(map(nbytes, read + outputs))
 
     def _run(self, args: Any, kwargs: Any) -> Any:

@@ -13,11 +13,6 @@ def has_storage(value: Any) -> bool:
     return isinstance(value, Tensor) and value.layout == torch.strided
 
 
-def address(tensor: Tensor) -> int | None:
-    """Identifies the memory behind a tensor; None if it is not one block."""
-    return int(tensor.untyped_storage()._cdata) if has_storage(tensor) else None
-
-
 def nbytes(tensor: Tensor) -> int:
     """The bytes of a tensor's entries, zero for a sparse one."""
     return tensor.nbytes if has_storage(tensor) else 0

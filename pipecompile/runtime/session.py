@@ -16,6 +16,7 @@ from weakref import WeakSet
 import torch
 
 from pipecompile.capture.locks import Turn
+from pipecompile.errors import ExecutionError
 from pipecompile.ir.program import Instruction, Program
 from pipecompile.ir.timeline import Timeline
 from pipecompile.ops.device_args import threads_each
@@ -77,7 +78,7 @@ class Session:
         self.defers = False  # whether backwards run when gradients come in, also where the model computes its loss
         self.program: Program | None = None
         self.timeline: Timeline | None = None
-        self.running = False
+        self.running = self.closed = False
         _SESSIONS.add(self)
 
     def begin(self, compiled: Compiled) -> None:
@@ -88,7 +89,13 @@ class Session:
             weights.begin(compiled.tensors(stage), frozenset(tail.writes if tail else ()))
 
     def run(self, compiled: Compiled, program: Program, microbatches: Mapping[int, Microbatch]) -> None:
-        """Runs a lowered program in the modes of the calling thread."""
+        """Runs a lowered program in the modes of the calling thread.
+
+        Raises:
+            ExecutionError: the session has been closed.
+        """
+        if self.closed:
+            raise ExecutionError("the pipeline has been closed, and its threads have ended; compile the model again")
         with self.turn.taken():
             self._own(compiled)
             ambient = Ambient.of_caller(frozenset(device.type for device in self.devices))
@@ -116,6 +123,7 @@ class Session:
 
     def close(self) -> None:
         """Ends the ranks' threads; nothing can be run any more."""
+        self.closed = True
         for lane in self.lanes:
             lane.thread.shutdown()
 
