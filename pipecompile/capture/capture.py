@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from pipecompile.capture.call import Call
 from pipecompile.capture.captured import Captured, SymbolicSizes
 from pipecompile.capture.locks import CAPTURING
-from pipecompile.capture.opaque_scope import Part, next_whole
+from pipecompile.capture.opaque_scope import Part, Reason, all_alike, next_whole
 from pipecompile.capture.recorder import DATA_DEPENDENT, NeedsOperations
 from pipecompile.capture.state.quiet_torch import not_collecting, quiet
 from pipecompile.capture.state.reachable import Reach, reach_of
@@ -61,8 +61,8 @@ def capture(
     _refuse_lazy(model)
     _refuse_slots(model)
     rows = _rows(call, microbatch)
-    kept: dict[Part, str] = _with_backward_hooks(model, forward is None)
-    kept.update(dict.fromkeys(_known(model, leaves), "as asked"))
+    kept: dict[Part, Reason] = _with_backward_hooks(model, forward is None)
+    kept.update(dict.fromkeys(_known(model, leaves), Reason("as asked")))
     reasons: list[str] = []
     attempts: list[tuple[SymbolicSizes, Errors]] = [(what, DATA_DEPENDENT) for what in symbolic]
     reach = reach_of(model, [forward] if forward is not None else [])
@@ -108,7 +108,7 @@ def _with_leaves(
     forward: Callable[..., Any],
     symbolic: SymbolicSizes,
     unknown: Errors,
-    kept: dict[Part, str],
+    kept: dict[Part, Reason],
     reach: Reach,
     reasons: list[str],
 ) -> Captured:
@@ -150,7 +150,8 @@ def _with_leaves(
                     f"{getattr(error, 'origin', '')}: what the model does here depends on values that only a running "
                     f"step knows ({type(error).__name__}); move it into a module of its own, which can be kept whole"
                 ) from error
-            kept[part] = str(error).splitlines()[0][:200] or type(error).__name__
+            kept[part] = Reason.of(error)
+            kept.update(all_alike(model, part, kept))
 
 
 def _refuse_inference_mode(trace: Trace) -> None:
@@ -172,7 +173,7 @@ def _following(first: Captured, trace: Trace, again: Callable[..., Trace], reaso
     return second if len(second.attributes.updates) == len(first.attributes.updates) else first
 
 
-def _with_backward_hooks(model: nn.Module, bare: bool) -> dict[Part, str]:
+def _with_backward_hooks(model: nn.Module, bare: bool) -> dict[Part, Reason]:
     """Modules whose own backward hooks a graph of functions would lose.
 
     Args:
@@ -199,7 +200,7 @@ def _with_backward_hooks(model: nn.Module, bare: bool) -> dict[Part, str]:
             "the model itself has a backward hook (register_full_backward_hook), which a split model has no place for; "
             "register it on a module inside, or use hooks on parameters"
         )
-    return dict.fromkeys(hooked, "it has backward hooks")
+    return dict.fromkeys(hooked, Reason("it has backward hooks"))
 
 
 def _refuse_lazy(model: nn.Module) -> None:

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import takewhile
-from types import FrameType, FunctionType
+from types import CodeType, FrameType, FunctionType
+
+from torch import nn
 
 from pipecompile.capture.function_patching import function_of, intercepted_by
 from pipecompile.capture.hidden_tensors import hides_tensors
@@ -20,7 +23,21 @@ from pipecompile.ops.source_lines import is_library, short
 Part = str | FunctionType  # a module's path, or a function
 
 
-def next_whole(error: BaseException, paths: list[str], kept: Mapping[Part, str]) -> Part | None:
+@dataclass(frozen=True)
+class Reason:
+    """Why a part is kept whole, and the line of code, not torch's, that has failed in it."""
+
+    text: str
+    line: tuple[CodeType, int] | None = None
+
+    @staticmethod
+    def of(error: BaseException) -> Reason:
+        lines = [(frame.f_code, number) for frame, number in traceback.walk_tb(error.__traceback__)]
+        own = [line for line in lines if not is_library(line[0].co_filename)]
+        return Reason((str(error) or type(error).__name__).splitlines()[0], own[-1] if own else None)
+
+
+def next_whole(error: BaseException, paths: list[str], kept: Mapping[Part, Reason]) -> Part | None:
     """The next part of a model to keep whole.
 
     Args:
@@ -34,10 +51,30 @@ def next_whole(error: BaseException, paths: list[str], kept: Mapping[Part, str])
     return next((part for part in candidates if part), None)
 
 
-def _is_kept(part: Part | FrameType, kept: Mapping[Part, str]) -> bool:
+def _is_kept(part: Part | FrameType, kept: Mapping[Part, Reason]) -> bool:
     if isinstance(part, str):
         return any(part == k or part.startswith(f"{k}.") for k in kept if isinstance(k, str))
     return part in kept
+
+
+def all_alike(model: nn.Module, part: Part, kept: Mapping[Part, Reason]) -> dict[Part, Reason]:
+    """The modules to keep whole once two of one class have failed at the same line: all of the class.
+
+    Each would cost a trace to find out. Empty if the part is the first to fail there.
+
+    Args:
+        part: the last that had to be kept.
+        kept: the reasons, of this part too.
+    """
+    line, modules = kept[part].line, dict(model.named_modules())
+    if line is None or not isinstance(part, str):
+        return {}
+    kind = type(modules[part])
+    failed = [
+        k for k, reason in kept.items() if isinstance(k, str) and reason.line == line and type(modules[k]) is kind
+    ]
+    alike = [path for path, module in modules.items() if type(module) is kind and not _is_kept(path, kept)]
+    return {path: Reason(f"it is of the class of {part!r}") for path in alike} if len(failed) > 1 else {}
 
 
 def name_of_part(part: Part) -> str:
@@ -47,7 +84,7 @@ def name_of_part(part: Part) -> str:
     return f"function {part.__qualname__} ({short(code.co_filename)}:{code.co_firstlineno})"
 
 
-def _running(frames: list[FrameType], paths: list[str], kept: Mapping[Part, str]) -> list[Part | FrameType]:
+def _running(frames: list[FrameType], paths: list[str], kept: Mapping[Part, Reason]) -> list[Part | FrameType]:
     """Modules (paths), functions that are kept whole, and other frames, outermost first."""
     modules = iter(paths[1:])
     found: list[Part | FrameType] = []

@@ -23,7 +23,7 @@ from pipecompile.capture.functionalize import storage_key
 from pipecompile.capture.input_reads import Values
 from pipecompile.capture.opaque_calls import Leaf, LeafCall, attribute_of
 from pipecompile.capture.opaque_outputs import fake_result, learn
-from pipecompile.capture.opaque_scope import Part, name_of_part
+from pipecompile.capture.opaque_scope import Part, Reason, name_of_part
 from pipecompile.capture.origin import Origin, origin_of
 from pipecompile.capture.patches import patched
 from pipecompile.capture.purity import has_effect
@@ -69,7 +69,7 @@ class Trace:
         rows: Sequence[int],
         forward: Callable[..., Any],
         symbolic: SymbolicSizes,
-        kept: Mapping[Part, str],
+        kept: Mapping[Part, Reason],
         reach: Reach,
         numbers: Sequence[Attribute] = (),
         follow: bool = True,
@@ -154,7 +154,7 @@ class Trace:
         attributes = replace(attributes, facts=(*attributes.facts, *self._modes_asked()))
         self._note_written(inputs)
         notes += self._give_up_notes(reasons)
-        notes += [f"{name_of_part(part)} is kept whole: {why}" for part, why in self.kept.items()]
+        notes += [f"{name_of_part(part)} is kept whole: {why.text[:200]}" for part, why in self.kept.items()]
         return self._finish(without_stand_ins(out), attributes, notes)
 
     @property

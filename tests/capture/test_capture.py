@@ -25,6 +25,7 @@ from toys import D, mean_square
 import pipecompile
 from pipecompile.capture import Captured, capture, read_call, summarize
 from pipecompile.capture.origin import origin_of
+from pipecompile.capture.trace import Trace
 from pipecompile.errors import CaptureError
 
 Body = Callable[..., Any]
@@ -321,6 +322,19 @@ def test_a_module_that_reads_what_no_input_answers_is_kept_whole(read: Any) -> N
     trace = captured(nn.Sequential(nn.Linear(D, D), Gate(read)), torch.ones(2, D))
     assert list(trace.leaves) == ["1"]
     assert any("module 1 is kept whole" in note for note in trace.notes)
+
+
+def test_all_modules_of_a_class_are_kept_whole_once_two_have_failed_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quantised model has hundreds of them, and each would cost a trace."""
+    traces = []
+    run = Trace.run
+    monkeypatch.setattr(Trace, "run", lambda trace, reasons: (traces.append(trace), run(trace, reasons))[1])
+    read, _ = next(iter(REFUSED.values()))
+    model = nn.Sequential(nn.Linear(D, D), *(Gate(read) for _ in range(6)), nn.Linear(D, D))
+    trace = captured(model, torch.ones(2, D))
+    assert list(trace.leaves) == ["1", "2", "3", "4", "5", "6"]
+    assert len(traces) < 6
+    assert any("module 5 is kept whole: it is of the class of '2'" in note for note in trace.notes)
 
 
 # Writes in place

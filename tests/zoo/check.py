@@ -205,12 +205,15 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def one_capture_for_many_plans() -> Iterator[None]:
-    """Lets pipelines of one model share captures and profiles: stages come after both, which would be the same."""
+    """Lets pipelines of one model share captures and profiles: stages come after both, which would be the same.
+
+    A capture is made again where a step has since changed an attribute of the model that it depends on.
+    """
     verbs, known = {"capture": compile_call.capture, "profile": compile_call.profile}, {}
 
     def remembered(verb: str, subject: Any, *rest: Any, **options: Any) -> Any:
         key = (verb, id(subject), *filter(None, map(_key, rest)), *options.items())
-        if key not in known:
+        if key not in known or (verb == "capture" and known[key][1].attributes.changed()):
             known[key] = subject, verbs[verb](subject, *rest, **options)
         return known[key][1]
 

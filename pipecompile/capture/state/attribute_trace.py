@@ -127,6 +127,19 @@ class Watch:
             before = self.reads.states[id(owner)].get(name, MISSING)
             self.reads.found.setdefault((id(owner), name), (change.place, _expected(before)))
         self.changes += changes
+        self._guard_set_to_itself()
+
+    def _guard_set_to_itself(self) -> None:
+        """Guards what the forward may have set to the value that it had: where it has another, that is a change."""
+        changed = {(id(change.place.owner), change.place.name) for change in self.changes}
+        stored = self.code.stored()
+        for path, module in self.model.named_modules():
+            state = self.reads.states[id(module)]
+            for name in stored & state.keys() - TORCHS_OWN:
+                plain = frozen(state[name])
+                if (id(module), name) not in changed and plain is not NOT_PLAIN:
+                    label = f"{path}.{name}" if path else name
+                    self.reads.found.setdefault((id(module), name), (Attribute(module, name, label), plain))
 
     @property
     def counters(self) -> tuple[Attribute, ...]:

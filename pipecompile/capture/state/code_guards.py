@@ -41,6 +41,10 @@ class CodeRead:
         for place in places_read(self._of(frame.f_code), frame.f_globals, outer):
             yield place.value(), place.label
 
+    def stored(self) -> set[str]:
+        """The names of attributes that the functions set, on whatever object."""
+        return {name for function in self.ran.functions.values() for name in self._of(function.__code__).stored}
+
     def facts(self, kinds: Iterable[type], known: Set[Any], containers: Container[int]) -> list[Fact]:
         """What stands now in the places that the functions read.
 

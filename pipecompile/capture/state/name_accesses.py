@@ -1,4 +1,4 @@
-"""What the code of a function reads beside its arguments: globals, variables of outer functions, attributes of both."""
+"""The names in a function's code: the globals, outer variables and attributes it reads, the attributes it sets."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from pipecompile.capture.state.sources import Attribute, Entry, OfClass, Place
 _GLOBAL = frozenset({"LOAD_GLOBAL", "LOAD_NAME"})
 _OUTER = frozenset({"LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF"})
 _ATTRIBUTE = frozenset({"LOAD_ATTR", "LOAD_METHOD"})
+_SETTERS = frozenset({"setattr", "__setattr__", "__dict__", "update"})
 
 
 @dataclass(frozen=True)
 class Accesses:
-    """The names that a code object reads.
+    """The names that a code object reads and sets.
 
     A chain is a name with the attributes that are read from it at once: ``("torch", "nn", "functional", "linear")``.
     """
@@ -28,6 +29,7 @@ class Accesses:
     of_outer: tuple[tuple[str, ...], ...]
     of_imports: tuple[tuple[str, ...], ...]  # the first name is that of a file
     attributes: frozenset[str]  # read from anything; strings too, for getattr
+    stored: frozenset[str]  # attributes set on anything; strings too, beside a setattr
 
     @staticmethod
     def of(code: CodeType) -> Accesses:
@@ -35,13 +37,23 @@ class Accesses:
         outer = frozenset(code.co_freevars)
         found: dict[str, dict[tuple[str, ...], None]] = {"global": {}, "outer": {}, "import": {}}
         attributes: set[str] = set()
+        stored: set[str] = set()
         for inner in _with_inner(code):
-            attributes |= {c for c in inner.co_consts if isinstance(c, str) and c.isidentifier()}
+            strings = {c for c in inner.co_consts if isinstance(c, str) and c.isidentifier()}
+            attributes |= strings
+            stored |= {i.argval for i in dis.get_instructions(inner) if i.opname == "STORE_ATTR"}
+            stored |= strings if _SETTERS & {*inner.co_names} else set()
             for kind, chain in _chains(inner):
                 attributes |= {*chain[1:]}
                 if kind in found and (kind != "outer" or chain[0] in outer):
                     found[kind][chain] = None
-        return Accesses(tuple(found["global"]), tuple(found["outer"]), tuple(found["import"]), frozenset(attributes))
+        return Accesses(
+            tuple(found["global"]),
+            tuple(found["outer"]),
+            tuple(found["import"]),
+            frozenset(attributes),
+            frozenset(stored),
+        )
 
 
 def _with_inner(code: CodeType) -> Iterator[CodeType]:

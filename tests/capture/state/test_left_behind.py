@@ -451,6 +451,24 @@ def test_a_table_that_a_call_leaves_is_read_by_the_next(
     _forget_tables()
 
 
+def _notes_the_size(self: Any, h: Tensor) -> Tensor:
+    self.size = 1
+    if self.asked:
+        self.size = h.shape[1]
+    return h
+
+
+def test_an_attribute_set_to_the_value_that_it_has_is_set_again_once_it_has_another() -> None:
+    model = Model(_notes_the_size, lambda: {"size": 1, "asked": False})
+    pipe = pipecompile.compile(model, ["cpu"] * 2, profile="count")
+    pipe(inputs(0)).sum().backward()
+    assert [block.size for block in model.blocks] == [1, 1]
+    for block in model.blocks:
+        block.size = 9
+    pipe(inputs(1)).sum().backward()
+    assert [block.size for block in model.blocks] == [1, 1]
+
+
 @pytest.mark.parametrize("body", [_global_table, _list, _by_module, _function_attribute, _default_argument])
 def test_no_fake_tensor_is_left_by_a_trace_that_fails(body: Callable[..., Tensor]) -> None:
     def failing(self: Any, h: Tensor) -> Tensor:
