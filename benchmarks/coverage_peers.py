@@ -100,9 +100,7 @@ class Ours:
     """A way by pipecompile."""
 
     def capture(self, model: nn.Module, inputs: Inputs) -> tuple[Call, Modules]:
-        pipe = pipecompile.compile(
-            model, devices=["cpu", "cpu"], microbatches=1, profile="count", example_inputs=inputs
-        )
+        pipe = pipecompile.compile(model, devices=["cpu", "cpu"], microbatches=1, costs="count", example_inputs=inputs)
         return pipe, [model]
 
 

@@ -110,7 +110,7 @@ def measured(make: Callable[[], Made]) -> tuple[int, float, float, float, float]
     """Modules, and the microseconds of each part."""
     torch.manual_seed(0)
     model, inputs = make()
-    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=1, profile="count")
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=1, costs="count")
     pipe.pipeline.prepare(**inputs)
     states, batch = pipe.pipeline._states, pipe.pipeline._batch((), inputs)
     attributes, rows = batch.compiled.captured.attributes, Rows.of(batch.call.batch, 1)

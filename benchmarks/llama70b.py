@@ -61,7 +61,7 @@ def main() -> None:
         cluster=cluster,
         microbatches=options.microbatches,
         example_inputs=call,
-        optimizer_state=options.optimizer_state,
+        plan=pipecompile.PlanOptions(optimizer_state=options.optimizer_state),
     )
     console = Console(width=140)
     console.print(memory_table(pipe.pipeline.memory, pipe.pipeline.plan, cluster))

@@ -4,7 +4,7 @@
     python benchmarks/verification.py --models gpt2,t5 --rounds 3
 
 Models of real depth and little width, two stages on CPU devices, a batch of 64 in 4 microbatches. ``check`` is what
-``report["verified"]`` says, ``slice`` the rows that it runs, ``eager step`` the unsplit model's forward and
+``report.verified`` says, ``slice`` the rows that it runs, ``eager step`` the unsplit model's forward and
 backward on the whole batch. Medians of some pipelines, each captured anew; ratios are of one run, taken side by side.
 """
 
@@ -58,7 +58,7 @@ def measured(name: str, rounds: int) -> tuple[float, float, float, float, int]:
     inputs = widened(inputs)
     found = []
     for _ in range(rounds):
-        pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=MICROBATCHES, profile="count")
+        pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=MICROBATCHES, costs="count")
         preparing = seconds(lambda pipe=pipe: pipe.pipeline.prepare(**inputs))
         step(pipe, model, inputs)
         (proof,) = pipe.pipeline.proofs

@@ -10,6 +10,8 @@ A model is captured as a ``Graph``, profiled to a ``CostedGraph``, cut along a `
 """
 
 from pipecompile.api import compile
+from pipecompile.batching.options import Batching
+from pipecompile.compiler.report import Report
 from pipecompile.errors import (
     CaptureError,
     ExactnessError,
@@ -22,6 +24,7 @@ from pipecompile.errors import (
 from pipecompile.ir.cluster import Cluster
 from pipecompile.ir.graph import CostedGraph, Graph
 from pipecompile.ir.plan import Plan
+from pipecompile.ir.plan_options import PlanOptions
 from pipecompile.ir.program import Program
 from pipecompile.ir.timeline import Timeline
 from pipecompile.pipeline import Pipeline
@@ -29,6 +32,7 @@ from pipecompile.schedule.simulator import simulate
 
 __version__ = "0.1.0"
 __all__ = [
+    "Batching",
     "CaptureError",
     "Cluster",
     "CostedGraph",
@@ -41,7 +45,9 @@ __all__ = [
     "Pipeline",
     "Plan",
     "PlanError",
+    "PlanOptions",
     "Program",
+    "Report",
     "Timeline",
     "compile",
     "simulate",

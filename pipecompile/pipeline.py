@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from copy import deepcopy
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,8 +26,8 @@ from pipecompile.compiler.capture_cache import (
     settings,
 )
 from pipecompile.compiler.compile_call import compile_call
-from pipecompile.compiler.options import Options
-from pipecompile.compiler.report import describe
+from pipecompile.compiler.options import Options, read_costs
+from pipecompile.compiler.report import Report, describe
 from pipecompile.compiler.surroundings import (
     Substituted,
     check_parameters,
@@ -37,12 +38,14 @@ from pipecompile.compiler.surroundings import (
 from pipecompile.errors import CaptureError, InputError, PipecompileError
 from pipecompile.ir.graph import CostedGraph
 from pipecompile.ir.plan import Plan
+from pipecompile.ir.plan_options import PlanOptions
 from pipecompile.ir.program import Program
 from pipecompile.ir.timeline import Timeline
 from pipecompile.ops.randomness import undrawn
 from pipecompile.ops.torch_internals import pytree
 from pipecompile.planning.calibration import corrected
 from pipecompile.planning.memory import Memory
+from pipecompile.profile import How
 from pipecompile.runtime import Ambient, steps
 from pipecompile.runtime.compiled import Compiled, could_be_losses, find_loss
 from pipecompile.runtime.rerun import STOPPED
@@ -151,19 +154,20 @@ class Pipeline:
         return self._capture_in_use.memory
 
     @property
-    def profile(self) -> CostedGraph:
-        """The costs that the plan was made with; ``profile.save(path)`` keeps them for ``profile=path``."""
+    def costs(self) -> CostedGraph:
+        """The costs that the plan was made from; ``costs.save(path)`` keeps them for ``compile(..., costs=path)``."""
         return self._capture_in_use.costed
 
     @property
-    def report(self) -> Mapping[str, Sequence[str]]:
-        """What is specialised, recomputed or otherwise worth knowing, by topic; of the capture in use."""
-        captures = [f"{number}: {reason}" for number, reason in enumerate(self._captures.reasons, 1)]
-        repeated = [f"{why} (times: {count})" for why, count in self._session.repeated.items()]
-        described = describe(self._capture_in_use, self._session.timeline)
+    def report(self) -> Report:
+        """What is specialized, approximated, kept whole, recomputed or otherwise worth knowing."""
         kinds = {True: "training", False: "evaluation"}
-        verified = [f"{kinds[trains]}: {proof}" for (_, trains), proof in self._proofs.items()]
-        return {**described, "captures": captures, "verified": verified, "run again": repeated}
+        return replace(
+            describe(self._capture_in_use, self._session.timeline),
+            captures=tuple(f"{number}: {reason}" for number, reason in enumerate(self._captures.reasons, 1)),
+            verified=tuple(f"{kinds[trains]}: {proof}" for (_, trains), proof in self._proofs.items()),
+            rerun=tuple(f"{why} (times: {count})" for why, count in self._session.repeated.items()),
+        )
 
     @property
     def captures(self) -> int:
@@ -240,11 +244,9 @@ class Pipeline:
             SCHEDULES["1f1b" if asynchronous else self.schedule],
             self.devices,
             self.options.loss_fn,
-            self.options.loss,
+            self.options.loss_output,
             trains,
-            self.options.batch_norm == "deferred",
-            bool(self.options.allow_microbatch or self.options.out_dims),
-            self.options.out_dims,
+            self.options.batching,
         )
         with CAPTURING.taken(), saved_as_they_are():
             self._proofs[key] = prove(trial)
@@ -253,13 +255,15 @@ class Pipeline:
         if any(p.is_meta for p in self.model.parameters()):
             raise InputError("the model is on the meta device: it can be planned, but has no values to compute with")
         captured = batch.compiled.captured
-        loss = find_loss(captured, self.options.loss)
+        loss = find_loss(captured, self.options.loss_output)
         asynchronous = self.schedule in ASYNCHRONOUS and self.model.training
         trains = torch.is_grad_enabled() and any(output.requires_grad for output in captured.results)
         if trains and asynchronous and loss is None:
             several = ", ".join(could_be_losses(captured))
             remedy = (
-                f"outputs {several} could each be it, say which with loss=" if several else "pass labels, or loss_fn="
+                f"outputs {several} could each be it, say which with loss_output="
+                if several
+                else "pass labels, or loss_fn="
             )
             raise InputError(f"schedule={self.schedule!r} needs the loss inside: {remedy} to compile")
         return steps.run(self._session, batch, loss, self._schedule, asynchronous)
@@ -285,11 +289,9 @@ class Pipeline:
             self._batch,
             schedule,
             self.microbatches,
-            self.options.loss,
+            self.options.loss_output,
             self.devices,
-            self.options.batch_norm == "deferred",
-            bool(self.options.allow_microbatch or self.options.out_dims),
-            self.options.out_dims,
+            self.options.batching,
         )
         try:
             with self._session.turn.taken(again=False):
@@ -297,32 +299,50 @@ class Pipeline:
         finally:
             self._captures, self._batched, self._first, self._last = kept
 
-    def replan(self) -> Plan:
-        """Plans anew from the times that the stages took in the last training step, and takes over.
+    def replan(self, plan: PlanOptions | None = None, costs: How | str | Path | CostedGraph | None = None) -> Plan:
+        """Plans again, by default from the times of the stages in the last training step, and switches to that plan.
 
         Parameters move to the devices of their new stages. An optimizer made before keeps its state where it was: with
         more than one kind of device, load its ``state_dict`` into itself to move it.
 
+        Args:
+            plan: other constraints or another objective than at ``compile``.
+            costs: as for ``compile``, instead of the times of the last step.
+
         Raises:
             InputError: there was no training step on the capture that was planned, or its times say nothing.
+            PlanError: no plan satisfies ``plan``; the pipeline keeps the one that it has.
         """
         with self._session.turn.taken(again=False):
             first, timeline = self._first, self._session.timeline
             if self._session.optimizer is not None:
                 raise InputError(
                     f"replan() cannot move the optimizers that step inside a pipeline with schedule={self.schedule!r}; "
-                    f"pass profile=pipe.pipeline.profile to a new compile after flush()"
+                    f"pass costs=pipe.pipeline.costs to a new compile after flush()"
                 )
-            times = first.times(timeline) if first is not None and timeline is not None else ()
-            if first is None or not times or self._last is not first:
-                raise InputError("replan() needs the times of a training step like the first; run one before")
+            if first is None:
+                raise InputError("replan() has no plan to replace; call the pipeline once before")
+            known = read_costs(costs)
+            if known is None:
+                times = first.times(timeline) if timeline is not None and self._last is first else ()
+                if not times:
+                    raise InputError(
+                        "replan() has no times of a training step like the first; run one before, or pass costs="
+                    )
+                known = corrected(first.costed, first.plan, times)
+            before = self.options, self._captures, self._first, self._last
             sample = first.captured.call
             args, kwargs = sample.rebuild(sample.tensors)
-            self.options = replace(self.options, profile=corrected(first.costed, first.plan, times))
+            self.options = self.options.replanned(plan, known)
             self._captures, self._first, self._last = Captures(), None, None
+            try:
+                self.options.check(self.model, len(self.devices))
+                self._batch(args, kwargs)
+            except PipecompileError:
+                self.options, self._captures, self._first, self._last = before
+                raise
             self._proofs.clear()
             self._session.forget()
-            self._batch(args, kwargs)
             return self.plan
 
     def flush(self) -> None:
@@ -385,7 +405,7 @@ class Pipeline:
         """A call with the capture that it runs on, which is made if there is none, and its microbatches."""
         refuse_default_device(self.devices)
         check_surroundings(pytree.tree_leaves((args, kwargs)))
-        call = read_call(self.signature, args, kwargs, self._batched, self.options.in_dims)
+        call = read_call(self.signature, args, kwargs, self._batched, self.options.batching.in_dims)
         if not any(p.is_meta for p in self.model.parameters()):
             for name, tensor in call.tensors.items():
                 if tensor.is_meta:

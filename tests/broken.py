@@ -74,7 +74,7 @@ class Mutant:
     def split(self, verify: str) -> dict[str, Any]:
         """The step of a pipeline."""
         model, inputs = self.made()
-        options = {"microbatches": 3, "profile": "count", "devices": ["cpu", "cpu"], **self.options}
+        options = {"microbatches": 3, "costs": "count", "devices": ["cpu", "cpu"], **self.options}
         pipe = pipecompile.compile(model, verify=verify, **options)
         return self._step(pipe, model, inputs)
 

@@ -10,9 +10,9 @@ from typing import Literal
 import numpy as np
 
 from pipecompile.ir.cluster import Cluster, Device, Link, Pair
-from pipecompile.ir.constraints import Wishes
 from pipecompile.ir.graph import Cost, CostedGraph, Graph, Node, Parameter, TensorSpec
 from pipecompile.ir.plan import Plan
+from pipecompile.ir.plan_options import PlanOptions
 
 PATHS = ["", "a", "a.b", "a.b.c", "ab", "d", "d.e"]
 MOST_NODES = 10
@@ -25,7 +25,7 @@ class Case:
     costed: CostedGraph
     num_stages: int
     cluster: Cluster
-    wishes: Wishes
+    constraints: PlanOptions
     objective: Literal["pace", "overlap"] = "pace"
 
     @property
@@ -34,7 +34,7 @@ class Case:
 
     @property
     def seats(self) -> int:
-        return min(self.num_stages, self.wishes.most_stages or self.num_stages)
+        return min(self.num_stages, self.constraints.max_stages or self.num_stages)
 
     @property
     def placed(self) -> list[int]:
@@ -46,7 +46,7 @@ class Case:
 
 
 def drawn(seed: int) -> Case:
-    """A graph of up to ten nodes, some replicated, on uneven devices, with or without memory limits and wishes."""
+    """A graph of up to ten nodes, some replicated, on uneven devices, with or without memory limits and constraints."""
     random = Random(seed)
     costed = _graph(random)
     num_stages = random.choice([1, 2, 2, 3, 3, 3, 4])
@@ -60,8 +60,8 @@ def drawn(seed: int) -> Case:
     slow = random.random() < 0.8  # some of the links from a device to the next are others
     pairs = [Pair(i, i + 1, other) for i, other in enumerate(others) if slow and random.random() < 0.8]
     cluster = Cluster(devices, link, pairs=tuple(pairs))
-    case = Case(costed, num_stages, cluster, Wishes(), random.choice(["pace", "pace", "overlap"]))
-    return replace(case, wishes=_wishes(random, case)) if random.random() < 0.6 else case
+    case = Case(costed, num_stages, cluster, PlanOptions(), random.choice(["pace", "pace", "overlap"]))
+    return replace(case, constraints=_constraints(random, case)) if random.random() < 0.6 else case
 
 
 def least_load(case: Case) -> float:
@@ -117,15 +117,15 @@ def _memory(random: Random, mean: float) -> int:
     return int(mean * random.choice([0.5, 0.8, 1.2, 2.0]))
 
 
-def _wishes(random: Random, case: Case) -> Wishes:
+def _constraints(random: Random, case: Case) -> PlanOptions:
     paths = [path for path in PATHS if path and case.nodes_in(path)]
     random.shuffle(paths)
     most = random.choice([None, None, None, *range(1, case.num_stages + 1)])
     stages = min(case.num_stages, most or case.num_stages)
     pins = {path: random.randrange(stages) for path in paths[: random.choice([0, 1, 1, 2])]}
-    uncut = tuple(random.sample(paths, min(len(paths), random.choice([0, 0, 1]))))
-    together = (tuple(paths[-2:]),) if len(paths) > 1 and random.random() < 0.2 else ()
-    return Wishes(pins, uncut, together, most)
+    no_split = tuple(random.sample(paths, min(len(paths), random.choice([0, 0, 1]))))
+    colocate = (tuple(paths[-2:]),) if len(paths) > 1 and random.random() < 0.2 else ()
+    return PlanOptions(pins, no_split, colocate, most)
 
 
 def _assignments(case: Case) -> np.ndarray:
@@ -142,16 +142,18 @@ def _assignments(case: Case) -> np.ndarray:
 
 def _allowed(case: Case, rows: np.ndarray) -> np.ndarray:
     ok = np.ones(len(rows), np.bool_)
-    groups = [list(group) for group in case.graph.together] + [case.nodes_in(path) for path in case.wishes.uncut]
-    groups += [[i for path in group for i in case.nodes_in(path)] for group in case.wishes.together]
+    groups = [list(group) for group in case.graph.together] + [
+        case.nodes_in(path) for path in case.constraints.no_split
+    ]
+    groups += [[i for path in group for i in case.nodes_in(path)] for group in case.constraints.colocate]
     for group in groups:
         ok &= (rows[:, group] == rows[:, group[:1]]).all(axis=1)
-    for path, stage in case.wishes.pins.items():
+    for path, stage in case.constraints.pins.items():
         ok &= (rows[:, case.nodes_in(path)] == stage).all(axis=1)
     for source, target in ((s, t) for t in case.placed for s in case.graph.nodes[t].inputs if s in case.placed):
         ok &= rows[:, source] <= rows[:, target]
     kept = kept_bytes(case.graph)
-    filled = case.seats if case.wishes.most_stages is None else 1 + max(case.wishes.pins.values(), default=0)
+    filled = case.seats if case.constraints.max_stages is None else 1 + max(case.constraints.pins.values(), default=0)
     for seat in range(case.seats):
         here = rows[:, case.placed] == seat
         if seat < filled:

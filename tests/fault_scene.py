@@ -251,7 +251,7 @@ class Scene:
         self.twin = copy.deepcopy(self.model)
         self.pipe = pipecompile.compile(
             self.model, devices=["cpu"] * self.stages, schedule=self.schedule, microbatches=self.microbatches,
-            profile="count",
+            costs="count",
         )  # fmt: skip
 
     def reset(self) -> None:

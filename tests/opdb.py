@@ -172,7 +172,7 @@ def expected(case: Case) -> tuple[Model, Run] | None:
 
 def verdict(model: Model, reference: Run, case: Case, microbatches: int) -> str:
     """``exact``, or how it is refused, fails or is wrong."""
-    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=microbatches, profile="count")
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=microbatches, costs="count")
     try:
         actual = step(pipe, model, lambda out: out, (tuple(x.clone() for x in case.inputs), {}))
     except ExecutionError as error:

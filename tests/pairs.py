@@ -18,7 +18,7 @@ OUTSIDE = "long_skip"  # its loss is the caller's
 
 
 def pipe_of(model: nn.Module, stages: int = 2, **options: Any) -> Any:
-    options = {"microbatches": 2, "profile": "count", **options}
+    options = {"microbatches": 2, "costs": "count", **options}
     return pipecompile.compile(model, devices=["cpu"] * stages, **options)
 
 

@@ -97,7 +97,7 @@ def _compiled(model: nn.Module, program: Program, shape: tuple[int, int]) -> Any
     options = choices(program)
     while True:
         try:
-            return pipecompile.compile(model, **options, profile="count", example_inputs=program.inputs(*shape))
+            return pipecompile.compile(model, **options, costs="count", example_inputs=program.inputs(*shape))
         except InfeasibleError:
             options["devices"] = options["devices"][1:]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -460,8 +462,14 @@ def test_a_forward_alone_runs_no_backward() -> None:
 def test_a_report_says_what_is_tied_guarded_and_recomputed() -> None:
     pipe, _, inputs = both("tied")
     pipe(**inputs[1])
-    assert pipe.pipeline.report["tied"] == ["embedding.weight over stages 0, 1, gradients summed"]
-    assert {"notes", "guards", "recomputed"} <= pipe.pipeline.report.keys()
+    report = pipe.pipeline.report
+    assert report.tied == ("embedding.weight over stages 0, 1, gradients summed",)
+    assert report.to_dict()["tied"] == [*report.tied]
+    assert report.to_dict().keys() == {field.name for field in fields(pipecompile.Report)}
+    assert json.loads(json.dumps(report.to_dict())) == report.to_dict()
+    assert "tied\n    embedding.weight over stages 0, 1, gradients summed" in str(report)
+    assert not report.recomputed
+    assert "\nrecomputed" not in str(report)  # topics without a sentence are not printed
 
 
 def test_a_report_says_what_microbatches_change() -> None:
@@ -476,13 +484,13 @@ def test_a_report_says_what_microbatches_change() -> None:
     x = torch.randn(8, D)
     cut = pipe_of(Net(), microbatches=2)
     cut.pipeline.prepare(x)
-    said = " ".join(cut.pipeline.report["microbatches"])
+    said = " ".join(cut.pipeline.report.microbatches)
     assert "mean over rows" in said
     assert "batch normalisation uses each microbatch's statistics (module 'body.1'" in said
     assert "1 functions draw random numbers" in said
     whole = pipe_of(Net(), microbatches=1)
     whole.pipeline.prepare(x)
-    assert whole.pipeline.report["microbatches"] == []
+    assert whole.pipeline.report.microbatches == ()
 
 
 def test_three_virtual_stages_may_share_one_device() -> None:
@@ -509,7 +517,7 @@ def test_a_last_smaller_microbatch_counts_by_its_rows() -> None:
 
 
 def test_the_default_is_two_microbatches_a_stage() -> None:
-    pipe = pipecompile.compile(MODELS[OUTSIDE].build(), ["cpu"] * 3, profile="count")
+    pipe = pipecompile.compile(MODELS[OUTSIDE].build(), ["cpu"] * 3, costs="count")
     pipe(*MODELS[OUTSIDE].inputs(12, 6)[0])
     assert pipe.pipeline.program.microbatches == tuple(range(6))
 

@@ -59,7 +59,7 @@ def names_of_a_script() -> dict[str, Any]:
         "labels": ids,
         "batch": batch,
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
-        "pipe": pipecompile.compile(model, devices=["cpu", "cpu"], microbatches=2, profile="count"),
+        "pipe": pipecompile.compile(model, devices=["cpu", "cpu"], microbatches=2, costs="count"),
         "weights": {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()},
         "arguments": transformers.TrainingArguments(output_dir="unused", report_to=[], use_cpu=True),
         "data": [{"input_ids": row, "labels": row} for row in ids],

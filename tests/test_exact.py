@@ -93,7 +93,7 @@ CASES = [(name, *setting) for i, name in enumerate(MODELS) for setting in (SETTI
 def test_a_step_equals_the_unsplit_model(name: str, stages: int, schedule: str, microbatches: int) -> None:
     model = MODELS[name]
     pipe = pipecompile.compile(
-        built(name), devices=["cpu"] * stages, schedule=schedule, microbatches=microbatches, profile="count"
+        built(name), devices=["cpu"] * stages, schedule=schedule, microbatches=microbatches, costs="count"
     )
     check(pipe, model, model.lengths[0], microbatches)
     assert pipe.pipeline.plan.num_stages == stages

@@ -92,7 +92,7 @@ def both(name: str, **options: Any) -> tuple[Any, nn.Module, Call]:
     make, inputs = MODELS[name]
     torch.manual_seed(0)
     model = make().double().train()
-    options = {"microbatches": 2, "profile": "count"} | options
+    options = {"microbatches": 2, "costs": "count"} | options
     pipe = pipecompile.compile(copy.deepcopy(model), ["cpu", "cpu"], **options)
     return pipe, model, inputs()
 
@@ -203,7 +203,7 @@ def test_a_tool_may_give_a_pipe_a_class_of_its_own() -> None:
 def test_what_a_tool_makes_of_the_pipes_class_is_a_model() -> None:
     """A slice of a Sequential is ``self.__class__(...)``; so are models read by ``type(pipe).from_pretrained``."""
     model = nn.Sequential(*(nn.Linear(D, D) for _ in range(4))).double()
-    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=2, profile="count")
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=2, costs="count")
     (x,), _ = floats()
     part = pipe[1:3]
     assert type(part) is nn.Sequential
@@ -234,14 +234,14 @@ class InSlots(nn.Sequential):
 
 def test_a_model_that_answers_to_every_name() -> None:
     model = AnswersAll().double()
-    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=2, profile="count")
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=2, costs="count")
     assert_same(step(pipe, pipe, loss_of, floats()), step(model, model, loss_of, floats()))
     assert pipe.whatever is None
 
 
 def test_a_scripted_model() -> None:
     model = torch.jit.script(nn.Sequential(nn.Linear(D, D), nn.Linear(D, D)).double())
-    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=2, profile="count")
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=2, costs="count")
     seen = []
     for module in (pipe, model):  # which share their parameters
         loss = module(*floats()[0]).square().mean()
@@ -253,7 +253,7 @@ def test_a_scripted_model() -> None:
 
 def test_a_module_with_slots_is_refused() -> None:
     model = nn.Sequential(nn.Linear(D, D), InSlots(nn.Linear(D, D))).double()
-    pipe = pipecompile.compile(model, ["cpu", "cpu"], profile="count")
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], costs="count")
     with pytest.raises(CaptureError, match=r"module '1' keeps attributes in the __slots__ of class InSlots.*remove"):
         pipe(*floats()[0])
 
@@ -361,7 +361,7 @@ def test_an_inner_loop_of_meta_learning() -> None:
 
     torch.manual_seed(0)
     model = Net().double()
-    pipe = pipecompile.compile(copy.deepcopy(model), ["cpu", "cpu"], microbatches=2, profile="count")
+    pipe = pipecompile.compile(copy.deepcopy(model), ["cpu", "cpu"], microbatches=2, costs="count")
     seen = []
     for module in (pipe, model):
         x = floats()[0][0].requires_grad_()

@@ -79,7 +79,7 @@ class Kept(nn.Module):
 
 
 def pipe_of(model: nn.Module, stages: int = 2, **options: Any) -> Any:
-    return pipecompile.compile(model, devices=["cpu"] * stages, **{"microbatches": 2, "profile": "count", **options})
+    return pipecompile.compile(model, devices=["cpu"] * stages, **{"microbatches": 2, "costs": "count", **options})
 
 
 def floats(*shape: int) -> Tensor:

@@ -28,7 +28,7 @@ def pipe() -> Any:
         torch.nn.Sequential(*blocks(4)),
         devices=["cpu"] * 2,
         microbatches=2,
-        profile="count",
+        costs="count",
         loss_fn=torch.nn.MSELoss(),
     )
     x = torch.randn(4, D)
@@ -38,7 +38,7 @@ def pipe() -> Any:
 
 def nouns() -> dict[str, Json]:
     made = pipe()
-    costed, plan = made.pipeline.profile, made.pipeline.plan
+    costed, plan = made.pipeline.costs, made.pipeline.plan
     return {"profile": costed, "graph": costed.graph, "plan": plan, "cluster": Cluster.of(["a", "b"])}
 
 
@@ -75,7 +75,7 @@ def test_a_profile_that_is_none(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "profile.json"
     path.write_bytes(content)
     with pytest.raises(InputError, match="holds no profile: not a CostedGraph"):
-        pipecompile.compile(torch.nn.Sequential(*blocks(4)), devices=["cpu"] * 2, profile=path)
+        pipecompile.compile(torch.nn.Sequential(*blocks(4)), devices=["cpu"] * 2, costs=path)
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def in_rows(x: Tensor) -> None:
 @pytest.mark.parametrize("write", [double, inplace_relu, first_column, through_a_view, in_rows])
 def test_what_forward_writes_to_its_input(write: Callable[[Tensor], Any], inside: bool, microbatches: int) -> None:
     model = Net(write, inside)
-    pipe = pipecompile.compile(model, devices=["cpu"] * 2, microbatches=microbatches, profile="count")
+    pipe = pipecompile.compile(model, devices=["cpu"] * 2, microbatches=microbatches, costs="count")
 
     def loss(output: Tensor) -> Tensor:
         return output if inside else mean_square(output)
@@ -71,7 +71,7 @@ def test_what_forward_writes_to_its_input(write: Callable[[Tensor], Any], inside
 
 def test_an_input_that_is_read_alone_stays_as_it_is() -> None:
     model = Net(lambda x: x.relu(), inside=True)
-    pipe = pipecompile.compile(model, devices=["cpu"] * 2, microbatches=2, profile="count")
+    pipe = pipecompile.compile(model, devices=["cpu"] * 2, microbatches=2, costs="count")
     x = torch.randn(4, D, dtype=torch.float64)
     before, version = x.clone(), x._version
     pipe(x).backward()
@@ -96,7 +96,7 @@ class Halves(nn.Module):
 @pytest.mark.parametrize(("inside", "from_beside"), [(True, True), (True, False), (False, False)])
 def test_a_write_to_a_view_of_the_callers_tensor_keeps_what_backwards_read(inside: bool, from_beside: bool) -> None:
     model = Halves(inside)
-    pipe = pipecompile.compile(model, devices=["cpu"] * 2, microbatches=2, profile="count")
+    pipe = pipecompile.compile(model, devices=["cpu"] * 2, microbatches=2, costs="count")
 
     def loss(output: Any) -> Tensor:
         if not inside:

@@ -128,7 +128,7 @@ def failing(error: BaseException) -> Any:
 
 
 def pipe_of(model: nn.Module, stages: int, microbatches: int, schedule: str = "1f1b") -> Any:
-    options: Any = {"leaf_modules": [p for p, m in model.named_modules() if isinstance(m, Kept)], "profile": "count"}
+    options: Any = {"leaf_modules": [p for p, m in model.named_modules() if isinstance(m, Kept)], "costs": "count"}
     return pipecompile.compile(model, devices=["cpu"] * stages, microbatches=microbatches, schedule=schedule, **options)
 
 
@@ -274,7 +274,7 @@ def test_gradients_of_a_stream_that_failed_go_into_no_later_update() -> None:
             microbatches=1,
             schedule="pipedream",
             optimizer=sgd,
-            profile="count",
+            costs="count",
             verify="never",  # the check would meet the fault, which happens once
         )
         pipe.pipeline.prepare(x)

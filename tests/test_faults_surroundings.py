@@ -33,7 +33,7 @@ class Net(nn.Module):
 
 
 def pipe_of(model: nn.Module | None = None, **options: Any) -> Any:
-    options = {"microbatches": 2, "profile": "count", **options}
+    options = {"microbatches": 2, "costs": "count", **options}
     return pipecompile.compile(model or Net(), devices=["cpu"] * 2, **options)
 
 

@@ -62,7 +62,7 @@ def square(output: Any, target: Tensor) -> Tensor:
 
 def pipe_of(model: nn.Module, stages: int = 3, schedule: str = "1f1b", microbatches: int = 4, **options: Any) -> Any:
     return pipecompile.compile(
-        model, ["cpu"] * stages, schedule=schedule, microbatches=microbatches, profile="count", **options
+        model, ["cpu"] * stages, schedule=schedule, microbatches=microbatches, costs="count", **options
     )
 
 
@@ -283,10 +283,12 @@ def test_f11_branch_on_an_activation() -> None:
     model = Blocks(on_activation)
     model.e = Doubling()
     pipe = same_step(model, rows(), microbatches=1)
-    assert any("module e is kept whole" in note for note in pipe.pipeline.report["notes"])
+    assert any("module e is kept whole" in note for note in pipe.pipeline.report.notes)
     with pytest.raises(CaptureError, match=r"module 'e'.*samples of the batch mix here"):  # the whole batch branches
         pipe_of(model, microbatches=4)(rows())
-    pipe = pipe_of(model, microbatches=4, allow_microbatch=["e"])  # relu's outputs: every microbatch does the same
+    pipe = pipe_of(
+        model, microbatches=4, batching=pipecompile.Batching(allow_mixing=["e"])
+    )  # relu's outputs: every microbatch does the same
     torch.testing.assert_close(pipe(rows()), model(rows()))
 
     def at_the_root(self: Blocks, x: Tensor) -> Tensor:
@@ -354,7 +356,7 @@ def test_f15_dynamic_cache() -> None:
     actual = step(lambda **k: pipe(**k).loss, model, lambda loss: loss, ((), inputs))
     expected = step(lambda **k: model(**k).loss, model, lambda loss: loss, ((), inputs))
     assert_same(actual, expected)
-    assert any("use_cache is off" in note for note in pipe.pipeline.report["notes"])
+    assert any("use_cache is off" in note for note in pipe.pipeline.report.notes)
     assert model.config.use_cache is True
 
 
@@ -548,7 +550,7 @@ def test_w09_batch_norm(stages: int, schedule: str) -> None:
     assert int(actual.buffers["norm.num_batches_tracked"]) == 1
     torch.testing.assert_close(actual.buffers["norm.running_var"], expected.buffers["norm.running_var"])
     assert any(
-        "batch normalisation uses each microbatch's statistics" in line for line in pipe.pipeline.report["microbatches"]
+        "batch normalisation uses each microbatch's statistics" in line for line in pipe.pipeline.report.microbatches
     )
     whole = pipe_of(model, stages, schedule, 1)
     reference = step(model, model, lambda out: out.square().mean(), ((rows(),), {}))
@@ -646,7 +648,7 @@ def test_an_output_whose_class_names_no_parts() -> None:
         return Sampled(sample=self.b(self.a(x)))
 
     model = Blocks(body)
-    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=2, profile="count")
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=2, costs="count")
     out = pipe(rows())
     assert type(out) is Sampled
     assert out["sample"] is out.sample
@@ -659,7 +661,7 @@ def test_a_list_in_an_output_of_a_class_of_its_own() -> None:
         return Sampled(sample=[h, self.b(h)])
 
     model = Blocks(body)
-    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=2, profile="count")
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=2, costs="count")
     out, expected = pipe(rows()), model(rows())
     assert type(out.sample) is list
     assert out["sample"] is out.sample

@@ -102,7 +102,7 @@ def test_a_pipe_of_a_model_with_lora() -> None:
     _, model, _ = both("llama")
     torch.manual_seed(1)
     tuned = peft.get_peft_model(model, peft.LoraConfig(**LORA["llama"])).double()
-    pipe = pipecompile.compile(copy.deepcopy(tuned), ["cpu", "cpu"], microbatches=2, profile="count")
+    pipe = pipecompile.compile(copy.deepcopy(tuned), ["cpu", "cpu"], microbatches=2, costs="count")
     assert isinstance(pipe, peft.PeftModel)
     assert pipe.active_adapter == "default"
     call = words()

@@ -4,10 +4,11 @@ from pipecompile.batching.batch_norm import defer_running, uses_batch_statistics
 from pipecompile.batching.divide import divide, twins_differ
 from pipecompile.batching.division import Division, by_shape, undivided
 from pipecompile.batching.gather_spread import gather, spread
+from pipecompile.batching.options import Batching
 from pipecompile.batching.rows import Rows, scatter
 from pipecompile.batching.rules.batch_types import SHARED, Batched, Kind, Mixed, Partial, Shared
 
 __all__ = [
-    "SHARED", "Batched", "Division", "Kind", "Mixed", "Partial", "Rows", "Shared", "by_shape", "defer_running",
-    "divide", "gather", "scatter", "spread", "twins_differ", "undivided", "uses_batch_statistics",
+    "SHARED", "Batched", "Batching", "Division", "Kind", "Mixed", "Partial", "Rows", "Shared", "by_shape",
+    "defer_running", "divide", "gather", "scatter", "spread", "twins_differ", "undivided", "uses_batch_statistics",
 ]  # fmt: skip

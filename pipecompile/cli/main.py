@@ -17,16 +17,18 @@ from torch import Tensor
 from typer.core import TyperGroup
 
 from pipecompile.api import compile
+from pipecompile.batching import Batching
 from pipecompile.capture import capture, read_call, summarize
+from pipecompile.cli.dataclass_options import takes
 from pipecompile.cli.model_spec import load
 from pipecompile.compiler.compile_call import reused
 from pipecompile.compiler.devices import parse_devices
 from pipecompile.compiler.options import read_costs
 from pipecompile.errors import InputError, PipecompileError
 from pipecompile.ir.cluster import Cluster, Link
-from pipecompile.ir.constraints import Wishes
 from pipecompile.ir.graph import Cost, CostedGraph
 from pipecompile.ir.plan import Plan
+from pipecompile.ir.plan_options import PlanOptions
 from pipecompile.ir.plan_quality import known
 from pipecompile.ir.program import Program
 from pipecompile.ir.timeline import Timeline
@@ -36,8 +38,8 @@ from pipecompile.partition import ADAM
 from pipecompile.planning.memory import Memory
 from pipecompile.planning.plan_search import make_plan
 from pipecompile.planning.replicas import Candidate, with_best_replicas
-from pipecompile.planning.search_spec import BUDGET, GOALS, Request
-from pipecompile.planning.training_spec import RECOMPUTE, Workload
+from pipecompile.planning.search_spec import Request
+from pipecompile.planning.training_spec import Workload
 from pipecompile.profile import profile
 from pipecompile.render.formats import FORMATS
 from pipecompile.render.stage_graph import StageGraph, stage_graph
@@ -102,6 +104,7 @@ def main(
 
 
 @app.command()
+@takes("options", PlanOptions)
 def plan(
     model: Model,
     stages: Annotated[
@@ -116,48 +119,18 @@ def plan(
     costs: Annotated[
         str | None,
         typer.Option(
-            "--profile",
-            help="[bold]measure[/] the time of each operation, [bold]count[/] its work, or a file of one. "
+            "--costs",
+            help="[bold]measure[/] the seconds of each operation, [bold]count[/] its work, or a file of saved costs. "
             "Default: count with --cluster, else measure.",
         ),
     ] = None,
-    save_profile: Annotated[Path | None, typer.Option(help="Save the profile here, for --profile.")] = None,
+    save_costs: Annotated[Path | None, typer.Option(help="Save the costs here, for --costs.")] = None,
     device: Annotated[str, typer.Option(help="Where to measure.")] = "cpu",
     cluster: Annotated[
         str | None, typer.Option(help="Devices that are not here: 8xH100, 64xH100, 2x8xA100-40GB.")
     ] = None,
-    replicas: Annotated[
-        str | None,
-        typer.Option(
-            help="Devices for each stage, which take microbatches in turn: 1,2,1. [bold]auto[/] finds the numbers of "
-            "stages and of their devices with the shortest step on the devices of --cluster, or on --stages devices."
-        ),
-    ] = None,
     dtype: Annotated[str, typer.Option(help="Of the weights: float32, bfloat16 or float16.")] = "float32",
-    optimizer_state: Annotated[
-        float, typer.Option(min=0, help="Bytes that the optimizer keeps for each byte of weights; 2 for Adam.")
-    ] = ADAM,
-    fused: Annotated[bool, typer.Option("--fused", help="The optimizer's step takes no copies.")] = False,
-    recompute: Annotated[
-        str, typer.Option(help=f"Compute forwards again in the backward: {', '.join(RECOMPUTE)}.")
-    ] = "auto",
-    pins: Annotated[
-        list[str] | None, typer.Option("--pin", help="A module and its stage: encoder=0. May be repeated.")
-    ] = None,
-    uncut: Annotated[list[str] | None, typer.Option(help="A module that is not cut. May be repeated.")] = None,
-    together: Annotated[
-        list[str] | None, typer.Option(help="Modules that share a stage: embed,head. May be repeated.")
-    ] = None,
-    budget: Annotated[
-        float, typer.Option(min=0, help="CPU seconds after which the search ends with the best plan so far.")
-    ] = BUDGET,
-    objective: Annotated[
-        str,
-        typer.Option(
-            help="What is to be least: the pace of the busiest stage, its pace with transfers overlapped (overlap), "
-            "or a whole step."
-        ),
-    ] = "pace",
+    fused: Annotated[bool, typer.Option("--fused", help="The optimizer's step needs no memory of its own.")] = False,
     format: Annotated[
         str | None, typer.Option("--format", "-f", help=f"Write the stage graph as one of {', '.join(FORMATS)}.")
     ] = None,
@@ -165,6 +138,8 @@ def plan(
         Path | None, typer.Option("--output", "-o", help="Where to write it; the name tells the format.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the table and the prediction as JSON.")] = False,
+    *,
+    options: PlanOptions,
 ) -> None:
     """Cut a model into stages: what each holds, costs and passes on, and how long a step will take.
 
@@ -175,25 +150,22 @@ def plan(
     if as_json and written is not None and output is None:
         raise InputError("--json and --format would both go to the terminal; add --output FILE")
     _check_choice("schedule", schedule, NAMES)
-    _check_choice("recompute", recompute, RECOMPUTE)
-    _check_choice("objective", objective, GOALS)
     (place,) = parse_devices([device])
-    counts = _replicas(replicas)
+    counts = options.counts
     num_devices = sum(counts) or stages or 2
     devices = Cluster.from_name(cluster) if cluster else Cluster.of([str(place)] * num_devices)
     num_stages = len(counts) or stages or len(devices)
-    _check_replicas(replicas, counts, stages, len(devices), schedule)
-    wishes = Wishes(_pins(pins or ()), tuple(uncut or ()), tuple(tuple(group.split(",")) for group in together or ()))
+    _check_replicas(options, counts, stages, len(devices), schedule)
     costed = _costed(model, microbatch, length, costs or ("count" if cluster else "measure"), place, devices, dtype)
-    if save_profile is not None:
-        _write(costed.to_json(), save_profile)
-    work = Workload(SCHEDULES.get(schedule, steady), microbatches, optimizer_state, recompute, fused=fused)  # type: ignore[arg-type]
+    if save_costs is not None:
+        _write(costed.to_json(), save_costs)
+    state = ADAM if options.optimizer_state is None else options.optimizer_state
+    work = Workload(SCHEDULES.get(schedule, steady), microbatches, state, options.recompute, fused=fused)
     candidates: tuple[Candidate, ...] = ()
-    if replicas == "auto":
-        found, candidates = with_best_replicas(costed, devices, work, wishes, budget, objective)  # type: ignore[arg-type]
+    if options.replicas == "auto":
+        found, candidates = with_best_replicas(costed, devices, work, options)
     else:
-        request = Request(counts or (1,) * num_stages, wishes, budget, objective)  # type: ignore[arg-type]
-        found = make_plan(costed, request, devices, work)
+        found = make_plan(costed, Request(counts or (1,) * num_stages, options), devices, work)
     held = work.memory(costed, found, devices)
     view = stage_graph(costed, found)
     program = _program(schedule, view.plan, microbatches)
@@ -213,6 +185,8 @@ def plan(
 
 
 @app.command()
+@takes("plan", PlanOptions)
+@takes("batching", Batching)
 def check(
     model: Model,
     stages: Stages = 2,
@@ -222,13 +196,16 @@ def check(
         int | None, typer.Option(min=1, help="Samples of a batch, for hf. Default: two for each microbatch.")
     ] = None,
     length: Length = 128,
-    loss: Annotated[
-        str | None, typer.Option(help="The output that is the loss, if it is not called loss nor the only number.")
+    loss_output: Annotated[
+        str | None, typer.Option(help="The output that is the loss, if it is neither called loss nor the only scalar.")
     ] = None,
     double: Annotated[
         bool, typer.Option("--double", help="Compare in float64, so that rounding hides nothing.")
     ] = False,
     device: Annotated[str, typer.Option(help="Where all the stages run.")] = "cpu",
+    *,
+    batching: Batching,
+    plan: PlanOptions,
 ) -> None:
     """Run one step of a split model beside the unsplit one, on fresh inputs too, and compare every number.
 
@@ -237,12 +214,21 @@ def check(
     pipecompile check hf:gpt2 --stages 4 --double
     """
     _check_choice("schedule", schedule, tuple(SCHEDULES))
-    places = parse_devices([device] * stages)
+    places = parse_devices([device] * (sum(plan.counts) or stages))
     it, args, kwargs = load(model, batch or 2 * microbatches, length)
     if double:
         it, (args, kwargs) = it.double(), tree_map_only(Tensor, _to_double, (args, kwargs))
     it, (args, kwargs) = it.to(places[0]), tree_map_only(Tensor, lambda t: t.to(places[0]), (args, kwargs))
-    pipe = compile(it, list(map(str, places)), schedule=schedule, microbatches=microbatches, loss=loss, profile="count")
+    pipe = compile(
+        it,
+        list(map(str, places)),
+        schedule=schedule,
+        microbatches=microbatches,
+        loss_output=loss_output,
+        batching=batching,
+        plan=plan,
+        costs="count",
+    )
     result = pipe.pipeline.verify(*args, **kwargs)
     Console().print(result)
     if not result.exact:
@@ -290,7 +276,9 @@ def _costed(
     it = it.to(getattr(torch, dtype))
     call = read_call(it.forward, args, kwargs)
     if microbatch and call.batch and microbatch > call.batch:
-        raise InputError(f"--microbatch {microbatch} is more than the {call.batch} samples that {model} returns")
+        raise InputError(
+            f"--microbatch {microbatch} is more than the {call.batch} samples that {model} returns; ask for fewer"
+        )
     captured = capture(it, call, microbatch)
     how = read_costs(costs)
     if isinstance(how, CostedGraph):
@@ -358,7 +346,7 @@ def _format(format: str | None, output: Path | None) -> str | None:
     if format is None and output is not None:
         format = SUFFIXES.get(output.suffix)
         if format is None:
-            raise InputError(f"{output} does not tell a format; add --format, one of {', '.join(FORMATS)}")
+            raise InputError(f"the suffix of {output} is not known; add --format, one of {', '.join(FORMATS)}")
     if format is not None:
         _check_choice("format", format, tuple(FORMATS))
     return format
@@ -366,49 +354,32 @@ def _format(format: str | None, output: Path | None) -> str | None:
 
 def _check_choice(what: str, given: str, choices: tuple[str, ...]) -> None:
     if given not in choices:
-        raise InputError(f"there is no {what} {given!r}; choose one of {', '.join(choices)}")
+        raise InputError(f"{what} {given!r} is not known; choose one of {', '.join(choices)}")
 
 
-def _pins(texts: Sequence[str]) -> dict[str, int]:
-    """``encoder=0`` as a path and a stage."""
-    pins = {}
-    for text in texts:
-        path, sign, stage = text.rpartition("=")
-        if not (sign and stage.isdecimal()):
-            raise InputError(f"--pin {text}: write a module's path, = and the number of its stage: encoder=0")
-        pins[path] = int(stage)
-    return pins
-
-
-def _replicas(text: str | None) -> tuple[int, ...]:
-    """The numbers that --replicas gives; none where it gives none."""
-    if text is None or text == "auto":
-        return ()
-    try:
-        counts = tuple(map(int, text.split(",")))
-    except ValueError:
-        counts = ()
-    if min(counts, default=0) < 1:
-        raise InputError(f"--replicas {text!r} is neither auto nor a number of devices for each stage, such as 1,2,1")
-    return counts
-
-
-def _check_replicas(text: str | None, counts: tuple[int, ...], stages: int | None, devices: int, schedule: str) -> None:
-    if text is not None and schedule not in SCHEDULES:
-        raise InputError(f"--replicas does not go with {schedule}, which updates after each microbatch")
+def _check_replicas(
+    options: PlanOptions, counts: tuple[int, ...], stages: int | None, devices: int, schedule: str
+) -> None:
+    text = ",".join(map(str, counts))
+    if options.replicas is not None and schedule not in SCHEDULES:
+        raise InputError(
+            f"--replicas does not go with --schedule {schedule}, which updates after each microbatch; use 1f1b or gpipe"
+        )
     if counts and stages not in (None, len(counts)):
-        raise InputError(f"--replicas {text} is for {len(counts)} stages, and --stages says {stages}")
+        raise InputError(f"--replicas {text} is for {len(counts)} stages, but --stages is {stages}; they must match")
     if counts and sum(counts) != devices:
-        raise InputError(f"--replicas {text} takes {sum(counts)} devices, and there are {devices}")
+        raise InputError(f"--replicas {text} is for {sum(counts)} devices, but there are {devices}; they must match")
 
 
 def _per_stage(option: str, text: str, stages: int) -> list[float]:
     try:
         seconds = [float(word) for word in text.split(",")]
     except ValueError:
-        raise InputError(f"{option} {text!r} is not a number of seconds, nor several with commas") from None
+        raise InputError(
+            f"{option} {text!r} is not a number of seconds; write one, or one per stage: 1,2,1,1"
+        ) from None
     if not all(0 <= it < float("inf") for it in seconds):
-        raise InputError(f"{option} {text!r} must not be negative, and must end")
+        raise InputError(f"{option} {text!r} is negative or not finite; seconds must be positive or 0")
     if len(seconds) not in (1, stages):
         raise InputError(f"{option} gives {len(seconds)} times for {stages} stages; give one, or {stages}")
     return seconds * stages if len(seconds) == 1 else seconds
@@ -421,5 +392,5 @@ def _write(text: str, path: Path | None) -> None:
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from error
+        raise InputError(f"cannot write {path}: {error.strerror}; choose another path") from error
     Console(stderr=True).print(Text(f"wrote {path}", "dim"), soft_wrap=True)

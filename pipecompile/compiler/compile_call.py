@@ -29,8 +29,10 @@ from pipecompile.compiler.devices import cluster_of
 from pipecompile.compiler.options import Options
 from pipecompile.compiler.rehearse import Rehearsal, rehearsed
 from pipecompile.errors import CaptureError, InputError
+from pipecompile.ir.cluster import Cluster
 from pipecompile.ir.graph import CostedGraph, Graph
 from pipecompile.ir.plan import Plan
+from pipecompile.ir.plan_options import PlanOptions
 from pipecompile.ops.device_args import threads_each
 from pipecompile.partition import carry_over
 from pipecompile.planning.plan_search import make_plan
@@ -74,7 +76,7 @@ def compile_call(
         else:
             captured = with_batch_dims(trace(rows.counts if call.batch else None), trace)
             _refuse_writes_between_versions(captured, options)
-            division = undivided(captured, options.out_dims)
+            division = undivided(captured, options.batching.out_dims)
     graph = summarize(division.body)
     if first is not None:
         plan = carry_over(first.plan, first.graph, graph)
@@ -82,17 +84,21 @@ def compile_call(
         return Compiled(division, graph, plan, *known, *_cut(division, graph, plan, devices))
     work, costed = _work(division, options), _costed(division.body, graph, options, devices)
     cluster = options.cluster or cluster_of(devices, measure=costed.measured)
-    request = Request((1,) * len(devices), options.wishes, options.budget, options.objective)
-    candidates: tuple[Candidate, ...] = ()
-    if options.replicas == "auto":
-        plan, candidates = with_best_replicas(costed, cluster, work, options.wishes, options.budget, options.objective)
-        request = replace(request, replicas=candidates[0].replicas)
-    else:
-        request = replace(request, replicas=options.replicas or request.replicas)
-        plan = make_plan(costed, request, cluster, work)
+    request, plan, candidates = _planned(costed, cluster, work, options.plan)
     cut = _cut(division, graph, plan, devices)
     compiled = Compiled(division, graph, plan, costed, plan, cluster, work, candidates, *cut)
     return _rehearsed(compiled, request, call, rows, devices, options) if _is_real(model, options) else compiled
+
+
+def _planned(
+    costed: CostedGraph, cluster: Cluster, work: Workload, options: PlanOptions
+) -> tuple[Request, Plan, tuple[Candidate, ...]]:
+    """The plan, what it answers, and for ``replicas="auto"`` all candidates."""
+    if options.replicas == "auto":
+        plan, candidates = with_best_replicas(costed, cluster, work, options)
+        return Request(candidates[0].replicas, options), plan, candidates
+    request = Request(options.counts or (1,) * len(cluster), options)
+    return request, make_plan(costed, request, cluster, work), ()
 
 
 def _refuse_writes_between_versions(captured: Captured, options: Options) -> None:
@@ -117,7 +123,7 @@ def _cut(
 
 def _is_real(model: nn.Module, options: Options) -> bool:
     """Whether costs are measured here, for the devices that are here."""
-    measured = options.profile in (None, "measure") and not any(p.is_meta for p in model.parameters())
+    measured = options.costs in (None, "measure") and not any(p.is_meta for p in model.parameters())
     return measured and options.cluster is None
 
 
@@ -143,11 +149,11 @@ def _rehearsed(
 
 def _costed(captured: Captured, graph: Graph, options: Options, devices: Sequence[torch.device]) -> CostedGraph:
     """The costs of a capture: measured, counted, or those of an earlier profile, if it is one of this graph."""
-    if isinstance(options.profile, CostedGraph):
-        return reused(options.profile, graph)
+    if isinstance(options.costs, CostedGraph):
+        return reused(options.costs, graph)
     kind = options.cluster.devices[0].kind if options.cluster else ""
     with left_as_before(captured.model):  # parts kept whole are run
-        return profile(captured, graph, options.profile, devices[0], threads=threads_each(devices), kind=kind)
+        return profile(captured, graph, options.costs, devices[0], threads=threads_each(devices), kind=kind)
 
 
 def reused(costed: CostedGraph, graph: Graph) -> CostedGraph:
@@ -173,7 +179,7 @@ def _work(division: Division, options: Options) -> Workload:
 def _loss(division: Division, options: Options) -> str:
     """The value of the stages that is the loss; empty if they compute none."""
     try:
-        loss = find_loss(division.captured, options.loss)
+        loss = find_loss(division.captured, options.loss_output)
     except InputError:  # the call that trains says so
         return ""
     outputs = [output for output in division.captured.outputs if output.node is not None]
@@ -220,11 +226,11 @@ def _divided(trace: _Tracer, rows: Rows, options: Options) -> Division:
         if differ := twins_differ(small, large):
             warnings.warn(f"{differ}; so every batch of {call.batch} rows is run as one microbatch", stacklevel=2)
             return undivided(whole, one_part=True)
-    if options.batch_norm == "deferred":
+    if options.batching.batch_norm == "deferred":
         alone = small is large
         small = defer_running(small)
         large = small if alone else defer_running(large)
-    division = divide(small, large, options.allow_microbatch, options.out_dims)
+    division = divide(small, large, options.batching.allow_mixing, options.batching.out_dims)
     return division if call.batch >= division.at_least else undivided(whole, one_part=True)
 
 

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from torch import nn
 
+from pipecompile.batching.options import DEFAULT_BATCHING, Batching
 from pipecompile.errors import InputError
 from pipecompile.ir.cluster import Cluster
-from pipecompile.ir.constraints import NO_WISHES, Wishes
 from pipecompile.ir.graph import CostedGraph
+from pipecompile.ir.plan_options import DEFAULT_PLAN, PlanOptions
 from pipecompile.partition import ADAM
-from pipecompile.planning.search_spec import BUDGET, GOALS, Goal
-from pipecompile.planning.training_spec import RECOMPUTE, Recompute, Workload
+from pipecompile.planning.training_spec import Workload
 from pipecompile.profile import How, optimizer_state
 from pipecompile.runtime import MakeOptimizer
 from pipecompile.schedule import ASYNCHRONOUS, SCHEDULES, steady
 
-BatchNorm = Literal["microbatch", "deferred"]
 Verify = Literal["first", "never", "every"] | int
 
 
@@ -33,88 +32,77 @@ class Options:
     schedule: str = "1f1b"
     microbatches: int = 1
     loss_fn: Callable[..., Any] | None = None
-    loss: str | None = None
+    loss_output: str | None = None
     optimizer: MakeOptimizer | None = None
     leaf_modules: tuple[str, ...] = ()
-    allow_microbatch: tuple[str, ...] = ()
-    in_dims: Mapping[str, int | None] = field(default_factory=dict)
-    out_dims: Mapping[str, int | None] = field(default_factory=dict)
-    batch_norm: BatchNorm = "microbatch"
-    profile: How | CostedGraph | None = None
+    batching: Batching = DEFAULT_BATCHING
+    plan: PlanOptions = DEFAULT_PLAN
+    costs: How | CostedGraph | None = None
     cluster: Cluster | None = None
-    recompute: Recompute = "auto"
-    optimizer_state: float | None = None
-    replicas: tuple[int, ...] | Literal["auto"] = ()
-    wishes: Wishes = NO_WISHES
-    budget: float = BUDGET
-    objective: Goal = "pace"
     verify: Verify = "first"
 
-    def check(self, model: nn.Module) -> None:
-        """Raises ``InputError`` at the first option that is not known, or does not go with the model or another."""
+    def check(self, model: nn.Module, devices: int) -> None:
+        """Raises ``InputError`` at the first option that is not known, or does not fit the model or another option.
+
+        Args:
+            devices: how many there are.
+        """
         if not isinstance(model, nn.Module):
-            raise InputError(f"the model must be an nn.Module, got {type(model).__name__}: {model!r:.80}")
-        if self.recompute not in RECOMPUTE:
-            raise InputError(f"recompute={self.recompute!r} is not known; there are {', '.join(RECOMPUTE)}")
-        if self.batch_norm not in get_args(BatchNorm):
-            known = " and ".join(map(repr, get_args(BatchNorm)))
-            raise InputError(f"batch_norm={self.batch_norm!r} is not known; there are {known}")
+            raise InputError(f"the model is {model!r:.80}, of type {type(model).__name__}; it must be an nn.Module")
+        for name, kind in (("batching", Batching), ("plan", PlanOptions)):
+            if not isinstance(getattr(self, name), kind):
+                raise InputError(
+                    f"{name}={getattr(self, name)!r:.80}; it must be pipecompile.{kind.__name__}(...), which takes "
+                    f"{', '.join(f'{field}=' for field in kind.__dataclass_fields__)}"
+                )
         if not isinstance(self.microbatches, int) or self.microbatches < 1:
             raise InputError(
-                f"microbatches={self.microbatches!r}: a batch is cut into a whole number of parts, at least one"
+                f"microbatches={self.microbatches!r}; it must be a number of parts of each batch, at least 1"
             )
-        if isinstance(self.budget, bool) or not isinstance(self.budget, int | float) or not self.budget > 0:
-            raise InputError(f"budget={self.budget!r}: a search for a plan takes some CPU seconds")
-        if not callable(self.objective) and self.objective not in GOALS:
-            known = ", ".join(map(repr, GOALS))
-            raise InputError(f"objective={self.objective!r} is not known; there are {known} and functions of a plan")
         counted = isinstance(self.verify, int) and not isinstance(self.verify, bool) and self.verify > 0
         if not counted and self.verify not in ("first", "never", "every"):
             raise InputError(
-                f"verify={self.verify!r} is not known; there are 'first', 'never', 'every', and a number n for each nth"
+                f"verify={self.verify!r} is not known; it must be 'first', 'never', 'every', or n for each nth call"
             )
         self._check_schedule()
         self._check_names(model)
-
-    def check_replicas(self, devices: int) -> None:
-        """Raises ``InputError`` if the replicas of stages cannot be, on so many devices."""
-        counts = self.replicas
-        if isinstance(counts, str) and counts != "auto":
-            raise InputError(f"replicas={counts!r} is not known; there are 'auto' and a list with a number a stage")
-        if self.schedule in ASYNCHRONOUS and (counts == "auto" or any(count > 1 for count in counts)):
-            raise InputError(
-                f"replicas={counts if counts == 'auto' else list(counts)!r} does not go with "
-                f"schedule={self.schedule!r}, which updates after each microbatch, while the gradients of replicas are "
-                f"summed once a batch; use the schedule '1f1b' or 'gpipe'"
-            )
-        if counts == "auto":
-            return
-        if not all(isinstance(count, int) and not isinstance(count, bool) and count > 0 for count in counts):
-            raise InputError(
-                f"replicas={list(counts)} must hold for each stage the number of devices that run it, at least one"
-            )
-        if counts and sum(counts) != devices:
-            raise InputError(
-                f"replicas={list(counts)} takes {sum(counts)} devices for {len(counts)} stages, and devices= has "
-                f"{devices}"
-            )
+        self._check_replicas(devices)
 
     @cached_property
     def work(self) -> Workload:
         """What planning must know of the training."""
-        state: float | Callable[[], float] = ADAM if self.optimizer_state is None else self.optimizer_state
-        if self.optimizer_state is None and self.optimizer is not None:
+        given = self.plan.optimizer_state
+        state: float | Callable[[], float] = ADAM if given is None else given
+        if given is None and self.optimizer is not None:
             state = cache(partial(optimizer_state, self.optimizer))
-        return Workload(SCHEDULES.get(self.schedule, steady), self.microbatches, state, self.recompute)
+        return Workload(SCHEDULES.get(self.schedule, steady), self.microbatches, state, self.plan.recompute)
+
+    def replanned(self, plan: PlanOptions | None, costs: How | CostedGraph | None) -> Options:
+        """The same options with another plan to search for, or from other costs."""
+        return replace(self, plan=plan or self.plan, costs=costs)
+
+    def _check_replicas(self, devices: int) -> None:
+        counts = self.plan.counts
+        if self.schedule in ASYNCHRONOUS and (self.plan.replicas == "auto" or any(count > 1 for count in counts)):
+            raise InputError(
+                f"replicas={self.plan.replicas!r} does not go with schedule={self.schedule!r}, which steps after each "
+                f"microbatch, while gradients of replicas are summed once per batch; use schedule='1f1b' or 'gpipe'"
+            )
+        if counts and sum(counts) != devices:
+            raise InputError(
+                f"replicas={counts} is for {sum(counts)} devices, but devices= has {devices}; they must match"
+            )
 
     def _check_schedule(self) -> None:
         names = [*SCHEDULES, *ASYNCHRONOUS]
         if self.schedule not in names:
-            raise InputError(f"schedule={self.schedule!r} is not known; there are {', '.join(names)}")
+            raise InputError(
+                f"schedule={self.schedule!r} is not known; it must be one of {', '.join(map(repr, names))}"
+            )
         if self.optimizer is not None and not callable(self.optimizer):
             raise InputError(
-                f"optimizer= takes a function from parameters to an optimizer, such as "
-                f"lambda params: torch.optim.SGD(params, lr=0.1), not a {type(self.optimizer).__name__}"
+                f"optimizer= is a {type(self.optimizer).__name__}; it must be a function from parameters to an "
+                f"optimizer, such as lambda params: torch.optim.SGD(params, lr=0.1)"
             )
         if self.schedule in ASYNCHRONOUS and self.optimizer is None:
             raise InputError(
@@ -123,39 +111,41 @@ class Options:
             )
         if self.schedule not in ASYNCHRONOUS and self.optimizer is not None:
             raise InputError(
-                f"schedule={self.schedule!r} leaves stepping to you: make an optimizer of pipe.parameters() instead"
+                f"schedule={self.schedule!r} does not step inside the pipeline, so optimizer= has no use; make an "
+                f"optimizer of pipe.parameters(), and call its step()"
             )
 
     def _check_names(self, model: nn.Module) -> None:
         modules = dict(model.named_modules())
-        for path in self.allow_microbatch:
+        for path in self.batching.allow_mixing:
             if path not in modules:
-                raise InputError(f"allow_microbatch= names {path!r}, which is no module of the model")
-        for name, dims in (("in_dims", self.in_dims), ("out_dims", self.out_dims)):
-            for key, dim in dims.items():
-                if dim is not None and (not isinstance(dim, int) or isinstance(dim, bool)):
-                    raise InputError(f"{name}= has {dim!r} for {key!r}; a dimension is a number, None is no batch")
+                raise InputError(
+                    f"allow_mixing has {path!r}, which is not a module of the model; use a path of named_modules()"
+                )
         parameters = inspect.signature(model.forward).parameters.values()
         if any(p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in parameters):
             return
         known = [p.name for p in parameters] + ["target"] * (self.loss_fn is not None)
-        for name in self.in_dims:
+        for name in self.batching.in_dims:
             if not any(name == argument or name.startswith(f"{argument}_") for argument in known):
-                raise InputError(f"in_dims= names {name!r}, which is no argument of the model; it has {known}")
+                raise InputError(f"in_dims has {name!r}, which is not an argument of the model; it takes {known}")
 
 
-def read_costs(profile: str | Path | CostedGraph | None) -> How | CostedGraph | None:
+def read_costs(costs: str | Path | CostedGraph | None) -> How | CostedGraph | None:
     """How to find the costs, or those that a file holds."""
-    match profile:
+    match costs:
         case None | "measure" | "count" | CostedGraph():
-            return profile
-    if not isinstance(profile, str | Path):
-        raise InputError(f"profile={profile!r} is not known; there are 'measure', 'count' and the path of a profile")
+            return costs
+    if not isinstance(costs, str | Path):
+        raise InputError(f"costs={costs!r} is not known; it must be 'measure', 'count', or the path of saved costs")
     try:
-        return CostedGraph.load(profile)
+        return CostedGraph.load(costs)
     except OSError as error:
         raise InputError(
-            f"profile={str(profile)!r} is neither 'measure' nor 'count', nor a file that can be read: {error.strerror}"
+            f"costs={str(costs)!r} is not a file that can be read ({error.strerror}); it must be 'measure', 'count' or "
+            f"the path of saved costs"
         ) from None
     except ValueError as error:
-        raise InputError(f"profile={str(profile)!r} holds no profile: {error}") from None
+        raise InputError(
+            f"costs={str(costs)!r} is a file without costs ({error}); save them with pipe.pipeline.costs.save(path)"
+        ) from None

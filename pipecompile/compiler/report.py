@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from itertools import combinations
 
 from pipecompile.batching import Partial, uses_batch_statistics
@@ -110,29 +110,78 @@ def _calibration(compiled: Compiled, timeline: Timeline | None) -> list[str]:
     ]
 
 
-def describe(compiled: Compiled, timeline: Timeline | None = None) -> Mapping[str, Sequence[str]]:
-    """What the user should know about a capture, by topic; ``timeline`` is that of the last call."""
+@dataclass(frozen=True)
+class Report:
+    """What a user should know about the capture in use: what is specialized, approximated, kept whole or recomputed.
+
+    Each attribute holds sentences. ``print(report)`` prints those that say something.
+
+    Attributes:
+        captures: why the model was captured, for each capture.
+        verified: what was compared with the unsplit model, for each first call.
+        notes: what was kept whole, fixed or given up to capture the model.
+        microbatches: what microbatches do to be the whole batch, and where they are not.
+        guards: what a later call must have in common with the captured one to run on it.
+        attributes: Python attributes that a call sets.
+        rematerialized: what each stage that reads it computes for itself.
+        recomputed: activations that the backward recomputes.
+        plan: the bottleneck, and how far from optimal it may be.
+        memory: bytes of each stage at its peak, by kind.
+        links: seconds and bandwidth between ranks.
+        costs: where the costs come from.
+        calibration: seconds of the stages in the last training step, beside the prediction.
+        tied: parameters that several stages use.
+        replicas: devices of each stage, and the alternatives that were tried.
+        rerun: calls that had to be run again in a backward, with the number of times.
+    """
+
+    captures: tuple[str, ...] = ()
+    verified: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    microbatches: tuple[str, ...] = ()
+    guards: tuple[str, ...] = ()
+    attributes: tuple[str, ...] = ()
+    rematerialized: tuple[str, ...] = ()
+    recomputed: tuple[str, ...] = ()
+    plan: tuple[str, ...] = ()
+    memory: tuple[str, ...] = ()
+    links: tuple[str, ...] = ()
+    costs: tuple[str, ...] = ()
+    calibration: tuple[str, ...] = ()
+    tied: tuple[str, ...] = ()
+    replicas: tuple[str, ...] = ()
+    rerun: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, list[str]]:
+        """The sentences by topic, empty topics too, as JSON holds them."""
+        return {field.name: list(getattr(self, field.name)) for field in fields(self)}
+
+    def __str__(self) -> str:
+        topics = [(topic, lines) for topic, lines in self.to_dict().items() if lines]
+        return "\n".join("\n    ".join([topic, *lines]) for topic, lines in topics)
+
+
+def describe(compiled: Compiled, timeline: Timeline | None = None) -> Report:
+    """The report on a capture, without what happened to it in the pipeline; ``timeline`` is that of the last call."""
     graph, plan = compiled.graph, compiled.plan
     copies = sum(node.replicated and node.op != "input" for node in graph.nodes)
     guards = [f"{expr} = {answer}" for expr, answer in compiled.captured.guards]
     reads = [f"the model reads {value} from its inputs" for value in compiled.captured.read_values]
-    return {
-        "notes": (*compiled.captured.notes, *_losses(compiled)),
-        "microbatches": _across_microbatches(compiled),
-        "guards": [*guards, *reads, *_attribute_guards(compiled)],
-        "attributes": [f"{effect.place.label} is set once a call" for effect in compiled.captured.attributes.updates],
-        "recomputed": [
-            *[f"{copies} values (masks, positions, sizes) are computed in each stage that reads them"] * (copies > 0),
-            *_checkpoints(compiled.captured),
-            *[f"stage {stage}, for its memory" for stage in plan.recomputed],
-        ],
-        "plan": [known(plan.quality)],
-        "memory": _memory(compiled),
-        "links": _links(compiled.cluster),
-        "costs": [compiled.costed.origin],
-        "calibration": _calibration(compiled, timeline),
-        "tied": [
+    copied = f"{copies} values (masks, positions, sizes) are computed in each stage that reads them"
+    return Report(
+        notes=(*compiled.captured.notes, *_losses(compiled)),
+        microbatches=tuple(_across_microbatches(compiled)),
+        guards=(*guards, *reads, *_attribute_guards(compiled)),
+        attributes=tuple(f"{e.place.label} is set once per call" for e in compiled.captured.attributes.updates),
+        rematerialized=(copied,) if copies else (),
+        recomputed=(*_checkpoints(compiled.captured), *(f"stage {s}, to fit its memory" for s in plan.recomputed)),
+        plan=(known(plan.quality),),
+        memory=tuple(_memory(compiled)),
+        links=tuple(_links(compiled.cluster)),
+        costs=(compiled.costed.origin,),
+        calibration=tuple(_calibration(compiled, timeline)),
+        tied=tuple(
             f"{t.parameter} over stages {', '.join(map(str, t.stages))}, gradients summed" for t in plan.tied_by_model
-        ],
-        "replicas": [*replica_notes(plan), *map(str, compiled.candidates)],
-    }
+        ),
+        replicas=(*replica_notes(plan), *map(str, compiled.candidates)),
+    )

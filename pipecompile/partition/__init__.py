@@ -1,7 +1,6 @@
 """Which stage each node goes to: the solver, and what turns a model into its numbers and back."""
 
 from pipecompile.partition.carry_placement import carry_over as carry_over
-from pipecompile.partition.from_graph import Objective as Objective
 from pipecompile.partition.from_graph import partition as partition
 from pipecompile.partition.from_graph import scored as scored
 from pipecompile.partition.memory_model import ADAM as ADAM

@@ -3,7 +3,7 @@
     node                           -> its seconds, forward and backward
     value                          -> a net: its bytes over the fastest link, twice if its gradient comes back
     links between stages           -> factors of their seats, by the mean value
-    ``graph.together``             -> one atom
+    ``graph.colocate``             -> one atom
     parameters, saved activations  -> bytes, of which the latter count once for each microbatch in flight
 
 Replicated nodes are in no stage and cross no cut, so they are left out. A parameter counts for the first node that
@@ -16,13 +16,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Literal
 
 from pipecompile.errors import InputError, PlanError
 from pipecompile.ir.cluster import Cluster, Link
-from pipecompile.ir.constraints import Wishes
 from pipecompile.ir.graph import CostedGraph, Node
 from pipecompile.ir.plan import Plan, with_replicas
+from pipecompile.ir.plan_options import DEFAULT_PLAN, Objective, PlanOptions
 from pipecompile.partition.memory_model import Training
 from pipecompile.partition.module_constraints import Wished
 from pipecompile.partition.seats import Seating
@@ -32,15 +31,13 @@ from pipecompile.partition.solver.score import bottleneck
 from pipecompile.partition.solver.solver import solve
 from pipecompile.partition.stage_nodes import Placed
 
-Objective = Literal["pace", "overlap"] | Callable[[Plan], float]
-
 
 def partition(
     costed: CostedGraph,
     num_stages: int,
     cluster: Cluster | None = None,
     training: Training | None = None,
-    wishes: Wishes | None = None,
+    constraints: PlanOptions | None = None,
     budget: float | None = None,
     replicas: Sequence[int] = (),
     objective: Objective = "pace",
@@ -51,7 +48,7 @@ def partition(
         cluster: the devices, stage s on rank s, and round again if there are more stages; by default equal devices
             without a memory limit.
         training: what their memory must hold; by default 1F1B's with Adam.
-        wishes: what else the plan must keep to. With ``most_stages`` it may have fewer than ``num_stages``.
+        constraints: what else the plan must keep to. With ``max_stages`` it may have fewer than ``num_stages``.
         budget: CPU seconds after which the search ends with the best plan so far.
         replicas: for each stage how many devices run it, one after the other in the cluster; by default one. To the
             search such a stage is a device so many times as fast as the slowest of them; what it sends counts whole.
@@ -62,17 +59,17 @@ def partition(
     Raises:
         ValueError: ``num_stages`` is less than one, or ``replicas`` are not so many.
         InputError: a wish names a module or a stage that is not there.
-        InfeasibleError: the model cannot be cut into so many stages, does not fit into the devices' memory, or wishes
-            contradict the model or each other.
+        InfeasibleError: the model cannot be cut into so many stages, does not fit into the devices' memory, or
+            constraints contradict the model or each other.
         PlanError: no plan within memory was found, though there may be one.
     """
-    wishes = wishes or Wishes()
-    _check(num_stages, wishes, replicas)
+    constraints = constraints or DEFAULT_PLAN
+    _check(num_stages, constraints, replicas)
     cluster = Cluster.of([f"rank {rank}" for rank in range(num_stages)]) if cluster is None else cluster
-    num_stages = min(num_stages, wishes.most_stages or num_stages)
+    num_stages = min(num_stages, constraints.max_stages or num_stages)
     replicas = replicas[:num_stages]
     seating = Seating.of(num_stages, cluster, replicas)
-    contraction = problem_of(costed, num_stages, cluster, training, wishes, replicas, objective == "overlap")
+    contraction = problem_of(costed, num_stages, cluster, training, constraints, replicas, objective == "overlap")
     again = (training and training.again) or (False,) * num_stages
     solution = solve(contraction.problem, budget, others=callable(objective))
 
@@ -87,15 +84,15 @@ def partition(
     return min(plans, key=partial(scored, objective))
 
 
-def _check(num_stages: int, wishes: Wishes, replicas: Sequence[int]) -> None:
+def _check(num_stages: int, constraints: PlanOptions, replicas: Sequence[int]) -> None:
     if num_stages < 1:
         raise ValueError(f"a plan needs at least one stage; got {num_stages}")
     if len(replicas) not in (0, num_stages):
         raise ValueError(f"{num_stages} stages have replicas {tuple(replicas)}; give a number for each")
-    if wishes.most_stages is not None and any(count > 1 for count in replicas):
+    if constraints.max_stages is not None and any(count > 1 for count in replicas):
         raise InputError(
-            f"most_stages={wishes.most_stages} may leave stages out, and replicas={list(replicas)} says which devices "
-            f"run each of {num_stages}; give only one of them"
+            f"max_stages={constraints.max_stages} may leave stages out, but replicas={list(replicas)} says which "
+            f"devices run each of {num_stages}; give only one of them"
         )
 
 
@@ -143,7 +140,7 @@ def problem_of(
     num_stages: int,
     cluster: Cluster,
     training: Training | None = None,
-    wishes: Wishes | None = None,
+    constraints: PlanOptions | None = None,
     replicas: Sequence[int] = (),
     overlapped: bool = False,
 ) -> Contraction:
@@ -151,7 +148,7 @@ def problem_of(
     seating = Seating.of(num_stages, cluster, replicas)
     training = training or Training.flushed(seating.replicas)
     placed = Placed(costed.graph)
-    wished = Wished(placed, wishes or Wishes(), num_stages)
+    wished = Wished(placed, constraints or DEFAULT_PLAN, num_stages)
     wished.check()
     nodes = [costed.graph.nodes[index] for index in placed.nodes]
     costs = [costed.costs[index] for index in placed.nodes]

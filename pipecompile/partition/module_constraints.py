@@ -1,4 +1,4 @@
-"""The user's wishes in the numbers of a problem, or why they cannot be met.
+"""The user's constraints in the numbers of a problem, or why they cannot be met.
 
     pins       -> things with a stage         uncut, together -> groups of things
 
@@ -14,8 +14,8 @@ from difflib import get_close_matches
 from functools import cached_property
 
 from pipecompile.errors import InfeasibleError, InputError
-from pipecompile.ir.constraints import Wishes
 from pipecompile.ir.graph import Node
+from pipecompile.ir.plan_options import PlanOptions
 from pipecompile.partition.solver.contraction import Contraction, contract
 from pipecompile.partition.solver.problem import Seat
 from pipecompile.partition.stage_nodes import Placed
@@ -32,26 +32,26 @@ class Pin:
 
 @dataclass(frozen=True)
 class Wished:
-    """Wishes about a graph that is to be cut into so many stages."""
+    """PlanOptions about a graph that is to be cut into so many stages."""
 
     placed: Placed
-    wishes: Wishes
+    constraints: PlanOptions
     num_stages: int
 
     @cached_property
     def groups(self) -> tuple[tuple[int, ...], ...]:
         """Things that must share a stage."""
-        uncut = [self._things(f"uncut={path!r}", path) for path in self.wishes.uncut]
+        uncut = [self._things(f"no_split={path!r}", path) for path in self.constraints.no_split]
         together = [
-            tuple(thing for path in group for thing in self._things(f"together={group!r}", path))
-            for group in self.wishes.together
+            tuple(thing for path in group for thing in self._things(f"colocate={group!r}", path))
+            for group in self.constraints.colocate
         ]
         return (*uncut, *together)
 
     @cached_property
     def pins(self) -> tuple[Pin, ...]:
         pins: dict[int, Pin] = {}
-        for path, stage in self.wishes.pins.items():
+        for path, stage in self.constraints.pins.items():
             if stage >= self.num_stages:
                 raise InputError(f"pins[{path!r}] = {stage}, but the stages are 0 to {self.num_stages - 1}")
             for thing in self._things(f"pins[{path!r}]", path):
@@ -65,11 +65,15 @@ class Wished:
 
     @property
     def least_stages(self) -> int:
-        """The stages that must not be empty: all, or with ``most_stages`` those up to the last pin."""
-        return self.num_stages if self.wishes.most_stages is None else 1 + max(self.wishes.pins.values(), default=0)
+        """The stages that must not be empty: all, or with ``max_stages`` those up to the last pin."""
+        return (
+            self.num_stages
+            if self.constraints.max_stages is None
+            else 1 + max(self.constraints.pins.values(), default=0)
+        )
 
     def check(self) -> None:
-        """Passes if no two wishes contradict each other.
+        """Passes if no two constraints contradict each other.
 
         Raises:
             InputError: a path or a stage is not there.
@@ -82,7 +86,8 @@ class Wished:
             if other.stage != pin.stage:
                 raise InfeasibleError(
                     f"{self._pinned(other)} and {self._pinned(pin)}, but {self._named(other.thing)} and "
-                    f"{self._named(pin.thing)} must share a stage, for the model or other wishes bind them together"
+                    f"{self._named(pin.thing)} must share a stage, because the model or other constraints bind "
+                    f"them; pin both to one stage"
                 )
         self._check_order(contraction, pin_of)
         self._check_stages(contraction)
@@ -105,8 +110,8 @@ class Wished:
         parts = len(contraction.problem)
         if self.groups and parts < self.least_stages <= len(self._contracted(()).problem):
             raise InfeasibleError(
-                f"{self.num_stages} stages were asked for, but with {self.wishes} the model can be cut into at most "
-                f"{parts}; ask for fewer stages, or keep less together"
+                f"{self.num_stages} stages were asked for, but with {self.constraints} the model can be cut into at "
+                f"most {parts}; ask for fewer stages, or keep less together"
             )
 
     def _contracted(self, groups: tuple[tuple[int, ...], ...]) -> Contraction:

@@ -24,7 +24,7 @@ def make_plan(costed: CostedGraph, request: Request, cluster: Cluster, work: Wor
     row = _row(costed, request, cluster)
     plan = Fitting(costed, request.on(row), cluster.in_order(row), work).plan().on_ranks(row)
     other = assign(plan, [cost.seconds for cost in stage_costs(costed, plan)], cluster, work.microbatches)
-    if request.objective == "step" or callable(request.objective):
+    if request.scores_plans:
         return min(plan, other, key=request.score(costed, cluster, work))
     return other
 

@@ -10,24 +10,23 @@ Source: PipeDream (Narayanan et al., SOSP 2019), section 3.1.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from pipecompile.errors import InfeasibleError, InputError, PlanError
 from pipecompile.ir.cluster import Cluster
-from pipecompile.ir.constraints import NO_WISHES, Wishes
 from pipecompile.ir.graph import CostedGraph
 from pipecompile.ir.plan import Plan
+from pipecompile.ir.plan_options import DEFAULT_PLAN, PlanOptions
 from pipecompile.ir.units import seconds_text
 from pipecompile.ir.weight_versions import versions
 from pipecompile.partition import Step, deals
 from pipecompile.planning.plan_search import make_plan
-from pipecompile.planning.search_spec import BUDGET as PATIENTLY
-from pipecompile.planning.search_spec import Goal, Request
+from pipecompile.planning.search_spec import Request
 from pipecompile.planning.training_spec import Workload
 
 MOST_DEVICES = 16  # the programme takes time with their cube
-BUDGET = 1.0  # CPU seconds of the search for one candidate
+CANDIDATE = 1.0  # CPU seconds of the search for one candidate
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,39 +46,40 @@ def with_best_replicas(
     costed: CostedGraph,
     cluster: Cluster,
     work: Workload,
-    wishes: Wishes = NO_WISHES,
-    budget: float = PATIENTLY,
-    objective: Goal = "pace",
+    options: PlanOptions = DEFAULT_PLAN,
 ) -> tuple[Plan, tuple[Candidate, ...]]:
     """The plan with the shortest predicted step on all devices of the cluster, and all that were tried, the best first.
 
     Args:
-        wishes: what every plan keeps to; without pins and a number of stages, since those are looked for.
-        budget: CPU seconds for the plan in the end; candidates are searched for shortly.
-        objective: what that plan makes least.
+        options: constraints on every plan, without pins and a number of stages, which depend on the number of stages
+            that is searched; objective and CPU seconds of the final search. A candidate's search takes ``CANDIDATE``.
 
     Raises:
-        InputError: there are too many devices.
+        InputError: there are too many devices, or the constraints fix stages.
         PlanError: no candidate has a plan within memory.
     """
     if len(cluster) > MOST_DEVICES:
         raise InputError(
-            f"replicas='auto' looks at up to {MOST_DEVICES} devices, and here are {len(cluster)}; say "
-            f"replicas=[...], a number of devices for each stage"
+            f"replicas='auto' searches up to {MOST_DEVICES} devices, but there are {len(cluster)}; pass "
+            f"replicas=[...], the number of devices of each stage"
         )
-    if wishes.pins or wishes.most_stages is not None:
+    if options.pins or options.max_stages is not None:
         raise InputError(
-            f"replicas='auto' looks for the number of stages, which {wishes} would need to know; keep modules together "
-            f"or uncut, or say replicas=[...], a number of devices for each stage"
+            f"replicas='auto' searches the number of stages, which the constraints fix ({options}); use no_split= and "
+            f"colocate= alone, or pass replicas=[...], the number of devices of each stage"
         )
-    asked = [Request(replicas, wishes, BUDGET) for replicas in _proposals(costed, cluster, work)]
+    quick = replace(options.without_search(), search_seconds=CANDIDATE)
+    asked = [Request(replicas, quick) for replicas in _proposals(costed, cluster, work)]
     found = [_tried(costed, request, cluster, work) for request in asked]
     fitting = [candidate for candidate in found if candidate.seconds is not None]
     if not fitting:
         reasons = "; ".join(map(str, found)) or "the model has a node that no device holds"
-        raise InfeasibleError(f"no number of stages and replicas has a plan on {len(cluster)} devices: {reasons}")
+        raise InfeasibleError(
+            f"no number of stages and replicas has a plan on {len(cluster)} devices: {reasons}; use more devices, or "
+            f"devices with more memory"
+        )
     ordered = sorted(found, key=lambda it: (it.seconds is None, it.seconds))
-    return make_plan(costed, Request(ordered[0].replicas, wishes, budget, objective), cluster, work), tuple(ordered)
+    return make_plan(costed, Request(ordered[0].replicas, options), cluster, work), tuple(ordered)
 
 
 def _proposals(costed: CostedGraph, cluster: Cluster, work: Workload) -> Iterator[tuple[int, ...]]:

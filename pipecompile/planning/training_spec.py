@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 from pipecompile.ir.cluster import Cluster
 from pipecompile.ir.graph import CostedGraph
 from pipecompile.ir.plan import Plan, stage_costs
+from pipecompile.ir.plan_options import Recompute
 from pipecompile.ir.program import Program
 from pipecompile.partition import ADAM
 from pipecompile.planning.memory import How, Memory, memory
 from pipecompile.schedule.simulator import simulate
 
 Schedule = Callable[[Plan, int], Program]
-Recompute = Literal["never", "always", "auto"]
-RECOMPUTE = get_args(Recompute)
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def profile(
     on_meta = any(p.is_meta for p in captured.model.parameters())
     how = how or ("count" if on_meta else "measure")
     if how == "measure" and on_meta:
-        raise InputError("a model on the meta device has no values to measure with; use profile='count'")
+        raise InputError("a model on the meta device has no values to measure with; use costs='count'")
     if device is None:
         device = torch.device("cpu") if on_meta else captured.device
     meter: Meter = Clock(device) if how == "measure" else Counter(roofline or ACCELERATORS[kind or DEFAULT].roofline)

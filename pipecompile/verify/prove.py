@@ -160,7 +160,7 @@ def _unsplit_raises(trial: Trial) -> str:
 
 def _moved_otherwise(trial: Trial, it: Difference) -> bool:
     """Whether these are statistics that a checkpoint, run again, moves twice, and a pipeline that defers them once."""
-    return trial.deferred and it.kind == "buffer" and bool(trial.captured.recomputed)
+    return trial.batching.batch_norm == "deferred" and it.kind == "buffer" and bool(trial.captured.recomputed)
 
 
 def _written_once(trial: Trial, it: Difference) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from pipecompile.batching import SHARED, Batched, Kind, Rows, by_shape, gather, scatter
+from pipecompile.batching.options import DEFAULT_BATCHING, Batching
 from pipecompile.capture import Call, Captured, Output
 from pipecompile.capture.origin import origin_of
 from pipecompile.capture.purity import is_random
@@ -58,9 +59,7 @@ class Trial:
         loss_fn: what the model's output and ``target=`` are given to, where the user has said it.
         loss: the name of the output that is the loss, where the user has said it.
         trains: whether gradients are wanted.
-        deferred: whether running statistics are moved by the whole batch (``batch_norm="deferred"``).
-        mixes: whether the user lets modules mix the samples of each microbatch.
-        out_dims: along which dimension outputs are joined, where the user has said it.
+        batching: what the user says about the batch dimension.
         reach: what the model may read and change besides its arguments, where it has been found before.
     """
 
@@ -71,9 +70,7 @@ class Trial:
     loss_fn: Callable[..., Any] | None = None
     loss: str | None = None
     trains: bool = True
-    deferred: bool = False
-    mixes: bool = False
-    out_dims: Mapping[str, int | None] = field(default_factory=dict)
+    batching: Batching = DEFAULT_BATCHING
     reach: Reach | None = None
 
     @property
@@ -128,7 +125,7 @@ def apart(trial: Trial) -> str:
     """What of a model comes out otherwise on microbatches by its nature; empty if nothing does."""
     if len(trial.rows) == 1:
         return ""
-    if trial.mixes:
+    if trial.batching.may_mix:
         return "modules mix the samples of each microbatch, as asked"
     nodes = list(trial.batch.division.body.graph.nodes)
     if any(is_random(node) and not draws_by_row(node.target) for node in nodes):
@@ -198,7 +195,7 @@ def unsplit_step(trial: Trial, rows: Rows, seeds: Seeds | None, device: torch.de
         forward = on_one_device(trial.model, trial.forward, device)
         for k, part in enumerate(scatter(batch.call, rows) if len(rows) > 1 else [batch.call.tensors]):
             args, kwargs = batch.call.rebuild(part if device is None else {n: t.to(device) for n, t in part.items()})
-            with statistics_of(trial.rows if len(rows) == 1 else rows, trial.deferred):
+            with statistics_of(trial.rows if len(rows) == 1 else rows, trial.batching.batch_norm == "deferred"):
                 out = forward(*args, **kwargs)  # and the backward, where checkpoints run again
                 leaves = leaves_of(out)
                 left = seen.left() if len(rows) == 1 else {}
@@ -302,8 +299,8 @@ def _gradients(tensors: Sequence[Tensor], values: Mapping[Name, Any], seeds: See
 
 def _kind(trial: Trial, output: Output) -> Kind:
     """How the parts of an output are joined: as the user has said, as the stages' own are, or by their shape."""
-    if output.name in trial.out_dims:
-        dim = trial.out_dims[output.name]
+    if output.name in trial.batching.out_dims:
+        dim = trial.batching.out_dims[output.name]
         return SHARED if dim is None else Batched(dim)
     kind = trial.batch.joins.get(trial.batch.division.places.get(str(output.node), ""))
     return kind if isinstance(kind, Batched) else by_shape(output)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from pipecompile.batching import Rows, uses_batch_statistics
+from pipecompile.batching import Batching, Rows, uses_batch_statistics
 from pipecompile.capture.state.model_state import without_caches
 from pipecompile.capture.state.reachable import reach_of
 from pipecompile.capture.state.restore import left_as_before
@@ -47,9 +47,7 @@ class Subject:
     microbatches: int
     loss: str | None
     devices: tuple[torch.device, ...]
-    deferred: bool  # batch normalisation
-    mixes: bool
-    out_dims: Mapping[str, int | None]
+    batching: Batching
 
     def trial(self, batch: steps.Batch, mode: Mode) -> Trial:
         trains = mode == "train" and any(output.requires_grad for output in batch.outputs)
@@ -61,9 +59,7 @@ class Subject:
             self.loss_fn,
             self.loss,
             trains,
-            self.deferred,
-            self.mixes,
-            self.out_dims,
+            self.batching,
             reach_of(self.model, [] if self.loss_fn is None else [self.loss_fn]),
         )
 
@@ -126,7 +122,7 @@ def _check(
             split, seeds = split_step(trial)
     except PipecompileError as error:
         return Check(mode, inputs, 0, "", failure=f"{type(error).__name__}: {error}"), 0
-    for topic, lines in describe(batch.compiled).items():
+    for topic, lines in describe(batch.compiled).to_dict().items():
         notes.setdefault(topic, {}).update(dict.fromkeys(lines))
     if batch.compiled.is_random:
         notes.setdefault("microbatches", {})["compared with the same random numbers for every row, in both models"] = (

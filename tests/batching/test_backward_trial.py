@@ -99,7 +99,7 @@ def trained(model: nn.Module, microbatches: int = 3) -> None:
     model = model.double()
     inputs = (torch.randn(8, WIDTH, dtype=torch.float64),), {}
     expected = step(model, model, lambda out: out, inputs)
-    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=microbatches, profile="count")
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=microbatches, costs="count")
     assert_same(step(pipe, model, lambda out: out, inputs), expected)
 
 

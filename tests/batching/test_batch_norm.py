@@ -101,7 +101,9 @@ def test_deferred_running_statistics_are_those_of_all_rows(make: Callable[[], nn
     model = make().double()
     data = batches(model)
     expected = whole_batch_statistics(deepcopy(model), data)
-    pipe = pipecompile.compile(model, ["cpu"] * stages, microbatches=3, batch_norm="deferred")
+    pipe = pipecompile.compile(
+        model, ["cpu"] * stages, microbatches=3, batching=pipecompile.Batching(batch_norm="deferred")
+    )
     for x in data:
         pipe(x).square().sum().backward()
     found = dict(model.named_buffers())
@@ -115,7 +117,9 @@ def test_the_first_normalisation_of_a_model_has_the_unsplit_models_statistics() 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)).double()
     unsplit = deepcopy(model)
-    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=3, batch_norm="deferred")
+    pipe = pipecompile.compile(
+        model, ["cpu", "cpu"], microbatches=3, batching=pipecompile.Batching(batch_norm="deferred")
+    )
     for x in batches(model):
         pipe(x).sum().backward()
         unsplit(x).sum().backward()
@@ -128,7 +132,9 @@ def test_gradients_are_those_of_microbatches_either_way(batch_norm: str) -> None
     torch.manual_seed(0)
     model = Deep().double()
     unsplit = deepcopy(model)
-    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=3, batch_norm=batch_norm)  # type: ignore[arg-type]
+    pipe = pipecompile.compile(
+        model, ["cpu", "cpu"], microbatches=3, batching=pipecompile.Batching(batch_norm=batch_norm)
+    )  # type: ignore[arg-type]
     x = batches(model)[0]
     pipe(x).square().sum().backward()
     for part in x.split(ROWS):
@@ -136,7 +142,7 @@ def test_gradients_are_those_of_microbatches_either_way(batch_norm: str) -> None
     for (name, mine), other in zip(model.named_parameters(), unsplit.parameters(), strict=True):
         assert mine.grad is not None
         torch.testing.assert_close(mine.grad, other.grad, rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
-    once = pipe.pipeline.report["microbatches"]
+    once = pipe.pipeline.report.microbatches
     assert any("each microbatch's statistics" in line for line in once)
     moved = [line for line in once if "first.running_mean" in line]
     assert len(moved) == 1
@@ -160,7 +166,9 @@ def test_by_default_running_statistics_move_with_each_microbatch() -> None:
 def test_evaluation_reads_deferred_statistics_and_moves_none() -> None:
     torch.manual_seed(0)
     model = Deep().double()
-    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=3, batch_norm="deferred")
+    pipe = pipecompile.compile(
+        model, ["cpu", "cpu"], microbatches=3, batching=pipecompile.Batching(batch_norm="deferred")
+    )
     x = batches(model)[0]
     pipe(x).sum().backward()
     pipe.eval()
@@ -174,9 +182,11 @@ def test_evaluation_reads_deferred_statistics_and_moves_none() -> None:
 
 def test_statistics_without_running_ones_are_reported() -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6, track_running_stats=False), nn.Linear(6, 3)).double()
-    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=3, batch_norm="deferred")
+    pipe = pipecompile.compile(
+        model, ["cpu", "cpu"], microbatches=3, batching=pipecompile.Batching(batch_norm="deferred")
+    )
     pipe(batches(model)[0]).sum().backward()
-    assert any("each microbatch's statistics" in line for line in pipe.pipeline.report["microbatches"])
+    assert any("each microbatch's statistics" in line for line in pipe.pipeline.report.microbatches)
 
 
 class Reads(nn.Module):
@@ -191,11 +201,13 @@ class Reads(nn.Module):
 
 
 def test_deferred_statistics_that_the_model_reads_are_refused() -> None:
-    pipe = pipecompile.compile(Reads(), ["cpu", "cpu"], microbatches=3, batch_norm="deferred")
+    pipe = pipecompile.compile(
+        Reads(), ["cpu", "cpu"], microbatches=3, batching=pipecompile.Batching(batch_norm="deferred")
+    )
     with pytest.raises(CaptureError, match=r"the model reads norm.running_mean, which batch_norm='deferred' moves"):
         pipe(torch.randn(7, 4))
 
 
 def test_an_unknown_way_is_refused() -> None:
-    with pytest.raises(InputError, match=r"batch_norm='synced' is not known; there are 'microbatch' and 'deferred'"):
-        pipecompile.compile(Deep(), ["cpu"], batch_norm="synced")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"batch_norm='synced' is not known; it must be 'microbatch' or 'deferred'"):
+        pipecompile.compile(Deep(), ["cpu"], batching=pipecompile.Batching(batch_norm="synced"))  # type: ignore[arg-type]

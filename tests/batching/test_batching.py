@@ -44,7 +44,7 @@ def square(output: Tensor) -> Tensor:
 
 
 def pipe_of(model: nn.Module, microbatches: int = 4) -> Any:
-    return pipecompile.compile(model, devices=["cpu", "cpu"], microbatches=microbatches, profile="count")
+    return pipecompile.compile(model, devices=["cpu", "cpu"], microbatches=microbatches, costs="count")
 
 
 EXACT: dict[str, Body] = {

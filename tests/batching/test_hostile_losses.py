@@ -252,22 +252,22 @@ def batch(rows: int) -> dict[str, Tensor]:
 def test_a_hostile_loss_is_the_whole_batchs(name: str) -> None:
     torch.manual_seed(0)
     model = Model(LOSSES[name]).double()
-    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=4, profile="count")
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=4, costs="count")
     for rows, microbatches in ((5, 4), (7, 3)):
         cut_into(pipe, microbatches)
         assert_step_equal(model, pipe, batch(rows))
         assert microbatches_of(pipe) == (1 if name in WHOLE else microbatches)
-    assert any("computed once" in line for line in pipe.pipeline.report["microbatches"]) == (name in MIXING)
+    assert any("computed once" in line for line in pipe.pipeline.report.microbatches) == (name in MIXING)
 
 
 def test_a_number_of_items_given_as_a_python_number_is_the_callers() -> None:
     model = Model(LOSSES["items in batch"]).double()
-    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=4, profile="count")
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=4, costs="count")
     for items in (9, 9.5):
         assert_step_equal(model, pipe, {**batch(5), "n": items})
 
 
 def test_the_model_has_its_own_len_again() -> None:
     model = Model(LOSSES["sum over len"]).double()
-    pipecompile.compile(model, ["cpu", "cpu"], microbatches=4, profile="count")(**batch(5))
+    pipecompile.compile(model, ["cpu", "cpu"], microbatches=4, costs="count")(**batch(5))
     assert "len" not in globals()

@@ -68,7 +68,10 @@ def test_a_batch_in_another_dimension(rows: int, stages: int, dim: int) -> None:
     torch.manual_seed(0)
     model = TimeFirst().double()
     pipe = pipecompile.compile(
-        model, ["cpu"] * stages, microbatches=2, in_dims={"x": dim, "table": None, "scales": None}
+        model,
+        ["cpu"] * stages,
+        microbatches=2,
+        batching=pipecompile.Batching(in_dims={"x": dim, "table": None, "scales": None}),
     )
     table = torch.randn(rows, 3, dtype=torch.float64)
     assert_same_step(pipe, deepcopy(model), sequence(rows), table, scales=(0.5,) * rows)
@@ -79,7 +82,9 @@ def test_a_batch_in_another_dimension(rows: int, stages: int, dim: int) -> None:
 def test_another_batch_size_runs_on_the_same_capture() -> None:
     torch.manual_seed(0)
     model = TimeFirst().double()
-    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=2, in_dims={"x": 1, "table": None})
+    pipe = pipecompile.compile(
+        model, ["cpu", "cpu"], microbatches=2, batching=pipecompile.Batching(in_dims={"x": 1, "table": None})
+    )
     table = torch.randn(7, 3, dtype=torch.float64)
     for rows in (5, 8, 3):
         unsplit = deepcopy(model)
@@ -91,7 +96,9 @@ def test_another_batch_size_runs_on_the_same_capture() -> None:
 def test_the_gradient_of_an_input_comes_in_its_own_shape() -> None:
     torch.manual_seed(0)
     model = TimeFirst().double()
-    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=2, in_dims={"x": 1, "table": None})
+    pipe = pipecompile.compile(
+        model, ["cpu", "cpu"], microbatches=2, batching=pipecompile.Batching(in_dims={"x": 1, "table": None})
+    )
     table = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
     x = sequence(5).requires_grad_()
     mine = torch.autograd.grad(pipe(x, table)["loss"], (x, table))
@@ -102,7 +109,12 @@ def test_the_gradient_of_an_input_comes_in_its_own_shape() -> None:
 
 def test_it_verifies() -> None:
     torch.manual_seed(0)
-    pipe = pipecompile.compile(TimeFirst().double(), ["cpu", "cpu"], microbatches=2, in_dims={"x": 1, "table": None})
+    pipe = pipecompile.compile(
+        TimeFirst().double(),
+        ["cpu", "cpu"],
+        microbatches=2,
+        batching=pipecompile.Batching(in_dims={"x": 1, "table": None}),
+    )
     result = pipe.pipeline.verify(sequence(4), torch.randn(7, 3, dtype=torch.float64))
     assert result.exact, str(result)
 
@@ -118,7 +130,9 @@ def test_a_tensor_inside_an_argument_is_named_with_its_keys() -> None:
 
     torch.manual_seed(0)
     model = Nested().double()
-    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=2, in_dims={"batch_x": 1, "batch_w": None})
+    pipe = pipecompile.compile(
+        model, ["cpu", "cpu"], microbatches=2, batching=pipecompile.Batching(in_dims={"batch_x": 1, "batch_w": None})
+    )
     assert_same_step(pipe, deepcopy(model), {"x": sequence(5)[0].T, "w": torch.randn(5, 3, dtype=torch.float64)[0]})
 
 
@@ -127,20 +141,24 @@ def test_a_tensor_inside_an_argument_is_named_with_its_keys() -> None:
     [
         ({"x": 3, "table": None}, r"in_dims= puts the batch of 'x' in dimension 3, but its shape is \(6, 5, 4\)"),
         ({"x": 1, "table": 0}, r"'table' has 7 rows where the batch has 5|'x' has 5 rows where the batch has 7"),
-        ({"y": 1}, r"in_dims= names 'y', which is no argument of the model; it has \['x', 'table', 'scales'\]"),
-        ({"x": "1"}, r"in_dims= has '1' for 'x'; a dimension is a number, None is no batch"),
+        ({"y": 1}, r"in_dims has 'y', which is not an argument of the model; it takes \['x', 'table', 'scales'\]"),
+        ({"x": "1"}, r"in_dims\['x'\] = '1'; it must be the number of a dimension"),
     ],
 )
 def test_dimensions_of_inputs_that_cannot_be(in_dims: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        pipecompile.compile(TimeFirst(), ["cpu"], in_dims=in_dims)(sequence(5).float(), torch.randn(7, 3))
+        pipecompile.compile(TimeFirst(), ["cpu"], batching=pipecompile.Batching(in_dims=in_dims))(
+            sequence(5).float(), torch.randn(7, 3)
+        )
 
 
 def test_an_output_that_mixes_may_be_each_microbatchs_own() -> None:
     torch.manual_seed(0)
     model = Pooled().double()
     x = torch.randn(5, 4, dtype=torch.float64)
-    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=2, out_dims={"centred": 0, "centre": None})
+    pipe = pipecompile.compile(
+        model, ["cpu", "cpu"], microbatches=2, batching=pipecompile.Batching(out_dims={"centred": 0, "centre": None})
+    )
     out = pipe(x)
     parts = [model(part) for part in x.split([3, 2])]
     torch.testing.assert_close(out["centred"], torch.cat([part["centred"] for part in parts]), rtol=1e-12, atol=1e-13)
@@ -158,7 +176,9 @@ def test_an_output_that_mixes_may_be_each_microbatchs_own() -> None:
     ],
 )
 def test_dimensions_of_outputs_that_cannot_be(out_dims: Any, message: str) -> None:
-    pipe = pipecompile.compile(Pooled(), ["cpu", "cpu"], microbatches=2, out_dims={"centre": None, **out_dims})
+    pipe = pipecompile.compile(
+        Pooled(), ["cpu", "cpu"], microbatches=2, batching=pipecompile.Batching(out_dims={"centre": None, **out_dims})
+    )
     with pytest.raises(InputError, match=message):
         pipe(torch.randn(5, 4))
 
@@ -166,9 +186,13 @@ def test_dimensions_of_outputs_that_cannot_be(out_dims: Any, message: str) -> No
 def test_an_asynchronous_schedule_joins_outputs_by_hand_too() -> None:
     def piped(dim: int) -> Any:
         return pipecompile.compile(
-            Pooled(), ["cpu"], microbatches=2, schedule="pipedream", out_dims={"centred": dim, "centre": None},
+            Pooled(),
+            ["cpu"],
+            microbatches=2,
+            schedule="pipedream",
+            batching=pipecompile.Batching(out_dims={"centred": dim, "centre": None}),
             optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
-        )  # fmt: skip
+        )
 
     assert piped(0)(torch.randn(5, 4))["centred"].shape == (5, 2)
     with pytest.raises(InputError, match=r"out_dims= says 5 for output 'centred', which has 2 dimensions"):

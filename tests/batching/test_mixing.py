@@ -53,19 +53,21 @@ MIXES: dict[str, Callable[[Tensor], Tensor]] = {
 def test_what_mixes_samples_in_the_middle_is_refused_or_accepted_by_name(name: str) -> None:
     model = MixesInside(MIXES[name]).double()
     x = torch.randn(6, WIDTH, dtype=torch.float64)
-    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=3, profile="count")
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=3, costs="count")
     with pytest.raises(CaptureError, match=r"module 'centre'.*test_mixing\.py:\d+.*samples of the batch mix"):
         pipe(x)
-    whole = pipecompile.compile(model, ["cpu", "cpu"], microbatches=1, profile="count")
+    whole = pipecompile.compile(model, ["cpu", "cpu"], microbatches=1, costs="count")
     assert_step_equal(model, whole, {"x": x})
-    accepted = pipecompile.compile(model, ["cpu", "cpu"], microbatches=3, profile="count", allow_microbatch=["centre"])
+    accepted = pipecompile.compile(
+        model, ["cpu", "cpu"], microbatches=3, costs="count", batching=pipecompile.Batching(allow_mixing=["centre"])
+    )
     parts = torch.stack([model(part) for part in x.split(2)]).mean()
     torch.testing.assert_close(accepted(x), parts)
 
 
 def test_numbers_of_rows_are_those_of_the_whole_batch() -> None:
     model = MixesInside(lambda x: x + torch.arange(x.shape[0], dtype=x.dtype)[:, None]).double()
-    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=3, profile="count")
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=3, costs="count")
     assert_step_equal(model, pipe, {"x": torch.randn(7, WIDTH, dtype=torch.float64)})
 
 
@@ -96,9 +98,9 @@ class WithExperts(nn.Module):
 
 def test_a_module_that_sorts_all_samples_and_puts_them_back_is_tried_out() -> None:
     model = WithExperts().double()
-    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=3, profile="count")
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=3, costs="count")
     assert_step_equal(model, pipe, {"x": torch.randn(7, 4, WIDTH, dtype=torch.float64)})
-    assert any("tried out" in line and "'experts'" in line for line in pipe.pipeline.report["microbatches"])
+    assert any("tried out" in line and "'experts'" in line for line in pipe.pipeline.report.microbatches)
 
 
 class Places(nn.Module):
@@ -127,15 +129,15 @@ def test_places_enough_for_a_microbatch_but_not_for_the_batch_are_refused() -> N
     x = torch.randn(16, WIDTH, dtype=torch.float64)
     model = WithPlaces(4).double()
     with pytest.raises(CaptureError, match=r"module 'experts'.*samples of the batch mix here"):
-        pipecompile.compile(model, ["cpu", "cpu"], microbatches=4, profile="count")(x)
-    fits = pipecompile.compile(model, ["cpu", "cpu"], microbatches=4, profile="count")
+        pipecompile.compile(model, ["cpu", "cpu"], microbatches=4, costs="count")(x)
+    fits = pipecompile.compile(model, ["cpu", "cpu"], microbatches=4, costs="count")
     assert_step_equal(model, fits, {"x": x[:4]})
     with pytest.raises(CaptureError, match=r"module 'experts'.*samples of the batch mix here"):
         fits(x)  # a batch larger than the one that was tried out is tried out anew
     roomy = WithPlaces(16).double()
-    pipe = pipecompile.compile(roomy, ["cpu", "cpu"], microbatches=4, profile="count")
+    pipe = pipecompile.compile(roomy, ["cpu", "cpu"], microbatches=4, costs="count")
     assert_step_equal(roomy, pipe, {"x": x})
-    assert any("tried out" in line and "'experts'" in line for line in pipe.pipeline.report["microbatches"])
+    assert any("tried out" in line and "'experts'" in line for line in pipe.pipeline.report.microbatches)
 
 
 class Remembers(nn.Module):
@@ -179,7 +181,7 @@ class WithCapacity(nn.Module):
 
 def test_what_was_tried_out_on_short_samples_is_tried_out_anew_on_long_ones() -> None:
     model = WithCapacity().double()
-    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=4, profile="count")
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=4, costs="count")
     assert_step_equal(model, pipe, {"x": torch.randn(8, 4, WIDTH, dtype=torch.float64)})
     with pytest.raises(CaptureError, match=r"module 'experts'.*samples of the batch mix here"):
         pipe(torch.randn(8, 16, WIDTH, dtype=torch.float64))
@@ -188,17 +190,17 @@ def test_what_was_tried_out_on_short_samples_is_tried_out_anew_on_long_ones() ->
 
 
 def test_dropout_hides_no_mixing() -> None:
-    pipe = pipecompile.compile(WithCapacity(0.3).double(), ["cpu", "cpu"], microbatches=4, profile="count")
+    pipe = pipecompile.compile(WithCapacity(0.3).double(), ["cpu", "cpu"], microbatches=4, costs="count")
     with pytest.raises(CaptureError, match=r"module 'experts'.*samples of the batch mix here"):
         pipe(torch.randn(8, 16, WIDTH, dtype=torch.float64))
     pipe(torch.randn(8, 4, WIDTH, dtype=torch.float64)).backward()
-    assert any("tried out" in line and "'experts'" in line for line in pipe.pipeline.report["microbatches"])
+    assert any("tried out" in line and "'experts'" in line for line in pipe.pipeline.report.microbatches)
 
 
 def test_buffers_are_written_once_a_batch_from_the_whole_batch() -> None:
     model, twin = Remembers().double(), Remembers().double()
     twin.load_state_dict(model.state_dict())
-    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=3, profile="count")
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=3, costs="count")
     for rows in (7, 8, 7):
         x = torch.randn(rows, WIDTH, dtype=torch.float64)
         found, expected = pipe(x), twin(x)
@@ -250,10 +252,10 @@ def test_a_branch_that_the_batch_decides_for_all_rows_is_refused(branches: Calla
     """Though on this batch all microbatches take the same way, as the whole does: no comparison would tell."""
     model = MixesInside(branches).double()
     x = torch.randn(6, WIDTH, dtype=torch.float64) * 1e-3
-    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=3, profile="count")
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=3, costs="count")
     with pytest.raises(CaptureError, match="samples of the batch mix"):
         pipe(x)
-    whole = pipecompile.compile(model, ["cpu", "cpu"], microbatches=1, profile="count")
+    whole = pipecompile.compile(model, ["cpu", "cpu"], microbatches=1, costs="count")
     for size in (1e-3, 1.0, 100.0):
         assert_step_equal(model, whole, {"x": x * size})
 
@@ -261,6 +263,6 @@ def test_a_branch_that_the_batch_decides_for_all_rows_is_refused(branches: Calla
 @pytest.mark.parametrize("branches", [skips_what_nobody_wants, row_by_row])
 def test_a_branch_that_decides_for_the_rows_that_it_asked_is_exact(branches: Callable[[Tensor], Tensor]) -> None:
     model = MixesInside(branches).double()
-    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=3, profile="count")
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=3, costs="count")
     for size in (1e-3, 1.0, 100.0):
         assert_step_equal(model, pipe, {"x": torch.randn(6, WIDTH, dtype=torch.float64) * size})

@@ -41,14 +41,14 @@ def test_a_padded_batch_is_exact(name: str) -> None:
 def test_pairs_of_pictures_and_words_train_exactly(name: str) -> None:
     entry = ZOO[name]
     model = entry.build()
-    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=4, profile="count")
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=4, costs="count")
     for rows in (5, 8):
         inputs = entry.inputs(rows, entry.lengths[0])
         expected = run(entry.loss, model, model, inputs)
         found = run(entry.loss, pipe, model, inputs)
         assert difference(found, expected, TOLERANCE[entry.dtype], buffers=True) == ""
         assert microbatches_of(pipe) == 4
-    assert any("computed once" in line for line in pipe.pipeline.report["microbatches"])
+    assert any("computed once" in line for line in pipe.pipeline.report.microbatches)
 
 
 def test_lengths_go_from_none_to_all() -> None:

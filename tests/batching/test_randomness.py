@@ -27,7 +27,7 @@ def gradients(stages: int, schedule: str, seed: int = 7, microbatches: int = 4) 
     torch.manual_seed(0)
     model = Drops().double()
     x = torch.randn(8, D, dtype=torch.float64)
-    pipe = pipecompile.compile(model, ["cpu"] * stages, schedule=schedule, microbatches=microbatches, profile="count")
+    pipe = pipecompile.compile(model, ["cpu"] * stages, schedule=schedule, microbatches=microbatches, costs="count")
     torch.manual_seed(seed)
     pipe(x).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -49,7 +49,7 @@ def test_another_seed_gives_another_step() -> None:
 def test_each_microbatch_and_each_step_draws_anew() -> None:
     model = nn.Sequential(nn.Dropout(0.5), nn.Linear(D, D, bias=False), nn.Dropout(0.5))
     nn.init.eye_(model[1].weight)
-    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=2, profile="count")
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=2, costs="count")
     first, second = (pipe(torch.ones(2, 64 * D).view(2, 64, D)) for _ in range(2))
     assert not torch.equal(first[0], first[1])
     assert not torch.equal(first, second)
@@ -66,7 +66,7 @@ def test_a_step_draws_one_number_from_the_callers_generator_whatever_the_stages_
 
 
 def test_a_model_without_randomness_leaves_the_generator_alone() -> None:
-    pipe = pipecompile.compile(nn.Linear(D, D), ["cpu"], profile="count")
+    pipe = pipecompile.compile(nn.Linear(D, D), ["cpu"], costs="count")
     before = torch.get_rng_state()
     pipe(torch.ones(4, D))
     assert torch.equal(torch.get_rng_state(), before)
@@ -96,14 +96,14 @@ def test_hooks_on_gradients_act_in_a_split_model(make: Any) -> None:
     def loss(output: Tensor) -> Tensor:
         return output.square().mean()
 
-    pipe = pipecompile.compile(model, ["cpu"] * 3, microbatches=2, profile="count")
+    pipe = pipecompile.compile(model, ["cpu"] * 3, microbatches=2, costs="count")
     assert_same(step(pipe, model, loss, inputs), step(model, model, loss, inputs))
 
 
 def test_a_forward_hook_that_is_removed_no_longer_acts() -> None:
     model, x = nn.Sequential(*(nn.Linear(D, D) for _ in range(4))), torch.randn(4, D)
     handle = model[1].register_forward_hook(lambda module, args, out: out * 2)
-    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=2, profile="count")
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=2, costs="count")
     torch.testing.assert_close(pipe(x), model(x))
     handle.remove()
     torch.testing.assert_close(pipe(x), model(x))
@@ -112,6 +112,6 @@ def test_a_forward_hook_that_is_removed_no_longer_acts() -> None:
 def test_a_backward_hook_on_the_model_itself_is_refused_where_a_loss_function_follows() -> None:
     model = nn.Sequential(nn.Linear(D, D), nn.Linear(D, D))
     model.register_full_backward_hook(lambda module, given, taken: None)
-    pipe = pipecompile.compile(model, ["cpu", "cpu"], profile="count", loss_fn=nn.functional.mse_loss)
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], costs="count", loss_fn=nn.functional.mse_loss)
     with pytest.raises(pipecompile.PipecompileError, match="backward hook"):
         pipe(torch.ones(4, D), target=torch.ones(4, D))

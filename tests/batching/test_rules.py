@@ -43,7 +43,7 @@ def is_exact(model: Model, microbatches: int = 3) -> bool:
     inputs = (torch.randn(BATCH, LENGTH, WIDTH, dtype=torch.float64), torch.randint(0, WIDTH, (BATCH, LENGTH))), {}
     inputs[0][1][0, 1:] = 3
     expected = step(model, model, lambda out: out, inputs)
-    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=microbatches, profile="count")
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=microbatches, costs="count")
     try:
         actual = step(pipe, model, lambda out: out, inputs)
     except CaptureError:
@@ -230,8 +230,8 @@ def test_gradients_by_frequency_are_refused(bags: bool) -> None:
 
     model, inputs = Words().double(), ((torch.randint(0, 4, (7, 3)),), {})
     with pytest.raises(CaptureError, match=r"frequency|how often"):
-        step(pipecompile.compile(model, ["cpu"] * 2, microbatches=3, profile="count"), model, lambda out: out, inputs)
-    pipe = pipecompile.compile(model, ["cpu"] * 2, microbatches=1, profile="count")
+        step(pipecompile.compile(model, ["cpu"] * 2, microbatches=3, costs="count"), model, lambda out: out, inputs)
+    pipe = pipecompile.compile(model, ["cpu"] * 2, microbatches=1, costs="count")
     assert_same(step(pipe, model, lambda out: out, inputs), step(model, model, lambda out: out, inputs))
 
 
@@ -243,7 +243,7 @@ def test_a_seed_set_in_forward_is_refused() -> None:
     model = Model(noisy).double()
     x, y = torch.randn(BATCH, LENGTH, WIDTH, dtype=torch.float64), torch.zeros(BATCH, LENGTH, dtype=torch.int64)
     with pytest.raises(CaptureError, match=r"test_rules\.py:\d+.*forward seeds torch's generator"):
-        pipecompile.compile(model, ["cpu", "cpu"], profile="count")(x, y)
+        pipecompile.compile(model, ["cpu", "cpu"], costs="count")(x, y)
 
 
 def test_a_row_loss_without_rows_is_not_taken_for_one() -> None:

@@ -173,7 +173,7 @@ def batch(rows: int) -> dict[str, Tensor]:
 def test_a_loss_of_torch_is_the_whole_batchs(case: Case) -> None:
     torch.manual_seed(0)
     model = Tokens(Loss(case)).double()
-    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=4, profile="count")
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=4, costs="count")
     for rows in (5, 7):
         assert_step_equal(model, pipe, batch(rows))
         assert microbatches_of(pipe) == 4
@@ -192,10 +192,10 @@ class Clusters(nn.Module):
 
 def test_a_mean_inside_a_module_that_is_kept_whole_is_refused_by_its_line() -> None:
     model = Tokens(Clusters()).double()
-    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=4, profile="count")
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=4, costs="count")
     with pytest.raises(CaptureError, match=r"module 'loss\.softmax'.*test_torch_losses\.py:\d+.*Use microbatches=1"):
         pipe(**batch(5))
-    whole = pipecompile.compile(model, ["cpu", "cpu"], microbatches=1, profile="count")
+    whole = pipecompile.compile(model, ["cpu", "cpu"], microbatches=1, costs="count")
     assert_step_equal(model, whole, batch(5))
 
 

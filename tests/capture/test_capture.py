@@ -66,7 +66,7 @@ def floats(batch: int = 4, length: int = 6, *, seed: int = 0) -> Tensor:
 
 
 def pipe_of(model: nn.Module, microbatches: int = 1) -> Any:
-    return pipecompile.compile(model, devices=["cpu", "cpu"], microbatches=microbatches, profile="count")
+    return pipecompile.compile(model, devices=["cpu", "cpu"], microbatches=microbatches, costs="count")
 
 
 def captured(model: nn.Module, *args: Any) -> Captured:
@@ -117,7 +117,7 @@ def test_a_question_about_a_size_becomes_a_guard() -> None:
         check(pipe, floats(4, length))
         captures.append(pipe.pipeline.captures)
     assert captures == [1, 1, 2, 2, 2]
-    assert pipe.pipeline.report["guards"]
+    assert pipe.pipeline.report.guards
 
 
 def test_a_question_about_the_batch_becomes_a_guard() -> None:
@@ -224,7 +224,7 @@ def test_a_read_that_gives_another_value_is_captured_anew_once() -> None:
     for mask in (ones(), ones(), padded(), ones(), padded()):
         pipe(floats(), mask)
     assert pipe.pipeline.captures == 2
-    assert any("reads" in guard for guard in pipe.pipeline.report["guards"])
+    assert any("reads" in guard for guard in pipe.pipeline.report.guards)
 
 
 def test_a_value_is_read_from_the_whole_batch_not_from_a_microbatch() -> None:
@@ -1078,7 +1078,7 @@ def test_what_had_to_be_fixed_is_noted() -> None:
 
     pipe = pipe_of(Around(body))
     check(pipe, floats())
-    assert any(re.search("plain sizes only", note) for note in pipe.pipeline.report["notes"])
+    assert any(re.search("plain sizes only", note) for note in pipe.pipeline.report.notes)
 
 
 # Where a node comes from

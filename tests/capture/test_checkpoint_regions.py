@@ -46,7 +46,7 @@ def rows(count: int = 4) -> Tensor:
 
 
 def pipe_of(model: nn.Module, stages: int = 2, microbatches: int = 2, **options: Any) -> Any:
-    return pipecompile.compile(model, ["cpu"] * stages, microbatches=microbatches, profile="count", **options)
+    return pipecompile.compile(model, ["cpu"] * stages, microbatches=microbatches, costs="count", **options)
 
 
 def same(model: nn.Module, stages: int = 2, microbatches: int = 2, **options: Any) -> Any:
@@ -87,7 +87,7 @@ def kept_bytes(pipe: Any) -> int:
 def test_a_checkpoint_gives_the_same_numbers(reentrant: bool, stages: int, microbatches: int) -> None:
     pipe = same(Checkpointed(reentrant), stages, microbatches)
     assert stretches(pipe) >= 1
-    assert any("which the model checkpoints" in line for line in pipe.pipeline.report["recomputed"])
+    assert any("which the model checkpoints" in line for line in pipe.pipeline.report.recomputed)
 
 
 @REENTRANT

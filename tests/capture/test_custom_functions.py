@@ -453,7 +453,7 @@ def test_the_variables_of_a_frame_that_failed_in_a_trace_can_be_read() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return Failing.apply(self.linear(x))
 
-    pipe = pipecompile.compile(Model(), ["cpu", "cpu"], microbatches=1, profile="count")
+    pipe = pipecompile.compile(Model(), ["cpu", "cpu"], microbatches=1, costs="count")
     with pytest.raises(Exception, match="in a custom function") as caught:
         pipe(torch.randn(4, 4))
     error: BaseException | None = caught.value

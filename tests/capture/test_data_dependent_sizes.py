@@ -66,7 +66,7 @@ def _routed(batch: int, length: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("microbatches", [1, 2])
 def test_steps_with_sizes_that_data_tells_equal_the_unsplit_model(kind: Any, inputs: Any, microbatches: int) -> None:
     model = kind().double()
-    pipe = pipecompile.compile(model, devices=["cpu"] * 2, microbatches=microbatches, profile="count")
+    pipe = pipecompile.compile(model, devices=["cpu"] * 2, microbatches=microbatches, costs="count")
     for batch, length in ((4, 8), (6, 8), (4, 12)):
         args = inputs(batch, length), {}
         expected = microbatched(model, lambda loss: loss, args, microbatches, inside=True)
@@ -82,7 +82,7 @@ def test_an_assignment_to_rows_by_number_is_not_taken_for_one_by_a_mask() -> Non
             return self.last(h).pow(2).mean()
 
     model = Zeroed().double()
-    pipe = pipecompile.compile(model, devices=["cpu"] * 2, microbatches=2, profile="count")
+    pipe = pipecompile.compile(model, devices=["cpu"] * 2, microbatches=2, costs="count")
     with pytest.raises(CaptureError, match="an assignment to rows by number"):
         pipe(*_routed(4, 8))
 
@@ -136,7 +136,7 @@ class Through(nn.Module):
 @pytest.mark.parametrize("function", [_kept_rows, _through_csr])
 def test_a_function_that_no_graph_holds_is_kept_whole(function: Callable[[Tensor, Tensor], Tensor]) -> None:
     model = Through(function).double()
-    pipe = pipecompile.compile(model, devices=["cpu"] * 2, microbatches=1, profile="count")
+    pipe = pipecompile.compile(model, devices=["cpu"] * 2, microbatches=1, costs="count")
     inputs = torch.randn(4, 4, dtype=torch.float64), torch.arange(4)[:, None]
     assert_same(step(pipe, model, lambda loss: loss, (inputs, {})), step(model, model, lambda loss: loss, (inputs, {})))
-    assert any(f"function {function.__name__}" in note for note in pipe.pipeline.report["notes"])
+    assert any(f"function {function.__name__}" in note for note in pipe.pipeline.report.notes)

@@ -63,7 +63,7 @@ def _floats(batch: int) -> Tensor:
 
 def _two(body: Callable[[Tensor, Tensor], Tensor], mask: Tensor) -> tuple[Run, nn.Module, Any, pipecompile.Pipeline]:
     model = Reads(body)
-    pipe = pipecompile.compile(model, devices=["cpu"] * 2, microbatches=2, profile="count")
+    pipe = pipecompile.compile(model, devices=["cpu"] * 2, microbatches=2, costs="count")
     inputs = (_floats(4), mask), {}
     return step(pipe, model, mean_square, inputs), model, inputs, pipe
 
@@ -71,14 +71,14 @@ def _two(body: Callable[[Tensor, Tensor], Tensor], mask: Tensor) -> tuple[Run, n
 def test_a_number_is_the_whole_batch_s_even_where_the_microbatches_agree_in_another() -> None:
     actual, model, inputs, pipe = _two(_checked, _mask(3, 3, 3, 3))
     assert_same(actual, step(model, model, mean_square, inputs))
-    assert pipe.pipeline.report["guards"]
+    assert pipe.pipeline.report.guards
 
 
 @pytest.mark.parametrize("body", [_longest, _padded])
 def test_a_largest_number_and_a_yes_or_no_are_the_whole_batch_s(body: Any) -> None:
     actual, model, inputs, pipe = _two(body, _mask(5, 5, 2, 4))
     assert_same(actual, step(model, model, mean_square, inputs))
-    assert not pipe.pipeline.report["notes"]
+    assert not pipe.pipeline.report.notes
 
 
 def test_where_microbatches_read_other_counts_the_batch_is_one_microbatch() -> None:
@@ -99,6 +99,6 @@ def test_a_later_call_whose_microbatches_no_longer_agree_is_captured_again() -> 
 
 def test_microbatches_of_two_sizes_go_by_the_whole_batch_too() -> None:
     model = Reads(_longest)
-    pipe = pipecompile.compile(model, devices=["cpu"] * 2, microbatches=2, profile="count")
+    pipe = pipecompile.compile(model, devices=["cpu"] * 2, microbatches=2, costs="count")
     inputs = (_floats(5), _mask(1, 2, 3, 4, 5)), {}
     assert_same(step(pipe, model, mean_square, inputs), step(model, model, mean_square, inputs))

@@ -95,11 +95,11 @@ def captured(model: nn.Module, *args: Any) -> Captured:
 @pytest.mark.parametrize(("between", "name"), ASKS.values(), ids=ASKS)
 def test_the_innermost_function_around_a_question_is_kept_whole(between: Any, name: str) -> None:
     model = Rooted(between)
-    pipe = pipecompile.compile(model, devices=["cpu"] * 2, microbatches=1, profile="count")
+    pipe = pipecompile.compile(model, devices=["cpu"] * 2, microbatches=1, costs="count")
     for seed in range(3):
         x = floats(seed=seed)
         assert_same(step(pipe, model, mean_square, ((x,), {})), step(model, model, mean_square, ((x,), {})))
-    assert any(f"function {name} (" in note for note in pipe.pipeline.report["notes"])
+    assert any(f"function {name} (" in note for note in pipe.pipeline.report.notes)
 
 
 def test_a_function_is_its_own_again_after_the_trace() -> None:
@@ -178,7 +178,7 @@ def weighed(h: Tensor) -> Tensor:
 
 def test_a_module_that_the_forward_makes_is_part_of_the_function_around_it() -> None:
     model = FromForward().double()
-    pipe = pipecompile.compile(model, devices=["cpu"] * 2, microbatches=1, profile="count")
+    pipe = pipecompile.compile(model, devices=["cpu"] * 2, microbatches=1, costs="count")
     for seed in range(4):
         x = floats(seed=seed)
         assert_same(step(pipe, model, mean_square, ((x,), {})), step(model, model, mean_square, ((x,), {})))
@@ -190,7 +190,7 @@ def large(h: Tensor) -> Tensor:
 
 def test_a_result_of_another_shape_than_the_trace_holds_for_is_an_error() -> None:
     model = Rooted(lambda _, h: large(h))
-    pipe = pipecompile.compile(model, devices=["cpu"] * 2, microbatches=1, profile="count")
+    pipe = pipecompile.compile(model, devices=["cpu"] * 2, microbatches=1, costs="count")
     x = floats()
     assert_same(step(pipe, model, mean_square, ((x,), {})), step(model, model, mean_square, ((x,), {})))
     with pytest.raises(ExecutionError, match="function large is kept whole and gives shapes"):
@@ -203,7 +203,7 @@ def test_a_capture_runs_modules_that_are_kept_whole_on_copies_of_their_buffers()
     trace = captured(model, floats())
     assert list(trace.leaves) == ["1", "4"]
     assert not any(buffer.any() for buffer in model.buffers())
-    pipe = pipecompile.compile(model, devices=["cpu"] * 2, microbatches=1, profile="count")
+    pipe = pipecompile.compile(model, devices=["cpu"] * 2, microbatches=1, costs="count")
     expected = step(model, model, mean_square, ((floats(),), {}))
     assert_same(step(pipe, model, mean_square, ((floats(),), {})), expected)
     assert expected.buffers["1.largest"] > 0
@@ -233,7 +233,7 @@ class Asks(nn.Module):
 def test_a_module_that_the_forward_makes_may_be_kept_whole() -> None:
     model = Criterion().double()
     assert list(captured(model, floats()).leaves) == ["<Asks>"]
-    pipe = pipecompile.compile(model, devices=["cpu"] * 2, microbatches=1, profile="count")
+    pipe = pipecompile.compile(model, devices=["cpu"] * 2, microbatches=1, costs="count")
     for seed in range(4):
         inputs = (floats(seed=seed),), {}
         assert_same(step(pipe, model, lambda loss: loss, inputs), step(model, model, lambda loss: loss, inputs))
@@ -273,7 +273,7 @@ class Reversible(nn.Module):
 def test_a_module_whose_autograd_function_takes_modules_is_kept_whole_with_their_parameters() -> None:
     model = nn.Sequential(nn.Linear(D, D), Reversible(), nn.Linear(D, D)).double()
     assert list(captured(model, floats()).leaves) == ["1"]
-    pipe = pipecompile.compile(model, devices=["cpu"] * 2, microbatches=2, profile="count")
+    pipe = pipecompile.compile(model, devices=["cpu"] * 2, microbatches=2, costs="count")
     inputs = (floats(),), {}
     expected = step(model, model, mean_square, inputs)
     assert_same(step(pipe, model, mean_square, inputs), expected)
@@ -291,7 +291,7 @@ class WithLoss(nn.Module):
 
 def test_a_backward_that_runs_modules_differentiates_them_for_a_loss_that_is_scaled_later() -> None:
     model = WithLoss().double()
-    pipe = pipecompile.compile(model, devices=["cpu"] * 2, microbatches=2, profile="count")
+    pipe = pipecompile.compile(model, devices=["cpu"] * 2, microbatches=2, costs="count")
     inputs = (floats(),), {}
     assert_same(step(pipe, model, lambda loss: 3 * loss, inputs), step(model, model, lambda loss: 3 * loss, inputs))
 
@@ -325,7 +325,7 @@ def test_a_parameter_that_several_modules_kept_whole_hold_gets_the_sum_of_their_
 ) -> None:
     bank = nn.Parameter(torch.rand(D))
     model = nn.Sequential(*(Banked(bank) for _ in range(4)), nn.Linear(D, 1)).double()
-    pipe = pipecompile.compile(model, ["cpu"] * stages, microbatches=2, profile="count")
+    pipe = pipecompile.compile(model, ["cpu"] * stages, microbatches=2, costs="count")
     inputs = ((floats(6),), {})
 
     def loss(output: Tensor) -> Tensor:
@@ -366,6 +366,6 @@ def test_a_recurrent_module_on_packed_sequences(kind: type[nn.RNNBase]) -> None:
     model = WithPacked(kind).double()
     inputs = ((torch.randn(4, 5, D, dtype=torch.float64), torch.tensor([5, 3, 2, 4])), {})
     for microbatches in (1, 2):
-        pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=microbatches, profile="count")
+        pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=microbatches, costs="count")
         for _ in range(2):
             assert_same(step(pipe, model, mean_square, inputs), step(model, model, mean_square, inputs))

@@ -75,7 +75,7 @@ def exact_or_refused(function: Callable[[Tensor], Tensor], late: bool, microbatc
     model = Model(function, late).double()
     inputs = (torch.randn(7, WIDTH, dtype=torch.float64),), {}
     expected = step(model, model, lambda out: out, inputs)
-    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=microbatches, profile="count")
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=microbatches, costs="count")
     try:
         actual = step(pipe, model, lambda out: out, inputs)
     except CaptureError as error:

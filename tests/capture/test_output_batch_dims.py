@@ -51,7 +51,7 @@ def test_an_output_grows_along_one_dimension_even_where_the_batch_is_a_number(ma
     call = read_call(model.forward, (floats(4),), {})
     found = with_batch_dims(capture(model, call, ROWS), lambda: capture(model, call))
     assert [output.batch_dim for output in found.outputs] == [dim]
-    pipe = pipecompile.compile(model, devices=["cpu"] * 2, microbatches=2, profile="count")
+    pipe = pipecompile.compile(model, devices=["cpu"] * 2, microbatches=2, costs="count")
     with pytest.warns(UserWarning, match="run as one microbatch"):  # it is another program for other rows
         ran = step(pipe, model, mean_square, ((floats(4),), {}))
     assert_same(ran, step(model, model, mean_square, ((floats(4),), {})))
@@ -60,7 +60,7 @@ def test_an_output_grows_along_one_dimension_even_where_the_batch_is_a_number(ma
 @pytest.mark.parametrize("make", [lambda h: {"rows": [row[:ROWS] for row in h]}, lambda h: h.sum(0)[:ROWS]])
 def test_outputs_that_parts_could_not_be_joined_to_are_those_of_one_microbatch(make: Any) -> None:
     model = Fixed(make)
-    pipe = pipecompile.compile(model, devices=["cpu"] * 2, microbatches=2, profile="count")
+    pipe = pipecompile.compile(model, devices=["cpu"] * 2, microbatches=2, costs="count")
     with pytest.warns(UserWarning, match="run as one microbatch"):
         found = pipe(floats(4))
     torch.testing.assert_close(found, model(floats(4)))

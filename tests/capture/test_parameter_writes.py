@@ -223,8 +223,8 @@ def test_models_that_write_to_their_parameters(name: str, way: dict[str, Any]) -
 
 @WAYS
 def test_a_measured_profile_writes_nothing(way: dict[str, Any]) -> None:
-    assert_trains_alike(MODELS["normalised weights"](), {**way, "profile": "measure"}, steps=1)
-    assert_trains_alike(Scaled(WRITES[".data.mul_"], False), {**way, "profile": "measure"}, steps=1)
+    assert_trains_alike(MODELS["normalised weights"](), {**way, "costs": "measure"}, steps=1)
+    assert_trains_alike(Scaled(WRITES[".data.mul_"], False), {**way, "costs": "measure"}, steps=1)
 
 
 def test_gradients_accumulate_over_calls_that_write() -> None:

@@ -31,9 +31,9 @@ def test_a_scripted_function_is_traced_as_the_python_that_it_was_made_from() -> 
             return self.last(clamped(self.first(x), 2.0))
 
     model = Scripted()
-    pipe = pipecompile.compile(model, devices=["cpu"] * 2, microbatches=2, profile="count")
+    pipe = pipecompile.compile(model, devices=["cpu"] * 2, microbatches=2, costs="count")
     for rows in (4, 6):
         inputs = (rows_of(rows),), {}
         assert_same(step(pipe, model, mean_square, inputs), step(model, model, mean_square, inputs))
     assert pipe.pipeline.captures == 1
-    assert not any("kept whole" in note for note in pipe.pipeline.report["notes"])
+    assert not any("kept whole" in note for note in pipe.pipeline.report.notes)

@@ -43,7 +43,7 @@ def rows(seed: int = 0) -> Tensor:
 
 
 def pipe_of(model: nn.Module, stages: int, microbatches: int) -> Any:
-    return pipecompile.compile(model, ["cpu"] * stages, microbatches=microbatches, profile="count")
+    return pipecompile.compile(model, ["cpu"] * stages, microbatches=microbatches, costs="count")
 
 
 def same(make: Callable[[], nn.Module], body: Body, stages: int = 2, microbatches: int = 2, steps: int = 2) -> Any:
@@ -134,7 +134,7 @@ TRANSFORMS = [
 @pytest.mark.parametrize("body", TRANSFORMS, ids=lambda body: body.__name__[1:])
 def test_a_function_of_a_function_gives_the_same_numbers(body: Body, stages: int, microbatches: int) -> None:
     pipe = same(linear, body, stages, microbatches, steps=1)
-    assert not any("whole" in note for note in pipe.pipeline.report["notes"])
+    assert not any("whole" in note for note in pipe.pipeline.report.notes)
 
 
 def test_random_numbers_inside_vmap_are_the_microbatchs_own() -> None:
@@ -271,7 +271,7 @@ def test_spectral_norm_iterates_once_a_batch_and_says_so(make: Callable[[], nn.M
     same(make, plain, 2, microbatches)
     pipe = pipe_of(Model(make), 2, 2)
     pipe.pipeline.prepare(rows())
-    assert any("written once a batch" in note and "inner." in note for note in pipe.pipeline.report["microbatches"])
+    assert any("written once a batch" in note and "inner." in note for note in pipe.pipeline.report.microbatches)
     model = pipe.pipeline.model.eval()
     torch.testing.assert_close(pipe(rows()), model(rows()))
 

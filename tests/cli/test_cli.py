@@ -91,7 +91,7 @@ def test_module_can_be_run():
 
 
 def test_plan_of_a_function_here_prints_table_and_prediction(nets):
-    result = run("plan", "nets:make", "--profile", "count", "--microbatch", "3", "--microbatches", "4")
+    result = run("plan", "nets:make", "--costs", "count", "--microbatch", "3", "--microbatches", "4")
     assert result.exit_code == 0, result.output
     words = " ".join(result.stdout.split())
     assert "stage rank modules params forward backward weights saved in out" in words
@@ -111,7 +111,7 @@ def test_plan_measures_by_default(nets):
 def test_plan_of_a_config_needs_no_network_and_no_memory(tmp_path):
     small = {"model_type": "gpt2", "n_layer": 2, "n_embd": 16, "n_head": 2, "vocab_size": 50}
     (tmp_path / "config.json").write_text(json.dumps(small))
-    result = run("plan", f"hf:{tmp_path}", "--profile", "count", "--length", "8", "--json")
+    result = run("plan", f"hf:{tmp_path}", "--costs", "count", "--length", "8", "--json")
     assert result.exit_code == 0, result.output
     stages = json.loads(result.stdout)["stages"]
     assert [stage["modules"][-1] for stage in stages][-1] == "lm_head"
@@ -166,7 +166,7 @@ def test_format_without_a_file_writes_nothing_else_to_stdout(costed):
 
 
 def test_pipedream_is_predicted_too(nets):
-    result = run("plan", "nets:make", "--profile", "count", "--schedule", "pipedream", "--json")
+    result = run("plan", "nets:make", "--costs", "count", "--schedule", "pipedream", "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["schedule"] == "pipedream"
 
@@ -213,26 +213,49 @@ def test_stages_may_have_times_of_their_own():
         ("plan nets", "error: 'nets' names no model; write module:function"),
         ("plan nets:nothing", "error: nets has no 'nothing'"),
         ("plan nets:misfit", "error: the model's forward cannot be called so"),
-        ("plan nets:make --profile guess", "error: profile='guess' is neither 'measure' nor 'count', nor a file"),
-        ("plan nets:make --schedule 1f2b", "error: there is no schedule '1f2b'; choose one of sequential, gpipe, 1f1b"),
-        ("plan nets:make --format png", "error: there is no format 'png'; choose one of dot, mermaid, svg, json, html"),
+        (
+            "plan nets:make --costs guess",
+            "error: costs='guess' is not a file that can be read (No such file",
+        ),
+        (
+            "plan nets:make --schedule 1f2b",
+            "error: schedule '1f2b' is not known; choose one of sequential, gpipe",
+        ),
+        (
+            "plan nets:make --format png",
+            "error: format 'png' is not known; choose one of dot, mermaid, svg",
+        ),
         (
             "plan nets:make --json --format svg",
             "error: --json and --format would both go to the terminal; add --output",
         ),
         ("plan nets:make --device gpu", "error: "),
-        ("plan nets:make --output plan.png", "error: plan.png does not tell a format; add --format, one of dot"),
-        ("plan nets:make --profile count -o no/plan.svg", "error: cannot write no/plan.svg: No such file or directory"),
-        ("plan nets:make --profile count --microbatch 7", "error: --microbatch 7 is more than the 6 samples"),
-        ("plan nets:make --profile count --stages 90", "error: "),
-        ("plan nets:make --replicas many", "error: --replicas 'many' is neither auto nor a number of devices for each"),
-        ("plan nets:make --replicas 1,0", "error: --replicas '1,0' is neither auto nor a number of devices for each"),
-        ("plan nets:make --replicas 1,2 --stages 3", "error: --replicas 1,2 is for 2 stages, and --stages says 3"),
-        ("plan nets:make --replicas 1,2 --cluster 2xH100", "error: --replicas 1,2 takes 3 devices, and there are 2"),
-        ("plan nets:make --replicas auto -s pipedream", "error: --replicas does not go with pipedream, which updates"),
-        ("schedule zigzag", "error: there is no schedule 'zigzag'"),
+        ("plan nets:make --output plan.png", "error: the suffix of plan.png is not known; add --format, one of dot"),
+        ("plan nets:make --costs count -o no/plan.svg", "error: cannot write no/plan.svg: No such file or directory"),
+        ("plan nets:make --costs count --microbatch 7", "error: --microbatch 7 is more than the 6 samples"),
+        ("plan nets:make --costs count --stages 90", "error: "),
+        ("plan nets:make --replicas many", "error: --replicas 'many' is not a list of numbers; write auto, or"),
+        ("plan nets:make --replicas 1,0", "error: replicas=[1, 0]; it must have for each stage the number of devices"),
+        (
+            "plan nets:make --replicas 1,2 --stages 3",
+            "error: --replicas 1,2 is for 2 stages, but --stages is 3",
+        ),
+        (
+            "plan nets:make --replicas 1,2 --cluster 2xH100",
+            "error: --replicas 1,2 is for 3 devices, but there are 2",
+        ),
+        (
+            "plan nets:make --replicas auto -s pipedream",
+            "error: --replicas does not go with --schedule pipedream",
+        ),
+        ("plan nets:make --costs count --objective speed", "error: objective='speed' is not known; it must be one of"),
+        ("plan nets:make --costs count --recompute maybe", "error: recompute='maybe' is not known; it must be one of"),
+        ("plan nets:make --costs count --pin 0", "error: --pin 0 does not end in a number; write name=number"),
+        ("check nets:make --batch-norm synced", "error: batch_norm='synced' is not known; it must be 'microbatch' or"),
+        ("check nets:make --in-dims x=first", "error: --in-dims x=first does not end in a number"),
+        ("schedule zigzag", "error: schedule 'zigzag' is not known"),
         ("schedule gpipe --forward fast", "error: --forward 'fast' is not a number of seconds"),
-        ("schedule gpipe --backward -1", "error: --backward '-1' must not be negative"),
+        ("schedule gpipe --backward -1", "error: --backward '-1' is negative or not finite"),
         ("schedule gpipe --forward 1,2", "error: --forward gives 2 times for 4 stages; give one, or 4"),
         ("schedule gpipe --svg no/plan.svg", "error: cannot write no/plan.svg"),
     ],

@@ -30,7 +30,7 @@ class Net(nn.Module):
 
 
 def pipe_of(model: nn.Module | None = None, stages: int = 2, **options: Any) -> Any:
-    options = {"microbatches": 2, "profile": "count", **options}
+    options = {"microbatches": 2, "costs": "count", **options}
     return pipecompile.compile(model or Net(), devices=["cpu"] * stages, **options)
 
 
@@ -89,13 +89,13 @@ def test_a_kind_of_device_that_cannot_run_here(device: str) -> None:
 
 
 def test_an_unknown_schedule() -> None:
-    with refused(InputError, "schedule='zigzag'", "sequential, gpipe, 1f1b, pipedream"):
+    with refused(InputError, "schedule='zigzag'", "'sequential', 'gpipe', '1f1b', 'pipedream'"):
         pipe_of(schedule="zigzag")
 
 
 @pytest.mark.parametrize("microbatches", [0, -1, 1.5, "2"])
 def test_a_number_of_microbatches_that_is_none(microbatches: Any) -> None:
-    with refused(InputError, f"microbatches={microbatches!r}", "at least one"):
+    with refused(InputError, f"microbatches={microbatches!r}", "at least 1"):
         pipe_of(microbatches=microbatches)
 
 
@@ -116,10 +116,16 @@ def test_an_optimizer_that_is_made_already() -> None:
         pipe_of(model, schedule="pipedream", optimizer=sgd(list(model.parameters())))(floats())
 
 
-@pytest.mark.parametrize("profile", ["guess", True])
-def test_an_unknown_way_to_profile(profile: Any) -> None:
-    with refused(InputError, f"profile={profile!r}", "measure", "count"):
-        pipe_of(profile=profile)(floats())
+@pytest.mark.parametrize("costs", ["guess", True])
+def test_costs_that_are_not_known(costs: Any) -> None:
+    with refused(InputError, f"costs={costs!r}", "measure", "count"):
+        pipe_of(costs=costs)(floats())
+
+
+@pytest.mark.parametrize("option", ["batching", "plan"])
+def test_options_that_are_not_of_their_class(option: str) -> None:
+    with refused(InputError, f"{option}={{'replicas': 2}}", "pipecompile."):
+        pipe_of(**{option: {"replicas": 2}})
 
 
 @pytest.mark.parametrize("model", [torch.sin, None, "gpt2", Net])
@@ -409,7 +415,7 @@ def test_a_model_on_the_meta_device_can_be_planned_but_not_called() -> None:
     with torch.device("meta"):
         model = Net()
     x = floats()
-    pipe = pipe_of(model, example_inputs=(x,), profile=None)
+    pipe = pipe_of(model, example_inputs=(x,), costs=None)
     assert pipe.pipeline.plan.num_stages == 2
     assert pipe.pipeline.predicted.makespan > 0
     with refused(InputError, "meta device", "no values"):
@@ -419,8 +425,8 @@ def test_a_model_on_the_meta_device_can_be_planned_but_not_called() -> None:
 def test_a_model_on_the_meta_device_cannot_be_measured() -> None:
     with torch.device("meta"):
         model = Net()
-    with refused(PipecompileError, "meta device", "profile='count'"):
-        pipe_of(model, profile="measure", example_inputs=(floats(),))
+    with refused(PipecompileError, "meta device", "costs='count'"):
+        pipe_of(model, costs="measure", example_inputs=(floats(),))
 
 
 # The loss
@@ -447,24 +453,24 @@ def test_several_losses_wait_for_the_caller() -> None:
 
     actual = step(pipe, pipe.pipeline.model, weighted, ((x,), {}))
     assert_same(actual, step(pipe.pipeline.model, pipe.pipeline.model, weighted, ((x,), {})))
-    assert any("outputs first, second could each be the loss" in note for note in pipe.pipeline.report["notes"])
+    assert any("outputs first, second could each be the loss" in note for note in pipe.pipeline.report.notes)
 
 
 def test_an_asynchronous_pipeline_must_know_which_of_several_losses() -> None:
     pipe = pipe_of(Losses(two_losses), schedule="pipedream", optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
-    with refused(InputError, "first, second", "loss="):
+    with refused(InputError, "first, second", "loss_output="):
         pipe(floats())
 
 
 def test_a_loss_by_name() -> None:
-    pipe, x = pipe_of(Losses(two_losses), loss="second"), floats()
+    pipe, x = pipe_of(Losses(two_losses), loss_output="second"), floats()
     actual = step(pipe, pipe.pipeline.model, lambda output: output["second"], ((x,), {}))
     assert_same(actual, step(pipe.pipeline.model, pipe.pipeline.model, lambda output: output["second"], ((x,), {})))
 
 
 @pytest.mark.parametrize("name", ["third", "h"])
 def test_a_loss_that_is_no_output_or_no_number(name: str) -> None:
-    pipe = pipe_of(Losses(two_losses), loss=name)
+    pipe = pipe_of(Losses(two_losses), loss_output=name)
     with refused(InputError, f"loss={name!r}", "first, second, h"):
         pipe(floats())
 

@@ -88,7 +88,7 @@ def compiled(model: nn.Module | None = None, **options: Any) -> Any:
 
 
 def is_rehearsed(pipe: pipecompile.Pipeline) -> bool:
-    return pipe.pipeline.profile.origin.endswith((", corrected by a rehearsal", ", held in a rehearsal"))
+    return pipe.pipeline.costs.origin.endswith((", corrected by a rehearsal", ", held in a rehearsal"))
 
 
 def generators() -> tuple[Any, ...]:
@@ -120,7 +120,7 @@ def test_a_rehearsal_leaves_no_mark(kept: bool, loss: bool, schedule: str) -> No
     with torch.no_grad():
         model(rows())  # else buffers are zeros and ones
     before, drawn = marks(model), generators()
-    options = {"leaf_modules": leaves, "allow_microbatch": leaves, "example_inputs": (x,)}
+    options = {"leaf_modules": leaves, "batching": pipecompile.Batching(allow_mixing=leaves), "example_inputs": (x,)}
     one_part = pytest.warns(UserWarning, match="draws random numbers of Python") if kept else nullcontext()
     with one_part:
         pipe = compiled(model, schedule=schedule, **options)
@@ -144,7 +144,7 @@ def test_the_first_step_is_that_of_a_pipeline_without_one() -> None:
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         return is_rehearsed(pipe), {**gradients, **dict(model.named_buffers())}
 
-    (with_one, found), (without, expected) = step(), step(profile="count")
+    (with_one, found), (without, expected) = step(), step(costs="count")
     assert with_one
     assert not without
     assert len(expected) == len(found) > 10
@@ -240,19 +240,19 @@ class Deep(nn.Sequential):
 def test_a_plan_is_made_from_what_its_stages_took(monkeypatch: pytest.MonkeyPatch) -> None:
     stages = Stages(slow=3.0)
     monkeypatch.setattr(rehearse.Rehearsal, "times", lambda _, batch: stages(batch))
-    pipe = compiled(Deep(), profile="measure")
+    pipe = compiled(Deep(), costs="measure")
     assert 2 <= len(stages.plans) <= rehearse.REHEARSALS
     assert pipe.pipeline.plan.stage_of.count(0) < stages.plans[0].count(0)
     assert is_rehearsed(pipe)
-    assert pipe.pipeline.profile.origin.count("corrected by") == 1
-    assert pipe.pipeline.report["costs"] == [pipe.pipeline.profile.origin]
-    predicted, measured = stage_costs(pipe.pipeline.profile, pipe.pipeline.plan), stages.measured(pipe.pipeline.plan)
+    assert pipe.pipeline.costs.origin.count("corrected by") == 1
+    assert pipe.pipeline.report.costs == (pipe.pipeline.costs.origin,)
+    predicted, measured = stage_costs(pipe.pipeline.costs, pipe.pipeline.plan), stages.measured(pipe.pipeline.plan)
     for guess, truth in zip(predicted, measured, strict=True):
         assert guess.seconds == pytest.approx(truth.seconds, rel=0.15)
     busiest = max(cost.seconds for cost in measured)
     assert pipe.pipeline.plan.quality is not None
     assert pipe.pipeline.plan.quality.bottleneck >= 0.99 * max(cost.seconds for cost in predicted)
-    first = pipe.pipeline.plan.of(pipe.pipeline.profile.graph, stages.plans[0])
+    first = pipe.pipeline.plan.of(pipe.pipeline.costs.graph, stages.plans[0])
     assert busiest < 0.9 * max(cost.seconds for cost in stages.measured(first))
 
 
@@ -262,8 +262,8 @@ def test_a_plan_whose_times_hold_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = compiled(Deep())
     assert stages.plans == [pipe.pipeline.plan.stage_of]
     assert stages.first is not None
-    assert pipe.pipeline.profile.costs == stages.first.costs
-    assert pipe.pipeline.profile.origin.endswith(", held in a rehearsal")
+    assert pipe.pipeline.costs.costs == stages.first.costs
+    assert pipe.pipeline.costs.origin.endswith(", held in a rehearsal")
 
 
 def test_where_times_never_hold_the_best_plan_that_was_rehearsed_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,9 +282,7 @@ def test_where_times_never_hold_the_best_plan_that_was_rehearsed_is_taken(monkey
     assert len(took) == rehearse.REHEARSALS
     seconds, stage_of = min(took)
     assert pipe.pipeline.plan.stage_of == stage_of
-    assert max(cost.seconds for cost in stage_costs(pipe.pipeline.profile, pipe.pipeline.plan)) == pytest.approx(
-        seconds
-    )
+    assert max(cost.seconds for cost in stage_costs(pipe.pipeline.costs, pipe.pipeline.plan)) == pytest.approx(seconds)
     pipe(rows()).backward()
 
 
@@ -293,7 +291,7 @@ def test_later_steps_are_predicted_by_the_rehearsal(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(rehearse.Rehearsal, "times", lambda _, batch: stages(batch))
     pipe = compiled(Deep())
     pipe(rows()).backward()
-    costs = stage_costs(pipe.pipeline.profile, pipe.pipeline.plan)
+    costs = stage_costs(pipe.pipeline.costs, pipe.pipeline.plan)
     for span in pipe.pipeline.predicted.spans:
         if isinstance(span.instruction, Forward | Backward):
             cost = costs[span.instruction.stage]
@@ -306,7 +304,7 @@ def test_later_steps_are_predicted_by_the_rehearsal(monkeypatch: pytest.MonkeyPa
 
 def test_costs_that_are_not_measured_here_are_not_rehearsed(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = compiled()
-    known = asked.pipeline.profile
+    known = asked.pipeline.costs
 
     def never(*_: Any) -> None:
         raise AssertionError("a rehearsal")
@@ -315,7 +313,7 @@ def test_costs_that_are_not_measured_here_are_not_rehearsed(monkeypatch: pytest.
     asked.eval()
     asked(rows(6))  # a second capture, on the placement of the first
     assert asked.pipeline.captures == 2
-    for options in ({"profile": "count"}, {"profile": known}, {"cluster": Cluster.of(["cpu", "cpu"])}):
+    for options in ({"costs": "count"}, {"costs": known}, {"cluster": Cluster.of(["cpu", "cpu"])}):
         pipe = compiled(Marked(kept=False, loss=True), **options)
         assert pipe.pipeline.plan.num_stages == 2
     compiled(Marked(kept=False, loss=True).to("meta"), example_inputs=(rows().to("meta"),))
@@ -333,7 +331,7 @@ def test_what_tells_nothing_is_not_rehearsed(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(rehearse, "WORTH", 1e9)
     short = compiled(Deep())
     for pipe in (alone, evaluated, frozen, short):
-        assert pipe.pipeline.profile.origin == f"measured: cpu, torch {torch.__version__}"
+        assert pipe.pipeline.costs.origin == f"measured: cpu, torch {torch.__version__}"
 
 
 # Errors
@@ -353,8 +351,8 @@ def test_a_model_that_raises_says_so_in_the_report_and_in_the_step() -> None:
     ids = torch.tensor([0, 1, 2, 3, 9, 3, 2, 1])  # no row of the table is the third microbatch's
     pipe = compiled(Looks(), example_inputs=(ids,))
     assert pipe.pipeline.plan.num_stages == 2
-    assert "not rehearsed, since stage 0, 0F2: module 'table'" in pipe.pipeline.report["costs"][0]
-    assert "IndexError: index out of range" in pipe.pipeline.report["costs"][0]
+    assert "not rehearsed, since stage 0, 0F2: module 'table'" in pipe.pipeline.report.costs[0]
+    assert "IndexError: index out of range" in pipe.pipeline.report.costs[0]
     with pytest.raises(ExecutionError, match=r"stage 0, 0F2: module 'table'.*IndexError: index out of range"):
         pipe(ids)
     pipe(ids % 4).backward()

@@ -28,7 +28,7 @@ from idioms.declare import ROWS, Draw, Idiom, Inputs
 from pipecompile import PipecompileError
 
 REMEDY = re.compile(
-    r"microbatches=1|leaf_modules=|allow_microbatch|register_buffer|_dims=|batch_norm=|loss=|loss_fn=|schedule=|;"
+    r"microbatches=1|leaf_modules=|allow_mixing|register_buffer|_dims=|batch_norm=|loss_output=|loss_fn=|schedule=|;"
     r"|\b(use|pass|call|make|move|name|register|keep|write|return|give|turn|add|run|compile|put|set|take|compute)\b"
 )
 RATE = 0.05
@@ -117,9 +117,8 @@ def compiled(idiom: Idiom, model: nn.Module, stages: int, microbatches: int, sch
         devices=["cpu"] * stages,
         schedule=schedule,
         microbatches=microbatches,
-        profile="count",
-        recompute="never",
-        budget=0.02,
+        costs="count",
+        plan=pipecompile.PlanOptions(recompute="never", search_seconds=0.02),
         **options,
     )
 

@@ -6,9 +6,9 @@ import pytest
 
 from pipecompile.errors import InfeasibleError, InputError, PlanError
 from pipecompile.ir.cluster import Cluster, Device
-from pipecompile.ir.constraints import Wishes
 from pipecompile.ir.graph import Cost, CostedGraph, Graph, Node, TensorSpec
 from pipecompile.ir.plan import Plan
+from pipecompile.ir.plan_options import PlanOptions
 from pipecompile.ir.plan_quality import Quality
 from pipecompile.partition import partition
 from pipecompile.partition.solver.contraction import contract
@@ -32,9 +32,9 @@ def model(*paths: str, together=(), seconds: float = 1.0) -> CostedGraph:
 LAYERS = model("embed", *(f"layers.{i}.{part}" for i in range(4) for part in ("attn", "mlp")), "head")
 
 
-def stages(costed: CostedGraph, num_stages: int, **wishes) -> dict[str, set[int]]:
+def stages(costed: CostedGraph, num_stages: int, **constraints) -> dict[str, set[int]]:
     """The stages of each path."""
-    plan = partition(costed, num_stages, wishes=Wishes(**wishes))
+    plan = partition(costed, num_stages, constraints=PlanOptions(**constraints))
     found: dict[str, set[int]] = {}
     for node, stage in zip(costed.graph.nodes, plan.stage_of, strict=True):
         found.setdefault(node.path, set()).update({stage} - {None})
@@ -48,82 +48,82 @@ def test_a_pinned_module_is_where_it_was_asked_to_be_with_all_modules_in_it() ->
     assert found["layers.0.mlp"] == {0}
 
 
-def test_an_uncut_module_is_in_one_stage_wherever_that_is() -> None:
+def test_a_module_that_must_not_be_split_is_in_one_stage_wherever_that_is() -> None:
     assert stages(LAYERS, 5)["layers.1.attn"] != stages(LAYERS, 5)["layers.1.mlp"]
     paths = [f"layers.{i}" for i in range(4)]
-    found = stages(LAYERS, 5, uncut=paths)
+    found = stages(LAYERS, 5, no_split=paths)
     for path in paths:
         assert len(found[f"{path}.attn"] | found[f"{path}.mlp"]) == 1
 
 
 def test_modules_that_are_kept_together_take_what_lies_between_with_them() -> None:
-    found = stages(LAYERS, 3, together=[("layers.1.mlp", "layers.3.attn")])
+    found = stages(LAYERS, 3, colocate=[("layers.1.mlp", "layers.3.attn")])
     kept = {path for path, where in found.items() if where == found["layers.1.mlp"]}
     assert kept >= {"layers.1.mlp", "layers.2.attn", "layers.2.mlp", "layers.3.attn"}
 
 
 @pytest.mark.parametrize(("most", "expected"), [(1, 1), (3, 3), (9, 4)])
 def test_no_more_stages_than_asked_for(most: int, expected: int) -> None:
-    assert partition(LAYERS, 4, wishes=Wishes(most_stages=most)).num_stages == expected
+    assert partition(LAYERS, 4, constraints=PlanOptions(max_stages=most)).num_stages == expected
 
 
 def test_fewer_stages_than_allowed_where_more_would_not_be_faster() -> None:
     costed = model("a", "b", "c", seconds=1e-9)  # far less than a message takes
     assert partition(costed, 3).num_stages == 3
-    plan = partition(costed, 3, wishes=Wishes(most_stages=3))
+    plan = partition(costed, 3, constraints=PlanOptions(max_stages=3))
     assert (plan.num_stages, plan.rank_of) == (1, (0,))
-    pinned = partition(costed, 3, wishes=Wishes(most_stages=3, pins={"c": 1}))
+    pinned = partition(costed, 3, constraints=PlanOptions(max_stages=3, pins={"c": 1}))
     assert (pinned.num_stages, pinned.stage_of[-1]) == (2, 1)
 
 
 def test_a_device_that_is_too_slow_is_left_out_where_fewer_stages_are_allowed() -> None:
     cluster = Cluster((Device("a"), Device("slow", speed=1e-9), Device("c")))
-    assert partition(LAYERS, 3, cluster, wishes=Wishes(most_stages=3)).rank_of == (0, 2)
+    assert partition(LAYERS, 3, cluster, constraints=PlanOptions(max_stages=3)).rank_of == (0, 2)
 
 
 @pytest.mark.parametrize(
-    ("wishes", "what"),
+    ("constraints", "what"),
     [
         ({"pins": {"layers.7": 0}}, r"pins\['layers.7'\].*did you mean .*'layers.\d'"),
-        ({"uncut": ["layer.1"]}, r"uncut='layer.1'.*did you mean 'layers.1'"),
-        ({"together": [("head", "tail")]}, "no module called 'tail'"),
-        ({"uncut": ["zzz"]}, "named_modules"),
+        ({"no_split": ["layer.1"]}, r"no_split='layer.1'.*did you mean 'layers.1'"),
+        ({"colocate": [("head", "tail")]}, "no module called 'tail'"),
+        ({"no_split": ["zzz"]}, "named_modules"),
         ({"pins": {"rotary": 0}}, "'rotary' is cheap and computed again"),
         ({"pins": {"head": 2}}, "the stages are 0 to 1"),
-        ({"pins": {"head": 1}, "most_stages": 1}, "the stages are 0 to 0"),
+        ({"pins": {"head": 1}, "max_stages": 1}, "the stages are 0 to 0"),
         ({"pins": {"head": -1}}, "counted from 0"),
-        ({"uncut": "head"}, "a list of module paths, not 'head'"),
-        ({"together": ["head"]}, "a list of module paths, not 'head'"),
-        ({"together": [("head",)]}, "two or more"),
-        ({"most_stages": 0}, "at least one stage"),
+        ({"no_split": "head"}, "'head'; it must be a list of module paths"),
+        ({"colocate": ["head"]}, "'head'; it must be a list of module paths"),
+        ({"colocate": [("head",)]}, "two or more"),
+        ({"max_stages": 0}, "a number of stages, at least 1"),
     ],
 )
-def test_a_wish_about_what_is_not_there_is_refused(wishes: dict, what: str) -> None:
+def test_a_constraint_on_what_is_not_there_is_refused(constraints: dict, what: str) -> None:
     with pytest.raises(InputError, match=what):
-        partition(LAYERS, 2, wishes=Wishes(**wishes))
+        partition(LAYERS, 2, constraints=PlanOptions(**constraints))
 
 
 @pytest.mark.parametrize(
-    ("wishes", "what"),
+    ("constraints", "what"),
     [
         ({"pins": {"embed": 1, "head": 0}}, r"'embed'.* 1.*'head'.* 0.*n11 \(head, m.py:11\) needs.*n2 "),
         ({"pins": {"layers.1": 0, "layers.1.mlp": 1}}, r"n6 .*'layers.1', pinned to stage 0, .*'layers.1.mlp'.* 1"),
-        ({"pins": {"layers.0": 0, "layers.1": 1}, "together": [("layers.0.mlp", "layers.1.attn")]}, "must share"),
-        ({"uncut": ["layers"], "together": [("embed", "layers")]}, "with 'layers' uncut; .*at most 2"),
+        ({"pins": {"layers.0": 0, "layers.1": 1}, "colocate": [("layers.0.mlp", "layers.1.attn")]}, "must share"),
+        ({"no_split": ["layers"], "colocate": [("embed", "layers")]}, "with 'layers' not split; .*at most 2"),
         ({"pins": {"embed": 2}}, "stage 0 would be empty"),
         ({"pins": {"layers.0.attn": 0, "layers.0.mlp": 2}}, "stage 1 would be empty"),
     ],
 )  # fmt: skip
-def test_wishes_that_contradict_the_model_or_each_other_are_refused_by_name(wishes: dict, what: str) -> None:
+def test_constraints_that_contradict_the_model_or_each_other_are_refused_by_name(constraints: dict, what: str) -> None:
     with pytest.raises(InfeasibleError, match=what):
-        partition(LAYERS, 3, wishes=Wishes(**wishes))
+        partition(LAYERS, 3, constraints=PlanOptions(**constraints))
 
 
 def test_pins_meet_what_the_model_keeps_together() -> None:
     bound = model("a", "b", "c", together=((2, 4),))
     assert stages(bound, 1, pins={"a": 0}) == {"": set(), "rotary": set(), "a": {0}, "b": {0}, "c": {0}}
     with pytest.raises(InfeasibleError, match=r"n2 \(a, m.py:2\) and node n4 \(c, m.py:4\) must share"):
-        partition(bound, 2, wishes=Wishes(pins={"a": 0, "c": 1}))
+        partition(bound, 2, constraints=PlanOptions(pins={"a": 0, "c": 1}))
 
 
 def test_things_bound_together_and_pinned_apart_are_no_problem() -> None:
@@ -145,9 +145,7 @@ def test_pins_that_are_none_are_refused(pins, what: str) -> None:
         Problem((1.0,) * 3, ((0, 1), (1, 2)), (Net((0, 1), 1.0),), (Seat(), Seat()), pins=pins)
 
 
-def test_wishes_and_a_plans_quality_are_saved() -> None:
-    wishes = Wishes({"a": 1}, ["b"], [("c", "d")], 3)
-    assert Wishes.from_json(wishes.to_json()) == wishes
+def test_a_plans_quality_is_saved() -> None:
     plan = partition(LAYERS, 2)
     assert Plan.from_json(plan.to_json()) == plan
     assert plan.quality is not None

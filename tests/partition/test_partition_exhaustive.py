@@ -33,15 +33,15 @@ def test_a_plan_is_as_good_as_the_best_of_all_plans_or_there_is_none(part: int) 
 
 
 def planned(case: Case) -> Plan:
-    return partition(case.costed, case.num_stages, case.cluster, wishes=case.wishes, objective=case.objective)
+    return partition(case.costed, case.num_stages, case.cluster, constraints=case.constraints, objective=case.objective)
 
 
 def test_the_drawn_cases_are_of_all_kinds() -> None:
     cases = [drawn(seed) for seed in range(200)]
     possible = [least_load(case) < inf for case in cases]
     assert 40 < sum(possible) < 180
-    for what in ("pins", "uncut", "together", "most_stages"):
-        asked = [can for case, can in zip(cases, possible, strict=True) if getattr(case.wishes, what)]
+    for what in ("pins", "no_split", "colocate", "max_stages"):
+        asked = [can for case, can in zip(cases, possible, strict=True) if getattr(case.constraints, what)]
         assert any(asked), what
         assert not all(asked), what
     limited = [can for case, can in zip(cases, possible, strict=True) if case.cluster.devices[0].memory is not None]

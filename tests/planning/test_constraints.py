@@ -33,7 +33,7 @@ class Tower(nn.Module):
 
 def piped(stages: int = 3, **options: object) -> Any:
     torch.manual_seed(0)
-    return pipecompile.compile(Tower().double(), ["cpu"] * stages, microbatches=2, profile="count", **options)  # type: ignore[arg-type]
+    return pipecompile.compile(Tower().double(), ["cpu"] * stages, microbatches=2, costs="count", **options)  # type: ignore[arg-type]
 
 
 def stages_of(pipe: Any, path: str) -> set[int]:
@@ -49,8 +49,12 @@ def stages_of(pipe: Any, path: str) -> set[int]:
     return set(found)
 
 
-def test_wishes_are_kept_and_the_step_is_exact() -> None:
-    pipe = piped(pins={"layers.0": 0, "layers.1": 1}, uncut=["layers.2"], together=[["layers.3", "head"]])
+def test_constraints_are_kept_and_the_step_is_exact() -> None:
+    pipe = piped(
+        plan=pipecompile.PlanOptions(
+            pins={"layers.0": 0, "layers.1": 1}, no_split=["layers.2"], colocate=[["layers.3", "head"]]
+        )
+    )
     unsplit = deepcopy(pipe.pipeline.model)
     x = torch.randn(5, 8, dtype=torch.float64)
     pipe(x).square().mean().backward()
@@ -65,7 +69,7 @@ def test_wishes_are_kept_and_the_step_is_exact() -> None:
 
 
 def test_fewer_stages_than_devices_train() -> None:
-    pipe = piped(most_stages=2, pins={"layers.0": 0, "layers.5": 1})
+    pipe = piped(plan=pipecompile.PlanOptions(max_stages=2, pins={"layers.0": 0, "layers.5": 1}))
     unsplit = deepcopy(pipe.pipeline.model)
     x = torch.randn(4, 8, dtype=torch.float64)
     pipe(x).sum().backward()
@@ -76,7 +80,7 @@ def test_fewer_stages_than_devices_train() -> None:
 
 
 def test_a_plan_says_how_good_it_is() -> None:
-    pipe = piped(budget=2.0)
+    pipe = piped(plan=pipecompile.PlanOptions(search_seconds=2.0))
     pipe.pipeline.prepare(torch.randn(4, 8, dtype=torch.float64))
     assert pipe.pipeline.plan.quality is not None
     assert pipe.pipeline.plan.quality.proven
@@ -88,33 +92,35 @@ def test_a_plan_says_how_good_it_is() -> None:
     [
         ({"pins": {"layer.0": 0}}, InputError, r"'layer.0'.*did you mean 'layers.0'"),
         ({"pins": {"layers.0": 2, "layers.5": 0}}, InfeasibleError, r"layers"),
-        ({"pins": {"head": 0}, "replicas": "auto"}, InputError, r"replicas='auto' looks for the number of stages"),
-        ({"most_stages": 2, "replicas": [2, 1]}, InputError, r"give only one of them"),
-        ({"uncut": "layers.0"}, InputError, r"uncut takes a list of module paths"),
+        ({"pins": {"head": 0}, "replicas": "auto"}, InputError, r"replicas='auto' searches the number of stages"),
+        ({"max_stages": 2, "replicas": [2, 1]}, InputError, r"give only one of them"),
+        ({"no_split": "layers.0"}, InputError, r"no_split is 'layers.0'; it must be a list of module paths"),
     ],
 )
-def test_wishes_that_cannot_be(options: dict[str, object], error: type[Exception], message: str) -> None:
+def test_constraints_that_cannot_be(options: dict[str, object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        piped(**options).pipeline.prepare(torch.randn(4, 8, dtype=torch.float64))
+        piped(plan=pipecompile.PlanOptions(**options)).pipeline.prepare(torch.randn(4, 8, dtype=torch.float64))
 
 
 def test_a_search_takes_some_time() -> None:
-    with pytest.raises(InputError, match=r"budget=0: a search for a plan takes some CPU seconds"):
-        piped(budget=0)
+    with pytest.raises(InputError, match=r"search_seconds=0; it must be a positive number of CPU seconds"):
+        piped(plan=pipecompile.PlanOptions(search_seconds=0))
 
 
-def test_the_command_line_takes_wishes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_line_takes_constraints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "towers.py").write_text(
         "import torch\nfrom torch import nn\n"
         "def make():\n"
         "    return nn.Sequential(*(nn.Linear(8, 8) for _ in range(6))), torch.randn(4, 8)\n"
     )
     monkeypatch.chdir(tmp_path)
-    command = ["plan", "towers.py:make", "--stages", "2", "--profile", "count", "--json"]
+    command = ["plan", "towers.py:make", "--stages", "2", "--costs", "count", "--json"]
     plain = CliRunner().invoke(app, command)
-    pinned = CliRunner().invoke(app, [*command, "--pin", "1=1", "--uncut", "0", "--together", "3,5", "--budget", "5"])
+    pinned = CliRunner().invoke(
+        app, [*command, "--pin", "1=1", "--no-split", "0", "--colocate", "3,5", "--search-seconds", "5"]
+    )
     assert plain.exit_code == pinned.exit_code == 0, pinned.output
     assert plain.stdout != pinned.stdout
     wrong = CliRunner().invoke(app, [*command, "--pin", "1"])
     assert wrong.exit_code == 2
-    assert "--pin 1: write a module's path, = and the number of its stage" in wrong.stderr
+    assert "--pin 1 does not end in a number; write name=number" in wrong.stderr

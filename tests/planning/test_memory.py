@@ -83,7 +83,7 @@ def pipeline(make: Any, schedule: str, **options: Any) -> tuple[Any, Callable[[]
     if schedule == "pipedream":
         options["optimizer"] = torch.optim.Adam
     pipe = pipecompile.compile(
-        model, ["cpu"] * STAGES, schedule=schedule, microbatches=4, example_inputs=call, profile="count", **options
+        model, ["cpu"] * STAGES, schedule=schedule, microbatches=4, example_inputs=call, costs="count", **options
     )
     optimizer = None if schedule == "pipedream" else torch.optim.Adam(pipe.parameters())
 
@@ -103,7 +103,7 @@ def test_predicted_bytes_are_those_of_a_run(make: Any, schedule: str) -> None:
     pipe, step, optimizer = pipeline(make, schedule)
     counted = peaks(pipe, step, optimizer)
     compiled = pipe.pipeline._capture_in_use
-    most = compiled.work.memory(pipe.pipeline.profile, pipe.pipeline.plan, compiled.cluster, bound=True).ranks
+    most = compiled.work.memory(pipe.pipeline.costs, pipe.pipeline.plan, compiled.cluster, bound=True).ranks
     assert all(c <= 1.02 * m for c, m in zip(counted, most, strict=True))
     fixed = [m - stage.waiting for m, stage in zip(most, pipe.pipeline.memory.stages, strict=True)]
     # what waits depends on which thread is faster: a stage that holds little else is left to the bound
@@ -117,7 +117,9 @@ def test_a_limit_is_never_exceeded(recompute: Any) -> None:
     free, _, _ = pipeline(transformer, "1f1b")
     limit = int(0.8 * max(free.pipeline.memory.ranks))
     cluster = Cluster(tuple(Device(f"cpu {rank}", memory=limit) for rank in range(STAGES)))
-    pipe, step, optimizer = pipeline(transformer, "1f1b", cluster=cluster, recompute=recompute)
+    pipe, step, optimizer = pipeline(
+        transformer, "1f1b", cluster=cluster, plan=pipecompile.PlanOptions(recompute=recompute)
+    )
     counted = peaks(pipe, step, optimizer)
     assert max(counted) <= limit
     assert max(counted) < max(peaks(*pipeline(transformer, "1f1b")))

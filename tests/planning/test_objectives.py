@@ -18,6 +18,7 @@ from pipecompile.errors import InputError
 from pipecompile.ir.cluster import Cluster, Device, Link
 from pipecompile.ir.graph import Cost, CostedGraph, Graph, Node, TensorSpec
 from pipecompile.ir.plan import Plan
+from pipecompile.ir.plan_options import PlanOptions
 from pipecompile.partition import partition
 from pipecompile.planning.plan_search import make_plan
 from pipecompile.planning.replicas import with_best_replicas
@@ -63,7 +64,10 @@ def test_a_step_of_few_microbatches_would_rather_send_less() -> None:
     steps = {}
     for microbatches in (1, 8):
         work = Workload(SCHEDULES["1f1b"], microbatches)
-        plans = [make_plan(costed, Request((1,) * 3, objective=goal), cluster, work) for goal in ("pace", "step")]
+        plans = [
+            make_plan(costed, Request((1,) * 3, PlanOptions(objective=goal)), cluster, work)
+            for goal in ("pace", "step")
+        ]
         steps[microbatches] = [work.step_seconds(costed, plan, cluster) for plan in plans]
         least = min(work.step_seconds(costed, plan, cluster) for plan in all_plans(costed, 3))
         assert steps[microbatches][1] == pytest.approx(least)
@@ -76,7 +80,9 @@ def test_a_step_is_never_longer_for_having_been_asked_for(seed: int) -> None:
     seconds = torch.randint(1, 9, (9,), generator=generator).double().tolist()
     costed = row(seconds, torch.randint(1, 20, (9,), generator=generator).tolist())
     cluster, work = Cluster.of(["a", "b", "c"], LINK), Workload(SCHEDULES["gpipe"], 2)
-    pace, step = (make_plan(costed, Request((1,) * 3, objective=goal), cluster, work) for goal in ("pace", "step"))
+    pace, step = (
+        make_plan(costed, Request((1,) * 3, PlanOptions(objective=goal)), cluster, work) for goal in ("pace", "step")
+    )
     assert work.step_seconds(costed, step, cluster) <= work.step_seconds(costed, pace, cluster)
     assert step.quality is not None
     assert pace.quality is not None
@@ -111,7 +117,7 @@ def test_a_function_sees_the_ranks_that_the_plan_will_have() -> None:
     def cost(plan: Plan) -> float:
         return Workload(SCHEDULES["1f1b"], 4).step_seconds(costed, plan, cluster)
 
-    plan = make_plan(costed, Request((1,) * 4, objective=score), cluster, Workload(SCHEDULES["1f1b"], 4))
+    plan = make_plan(costed, Request((1,) * 4, PlanOptions(objective=score)), cluster, Workload(SCHEDULES["1f1b"], 4))
     assert plan.rank_of in seen
     hosts = [devices[rank].host for rank in plan.rank_of]
     assert sum(here != there for here, there in pairwise(hosts)) == 1
@@ -131,7 +137,7 @@ def test_the_best_replicas_are_planned_for_the_objective() -> None:
         return sum(channel.nbytes for channel in plan.channels)
 
     costed, work = row([3, 9, 3, 3], [5, 1, 7, 1]), Workload(SCHEDULES["1f1b"], 8)
-    plan, _ = with_best_replicas(costed, Cluster.of(["a", "b", "c"], Link(1e9)), work, objective=score)
+    plan, _ = with_best_replicas(costed, Cluster.of(["a", "b", "c"], Link(1e9)), work, PlanOptions(objective=score))
     assert seen
     assert score(plan) == min(score(other) for other in tuple(seen))
 
@@ -145,8 +151,8 @@ def test_of_plans_with_the_same_pace_the_one_that_sends_less_is_taken() -> None:
 
 
 def test_unknown_objectives_are_refused_with_those_that_are_known() -> None:
-    with pytest.raises(InputError, match="'pace', 'overlap', 'step' and functions"):
-        compiled(objective="speed")
+    with pytest.raises(InputError, match="'pace', 'overlap', 'step', or a function of plans"):
+        compiled(plan=PlanOptions(objective="speed"))
     result = CliRunner().invoke(app, ["plan", "hf:gpt2", "--objective", "speed"])
     assert result.exit_code != 0
     assert "overlap" in result.output
@@ -161,7 +167,14 @@ def test_a_pipeline_with_an_objective_gives_the_gradients_of_the_unsplit_model(o
     def loss(output: Tensor, target: Tensor) -> Tensor:
         return nn.functional.mse_loss(output, target)
 
-    pipe = pipecompile.compile(model, ["cpu"] * 3, microbatches=3, loss_fn=loss, objective=objective, profile="count")
+    pipe = pipecompile.compile(
+        model,
+        ["cpu"] * 3,
+        microbatches=3,
+        loss_fn=loss,
+        plan=PlanOptions(objective=objective),
+        costs="count",
+    )
     pipe(x, target=x.detach()).backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()

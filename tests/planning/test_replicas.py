@@ -41,10 +41,10 @@ NAMES = (  # of all sorts: tied weights, towers, buffers, values that are read l
 
 
 def pipe_of(model: nn.Module, replicas: Any, **options: Any) -> Any:
-    options = {"microbatches": 4, "profile": "count", **options}
+    options = {"microbatches": 4, "costs": "count", **options}
     devices = ["cpu"] * (4 if isinstance(replicas, str) else sum(replicas))
     options.setdefault("cluster", Cluster.of(devices, Link(inf)))  # cuts cost nothing, so that stages are alike
-    return pipecompile.compile(model, devices, replicas=replicas, **options)
+    return pipecompile.compile(model, devices, plan=pipecompile.PlanOptions(replicas=replicas), **options)
 
 
 def itself(output: Tensor) -> Tensor:
@@ -101,8 +101,8 @@ def test_a_weight_of_a_replicated_and_another_stage_gets_its_gradient_once(repli
     assert_same(step(pipe, model, mean_square, inputs), step(model, model, mean_square, inputs))
     assert [tied.parameter for tied in pipe.pipeline.plan.tied_by_model] == ["body.0.0.weight"]
     assert len(pipe.pipeline.plan.tied) > 1
-    assert pipe.pipeline.report["tied"] == ["body.0.0.weight over stages " + ", ".join(
-        map(str, pipe.pipeline.plan.tied_by_model[0].stages)) + ", gradients summed"]  # fmt: skip
+    assert pipe.pipeline.report.tied == ("body.0.0.weight over stages " + ", ".join(
+        map(str, pipe.pipeline.plan.tied_by_model[0].stages)) + ", gradients summed",)  # fmt: skip
 
 
 def test_the_loss_may_be_the_callers_and_a_second_backward_may_come():
@@ -399,7 +399,7 @@ def test_proposals_use_all_devices_whatever_their_number_of_stages():
 
 
 def test_too_many_devices_are_refused():
-    with pytest.raises(InputError, match=f"up to {MOST_DEVICES} devices, and here are {MOST_DEVICES + 1}"):
+    with pytest.raises(InputError, match=f"up to {MOST_DEVICES} devices, but there are {MOST_DEVICES + 1}"):
         with_best_replicas(HEAVY, equal_devices(MOST_DEVICES + 1), workload())
 
 
@@ -407,7 +407,7 @@ def test_a_pipeline_says_what_it_has_chosen_and_trains():
     model, inputs = skipping(rows=8)
     pipe = pipe_of(model, "auto", example_inputs=inputs)
     assert_same(step(pipe, model, itself, inputs), step(model, model, itself, inputs))
-    assert sum("a step of" in line for line in pipe.pipeline.report["replicas"]) >= 2
+    assert sum("a step of" in line for line in pipe.pipeline.report.replicas) >= 2
 
 
 # What cannot be
@@ -427,7 +427,7 @@ def test_a_stage_that_writes_for_each_microbatch_has_no_replicas():
     pipe = pipe_of(Norm(), [2])
     with pytest.raises(PlanError, match=r"2 replicas, but module 'norm' \(.*\) writes 'norm.running_mean'"):
         pipe(x)
-    pipe_of(Norm(), [2], batch_norm="deferred")(x).sum().backward()
+    pipe_of(Norm(), [2], batching=pipecompile.Batching(batch_norm="deferred"))(x).sum().backward()
     pipe.eval()
     torch.testing.assert_close(pipe(x), pipe.pipeline.model(x))
     with pytest.raises(PlanError, match="module 'norm'"):
@@ -438,7 +438,12 @@ def test_deferred_batch_norm_writes_once_whoever_runs_the_microbatches():
     torch.manual_seed(0)
     model, x = Norm().double(), torch.randn(8, D, dtype=torch.float64)
     runs = [
-        step(pipe_of(model, replicas, batch_norm="deferred"), model, mean_square, ((x,), {}))
+        step(
+            pipe_of(model, replicas, batching=pipecompile.Batching(batch_norm="deferred")),
+            model,
+            mean_square,
+            ((x,), {}),
+        )
         for replicas in ([1], [2], [1, 2])
     ]
     assert_same(runs[1], runs[0])
@@ -447,8 +452,8 @@ def test_deferred_batch_norm_writes_once_whoever_runs_the_microbatches():
 
 def test_auto_gives_no_replicas_to_what_writes_for_each_microbatch():
     pipe = pipe_of(Norm(), "auto", example_inputs=(torch.randn(8, D),))
-    node = next(node for node in pipe.pipeline.profile.graph.nodes if node.writes)
-    stage = pipe.pipeline.plan.stage_of[pipe.pipeline.profile.graph.nodes.index(node)]
+    node = next(node for node in pipe.pipeline.costs.graph.nodes if node.writes)
+    stage = pipe.pipeline.plan.stage_of[pipe.pipeline.costs.graph.nodes.index(node)]
     assert stage is not None
     assert len(pipe.pipeline.plan.replicas[stage]) == 1
 
@@ -456,17 +461,17 @@ def test_auto_gives_no_replicas_to_what_writes_for_each_microbatch():
 @pytest.mark.parametrize(
     ("devices", "replicas", "options", "message"),
     [
-        (3, [1, 1], {}, r"replicas=\[1, 1\] takes 2 devices for 2 stages, and devices= has 3"),
-        (2, [2, 0], {}, r"replicas=\[2, 0\] must hold for each stage"),
-        (2, [1, 1.0], {}, "must hold for each stage"),
-        (2, "most", {}, "replicas='most' is not known; there are 'auto' and a list"),
+        (3, [1, 1], {}, r"replicas=\(1, 1\) is for 2 devices, but devices= has 3"),
+        (2, [2, 0], {}, r"replicas=\[2, 0\]; it must have for each stage"),
+        (2, [1, 1.0], {}, "must have for each stage"),
+        (2, "most", {}, "replicas='most' is not known; it must be 'auto', or a list"),
         (2, [2], {"schedule": "pipedream", "optimizer": torch.optim.SGD}, "does not go with schedule='pipedream'"),
         (2, "auto", {"schedule": "pipedream", "optimizer": torch.optim.SGD}, "does not go with schedule='pipedream'"),
     ],
 )
 def test_bad_input(devices, replicas, options, message):
     with pytest.raises(InputError, match=message):
-        pipecompile.compile(blocks(4), ["cpu"] * devices, replicas=replicas, **options)
+        pipecompile.compile(blocks(4), ["cpu"] * devices, plan=pipecompile.PlanOptions(replicas=replicas), **options)
 
 
 def test_pipedream_has_no_program_for_replicas():

@@ -110,8 +110,8 @@ def test_a_copy_takes_the_mean_of_there_and_back(monkeypatch: pytest.MonkeyPatch
 def test_a_pipeline_reports_its_links_and_where_they_are_known_from() -> None:
     def report(**options: Any) -> list[str]:
         model, x = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)), torch.randn(4, 4)
-        return pipecompile.compile(model, ["cpu", "cpu"], example_inputs=((x,), {}), **options).pipeline.report["links"]
+        return pipecompile.compile(model, ["cpu", "cpu"], example_inputs=((x,), {}), **options).pipeline.report.links
 
-    assert report() == ["cpu to cpu: 5.00 us + bytes / 1.00 TB/s, handed over, not copied"]
-    assert report(profile="count") == ["cpu to cpu: 20.0 us + bytes / 10.0 GB/s, assumed"]
-    assert report(cluster="2xH100") == ["H100:0 to H100:1: 11.8 us + bytes / 450 GB/s, data sheet"]
+    assert report() == ("cpu to cpu: 5.00 us + bytes / 1.00 TB/s, handed over, not copied",)
+    assert report(costs="count") == ("cpu to cpu: 20.0 us + bytes / 10.0 GB/s, assumed",)
+    assert report(cluster="2xH100") == ("H100:0 to H100:1: 11.8 us + bytes / 450 GB/s, data sheet",)

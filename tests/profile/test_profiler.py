@@ -289,7 +289,7 @@ def test_a_model_on_the_meta_device_is_counted_like_a_real_one() -> None:
 
 def test_a_model_on_the_meta_device_cannot_be_measured() -> None:
     capture = captured(meta(lambda: blocks(2)), torch.ones(4, D))
-    with pytest.raises(PipecompileError, match=r"meta device.*profile='count'"):
+    with pytest.raises(PipecompileError, match=r"meta device.*costs='count'"):
         costed(capture, "measure")
 
 

@@ -30,7 +30,7 @@ def trained(stages: int, optimizer: Callable[..., torch.optim.Optimizer]) -> tup
         schedule="pipedream",
         microbatches=MICROBATCHES,
         optimizer=optimizer,
-        profile="count",
+        costs="count",
     )
     losses = [pipe(*args, **kwargs).item() for args, kwargs in CALLS]
     pipe.pipeline.flush()

@@ -32,7 +32,7 @@ def pairs(name: str, **options: Any) -> Iterator[tuple[nn.Module, Inputs]]:
 
 
 def repeats(pipe: nn.Module) -> list[str]:
-    return list(pipe.pipeline.report["run again"])
+    return list(pipe.pipeline.report.rerun)
 
 
 # Asking for gradients

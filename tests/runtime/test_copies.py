@@ -24,7 +24,7 @@ NAMES = ("sequential", "tied", "buffers_in_place", "dict_in_out", "gpt2_padded")
 
 
 def pipe_of(model: nn.Module, **options: Any) -> Any:
-    return pipecompile.compile(model, devices=["cpu", "cpu"], microbatches=1, profile="count", **options)
+    return pipecompile.compile(model, devices=["cpu", "cpu"], microbatches=1, costs="count", **options)
 
 
 def all_at_once(count: int, run: Callable[[int], Any]) -> list[Any]:

@@ -112,7 +112,7 @@ def test_muon_takes_the_matrices_and_adam_the_rest() -> None:
 
 
 def test_sparse_adam_takes_sparse_gradients_and_torch_refuses_it_dense_ones() -> None:
-    pipe, model = pipecompile.compile(Sparse().double(), ["cpu"] * 2, profile="count"), Sparse().double()
+    pipe, model = pipecompile.compile(Sparse().double(), ["cpu"] * 2, costs="count"), Sparse().double()
     model.load_state_dict(pipe.state_dict())
     for module in (pipe, model):
         optimizer = optim.SparseAdam(module.words.parameters(), lr=0.1)
@@ -236,6 +236,8 @@ def test_a_copy_keeps_what_compile_was_told() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.last(self.mix(self.first(x)))
 
-    pipe = pipecompile.compile(Mixes(), ["cpu"] * 2, microbatches=2, profile="count", allow_microbatch=["mix"])
+    pipe = pipecompile.compile(
+        Mixes(), ["cpu"] * 2, microbatches=2, costs="count", batching=pipecompile.Batching(allow_mixing=["mix"])
+    )
     x = torch.randn(4, 10)
     torch.testing.assert_close(deepcopy(pipe)(x), pipe(x))

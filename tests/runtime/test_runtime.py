@@ -79,7 +79,7 @@ class Net(nn.Module):
 
 
 def pipe_of(model: nn.Module, stages: int = STAGES, **options: Any) -> Any:
-    options = {"microbatches": 4, "profile": "count", **options}
+    options = {"microbatches": 4, "costs": "count", **options}
     return pipecompile.compile(model, devices=["cpu"] * stages, **options)
 
 
@@ -556,6 +556,6 @@ def test_stages_of_one_rank_need_no_transfer() -> None:
     model = nn.Module()
     model.body = blocks(3)
     model.forward = lambda x: model.body(x)
-    pipe = pipecompile.compile(model, ["cpu"], microbatches=2, profile="count")
+    pipe = pipecompile.compile(model, ["cpu"], microbatches=2, costs="count")
     pipe(torch.ones(4, D))
     assert not any(isinstance(i, Send | Recv) for i in pipe.pipeline.program.instructions)

@@ -26,7 +26,7 @@ CPU = ["cpu", "cpu"]
 
 
 def pipe_of(model: nn.Module, **options: Any) -> Any:
-    return pipecompile.compile(model.double(), CPU, **{"microbatches": 2, "profile": "count", **options})
+    return pipecompile.compile(model.double(), CPU, **{"microbatches": 2, "costs": "count", **options})
 
 
 def x(rows: int = 8) -> Tensor:
@@ -131,7 +131,7 @@ def test_the_first_module_whose_output_differs_is_named() -> None:
 def test_a_slice_with_every_microbatch_is_compared_and_reported() -> None:
     pipe = pipe_of(Residual(), microbatches=3)
     mean_square(pipe(x(64))).backward()
-    (line,) = pipe.pipeline.report["verified"]
+    (line,) = pipe.pipeline.report.verified
     assert line.startswith("training: 7 of 64 rows in microbatches of 3, 2, 2: ")
     assert "8 gradients" in line
     assert "1 buffer" in line
@@ -141,7 +141,7 @@ def test_evaluation_and_training_are_proven_apart() -> None:
     pipe = pipe_of(Residual())
     with torch.no_grad():
         pipe(x())
-    assert len(pipe.pipeline.report["verified"]) == 1
+    assert len(pipe.pipeline.report.verified) == 1
     corrupt(pipe, "layers.0.weight", lambda t: t.detach() + 2 * (t - t.detach()))
     with torch.no_grad():
         pipe(x())
@@ -160,7 +160,7 @@ def test_never_and_every() -> None:
                     pipe(x())
             else:
                 pipe(x())
-    assert "verified" in pipe.pipeline.report
+        assert bool(pipe.pipeline.report.verified) == (verify != "never")
 
 
 @pytest.mark.parametrize("verify", ["always", 0, -1, True, None, 1.5])
@@ -172,12 +172,12 @@ def test_other_words_are_refused(verify: Any) -> None:
 def test_a_lost_microbatch_shows_in_every_floating_type() -> None:
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         model = blocks(4).to(dtype)
-        pipe = pipecompile.compile(model, CPU, microbatches=4, profile="count", loss_fn=F.mse_loss)
+        pipe = pipecompile.compile(model, CPU, microbatches=4, costs="count", loss_fn=F.mse_loss)
         data = torch.randn(12, D, dtype=dtype)
         pipe(data, target=torch.randn(12, D, dtype=dtype))
-        (line,) = pipe.pipeline.report["verified"]
+        (line,) = pipe.pipeline.report.verified
         assert "gradients" in line
-        pipe = pipecompile.compile(model, CPU, microbatches=4, profile="count", loss_fn=F.mse_loss)
+        pipe = pipecompile.compile(model, CPU, microbatches=4, costs="count", loss_fn=F.mse_loss)
         pipe.pipeline.prepare(data, target=data)
         losing = pipe.pipeline._first
         assert losing is not None
@@ -231,7 +231,7 @@ def test_an_asynchronous_pipeline_proves_its_first_microbatch() -> None:
     optimizer = {"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.0)}
     pipe = pipe_of(model, schedule="pipedream", loss_fn=F.mse_loss, **optimizer)
     pipe(x(), target=x())
-    assert pipe.pipeline.report["verified"][0].startswith("training: 3 of 4 rows: ")
+    assert pipe.pipeline.report.verified[0].startswith("training: 3 of 4 rows: ")
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
 
 
@@ -246,7 +246,7 @@ def test_a_model_that_takes_its_own_batch_alone_is_proven_on_all_of_it() -> None
 
     pipe = pipe_of(Eight(), microbatches=1)
     pipe(x(8), 8)
-    assert pipe.pipeline.report["verified"][0].startswith("training: 8 of 8 rows: ")
+    assert pipe.pipeline.report.verified[0].startswith("training: 8 of 8 rows: ")
 
 
 def test_what_the_unsplit_model_raises_is_raised() -> None:
@@ -288,7 +288,7 @@ def test_gradients_that_cancel_are_no_false_alarm() -> None:
     model = nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D, affine=False), nn.Linear(D, D, bias=False))
     pipe = pipe_of(model, microbatches=2)
     pipe(torch.randn(8, D, dtype=torch.float64)).sum().backward()  # the mean of normalised values: no gradient at all
-    assert pipe.pipeline.report["verified"]
+    assert pipe.pipeline.report.verified
 
 
 def test_hooks_on_parameters_are_for_real_steps() -> None:
@@ -330,7 +330,7 @@ def test_what_a_callback_of_the_garbage_collector_sets_is_not_the_models() -> No
     gc.callbacks.append(note_collection)
     gc.set_threshold(10)
     try:
-        pipe = pipecompile.compile(MayAsk(), ["cpu", "cpu"], microbatches=2, profile="count")
+        pipe = pipecompile.compile(MayAsk(), ["cpu", "cpu"], microbatches=2, costs="count")
         pipe(torch.randn(4, D)).backward()
     finally:
         gc.set_threshold(*thresholds)
@@ -354,7 +354,7 @@ class NormedThrice(nn.Module):
 
 
 def test_running_statistics_of_a_norm_that_is_used_thrice_are_no_false_alarm() -> None:
-    pipe = pipecompile.compile(NormedThrice().double(), ["cpu", "cpu"], microbatches=4, profile="count")
+    pipe = pipecompile.compile(NormedThrice().double(), ["cpu", "cpu"], microbatches=4, costs="count")
     pipe(torch.randn(24, D, dtype=torch.float64)).backward()
     assert pipe.pipeline.proofs
 
@@ -383,7 +383,7 @@ def test_what_another_thread_sets_once_is_not_the_models(monkeypatch: pytest.Mon
             return run(trial, left_too)
 
     monkeypatch.setattr(prove, "split_step", while_a_clock_ticks)
-    pipe = pipecompile.compile(MayLook(), ["cpu", "cpu"], microbatches=2, profile="count")
+    pipe = pipecompile.compile(MayLook(), ["cpu", "cpu"], microbatches=2, costs="count")
     pipe(torch.randn(4, D)).backward()
     assert len(compared) == 2
     assert pipe.pipeline.proofs

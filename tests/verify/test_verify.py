@@ -19,7 +19,7 @@ from pipecompile.verify.results import Verification
 
 
 def pipe_of(model: nn.Module, **options: Any) -> Any:
-    options = {"microbatches": 2, "profile": "count", **options}
+    options = {"microbatches": 2, "costs": "count", **options}
     return pipecompile.compile(model.double(), devices=["cpu", "cpu"], **options)
 
 

@@ -55,7 +55,7 @@ def examine(entry: Wild) -> Iterator[dict[str, Any]]:
 def _train(entry: Wild, stages: int, microbatches: int, reference: Reference) -> dict[str, Any]:
     """The verdict over all sizes: the first that is not ``EXACT``; with captures and notes."""
     pipe = pipecompile.compile(
-        entry.build(), devices=["cpu"] * stages, schedule="1f1b", microbatches=microbatches, profile="count"
+        entry.build(), devices=["cpu"] * stages, schedule="1f1b", microbatches=microbatches, costs="count"
     )
     verdict = EXACT
     for size in sizes(entry):
@@ -64,7 +64,7 @@ def _train(entry: Wild, stages: int, microbatches: int, reference: Reference) ->
             verdict += f" [{microbatches} microbatches of {size.batch} rows, length {size.length}]"
             break
     found = {f"stages {stages}": verdict, f"captures {stages}": pipe.pipeline.captures}
-    notes = pipe.pipeline.report.get("notes", []) if pipe.pipeline.captures else []
+    notes = pipe.pipeline.report.notes if pipe.pipeline.captures else ()
     return {**found, f"notes {stages}": [str(note)[:200] for note in notes]}
 
 

@@ -16,7 +16,7 @@ from wild.check import MICROBATCHES
 HEADING = "## Other libraries"
 KINDS = ("exact", "refused", "foreign", "wrong", "hung")
 REMEDY = re.compile(
-    r"(leaf_modules|microbatches|in_dims|out_dims|allow_microbatch|batch_norm|register_buffer)\b.?=?|nn\.Parameter|"
+    r"(leaf_modules|microbatches|in_dims|out_dims|allow_mixing|batch_norm|register_buffer)\b.?=?|nn\.Parameter|"
     r"\b(pass|use|call|move|make|give|keep|name|return|compute|write|set|run|say|register|put|turn|train) "
 )
 WANTED = 0.97  # of the models, exact

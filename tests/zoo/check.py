@@ -101,7 +101,7 @@ def _train(entry: Entry, model: nn.Module, stages: int, references: Callable[...
     captures = 0
     for microbatches in (1,) if entry.whole else (2,):
         pipe = pipecompile.compile(
-            model, devices=["cpu"] * stages, schedule="1f1b", microbatches=microbatches, profile="count"
+            model, devices=["cpu"] * stages, schedule="1f1b", microbatches=microbatches, costs="count"
         )
         for size in sizes(entry):
             verdict = _step(entry, pipe, size, microbatches, references)

@@ -201,7 +201,7 @@ def _train(
 ) -> Tally:
     """One pipeline for all batches and numbers of microbatches, so that captures are shared."""
     tally = Tally()
-    pipe = pipecompile.compile(model, ["cpu"] * stages, schedule="1f1b", microbatches=2, profile="count")
+    pipe = pipecompile.compile(model, ["cpu"] * stages, schedule="1f1b", microbatches=2, costs="count")
     for batch in batches:
         for count in microbatches:
             cut_into(pipe, count)
@@ -212,7 +212,7 @@ def _train(
             break  # it would be refused for other batches too
     tally.captures = pipe.pipeline.captures
     if tally.exact:
-        tally.tail = next((line for line in pipe.pipeline.report["microbatches"] if "computed once" in line), "")
+        tally.tail = next((line for line in pipe.pipeline.report.microbatches if "computed once" in line), "")
     return tally
 
 

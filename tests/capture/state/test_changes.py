@@ -1835,7 +1835,7 @@ def test_a_change_between_calls(name: str, microbatches: int) -> None:
     steps = KINDS[name]()
     with contextlib.closing(steps):  # type: ignore[type-var]
         first = next(steps)
-        pipe = pipecompile.compile(first.model, ["cpu", "cpu"], microbatches=microbatches, profile="count")
+        pipe = pipecompile.compile(first.model, ["cpu", "cpu"], microbatches=microbatches, costs="count")
         before = expected = numbers(first.model, first)
         assert_equal(numbers(pipe, first), before)
         for after in steps:
@@ -1864,7 +1864,7 @@ def test_callbacks_of_the_garbage_collector_are_no_code_of_the_model() -> None:
 
     gc.callbacks.append(counting)
     try:
-        pipe = pipecompile.compile(nn.Sequential(Collects(), model), ["cpu", "cpu"], microbatches=1, profile="count")
+        pipe = pipecompile.compile(nn.Sequential(Collects(), model), ["cpu", "cpu"], microbatches=1, costs="count")
         for _ in range(3):
             gc.collect()
             torch.testing.assert_close(pipe(x), model(x))

@@ -55,7 +55,7 @@ def rows(count: int = 4) -> Tensor:
 
 def pair(forward: Callable[..., Tensor], make: Callable[[], dict[str, Any]] = dict, **options: Any) -> tuple[Any, Any]:
     """A pipeline and the same model without one, each with attributes of its own."""
-    pipe = pipecompile.compile(Outer(forward, **make()), ["cpu", "cpu"], microbatches=2, profile="count", **options)
+    pipe = pipecompile.compile(Outer(forward, **make()), ["cpu", "cpu"], microbatches=2, costs="count", **options)
     return pipe, Outer(forward, **make())
 
 
@@ -185,7 +185,7 @@ def test_a_flag_that_changes_back_finds_its_capture() -> None:
     for flag in (True, False, True, False):
         follow(pipe, model, setting("flag", flag))
     assert pipe.pipeline.captures == 2
-    assert any("inner.flag is False, the trace holds for True" in reason for reason in pipe.pipeline.report["captures"])
+    assert any("inner.flag is False, the trace holds for True" in reason for reason in pipe.pipeline.report.captures)
 
 
 def test_an_attribute_that_is_not_read_is_not_guarded() -> None:
@@ -214,7 +214,7 @@ def test_a_config_of_transformers_is_guarded() -> None:
     torch.manual_seed(0)
     sizes = {"vocab_size": 61, "n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 16}
     model = GPT2LMHeadModel(GPT2Config(**sizes)).double().eval()
-    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=2, profile="count")
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=2, costs="count")
     ids = torch.randint(61, (2, 8))
     pipe(ids)
     assert model.config.use_cache is True
@@ -295,7 +295,7 @@ def test_a_number_that_forward_sets_is_set_once_a_call_and_followed(
         assert pipe.inner.calls == model.inner.calls
         assert type(pipe.inner.calls) is type(model.inner.calls)
     assert pipe.pipeline.captures == captures
-    assert pipe.pipeline.report["attributes"] == ["inner.calls is set once a call"]
+    assert pipe.pipeline.report.attributes == ["inner.calls is set once a call"]
 
 
 def test_two_numbers_that_depend_on_each_other_are_followed() -> None:
@@ -438,7 +438,7 @@ def test_captures_that_keep_coming_are_told_with_what_differed() -> None:
         warnings.simplefilter("error")
         pipe.inner.scale = 8.0
         pipe(rows())
-    assert len(pipe.pipeline.report["captures"]) == pipe.pipeline.captures == 9
+    assert len(pipe.pipeline.report.captures) == pipe.pipeline.captures == 9
 
 
 class Optional(nn.Module):
@@ -454,7 +454,7 @@ class Optional(nn.Module):
 
 
 def test_each_kind_of_call_is_one_capture_with_its_reason() -> None:
-    pipe = pipecompile.compile(Optional(), ["cpu", "cpu"], microbatches=2, profile="count")
+    pipe = pipecompile.compile(Optional(), ["cpu", "cpu"], microbatches=2, costs="count")
     x = rows().float()
     for _ in range(2):
         pipe.train()(x)
@@ -464,7 +464,7 @@ def test_each_kind_of_call_is_one_capture_with_its_reason() -> None:
         pipe(x.double().float(), mask=None, twice=False)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             pipe(x)
-    reasons = pipe.pipeline.report["captures"]
+    reasons = pipe.pipeline.report.captures
     assert pipe.pipeline.captures == len(reasons)
     expected = ["first call", "eval()", "with mask", "without mask", "instead of True", "autocast"]
     assert len(reasons) == len(expected), reasons
@@ -590,7 +590,7 @@ class MakesObjects(nn.Module):
 
 def test_an_object_that_the_forward_makes_is_not_compared_with_the_next_calls() -> None:
     model = MakesObjects().double()
-    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=2, profile="count")
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=2, costs="count")
     for seed in range(3):
         inputs = ((torch.randn(4, D, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)),), {})
         assert_same(step(pipe, model, lambda loss: loss, inputs), step(model, model, lambda loss: loss, inputs))

@@ -355,7 +355,7 @@ def follow(
     expected = [run(model, model, look, x) for model in [Model(body, make)] for x in batches]
     _forget()
     model = Model(body, make)
-    pipe = pipecompile.compile(model, ["cpu"] * stages, microbatches=microbatches, profile="count")
+    pipe = pipecompile.compile(model, ["cpu"] * stages, microbatches=microbatches, costs="count")
     for x, step in zip(batches, expected, strict=True):
         same(run(pipe, model, look, x), step)
     return pipe
@@ -442,7 +442,7 @@ def test_a_table_that_a_call_leaves_is_read_by_the_next(
     expected = [run(model, model, look, x) for model in [Model(body, make)] for x in batches]
     _forget_tables()
     model = Model(body, make)
-    pipe = pipecompile.compile(model, ["cpu"] * 2, microbatches=microbatches, profile="count")
+    pipe = pipecompile.compile(model, ["cpu"] * 2, microbatches=microbatches, costs="count")
     for x, step in zip(batches, expected, strict=True):
         same(run(pipe, model, look, x), step)
     captures = pipe.pipeline.captures
@@ -460,7 +460,7 @@ def _notes_the_size(self: Any, h: Tensor) -> Tensor:
 
 def test_an_attribute_set_to_the_value_that_it_has_is_set_again_once_it_has_another() -> None:
     model = Model(_notes_the_size, lambda: {"size": 1, "asked": False})
-    pipe = pipecompile.compile(model, ["cpu"] * 2, profile="count")
+    pipe = pipecompile.compile(model, ["cpu"] * 2, costs="count")
     pipe(inputs(0)).sum().backward()
     assert [block.size for block in model.blocks] == [1, 1]
     for block in model.blocks:
@@ -477,7 +477,7 @@ def test_no_fake_tensor_is_left_by_a_trace_that_fails(body: Callable[..., Tensor
 
     _forget_tables()
     model = Model(failing, lambda: {"losses": []})
-    pipe = pipecompile.compile(model, ["cpu"] * 2, profile="count")
+    pipe = pipecompile.compile(model, ["cpu"] * 2, costs="count")
     with pytest.raises(CaptureError):
         pipe(inputs(0))
     left = [TABLES, [*BY_MODULE.values()], _default_argument.__defaults__, vars(_function_attribute)]
@@ -489,7 +489,7 @@ def test_state_that_goes_from_call_to_call_is_refused_with_the_remedy() -> None:
         self.membrane = (0.9 * self.membrane + h).detach()
         return h + self.membrane
 
-    pipe = pipecompile.compile(Model(body, lambda: {"membrane": torch.zeros(D)}), ["cpu"] * 2, profile="count")
+    pipe = pipecompile.compile(Model(body, lambda: {"membrane": torch.zeros(D)}), ["cpu"] * 2, costs="count")
     with pytest.raises(CaptureError, match="register_buffer"):
         pipe(inputs(0))
 
@@ -499,7 +499,7 @@ def test_gradients_from_one_call_into_the_next_are_refused() -> None:
         self.total = self.total + h.mean()
         return h
 
-    pipe = pipecompile.compile(Model(body, lambda: {"total": 0.0}), ["cpu"] * 2, profile="count")
+    pipe = pipecompile.compile(Model(body, lambda: {"total": 0.0}), ["cpu"] * 2, costs="count")
     pipe(inputs(0))
     with pytest.raises(CaptureError, match="detach"):
         pipe(inputs(0))
@@ -529,6 +529,6 @@ class Whole(nn.Module):
 def test_what_a_module_kept_whole_leaves_is_refused(kind: str, asks: bool) -> None:
     model = Model(lambda self, h: self.whole(h), lambda: {"whole": Whole(kind, asks)})
     leaves = ["blocks.0.whole", "blocks.1.whole"]
-    pipe = pipecompile.compile(model, ["cpu"] * 2, profile="count", leaf_modules=leaves)
+    pipe = pipecompile.compile(model, ["cpu"] * 2, costs="count", leaf_modules=leaves)
     with pytest.raises(CaptureError, match=r"kept whole.*let it return"):
         pipe(inputs(0))

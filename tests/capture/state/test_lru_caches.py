@@ -83,5 +83,5 @@ def test_the_model_and_later_captures_compute_anew_what_a_trace_has_remembered(k
     if before:
         model(torch.cat([x, x]))  # the caches are there, with another entry
     for _ in range(2):
-        pipe = pipecompile.compile(model, devices=["cpu"] * 2, microbatches=1, profile="count")
+        pipe = pipecompile.compile(model, devices=["cpu"] * 2, microbatches=1, costs="count")
         assert_same(step(pipe, model, mean_square, ((x,), {})), step(model, model, mean_square, ((x,), {})))

@@ -159,7 +159,7 @@ def test_a_seed_gives_the_numbers_of_the_unsplit_model(
 ) -> None:
     expected = steps(model := Model(body), model)
     model = Model(body)
-    pipe = pipecompile.compile(model, ["cpu"] * stages, microbatches=microbatches, profile="count")
+    pipe = pipecompile.compile(model, ["cpu"] * stages, microbatches=microbatches, costs="count")
     for mine, theirs in zip(steps(pipe, model), expected, strict=True):
         torch.testing.assert_close(mine[:2], theirs[:2])
         assert mine[2:] == theirs[2:]
@@ -170,7 +170,7 @@ def test_a_seed_gives_the_numbers_of_the_unsplit_model(
 
 def test_a_capture_alone_draws_nothing() -> None:
     model = Model(_held)
-    pipe = pipecompile.compile(model, ["cpu", "cpu"], profile="count")
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], costs="count")
     before = states(model)
     pipe.pipeline.prepare(inputs(0))
     assert states(model) == before
@@ -178,7 +178,7 @@ def test_a_capture_alone_draws_nothing() -> None:
 
 def test_a_generator_that_is_exchanged_is_the_one_that_draws() -> None:
     model, other = Model(_held), Model(_held)
-    pipe = pipecompile.compile(model, ["cpu", "cpu"], profile="count")
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], costs="count")
     for seed in (1, 2):
         model.numpy, other.numpy = np.random.default_rng(seed), np.random.default_rng(seed)
         random.seed(seed)
@@ -195,7 +195,7 @@ def test_draws_that_are_not_seen_are_refused() -> None:
     def body(self: Any, h: Tensor) -> Tensor:
         return h * hidden[0]()
 
-    pipe = pipecompile.compile(Model(body), ["cpu", "cpu"], profile="count")
+    pipe = pipecompile.compile(Model(body), ["cpu", "cpu"], costs="count")
     with pytest.raises(CaptureError, match=r"draws random numbers of random\.Random where they are not seen"):
         pipe(inputs(0))
 
@@ -229,7 +229,7 @@ def test_a_module_kept_whole_draws_once_a_batch() -> None:
     expected = steps(model := _with_deciding(), model)
     for microbatches in (1, 2):
         model = _with_deciding()
-        pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=microbatches, profile="count")
+        pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=microbatches, costs="count")
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             found = steps(pipe, model)
@@ -243,6 +243,6 @@ def test_a_decision_by_torch_random_numbers_is_refused_or_kept_whole() -> None:
     def body(self: Any, h: Tensor) -> Tensor:
         return h if torch.rand([]) < 0.5 else self.layers[1](h)
 
-    pipe = pipecompile.compile(Model(body), ["cpu", "cpu"], profile="count")
+    pipe = pipecompile.compile(Model(body), ["cpu", "cpu"], costs="count")
     with pytest.raises(CaptureError, match="reads a random value"):
         pipe(inputs(0))

@@ -1,0 +1,61 @@
+"""What the user says about the batch dimension."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from pipecompile.errors import InputError
+
+BatchNorm = Literal["microbatch", "deferred"]
+
+
+@dataclass(frozen=True)
+class Batching:
+    """Which tensors have a batch, and what may mix the samples of a microbatch.
+
+    Args:
+        in_dims: the batch dimension of arguments, by name: ``{"x": 1}``; None for an argument that all microbatches
+            share. By default tensors are split along dimension 0, where most of them have the same size.
+        out_dims: the same for outputs, by name or number: ``{"scores": 1}``, to override what the analysis finds. What
+            leads to such an output alone may mix the samples of a microbatch; with None the output of the first
+            microbatch stands for all.
+        batch_norm: "microbatch": in training, batch normalization uses the statistics of each microbatch, as GPipe does
+            (Huang et al. 2019, section 3), and updates its running statistics once per microbatch; "deferred": it
+            updates them once per batch, from all rows.
+        allow_mixing: paths of modules that mix samples in the middle of the model and may do so within a microbatch;
+            without it such a model is refused, because microbatches cannot compute what the whole batch computes.
+
+    Raises:
+        InputError: a value is not of its kind.
+    """
+
+    in_dims: Mapping[str, int | None] = field(default_factory=dict)
+    out_dims: Mapping[str, int | None] = field(default_factory=dict)
+    batch_norm: BatchNorm = "microbatch"
+    allow_mixing: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.allow_mixing, str):
+            raise InputError(f"allow_mixing={self.allow_mixing!r}; it must be a list of module paths")
+        object.__setattr__(self, "in_dims", dict(self.in_dims))
+        object.__setattr__(self, "out_dims", {str(name): dim for name, dim in self.out_dims.items()})
+        object.__setattr__(self, "allow_mixing", tuple(self.allow_mixing))
+        if self.batch_norm not in get_args(BatchNorm):
+            known = " or ".join(map(repr, get_args(BatchNorm)))
+            raise InputError(f"batch_norm={self.batch_norm!r} is not known; it must be {known}")
+        for name, dims in (("in_dims", self.in_dims), ("out_dims", self.out_dims)):
+            for key, dim in dims.items():
+                if dim is not None and (not isinstance(dim, int) or isinstance(dim, bool)):
+                    raise InputError(
+                        f"{name}[{key!r}] = {dim!r}; it must be the number of a dimension, or None for no batch"
+                    )
+
+    @property
+    def may_mix(self) -> bool:
+        """Whether the user has accepted numbers that are not those of the whole batch."""
+        return bool(self.allow_mixing or self.out_dims)
+
+
+DEFAULT_BATCHING = Batching()

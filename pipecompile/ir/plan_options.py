@@ -1,0 +1,142 @@
+"""What the user asks of a plan: constraints that hold, and what to minimize."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
+
+from pipecompile.errors import InputError
+from pipecompile.ir.plan import Plan
+
+Objective = Literal["pace", "overlap"] | Callable[[Plan], float]
+Goal = Objective | Literal["step"]
+GOALS = ("pace", "overlap", "step")
+Recompute = Literal["never", "always", "auto"]
+RECOMPUTE = get_args(Recompute)
+SEARCH_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """Constraints on a plan, and what it minimizes.
+
+    A constraint holds, or the model is refused with the reason. A path names a module and all modules inside it.
+
+    Args:
+        pins: modules and the stage that computes all of each: ``{"encoder": 0}``. Stages are counted from 0.
+        no_split: paths of modules that must not be split over stages.
+        colocate: groups of two or more paths of modules that must share a stage.
+        max_stages: let the plan have fewer stages than there are devices, and at most this many.
+        replicas: for each stage, the number of devices that run it, data parallel; by default one. With ``(1, 2, 1)``
+            the second of three stages runs on the second and third of four devices, which take microbatches in turn.
+            "auto" searches the number of stages, and of devices per stage, for the shortest predicted step.
+        recompute: whether the backward of a stage recomputes its activations: "never", "always", or "auto", where that
+            shortens the step within memory or nothing else fits.
+        optimizer_state: bytes that the optimizer keeps per byte of parameters, which plans within a memory limit must
+            know: 0 for SGD, 1 with momentum, 2 for Adam, the default. Measured where ``optimizer`` is given.
+        objective: what to minimize. "pace": seconds per microbatch of the slowest stage, compute plus communication;
+            "overlap": the same with communication overlapped; "step": predicted seconds of a whole step, which differs
+            where few microbatches fill the pipeline; or a function of a plan, which chooses among the plans found.
+        search_seconds: CPU seconds after which the search returns its best plan; the report says how good that is.
+
+    Raises:
+        InputError: a value is of the wrong type or out of range.
+    """
+
+    pins: Mapping[str, int] = field(default_factory=dict)
+    no_split: Sequence[str] = ()
+    colocate: Sequence[Sequence[str]] = ()
+    max_stages: int | None = None
+    replicas: Sequence[int] | Literal["auto"] | None = None
+    recompute: Recompute = "auto"
+    optimizer_state: float | None = None
+    objective: Goal = "pace"
+    search_seconds: float = SEARCH_SECONDS
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pins", dict(self.pins))
+        object.__setattr__(self, "no_split", _paths("no_split", self.no_split))
+        object.__setattr__(self, "colocate", tuple(_paths("a group of colocate", group) for group in self.colocate))
+        if self.replicas != "auto" and self.replicas is not None:
+            object.__setattr__(self, "replicas", _counts(self.replicas))
+        self._check_constraints()
+        self._check_search()
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """The number of devices of each stage, as far as ``replicas`` gives it; else empty."""
+        return () if self.replicas is None or isinstance(self.replicas, str) else tuple(self.replicas)
+
+    def without_search(self) -> PlanOptions:
+        """The constraints alone."""
+        return PlanOptions(self.pins, self.no_split, self.colocate, self.max_stages)
+
+    def minimizing(self, objective: Goal) -> PlanOptions:
+        """The same for another objective."""
+        return replace(self, objective=objective)
+
+    def __str__(self) -> str:
+        """The constraints, as a message quotes them."""
+        lines = [f"{path!r} in stage {stage}" for path, stage in self.pins.items()]
+        lines += [f"{path!r} not split" for path in self.no_split]
+        lines += [f"{', '.join(map(repr, group))} in one stage" for group in self.colocate]
+        if self.max_stages is not None:
+            lines.append(f"at most {self.max_stages} stages")
+        return "; ".join(lines) or "no constraints"
+
+    def _check_constraints(self) -> None:
+        for path, stage in self.pins.items():
+            if not _is_whole(stage, least=0):
+                raise InputError(f"pins[{path!r}] = {stage!r}; it must be the number of a stage, counted from 0")
+        for group in self.colocate:
+            if len(group) < 2:
+                raise InputError(f"colocate has the group {group!r}; a group must have two or more modules")
+        if self.max_stages is not None and not _is_whole(self.max_stages):
+            raise InputError(f"max_stages={self.max_stages!r}; it must be a number of stages, at least 1")
+
+    def _check_search(self) -> None:
+        if self.recompute not in RECOMPUTE:
+            raise InputError(f"recompute={self.recompute!r} is not known; it must be one of {_listed(RECOMPUTE)}")
+        if not callable(self.objective) and self.objective not in GOALS:
+            raise InputError(
+                f"objective={self.objective!r} is not known; it must be one of {_listed(GOALS)}, or a function of plans"
+            )
+        if not _is_number(self.search_seconds) or not self.search_seconds > 0:
+            raise InputError(f"search_seconds={self.search_seconds!r}; it must be a positive number of CPU seconds")
+        state = self.optimizer_state
+        if state is not None and (not _is_number(state) or not 0 <= state < float("inf")):
+            raise InputError(
+                f"optimizer_state={state!r}; it must be the bytes that the optimizer keeps per byte of parameters"
+            )
+
+
+def _paths(name: str, paths: Sequence[Any]) -> tuple[str, ...]:
+    if isinstance(paths, str) or not all(isinstance(path, str) for path in paths):
+        raise InputError(f"{name} is {paths!r}; it must be a list of module paths")
+    return tuple(paths)
+
+
+def _counts(replicas: Any) -> tuple[int, ...]:
+    if isinstance(replicas, str):
+        raise InputError(f"replicas={replicas!r} is not known; it must be 'auto', or a list with a number per stage")
+    if not all(map(_is_whole, replicas)):
+        raise InputError(
+            f"replicas={list(replicas)}; it must have for each stage the number of devices that run it, at least 1"
+        )
+    return tuple(replicas)
+
+
+def _is_whole(value: Any, least: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names))
+
+
+DEFAULT_PLAN = PlanOptions()
