@@ -162,10 +162,10 @@ def test_a_forbidden_import_would_show(layer: str, line: str) -> None:
     assert forbidden(layer, modules_imported(line))
 
 
-def test_the_public_names_are_ten_or_fewer_beside_errors_and_exist() -> None:
+def test_the_public_names_are_twelve_or_fewer_beside_errors_and_exist() -> None:
     errors = {each for each in pipecompile.__all__ if issubclass_of_error(getattr(pipecompile, each))}
     assert errors >= {"CaptureError", "ExactnessError", "ExecutionError", "InputError", "PipecompileError", "PlanError"}
-    assert 0 < len(set(pipecompile.__all__) - errors) <= 10
+    assert 0 < len(set(pipecompile.__all__) - errors) <= 12
     assert sorted(pipecompile.__all__, key=str.lower) == sorted(set(pipecompile.__all__), key=str.lower)
     assert all(hasattr(pipecompile, each) for each in pipecompile.__all__)
 
