@@ -80,7 +80,7 @@ def _positive(name: str, tensor: Tensor, dim: int) -> int:
     if not -tensor.ndim <= dim < tensor.ndim:
         raise InputError(
             f"in_dims= gives dimension {dim} as the batch dimension of {name!r}, whose shape is {tuple(tensor.shape)}; "
-            f"it must be from {-tensor.ndim} to {tensor.ndim - 1}"
+            f"use a dimension that it has, or None for no batch"
         )
     return dim % tensor.ndim
 
