@@ -1,9 +1,9 @@
-"""What ``compile`` returns: a module that everybody takes for the model, and that runs the pipeline when it is called.
+"""The module that ``compile`` returns: it looks like the model to any tool, and runs the pipeline when called.
 
-Tools look at a model's class, its signature, its attributes and its modules' paths: trainers, checkpoints, PEFT,
-``functional_call``, freezing by path. So the pipeline is no wrapper around the model. Its class is a subclass of the
-model's, made for it, of the same name; it shares the model's ``__dict__``, so each attribute, parameter, hook and mode
-is that of the model itself. Two names are not the model's: ``forward``, which runs the pipeline, and ``pipeline``.
+Trainers, checkpoints, PEFT, ``functional_call`` and freezing by path use a model's class, signature, attributes and
+module paths. So the pipeline does not wrap the model. Its class is a new subclass of the model's class with the same
+name, and it shares the model's ``__dict__``, so every attribute, parameter, hook and mode is that of the model. Only
+two names differ: ``forward``, which runs the pipeline, and ``pipeline``.
 """
 
 from __future__ import annotations
@@ -19,26 +19,28 @@ from torch import nn
 from pipecompile.errors import InputError
 from pipecompile.pipeline import Pipeline
 
-NAME = "pipeline"  # what is ours of all the attributes that the module has
-GENERATE = "generate"  # the method of transformers' models that the unsplit model runs
+NAME = "pipeline"  # the only attribute that is added to those of the model
+GENERATE = "generate"  # method of transformers' models, run by the unsplit model
 
 
 def as_model(pipeline: Pipeline) -> Any:
-    """A module that is the pipeline's model to everybody who looks, and runs the pipeline when it is called.
+    """Returns a module that looks like the pipeline's model, and runs the pipeline when called.
 
     Raises:
-        InputError: the model has an attribute of the name that is ours, or a class that nothing can inherit from.
+        InputError: The model is a pipeline, has an attribute named ``pipeline``, or has a class that cannot be
+            subclassed.
     """
     model = pipeline.model
     base = type(model)
     if isinstance(vars(base).get(NAME), property):
-        raise InputError("the model is a pipeline already; compile pipe.pipeline.model")
+        raise InputError("the model is already a pipeline; compile pipe.pipeline.model instead")
     if _has(model, NAME):
         raise InputError(
-            f"the model has an attribute {NAME!r} of its own, which would hide the pipeline's; rename it in the model"
+            f"the model has an attribute {NAME!r} of its own, which conflicts with the pipeline's; rename it in the "
+            f"model"
         )
     members = {
-        "__new__": lambda kind, *args, **kwargs: base(*args, **kwargs),  # what makes more of its kind makes models
+        "__new__": lambda kind, *args, **kwargs: base(*args, **kwargs),  # type(pipe)(...) creates a model
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
@@ -50,13 +52,14 @@ def as_model(pipeline: Pipeline) -> Any:
         "__reduce_ex__": lambda self, protocol: (as_model, (pipeline,)),
         "__prepare_scriptable__": _refuse_script,
     }
-    if callable(getattr(base, GENERATE, None)):  # passes a cache of keys and values from call to call
+    if callable(getattr(base, GENERATE, None)):  # passes a key-value cache from call to call
         members[GENERATE] = _by_the_model(getattr(base, GENERATE), pipeline)
     try:
         kind = new_class(base.__name__, (base,), exec_body=lambda namespace: namespace.update(members))
     except TypeError as error:
         raise InputError(
-            f"class {base.__qualname__} cannot be inherited from, as a pipeline has to: {error}"
+            f"class {base.__qualname__} cannot be subclassed, but the class of a pipeline must be a subclass of it: "
+            f"{error}"
         ) from error
     pipe: Any = object.__new__(kind)
     object.__setattr__(pipe, "__dict__", model.__dict__)
@@ -70,7 +73,7 @@ def _has(model: nn.Module, name: str) -> bool:
 
 
 def _forward(pipeline: Pipeline) -> Any:
-    """``forward`` of the class: runs the pipeline, and has the signature of the model's."""
+    """Returns ``forward`` of the class: it runs the pipeline and has the signature of the model's."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return pipeline(*args, **kwargs)
@@ -85,7 +88,7 @@ def _forward(pipeline: Pipeline) -> Any:
 
 
 def _looking_up(base: type[nn.Module]) -> Callable[[Any, str], Any]:
-    """``forward`` is the class's, whatever the instance has: one that is set, ``pipe.forward = f``, is the model's."""
+    """Always looks up ``forward`` in the class; one set on the instance (``pipe.forward = f``) is the model's."""
 
     def __getattribute__(pipe: Any, name: str) -> Any:
         return MethodType(type(pipe).forward, pipe) if name == "forward" else base.__getattribute__(pipe, name)
@@ -94,7 +97,7 @@ def _looking_up(base: type[nn.Module]) -> Callable[[Any, str], Any]:
 
 
 def _by_the_model(method: Callable[..., Any], pipeline: Pipeline) -> Any:
-    """A method that the unsplit model runs, as it would without a pipeline."""
+    """Returns a method that runs on the unsplit model."""
 
     @functools.wraps(method)
     def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -104,7 +107,7 @@ def _by_the_model(method: Callable[..., Any], pipeline: Pipeline) -> Any:
 
 
 def _calling(base: type[nn.Module]) -> Callable[..., Any]:
-    """Hooks on the model itself run around the pipeline, on whole batches; ``model.compile()`` compiles no pipeline."""
+    """Runs hooks on the model itself around the pipeline, on whole batches; ignores ``model.compile()``."""
     call = nn.Module._call_impl if base.__call__ is nn.Module.__call__ else base.__call__
 
     def __call__(pipe: Any, *args: Any, **kwargs: Any) -> Any:
@@ -114,11 +117,11 @@ def _calling(base: type[nn.Module]) -> Callable[..., Any]:
 
 
 def _call_without_hooks(pipe: Any, *args: Any, **kwargs: Any) -> Any:
-    """Hooks on the model itself are between it and the loss function, so stages run them."""
+    """Calls the pipeline without hooks: those on the model come before the loss function, so stages run them."""
     return pipe.forward(*args, **kwargs)
 
 
 def _refuse_script(pipe: Any) -> Any:
     raise InputError(
-        "a pipeline cannot be scripted: its stages run in threads; use torch.jit.script(pipe.pipeline.model)"
+        "a pipeline cannot be scripted, because its stages run in threads; use torch.jit.script(pipe.pipeline.model)"
     )

@@ -1,4 +1,4 @@
-"""What nodes of a graph are computed from."""
+"""Finds the nodes that other nodes of a graph are computed from."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch.fx as fx
 
 
 def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """The nodes themselves, and all that they read, directly or not."""
+    """Returns the nodes and everything they read, directly or indirectly."""
     found: set[fx.Node] = set()
     stack = list(nodes)
     while stack:

@@ -1,8 +1,8 @@
-"""The gradient history of each recorded tensor: where it changes and the tracer has seen no call, something was missed.
+"""Checks the gradient history of recorded tensors, to find calls that the tracer did not see.
 
-A graph of functions has the model's gradients only if every function that autograd has seen is in it. What reaches
-autograd some other way (a function of a C++ extension, a node of its own that Python builds) leaves a mark: a tensor
-whose ``grad_fn`` is no longer the one that it was recorded with, or a ``grad_fn`` that leads to a tensor nobody knows.
+A graph of functions has the model's gradients only if it contains every function that autograd has seen. A call that
+reaches autograd in another way (a C++ extension, an autograd node built in Python) leaves a mark: the ``grad_fn`` of a
+tensor is not the one it was recorded with, or leads to a tensor that is not in the graph.
 """
 
 from __future__ import annotations
@@ -17,36 +17,36 @@ from pipecompile.ops.tensor_args import is_real
 
 
 class Histories:
-    """Those of one trace.
+    """The gradient histories of one trace.
 
     Args:
-        is_known: whether the graph has a tensor.
+        is_known: Returns whether a tensor is in the graph.
     """
 
     def __init__(self, is_known: Callable[[Tensor], bool]) -> None:
         self.is_known = is_known
         self.noted: dict[int, tuple[Any, int]] = {}  # by the tensor's identity: its grad_fn, and the writes before it
         self.writes: dict[int | None, int] = {}  # recorded writes, by storage: each changes the history of all views
-        self.seen: set[Any] = set()  # nodes of autograd that recorded calls have made
+        self.seen: set[Any] = set()  # autograd nodes created by recorded calls
 
     def note(self, tensor: Tensor) -> None:
-        """Notes a tensor as a recorded call leaves it."""
+        """Notes the history of a tensor after a recorded call."""
         if is_real(tensor) or not _has_history(tensor):
             return
         self.noted[id(tensor)] = (tensor.grad_fn, self.writes.get(storage_key(tensor), 0))
         self.seen.add(tensor.grad_fn)
 
     def forget(self, tensor: Tensor) -> None:
-        """Takes whatever history a tensor has when it is met next."""
+        """Accepts whatever history the tensor has the next time it is checked."""
         self.noted.pop(id(tensor), None)
 
     def note_write(self, tensor: Tensor) -> None:
-        """Notes that a recorded call has written to the memory of a tensor."""
+        """Notes that a recorded call wrote to the memory of a tensor."""
         key = storage_key(tensor)
         self.writes[key] = self.writes.get(key, 0) + 1
 
     def stranger(self, tensor: Tensor) -> Any:
-        """The node of autograd that has come into a tensor's history unseen; None if there is none."""
+        """Returns the autograd node that entered a tensor's history unseen, or None."""
         if is_real(tensor) or not _has_history(tensor):
             return None
         noted = self.noted.get(id(tensor))
@@ -56,7 +56,7 @@ class Histories:
         return None if tensor.grad_fn is noted[0] else tensor.grad_fn
 
     def lost(self, results: Iterable[Tensor]) -> Tensor | None:
-        """A tensor that results of a call have a gradient for, and that the graph does not have; None if none."""
+        """Returns a tensor that the results of a call depend on but the graph does not contain, or None."""
         stack = [t.grad_fn for t in results if not is_real(t) and _has_history(t) and t.grad_fn is not None]
         while stack:
             node = stack.pop()

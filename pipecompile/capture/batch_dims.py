@@ -1,8 +1,8 @@
-"""Which arguments have a batch, and along which dimension.
+"""Finds which arguments have a batch dimension, and which dimension it is.
 
-A tensor is *batched* if its first dimension has the batch's size, which is the size that most first dimensions have
-(the first argument decides a tie). The user may say otherwise by name, as ``torch.vmap`` is told with ``in_dims``.
-Batched tensors are split into microbatches; all other arguments are shared by them.
+The batch size is the most common size of first dimensions (the first argument decides a tie). A tensor is *batched* if
+its first dimension has that size. ``in_dims=`` overrides this by name, as in ``torch.vmap``. Batched tensors are split
+into microbatches; all other arguments are shared by all microbatches.
 """
 
 from __future__ import annotations
@@ -16,26 +16,33 @@ from torch import Tensor
 
 from pipecompile.errors import InputError
 
-Dims = Mapping[str, int | None]  # of an argument or of one tensor in it: the batch's dimension, None for no batch
-Settled = Mapping[tuple[str, int], bool]  # by name and number of dimensions: whether an earlier call had it batched
+Dims = Mapping[str, int | None]  # name of an argument, or of one tensor in it -> batch dimension; None: no batch
+Settled = Mapping[tuple[str, int], bool]  # (name, number of dimensions) -> whether it was batched in an earlier call
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The rows of a call's batch (None: no tensor has one), and for each batched tensor the dimension they are in."""
+    """The batch of a call.
+
+    Attributes:
+        rows: Number of rows; None if no tensor has a batch.
+        dims: Batch dimension of each batched tensor, by name.
+    """
 
     rows: int | None = None
     dims: Mapping[str, int] = field(default_factory=dict)
 
 
 def find_batch(tensors: Mapping[str, Tensor], given: Dims, settled: Settled) -> Batch:
-    """The batch of a call.
+    """Finds the batch of a call.
 
     Args:
-        given: what the user has said, by the tensor's name.
+        tensors: The tensors of the call, by name.
+        given: Batch dimensions given by the user, by tensor name.
+        settled: Whether a tensor is batched, where an earlier call has decided it.
 
     Raises:
-        InputError: a tensor does not have the dimension, or they have different numbers of rows, or none.
+        InputError: A tensor does not have the given dimension, the numbers of rows differ, or the batch is empty.
     """
     said = {name: _positive(name, tensors[name], dim) for name, dim in given.items() if dim is not None}
     guessed = {name: t for name, t in tensors.items() if name not in given and t.ndim}
@@ -46,33 +53,34 @@ def find_batch(tensors: Mapping[str, Tensor], given: Dims, settled: Settled) -> 
     if rows is None:
         return Batch()
     if rows == 0:
-        raise InputError("the batch is empty: the batch dimension of the input tensors is 0")
+        raise InputError("the batch is empty: the batch dimension of the inputs has size 0; pass at least one row")
     dims = {n: 0 for n, t in guessed.items() if settled.get((n, t.ndim), t.shape[0] == rows)} | said
     for name, dim in sorted(dims.items()):
         if tensors[name].shape[dim] != rows:
             raise InputError(
-                f"{name!r} has {tensors[name].shape[dim]} rows where the batch has {rows}; every tensor with a batch "
-                f"dimension needs the same number (in_dims= says which tensors have one, and where)"
+                f"{name!r} has {tensors[name].shape[dim]} rows, but the batch has {rows}; all tensors with a batch "
+                f"dimension must have the same number of rows (in_dims= sets which tensors have one, and which it is)"
             )
     return Batch(rows, {name: dims[name] for name in tensors if name in dims})
 
 
 def refuse_plain_batches(arguments: Mapping[str, Any], batch: int | None, given: Dims) -> None:
-    """Raises ``InputError`` if a list or an array has one entry a sample, and nobody has said that it is shared."""
+    """Raises ``InputError`` if a list or array has one entry per sample and ``in_dims=`` does not say it is shared."""
     for argument, contents in arguments.items():
         for name, value in _containers(contents, argument):
             if argument not in given and _is_plain_batch(value, batch):
                 raise InputError(
-                    f"argument {name!r} is a {type(value).__name__} of {batch} items, one a sample, which cannot be "
-                    f"split into microbatches; pass a tensor (torch.as_tensor) instead, or say "
-                    f"in_dims={{{argument!r}: None}} if every microbatch is to have the whole of it"
+                    f"argument {name!r} is a {type(value).__name__} of {batch} items, one per sample, which cannot be "
+                    f"split into microbatches; pass a tensor instead (torch.as_tensor()), or set "
+                    f"in_dims={{{argument!r}: None}} to pass all of it to every microbatch"
                 )
 
 
 def _positive(name: str, tensor: Tensor, dim: int) -> int:
     if not -tensor.ndim <= dim < tensor.ndim:
         raise InputError(
-            f"in_dims= puts the batch of {name!r} in dimension {dim}, but its shape is {tuple(tensor.shape)}"
+            f"in_dims= gives dimension {dim} as the batch dimension of {name!r}, whose shape is {tuple(tensor.shape)}; "
+            f"use a dimension that it has, or None for no batch"
         )
     return dim % tensor.ndim
 
@@ -82,7 +90,7 @@ def _rows(sizes: Mapping[str, int]) -> int | None:
 
 
 def _containers(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """Every list, tuple and array among the arguments, with its name."""
+    """Yields every list, tuple and array among the arguments, with its name."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield from _containers(item, f"{name}.{key}")
@@ -95,7 +103,7 @@ def _containers(value: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def _is_plain_batch(value: Any, batch: int | None) -> bool:
-    """Whether a value has one entry a sample without being made of tensors."""
+    """Whether a value has one entry per sample and does not consist of tensors."""
     if type(value).__module__ == "numpy" and hasattr(value, "ndim") and value.ndim:
         return True
     if not isinstance(value, list | tuple) or batch is None or batch < 2 or len(value) != batch:

@@ -1,4 +1,4 @@
-"""The arguments of a call: bound to the model's signature, flattened, named, with the batch in the first dimension."""
+"""Reads the arguments of a call: binds them to the signature, flattens and names them, moves the batch first."""
 
 from __future__ import annotations
 
@@ -20,23 +20,29 @@ from pipecompile.ops.torch_internals import pytree
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call's arguments: the tensors by name, and everything else.
+    """The arguments of one call.
 
-    ``tensors`` have their batch in the first dimension; ``dims`` says which have it elsewhere in the user's call.
-    ``key`` is equal for two calls exactly if they have the same tree, the same numbers, strings and flags, and tensors
-    of the same dtypes, ranks and orders in memory that want gradients alike.
+    Attributes:
+        tensors: The tensors by name, with the batch in the first dimension.
+        key: Equal for two calls exactly if they have the same tree, the same numbers, strings and flags, and tensors
+            with the same dtypes, numbers of dimensions, memory order and ``requires_grad``.
+        spec: Tree of the arguments.
+        leaves: Leaves of the tree, with a ``TensorName`` in place of each tensor.
+        batch: Number of rows; None if no tensor has a batch dimension.
+        batched: Names of the tensors that have a batch.
+        dims: Batch dimension in the user's call, where it is not the first.
     """
 
     tensors: Mapping[str, Tensor]
     key: tuple[Any, ...]
     spec: pytree.TreeSpec
-    leaves: tuple[Any, ...]  # in the order of the tree; a tensor's name in its place
-    batch: int | None  # None: no tensor has a dimension
+    leaves: tuple[Any, ...]
+    batch: int | None
     batched: frozenset[str]
     dims: Mapping[str, int] = field(default_factory=dict)
 
     def rebuild(self, tensors: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The user's positional and keyword arguments, with other tensors in place of the call's own."""
+        """Returns the user's positional and keyword arguments, with ``tensors`` in place of the call's own."""
         leaves = [self._back(leaf.name, tensors) if isinstance(leaf, TensorName) else leaf for leaf in self.leaves]
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
         return args, kwargs
@@ -45,12 +51,12 @@ class Call:
         return tensors[name].movedim(0, self.dims[name]) if name in self.dims else tensors[name]
 
     def split(self, rows: Sequence[int]) -> list[dict[str, Tensor]]:
-        """The tensors of each microbatch, views of the call's; those without a batch go to all."""
+        """Returns the tensors of each microbatch, as views; tensors without a batch are in every microbatch."""
         pieces = {name: torch.split(self.tensors[name], list(rows)) for name in self.batched}
         return [{n: pieces[n][i] if n in pieces else t for n, t in self.tensors.items()} for i in range(len(rows))]
 
     def alike(self, rows: Sequence[int]) -> list[dict[str, Tensor]]:
-        """The tensors of the microbatches that are as large as the first."""
+        """Returns the tensors of the microbatches that have as many rows as the first."""
         return [part for part, count in zip(self.split(rows), rows, strict=True) if count == rows[0]]
 
 
@@ -71,16 +77,21 @@ def read_call(
     """Reads the arguments of ``forward(*args, **kwargs)``.
 
     Args:
-        settled: whether a tensor has a batch, by name and number of dimensions, where an earlier call has settled it.
-        in_dims: the batch's dimension, by the name of an argument or of one tensor inside it.
+        forward: The model's forward.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        settled: Whether a tensor has a batch, by name and number of dimensions, where an earlier call has decided it.
+        in_dims: Batch dimension, by the name of an argument or of one tensor inside it.
 
     Raises:
-        InputError: the model does not take such arguments, or a batch is empty, or not made of tensors.
+        InputError: The arguments do not fit the signature, or the batch is empty or does not consist of tensors.
     """
     try:
         bound = inspect.signature(forward).bind(*args, **kwargs)
     except TypeError as error:
-        raise InputError(f"the model's forward cannot be called so: {error}; it takes {_signature(forward)}") from None
+        raise InputError(
+            f"the model's forward cannot be called with these arguments: {error}; it takes {_signature(forward)}"
+        ) from None
     paths, spec = flatten((bound.args, bound.kwargs))
     heads, names = _names(forward, [path for path, _ in paths])
     tensors = {name: leaf for name, (_, leaf) in zip(names, paths, strict=True) if isinstance(leaf, Tensor)}
@@ -97,15 +108,15 @@ def read_call(
     batch = find_batch(tensors, {n: dim for n, dim in given.items() if n in tensors}, settled or {})
     refuse_plain_batches(bound.arguments, batch.rows, in_dims)
     elsewhere = {name: dim for name, dim in batch.dims.items() if dim}
-    with torch.enable_grad():  # a view of an input that wants a gradient wants one, whoever calls
+    with torch.enable_grad():  # a view of an input that requires grad must too, even under no_grad
         first = {n: t.movedim(elsewhere[n], 0) if n in elsewhere else t for n, t in tensors.items()}
     return Call(first, _key(spec, leaves, tensors), spec, leaves, batch.rows, frozenset(batch.dims), elsewhere)
 
 
 def _names(forward: Callable[..., Any], paths: Sequence[tuple[Any, ...]]) -> tuple[list[str], list[str]]:
-    """For each leaf the argument that it is in, and a name: the argument's, with the keys inside it after it."""
+    """Returns, for each leaf, its argument, and its name: that of the argument followed by the keys inside it."""
     parameters = list(inspect.signature(forward).parameters)
-    namespace = fx.graph._Namespace()  # what Python or torch calls otherwise gets a number: input_1
+    namespace = fx.graph._Namespace()  # numbers the names that Python or torch already uses: input_1
     heads: list[str] = []
     names: list[str] = []
     for path in paths:
@@ -123,7 +134,7 @@ def _key(spec: Any, leaves: tuple[Any, ...], tensors: Mapping[str, Tensor]) -> t
 
 
 def order_of(tensor: Tensor) -> tuple[int, ...] | None:
-    """The dimensions from the widest stride to the narrowest; None if they lie in memory as they are counted."""
+    """Returns the dimensions from the largest stride to the smallest; None if that is their own order."""
     if tensor.is_contiguous():
         return None
     strides = tensor.stride()

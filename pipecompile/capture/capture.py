@@ -1,4 +1,4 @@
-"""Captures a model: traces it with as many symbolic sizes, and as few modules kept whole, as it allows."""
+"""Captures a model, with as many symbolic sizes and as few parts kept whole as the model allows."""
 
 from __future__ import annotations
 
@@ -42,27 +42,30 @@ def capture(
 ) -> Captured:
     """Captures one call of a model.
 
-    Sizes are symbolic as far as the model allows: batch and lengths, else one of the two, else none. What depends on
-    activations is kept whole: the innermost module or function around it becomes a leaf, and the trace begins anew.
-    What had to be given up or kept whole is in the notes.
+    Sizes are symbolic as far as the model allows: batch and lengths, or one of the two, or none. A part that depends
+    on activations is kept whole: the innermost module or function around it becomes a leaf, and the trace starts
+    again. The notes say which sizes had to be fixed and which parts are kept whole.
 
     Args:
-        call: the sample arguments, of the whole batch.
-        microbatch: rows of each microbatch, or of all but perhaps the last; by default all of the batch in one. The
-            trace is taken at the first; what Python reads from inputs holds for all of its size.
-        forward: what to run instead of the model's own forward, without the hooks on the model itself; it may only
-            use the model's parameters.
-        leaves: paths of modules to keep whole.
-        symbolic: what to try, the widest first and ``NONE`` last.
+        model: The model to capture.
+        call: Sample arguments, for the whole batch.
+        microbatch: Rows of each microbatch; an int may leave a smaller last one. By default the batch is one
+            microbatch. The trace uses the first microbatch; values that Python reads from inputs must be valid for
+            every microbatch of that size.
+        forward: Runs instead of the model's own forward and without the hooks on the model itself; it must not use
+            other parameters than the model's.
+        leaves: Paths of modules to keep whole.
+        symbolic: Which sizes to make symbolic, one entry per attempt, the widest first and ``NONE`` last.
 
     Raises:
-        CaptureError: the model cannot be traced; names the module path and the source line.
+        CaptureError: The model cannot be traced. The message names the module path and the source line.
+        InputError: A parameter has no shape yet, or ``leaves`` names something that is not a module of the model.
     """
     _refuse_lazy(model)
     _refuse_slots(model)
     rows = _rows(call, microbatch)
     kept: dict[Part, Reason] = _with_backward_hooks(model, forward is None)
-    kept.update(dict.fromkeys(_known(model, leaves), Reason("as asked")))
+    kept.update(dict.fromkeys(_known(model, leaves), Reason("it is in leaf_modules=")))
     reasons: list[str] = []
     attempts: list[tuple[SymbolicSizes, Errors]] = [(what, DATA_DEPENDENT) for what in symbolic]
     reach = reach_of(model, [forward] if forward is not None else [])
@@ -72,16 +75,16 @@ def capture(
         try:
             captured = _with_leaves(model, call, rows, forward, what, unknown, kept, reach, reasons)
             broken = captured.broken_guard(call.alike(rows), call.tensors)
-        except Exception as error:  # an operation that needs plain sizes: try with fewer symbols
+        except Exception as error:  # an operation that needs plain sizes: try again with fewer symbols
             if unknown is ANYTHING:
-                break  # no part of the model takes it either: what had failed before is said
+                break  # keeping parts whole did not help either: report the earlier failure
             if isinstance(error, CaptureError | ReentryError):
                 raise
             failure = error
             reasons.append(str(error).splitlines()[0][:200] if str(error) else type(error).__name__)
             if isinstance(error, NeedsNumbers):
                 del attempts[:-1]
-            if not attempts:  # an operation that fake tensors do not take: kept whole, with what is around it
+            if not attempts:  # an operation that does not support fake tensors: keep the part around it whole
                 attempts.append((symbolic[-1], ANYTHING))
             continue
         if not broken:
@@ -89,8 +92,8 @@ def capture(
         failure = CaptureError(broken)
         reasons.append(broken)
     raise CaptureError(
-        f"the model cannot be traced: {getattr(failure, 'origin', '')}: {failure}; make what this line makes in the "
-        f"constructor, or move it into a module of its own and name that in leaf_modules=[...]"
+        f"the model cannot be captured: {getattr(failure, 'origin', '')}: {failure}; create what this line creates in "
+        f"__init__(), or move it into a module of its own and name that module in leaf_modules=[...]"
     ) from failure
 
 
@@ -112,13 +115,13 @@ def _with_leaves(
     reach: Reach,
     reasons: list[str],
 ) -> Captured:
-    """Traces until no more parts have to be kept whole; adds them, with the reason, to ``kept``.
+    """Traces until no further part must be kept whole. Adds each part that must be, with the reason, to ``kept``.
 
     Args:
-        unknown: errors for which the part that raises them is kept whole.
+        unknown: Errors for which the part that raises them is kept whole.
     """
     wanted = torch.is_grad_enabled()
-    gradients = follow = True  # random numbers of Python and numpy have stand-ins, which not all code takes
+    gradients = follow = True  # follow: stand-ins for random numbers of Python and numpy, which not all code accepts
     operations = False
     while True:
         attempt = partial(
@@ -147,8 +150,9 @@ def _with_leaves(
                 if isinstance(error, CaptureError):
                     raise
                 raise CaptureError(
-                    f"{getattr(error, 'origin', '')}: what the model does here depends on values that only a running "
-                    f"step knows ({type(error).__name__}); move it into a module of its own, which can be kept whole"
+                    f"{getattr(error, 'origin', '')}: what the model does here depends on values that are known only "
+                    f"while a step runs ({type(error).__name__}); move it into a module of its own, which can be kept "
+                    f"whole"
                 ) from error
             kept[part] = Reason.of(error)
             kept.update(all_alike(model, part, kept))
@@ -157,48 +161,48 @@ def _with_leaves(
 def _refuse_inference_mode(trace: Trace) -> None:
     if torch.is_inference_mode_enabled() and torch.is_inference_mode_enabled in trace.recorder.ran.asked:
         raise CaptureError(
-            "forward asks torch.is_inference_mode_enabled(), and a trace cannot answer that it is on; call the "
-            "pipeline under torch.no_grad() in place of torch.inference_mode()"
+            "forward calls torch.is_inference_mode_enabled(), but a capture runs with inference mode off; call the "
+            "pipeline under torch.no_grad() instead of torch.inference_mode()"
         )
 
 
 def _following(first: Captured, trace: Trace, again: Callable[..., Trace], reasons: list[str]) -> Captured:
-    """A trace that follows the numbers which the forward reads and sets; the first one if that cannot be done."""
+    """Traces again to follow the numbers that forward reads and sets. Returns the first trace if that fails."""
     if not trace.counters:
         return first
     try:
         second = again(trace.counters).run(reasons)
-    except Exception:  # a stand-in went where only a number can go: the first trace holds for these numbers alone
+    except Exception:  # a stand-in was used where only a number can be: keep the trace that is valid for these numbers
         return first
     return second if len(second.attributes.updates) == len(first.attributes.updates) else first
 
 
 def _with_backward_hooks(model: nn.Module, bare: bool) -> dict[Part, Reason]:
-    """Modules whose own backward hooks a graph of functions would lose.
+    """Returns the modules with backward hooks, which a graph of functions would lose.
 
     Args:
-        bare: those on the model itself are not for the trace.
+        bare: Ignore the hooks on the model itself.
 
     Raises:
-        CaptureError: a hook stands where a split model has no place for it.
+        CaptureError: A split model cannot run a hook.
     """
     if torch_module._global_backward_hooks or torch_module._global_backward_pre_hooks:
         raise CaptureError(
-            "there are backward hooks of all modules (register_module_full_backward_hook), and a split model has other "
-            "modules; remove them, and register_full_backward_hook on the modules inside that they are for"
+            "global backward hooks are registered (register_module_full_backward_hook), but a split model has other "
+            "modules; remove them, and call register_full_backward_hook() on the modules inside that need them"
         )
     modules = [(path, m) for path, m in model.named_modules() if path or not bare]
     hooked = {path: m for path, m in modules if m._backward_hooks or m._backward_pre_hooks}
     for path, module in hooked.items():
         if module._backward_hooks and module._is_full_backward_hook is False:
             raise CaptureError(
-                f"module {path!r} has a hook of register_backward_hook, whose gradients are those of the module's last "
-                f"function alone, which a split model does not keep; use register_full_backward_hook"
+                f"module {path!r} has a hook from register_backward_hook(), which gets the gradients of the module's "
+                f"last function only, and a split model does not keep that function; use register_full_backward_hook()"
             )
     if "" in hooked:
         raise CaptureError(
-            "the model itself has a backward hook (register_full_backward_hook), which a split model has no place for; "
-            "register it on a module inside, or use hooks on parameters"
+            "the model itself has a backward hook (register_full_backward_hook), which a split model cannot run; "
+            "register it on a module inside the model, or use hooks on parameters"
         )
     return dict.fromkeys(hooked, Reason("it has backward hooks"))
 
@@ -207,8 +211,8 @@ def _refuse_lazy(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
             raise InputError(
-                f"parameter {name!r} has no shape yet: its module takes it from the first batch; call the model once "
-                f"on such a batch before the first step: with torch.no_grad(): model(...)"
+                f"parameter {name!r} has no shape yet, because its module takes the shape from the first batch; call "
+                f"the model once on a batch before the first step: with torch.no_grad(): model(...)"
             )
 
 
@@ -218,8 +222,8 @@ def _refuse_slots(model: nn.Module) -> None:
         if kinds:
             where = f"module {path!r}" if path else "the model itself"
             raise CaptureError(
-                f"{where} keeps attributes in the __slots__ of class {kinds[0].__qualname__}, where nobody would see "
-                f"them change (torch cannot copy such a module either); remove __slots__ from the class"
+                f"{where} keeps attributes in the __slots__ of class {kinds[0].__qualname__}, where changes cannot be "
+                f"detected (torch cannot copy such a module either); remove __slots__ from the class"
             )
 
 
@@ -227,5 +231,8 @@ def _known(model: nn.Module, leaves: Iterable[str]) -> list[str]:
     paths = dict(model.named_modules())
     for path in leaves:
         if path not in paths or not path:
-            raise InputError(f"leaf_modules= names {path!r}, which is no module inside the model")
+            raise InputError(
+                f"leaf_modules= names {path!r}, which is not a module inside the model; use a path from "
+                f"model.named_modules()"
+            )
     return list(leaves)

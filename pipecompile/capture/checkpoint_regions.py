@@ -1,8 +1,7 @@
-"""Which nodes the backward computes again: those of the model's own ``torch.utils.checkpoint``, as far as they may be;
-or, where the plan says so, all that may be.
+"""Finds the nodes that a backward recomputes: in the model's ``torch.utils.checkpoint`` regions, or wherever possible.
 
-What draws random numbers unseen, or writes to memory from outside the region, would not be the same a second time: such
-nodes run once, and the region is two regions around them.
+Parts kept whole, custom functions, and writes to memory from outside the region may not give the same result a second
+time. Such nodes run once and split the region in two.
 """
 
 from __future__ import annotations
@@ -17,10 +16,11 @@ from pipecompile.ops.autograd_functions import custom_of
 
 
 def recomputed(graph: fx.Graph, groups: Iterable[Sequence[str]]) -> dict[str, int]:
-    """The checkpoint region of each node that is computed again, by name.
+    """Returns the checkpoint region of each recomputed node, by name.
 
     Args:
-        groups: names of nodes that share memory which one of them writes.
+        graph: The captured graph.
+        groups: Names of nodes that share memory which one of them writes.
     """
     return _whole_groups(
         {n.name: region for n in graph.nodes if (region := origin_of(n).recompute) is not None and _repeats(n)}, groups
@@ -28,13 +28,13 @@ def recomputed(graph: fx.Graph, groups: Iterable[Sequence[str]]) -> dict[str, in
 
 
 def repeatable(graph: fx.Graph, groups: Iterable[Sequence[str]]) -> frozenset[str]:
-    """The names of all nodes that may be computed again: a write to a buffer may not."""
+    """Returns the names of all nodes that may be recomputed; a write to a buffer may not be."""
     may = {n.name: 0 for n in graph.nodes if _repeats(n) and not origin_of(n).writes}
     return frozenset(_whole_groups(may, groups))
 
 
 def _whole_groups(found: dict[str, int], groups: Iterable[Sequence[str]]) -> dict[str, int]:
-    """The nodes without those whose group is not all in one region."""
+    """Removes the nodes whose group is not entirely in one region."""
     for group in groups:
         if len({found.get(name) for name in group}) > 1:
             for name in group:

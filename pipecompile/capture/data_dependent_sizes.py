@@ -1,7 +1,7 @@
-"""Sizes that only data tells: how many rows a mask lets through, how many entries are not zero.
+"""Data-dependent sizes: how many rows a mask selects, how many entries are nonzero.
 
-A symbol stands for such a size in the trace. The operations that make it and read it run on the real data, so no
-expression over the inputs' sizes is needed at run time; planning alone wants a number, and takes the largest one.
+A symbol stands for such a size in the trace. The operations that produce and use it run on the real data, so no
+expression over the inputs' sizes is needed at run time. Only planning needs a number, and uses the largest possible.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from pipecompile.ops.torch_internals import pytree
 
 
 def largest_sizes(graph: fx.Graph, sizes: Mapping[sympy.Symbol, int]) -> dict[sympy.Symbol, int]:
-    """For each size symbol of a graph that no input has: as if its tensor kept every entry that its node reads.
+    """Returns the largest value of each data-dependent size symbol: its tensor keeps every entry that its node reads.
 
     Args:
-        sizes: the values of the inputs' symbols.
+        graph: The captured graph.
+        sizes: Values of the inputs' size symbols.
     """
     known = dict(sizes)
     for node in graph.nodes:

@@ -1,7 +1,7 @@
-"""What a call does beside giving a result, seen below autograd: it draws random numbers, and writes to memory.
+"""Observes the side effects of a call below autograd: drawing random numbers and writing to memory.
 
-Autograd's version counters do not tell of every write: one through ``x.data`` has a counter of its own, and some
-functions have none. The operations that reach the tensors themselves say in their schemas what they write.
+Autograd's version counters do not show every write: ``x.data`` has a counter of its own, and some functions count
+nothing. The schemas of the aten operations that a call reaches say what each of them writes.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _COMPRESSED = named("""
 
 
 class Effects(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sees the operations that run in it.
+    """Observes the operations that run inside it.
 
     Raises:
-        DependsOnData: one makes a sparse matrix of compressed rows, which no fake tensor can be: torch's own error on
-            it recurs until Python gives up, and leaves the thread in the midst of a dispatch.
+        DependsOnData: An operation creates a compressed sparse matrix, which a fake tensor cannot represent. torch's
+            own error there recurses to Python's limit and leaves the thread inside a dispatch.
     """
 
     def __init__(self) -> None:
@@ -39,18 +39,18 @@ class Effects(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if function_of(func) in _COMPRESSED and any(isinstance(argument, FakeTensor) for argument in args):
-            raise DependsOnData("a sparse matrix of compressed rows is made, which no graph holds")
+            raise DependsOnData("the model creates a compressed sparse matrix, which a graph cannot hold")
         self.draws |= torch.Tag.nondeterministic_seeded in func.tags
         self.written.update(storage_key(tensor) for tensor in written_by(func, args, kwargs))
         return func(*args, **kwargs)
 
     def among(self, tensors: Iterable[Tensor]) -> list[Tensor]:
-        """Those of the tensors whose memory was written."""
+        """Returns the tensors whose memory was written."""
         return [t for t in tensors if self.written and storage_key(t) in self.written - {None}]
 
 
 def written_by(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The tensors that an aten operation writes to, by its schema; none for other functions."""
+    """Returns the tensors that an aten operation writes to according to its schema; none for other functions."""
     if not isinstance(func, OpOverload) or not func._schema.is_mutable:
         return []
     written: list[Tensor] = []

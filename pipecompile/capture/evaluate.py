@@ -1,4 +1,4 @@
-"""Runs a part of the graph that is being recorded for real: the values of some nodes, not only their shapes."""
+"""Runs part of the graph that is being recorded on real tensors, to get the values of some nodes."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from pipecompile.capture.origin import origin_of
 from pipecompile.ops.device_args import retarget
 from pipecompile.ops.torch_internals import DisableTorchFunction, _disable_current_modes
 
-META_TO_CPU = (torch.device("meta"), torch.device("cpu"))  # inputs have values even where the model has none
+META_TO_CPU = (torch.device("meta"), torch.device("cpu"))  # inputs have values even if the model is on meta
 
 
 class Evaluator:
-    """Values of nodes for one set of inputs, each computed once.
+    """Computes values of nodes for one set of inputs, each of them once.
 
     Args:
-        inputs: real tensors by placeholder name.
-        attribute: gives the real tensor for a ``get_attr`` name.
-        module: gives what a ``call_module`` node runs.
-        check: sees each node before it is computed, and raises if it must not be.
-        call: calls a function of the graph.
-        gradients: whether autograd records.
+        inputs: Real tensors by placeholder name.
+        attribute: Returns the real tensor for a ``get_attr`` name.
+        module: Returns what a ``call_module`` node runs.
+        check: Called with each node before it is computed; raises if the node must not be computed.
+        call: Calls a function of the graph.
+        gradients: Whether autograd records.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Evaluator:
         self.known: dict[fx.Node, Any] = {}
 
     def value(self, node: fx.Node) -> Any:
-        """The value of a node, outside all modes of the trace."""
+        """Returns the value of a node, computed outside all modes of the trace."""
         recording = torch.set_grad_enabled(self.gradients)
         with DisableTorchFunction(), _disable_current_modes(), recording:
             return self._value(node)
@@ -86,5 +86,5 @@ class Evaluator:
 
 
 def _is_written(attribute: fx.Node) -> bool:
-    """Whether the graph, so far, writes to a parameter."""
+    """Whether a node recorded so far writes to this parameter."""
     return any(str(attribute.target) in origin_of(node).writes for node in attribute.graph.nodes)

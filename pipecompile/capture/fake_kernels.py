@@ -1,6 +1,6 @@
-"""What to run on fake tensors in place of functions whose own fake kernels are missing, or refuse what real ones take.
+"""Replacements, on fake tensors, for functions whose fake kernel is missing or rejects what the real kernel accepts.
 
-A stand-in gives a tensor of the right shape, type and need of a gradient; the graph records the function itself.
+A replacement returns a tensor of the right shape, dtype and ``requires_grad``; the graph records the function itself.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from pipecompile.ops import functional
 
 
 def _grouped_mm(a: Tensor, b: Tensor, *, offs: Tensor | None = None, bias: Any = None, out_dtype: Any = None) -> Tensor:
-    """The fake kernel wants bfloat16; the real one on CPU takes any type."""
+    """The fake kernel requires bfloat16; the real one on CPU accepts any dtype."""
     if offs is None:
         return torch.bmm(a, b)
-    if b.ndim == 3:  # rows of a are dealt out to the matrices of b
+    if b.ndim == 3:  # the rows of a are grouped, one matrix of b per group
         return a @ b[0] if a.ndim == 2 else torch.bmm(a, b)
-    return (a @ b).unsqueeze(0).expand(offs.shape[0], -1, -1) * 1  # the contracted dimension is dealt out
+    return (a @ b).unsqueeze(0).expand(offs.shape[0], -1, -1) * 1  # the contracted dimension is grouped
 
 
 def _ctc_loss(log_probs: Tensor, targets: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """The shape of what ctc_loss keeps for its backward depends on data; that of its result does not."""
+    """What ctc_loss saves for its backward has a data-dependent shape; its result does not."""
     reduction = kwargs.get("reduction", args[3] if len(args) > 3 else "mean")
     none = reduction in ("none", 0)
     return log_probs.sum((0, 2)) if none and log_probs.ndim == 3 else log_probs.sum()
 
 
 def _histc(x: Tensor, bins: int = 100, *args: Any, **kwargs: Any) -> Tensor:
-    """The fake kernel of the CPU refuses whole numbers, which a model on the meta device takes for those of a GPU."""
+    """The fake CPU kernel rejects integers, which the GPU kernel accepts."""
     return x.new_zeros(bins)
 
 
 def _gaussian_nll_loss(
     input: Tensor, target: Tensor, var: Any, full: bool = False, eps: float = 1e-6, reduction: str = "mean"
 ) -> Tensor:
-    """The function asks its variances whether one is negative, which only a run can answer."""
+    """The function checks whether any variance is negative, which needs real values."""
     if isinstance(var, Tensor) and var.ndim == input.ndim - 1:
         var = var.unsqueeze(-1)
     loss: Tensor = (input - target) / var
@@ -48,12 +48,12 @@ def _gaussian_nll_loss(
 
 
 def _cov(input: Tensor, **options: Any) -> Tensor:
-    """The function asks whether there are observations enough, by their number's value in a tensor."""
+    """The function checks whether there are enough observations, by a value in a tensor."""
     return input @ input.T if input.ndim == 2 else (input * input).sum()
 
 
 def _bincount(input: Tensor, weights: Tensor | None = None, minlength: Any = 0) -> Tensor:
-    """As long as is asked for, which the function that is recorded makes sure of."""
+    """``minlength`` entries; the recorded function checks that there are no more."""
     if isinstance(minlength, int) and minlength == 0:
         return torch.bincount(input, weights)
     if weights is None:
@@ -62,9 +62,9 @@ def _bincount(input: Tensor, weights: Tensor | None = None, minlength: Any = 0) 
 
 
 def _sparse_coo_tensor(indices: Tensor, values: Tensor, size: Any = None, **options: Any) -> Tensor:
-    """Fakes of sparse tensors are dense, since few fake kernels take others."""
+    """Fakes of sparse tensors are dense, because few fake kernels accept sparse ones."""
     if size is None:
-        raise DependsOnData("a sparse tensor is made whose size its indices tell; pass its size")
+        raise DependsOnData("the size of a sparse tensor is inferred from its indices; pass size=")
     return values.new_zeros(size) * values.sum()
 
 
@@ -100,5 +100,5 @@ STAND_INS: dict[Callable[..., Any], Callable[..., Any]] = {
     **({torch._grouped_mm: _grouped_mm} if hasattr(torch, "_grouped_mm") else {}),
 }
 
-# What the graph records in place of functions whose results may have other shapes than their stand-ins'.
+# What the graph records for functions whose results can have other shapes than those of their replacements.
 RECORDED = {torch.bincount: functional.bincount, Tensor.bincount: functional.bincount}

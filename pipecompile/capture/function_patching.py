@@ -1,7 +1,7 @@
-"""Functions whose calls a trace wants to see: every call of one arrives here, wherever the caller found it.
+"""Intercepts every call of a function during a trace, wherever the caller looked the function up.
 
-A function may be looked up in a module, a class, a table, or a closure. All of them hold the same function object, so
-what changes, for the time of a trace, is its code: to a call of the tracer. The function as it was goes along.
+A caller may find a function in a module, a class, a table or a closure. All of them hold the same function object, so
+the trace replaces the code of that object with a call of the tracer, which gets a copy of the original function.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _copies: WeakSet[FunctionType] = WeakSet()
 
 @contextmanager
 def intercepted(functions: Iterable[FunctionType], arrival: Arrival) -> Iterator[None]:
-    """Makes each call of the functions, in this thread, ``arrival(function, as it was, args, kwargs)``."""
+    """Replaces each call of the functions in this thread with ``arrival(function, original, args, kwargs)``."""
     before = {function: (next(_keys), function.__code__) for function in functions}
     thread = threading.get_ident()
     try:
@@ -52,9 +52,9 @@ def _arrive(function: FunctionType, original: FunctionType, arrival: Arrival, th
 
 
 def entered(key: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What the code of an intercepted function calls."""
+    """Called by the code of an intercepted function."""
     arrive = _arrivals.get(key)
-    if arrive is None:  # another thread has entered just before a trace ended
+    if arrive is None:  # another thread entered just before the trace ended
         return _functions[key](*args, **kwargs)
     return arrive(args, kwargs)
 
@@ -66,15 +66,17 @@ def _template(*args: Any, **kwargs: Any) -> Any:
 
 
 def _code_of(key: int, code: CodeType) -> CodeType:
-    """Code in place of a function's own, with its free variables, which a function's code cannot do without."""
+    """Returns the replacement code. It has the free variables of the original, as a function's code must."""
     template = _with_variables(code.co_freevars)
     return template.replace(co_consts=tuple(key if constant == "key" else constant for constant in template.co_consts))
 
 
 @cache
 def _with_variables(names: tuple[str, ...]) -> CodeType:
-    """The template's code with free variables, compiled with them: a frame whose code only claims to have some holds no
-    cells, and Python crashes when it is asked for the frame's variables."""
+    """Returns the template's code, compiled with free variables.
+
+    If the code only declared them, its frames would have no cells, and Python would crash on reading ``f_locals``.
+    """
     if not names:
         return _template.__code__
     lines = [
@@ -92,14 +94,14 @@ def _with_variables(names: tuple[str, ...]) -> CodeType:
 
 
 def intercepted_by(code: CodeType) -> FunctionType | None:
-    """The intercepted function that a frame with this code runs."""
+    """Returns the intercepted function that a frame with this code runs, or None."""
     if code.co_name != _template.__name__ or code.co_filename != __file__:
         return None
     return next((_functions[constant] for constant in code.co_consts if constant in _functions), None)
 
 
 def copy_of_function(function: FunctionType) -> FunctionType:
-    """A function that does what another one does now, whatever becomes of that one's code."""
+    """Returns a copy that keeps the present code of a function when the function's own code is replaced."""
     copy = FunctionType(
         function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
     )
@@ -110,10 +112,9 @@ def copy_of_function(function: FunctionType) -> FunctionType:
 
 
 def function_of(code: CodeType) -> FunctionType | None:
-    """The one function that has this code; None for what cannot be intercepted.
+    """Returns the one function that has this code, or None if it cannot be intercepted.
 
-    That is a function made anew on each run (inside another one), one that reads variables of an outer one, and one
-    that yields.
+    Functions defined inside another one, functions with free variables, generators and coroutines cannot be.
     """
     if code.co_freevars or "<" in code.co_qualname or code.co_flags & _OPAQUE:
         return None

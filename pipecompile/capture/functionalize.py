@@ -1,17 +1,17 @@
-"""In-place writes become new values, along all aliases, before the graph is cut.
+"""Turns in-place writes into new values, for all aliases, before the graph is cut.
 
-A graph that is cut into stages must not depend on the order of writes to shared memory: a stage that recomputes a
-value, or receives it, would miss them. So the tracer keeps, for every storage, the family of nodes that view it, and
-each write does one of three things:
+A graph that is cut into stages must not depend on the order of writes to shared memory: a stage that rematerializes or
+receives a value would miss them. So the tracer keeps, for every storage, the family of nodes that view it. A write is
+one of three cases:
 
-    x.relu_()              nobody else has read x: the call stays as it is, and its result is x from now on;
-    v = x[:, 1:]; v += 1   others read x, or view it: the family's base is cloned, its views are taken again from the
-                           clone, the write goes there, and every name moves on to the new family; what was read
-                           before keeps the old values;
-    self.count += 1        x is a buffer or a parameter of the model: the write is an effect that stays where it is,
-                           once a microbatch; every name moves on, so that who reads later reads after the write.
+    x.relu_()              Nothing else has read x: the call stays as it is, and its result is x from now on.
+    v = x[:, 1:]; v += 1   Other nodes read or view x: the base of the family is cloned, its views are taken again from
+                           the clone, and the write goes there. Later reads use the new family; earlier reads keep the
+                           old values.
+    self.count += 1        x is a buffer or a parameter of the model: the write stays where it is, as an effect that
+                           runs once per microbatch. Later reads come after it.
 
-``x.data = y`` takes x out of its family into that of y. Of the model's own tensors what they hold last is written back.
+``x.data = y`` moves x from its family to that of y. For a tensor of the model, the last value is written back.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pipecompile.ops.torch_internals import DisableTorchFunction
 
 
 def storage_key(tensor: Tensor) -> int | None:
-    """Identifies the memory behind a tensor; None for layouts without a storage."""
+    """Returns the identity of a tensor's memory, or None for layouts without a storage."""
     try:
         with DisableTorchFunction():
             return int(tensor.untyped_storage()._cdata)
@@ -41,22 +41,22 @@ NOBODY = 0  # no tensor's id
 
 @dataclass(slots=True)
 class Alias:
-    """One tensor of a family: the nodes that make it from its parent (none for the base) and the node it is now."""
+    """One tensor of a family: the nodes that compute it from its parent (none for the base), and its present node."""
 
     tensor: int  # id
     node: fx.Node
     parent: int | None = None  # position in the family
-    recipe: tuple[fx.Node, ...] = ()  # the view call, and the getitem that picks the tensor out of its result
-    parent_node: fx.Node | None = None  # what the recipe reads as its parent
+    recipe: tuple[fx.Node, ...] = ()  # the view call, and the getitem that selects the tensor from its result
+    parent_node: fx.Node | None = None  # the node that the recipe reads as the parent
 
 
 @dataclass(slots=True)
 class Family:
-    """All the tensors that share one storage, the base first; ``buffer`` is the model's name for it if it has one."""
+    """All tensors that share one storage, the base first; ``buffer`` is its name in the model, if it has one."""
 
     members: list[Alias] = field(default_factory=list)
     buffer: str | None = None
-    written: tuple[fx.Node, ...] = ()  # the members' nodes as the call that is being recorded finds them
+    written: tuple[fx.Node, ...] = ()  # the nodes of the members before the call that is being recorded
 
     def position(self, tensor: Tensor) -> int | None:
         return next((i for i, member in enumerate(self.members) if member.tensor == id(tensor)), None)
@@ -66,8 +66,8 @@ class Aliases:
     """The families of one trace.
 
     Args:
-        emit: ``emit(function, args, kwargs, like=node)`` appends a call whose value looks like that of ``node``.
-        bind: ``bind(tensor id, node)`` says which node a tensor is from now on.
+        emit: ``emit(function, args, kwargs, like=node)`` appends a call whose value has the metadata of ``node``.
+        bind: ``bind(tensor id, node)`` sets the node of a tensor.
     """
 
     def __init__(
@@ -79,10 +79,10 @@ class Aliases:
         self.bind = bind
         self.families: dict[int, Family] = {}
         self.groups: list[tuple[fx.Node, ...]] = []  # nodes that share memory which one of them writes
-        self.passed: dict[fx.Node, fx.Node] = {}  # calls that gave back what they were given -> the node of that
+        self.passed: dict[fx.Node, fx.Node] = {}  # call that returned its own argument -> node of the argument
 
     def add_buffer(self, name: str, tensor: Tensor) -> None:
-        """A parameter or buffer of the model: writes to it are effects."""
+        """Adds a parameter or buffer of the model; writes to it are effects."""
         key = storage_key(tensor)
         if key is not None:
             self.families.setdefault(key, Family(buffer=name))
@@ -92,13 +92,13 @@ class Aliases:
         return None if family is None else family.buffer
 
     def leave(self, tensor: Tensor) -> None:
-        """A tensor is about to get other memory: what happens to that of its family no longer concerns it."""
+        """Removes a tensor that is about to get other memory from its family."""
         family = self._family(tensor)
         if family is not None and (known := family.position(tensor)) is not None:
             family.members[known].tensor = NOBODY
 
     def add(self, tensor: Tensor, node: fx.Node, sources: list[Tensor], recipe: tuple[fx.Node, ...]) -> None:
-        """A tensor that a node made, perhaps as a view of one of its sources."""
+        """Adds a tensor that a node produced, possibly as a view of one of its sources."""
         key = storage_key(tensor)
         if key is None:
             return
@@ -110,12 +110,12 @@ class Aliases:
             alias = Alias(id(tensor), node, parent, recipe, family.members[parent].node)
         if known is None:
             family.members.append(alias)
-        else:  # the same Python object again: x.contiguous(), dropout of nothing, or the result of a write
+        else:  # the same Python object again: x.contiguous(), dropout in eval mode, or the result of a write
             self.passed[node] = family.members[known].node
             family.members[known].node = node
 
     def prepare_write(self, tensor: Tensor) -> None:
-        """Makes it safe that the next call writes to ``tensor``."""
+        """Prepares for a write to ``tensor`` by the next call: copies the family if other nodes read it."""
         family = self._family(tensor)
         if family is None:
             return
@@ -127,7 +127,7 @@ class Aliases:
         family.written = tuple(node for member in family.members for node in self._names_of(member.node))
 
     def finish_write(self, tensor: Tensor, writer: fx.Node, result: Tensor | None) -> None:
-        """Every name of the family stands for its value after ``writer`` from now on."""
+        """Binds every tensor of the family to its value after ``writer``."""
         family = self._family(tensor)
         if family is None:
             return
@@ -141,14 +141,14 @@ class Aliases:
         self.groups.append((*family.written, writer, *(member.node for member in family.members)))
 
     def _names_of(self, node: fx.Node) -> list[fx.Node]:
-        """The node, and those that it has passed on."""
+        """Returns the node, and the nodes whose value it passed through."""
         names = [node]
         while names[-1] in self.passed:
             names.append(self.passed[names[-1]])
         return names
 
     def _is_private(self, node: fx.Node) -> bool:
-        """Whether nothing but the model's own name for it reads a node's value so far."""
+        """Whether no other node has read the value of a node so far."""
         first, *others = self._names_of(node)
         alone = not first.users and all(len(other.users) == 1 for other in others)
         return alone and [first, *others][-1].op == "call_function"
@@ -158,7 +158,7 @@ class Aliases:
         return None if key is None else self.families.get(key)
 
     def _copy(self, member: Alias, family: Family, copies: dict[fx.Node, fx.Node]) -> fx.Node:
-        """The member in a fresh storage: the base cloned, a view taken again from its copied parent."""
+        """Returns the member in a new storage: a clone of the base, or a view of the copied parent."""
         if member.parent is None or member.parent_node is None:
             return self.emit(torch.clone, (member.node,), like=member.node)
         copies[member.parent_node] = family.members[member.parent].node

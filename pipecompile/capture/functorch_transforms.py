@@ -1,8 +1,8 @@
-"""Records what functions of functions do (``torch.vmap``, ``torch.func.grad``), where the tracer cannot see functions.
+"""Records function transforms (``torch.vmap``, ``torch.func.grad``), inside which the tracer cannot see functions.
 
-Inside such a transform the model's function runs on wrapped tensors, which no graph can hold. What reaches the plain
-tensors underneath are aten operations, with batching and differentiation done. These are recorded, for the time of the
-transform, in place of the functions: they give the same values, and autograd differentiates them as it does functions.
+Inside a transform the model's function runs on wrapped tensors, which a graph cannot hold. The plain tensors below them
+get aten operations, with batching and differentiation already applied. During the transform these are recorded instead
+of functions: they give the same values, and autograd can differentiate them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from pipecompile.ops.torch_internals import TorchDispatchMode, apis, eager_transforms
 
-# Where transforms begin: attributes of torch's own modules that hold what runs one.
+# Entry points of transforms: attributes of torch's own modules.
 TRANSFORMS = (
     (apis, "vmap_impl"),
     (eager_transforms, "grad_impl"),
@@ -24,7 +24,7 @@ TRANSFORMS = (
 
 
 class Below(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Hands each aten operation to ``record(func, args, kwargs, run)``, which runs it."""
+    """Passes each aten operation to ``record(func, args, kwargs, run)``, which runs it."""
 
     def __init__(self, record: Callable[..., Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -36,7 +36,7 @@ class Below(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @contextmanager
 def transforms_seen(below: Callable[[], Any]) -> Iterator[None]:
-    """Runs each transform that begins within in the context ``below()``."""
+    """Runs each transform in the context ``below()``."""
     originals = [(module, name, getattr(module, name)) for module, name in TRANSFORMS if hasattr(module, name)]
     for module, name, original in originals:
         setattr(module, name, _within(below, original))

@@ -1,4 +1,4 @@
-"""What an argument holds beside the tensors that torch sees in it: such a tensor would reach a function unrecorded."""
+"""Finds tensors in an argument that torch does not see, and that would reach a function without being recorded."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from pipecompile.ops.torch_internals import pytree
 
-MOST = 10_000  # objects behind an argument that are searched; one with more is taken to hide something
+MOST = 10_000  # objects searched behind one argument; an argument with more counts as hiding tensors
 
 
 def hides_tensors(value: Any) -> bool:
-    """Whether an argument holds modules, or tensors where torch does not look: in objects, closures, bound methods."""
+    """Whether an argument holds modules, or tensors inside objects, closures or bound methods."""
     stack = [leaf for leaf in pytree.tree_leaves(value) if not isinstance(leaf, Tensor)]
     seen: set[int] = set()
     while stack:

@@ -1,7 +1,7 @@
-"""Functions of torch that are handed a function, such as ``F.triplet_margin_with_distance_loss``.
+"""Traces into torch functions that take a function, such as ``F.triplet_margin_with_distance_loss``.
 
-What is handed over may do anything, and read weights of its own, so no single call can stand for it in a graph. The
-Python of such a function is run in the tracer's sight instead, and what it calls is recorded.
+The function passed in may do anything, and may read weights of its own, so one call in the graph cannot represent it.
+The tracer runs the Python body of the torch function instead, and records what it calls.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch import Tensor
 
 from pipecompile.ops.torch_internals import pytree
 
-# What functions of torch ask before they hand a call over to the mode that watches them.
+# What torch functions call to decide whether to dispatch to a function mode.
 _GATES = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
 
 
 def takes_function(function: Callable[..., Any], args: Any, kwargs: Any) -> bool:
-    """Whether a call of a function that is written in Python hands over a function or a module."""
+    """Whether a call of a torch function written in Python passes a function or a module."""
     if not isinstance(function, FunctionType) or not any(gate in function.__code__.co_names for gate in _GATES):
         return False
     leaves = pytree.tree_leaves((args, kwargs))
@@ -27,7 +27,7 @@ def takes_function(function: Callable[..., Any], args: Any, kwargs: Any) -> bool
 
 
 def body_of(function: Callable[..., Any]) -> FunctionType:
-    """A function of torch that goes on to its own Python, even while a mode watches."""
+    """Returns a torch function that runs its own Python body even under a function mode."""
     assert isinstance(function, FunctionType)
     globals_ = {**function.__globals__, **dict.fromkeys(_GATES, _never)}
     body = FunctionType(function.__code__, globals_, function.__name__, function.__defaults__)

@@ -1,9 +1,9 @@
-"""What Python reads out of tensors during a trace: computed for real where it depends on inputs alone, and guarded.
+"""Values that Python reads from tensors during a trace: computed if they depend only on inputs, and guarded.
 
-``if mask.all():`` asks for a value that a fake tensor does not have. Where the value comes from the model's inputs and
-buffers only, the recorded nodes that lead to it are run on the real sample microbatches, the trace takes that branch,
-and the read becomes a guard that is checked at the start of each step. Where it comes from parameters or activations
-there is no answer before the step runs: the module around it must be kept whole.
+``if mask.all():`` needs a value that a fake tensor does not have. If the value comes only from the model's inputs and
+buffers, the recorded nodes that lead to it are run on the real sample microbatches, the trace takes that branch, and
+the read becomes a guard that is checked at the start of each step. If it comes from parameters or activations, it is
+not known before the step runs, and the module around it must be kept whole.
 """
 
 from __future__ import annotations
@@ -35,13 +35,18 @@ READS: frozenset[Callable[..., Any]] = frozenset(
 
 
 def settled(parts: Sequence[Any], whole: Callable[[], Any], extreme: bool) -> Any:
-    """The one value of a read that every microbatch goes by.
+    """Returns the one value of a read that is valid for every microbatch.
 
-    It is theirs where they agree. Where they do not, the unsplit model has gone by the whole batch's: so do they for a
-    yes or no, and for the largest or smallest of all. Another number (a count) is a microbatch's own.
+    It is the value of the microbatches if they agree. If they do not, booleans and extremes take the value of the whole
+    batch, which the unsplit model uses. Any other number (a count) belongs to one microbatch.
+
+    Args:
+        parts: The value in each microbatch.
+        whole: Computes the value in the whole batch.
+        extreme: Whether the value is the largest or smallest entry of a tensor.
 
     Raises:
-        DependsOnData: there is no such value.
+        DependsOnData: No value is valid for every microbatch.
     """
     if all(same(part, parts[0]) for part in parts[1:]):
         return parts[0]
@@ -52,7 +57,7 @@ def settled(parts: Sequence[Any], whole: Callable[[], Any], extreme: bool) -> An
 
 
 def _is_extreme(read: fx.Node) -> bool:
-    """Whether a read is a function of the largest or smallest entry of a tensor alone."""
+    """Whether a read depends only on the largest or smallest entry of a tensor."""
     node = read
     while len(node.all_input_nodes) == 1:
         (node,) = node.all_input_nodes
@@ -63,7 +68,7 @@ def _is_extreme(read: fx.Node) -> bool:
 
 
 class Read(NamedTuple):
-    """A value that Python has read, and whether it is that of the largest or smallest entry of all."""
+    """A value that Python read, and whether it is that of the largest or smallest entry of a tensor."""
 
     node: fx.Node
     value: Any
@@ -74,10 +79,10 @@ class Values:
     """Answers reads during one trace.
 
     Args:
-        whole: real tensors of the whole batch, by placeholder name.
-        parts: those of each microbatch.
-        attribute: gives the real tensor for a ``get_attr`` name.
-        is_parameter: whether such a name is a parameter, which changes as training goes on.
+        whole: Real tensors of the whole batch, by placeholder name.
+        parts: Real tensors of each microbatch, by placeholder name.
+        attribute: Returns the real tensor for a ``get_attr`` name.
+        is_parameter: Whether a ``get_attr`` name is a parameter, which training changes.
     """
 
     def __init__(
@@ -93,10 +98,10 @@ class Values:
         self.reads: list[Read] = []
 
     def read(self, node: fx.Node) -> Any:
-        """The real value of a read, which becomes a guard.
+        """Returns the real value of a read, which becomes a guard.
 
         Raises:
-            DependsOnData: the value depends on parameters or activations, is random, or differs between microbatches.
+            DependsOnData: The value depends on parameters or activations, is random, or differs between microbatches.
         """
         extreme = _is_extreme(node)
         value = settled([part.value(node) for part in self.parts], lambda: self.whole.value(node), extreme)
@@ -106,11 +111,11 @@ class Values:
     def _check(self, node: fx.Node) -> None:
         if node.op == "get_attr" and self.is_parameter(str(node.target)):
             raise DependsOnData(
-                f"the model's Python reads a value that depends on the parameter {node.target!r}, which changes as "
-                f"training goes on"
+                f"the model's Python reads a value that depends on the parameter {node.target!r}, which training "
+                f"changes"
             )
         if is_random(node) or node.target is number:
             raise DependsOnData(f"the model's Python reads a random value ({node.name})")
 
     def _no_module(self, path: str) -> Callable[..., Any]:
-        raise DependsOnData(f"the model's Python reads what module {path!r}, which is kept whole, has computed")
+        raise DependsOnData(f"the model's Python reads a value computed by module {path!r}, which is kept whole")

@@ -1,9 +1,9 @@
-"""Turns: what one thread does at a time, and a thread that would wait for itself is refused.
+"""Turns: locks that refuse a thread which would wait for itself.
 
-A call holds its pipeline's turn until it ends, and each rank has one thread. Code of a stage (a hook, a module kept
-whole, a custom backward) that called its own pipeline would wait for a call that waits for it. So each thread knows
-the turns that it holds, and a rank's thread those that are held for it: by the thread that waits for its program, and
-by all that wait for that one.
+A call holds its pipeline's turn until it ends, and each rank has one thread. If code of a stage (a hook, a module kept
+whole, a custom backward) calls its own pipeline, it waits for a call that waits for it. So each thread knows the turns
+that it holds, and the thread of a rank also knows the turns held by the threads that wait for its program, directly or
+indirectly.
 """
 
 from __future__ import annotations
@@ -20,10 +20,15 @@ from pipecompile.errors import ReentryError
 
 @dataclass(frozen=True, slots=True)
 class Busy:
-    """What one thread is busy with."""
+    """The turns that concern one thread.
+
+    Attributes:
+        holds: Turns that the thread holds.
+        waited_for: Turns held by threads that wait for this one.
+    """
 
     holds: frozenset[Turn] = frozenset()
-    waited_for: frozenset[Turn] = frozenset()  # held by threads that wait for this one
+    waited_for: frozenset[Turn] = frozenset()
 
     @property
     def turns(self) -> frozenset[Turn]:
@@ -35,14 +40,14 @@ _IDLE = Busy()
 
 
 def busy() -> Busy:
-    """What the present thread is busy with."""
+    """Returns the turns that concern the present thread."""
     found: Busy = getattr(_local, "busy", _IDLE)
     return found
 
 
 @contextmanager
 def waited_for(turns: frozenset[Turn]) -> Iterator[None]:
-    """The present thread runs a program for which these turns are held."""
+    """A context in which the present thread runs a program while other threads hold ``turns`` and wait for it."""
     _local.busy = Busy(waited_for=turns)
     try:
         yield
@@ -51,7 +56,7 @@ def waited_for(turns: frozenset[Turn]) -> Iterator[None]:
 
 
 class Turn:
-    """A lock that the thread which holds it may take again; a forked process has it free."""
+    """A reentrant lock; a forked process gets it unlocked."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
@@ -59,20 +64,20 @@ class Turn:
 
     @contextmanager
     def taken(self, again: bool = True) -> Iterator[None]:
-        """Waits for the turn, and has it.
+        """Waits for the turn, and holds it inside the context.
 
         Args:
-            again: whether the thread may hold it already.
+            again: Whether the thread may already hold it.
 
         Raises:
-            ReentryError: it must not and does, or whoever holds the turn waits for this thread.
+            ReentryError: The thread holds it already and must not, or the holder waits for this thread.
         """
         before = busy()
         if self in before.waited_for or (not again and self in before.holds):
             raise ReentryError(
                 "the pipeline is called by code that it runs itself (a hook, a loss function, a module or function of "
-                "the model), and would wait for its own call to end; call the unsplit model there, "
-                "pipe.pipeline.model, or call the pipeline once that call has returned"
+                "the model) and would wait for its own call to end; call the unsplit model there "
+                "(pipe.pipeline.model), or call the pipeline after that call has returned"
             )
         with self.lock:
             _local.busy = replace(before, holds=before.holds | {self})
@@ -83,9 +88,9 @@ class Turn:
 
 
 class Tracing(Turn):
-    """Held while torch or a model is changed for some time: no process is forked meanwhile by another thread.
+    """Held while torch or a model is patched; other threads cannot fork the process meanwhile.
 
-    The threads that the holder waits for, a program's, may take it beside the holder, one at a time.
+    The threads that run the holder's program may take it too, one at a time.
     """
 
     def __init__(self) -> None:
@@ -122,4 +127,4 @@ def _renew() -> None:
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew)
 
-CAPTURING = Tracing()  # what captures a model, or compares it with another, changes torch and the model for some time
+CAPTURING = Tracing()  # capturing a model, or comparing it with another, patches torch and the model

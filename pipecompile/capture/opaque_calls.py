@@ -1,12 +1,12 @@
-"""Modules and functions kept whole: one call of the graph, run as ordinary Python inside its stage.
+"""Modules and functions kept whole as leaves: one node of the graph, run as ordinary Python inside one stage.
 
-What a module does may depend on activations (which experts are hit, when to stop), so that no single graph records it.
-Such a module becomes a leaf: a ``call_module`` node under its own path. A function may be one too (a loss whose shapes
-depend on data, a matching that leaves torch): a ``call_function`` node. The arguments are flattened, so that only
-tensors flow along the graph's edges; everything else about the call is kept with the leaf.
+What a module does may depend on activations (which experts are used, when to stop), so no single graph can represent
+it. Such a module becomes a leaf: a ``call_module`` node under its own path. A function can also be a leaf (a loss whose
+shapes depend on data, a matching computed outside torch): a ``call_function`` node. The arguments are flattened, so
+that the edges of the graph carry only tensors and sizes; everything else about the call is stored with the leaf.
 
-What a leaf returns is learnt: by running it on fakes where that is possible, else by running it once for real, on what
-the recorded graph computes from the sample.
+To find out what a leaf returns, it is run on fake tensors if possible, otherwise once on real tensors that the recorded
+graph computes from the sample.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CHANGING = (Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """Stands for the n-th value that changes from call to call among the arguments of a leaf: a tensor, or a size."""
+    """Stands for the n-th argument of a leaf that changes from call to call: a tensor or a size."""
 
     position: int
 
@@ -41,11 +41,16 @@ class Slot:
 class LeafCall:
     """One call of a leaf: the module or function, and its arguments with a slot for each tensor and each size.
 
-    ``shapes`` are those of the outputs where one run has told them; every run must give the same. ``writes`` names the
-    parameters that a module has written to, by their names in it.
+    Attributes:
+        path: Path of the module, or of the module that calls the function.
+        kept: The module or function.
+        spec: Tree of the arguments.
+        leaves: Leaves of the tree.
+        shapes: Output shapes, if a run on real tensors found them; every later run must return the same.
+        writes: Parameters that the module wrote to, by their names in it.
     """
 
-    path: str  # of the module, or of that which calls the function
+    path: str
     kept: Callable[..., Any]
     spec: pytree.TreeSpec
     leaves: tuple[Any, ...]
@@ -54,7 +59,7 @@ class LeafCall:
 
     @staticmethod
     def of(path: str, kept: Callable[..., Any], args: Any, kwargs: Any) -> tuple[LeafCall, list[Any]]:
-        """The call, and what changes among its arguments from call to call: tensors and symbolic sizes."""
+        """Returns the call, and its arguments that change from call to call: tensors and symbolic sizes."""
         flat, spec = pytree.tree_flatten((args, kwargs))
         changing = [leaf for leaf in flat if isinstance(leaf, CHANGING)]
         slots = iter(range(len(changing)))
@@ -68,43 +73,43 @@ class LeafCall:
         return f"function {getattr(self.kept, '__qualname__', self.kept)}"
 
     def rebuild(self, changing: tuple[Any, ...]) -> Any:
-        """Positional and keyword arguments around other tensors and sizes."""
+        """Returns the positional and keyword arguments with other tensors and sizes."""
         leaves = [changing[leaf.position] if isinstance(leaf, Slot) else leaf for leaf in self.leaves]
         return pytree.tree_unflatten(leaves, self.spec)
 
     def tensors_of(self, output: Any) -> tuple[Tensor, ...]:
-        """The tensors of an output.
+        """Returns the tensors of an output.
 
         Raises:
-            DependsOnData: the output holds something else that may change from call to call.
-            ExecutionError: their shapes are others than those that the trace holds for.
+            DependsOnData: The output contains something else that may change from call to call.
+            ExecutionError: The shapes differ from the captured ones.
         """
         flat = pytree.tree_leaves(output)
         other = [leaf for leaf in flat if not isinstance(leaf, Tensor | str) and leaf is not None]
         if other:
             raise DependsOnData(
-                f"{self.name} is kept whole but returns a {type(other[0]).__name__}, which cannot pass along the "
-                f"graph; name a module further out in leaf_modules="
+                f"{self.name} is kept whole but returns a {type(other[0]).__name__}, which cannot pass between nodes "
+                f"of the graph; name a module further out in leaf_modules="
             )
         tensors = tuple(leaf for leaf in flat if isinstance(leaf, Tensor))
         seen = tuple(tuple(tensor.shape) for tensor in tensors)
         if self.shapes is not None and seen != self.shapes:
             raise ExecutionError(
-                f"{self.name} is kept whole and gives shapes {_listed(seen)}, where the trace holds for "
+                f"{self.name} is kept whole and returns shapes {_listed(seen)}, but was captured with "
                 f"{_listed(self.shapes)}: they depend on data; keep a larger part whole with leaf_modules="
             )
         return tensors
 
 
 class FunctionLeaf:
-    """What the graph calls for a function that is kept whole: takes tensors and sizes, gives tensors."""
+    """Called by the graph for a function kept whole: takes tensors and sizes, returns tensors."""
 
     def __init__(self, call: LeafCall) -> None:
         self.call = call
         self.__name__ = str(getattr(call.kept, "__name__", "function"))
 
     def on(self, old: torch.device, new: torch.device) -> FunctionLeaf:
-        """The same with another device among its arguments in place of the one that the trace was made for."""
+        """Returns the same call with ``old``, the device of the trace, replaced by ``new`` in its arguments."""
         return FunctionLeaf(replace(self.call, leaves=retarget(self.call.leaves, old, new)))
 
     def __call__(self, *changing: Any) -> tuple[Tensor, ...]:
@@ -115,14 +120,14 @@ class FunctionLeaf:
 
 
 class Leaf(nn.Module):
-    """A leaf inside a stage: takes tensors and sizes, gives tensors.
+    """A module kept whole, inside a stage: takes tensors and sizes, returns tensors.
 
-    It has the parameters and buffers of a copy of the module under the module's own names, so that the stage may swap
+    It has the parameters and buffers of a copy of the module under the module's own names, so that the stage can swap
     them.
 
     Args:
-        calls: the recorded calls of one module; ``forward`` is told which of them it is to make.
-        tensors: the model's parameters and buffers by full name.
+        calls: The recorded calls of one module; the first argument of ``forward`` selects one of them.
+        tensors: The model's parameters and buffers by full name.
     """
 
     def __init__(self, calls: Sequence[LeafCall], tensors: Mapping[str, Tensor]) -> None:
@@ -147,18 +152,18 @@ class Leaf(nn.Module):
         return self.calls[number].tensors_of(out)
 
     def _refuse_new_writes(self, number: int, held: Sequence[tuple[Tensor, Tensor, int]]) -> None:
-        """Raises ``ExecutionError`` if the module writes to parameters and did not where it was captured."""
+        """Raises ``ExecutionError`` if the module writes to parameters but did not during the capture."""
         call = self.calls[number]
         written = {id(t) for t, data, before in held if version(t) != before or storage_key(t) != storage_key(data)}
         for name, parameter in self.named_parameters():
             if id(parameter) in written and not call.writes:
                 raise ExecutionError(
-                    f"{call.name} is kept whole and has begun to write to its parameter {name!r}, which it did not do "
-                    f"when the model was captured; do that in a forward of its own, outside the pipeline"
+                    f"{call.name} is kept whole and wrote to its parameter {name!r}, which it did not do when the "
+                    f"model was captured; call the module outside the pipeline for that"
                 )
 
     def _write_back(self, inner: nn.Module, held: Sequence[tuple[Tensor, Tensor, int]]) -> None:
-        """What the module has bound to the name of a buffer, or as data to a tensor, goes into the model's own."""
+        """Copies tensors that the module bound to a buffer's name or to ``.data`` into the model's own tensors."""
         with torch.no_grad():
             for tensor, data, _ in held:
                 if storage_key(tensor) != storage_key(data):
@@ -171,7 +176,7 @@ class Leaf(nn.Module):
 
 
 def attribute_of(path: str) -> str:
-    """A leaf's name in a stage: its path, or one made up if the model does not own the module."""
+    """Returns a leaf's name in a stage: its path, or a derived name if the model does not own the module."""
     return re.sub(r"[^\w.]", "_", path) if "<" in path else path
 
 
@@ -182,7 +187,7 @@ def _listed(shapes: tuple[tuple[int, ...], ...]) -> str:
 def copy_of(
     module: nn.Module, path: str, tensors: Mapping[str, Tensor], made: dict[int, nn.Module] | None = None
 ) -> nn.Module:
-    """A module of its own with the same structure and attributes, on given tensors; hooks and modes are kept."""
+    """Returns a copy of a module that uses the given tensors; structure, attributes, hooks and modes are the same."""
     made = {} if made is None else made
     if id(module) in made:
         return made[id(module)]

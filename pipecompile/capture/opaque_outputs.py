@@ -1,4 +1,4 @@
-"""What a leaf returns, learnt by running it once for real on what the graph computes from a sample microbatch."""
+"""Finds out what a leaf returns, by one run on the real tensors that the graph computes from a sample microbatch."""
 
 from __future__ import annotations
 
@@ -19,20 +19,23 @@ from pipecompile.capture.state.guards import MISSING, NOT_PLAIN, TORCHS_OWN, fro
 from pipecompile.errors import CaptureError, DependsOnData
 from pipecompile.ops.torch_internals import DisableTorchFunction, _disable_current_modes
 
-OF_RECURRENT = frozenset({"_flat_weights"})  # what such a module lists its parameters in
+OF_RECURRENT = frozenset({"_flat_weights"})  # where a recurrent module lists its parameters
 
 
 def learn(
     call: LeafCall, nodes: Sequence[fx.Node | float], evaluator: Evaluator, tensors: Mapping[str, Tensor]
 ) -> tuple[LeafCall, Any]:
-    """The call with the shapes of its results, and the results.
+    """Runs a leaf on real tensors. Returns the call with its output shapes and written parameters, and its outputs.
 
     Args:
-        nodes: what the tensors and sizes among the arguments are computed by; a size that is known is itself.
-        tensors: the parameters of a module, and buffers that it may write to.
+        call: The call of the leaf.
+        nodes: Nodes that compute the tensors and sizes among the arguments; a number for a known size.
+        evaluator: Computes the values of nodes.
+        tensors: Parameters and buffers of a module by full name, which the run may write to.
 
     Raises:
-        DependsOnData: the leaf writes to its arguments, or returns something else than tensors.
+        DependsOnData: The leaf writes to its arguments, or returns something other than tensors.
+        CaptureError: The forward of the module sets an attribute on itself.
     """
     values = [evaluator.value(node) if isinstance(node, fx.Node) else node for node in nodes]
     with DisableTorchFunction(), _disable_current_modes(), torch.enable_grad():
@@ -51,21 +54,21 @@ def learn(
 
 
 def _refuse_settings(call: LeafCall, copy: Any) -> None:
-    """What a copy of a module sets on itself would be lost."""
+    """Raises ``CaptureError`` if the forward set an attribute: it was set on a copy, and would be lost."""
     for module, inner in zip(call.kept.modules(), copy.modules(), strict=False):  # type: ignore[attr-defined]
         own = TORCHS_OWN | (OF_RECURRENT if isinstance(inner, nn.RNNBase) else frozenset())
         names = [n for n, v in vars(inner).items() if n not in own and v is not vars(module).get(n, MISSING)]
         changed = [n for n in names if frozen(vars(inner)[n]) is NOT_PLAIN or vars(inner)[n] != vars(module).get(n)]
         if changed:
             raise CaptureError(
-                f"{call.name} is kept whole and its forward sets self.{changed[0]}, which each microbatch "
-                f"would do for itself; let it return it, or make it a buffer: self.register_buffer({changed[0]!r}, ...)"
+                f"{call.name} is kept whole and its forward sets self.{changed[0]}, which every microbatch would set "
+                f"again; return the value instead, or make it a buffer: self.register_buffer({changed[0]!r}, ...)"
             )
 
 
 @contextmanager
 def watched(kept: Any, arguments: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], list[str]]]:
-    """Yields the arguments and the names of a module's parameters that are written within; complete at its end."""
+    """Yields the arguments, and the names of the module's parameters, that are written inside; complete at the end."""
     named = list(kept.named_parameters()) if isinstance(kept, nn.Module) else []
     memory = [storage_key(parameter) for _, parameter in named]
     tensors: list[Tensor] = []
@@ -79,7 +82,7 @@ def watched(kept: Any, arguments: Sequence[Tensor]) -> Iterator[tuple[list[Tenso
 
 
 def fake_result(tensor: Tensor, device: torch.device) -> Tensor:
-    """A fake for a real tensor; one that wants a gradient has a history, as the result of an operation."""
+    """Returns a fake of a real tensor; if it requires grad, it has a ``grad_fn`` like the result of an operation."""
     with DisableTorchFunction():
         fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
         return fake.requires_grad_().view_as(fake) if tensor.requires_grad else fake

@@ -1,8 +1,8 @@
-"""What to keep whole when a trace has failed: the innermost module or function around the place that can be.
+"""Chooses what to keep whole after a trace has failed: the innermost possible module or function around the failure.
 
-The traceback shows what was running. From the inside out, the first part that is not kept whole yet and may be is
-taken: a module by its path, or a function of the model's or a library's own whose arguments tell all that it reads.
-Within a part that is kept whole already, and cannot be after all, the next further out.
+The traceback shows what was running. From the inside out, the first part is taken that is not kept whole yet and can
+be: a module, or a Python function outside torch that reads tensors only through its arguments. If the failure is inside
+a part that is already kept whole, the next part outside it is taken.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Part = str | FunctionType  # a module's path, or a function
 
 @dataclass(frozen=True)
 class Reason:
-    """Why a part is kept whole, and the line of code, not torch's, that has failed in it."""
+    """Why a part is kept whole, and the line outside torch and pipecompile that failed in it."""
 
     text: str
     line: tuple[CodeType, int] | None = None
@@ -38,12 +38,12 @@ class Reason:
 
 
 def next_whole(error: BaseException, paths: list[str], kept: Mapping[Part, Reason]) -> Part | None:
-    """The next part of a model to keep whole.
+    """Returns the next part of a model to keep whole, or None.
 
     Args:
-        error: what the trace has failed with.
-        paths: of the modules that were being run, innermost last.
-        kept: parts that are kept whole already.
+        error: The error that the trace failed with.
+        paths: Paths of the modules that were running, innermost last.
+        kept: Parts that are already kept whole.
     """
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     outside = list(takewhile(lambda part: not _is_kept(part, kept), _running(frames, paths, kept)))
@@ -58,13 +58,14 @@ def _is_kept(part: Part | FrameType, kept: Mapping[Part, Reason]) -> bool:
 
 
 def all_alike(model: nn.Module, part: Part, kept: Mapping[Part, Reason]) -> dict[Part, Reason]:
-    """The modules to keep whole once two of one class have failed at the same line: all of the class.
+    """Returns all modules of a class, to keep whole after two modules of that class failed at the same line.
 
-    Each would cost a trace to find out. Empty if the part is the first to fail there.
+    Finding each of them separately would cost one trace per module. Empty if the part is the first to fail there.
 
     Args:
-        part: the last that had to be kept.
-        kept: the reasons, of this part too.
+        model: The model.
+        part: The last part that had to be kept whole.
+        kept: Parts kept whole, with reasons; includes ``part``.
     """
     line, modules = kept[part].line, dict(model.named_modules())
     if line is None or not isinstance(part, str):
@@ -74,7 +75,7 @@ def all_alike(model: nn.Module, part: Part, kept: Mapping[Part, Reason]) -> dict
         k for k, reason in kept.items() if isinstance(k, str) and reason.line == line and type(modules[k]) is kind
     ]
     alike = [path for path, module in modules.items() if type(module) is kind and not _is_kept(path, kept)]
-    return {path: Reason(f"it is of the class of {part!r}") for path in alike} if len(failed) > 1 else {}
+    return {path: Reason(f"it has the same class as {part!r}") for path in alike} if len(failed) > 1 else {}
 
 
 def name_of_part(part: Part) -> str:
@@ -85,7 +86,7 @@ def name_of_part(part: Part) -> str:
 
 
 def _running(frames: list[FrameType], paths: list[str], kept: Mapping[Part, Reason]) -> list[Part | FrameType]:
-    """Modules (paths), functions that are kept whole, and other frames, outermost first."""
+    """Returns the modules (paths), functions kept whole, and other frames that were running, outermost first."""
     modules = iter(paths[1:])
     found: list[Part | FrameType] = []
     for frame in frames:
@@ -95,11 +96,11 @@ def _running(frames: list[FrameType], paths: list[str], kept: Mapping[Part, Reas
             found.append(function)
         else:
             found.append(frame)
-    return [*found, *modules]  # what is refused when the run is over is in no frame
+    return [*found, *modules]  # an error raised after the run has no frames of the modules
 
 
 def _function(frame: FrameType) -> FunctionType | None:
-    """The function that a frame runs, if it can be kept whole."""
+    """Returns the function that a frame runs, if it can be kept whole."""
     code = frame.f_code
     arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
     if is_library(code.co_filename) or any(hides_tensors(frame.f_locals.get(name)) for name in arguments):

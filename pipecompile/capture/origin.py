@@ -1,4 +1,4 @@
-"""Where a node comes from: the module whose forward made the call, the user's line, and the modes it ran in."""
+"""The origin of a node: the module whose forward made the call, the user's source line, and the modes it ran in."""
 
 from __future__ import annotations
 
@@ -11,11 +11,16 @@ from pipecompile.ops.modes import PLAIN, Region
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Kept in ``fx_node.meta["origin"]``.
+    """The origin of a node, stored in ``fx_node.meta["origin"]``.
 
-    ``writes`` names the buffers and parameters that the node writes in place; such a node runs exactly once a
-    microbatch. ``copies`` names those of which it writes a microbatch's copy. ``mutates`` says that it writes to an
-    argument at all. ``recompute`` is the number of the checkpoint that the call stands in.
+    Attributes:
+        path: Path of the module.
+        source: Source line, ``file:line``.
+        region: Modes that the call ran in.
+        writes: Buffers and parameters that the node writes in place; it runs exactly once per microbatch.
+        mutates: Whether it writes to any argument.
+        recompute: Number of the checkpoint around the call.
+        copies: Buffers and parameters of which it writes the microbatch's copy.
     """
 
     path: str = ""
@@ -32,6 +37,6 @@ class Origin:
 
 
 def origin_of(node: fx.Node) -> Origin:
-    """The origin recorded for a node; an empty one for what the tracer itself inserted."""
+    """Returns the origin recorded for a node; an empty one for nodes that the tracer inserted."""
     origin = node.meta.get("origin")
     return origin if isinstance(origin, Origin) else Origin()

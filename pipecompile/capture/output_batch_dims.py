@@ -1,7 +1,7 @@
-"""Along which dimension the microbatches' parts of an output are joined.
+"""Finds the dimension along which the microbatches of an output are joined.
 
-Where the batch is a symbol, it is the dimension that holds the symbol. Where the trace has made a number of it, another
-dimension may have the same size by chance: a second trace, of the whole batch, shows which one grows.
+If the batch size is a symbol, it is the dimension that contains the symbol. If the trace fixed the batch size, another
+dimension may have the same size by chance; a second trace, of the whole batch, shows which dimension grows.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from pipecompile.ops.symbols import resolve
 
 
 def with_batch_dims(captured: Captured, whole: Callable[[], Captured]) -> Captured:
-    """A capture that knows the batch dimension of its outputs, if there is more than one microbatch.
+    """Returns the capture with the batch dimension of its outputs set, if there is more than one microbatch.
 
     Args:
-        whole: captures the whole batch, with all sizes fixed.
+        captured: The capture of a microbatch.
+        whole: Captures the whole batch, with all sizes fixed.
     """
     batch = captured.call.batch
     if batch is None or batch == captured.microbatch or not captured.is_fixed:
         return captured
     try:
         other = whole()
-    except Exception:  # it can be traced at the size of a microbatch alone; dimensions of its size count
+    except Exception:  # it can only be traced at the size of a microbatch: keep the dimensions that have this size
         return captured
     grown = {output.name: _shape(other, output) for output in (*other.outputs, *other.left)}
 
@@ -45,7 +46,7 @@ def _shape(captured: Captured, output: Output) -> tuple[int, ...]:
 
 
 def _growing(part: tuple[int, ...], whole: tuple[int, ...], rows: int, batch: int) -> int | None:
-    """The one dimension that grows from a microbatch to the whole batch as the rows do."""
+    """Returns the one dimension that grows with the rows from a microbatch to the whole batch, or None."""
     if len(part) != len(whole):
         return None
     grown = [dim for dim, (a, b) in enumerate(zip(part, whole, strict=True)) if a != b]

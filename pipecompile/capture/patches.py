@@ -1,15 +1,16 @@
-"""What a ``TorchFunctionMode`` does not see, made visible for the time of a trace.
+"""Patches torch during a trace, to show the tracer what a ``TorchFunctionMode`` does not see.
 
-- modules being run: the path of each node, and which of them are leaves; functions that are leaves;
-- ``torch.autograd.Function.apply``: recorded as one call, so that a custom backward survives;
-- ``torch.utils.checkpoint``: what it runs is marked, to be computed again;
-- autocast regions that the model enters itself;
-- functions that ``torch.jit.script`` has compiled: they run as the Python that they were made from;
-- ``torch.from_numpy``, which makes a constant;
-- whether a run is a trace, which libraries ask in order to take other branches: it is not;
-- arithmetic on symbolic sizes, which is remembered;
-- ``len(x)``, which is a symbolic size too;
-- what was scripted or compiled, which runs as Python.
+- calls of modules: the path of each node, and which modules are leaves; functions that are leaves
+- ``torch.autograd.Function.apply``: recorded as one call, which keeps the custom backward
+- ``torch.utils.checkpoint``: the nodes inside are marked for recomputation
+- autocast regions that the model enters
+- ``Tensor.set_``, ``F.l1_loss`` with ``weight=``: recorded, though torch does not dispatch them
+- ``torch.utils.swap_tensors``, ``torch.manual_seed``: refused
+- ``torch.from_numpy``: creates a constant
+- checks of libraries whether they are being traced, to take other branches: the answer is no
+- arithmetic on symbolic sizes: cached
+- ``len(x)``: returns a symbolic size
+- code that was scripted or compiled: runs as Python
 """
 
 from __future__ import annotations
@@ -54,11 +55,13 @@ SWAP: Any = torch.utils.swap_tensors
 def patched(
     recorder: Recorder, model: nn.Module, paths: Mapping[int, str], functions: Iterable[FunctionType] = ()
 ) -> Iterator[None]:
-    """Patches torch while a model is traced; what other threads run is left alone.
+    """Patches torch while a model is traced; calls in other threads are not affected.
 
     Args:
-        paths: the path of each module by identity.
-        functions: those that are kept whole.
+        recorder: Records the trace.
+        model: The model being traced.
+        paths: Path of each module by identity.
+        functions: Functions kept whole.
     """
     with (
         _modules(recorder, paths),
@@ -98,7 +101,7 @@ def _modules(recorder: Recorder, paths: Mapping[int, str]) -> Iterator[None]:
             out = original(self, *args, **kwargs)
             recorder.check_module(out)
         recorder.returned(recorder.paths[-1], out)
-        recorder.paths.pop()  # not on an exception: its message wants the innermost module
+        recorder.paths.pop()  # not on an exception: its message names the innermost module
         return out
 
     with _replaced(nn.Module, "__call__", call), _replaced(nn.Module, "to", _unchanging(nn.Module.to, recorder)):
@@ -106,12 +109,12 @@ def _modules(recorder: Recorder, paths: Mapping[int, str]) -> Iterator[None]:
 
 
 def runs_a_module(code: CodeType) -> bool:
-    """Whether a frame with this code is the call of a module in a trace."""
+    """Whether a frame with this code is a call of a module during a trace."""
     return code.co_name == "call" and code.co_filename == __file__
 
 
 def _unchanging(original: Any, recorder: Recorder) -> Any:
-    """``module.to(...)`` that leaves a module alone which is there already; one that would change it is refused."""
+    """Wraps ``Module.to``: nothing to do is allowed; moving or casting parameters of the model is refused."""
 
     def to(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         device, dtype, _, _ = _parse_to(*args, **kwargs)
@@ -122,8 +125,8 @@ def _unchanging(original: Any, recorder: Recorder) -> Any:
             return self
         if any(id(t) in recorder.names for t in tensors):
             raise CaptureError(
-                f"{recorder.here}: forward moves parameters of a {type(self).__name__} to {device or dtype}; "
-                f"a step must find them there: run the model once before, or call .to() on the module"
+                f"{recorder.here}: forward moves parameters of a {type(self).__name__} to {device or dtype}, but a "
+                f"step must find them there; run the model once before the first step, or call .to() on the module"
             )
         return original(self, *args, **kwargs)
 
@@ -133,20 +136,20 @@ def _unchanging(original: Any, recorder: Recorder) -> Any:
 def _apply(
     recorder: Recorder, function: FunctionType, original: FunctionType, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """A call of ``torch.autograd.Function.apply``, however the model has come by it."""
+    """Handles a call of ``torch.autograd.Function.apply``."""
     cls, *rest = args
-    if cls is CheckpointFunction:  # its function closes over parameters: trace what it would run
+    if cls is CheckpointFunction:  # its function closes over parameters: trace into it
         return _reentrant_checkpoint(recorder, *rest)
     if recorder.inside_transform:
         raise DependsOnData(
-            f"{recorder.here}: {cls.__qualname__}.apply stands inside torch.vmap or torch.func, where its own "
+            f"{recorder.here}: {cls.__qualname__}.apply is called inside torch.vmap or torch.func, where its custom "
             f"backward cannot be recorded; the module around it must be kept whole"
         )
     if not _is_torch_function_mode_enabled():
         return original(*args, **kwargs)
     if hides_tensors((rest, kwargs)):
         raise DependsOnData(
-            f"{recorder.here}: {cls.__name__} takes modules, or objects with tensors inside, whose gradients a "
+            f"{recorder.here}: {cls.__name__} takes modules, or objects that contain tensors, whose gradients a "
             f"graph of functions would lose; keep the module around it whole with leaf_modules="
         )
     with DisableTorchFunction():
@@ -159,14 +162,14 @@ def _swap(
     if not _is_torch_function_mode_enabled():
         return original(*args, **kwargs)
     raise CaptureError(
-        f"{recorder.here}: torch.utils.swap_tensors exchanges tensors with their place in autograd, which a pipeline "
-        f"cannot follow; write to the one that is there: tensor.data.copy_(other)"
+        f"{recorder.here}: torch.utils.swap_tensors() also exchanges the autograd history of the tensors, which a "
+        f"pipeline cannot follow; write to the existing tensor instead: tensor.data.copy_(other)"
     )
 
 
 @contextmanager
 def _set(recorder: Recorder) -> Iterator[None]:
-    """``x.set_(y)``, which does not tell a mode of itself."""
+    """Records ``x.set_(y)``, which does not dispatch to function modes."""
     original: Any = torch.Tensor.set_
     thread = threading.get_ident()
 
@@ -181,15 +184,15 @@ def _set(recorder: Recorder) -> Iterator[None]:
     try:
         yield
     finally:
-        del torch.Tensor.set_  # that of its base again
+        del torch.Tensor.set_  # uncovers that of the base class
 
 
 def _reentrant_checkpoint(recorder: Recorder, run: Any, preserve: bool, *args: Any) -> Any:
-    """``checkpoint(..., use_reentrant=True)``: without an argument that wants a gradient, nothing in it gets one."""
+    """Handles ``checkpoint(..., use_reentrant=True)``: no gradients inside unless an argument requires grad."""
     if recorder.inside_leaf:
         raise CaptureError(
-            f"{recorder.here}: torch.utils.checkpoint with use_reentrant=True stands inside a module that is kept "
-            f"whole, where its gradients would miss the pipeline; pass use_reentrant=False"
+            f"{recorder.here}: torch.utils.checkpoint with use_reentrant=True is called inside a module that is kept "
+            f"whole, where its gradients would not reach the pipeline; pass use_reentrant=False"
         )
     wanted = any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args)
     with recorder.checkpoint(), nullcontext() if wanted else torch.no_grad():
@@ -198,7 +201,7 @@ def _reentrant_checkpoint(recorder: Recorder, run: Any, preserve: bool, *args: A
 
 @contextmanager
 def _checkpoints(recorder: Recorder) -> Iterator[None]:
-    """``checkpoint(..., use_reentrant=False)``, which runs its function between two steps of a generator."""
+    """Handles ``checkpoint(..., use_reentrant=False)``, which runs its function between two steps of a generator."""
 
     original = torch.utils.checkpoint._checkpoint_without_reentrant_generator
     thread = threading.get_ident()
@@ -220,7 +223,7 @@ def _below(recorder: Recorder, thread: int) -> Any:
 
 @contextmanager
 def _scripts(recorder: Recorder) -> Iterator[None]:
-    """Scripted functions as Python, whose operations the mode sees; TorchScript's interpreter would hide them."""
+    """Runs scripted functions as Python, whose operations the mode sees; TorchScript's interpreter would hide them."""
     original = ScriptFunction.__call__
     thread = threading.get_ident()
 
@@ -253,8 +256,8 @@ def _seeds(recorder: Recorder) -> Iterator[None]:
         if threading.get_ident() != thread or recorder.inside_leaf:
             return original(seed)
         raise CaptureError(
-            f"{recorder.here}: forward seeds torch's generator, and the numbers that follow would be others in a "
-            f"pipeline, where each call draws from a seed of its own; draw them outside, and pass them in"
+            f"{recorder.here}: forward seeds torch's generator, but in a pipeline every random call has a seed of its "
+            f"own, so the numbers would differ; draw them outside the model and pass them in"
         )
 
     with _replaced(torch, "manual_seed", manual_seed), _replaced(torch.random, "manual_seed", manual_seed):
@@ -263,7 +266,7 @@ def _seeds(recorder: Recorder) -> Iterator[None]:
 
 @contextmanager
 def _weighted_differences() -> Iterator[None]:
-    """``F.l1_loss`` tells a mode of all its arguments but ``weight=``; here it tells of that too."""
+    """Makes ``F.l1_loss`` dispatch with all its arguments; torch leaves out ``weight=``."""
     original = F.l1_loss
 
     def l1_loss(*args: Any, **kwargs: Any) -> Any:
@@ -277,7 +280,7 @@ def _weighted_differences() -> Iterator[None]:
 
 @contextmanager
 def _eager_branches() -> Iterator[None]:
-    """Lets transformers take the branches of a plain run: it takes others, with other masks, where it sees fakes."""
+    """Makes transformers take the branches of an eager run; on fake tensors it would take others, with other masks."""
     transformers = sys.modules.get("transformers.utils.import_utils")
     original = getattr(transformers, "is_tracing", None)
     if original is None:
@@ -292,7 +295,7 @@ def _eager_branches() -> Iterator[None]:
 
 @contextmanager
 def _unvalidated_distributions() -> Iterator[None]:
-    """Distributions do not check the values of their arguments, which fakes do not have."""
+    """Turns off the checks of distributions on the values of their arguments, which fake tensors do not have."""
     validates = torch.distributions.Distribution._validate_args
     torch.distributions.Distribution.set_default_validate_args(False)
     try:

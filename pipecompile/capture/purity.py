@@ -1,4 +1,4 @@
-"""What a node may not be: repeated, dropped or moved. Random functions, functions with effects, and heavy ones."""
+"""Finds nodes that must not be repeated, dropped or moved: random functions, functions with effects, costly ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipecompile.ops.operators import function_of, is_opaque, named
 from pipecompile.ops.randomness import draws
 from pipecompile.ops.torch_internals import OpOverload
 
-# Functions that do much for each byte they give: repeating them may cost more than sending.
+# Functions that compute much per byte of output: repeating them may cost more than sending the result.
 _PRODUCTS = named("matmul bmm mm")
 _CONTRACTIONS = _PRODUCTS | named("""
     linear addmm baddbmm einsum tensordot bilinear rmatmul conv1d conv2d conv3d conv_transpose1d conv_transpose2d
@@ -21,11 +21,11 @@ _CONTRACTIONS = _PRODUCTS | named("""
     pinverse cholesky linalg_svd linalg_qr linalg_inv linalg_pinv linalg_solve linalg_cholesky linalg_eigh sort argsort
     topk interpolate unfold
 """)
-CHEAP_CONTRACTION = 16  # multiply-adds per element of output up to which a contraction counts as cheap
+CHEAP_CONTRACTION = 16  # most multiply-adds per output element of a cheap contraction
 
 
 def name_of(node: fx.Node) -> str:
-    """What a node calls: ``linear``, ``getitem``, ``size``."""
+    """Returns the name of what a node calls: ``linear``, ``getitem``, ``size``."""
     if node.op == "call_function":
         if isinstance(node.target, OpOverload):  # aten::add.Tensor
             return str(node.target._schema.name).partition("::")[2]
@@ -34,7 +34,7 @@ def name_of(node: fx.Node) -> str:
 
 
 def is_random(node: fx.Node) -> bool:
-    """Whether running a node twice may give two results."""
+    """Whether a node may give two different results when it runs twice."""
     if (custom := custom_of(node.target)) is not None:
         return custom.draws
     return node.op == "call_function" and draws(node.target, node.args, node.kwargs)
@@ -46,7 +46,7 @@ def has_effect(node: fx.Node) -> bool:
 
 
 def is_cheap(node: fx.Node) -> bool:
-    """Whether a stage had better compute a node again than receive it."""
+    """Whether a node costs less to rematerialize in a stage than to receive."""
     function = function_of(node.target)
     if function is number:
         return True

@@ -1,4 +1,4 @@
-"""Trees of arguments and outputs, with the user's own dataclasses among their branches."""
+"""Flattens arguments and outputs, including the user's own dataclasses."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from pipecompile.ops.torch_internals import pytree
 
 
 def with_paths(tree: Any) -> tuple[list[tuple[Any, Any]], pytree.TreeSpec]:
-    """Leaves with their paths, and the tree; where a class names no parts (diffusers' outputs), by their number."""
+    """Returns the leaves with their paths, and the tree. Parts of a class without key paths are numbered."""
     try:
         return pytree.tree_flatten_with_path(tree)
-    except ValueError:  # a class is registered with torch without ``flatten_with_keys_fn``
+    except ValueError:  # a class is registered without ``flatten_with_keys_fn`` (diffusers' outputs)
         leaves, spec = pytree.tree_flatten(tree)
         return list(zip(_paths(spec), leaves, strict=True)), spec
 
@@ -34,10 +34,10 @@ def _paths(spec: pytree.TreeSpec) -> Iterator[tuple[Any, ...]]:
 
 
 def flatten(tree: Any) -> tuple[list[tuple[Any, Any]], pytree.TreeSpec]:
-    """Leaves with their paths, and the tree; a dataclass that torch does not know is made known to it.
+    """Returns the leaves with their paths, and the tree; registers dataclasses that torch does not know.
 
     Raises:
-        CaptureError: a leaf is an object of a class that torch cannot look into, and holds tensors.
+        CaptureError: A leaf is an object that contains tensors and that torch cannot flatten.
     """
     while True:
         leaves, spec = with_paths(tree)
@@ -55,7 +55,7 @@ def flatten(tree: Any) -> tuple[list[tuple[Any, Any]], pytree.TreeSpec]:
 
 @dataclasses.dataclass(frozen=True)
 class _Size:
-    """Stands for a ``torch.Size`` in a tree: torch itself makes a tuple of what it has taken apart."""
+    """Stands for a ``torch.Size`` in a tree, which torch would rebuild as a plain tuple."""
 
     sizes: tuple[Any, ...]
 
@@ -80,8 +80,9 @@ def _refuse_hidden_tensors(path: str, leaf: Any) -> None:
     held = [name for name, value in getattr(leaf, "__dict__", {}).items() if _has_tensor(value)]
     if held and not isinstance(leaf, Tensor) and not isinstance(leaf, type):
         raise CaptureError(
-            f"{path or 'the output'} is a {type(leaf).__name__}, which holds tensors in {', '.join(held)} where nobody "
-            f"can see them; use a dict, tuple, NamedTuple or dataclass, or torch.utils._pytree.register_pytree_node"
+            f"{path or 'the output'} is a {type(leaf).__name__}, which holds tensors in {', '.join(held)}, and torch "
+            f"cannot flatten it; use a dict, tuple, NamedTuple or dataclass, or register the class with "
+            f"torch.utils._pytree.register_pytree_node()"
         )
 
 

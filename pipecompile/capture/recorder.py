@@ -1,8 +1,8 @@
 """The recording mode: runs every torch function on fake tensors and appends it to a ``torch.fx`` graph.
 
-Functions are recorded as the model calls them (``F.linear`` is one node), neither as modules nor as aten operations:
-that is the level at which costs are profiled, losses are recognised, and people read. A tensor is known by identity;
-all tensors are kept alive during the trace, so that no identity is used twice.
+Functions are recorded as the model calls them (``F.linear`` is one node), not as modules or aten operations: this is
+the level at which costs are profiled, losses are recognised, and people read a graph. A tensor is looked up by
+identity; all tensors are kept alive during the trace, so that no identity is used twice.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ LAYOUTS: dict[Callable[..., Any], Callable[[torch.layout], Any]] = {
 _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 _STORAGES = (Tensor.untyped_storage, Tensor.storage)
 
-# What running on fakes raises where only real values would do.
+# Raised by a run on fake tensors where real values are needed.
 DATA_DEPENDENT = (
     DependsOnData,
     DataDependentOutputException,
@@ -79,20 +79,21 @@ _OF_HISTORY = frozenset(getattr(Tensor, name).__get__ for name in ("requires_gra
 
 
 class NeedsOperations(Exception):
-    """A gradient is taken in the forward, through functions: the trace must hold the operations that these come to."""
+    """Forward computes a gradient through recorded functions, so the trace must record aten operations instead."""
 
 
 class Recorder(TorchFunctionMode):
     """Records one run of a model.
 
     Args:
-        graph: receives the nodes; placeholders are in it already.
-        sizes: turns symbolic sizes into nodes.
-        values: answers what Python reads from tensors.
-        constant: gives a name and a fake to a real tensor met on the way.
-        leaves: paths of modules that are kept whole.
-        learn: runs a leaf for real; gives the call with what that told, and what it returns, with fakes.
-        number: gives the node of a number that Python computes before each step.
+        graph: Receives the nodes; contains the placeholders already.
+        sizes: Turns symbolic sizes into nodes.
+        values: Answers what Python reads from tensors.
+        constant: Returns a name and a fake for a real tensor that is not a parameter or buffer.
+        leaves: Paths of modules kept whole.
+        learn: Runs an opaque call on real tensors. Returns the call with its output shapes filled in, and its outputs
+            as fake tensors.
+        number: Returns the node of a number that Python computes before each step.
     """
 
     def __init__(
@@ -118,20 +119,20 @@ class Recorder(TorchFunctionMode):
         self.inside_leaf = False
         self.fakes: dict[int, Tensor] = {}  # by the identity of the real tensor
         self.paths: list[str] = [""]  # of the modules being run, innermost last
-        self.checkpoints: list[int] = []  # of the model's own, being run, innermost last
+        self.checkpoints: list[int] = []  # of the model, being run, innermost last
         self.num_checkpoints = 0
         self.inside_transform = False  # aten operations are being recorded, not functions
-        self.detaching = False  # the model itself detaches, rather than autograd, which keeps values so
-        self.autocasts: list[tuple[str, str, bool]] = []  # entered by the model itself
+        self.detaching = False  # the model calls detach; autograd also does, to save values
+        self.autocasts: list[tuple[str, str, bool]] = []  # entered by the model
         self.nodes: dict[int, fx.Node] = {}
         self.returns: list[tuple[str, tuple[fx.Node | None, ...]]] = []  # of each call of a module, as calls end
         self.names: dict[int, str] = {}  # parameters, buffers and constants
-        self.attributes: dict[str, fx.Node] = {}  # what reads them
-        self.moved: dict[str, Tensor] = {}  # those that have been given other data
+        self.attributes: dict[str, fx.Node] = {}  # the nodes that read them
+        self.moved: dict[str, Tensor] = {}  # those whose .data was set
         self.trainable: set[str] = set()  # those that are parameters
         self.layouts: dict[int, torch.layout] = {}  # of tensors whose fakes are dense
         self.alive: list[Any] = []
-        self.generators: set[int] = {id(torch.default_generator)}  # those that were there before the call
+        self.generators: set[int] = {id(torch.default_generator)}  # those that existed before the call
         self.aliases = Aliases(self.emit, self.nodes.__setitem__)
         self.histories = Histories(self._is_known)
 
@@ -140,7 +141,7 @@ class Recorder(TorchFunctionMode):
         self.aliases.add(tensor, placeholder, [], ())
 
     def add_attribute(self, name: str, fake: Tensor, real: Tensor) -> None:
-        """A parameter, buffer or constant that the graph reads under ``name``."""
+        """Adds a parameter, buffer or constant that the graph reads under ``name``."""
         self.names.setdefault(id(fake), name)
         if isinstance(real, nn.Parameter):
             self.trainable.add(name)
@@ -151,7 +152,7 @@ class Recorder(TorchFunctionMode):
         self.aliases.add_buffer(name, fake)
 
     def returned(self, path: str, out: Any) -> None:
-        """Notes which nodes a module's call has returned."""
+        """Notes which nodes the call of a module returned."""
         if not self.inside_leaf and not self.inside_transform:
             self.returns.append((path, tuple(self.nodes.get(id(tensor)) for tensor in tensors_in(out))))
 
@@ -161,10 +162,10 @@ class Recorder(TorchFunctionMode):
         return self.paths[-1] in self.leaves and not self.inside_leaf
 
     def call_leaf(self, module: nn.Module, args: Any, kwargs: Any, run: Callable[..., Any]) -> Any:
-        """Records the call of a module that is kept whole."""
+        """Records the call of a module kept whole."""
         path, args, kwargs = self.paths[-1], without_stand_ins(args), without_stand_ins(kwargs)
         if not all(id(t) in self.names for t in [*module.parameters(), *module.buffers()]):
-            raise DependsOnData(f"{self.here}: module {path!r} holds tensors that the forward itself has made")
+            raise DependsOnData(f"{self.here}: module {path!r} holds tensors that forward itself created")
         call, changing = LeafCall.of(path, module, self._fake(args), self._fake(kwargs))
         call, out = self._learn(call, changing, run)
         calls = self.leaf_calls.setdefault(path, [])
@@ -177,7 +178,7 @@ class Recorder(TorchFunctionMode):
     def call_function_leaf(
         self, function: FunctionType, original: FunctionType, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Records the call of a function that is kept whole, unless it is a part of something that is already."""
+        """Records the call of a function kept whole, unless it is called inside another part kept whole."""
         seen = _is_torch_function_mode_enabled() and not self.inside_leaf
         if not seen or next(tensors_in((args, kwargs)), None) is None:
             return original(*args, **kwargs)
@@ -202,7 +203,7 @@ class Recorder(TorchFunctionMode):
         return out
 
     def _learn(self, call: LeafCall, changing: list[Any], run: Callable[..., Any]) -> tuple[LeafCall, Any]:
-        """The call with what one run has told of it, and its output with fakes."""
+        """Runs a leaf. Returns the call with what the run showed, and its output as fake tensors."""
         self.inside_leaf = True
         tensors = list(tensors_in(changing))
         versions = [version(tensor) for tensor in tensors]
@@ -210,7 +211,7 @@ class Recorder(TorchFunctionMode):
             with DisableTorchFunction(), Effects(), watched(call.kept, tensors) as (written, parameters):
                 args, kwargs = call.rebuild(tuple(changing))
                 out = run(*args, **kwargs)
-        except Exception:  # a question about data, or what no fake can do: leave torch, run a custom kernel
+        except Exception:  # it reads data, or does what a fake tensor cannot: leave torch, run a custom kernel
             assert self.learn is not None
             return self.learn(call, [self.lower(value) for value in changing])
         finally:
@@ -231,7 +232,7 @@ class Recorder(TorchFunctionMode):
     def _called(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], looking: bool) -> Any:
         if self.inside_transform and func is Tensor.register_hook:
             raise DependsOnData(
-                f"{self.here}: a hook on a gradient is registered inside torch.vmap or torch.func, or beside "
+                f"{self.here}: a hook on a gradient is registered inside torch.vmap or torch.func, or together with "
                 f"torch.autograd.grad, where it cannot be recorded; move it out, or keep the module around it whole"
             )
         if self.inside_leaf:
@@ -241,7 +242,7 @@ class Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         args, kwargs = without_stand_ins(args), without_stand_ins(kwargs)
         if func in _OF_HISTORY and id(args[0]) not in self.names and not is_library(caller_file(2)):
-            self.ran.asked.add(torch.is_grad_enabled)  # what the tensor answers follows from that
+            self.ran.asked.add(torch.is_grad_enabled)  # it decides what the tensor answers
         if func is torch.autograd.grad:
             return self._gradient(*args, **kwargs)
         if func in LAYOUTS and id(args[0]) in self.layouts:
@@ -257,7 +258,7 @@ class Recorder(TorchFunctionMode):
         elif func in _STORAGES and isinstance(args[0], FakeTensor) and not is_library(caller_file(2)):
             raise self._asks_for_storage()
         elif takes_function(func, args, kwargs):
-            self.ran.resume(looking)  # the body calls functions of the model's
+            self.ran.resume(looking)  # the body calls functions of the model
             with self:
                 return body_of(func)(*args, **kwargs)
         if passes(func, args, kwargs):
@@ -267,7 +268,7 @@ class Recorder(TorchFunctionMode):
     def call(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[..., Any]
     ) -> Any:
-        """Runs a function on fakes and records the call; ``run`` is what to run in its place."""
+        """Runs ``run`` on fake tensors and records it as a call of ``func``."""
         if any(is_real(t) for t in tensors_in((args, kwargs))):
             args, kwargs = self._fake(args), self._fake(kwargs)
         tensors = list(tensors_in((args, kwargs)))
@@ -278,7 +279,7 @@ class Recorder(TorchFunctionMode):
         with Effects() as effects:
             try:
                 out = self.run(run, args, kwargs)
-            except DataDependentOutputException:  # perhaps a tensor stands where a number is wanted
+            except DataDependentOutputException:  # perhaps a tensor was passed where a number is needed
                 args, kwargs = self._with_numbers(args), self._with_numbers(kwargs)
                 out = self.run(run, args, kwargs)
         written = [t for t, before in zip(tensors, versions, strict=True) if version(t) != before]
@@ -293,12 +294,12 @@ class Recorder(TorchFunctionMode):
     def _drawn_alike_each_call(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], tensors: Sequence[Tensor]
     ) -> Any:
-        """What a forward draws from a generator that it makes itself, which is the same in every call: a constant."""
+        """Records numbers drawn from a generator that forward creates; they are equal in every call: a constant."""
         numbers = pytree.tree_leaves((args, kwargs))
         if tensors or any(isinstance(it, torch.SymInt | torch.SymFloat) for it in numbers):
             raise DependsOnData(
-                f"{self.here}: forward draws random numbers from a generator that it makes itself, and how many "
-                f"depends on the call; make the generator in the constructor, or draw outside and pass the numbers in"
+                f"{self.here}: forward draws random numbers from a generator that it creates itself, and how many "
+                f"depends on the call; create the generator in __init__(), or draw outside and pass the numbers in"
             )
         with DisableTorchFunction(), _disable_current_modes():
             drawn = func(*args, **kwargs)
@@ -313,7 +314,7 @@ class Recorder(TorchFunctionMode):
         written: Sequence[Tensor] = (),
         moved: Sequence[Tensor] = (),
     ) -> None:
-        """Appends a call that gave ``out``, wrote to ``written``, and moved running statistics on."""
+        """Appends a call that returned ``out``, wrote to ``written``, and updated the running statistics ``moved``."""
         if func is torch.Tensor.__setitem__:
             func, out = setitem, args[0]
         if not written and not moved and next(tensors_in(out), None) is None:
@@ -332,19 +333,19 @@ class Recorder(TorchFunctionMode):
             self.aliases.finish_write(tensor, node, out if isinstance(out, Tensor) else None)
 
     def set_data(self, func: Callable[..., Any], tensor: Tensor, value: Tensor) -> None:
-        """Records ``tensor.data = value``: it keeps its place in autograd and stands for other numbers."""
+        """Records ``tensor.data = value``: the tensor keeps its autograd history and gets other values."""
         tensor, value = self._fake(tensor), self._fake(value)
         if storage_key(tensor) == storage_key(value) and _geometry(tensor) == _geometry(value):
             return  # x.data += y
         if tensor.shape != value.shape or tensor.dtype != value.dtype:
             raise CaptureError(
-                f"{self.here}: the forward gives a tensor of {tensor.dtype} {tuple(tensor.shape)} data of "
-                f"{value.dtype} {tuple(value.shape)}; it must keep its shape and type"
+                f"{self.here}: forward sets the .data of a {tensor.dtype} tensor of shape {tuple(tensor.shape)} to a "
+                f"{value.dtype} tensor of shape {tuple(value.shape)}; it must keep its shape and dtype"
             )
         self.check([tensor, value])
         before, data = self.node_of(tensor), self.node_of(value)
         name = self.names.get(id(tensor))
-        if name is None:  # of the model's own a copy is made where their last value is written back
+        if name is None:  # tensors of the model are cloned where their last value is written back
             before = self.emit(torch.clone, (before,), like=before)
         self.aliases.leave(tensor)
         self._keep_values(tensor)
@@ -358,7 +359,7 @@ class Recorder(TorchFunctionMode):
             self.moved[name] = tensor
 
     def _keep_values(self, tensor: Tensor) -> None:
-        """Lets the nodes that a tensor has been stand for the memory that it has now."""
+        """Keeps the memory of a tensor that is about to change as the value of its earlier nodes."""
         held = tensor.detach().requires_grad_(tensor.requires_grad)
         self.alive.append(held)
         for node in self.graph.nodes:
@@ -366,19 +367,19 @@ class Recorder(TorchFunctionMode):
                 node.meta["val"] = held
 
     def check(self, tensors: Iterable[Tensor]) -> None:
-        """Raises ``DependsOnData`` if something that was not recorded has changed one of the tensors."""
+        """Raises ``DependsOnData`` if a call that was not recorded changed one of the tensors."""
         if self.inside_transform:
-            return  # what is recorded there is seen below autograd
+            return  # there, operations are recorded below autograd
         for tensor in tensors:
             if self._is_known(tensor) and (node := self.histories.stranger(tensor)) is not None:
                 raise DependsOnData(
-                    f"{origin_of(self.node_of(tensor))}: a tensor of shape {tuple(tensor.shape)} that was made here "
-                    f"has got its gradient from {node.name()}, which has run out of the tracer's sight before "
-                    f"{self.here}; name the module around it in leaf_modules="
+                    f"{origin_of(self.node_of(tensor))}: a tensor of shape {tuple(tensor.shape)} created here gets "
+                    f"its gradient from {node.name()}, which ran before {self.here} and which the tracer did not see; "
+                    f"name the module around it in leaf_modules="
                 )
 
     def check_module(self, out: Any) -> None:
-        """The same, and that all was recorded, for what a module returns: here it is known what to keep whole."""
+        """Checks what a module returns, also for tensors that were not recorded: here the module to keep is known."""
         if self.inside_leaf or not _is_torch_function_mode_enabled():
             return
         with DisableTorchFunction():
@@ -391,7 +392,7 @@ class Recorder(TorchFunctionMode):
         if not self.inside_transform and (lost := self.histories.lost(results)) is not None:
             raise DependsOnData(
                 f"{self.here}: {getattr(func, '__name__', func)} reads a tensor of shape {tuple(lost.shape)} that is "
-                f"not among its arguments, and whose gradient would be lost; name the module around it in leaf_modules="
+                f"not among its arguments, so its gradient would be lost; name the module around it in leaf_modules="
             )
 
     def _is_known(self, tensor: Tensor) -> bool:
@@ -399,7 +400,7 @@ class Recorder(TorchFunctionMode):
 
     def _out_of_sight(self, tensor: Tensor) -> DependsOnData:
         return DependsOnData(
-            f"{self.here}: a tensor of shape {tuple(tensor.shape)} was made out of the tracer's sight; "
+            f"{self.here}: a tensor of shape {tuple(tensor.shape)} was created by a call that the tracer did not see; "
             f"name the module around it in leaf_modules="
         )
 
@@ -424,7 +425,7 @@ class Recorder(TorchFunctionMode):
         """Records ``tensor.set_(source)``.
 
         Raises:
-            DependsOnData: it is given a storage, not another tensor.
+            DependsOnData: The source is a storage, not a tensor.
         """
         if len(source) != 1 or not isinstance(source[0], Tensor) or kwargs:
             raise self._asks_for_storage()
@@ -432,7 +433,7 @@ class Recorder(TorchFunctionMode):
 
     def _asks_for_storage(self) -> DependsOnData:
         return DependsOnData(
-            f"{self.here}: the forward asks for the storage of a tensor, where no tracer sees what it writes; "
+            f"{self.here}: forward accesses the storage of a tensor, and the tracer cannot see writes to a storage; "
             f"write to the tensor itself, or name the module around it in leaf_modules="
         )
 
@@ -442,12 +443,12 @@ class Recorder(TorchFunctionMode):
 
     @property
     def recompute(self) -> int | None:
-        """The outermost checkpoint being run: all within it is computed again."""
+        """The outermost checkpoint being run; everything inside it is recomputed."""
         return self.checkpoints[0] if self.checkpoints else None
 
     @contextmanager
     def checkpoint(self) -> Iterator[None]:
-        """The time of a function whose activations the model asks not to keep."""
+        """A context for a function that the model runs under ``torch.utils.checkpoint``."""
         self.checkpoints.append(self.num_checkpoints)
         self.num_checkpoints += 1
         try:
@@ -457,7 +458,7 @@ class Recorder(TorchFunctionMode):
 
     @contextmanager
     def below(self) -> Iterator[None]:
-        """The time of a transform (``torch.vmap``): aten operations are recorded in place of functions."""
+        """A context for a transform (``torch.vmap``): aten operations are recorded instead of functions."""
         if self.inside_leaf or self.inside_transform:
             yield
             return
@@ -471,7 +472,7 @@ class Recorder(TorchFunctionMode):
     def operation(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[..., Any]
     ) -> Any:
-        """An aten operation, recorded where functions are not; what autograd keeps for a backward stays what it is."""
+        """Records an aten operation. A detach by autograd, which saves a value so, does not become a node."""
         if func is not torch.ops.aten.detach.default or self.detaching:
             self.detaching = False
             return self.call(func, args, kwargs, run)
@@ -484,7 +485,7 @@ class Recorder(TorchFunctionMode):
         return Origin(self.paths[-1], user_line())
 
     def lower(self, value: Any) -> Any:
-        """An argument with its tensors and symbolic sizes replaced by nodes."""
+        """Returns an argument with its tensors and symbolic sizes replaced by nodes."""
         if is_number(value):
             return value.concrete()
         if type(value) in (Argument, WholeArgument) and self.number is not None:
@@ -511,10 +512,10 @@ class Recorder(TorchFunctionMode):
                 return value
 
     def node_of(self, tensor: Tensor) -> fx.Node:
-        """The node that a tensor is now.
+        """Returns the present node of a tensor.
 
         Raises:
-            DependsOnData: a fake tensor that no recorded function made.
+            DependsOnData: It is a fake tensor that no recorded function created.
         """
         node = self.nodes.get(id(tensor))
         if node is not None:
@@ -532,13 +533,13 @@ class Recorder(TorchFunctionMode):
         return node
 
     def attribute(self, name: str, tensor: Tensor) -> fx.Node:
-        """The node that reads a parameter, buffer or constant as the forward has found it."""
+        """Returns the node that reads the value of a parameter, buffer or constant before forward."""
         if name not in self.attributes:
             self.node_of(tensor)
         return self.attributes[name]
 
     def _fake(self, value: Any) -> Any:
-        """Arguments with the fake of each real tensor in its place."""
+        """Returns arguments with each real tensor replaced by its fake."""
         if isinstance(value, Tensor):
             if not is_real(value):
                 return value
@@ -553,7 +554,7 @@ class Recorder(TorchFunctionMode):
         return value
 
     def _with_numbers(self, value: Any) -> Any:
-        """Arguments with the value of each integer tensor without dimensions in its place, as read by Python."""
+        """Returns arguments with each integer tensor without dimensions replaced by its value, as read by Python."""
         return pytree.tree_map_only(
             Tensor,
             lambda t: self._read(Tensor.item, (t,), {}) if t.ndim == 0 and not t.is_floating_point() else t,
@@ -572,7 +573,7 @@ class Recorder(TorchFunctionMode):
             shapes.inside -= 1
 
     def _hook(self, tensor: Tensor, hook: Callable[[Tensor], Tensor | None]) -> None:
-        """A hook on a gradient: the tensor with the hook is what the model reads from now on."""
+        """Records a hook on a gradient: from now on, the model reads the tensor with the hook."""
         before = self.node_of(tensor)
         node = self.emit(hooked(hook), (before,), like=before)
         self.aliases.groups.append((before, node))
@@ -580,7 +581,7 @@ class Recorder(TorchFunctionMode):
         self.nodes[id(tensor)] = node
 
     def _gradient(self, *args: Any, **kwargs: Any) -> Any:
-        """``torch.autograd.grad``: its backward is recorded, if all that it reads was."""
+        """Records the backward of ``torch.autograd.grad``, if everything that it reads was recorded."""
         try:
             with self.below():
                 return torch.autograd.grad(*args, **kwargs)
@@ -611,7 +612,10 @@ class Recorder(TorchFunctionMode):
             node.meta.setdefault("val", out)
             self._bind_items(node, out, sources, (node,))
         elif out is not None:
-            raise CaptureError(f"{self.here}: {node.target} returns a {type(out).__name__}, which holds tensors")
+            raise CaptureError(
+                f"{self.here}: {node.target} returns a {type(out).__name__}, which cannot be recorded in the graph; "
+                f"name the module around it in leaf_modules="
+            )
 
     def _bind_items(self, node: fx.Node, out: Any, sources: list[Tensor], recipe: tuple[fx.Node, ...]) -> None:
         for index, item in enumerate(out):

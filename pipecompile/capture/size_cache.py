@@ -1,11 +1,11 @@
-"""Arithmetic on symbolic sizes, remembered: what a trace has computed once is looked up from then on.
+"""Caches arithmetic on symbolic sizes during a trace.
 
-A model repeats its layers, and each operation on fakes asks for sizes, strides and contiguity of its result: some sixty
-sums, products and comparisons of the same few sizes, each a call of sympy. Looked up, an operation on symbolic sizes
-costs little more than one on plain sizes.
+A model repeats its layers, and each operation on fake tensors computes the sizes, strides and contiguity of its result:
+about sixty sums, products and comparisons of the same few sizes, each of them a call of sympy. With a cache, an
+operation on symbolic sizes costs little more than one on plain sizes.
 
-An answer holds as long as the trace goes on. What the trace learns later about a symbol (that it equals another one)
-is applied by ``SymNode.expr`` when an answer is read, not when it is made.
+An entry is valid for the whole trace. What the trace learns later about a symbol (that it equals another one) is
+applied by ``SymNode.expr`` when the entry is read, not when it is stored.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _wrap_int(self: SymNode, number: int, original: Callable[..., SymNode] = Sym
 
 
 def _maybe_as_int(self: SymNode, original: Callable[..., int | None] = SymNode.maybe_as_int) -> int | None:
-    """The number that a node is; that it is none is remembered until the trace learns something about a symbol."""
+    """Returns the number that a node equals, or None. None is cached until the trace learns about a symbol."""
     shapes = self.shape_env
     if type(shapes) is not Shapes:
         return original(self)
@@ -84,7 +84,7 @@ def _maybe_as_int(self: SymNode, original: Callable[..., int | None] = SymNode.m
     return number
 
 
-# Methods of ``SymNode`` for the time of a trace. They leave numbers alone that belong to no ``Shapes``.
+# Methods of ``SymNode`` during a trace. They do not cache numbers that do not belong to a ``Shapes``.
 REMEMBERED: dict[str, Callable[..., Any]] = {
     **{name: _of_two(name) for name in _OF_TWO},
     **{name: _of_any(name) for name in (*_OF_ONE, *_OF_LAYOUTS)},

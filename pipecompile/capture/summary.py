@@ -1,4 +1,4 @@
-"""Reads a captured model as a ``Graph``: the torch-free noun that everything downstream plans with."""
+"""Converts a captured model to a ``Graph``, the torch-free form that all planning works on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipecompile.ops.symbols import resolve
 
 
 def summarize(captured: Captured) -> Graph:
-    """The graph of a captured model, with sizes at the sample microbatch."""
+    """Returns the graph of a captured model, with the sizes of the sample microbatch."""
     fx_nodes = [n for n in captured.graph.nodes if n.op not in ("get_attr", "output")]
     index = {n: i for i, n in enumerate(fx_nodes)}
     parameters = dict(captured.model.named_parameters(remove_duplicate=False))
@@ -73,7 +73,7 @@ def _may_repeat(n: fx.Node, outputs: tuple[TensorSpec, ...]) -> bool:
 def _together(
     captured: Captured, fx_nodes: list[fx.Node], index: Mapping[fx.Node, int], nodes: list[Node]
 ) -> Iterable[tuple[int, ...]]:
-    """Groups of nodes that must share a stage, without the replicated ones, which every stage has."""
+    """Yields groups of nodes that must share a stage, without the rematerialized ones, which every stage has."""
     by_name = {n.name: i for n, i in index.items()}
     groups: list[list[int]] = [[by_name[name] for name in group if name in by_name] for group in captured.groups]
     groups += [[index[n.args[0]], i] for n, i in index.items() if _is_item(n) and n.args[0] in index]  # type: ignore[index]
@@ -86,7 +86,7 @@ def _together(
 
 
 def _around_buffers(captured: Captured, fx_nodes: list[fx.Node], index: Mapping[fx.Node, int]) -> Iterable[list[int]]:
-    """For each buffer that is written, or copied and written: its writers, and whatever reads it, perhaps by a view."""
+    """Yields, for each buffer that is written directly or as a copy, its writers and all nodes that read or view it."""
     writers: dict[str, list[int]] = {}
     for n in fx_nodes:
         for name in (*origin_of(n).writes, *origin_of(n).copies):
@@ -102,7 +102,7 @@ def _around_buffers(captured: Captured, fx_nodes: list[fx.Node], index: Mapping[
 
 
 def _neighbour(i: int, fx_nodes: list[fx.Node], nodes: list[Node]) -> int | None:
-    """For a write to a buffer that nothing else hangs on (a counter): the next node of the same module."""
+    """Returns the next node of the same module for a write to a buffer that has no other connection (a counter)."""
     if not origin_of(fx_nodes[i]).writes or fx_nodes[i].users or not all(nodes[j].replicated for j in nodes[i].inputs):
         return None
     later = [j for j in range(i + 1, len(nodes)) if not nodes[j].replicated]
@@ -110,7 +110,7 @@ def _neighbour(i: int, fx_nodes: list[fx.Node], nodes: list[Node]) -> int | None
 
 
 def _is_item(n: fx.Node) -> bool:
-    """Whether a node picks an item out of a tuple or list, which never crosses to another stage as such."""
+    """Whether a node selects an item of a tuple or list, which itself is never sent to another stage."""
     if n.target is not operator.getitem:
         return False
     source = n.args[0]

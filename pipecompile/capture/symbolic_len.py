@@ -1,7 +1,7 @@
-"""``len(x)`` of a tensor: the symbolic size that ``x.shape[0]`` gives.
+"""Makes ``len(x)`` of a tensor return the symbolic size ``x.shape[0]``.
 
-Python's own ``len`` must return a true integer, which would fix the size for good. So for the time of a trace, the
-files that a model's classes are written in have a ``len`` of ours.
+Python's own ``len`` must return an int, which would fix the size. So during a trace, the files that define the model's
+classes get another ``len``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pipecompile.ops.torch_internals import FakeTensor
 
 @contextmanager
 def symbolic_lengths(model: nn.Module) -> Iterator[None]:
-    """Gives the files of a model's classes a ``len`` that leaves sizes open, where they have none of their own."""
+    """Puts a ``len`` that keeps sizes symbolic into the files of a model's classes that do not define their own."""
     names = {kind.__module__ for module in model.modules() for kind in type(module).__mro__}
     names = {name for name in names if name.partition(".")[0] not in ("torch", "builtins")}
     files = [vars(sys.modules[name]) for name in names if name in sys.modules]

@@ -1,7 +1,7 @@
-"""Runs what a model has scripted or compiled as the Python that it was written in, for the time of a trace.
+"""Runs scripted or compiled parts of a model as the Python that they were written in, during a trace.
 
-TorchScript's interpreter and ``torch.compile`` run code that no mode of Python sees. Both keep the functions that they
-were made from, which compute the same.
+TorchScript's interpreter and ``torch.compile`` run code that Python modes do not see. Both keep the original functions,
+which compute the same.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pipecompile.ops.torch_internals import ScriptFunction, ScriptMethod
 
 @contextmanager
 def as_python(model: nn.Module) -> Iterator[None]:
-    """Calls of scripted functions, of the methods of scripted modules, and of compiled functions run as Python."""
+    """Runs calls of scripted functions, methods of scripted modules, and compiled functions as Python."""
     thread = threading.get_ident()
     scripted = [m for m in model.modules() if isinstance(m, torch.jit._script.RecursiveScriptModule)]
 
@@ -34,7 +34,7 @@ def as_python(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(_run_as(ScriptFunction, _python_of_function, thread))
         stack.enter_context(_run_as(ScriptMethod, python_of_method, thread))
-        if "torch._dynamo" in sys.modules:  # nothing can be compiled before
+        if "torch._dynamo" in sys.modules:  # otherwise nothing has been compiled
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
 
@@ -53,8 +53,8 @@ def _run_as(kind: Any, python_of: Callable[[Any], Callable[..., Any] | None], th
         python = python_of(self)
         if python is None:
             raise DependsOnData(
-                f"TorchScript runs {self.name}, whose Python is not there (it was traced, or loaded from a file); "
-                f"build the module in Python, or keep the module around it whole with leaf_modules="
+                f"TorchScript runs {self.name}, whose Python source is missing (it was traced, or loaded from a "
+                f"file); build the module in Python, or keep the module around it whole with leaf_modules="
             )
         return python(*args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""One attempt at capturing a model: its forward run once on fake tensors."""
+"""One attempt at tracing a model: runs its forward once on fake tensors."""
 
 from __future__ import annotations
 
@@ -56,11 +56,25 @@ from pipecompile.ops.torch_internals import (
 
 
 class NeedsNumbers(Exception):
-    """A leaf must be run to learn what it gives, which needs every size to be a number."""
+    """A leaf must be run to find out what it returns, so every size must be a number."""
 
 
 class Trace:
-    """One attempt at tracing; holds what its steps share."""
+    """One attempt at tracing.
+
+    Args:
+        model: The model to trace.
+        call: Sample arguments, for the whole batch.
+        rows: Rows of each microbatch; the first is traced.
+        forward: The function to trace.
+        symbolic: Which sizes to make symbolic.
+        kept: Parts to keep whole, with reasons.
+        reach: State that forward may read and change.
+        numbers: Attributes that an earlier trace both read and set, which get stand-ins.
+        follow: Whether random numbers of Python and numpy get stand-ins.
+        gradients: Whether gradients are enabled during the trace.
+        operations: Whether to record aten operations instead of functions.
+    """
 
     def __init__(
         self,
@@ -103,15 +117,15 @@ class Trace:
         self.expected: dict[str, tuple[Any, ...]] = {}
         self.numbers = numbers
         self.follow = follow
-        self.stood_in = False  # whether random numbers that the forward drew had stand-ins
-        self.drew_whole = False  # whether a part that is kept whole drew some
+        self.stood_in = False  # whether random numbers that forward drew had stand-ins
+        self.drew_whole = False  # whether a part kept whole drew random numbers of Python or numpy
         self.inputs: dict[str, Number] = {}  # numbers that the graph takes as inputs
         self.number_nodes: dict[str, fx.Node] = {}
         self.gradients = gradients
-        self.operations = operations  # records those that functions come to
-        self.counters: tuple[Attribute, ...] = ()  # numbers that the forward has read and set
-        self.written: dict[str, str] = {}  # tensors of the call -> nodes
-        self.left: dict[str, Output] = {}  # what the forward leaves behind, by node
+        self.operations = operations
+        self.counters: tuple[Attribute, ...] = ()  # numbers that forward has read and set
+        self.written: dict[str, str] = {}  # tensor of the call -> node written to it
+        self.left: dict[str, Output] = {}  # tensors that forward stores somewhere, by node
 
     def run(self, reasons: list[str]) -> Captured:
         noted = Noted(self.reach)
@@ -159,11 +173,11 @@ class Trace:
 
     @property
     def asks_for_gradients(self) -> bool:
-        """Whether the model's Python has asked if gradients are on."""
+        """Whether the model's Python has asked whether gradients are enabled."""
         return torch.is_grad_enabled in self.recorder.ran.asked
 
     def _modes_asked(self) -> list[Fact]:
-        """The answers that the trace gave about the modes of the calling thread."""
+        """Returns the answers that the trace gave about the modes of the calling thread."""
         given = {torch.is_grad_enabled: self.gradients, torch.is_inference_mode_enabled: False}
         return [
             Fact(Answer(ask, f"torch.{ask.__name__}()"), imprint(answer), str(answer))
@@ -172,7 +186,7 @@ class Trace:
         ]
 
     def _frozen(self, fakes: Mapping[str, Tensor]) -> list[Change]:
-        """The parameters that the forward itself has frozen, or made to train."""
+        """Returns the parameters whose ``requires_grad`` forward has changed."""
         changed = [(name, fake) for name, fake in fakes.items() if name in self.parameters]
         return [
             Change(Attribute(self.real[name], "requires_grad", f"{name}.requires_grad"), fake.requires_grad)
@@ -201,7 +215,7 @@ class Trace:
             raise
 
     def _fake_inputs(self) -> dict[str, Tensor]:
-        """Placeholders and fakes for the input tensors, at the size of a microbatch."""
+        """Creates placeholders and fakes for the input tensors, with the sizes of a microbatch."""
         symbols: dict[tuple[str, int], int | torch.SymInt] = {}
         fakes: dict[str, Tensor] = {}
         for name, real in self.call.tensors.items():
@@ -242,7 +256,7 @@ class Trace:
         return symbols[kind, size]
 
     def _is_length(self, real: Tensor, dim: int, size: int, symbols: dict[tuple[str, int], int | torch.SymInt]) -> bool:
-        """Whether a dimension may well change from step to step: of ids, of sequences, or as long as one of those."""
+        """Whether a dimension is likely to change between steps: of ids, of sequences, or as long as one of those."""
         if SymbolicSizes.LENGTHS not in self.symbolic:
             return False
         if ("length", size) in symbols:
@@ -254,26 +268,24 @@ class Trace:
         return self.constants[name] if name in self.constants else self.real[name]
 
     def _constant(self, tensor: Tensor) -> tuple[str, Tensor]:
-        """The graph's name and a fake for a real tensor that is no parameter or buffer of the model."""
+        """Returns the name in the graph and a fake for a real tensor that is not a parameter or buffer of the model."""
         if tensor.grad_fn is not None:
             raise CaptureError(
-                f"{self.recorder.here}: the forward uses a tensor of shape {tuple(tensor.shape)} that was computed "
-                f"before this call, and gradients would flow from this call into that one; detach() it where it is kept"
+                f"{self.recorder.here}: forward uses a tensor of shape {tuple(tensor.shape)} that was computed before "
+                f"this call and has a grad_fn, so gradients would flow out of this call; call detach() on it where it "
+                f"is stored"
             )
         if tensor.requires_grad:
             raise CaptureError(
-                f"{self.recorder.here}: the forward uses a tensor of shape {tuple(tensor.shape)} that requires a "
-                f"gradient but is no parameter of the model, so nobody could train it; register it as an nn.Parameter"
+                f"{self.recorder.here}: forward uses a tensor of shape {tuple(tensor.shape)} that requires grad but is "
+                f"not a parameter of the model, so it would get no gradient; register it as an nn.Parameter"
             )
         name = f"_constant{len(self.constants)}"
         self.constants[name] = tensor
         return name, fake_of(tensor, self.mode, self.device)
 
     def _is_replaced(self, tensor: Tensor, value: Tensor) -> bool:
-        """Whether the graph reads a real tensor that is no parameter or buffer, in whose place another is kept then.
-
-        Its shape alone is not in the graph.
-        """
+        """Whether forward replaces a real tensor that is not a parameter or buffer and whose value the graph reads."""
         if self.recorder.fakes.get(id(tensor)) is value:
             return False
         used = {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
@@ -317,12 +329,12 @@ class Trace:
         )  # fmt: skip
 
     def _call_with_numbers(self) -> Call:
-        """The sample, with the numbers that Python computed for it."""
+        """Returns the sample with the numbers that Python computed for it."""
         numbers = {name: torch.tensor(value.value, dtype=_dtype_of(value)) for name, value in self.inputs.items()}
         return replace(self.call, tensors={**self.call.tensors, **numbers})
 
     def _refuse_moving_reads(self) -> None:
-        """A guard must not depend on what each microbatch changes."""
+        """Raises ``DependsOnData`` if a guard depends on a buffer that each microbatch changes."""
         written = {name for node in self.graph.nodes for name in origin_of(node).writes}
         for read in (read.node for read in self.values.reads):
             moving = [n for n in ancestors([read]) if n.op == "get_attr" and str(n.target) in written]
@@ -334,14 +346,14 @@ class Trace:
                 )
 
     def _moved(self) -> dict[str, Tensor]:
-        """The model's tensors that the forward has given other data."""
+        """Returns the model's tensors whose ``.data`` forward has set."""
         moved = self.recorder.moved
         keys = [storage_key(tensor) for tensor in moved.values()]
         for name, tensor in moved.items():
             if keys.count(storage_key(tensor)) > 1 or self.recorder.aliases.buffer_of(tensor) is not None:
                 raise CaptureError(
-                    f"forward gives {name!r} the memory of another tensor of the model (self.{name}.data = ...), so "
-                    f"that a write to one would be a write to both; copy it: self.{name}.data.copy_(...)"
+                    f"forward gives {name!r} the memory of another tensor of the model (self.{name}.data = ...), so a "
+                    f"write to one would also change the other; copy the values: self.{name}.data.copy_(...)"
                 )
         return moved
 
@@ -352,14 +364,14 @@ class Trace:
                 buffer, new = self.recorder.attribute(name, self.recorder.fakes[id(real)]), self.recorder.node_of(value)
             node = self.recorder.emit(write_back, (buffer, new))
             node.meta.update(val=value, origin=replace(origin_of(node), writes=(name,), mutates=True))
-            with self.graph.inserting_after(buffer):  # whoever reads the old value must not see the write
+            with self.graph.inserting_after(buffer):  # readers of the old value must not see the write
                 old = self.graph.call_function(torch.clone, (buffer,))
             old.meta.update(buffer.meta, origin=Origin())
             keep = {old, node}
             buffer.replace_all_uses_with(old, delete_user_cb=lambda user, keep=keep: user not in keep)  # type: ignore[misc]
 
     def _number_input(self, value: Number) -> fx.Node:
-        """The node of a number that Python computes before each step: read off an input of the graph's own."""
+        """Returns the node of a number that Python computes before each step, read from an extra input of the graph."""
         name = next((name for name, known in self.inputs.items() if known is value), "")
         if not name:
             name = f"_number{len(self.inputs)}"
@@ -375,10 +387,10 @@ class Trace:
         return self.number_nodes[name]
 
     def _left_behind(self, tensor: Tensor) -> Update:
-        """What a tensor that the forward leaves behind becomes: the model's own, an input's, or one of the graph.
+        """Returns how a later call computes a tensor that forward stores: from the model, an input, or the graph.
 
         Raises:
-            CaptureError: the trace has not recorded where it comes from.
+            CaptureError: The trace has not recorded how the tensor is computed.
         """
         own = self.recorder.names.get(id(tensor))
         if is_real(tensor) or own is not None:
@@ -395,7 +407,7 @@ class Trace:
         return lambda state: state.tensors[name]
 
     def _note_written(self, inputs: Mapping[str, Tensor]) -> None:
-        """What the forward has written to the tensors of its caller is left in them."""
+        """Notes the writes of forward to the caller's tensors, which the pipeline makes after each call."""
         for name, fake in inputs.items():
             node = self.recorder.node_of(fake)
             if node.op != "placeholder":
@@ -403,7 +415,7 @@ class Trace:
                 self.written[name] = node.name
 
     def _as_output(self, leaf: Any, lowered: Any) -> Any:
-        """What an output is read from: a parameter through a node of its own, a size as an expression."""
+        """Returns what an output is read from: a parameter through a node of its own, a size as an expression."""
         if is_number(leaf):
             return leaf.concrete()
         if isinstance(leaf, torch.SymInt | torch.SymFloat | torch.SymBool):
@@ -423,7 +435,7 @@ class Trace:
         return Output(name, lowered.name, None, self._batch_dim(leaf), scalar, shared, leaf.requires_grad)
 
     def _batch_dim(self, tensor: Tensor) -> int | None:
-        """The one dimension of an output that grows with the batch; None if there is none, or more than one."""
+        """Returns the only dimension of an output that grows with the batch, or None."""
         batch = next((self.expected[n][0] for n in self.expected if n in self.call.batched), None)
         if batch is None:
             return None
@@ -453,11 +465,13 @@ class Trace:
         return fx.GraphModule(root, graph)
 
     def _learn(self, call: LeafCall, nodes: list[Any]) -> tuple[LeafCall, Any]:
-        """Runs a leaf for real; the call with the shapes that gave, and the output with fakes."""
+        """Runs a leaf on real tensors. Returns the call with its output shapes, and its outputs as fake tensors."""
         if self.shapes is not None:
-            raise NeedsNumbers(f"{call.name} gives sizes that only a run tells")
+            raise NeedsNumbers(f"{call.name} returns sizes that only a run can show")
         if any(t.is_meta for t in self.real.values()):
-            raise CaptureError(f"{call.name} must be run to be captured, but the model is on the meta device")
+            raise CaptureError(
+                f"{call.name} must be run to be captured, but the model is on the meta device; load its weights first"
+            )
         learnt, out = learn(call, nodes, self.evaluator, self._sandbox(f"{call.path}."))
         return learnt, pytree.tree_map_only(Tensor, lambda t: fake_result(t, self.device), out)
 
@@ -466,7 +480,7 @@ class Trace:
         return Leaf(self.recorder.leaf_calls[path], self._sandbox(f"{path}."))
 
     def _sandbox(self, prefix: str) -> dict[str, Tensor]:
-        """Copies of a module's parameters and buffers, which a run may write to."""
+        """Returns copies of a module's parameters and buffers, which a run may write to."""
         mine = {name: tensor for name, tensor in self.real.items() if name.startswith(prefix)}
         with DisableTorchFunction(), _disable_current_modes():
             return {name: t.detach().clone().requires_grad_(t.requires_grad) for name, t in mine.items()}
@@ -474,8 +488,8 @@ class Trace:
     def _give_up_notes(self, reasons: list[str]) -> list[str]:
         if not reasons:
             return []
-        kept = "all sizes are fixed" if not self.symbolic else f"of the sizes, {self.symbolic} alone may change"
-        return [f"{kept}, inputs of other sizes are captured anew: {reasons[0]}"]
+        kept = "all sizes are fixed" if not self.symbolic else f"only {self.symbolic} may change"
+        return [f"{kept}; inputs of other sizes are recaptured: {reasons[0]}"]
 
 
 def _dtype_of(value: Number) -> torch.dtype:
@@ -487,7 +501,7 @@ def _must_stay(node: fx.Node) -> bool:
 
 
 def _grows(size: int | torch.SymInt, batch: Any) -> bool:
-    """Whether a size is the batch's, or a multiple of it; for a batch of fixed size, whether it is equal."""
+    """Whether a size contains the batch symbol; for a batch of fixed size, whether it is equal."""
     if isinstance(size, torch.SymInt) and size.node.expr.free_symbols:
         return bool(size.node.expr.free_symbols & getattr(batch, "free_symbols", set()))
     return bool((size.node.expr if isinstance(size, torch.SymInt) else size) == batch)

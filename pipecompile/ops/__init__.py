@@ -1,1 +1,1 @@
-"""Functions that a captured graph may call, and helpers of torch that all passes share: sizes, random numbers."""
+"""Functions that a captured graph may call, and torch helpers shared by all passes: sizes, random numbers."""

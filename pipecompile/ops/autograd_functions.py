@@ -1,7 +1,7 @@
-"""What generated code cannot spell out: custom functions of autograd, and objects of the user's among arguments.
+"""Calls that generated code cannot spell out: custom autograd functions, and user objects among the arguments.
 
-Both are called through objects that the code knows by a name: one call of ``Applied`` stands for a custom function,
-with the backward that the user has written; ``Holding`` calls a function on arguments some of which it holds itself.
+Both are called through objects that the code refers to by name. ``Applied`` calls a custom autograd function and keeps
+its backward; ``Holding`` calls a function and supplies some of the arguments itself.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch.fx as fx
 from pipecompile.ops.operators import is_opaque
 from pipecompile.ops.torch_internals import OpOverload, pytree
 
-APPLY: FunctionType = torch.autograd.Function.__dict__["apply"].__func__  # that of all subclasses, as a plain function
+APPLY: FunctionType = torch.autograd.Function.__dict__["apply"].__func__  # a plain function, shared by all subclasses
 _HELD = "<held "
-_TYPES = {bool: torch.bool, int: torch.int64, float: torch.float64}  # where torch takes one for a dtype
+_TYPES = {bool: torch.bool, int: torch.int64, float: torch.float64}  # Python types that torch accepts as dtypes
 _SPELLED = frozenset(
     {
         NoneType, bool, int, float, complex, str, bytes, EllipsisType, torch.dtype, torch.device, torch.layout,
@@ -29,9 +29,13 @@ _SPELLED = frozenset(
 
 
 class Applied:
-    """``function.apply`` as what a graph calls; ``draws`` says that its forward draws random numbers.
+    """Calls ``function.apply`` in a graph.
 
-    Equal for one function, so that two traces have the same calls.
+    Two are equal if they call the same function, so that two traces have equal calls.
+
+    Args:
+        function: The custom autograd function.
+        draws: Whether its forward draws random numbers.
     """
 
     def __init__(self, function: type[torch.autograd.Function], draws: bool = False) -> None:
@@ -50,7 +54,7 @@ class Applied:
 
 
 class Holding:
-    """A function that is called with the names ``<held 0>`` .. in place of objects, which it knows."""
+    """Calls a function with arguments in which the names ``<held 0>``, ``<held 1>``, ... stand for objects it holds."""
 
     def __init__(self, function: Callable[..., Any], objects: tuple[Any, ...]) -> None:
         self.function = function
@@ -64,10 +68,10 @@ class Holding:
 
 
 def held(function: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Callable[..., Any], Any, Any]:
-    """A call that code can spell out, for one that it perhaps cannot.
+    """Returns a call that generated code can spell out.
 
-    A function of torch takes a number or a word for what it is, of whatever class; what the user has written, such as a
-    custom function, may ask for the object itself.
+    Torch functions treat a number or string by its value, so instances of subclasses are replaced by plain values. A
+    function of the user, such as a custom autograd function, may need the object itself.
     """
     objects: list[Any] = []
     own = is_opaque(function)
@@ -91,7 +95,7 @@ def held(function: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Callable
 
 
 def _plain(item: int | float | str) -> int | float | str:
-    """A number or a word without its class."""
+    """Returns a number or string as an instance of the built-in type."""
     match item:
         case int():
             return int.__int__(item)
@@ -101,6 +105,6 @@ def _plain(item: int | float | str) -> int | float | str:
 
 
 def custom_of(target: Any) -> Applied | None:
-    """The custom function that a graph calls, if it is one."""
+    """Returns the custom autograd function that a node of the graph calls, or None."""
     function = target.function if isinstance(target, Holding) else target
     return function if isinstance(function, Applied) else None

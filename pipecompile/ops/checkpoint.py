@@ -1,9 +1,9 @@
-"""A stretch of a stage whose activations are not kept: the backward computes them again.
+"""A checkpointed region of a stage: its activations are not kept, and its backward recomputes them.
 
-The model says where, with ``torch.utils.checkpoint``. A stretch that a cut divides is one stretch in each stage. What
-it reads are arguments, its parameters too, so that the second run reads the very tensors of the first. Its random
-calls are seeded for themselves (``randomness.py``), so a second run, whenever and in whatever thread it comes, draws
-the same numbers once it knows its microbatch.
+The model defines regions with ``torch.utils.checkpoint``. A region that a cut divides becomes one region per stage.
+Everything it reads is an argument, including parameters, so that the second run reads the same tensors as the first.
+Each random call has its own seed (``randomness.py``), so the second run draws the same numbers, at any time and in any
+thread, once it knows its microbatch.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from pipecompile.ops.randomness import microbatch_seed, seed_microbatch
 
 
 class Recomputed:
-    """What a stage calls for such a stretch.
+    """Runs a checkpointed region in a stage.
 
     Args:
-        module: takes what the stretch reads and gives what is read of it; it owns no tensors.
+        module: Takes the values that the region reads and returns those read from it; owns no tensors.
+        name: Name of the region in generated code.
     """
 
     def __init__(self, module: fx.GraphModule, name: str) -> None:
@@ -34,7 +35,7 @@ class Recomputed:
             return self._run(values)
         seed = microbatch_seed()
 
-        def run() -> tuple[Tensor, ...]:  # no arguments: torch would refuse buffers that other microbatches write
+        def run() -> tuple[Tensor, ...]:  # no arguments: torch would reject buffers that other microbatches write
             outer = microbatch_seed()
             seed_microbatch(seed)
             try:

@@ -1,4 +1,4 @@
-"""Devices: as constants of a graph, which must follow the stage, and as places that share one CPU."""
+"""Devices as constants of a graph, which must follow their stage, and as ranks that share one CPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.fx as fx
 
 
 def retarget(argument: Any, old: torch.device, new: torch.device) -> Any:
-    """An fx argument (nested) with the device that the trace was made for replaced by another."""
+    """Returns a nested fx argument with the device ``old``, that of the trace, replaced by ``new``."""
     match argument:
         case torch.device() if same_device(argument, old):
             return new
@@ -30,13 +30,13 @@ def retarget(argument: Any, old: torch.device, new: torch.device) -> Any:
 
 
 def threads_each(devices: Sequence[torch.device]) -> int:
-    """Threads within an operation for each of several ranks on the CPU: the caller's, shared out."""
+    """Returns the number of intra-op threads per CPU rank: the caller's, divided by the number of CPU ranks."""
     return max(1, torch.get_num_threads() // max(1, sum(device.type == "cpu" for device in devices)))
 
 
 @contextmanager
 def threads_of(count: int) -> Iterator[None]:
-    """As many threads within an operation as given: another number adds up in another order."""
+    """A context with ``count`` intra-op threads, because the number of threads changes the order of summation."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -46,5 +46,5 @@ def threads_of(count: int) -> Iterator[None]:
 
 
 def same_device(a: torch.device, b: torch.device) -> bool:
-    """Whether two devices are the same, a missing index standing for any."""
+    """Whether two devices are the same; a missing index matches any index."""
     return a.type == b.type and (a.index is None or b.index is None or a.index == b.index)

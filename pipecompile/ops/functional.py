@@ -1,4 +1,4 @@
-"""Functions that a captured graph calls beside torch's own: effects of Python statements, written as values."""
+"""Functions, other than torch's own, that a captured graph calls: effects of Python statements as expressions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def setitem(x: Tensor, index: Any, value: Any) -> Tensor:
 
 
 def hooked(hook: Callable[[Tensor], Tensor | None]) -> Callable[[Tensor], Tensor]:
-    """A function that gives its argument with a hook on its gradient, as ``x.register_hook(hook)`` leaves it."""
+    """Returns a function that registers a hook on its argument's gradient and returns the argument."""
 
     def with_hook(x: Tensor) -> Tensor:
         if x.requires_grad:
@@ -31,43 +31,47 @@ def hooked(hook: Callable[[Tensor], Tensor | None]) -> Callable[[Tensor], Tensor
 
 
 def number(value: Tensor) -> float:
-    """A number that the model's Python has computed before the step, of a tensor without dimensions that brings it."""
+    """Returns a number that Python has computed before the step, from the tensor without dimensions that carries it."""
     return value.item()
 
 
 def bincount(input: Tensor, weights: Tensor | None = None, minlength: int = 0) -> Tensor:
-    """``torch.bincount`` of a known number of bins.
+    """``torch.bincount`` with a fixed number of bins.
 
     Raises:
-        ValueError: there is a larger number than the bins that were asked for, which makes the result longer.
+        ValueError: The input contains a value outside the bins, which would make the result longer.
     """
     counts = torch.bincount(input, weights, minlength)
     if minlength and len(counts) != minlength:
-        raise ValueError(f"bincount has found the number {len(counts) - 1}, but minlength={minlength} bins were traced")
+        raise ValueError(
+            f"bincount found the value {len(counts) - 1}, but was captured with minlength={minlength} bins"
+        )
     return counts
 
 
 def after(x: Tensor, *writers: Any) -> Tensor:
-    """``x`` as it is once ``writers`` have written to its storage: makes the order of a write a dependency."""
+    """Returns ``x``, after ``writers`` have written to its storage; this makes the order of writes a dependency."""
     return x
 
 
 def with_data(x: Tensor, value: Tensor) -> Tensor:
-    """``x.data = value`` as an expression; what autograd has saved of ``x`` itself has these numbers then too."""
+    """``x.data = value`` as an expression; if autograd has saved ``x`` itself, that changes too."""
     x.data = value.detach()
     return x
 
 
 def write_back(buffer: Tensor, value: Tensor) -> Tensor:
-    """Gives a buffer the value that the model's forward bound to its name."""
+    """Copies the tensor that forward bound to a buffer's name into the buffer."""
     with torch.no_grad():
         return buffer.copy_(value)
 
 
 @torch.no_grad()
 def moments(x: Tensor) -> Tensor:
-    """What running statistics are made of: for each feature (dimension 1) the number of entries, their sum, and that of
-    their squares. Of shape ``[3, features]``, in double precision; it adds up over microbatches.
+    """Returns the moments from which running statistics are computed, shape ``[3, features]``, float64.
+
+    For each feature (dimension 1): the number of entries, their sum, and the sum of their squares. Moments of
+    microbatches can be added.
     """
     dims = [dim for dim in range(x.ndim) if dim != 1]
     var, mean = torch.var_mean(x if x.dtype == torch.float64 else x.float(), dims, correction=0)
@@ -77,7 +81,7 @@ def moments(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def add_moments(running_mean: Tensor, running_var: Tensor, total: Tensor, momentum: float) -> Tensor:
-    """Moves running statistics as batch normalisation does, by the moments of a whole batch."""
+    """Updates running statistics as batch normalisation does, from the moments of a whole batch."""
     count, summed, squares = total
     mean = summed / count
     var = (squares / count - mean * mean).clamp(min=0) * count / (count - 1)
@@ -87,7 +91,7 @@ def add_moments(running_mean: Tensor, running_var: Tensor, total: Tensor, moment
 
 
 def part_of(value: Any, share: Tensor) -> Tensor:
-    """A microbatch's part of what stands for the whole batch, by its share of the rows; keeps the value's type."""
+    """Returns a microbatch's part of a value of the whole batch, by its share of the rows; keeps the dtype."""
     if isinstance(value, Tensor) and value.is_floating_point():
         share = share.to(value.dtype)
     part: Tensor = share * value
@@ -95,19 +99,19 @@ def part_of(value: Any, share: Tensor) -> Tensor:
 
 
 def masked_scatter_all(x: Tensor, mask: Tensor, source: Tensor) -> Tensor:
-    """``x.masked_scatter(mask, source)`` that takes all entries of the source, so that microbatches take their own."""
+    """``x.masked_scatter(mask, source)`` that must use all of ``source``, so that each microbatch uses its own part."""
     if not isinstance(source, FakeTensor):
         places = int(mask.expand_as(x).sum())
         if places != source.numel():
             raise InputError(
-                f"masked_scatter has {source.numel()} entries for the {places} places of a microbatch: samples would "
-                f"take each other's; use microbatches=1"
+                f"masked_scatter() has {source.numel()} entries for the {places} masked places of a microbatch, so "
+                f"samples would use entries of other samples; use microbatches=1"
             )
     return x.masked_scatter(mask, source)
 
 
 def valid_weight(target: Tensor, ignore_index: int, weight: Tensor | None) -> Tensor:
-    """What a mean of ``F.cross_entropy`` divides by: how many targets count, or the sum of their classes' weights."""
+    """Returns the divisor of the mean of ``F.cross_entropy``: the number of valid targets, or their summed weights."""
     valid = target != ignore_index
     if weight is None:
         return valid.sum()
@@ -116,9 +120,9 @@ def valid_weight(target: Tensor, ignore_index: int, weight: Tensor | None) -> Te
 
 @functools.cache
 def over(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A loss summed up and divided by a given total: one microbatch's part of a mean over the whole batch.
+    """Returns a function that sums a loss and divides it by a total: one microbatch's part of a mean over the batch.
 
-    Half precision is summed in single precision, where many entries do not overflow.
+    float16 is summed in float32, so that many entries do not overflow.
     """
 
     @functools.wraps(loss)

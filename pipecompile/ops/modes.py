@@ -1,7 +1,7 @@
-"""The modes that a stretch of a model runs in (no gradients, its own autocast): recorded on nodes, entered at run time.
+"""The modes that a region of a model runs in (no gradients, autocast): recorded on nodes, entered at run time.
 
-Only what the model itself does is a region. The modes of the calling thread are not traced in: the runtime reads them
-on every step and enters them in each worker.
+Only modes that the model itself enters form a region. The modes of the calling thread are not part of the trace: the
+runtime reads them in every step and enters them in the thread of each rank.
 """
 
 from __future__ import annotations
@@ -14,7 +14,12 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """``grad`` is False under ``no_grad``; ``autocast`` holds (device type, dtype name, enabled), outermost first."""
+    """The modes of a region.
+
+    Attributes:
+        grad: False under ``no_grad``.
+        autocast: (device type, dtype name, enabled) of each autocast context, outermost first.
+    """
 
     grad: bool = True
     autocast: tuple[tuple[str, str, bool], ...] = ()
@@ -28,7 +33,7 @@ PLAIN = Region()
 
 
 def enter_region(grad: bool, autocast: tuple[tuple[str, str, bool], ...]) -> ExitStack:
-    """Enters a region and returns what ``exit_region`` takes; both stand as calls in a stage's generated code."""
+    """Enters a region. Returns the argument for ``exit_region``; a stage's generated code calls both."""
     stack = ExitStack()
     if not grad:
         stack.enter_context(torch.no_grad())

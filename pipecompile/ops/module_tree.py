@@ -1,7 +1,7 @@
-"""Modules of the pipeline's own.
+"""Modules of the pipeline itself.
 
-They are built from dotted names, so that tensors stand in them under the names that they have in the model, and called
-without the hooks of all modules, which are for the model's.
+They are built from dotted names, so that tensors have the same names in them as in the model. They are called without
+global module hooks, which are for the model's modules.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import nn
 
 
 def owner_of(root: nn.Module, target: str) -> tuple[Any, str]:
-    """The module that a dotted name is an attribute of, made on the way, and the last part of the name."""
+    """Returns the module that owns a dotted name, creating missing modules, and the last part of the name."""
     *parents, last = target.split(".")
     owner: Any = root
     for parent in parents:
@@ -23,5 +23,5 @@ def owner_of(root: nn.Module, target: str) -> tuple[Any, str]:
 
 
 def called_bare(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The call of a module that runs no hooks."""
+    """Calls a module without running hooks."""
     return module.forward(*args, **kwargs)

@@ -1,8 +1,8 @@
-"""Names of modules and parameters in generated code, where they are data: ``nn.ModuleDict({"it's": ...})`` is legal.
+"""Escapes names of modules and parameters in generated code: ``nn.ModuleDict({"it's": ...})`` is legal.
 
-torch.fx writes a dotted name into the code of a graph as it stands: a part that is an identifier as an attribute, any
-other between quotes. Python's keywords are identifiers to it, quotes and line ends are not escaped. So a graph is given
-names that spell themselves out safely.
+torch.fx writes a dotted name into the code of a graph unchanged: a part that is an identifier as an attribute, any
+other part in quotes. It treats Python's keywords as identifiers, and does not escape quotes and line ends. So a graph
+gets names that format themselves safely.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ import keyword
 
 
 def in_code(name: str) -> str:
-    """A dotted name, equal to the given one, that generated code may hold."""
+    """Returns a dotted name, equal to the given one, that is safe in generated code."""
     return name if all(map(_is_safe, name.split("."))) else _Name(name)
 
 
 def _is_safe(part: str) -> bool:
-    """Whether torch.fx writes a part of a name as Python reads it; Python reads identifiers beyond ASCII normalised."""
+    """Whether Python reads a part of a name as torch.fx writes it; Python normalises non-ASCII identifiers."""
     return part.isascii() and (part.isdigit() or (part.isidentifier() and not keyword.iskeyword(part)))
 
 
 class _Name(str):
-    """A name whose parts, as torch.fx takes it apart, are written between quotes and escaped."""
+    """A name whose unsafe parts are quoted and escaped when torch.fx splits it and writes them."""
 
     __slots__ = ()
 

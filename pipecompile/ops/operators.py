@@ -1,9 +1,10 @@
-"""Which function of torch a call is: told by the object that is called, as JAX tells primitives, never by a bare name.
+"""Identifies torch functions by the object that is called, as JAX identifies primitives, never by a bare name.
 
-A model may bring functions called as torch's are: a custom operator ``mylib::normalize``, a ``def cross_entropy`` that
-is kept whole. Whatever is known of torch's functions (how they treat a batch, whether they draw random numbers, whether
-they are heavy) is therefore kept in tables by object. ``named`` writes such tables: it finds, once, all objects that a
-name denotes, and raises where there is none. ``function_of`` gives the object by which a call is looked up.
+A model may define functions with the same names as torch's: a custom operator ``mylib::normalize``, a
+``def cross_entropy`` that is kept whole. So facts about torch functions (how they treat a batch, whether they draw
+random numbers, whether they are costly) are stored in tables by object. ``named`` builds such tables: it finds all
+objects that a name denotes, and raises an error if torch has none. ``function_of`` returns the object by which a call
+is looked up.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ import torch.nn.functional as F
 
 from pipecompile.ops.torch_internals import OpOverload, OpOverloadPacket
 
-# Where functions are looked for, with what stands before their names there. torch._C._nn is none of them: its losses
-# have the names of torch.nn.functional's, and take other arguments.
+# Namespaces in which functions are looked up, with the prefix of their names. torch._C._nn is not included: its losses
+# have the same names as those of torch.nn.functional, but take other arguments.
 _SPACES: tuple[tuple[str, Any], ...] = (
     ("", torch),
     ("", torch.Tensor),
@@ -27,7 +28,7 @@ _SPACES: tuple[tuple[str, Any], ...] = (
     ("linalg_", torch.linalg),
     ("fft_", torch.fft),
 )
-# Functions that Python's operators call: __add__, __iadd__ and, as a name of its own, __radd__ (radd).
+# Names of Python's operators: __add__ and __iadd__; __radd__ has a name of its own (radd).
 _OPERATORS = frozenset(
     {
         "add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift",
@@ -38,16 +39,16 @@ _REFLECTED = frozenset(f"r{name}" for name in _OPERATORS) - {"rand"}  # torch.ra
 
 
 def named(names: str, aten: bool = True) -> dict[Hashable, str]:
-    """The functions of torch of some names, in-place forms and aten operations among them, each with its name.
+    """Returns the torch functions with the given names, including in-place forms and aten operations -> their names.
 
     Args:
-        names: separated by spaces, without the underscores of in-place forms: ``add`` is ``torch.add``,
+        names: Names separated by spaces, without the underscores of in-place forms: ``add`` is ``torch.add``,
             ``Tensor.add_``, ``Tensor.__iadd__``, ``operator.add``, ``aten::add``; ``radd`` is ``Tensor.__radd__``;
             ``linalg_norm`` is ``torch.linalg.norm``.
-        aten: whether the aten operations of these names take the same arguments.
+        aten: Whether the aten operations with these names take the same arguments, and are included.
 
     Raises:
-        NameError: torch has no function of a name.
+        NameError: torch has no function with one of the names.
     """
     found: dict[Hashable, str] = {}
     for name in names.split():
@@ -83,13 +84,15 @@ def _is_function(found: object) -> bool:
 
 
 def function_of(target: Any) -> Any:
-    """The object under which tables hold what a graph calls: for an aten operation that of all its overloads."""
+    """Returns the object by which tables look up what a graph calls; an aten overload becomes its packet."""
     return target.overloadpacket if isinstance(target, OpOverload) else target
 
 
 def is_opaque(target: Any) -> bool:
-    """Whether what a graph calls is none of torch's functions: a module or function kept whole, a custom operator, a
-    custom function of autograd, a hook. Its name says nothing about it."""
+    """Whether what a graph calls is not a torch function, so that its name says nothing about it.
+
+    That is: a module or function kept whole, a custom operator, a custom autograd function, a hook.
+    """
     target = function_of(target)
     if isinstance(target, OpOverloadPacket):
         return target._qualified_op_name.partition("::")[0] not in ("aten", "prims")

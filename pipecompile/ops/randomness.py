@@ -1,11 +1,11 @@
-"""Random functions that give the same numbers on any schedule, with any number of stages, and when run again.
+"""Random functions that draw the same numbers on any schedule, with any number of stages, and when they run again.
 
-A generator that several stages draw from gives each what is left when its turn comes, and on the CPU all stages share
-one. So each random call draws from its device's generator seeded for itself: by the step, the microbatch and the call's
-name in the whole model. The generator's own state is put back.
+What a stage draws from a shared generator depends on the order in which stages run, and on the CPU all stages share one
+generator. So each random call seeds its device's generator for itself, from the step, the microbatch and the call's
+name in the whole model, and then restores the generator's state.
 
-Two runs of a model that are to be compared are made under ``alike``: there every random call draws from one seed, the
-same numbers for every row (``row_draws``).
+Two runs of a model that are compared run under ``alike``: there, every random call draws from one seed, the same
+numbers for every row (``row_draws``).
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ _ALWAYS = named("""
     fractional_max_pool2d fractional_max_pool2d_with_indices fractional_max_pool3d fractional_max_pool3d_with_indices
 """)
 
-_DRAWING = threading.RLock()  # one call at a time has a generator seeded; what it calls may draw in turn
+_DRAWING = threading.RLock()  # only one call at a time seeds a generator; functions that it calls may draw too
 _current = threading.local()
 _LIMIT = 2**63
 _ALIKE = 20_240_229  # the seed of every call under ``alike``
 
 
 def draws(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call draws random numbers: of a function of torch's, or of an operator that says so by its tag."""
+    """Whether a call of a torch function, or of an operator with the tag for it, draws random numbers."""
 
     def argument(position: int, keyword: str, default: Any) -> Any:
         return kwargs.get(keyword, args[position] if len(args) > position else default)
@@ -66,23 +66,23 @@ def draws(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool
 
 
 def passes(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call is dropout that drops nothing: torch gives back its first argument, the very same tensor."""
+    """Whether a call is dropout that drops nothing, so that torch returns the same tensor object."""
     key = function_of(function)
     return key in _DROPOUT and _DROPOUT[key] != "native_dropout" and not draws(function, args, kwargs)
 
 
 def seed_microbatch(seed: int | None) -> None:
-    """Says which microbatch the calling thread runs from now on; None: random calls draw as they come."""
+    """Sets the seed of the microbatch that the calling thread runs; None: random calls use the generator's state."""
     _current.seed = seed
 
 
 def microbatch_seed() -> int | None:
-    """The seed of the microbatch that the calling thread runs."""
+    """Returns the seed of the microbatch that the calling thread runs, or None."""
     return getattr(_current, "seed", None)
 
 
 def seeded(function: Callable[..., Any], key: str, device: torch.device) -> Callable[..., Any]:
-    """A function that draws random numbers, drawing those of the microbatch being run and of ``key``."""
+    """Returns a random function that draws the numbers for ``key`` in the microbatch being run."""
 
     @functools.wraps(function)
     def draw(*args: Any, **kwargs: Any) -> Any:
@@ -99,14 +99,14 @@ def seeded(function: Callable[..., Any], key: str, device: torch.device) -> Call
 
 
 def seeds(count: int) -> list[int]:
-    """A seed for each microbatch of a step, drawn from the caller's generator."""
+    """Returns a seed for each microbatch of a step, drawn from the caller's generator."""
     step = int(torch.randint(_LIMIT - 1, ()).item())
     return [(step + i * 0x9E3779B97F4A7C15) % _LIMIT for i in range(count)]
 
 
 @dataclass(frozen=True)
 class Generators:
-    """The states of the generators of torch, and of Python and numpy where they are wanted."""
+    """Saved states of the generators of torch, and optionally of Python and numpy."""
 
     of_torch: Sequence[tuple[torch.Generator, Tensor]]
     python: Any
@@ -114,10 +114,11 @@ class Generators:
 
     @staticmethod
     def of(devices: Iterable[torch.device], all_of_them: bool = True) -> Generators:
-        """The present states; of torch's generators those of the CPU and of the devices.
+        """Returns the present states; for torch, those of the CPU and of the given devices.
 
         Args:
-            all_of_them: Python's and numpy's too; numpy takes 0.2 ms to tell its state.
+            devices: The devices.
+            all_of_them: Also save the states of Python and numpy; numpy takes 0.2 ms.
         """
         cuda = [device for device in dict.fromkeys(devices) if device.type == "cuda"]
         generators = [torch.default_generator, *map(_generator, cuda)]
@@ -129,7 +130,7 @@ class Generators:
     @staticmethod
     @contextmanager
     def kept_on_failure(devices: Iterable[torch.device], all_of_them: bool = True) -> Iterator[None]:
-        """If what runs in it raises, the generators are as before."""
+        """A context that restores the generators if an exception is raised inside."""
         before = Generators.of(devices, all_of_them)
         try:
             yield
@@ -147,7 +148,7 @@ class Generators:
 
 @contextmanager
 def undrawn(devices: Iterable[torch.device]) -> Iterator[None]:
-    """Whatever draws random numbers in it, the generators of torch, Python and numpy are as before at the end."""
+    """A context; at its end, the generators of torch, Python and numpy are restored."""
     before = Generators.of(devices)
     try:
         yield
@@ -156,13 +157,13 @@ def undrawn(devices: Iterable[torch.device]) -> Iterator[None]:
 
 
 def is_alike() -> bool:
-    """Whether the calling thread runs one of two runs that are to be compared."""
+    """Whether the calling thread is in one of two runs that are compared."""
     return getattr(_current, "alike", False)
 
 
 @contextmanager
 def drawing_alike(on: bool) -> Iterator[None]:
-    """In which the random calls of a stage, in this thread, draw as under ``alike``, or do not."""
+    """A context in which the random calls of a stage in this thread draw as under ``alike``, or do not."""
     before = is_alike()
     _current.alike = on
     try:
@@ -173,20 +174,21 @@ def drawing_alike(on: bool) -> Iterator[None]:
 
 @contextmanager
 def alike(generators: Iterable[Any]) -> Iterator[None]:
-    """Every random call of this thread, and of the stages that it runs, draws from one seed, alike for every row.
+    """A context in which all random calls of this thread, and of the stages it runs, draw from one seed for every row.
 
-    So calls of one function with equal arguments draw equal numbers, whoever makes them, and a microbatch draws its
-    part of the whole batch's.
+    Calls of one function with equal arguments draw equal numbers, and a microbatch draws its part of the numbers of the
+    whole batch.
 
     Args:
-        generators: the model's own. One that a forward makes gives the same numbers in every call, and does here.
+        generators: Generators of the model. One that forward creates draws the same numbers in every call anyway, and
+            is not affected.
     """
     with drawing_alike(True), _Alike(generators):
         yield
 
 
 def drawn_alike(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """A call of a function as under ``alike``, also where torch's function modes are off."""
+    """Calls a function as under ``alike``, even if torch's function modes are off."""
     if not draws(function, args, kwargs):
         return function(*args, **kwargs)
     devices = [a.device for a in args if isinstance(a, Tensor)]
@@ -194,7 +196,7 @@ def drawn_alike(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def undropped(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """A call of a function; dropout lets everything pass."""
+    """Calls a function without its dropout."""
     if is_dropout(function) and draws(function, args, kwargs):
         return _quiet(function, args, kwargs)
     return function(*args, **kwargs)
@@ -207,12 +209,12 @@ def is_dropout(function: Any) -> bool:
 
 
 def compared() -> Any:
-    """In a thread that runs a part of a model as Python: a context in which ``alike`` holds there too."""
+    """Returns a context for a part of a model that runs as Python, so that ``alike`` applies inside it too."""
     return _Alike() if is_alike() else nullcontext()
 
 
 class _Alike(TorchFunctionMode):
-    """Draws from one seed, but for generators that are not known, if any are."""
+    """Draws from one seed, except from unknown generators, if ``generators`` is given."""
 
     def __init__(self, generators: Iterable[Any] | None = None) -> None:
         super().__init__()
@@ -235,7 +237,7 @@ def _draw_alike(function: Callable[..., Any], args: Any, kwargs: Any, device: to
 
 
 def _quiet(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """A call of dropout, or of attention with dropout inside, without it."""
+    """Calls dropout, or attention with dropout inside, so that nothing is dropped."""
     if function_of(function) not in _ATTENTION:
         return args[0] if args else kwargs["input"]
     args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
@@ -244,7 +246,7 @@ def _quiet(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
 
 
 def _draw(function: Callable[..., Any], args: Any, kwargs: Any, seed: int, device: torch.device) -> Any:
-    """The call with its device's generator seeded, whose own state is put back."""
+    """Calls a function with its device's generator seeded, and restores the generator's state."""
     generator = _generator(device)
     with _DRAWING:
         state = generator.get_state()
@@ -262,14 +264,14 @@ def _generator(device: torch.device) -> torch.Generator:
 
 
 def state_of(generator: Any) -> Any:
-    """The state of a generator of torch, Python or numpy."""
+    """Returns the state of a generator of torch, Python or numpy."""
     if isinstance(generator, np.random.Generator):
         return generator.bit_generator.state
     return generator.getstate() if isinstance(generator, random.Random) else generator.get_state()
 
 
 def set_state(generator: Any, state: Any) -> None:
-    """Puts a generator into a state."""
+    """Sets the state of a generator of torch, Python or numpy."""
     if isinstance(generator, np.random.Generator):
         generator.bit_generator.state = state
     elif isinstance(generator, random.Random):

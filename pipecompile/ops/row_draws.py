@@ -1,8 +1,8 @@
-"""Random numbers for comparing two runs of a model: the same for every row, whoever asks for how many rows.
+"""Random numbers for comparing two runs of a model: the same for every row, for any number of rows.
 
-A pipeline draws for each microbatch, the unsplit model for the whole batch, so equal seeds give them unequal numbers.
-Here the numbers depend on the position along the last dimension alone (for vectors and single numbers, on nothing), so
-that a microbatch's draw is its part of the whole batch's. Both runs are given them; neither is what training draws.
+A pipeline draws per microbatch, the unsplit model for the whole batch, so equal seeds give different numbers. Here the
+numbers depend only on the position in the last dimension (for vectors and single numbers, on nothing), so that a
+microbatch draws its part of the whole batch's numbers. Both runs use them; training draws other numbers.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _exponential(u: Tensor, given: Arguments) -> Any:
     return -torch.log1p(-u) / given.get("lambd", 1.0)
 
 
-# How values follow from uniform numbers.
+# How values are computed from uniform numbers.
 _FILLS: Mapping[str, Fill] = {
     "rand": _uniform,
     "rand_like": _uniform,
@@ -68,14 +68,14 @@ _NAMES = named(" ".join(_FILLS), aten=False)
 
 
 def draws_by_row(function: Callable[..., Any]) -> bool:
-    """Whether a random function can be given numbers that do not depend on the number of rows."""
+    """Whether a random function can use numbers that do not depend on the number of rows."""
     return function in _DROPOUT or function in _NAMES or function in _ATTENTION
 
 
 def drawn_by_row(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], seed: int) -> Any:
-    """A call of a random function on such numbers.
+    """Calls a random function with numbers that are the same for every row.
 
-    Attention with dropout inside is called without it: its mask is made where nobody can reach it.
+    Attention is called without dropout, because its mask cannot be set from outside.
     """
     if function in _ATTENTION:
         return _without_dropout(function, args, kwargs)
@@ -90,7 +90,7 @@ def drawn_by_row(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapp
 
 
 def _given(name: str, in_place: bool, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters of a distribution among the arguments of a call."""
+    """Returns the parameters of the distribution from the arguments of a call."""
     if name in ("randint", "randint_like"):
         return _bounds(args[1:] if name == "randint_like" else args, kwargs)
     if name == "bernoulli":
@@ -102,7 +102,7 @@ def _given(name: str, in_place: bool, args: Sequence[Any], kwargs: Mapping[str, 
 
 
 def _bounds(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The bounds of whole numbers: ``randint(high, size)`` or ``randint(low, high, size)``."""
+    """Returns the bounds of random integers: ``randint(high, size)`` or ``randint(low, high, size)``."""
     numbers = [a for a in args if isinstance(a, int | float | torch.SymInt) or (isinstance(a, Tensor) and a.ndim == 0)]
     low, high = kwargs.get("low"), kwargs.get("high")
     if high is None and numbers:
@@ -113,7 +113,7 @@ def _bounds(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _numbers(like: Tensor, seed: int) -> Tensor:
-    """Uniform numbers for the last dimension of a tensor; a single one for a vector."""
+    """Returns uniform numbers for the last dimension of a tensor; a single number for a vector."""
     count = like.shape[-1] if like.ndim > 1 else 1
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.rand(count, generator=generator, dtype=torch.float64).to(like.device)

@@ -1,4 +1,4 @@
-"""Lines of the user's source: where a call was made, and where an exception came through."""
+"""Lines of the user's source: where a call was made, and where an exception was raised."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import traceback
 
 import torch
 
-PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep  # the folder of all files of pipecompile
+PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep  # the folder of pipecompile
 _LIBRARIES = (os.path.dirname(torch.__file__) + os.sep, PACKAGE, contextlib.__file__)
 
 
 def user_line() -> str:
-    """``file:line`` of the innermost frame outside torch and pipecompile; empty if there is none."""
+    """Returns ``file:line`` of the innermost frame outside torch and pipecompile; empty if all frames are inside."""
     frame = sys._getframe(1)
     while frame is not None:
         filename = frame.f_code.co_filename
@@ -25,12 +25,12 @@ def user_line() -> str:
 
 
 def caller_file(depth: int) -> str:
-    """The file of the frame so many calls above the one that asks."""
+    """Returns the file of the frame ``depth`` calls above the caller of this function."""
     return sys._getframe(depth + 1).f_code.co_filename
 
 
 def failing_line(error: BaseException) -> str:
-    """``file:line`` of the innermost frame outside torch and pipecompile that an exception came through."""
+    """Returns ``file:line`` of the innermost frame outside torch and pipecompile in the traceback of an exception."""
     lines = [
         f"{frame.f_code.co_filename}:{line}"
         for frame, line in traceback.walk_tb(error.__traceback__)
@@ -40,10 +40,10 @@ def failing_line(error: BaseException) -> str:
 
 
 def is_library(filename: str) -> bool:
-    """Whether a file is torch's or pipecompile's own."""
+    """Whether a file belongs to torch or pipecompile."""
     return filename.startswith((*_LIBRARIES, "<frozen"))
 
 
 def short(source: str) -> str:
-    """A source line with its folder alone: ``gpt2/modeling_gpt2.py:42``."""
+    """Returns a source line with only the last folder of its path: ``gpt2/modeling_gpt2.py:42``."""
     return "/".join(source.split(os.sep)[-2:])

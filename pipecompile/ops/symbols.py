@@ -1,13 +1,13 @@
 """Symbolic sizes: which dimensions of the inputs are symbols, and what the trace has decided about them.
 
-A size in the graph is an expression over the inputs' sizes, so a stage can compute any shape without asking another.
+A size in the graph is an expression over the inputs' sizes, so a stage can compute any shape without communication.
 
-Two sorts of decision make a trace depend on sizes:
-- the model's own Python asks (``if x.shape[1] > 8``, ``range(x.shape[1])``): what it asked is kept with the answer;
-- an operation needs two sizes equal, or one to be a number: torch's ``ShapeEnv`` keeps these as replacements.
+Two kinds of decision make a trace depend on sizes:
+- the model's own Python asks (``if x.shape[1] > 8``, ``range(x.shape[1])``): the question is stored with its answer;
+- an operation needs two sizes to be equal, or one to be a number: torch's ``ShapeEnv`` stores these as replacements.
 
-Both are guards. What operations merely assume of a size in passing (that it is not 1, say, to choose a broadcast) is
-not: they run again on the real sizes and decide anew. So a batch of 1 needs no trace of its own.
+Both are guards. What an operation only assumes about a size (that it is not 1, to choose a broadcast) is not a guard,
+because the operation decides again when it runs on the real sizes. So a batch of 1 does not need its own trace.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from pipecompile.ops.torch_internals import ConstantSource, DimDynamic, ShapeEnv
 
 
 class Shapes(ShapeEnv):
-    """A ``ShapeEnv`` that remembers what the model's own Python asked about sizes."""
+    """A ``ShapeEnv`` that stores what the model's own Python asked about sizes."""
 
     def __init__(self) -> None:
         super().__init__(duck_shape=False)
-        self.inside = 0  # depth of torch functions being run; what they ask is not the model's question
+        self.inside = 0  # nesting of torch functions being run; their questions are not the model's
         self.answers: dict[sympy.Basic, Any] = {}
         self.known: dict[Any, Any] = {}  # results of arithmetic (see capture/size_cache.py)
 
@@ -44,44 +44,44 @@ class Shapes(ShapeEnv):
         return answer
 
     def _set_replacement(self, a: sympy.Symbol, tgt: sympy.Expr, msg: str) -> None:
-        """What torch calls as soon as an operation needs a size to be a certain one.
+        """Called by torch when an operation needs a size to have a certain value.
 
         Raises:
-            DependsOnData: only data tells the size, and the operation is in the graph itself.
+            DependsOnData: The size depends on data, and the operation is in the graph itself.
         """
         super()._set_replacement(a, tgt, msg)
         if _only_data_tells(a) and a in self.replacements and not msg.startswith(_RENAMES):
             raise DependsOnData(f"an operation needs a size that depends on the model's data to be {tgt}")
 
     def symbol(self, name: str, hint: int) -> int | torch.SymInt:
-        """A new symbol for a size; torch may assume that it is at least 2 (see the module's docstring)."""
+        """Returns a new symbol for a size; torch may assume that it is at least 2 (see the module docstring)."""
         source = ConstantSource(name)
         symbol = self.create_symbol(hint, source, DimDynamic.DYNAMIC, do_not_specialize_zero_one=hint < 2)
         return self.create_symintnode(symbol, hint=hint, source=source)
 
     def decided(self) -> tuple[tuple[sympy.Basic, Any], ...]:
-        """Expressions over the input symbols with the values that the trace holds for."""
+        """Returns expressions over the input symbols, with the values for which the trace is valid."""
         asked = [(expr, answer) for expr, answer in self.answers.items() if expr.free_symbols]
         asked = [(expr, answer) for expr, answer in asked if not any(map(_only_data_tells, expr.free_symbols))]
         return (*asked, *self.assumed())
 
     def assumed(self) -> tuple[tuple[sympy.Basic, Any], ...]:
-        """Those of them that functions needed, whatever the model's own Python asked."""
+        """Returns those of the decisions that functions needed, without what the model's own Python asked."""
         return tuple((symbol, expr) for symbol, expr in self.replacements.items() if not _only_data_tells(symbol))
 
 
-_RENAMES = ("eliminate_unbacked", "rename_unbacked_to", "find")  # one name of a size for another
+_RENAMES = ("eliminate_unbacked", "rename_unbacked_to", "find")  # replace one name of a size with another
 
 
 def _only_data_tells(symbol: Any) -> bool:
-    """Whether a size is no input's; what is asked of one and has an answer holds for every size."""
+    """Whether a size depends on data; questions about it that have an answer have it for every size."""
     return bool(symbol_is_type(symbol, SymT.UNBACKED_INT))
 
 
 def _teaches_nothing(expr: Any, answer: Any) -> bool:
-    """Whether an answer says no more of the sizes than that they differ, or which is larger.
+    """Whether an answer only says that two sizes differ, or which of them is larger.
 
-    Then it replaces no symbol, and torch need not try to prove it: the sizes at hand tell.
+    Such an answer replaces no symbol, so torch need not try to prove it; the sizes of the sample decide.
     """
     if not isinstance(answer, bool):
         return False
@@ -109,11 +109,11 @@ class Sizes:
         self.nodes: dict[sympy.Basic, fx.Node] = {}
 
     def declare(self, size: torch.SymInt, placeholder: fx.Node, dim: int) -> None:
-        """Says where a symbol can be read off at run time."""
+        """Sets the placeholder and dimension from which a symbol is read at run time."""
         self.sources.setdefault(size.node._expr, (placeholder, dim))
 
     def node(self, number: torch.SymInt | torch.SymFloat | torch.SymBool) -> fx.Node | float:
-        """The node that computes a symbolic number; a plain number where no expression is known, which guards it."""
+        """Returns the node that computes a symbolic number, or its value, guarded, if it has no known expression."""
         expr = number.node.expr
         if not expr.free_symbols or not self._known(expr):
             return number.node.guard_bool("", 0) if isinstance(number, torch.SymBool) else _concrete(number)
@@ -148,18 +148,18 @@ class Sizes:
 
 
 def _concrete(number: torch.SymInt | torch.SymFloat) -> float:
-    """The number that the trace was made with; torch records that the trace now holds for it alone."""
+    """Returns the value of a symbolic number in the trace; torch records that the trace is valid only for it."""
     return int(number) if isinstance(number, torch.SymInt) else float(number)
 
 
 def resolve(expr: Any, values: Mapping[sympy.Symbol, int]) -> Any:
-    """A symbolic number (or a plain one) for given sizes of the inputs.
+    """Returns the value of a symbolic (or plain) number for given sizes of the inputs.
 
     Raises:
-        CaptureError: it is none of the inputs' sizes, but depends on data.
+        CaptureError: The number does not follow from the inputs' sizes, but depends on data.
     """
     if isinstance(expr, torch.SymInt | torch.SymFloat | torch.SymBool):
-        own, known = expr.node._expr, expr.node.expr  # a part kept whole may tell a size of data to be an input's
+        own, known = expr.node._expr, expr.node.expr  # a part kept whole may show that a data size is an input size
         expr = own if own.free_symbols <= values.keys() else known
     if not isinstance(expr, sympy.Basic):
         return expr
@@ -167,5 +167,8 @@ def resolve(expr: Any, values: Mapping[sympy.Symbol, int]) -> Any:
     if result in (sympy.true, sympy.false):
         return bool(result)
     if not result.is_number:
-        raise CaptureError(f"the number {result} depends on the model's data, not only on the sizes of its inputs")
+        raise CaptureError(
+            f"the number {result} depends on the model's data, not only on the sizes of its inputs; name the module "
+            f"that computes it in leaf_modules="
+        )
     return int(result) if result.is_integer else float(result)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipecompile.ops.torch_internals import FakeTensor, is_functorch_wrapped_tensor, pytree
 
-# Functions that write to arguments without saying so in the tensor's version counter: positions of what they write.
+# Functions that write to arguments without increasing their version counters: positions and names of those arguments.
 SILENT_WRITES: dict[Callable[..., Any], tuple[tuple[int, str], ...]] = {
     F.batch_norm: ((1, "running_mean"), (2, "running_var")),
     F.instance_norm: ((1, "running_mean"), (2, "running_var")),
@@ -42,7 +42,7 @@ def is_real(tensor: Tensor) -> bool:
 
 
 def printable(func: Callable[..., Any]) -> Callable[..., Any]:
-    """A function under a name that generated code can use: ``x ** 2`` arrives as a wrapper that has none."""
+    """Returns a function whose name generated code can use: for ``x ** 2``, the tracer gets an unnamed wrapper."""
     name, module = getattr(func, "__name__", ""), getattr(func, "__module__", None)
     if module == "torch._tensor" and not hasattr(torch._tensor, name) and hasattr(torch.Tensor, name):
         return getattr(torch.Tensor, name)  # type: ignore[no-any-return]

@@ -1,6 +1,6 @@
-"""All that is taken from torch beyond its public interface; pyproject.toml bounds the versions that have it.
+"""Everything that is imported from torch's private API; pyproject.toml bounds the versions of torch that have it.
 
-``tests/ops/test_torch_internals.py`` says which of it a version lacks.
+``tests/ops/test_torch_internals.py`` lists what a version of torch lacks.
 """
 
 from __future__ import annotations

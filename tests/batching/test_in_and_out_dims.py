@@ -139,8 +139,8 @@ def test_a_tensor_inside_an_argument_is_named_with_its_keys() -> None:
 @pytest.mark.parametrize(
     ("in_dims", "message"),
     [
-        ({"x": 3, "table": None}, r"in_dims= puts the batch of 'x' in dimension 3, but its shape is \(6, 5, 4\)"),
-        ({"x": 1, "table": 0}, r"'table' has 7 rows where the batch has 5|'x' has 5 rows where the batch has 7"),
+        ({"x": 3, "table": None}, r"dimension 3 as the batch dimension of 'x', whose shape is \(6, 5, 4\)"),
+        ({"x": 1, "table": 0}, r"'table' has 7 rows, but the batch has 5|'x' has 5 rows, but the batch has 7"),
         ({"y": 1}, r"in_dims has 'y', which is not an argument of the model; it takes \['x', 'table', 'scales'\]"),
         ({"x": "1"}, r"in_dims\['x'\] = '1'; it must be the number of a dimension"),
     ],

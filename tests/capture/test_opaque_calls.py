@@ -193,7 +193,7 @@ def test_a_result_of_another_shape_than_the_trace_holds_for_is_an_error() -> Non
     pipe = pipecompile.compile(model, devices=["cpu"] * 2, microbatches=1, costs="count")
     x = floats()
     assert_same(step(pipe, model, mean_square, ((x,), {})), step(model, model, mean_square, ((x,), {})))
-    with pytest.raises(ExecutionError, match="function large is kept whole and gives shapes"):
+    with pytest.raises(ExecutionError, match="function large is kept whole and returns shapes"):
         pipe(-x)
 
 

@@ -333,7 +333,7 @@ def test_a_module_kept_whole_that_begins_to_write_is_refused() -> None:
     pipe = pipe_of(nn.Sequential(nn.Linear(D, D), Late(), nn.Linear(D, D)).double(), microbatches=2)
     (x,) = floats(0)
     pipe(x)
-    with pytest.raises(ExecutionError, match=r"module '1' is kept whole and has begun to write to its parameter"):
+    with pytest.raises(ExecutionError, match=r"module '1' is kept whole and wrote to its parameter"):
         pipe(x * 1e6)
 
 
@@ -354,7 +354,7 @@ class Does(nn.Module):
 
 REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "swap_tensors": (lambda m: torch.utils.swap_tensors(m.scale, m.other), "torch.utils.swap_tensors"),
-    "storage": (lambda m: m.scale.untyped_storage().fill_(0), "asks for the storage of a tensor"),
+    "storage": (lambda m: m.scale.untyped_storage().fill_(0), "accesses the storage of a tensor"),
     "a new parameter": (lambda m: setattr(m, "scale", nn.Parameter(m.scale.detach() * 2)), "new parameter 'scale'"),
     "memory of another": (lambda m: assign(m.scale, m.other.data), "'scale' the memory of another tensor"),
     "another shape": (lambda m: assign(m.scale, m.scale.data[:1]), "must keep its shape"),

@@ -169,7 +169,7 @@ def _custom(self: Any, h: Tensor) -> Tensor:
 
 
 def test_a_custom_backward_inside_vmap_is_refused() -> None:
-    with pytest.raises(CaptureError, match=r"Fivefold\.apply stands inside torch\.vmap"):
+    with pytest.raises(CaptureError, match=r"Fivefold\.apply is called inside torch\.vmap"):
         pipe_of(Model(linear, _custom), 2, 2)(rows())
 
 

@@ -260,7 +260,7 @@ class LazyLayers(nn.Module):
         return self.leave(self.enter(x).tanh())
 
 
-@idiom(refused="nobody could train|swap")
+@idiom(refused="no optimizer has|swap")
 class LayerMadeInForward(nn.Module):
     """A layer that forward makes at the first call: ``if self.proj is None: self.proj = nn.Linear(...)``."""
 

@@ -62,7 +62,7 @@ class InitialStateParameters(nn.Module):
         return self.head(out[-1] + last[0])
 
 
-@idiom(padded, refused_parts="samples|lengths|parts|microbatch|reads", refused="values that only a running step knows")
+@idiom(padded, refused_parts="samples|lengths|parts|microbatch|reads", refused="known only while a step runs")
 class PackedSequences(nn.Module):
     """``pack_padded_sequence`` by lengths and back."""
 

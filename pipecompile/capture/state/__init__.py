@@ -1,1 +1,1 @@
-"""What a forward reads of Python's state and leaves behind in it: attributes, globals, closures, containers, code."""
+"""Tracks the Python state that forward reads and changes: attributes, globals, closures, containers, code."""

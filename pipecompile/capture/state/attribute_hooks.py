@@ -1,8 +1,8 @@
-"""Sees which Python attributes a forward reads and sets while it is traced.
+"""Observes which Python attributes forward reads and sets during a trace.
 
-Attribute access is watched where it happens: in the classes of modules, and in those of the objects that modules hold
-(a config), as they come into sight. What ``torch.nn.Module`` keeps for itself is not watched: hooks, modes and tensors
-are compared elsewhere. What a forward reads from globals and closures is known from its code (``code_guards.py``).
+Attribute access is patched in the classes of modules, and in the classes of objects that modules hold (a config), when
+forward first reaches them. The attributes of ``torch.nn.Module`` itself are not observed: hooks, modes and tensors are
+compared elsewhere. What forward reads from globals and closures is found from its code (``code_guards.py``).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pipecompile.capture.state.sources import Entry
 from pipecompile.ops.torch_internals import FakeTensor
 
 _NO_HOLDERS = (Tensor, type, ModuleType, FunctionType, BuiltinFunctionType, MethodType)
-_FOREIGN = sys.stdlib_module_names | {"torch", "numpy"}  # what they keep is no option of a model
+_FOREIGN = sys.stdlib_module_names | {"torch", "numpy"}  # their objects hold no options of a model
 DEEPEST = 4  # containers within containers in which objects are looked for
 
 Key = tuple[int, str]
@@ -36,10 +36,10 @@ class Reads:
     """The attributes that one trace has read.
 
     Args:
-        paths: the modules of the model by identity.
-        states: their attributes before the trace, by identity.
-        ledgers: receives the containers that come into sight.
-        ignored: attributes, by owner's identity and name, on which the trace does not depend.
+        paths: Path of each module of the model, by identity.
+        states: Attributes of each module before the trace, by identity.
+        ledgers: Receives the containers that forward reaches.
+        ignored: Attributes, by identity of the owner and name, on which the trace does not depend.
     """
 
     def __init__(
@@ -54,10 +54,10 @@ class Reads:
         self.ledgers = ledgers
         self.seen = set(ignored)
         self.found: dict[Key, tuple[Attribute, Any]] = {}  # with the value before the trace, frozen
-        self.places: dict[Key, Entry | Attribute] = {}  # places to look at when all has been put back
-        self.holders: list[tuple[Any, str, Snapshot, Set[str] | None]] = []  # all but the model's modules, as they were
-        self.met: set[int] = set()  # objects that modules hold, which are watched
-        self.made: dict[int, nn.Module] = {}  # modules that the forward itself makes, kept alive for their identity
+        self.places: dict[Key, Entry | Attribute] = {}  # places to read after everything is restored
+        self.holders: list[tuple[Any, str, Snapshot, Set[str] | None]] = []  # owners other than the model's modules
+        self.met: set[int] = set()  # observed objects that modules hold
+        self.made: dict[int, nn.Module] = {}  # modules that forward creates, kept alive for their identity
         self.originals: dict[type, Any] = {}  # watched classes: their own __getattribute__, or None
 
     @contextmanager
@@ -80,7 +80,7 @@ class Reads:
         reads, thread = self, threading.get_ident()
 
         def watched(self: Any, name: str) -> Any:
-            if threading.get_ident() != thread:  # what others read, and change meanwhile, is theirs
+            if threading.get_ident() != thread:  # reads of other threads do not count
                 return inherited(self, name)
             try:
                 value = inherited(self, name)
@@ -107,9 +107,9 @@ class Reads:
         value = ledger_of(value).original if is_stand_in(value) else self.ledgers.original(owner, name, value)
         label = f"{self._label(owner)}{name}"
         if held is MISSING and (name in owner.__dict__ or self._is_computed(owner, name, label)):
-            return  # set by the forward itself; or what the property or method reads is seen by itself
+            return  # set by forward; or a property or method, whose own reads are observed
         if held is not MISSING and held is not value:
-            return  # set by the forward itself
+            return  # set by forward
         self.meet(value, label)
         plain = frozen(value)
         if isinstance(value, SimpleNamespace | Namespace | partial) or (
@@ -132,9 +132,9 @@ class Reads:
             self.found.setdefault((id(owner), name), (Attribute(owner, name, self._label(owner) + name), MISSING))
 
     def _state(self, owner: Any) -> Mapping[str, Any] | None:
-        """The attributes before the trace; of a module that the model does not own, as they are at first sight.
+        """Returns the attributes before the trace; for a module outside the model, those when it was first seen.
 
-        None for a module that is first seen while it is made: its attributes are the forward's own.
+        None for a module that is first seen during its construction: forward itself created it.
         """
         if id(owner) in self.made:
             return None
@@ -146,7 +146,7 @@ class Reads:
         return self.states.get(id(owner))
 
     def _is_computed(self, owner: Any, name: str, label: str) -> bool:
-        """Whether an attribute is a method or property of the owner's class, which one of its own would hide."""
+        """Whether an attribute is a method or property of the owner's class, which an instance attribute would hide."""
         if not _is_computed(type(owner), name):
             return False
         if not isinstance(owner, nn.Module) or name not in vars(nn.Module) or name == "forward":
@@ -154,7 +154,7 @@ class Reads:
         return True
 
     def meet(self, value: Any, label: str, depth: int = 0) -> None:
-        """Watches an object that the forward finds, from now on, and those in a short list, tuple or dict."""
+        """Starts to observe an object that forward reaches, and the objects in a short list, tuple or dict."""
         value = ledger_of(value).original if is_stand_in(value) else value
         match value:
             case dict() | list() | tuple() if len(value) <= LONGEST and depth < DEEPEST:
@@ -172,7 +172,7 @@ class Reads:
         kind = type(value)
         if id(value) in self.met or not kind.__flags__ & HEAP_TYPE or isinstance(value, _NO_HOLDERS):
             return
-        if id(value) not in self.states and _holds_fakes(value):  # the forward itself has made it (an output)
+        if id(value) not in self.states and _holds_fakes(value):  # created by forward (an output)
             self.made.setdefault(id(value), value)
             return
         if kind.__module__.split(".")[0] in _FOREIGN or not hasattr(value, "__dict__"):
@@ -186,17 +186,17 @@ class Reads:
             self._hold(value, label)
 
     def sees(self, owner: Any) -> bool:
-        """Whether what the forward reads of an owner is seen."""
+        """Whether reads of an owner's attributes are observed."""
         return id(owner) in self.met or isinstance(owner, nn.Module)
 
     def hold_all(self, owners: Iterable[tuple[Any, str, Set[str] | None]]) -> None:
-        """Notes what else the forward may reach, as it is."""
+        """Notes the present state of other owners that forward may reach."""
         for owner, label, names in owners:
             if id(owner) not in self.states:
                 self._hold(owner, label, names)
 
     def hold(self, attribute: Attribute) -> None:
-        """Notes an attribute's owner as it is, before it is changed."""
+        """Notes the state of an attribute's owner before it is changed."""
         if id(attribute.owner) not in self.states:
             with suppress(TypeError):  # a class that cannot be changed
                 self._watch(type(attribute.owner))
@@ -210,7 +210,7 @@ class Reads:
         self.ledgers.place(owner, label, held[0])
 
     def changes(self) -> list[Change]:
-        """What the forward has set on objects other than the model's modules; all is put back."""
+        """Returns what forward has set on objects other than the model's modules, and restores them."""
         changed = []
         for owner, label, held, names in self.holders:
             changed += [*changes_of(owner, label, held, names)]
@@ -223,12 +223,12 @@ class Reads:
 
 
 def _is_computed(kind: type, name: str) -> bool:
-    """Whether a class gives an attribute by a descriptor: a method or a property."""
+    """Whether a class defines an attribute by a descriptor: a method or a property."""
     found = next((base.__dict__[name] for base in kind.__mro__ if name in base.__dict__), None)
     return hasattr(type(found), "__get__")
 
 
 def _holds_fakes(value: Any) -> bool:
-    """Whether an object that is no module has tensors of the trace among its attributes."""
+    """Whether an object other than a module has tensors of the trace among its attributes."""
     held = getattr(value, "__dict__", {})
     return not isinstance(value, nn.Module) and any(isinstance(item, FakeTensor) for item in held.values())

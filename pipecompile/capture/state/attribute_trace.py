@@ -1,4 +1,4 @@
-"""What one trace learns of its model's Python attributes: what it read becomes guards, what it set becomes updates."""
+"""Collects the Python attributes that one trace reads, which become guards, and those it sets, which become updates."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ from pipecompile.errors import CaptureError
 
 
 class Watch:
-    """Watches one run of a forward.
+    """Observes one run of forward.
 
     Args:
-        model: whose forward it is.
-        reach: what else it may read and change.
-        states: the attributes of the model's modules before the trace, by identity.
-        numbers: attributes that an earlier trace has both read and set, which get stand-ins.
-        ignored: attributes, by owner's identity and name, on which the trace does not depend.
-        follow: whether random numbers that the forward draws have stand-ins.
-        is_leaf: whether a part is being run that is kept whole.
-        ran: receives the functions that run.
-        arguments: those of the call, without tensors.
+        model: The model whose forward runs.
+        reach: Other state that forward may read and change.
+        states: Attributes of the model's modules before the trace, by identity.
+        numbers: Attributes that an earlier trace both read and set, which get stand-ins.
+        ignored: Attributes, by identity of the owner and name, on which the trace does not depend.
+        follow: Whether random numbers that forward draws get stand-ins.
+        is_leaf: Whether a part kept whole is running.
+        ran: Receives the functions that run.
+        arguments: Arguments of the call other than tensors.
     """
 
     def __init__(
@@ -82,14 +82,14 @@ class Watch:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """The time of the forward; at its end all is put back but the attributes of the model's modules."""
+        """A context for forward; at its end everything is restored except the attributes of the model's modules."""
         reads = self.reads
         try:
             reads.hold_all(self.reach.owners)
             for path, module in self.model.named_modules():
                 self.ledgers.place(module, path, reads.states[id(module)])
             for number in self.numbers:
-                value = number.value()  # before its owner is watched
+                value = number.value()  # before its owner is observed
                 reads.hold(number)
                 put(number.owner, number.name, start(value, (id(number.owner), number.name), self.questions))
             with reads.watching(), self.drawing.watching(), seen_in_place(), self.code.ran.seen(self._begun):
@@ -100,7 +100,7 @@ class Watch:
             self.changes += reads.changes()
 
     def _meet_given(self) -> None:
-        """Objects that the forward finds where no attribute is read: hooks and arguments."""
+        """Observes objects that forward reaches without reading an attribute: hooks and arguments."""
         for argument in self.arguments:
             self.reads.meet(argument, "an argument")
         for module in self.model.modules():
@@ -113,10 +113,11 @@ class Watch:
             self.reads.meet(value, label)
 
     def note(self, changes: Iterable[Change], filled: Iterable[tuple[Itself, list[Any], list[Any]]]) -> None:
-        """Takes up what was set on the model's modules, and guards what was set where reads are not seen.
+        """Adds what was set on the model's modules, and guards what was set where reads are not observed.
 
         Args:
-            filled: containers without a ledger, with what they hold and what they held.
+            changes: Changes of the model's modules.
+            filled: Containers without a ledger, with their present and their earlier contents.
         """
         self.filled += filled
         followed = {(id(number.owner), number.name) for number in self.numbers}
@@ -130,7 +131,7 @@ class Watch:
         self._guard_set_to_itself()
 
     def _guard_set_to_itself(self) -> None:
-        """Guards what the forward may have set to the value that it had: where it has another, that is a change."""
+        """Guards what forward may have set to the value it already had: from another value, that is a change."""
         changed = {(id(change.place.owner), change.place.name) for change in self.changes}
         stored = self.code.stored()
         for path, module in self.model.named_modules():
@@ -143,7 +144,7 @@ class Watch:
 
     @property
     def counters(self) -> tuple[Attribute, ...]:
-        """The numbers that the forward has read and then set: another trace may follow them."""
+        """The numbers that forward has read and then set; another trace may follow them."""
         set_to = {(id(c.place.owner), c.place.name): c.value for c in self.changes}
         return tuple(
             attribute
@@ -152,15 +153,15 @@ class Watch:
         )
 
     def attributes(self, kept: Mapping[str, nn.Module], tensor: Callable[[Tensor], Update]) -> Attributes:
-        """Guards and updates.
+        """Returns the guards and updates of the trace.
 
         Args:
-            kept: modules kept whole, by path: they run on a copy of the attributes, all of which are guarded.
-            tensor: what a tensor that the forward leaves behind becomes on a later call.
+            kept: Modules kept whole, by path. They run on a copy of their attributes, all of which are guarded.
+            tensor: Returns how a later call computes a tensor that forward stores.
 
         Raises:
-            CaptureError: a module that is kept whole counts in an attribute, or something was left behind that no later
-                call could leave.
+            CaptureError: A part kept whole changes Python state, or forward stores a tensor that later calls cannot
+                reproduce.
         """
         for attribute in self.counters:
             self._refuse_counting(attribute, kept)
@@ -182,7 +183,7 @@ class Watch:
         )
 
     def _code_facts(self) -> list[Fact]:
-        """What the functions that ran depend on, but for places that the forward sets and containers that it fills."""
+        """Returns what the functions that ran depend on, except places that forward sets and containers it fills."""
         owners = [*self.model.modules(), *(owner for owner, *_ in self.reads.holders)]
         kinds = {type(owner) for owner in owners if owns_names(owner)}
         known = {known_place(change.place.owner, change.place.name) for change in self.changes}
@@ -191,7 +192,7 @@ class Watch:
 
     @property
     def _known(self) -> set[int]:
-        """The identities of containers that were there before the trace."""
+        """The identities of containers that existed before the trace."""
         return {*self.ledgers.made, *(id(holder) for holder, _ in self.reach.containers)}
 
     def _effects(self, recipes: Recipes, kept: Mapping[str, nn.Module]) -> Iterator[Effect]:
@@ -199,8 +200,8 @@ class Watch:
         for change in self.changes:
             if id(change.place.owner) in whole and isinstance(change.value, Tensor):
                 raise CaptureError(
-                    f"a module that is kept whole sets {change.place.label}, which each microbatch would do for "
-                    f"itself; let it return the tensor, or make it a buffer: "
+                    f"a module that is kept whole sets {change.place.label}, which every microbatch would set again; "
+                    f"return the tensor instead, or make it a buffer: "
                     f"self.register_buffer({change.place.name!r}, ...)"
                 )
             with _left_at(change.place):
@@ -214,8 +215,8 @@ class Watch:
         for ledger in self.ledgers.made.values():
             if ledger.by_leaf:
                 raise CaptureError(
-                    f"a module or function that is kept whole fills {ledger.place.label}, which each microbatch would "
-                    f"do for itself; let it return what it puts there"
+                    f"a module or function that is kept whole changes {ledger.place.label}, which every microbatch "
+                    f"would do again; return what it stores there instead"
                 )
             if ledger.is_changed:
                 with _left_at(ledger.place):
@@ -225,25 +226,26 @@ class Watch:
         for path, module in kept.items():
             if any(attribute.owner is inner for inner in module.modules()):
                 raise CaptureError(
-                    f"module {path!r} is kept whole and its forward counts in self.{attribute.name}, which each "
-                    f"microbatch would count for itself; make it a buffer: "
+                    f"module {path!r} is kept whole and its forward counts in self.{attribute.name}, which every "
+                    f"microbatch would increase again; make it a buffer: "
                     f"self.register_buffer({attribute.name!r}, ...)"
                 )
 
 
 @contextmanager
 def _left_at(place: Place) -> Iterator[None]:
-    """Says in errors where something was left."""
+    """Names, in errors, the place where something was stored."""
     try:
         yield
     except CaptureError as error:
         raise CaptureError(
-            f"forward leaves something in {place.label} that no later call could leave: {error}"
+            f"forward stores a tensor in {place.label} that later calls cannot reproduce ({error}); return it from "
+            f"forward, or register it as a buffer"
         ) from error
 
 
 def _expected(before: Any) -> Any:
-    """What a name must be that the trace has set, perhaps for what it was."""
+    """Returns what a name that the trace has set must be before a call, as the trace may depend on it."""
     if isinstance(before, Tensor):
         return OfKind(type(before))
     plain = frozen(before)

@@ -1,8 +1,8 @@
-"""What a trace depends on in code: the functions that ran, and what they read beside their arguments.
+"""Guards on code: the functions that ran, and what they read other than their arguments.
 
-Each function that has run is held to its code and its defaults, and to what stands now where it looks: in globals,
-variables of outer functions, and on classes. So a function exchanged in a file, a method set on a class and a flag set
-in a module are seen before the next call.
+Each function that ran is guarded by its code and its defaults, and by the present values of what it reads: globals,
+variables of outer functions, and attributes of classes. So a replaced function in a module, a method set on a class and
+a flag set in a module are detected before the next call.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from pipecompile.capture.state.fingerprints import HEAP_TYPE
 from pipecompile.capture.state.name_accesses import Accesses, places_read
 from pipecompile.capture.state.sources import Cell, Code, Entry, Fact, OfClass, Place
 
-_ALWAYS = frozenset({"forward", "__call__", "__getattr__", "__getattribute__"})  # Python itself looks for these
+_ALWAYS = frozenset({"forward", "__call__", "__getattr__", "__getattribute__"})  # looked up without being named
 
 
 class CodeRead:
     """What the functions of one trace read.
 
     Args:
-        ran: the functions.
+        ran: The functions that ran.
     """
 
     def __init__(self, ran: Ran) -> None:
@@ -33,7 +33,7 @@ class CodeRead:
         self._accesses: dict[int, tuple[CodeType, Accesses]] = {}
 
     def begun(self, frame: FrameType) -> Iterator[tuple[Any, str]]:
-        """What a function that now begins to run may read, with what a person calls it."""
+        """Yields the values that a function which starts to run may read, with labels for the user."""
 
         def outer(name: str) -> Place | None:
             return Entry(frame.f_locals, name, name)
@@ -42,16 +42,16 @@ class CodeRead:
             yield place.value(), place.label
 
     def stored(self) -> set[str]:
-        """The names of attributes that the functions set, on whatever object."""
+        """Returns the names of attributes that the functions set, on any object."""
         return {name for function in self.ran.functions.values() for name in self._of(function.__code__).stored}
 
     def facts(self, kinds: Iterable[type], known: Set[Any], containers: Container[int]) -> list[Fact]:
-        """What stands now in the places that the functions read.
+        """Returns the present values of the places that the functions read.
 
         Args:
-            kinds: classes of objects that the forward has worked with.
-            known: places, by namespace and name, that are guarded otherwise.
-            containers: the same for containers, by identity.
+            kinds: Classes of objects that forward has used.
+            known: Places, by namespace and name, that are guarded elsewhere.
+            containers: Containers, by identity, that are guarded elsewhere.
         """
         functions = [function for function in self.ran.functions.values() if not self.ran.made_meanwhile(function)]
         places: dict[Any, Place] = {}
@@ -101,14 +101,14 @@ def _is_known(place: Place, known: Set[Any]) -> bool:
 
 
 def known_place(owner: Any, name: str) -> Any:
-    """How the facts would know a place: an attribute of an object, a class or a file, or what a cell holds."""
+    """Returns the key under which facts know a place: an attribute of an object, class or file, or a cell."""
     if isinstance(owner, CellType):
         return id(owner)
     return id(owner if isinstance(owner, type) else getattr(owner, "__dict__", owner)), name
 
 
 def _of_classes(kinds: Iterable[type], names: set[str]) -> Iterator[OfClass]:
-    """The names that classes have something under, of all that functions ask for."""
+    """Yields the names that functions look up and that the classes define."""
     for kind in {*kinds, Tensor}:
         own = {name for base in kind.__mro__ if base not in (nn.Module, object) for name in vars(base)}
         for name in sorted(names & (own | _ALWAYS)):

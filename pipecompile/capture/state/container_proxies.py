@@ -1,9 +1,9 @@
-"""Stand-ins for the lists, dicts and sets that a forward may read and fill: they note what a trace does with them.
+"""Stand-ins for lists, dicts and sets that forward may read and change; they note what a trace does with them.
 
-What a container holds is another matter on each call (losses that a forward appends, a table kept by its size). So a
-trace works on a stand-in, which notes the operations that need not know the contents (``append``, ``d[k] = v``), to be
-made again on the real container after each call; and what the forward has read, which the trace holds for: the value
-under a key, or all contents. Operations of any other kind read all, and set all.
+The contents of a container may differ in each call (losses that forward appends, a table by size). So a trace works on
+a stand-in. It notes the operations that do not depend on the contents (``append``, ``d[k] = v``), which are repeated on
+the real container after each call. It also notes what forward has read, which becomes a guard: the value under a key,
+or all contents. Any other operation counts as reading and setting all contents.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from pipecompile.ops.torch_internals import pytree
 DEEPEST = 4  # containers in containers that have stand-ins
 LONGEST = 1000  # containers in a longer one have none
 
-_BLIND = {  # what needs no knowledge of the contents, nor gives any
+_BLIND = {  # neither depend on the contents nor return any
     list: ("append", "extend", "__iadd__"),
     dict: ("__setitem__", "update", "__ior__"),
     set: ("add", "update", "discard", "__ior__"),
     deque: ("append", "appendleft", "extend", "extendleft", "__iadd__"),
 }
-_KEYED = {  # what tells and changes the value under one key alone
+_KEYED = {  # read or change only the value under one key
     dict: ("__getitem__", "__contains__", "get", "setdefault", "pop", "__delitem__"),
     set: ("__contains__",),
     list: (),
@@ -59,12 +59,18 @@ class Ledger:
     """What a trace has done with one container.
 
     Attributes:
-        place: where the container is found on a later call.
-        original: the container at the time of the trace.
-        keys: what was read under single keys: the value before the trace, or ``MISSING``.
-        all_read: whether what it held before the trace was read as a whole.
-        operations: to be made again, in order; a name and arguments.
-        is_set: the contents at the end take the place of all that was there.
+        place: Where a later call finds the container.
+        original: The container at the time of the trace.
+        keys: Values before the trace that were read under single keys; ``MISSING`` if a key was absent.
+        all_read: Whether the contents before the trace were read as a whole.
+        operations: Operations to repeat, in order: name and arguments.
+        is_set: Whether the final contents replace the whole contents.
+        is_cleared: Whether it was cleared before the operations.
+        own: Keys that the trace itself has set.
+        is_leaf: Whether a part kept whole is running.
+        by_leaf: Whether a part kept whole changed it.
+        stand_in: The stand-in.
+        before: Contents before the trace.
     """
 
     place: Place
@@ -74,9 +80,9 @@ class Ledger:
     operations: list[tuple[str, tuple[Any, ...]]] = field(default_factory=list)
     is_set: bool = False
     is_cleared: bool = False
-    own: set[Any] = field(default_factory=set)  # keys that the trace itself has set
+    own: set[Any] = field(default_factory=set)
     is_leaf: Callable[[], bool] = lambda: False
-    by_leaf: bool = False  # changed by a part that is kept whole
+    by_leaf: bool = False
     stand_in: Any = None
     before: list[Any] = field(default_factory=list)
 
@@ -108,7 +114,7 @@ class Ledger:
         self.by_leaf |= self.is_leaf()
 
     def reading(self) -> Held | None:
-        """What the trace holds for; None if nothing was read or changed."""
+        """Returns what the trace has read, for a guard; None if nothing was read or changed."""
         if not (self.is_changed or self.keys or self.all_read):
             return None
         items = tuple(self.before) if self.all_read else None
@@ -119,8 +125,8 @@ class Ledgers:
     """The stand-ins of one trace.
 
     Args:
-        other: gives the stand-in for what is no container, or the value itself.
-        is_leaf: whether a part is being run that is kept whole.
+        other: Returns the stand-in for a value that is not a container, or the value itself.
+        is_leaf: Whether a part kept whole is running.
     """
 
     def __init__(self, other: Callable[[Any], Any], is_leaf: Callable[[], bool] = lambda: False) -> None:
@@ -131,9 +137,9 @@ class Ledgers:
         self.placed: list[tuple[Any, str, Any, Any]] = []  # owner, name, stand-in, original
 
     def place(self, owner: Any, label: str, names: Mapping[str, Any]) -> None:
-        """Puts stand-ins in place of an owner's containers.
+        """Replaces an owner's containers with stand-ins.
 
-        What holds plain values alone on an object is compared as a value, and needs none.
+        A container of plain values on an object is compared by value and gets no stand-in.
         """
         compared = owns_names(owner) and not isinstance(owner, CellType)
         for name, value in names.items():
@@ -153,20 +159,20 @@ class Ledgers:
         put(owner, name, stand_in)
 
     def original(self, owner: Any, name: str, value: Any) -> Any:
-        """What stood under a name where its stand-in stands."""
+        """Returns the value that a stand-in replaced under a name."""
         return self.others.get((id(owner), name, id(value)), value)
 
     def take_back(self) -> None:
-        """Puts the containers back where their stand-ins still are."""
+        """Restores the containers where their stand-ins are still in place."""
         for owner, name, stand_in, value in reversed(self.placed):
             if names_of(owner, (name,)).get(name) is stand_in:
                 put(owner, name, value)
         self.placed.clear()
 
     def stand_in(self, value: Any, place: Place, depth: int = 0) -> Any:
-        """A stand-in for a container, the same for each place where it is found; others as they are."""
+        """Returns the stand-in for a container, one per container; other values unchanged."""
         if type(value) not in _CLASSES or depth > DEEPEST:
-            return value  # one that is longer than LONGEST has a stand-in, but what it holds has none
+            return value  # a container longer than LONGEST has a stand-in, but its items do not
         if id(value) not in self.made:
             ledger = self.made[id(value)] = Ledger(place, value, is_leaf=self.is_leaf)
             ledger.stand_in = _make(value, ledger, lambda item, key: self.stand_in(item, Item(place, key), depth + 1))
@@ -183,13 +189,13 @@ def is_stand_in(value: Any) -> bool:
 
 
 def ledger_of(stand_in: Any) -> Ledger:
-    """The ledger of a stand-in."""
+    """Returns the ledger of a stand-in."""
     found: Ledger = stand_in.__dict__["ledger"]
     return found
 
 
 def without_stand_ins(value: Any) -> Any:
-    """A value with plain containers, and all of their contents read, in place of stand-ins."""
+    """Returns a value with stand-ins replaced by plain containers; all their contents count as read."""
     kind = type(value)
     if kind in _STAND_INS:
         ledger_of(value).read_all()
@@ -239,7 +245,7 @@ def _make(value: Any, ledger: Ledger, inner: Callable[[Any, Any], Any]) -> Any:
 
 
 def _key(key: Any) -> Any:
-    """A key with the number in place of a size or of a number that is followed; the trace holds for it."""
+    """Returns a key with symbolic sizes and followed numbers replaced by their values, which are then guarded."""
     key = concrete(key)
     if isinstance(key, torch.SymInt):
         return int(key)
@@ -280,7 +286,7 @@ def _keyed(base: Any, name: str) -> Callable[..., Any]:
         ledger.read(key)
         there = base.__contains__(self, key)
         out = method(self, key, *rest)
-        if name == "setdefault" and not there:  # a default dict sets what it lacks by itself
+        if name == "setdefault" and not there:  # a defaultdict sets missing keys itself
             ledger.own.add(key)
             ledger.do("__setitem__", (key, out))
         elif name in ("pop", "__delitem__") and there:

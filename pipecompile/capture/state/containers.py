@@ -1,8 +1,7 @@
-"""Lists, dicts, sets and deques that a model keeps: their contents noted, compared and put back.
+"""Reads, compares and restores the contents of a model's lists, dicts, sets and deques.
 
-Classes of libraries refuse or redefine the methods of the built-in type that they derive from (a configuration that
-nobody may change). So contents are read and written through the built-in type itself, and written only where they
-have changed.
+Classes of libraries may refuse or redefine the methods of their built-in base type (a read-only configuration). So
+contents are read and written through the built-in type itself, and written only if they have changed.
 """
 
 from __future__ import annotations
@@ -14,18 +13,18 @@ KINDS: tuple[type, ...] = (list, OrderedDict, dict, set, deque)  # each before w
 
 
 def kind_of(value: Any) -> Any:
-    """The built-in type whose methods change a value; None if it is no container that can change."""
+    """Returns the built-in type whose methods change a value; None if it is not a mutable container."""
     return next((kind for kind in KINDS if isinstance(value, kind)), None)
 
 
 def contents(holder: Any) -> list[Any]:
-    """What a container holds, in order; pairs of a dict."""
+    """Returns the items of a container, in order; the pairs of a dict."""
     kind = kind_of(holder)
     return [*kind.items(holder)] if issubclass(kind, dict) else [*kind.__iter__(holder)]
 
 
 def refill(holder: Any, items: list[Any]) -> None:
-    """Puts other contents into a container."""
+    """Replaces the contents of a container."""
     kind = kind_of(holder)
     kind.clear(holder)
     if kind in (list, deque):
@@ -38,7 +37,7 @@ def refill(holder: Any, items: list[Any]) -> None:
 
 
 def put_back(holder: Any, items: list[Any]) -> None:
-    """Puts a container's contents back, if they are others by now."""
+    """Restores a container's contents if they have changed."""
     if not is_same(contents(holder), items):
         refill(holder, items)
 

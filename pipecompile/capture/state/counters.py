@@ -1,8 +1,9 @@
-"""A stand-in for a number that a forward reads and sets (``self.calls += 1``), as a symbol is for a size.
+"""Stand-ins for numbers that forward reads and sets (``self.calls += 1``), like symbols for sizes.
 
-It computes like the number, and remembers how, so that the update is known for every start value. What Python asks of
-it (a comparison, a truth value, its use as an index) is answered from the start value and remembered as a question. A
-trace serves every start value that gives the same answers: ``if self.calls % 2`` has two traces, not one for each call.
+A stand-in computes like the number and remembers how, so that the update is known for every start value. Whatever
+Python asks of it (a comparison, a truth value, an index) is answered from the start value and noted as a question. A
+trace is valid for every start value that gives the same answers: ``if self.calls % 2`` needs two traces, not one per
+call.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ _CONVERSIONS: dict[str, Callable[[Any], Any]] = {
 
 
 class Number:
-    """A number with its history.
+    """A number that remembers how it was computed.
 
     Args:
-        value: what it is in this trace; a symbolic size may have entered it.
-        of: computes it from the state before a call.
-        questions: receives each question with its answer.
+        value: Its value in this trace; may be symbolic, if computed from a symbolic size.
+        of: Computes it from the state before a call.
+        questions: Receives each question with its answer.
     """
 
     def __init__(self, value: Any, of: Update, questions: list[tuple[Update, Any]]) -> None:
@@ -44,23 +45,23 @@ class Number:
         self.questions = questions
 
     @property  # type: ignore[misc]
-    def __class__(self) -> type:  # isinstance(number, int), as of the number itself
+    def __class__(self) -> type:  # for isinstance(number, int)
         return int if type(self.value) is int else float
 
     def ask(self, function: Callable[..., Any], *operands: Any) -> Any:
-        """The answer to a question, which the trace depends on from now on.
+        """Returns the answer to a question, on which the trace then depends.
 
         Raises:
-            TypeError: the answer would depend on the size of a microbatch.
+            TypeError: The answer depends on the size of a microbatch.
         """
         derived = self.apply(function, *operands)
         if type(derived.value) in (torch.SymInt, torch.SymFloat, torch.SymBool):
-            raise TypeError("a number that counts rows is asked for its value")
+            raise TypeError("the value of a number that depends on the number of rows is needed")
         self.questions.append((derived.of, derived.value))
         return derived.value
 
     def apply(self, function: Callable[..., Any], *operands: Any) -> Number:
-        """A number computed from this one and others."""
+        """Returns a number computed from this one and others."""
         values = [operand.value if is_number(operand) else operand for operand in operands]
         parts = [self.of, *map(_update, operands)]
         return Number(
@@ -68,7 +69,7 @@ class Number:
         )
 
     def argument(self) -> Any:
-        """The number as an argument of arithmetic with tensors, which the trace does not depend on."""
+        """Returns the number as an argument for arithmetic with tensors; the trace does not depend on its value."""
         if isinstance(self.value, torch.SymInt | torch.SymFloat):
             return self.concrete()
         made: Any = (WholeArgument if type(self.value) is int else Argument)(self.value)
@@ -76,18 +77,18 @@ class Number:
         return made
 
     def concrete(self) -> Any:
-        """The number itself; the trace holds for it alone."""
+        """Returns the plain value; the trace is then valid only for this value."""
         return self.ask(lambda value: value)
 
 
 class Argument(float):
-    """A number on its way into a torch function: in the graph it is an input, not this value."""
+    """A number passed to a torch function; the graph reads it from an input instead of this value."""
 
     number: Number
 
 
 class WholeArgument(int):
-    """The same of a whole number."""
+    """Like ``Argument``, for an integer."""
 
     number: Number
 
@@ -97,7 +98,7 @@ def is_number(value: Any) -> bool:
 
 
 def concrete(value: Any) -> Any:
-    """A value, with a stand-in replaced by its number."""
+    """Returns a value; a stand-in is replaced by its plain value."""
     return value.concrete() if is_number(value) else value
 
 
@@ -110,7 +111,7 @@ def _update(operand: Any) -> Update:
 
 
 def _is_operand(value: Any) -> bool:
-    return isinstance(value, int | float | torch.SymInt | torch.SymFloat)  # a stand-in says that it is one
+    return isinstance(value, int | float | torch.SymInt | torch.SymFloat)  # true for a stand-in too
 
 
 def _binary(function: Callable[..., Any], reflected: bool, comparison: bool) -> Callable[..., Any]:
@@ -151,7 +152,7 @@ for _name, _convert in _CONVERSIONS.items():
 
 @contextmanager
 def seen_in_place() -> Iterator[None]:
-    """The time of a trace: ``x *= number`` writes to ``x``, which Python alone would compute anew for a stand-in."""
+    """A context in which ``x *= number`` writes to ``x``; for a stand-in, Python would fall back to ``x * number``."""
     names = [f"__i{name}__" for name in _ARITHMETIC if hasattr(Tensor, f"__i{name}__")]
     before = {name: Tensor.__dict__.get(name) for name in names}
     for name in names:
@@ -172,7 +173,7 @@ def _in_place(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def start(value: float, key: tuple[int, str], questions: list[tuple[Update, Any]]) -> Number:
-    """The stand-in for an attribute's number before a call; ``key`` finds it in the state."""
+    """Returns the stand-in for a number in an attribute; ``key`` finds its value in the state before a call."""
 
     def of(state: State) -> float:
         return state.numbers[key]

@@ -1,7 +1,8 @@
-"""Which Python functions run while a forward is traced: those that the trace depends on.
+"""Finds the Python functions that run while forward is traced, on which the trace depends.
 
-Python tells a profile function of each call. It is told only while the model's own code runs, not while torch computes,
-so that it costs little. torch's and the standard library's functions are left out, but for the modules in ``torch.nn``.
+Python calls a profile function at each call. It is active only while the model's own code runs, not while torch
+computes, so that it costs little. Functions of torch (except the modules in ``torch.nn``) and of the standard library
+are ignored.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from pipecompile.capture.state.quiet_torch import not_collecting
 from pipecompile.ops.source_lines import PACKAGE, is_library
 
-_MOST_FRAMES = 64  # that are kept until they end, each with its variables
+_MOST_FRAMES = 64  # kept alive until they end, each with its variables
 _STANDARD = os.path.dirname(os.__file__) + os.sep
 _FOREIGN = (
     *(os.path.dirname(str(library.__file__)) + os.sep for library in (torch, numpy, sympy)),
@@ -39,24 +40,24 @@ class Ran:
     """The functions that have run.
 
     Attributes:
-        functions: by identity.
-        asked: what the model's own code has asked of the calling thread's modes.
+        functions: The functions by identity.
+        asked: Functions that the model's own code called to ask for modes of the thread: ``torch.is_grad_enabled``.
     """
 
     def __init__(self) -> None:
         self.functions: dict[int, FunctionType] = {}
         self.asked: set[Any] = set()
-        self._known: dict[int, CodeType] = {}  # code that needs no second look
-        self._inner: set[int] = set()  # code written inside functions that have run
+        self._known: dict[int, CodeType] = {}  # code that need not be examined again
+        self._inner: set[int] = set()  # code of functions defined inside functions that have run
         self._frames: list[FrameType] = []
         self._active = False
         self._first: Met | None = None
 
     @contextmanager
     def seen(self, first: Met) -> Iterator[None]:
-        """The time of a forward; ``first`` is called as each function begins to run for the first time.
+        """A context for forward; ``first`` is called when a function starts to run for the first time.
 
-        A profiler of the user's pauses meanwhile, and so does the garbage collector.
+        A profiler of the user and the garbage collector pause meanwhile.
         """
         other = sys.getprofile()
         with not_collecting():
@@ -72,23 +73,23 @@ class Ran:
                 self._frames.clear()
 
     def pause(self) -> bool:
-        """Stops looking while torch computes; whether it was looking."""
+        """Stops observing while torch computes. Returns whether it was observing."""
         before, self._active = self._active, False
         sys.setprofile(None)
         return before
 
     def resume(self, active: bool) -> None:
-        """Looks again if it did before."""
+        """Observes again if ``active``."""
         if active and self._first is not None:
             self._active = True
             sys.setprofile(self._see)
 
     def add(self, functions: Iterable[FunctionType]) -> None:
-        """Functions known to run."""
+        """Adds functions that are known to run."""
         self.functions.update((id(function), function) for function in functions)
 
     def made_meanwhile(self, function: FunctionType) -> bool:
-        """Whether a function is one that the forward itself makes: the variables that it reads are the forward's."""
+        """Whether a function is defined by forward itself, so that its outer variables belong to forward."""
         return id(function.__code__) in self._inner
 
     def _see(self, frame: FrameType, event: str, argument: Any) -> None:
@@ -101,7 +102,7 @@ class Ran:
     def _see_call(self, frame: FrameType) -> None:
         code = frame.f_code
         foreign = is_foreign(code)
-        if foreign or not code.co_freevars:  # one code with variables of an outer function may be that of several
+        if foreign or not code.co_freevars:  # several functions may share code with free variables
             self._known[id(code)] = code
         if foreign:
             return
@@ -113,7 +114,7 @@ class Ran:
             self._find()
 
     def _find(self) -> None:
-        """Finds the functions of the frames that have ended: Python tells what such a frame refers to."""
+        """Finds the functions of the frames that have ended, among the referents of each frame."""
         running = []
         for frame in self._frames:
             held = [item for item in gc.get_referents(frame) if isinstance(item, FunctionType)]
@@ -124,7 +125,7 @@ class Ran:
 
 
 def is_foreign(code: CodeType) -> bool:
-    """Whether a function is not one that a trace depends on: torch's own below its modules, the standard library's."""
+    """Whether a trace ignores a function: one of the standard library, or of torch but not of its modules."""
     name = code.co_filename
     if name.startswith(_MODULES):
         return name == _MODULE_ITSELF
@@ -134,7 +135,7 @@ def is_foreign(code: CodeType) -> bool:
 
 
 def _install(profiler: Any) -> None:
-    """Puts back what profiled the thread before: a function, or a profiler of cProfile's kind."""
+    """Restores the thread's earlier profiler: a function, or an object like that of cProfile."""
     if profiler is None or callable(profiler):
         sys.setprofile(profiler)
     else:

@@ -1,7 +1,7 @@
-"""A module's table of parameters or buffers during a trace: the thread that traces finds fakes in it, others do not.
+"""A module's table of parameters or buffers during a trace: only the thread that traces finds fakes in it.
 
-A model may be run eagerly by one thread while another captures it. So the fakes are not written into the module's own
-tables, which stay as they are; for the time of the trace the module has tables of this kind in their place.
+One thread may run a model eagerly while another captures it. So fakes are not written into the module's own tables;
+during the trace, the module has tables of this class instead.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class Table(dict[str, Any]):
-    """A dict of fakes to the thread that made it; to any other thread the table that it stands for."""
+    """A dict of fakes in the thread that created it; in any other thread, the module's own table."""
 
     def __init__(self, fakes: Mapping[str, Tensor | None], own: dict[str, Any]) -> None:
         super().__init__(fakes)
@@ -26,7 +26,7 @@ class Table(dict[str, Any]):
 
 
 def _as_seen(name: str) -> Callable[..., Any]:
-    """A method of dict, of the fakes or of the module's own table."""
+    """Returns a method of dict that acts on the fakes or on the module's own table."""
     method = getattr(dict, name)
 
     def seen(self: Table, *args: Any, **kwargs: Any) -> Any:

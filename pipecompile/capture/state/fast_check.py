@@ -1,7 +1,7 @@
-"""A quick look at whether anything has changed: the very same objects in the same places.
+"""A fast check of guards: the same objects are in the same places.
 
-A sweep compares by identity and at the speed of C. It may say that something has changed where nothing has that matters
-(an equal number, set again); who asks then looks closely, and makes a new sweep. It never says the contrary.
+A sweep compares by identity, at the speed of C. It may report a change that does not matter (an equal number that was
+set again); the caller then checks closely and creates a new sweep. It never misses a change.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pipecompile.capture.state.identities import identities
 from pipecompile.capture.state.namespaces import Variables
 from pipecompile.capture.state.sources import Attribute, Cell, Code, Entry, OfClass
 
-FEW = 24  # names up to which a class is looked at whole
+FEW = 24  # a class with at most so many names is compared as a whole
 
 _CODE = attrgetter("__code__", "__defaults__", "__kwdefaults__")
 _TENSOR = attrgetter("requires_grad", "dtype", "shape")
@@ -30,16 +30,16 @@ _CHECKS: Any = getattr(getattr(torch._C, "_dynamo", None), "guards", None)  # to
 
 
 class Sweep:
-    """What stands in some namespaces, containers and functions.
+    """The present contents of namespaces, containers and functions.
 
     Args:
-        namespaces: ``__dict__`` of objects: all that they hold counts, in any order.
-        ignored: names in them that do not count.
-        containers: dicts, lists and sets: what they hold counts, in its order.
-        objects: those whose class counts.
-        tensors: those whose shape, dtype and ``requires_grad`` count.
-        places: others that are looked at.
-        apart: identities of namespaces that the caller looks after.
+        namespaces: ``__dict__`` of objects; all entries are compared, in any order.
+        ignored: Names in the namespaces that are not compared.
+        containers: Dicts, lists and sets; all items are compared, in order.
+        objects: Objects whose class is compared.
+        tensors: Tensors whose shape, dtype and ``requires_grad`` are compared.
+        places: Other places to compare.
+        apart: Identities of namespaces that the caller checks itself.
     """
 
     def __init__(
@@ -54,8 +54,8 @@ class Sweep:
     ) -> None:
         self._ignored, self._apart = ignored, apart
         self._objects, self._tensors = objects, tensors
-        self._names: dict[int, tuple[Any, dict[str, None]]] = {}  # what counts, by the identity of its namespace
-        self._whole: dict[int, Any] = {}  # namespaces in which nothing may be added
+        self._names: dict[int, tuple[Any, dict[str, None]]] = {}  # names to compare, by identity of the namespace
+        self._whole: dict[int, Any] = {}  # namespaces to which nothing may be added
         self._absent: dict[tuple[int, str], tuple[Any, str]] = {}
         self._sequences: dict[Any, Any] = {}
         self._keys: dict[int, Any] = {}  # of dicts: an equal key is the same
@@ -63,7 +63,7 @@ class Sweep:
         self._empty: dict[int, Any] = {}
         self._cells: list[Any] = []
         self._functions: list[FunctionType] = []
-        self._live: list[Callable[[], Any]] = []  # what only asking tells
+        self._live: list[Callable[[], Any]] = []  # values that must be computed to be compared
         for namespace in namespaces:
             self._add_namespace(id(namespace), namespace)
         for place in places:
@@ -80,7 +80,7 @@ class Sweep:
         self._expected_live = [imprint(ask()) for ask in self._live]
 
     def follow(self) -> None:
-        """Takes what stands in the namespaces for what is to stand there, if nothing but that has changed."""
+        """Expects the present contents of the namespaces from now on, if nothing else has changed."""
         try:
             now, held = tuple(self._present()), self._expected
         except LookupError:
@@ -91,7 +91,7 @@ class Sweep:
             self._expect(held)
 
     def _expect(self, objects: tuple[Any, ...]) -> None:
-        self._expected, self._identities = objects, identities(objects)  # which hold while the objects are kept
+        self._expected, self._identities = objects, identities(objects)  # valid while the objects are kept alive
 
     def holds(self) -> bool:
         """Whether nothing has changed."""
@@ -106,7 +106,7 @@ class Sweep:
                 and all(map(set.__eq__, self._sets.values(), self._expected_sets))
                 and all(imprint(ask()) == seen for ask, seen in zip(self._live, self._expected_live, strict=True))
             )
-        except Exception:  # what is not there any more, or cannot be compared: a close look will tell
+        except Exception:  # something is missing or cannot be compared: the caller checks closely
             return False
 
     def _tensors_hold(self) -> bool:
@@ -114,7 +114,7 @@ class Sweep:
             return True
         if [*map(_TENSOR, self._tensors)] != self._expected_tensors:
             return False
-        self._quick = _quick_check(self._tensors)  # the last one was made in other modes of torch
+        self._quick = _quick_check(self._tensors)  # the last one was created under other modes of torch
         return True
 
     def _present_sizes(self) -> list[int]:
@@ -158,8 +158,8 @@ class Sweep:
 
     def _add_class(self, kind: type, name: str) -> None:
         for base in kind.__mro__:
-            held = vars(base)  # another object each time, so it is known by its class
-            if not base.__flags__ & HEAP_TYPE:  # nobody can change it
+            held = vars(base)  # a new object each time, so its key is the class
+            if not base.__flags__ & HEAP_TYPE:  # cannot be changed
                 continue
             if len(held) <= FEW:
                 self._add_namespace(id(base), held)
@@ -204,7 +204,7 @@ def _getter(names: Iterable[str]) -> Callable[[Any], tuple[Any, ...]]:
 
 
 def _quick_check(tensors: Sequence[Any]) -> Callable[..., bool]:
-    """What says of the same tensors, in the same modes, that they are as they are now; it may say so of none."""
+    """Returns a fast check that tensors are as now, in the same modes of torch; it may always return False."""
     try:
         sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
         guards = _CHECKS.TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
@@ -214,7 +214,7 @@ def _quick_check(tensors: Sequence[Any]) -> Callable[..., bool]:
 
 
 def _is_missing(attribute: Attribute) -> bool:
-    """Whether a module does not have an attribute, and says so by torch's own ``__getattr__``."""
+    """Whether a module lacks an attribute and looks it up with torch's own ``__getattr__``."""
     owner, kind = attribute.owner, type(attribute.owner)
     torchs = isinstance(owner, nn.Module) and kind.__getattr__ is nn.Module.__getattr__
     plain = getattr(kind, "__getattribute__", None) is object.__getattribute__
@@ -222,7 +222,7 @@ def _is_missing(attribute: Attribute) -> bool:
 
 
 def _is_kept(attribute: Attribute) -> bool:
-    """Whether an attribute stands in its owner's ``__dict__`` or a class; what ``__getattr__`` makes up does not."""
+    """Whether an attribute is in its owner's ``__dict__`` or class, not computed by ``__getattr__``."""
     owner, name = attribute.owner, attribute.name
     if isinstance(owner, ModuleType | type) or not hasattr(owner, "__dict__"):
         return False

@@ -1,8 +1,8 @@
-"""An imprint of a value: equal to that of another value exactly if a trace that has read the one holds for the other.
+"""Imprints of values: two are equal exactly if a trace that has read one value is valid for the other.
 
-Plain values are known by their type and value, lists, tuples, dicts and sets by what they hold, all else (functions,
-classes, modules, tensors, objects) by identity. Objects whose attributes matter are known attribute by attribute, as
-the forward reads them (``attribute_hooks.py``).
+Plain values are compared by type and value; lists, tuples, dicts and sets by their items; everything else (functions,
+classes, modules, tensors, objects) by identity. Attributes of objects are guarded one by one, as forward reads them
+(``attribute_hooks.py``).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from pipecompile.capture.state.containers import contents
 
 
 class Nothing:
-    """The value of what is not there, or is no plain value; equal to itself alone."""
+    """A marker for a missing value, or for one that is not plain; equal only to itself."""
 
     def __repr__(self) -> str:
         return "nothing"
@@ -42,8 +42,8 @@ MISSING = Nothing()
 SCALARS = frozenset(
     {bool, int, float, complex, str, bytes, NoneType, torch.dtype, torch.device, torch.memory_format, torch.layout}
 )
-HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that Python code has made
-DEEPEST = 12  # containers within containers; what lies deeper is known by identity
+HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class created by Python code
+DEEPEST = 12  # nesting of containers; deeper values are compared by identity
 
 _BY_IDENTITY = frozenset({FunctionType, BuiltinFunctionType, type, ModuleType, CodeType, property, Nothing})
 Meet = Callable[[Any], None]
@@ -51,7 +51,7 @@ Meet = Callable[[Any], None]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Same:
-    """A value known by identity, kept alive so that no other can take its address."""
+    """A value compared by identity, and kept alive so that no other object can get its address."""
 
     value: Any
 
@@ -63,10 +63,10 @@ class Same:
 
 
 def imprint(value: Any, meet: Meet | None = None, depth: int = 0) -> Any:
-    """The imprint of a value; ``meet`` is called with each mutable container on the way."""
+    """Returns the imprint of a value; ``meet`` is called with each mutable container in it."""
     kind = type(value)
     if kind is float or isinstance(value, np.generic):
-        return kind, repr(value)  # tells 0.0 from -0.0, and nan is like nan
+        return kind, repr(value)  # distinguishes 0.0 from -0.0; nan equals nan
     if kind in SCALARS:
         return kind, value
     if kind is Same:
@@ -89,7 +89,7 @@ def imprint(value: Any, meet: Meet | None = None, depth: int = 0) -> Any:
 
 
 def _of_object(kind: type, value: Any, meet: Meet | None, depth: int) -> Any:
-    """The imprint of what has no items: of a record without methods of its own what it holds."""
+    """Returns the imprint of an object that is not a container; records such as namespaces by their attributes."""
     if isinstance(value, MethodType):
         return kind, Same(value.__func__), Same(value.__self__)
     if isinstance(value, partial):
@@ -104,7 +104,7 @@ def _of_object(kind: type, value: Any, meet: Meet | None, depth: int) -> Any:
 
 
 def _slots(kind: type) -> list[str]:
-    """The attributes of a class of Python's that has no others."""
+    """Returns the names in ``__slots__`` of a class and its bases."""
     return [
         name
         for base in kind.__mro__
@@ -125,6 +125,6 @@ def _met(container: Any, meet: Meet | None) -> None:
 
 
 def same(seen: Any, expected: Any) -> bool:
-    """Whether two values that Python has read are equal: numbers, lists or arrays."""
+    """Whether two values read by Python are equal: numbers, lists or arrays."""
     equal = seen == expected
     return bool(equal.all()) if hasattr(equal, "all") else bool(equal)

@@ -1,12 +1,12 @@
-"""What a capture knows of Python attributes: which values its trace holds for, and what the forward makes of them.
+"""Guards and updates of Python attributes in a capture.
 
-A forward that reads ``self.flag`` has another graph for another flag. So each plain attribute that the trace has read,
-of modules and of the objects that they hold (a config), is guarded by its value before the call, and so are code and
-what it reads elsewhere (``code_guards.py``).
+If forward reads ``self.flag``, another flag may need another graph. So each plain attribute that the trace has read, of
+modules and of the objects they hold (a config), is guarded by its value before the call. Code, and what it reads
+elsewhere, is guarded too (``code_guards.py``).
 
-A forward that sets ``self.calls += 1`` does so once a call. The trace undoes its changes; the pipeline makes them
-after each call, once for the whole batch, as the unsplit model does. A number that a forward both reads and sets is
-guarded by the answers to what the forward asked of it (``counters.py``): its value is another on each call.
+If forward runs ``self.calls += 1``, it must do so once per call. The trace undoes its changes; the pipeline makes them
+after each call, once for the whole batch, as the unsplit model does. A number that forward both reads and sets differs
+in each call, so it is guarded by the answers to what forward asked of it (``counters.py``).
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from pipecompile.capture.state.python_random import Ahead, Draws
 from pipecompile.capture.state.sources import Attribute as Attribute
 from pipecompile.capture.state.sources import Entry, Fact
 
-TABLES = frozenset({"_parameters", "_buffers", "_modules"})  # what a module keeps its tensors and children in
-TORCHS_OWN = frozenset(nn.Module().__dict__) | {"_compiled_call_impl", "_flat_weight_refs"}  # attributes of torch's
-LONGEST = 64  # a longer list or dict is data, and not compared
+TABLES = frozenset({"_parameters", "_buffers", "_modules"})  # where a module keeps its tensors and children
+TORCHS_OWN = frozenset(nn.Module().__dict__) | {"_compiled_call_impl", "_flat_weight_refs"}  # attributes set by torch
+LONGEST = 64  # a longer list or dict counts as data and is not compared
 
 _SCALARS = frozenset({bool, int, float, complex, str, bytes, NoneType, torch.dtype, torch.device, torch.memory_format})
 _NAMED = (Enum, FunctionType, BuiltinFunctionType, type)  # known by identity
@@ -45,7 +45,7 @@ NOT_PLAIN = Nothing()
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """What is kept under a key of a container; ``label`` is what a person calls it: ``h.0.losses['aux']``."""
+    """The value under a key of a container; ``label`` is its name for the user: ``h.0.losses['aux']``."""
 
     holder: Place
     key: Any
@@ -63,7 +63,7 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Itself:
-    """A container that is known by no name, as the default of an argument."""
+    """A container without a name, such as the default of an argument."""
 
     holder: Any
     label: str
@@ -77,15 +77,20 @@ Place = Attribute | Item | Itself
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What an update is computed from: the numbers before the call, and the whole batch's sizes and tensors.
+    """What an update is computed from.
 
-    ``built`` holds what has been made of it by now, so that what two places share is made once.
+    Attributes:
+        numbers: Numbers before the call, by identity of the owner and name.
+        sizes: Sizes of the whole batch, by symbol.
+        tensors: Tensors of the whole batch, by name of the graph's node or input.
+        draws: Random numbers of Python and numpy, in the order in which forward draws them.
+        built: Values built so far, so that a value shared by two places is built once.
     """
 
     numbers: Mapping[tuple[int, str], float]
     sizes: Mapping[Any, int]
-    tensors: Mapping[str, Tensor] = field(default_factory=dict)  # by the names of the graph's nodes and inputs
-    draws: tuple[Any, ...] = ()  # random numbers of Python and numpy, in the order in which forward draws them
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    draws: tuple[Any, ...] = ()
     built: dict[int, Any] = field(default_factory=dict)
 
 
@@ -101,7 +106,7 @@ class OfKind:
 
 @dataclass(frozen=True)
 class Held:
-    """What a trace has read of what a container holds: values under keys, or all of it."""
+    """What a trace has read from a container: values under keys, or all contents."""
 
     place: Place
     kind: type
@@ -109,28 +114,28 @@ class Held:
     items: tuple[Any, ...] | None
 
     def changed(self) -> str:
-        """Why the trace does not hold for the present contents; empty if it does."""
+        """Returns why the capture is not valid for the present contents; empty if it is."""
         now: Any = self.place.value()
         if type(self.place.value()) is not self.kind:
-            return f"{self.place.label} is {_short(now)}, the trace holds for a {self.kind.__name__}"
+            return f"{self.place.label} is {_short(now)}, captured with a {self.kind.__name__}"
         for key, expected in self.keys:
             seen = now.get(key, MISSING) if issubclass(self.kind, dict) else key in now
             if not _alike(seen, expected):
-                return f"{self.place.label}[{key!r:.20}] is {_short(seen)}, the trace holds for {_short(expected)}"
+                return f"{self.place.label}[{key!r:.20}] is {_short(seen)}, captured with {_short(expected)}"
         if self.items is not None and not _all_alike(contents(now), self.items):
-            return f"{self.place.label} holds other things than in the trace"
+            return f"the contents of {self.place.label} differ from those in the capture"
         return ""
 
 
 @dataclass(frozen=True)
 class Operations:
-    """What a forward does to a container: methods of the built-in type, with arguments, one after the other."""
+    """What forward does to a container: methods of the built-in type with their arguments, in order."""
 
     place: Place
     steps: tuple[tuple[str, tuple[Update, ...]], ...]
 
     def ready(self, state: State) -> Callable[[], None]:
-        """Makes the operations, once all arguments are known."""
+        """Computes the arguments. Returns a function that runs the operations."""
         holder, kind = self.place.value(), kind_of(self.place.value())
         steps = [(name, [argument(state) for argument in arguments]) for name, arguments in self.steps]
 
@@ -143,13 +148,13 @@ class Operations:
 
 @dataclass(frozen=True)
 class Setting:
-    """An attribute that a forward sets, or takes away."""
+    """An attribute that forward sets or deletes."""
 
     place: Attribute
     to: Update
 
     def ready(self, state: State) -> Callable[[], None]:
-        """Sets the attribute, once the value is known."""
+        """Computes the value. Returns a function that sets or deletes the attribute."""
         value, owner, name = self.to(state), self.place.owner, self.place.name
         return (lambda: delattr(owner, name)) if value is MISSING else (lambda: setattr(owner, name, value))
 
@@ -161,20 +166,27 @@ Effect = Operations | Setting
 class Attributes:
     """Guards and updates of a capture.
 
-    ``questions`` holds functions of the ``numbers`` with the answers that the trace holds for. An update sets an
-    attribute, or changes what a list, dict or set holds.
+    Attributes:
+        read: Attributes that were read, with their frozen values.
+        held: Reads of containers.
+        numbers: Attributes with numbers that forward both reads and sets.
+        questions: Functions of ``numbers``, with the answers for which the capture is valid.
+        updates: Changes that forward makes: an attribute is set, or the contents of a list, dict or set change.
+        draws: Random numbers of Python and numpy that forward draws.
+        facts: Guards on code, and on what it reads elsewhere.
+        apart: Identities of namespaces that the caller checks itself.
     """
 
-    read: tuple[tuple[Attribute, Any], ...] = ()  # with the frozen value
+    read: tuple[tuple[Attribute, Any], ...] = ()
     held: tuple[Held, ...] = ()
     numbers: tuple[Attribute, ...] = ()
     questions: tuple[tuple[Update, Any], ...] = ()
     updates: tuple[Effect, ...] = ()
     draws: Draws = field(default_factory=Draws)
-    facts: tuple[Fact, ...] = ()  # of code, and of what it reads elsewhere
-    apart: frozenset[int] = frozenset()  # identities of the namespaces that the caller looks after
+    facts: tuple[Fact, ...] = ()
+    apart: frozenset[int] = frozenset()
     _ahead: list[Ahead] = field(default_factory=list)  # what the present call draws
-    _seen: list[tuple[Sweep, int]] = field(default_factory=list)  # the last look at which everything held
+    _seen: list[tuple[Sweep, int]] = field(default_factory=list)  # the last sweep at which all guards held
     _fast: list[tuple[Attribute, Any, str, Any, type]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -183,11 +195,11 @@ class Attributes:
             self._fast.append((a, a.owner, a.name, expected, type(value)))
 
     def changed(self, state: int = -1) -> str:
-        """Why the trace does not hold for what stands in its places now; empty if it does.
+        """Returns why the capture is not valid for the present state; empty if it is.
 
         Args:
-            state: that of the namespaces ``apart``: as long as it is the same, nothing in them has changed. Without one
-                everything is looked at closely.
+            state: Version of the namespaces in ``apart``: while it is the same, nothing in them has changed. Without
+                one, everything is checked closely.
         """
         sweep, seen = self._seen[0] if self._seen else (None, -1)
         quiet = state >= 0 and sweep is not None and sweep.holds()
@@ -202,7 +214,7 @@ class Attributes:
 
     @cached_property
     def are_followed(self) -> bool:
-        """Whether there are updates of attributes, and none is one that the trace holds for."""
+        """Whether there are updates of attributes, and none of these attributes is guarded by value."""
         places = [effect.place for effect in self.updates if isinstance(effect, Setting)]
         read = {(id(attribute.owner), attribute.name) for attribute, _ in self.read}
         return bool(places) and not any((id(place.owner), place.name) in read for place in places)
@@ -217,7 +229,7 @@ class Attributes:
         return id(place.namespace if isinstance(place, Entry) else getattr(owner, "__dict__", None)) in self.apart
 
     def _sweep(self) -> Sweep:
-        """A sweep of all places, and of all containers in them."""
+        """Returns a sweep of all places and of all containers in them."""
         places: list[Any] = [*(attribute for attribute, _ in self.read), *(fact.place for fact in self.facts)]
         containers: list[Any] = []
         for held in self.held:
@@ -231,7 +243,7 @@ class Attributes:
         return Sweep(places=places, containers=containers, apart=self.apart)
 
     def _looked_at(self, apart_alone: bool) -> str:
-        """What has changed, by a close look; at what stands in namespaces apart alone, or everywhere."""
+        """Checks closely. Returns what has changed in the namespaces ``apart``, or anywhere; empty if nothing."""
         for attribute, owner, name, expected, kind in self._fast:
             if apart_alone and not self._is_apart(attribute):
                 continue
@@ -243,8 +255,8 @@ class Attributes:
             if kind is not tuple or frozen(seen) != expected:
                 label = attribute.label
                 if kind is Same and type(seen) is type(expected):
-                    return f"{label} is another {type(seen).__name__} than in the trace"
-                return f"{label} is {_short(seen)}, the trace holds for {_short(expected)}"
+                    return f"{label} is another {type(seen).__name__} than in the capture"
+                return f"{label} is {_short(seen)}, captured with {_short(expected)}"
         if changed := next(filter(None, (held.changed() for held in self.held)), ""):
             return changed
         facts = (fact for fact in self.facts if not apart_alone or self._is_apart(fact.place))
@@ -254,17 +266,17 @@ class Attributes:
         state = self.state({}, {})
         for number in self.numbers:
             if type(number.value()) not in (int, float):
-                return f"{number.label} is {_short(number.value())}, the trace holds for numbers"
+                return f"{number.label} is {_short(number.value())}, captured with a number"
         for question, answer in self.questions:
             if not same(question(state), answer):
                 if not self.numbers:
-                    return "a random number that forward draws leads elsewhere than in the trace"
+                    return "what forward decides from a random number differs from the capture"
                 asked = ", ".join(f"{number.label} = {number.value()}" for number in self.numbers)
-                return f"a question that forward asks of {asked} has another answer than in the trace"
+                return f"what forward decides from {asked} differs from the capture"
         return ""
 
     def update(self, sizes: Mapping[Any, int], tensors: Mapping[str, Tensor]) -> None:
-        """Makes the changes that one run of the forward on the whole batch makes."""
+        """Makes the changes that one run of forward on the whole batch makes."""
         state = self.state(sizes, tensors)
         for apply in [effect.ready(state) for effect in self.updates]:
             apply()
@@ -274,7 +286,7 @@ class Attributes:
 
     @contextmanager
     def tried(self) -> Iterator[None]:
-        """In which the present call may be run beforehand: at its end, what it draws is still to be drawn."""
+        """A context in which the present call may run early: afterwards, its random numbers are still to be drawn."""
         ahead = [*self._ahead]
         try:
             yield
@@ -282,13 +294,13 @@ class Attributes:
             self._ahead[:] = ahead
 
     def state(self, sizes: Mapping[Any, int], tensors: Mapping[str, Tensor]) -> State:
-        """What the present call's numbers and updates are computed from."""
+        """Returns what the numbers and updates of the present call are computed from."""
         draws = self._ahead[0].values if self._ahead else ()
         return State({(id(n.owner), n.name): n.value() for n in self.numbers}, sizes, tensors, draws)
 
 
 def frozen(value: Any) -> Any:
-    """A plain value in a form that later changes do not reach, and that compares; NOT_PLAIN for all else."""
+    """Returns a plain value in an immutable form that can be compared; ``NOT_PLAIN`` for any other value."""
     kind = type(value)
     if kind in _SCALARS or isinstance(value, _NAMED):
         return value
@@ -302,7 +314,7 @@ def frozen(value: Any) -> Any:
 
 
 def _items(value: Any) -> list[Any] | None:
-    """What a container or a record without methods of its own holds."""
+    """Returns the items of a container or of a plain record."""
     if isinstance(value, list | tuple):
         return list(value)
     if isinstance(value, dict):
@@ -315,7 +327,7 @@ def _items(value: Any) -> list[Any] | None:
 
 
 def _alike(seen: Any, expected: Any) -> bool:
-    """Whether a value is the one before; of a container in a container, its type: it has a ledger of its own."""
+    """Whether a value is the same as before; for a nested container, which has a ledger of its own, its type."""
     if seen is expected or (kind_of(expected) is not None and type(seen) is type(expected)):
         return True
     plain = frozen(expected)

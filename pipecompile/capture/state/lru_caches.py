@@ -1,4 +1,4 @@
-"""Results that functions remember (``lru_cache``): those of a trace are fakes, which nobody must find later."""
+"""Clears ``lru_cache`` entries that a trace has added: they hold fake tensors, which later calls must not get."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 
 @contextmanager
 def forgotten(model: nn.Module) -> Iterator[None]:
-    """Empties, at its end, the caches that have been added to: on the model's modules, their classes and files."""
+    """A context; at its end, caches with new entries are cleared: on the model's modules, their classes and files."""
     before = {id(memo): memo.cache_info().misses for memo in _memos(model)}
     try:
         yield
@@ -33,7 +33,7 @@ def _memos(model: nn.Module) -> list[_lru_cache_wrapper[Any]]:
 
 
 def _inside(value: Any, depth: int = 3) -> Iterator[_lru_cache_wrapper[Any]]:
-    """The caches that a function, method or decorator is, wraps or closes over."""
+    """Yields the caches that a function, method or decorator is, wraps or closes over."""
     match value:
         case _lru_cache_wrapper():
             yield value

@@ -1,7 +1,7 @@
-"""A model's own state during a trace: fakes in place of its tensors, and everything put back afterwards.
+"""The state of a model during a trace: fakes replace its tensors, and everything is restored afterwards.
 
-The model's forward runs as Python and may change the model. What it binds to the name of a buffer becomes a write-back
-of the graph. All else is undone when the trace ends: the trace must leave no mark on the model.
+Forward runs as Python and may change the model. A tensor that it binds to the name of a buffer becomes a write-back in
+the graph. Everything else is undone when the trace ends: a trace must not change the model.
 """
 
 from __future__ import annotations
@@ -24,15 +24,21 @@ from pipecompile.ops.torch_internals import FakeTensor, FakeTensorMode
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """What a forward did to its model: tensors bound to the names of buffers, and what it set other attributes to."""
+    """What forward did to its model.
 
-    before: dict[int, dict[str, Any]] = field(default_factory=dict)  # each module's attributes, by identity
+    Attributes:
+        before: Attributes of each module before the trace, by identity.
+        rebound: Tensors bound to the names of buffers.
+        attributes: Changes of other attributes.
+    """
+
+    before: dict[int, dict[str, Any]] = field(default_factory=dict)
     rebound: dict[str, Tensor] = field(default_factory=dict)
     attributes: list[Change] = field(default_factory=list)
 
 
 class Entries:
-    """A module's parameters, buffers or children, as attributes."""
+    """A module's parameters, buffers or children as attributes of an object."""
 
     __slots__ = ("module", "table")
 
@@ -59,12 +65,12 @@ class Entries:
 
 
 def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Parameters, then buffers, under every name they have."""
+    """Returns parameters, then buffers, under every name they have."""
     return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
 
 
 def fakes_of(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> dict[str, Tensor]:
-    """A fake on ``device`` for each parameter and buffer by name; tied ones share one fake."""
+    """Returns a fake on ``device`` for each parameter and buffer by name; tied ones share one fake."""
     made: dict[int, Tensor] = {}
     for _, tensor in named_tensors(model):
         if id(tensor) not in made:
@@ -73,7 +79,7 @@ def fakes_of(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> di
 
 
 def fake_of(tensor: Tensor, mode: FakeTensorMode, device: torch.device) -> Tensor:
-    """A fake of a real tensor, on ``device``; that of a sparse tensor is dense, since few fake kernels take others."""
+    """Returns a fake of a tensor on ``device``; dense for a sparse tensor, as few fake kernels accept sparse fakes."""
     if tensor.layout != torch.strided:
         with mode, torch.no_grad():
             dense = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
@@ -90,14 +96,17 @@ def fake_of(tensor: Tensor, mode: FakeTensorMode, device: torch.device) -> Tenso
 def with_fakes(
     model: nn.Module, fakes: dict[str, Tensor], is_replaced: Callable[[Tensor, Tensor], bool]
 ) -> Iterator[Changes]:
-    """Puts fakes in place of the model's tensors; yields the changes that the forward made, complete afterwards.
+    """Replaces the model's tensors with fakes. Yields the changes that forward makes, complete at the end.
 
     Args:
-        is_replaced: whether the trace has read the first, a real tensor that is no parameter or buffer, and made the
-            second in its place.
+        model: The model.
+        fakes: Fake of each parameter and buffer, by name.
+        is_replaced: Whether the trace has read its first argument, a real tensor that is not a parameter or buffer, and
+            computed the second to replace it.
 
     Raises:
-        CaptureError: the forward read a tensor kept in an attribute that is no buffer, and bound another one to it.
+        CaptureError: Forward reads a tensor in an attribute that is not a buffer and assigns another one, or creates
+            parameters.
     """
     modules = list(model.named_modules())
     before = [snapshot(module) for _, module in modules]
@@ -116,7 +125,7 @@ def with_fakes(
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Lets a model run as it likes, and puts its attributes, modes and buffers back; parameters are not copied."""
+    """A context in which a model may run; attributes, modes and buffers are restored, parameters are not."""
     values = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     try:
         with attributes_kept(model):
@@ -129,7 +138,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Whatever sets attributes of the model's modules in it, they are as before at the end."""
+    """A context; at its end, the attributes of the model's modules are restored."""
     modules = list(model.modules())
     before = [snapshot(module) for module in modules]
     try:
@@ -141,9 +150,9 @@ def attributes_kept(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_caches(model: nn.Module) -> Iterator[tuple[list[str], frozenset[tuple[int, str]]]]:
-    """Turns off the key-value caches of Hugging Face models, which training has no use for.
+    """Turns off the key-value caches of Hugging Face models, which training does not use.
 
-    Yields notes, and the attributes, by owner's identity and name, on which no trace depends for that.
+    Yields notes, and the attributes, by identity of the owner and name, on which a trace therefore does not depend.
     """
     held: list[Any] = [getattr(m, "config", None) for m in model.modules()]
     configs = {id(config): config for config in held if hasattr(config, "__dict__")}
@@ -151,7 +160,7 @@ def without_caches(model: nn.Module) -> Iterator[tuple[list[str], frozenset[tupl
     for config in on:
         config.use_cache = False
     try:
-        notes = ["use_cache is off: the output holds no key-value cache"] if on else []
+        notes = ["use_cache is off: the output has no key-value cache"] if on else []
         yield notes, frozenset((key, "use_cache") for key in configs)
     finally:
         for config in on:
@@ -159,7 +168,7 @@ def without_caches(model: nn.Module) -> Iterator[tuple[list[str], frozenset[tupl
 
 
 def _place(module: nn.Module, path: str, fakes: dict[str, Tensor], tables: dict[int, Table]) -> None:
-    """Gives a module tables of fakes; two modules with one table get one."""
+    """Gives a module tables of fakes; modules that share a table share its replacement."""
     prefix = f"{path}." if path else ""
     for kind in ("_parameters", "_buffers"):
         own = module.__dict__[kind]
@@ -173,13 +182,13 @@ Snapshot = tuple[dict[str, Any], dict[str, list[Any]]]
 
 
 def snapshot(owner: Any, names: Collection[str] | None = None) -> Snapshot:
-    """An owner's values by name, and what the lists, dicts and sets among them hold."""
+    """Returns an owner's values by name, and the contents of the lists, dicts and sets among them."""
     state = names_of(owner, names)
     return state, {name: contents(value) for name, value in state.items() if kind_of(value) is not None}
 
 
 def restore(owner: Any, before: Snapshot, names: Collection[str] | None = None) -> None:
-    """Puts an owner's values back."""
+    """Restores an owner's values."""
     state, held = before
     now = names_of(owner, names)
     for name in set(now) - set(state):
@@ -193,7 +202,7 @@ def restore(owner: Any, before: Snapshot, names: Collection[str] | None = None) 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What a forward has set a name to, or what the container that is kept under it holds now."""
+    """The value that forward has set a name to, or the present items of the container under it."""
 
     place: Attribute
     value: Any
@@ -201,7 +210,7 @@ class Change:
 
 
 def changes_of(owner: Any, label: str, before: Snapshot, names: Collection[str] | None = None) -> Iterator[Change]:
-    """What an owner's names have been set to, and the lists, dicts and sets with other contents."""
+    """Yields the names of an owner that were set, and its lists, dicts and sets whose contents changed."""
     state, held = before
     now = names_of(owner, names)
     for name in [*now, *(state.keys() - now.keys())]:
@@ -215,7 +224,7 @@ def changes_of(owner: Any, label: str, before: Snapshot, names: Collection[str] 
 
 
 def _differ(now: list[Any], before: list[Any]) -> bool:
-    """Whether contents are others: plain values by value, objects by identity."""
+    """Whether contents differ: plain values by value, objects by identity."""
     plain = frozen(now), frozen(before)
     return bool(plain[0] != plain[1]) if NOT_PLAIN not in plain else not is_same(now, before)
 
@@ -234,7 +243,7 @@ def _read_changes(
         name, held = change.place.name, before[0].get(change.place.name)
         if isinstance(change.value, FakeTensor) and isinstance(held, Tensor) and is_replaced(held, change.value):
             raise CaptureError(
-                f"module {path!r}: forward assigns a new tensor to self.{name} and reads the one before, which "
+                f"module {path!r}: forward assigns a new tensor to self.{name} and reads the earlier one, which "
                 f"microbatches cannot share; make it a buffer: self.register_buffer({name!r}, ...)"
             )
         changes.attributes.append(change)
@@ -248,13 +257,13 @@ def _entries(
     fakes: dict[str, Tensor],
     rebound: dict[str, Tensor],
 ) -> Iterator[Change]:
-    """Parameters, buffers and children that the forward has registered, taken away or replaced.
+    """Yields parameters, buffers and children that forward has registered, removed or replaced.
 
-    A buffer that is bound to a tensor of its own shape goes to ``rebound``: the graph writes to it.
+    A buffer replaced by a tensor of the same shape and dtype goes to ``rebound``: the graph writes to it.
     """
     now = module.__dict__.get(table)
     if not isinstance(now, dict):
-        return  # a scripted module's, which nothing can be added to
+        return  # of a scripted module, to which nothing can be added
     for name in [*now, *(before.keys() - now.keys())]:
         label = f"{path}.{name}" if path else name
         value, fake = now.get(name, MISSING), fakes.get(label)
@@ -264,13 +273,13 @@ def _entries(
             rebound[label] = value
         elif table == "_parameters" and isinstance(value, FakeTensor) and not any(value is f for f in fakes.values()):
             raise CaptureError(
-                f"module {path!r}: forward makes a new parameter {name!r}, which no optimizer knows; write to the one "
-                f"that is there, under torch.no_grad(), or make it before: run the model once"
+                f"module {path!r}: forward creates a new parameter {name!r}, which no optimizer has; write to the "
+                f"existing one under torch.no_grad(), or run the model once before compile() to create it"
             )
         elif isinstance(value, nn.Module) and any(isinstance(t, FakeTensor) for _, t in named_tensors(value)):
             raise CaptureError(
-                f"module {path!r}: forward makes {label!r}, a {type(value).__name__}, whose parameters nobody could "
-                f"train: make it in __init__, or run the model once before compile"
+                f"module {path!r}: forward creates {label!r}, a {type(value).__name__}, whose parameters no optimizer "
+                f"has; create it in __init__(), or run the model once before compile()"
             )
         else:
             yield Change(Attribute(Entries(module, table), name, label), value)

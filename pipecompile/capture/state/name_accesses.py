@@ -1,4 +1,4 @@
-"""The names in a function's code: the globals, outer variables and attributes it reads, the attributes it sets."""
+"""Finds names in a function's code: the globals, outer variables and attributes it reads, the attributes it sets."""
 
 from __future__ import annotations
 
@@ -22,18 +22,25 @@ _SETTERS = frozenset({"setattr", "__setattr__", "__dict__", "update"})
 class Accesses:
     """The names that a code object reads and sets.
 
-    A chain is a name with the attributes that are read from it at once: ``("torch", "nn", "functional", "linear")``.
+    A chain is a name with the attributes read directly from it: ``("torch", "nn", "functional", "linear")``.
+
+    Attributes:
+        of_globals: Chains that start at a global.
+        of_outer: Chains that start at a variable of an outer function.
+        of_imports: Chains that start at a module that the function imports.
+        attributes: Attributes read from any object, and strings, which may be arguments of ``getattr``.
+        stored: Attributes set on any object, and strings in code that uses ``setattr`` or ``__dict__``.
     """
 
     of_globals: tuple[tuple[str, ...], ...]
     of_outer: tuple[tuple[str, ...], ...]
-    of_imports: tuple[tuple[str, ...], ...]  # the first name is that of a file
-    attributes: frozenset[str]  # read from anything; strings too, for getattr
-    stored: frozenset[str]  # attributes set on anything; strings too, beside a setattr
+    of_imports: tuple[tuple[str, ...], ...]
+    attributes: frozenset[str]
+    stored: frozenset[str]
 
     @staticmethod
     def of(code: CodeType) -> Accesses:
-        """What a code object reads, with the functions that are written inside it."""
+        """Returns the accesses of a code object and of the functions defined inside it."""
         outer = frozenset(code.co_freevars)
         found: dict[str, dict[tuple[str, ...], None]] = {"global": {}, "outer": {}, "import": {}}
         attributes: set[str] = set()
@@ -64,9 +71,9 @@ def _with_inner(code: CodeType) -> Iterator[CodeType]:
 
 
 def _chains(code: CodeType) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Each name that is loaded, with the attributes read from it: ("global", ("F", "linear"))."""
+    """Yields each loaded name with the attributes read from it: ("global", ("F", "linear"))."""
     kind, chain = "", [""]
-    files: dict[str, str] = {}  # local names of files that the function itself imports
+    files: dict[str, str] = {}  # local names of modules that the function itself imports
     imported = ""
     for instruction in dis.get_instructions(code):
         name, value = instruction.opname, instruction.argval
@@ -93,16 +100,16 @@ def _chains(code: CodeType) -> Iterator[tuple[str, tuple[str, ...]]]:
 
 
 def global_place(namespace: dict[str, Any], name: str) -> Entry:
-    """The place of a global name, as functions of a file see it."""
+    """Returns the place of a global name, as functions of a file resolve it."""
     if name not in namespace and name in vars(builtins):
         return Entry(vars(builtins), name, f"builtins.{name}")
     return Entry(namespace, name, f"{namespace.get('__name__', '')}.{name}")
 
 
 def along(place: Place, chain: Sequence[str]) -> Iterator[Place]:
-    """The places that a chain of attributes passes, as far as they stand in files, classes and functions.
+    """Yields the places along a chain of attributes, as far as these are in files, classes and functions.
 
-    The attributes of other objects are watched while the forward reads them.
+    Attributes of other objects are observed while forward reads them.
     """
     yield place
     for name in chain:
@@ -118,7 +125,7 @@ def along(place: Place, chain: Sequence[str]) -> Iterator[Place]:
 
 
 def places_read(accesses: Accesses, namespace: dict[str, Any], outer: Callable[[str], Place | None]) -> Iterator[Place]:
-    """The places that a function reads from; ``outer`` finds that of a variable of an outer function."""
+    """Yields the places that a function reads; ``outer`` returns the place of a variable of an outer function."""
     for name, *rest in accesses.of_globals:
         yield from along(global_place(namespace, name), rest)
     for name, *rest in accesses.of_outer:

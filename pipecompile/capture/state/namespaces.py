@@ -1,6 +1,6 @@
-"""What has named values that a forward may read and set: objects, classes, files and the cells of closures.
+"""Owners of named values that forward may read and set: objects, classes, files and the cells of closures.
 
-A file's variables are attributes of its module, those of a closure the one attribute of each cell.
+The variables of a file are attributes of its module; a variable of a closure is the only attribute of its cell.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ from typing import Any
 
 from torch import nn
 
-FOREIGN = sys.stdlib_module_names | {"torch", "numpy", "scipy", "sympy", "pipecompile"}  # nothing of a model's own
+FOREIGN = sys.stdlib_module_names | {"torch", "numpy", "scipy", "sympy", "pipecompile"}  # hold no state of a model
 _INSTALLED = frozenset({"site-packages", "dist-packages"})
-_PLAIN = frozenset({"types", "argparse", "weakref", "collections"})  # whose instances hold what a model puts there
+_PLAIN = frozenset({"types", "argparse", "weakref", "collections"})  # instances of their classes may hold model state
 
 
 class Variables:
-    """The variables of code that belongs to no imported file (``exec``), as attributes."""
+    """The variables of code outside imported files (``exec``), as attributes."""
 
     def __init__(self, table: dict[str, Any]) -> None:
         self.__dict__ = table
 
 
 def is_foreign(name: str | None) -> bool:
-    """Whether a module's name is of a library whose state is none of the model's."""
+    """Whether a module's name is that of a library without state of a model."""
     return (name or "").partition(".")[0] in FOREIGN
 
 
 def has_no_models(file: ModuleType | None) -> bool:
-    """Whether a file's code is no model's: it is of a foreign library, or of an installed one that does not name torch.
+    """Whether a file contains no model: it is of a foreign library, or of an installed one that does not use torch.
 
-    So a progress bar, or the tool that runs the script, is not followed to all that it holds.
+    So the objects behind a progress bar, or behind the tool that runs the script, are not followed.
     """
     name = getattr(file, "__name__", None)
     if file is None or is_foreign(name):
@@ -45,7 +45,7 @@ def has_no_models(file: ModuleType | None) -> bool:
 
 @lru_cache(maxsize=256)
 def _names_torch(package: str, imported: int) -> bool:
-    """Whether a file of a package has something of torch's among its variables, of so many files that are imported."""
+    """Whether a file of a package has something of torch among its variables; ``imported`` only keys the cache."""
     files = [f for n, f in [*sys.modules.items()] if n.partition(".")[0] == package and isinstance(f, ModuleType)]
     return any(_is_torchs(value) for file in files for value in list(vars(file).values()))
 
@@ -57,7 +57,7 @@ def _is_torchs(value: Any) -> bool:
 
 
 def owns_names(value: Any) -> bool:
-    """Whether an object's attributes may be a model's state."""
+    """Whether an object's attributes may be state of a model."""
     kind = type(value)
     if isinstance(value, nn.Module | CellType):
         return True
@@ -67,14 +67,14 @@ def owns_names(value: Any) -> bool:
 
 
 def label_of(owner: Any, label: str, name: str) -> str:
-    """What a person calls a value: ``h.0.scale``; a cell's one value has the cell's own name."""
+    """Returns a value's name for the user: ``h.0.scale``; the value of a cell has the cell's own name."""
     if isinstance(owner, CellType):
         return label
     return f"{label}.{name}" if label else name
 
 
 def names_of(owner: Any, wanted: Collection[str] | None = None) -> dict[str, Any]:
-    """The values by name; of a file those of the ``wanted`` names that it has."""
+    """Returns the values by name; for a file, those of the ``wanted`` names that exist."""
     if isinstance(owner, CellType):
         return {"cell_contents": owner.cell_contents}
     if isinstance(owner, type):
@@ -85,7 +85,7 @@ def names_of(owner: Any, wanted: Collection[str] | None = None) -> dict[str, Any
 
 
 def put(owner: Any, name: str, value: Any) -> None:
-    """Sets a value by name, past the owner's own rules."""
+    """Sets a value by name, bypassing the owner's own ``__setattr__``."""
     held = None if isinstance(owner, CellType | type) else _dict_of(owner)
     if held is not None and not any(name == slot for slot, _ in _slots(owner)):
         held[name] = value
@@ -96,7 +96,7 @@ def put(owner: Any, name: str, value: Any) -> None:
 
 
 def drop(owner: Any, name: str) -> None:
-    """Takes a name away."""
+    """Removes a name."""
     held = None if isinstance(owner, CellType | type) else _dict_of(owner)
     if held is not None and name in held:
         del held[name]
@@ -105,7 +105,7 @@ def drop(owner: Any, name: str) -> None:
 
 
 def file_of(table: dict[str, Any]) -> Any:
-    """The owner of a function's global variables."""
+    """Returns the owner of a function's global variables."""
     module = sys.modules.get(str(table.get("__name__")))
     return module if module is not None and vars(module) is table else Variables(table)
 
@@ -129,5 +129,5 @@ def _slots(owner: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _is_data(name: str, value: Any) -> bool:
-    """Whether an entry of a class is a value that it holds, not a part of its code."""
+    """Whether an entry of a class is data, not code."""
     return not (name[:2] == "__" and name[-2:] == "__") and not hasattr(type(value), "__get__")

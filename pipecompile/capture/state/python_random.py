@@ -1,4 +1,4 @@
-"""Random numbers that a forward draws from Python's and numpy's generators, as they are drawn again for each call."""
+"""Repeats, for each call, the draws that forward makes from Python's and numpy's random generators."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Draws:
     generators: tuple[Any, ...] = ()
 
     def ahead(self) -> Ahead:
-        """What the next call draws; the generators stay as they are."""
+        """Returns what the next call draws; the states of the generators do not change."""
         before = [state_of(generator) for generator in self.generators]
         try:
             values = tuple(draw() for draw in self.made)
@@ -41,13 +41,13 @@ class Draws:
 
 @dataclass(frozen=True)
 class Ahead:
-    """Values drawn for a call, and the states in which that leaves the generators."""
+    """Values drawn for a call, and the states of the generators after the draws."""
 
     values: tuple[Any, ...] = ()
     generators: tuple[Any, ...] = ()
     states: tuple[Any, ...] = ()
 
     def take(self) -> None:
-        """Leaves the generators as the draws leave them."""
+        """Sets the generators to their states after the draws."""
         for generator, state in zip(self.generators, self.states, strict=True):
             set_state(generator, state)

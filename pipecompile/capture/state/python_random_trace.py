@@ -1,9 +1,9 @@
-"""Random numbers that a forward draws from Python's and numpy's generators: on each call those of the unsplit model.
+"""Records the draws of forward from Python's and numpy's random generators, so that calls draw as the unsplit model.
 
-A trace records each draw: from which generator, by which method, with which arguments. Before a later call the draws
-are made again, in their order, so that a seed gives the numbers that it gives the unsplit model. A single number has a
-stand-in (``counters.py``): where it goes into arithmetic with tensors it is an input of the graph, and where Python
-decides by it (``if random.random() < p``) the decision is guarded. Any other value (an order, a choice) is guarded.
+A trace records each draw: the generator, the method, and the arguments. Before each later call the draws are repeated
+in order, so that a seed gives the same numbers as in the unsplit model. A single number gets a stand-in
+(``counters.py``): used in arithmetic with tensors it is an input of the graph, and a decision of Python on it
+(``if random.random() < p``) is guarded. Any other value (an order, a choice) is guarded by value.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from pipecompile.ops.randomness import set_state, state_of
 
 _OF_PYTHON: Any = random.random.__self__  # type: ignore[attr-defined]
 _OF_NUMPY: Any = vars(np.random)["rand"].__self__
-SINGLE = (int, float, np.float64)  # numbers that have stand-ins
-_OF_NUMPYS_FILE = (np.random.seed, np.random.ranf, np.random.sample)  # these are no methods
+SINGLE = (int, float, np.float64)  # types of numbers that get stand-ins
+_OF_NUMPYS_FILE = (np.random.seed, np.random.ranf, np.random.sample)  # these are not methods
 _NO_DRAWS = frozenset({"getstate", "get_state", "bit_generator", "spawn"})
 
 
 class Drawing:
-    """Sees the draws of one trace.
+    """Records the draws of one trace.
 
     Args:
-        generators: those that the model holds.
-        questions: receives questions about the draws with their answers.
-        follow: whether single numbers have stand-ins; else the trace holds for their values.
-        is_leaf: whether a part is being run that is kept whole, which draws for itself on each call.
+        generators: Generators that the model holds.
+        questions: Receives questions about the draws with their answers.
+        follow: Whether single numbers get stand-ins; if not, their values are guarded.
+        is_leaf: Whether a part kept whole is running, which makes its own draws in each call.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Drawing:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """The time of the forward, in which the functions of ``random`` and ``numpy.random`` are watched."""
+        """A context for forward, in which the functions of ``random`` and ``numpy.random`` are patched."""
         with ExitStack() as stack:
             for module in (random, np.random):
                 for name, value in list(vars(module).items()):
@@ -74,7 +74,7 @@ class Drawing:
             yield
 
     def stand_in(self, value: Any) -> Any:
-        """What a model finds in place of a generator, or of a method of one; other values as they are."""
+        """Returns the stand-in for a generator or a method of one; other values unchanged."""
         if id(value) in self.stand_ins:
             return self.stand_ins[id(value)]
         made = value
@@ -93,7 +93,7 @@ class Drawing:
         return draw
 
     def draw(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Makes a draw, and records it."""
+        """Makes a draw and records it."""
         if threading.get_ident() != self.thread:
             return function(*args, **kwargs)
         if self.is_leaf():
@@ -113,15 +113,15 @@ class Drawing:
         return value
 
     def _shuffle(self, function: Callable[..., Any], items: Any) -> None:
-        """A shuffle takes the same draws whatever it shuffles: an order of places is drawn in its place."""
+        """Records a shuffle as the draw of a permutation, because the draws do not depend on the items."""
         order = self._record(Draw(_Order(function, len(items)), (), {}))
         items[:] = [items[i] for i in order] if isinstance(items, list) else items[np.array(order)]
 
     def draws(self) -> Draws:
-        """The draws of the trace.
+        """Returns the draws of the trace.
 
         Raises:
-            CaptureError: some were not seen.
+            CaptureError: Some draws were not recorded.
         """
         after = [state_of(generator) for generator in self.generators]
         for generator, state in zip(self.generators, self.before, strict=True):
@@ -132,9 +132,9 @@ class Drawing:
         for generator, a, b in zip(self.generators, after, replayed, strict=True):
             if not self.in_leaf and not _same_state(a, b):
                 raise CaptureError(
-                    f"forward draws random numbers of {type(generator).__module__}.{type(generator).__name__} where "
-                    f"they are not seen, and each step would go by those of the trace; draw them by the functions of "
-                    f"random or numpy.random, or pass them to the model as an argument"
+                    f"forward draws random numbers from a {type(generator).__module__}.{type(generator).__name__} in a "
+                    f"way that cannot be recorded, so every step would reuse those of the capture; draw them with the "
+                    f"functions of random or numpy.random, or pass them to the model as an argument"
                 )
         used = [
             generator
@@ -145,7 +145,7 @@ class Drawing:
 
 
 class _Order:
-    """Draws an order of so many places, as a shuffle does."""
+    """Draws a permutation of ``count`` items, as a shuffle does."""
 
     def __init__(self, shuffle: Callable[..., Any], count: int) -> None:
         self.shuffle = shuffle
@@ -176,17 +176,17 @@ class _Watched:
 
 
 def _is_draw(value: Any) -> bool:
-    """Whether a value is a method of one of the two generators that everybody shares, or a function that calls one."""
+    """Whether a value is a method of one of the two global generators, or a function that calls one."""
     if any(value is function for function in _OF_NUMPYS_FILE):
         return True
-    if not isinstance(value, BuiltinMethodType | MethodType):  # others may answer as they like
+    if not isinstance(value, BuiltinMethodType | MethodType):  # other objects may compute __self__
         return False
     of = value.__self__
     return callable(value) and (of is _OF_PYTHON or of is _OF_NUMPY) and value.__name__ not in _NO_DRAWS
 
 
 def _plain(value: Any) -> Any:
-    """An argument as it is now, with the numbers that the trace holds for."""
+    """Returns a copy of an argument's present value; stand-ins become plain numbers, which are guarded."""
     value = _copied(without_stand_ins(concrete(value)))
     return int(value) if isinstance(value, torch.SymInt) else value
 

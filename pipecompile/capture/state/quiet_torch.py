@@ -1,8 +1,7 @@
-"""What goes on beside a model that is tried out, and is kept from it: torch's logs, and the garbage collector.
+"""Suppresses torch's logs and the garbage collector during a trace.
 
-That a size cannot be a symbol is an error to torch, not to us: each attempt that fails may be followed by one that does
-not, and what fails for good is raised. The records of the calling thread are dropped at the loggers themselves; levels
-and handlers stay as the user has them.
+torch logs an error when a size cannot be a symbol, but a later attempt may succeed, and a final failure is raised. The
+log records of the calling thread are dropped at the loggers; the user's levels and handlers are not changed.
 """
 
 from __future__ import annotations
@@ -13,12 +12,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_LOGGERS = ("torch.fx", "torch._subclasses", "torch._dynamo", "torch.utils._sympy")  # with those below them
+_LOGGERS = ("torch.fx", "torch._subclasses", "torch._dynamo", "torch.utils._sympy")  # and their children
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Drops warnings and errors that torch's tracing logs in this thread; what ``TORCH_LOGS`` asks for stays."""
+    """Drops warnings and errors that torch's tracing logs in this thread; records for ``TORCH_LOGS`` are kept."""
     thread = threading.get_ident()
 
     def passes(record: logging.LogRecord) -> bool:
@@ -36,7 +35,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def not_collecting() -> Iterator[None]:
-    """In which no garbage is collected: what is called at that (``gc.callbacks``) is nobody's code, and sets state."""
+    """A context without garbage collection, which could run ``gc.callbacks`` that set state and are not the model's."""
     collecting = gc.isenabled()
     gc.disable()
     try:

@@ -1,9 +1,9 @@
-"""What a model's forward may read and change besides its arguments, found without running it.
+"""Finds what forward may read and change other than its arguments, without running it.
 
-From the modules on, values are followed to the objects that they hold, and code to the code that it may call: a
-function's names are looked up among the variables of its file and its closure, and every method of a class in sight
-is code that may run if some function in sight names it. That finds more than what runs, and not what is reached by
-names that are computed; so it serves to note state and put it back, not to tell what a forward depends on.
+Starting at the modules, values are followed to the objects they hold, and code to the code it may call: the names in a
+function are looked up in its file and its closure, and a method of a reached class may run if a reached function names
+it. This finds more than what runs, and misses what is reached by computed names. So it is used to save and restore
+state, not to decide what forward depends on.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from pipecompile.capture.state.containers import contents, kind_of
 from pipecompile.capture.state.namespaces import file_of, has_no_models, is_foreign, names_of, owns_names
 
-MOST = 30_000  # objects beside those of the modules themselves; what lies beyond is not noted
+MOST = 30_000  # objects, in addition to OF_A_MODULE per module; further objects are ignored
 OF_A_MODULE = 50
-LONGEST = 20_000  # what a longer container holds is not followed
+LONGEST = 20_000  # the items of a longer container are not followed
 _RUN_UNNAMED = frozenset(f"__{n}__" for n in ("init", "call", "getattr", "getitem", "setitem", "enter", "exit", "iter"))
 
 Generator = np.random.Generator | np.random.RandomState | random.Random | torch.Generator
@@ -33,14 +33,14 @@ Generator = np.random.Generator | np.random.RandomState | random.Random | torch.
 
 @dataclass
 class Reach:
-    """What was found, each with a label for a person.
+    """What forward may reach, with labels for the user.
 
     Attributes:
-        owners: objects, classes, files and cells with named values; of a file, with the names that code mentions.
-        containers: lists, dicts, sets and deques.
-        memos: results that functions remember (``lru_cache``).
-        generators: of random numbers, that a model holds.
-        tensors: those that are no parameters or buffers.
+        owners: Objects, classes, files and cells with named values; for a file, with the names that code mentions.
+        containers: Lists, dicts, sets and deques.
+        memos: Caches of functions (``lru_cache``).
+        generators: Random generators that the model holds.
+        tensors: Tensors that are not parameters or buffers.
     """
 
     owners: list[tuple[Any, str, Set[str] | None]] = field(default_factory=list)
@@ -51,7 +51,7 @@ class Reach:
 
 
 def reach_of(model: nn.Module, functions: Iterable[Callable[..., Any]] = ()) -> Reach:
-    """What the forward of a model, and other functions, may read and change."""
+    """Returns what the forward of a model, and other functions, may read and change."""
     return _Walk().run(model, functions)
 
 
@@ -59,9 +59,9 @@ class _Walk:
     def __init__(self) -> None:
         self.reach = Reach()
         self.seen: dict[int, Any] = {}  # kept alive, so that no identity is used twice
-        self.waiting: deque[tuple[Any, str]] = deque()  # the nearest to the model first
+        self.waiting: deque[tuple[Any, str]] = deque()  # breadth first, from the model
         self.mentioned = {"forward", *_RUN_UNNAMED}
-        self.unmentioned: dict[str, list[tuple[Any, str]]] = {}  # what classes and files have under other names
+        self.unmentioned: dict[str, list[tuple[Any, str]]] = {}  # other names -> classes and files that define them
         self.files: dict[int, tuple[Any, set[str]]] = {}
 
     def run(self, model: nn.Module, functions: Iterable[Callable[..., Any]]) -> Reach:
@@ -81,7 +81,7 @@ class _Walk:
         return self.reach
 
     def _mention(self, names: Iterable[str]) -> None:
-        """Methods of classes and variables of files that some code names are in reach, whichever is met first."""
+        """Adds names that code mentions, and follows the entries of classes and files found earlier under them."""
         for name in names:
             if name not in self.mentioned:
                 self.mentioned.add(name)
@@ -89,7 +89,7 @@ class _Walk:
                     self._want_named(holder, name, label)
 
     def _hold(self, holder: Any, label: str) -> None:
-        """A class or a file, of which the names count that code mentions."""
+        """Adds a class or a file, of which only the names that code mentions are followed."""
         for name in list(vars(holder)):
             if name in self.mentioned:
                 self._want_named(holder, name, label)
@@ -173,7 +173,7 @@ class _Walk:
         if has_no_models(file):
             return
         self._visit_file(file)
-        self.files[id(table)][1].update(names)  # those that do not stand there yet, too
+        self.files[id(table)][1].update(names)  # including names that do not exist yet
         self._mention(names)
 
     def _visit_cell(self, cell: CellType, name: str) -> None:
@@ -195,7 +195,7 @@ class _Walk:
 
 
 def _parts(value: Any) -> tuple[Any, ...]:
-    """The code within what wraps code."""
+    """Returns the functions and objects inside a wrapper such as a bound method, property or partial."""
     match value:
         case staticmethod() | classmethod():
             return (value.__func__,)
@@ -216,7 +216,7 @@ def _parts(value: Any) -> tuple[Any, ...]:
 
 
 def _names(code: CodeType) -> Iterator[str]:
-    """The names that code mentions, in words too: ``getattr(self, "cache")``."""
+    """Yields the names that code mentions, and strings that may be names: ``getattr(self, "cache")``."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, CodeType):

@@ -1,4 +1,4 @@
-"""Lets a model run as it likes, and puts everything back that it may have changed."""
+"""Runs a model and restores everything that it may have changed."""
 
 from __future__ import annotations
 
@@ -27,22 +27,23 @@ def left_as_before(
     tensors: Iterable[Tensor] = (),
     reach: Reach | None = None,
 ) -> Iterator[None]:
-    """In which a model's forward and backward may run; at its end all is as before that they may have changed.
+    """A context in which a model's forward and backward may run; at its end, what they may change is restored.
 
-    That is: attributes of modules and of what they hold, of classes and functions; variables of files and closures;
-    lists, dicts and sets in any of them; the values of buffers and of tensors kept elsewhere; random generators, the
-    model's own and those of torch, Python and numpy. Values of parameters and gradients are not copied.
+    This covers: attributes of modules and the objects they hold, of classes and of functions; variables of files and
+    closures; lists, dicts and sets in any of these; values of buffers and of tensors stored elsewhere; random
+    generators of the model, torch, Python and numpy. Values of parameters and gradients are not restored.
 
     Args:
-        functions: others that run in it, as a loss.
-        tensors: others whose values are put back, as the parameters that a forward writes.
-        reach: of the model and the functions, where it has been found before.
+        model: The model.
+        functions: Other functions that run in the context, such as a loss.
+        tensors: Other tensors to restore, such as parameters that forward writes.
+        reach: Reach of the model and the functions, if already known.
     """
     reach = reach_of(model, functions) if reach is None else reach
     values = {id(t): t for t in (*model.buffers(), *reach.tensors, *tensors) if not t.is_meta}
     kept = [(tensor, tensor.detach().clone()) for tensor in values.values()]
     versions = _unsafe_preserve_version_counter(tuple(t for t in values.values() if not t.is_inference()))
-    with versions, generators_kept(reach.generators), Noted(reach).kept():  # who has saved a tensor finds what it saved
+    with versions, generators_kept(reach.generators), Noted(reach).kept():  # versions: saved tensors stay valid
         try:
             yield
         finally:
@@ -52,7 +53,7 @@ def left_as_before(
 
 
 class Noted:
-    """The state within reach, as it is when this is made."""
+    """The reachable state at the time of construction."""
 
     def __init__(self, reach: Reach) -> None:
         self._names = [(owner, names, names_of(owner, names)) for owner, _, names in reach.owners]
@@ -62,20 +63,20 @@ class Noted:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """The time after which ``put_back`` is called."""
+        """A context that calls ``put_back`` at its end."""
         try:
             yield
         finally:
             self.put_back()
 
     def filled(self) -> Iterator[tuple[Itself, list[Any], list[Any]]]:
-        """The containers with other contents by now: what they hold, and what they held."""
+        """Yields the containers whose contents have changed, with present and earlier contents."""
         for (holder, before), label in zip(self._contents, self._labels, strict=True):
             if not is_same(now := contents(holder), before):
                 yield Itself(holder, label), now, before
 
     def put_back(self) -> None:
-        """Puts names and contents back; what functions have remembered since is forgotten."""
+        """Restores names and contents, and clears the caches of functions that have new entries."""
         for owner, names, before in self._names:
             now = names_of(owner, names)
             for name in now.keys() - before.keys():
@@ -91,7 +92,7 @@ class Noted:
 
 @contextmanager
 def generators_kept(generators: Iterable[Generator] = ()) -> Iterator[None]:
-    """The generators of torch, Python and numpy, and others, are as before at its end."""
+    """A context; at its end, the generators of torch, Python and numpy, and others, are restored."""
     others = [(generator, state_of(generator)) for generator in generators]
     python, numpy = random.getstate(), np.random.get_state()
     try:
@@ -105,7 +106,7 @@ def generators_kept(generators: Iterable[Generator] = ()) -> Iterator[None]:
 
 
 def _write(tensor: Tensor, value: Tensor) -> None:
-    """Puts a tensor's value back, also where ``.data`` has been given another memory."""
+    """Restores a tensor's value, even if its ``.data`` was replaced."""
     if tensor.shape != value.shape or tensor.dtype != value.dtype or tensor.device != value.device:
         tensor.data = value
     elif tensor.layout != torch.strided or not torch.equal(tensor, value):  # sparse ones are not compared

@@ -1,4 +1,4 @@
-"""Places that a trace has read a value from: what is there before a call is compared with what was there then."""
+"""Places from which a trace has read values; before each call, their values are compared with those of the trace."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipecompile.capture.state.fingerprints import MISSING, SCALARS, Nothing, Sa
 
 
 class Place(Protocol):
-    """Somewhere that a value stands; ``label`` is what a person calls it."""
+    """A place that holds a value; ``label`` is its name for the user."""
 
     @property
     def label(self) -> str: ...
@@ -25,7 +25,7 @@ class Place(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Attribute:
-    """One attribute of one object; ``label`` is what a person calls it: ``h.0.attn.scale``."""
+    """One attribute of one object; ``label`` is its name for the user: ``h.0.attn.scale``."""
 
     owner: Any
     name: str
@@ -63,7 +63,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class OfClass:
-    """What a class, with those that it inherits from, has under a name: a function, a property, a value."""
+    """What a class or its bases define under a name: a function, a property, a value."""
 
     kind: type
     name: str
@@ -75,9 +75,9 @@ class OfClass:
 
 @dataclass(frozen=True, slots=True)
 class Code:
-    """What a function does: its code, and its default arguments.
+    """The code of a function and its default arguments.
 
-    A dict of tensors among these, or an empty one, is a table that the forward fills, and is known by identity.
+    A default that is a dict of tensors, or an empty dict, is a table that forward fills; it is compared by identity.
     """
 
     function: FunctionType
@@ -100,7 +100,7 @@ def _default(value: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a function without arguments says: ``torch.is_grad_enabled()``."""
+    """The return value of a function without arguments: ``torch.is_grad_enabled()``."""
 
     function: Callable[[], Any]
     label: str
@@ -111,7 +111,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """What stood in a place when a trace was taken, which holds as long as that stands there."""
+    """The value of a place at the time of a trace, which is valid while the place has this value."""
 
     place: Place
     imprint: Any
@@ -119,23 +119,23 @@ class Fact:
 
     @staticmethod
     def of(place: Place) -> Fact:
-        """The fact that a place holds what it does now."""
+        """Returns the fact that a place has its present value."""
         value = place.value()
         return Fact(place, imprint(value), shown(value))
 
     def changed(self) -> str:
-        """How the place differs; empty if it does not."""
+        """Returns how the place has changed; empty if it has not."""
         value = self.place.value()
         if imprint(value) == self.imprint:
             return ""
         now = shown(value)
         if now == self.shown or isinstance(self.place, Code):
             return f"{self.place.label} changed"
-        return f"{self.place.label} is {now}, the trace holds for {self.shown}"
+        return f"{self.place.label} is {now}, captured with {self.shown}"
 
 
 def shown(value: Any) -> str:
-    """A value, short; objects by their class, for an object's own ``__repr__`` may do anything."""
+    """Returns a short text for a value; for an object, its class, because its own ``__repr__`` may do anything."""
     if isinstance(value, Same):
         value = value.value
     return _REPR.repr(value)

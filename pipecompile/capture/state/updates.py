@@ -1,8 +1,8 @@
-"""What a forward leaves behind, as functions of a later call: its tensors, its sizes, its numbers.
+"""Recipes for the values that forward stores somewhere, computed from the tensors, sizes and numbers of a later call.
 
-A value that a trace has left somewhere holds what belongs to the trace alone: fake tensors, symbolic sizes, stand-ins.
-Its recipe makes the same value of a real call, with containers and objects of its own; what several places share in the
-trace, they share then.
+A value stored during a trace contains parts that are valid only in the trace: fake tensors, symbolic sizes, stand-ins.
+Its recipe builds the same value for a real call, with new containers and objects. A value that several places share in
+the trace is shared by them after the call too.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pipecompile.capture.state.namespaces import names_of, owns_names, put
 from pipecompile.ops.symbols import resolve
 from pipecompile.ops.tensor_args import is_real
 
-Make = Callable[[State, Callable[[Any], None]], Any]  # an object that may hold itself is announced before it is filled
+Make = Callable[[State, Callable[[Any], None]], Any]  # announces the object before filling it: it may contain itself
 
 _SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _ATOMS = (str, bytes, bool, int, float, complex, type(None), type, ModuleType, FunctionType, MethodType, nn.Module)
@@ -34,8 +34,8 @@ class Recipes:
     """The recipes of one trace.
 
     Args:
-        tensor: what a tensor of the trace becomes.
-        known: identities of containers that were there before the trace: they stay themselves.
+        tensor: Returns the recipe for a tensor of the trace.
+        known: Identities of containers that existed before the trace, which are not copied.
     """
 
     def __init__(self, tensor: Callable[[Tensor], Update], known: Collection[int]) -> None:
@@ -44,10 +44,10 @@ class Recipes:
         self.found: dict[int, tuple[Any, Update]] = {}  # by identity, with the value, to keep it alive
 
     def of(self, value: Any) -> Update:
-        """What a value becomes on a later call.
+        """Returns the recipe for a value.
 
         Raises:
-            CaptureError: it holds a tensor that the trace has not recorded.
+            CaptureError: The value contains a tensor that the trace has not recorded.
         """
         if is_number(value):
             return value.of  # type: ignore[no-any-return]
@@ -60,12 +60,12 @@ class Recipes:
             return lambda state: place.value()
         if id(value) not in self.found:
             made: list[Update] = []
-            self.found[id(value)] = (value, lambda state: made[0](state))  # for what holds itself
+            self.found[id(value)] = (value, lambda state: made[0](state))  # for a value that contains itself
             made.append(_shared(len(self.found), self._made(value)))
         return self.found[id(value)][1]
 
     def effect(self, ledger: Ledger) -> Operations:
-        """What a later call does to a container that has a ledger."""
+        """Returns what a later call does to a container that has a ledger."""
         if ledger.is_set:
             return self.filling(ledger.place, ledger.original, contents(ledger.stand_in))
         clearing = [("clear", ())] if ledger.is_cleared else []
@@ -73,7 +73,7 @@ class Recipes:
         return Operations(ledger.place, (*clearing, *steps))
 
     def filling(self, place: Place, holder: Any, items: Sequence[Any]) -> Operations:
-        """Other contents for a container."""
+        """Returns the operations that replace the contents of a container."""
         kind = kind_of(holder)
         steps: list[tuple[str, tuple[Update, ...]]]
         if issubclass(kind, dict):
@@ -109,7 +109,7 @@ class Recipes:
         return make
 
     def _item(self, item: Any) -> Update:
-        """A pair of a dict is no tuple of the model's."""
+        """Returns the recipe for an item of a container; the pairs of a dict are not tuples of the model."""
         if type(item) is tuple:
             parts = [*map(self.of, item)]
             return lambda state: tuple(part(state) for part in parts)
@@ -134,7 +134,7 @@ class Recipes:
         return make
 
     def _holds_a_trace(self, value: Any, seen: set[int]) -> bool:
-        """Whether an object holds what belongs to the trace."""
+        """Whether an object contains parts that are valid only in the trace."""
         if id(value) in seen or id(value) in self.known:
             return False
         seen.add(id(value))
@@ -157,7 +157,7 @@ def _names(value: Any) -> dict[str, Any]:
 
 
 def _empty(holder: Any) -> Callable[[], Any]:
-    """Makes containers of a type that hold nothing."""
+    """Returns a function that creates an empty container of the same type."""
     kind: Any = type(holder)
     if isinstance(holder, deque):
         return partial(kind, maxlen=holder.maxlen)
@@ -168,7 +168,7 @@ def _empty(holder: Any) -> Callable[[], Any]:
 
 
 def _shared(number: int, make: Make) -> Update:
-    """Makes a value once for all places that share it."""
+    """Returns an update that builds a value once for all places that share it."""
 
     def of(state: State) -> Any:
         if number not in state.built:

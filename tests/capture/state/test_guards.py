@@ -185,7 +185,7 @@ def test_a_flag_that_changes_back_finds_its_capture() -> None:
     for flag in (True, False, True, False):
         follow(pipe, model, setting("flag", flag))
     assert pipe.pipeline.captures == 2
-    assert any("inner.flag is False, the trace holds for True" in reason for reason in pipe.pipeline.report.captures)
+    assert any("inner.flag is False, captured with True" in reason for reason in pipe.pipeline.report.captures)
 
 
 def test_an_attribute_that_is_not_read_is_not_guarded() -> None:
