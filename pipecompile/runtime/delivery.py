@@ -58,7 +58,7 @@ class Delivered(torch.autograd.Function):
 
 
 class Deferred(torch.autograd.Function):
-    """``apply(backward, count, *outputs, *leaves)``: ``count`` outputs, whose gradients ``backward`` maps to leaves'."""
+    """``apply(backward, count, *outputs, *leaves)``: the outputs. ``backward`` maps their gradients to leaves'."""
 
     @staticmethod
     def forward(ctx: Any, backward: Callable[[Gradients], Gradients], count: int, *tensors: Tensor) -> Any:
