@@ -384,5 +384,7 @@ def test_gradients_of_gradients_by_other_weights_are_refused() -> None:
 
 def test_weights_of_another_shape_are_refused() -> None:
     pipe, _, call = both("custom")
-    with pytest.raises((InputError, ExecutionError), match=r"stands in the place of 'plan'.*pass one like it"):
+    with pytest.raises(
+        (InputError, ExecutionError), match=r"'plan' of shape .* cannot be replaced .*pass one of the same"
+    ):
         functional_call(pipe, {"plan": torch.rand(1, dtype=torch.float64)}, *call)

@@ -1,4 +1,4 @@
-"""Microbatches: how a batch is cut, what each value of a model is to the batch, and what must see the batch whole."""
+"""Divides a batch into microbatches: how values depend on the batch, and which of them need the whole batch."""
 
 from pipecompile.batching.batch_norm import defer_running, uses_batch_statistics
 from pipecompile.batching.divide import divide, twins_differ

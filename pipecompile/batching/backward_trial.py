@@ -1,8 +1,9 @@
-"""Tries out the backward of what no rule covers: custom functions and operators, hooks, modules kept whole.
+"""Experiments on backwards that no rule covers: custom functions and operators, hooks, modules kept whole as leaves.
 
-A backward is whatever its author wrote: it may divide by the norm of all gradients, clip a sum of them, or
-count rows. So a sample's gradient must stay as the others change, with what comes into them; a part of a whole batch
-must give what the batch gives there; and two parts' gradients of a weight must add up to those of both.
+Such a backward may do anything: divide by the norm of all gradients, clip their sum, or count rows. Three properties
+are checked: a sample's gradient does not change when other samples and their incoming gradients change; a part of a
+whole batch gives the batch's gradients for that part; and two parts' gradients of a weight add up to the gradient of
+both.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from pipecompile.batching.region_runner import Bench
 from pipecompile.batching.rules.batch_types import SHARED, Batched, Kind
 from pipecompile.batching.trial_samples import Samples, around, by_rows, same_entries, same_rows
 
-LEAST = 1e-2  # what counts as the largest entry of a gradient that is next to nothing
-SCALE = 100.0  # of the gradients that come in: beyond what clips them
+LEAST = 1e-2  # the least magnitude that a gradient's rounding is measured by
+SCALE = 100.0  # of incoming gradients: large enough to be clipped
 Gradients = dict[fx.Node, Tensor]
 Incoming = Callable[[int, Tensor], Tensor]
 
 
 class Backward:
-    """Experiments on the backward of a region: what it hands to its sources, for gradients of its outputs."""
+    """Experiments on the backward of a region: gradients of its sources, from gradients of its outputs."""
 
     def __init__(
         self,
@@ -43,12 +44,12 @@ class Backward:
         self.start = {n: samples.draw(n, self.generator) for n in self.sources}
 
     def keeps_apart(self) -> bool:
-        """Whether gradients of samples depend on nothing but these samples, and those of what they share add up."""
+        """Whether a sample's gradient depends on that sample alone, and gradients of shared values add up."""
         rows = (0, self.samples.rows - 1)
         return all(map(self._stays, rows)) and self.adds_up() and self._is_the_wholes_part()
 
     def adds_up(self) -> bool:
-        """Whether the gradients of what is shared are, for a sum of incoming gradients, the sum of those for each."""
+        """Whether gradients of shared values are linear in the incoming gradients."""
         drawn: dict[int, Tensor] = {}
 
         def both(i: int, value: Tensor) -> Tensor:
@@ -64,7 +65,7 @@ class Backward:
         return all(same_entries(total[n], left[n] + right[n], LEAST) for n in shared)
 
     def _stays(self, row: int) -> bool:
-        """Whether a row's gradient stays when the other rows change, with what comes into them."""
+        """Whether a row's gradient stays the same when the other rows and their incoming gradients change."""
         drawn: dict[int, Tensor] = {}
         rows = self.samples.rows
 
@@ -81,7 +82,7 @@ class Backward:
         return all(same_rows(expected[n], seen[n], self._kind(n), row, row, rows, least=LEAST) for n in expected)
 
     def _is_the_wholes_part(self) -> bool:
-        """Whether a whole batch, into whose last part alone gradients come, gives what that part gives by itself."""
+        """Whether a whole batch with incoming gradients in its last part only gives that part's own gradients."""
         samples, rows, most = self.samples, self.samples.rows, self.samples.whole.rows
         drawn: dict[int, Tensor] = {}
 
@@ -122,7 +123,7 @@ class Backward:
 
 
 def _rows_from(value: Tensor, kind: Kind, rows: int, first: int) -> Tensor:
-    """A value with zeros in the rows before one; a third of what has no rows."""
+    """A value with zeros in the rows before ``first``; a third of a value without rows."""
     if not isinstance(kind, Batched):
         return value / 3
     split = by_rows(value, kind, rows).clone()

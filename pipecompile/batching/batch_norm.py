@@ -1,8 +1,8 @@
-"""Batch normalisation: the one function that mixes samples in the body of a model and is taken as it is.
+"""Batch normalization: the only function that may mix samples in the body of a model.
 
-Each microbatch is normalised by its own statistics, as GPipe does (Huang et al. 2019, section 3), which moves running
-statistics once for each of them. Deferred (torchgpipe: Kim et al. 2020, section 3.2), they are moved once, by the mean
-and the variance of all rows: what a normalisation is given is counted up in the stages, and written after them.
+Each microbatch is normalized by its own statistics, as in GPipe (Huang et al. 2019, section 3), which updates running
+statistics once per microbatch. Deferred (torchgpipe: Kim et al. 2020, section 3.2), they are updated once per batch, by
+the mean and variance of all rows: the stages add up moments of the inputs, and the tail writes the statistics.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pipecompile.capture.origin import origin_of
 from pipecompile.errors import CaptureError
 from pipecompile.ops.functional import add_moments, moments
 
-# The forms of the function that a trace may hold, by the names of their arguments.
+# The forms of batch normalization in a trace, with the names of their arguments.
 _ARGUMENTS: Mapping[Any, tuple[str, ...]] = {
     F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
     torch.batch_norm: ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps"),
@@ -28,15 +28,15 @@ _ARGUMENTS: Mapping[Any, tuple[str, ...]] = {
 
 
 def uses_batch_statistics(node: fx.Node) -> bool:
-    """Whether a node is a batch normalisation in training, or one that has no running statistics."""
+    """Whether a node is a batch normalization in training, or one without running statistics."""
     return node.target in _ARGUMENTS and bool(_given(node).get("training", False))
 
 
 def defer_running(captured: Captured) -> Captured:
-    """The trace with every write of running statistics apart from the normalisation that it belongs to.
+    """Moves every write of running statistics out of its batch normalization.
 
     Raises:
-        CaptureError: the model reads running statistics itself.
+        CaptureError: the model itself reads running statistics.
     """
     if not any(map(_writes_running, captured.graph.nodes)):
         return captured
@@ -54,14 +54,14 @@ def defer_running(captured: Captured) -> Captured:
 
 
 def _refuse_reads(captured: Captured) -> None:
-    """Raises ``CaptureError`` if the model itself reads statistics, which are moved after the stages only."""
+    """Raises ``CaptureError`` if the model itself reads running statistics, which are updated after all stages."""
     written = {name for node in captured.graph.nodes if _writes_running(node) for name in origin_of(node).writes}
     for node in captured.graph.nodes:
         readers = [user for user in node.users if not _writes_running(user)]
         if node.op == "get_attr" and str(node.target) in written and readers:
             raise CaptureError(
-                f"{origin_of(readers[0])}: the model reads {node.target}, which batch_norm='deferred' moves after the "
-                f"stages only; use batch_norm='microbatch' or microbatches=1"
+                f"{origin_of(readers[0])}: the model reads {node.target}, which batch_norm='deferred' updates only "
+                f"after all stages; use batch_norm='microbatch' or microbatches=1"
             )
 
 
@@ -70,8 +70,10 @@ def _writes_running(node: fx.Node) -> bool:
 
 
 def _set_apart(graph: fx.Graph, norm: fx.Node) -> fx.Node:
-    """Leaves a normalisation without running statistics, followed by what counts its input up, which is returned, and
-    by the write."""
+    """Replaces a batch normalization by one without running statistics, the moments of its input, and the write.
+
+    Returns the node of the moments.
+    """
     given = _given(norm)
     x, mean, var = given["input"], given["running_mean"], given["running_var"]
     norm.target, norm.args = F.batch_norm, (x, None, None)
@@ -89,5 +91,5 @@ def _set_apart(graph: fx.Graph, norm: fx.Node) -> fx.Node:
 
 
 def _given(norm: fx.Node) -> dict[str, Any]:
-    """The arguments by name."""
+    """The arguments of a batch normalization, by name."""
     return {**dict(zip(_ARGUMENTS[norm.target], norm.args, strict=False)), **norm.kwargs}

@@ -1,13 +1,13 @@
 """Divides a captured model into what runs on each microbatch and what runs once on the whole batch.
 
-    before   numbers of the whole batch that its inputs tell: how many targets count, how many rows there are
-    body     what the stages run on each microbatch, with sums over the batch weighed by their true share
-    tail     from the first function on that mixes samples (a contrastive loss, a balancing loss, a perplexity), and
-             what the forward writes to buffers: once, on the joined values of the microbatches
+    before   values of the whole batch that follow from its inputs: the number of valid targets, the number of rows
+    body     what the stages run on each microbatch, with sums over the batch weighted by each microbatch's share
+    tail     everything after the first function that mixes samples (a contrastive loss, a balancing loss, a
+             perplexity), and writes to buffers: runs once, on the joined values of the microbatches
 
-A mean over the batch becomes a sum of parts: ``mean(x)`` in a microbatch is multiplied by its share of the rows, a
-cross entropy is summed and divided by the number of valid targets in the whole batch. So loss and gradients are the
-whole batch's. (The mean of the microbatches' means is another number as soon as they count unequally many tokens.)
+A mean over the batch becomes a sum of parts: ``mean(x)`` of a microbatch is multiplied by its share of the rows, and a
+cross entropy is summed and divided by the number of valid targets in the whole batch. Loss and gradients are then the
+whole batch's. (The mean of the microbatches' means differs as soon as microbatches have different numbers of tokens.)
 """
 
 from __future__ import annotations
@@ -36,29 +36,29 @@ from pipecompile.ops.tensor_args import SILENT_WRITES
 def divide(
     small: Captured, large: Captured, allowed: Iterable[str] = (), out_dims: Mapping[str, int | None] | None = None
 ) -> Division:
-    """Divides a trace so that several microbatches give what the whole batch gives.
+    """Divides a trace so that several microbatches give the values of the whole batch.
 
     Args:
-        small: the trace at a microbatch's rows.
-        large: one of the same program at the whole batch's; ``small`` itself where its batch is symbolic.
-        allowed, out_dims: what the user has said; see ``analyse``.
+        small: the trace of a microbatch.
+        large: the trace of the whole batch by the same program; ``small`` itself if its batch is symbolic.
+        allowed, out_dims: the user's options; see ``analyse``.
 
     Raises:
         CaptureError: samples mix in the body of the model.
-        InputError: ``out_dims`` does not go with the outputs.
+        InputError: ``out_dims`` does not fit the outputs.
     """
     return _Divider(small, large, analyse(small, large, allowed, out_dims)).division()
 
 
 def twins_differ(small: Captured, large: Captured) -> str:
-    """Where a trace at a microbatch's rows and one at the whole batch's are of different programs; empty if nowhere."""
+    """Says where the traces of a microbatch and of the whole batch run different programs; empty if they do not."""
     mine, other = list(small.graph.nodes), list(large.graph.nodes)
-    sizes = f"for a microbatch of {small.microbatch} rows and for the batch of {large.microbatch}"
+    sizes = f"for a microbatch of {small.microbatch} rows and for a batch of {large.microbatch} rows"
     for a, b in zip(mine, other, strict=False):
         if (a.op, a.name) != (b.op, b.name):
-            return f"{origin_of(a)}: the model computes different things {sizes} ({a.name} and {b.name})"
+            return f"{origin_of(a)}: the model calls different functions {sizes} ({a.name} and {b.name})"
     if len(mine) != len(other):
-        return f"the model calls {len(mine)} and {len(other)} functions {sizes}"
+        return f"the model calls different numbers of functions {sizes} ({len(mine)} and {len(other)})"
     return ""
 
 
@@ -117,7 +117,7 @@ class _Divider:
     # The tail
 
     def _collect_tail(self, roots: Iterable[fx.Node]) -> None:
-        """Walks up from what only the whole batch gives, to inputs, attributes, and values of the body."""
+        """Walks from values that need the whole batch up to inputs, attributes, and values of the body."""
         needed: set[fx.Node] = set()
         stack = list(roots)
         while stack:
@@ -133,13 +133,13 @@ class _Divider:
         self.received = {n: None for n in self.small.graph.nodes if n in self.received}
 
     def _in_tail(self, node: fx.Node) -> bool:
-        """Whether the tail computes a node, rather than to join the body's values of it."""
+        """Whether the tail computes a node, instead of joining the body's values of it."""
         if node in self.analysis.early or node.op in ("get_attr", "placeholder") or _is_write(node):
             return True
         return self._is_whole_only(node) or self._follows_a_write(node)
 
     def _follows_a_write(self, node: fx.Node) -> bool:
-        """Whether a value that is alike everywhere reads a buffer that the forward writes."""
+        """Whether a shared value reads a buffer that the forward writes."""
         if self.analysis.kinds[node] != SHARED:
             return False
         return any(
@@ -158,9 +158,9 @@ class _Divider:
             if heavy:
                 first = next((n for n in self.tail_nodes if self._begins_mixing(n) and n in ancestors([node])), node)
                 raise CaptureError(
-                    f"{origin_of(first)}: samples of the batch mix here ({_why(kind)}), and the model goes on from it "
-                    f"with {heavy[0]} ({origin_of(node)}); microbatches cannot give what the "
-                    f"whole batch gives. Use microbatches=1, or accept that this module sees one microbatch at a time: "
+                    f"{origin_of(first)}: samples of the batch mix here ({_why(kind)}), and the result goes through "
+                    f"{heavy[0]} ({origin_of(node)}); microbatches cannot give what the whole batch gives, so use "
+                    f"microbatches=1, or let this module see one microbatch at a time with "
                     f"allow_microbatch=[{origin_of(first).path!r}]"
                 )
 
@@ -192,7 +192,7 @@ class _Divider:
         return replace(self.small, graph=graph, outputs=outputs, left=(), groups=tuple(groups), checked={}), copies
 
     def _copy(self, node: fx.Node, copies: dict[fx.Node, fx.Node]) -> None:
-        """Copies a node into the body, if the body has such a value."""
+        """Copies a node into the body, if the body computes it."""
         if node in self.analysis.whole:
             copies[node] = self._of_the_whole(node, self.analysis.kinds[node])
             return
@@ -206,7 +206,7 @@ class _Divider:
         copies[node] = self._edited(node, copy)
 
     def _of_the_whole(self, node: fx.Node, kind: Kind | tuple[Kind, ...]) -> fx.Node:
-        """The input that holds an early value of the whole batch, or of that a microbatch's rows."""
+        """The input that holds an early value of the whole batch, or a microbatch's rows of it."""
         rows = kind if isinstance(kind, Batched) else None
         name = f"{'rows' if rows else 'whole'}_{node.name}"
         return self._input(name, node.meta["val"], Before(name, node.name, rows))
@@ -227,7 +227,7 @@ class _Divider:
                     part.meta["val"] = _part_of(copy.args[position])
                     copy.prepend(part)
                     copy.update_arg(position, part)
-                    self.notes.append(f"added to each microbatch by its share: {origin_of(node)}")
+                    self.notes.append(f"added to each microbatch by its share of the rows: {origin_of(node)}")
                 case Instead(function):
                     copy.target = function
                 case Squeeze(dims):
@@ -261,7 +261,7 @@ class _Divider:
         return new
 
     def _whole_number(self, node: fx.Node, position: int) -> Any:
-        """A number that counts samples, of the whole batch: a constant of its trace, or an input."""
+        """A number that counts samples of the whole batch: a constant of its trace, or an input."""
         argument, twin = node.args[position], self.twins[node].args[position]
         if not isinstance(argument, fx.Node):
             return twin
@@ -286,7 +286,7 @@ class _Divider:
 
 
 def _must_stay(node: fx.Node) -> bool:
-    """Whether a node of the body has an effect: a write past autograd is seen by backwards of what was read before."""
+    """Whether a node of the body has an effect: a write past autograd changes backwards of earlier reads."""
     if node.op in ("placeholder", "output") or has_effect(node):
         return True
     if not origin_of(node).copies:
@@ -295,7 +295,7 @@ def _must_stay(node: fx.Node) -> bool:
 
 
 def _is_write(node: fx.Node) -> bool:
-    """Whether a node writes a buffer by itself, and not as a part of batch norm or of a module kept whole."""
+    """Whether a node writes a buffer itself, not inside batch norm or a module kept whole as a leaf."""
     return bool(origin_of(node).writes) and node.op != "call_module" and node.target not in SILENT_WRITES
 
 

@@ -1,4 +1,4 @@
-"""What a captured model is divided into, and what holds where it is not divided."""
+"""The parts of a divided model, and the form of a model that is not divided."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ SHARE = "share_of_rows"  # the body's input with a microbatch's share of the bat
 
 @dataclass(frozen=True, slots=True)
 class Before:
-    """A value of the whole batch that the body reads as input ``name``: that of a node, or what the node, as targets
-    of a cross entropy, is counted to."""
+    """A value of the whole batch that the body reads as input ``name``.
+
+    It is the value of a node, or the number (or class weight) of valid targets if the node is a cross entropy's target.
+    """
 
     name: str
     node: str
@@ -29,11 +31,11 @@ class Before:
 
     @property
     def nodes(self) -> tuple[str, ...]:
-        """The nodes whose values it is made from."""
+        """The nodes that it is computed from."""
         return (self.node, *(name for name in self.count or () if isinstance(name, str)))
 
     def value(self, values: Mapping[str, Any]) -> Tensor:
-        """The value, from those of the nodes; a number becomes a tensor without dimensions."""
+        """The value, computed from the nodes' values; a number becomes a tensor of shape ()."""
         if self.count is None:
             return torch.as_tensor(values[self.node])
         ignored, weight = self.count
@@ -43,9 +45,9 @@ class Before:
 
 @dataclass(frozen=True)
 class Tail:
-    """What runs once for a batch: nodes of the whole batch's trace, in order.
+    """What runs once per batch: nodes of the whole batch's trace, in order.
 
-    ``joined`` are values of the body, by their names in the trace, under their names in the body.
+    ``joined`` maps the name of a node in the trace to the name of its value in the body.
     """
 
     nodes: tuple[str, ...]
@@ -60,13 +62,13 @@ class Division:
     """A captured model, divided.
 
     Attributes:
-        captured: the trace at a microbatch.
-        whole: the trace that holds for the whole batch; the same where its batch is symbolic.
-        body: the trace that the stages are made of.
-        joins: how the microbatches' values of each of the body's outputs make the whole batch's.
-        places: for each node among the model's outputs its name among the body's or the tail's outputs.
-        reweighted: lines about means over the batch.
-        tried: what was tried out.
+        captured: the trace of a microbatch.
+        whole: the trace of the whole batch; the same trace if its batch is symbolic.
+        body: the trace that is split into stages.
+        joins: the kind of each output of the body, by which the microbatches' values are joined.
+        places: for each output node of the model, its name among the outputs of the body or of the tail.
+        reweighted: notes on means over the batch.
+        tried: places of modules or functions whose samples stayed apart in an experiment.
     """
 
     captured: Captured
@@ -78,18 +80,18 @@ class Division:
     places: Mapping[str, str]
     reweighted: tuple[str, ...] = ()
     tried: tuple[str, ...] = ()
-    at_least: int = 1  # rows of a batch that it holds for
-    at_most: Mapping[Any, int] = field(default_factory=dict)  # sizes (symbols) of what something was tried out on
-    one_part: bool = False  # for a batch that is one microbatch
-    is_divided: bool = True  # microbatches are parts of a batch, not batches of their own
+    at_least: int = 1  # rows; it does not hold for smaller batches
+    at_most: Mapping[Any, int] = field(default_factory=dict)  # sizes (symbols) up to which experiments have run
+    one_part: bool = False  # it holds for batches of one microbatch only
+    is_divided: bool = True  # microbatches are parts of a batch, not independent batches
 
 
 def undivided(captured: Captured, out_dims: Mapping[str, int | None] | None = None, one_part: bool = False) -> Division:
-    """A model whose microbatches are batches of their own: single numbers are means weighed by rows.
+    """A model whose microbatches are independent batches: scalar outputs become means weighted by rows.
 
     Args:
         out_dims: see ``analyse``.
-        one_part: the trace holds for batches of one microbatch alone.
+        one_part: the trace holds for batches of one microbatch only.
     """
     said = {node.name: dim for node, (_, dim) in joined_by_hand(captured, out_dims or {}).items()}
     joins: dict[str, Kind] = {}
@@ -105,7 +107,7 @@ def undivided(captured: Captured, out_dims: Mapping[str, int | None] | None = No
 
 
 def by_shape(output: Output) -> Kind:
-    """How an output is joined where microbatches are batches of their own."""
+    """The kind of an output if microbatches are independent batches."""
     if output.batch_dim is not None:
         return Batched(output.batch_dim)
     if output.is_shared:

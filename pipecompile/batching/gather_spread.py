@@ -1,4 +1,4 @@
-"""Values of the microbatches into the whole batch's, and gradients of the whole batch's into the microbatches'."""
+"""Gathers the microbatches' values into the whole batch's value, and spreads its gradient over the microbatches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipecompile.errors import InputError
 
 
 def gather(kind: Kind, parts: Sequence[Tensor], rows: Rows) -> Tensor:
-    """The whole batch's value.
+    """The whole batch's value, joined from the microbatches' values.
 
     Raises:
         InputError: the parts cannot be joined.
@@ -30,7 +30,7 @@ def gather(kind: Kind, parts: Sequence[Tensor], rows: Rows) -> Tensor:
             return sum(weighed[1:], weighed[0])
     raise InputError(
         f"an output of shape {tuple(parts[0].shape)} has no batch dimension ({getattr(kind, 'why', kind)}), so the "
-        f"results of {len(parts)} microbatches cannot be joined; use microbatches=1, or leave it out of the output"
+        f"results of {len(parts)} microbatches cannot be joined; use microbatches=1, or do not return it"
     )
 
 

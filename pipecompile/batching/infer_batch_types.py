@@ -1,4 +1,4 @@
-"""Types every value of a captured model: how a microbatch's relates to the whole batch's."""
+"""Infers the kind of every value of a captured model: how a microbatch's value relates to the whole batch's."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from pipecompile.ops.operators import function_of, is_opaque
 
 @dataclass(frozen=True)
 class Analysis:
-    """The kinds of a graph's values, and what must be changed for them to hold.
+    """The kinds of a graph's values, and the edits that make them hold.
 
     Attributes:
-        kinds: by node; for a node that gives a tuple, of each item.
-        edits: changes of calls.
-        early: nodes that are computed from inputs alone, so that the whole batch's value is known before the step.
-        whole: early nodes that are no microbatch's own: the whole batch's value takes their place.
-        inside: nodes of modules that were tried out, which no other module reads.
-        tried: where modules (or functions) that no rule covers were tried out.
-        at_most: the sizes (symbols) of the batch that they were tried out on, where any were.
+        kinds: by node; for a node that gives a tuple, the kind of each item.
+        edits: edits of calls, by node.
+        early: nodes that are computed from inputs alone: the whole batch's value is known before the step.
+        whole: early nodes that are replaced by the whole batch's value, or by a microbatch's rows of it.
+        inside: nodes inside modules that passed an experiment as a whole; no other module reads them.
+        tried: places of modules and functions without a rule whose samples stayed apart in an experiment.
+        at_most: the sizes (symbols) of the batch that experiments ran on; empty if there were no experiments.
     """
 
     kinds: Mapping[fx.Node, Kind | tuple[Kind, ...]]
@@ -51,17 +51,17 @@ class Analysis:
 def analyse(
     small: Captured, large: Captured, allowed: Iterable[str] = (), out_dims: Mapping[str, int | None] | None = None
 ) -> Analysis:
-    """Types the values of a trace.
+    """Infers the kinds of a trace's values.
 
     Args:
-        small: the trace at a microbatch's rows.
-        large: a trace with the same nodes at the whole batch's rows; ``small`` itself where its batch is symbolic.
-        allowed: paths of modules that may mix samples: they work on each microbatch by itself.
-        out_dims: for some outputs the dimension along which the microbatches' parts are joined, or None where the
-            first one's stands for all; what leads to such outputs alone may mix samples too.
+        small: the trace of a microbatch.
+        large: the trace of the whole batch, with the same nodes; ``small`` itself if its batch is symbolic.
+        allowed: paths of modules that may mix samples; they see one microbatch at a time.
+        out_dims: by name of an output, the dimension along which the microbatches' values are joined, or None to take
+            the first microbatch's value. Nodes that only such outputs depend on may mix samples too.
 
     Raises:
-        InputError: an output has no such name, or does not grow with the batch along its dimension.
+        InputError: ``out_dims`` names an unknown output, or a dimension that does not grow with the batch.
     """
     return _Analyst(small, large, tuple(allowed), out_dims or {}).run()
 
@@ -108,7 +108,7 @@ class _Analyst:
         if node.op == "get_attr":
             return str(node.target) not in self.parameters and str(node.target) not in self.written
         if _wants_gradient(node):
-            return False  # it comes from an input that wants a gradient, which only the step can hand on
+            return False  # it depends on an input that requires a gradient, which only the step can compute
         return node.op != "call_module" and not has_effect(node) and all(n in self.early for n in node.all_input_nodes)
 
     def _answer(self, node: fx.Node) -> Answer:
@@ -126,21 +126,27 @@ class _Analyst:
         use = Use(node, name, self.kinds, self.scale, self.early)
         try:
             answer = rule(use)
-        except (IndexError, KeyError, AttributeError, TypeError, ValueError):  # a form that the rule does not know
+        except (
+            IndexError,
+            KeyError,
+            AttributeError,
+            TypeError,
+            ValueError,
+        ):  # a form of the call that the rule does not cover
             return self._unruled(node)
         return self._checked(use, answer)
 
     def _checked(self, use: Use, answer: Answer) -> Answer:
-        """An answer that fits the result's sizes at both batches, and numbers that count samples; else it mixes."""
+        """The answer if it fits the result's sizes at both batches, and numbers that count samples; else mixed."""
         kind = answer.kind if isinstance(answer, Edited) else answer
         if kind is None or is_mixed(kind):
             return answer
         handled = isinstance(answer, Edited) and any(isinstance(edit, WholeArgument) for edit in answer.edits)
         if counts_samples(node := use.node, self.scale) and not handled:
-            return use.mixed(f"{name_of(node)} by a number of samples", certain=True)
+            return use.mixed(f"{name_of(node)} with a number that depends on the batch size", certain=True)
         kinds = list(enumerate(kind)) if isinstance(kind, tuple) else [(None, kind)]
         fits = all(self.scale.fits(use.node, item, one) for item, one in kinds)
-        return answer if fits else use.mixed(f"{use.name} of sizes that do not go with the batch")
+        return answer if fits else use.mixed(f"{use.name} with sizes that do not grow with the batch")
 
     def _is_number(self, node: fx.Node) -> bool:
         """Whether a node computes a size."""
@@ -150,11 +156,11 @@ class _Analyst:
         )
 
     def _unruled(self, node: fx.Node) -> Answer:
-        """A function without a rule: alike everywhere if its arguments are, else to be tried out."""
+        """A function without a rule: shared if its arguments are, else left to an experiment."""
         kinds = [self.kinds[n] for n in node.all_input_nodes]
         if all(isinstance(kind, Shared) for kind in kinds) and not self.scale.growing(node):
             if is_opaque(node.target) and _wants_gradient(node) and not self.experiment.adds_up(node):
-                why = f"the backward of {name_of(node)} gives a sum of gradients something else than their sum"
+                why = f"the backward of {name_of(node)} is not linear in the incoming gradients"
                 return Mixed(why, certain=True)
             items = self.scale.shapes(node)
             return SHARED if self.scale.shape(node) is not None else (SHARED,) * len(items)
@@ -167,7 +173,7 @@ class _Analyst:
             self.kinds[node] = SHARED
             return
         if node in self.early and isinstance(kind, Mixed) and isinstance(own := self.samples.by_growth(node), Batched):
-            self.whole.add(node)  # numbers of samples: each microbatch has its rows of the whole batch's
+            self.whole.add(node)  # it counts samples: each microbatch gets its rows of the whole batch's value
             self.kinds[node] = own
             return
         if isinstance(kind, Partial) and self._may_mix(node):
@@ -184,21 +190,22 @@ class _Analyst:
         self.kinds[node] = kind
 
     def _is_of_the_whole(self, node: fx.Node, answer: Answer, kind: Kind | tuple[Kind, ...] | None) -> bool:
-        """Whether an early value is no microbatch's own, and of a shape that the batch's size does not change."""
+        """Whether only the whole batch gives an early value, whose shape does not depend on the batch size."""
         if not (isinstance(answer, Edited) or isinstance(kind, Partial | Mixed)) or isinstance(kind, Batched):
             return False
         return not self.scale.growing(node) and self.scale.shape(node) is not None
 
     def _joined(self, node: fx.Node, name: str, dim: int | None) -> Kind:
-        """The kind that an output has by the user's word."""
+        """The kind that ``out_dims`` gives an output."""
         shape = self.scale.shape(node) or ()
         grows = self.scale.growing(node)
         at = None if dim is None else dim % len(shape)
         kind = SHARED if at is None else Batched(at, 1, shape[at] // self.scale.rows)
         if not self.scale.fits(node, None, kind):
             raise InputError(
-                f"out_dims= says {dim} for output {name!r} of shape {shape} (for {self.scale.rows} rows), whose "
-                f"dimensions that grow with the batch are {list(grows)}"
+                f"out_dims= gives {dim} for output {name!r}, but the dimensions of its shape {shape} (at "
+                f"{self.scale.rows} rows) that grow with the batch are {list(grows)}; give one whose size is a "
+                f"multiple of the rows, or None if the shape does not grow"
             )
         return kind
 
@@ -209,7 +216,7 @@ class _Analyst:
         return any(path == name or path.startswith(f"{name}.") for name in self.allowed)
 
     def _allowed(self, node: fx.Node) -> bool:
-        """Whether a module may mix samples by name; what it gives is then a microbatch's own."""
+        """Whether a node may mix samples by the user's options; its value is then each microbatch's own."""
         if not self._may_mix(node):
             return False
         kind = self.samples.by_growth(node)
@@ -217,7 +224,7 @@ class _Analyst:
         return True
 
     def _try_out(self, node: fx.Node, by_itself: bool = True) -> bool:
-        """Finds the smallest module around a node, or the node itself, that keeps samples apart as a whole."""
+        """Finds the node itself, or the smallest module around it, that keeps samples apart as a whole."""
         for region in islice(regions(node, self.small.graph), 0 if by_itself else 1, None):
             if len(region) > LARGEST_REGION or any(n in self.kinds and is_mixed(self.kinds[n]) for n in region):
                 return False
@@ -236,25 +243,30 @@ class _Analyst:
 
 
 def _own(kind: Kind) -> Kind:
-    """What a module that may mix samples gives without a batch: each microbatch goes on with its own."""
+    """The kind of a value of a module that may mix samples: without a batch, each microbatch uses its own."""
     return SHARED if isinstance(kind, Mixed) else kind
 
 
 def joined_by_hand(captured: Captured, out_dims: Mapping[str, int | None]) -> dict[fx.Node, tuple[str, int | None]]:
-    """The outputs whose joining the user has said, with their names.
+    """The outputs in ``out_dims``, with their names and dimensions.
 
     Raises:
-        InputError: there is no output of a name, or it has no such dimension.
+        InputError: the model has no output of a name, or the output does not have the dimension.
     """
     names = {output.name: output.node for output in captured.outputs if output.node is not None}
     for name in out_dims:
         if name not in names:
-            raise InputError(f"out_dims= names {name!r}, which is no output of the model; it has {', '.join(names)}")
+            raise InputError(
+                f"out_dims= names {name!r}, which is not an output of the model; its outputs are {', '.join(names)}"
+            )
     nodes = {n.name: n for n in _outputs(captured.graph)}
     for name, dim in out_dims.items():
         shape = tuple(nodes[names[name]].meta["val"].shape)
         if dim is not None and not -len(shape) <= dim < len(shape):
-            raise InputError(f"out_dims= says {dim} for output {name!r}, which has {len(shape)} dimensions")
+            raise InputError(
+                f"out_dims= gives {dim} for output {name!r}, which has {len(shape)} dimensions; give one of "
+                f"them, or None"
+            )
     return {nodes[names[name]]: (name, dim) for name, dim in out_dims.items()}
 
 
@@ -268,7 +280,7 @@ def _wants_gradient(node: fx.Node) -> bool:
     return any(isinstance(item, Tensor) and item.requires_grad for item in items)
 
 
-LARGEST_REGION = 600  # nodes; a larger module is not tried out
+LARGEST_REGION = 600  # nodes; larger modules are not run by experiments
 
 
 def regions(node: fx.Node, graph: fx.Graph) -> Iterator[list[fx.Node]]:
@@ -290,5 +302,5 @@ def regions(node: fx.Node, graph: fx.Graph) -> Iterator[list[fx.Node]]:
 def _within(node: fx.Node, path: str) -> bool:
     origin = origin_of(node)
     if not origin.path and not origin.source:
-        return True  # the tracer's own
+        return True  # added by the tracer
     return origin.path == path or origin.path.startswith(f"{path}.")

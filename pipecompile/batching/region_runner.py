@@ -1,4 +1,4 @@
-"""A trace with inputs of some rows, on which a part of it is run by itself."""
+"""Runs parts of a trace by themselves, on inputs with a given number of rows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipecompile.ops.torch_internals import _DropoutNd, pytree
 
 
 class Bench:
-    """Runs parts of a trace on so many rows of the sample, which is repeated where it has fewer."""
+    """Runs parts of a trace on ``rows`` rows of the sample, which is repeated if it has fewer."""
 
     def __init__(self, captured: Captured, rows: int) -> None:
         self.captured = captured
@@ -33,23 +33,23 @@ class Bench:
         self.evaluator = self._evaluator()
 
     def value(self, node: fx.Node) -> Any:
-        """The value of a node for the sample."""
+        """The value of a node on the sample."""
         return self.evaluator.value(node)
 
     def run(self, outputs: Sequence[fx.Node], values: Mapping[fx.Node, Any], seed: int = 0) -> dict[fx.Node, Any]:
-        """The values of nodes, from those of others; random numbers are drawn from the seed.
+        """Computes nodes from the given values of other nodes, with random numbers drawn from ``seed``.
 
-        Without dropout, which drops entries of each sample whatever the others are, and would hide what else happens.
+        Dropout is off: it drops entries of each sample independently of the others, and would hide other effects.
         """
         return self._run(self._evaluator(), outputs, values, seed)
 
     def gradients(
         self, outputs: Sequence[fx.Node], values: Mapping[fx.Node, Any], incoming: Callable[[int, Tensor], Tensor]
     ) -> dict[fx.Node, Tensor]:
-        """The gradients of the values that get one, from those that come into the outputs.
+        """The gradients of ``values``, from gradients of the outputs; values without a gradient are left out.
 
         Args:
-            incoming: gives the gradient of an output, by its position among the outputs' tensors, and its value.
+            incoming: gives the gradient of an output from its position among the outputs' tensors and its value.
         """
         wanted = {n: v.detach().clone().requires_grad_() for n, v in values.items() if _is_float(v)}
         found = self._run(self._evaluator(True), outputs, {**values, **wanted}, 0)
@@ -76,14 +76,14 @@ class Bench:
 
     def _evaluator(self, gradients: bool = False) -> Evaluator:
         tensors = self.captured.tensors
-        if gradients:  # a backward of the user's may add to the gradients of weights: to those of copies
+        if gradients:  # a user's backward may add to gradients of weights, so it gets copies
             tensors = {name: _copy(tensor) for name, tensor in tensors.items()}
         leaf = partial(_undropping, self.captured, tensors)
         return Evaluator(self.inputs, tensors.__getitem__, leaf, call=undropped, gradients=gradients)
 
 
 def _undropping(captured: Captured, tensors: Mapping[str, Tensor], target: str) -> Leaf:
-    """A module that is kept whole, with the dropout modules inside its copy in evaluation."""
+    """A module kept whole as a leaf, with the dropout modules inside its copy in eval mode."""
     leaf = captured.leaf(target, tensors)
     for module in leaf.__dict__["inner"].modules():
         if isinstance(module, _DropoutNd):

@@ -1,7 +1,7 @@
-"""A batch into microbatches.
+"""Divides a batch into microbatches.
 
-Batched tensors are cut along their first dimension into parts as equal as possible; all other arguments go to every
-microbatch as they are, and so do values of the whole batch. Each part is told its share of the rows.
+Batched tensors are divided along their first dimension into parts as equal as possible. All other arguments, and values
+of the whole batch, go to every microbatch unchanged. Each microbatch also gets its share of the rows.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from pipecompile.capture import Call
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """The rows of each microbatch; they add up to the batch."""
+    """The number of rows of each microbatch; they add up to the batch."""
 
     counts: tuple[int, ...]
 
     @staticmethod
     def of(batch: int | None, microbatches: int) -> Rows:
-        """As equal as possible, larger ones first; fewer microbatches if there are fewer rows."""
+        """Rows as equal as possible, larger microbatches first; no more microbatches than rows."""
         if batch is None:
             return Rows((1,))
         parts = min(batch, microbatches)
@@ -36,7 +36,7 @@ class Rows:
         return tuple(count / sum(self.counts) for count in self.counts)
 
     def equal(self) -> Rows:
-        """As many microbatches as there can be, no more than these, all of one size."""
+        """The most microbatches of equal size, at most as many as these."""
         batch = sum(self.counts)
         parts = next(parts for parts in range(len(self), 0, -1) if batch % parts == 0)
         return Rows((batch // parts,) * parts)
@@ -48,7 +48,7 @@ class Rows:
 def scatter(
     call: Call, rows: Rows, whole: Mapping[str, Tensor] | None = None, before: Sequence[Before] = ()
 ) -> list[dict[str, Tensor]]:
-    """The input tensors of each microbatch, contiguous, and the values of the whole batch that it reads."""
+    """The contiguous input tensors of each microbatch, and the values of the whole batch that it reads."""
     parts: list[dict[str, Tensor]] = [dict(whole or {}) for _ in rows.counts]
     for each in before:
         if each.rows is not None and whole is not None:

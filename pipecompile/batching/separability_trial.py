@@ -1,12 +1,12 @@
-"""Tries out what no rule covers: does each sample's result depend on that sample alone?
+"""Experiments on what no rule covers: does each sample's result depend on that sample alone?
 
-A module (a mixture of experts sorts the tokens of all samples and puts them back), or a function without a rule, is run
-on random samples, then with all samples but one replaced. If that one's results stay, for the first sample and for the
-last, with copies of it and with strangers around it, and as samples change places, the module keeps samples apart.
-What asks about data (``if x.abs().max() > 2: break``) is tried with small samples among large ones too, and with large
-among none: somewhere the answer is another, and nobody else's result may be.
-And a whole batch's results must be its parts' side by side: what deals out a number of places (the capacity of an
-expert) may keep the few samples of a part apart, and not the many of a batch.
+A module or a function without a rule runs on random samples, then with all samples but one replaced. (A mixture of
+experts, for example, sorts the tokens of all samples and puts them back.) It keeps samples apart if the result of that
+one sample stays the same: for the first and the last sample, among copies of it and among random samples, and after
+samples change places. Code that branches on data (``if x.abs().max() > 2: break``) also runs on small samples among
+large ones, and on samples among zeros, so that a branch taken for other samples shows.
+The results of a whole batch must also be those of its parts, concatenated: an expert of limited capacity may keep the
+few samples of a part apart, but not the many samples of a batch.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from pipecompile.batching.trial_samples import Samples, same_rows
 from pipecompile.capture.origin import origin_of
 from pipecompile.ops.torch_internals import pytree
 
-STRANGERS = 3  # times that the other rows are drawn
-SMALL = 0.01  # of a sample, in parts that ask about data
-AROUND = (0.0, 1.0, 100.0)  # of the samples around it there
+STRANGERS = 3  # number of draws of the other rows
+SMALL = 0.01  # size of a sample, for code that branches on data
+AROUND = (0.0, 1.0, 100.0)  # sizes of the samples around it
 
 
 class Experiment:
-    """Experiments on a trace at a microbatch's rows, and on its twin at the whole batch's."""
+    """Experiments on the trace of a microbatch and on its twin, the trace of the whole batch."""
 
     def __init__(self, samples: Samples) -> None:
         self.samples = samples
 
     def kinds_of(self, region: Sequence[fx.Node]) -> dict[fx.Node, Kind | tuple[Kind, ...]] | None:
-        """The kinds of what a region gives to the rest of the graph; None if it mixes samples, or cannot be tried."""
+        """The kinds of a region's outputs; None if the region mixes samples, or cannot be run by itself."""
         members = set(region)
         sources = [n for node in region for n in node.all_input_nodes if n not in members]
         outputs = [n for n in region if any(user not in members for user in n.users)]
@@ -54,7 +54,7 @@ class Experiment:
         if any(origin_of(n).writes and n.op != "call_module" for n in region):
             return None
         if any(counts_samples(n, self.samples.scale) for n in region if not _is_size(n)):
-            return None  # at the rows of the experiment nobody would see it
+            return None  # an experiment at one size cannot show it
         try:
             apart = all(self._apart(sources, outputs, answers, row) for row in (0, self.samples.rows - 1))
             if any(self._asks(node) for node in region):
@@ -67,7 +67,7 @@ class Experiment:
         return answers if apart else None
 
     def adds_up(self, node: fx.Node) -> bool:
-        """Whether a function of what is alike everywhere hands on gradients that add up over microbatches."""
+        """Whether a function of shared values has gradients that add up over microbatches."""
         if any(t.is_meta for t in self.samples.captured.tensors.values()):
             return True  # nothing will run
         try:
@@ -76,7 +76,7 @@ class Experiment:
             return False
 
     def _asks(self, node: fx.Node) -> bool:
-        """Whether what a node stands for had to be run for real: its Python may ask what values are."""
+        """Whether a node runs an opaque call on real tensors, whose Python may branch on values."""
         call = self.samples.captured.leaf_call(node)
         return call is not None and call.shapes is not None
 
@@ -89,7 +89,7 @@ class Experiment:
         size: float = 1.0,
         sizes: Sequence[float] = (1.0,) * STRANGERS,
     ) -> bool:
-        """Whether a row's results stay when the other rows change, to samples of some sizes."""
+        """Whether a row's results stay the same when the other rows change to samples of the given sizes."""
         generator = torch.Generator().manual_seed(row)
         start = {n: self.samples.draw(n, generator, size) for n in dict.fromkeys(sources)}
         expected = self.samples.bench.run(outputs, start)
@@ -104,7 +104,7 @@ class Experiment:
             for n in outputs
             for pair in _pairs(expected[n], self.samples.bench.run([n], start, 1)[n])
         ):
-            return True  # it draws random numbers, by place
+            return True  # it draws random numbers by position
         moved = self.samples.bench.run(outputs, {n: self.samples.moved(n, value) for n, value in start.items()})
         to = (row + 1) % self.samples.rows
         return all(same_rows(expected[n], moved[n], answers[n], row, to, self.samples.rows) for n in outputs)
@@ -115,7 +115,7 @@ class Experiment:
         outputs: Sequence[fx.Node],
         answers: Mapping[fx.Node, Kind | tuple[Kind, ...]],
     ) -> bool:
-        """Whether the first and the last part of a whole batch give what the batch gives there."""
+        """Whether the first and the last part of a whole batch give the batch's results for their rows."""
         twin, rows, most = self.samples.scale.twin, self.samples.rows, self.samples.whole.rows
         generator = torch.Generator().manual_seed(most)
         start = {n: self.samples.of_the_whole(n, generator) for n in dict.fromkeys(sources)}
@@ -123,7 +123,7 @@ class Experiment:
         twins = [twin[n] for n in outputs]
         expected, again = self.samples.whole.run(twins, large), self.samples.whole.run(twins, large, 1)
         if not all(torch.equal(*pair) for n in twins for pair in _pairs(expected[n], again[n])):
-            return True  # it draws random numbers, by place
+            return True  # it draws random numbers by position
         for first in (0, most - rows):
             found = self.samples.bench.run(
                 outputs, {n: self.samples.part(n, value, first) for n, value in start.items()}

@@ -1,4 +1,4 @@
-"""Values for what is tried out: random samples of a microbatch and of a whole batch, and what is changed about them."""
+"""Inputs of experiments: random samples of a microbatch and of a whole batch, and changed copies of them."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from pipecompile.batching.rules.size_pair import UNKNOWN, Scale
 from pipecompile.capture import Captured
 from pipecompile.ops.torch_internals import DisableTorchFunction, _disable_current_modes, pytree
 
-TOLERANCE = 1e3  # roundings of the result's largest entry that another order of additions may leave
-LEAST = 1e-6  # what counts as the largest entry of next to nothing
-MOST = 0.05  # of the largest entry, where that many roundings are more: in half precision
+TOLERANCE = 1e3  # units of rounding of the largest entry, allowed for another order of additions
+LEAST = 1e-6  # the least magnitude that rounding is measured by
+MOST = 0.05  # of the largest entry: an upper bound on the tolerance, for half precision
 
 
 class Samples:
-    """Values of a trace at a microbatch's rows, and of its twin at the whole batch's.
+    """Values of the trace of a microbatch, and of its twin, the trace of the whole batch.
 
     Attributes:
-        bench, rows: what runs parts of the trace, and on how many rows.
-        whole: what runs parts of the twin.
+        bench, rows: runs parts of the trace, on this number of rows.
+        whole: runs parts of the twin.
     """
 
     def __init__(
@@ -39,12 +39,12 @@ class Samples:
         self.whole = Bench(large, scale.whole)
 
     def by_growth(self, node: fx.Node) -> Kind | tuple[Kind, ...]:
-        """The kind of a result by its shape alone."""
+        """The kind of a result, from its shapes at two batch sizes."""
         items = [self._by_growth(node, i) for i in self._items(node)]
         return tuple(items) if items else self._by_growth(node, None)
 
     def of_the_whole(self, node: fx.Node, generator: torch.Generator) -> Any:
-        """A value of the whole batch for an input of a region, as ``draw`` gives one of a part."""
+        """A whole batch's value of an input of a region, drawn as by ``draw``."""
         twin = self.scale.twin[node]
         value = twin.meta.get("val")
         if isinstance(value, Tensor) and self._is_drawn(node, value):
@@ -54,7 +54,7 @@ class Samples:
         return self.whole.value(twin)
 
     def part(self, node: fx.Node, value: Any, first: int) -> Any:
-        """What a part of a whole batch has of one of its values: its rows, or what is alike, or its own sizes."""
+        """A part's share of a whole batch's value: its rows of a tensor, a shared tensor, or its own size."""
         kind = self.kinds.get(node, SHARED)
         if not isinstance(value, Tensor):
             return self.bench.value(node)
@@ -64,11 +64,11 @@ class Samples:
         return part.reshape(*value.shape[: kind.dim], -1, *value.shape[kind.dim + 1 :])
 
     def _is_drawn(self, node: fx.Node, value: Tensor) -> bool:
-        """Whether a value is an activation, for which any numbers will do."""
+        """Whether a value is an activation, which may be any number."""
         return value.is_floating_point() and isinstance(self.kinds.get(node, SHARED), Batched)
 
     def draw(self, node: fx.Node, generator: torch.Generator, size: float = 1.0) -> Any:
-        """A value for an input of a region: random numbers for activations, so large, the true value for all else."""
+        """An input of a region: random numbers of standard deviation ``size`` for activations, else the true value."""
         value = node.meta.get("val")
         if isinstance(value, Tensor) and self._is_drawn(node, value):
             shape = self.scale.sizes(value, False)
@@ -79,12 +79,12 @@ class Samples:
         return self.bench.value(node)
 
     def around(self, node: fx.Node, value: Any, row: int, generator: torch.Generator | None, size: float = 1.0) -> Any:
-        """A value with all rows but one changed: to copies of that one, or to random or other samples."""
+        """A copy of a value with all rows but one replaced; see the function ``around``."""
         kind = self.kinds.get(node, SHARED)
         return value if isinstance(kind, tuple) else around(value, kind, row, self.rows, generator, size)
 
     def moved(self, node: fx.Node, value: Any) -> Any:
-        """A value with each row in the next one's place: a sample's result must not depend on where it stands."""
+        """A value with its rows rotated by one: a sample's result must not depend on its position."""
         kind = self.kinds.get(node, SHARED)
         if not isinstance(kind, Batched) or not isinstance(value, Tensor):
             return value
@@ -98,7 +98,7 @@ class Samples:
             return Mixed(f"{node.name} has no batch dimension") if isinstance(value, Tensor) else SHARED
         shape = self.scale.shapes(node)[item or 0]
         if len(growing) > 1 or shape is None or shape[growing[0]] % self.scale.rows:
-            return Mixed(f"{node.name} has samples in several dimensions")
+            return Mixed(f"{node.name} has the batch in several dimensions")
         return Batched(growing[0], 1, shape[growing[0]] // self.scale.rows)
 
     def _items(self, node: fx.Node) -> range:
@@ -107,15 +107,16 @@ class Samples:
 
 
 def by_rows(value: Tensor, kind: Batched, rows: int) -> Tensor:
-    """A tensor with its batch dimension taken apart into outer, rows, inner."""
+    """A tensor with its batch dimension unflattened into (outer, rows, inner)."""
     shape = value.shape
     return value.reshape(*shape[: kind.dim], kind.outer, rows, kind.inner, *shape[kind.dim + 1 :])
 
 
 def around(value: Any, kind: Kind, row: int, rows: int, generator: torch.Generator | None, size: float = 1.0) -> Any:
-    """A value with all rows but one changed: to copies of that one, or to random or other samples.
+    """A copy of a value with all rows but one replaced.
 
     Args:
+        generator: draws random rows for floats, and other rows of the value for integers; None: copies of the one row.
         size: the standard deviation of random numbers.
     """
     if not isinstance(kind, Batched) or not isinstance(value, Tensor):
@@ -145,7 +146,7 @@ def same_rows(
     others: int | None = None,
     least: float = LEAST,
 ) -> bool:
-    """Whether a row of one result equals another row of another, which may have another number of rows."""
+    """Whether row ``row`` of one result equals row ``other`` of another, which may have ``others`` rows."""
     if isinstance(kind, tuple):
         pairs = zip(pytree.tree_leaves(expected), pytree.tree_leaves(seen), kind, strict=True)
         return all(same_rows(a, b, k, row, other, rows, others, least) for a, b, k in pairs)
@@ -158,7 +159,7 @@ def same_rows(
 
 
 def same_entries(a: Tensor, b: Tensor, least: float = LEAST) -> bool:
-    """Whether two tensors are equal, but for roundings of the largest entry, or of ``least`` if that is more."""
+    """Whether two tensors are equal up to rounding of their largest entry, or of ``least`` if that is larger."""
     if not a.is_floating_point():
         return bool((a == b).all())
     scale = max(float(a.abs().max()), least) if a.numel() else 1.0

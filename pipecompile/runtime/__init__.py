@@ -1,4 +1,4 @@
-"""Runs the stages of a split model: programs, weights, transfers, gradients."""
+"""Runs the stages of a split model: executes programs, keeps weights, moves values and gradients."""
 
 from pipecompile.runtime.ambient import Ambient
 from pipecompile.runtime.executor import Executor

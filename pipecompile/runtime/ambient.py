@@ -1,4 +1,4 @@
-"""The modes of the calling thread, which a pipeline's own threads must run in too."""
+"""The modes of the calling thread, which the ranks' threads must enter too."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipecompile.ops.randomness import drawing_alike, is_alike
 
 @dataclass(frozen=True, slots=True)
 class Ambient:
-    """Gradient, inference and autocast modes, which torch keeps for each thread, and whether random draws are alike."""
+    """Gradient, inference and autocast modes, which torch keeps per thread, and whether random draws are alike."""
 
     grad: bool
     inference: bool
@@ -37,6 +37,7 @@ class Ambient:
 
     @contextmanager
     def entered(self) -> Iterator[None]:
+        """Enters the modes in the current thread."""
         with ExitStack() as stack:
             stack.enter_context(drawing_alike(self.alike))
             if self.inference:

@@ -1,7 +1,7 @@
-"""One capture of a model, placed and ready to run.
+"""One capture of a model, split into stages on devices.
 
-A model has several captures (training and evaluation, another tree of arguments, sizes that break a guard). They share
-one placement; ``compile_call`` makes them.
+A model has several captures (for training and evaluation, for other argument trees, for sizes that break a guard). They
+share one placement; ``compile_call`` makes them.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ from pipecompile.schedule.simulator import simulate
 
 @dataclass(frozen=True)
 class Compiled:
-    """A captured model cut into stages.
+    """A captured model split into stages.
 
-    The stages are made of the division's body; ``before`` and ``tail`` see the batch whole. ``costed`` is that of the
-    capture that was partitioned; other captures borrow its costs for their simulations.
+    The stages run the division's body; ``before`` and ``tail`` run on the whole batch. ``costed`` is the graph of the
+    capture that was partitioned; other captures use its costs in simulations.
     """
 
     division: Division
@@ -55,7 +55,7 @@ class Compiled:
     reference: Plan  # the plan that ``costed`` belongs to
     cluster: Cluster
     work: Workload
-    candidates: tuple[Candidate, ...]  # where replicas were looked for, the best first
+    candidates: tuple[Candidate, ...]  # if replicas were searched, best first
     stages: tuple[Stage, ...]
     before: Piece | None
     tail: Piece | None
@@ -63,34 +63,35 @@ class Compiled:
 
     @property
     def captured(self) -> Captured:
-        """The trace of the model, whole, at the size of a microbatch."""
+        """The trace of the whole model on one microbatch."""
         return self.division.captured
 
     def cuts(self, rows: Rows) -> tuple[Rows, ...]:
-        """The ways to cut a batch that the capture may hold for: as asked, or into equal parts, or not at all."""
+        """The ways to divide a batch that the capture may hold for: as given, into equal parts, or not at all."""
         return (rows.of(sum(rows.counts), 1),) if self.division.one_part else (rows, rows.equal())
 
     def broken(self, call: Call, rows: Rows, state: int = -1) -> str:
-        """Why the capture does not hold for a call, cut into microbatches; empty if it does.
+        """Why the capture does not hold for a call, divided into microbatches; empty if it does.
 
-        ``state`` numbers the states of the model's modules; without one what the trace has read is looked at closely.
+        If one trace serves both the microbatches and the whole batch, its guards are checked on the whole batch, and
+        the microbatches only have to fit the trace.
 
-        Where one trace is the microbatches' and the whole batch's, the whole batch decides what the model's Python
-        asks; the microbatches need only fit the trace.
+        Args:
+            state: the number of the modules' present state; by default, everything that the trace read is compared.
         """
         division, whole = self.division, call.tensors
         for attributes in {id(c.attributes): c.attributes for c in (self.captured, division.whole)}.values():
             if changed := attributes.changed(state):
                 return changed
         if division.one_part and len(rows) > 1:
-            return "it holds for a batch of one microbatch"
+            return "the capture holds for batches of one microbatch only"
         if sum(rows.counts) < division.at_least:
-            return f"it holds for batches of {division.at_least} rows and more"
+            return f"the capture holds for batches of at least {division.at_least} rows"
         sizes = division.whole.size_values(whole)
         for size, most in division.at_most.items():
             if sizes.get(size, 0) > most:
                 name, dim = division.whole.sizes[size]
-                return f"that samples stay apart was tried out up to a size of {most} of dimension {dim} of {name!r}"
+                return f"samples were tried out up to size {most} in dimension {dim} of {name!r}"
         parts = call.split(rows.counts) if call.batch else [whole]
         if division.is_divided and division.whole is division.captured:
             return division.whole.broken_guard([whole], whole) or misfit(division.captured, parts, whole)
@@ -109,7 +110,7 @@ class Compiled:
         return {each.name: each.value(named) for each in self.division.before}
 
     def run_tail(self, joined: Mapping[str, Tensor], call: Call) -> dict[str, Tensor]:
-        """What the whole batch gives, from the joined values of the microbatches; writes the model's buffers."""
+        """The tail's outputs, from the joined values of the microbatches. Writes the model's buffers."""
         tail, piece = self.division.tail, self.tail
         if tail is None or piece is None:
             return {}
@@ -122,23 +123,23 @@ class Compiled:
 
     @cached_property
     def is_random(self) -> bool:
-        """Whether the model draws random numbers, as for dropout."""
+        """Whether the model draws random numbers, as dropout does."""
         return any(map(is_random, self.captured.graph.nodes))
 
     @cached_property
     def runs_python(self) -> bool:
-        """Whether a step runs code of the user's (parts kept whole, custom functions), which may do anything."""
+        """Whether a step runs the user's Python (leaf modules and functions, custom functions), with any effects."""
         return any(map(_is_the_users, self.captured.graph.nodes))
 
     @cached_property
     def in_float16(self) -> bool:
-        """Whether the model itself computes with float16, whose gradients take only some scales."""
+        """Whether the model itself computes in float16, whose gradients overflow or underflow at some scales."""
         values = pytree.tree_leaves([node.meta.get("val") for node in self.captured.graph.nodes])
         return any(isinstance(value, Tensor) and value.dtype == torch.float16 for value in values)
 
     @cached_property
     def has_own_backward(self) -> bool:
-        """Whether a custom function, an operator or a hook may make of a gradient twice as large another than twice."""
+        """Whether the backward may be nonlinear in its gradient: a custom function, an operator, or a hook."""
         targets = [node.target for node in self.captured.graph.nodes if node.op == "call_function"]
         own = [target for target in targets if getattr(target, "__module__", "") == "pipecompile.ops.functional"]
         hooks = [target for target in own if getattr(target, "__name__", "") == "with_hook"]
@@ -146,7 +147,7 @@ class Compiled:
 
     @cached_property
     def reached(self) -> tuple[Tensor, ...]:
-        """The parameters that a gradient may arrive at, from some output."""
+        """The parameters that get a gradient from some output."""
         tensors = self.captured.tensors
         tail = () if self.tail is None else tuple(self.tail.module.parameters())
         return (*(tensors[name] for name in self.graph.reached), *tail)
@@ -160,7 +161,7 @@ class Compiled:
 
     @cached_property
     def read(self) -> Mapping[str, Tensor]:
-        """The parameters, and the buffers that no call writes, by their names in messages."""
+        """The parameters, and the buffers that calls do not write, by their names in messages."""
         written = set(map(id, self.written))
         modules = [*(stage.module for stage in self.stages), *(p.module for p in (self.before, self.tail) if p)]
         found = {f"parameter {name!r}": t for module in modules for name, t in module.named_parameters()}
@@ -168,7 +169,7 @@ class Compiled:
         return {name: t for name, t in {**found, **buffers}.items() if id(t) not in written}
 
     def program(self, schedule: Callable[[Plan], Program], key: Any) -> Program:
-        """The lowered program of a schedule, made once for each key."""
+        """The lowered program of a schedule, cached by ``key``."""
         if key not in self.programs:
             self.programs[key] = self.lowered(schedule(self.plan))
         return self.programs[key]
@@ -178,26 +179,26 @@ class Compiled:
         return lower(bare, self.predict(bare))
 
     def predict(self, program: Program) -> Timeline:
-        """What a program will take, by the profile."""
+        """The simulated timeline of a program, from the profile."""
         return simulate(program, stage_costs(self.costed, self.reference), self.cluster)
 
     @cached_property
     def memory(self) -> Memory:
-        """What each stage and rank of the capture that was partitioned holds at its fullest in training."""
+        """The peak memory in training of each stage and rank of the capture that was partitioned."""
         buffers = [sum(b.nbytes for b in stage.module.buffers()) for stage in self.stages]
         return self.work.memory(self.costed, self.reference, self.cluster, buffers)
 
     def times(self, timeline: Timeline) -> tuple[Times, ...]:
-        """What each stage took in a measured step beside the prediction; none where that cannot be told.
+        """Predicted and measured seconds of each stage in a step; empty if stages run on CUDA.
 
-        On CUDA a stage's operations run behind the clock that the timeline is measured by.
+        On CUDA, operations run asynchronously to the clock of the timeline.
         """
         if any(stage.device.type == "cuda" for stage in self.stages):
             return ()
         return stage_times(stage_costs(self.costed, self.reference), timeline)
 
     def tensors(self, stage: int) -> dict[str, Tensor]:
-        """What a stage reads: parameters, and buffers that live on another device, by the model's first names."""
+        """The parameters of a stage, and its buffers on other devices, by their first names in the model."""
         read = dict(named_tensors(self.stages[stage].module))
         return {first: read[name] for name, first in self.stages[stage].names.items()}
 
@@ -213,12 +214,12 @@ def _near(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def misfit(captured: Captured, parts: Sequence[Mapping[str, Tensor]], whole: Mapping[str, Tensor]) -> str:
-    """Why a trace of the whole batch cannot run its parts; empty if it can."""
+    """Why a trace of the whole batch cannot run its microbatches; empty if it can."""
     return next(filter(None, map(captured.misfit, parts)), "") or captured.misread(parts, whole)
 
 
 def could_be_losses(captured: Captured) -> list[str]:
-    """The outputs that are single numbers which want a gradient."""
+    """The names of the scalar outputs that require a gradient."""
     tensors = [output for output in captured.outputs if output.node is not None]
     return [o.name or str(i) for i, o in enumerate(tensors) if o.is_scalar and o.requires_grad]
 
@@ -226,11 +227,11 @@ def could_be_losses(captured: Captured) -> list[str]:
 def find_loss(captured: Captured, name: str | None) -> int | None:
     """The position of the loss among the outputs' tensors; None if the caller computes it.
 
-    It is the output called ``name``, or "loss", or the only single number that wants a gradient. Where there are
-    several, the caller may do with them what it likes, so that their gradients are waited for.
+    The loss is the output called ``name``, else "loss", else the only scalar output that requires a gradient. With
+    several such outputs the caller combines them, so backwards wait for their gradients.
 
     Raises:
-        InputError: ``name`` is no output, or no loss.
+        InputError: ``name`` is not a scalar output that requires a gradient.
     """
     tensors = [output for output in captured.outputs if output.node is not None]
     losses = [i for i, output in enumerate(tensors) if output.is_scalar and output.requires_grad]
@@ -240,5 +241,5 @@ def find_loss(captured: Captured, name: str | None) -> int | None:
         return named[0]
     if name is not None:
         names = ", ".join(output.name for output in tensors)
-        raise InputError(f"loss={name!r} is no output with a single number that wants a gradient; outputs are {names}")
+        raise InputError(f"loss={name!r} must be a scalar output that requires a gradient; the outputs are {names}")
     return losses[0] if len(losses) == 1 else None

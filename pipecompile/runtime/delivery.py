@@ -1,13 +1,13 @@
-"""Where a pipeline meets autograd: gradients that a program has computed, or will compute, as the backward of one call.
+"""Connects a pipeline to autograd: one backward returns the gradients that a program has computed or will compute.
 
-``Delivered``: the program has run forward and backward; ``loss.backward()`` hands the gradients on, times the gradient
-that comes in (so that ``loss / n`` and accumulation work as ever). float16 has no room for gradients of just any scale,
-and what was lost in it no factor brings back: there the program is run again if it began from another scale.
+``Delivered``: the program has run its forwards and backwards; ``loss.backward()`` returns the gradients, multiplied by
+the incoming gradient (so that ``loss / n`` and accumulation work as usual). In float16, gradients overflow or underflow
+at some scales, which no later factor can repair: the call is rerun if the incoming gradient has another scale.
 
-``Deferred``: the forwards have run; the gradients that come in start the backwards.
+``Deferred``: only the forwards have run; incoming gradients start the backwards.
 
-Both keep to autograd's rules. ``retain_graph=True`` allows a second backward; without it ``ctx.saved_tensors`` raises
-torch's own error. Leaves that are given get a gradient as a rule, since torch calls hooks on the others too, with None.
+Both follow autograd's rules. ``retain_graph=True`` allows a second backward; without it, ``ctx.saved_tensors`` raises
+torch's own error. Only leaves that can get a gradient are passed, since torch calls the hooks of the others with None.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ Gradients = Sequence[Tensor | None]
 
 
 class Delivered(torch.autograd.Function):
-    """``apply(gradients, rescaled, scale, loss, *leaves)``: the loss, whose backward hands on a gradient for each leaf.
+    """``apply(gradients, rescaled, scale, loss, *leaves)``: the loss, whose backward returns a gradient for each leaf.
 
-    ``rescaled``, where given, computes them anew from another ``scale`` of the gradient into the loss than they were
-    computed from; without it that was 1, and they are multiplied.
+    ``gradients`` were computed from a gradient ``scale`` of the loss. If the incoming gradient differs, ``rescaled``
+    recomputes them from it; without ``rescaled``, ``scale`` is 1 and they are multiplied by the incoming gradient.
     """
 
     @staticmethod
@@ -50,13 +50,15 @@ class Delivered(torch.autograd.Function):
         if ctx.rescaled is not None:
             scale = incoming.item()
             gradients = gradients if scale == ctx.scale else ctx.rescaled(scale)
-        elif incoming.device.type != "cpu" or incoming.item() != 1.0:  # without waiting for a device
+        elif (
+            incoming.device.type != "cpu" or incoming.item() != 1.0
+        ):  # on CPU only: reading the value would wait for a CUDA device
             gradients = [g * incoming.to(g.device, g.dtype) for g in gradients]
         return (None, None, None, None, *gradients)
 
 
 class Deferred(torch.autograd.Function):
-    """``apply(backward, number of outputs, *outputs, *leaves)``; ``backward`` maps gradients of outputs to leaves'."""
+    """``apply(backward, count, *outputs, *leaves)``: the outputs. ``backward`` maps their gradients to leaves'."""
 
     @staticmethod
     def forward(ctx: Any, backward: Callable[[Gradients], Gradients], count: int, *tensors: Tensor) -> Any:
@@ -74,8 +76,9 @@ class Deferred(torch.autograd.Function):
 
 
 def refuse_create_graph() -> None:
+    """Raises ``ExecutionError`` in a backward with ``create_graph=True``."""
     if torch.is_grad_enabled():
         raise ExecutionError(
-            "create_graph=True asks for gradients of gradients, but a pipeline's backward leaves no graph to "
-            "differentiate; compute what needs them with the unsplit model, pipe.pipeline.model"
+            "create_graph=True asks for gradients of gradients, but a pipeline's backward cannot be differentiated; "
+            "compute them with the unsplit model, pipe.pipeline.model"
         )

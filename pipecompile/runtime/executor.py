@@ -1,7 +1,7 @@
-"""Carries out programs in one process: a thread for each rank, each reading its own row.
+"""Executes programs in one process, with one thread per rank; each rank executes its own row of instructions.
 
-The executor has no mode for a schedule. It reads instructions, and what they mean is the same in every program; the
-program has been validated, so that no rank waits for ever. A failure in one rank stops all and surfaces in the caller.
+The executor does not know schedules: an instruction means the same in every program. Programs are validated before, so
+that they cannot deadlock. A failure in one rank stops all ranks and is raised in the caller.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ Mailbox = dict[tuple[Result, int], Values | Callable[[], Values]]
 
 
 class Executor:
-    """Runs programs over the stages of one plan. What a program leaves for the next stays in the mailboxes.
+    """Runs programs over the stages of one plan. Results that the next program reads stay in the mailboxes.
 
     Args:
-        runners: one for each stage.
-        lanes: one for each rank.
+        runners: one per stage.
+        lanes: one per rank.
         transport: carries results between ranks.
     """
 
@@ -59,20 +59,20 @@ class Executor:
         """Runs a validated, lowered program.
 
         Args:
-            microbatches: by number; those that the program computes with. Receives their outputs and gradients.
+            microbatches: by number, those that the program uses; their outputs and gradients are stored in them.
 
         Raises:
-            ExecutionError: a stage raised; the message names stage, instruction, module and source line.
+            ExecutionError: a stage raised; the message names the stage, instruction, module and source line.
         """
         start = time.perf_counter()
         event = caller_event(tuple(lane.device for lane in self.lanes))
         jobs = [
             self.lanes[rank].thread.submit(self._run_rank, rank, row, microbatches, ambient, event, start, busy().turns)
-            for rank, row in enumerate(program.ranks)  # a plan may leave the last lanes idle
+            for rank, row in enumerate(program.ranks)  # a plan may not use the last lanes
         ]
         try:
             wait(jobs)
-        except BaseException:  # the user interrupts: wake the ranks before passing it on
+        except BaseException:  # a keyboard interrupt: wake the ranks before raising it
             self.transport.abort()
             wait(jobs)
             self.reset()
@@ -83,7 +83,7 @@ class Executor:
         return Timeline(tuple(sorted(spans, key=lambda s: (s.rank, s.start))), len(program.ranks))
 
     def reset(self) -> None:
-        """Forgets every microbatch that is under way."""
+        """Drops every microbatch in flight."""
         self.transport.reset()
         for mailbox in self.mailboxes:
             mailbox.clear()
@@ -117,7 +117,7 @@ class Executor:
         return spans
 
     def _do(self, i: Instruction, mailbox: Mailbox, microbatches: Mapping[int, Microbatch]) -> tuple[float, float]:
-        """Carries out one instruction; returns when it began (with all it needs at hand) and ended."""
+        """Executes one instruction; returns the times at which it began, with its operands ready, and ended."""
         match i:
             case Send():
                 began = time.perf_counter()
@@ -149,7 +149,7 @@ class Executor:
                 case Backward(_, number):
                     results = runner.backward(microbatches[number], received)
                 case Reduce(stage, number):
-                    last = self.plan.last_run(stage, number)  # where there is none, nothing has been gathered
+                    last = self.plan.last_run(stage, number)  # None: the stage has not run, and has no gradients
                     leaves = {} if last is None else microbatches[last].versions[stage].leaves
                     results = self._reduce(stage, leaves, received)
                 case Step():
@@ -159,13 +159,14 @@ class Executor:
         except PipecompileError as error:
             raise type(error)(f"stage {i.stage}, {i}: {error}") from error.__cause__
         except Exception as error:
-            raise ExecutionError(f"stage {i.stage}, {i}: {type(error).__name__}: {error}") from error
+            where = f"stage {i.stage}, {i}"
+            raise ExecutionError(f"{where}: {type(error).__name__}: {error}") from error
         if not isinstance(i, Step):
             for reader in readers(i, self.plan):
                 mailbox[i, reader] = results[reader]
 
     def _reduce(self, stage: int, leaves: Mapping[str, Tensor], received: Mapping[int, Values]) -> dict[int, Values]:
-        """An owner adds up the gradients of its tied parameters, a follower hands its own on."""
+        """Reduces gradients of tied parameters: an owner adds those of its followers, a follower returns its own."""
         results: dict[int, Values] = {}
         for tied in self.plan.tied:
             if stage in tied.followers:

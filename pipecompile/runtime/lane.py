@@ -1,11 +1,11 @@
-"""Where a rank computes: its thread, its device, and on CUDA a stream of its own. All the CUDA code there is.
+"""A rank's thread, device and CUDA streams. All CUDA code of the runtime is here.
 
-On CPU every method does nothing or the plain thing, so that order, threads and failure are tested without a GPU.
+On CPU, methods do nothing or the obvious thing, so that order, threads and failures are tested without a GPU.
 
     [1] a rank computes on its own stream, entered for the whole program;
     [2] a copy to another device runs on the sender's copy stream, after an event on its compute stream;
-    [3] the receiver's compute stream waits for an event behind the copy, not the receiver's thread;
-    [4] a tensor used on a second stream is recorded there, so that its memory is not handed out too early.
+    [3] the receiver's compute stream, not its thread, waits for an event after the copy;
+    [4] a tensor used on a second stream is recorded there, so that its memory is not reused too early.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ Value = Tensor | None
 
 
 class Lane:
-    """One rank's thread, device and streams; the thread lives as long as the lane.
+    """One rank's thread, device and streams. The thread lives as long as the lane.
 
     Args:
-        threads: of torch's own within an operation, on the CPU (see ``threads_each``).
+        threads: number of intra-op threads that torch uses on the CPU (see ``threads_each``).
     """
 
     def __init__(self, device: torch.device, threads: int = 1) -> None:
@@ -37,13 +37,13 @@ class Lane:
         self.copies = _stream(device)
 
     def renew(self) -> None:
-        """Takes a new thread, as in a forked process, which has none of its parent's."""
+        """Starts a new thread, as in a forked process, which does not inherit its parent's threads."""
         name = f"pipecompile {self.device}"
         self.thread = ThreadPoolExecutor(1, name, _settle, (self.device, self.threads))
 
     @contextmanager
     def entered(self, after: Any) -> Iterator[None]:
-        """Runs the calling thread's work on this lane, behind the event ``after`` ([1])."""
+        """Runs the calling thread's work on this lane, after the event ``after`` ([1])."""
         if not self.cuda:
             yield
             return
@@ -53,16 +53,16 @@ class Lane:
             yield
 
     def event(self) -> Any:
-        """Marks what has been queued on the compute stream so far."""
+        """Records an event on the compute stream; None on CPU."""
         return self.compute.record_event() if self.cuda else None
 
     def wait(self, event: Any) -> None:
-        """Queues nothing further before an event of another lane ([3])."""
+        """Makes the compute stream wait for an event of another lane ([3])."""
         if self.cuda and event is not None:
             self.compute.wait_event(event)
 
     def move(self, values: tuple[Value, ...], target: Lane) -> tuple[tuple[Value, ...], Any]:
-        """Values on the target's device, and the event behind which they are there."""
+        """Copies values to the target's device; returns them with the event after which they are ready ([2])."""
         if not self.cuda and not target.cuda:
             return values, None
         if not self.cuda:
@@ -83,7 +83,7 @@ class Lane:
         return moved, done
 
     def fetch(self, tensor: Tensor) -> Tensor:
-        """A tensor of the caller on this lane's device."""
+        """Copies a tensor of the caller to this lane's device."""
         if tensor.device == self.device:
             self._record(tensor, self.compute)
             return tensor
@@ -95,7 +95,7 @@ class Lane:
 
 
 def _settle(device: torch.device, threads: int) -> None:
-    """Run once in a lane's thread."""
+    """Initializes a lane's thread."""
     if device.type == "cpu":
         torch.set_num_threads(threads)
 
@@ -105,13 +105,13 @@ def _stream(device: torch.device) -> Any:
 
 
 def caller_event(devices: tuple[torch.device, ...]) -> Any:
-    """Marks what the calling thread has queued so far; None if no device is CUDA."""
+    """Records an event on the calling thread's stream; None if all devices are CPU."""
     cuda = next((d for d in devices if d.type == "cuda"), None)
     return None if cuda is None else torch.cuda.current_stream(cuda).record_event()
 
 
 def caller_waits(lanes: tuple[Lane, ...]) -> None:
-    """The calling thread's streams wait for all that the lanes have queued."""
+    """Makes the calling thread's streams wait for all work queued by the lanes."""
     for lane in lanes:
         if lane.cuda:
             torch.cuda.current_stream(lane.device).wait_event(lane.event())

@@ -1,8 +1,8 @@
-"""What a call's numbers follow from, beside its arguments: enough to run it once more and get the same.
+"""The state that a call's results depend on besides its arguments: enough to rerun the call with the same results.
 
-A pipeline's backward has run before the caller asks for it, or runs once when it does. A gradient that this run did not
-foresee is found by running the call again (``steps`` says when). That gives the call's own numbers only with the modes
-and random numbers that it had, on weights and inputs that nobody has written to, and on the buffers as it found them.
+The backward of a pipeline runs before the caller asks for it, or once when the caller does. A gradient that this run
+does not cover is computed by rerunning the call (``steps`` says when). A rerun gives the same results only in the same
+modes, with the same random numbers, on unchanged weights and inputs, and on the buffers as the call found them.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from pipecompile.ops.torch_internals import _StopRecomputationError
 from pipecompile.runtime import Ambient
 from pipecompile.runtime.compiled import Compiled
 
-STOPPED = _StopRecomputationError  # no failure: a checkpoint around the call has all of it that it needs
+STOPPED = _StopRecomputationError  # not a failure: a checkpoint around the call has all that it needs
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Taken before a call is run."""
+    """The state before a call."""
 
     ambient: Ambient
-    seeds: Sequence[int | None]  # of each microbatch's random functions
-    read: Mapping[str, tuple[Tensor, int]]  # what the call reads and does not write, with its version counter
+    seeds: Sequence[int | None]  # one per microbatch, for its random functions
+    read: Mapping[str, tuple[Tensor, int]]  # tensors that the call only reads, with their version counters
     written: Sequence[tuple[Tensor, Tensor]]  # buffers that the call writes, and copies of them
     generators: Generators
 
@@ -41,7 +41,7 @@ class Snapshot:
         """The state before a call, in the modes of the calling thread.
 
         Args:
-            draw: gives the seeds, from the caller's generator.
+            draw: draws the seeds from the caller's generator.
         """
         generators = Generators.of(devices, compiled.runs_python)
         inputs = {f"argument {name!r}": tensor for name, tensor in call.tensors.items()}
@@ -56,7 +56,7 @@ class Snapshot:
 
     @contextmanager
     def kept_on_failure(self) -> Iterator[None]:
-        """In which the call runs: if it raises, buffers and random generators are as they were found here."""
+        """Runs the call; if it raises, buffers and random generators are restored."""
         try:
             yield
         except STOPPED:
@@ -68,16 +68,16 @@ class Snapshot:
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """The state that the call was made in; afterwards buffers are as they were found here.
+        """Restores the state before the call; at exit, buffers get back their present values.
 
         Raises:
-            ExecutionError: a parameter, an input or a buffer has been changed since.
+            ExecutionError: a parameter, an input or a buffer has changed since the call.
         """
         for name, (tensor, version) in self.read.items():
             if tensor._version != version:
                 raise ExecutionError(
-                    f"{name} was changed in place between the call of the pipeline and this backward, which has to run "
-                    f"the call again; call backward() before optimizer.step(), and write to inputs after it"
+                    f"{name} was changed in place between the call of the pipeline and this backward, which must rerun "
+                    f"the call; call backward() before optimizer.step() and before writing to inputs"
                 )
         present = [(buffer, buffer.detach().clone()) for buffer, _ in self.written]
         _write(self.written)

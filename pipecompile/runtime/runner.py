@@ -1,4 +1,4 @@
-"""Runs one stage: forward and backward of a microbatch, with what must be kept in between."""
+"""Runs one stage: the forward and backward of a microbatch, and the tensors saved in between."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from pipecompile.runtime.weights import Version, Weights
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """What a forward leaves for its backward."""
+    """The tensors that a forward saves for its backward."""
 
-    inputs: Mapping[str, Tensor]  # leaves of the model inputs that want gradients
-    received: Mapping[int, Values]  # leaves of what came from each source stage
+    inputs: Mapping[str, Tensor]  # leaves of the model inputs that require gradients
+    received: Mapping[int, Values]  # leaves of the values from each source stage
     returned: Mapping[str, Tensor]
 
 
 @dataclass
 class Microbatch:
-    """One microbatch on its way: what goes in, the gradients that its backward starts from, and what has come out."""
+    """One microbatch in flight: its inputs, the gradients that its backward starts from, and its results."""
 
     inputs: Mapping[str, Tensor]
-    randomness: int | None = None  # seeds its random functions
+    randomness: int | None = None  # the seed of its random functions
     seeds: Mapping[str, Tensor | float] = field(default_factory=dict)  # model output -> its gradient
-    outputs: dict[str, Tensor] = field(default_factory=dict)  # model outputs, without their history
-    input_gradients: dict[str, list[Tensor]] = field(default_factory=dict)  # one from each stage that reads the input
+    outputs: dict[str, Tensor] = field(default_factory=dict)  # model outputs, detached
+    input_gradients: dict[str, list[Tensor]] = field(default_factory=dict)  # one per stage that reads the input
     saved: dict[int, Saved] = field(default_factory=dict)  # by stage, until its backward
     versions: dict[int, Version] = field(
         default_factory=dict
-    )  # by stage: the weights that its forward used, until they have stepped
+    )  # by stage: the weights that its forward used, until their optimizer step
 
 
 class Runner:
@@ -54,7 +54,7 @@ class Runner:
         self.lane = lane
 
     def forward(self, microbatch: Microbatch, received: Mapping[int, Values]) -> dict[int, Values]:
-        """Runs one microbatch; returns what each later stage reads."""
+        """Runs one microbatch's forward; returns the values for each later stage."""
         stage = self.stage
         inputs = {name: _cut_off(self.lane.fetch(microbatch.inputs[name])) for name in stage.inputs}
         leaves = {source: tuple(map(_leaf, values)) for source, values in received.items()}
@@ -72,9 +72,9 @@ class Runner:
         return {target: tuple(_cut_off(returned[v]) for v in values) for target, values in stage.sends.items()}
 
     def backward(self, microbatch: Microbatch, received: Mapping[int, Values]) -> dict[int, Values]:
-        """Runs one microbatch's backward; returns the gradients of what each earlier stage sent.
+        """Runs one microbatch's backward; returns the gradients of the values from each earlier stage.
 
-        "No gradient" (None) is a legal message both ways.
+        A gradient, received or returned, may be None.
         """
         saved = microbatch.saved.pop(self.stage.index)
         self.weights.check(microbatch.versions[self.stage.index])
@@ -99,7 +99,7 @@ class Runner:
         }
 
     def step(self, microbatches: Sequence[Microbatch]) -> None:
-        """The stage's optimizer updates its weights; those that a microbatch still needs are kept."""
+        """Steps the stage's optimizer; versions of the weights that a microbatch still needs are kept."""
         index = self.stage.index
         for microbatch in microbatches:
             if index not in microbatch.saved:
@@ -120,7 +120,7 @@ class Runner:
 
     def _differentiate(self, roots: list[Tensor], gradients: list[Tensor]) -> None:
         try:
-            with torch.autocast(self.lane.device.type, enabled=False):  # it is for forwards: a backward follows theirs
+            with torch.autocast(self.lane.device.type, enabled=False):  # autocast is for forwards only
                 torch.autograd.backward(roots, gradients)
         except Exception as error:
             line = failing_line(error)
@@ -133,7 +133,7 @@ class Runner:
         return torch.full_like(output, seed, memory_format=torch.contiguous_format)
 
     def _where(self, error: BaseException) -> str:
-        """The node that raised, found by the line of generated code that the exception came through."""
+        """The origin of the node that raised, found by its line in the generated code."""
         for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
             if "eval_with_key" in frame.f_code.co_filename:
                 code = linecache.getline(frame.f_code.co_filename, line, frame.f_globals)
@@ -148,5 +148,5 @@ def _leaf(value: Value) -> Value:
 
 
 def _cut_off(value: Tensor) -> Tensor:
-    """A value without its history, a leaf that gathers a gradient if the value wants one."""
+    """A detached value: a leaf that accumulates a gradient if the value requires one."""
     return value.detach().requires_grad_(value.requires_grad)

@@ -1,7 +1,7 @@
-"""The running side of a pipeline: what lives from one call to the next.
+"""The runtime state of a pipeline, which lives from one call to the next.
 
-Lanes and weights belong to the pipeline. Executors belong to a capture, and share them. A synchronous step leaves
-nothing behind; an asynchronous one leaves its stream.
+Lanes and weights belong to the pipeline; the executors of its captures share them. A synchronous step leaves no state
+behind; an asynchronous step leaves its stream.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from pipecompile.schedule import carried_after
 
 
 class Rerun(StrEnum):
-    """Why a call is run again."""
+    """Why a call is rerun."""
 
-    BESIDE = "a gradient came into an output beside the loss; later calls run their backwards when gradients come in"
-    RESCALED = "a gradient of another scale than the last came into a loss computed with float16 or custom backwards"
-    SECOND = "a second gradient came in, with retain_graph=True, after the backwards had run"
+    BESIDE = "an output other than the loss got a gradient; later calls run their backwards when gradients arrive"
+    RESCALED = "a loss computed with float16 or custom backwards got a gradient of another scale than the last call's"
+    SECOND = "a second backward, with retain_graph=True, after the first had run"
 
 
 @dataclass
 class Stream:
-    """The endless stream of an asynchronous schedule between two calls."""
+    """The microbatches in flight of an asynchronous schedule between two calls."""
 
     compiled: Compiled | None = None
     next: int = 0  # the number of the next microbatch
     carried: frozenset[Instruction] = frozenset()
-    microbatches: dict[int, Microbatch] = field(default_factory=dict)  # under way, by number
+    microbatches: dict[int, Microbatch] = field(default_factory=dict)  # in flight, by number
 
     def advance(self, program: Program, entered: int) -> None:
-        """Notes that a program has run; microbatches that have ended are forgotten."""
+        """Records that a program has run; drops microbatches whose backwards have ended."""
         self.carried = carried_after(program)
         self.next += entered
         self.microbatches = {n: m for n, m in self.microbatches.items() if m.saved}
@@ -61,28 +61,28 @@ class Session:
     """Runs the programs of one pipeline.
 
     Args:
-        devices: one for each rank.
+        devices: one per rank.
         optimizer: for schedules that step inside the pipeline.
     """
 
     def __init__(self, devices: Sequence[torch.device], optimizer: MakeOptimizer | None) -> None:
-        self.turn = Turn()  # calls from several threads follow one another
+        self.turn = Turn()  # calls from several threads run one at a time
         self.devices = tuple(devices)
         self.optimizer = optimizer
         self.lanes = tuple(Lane(device, threads_each(devices)) for device in devices)
-        self.weights: list[Weights] = []  # of each stage; all captures share the stages' weights
+        self.weights: list[Weights] = []  # one per stage, shared by all captures
         self.executors: dict[int, Executor] = {}
         self.stream = Stream()
-        self.scale = 1.0  # of the last gradient into a loss computed with float16: the next is most often the same
-        self.repeated: Counter[Rerun] = Counter()  # how often a call was run again
-        self.defers = False  # whether backwards run when gradients come in, also where the model computes its loss
+        self.scale = 1.0  # the last gradient of a loss computed with float16, expected again for the next call
+        self.repeated: Counter[Rerun] = Counter()  # how many calls were rerun, and why
+        self.defers = False  # whether backwards wait for gradients even if the model computes its loss
         self.program: Program | None = None
         self.timeline: Timeline | None = None
         self.running = self.closed = False
         _SESSIONS.add(self)
 
     def begin(self, compiled: Compiled) -> None:
-        """Begins a pass of a synchronous schedule: every stage on the parameters' present values."""
+        """Begins a pass of a synchronous schedule, with every stage on the parameters' present values."""
         self._own(compiled)
         tail = compiled.division.tail
         for stage, weights in enumerate(self.weights):
@@ -107,14 +107,14 @@ class Session:
                 self.running = False
 
     def forget(self) -> None:
-        """Forgets the stages; the next program brings its own."""
+        """Drops the stages; the next program brings its own."""
         self.weights, self.executors = [], {}
         self.program = self.timeline = None
 
     def renew(self) -> None:
-        """Makes a forked process's copy fit for use: threads of its own.
+        """Gives the copy in a forked process its own threads.
 
-        A program that another thread was in the midst of does not end there, nor does what waits for it.
+        A program that another thread was running at the fork is dropped, with the microbatches in flight.
         """
         if self.running:
             self.executors, self.stream, self.running = {}, Stream(), False
@@ -122,7 +122,7 @@ class Session:
             lane.renew()
 
     def close(self) -> None:
-        """Ends the ranks' threads; nothing can be run any more."""
+        """Ends the ranks' threads; the session cannot run any more."""
         self.closed = True
         for lane in self.lanes:
             lane.thread.shutdown()

@@ -1,11 +1,11 @@
-"""Cuts a captured graph into stage modules.
+"""Splits a captured graph into stage modules.
 
-A stage is a ``torch.fx.GraphModule`` that owns no tensors of its own: its parameters and buffers are the model's, under
-their original names. Its arguments are the model inputs that it reads, then the values that earlier stages send it. It
-returns the values that later stages read, and the model outputs that it makes.
+A stage is a ``torch.fx.GraphModule`` whose parameters and buffers are the model's own, under their original names. Its
+arguments are the model inputs that it reads, then the values that earlier stages send. It returns the values that later
+stages read, and the model outputs that it computes.
 
-Values that are replicated (masks, positions, sizes) are computed again in each stage that reads them. Regions (no_grad,
-autocast) are entered and left by calls in the code. What the model checkpoints is a call of a graph of its own.
+Rematerialized values (masks, positions, sizes) are computed by each stage that reads them. Regions (no_grad, autocast)
+are entered and left by calls in the code. A checkpointed part of the model is one call of a graph of its own.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from pipecompile.ops.randomness import seeded
 class Stage:
     """One stage of a split model. Values are named as in the captured graph.
 
-    The module is called with ``arguments`` and returns ``returns``, in order. Of the replicas that a value may come
-    from or go to, one is at work on a microbatch.
+    The module is called with ``arguments`` and returns ``returns``, in order. If a value may come from or go to several
+    replicas, one of them works on a given microbatch.
     """
 
     index: int
@@ -63,13 +63,13 @@ class Stage:
 
     @property
     def code(self) -> str:
-        """The stage as Python, then each stretch that the backward computes again."""
+        """The stage as Python code, then the code of each part that the backward recomputes."""
         stretches = [n.target for n in self.module.graph.nodes if isinstance(n.target, Recomputed)]
         return "".join([str(self.module.code), *(f"\n\n# {s.__name__}\n{s.module.code}" for s in stretches)])
 
 
 def split(captured: Captured, graph: Graph, plan: Plan, devices: Sequence[torch.device]) -> tuple[Stage, ...]:
-    """The stages of a plan; stage ``s`` is written for ``devices[plan.rank_of[s]]``."""
+    """The stages of a plan; stage ``s`` runs on ``devices[plan.rank_of[s]]``."""
     cut = _Cut(captured, graph, plan)
     return tuple(cut.stage(s, devices[plan.rank_of[s]]) for s in range(plan.num_stages))
 
@@ -85,7 +85,7 @@ class Piece:
 
 
 def cut_out(captured: Captured, names: Sequence[str], returns: Sequence[str], device: torch.device) -> Piece:
-    """The module of some nodes, written for a device; what they read and are not among them is received."""
+    """A module of the nodes ``names`` for a device; values from other nodes are received as arguments."""
     chosen = set(names)
     nodes = {n.name: n for n in captured.graph.nodes}
     run = [n for n in captured.graph.nodes if n.name in chosen and n.op != "get_attr"]
@@ -98,7 +98,7 @@ def cut_out(captured: Captured, names: Sequence[str], returns: Sequence[str], de
 
 
 class _Cut:
-    """What the stages of one split share."""
+    """The data that all stages of one split share."""
 
     def __init__(self, captured: Captured, graph: Graph, plan: Plan) -> None:
         self.captured = captured
@@ -135,7 +135,7 @@ class _Cut:
         return tuple(self.graph.nodes[i].name for i in values)
 
     def _makes(self, stage: int, name: str) -> bool:
-        """Whether a stage returns a model output: its own, or, for the last stage, a replicated one."""
+        """Whether a stage returns a model output: its own, or, for the last stage, a rematerialized one."""
         owner = self.owner.get(name)
         return (self.plan.replica_of[-1] if owner is None else owner) == self.plan.replica_of[stage]
 
@@ -156,7 +156,7 @@ def _graph(
     """The graph of one stage.
 
     Args:
-        regions: of nodes that the backward computes again; those of one region that follow each other at once.
+        regions: the region of each node that the backward recomputes; adjacent nodes of one region recompute together.
     """
     writer = _Writer(captured.device, device)
     for source in [n for n in run if n.op == "placeholder"] + [nodes[name] for name in received]:
@@ -192,7 +192,7 @@ class _Writer:
         self.copies[source] = self.graph.placeholder(source.name)
 
     def read(self, source: fx.Node) -> fx.Node:
-        """The copy of a node that is here already, or of an attribute."""
+        """The copy of a node in this graph; an attribute is copied on first use."""
         if source.op == "get_attr" and source not in self.copies:
             self.copies[source] = self.graph.get_attr(in_code(str(source.target)))
         return self.copies[source]
@@ -213,7 +213,7 @@ class _Writer:
         self.copies[source] = copy
 
     def write_recomputed(self, members: Sequence[fx.Node], results: Sequence[fx.Node], name: str) -> None:
-        """Writes a stretch that the backward computes again, as one call of a graph of its own."""
+        """Writes nodes that the backward recomputes, as one call of a graph of their own."""
         inner = _Writer(self.old, self.new)
         outside = dict.fromkeys(n for member in members for n in member.all_input_nodes if n not in members)
         values = [self.read(source) for source in outside]
@@ -233,7 +233,7 @@ class _Writer:
         return self.graph
 
 
-# Functions that make a tensor on the default device unless they are told another.
+# Functions that create a tensor on the default device unless device= is given.
 FACTORIES = frozenset(
     {
         torch.arange, torch.as_tensor, torch.empty, torch.eye, torch.full, torch.linspace, torch.logspace, torch.ones,
@@ -245,14 +245,14 @@ FACTORIES = frozenset(
 
 
 def _makes_on_default_device(node: fx.Node, old: torch.device) -> bool:
-    """Whether a call made a tensor on the traced device without naming it."""
+    """Whether a call created a tensor on the traced device without device=."""
     value = node.meta.get("val")
     made_here = isinstance(value, Tensor) and same_device(value.device, old)
     return node.target in FACTORIES and made_here and node.kwargs.get("device") is None
 
 
 def _moved(region: Region, old: torch.device, new: torch.device) -> Region:
-    """A region whose autocast of the traced device is that of the stage's."""
+    """The region with autocast for the stage's device type in place of the traced one."""
     casts = tuple((new.type if kind == old.type else kind, dtype, on) for kind, dtype, on in region.autocast)
     return Region(region.grad, casts)
 
@@ -282,7 +282,7 @@ def _module(
     leaf: Callable[[str, Mapping[str, Tensor]], nn.Module],
     name: str,
 ) -> fx.GraphModule:
-    """A graph module that reads the model's own tensors under their own names."""
+    """A graph module on the model's own tensors, under their own names."""
     root = nn.Module()
     for target in dict.fromkeys(str(n.target) for n in graph.nodes if n.op == "call_module"):
         owner, last = owner_of(root, target)
@@ -291,7 +291,7 @@ def _module(
         owner, last = owner_of(root, target)
         tensor = tensors[target]
         if last in owner._parameters or last in owner._buffers:
-            continue  # it is a leaf's
+            continue  # it belongs to a leaf module
         if isinstance(tensor, nn.Parameter):
             owner.register_parameter(last, tensor)
         else:
@@ -300,9 +300,9 @@ def _module(
 
 
 def _quiet(module: fx.GraphModule) -> fx.GraphModule:
-    """A module whose failing call does not print to stderr, as fx's does; the runtime reports better.
+    """A graph module whose failing call does not print to stderr; the runtime reports the error.
 
-    Hooks of all modules (``register_module_forward_hook``) are not for it: it is none of the model's.
+    Global module hooks (``register_module_forward_hook``) do not run on it, since it is not one of the model's modules.
     """
     kind: Any = type(module)
     kind.__call__ = called_bare

@@ -1,13 +1,13 @@
-"""The kinds of call: what a pipeline does with a batch.
+"""The kinds of calls: how a pipeline runs a batch.
 
-evaluate      no gradients: forwards alone
-train         the loss is an output: the whole schedule runs, ``loss.backward()`` delivers the gradients
-defer         the loss is the caller's: forwards now, backwards when the caller's gradients arrive
-stream        asynchronous: the next segment of the stream, each microbatch a minibatch with its own update
+evaluate      no gradients: forwards only
+train         the loss is an output: the whole schedule runs, ``loss.backward()`` returns the gradients
+defer         the caller computes the loss: forwards now, backwards when the caller's gradients arrive
+stream        asynchronous: the next segment of the stream; each microbatch is a minibatch with its own update
 
-Three gradients cannot be foreseen, and run the call again (``Snapshot``): into an output beside the loss, when all has
-run from the loss alone (later calls are then deferred); into a loss computed with float16, of another scale than the
-last; and a second one, with ``retain_graph=True``, into a call whose backwards have run.
+A call is rerun (``Snapshot``) for three gradients that its backwards did not cover: of an output other than the loss,
+if backwards ran from the loss (later calls are then deferred); of a loss computed with float16, at another scale than
+the last one; and a second one, with ``retain_graph=True``, after the backwards have run.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from pipecompile.schedule import backward_only, drain, forward_only, pipedream
 
 @dataclass(frozen=True)
 class Batch:
-    """One call on one capture, cut into microbatches."""
+    """One call on one capture, divided into microbatches."""
 
     compiled: Compiled
     call: Call
@@ -47,7 +47,7 @@ class Batch:
 
     @property
     def outputs(self) -> Sequence[Output]:
-        """What the call gives: the outputs that are tensors, and what the forward leaves behind."""
+        """The tensors that the call computes: outputs, and tensors that the forward stores in the model."""
         return self.compiled.captured.results
 
     @property
@@ -57,12 +57,12 @@ class Batch:
 
     @property
     def model_tensors(self) -> list[Tensor]:
-        """What may get a gradient: trainable parameters, then inputs that want one."""
+        """The tensors that may get a gradient: trainable parameters, then inputs that require one."""
         return [*self.parameters, *(t for t in self.call.tensors.values() if t.requires_grad)]
 
     @property
     def reached(self) -> list[Tensor]:
-        """The ``model_tensors``, each once, less the parameters that no output has a gradient for."""
+        """The ``model_tensors``, each once, without parameters that get a gradient from no output."""
         unreached = {id(p) for p in self.parameters} - {id(p) for p in self.compiled.reached}
         return list({id(t): t for t in self.model_tensors if id(t) not in unreached}.values())
 
@@ -80,26 +80,26 @@ class Batch:
 
     @property
     def sees_the_whole(self) -> bool:
-        """Whether a part of the model is computed from the whole batch: numbers before the stages, or what mixes."""
+        """Whether the whole batch is used: by values before the stages, or by a tail that mixes samples."""
         tail = self.division.tail
         return bool(self.division.before) or (tail is not None and bool(tail.why))
 
     @property
     def joins(self) -> Mapping[str, Kind]:
-        """What the stages give, by name, with how the parts are joined."""
+        """The kind of each output of the stages, by name, by which microbatches are joined."""
         return self.division.joins
 
     def ends_in_body(self, output: int) -> bool:
-        """Whether the stages compute an output themselves, part by part."""
+        """Whether the stages compute an output, microbatch by microbatch."""
         return self.division.places[str(self.outputs[output].node)] in self.joins
 
     def join(self, microbatches: Mapping[int, Microbatch]) -> dict[str, Tensor]:
-        """What the stages give, of the whole batch."""
+        """The outputs of the stages, joined to the whole batch."""
         parts = list(microbatches.values())
         return {name: gather(kind, [m.outputs[name] for m in parts], self.rows) for name, kind in self.joins.items()}
 
     def finish(self, joined: Mapping[str, Tensor], drawn: Sequence[int | None]) -> list[Tensor]:
-        """The tensors of the ``outputs``: what the stages give, and what the tail makes of it."""
+        """The tensors of ``outputs``, from the stages and from the tail, which runs here."""
         seed_microbatch(drawn[0])
         try:
             tail = self.compiled.run_tail(joined, self.call)
@@ -108,17 +108,17 @@ class Batch:
         return [{**joined, **tail}[self.division.places[str(output.node)]] for output in self.outputs]
 
     def given(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-        """The tensors of the ``outputs``, by node."""
+        """The tensors of ``outputs`` by node name."""
         return {str(output.node): tensor for output, tensor in zip(self.outputs, tensors, strict=True)}
 
     def rebuild(self, given: Mapping[str, Tensor]) -> Any:
-        """The model's own output type around what the call has given."""
+        """The model's output in its own type, from the tensors of the call."""
         return self.compiled.captured.rebuild_output(given, self.call.tensors)
 
     def on_copies(self) -> Batch:
-        """The same on copies of the tensors that the call writes to in the end, and of others in their memory.
+        """The batch on copies of the input tensors that the call writes at its end, and of others in their memory.
 
-        Its backwards still read them; autograd counts the writes to a tensor and to all its views as one.
+        Its backwards still read them, and autograd counts a write to a tensor as a write to all its views.
         """
         tensors, written = self.call.tensors, self.compiled.division.whole.written_inputs
         if not written:
@@ -129,7 +129,7 @@ class Batch:
         return replace(self, call=replace(self.call, tensors={**tensors, **copies}))
 
     def leave(self, given: Mapping[str, Tensor]) -> None:
-        """Sets what the forward sets, for the whole batch, and writes what it writes to the caller's tensors."""
+        """Sets the attributes that the forward sets, and writes the caller's tensors that it writes."""
         captured, call = self.compiled.division.whole, self.call
         captured.attributes.update(captured.size_values(call.tensors), {**call.tensors, **given})
         with torch.no_grad():
@@ -144,13 +144,13 @@ def run(
     schedule: Callable[[Plan, int], Program],
     asynchronous: bool = False,
 ) -> dict[str, Tensor]:
-    """The kind of call that a batch asks for, in the modes of the calling thread; what it gives, by node.
+    """Runs a batch as the kind of call that it needs, in the modes of the calling thread; returns tensors by node.
 
-    A batch does not hold what it gives: those tensors' own graph holds the batch, to run it again.
+    The batch does not refer to these tensors; their autograd graph refers to the batch, for reruns.
 
     Args:
-        loss: the position of the loss among the outputs' tensors; None where the caller computes it.
-        asynchronous: whether the stages step by themselves.
+        loss: the position of the loss among the outputs' tensors; None if the caller computes it.
+        asynchronous: whether the stages step their own optimizers.
     """
     batch = batch.on_copies()
     if not torch.is_grad_enabled() or not any(output.requires_grad for output in batch.outputs):
@@ -163,14 +163,14 @@ def run(
 
 
 def evaluate(session: Session, batch: Batch) -> dict[str, Tensor]:
-    """Forwards alone."""
+    """Runs forwards only."""
     start = Snapshot.of(batch.compiled, batch.call, batch.draw, session.devices)
     with start.kept_on_failure(), torch.no_grad():
         return batch.given(batch.finish(batch.join(_forward(session, batch, start.seeds)), start.seeds))
 
 
 def train(session: Session, batch: Batch, loss: int, schedule: Callable[[Plan, int], Program]) -> dict[str, Tensor]:
-    """The whole schedule, from the output at position ``loss``, which the stages compute."""
+    """Runs the whole schedule; backwards start from the output at position ``loss``, which the stages compute."""
     start = Snapshot.of(batch.compiled, batch.call, batch.draw, session.devices)
     with start.kept_on_failure():
         return _train(session, batch, loss, schedule, start)
@@ -207,7 +207,7 @@ def _train(
 
 
 def _beside(session: Session, batch: Batch, start: Snapshot, outputs: Sequence[Tensor], loss: int) -> Sequence[Tensor]:
-    """The outputs but the one at position ``loss``: a gradient into them runs the call again."""
+    """Connects the outputs other than the loss to autograd: a gradient of one of them reruns the call."""
 
     def backward(incoming: Gradients) -> Gradients:
         session.defers = True
@@ -224,14 +224,14 @@ def _beside(session: Session, batch: Batch, start: Snapshot, outputs: Sequence[T
 
 
 def defer(session: Session, batch: Batch) -> dict[str, Tensor]:
-    """Forwards now; the backwards run when gradients of what the stages gave come in, from the caller or the tail."""
+    """Runs forwards now, and backwards when gradients of the stages' outputs arrive, from the caller or the tail."""
     start = Snapshot.of(batch.compiled, batch.call, batch.draw, session.devices)
     with start.kept_on_failure():
         return batch.given(_defer(session, batch, start))
 
 
 def _defer(session: Session, batch: Batch, start: Snapshot) -> list[Tensor]:
-    """The outputs of a call whose backwards wait."""
+    """The outputs of a call whose backwards are deferred."""
     waiting = _forward(session, batch, start.seeds)
     joined = batch.join(waiting)
 
@@ -247,7 +247,7 @@ def _defer(session: Session, batch: Batch, start: Snapshot) -> list[Tensor]:
         with Generators.kept_on_failure(session.devices, batch.compiled.runs_python):
             if waiting:
                 microbatches = dict(waiting)
-                waiting.clear()  # also where this backward fails: another one runs the call again
+                waiting.clear()  # even if this backward fails: another one reruns the call
                 return run(microbatches, incoming)
             with _again(session, start, Rerun.SECOND):
                 return run(_forward(session, batch, start.seeds), incoming)
@@ -259,14 +259,14 @@ def _defer(session: Session, batch: Batch, start: Snapshot) -> list[Tensor]:
 
 @contextmanager
 def _again(session: Session, start: Snapshot, why: Rerun) -> Iterator[None]:
-    """In which a call is run once more."""
+    """Restores the state of a call for a rerun, and counts the rerun."""
     session.repeated[why] += 1
     with session.turn.taken(), start.restored():
         yield
 
 
 def stream(session: Session, batch: Batch, loss: int) -> dict[str, Tensor]:
-    """The next segment of the stream; the losses are those of weights that differ from microbatch to microbatch."""
+    """Runs the next segment of the stream; each microbatch's loss is computed with its own version of the weights."""
     if session.stream.compiled is not batch.compiled:
         flush(session)
         session.begin(batch.compiled)
@@ -289,7 +289,7 @@ def stream(session: Session, batch: Batch, loss: int) -> dict[str, Tensor]:
 
 
 def flush(session: Session) -> None:
-    """Ends every microbatch that is under way, with its update."""
+    """Flushes the stream: finishes every microbatch in flight, with its update."""
     under_way, session.stream = session.stream, Stream()
     if under_way.compiled is not None and under_way.carried:
         with torch.enable_grad():
@@ -306,13 +306,13 @@ def _forward(session: Session, batch: Batch, drawn: Sequence[int | None]) -> dic
 
 
 def microbatches_of(batch: Batch, drawn: Sequence[int | None]) -> list[Microbatch]:
-    """The parts of a batch, each with the seed of its random functions."""
+    """The microbatches of a batch, each with the seed of its random functions."""
     parts = scatter(batch.call, batch.rows, batch.compiled.run_before(batch.call), batch.division.before)
     return [Microbatch(part, seed) for part, seed in zip(parts, drawn, strict=True)]
 
 
 def _from_loss(batch: Batch, loss: int, drawn: Sequence[int | None], scale: float) -> dict[int, Microbatch]:
-    """The parts of a batch, whose backwards start from their shares of a gradient into the loss."""
+    """The microbatches of a batch; each backward starts from its share of the loss's gradient ``scale``."""
     name = batch.division.places[str(batch.outputs[loss].node)]
     weights = batch.rows.weights if batch.joins[name] != Partial() else (1.0,) * len(batch.rows)
     parts = zip(microbatches_of(batch, drawn), weights, strict=True)
@@ -320,7 +320,7 @@ def _from_loss(batch: Batch, loss: int, drawn: Sequence[int | None], scale: floa
 
 
 def _seed(batch: Batch, microbatches: Mapping[int, Microbatch], incoming: Sequence[Tensor | None]) -> None:
-    """Gives each microbatch its part of the gradients that came in."""
+    """Gives each microbatch its part of the incoming gradients."""
     parts = list(microbatches.values())
     for (name, kind), gradient in zip(batch.joins.items(), incoming, strict=True):
         if gradient is not None:
@@ -330,7 +330,7 @@ def _seed(batch: Batch, microbatches: Mapping[int, Microbatch], incoming: Sequen
 
 
 def _gradients(session: Session, batch: Batch, microbatches: Mapping[int, Microbatch]) -> dict[int, Tensor]:
-    """Takes what a program has gathered, for parameters and inputs by their ``id``; where nothing arrived, none."""
+    """Takes the gradients that a program accumulated, by ``id`` of the parameter or input."""
     found: dict[int, Tensor] = {}
 
     def add(tensor: Tensor, gradient: Tensor) -> None:
@@ -349,7 +349,7 @@ def _gradients(session: Session, batch: Batch, microbatches: Mapping[int, Microb
 
 
 def _input_gradient(name: str, batch: Batch, microbatches: Mapping[int, Microbatch]) -> Tensor:
-    """The gradient of a model input: rows of the microbatches side by side, or for a shared input their sum."""
+    """The gradient of a model input: the microbatches' gradients, concatenated, or summed for a shared input."""
     tensor = batch.call.tensors[name]
     parts: list[Tensor] = []
     for microbatch in microbatches.values():

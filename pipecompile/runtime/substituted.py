@@ -1,7 +1,7 @@
-"""Calls with other tensors in the place of a model's parameters, as ``torch.func.functional_call`` makes them.
+"""Calls with other tensors in place of a model's parameters, as ``torch.func.functional_call`` makes them.
 
-Stages train the model's own parameters. So for the time of such a call, and of its backward, these stand in their
-places again, on the memory of the tensors that were put there; what gradients they get is handed on to those tensors.
+Stages use the model's own parameters. During such a call and its backward, the parameters are put back, on the memory
+of the tensors that replace them; the gradients that they get are passed to those tensors.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ def called_with(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
 ) -> Any:
-    """What a pipeline gives with the tensors that stand in the model now, differentiable by them and by arguments.
+    """Calls a pipeline with the tensors that are in the model now, differentiable by them and by the arguments.
 
     Args:
         own: the model's own parameters and buffers, by all their names.
         call: runs the pipeline on its model.
 
     Raises:
-        InputError: one of them has another shape, type or device than the parameter in whose place it stands.
+        InputError: a tensor has another shape, dtype or device than the parameter or buffer that it replaces.
     """
     put = {name: t for name, t in named_tensors(model) if name in own and t is not own[name]}
     for name, tensor in put.items():
         if (tensor.shape, tensor.dtype, tensor.device) != (own[name].shape, own[name].dtype, own[name].device):
             raise InputError(
-                f"a tensor of shape {tuple(tensor.shape)}, {tensor.dtype} on {tensor.device} stands in the place of "
-                f"{name!r}, which is {tuple(own[name].shape)}, {own[name].dtype} on {own[name].device}; pass one like "
-                f"it"
+                f"{name!r} of shape {tuple(own[name].shape)}, {own[name].dtype} on {own[name].device} cannot be "
+                f"replaced by a tensor of shape {tuple(tensor.shape)}, {tensor.dtype} on {tensor.device}; pass one of "
+                f"the same shape, dtype and device"
             )
     leaves, tree = pytree.tree_flatten((args, dict(kwargs)))
     inputs = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
@@ -56,7 +56,7 @@ def called_with(
 
 
 class _Run:
-    """One such call, and what its backward needs."""
+    """One such call, with the state that its backward needs."""
 
     def __init__(
         self,
@@ -75,21 +75,21 @@ class _Run:
         self.found: Any = None
 
     def output(self, copies: Sequence[Tensor]) -> Any:
-        """The pipeline's output with copies for the arguments that want a gradient."""
+        """The pipeline's output, with copies in place of the arguments that require a gradient."""
         given = dict(zip(self.inputs, copies, strict=False))
         args, kwargs = pytree.tree_unflatten([given.get(i, leaf) for i, leaf in enumerate(self.leaves)], self.tree)
         with _in_place(self.model, self.own, self.put):
             return self.call(*args, **kwargs)
 
     def forward(self) -> tuple[Tensor, ...]:
-        """The tensors of the output that take a gradient."""
+        """The tensors of the output that require a gradient."""
         with torch.enable_grad():
             self.copies = [self.leaves[i].detach().requires_grad_() for i in self.inputs]
             self.found = pytree.tree_flatten(self.output(self.copies))
         return tuple(leaf for leaf in self.found[0] if self._takes(leaf))
 
     def backward(self, gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-        """The gradients of the arguments, then of the tensors in the places of parameters."""
+        """The gradients of the arguments, then of the tensors that replace parameters."""
         roots = [leaf for leaf in self.found[0] if self._takes(leaf)]
         given = [(root, gradient) for root, gradient in zip(roots, gradients, strict=True) if gradient is not None]
         with _in_place(self.model, self.own, self.put):
@@ -124,7 +124,7 @@ class _Differentiable(torch.autograd.Function):
 
 @contextmanager
 def _in_place(model: nn.Module, own: Mapping[str, Tensor], put: Mapping[str, Tensor]) -> Iterator[None]:
-    """The time in which a model has its own tensors, on the memory of those that were put in their places."""
+    """Puts a model's own tensors back, on the memory of the tensors that replace them."""
     memory = {name: (own[name].data, own[name].requires_grad) for name in put}
     standing = {name: tensor for name, tensor in named_tensors(model) if name in put}
     for name, tensor in put.items():

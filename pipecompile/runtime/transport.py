@@ -1,7 +1,7 @@
-"""How the halves of a transfer find each other: the difference between one process and many is this protocol.
+"""Transfers between ranks. Only this protocol depends on whether ranks run in one process or in several.
 
-``send`` never waits. ``recv`` does not either: it gives a function that waits, so that a receive may stand early in a
-program without holding up what comes before its use.
+``send`` and ``recv`` never wait. ``recv`` returns a function that waits, so that a program can receive early without
+delaying the instructions before the value's use.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ Values = tuple[Value, ...]
 
 
 class Aborted(Exception):
-    """Raised in a rank that waits when another rank has failed."""
+    """Raised in a waiting rank when another rank has failed."""
 
 
 class Transport(Protocol):
     """Sends the results of computations between ranks."""
 
     def send(self, send: Send, values: Values) -> None:
-        """Hands values on; never waits."""
+        """Sends values; never waits."""
 
     def recv(self, recv: Recv) -> Callable[[], Values]:
-        """Gives a function that waits for the values and returns them."""
+        """Returns a function that waits for the values and returns them."""
 
     def abort(self) -> None:
-        """Wakes every rank that waits, with ``Aborted``."""
+        """Raises ``Aborted`` in every waiting rank."""
 
     def reset(self) -> None:
-        """Forgets everything that is under way."""
+        """Drops every transfer in flight."""
 
 
 class LocalTransport:
     """Transfers within one process.
 
     Args:
-        lanes: one for each rank.
-        rank_of: stage to rank.
+        lanes: one per rank.
+        rank_of: the rank of each stage.
     """
 
     def __init__(self, lanes: Sequence[Lane], rank_of: Sequence[int]) -> None:

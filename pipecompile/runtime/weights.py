@@ -1,12 +1,11 @@
-"""The weights of a stage in all the versions that are still needed.
+"""The weights of a stage, in all versions that pending backwards still need.
 
-A stage never computes with the model's parameters themselves but with leaves that share their memory: gradients gather
-in the leaves, and a leaf goes on pointing at its memory when the parameter moves on to fresh memory. So a version is
-stashed as it is: the step that would overwrite weights which a pending backward still needs first gives each parameter
-new memory. Versions that no pending backward needs are freed by dropping them.
+A stage computes with leaves that share the memory of the model's parameters. Gradients accumulate in the leaves, and a
+leaf keeps its memory when the parameter moves to new memory. A version is therefore stashed without a copy: a step that
+would overwrite weights of a pending backward first gives each parameter new memory. Other versions are dropped.
 
-Source: PipeDream (SOSP 2019), section 3.3, weight stashing; the version a backward uses is that of its forward.
-Optimizer state and buffers are not versioned, as there.
+Source: PipeDream (SOSP 2019), section 3.3, weight stashing: a backward uses the version of its forward. As there,
+optimizer state and buffers are not versioned.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 @dataclass(frozen=True, eq=False)
 class Version:
-    """One version of a stage's weights: leaves by name; ``counters`` are those of the parameters when it was made."""
+    """One version of a stage's weights: leaves by name, and the parameters' version counters at that time."""
 
     leaves: Mapping[str, Tensor]
     counters: Mapping[str, int]
@@ -34,9 +33,9 @@ class Weights:
     """One stage's parameters and their versions.
 
     Args:
-        tensors: the model's own parameters, and buffers that live elsewhere, by name.
-        device: the stage's; a tensor that lives elsewhere (a tied parameter, a shared buffer) is replicated here.
-        optimizer: for schedules that step inside the pipeline, which then own the updates.
+        tensors: the model's own parameters, and buffers on other devices, by name.
+        device: the stage's device; tensors on other devices (a tied parameter, a shared buffer) are copied to it.
+        optimizer: makes the optimizer, for schedules that step inside the pipeline.
     """
 
     def __init__(
@@ -53,10 +52,10 @@ class Weights:
         self.peak = 1  # versions alive at once
 
     def begin(self, tensors: Mapping[str, Tensor], written: Set[str] = frozenset()) -> None:
-        """Begins a pass: leaves without gradients, on the present values of the tensors that the pass reads.
+        """Begins a pass with new leaves without gradients, on the present values of the tensors.
 
         Args:
-            written: those that the call itself writes, after its forwards, which have read copies.
+            written: names of tensors that the call itself writes, after its forwards, which read copies.
         """
         self.written = written
         new = [t for name, t in tensors.items() if t.requires_grad and name not in self.tensors]
@@ -64,10 +63,10 @@ class Weights:
         if self.optimizer is not None and new:
             self.optimizer.add_param_group({"params": new})
         self.current = self._version()
-        self.touched.clear()  # of a stream that has failed
+        self.touched.clear()  # left over from a stream that failed
 
     def check(self, version: Version) -> None:
-        """Raises ``ExecutionError`` if somebody has written to the parameters since a version was made."""
+        """Raises ``ExecutionError`` if a parameter was changed in place since a version was made."""
         for name, counter in version.counters.items():
             if self.tensors[name]._version != counter:
                 raise ExecutionError(
@@ -76,15 +75,15 @@ class Weights:
                 )
 
     def touch(self, version: Version) -> None:
-        """Notes that a version has gradients which the next step takes."""
+        """Records that a version has gradients for the next step."""
         if self.optimizer is not None:
             self.touched.append(version)
 
     def step(self, pending: Iterable[Version]) -> None:
-        """The optimizer updates the latest weights with the gradients since the last step.
+        """Steps the optimizer on the latest weights, with the gradients since the last step.
 
         Args:
-            pending: the versions that backwards still to come need.
+            pending: the versions that pending backwards need.
         """
         needed = set(pending)
         self._gather()
@@ -118,7 +117,7 @@ class Weights:
         return leaf.detach().requires_grad_(tensor.requires_grad)
 
     def _replica(self, name: str, tensor: Tensor) -> Tensor:
-        """A copy on this device, made anew when the tensor has changed."""
+        """A copy on this device, renewed when the tensor has changed."""
         stamp = (tensor._version, tensor.data_ptr())
         known = self.replicas.get(name)
         if known is None or known[:2] != stamp:

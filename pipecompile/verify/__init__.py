@@ -1,1 +1,1 @@
-"""Is it exact? A split model's step beside the unsplit model's, what differs, and where that begins."""
+"""Compares a split model's step with the unsplit model's: what differs, and in which module it begins."""

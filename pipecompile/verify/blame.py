@@ -1,8 +1,8 @@
-"""Where a split model that differs from the unsplit one begins to: found by comparing, module by module.
+"""Finds the first module where a split model differs from the unsplit model.
 
-In the forward, the outputs of the modules are compared in the order of their calls: those of the unsplit model with
-the nodes of the trace that stand for them, first on the whole batch (what was captured), then on the microbatches (what
-was divided). Where all of these agree, gradients are compared in the order of the backward.
+Outputs of modules are compared in the order of their calls: the unsplit model's with those of the nodes in the trace,
+first on the whole batch (to check the capture), then on the microbatches (to check the division). If all outputs agree,
+gradients are compared in the order of the backward.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from pipecompile.verify.results import Difference
 from pipecompile.verify.side_by_side import Trial, on_one_device, statistics_of
 
 Parts = Sequence[Tensor]  # a value of the whole batch, or of each microbatch
-Outputs = Mapping[str, Sequence[Sequence[Parts]]]  # of each call of each module, by path
+Outputs = Mapping[str, Sequence[Sequence[Parts]]]  # by path of the module, then by call
 
 
 def first_that_differs(trial: Trial, found: Sequence[Difference]) -> str:
-    """The first module whose output differs, or whose parameters' gradients do, in words.
+    """Describes the first module whose output or gradients differ.
 
     Args:
-        found: what differs in the whole step.
+        found: the differences of the whole step.
     """
     whole, body = trial.batch.division.whole, trial.batch.division.body
     captured = _of_trace(trial, whole, [trial.fresh().batch.call.tensors])
@@ -50,7 +50,7 @@ def first_that_differs(trial: Trial, found: Sequence[Difference]) -> str:
 
 
 def _of_model(trial: Trial, rows: Rows) -> Outputs:
-    """What each module of the unsplit model returns, with the batch statistics of so many rows."""
+    """The outputs of each module of the unsplit model, with batch statistics per microbatch of ``rows``."""
     seen: dict[str, list[Sequence[Parts]]] = defaultdict(list)
 
     def hook(path: str) -> Callable[..., None]:
@@ -73,12 +73,12 @@ def _of_model(trial: Trial, rows: Rows) -> Outputs:
 
 
 def _of_trace(trial: Trial, captured: Captured, parts: Sequence[Mapping[str, Tensor]]) -> Outputs:
-    """What the nodes that stand for the modules' outputs compute from some parts of a batch."""
+    """The values of the nodes that are modules' outputs, from the parts of a batch."""
     own = {name for _, nodes in captured.returns for name in nodes if name is not None}
     names = {name + suffix for name in own for suffix in ("", "_share", "_part")}
     values: dict[str, list[Tensor]] = defaultdict(list)
     tensors = {n: t if t.requires_grad else t.detach().clone() for n, t in captured.tensors.items()}
-    with left_as_before(trial.model, reach=trial.reach):  # parts kept whole are run
+    with left_as_before(trial.model, reach=trial.reach):  # leaves run the user's Python
         for part in parts:
             evaluator = Evaluator(
                 part, tensors.__getitem__, lambda target: captured.leaf(target, tensors), call=drawn_alike
@@ -93,7 +93,7 @@ def _of_trace(trial: Trial, captured: Captured, parts: Sequence[Mapping[str, Ten
 
 
 def _whole_value(values: Mapping[str, Parts], name: str, parts: int) -> Parts:
-    """A value in its parts, or as one where it is a sum of the microbatches' shares; nothing where no node has it."""
+    """A value in its parts, or as one part if it sums the microbatches' shares; empty if no node computes it."""
     for share in (f"{name}_share", f"{name}_part") if parts > 1 else ():
         if share in values:
             return [torch.stack(list(values[share])).sum(0)]
@@ -101,13 +101,13 @@ def _whole_value(values: Mapping[str, Parts], name: str, parts: int) -> Parts:
 
 
 def _parts(trial: Trial) -> list[dict[str, Tensor]]:
-    """What each microbatch of a trial is given."""
+    """The inputs of each microbatch of a trial."""
     batch = trial.batch
     return scatter(batch.call, batch.rows, batch.compiled.run_before(batch.call), batch.division.before)
 
 
 def _first(captured: Captured, expected: Outputs, seen: Outputs) -> str:
-    """The first module, in the order in which calls end, one of whose outputs differs; empty if none does."""
+    """The first module, in the order in which calls return, with an output that differs; empty if all agree."""
     coarsest = coarsest_type(node.meta.get("val") for node in captured.graph.nodes)
     kinds = {path: type(module).__name__ for path, module in captured.model.named_modules()}
     calls: Counter[str] = Counter()
@@ -124,7 +124,7 @@ def _first(captured: Captured, expected: Outputs, seen: Outputs) -> str:
 
 
 def _compared(path: str, ours: Parts, theirs: Tensor, coarsest: torch.dtype | None) -> Difference | None:
-    """A module's output beside the unsplit model's; None where the parts cannot be put together."""
+    """The difference of a module's output from the unsplit model's; None if its parts cannot be joined."""
     if len(ours) == 1:
         return difference("output", path, ours[0], theirs, coarsest=coarsest)
     if not ours or any(part.ndim != theirs.ndim for part in ours):
@@ -140,7 +140,7 @@ def _compared(path: str, ours: Parts, theirs: Tensor, coarsest: torch.dtype | No
 
 
 def _first_gradient(captured: Captured, found: Sequence[Difference]) -> str:
-    """The module nearest to the loss one of whose parameters has another gradient."""
+    """Describes the module nearest to the loss with a parameter whose gradient differs."""
     wrong = {it.name: it for it in found if it.kind == "gradient" and it.verdict == "different"}
     last = {path: position for position, (path, _) in enumerate(captured.returns)}
     by_owner = sorted(wrong, key=lambda name: last.get(name.rpartition(".")[0], -1))

@@ -1,8 +1,8 @@
-"""Compares what two models gave in one step, by name: outputs, gradients, buffers, parameters and Python attributes.
+"""Compares one step of two models by name: outputs, gradients, buffers, parameters and Python attributes.
 
-Rounding is told from error by a bound for each tensor. Sums of the same terms in another order differ by a few units in
-the last place of the largest terms, so a part of the tensor's own largest value is allowed, and far less of the
-largest gradient of the model: a gradient that is nothing but the rounding of larger ones has no size of its own.
+A tolerance for each tensor tells rounding from error. Sums of the same terms in another order differ by a few units in
+the last place of the largest term, so the tolerance is a fraction of the tensor's largest value, plus a far smaller
+fraction of the model's largest gradient: a gradient may be nothing but the rounding of larger ones.
 """
 
 from __future__ import annotations
@@ -17,26 +17,29 @@ from torch import Tensor
 
 from pipecompile.verify.results import Difference, Kind
 
-ULPS = 64  # of the largest gradient, that rounding may leave in any other
-MOST = 0.01  # of the largest gradient, whatever the type: more would hide what is lost, in sixteen bits
+ULPS = 64  # units in the last place of the largest gradient, allowed in any gradient
+MOST = 0.01  # fraction of the largest gradient: an upper bound, since in 16 bits more would hide errors
 
 
 @dataclass(frozen=True)
 class Run:
-    """What one step gave, by name."""
+    """The results of one step, by name."""
 
     outputs: Mapping[str, Any]
     gradients: Mapping[str, Tensor | None] = field(default_factory=dict)
     input_gradients: Mapping[str, Tensor | None] = field(default_factory=dict)
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
-    parameters: Mapping[str, Tensor] = field(default_factory=dict)  # those that the step has written
-    attributes: Mapping[str, Any] = field(default_factory=dict)  # those that the step has set
+    parameters: Mapping[str, Tensor] = field(default_factory=dict)  # parameters that the step has written
+    attributes: Mapping[str, Any] = field(default_factory=dict)  # attributes that the step has set
     structure: Any = None  # the tree of the output: its types and keys
-    wanting: frozenset[str] = frozenset()  # outputs that a gradient can be asked of
+    wanting: frozenset[str] = frozenset()  # outputs that require a gradient
     weights: Mapping[str, Tensor] = field(default_factory=dict)  # all parameters, as they were before the step
-    left: Mapping[str, bool] = field(default_factory=dict)  # tensors left behind: whether one can be asked of them
+    left: Mapping[str, bool] = field(
+        default_factory=dict
+    )  # tensors left in the model, and whether they require a gradient
 
     def parts(self) -> Iterator[tuple[Kind, Mapping[str, Any]]]:
+        """The kinds of results, each with its values by name."""
         yield "output", self.outputs
         yield "gradient", self.gradients
         yield "input gradient", self.input_gradients
@@ -46,11 +49,11 @@ class Run:
 
 
 def differences(split: Run, whole: Run, coarsest: torch.dtype | None = None) -> tuple[Difference, ...]:
-    """How far apart two runs are, tensor by tensor.
+    """The differences of two runs, tensor by tensor.
 
     Args:
-        whole: the unsplit model's; magnitudes are taken from it.
-        coarsest: the least precise floating type that the model computes in, whatever type its results have.
+        whole: the unsplit model's run, whose magnitudes are used.
+        coarsest: the least precise floating dtype that the model computes in.
     """
     gradients = [g for g in (*whole.gradients.values(), *whole.input_gradients.values()) if g is not None]
     largest = max(map(magnitude, gradients), default=0.0)
@@ -65,7 +68,7 @@ def differences(split: Run, whole: Run, coarsest: torch.dtype | None = None) -> 
 
 
 def _of_outputs(split: Run, whole: Run) -> Iterator[Difference | None]:
-    """What of the output is no number: its structure, and what takes a gradient."""
+    """Differences in the structure of the output, and in which tensors require a gradient."""
     if split.structure != whole.structure:
         yield Difference(
             "output", "the structure", math.inf, 0.0, 0.0, f"{split.structure} instead of {whole.structure}"
@@ -78,18 +81,18 @@ def _of_outputs(split: Run, whole: Run) -> Iterator[Difference | None]:
 
 
 def _takes(kind: Kind, name: str, expected: bool) -> Difference:
-    """A tensor that takes no gradient though it should, or takes one though it should not."""
-    seen = "without a gradient" if expected else "with a gradient, which the unsplit model's has not"
+    """The difference of a tensor of which only one model's requires a gradient."""
+    seen = "without a gradient" if expected else "with a gradient, unlike the unsplit model's"
     return Difference(kind, name, math.inf, 0.0, 0.0, seen)
 
 
 def difference(
     kind: Kind, name: str, ours: Any, theirs: Any, level: float = 0.0, coarsest: torch.dtype | None = None
 ) -> Difference | None:
-    """How far apart two values are; None where there is nothing to compare.
+    """The difference of two values; None if both are None.
 
     Args:
-        level: the largest magnitude of a gradient in the model, for a gradient.
+        level: for a gradient, the largest magnitude of any gradient of the model.
     """
     if ours is None and theirs is None:
         return None
@@ -104,7 +107,7 @@ def difference(
 
 
 def distance(ours: Tensor, theirs: Tensor) -> float:
-    """The largest difference of two elements; infinite where only one is a number, 0 where both are alike."""
+    """The largest absolute difference of two elements; infinite if only one of two is finite, 0 if all are equal."""
     a, b = ours.detach(), theirs.detach().to(ours.device)
     if a.layout != torch.strided:
         a, b = a.to_dense(), b.to_dense()
@@ -117,7 +120,7 @@ def distance(ours: Tensor, theirs: Tensor) -> float:
 
 
 def allowed(dtype: torch.dtype, scale: float, level: float = 0.0, coarsest: torch.dtype | None = None) -> float:
-    """The difference that rounding may explain in a tensor of a type whose values go up to ``scale``."""
+    """The largest difference that rounding explains in a tensor of a dtype and of magnitude ``scale``."""
     if not (dtype.is_floating_point or dtype.is_complex):
         return 0.0
     eps = max(torch.finfo(dtype).eps, 0.0 if coarsest is None else torch.finfo(coarsest).eps)
@@ -125,7 +128,7 @@ def allowed(dtype: torch.dtype, scale: float, level: float = 0.0, coarsest: torc
 
 
 def coarsest_type(values: Iterable[Any]) -> torch.dtype | None:
-    """The least precise floating type among tensors; None if there is none."""
+    """The least precise floating dtype of the tensors among ``values``; None without such tensors."""
     types = {v.dtype for v in values if isinstance(v, Tensor) and (v.dtype.is_floating_point or v.dtype.is_complex)}
     return max(types, key=lambda dtype: torch.finfo(dtype).eps, default=None)
 
@@ -148,7 +151,7 @@ _MISSING = _Missing()
 
 
 def _equal(ours: Any, theirs: Any) -> bool:
-    """Whether two Python values are alike; numbers that are not numbers are."""
+    """Whether two Python values are equal; NaN equals NaN."""
     if type(ours) is not type(theirs):
         return False
     if isinstance(ours, float) and math.isnan(ours):
@@ -168,5 +171,5 @@ def _described(value: Any) -> str:
 
 
 def names_of(differences: Sequence[Difference], kind: Kind) -> list[str]:
-    """The names of what differs by more than rounding, of one kind."""
+    """The names of one kind that differ by more than rounding."""
     return [it.name for it in differences if it.kind == kind and it.verdict == "different"]

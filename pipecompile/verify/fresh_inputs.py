@@ -1,8 +1,8 @@
-"""Fresh inputs drawn like a sample call's: other values, and another batch size and other lengths.
+"""Fresh inputs like those of a sample call: other values, another batch size, other lengths.
 
-Floats are drawn from a normal distribution with the sample's mean and deviation. Integers and flags are drawn from the
-values that the sample holds, so that ids stay in range and ignored labels stay ignored. Where an order or a layout has
-a meaning (masks, positions, offsets) whole rows are drawn, not elements.
+Floats are drawn from a normal distribution with the sample's mean and standard deviation. Integers and flags are drawn
+from the sample's values, so that ids stay in range and ignored labels stay ignored. If order or layout matters (masks,
+positions, offsets), whole rows are drawn instead of elements.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch import Tensor
 from pipecompile.capture import Call, Captured
 from pipecompile.ops.symbols import resolve
 
-FEW = 2  # distinct values of a tensor that is taken for a mask or a constant
+FEW = 2  # distinct values at which a tensor counts as a mask or a constant
 
 
 def like(call: Call, shapes: Mapping[str, tuple[int, ...]], generator: torch.Generator) -> dict[str, Tensor]:
     """Fresh tensors for a call.
 
     Args:
-        shapes: of each tensor, of the sample's rank.
+        shapes: the shape of each tensor, with as many dimensions as the sample.
     """
     fresh = {}
     for name, sample in call.tensors.items():
@@ -32,7 +32,7 @@ def like(call: Call, shapes: Mapping[str, tuple[int, ...]], generator: torch.Gen
 
 
 def other_shapes(captured: Captured, call: Call) -> dict[str, tuple[int, ...]] | None:
-    """The shapes of another batch size and other lengths, as far as these are symbols; None if none is."""
+    """Shapes with another batch size and other lengths, where these are symbolic; None if all are fixed."""
     values = captured.size_values(call.tensors)
     batch = {s for s, (name, dim) in captured.sizes.items() if dim == 0 and name in call.batched}
     lengths = {s: _shorter(size) for s, size in values.items() if s not in batch}
@@ -48,11 +48,15 @@ def other_shapes(captured: Captured, call: Call) -> dict[str, tuple[int, ...]] |
 
 
 def same_shapes(call: Call) -> dict[str, tuple[int, ...]]:
+    """The shapes of a call's tensors."""
     return {name: tuple(tensor.shape) for name, tensor in call.tensors.items()}
 
 
 def _shorter(size: int) -> int:
-    """Three quarters of a length, and an even one where it was even; short ones grow, lest they become a single one."""
+    """Three quarters of a length, which stays even if it was.
+
+    Lengths below 4 are increased by one instead, so that no dimension becomes 1.
+    """
     return size + 1 if size < 4 else size * 3 // 8 * 2 if size % 2 == 0 else size * 3 // 4
 
 
@@ -71,7 +75,7 @@ def _drawn(sample: Tensor, shape: tuple[int, ...], batched: bool, generator: tor
 
 
 def _has_layout(tensor: Tensor) -> bool:
-    """Whether elements stand where they stand for a reason: flags, few values, or an ascending row."""
+    """Whether positions of elements matter: flags, few distinct values, non-finite values, or an ascending row."""
     if tensor.dtype == torch.bool or torch.unique(tensor).numel() <= FEW:
         return True
     if tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dim() == 0:
@@ -80,7 +84,7 @@ def _has_layout(tensor: Tensor) -> bool:
 
 
 def _rows(sample: Tensor, shape: tuple[int, ...], batched: bool, generator: torch.Generator) -> Tensor:
-    """Rows of the sample, drawn; longer ones go on as they end."""
+    """Random rows of the sample; longer dimensions repeat the last element."""
     out = sample
     for dim, size in enumerate(shape):
         if dim == 0 and batched:

@@ -1,4 +1,4 @@
-"""What a step changes beside what it gives: buffers, parameters, Python state; noted, then put back."""
+"""Records the side effects of a step (on buffers, parameters, Python state), then restores the state."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 @dataclass
 class Seen:
-    """What a step has changed of its model, taken before all is put back."""
+    """The changes of a step to its model, taken before the state is restored."""
 
-    changed: Callable[[], Iterator[tuple[str, Any]]]  # attributes and containers, at present
+    changed: Callable[[], Iterator[tuple[str, Any]]]  # attributes and containers changed so far
     buffers: dict[str, Tensor] = field(default_factory=dict)
     parameters: dict[str, Tensor] = field(default_factory=dict)
     attributes: dict[str, Any] = field(default_factory=dict)
 
     def left(self) -> dict[str, Tensor]:
-        """The tensors that the step has left behind so far, by place, with their history."""
+        """The tensors that the step has stored in the model so far, by place, with their autograd graph."""
         leaves = [leaf for label, value in self.changed() for leaf in _leaves(label, value)]
         return {n: t for n, t in leaves if isinstance(t, Tensor) and t.is_floating_point() and not _is_leaf(t)}
 
 
 @contextmanager
 def observed(model: nn.Module, functions: Sequence[Callable[..., Any]], reach: Reach) -> Iterator[Seen]:
-    """Notes what a step changes of a model and of what the model reaches, then puts everything back."""
+    """Records what a step changes in a model and in the objects it reaches, then restores everything."""
     before = [(label, owner, names, names_of(owner, names)) for owner, label, names in reach.owners]
     tables = {id(vars(module).get(name)) for module in model.modules() for name in TORCHS_OWN}
     containers = [(holder, label, contents(holder)) for holder, label in reach.containers if id(holder) not in tables]
@@ -78,10 +78,10 @@ def observed(model: nn.Module, functions: Sequence[Callable[..., Any]], reach: R
 
 
 def _changes(label: str, now: Mapping[str, Any], before: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The attributes of one owner that have been set; what torch keeps for itself is compared elsewhere."""
+    """The attributes of one owner that were set or deleted; torch's own tables are compared elsewhere."""
     for name, value in now.items():
         if name.startswith("__"):
-            continue  # what decorators note on functions, as torch does when a checkpoint first runs
+            continue  # set by decorators on functions, as by torch at the first run of a checkpoint
         if name not in TORCHS_OWN and (name not in before or not _is_as_before(value, before[name])):
             yield (f"{label}.{name}" if label else name), value
     for name in before.keys() - now.keys():
@@ -102,7 +102,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def _comparable(label: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """The plain values and tensors in an attribute, by name; other objects are left out."""
+    """The tensors and plain Python values in an attribute, by name; other objects are skipped."""
     for name, leaf in _leaves(label, value):
         if isinstance(leaf, Tensor):
             yield name, leaf.detach().clone()
@@ -112,9 +112,9 @@ def _comparable(label: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 def _leaves(label: str, value: Any) -> Iterator[tuple[str, Any]]:
     for path, leaf in with_paths(value)[0]:
-        yield label + _ADDRESS.sub("", pytree.keystr(path)), leaf  # the same name for another weak reference
+        yield label + _ADDRESS.sub("", pytree.keystr(path)), leaf  # drops addresses, so that names are stable
 
 
 def _is_leaf(tensor: Tensor) -> bool:
-    """Whether a tensor is a parameter, or an input that wants a gradient: nothing that a step has computed."""
+    """Whether a tensor is a parameter or an input that requires a gradient, not computed by a step."""
     return tensor.requires_grad and tensor.grad_fn is None

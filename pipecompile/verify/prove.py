@@ -1,11 +1,10 @@
-"""The check that a capture passes before it trains: one step beside the unsplit model's own, on a slice of the batch.
+"""The check of a capture before it trains: one step is compared with the unsplit model's, on a slice of the batch.
 
-The slice has as few rows as leave every microbatch two, and the first one three, so that a microbatch that is lost, or
-weighed as if all were equal, shows. Both models draw the same random numbers. Nothing of the check is left behind.
+The slice has two rows per microbatch, and three in the first, so that a lost microbatch, or one weighted as if all were
+equal, shows. Both models draw the same random numbers. The check leaves no trace in the model.
 
-What differs by more than ``comparison.allowed`` is judged once more by how well the unsplit model knows its own
-numbers (``rounding``). Where that noise is as large as what a lost microbatch would do, nothing is proven, and that is
-said.
+A value that differs by more than ``comparison.allowed`` is compared again with a tolerance from the unsplit model's own
+rounding (``rounding``). If that tolerance could hide a lost microbatch, the proof says so.
 """
 
 from __future__ import annotations
@@ -32,18 +31,18 @@ from pipecompile.verify.results import Difference, Proof
 from pipecompile.verify.rounding import with_noise
 from pipecompile.verify.side_by_side import Trial, apart, copied, incomparable, split_step, unsplit_step
 
-LISTED = 5  # differences that an error lists
+LISTED = 5  # differences listed in an error
 
 
 def prove(trial: Trial) -> Proof:
-    """Compares one step of a split model with the unsplit model's.
+    """Compares one step of a split model with the unsplit model's step.
 
     Args:
-        trial: the user's call; a slice of it is run, or all of it where the model does not take a slice.
+        trial: the user's call; a slice of it is run, or all of it if the model does not accept a slice.
 
     Raises:
-        ExactnessError: they differ; says what, and in which module it begins.
-        Exception: what the unsplit model itself raises on the call.
+        ExactnessError: they differ; the message lists the differences, and the module where they begin.
+        Exception: the unsplit model itself raises on the call.
     """
     start = time.perf_counter()
     functions = [] if trial.loss_fn is None else [trial.loss_fn]
@@ -59,12 +58,14 @@ def prove(trial: Trial) -> Proof:
             except ExactnessError:
                 raise
             except torch.OutOfMemoryError:
-                return _unproven(trial, "it does not fit into memory")
+                return _unproven(trial, "the step does not fit into memory")
             except Exception as error:
-                if candidate is sliced:  # the model may not take fewer rows than the batch has
+                if candidate is sliced:  # the model may not accept fewer rows
                     continue
                 if not isinstance(error, PipecompileError):
-                    error.add_note("raised by the unsplit model, which pipecompile compares a first call with")
+                    error.add_note(
+                        "raised by the unsplit model, which pipecompile runs to verify this call; see verify="
+                    )
                 raise
             return replace(proof, of=_rows(trial), seconds=time.perf_counter() - start)
     raise AssertionError("the whole call is always tried")
@@ -75,7 +76,7 @@ def _rows(trial: Trial) -> int:
 
 
 def _slice(trial: Trial) -> Trial | None:
-    """The trial on as few rows as tell microbatches apart; None if the batch has no more, or the capture needs all."""
+    """The trial on the fewest rows that tell microbatches apart; None if the batch is no larger or cannot be sliced."""
     batch = trial.batch
     count = 2 * len(batch.rows) + 1
     if batch.call.batch is None or batch.call.batch <= count:
@@ -85,27 +86,27 @@ def _slice(trial: Trial) -> Trial | None:
     try:
         if batch.compiled.broken(call, rows):
             return None
-    except Exception:  # what the model reads from its inputs cannot be computed from fewer rows
+    except Exception:  # guards on input values cannot be computed from fewer rows
         return None
     return replace(trial, batch=replace(batch, call=call, rows=rows))
 
 
 def _compare(trial: Trial) -> Proof:
-    """One comparison; of a model that cannot be compared on microbatches, on one of them all."""
+    """One comparison; on the whole batch as one microbatch if microbatches cannot be compared."""
     note = ""
     why = apart(trial)
     if why and trial.batch.sees_the_whole:
         whole = Rows((_rows(trial),))
         if trial.batch.compiled.broken(trial.batch.call, whole):
-            return _unproven(trial, f"{why}, and its loss is of the whole batch")
-        note = f"compared as one microbatch, since {why} while its loss is one of the whole batch"
+            return _unproven(trial, f"{why}, and the loss needs the whole batch")
+        note = f"compared as one microbatch, since {why} and the loss needs the whole batch"
         trial, why = replace(trial, batch=replace(trial.batch, rows=whole)), ""
     if why:
-        note = f"compared over the same microbatches, since {why}"
+        note = f"compared on the same microbatches, since {why}"
     try:
         split, seeds = split_step(trial.fresh(), left_too=not why)
     except Exception:
-        if raised := _unsplit_raises(trial):  # gradients of an output that nobody may ask for
+        if raised := _unsplit_raises(trial):  # an output whose gradient cannot be computed
             return Proof(0, (), note=f"not compared: the unsplit model raises {raised}")
         raise
     parts = trial.rows if why else Rows((_rows(trial),))
@@ -117,15 +118,15 @@ def _compare(trial: Trial) -> Proof:
     coarsest = coarsest_type(node.meta.get("val") for node in trial.captured.graph.nodes)
     found = differences(split, whole_run, coarsest)
     found = tuple(it for it in found if not (_moved_otherwise(trial, it) or (why and _written_once(trial, it))))
-    if any(map(_is_state, found)):  # of the model it shows again; other threads, as a progress bar's, set variables too
+    if any(
+        map(_is_state, found)
+    ):  # a difference made by the model shows again; other threads (a progress bar) set attributes too
         once_more, given = split_step(trial.fresh(), left_too=not why)
         whole_again = unsplit_step(trial.fresh(), parts, given)
         shows = {it.name for it in differences(once_more, whole_again, coarsest) if _is_state(it)}
         by_itself = {it.name for it in differences(whole_run, whole_again, coarsest) if _is_state(it)}
         if by_itself & shows:
-            said = (
-                f"not compared, since the unsplit model sets them otherwise in each run: {', '.join(sorted(by_itself))}"
-            )
+            said = f"not compared, since the unsplit model sets them anew on each run: {', '.join(sorted(by_itself))}"
             note = "; ".join(filter(None, [note, said]))
         shows -= by_itself
         found = tuple(it for it in found if not _is_state(it) or it.name in shows)
@@ -145,12 +146,12 @@ def _is_state(it: Difference) -> bool:
 def _noise_note(trial: Trial, rounded: Sequence[Difference]) -> str:
     most = max(it.relative for it in rounded)
     if math.isfinite(most) and most > 1 / (2 * len(trial.rows)):
-        return f"rounding alone moves the unsplit model's numbers by {most:.0%}: a lost microbatch might not show"
-    return f"{len(rounded)} numbers differ by no more than the unsplit model's own rounding"
+        return f"rounding alone changes the unsplit model's values by {most:.0%}, so a lost microbatch might not show"
+    return f"{len(rounded)} tensors differ by no more than the unsplit model's own rounding"
 
 
 def _unsplit_raises(trial: Trial) -> str:
-    """What the unsplit model raises on a call, in its forward or from gradients of its outputs; empty if nothing."""
+    """What the unsplit model raises in the forward or backward of a call; empty if it does not raise."""
     try:
         unsplit_step(trial.fresh(), Rows((_rows(trial),)), None)
     except Exception as error:
@@ -159,23 +160,23 @@ def _unsplit_raises(trial: Trial) -> str:
 
 
 def _moved_otherwise(trial: Trial, it: Difference) -> bool:
-    """Whether these are statistics that a checkpoint, run again, moves twice, and a pipeline that defers them once."""
+    """Whether this is a running statistic that a checkpoint updates twice, but a deferring pipeline once."""
     return trial.batching.batch_norm == "deferred" and it.kind == "buffer" and bool(trial.captured.recomputed)
 
 
 def _written_once(trial: Trial, it: Difference) -> bool:
-    """Whether a pipeline writes this once a batch, where the unsplit model does for each microbatch."""
+    """Whether a pipeline writes this once per batch, but the unsplit model once per microbatch."""
     tail = trial.batch.division.tail
     return it.kind == "attribute" or (tail is not None and it.name in tail.writes)
 
 
 def _unproven(trial: Trial, why: str) -> Proof:
     note = f"not compared with the unsplit model: {why}"
-    warnings.warn(f"{note}; verify='never' to pipecompile.compile says that you know", stacklevel=5)
+    warnings.warn(f"{note}; pass verify='never' to pipecompile.compile() to skip the comparison", stacklevel=5)
     return Proof(0, (), note=note)
 
 
-# What is said
+# The error message
 
 
 def _message(trial: Trial, wrong: Sequence[Difference]) -> str:
@@ -183,8 +184,8 @@ def _message(trial: Trial, wrong: Sequence[Difference]) -> str:
     more = [f"  and {len(wrong) - LISTED} more"] if len(wrong) > LISTED else []
     try:
         where = first_that_differs(trial, wrong)
-    except Exception as error:  # what differs may also fail when it is run by itself
-        where = f"which module it begins in could not be found ({type(error).__name__}: {error})"
+    except Exception as error:  # modules may fail when run by themselves
+        where = f"which module differs first could not be found ({type(error).__name__}: {error})"
     rows = f"{_rows(trial)} rows in {len(trial.rows)} microbatches" if len(trial.rows) > 1 else f"{_rows(trial)} rows"
     return "\n".join(
         [
@@ -192,18 +193,18 @@ def _message(trial: Trial, wrong: Sequence[Difference]) -> str:
             *listed,
             *more,
             f"{where}.",
-            "Keep that module whole with leaf_modules=[...], or use microbatches=1; model and gradients are as they "
-            "were. Please report it: pipecompile should have refused the model, or been exact.",
+            "Keep that module whole with leaf_modules=[...], or use microbatches=1; the model and its gradients are "
+            "unchanged. Please report this: pipecompile should have refused the model, or been exact.",
         ]
     )
 
 
-# Leaving no mark
+# Restoring state
 
 
 @contextmanager
 def _nothing_left(trial: Trial) -> Iterator[None]:
-    """Generators, modes and hooks on parameters are as before at the end; what a step changes it undoes itself."""
+    """Restores generators, modes and hooks on parameters at exit; a step undoes its other changes itself."""
     with (
         not_collecting(),
         undrawn(trial.devices),
@@ -217,9 +218,9 @@ def _nothing_left(trial: Trial) -> Iterator[None]:
 
 @contextmanager
 def _without_hooks(model: nn.Module) -> Iterator[None]:
-    """Hooks on the gradients of parameters, which are for real steps, are not called.
+    """Disables hooks on the gradients of parameters, which are for real steps.
 
-    Autograd calls what stands in a parameter's tables, whoever has taken these from the parameter; so they are emptied.
+    Autograd keeps references to a parameter's tables of hooks, so the tables are emptied in place.
     """
     tables = [t for p in model.parameters() for t in (p._backward_hooks, p._post_accumulate_grad_hooks) if t]
     held = [(table, dict(table)) for table in tables]
@@ -233,12 +234,12 @@ def _without_hooks(model: nn.Module) -> Iterator[None]:
 
 
 def due(verify: str | int, calls: int, proven: bool) -> bool:
-    """Whether a call is to be compared with the unsplit model.
+    """Whether to compare a call with the unsplit model.
 
     Args:
-        verify: "first", "never", "every", or a number n: the first and each nth call.
-        calls: that have been made before.
-        proven: whether a call on the same capture, of the same kind, has been compared.
+        verify: "first", "never", "every", or a number n: the first and every nth call.
+        calls: the number of earlier calls.
+        proven: whether a call of the same kind on the same capture has been compared.
     """
     if verify == "never":
         return False
@@ -248,7 +249,7 @@ def due(verify: str | int, calls: int, proven: bool) -> bool:
 
 
 def first_microbatch(batch: steps.Batch) -> steps.Batch:
-    """The first microbatch of a call as a batch of its own."""
+    """The first microbatch of a call, as a batch."""
     count = batch.rows.counts[0]
     if batch.call.batch is None:
         return batch

@@ -1,7 +1,7 @@
-"""What a comparison of a split model with the unsplit one has found: a table that a person can check.
+"""The results of comparing a split model with the unsplit model, as a table.
 
-Every tensor that came out of both is a ``Difference``. It is *equal* if it is so bit for bit, *rounding* if it is
-within what the dtype and another order of additions explain, and else *different*.
+Each tensor that both models computed is a ``Difference``: *equal* bit for bit, *rounding* if its dtype and another
+order of additions explain the difference, else *different*.
 """
 
 from __future__ import annotations
@@ -22,37 +22,39 @@ from rich.text import Text
 from pipecompile.errors import ExactnessError
 
 Kind = Literal["output", "gradient", "input gradient", "buffer", "parameter", "attribute"]
-WIDTH = 118  # columns of the text form
-MOST_NOTES = 6  # lines of a topic
+WIDTH = 118  # columns of the printed table
+MOST_NOTES = 6  # lines per topic
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One tensor, or one Python value, as both models gave it.
+    """One tensor or Python value of both models.
 
-    ``largest`` is infinite where the two cannot be subtracted: one is missing, or of another shape, or not a number.
+    ``largest`` is infinite if the two cannot be subtracted: one is missing, has another shape, or is not a number.
     """
 
     kind: Kind
     name: str
-    largest: float  # the largest difference of two elements
-    scale: float  # the largest magnitude in the unsplit model's
-    allowed: float  # what rounding may explain
-    seen: str = ""  # both, in words, where they cannot be subtracted
+    largest: float  # the largest absolute difference of two elements
+    scale: float  # the largest magnitude in the unsplit model's tensor
+    allowed: float  # the tolerance: the largest difference that rounding explains
+    seen: str = ""  # a description of both, if they cannot be subtracted
 
     @property
     def verdict(self) -> Literal["equal", "rounding", "different"]:
+        """Whether the two are equal, differ by rounding, or are different."""
         if self.largest == 0:
             return "equal"
         return "rounding" if self.largest <= self.allowed else "different"
 
     @property
     def relative(self) -> float:
+        """The largest difference over the largest magnitude of the unsplit model's tensor."""
         return self.largest / self.scale if self.scale else math.copysign(math.inf, self.largest) * (self.largest > 0)
 
     @property
     def amount(self) -> str:
-        """How far apart the two are, in words."""
+        """The difference, in words."""
         return self.seen or f"by {self.largest:.3g} where values go up to {self.scale:.3g}"
 
     def __str__(self) -> str:
@@ -65,18 +67,20 @@ class Check:
 
     mode: Literal["train", "eval"]
     inputs: str  # "fresh: x [8, 64]"
-    microbatches: int  # 0 where it was not run
-    against: str  # what the unsplit model was run on: "the whole batch"
+    microbatches: int  # 0 if the split model was not run
+    against: str  # what the unsplit model ran on: "the whole batch"
     differences: tuple[Difference, ...] = ()
-    failure: str = ""  # what the split model raised, where the unsplit one did not
-    left_out: str = ""  # why the unsplit model itself cannot take such inputs
+    failure: str = ""  # what the split model raised, but the unsplit model did not
+    left_out: str = ""  # why the inputs could not be compared
 
     @property
     def differing(self) -> tuple[Difference, ...]:
+        """The differences larger than rounding."""
         return tuple(it for it in self.differences if it.verdict == "different")
 
     @property
     def verdict(self) -> str:
+        """The verdict as printed in the table."""
         if self.left_out:
             return "left out"
         if self.failure:
@@ -88,12 +92,12 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """What the first call of a capture was compared in, before it trained.
+    """The comparison of a capture's first call, before it trains.
 
     Attributes:
-        rows: of the batch that were run, in the microbatches ``counts``.
-        of: rows of the whole batch.
-        note: what could not be compared, or not as it is.
+        rows: number of rows that were run, in microbatches of ``counts`` rows.
+        of: number of rows of the whole batch.
+        note: what could not be compared, or was compared in another way.
     """
 
     rows: int
@@ -107,15 +111,15 @@ class Proof:
         kinds = Counter(it.kind for it in self.differences)
         what = ", ".join(f"{count} {kind}{'s' * (count > 1)}" for kind, count in kinds.items())
         worst = max((it.relative for it in self.differences if math.isfinite(it.relative)), default=0.0)
-        how = "bit for bit" if worst == 0 else f"within {worst:.1e} of their size"
+        how = "bit for bit" if worst == 0 else f"within {worst:.1e} of their largest value"
         cut = f" in microbatches of {', '.join(map(str, self.counts))}" if len(self.counts) > 1 else ""
         compared = f"{self.rows} of {self.of} rows{cut}: {what} equal {how}" if what else ""
-        return f"{'; '.join(filter(None, [compared, self.note]))}; it took {self.seconds:.2f} s"
+        return f"{'; '.join(filter(None, [compared, self.note]))}; took {self.seconds:.2f} s"
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A group of parameters: its worst gradient over all checks."""
+    """The worst gradient of a group of parameters over all checks."""
 
     group: str
     parameters: int
@@ -124,29 +128,30 @@ class Row:
 
     @property
     def verdict(self) -> str:
+        """The verdict as printed in the table."""
         return {"equal": "bit-equal", "rounding": "rounding", "different": "DIFFERENT"}[self.worst.verdict]
 
 
 @dataclass(frozen=True)
 class Verification:
-    """All checks, and what the user should know about the captures that were run, by topic."""
+    """All checks, and notes on the captures that were run, by topic."""
 
     checks: tuple[Check, ...]
     notes: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def exact(self) -> bool:
-        """Whether something was compared, and nothing differs by more than rounding."""
+        """Whether at least one check compared values, and no value differs by more than rounding."""
         return any(it.differences for it in self.checks) and not any(it.failure or it.differing for it in self.checks)
 
     @property
     def bit_equal(self) -> bool:
-        """Whether every number is equal bit for bit."""
+        """Whether all values are equal bit for bit."""
         return self.exact and all(it.verdict in ("bit-equal", "left out") for it in self.checks)
 
     @cached_property
     def rows(self) -> tuple[Row, ...]:
-        """A row for each group of parameters, in the model's order."""
+        """One row per group of parameters, in the model's order."""
         groups: dict[str, dict[str, list[tuple[int, Difference]]]] = {}
         for number, check in enumerate(self.checks, 1):
             for it in check.differences:
@@ -180,7 +185,7 @@ class Verification:
 
 
 def group_of(parameter: str) -> str:
-    """The module that a parameter is listed under: up to the first numbered one, ``h.0``, else the one that owns it."""
+    """The module that a parameter is listed under: up to the first number, as in ``h.0``, else its own module."""
     parts = parameter.split(".")
     for index, part in enumerate(parts[:-1]):
         if part.isdigit():
@@ -200,7 +205,7 @@ def _row(group: str, parameters: Mapping[str, Sequence[tuple[int, Difference]]])
 
 def _faults(number: int, check: Check) -> Iterator[str]:
     if check.failure:
-        yield f"check {number}: the unsplit model runs, the split one raises {check.failure}"
+        yield f"check {number}: the unsplit model runs, but the split model raises {check.failure}"
     for it in check.differing:
         yield f"check {number}: {it}"
 

@@ -1,9 +1,9 @@
-"""How well a model knows its own numbers: what rounding alone does to the unsplit model's step.
+"""Measures the effect of rounding alone on the unsplit model's step.
 
-A split model adds up in another order, and so rounds otherwise. Where that matters more than ``comparison.allowed``
-allows (gradients that cancel, sums with large terms, sixteen-bit types), the unsplit model itself tells how far apart
-two right answers may be: a copy of it runs the step in float64, and one runs it with every parameter and input off by
-one unit in the last place.
+A split model adds in another order, so it rounds differently. If the difference exceeds ``comparison.allowed``
+(gradients that cancel, sums with large terms, 16-bit dtypes), the unsplit model tells how far apart two correct results
+may be: one copy runs the step in float64, another runs it with every parameter and input off by one unit in the last
+place.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from pipecompile.verify.comparison import Run, allowed, coarsest_type, distance,
 from pipecompile.verify.results import Difference
 from pipecompile.verify.side_by_side import Seeds, Trial, unsplit_step
 
-WIDER = 5.0  # times as far from the unsplit model as that is from its step in float64
-SHAKEN = 16.0  # times what one unit in the last place of parameters and inputs does
+WIDER = 5.0  # times the distance between the unsplit step and its float64 step
+SHAKEN = 16.0  # times the effect of one unit in the last place of parameters and inputs
 
 Noise = Mapping[tuple[str, str], float]  # by kind and name
 Numbers = dict[tuple[str, str], Tensor]
@@ -32,21 +32,21 @@ ROUNDED = ("output", "gradient", "input gradient", "buffer")
 def with_noise(
     found: Sequence[Difference], trial: Trial, parts: Rows, seeds: Seeds, whole: Run
 ) -> tuple[Difference, ...]:
-    """The differences of a step, each allowed what the unsplit model's own rounding explains.
+    """The differences of a step, with tolerances raised by the unsplit model's own rounding.
 
     Args:
-        parts, seeds: what the unsplit step was run on.
-        whole: what it gave.
+        parts, seeds: the arguments of the unsplit step.
+        whole: its results.
     """
     noise = _noise(trial, parts, seeds, whole)
     return tuple(replace(it, allowed=it.allowed + noise.get((it.kind, it.name), 0.0)) for it in found)
 
 
 def _noise(trial: Trial, parts: Rows, seeds: Seeds, whole: Run) -> Noise:
-    """How far two models that round otherwise may be apart, for each number; empty if that cannot be found."""
+    """The distance that rounding may cause in each value; empty if it cannot be measured."""
     numbers = _tensors(whole)
     if _is_another(numbers, _tensors(unsplit_step(trial.fresh(), parts, seeds))):
-        return {}  # the model gives other numbers on each run, by more than rounding
+        return {}  # runs of the model differ by more than rounding
     coarse = coarsest_type(numbers.values())
     tried: list[tuple[float, Callable[[Tensor], Tensor]]] = [(SHAKEN, _shaken)]
     if coarse is not None and torch.finfo(coarse).eps > torch.finfo(torch.float64).eps:
@@ -55,7 +55,7 @@ def _noise(trial: Trial, parts: Rows, seeds: Seeds, whole: Run) -> Noise:
     for times, change in tried:
         try:
             other = _tensors(_changed(trial, parts, seeds, change))
-        except Exception:  # a model that cannot be copied, or does not take float64
+        except Exception:  # the model cannot be copied, or does not support float64
             continue
         for key in numbers.keys() & other.keys():
             if numbers[key].shape == other[key].shape:
@@ -65,13 +65,13 @@ def _noise(trial: Trial, parts: Rows, seeds: Seeds, whole: Run) -> Noise:
 
 
 def _is_another(numbers: Numbers, again: Numbers) -> bool:
-    """Whether a step that was run again has given other numbers."""
+    """Whether a second run of the step has given other values."""
     pairs = [(numbers[key], again[key]) for key in numbers.keys() & again.keys()]
     return any(distance(a, b) > allowed(a.dtype, magnitude(a)) for a, b in pairs if a.shape == b.shape)
 
 
 def _changed(trial: Trial, parts: Rows, seeds: Seeds, change: Callable[[Tensor], Tensor]) -> Run:
-    """The unsplit step of a copy of the model, with its parameters, buffers and inputs changed."""
+    """Runs the unsplit step on a copy of the model with changed parameters, buffers and inputs."""
 
     def changed(tensor: Tensor) -> Tensor:
         return change(tensor.detach()).requires_grad_(tensor.requires_grad) if tensor.is_floating_point() else tensor

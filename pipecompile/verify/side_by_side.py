@@ -1,10 +1,10 @@
-"""One step of a split model, and the same step of the unsplit model, each as numbers by name.
+"""One step of a split model, and the same step of the unsplit model, each as values by name.
 
-The unsplit model is the model's own forward on its own parameters, run on the whole batch. Gradients gather in
-``.grad``, which is as before at the end. What a pipeline does otherwise on purpose is done to the unsplit model too, so
-that both can be compared on the whole batch: batch normalisation takes the statistics of each microbatch,
-and random functions draw the same numbers for every row. Where a pipeline still differs by nature from the unsplit
-model on the whole batch (``apart``), the unsplit model runs the microbatches one after the other.
+The unsplit model is the model's own forward on its own parameters, run on the whole batch. Gradients accumulate in
+``.grad``, which is restored at the end. Where a pipeline differs on purpose, the unsplit model is changed in the same
+way, so that both can be compared on the whole batch: batch normalization uses the statistics of each microbatch, and
+random functions draw the same numbers for every row. Where a pipeline still differs by nature (``apart``), the unsplit
+model runs the microbatches one by one.
 """
 
 from __future__ import annotations
@@ -45,22 +45,24 @@ from pipecompile.runtime.session import Session
 from pipecompile.verify.comparison import Run
 from pipecompile.verify.observed import Seen, observed
 
-SEED = 0  # of the gradients that outputs are given
+SEED = 0  # for the grad_outputs
 
-Name = int | str  # of what is given a gradient: the position of an output, the place of what is left behind
+Name = (
+    int | str
+)  # of a tensor that is given a gradient: the position of an output, or the place of a tensor left in the model
 Seeds = dict[Name, Tensor]
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A call that both models are to make.
+    """A call for both models.
 
     Attributes:
-        loss_fn: what the model's output and ``target=`` are given to, where the user has said it.
-        loss: the name of the output that is the loss, where the user has said it.
-        trains: whether gradients are wanted.
+        loss_fn: the user's loss function of the model's output and ``target=``, if any.
+        loss: the name of the output that is the loss, if the user named it.
+        trains: whether to compute gradients.
         batching: what the user says about the batch dimension.
-        reach: what the model may read and change besides its arguments, where it has been found before.
+        reach: what the model may read and change besides its arguments, if already known.
     """
 
     model: nn.Module
@@ -83,17 +85,17 @@ class Trial:
 
     @property
     def generators(self) -> Sequence[Generator]:
-        """The model's own generators of random numbers."""
+        """The model's own random number generators."""
         return () if self.reach is None else self.reach.generators
 
     @property
     def tensors(self) -> list[Tensor]:
-        """What gradients are asked for: trainable parameters, then inputs that want one."""
+        """The tensors whose gradients are compared: trainable parameters, then inputs that require a gradient."""
         inputs = [tensor for tensor in self.batch.call.tensors.values() if tensor.requires_grad]
         return [*(p for p in self.model.parameters() if p.requires_grad), *inputs]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The unsplit model, and the loss function."""
+        """Calls the unsplit model, then the loss function, if any."""
         if self.loss_fn is None:
             return called_bare(self.model, *args, **kwargs)
         target = kwargs.pop("target")
@@ -101,16 +103,16 @@ class Trial:
 
     @property
     def loss_output(self) -> int | None:
-        """The position of the loss among the outputs' tensors."""
+        """The position of the loss among the outputs' tensors, if any."""
         return find_loss(self.captured, self.loss) if self.trains else None
 
     def fresh(self) -> Trial:
-        """The same on copies of the inputs, which a run may write to."""
+        """The trial on copies of the inputs, which a run may write to."""
         return replace(self, batch=replace(self.batch, call=copied(self.batch.call)))
 
 
 def copied(call: Call, rows: int | None = None) -> Call:
-    """A call on copies of its tensors, or of their first rows; those that want a gradient are leaves."""
+    """A call on copies of its tensors, or of their first rows; copies that require a gradient are leaves."""
 
     def copy(name: str, tensor: Tensor) -> Tensor:
         part = tensor if rows is None or name not in call.batched else tensor[:rows]
@@ -122,26 +124,26 @@ def copied(call: Call, rows: int | None = None) -> Call:
 
 
 def apart(trial: Trial) -> str:
-    """What of a model comes out otherwise on microbatches by its nature; empty if nothing does."""
+    """Why a model gives other results on microbatches by its nature; empty if it does not."""
     if len(trial.rows) == 1:
         return ""
     if trial.batching.may_mix:
-        return "modules mix the samples of each microbatch, as asked"
+        return "modules mix the samples of each microbatch, as its options allow"
     nodes = list(trial.batch.division.body.graph.nodes)
     if any(is_random(node) and not draws_by_row(node.target) for node in nodes):
-        return "it draws random numbers"
+        return "the model draws random numbers"
     written = sorted({name for node in nodes for name in origin_of(node).writes if not _is_normalisation(node)})
     if written:
-        return f"it writes buffer {written[0]!r}"
+        return f"the model writes buffer {written[0]!r}"
     leaves = trial.captured.leaves
-    return f"module {next(iter(leaves))!r} is kept whole" if leaves and trial.model.training else ""
+    return f"module {next(iter(leaves))!r} is kept whole as a leaf" if leaves and trial.model.training else ""
 
 
 def incomparable(trial: Trial) -> str:
-    """Why no run of the unsplit model draws the random numbers that a pipeline draws; empty if one does."""
+    """Why the unsplit model cannot draw the same random numbers as a pipeline; empty if it can."""
     for node in trial.captured.graph.nodes:
         if isinstance(node.target, OpOverload) and is_random(node):
-            return f"{origin_of(node)}: it draws random numbers inside torch.vmap or a custom operator"
+            return f"{origin_of(node)}: random numbers are drawn inside torch.vmap or a custom operator"
     return ""
 
 
@@ -150,12 +152,12 @@ def _is_normalisation(node: torch.fx.Node) -> bool:
 
 
 def split_step(trial: Trial, left_too: bool = True) -> tuple[Run, Seeds]:
-    """The pipeline's step, on a session of its own, and the gradients that were given to what it computed.
+    """Runs the pipeline's step in a session of its own; returns it with the gradients given to its outputs.
 
-    The model is left as it was.
+    The model is restored.
 
     Args:
-        left_too: gradients are given to what the forward leaves behind, too.
+        left_too: whether tensors that the forward stores in the model are given gradients too.
     """
     batch, tensors = trial.batch, trial.tensors
     drawn = batch.division.whole.attributes.tried()
@@ -177,13 +179,13 @@ def split_step(trial: Trial, left_too: bool = True) -> tuple[Run, Seeds]:
 
 
 def unsplit_step(trial: Trial, rows: Rows, seeds: Seeds | None, device: torch.device | None = None) -> Run:
-    """The model's own step on the parts of a batch, one after the other. The model is left as it was.
+    """Runs the model's own step on the parts of a batch, one by one. The model is restored.
 
     Args:
-        rows: of each part; a single one is the whole batch.
-        seeds: gradients of what it computes; None: those that a split step would give. What is left behind takes its
-            own on the whole batch alone.
-        device: where to run it; by default where the first of its tensors is.
+        rows: the rows of each part; a single part is the whole batch.
+        seeds: gradients of its outputs; None: those that a split step would give. Tensors stored in the model are
+            given theirs on the whole batch only.
+        device: the device to run on; by default that of its first tensor.
     """
     batch, outputs, tensors = trial.batch, trial.captured.outputs, trial.tensors
     starts = {i: _spread(_kind(trial, outputs[i]), s, rows) for i, s in (seeds or {}).items() if isinstance(i, int)}
@@ -196,7 +198,7 @@ def unsplit_step(trial: Trial, rows: Rows, seeds: Seeds | None, device: torch.de
         for k, part in enumerate(scatter(batch.call, rows) if len(rows) > 1 else [batch.call.tensors]):
             args, kwargs = batch.call.rebuild(part if device is None else {n: t.to(device) for n, t in part.items()})
             with statistics_of(trial.rows if len(rows) == 1 else rows, trial.batching.batch_norm == "deferred"):
-                out = forward(*args, **kwargs)  # and the backward, where checkpoints run again
+                out = forward(*args, **kwargs)  # the context also covers the backward, where checkpoints recompute
                 leaves = leaves_of(out)
                 left = seen.left() if len(rows) == 1 else {}
                 given: Seeds = {i: parts[k].to(leaves[i].device) for i, parts in starts.items()}
@@ -215,7 +217,7 @@ def unsplit_step(trial: Trial, rows: Rows, seeds: Seeds | None, device: torch.de
 def on_one_device(
     model: nn.Module, forward: Callable[..., Any], device: torch.device | None = None
 ) -> Callable[..., Any]:
-    """The unsplit model on one device, by default that of its first tensor; those on others are copied there."""
+    """The unsplit model on one device, by default that of its first tensor; other tensors are copied to it."""
     tensors = dict(named_tensors(model))
     if device is None:
         device = next(iter(tensors.values())).device if tensors else torch.device("cpu")
@@ -227,7 +229,7 @@ def on_one_device(
 
 
 class _Whole(nn.Module):
-    """A model, and what is called to run it."""
+    """A model, and the function that runs it."""
 
     def __init__(self, model: nn.Module, run: Callable[..., Any]) -> None:
         super().__init__()
@@ -244,21 +246,21 @@ def _observed(trial: Trial) -> AbstractContextManager[Seen]:
 
 
 def leaves_of(out: Any) -> list[Any]:
-    """The leaves of an output."""
+    """The leaves of an output's tree."""
     return [leaf for _, leaf in flatten(out)[0]]
 
 
 def _named(leaves: Sequence[Any], left: Mapping[str, Tensor]) -> dict[Name, Any]:
-    """What a gradient may be given to: the leaves of an output by position, and what is left behind by place."""
+    """The values that may be given a gradient: leaves of an output by position, tensors left in the model by place."""
     pairs: list[tuple[Name, Any]] = [*enumerate(leaves), *left.items()]
     return dict(pairs)
 
 
 def _seeds(trial: Trial, leaves: Sequence[Any], left: Mapping[str, Tensor]) -> Seeds:
-    """The gradients to give: into the loss, else drawn ones into all outputs that take any; and into what is left.
+    """The gradients to give: of the loss, else random ones of all outputs that require one; and of tensors left.
 
-    The loss is given another than one, so that one which is not handed on shows; half, which rounds nothing. With
-    float16 each other scale is a run more.
+    The loss is given 0.5, which is exact, so that a gradient which is not passed on shows; with float16 it is given 1,
+    since another scale costs a rerun.
     """
     if not trial.trains:
         return {}
@@ -272,13 +274,13 @@ def _seeds(trial: Trial, leaves: Sequence[Any], left: Mapping[str, Tensor]) -> S
     else:
         wanted |= {i: leaves[i] for i in positions if captured.outputs[i].requires_grad}
     generator = torch.Generator().manual_seed(SEED)
-    with DisableTorchFunction():  # each row draws its own, also where random functions draw alike
+    with DisableTorchFunction():  # each row draws its own numbers, even if random functions draw alike
         drawn = {name: torch.randn(leaf.shape, generator=generator).to(leaf) for name, leaf in wanted.items()}
     return {**seeds, **drawn}
 
 
 def _gradients(tensors: Sequence[Tensor], values: Mapping[Name, Any], seeds: Seeds) -> list[Tensor | None]:
-    """The gradient of each of some leaves."""
+    """The gradients of ``tensors``, from the gradients ``seeds`` of ``values``."""
     starts = {i: seed for i, seed in seeds.items() if values[i].requires_grad}
     if not starts or not tensors:
         return [None] * len(tensors)
@@ -286,8 +288,8 @@ def _gradients(tensors: Sequence[Tensor], values: Mapping[Name, Any], seeds: See
         for kind in {tensor.device.type for tensor in tensors}:
             stack.enter_context(torch.autocast(kind, enabled=False))
         roots = [values[i] for i in starts]
-        # torch.autograd.grad would leave function modes, in which a checkpoint runs its forward once more, and is
-        # refused by reentrant checkpoints; so gradients gather in the leaves
+        # torch.autograd.grad would leave the function modes that a checkpoint needs to recompute, and reentrant
+        # checkpoints refuse it; so gradients accumulate in the leaves
         _engine_run_backward(
             tuple(roots), tuple(starts.values()), False, False, (), allow_unreachable=True, accumulate_grad=True
         )
@@ -298,7 +300,7 @@ def _gradients(tensors: Sequence[Tensor], values: Mapping[Name, Any], seeds: See
 
 
 def _kind(trial: Trial, output: Output) -> Kind:
-    """How the parts of an output are joined: as the user has said, as the stages' own are, or by their shape."""
+    """How the parts of an output are joined: by the user's out_dims=, as in the stages, or by their shape."""
     if output.name in trial.batching.out_dims:
         dim = trial.batching.out_dims[output.name]
         return SHARED if dim is None else Batched(dim)
@@ -320,14 +322,14 @@ def _spread(kind: Kind, gradient: Tensor, rows: Rows) -> list[Tensor]:
     return list(torch.split(gradient, [count * entries for count in rows.counts], kind.dim))
 
 
-# Batch normalisation, as a pipeline does it
+# Batch normalization as in a pipeline
 
 
 def statistics_of(rows: Rows, deferred: bool = False) -> TorchFunctionMode:
-    """In which batch normalisation of the whole batch is by the statistics of its microbatches, as GPipe has it.
+    """A mode in which batch normalization of the whole batch uses the statistics of each microbatch, as in GPipe.
 
     Args:
-        deferred: running statistics are moved once, by those of all rows.
+        deferred: whether running statistics are updated once, by the statistics of all rows.
     """
     return _MicrobatchStatistics(rows.counts, deferred)
 
@@ -354,7 +356,7 @@ class _MicrobatchStatistics(TorchFunctionMode):
             given["running_mean"] = given["running_var"] = None
         parts = torch.split(x, [count * (x.shape[0] // rows) for count in self.counts])
         mean, var = given.get("running_mean"), given.get("running_var")
-        in_backward = _current_graph_task_id() != -1  # a checkpoint's second run, behind all first ones
+        in_backward = _current_graph_task_id() != -1  # a checkpoint recomputes, after all forwards
         if mean is None or var is None or in_backward:
             return torch.cat([func(part, **given) for part in parts])
         found = [(torch.zeros_like(mean), torch.zeros_like(var)) for _ in parts]
@@ -365,12 +367,14 @@ class _MicrobatchStatistics(TorchFunctionMode):
 
 
 class _Uses:
-    """One module's running statistics, moved by all that one microbatch does with it, then by the next one's."""
+    """One module's running statistics, updated by all uses in one microbatch, then by those in the next."""
 
     def __init__(self, running: tuple[Tensor, Tensor]) -> None:
         self.running = running
         self.start = tuple(map(torch.clone, running))
-        self.found: list[tuple[float, Sequence[tuple[Tensor, Tensor]]]] = []  # of each use: momentum; each part's
+        self.found: list[
+            tuple[float, Sequence[tuple[Tensor, Tensor]]]
+        ] = []  # per use: the momentum, and the statistics of each part
 
     def add(self, momentum: float, found: Sequence[tuple[Tensor, Tensor]]) -> None:
         self.found.append((momentum, found))
@@ -382,7 +386,7 @@ class _Uses:
                         tensor.lerp_(of_parts[part][i], momentum)
 
 
-# What a step has given
+# The results of a step
 
 
 def _run(
@@ -397,7 +401,7 @@ def _run(
     outputs = trial.captured.outputs
     known = len(outputs) == len(leaves)
     names = [output.name or "output" for output in outputs] if known else [str(i) for i in range(len(leaves))]
-    asked = set(map(id, tensors))  # before the run, which may set requires_grad itself
+    asked = set(map(id, tensors))  # taken before the run, which may set requires_grad
     trained = [name for name, p in trial.model.named_parameters() if id(p) in asked]
     wanting = [name for name, tensor in trial.batch.call.tensors.items() if id(tensor) in asked]
     named = dict(zip(names, leaves, strict=True))

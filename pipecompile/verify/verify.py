@@ -1,8 +1,8 @@
-"""Runs a split model beside the unsplit one and compares every number: a report of several steps.
+"""Compares a split model with the unsplit model over several steps, and reports every difference.
 
-Each check is one step of both on the same inputs (``side_by_side``): the given ones, fresh ones of the same shape,
-fresh ones of another shape; training and evaluation; in the pipeline's microbatches and in one. ``prove`` is the one
-quick check that every capture passes before it trains.
+Each check is one step of both models on the same inputs (``side_by_side``): the given inputs, fresh inputs of the same
+shape, fresh inputs of another shape; in training and evaluation; in the pipeline's microbatches and in one. ``prove``
+is the one quick check that every capture passes before it trains.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ MODES: tuple[Mode, ...] = ("train", "eval")
 
 @dataclass(frozen=True)
 class Subject:
-    """A split model as it is to be verified."""
+    """The split model to verify, with the options that it was compiled with."""
 
     model: nn.Module
     loss_fn: Callable[..., Any] | None
-    batch: Callable[[Sequence[Any], Mapping[str, Any], int], steps.Batch]  # of so many microbatches
+    batch: Callable[[Sequence[Any], Mapping[str, Any], int], steps.Batch]  # args, kwargs, number of microbatches
     schedule: Callable[[Plan, int], Program]
     microbatches: int
     loss: str | None
@@ -50,6 +50,7 @@ class Subject:
     batching: Batching
 
     def trial(self, batch: steps.Batch, mode: Mode) -> Trial:
+        """The trial of a batch in a mode."""
         trains = mode == "train" and any(output.requires_grad for output in batch.outputs)
         return Trial(
             self.model,
@@ -64,7 +65,7 @@ class Subject:
         )
 
     def run_unsplit(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Runs the unsplit model for what it raises."""
+        """Runs the unsplit model, to see whether it raises."""
         forward: Callable[..., Any] = self.model
         if self.loss_fn is not None:
             loss_fn = self.loss_fn
@@ -74,10 +75,10 @@ class Subject:
 
 
 def verify(subject: Subject, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Verification:
-    """Compares a split model with the unsplit one on a call and on fresh ones like it.
+    """Compares a split model with the unsplit model on a call and on fresh calls like it.
 
     Raises:
-        CaptureError, PlanError, InputError: the given call cannot be split, as the pipeline itself would raise.
+        CaptureError, PlanError, InputError: the given call cannot be split; the pipeline itself would raise too.
     """
     notes: dict[str, dict[str, None]] = {}
     checks: list[Check] = []
@@ -94,7 +95,7 @@ def verify(subject: Subject, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
 
 
 def _calls(given: steps.Batch) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    """The calls to make, with a word for each."""
+    """The calls to check, each with a label."""
     call, captured = given.call, given.compiled.captured
     generator = torch.Generator().manual_seed(SEED)
     yield "given", call.rebuild(call.tensors)
@@ -107,11 +108,11 @@ def _calls(given: steps.Batch) -> Iterator[tuple[str, tuple[Any, Any]]]:
 def _check(
     subject: Subject, mode: Mode, what: str, call: tuple[Any, Any], microbatches: int, notes: dict[str, dict[str, None]]
 ) -> tuple[Check, int]:
-    """One check, and the number of microbatches that it took."""
+    """One check, and its number of microbatches."""
     args, kwargs = call
     try:
         subject.run_unsplit(args, kwargs)
-    except Exception as error:  # whatever the model raises on values or sizes that it was not made for
+    except Exception as error:  # the model may raise anything on values or sizes that it does not support
         return Check(mode, what, 0, "", left_out=f"the unsplit model itself raises {type(error).__name__}: {error}"), 0
     inputs = what
     try:
@@ -130,13 +131,13 @@ def _check(
         )
     why = apart(trial)
     if why and batch.sees_the_whole:
-        left_out = f"{why}, and its loss is one of the whole batch: no run of the unsplit model does both"
+        left_out = f"{why}, and the loss needs the whole batch: no run of the unsplit model does both"
         return Check(mode, inputs, len(batch.rows), "", left_out=left_out), len(batch.rows)
     if why:
-        line = f"compared with the unsplit model over the same microbatches, since {why}"
+        line = f"compared with the unsplit model on the same microbatches, since {why}"
         notes.setdefault("microbatches", {})[line] = None
     elif len(batch.rows) > 1 and any(map(uses_batch_statistics, batch.division.body.graph.nodes)):
-        line = "the unsplit model normalises by the statistics of each microbatch too"
+        line = "the unsplit model also normalizes by the statistics of each microbatch"
         notes.setdefault("microbatches", {})[line] = None
     parts = batch.rows if why else Rows((sum(batch.rows.counts),))
     with alike(trial.generators):
@@ -149,7 +150,7 @@ def _check(
 
 
 def _written_once(batch: steps.Batch) -> tuple[str, ...]:
-    """The buffers that a pipeline writes once a batch, where the unsplit model does for each microbatch."""
+    """The buffers that a pipeline writes once per batch, but the unsplit model once per microbatch."""
     return batch.division.tail.writes if batch.division.tail is not None else ()
 
 
@@ -158,12 +159,12 @@ def _described(batch: steps.Batch) -> str:
     return ", ".join(shapes[:3]) + (f" +{len(shapes) - 3}" if len(shapes) > 3 else "")
 
 
-# Leaving no mark
+# Restoring state
 
 
 @contextmanager
 def _preserved(model: nn.Module, devices: Sequence[torch.device]) -> Iterator[None]:
-    """Modes, generators and the caller's autograd modes are as before at the end; what a check changes it undoes."""
+    """Restores training modes, generators and autograd modes at exit; each check undoes its other changes."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         with undrawn(devices), torch.inference_mode(False), torch.enable_grad():

@@ -204,7 +204,7 @@ def test_deferred_statistics_that_the_model_reads_are_refused() -> None:
     pipe = pipecompile.compile(
         Reads(), ["cpu", "cpu"], microbatches=3, batching=pipecompile.Batching(batch_norm="deferred")
     )
-    with pytest.raises(CaptureError, match=r"the model reads norm.running_mean, which batch_norm='deferred' moves"):
+    with pytest.raises(CaptureError, match=r"the model reads norm.running_mean, which batch_norm='deferred' updates"):
         pipe(torch.randn(7, 4))
 
 

@@ -169,10 +169,13 @@ def test_an_output_that_mixes_may_be_each_microbatchs_own() -> None:
 @pytest.mark.parametrize(
     ("out_dims", "message"),
     [
-        ({"centred": 1}, r"out_dims= says 1 for output 'centred' of shape .* that grow with the batch are \[0\]"),
-        ({"centred": None}, r"out_dims= says None for output 'centred'"),
-        ({"centred": 7}, r"out_dims= says 7 for output 'centred', which has 2 dimensions"),
-        ({"scores": 0}, r"out_dims= names 'scores', which is no output of the model; it has loss, centred, centre"),
+        ({"centred": 1}, r"out_dims= gives 1 for output 'centred', but .* that grow with the batch are \[0\]"),
+        ({"centred": None}, r"out_dims= gives None for output 'centred'"),
+        ({"centred": 7}, r"out_dims= gives 7 for output 'centred', which has 2 dimensions"),
+        (
+            {"scores": 0},
+            r"out_dims= names 'scores', which is not an output of the model; its outputs are loss, centred, centre",
+        ),
     ],
 )
 def test_dimensions_of_outputs_that_cannot_be(out_dims: Any, message: str) -> None:
@@ -195,5 +198,5 @@ def test_an_asynchronous_schedule_joins_outputs_by_hand_too() -> None:
         )
 
     assert piped(0)(torch.randn(5, 4))["centred"].shape == (5, 2)
-    with pytest.raises(InputError, match=r"out_dims= says 5 for output 'centred', which has 2 dimensions"):
+    with pytest.raises(InputError, match=r"out_dims= gives 5 for output 'centred', which has 2 dimensions"):
         piped(5)(torch.randn(5, 4))

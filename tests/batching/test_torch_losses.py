@@ -193,7 +193,7 @@ class Clusters(nn.Module):
 def test_a_mean_inside_a_module_that_is_kept_whole_is_refused_by_its_line() -> None:
     model = Tokens(Clusters()).double()
     pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=4, costs="count")
-    with pytest.raises(CaptureError, match=r"module 'loss\.softmax'.*test_torch_losses\.py:\d+.*Use microbatches=1"):
+    with pytest.raises(CaptureError, match=r"module 'loss\.softmax'.*test_torch_losses\.py:\d+.*use microbatches=1"):
         pipe(**batch(5))
     whole = pipecompile.compile(model, ["cpu", "cpu"], microbatches=1, costs="count")
     assert_step_equal(model, whole, batch(5))

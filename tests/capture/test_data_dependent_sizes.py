@@ -83,7 +83,7 @@ def test_an_assignment_to_rows_by_number_is_not_taken_for_one_by_a_mask() -> Non
 
     model = Zeroed().double()
     pipe = pipecompile.compile(model, devices=["cpu"] * 2, microbatches=2, costs="count")
-    with pytest.raises(CaptureError, match="an assignment to rows by number"):
+    with pytest.raises(CaptureError, match="an assignment to rows by index"):
         pipe(*_routed(4, 8))
 
 

@@ -1,13 +1,13 @@
-"""How a value of one microbatch relates to that of the whole batch.
+"""Kinds: how the value of a microbatch relates to the value of the whole batch.
 
     Shared     equal in every microbatch and in the whole batch
-    Batched    the whole batch's is the microbatches' side by side, along one dimension
-    Partial    the whole batch's is the sum of the microbatches'
-    Local      numbers of rows, counted from the microbatch's first: good for picking rows and for nothing else
+    Batched    the whole batch's value concatenates the microbatches' values along one dimension
+    Partial    the whole batch's value is the sum of the microbatches' values
+    Local      row numbers, counted from the first row of the microbatch: only for indexing rows
     Mixed      none of these: samples mix, and only the whole batch gives the value
 
-A value is typed from the values that it is computed from, function by function (see ``rules``). What is true of a
-microbatch must be true for any number of microbatches, of any sizes.
+The kind of a value follows from the kinds of its operands, function by function (see ``rules``). It must hold for any
+number of microbatches of any sizes.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """Equal everywhere: computed from parameters, from inputs without a batch, or from numbers."""
+    """Equal in every microbatch: computed from parameters, from inputs without a batch, or from numbers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Batched:
-    """Side by side along ``dim``, whose size is ``outer * rows * inner``: a sample's entries are ``outer`` blocks of
-    ``inner`` neighbours, as flattening leaves them.
+    """Concatenated along ``dim``, whose size is ``outer * rows * inner``.
 
-    ``ragged``: the number of entries of a sample is known from values only (what a boolean mask picks).
+    A sample has ``outer`` blocks of ``inner`` neighbouring entries, as after flattening. If ``ragged``, the number of
+    entries of a sample depends on values, as after indexing by a boolean mask.
     """
 
     dim: int
@@ -35,15 +35,15 @@ class Batched:
     ragged: bool = False
 
     def at(self, dim: int) -> Batched:
-        """The same, along another dimension."""
+        """The same kind along another dimension."""
         return Batched(dim, self.outer, self.inner, self.ragged)
 
 
 @dataclass(frozen=True, slots=True)
 class Partial:
-    """Adds up over the microbatches.
+    """A part of a sum over the microbatches.
 
-    ``mean``: it does once each part is multiplied by its microbatch's share of the batch's rows.
+    If ``mean``, each part is first multiplied by its microbatch's share of the batch's rows.
     """
 
     mean: bool = False
@@ -58,9 +58,9 @@ class Local:
 
 @dataclass(frozen=True, slots=True)
 class Mixed:
-    """Samples mix; ``why`` says what does it.
+    """Samples mix; ``why`` says what mixes them.
 
-    ``certain``: by what the function is, so that nobody need try it out by itself.
+    If ``certain``, the function itself mixes samples, so that an experiment on it alone is not needed.
     """
 
     why: str
@@ -73,11 +73,11 @@ PARTIAL = Partial()
 
 
 def is_mixed(kind: Kind | tuple[Kind, ...]) -> bool:
-    """Whether a value, or an item of a tuple, is mixed."""
+    """Whether a kind, or any kind of a tuple, is mixed."""
     return any(isinstance(k, Mixed) for k in (kind if isinstance(kind, tuple) else (kind,)))
 
 
 def common(kinds: Sequence[Kind]) -> Kind | None:
-    """The kind that several values agree on; None if they do not."""
+    """The kind that all values have; None if they differ."""
     first = kinds[0] if kinds else SHARED
     return first if all(kind == first for kind in kinds) else None

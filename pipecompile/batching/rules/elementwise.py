@@ -1,4 +1,4 @@
-"""Functions that work entry by entry, with broadcasting; and the arithmetic of sums over microbatches."""
+"""Elementwise functions, with broadcasting, and the arithmetic of sums over the batch."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LINEAR = """
 
 
 def broadcast(use: Use, arguments: list[Any]) -> Kind:
-    """The kind of a result whose entries each depend on the entries in its place."""
+    """The kind of an elementwise result of broadcast operands."""
     found: Kind = SHARED
     for argument in arguments:
         kind = use.kind(argument)
@@ -44,7 +44,7 @@ def broadcast(use: Use, arguments: list[Any]) -> Kind:
             if isinstance(found, Shared):
                 found = placed
             elif found != placed:
-                return use.mixed(f"{use.name} of values whose samples lie in different places")
+                return use.mixed(f"{use.name} of values with the batch in different dimensions")
         elif not isinstance(kind, Shared):
             return kind if isinstance(kind, Mixed) else use.mixed(f"{use.name} of a sum over the batch")
     return found
@@ -56,7 +56,7 @@ def _aligned(kind: Batched | Local, ndim: int, out: int) -> Batched | Local:
 
 
 def _numbers(use: Use) -> tuple[WholeArgument, ...]:
-    """Positions of numbers that count samples."""
+    """Edits for the arguments that count samples."""
     return tuple(WholeArgument(i) for i in range(len(use.node.args)) if use.counts(i))
 
 
@@ -67,6 +67,10 @@ def _with_numbers(use: Use, kind: Kind, edits: tuple[Any, ...] = ()) -> Answer:
 
 @rule(NONLINEAR)
 def entry_by_entry(use: Use) -> Answer:
+    """(..., batch, ...), (..., batch, ...) -> (..., batch, ...), broadcast.
+
+    Mixes samples if operands have the batch in different dimensions, or if one is a sum over the batch.
+    """
     kind = broadcast(use, list(use.tensors))
     if isinstance(kind, Local):
         return use.mixed(f"{use.name} of row numbers")
@@ -79,13 +83,14 @@ def entry_by_entry(use: Use) -> Answer:
 
 @rule("zeros_like ones_like full_like empty_like")
 def constant_like(use: Use) -> Answer:
-    """Entries that are all alike: of the argument, only the shape matters."""
+    """(..., batch, ...) -> (..., batch, ...), filled with a constant: only the operand's shape matters."""
     kind = use.kind(use.node.args[0])
     return kind if isinstance(kind, Batched) else use.mixed() if use.scale.growing(use.node) else SHARED
 
 
 @rule(LINEAR, functional.after, functional.with_data)
 def one_value(use: Use) -> Answer:
+    """(..., batch, ...) -> (..., batch, ...); mixes samples if a sum over the batch is rounded to integers."""
     if (
         len(use.tensors) > 1
         and use.name in ("type_as", "to", "after")
@@ -96,21 +101,21 @@ def one_value(use: Use) -> Answer:
     if isinstance(kind, Local) and use.name in ("neg", "negative"):
         return entry_by_entry(use)
     if isinstance(kind, Partial) and _rounds(use):
-        return use.mixed("a sum over the batch as a whole number")
+        return use.mixed("a sum over the batch rounded to integers")
     if isinstance(kind, Partial | Local) and len(use.tensors) == 1:
         return kind
     return broadcast(use, list(use.tensors))
 
 
 def _rounds(use: Use) -> bool:
-    """Whether a call makes integers out of floats."""
+    """Whether a call converts floats to integers."""
     before, after = (n.meta["val"].dtype for n in (use.node.args[0], use.node))  # type: ignore[union-attr]
     return bool(before.is_floating_point and not (after.is_floating_point or after.is_complex))
 
 
 @rule("setitem", functional.setitem)
 def setitem(use: Use) -> Answer:
-    """``x[index] = value``, where the index leaves the samples alone."""
+    """x (..., batch, ...), index, value -> (..., batch, ...); mixes samples if the index picks among the samples."""
     x, index, value = use.node.args[:3]
     items = index if isinstance(index, tuple) else (index,)
     kind, incoming = use.kind(x), use.kind(value)
@@ -118,13 +123,13 @@ def setitem(use: Use) -> Answer:
         return SHARED
     masks = [i for i in items if isinstance(i, fx.Node)]
     if any(use.is_tensor(i) and i.meta["val"].dtype != torch.bool for i in masks):
-        return use.mixed("an assignment to rows by number", certain=True)
+        return use.mixed("an assignment to rows by index", certain=True)
     if len(items) == 1 and masks and use.shape(masks[0]) == use.shape(x)[: use.ndim(masks[0])]:
         picked = isinstance(incoming, Batched) and incoming.ragged and incoming.dim == 0 and kind == Batched(0)
         fits = picked or (isinstance(incoming, Shared) and not use.shape(value))
         return kind if fits and use.kind(masks[0]) == kind else use.mixed()
     if not isinstance(kind, Batched) or masks or any(i is Ellipsis or i is None for i in items):
-        return use.mixed("an assignment to picked entries")
+        return use.mixed("an assignment to indexed entries")
     if kind.dim < len(items) and items[kind.dim] != slice(None):
         return use.mixed("an assignment to some of the samples")
     dropped = sum(isinstance(i, int) for i in items[: kind.dim])
@@ -137,6 +142,10 @@ def setitem(use: Use) -> Answer:
 
 @rule("add sub rsub radd subtract")
 def plus(use: Use) -> Answer:
+    """(..., batch, ...), (..., batch, ...) -> (..., batch, ...); sum (...), (...) -> sum (...).
+
+    Mixes samples if a sum over the batch is added to values of its samples.
+    """
     left, right = use.node.args[0], use.arg(1, "other", 0)
     kinds = [use.kind(left), use.kind(right)]
     if not any(isinstance(kind, Partial) for kind in kinds):
@@ -155,6 +164,10 @@ def plus(use: Use) -> Answer:
 
 @rule("mul multiply div divide true_divide truediv rmul rdiv rtruediv")
 def times(use: Use) -> Answer:
+    """(..., batch, ...), (..., batch, ...) -> (..., batch, ...); sum (...), (...) -> sum (...).
+
+    Mixes samples if a sum over the batch is a divisor, is rounded, or is multiplied or divided by what is not shared.
+    """
     left, right = use.node.args[0], use.arg(1, "other", 1)
     kinds = [use.kind(left), use.kind(right)]
     if not any(isinstance(kind, Partial) for kind in kinds):

@@ -1,4 +1,4 @@
-"""Functions that pick entries by number or by mask."""
+"""Functions that index: by number, by mask, along a dimension."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WHOLE = slice(None)
 
 
 def spelled_out(index: Any, ndim: int, dims_taken: Any) -> list[Any]:
-    """An index with its ellipsis and what follows it written as slices."""
+    """An index as one item for each dimension, with its ellipsis and missing items written as slices."""
     items = list(index) if isinstance(index, tuple) else [index]
     taken = sum(dims_taken(item) for item in items)
     gap = [WHOLE] * (ndim - taken)
@@ -33,6 +33,11 @@ def _is_mask(item: Any) -> bool:
 
 @rule("getitem")
 def getitem(use: Use) -> Answer:
+    """(..., batch, ...)[index] -> (..., batch, ...); (entries, ...)[(..., batch, ...)] -> (..., batch, ...).
+
+    Mixes samples if the index picks among the samples; each sample may pick entries of its own, as in ``x[mask]`` and
+    ``x[arange(batch), numbers]``.
+    """
     source, index = use.node.args[0], use.node.args[1]
     assert isinstance(source, fx.Node)
     whole = use.kinds[source]
@@ -41,7 +46,7 @@ def getitem(use: Use) -> Answer:
     if not use.is_tensor(source):
         return SHARED
     if isinstance(whole, Shared) and not any(not isinstance(use.kind(n), Shared) for n in use.tensors):
-        return use.mixed("a pick by numbers of samples") if use.scale.growing(use.node) else SHARED
+        return use.mixed("an index that depends on the batch size") if use.scale.growing(use.node) else SHARED
 
     def taken(item: Any) -> int:
         if item is None or item is Ellipsis:
@@ -56,19 +61,19 @@ def getitem(use: Use) -> Answer:
 
 
 def _by_mask(use: Use, whole: Kind, items: list[Any], tensors: list[fx.Node]) -> Answer:
-    """``x[mask]``, the mask over the leading dimensions: entries in their order, sample after sample."""
+    """``x[mask]``, with a mask over the leading dimensions: the entries in order, sample by sample."""
     if len(tensors) != 1 or items[0] is not tensors[0] or any(item != WHOLE for item in items[1:]):
-        return use.mixed("a pick by several masks")
+        return use.mixed("a mask beside another index")
     mask = use.kind(tensors[0])
     if isinstance(mask, Batched) and mask.dim == 0 and whole in (mask, SHARED) and mask.outer == 1:
         return Batched(0, ragged=True) if whole == mask else use.mixed()
     if isinstance(whole, Batched) and isinstance(mask, Shared) and whole.dim >= use.ndim(tensors[0]):
         return whole.at(whole.dim - use.ndim(tensors[0]) + 1)
-    return use.mixed("a pick by a mask")
+    return use.mixed("a mask that does not follow the samples")
 
 
 def _by_numbers(use: Use, whole: Kind, items: list[Any], tensors: list[fx.Node]) -> Answer:
-    """Slices, numbers, new dimensions, and tensors of numbers."""
+    """An index of slices, numbers, new dimensions, and tensors of numbers."""
     together = [i for i, item in enumerate(items) if isinstance(item, fx.Node) and use.is_tensor(item)]
     front = bool(together) and together != list(range(together[0], together[-1] + 1))
     width = max((use.ndim(item) for item in tensors), default=0)
@@ -85,27 +90,27 @@ def _by_numbers(use: Use, whole: Kind, items: list[Any], tensors: list[fx.Node])
             item.start in (None, 0) and item.step in (None, 1) and _covers(use, whole, place, items)
         )
         if not keeps:
-            return use.mixed("a pick among the samples")
+            return use.mixed("an index along the batch")
         if not all(isinstance(kind, Shared) for kind in picked):
-            return use.mixed("a pick by values of other samples")
+            return use.mixed("an index computed from samples, applied to all of them")
         return whole.at(place[source.index(whole.dim)])
     if isinstance(item, fx.Node) and use.is_tensor(item):
         return _by_row(use, whole, item, tensors, width, place[together[0]])
-    return use.mixed("one of the samples")
+    return use.mixed("an index of one sample")
 
 
 def _by_row(use: Use, whole: Batched, rows: fx.Node, tensors: list[fx.Node], width: int, first: int) -> Answer:
-    """``x[arange(batch), numbers]``: for each sample entries of its own."""
+    """``x[arange(batch), numbers]``: each sample picks entries of its own."""
     local = use.kind(rows)
     if not isinstance(local, Local) or whole != Batched(whole.dim):
-        return use.mixed("samples picked by number")
+        return use.mixed("an index of sample numbers")
     dim = local.dim - use.ndim(rows) + width
     for other in tensors:
         kind = use.kind(other)
         if other is rows or isinstance(kind, Shared):
             continue
         if not isinstance(kind, Batched) or kind.at(kind.dim - use.ndim(other) + width) != Batched(dim):
-            return use.mixed("samples picked by number")
+            return use.mixed("an index of sample numbers")
     return Batched(first + dim)
 
 
@@ -113,13 +118,13 @@ def _from_table(use: Use, picked: list[Kind], tensors: list[fx.Node], width: int
     found = {kind.at(kind.dim - use.ndim(n) + width) for n, kind in zip(tensors, picked, strict=True)
              if isinstance(kind, Batched)}  # fmt: skip
     if len(found) != 1 or not all(isinstance(kind, Batched | Shared) for kind in picked):
-        return use.mixed("a pick by numbers of samples")
+        return use.mixed("an index of row numbers, or with the batch in different dimensions")
     kind = found.pop()
     return kind.at(kind.dim + first)
 
 
 def _source_dims(items: list[Any]) -> list[int]:
-    """For each item the dimension of the source that it takes; -1 for a new dimension."""
+    """The dimension of the source that each item indexes; -1 for a new dimension."""
     dims, next_dim = [], 0
     for item in items:
         dims.append(-1 if item is None else next_dim)
@@ -128,7 +133,7 @@ def _source_dims(items: list[Any]) -> list[int]:
 
 
 def _placed(items: list[Any], together: list[int], width: int, front: bool) -> list[int]:
-    """For each item the dimension of the result where it ends up."""
+    """The dimension of the result that each item becomes."""
     places: list[int] = []
     dim = width if front else 0
     seen = front
@@ -146,7 +151,7 @@ def _placed(items: list[Any], together: list[int], width: int, front: bool) -> l
 
 
 def _covers(use: Use, whole: Batched, place: list[int], items: list[Any]) -> bool:
-    """Whether a slice of the batch takes all of it."""
+    """Whether a slice along the batch takes the whole batch."""
     index = _source_dims(items).index(whole.dim)
     source = use.shape(use.node.args[0])
     return use.out[place[index]] == source[whole.dim] and bool(use.scale.growing(use.node))
@@ -154,7 +159,10 @@ def _covers(use: Use, whole: Batched, place: list[int], items: list[Any]) -> boo
 
 @rule("gather take_along_dim scatter scatter_add scatter_reduce index_add")
 def along(use: Use) -> Answer:
-    """``gather(x, dim, index)`` and its kin: entries are picked along one dimension, in their own sample."""
+    """(..., batch, ...), index (..., batch, ...) -> (..., batch, ...), all with the batch in the same dimension.
+
+    Mixes samples if ``dim`` is the batch. ``index_add`` mixes samples wherever an operand has a batch.
+    """
     position = 2 if use.name == "take_along_dim" else 1
     dim = use.arg(position, "dim")
     if not isinstance(dim, int):
@@ -167,12 +175,16 @@ def along(use: Use) -> Answer:
         return SHARED if not use.scale.growing(use.node) else use.mixed()
     first = kinds[0]
     if not isinstance(first, Batched) or first.dim == dim or any(kind != first for kind in kinds):
-        return use.mixed(f"{use.name} among the samples")
+        return use.mixed(f"{use.name} along the batch")
     return first
 
 
 @rule("index_select narrow select")
 def select(use: Use) -> Answer:
+    """(..., batch, ...) -> (..., batch, ...); (entries, ...), index (batch,) -> (batch, ...).
+
+    Mixes samples if ``dim`` is the batch.
+    """
     first = use.node.args[0]
     dim = positive(use.arg(1, "dim"), use.ndim(first))
     kind = only_first(use, first)
@@ -181,13 +193,14 @@ def select(use: Use) -> Answer:
         return picked if isinstance(picked, Batched | Shared) else use.mixed()
     if isinstance(kind, Batched):
         if kind.dim == dim:
-            return use.mixed("a pick among the samples")
+            return use.mixed("an index along the batch")
         return kind.at(kind.dim - (dim < kind.dim)) if use.name == "select" else kind
     return kind if isinstance(kind, Shared) else use.mixed()
 
 
 @rule("masked_select")
 def masked_select(use: Use) -> Answer:
+    """(batch, ...), mask (batch, ...) -> (entries,), sample by sample; mixes samples unless both shapes are equal."""
     first, mask = use.node.args[0], use.arg(1, "mask")
     kind = use.kind(first)
     if kind == use.kind(mask) == Batched(0) and use.shape(first) == use.shape(mask):
@@ -197,9 +210,10 @@ def masked_select(use: Use) -> Answer:
 
 @rule("masked_scatter")
 def masked_scatter(use: Use) -> Answer:
-    """Takes the source's entries one after another: sample by sample, if the microbatch's mask asks for just as many.
+    """(batch, ...), mask (batch, ...), source (entries, ...) -> (batch, ...).
 
-    That is looked at when it runs.
+    The source's entries are taken in order, so sample by sample only if the microbatch's mask takes all of the
+    microbatch's source. This is checked when the call runs.
     """
     kinds = [use.kind(use.arg(i, name)) for i, name in enumerate(("self", "mask", "source"))]
     if all(isinstance(kind, Shared) for kind in kinds):

@@ -1,4 +1,4 @@
-"""Losses: of the kind of a sum or a mean, over entries of which some may not count."""
+"""Losses: a sum or a mean over entries, some of which may be ignored."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipecompile.batching.rules.use import Answer, Edited, Recount, Share, Use, 
 
 
 def reduction_of(use: Use) -> Any:
-    """``reduction=``, or what the deprecated ``size_average=`` and ``reduce=`` say."""
+    """The value of ``reduction=``, or of the deprecated ``size_average=`` and ``reduce=``."""
     average, reduce = use.given("size_average"), use.given("reduce")
     if average is not None or reduce is not None:
         return "none" if reduce is False else "mean" if average in (None, True) else "sum"
@@ -21,7 +21,7 @@ def reduction_of(use: Use) -> Any:
 
 
 def reduced(use: Use, reduction: Any, entries: Kind) -> Answer:
-    """A loss over entries, each of one sample."""
+    """The kind of a loss whose entries have the kind ``entries``."""
     if isinstance(entries, Shared):
         return SHARED
     if not isinstance(entries, Batched):
@@ -32,12 +32,14 @@ def reduced(use: Use, reduction: Any, entries: Kind) -> Answer:
         return PARTIAL
     if reduction == "mean" or (reduction == "batchmean" and entries.dim == 0):
         return (
-            use.mixed("a mean over as many entries as values tell") if entries.ragged else Edited(PARTIAL, (Share(),))
+            use.mixed("a mean over a number of entries that depends on values")
+            if entries.ragged
+            else Edited(PARTIAL, (Share(),))
         )
     return use.mixed()
 
 
-# torch.kl_div and its like have the names of some of these, and a number for the reduction.
+# torch.kl_div and others have the same names as some of these, but take a number as the reduction.
 _WEIGHED: tuple[Callable[..., Any], ...] = (F.mse_loss, F.l1_loss, F.huber_loss)  # divided by the sum of their weights
 
 
@@ -46,10 +48,13 @@ _WEIGHED: tuple[Callable[..., Any], ...] = (F.mse_loss, F.l1_loss, F.huber_loss)
     F.poisson_nll_loss, F.kl_div, F.hinge_embedding_loss, F.soft_margin_loss, F.margin_ranking_loss, *_WEIGHED,
 )  # fmt: skip
 def entry_losses(use: Use) -> Answer:
-    """A loss for each entry of broadcast arguments: ``(batch, ...), (batch, ...) -> ()``"""
+    """(..., batch, ...), (..., batch, ...) -> () or (..., batch, ...), broadcast.
+
+    A mean that divides by the sum of weights (``F.mse_loss`` with ``weight=``) mixes samples.
+    """
     reduction = reduction_of(use)
     if reduction == "mean" and use.function in _WEIGHED and use.given("weight") is not None:
-        return use.mixed("a mean by weights")
+        return use.mixed("a mean divided by the sum of weights")
     tensors = list(use.tensors)
     ndim = max(map(use.ndim, tensors), default=0)
     return reduced(use, reduction, _broadcast_to(use, tensors, ndim))
@@ -62,7 +67,7 @@ def _broadcast_to(use: Use, tensors: list[fx.Node], ndim: int) -> Kind:
         if isinstance(kind, Batched):
             kind = kind.at(kind.dim - use.ndim(n) + ndim)
             if found not in (SHARED, kind):
-                return use.mixed("a loss of values whose samples lie in different places")
+                return use.mixed("a loss of values with the batch in different dimensions")
             found = kind
         elif not isinstance(kind, Shared):
             return use.mixed()
@@ -74,7 +79,7 @@ def _broadcast_to(use: Use, tensors: list[fx.Node], ndim: int) -> Kind:
     F.triplet_margin_loss,
 )  # fmt: skip
 def row_losses(use: Use) -> Answer:
-    """A loss for each row: ``(batch, classes), (batch, ...) -> ()``; a row may have several, the same number each."""
+    """(batch, classes), (batch, ...) -> () or (batch, ...); mixes samples if the batch is not the first dimension."""
     kinds = {use.kind(n) for n in use.tensors if use.ndim(n)} - {SHARED}
     if not kinds:
         return SHARED
@@ -86,8 +91,12 @@ def row_losses(use: Use) -> Answer:
 
 @rule(F.cross_entropy, F.nll_loss)
 def class_losses(use: Use) -> Answer:
-    """``input, target, weight, size_average, ignore_index``: a mean over the entries whose target is not ignored,
-    weighted by their classes' weights; over the rows if targets are probabilities (torch.nn.CrossEntropyLoss)."""
+    """(batch, classes, ...), (batch, ...) -> () or (batch, ...); mixes samples if the classes are the batch.
+
+    A mean divides by the number of targets that are not ignored, or by the sum of their class weights, or, if targets
+    are probabilities, by the number of rows (torch.nn.CrossEntropyLoss). Targets and class weights of a mean must be
+    computed from inputs alone, so that the whole batch's total is known before the step.
+    """
     scores, target, weight = use.node.args[0], use.arg(1, "target"), use.arg(2, "weight")
     kinds = [use.kind(scores), use.kind(target)]
     if all(isinstance(kind, Shared) for kind in kinds):
@@ -97,17 +106,17 @@ def class_losses(use: Use) -> Answer:
     probabilities = use.ndim(scores) == use.ndim(target) and use.shape(scores) == use.shape(target)
     entries = _entries(kinds)
     if entries is None or (entries.dim == 1 and use.ndim(scores) > 1):
-        return use.mixed("a loss of values whose samples lie in different places")
+        return use.mixed("a loss of values with the batch in different dimensions")
     reduction = reduction_of(use)
     if reduction != "mean" or probabilities:
         return reduced(use, reduction, entries)
     if target not in use.early or (weight is not None and weight not in use.early):
-        return use.mixed("a mean over valid targets, or with class weights, that only the step computes")
+        return use.mixed("a mean whose targets or class weights are not computed from inputs alone")
     return Edited(PARTIAL, (Recount(target, weight, use.arg(4, "ignore_index", -100)),))
 
 
 def _entries(kinds: list[Kind]) -> Batched | None:
-    """Where the samples are; scores have the classes in dimension 1, which targets lack."""
+    """The kind of the loss's entries; targets (batch, ...) lack dimension 1 of scores (batch, classes, ...)."""
     scores, target = kinds
     for one, other in ((scores, target), (target, scores)):
         if isinstance(one, Batched) and (one == other or isinstance(other, Shared)):
@@ -120,7 +129,7 @@ def _entries(kinds: list[Kind]) -> Batched | None:
 
 @rule(F.ctc_loss)
 def ctc_loss(use: Use) -> Answer:
-    """``log_probs`` of length, batch, classes. Targets may be of batch, length, or all in a row."""
+    """(length, batch, classes), (batch, targets) or (batch * targets,), (batch,), (batch,) -> () or (batch,)."""
     reduction = use.arg(5, "reduction", "mean")
     kinds = [use.kind(n) for n in use.node.args[:4]]
     if kinds[0] != Batched(1) or not all(isinstance(k, Batched) and k.dim == 0 for k in kinds[1:]):

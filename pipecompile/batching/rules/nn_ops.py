@@ -1,4 +1,4 @@
-"""Products, convolutions, normalisations, attention: each sample on its own, as long as its dimension is not summed."""
+"""Products, convolutions, normalization, attention: samples stay apart as long as their dimension is not summed."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pipecompile.ops import functional
 
 @rule("linear")
 def linear(use: Use) -> Answer:
+    """(..., batch, ..., in), (out, in) -> (..., batch, ..., out); mixes samples if the last dimension is the batch."""
     x, rest = use.node.args[0], [n for n in use.tensors if n is not use.node.args[0]]
     kind = use.kind(x)
     if not all(isinstance(use.kind(n), Shared) for n in rest):
@@ -23,6 +24,10 @@ def linear(use: Use) -> Answer:
 
 @rule("matmul bmm mm mv dot rmatmul")
 def matmul(use: Use) -> Answer:
+    """(..., n, k), (..., k, m) -> (..., n, m), with the batch in n, m or a leading dimension, or sum (n, m) if it is k.
+
+    Mixes samples if the batch is k of one operand only, or if operands put it into different dimensions of the result.
+    """
     a, b = use.node.args[0], use.arg(1, "other", use.node.kwargs.get("mat2"))
     if use.name == "rmatmul":
         a, b = b, a
@@ -31,6 +36,7 @@ def matmul(use: Use) -> Answer:
 
 @rule("addmm baddbmm")
 def add_product(use: Use) -> Answer:
+    """(..., n, m), (..., n, k), (..., k, m) -> (..., n, m), as for matmul; mixes samples if k is the batch."""
     start = use.kind(use.node.args[0])
     names = ("batch1", "batch2") if use.name == "baddbmm" else ("mat1", "mat2")
     kind = _product(use, use.arg(1, names[0]), use.arg(2, names[1]))
@@ -75,6 +81,11 @@ def _kept(dim: int, ndim: int, out: int, sizes: tuple[int, int], first: bool) ->
 
 @rule("einsum")
 def einsum(use: Use) -> Answer:
+    """(..., batch, ...), ... -> (..., batch, ...), or sum (...) if the equation sums over the batch.
+
+    Mixes samples if operands have the batch under different letters, or if an operand without a batch has the batch's
+    letter. An equation with an ellipsis or without ``->`` has no rule.
+    """
     equation = use.node.args[0]
     operands = use.node.args[1] if isinstance(use.node.args[1], tuple | list) else use.node.args[1:]
     if not isinstance(equation, str) or "." in equation or "->" not in equation:
@@ -100,6 +111,7 @@ def einsum(use: Use) -> Answer:
 
 @rule("bilinear")
 def bilinear(use: Use) -> Answer:
+    """(..., batch, ..., in1), (..., batch, ..., in2) -> (..., batch, ..., out)."""
     kinds = {use.kind(n) for n in use.tensors} - {SHARED}
     kind = kinds.pop() if len(kinds) == 1 else None
     return kind if isinstance(kind, Batched) and kind.dim < len(use.out) - 1 else use.mixed()
@@ -107,25 +119,28 @@ def bilinear(use: Use) -> Answer:
 
 @rule(F.embedding, "one_hot")
 def embedding(use: Use) -> Answer:
-    """``(..., batch, ...) -> (..., batch, ..., width)``"""
+    """(..., batch, ...) -> (..., batch, ..., width); mixes samples if scale_grad_by_freq=True."""
     if use.name == "embedding" and use.given("scale_grad_by_freq"):
-        return use.mixed("gradients divided by how often a word is in the batch", certain=True)
+        return use.mixed("gradients scaled by how often a word is in the batch", certain=True)
     kind = only_first(use, use.node.args[0])
     return kind if isinstance(kind, Batched | Shared) else use.mixed()
 
 
 @rule(F.embedding_bag)
 def bags(use: Use) -> Answer:
+    """(batch, bag), (words, width) -> (batch, width); mixes samples if scale_grad_by_freq=True, else has no rule."""
     return (
-        use.mixed("gradients of bags divided by frequency", certain=True) if use.given("scale_grad_by_freq") else None
+        use.mixed("gradients scaled by how often a word is in the batch", certain=True)
+        if use.given("scale_grad_by_freq")
+        else None
     )
 
 
 @rule(torch.embedding, torch.ops.aten.embedding)
 def table(use: Use) -> Answer:
-    """``(words, width), (..., batch, ...) -> (..., batch, ..., width)``"""
+    """(words, width), (..., batch, ...) -> (..., batch, ..., width); mixes samples if scale_grad_by_freq=True."""
     if use.arg(4, "scale_grad_by_freq", False):
-        return use.mixed("gradients divided by how often a word is in the batch", certain=True)
+        return use.mixed("gradients scaled by how often a word is in the batch", certain=True)
     kind = only_first(use, use.arg(1, "indices"))
     return kind if isinstance(kind, Batched | Shared) else use.mixed()
 
@@ -138,7 +153,7 @@ def table(use: Use) -> Answer:
     affine_grid stft grid_sample max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices
 """)
 def images(use: Use) -> Answer:
-    """What takes a batch of images or signals in dimension 0."""
+    """(batch, channels, ...) -> (batch, channels, ...); mixes samples if the batch is not the first dimension."""
     if any(isinstance(use.kind(n), Partial) for n in use.tensors):
         return use.mixed()
     kinds = {use.kind(n) for n in use.tensors} - {SHARED}
@@ -155,56 +170,64 @@ def _alike(use: Use, kind: Kind) -> Answer:
 
 @rule("batch_norm")
 def batch_norm(use: Use) -> Answer:
-    """In training it takes the microbatch's own statistics, as GPipe did (Huang et al. 2019, section 3)."""
+    """(batch, channels, ...) -> (batch, channels, ...); mixes samples if the batch is dimension 1.
+
+    In training, each microbatch is normalized by its own statistics, as in GPipe (Huang et al. 2019, section 3).
+    """
     kind = use.kind(use.node.args[0])
     return kind if isinstance(kind, Batched | Shared) and getattr(kind, "dim", 0) != 1 else use.mixed()
 
 
 @rule(functional.moments)
 def batch_moments(use: Use) -> Answer:
-    """Of a batch normalisation with deferred statistics: sums over entries and rows."""
+    """(batch, channels, ...) -> sum (3, channels), for a batch norm with deferred statistics."""
     kind = use.kind(use.node.args[0])
     return PARTIAL if isinstance(kind, Batched) and kind.dim != 1 else use.mixed()
 
 
 @rule(functional.add_moments)
 def running_statistics(use: Use) -> Answer:
-    """A write, which the tail does."""
+    """mean (channels,), var (channels,), (3, channels) -> (channels,), shared: written once, in the tail."""
     return SHARED
 
 
 @rule("layer_norm rms_norm")
 def layer_norm(use: Use) -> Answer:
+    """(..., batch, ..., width) -> (..., batch, ..., width); mixes samples if a normalized dimension is the batch."""
     first, shape = use.node.args[0], use.arg(1, "normalized_shape", ())
     kind = only_first(use, first)
     if isinstance(kind, Batched):
-        return kind if kind.dim < use.ndim(first) - len(shape) else use.mixed("a normalisation over samples")
+        return kind if kind.dim < use.ndim(first) - len(shape) else use.mixed("a normalization over samples")
     return kind if isinstance(kind, Shared) else use.mixed()
 
 
 @rule("_weight_norm")
 def weight_norm(use: Use) -> Answer:
+    """(out, in), (out, 1) -> (out, in), shared; mixes samples if an operand depends on samples."""
     return SHARED if all(isinstance(use.kind(n), Shared) for n in use.tensors) else use.mixed()
 
 
 @rule("scaled_dot_product_attention")
 def attention(use: Use) -> Answer:
-    """The leading dimensions of query, key, value and mask run in step."""
+    """(..., batch, ..., length, width) of query, key, value, mask -> (..., batch, ..., length, width).
+
+    Mixes samples unless the batch is the same leading dimension of every operand that has one.
+    """
     out, found = len(use.out), set()
     for n in use.tensors:
         kind = use.kind(n)
         if isinstance(kind, Batched) and kind.dim < use.ndim(n) - 2:
             found.add(kind.at(kind.dim - use.ndim(n) + out))
         elif not isinstance(kind, Shared):
-            return use.mixed("attention among samples")
+            return use.mixed("attention between samples")
     if len(found) > 1:
-        return use.mixed("attention among samples")
+        return use.mixed("attention between samples")
     return found.pop() if found else SHARED
 
 
 @rule("multi_head_attention_forward")
 def multi_head_attention(use: Use) -> Answer:
-    """``query, key, value`` of length, batch, width; gives the same, and weights of batch, length, length."""
+    """query, key, value (length, batch, width) -> (length, batch, width), weights (batch, length, length)."""
     kinds = [use.kind(n) for n in use.node.args[:3]]
     if all(kind == Batched(1) for kind in kinds) and use.ndim(use.node.args[0]) == 3:
         count = len(use.scale.shapes(use.node))
@@ -214,7 +237,11 @@ def multi_head_attention(use: Use) -> Answer:
 
 @rule("lstm gru rnn_tanh rnn_relu")
 def recurrent(use: Use) -> Answer:
-    """``x, states, weights, biases, layers, dropout, training, bidirectional, batch_first``; not the packed form."""
+    """x (length, batch, in), states (layers, batch, width) -> (length, batch, width), states (layers, batch, width).
+
+    With ``batch_first=True``, x and the first result are (batch, length, ...). The arguments are ``x, states, weights,
+    biases, layers, dropout, training, bidirectional, batch_first``. The form for packed sequences has no rule.
+    """
     x, states, flags = use.node.args[0], use.node.args[1], use.node.args[-1]
     if not isinstance(flags, bool) or use.ndim(x) != 3:
         return None
@@ -228,6 +255,7 @@ def recurrent(use: Use) -> Answer:
 
 @rule("lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell")
 def cell(use: Use) -> Answer:
+    """x (batch, in), states (batch, width) -> states (batch, width)."""
     kinds = {use.kind(n) for n in use.tensors} - {SHARED}
     if kinds == {Batched(0)}:
         count = len(use.scale.shapes(use.node))
@@ -237,6 +265,10 @@ def cell(use: Use) -> Answer:
 
 @rule("cdist")
 def cdist(use: Use) -> Answer:
+    """(..., n, width), (..., m, width) -> (..., n, m), with the batch in n or in a leading dimension.
+
+    Mixes samples if the batch is m.
+    """
     out, found = len(use.out), set()
     for n in use.tensors[:2]:
         kind = use.kind(n)
@@ -254,6 +286,7 @@ def cdist(use: Use) -> Answer:
     inverse
 """)
 def matrices(use: Use) -> Answer:
+    """(..., batch, ..., n, m) -> (..., batch, ..., *sizes), for each result; mixes samples if the batch is n or m."""
     kinds = {use.kind(n) for n in use.tensors} - {SHARED}
     if not kinds:
         return _alike(use, SHARED)

@@ -1,4 +1,4 @@
-"""Functions along some dimensions: reductions, softmax, sorting. Over the batch, only sums and means come apart."""
+"""Functions along dimensions: reductions, softmax, sorting. Only sums and means can be divided over the batch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _dims(use: Use, position: int = 1) -> tuple[int, ...]:
 
 
 def without(use: Use, kind: Batched, dims: tuple[int, ...], item: int | None = None) -> Batched:
-    """Where the batch is once dimensions are reduced."""
+    """The batch after ``dims`` are reduced, which the result keeps or drops."""
     shapes = use.scale.shapes(use.node)
     shape = shapes[item or 0] if shapes else None
     kept = shape is None or len(shape) == use.ndim(use.node.args[0])
@@ -26,7 +26,7 @@ def without(use: Use, kind: Batched, dims: tuple[int, ...], item: int | None = N
 
 
 def _along(use: Use, dims: tuple[int, ...]) -> Kind | None:
-    """The kind of a function along dimensions that the batch is not among; None where it is."""
+    """The kind of a result reduced along ``dims``; None if the batch is one of them."""
     kind = only_first(use, use.node.args[0])
     if isinstance(kind, Batched):
         return without(use, kind, dims) if kind.dim not in dims else None
@@ -35,6 +35,10 @@ def _along(use: Use, dims: tuple[int, ...]) -> Kind | None:
 
 @rule("sum nansum mean nanmean")
 def add_up(use: Use) -> Answer:
+    """(..., batch, ...) -> (..., batch, ...), or sum (...) if the batch is among the dimensions.
+
+    A mean over the batch is its sum over each microbatch's share of the rows. ``nanmean`` over the batch mixes samples.
+    """
     dims, kind = _dims(use), use.kind(use.node.args[0])
     if isinstance(kind, Partial):
         return PARTIAL if use.name in ("sum", "mean") else use.mixed()
@@ -44,7 +48,11 @@ def add_up(use: Use) -> Answer:
         return use.mixed()
     if use.name in ("sum", "nansum"):
         return PARTIAL
-    return use.mixed("a mean over as many entries as values tell") if kind.ragged else Edited(PARTIAL, (Share(),))
+    return (
+        use.mixed("a mean over a number of entries that depends on values")
+        if kind.ragged
+        else Edited(PARTIAL, (Share(),))
+    )
 
 
 @rule("""
@@ -54,6 +62,7 @@ def add_up(use: Use) -> Answer:
     count_nonzero gumbel_softmax diff
 """)
 def along(use: Use) -> Answer:
+    """(..., batch, ...) -> (..., batch, ...), reduced or not; mixes samples if the batch is among the dimensions."""
     first = use.node.args[0]
     name = use.name
     if name in ("max", "min") and len(use.tensors) == 2:
@@ -68,7 +77,7 @@ def along(use: Use) -> Answer:
 
 
 def _each(use: Use, kind: Kind, dims: tuple[int, ...] = ()) -> Answer:
-    """A kind for the one result, or for each of a tuple."""
+    """The kind of the result, or of each item of a tuple."""
     shapes = use.scale.shapes(use.node)
     if use.scale.shape(use.node) is not None:
         return without(use, kind, dims) if isinstance(kind, Batched) else kind
@@ -100,6 +109,7 @@ def _dim_argument(use: Use) -> Any:
 
 @rule("fft_fftn fft_ifftn fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2 fft_rfftn")
 def fourier(use: Use) -> Answer:
+    """(..., batch, ...) -> (..., batch, ...); mixes samples if the batch is among the dimensions."""
     default = (-2, -1) if use.name.endswith("2") else None
     dims = dims_of(use.arg(2, "dim", default), use.ndim(use.node.args[0]))
     return _along(use, dims) or use.mixed()
@@ -107,6 +117,7 @@ def fourier(use: Use) -> Answer:
 
 @rule("cosine_similarity")
 def cosine(use: Use) -> Answer:
+    """(..., batch, ..., width), (..., batch, ..., width) -> (..., batch, ...); mixes samples if dim is the batch."""
     pair = list(use.tensors)[:2]
     ndim = max(map(use.ndim, pair))
     dim = positive(use.arg(2, "dim", 1), ndim)

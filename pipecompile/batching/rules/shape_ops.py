@@ -1,4 +1,4 @@
-"""Functions that move entries about: views, transpositions, concatenations; and those that make tensors."""
+"""Functions that move entries (views, transpositions, concatenations), and functions that make tensors."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pipecompile.batching.rules.use import Answer, Edited, Squeeze, Use, dims_of
 
 
 def reshaped(kind: Batched, before: Sequence[int], after: Sequence[int], rows: int) -> Batched | None:
-    """Where the batch is once a tensor is viewed in another shape, entries in their order; None if nowhere.
+    """The batch of a tensor viewed in another shape; None if no single dimension holds it.
 
-    Entries of one sample that lie together span ``stride`` entries, and the batch as a whole ``stride * rows``.
+    Neighbouring entries of one sample span ``stride`` entries, and all samples together ``stride * rows``.
     """
     if kind.ragged:
         kept = tuple(before[: kind.dim]) == tuple(after[: kind.dim])
@@ -30,7 +30,10 @@ def reshaped(kind: Batched, before: Sequence[int], after: Sequence[int], rows: i
 
 @rule("squeeze squeeze_copy")
 def squeeze(use: Use) -> Answer:
-    """What it takes away depends on sizes: it is to be what the whole batch's call takes away."""
+    """(..., batch, 1, ...) -> (..., batch, ...).
+
+    Removes the dimensions that are 1 for the whole batch, so that a microbatch of one row keeps its batch.
+    """
     kind = reshape(use)
     if not isinstance(kind, Batched):
         return kind
@@ -45,6 +48,10 @@ def squeeze(use: Use) -> Answer:
     "_unsafe_view _reshape_alias",
 )
 def reshape(use: Use) -> Answer:
+    """(..., batch, ...) -> (..., batch, ...), with the entries in the same order.
+
+    Mixes samples if no single dimension of the result holds the batch.
+    """
     first = use.node.args[0]
     kind = use.kind(first)
     if isinstance(kind, Partial | Shared):
@@ -60,6 +67,7 @@ def reshape(use: Use) -> Answer:
 
 @rule("transpose swapaxes swapdims t permute movedim moveaxis adjoint")
 def permute(use: Use) -> Answer:
+    """(..., batch, ...) -> (..., batch, ...), with the batch where its dimension goes."""
     first = use.node.args[0]
     kind, ndim = use.kind(first), use.ndim(first)
     if not isinstance(kind, Batched | Local):
@@ -93,6 +101,7 @@ def _order(use: Use, ndim: int) -> list[int]:
 
 @rule(getattr)
 def attribute(use: Use) -> Answer:
+    """(..., batch, ...) -> (..., batch, ...): .T, .mT, .H and .mH move the batch, .data, .real and .imag do not."""
     name = use.arg(1)
     if name in ("T", "mT", "H", "mH"):
         kind, ndim = use.kind(use.arg(0)), use.ndim(use.arg(0))
@@ -106,6 +115,7 @@ def attribute(use: Use) -> Answer:
 
 @rule("expand expand_as broadcast_to repeat tile")
 def expand(use: Use) -> Answer:
+    """(..., batch, ...) -> (..., batch, ...); (..., 1, ...) -> (..., batch, ...) if the new size is the batch's."""
     first = use.node.args[0]
     kind = use.kind(first)
     offset = len(use.out) - use.ndim(first)
@@ -132,6 +142,10 @@ def expand(use: Use) -> Answer:
 
 @rule("repeat_interleave")
 def repeat_interleave(use: Use) -> Answer:
+    """(..., batch, ...) -> (..., batch * repeats, ...), each sample's copies together.
+
+    Mixes samples unless ``repeats`` is an int that does not depend on the batch and ``dim`` is given.
+    """
     first, times = use.node.args[0], use.arg(1, "repeats")
     kind = only_first(use, first)
     dim = use.arg(2, "dim")
@@ -144,6 +158,10 @@ def repeat_interleave(use: Use) -> Answer:
 
 @rule("cat concat concatenate stack hstack vstack")
 def cat(use: Use) -> Answer:
+    """(..., batch, ...), ... -> (..., batch, ...), or (..., parts * batch, ...) along the batch.
+
+    Mixes samples if operands have the batch in different dimensions, or different shapes along the batch.
+    """
     parts: Any = use.arg(0, "tensors")
     if not isinstance(parts, tuple | list) or use.name in ("hstack", "vstack"):
         return None
@@ -158,17 +176,21 @@ def cat(use: Use) -> Answer:
         return SHARED if all(isinstance(kind, Shared) for kind in kinds) else use.mixed()
     kind = common(kinds)
     if not isinstance(kind, Batched):
-        return use.mixed(f"{use.name} of values whose samples lie in different places")
+        return use.mixed(f"{use.name} of values with the batch in different dimensions")
     if use.name == "stack":
         return kind.at(kind.dim + (dim <= kind.dim))
     if kind.dim != dim:
         return kind
     same = len({use.shape(part) for part in parts}) == 1 and not kind.ragged and kind.outer == 1
-    return Batched(dim, len(parts), kind.inner) if same else use.mixed("samples put after samples")
+    return Batched(dim, len(parts), kind.inner) if same else use.mixed("concatenation along the batch")
 
 
 @rule("chunk split unbind tensor_split unsafe_split unsafe_chunk split_with_sizes")
 def split(use: Use) -> Answer:
+    """(..., batch, ...) -> (..., batch, ...), ...
+
+    Mixes samples if ``dim`` is the batch, unless it takes apart what ``cat`` put side by side.
+    """
     first = use.node.args[0]
     kind = only_first(use, first)
     position, default = (1, 0) if use.name == "unbind" else (2, 0)
@@ -186,6 +208,10 @@ def split(use: Use) -> Answer:
 
 @rule("broadcast_tensors meshgrid")
 def several(use: Use) -> Answer:
+    """(..., batch, ...), ... -> (..., batch, ...), ..., broadcast.
+
+    Mixes samples if an operand has no batch and others do, and for ``meshgrid`` if any has one.
+    """
     parts = list(use.tensors)
     count = len(use.scale.shapes(use.node))
     if all(isinstance(use.kind(part), Shared) for part in parts) and not any(
@@ -205,12 +231,12 @@ def several(use: Use) -> Answer:
 
 @rule("zeros ones full empty new_zeros new_ones new_full new_empty rand randn randint scalar_tensor empty_strided")
 def constant(use: Use) -> Answer:
-    """Entries that are all alike, or all drawn alike."""
+    """sizes -> (...), or (..., batch, ...) if one size grows with the batch; mixes samples if the fill value does."""
     values = [n for n in use.tensors if not use.name.startswith("new_")]
     if any(not isinstance(use.kind(n), Shared) for n in values):
         return use.mixed()
     if use.name in ("full", "new_full") and use.counts(1 if use.name == "full" else 2):
-        return use.mixed("numbers of samples")
+        return use.mixed("numbers that count samples")
     growing = use.scale.growing(use.node)
     if not growing:
         return SHARED
@@ -220,11 +246,12 @@ def constant(use: Use) -> Answer:
 
 @rule("arange")
 def arange(use: Use) -> Answer:
+    """end -> (end,), or row numbers (batch,) if the end is the batch size; other ranges of the batch mix samples."""
     growing = use.scale.growing(use.node)
     starts_at_zero = len([a for a in use.node.args if not isinstance(a, str)]) == 1
     if not growing:
         return SHARED
-    return Local(0) if starts_at_zero and use.out == (use.scale.rows,) else use.mixed("numbers of samples")
+    return Local(0) if starts_at_zero and use.out == (use.scale.rows,) else use.mixed("numbers that count samples")
 
 
 @rule("""
@@ -232,22 +259,28 @@ def arange(use: Use) -> Answer:
     hamming_window bartlett_window blackman_window kaiser_window
 """)
 def made(use: Use) -> Answer:
+    """numbers or tensors -> (...), shared; mixes samples if a size or an operand depends on the batch."""
     shared = all(isinstance(use.kind(n), Shared) for n in use.tensors) and not use.scale.growing(use.node)
-    return SHARED if shared else use.mixed("numbers of samples")
+    return SHARED if shared else use.mixed("numbers that count samples")
 
 
 @rule("pad")
 def pad(use: Use) -> Answer:
+    """(..., batch, ...) -> (..., batch, ...); mixes samples if the batch is padded."""
     first, widths = use.node.args[0], use.arg(1, "pad", ())
     kind = only_first(use, first)
     if isinstance(kind, Batched):
         padded = [use.ndim(first) - 1 - i // 2 for i, width in enumerate(widths) if width != 0]
-        return use.mixed("padding of the batch") if kind.dim in padded else kind
+        return use.mixed("padding along the batch") if kind.dim in padded else kind
     return kind if isinstance(kind, Shared) and not use.scale.growing(use.node) else use.mixed()
 
 
 @rule("tril triu view_as_complex view_as_real diagonal diag_embed")
 def last_dims(use: Use) -> Answer:
+    """(..., batch, ..., n, m) -> (..., batch, ..., n, m).
+
+    Mixes samples if the batch is a dimension that the function works on. ``diagonal`` mixes samples for any batch.
+    """
     first = use.node.args[0]
     kind = only_first(use, first)
     if isinstance(kind, Batched):
@@ -261,7 +294,11 @@ def last_dims(use: Use) -> Answer:
 
 @rule("unfold")
 def windows(use: Use) -> Answer:
-    """``Tensor.unfold(dim, size, step)``, or ``F.unfold``, which takes images."""
+    """(..., batch, ..., n) -> (..., batch, ..., windows, size), or images (batch, ...) -> (batch, ...).
+
+    ``Tensor.unfold(dim, size, step)`` mixes samples if ``dim`` is the batch, ``F.unfold`` if the batch is not the first
+    dimension.
+    """
     first = use.node.args[0]
     kind = only_first(use, first)
     if not isinstance(kind, Batched):

@@ -1,7 +1,7 @@
-"""The sizes of a trace at two batch sizes: what is different between them belongs to the batch.
+"""The sizes of a trace at two batch sizes; sizes that differ depend on the batch.
 
-A trace with a symbolic batch holds for both. One that is specialised has a second trace beside it, taken at the whole
-batch, with the same nodes.
+A trace with a symbolic batch holds for both. A specialized trace comes with a second trace of the whole batch, with the
+same nodes.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from pipecompile.batching.rules.batch_types import Batched, Kind, Local, Partial
 from pipecompile.capture import Captured
 from pipecompile.ops.symbols import resolve
 
-UNKNOWN = -1  # a size that only values tell
+UNKNOWN = -1  # a size that depends on values
 
 
 class Scale:
     """Sizes and numbers of nodes at a smaller and at a larger batch.
 
     Args:
-        small: the trace at a microbatch's rows.
-        large: the trace at the whole batch's; may be ``small`` itself, if its batch is symbolic.
+        small: the trace of a microbatch.
+        large: the trace of the whole batch, or ``small`` itself if its batch is symbolic.
 
     Attributes:
-        fewer: rows of the smaller batch, at least 2 where the batch is symbolic.
-        rows: rows of the larger.
-        whole: rows of the batch that the call was made with, or of the larger one where that is more.
-        sizes_tried: all symbols at such a batch, which is what things are tried out on.
+        fewer: rows of the smaller batch; at least 2 if the batch is symbolic.
+        rows: rows of the larger batch.
+        whole: rows of the captured call's batch, or ``rows`` if that is more.
+        sizes_tried: the values of all symbols at ``whole`` rows, on which experiments run.
     """
 
     def __init__(self, small: Captured, large: Captured) -> None:
@@ -56,12 +56,12 @@ class Scale:
         self._at = lru_cache(maxsize=None)(self._resolve)
 
     def shape(self, node: fx.Node) -> tuple[int, ...] | None:
-        """The shape of a tensor at the larger batch; None if the node gives no tensor."""
+        """The shape of a node's tensor at the larger batch; None if its value is not a tensor."""
         value = self.twin[node].meta.get("val")
         return self.sizes(value, True) if isinstance(value, Tensor) else None
 
     def shapes(self, node: fx.Node) -> list[tuple[int, ...] | None]:
-        """The same for each item of a tuple."""
+        """The shape of each item of a node's tuple at the larger batch."""
         value = self.twin[node].meta.get("val")
         items = value if isinstance(value, tuple | list) else [value]
         return [self.sizes(item, True) if isinstance(item, Tensor) else None for item in items]
@@ -82,7 +82,7 @@ class Scale:
         return tuple(dim for dim, (before, after) in enumerate(pairs) if before != after or before == UNKNOWN)
 
     def fits(self, node: fx.Node, item: int | None, kind: Kind) -> bool:
-        """Whether a result (or an item of a tuple) has the sizes, at both batches, that its kind asks for."""
+        """Whether a result (or an item of a tuple) has the sizes of its kind at both batches."""
         small, large = node.meta.get("val"), self.twin[node].meta.get("val")
         if isinstance(small, tuple | list) and isinstance(large, tuple | list) and item is not None:
             small, large = small[item], large[item]
@@ -115,7 +115,7 @@ class Scale:
 
 
 def _is_told(expr: Any, values: Mapping[sympy.Symbol, int]) -> bool:
-    """Whether the sizes of inputs tell an expression."""
+    """Whether an expression follows from the sizes of inputs."""
     return not isinstance(expr, sympy.Basic) or expr.free_symbols <= values.keys()
 
 

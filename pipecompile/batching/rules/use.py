@@ -1,4 +1,4 @@
-"""One call in a graph as the rules see it, and what a rule may answer."""
+"""A call as the rules see it, and the answers that a rule may give."""
 
 from __future__ import annotations
 
@@ -16,47 +16,47 @@ from pipecompile.ops.operators import function_of, named
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """The call's result times the microbatch's share of the rows: a mean over equally many entries a row."""
+    """Multiplies the result by the microbatch's share of the rows: a mean over the same number of entries per row."""
 
 
 @dataclass(frozen=True, slots=True)
 class ShareArgument:
-    """One argument times the share of the rows: what is added to each part must be added once in all."""
+    """Multiplies an argument by the share of the rows: a value added to each part must count once in the sum."""
 
     position: int
 
 
 @dataclass(frozen=True, slots=True)
 class WholeArgument:
-    """A number that counts samples: the whole batch's in its place."""
+    """Replaces a number that counts samples by the whole batch's number."""
 
     position: int
 
 
 @dataclass(frozen=True, slots=True)
 class RowsArgument:
-    """Numbers of rows: the whole batch's, of which each microbatch has its own, in the place of its own count."""
+    """Replaces row numbers of the microbatch by its part of the whole batch's row numbers."""
 
     position: int
 
 
 @dataclass(frozen=True, slots=True)
 class Instead:
-    """Another function in the place of the call's, with the same arguments."""
+    """Calls another function with the same arguments."""
 
     function: Callable[..., Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Squeeze:
-    """The dimensions that the whole batch's call takes away: a microbatch of one row would lose its batch too."""
+    """Squeezes only the dimensions that are 1 for the whole batch: a microbatch of one row keeps its batch."""
 
     dims: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Recount:
-    """A mean over valid entries: the sum, over the number (or weight) of valid entries in the whole batch."""
+    """Divides a sum over valid entries by the number (or weight) of valid entries in the whole batch."""
 
     target: fx.Node  # computed from inputs alone
     weight: fx.Node | None
@@ -68,13 +68,13 @@ Edit = Share | ShareArgument | WholeArgument | RowsArgument | Instead | Squeeze 
 
 @dataclass(frozen=True, slots=True)
 class Edited:
-    """A kind that holds once the call is changed."""
+    """A kind that holds after the call is edited."""
 
     kind: Kind
     edits: tuple[Edit, ...]
 
 
-Answer = Kind | tuple[Kind, ...] | Edited | None  # None: the rule does not know
+Answer = Kind | tuple[Kind, ...] | Edited | None  # None: the rule does not cover the call
 
 
 @dataclass(frozen=True)
@@ -93,24 +93,24 @@ class Use:
         return args[position] if len(args) > position else self.node.kwargs.get(name, default)
 
     def given(self, name: str, default: Any = None) -> Any:
-        """An argument of a Python function by its name, however it was given."""
+        """An argument of a Python function by its name, whether it was passed by position or by keyword."""
         bound = inspect.signature(self.function).bind(*self.node.args, **self.node.kwargs)
         return bound.arguments.get(name, default)
 
     def dims(self, position: int, name: str) -> Any:
-        """A ``dim=`` argument that may also be given as several arguments: ``x.flip(0, 1)``."""
+        """A ``dim=`` argument that may also be several positional arguments, as in ``x.flip(0, 1)``."""
         rest = self.node.args[position:]
         return rest if len(rest) > 1 else self.arg(position, name)
 
     def kind(self, argument: Any) -> Kind:
-        """The kind of an argument; numbers are shared, a list has the kind that its items agree on."""
+        """The kind of an argument; a number or a list is shared."""
         if isinstance(argument, fx.Node):
             kind = self.kinds[argument]
-            return kind if not isinstance(kind, tuple) else Mixed("a tuple is used whole")
+            return kind if not isinstance(kind, tuple) else Mixed("a tuple used as a whole")
         return SHARED
 
     def shape(self, argument: Any) -> tuple[int, ...]:
-        """The shape of an argument at the larger batch; that of a number is empty."""
+        """The shape of an argument at the larger batch; empty for a number."""
         shape = self.scale.shape(argument) if isinstance(argument, fx.Node) else ()
         return shape or ()
 
@@ -122,7 +122,7 @@ class Use:
 
     @property
     def function(self) -> Any:
-        """The object by which the call is known."""
+        """The function object under which the call's rule is registered."""
         return function_of(self.node.target)
 
     @property
@@ -132,7 +132,7 @@ class Use:
 
     @property
     def tensors(self) -> list[fx.Node]:
-        """The tensors among the arguments, nested ones too."""
+        """The tensors among the arguments, including nested ones."""
         return [n for n in self.node.all_input_nodes if self.is_tensor(n)]
 
     def counts(self, position: int) -> bool:
@@ -147,14 +147,14 @@ class Use:
 
 
 Rule = Callable[[Use], Answer]
-RULES: dict[Hashable, tuple[str, Rule]] = {}  # by function object: the name that the rule knows it by, and the rule
+RULES: dict[Hashable, tuple[str, Rule]] = {}  # by function object: its name within the rule, and the rule
 
 
 def rule(*functions: str | Callable[..., Any], aten: bool = True) -> Callable[[Rule], Rule]:
-    """Registers the rule of functions: of objects, and of torch's functions by name (``operators.named``).
+    """Registers a rule for function objects, and for torch's functions by name (``operators.named``).
 
     Raises:
-        NameError: torch has no function of a name, or a function has a rule already.
+        NameError: torch has no function of that name, or the function already has a rule.
     """
     found: dict[Hashable, str] = {}
     for function in functions:
@@ -175,14 +175,14 @@ def positive(dim: int, ndim: int) -> int:
 
 
 def dims_of(dim: Any, ndim: int) -> tuple[int, ...]:
-    """A ``dim=`` argument as positive numbers; None means all."""
+    """A ``dim=`` argument as non-negative dimensions; None means all of them."""
     if dim is None or (isinstance(dim, Sequence) and not dim):
         return tuple(range(ndim))
     return tuple(positive(d, ndim) for d in (dim if isinstance(dim, Sequence) else (dim,)))
 
 
 def only_first(use: Use, first: Any) -> Kind | None:
-    """The first argument's kind where all other tensors are shared; a verdict on everything else."""
+    """The first argument's kind if all other tensors are shared, else None."""
     kind = use.kind(first)
     rest = [n for n in use.tensors if n is not first]
     if all(isinstance(use.kind(n), Shared) for n in rest):
