@@ -113,7 +113,7 @@ def _calibration(compiled: Compiled, timeline: Timeline | None) -> list[str]:
 def describe(compiled: Compiled, timeline: Timeline | None = None) -> Mapping[str, Sequence[str]]:
     """What the user should know about a capture, by topic; ``timeline`` is that of the last call."""
     graph, plan = compiled.graph, compiled.plan
-    copies = sum(node.replicated and node.op != "input" for node in graph.nodes)
+    copies = sum(node.rematerialized and node.op != "input" for node in graph.nodes)
     guards = [f"{expr} = {answer}" for expr, answer in compiled.captured.guards]
     reads = [f"the model reads {value} from its inputs" for value in compiled.captured.read_values]
     return {

@@ -55,7 +55,7 @@ def stage_times(predicted: Sequence[Cost], timeline: Timeline) -> tuple[Times, .
 
 
 def corrected(costed: CostedGraph, plan: Plan, times: Sequence[Times], by: str = "a measured step") -> CostedGraph:
-    """The costs with those of each stage's nodes scaled to what the stage took; replicated nodes keep theirs.
+    """The costs with those of each stage's nodes scaled to what the stage took; rematerialized nodes keep theirs.
 
     Of a stage with replicas it is the mean of theirs.
 

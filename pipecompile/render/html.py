@@ -90,8 +90,8 @@ def _details(view: StageGraph) -> Iterator[str]:
         facts = xml(" · ".join(stage_lines(view, index)))
         yield f'<section class="detail" data-stage="{index}"><h2>{xml(stage_name(view, index))}</h2>'
         yield f'<p class="hint">{facts}</p>'
-        if start := (*stage.inputs, *stage.recomputed):
-            head = "<b>inputs, and what is recomputed from them</b>"
+        if start := (*stage.inputs, *stage.rematerialized):
+            head = "<b>inputs, and what is rematerialized from them</b>"
             yield _fold(head, f"{_count(start)}, never sent", view, start)
         for position in stage.modules:
             yield _module(view, position)

@@ -54,7 +54,7 @@ def inputs_line(view: StageGraph, stage: int) -> str:
     """What a stage starts from: the model inputs it reads and how much it recomputes from them."""
     it = view.stages[stage]
     words = [names_text([view.node(i).name for i in it.inputs])] if it.inputs else []
-    return " · ".join([*words, *([f"{len(it.recomputed)} recomputed"] if it.recomputed else [])])
+    return " · ".join([*words, *([f"{len(it.rematerialized)} rematerialized"] if it.rematerialized else [])])
 
 
 def edge_label(view: StageGraph, edge: Edge) -> str:

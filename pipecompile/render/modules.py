@@ -37,7 +37,7 @@ class Box:
 
 
 def boxes_of_stages(graph: Graph, plan: Plan) -> tuple[tuple[Box, ...], ...]:
-    """For each stage its boxes, in the order of computation; replicated nodes are in none, and replicas have none."""
+    """The boxes of each stage, in execution order. Rematerialized nodes are in no box, and replicas have no boxes."""
     opened = _open_modules(graph, plan)
     stages: list[list[int]] = [[] for _ in range(plan.num_stages)]
     for node, stage in enumerate(plan.stage_of):

@@ -41,7 +41,7 @@ class Stage:
     blocks: tuple[str, ...]  # paths of the modules in it, coarse: one that the plan cuts stands in several stages
     modules: tuple[int, ...]  # in finer boxes, in the order of computation
     inputs: tuple[int, ...]  # model inputs that it reads
-    recomputed: tuple[int, ...]  # replicated nodes that it computes for itself
+    rematerialized: tuple[int, ...]  # rematerialized nodes that it computes for itself
     parameters: tuple[str, ...]
     num_parameters: int  # elements
     cost: Cost
@@ -66,9 +66,9 @@ class StageGraph(Json):
     As JSON (``to_json``, ``--format json``), an object with the keys
 
     - ``costed``: the ``CostedGraph``: ``graph`` (``nodes`` with name, op, inputs, outputs, parameters, path, source,
-      replicated; ``inputs``, ``outputs``, ``parameters``, ``together``), ``costs`` (one for each node) and ``origin``;
-    - ``plan``: the ``Plan``: ``stage_of`` (node -> stage, null for replicated), ``rank_of``, ``channels``, ``tied``,
-      ``replica_of`` (stage -> the stage whose nodes it runs);
+      rematerialized; ``inputs``, ``outputs``, ``parameters``, ``together``), ``costs`` (one per node) and ``source``;
+    - ``plan``: the ``Plan``: ``stage_of`` (node -> stage, null for inputs and rematerialized nodes), ``rank_of``,
+      ``channels``, ``tied``, ``replica_of`` (stage -> the stage whose nodes it runs);
     - ``stages``, ``modules``, ``edges``: the fields of the classes above. An edge whose modules have different stages
       crosses a cut; the ``nbytes`` of those between two stages, none a replica, sum to those of their channel.
 
@@ -177,7 +177,7 @@ def _stage(graph: Graph, plan: Plan, modules: tuple[Module, ...], stage: int, co
         blocks=blocks_of_stages(graph, plan)[stage],
         modules=tuple(i for i, module in enumerate(modules) if module.stage == stage),
         inputs=tuple(i for i in nodes if i in inputs),
-        recomputed=tuple(i for i in nodes if graph.nodes[i].replicated and i not in inputs),
+        rematerialized=tuple(i for i in nodes if graph.nodes[i].rematerialized and i not in inputs),
         parameters=names,
         num_parameters=sum(sizes[name] for name in names),
         cost=cost,

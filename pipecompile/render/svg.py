@@ -112,8 +112,8 @@ def _load(view: StageGraph, stage: int, x: float, y: float) -> Iterator[str]:
 
 def _start(view: StageGraph, stage: int, rect: Rect) -> Iterator[str]:
     it = view.stages[stage]
-    lines = [node_line(view, node) for node in (*it.inputs, *it.recomputed)]
-    yield f'<g class="start" data-stage="{stage}">{_title(("inputs, and what is recomputed from them", *lines))}'
+    lines = [node_line(view, node) for node in (*it.inputs, *it.rematerialized)]
+    yield f'<g class="start" data-stage="{stage}">{_title(("inputs, and what is rematerialized from them", *lines))}'
     yield _rect(rect, 'rx="6"')
     yield _text((rect.x + rect.width / 2, rect.middle + 4), inputs_line(view, stage), anchor="middle")
     yield "</g>"

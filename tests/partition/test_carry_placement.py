@@ -12,7 +12,7 @@ SPEC = TensorSpec((2,), "float32", True)
 
 def graph_of(*rows: tuple, together=()) -> Graph:
     """A row is (op, inputs, parameters); its path is its operation without digits at the end."""
-    nodes = [Node("x", "input", outputs=(SPEC,), replicated=True)]
+    nodes = [Node("x", "input", outputs=(SPEC,), rematerialized=True)]
     for op, inputs, parameters in rows:
         kind = op.rstrip("0123456789")
         nodes.append(

@@ -21,8 +21,8 @@ SPEC = TensorSpec((1,), "float32", True)
 
 def model(*paths: str, together=(), seconds: float = 1.0) -> CostedGraph:
     """Nodes in a row, one a path, behind an input and a mask that every stage computes for itself."""
-    nodes = [Node("x", "input", outputs=(SPEC,), replicated=True)]
-    nodes.append(Node("mask", "ones", (0,), (SPEC,), path="rotary", replicated=True))
+    nodes = [Node("x", "input", outputs=(SPEC,), rematerialized=True)]
+    nodes.append(Node("mask", "ones", (0,), (SPEC,), path="rotary", rematerialized=True))
     for index, path in enumerate(paths, start=2):
         nodes.append(Node(f"n{index}", "relu", (0 if index == 2 else index - 1, 1), (SPEC,), (), path, f"m.py:{index}"))
     costs = (Cost(), Cost(), *[Cost(forward=seconds)] * len(paths))
@@ -128,7 +128,7 @@ def test_pins_meet_what_the_model_keeps_together() -> None:
 
 def test_things_bound_together_and_pinned_apart_are_no_problem() -> None:
     with pytest.raises(InfeasibleError, match="pinned to stage 0 and what is pinned to stage 1"):
-        contract([1.0] * 3, [(0, 1), (1, 2)], [], [Seat()] * 2, together=[(0, 2)], pinned=[(0, 0), (2, 1)])
+        contract([1.0] * 3, [(0, 1), (1, 2)], [], [Seat()] * 2, together=[(0, 2)], fixed_stages=[(0, 0), (2, 1)])
 
 
 @pytest.mark.parametrize(

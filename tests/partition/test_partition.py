@@ -74,7 +74,7 @@ def chain_graph(seconds: list[float], nbytes: int = 4, edges: list[tuple[int, in
     for low, high in edges:
         inputs[high].append(low + 1)
     spec = TensorSpec((nbytes // 4,), "float32", True)
-    nodes = [Node("x", "input", replicated=True)]
+    nodes = [Node("x", "input", rematerialized=True)]
     nodes += [Node(f"n{i}", "relu", tuple(inputs[i]), (spec,), path=f"layers.{i}") for i in range(len(seconds))]
     costs = [Cost()] + [Cost(forward=s / 3, backward=2 * s / 3) for s in seconds]
     return CostedGraph(Graph(tuple(nodes), (0,), (len(seconds),), together=together), tuple(costs), "made up")
@@ -171,7 +171,7 @@ def test_equal_layers_are_cut_where_the_least_is_sent():
 
 def test_two_towers_are_not_cut_across_both_at_once():
     seconds = [1.0] * 8
-    nodes = [Node("x", "input", replicated=True)]
+    nodes = [Node("x", "input", rematerialized=True)]
     for tower in range(2):
         for layer in range(4):
             source = 0 if layer == 0 else 1 + 2 * (layer - 1) + tower
@@ -236,7 +236,7 @@ def test_more_stages_than_nodes_are_refused_with_the_number_that_is_possible():
 
 
 def test_a_model_without_nodes_cannot_be_cut():
-    empty = CostedGraph(Graph((Node("x", "input", replicated=True),), (0,)), (Cost(),), "made up")
+    empty = CostedGraph(Graph((Node("x", "input", rematerialized=True),), (0,)), (Cost(),), "made up")
     with pytest.raises(InfeasibleError):
         partition(empty, 1)
 

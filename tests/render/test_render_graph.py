@@ -123,10 +123,10 @@ def test_no_stage_has_more_boxes_than_a_person_reads():
 
 def test_module_times_sum_to_the_time_of_the_model(view):
     total = sum(module.cost.seconds for module in view.modules)
-    replicated = [
-        cost for cost, node in zip(view.costed.costs, view.costed.graph.nodes, strict=True) if node.replicated
+    rematerialized = [
+        cost for cost, node in zip(view.costed.costs, view.costed.graph.nodes, strict=True) if node.rematerialized
     ]
-    assert total == pytest.approx(view.costed.seconds - sum(cost.seconds for cost in replicated))
+    assert total == pytest.approx(view.costed.seconds - sum(cost.seconds for cost in rematerialized))
 
 
 def test_tied_weight_is_told_by_both_stages():
@@ -135,11 +135,11 @@ def test_tied_weight_is_told_by_both_stages():
     assert view.tied(1) == (("transformer.wte.weight", (0,)),)
 
 
-def test_replicated_nodes_are_counted_in_each_stage_that_needs_them():
+def test_rematerialized_nodes_are_counted_in_each_stage_that_needs_them():
     view = view_of(gpt2(), 2)
     assert [view.node(i).name for i in view.stages[0].inputs] == ["input_ids"]
     assert [view.node(i).name for i in view.stages[1].inputs] == ["input_ids", "labels"]
-    shared = set(view.stages[0].recomputed) & set(view.stages[1].recomputed)
+    shared = set(view.stages[0].rematerialized) & set(view.stages[1].rematerialized)
     assert {view.node(i).op for i in shared} == {"ones", "tril"}
 
 
@@ -357,7 +357,7 @@ def test_html_lists_every_stage_every_crossing_value_and_every_node(view):
         assert node.source in row
     nodes = "".join(page.rows["nodes"])
     assert all(f"{node.name} " in nodes for node in view.costed.graph.nodes)
-    starts = sum(1 for stage in view.stages if stage.inputs or stage.recomputed)
+    starts = sum(1 for stage in view.stages if stage.inputs or stage.rematerialized)
     assert page.details == len(view.modules) + starts
 
 
