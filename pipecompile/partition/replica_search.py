@@ -99,7 +99,7 @@ class _Programme:
             behind = best
 
     def _load(self, replicas: int, taken: int) -> Floats:
-        """Load of a stage (first atom, first atom behind it) on the first ``replicas`` of the last ``taken`` devices."""
+        """Load of a stage (first atom, first atom behind) on the first ``replicas`` of the last ``taken`` devices."""
         first = len(self.cluster) - taken
         ranks = range(first, first + replicas)
         speed = replicas * min(self.cluster.devices[rank].speed for rank in ranks)

@@ -1,8 +1,8 @@
-"""How many stages, and on how many devices each: plans with and without replicas, and the one with the shortest step.
+"""Chooses the number of stages and of devices per stage: the plan, with or without replicas, with the shortest step.
 
-For each number of stages ``partition.deals`` proposes replicas. Each proposal becomes a plan within memory, and the
-step of each is simulated; on top comes what bringing new weights to the replicas takes at the start of a step, to one
-after the other from the rank that owns them.
+For each number of stages ``partition.deals`` proposes replicas. Each proposal becomes a plan within memory, and its
+step is simulated. The predicted step includes sending new weights to the replicas at its start, to one after the other
+from the rank that owns them.
 
 Source: PipeDream (Narayanan et al., SOSP 2019), section 3.1.
 """
@@ -26,20 +26,20 @@ from pipecompile.planning.search_spec import BUDGET as PATIENTLY
 from pipecompile.planning.search_spec import Goal, Request
 from pipecompile.planning.training_spec import Workload
 
-MOST_DEVICES = 16  # the programme takes time with their cube
-BUDGET = 1.0  # CPU seconds of the search for one candidate
+MOST_DEVICES = 16  # the search time grows with their cube
+BUDGET = 1.0  # CPU seconds of the search per candidate
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """Stages with so many devices each, and the predicted seconds of a step, or why there is no such plan."""
+    """The number of devices per stage, and the predicted seconds of a step, or the reason why there is no plan."""
 
     replicas: tuple[int, ...]
     seconds: float | None
     refused: str = ""
 
     def __str__(self) -> str:
-        result = self.refused if self.seconds is None else f"a step of {seconds_text(self.seconds)} predicted"
+        result = self.refused if self.seconds is None else f"predicted step {seconds_text(self.seconds)}"
         return f"{list(self.replicas)}: {result}"
 
 
@@ -51,39 +51,45 @@ def with_best_replicas(
     budget: float = PATIENTLY,
     objective: Goal = "pace",
 ) -> tuple[Plan, tuple[Candidate, ...]]:
-    """The plan with the shortest predicted step on all devices of the cluster, and all that were tried, the best first.
+    """The plan with the shortest predicted step on all devices of the cluster, and all candidates, best first.
 
     Args:
-        wishes: what every plan keeps to; without pins and a number of stages, since those are looked for.
-        budget: CPU seconds for the plan in the end; candidates are searched for shortly.
-        objective: what that plan makes least.
+        costed: the model with its costs.
+        cluster: the devices.
+        work: the training step.
+        wishes: constraints on all plans, without pins and most_stages, because the number of stages is searched.
+        budget: CPU seconds for the final plan; candidates get ``BUDGET`` each.
+        objective: what the final plan minimizes.
 
     Raises:
-        InputError: there are too many devices.
-        PlanError: no candidate has a plan within memory.
+        InputError: there are too many devices, or a constraint needs the number of stages.
+        InfeasibleError: no candidate has a plan within memory.
     """
     if len(cluster) > MOST_DEVICES:
         raise InputError(
-            f"replicas='auto' looks at up to {MOST_DEVICES} devices, and here are {len(cluster)}; say "
-            f"replicas=[...], a number of devices for each stage"
+            f"replicas='auto' supports up to {MOST_DEVICES} devices, got {len(cluster)}; use replicas=[...] with the "
+            f"number of devices of each stage"
         )
     if wishes.pins or wishes.most_stages is not None:
         raise InputError(
-            f"replicas='auto' looks for the number of stages, which {wishes} would need to know; keep modules together "
-            f"or uncut, or say replicas=[...], a number of devices for each stage"
+            f"replicas='auto' chooses the number of stages, so pins= and most_stages= cannot be met ({wishes}); use "
+            f"together= or uncut=, or replicas=[...] with the number of devices of each stage"
         )
     asked = [Request(replicas, wishes, BUDGET) for replicas in _proposals(costed, cluster, work)]
     found = [_tried(costed, request, cluster, work) for request in asked]
     fitting = [candidate for candidate in found if candidate.seconds is not None]
     if not fitting:
-        reasons = "; ".join(map(str, found)) or "the model has a node that no device holds"
-        raise InfeasibleError(f"no number of stages and replicas has a plan on {len(cluster)} devices: {reasons}")
+        reasons = ", ".join(map(str, found)) or "no device has memory for the largest node"
+        raise InfeasibleError(
+            f"no number of stages and replicas has a plan on {len(cluster)} devices ({reasons}); use more devices, or "
+            f"devices with more memory"
+        )
     ordered = sorted(found, key=lambda it: (it.seconds is None, it.seconds))
     return make_plan(costed, Request(ordered[0].replicas, wishes, budget, objective), cluster, work), tuple(ordered)
 
 
 def _proposals(costed: CostedGraph, cluster: Cluster, work: Workload) -> Iterator[tuple[int, ...]]:
-    """Each once: without replicas, and those of the programme, with and without recomputation where both may be."""
+    """The proposals without repeats: none replicated, and those of ``deals``, with and without recomputation."""
 
     @cache
     def in_flight(replicas: int, behind: int) -> int:

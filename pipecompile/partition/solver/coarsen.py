@@ -129,7 +129,7 @@ class _Quotient:
         return False
 
     def _gained(self, atom: int, host: int, its_own: bool = False) -> float:
-        """Upper bound of the seconds that a stage gains if the atom moves to its host (with the atom's, if ``its_own``)."""
+        """Upper bound of the seconds a stage gains if the atom moves to its host (with its own, if ``its_own``)."""
         gained = self.seconds[atom] if its_own else 0.0
         for net in self.nets_of[atom]:
             if host not in self.ends[net]:

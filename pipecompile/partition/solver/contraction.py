@@ -160,8 +160,8 @@ def _fixed(atom_of: Sequence[int], pinned_to: dict[int, list[int]]) -> tuple[tup
         other = stage_of.setdefault(atom_of[things[0]], stage)
         if other != stage:
             raise InfeasibleError(
-                f"nodes pinned to stage {other} and nodes pinned to stage {stage} must share a stage, because they depend "
-                f"on each other or belong together; pin them to one stage"
+                f"nodes pinned to stage {other} and nodes pinned to stage {stage} must share a stage, because they "
+                f"depend on each other or belong together; pin them to one stage"
             )
     return tuple(stage_of.items())
 

@@ -1,6 +1,6 @@
 """The part of a large problem in which a plan can be improved: the atoms near its boundaries.
 
-All other atoms of a stage become one atom, fixed to that stage. The result is small enough for searches whose tables
+All other atoms of a stage become one atom. The result is small enough for searches whose tables
 grow with the square of the atoms, and each of its plans is a plan of the whole problem.
 
 Source: boundary refinement as in multilevel partitioning, Hendrickson and Leland, "A Multilevel Algorithm for

@@ -116,8 +116,7 @@ class Problem:
         for (low, stage), (high, later) in pairwise(self.fixed_stages):
             if stage >= later or (low, high) not in arcs:
                 raise ValueError(
-                    f"atoms {low} and {high}, fixed to stages {stage} and {later}, must be connected by an arc and in ascending "
-                    f"stages"
+                    f"atoms {low} and {high}, in stages {stage} and {later}, must have ascending stages and an arc"
                 )
         for net in self.nets if self.links_differ else ():
             if any((net.ends[0], end) not in arcs for end in net.ends[1:]):

@@ -61,7 +61,7 @@ def check(problem: Problem, stage_of: Sequence[int]) -> None:
     for low, high in problem.arcs:
         if stage_of[low] > stage_of[high]:
             raise PlanError(
-                f"atom {high} in stage {stage_of[high]} reads atom {low} in stage {stage_of[low]}: a value flows backward"
+                f"a value flows from stage {stage_of[low]} (atom {low}) to stage {stage_of[high]} (atom {high})"
             )
     for stage, seat in enumerate(problem.seats):
         if not seat.may_idle and stage not in stage_of:

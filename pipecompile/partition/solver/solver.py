@@ -233,8 +233,8 @@ def _is_plan(problem: Problem, stage_of: tuple[int, ...]) -> bool:
 def _refuse_impossible(problem: Problem) -> None:
     if len(problem) < problem.must_fill:
         raise InfeasibleError(
-            f"the model cannot be cut into {problem.must_fill} stages: it has at most {len(problem)} parts that need not "
-            f"stay together; use {len(problem)} stages or fewer"
+            f"the model cannot be cut into {problem.must_fill} stages: it can be cut into at most {len(problem)}, "
+            f"since the rest must stay together; use {len(problem)} stages or fewer"
         )
     held, limit = sum(problem.kept_bytes), sum(seat.memory for seat in problem.seats)
     if held > limit:
