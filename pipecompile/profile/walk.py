@@ -73,7 +73,7 @@ class Walk:
         except Exception as error:
             raise ExecutionError(
                 f"{origin_of(node)}: cannot run a microbatch of {self.captured.microbatch} rows "
-                f"({type(error).__name__}: {error}); use a model and inputs that run with this batch size"
+                f"({type(error).__name__}: {error}); the model must accept this batch size (see microbatches=)"
             ) from error
 
     def _visit(self, node: fx.Node) -> None:
