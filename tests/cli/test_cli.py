@@ -121,7 +121,7 @@ def test_plan_of_a_config_needs_no_network_and_no_memory(tmp_path):
 def test_plan_shows_replicas(costed):
     result = run("plan", "any:thing", "--replicas", "1,2")
     assert result.exit_code == 0, result.output
-    assert "stages 1, 2 are replicas, which take microbatches in turn" in result.stdout
+    assert "stages 1, 2 are replicas (microbatches are distributed round-robin)" in result.stdout
     stages = json.loads(run("plan", "any:thing", "--replicas", "1,2", "--json").stdout)["stages"]
     assert [(stage["rank"], stage["replica_of"]) for stage in stages] == [(0, 0), (1, 1), (2, 1)]
 

@@ -10,6 +10,7 @@ from pipecompile.ir.constraints import Wishes
 from pipecompile.ir.graph import Cost, CostedGraph, Graph, Node, TensorSpec
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.plan_quality import Quality
+from pipecompile.ir.units import seconds_text
 from pipecompile.partition import partition
 from pipecompile.partition.solver.contraction import contract
 from pipecompile.partition.solver.problem import Net, Problem, Seat
@@ -86,11 +87,11 @@ def test_a_device_that_is_too_slow_is_left_out_where_fewer_stages_are_allowed() 
     [
         ({"pins": {"layers.7": 0}}, r"pins\['layers.7'\].*did you mean .*'layers.\d'"),
         ({"uncut": ["layer.1"]}, r"uncut='layer.1'.*did you mean 'layers.1'"),
-        ({"together": [("head", "tail")]}, "no module called 'tail'"),
+        ({"together": [("head", "tail")]}, "no module 'tail' computes anything"),
         ({"uncut": ["zzz"]}, "named_modules"),
-        ({"pins": {"rotary": 0}}, "'rotary' is cheap and computed again"),
-        ({"pins": {"head": 2}}, "the stages are 0 to 1"),
-        ({"pins": {"head": 1}, "most_stages": 1}, "the stages are 0 to 0"),
+        ({"pins": {"rotary": 0}}, "'rotary' is only cheap operations"),
+        ({"pins": {"head": 2}}, "stages must be between 0 and 1"),
+        ({"pins": {"head": 1}, "most_stages": 1}, "stages must be between 0 and 0"),
         ({"pins": {"head": -1}}, "counted from 0"),
         ({"uncut": "head"}, "a list of module paths, not 'head'"),
         ({"together": ["head"]}, "a list of module paths, not 'head'"),
@@ -106,7 +107,7 @@ def test_a_wish_about_what_is_not_there_is_refused(wishes: dict, what: str) -> N
 @pytest.mark.parametrize(
     ("wishes", "what"),
     [
-        ({"pins": {"embed": 1, "head": 0}}, r"'embed'.* 1.*'head'.* 0.*n11 \(head, m.py:11\) needs.*n2 "),
+        ({"pins": {"embed": 1, "head": 0}}, r"'embed'.* 1.*'head'.* 0.*n11 \(head, m.py:11\) reads.*n2 "),
         ({"pins": {"layers.1": 0, "layers.1.mlp": 1}}, r"n6 .*'layers.1', pinned to stage 0, .*'layers.1.mlp'.* 1"),
         ({"pins": {"layers.0": 0, "layers.1": 1}, "together": [("layers.0.mlp", "layers.1.attn")]}, "must share"),
         ({"uncut": ["layers"], "together": [("embed", "layers")]}, "with 'layers' uncut; .*at most 2"),
@@ -127,17 +128,17 @@ def test_pins_meet_what_the_model_keeps_together() -> None:
 
 
 def test_things_bound_together_and_pinned_apart_are_no_problem() -> None:
-    with pytest.raises(InfeasibleError, match="pinned to stage 0 and what is pinned to stage 1"):
+    with pytest.raises(InfeasibleError, match="pinned to stage 0 and nodes pinned to stage 1"):
         contract([1.0] * 3, [(0, 1), (1, 2)], [], [Seat()] * 2, together=[(0, 2)], fixed_stages=[(0, 0), (2, 1)])
 
 
 @pytest.mark.parametrize(
     ("pins", "what"),
     [
-        (((3, 0),), "is none of 3 atoms"),
-        (((0, 2),), "or 2 stages"),
-        (((0, 1), (1, 1)), "stages to ascend"),
-        (((0, 0), (2, 1)), "need an arc"),
+        (((3, 0),), "must be within 3 atoms"),
+        (((0, 2),), "and 2 stages"),
+        (((0, 1), (1, 1)), "must have ascending stages"),
+        (((0, 0), (2, 1)), "and an arc"),
     ],
 )
 def test_pins_that_are_none_are_refused(pins, what: str) -> None:
@@ -157,8 +158,8 @@ def test_a_plan_says_how_good_it_is() -> None:
     plan = partition(LAYERS, 2)
     assert plan.quality is not None
     assert plan.quality.proven
-    assert f"busiest stage {plan.quality.bottleneck:.4g} s a microbatch; no plan is better" in str(plan)
-    assert "at most 25% above the best plan" in str(Quality(5.0, 4.0, 1.0))
+    assert f"bottleneck {seconds_text(plan.quality.bottleneck)} per microbatch (optimal)" in str(plan)
+    assert "at most 25% above optimal" in str(Quality(5.0, 4.0, 1.0))
 
 
 def wide(count: int = 60) -> Problem:

@@ -100,8 +100,8 @@ def test_a_replica_is_a_stage_whose_modules_are_drawn_once():
     assert [stage.blocks for stage in view.stages[4:]] == [view.stages[4].blocks] * 3
     assert [(cut.source, cut.target) for cut in view.cuts] == [(0, 1), (1, 3), (3, 4)]
     words = "\n".join(printed(view))
-    assert "stages 1, 2 are replicas, which take microbatches in turn" in words
-    assert "stages 4, 5, 6 are replicas, which take microbatches in turn" in words
+    assert "stages 1, 2 are replicas (microbatches are distributed round-robin)" in words
+    assert "stages 4, 5, 6 are replicas (microbatches are distributed round-robin)" in words
     assert "replicas: stage 2" in stage_lines(view, 1)
     assert "a replica of stage 1" in stage_lines(view, 2)
     assert view.plan.tied
@@ -151,7 +151,7 @@ def test_balance_is_busiest_over_mean():
 
 
 def test_plan_for_another_graph_is_refused():
-    with pytest.raises(ValueError, match="the plan is for 68 nodes, the graph has 565"):
+    with pytest.raises(ValueError, match="the plan has 68 nodes, but the graph has 565"):
         stage_graph(gpt2(), by_time(unet(), 2))
 
 
@@ -440,7 +440,7 @@ def test_table_at_a_hundred_columns():
         "   all                                124 M   200 ms    401 ms  622 MiB  804 MiB  3.0 MiB  3.0 MiB",
         "",
         "one microbatch, counted",
-        "busiest stage / mean: 1.00",
+        "bottleneck / mean: 1.00",
         "tied: transformer.wte.weight in stages 0, 1",
     ]
 
