@@ -134,7 +134,7 @@ def test_plan_says_what_auto_has_tried(costed):
     assert [1, 1, 1] in [candidate["replicas"] for candidate in it["candidates"]]
     assert sum(it["candidates"][0]["replicas"]) == len(it["stages"]) == 3
     text = run("plan", "any:thing", "--stages", "3", "--replicas", "auto").stdout
-    assert f"{it['candidates'][0]['replicas']}: a step of" in text
+    assert f"{it['candidates'][0]['replicas']}: predicted step" in text
 
 
 def test_json_says_what_the_table_says(costed):

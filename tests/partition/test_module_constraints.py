@@ -143,7 +143,7 @@ def test_things_bound_together_and_pinned_apart_are_no_problem() -> None:
 )
 def test_pins_that_are_none_are_refused(pins, what: str) -> None:
     with pytest.raises(ValueError, match=what):
-        Problem((1.0,) * 3, ((0, 1), (1, 2)), (Net((0, 1), 1.0),), (Seat(), Seat()), pins=pins)
+        Problem((1.0,) * 3, ((0, 1), (1, 2)), (Net((0, 1), 1.0),), (Seat(), Seat()), fixed_stages=pins)
 
 
 def test_wishes_and_a_plans_quality_are_saved() -> None:
@@ -200,7 +200,7 @@ def test_a_pin_that_alone_fills_a_stage_is_kept_though_its_neighbour_could_take_
     readers = [[high for low, high in arcs if low == atom] for atom in range(count)]
     nets = tuple(Net((atom, *users), 50.0 if atom == 0 else 0.1) for atom, users in enumerate(readers) if users)
     seconds = (0.1, 0.1, *(rnd.uniform(0.5, 2.0) for _ in range(count - 2)))
-    problem = Problem(seconds, tuple(sorted(arcs)), nets, (Seat(),) * 4, pins=((1, 1),))
+    problem = Problem(seconds, tuple(sorted(arcs)), nets, (Seat(),) * 4, fixed_stages=((1, 1),))
     solution = solve(problem, budget=3.0)
     check(problem, solution.stage_of)
     assert (solution.stage_of[0], solution.stage_of[1]) == (0, 1)

@@ -89,7 +89,7 @@ def test_a_plan_says_how_good_it_is() -> None:
         ({"pins": {"layer.0": 0}}, InputError, r"'layer.0'.*did you mean 'layers.0'"),
         ({"pins": {"layers.0": 2, "layers.5": 0}}, InfeasibleError, r"layers"),
         ({"pins": {"head": 0}, "replicas": "auto"}, InputError, r"replicas='auto' chooses the number of stages"),
-        ({"most_stages": 2, "replicas": [2, 1]}, InputError, r"give only one of them"),
+        ({"most_stages": 2, "replicas": [2, 1]}, InputError, r"use only one of them"),
         ({"uncut": "layers.0"}, InputError, r"uncut takes a list of module paths"),
     ],
 )

@@ -279,7 +279,7 @@ def test_a_plan_with_replicas_survives_json_and_prints_them():
         ((0, 0, 1), (), "stage 2 is a replica of stage 1, so it must come directly after it"),
         ((0, 1, 0), (), "stage 2 is a replica of stage 0, so it must come directly after it"),
         ((1, 1, 2), (), "stage 0 is a replica of stage 1"),
-        ((0, 1), (), "3 stages have a rank, but replica_of is"),
+        ((0, 1), (), "3 stages have a rank, but replica_of has 2"),
         ((0, 1, 1), (Channel(0, 1),), r"replicas must have the channels of their stage, but \(0, 2\) is not in"),
     ],
 )
@@ -407,7 +407,7 @@ def test_a_pipeline_says_what_it_has_chosen_and_trains():
     model, inputs = skipping(rows=8)
     pipe = pipe_of(model, "auto", example_inputs=inputs)
     assert_same(step(pipe, model, itself, inputs), step(model, model, itself, inputs))
-    assert sum("a step of" in line for line in pipe.pipeline.report["replicas"]) >= 2
+    assert sum("predicted step" in line for line in pipe.pipeline.report["replicas"]) >= 2
 
 
 # What cannot be
@@ -425,7 +425,7 @@ class Norm(nn.Module):
 def test_a_stage_that_writes_for_each_microbatch_has_no_replicas():
     x = torch.randn(8, D)
     pipe = pipe_of(Norm(), [2])
-    with pytest.raises(PlanError, match=r"2 replicas, but module 'norm' \(.*\) writes 'norm.running_mean'"):
+    with pytest.raises(PlanError, match=r"2 replicas: module 'norm' \(.*\) writes 'norm.running_mean'"):
         pipe(x)
     pipe_of(Norm(), [2], batch_norm="deferred")(x).sum().backward()
     pipe.eval()
