@@ -13,7 +13,7 @@ overlaps with computation, x must take no seconds. With a cap above zero, the ru
 are the loss, which is bounded by the cap. Heavy-edge contraction, the usual rule, merges across the narrow cuts between
 transformer blocks.
 
-Source: ours; that contracting an atom with one neighbour on a side is safe is in Herrmann et al., "Multilevel
+Source: ours; that contracting an atom with one neighbor on a side is safe is in Herrmann et al., "Multilevel
 Algorithms for Acyclic Partitioning of Directed Acyclic Graphs" (2019), section 4.1.
 """
 
