@@ -19,11 +19,11 @@ class Builder:
         self.source = "model.py:1"
 
     def input(self, name: str, *shape: int, dtype: str = "int64") -> int:
-        return self._add(Node(name, "input", outputs=(TensorSpec(shape, dtype),), replicated=True), Cost())
+        return self._add(Node(name, "input", outputs=(TensorSpec(shape, dtype),), rematerialized=True), Cost())
 
-    def replicated(self, op: str, inputs: list[int], *shape: int) -> int:
+    def rematerialized(self, op: str, inputs: list[int], *shape: int) -> int:
         specs = (TensorSpec(shape, "int64"),)
-        node = Node(self._name(op), op, tuple(inputs), specs, (), self.path, self.source, replicated=True)
+        node = Node(self._name(op), op, tuple(inputs), specs, (), self.path, self.source, rematerialized=True)
         return self._add(node, Cost(2e-6))
 
     def call(self, op: str, inputs: list[int], *shape: int, weights: dict[str, tuple[int, ...]] | None = None) -> int:
@@ -56,8 +56,8 @@ def gpt2(layers: int = 12, width: int = 768, words: int = 50257) -> CostedGraph:
     b = Builder()
     ids, labels = b.input("input_ids", BATCH, LENGTH), b.input("labels", BATCH, LENGTH)
     b.path, b.source = "transformer", "modeling_gpt2.py:580"
-    positions = b.replicated("arange", [ids], 1, LENGTH)
-    mask = b.replicated("tril", [b.replicated("ones", [ids], LENGTH, LENGTH)], LENGTH, LENGTH)
+    positions = b.rematerialized("arange", [ids], 1, LENGTH)
+    mask = b.rematerialized("tril", [b.rematerialized("ones", [ids], LENGTH, LENGTH)], LENGTH, LENGTH)
     hidden = (BATCH, LENGTH, width)
     tied = {"transformer.wte.weight": (words, width)}
     b.path = "transformer.wte"
@@ -100,7 +100,7 @@ def _block(b: Builder, path: str, x: int, mask: int, width: int) -> int:
     heads = [BATCH, 12, LENGTH, width // 12]
     split = [b.call("getitem", [b.call("split", [qkv], BATCH, LENGTH, width)], BATCH, LENGTH, width) for _ in range(3)]
     parts = [b.call("transpose", [b.call("view", [s], *heads)], *heads) for s in split]
-    here = b.replicated("getitem", [mask], LENGTH, LENGTH)
+    here = b.rematerialized("getitem", [mask], LENGTH, LENGTH)
     attended = b.call("scaled_dot_product_attention", [*parts, here], *heads)
     for op in ("transpose", "contiguous", "reshape"):
         attended = b.call(op, [attended], BATCH, LENGTH, width)

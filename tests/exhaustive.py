@@ -38,7 +38,7 @@ class Case:
 
     @property
     def placed(self) -> list[int]:
-        return [index for index, node in enumerate(self.graph.nodes) if not node.replicated]
+        return [index for index, node in enumerate(self.graph.nodes) if not node.rematerialized]
 
     def nodes_in(self, path: str) -> list[int]:
         parts = path.split(".") if path else []
@@ -46,7 +46,7 @@ class Case:
 
 
 def drawn(seed: int) -> Case:
-    """A graph of up to ten nodes, some replicated, on uneven devices, with or without memory limits and constraints."""
+    """A graph of up to ten nodes, some rematerialized, on uneven devices, with or without memory limits and constraints."""
     random = Random(seed)
     costed = _graph(random)
     num_stages = random.choice([1, 2, 2, 3, 3, 3, 4])
@@ -80,10 +80,10 @@ def load(case: Case, plan: Plan) -> float:
 
 
 def _graph(random: Random) -> CostedGraph:
-    nodes = [Node("x", "input", outputs=(TensorSpec((1,), "float32"),), replicated=True)]
+    nodes = [Node("x", "input", outputs=(TensorSpec((1,), "float32"),), rematerialized=True)]
     costs = [Cost()]
     if random.random() < 0.5:
-        nodes.append(Node("mask", "ones", (0,), (TensorSpec((9,), "float32"),), path="a.b", replicated=True))
+        nodes.append(Node("mask", "ones", (0,), (TensorSpec((9,), "float32"),), path="a.b", rematerialized=True))
         costs.append(Cost(5.0))
     copies = len(nodes)
     density = random.choice([0.15, 0.3, 0.6])
@@ -129,13 +129,13 @@ def _constraints(random: Random, case: Case) -> PlanOptions:
 
 
 def _assignments(case: Case) -> np.ndarray:
-    """All that are allowed, a row each, a column for each node; replicated nodes stand in stage 0 and count nowhere."""
+    """All allowed assignments: a row each, a column per node. Rematerialized nodes are in stage 0 and not counted."""
     rows = np.zeros((1, 0), np.int64)
     for index, node in enumerate(case.graph.nodes):
-        choices = range(1 if node.replicated else case.seats)
+        choices = range(1 if node.rematerialized else case.seats)
         rows = np.concatenate([np.column_stack([rows, np.full(len(rows), stage)]) for stage in choices])
-        for source in () if node.replicated else node.inputs:
-            if not case.graph.nodes[source].replicated:
+        for source in () if node.rematerialized else node.inputs:
+            if not case.graph.nodes[source].rematerialized:
                 rows = rows[rows[:, source] <= rows[:, index]]
     return rows[_allowed(case, rows)]
 

@@ -46,7 +46,7 @@ def units(plan: Plan, forward: float = 1.0, backward: float = 1.0) -> list[Cost]
 def layers(*seconds: float, weights: int = 4_000, saved: int = 1_000) -> CostedGraph:
     """Layers in a row, each with a weight, a value of 4 bytes, and something of its own that it saves."""
     spec, weight = TensorSpec((1,), "float32", requires_grad=True), TensorSpec((weights // 4,), "float32", True)
-    nodes = [Node("x", "input", replicated=True)]
+    nodes = [Node("x", "input", rematerialized=True)]
     nodes += [Node(f"n{i}", "linear", (i,), (spec,), (f"w{i}",), f"l{i}") for i in range(len(seconds))]
     costs = (Cost(), *(Cost(s / 3, 2 * s / 3, saved) for s in seconds))
     prints = [Footprint(), *(Footprint((2 * i,), (2 * i + 1,), 4 + saved, 0) for i in range(len(seconds)))]

@@ -145,7 +145,7 @@ def random_plan(graph: Graph, num_stages: int, draw: Random) -> Plan:
     while moved:
         before = list(stage_of)
         for i, node in enumerate(graph.nodes):
-            placed = [stage_of[j] for j in node.inputs if not graph.nodes[j].replicated]
+            placed = [stage_of[j] for j in node.inputs if not graph.nodes[j].rematerialized]
             stage_of[i] = max([stage_of[i], *placed])
         for group in graph.together:
             for i in group:

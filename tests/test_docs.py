@@ -17,7 +17,7 @@ import pipecompile
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```python\n((?:.*\n)*?)```\n(?:\n((?:    .*\n)+))?", re.MULTILINE)
-OF_THE_MACHINE = re.compile(r"busiest stage|on rank \d")  # a plan from measured costs
+OF_THE_MACHINE = re.compile(r"bottleneck|on rank \d")  # a plan from measured costs
 
 
 class Block(NamedTuple):
@@ -107,4 +107,4 @@ def settled(text: str) -> list[str]:
 
 def test_only_what_a_machine_changes_is_left_out() -> None:
     assert settled("loss 1.2345678") == settled("loss 1.2345679") != settled("loss 1.2346")
-    assert settled("a\n  busiest stage 1 s") == ["a"]
+    assert settled("a\n  bottleneck 1 s") == ["a"]

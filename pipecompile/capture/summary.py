@@ -44,15 +44,15 @@ def summarize(captured: Captured) -> Graph:
                 parameters=read,
                 path=origin.path,
                 source=short(origin.source),
-                replicated=not read
+                rematerialized=not read
                 and not written.intersection(attributes)
-                and all(nodes[i].replicated for i in inputs)
+                and all(nodes[i].rematerialized for i in inputs)
                 and _may_repeat(n, outputs),
                 writes=origin.writes,
             )
         )
-    if all(node.replicated for node in nodes):  # no parameters, no gradients: still something to run
-        nodes = [node if node.op == "input" else replace(node, replicated=False) for node in nodes]
+    if all(node.rematerialized for node in nodes):  # no parameters, no gradients: still something to run
+        nodes = [node if node.op == "input" else replace(node, rematerialized=False) for node in nodes]
     used = dict.fromkeys(name for node in nodes for name in node.parameters)
     output = next(n for n in captured.graph.nodes if n.op == "output")
     return Graph(
@@ -80,7 +80,7 @@ def _together(
     groups += [[i, j] for i in index.values() if (j := _neighbour(i, fx_nodes, nodes)) is not None]
     groups += _around_buffers(captured, fx_nodes, index)
     for group in groups:
-        placed = tuple(sorted({i for i in group if not nodes[i].replicated}))
+        placed = tuple(sorted({i for i in group if not nodes[i].rematerialized}))
         if len(placed) > 1:
             yield placed
 
@@ -102,10 +102,14 @@ def _around_buffers(captured: Captured, fx_nodes: list[fx.Node], index: Mapping[
 
 
 def _neighbour(i: int, fx_nodes: list[fx.Node], nodes: list[Node]) -> int | None:
-    """Returns the next node of the same module for a write to a buffer that has no other connection (a counter)."""
-    if not origin_of(fx_nodes[i]).writes or fx_nodes[i].users or not all(nodes[j].replicated for j in nodes[i].inputs):
+    """For a write to a buffer that nothing else hangs on (a counter): the next node of the same module."""
+    if (
+        not origin_of(fx_nodes[i]).writes
+        or fx_nodes[i].users
+        or not all(nodes[j].rematerialized for j in nodes[i].inputs)
+    ):
         return None
-    later = [j for j in range(i + 1, len(nodes)) if not nodes[j].replicated]
+    later = [j for j in range(i + 1, len(nodes)) if not nodes[j].rematerialized]
     return next((j for j in later if nodes[j].path == nodes[i].path), later[0] if later else None)
 
 

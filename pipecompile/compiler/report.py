@@ -164,7 +164,7 @@ class Report:
 def describe(compiled: Compiled, timeline: Timeline | None = None) -> Report:
     """The report on a capture, without what happened to it in the pipeline; ``timeline`` is that of the last call."""
     graph, plan = compiled.graph, compiled.plan
-    copies = sum(node.replicated and node.op != "input" for node in graph.nodes)
+    copies = sum(node.rematerialized and node.op != "input" for node in graph.nodes)
     guards = [f"{expr} = {answer}" for expr, answer in compiled.captured.guards]
     reads = [f"the model reads {value} from its inputs" for value in compiled.captured.read_values]
     copied = f"{copies} values (masks, positions, sizes) are computed in each stage that reads them"

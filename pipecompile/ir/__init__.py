@@ -1,1 +1,1 @@
-"""What passes from one pass to the next: graphs, clusters, plans, programs, timelines. Frozen data; knows no torch."""
+"""The data that passes hand to each other: graphs, clusters, plans, programs, timelines. Frozen, and free of torch."""

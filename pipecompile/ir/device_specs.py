@@ -1,17 +1,18 @@
-"""What accelerators can do at most, from their data sheets: for planning on devices that are not here.
+"""Peak figures of accelerators from their data sheets, for planning on devices that are not available.
 
-Arithmetic is dense, per second and per device, and 16-bit products are summed in float32, as torch does: half of what some
-sheets print first. A link's bandwidth is that of one direction, half of what sheets call its total, between two devices: all
-of it through switches, two of a V100's six NVLinks in the mesh of its usual hosts; bridges between two cards are not counted.
-Bytes of memory are the sheet's gigabytes, 10^9 bytes each, less a sixteenth on cards whose ECC takes its bits from GDDR
-memory: 4 to 7 % less than is found there, which leaves room for what the driver takes. A network is one adapter for each device
-where the maker's own 8-device host has that, and else an assumed one of the stated rate, which the devices of a host share.
-Nobody reaches these figures: seconds that are counted with them are the least that a device could take.
+Arithmetic throughput is dense, per second and per device, with 16-bit products accumulated in float32, as torch does. Some
+sheets print twice that first. A link's bandwidth is that of one direction between two devices, half of what sheets call the
+total: the full rate through switches, two of a V100's six NVLinks in the mesh of its usual hosts. Bridges between two cards
+are not counted. Memory is the sheet's gigabytes (10^9 bytes), minus a sixteenth on cards whose ECC stores its bits in GDDR
+memory. That is 4 to 7 % less than the device reports, which leaves room for the driver. The network is one adapter per device
+if the vendor's own 8-device host has that. Otherwise it is an assumed adapter of the stated rate, shared by a host's devices.
+Real kernels do not reach these figures: seconds computed from them are lower bounds.
 
-Latencies are on no data sheet. They are those that NCCL assumes of its "simple" protocol in a ring (nccl, src/graph/
-tuning.cc: 8.4 us, and 3.4 us over NVLink, 5.7 us over PCIe, 14 us over a network).
+Data sheets do not state latencies. The ones here are those that NCCL assumes for its "simple" protocol in a ring (nccl,
+src/graph/tuning.cc: 8.4 us, plus 3.4 us over NVLink, 5.7 us over PCIe, 14 us over a network).
 
-All figures were compared with public pages that quote the sheets, not with the sheets themselves, and NCCL's with its source.
+All figures were checked against public pages that quote the sheets, not against the sheets themselves; NCCL's against its
+source.
 
 Sources:
     [H100]   https://resources.nvidia.com/en-us-tensor-core/nvidia-tensor-core-gpu-datasheet
@@ -54,23 +55,25 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class Roofline:
-    """What a device can do at most; an operation takes the longer of its arithmetic and its memory traffic.
+    """Peak rates of a device. An operation takes the longer of its arithmetic time and its memory time.
 
     Source: Williams, Waterman, Patterson, "Roofline" (CACM 2009).
     """
 
-    flops: float  # per second, of matrix products in float32 as torch does them by default
+    flops: float  # per second, matrix products in float32 with torch's defaults
     bandwidth: float  # bytes per second
-    launch: float = 5e-6  # seconds that an operation takes at least
-    half_flops: float | None = None  # per second, of matrix products in 16 bits
-    tensor_float_flops: float | None = None  # the same in float32 where TF32 is allowed
+    launch: float = 5e-6  # minimum seconds of an operation
+    half_flops: float | None = None  # per second, matrix products in 16 bits
+    tensor_float_flops: float | None = None  # per second, matrix products in float32 if TF32 is allowed
 
     def seconds(self, flops: int, nbytes: int, half: bool = False, tensor_float: bool = False) -> float:
-        """Seconds of an operation.
+        """Returns the seconds of an operation.
 
         Args:
-            half: its numbers have 16 bits.
-            tensor_float: float32 products may be rounded to TF32.
+            flops: arithmetic operations.
+            nbytes: bytes that it reads and writes.
+            half: the operands have 16 bits.
+            tensor_float: float32 products may use TF32.
         """
         if not flops and not nbytes:
             return 0.0  # a view
@@ -80,19 +83,19 @@ class Roofline:
 
 @dataclass(frozen=True, slots=True)
 class Accelerator:
-    """A kind of device, and how two of them are connected."""
+    """A kind of device, and the links between two of them."""
 
     roofline: Roofline
     memory: int  # bytes
-    link: Link  # between two on one host
+    link: Link  # between two on the same host
     network: Link  # between two on different hosts
     source: str
 
 
 _NVLINK, _PCIE, _NETWORK = 11.8e-6, 14.1e-6, 22.4e-6  # seconds
 _PCIE_3, _PCIE_4, _PCIE_5 = (Link(bandwidth, _PCIE) for bandwidth in (16e9, 32e9, 64e9))  # of 16 lanes
-_NET_100, _NET_200, _NET_400 = (Link(bandwidth, _NETWORK) for bandwidth in (12.5e9, 25e9, 50e9))  # of so many Gb/s
-_GB, _GB_ECC = 10**9, 10**9 * 15 // 16  # bytes; the latter where check bits lie in GDDR memory [ECC]
+_NET_100, _NET_200, _NET_400 = (Link(bandwidth, _NETWORK) for bandwidth in (12.5e9, 25e9, 50e9))  # named by Gb/s
+_GB, _GB_ECC = 10**9, 10**9 * 15 // 16  # bytes; the second if ECC bits are stored in GDDR memory [ECC]
 
 ACCELERATORS: Mapping[str, Accelerator] = MappingProxyType(
     {

@@ -1,11 +1,11 @@
-"""What a model computes and what it costs, as frozen data without torch.
+"""A model's computation and its costs, as frozen data without torch.
 
-A ``Graph`` is the torch-free reading of a captured model: positions in ``nodes`` are the only node ids, and their
-order is topological by construction. The name of a node is the only link back to the ``torch.fx`` graph.
+A ``Graph`` describes a captured model. Positions in ``nodes`` are the only node ids, and their order is topological.
+The name of a node is the only link back to the ``torch.fx`` graph.
 
-Two sorts of node do not belong to any stage: model inputs, and *replicated* nodes, which are computed from the inputs
-and buffers alone, cheaply, without parameters and without effects (masks, position ids, sizes). Each stage that needs
-one computes its own copy, so it is never sent.
+Two kinds of nodes belong to no stage: model inputs, and *rematerialized* nodes. A rematerialized node is cheap, is
+computed from inputs and buffers alone, and has no parameters and no side effects (masks, position ids, sizes). Each
+stage that reads one computes its own copy, so it is never sent.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ITEM_BYTES = {
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """Shape (sizes at the sample microbatch), dtype (torch's name without ``torch.``) and whether a gradient flows."""
+    """Shape (at the sample microbatch), dtype (torch's name without ``torch.``) and whether it needs a gradient."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -42,7 +42,7 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A parameter under its original, fully qualified name; one that is tied has one name here."""
+    """A parameter under its original, fully qualified name. A tied parameter has one name."""
 
     name: str
     spec: TensorSpec
@@ -53,14 +53,14 @@ class Node:
     """One torch function call of the model."""
 
     name: str  # the fx node's name
-    op: str  # what is called: "linear", "getitem", "input" for a model input
+    op: str  # the function: "linear", "getitem"; "input" for a model input
     inputs: tuple[int, ...] = ()  # producing nodes, each earlier than this one
     outputs: tuple[TensorSpec, ...] = ()
-    parameters: tuple[str, ...] = ()  # read by this node; a tied weight shows up in several nodes
+    parameters: tuple[str, ...] = ()  # read by this node; several nodes may read a tied parameter
     path: str = ""  # "layers.3.mlp": the module whose forward made the call
     source: str = ""  # "model.py:42": the user's line
-    replicated: bool = False
-    writes: tuple[str, ...] = ()  # buffers that it writes
+    rematerialized: bool = False
+    writes: tuple[str, ...] = ()  # buffers written in place
 
     @property
     def nbytes(self) -> int:
@@ -72,12 +72,12 @@ class Graph(Json):
     """The nodes of a model in topological order.
 
     Invariants, checked by ``validate``:
-    1. every node's inputs stand before it;
+    1. the inputs of a node precede it;
     2. names are unique, and every parameter that a node reads is listed;
-    3. inputs and outputs are nodes, inputs are replicated;
-    4. a replicated node reads replicated nodes only, and no parameters.
+    3. inputs and outputs are nodes, and inputs are marked as rematerialized;
+    4. a rematerialized node reads only rematerialized nodes, and no parameters.
 
-    ``together`` lists groups of nodes that must share one stage (a tuple and its items, a buffer and its writers).
+    ``together`` lists groups of nodes that must share a stage (a tuple and its items, a buffer and its writers).
     """
 
     nodes: tuple[Node, ...]
@@ -94,7 +94,7 @@ class Graph(Json):
 
     @cached_property
     def users(self) -> tuple[tuple[int, ...], ...]:
-        """For each node the nodes that read it, in order, each once."""
+        """For each node, the nodes that read it, ascending and without repeats."""
         users: list[list[int]] = [[] for _ in self.nodes]
         for index, node in enumerate(self.nodes):
             for source in dict.fromkeys(node.inputs):
@@ -103,7 +103,7 @@ class Graph(Json):
 
     @cached_property
     def reached(self) -> frozenset[str]:
-        """The parameters on differentiable paths to some output; what shares written memory counts as one."""
+        """The parameters with a differentiable path to an output. Nodes in one ``together`` group count as one node."""
         shared = {i: group for group in self.together for i in group}
         found: set[int] = set()
         stack = list(self.outputs)
@@ -124,27 +124,29 @@ class Graph(Json):
         known = {parameter.name for parameter in self.parameters}
         for index, node in enumerate(self.nodes):
             if any(not 0 <= source < index for source in node.inputs):
-                raise ValueError(f"node {index} ({node.name}) reads {node.inputs}, which do not all stand before it")
+                raise ValueError(f"node {index} ({node.name}) reads nodes {node.inputs}, which do not all precede it")
             if missing := set(node.parameters) - known:
-                raise ValueError(f"node {node.name} reads the unlisted parameters {sorted(missing)}")
-            if node.replicated and (
-                node.parameters or not all(self.nodes[source].replicated for source in node.inputs)
+                raise ValueError(f"node {node.name} reads parameters that the graph does not list: {sorted(missing)}")
+            if node.rematerialized and (
+                node.parameters or not all(self.nodes[source].rematerialized for source in node.inputs)
             ):
-                raise ValueError(f"replicated node {node.name} reads what is not replicated")
+                raise ValueError(
+                    f"rematerialized node {node.name} reads a parameter or a node that is not rematerialized"
+                )
         if len({node.name for node in self.nodes}) != len(self.nodes):
             raise ValueError("node names are not unique")
         for index in (*self.inputs, *self.outputs, *(i for group in self.together for i in group)):
             if not 0 <= index < len(self.nodes):
-                raise ValueError(f"{index} is not a node: there are {len(self.nodes)}")
-        if not all(self.nodes[index].replicated for index in self.inputs):
-            raise ValueError("an input must be marked as replicated")
+                raise ValueError(f"{index} is not a node: the graph has {len(self.nodes)} nodes")
+        if not all(self.nodes[index].rematerialized for index in self.inputs):
+            raise ValueError("an input must be marked as rematerialized")
 
     def __str__(self) -> str:
         lines = []
         for index, node in enumerate(self.nodes):
             reads = ", ".join([*(f"%{i}" for i in node.inputs), *node.parameters])
             specs = ", ".join(map(str, node.outputs))
-            mark = "*" if node.replicated else " "
+            mark = "*" if node.rematerialized else " "
             lines.append(f"{mark}%{index} = {node.op}({reads}) -> {specs}   # {node.path} {node.source}".rstrip(" #"))
         return "\n".join(lines)
 
@@ -154,20 +156,22 @@ class Cost:
     """Seconds and bytes of a node, or of a whole stage, for one microbatch."""
 
     forward: float = 0.0  # seconds
-    backward: float = 0.0  # seconds, gradients of inputs and of weights
-    saved_bytes: int = 0  # kept from forward to backward, parameters not counted
-    parameter_bytes: int = 0  # parameters alone; gradients and optimizer state come on top
+    backward: float = 0.0  # seconds, for the gradients of inputs and weights
+    saved_bytes: int = 0  # kept from forward to backward, without parameters
+    parameter_bytes: int = 0  # without gradients and optimizer state
 
     @property
     def seconds(self) -> float:
         return self.forward + self.backward
 
     def check(self, name: str) -> None:
-        """Raises ``ValueError`` if these are no costs that the node ``name`` could have."""
+        """Raises ``ValueError`` if a number is negative or not finite; ``name`` is the node's."""
         if not (0 <= self.forward < inf and 0 <= self.backward < inf):
-            raise ValueError(f"node {name} takes {self.forward} s and {self.backward} s: not negative, and finite")
+            raise ValueError(f"node {name} takes {self.forward} s and {self.backward} s; both must be finite and >= 0")
         if self.saved_bytes < 0 or self.parameter_bytes < 0:
-            raise ValueError(f"node {name} holds {self.saved_bytes} and {self.parameter_bytes} bytes: not negative")
+            raise ValueError(
+                f"node {name} holds {self.saved_bytes} and {self.parameter_bytes} bytes; both must be >= 0"
+            )
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(
@@ -180,42 +184,42 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """What a node's call does to memory; storages are numbers into ``CostedGraph.storages``.
+    """The memory that a node's call uses. Storages are indices into ``CostedGraph.storages``.
 
-    A storage is what several values may share: a view lives in that of its base. Parameters and buffers have none here.
+    Several values may share a storage: a view uses that of its base. Parameters and buffers are not included.
     """
 
-    values: tuple[int, ...] = ()  # storages that its values live in
+    values: tuple[int, ...] = ()  # storages of its outputs
     saved: tuple[int, ...] = ()  # storages that autograd keeps for its backward
-    forward_bytes: int = 0  # most that it allocates at once while it runs, its values included
-    backward_bytes: int = 0  # the same of its backward, gradients included
-    again: tuple[int, ...] = ()  # of a node that the backward computes again: what is kept from then on
-    stretch: int | None = None  # which nodes are computed again at once
-    repeats: bool = True  # whether a backward may compute it again at all
+    forward_bytes: int = 0  # peak bytes that it allocates while it runs, outputs included
+    backward_bytes: int = 0  # peak bytes that its backward allocates, gradients included
+    again: tuple[int, ...] = ()  # if the node is recomputed in the backward: storages kept from then on
+    stretch: int | None = None  # nodes with the same number are recomputed together
+    repeats: bool = True  # whether a backward may recompute it
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What a profile was taken with."""
+    """The conditions of a profile."""
 
     device: str
     torch: str
     threads: int
     date: str  # ISO 8601
-    model: str  # its class
-    inputs: tuple[str, ...]  # "input_ids: int64[4, 128]", those of one microbatch
+    model: str  # class name
+    inputs: tuple[str, ...]  # "input_ids: int64[4, 128]", for one microbatch
 
 
 @dataclass(frozen=True)
 class CostedGraph(Json):
-    """A graph with the cost of each node and where the numbers come from ("measured: cpu, torch 2.13", "counted").
+    """A graph with the cost of each node, and where the numbers come from ("measured: cpu, torch 2.13", "counted").
 
     Attributes:
-        source: where the first numbers are from.
-        measured: whether the seconds are those of a device that was there.
-        corrections: what has been made of them since, in words.
+        source: where the original numbers come from.
+        measured: whether the seconds were measured on a device.
+        corrections: the corrections applied since, in words.
 
-    Without footprints each value has a storage of its own, and so has what a node saves.
+    Without footprints, each output has its own storage, and so do the bytes that a node saves.
     """
 
     graph: Graph
@@ -229,12 +233,12 @@ class CostedGraph(Json):
 
     @property
     def origin(self) -> str:
-        """Where the numbers are from, in words."""
+        """Where the numbers come from, corrections included."""
         return ", ".join([self.source, *self.corrections])
 
     def __post_init__(self) -> None:
         if len(self.costs) != len(self.graph):
-            raise ValueError(f"{len(self.costs)} costs for {len(self.graph)} nodes")
+            raise ValueError(f"{len(self.costs)} costs were given for {len(self.graph)} nodes")
         for node, cost in zip(self.graph.nodes, self.costs, strict=True):
             cost.check(node.name)
         if not self.footprints:
@@ -242,33 +246,33 @@ class CostedGraph(Json):
             object.__setattr__(self, "storages", storages)
             object.__setattr__(self, "footprints", footprints)
         if len(self.footprints) != len(self.graph):
-            raise ValueError(f"{len(self.footprints)} footprints for {len(self.graph)} nodes")
+            raise ValueError(f"{len(self.footprints)} footprints were given for {len(self.graph)} nodes")
         for node, footprint in zip(self.graph.nodes, self.footprints, strict=True):
             named = (*footprint.values, *footprint.saved, *footprint.again)
             if any(not 0 <= storage < len(self.storages) for storage in named):
-                raise ValueError(f"node {node.name} names storages {named}, and there are {len(self.storages)}")
+                raise ValueError(f"node {node.name} names storages {named}, but there are only {len(self.storages)}")
 
     @property
     def seconds(self) -> float:
-        """Seconds of one microbatch through the whole model, forward and backward."""
+        """Seconds per microbatch of the whole model, forward and backward."""
         return sum(cost.seconds for cost in self.costs)
 
     def check_fits(self, graph: Graph) -> None:
-        """Passes if these are costs of ``graph``: the same calls on the same sizes; source lines may differ.
+        """Checks that these costs belong to ``graph``: the same calls on the same sizes. Source lines may differ.
 
         Raises:
-            ValueError: names the first node that differs, and how.
+            ValueError: a node or parameter differs; the message names the first one.
         """
         for index, (mine, other) in enumerate(zip(self.graph.nodes, graph.nodes, strict=False)):
             for what in ("op", "inputs", "outputs", "parameters", "path"):
                 was, now = getattr(mine, what), getattr(other, what)
                 if was != now:
                     place = f"node {index}, {other.name} ({other.path or 'the model'}, {other.source})"
-                    raise ValueError(f"{place}: {what} {_told(now)}, in the profile {_told(was)}")
+                    raise ValueError(f"{place}: {what} is {_told(now)}, but {_told(was)} in the profile")
         if len(self.graph) != len(graph):
-            raise ValueError(f"the model has {len(graph)} nodes, the profile {len(self.graph)}")
+            raise ValueError(f"the model has {len(graph)} nodes, but the profile has {len(self.graph)}")
         if others := [p for p, q in zip(graph.parameters, self.graph.parameters, strict=True) if p != q]:
-            raise ValueError(f"parameter {others[0].name} is {others[0].spec} now, and another in the profile")
+            raise ValueError(f"parameter {others[0].name} is {others[0].spec} in the model, but differs in the profile")
 
 
 def _told(value: object) -> str:

@@ -1,4 +1,4 @@
-"""Nouns to and from JSON, by their fields (cattrs does the work)."""
+"""Conversion of dataclasses to and from JSON, by their fields (with cattrs)."""
 
 from __future__ import annotations
 
@@ -11,54 +11,56 @@ import cattrs
 from pipecompile.errors import InputError
 
 converter = cattrs.Converter(forbid_extra_keys=True)
+_REMEDY = "use what save() or to_json() wrote"
 
 
 class Json:
-    """Mixin of the nouns that are saved: ``noun == type(noun).from_json(noun.to_json())``."""
+    """Mixin for dataclasses that can be saved: ``it == type(it).from_json(it.to_json())``."""
 
     def to_json(self) -> str:
         return json.dumps(converter.unstructure(self))
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Reads what ``to_json`` wrote.
+        """Reads the text that ``to_json`` wrote.
 
         Raises:
-            InputError: the text is not JSON, or its fields are not those of this noun, or not such as it can have.
+            InputError: the text is not JSON, or its fields do not fit this class.
         """
         try:
             return converter.structure(json.loads(text), cls)
         except cattrs.BaseValidationError as error:
-            raise InputError(
-                f"not a {cls.__name__}: {'; '.join(cattrs.transform_error(error, format_exception=_told))}"
-            ) from error
+            wrong = ", ".join(cattrs.transform_error(error, format_exception=_told))
+            raise InputError(f"not a {cls.__name__}: {wrong}; {_REMEDY}") from error
         except RecursionError as error:
-            raise InputError(f"not a {cls.__name__}: brackets within brackets, too deep to be read") from error
+            raise InputError(f"not a {cls.__name__}: brackets are nested too deeply; {_REMEDY}") from error
         except ValueError as error:
-            raise InputError(f"not a {cls.__name__}: {error}") from error
-        except Exception as error:  # what cattrs meets where it looks for a dict and finds something else
-            raise InputError(f"not a {cls.__name__}: a JSON object with its fields is expected ({error})") from error
+            raise InputError(f"not a {cls.__name__}: {error}; {_REMEDY}") from error
+        except Exception as error:  # cattrs found something else than a dict
+            raise InputError(
+                f"not a {cls.__name__}: the text must be a JSON object with its fields ({error})"
+            ) from error
 
     def save(self, path: str | Path) -> None:
-        """Writes ``to_json`` into a file."""
+        """Writes ``to_json()`` to a file."""
         Path(path).write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Reads what ``save`` wrote.
+        """Reads the file that ``save`` wrote.
 
         Raises:
             OSError: the file cannot be read.
-            InputError: it does not hold this noun.
+            InputError: the file does not hold an object of this class.
         """
         try:
             text = Path(path).read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise InputError(f"not a {cls.__name__}: {error}") from error
+            raise InputError(f"not a {cls.__name__}: {error}; {_REMEDY}") from error
         return cls.from_json(text)
 
 
 def _told(error: BaseException, kind: type | None) -> str:
-    """What is wrong with a field: the words of the noun that refuses it, where it has some."""
+    """What is wrong with a field: the class's own message, if it has one."""
     words = str(error) if type(error) is ValueError else ""
     return words or cattrs.v.format_exception(error, kind)

@@ -1,8 +1,9 @@
-"""Which stage each node belongs to, which rank runs each stage, and what crosses between stages.
+"""The stage of each node, the rank of each stage, and the values sent between stages.
 
-A stage may have *replicas*: further stages that run its nodes too. Microbatches are dealt to them in turn, and whoever
-runs a microbatch forward runs it backward. So a replica is a stage like any other to schedules, programs and the
-runtime, with channels to all that its microbatches come from and go to; the parameters are tied.
+A stage may have *replicas*: further stages that run the same nodes. Microbatches are distributed to them round-robin,
+and the replica that runs a microbatch forward also runs it backward. To schedules, programs and the runtime a replica
+is a stage like any other, with channels to all stages that its microbatches come from and go to. Its parameters are
+tied.
 
 Source: PipeDream (Narayanan et al., SOSP 2019), sections 3.1 and 3.2 (1F1B-RR).
 """
@@ -23,21 +24,21 @@ from pipecompile.ir.plan_quality import Quality
 
 @dataclass(frozen=True, slots=True)
 class Channel:
-    """The values that one stage sends straight to another, skips included."""
+    """The values that one stage sends directly to another, skip connections included."""
 
     source: int  # stage
     target: int  # stage, greater than source
     values: tuple[int, ...] = ()  # node ids, ascending
-    nbytes: int = 0  # of one microbatch
+    nbytes: int = 0  # per microbatch
 
 
 @dataclass(frozen=True, slots=True)
 class Tied:
-    """A parameter that several stages read: the first owns it, the others hold a replica."""
+    """A parameter that several stages read: the first stage owns it, the others hold a tied copy."""
 
     parameter: str
     stages: tuple[int, ...]  # ascending
-    nbytes: int = 0  # of its gradient; none where it is not trained
+    nbytes: int = 0  # of its gradient; 0 if it is not trained
 
     @property
     def owner(self) -> int:
@@ -50,22 +51,22 @@ class Tied:
 
 @dataclass(frozen=True)
 class Plan(Json):
-    """Node to stage, stage to rank, and the channels between stages.
+    """The stage of each node, the rank of each stage, and the channels between stages.
 
     Invariants, checked by ``validate``:
-    1. each stage has a rank; one may be empty, where another capture of the model has nothing to do there;
+    1. each stage has a rank; a stage may be empty if another capture of the model has no nodes for it;
     2. no value flows to an earlier stage: channels point forward, one per pair of stages;
-    3. a replicated node has no stage (``None``), any other has one that is no replica;
-    4. the replicas of a stage follow it at once, and have channels where it has some.
+    3. a rematerialized node has no stage (``None``), any other node has one that is not a replica;
+    4. the replicas of a stage come directly after it, and have the same channels.
     """
 
     stage_of: tuple[int | None, ...]  # node -> stage
     rank_of: tuple[int, ...]  # stage -> rank; several stages may share one
     channels: tuple[Channel, ...] = ()
     tied: tuple[Tied, ...] = ()
-    quality: Quality | None = None  # where it was searched for
-    recomputed: tuple[int, ...] = ()  # stages whose backward computes their forward again, ascending
-    replica_of: tuple[int, ...] = ()  # stage -> the stage whose nodes it runs, mostly itself; none given: always itself
+    quality: Quality | None = None  # None if it is not known
+    recomputed: tuple[int, ...] = ()  # stages that recompute activations in the backward, ascending
+    replica_of: tuple[int, ...] = ()  # stage -> the stage whose nodes it runs; empty: itself for every stage
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "replica_of", self.replica_of or tuple(range(len(self.rank_of))))
@@ -78,27 +79,29 @@ class Plan(Json):
         rank_of: Sequence[int] | None = None,
         replica_of: Sequence[int] = (),
     ) -> Plan:
-        """The plan that an assignment of nodes to stages implies.
+        """The plan that follows from an assignment of nodes to stages.
 
         Args:
-            stage_of: a stage for each node; ignored for replicated ones.
-            rank_of: a rank for each stage; by default one rank a stage.
-            replica_of: for each stage the one whose nodes it runs (see ``with_replicas``); by default itself.
+            stage_of: a stage per node; ignored for rematerialized nodes.
+            rank_of: a rank per stage; by default each stage has its own.
+            replica_of: for each stage, the stage whose nodes it runs (see ``with_replicas``); by default itself.
 
         Raises:
-            PlanError: a value would flow backward, nodes that belong together are apart, or a stage with replicas
+            PlanError: a value would flow backward, nodes that must share a stage do not, or a stage with replicas
                 writes a buffer for each microbatch.
         """
         if len(stage_of) != len(graph):
             raise PlanError(f"{len(stage_of)} stages were given for {len(graph)} nodes")
-        stages = tuple(None if node.replicated else stage for node, stage in zip(graph.nodes, stage_of, strict=True))
+        stages = tuple(
+            None if node.rematerialized else stage for node, stage in zip(graph.nodes, stage_of, strict=True)
+        )
         for node, stage in zip(graph.nodes, stages, strict=True):
-            if stage is None and not node.replicated:
+            if stage is None and not node.rematerialized:
                 raise PlanError(f"node {node.name} ({node.path}) has no stage")
         for group in graph.together:
             if len({stages[i] for i in group} - {None}) > 1:
                 names = ", ".join(f"{graph.nodes[i].name} in {stages[i]}" for i in group)
-                raise PlanError(f"nodes that must share a stage are apart: {names}")
+                raise PlanError(f"nodes that must share a stage are in different ones: {names}")
         num_stages = len(replica_of) or 1 + max((stage for stage in stages if stage is not None), default=0)
         ranks = tuple(range(num_stages)) if rank_of is None else tuple(rank_of)
         run_by = _replicas(replica_of or range(num_stages))
@@ -110,7 +113,7 @@ class Plan(Json):
     def chain(
         num_stages: int, rank_of: Sequence[int] | None = None, nbytes: int = 0, replicas: Sequence[int] = ()
     ) -> Plan:
-        """Stages in a row without a graph, with so many replicas each: for schedules and simulations."""
+        """A chain of stages without a graph, with ``replicas`` each: for schedules and simulations."""
         replica_of = with_replicas(replicas or (1,) * num_stages)
         ranks = range(len(replica_of)) if rank_of is None else rank_of
         firsts = sorted(set(replica_of))
@@ -119,7 +122,7 @@ class Plan(Json):
         return Plan((), tuple(ranks), _with_replicas(channels, run_by), replica_of=replica_of)
 
     def on_ranks(self, ranks: Sequence[int]) -> Plan:
-        """The same with the stages of each rank on another: ``ranks[0]`` in place of rank 0, and so on."""
+        """The same plan with ranks renamed: ``ranks[0]`` in place of rank 0, and so on."""
         return replace(self, rank_of=tuple(ranks[rank] for rank in self.rank_of))
 
     @property
@@ -128,7 +131,7 @@ class Plan(Json):
 
     @property
     def tied_by_model(self) -> tuple[Tied, ...]:
-        """Those parameters that stages with other nodes read, and not replicas alone."""
+        """The tied parameters that are read by stages with different nodes, not only by replicas of one stage."""
         return tuple(t for t in self.tied if len({self.replica_of[stage] for stage in t.stages}) > 1)
 
     @property
@@ -137,7 +140,7 @@ class Plan(Json):
 
     @cached_property
     def incoming(self) -> tuple[tuple[Channel, ...], ...]:
-        """For each stage the channels that end in it, by source."""
+        """For each stage, the channels that end in it, by source."""
         return tuple(
             tuple(sorted((c for c in self.channels if c.target == s), key=lambda c: c.source))
             for s in range(self.num_stages)
@@ -145,7 +148,7 @@ class Plan(Json):
 
     @cached_property
     def outgoing(self) -> tuple[tuple[Channel, ...], ...]:
-        """For each stage the channels that start in it, by target."""
+        """For each stage, the channels that start in it, by target."""
         return tuple(
             tuple(sorted((c for c in self.channels if c.source == s), key=lambda c: c.target))
             for s in range(self.num_stages)
@@ -153,43 +156,43 @@ class Plan(Json):
 
     @cached_property
     def replicas(self) -> tuple[tuple[int, ...], ...]:
-        """For each stage all that run its nodes, itself included, ascending."""
+        """For each stage, all stages that run its nodes, itself included, ascending."""
         return _replicas(self.replica_of)
 
     def runner(self, stage: int, microbatch: int) -> int:
-        """The replica of a stage that a microbatch is dealt to; they take them in turn."""
+        """The replica of a stage that runs a microbatch (round-robin)."""
         group = self.replicas[stage]
         return group[microbatch % len(group)]
 
     def last_run(self, stage: int, microbatch: int) -> int | None:
-        """The last of the microbatches up to ``microbatch`` that a stage runs, if there is one."""
+        """The last microbatch up to ``microbatch`` that a stage runs, or None."""
         group = self.replicas[stage]
         last = microbatch - (microbatch - group.index(stage)) % len(group)
         return last if last >= 0 else None
 
     def runs(self, stage: int, microbatch: int) -> bool:
-        """Whether a microbatch is one of those that a stage runs."""
+        """Whether a stage runs a microbatch."""
         return self.runner(stage, microbatch) == stage
 
     def sources(self, stage: int, microbatch: int) -> tuple[int, ...]:
-        """The stages that a stage's values of a microbatch come from, ascending."""
+        """The stages that a stage receives a microbatch's values from, ascending."""
         return tuple(c.source for c in self.incoming[stage] if self.runs(c.source, microbatch))
 
     def targets(self, stage: int, microbatch: int) -> tuple[int, ...]:
-        """The stages that a stage's values of a microbatch go to, ascending."""
+        """The stages that a stage sends a microbatch's values to, ascending."""
         return tuple(c.target for c in self.outgoing[stage] if self.runs(c.target, microbatch))
 
     def shared(self, channel: Channel, count: int) -> int:
-        """How many of ``count`` microbatches that follow each other in a channel's source go through it, at most."""
+        """The most of ``count`` consecutive microbatches of a channel's source that can go through the channel."""
         source, target = len(self.replicas[channel.source]), len(self.replicas[channel.target])
         return ceil(count * gcd(source, target) / target)
 
     @cached_property
     def depth(self) -> tuple[int, ...]:
-        """For each stage the number of stages on the longest path from it to a sink, itself included.
+        """For each stage, the number of stages on the longest path from it to a sink, itself included.
 
-        So many microbatches keep the path at work. A stage with r replicas needs r for itself, and of those behind it a
-        multiple of r: each replica has as many.
+        That many microbatches keep the path busy. A stage with r replicas counts r for itself, and rounds the depth
+        behind it up to a multiple of r, so that each replica has as many microbatches.
         """
         depth = [0] * self.num_stages
         for stage in reversed(range(self.num_stages)):
@@ -201,28 +204,37 @@ class Plan(Json):
     def validate(self) -> None:
         """Raises ``PlanError`` at the first invariant that does not hold."""
         if not self.rank_of or min(self.rank_of) < 0:
-            raise PlanError(f"ranks must be counted from 0, one for each stage; got {self.rank_of}")
+            raise PlanError(f"each stage needs a rank, counted from 0; got {self.rank_of}")
         for stage, original in enumerate(self.replica_of):
             if original != stage and (stage == 0 or original != self.replica_of[stage - 1]):
                 raise PlanError(
-                    f"stage {stage} runs stage {original}'s nodes, but does not follow it: {self.replica_of}"
+                    f"stage {stage} is a replica of stage {original}, so it must come directly after it; got "
+                    f"{self.replica_of}"
                 )
         if len(self.replica_of) != self.num_stages:
-            raise PlanError(f"{self.num_stages} stages have a rank, but replica_of is {self.replica_of}")
+            raise PlanError(
+                f"{self.num_stages} stages have a rank, but replica_of has {len(self.replica_of)}: {self.replica_of}"
+            )
         used = {stage for stage in self.stage_of if stage is not None}
         if not used <= set(self.replica_of):
-            raise PlanError(f"stages {sorted(used)} are used, but there are {sorted(set(self.replica_of))} to use")
+            raise PlanError(
+                f"nodes are in stages {sorted(used)}, but the plan has stages {sorted(set(self.replica_of))}"
+            )
         pairs = [(channel.source, channel.target) for channel in self.channels]
         for source, target in pairs:
             if not 0 <= source < target < self.num_stages:
-                raise PlanError(f"a value flows from stage {source} to stage {target}: stages must point forward")
+                raise PlanError(
+                    f"a value flows from stage {source} to stage {target}, but values must flow to later stages"
+                )
         if not set(self.recomputed) <= set(range(self.num_stages)):
-            raise PlanError(f"stages {self.recomputed} are to be computed again, but there are {self.num_stages}")
+            raise PlanError(f"recomputed={self.recomputed} must name stages below {self.num_stages}")
         if len(set(pairs)) != len(pairs):
-            raise PlanError(f"more than one channel for a pair of stages: {sorted(pairs)}")
+            raise PlanError(f"a pair of stages has more than one channel: {sorted(pairs)}")
         due = {ends for s, t in pairs for ends in _meeting(self.replicas[s], self.replicas[t])}
         if missing := sorted(due - set(pairs)):
-            raise PlanError(f"replicas have the channels of their stage, but {missing[0]} is not among {sorted(pairs)}")
+            raise PlanError(
+                f"replicas must have the channels of their stage, but {missing[0]} is not in {sorted(pairs)}"
+            )
 
     def __str__(self) -> str:
         lines = [f"{self.num_stages} stages on {self.num_ranks} ranks"]
@@ -230,46 +242,46 @@ class Plan(Json):
         for stage, original in enumerate(self.replica_of):
             count = sum(1 for s in self.stage_of if s == original)
             sends = ", ".join(f"{c.nbytes:,} B to {c.target}" for c in self.outgoing[stage])
-            again = ", computed again in the backward" * (stage in self.recomputed)
+            again = ", activations recomputed in the backward" * (stage in self.recomputed)
             like = f", a replica of stage {original}" * (original != stage)
             lines.append(
                 f"  stage {stage} on rank {self.rank_of[stage]}: {count} nodes{like}{again}"
                 + (f"; {sends}" * bool(sends))
             )
-        lines += [f"  {t.parameter} is tied over stages {', '.join(map(str, t.stages))}" for t in self.tied_by_model]
+        lines += [f"  {t.parameter} is tied across stages {', '.join(map(str, t.stages))}" for t in self.tied_by_model]
         return "\n".join(lines)
 
 
 def with_replicas(counts: Sequence[int]) -> tuple[int, ...]:
-    """``Plan.replica_of`` of stages with so many replicas each, themselves included: of (1, 2, 1) it is (0, 1, 1, 3).
+    """``Plan.replica_of`` for the number of replicas of each stage, itself included: (1, 2, 1) gives (0, 1, 1, 3).
 
     Raises:
         PlanError: a count is less than one.
     """
     if min(counts, default=1) < 1:
-        raise PlanError(f"replicas are counted with the stage itself, so at least one; got {tuple(counts)}")
+        raise PlanError(f"each stage must have at least one replica (the stage itself); got {tuple(counts)}")
     return tuple(sum(counts[:stage]) for stage, count in enumerate(counts) for _ in range(count))
 
 
 def members(graph: Graph, plan: Plan, stage: int) -> tuple[int, ...]:
-    """The nodes that a stage runs, ascending: its own and the replicated ones they need; model inputs included."""
+    """The nodes that a stage runs, ascending: its own, and the rematerialized nodes and model inputs that they read."""
     original, last = plan.replica_of[stage], plan.replica_of[-1]
     needed = {i for i, s in enumerate(plan.stage_of) if s == original}
-    if original == last:  # a replicated output is made by the last stage
-        needed |= {i for i in graph.outputs if graph.nodes[i].replicated}
+    if original == last:  # a rematerialized output is made by the last stage
+        needed |= {i for i in graph.outputs if graph.nodes[i].rematerialized}
     stack = list(needed)
     while stack:
         for source in graph.nodes[stack.pop()].inputs:
-            if graph.nodes[source].replicated and source not in needed:
+            if graph.nodes[source].rematerialized and source not in needed:
                 needed.add(source)
                 stack.append(source)
     return tuple(sorted(needed))
 
 
 def stage_costs(costed: CostedGraph, plan: Plan) -> tuple[Cost, ...]:
-    """The cost of each stage for one microbatch, replicated nodes included; a parameter counts once a stage.
+    """The cost of each stage per microbatch, rematerialized nodes included. A parameter counts once per stage.
 
-    The backward of a recomputed stage takes its forward's time too.
+    The backward of a recomputed stage includes the time of its forward.
     """
     graph = costed.graph
     costs = []
@@ -298,13 +310,13 @@ def _channels(graph: Graph, stage_of: Sequence[int | None]) -> tuple[Channel, ..
 
 
 def _with_replicas(channels: Sequence[Channel], run_by: Sequence[Sequence[int]]) -> tuple[Channel, ...]:
-    """The channels of stages without replicas, for each pair of those that run them and share microbatches."""
+    """Repeats each channel for all pairs of replicas of its ends that share a microbatch."""
     each = [replace(c, source=s, target=t) for c in channels for s, t in _meeting(run_by[c.source], run_by[c.target])]
     return tuple(sorted(each, key=lambda c: (c.source, c.target)))
 
 
 def _meeting(sources: Sequence[int], targets: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """The pairs of replicas of two stages that some microbatch is dealt to both of."""
+    """The pairs of replicas of two stages that run some microbatch in common."""
     common = gcd(len(sources), len(targets))
     for (i, source), (j, target) in product(enumerate(sources), enumerate(targets)):
         if i % common == j % common:
@@ -333,7 +345,8 @@ def _refuse_writers(graph: Graph, stage_of: Sequence[int | None], run_by: Sequen
         if stage is not None and node.writes and len(run_by[stage]) > 1:
             where = f"module {node.path!r}" if node.path else "the model's own forward"
             raise PlanError(
-                f"stage {stage} is to have {len(run_by[stage])} replicas, but {where} ({node.source}) "
-                f"writes {', '.join(map(repr, node.writes))} for each microbatch in turn, which replicas do not keep; "
-                f"give it a stage without replicas, or, for batch normalisation, batch_norm='deferred'"
+                f"stage {stage} cannot have {len(run_by[stage])} replicas: {where} ({node.source}) writes "
+                f"{', '.join(map(repr, node.writes))} for each microbatch in turn, and replicas would each write "
+                f"their own copy; put it in a stage without replicas, or use batch_norm='deferred' if it is batch "
+                f"normalization"
             )

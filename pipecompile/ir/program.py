@@ -1,19 +1,19 @@
-"""Programs: for each rank an ordered tuple of instructions; who waits for whom; the text form.
+"""Programs: an ordered tuple of instructions per rank, the dependencies between them, and their text form.
 
-    Forward(stage, microbatch)     2F0     run the stage on one microbatch
-    Backward(stage, microbatch)    2B0     gradients of its inputs and of its weights
-    Reduce(stage, microbatch)      2R7     hand on, or sum up, what tied parameters have gathered up to microbatch 7
-    Step(stage, microbatch)        2S7     the optimizer updates the stage with what has accumulated up to microbatch 7
-    Send(result, target)           0F3>2   send the result of a Forward, Backward or Reduce to a stage on another rank
-    Recv(result, target)           2<0F3   the other half; equal fields, so that the halves find each other
+    Forward(stage, microbatch)     2F0     runs the stage on one microbatch
+    Backward(stage, microbatch)    2B0     computes the gradients of its inputs and weights
+    Reduce(stage, microbatch)      2R7     sends or sums the gradients of tied parameters up to microbatch 7
+    Step(stage, microbatch)        2S7     the optimizer updates the stage with the gradients up to microbatch 7
+    Send(result, target)           0F3>2   sends the result of a Forward, Backward or Reduce to a stage on another rank
+    Recv(result, target)           2<0F3   the matching receive, with the same fields
 
-A program is *bare* as a schedule writes it (no transfers) and *lowered* once ``lower`` has written them in. Bubbles are
-not in a program: they are a property of a ``Timeline``.
+A program is *bare* as a schedule writes it (without transfers) and *lowered* once ``lower`` has inserted them. Bubbles
+are not part of a program: they are a property of a ``Timeline``.
 
-``dependencies`` is the only statement of what must come before what. Everybody else (the validator, the simulator, the
-lowering, the executor's wait) reads it.
+``dependencies`` is the single definition of what must run before what. The validator, the simulator, the lowering and
+the executor all use it.
 
-The compute notation is the one of torch.distributed.pipelining where the two overlap.
+The notation of computations follows torch.distributed.pipelining where the two overlap.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Step:
         return f"{self.stage}S{self.microbatch}"
 
 
-Result = Forward | Backward | Reduce  # what leaves values for another stage
+Result = Forward | Backward | Reduce  # what other stages can read
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,16 +110,16 @@ def parse(text: str) -> Instruction:
     """The instruction whose ``str`` is ``text``.
 
     Raises:
-        ProgramError: the text is no instruction.
+        ProgramError: the text is not an instruction.
     """
     match = _TEXT.fullmatch(text)
     if match is None or (match["receiver"] and match["target"]):
-        raise ProgramError(f"{text!r} is no instruction; one looks like 2F0, 2B0, 2R0, 2S0, 0F3>2 or 2<0F3")
+        raise ProgramError(f"{text!r} is not an instruction; write one such as 2F0, 2B0, 2R0, 2S0, 0F3>2 or 2<0F3")
     compute = _COMPUTE[match["kind"]](int(match["stage"]), int(match["microbatch"]))
     if not (match["receiver"] or match["target"]):
         return compute
     if isinstance(compute, Step):
-        raise ProgramError(f"{text!r}: a step leaves no result to transfer")
+        raise ProgramError(f"{text!r}: a Step has no result to send or receive")
     if match["receiver"]:
         return Recv(compute, int(match["receiver"]))
     return Send(compute, int(match["target"]))
@@ -127,17 +127,17 @@ def parse(text: str) -> Instruction:
 
 @dataclass(frozen=True)
 class Program:
-    """What each rank does, in order.
+    """The instructions of each rank, in order.
 
-    ``carried`` are instructions that earlier programs have done and whose results this one reads: a pipeline that is
-    not drained between calls leaves some, and so does a forward pass whose backward pass is a program of its own.
+    ``carried`` holds the instructions of earlier programs whose results this one reads: those of a pipeline that is not
+    drained between calls, or of a forward pass whose backward pass is a separate program.
 
     Invariants, checked by ``validate``:
-    1. there is a row for each rank, each instruction stands once, on the rank of its stage, and a microbatch is run by
-       the replica that it is dealt to;
+    1. there is a row per rank, each instruction occurs once, on the rank of its stage, and a microbatch runs on its
+       replica (``Plan.runner``);
     2. what a computation reads is in the program or carried;
-    3. in a lowered program every Send has its Recv and every Recv its Send;
-    4. ``linearize`` reaches the end: no rank waits for ever.
+    3. in a lowered program every Send has a Recv and every Recv a Send;
+    4. ``linearize`` reaches the end: no rank waits forever.
     """
 
     plan: Plan
@@ -146,7 +146,7 @@ class Program:
 
     @cached_property
     def lowered(self) -> bool:
-        """Whether transfers are written in."""
+        """Whether the program contains transfers."""
         return any(isinstance(i, Send | Recv) for i in self.instructions)
 
     @cached_property
@@ -155,7 +155,7 @@ class Program:
 
     @property
     def microbatches(self) -> tuple[int, ...]:
-        """The microbatches that enter the pipeline in this program, ascending."""
+        """The microbatches that this program runs forward, ascending."""
         return tuple(sorted({i.microbatch for i in self.instructions if isinstance(i, Forward)}))
 
     def row_of(self, stage: int) -> tuple[Instruction, ...]:
@@ -166,24 +166,25 @@ class Program:
     def validate(self) -> None:
         """Raises ``ProgramError`` at the first invariant that does not hold."""
         if len(self.ranks) != self.plan.num_ranks:
-            raise ProgramError(f"{len(self.ranks)} rows for {self.plan.num_ranks} ranks")
+            raise ProgramError(f"the program has {len(self.ranks)} rows, but the plan has {self.plan.num_ranks} ranks")
         for rank, row in enumerate(self.ranks):
             for i in row:
                 if i.stage >= self.plan.num_stages or self.plan.rank_of[i.stage] != rank:
-                    raise ProgramError(f"{i} stands on rank {rank}, which does not run stage {i.stage}")
+                    raise ProgramError(f"{i} is on rank {rank}, which does not run stage {i.stage}")
                 if isinstance(i, Forward | Backward) and not self.plan.runs(i.stage, i.microbatch):
                     raise ProgramError(
-                        f"{i} is not dealt to stage {i.stage} of the replicas {self.plan.replicas[i.stage]}"
+                        f"{i} is on the wrong one of the replicas {self.plan.replicas[i.stage]}: microbatch "
+                        f"{i.microbatch} belongs to stage {self.plan.runner(i.stage, i.microbatch)}"
                     )
         present = Counter(self.instructions)
         for i, count in present.items():
             if count > 1 or i in self.carried:
-                raise ProgramError(f"{i} is done {count + (i in self.carried)} times")
+                raise ProgramError(f"{i} occurs {count + (i in self.carried)} times (carried instructions included)")
         for i in self.instructions:
             if isinstance(i, Recv) and Send(i.result, i.target) not in present:
-                raise ProgramError(f"{i} waits for {Send(i.result, i.target)}, which nobody sends")
+                raise ProgramError(f"{i} waits for {Send(i.result, i.target)}, which is not in the program")
             if isinstance(i, Send) and Recv(i.result, i.target) not in present:
-                raise ProgramError(f"{i} has no {Recv(i.result, i.target)}: nobody receives it")
+                raise ProgramError(f"{i} needs {Recv(i.result, i.target)}, which is not in the program")
         for _ in linearize(self):
             pass
 
@@ -192,19 +193,19 @@ class Program:
 
     @staticmethod
     def parse(text: str, plan: Plan, carried: Iterable[Instruction] = ()) -> Program:
-        """Reads what ``str(program)`` wrote.
+        """Reads the text of ``str(program)``.
 
         Raises:
-            ProgramError: a line has no rank, or a word is no instruction.
+            ProgramError: a line has no rank, or a word is not an instruction.
         """
         rows: dict[int, tuple[Instruction, ...]] = {}
         for line in filter(None, map(str.strip, text.splitlines())):
             rank, colon, words = line.partition(":")
             if not colon or not rank.strip().isdigit():
-                raise ProgramError(f"{line!r} does not start with a rank and a colon")
+                raise ProgramError(f"{line!r} must start with a rank and a colon")
             rows[int(rank)] = tuple(map(parse, words.split()))
         if sorted(rows) != list(range(len(rows))):
-            raise ProgramError(f"rows are given for the ranks {sorted(rows)}, which leaves a gap")
+            raise ProgramError(f"ranks must be consecutive from 0; got rows for the ranks {sorted(rows)}")
         return Program(plan, tuple(rows[rank] for rank in sorted(rows)), frozenset(carried))
 
 
@@ -240,31 +241,31 @@ def readers(result: Result, plan: Plan) -> tuple[int, ...]:
 
 
 def sends(result: Result, plan: Plan) -> tuple[Send, ...]:
-    """What takes a result to its readers on other ranks."""
+    """The Sends that bring a result to its readers on other ranks."""
     rank_of = plan.rank_of
     return tuple(Send(result, to) for to in readers(result, plan) if rank_of[to] != rank_of[result.stage])
 
 
 def owners(stage: int, plan: Plan) -> tuple[int, ...]:
-    """The stages that own a tied parameter of which ``stage`` holds a replica."""
+    """The stages that own a tied parameter of which ``stage`` holds a tied copy."""
     return tuple(sorted({tied.owner for tied in plan.tied if stage in tied.followers}))
 
 
 def followers(stage: int, plan: Plan) -> tuple[int, ...]:
-    """The stages that hold a replica of a parameter that ``stage`` owns."""
+    """The stages that hold a tied copy of a parameter that ``stage`` owns."""
     return tuple(sorted({s for tied in plan.tied if tied.owner == stage for s in tied.followers}))
 
 
 def is_tied(stage: int, plan: Plan) -> bool:
-    """Whether a stage holds a parameter that another stage holds too."""
+    """Whether a stage holds a tied parameter."""
     return any(stage in tied.stages for tied in plan.tied)
 
 
 def dependencies(i: Instruction, plan: Plan) -> Iterator[Instruction]:
-    """What must be done before ``i``, beside what stands before it on its own rank.
+    """The instructions that must run before ``i``, besides those before it on its own rank.
 
-    A result from another rank is read from its Recv. In a bare program, which has none, a transfer stands for what it
-    depends on itself (see ``linearize``).
+    A result from another rank is read from its Recv. A bare program has no transfers: there ``linearize`` takes the
+    result itself instead of its Recv.
     """
     match i:
         case Send(result, _):
@@ -286,10 +287,10 @@ def dependencies(i: Instruction, plan: Plan) -> Iterator[Instruction]:
 
 
 def linearize(program: Program) -> Iterator[tuple[int, Instruction]]:
-    """Yields ``(rank, instruction)`` in an order that keeps every row and every dependency.
+    """Yields ``(rank, instruction)`` in an order that respects every row and every dependency.
 
     Raises:
-        DeadlockError: no rank can go on; the message shows the wait that cannot end.
+        DeadlockError: no rank can continue; the message lists what each rank waits for.
     """
     done: set[Instruction] = set(program.carried)
     position = [0] * len(program.ranks)
@@ -307,10 +308,9 @@ def linearize(program: Program) -> Iterator[tuple[int, Instruction]]:
         (rank, row[p]) for rank, (row, p) in enumerate(zip(program.ranks, position, strict=True)) if p < len(row)
     ]:
         waits = "".join(
-            f"\n  rank {rank} is at {i}, which needs {', '.join(map(str, _missing(i, program, done)))}"
-            for rank, i in stuck
+            f"\n  rank {rank} waits at {i} for {', '.join(map(str, _missing(i, program, done)))}" for rank, i in stuck
         )
-        raise DeadlockError(f"no rank can go on:{waits}")
+        raise DeadlockError(f"no rank can continue:{waits}")
 
 
 def _missing(i: Instruction, program: Program, done: set[Instruction]) -> list[Instruction]:

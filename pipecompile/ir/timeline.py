@@ -1,4 +1,4 @@
-"""When each instruction ran: the result of a simulation and of a measured run alike."""
+"""When each instruction ran, in a simulation or a measured run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Timeline:
-    """Spans by rank and start; ``peak_bytes`` holds each rank's peak memory where it is known."""
+    """Spans by rank and start. ``peak_bytes`` holds the peak memory of each rank, or is empty if it is not known."""
 
     spans: tuple[Span, ...]
     num_ranks: int
@@ -38,12 +38,12 @@ class Timeline:
         return max(span.end for span in self.spans) - min(span.start for span in self.spans)
 
     def busy(self, rank: int) -> float:
-        """Seconds that a rank computes; transfers do not count."""
+        """Seconds in which a rank computes, without transfers."""
         return sum(s.seconds for s in self.spans if s.rank == rank and not isinstance(s.instruction, Send | Recv))
 
     @property
     def bubble(self) -> float:
-        """The fraction of all ranks' time, over the makespan, in which they compute nothing."""
+        """The fraction of the makespan in which ranks are idle, averaged over all ranks."""
         total = self.makespan * self.num_ranks
         return 1 - sum(map(self.busy, range(self.num_ranks))) / total if total else 0.0
 

@@ -1,4 +1,4 @@
-"""Numbers as a person reads them: three digits and a unit."""
+"""Numbers in readable form: three digits and a unit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def count_text(count: float) -> str:
 
 
 def names_text(names: Sequence[str], limit: int = 3) -> str:
-    """The first names and how many more there are: ``"add, view +4"``."""
+    """The first names and the number of the others: ``"add, view +4"``."""
     more = f" +{len(names) - limit}" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
 
@@ -42,6 +42,6 @@ def _scaled(number: float, base: int, units: tuple[str, ...], digits: int) -> st
 
 
 def _rounded(number: float, digits: int) -> str:
-    """At least so many digits, and all those before the point: ``1.23``, ``12.3``, ``123``, ``1234``."""
+    """At least ``digits`` digits, and all those before the point: ``1.23``, ``12.3``, ``123``, ``1234``."""
     before = len(f"{number:.0f}")
     return f"{number:.{max(0, digits - before)}f}"

@@ -1,14 +1,12 @@
-"""Weight versions, read off a program: which one each Forward uses, and how many a stage holds.
+"""Weight versions of a program: the version that each Forward uses, and the number that a stage holds.
 
-A version of a stage is the number of its Steps so far. A Backward needs the weights that its Forward used, so a
-version lives for as long as it is the latest or some microbatch that used it is in flight. Nothing else is needed,
-and there is no mode: schedules that step after the flush hold one version, PipeDream, which steps after each
-Backward, holds ``depth`` of them (stage s of a chain: stages - s).
+The version of a stage is the number of its Steps so far. A Backward needs the weights that its Forward used, so a
+version is live while it is the latest, or while a microbatch that used it is in flight. This covers all schedules:
+those that step after the flush hold one version, and PipeDream, which steps after each Backward, holds ``depth``
+versions (stage s of a chain: stages - s).
 
     1F1B, rank 0 of 2:       0F0 0F1 0B0 0B1 0S1          used: 0 0      live: 1
     PipeDream, rank 0 of 2:  0F0 0F1 0B0 0S0 0F2 0B1 ...  used: 0 0 1    live: 2
-
-It is a reading of a Program, as ``linearize`` is, and so stands beside the nouns.
 
 Source: PipeDream (Narayanan et al., SOSP 2019), section 3.3, weight stashing.
 """
@@ -23,7 +21,7 @@ from pipecompile.ir.program import Backward, Forward, Instruction, Program, Step
 
 @dataclass(slots=True)
 class Stash:
-    """What one stage holds while its instructions are walked through in order."""
+    """The weight versions that one stage holds, as its instructions are processed in order."""
 
     latest: int = 0
     in_flight: dict[int, int] = field(default_factory=dict)  # microbatch -> version that its Forward used
@@ -39,15 +37,15 @@ class Stash:
 
     @property
     def live(self) -> int:
-        """The number of versions held, the latest included."""
+        """The number of versions held, including the latest."""
         return len({self.latest, *self.in_flight.values()})
 
 
 @dataclass(frozen=True)
 class Versions:
-    """The version that each Forward uses; for each stage how many are live at most, and the latest at the end.
+    """The version that each Forward uses. For each stage, the most live versions, and the latest one at the end.
 
-    ``in_flight`` is how many microbatches a stage has run forward and not backward, at most.
+    ``in_flight`` is the most microbatches of each stage that have run forward but not backward.
     """
 
     used: Mapping[Forward, int]  # carried Forwards included
@@ -60,14 +58,14 @@ class Versions:
         for stage, (live, latest) in enumerate(zip(self.live, self.latest, strict=True)):
             used = sorted((i.microbatch, version) for i, version in self.used.items() if i.stage == stage)
             table = " ".join(f"F{microbatch}:{version}" for microbatch, version in used)
-            lines.append(f"stage {stage}: {table}; {live} live at most, {latest} at the end")
+            lines.append(f"stage {stage}: {table}; at most {live} live, {latest} at the end")
         return "\n".join(lines)
 
 
 def versions(program: Program, before: Versions | None = None) -> Versions:
-    """The versions of a program that goes on where the versions ``before`` ended.
+    """The versions of a program that continues from the versions ``before``.
 
-    Without ``before`` the program starts at version 0, and so did the Forwards that it carries.
+    Without ``before`` the program starts at version 0, and its carried Forwards used version 0.
     """
     stashes = stash_at_start(program, before)
     used = {Forward(stage, k): v for stage, stash in enumerate(stashes) for k, v in stash.in_flight.items()}
@@ -82,7 +80,7 @@ def versions(program: Program, before: Versions | None = None) -> Versions:
 
 
 def stash_at_start(program: Program, before: Versions | None = None) -> list[Stash]:
-    """For each stage what it holds when the program starts."""
+    """The versions that each stage holds when the program starts."""
     latest = (0,) * program.plan.num_stages if before is None else before.latest
     stashes = [Stash(version) for version in latest]
     for i in sorted((i for i in program.carried if isinstance(i, Forward)), key=lambda i: i.microbatch):
@@ -91,7 +89,7 @@ def stash_at_start(program: Program, before: Versions | None = None) -> list[Sta
 
 
 def walk(program: Program, stashes: list[Stash]) -> Iterator[tuple[Instruction, Stash]]:
-    """Yields the instructions rank by rank, each with what its stage holds right after it."""
+    """Yields the instructions rank by rank, each with the versions that its stage holds after it."""
     for i in program.instructions:
         stashes[i.stage].do(i)
         yield i, stashes[i.stage]

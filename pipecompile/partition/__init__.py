@@ -1,4 +1,4 @@
-"""Which stage each node goes to: the solver, and what turns a model into its numbers and back."""
+"""Assigns nodes to stages: the solver, and the conversion of a model to its problem and back."""
 
 from pipecompile.partition.carry_placement import carry_over as carry_over
 from pipecompile.partition.from_graph import partition as partition

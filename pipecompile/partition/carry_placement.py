@@ -1,14 +1,15 @@
-"""The same placement for another capture of the same model.
+"""Carries a placement over to another capture of the same model.
 
-Evaluation, another shape, another branch of the user's Python give another graph over the same parameters, which must
-not move. What stays together in the new graph is
+Evaluation, another shape or another branch of the user's Python give another graph over the same parameters, which must
+not move. An atom of the new graph (nodes that must share a stage) is
 
-    bound   if it reads a parameter: it goes to a stage that holds it, if one holds all that it reads;
-    known   if the old graph has its like (path, operation, occurrence): it goes where that was, as far as edges allow;
+    bound   if it reads parameters: it goes to a stage that holds all of them, or else some of them;
+    known   if the old graph has a matching node (path, operation, occurrence): it goes to the stage of that node, as
+            far as edges allow;
     new     otherwise: it goes to the earliest stage that keeps edges forward.
 
-Walking up the graph, each atom learns the latest stage that its bound users leave it; walking down, it takes its
-stage. So a placement without a backward edge is found whenever there is one.
+A backward pass over the graph finds the latest stage that the bound users of each atom allow. A forward pass then
+assigns stages. If a placement without a backward edge exists, it is found.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ Key = tuple[str, str, int]
 
 
 def carry_over(plan: Plan, graph: Graph, new_graph: Graph) -> Plan:
-    """The plan of the new graph with every parameter on a stage that has it in the given plan of the old graph.
+    """The plan of the new graph in which each parameter stays on a stage that holds it in ``plan``.
 
     Raises:
         PlanError: no placement keeps all edges forward.
@@ -49,7 +50,7 @@ def carry_over(plan: Plan, graph: Graph, new_graph: Graph) -> Plan:
 
 @dataclass(frozen=True, slots=True)
 class _Old:
-    """What the old plan says of a node's like, and of a parameter."""
+    """The stages of nodes and parameters in the old plan."""
 
     stage_of: dict[Key, int]
     stages_of: dict[str, frozenset[int]]  # parameter -> stages that hold it
@@ -65,17 +66,17 @@ class _Old:
         return _Old(stage_of, stages_of)
 
     def holders(self, graph: Graph, members: list[int]) -> frozenset[int] | None:
-        """The stages that hold all parameters these nodes read; ``None`` if they read none that was placed.
+        """The stages that hold all parameters that these nodes read; ``None`` if they read no placed parameter.
 
-        Where none holds all (an operation of the old graph that is two in the new one), those that hold some: the
-        others are tied there.
+        If no stage holds all of them (one operation in the new graph was two in the old one), the stages that hold
+        some: the other parameters are tied there.
         """
         names = dict.fromkeys(name for i in members for name in graph.nodes[i].parameters if name in self.stages_of)
         held = [self.stages_of[name] for name in names]
         return (frozenset.intersection(*held) or frozenset.union(*held)) if held else None
 
     def wanted(self, graph: Graph, nodes: list[list[int]]) -> list[int | None]:
-        """For each list of nodes the stage that most of their likes had."""
+        """For each list of nodes, the most frequent stage of their matches in the old graph."""
         keys = list(_keys(graph))
         counts = [Counter(self.stage_of[keys[i]] for i in members if keys[i] in self.stage_of) for members in nodes]
         return [count.most_common(1)[0][0] if count else None for count in counts]
@@ -89,7 +90,7 @@ def _keys(graph: Graph) -> Iterator[Key]:
 
 
 def _latest(problem: Problem, holders: list[frozenset[int] | None], num_stages: int, heads: list[Node]) -> list[int]:
-    """For each atom the latest stage from which all its users can still be reached."""
+    """For each atom, the latest stage from which its value can reach all its users."""
     latest = [num_stages - 1] * len(problem)
     for atom in reversed(range(len(problem))):
         bound = min((latest[user] for user in problem.successors[atom]), default=num_stages - 1)
@@ -101,8 +102,8 @@ def _latest(problem: Problem, holders: list[frozenset[int] | None], num_stages: 
         else:
             user = min(problem.successors[atom], key=latest.__getitem__)
             raise PlanError(
-                f"{_named(heads[atom])} reads parameters of {_listed(held)}, but its value must reach stage {bound} "
-                f"for {_named(heads[user])}: a value cannot flow back; compile the model again, on inputs that take "
+                f"{_named(heads[atom])} reads parameters of {_listed(held)}, but {_named(heads[user])} needs its value "
+                f"in stage {bound}, and values cannot flow backward; compile the model again, on inputs that take "
                 f"this path"
             )
     return latest
@@ -111,7 +112,7 @@ def _latest(problem: Problem, holders: list[frozenset[int] | None], num_stages: 
 def _earliest(
     problem: Problem, holders: list[frozenset[int] | None], wanted: list[int | None], latest: list[int]
 ) -> list[int]:
-    """A stage for each atom: a holder of its parameters, the wanted one, or the earliest that its sources allow."""
+    """A stage per atom: one that holds its parameters, the wanted one, or the earliest that its sources allow."""
     stages: list[int] = []
     for atom, held in enumerate(holders):
         low = max((stages[source] for source in problem.predecessors[atom]), default=0)
@@ -124,7 +125,7 @@ def _earliest(
 
 
 def _fill(problem: Problem, holders: list[frozenset[int] | None], stages: list[int], plan: Plan) -> None:
-    """Gives each stage that would be empty the last unbound atom that may move there; without one it stays empty."""
+    """Moves the last unbound atom that fits into each empty stage. If no atom fits, the stage stays empty."""
     for empty in sorted(set(plan.replica_of) - set(stages)):
         for atom in reversed(range(len(problem))):
             low = max((stages[source] for source in problem.predecessors[atom]), default=0)

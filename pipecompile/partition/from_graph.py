@@ -1,14 +1,14 @@
-"""From a costed graph to a plan: which numbers of the model the solver sees, and what it gives back.
+"""From a costed graph to a plan: builds the problem that the solver sees, and turns its solution into a plan.
 
-    node                           -> its seconds, forward and backward
-    value                          -> a net: its bytes over the fastest link, twice if its gradient comes back
-    links between stages           -> factors of their seats, by the mean value
-    ``graph.colocate``             -> one atom
-    parameters, saved activations  -> bytes, of which the latter count once for each microbatch in flight
+    node                           -> seconds, forward and backward
+    value                          -> a net: seconds over the fastest link, and back if the value has a gradient
+    links between stages           -> factors of their seats, for a value of mean size
+    ``graph.together``             -> one atom
+    parameters, saved activations  -> bytes; activations count once per microbatch in flight
 
-Replicated nodes are in no stage and cross no cut, so they are left out. A parameter counts for the first node that
-reads it. What more a stage holds (tied weights, values of other stages, what is on the way) depends on the whole plan:
-it is told as ``reserved`` bytes once a plan is known (see ``memory`` and ``memory_fit``).
+Rematerialized nodes belong to no stage and cross no cut, so they are left out. A parameter counts for the first node
+that reads it. Further memory of a stage (tied copies, values of other stages, temporaries) depends on the whole plan.
+Once a plan is known, it is passed in as ``reserved`` bytes (see ``memory`` and ``memory_fit``).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pipecompile.ir.graph import CostedGraph, Node
 from pipecompile.ir.plan import Plan, with_replicas
 from pipecompile.ir.plan_options import DEFAULT_PLAN, Objective, PlanOptions
 from pipecompile.partition.memory_model import Training
-from pipecompile.partition.module_constraints import Wished
+from pipecompile.partition.module_constraints import ModuleConstraints
 from pipecompile.partition.seats import Seating
 from pipecompile.partition.solver.contraction import Contraction, contract
 from pipecompile.partition.solver.problem import Problem
@@ -42,26 +42,28 @@ def partition(
     replicas: Sequence[int] = (),
     objective: Objective = "pace",
 ) -> Plan:
-    """A plan with the least time of the busiest stage that was found, never worse than the best cut of one node order.
+    """The plan with the smallest bottleneck that was found. It is never worse than the best cut of a single node order.
 
     Args:
-        cluster: the devices, stage s on rank s, and round again if there are more stages; by default equal devices
-            without a memory limit.
-        training: what their memory must hold; by default 1F1B's with Adam.
-        constraints: what else the plan must keep to. With ``max_stages`` it may have fewer than ``num_stages``.
+        costed: the model with the cost of each node.
+        num_stages: the number of stages.
+        cluster: the devices. Stage s is on rank s; if there are more stages than ranks, ranks repeat. By default equal
+            devices without a memory limit.
+        training: what the memory of the devices must hold; by default 1F1B with Adam.
+        constraints: constraints on the plan. With ``max_stages`` it may have fewer than ``num_stages``.
         budget: CPU seconds after which the search ends with the best plan so far.
-        replicas: for each stage how many devices run it, one after the other in the cluster; by default one. To the
-            search such a stage is a device so many times as fast as the slowest of them; what it sends counts whole.
-        objective: the busiest stage's seconds, with what it sends added ("pace") or, if that is more, in place of what
-            it computes ("overlap"); or what a function makes of a plan, which chooses among the plans that were found
-            on the way to either, and such as send less.
+        replicas: the number of devices that run each stage, in the order of the cluster; by default one. The search
+            treats a stage with r replicas as a device r times as fast as its slowest one; communication is not divided.
+        objective: what to minimize. "pace": the bottleneck, computation plus communication. "overlap": the bottleneck,
+            the larger of computation and communication. A function: its value for a plan, over the plans found for
+            both, and plans with less communication.
 
     Raises:
-        ValueError: ``num_stages`` is less than one, or ``replicas`` are not so many.
-        InputError: a wish names a module or a stage that is not there.
-        InfeasibleError: the model cannot be cut into so many stages, does not fit into the devices' memory, or
-            constraints contradict the model or each other.
-        PlanError: no plan within memory was found, though there may be one.
+        ValueError: ``num_stages`` is less than one, or ``replicas`` has another length.
+        InputError: a constraint names a module or a stage that does not exist.
+        InfeasibleError: the model cannot be cut into ``num_stages`` stages, does not fit into the devices' memory, or a
+            constraint contradicts the model or another constraint.
+        PlanError: no plan within memory was found, although one may exist.
     """
     constraints = constraints or DEFAULT_PLAN
     _check(num_stages, constraints, replicas)
@@ -86,21 +88,21 @@ def partition(
 
 def _check(num_stages: int, constraints: PlanOptions, replicas: Sequence[int]) -> None:
     if num_stages < 1:
-        raise ValueError(f"a plan needs at least one stage; got {num_stages}")
+        raise ValueError(f"num_stages must be at least 1; got {num_stages}")
     if len(replicas) not in (0, num_stages):
-        raise ValueError(f"{num_stages} stages have replicas {tuple(replicas)}; give a number for each")
+        raise ValueError(f"replicas={list(replicas)} must have one number for each of the {num_stages} stages")
     if constraints.max_stages is not None and any(count > 1 for count in replicas):
         raise InputError(
-            f"max_stages={constraints.max_stages} may leave stages out, but replicas={list(replicas)} says which "
-            f"devices run each of {num_stages}; give only one of them"
+            f"max_stages={constraints.max_stages} lets the search leave stages out, but replicas={list(replicas)} gives "
+            f"the number of devices of each stage; use only one of them"
         )
 
 
 def _seated(costed: CostedGraph, seating: Seating, seat_of: Sequence[int], again: Sequence[bool]) -> Plan:
-    """The plan in which each thing is on a seat, without the seats that have none.
+    """The plan for an assignment of things to seats, without empty seats.
 
     Args:
-        again: whether what is on a seat is computed again in the backward.
+        again: whether the stage on each seat recomputes activations in the backward.
     """
     used = sorted(set(seat_of))
     replica_of = with_replicas([seating.replicas[seat] for seat in used])
@@ -113,21 +115,21 @@ def _seated(costed: CostedGraph, seating: Seating, seat_of: Sequence[int], again
 
 
 def scored(objective: Callable[[Plan], float], plan: Plan) -> float:
-    """What a function makes of a plan.
+    """The value of an objective function for a plan.
 
     Raises:
-        InputError: that is no number.
+        InputError: the value is not a number.
     """
     score = objective(plan)
     if not isinstance(score, int | float) or score != score:
         raise InputError(
-            f"objective= is a function that gave {score!r} for a plan; it must give a number, less is better"
+            f"the function objective= returned {score!r} for a plan; it must return a number (smaller is better)"
         )
     return score
 
 
 def _overlapping(problem: Problem, budget: float | None) -> tuple[tuple[int, ...], ...]:
-    """Plans of the same problem for stages that send while they compute; none if none was found."""
+    """Plans for the same problem with communication that overlaps with computation; empty if none was found."""
     try:
         solution = solve(replace(problem, overlapped=True), budget, others=True)
     except PlanError:
@@ -144,12 +146,12 @@ def problem_of(
     replicas: Sequence[int] = (),
     overlapped: bool = False,
 ) -> Contraction:
-    """The numbers of the problem; its things are the nodes that are not replicated, in order."""
+    """The problem of the solver. Its things are the nodes that are not rematerialized, in order."""
     seating = Seating.of(num_stages, cluster, replicas)
     training = training or Training.flushed(seating.replicas)
     placed = Placed(costed.graph)
-    wished = Wished(placed, constraints or DEFAULT_PLAN, num_stages)
-    wished.check()
+    bound = ModuleConstraints(placed, constraints or DEFAULT_PLAN, num_stages)
+    bound.check()
     nodes = [costed.graph.nodes[index] for index in placed.nodes]
     costs = [costed.costs[index] for index in placed.nodes]
     values = zip(nodes, placed.users, strict=True)
@@ -163,17 +165,17 @@ def problem_of(
         [cost.seconds + cost.forward * training.all_again for cost in costs],
         placed.arcs,
         [((thing, *users), _transfer(node, link)) for thing, (node, users) in enumerate(values)],
-        seating.seats(training, wished.least_stages, mean, slower),
-        together=[*placed.together, *wished.groups],
+        seating.seats(training, bound.least_stages, mean, slower),
+        together=[*placed.together, *bound.groups],
         kept_bytes=[h + t * (1 + training.optimizer_state + stashed[0]) for h, t in zip(held, trained, strict=True)],
         saved_bytes=[cost.saved_bytes + t * stashed[1] for cost, t in zip(costs, trained, strict=True)],
-        pinned=[(pin.thing, pin.stage) for pin in wished.pins],
+        fixed_stages=[(pin.thing, pin.stage) for pin in bound.pins],
         overlapped=overlapped,
     )
 
 
 def parameter_bytes(costed: CostedGraph, placed: Placed) -> tuple[list[int], list[int]]:
-    """For each thing the bytes of the parameters that it is the first to read, and of those that are trained."""
+    """For each thing, the bytes of the parameters that it reads first, and of the trainable ones among them."""
     specs = {parameter.name: parameter.spec for parameter in costed.graph.parameters}
     held, trained = [], []
     seen: set[str] = set()
@@ -186,6 +188,6 @@ def parameter_bytes(costed: CostedGraph, placed: Placed) -> tuple[list[int], lis
 
 
 def _transfer(node: Node, link: Link) -> float:
-    """Seconds to send a node's value, and to send its gradient back."""
+    """Seconds to send a node's outputs, and to send their gradients back."""
     returned = sum(spec.nbytes for spec in node.outputs if spec.requires_grad)
     return link.seconds(node.nbytes) + (link.seconds(returned) if returned else 0.0)

@@ -1,9 +1,9 @@
-"""The user's constraints in the numbers of a problem, or why they cannot be met.
+"""Translates the user's constraints into those of a problem, or says why they cannot be met.
 
-    pins       -> things with a stage         uncut, together -> groups of things
+    pins       -> things with a stage         no_split, colocate -> groups of things
 
-Whether pins agree with each other is seen on the graph with all groups contracted: going down it, each part has a
-latest stage pinned above it, and may not be pinned to an earlier one.
+To check that pins agree, all groups are contracted. In topological order, each part must not be pinned to an earlier
+stage than any of its ancestors.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pipecompile.partition.stage_nodes import Placed
 
 @dataclass(frozen=True, slots=True)
 class Pin:
-    """A thing, the stage that it must be in, and the path that says so."""
+    """A thing, the stage that it must be in, and the module path of the pin."""
 
     thing: int
     stage: int
@@ -31,8 +31,8 @@ class Pin:
 
 
 @dataclass(frozen=True)
-class Wished:
-    """PlanOptions about a graph that is to be cut into so many stages."""
+class ModuleConstraints:
+    """Constraints on cutting a graph into ``num_stages`` stages."""
 
     placed: Placed
     constraints: PlanOptions
@@ -41,19 +41,19 @@ class Wished:
     @cached_property
     def groups(self) -> tuple[tuple[int, ...], ...]:
         """Things that must share a stage."""
-        uncut = [self._things(f"no_split={path!r}", path) for path in self.constraints.no_split]
-        together = [
+        whole = [self._things(f"no_split={path!r}", path) for path in self.constraints.no_split]
+        colocated = [
             tuple(thing for path in group for thing in self._things(f"colocate={group!r}", path))
             for group in self.constraints.colocate
         ]
-        return (*uncut, *together)
+        return (*whole, *colocated)
 
     @cached_property
     def pins(self) -> tuple[Pin, ...]:
         pins: dict[int, Pin] = {}
         for path, stage in self.constraints.pins.items():
             if stage >= self.num_stages:
-                raise InputError(f"pins[{path!r}] = {stage}, but the stages are 0 to {self.num_stages - 1}")
+                raise InputError(f"pins[{path!r}] = {stage}, but stages must be between 0 and {self.num_stages - 1}")
             for thing in self._things(f"pins[{path!r}]", path):
                 other = pins.setdefault(thing, Pin(thing, stage, path))
                 if other.stage != stage:
@@ -65,7 +65,7 @@ class Wished:
 
     @property
     def least_stages(self) -> int:
-        """The stages that must not be empty: all, or with ``max_stages`` those up to the last pin."""
+        """The number of stages that must not be empty: all, or with ``max_stages`` those up to the last pin."""
         return (
             self.num_stages
             if self.constraints.max_stages is None
@@ -73,11 +73,11 @@ class Wished:
         )
 
     def check(self) -> None:
-        """Passes if no two constraints contradict each other.
+        """Checks that the constraints do not contradict the model or each other.
 
         Raises:
-            InputError: a path or a stage is not there.
-            InfeasibleError: with the modules that cannot be where they were asked to be.
+            InputError: a path or a stage does not exist.
+            InfeasibleError: constraints cannot be met; the message names the modules.
         """
         contraction = self._contracted(self.groups)
         pin_of: dict[int, Pin] = {}
@@ -86,8 +86,8 @@ class Wished:
             if other.stage != pin.stage:
                 raise InfeasibleError(
                     f"{self._pinned(other)} and {self._pinned(pin)}, but {self._named(other.thing)} and "
-                    f"{self._named(pin.thing)} must share a stage, because the model or other constraints bind "
-                    f"them; pin both to one stage"
+                    f"{self._named(pin.thing)} must share a stage (because of the model, no_split= or colocate=); pin "
+                    f"both to one stage"
                 )
         self._check_order(contraction, pin_of)
         self._check_stages(contraction)
@@ -100,8 +100,8 @@ class Wished:
             here = pin_of.get(atom)
             if before and here and here.stage < before.stage:
                 raise InfeasibleError(
-                    f"{self._pinned(before)} and {self._pinned(here)}, but {self._named(here.thing)} needs what "
-                    f"{self._named(before.thing)} computes, and values flow to later stages only; pin {here.path!r} to "
+                    f"{self._pinned(before)} and {self._pinned(here)}, but {self._named(here.thing)} reads values "
+                    f"of {self._named(before.thing)}, and values flow to later stages only; pin {here.path!r} to "
                     f"stage {before.stage} or later, or {before.path!r} to stage {here.stage} or earlier"
                 )
             above.append(here or before)
@@ -110,28 +110,28 @@ class Wished:
         parts = len(contraction.problem)
         if self.groups and parts < self.least_stages <= len(self._contracted(()).problem):
             raise InfeasibleError(
-                f"{self.num_stages} stages were asked for, but with {self.constraints} the model can be cut into at "
-                f"most {parts}; ask for fewer stages, or keep less together"
+                f"the model cannot be cut into {self.num_stages} stages: with {self.constraints} it has at most {parts}; "
+                f"use fewer stages, or shorten no_split= or colocate="
             )
 
     def _contracted(self, groups: tuple[tuple[int, ...], ...]) -> Contraction:
         nothing = [0.0] * len(self.placed.nodes)
         return contract(nothing, self.placed.arcs, [], [Seat()], together=[*self.placed.together, *groups])
 
-    def _things(self, wish: str, path: str) -> tuple[int, ...]:
+    def _things(self, option: str, path: str) -> tuple[int, ...]:
         nodes = [index for index, node in enumerate(self.placed.graph.nodes) if _is_in(node, path)]
         things = tuple(self.placed.thing_of[index] for index in nodes if index in self.placed.thing_of)
         if things:
             return things
         if nodes:
             raise InputError(
-                f"{wish}: all of {path!r} is cheap and computed again in each stage that reads it, so it has no stage; "
-                f"leave it out"
+                f"{option}: {path!r} is only cheap operations, which each stage that reads them computes for itself, so "
+                f"it has no stage; leave it out"
             )
         known = dict.fromkeys(path for node in self.placed.graph.nodes for path in _prefixes(node.path))
         close = ", ".join(map(repr, get_close_matches(path, known, 3)))
-        hint = f"did you mean {close}?" if close else "paths look like those of model.named_modules()"
-        raise InputError(f"{wish}: no module called {path!r} computes anything; {hint}")
+        hint = f"did you mean {close}?" if close else "use a path of model.named_modules()"
+        raise InputError(f"{option}: no module {path!r} computes anything; {hint}")
 
     def _pinned(self, pin: Pin) -> str:
         return f"module {pin.path!r} is pinned to stage {pin.stage}"

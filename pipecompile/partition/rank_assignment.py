@@ -1,18 +1,18 @@
-"""Which rank runs each stage, so that heavy cuts lie on fast links.
+"""Assigns stages to ranks, so that large transfers use fast links.
 
-A stage keeps its number, its nodes and the speed and the memory that it was planned for: only devices that are equal in
-both change places, each with all the stages that it runs. The seconds of a stage for one microbatch are
+A stage keeps its number, its nodes and the speed and memory that it was planned for: only devices that are equal in
+both are exchanged, each with all the stages that it runs. The seconds per microbatch of a stage are
 
     its nodes' seconds / its device's speed / its replicas
-    + for each channel that it ends, and each parameter that it shares, the seconds of the link there and back
+    + for each of its channels and tied parameters, the seconds on the link in both directions
 
-where a channel between replicas counts for the share of the microbatches that goes through it, and a tied parameter's
-gradient and new weights for their share of a step. The slowest stage should take least, and among equals the seconds on
-all links together should be least. That is the quadratic assignment problem with a bottleneck, so it is solved exactly
-for few devices, by branch and bound, and beyond by swaps, from the given order and from one of near neighbours.
+where a channel between replicas is weighted by its share of the microbatches, and the gradient and new weights of a
+tied parameter by one step's share of a microbatch. The objective is to minimize the bottleneck, then the total seconds
+on all links. This is a quadratic assignment problem with a bottleneck. It is solved exactly for few devices, by branch
+and bound, and otherwise by swaps, starting from the given order and from one of nearest neighbours.
 
 Source: Koopmans, Beckmann, "Assignment Problems and the Location of Economic Activities" (Econometrica 1957); the
-bound, open pairs on the fastest link, is a weak form of Gilmore's and Lawler's.
+bound, which puts undecided pairs on the fastest link, is a weak form of Gilmore's and Lawler's.
 """
 
 from __future__ import annotations
@@ -32,21 +32,22 @@ EXACT = 8  # devices
 
 
 def assign(plan: Plan, seconds: Sequence[float], cluster: Cluster, microbatches: int = 1) -> Plan:
-    """The plan with its stages on the ranks that suit its channels; never a slower one than the given."""
+    """The plan with its stages on the ranks that suit its channels. It is never slower than the given plan."""
     return plan.on_ranks(suited(plan, seconds, cluster, microbatches))
 
 
 def suited(plan: Plan, seconds: Sequence[float], cluster: Cluster, microbatches: int = 1) -> tuple[int, ...]:
-    """For each rank the device that does its work best.
+    """Returns, for each rank of the plan, the device that should run it.
 
     Args:
-        seconds: of each stage for one microbatch, on a device of speed 1.
-        cluster: a device for each rank, and maybe more, which may be used as well.
-        microbatches: of a step, in which the gradients of tied parameters are sent once.
+        plan: the stages and channels.
+        seconds: seconds per microbatch of each stage, on a device of speed 1.
+        cluster: a device for each rank; further devices may be used instead.
+        microbatches: the number per step; the gradients of tied parameters are sent once per step.
     """
     task = _Task(plan, tuple(seconds), cluster, microbatches)
     found = tuple(range(len(cluster)))
-    if len(set(task.twin_of)) > len(set(task.kind_of)):  # else no two places differ
+    if len(set(task.twin_of)) > len(set(task.kind_of)):  # otherwise all assignments are equal
         found, row = _swapped(task, found), _swapped(task, _nearest(task))
         found = row if task.score(row) < task.score(found) else found
         if len(cluster) <= EXACT:
@@ -56,17 +57,17 @@ def suited(plan: Plan, seconds: Sequence[float], cluster: Cluster, microbatches:
 
 @dataclass(frozen=True, slots=True)
 class Wire:
-    """What two stages send each other for one microbatch, one way."""
+    """The bytes that two stages send each other per microbatch, in one direction."""
 
     first: int
     second: int
     nbytes: int
-    share: float  # of the microbatches, both ways
+    share: float  # of the microbatches, for both directions
 
 
 @dataclass(frozen=True)
 class _Task:
-    """Places are the given ranks, with the stages there; an assignment says which device each place is given."""
+    """Places are the ranks of the plan with their stages. An assignment gives each place a device."""
 
     plan: Plan
     stage_seconds: tuple[float, ...]
@@ -75,7 +76,7 @@ class _Task:
 
     @cached_property
     def wires(self) -> tuple[Wire, ...]:
-        """Those between stages on different ranks."""
+        """The wires between stages on different ranks."""
         replicas, rank_of = self.plan.replicas, self.plan.rank_of
         tied: Counter[tuple[int, int]] = Counter()
         for each in self.plan.tied:
@@ -88,7 +89,7 @@ class _Task:
 
     @cached_property
     def wires_at(self) -> tuple[tuple[Wire, ...], ...]:
-        """For each place the wires that end there."""
+        """For each place, the wires that end there."""
         rank_of = self.plan.rank_of
         return tuple(
             tuple(wire for wire in self.wires if place in (rank_of[wire.first], rank_of[wire.second]))
@@ -97,12 +98,12 @@ class _Task:
 
     @cached_property
     def kind_of(self) -> tuple[tuple[float, int | None], ...]:
-        """For each device what it must have in common with another to change places."""
+        """For each device, the speed and memory that devices must share to be exchanged."""
         return tuple((device.speed, device.memory) for device in self.cluster.devices)
 
     @cached_property
     def twin_of(self) -> tuple[int, ...]:
-        """For each device the first with which it may change places while all links stay the same."""
+        """For each device, the first one with which it can be exchanged without changing any link."""
         ranks = range(len(self.cluster))
         twins: list[int] = []
         for rank in ranks:
@@ -116,7 +117,7 @@ class _Task:
 
     @cached_property
     def computing(self) -> tuple[float, ...]:
-        """For each stage the seconds that it computes for one microbatch of all."""
+        """For each stage, the seconds that it computes per microbatch, averaged over all microbatches."""
         devices, plan = self.cluster.devices, self.plan
         return tuple(
             seconds / devices[rank].speed / len(group)
@@ -125,7 +126,7 @@ class _Task:
 
     @cached_property
     def least(self) -> dict[Wire, float]:
-        """For each wire its seconds on the link that is the fastest for it."""
+        """For each wire, its seconds on the link that is fastest for it."""
         pairs = combinations(range(len(self.cluster)), 2)
         links = {self.cluster.between(*pair) for pair in pairs}
         return {wire: wire.share * min(link.seconds(wire.nbytes) for link in links) for wire in self.wires}
@@ -135,11 +136,11 @@ class _Task:
         return wire.share * self.cluster.transfer_seconds(first, second, wire.nbytes)
 
     def score(self, devices: Sequence[int]) -> Score:
-        """Of a whole assignment, place -> device."""
+        """The score of a complete assignment, place -> device."""
         return self.scored(self.seconds(wire, devices) for wire in self.wires)
 
     def scored(self, seconds: Iterable[float]) -> Score:
-        """With so many seconds on each wire."""
+        """The score for the seconds of each wire."""
         score = Score(list(self.computing))
         for wire, each in zip(self.wires, seconds, strict=True):
             score.add(wire, each)
@@ -148,7 +149,7 @@ class _Task:
 
 @dataclass(slots=True)
 class Score:
-    """Seconds of each stage, and on all links."""
+    """The load of each stage, and the total on all links, in seconds."""
 
     loads: list[float]
     sent: float = 0.0
@@ -159,7 +160,7 @@ class Score:
         self.sent += seconds
 
     def __lt__(self, other: Score) -> bool:
-        """Whether it is better by more than rounding."""
+        """Whether this score is better by more than rounding."""
         mine, others = max(self.loads), max(other.loads)
         if abs(mine - others) <= SLACK * others:
             return self.sent < other.sent * (1 - SLACK)
@@ -167,7 +168,7 @@ class Score:
 
 
 def _nearest(task: _Task) -> tuple[int, ...]:
-    """The assignment in which each place is given the device, of those that are left, that is nearest to the last."""
+    """The assignment that gives each place the unused device nearest to the previous one."""
     nbytes = sum(wire.nbytes for wire in task.wires) // max(1, len(task.wires))
     found: list[int] = []
     for place, kind in enumerate(task.kind_of):
@@ -178,7 +179,7 @@ def _nearest(task: _Task) -> tuple[int, ...]:
 
 
 def _swapped(task: _Task, devices: tuple[int, ...]) -> tuple[int, ...]:
-    """The assignment after swaps of two devices, each of which makes it better, until none does."""
+    """Swaps pairs of devices as long as a swap improves the score."""
     best = task.score(devices)
     improved = True
     while improved:
@@ -198,7 +199,7 @@ def _swapped(task: _Task, devices: tuple[int, ...]) -> tuple[int, ...]:
 
 
 class _Search:
-    """Gives places their devices one after the other; a wire counts on the fastest link until both ends have one."""
+    """Branch and bound over places. A wire counts with its fastest link until both of its ends have a device."""
 
     def __init__(self, task: _Task, devices: tuple[int, ...]) -> None:
         self.task, self.best, self.best_score = task, devices, task.score(devices)
@@ -227,7 +228,7 @@ class _Search:
             del self.device_at[place]
 
     def _choices(self, place: int) -> Iterator[int]:
-        """Free devices of the place's kind, of twins one."""
+        """Free devices of the place's kind, one for each group of twins."""
         taken, kinds = set(self.device_at.values()), self.task.kind_of
         free = (device for device in range(len(kinds)) if device not in taken and kinds[device] == kinds[place])
         yield from {self.task.twin_of[device]: device for device in free}.values()

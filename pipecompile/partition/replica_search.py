@@ -1,15 +1,14 @@
-"""How many devices each stage could have: a programme over the stages at the end of a model and the devices they take.
+"""Proposes the number of devices per stage: a dynamic program over the last stages of a model and their devices.
 
-    best(s, a, m)   least greatest load of s stages that run atoms a, a+1, ... of one order on the last m devices
+    best(s, a, m)   smallest bottleneck of s stages that run atoms a, a+1, ... of one order on the last m devices
                   = min over b, r of max(load of a ... b-1 on r devices, best(s - 1, b, m - r))
 
-A stage on r devices takes its seconds by r, what crosses its ends, and for each microbatch its share of what a step
-takes to bring gradients together and weights back. The programme goes from the end to the front, because what a stage
-keeps in flight depends on the devices behind it. What comes out is a proposal: ``replicate`` has plans made of it and
-compares their simulations.
+The load of a stage on r devices is its seconds divided by r, plus its communication, plus the seconds to sum gradients
+and return weights, divided by the microbatches of a step. The program runs from the last stage to the first, because
+the microbatches in flight in a stage depend on the devices behind it. Its results are proposals:
+``planning.replicas`` makes plans of them and compares their simulations.
 
-Source: PipeDream (Narayanan et al., SOSP 2019), section 3.1, with memory, and with the programme for each number of
-stages.
+Source: PipeDream (Narayanan et al., SOSP 2019), section 3.1, extended by memory and solved for each number of stages.
 """
 
 from __future__ import annotations
@@ -35,13 +34,14 @@ MOST_ATOMS = 150
 
 @dataclass(frozen=True)
 class Step:
-    """What replicas depend on of a step of training.
+    """The parameters of a training step that replicas depend on.
 
     Args:
-        microbatches: in a step.
-        in_flight: of a stage with r devices, when it and all behind it have m, at once: called with (r, m).
-        optimizer_state: bytes for each byte of trainable parameters.
-        again: every stage's backward computes its forward again.
+        microbatches: the number per step.
+        in_flight: ``in_flight(r, m)`` is the most microbatches in flight in a stage with r devices, if it and all
+            stages behind it have m devices.
+        optimizer_state: bytes per byte of trainable parameters.
+        again: every stage recomputes activations in the backward.
     """
 
     microbatches: int
@@ -51,7 +51,7 @@ class Step:
 
 
 def deals(costed: CostedGraph, cluster: Cluster, step: Step) -> list[tuple[int, ...]]:
-    """For each number of stages on all devices of the cluster the best numbers of replicas, where there are any."""
+    """For each possible number of stages on all devices of the cluster, the best number of replicas per stage."""
     return list(_Programme.of(costed, cluster, step).run())
 
 
@@ -61,7 +61,7 @@ class _Programme:
     cluster: Cluster
     step: Step
     trained: Floats  # atom -> bytes
-    writes: Floats  # atom -> nodes that write buffers, which no replica may
+    writes: Floats  # atom -> nodes that write buffers, which replicas must not
 
     @staticmethod
     def of(costed: CostedGraph, cluster: Cluster, step: Step) -> _Programme:
@@ -79,9 +79,9 @@ class _Programme:
         return _Programme(coarse.problem, cluster, step, trained, writers)
 
     def run(self) -> Iterator[tuple[int, ...]]:
-        """For each number of stages the best replicas of each."""
+        """For each number of stages, the best replicas of each stage."""
         atoms, devices = len(self.problem), len(self.cluster)
-        behind: Floats = np.full((devices + 1, atoms + 1), inf)  # of one stage less: devices taken, first atom
+        behind: Floats = np.full((devices + 1, atoms + 1), inf)  # for one stage fewer: devices taken, first atom
         behind[0, atoms] = 0.0
         chosen: dict[tuple[int, int, int], tuple[int, int]] = {}  # stages, devices, first atom -> replicas, next atom
         for stages in range(1, devices + 1):
@@ -99,7 +99,7 @@ class _Programme:
             behind = best
 
     def _load(self, replicas: int, taken: int) -> Floats:
-        """Seconds of a stage, by its first atom and the first behind it, on the first of the last ``taken`` devices."""
+        """Load of a stage (first atom, first atom behind) on the first ``replicas`` of the last ``taken`` devices."""
         first = len(self.cluster) - taken
         ranks = range(first, first + replicas)
         speed = replicas * min(self.cluster.devices[rank].speed for rank in ranks)
@@ -117,11 +117,11 @@ class _Programme:
             load = np.where(held > min(limits), inf, load)
         if replicas > 1:
             load = np.where(_between(self.writes) > 0, inf, load)
-        return np.where(np.tri(len(load), dtype=bool), inf, load)  # a stage has an atom
+        return np.where(np.tri(len(load), dtype=bool), inf, load)  # a stage needs an atom
 
     @cached_property
     def crossing(self) -> Floats:
-        """Seconds of the nets that cross a stage, made or only read there, by its first atom and the next stage's."""
+        """Seconds of the nets that cross a stage, made and only read in it, by its first and the next first atom."""
         atoms = len(self.problem)
         crossing, seconds = Crossing(self.problem), np.zeros((2, atoms + 1, atoms + 1))
         for atom in range(atoms):
@@ -131,7 +131,7 @@ class _Programme:
 
 
 def _between(numbers: Floats) -> Floats:
-    """Sums of atoms from a first one up to, not including, another: a number for each pair of them."""
+    """For each pair of atoms, the sum from the first up to but not including the second."""
     sums = np.concatenate([[0.0], np.cumsum(numbers)])
     return np.asarray(sums[None, :] - sums[:, None])
 

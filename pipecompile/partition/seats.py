@@ -1,4 +1,4 @@
-"""Which devices run which stage, and what the solver sees of them: a seat for each stage."""
+"""Devices of each stage, and the seat that the solver sees for each stage."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from pipecompile.partition.solver.problem import Seat
 
 @dataclass(frozen=True)
 class Seating:
-    """Stages with so many replicas each on the devices of a cluster, one after the other, and round again.
+    """Stages with ``replicas`` each on the devices of a cluster, in order. If there are more stages, devices repeat.
 
-    To the solver a stage with r replicas is a seat r times as fast as the slowest of their devices, with the memory of
-    the smallest. What a seat sends takes the link to the next one, and what it receives the link from the one before,
-    wherever it goes to or comes from; of replicas that is the mean of their links.
+    To the solver, a stage with r replicas is a seat r times as fast as its slowest device, with the memory of its
+    smallest. A seat sends over the link to the next seat and receives over the link from the previous one, whatever the
+    actual target or source. For replicas this is the mean of their links.
     """
 
     cluster: Cluster
-    replicas: tuple[int, ...]  # stage -> devices that run it
+    replicas: tuple[int, ...]  # stage -> number of devices that run it
 
     @staticmethod
     def of(num_stages: int, cluster: Cluster, replicas: Sequence[int] = ()) -> Seating:
-        """So many stages, by default without replicas."""
+        """``num_stages`` stages, by default without replicas."""
         return Seating(cluster, tuple(replicas[:num_stages]) or (1,) * num_stages)
 
     @cached_property
@@ -42,27 +42,29 @@ class Seating:
 
     @cached_property
     def links(self) -> tuple[tuple[Link, ...], ...]:
-        """The links from the ranks of each stage to those of the next; none within a rank."""
+        """The links from the ranks of each stage to those of the next, without those within a rank."""
         rows = (product(here, there) for here, there in pairwise(self.ranks))
         return tuple(tuple(self.cluster.between(*pair) for pair in row if pair[0] != pair[1]) for row in rows)
 
     def fastest_link(self, nbytes: float) -> Link:
-        """The fastest of them for a value of so many bytes; one that takes no time only if all do."""
+        """The fastest link for a value of ``nbytes``. A link that takes no time is chosen only if all take none."""
         links = [link for row in self.links for link in row] or [self.cluster.link]
         return min(links, key=lambda link: link.seconds(nbytes) or inf)
 
     def factors(self, nbytes: float) -> list[float]:
-        """How many times as long as the fastest each link from stage to stage takes for a value of so many bytes."""
+        """The time of each link from stage to stage for a value of ``nbytes``, relative to the fastest link."""
         unit = self.fastest_link(nbytes).seconds(nbytes) or 1.0
         rows = ([link.seconds(nbytes) / unit for link in row] or [1.0] for row in self.links)
         return [max(1.0, fmean(row)) for row in rows]
 
     def seats(self, training: Training, least: int, nbytes: float, again: float) -> list[Seat]:
-        """A seat for each stage, of which ``least`` are needed; stages on one rank share its memory.
+        """A seat per stage. The first ``least`` must not be empty. Stages on one rank share its memory.
 
         Args:
-            nbytes: of a value, by which links are compared.
-            again: how much faster a stage is that does not compute its forward again, as some do.
+            training: what memory depends on.
+            least: the number of stages that must not be empty.
+            nbytes: the size of a value for which links are compared.
+            again: the factor by which recomputing activations slows a stage down, if only some stages do.
         """
         factors = [1.0, *self.factors(nbytes), 1.0]
         reserved = training.reserved or (0,) * len(self.cluster)

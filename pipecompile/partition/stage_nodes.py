@@ -1,4 +1,4 @@
-"""The nodes of a graph that need a stage, as the things of a problem: replicated ones are left out."""
+"""The nodes of a graph that need a stage, as the things of a problem. Rematerialized nodes are left out."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pipecompile.ir.graph import Graph
 
 @dataclass(frozen=True)
 class Placed:
-    """The nodes of a graph that are not replicated, numbered in order."""
+    """The nodes of a graph that are not rematerialized, numbered in order."""
 
     graph: Graph
 
     @cached_property
     def nodes(self) -> tuple[int, ...]:
         """thing -> node"""
-        return tuple(index for index, node in enumerate(self.graph.nodes) if not node.replicated)
+        return tuple(index for index, node in enumerate(self.graph.nodes) if not node.rematerialized)
 
     @cached_property
     def thing_of(self) -> dict[int, int]:

@@ -1,7 +1,8 @@
-"""What stages took in a step beside what was predicted, and costs corrected by it.
+"""Compares measured stage times with predicted ones, and corrects costs accordingly.
 
-A profile times each operation alone. In a step they share caches, threads and memory with others, and a stage has a
-cost of its own. The ratio of measured to predicted, forward and backward, corrects each node of a stage alike.
+A profile times each operation alone. In a step, operations share caches, threads and memory with others, and each stage
+has overhead of its own. The ratio of measured to predicted seconds, forward and backward, corrects all nodes of a stage
+alike.
 """
 
 from __future__ import annotations
@@ -18,29 +19,30 @@ from pipecompile.ir.timeline import Timeline
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """Seconds of one microbatch in one stage: as predicted, and the median of those measured."""
+    """Seconds per microbatch in one stage: predicted, and the median of the measured ones."""
 
     predicted: Cost
     measured: Cost
 
     @property
     def ratio(self) -> float:
-        """Measured over predicted; 1 where nothing was predicted."""
+        """Measured over predicted seconds; 1 if zero seconds were predicted."""
         return _ratio(self.measured.seconds, self.predicted.seconds)
 
     @property
     def error(self) -> float:
-        """Seconds by which forward and backward are off, relative to the prediction of both."""
+        """The absolute errors of forward and backward, relative to their predicted sum."""
         measured, predicted = self.measured, self.predicted
         off = abs(measured.forward - predicted.forward) + abs(measured.backward - predicted.backward)
         return off / predicted.seconds if predicted.seconds else 0.0
 
 
 def stage_times(predicted: Sequence[Cost], timeline: Timeline) -> tuple[Times, ...]:
-    """For each stage its times in a measured step; none if one ran no backward.
+    """The times of each stage in a measured step; empty if a stage ran no backward.
 
     Args:
-        predicted: of each stage, for one microbatch.
+        predicted: the cost of each stage per microbatch.
+        timeline: of the measured step.
     """
     seconds: dict[tuple[type, int], list[float]] = {}
     for span in timeline.spans:
@@ -55,12 +57,15 @@ def stage_times(predicted: Sequence[Cost], timeline: Timeline) -> tuple[Times, .
 
 
 def corrected(costed: CostedGraph, plan: Plan, times: Sequence[Times], by: str = "a measured step") -> CostedGraph:
-    """The costs with those of each stage's nodes scaled to what the stage took; replicated nodes keep theirs.
+    """Scales the costs of each stage's nodes to the measured times. Rematerialized nodes keep their costs.
 
-    Of a stage with replicas it is the mean of theirs.
+    For a stage with replicas, the factor is the mean of theirs.
 
     Args:
-        by: where the times are from, for ``origin``.
+        costed: the costs to correct.
+        plan: the plan of the measured step.
+        times: the times of each stage.
+        by: where the times come from, for ``origin``.
     """
     ratios = [_ratios(it, stage in plan.recomputed) for stage, it in enumerate(times)]
     forward = [mean(ratios[stage][0] for stage in r) for r in plan.replicas]
@@ -76,10 +81,10 @@ def corrected(costed: CostedGraph, plan: Plan, times: Sequence[Times], by: str =
 
 
 def _ratios(times: Times, again: bool) -> tuple[float, float]:
-    """Of forward and backward; that of a stage which computes its forward again holds for the rest of its backward."""
+    """Ratios of forward and backward. If a stage recomputes, its backward is compared without the forward in it."""
     measured, predicted = times.measured, times.predicted
     rest = measured.backward - again * measured.forward
-    if rest <= 0:  # the forward in a backward took less than that before it
+    if rest <= 0:  # the recomputed forward took less than the first one
         return times.ratio, times.ratio
     return _ratio(measured.forward, predicted.forward), _ratio(rest, predicted.backward - again * predicted.forward)
 

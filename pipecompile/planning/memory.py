@@ -1,21 +1,21 @@
-"""How many bytes each stage holds at its fullest, by what they are for.
+"""Peak memory of each stage in bytes, by kind.
 
-    parameters    its own, and replicas of tied ones
-    gradients     of trainable parameters, from the first Backward after a Step on
-    optimizer     its state, for trainable parameters; of tied ones the owner has it
+    parameters    its own, and tied copies
+    gradients     of trainable parameters, from the first Backward after a Step
+    optimizer     optimizer state of trainable parameters; only the owner of a tied parameter has it
     versions      older weights that a Backward still needs (see ``weight_versions``)
-    activations   what is kept from Forward to Backward, of every microbatch in flight
-    waiting       values and gradients of other stages, from their arrival to the Backward that ends with them, or of
-                  tied parameters, as those of replicas are, to the Reduce
-    outputs       the model's, part by part until the step ends, and then whole
-    working       on the way through one Forward or Backward (see ``stage_memory``), or through an optimizer's step
-    buffers       as many bytes as are given
-    tail          what is computed once from the whole batch, as many bytes as are given
+    activations   kept from Forward to Backward, for every microbatch in flight
+    waiting       values and gradients of other stages, from their arrival to the end of the Backward; gradients of tied
+                  parameters (those of replicas included), to the Reduce
+    outputs       the model's outputs, per microbatch until the step ends, and then joined
+    working       temporaries of one Forward or Backward (see ``stage_memory``), or of an optimizer step
+    buffers       as given
+    tail          for what is computed once from the whole batch, as given
 
-All of it is read off a Program: nothing here knows a schedule. With a timeline what waits is told by it: a value lies
-from its arrival to the end of its Backward. Without one it is the most that can ever be: a value that stage u has sent
-lies at its reader for as long as its microbatch is in flight at u, so as many are there as u has in flight at most, or
-of these the reader's share where it has replicas, and a gradient may wait for each microbatch in flight.
+Everything is derived from a Program, independent of the schedule. With a timeline, a value waits from its arrival to
+the end of its Backward. Without one, ``waiting`` is an upper bound: a value that stage u has sent waits at its reader
+while its microbatch is in flight at u, so as many values wait as u has microbatches in flight (or the reader's share of
+them, if it has replicas), and a gradient may wait for each microbatch in flight.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from pipecompile.planning.stage_memory import Load, load
 
 @dataclass(frozen=True, slots=True)
 class Bytes:
-    """What one stage holds at one moment."""
+    """The bytes that one stage holds at one moment, by kind."""
 
     parameters: int = 0
     gradients: int = 0
@@ -55,7 +55,7 @@ class Bytes:
 
     @property
     def of_rows(self) -> int:
-        """What grows with the rows of a microbatch."""
+        """The bytes that grow with the rows of a microbatch."""
         return self.activations + self.waiting + self.outputs + self.working
 
     def by_kind(self) -> list[tuple[str, int]]:
@@ -63,16 +63,16 @@ class Bytes:
 
 
 How = Literal["single", "foreach", "fused"]
-STEP_COPIES = 2  # of one parameter that an optimizer makes on its way: Adam's denominator, in two steps
+STEP_COPIES = 2  # temporary copies of one parameter in a step: Adam computes its denominator in two operations
 KINDS = tuple(field.name for field in fields(Bytes))
 
 
 @dataclass(frozen=True)
 class Memory(Json):
-    """Each stage, and each rank, at its fullest."""
+    """Peak memory of each stage and of each rank."""
 
     stages: tuple[Bytes, ...]
-    ranks: tuple[int, ...]  # of all its stages together, which need not be at their fullest at once
+    ranks: tuple[int, ...]  # peak of all its stages together, which need not peak at once
 
     def __str__(self) -> str:
         kinds = [kind for kind in KINDS if any(getattr(stage, kind) for stage in self.stages)]
@@ -93,16 +93,18 @@ def memory(
     step: How = "single",
     timeline: Timeline | None = None,
 ) -> Memory:
-    """What training by a program takes.
+    """The memory of training with a program.
 
     Args:
-        program: bare or lowered; its plan may be any with the same stages.
-        optimizer_state: bytes for each byte of trainable parameters; 2 is Adam's.
-        buffers: bytes of each stage.
+        costed: the model with its costs.
+        plan: the stages.
+        program: bare or lowered; its plan can be any plan with the same stages.
+        optimizer_state: bytes per byte of trainable parameters; 2 for Adam.
+        buffers: bytes of buffers of each stage.
         tail: bytes that the last stage holds for what is computed once from the whole batch.
         step: how the optimizer updates parameters: one by one ("single", two copies of one), all at once ("foreach", a
             copy of all, torch's way on CUDA), or in one kernel ("fused", no copy).
-        timeline: of the program, simulated or measured; without it the most is taken that can ever wait.
+        timeline: of the program, simulated or measured; without it ``waiting`` is an upper bound.
     """
     in_flight = versions(program).in_flight
     stashes = stash_at_start(program)
@@ -139,7 +141,7 @@ def memory(
 
 
 def _parameters(costed: CostedGraph, plan: Plan, stage: int) -> tuple[int, int, list[int]]:
-    """Bytes of a stage's parameters, of those that are trained, and of each of these that it steps."""
+    """Bytes of a stage's parameters, of its trainable ones, and of each trainable one that it owns."""
     names = {name for i in members(costed.graph, plan, stage) for name in costed.graph.nodes[i].parameters}
     mine = [parameter.spec for parameter in costed.graph.parameters if parameter.name in names]
     trained = [spec.nbytes for spec in mine if spec.requires_grad]
@@ -149,27 +151,27 @@ def _parameters(costed: CostedGraph, plan: Plan, stage: int) -> tuple[int, int, 
 
 
 def _once(nbytes: Mapping[int, int], plan: Plan) -> dict[int, int]:
-    """Bytes by stage, those of replicas once: a microbatch comes from one of them, and goes to one."""
+    """Bytes by stage, with replicas counted once: a microbatch comes from one of them, and goes to one."""
     return {plan.replica_of[stage]: n for stage, n in nbytes.items()}
 
 
 class _Bound:
-    """The most that can wait, whatever the clock says."""
+    """An upper bound of the waiting bytes, for any timing."""
 
     def __init__(self, work: Load, plan: Plan, stage: int, in_flight: Sequence[int]) -> None:
         self.received = sum(c.nbytes * plan.shared(c, in_flight[c.source]) for c in plan.incoming[stage])
         self.returned = sum(_once(work.returned, plan).values())
 
     def reach(self, i: Instruction) -> None:
-        """The stage comes to an instruction."""
+        """Called when the stage reaches an instruction."""
 
     def nbytes(self, count: int) -> int:
-        """What waits with ``count`` microbatches in flight."""
+        """Waiting bytes with ``count`` microbatches in flight."""
         return self.received + count * self.returned
 
 
 class _Clock:
-    """What waits by a timeline: what has arrived when an instruction ends, less what is done with."""
+    """The waiting bytes by a timeline: what has arrived when an instruction ends, minus what is no longer needed."""
 
     def __init__(self, work: Load, plan: Plan, stage: int, program: Program, timeline: Timeline) -> None:
         self.ends = {span.instruction: span.end for span in timeline.spans}
@@ -194,7 +196,7 @@ class _Clock:
 
 
 class _State:
-    """One stage while its instructions are walked through."""
+    """The memory of one stage while its instructions are processed."""
 
     def __init__(
         self, work: Load, fixed: Bytes, trainable: int, step: int, stash: Stash, waiting: _Bound | _Clock
@@ -202,12 +204,12 @@ class _State:
         self.work, self.fixed, self.trainable, self.step = work, fixed, trainable, step
         self.stash, self.waiting = stash, waiting
         self.has_gradients = False
-        self.made = 0  # microbatches whose outputs are there
+        self.made = 0  # microbatches whose outputs exist
         self.most = self.latest = self.now
 
     @property
     def now(self) -> Bytes:
-        """Between two instructions."""
+        """The bytes held between two instructions."""
         count = len(self.stash.in_flight)
         return replace(
             self.fixed,
@@ -219,7 +221,7 @@ class _State:
         )
 
     def do(self, i: Forward | Backward | Step) -> None:
-        """Carries out an instruction; ``latest`` is what was held at its fullest."""
+        """Processes an instruction; ``latest`` is the peak during it."""
         self.waiting.reach(i)
         before, work = self.now, self.work
         match i:
@@ -232,14 +234,14 @@ class _State:
                 during = replace(before, working=work.first_backward)
                 self.has_gradients = True
         self.stash.do(i)
-        if isinstance(i, Step):  # what is still needed has been copied when it begins
+        if isinstance(i, Step):  # older weights that are still needed are copied before it begins
             during = replace(self.now, working=self.step)
             self.has_gradients = False
         self.latest = max(before, during, self.now, key=lambda held: held.total)
         self.most = max(self.most, self.latest, key=lambda held: held.total)
 
     def end(self) -> Bytes:
-        """The outputs' parts are joined, and the optimizer steps if it has not yet."""
+        """Ends the step: outputs are joined, and the optimizer steps if it has not yet."""
         joined = self.now.outputs * (1 + (self.made > 1))
         last = replace(self.now, outputs=joined, working=self.step * self.has_gradients)
         self.most = max(self.most, last, key=lambda held: held.total)

@@ -1,12 +1,12 @@
-"""Plans within memory: partition, schedule and memory in turn, until no device would hold more than it has.
+"""Plans within memory: partitions, schedules and computes memory in turn, until every device has enough.
 
-The partitioner knows what adds up node by node. What a stage holds beside that (tied weights, values of other stages,
-what is on the way through a pass) is known once there is a plan; where a plan turns out to be too large, so much memory
-is reserved, and the next plan is made within the rest.
+The partitioner knows the memory that is a sum over nodes. The rest (tied copies, values of other stages, temporaries)
+is known only for a complete plan. If a plan is too large, the excess is reserved, and the next plan is made within the
+remaining memory.
 
-With ``recompute="auto"`` a stage's backward computes its forward again where that makes the step shorter than cutting
-the model unevenly, or is the only way: all of them first, then, as far as there is room, the slowest stages no longer,
-and the others, which are slower now, are given less.
+With ``recompute="auto"``, stages recompute activations if that makes the step shorter than an uneven cut of the model,
+or if it is the only way to fit. Start with every stage recomputing. As memory allows, turn recomputation off, slowest
+stage first. Then rebalance, since the stages that still recompute are slower.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ from pipecompile.planning.search_spec import Request
 from pipecompile.planning.training_spec import Workload
 
 ATTEMPTS = 4
-MARGIN = 1.25  # of what a plan holds too much, that the next reserves
-WORTH = 0.999  # of a step, for which another plan is taken
+MARGIN = 1.25  # factor on the excess of a plan that the next one reserves
+WORTH = 0.999  # a plan is replaced if the new step is shorter than this share of the old
 
 
 @dataclass(frozen=True)
 class Fitting:
-    """A model that is to be planned into the memory of some devices, stage after stage along them."""
+    """The search for plans of a model within the memory of a cluster."""
 
     costed: CostedGraph
     request: Request
     cluster: Cluster
     work: Workload
-    searched: dict[object, Plan | PlanError] = field(default_factory=dict, compare=False)  # what each search gave
+    searched: dict[object, Plan | PlanError] = field(default_factory=dict, compare=False)  # result of each search
 
     def plan(self) -> Plan:
-        """The best plan that was found; between whole plans the objective decides, or, for a pace, the predicted step.
+        """The best plan found. Complete plans are compared by the objective, or by the predicted step for "pace".
 
         Raises:
-            InputError: a wish names what is not there.
-            InfeasibleError: there is none; says which stage of the fastest plan holds how much too much, and what
-                helps.
-            PlanError: none was found, or a stage that is to have replicas cannot.
+            InputError: a constraint names a module or a stage that does not exist.
+            InfeasibleError: no plan exists; the message names the stage of the fastest plan that exceeds its memory,
+                by how much, and what helps.
+            PlanError: no plan was found, or a stage cannot have the requested replicas.
         """
         fewest = self.every if self.work.recompute == "always" else ()
         fastest = self._fastest(fewest)
@@ -64,18 +64,18 @@ class Fitting:
 
     @cached_property
     def every(self) -> tuple[bool, ...]:
-        """All stages compute their forward again."""
+        """Every stage recomputes activations."""
         return (True,) * len(self.request.replicas)
 
     def _fastest(self, again: Sequence[bool]) -> Plan:
-        """The best plan if memory had no limits, and some stages compute their forward again all the same."""
+        """The best plan without memory limits, in which the stages ``again`` recompute activations."""
         devices = tuple(replace(device, memory=None) for device in self.cluster.devices)
         free = replace(self.cluster, devices=devices)
         search = partial(self.request.partition, self.costed, free, self._training(again), self.work)
         return self._once(("free", *again), search)
 
     def _try(self, again: Sequence[bool]) -> Plan | None:
-        """A plan within memory of which some stages compute their forward again, if one was found."""
+        """A plan within memory in which the stages ``again`` recompute activations, or None if none was found."""
         try:
             return self._once(("fitted", *again), partial(self._fitted, again))
         except PlanError:
@@ -89,7 +89,7 @@ class Fitting:
             over = self._excess(plan)
             if not any(over):
                 return plan
-            if training.reserved:  # else the plan was made without limits, and says nothing of what must be reserved
+            if training.reserved:  # otherwise the plan was made without limits, and its excess means nothing
                 reserved = [before + ceil(MARGIN * more) for before, more in zip(reserved, over, strict=True)]
             if attempt < ATTEMPTS:
                 training = replace(training, reserved=tuple(reserved))
@@ -97,7 +97,7 @@ class Fitting:
         raise PlanError(f"no plan within memory was found in {ATTEMPTS} attempts")
 
     def _once(self, key: object, search: Callable[[], Plan]) -> Plan:
-        """What a search gives, or raises; it is made once."""
+        """Runs a search once, and returns its plan or raises its error every time."""
         if key not in self.searched:
             try:
                 self.searched[key] = search()
@@ -109,7 +109,7 @@ class Fitting:
         return found
 
     def _eased(self) -> Plan | None:
-        """A plan of which no more stages compute their forward again than must, and which is balanced for it."""
+        """A plan in which only the necessary stages recompute activations, balanced accordingly."""
         best, tried = self._try(self.every), [self.every]
         if best is None:
             return None
@@ -126,7 +126,7 @@ class Fitting:
         return best
 
     def _relieved(self, found: Plan) -> Plan:
-        """The same plan with as few recomputed stages as memory allows, the slowest relieved first."""
+        """The same plan with as few recomputing stages as memory allows; recomputation is turned off slowest first."""
         costs = stage_costs(self.costed, found)
         for stage in sorted(found.recomputed, key=lambda s: costs[s].forward, reverse=True):
             plan = replace(found, recomputed=tuple(s for s in found.recomputed if s != stage), quality=None)
@@ -135,7 +135,7 @@ class Fitting:
         return found
 
     def _training(self, again: Sequence[bool]) -> Training:
-        """What a device of each stage has at once, without optimizer state."""
+        """What a device of each stage holds at once, without optimizer state."""
         chain = self.request.chain(len(self.cluster))
         flight = versions(self.work.schedule(chain, self.work.microbatches))
         groups = [chain.replicas[first] for first in sorted(set(chain.replica_of))]
@@ -152,9 +152,9 @@ class Fitting:
         return self.request.score(self.costed, self.cluster, self.work)
 
     def _quality(self, found: Plan, fastest: Plan) -> Quality | None:
-        """What is known of a plan within memory, by the fastest without limits; nothing if some stages are recomputed.
+        """The quality of a plan within memory, bounded by the fastest plan; None if only some stages recompute.
 
-        The search within limits knows bytes but roughly, and of stages that compute again only how slow they are.
+        The search within limits knows bytes only roughly, and of stages that recompute only their slowdown.
         """
         if found.quality is None or fastest.quality is None or 0 < len(found.recomputed) < found.num_stages:
             return None
@@ -165,16 +165,16 @@ class Fitting:
         return self.work.memory(self.costed, plan, self.cluster, bound=True)
 
     def _excess(self, plan: Plan) -> list[int]:
-        """For each rank of the cluster the bytes beyond its memory."""
+        """For each rank of the cluster, the bytes that exceed its memory."""
         held = self._held(plan)
         bytes_of = [*held.ranks, *[0] * (len(self.cluster) - len(held.ranks))]
         limits = [device.memory for device in self.cluster.devices]
         return [0 if limit is None else max(0, n - limit) for n, limit in zip(bytes_of, limits, strict=True)]
 
-    # Where there is none.
+    # Errors: no plan fits.
 
     def _refusal(self) -> PlanError:
-        """What the fastest plan would hold too much, and what would make it fit."""
+        """The error that no plan fits: the excess of the fastest plan, and what would make it fit."""
         fastest = self._fastest(self._most)
         held, over = self._held(fastest), self._excess(fastest)
         rank = max(range(len(over)), key=over.__getitem__)
@@ -182,41 +182,41 @@ class Fitting:
         stages = [stage for stage, r in enumerate(fastest.rank_of) if r == rank]
         most = max(stages, key=lambda stage: held.stages[stage].total)
         parts = ", ".join(f"{kind} {bytes_text(n)}" for kind, n in held.stages[most].by_kind() if n)
-        helps = "; ".join(self._remedies(fastest))
+        helps = ", or ".join(self._remedies(fastest))
         room = sum(inf if device.memory is None else device.memory for device in self.cluster.devices)
         kind = InfeasibleError if self._least > room else PlanError
         return kind(
             f"the model does not fit into the memory of its devices: in the fastest plan of {fastest.num_stages} "
             f"stages, stage {most} would hold {bytes_text(held.ranks[rank])} of {bytes_text(limit or 0)}, "
-            f"{bytes_text(over[rank])} too much ({parts}), and no other plan that fits was found; "
-            + (f"what would make it fit: {helps}" if helps else "use devices with more memory")
+            f"{bytes_text(over[rank])} too much ({parts}), and no plan that fits was found; "
+            + (f"it would fit with {helps}" if helps else "use devices with more memory")
         )
 
     @property
     def _least(self) -> float:
-        """Bytes that all devices together must hold: weights, and what comes with those that are trained."""
+        """The least bytes that all devices must hold together: weights, gradients and optimizer state."""
         each = self.costed.graph.parameters
         return sum(p.spec.nbytes * (1 + p.spec.requires_grad * (1 + self.work.state)) for p in each)
 
     @property
     def _most(self) -> tuple[bool, ...]:
-        """As many stages as may compute their forward again."""
+        """Recomputation of every stage, if it is allowed."""
         return () if self.work.recompute == "never" else self.every
 
     def _remedies(self, fastest: Plan) -> Iterator[str]:
         work, cluster, request = self.work, self.cluster, self.request
         if work.recompute == "never" and self._try(self.every):
             yield "recompute='auto'"
-        for factor in (2, 4, 8, 16):  # an estimate: half as many rows are half the bytes of all but parameters
+        for factor in (2, 4, 8, 16):  # an estimate: half the rows need half the bytes, except parameters
             more = Fitting(self.costed, request, cluster, replace(work, microbatches=factor * work.microbatches))
             shrunk = [stage.total - stage.of_rows * (factor - 1) // factor for stage in more._held(fastest).stages]
             limits = [cluster.devices[rank].memory for rank in fastest.rank_of]
             if all(limit is None or n <= limit for n, limit in zip(shrunk, limits, strict=True)):
-                yield f"about {more.work.microbatches} microbatches of the same batch in place of {work.microbatches}"
+                yield f"about {more.work.microbatches} microbatches per batch instead of {work.microbatches}"
                 break
         for factor in (2, 4):
             larger = replace(cluster, devices=cluster.devices * factor, pairs=())
             other = Fitting(self.costed, replace(request, replicas=request.replicas * factor), larger, work)
             if other._try(other._most):
-                yield f"{len(larger)} such devices in place of {len(cluster)}"
+                yield f"{len(larger)} such devices instead of {len(cluster)}"
                 break

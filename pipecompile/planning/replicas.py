@@ -1,8 +1,8 @@
-"""How many stages, and on how many devices each: plans with and without replicas, and the one with the shortest step.
+"""Chooses the number of stages and of devices per stage: the plan, with or without replicas, with the shortest step.
 
-For each number of stages ``partition.deals`` proposes replicas. Each proposal becomes a plan within memory, and the
-step of each is simulated; on top comes what bringing new weights to the replicas takes at the start of a step, to one
-after the other from the rank that owns them.
+For each number of stages ``partition.deals`` proposes replicas. Each proposal becomes a plan within memory, and its
+step is simulated. The predicted step includes sending new weights to the replicas at its start, to one after the other
+from the rank that owns them.
 
 Source: PipeDream (Narayanan et al., SOSP 2019), section 3.1.
 """
@@ -25,20 +25,20 @@ from pipecompile.planning.plan_search import make_plan
 from pipecompile.planning.search_spec import Request
 from pipecompile.planning.training_spec import Workload
 
-MOST_DEVICES = 16  # the programme takes time with their cube
+MOST_DEVICES = 16  # the search time grows with their cube
 CANDIDATE = 1.0  # CPU seconds of the search for one candidate
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """Stages with so many devices each, and the predicted seconds of a step, or why there is no such plan."""
+    """The number of devices per stage, and the predicted seconds of a step, or the reason why there is no plan."""
 
     replicas: tuple[int, ...]
     seconds: float | None
     refused: str = ""
 
     def __str__(self) -> str:
-        result = self.refused if self.seconds is None else f"a step of {seconds_text(self.seconds)} predicted"
+        result = self.refused if self.seconds is None else f"predicted step {seconds_text(self.seconds)}"
         return f"{list(self.replicas)}: {result}"
 
 
@@ -48,7 +48,7 @@ def with_best_replicas(
     work: Workload,
     options: PlanOptions = DEFAULT_PLAN,
 ) -> tuple[Plan, tuple[Candidate, ...]]:
-    """The plan with the shortest predicted step on all devices of the cluster, and all that were tried, the best first.
+    """The plan with the shortest predicted step on all devices of the cluster, and all candidates, best first.
 
     Args:
         options: constraints on every plan, without pins and a number of stages, which depend on the number of stages
@@ -56,7 +56,7 @@ def with_best_replicas(
 
     Raises:
         InputError: there are too many devices, or the constraints fix stages.
-        PlanError: no candidate has a plan within memory.
+        InfeasibleError: no candidate has a plan within memory.
     """
     if len(cluster) > MOST_DEVICES:
         raise InputError(
@@ -73,9 +73,9 @@ def with_best_replicas(
     found = [_tried(costed, request, cluster, work) for request in asked]
     fitting = [candidate for candidate in found if candidate.seconds is not None]
     if not fitting:
-        reasons = "; ".join(map(str, found)) or "the model has a node that no device holds"
+        reasons = ", ".join(map(str, found)) or "no device has memory for the largest node"
         raise InfeasibleError(
-            f"no number of stages and replicas has a plan on {len(cluster)} devices: {reasons}; use more devices, or "
+            f"no number of stages and replicas has a plan on {len(cluster)} devices ({reasons}); use more devices, or "
             f"devices with more memory"
         )
     ordered = sorted(found, key=lambda it: (it.seconds is None, it.seconds))
@@ -83,7 +83,7 @@ def with_best_replicas(
 
 
 def _proposals(costed: CostedGraph, cluster: Cluster, work: Workload) -> Iterator[tuple[int, ...]]:
-    """Each once: without replicas, and those of the programme, with and without recomputation where both may be."""
+    """The proposals without repeats: none replicated, and those of ``deals``, with and without recomputation."""
 
     @cache
     def in_flight(replicas: int, behind: int) -> int:

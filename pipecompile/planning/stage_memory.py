@@ -1,9 +1,9 @@
-"""What one microbatch does to the memory of a stage: bytes that stay from its Forward to its Backward, and on the way.
+"""The memory of one microbatch in a stage: bytes kept from its Forward to its Backward, and temporary bytes.
 
-Both passes are walked through node by node with what is alive after each: a value lives until its last reader has run,
-what autograd keeps until the last backward that reads it, a gradient from the first backward that adds to it until the
-backward of the node that it belongs to. Bytes are those of storages, so that views, and what several nodes keep, count
-once. What a kernel takes for itself is not known.
+Both passes are simulated node by node, with the live storages after each. A value is live until its last reader has
+run, a tensor that autograd keeps until the last backward that reads it, and a gradient from the first backward that
+adds to it until the backward of its own node. Bytes are those of storages, so that views, and tensors that several
+nodes keep, count once. Workspace inside kernels is not known.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from pipecompile.ir.plan import Plan, members
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Bytes of one microbatch in one stage."""
+    """Bytes per microbatch in one stage."""
 
-    saved: int  # from Forward to Backward, beside what follows
-    received: dict[int, int]  # by source stage: values, from their arrival to the Backward
-    returned: dict[int, int]  # by target stage: gradients of what it has sent, from their arrival to the Backward
-    outputs: int  # what it makes of the model's output, to the end of the step
-    forward: int  # at most on the way forward, ``saved`` and ``outputs`` included
-    backward: int  # at most on the way backward, beyond what is there before
-    first_backward: int  # the same where the parameters have no gradients yet; these included
+    saved: int  # kept from Forward to Backward, without the following
+    received: dict[int, int]  # by source stage: values, from arrival to Backward
+    returned: dict[int, int]  # by target stage: gradients of sent values, from arrival to Backward
+    outputs: int  # its part of the model output, until the end of the step
+    forward: int  # peak during the Forward, ``saved`` and ``outputs`` included
+    backward: int  # peak during the Backward, beyond what exists before
+    first_backward: int  # the same if the parameters have no gradients yet, those included
 
 
 def load(costed: CostedGraph, plan: Plan, stage: int) -> Load:
-    """What a microbatch does to a stage."""
+    """The memory of one microbatch in a stage."""
     walk = _Stage(costed, plan, stage)
     graph = costed.graph
     return Load(
@@ -50,7 +50,7 @@ def _gradient_bytes(node: Node) -> int:
 
 
 class _Stage:
-    """One stage's nodes and storages."""
+    """The nodes and storages of one stage."""
 
     def __init__(self, costed: CostedGraph, plan: Plan, stage: int) -> None:
         self.costed, self.graph, self.again = costed, costed.graph, stage in plan.recomputed
@@ -68,7 +68,7 @@ class _Stage:
         return {number for i in nodes for number in self.costed.footprints[i].values}
 
     def _footprint(self, i: int) -> Footprint:
-        """A node's footprint; where the whole stage is computed again, as one stretch."""
+        """A node's footprint. If the whole stage is recomputed, its nodes form one stretch."""
         footprint = self.costed.footprints[i]
         if not self.again:
             return footprint
@@ -88,12 +88,12 @@ class _Stage:
 
     @cached_property
     def resting(self) -> set[int]:
-        """Storages that stay from the Forward to the Backward, apart from those that were received."""
+        """Storages kept from the Forward to the Backward, without received ones."""
         saved = {number for footprint in self.footprints.values() for number in footprint.saved}
         return (saved | self._values(self.sent) | self.outputs) - self.received
 
     def forward(self) -> int:
-        """The most bytes alive on the way forward."""
+        """Peak of the live bytes during the Forward."""
         last_read = {n: i for i in self.nodes for source in self.graph.nodes[i].inputs for n in self._values([source])}
         alive: set[int] = set()
         now = most = 0
@@ -107,8 +107,8 @@ class _Stage:
         return max(most, now)
 
     def backward(self, first: bool) -> int:
-        """The most bytes alive on the way backward, beyond what is there before it."""
-        held = self.received | self._values(self.sent) | self.outputs  # until the whole backward is done
+        """Peak of the live bytes during the Backward, beyond those before it."""
+        held = self.received | self._values(self.sent) | self.outputs  # until the end of the whole backward
         gradients = _Gradients(self.sent)
         kept = Counter(number for footprint in self.footprints.values() for number in footprint.saved)
         stretches = self._stretches()
@@ -136,7 +136,7 @@ class _Stage:
         return most
 
     def _stretches(self) -> dict[int, Counter[int]]:
-        """What is kept of each stretch while its backward is at work; how many nodes keep each storage."""
+        """For each stretch, the storages kept during its backward, and how many nodes keep each."""
         found: dict[int, Counter[int]] = {}
         for footprint in self.footprints.values():
             if footprint.stretch is not None:
@@ -147,15 +147,15 @@ class _Stage:
 
 
 class _Gradients:
-    """Gradients of values, several of which may be one tensor: a view's, a sum's."""
+    """Gradients of values. Several may share a tensor, for example those of a view or a sum."""
 
     def __init__(self, received: set[int]) -> None:
         self.now = 0
-        self.owner = {value: value for value in received}  # value -> whose tensor its gradient is
-        self.size = dict.fromkeys(received, 0)  # owner -> bytes; those received are there already
+        self.owner = {value: value for value in received}  # value -> the value whose gradient tensor it shares
+        self.size = dict.fromkeys(received, 0)  # owner -> bytes; received gradients exist already
 
     def give(self, value: int, user: int, nbytes: int, shared: bool) -> None:
-        """A user's backward adds to a value's gradient; ``shared``: it hands its own on."""
+        """A user's backward adds to a value's gradient; ``shared``: it passes its own gradient on."""
         if value in self.owner or not nbytes:
             return
         if shared and user in self.owner:
@@ -166,7 +166,7 @@ class _Gradients:
         self.now += nbytes
 
     def drop(self, value: int) -> None:
-        """The value's own backward has run."""
+        """Called when the value's own backward has run."""
         owner = self.owner.pop(value, None)
         if owner is not None and owner not in self.owner.values():
             self.now -= self.size.pop(owner)

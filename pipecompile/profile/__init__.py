@@ -1,12 +1,12 @@
-"""What each node costs: seconds forward and backward, and bytes.
+"""Profiles each node: seconds forward and backward, and bytes.
 
-The captured graph is run node by node on the sample microbatch, and each node's backward on its own. Equal operations
-on equal shapes are timed once. A model without memory (on the meta device), or for a device that is not here, is
-*counted* instead: the same walk on fake tensors, with seconds from operations and bytes moved over a device's roofline.
+The captured graph is run node by node on the sample microbatch, with the backward of each node on its own. Equal
+operations on equal shapes are timed once. A model on the meta device, or for a device that is not available, is
+*counted* instead: the same walk on fake tensors, with seconds from the roofline of a device.
 
-Where operations are timed, so are the links between the devices (``links.py``).
+If operations are timed, so are the links between the devices (``links.py``).
 
-Bytes are counted by storage: views share that of their base, and what several nodes keep is kept once.
+Bytes are counted by storage: views share the storage of their base, and a storage that several nodes keep counts once.
 """
 
 from pipecompile.profile.links import with_measured_links as with_measured_links

@@ -1,4 +1,4 @@
-"""How many bytes of tensors are alive that were made while this mode was on, now and at most."""
+"""Tracks the current and peak bytes of live tensors that were created while this mode was active."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipecompile.profile.storages import has_storage
 
 
 class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sees what torch's functions return; what a kernel takes for itself alone is not seen."""
+    """Tracks the tensors that torch operations return. Workspace inside kernels is not tracked."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

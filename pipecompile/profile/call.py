@@ -1,4 +1,4 @@
-"""One node's call, on tensors of its own."""
+"""The call of one node, on its own tensors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipecompile.profile.storages import has_storage, nbytes
 
 
 class Call:
-    """A node's call on leaves of its own, so that its backward can run alone."""
+    """The call of a node on its own leaf tensors, so that its backward can run alone."""
 
     def __init__(self, node: fx.Node, function: Any, args: Any, kwargs: Any) -> None:
         self.function = function
@@ -29,10 +29,10 @@ class Call:
         self.differentiable = False
 
     def value(self) -> tuple[Any, list[Tensor]]:
-        """What the nodes after this one read, and the tensors that autograd keeps.
+        """The value for later nodes, and the tensors that autograd keeps.
 
-        A write goes to the very memory that later nodes read, without gradients. What it would keep is seen on copies,
-        and told in terms of the originals.
+        An in-place write goes to the memory that later nodes read, without gradients. The tensors that autograd would
+        keep are found on copies, and mapped back to the originals.
         """
         if not self.mutates:
             return self._watched(self.args, self.kwargs)
@@ -55,23 +55,23 @@ class Call:
             return self._run(args, kwargs), saved
 
     def forward(self) -> list[Tensor]:
-        """Runs the call as often as one likes; the outputs that a backward can start from."""
+        """Runs the call, any number of times. Returns the outputs that a backward can start from."""
         copied = map_tensors(torch.clone, (self.args, self.kwargs)) if self.mutates else (self.args, self.kwargs)
         outputs = tensors_of(self._run(*copied))
         self.differentiable = bool(self.leaves) and any(t.grad_fn is not None for t in outputs)
         return outputs
 
     def backward(self, outputs: list[Tensor], seeds: list[Tensor] | None = None) -> None:
-        """Runs the backward of a forward's outputs, from ``seeds`` or ones."""
+        """Runs the backward of ``outputs``, from the gradients ``seeds`` or ones."""
         roots = [t for t in outputs if t.grad_fn is not None]
         torch.autograd.grad(roots, self.leaves, seeds or _ones(roots), allow_unused=True)
 
     def seeds(self, outputs: list[Tensor]) -> list[Tensor]:
-        """Gradients of a forward's outputs for a backward to start from, which in a stage come from the next one."""
+        """Gradients of ``outputs`` that a backward can start from. In a stage, these come from the next one."""
         return _ones([t for t in outputs if t.grad_fn is not None])
 
     def allocated(self) -> tuple[int, int]:
-        """The most bytes that a forward allocates at once, and a backward; none of one that cannot be run alone."""
+        """Peak bytes that a forward and a backward allocate; 0 for a backward that cannot run alone."""
         with Allocations() as during_forward:
             outputs = self.forward()
         if not self.differentiable:
@@ -86,12 +86,12 @@ class Call:
 
     @property
     def is_half(self) -> bool:
-        """Whether the call computes with numbers of 16 bits."""
+        """Whether the call computes in 16 bits."""
         floats = [t for t in tensors_of((self.args, self.kwargs)) if t.is_floating_point()]
         return any(t.itemsize == 2 for t in floats)
 
     def traffic(self, outputs: list[Tensor]) -> int:
-        """Bytes that a forward reads and writes; none if its outputs are views."""
+        """Bytes that a forward reads and writes; 0 if its outputs are views."""
         read = tensors_of((self.args, self.kwargs))
         known = {storage_key(t) for t in read} - {None}
         is_view = all(storage_key(t) in known for t in outputs)
@@ -123,7 +123,7 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
 
 
 def as_recorded(value: Any, recorded: Any) -> Any:
-    """A node's value as the next node's leaf, which wants a gradient if the trace says so."""
+    """A node's value as leaves for later nodes, with ``requires_grad`` as recorded in the trace."""
     wants = iter([t.requires_grad for t in tensors_of(recorded)])
     return map_tensors(lambda t: t.detach().requires_grad_(next(wants, False)), value)
 

@@ -1,10 +1,10 @@
-"""The links between the devices at hand: latency and bandwidth, from copies of two sizes.
+"""Measures the links between the available devices: latency and bandwidth, from copies of two sizes.
 
-A copy of n bytes takes ``latency + n / bandwidth`` seconds, so two sizes tell both. Copies go there and back, one
-behind the other: a link is the same in both directions, and the clock's own waits count little. Ranks on one device
-hand over a reference: nothing is copied, and nothing is measured.
+A copy of n bytes takes ``latency + n / bandwidth`` seconds, so two sizes determine both. Copies go back and forth in a
+row: a link is assumed equal in both directions, and the overhead of timing is small. Ranks on the same device pass a
+reference, so nothing is copied or measured.
 
-Figures that differ by less than clocks do are taken for one, so that links of a kind stay equal.
+Figures that differ by no more than measurement noise are made equal, so that links of one kind stay equal.
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ import torch
 from pipecompile.ir.cluster import HANDED_OVER, Cluster, Link, Pair
 from pipecompile.profile.meters import Clock
 
-Copy = Callable[[torch.device, torch.device, int], float]  # seconds to copy so many bytes from one device to another
+Copy = Callable[[torch.device, torch.device, int], float]  # (source, target, nbytes) -> seconds of a copy
 
 SIZES = (1 << 12, 1 << 23)  # bytes
-ROUNDS = 2  # there and back in one timed run
-ALIKE = 1.25  # times the least of a kind: noise
+ROUNDS = 2  # round trips per timed run
+ALIKE = 1.25  # figures up to this factor above the smallest are of one kind
 
 
 def with_measured_links(cluster: Cluster, devices: Sequence[torch.device], copy: Copy | None = None) -> Cluster:
-    """The cluster with the links between its devices, each pair of them measured once.
+    """The cluster with measured links between its devices. Each pair of devices is measured once.
 
     Args:
-        devices: one for each rank; some may be the same.
-        copy: how to measure; by default as many runs as the profile makes of an operation.
+        cluster: the devices.
+        devices: the torch device of each rank; ranks may share one.
+        copy: how to measure; by default ``copy_seconds``.
     """
     apart = list(combinations(dict.fromkeys(devices), 2))
     lines = [_line([(copy or copy_seconds)(*pair, nbytes) for nbytes in SIZES]) for pair in apart]
@@ -56,12 +57,12 @@ def copy_seconds(source: torch.device, target: torch.device, nbytes: int) -> flo
             there = value.to(target, non_blocking=target.type == "cuda")
             there.to(source, non_blocking=source.type == "cuda")
 
-    last = source if source.type == "cuda" else target  # whatever goes back to the CPU waits for itself
+    last = source if source.type == "cuda" else target  # a copy to the CPU waits by itself
     return Clock(last).repeated(run) / (2 * ROUNDS)
 
 
 def _line(seconds: Sequence[float]) -> tuple[float, float]:
-    """Seconds of a copy without bytes, and of each further byte, where copies of ``SIZES`` take so long."""
+    """The latency and the seconds per byte, from the seconds of copies of ``SIZES``."""
     (small, large), (short, long) = SIZES, seconds
     slope = max(0.0, long - short) / (large - small)
     return max(0.0, short - small * slope), slope
@@ -72,7 +73,7 @@ def _link(latency: float, slope: float) -> Link:
 
 
 def _alike(figures: Iterable[float]) -> dict[float, float]:
-    """For each figure the median of its kind: those up to ``ALIKE`` times the least of them."""
+    """For each figure, the median of its kind: the figures up to ``ALIKE`` times the smallest."""
     kinds: list[list[float]] = []
     for figure in sorted(figures):
         if not kinds or figure > ALIKE * kinds[-1][0]:

@@ -1,4 +1,4 @@
-"""Two ways to tell the seconds of a call: by a clock, and by counting what it does."""
+"""Two ways to determine the seconds of a call: measuring, and counting operations and bytes."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from pipecompile.ops.torch_internals import FakeTensorMode
 from pipecompile.profile.call import Call
 
 How = Literal["measure", "count"]
-REPEATS = (3, 7)  # timed runs of an operation, at least and at most
-UNKNOWN_BACKWARD = 2.0  # forwards that a backward takes which cannot be run on its own
-ENOUGH = 0.05  # seconds: an operation is not repeated further once it has been timed for so long
+REPEATS = (3, 7)  # minimum and maximum number of timed runs of an operation
+UNKNOWN_BACKWARD = 2.0  # cost of a backward that cannot run alone, in forwards
+ENOUGH = 0.05  # seconds; an operation is not repeated after being timed for this long
 
 
 class Clock:
-    """Measures seconds; CUDA work is waited for."""
+    """Measures seconds, with synchronization on CUDA."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -46,7 +46,7 @@ class Clock:
 
     @cached_property
     def start(self) -> float:
-        """Seconds that a backward takes which does nothing: in a stage one starts for all operations."""
+        """Seconds of an empty backward, which a stage pays only once for all its operations."""
         leaf = torch.zeros((), device=self.device, requires_grad=True)
         out, seed = leaf.view_as(leaf), torch.ones((), device=self.device)
         return self.repeated(lambda: torch.autograd.grad(out, leaf, seed, retain_graph=True))

@@ -1,4 +1,4 @@
-"""How much an optimizer keeps for each byte of parameters: one is made for a small parameter, and steps."""
+"""The optimizer state per byte of parameters, from one step of an optimizer on a small parameter."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from torch import Tensor, nn
 
 from pipecompile.partition import ADAM
 
-SIDE = 64  # of the parameter: large enough that a counter of steps does not matter
+SIDE = 64  # of the parameter: large enough that a step counter does not matter
 
 
 def optimizer_state(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> float:
-    """Bytes of optimizer state for each byte of float32 parameters: SGD 0, with momentum 1, Adam 2.
+    """Bytes of optimizer state per byte of float32 parameters: SGD 0, with momentum 1, Adam 2.
 
-    Of an optimizer that cannot step on such a parameter as much as Adam's is assumed, with a warning.
+    If the optimizer cannot step on such a parameter, the state of Adam is assumed, with a warning.
     """
     parameter = nn.Parameter(torch.ones(SIDE, SIDE))
     parameter.grad = torch.ones_like(parameter)
     try:
         optimizer = make([parameter])
         optimizer.step()
-    except Exception as error:  # whatever the user's own optimizer raises
+    except Exception as error:  # a user's optimizer can raise anything
         warnings.warn(
             f"optimizer= cannot step on a single parameter of shape {tuple(parameter.shape)} "
-            f"({type(error).__name__}: {error}); plans count as much state as Adam has (or optimizer_state=)",
+            f"({type(error).__name__}: {error}); plans assume the state of Adam; use optimizer_state= to change it",
             stacklevel=2,
         )
         return ADAM

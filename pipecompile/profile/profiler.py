@@ -1,4 +1,4 @@
-"""The verb: a captured model and its graph in, costs out."""
+"""Computes the costs of a captured model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipecompile.ops.device_args import threads_of
 from pipecompile.profile.meters import Clock, Counter, How, Meter
 from pipecompile.profile.walk import Walk
 
-DEFAULT = "A100-40GB"  # whose roofline a model on the meta device is counted over, where no device is named
+DEFAULT = "A100-40GB"  # the kind of device to count for if none is named
 
 
 def profile(
@@ -26,14 +26,16 @@ def profile(
     threads: int | None = None,
     kind: str = "",
 ) -> CostedGraph:
-    """The graph with the cost of each node for one microbatch.
+    """The graph with the cost of each node per microbatch.
 
     Args:
-        how: "measure" on ``device``, or "count"; by default measured unless the model is on the meta device.
-        device: where to measure; by default where the model is.
-        roofline: to count over; by default that of ``kind``.
-        threads: within an operation on the CPU while it is measured; by default the caller's.
-        kind: the accelerator to count for, a name of ``ACCELERATORS``.
+        captured: the captured model.
+        graph: its graph.
+        how: "measure" on ``device``, or "count"; by default "measure", or "count" on the meta device.
+        device: the device to measure on; by default that of the model.
+        roofline: the roofline to count with; by default that of ``kind``.
+        threads: CPU threads per operation while measuring; by default the current number.
+        kind: the accelerator to count for, a key of ``ACCELERATORS``.
 
     Raises:
         InputError: a model on the meta device cannot be measured.
@@ -41,7 +43,7 @@ def profile(
     on_meta = any(p.is_meta for p in captured.model.parameters())
     how = how or ("count" if on_meta else "measure")
     if how == "measure" and on_meta:
-        raise InputError("a model on the meta device has no values to measure with; use costs='count'")
+        raise InputError("a model on the meta device has no values, so it cannot be measured; use costs='count'")
     if device is None:
         device = torch.device("cpu") if on_meta else captured.device
     meter: Meter = Clock(device) if how == "measure" else Counter(roofline or ACCELERATORS[kind or DEFAULT].roofline)

@@ -1,4 +1,4 @@
-"""The memory behind tensors, of layouts that have no one block of it too."""
+"""The memory of tensors, also for layouts without a single block of memory."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 def has_storage(value: Any) -> bool:
-    """Whether a value is a tensor in one block of memory; sparse ones have several, which are not counted."""
+    """Whether a value is a tensor in a single block of memory. Sparse tensors have several, which are not counted."""
     return isinstance(value, Tensor) and value.layout == torch.strided
 
 
 def nbytes(tensor: Tensor) -> int:
-    """The bytes of a tensor's entries, zero for a sparse one."""
+    """The bytes of a tensor's elements; 0 for a sparse tensor."""
     return tensor.nbytes if has_storage(tensor) else 0

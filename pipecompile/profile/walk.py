@@ -1,4 +1,4 @@
-"""One walk over a captured graph, which runs every node and holds the values that are still needed."""
+"""One pass over a captured graph, which runs every node and keeps the values that are still needed."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from pipecompile.profile.call import Call, as_recorded, described, map_tensors, 
 from pipecompile.profile.meters import UNKNOWN_BACKWARD, Counter, Meter
 from pipecompile.profile.storages import has_storage
 
-PATIENCE = 2.0  # seconds until a progress bar shows
-_SOME = ACCELERATORS["A100-40GB"].roofline  # for a call whose result is not known even where others are measured
+PATIENCE = 2.0  # seconds until a progress bar appears
+_SOME = ACCELERATORS["A100-40GB"].roofline  # for calls that cannot be measured
 
 
 class Walk:
-    """One walk over the graph; holds the values that are still needed.
+    """One pass over the graph, which keeps the values that are still needed.
 
     Attributes:
-        costs, footprints: by node name, once it has run.
-        storages: bytes of each storage that a footprint names.
+        costs, footprints: by node name, for nodes that have run.
+        storages: the bytes of each storage in a footprint.
     """
 
     def __init__(self, captured: Captured, device: torch.device, meter: Meter) -> None:
@@ -51,7 +51,7 @@ class Walk:
         self.timed: dict[Any, tuple[float, float]] = {}
         self.allocated: dict[Any, tuple[int, int]] = {}
         self.numbers: Any = WeakIdKeyDictionary()  # storage -> its number, None for those of parameters and buffers
-        self.kept: set[int] = set()  # storages that some node before has kept
+        self.kept: set[int] = set()  # storages kept by earlier nodes
         self.attributes = captured.tensors
         self.written = {name for node in captured.graph.nodes for name in origin_of(node).writes}
         self.sizes = captured.sample_sizes
@@ -72,8 +72,8 @@ class Walk:
             self._visit(node)
         except Exception as error:
             raise ExecutionError(
-                f"{origin_of(node)}: a microbatch of {self.captured.microbatch} rows cannot be run: "
-                f"{type(error).__name__}: {error}"
+                f"{origin_of(node)}: cannot run a microbatch of {self.captured.microbatch} rows "
+                f"({type(error).__name__}: {error}); the model must accept this batch size (see microbatches=)"
             ) from error
 
     def _visit(self, node: fx.Node) -> None:
@@ -97,13 +97,13 @@ class Walk:
     def _attribute(self, tensor: Tensor, written: bool = False) -> Tensor:
         value = self.meter.tensor(tensor)
         if written or not isinstance(tensor, nn.Parameter):
-            value = value.detach().clone()  # a buffer may be written
+            value = value.detach().clone()  # it may be written in place
         if has_storage(value):
             self.numbers[value.untyped_storage()] = None
         return value.requires_grad_(tensor.requires_grad)
 
     def _measure(self, node: fx.Node) -> None:
-        """Runs a node, keeps its value, and notes what it costs."""
+        """Runs a node, keeps its value, and records its cost."""
         args, kwargs = fx.map_arg((node.args, node.kwargs), self.values.__getitem__)
         args = retarget(args, self.captured.device, self.device)
         kwargs = retarget(kwargs, self.captured.device, self.device)
@@ -132,7 +132,7 @@ class Walk:
         self._note(node, *self.timed[key], saved, *self.allocated[key])
 
     def _wants_a_constants_values(self, node: fx.Node) -> bool:
-        """Whether a node may read whole numbers that stand in the model, which the trace had and fakes have not."""
+        """Whether a node may need the values of an integer tensor of the model, which fake tensors do not have."""
         read = [self.values[n] for n in node.all_input_nodes if n.op == "get_attr"]
         return isinstance(self.meter, Counter) and any(not value.is_floating_point() for value in read)
 
@@ -153,13 +153,13 @@ class Walk:
         )
 
     def _read_from_outside(self, node: fx.Node) -> list[Tensor]:
-        """What a node that is computed again reads of nodes that are not: that is kept for it."""
+        """The values that a recomputed node reads from outside its stretch, which are kept for it."""
         region = self.captured.recomputed
         outside = [n for n in node.all_input_nodes if region.get(n.name) != region[node.name]]
         return tensors_of([self.values[n] for n in outside])
 
     def _numbers(self, tensors: list[Tensor]) -> tuple[int, ...]:
-        """The storages of tensors, each once, without those of parameters and buffers."""
+        """The storages of tensors without repeats, and without those of parameters and buffers."""
         found: dict[int, None] = {}
         for tensor in filter(has_storage, tensors):
             storage = tensor.untyped_storage()
@@ -171,12 +171,12 @@ class Walk:
         return tuple(found)
 
     def _whole(self, node: fx.Node) -> Tensor:
-        """A stand-in for a value of the whole batch that the model reads (how many targets count)."""
+        """A stand-in for a value computed from the whole batch (such as the number of targets)."""
         like = node.meta["val"]
         return self.meter.tensor(torch.ones(self._shape(like), dtype=like.dtype))
 
     def _leaf(self, node: fx.Node) -> nn.Module:
-        """A module that is kept whole, on tensors of this walk."""
+        """A leaf module on the tensors of this pass."""
         prefix = f"{node.target}."
         mine = {n: self._attribute(t, n in self.written) for n, t in self.attributes.items() if n.startswith(prefix)}
         return self.captured.leaf(str(node.target), mine)
@@ -186,7 +186,7 @@ class Walk:
         return [resolve(size, self.sizes) for size in tensor.shape]
 
     def _count_leaf(self, node: fx.Node, leaf: nn.Module | FunctionLeaf | None, args: Any) -> None:
-        """A call that no fake can run: as if each row of its first tensor met each of its parameters once."""
+        """Estimates a call that cannot run on fakes: as if each row of its first tensor met each parameter once."""
         roofline = self.meter.roofline if isinstance(self.meter, Counter) else _SOME
         self.values[node] = map_tensors(
             lambda t: torch.empty(self._shape(t), dtype=t.dtype).requires_grad_(t.requires_grad), node.meta["val"]
@@ -201,7 +201,7 @@ class Walk:
 
 @contextmanager
 def _progress(task: str, total: int) -> Iterator[Callable[[], None]]:
-    """A progress bar that shows itself only when the work takes longer than ``PATIENCE``."""
+    """A progress bar that appears only if the work takes longer than ``PATIENCE``."""
     start = time.perf_counter()
     bar = Progress(transient=True)
     handle = bar.add_task(task, total=total)

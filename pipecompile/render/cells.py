@@ -1,4 +1,4 @@
-"""What every picture of a timeline shows, worked out once: cells for computations, wires for transfers, words."""
+"""The content shared by all drawings of a timeline: cells for computations, wires for transfers, and labels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipecompile.ir.units import bytes_text, seconds_text
 
 LETTERS = {Forward: "F", Backward: "B", Reduce: "R", Step: "S"}
 KINDS = {"F": "forward", "B": "backward", "R": "reduce", "S": "step"}
-SHADES = {  # of even and odd microbatches, so that neighbours need no border; white can be read on each
+SHADES = {  # for even and odd microbatches, so that neighbors need no border; white text is readable on each
     "F": ("#2f7ed8", "#225fa6"),
     "B": ("#d1571c", "#a8441a"),
     "R": ("#0f7f74", "#0b625a"),
@@ -22,15 +22,15 @@ SHADES = {  # of even and odd microbatches, so that neighbours need no border; w
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A computation that takes time, in seconds from the start of the timeline."""
+    """A computation with a duration, in seconds from the start of the timeline."""
 
     rank: int
     kind: str  # F, B, R or S
-    label: str  # "F0"; "2F0" where a rank runs several stages
+    label: str  # "F0"; "2F0" if a rank runs several stages
     start: float
     end: float
     shade: str
-    words: str  # in full
+    words: str  # full description
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class Wire:
 
 
 def cells(timeline: Timeline) -> list[Cell]:
-    """The computations, by rank and start; those of no duration cannot be drawn."""
+    """The computations, by rank and start, without those of zero duration."""
     ranks = {(span.rank, span.instruction.stage) for span in timeline.spans}
     several = len(ranks) > len({rank for rank, _ in ranks})
     return [
@@ -77,7 +77,7 @@ def start_of(timeline: Timeline) -> float:
 
 
 def drawn_kinds(timeline: Timeline) -> list[str]:
-    """The kinds of computation that have a cell, in the order of the legend."""
+    """The kinds of computations with a cell, in the order of the legend."""
     drawn = {cell.kind for cell in cells(timeline)}
     return [kind for kind in KINDS if kind in drawn]
 
@@ -92,12 +92,12 @@ def busy_text(timeline: Timeline, rank: int) -> str:
 
 
 def peak_text(timeline: Timeline, rank: int) -> str:
-    """The peak memory of a rank, empty where none is known."""
+    """The peak memory of a rank; empty if it is not known."""
     return bytes_text(timeline.peak_bytes[rank]) if any(timeline.peak_bytes) else ""
 
 
 def ticks(makespan: float, most: int) -> list[float]:
-    """Round times for an axis, from 0 to the makespan, at most ``most`` steps apart."""
+    """Round times for an axis, from 0 to the makespan, in at most ``most`` steps."""
     if makespan <= 0:
         return [0.0]
     rough = makespan / max(1, most)
@@ -107,4 +107,6 @@ def ticks(makespan: float, most: int) -> list[float]:
 
 
 def _when(span: Span, zero: float) -> str:
-    return f"{seconds_text(span.start - zero)} to {seconds_text(span.end - zero)}, {seconds_text(span.seconds)} long"
+    return (
+        f"{seconds_text(span.start - zero)} to {seconds_text(span.end - zero)}, duration {seconds_text(span.seconds)}"
+    )

@@ -1,4 +1,4 @@
-"""The stage graph in the DOT language: a cluster for each stage, a node for each module."""
+"""The stage graph in the DOT language: a cluster per stage, a node per module."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HEAD = """digraph plan {
 
 
 def dot(view: StageGraph) -> str:
-    """Graphviz source: modules are ``m0``, ``m1``, ..., stages are ``cluster_0``, ..."""
+    """Graphviz source. Modules are ``m0``, ``m1``, ..., stages are ``cluster_0``, ..."""
     lines = [HEAD]
     for stage in range(len(view.stages)):
         lines += _cluster(view, stage)

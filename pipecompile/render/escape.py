@@ -1,4 +1,4 @@
-"""Names as they may stand in each format. A name comes from the user's model and can hold any character."""
+"""Escapes names for each format. A name comes from the user's model and can contain any character."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ def xml(text: str) -> str:
 
 
 def dot_string(text: str, end: str = "\\n") -> str:
-    """A quoted string of the DOT language; ``end`` ends a line: ``\\n`` in the middle, ``\\l`` at the left."""
+    """A quoted string of the DOT language. ``end`` ends a line: ``\\n`` centers it, ``\\l`` aligns it left."""
     return '"' + _NOT_XML.sub("�", text).replace("\\", "\\\\").replace('"', '\\"').replace("\n", end) + '"'
 
 
 def mermaid_string(text: str) -> str:
-    """A quoted string of mermaid: everything but plain characters as a numeric entity, a new line as ``<br/>``."""
+    """A quoted Mermaid string: special characters become numeric entities, newlines become ``<br/>``."""
     lines = _NOT_XML.sub("�", text).split("\n")
     return '"' + "<br/>".join(re.sub(r"[^\w .,:+()\[\]/·…→-]", _entity, line) for line in lines) + '"'
 

@@ -1,4 +1,4 @@
-"""The formats that a stage graph can be written in, by name."""
+"""The output formats of a stage graph, by name."""
 
 from __future__ import annotations
 

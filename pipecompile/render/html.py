@@ -1,7 +1,7 @@
-"""The stage graph as one self-contained page: the picture, the stages, what crosses each cut, and every node.
+"""The stage graph as one self-contained page: the picture, the stages, the values that cross each cut, and all nodes.
 
-All of it is plain HTML and readable without scripts; the script adds hover cards and shows one stage at a time. Nothing
-is loaded from anywhere, so the page can be mailed, archived, or opened on a machine without a network.
+The page is plain HTML and readable without scripts. The script adds hover cards and shows one stage at a time. The page
+loads nothing, so it can be mailed, archived, or opened offline.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ HINT = "Point at a module or a wire for its shapes and source lines; click a sta
 
 
 def html(view: StageGraph) -> str:
-    """A page with everything that a person may want to know about a plan."""
+    """A page with all information about a plan."""
     return "\n".join(
         [
             '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
@@ -49,7 +49,7 @@ def _header(view: StageGraph) -> str:
         plural(len(view.costed.graph), "node"),
         f"{totals(view)[0]} parameters",
         f"{bytes_text(sum(cut.nbytes for cut in view.cuts))} across the cuts",
-        f"busiest stage / mean {view.balance:.2f}",
+        f"bottleneck / mean {view.balance:.2f}",
         f"one microbatch, {view.costed.origin}",
     ]
     return f"<header><h1>{len(view.stages)} pipeline stages</h1><p>{xml(' · '.join(facts))}</p></header>"
@@ -83,15 +83,15 @@ def _cuts(view: StageGraph) -> Iterator[str]:
 
 
 def _details(view: StageGraph) -> Iterator[str]:
-    """All nodes of all stages, one section a stage, one fold a module."""
+    """All nodes of all stages, with a section per stage and a fold per module."""
     buttons = (f'<button data-stage="{s}">{xml(stage_name(view, s))}</button>' for s in range(len(view.stages)))
     yield f'<div class="tabs" role="tablist">{"".join(buttons)}</div>'
     for index, stage in enumerate(view.stages):
         facts = xml(" · ".join(stage_lines(view, index)))
         yield f'<section class="detail" data-stage="{index}"><h2>{xml(stage_name(view, index))}</h2>'
         yield f'<p class="hint">{facts}</p>'
-        if start := (*stage.inputs, *stage.recomputed):
-            head = "<b>inputs, and what is recomputed from them</b>"
+        if start := (*stage.inputs, *stage.rematerialized):
+            head = "<b>inputs and rematerialized nodes</b>"
             yield _fold(head, f"{_count(start)}, never sent", view, start)
         for position in stage.modules:
             yield _module(view, position)
@@ -129,7 +129,7 @@ def _specs(view: StageGraph, index: int) -> list[str]:
 
 
 def _head(columns: Iterable[str]) -> str:
-    """A row of column names; one that starts with a dash holds numbers."""
+    """A row of column names. A name that starts with a dash is of a column of numbers."""
     cells = (f'<th class="number">{name[1:]}</th>' if name[0] == "-" else f"<th>{name}</th>" for name in columns)
     return f"<thead><tr>{''.join(cells)}</tr></thead>"
 

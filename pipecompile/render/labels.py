@@ -1,4 +1,4 @@
-"""The words of the pictures: one wording for what dot, mermaid, svg and html all say. Plain text, not yet escaped."""
+"""The labels that dot, mermaid, svg and html share. Plain text, not escaped."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pipecompile.render.paths import is_numbered, parent_of
 from pipecompile.render.stage_graph import Edge, StageGraph
 
 TOOLTIP_LINES = 14
-LONGEST_LABEL = 32  # letters in a box
+LONGEST_LABEL = 32  # characters in a box
 
 
 def stage_name(view: StageGraph, stage: int) -> str:
@@ -18,7 +18,7 @@ def stage_name(view: StageGraph, stage: int) -> str:
 
 
 def stage_lines(view: StageGraph, stage: int) -> tuple[str, ...]:
-    """What a stage holds and costs, a fact a line."""
+    """The contents and costs of a stage, one fact per line."""
     it = view.stages[stage]
     lines = [
         f"{count_text(it.num_parameters)} parameters",
@@ -34,14 +34,14 @@ def stage_lines(view: StageGraph, stage: int) -> tuple[str, ...]:
 
 
 def replica_notes(plan: Plan) -> tuple[str, ...]:
-    """What to know about each stage that has replicas."""
+    """A note on each stage that has replicas."""
     groups = [group for stage, group in enumerate(plan.replicas) if group[0] == stage and len(group) > 1]
     listed = (", ".join(map(str, group)) for group in groups)
-    return tuple(f"stages {stages} are replicas, which take microbatches in turn" for stages in listed)
+    return tuple(f"stages {stages} are replicas (microbatches are distributed round-robin)" for stages in listed)
 
 
 def modules_line(view: StageGraph, stage: int, limit: int = 5) -> str:
-    """The modules of a stage in a few words, numbered siblings as a run: ``"wte, wpe, h.0…4"``."""
+    """The modules of a stage in short, numbered siblings as a range: ``"wte, wpe, h.0…4"``."""
     siblings: dict[tuple[str, bool], list[str]] = {}
     for path in view.stages[stage].blocks:
         numbered = is_numbered(path)
@@ -51,28 +51,28 @@ def modules_line(view: StageGraph, stage: int, limit: int = 5) -> str:
 
 
 def inputs_line(view: StageGraph, stage: int) -> str:
-    """What a stage starts from: the model inputs it reads and how much it recomputes from them."""
+    """The model inputs that a stage reads, and the number of its rematerialized nodes."""
     it = view.stages[stage]
     words = [names_text([view.node(i).name for i in it.inputs])] if it.inputs else []
-    return " · ".join([*words, *([f"{len(it.recomputed)} recomputed"] if it.recomputed else [])])
+    return " · ".join([*words, *([f"{len(it.rematerialized)} rematerialized"] if it.rematerialized else [])])
 
 
 def edge_label(view: StageGraph, edge: Edge) -> str:
-    """The values of an edge in a line: in full if there is one."""
+    """The values of an edge in one line; with its shape if there is only one."""
     names = [view.node(value).name for value in edge.values]
     specs = names_text([str(spec) for spec in view.node(edge.values[0]).outputs], 1) if len(names) == 1 else ""
     return " · ".join(filter(None, [names_text(names, 2), specs, bytes_text(edge.nbytes)]))
 
 
 def edge_lines(view: StageGraph, edge: Edge) -> tuple[str, ...]:
-    """Where an edge goes, then each of its values."""
+    """The ends of an edge, then each of its values."""
     ends = [view.modules[end] for end in (edge.source, edge.target)]
     head = " → ".join(f"{module.label} (stage {module.stage})" for module in ends)
     return (head, *_limited([node_line(view, value) for value in edge.values]))
 
 
 def module_lines(view: StageGraph, position: int) -> tuple[str, ...]:
-    """What a module is, what it costs, then its nodes."""
+    """The path of a module, its costs, then its nodes."""
     module = view.modules[position]
     cost = module.cost
     time = f"forward {seconds_text(cost.forward)}, backward {seconds_text(cost.backward)}"
@@ -82,20 +82,20 @@ def module_lines(view: StageGraph, position: int) -> tuple[str, ...]:
 
 
 def box_text(view: StageGraph, position: int) -> str:
-    """The label of a module, without its middle if it is long."""
+    """The label of a module, with its middle elided if it is long."""
     label = view.modules[position].label
     return label if len(label) <= LONGEST_LABEL else f"{label[: LONGEST_LABEL - 11]}…{label[-10:]}"
 
 
 def module_path(view: StageGraph, position: int) -> str:
-    """The full paths of a module; the model itself has an empty one."""
+    """The full paths of a module; the path of the model itself is empty."""
     paths = view.modules[position].paths
     first, last = (path or "(model)" for path in (paths[0], paths[-1]))
     return first if len(paths) == 1 else f"{first} … {last}"
 
 
 def node_line(view: StageGraph, index: int) -> str:
-    """A node in a line: name, operation, shapes, source."""
+    """A node in one line: name, operation, shapes, source."""
     node = view.node(index)
     specs = names_text([*map(str, node.outputs)])
     return "  ".join(filter(None, [f"{node.name} = {node.op}", specs, bytes_text(node.nbytes), node.source]))

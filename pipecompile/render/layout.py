@@ -1,9 +1,9 @@
-"""Where everything stands in the picture of a stage graph; numbers only, drawn by ``svg``.
+"""The layout of the picture of a stage graph: coordinates only, drawn by ``svg``.
 
-Each stage is a band, bands stand below each other, and the modules of a stage stand in its band from left to right.
-Between two bands is a gutter with lanes; right of all bands is a margin with lanes.
+Each stage is a band, bands are stacked, and the modules of a stage are in its band from left to right. Between two
+bands is a gutter with lanes. To the right of all bands is a margin with lanes.
 
-    band 0    [ a ]->[ b ]->[ c ]        an edge within a stage: an arrow to the neighbour,
+    band 0    [ a ]->[ b ]->[ c ]        an edge within a stage: an arrow to the neighbor,
                  └── skip ──│───────┐       or an arc over the boxes in between
     gutter     ┌────────────┘       │    to the next stage: one lane of the gutter
     band 1    [ d ]->[ e ]          │    past a stage: a lane of the gutter, a lane of the margin,
@@ -19,15 +19,15 @@ from dataclasses import dataclass, field
 from pipecompile.render.labels import box_text, edge_label, inputs_line, stage_lines
 from pipecompile.render.stage_graph import Edge, StageGraph
 
-PAD = 18.0  # around everything, and inside a band
+PAD = 18.0  # around the picture, and inside a band
 HEADER = 214.0  # at the left of a band
 BOX_HEIGHT = 48.0
 BOX_GAP = 22.0
 ARC = 9.0  # between arcs over the boxes
 LANE = 24.0  # between lanes of a gutter, with room for text
 MARGIN_LANE = 16.0
-GLYPH = 6.7  # mean width of a letter of a box, and
-SMALL_GLYPH = 5.5  # of a small one
+GLYPH = 6.7  # mean width of a character in a box
+SMALL_GLYPH = 5.5  # mean width of a small character
 
 Point = tuple[float, float]
 
@@ -60,7 +60,7 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Wire:
-    """The way of an edge, a corner at each point, and its label if it crosses a cut."""
+    """The path of an edge, with a corner at each point, and its label if it crosses a cut."""
 
     edge: int
     points: tuple[Point, ...]
@@ -73,13 +73,13 @@ class Layout:
     height: float
     bands: tuple[Rect, ...]  # of the stages
     boxes: tuple[Rect, ...]  # of the modules
-    inputs: tuple[Rect | None, ...]  # of the stages: what they start from
+    inputs: tuple[Rect | None, ...]  # of the stages: their inputs
     wires: tuple[Wire, ...]
 
 
 @dataclass
 class _Lane:
-    """A horizontal piece of a wire in a gutter; ``lane`` counts from the top once it is assigned."""
+    """A horizontal piece of a wire in a gutter. ``lane`` counts from the top once it is assigned."""
 
     edge: int
     start: float
@@ -90,19 +90,19 @@ class _Lane:
 
     @property
     def text_at(self) -> float:
-        """Over the left end of the lane; right of it where the lane is too short."""
+        """Above the left end of the lane, or to its right if the lane is too short."""
         left, right = sorted((self.start, self.end))
         return (left if right - left > len(self.text) * SMALL_GLYPH + 16 else right) + 8
 
     @property
     def extent(self) -> tuple[float, float]:
-        """From its left to its right, text included, and some air."""
+        """From left to right, with text and some space."""
         text_right = self.text_at + len(self.text) * SMALL_GLYPH
         return min(self.start, self.end), max(self.start, self.end, text_right) + 12
 
 
 def layout(view: StageGraph) -> Layout:
-    """Places the stages, modules and edges of a stage graph. O(edges^2) in the worst case."""
+    """Computes the positions of stages, modules and edges. O(edges^2) in the worst case."""
     across = _Across.of(view)
     arcs = _arcs(view)
     lanes = _Lanes.of(view, across)
@@ -126,10 +126,10 @@ def layout(view: StageGraph) -> Layout:
 
 @dataclass(frozen=True)
 class _Across:
-    """Everything that depends on x alone: boxes as (x, width), ports of the crossing edges as (out, in)."""
+    """The coordinates that depend on x only: boxes as (x, width), ports of crossing edges as (out, in)."""
 
     boxes: tuple[tuple[float, float], ...]
-    inputs: tuple[float, ...]  # widths; 0 where a stage starts from other stages only
+    inputs: tuple[float, ...]  # widths; 0 if a stage reads only other stages
     ports: dict[int, tuple[float, float]]
     right: float  # of the bands
 
@@ -156,8 +156,8 @@ def _text_width(text: str, glyph: float) -> float:
 
 
 def _ports(view: StageGraph, boxes: Sequence[tuple[float, float]]) -> dict[int, tuple[float, float]]:
-    """For each crossing edge where it leaves and arrives, spread over the width of the boxes, in an order that
-    lets few of them cross."""
+    """For each crossing edge, where it leaves and arrives, spread over the width of the boxes, in an order with few
+    crossings."""
     leaving: dict[int, list[int]] = {}
     arriving: dict[int, list[int]] = {}
     for i, edge in enumerate(view.edges):
@@ -178,7 +178,7 @@ def _ports(view: StageGraph, boxes: Sequence[tuple[float, float]]) -> dict[int, 
 
 
 def _arcs(view: StageGraph) -> dict[int, int]:
-    """The level of each edge within a stage that passes over other boxes; from 1, inner ones lower."""
+    """The level of each edge within a stage that passes over other boxes, from 1; inner edges are lower."""
     inner = [i for i, e in enumerate(view.edges) if not view.crosses(e) and e.target > e.source + 1]
     inner.sort(key=lambda i: view.edges[i].target - view.edges[i].source)
     spans = [(float(view.edges[i].source), float(view.edges[i].target)) for i in inner]
@@ -186,7 +186,7 @@ def _arcs(view: StageGraph) -> dict[int, int]:
 
 
 def _levels(spans: Iterable[tuple[float, float]]) -> list[int]:
-    """For each span the first level on which no earlier one overlaps it."""
+    """For each span, the first level on which no earlier span overlaps it."""
     levels: list[list[tuple[float, float]]] = []
     result = []
     for left, right in spans:
@@ -233,8 +233,8 @@ class _Lanes:
 
 
 def _lane_order(lane: _Lane) -> tuple[int, float]:
-    """To the margin on top, then to the next stage, each with the rightmost first, so that wires cross other wires
-    away from their labels; from the margin at the bottom."""
+    """Sort key from top to bottom: lanes to the margin, then to the next stage, each rightmost first, so that wires
+    cross others away from their labels; then lanes from the margin."""
     if lane.from_margin:
         return 2, lane.end
     return (0 if lane.end > lane.start else 1), -lane.start

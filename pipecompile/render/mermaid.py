@@ -1,4 +1,4 @@
-"""The stage graph as a mermaid flowchart, which GitHub and many editors draw from a fenced block."""
+"""The stage graph as a Mermaid flowchart, which GitHub and many editors render from a fenced block."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipecompile.render.stage_graph import StageGraph
 
 
 def mermaid(view: StageGraph) -> str:
-    """A flowchart: modules are ``m0``, ``m1``, ..., stages are the subgraphs ``s0``, ...; thick edges cross a cut."""
+    """A flowchart. Modules are ``m0``, ``m1``, ..., stages are the subgraphs ``s0``, ..., thick edges cross a cut."""
     lines = ["flowchart TB"]
     for stage in range(len(view.stages)):
         lines += _subgraph(view, stage)

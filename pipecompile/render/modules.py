@@ -1,13 +1,13 @@
-"""Groups the nodes of each stage into boxes that a person recognises as modules of the model.
+"""Groups the nodes of each stage into boxes that resemble the modules of the model.
 
-The boxes of a stage are runs of consecutive nodes, so the picture keeps the order of computation and edges between
-boxes point forward. A path is cut at the first module that is not *open*; open are
+The boxes of a stage are runs of consecutive nodes, so the picture keeps the order of execution, and edges between boxes
+point forward. A path is truncated at the first module that is not *open*. Open modules are
 
-- the model itself and what leads to numbered blocks (``transformer`` and ``transformer.h``, not ``transformer.h.3``);
-- each module that the plan cuts, so that the place of the cut can be seen.
+- the model itself, and parents of numbered blocks (``transformer`` and ``transformer.h``, not ``transformer.h.3``);
+- each module that the plan cuts, so that the position of the cut is visible.
 
-What an open module computes itself becomes a box named after its operations. Long runs of numbered siblings become one
-box (``h.0…5``), and no stage has more than ``MOST_BOXES``.
+Operations directly in an open module become a box named after them. Long runs of numbered siblings become one box
+(``h.0…5``), and no stage has more than ``MOST_BOXES``.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from pipecompile.ir.units import names_text
 from pipecompile.render.paths import Names, common, is_numbered, parent_of, prefixes, words_of
 
 LONG_RUN = 4  # numbered siblings that still get a box each
-MOST_BOXES = 8  # of one stage
+MOST_BOXES = 8  # per stage
 
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """Consecutive nodes of one stage; ``paths`` are the modules in it, none if an open module computes them itself."""
+    """Consecutive nodes of one stage. ``paths`` are its modules, empty for operations directly in an open module."""
 
     nodes: tuple[int, ...]
     paths: tuple[str, ...]
@@ -37,7 +37,7 @@ class Box:
 
 
 def boxes_of_stages(graph: Graph, plan: Plan) -> tuple[tuple[Box, ...], ...]:
-    """For each stage its boxes, in the order of computation; replicated nodes are in none, and replicas have none."""
+    """The boxes of each stage, in execution order. Rematerialized nodes are in no box, and replicas have no boxes."""
     opened = _open_modules(graph, plan)
     stages: list[list[int]] = [[] for _ in range(plan.num_stages)]
     for node, stage in enumerate(plan.stage_of):
@@ -47,7 +47,7 @@ def boxes_of_stages(graph: Graph, plan: Plan) -> tuple[tuple[Box, ...], ...]:
 
 
 def box_label(graph: Graph, box: Box, names: Names) -> str:
-    """A short name for a box: from its modules, or from the operations that an open module computes itself."""
+    """A short name for a box: from its modules, or from the operations directly in an open module."""
     if box.paths:
         return names.run(box.paths[0], box.paths[-1])
     ops = list(dict.fromkeys(graph.nodes[node].op.strip("_") for node in box.nodes))
@@ -58,7 +58,7 @@ def box_label(graph: Graph, box: Box, names: Names) -> str:
 
 
 def blocks_of_stages(graph: Graph, plan: Plan) -> tuple[tuple[str, ...], ...]:
-    """For each stage the modules in it, each as a whole even if the plan cuts it."""
+    """The modules of each stage; a module that the plan cuts is listed in several stages."""
     opened = _leading(node.path for node in graph.nodes)
     stages: list[dict[str, None]] = [{} for _ in range(plan.num_stages)]
     for node, stage in zip(graph.nodes, plan.stage_of, strict=True):
@@ -68,7 +68,7 @@ def blocks_of_stages(graph: Graph, plan: Plan) -> tuple[tuple[str, ...], ...]:
 
 
 def _open_modules(graph: Graph, plan: Plan) -> set[str]:
-    """A module is cut where a value goes from one of its nodes to another, in another stage."""
+    """The open modules. A plan cuts a module if a value flows between two of its nodes in different stages."""
     cut: set[str] = set()
     for channel in plan.channels:
         for value in channel.values:
@@ -79,14 +79,14 @@ def _open_modules(graph: Graph, plan: Plan) -> set[str]:
 
 
 def _leading(paths: Iterable[str]) -> set[str]:
-    """The model itself, and the modules that lead to numbered blocks."""
+    """The model itself, and the parents of numbered blocks."""
     parents = {parent_of(prefix) for path in paths for prefix in prefixes(path) if prefix}
     blocks = {path for path in parents if is_numbered(path)}
     return {""} | {prefix for path in blocks for prefix in _outside_blocks(path, blocks)}
 
 
 def _closed(path: str, opened: set[str]) -> str | None:
-    """The outermost module around a path that is not open."""
+    """The outermost module on a path that is not open."""
     return next((prefix for prefix in prefixes(path) if prefix not in opened), None)
 
 
@@ -108,12 +108,12 @@ def _runs(graph: Graph, nodes: Sequence[int], opened: set[str]) -> list[Box]:
 
 
 def _narrowed(graph: Graph, nodes: Sequence[int], path: str) -> str:
-    """The innermost module that holds all the nodes, unless ``path`` is a numbered block."""
+    """The innermost module that contains all nodes, unless ``path`` is a numbered block."""
     return path if is_numbered(path) else common([graph.nodes[node].path for node in nodes])
 
 
 def _collapsed(boxes: Sequence[Box]) -> list[Box]:
-    """Merges each long run of numbered siblings, with what their parents compute in between."""
+    """Merges each long run of numbered siblings, with the operations of their parents in between."""
     result: list[Box] = []
     start = 0
     while start < len(boxes):
@@ -140,7 +140,7 @@ def _sibling_run(boxes: Sequence[Box], start: int) -> list[int]:
 
 
 def _bounded(boxes: list[Box]) -> list[Box]:
-    """Merges the smallest neighbours until few enough are left."""
+    """Merges the smallest neighbors until at most ``MOST_BOXES`` are left."""
     while len(boxes) > MOST_BOXES:
         sizes = [len(left.nodes) + len(right.nodes) for left, right in pairwise(boxes)]
         at = sizes.index(min(sizes))

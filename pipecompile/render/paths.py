@@ -1,4 +1,4 @@
-"""Module paths (``"h.3.attn"``; the model itself has an empty one) and the short names that tell them apart."""
+"""Module paths (``"h.3.attn"``; empty for the model itself) and unique short names for them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 
 
 class Names:
-    """Short names for the modules of one model: the shortest end of a path that no other path has.
+    """Short names for the modules of one model: the shortest suffix of a path that no other path has.
 
-    A name keeps all its numbers and the word before the first: ``"h.3.attn"``, never ``"attn"`` or ``"3.attn"``.
+    A name keeps all its numbers and the word before the first one: ``"h.3.attn"``, not ``"attn"`` or ``"3.attn"``.
     """
 
     def __init__(self, paths: Iterable[str]) -> None:
@@ -24,7 +24,7 @@ class Names:
         return next((end for end in ends if self._count[end] == 1), path)
 
     def run(self, first: str, last: str) -> str:
-        """A name for modules that follow each other: ``"h.0…5"``, ``"wte … drop"``, ``"h.3.attn … ln_2"``."""
+        """A name for consecutive modules: ``"h.0…5"``, ``"wte … drop"``, ``"h.3.attn … ln_2"``."""
         if first == last:
             return self.short(first)
         if is_numbered(first) and is_numbered(last) and parent_of(first) == parent_of(last):
@@ -45,7 +45,7 @@ def prefixes(path: str) -> Iterator[str]:
 
 
 def common(paths: Sequence[str]) -> str:
-    """The innermost module around all of them."""
+    """The innermost module that contains all paths."""
     first, last = min(map(words_of, paths)), max(map(words_of, paths))
     same = next((at for at, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), len(first))
     return ".".join(first[:same])

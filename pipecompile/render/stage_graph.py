@@ -1,11 +1,11 @@
-"""The stage graph: what every picture of a plan shows, worked out once.
+"""The stage graph: the content shared by all pictures of a plan.
 
-    stage_graph(costed, plan) -> StageGraph    one noun, read by
+    stage_graph(costed, plan) -> StageGraph    the input of
     dot  mermaid  svg  html  table             and itself the json format
 
-A stage is a cluster of modules; an edge carries values from one module to another, within a stage or across a cut. A
-value that several modules of one stage read crosses once, so its edge ends at the first of them. A replica is a stage
-with its own rank and memory, whose modules and edges are drawn once, with the stage that it is a replica of.
+A stage is a cluster of modules. An edge carries values from one module to another, within a stage or across a cut. If
+several modules of one stage read a value, it crosses the cut once, so its edge ends at the first of them. A replica is
+a stage with its own rank and memory. Its modules and edges are drawn only with the stage that it is a replica of.
 """
 
 from __future__ import annotations
@@ -24,34 +24,34 @@ from pipecompile.render.paths import Names
 
 @dataclass(frozen=True, slots=True)
 class Module:
-    """A box in a stage: consecutive nodes under one module path, or a run of such."""
+    """A box in a stage: consecutive nodes of one module, or of a run of modules."""
 
     stage: int
-    label: str  # short: "h.3", "h.0…5", or the operations if an open module computes them itself
+    label: str  # short: "h.3", "h.0…5", or operations directly in an open module
     paths: tuple[str, ...]  # in full: "transformer.h.3"
     nodes: tuple[int, ...]
-    cost: Cost  # of one microbatch; each parameter counts once
+    cost: Cost  # per microbatch; each parameter counts once
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """What one stage holds and costs, for one microbatch."""
+    """The contents and costs of one stage, per microbatch."""
 
     rank: int
-    blocks: tuple[str, ...]  # paths of the modules in it, coarse: one that the plan cuts stands in several stages
-    modules: tuple[int, ...]  # in finer boxes, in the order of computation
+    blocks: tuple[str, ...]  # module paths, coarse; a module that the plan cuts is in several stages
+    modules: tuple[int, ...]  # finer boxes, in execution order
     inputs: tuple[int, ...]  # model inputs that it reads
-    recomputed: tuple[int, ...]  # replicated nodes that it computes for itself
+    rematerialized: tuple[int, ...]  # nodes that it computes for itself
     parameters: tuple[str, ...]
     num_parameters: int  # elements
     cost: Cost
     bytes_in: int  # values from other stages
-    bytes_out: int  # values to other stages, once for each that reads them
+    bytes_out: int  # values to other stages, once per stage that reads them
 
 
 @dataclass(frozen=True, slots=True)
 class Edge:
-    """Values that go from one module to a later one; between two stages they cross a cut."""
+    """Values from one module to a later one. Between two stages they cross a cut."""
 
     source: int  # module
     target: int  # module
@@ -61,18 +61,18 @@ class Edge:
 
 @dataclass(frozen=True)
 class StageGraph(Json):
-    """A costed graph under a plan, as stages of modules. Positions are the ids of nodes, modules and stages.
+    """A costed graph under a plan, as stages of modules. The ids of nodes, modules and stages are positions.
 
     As JSON (``to_json``, ``--format json``), an object with the keys
 
     - ``costed``: the ``CostedGraph``: ``graph`` (``nodes`` with name, op, inputs, outputs, parameters, path, source,
-      replicated; ``inputs``, ``outputs``, ``parameters``, ``together``), ``costs`` (one for each node) and ``origin``;
-    - ``plan``: the ``Plan``: ``stage_of`` (node -> stage, null for replicated), ``rank_of``, ``channels``, ``tied``,
-      ``replica_of`` (stage -> the stage whose nodes it runs);
+      rematerialized; ``inputs``, ``outputs``, ``parameters``, ``together``), ``costs`` (one per node) and ``source``;
+    - ``plan``: the ``Plan``: ``stage_of`` (node -> stage, null for inputs and rematerialized nodes), ``rank_of``,
+      ``channels``, ``tied``, ``replica_of`` (stage -> the stage whose nodes it runs);
     - ``stages``, ``modules``, ``edges``: the fields of the classes above. An edge whose modules have different stages
       crosses a cut; the ``nbytes`` of those between two stages, none a replica, sum to those of their channel.
 
-    Times are seconds and sizes bytes, of one microbatch. ``StageGraph.from_json`` reads it back.
+    Times are in seconds and sizes in bytes, per microbatch. ``StageGraph.from_json`` reads it back.
     """
 
     costed: CostedGraph
@@ -102,24 +102,24 @@ class StageGraph(Json):
 
     @property
     def cuts(self) -> tuple[Channel, ...]:
-        """The pairs of stages that values go between, each once, whatever replicas they have."""
+        """The channels between stages, without those of replicas."""
         drawn = set(self.plan.replica_of)
         return tuple(c for c in self.plan.channels if {c.source, c.target} <= drawn)
 
     @property
     def balance(self) -> float:
-        """The time of the busiest stage over the mean of all; 1.0 is perfect. Replicas share the time of a stage."""
+        """The bottleneck over the mean of all stages; 1.0 is perfect. Replicas share the time of a stage."""
         groups = zip(self.stages, self.plan.replicas, strict=True)
         seconds = [stage.cost.seconds / len(group) for stage, group in groups]
         return max(seconds) * len(seconds) / sum(seconds) if sum(seconds) else 1.0
 
     def share(self, cost: Cost) -> float:
-        """The time of a cost relative to the busiest stage."""
+        """The seconds of a cost relative to the bottleneck."""
         busiest = max(stage.cost.seconds for stage in self.stages)
         return cost.seconds / busiest if busiest else 0.0
 
     def tied(self, stage: int) -> tuple[tuple[str, tuple[int, ...]], ...]:
-        """The parameters that a stage shares with others than its replicas, and the stages it shares each with."""
+        """The parameters that a stage shares with stages other than its replicas, and those stages."""
         return tuple(
             (tied.parameter, tuple(other for other in tied.stages if other != stage))
             for tied in self.plan.tied_by_model
@@ -128,13 +128,13 @@ class StageGraph(Json):
 
 
 def stage_graph(costed: CostedGraph, plan: Plan) -> StageGraph:
-    """The stage graph of a plan; ``plan`` must have been made for ``costed``.
+    """The stage graph of a plan. ``plan`` must belong to ``costed``.
 
     Raises:
-        ValueError: the plan is for another number of nodes.
+        ValueError: the plan has another number of nodes.
     """
     if len(plan.stage_of) != len(costed.graph):
-        raise ValueError(f"the plan is for {len(plan.stage_of)} nodes, the graph has {len(costed.graph)}")
+        raise ValueError(f"the plan has {len(plan.stage_of)} nodes, but the graph has {len(costed.graph)}")
     modules = _modules(costed, plan)
     costs = stage_costs(costed, plan)
     stages = tuple(_stage(costed.graph, plan, modules, stage, cost) for stage, cost in enumerate(costs))
@@ -177,7 +177,7 @@ def _stage(graph: Graph, plan: Plan, modules: tuple[Module, ...], stage: int, co
         blocks=blocks_of_stages(graph, plan)[stage],
         modules=tuple(i for i, module in enumerate(modules) if module.stage == stage),
         inputs=tuple(i for i in nodes if i in inputs),
-        recomputed=tuple(i for i in nodes if graph.nodes[i].replicated and i not in inputs),
+        rematerialized=tuple(i for i in nodes if graph.nodes[i].rematerialized and i not in inputs),
         parameters=names,
         num_parameters=sum(sizes[name] for name in names),
         cost=cost,
@@ -201,7 +201,7 @@ def _edges(graph: Graph, plan: Plan, modules: tuple[Module, ...]) -> tuple[Edge,
 
 
 def _ends(source: int, readers: list[int], modules: tuple[Module, ...]) -> list[int]:
-    """The modules that read a value: all in its own stage, and the first in each other stage."""
+    """The modules that read a value: all of them in its own stage, and the first one in each other stage."""
     near = {reader for reader in readers if modules[reader].stage == modules[source].stage} - {source}
     first: dict[int, int] = {}
     for reader in sorted(set(readers)):

@@ -1,6 +1,6 @@
-"""The stage graph as one SVG picture, drawn without graphviz; light or dark as the reader prefers.
+"""The stage graph as an SVG picture, drawn without graphviz, in the reader's light or dark color scheme.
 
-Boxes, wires and stages carry ``data-stage``, ``data-module`` and ``data-edge``, so that the html page can find them.
+Boxes, wires and stages have ``data-stage``, ``data-module`` and ``data-edge`` attributes for the HTML page.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ STYLE = """
 
 
 def svg(view: StageGraph) -> str:
-    """A picture of the stages, their modules and what crosses the cuts."""
+    """A picture of the stages, their modules and the values that cross cuts."""
     places = layout(view)
     body = [*_stages(view, places), *_wires(view, places), *_modules(view, places)]
     return "\n".join(
@@ -104,7 +104,7 @@ def _stages(view: StageGraph, places: Layout) -> Iterator[str]:
 
 
 def _load(view: StageGraph, stage: int, x: float, y: float) -> Iterator[str]:
-    """How busy a stage is, relative to the busiest."""
+    """The load of a stage relative to the bottleneck."""
     width = HEADER - 3 * PAD
     yield _rect(Rect(x, y, width, 5), 'class="load" rx="2.5"')
     yield _rect(Rect(x, y, width * view.share(view.stages[stage].cost), 5), 'class="loaded" rx="2.5"')
@@ -112,8 +112,8 @@ def _load(view: StageGraph, stage: int, x: float, y: float) -> Iterator[str]:
 
 def _start(view: StageGraph, stage: int, rect: Rect) -> Iterator[str]:
     it = view.stages[stage]
-    lines = [node_line(view, node) for node in (*it.inputs, *it.recomputed)]
-    yield f'<g class="start" data-stage="{stage}">{_title(("inputs, and what is recomputed from them", *lines))}'
+    lines = [node_line(view, node) for node in (*it.inputs, *it.rematerialized)]
+    yield f'<g class="start" data-stage="{stage}">{_title(("inputs and rematerialized nodes", *lines))}'
     yield _rect(rect, 'rx="6"')
     yield _text((rect.x + rect.width / 2, rect.middle + 4), inputs_line(view, stage), anchor="middle")
     yield "</g>"
@@ -133,7 +133,7 @@ def _modules(view: StageGraph, places: Layout) -> Iterator[str]:
 
 
 def _wires(view: StageGraph, places: Layout) -> Iterator[str]:
-    """Wires within stages, then those across cuts, then the labels over all of them."""
+    """Wires within stages, then wires across cuts, then labels on top."""
     wires = sorted(places.wires, key=lambda wire: view.crosses(view.edges[wire.edge]))
     for wire in wires:
         kind, tip = _kind(view, wire)
@@ -149,14 +149,14 @@ def _wires(view: StageGraph, places: Layout) -> Iterator[str]:
 
 
 def _kind(view: StageGraph, wire: Wire) -> tuple[str, str]:
-    """The classes of a wire and of its tip."""
+    """The CSS classes of a wire and its tip."""
     edge = view.edges[wire.edge]
     distance = view.modules[edge.target].stage - view.modules[edge.source].stage
     return [("flow", "flow-tip"), ("cut", "cut-tip"), ("cut skip", "skip-tip")][min(distance, 2)]
 
 
 def _way(wire: Wire) -> str:
-    """The path through the points of a wire, with round corners."""
+    """The path through the points of a wire, with rounded corners."""
     points = wire.points
     parts = [f"M{_xy(points[0])}"]
     for before, corner, after in zip(points, points[1:], points[2:], strict=False):
@@ -165,7 +165,7 @@ def _way(wire: Wire) -> str:
 
 
 def _towards(corner: Point, other: Point) -> Point:
-    """A point near a corner on the way to another one."""
+    """A point near a corner, towards another point."""
     dx, dy = other[0] - corner[0], other[1] - corner[1]
     length = abs(dx) + abs(dy)
     part = min(RADIUS, length / 2) / length if length else 0.0

@@ -1,4 +1,4 @@
-"""The stage table: what each stage holds, costs and passes on, for the terminal."""
+"""The stage table for the terminal: contents, costs and communication of each stage."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from pipecompile.render.labels import modules_line, replica_notes
 from pipecompile.render.stage_graph import Stage, StageGraph
 
 NUMBERS = ("params", "forward", "backward", "weights", "saved", "in", "out")
-WIDE = 96  # columns of a terminal that leave room for the modules
+WIDE = 96  # columns of a terminal with space for the modules
 
 
 def table(view: StageGraph, width: int = 100) -> Table:
-    """A row for each stage and one for the whole model; ``saved`` is kept from forward to backward by a microbatch.
+    """A row per stage and one for the whole model. ``saved`` is the bytes kept from forward to backward per microbatch.
 
     Args:
-        width: columns of the terminal; where it is narrow the modules stand below.
+        view: the stages.
+        width: columns of the terminal; if it is narrow, the modules are listed below.
     """
     lines = _notes(view) if width >= WIDE else [*_modules(view), *_notes(view)]
     caption = Text("\n".join(lines))
@@ -53,9 +54,9 @@ _SHORT = {"parameters": "params", "gradients": "grads", "optimizer": "state", "a
 
 
 def memory_table(memory: Memory, plan: Plan, cluster: Cluster) -> Table:
-    """What each stage holds at its fullest in training, by kind, and how much its device has."""
+    """The peak memory of each stage in training, by kind, and the memory of its device."""
     kinds = [kind for kind in KINDS if any(dict(stage.by_kind())[kind] for stage in memory.stages)]
-    it = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title="memory at the fullest", title_style="")
+    it = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title="peak memory", title_style="")
     limited = any(device.memory is not None for device in cluster.devices)
     for name in ("stage", *(_SHORT.get(kind, kind) for kind in kinds), "all", *["of"] * limited):
         it.add_column(name, justify="right", no_wrap=True)
@@ -66,7 +67,7 @@ def memory_table(memory: Memory, plan: Plan, cluster: Cluster) -> Table:
         of = ["" if limit is None else bytes_text(limit)] * limited
         it.add_row(f"{index}{again}", *sizes, bytes_text(stage.total), *of)
     if plan.recomputed:
-        it.caption = "* computed again in the backward, so that activations need not be kept"
+        it.caption = "* recomputes activations in the backward instead of keeping them"
     return it
 
 
@@ -82,9 +83,9 @@ def _numbers(num_parameters: int, cost: Cost, bytes_in: int, bytes_out: int) -> 
 
 
 def totals(view: StageGraph) -> tuple[str, ...]:
-    """The parameters of the model, and sums over the stages: the memory of a tied weight is there in each of them.
+    """The parameters of the model, and sums over the stages. Each stage counts its tied copies.
 
-    Replicas have memory of their own; a microbatch is computed, and crosses a cut, once.
+    Replicas have their own memory, but a microbatch is computed, and crosses a cut, only once.
     """
     num_parameters = sum(prod(parameter.spec.shape) for parameter in view.costed.graph.parameters)
     total = sum((stage.cost for stage in view.stages), Cost())
@@ -99,6 +100,6 @@ def _modules(view: StageGraph) -> list[str]:
 
 
 def _notes(view: StageGraph) -> list[str]:
-    costs = [f"one microbatch, {view.costed.origin}", f"busiest stage / mean: {view.balance:.2f}"]
+    costs = [f"one microbatch, {view.costed.origin}", f"bottleneck / mean: {view.balance:.2f}"]
     tied = [f"tied: {it.parameter} in stages {', '.join(map(str, it.stages))}" for it in view.plan.tied_by_model]
     return [*costs, *replica_notes(view.plan), *tied]

@@ -1,9 +1,9 @@
-"""A timeline as a picture in the terminal: a row a rank, a cell a computation, dots for idle time.
+"""A timeline for the terminal: a row per rank, a cell per computation, dots for idle time.
 
     rank 0   F0   F1  ··········    B0      F2       B1    ······    B2      75 % busy
     rank 1  ····  F0     B0     F1      B1      F2      B2    ··········     75 % busy
 
-A cell too narrow for its label shows its kind. Without colours the label still tells where a cell is.
+A cell that is too narrow for its label shows only its kind. Labels make cells visible without colors, too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["timeline_svg", "timeline_text"]
 
 
 def timeline_text(timeline: Timeline, width: int = 100) -> Text:
-    """The timeline in lines of at most ``width`` columns: rows, a time axis, a legend, makespan and bubble."""
+    """The timeline in lines of up to ``width`` columns: rows, a time axis, a legend, makespan and bubble."""
     ranks = range(timeline.num_ranks)
     names = _column(["", *(f"rank {rank}" for rank in ranks)])
     busy = _column(["busy", *(busy_text(timeline, rank) for rank in ranks)])
@@ -38,14 +38,14 @@ def timeline_text(timeline: Timeline, width: int = 100) -> Text:
 
 @dataclass(frozen=True, slots=True)
 class _Scale:
-    """Columns for seconds."""
+    """Converts seconds to columns."""
 
     makespan: float
     per_second: float
 
     @staticmethod
     def of(timeline: Timeline, columns: int) -> _Scale:
-        """Fills the columns, or most of them if the shortest computation then has a whole number of them."""
+        """Uses all columns, or most of them if the shortest computation then has a whole number of columns."""
         makespan = timeline.makespan or 1.0
         shortest = min((cell.end - cell.start for cell in cells(timeline)), default=makespan)
         whole = floor(columns * shortest / makespan + 1e-9) / shortest

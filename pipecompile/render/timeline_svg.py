@@ -1,4 +1,4 @@
-"""A timeline as one self-contained SVG picture; light or dark as the reader prefers, details on hover."""
+"""A timeline as a self-contained SVG picture in the reader's color scheme, with details on hover."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ STYLE = """
 
 @dataclass(frozen=True, slots=True)
 class _Scale:
-    """Where a time and a rank lie on the page."""
+    """Converts times and ranks to coordinates."""
 
     makespan: float  # seconds
     inner: int  # pixels of the time axis
@@ -68,7 +68,7 @@ class _Scale:
 
 
 def timeline_svg(timeline: Timeline) -> str:
-    """The timeline as SVG; each cell and each transfer says on hover what it is and when."""
+    """The timeline as SVG. Cells and transfers show their instruction and time on hover."""
     scale = _Scale(timeline.makespan, _inner(timeline), timeline.num_ranks)
     size = f'viewBox="0 0 {scale.width} {scale.bottom + BOTTOM}" width="{scale.width}" height="{scale.bottom + BOTTOM}"'
     return "\n".join(
@@ -90,7 +90,7 @@ def timeline_svg(timeline: Timeline) -> str:
 
 
 def _inner(timeline: Timeline) -> int:
-    """Pixels enough for a label in the shortest Forward or Backward, within what a page can show."""
+    """Pixels that fit a label into the shortest Forward or Backward, within the limits of a page."""
     labelled = [cell for cell in cells(timeline) if cell.kind in "FB"]
     wanted = max((_pixels(cell.label) * timeline.makespan / (cell.end - cell.start) for cell in labelled), default=0)
     return round(min(max(720, wanted), 2400))
@@ -124,7 +124,7 @@ def _axis(scale: _Scale) -> Iterator[str]:
 
 
 def _wire(wire: Wire, scale: _Scale) -> str:
-    """From the edge of the row that sends to the edge of the row that receives."""
+    """A line from the edge of the sending row to the edge of the receiving row."""
     down = wire.target > wire.source
     y1, y2 = scale.y(wire.source) + ROW * down, scale.y(wire.target) + ROW * (not down)
     place = f'x1="{scale.x(wire.start):.2f}" y1="{y1}" x2="{scale.x(wire.end):.2f}" y2="{y2}"'

@@ -1,7 +1,7 @@
-"""Schedules: from a plan and a number of microbatches to a bare program.
+"""Schedules: make a bare program from a plan and a number of microbatches.
 
-``SCHEDULES`` holds the synchronous ones, which end a step with an empty pipeline. The ``ASYNCHRONOUS`` ones keep it
-full from one call to the next, and step inside it.
+``SCHEDULES`` holds the synchronous schedules, which end a step with an empty pipeline. ``ASYNCHRONOUS`` schedules keep
+it full from one call to the next, and update weights in between.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pipecompile.schedule.sequential import sequential
 
 
 class Schedule(Protocol):
-    """A synchronous schedule; ``step`` ends the program with a Step of each stage."""
+    """A synchronous schedule. With ``step`` the program ends with a Step of each stage."""
 
     def __call__(self, plan: Plan, num_microbatches: int, *, step: bool = False) -> Program: ...
 

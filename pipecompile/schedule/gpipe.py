@@ -3,8 +3,8 @@
     rank 0   F0 F1 F2 .  .  B0 B1 B2
     rank 1   .  F0 F1 F2 B0 B1 B2 .
 
-For p equal stages the bubble is (p - 1)(f + b), and every stage keeps all n microbatches in flight. Backwards go in
-the order of microbatches, so that gradients are added in the same order under every schedule.
+For p equal stages the bubble is (p - 1)(f + b), and every stage has all n microbatches in flight. Backwards run in the
+order of microbatches, so that gradients are added in the same order under every schedule.
 
 Source: GPipe (Huang et al., NeurIPS 2019), section 2.2; the order of Backwards is torch's ``ScheduleGPipe``.
 """
@@ -17,7 +17,7 @@ from pipecompile.schedule.arrange import arrange, backwards, closing, forwards, 
 
 
 def gpipe(plan: Plan, num_microbatches: int, *, step: bool = False) -> Program:
-    """The bare program in which each rank does all Forwards and then all Backwards."""
+    """The bare program in which each rank runs all Forwards and then all Backwards."""
     n = num_microbatches
     clock = waves(plan, stride=1, hold=n - 1)
     return arrange(plan, forwards(plan, n) + backwards(plan, n), clock, closing(plan, n - 1, step))

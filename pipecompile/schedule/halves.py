@@ -1,10 +1,10 @@
-"""The two halves of a step as programs of their own.
+"""The two halves of a step as separate programs.
 
     rank 0   F0 F1 F2 .        rank 0   .  B0 B1 B2
     rank 1   .  F0 F1 F2       rank 1   B0 B1 B2 .
 
-Forwards alone serve evaluation. Together the halves are GPipe with a pause, for a loss that is computed outside the
-model: the caller has the outputs of all microbatches before the first gradient exists.
+The forward half alone is used for evaluation. Together the halves are GPipe with a pause, for a loss that is computed
+outside the model: the caller gets the outputs of all microbatches before the first Backward.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def forward_only(plan: Plan, num_microbatches: int) -> Program:
 
 
 def backward_only(plan: Plan, num_microbatches: int, *, step: bool = False) -> Program:
-    """The bare program of all Backwards, which carries the Forwards that ``forward_only`` has done."""
+    """The bare program of all Backwards, which carries the Forwards of ``forward_only``."""
     n = num_microbatches
     clock = waves(plan, stride=1)
     return arrange(plan, backwards(plan, n), clock, closing(plan, n - 1, step), carried=forwards(plan, n))

@@ -1,19 +1,19 @@
-"""Writes the transfers into a bare program, in one global order.
+"""Inserts transfers into a bare program, in one global order.
 
-A result that a stage on another rank reads becomes a Send after the computation that makes it and a Recv on the
-reader's rank. Both stand where the simulated clock stands when the result is ready:
+For a result that a stage on another rank reads, a Send is inserted after the computation that makes it, and a Recv on
+the reader's rank. Both are placed at the simulated time when the result is ready:
 
     0: 0F0 0F1 0B0 0B1             0: 0F0 0F0>1 0F1 0F1>1 0<1B0 0B0 0<1B1 0B1
     1: 1F0 1B0 1F1 1B1    becomes  1: 1<0F0 1F0 1<0F1 1B0 1B0>0 1F1 1B1 1B1>0
 
-Why not each Recv right before its reader: with one in-order queue of transfers a rank, as NCCL has for a pair of
-ranks, rank A may then wait in a Send for rank B, which waits in a Send for A. In one global order, seen by all ranks
-alike, the first transfer that is not done yet can always go on.
+A Recv directly before its reader could deadlock: with one in-order queue of transfers per rank, as NCCL has for a pair
+of ranks, rank A may wait in a Send for rank B, which waits in a Send for A. In one global order, which all ranks share,
+the first unfinished transfer can always proceed.
 
-A transfer stands whole, both halves, in the program that makes the result, also when the reader belongs to a later
-one: then the Recv is what that program carries. Nothing is on the way between two programs.
+Both halves of a transfer are in the program that makes the result, even if the reader is in a later one: then that
+program carries the Recv. No transfer is pending between two programs.
 
-Source: torch's ``_add_send_recv`` and zero-bubble's communication pass order by simulated time too.
+Source: torch's ``_add_send_recv`` and zero-bubble's communication pass also order by simulated time.
 """
 
 from __future__ import annotations
@@ -36,20 +36,21 @@ from pipecompile.ir.program import (
 )
 from pipecompile.ir.timeline import Timeline
 
-Key = tuple[float, int, int]  # seconds, place in the linear order, 0 for a computation and 1 for its transfers
+Key = tuple[float, int, int]  # seconds, index in the linear order, 0 for a computation and 1 for its transfers
 
 
 def lower(program: Program, timeline: Timeline) -> Program:
     """The program with a Send and a Recv for every result that is read on another rank.
 
     Args:
-        timeline: of this bare program, simulated or measured.
+        program: a bare program.
+        timeline: of this program, simulated or measured.
 
     Raises:
-        ProgramError: the program has transfers already, or the timeline is of another program.
+        ProgramError: the program already has transfers, or the timeline belongs to another program.
     """
     if program.lowered:
-        raise ProgramError("the program has its transfers already")
+        raise ProgramError("the program is lowered already: it has transfers")
     events = sorted([*_computations(program, timeline), *_transfers(program, timeline)], key=lambda event: event[0])
     rows: list[list[Instruction]] = [[] for _ in program.ranks]
     for _, i in events:
@@ -78,7 +79,7 @@ def _transfers(program: Program, timeline: Timeline) -> Iterator[tuple[Key, Inst
 
 
 def _owed(program: Program) -> list[Send]:
-    """Transfers of carried results that no earlier program has written and a computation of this one waits for."""
+    """Transfers of carried results that this program reads and no earlier program contains."""
     owed = [
         send
         for i in program.instructions
@@ -92,4 +93,4 @@ def _owed(program: Program) -> list[Send]:
 
 def _check(program: Program, start: dict[Instruction, float]) -> None:
     if missing := [i for i in program.instructions if i not in start]:
-        raise ProgramError(f"the timeline has no {missing[0]}: it is of another program")
+        raise ProgramError(f"the timeline has no {missing[0]}, so it belongs to another program")

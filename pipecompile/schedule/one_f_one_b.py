@@ -3,9 +3,9 @@
     rank 0   F0 F1 .  B0 F2 B1 .  B2
     rank 1   .  F0 B0 F1 B1 F2 B2 .
 
-For p equal stages the bubble is GPipe's, (p - 1)(f + b), but stage s keeps at most depth(s) microbatches in flight,
-however many there are. On a branching plan depth is the longest path to a sink, so parallel branches shorten the
-warm-up.
+For p equal stages the bubble is (p - 1)(f + b), the same as for GPipe, but stage s has at most depth(s) microbatches in
+flight, independent of their number. On a branching plan the depth is the longest path to a sink, so parallel branches
+shorten the warm-up.
 
 Source: PipeDream-Flush (Narayanan et al., ICML 2021, section 3.2), DAPPLE (Fan et al., PPoPP 2021); depth instead of
 the stage number: GraphPipe (Jeon et al., ASPLOS 2025).

@@ -1,14 +1,14 @@
-"""PipeDream: 1F1B without an end. The pipeline stays full from one call to the next, and each stage steps by itself.
+"""PipeDream: 1F1B without a flush. The pipeline stays full across calls, and each stage steps on its own.
 
-    rank 0   F0 F1 .  B0S F2 B1S F3 B2S ...       a Step right after each Backward; a microbatch is a minibatch of its
-    rank 1   .  F0 B0S F1 B1S F2 B2S F3 ...       own. In steady state no rank is ever idle.
+    rank 0   F0 F1 .  B0S F2 B1S F3 B2S ...       a Step directly after each Backward; a microbatch is a minibatch of
+    rank 1   .  F0 B0S F1 B1S F2 B2S F3 ...       its own. In steady state no rank is idle.
 
 The stream of stage s, with w = depth(s) - 1 Forwards of warm-up, is F_0 ... F_w, then B_0 S_0 F_(w+1) B_1 S_1 ...:
-F_k comes right after B_(k-w-1) and its Step. A call takes the next microbatches a ... b-1 and runs a *segment*: for
-each stage what stands in its stream before F_b and has not been done. So the last w Backwards are left to the next
-segment, or to ``drain``, which empties the pipeline; after it the stream starts with a new warm-up.
+F_k comes directly after B_(k-w-1) and its Step. A call takes the next microbatches a ... b-1 and runs a *segment*: for
+each stage, the part of its stream before F_b that has not run yet. So the last w Backwards are left to the next
+segment, or to ``drain``, which empties the pipeline. After that the stream starts with a new warm-up.
 
-Which weights a Forward uses follows from the Steps: see ``weight_versions``.
+The weights that a Forward uses follow from the Steps: see ``weight_versions``.
 
 Source: PipeDream (Narayanan et al., SOSP 2019), sections 3.2 and 3.3, without vertical sync.
 """
@@ -24,14 +24,15 @@ from pipecompile.schedule.arrange import arrange, waves
 
 
 def pipedream(plan: Plan, microbatches: range, carried: Iterable[Instruction] = ()) -> Program:
-    """The bare segment of the stream in which ``microbatches`` enter.
+    """The bare segment of the stream that ``microbatches`` enter.
 
     Args:
-        microbatches: those that follow the ones that entered before.
-        carried: ``carried_after`` the segment before; nothing at the start and after a ``drain``.
+        plan: the stages.
+        microbatches: the microbatches after those of earlier segments.
+        carried: ``carried_after`` of the previous segment; empty at the start and after a ``drain``.
 
     Raises:
-        InputError: no microbatches, or some are left out.
+        InputError: the range is empty, or has gaps.
         PlanError: stages share a tied parameter, or have replicas.
     """
     _check(plan, microbatches)
@@ -43,7 +44,7 @@ def pipedream(plan: Plan, microbatches: range, carried: Iterable[Instruction] = 
 
 
 def steady(plan: Plan, num_microbatches: int) -> Program:
-    """A bare segment with so many microbatches of a pipeline that has been full before."""
+    """A bare segment with ``num_microbatches`` in steady state, after the warm-up."""
     carried: frozenset[Instruction] = frozenset()
     start = 0
     while True:
@@ -54,15 +55,15 @@ def steady(plan: Plan, num_microbatches: int) -> Program:
 
 
 def drain(plan: Plan, carried: Iterable[Instruction]) -> Program:
-    """The bare program of the Backwards and Steps that are still to come, which leaves the pipeline empty."""
+    """The bare program of the remaining Backwards and Steps, which empties the pipeline."""
     pending = (i for i in carried if isinstance(i, Forward))
     return arrange(plan, _with_steps(pending), waves(plan, stride=2), carried=carried)
 
 
 def carried_after(program: Program) -> frozenset[Instruction]:
-    """What has been done when a program, bare or lowered, ends, and the Backwards that are still to come depend on.
+    """The finished instructions that the remaining Backwards depend on, after a bare or lowered program.
 
-    Of a transfer it is the Recv, because ``lower`` writes both halves into the program that makes the result.
+    For a transfer this is the Recv, because ``lower`` puts both halves into the program that makes the result.
     """
     plan, done = program.plan, program.carried | set(program.instructions)
     begun = (Backward(i.stage, i.microbatch) for i in done if isinstance(i, Forward))
@@ -71,23 +72,24 @@ def carried_after(program: Program) -> frozenset[Instruction]:
 
 
 def _with_steps(forwards: Iterable[Forward]) -> list[Compute]:
-    """A Backward and its Step for each Forward, by stage and microbatch."""
+    """A Backward and a Step for each Forward, by stage and microbatch."""
     ordered = sorted(forwards, key=lambda i: (i.stage, i.microbatch))
     return [do(i.stage, i.microbatch) for i in ordered for do in (Backward, Step)]
 
 
 def _check(plan: Plan, microbatches: range) -> None:
     if not microbatches or microbatches.step != 1 or microbatches.start < 0:
-        raise InputError(f"a segment takes at least one microbatch and leaves none out, got {microbatches}")
+        raise InputError(f"a segment must have one or more consecutive microbatches; got {microbatches}")
     for group in plan.replicas:
         if len(group) > 1:
             raise PlanError(
-                f"stages {', '.join(map(str, group))} are replicas, whose gradients are summed once a batch, and "
-                f"PipeDream updates after each microbatch; use the schedule '1f1b' or 'gpipe', or no replicas"
+                f"stages {', '.join(map(str, group))} are replicas, whose gradients are summed once per batch, but "
+                f"PipeDream updates weights after each microbatch; use schedule='1f1b' or 'gpipe', or no replicas"
             )
     for tied in plan.tied:
         stages = ", ".join(map(str, tied.stages))
         raise PlanError(
-            f"the parameter {tied.parameter} is tied over stages {stages}, which PipeDream would update at different "
-            "times and so pull apart; use the schedule '1f1b' or 'gpipe', or a plan with one stage for all its uses"
+            f"parameter {tied.parameter} is tied across stages {stages}, and PipeDream would update its copies at "
+            f"different times, so that they differ; use schedule='1f1b' or 'gpipe', or a plan with all its uses in one "
+            f"stage"
         )

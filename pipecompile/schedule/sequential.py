@@ -1,10 +1,9 @@
-"""Plain inter-layer model parallelism: a microbatch goes through all stages and back before the next one starts.
+"""Plain model parallelism: a microbatch runs through all stages and back before the next one starts.
 
     rank 0   F0 .  .  B0 F1 .  .  B1
     rank 1   .  F0 B0 .  .  F1 B1 .
 
-One device is busy at a time (on a branching plan: one on each branch). It is the baseline that every pipeline
-improves on.
+One device is busy at a time (on a branching plan, one per branch). This is the baseline for all pipelines.
 """
 
 from __future__ import annotations

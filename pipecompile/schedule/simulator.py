@@ -1,21 +1,21 @@
-"""What a program will do on a cluster, before it does it: a max-plus replay.
+"""Simulates a program on a cluster: a max-plus replay.
 
-A rank computes one thing at a time, in the order of its row; a computation starts once the rank is free and
-everything it reads has arrived.
+A rank runs one computation at a time, in the order of its row. A computation starts when the rank is free and all its
+inputs have arrived.
 
-A link, from one rank to another, carries one transfer at a time, in the order in which their results are ready; the way
-back is a link of its own. A transfer overlaps with computation, and with transfers over other links: what several links
-share, such as a host's adapter, is not modelled.
+A link from one rank to another carries one transfer at a time, in the order in which results are ready. The opposite
+direction is a separate link. Transfers overlap with computation, and with transfers over other links. Resources that
+links share, such as a host's adapter, are not modeled.
 
     rank 0   0F0 0F1 0F2
-    0 to 1       0F0>1   0F1>1   0F2>1             results that come faster than they are carried wait for the link
+    0 to 1       0F0>1   0F1>1   0F2>1             results that are ready while the link is busy wait for it
     rank 1               1F0     1F1     1F2
 
-A rank's results are ready in the order of its row, and so are its Sends, which ``lower`` writes by that time. So a bare
-program, whose transfers are implied, gives the same computations at the same times as the lowered one. What an earlier
-program has made and this one carries has arrived before it starts.
+The results of a rank are ready in the order of its row, and ``lower`` inserts its Sends in the same order. So a bare
+program, with implicit transfers, gives the same times as the lowered one. Carried results of earlier programs have
+arrived before the program starts.
 
-Memory needs no clock: it follows from the order of each row.
+Memory does not depend on times: it follows from the order of each row.
 """
 
 from __future__ import annotations
@@ -50,13 +50,14 @@ def simulate(
     """The timeline of a bare or a lowered program.
 
     Args:
-        costs: of each stage, for one microbatch, on a device of speed 1.
-        cluster: a device for each rank; by default equal devices and links that take no time.
-        step_seconds: of one Step, on a device of speed 1.
+        program: the program.
+        costs: the cost of each stage per microbatch, on a device of speed 1.
+        cluster: a device for each rank; by default equal devices, and transfers that take no time.
+        step_seconds: seconds of one Step, on a device of speed 1.
 
     Raises:
-        InputError: there is not one cost for each stage, or not one device for each rank.
-        DeadlockError: the program cannot end.
+        InputError: the number of costs or devices does not fit the plan.
+        DeadlockError: the program cannot finish.
     """
     _check(program.plan, costs, cluster)
     clock = _Clock(program, costs, cluster, step_seconds)
@@ -69,8 +70,9 @@ def simulate(
 
 
 def peak_bytes(program: Program, costs: Sequence[Cost]) -> tuple[int, ...]:
-    """For each rank the most bytes it holds at once: each live version of its parameters, and what its microbatches in
-    flight have saved. Gradients, optimizer state and transfer buffers come on top. Carried Forwards count as version 0.
+    """The peak bytes of each rank: each live version of its parameters, and the activations in flight.
+
+    Gradients, optimizer state and transfer buffers are not included. Carried Forwards count as version 0.
     """
     rank_of, stashes = program.plan.rank_of, stash_at_start(program)
     held = [_held(stash, cost) for stash, cost in zip(stashes, costs, strict=True)]
@@ -89,7 +91,7 @@ def _held(stash: Stash, cost: Cost) -> int:
 
 
 class _Clock:
-    """Start and end of each instruction; ranks, and links as pairs of ranks, do one thing at a time."""
+    """The start and end of each instruction. Each rank, and each link (a pair of ranks), is used by one at a time."""
 
     def __init__(self, program: Program, costs: Sequence[Cost], cluster: Cluster | None, step_seconds: float) -> None:
         self.program, self.plan = program, program.plan
@@ -122,7 +124,7 @@ class _Clock:
         return start, self.free[what]
 
     def _end(self, needed: Instruction) -> float:
-        """When something is there: at the start what is carried into the program, its transfers included."""
+        """When a result is available: at the start for carried results and their transfers."""
         done = Send(needed.result, needed.target) if isinstance(needed, Recv) else needed
         return self.times[done][1] if done in self.times else 0.0
 
@@ -135,14 +137,14 @@ class _Clock:
             case Step():
                 return self.step_seconds
             case _:
-                return 0.0  # a Reduce adds gradients up, in no time beside a Backward
+                return 0.0  # a Reduce takes negligible time compared with a Backward
 
 
 def _transfer_seconds(send: Send, plan: Plan, cluster: Cluster | None) -> float:
     if cluster is None:
         return 0.0
     source, target = send.stage, send.target
-    first, last = min(source, target), max(source, target)  # a gradient has the bytes of the value it belongs to
+    first, last = min(source, target), max(source, target)  # a gradient has as many bytes as its value
     if isinstance(send.result, Reduce):
         nbytes = sum(tied.nbytes for tied in plan.tied if tied.owner == first and last in tied.followers)
     else:
@@ -152,6 +154,8 @@ def _transfer_seconds(send: Send, plan: Plan, cluster: Cluster | None) -> float:
 
 def _check(plan: Plan, costs: Sequence[Cost], cluster: Cluster | None) -> None:
     if len(costs) != plan.num_stages:
-        raise InputError(f"{len(costs)} costs were given for {plan.num_stages} stages; give one for each")
+        raise InputError(f"got {len(costs)} costs for {plan.num_stages} stages; give one per stage")
     if cluster is not None and len(cluster) < plan.num_ranks:
-        raise InputError(f"the cluster has {len(cluster)} devices, but the plan uses {plan.num_ranks} ranks")
+        raise InputError(
+            f"the cluster has {len(cluster)} devices, but the plan has {plan.num_ranks} ranks; use one device per rank"
+        )

@@ -121,7 +121,7 @@ def test_plan_of_a_config_needs_no_network_and_no_memory(tmp_path):
 def test_plan_shows_replicas(costed):
     result = run("plan", "any:thing", "--replicas", "1,2")
     assert result.exit_code == 0, result.output
-    assert "stages 1, 2 are replicas, which take microbatches in turn" in result.stdout
+    assert "stages 1, 2 are replicas (microbatches are distributed round-robin)" in result.stdout
     stages = json.loads(run("plan", "any:thing", "--replicas", "1,2", "--json").stdout)["stages"]
     assert [(stage["rank"], stage["replica_of"]) for stage in stages] == [(0, 0), (1, 1), (2, 1)]
 
@@ -134,7 +134,7 @@ def test_plan_says_what_auto_has_tried(costed):
     assert [1, 1, 1] in [candidate["replicas"] for candidate in it["candidates"]]
     assert sum(it["candidates"][0]["replicas"]) == len(it["stages"]) == 3
     text = run("plan", "any:thing", "--stages", "3", "--replicas", "auto").stdout
-    assert f"{it['candidates'][0]['replicas']}: a step of" in text
+    assert f"{it['candidates'][0]['replicas']}: predicted step" in text
 
 
 def test_json_says_what_the_table_says(costed):

@@ -91,7 +91,7 @@ class Idiom:
     parts: bool = False
     refused: str = ""
     refused_parts: str = ""
-    refused_stream: str = "tied over|asynchronous|stages"
+    refused_stream: str = "tied across|asynchronous|stages"
     warns: str = ""
     stream: bool = True
     stages: bool = True

@@ -60,7 +60,7 @@ def test_another_name_is_refused_with_those_that_are_known(name: str) -> None:
 
 @pytest.mark.parametrize("pair", [(0, 0), (0, 4), (-1, 2)])
 def test_a_pair_is_two_ranks(pair: tuple[int, int]) -> None:
-    with pytest.raises(ValueError, match="no pair"):
+    with pytest.raises(ValueError, match="must name two different ranks"):
         Cluster(two_hosts().devices, NEAR, pairs=(Pair(*pair, OWN),))
 
 

@@ -23,12 +23,12 @@ def test_an_instruction_reads_back_from_its_text(i):
 
 @pytest.mark.parametrize("text", ["", "F0", "2X0", "-1F0", "2F", "2F0>", "1<2F0>3", "2F0 ", "1.0F0"])
 def test_a_word_that_is_no_instruction_is_refused_with_examples(text):
-    with pytest.raises(ProgramError, match="is no instruction; one looks like 2F0"):
+    with pytest.raises(ProgramError, match="is not an instruction; write one such as 2F0"):
         parse(text)
 
 
 def test_a_step_leaves_nothing_to_send():
-    with pytest.raises(ProgramError, match="a step leaves no result to transfer"):
+    with pytest.raises(ProgramError, match="a Step has no result to send"):
         parse("0S3>1")
 
 
@@ -47,10 +47,10 @@ def test_blank_lines_and_indentation_do_not_matter():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("0F0 1F0", "does not start with a rank and a colon"),
-        ("rank 0: 0F0", "does not start with a rank and a colon"),
-        ("0: 0F0\n2: 2F0", r"ranks \[0, 2\], which leaves a gap"),
-        ("0: 0F0 nop", "'nop' is no instruction"),
+        ("0F0 1F0", "must start with a rank and a colon"),
+        ("rank 0: 0F0", "must start with a rank and a colon"),
+        ("0: 0F0\n2: 2F0", r"consecutive from 0; got rows for the ranks \[0, 2\]"),
+        ("0: 0F0 nop", "'nop' is not an instruction"),
     ],
 )
 def test_a_text_that_is_no_program_is_refused(text, message):
@@ -61,12 +61,12 @@ def test_a_text_that_is_no_program_is_refused(text, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("0: 0F0", "1 rows for 2 ranks"),
-        ("0: 1F0\n1:", "1F0 stands on rank 0, which does not run stage 1"),
-        ("0: 2F0\n1:", "2F0 stands on rank 0, which does not run stage 2"),
-        ("0: 0F0 0F0\n1: 1F0", "0F0 is done 2 times"),
-        ("0: 0F0\n1: 1<0F0 1F0", "1<0F0 waits for 0F0>1, which nobody sends"),
-        ("0: 0F0 0F0>1\n1: 1F0", "0F0>1 has no 1<0F0: nobody receives it"),
+        ("0: 0F0", "1 rows, but the plan has 2 ranks"),
+        ("0: 1F0\n1:", "1F0 is on rank 0, which does not run stage 1"),
+        ("0: 2F0\n1:", "2F0 is on rank 0, which does not run stage 2"),
+        ("0: 0F0 0F0\n1: 1F0", "0F0 occurs 2 times"),
+        ("0: 0F0\n1: 1<0F0 1F0", "1<0F0 waits for 0F0>1, which is not in the program"),
+        ("0: 0F0 0F0>1\n1: 1F0", "0F0>1 needs 1<0F0, which is not in the program"),
     ],
 )
 def test_a_broken_program_is_refused_with_the_instruction_that_breaks_it(text, message):
@@ -75,7 +75,7 @@ def test_a_broken_program_is_refused_with_the_instruction_that_breaks_it(text, m
 
 
 def test_what_an_earlier_program_has_done_is_not_done_again():
-    with pytest.raises(ProgramError, match="0F0 is done 2 times"):
+    with pytest.raises(ProgramError, match="0F0 occurs 2 times"):
         Program.parse("0: 0F0\n1:", CHAIN, carried=[Forward(0, 0)]).validate()
 
 
@@ -87,15 +87,12 @@ def test_a_deadlock_names_every_rank_and_what_it_waits_for():
     program = Program.parse("0: 0F0 0B0 0F1\n1: 1F0 1F1 1B0", CHAIN)
     with pytest.raises(DeadlockError) as error:
         program.validate()
-    assert (
-        str(error.value)
-        == "no rank can go on:\n  rank 0 is at 0B0, which needs 1B0\n  rank 1 is at 1F1, which needs 0F1"
-    )
+    assert str(error.value) == "no rank can continue:\n  rank 0 waits at 0B0 for 1B0\n  rank 1 waits at 1F1 for 0F1"
 
 
 def test_a_receive_that_was_forgotten_is_a_deadlock():
     program = Program.parse("0: 0F0 0F0>1 0F1\n1: 1<0F0 1F0 1F1", CHAIN)
-    with pytest.raises(DeadlockError, match="rank 1 is at 1F1, which needs 1<0F1"):
+    with pytest.raises(DeadlockError, match="rank 1 waits at 1F1 for 1<0F1"):
         program.validate()
 
 

@@ -94,8 +94,8 @@ def test_a_next_step_starts_at_the_version_that_the_last_one_left():
 
 def test_versions_print_as_a_table():
     assert str(versions(pipedream(Plan.chain(2), range(4)))) == rows("""
-        stage 0: F0:0 F1:0 F2:1 F3:2; 2 live at most, 3 at the end
-        stage 1: F0:0 F1:1 F2:2 F3:3; 1 live at most, 4 at the end
+        stage 0: F0:0 F1:0 F2:1 F3:2; at most 2 live, 3 at the end
+        stage 1: F0:0 F1:1 F2:2 F3:3; at most 1 live, 4 at the end
     """)
 
 

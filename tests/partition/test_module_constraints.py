@@ -10,6 +10,7 @@ from pipecompile.ir.graph import Cost, CostedGraph, Graph, Node, TensorSpec
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.plan_options import PlanOptions
 from pipecompile.ir.plan_quality import Quality
+from pipecompile.ir.units import seconds_text
 from pipecompile.partition import partition
 from pipecompile.partition.solver.contraction import contract
 from pipecompile.partition.solver.problem import Net, Problem, Seat
@@ -21,8 +22,8 @@ SPEC = TensorSpec((1,), "float32", True)
 
 def model(*paths: str, together=(), seconds: float = 1.0) -> CostedGraph:
     """Nodes in a row, one a path, behind an input and a mask that every stage computes for itself."""
-    nodes = [Node("x", "input", outputs=(SPEC,), replicated=True)]
-    nodes.append(Node("mask", "ones", (0,), (SPEC,), path="rotary", replicated=True))
+    nodes = [Node("x", "input", outputs=(SPEC,), rematerialized=True)]
+    nodes.append(Node("mask", "ones", (0,), (SPEC,), path="rotary", rematerialized=True))
     for index, path in enumerate(paths, start=2):
         nodes.append(Node(f"n{index}", "relu", (0 if index == 2 else index - 1, 1), (SPEC,), (), path, f"m.py:{index}"))
     costs = (Cost(), Cost(), *[Cost(forward=seconds)] * len(paths))
@@ -86,11 +87,11 @@ def test_a_device_that_is_too_slow_is_left_out_where_fewer_stages_are_allowed() 
     [
         ({"pins": {"layers.7": 0}}, r"pins\['layers.7'\].*did you mean .*'layers.\d'"),
         ({"no_split": ["layer.1"]}, r"no_split='layer.1'.*did you mean 'layers.1'"),
-        ({"colocate": [("head", "tail")]}, "no module called 'tail'"),
+        ({"colocate": [("head", "tail")]}, "no module 'tail' computes anything"),
         ({"no_split": ["zzz"]}, "named_modules"),
-        ({"pins": {"rotary": 0}}, "'rotary' is cheap and computed again"),
-        ({"pins": {"head": 2}}, "the stages are 0 to 1"),
-        ({"pins": {"head": 1}, "max_stages": 1}, "the stages are 0 to 0"),
+        ({"pins": {"rotary": 0}}, "'rotary' is only cheap operations"),
+        ({"pins": {"head": 2}}, "stages must be between 0 and 1"),
+        ({"pins": {"head": 1}, "max_stages": 1}, "stages must be between 0 and 0"),
         ({"pins": {"head": -1}}, "counted from 0"),
         ({"no_split": "head"}, "'head'; it must be a list of module paths"),
         ({"colocate": ["head"]}, "'head'; it must be a list of module paths"),
@@ -106,7 +107,7 @@ def test_a_constraint_on_what_is_not_there_is_refused(constraints: dict, what: s
 @pytest.mark.parametrize(
     ("constraints", "what"),
     [
-        ({"pins": {"embed": 1, "head": 0}}, r"'embed'.* 1.*'head'.* 0.*n11 \(head, m.py:11\) needs.*n2 "),
+        ({"pins": {"embed": 1, "head": 0}}, r"'embed'.* 1.*'head'.* 0.*n11 \(head, m.py:11\) reads.*n2 "),
         ({"pins": {"layers.1": 0, "layers.1.mlp": 1}}, r"n6 .*'layers.1', pinned to stage 0, .*'layers.1.mlp'.* 1"),
         ({"pins": {"layers.0": 0, "layers.1": 1}, "colocate": [("layers.0.mlp", "layers.1.attn")]}, "must share"),
         ({"no_split": ["layers"], "colocate": [("embed", "layers")]}, "with 'layers' not split; .*at most 2"),
@@ -127,22 +128,22 @@ def test_pins_meet_what_the_model_keeps_together() -> None:
 
 
 def test_things_bound_together_and_pinned_apart_are_no_problem() -> None:
-    with pytest.raises(InfeasibleError, match="pinned to stage 0 and what is pinned to stage 1"):
-        contract([1.0] * 3, [(0, 1), (1, 2)], [], [Seat()] * 2, together=[(0, 2)], pinned=[(0, 0), (2, 1)])
+    with pytest.raises(InfeasibleError, match="pinned to stage 0 and nodes pinned to stage 1"):
+        contract([1.0] * 3, [(0, 1), (1, 2)], [], [Seat()] * 2, together=[(0, 2)], fixed_stages=[(0, 0), (2, 1)])
 
 
 @pytest.mark.parametrize(
     ("pins", "what"),
     [
-        (((3, 0),), "is none of 3 atoms"),
-        (((0, 2),), "or 2 stages"),
-        (((0, 1), (1, 1)), "stages to ascend"),
-        (((0, 0), (2, 1)), "need an arc"),
+        (((3, 0),), "must be within 3 atoms"),
+        (((0, 2),), "and 2 stages"),
+        (((0, 1), (1, 1)), "must have ascending stages"),
+        (((0, 0), (2, 1)), "and an arc"),
     ],
 )
 def test_pins_that_are_none_are_refused(pins, what: str) -> None:
     with pytest.raises(ValueError, match=what):
-        Problem((1.0,) * 3, ((0, 1), (1, 2)), (Net((0, 1), 1.0),), (Seat(), Seat()), pins=pins)
+        Problem((1.0,) * 3, ((0, 1), (1, 2)), (Net((0, 1), 1.0),), (Seat(), Seat()), fixed_stages=pins)
 
 
 def test_a_plans_quality_is_saved() -> None:
@@ -155,8 +156,8 @@ def test_a_plan_says_how_good_it_is() -> None:
     plan = partition(LAYERS, 2)
     assert plan.quality is not None
     assert plan.quality.proven
-    assert f"busiest stage {plan.quality.bottleneck:.4g} s a microbatch; no plan is better" in str(plan)
-    assert "at most 25% above the best plan" in str(Quality(5.0, 4.0, 1.0))
+    assert f"bottleneck {seconds_text(plan.quality.bottleneck)} per microbatch (optimal)" in str(plan)
+    assert "at most 25% above optimal" in str(Quality(5.0, 4.0, 1.0))
 
 
 def wide(count: int = 60) -> Problem:
@@ -197,7 +198,7 @@ def test_a_pin_that_alone_fills_a_stage_is_kept_though_its_neighbour_could_take_
     readers = [[high for low, high in arcs if low == atom] for atom in range(count)]
     nets = tuple(Net((atom, *users), 50.0 if atom == 0 else 0.1) for atom, users in enumerate(readers) if users)
     seconds = (0.1, 0.1, *(rnd.uniform(0.5, 2.0) for _ in range(count - 2)))
-    problem = Problem(seconds, tuple(sorted(arcs)), nets, (Seat(),) * 4, pins=((1, 1),))
+    problem = Problem(seconds, tuple(sorted(arcs)), nets, (Seat(),) * 4, fixed_stages=((1, 1),))
     solution = solve(problem, budget=3.0)
     check(problem, solution.stage_of)
     assert (solution.stage_of[0], solution.stage_of[1]) == (0, 1)

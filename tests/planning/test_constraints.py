@@ -93,7 +93,7 @@ def test_a_plan_says_how_good_it_is() -> None:
         ({"pins": {"layer.0": 0}}, InputError, r"'layer.0'.*did you mean 'layers.0'"),
         ({"pins": {"layers.0": 2, "layers.5": 0}}, InfeasibleError, r"layers"),
         ({"pins": {"head": 0}, "replicas": "auto"}, InputError, r"replicas='auto' searches the number of stages"),
-        ({"max_stages": 2, "replicas": [2, 1]}, InputError, r"give only one of them"),
+        ({"max_stages": 2, "replicas": [2, 1]}, InputError, r"use only one of them"),
         ({"no_split": "layers.0"}, InputError, r"no_split is 'layers.0'; it must be a list of module paths"),
     ],
 )

@@ -132,7 +132,7 @@ def test_a_limit_is_never_exceeded(recompute: Any) -> None:
 def chain(saved: int = 10, weights: int = 100, width: int = 1) -> CostedGraph:
     """Three nodes in a row, each with a weight, a value of 4 bytes, and something of its own that it saves."""
     spec = TensorSpec((width,), "float32", requires_grad=True)
-    nodes = [Node("x", "input", replicated=True)]
+    nodes = [Node("x", "input", rematerialized=True)]
     nodes += [Node(f"n{i}", "linear", (i,), (spec,), (f"w{i}",)) for i in range(3)]
     parameters = tuple(Parameter(f"w{i}", TensorSpec((weights // 4,), "float32", True)) for i in range(3))
     costs = (Cost(), *(Cost(1.0, 2.0, saved),) * 3)
@@ -217,5 +217,5 @@ def test_an_optimizer_that_cannot_be_tried_is_taken_for_adam_and_said() -> None:
     def picky(parameters: Any) -> torch.optim.Optimizer:
         raise ValueError("three groups are needed")
 
-    with pytest.warns(UserWarning, match=r"ValueError: three groups are needed.*as much state as Adam"):
+    with pytest.warns(UserWarning, match=r"ValueError: three groups are needed.*assume the state of Adam"):
         assert optimizer_state(picky) == 2.0

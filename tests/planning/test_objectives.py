@@ -125,7 +125,7 @@ def test_a_function_sees_the_ranks_that_the_plan_will_have() -> None:
 
 @pytest.mark.parametrize("nothing", [None, float("nan"), "much"])
 def test_a_function_that_gives_no_number_is_refused(nothing: Any) -> None:
-    with pytest.raises(InputError, match="must give a number"):
+    with pytest.raises(InputError, match="must return a number"):
         partition(row([1, 2, 3], [1, 1, 1]), 2, objective=lambda plan: nothing)
 
 

@@ -100,8 +100,8 @@ def test_a_replica_is_a_stage_whose_modules_are_drawn_once():
     assert [stage.blocks for stage in view.stages[4:]] == [view.stages[4].blocks] * 3
     assert [(cut.source, cut.target) for cut in view.cuts] == [(0, 1), (1, 3), (3, 4)]
     words = "\n".join(printed(view))
-    assert "stages 1, 2 are replicas, which take microbatches in turn" in words
-    assert "stages 4, 5, 6 are replicas, which take microbatches in turn" in words
+    assert "stages 1, 2 are replicas (microbatches are distributed round-robin)" in words
+    assert "stages 4, 5, 6 are replicas (microbatches are distributed round-robin)" in words
     assert "replicas: stage 2" in stage_lines(view, 1)
     assert "a replica of stage 1" in stage_lines(view, 2)
     assert view.plan.tied
@@ -123,10 +123,10 @@ def test_no_stage_has_more_boxes_than_a_person_reads():
 
 def test_module_times_sum_to_the_time_of_the_model(view):
     total = sum(module.cost.seconds for module in view.modules)
-    replicated = [
-        cost for cost, node in zip(view.costed.costs, view.costed.graph.nodes, strict=True) if node.replicated
+    rematerialized = [
+        cost for cost, node in zip(view.costed.costs, view.costed.graph.nodes, strict=True) if node.rematerialized
     ]
-    assert total == pytest.approx(view.costed.seconds - sum(cost.seconds for cost in replicated))
+    assert total == pytest.approx(view.costed.seconds - sum(cost.seconds for cost in rematerialized))
 
 
 def test_tied_weight_is_told_by_both_stages():
@@ -135,11 +135,11 @@ def test_tied_weight_is_told_by_both_stages():
     assert view.tied(1) == (("transformer.wte.weight", (0,)),)
 
 
-def test_replicated_nodes_are_counted_in_each_stage_that_needs_them():
+def test_rematerialized_nodes_are_counted_in_each_stage_that_needs_them():
     view = view_of(gpt2(), 2)
     assert [view.node(i).name for i in view.stages[0].inputs] == ["input_ids"]
     assert [view.node(i).name for i in view.stages[1].inputs] == ["input_ids", "labels"]
-    shared = set(view.stages[0].recomputed) & set(view.stages[1].recomputed)
+    shared = set(view.stages[0].rematerialized) & set(view.stages[1].rematerialized)
     assert {view.node(i).op for i in shared} == {"ones", "tril"}
 
 
@@ -151,7 +151,7 @@ def test_balance_is_busiest_over_mean():
 
 
 def test_plan_for_another_graph_is_refused():
-    with pytest.raises(ValueError, match="the plan is for 68 nodes, the graph has 565"):
+    with pytest.raises(ValueError, match="the plan has 68 nodes, but the graph has 565"):
         stage_graph(gpt2(), by_time(unet(), 2))
 
 
@@ -357,7 +357,7 @@ def test_html_lists_every_stage_every_crossing_value_and_every_node(view):
         assert node.source in row
     nodes = "".join(page.rows["nodes"])
     assert all(f"{node.name} " in nodes for node in view.costed.graph.nodes)
-    starts = sum(1 for stage in view.stages if stage.inputs or stage.recomputed)
+    starts = sum(1 for stage in view.stages if stage.inputs or stage.rematerialized)
     assert page.details == len(view.modules) + starts
 
 
@@ -440,7 +440,7 @@ def test_table_at_a_hundred_columns():
         "   all                                124 M   200 ms    401 ms  622 MiB  804 MiB  3.0 MiB  3.0 MiB",
         "",
         "one microbatch, counted",
-        "busiest stage / mean: 1.00",
+        "bottleneck / mean: 1.00",
         "tied: transformer.wte.weight in stages 0, 1",
     ]
 

@@ -123,7 +123,7 @@ def test_the_svg_tells_of_each_cell_what_it_is_and_when():
     summary, *cells = titles(PAIR)
     assert summary == f"makespan {seconds_text(12)} · bubble 25.0 %"
     assert len(cells) == 12
-    assert cells[0] == f"0F0: forward of stage 0, microbatch 0; 0 to {seconds_text(1)}, {seconds_text(1)} long"
+    assert cells[0] == f"0F0: forward of stage 0, microbatch 0; 0 to {seconds_text(1)}, duration {seconds_text(1)}"
 
 
 def test_cells_lie_where_their_times_are():
@@ -143,7 +143,9 @@ def test_a_lowered_timeline_shows_its_transfers():
     timeline = simulate(lower(program, simulate(program, stage_costs, cluster)), stage_costs, cluster)
     found = [words for words in titles(timeline) if ">" in words]
     assert len(found) == 8
-    assert found[0] == f"0F0>1: to stage 1 on rank 1; {seconds_text(1)} to {seconds_text(2)}, {seconds_text(1)} long"
+    assert (
+        found[0] == f"0F0>1: to stage 1 on rank 1; {seconds_text(1)} to {seconds_text(2)}, duration {seconds_text(1)}"
+    )
 
 
 def test_the_svg_is_one_file_and_knows_the_dark():

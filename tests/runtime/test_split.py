@@ -190,14 +190,16 @@ def test_an_input_goes_straight_to_the_stage_that_reads_it() -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt2_padded", "llama", "sizes"])
-def test_replicated_values_are_computed_again_and_never_sent(name: str) -> None:
+def test_rematerialized_values_are_computed_by_each_stage_and_never_sent(name: str) -> None:
     _, graph, plan, stages = of(name, 3)
-    replicated = {node.name for node in graph.nodes if node.replicated and node.op != "input"}
-    assert replicated
-    assert not any(replicated & set(values) for stage in stages for values in stage.sends.values())
+    rematerialized = {node.name for node in graph.nodes if node.rematerialized and node.op != "input"}
+    assert rematerialized
+    assert not any(rematerialized & set(values) for stage in stages for values in stage.sends.values())
     for stage in stages:
         runs = {node.name for node in stage.module.graph.nodes}
-        assert runs & replicated == {graph.nodes[i].name for i in members(graph, plan, stage.index)} & replicated
+        assert (
+            runs & rematerialized == {graph.nodes[i].name for i in members(graph, plan, stage.index)} & rematerialized
+        )
 
 
 def test_masks_and_positions_of_a_language_model_never_cross() -> None:

@@ -194,14 +194,14 @@ def test_a_measured_timeline_serves_as_well_as_a_simulated_one():
 
 def test_a_program_is_lowered_once():
     program = lowered(gpipe(Plan.chain(2), 1))
-    with pytest.raises(ProgramError, match="has its transfers already"):
+    with pytest.raises(ProgramError, match="it has transfers"):
         lower(program, simulate(program, units(program.plan)))
 
 
 def test_the_timeline_must_be_that_of_the_program():
     program = gpipe(Plan.chain(2), 2)
     timeline = simulate(gpipe(Plan.chain(2), 1), units(program.plan))
-    with pytest.raises(ProgramError, match="the timeline has no 0F1: it is of another program"):
+    with pytest.raises(ProgramError, match="the timeline has no 0F1, so it belongs to another program"):
         lower(program, timeline)
 
 

@@ -251,17 +251,17 @@ rows_as_printed = """7 s, bubble 50.0%
 
 
 def test_one_cost_is_needed_for_each_stage():
-    with pytest.raises(InputError, match="3 costs were given for 2 stages; give one for each"):
+    with pytest.raises(InputError, match="got 3 costs for 2 stages; give one per stage"):
         simulate(gpipe(Plan.chain(2), 1), units(Plan.chain(3)))
 
 
 def test_a_device_is_needed_for_each_rank():
-    with pytest.raises(InputError, match="the cluster has 1 devices, but the plan uses 2 ranks"):
+    with pytest.raises(InputError, match="the cluster has 1 devices, but the plan has 2 ranks"):
         simulate(gpipe(Plan.chain(2), 1), units(Plan.chain(2)), Cluster.of(["cpu"]))
 
 
 def test_a_program_that_cannot_end_is_a_deadlock_here_too():
-    with pytest.raises(DeadlockError, match="rank 0 is at 0B0, which needs 1B0"):
+    with pytest.raises(DeadlockError, match="rank 0 waits at 0B0 for 1B0"):
         simulate(Program.parse("0: 0F0 0B0\n1: 1F0", Plan.chain(2)), units(Plan.chain(2)))
 
 

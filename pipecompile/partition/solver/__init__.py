@@ -1,1 +1,1 @@
-"""The partition problem in numbers: atoms, nets and stages; knows no graph and no cluster."""
+"""The partitioning problem as numbers: atoms, nets and stages, independent of graphs and clusters."""

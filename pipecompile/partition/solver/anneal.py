@@ -1,15 +1,15 @@
-"""Many plans at once, improved by random moves that grow ever more cautious.
+"""Simulated annealing of many plans at once.
 
-Each *walker* holds a plan. A step draws one atom, and in every walker a stage for it that its neighbours allow; the
-move is made if it makes the stages' loads more even, or else with odds that fall as the walk cools down. Only the two
-stages between which an atom moves change their loads, so a step is a few operations on arrays with a column for each
+Each *walker* holds a plan. A step draws one atom and, for every walker, a stage that the atom's neighbors allow. The
+move is accepted if it balances the loads, and otherwise with a probability that decreases with the temperature. Only
+the two stages between which an atom moves change their loads, so a step is a few operations on arrays with a column per
 walker.
 
-The walkers start from different plans and end in different ones. Their boundaries are a family of sets in which the
-programme then finds plans that no walker has.
+The walkers start from different plans and end in different ones. From the boundaries of all of them, the dynamic
+program then finds plans that no single walker has.
 
 Source: Kirkpatrick, Gelatt, Vecchi, "Optimization by Simulated Annealing" (1983). Moves that keep an acyclic partition
-acyclic are those of Herrmann et al. (2019), section 4.3; the even loads are a high power, as a smooth maximum.
+acyclic are those of Herrmann et al. (2019), section 4.3. A high power of the loads serves as a smooth maximum.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ import numpy as np
 from pipecompile.partition.solver.deadline import Deadline
 from pipecompile.partition.solver.problem import Bools, Floats, Ints, Problem
 
-POWER = 12.0  # of a load, relative to the best bottleneck at the start
-HOT, COLD = 0.6, 0.006  # what a move may cost with odds of one in e, first and last, relative to a mean atom's weight
-DRAWN = 256  # steps that are drawn together
+POWER = 12.0  # of a load, relative to the smallest bottleneck at the start
+HOT, COLD = 0.6, 0.006  # first and last temperature, relative to the weight of a mean atom
+DRAWN = 256  # steps drawn at once
 
 
 def annealed(
     problem: Problem, starts: Sequence[Sequence[int]], steps: int, seed: int, deadline: Deadline
 ) -> list[tuple[int, ...]]:
-    """The best plan that each walker meets from its start on; fewer steps if the deadline passes."""
+    """The best plan that each walker visits, its start included. Stops early if the deadline passes."""
     random = np.random.default_rng(seed)
     walk = _Walk(problem, np.array(starts, dtype=np.int64).T)
     cooling = walk.scale * HOT * (COLD / HOT) ** (np.arange(steps) / steps)
@@ -44,20 +44,20 @@ def annealed(
 
 
 class _Walk:
-    """The walkers' plans, and what moves change: a column for each walker."""
+    """The plans of the walkers, and the numbers that moves change: a column per walker."""
 
     def __init__(self, problem: Problem, stage_of: Ints) -> None:
         self.problem, self.stage_of, self.width = problem, stage_of, stage_of.shape[1]
         everyone = np.arange(self.width)
-        self.pins = np.zeros((len(problem.nets), problem.num_stages, self.width), np.int32)
+        self.ends = np.zeros((len(problem.nets), problem.num_stages, self.width), np.int32)
         for index, net in enumerate(problem.nets):
-            for pin in net.pins:
-                self.pins[index, stage_of[pin], everyone] += 1
-        self.touched = (self.pins > 0).sum(axis=1)
+            for end in net.ends:
+                self.ends[index, stage_of[end], everyone] += 1
+        self.touched = (self.ends > 0).sum(axis=1)
         self.sends, self.receives = problem.factors.T
-        makers = stage_of[[net.pins[0] for net in problem.nets]][:, None] == np.arange(problem.num_stages)[:, None]
+        makers = stage_of[[net.ends[0] for net in problem.nets]][:, None] == np.arange(problem.num_stages)[:, None]
         factors = np.where(makers, self.sends[:, None], self.receives[:, None])
-        crossing = ((self.pins > 0) & (self.touched > 1)[:, None]) * factors * problem.net_seconds[:, None, None]
+        crossing = ((self.ends > 0) & (self.touched > 1)[:, None]) * factors * problem.net_seconds[:, None, None]
         self.work = self._sums(problem.weight) / problem.speeds[:, None]
         self.sent = crossing.sum(axis=0)
         in_flight = np.array([seat.in_flight for seat in problem.seats])[:, None]
@@ -73,12 +73,12 @@ class _Walk:
         self.before = [np.array(row, np.int64) for row in problem.predecessors]
         self.after = [np.array(row, np.int64) for row in problem.successors]
         self.nets_of = [np.array(row, np.int64)[:, None] for row in problem.nets_of]
-        first = np.array([net.pins[0] for net in problem.nets], np.int64)
+        first = np.array([net.ends[0] for net in problem.nets], np.int64)
         self.producers = [first[nets] for nets in self.nets_of]
 
     @property
     def movable(self) -> Ints:
-        """The atoms that have another stage to go to in some walker; all if there are none."""
+        """The atoms that can move in some walker; all atoms if none can."""
         low, high = self.arcs
         bound = self.stage_of[low] == self.stage_of[high]
         back, forth = np.zeros_like(self.stage_of, np.bool_), np.zeros_like(self.stage_of, np.bool_)
@@ -90,7 +90,7 @@ class _Walk:
         return some if len(some) else np.arange(len(self.problem))
 
     def step(self, atom: int, draw: Floats, limit: Floats) -> None:
-        """Moves the atom in each walker where that is not worse by more than the negative of the limit."""
+        """Moves the atom in each walker in which the loads get worse by less than the negative of the limit."""
         here = self.stage_of[atom]
         there = self._drawn(atom, draw)
         walkers = np.flatnonzero(there != here)
@@ -98,7 +98,7 @@ class _Walk:
             return
         here, there = here[walkers], there[walkers]
         nets = self.nets_of[atom]
-        leaves, enters = self.pins[nets, here, walkers] == 1, self.pins[nets, there, walkers] == 0
+        leaves, enters = self.ends[nets, here, walkers] == 1, self.ends[nets, there, walkers] == 0
         before = self.touched[nets, walkers]
         after = before - leaves + enters
         seconds, weight = self.problem.net_seconds[nets], self.problem.weight[atom]
@@ -120,16 +120,16 @@ class _Walk:
             self._move(atom, walkers[some], here[some], there[some], after[:, some], less[some], more[some])
 
     def _load(self, stages: Ints, walkers: Ints, weight: float = 0.0, sent: Floats | float = 0.0) -> Floats:
-        """Seconds of one stage of each walker, with an atom's seconds and seconds to send on top."""
+        """Load of one stage of each walker, with ``weight`` and ``sent`` seconds added."""
         work = self.work[stages, walkers] + weight / self.problem.speeds[stages]
         return self.problem.load(work, self.sent[stages, walkers] + sent)
 
     def _paid(self, stages: Ints, makes: Bools) -> Floats:
-        """net, walker -> times its seconds that a net which crosses costs a stage that makes it, or does not"""
+        """net, walker -> the factor that a stage pays for a crossing net, depending on whether it makes the net"""
         return np.asarray(np.where(makes, self.sends[stages], self.receives[stages]))
 
     def _drawn(self, atom: int, draw: Floats) -> Ints:
-        """A stage for the atom in each walker, between those of its sources and those of its targets."""
+        """A stage for the atom in each walker, between the stages of its sources and of its targets."""
         first: Ints = self.stage_of[self.before[atom]].max(axis=0, initial=self.problem.earliest[atom])
         last: Ints = self.stage_of[self.after[atom]].min(axis=0, initial=self.problem.latest[atom])
         return np.asarray(first + (draw * (last - first + 1)).astype(np.int64))
@@ -141,7 +141,7 @@ class _Walk:
         self.stage_of[atom, walkers] = there
         self.touched[nets, walkers] = touched
         for stages, count, seconds in ((here, -1, less), (there, 1, more)):
-            self.pins[nets, stages, walkers] += count
+            self.ends[nets, stages, walkers] += count
             self.work[stages, walkers] += count * problem.weight[atom] / problem.speeds[stages]
             self.sent[stages, walkers] += seconds
             self.atoms[stages, walkers] += count

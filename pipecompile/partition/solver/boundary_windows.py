@@ -1,18 +1,19 @@
-"""Where the boundaries of a good plan must lie.
+"""Windows: bounds on where the boundaries of a good plan can lie.
 
 If no stage takes longer than T, the first k stages and the other K - k bound the set A at boundary k from both sides.
-Every net that is open at A is paid by at least one stage on either side, so with equal devices
+At least one stage on either side pays for each net that is open at A, so with equal devices
 
     weight(A)         + open(A) <= k T
     total - weight(A) + open(A) <= (K - k) T
 
-The weights alone already pin most atoms: one whose ancestors weigh more than k T cannot be in A, one whose descendants
-weigh more than (K - k) T must be. These pins are implied by T, not a heuristic.
+The weights alone fix most atoms: an atom whose ancestors weigh more than k T cannot be in A, and an atom whose
+descendants weigh more than (K - k) T must be in A. This follows from T; it is not a heuristic.
 
-Minimum cuts make the windows narrower. The cheapest cut within a window is a part of both sums. And the cheapest cut
-of an earlier window j < k, over the nets that lie wholly inside the window after it, is paid twice within the first k
-stages, by a producer and by a consumer; no net is counted by two windows. What remains pins more atoms, which makes
-the cuts dearer, until little changes or the pins contradict each other: then no plan is within T.
+Minimum cuts make the windows narrower. The cheapest cut within a window is a part of both sums. In addition, the
+cheapest cut of an earlier window j < k, over the nets that lie entirely inside the window after it, is paid twice
+within the first k stages, by a producer and by a consumer. No net is counted by two windows. The smaller remainder
+fixes more atoms, which makes the cuts more expensive, and so on, until little changes or an atom is fixed to both
+sides: then no plan is within T.
 
 Source: Tarnawski et al. (NeurIPS 2020), section 4, for ideals as boundaries; the windows and their narrowing are ours.
 """
@@ -32,19 +33,19 @@ from pipecompile.partition.solver.cuts import Cut, closed_cut
 from pipecompile.partition.solver.deadline import NEVER, Deadline
 from pipecompile.partition.solver.problem import Bools, Floats, Problem, Seat
 
-ROUNDING = 1e-9  # relative; a window is a hair too wide rather than too narrow
-ROUNDS, LITTLE = 8, 0.95  # at most, and as long as each leaves fewer than so many free atoms of the last
+ROUNDING = 1e-9  # relative; windows are rounded outward
+ROUNDS, LITTLE = 8, 0.95  # maximum number, and the share of free atoms that a round must get below
 
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """What the stages on one side of a boundary can do within the limit."""
+    """The capacity of the stages on one side of a boundary, within the limit."""
 
     work: float  # seconds of atoms at speed 1
     time: float  # seconds of atoms and nets
-    speed: float  # of the fastest
+    speed: float  # of the fastest stage
     memory: float  # bytes
-    overlapped: bool  # nets take no time from atoms
+    overlapped: bool  # communication overlaps with computation
 
     @staticmethod
     def of(seats: Sequence[Seat], limit: float, overlapped: bool = False) -> Side:
@@ -53,31 +54,31 @@ class Side:
         return Side(wide * sum(speeds), wide * len(seats), max(speeds), memory, overlapped)
 
     def less(self, spent: float, opened: float) -> Side:
-        """The same after seconds that are spent anyway, of which ``opened`` on nets open at the boundary."""
+        """The capacity left after ``spent`` seconds, and ``opened`` seconds of nets open at the boundary."""
         rest = self.speed * (self.time - spent - opened)
         work = min(self.work, rest) if rest < 0 or not self.overlapped else self.work
         return replace(self, work=work, time=self.time - spent)
 
     def allows(self, weight: Floats, kept: Floats, opened: Floats) -> Bools:
-        """Whether this much weight, bytes and open seconds may lie on this side."""
+        """Whether this side has room for these weights, bytes and seconds of open nets."""
         spent = opened if self.overlapped else weight / self.speed + opened
         return np.asarray((weight <= self.work) & (spent <= self.time) & (kept <= self.memory * (1 + ROUNDING)))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Window:
-    """The closed sets that may be one boundary of a plan within a limit (seconds)."""
+    """The closed sets that can be one boundary of a plan within a limit (seconds)."""
 
     problem: Problem
     before: Side
     after: Side
-    inside: Bools  # the atoms that every allowed set has
-    outside: Bools  # the atoms that no allowed set has
-    cut: Cut | None = None  # a cheapest one between the pins
+    inside: Bools  # atoms in every allowed set
+    outside: Bools  # atoms in no allowed set
+    cut: Cut | None = None  # a minimum cut between ``inside`` and ``outside``
 
     @staticmethod
     def within(problem: Problem, before: Side, after: Side, cut: Cut | None = None) -> Window:
-        """The window with the atoms pinned that the two sides have no room for."""
+        """The window in which each atom is fixed that one of the sides has no room for."""
         inside, outside = problem.descendant_weight > after.work, problem.ancestor_weight > before.work
         if problem.bounded:
             inside |= problem.kept @ problem.ancestors > after.memory * (1 + ROUNDING)
@@ -86,13 +87,13 @@ class Window:
 
     @property
     def most_open(self) -> float:
-        """Seconds of open nets that leave both sides together enough for all atoms."""
+        """The most seconds of open nets with which both sides together still have room for all atoms."""
         time, fastest = self.before.time + self.after.time, max(self.before.speed, self.after.speed)
         return (time if self.problem.overlapped else time - self.problem.total / fastest) / 2
 
     @property
     def free(self) -> int:
-        """How many atoms are not pinned."""
+        """The number of atoms that are not fixed."""
         return int((~(self.inside | self.outside)).sum())
 
     @property
@@ -100,12 +101,12 @@ class Window:
         return bool((self.inside & self.outside).any())
 
     def pinned(self, boundary: int) -> Window:
-        """The same for the boundary after so many stages, with the atoms pinned that belong before or after it."""
+        """The window of the boundary after ``boundary`` stages: atoms that must be before or after it are fixed."""
         before, after = self.problem.latest < boundary, self.problem.earliest >= boundary
         return replace(self, inside=self.inside | before, outside=self.outside | after)
 
     def between(self, inside: Bools, outside: Bools) -> Window:
-        """The part of the window that has certain further atoms, and none of certain others."""
+        """The part of the window with all atoms ``inside`` and none ``outside``."""
         return replace(self, inside=self.inside | inside, outside=self.outside | outside, cut=None)
 
     def allows(self, sets: Family) -> Bools:
@@ -115,18 +116,18 @@ class Window:
 
 
 def windows(problem: Problem, limit: float) -> list[Window]:
-    """The window of each boundary, by weight and pins alone."""
+    """The window of each boundary, from weights and fixed stages only."""
     found = [Window.within(problem, *sides) for sides in _sides(problem, limit)]
     return [window.pinned(boundary) for boundary, window in enumerate(found, start=1)]
 
 
 def free_atoms(found: Sequence[Window]) -> int:
-    """How many atoms are not pinned, over all boundaries."""
+    """The number of atoms that are not fixed, summed over all boundaries."""
     return sum(window.free for window in found)
 
 
 def narrowed(problem: Problem, limit: float, deadline: Deadline = NEVER) -> list[Window] | None:
-    """The window of each boundary, by minimum cuts; ``None`` if no plan is within the limit.
+    """The window of each boundary, narrowed by minimum cuts; ``None`` if no plan is within the limit.
 
     Raises:
         OutOfTime: the deadline has passed.
@@ -143,9 +144,9 @@ def narrowed(problem: Problem, limit: float, deadline: Deadline = NEVER) -> list
 
 
 def within_free(found: list[Window]) -> tuple[Contraction, list[Window]]:
-    """The problem with all atoms merged whose stage the windows leave no choice, and its windows.
+    """The problem in which all atoms with only one possible stage are merged by stage, and its windows.
 
-    Pinned sets are closed, and so are the stages between them: no free atom can lie between merged ones.
+    Fixed sets are closed, and so are the stages between them: no free atom can lie between merged ones.
     """
     problem = found[0].problem
     fixed = np.logical_and.reduce([window.inside | window.outside for window in found])
@@ -158,7 +159,7 @@ def within_free(found: list[Window]) -> tuple[Contraction, list[Window]]:
 
 
 def admit(sets: Family, limit: float) -> list[Family]:
-    """For each boundary those of the sets that its window allows."""
+    """For each boundary, the sets that its window allows."""
     return [sets.select(window.allows(sets)) for window in windows(sets.problem, limit)]
 
 
@@ -186,8 +187,8 @@ def _narrow(problem: Problem, limit: float, found: list[Window], deadline: Deadl
 
 
 def _least(problem: Problem, window: Window, within: Bools) -> float:
-    """Seconds open at least at a boundary, over the nets all of whose pins are among some atoms."""
-    atoms, begins = problem.net_pins
+    """The least open seconds of a boundary in the window, over the nets whose ends are all in ``within``."""
+    atoms, begins = problem.net_ends
     if not len(atoms):
         return 0.0
     nets = np.logical_and.reduceat(within[atoms], begins)

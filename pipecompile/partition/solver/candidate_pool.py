@@ -1,10 +1,10 @@
-"""The pool: closed sets worth a look, from orders and from minimum cuts, and the best plan made of them.
+"""The pool: candidate closed sets from orders and from minimum cuts, and the best plan made of them.
 
-Neither source is enough. An order sees the balance but is blind to the other orders; a minimum cut sees the whole
-graph but only one boundary. The programme over the pool may take each boundary from another source, and since the
-prefixes of the best order are in the pool, it is never worse than the best interval plan.
+Neither source is enough. An order sees the balance of all stages but no other orders. A minimum cut sees the whole
+graph but only one boundary. The dynamic program over the pool can take each boundary from a different source. The
+prefixes of the best order are in the pool, so the result is never worse than the best interval plan.
 
-Effort is counted in atoms, not in seconds of a clock, so that the same problem always has the same plan.
+Effort is counted in atoms, not in seconds, so that the same problem always has the same plan.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from pipecompile.partition.solver.interval_dp import best_intervals, prefixes
 from pipecompile.partition.solver.orders import orders
 from pipecompile.partition.solver.problem import Bools, Problem
 
-EFFORT = 12_000  # atoms placed by interval programmes
+EFFORT = 12_000  # atoms placed by interval programs
 MOST_ORDERS = 100
 KEPT_ORDERS = 8
-MOST_SETS = 1_000  # for one boundary
-ROUNDING = 1 + 1e-9  # the same load, added in another order
+MOST_SETS = 1_000  # per boundary
+ROUNDING = 1 + 1e-9  # the same load may be summed in another order
 
 Programme = Callable[[Problem, Sequence[Family], float, Deadline], Chain | None]
 
 
 def pooled(problem: Problem, deadline: Deadline) -> Iterator[Chain]:
-    """The best plans of each order, then the best plan over the pool; none if no plan within memory was found.
+    """Yields the best plans of each order, then the best over the pool; nothing if no plan within memory was found.
 
     Raises:
         OutOfTime: the deadline has passed.
@@ -53,7 +53,7 @@ def pooled(problem: Problem, deadline: Deadline) -> Iterator[Chain]:
 def combine(
     sets: Family, limit: float, known: Bools, deadline: Deadline, programme: Programme = best_chain
 ) -> Chain | None:
-    """The best plan with boundaries from the sets and from the boundaries of a known one."""
+    """The best plan whose boundaries are among the sets and the boundaries of a known plan."""
     families = [_cheapest(family) for family in admit(sets, limit)]
     families = [
         Family.of(sets.problem, [family.members, boundary[None]])
@@ -63,7 +63,7 @@ def combine(
 
 
 def ends_near(problem: Problem, order: Sequence[int], limit: float) -> Sequence[int]:
-    """Where to end a prefix of the order so that its weight is within the window of some boundary."""
+    """The ends of the prefixes of the order whose weight is within the window of some boundary."""
     work = np.cumsum(problem.weight[list(order)])
     near = np.zeros(len(order), np.bool_)
     for window in windows(problem, limit):

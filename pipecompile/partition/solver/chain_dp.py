@@ -1,16 +1,17 @@
-"""The best chain of closed sets, one from each family: the dynamic programme that every search here ends in.
+"""The best chain of closed sets, one from each family: the dynamic program at the end of every search.
 
     nothing  ⊆  A in families[0]  ⊆  B in families[1]  ⊆ ... ⊆  everything
 
-Stage k is the difference of two links. It makes the nets that are open at B and not at A, since what is open at A was
-made before, and it reads the nets that are open at A and have a pin between. So for all pairs at once
+A stage is the difference B - A of two consecutive sets. It makes the nets that are open at B and not at A (those open
+at A were made earlier), and it reads the nets that are open at A and have an end in between. So for all pairs at once
 
     crossing(B - A) = sends * (open(B) - open(A and B)) + receives * (open(A) - passing(A, B))
 
-and the terms with both are matrix products over the few nets that are open on both sides. First the least greatest load
-is found, then, among the plans that have it, the one that sends the fewest seconds.
+and the terms with both sets are matrix products over the few nets that are open on both sides. The program finds the
+smallest bottleneck first, then, among the plans that have it, the one with the least communication.
 
-Source: the programme over ideals of Tarnawski et al. (NeurIPS 2020), section 4; the matrix form of the load is ours.
+Source: the dynamic program over ideals of Tarnawski et al. (NeurIPS 2020), section 4; the matrix form of the
+load is ours.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from pipecompile.partition.solver.closed_sets import Family, Words
 from pipecompile.partition.solver.deadline import NEVER, Deadline
 from pipecompile.partition.solver.problem import Bools, Floats, Ints, Problem, Seat
 
-BLOCK = 2_000_000  # pairs looked at together
-SPARSE = 15  # with fewer than one pair in so many, the pairs are multiplied one by one
+BLOCK = 2_000_000  # pairs processed at once
+SPARSE = 15  # if fewer than one pair in 15 is a candidate, pairs are multiplied one by one
 TIE = 1 + 1e-12
 
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """A plan, and the seconds of its busiest stage."""
+    """A plan and its bottleneck in seconds."""
 
     bottleneck: float
     stage_of: tuple[int, ...]
@@ -41,16 +42,16 @@ class Chain:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Stages:
-    """The stages between the sets of two families, one an entry."""
+    """The stages between the sets of two families, one per entry."""
 
-    lower: Ints  # which set of the lower family
+    lower: Ints  # index into the lower family
     upper: Ints
     loads: Floats
-    crossing: Floats  # seconds, of the load
+    crossing: Floats  # seconds of the load
 
 
 def best_chain(problem: Problem, families: Sequence[Family], limit: float, deadline: Deadline = NEVER) -> Chain | None:
-    """The best plan with a boundary from each family, one family a boundary; ``None`` if all exceed the limit.
+    """The best plan with one boundary from each family; ``None`` if all exceed the limit (seconds).
 
     Raises:
         OutOfTime: the deadline has passed.
@@ -61,7 +62,7 @@ def best_chain(problem: Problem, families: Sequence[Family], limit: float, deadl
 def thrifty_chain(
     problem: Problem, families: Sequence[Family], limit: float, deadline: Deadline = NEVER
 ) -> Chain | None:
-    """Of all such plans within the limit the one that sends the fewest seconds."""
+    """The plan with the least communication among all such plans within the limit."""
     return _chain(problem, families, limit, deadline, tight=False)
 
 
@@ -81,7 +82,7 @@ def _chain(problem: Problem, families: Sequence[Family], limit: float, deadline:
 def stages_between(
     problem: Problem, seat: Seat, lower: Family, upper: Family, limit: float, deadline: Deadline
 ) -> Stages:
-    """All stages from a set of one family to one of the other that the seat has room for and finishes in the limit."""
+    """All stages between a set of each family that fit into the seat's memory and within the limit."""
     pairs = _Pairs(problem, seat, lower, upper, limit)
     width = max(1, BLOCK // max(1, len(lower)))
     parts = []
@@ -99,7 +100,7 @@ def stages_between(
 
 
 def _forward(problem: Problem, links: list[Family], limit: float, deadline: Deadline) -> tuple[list[Family], float]:
-    """The sets that a chain within the limit can reach, and the least greatest load."""
+    """The sets that a chain within the limit can reach, and the smallest bottleneck."""
     reached = [links[0]]
     value = np.zeros(1)
     for seat, link in zip(problem.seats, links[1:], strict=True):
@@ -113,7 +114,7 @@ def _forward(problem: Problem, links: list[Family], limit: float, deadline: Dead
 
 
 def _least_crossing(problem: Problem, links: list[Family], limit: float, deadline: Deadline) -> list[int]:
-    """The row of each inner link in the chain within the limit that crosses least."""
+    """The row of each inner family in the chain within the limit that has the least communication."""
     value = np.zeros(1)
     came_from: list[Ints] = []
     for seat, lower, upper in zip(problem.seats, links, links[1:], strict=False):
@@ -134,7 +135,7 @@ def _least_crossing(problem: Problem, links: list[Family], limit: float, deadlin
 
 @dataclass(frozen=True)
 class _Pairs:
-    """Two families, looked at a block of upper sets at a time."""
+    """The pairs of sets of two families, processed a block of upper sets at a time."""
 
     problem: Problem
     seat: Seat
@@ -143,7 +144,7 @@ class _Pairs:
     limit: float
 
     def stages(self, begin: int, end: int) -> Stages:
-        """The stages that end in some of the upper sets."""
+        """The stages that end in the upper sets ``begin`` to ``end``."""
         first, second = self._candidates(begin, end)
         crossing = self._crossing(first, second)
         work = (self.upper.weight[second] - self.lower.weight[first]) / self.seat.speed
@@ -155,7 +156,7 @@ class _Pairs:
         return Stages(first[within], second[within], loads[within], crossing[within])
 
     def _candidates(self, begin: int, end: int) -> tuple[Ints, Ints]:
-        """The pairs of sets, one within the other, that the seat has room for, in the limit by their atoms alone."""
+        """The nested pairs of sets that fit into memory, and within the limit without communication."""
         lower, upper, problem = self.lower, self.upper, self.problem
         least = upper.weight[begin:end] * (1 - 1e-12) - self.limit * TIE * self.seat.speed
         low = int(np.searchsorted(lower.weight, least[0]))
@@ -173,7 +174,7 @@ class _Pairs:
         return first + low, second + begin
 
     def _crossing(self, first: Ints, second: Ints) -> Floats:
-        """Seconds of the nets that cross each of some stages."""
+        """Seconds of the nets that cross each stage."""
         seat = self.seat
         apart = seat.receives * self.lower.open_seconds[first] + seat.sends * self.upper.open_seconds[second]
         left, right = self._columns
@@ -188,16 +189,16 @@ class _Pairs:
 
     @cached_property
     def _columns(self) -> tuple[Floats, Floats]:
-        """What to multiply for ``open`` and ``passing``; a net of two pins is passing whenever it is open twice."""
+        """The factors for ``open`` and ``passing``. A net with two ends is passing whenever it is open at both sets."""
         nets = np.flatnonzero(self.lower.is_open.any(axis=0) & self.upper.is_open.any(axis=0))
         sizes, seconds = self.problem.net_sizes[nets], self.problem.net_seconds[nets]
-        inside = (self.lower.pins_inside[:, nets], self.upper.pins_inside[:, nets])
-        columns: list[tuple[Bools, ...]] = [tuple((pins > 0) & (pins < sizes) for pins in inside)]
+        inside = (self.lower.ends_inside[:, nets], self.upper.ends_inside[:, nets])
+        columns: list[tuple[Bools, ...]] = [tuple((ends > 0) & (ends < sizes) for ends in inside)]
         sends, receives = self.seat.sends, self.seat.receives
         paid = [seconds * np.where(sizes > 2, sends, sends + receives)]
         for count in range(1, int(sizes.max(initial=0))):
             some = np.flatnonzero((sizes > 2) & (sizes > count))
-            columns.append(tuple(pins[:, some] == count for pins in inside))
+            columns.append(tuple(ends[:, some] == count for ends in inside))
             paid.append(receives * seconds[some])
         left, right = (np.hstack(side).astype(np.float64) for side in zip(*columns, strict=True))
         return left * np.concatenate(paid), right

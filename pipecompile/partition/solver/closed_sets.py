@@ -1,8 +1,8 @@
 """Many closed sets at once, as the rows of a matrix.
 
-A plan is a chain of closed sets: the atoms of stages 0 to k, for each k. A *family* holds candidates for one link of
-that chain with what every later step asks of them: weight, bytes, and the seconds of the nets that are *open*, that is
-have pins on both sides.
+A plan is a chain of closed sets: the atoms of stages 0 to k, for each k. A *family* holds candidates for one set of
+that chain, with the numbers that later steps need: weight, bytes, and the seconds of the nets that are *open*, which
+means that they have ends on both sides.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ Words = NDArray[np.uint64]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Family:
-    """Closed sets of one problem in order of weight; ``members[i, v]`` says whether set i has atom v."""
+    """Closed sets of one problem, by weight. ``members[i, v]`` is whether set i contains atom v."""
 
     problem: Problem
     members: Bools
 
     @staticmethod
     def of(problem: Problem, sets: Iterable[Bools]) -> Family:
-        """The given sets, single or in stacks, each once, in order of weight."""
+        """The given sets, single or in stacks, without repeats, by weight."""
         stack = np.vstack([np.zeros((0, len(problem)), np.bool_), *sets])
         if not len(stack):
             return Family(problem, stack)
@@ -37,7 +37,7 @@ class Family:
 
     @staticmethod
     def by_weight(problem: Problem, stack: Bools) -> Family:
-        """The sets of a stack without repeats, in order of weight."""
+        """Sorts a stack of sets without repeats by weight."""
         weight = stack @ problem.weight
         order = np.argsort(weight, kind="stable")
         family = Family(problem, stack[order])
@@ -56,9 +56,9 @@ class Family:
         return len(self.members)
 
     def select(self, which: Bools | Ints | slice) -> Family:
-        """Some of the sets, with what is known of them."""
+        """A part of the family, with the values computed so far."""
         chosen = Family(self.problem, self.members[which])
-        for name in ("weight", "size", "words", "kept", "saved", "pins_inside", "open_seconds"):
+        for name in ("weight", "size", "words", "kept", "saved", "ends_inside", "open_seconds"):
             if name in self.__dict__:
                 chosen.__dict__[name] = self.__dict__[name][which]
         return chosen
@@ -69,22 +69,22 @@ class Family:
 
     @cached_property
     def size(self) -> Ints:
-        """How many atoms each set has."""
+        """The number of atoms of each set."""
         return np.asarray(self.members.sum(axis=1, dtype=np.int64))
 
     @cached_property
     def words(self) -> Words:
-        """The sets as bits."""
+        """The sets as packed bits."""
         spare = np.zeros((len(self), -len(self.problem) % 64), np.bool_)
         return np.asarray(np.packbits(np.hstack([self.members, spare]), axis=1).view(np.uint64))
 
     def have(self, atoms: Bools) -> Bools:
-        """Which sets have all of some atoms."""
+        """Which sets contain all of the atoms."""
         wanted = Family(self.problem, atoms[None]).words
         return np.asarray(((self.words & wanted) == wanted).all(axis=1))
 
     def lack(self, atoms: Bools) -> Bools:
-        """Which sets have none of some atoms."""
+        """Which sets contain none of the atoms."""
         return np.asarray(((self.words & Family(self.problem, atoms[None]).words) == 0).all(axis=1))
 
     @cached_property
@@ -96,12 +96,12 @@ class Family:
         return np.asarray(self.members @ self.problem.saved)
 
     @cached_property
-    def pins_inside(self) -> Ints:
-        """``pins_inside[i, e]``: how many pins of net e set i holds."""
-        pins, begins = self.problem.net_pins
-        if not len(pins):
+    def ends_inside(self) -> Ints:
+        """``ends_inside[i, e]`` is the number of ends of net e in set i."""
+        ends, begins = self.problem.net_ends
+        if not len(ends):
             return np.zeros((len(self), 0), np.int32)
-        return np.asarray(np.add.reduceat(self.members[:, pins], begins, axis=1, dtype=np.int32))
+        return np.asarray(np.add.reduceat(self.members[:, ends], begins, axis=1, dtype=np.int32))
 
     @cached_property
     def open_seconds(self) -> Floats:
@@ -109,4 +109,4 @@ class Family:
 
     @property
     def is_open(self) -> Bools:
-        return np.asarray((self.pins_inside > 0) & (self.pins_inside < self.problem.net_sizes))
+        return np.asarray((self.ends_inside > 0) & (self.ends_inside < self.problem.net_sizes))

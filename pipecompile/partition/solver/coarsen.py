@@ -1,19 +1,19 @@
-"""Fewer atoms at no loss: an atom joins the neighbour that it can always be moved to.
+"""Coarsening without loss: an atom joins the neighbor that it can always be moved to.
 
-Atom x may join y, its only predecessor or its only successor, if in every plan moving x into the stage of y raises no
-load. Moving it changes the nets of x alone, in the two stages alone: those without y may become crossing, the net
-{x, y} ceases to be. So the move is free where
+Atom x may join y, its only predecessor or its only successor, if moving x into the stage of y increases no load in any
+plan. The move changes only the nets of x, and only in the two stages: nets without y may start to cross, and the net
+{x, y} disappears. So the move is free if
 
     seconds of x  +  sum of c(e) over nets e with x, without y   <=   c({x, y})
 
-as for a cheap operation with a large result, a constant, a mask that is widened for its reader. Where links differ the
-move is free too: what may come to cross a stage is made there if {x, y} was, and only read there if {x, y} was, so it
-takes the same factor, which is at least 1. Where memory is short, x must hold no bytes
-either; where stages send while they compute, it must take no seconds. With a cap above nothing
-the rule also moves light atoms whose own seconds are the loss, which is bounded by what was absorbed. Heavy-edge
-contraction, the usual rule, merges across the narrow cuts between transformer blocks.
+for example a cheap operation with a large result, a constant, or a mask that is expanded for its reader. This also
+holds if links differ: a net that starts to cross a stage is made there if {x, y} was, and only read there if {x, y}
+was, so it has the same factor, which is at least 1. If memory is limited, x must also hold no bytes. If communication
+overlaps with computation, x must take no seconds. With a cap above zero, the rule also moves light atoms. Their seconds
+are the loss, which is bounded by the cap. Heavy-edge contraction, the usual rule, merges across the narrow cuts between
+transformer blocks.
 
-Source: ours; that contracting an atom with one neighbour on a side is safe is in Herrmann et al., "Multilevel
+Source: ours; that contracting an atom with one neighbor on a side is safe is in Herrmann et al., "Multilevel
 Algorithms for Acyclic Partitioning of Directed Acyclic Graphs" (2019), section 4.1.
 """
 
@@ -28,21 +28,21 @@ from pipecompile.partition.solver.contraction import Contraction, merge
 from pipecompile.partition.solver.problem import Floats, Problem
 
 MANY = 2.5
-SHARES = (3200, 1600, 800, 400, 200, 100, 50)  # a cap is a mean stage divided by one of these
+SHARES = (3200, 1600, 800, 400, 200, 100, 50)  # the caps are a mean stage divided by each of these
 
 
 def lossless(problem: Problem) -> Contraction:
-    """Contracts what never makes a difference, until nothing is left to."""
+    """Contracts atoms as long as this is free."""
     quotient = _Quotient(problem)
     quotient.join_dominated()
     return merge(problem, quotient.groups)
 
 
 def lossy(problem: Problem, most: int) -> Contraction:
-    """Contracts ever heavier atoms until ``most`` are left, or the next would weigh more than 2% of a stage.
+    """Contracts increasingly heavy atoms until ``most`` are left, or the next would weigh more than 2% of a stage.
 
-    Graphs of parallel branches keep far more. Then stretches of the atoms' order are contracted, cut where the fewest
-    seconds are open, until some ``MANY`` times ``most`` are left.
+    Graphs with parallel branches keep far more atoms. Then stretches of the order of atoms are contracted, cut at the
+    fewest open seconds, until about ``MANY`` times ``most`` are left.
     """
     quotient = _Quotient(problem)
     quotient.join_dominated()
@@ -57,15 +57,15 @@ def lossy(problem: Problem, most: int) -> Contraction:
 
 
 def _stretches(problem: Problem, most: float) -> list[range]:
-    """Stretches of the order, each lighter than three halves of a share of one in ``most``, or a single atom."""
+    """Stretches of the order, each lighter than 1.5 / ``most`` of the total weight, or a single atom."""
     weight = np.cumsum(_shares(problem))
     mean = float(weight[-1]) / most
-    opened = np.zeros(len(problem))  # by the boundary after each atom
+    opened = np.zeros(len(problem))  # seconds open at the boundary after each atom
     for net in problem.nets:
-        opened[net.pins[0]] += net.seconds
-        opened[net.pins[-1]] -= net.seconds
+        opened[net.ends[0]] += net.seconds
+        opened[net.ends[-1]] -= net.seconds
     opened = np.cumsum(opened)
-    ends = {0, len(problem), *(end for atom, _ in problem.pins for end in (atom, atom + 1))}
+    ends = {0, len(problem), *(end for atom, _ in problem.fixed_stages for end in (atom, atom + 1))}
     end, done = 0, 0.0
     while end < len(problem):
         low, high = np.searchsorted(weight, [done + mean / 2, done + mean * 3 / 2], side="right")
@@ -77,7 +77,7 @@ def _stretches(problem: Problem, most: float) -> list[range]:
 
 
 class _Quotient:
-    """The atoms that are left, their neighbours and their nets, as one joins the other."""
+    """The remaining atoms, their neighbors and their nets, while atoms are joined."""
 
     def __init__(self, problem: Problem) -> None:
         self.count = len(problem)
@@ -85,24 +85,24 @@ class _Quotient:
         self.before = [set(sources) for sources in problem.predecessors]
         self.after = [set(targets) for targets in problem.successors]
         self.nets_of = [set(nets) for nets in problem.nets_of]
-        self.pins = [set(net.pins) for net in problem.nets]
+        self.ends = [set(net.ends) for net in problem.nets]
         self.net_seconds = [net.seconds for net in problem.nets]
-        self.seconds = (problem.weight / problem.speeds.min()).tolist()  # at the most
+        self.seconds = (problem.weight / problem.speeds.min()).tolist()  # upper bound
         self.nbytes = ((problem.kept + problem.saved) * problem.bounded).tolist()
         self.weight, self.overlapped = _shares(problem), problem.overlapped
         self.absorbed = [0.0] * len(problem)
-        self.fixed = {atom for atom, _ in problem.pins}
+        self.fixed = {atom for atom, _ in problem.fixed_stages}
 
     @property
     def groups(self) -> list[list[int]]:
         return [members for members in self.members if len(members) > 1]
 
     def join_dominated(self) -> None:
-        """Joins all atoms that may at no loss."""
+        """Joins all atoms that can be joined without loss."""
         self._join_all(self._is_free, lambda atom, host: self._gained(atom, host, True) <= 0)
 
     def join_lighter_than(self, cap: float) -> None:
-        """Joins all light atoms that may, as long as no host absorbs more than ``cap``, a share of seconds or bytes."""
+        """Joins light atoms, as long as no host absorbs more than ``cap``, a share of seconds or bytes."""
         self._join_all(
             lambda atom: self.weight[atom] <= cap,
             lambda atom, host: self._gained(atom, host) <= 0 and self._absorbs(atom, host, cap),
@@ -129,17 +129,17 @@ class _Quotient:
         return False
 
     def _gained(self, atom: int, host: int, its_own: bool = False) -> float:
-        """Seconds by which a stage gets slower at most as the atom moves to its host, those of its own left out."""
+        """Upper bound of the seconds a stage gains if the atom moves to its host (with its own, if ``its_own``)."""
         gained = self.seconds[atom] if its_own else 0.0
         for net in self.nets_of[atom]:
-            if host not in self.pins[net]:
+            if host not in self.ends[net]:
                 gained += self.net_seconds[net]
-            elif len(self.pins[net]) == 2:
+            elif len(self.ends[net]) == 2:
                 gained -= self.net_seconds[net]
         return gained
 
     def _absorbs(self, atom: int, host: int, cap: float) -> bool:
-        """Notes the atom's weight with its host, if that may absorb so much more."""
+        """Adds the atom's weight to what its host has absorbed, if that stays within the cap."""
         if self.absorbed[host] + self.weight[atom] > cap:
             return False
         self.absorbed[host] += self.weight[atom]
@@ -153,10 +153,10 @@ class _Quotient:
                     back[other].add(host)
                     one_way[host].add(other)
         for net in self.nets_of[atom]:
-            self.pins[net].discard(atom)
-            self.pins[net].add(host)
+            self.ends[net].discard(atom)
+            self.ends[net].add(host)
             self.nets_of[host].add(net)
-            if len(self.pins[net]) == 1:
+            if len(self.ends[net]) == 1:
                 self.nets_of[host].discard(net)
         self.members[host] += self.members[atom]
         self.members[atom] = []
@@ -167,7 +167,7 @@ class _Quotient:
 
 
 def _shares(problem: Problem) -> list[float]:
-    """atom -> the greatest share it has of all seconds, and of all bytes where memory is short"""
+    """atom -> its largest share of all seconds, or of all bytes if memory is limited"""
     numbers: list[Floats] = [problem.weight, *[problem.kept, problem.saved] * problem.bounded]
     shares = [number / number.sum() for number in numbers if number.any()]
     return np.max([np.zeros(len(problem)), *shares], axis=0).tolist()  # type: ignore[no-any-return]

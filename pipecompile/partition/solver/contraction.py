@@ -1,11 +1,11 @@
-"""What must stay together becomes one atom.
+"""Contracts things that must share a stage into one atom.
 
-Groups that must share a stage, and the strongly connected components that they close, are contracted; nets follow, and
-those that end up with the same pins are summed. Things that are pinned to one stage are such a group, and an arc leads
-from each stage's to the next one's, so that every order of atoms agrees with the pins. Atoms are numbered
-topologically, in the given order where arcs leave a choice, so the model's own order is a plan candidate for nothing.
+Groups that must share a stage are contracted, and so are the strongly connected components that result. Nets follow,
+and nets with the same ends are summed. Things that are fixed to one stage form a group, with an arc to the group of the
+next stage, so that every order of atoms agrees with the fixed stages. Atoms are numbered topologically, in the given
+order where arcs leave a choice, so that the order of the model is one of the orders for free.
 
-Source: Tarnawski et al. (NeurIPS 2020), section 5, contraction of colour classes and of strongly connected components.
+Source: Tarnawski et al. (NeurIPS 2020), section 5, contraction of color classes and of strongly connected components.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pipecompile.partition.solver.problem import Net, Problem, Seat
 
 @dataclass(frozen=True, slots=True)
 class Contraction:
-    """A smaller problem, and the atom of it that each of the former things went into."""
+    """A smaller problem, and the atom that each original thing belongs to."""
 
     problem: Problem
     atom_of: tuple[int, ...]
@@ -36,11 +36,11 @@ class Contraction:
         return Contraction(problem, tuple(range(len(problem))))
 
     def expand(self, stage_of: Sequence[int]) -> tuple[int, ...]:
-        """The stages of the former things, given those of the atoms."""
+        """The stages of the original things, given those of the atoms."""
         return tuple(stage_of[atom] for atom in self.atom_of)
 
     def then(self, other: Contraction) -> Contraction:
-        """This contraction and then another one of its problem."""
+        """This contraction followed by another one of its problem."""
         return Contraction(other.problem, tuple(other.atom_of[atom] for atom in self.atom_of))
 
 
@@ -53,20 +53,20 @@ def contract(
     together: Iterable[Sequence[int]] = (),
     kept_bytes: Sequence[float] = (),
     saved_bytes: Sequence[float] = (),
-    pinned: Iterable[tuple[int, int]] = (),
+    fixed_stages: Iterable[tuple[int, int]] = (),
     overlapped: bool = False,
 ) -> Contraction:
-    """The problem over things that may be cyclic or bound together; O(things + arcs + pins).
+    """The problem for things that may have cycles or groups. O(things + arcs + ends).
 
     Args:
         together: groups that must share a stage.
-        pinned: things and the stage that each must be in.
-        overlapped: stages compute while they send and receive.
+        fixed_stages: pairs of a thing and the stage that it must be in.
+        overlapped: communication overlaps with computation.
 
     Raises:
-        InfeasibleError: things that must share a stage are pinned to two.
+        InfeasibleError: things that must share a stage are fixed to two.
     """
-    pinned_to = _by_stage(pinned)
+    pinned_to = _by_stage(fixed_stages)
     arcs = [*arcs, *((low[0], high[0]) for low, high in pairwise(pinned_to.values()))]
     atom_of = _atoms(len(seconds), arcs, [*together, *pinned_to.values()])
     count = 1 + max(atom_of, default=-1)
@@ -85,29 +85,29 @@ def contract(
         tuple(seats),
         summed(kept_bytes),
         summed(saved_bytes),
-        _pins(atom_of, pinned_to),
+        _fixed(atom_of, pinned_to),
         overlapped,
     )
     return Contraction(problem, tuple(atom_of))
 
 
 def merge(problem: Problem, together: Iterable[Sequence[int]]) -> Contraction:
-    """The problem with further atoms bound together."""
+    """The problem with further groups of atoms contracted."""
     return contract(
         problem.seconds,
         problem.arcs,
-        ((net.pins, net.seconds) for net in problem.nets),
+        ((net.ends, net.seconds) for net in problem.nets),
         problem.seats,
         together=together,
         kept_bytes=problem.kept_bytes,
         saved_bytes=problem.saved_bytes,
-        pinned=problem.pins,
+        fixed_stages=problem.fixed_stages,
         overlapped=problem.overlapped,
     )
 
 
 def _atoms(count: int, arcs: Sequence[tuple[int, int]], together: Iterable[Sequence[int]]) -> list[int]:
-    """For each thing its atom: the groups, then the cycles that they close, in topological order."""
+    """The atom of each thing: contracts groups, then the cycles that result. Atoms are in topological order."""
     bound = UnionFind(range(count))
     for group in together:
         bound.union(*group)
@@ -127,13 +127,13 @@ def _atoms(count: int, arcs: Sequence[tuple[int, int]], together: Iterable[Seque
 
 
 def _numbered(names: Iterable[int]) -> list[int]:
-    """The names as numbers, in the order in which they first come."""
+    """Numbers the names in the order of their first occurrence."""
     number: dict[int, int] = {}
     return [number.setdefault(name, len(number)) for name in names]
 
 
 def _topological(after: Sequence[set[int]]) -> dict[int, int]:
-    """Where each part stands if the lowest that is ready always comes next; parts on and behind cycles never are."""
+    """The position of each part if the lowest ready part comes next; parts on and behind cycles have none."""
     waiting = Counter(high for row in after for high in row)
     ready = [part for part in range(len(after)) if not waiting[part]]  # ascending, hence a heap
     position: dict[int, int] = {}
@@ -147,21 +147,21 @@ def _topological(after: Sequence[set[int]]) -> dict[int, int]:
     return position
 
 
-def _by_stage(pinned: Iterable[tuple[int, int]]) -> dict[int, list[int]]:
+def _by_stage(fixed_stages: Iterable[tuple[int, int]]) -> dict[int, list[int]]:
     things: dict[int, list[int]] = {}
-    for thing, stage in sorted(pinned, key=itemgetter(1)):
+    for thing, stage in sorted(fixed_stages, key=itemgetter(1)):
         things.setdefault(stage, []).append(thing)
     return things
 
 
-def _pins(atom_of: Sequence[int], pinned_to: dict[int, list[int]]) -> tuple[tuple[int, int], ...]:
+def _fixed(atom_of: Sequence[int], pinned_to: dict[int, list[int]]) -> tuple[tuple[int, int], ...]:
     stage_of: dict[int, int] = {}
     for stage, things in pinned_to.items():
         other = stage_of.setdefault(atom_of[things[0]], stage)
         if other != stage:
             raise InfeasibleError(
-                f"what is pinned to stage {other} and what is pinned to stage {stage} must share a stage, because each "
-                f"needs the other or they belong together; pin them to one stage"
+                f"nodes pinned to stage {other} and nodes pinned to stage {stage} must share a stage, because they "
+                f"depend on each other or belong together; pin them to one stage"
             )
     return tuple(stage_of.items())
 
@@ -169,7 +169,7 @@ def _pins(atom_of: Sequence[int], pinned_to: dict[int, list[int]]) -> tuple[tupl
 def _nets(atom_of: Sequence[int], nets: Iterable[tuple[Iterable[int], float]]) -> tuple[Net, ...]:
     seconds: dict[tuple[int, ...], float] = {}
     for things, cost in nets:
-        pins = tuple(sorted({atom_of[thing] for thing in things}))
-        if len(pins) > 1 and cost > 0:
-            seconds[pins] = seconds.get(pins, 0.0) + cost
-    return tuple(Net(pins, cost) for pins, cost in seconds.items())
+        ends = tuple(sorted({atom_of[thing] for thing in things}))
+        if len(ends) > 1 and cost > 0:
+            seconds[ends] = seconds.get(ends, 0.0) + cost
+    return tuple(Net(ends, cost) for ends, cost in seconds.items())

@@ -1,17 +1,20 @@
-"""Cheap closed cuts near a wanted balance, by networkx minimum cuts.
+"""Cheap closed cuts near a given balance, by minimum cuts (networkx).
 
-A set that has the sources of all it has is closed, and its cut is acyclic. An infinite arc from each atom to its source
-makes every finite cut closed. A net costs its seconds once however many pins lie beyond the cut: it becomes two points,
+A set that contains the sources of all its atoms is closed, and its cut is acyclic. An infinite arc from each atom to
+its source makes every finite cut closed. A net costs its seconds once, however many of its ends are beyond the cut. It
+becomes two points,
 
-    pin -> enter (infinite)     enter -> leave (its seconds)     leave -> pin (infinite)
+    end -> enter (infinite)     enter -> leave (its seconds)     leave -> end (infinite)
 
-where ``enter`` is the producer itself if that precedes all other pins, and ``leave`` likewise the last. Atoms
-that the balance pins to a side are contracted into the terminals, so the network is as small as the window.
+where ``enter`` is the producer itself if it precedes all other ends, and ``leave`` is the last end if it follows all
+others. Atoms that the balance fixes to a side are contracted into the terminals, so the network is as small as the
+window.
 
-If the cheapest cut misses the window, its side and some atoms next to it are pinned too, and it is cut again.
+If the cheapest cut misses the window, its side and some atoms next to it are fixed too, and the search is repeated.
 
 Source: piercing (flow-balanced bipartition) after Yang and Wong, "Efficient Network Flow Based Min-Cut Balanced
-Partitioning" (1996); the solver is Boykov and Kolmogorov (2004), never the slowest of networkx's on these networks.
+Partitioning" (1996); the solver is that of Boykov and Kolmogorov (2004), which was never the slowest of
+networkx on these networks.
 """
 
 from __future__ import annotations
@@ -33,22 +36,22 @@ Point = int | str | tuple[str, int]
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """A cheapest closed set between two pinned ones, and the flow that proves it to be the cheapest."""
+    """A cheapest closed set between two fixed sets, and the flow that proves it."""
 
     members: Bools
     seconds: float  # of the nets open at it
-    slack: Floats  # net -> its seconds that the flow leaves unused
+    slack: Floats  # net -> seconds that the flow does not use
 
 
 def closed_cut(problem: Problem, inside: Bools, outside: Bools, nets: Bools | None = None) -> Cut:
-    """The closed set with the fewest open seconds that has all atoms ``inside`` and none ``outside``.
+    """The closed set with the fewest open seconds that contains all atoms ``inside`` and none ``outside``.
 
-    No closed set between the two has fewer open seconds than this one has, plus the slack of each net open at it.
+    Every closed set between the two has at least as many open seconds as this one, plus the slack of its open nets.
 
     Args:
         inside: a closed set.
         outside: the complement of a closed set, disjoint from ``inside``.
-        nets: which nets count; by default all.
+        nets: the nets that count; by default all.
     """
     slack = problem.net_seconds.copy() if nets is None else np.where(nets, problem.net_seconds, 0.0)
     side: list[Point] = [
@@ -69,7 +72,7 @@ def closed_cut(problem: Problem, inside: Bools, outside: Bools, nets: Bools | No
 
 
 def _network(problem: Problem, side: list[Point], seconds: Floats) -> tuple[nx.DiGraph, dict[int, tuple[Point, Point]]]:
-    """The network of the free atoms, and the arc that stands for each net that has one."""
+    """The network of the free atoms, and the arc of each net that has one."""
     network = nx.DiGraph()
     network.add_nodes_from((SOURCE, SINK))
     free = [atom for atom, point in enumerate(side) if point == atom]
@@ -82,16 +85,16 @@ def _network(problem: Problem, side: list[Point], seconds: Floats) -> tuple[nx.D
 
 
 def _open_always(problem: Problem, inside: Bools, outside: Bools) -> Ints:
-    """The nets with a pin in either pinned set."""
-    pins, begins = problem.net_pins
-    if not len(pins):
+    """The nets with an end in both fixed sets."""
+    ends, begins = problem.net_ends
+    if not len(ends):
         return np.zeros(0, np.int64)
-    both = np.logical_or.reduceat(inside[pins], begins) & np.logical_or.reduceat(outside[pins], begins)
+    both = np.logical_or.reduceat(inside[ends], begins) & np.logical_or.reduceat(outside[ends], begins)
     return np.flatnonzero(both)
 
 
 def balanced_cuts(problem: Problem, inside: Bools, outside: Bools, low: float, high: float) -> Iterator[Bools]:
-    """Cheap closed sets, the last of which weighs between ``low`` and ``high`` seconds if piercing can get there."""
+    """Yields cheap closed sets. The last one weighs between ``low`` and ``high`` seconds if piercing reaches that."""
     inside, outside = inside.copy(), outside.copy()
     for _ in range(PIERCINGS):
         cut = closed_cut(problem, inside, outside).members
@@ -109,7 +112,7 @@ def balanced_cuts(problem: Problem, inside: Bools, outside: Bools, low: float, h
 
 
 def sweep(problem: Problem, targets: int, tolerance: float) -> Iterator[Bools]:
-    """Cheap cuts at evenly spread shares of the weight, within a tolerance given as a share of a mean stage."""
+    """Cheap cuts at evenly spaced shares of the weight, within a tolerance (a share of a mean stage)."""
     half = tolerance * problem.total / max(1, problem.num_stages)
     for target in np.linspace(0, problem.total, targets + 2)[1:-1]:
         inside = problem.descendant_weight > problem.total - (target - half)
@@ -118,7 +121,7 @@ def sweep(problem: Problem, targets: int, tolerance: float) -> Iterator[Bools]:
 
 
 def bisect(problem: Problem, grain: float, tolerance: float = 0.2) -> tuple[tuple[int, ...], list[Bools]]:
-    """An order made of nested cuts, each halving a piece until it weighs ``grain`` seconds; and all cuts tried."""
+    """An order from nested cuts, which halve each piece until it weighs ``grain`` seconds, and all cuts tried."""
     nothing = np.zeros(len(problem), np.bool_)
     tried: list[Bools] = []
     pieces: list[tuple[Bools, Bools]] = [(nothing, nothing)]
@@ -150,7 +153,7 @@ def _halving_cut(problem: Problem, inside: Bools, outside: Bools, tolerance: flo
 
 
 def _implied(problem: Problem, free: Bools, most: float) -> tuple[Bools, Bools]:
-    """The free atoms that weigh more than ``most`` seconds with their free descendants, and with their ancestors."""
+    """The free atoms heavier than ``most`` seconds with their free descendants; the others heavier with ancestors."""
     atoms = np.flatnonzero(free)
     ancestors, weight = problem.ancestors[np.ix_(atoms, atoms)], problem.weight[atoms]
     must, cannot = np.zeros_like(free), np.zeros_like(free)
@@ -160,9 +163,9 @@ def _implied(problem: Problem, free: Bools, most: float) -> tuple[Bools, Bools]:
 
 
 def _add_net(network: nx.DiGraph, problem: Problem, index: int, side: list[Point]) -> tuple[Point, Point] | None:
-    """Adds the points and arcs of a net; gives the arc that it is paid on, if it is not open or closed anyway."""
-    producer, consumer = problem.net_ends[index]
-    points = list(dict.fromkeys(side[pin] for pin in problem.nets[index].pins))
+    """Adds the points and arcs of a net. Returns the arc with its cost, or None if it is open or closed anyway."""
+    producer, consumer = problem.outer_ends[index]
+    points = list(dict.fromkeys(side[end] for end in problem.nets[index].ends))
     if SOURCE in points and SINK in points:
         return None
     free = [point for point in points if isinstance(point, int)]
@@ -181,7 +184,7 @@ def _add_net(network: nx.DiGraph, problem: Problem, index: int, side: list[Point
 
 
 def _grown(problem: Problem, cut: Bools, outside: Bools, seconds: float) -> Bools:
-    """The set with ready atoms added, earliest first, until it weighs ``seconds`` more; at least one."""
+    """Adds ready atoms to the set, earliest first and at least one, until it weighs ``seconds`` more."""
     grown = cut.copy()
     for atom in np.flatnonzero(~(cut | outside)).tolist():
         if all(grown[source] for source in problem.predecessors[atom]):
@@ -193,7 +196,7 @@ def _grown(problem: Problem, cut: Bools, outside: Bools, seconds: float) -> Bool
 
 
 def _shrunk(problem: Problem, cut: Bools, inside: Bools, seconds: float) -> Bools:
-    """The complement of the set with last atoms taken out of it, latest first, until it weighs ``seconds`` less."""
+    """Removes last atoms from the set, latest first, until it weighs ``seconds`` less. Returns its complement."""
     out = ~cut
     for atom in np.flatnonzero(cut & ~inside)[::-1].tolist():
         if all(out[target] for target in problem.successors[atom]):

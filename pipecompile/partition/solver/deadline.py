@@ -1,6 +1,6 @@
-"""When to stop searching: long loops ask now and then, and the search ends with the best plan it has.
+"""Deadlines: long loops check them, and the search ends with the best plan so far.
 
-Effort is counted in sets and atoms, never in seconds, so without a deadline the same problem has the same plan.
+Effort is counted in sets and atoms, not in seconds, so without a deadline the same problem has the same plan.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from time import process_time
 
 
 class OutOfTime(Exception):
-    """The time is up; caught where a search keeps its best plan."""
+    """The deadline has passed; caught where a search keeps its best plan."""
 
 
 @dataclass(frozen=True, slots=True)
 class Deadline:
-    """A moment in this process's CPU seconds."""
+    """A point in time, in CPU seconds of this process."""
 
     at: float = inf
 
@@ -25,7 +25,7 @@ class Deadline:
         return Deadline() if seconds is None else Deadline(process_time() + seconds)
 
     def part(self, share: float) -> Deadline:
-        """A deadline before this one, after such a share of the time that is left."""
+        """An earlier deadline, after ``share`` of the remaining time."""
         now = process_time()
         return self if self.at == inf else Deadline(now + share * max(0.0, self.at - now))
 
@@ -34,7 +34,7 @@ class Deadline:
         return self.at < inf and process_time() > self.at
 
     def check(self) -> None:
-        """Raises ``OutOfTime`` once the time is up."""
+        """Raises ``OutOfTime`` if the deadline has passed."""
         if self.passed:
             raise OutOfTime
 

@@ -1,15 +1,15 @@
 """All closed sets in a window.
 
-Free atoms are decided in topological order, in or out, for all partial sets at once: a row of bits for each. An atom
-may be in only if its sources are, so each closed set comes up exactly once. A row is dropped as soon as its weight
-and the open seconds that it cannot avoid any more exceed what a side may take: both only grow, so nothing in the
-window is lost.
+Free atoms are decided in topological order, in or out, for all partial sets at once, with a row of bits per set. An
+atom may be in only if its sources are, so each closed set occurs exactly once. A row is dropped as soon as its weight
+plus the open seconds that it can no longer avoid exceed the capacity of a side. Both only grow, so no set of the window
+is lost.
 
 The open seconds start at the cheapest cut of the window, and grow by the slack of each net that opens: by weak duality,
-a cut costs at least the greatest flow and what that leaves unused on the cut's arcs.
+a cut costs at least the maximum flow plus the capacity that the flow leaves unused on the arcs of the cut.
 
-Source: ideals as in Tarnawski et al. (NeurIPS 2020), section 4, which enumerates all of them; to bound while
-enumerating is ours.
+Source: ideals as in Tarnawski et al. (NeurIPS 2020), section 4, which enumerates all of them; the bounds
+during enumeration are ours.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from pipecompile.partition.solver.cuts import closed_cut
 from pipecompile.partition.solver.deadline import NEVER, Deadline
 from pipecompile.partition.solver.problem import Bools, Floats, Ints, Problem
 
-PARTIAL = 8  # partial sets are cheaper than full ones
+PARTIAL = 8  # how many partial sets cost as much as one full set
 
 
 def closed_sets(problem: Problem, window: Window, most: int, deadline: Deadline = NEVER) -> Family | None:
-    """The closed sets that the window allows; ``None`` if there may be more than ``most``.
+    """The closed sets that the window allows; ``None`` if there can be more than ``most``.
 
     Raises:
         OutOfTime: the deadline has passed.
@@ -47,7 +47,7 @@ def closed_sets(problem: Problem, window: Window, most: int, deadline: Deadline 
 
 
 def cheapest_sets(problem: Problem, window: Window, most: int, deadline: Deadline = NEVER) -> Family:
-    """Closed sets that the window allows, of which only those with the fewest open seconds are followed up.
+    """Closed sets that the window allows, by beam search: only those with the fewest open seconds are kept.
 
     Raises:
         OutOfTime: the deadline has passed.
@@ -71,12 +71,12 @@ def _least(seconds: Floats, count: int) -> Ints:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Rows:
-    """Partial closed sets: which atoms are in, and what that makes of both sides."""
+    """Partial closed sets: the atoms that are in, and the numbers of both sides."""
 
-    bits: Words  # (rows, words), a bit for each free atom
+    bits: Words  # (rows, words), a bit per free atom
     taken: Floats  # (rows, 2), seconds and bytes in the set
     left: Floats  # (rows, 2), seconds and bytes out of it
-    opened: Floats  # (rows,), seconds of the nets that will be open, at least
+    opened: Floats  # (rows,), lower bound of the seconds of open nets
 
     def __len__(self) -> int:
         return len(self.bits)
@@ -94,7 +94,7 @@ class _Rows:
 
 
 class _Search:
-    """One window's free atoms, decided one after the other."""
+    """Decides the free atoms of a window, one after the other."""
 
     def __init__(self, problem: Problem, window: Window) -> None:
         self.problem, self.window = problem, window
@@ -104,13 +104,13 @@ class _Search:
         self.numbers = np.stack([problem.weight, problem.kept], axis=1)
 
     def start(self) -> _Rows:
-        """Nothing decided: one row."""
+        """One row in which no atom is decided."""
         bits = np.zeros((1, len(self.free) // 64 + 1), np.uint64)
         taken, left = self.window.inside @ self.numbers, self.window.outside @ self.numbers
         return _Rows(bits, taken[None], left[None], np.array([self.cut.seconds]))
 
     def decide(self, rows: _Rows, position: int) -> _Rows:
-        """The rows with the next atom in and those with it out, as far as the window allows either."""
+        """The rows with the next atom in, and the rows with it out, without those that the window excludes."""
         atom = self.free[position]
         closed = _has_all(rows.bits, self._mask(rows, self.problem.predecessors[atom]))
         opened_in, opened_out = self._opening(rows, atom, position)
@@ -123,7 +123,7 @@ class _Search:
         return kept.joined(without.select(np.flatnonzero(self._fits(without))))
 
     def family(self, rows: _Rows) -> Family:
-        """The full sets, as far as the window allows them."""
+        """The complete sets that the window allows."""
         unpacked = np.unpackbits(rows.bits.astype("<u8").view(np.uint8), axis=1, bitorder="little")
         members = np.tile(self.window.inside, (len(rows), 1))
         members[:, self.free] = unpacked[:, : len(self.free)].astype(np.bool_)
@@ -137,21 +137,21 @@ class _Search:
         return before & after & (rows.opened <= window.most_open)
 
     def _opening(self, rows: _Rows, atom: int, position: int) -> tuple[Floats, Floats]:
-        """Seconds of the nets that open for good if the atom comes in, and if it stays out."""
+        """Seconds of the nets that become open for certain if the atom is in, and if it is out."""
         opened_in, opened_out = np.zeros(len(rows)), np.zeros(len(rows))
         for index in self.problem.nets_of[atom]:
             if self.cut.slack[index] == 0:
                 continue
-            pins = self.problem.nets[index].pins
-            mask = self._mask(rows, tuple(pin for pin in pins if self.position_of.get(pin, position) < position))
-            some_in = _has_any(rows.bits, mask) | self.window.inside[list(pins)].any()
-            some_out = ~_has_all(rows.bits, mask) | self.window.outside[list(pins)].any()
+            ends = self.problem.nets[index].ends
+            mask = self._mask(rows, tuple(end for end in ends if self.position_of.get(end, position) < position))
+            some_in = _has_any(rows.bits, mask) | self.window.inside[list(ends)].any()
+            some_out = ~_has_all(rows.bits, mask) | self.window.outside[list(ends)].any()
             opened_in += self.cut.slack[index] * (some_out & ~some_in)
             opened_out += self.cut.slack[index] * (some_in & ~some_out)
         return opened_in, opened_out
 
     def _mask(self, rows: _Rows, atoms: tuple[int, ...]) -> Words:
-        """The bits of those of the atoms that are free."""
+        """The bits of the free ones among the atoms."""
         mask = [0] * rows.bits.shape[1]
         for atom in atoms:
             if (position := self.position_of.get(atom)) is not None:

@@ -1,9 +1,9 @@
-"""The optimum, with its proof, where the windows are narrow enough to look at every closed set in them.
+"""The optimum and its proof, if the windows are narrow enough to enumerate all closed sets in them.
 
-A plan within T has all its boundaries in the windows of T. So T rises from the lower bound: as long as the programme
-over all closed sets in the windows finds no plan, T is a lower bound; the first plan that it finds is an optimum. A
-quick search rises in small steps, since most often the optimum is near the bound. A patient one, which follows when it
-is not, halves what is left between the bounds, so that it has a better one whenever it is ended.
+A plan within T has all its boundaries in the windows of T. So T is increased from the lower bound: as long as the
+dynamic program over all closed sets in the windows finds no plan, T is a lower bound, and the first plan that it finds
+is optimal. A quick search increases T in small steps, because the optimum is usually near the bound. If it is not, a
+patient search follows, which bisects between the bounds, so that it has improved a bound whenever it is stopped.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from pipecompile.partition.solver.enumerate import closed_sets
 from pipecompile.partition.solver.problem import Problem
 
 FIRST_GAP, STEP = 0.005, 1.6  # relative to the first lower bound
-MOST_SETS, FEWEST_SETS = 10_000, 400  # in one window; with fewer, a search is not worth its minimum cuts
+MOST_SETS, FEWEST_SETS = 10_000, 400  # per window; with fewer, a search is not worth its minimum cuts
 
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """How hard to try.
+    """The effort of a search.
 
     Args:
-        sets: in one window, times free atoms in all of them; where there are more, a smaller T is tried.
-        finest: the least rise of T, as a factor, that is worth a search.
-        halves: T is halfway between the bounds, and does not rise in steps.
+        sets: the most sets per window, times the free atoms of all windows; if there are more, a smaller T is tried.
+        finest: the smallest increase of T, as a factor, that is worth a search.
+        halves: bisect between the bounds, instead of increasing T in steps.
     """
 
     sets: int
@@ -45,7 +45,7 @@ QUICKLY, PATIENTLY = Effort(1_000_000, 1.01, halves=False), Effort(9_000_000, 1.
 def exact(
     problem: Problem, lower: float, upper: float, effort: Effort, deadline: Deadline = NEVER
 ) -> Iterator[tuple[float, Chain | None]]:
-    """Lower bounds as they rise, the last with an optimal plan if one within ``upper`` (seconds) exists and was found.
+    """Yields increasing lower bounds, the last with an optimal plan if one within ``upper`` (seconds) was found.
 
     Raises:
         OutOfTime: the deadline has passed.
@@ -74,7 +74,7 @@ def exact(
 def _families(
     problem: Problem, limit: float, effort: int, deadline: Deadline
 ) -> tuple[Contraction, list[Family] | None]:
-    """The sets of each window, none if there is no plan, in the problem of the free atoms; ``None`` if too many."""
+    """The sets of each window, in the problem of the free atoms. Empty if no plan exists, ``None`` if too many."""
     nowhere = Contraction.identity(problem)
     if effort < FEWEST_SETS * free_atoms(windows(problem, limit)):
         return nowhere, None

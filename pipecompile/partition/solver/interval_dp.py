@@ -1,16 +1,16 @@
-"""The best cut of one topological order into intervals, communication included.
+"""The best cut of one topological order into intervals, with communication.
 
-One pass over the order keeps, for the atoms placed so far, the seconds of the nets that cross the interval from every
-possible start to here. Placing an atom at position ``j`` changes them by slices only:
+One pass over the order keeps, for every possible start, the seconds of the nets that cross the interval from there to
+the current position. Placing an atom at position ``j`` changes only slices of them:
 
     a net that is made here          crosses the intervals that start in [0, j], which send it
-    a net with its last pin at q     newly touches the intervals that start in (q, j], which receive it
-    a net that is complete now       no longer crosses those that start at or before its first pin
+    a net with its last end at q     newly touches the intervals that start in (q, j], which receive it
+    a net that is complete now       no longer crosses those that start at or before its first end
 
-and the dynamic programme takes, for each number of stages, the start with the least greatest load.
-O(stages * atoms * band + pins * band), where the band is the longest interval within the limit.
+and the dynamic program takes, for each number of stages, the start with the smallest bottleneck.
+O(stages * atoms * band + ends * band), where the band is the longest interval within the limit.
 
-Source: Harlap et al., "PipeDream" (2018), section 3.2, for the programme; the crossing nets are ours.
+Source: Harlap et al., "PipeDream" (2018), section 3.2, for the dynamic program; the crossing nets are ours.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pipecompile.partition.solver.problem import Bools, Floats, Ints, Problem
 
 
 def best_intervals(problem: Problem, order: Sequence[int], limit: float = inf) -> tuple[float, tuple[int, ...]] | None:
-    """The least greatest load and the interval ends, one for each stage; ``None`` if the limit (seconds) is passed."""
+    """The smallest bottleneck and the end of each stage's interval; ``None`` if it exceeds the limit (seconds)."""
     count, stages = len(problem), problem.num_stages
     work = _prefix_sums(problem.weight, order)
     memory = _Memory(problem, order) if problem.bounded else None
@@ -55,16 +55,16 @@ def best_intervals(problem: Problem, order: Sequence[int], limit: float = inf) -
 
 
 def prefixes(order: Sequence[int], ends: Sequence[int]) -> Bools:
-    """The closed sets that the order makes up to each end, one a row."""
+    """The closed sets of the atoms before each end of the order, one per row."""
     position = np.empty(len(order), dtype=np.int64)
     position[list(order)] = np.arange(len(order))
     return np.asarray(position[None, :] < np.asarray(ends)[:, None])
 
 
 class Crossing:
-    """Seconds of the nets that cross the interval [start, here), for each start, as atoms are placed one by one.
+    """Seconds of the nets that cross the interval [start, here), for each start, while atoms are placed one by one.
 
-    ``seconds`` has two rows: nets that are made in the interval, and nets that are only read there.
+    ``seconds`` has two rows: nets made in the interval, and nets only read there.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -72,7 +72,7 @@ class Crossing:
         self.seconds: Floats = np.zeros((2, len(problem)))
         self.first: list[int] = [-1] * len(problem.nets)
         self.last: list[int] = [-1] * len(problem.nets)
-        self.missing: list[int] = [len(net.pins) for net in problem.nets]
+        self.missing: list[int] = [len(net.ends) for net in problem.nets]
 
     def place(self, atom: int, position: int) -> None:
         for net in self.nets_of[atom]:
@@ -87,7 +87,7 @@ class Crossing:
 
 
 class _Memory:
-    """Which intervals do not fit into which seat."""
+    """The intervals that do not fit into the memory of each seat."""
 
     def __init__(self, problem: Problem, order: Sequence[int]) -> None:
         self.kept = _prefix_sums(problem.kept, order)
@@ -102,7 +102,7 @@ class _Memory:
 
 
 def _stages_done(problem: Problem, order: Sequence[int]) -> tuple[Ints, Ints]:
-    """For each end the least and the greatest number of stages that the pins let the atoms before it fill."""
+    """For each end, the least and the greatest number of stages before it that the fixed stages allow."""
     earliest, latest = problem.earliest[list(order)], problem.latest[list(order)]
     first = np.concatenate([[0], np.maximum.accumulate(earliest) + 1])
     last = np.concatenate([np.minimum.accumulate(latest[::-1])[::-1], [problem.num_stages]])

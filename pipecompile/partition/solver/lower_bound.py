@@ -1,13 +1,13 @@
-"""What the stage of a heavy atom costs at least, by one minimum cut.
+"""A lower bound on the load of the stage that holds a heavy atom, by one minimum cut.
 
-Some stage holds the atom. Whatever else it holds, it pays the seconds of its atoms and of the nets that cross it. With
-an ancestor it holds all that lies on the way from there, and so with a descendant. The cheapest set of atoms of which
-this is true is a minimum cut:
+Some stage holds the atom. Whatever else it holds, its load is the seconds of its atoms and of the nets that cross it.
+If it holds an ancestor, it also holds everything on the paths from there, and likewise for a descendant. The cheapest
+such set of atoms is a minimum cut:
 
-    given atom = source     atom -> sink (its seconds)     pin -> enter -> leave -> pin (seconds of the net)
-    ancestor -> what reads it, as far as that is an ancestor     descendant -> what it reads, likewise
+    given atom = source     atom -> sink (its seconds)     end -> enter -> leave -> end (seconds of the net)
+    ancestor -> its readers that are ancestors     descendant -> its sources that are descendants
 
-A large head or embedding is often the bottleneck, and then this is the whole proof.
+A large head or embedding is often the bottleneck, and then this bound alone proves the optimum.
 
 Source: the reduction of a hyperedge cut to a network is Lawler, "Cutsets and Partitions of Hypergraphs" (1973).
 """
@@ -26,7 +26,7 @@ MOST_CUTS = 4
 
 
 def stage_bound(problem: Problem) -> float:
-    """Seconds that the busiest stage takes at least: the mean stage, or the cheapest stage around a heavy atom."""
+    """A lower bound on the bottleneck in seconds: the mean stage, or the cheapest stage around a heavy atom."""
     bound = problem.lower_bound
     alone = problem.weight / problem.speeds.max()
     alone = alone + [problem.net_seconds[list(nets)].sum() for nets in problem.nets_of]
@@ -44,8 +44,8 @@ def _cheapest_stage_with(problem: Problem, atom: int) -> float:
         network.add_edge(other, "sink", capacity=seconds / problem.speeds.max())
     for index, net in enumerate(problem.nets):
         network.add_edge(("enter", index), ("leave", index), capacity=net.seconds)
-        network.add_edges_from((pin, ("enter", index)) for pin in net.pins)
-        network.add_edges_from((("leave", index), pin) for pin in net.pins)
+        network.add_edges_from((end, ("enter", index)) for end in net.ends)
+        network.add_edges_from((("leave", index), end) for end in net.ends)
     before, after = problem.ancestors[atom], problem.ancestors[:, atom]
     network.add_edges_from((low, high) for low, high in problem.arcs if before[high])
     network.add_edges_from((high, low) for low, high in problem.arcs if after[low])

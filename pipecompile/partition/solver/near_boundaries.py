@@ -1,7 +1,7 @@
-"""The part of a large problem that a plan can be improved in: the atoms near its boundaries.
+"""The part of a large problem in which a plan can be improved: the atoms near its boundaries.
 
-All others are bound to their stage, as one atom for each. What is left is small enough for the searches whose tables
-grow with the square of the atoms, and a plan of it is one of the whole.
+All other atoms of a stage become one atom. The result is small enough for searches whose tables
+grow with the square of the atoms, and each of its plans is a plan of the whole problem.
 
 Source: boundary refinement as in multilevel partitioning, Hendrickson and Leland, "A Multilevel Algorithm for
 Partitioning Graphs" (1995).
@@ -19,7 +19,7 @@ from pipecompile.partition.solver.problem import Floats, Problem
 
 
 def near_boundaries(problem: Problem, stage_of: Sequence[int], most: int) -> Contraction:
-    """The problem with about ``most`` atoms free, equally many in each stage."""
+    """The problem with about ``most`` free atoms, the same number in each stage."""
     order = range(len(problem))
     forth = _distances(problem, stage_of, reversed(order), problem.successors)
     back = _distances(problem, stage_of, order, problem.predecessors)
@@ -34,7 +34,7 @@ def near_boundaries(problem: Problem, stage_of: Sequence[int], most: int) -> Con
 def _distances(
     problem: Problem, stage_of: Sequence[int], order: Iterable[int], neighbours: Sequence[Sequence[int]]
 ) -> Floats:
-    """For each atom the least seconds between it and another stage, on a path through neighbours."""
+    """For each atom, the least seconds between it and another stage, on a path through neighbors."""
     distance = [inf] * len(problem)
     for atom in order:
         for other in neighbours[atom]:

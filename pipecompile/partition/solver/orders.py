@@ -1,7 +1,7 @@
 """Topological orders to cut into intervals: the model's own, breadth first, depth first, and seeded mixtures.
 
-On a graph with parallel branches no single order is good for every number of stages, and many cheap ones beat one
-careful one: depth first keeps a branch in one stage, breadth first cuts all branches at the same depth.
+On a graph with parallel branches no single order is good for every number of stages, and many cheap orders beat one
+elaborate order: depth first keeps a branch in one stage, breadth first cuts all branches at the same depth.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from random import Random
 
 from pipecompile.partition.solver.problem import Problem
 
-DEPTH_FIRST = (1.0, 0.95, 0.8, 0.5)  # the odds of going on with the newest ready atom
+DEPTH_FIRST = (1.0, 0.95, 0.8, 0.5)  # the probability of taking the newest ready atom next
 
 
 def orders(problem: Problem, count: int, seed: int = 0) -> Iterator[tuple[int, ...]]:
@@ -36,10 +36,10 @@ def _order(problem: Problem, index: int, random: Random) -> tuple[int, ...]:
 
 
 def ready_order(problem: Problem, depth_first: float, random: Random | None) -> tuple[int, ...]:
-    """The order in which atoms leave the list of ready ones.
+    """A topological order that takes atoms from the list of ready ones.
 
     Args:
-        depth_first: the odds of taking the newest; else any of them, or the oldest where ``random`` is ``None``.
+        depth_first: the probability of taking the newest; otherwise a random one, or the oldest without ``random``.
     """
     waiting = [len(sources) for sources in problem.predecessors]
     ready = [atom for atom, count in enumerate(waiting) if count == 0]

@@ -1,12 +1,12 @@
-"""A better plan near given ones, or anywhere in the windows of the best.
+"""Improves a plan near given plans, or anywhere in the windows of the best plan.
 
-*Walks*: many plans are annealed, then the programme chooses among all their boundaries, and what it finds is where the
-next round starts. *Cheapest sets*: of each window only the sets with the fewest open seconds are kept, as they come up,
-and the programme chooses from all windows together. Either way atoms may move through several stages at once, which
-single moves cannot do when every stage is full. The first finds what looks dear at one boundary and pays at another,
-the second what no walk reaches.
+*Walks*: many plans are annealed, then the dynamic program chooses among all their boundaries, and the next round starts
+from the result. *Cheapest sets*: for each window, only the sets with the fewest open seconds are kept during the
+enumeration, and the dynamic program chooses from all windows together. Both can move atoms through several stages at
+once, which single moves cannot do when every stage is full. The first finds sets that are expensive at one boundary and
+pay off at another, the second finds sets that walks do not reach.
 
-Source: memetic search, that is local search with recombination (Moscato 1989), here an exact one; and beam search.
+Source: memetic search, which is local search with recombination (Moscato 1989), here exact; and beam search.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from pipecompile.partition.solver.problem import Bools, Problem
 from pipecompile.partition.solver.score import bottleneck
 
 WALKERS = 64
-STEPS = 600_000  # of one round, times atoms
+STEPS = 600_000  # per round, times atoms
 FEWEST_STEPS, MOST_STEPS = 1_000, 3_000
-ROUNDS, PATIENCE = 12, 3  # at most, and without a better plan
-EFFORT = 3_000  # atoms in all rounds together
-KEPT = 7  # walkers whose plans are used again
-FEWEST_SETS = 50  # in one window; with fewer, a beam is not worth its minimum cuts
-STEP = 1 - 1e-5  # a better plan is at least this much better
-NATURAL = 3  # orders whose prefixes are looked at too
+ROUNDS, PATIENCE = 12, 3  # maximum number, and maximum number without improvement
+EFFORT = 3_000  # atoms, summed over all rounds
+KEPT = 7  # walkers whose plans are kept for the next round
+FEWEST_SETS = 50  # per window; with fewer, a beam is not worth its minimum cuts
+STEP = 1 - 1e-5  # minimum relative improvement
+NATURAL = 3  # further orders whose prefixes are candidates
 
 
 def walked(
     problem: Problem, starts: Sequence[Sequence[int]], lower: float, seed: int, deadline: Deadline
 ) -> Iterator[Chain]:
-    """Ever better plans, none worse than the first start; repeatable.
+    """Yields better and better plans, none worse than the first start. Deterministic.
 
     Raises:
         OutOfTime: the deadline has passed.
@@ -73,10 +73,10 @@ def walked(
 def traded(
     problem: Problem, plans: Sequence[Sequence[int]], limits: Sequence[float], deadline: Deadline
 ) -> Iterator[Chain]:
-    """For each limit (seconds) the plan that sends least, from the boundaries of given plans and of some orders.
+    """For each limit (seconds), the plan with the least communication, from boundaries of given plans and some orders.
 
-    Where few microbatches fill a pipeline, a step takes about the sum of all stages and so many times the busiest one's
-    seconds as there are further microbatches: what is sent counts once for each stage, not only in the busiest.
+    A step with n microbatches takes about the sum of all stages plus n - 1 times the bottleneck. With few microbatches,
+    the communication of all stages matters, not only that of the slowest.
 
     Raises:
         OutOfTime: the deadline has passed.
@@ -90,12 +90,12 @@ def traded(
 
 
 def _boundaries(problem: Problem, stage_of: Sequence[int]) -> Bools:
-    """The set of all stages up to each, a row each."""
+    """The sets of all atoms up to each stage, one per row."""
     return np.asarray(np.array(stage_of) <= np.arange(problem.num_stages - 1)[:, None])
 
 
 def cheapest(problem: Problem, chain: Chain, lower: float, effort: int, deadline: Deadline) -> Iterator[Chain]:
-    """Ever better plans, from a few sets in each window: their number times that of free atoms is the effort.
+    """Yields better and better plans, from few sets per window. ``effort`` is their number times the free atoms.
 
     Raises:
         OutOfTime: the deadline has passed.

@@ -1,11 +1,12 @@
-"""From a problem to the best plan that can be found for it, and how good it is known to be.
+"""Solves a partitioning problem: the best plan found, and a lower bound.
 
-    contract what is free -> interval programmes over many orders -> minimum cuts -> one programme over all of them
-        -> the exact programme, first without the bounds that make it slow, then with them
+    contract atoms without loss -> interval programs over many orders -> minimum cuts -> one program over all of them
+        -> the exact search, first for the relaxed problem, then for the problem itself
 
-The bottleneck never exceeds that of the best interval plan, since its boundaries are among the candidates. The exact
-programme is asked twice: a problem without memory limits, whose seats may idle, has fewer atoms and a lower optimum. If
-its plan happens to be one of the problem itself, all is done; else its optimum is where the second search begins.
+The bottleneck never exceeds that of the best interval plan, because its boundaries are among the candidates. The exact
+search runs twice. The relaxed problem, without memory limits and with empty stages allowed, has fewer atoms and a lower
+optimum. If its plan is also valid for the original problem, the search is done. Otherwise its optimum is the lower
+bound with which the second search starts.
 """
 
 from __future__ import annotations
@@ -33,36 +34,37 @@ from pipecompile.partition.solver.refine import cheapest, traded, walked
 from pipecompile.partition.solver.score import bottleneck, check, stage_transfers
 
 MOST_ATOMS = 600  # for the pool
-MOST_EXACT_ATOMS = 5_000  # for the exact programme, whose tables grow with the square
-MOST_NEAR = 1_500  # near the boundaries of a larger problem's plan
-BEAMS, ZOOMED = (150_000, 500_000), (60_000,)  # sets in one window that are followed up, times free atoms
+MOST_EXACT_ATOMS = 5_000  # for the exact search, whose tables grow with the square
+MOST_NEAR = 1_500  # near the boundaries, for larger problems
+BEAMS, ZOOMED = (150_000, 500_000), (60_000,)  # sets per window in a beam, times free atoms
 MOST_OTHERS = 40
-SEARCHING = 0.95  # of the time; the rest is for a plan as good that sends less
-SHARE = 0.4  # of the time that is left, for a first plan, and for a quick proof
-TRADING = 1.0  # CPU seconds for plans that send less
-SLACKS = (1.02, 1.05, 1.1, 1.2, 1.4)  # times the least load
-BEYOND = 1.001  # a search up to so many times the load of any plan proves that there is none
+SEARCHING = 0.95  # of the time; the rest is for an equally good plan with less communication
+SHARE = 0.4  # of the remaining time, for a first plan, and for a quick proof
+TRADING = 1.0  # CPU seconds for plans with less communication
+SLACKS = (1.02, 1.05, 1.1, 1.2, 1.4)  # relative to the smallest bottleneck
+BEYOND = 1.001  # relative to an upper bound of any load: no plan within this limit means no plan at all
 
 
 @dataclass(frozen=True, slots=True)
 class Solution:
-    """A plan of a problem and how good it is."""
+    """A plan of a problem and its quality."""
 
     stage_of: tuple[int, ...]  # atom -> stage
     quality: Quality
-    others: tuple[tuple[int, ...], ...] = ()  # further plans, if they were asked for
+    others: tuple[tuple[int, ...], ...] = ()  # further plans, if requested
 
 
 def solve(problem: Problem, budget: float | None = None, others: bool = False) -> Solution:
-    """The best plan found; the same problem has the same plan, unless the budget ends the search.
+    """The best plan found. The same problem gives the same plan, unless the budget ends the search.
 
     Args:
-        others: whether to keep other plans found on the way, and to look for such as send less, for up to ``TRADING``
-            CPU seconds more.
-        budget: CPU seconds after which the search ends with the best plan so far; a first plan is always looked for.
+        problem: the problem.
+        budget: CPU seconds after which the search ends with the best plan so far.
+        others: whether to keep other plans found during the search, and to search for plans with less communication,
+            for up to ``TRADING`` further CPU seconds.
 
     Raises:
-        InfeasibleError: there are more seats than atoms, or no plan keeps the memory limits and pins.
+        InfeasibleError: there are more seats than atoms, or no plan meets the memory limits and fixed stages.
         PlanError: no such plan was found, and the search was not exhaustive.
     """
     begin = process_time()
@@ -78,18 +80,18 @@ def solve(problem: Problem, budget: float | None = None, others: bool = False) -
 
 
 class _Search:
-    """The best plan so far, and the best bound."""
+    """The best plan and the best lower bound so far."""
 
     def __init__(self, problem: Problem, base: Contraction, deadline: Deadline) -> None:
         self.problem, self.end, self.deadline = problem, deadline, deadline.part(SEARCHING)
-        self.base = base  # where plans are looked for
+        self.base = base  # the problem in which plans are searched
         self.stage_of: tuple[int, ...] | None = None
-        self.plans: list[tuple[int, ...]] = []  # of the base, the best first
+        self.plans: list[tuple[int, ...]] = []  # plans of the base, the best first
         self.upper, self.lower = problem.upper_bound * BEYOND or 1.0, problem.lower_bound
 
     @cached_property
     def relaxed(self) -> Contraction:
-        """The problem without what makes it hard: bytes, and seats that may not idle."""
+        """The problem without memory limits, and with empty stages allowed."""
         nothing = (0.0,) * len(self.problem)
         idle = tuple(replace(seat, may_idle=True) for seat in self.problem.seats)
         return lossless(replace(self.problem, kept_bytes=nothing, saved_bytes=nothing, seats=idle))
@@ -103,7 +105,7 @@ class _Search:
             yield lossless(self.problem)
 
     def run(self) -> None:
-        """Searches until the plan is proven, or time or effort are spent."""
+        """Searches until the plan is proven optimal, or time or effort is used up."""
         with suppress(OutOfTime):
             self._first_plan(self.deadline.part(SHARE))
         with suppress(OutOfTime):
@@ -118,14 +120,14 @@ class _Search:
         self._break_tie()
 
     def others(self) -> tuple[tuple[int, ...], ...]:
-        """Up to ``MOST_OTHERS`` plans beside the best: those that send less, and those of single orders."""
+        """Up to ``MOST_OTHERS`` other plans: plans with less communication, and plans of single orders."""
         plans = dict.fromkeys(
             self.base.expand(plan) for plan in [*self._traded(SLACKS, Deadline.after(TRADING)), *self.plans]
         )
         return tuple(plan for plan in plans if plan != self.stage_of)[:MOST_OTHERS]
 
     def _traded(self, slacks: Sequence[float], deadline: Deadline) -> list[tuple[int, ...]]:
-        """Plans of the base that send less, if the busiest stage takes up to so many times as long as the best's."""
+        """Plans of the base with less communication whose bottleneck is at most a slack times the best one."""
         found: list[tuple[int, ...]] = []
         if self.stage_of is not None and self.plans and len(self.base.problem) <= MOST_NEAR:
             limits = [self.upper * slack for slack in slacks]
@@ -139,7 +141,7 @@ class _Search:
         return self.lower == inf or (self.stage_of is not None and self.upper <= self.lower * (1 + SLACK))
 
     def _improve(self, stage_of: tuple[int, ...]) -> bool:
-        """Notes a plan, if it is better than all before."""
+        """Records a plan if it is better than all before."""
         seconds = bottleneck(self.problem, stage_of)
         if self.stage_of is not None and seconds >= self.upper:
             return False
@@ -147,13 +149,13 @@ class _Search:
         return True
 
     def _follow(self, chains: Iterator[Chain], coarse: Contraction | None = None) -> None:
-        """Notes plans of the base, or of what it was contracted to."""
+        """Records plans of the base, or of its contraction ``coarse``."""
         for chain in chains:
             stage_of = coarse.expand(chain.stage_of) if coarse else chain.stage_of
             self.plans.insert(0 if self._improve(self.base.expand(stage_of)) else len(self.plans), stage_of)
 
     def _first_plan(self, deadline: Deadline) -> None:
-        """Where what has joined leaves a seat without an atom that must have one, nothing joins."""
+        """Finds a first plan; without contraction if contracted atoms leave a required stage empty."""
         for base in (self.base, Contraction.identity(self.problem)):
             self.base, coarse = base, Contraction.identity(base.problem)
             if len(base.problem) > MOST_ATOMS:
@@ -163,7 +165,7 @@ class _Search:
                 return
 
     def _break_tie(self) -> None:
-        """Of the plans whose busiest stage takes as long as the best's takes one that sends less."""
+        """Takes the plan with the least communication among those with the best bottleneck."""
         for plan in self._traded([1.0], self.end if self.end.at < inf else Deadline.after(TRADING)):
             assert self.stage_of is not None
             found = self.base.expand(plan)
@@ -175,7 +177,7 @@ class _Search:
         self.lower = max(self.lower, stage_bound(self.relaxed.problem))
 
     def _prove(self, effort: Effort, deadline: Deadline) -> None:
-        """Finds an optimum, or a better bound; an infinite one if there is no plan."""
+        """Finds an optimum or a better lower bound, which is infinite if no plan exists."""
         for contraction in self._contractions():
             if self._is_done or len(contraction.problem) > MOST_EXACT_ATOMS:
                 return
@@ -185,12 +187,12 @@ class _Search:
             if best and _is_plan(self.problem, found := contraction.expand(best.stage_of)):
                 self._improve(found)
             elif not best and self.lower < self.upper:
-                return  # what is harder will not end either
+                return  # the harder problem will not finish either
         if self.stage_of is None and self.lower >= self.upper:
             self.lower = inf
 
     def _refine(self, efforts: Sequence[int]) -> None:
-        """Walks and beams in turn, as long as a beam finds what the walk has not."""
+        """Alternates walks and beams, as long as a beam improves on the walk."""
         for seed, effort in enumerate(efforts):
             if not self.plans or self._is_done:
                 return
@@ -216,7 +218,7 @@ class _Search:
 
 
 def _filled(contraction: Contraction, problem: Problem) -> Contraction:
-    """The contraction, if it leaves enough atoms for all seats."""
+    """The contraction, if it has enough atoms for all required stages; otherwise none."""
     return contraction if len(contraction.problem) >= problem.must_fill else Contraction.identity(problem)
 
 
@@ -231,28 +233,28 @@ def _is_plan(problem: Problem, stage_of: tuple[int, ...]) -> bool:
 def _refuse_impossible(problem: Problem) -> None:
     if len(problem) < problem.must_fill:
         raise InfeasibleError(
-            f"{problem.must_fill} stages were asked for, but the model can be cut into at most {len(problem)}: "
-            f"the rest of it must stay together; ask for {len(problem)} stages or fewer"
+            f"the model cannot be cut into {problem.must_fill} stages: it can be cut into at most {len(problem)}, "
+            f"since the rest must stay together; use {len(problem)} stages or fewer"
         )
     held, limit = sum(problem.kept_bytes), sum(seat.memory for seat in problem.seats)
     if held > limit:
         raise InfeasibleError(
-            f"all stages together must hold {held:,.0f} bytes (weights, gradients, optimizer state), and the "
-            f"{problem.num_stages} devices have {limit:,.0f}; use more devices, or devices with more memory"
+            f"the stages together need {held:,.0f} bytes (weights, gradients, optimizer state), but the "
+            f"{problem.num_stages} devices have only {limit:,.0f}; use more devices, or devices with more memory"
         )
     for stage, seat in enumerate(problem.seats):
         if not seat.may_idle and not ((problem.earliest <= stage) & (stage <= problem.latest)).any():
             raise InfeasibleError(
-                f"stage {stage} would be empty: all that is not pinned elsewhere must come before or after it; "
-                f"ask for fewer stages, or pin less"
+                f"stage {stage} would be empty: with these pins, every node must come before or after it; use fewer "
+                f"stages or fewer pins"
             )
 
 
 def _refuse(problem: Problem, proven: bool) -> NoReturn:
     kind, what = (InfeasibleError, "exists") if proven else (PlanError, "was found")
     wants, advice = [f"fills {problem.must_fill} of {problem.num_stages} stages"], ["fewer stages"]
-    if problem.pins:
-        wants.append("has in each stage what is pinned to it")
+    if problem.fixed_stages:
+        wants.append("meets the pins")
         advice.append("fewer pins")
     if problem.bounded:
         wants.append("keeps each stage within its memory")
