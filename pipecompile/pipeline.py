@@ -57,6 +57,10 @@ from pipecompile.verify.results import Proof, Verification
 from pipecompile.verify.side_by_side import Trial
 from pipecompile.verify.verify import Subject, verify
 
+NO_VALUES = (
+    "the model is on the meta device: it can be planned, but has no values to compute with; build it on a real device"
+)
+
 
 class Pipeline:
     """A model cut into stages, over devices. ``compile`` makes it; it is ``pipe.pipeline``.
@@ -239,33 +243,30 @@ class Pipeline:
             return
         asynchronous = self.schedule in ASYNCHRONOUS
         trial = Trial(
-            self.model,
-            first_microbatch(batch) if asynchronous and self.model.training else batch,
-            SCHEDULES["1f1b" if asynchronous else self.schedule],
-            self.devices,
-            self.options.loss_fn,
-            self.options.loss_output,
-            trains,
-            self.options.batching,
+            model=self.model,
+            batch=first_microbatch(batch) if asynchronous and self.model.training else batch,
+            schedule=SCHEDULES["1f1b" if asynchronous else self.schedule],
+            devices=self.devices,
+            loss_fn=self.options.loss_fn,
+            loss=self.options.loss_output,
+            trains=trains,
+            batching=self.options.batching,
         )
         with CAPTURING.taken(), saved_as_they_are():
             self._proofs[key] = prove(trial)
 
     def _run(self, batch: steps.Batch) -> dict[str, Tensor]:
         if any(p.is_meta for p in self.model.parameters()):
-            raise InputError("the model is on the meta device: it can be planned, but has no values to compute with")
+            raise InputError(NO_VALUES)
         captured = batch.compiled.captured
         loss = find_loss(captured, self.options.loss_output)
         asynchronous = self.schedule in ASYNCHRONOUS and self.model.training
         trains = torch.is_grad_enabled() and any(output.requires_grad for output in captured.results)
         if trains and asynchronous and loss is None:
             several = ", ".join(could_be_losses(captured))
-            remedy = (
-                f"outputs {several} could each be it, say which with loss_output="
-                if several
-                else "pass labels, or loss_fn="
-            )
-            raise InputError(f"schedule={self.schedule!r} needs the loss inside: {remedy} to compile")
+            seen = f"outputs {several} could each be it" if several else "the model returns none"
+            remedy = "say which with loss_output=" if several else "pass labels to the call, or loss_fn= to compile"
+            raise InputError(f"schedule={self.schedule!r} needs the loss inside the pipeline, but {seen}; {remedy}")
         return steps.run(self._session, batch, loss, self._schedule, asynchronous)
 
     def verify(self, *args: Any, **kwargs: Any) -> Verification:
@@ -276,7 +277,7 @@ class Pipeline:
         1F1B, since their weights lag by design.
         """
         if any(p.is_meta for p in self.model.parameters()):
-            raise InputError("the model is on the meta device: it can be planned, but has no values to compare")
+            raise InputError(NO_VALUES)
         if not args and not kwargs:
             sample = self._capture_in_use.captured.call
             args, kwargs = sample.rebuild(sample.tensors)
@@ -284,14 +285,14 @@ class Pipeline:
         self._captures, self._batched = self._captures.copied(), dict(self._batched)
         schedule = SCHEDULES["1f1b" if self.schedule in ASYNCHRONOUS else self.schedule]
         subject = Subject(
-            self.model,
-            self.options.loss_fn,
-            self._batch,
-            schedule,
-            self.microbatches,
-            self.options.loss_output,
-            self.devices,
-            self.options.batching,
+            model=self.model,
+            loss_fn=self.options.loss_fn,
+            batch=self._batch,
+            schedule=schedule,
+            microbatches=self.microbatches,
+            loss=self.options.loss_output,
+            devices=self.devices,
+            batching=self.options.batching,
         )
         try:
             with self._session.turn.taken(again=False):

@@ -46,7 +46,7 @@ class Case:
 
 
 def drawn(seed: int) -> Case:
-    """A graph of up to ten nodes, some rematerialized, on uneven devices, with or without memory limits and constraints."""
+    """A graph of up to ten nodes, some rematerialized, on uneven devices, some with memory limits or constraints."""
     random = Random(seed)
     costed = _graph(random)
     num_stages = random.choice([1, 2, 2, 3, 3, 3, 4])

@@ -1,7 +1,7 @@
 """Every message of an error, read from the source in one place, so that all speak in one voice.
 
-A message says what was seen, why it cannot be, and what to do: ``'gpu' is not a device; there are cpu, cuda:0``. To read
-them all: ``python tests/test_messages.py``.
+A message says what was seen, why it cannot be, and what to do: ``'gpu' is not a device; use 'cpu'``. To read them all:
+ ``python tests/test_messages.py``.
 """
 
 from __future__ import annotations

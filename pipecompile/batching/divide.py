@@ -157,11 +157,14 @@ class _Divider:
             heavy += self.small.leaf_parameters(str(node.target)) if node.op == "call_module" else ()
             if heavy:
                 first = next((n for n in self.tail_nodes if self._begins_mixing(n) and n in ancestors([node])), node)
+                path = origin_of(first).path
+                accept = (
+                    f", or let this module see one microbatch at a time: batching=Batching(allow_mixing=[{path!r}])"
+                )
                 raise CaptureError(
                     f"{origin_of(first)}: samples of the batch mix here ({_why(kind)}), and the result goes through "
                     f"{heavy[0]} ({origin_of(node)}); microbatches cannot give what the whole batch gives, so use "
-                    f"microbatches=1, or let this module see one microbatch at a time with "
-                    f"allow_microbatch=[{origin_of(first).path!r}]"
+                    f"microbatches=1{accept if path else ''}"
                 )
 
     # The body

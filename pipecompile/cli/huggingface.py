@@ -21,7 +21,7 @@ except ImportError as error:
 # The heads to look for, by kind of model, most telling first.
 ENCODER_DECODER = ("SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ")
 OTHERS = ("IMAGE_CLASSIFICATION", "MASKED_LM", "CAUSAL_LM", "CTC", "AUDIO_CLASSIFICATION", "SEMANTIC_SEGMENTATION")
-
+FUNCTION = "write a function that returns the model and inputs, and name it instead: path/file.py:function"
 
 transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # it warns of what default configs leave open
 
@@ -45,11 +45,17 @@ def _config(name: str) -> Any:
         return transformers.AutoConfig.from_pretrained(name, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         if there:
-            raise InputError(f"{name} holds no config that transformers can read: {error}") from error
+            raise InputError(
+                f"{name} is not a config that transformers can read ({error}); use a directory with a config.json"
+            ) from error
         close = get_close_matches(name, list(transformers.CONFIG_MAPPING), n=3)
         raise InputError(
-            f"hf:{name} is no type of transformers model, no path, and no model in the local Hugging Face cache"
-            + (f"; did you mean hf:{' or hf:'.join(close)}?" if close else "")
+            f"hf:{name} is not a model type of transformers, a path, or a model in the local Hugging Face cache; "
+            + (
+                f"did you mean hf:{' or hf:'.join(close)}?"
+                if close
+                else "see transformers.CONFIG_MAPPING for all types"
+            )
         ) from error
 
 
@@ -65,7 +71,9 @@ def _class(name: str, config: Any) -> Callable[[Any], nn.Module]:
             return found  # type: ignore[no-any-return]
     base: Any = auto.MODEL_MAPPING.get(type(config), None)
     if base is None:
-        raise InputError(f"hf:{name}: transformers has a config of type {config.model_type!r}, but no model for it")
+        raise InputError(
+            f"hf:{name}: transformers has a config of type {config.model_type!r}, but no model for it; {FUNCTION}"
+        )
     return base[0] if isinstance(base, tuple) else base  # type: ignore[no-any-return]
 
 
@@ -81,7 +89,7 @@ def _build(name: str, make: Callable[[Any], nn.Module], config: Any, meta: bool)
         raise
     except Exception as error:  # a config that lacks what its model needs, or needs another package
         raise InputError(
-            f"hf:{name}: the model cannot be built: {type(error).__name__}: {str(error).strip()}"
+            f"hf:{name}: the model cannot be built ({type(error).__name__}: {str(error).strip()}); {FUNCTION}"
         ) from error
 
 
@@ -99,8 +107,8 @@ def _refuse_too_large(name: str, draft: nn.Module) -> None:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if nbytes > memory:
         raise InputError(
-            f"hf:{name} has {nbytes / 2**30:.0f} GiB of parameters, this machine {memory / 2**30:.0f} GiB of memory; "
-            "use --profile count, which needs none"
+            f"hf:{name} has {nbytes / 2**30:.0f} GiB of parameters, but this machine has {memory / 2**30:.0f} GiB of "
+            f"memory; use --costs count, which needs none"
         )
 
 
@@ -108,7 +116,7 @@ def _inputs(name: str, model: nn.Module, batch: int, length: int) -> dict[str, T
     config: Any = model.config
     match main := getattr(model, "main_input_name", "input_ids"):
         case "input_ids" if hasattr(config, "vision_config"):
-            raise InputError(f"hf:{name} takes text and images; write a function that makes both, and name it instead")
+            raise InputError(f"hf:{name} takes text and images; {FUNCTION}")
         case "input_ids":
             ids = _ids(config, batch, length)
             return {"input_ids": ids, **_decoder_ids(config, ids), **_labels(model, ids)}
@@ -122,7 +130,7 @@ def _inputs(name: str, model: nn.Module, batch: int, length: int) -> dict[str, T
         case "input_values":
             return {"input_values": torch.randn(batch, 16_000)}
         case _:
-            raise InputError(f"hf:{name} takes {main}; write a function that makes such inputs, and name it instead")
+            raise InputError(f"hf:{name} takes {main}, which cannot be made from a config; {FUNCTION}")
 
 
 def _ids(config: Any, batch: int, length: int) -> Tensor:

@@ -47,7 +47,7 @@ def load(spec: str, batch: int = 2, length: int = 128, meta: bool = False) -> Lo
         return load_config(name, batch, length, meta)
     place, colon, function = spec.rpartition(":")
     if not (place and colon and function):
-        raise InputError(f"{spec!r} names no model; {FORMS}")
+        raise InputError(f"{spec!r} is not the name of a model; {FORMS}")
     return _checked(spec, _call(spec, _function(_module(place), place, function)))
 
 
@@ -57,7 +57,7 @@ def _module(place: str) -> ModuleType:
     except InputError:
         raise
     except Exception as error:  # whatever the user's module does when it is imported
-        raise InputError(f"importing {place} failed: {_told(error)}") from error
+        raise InputError(f"importing {place} failed with {_told(error)}; it must be importable from here") from error
 
 
 def _named_module(name: str) -> ModuleType:
@@ -67,12 +67,12 @@ def _named_module(name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise  # the module is there, and imports one that is not
-        raise InputError(f"there is no module {error.name!r} here or among the installed ones; {FORMS}") from None
+        raise InputError(f"module {error.name!r} is neither in this directory nor installed; {FORMS}") from None
 
 
 def _file_module(path: Path) -> ModuleType:
     if not path.is_file():
-        raise InputError(f"there is no file {path}")
+        raise InputError(f"file {path} does not exist; {FORMS}")
     _make_importable(path.resolve().parent)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
@@ -92,10 +92,11 @@ def _function(module: ModuleType, place: str, name: str) -> Callable[[], Any]:
     found = getattr(module, name, None)
     if found is None:
         close = get_close_matches(name, [key for key, value in vars(module).items() if callable(value)], n=3)
-        raise InputError(f"{place} has no {name!r}" + (f"; did you mean {' or '.join(close)}?" if close else ""))
+        hint = f"did you mean {' or '.join(close)}?" if close else "name a function that it defines"
+        raise InputError(f"{place} has no function {name!r}; {hint}")
     if not callable(found):
         raise InputError(
-            f"{place}:{name} is of type {type(found).__name__}, not a function that returns (model, inputs)"
+            f"{place}:{name} is of type {type(found).__name__}; it must be a function that returns (model, inputs)"
         )
     return found  # type: ignore[no-any-return]
 

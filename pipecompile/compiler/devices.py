@@ -20,14 +20,17 @@ def parse_devices(devices: Sequence[torch.device | str | int]) -> tuple[torch.de
     """
     if not isinstance(devices, list | tuple) or not devices:
         raise InputError(
-            f"devices= takes a list with one device a stage, such as ['cpu', 'cpu'] or [0, 1]; got {devices!r}"
+            f"devices={devices!r}; it must be a list with one device per stage, such as ['cpu', 'cpu'] or [0, 1]"
         )
     parsed = []
     for name in devices:
         try:
             device = torch.device("cuda", name) if isinstance(name, int) else torch.device(name)
         except (RuntimeError, TypeError) as error:
-            raise InputError(f"{name!r} is no device: {error}") from None
+            raise InputError(
+                f"{name!r} is not a device ({str(error).splitlines()[0]}); use names such as 'cpu' and 'cuda:0', or "
+                f"numbers of CUDA devices"
+            ) from None
         parsed.append(_present(device))
     return tuple(parsed)
 
@@ -57,7 +60,7 @@ def named_cluster(cluster: Cluster | str, devices: Sequence[torch.device]) -> Cl
     """
     found = Cluster.from_name(cluster) if isinstance(cluster, str) else cluster
     if len(found) != len(devices):
-        raise InputError(f"cluster= has {len(found)} devices and devices= {len(devices)}; give one for each stage")
+        raise InputError(f"cluster= has {len(found)} devices, but devices= has {len(devices)}; give one for each")
     return found
 
 
@@ -65,12 +68,12 @@ def _present(device: torch.device) -> torch.device:
     if device.type == "cpu":
         return device
     if device.type != "cuda":
-        raise InputError(f"{device} is asked for, but stages run on cpu and cuda devices")
+        raise InputError(f"stages cannot run on {device}; devices= must have cpu and cuda devices")
     device = torch.device("cuda", device.index or 0)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device.index >= count:
         raise InputError(
-            f"{device} is asked for, but torch {torch.__version__} sees {count} CUDA devices; "
+            f"{device} does not exist, torch {torch.__version__} sees {count} CUDA devices; "
             f"use devices=['cpu', 'cpu'] to run the same pipeline on the CPU"
         )
     return device

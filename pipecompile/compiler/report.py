@@ -54,7 +54,7 @@ def _losses(compiled: Compiled) -> list[str]:
         return []
     return [
         f"outputs {', '.join(names)} could each be the loss: the backwards wait for their gradients, at GPipe's memory "
-        f"(unless loss= to compile names one)"
+        f"(unless loss_output= names one)"
     ]
 
 

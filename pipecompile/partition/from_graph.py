@@ -93,8 +93,8 @@ def _check(num_stages: int, constraints: PlanOptions, replicas: Sequence[int]) -
         raise ValueError(f"replicas={list(replicas)} must have one number for each of the {num_stages} stages")
     if constraints.max_stages is not None and any(count > 1 for count in replicas):
         raise InputError(
-            f"max_stages={constraints.max_stages} lets the search leave stages out, but replicas={list(replicas)} gives "
-            f"the number of devices of each stage; use only one of them"
+            f"max_stages={constraints.max_stages} lets the search leave stages out, but replicas={list(replicas)} "
+            f"gives the number of devices of each stage; use only one of them"
         )
 
 

@@ -110,8 +110,8 @@ class ModuleConstraints:
         parts = len(contraction.problem)
         if self.groups and parts < self.least_stages <= len(self._contracted(()).problem):
             raise InfeasibleError(
-                f"the model cannot be cut into {self.num_stages} stages: with {self.constraints} it has at most {parts}; "
-                f"use fewer stages, or shorten no_split= or colocate="
+                f"the model cannot be cut into {self.num_stages} stages: with {self.constraints} it has at most "
+                f"{parts}; use fewer stages, or shorten no_split= or colocate="
             )
 
     def _contracted(self, groups: tuple[tuple[int, ...], ...]) -> Contraction:
@@ -125,8 +125,8 @@ class ModuleConstraints:
             return things
         if nodes:
             raise InputError(
-                f"{option}: {path!r} is only cheap operations, which each stage that reads them computes for itself, so "
-                f"it has no stage; leave it out"
+                f"{option}: {path!r} is only cheap operations, which each stage that reads them computes for itself, "
+                f"so it has no stage; leave it out"
             )
         known = dict.fromkeys(path for node in self.placed.graph.nodes for path in _prefixes(node.path))
         close = ", ".join(map(repr, get_close_matches(path, known, 3)))

@@ -241,5 +241,7 @@ def find_loss(captured: Captured, name: str | None) -> int | None:
         return named[0]
     if name is not None:
         names = ", ".join(output.name for output in tensors)
-        raise InputError(f"loss={name!r} must be a scalar output that requires a gradient; the outputs are {names}")
+        raise InputError(
+            f"loss_output={name!r} must be a scalar output that requires a gradient; the outputs are {names}"
+        )
     return losses[0] if len(losses) == 1 else None

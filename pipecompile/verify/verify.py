@@ -53,15 +53,15 @@ class Subject:
         """The trial of a batch in a mode."""
         trains = mode == "train" and any(output.requires_grad for output in batch.outputs)
         return Trial(
-            self.model,
-            batch,
-            self.schedule,
-            self.devices,
-            self.loss_fn,
-            self.loss,
-            trains,
-            self.batching,
-            reach_of(self.model, [] if self.loss_fn is None else [self.loss_fn]),
+            model=self.model,
+            batch=batch,
+            schedule=self.schedule,
+            devices=self.devices,
+            loss_fn=self.loss_fn,
+            loss=self.loss,
+            trains=trains,
+            batching=self.batching,
+            reach=reach_of(self.model, [] if self.loss_fn is None else [self.loss_fn]),
         )
 
     def run_unsplit(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:

@@ -210,9 +210,9 @@ def test_stages_may_have_times_of_their_own():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("plan nets", "error: 'nets' names no model; write module:function"),
-        ("plan nets:nothing", "error: nets has no 'nothing'"),
-        ("plan nets:misfit", "error: the model's forward cannot be called so"),
+        ("plan nets", "error: 'nets' is not the name of a model; write module:function"),
+        ("plan nets:nothing", "error: nets has no function 'nothing'"),
+        ("plan nets:misfit", "error: the model's forward cannot be called with these arguments"),
         (
             "plan nets:make --costs guess",
             "error: costs='guess' is not a file that can be read (No such file",

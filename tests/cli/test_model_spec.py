@@ -73,17 +73,17 @@ def test_file_elsewhere_finds_the_modules_beside_it(here, tmp_path_factory, monk
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("nets", "'nets' names no model; write module:function, path/file.py:function, or hf:"),
-        ("hf:", "'hf:' names no model"),
-        (":args", "':args' names no model"),
-        ("nowhere:args", "there is no module 'nowhere' here or among the installed ones"),
-        ("nets.inner:args", "there is no module 'nets.inner' here"),
-        ("nowhere.py:args", "there is no file nowhere.py"),
-        ("broken:args", "importing broken failed: ModuleNotFoundError: No module named 'not_there_at_all'"),
-        ("raising.py:args", "importing raising.py failed: RuntimeError: no luck"),
-        ("nets:kwarg", "nets has no 'kwarg'; did you mean kwargs"),
-        ("nets:xyzzy", "nets has no 'xyzzy'$"),
-        ("nets:number", "nets:number is of type int, not a function that returns"),
+        ("nets", "'nets' is not the name of a model; write module:function, path/file.py:function, or hf:"),
+        ("hf:", "'hf:' is not the name of a model"),
+        (":args", "':args' is not the name of a model"),
+        ("nowhere:args", "module 'nowhere' is neither in this directory nor installed"),
+        ("nets.inner:args", "module 'nets.inner' is neither in this directory"),
+        ("nowhere.py:args", "file nowhere.py does not exist"),
+        ("broken:args", "importing broken failed with ModuleNotFoundError: No module named 'not_there_at_all'"),
+        ("raising.py:args", "importing raising.py failed with RuntimeError: no luck"),
+        ("nets:kwarg", "nets has no function 'kwarg'; did you mean kwargs"),
+        ("nets:xyzzy", "nets has no function 'xyzzy'; name"),
+        ("nets:number", "nets:number is of type int; it must be a function that returns"),
         ("nets:wants", r"nets:wants raised TypeError: wants\(\) missing 1 required positional argument: 'size'"),
         ("nets:alone", r"nets:alone returned Linear; it must return a pair \(model, inputs\)"),
         ("nets:no_model", "nets:no_model returned str first; that must be the model"),
@@ -163,15 +163,17 @@ def test_bare_type_gives_its_default_config_without_memory():
 
 def test_model_larger_than_the_machine_is_refused_before_it_is_built(monkeypatch):
     monkeypatch.setattr("os.sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2**20}.__getitem__)
-    with pytest.raises(InputError, match=r"hf:llama has 25 GiB of parameters, this machine 4 GiB .* --profile count"):
+    with pytest.raises(
+        InputError, match=r"hf:llama has 25 GiB of parameters, but this machine has 4 GiB .* --costs count"
+    ):
         load("hf:llama")
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("gpt3", "hf:gpt3 is no type of transformers model, no path, .* did you mean hf:"),
-        ("no/such-model", "hf:no/such-model is no type of transformers model, no path, and no model in the local"),
+        ("gpt3", "hf:gpt3 is not a model type of transformers, .* did you mean hf:"),
+        ("no/such-model", "hf:no/such-model is not a model type of transformers, a path, or a model in the local"),
         ("llava", "hf:llava takes text and images; write a function"),
     ],
 )
@@ -181,7 +183,7 @@ def test_unknown_type_is_told(name, message):
 
 
 def test_directory_without_a_config_is_told(tmp_path):
-    with pytest.raises(InputError, match="holds no config that transformers can read"):
+    with pytest.raises(InputError, match="is not a config that transformers can read"):
         load(f"hf:{tmp_path}")
 
 

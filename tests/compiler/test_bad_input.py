@@ -69,13 +69,13 @@ def test_cuda_devices_that_are_not_there(devices: Any) -> None:
 
 @pytest.mark.parametrize("device", ["gpu", "cpu:x", "", None, 1.5, -1])
 def test_a_device_that_nobody_knows(device: Any) -> None:
-    with refused(InputError, repr(device), "no device"):
+    with refused(InputError, repr(device), "is not a device"):
         pipecompile.compile(Net(), devices=["cpu", device])
 
 
 @pytest.mark.parametrize("devices", ["cpu", [], 2, torch.device("cpu"), (), None])
 def test_devices_that_are_no_list(devices: Any) -> None:
-    with refused(InputError, "devices=", "one device a stage", repr(devices)):
+    with refused(InputError, "devices=", "one device per stage", repr(devices)):
         pipecompile.compile(Net(), devices=devices)
 
 
@@ -471,7 +471,7 @@ def test_a_loss_by_name() -> None:
 @pytest.mark.parametrize("name", ["third", "h"])
 def test_a_loss_that_is_no_output_or_no_number(name: str) -> None:
     pipe = pipe_of(Losses(two_losses), loss_output=name)
-    with refused(InputError, f"loss={name!r}", "first, second, h"):
+    with refused(InputError, f"loss_output={name!r}", "first, second, h"):
         pipe(floats())
 
 

@@ -242,7 +242,7 @@ def test_replan_takes_other_constraints_and_costs() -> None:
 def test_a_replan_that_cannot_be_leaves_the_plan_as_it_was() -> None:
     pipe = compiled()
     before, plan = gradients(pipe), pipe.pipeline.plan
-    with pytest.raises(InputError, match="no module called 'nothing'"):
+    with pytest.raises(InputError, match="no module 'nothing'"):
         pipe.pipeline.replan(pipecompile.PlanOptions(no_split=["nothing"]), costs="count")
     assert pipe.pipeline.plan is plan
     pipe.zero_grad()
