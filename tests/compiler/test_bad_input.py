@@ -75,7 +75,7 @@ def test_a_device_that_nobody_knows(device: Any) -> None:
 
 @pytest.mark.parametrize("devices", ["cpu", [], 2, torch.device("cpu"), (), None])
 def test_devices_that_are_no_list(devices: Any) -> None:
-    with refused(InputError, "devices=", "one device per stage", repr(devices)):
+    with refused(InputError, "devices=", repr(devices), "one device per stage"):
         pipecompile.compile(Net(), devices=devices)
 
 
