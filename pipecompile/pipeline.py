@@ -25,7 +25,7 @@ from pipecompile.compiler.capture_cache import (
     refuse_default_device,
     settings,
 )
-from pipecompile.compiler.compile_call import compile_call
+from pipecompile.compiler.compile_call import compile_call, replanned, reused
 from pipecompile.compiler.options import Options, read_costs
 from pipecompile.compiler.report import Report, describe
 from pipecompile.compiler.surroundings import (
@@ -45,7 +45,6 @@ from pipecompile.ops.randomness import undrawn
 from pipecompile.ops.torch_internals import pytree
 from pipecompile.planning.calibration import corrected
 from pipecompile.planning.memory import Memory
-from pipecompile.profile import How
 from pipecompile.runtime import Ambient, steps
 from pipecompile.runtime.compiled import Compiled, could_be_losses, find_loss
 from pipecompile.runtime.rerun import STOPPED
@@ -272,15 +271,11 @@ class Pipeline:
     def verify(self, *args: Any, **kwargs: Any) -> Verification:
         """Compares the pipeline with the unsplit model: on this call, and on fresh inputs of this and of another shape.
 
-        Training and evaluation, loss, outputs, every gradient by name, buffers. Without arguments on the call of the
-        first capture. It leaves the model as it is, and does not step; an asynchronous schedule's stages are run by
-        1F1B, since their weights lag by design.
+        Training and evaluation, loss, outputs, every gradient by name, buffers. It leaves the model as it is, and does
+        not step; an asynchronous schedule's stages are run by 1F1B, since their weights lag by design.
         """
         if any(p.is_meta for p in self.model.parameters()):
             raise InputError(NO_VALUES)
-        if not args and not kwargs:
-            sample = self._capture_in_use.captured.call
-            args, kwargs = sample.rebuild(sample.tensors)
         kept = self._captures, self._batched, self._first, self._last  # what it captures is not for later calls
         self._captures, self._batched = self._captures.copied(), dict(self._batched)
         schedule = SCHEDULES["1f1b" if self.schedule in ASYNCHRONOUS else self.schedule]
@@ -300,7 +295,7 @@ class Pipeline:
         finally:
             self._captures, self._batched, self._first, self._last = kept
 
-    def replan(self, plan: PlanOptions | None = None, costs: How | str | Path | CostedGraph | None = None) -> Plan:
+    def replan(self, plan: PlanOptions | None = None, costs: str | Path | CostedGraph | None = None) -> Plan:
         """Plans again, by default from the times of the stages in the last training step, and switches to that plan.
 
         Parameters move to the devices of their new stages. An optimizer made before keeps its state where it was: with
@@ -308,7 +303,7 @@ class Pipeline:
 
         Args:
             plan: other constraints or another objective than at ``compile``.
-            costs: as for ``compile``, instead of the times of the last step.
+            costs: saved costs or a ``CostedGraph``, instead of the times of the last step.
 
         Raises:
             InputError: there was no training step on the capture that was planned, or its times say nothing.
@@ -323,25 +318,23 @@ class Pipeline:
                 )
             if first is None:
                 raise InputError("replan() has no plan to replace; call the pipeline once before")
-            known = read_costs(costs)
-            if known is None:
+            given = read_costs(costs)
+            if isinstance(given, str):
+                raise InputError(f"costs={given!r} needs a batch, which replan() does not have; pass saved costs")
+            if given is None:
                 times = first.times(timeline) if timeline is not None and self._last is first else ()
                 if not times:
                     raise InputError(
                         "replan() has no times of a training step like the first; run one before, or pass costs="
                     )
-                known = corrected(first.costed, first.plan, times)
-            before = self.options, self._captures, self._first, self._last
-            sample = first.captured.call
-            args, kwargs = sample.rebuild(sample.tensors)
-            self.options = self.options.replanned(plan, known)
-            self._captures, self._first, self._last = Captures(), None, None
-            try:
-                self.options.check(self.model, len(self.devices))
-                self._batch(args, kwargs)
-            except PipecompileError:
-                self.options, self._captures, self._first, self._last = before
-                raise
+                costed = corrected(first.costed, first.plan, times)
+            else:
+                costed = reused(given, first.graph)
+            options = replace(self.options, plan=plan or self.options.plan, costs=costed)
+            options.check(self.model, len(self.devices))
+            compiled = replanned(first, costed, options, self.devices)
+            self.options, self._captures = options, self._captures.only(first, compiled)
+            self._first = self._last = compiled
             self._proofs.clear()
             self._session.forget()
             return self.plan
@@ -457,7 +450,7 @@ class Pipeline:
                 )
             for cut in compiled.cuts(candidate):
                 if not compiled.broken(call, cut):
-                    return steps.Batch(compiled, call, cut)
+                    return steps.Batch(compiled.without_values(), call, cut)
         raise CaptureError("the trace does not hold for the inputs that it was made with; please report this")
 
 

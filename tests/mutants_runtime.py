@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from pipecompile.batching import Batched
 from pipecompile.batching.division import SHARE
+from pipecompile.ir.plan_options import PlanOptions
 from pipecompile.ir.program import Backward, Forward, Recv
 from pipecompile.ops.checkpoint import Recomputed
 from pipecompile.runtime import steps
@@ -23,8 +24,8 @@ from pipecompile.runtime.executor import Executor
 from pipecompile.runtime.runner import Microbatch, Runner
 from pipecompile.runtime.transport import LocalTransport
 
-TWO = {"pins": {"second": 0, "one": 1}}
-THREE = {"devices": ["cpu"] * 3, "pins": {"second": 0, "one": 1, "two": 2}}
+TWO = {"plan": PlanOptions(pins={"second": 0, "one": 1})}
+THREE = {"devices": ["cpu"] * 3, "plan": PlanOptions(pins={"second": 0, "one": 1, "two": 2})}
 PAIR = {1: 2, 2: 1}  # two microbatches of equally many rows
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -84,6 +84,12 @@ class Division:
     at_most: Mapping[Any, int] = field(default_factory=dict)  # sizes (symbols) up to which experiments have run
     one_part: bool = False  # it holds for batches of one microbatch only
     is_divided: bool = True  # microbatches are parts of a batch, not independent batches
+
+    def without_values(self) -> Division:
+        """The same without the values of the call that it was made from, whose memory the caller may need."""
+        given = {id(it): it for it in (self.captured, self.whole, self.body)}
+        kept = {key: replace(it, call=it.call.without_values()) for key, it in given.items()}  # one trace stays one
+        return replace(self, captured=kept[id(self.captured)], whole=kept[id(self.whole)], body=kept[id(self.body)])
 
 
 def undivided(captured: Captured, out_dims: Mapping[str, int | None] | None = None, one_part: bool = False) -> Division:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,10 @@ class Call:
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
         return args, kwargs
 
+    def without_values(self) -> Call:
+        """Returns a call of the same kind, with tensors that have shapes and no storage."""
+        return replace(self, tensors={name: _shape_only(tensor) for name, tensor in self.tensors.items()})
+
     def _back(self, name: str, tensors: Mapping[str, Any]) -> Any:
         return tensors[name].movedim(0, self.dims[name]) if name in self.dims else tensors[name]
 
@@ -58,6 +62,13 @@ class Call:
     def alike(self, rows: Sequence[int]) -> list[dict[str, Tensor]]:
         """Returns the tensors of the microbatches that have as many rows as the first."""
         return [part for part, count in zip(self.split(rows), rows, strict=True) if count == rows[0]]
+
+
+def _shape_only(tensor: Tensor) -> Tensor:
+    if tensor.layout is not torch.strided:
+        return tensor.detach().to("meta")
+    empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    return empty.requires_grad_(tensor.requires_grad)
 
 
 @dataclass(frozen=True, slots=True)

@@ -178,6 +178,13 @@ class Captures:
         """The captures that a call may run on if their guards hold, oldest first."""
         return self._known.get(key, [])
 
+    def only(self, old: Compiled, new: Compiled) -> Captures:
+        """A cache in which ``new`` stands for ``old``, and all other captures are to be made again."""
+        cache = Captures()
+        (key,) = (key for key, known in self._known.items() if any(each is old for each in known))
+        cache.reasons, cache._known, cache._last = [*self.reasons[:1]], {key: [new]}, key
+        return cache
+
     def use(self, key: Key) -> None:
         """Notes the kind of the present call, which the next capture is told apart from."""
         self._last = key

@@ -80,14 +80,45 @@ def compile_call(
     graph = summarize(division.body)
     if first is not None:
         plan = carry_over(first.plan, first.graph, graph)
-        known = first.costed, first.reference, first.cluster, first.work, first.candidates
-        return Compiled(division, graph, plan, *known, *_cut(division, graph, plan, devices))
+        stages, before, tail = _cut(division, graph, plan, devices)
+        return replace(
+            first, division=division, graph=graph, plan=plan, stages=stages, before=before, tail=tail, programs={}
+        )
     work, costed = _work(division, options), _costed(division.body, graph, options, devices)
     cluster = options.cluster or cluster_of(devices, measure=costed.measured)
     request, plan, candidates = _planned(costed, cluster, work, options.plan)
-    cut = _cut(division, graph, plan, devices)
-    compiled = Compiled(division, graph, plan, costed, plan, cluster, work, candidates, *cut)
+    stages, before, tail = _cut(division, graph, plan, devices)
+    compiled = Compiled(
+        division=division,
+        graph=graph,
+        plan=plan,
+        costed=costed,
+        reference=plan,
+        cluster=cluster,
+        work=work,
+        candidates=candidates,
+        stages=stages,
+        before=before,
+        tail=tail,
+    )
     return _rehearsed(compiled, request, call, rows, devices, options) if _is_real(model, options) else compiled
+
+
+def replanned(compiled: Compiled, costed: CostedGraph, options: Options, devices: Sequence[torch.device]) -> Compiled:
+    """The same capture under a plan made anew.
+
+    Args:
+        costed: the costs to plan from, of the graph of ``compiled``.
+        options: what the plan must satisfy, and what it minimizes.
+
+    Raises:
+        PlanError: no plan satisfies the options.
+        InputError: they do not fit the model or one another.
+    """
+    work = _work(compiled.division, options)
+    _, plan, candidates = _planned(costed, compiled.cluster, work, options.plan)
+    cut = _cut(compiled.division, compiled.graph, plan, devices)
+    return replace(compiled.planned(costed, plan, cut, candidates), work=work)
 
 
 def _planned(
@@ -140,9 +171,8 @@ def _rehearsed(
 
     def replan(costed: CostedGraph) -> Compiled:
         plan = make_plan(costed, request, compiled.cluster, compiled.work)
-        stages, before, tail = _cut(compiled.division, compiled.graph, plan, devices)
-        planned = replace(compiled, costed=costed, plan=plan, reference=plan, programs={})
-        return replace(planned, stages=stages, before=before, tail=tail)
+        cut = _cut(compiled.division, compiled.graph, plan, devices)
+        return compiled.planned(costed, plan, cut, compiled.candidates)
 
     return rehearsed(compiled, call, fitting[0], Rehearsal(starts, schedule, devices), replan)
 

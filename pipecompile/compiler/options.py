@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -76,10 +76,6 @@ class Options:
         if given is None and self.optimizer is not None:
             state = cache(partial(optimizer_state, self.optimizer))
         return Workload(SCHEDULES.get(self.schedule, steady), self.microbatches, state, self.plan.recompute)
-
-    def replanned(self, plan: PlanOptions | None, costs: How | CostedGraph | None) -> Options:
-        """The same options with another plan to search for, or from other costs."""
-        return replace(self, plan=plan or self.plan, costs=costs)
 
     def _check_replicas(self, devices: int) -> None:
         counts = self.plan.counts

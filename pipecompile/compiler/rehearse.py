@@ -110,7 +110,8 @@ def rehearsed(
             return _noted(compiled, "held in a rehearsal")
         costed = corrected(compiled.costed, compiled.plan, times, "a rehearsal")
         plan = replace(compiled.plan, quality=None)
-        tried.append(replace(compiled, costed=costed, plan=plan, reference=plan, programs={}))
+        cut = compiled.stages, compiled.before, compiled.tail
+        tried.append(compiled.planned(costed, plan, cut, compiled.candidates))
         try:
             compiled = replan(costed)
         except PlanError:  # a search can fail where another has not

@@ -7,7 +7,7 @@ share one placement; ``compile_call`` makes them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -65,6 +65,36 @@ class Compiled:
     def captured(self) -> Captured:
         """The trace of the whole model on one microbatch."""
         return self.division.captured
+
+    def without_values(self) -> Compiled:
+        """The same without the values of the call that it was captured from."""
+        return replace(self, division=self.division.without_values())
+
+    def planned(
+        self,
+        costed: CostedGraph,
+        plan: Plan,
+        cut: tuple[tuple[Stage, ...], Piece | None, Piece | None],
+        candidates: tuple[Candidate, ...] = (),
+    ) -> Compiled:
+        """The same capture under another plan, made from other costs.
+
+        Args:
+            cut: its stages, and the pieces before and after them.
+            candidates: the plans that were compared to choose the replicas.
+        """
+        stages, before, tail = cut
+        return replace(
+            self,
+            costed=costed,
+            plan=plan,
+            reference=plan,
+            candidates=candidates,
+            stages=stages,
+            before=before,
+            tail=tail,
+            programs={},
+        )
 
     def cuts(self, rows: Rows) -> tuple[Rows, ...]:
         """The ways to divide a batch that the capture may hold for: as given, into equal parts, or not at all."""

@@ -233,7 +233,10 @@ def assert_same_gradients(seen: dict[str, torch.Tensor], expected: dict[str, tor
 def test_replan_takes_other_constraints_and_costs() -> None:
     pipe = compiled()
     before = gradients(pipe)
-    pipe.pipeline.replan(pipecompile.PlanOptions(max_stages=2), costs="count")
+    costs = pipe.pipeline.costs
+    pipe.pipeline.replan(pipecompile.PlanOptions(max_stages=2), costs)
+    assert pipe.pipeline.costs == costs
+    assert pipe.pipeline.captures == 1
     assert pipe.pipeline.plan.num_stages == 2
     pipe.zero_grad()
     assert_same_gradients(gradients(pipe), before)
@@ -243,7 +246,9 @@ def test_a_replan_that_cannot_be_leaves_the_plan_as_it_was() -> None:
     pipe = compiled()
     before, plan = gradients(pipe), pipe.pipeline.plan
     with pytest.raises(InputError, match="no module 'nothing'"):
-        pipe.pipeline.replan(pipecompile.PlanOptions(no_split=["nothing"]), costs="count")
+        pipe.pipeline.replan(pipecompile.PlanOptions(no_split=["nothing"]), pipe.pipeline.costs)
+    with pytest.raises(InputError, match="costs='measure' needs a batch"):
+        pipe.pipeline.replan(costs="measure")
     assert pipe.pipeline.plan is plan
     pipe.zero_grad()
     assert_same_gradients(gradients(pipe), before)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from toys import D, Sparse, blocks, mean_square
 
+from pipecompile.batching import Batching
 from pipecompile.errors import ExecutionError
 
 
@@ -177,7 +178,9 @@ class Remembers(nn.Module):
         return output if target is None else {"loss": F.mse_loss(output, target), "output": output}
 
 
-@pytest.mark.parametrize("options", [{"microbatches": 1}, {"microbatches": 2}, {"batch_norm": "deferred"}])
+@pytest.mark.parametrize(
+    "options", [{"microbatches": 1}, {"microbatches": 2}, {"batching": Batching(batch_norm="deferred")}]
+)
 def test_a_call_run_again_draws_the_same_numbers_and_writes_no_buffer(options: dict[str, Any]) -> None:
     pipe, x = pipe_of(Remembers().double(), **options), torch.randn(6, D, dtype=torch.float64)
     loss = mean_square(pipe(x))

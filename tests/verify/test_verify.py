@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from toys import D, blocks, mean_square
 
 import pipecompile
-from pipecompile.errors import ExactnessError, InputError, PipecompileError
+from pipecompile.errors import ExactnessError, InputError
 from pipecompile.verify.results import Verification
 
 
@@ -107,12 +107,11 @@ def test_another_shape_is_checked_without_another_capture() -> None:
     assert result.exact
 
 
-def test_without_arguments_the_first_capture_tells_the_call() -> None:
+def test_without_a_call_there_is_nothing_to_compare() -> None:
     pipe = pipe_of(Residual())
-    with pytest.raises(PipecompileError, match="captured at the first call"):
-        pipe.pipeline.verify()
     pipe.pipeline.prepare(x(6))
-    assert pipe.pipeline.verify().checks[0].inputs.startswith("given: x [6, 5, 10]")
+    with pytest.raises(InputError, match="missing a required argument: 'x'"):
+        pipe.pipeline.verify()
 
 
 def test_a_loss_function_and_inputs_that_want_gradients_are_compared() -> None:
@@ -335,8 +334,7 @@ def test_an_asynchronous_pipeline_is_checked_without_a_step() -> None:
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     options = {"schedule": "pipedream", "optimizer": lambda p: torch.optim.SGD(p, lr=0.1), "loss_fn": F.mse_loss}
     pipe = pipe_of(model, **options)
-    pipe.pipeline.prepare(x(), target=x())
-    assert pipe.pipeline.verify().exact
+    assert pipe.pipeline.verify(x(), target=x()).exact
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]), name
 
