@@ -2,6 +2,10 @@
 # (and, for `make wild`, other libraries into .venv-wild).
 PYTHON ?= python3
 BIN := .venv/bin
+# The long tests draw other models each day; the tests' names tell the seeds, so `make long SEED=...` repeats a failure.
+SEED ?= $(shell date +%Y%m%d)
+# make zoo PAGES=--write writes the page in docs/ too; so do ragged and wild.
+PAGES ?=
 
 .PHONY: demo test long check bench zoo ragged wild opdb faults nightly
 
@@ -12,7 +16,7 @@ test: check
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 long: check
-	LONG=1 IDIOMS=all $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	LONG=1 IDIOMS=all RANDOM_SEED=$(SEED) $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: .venv/installed
 	$(BIN)/ruff check .
@@ -23,16 +27,16 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/step_time.py
 
 zoo: .venv/installed
-	$(BIN)/python tests/zoo_run.py --jobs 2
+	$(BIN)/python tests/zoo_run.py --jobs 2 $(PAGES)
 
 ragged: .venv/installed
-	$(BIN)/python tests/ragged_run.py --jobs 2 --seconds 600
+	$(BIN)/python tests/ragged_run.py --jobs 2 --seconds 600 $(PAGES)
 
 faults: .venv/installed
 	$(BIN)/python tests/faults_run.py --count 1160 --jobs 2
 
 wild: .venv-wild/installed
-	.venv-wild/bin/python tests/wild_run.py --jobs 2 --results out/wild.json --write
+	.venv-wild/bin/python tests/wild_run.py --jobs 2 --results out/wild.json $(PAGES)
 
 opdb: .venv/installed
 	$(BIN)/python tests/opdb_run.py --jobs 2

@@ -1,6 +1,6 @@
-"""Trains the models of the zoo on padded, ragged batches, split and unsplit, and writes docs/ragged.md.
+"""Trains the models of the zoo on padded, ragged batches, split and unsplit.
 
-    python tests/ragged_run.py                     all that take labels for tokens; writes the page
+    python tests/ragged_run.py --write             all that take labels for tokens; writes docs/ragged.md
     python tests/ragged_run.py --only 'llama|t5'   some, by a pattern of names or by a family
 
 Exits with 1 unless every step is exact or refused in words of pipecompile.
@@ -33,7 +33,7 @@ def main() -> int:
         results.append(found)
         print(f"{len(results):3}/{len(names)} {line(found)}", flush=True)
     print(f"\n{summary(results)}\n{time.perf_counter() - start:.0f} s")
-    if not given.only:
+    if given.write and not given.only:
         PAGE.write_text(page(ZOO, results, "make ragged"))
     return 0 if results and not any(map(troubles, results)) else 1
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 from random_models import drawn
-from random_splits import COUNT, assert_a_split_equals_eager
+from random_splits import COUNT, FIRST, assert_a_split_equals_eager
 
 from pipecompile.runtime import steps
 
 
-@pytest.mark.parametrize("seed", range(COUNT))
+@pytest.mark.parametrize("seed", range(FIRST, FIRST + COUNT))
 def test_a_random_model_gives_the_unsplit_models_numbers(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_a_split_equals_eager(seed, monkeypatch, random_plan=False)
 

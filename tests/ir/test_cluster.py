@@ -77,9 +77,10 @@ def test_figures_are_plausible_and_have_sources() -> None:
     for name, it in ACCELERATORS.items():
         assert it.source, name
         assert set(re.findall(r"\[.+?\]", it.source)) <= sources, name
-        assert 1e12 < it.roofline.flops < (it.roofline.half_flops or 0) < 1e16, name
+        assert 1e12 < it.roofline.flops < 1e16, name
+        assert it.roofline.half_flops is None or it.roofline.flops < it.roofline.half_flops < 1e16, name
         assert 1e11 < it.roofline.bandwidth < 1e13, name
-        assert it.link.bandwidth > it.network.bandwidth, name
+        assert it.link.bandwidth >= it.network.bandwidth, name
         assert it.link.latency < it.network.latency < 1e-3, name
         if it.roofline.tensor_float_flops:  # half of those in 16 bits on every sheet, dense as well as sparse
             assert it.roofline.half_flops == pytest.approx(2 * it.roofline.tensor_float_flops, rel=0.02), name

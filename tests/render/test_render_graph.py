@@ -16,7 +16,7 @@ from pipecompile.render.layout import Rect, layout
 from pipecompile.render.modules import MOST_BOXES
 from pipecompile.render.paths import Names
 from pipecompile.render.stage_graph import StageGraph, stage_graph
-from pipecompile.render.table import table
+from pipecompile.render.table import NUMBERS, table
 
 HOSTILE = "</script><script>alert('x')</script>\"&]]>\\ \x00`--> ; end\n%%{init}%% 😀"
 SVG = "{http://www.w3.org/2000/svg}"
@@ -450,6 +450,8 @@ def test_table_lists_the_modules_below_where_the_terminal_is_narrow():
     assert "stage 1: h.8…11, ln_f, lm_head" in lines
     assert max(map(len, lines)) <= 80
     assert not any("…" in line for line in lines if "MiB" in line)
+    (heading,) = (line for line in lines if line.lstrip().startswith("stage  rank"))
+    assert all(name in heading.split() for name in NUMBERS), "a column is cut; give it a shorter name"
 
 
 def test_table_prints_markup_in_names_as_it_is():

@@ -21,6 +21,7 @@ def options(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--only", default="", help="a pattern that names must contain, or a family")
     parser.add_argument("--jobs", type=int, default=1, help="models at a time")
     parser.add_argument("--seconds", type=float, default=120.0, help="for each model")
+    parser.add_argument("--write", action="store_true", help="write the page in docs/, if no model is left out")
     return parser
 
 
