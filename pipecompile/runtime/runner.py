@@ -38,7 +38,9 @@ class Microbatch:
     randomness: int | None = None  # the seed of its random functions
     seeds: Mapping[str, Tensor | float] = field(default_factory=dict)  # model output -> its gradient
     outputs: dict[str, Tensor] = field(default_factory=dict)  # model outputs, detached
-    input_gradients: dict[str, list[Tensor]] = field(default_factory=dict)  # one per stage that reads the input
+    input_gradients: dict[str, dict[int, Tensor]] = field(
+        default_factory=dict
+    )  # by input, then by the stage that reads it
     saved: dict[int, Saved] = field(default_factory=dict)  # by stage, until its backward
     versions: dict[int, Version] = field(
         default_factory=dict
@@ -92,7 +94,7 @@ class Runner:
         self.weights.touch(microbatch.versions[self.stage.index])
         for name, leaf in saved.inputs.items():
             if leaf.grad is not None:
-                microbatch.input_gradients.setdefault(name, []).append(leaf.grad)
+                microbatch.input_gradients.setdefault(name, {})[self.stage.index] = leaf.grad
         return {
             source: tuple(leaf.grad if isinstance(leaf, Tensor) else None for leaf in leaves)
             for source, leaves in saved.received.items()

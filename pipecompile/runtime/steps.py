@@ -336,7 +336,8 @@ def _gradients(session: Session, batch: Batch, microbatches: Mapping[int, Microb
     def add(tensor: Tensor, gradient: Tensor) -> None:
         found[id(tensor)] = found[id(tensor)] + gradient if id(tensor) in found else gradient
 
-    for stage, version in next(iter(microbatches.values())).versions.items():
+    versions = next(iter(microbatches.values())).versions
+    for stage, version in sorted(versions.items(), reverse=True):  # the latest use first, whatever thread ended first
         for name, leaf in version.leaves.items():
             if leaf.grad is not None:
                 tensor = session.weights[stage].tensors[name]
@@ -354,7 +355,7 @@ def _input_gradient(name: str, batch: Batch, microbatches: Mapping[int, Microbat
     parts: list[Tensor] = []
     for microbatch in microbatches.values():
         total = torch.zeros_like(microbatch.inputs[name])
-        for gradient in microbatch.input_gradients.get(name, ()):
+        for _, gradient in sorted(microbatch.input_gradients.get(name, {}).items(), reverse=True):
             total = total + gradient.to(tensor.device)
         parts.append(total)
     return torch.cat(parts) if name in batch.call.batched else sum(parts[1:], parts[0])

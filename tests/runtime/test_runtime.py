@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from itertools import permutations
 from queue import Queue, SimpleQueue
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +20,7 @@ import pipecompile
 from pipecompile.errors import ExecutionError
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import Forward, Recv, Send
-from pipecompile.runtime import Lane, LocalTransport, Weights
+from pipecompile.runtime import Lane, LocalTransport, Microbatch, Weights, steps
 from pipecompile.runtime.transport import Aborted
 
 STAGES = 3
@@ -559,3 +561,13 @@ def test_stages_of_one_rank_need_no_transfer() -> None:
     pipe = pipecompile.compile(model, ["cpu"], microbatches=2, costs="count")
     pipe(torch.ones(4, D))
     assert not any(isinstance(i, Send | Recv) for i in pipe.pipeline.program.instructions)
+
+
+@pytest.mark.parametrize("order", list(permutations(range(3))))
+def test_gradients_of_an_input_are_added_by_stage_whatever_thread_ended_first(order: tuple[int, ...]) -> None:
+    """The latest use first, as autograd adds them; in another order the sum of these three is 0 or 2."""
+    x = torch.zeros(1, dtype=torch.float64)
+    values = {2: 1e16, 1: -1e16, 0: 1.0}
+    microbatch = Microbatch({"x": x}, input_gradients={"x": {s: torch.full_like(x, values[s]) for s in order}})
+    batch: Any = SimpleNamespace(call=SimpleNamespace(tensors={"x": x}, batched=frozenset({"x"})))
+    assert steps._input_gradient("x", batch, {0: microbatch}) == 1.0
