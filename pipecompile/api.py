@@ -66,8 +66,8 @@ def compile(
             CUDA devices, and links are measured if the costs are. ``report.links`` lists the links.
         verify: when to compare a call with a step of the unsplit model before the call returns: outputs, loss, every
             gradient, and written buffers, parameters and attributes. "first": the first call of each capture, on a
-            slice of its batch with two rows per microbatch and one more; "every" call; a number n for every nth call;
-            or "never". If they differ, raises an ``ExactnessError``; ``report.verified`` says what was compared.
+            slice of its batch with two rows per microbatch and one more; a number n: also every nth call; "every"
+            call; or "never". If they differ, raises an ``ExactnessError``; ``report.verified`` says what was compared.
 
     Returns:
         A module that looks like the model and runs the pipeline when called. Its attribute ``pipeline`` is the
