@@ -179,7 +179,7 @@ class Pipeline:
 
     @property
     def proofs(self) -> tuple[Proof, ...]:
-        """The last comparison of each capture with the unsplit model, in training and in evaluation."""
+        """The last comparison of each capture with the unsplit model, with and without gradients."""
         return tuple(self._proofs.values())
 
     @property

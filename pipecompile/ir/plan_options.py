@@ -31,8 +31,8 @@ class PlanOptions:
         replicas: the number of data-parallel devices that run each stage; by default one. With ``(1, 2, 1)``, the
             second of three stages runs on the second and third of four devices, which take microbatches in turn.
             "auto" searches for the numbers of stages and of devices per stage with the shortest predicted step.
-        recompute: whether the backward of a stage recomputes its activations: "never", "always", or "auto": if that
-            makes the step shorter within memory, or if no plan fits otherwise.
+        recompute: whether the backward of a stage recomputes its activations: "never", "always", or "auto", if that
+            makes the step shorter within memory or if no plan fits otherwise.
         optimizer_state: bytes that the optimizer keeps per byte of parameters, needed for plans within a memory limit:
             0 for SGD, 1 with momentum, 2 for Adam (the default). Measured if ``optimizer`` is given.
         objective: what to minimize. "pace": seconds per microbatch of the slowest stage, compute plus communication;
