@@ -1,4 +1,4 @@
-"""``compile``: the one call that splits a model."""
+"""``compile``, which splits a model."""
 
 from __future__ import annotations
 
@@ -38,37 +38,44 @@ def compile(
     cluster: Cluster | str | None = None,
     verify: Verify = "first",
 ) -> Any:
-    """A pipeline that trains ``model`` split over ``devices``, and is called as the model is.
+    """Splits a model into a pipeline of stages on ``devices``, which is called and trained like the model.
 
     Args:
-        devices: one for each stage: ``["cuda:0", "cuda:1"]``, ``[0, 1]``, ``["cpu", "cpu"]``; a device may be repeated.
-            The stages follow one another along them. Where the links between equal devices differ (see ``cluster``),
-            equal devices are reordered, so that the largest transfers use the fastest links.
+        model: the model to split.
+        devices: one per stage: ``["cuda:0", "cuda:1"]``, ``[0, 1]``, ``["cpu", "cpu"]``; a device may be repeated.
+            Stages are placed in this order. If the links between equal devices differ (see ``cluster``), equal devices
+            are reordered, so that the largest transfers use the fastest links.
         schedule: "sequential", "gpipe", "1f1b" (with a flush) or "pipedream" (asynchronous).
         microbatches: parts of each batch; by default two per stage. A batch with fewer rows has fewer parts.
-        example_inputs: arguments of a call, ``(args, kwargs)`` or either alone; captures now, not at the first call.
-        loss_fn: ``loss_fn(output, target)``, run in the last stage; the pipeline is then called with ``target=``
-            beside the model's own arguments and returns what ``loss_fn`` returns.
+        example_inputs: arguments of a call, ``(args, kwargs)`` or one of them, to capture now instead of at the first
+            call.
+        loss_fn: ``loss_fn(output, target)``, run in the last stage. The pipeline then takes ``target=`` in addition to
+            the model's arguments, and returns what ``loss_fn`` returns.
         loss_output: the name of the output that is the loss, if it is neither called "loss" nor the only scalar.
-            Without it several scalars wait for the caller's gradients, as every output does.
-        optimizer: for "pipedream", which steps inside the pipeline: makes an optimizer from a stage's parameters.
+            Without it, if there are several scalars, backwards wait for the caller's gradients.
+        optimizer: for "pipedream", which steps inside the pipeline: a function that makes an optimizer from the
+            parameters of a stage.
         leaf_modules: paths of modules to keep whole as leaves, each run as ordinary Python inside one stage. Modules
-            whose Python depends on activations are found and kept whole without being named.
-        batching: which tensors have a batch, and what may mix the samples of a microbatch.
-        plan: constraints on the plan, replicas, recomputation, and what the plan minimizes.
-        costs: "measure" or "count" the costs of each operation, or the path of costs that were saved; by default
+            whose Python depends on activations are found and kept whole automatically.
+        batching: which tensors have a batch dimension, and which modules may mix samples within a microbatch.
+        plan: constraints on the plan, replicas, recomputation, and what to minimize.
+        costs: "measure" or "count" the costs of each operation, or the path of saved costs; by default they are
             measured on the first device.
-        cluster: the devices as planning sees them, one for each of ``devices``: their speeds, memory and links; or a
-            name such as "8xH100", for devices that are not here. By default equal devices, of which CUDA devices have a
-            known memory; links are measured where the costs are. ``report.links`` says what they are taken to be.
-        verify: when a call is compared with the unsplit model's own step, before anything of it reaches the caller:
-            outputs, loss, every gradient, buffers, parameters and attributes written. "first": the first call of each
-            capture, on a slice of its batch of two rows per microbatch and one more; "every" call; a number n for each
-            nth; "never". A difference is an ``ExactnessError``; ``report.verified`` says what was compared.
+        cluster: the speeds, memory and links to plan for, with one device for each of ``devices``; or a name such as
+            "8xH100", for devices that this machine does not have. By default, devices are equal, memory is known for
+            CUDA devices, and links are measured if the costs are. ``report.links`` lists the links.
+        verify: when to compare a call with a step of the unsplit model before the call returns: outputs, loss, every
+            gradient, and written buffers, parameters and attributes. "first": the first call of each capture, on a
+            slice of its batch with two rows per microbatch and one more; a number n: also every nth call; "every"
+            call; or "never". If they differ, raises an ``ExactnessError``; ``report.verified`` says what was compared.
+
+    Returns:
+        A module that looks like the model and runs the pipeline when called. Its attribute ``pipeline`` is the
+        ``Pipeline``.
 
     Raises:
-        InputError: a device is not there, or arguments do not fit together.
-        CaptureError, PlanError: with ``example_inputs``, as the first call would raise them.
+        InputError: a device does not exist, or arguments are not valid or do not fit together.
+        CaptureError, PlanError: with ``example_inputs``, what the first call would raise.
     """
     present = parse_devices(devices)
     options = Options(

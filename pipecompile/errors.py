@@ -1,51 +1,51 @@
 """The exceptions of pipecompile.
 
     PipecompileError
-    ├── CaptureError         the model cannot be traced as it stands
-    │   └── DependsOnData    unless a part of it is kept whole
-    ├── PlanError            no valid assignment of nodes to stages, or of stages to devices
-    │   └── InfeasibleError  a bound (memory, number of stages) cannot be met
-    ├── ProgramError         the instructions do not form a valid program
-    │   └── DeadlockError    some rank would wait for ever
-    ├── InputError           the call's arguments do not fit the model or the pipeline
-    ├── ReentryError         the pipeline is called by what it runs itself
-    ├── ExecutionError       a stage raised while the program ran
-    └── ExactnessError       the split model does not compute what the unsplit one does
+    ├── CaptureError         the model cannot be traced
+    │   └── DependsOnData    its Python depends on data, unless a part of it is kept whole
+    ├── PlanError            there is not a valid assignment of nodes to stages, or of stages to devices
+    │   └── InfeasibleError  no plan meets a bound (memory, number of stages)
+    ├── ProgramError         the instructions are not a valid program
+    │   └── DeadlockError    a rank would wait forever
+    ├── InputError           arguments do not fit the model, the pipeline or the devices
+    ├── ReentryError         the pipeline is called by code that it runs itself
+    ├── ExecutionError       a stage raised while a program ran
+    └── ExactnessError       the split model does not compute what the unsplit model computes
 
-A message says what was seen, why it cannot be, and what to do.
+A message says what was seen, why it is not possible, and what to do.
 """
 
 
 class PipecompileError(Exception):
-    """Base of every error that pipecompile raises on purpose."""
+    """Base class of the errors that pipecompile raises."""
 
 
 class CaptureError(PipecompileError):
-    """The model cannot be traced as it stands; names the module path and the user's source line."""
+    """The model cannot be traced; the message names the module path and the user's source line."""
 
 
 class DependsOnData(CaptureError):
-    """The model's Python depends on values that only a running step knows; a part kept whole around it may help."""
+    """The model's Python depends on values that are known only in a running step; keeping a part whole may help."""
 
 
 class PlanError(PipecompileError):
-    """There is no valid assignment of nodes to stages, or of stages to devices."""
+    """A valid assignment of nodes to stages, or of stages to devices, does not exist or was not found."""
 
 
 class InfeasibleError(PlanError):
-    """A bound (memory, number of stages) cannot be met by any plan."""
+    """No plan meets a bound (memory, number of stages)."""
 
 
 class ProgramError(PipecompileError):
-    """The instructions do not form a valid program."""
+    """The instructions are not a valid program."""
 
 
 class DeadlockError(ProgramError):
-    """Some rank would wait for ever."""
+    """A rank would wait forever."""
 
 
 class InputError(PipecompileError, ValueError):
-    """The arguments of a call do not fit the model, the pipeline or the devices."""
+    """Arguments do not fit the model, the pipeline or the devices."""
 
 
 class ReentryError(PipecompileError):
@@ -53,8 +53,8 @@ class ReentryError(PipecompileError):
 
 
 class ExecutionError(PipecompileError):
-    """A stage raised while the program ran; the original exception is the ``__cause__``."""
+    """A stage raised while a program ran; the original exception is the ``__cause__``."""
 
 
 class ExactnessError(PipecompileError):
-    """The split model does not compute what the unsplit one does; says what differs, and in which module."""
+    """The split model does not compute what the unsplit model computes; the message says what differs, and where."""

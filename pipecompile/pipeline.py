@@ -1,4 +1,4 @@
-"""``Pipeline``: what a split model is to its user, beside what the model itself is: plan, stages, program, report."""
+"""``Pipeline``: what a split model adds to the model: plan, stages, program, timeline and report."""
 
 from __future__ import annotations
 
@@ -57,16 +57,16 @@ from pipecompile.verify.side_by_side import Trial
 from pipecompile.verify.verify import Subject, verify
 
 NO_VALUES = (
-    "the model is on the meta device: it can be planned, but has no values to compute with; build it on a real device"
+    "the model is on the meta device: it can be planned, but has no values to compute with; create it on a real device"
 )
 
 
 class Pipeline:
-    """A model cut into stages, over devices. ``compile`` makes it; it is ``pipe.pipeline``.
+    """A model split into stages on devices: ``pipe.pipeline`` of the module that ``compile`` returns.
 
     Attributes:
-        devices: one for each stage.
-        options: what ``compile`` was told.
+        devices: one per rank.
+        options: the options of ``compile``.
     """
 
     def __init__(self, model: nn.Module, devices: Sequence[torch.device], options: Options) -> None:
@@ -80,10 +80,10 @@ class Pipeline:
         self._states = States()
         self._batched: dict[tuple[str, int], bool] = {}
         self._proofs: dict[tuple[int, bool], Proof] = {}  # by the identity of the capture, and whether it trained
-        self._own = dict(named_tensors(model))  # as they were last seen to be the model's own
+        self._own = dict(named_tensors(model))  # the model's own tensors when last checked
         self._calls = 0
         self._first: Compiled | None = None
-        self._placement: Compiled | None = None  # of the pipeline that this one is a copy of
+        self._placement: Compiled | None = None  # a capture of the pipeline that this one was copied from
         self._last: Compiled | None = None
 
     def __repr__(self) -> str:
@@ -93,7 +93,7 @@ class Pipeline:
             f"microbatches={self.microbatches})"
         )
 
-    # What the pipeline is
+    # Properties
 
     @property
     def model(self) -> nn.Module:
@@ -102,12 +102,12 @@ class Pipeline:
 
     @property
     def signature(self) -> Callable[..., Any]:
-        """What has the signature of a call."""
+        """A callable with the signature of a call."""
         return self.model.forward if self.options.loss_fn is None else _with_target(self.model.forward)
 
     @property
     def runs_the_hooks(self) -> bool:
-        """Whether stages run the hooks on the model itself: where its output goes on into ``loss_fn``."""
+        """Whether stages run the hooks on the model itself, because its output is passed to ``loss_fn``."""
         return self.options.loss_fn is not None
 
     @property
@@ -117,32 +117,32 @@ class Pipeline:
 
     @property
     def microbatches(self) -> int:
-        """Into how many parts each batch is cut, if it has as many rows."""
+        """The number of microbatches of a batch; a batch with fewer rows has fewer."""
         return self.options.microbatches
 
     @property
     def plan(self) -> Plan:
-        """The assignment of nodes to stages; there is one once the model is captured."""
+        """The assignment of nodes to stages, available after the first capture."""
         return self._capture_in_use.plan
 
     @property
     def stages(self) -> tuple[torch.fx.GraphModule, ...]:
-        """The stage modules; ``stages[i].code`` is Python, their parameters have the model's own names."""
+        """The stage modules; ``stages[i].code`` is Python code, and parameters have their names in the model."""
         return tuple(stage.module for stage in self._capture_in_use.stages)
 
     @property
     def program(self) -> Program | None:
-        """What the last call carried out."""
+        """The program of the last call, if any."""
         return self._session.program
 
     @property
     def timeline(self) -> Timeline | None:
-        """When the last call carried out what, as measured."""
+        """The measured times of the instructions of the last call, if any."""
         return self._session.timeline
 
     @property
     def predicted(self) -> Timeline:
-        """When the last program, or before any call that of the schedule, does what, by the profile."""
+        """The timeline of the last program, or of the schedule before the first call, predicted from the costs."""
         compiled = self._capture_in_use
         program = self._session.program
         if program is None or program.plan is not compiled.plan:
@@ -153,7 +153,7 @@ class Pipeline:
 
     @property
     def memory(self) -> Memory:
-        """What each stage and rank holds at its fullest in training, by the plan."""
+        """The predicted peak memory of each stage and rank in training."""
         return self._capture_in_use.memory
 
     @property
@@ -163,7 +163,7 @@ class Pipeline:
 
     @property
     def report(self) -> Report:
-        """What is specialized, approximated, kept whole, recomputed or otherwise worth knowing."""
+        """Notes on what is specialized, approximated, kept whole or recomputed."""
         kinds = {True: "training", False: "evaluation"}
         return replace(
             describe(self._capture_in_use, self._session.timeline),
@@ -174,17 +174,17 @@ class Pipeline:
 
     @property
     def captures(self) -> int:
-        """How many times the model has been captured."""
+        """The number of captures of the model."""
         return len(self._captures)
 
     @property
     def proofs(self) -> tuple[Proof, ...]:
-        """What the first calls of the captures were compared in with the unsplit model, in the order of the calls."""
+        """The last comparison of each capture with the unsplit model, with and without gradients."""
         return tuple(self._proofs.values())
 
     @property
     def versions(self) -> tuple[int, ...]:
-        """For each stage the largest number of weight versions that were alive at once."""
+        """For each stage, the largest number of weight versions alive at the same time."""
         return tuple(weights.peak for weights in self._session.weights)
 
     @property
@@ -192,19 +192,20 @@ class Pipeline:
         compiled = self._last or self._first
         if compiled is None:
             raise PipecompileError(
-                "the model is captured at the first call; call it, or pass example_inputs= to compile"
+                "the model has not been captured yet, it is captured at the first call; call the pipeline, or pass "
+                "example_inputs= to compile()"
             )
         return compiled
 
     # Calls
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:
-        """Captures, profiles and cuts the model for a call without running it."""
+        """Captures, profiles and splits the model for a call, without running the call."""
         with self._session.turn.taken(again=False):
             self._batch(args, kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs a call, without the hooks on the model itself unless ``runs_the_hooks``."""
+        """Runs a call. Hooks on the model itself run only if ``runs_the_hooks``."""
         with uncompiled(), self._session.turn.taken(again=False):
             try:
                 return self._call(*args, **kwargs)
@@ -219,7 +220,7 @@ class Pipeline:
         try:
             given = self._run(batch)
         except STOPPED:
-            with suppress(KeyError):  # of tensors that are not there to be left behind
+            with suppress(KeyError):  # tensors that a stopped call did not compute
                 self._leave(batch, {})
             raise
         output = batch.rebuild(given)
@@ -232,7 +233,7 @@ class Pipeline:
             batch.leave(given)
 
     def _prove(self, batch: steps.Batch) -> None:
-        """Compares the call with the unsplit model's, if that is due."""
+        """Compares the call with that of the unsplit model, if a comparison is due."""
         captured = batch.compiled.captured
         trains = torch.is_grad_enabled() and any(output.requires_grad for output in captured.results)
         key = (id(batch.compiled), trains)
@@ -263,20 +264,21 @@ class Pipeline:
         trains = torch.is_grad_enabled() and any(output.requires_grad for output in captured.results)
         if trains and asynchronous and loss is None:
             several = ", ".join(could_be_losses(captured))
-            seen = f"outputs {several} could each be it" if several else "the model returns none"
-            remedy = "say which with loss_output=" if several else "pass labels to the call, or loss_fn= to compile"
+            seen = f"outputs {several} could each be the loss" if several else "the model does not return a loss"
+            remedy = "name it with loss_output=" if several else "pass labels to the call, or loss_fn= to compile()"
             raise InputError(f"schedule={self.schedule!r} needs the loss inside the pipeline, but {seen}; {remedy}")
         return steps.run(self._session, batch, loss, self._schedule, asynchronous)
 
     def verify(self, *args: Any, **kwargs: Any) -> Verification:
-        """Compares the pipeline with the unsplit model: on this call, and on fresh inputs of this and of another shape.
+        """Compares the pipeline with the unsplit model, on this call and on fresh inputs of this and of another shape.
 
-        Training and evaluation, loss, outputs, every gradient by name, buffers. It leaves the model as it is, and does
-        not step; an asynchronous schedule's stages are run by 1F1B, since their weights lag by design.
+        Compares loss, outputs, every gradient by name and buffers, in training and evaluation. Does not step, and
+        leaves the model unchanged. The stages of an asynchronous schedule are run by 1F1B, since their weights lag by
+        design.
         """
         if any(p.is_meta for p in self.model.parameters()):
             raise InputError(NO_VALUES)
-        kept = self._captures, self._batched, self._first, self._last  # what it captures is not for later calls
+        kept = self._captures, self._batched, self._first, self._last  # later calls do not use its captures
         self._captures, self._batched = self._captures.copied(), dict(self._batched)
         schedule = SCHEDULES["1f1b" if self.schedule in ASYNCHRONOUS else self.schedule]
         subject = Subject(
@@ -296,18 +298,19 @@ class Pipeline:
             self._captures, self._batched, self._first, self._last = kept
 
     def replan(self, plan: PlanOptions | None = None, costs: str | Path | CostedGraph | None = None) -> Plan:
-        """Plans again, by default from the times of the stages in the last training step, and switches to that plan.
+        """Makes a new plan, by default from the stage times of the last training step, and switches to it.
 
-        Parameters move to the devices of their new stages. An optimizer made before keeps its state where it was: with
-        more than one kind of device, load its ``state_dict`` into itself to move it.
+        Parameters move to the devices of their new stages. The state of an existing optimizer is not moved: with more
+        than one kind of device, load its ``state_dict`` into itself to move it.
 
         Args:
-            plan: other constraints or another objective than at ``compile``.
+            plan: replaces ``plan`` of ``compile``.
             costs: saved costs or a ``CostedGraph``, instead of the times of the last step.
 
         Raises:
-            InputError: there was no training step on the capture that was planned, or its times say nothing.
-            PlanError: no plan satisfies ``plan``; the pipeline keeps the one that it has.
+            InputError: the pipeline has no plan or its optimizers step inside it; without ``costs``, the last call did
+                not measure a training step on the planned capture; or ``plan`` or ``costs`` do not fit the model.
+            PlanError: no plan satisfies ``plan``; the pipeline keeps its present plan.
         """
         with self._session.turn.taken(again=False):
             first, timeline = self._first, self._session.timeline
@@ -317,7 +320,7 @@ class Pipeline:
                     f"pass costs=pipe.pipeline.costs to a new compile after flush()"
                 )
             if first is None:
-                raise InputError("replan() has no plan to replace; call the pipeline once before")
+                raise InputError("replan() has no plan to replace; call the pipeline first")
             given = read_costs(costs)
             if isinstance(given, str):
                 raise InputError(f"costs={given!r} needs a batch, which replan() does not have; pass saved costs")
@@ -325,7 +328,9 @@ class Pipeline:
                 times = first.times(timeline) if timeline is not None and self._last is first else ()
                 if not times:
                     raise InputError(
-                        "replan() has no times of a training step like the first; run one before, or pass costs="
+                        "replan() needs the stage times of a training step on the planned capture, which the last call "
+                        "did not measure (on CUDA, stages are not timed); run a training step like the first call, or "
+                        "pass costs="
                     )
                 costed = corrected(first.costed, first.plan, times)
             else:
@@ -340,12 +345,12 @@ class Pipeline:
             return self.plan
 
     def flush(self) -> None:
-        """Drains an asynchronous pipeline: every microbatch that is under way ends with its update."""
+        """Drains an asynchronous pipeline: runs every microbatch in flight to its end, including its update."""
         with self._session.turn.taken(again=False):
             steps.flush(self._session)
 
     def close(self) -> None:
-        """Ends the pipeline's threads; it cannot be called after it. ``with pipe.pipeline:`` does so at its end."""
+        """Ends the pipeline's threads. It cannot be called afterwards. ``with pipe.pipeline:`` closes it at the end."""
         self._session.close()
 
     def __enter__(self) -> Pipeline:
@@ -355,18 +360,18 @@ class Pipeline:
         self.close()
 
     def copied(self, memo: dict[int, Any]) -> Pipeline:
-        """A pipeline of a copy of the model, under the same placement; it captures that copy at its own first call.
+        """A pipeline of a copy of the model, with the same placement; it captures the copy at its first call.
 
         Args:
-            memo: of ``copy.deepcopy``.
+            memo: the memo of ``copy.deepcopy``.
 
         Raises:
-            PipecompileError: optimizers step inside an asynchronous pipeline, and their state is not copied.
+            PipecompileError: the pipeline is asynchronous; the state of its optimizers cannot be copied.
         """
         if self._session.optimizer is not None:
             raise PipecompileError(
-                f"a pipeline with schedule={self.schedule!r} cannot be copied: optimizers step inside it, whose state "
-                f"would stay behind; call flush(), then compile copy.deepcopy(pipe.pipeline.model) anew"
+                f"a pipeline with schedule={self.schedule!r} cannot be copied, because the state of the optimizers "
+                f"inside it would be lost; call flush(), then compile copy.deepcopy(pipe.pipeline.model)"
             )
         copy = Pipeline(deepcopy(self.model, memo), self.devices, self.options)
         copy._placement = self._first or self._placement
@@ -376,15 +381,15 @@ class Pipeline:
         return self.copied(memo)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickled (``torch.save``) as its model and options: what is read again plans and captures at its first call.
+        """Pickles (``torch.save``) the model and the options; the loaded pipeline plans and captures at its first call.
 
         Raises:
-            PipecompileError: optimizers step inside an asynchronous pipeline, and their state would not go along.
+            PipecompileError: the pipeline is asynchronous; the state of its optimizers would be lost.
         """
         if self._session.optimizer is not None:
             raise PipecompileError(
-                f"a pipeline with schedule={self.schedule!r} cannot be pickled: optimizers step inside it, whose state "
-                f"would stay behind; call flush(), then save pipe.state_dict()"
+                f"a pipeline with schedule={self.schedule!r} cannot be pickled, because the state of the optimizers "
+                f"inside it would be lost; call flush(), then save pipe.state_dict()"
             )
         return Pipeline, (self.model, self.devices, self.options)
 
@@ -396,7 +401,7 @@ class Pipeline:
     # Captures
 
     def _batch(self, args: Sequence[Any], kwargs: Mapping[str, Any], microbatches: int | None = None) -> steps.Batch:
-        """A call with the capture that it runs on, which is made if there is none, and its microbatches."""
+        """A call with its microbatches and the capture that it uses, which is made if necessary."""
         refuse_default_device(self.devices)
         check_surroundings(pytree.tree_leaves((args, kwargs)))
         call = read_call(self.signature, args, kwargs, self._batched, self.options.batching.in_dims)
@@ -404,7 +409,7 @@ class Pipeline:
             for name, tensor in call.tensors.items():
                 if tensor.is_meta:
                     raise InputError(
-                        f"argument {name!r} is on the meta device, which holds no values; pass a real tensor"
+                        f"argument {name!r} is on the meta device, so it has no values; pass a tensor on a real device"
                     )
         ambient = Ambient.of_caller(frozenset(device.type for device in self.devices))
         key = Key(call.key, Same(self._states.look(self.model, self._check)), ambient.autocast, settings())
@@ -430,12 +435,12 @@ class Pipeline:
         self._own = dict(named_tensors(model))
 
     def _settle(self, call: Call) -> None:
-        """Which tensors have a batch is settled by the first call that could be run."""
+        """Records which tensors have a batch, as decided by the first call that could be captured."""
         for name, tensor in call.tensors.items():
             self._batched.setdefault((name, tensor.ndim), name in call.batched)
 
     def _capture(self, call: Call, rows: Rows) -> steps.Batch:
-        """A new capture; if its trace holds for one size alone, all microbatches are made that size."""
+        """A new capture. If its trace is valid only for one size, all microbatches get that size."""
         for candidate in (rows, rows.equal()):
             with CAPTURING.taken(), undrawn(self.devices), saved_as_they_are():
                 compiled = compile_call(
@@ -451,7 +456,7 @@ class Pipeline:
             for cut in compiled.cuts(candidate):
                 if not compiled.broken(call, cut):
                     return steps.Batch(compiled.without_values(), call, cut)
-        raise CaptureError("the trace does not hold for the inputs that it was made with; please report this")
+        raise CaptureError("the trace is not valid for the inputs that it was made with; please report this")
 
 
 def _with_loss(model: nn.Module, loss_fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -462,7 +467,7 @@ def _with_loss(model: nn.Module, loss_fn: Callable[..., Any]) -> Callable[..., A
 
 
 def _with_target(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Something with the model's signature and a keyword ``target`` beside it."""
+    """A callable with the model's signature and an additional keyword ``target``."""
     signature = inspect.signature(forward)
     parameters = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     rest = [p for p in signature.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]

@@ -74,7 +74,7 @@ def test_a_file_with_one_place_changed_is_read_or_refused(saved: dict[str, Json]
 def test_a_profile_that_is_none(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "profile.json"
     path.write_bytes(content)
-    with pytest.raises(InputError, match="holds no profile: not a CostedGraph"):
+    with pytest.raises(InputError, match=r"does not contain costs \(not a CostedGraph"):
         pipecompile.compile(torch.nn.Sequential(*blocks(4)), devices=["cpu"] * 2, costs=path)
 
 

@@ -550,7 +550,7 @@ def test_w09_batch_norm(stages: int, schedule: str) -> None:
     assert int(actual.buffers["norm.num_batches_tracked"]) == 1
     torch.testing.assert_close(actual.buffers["norm.running_var"], expected.buffers["norm.running_var"])
     assert any(
-        "batch normalisation uses each microbatch's statistics" in line for line in pipe.pipeline.report.microbatches
+        "batch normalization uses each microbatch's statistics" in line for line in pipe.pipeline.report.microbatches
     )
     whole = pipe_of(model, stages, schedule, 1)
     reference = step(model, model, lambda out: out.square().mean(), ((rows(),), {}))

@@ -1,4 +1,4 @@
-"""What the user says about the batch dimension."""
+"""The user's options for the batch dimension."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ BatchNorm = Literal["microbatch", "deferred"]
 
 @dataclass(frozen=True)
 class Batching:
-    """Which tensors have a batch, and what may mix the samples of a microbatch.
+    """Which tensors have a batch dimension, and which modules may mix samples within a microbatch.
 
     Args:
         in_dims: the batch dimension of arguments, by name: ``{"x": 1}``; None for an argument that all microbatches
-            share. By default tensors are split along dimension 0, where most of them have the same size.
-        out_dims: the same for outputs, by name or number: ``{"scores": 1}``, to override what the analysis finds. What
-            leads to such an output alone may mix the samples of a microbatch; with None the output of the first
-            microbatch stands for all.
+            share. By default, tensors are divided along dimension 0, where most of them have the same size.
+        out_dims: the batch dimension of outputs, by name or number: ``{"scores": 1}``; it overrides the analysis.
+            Operations used only for such an output may mix samples within a microbatch. With None, the output of the
+            first microbatch is returned.
         batch_norm: "microbatch": in training, batch normalization uses the statistics of each microbatch, as GPipe does
             (Huang et al. 2019, section 3), and updates its running statistics once per microbatch; "deferred": it
             updates them once per batch, from all rows.
-        allow_mixing: paths of modules that mix samples in the middle of the model and may do so within a microbatch;
-            without it such a model is refused, because microbatches cannot compute what the whole batch computes.
+        allow_mixing: paths of modules that may mix samples within a microbatch. By default, a model that mixes samples
+            before its last weights is refused, because microbatches cannot compute what the whole batch computes.
 
     Raises:
-        InputError: a value is not of its kind.
+        InputError: a value has the wrong type or is not known.
     """
 
     in_dims: Mapping[str, int | None] = field(default_factory=dict)
@@ -54,7 +54,7 @@ class Batching:
 
     @property
     def may_mix(self) -> bool:
-        """Whether the user has accepted numbers that are not those of the whole batch."""
+        """Whether the user allows results that differ from those of the whole batch."""
         return bool(self.allow_mixing or self.out_dims)
 
 

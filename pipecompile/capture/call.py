@@ -73,7 +73,7 @@ def _shape_only(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class TensorName:
-    """Stands for a tensor among the leaves of a call."""
+    """Placeholder for a tensor among the leaves of a call."""
 
     name: str
 

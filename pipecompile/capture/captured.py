@@ -107,7 +107,7 @@ class Captured:
         return Leaf(self.leaves[self._path_of(target)], tensors)
 
     def leaf_call(self, node: fx.Node) -> LeafCall | None:
-        """Returns the call of a part kept whole that a node stands for, or None."""
+        """Returns the call of a part kept whole that a node represents, or None."""
         if isinstance(node.target, FunctionLeaf):
             return node.target.call
         if node.op != "call_module":

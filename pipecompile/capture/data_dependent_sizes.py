@@ -1,6 +1,6 @@
 """Data-dependent sizes: how many rows a mask selects, how many entries are nonzero.
 
-A symbol stands for such a size in the trace. The operations that produce and use it run on the real data, so no
+A symbol represents such a size in the trace. The operations that produce and use it run on the real data, so no
 expression over the inputs' sizes is needed at run time. Only planning needs a number, and uses the largest possible.
 """
 

@@ -32,7 +32,7 @@ CHANGING = (Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """Stands for the n-th argument of a leaf that changes from call to call: a tensor or a size."""
+    """Placeholder for the n-th argument of a leaf that changes from call to call: a tensor or a size."""
 
     position: int
 

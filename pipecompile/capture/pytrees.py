@@ -55,7 +55,7 @@ def flatten(tree: Any) -> tuple[list[tuple[Any, Any]], pytree.TreeSpec]:
 
 @dataclasses.dataclass(frozen=True)
 class _Size:
-    """Stands for a ``torch.Size`` in a tree, which torch would rebuild as a plain tuple."""
+    """Placeholder for a ``torch.Size`` in a tree, which torch would rebuild as a plain tuple."""
 
     sizes: tuple[Any, ...]
 

@@ -1,7 +1,7 @@
 """The recording mode: runs every torch function on fake tensors and appends it to a ``torch.fx`` graph.
 
 Functions are recorded as the model calls them (``F.linear`` is one node), not as modules or aten operations: this is
-the level at which costs are profiled, losses are recognised, and people read a graph. A tensor is looked up by
+the level at which costs are profiled, losses are recognized, and people read a graph. A tensor is looked up by
 identity; all tensors are kept alive during the trace, so that no identity is used twice.
 """
 

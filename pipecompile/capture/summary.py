@@ -102,7 +102,7 @@ def _around_buffers(captured: Captured, fx_nodes: list[fx.Node], index: Mapping[
 
 
 def _neighbour(i: int, fx_nodes: list[fx.Node], nodes: list[Node]) -> int | None:
-    """For a write to a buffer that nothing else hangs on (a counter): the next node of the same module."""
+    """For a write to a buffer whose value is not used otherwise (a counter): the next node of the same module."""
     if (
         not origin_of(fx_nodes[i]).writes
         or fx_nodes[i].users

@@ -1,7 +1,7 @@
-"""Options of a command from the fields of a data class: names, types and defaults are its, help is its docstring's.
+"""Makes the options of a command from the fields of a dataclass; their help comes from its docstring.
 
-So the command line offers what ``compile`` offers, in the same words. A field of a structured type is written as text:
-``--pin encoder=0``, ``--colocate embed,head``, ``--replicas 1,2,1``.
+So the command line offers the same options as ``compile``, with the same documentation. Fields of structured types are
+written as text: ``--pin encoder=0``, ``--colocate embed,head``, ``--replicas 1,2,1``.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from docstring_parser import parse
 
 from pipecompile.errors import InputError
 
-SINGULAR = {"pins": "pin"}  # of options that may be repeated
-Read = Callable[[str, Any], Any]  # from the option's name and what typer gives, the field's value
+SINGULAR = {"pins": "pin"}  # names of options that can be repeated
+Read = Callable[[str, Any], Any]  # takes the option's name and typer's value, and returns the field's value
 
 
 def takes(parameter: str, kind: type[Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Replaces a command's ``parameter``, a data class, by one option for each of its fields."""
+    """Replaces a command's ``parameter`` of type ``kind``, a dataclass, with one option per field."""
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(command, eval_str=True)
@@ -74,7 +74,7 @@ def _pairs(flag: str, texts: Sequence[str]) -> dict[str, int | None]:
 def _pair(flag: str, text: str) -> tuple[str, int | None]:
     name, sign, number = text.rpartition("=")
     if not sign or not (number.isdecimal() or number == "none"):
-        raise InputError(f"{flag} {text} does not end in a number; write name=number, such as {flag} x=0")
+        raise InputError(f"{flag} {text} does not end in =number; write name=number, such as {flag} x=0")
     return name, None if number == "none" else int(number)
 
 
@@ -91,9 +91,9 @@ READERS: dict[Any, tuple[Any, Read, str]] = {
     int | None: (int, _as_it_is, ""),
     float: (float, _as_it_is, ""),
     float | None: (float, _as_it_is, ""),
-    Sequence[str]: (list[str], _paths, "one path for each use of the option"),
-    Sequence[Sequence[str]]: (list[str], _groups, "one group for each use of the option: a,b"),
-    Mapping[str, int]: (list[str], _pairs, "one pair for each use of the option: name=0"),
-    Mapping[str, int | None]: (list[str], _pairs, "one pair for each use of the option: name=0, or name=none"),
+    Sequence[str]: (list[str], _paths, "one path per use of the option"),
+    Sequence[Sequence[str]]: (list[str], _groups, "one group per use of the option: a,b"),
+    Mapping[str, int]: (list[str], _pairs, "one pair per use of the option: name=0"),
+    Mapping[str, int | None]: (list[str], _pairs, "one pair per use of the option: name=0, or name=none"),
     Sequence[int] | Literal["auto"] | None: (str, _numbers, "1,2,1, or auto"),
-}  # by the type of a field: what typer asks for, how the value is read from it, and how a user writes it; else text
+}  # type of a field -> the type for typer, the reader of its value, and its syntax; other types are text

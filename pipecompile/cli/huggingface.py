@@ -1,4 +1,4 @@
-"""Builds a transformers model from a config alone, and sample inputs that fit it. Offline, with random weights."""
+"""Creates a transformers model with random weights from its config, and sample inputs. Works offline."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ try:
 except ImportError as error:
     raise InputError(f"hf: needs transformers ({error}); pip install 'pipecompile[hf]'") from error
 
-# The heads to look for, by kind of model, most telling first.
+# The heads to look for, by kind of model, most specific first.
 ENCODER_DECODER = ("SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ")
 OTHERS = ("IMAGE_CLASSIFICATION", "MASKED_LM", "CAUSAL_LM", "CTC", "AUDIO_CLASSIFICATION", "SEMANTIC_SEGMENTATION")
 FUNCTION = "write a function that returns the model and inputs, and name it instead: path/file.py:function"
 
-transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # it warns of what default configs leave open
+transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # default configs cause warnings
 
 
 def load_config(name: str, batch: int, length: int, meta: bool) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
-    """The model of a config, and the keyword arguments of a sample call; see ``model_spec.load``.
+    """Creates the model of a config, and the arguments of a sample call; see ``model_spec.load``.
 
     Raises:
-        InputError: there is no such config, or no model or sample inputs can be made from it.
+        InputError: the config is not found, or the model or its sample inputs cannot be created from it.
     """
     config = _config(name)
     model = _build(name, _class(name, config), config, meta)
@@ -60,7 +60,7 @@ def _config(name: str) -> Any:
 
 
 def _class(name: str, config: Any) -> Callable[[Any], nn.Module]:
-    """The class that the config was saved with, else the one with the most telling head."""
+    """The class named in the config, otherwise the class with the most specific head."""
     for architecture in getattr(config, "architectures", None) or ():
         if hasattr(transformers, architecture):
             return getattr(transformers, architecture)  # type: ignore[no-any-return]
@@ -72,7 +72,7 @@ def _class(name: str, config: Any) -> Callable[[Any], nn.Module]:
     base: Any = auto.MODEL_MAPPING.get(type(config), None)
     if base is None:
         raise InputError(
-            f"hf:{name}: transformers has a config of type {config.model_type!r}, but no model for it; {FUNCTION}"
+            f"hf:{name}: transformers does not have a model for configs of type {config.model_type!r}; {FUNCTION}"
         )
     return base[0] if isinstance(base, tuple) else base  # type: ignore[no-any-return]
 
@@ -87,14 +87,14 @@ def _build(name: str, make: Callable[[Any], nn.Module], config: Any, meta: bool)
         return make(config)
     except InputError:
         raise
-    except Exception as error:  # a config that lacks what its model needs, or needs another package
+    except Exception as error:  # an incomplete config, or a missing package
         raise InputError(
-            f"hf:{name}: the model cannot be built ({type(error).__name__}: {str(error).strip()}); {FUNCTION}"
+            f"hf:{name}: the model cannot be created ({type(error).__name__}: {str(error).strip()}); {FUNCTION}"
         ) from error
 
 
 def _without_memory(make: Callable[[Any], nn.Module], config: Any) -> nn.Module | None:
-    """The model on the meta device; None if it reads values while it is built."""
+    """The model on the meta device; None if its constructor reads values."""
     try:
         with torch.device("meta"):
             return make(config)
@@ -108,7 +108,7 @@ def _refuse_too_large(name: str, draft: nn.Module) -> None:
     if nbytes > memory:
         raise InputError(
             f"hf:{name} has {nbytes / 2**30:.0f} GiB of parameters, but this machine has {memory / 2**30:.0f} GiB of "
-            f"memory; use --costs count, which needs none"
+            f"memory; use --costs count, which does not allocate parameters"
         )
 
 
@@ -130,7 +130,7 @@ def _inputs(name: str, model: nn.Module, batch: int, length: int) -> dict[str, T
         case "input_values":
             return {"input_values": torch.randn(batch, 16_000)}
         case _:
-            raise InputError(f"hf:{name} takes {main}, which cannot be made from a config; {FUNCTION}")
+            raise InputError(f"hf:{name} takes {main}, which cannot be created from a config; {FUNCTION}")
 
 
 def _ids(config: Any, batch: int, length: int) -> Tensor:
@@ -151,7 +151,7 @@ def _pixels(config: Any, batch: int) -> Tensor:
 
 
 def _labels(model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
-    """What the head of the model compares with, so that the loss is a part of the plan."""
+    """Labels for the model's head, so that the plan includes the loss."""
     kind = type(model).__name__
     if kind.endswith(
         ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration", "ForTokenClassification")

@@ -1,4 +1,4 @@
-"""The command line: plan a model, check it, draw a schedule. It composes and prints; it decides nothing itself."""
+"""The commands: plan a model, check a split model, draw a schedule. They only call the library and print."""
 
 from __future__ import annotations
 
@@ -56,16 +56,16 @@ Model = Annotated[
     typer.Argument(
         metavar="MODEL",
         help="[bold]module:function[/] or [bold]path/file.py:function[/], a function that returns (model, inputs); "
-        "or [bold]hf:gpt2[/], [bold]hf:path/or/name[/], the config of a transformers model.",
+        "or [bold]hf:gpt2[/] or [bold]hf:path/or/name[/], the config of a transformers model.",
     ),
 ]
-Length = Annotated[int, typer.Option(min=1, help="Tokens of a sample, for hf.")]
-Stages = Annotated[int, typer.Option("--stages", "-n", min=1, help="How many stages.")]
-Microbatches = Annotated[int, typer.Option("--microbatches", "-m", min=1, help="How many microbatches a step has.")]
+Length = Annotated[int, typer.Option(min=1, help="Sequence length of the sample inputs, for hf.")]
+Stages = Annotated[int, typer.Option("--stages", "-n", min=1, help="Number of stages.")]
+Microbatches = Annotated[int, typer.Option("--microbatches", "-m", min=1, help="Number of microbatches per step.")]
 
 
 class _Group(TyperGroup):
-    """Prints an error of ours as one message instead of a traceback."""
+    """Prints an error of pipecompile as one message instead of a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -83,7 +83,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
-    help="Trains any PyTorch model split over several devices, without a rewrite.",
+    help="Split any PyTorch model over several devices and train it, without rewriting it.",
 )
 
 
@@ -95,7 +95,7 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def main(
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
     version: Annotated[
         bool, typer.Option("--version", help="Show the version.", callback=_print_version, is_eager=True)
     ] = False,
@@ -108,12 +108,12 @@ def main(
 def plan(
     model: Model,
     stages: Annotated[
-        int | None, typer.Option("--stages", "-n", min=1, help="How many stages. Default: one for each device, or 2.")
+        int | None, typer.Option("--stages", "-n", min=1, help="Number of stages. Default: one per device, or 2.")
     ] = None,
     microbatches: Microbatches = 8,
     schedule: Annotated[str, typer.Option("--schedule", "-s", help=f"One of {', '.join(NAMES)}.")] = "1f1b",
     microbatch: Annotated[
-        int | None, typer.Option(min=1, help="Samples in a microbatch. Default: all that MODEL returns; 2 for hf.")
+        int | None, typer.Option(min=1, help="Samples per microbatch. Default: all that MODEL returns; 2 for hf.")
     ] = None,
     length: Length = 128,
     costs: Annotated[
@@ -121,27 +121,28 @@ def plan(
         typer.Option(
             "--costs",
             help="[bold]measure[/] the seconds of each operation, [bold]count[/] its work, or a file of saved costs. "
-            "Default: count with --cluster, else measure.",
+            "Default: count with --cluster, otherwise measure.",
         ),
     ] = None,
-    save_costs: Annotated[Path | None, typer.Option(help="Save the costs here, for --costs.")] = None,
-    device: Annotated[str, typer.Option(help="Where to measure.")] = "cpu",
+    save_costs: Annotated[Path | None, typer.Option(help="Save the costs to this file, for --costs.")] = None,
+    device: Annotated[str, typer.Option(help="Device to measure on.")] = "cpu",
     cluster: Annotated[
-        str | None, typer.Option(help="Devices that are not here: 8xH100, 64xH100, 2x8xA100-40GB.")
+        str | None, typer.Option(help="Cluster to plan for, such as 8xH100, 64xH100 or 2x8xA100-40GB.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Of the weights: float32, bfloat16 or float16.")] = "float32",
-    fused: Annotated[bool, typer.Option("--fused", help="The optimizer's step needs no memory of its own.")] = False,
+    dtype: Annotated[str, typer.Option(help="Dtype of the weights: float32, bfloat16 or float16.")] = "float32",
+    fused: Annotated[bool, typer.Option("--fused", help="The optimizer step needs no temporary memory.")] = False,
     format: Annotated[
         str | None, typer.Option("--format", "-f", help=f"Write the stage graph as one of {', '.join(FORMATS)}.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Where to write it; the name tells the format.")
+        Path | None,
+        typer.Option("--output", "-o", help="File to write the stage graph to; its suffix selects the format."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the table and the prediction as JSON.")] = False,
     *,
     options: PlanOptions,
 ) -> None:
-    """Cut a model into stages: what each holds, costs and passes on, and how long a step will take.
+    """Split a model into stages. Prints their modules, costs and memory, and the predicted time of a step.
 
     pipecompile plan hf:gpt2 --stages 4 --output plan.html
     pipecompile plan hf:llama --cluster 64xH100 --dtype bfloat16
@@ -174,7 +175,7 @@ def plan(
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
     else:
-        console = Console(stderr=written is not None and output is None)  # stdout holds the stage graph then
+        console = Console(stderr=written is not None and output is None)  # then stdout is for the stage graph
         console.print(table(view, console.width))
         console.print(memory_table(held, found, devices))
         console.print(_prediction(view, timeline, schedule, microbatches))
@@ -193,23 +194,22 @@ def check(
     microbatches: Microbatches = 4,
     schedule: Annotated[str, typer.Option("--schedule", "-s", help=f"One of {', '.join(SCHEDULES)}.")] = "1f1b",
     batch: Annotated[
-        int | None, typer.Option(min=1, help="Samples of a batch, for hf. Default: two for each microbatch.")
+        int | None, typer.Option(min=1, help="Samples per batch, for hf. Default: two per microbatch.")
     ] = None,
     length: Length = 128,
     loss_output: Annotated[
-        str | None, typer.Option(help="The output that is the loss, if it is neither called loss nor the only scalar.")
+        str | None,
+        typer.Option(help="Name of the output that is the loss, if it is neither called loss nor the only scalar."),
     ] = None,
-    double: Annotated[
-        bool, typer.Option("--double", help="Compare in float64, so that rounding hides nothing.")
-    ] = False,
-    device: Annotated[str, typer.Option(help="Where all the stages run.")] = "cpu",
+    double: Annotated[bool, typer.Option("--double", help="Compare in float64, where rounding is small.")] = False,
+    device: Annotated[str, typer.Option(help="Device that runs all stages.")] = "cpu",
     *,
     batching: Batching,
     plan: PlanOptions,
 ) -> None:
-    """Run one step of a split model beside the unsplit one, on fresh inputs too, and compare every number.
+    """Run a step of the split and of the unsplit model, also on fresh inputs, and compare all results.
 
-    Exits with 1 if anything differs by more than rounding.
+    The exit code is 1 if any difference is larger than rounding.
 
     pipecompile check hf:gpt2 --stages 4 --double
     """
@@ -240,13 +240,15 @@ def draw_schedule(
     name: Annotated[str, typer.Argument(metavar="NAME", help=f"One of {', '.join(NAMES)}.")],
     stages: Stages = 4,
     microbatches: Microbatches = 8,
-    forward: Annotated[str, typer.Option(help="Seconds of a forward: one for all stages, or 1,2,1,1.")] = "1",
-    backward: Annotated[str, typer.Option(help="Seconds of a backward, likewise.")] = "2",
-    transfer: Annotated[float, typer.Option(min=0, help="Seconds that a value takes to the next stage.")] = 0.0,
-    svg: Annotated[Path | None, typer.Option(help="Write the timeline as a picture.")] = None,
-    program: Annotated[bool, typer.Option("--program", help="Print the instructions of each rank too.")] = False,
+    forward: Annotated[
+        str, typer.Option(help="Seconds of a forward: one number, or one per stage, such as 1,2,1,1.")
+    ] = "1",
+    backward: Annotated[str, typer.Option(help="Seconds of a backward: one number, or one per stage.")] = "2",
+    transfer: Annotated[float, typer.Option(min=0, help="Seconds of a transfer between stages.")] = 0.0,
+    svg: Annotated[Path | None, typer.Option(help="Write the timeline to this SVG file.")] = None,
+    program: Annotated[bool, typer.Option("--program", help="Also print the instructions of each rank.")] = False,
 ) -> None:
-    """Draw who computes what, and when.
+    """Draw the timeline of a schedule: what each rank computes, and when.
 
     pipecompile schedule 1f1b --stages 4 --microbatches 8 --svg 1f1b.svg
     """
@@ -270,14 +272,15 @@ def _to_double(tensor: Tensor) -> Tensor:
 def _costed(
     model: str, microbatch: int | None, length: int, costs: str, device: torch.device, cluster: Cluster, dtype: str
 ) -> CostedGraph:
-    """The costs of a model's calls: measured, counted, or read from a file."""
+    """The costs of a model: measured, counted, or read from a file."""
     _check_choice("dtype", dtype, ("float32", "bfloat16", "float16"))
     it, args, kwargs = load(model, microbatch or 2, length, meta=costs != "measure")
     it = it.to(getattr(torch, dtype))
     call = read_call(it.forward, args, kwargs)
     if microbatch and call.batch and microbatch > call.batch:
         raise InputError(
-            f"--microbatch {microbatch} is more than the {call.batch} samples that {model} returns; ask for fewer"
+            f"--microbatch {microbatch} is more than the {call.batch} samples that {model} returns; it must be at most "
+            f"{call.batch}"
         )
     captured = capture(it, call, microbatch)
     how = read_costs(costs)
@@ -293,18 +296,18 @@ def _program(name: str, plan: Plan, microbatches: int) -> Program:
 def _prediction(view: StageGraph, timeline: Timeline, schedule: str, microbatches: int) -> Text:
     quality = f"plan: {known(view.plan.quality)}\n"
     alone, step = microbatches * view.costed.seconds, timeline.makespan
-    times = f", {alone / step:.2f} times as long" if step else ""
+    times = f" (speedup {alone / step:.2f}x)" if step else ""
     return Text.assemble(
-        f"{quality}{schedule}, {microbatches} microbatches: a step of ",
+        f"{quality}{schedule}, {microbatches} microbatches: predicted step ",
         (seconds_text(step), "bold"),
-        f" predicted, bubble {timeline.bubble:.1%}\none device would take {seconds_text(alone)}{times}",
+        f", bubble {timeline.bubble:.1%}\none device: {seconds_text(alone)}{times}",
     )
 
 
 def _comparison(candidates: Sequence[Candidate]) -> list[str]:
-    """What was tried to find the devices of each stage."""
-    title = ["devices of each stage, with the way of new weights to replicas:"] * bool(candidates)
-    return [*title, *map(str, candidates)]
+    """The candidates that were compared to choose the number of devices per stage."""
+    title = "devices per stage; the step includes sending new weights to replicas:"
+    return [title, *map(str, candidates)] if candidates else []
 
 
 def _facts(
@@ -315,7 +318,7 @@ def _facts(
     microbatches: int,
     candidates: Sequence[Candidate],
 ) -> dict[str, Any]:
-    """What the table and the prediction say; seconds and bytes, of one microbatch unless they are of a step."""
+    """The facts of the tables and the prediction: seconds and bytes per microbatch, except those of ``step``."""
     stages = [
         {
             "stage": index,
@@ -346,7 +349,7 @@ def _format(format: str | None, output: Path | None) -> str | None:
     if format is None and output is not None:
         format = SUFFIXES.get(output.suffix)
         if format is None:
-            raise InputError(f"the suffix of {output} is not known; add --format, one of {', '.join(FORMATS)}")
+            raise InputError(f"the suffix of {output} is not a known format; add --format, one of {', '.join(FORMATS)}")
     if format is not None:
         _check_choice("format", format, tuple(FORMATS))
     return format
@@ -354,7 +357,7 @@ def _format(format: str | None, output: Path | None) -> str | None:
 
 def _check_choice(what: str, given: str, choices: tuple[str, ...]) -> None:
     if given not in choices:
-        raise InputError(f"{what} {given!r} is not known; choose one of {', '.join(choices)}")
+        raise InputError(f"{what} {given!r} is not known; it must be one of {', '.join(choices)}")
 
 
 def _check_replicas(
@@ -363,7 +366,7 @@ def _check_replicas(
     text = ",".join(map(str, counts))
     if options.replicas is not None and schedule not in SCHEDULES:
         raise InputError(
-            f"--replicas does not go with --schedule {schedule}, which updates after each microbatch; use 1f1b or gpipe"
+            f"--replicas does not work with --schedule {schedule}, which steps after each microbatch; use 1f1b or gpipe"
         )
     if counts and stages not in (None, len(counts)):
         raise InputError(f"--replicas {text} is for {len(counts)} stages, but --stages is {stages}; they must match")
@@ -376,12 +379,12 @@ def _per_stage(option: str, text: str, stages: int) -> list[float]:
         seconds = [float(word) for word in text.split(",")]
     except ValueError:
         raise InputError(
-            f"{option} {text!r} is not a number of seconds; write one, or one per stage: 1,2,1,1"
+            f"{option} {text!r} is not a number of seconds; write one number, or one per stage, such as 1,2,1,1"
         ) from None
     if not all(0 <= it < float("inf") for it in seconds):
-        raise InputError(f"{option} {text!r} is negative or not finite; seconds must be positive or 0")
+        raise InputError(f"{option} {text!r} is negative or not finite; seconds must be finite and at least 0")
     if len(seconds) not in (1, stages):
-        raise InputError(f"{option} gives {len(seconds)} times for {stages} stages; give one, or {stages}")
+        raise InputError(f"{option} has {len(seconds)} numbers for {stages} stages; give one, or {stages}")
     return seconds * stages if len(seconds) == 1 else seconds
 
 

@@ -1,12 +1,12 @@
-"""Loads the model that a command line names, with sample inputs.
+"""Loads the model that is named on the command line, with sample inputs.
 
-    package.module:function    a function that returns (model, inputs); found from the current directory too
+    package.module:function    a function that returns (model, inputs), in an installed or local package
     path/file.py:function      the same in a file
-    hf:gpt2                    a type of transformers model, with the default config of the type
-    hf:path/or/name            a config.json, a directory that holds one, or a model in the local Hugging Face cache
+    hf:gpt2                    a type of transformers model, with its default config
+    hf:path/or/name            a config.json, a directory with one, or a model in the local Hugging Face cache
 
-Inputs are a dict of keyword arguments, a tuple of arguments, or one tensor. Of a transformers model only the config is
-read: the weights are random, because a plan does not depend on them, and nothing is downloaded.
+Inputs are a dict of keyword arguments, a tuple of arguments, or one tensor. Transformers models are created from their
+config with random weights, because a plan does not depend on weights. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -30,15 +30,16 @@ FORMS = "write module:function, path/file.py:function, or hf: and a type of tran
 
 
 def load(spec: str, batch: int = 2, length: int = 128, meta: bool = False) -> Loaded:
-    """The model that ``spec`` names, and the positional and keyword arguments of a sample call.
+    """Loads a model, and the positional and keyword arguments of a sample call.
 
     Args:
-        batch: samples of the inputs made for a transformers model.
-        length: tokens of these, or less if the model takes less.
-        meta: build a transformers model without memory for its weights.
+        spec: the name of the model, in one of the forms above.
+        batch: batch size of the inputs of a transformers model.
+        length: sequence length of these inputs, or the model's maximum if that is less.
+        meta: create a transformers model on the meta device, without memory for its weights.
 
     Raises:
-        InputError: it cannot be found, cannot be built, or is not of the form above.
+        InputError: ``spec`` is not in one of the forms above, or the model cannot be found or created.
     """
     kind, colon, name = spec.partition(":")
     if kind == "hf" and name:
@@ -56,7 +57,7 @@ def _module(place: str) -> ModuleType:
         return _file_module(Path(place)) if place.endswith(".py") else _named_module(place)
     except InputError:
         raise
-    except Exception as error:  # whatever the user's module does when it is imported
+    except Exception as error:  # the user's module can raise anything
         raise InputError(f"importing {place} failed with {_told(error)}; it must be importable from here") from error
 
 
@@ -66,7 +67,7 @@ def _named_module(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise  # the module is there, and imports one that is not
+            raise  # the module exists, but imports one that does not
         raise InputError(f"module {error.name!r} is neither in this directory nor installed; {FORMS}") from None
 
 
@@ -104,8 +105,8 @@ def _function(module: ModuleType, place: str, name: str) -> Callable[[], Any]:
 def _call(spec: str, function: Callable[[], Any]) -> Any:
     try:
         return function()
-    except Exception as error:  # whatever the user's function does
-        raise InputError(f"{spec} raised {_told(error)}; it is called without arguments") from error
+    except Exception as error:  # the user's function can raise anything
+        raise InputError(f"{spec} raised {_told(error)}; it must work without arguments") from error
 
 
 def _checked(spec: str, result: Any) -> Loaded:
@@ -113,7 +114,7 @@ def _checked(spec: str, result: Any) -> Loaded:
         raise InputError(f"{spec} returned {type(result).__name__}; it must return a pair (model, inputs)")
     model, inputs = result
     if not isinstance(model, nn.Module):
-        raise InputError(f"{spec} returned {type(model).__name__} first; that must be the model, a torch.nn.Module")
+        raise InputError(f"{spec} returned {type(model).__name__} first; the first must be the model, an nn.Module")
     if isinstance(inputs, dict) and all(isinstance(key, str) for key in inputs):
         return model, (), inputs
     if isinstance(inputs, Tensor):
@@ -121,8 +122,8 @@ def _checked(spec: str, result: Any) -> Loaded:
     if isinstance(inputs, tuple | list):
         return model, tuple(inputs), {}
     raise InputError(
-        f"{spec} returned {type(inputs).__name__} second; that must be the inputs: "
-        "a dict of keyword arguments, a tuple of arguments, or one tensor"
+        f"{spec} returned {type(inputs).__name__} second; the second must be the inputs: a dict of keyword arguments, "
+        f"a tuple of arguments, or one tensor"
     )
 
 

@@ -1,1 +1,1 @@
-"""From a call to what runs it: options, captures, the compilation of one call, its rehearsal and report."""
+"""Compiles a call into stages: options, cached captures, compilation, rehearsal and report."""

@@ -1,7 +1,7 @@
-"""All captures of a pipeline: which of them a call may run on, and why each was made.
+"""The captures of a pipeline: which of them a call can use, and why each was made.
 
 Each kind of call (train or eval, another tree of arguments, another flag, sizes that break a guard) needs a capture,
-and every capture takes time. A model whose calls keep differing is told so, with what differed.
+which takes time. If the kinds of calls are many, a warning lists the reasons for the captures.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from pipecompile.errors import InputError
 from pipecompile.ops.torch_internals import DeviceContext, _get_current_function_mode_stack, _len_torch_function_stack
 from pipecompile.runtime.compiled import Compiled
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # what a module has them in
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # attributes of a module
 FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
 _IRRELEVANT = frozenset(nn.Module().__dict__) - {"training", "_is_full_backward_hook", *TABLES, *HOOKS}
-MANY = 8  # captures from which on a pipeline warns, again whenever their number has doubled
+MANY = 8  # number of captures at which a pipeline warns; it warns again at each power of two
 
 
 class Modes(NamedTuple):
-    """What about a model, beside the call, makes a capture its own."""
+    """The state of a model that a capture depends on, in addition to the call."""
 
     training: tuple[bool, ...]
-    modules: tuple[Any, ...]  # each with its class
-    hooks: tuple[Any, ...]  # of each module, and of all
-    parameters: tuple[Any, ...]  # with whether each is trained, and what it is
+    modules: tuple[Any, ...]  # with their classes
+    hooks: tuple[Any, ...]  # global hooks, then those of each module
+    parameters: tuple[Any, ...]  # with requires_grad, dtype and shape
     buffers: tuple[Any, ...]
 
 
@@ -52,7 +52,7 @@ def modes(model: nn.Module) -> Modes:
 
 
 def _hooks(held: Mapping[str, Any], prefix: str = "") -> tuple[Any, ...]:
-    """The hooks that a module, or the file of all modules, holds: in their order, with their flags."""
+    """The hooks of a module, or the global hooks of torch, in order and with their flags."""
     flags = [held.get(f"{prefix}{name}", ()) for name in FLAGS]
     return tuple(
         (name, Same(hook), *(number in flag for flag in flags))
@@ -62,16 +62,16 @@ def _hooks(held: Mapping[str, Any], prefix: str = "") -> tuple[Any, ...]:
 
 
 def hooks_of_all_modules() -> bool:
-    """Whether hooks run before or after the forward of every module there is."""
+    """Whether global hooks run before or after the forward of every module."""
     return any(vars(torch_module)[f"_global{name}"] for name in HOOKS[:2])
 
 
 class States:
-    """The states that a pipeline's model has been seen in.
+    """The states in which a pipeline's model has been seen.
 
     Attributes:
-        number: of the last; another one whenever anything on the model's modules may have changed.
-        modes: those of the last, the same object for equal ones.
+        number: the number of the last state; it increases whenever the model's modules may have changed.
+        modes: the modes of the last state; equal modes are the same object.
     """
 
     def __init__(self) -> None:
@@ -81,10 +81,11 @@ class States:
         self._sweep: Sweep | None = None
 
     def look(self, model: nn.Module, check: Callable[[nn.Module], None] = lambda _: None) -> Modes:
-        """Looks at the model as it is now; quickly where nothing has changed.
+        """Returns the present modes of the model; fast if nothing has changed.
 
         Args:
-            check: is called with the model where something may have changed.
+            model: the model.
+            check: called with the model if something may have changed.
         """
         if self.modes is None or self._sweep is None or not self._sweep.holds():
             check(model)
@@ -96,7 +97,7 @@ class States:
 
     @contextmanager
     def followed(self) -> Iterator[None]:
-        """The time of changes to attributes that are known: the model is in the same state after them."""
+        """A context for known changes of attributes; the model is in the same state after them."""
         still = self._sweep is not None and self._sweep.holds()
         yield
         if still and self._sweep is not None:
@@ -114,7 +115,7 @@ def _sweep(model: nn.Module) -> Sweep:
 
 
 def settings() -> tuple[Any, ...]:
-    """The settings of torch, for the process and the thread, that a forward may ask for or depend on."""
+    """The settings of torch, of the process and of the thread, that a forward may depend on."""
     function_modes = _len_torch_function_stack()
     return (
         torch.get_default_dtype(),
@@ -127,10 +128,10 @@ def settings() -> tuple[Any, ...]:
 
 
 def refuse_default_device(devices: Iterable[torch.device]) -> None:
-    """Refuses a call under a default device that no stage has: the stages' threads know of none.
+    """Refuses a call under a default device of another type than the stages': it does not apply in their threads.
 
     Raises:
-        InputError: what the forward creates without ``device=`` would lie elsewhere.
+        InputError: tensors that forward creates without ``device=`` would be on another device.
     """
     if _len_torch_function_stack() == 0:
         return
@@ -138,8 +139,8 @@ def refuse_default_device(devices: Iterable[torch.device]) -> None:
     kinds = {device.type for device in devices}
     if modes and modes[-1].device.type not in kinds:
         raise InputError(
-            f"torch's default device is {modes[-1].device}, the stages are on {', '.join(sorted(kinds))}; call the "
-            f"pipeline under torch.device({min(kinds)!r}), or torch.set_default_device(None)"
+            f"torch's default device is {modes[-1].device}, but the stages are on {', '.join(sorted(kinds))}; call the "
+            f"pipeline under torch.device({min(kinds)!r}), or call torch.set_default_device(None)"
         )
 
 
@@ -148,16 +149,16 @@ def _of_mode(mode: Any) -> Any:
 
 
 class Key(NamedTuple):
-    """What two calls must have in common, beside what guards check, to run on one capture."""
+    """What two calls must have in common, in addition to guards, to use the same capture."""
 
     arguments: tuple[Any, ...]
-    model: Same  # its modes
+    model: Same  # the modes of the model
     autocast: tuple[Any, ...]
     settings: tuple[Any, ...] = ()
 
 
 class Captures:
-    """The captures of one pipeline, each with the reason why it was made."""
+    """The captures of one pipeline, and the reason for each."""
 
     def __init__(self) -> None:
         self.reasons: list[str] = []
@@ -165,7 +166,7 @@ class Captures:
         self._last: Key | None = None
 
     def copied(self) -> Captures:
-        """The same captures in a cache of their own."""
+        """A copy of the cache, with the same captures."""
         copy = Captures()
         copy.reasons, copy._last = [*self.reasons], self._last
         copy._known = {key: [*known] for key, known in self._known.items()}
@@ -175,24 +176,27 @@ class Captures:
         return len(self.reasons)
 
     def of(self, key: Key) -> list[Compiled]:
-        """The captures that a call may run on if their guards hold, oldest first."""
+        """The captures that a call can use if their guards hold, oldest first."""
         return self._known.get(key, [])
 
     def only(self, old: Compiled, new: Compiled) -> Captures:
-        """A cache in which ``new`` stands for ``old``, and all other captures are to be made again."""
+        """A cache with ``new`` in place of ``old``, and without all other captures."""
         cache = Captures()
         (key,) = (key for key, known in self._known.items() if any(each is old for each in known))
         cache.reasons, cache._known, cache._last = [*self.reasons[:1]], {key: [new]}, key
         return cache
 
     def use(self, key: Key) -> None:
-        """Notes the kind of the present call, which the next capture is told apart from."""
+        """Records the key of the present call; the reason for the next capture is how its key differs."""
         self._last = key
 
     def add(self, key: Key, compiled: Compiled, broken: str) -> None:
-        """Adds a capture; ``broken`` is the guard of the capture before that did not hold.
+        """Adds a capture, and warns if there are many.
 
-        Warns if there have been many.
+        Args:
+            key: of the call.
+            compiled: the capture.
+            broken: why the last capture with the same key could not be used; empty if the key is new.
         """
         self.reasons.append(broken or _difference(key, self._last))
         self._known.setdefault(key, []).append(compiled)
@@ -204,18 +208,18 @@ class Captures:
 def _many(reasons: list[str]) -> str:
     listed = "\n".join(f"  {number}: {reason}" for number, reason in enumerate(reasons, 1))
     return (
-        f"the model has been captured {len(reasons)} times, each for another kind of call, and each takes time:\n"
+        f"the model has been captured {len(reasons)} times, once per kind of call, and each capture takes time:\n"
         f"{listed}\n"
-        f"Make the calls more alike: pad inputs to a few lengths, keep optional arguments the same from call to call, "
-        f"and keep numbers that change on every step in a buffer or a tensor argument, not in a Python attribute"
+        f"To avoid recaptures, pad inputs to a few lengths, pass the same optional arguments in every call, and keep "
+        f"numbers that change in every step in a buffer or a tensor argument, not in a Python attribute"
     )
 
 
 def _difference(key: Key, last: Key | None) -> str:
-    """What tells a kind of call from the one before, in words."""
+    """How a kind of call differs from the one before, in words."""
     if last is None:
         return "the first call"
-    return "; ".join(_differences(key, last)) or "a kind of call that was not made before"
+    return "; ".join(_differences(key, last)) or "a new kind of call"
 
 
 def _differences(key: Key, last: Key) -> Iterator[str]:
@@ -225,17 +229,17 @@ def _differences(key: Key, last: Key) -> Iterator[str]:
         training = {True: "train()", False: "eval()"}
         yield f"modules in {training[any(now.training)]}"
     if now.modules != before.modules:
-        yield "modules that were exchanged"
+        yield "replaced modules"
     if now.hooks != before.hooks:
-        yield "other hooks on modules"
+        yield "other hooks"
     if now.parameters != before.parameters:
-        yield "parameters that were exchanged, frozen, or of another shape or type"
+        yield "parameters that were replaced, frozen or unfrozen, or changed in shape or dtype"
     if now.buffers != before.buffers:
-        yield "buffers that were exchanged, or of another shape or type"
+        yield "buffers that were replaced, or changed in shape or dtype"
     if key.settings != last.settings:
-        yield "other settings of torch (default dtype or device, deterministic algorithms, precision of products)"
+        yield "other settings of torch (default dtype or device, deterministic algorithms, matmul precision)"
     if key.autocast != last.autocast:
-        yield "another autocast around the call"
+        yield "other autocast settings"
     if key.arguments != last.arguments:
         yield _other_arguments(key.arguments, last.arguments)
 
@@ -243,9 +247,9 @@ def _differences(key: Key, last: Key) -> Iterator[str]:
 def _other_arguments(now: tuple[Any, ...], before: tuple[Any, ...]) -> str:
     names, last = {entry[0]: entry for entry in now[-1]}, {entry[0]: entry for entry in before[-1]}
     more, fewer = [n for n in names if n not in last], [n for n in last if n not in names]
-    parts = [f"with {', '.join(more)}"] * bool(more) + [f"without {', '.join(fewer)}"] * bool(fewer)
+    parts = [f"{word} {', '.join(these)}" for word, these in (("with", more), ("without", fewer)) if these]
     kinds = [f"{n} of {names[n][1]} with {names[n][2]} dimensions" for n in names if names[n] != last.get(n, names[n])]
     if not parts and not kinds and len(now[1]) == len(before[1]):
         pairs = [(new, old) for new, old in zip(now[1], before[1], strict=True) if new != old]
         parts = [f"{new[1]!r:.40} instead of {old[1]!r:.40}" for new, old in pairs]
-    return f"other arguments: {', '.join([*parts, *kinds]) or 'another form'}"
+    return f"other arguments: {', '.join([*parts, *kinds]) or 'another structure'}"

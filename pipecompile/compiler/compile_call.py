@@ -1,10 +1,10 @@
-"""What the verbs make of a call, step by step.
+"""Compiles one call.
 
-    capture -> summarize -> profile -> make_plan -> split        once for a kind of call
-    rehearse -> corrected -> make_plan -> split                  until the plan's times hold
-    schedule -> simulate -> lower                                once for a number of microbatches
+    capture -> summarize -> profile -> make_plan -> split        once per kind of call
+    rehearse -> corrected -> make_plan -> split                  until the predicted times hold
+    schedule -> simulate -> lower                                once per number of microbatches
 
-The first capture of a model is profiled, partitioned and rehearsed, the others follow its plan.
+Only the first capture of a model is profiled, partitioned and rehearsed; later captures follow its plan.
 """
 
 from __future__ import annotations
@@ -55,22 +55,26 @@ def compile_call(
     first: Compiled | None = None,
     whole: bool = True,
 ) -> Compiled:
-    """Captures a call and cuts it into stages.
+    """Captures a call and splits it into stages.
 
     Args:
-        rows: the microbatches that the call will be run in; the trace is taken at the largest.
-        devices: one for each rank.
-        forward: what is traced in place of the model's own forward: that and a loss function.
-        first: an earlier capture of the model, whose placement this one takes over.
-        whole: several microbatches are to give what the whole batch gives; else each is a batch of its own.
+        model: the unsplit model.
+        call: the call to capture.
+        rows: the rows of each microbatch; the largest is traced.
+        devices: one per rank.
+        options: the options of ``compile``.
+        forward: traced instead of the model's own forward: that followed by a loss function.
+        first: an earlier capture of the model, whose plan and placement are used.
+        whole: whether microbatches together must compute what the whole batch computes; otherwise each is an
+            independent batch.
 
     Raises:
-        CaptureError: the model cannot be traced, or what it computes of the whole batch cannot be divided.
-        PlanError: it cannot be cut into so many stages, or not along the earlier placement.
+        CaptureError: the model cannot be traced, or its computation on the whole batch cannot be divided.
+        PlanError: the model cannot be split into the requested stages, or not with the placement of ``first``.
     """
     options = options or Options()
     trace = _Tracer(model, call, forward, options.leaf_modules)
-    with left_as_before(model, [] if forward is None else [forward]):  # parts kept whole are tried out
+    with left_as_before(model, [] if forward is None else [forward]):  # tests run parts kept whole
         if whole:
             division = _divided(trace, rows, options)
         else:
@@ -105,15 +109,17 @@ def compile_call(
 
 
 def replanned(compiled: Compiled, costed: CostedGraph, options: Options, devices: Sequence[torch.device]) -> Compiled:
-    """The same capture under a plan made anew.
+    """The same capture with a new plan.
 
     Args:
-        costed: the costs to plan from, of the graph of ``compiled``.
-        options: what the plan must satisfy, and what it minimizes.
+        compiled: the capture.
+        costed: the costs of its graph to plan from.
+        options: the constraints on the plan and its objective.
+        devices: one per rank.
 
     Raises:
         PlanError: no plan satisfies the options.
-        InputError: they do not fit the model or one another.
+        InputError: the options do not fit the model or one another.
     """
     work = _work(compiled.division, options)
     _, plan, candidates = _planned(costed, compiled.cluster, work, options.plan)
@@ -124,7 +130,7 @@ def replanned(compiled: Compiled, costed: CostedGraph, options: Options, devices
 def _planned(
     costed: CostedGraph, cluster: Cluster, work: Workload, options: PlanOptions
 ) -> tuple[Request, Plan, tuple[Candidate, ...]]:
-    """The plan, what it answers, and for ``replicas="auto"`` all candidates."""
+    """The request to plan for, the plan, and for ``replicas="auto"`` all candidates."""
     if options.replicas == "auto":
         plan, candidates = with_best_replicas(costed, cluster, work, options)
         return Request(candidates[0].replicas, options), plan, candidates
@@ -133,27 +139,27 @@ def _planned(
 
 
 def _refuse_writes_between_versions(captured: Captured, options: Options) -> None:
-    """Raises ``CaptureError`` if a forward writes to weights of which the schedule keeps several versions."""
+    """Raises ``CaptureError`` if forward writes to weights of which the schedule keeps several versions."""
     trained = {name for name, parameter in captured.model.named_parameters() if parameter.requires_grad}
     for node in captured.graph.nodes if options.schedule in ASYNCHRONOUS else ():
         for name in trained.intersection(origin_of(node).writes):
             raise CaptureError(
                 f"{origin_of(node)}: forward writes to parameter {name!r}, of which schedule={options.schedule!r} "
-                f"keeps several versions at once; use a synchronous schedule"
+                f"keeps several versions; use schedule='1f1b' or 'gpipe'"
             )
 
 
 def _cut(
     division: Division, graph: Graph, plan: Plan, devices: Sequence[torch.device]
 ) -> tuple[tuple[Stage, ...], Piece | None, Piece | None]:
-    """The stages, and the pieces before and after them; parameters are moved to their devices."""
+    """The stages, and the pieces before and after them. Moves parameters to their devices."""
     place(division.body, plan, graph, devices)
     stages = split(division.body, graph, plan, devices)
     return stages, *_pieces(division, stages[-1].device)
 
 
 def _is_real(model: nn.Module, options: Options) -> bool:
-    """Whether costs are measured here, for the devices that are here."""
+    """Whether costs are measured on this machine, for devices of this machine."""
     measured = options.costs in (None, "measure") and not any(p.is_meta for p in model.parameters())
     return measured and options.cluster is None
 
@@ -161,7 +167,7 @@ def _is_real(model: nn.Module, options: Options) -> bool:
 def _rehearsed(
     compiled: Compiled, request: Request, call: Call, rows: Rows, devices: Sequence[torch.device], options: Options
 ) -> Compiled:
-    """The same planned from what its stages take together."""
+    """The same, replanned from rehearsed times of its stages."""
     fitting = [cut for cut in compiled.cuts(rows) if not compiled.broken(call, cut)]
     if not fitting:
         return compiled
@@ -178,39 +184,41 @@ def _rehearsed(
 
 
 def _costed(captured: Captured, graph: Graph, options: Options, devices: Sequence[torch.device]) -> CostedGraph:
-    """The costs of a capture: measured, counted, or those of an earlier profile, if it is one of this graph."""
+    """The costs of a capture: measured, counted, or from a saved profile of the same graph."""
     if isinstance(options.costs, CostedGraph):
         return reused(options.costs, graph)
     kind = options.cluster.devices[0].kind if options.cluster else ""
-    with left_as_before(captured.model):  # parts kept whole are run
+    with left_as_before(captured.model):  # profiling runs parts kept whole
         return profile(captured, graph, options.costs, devices[0], threads=threads_each(devices), kind=kind)
 
 
 def reused(costed: CostedGraph, graph: Graph) -> CostedGraph:
-    """The costs of an earlier profile for a graph.
+    """The costs of an earlier profile, for a graph of the same model and call.
 
     Raises:
-        InputError: the profile is of another model or call; names the first node that differs.
+        InputError: the profile is of another model or call; the message names the first node that differs.
     """
     try:
         costed.check_fits(graph)
     except ValueError as error:
         taken = f" ({costed.setting.model} on {', '.join(costed.setting.inputs)})" if costed.setting else ""
-        raise InputError(f"the profile{taken} is not of this model and call: {error}; take it anew") from None
+        raise InputError(
+            f"the profile{taken} is not of this model and call: {error}; save the costs of this model instead"
+        ) from None
     return replace(costed, graph=graph)
 
 
 def _work(division: Division, options: Options) -> Workload:
-    """How this capture is trained: where the stages do not end in the loss, all forwards come before the backwards."""
+    """The workload of this capture. If the stages do not compute the loss, forwards all run before backwards."""
     schedule = options.work.schedule if _loss(division, options) else gpipe
     return replace(options.work, tail=_tail_bytes(division), schedule=schedule)
 
 
 def _loss(division: Division, options: Options) -> str:
-    """The value of the stages that is the loss; empty if they compute none."""
+    """The output of the stages that is the loss; empty if they do not compute it."""
     try:
         loss = find_loss(division.captured, options.loss_output)
-    except InputError:  # the call that trains says so
+    except InputError:  # raised when a call trains
         return ""
     outputs = [output for output in division.captured.outputs if output.node is not None]
     name = "" if loss is None else division.places[str(outputs[loss].node)]
@@ -218,7 +226,7 @@ def _loss(division: Division, options: Options) -> str:
 
 
 def _tail_bytes(division: Division) -> int:
-    """Bytes of all that is computed once from the whole batch: what it reads, joined, and each value on the way."""
+    """Bytes of the tail, which is computed once from the whole batch: its joined inputs and all its values."""
     if division.tail is None:
         return 0
     nbytes = {node.name: node.nbytes for node in summarize(division.whole).nodes}
@@ -227,7 +235,7 @@ def _tail_bytes(division: Division) -> int:
 
 @dataclass(frozen=True)
 class _Tracer:
-    """Captures of one call, of the whole batch or at the rows of its microbatches."""
+    """Captures one call, for the whole batch or for microbatches."""
 
     model: nn.Module
     call: Call
@@ -241,12 +249,12 @@ class _Tracer:
 
 
 def _divided(trace: _Tracer, rows: Rows, options: Options) -> Division:
-    """The division of a model: of one trace for any rows, or of two, at a microbatch's and at the batch's."""
+    """The division of a model, from one trace for any rows, or from two, of a microbatch and of the batch."""
     call, whole = trace.call, trace()
     if call.batch is None or ((whole.is_fixed or whole.leaf_writes) and len(rows) == 1):
         return undivided(whole, one_part=True)
     if len(rows) > 1 and (why := _each_for_itself(whole)):
-        warnings.warn(f"{why}; so every batch of {call.batch} rows is run as one microbatch", stacklevel=2)
+        warnings.warn(f"{why}; every batch of {call.batch} rows is run as one microbatch", stacklevel=2)
         return undivided(whole, one_part=True)
     if not whole.is_fixed and not misfit(whole, call.split(rows.counts), call.tensors):
         small = large = replace(whole, microbatch=rows.counts[0], checked={})
@@ -254,7 +262,7 @@ def _divided(trace: _Tracer, rows: Rows, options: Options) -> Division:
         narrower = SYMBOLIC_ATTEMPTS[SYMBOLIC_ATTEMPTS.index(whole.symbolic) :]  # for the same nodes
         small, large = _of_a_microbatch(trace, rows, narrower), whole
         if differ := twins_differ(small, large):
-            warnings.warn(f"{differ}; so every batch of {call.batch} rows is run as one microbatch", stacklevel=2)
+            warnings.warn(f"{differ}; every batch of {call.batch} rows is run as one microbatch", stacklevel=2)
             return undivided(whole, one_part=True)
     if options.batching.batch_norm == "deferred":
         alone = small is large
@@ -265,34 +273,34 @@ def _divided(trace: _Tracer, rows: Rows, options: Options) -> Division:
 
 
 def _of_a_microbatch(trace: _Tracer, rows: Rows, attempts: Sequence[SymbolicSizes]) -> Captured:
-    """A trace at a microbatch's rows, of a model that has been traced at the whole batch's.
+    """A trace of a microbatch, for a model that has been traced on the whole batch.
 
     Raises:
-        CaptureError: it works for the whole batch alone.
+        CaptureError: the model works only on the whole batch.
     """
     try:
         return trace(rows.counts, attempts)
     except CaptureError as error:
         raise CaptureError(
-            f"this model works for a batch of {trace.call.batch} only; use microbatches=1 (with the {rows.counts[0]} "
-            f"rows of a microbatch: {str(error).removeprefix('the model cannot be traced: ')})"
+            f"the model works for a batch of {trace.call.batch} rows, but not for a microbatch of {rows.counts[0]} "
+            f"rows ({str(error).removeprefix('the model cannot be traced: ')}); use microbatches=1"
         ) from error
 
 
 def _each_for_itself(captured: Captured) -> str:
-    """What of a part that is kept whole each microbatch would do for itself; empty if nothing."""
+    """Which effect of a part kept whole would be repeated by each microbatch; empty if there is no such effect."""
     if captured.draws_whole:
-        return "a part kept whole draws random numbers of Python or numpy, which each microbatch would do for itself"
+        return "a part kept whole draws random numbers of Python or numpy, and each microbatch would draw its own"
     for path, name in captured.leaf_writes.items():
         return (
             f"module {path!r} is kept whole and its forward writes to its parameter {name!r}, which each microbatch "
-            f"would do for itself (where only the first batch does, run the model once before compile)"
+            f"would repeat (if only the first batch writes it, run the model once before compile)"
         )
     return ""
 
 
 def _pieces(division: Division, last: torch.device) -> tuple[Piece | None, Piece | None]:
-    """The modules of what comes before the stages and after them."""
+    """The modules that run before and after the stages."""
     whole, tail = division.whole, division.tail
     before = None
     if division.before:
@@ -309,7 +317,8 @@ def _pieces(division: Division, last: torch.device) -> tuple[Piece | None, Piece
 def place(captured: Captured, plan: Plan, graph: Graph, devices: Sequence[torch.device]) -> None:
     """Moves the model's parameters, and the buffers that it writes, to the devices of their stages.
 
-    A tied parameter lives with its owner, the first stage that reads it. Other buffers stay: stages replicate them.
+    A tied parameter is placed with its owner, the first stage that reads it. Other buffers are not moved; stages copy
+    them.
     """
     model = captured.model
     if any(p.is_meta for p in model.parameters()):

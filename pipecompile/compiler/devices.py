@@ -1,4 +1,4 @@
-"""The devices that a user names."""
+"""Parses devices= and cluster=."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pipecompile.profile import with_measured_links
 
 
 def parse_devices(devices: Sequence[torch.device | str | int]) -> tuple[torch.device, ...]:
-    """Devices by torch's name, or CUDA devices by number.
+    """The devices of ``devices=``, given by torch's names or, for CUDA devices, by number.
 
     Raises:
-        InputError: none are given, or one is not there.
+        InputError: the list is empty, or a device is not valid or does not exist.
     """
     if not isinstance(devices, list | tuple) or not devices:
         raise InputError(
@@ -36,10 +36,11 @@ def parse_devices(devices: Sequence[torch.device | str | int]) -> tuple[torch.de
 
 
 def cluster_of(devices: Sequence[torch.device], measure: bool = False) -> Cluster:
-    """The devices as planning sees them: equal ones, and of CUDA devices the memory, shared by the ranks on one.
+    """The cluster to plan for: equal devices, CUDA devices with their memory divided by the ranks on each.
 
     Args:
-        measure: the links between them; else they are assumed.
+        devices: one per rank.
+        measure: measure the links between the devices; otherwise they are assumed.
     """
     ranks = Counter(devices)
     cluster = Cluster(tuple(Device(str(device), memory=_memory(device, ranks[device])) for device in devices))
@@ -53,14 +54,16 @@ def _memory(device: torch.device, ranks: int) -> int | None:
 
 
 def named_cluster(cluster: Cluster | str, devices: Sequence[torch.device]) -> Cluster:
-    """A cluster to plan for that has a device for each rank.
+    """The cluster of ``cluster=``, given as a ``Cluster`` or by name.
 
     Raises:
-        InputError: it has another number of devices, or its name is not known.
+        InputError: its name is not known, or it does not have one device per rank.
     """
     found = Cluster.from_name(cluster) if isinstance(cluster, str) else cluster
     if len(found) != len(devices):
-        raise InputError(f"cluster= has {len(found)} devices, but devices= has {len(devices)}; give one for each")
+        raise InputError(
+            f"cluster= has {len(found)} devices, but devices= has {len(devices)}; they must have the same number"
+        )
     return found
 
 
@@ -68,12 +71,12 @@ def _present(device: torch.device) -> torch.device:
     if device.type == "cpu":
         return device
     if device.type != "cuda":
-        raise InputError(f"stages cannot run on {device}; devices= must have cpu and cuda devices")
+        raise InputError(f"stages cannot run on {device}; devices= must contain only cpu and cuda devices")
     device = torch.device("cuda", device.index or 0)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device.index >= count:
         raise InputError(
-            f"{device} does not exist, torch {torch.__version__} sees {count} CUDA devices; "
+            f"{device} does not exist: torch {torch.__version__} sees {count} CUDA devices; "
             f"use devices=['cpu', 'cpu'] to run the same pipeline on the CPU"
         )
     return device

@@ -1,4 +1,4 @@
-"""What the user has said about a model at ``compile``."""
+"""The options of ``compile``."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Verify = Literal["first", "never", "every"] | int
 
 @dataclass(frozen=True)
 class Options:
-    """See ``api.compile``, whose arguments these are."""
+    """The arguments of ``compile``, which documents them."""
 
     schedule: str = "1f1b"
     microbatches: int = 1
@@ -42,10 +42,14 @@ class Options:
     verify: Verify = "first"
 
     def check(self, model: nn.Module, devices: int) -> None:
-        """Raises ``InputError`` at the first option that is not known, or does not fit the model or another option.
+        """Checks that the options are valid, and fit the model and one another.
 
         Args:
-            devices: how many there are.
+            model: the model.
+            devices: the number of devices.
+
+        Raises:
+            InputError: an option is not valid or does not fit; the message names the first one.
         """
         if not isinstance(model, nn.Module):
             raise InputError(f"the model is {model!r:.80}, of type {type(model).__name__}; it must be an nn.Module")
@@ -57,12 +61,12 @@ class Options:
                 )
         if not isinstance(self.microbatches, int) or self.microbatches < 1:
             raise InputError(
-                f"microbatches={self.microbatches!r}; it must be a number of parts of each batch, at least 1"
+                f"microbatches={self.microbatches!r}; it must be the number of parts of each batch, at least 1"
             )
         counted = isinstance(self.verify, int) and not isinstance(self.verify, bool) and self.verify > 0
         if not counted and self.verify not in ("first", "never", "every"):
             raise InputError(
-                f"verify={self.verify!r} is not known; it must be 'first', 'never', 'every', or n for each nth call"
+                f"verify={self.verify!r} is not known; it must be 'first', 'never', 'every', or n for every nth call"
             )
         self._check_schedule()
         self._check_names(model)
@@ -70,7 +74,7 @@ class Options:
 
     @cached_property
     def work(self) -> Workload:
-        """What planning must know of the training."""
+        """The workload to plan for."""
         given = self.plan.optimizer_state
         state: float | Callable[[], float] = ADAM if given is None else given
         if given is None and self.optimizer is not None:
@@ -81,8 +85,9 @@ class Options:
         counts = self.plan.counts
         if self.schedule in ASYNCHRONOUS and (self.plan.replicas == "auto" or any(count > 1 for count in counts)):
             raise InputError(
-                f"replicas={self.plan.replicas!r} does not go with schedule={self.schedule!r}, which steps after each "
-                f"microbatch, while gradients of replicas are summed once per batch; use schedule='1f1b' or 'gpipe'"
+                f"replicas={self.plan.replicas!r} does not work with schedule={self.schedule!r}, which steps after "
+                f"each microbatch, because gradients of replicas are summed once per batch; use schedule='1f1b' or "
+                f"'gpipe'"
             )
         if counts and sum(counts) != devices:
             raise InputError(
@@ -97,18 +102,18 @@ class Options:
             )
         if self.optimizer is not None and not callable(self.optimizer):
             raise InputError(
-                f"optimizer= is a {type(self.optimizer).__name__}; it must be a function from parameters to an "
-                f"optimizer, such as lambda params: torch.optim.SGD(params, lr=0.1)"
+                f"optimizer= is a {type(self.optimizer).__name__}; it must be a function that takes parameters and "
+                f"returns an optimizer, such as lambda params: torch.optim.SGD(params, lr=0.1)"
             )
         if self.schedule in ASYNCHRONOUS and self.optimizer is None:
             raise InputError(
-                f"schedule={self.schedule!r} steps inside the pipeline; "
+                f"schedule={self.schedule!r} steps inside the pipeline, so it needs an optimizer; "
                 f"pass optimizer=lambda params: torch.optim.SGD(params, lr=0.1)"
             )
         if self.schedule not in ASYNCHRONOUS and self.optimizer is not None:
             raise InputError(
-                f"schedule={self.schedule!r} does not step inside the pipeline, so optimizer= has no use; make an "
-                f"optimizer of pipe.parameters(), and call its step()"
+                f"schedule={self.schedule!r} does not step inside the pipeline, so optimizer= would not be used; "
+                f"create an optimizer of pipe.parameters(), and call its step()"
             )
 
     def _check_names(self, model: nn.Module) -> None:
@@ -121,14 +126,18 @@ class Options:
         parameters = inspect.signature(model.forward).parameters.values()
         if any(p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in parameters):
             return
-        known = [p.name for p in parameters] + ["target"] * (self.loss_fn is not None)
+        known = [p.name for p in parameters] + (["target"] if self.loss_fn is not None else [])
         for name in self.batching.in_dims:
             if not any(name == argument or name.startswith(f"{argument}_") for argument in known):
                 raise InputError(f"in_dims has {name!r}, which is not an argument of the model; it takes {known}")
 
 
 def read_costs(costs: str | Path | CostedGraph | None) -> How | CostedGraph | None:
-    """How to find the costs, or those that a file holds."""
+    """How to find the costs, or the costs of a saved file.
+
+    Raises:
+        InputError: ``costs`` is not known, or the file cannot be read.
+    """
     match costs:
         case None | "measure" | "count" | CostedGraph():
             return costs
@@ -143,5 +152,5 @@ def read_costs(costs: str | Path | CostedGraph | None) -> How | CostedGraph | No
         ) from None
     except ValueError as error:
         raise InputError(
-            f"costs={str(costs)!r} is a file without costs ({error}); save them with pipe.pipeline.costs.save(path)"
+            f"costs={str(costs)!r} does not contain costs ({error}); save them with pipe.pipeline.costs.save(path)"
         ) from None

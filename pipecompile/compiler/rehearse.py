@@ -1,11 +1,11 @@
-"""Runs the stages of a plan before the first step, on their own devices and by their own threads, and times them.
+"""Rehearsal: runs and times the stages of a plan before the first step, on their devices and in their threads.
 
-A profile times each operation alone: that gives each its share of a stage, and the stage's seconds but roughly, since
-stages share caches, memory and Python's lock with one another. A rehearsal is a step with fewer microbatches, on the
-sample and under the schedule of the step to come, so it holds no more memory at once.
+A profile times each operation alone. That gives the share of each operation in its stage, but only roughly the seconds
+of the stage, since stages share caches, memory and the GIL. A rehearsal is a step with fewer microbatches, on the same
+batch and with the same schedule as the first step, so its peak memory is not higher.
 
-It leaves no mark: gradients gather in leaves that are thrown away, random functions draw from seeds of their own, and
-what else a step changes, buffers, attributes and generators, is put back.
+A rehearsal has no side effects: gradients go to temporary leaf tensors, random functions draw from their own seeds, and
+buffers, attributes and generators are restored.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from pipecompile.runtime.compiled import Compiled
 from pipecompile.runtime.session import Session
 from pipecompile.runtime.steps import Batch, microbatches_of
 
-REHEARSALS = 3  # at most, each of a plan made from the one before
-HOLDS = 0.05  # relative: a stage's time is not predicted closer than steps differ from one another
-PASSES = (2, 8)  # timed, at least and at most, after one to warm up
-ENOUGH = 0.5  # seconds: passes are not repeated further once they have taken so long
-WORTH = 5e-3  # seconds of a stage from which it is rehearsed: Python's lock passes from thread to thread so late
+REHEARSALS = 3  # maximum; each rehearses the plan made from the times of the one before
+HOLDS = 0.05  # relative error of predicted stage times that is accepted: about the variation between steps
+PASSES = (2, 8)  # minimum and maximum number of timed passes, after a warm-up pass
+ENOUGH = 0.5  # seconds of timed passes after which no other pass is run
+WORTH = 5e-3  # seconds; plans with faster stages are not rehearsed: threads pass the GIL on at about this interval
 
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What is rehearsed.
+    """The settings of a rehearsal.
 
     Args:
-        starts: the values that backwards start from, by name.
-        schedule: a synchronous one.
-        devices: one for each rank.
+        starts: names of the outputs from which backwards start.
+        schedule: a synchronous schedule.
+        devices: one per rank.
     """
 
     starts: Sequence[str]
@@ -52,13 +52,13 @@ class Rehearsal:
     devices: Sequence[torch.device]
 
     def times(self, batch: Batch) -> tuple[Times, ...]:
-        """For each stage its times; none where a rehearsal tells nothing.
+        """The times of each stage; empty if a rehearsal is not useful.
 
-        That is with a single stage, where no backward will run, on CUDA (see ``Compiled.times``), and where each stage
+        It is not useful with a single stage, without a backward, on CUDA (see ``Compiled.times``), or if every stage
         takes less than ``WORTH``.
 
         Args:
-            batch: the sample; its first microbatches are run, two for each stage and one more, if there are so many.
+            batch: the batch to run; only its first microbatches are run, at most two per stage and one more.
 
         Raises:
             ExecutionError: a stage raised, as it would in a step.
@@ -90,13 +90,17 @@ class Rehearsal:
 def rehearsed(
     compiled: Compiled, call: Call, rows: Rows, it: Rehearsal, replan: Callable[[CostedGraph], Compiled]
 ) -> Compiled:
-    """The same planned from what its stages take together, rehearsed until the plan's times hold.
+    """Rehearses a plan, and replans from the measured times, until the predicted times hold.
 
-    If they never do, of all rehearsed plans that whose busiest stage took least, with the times that it took. Where a
-    stage raises, the costs stay as they are and say so: the step to come raises too.
+    If they never hold, returns the rehearsed plan with the shortest measured bottleneck, with its measured times. If a
+    stage raises, returns the plan with unchanged costs and a note in their origin; the first step will raise too.
 
     Args:
-        replan: the same model planned anew, from other costs.
+        compiled: the model with its first plan.
+        call: the call to rehearse.
+        rows: its microbatches.
+        it: the settings of the rehearsal.
+        replan: plans the same model from other costs.
     """
     tried: list[Compiled] = []
     while len(tried) < REHEARSALS:
@@ -107,14 +111,14 @@ def rehearsed(
         if not times:
             return compiled
         if max(each.error for each in times) <= HOLDS:
-            return _noted(compiled, "held in a rehearsal")
+            return _noted(compiled, "confirmed by a rehearsal")
         costed = corrected(compiled.costed, compiled.plan, times, "a rehearsal")
         plan = replace(compiled.plan, quality=None)
         cut = compiled.stages, compiled.before, compiled.tail
         tried.append(compiled.planned(costed, plan, cut, compiled.candidates))
         try:
             compiled = replan(costed)
-        except PlanError:  # a search can fail where another has not
+        except PlanError:  # a search with other costs may fail
             break
         if replace(compiled.plan, quality=None) == plan:
             return compiled
@@ -122,7 +126,7 @@ def rehearsed(
 
 
 def _noted(compiled: Compiled, what: str) -> Compiled:
-    """The same with a word on where its costs are from."""
+    """The same with a note added to the origin of its costs."""
     return replace(compiled, costed=replace(compiled.costed, corrections=(*compiled.costed.corrections, what)))
 
 
@@ -138,7 +142,7 @@ def _tells(compiled: Compiled) -> bool:
 
 
 def _microbatches(batch: Batch, starts: Sequence[str]) -> dict[int, Microbatch]:
-    """All parts of the sample, with seeds of their own; gradients of one come into what the backwards start from."""
+    """All microbatches of the batch, with rng seeds of their own; backwards start from gradients of one."""
     parts = microbatches_of(batch, range(len(batch.rows)))
     for part in parts:
         part.seeds = dict.fromkeys(starts, 1.0)

@@ -1,7 +1,7 @@
-"""What a pipeline cannot be called in, or with: transforms that the ranks' threads would not see.
+"""Refuses calls of a pipeline in contexts that its threads would not see.
 
-``torch.func``, ``torch.jit.trace``, ``make_fx``, ``torch.export`` and fake tensors follow what one thread computes. A
-pipeline computes in threads of its own: they would record constants, or fail far from the cause.
+``torch.func``, ``torch.jit.trace``, ``make_fx``, ``torch.export`` and fake tensors follow the computation of one
+thread. A pipeline computes in its own threads, so they would record constants, or fail far from the cause.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from pipecompile.ops.torch_internals import (
 
 
 def check_surroundings(arguments: Iterable[object]) -> None:
-    """Passes if a call can be made here, with these leaves of its arguments.
+    """Checks that a pipeline can be called in this context, with these leaves of its arguments.
 
     Raises:
-        InputError: says what follows the call, and what to do.
+        InputError: it cannot; the message names the transform and the remedy.
     """
     if peek_interpreter_stack() is not None:
-        _refuse("inside torch.func (grad, vmap, jacrev ...)", "transforms a function")
+        _refuse("inside torch.func (grad, vmap, jacrev ...)", "transforms functions")
     if _get_tracing_state() is not None:
         _refuse("inside torch.jit.trace", "records what is computed")
     if torch.compiler.is_compiling():
@@ -44,14 +44,14 @@ def check_surroundings(arguments: Iterable[object]) -> None:
             _refuse(f"inside {type(mode).__name__} (make_fx, torch.export)", "records what is computed")
     for argument in arguments:
         if isinstance(argument, FakeTensor):
-            _refuse("with fake tensors", "computes shapes alone")
+            _refuse("with fake tensors", "computes only shapes")
         if isinstance(argument, torch.fx.Proxy):
             _refuse("inside torch.fx.symbolic_trace", "records what is computed")
 
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """Within ``torch.compile``: what follows is run as it is, a break in the compiled graph."""
+    """A context in which ``torch.compile`` does not compile: a graph break."""
     before = set_eval_frame(None)
     try:
         yield
@@ -60,39 +60,39 @@ def uncompiled() -> Iterator[None]:
 
 
 def saved_as_they_are() -> Any:
-    """Hooks of the caller on saved tensors (a checkpoint around the call) see nothing of what runs in it."""
+    """A context that hides tensors saved in it from the caller's saved-tensor hooks (a checkpoint around the call)."""
     if _top_saved_tensors_default_hooks(True) is None:
-        return nullcontext()  # torch.func in a forward does not go with hooks, of whatever kind
+        return nullcontext()  # torch.func in a forward does not allow hooks of any kind
     return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
 
 
 class Substituted(InputError):
-    """Other tensors stand in the place of a model's parameters."""
+    """A parameter of the model has been replaced by another tensor."""
 
 
 def check_parameters(model: nn.Module) -> None:
-    """Passes if the model has parameters of its own, to be captured with.
+    """Checks that the model can be captured with its own parameters.
 
     Raises:
-        Substituted: names one in whose place there is another tensor.
-        InputError: names one that has no shape yet.
+        Substituted: a parameter has been replaced by a plain tensor.
+        InputError: a parameter has no shape yet.
     """
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
             raise InputError(
-                f"parameter {name!r} has no shape yet: its module takes it from the first batch; call the model once "
-                f"on such a batch before the first step: with torch.no_grad(): model(...)"
+                f"parameter {name!r} has no shape yet, because its module infers it from the first batch; before "
+                f"compile, call the model on a batch: with torch.no_grad(): model(...)"
             )
         if not isinstance(parameter, nn.Parameter):
             raise Substituted(
-                f"{name!r} is a plain tensor in the place of a parameter, as under torch.func.functional_call: a "
-                f"pipeline plans for, and an asynchronous one trains, the model's own parameters; call "
+                f"{name!r} is a plain tensor in place of a parameter, as under torch.func.functional_call(), but a "
+                f"pipeline captures the model's own parameters, and an asynchronous one trains them; call "
                 f"functional_call(pipe.pipeline.model, ...), or copy the values into the parameters"
             )
 
 
 def _refuse(where: str, what: str) -> None:
     raise InputError(
-        f"a pipeline is called {where}, which {what} in one thread; a pipeline's stages run in threads of their own; "
-        f"use the unsplit model there, pipe.pipeline.model"
+        f"a pipeline cannot be called {where}, which {what} in one thread, because its stages run in threads of their "
+        f"own; call the unsplit model instead, pipe.pipeline.model"
     )

@@ -242,11 +242,11 @@ class Plan(Json):
         for stage, original in enumerate(self.replica_of):
             count = sum(1 for s in self.stage_of if s == original)
             sends = ", ".join(f"{c.nbytes:,} B to {c.target}" for c in self.outgoing[stage])
-            again = ", activations recomputed in the backward" * (stage in self.recomputed)
-            like = f", a replica of stage {original}" * (original != stage)
+            again = ", activations recomputed in the backward" if stage in self.recomputed else ""
+            like = f", a replica of stage {original}" if original != stage else ""
             lines.append(
                 f"  stage {stage} on rank {self.rank_of[stage]}: {count} nodes{like}{again}"
-                + (f"; {sends}" * bool(sends))
+                + (f"; {sends}" if sends else "")
             )
         lines += [f"  {t.parameter} is tied across stages {', '.join(map(str, t.stages))}" for t in self.tied_by_model]
         return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""What the user asks of a plan: constraints that hold, and what to minimize."""
+"""The user's options for plans: constraints, and what to minimize."""
 
 from __future__ import annotations
 
@@ -19,29 +19,30 @@ SEARCH_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """Constraints on a plan, and what it minimizes.
+    """Constraints on a plan, and what to minimize.
 
-    A constraint holds, or the model is refused with the reason. A path names a module and all modules inside it.
+    If a constraint cannot be satisfied, an error says why. A path names a module and all modules inside it.
 
     Args:
-        pins: modules and the stage that computes all of each: ``{"encoder": 0}``. Stages are counted from 0.
-        no_split: paths of modules that must not be split over stages.
+        pins: the stage that computes all of a module: ``{"encoder": 0}``. Stages are counted from 0.
+        no_split: paths of modules that must not be split over several stages.
         colocate: groups of two or more paths of modules that must share a stage.
-        max_stages: let the plan have fewer stages than there are devices, and at most this many.
-        replicas: for each stage, the number of devices that run it, data parallel; by default one. With ``(1, 2, 1)``
-            the second of three stages runs on the second and third of four devices, which take microbatches in turn.
-            "auto" searches the number of stages, and of devices per stage, for the shortest predicted step.
-        recompute: whether the backward of a stage recomputes its activations: "never", "always", or "auto", where that
-            shortens the step within memory or nothing else fits.
-        optimizer_state: bytes that the optimizer keeps per byte of parameters, which plans within a memory limit must
-            know: 0 for SGD, 1 with momentum, 2 for Adam, the default. Measured where ``optimizer`` is given.
+        max_stages: allow fewer stages than devices, and at most this many.
+        replicas: the number of data-parallel devices that run each stage; by default one. With ``(1, 2, 1)``, the
+            second of three stages runs on the second and third of four devices, which take microbatches in turn.
+            "auto" searches for the numbers of stages and of devices per stage with the shortest predicted step.
+        recompute: whether the backward of a stage recomputes its activations: "never", "always", or "auto", if that
+            makes the step shorter within memory or if no plan fits otherwise.
+        optimizer_state: bytes that the optimizer keeps per byte of parameters, needed for plans within a memory limit:
+            0 for SGD, 1 with momentum, 2 for Adam (the default). Measured if ``optimizer`` is given.
         objective: what to minimize. "pace": seconds per microbatch of the slowest stage, compute plus communication;
             "overlap": the same with communication overlapped; "step": predicted seconds of a whole step, which differs
-            where few microbatches fill the pipeline; or a function of a plan, which chooses among the plans found.
-        search_seconds: CPU seconds after which the search returns its best plan; the report says how good that is.
+            from "pace" if there are few microbatches; or a function of a plan that returns a number, to choose among
+            the plans found.
+        search_seconds: CPU seconds after which the search returns its best plan; the report says how good it is.
 
     Raises:
-        InputError: a value is of the wrong type or out of range.
+        InputError: a value has the wrong type or is out of range.
     """
 
     pins: Mapping[str, int] = field(default_factory=dict)
@@ -65,19 +66,19 @@ class PlanOptions:
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """The number of devices of each stage, as far as ``replicas`` gives it; else empty."""
+        """The number of devices of each stage, if ``replicas`` lists it; otherwise empty."""
         return () if self.replicas is None or isinstance(self.replicas, str) else tuple(self.replicas)
 
     def without_search(self) -> PlanOptions:
-        """The constraints alone."""
+        """Only the constraints, with defaults for the rest."""
         return PlanOptions(self.pins, self.no_split, self.colocate, self.max_stages)
 
     def minimizing(self, objective: Goal) -> PlanOptions:
-        """The same for another objective."""
+        """The same with another objective."""
         return replace(self, objective=objective)
 
     def __str__(self) -> str:
-        """The constraints, as a message quotes them."""
+        """The constraints, as quoted in messages."""
         lines = [f"{path!r} in stage {stage}" for path, stage in self.pins.items()]
         lines += [f"{path!r} not split" for path in self.no_split]
         lines += [f"{', '.join(map(repr, group))} in one stage" for group in self.colocate]
@@ -88,10 +89,10 @@ class PlanOptions:
     def _check_constraints(self) -> None:
         for path, stage in self.pins.items():
             if not _is_whole(stage, least=0):
-                raise InputError(f"pins[{path!r}] = {stage!r}; it must be the number of a stage, counted from 0")
+                raise InputError(f"pins[{path!r}] = {stage!r}; it must be a stage number, counted from 0")
         for group in self.colocate:
             if len(group) < 2:
-                raise InputError(f"colocate has the group {group!r}; a group must have two or more modules")
+                raise InputError(f"colocate has the group {group!r}; a group must have at least two modules")
         if self.max_stages is not None and not _is_whole(self.max_stages):
             raise InputError(f"max_stages={self.max_stages!r}; it must be a number of stages, at least 1")
 
@@ -100,7 +101,8 @@ class PlanOptions:
             raise InputError(f"recompute={self.recompute!r} is not known; it must be one of {_listed(RECOMPUTE)}")
         if not callable(self.objective) and self.objective not in GOALS:
             raise InputError(
-                f"objective={self.objective!r} is not known; it must be one of {_listed(GOALS)}, or a function of plans"
+                f"objective={self.objective!r} is not known; it must be one of {_listed(GOALS)}, or a function of "
+                f"a plan"
             )
         if not _is_number(self.search_seconds) or not self.search_seconds > 0:
             raise InputError(f"search_seconds={self.search_seconds!r}; it must be a positive number of CPU seconds")
@@ -121,9 +123,7 @@ def _counts(replicas: Any) -> tuple[int, ...]:
     if isinstance(replicas, str):
         raise InputError(f"replicas={replicas!r} is not known; it must be 'auto', or a list with a number per stage")
     if not all(map(_is_whole, replicas)):
-        raise InputError(
-            f"replicas={list(replicas)}; it must have for each stage the number of devices that run it, at least 1"
-        )
+        raise InputError(f"replicas={list(replicas)}; it must list the number of devices of each stage, at least 1")
     return tuple(replicas)
 
 

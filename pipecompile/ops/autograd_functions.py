@@ -54,7 +54,7 @@ class Applied:
 
 
 class Holding:
-    """Calls a function with arguments in which the names ``<held 0>``, ``<held 1>``, ... stand for objects it holds."""
+    """Calls a function with the objects it holds in place of arguments named ``<held 0>``, ``<held 1>``, ..."""
 
     def __init__(self, function: Callable[..., Any], objects: tuple[Any, ...]) -> None:
         self.function = function

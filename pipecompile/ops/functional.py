@@ -81,7 +81,7 @@ def moments(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def add_moments(running_mean: Tensor, running_var: Tensor, total: Tensor, momentum: float) -> Tensor:
-    """Updates running statistics as batch normalisation does, from the moments of a whole batch."""
+    """Updates running statistics as batch normalization does, from the moments of a whole batch."""
     count, summed, squares = total
     mean = summed / count
     var = (squares / count - mean * mean).clamp(min=0) * count / (count - 1)

@@ -16,7 +16,7 @@ def in_code(name: str) -> str:
 
 
 def _is_safe(part: str) -> bool:
-    """Whether Python reads a part of a name as torch.fx writes it; Python normalises non-ASCII identifiers."""
+    """Whether Python reads a part of a name as torch.fx writes it; Python normalizes non-ASCII identifiers."""
     return part.isascii() and (part.isdigit() or (part.isidentifier() and not keyword.iskeyword(part)))
 
 

@@ -1,4 +1,4 @@
-"""Random functions that draw the same numbers on any schedule, with any number of stages, and when they run again.
+"""Random functions that draw the same numbers on any schedule, with any number of stages, and when they are rerun.
 
 What a stage draws from a shared generator depends on the order in which stages run, and on the CPU all stages share one
 generator. So each random call seeds its device's generator for itself, from the step, the microbatch and the call's
@@ -230,7 +230,7 @@ class _Alike(TorchFunctionMode):
 def _draw_alike(function: Callable[..., Any], args: Any, kwargs: Any, device: torch.device) -> Any:
     if draws_by_row(function):
         return drawn_by_row(function, args, kwargs, _ALIKE)
-    if is_opaque(function):  # what it calls draws alike
+    if is_opaque(function):  # the functions that it calls draw alike
         with _Alike():
             return function(*args, **kwargs)
     return _draw(function, args, kwargs, _ALIKE, device)

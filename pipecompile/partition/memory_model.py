@@ -13,8 +13,8 @@ ADAM = 2.0  # bytes of optimizer state per byte of parameters
 class Training:
     """What the memory of training depends on besides the model, per stage of a chain."""
 
-    in_flight: tuple[int, ...]  # most microbatches at once
-    live: tuple[int, ...]  # most weight versions at once
+    in_flight: tuple[int, ...]  # maximum number of microbatches in flight
+    live: tuple[int, ...]  # maximum number of live weight versions
     optimizer_state: float = ADAM  # bytes per byte of trainable parameters
     again: tuple[bool, ...] = ()  # whether each stage recomputes activations; empty: no stage does
     reserved: tuple[int, ...] = ()  # bytes of each rank that the plan must leave free

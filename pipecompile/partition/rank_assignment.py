@@ -9,7 +9,7 @@ both are exchanged, each with all the stages that it runs. The seconds per micro
 where a channel between replicas is weighted by its share of the microbatches, and the gradient and new weights of a
 tied parameter by one step's share of a microbatch. The objective is to minimize the bottleneck, then the total seconds
 on all links. This is a quadratic assignment problem with a bottleneck. It is solved exactly for few devices, by branch
-and bound, and otherwise by swaps, starting from the given order and from one of nearest neighbours.
+and bound, and otherwise by swaps, starting from the given order and from one of nearest neighbors.
 
 Source: Koopmans, Beckmann, "Assignment Problems and the Location of Economic Activities" (Econometrica 1957); the
 bound, which puts undecided pairs on the fastest link, is a weak form of Gilmore's and Lawler's.

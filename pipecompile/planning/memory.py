@@ -72,7 +72,7 @@ class Memory(Json):
     """Peak memory of each stage and of each rank."""
 
     stages: tuple[Bytes, ...]
-    ranks: tuple[int, ...]  # peak of all its stages together, which need not peak at once
+    ranks: tuple[int, ...]  # peak of all its stages together, which need not peak at the same time
 
     def __str__(self) -> str:
         kinds = [kind for kind in KINDS if any(getattr(stage, kind) for stage in self.stages)]

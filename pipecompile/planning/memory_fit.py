@@ -135,7 +135,7 @@ class Fitting:
         return found
 
     def _training(self, again: Sequence[bool]) -> Training:
-        """What a device of each stage holds at once, without optimizer state."""
+        """The microbatches in flight and live weight versions of each stage; without optimizer state."""
         chain = self.request.chain(len(self.cluster))
         flight = versions(self.work.schedule(chain, self.work.microbatches))
         groups = [chain.replicas[first] for first in sorted(set(chain.replica_of))]

@@ -1,7 +1,7 @@
-"""The verb: a model, the devices, and what is asked for in; a plan out.
+"""Makes a plan from a model, the devices and a request.
 
-Stages are planned along a row of the devices in which each has a fast link to the next, within their memory
-(``memory_fit``). In the end devices that are equal change places, so that heavy cuts lie on fast links.
+The devices are ordered so that each has a fast link to the next. Stages are planned along this order, within memory
+(``memory_fit``). Finally, equal devices are swapped, so that the largest transfers use the fastest links.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pipecompile.planning.training_spec import Workload
 
 
 def make_plan(costed: CostedGraph, request: Request, cluster: Cluster, work: Workload) -> Plan:
-    """The best plan that was found within the memory of the devices, its stages on the ranks that suit their links.
+    """The best plan found within memory, with stages on ranks that suit the links.
 
     Raises:
         InputError, InfeasibleError, PlanError: as ``Fitting.plan``.
@@ -30,6 +30,6 @@ def make_plan(costed: CostedGraph, request: Request, cluster: Cluster, work: Wor
 
 
 def _row(costed: CostedGraph, request: Request, cluster: Cluster) -> tuple[int, ...]:
-    """The devices in an order in which each has a fast link to the next, as stages in a row need it."""
+    """An order of the devices in which each has a fast link to the next, as a chain of stages needs it."""
     chain = request.chain(len(cluster), sum(node.nbytes for node in costed.graph.nodes) // len(costed.graph))
     return suited(chain, [0.0] * chain.num_stages, cluster)

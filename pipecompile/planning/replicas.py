@@ -31,7 +31,7 @@ CANDIDATE = 1.0  # CPU seconds of the search for one candidate
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """The number of devices per stage, and the predicted seconds of a step, or the reason why there is no plan."""
+    """The number of devices per stage, and the predicted seconds of a step, or the reason why no plan was found."""
 
     replicas: tuple[int, ...]
     seconds: float | None

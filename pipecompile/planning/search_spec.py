@@ -1,4 +1,4 @@
-"""What one search for a plan is asked for."""
+"""The request for one search for a plan."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ SHORT = 2.5  # CPU seconds of one of several searches within memory limits
 
 @dataclass(frozen=True)
 class Request:
-    """The stages to plan, and what the plan must satisfy beside the devices' memory.
+    """The stages to plan, and the constraints on the plan in addition to memory.
 
     Args:
         replicas: the number of devices that run each stage.
-        options: the user's constraints and objective; its own ``replicas`` are not read. A search within memory limits
-            takes at most ``SHORT`` CPU seconds, because there are several.
+        options: the user's constraints and objective; its ``replicas`` are not used. A search within memory limits
+            takes at most ``SHORT`` CPU seconds, because there are several searches.
     """
 
     replicas: tuple[int, ...]
     options: PlanOptions = DEFAULT_PLAN
 
     def partition(self, costed: CostedGraph, cluster: Cluster, training: Training, work: Workload) -> Plan:
-        """The best plan found for this training."""
+        """The best plan found for a training configuration."""
         goal = self.options.objective
         limited = any(device.memory is not None for device in cluster.devices)
         return partition(
@@ -46,23 +46,23 @@ class Request:
 
     @property
     def scores_plans(self) -> bool:
-        """Whether the objective compares whole plans, instead of the stages of one."""
+        """Whether the objective is a score of a complete plan, not the cost of a stage."""
         return self.options.objective == "step" or callable(self.options.objective)
 
     def score(self, costed: CostedGraph, cluster: Cluster, work: Workload) -> Callable[[Plan], float]:
-        """What chooses between whole plans: the user's function, or the predicted seconds of a step."""
+        """The score of a complete plan, to minimize: the user's function, or the predicted seconds of a step."""
         if callable(self.options.objective):
             return partial(scored, self.options.objective)
         return partial(work.step_seconds, costed, cluster=cluster)
 
     def on(self, ranks: Sequence[int]) -> Request:
-        """The request for devices in another order: a function of plans still sees the ranks of the first."""
+        """The request for devices in another order; the user's function still gets plans with the original ranks."""
         objective = self.options.objective
         if not callable(objective):
             return self
         return replace(self, options=self.options.minimizing(lambda plan: objective(plan.on_ranks(ranks))))
 
     def chain(self, devices: int, nbytes: int = 0) -> Plan:
-        """The stages in a row without a graph, one after the other on so many devices, and round again."""
+        """A plan without a graph: a chain of stages, assigned to the devices in turn."""
         ranks = [place % devices for place in range(sum(self.replicas))]
         return Plan.chain(len(self.replicas), ranks, nbytes, self.replicas)

@@ -1,4 +1,4 @@
-"""How a model is to be trained: what planning must know beside the model and the devices."""
+"""The training configuration that planning needs, in addition to the model and the devices."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ Schedule = Callable[[Plan, int], Program]
 
 @dataclass(frozen=True)
 class Workload:
-    """How a model is to be trained.
+    """The configuration of a training run.
 
     Args:
-        schedule: from a plan and a number of microbatches to a program.
-        optimizer_state: bytes for each byte of trainable parameters, or a function that finds out once they matter.
-        fused: the optimizer needs no memory while it steps; else on CUDA, where torch's update all parameters at once,
-            a copy of them.
+        schedule: makes a program from a plan and a number of microbatches.
+        microbatches: per step.
+        optimizer_state: bytes per byte of trainable parameters, or a function that returns them, called when needed.
+        recompute: whether the backward of a stage recomputes its activations.
         tail: bytes that the last stage holds for what is computed once from the whole batch.
+        fused: whether the optimizer step needs no temporary memory. Otherwise it needs, on CUDA, a copy of all
+            parameters, because torch's optimizers update them together there.
     """
 
     schedule: Schedule
@@ -40,11 +42,14 @@ class Workload:
     def memory(
         self, costed: CostedGraph, plan: Plan, cluster: Cluster, buffers: Sequence[int] = (), bound: bool = False
     ) -> Memory:
-        """What each stage and rank holds at its fullest, by the simulated clock.
+        """The peak memory of each stage and rank, by simulation.
 
         Args:
-            buffers: bytes of each stage.
-            bound: the most that may ever be there instead, however long anything takes.
+            costed: the model with its costs.
+            plan: the stages.
+            cluster: the devices.
+            buffers: bytes of buffers of each stage.
+            bound: return an upper bound instead, which holds whatever the times of instructions are.
         """
         at_once = any(device.kind or device.name.startswith("cuda") for device in cluster.devices)
         step: How = "fused" if self.fused else "foreach" if at_once else "single"
@@ -53,18 +58,18 @@ class Workload:
         return memory(costed, plan, program, self.state, buffers, self.tail, step, timeline)
 
     def step_seconds(self, costed: CostedGraph, plan: Plan, cluster: Cluster) -> float:
-        """Predicted seconds of a step, the weights' way to replicas and other stages that read them included."""
+        """Predicted seconds of a step, including the transfer of tied parameters to other stages and replicas."""
         timeline = simulate(self.schedule(plan, self.microbatches), stage_costs(costed, plan), cluster)
         return timeline.makespan + max(_weights_seconds(plan, cluster).values(), default=0.0)
 
     @property
     def state(self) -> float:
-        """Bytes of optimizer state for each byte of trainable parameters."""
+        """Bytes of optimizer state per byte of trainable parameters."""
         return self.optimizer_state() if callable(self.optimizer_state) else self.optimizer_state
 
 
 def _weights_seconds(plan: Plan, cluster: Cluster) -> dict[int, float]:
-    """For each rank the seconds to send the parameters that it owns to all that read them."""
+    """For each rank that owns tied parameters, the seconds to send them to all followers."""
     nbytes: Counter[tuple[int, int]] = Counter()
     for tied in plan.tied:
         for follower in tied.followers:

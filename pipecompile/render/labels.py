@@ -106,7 +106,7 @@ def _end(name: str) -> str:
 
 
 def _stages(stages: Sequence[int]) -> str:
-    return f"stage{'s' * (len(stages) > 1)} {names_text([*map(str, stages)])}"
+    return f"stage{'s' if len(stages) > 1 else ''} {names_text([*map(str, stages)])}"
 
 
 def _limited(lines: list[str]) -> list[str]:

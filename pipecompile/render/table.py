@@ -58,13 +58,13 @@ def memory_table(memory: Memory, plan: Plan, cluster: Cluster) -> Table:
     kinds = [kind for kind in KINDS if any(dict(stage.by_kind())[kind] for stage in memory.stages)]
     it = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title="peak memory", title_style="")
     limited = any(device.memory is not None for device in cluster.devices)
-    for name in ("stage", *(_SHORT.get(kind, kind) for kind in kinds), "all", *["of"] * limited):
+    for name in ("stage", *(_SHORT.get(kind, kind) for kind in kinds), "all", *(["of"] if limited else [])):
         it.add_column(name, justify="right", no_wrap=True)
     for index, stage in enumerate(memory.stages):
         limit = cluster.devices[plan.rank_of[index]].memory
         sizes = [bytes_text(dict(stage.by_kind())[kind]) for kind in kinds]
-        again = "*" * (index in plan.recomputed)
-        of = ["" if limit is None else bytes_text(limit)] * limited
+        again = "*" if index in plan.recomputed else ""
+        of = ["" if limit is None else bytes_text(limit)] if limited else []
         it.add_row(f"{index}{again}", *sizes, bytes_text(stage.total), *of)
     if plan.recomputed:
         it.caption = "* recomputes activations in the backward instead of keeping them"

@@ -110,7 +110,7 @@ def _legend(kinds: list[str], scale: _Scale) -> Iterator[str]:
 def _rows(timeline: Timeline, scale: _Scale) -> Iterator[str]:
     for rank in range(timeline.num_ranks):
         y, peak = scale.y(rank), peak_text(timeline, rank)
-        fact = f"{busy_text(timeline, rank)} busy" + f" · {peak}" * bool(peak)
+        fact = f"{busy_text(timeline, rank)} busy" + (f" · {peak}" if peak else "")
         yield _text(LEFT - 12, y + ROW / 2 + 4, f"rank {rank}", anchor="end")
         yield f'<rect class="idle" x="{LEFT}" y="{y}" width="{scale.inner}" height="{ROW}" rx="3"/>'
         yield _text(LEFT + scale.inner + 12, y + ROW / 2 + 4, fact, "fact")
@@ -140,5 +140,5 @@ def _cell(cell: Cell, scale: _Scale) -> str:
 
 
 def _text(x: float, y: float, words: str, style: str = "", anchor: str = "") -> str:
-    attributes = f' class="{style}"' * bool(style) + f' text-anchor="{anchor}"' * bool(anchor)
+    attributes = (f' class="{style}"' if style else "") + (f' text-anchor="{anchor}"' if anchor else "")
     return f'<text x="{x:.1f}" y="{y:.1f}"{attributes}>{words}</text>' if words else ""

@@ -121,7 +121,7 @@ class Compiled:
         for size, most in division.at_most.items():
             if sizes.get(size, 0) > most:
                 name, dim = division.whole.sizes[size]
-                return f"samples were tried out up to size {most} in dimension {dim} of {name!r}"
+                return f"samples were shown not to mix only up to size {most} in dimension {dim} of {name!r}"
         parts = call.split(rows.counts) if call.batch else [whole]
         if division.is_divided and division.whole is division.captured:
             return division.whole.broken_guard([whole], whole) or misfit(division.captured, parts, whole)

@@ -49,7 +49,7 @@ class Weights:
         self.replicas: dict[str, tuple[int, int, Tensor]] = {}
         self.current = self._version()
         self.touched: list[Version] = []  # versions with gradients since the last step
-        self.peak = 1  # versions alive at once
+        self.peak = 1  # maximum number of live versions
 
     def begin(self, tensors: Mapping[str, Tensor], written: Set[str] = frozenset()) -> None:
         """Begins a pass with new leaves without gradients, on the present values of the tensors.

@@ -126,7 +126,9 @@ def _compare(trial: Trial) -> Proof:
         shows = {it.name for it in differences(once_more, whole_again, coarsest) if _is_state(it)}
         by_itself = {it.name for it in differences(whole_run, whole_again, coarsest) if _is_state(it)}
         if by_itself & shows:
-            said = f"not compared, since the unsplit model sets them anew on each run: {', '.join(sorted(by_itself))}"
+            said = (
+                f"not compared, since the unsplit model sets other values in each run: {', '.join(sorted(by_itself))}"
+            )
             note = "; ".join(filter(None, [note, said]))
         shows -= by_itself
         found = tuple(it for it in found if not _is_state(it) or it.name in shows)

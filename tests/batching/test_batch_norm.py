@@ -146,7 +146,7 @@ def test_gradients_are_those_of_microbatches_either_way(batch_norm: str) -> None
     assert any("each microbatch's statistics" in line for line in once)
     moved = [line for line in once if "first.running_mean" in line]
     assert len(moved) == 1
-    assert moved[0].startswith("written once a batch" if batch_norm == "deferred" else "written once a microbatch")
+    assert moved[0].startswith("written once per batch" if batch_norm == "deferred" else "written once per microbatch")
 
 
 def test_by_default_running_statistics_move_with_each_microbatch() -> None:

@@ -100,7 +100,7 @@ def test_a_module_that_sorts_all_samples_and_puts_them_back_is_tried_out() -> No
     model = WithExperts().double()
     pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=3, costs="count")
     assert_step_equal(model, pipe, {"x": torch.randn(7, 4, WIDTH, dtype=torch.float64)})
-    assert any("tried out" in line and "'experts'" in line for line in pipe.pipeline.report.microbatches)
+    assert any("found by experiment" in line and "'experts'" in line for line in pipe.pipeline.report.microbatches)
 
 
 class Places(nn.Module):
@@ -137,7 +137,7 @@ def test_places_enough_for_a_microbatch_but_not_for_the_batch_are_refused() -> N
     roomy = WithPlaces(16).double()
     pipe = pipecompile.compile(roomy, ["cpu", "cpu"], microbatches=4, costs="count")
     assert_step_equal(roomy, pipe, {"x": x})
-    assert any("tried out" in line and "'experts'" in line for line in pipe.pipeline.report.microbatches)
+    assert any("found by experiment" in line and "'experts'" in line for line in pipe.pipeline.report.microbatches)
 
 
 class Remembers(nn.Module):
@@ -194,7 +194,7 @@ def test_dropout_hides_no_mixing() -> None:
     with pytest.raises(CaptureError, match=r"module 'experts'.*samples of the batch mix here"):
         pipe(torch.randn(8, 16, WIDTH, dtype=torch.float64))
     pipe(torch.randn(8, 4, WIDTH, dtype=torch.float64)).backward()
-    assert any("tried out" in line and "'experts'" in line for line in pipe.pipeline.report.microbatches)
+    assert any("found by experiment" in line and "'experts'" in line for line in pipe.pipeline.report.microbatches)
 
 
 def test_buffers_are_written_once_a_batch_from_the_whole_batch() -> None:

@@ -271,7 +271,7 @@ def test_spectral_norm_iterates_once_a_batch_and_says_so(make: Callable[[], nn.M
     same(make, plain, 2, microbatches)
     pipe = pipe_of(Model(make), 2, 2)
     pipe.pipeline.prepare(rows())
-    assert any("written once a batch" in note and "inner." in note for note in pipe.pipeline.report.microbatches)
+    assert any("written once per batch" in note and "inner." in note for note in pipe.pipeline.report.microbatches)
     model = pipe.pipeline.model.eval()
     torch.testing.assert_close(pipe(rows()), model(rows()))
 

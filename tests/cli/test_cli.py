@@ -96,7 +96,7 @@ def test_plan_of_a_function_here_prints_table_and_prediction(nets):
     words = " ".join(result.stdout.split())
     assert "stage rank modules params forward backward weights saved in out" in words
     assert "layers.0…" in words
-    assert "1f1b, 4 microbatches: a step of" in words
+    assert "1f1b, 4 microbatches: predicted step" in words
     assert "bubble" in words
 
 
@@ -219,23 +219,26 @@ def test_stages_may_have_times_of_their_own():
         ),
         (
             "plan nets:make --schedule 1f2b",
-            "error: schedule '1f2b' is not known; choose one of sequential, gpipe",
+            "error: schedule '1f2b' is not known; it must be one of sequential, gpipe",
         ),
         (
             "plan nets:make --format png",
-            "error: format 'png' is not known; choose one of dot, mermaid, svg",
+            "error: format 'png' is not known; it must be one of dot, mermaid, svg",
         ),
         (
             "plan nets:make --json --format svg",
             "error: --json and --format would both go to the terminal; add --output",
         ),
         ("plan nets:make --device gpu", "error: "),
-        ("plan nets:make --output plan.png", "error: the suffix of plan.png is not known; add --format, one of dot"),
+        (
+            "plan nets:make --output plan.png",
+            "error: the suffix of plan.png is not a known format; add --format, one of dot",
+        ),
         ("plan nets:make --costs count -o no/plan.svg", "error: cannot write no/plan.svg: No such file or directory"),
         ("plan nets:make --costs count --microbatch 7", "error: --microbatch 7 is more than the 6 samples"),
         ("plan nets:make --costs count --stages 90", "error: "),
         ("plan nets:make --replicas many", "error: --replicas 'many' is not a list of numbers; write auto, or"),
-        ("plan nets:make --replicas 1,0", "error: replicas=[1, 0]; it must have for each stage the number of devices"),
+        ("plan nets:make --replicas 1,0", "error: replicas=[1, 0]; it must list the number of devices of each stage"),
         (
             "plan nets:make --replicas 1,2 --stages 3",
             "error: --replicas 1,2 is for 2 stages, but --stages is 3",
@@ -246,17 +249,17 @@ def test_stages_may_have_times_of_their_own():
         ),
         (
             "plan nets:make --replicas auto -s pipedream",
-            "error: --replicas does not go with --schedule pipedream",
+            "error: --replicas does not work with --schedule pipedream",
         ),
         ("plan nets:make --costs count --objective speed", "error: objective='speed' is not known; it must be one of"),
         ("plan nets:make --costs count --recompute maybe", "error: recompute='maybe' is not known; it must be one of"),
-        ("plan nets:make --costs count --pin 0", "error: --pin 0 does not end in a number; write name=number"),
+        ("plan nets:make --costs count --pin 0", "error: --pin 0 does not end in =number; write name=number"),
         ("check nets:make --batch-norm synced", "error: batch_norm='synced' is not known; it must be 'microbatch' or"),
-        ("check nets:make --in-dims x=first", "error: --in-dims x=first does not end in a number"),
+        ("check nets:make --in-dims x=first", "error: --in-dims x=first does not end in =number"),
         ("schedule zigzag", "error: schedule 'zigzag' is not known"),
         ("schedule gpipe --forward fast", "error: --forward 'fast' is not a number of seconds"),
         ("schedule gpipe --backward -1", "error: --backward '-1' is negative or not finite"),
-        ("schedule gpipe --forward 1,2", "error: --forward gives 2 times for 4 stages; give one, or 4"),
+        ("schedule gpipe --forward 1,2", "error: --forward has 2 numbers for 4 stages; give one, or 4"),
         ("schedule gpipe --svg no/plan.svg", "error: cannot write no/plan.svg"),
     ],
 )

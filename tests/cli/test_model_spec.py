@@ -86,8 +86,8 @@ def test_file_elsewhere_finds_the_modules_beside_it(here, tmp_path_factory, monk
         ("nets:number", "nets:number is of type int; it must be a function that returns"),
         ("nets:wants", r"nets:wants raised TypeError: wants\(\) missing 1 required positional argument: 'size'"),
         ("nets:alone", r"nets:alone returned Linear; it must return a pair \(model, inputs\)"),
-        ("nets:no_model", "nets:no_model returned str first; that must be the model"),
-        ("nets:no_inputs", "nets:no_inputs returned int second; that must be the inputs"),
+        ("nets:no_model", "nets:no_model returned str first; the first must be the model"),
+        ("nets:no_inputs", "nets:no_inputs returned int second; the second must be the inputs"),
     ],
 )
 def test_bad_function_is_told_with_what_to_write(here, spec, message):

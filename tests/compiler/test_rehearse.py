@@ -88,7 +88,7 @@ def compiled(model: nn.Module | None = None, **options: Any) -> Any:
 
 
 def is_rehearsed(pipe: pipecompile.Pipeline) -> bool:
-    return pipe.pipeline.costs.origin.endswith((", corrected by a rehearsal", ", held in a rehearsal"))
+    return pipe.pipeline.costs.origin.endswith((", corrected by a rehearsal", ", confirmed by a rehearsal"))
 
 
 def generators() -> tuple[Any, ...]:
@@ -263,7 +263,7 @@ def test_a_plan_whose_times_hold_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     assert stages.plans == [pipe.pipeline.plan.stage_of]
     assert stages.first is not None
     assert pipe.pipeline.costs.costs == stages.first.costs
-    assert pipe.pipeline.costs.origin.endswith(", held in a rehearsal")
+    assert pipe.pipeline.costs.origin.endswith(", confirmed by a rehearsal")
 
 
 def test_where_times_never_hold_the_best_plan_that_was_rehearsed_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:

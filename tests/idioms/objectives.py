@@ -267,7 +267,7 @@ def weighted(model: Any, output: dict[str, Tensor]) -> Tensor:
 @idiom(
     lambda draw: ((draw.floats(D), draw.floats(4), draw.ids(3)), {}),
     loss=weighted,
-    refused_stream="could each be it",
+    refused_stream="could each be the loss",
 )
 class LossDict(nn.Module):
     """detectron2: a dict of losses in training, which the caller sums up."""

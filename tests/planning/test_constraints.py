@@ -123,4 +123,4 @@ def test_the_command_line_takes_constraints(tmp_path: Path, monkeypatch: pytest.
     assert plain.stdout != pinned.stdout
     wrong = CliRunner().invoke(app, [*command, "--pin", "1"])
     assert wrong.exit_code == 2
-    assert "--pin 1 does not end in a number; write name=number" in wrong.stderr
+    assert "--pin 1 does not end in =number; write name=number" in wrong.stderr

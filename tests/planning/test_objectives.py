@@ -151,7 +151,7 @@ def test_of_plans_with_the_same_pace_the_one_that_sends_less_is_taken() -> None:
 
 
 def test_unknown_objectives_are_refused_with_those_that_are_known() -> None:
-    with pytest.raises(InputError, match="'pace', 'overlap', 'step', or a function of plans"):
+    with pytest.raises(InputError, match="'pace', 'overlap', 'step', or a function of a plan"):
         compiled(plan=PlanOptions(objective="speed"))
     result = CliRunner().invoke(app, ["plan", "hf:gpt2", "--objective", "speed"])
     assert result.exit_code != 0

@@ -119,7 +119,7 @@ def test_weights_that_fit_nowhere_are_infeasible() -> None:
 
 @pytest.mark.parametrize("cluster", [Cluster.of(["a", "b"]), "2xH100"])
 def test_a_cluster_has_a_device_for_each_stage(cluster: Any) -> None:
-    with pytest.raises(InputError, match="one for each"):
+    with pytest.raises(InputError, match="must have the same number"):
         compiled(cluster=cluster)
 
 
@@ -161,7 +161,7 @@ def test_a_profile_of_other_sizes_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{}", "is a file without costs"), ("word", "is a file without costs"), (None, "is not a file that can be read")],
+    [("{}", "does not contain costs"), ("word", "does not contain costs"), (None, "is not a file that can be read")],
 )
 def test_what_is_no_profile_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
     path = tmp_path / "profile.json"

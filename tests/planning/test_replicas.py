@@ -462,11 +462,11 @@ def test_auto_gives_no_replicas_to_what_writes_for_each_microbatch():
     ("devices", "replicas", "options", "message"),
     [
         (3, [1, 1], {}, r"replicas=\(1, 1\) is for 2 devices, but devices= has 3"),
-        (2, [2, 0], {}, r"replicas=\[2, 0\]; it must have for each stage"),
-        (2, [1, 1.0], {}, "must have for each stage"),
+        (2, [2, 0], {}, r"replicas=\[2, 0\]; it must list the number of devices of each stage"),
+        (2, [1, 1.0], {}, "must list the number of devices of each stage"),
         (2, "most", {}, "replicas='most' is not known; it must be 'auto', or a list"),
-        (2, [2], {"schedule": "pipedream", "optimizer": torch.optim.SGD}, "does not go with schedule='pipedream'"),
-        (2, "auto", {"schedule": "pipedream", "optimizer": torch.optim.SGD}, "does not go with schedule='pipedream'"),
+        (2, [2], {"schedule": "pipedream", "optimizer": torch.optim.SGD}, "does not work with schedule='pipedream'"),
+        (2, "auto", {"schedule": "pipedream", "optimizer": torch.optim.SGD}, "does not work with schedule='pipedream'"),
     ],
 )
 def test_bad_input(devices, replicas, options, message):

@@ -112,6 +112,6 @@ def test_a_pipeline_reports_its_links_and_where_they_are_known_from() -> None:
         model, x = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)), torch.randn(4, 4)
         return pipecompile.compile(model, ["cpu", "cpu"], example_inputs=((x,), {}), **options).pipeline.report.links
 
-    assert report() == ("cpu to cpu: 5.00 us + bytes / 1.00 TB/s, handed over, not copied",)
+    assert report() == ("cpu to cpu: 5.00 us + bytes / 1.00 TB/s, passed by reference, not copied",)
     assert report(costs="count") == ("cpu to cpu: 20.0 us + bytes / 10.0 GB/s, assumed",)
     assert report(cluster="2xH100") == ("H100:0 to H100:1: 11.8 us + bytes / 450 GB/s, data sheet",)

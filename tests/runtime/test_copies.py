@@ -94,7 +94,7 @@ def test_a_pipeline_inside_a_module_is_copied_with_it() -> None:
 
 def test_an_asynchronous_pipeline_is_not_copied() -> None:
     pipe = pipe_of(blocks(4), schedule="pipedream", optimizer=lambda params: torch.optim.SGD(params, lr=0.1))
-    with pytest.raises(PipecompileError, match=r"cannot be copied.*copy\.deepcopy\(pipe\.pipeline\.model\) anew"):
+    with pytest.raises(PipecompileError, match=r"cannot be copied.*copy\.deepcopy\(pipe\.pipeline\.model\)"):
         deepcopy(pipe)
 
 

@@ -25,7 +25,7 @@ class Shared:
 class Batched:
     """Concatenated along ``dim``, whose size is ``outer * rows * inner``.
 
-    A sample has ``outer`` blocks of ``inner`` neighbouring entries, as after flattening. If ``ragged``, the number of
+    A sample has ``outer`` blocks of ``inner`` neighboring entries, as after flattening. If ``ragged``, the number of
     entries of a sample depends on values, as after indexing by a boolean mask.
     """
 

@@ -13,7 +13,7 @@ from pipecompile.batching.rules.use import Answer, Edited, Squeeze, Use, dims_of
 def reshaped(kind: Batched, before: Sequence[int], after: Sequence[int], rows: int) -> Batched | None:
     """The batch of a tensor viewed in another shape; None if no single dimension holds it.
 
-    Neighbouring entries of one sample span ``stride`` entries, and all samples together ``stride * rows``.
+    Neighboring entries of one sample span ``stride`` entries, and all samples together ``stride * rows``.
     """
     if kind.ragged:
         kept = tuple(before[: kind.dim]) == tuple(after[: kind.dim])

@@ -22,7 +22,7 @@ from pipecompile.capture.state.identities import identities
 from pipecompile.capture.state.namespaces import Variables
 from pipecompile.capture.state.sources import Attribute, Cell, Code, Entry, OfClass
 
-FEW = 24  # a class with at most so many names is compared as a whole
+FEW = 24  # a class with at most this many names is compared as a whole
 
 _CODE = attrgetter("__code__", "__defaults__", "__kwdefaults__")
 _TENSOR = attrgetter("requires_grad", "dtype", "shape")

@@ -1,4 +1,4 @@
-"""Compares many objects by identity at once, at the speed of memory."""
+"""Compares many objects by identity in one operation, at memory speed."""
 
 from __future__ import annotations
 

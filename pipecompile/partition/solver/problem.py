@@ -49,7 +49,7 @@ class Seat:
 
     speed: float = 1.0
     memory: float = inf  # bytes
-    in_flight: int = 1  # microbatches whose saved bytes the stage holds at once
+    in_flight: int = 1  # microbatches whose saved bytes the stage holds at the same time
     may_idle: bool = False  # the stage may be empty
     sends: float = 1.0  # factor of the seconds of nets made in the stage
     receives: float = 1.0  # factor of the seconds of nets that it only reads

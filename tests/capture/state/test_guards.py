@@ -295,7 +295,7 @@ def test_a_number_that_forward_sets_is_set_once_a_call_and_followed(
         assert pipe.inner.calls == model.inner.calls
         assert type(pipe.inner.calls) is type(model.inner.calls)
     assert pipe.pipeline.captures == captures
-    assert pipe.pipeline.report.attributes == ["inner.calls is set once a call"]
+    assert pipe.pipeline.report.attributes == ("inner.calls is set once per call",)
 
 
 def test_two_numbers_that_depend_on_each_other_are_followed() -> None:
