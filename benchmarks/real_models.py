@@ -37,7 +37,7 @@ from pipecompile.partition.solver.contraction import Contraction
 from pipecompile.partition.solver.score import bottleneck
 from pipecompile.partition.solver.solver import solve
 from pipecompile.partition.stage_nodes import Placed
-from pipecompile.planning.search_spec import BUDGET
+from pipecompile.ir.plan_options import SEARCH_SECONDS
 from pipecompile.profile import profile
 
 ROWS = 4  # of a microbatch
@@ -121,14 +121,14 @@ def compare(name: str, stages: Sequence[int]) -> list[dict[str, Any]]:
 def _row(name: str, pattern: str, costed: CostedGraph, stages: int) -> dict[str, Any]:
     contraction = problem_of(costed, stages, Cluster.of([f"rank {rank}" for rank in range(stages)]))
     problem = contraction.problem
-    found = solve(problem, BUDGET)
+    found = solve(problem, SEARCH_SECONDS)
     quality = found.quality
     layer_of = layers(costed, contraction, pattern)
     count = 1 + max(layer_of)
     ways = {
         "layers": _forward(problem.arcs, [layer * stages // count for layer in layer_of]),
         "by time": _by_time(problem.seconds, layer_of, stages) if name in SEQUENTIAL else None,
-        "compute": solve(replace(problem, nets=()), BUDGET).stage_of,
+        "compute": solve(replace(problem, nets=()), SEARCH_SECONDS).stage_of,
         "pipecompile": found.stage_of,
     }
     scores = {way: bottleneck(problem, plan) / quality.lower_bound if plan else None for way, plan in ways.items()}

@@ -27,4 +27,4 @@ def test_an_operator_is_exact_or_refused(name: str) -> None:
 def test_a_fixed_batch_is_told_so_in_one_sentence() -> None:
     found = {sample: said for facts in examine("cholesky") for sample, said in facts.items()}
     assert found["0, 1"] == EXACT
-    assert "the model works for a batch of 5 rows, but not for a microbatch of 2 rows (" in found["0, 3"]
+    assert "this model works for a batch of 5 only; use microbatches=1 (with the 2 rows" in found["0, 3"]

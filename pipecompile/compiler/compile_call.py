@@ -282,8 +282,8 @@ def _of_a_microbatch(trace: _Tracer, rows: Rows, attempts: Sequence[SymbolicSize
         return trace(rows.counts, attempts)
     except CaptureError as error:
         raise CaptureError(
-            f"the model works for a batch of {trace.call.batch} rows, but not for a microbatch of {rows.counts[0]} "
-            f"rows ({str(error).removeprefix('the model cannot be traced: ')}); use microbatches=1"
+            f"this model works for a batch of {trace.call.batch} only; use microbatches=1 (with the {rows.counts[0]} "
+            f"rows of a microbatch: {str(error).removeprefix('the model cannot be traced: ')})"
         ) from error
 
 
