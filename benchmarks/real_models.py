@@ -32,12 +32,12 @@ from unet import UNet
 from pipecompile.capture import capture, read_call, summarize
 from pipecompile.ir.cluster import Cluster
 from pipecompile.ir.graph import CostedGraph
+from pipecompile.ir.plan_options import SEARCH_SECONDS
 from pipecompile.partition.from_graph import problem_of
 from pipecompile.partition.solver.contraction import Contraction
 from pipecompile.partition.solver.score import bottleneck
 from pipecompile.partition.solver.solver import solve
 from pipecompile.partition.stage_nodes import Placed
-from pipecompile.ir.plan_options import SEARCH_SECONDS
 from pipecompile.profile import profile
 
 ROWS = 4  # of a microbatch
