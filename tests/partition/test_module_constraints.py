@@ -95,7 +95,7 @@ def test_a_device_that_is_too_slow_is_left_out_where_fewer_stages_are_allowed() 
         ({"pins": {"head": -1}}, "counted from 0"),
         ({"no_split": "head"}, "'head'; it must be a list of module paths"),
         ({"colocate": ["head"]}, "'head'; it must be a list of module paths"),
-        ({"colocate": [("head",)]}, "two or more"),
+        ({"colocate": [("head",)]}, "at least two modules"),
         ({"max_stages": 0}, "a number of stages, at least 1"),
     ],
 )
