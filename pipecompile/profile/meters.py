@@ -77,6 +77,11 @@ class Counter:
         self.tensor_float = torch.get_float32_matmul_precision() != "highest"
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
 
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        """What a count depends on beside the call."""
+        return self.roofline, self.tensor_float, torch.get_default_dtype()
+
     def tensor(self, tensor: Tensor) -> Tensor:
         if tensor.is_meta:
             return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")

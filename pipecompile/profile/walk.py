@@ -22,12 +22,16 @@ from pipecompile.errors import ExecutionError
 from pipecompile.ir.device_specs import ACCELERATORS
 from pipecompile.ir.graph import Cost, Footprint
 from pipecompile.ops.device_args import retarget
+from pipecompile.ops.operators import is_opaque
 from pipecompile.ops.symbols import resolve
 from pipecompile.profile.call import Call, as_recorded, described, map_tensors, tensors_of
 from pipecompile.profile.meters import UNKNOWN_BACKWARD, Counter, Meter
 from pipecompile.profile.storages import has_storage
 
+Figures = tuple[float, float, int, int]  # seconds and peak bytes of a forward and of a backward
 PATIENCE = 2.0  # seconds until a progress bar appears
+MOST_COUNTED = 10_000  # calls whose counts are remembered
+COUNTED: dict[Any, Figures] = {}  # of torch's own functions, by settings, function and shapes
 _SOME = ACCELERATORS["A100-40GB"].roofline  # for calls that cannot be measured
 
 
@@ -48,8 +52,7 @@ class Walk:
         self.footprints: dict[str, Footprint] = {}
         self.storages: list[int] = []
         self.inputs = {name: self._input(name) for name in captured.call.tensors}
-        self.timed: dict[Any, tuple[float, float]] = {}
-        self.allocated: dict[Any, tuple[int, int]] = {}
+        self.known: dict[Any, Figures] = {}  # by what the call does, and on which shapes
         self.numbers: Any = WeakIdKeyDictionary()  # storage -> its number, None for those of parameters and buffers
         self.kept: set[int] = set()  # storages kept by earlier nodes
         self.attributes = captured.tensors
@@ -126,10 +129,27 @@ class Walk:
             self._count_leaf(node, None, (args, kwargs))
             return
         key = (node.target, origin_of(node).region, described(args), described(kwargs))
-        if key not in self.timed:
-            self.timed[key] = self.meter.seconds(run)
-            self.allocated[key] = run.allocated()
-        self._note(node, *self.timed[key], saved, *self.allocated[key])
+        if key not in self.known:
+            self.known[key] = (
+                self._counted(self.meter, key, run) if isinstance(self.meter, Counter) else self._figures(run)
+            )
+        forward, backward, allocated, returned = self.known[key]
+        self._note(node, forward, backward, saved, allocated, returned)
+
+    def _counted(self, counter: Counter, key: tuple[Any, ...], run: Call) -> Figures:
+        """What counting gives for a call, which is remembered for torch's own functions."""
+        if is_opaque(key[0]):
+            return self._figures(run)
+        full = (counter.settings, *key)
+        if full not in COUNTED:
+            if len(COUNTED) >= MOST_COUNTED:
+                COUNTED.clear()
+            COUNTED[full] = self._figures(run)
+        return COUNTED[full]
+
+    def _figures(self, run: Call) -> Figures:
+        forward, backward = self.meter.seconds(run)
+        return forward, backward, *run.allocated()
 
     def _wants_a_constants_values(self, node: fx.Node) -> bool:
         """Whether a node may need the values of an integer tensor of the model, which fake tensors do not have."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import inf
-from time import process_time
+from time import thread_time
 
 
 class OutOfTime(Exception):
@@ -16,22 +16,22 @@ class OutOfTime(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Deadline:
-    """A point in time, in CPU seconds of this process."""
+    """A point in time, in CPU seconds of the thread that searches."""
 
     at: float = inf
 
     @staticmethod
     def after(seconds: float | None) -> Deadline:
-        return Deadline() if seconds is None else Deadline(process_time() + seconds)
+        return Deadline() if seconds is None else Deadline(thread_time() + seconds)
 
     def part(self, share: float) -> Deadline:
         """An earlier deadline, after ``share`` of the remaining time."""
-        now = process_time()
+        now = thread_time()
         return self if self.at == inf else Deadline(now + share * max(0.0, self.at - now))
 
     @property
     def passed(self) -> bool:
-        return self.at < inf and process_time() > self.at
+        return self.at < inf and thread_time() > self.at
 
     def check(self) -> None:
         """Raises ``OutOfTime`` if the deadline has passed."""

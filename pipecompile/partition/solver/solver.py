@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import inf
-from time import process_time
+from time import thread_time
 from typing import NoReturn
 
 from pipecompile.errors import InfeasibleError, PlanError
@@ -67,7 +67,7 @@ def solve(problem: Problem, budget: float | None = None, others: bool = False) -
         InfeasibleError: there are more seats than atoms, or no plan meets the memory limits and fixed stages.
         PlanError: no such plan was found, and the search was not exhaustive.
     """
-    begin = process_time()
+    begin = thread_time()
     _refuse_impossible(problem)
     search = _Search(problem, _filled(lossless(problem), problem), Deadline.after(budget))
     search.run()
@@ -75,7 +75,7 @@ def solve(problem: Problem, budget: float | None = None, others: bool = False) -
         _refuse(problem, search.lower == inf)
     check(problem, search.stage_of)
     kept = search.others() if others else ()
-    quality = Quality(search.upper, min(search.lower, search.upper), process_time() - begin)
+    quality = Quality(search.upper, min(search.lower, search.upper), thread_time() - begin)
     return Solution(search.stage_of, quality, kept)
 
 
