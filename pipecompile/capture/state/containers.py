@@ -14,7 +14,7 @@ KINDS: tuple[type, ...] = (list, OrderedDict, dict, set, deque)  # each before w
 
 def kind_of(value: Any) -> Any:
     """Returns the built-in type whose methods change a value; None if it is not a mutable container."""
-    return next((kind for kind in KINDS if isinstance(value, kind)), None)
+    return next(kind for kind in KINDS if isinstance(value, kind)) if isinstance(value, KINDS) else None
 
 
 def contents(holder: Any) -> list[Any]:
