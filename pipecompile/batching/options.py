@@ -37,8 +37,12 @@ class Batching:
     allow_mixing: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.allow_mixing, str):
+        paths = self.allow_mixing
+        if isinstance(paths, str) or not isinstance(paths, Sequence) or not all(isinstance(it, str) for it in paths):
             raise InputError(f"allow_mixing={self.allow_mixing!r}; it must be a list of module paths")
+        for name in ("in_dims", "out_dims"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise InputError(f"{name}={getattr(self, name)!r}; it must be a dict from names to dimensions")
         object.__setattr__(self, "in_dims", dict(self.in_dims))
         object.__setattr__(self, "out_dims", {str(name): dim for name, dim in self.out_dims.items()})
         object.__setattr__(self, "allow_mixing", tuple(self.allow_mixing))

@@ -20,6 +20,7 @@ from pipecompile.capture.hidden_tensors import hides_tensors
 from pipecompile.capture.patches import runs_a_module
 from pipecompile.ops.source_lines import is_library, short
 
+_OPTIONS = (bool, int, float, str, type(None))
 Part = str | FunctionType  # a module's path, or a function
 
 
@@ -58,9 +59,10 @@ def _is_kept(part: Part | FrameType, kept: Mapping[Part, Reason]) -> bool:
 
 
 def all_alike(model: nn.Module, part: Part, kept: Mapping[Part, Reason]) -> dict[Part, Reason]:
-    """Returns all modules of a class, to keep whole after two modules of that class failed at the same line.
+    """Returns the modules like ``part``, to keep whole after another one like it failed at the same line.
 
-    Finding each of them separately would cost one trace per module. Empty if the part is the first to fail there.
+    Finding each of them separately would cost one trace per module (a quantized model has hundreds). Alike are modules
+    of one class with the same options and without modules inside: a block whose options take another branch stays cut.
 
     Args:
         model: The model.
@@ -68,14 +70,16 @@ def all_alike(model: nn.Module, part: Part, kept: Mapping[Part, Reason]) -> dict
         kept: Parts kept whole, with reasons; includes ``part``.
     """
     line, modules = kept[part].line, dict(model.named_modules())
-    if line is None or not isinstance(part, str):
+    if line is None or not isinstance(part, str) or any(modules[part].children()):
         return {}
-    kind = type(modules[part])
-    failed = [
-        k for k, reason in kept.items() if isinstance(k, str) and reason.line == line and type(modules[k]) is kind
-    ]
-    alike = [path for path, module in modules.items() if type(module) is kind and not _is_kept(path, kept)]
-    return {path: Reason(f"it has the same class as {part!r}") for path in alike} if len(failed) > 1 else {}
+    alike = [path for path, module in modules.items() if _kind_and_options(module) == _kind_and_options(modules[part])]
+    if sum(path in kept and kept[path].line == line for path in alike) < 2:
+        return {}
+    return {path: Reason(f"it has the class and options of {part!r}") for path in alike if not _is_kept(path, kept)}
+
+
+def _kind_and_options(module: nn.Module) -> tuple[type, dict[str, object]]:
+    return type(module), {name: value for name, value in vars(module).items() if isinstance(value, _OPTIONS)}
 
 
 def name_of_part(part: Part) -> str:

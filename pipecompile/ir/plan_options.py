@@ -56,6 +56,10 @@ class PlanOptions:
     search_seconds: float = SEARCH_SECONDS
 
     def __post_init__(self) -> None:
+        if not isinstance(self.pins, Mapping):
+            raise InputError(f"pins is {self.pins!r}; it must be a dict from module paths to stages")
+        if isinstance(self.colocate, str) or not isinstance(self.colocate, Sequence):
+            raise InputError(f"colocate is {self.colocate!r}; it must be a list of groups of module paths")
         object.__setattr__(self, "pins", dict(self.pins))
         object.__setattr__(self, "no_split", _paths("no_split", self.no_split))
         object.__setattr__(self, "colocate", tuple(_paths("a group of colocate", group) for group in self.colocate))
@@ -114,13 +118,13 @@ class PlanOptions:
 
 
 def _paths(name: str, paths: Sequence[Any]) -> tuple[str, ...]:
-    if isinstance(paths, str) or not all(isinstance(path, str) for path in paths):
+    if isinstance(paths, str) or not isinstance(paths, Sequence) or not all(isinstance(path, str) for path in paths):
         raise InputError(f"{name} is {paths!r}; it must be a list of module paths")
     return tuple(paths)
 
 
 def _counts(replicas: Any) -> tuple[int, ...]:
-    if isinstance(replicas, str):
+    if isinstance(replicas, str) or not isinstance(replicas, Sequence):
         raise InputError(f"replicas={replicas!r} is not known; it must be 'auto', or a list with a number per stage")
     if not all(map(_is_whole, replicas)):
         raise InputError(f"replicas={list(replicas)}; it must list the number of devices of each stage, at least 1")

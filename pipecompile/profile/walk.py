@@ -141,11 +141,12 @@ class Walk:
         if is_opaque(key[0]):
             return self._figures(run)
         full = (counter.settings, *key)
-        if full not in COUNTED:
+        found = COUNTED.get(full)
+        if found is None:
             if len(COUNTED) >= MOST_COUNTED:
                 COUNTED.clear()
-            COUNTED[full] = self._figures(run)
-        return COUNTED[full]
+            found = COUNTED[full] = self._figures(run)
+        return found
 
     def _figures(self, run: Call) -> Figures:
         forward, backward = self.meter.seconds(run)

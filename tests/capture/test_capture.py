@@ -334,7 +334,24 @@ def test_all_modules_of_a_class_are_kept_whole_once_two_have_failed_alike(monkey
     trace = captured(model, torch.ones(2, D))
     assert list(trace.leaves) == ["1", "2", "3", "4", "5", "6"]
     assert len(traces) < 6
-    assert any("module 5 is kept whole: it has the same class as '2'" in note for note in trace.notes)
+    assert any("module 5 is kept whole: it has the class and options of '2'" in note for note in trace.notes)
+
+
+class Sometimes(nn.Module):
+    """Branches on its activations only if its options say so."""
+
+    def __init__(self, careful: bool) -> None:
+        super().__init__()
+        self.weight, self.careful = nn.Parameter(torch.randn(D, D)), careful
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x @ self.weight
+        return h / 2 if self.careful and h.abs().amax() > 1e6 else h
+
+
+def test_a_module_of_other_options_is_not_kept_whole_for_those_of_its_class() -> None:
+    model = nn.Sequential(nn.Linear(D, D), *(Sometimes(i in (1, 3)) for i in range(6)), nn.Linear(D, D))
+    assert list(captured(model, torch.ones(2, D)).leaves) == ["2", "4"]
 
 
 # Writes in place

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -126,6 +127,23 @@ def test_costs_that_are_not_known(costs: Any) -> None:
 def test_options_that_are_not_of_their_class(option: str) -> None:
     with refused(InputError, f"{option}={{'replicas': 2}}", "pipecompile."):
         pipe_of(**{option: {"replicas": 2}})
+
+
+@pytest.mark.parametrize("value", [5, 2.5, "ab", object()])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        *((pipecompile.Batching, field.name) for field in fields(pipecompile.Batching)),
+        *((pipecompile.PlanOptions, field.name) for field in fields(pipecompile.PlanOptions)),
+    ],
+)
+def test_an_option_of_the_wrong_type(kind: Any, name: str, value: Any) -> None:
+    takes_numbers = {"search_seconds": (5, 2.5), "optimizer_state": (5, 2.5), "max_stages": (5,)}
+    if value in takes_numbers.get(name, ()):
+        assert getattr(kind(**{name: value}), name) == value
+        return
+    with refused(InputError, name, repr(value), "must be"):
+        kind(**{name: value})
 
 
 @pytest.mark.parametrize("model", [torch.sin, None, "gpt2", Net])
