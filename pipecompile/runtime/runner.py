@@ -15,9 +15,8 @@ from torch.func import functional_call
 from pipecompile.errors import ExecutionError
 from pipecompile.ops.randomness import seed_microbatch
 from pipecompile.ops.source_lines import failing_line
-from pipecompile.runtime.lane import Lane, Value
+from pipecompile.runtime.lane import Lane, Value, Values
 from pipecompile.runtime.split import Stage
-from pipecompile.runtime.transport import Values
 from pipecompile.runtime.weights import Version, Weights
 
 

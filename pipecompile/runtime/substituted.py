@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pipecompile.capture.state.model_state import named_tensors
 from pipecompile.errors import InputError
 from pipecompile.ops.torch_internals import pytree
-from pipecompile.runtime.delivery import refuse_create_graph
+from pipecompile.runtime.delivery import connected
 
 
 def called_with(
@@ -49,10 +49,9 @@ def called_with(
     run = _Run(model, own, put, call, leaves, tree, inputs, wanted)
     if not torch.is_grad_enabled() or not (inputs or wanted):
         return run.output(())
-    tensors = _Differentiable.apply(  # type: ignore[no-untyped-call]
-        run, *(leaves[i] for i in inputs), *(put[name] for name in wanted)
-    )
-    return run.rebuilt(tensors)
+    outputs = [tensor.detach().requires_grad_() for tensor in run.forward()]
+    to = [*(leaves[i] for i in inputs), *(put[name] for name in wanted)]
+    return run.rebuilt(connected(outputs, to, lambda _, gradients: run.backward(gradients)))
 
 
 class _Run:
@@ -93,12 +92,14 @@ class _Run:
         roots = [leaf for leaf in self.found[0] if self._takes(leaf)]
         given = [(root, gradient) for root, gradient in zip(roots, gradients, strict=True) if gradient is not None]
         with _in_place(self.model, self.own, self.put):
-            return torch.autograd.grad(
+            found = torch.autograd.grad(
                 [root for root, _ in given],
                 [*self.copies, *(self.own[name] for name in self.wanted)],
                 [gradient for _, gradient in given],
                 allow_unused=True,
             )
+        devices = [*(leaf.device for leaf in self.copies), *(self.put[name].device for name in self.wanted)]
+        return tuple(g if g is None else g.to(device) for g, device in zip(found, devices, strict=True))
 
     def rebuilt(self, tensors: Sequence[Tensor]) -> Any:
         left = iter(tensors)
@@ -110,18 +111,6 @@ class _Run:
         return isinstance(leaf, Tensor) and leaf.requires_grad
 
 
-class _Differentiable(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, run: _Run, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.run = run
-        return tuple(tensor.detach() for tensor in run.forward())
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        refuse_create_graph()
-        return None, *ctx.run.backward(gradients)
-
-
 @contextmanager
 def _in_place(model: nn.Module, own: Mapping[str, Tensor], put: Mapping[str, Tensor]) -> Iterator[None]:
     """Puts a model's own tensors back, on the memory of the tensors that replace them."""
@@ -129,14 +118,14 @@ def _in_place(model: nn.Module, own: Mapping[str, Tensor], put: Mapping[str, Ten
     standing = {name: tensor for name, tensor in named_tensors(model) if name in put}
     for name, tensor in put.items():
         _set(model, name, own[name])
-        own[name].data = tensor.detach()
+        own[name].data = tensor.detach().to(own[name].device)  # the first call has moved it to its stage's device
         if isinstance(own[name], nn.Parameter):
             own[name].requires_grad_(tensor.requires_grad)
     try:
         yield
     finally:
         for name, (data, wants) in memory.items():
-            own[name].data = data
+            own[name].data = data.to(own[name].device)
             own[name].requires_grad_(wants)
             _set(model, name, standing[name])
 
