@@ -19,16 +19,18 @@ from pipecompile.capture.captured import Captured, Output, SymbolicSizes, device
 from pipecompile.capture.checkpoint_regions import recomputed
 from pipecompile.capture.data_dependent_sizes import largest_sizes
 from pipecompile.capture.evaluate import META_TO_CPU, Evaluator
-from pipecompile.capture.functionalize import storage_key
 from pipecompile.capture.input_reads import Values
+from pipecompile.capture.node_table import NodeTable
 from pipecompile.capture.opaque_calls import Leaf, LeafCall, attribute_of
 from pipecompile.capture.opaque_outputs import fake_result, learn
+from pipecompile.capture.opaque_recording import LeafRecorder
 from pipecompile.capture.opaque_scope import Part, Reason, name_of_part
 from pipecompile.capture.origin import Origin, origin_of
 from pipecompile.capture.patches import patched
 from pipecompile.capture.purity import has_effect
 from pipecompile.capture.pytrees import flatten
 from pipecompile.capture.recorder import Recorder
+from pipecompile.capture.scopes import Scopes
 from pipecompile.capture.state.attribute_trace import Watch
 from pipecompile.capture.state.container_proxies import without_stand_ins
 from pipecompile.capture.state.counters import Number, is_number
@@ -109,9 +111,9 @@ class Trace:
         self.kept = kept
         self.sample = {n: t.detach()[:microbatch] if n in call.batched else t for n, t in call.tensors.items()}
         leaves = frozenset(part for part in kept if isinstance(part, str))
-        self.recorder = Recorder(
-            self.graph, self.sizes, self.values, self._constant, leaves, self._learn, self._number_input
-        )
+        self.scopes = Scopes()
+        self.table = NodeTable(self.graph, self.sizes, self.scopes, self._constant, self._number_input)
+        self.recorder = Recorder(self.table, self.values, LeafRecorder(self.table, leaves, self._learn))
         self.recorder.generators.update(map(id, (*reach.generators, *call.leaves)))
         self.evaluator = Evaluator(self.sample, self._attribute, self._leaf)
         self.expected: dict[str, tuple[Any, ...]] = {}
@@ -135,7 +137,7 @@ class Trace:
     def _run_outside_inference(self, reasons: list[str], noted: Noted) -> Captured:
         fakes = fakes_of(self.model, self.mode, self.device)
         for name, fake in fakes.items():
-            self.recorder.add_attribute(name, fake, self.real[name])
+            self.table.add_attribute(name, fake, self.real[name])
         inputs = self._fake_inputs()
         paths = {id(module): path for path, module in reversed([*self.model.named_modules()])}
         with (
@@ -150,7 +152,7 @@ class Trace:
                 self.numbers,
                 caches,
                 self.follow,
-                lambda: self.recorder.inside_leaf,
+                lambda: self.scopes.inside_leaf,
                 self.recorder.ran,
                 plain,
             )
@@ -163,7 +165,7 @@ class Trace:
         self.counters = watch.counters
         self.recorder.ran.add(part for part in self.kept if isinstance(part, FunctionType))
         whole = {path: module for path, module in self.model.named_modules() if path in self.kept}
-        self._write_back({**self._moved(), **changes.rebound})
+        self._write_back({**self.recorder.data_writes.last_values(), **changes.rebound})
         attributes = watch.attributes(whole, self._left_behind)
         attributes = replace(attributes, facts=(*attributes.facts, *self._modes_asked()))
         self._note_written(inputs)
@@ -211,7 +213,7 @@ class Trace:
         except PipecompileError:
             raise
         except Exception as error:
-            error.origin = Origin(self.recorder.paths[-1], failing_line(error))  # type: ignore[attr-defined]
+            error.origin = Origin(self.scopes.path, failing_line(error))  # type: ignore[attr-defined]
             raise
 
     def _fake_inputs(self) -> dict[str, Tensor]:
@@ -227,7 +229,7 @@ class Trace:
             fake.requires_grad_(real.requires_grad)
             placeholder = self.graph.create_node("placeholder", name, name=name)
             placeholder.meta["origin"] = Origin()
-            self.recorder.add_input(fake, placeholder)
+            self.table.add_input(fake, placeholder)
             for dim, size in enumerate(shape):
                 if isinstance(size, torch.SymInt):
                     self.sizes.declare(size, placeholder, dim)
@@ -271,13 +273,13 @@ class Trace:
         """Returns the name in the graph and a fake for a real tensor that is not a parameter or buffer of the model."""
         if tensor.grad_fn is not None:
             raise CaptureError(
-                f"{self.recorder.here}: forward uses a tensor of shape {tuple(tensor.shape)} that was computed before "
+                f"{self.scopes.here}: forward uses a tensor of shape {tuple(tensor.shape)} that was computed before "
                 f"this call and has a grad_fn, so gradients would flow out of this call; call detach() on it where it "
                 f"is stored"
             )
         if tensor.requires_grad:
             raise CaptureError(
-                f"{self.recorder.here}: forward uses a tensor of shape {tuple(tensor.shape)} that requires grad but is "
+                f"{self.scopes.here}: forward uses a tensor of shape {tuple(tensor.shape)} that requires grad but is "
                 f"not a parameter of the model, so it would get no gradient; register it as an nn.Parameter"
             )
         name = f"_constant{len(self.constants)}"
@@ -286,7 +288,7 @@ class Trace:
 
     def _is_replaced(self, tensor: Tensor, value: Tensor) -> bool:
         """Whether forward replaces a real tensor that is not a parameter or buffer and whose value the graph reads."""
-        if self.recorder.fakes.get(id(tensor)) is value:
+        if self.table.fakes.get(id(tensor)) is value:
             return False
         used = {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
         return any(tensor is constant and name in used for name, constant in self.constants.items())
@@ -295,7 +297,7 @@ class Trace:
         self._refuse_moving_reads()
         leaves, spec = flatten(out)
         with self.mode:
-            lowered = [self.recorder.lower(leaf) for _, leaf in leaves]
+            lowered = [self.table.lower(leaf) for _, leaf in leaves]
         lowered = [self._as_output(leaf, low) for (_, leaf), low in zip(leaves, lowered, strict=True)]
         outputs = tuple(self._output(path, leaf, low) for (path, leaf), low in zip(leaves, lowered, strict=True))
         reads = self._extract_reads()
@@ -305,7 +307,7 @@ class Trace:
         self.graph.output((*returned, *(nodes[str(output.node)] for output in left)))
         self.graph.eliminate_dead_code(is_impure_node=_must_stay)
         alive = {node.name for node in self.graph.nodes}
-        shared = [[n.name for n in group if n.name in alive] for group in self.recorder.aliases.groups]
+        shared = [[n.name for n in group if n.name in alive] for group in self.table.aliases.groups]
         groups = [tuple(dict.fromkeys(group)) for group in shared if len(set(group)) > 1]
         sizes = {symbol: (node.name, dim) for symbol, (node, dim) in self.sizes.sources.items()}
         return Captured(
@@ -314,7 +316,7 @@ class Trace:
             device=self.device,
             microbatch=self.microbatch, symbolic=self.symbolic, attributes=attributes,
             outputs=outputs, left=left, out_spec=spec,
-            leaves={p: tuple(c) for p, c in self.recorder.leaf_calls.items()},
+            leaves={p: tuple(c) for p, c in self.recorder.leaves.calls.items()},
             sizes=sizes, data_sizes=largest_sizes(self.graph, sample_sizes(sizes, self.call, self.microbatch)),
             shapes=self.expected, guards=self.shapes.decided() if self.shapes else (),
             assumed=self.shapes.assumed() if self.shapes else (), reads=reads,
@@ -339,30 +341,18 @@ class Trace:
         for read in (read.node for read in self.values.reads):
             moving = [n for n in ancestors([read]) if n.op == "get_attr" and str(n.target) in written]
             if moving:
-                self.recorder.paths.append(origin_of(read).path)
+                self.scopes.paths.append(origin_of(read).path)
                 raise DependsOnData(
                     f"{origin_of(read)}: the model's Python reads buffer {moving[0].target!r}, which its forward "
                     f"changes; keep the module whole with leaf_modules="
                 )
 
-    def _moved(self) -> dict[str, Tensor]:
-        """Returns the model's tensors whose ``.data`` forward has set."""
-        moved = self.recorder.moved
-        keys = [storage_key(tensor) for tensor in moved.values()]
-        for name, tensor in moved.items():
-            if keys.count(storage_key(tensor)) > 1 or self.recorder.aliases.buffer_of(tensor) is not None:
-                raise CaptureError(
-                    f"forward gives {name!r} the memory of another tensor of the model (self.{name}.data = ...), so a "
-                    f"write to one would also change the other; copy the values: self.{name}.data.copy_(...)"
-                )
-        return moved
-
     def _write_back(self, rebound: dict[str, Tensor]) -> None:
         for name, value in rebound.items():
             real = self._attribute(name)
             with self.mode:
-                buffer, new = self.recorder.attribute(name, self.recorder.fakes[id(real)]), self.recorder.node_of(value)
-            node = self.recorder.emit(write_back, (buffer, new))
+                buffer, new = self.table.attribute(name, self.table.fakes[id(real)]), self.table.node_of(value)
+            node = self.table.emit(write_back, (buffer, new))
             node.meta.update(val=value, origin=replace(origin_of(node), writes=(name,), mutates=True))
             with self.graph.inserting_after(buffer):  # readers of the old value must not see the write
                 old = self.graph.call_function(torch.clone, (buffer,))
@@ -392,12 +382,12 @@ class Trace:
         Raises:
             CaptureError: The trace has not recorded how the tensor is computed.
         """
-        own = self.recorder.names.get(id(tensor))
+        own = self.table.names.get(id(tensor))
         if is_real(tensor) or own is not None:
             real = tensor if own is None else self._attribute(own)
             return lambda state: real
         with self.mode:
-            node = self.recorder.node_of(tensor)
+            node = self.table.node_of(tensor)
             if node.op != "placeholder":
                 node = self._as_output(tensor, node)
         name, dim = node.name, self.call.dims.get(node.name, 0)
@@ -409,7 +399,7 @@ class Trace:
     def _note_written(self, inputs: Mapping[str, Tensor]) -> None:
         """Notes the writes of forward to the caller's tensors, which the pipeline makes after each call."""
         for name, fake in inputs.items():
-            node = self.recorder.node_of(fake)
+            node = self.table.node_of(fake)
             if node.op != "placeholder":
                 self.left.setdefault(node.name, replace(self._output((), fake, node), name=node.name))
                 self.written[name] = node.name
@@ -420,10 +410,10 @@ class Trace:
             return leaf.concrete()
         if isinstance(leaf, torch.SymInt | torch.SymFloat | torch.SymBool):
             return leaf.node.expr
-        if isinstance(leaf, Tensor) and self.recorder.aliases.buffer_of(leaf) in self.buffers:
-            return self.recorder.emit(torch.clone, (lowered,), like=lowered)  # the next microbatch may write it
+        if isinstance(leaf, Tensor) and self.table.aliases.buffer_of(leaf) in self.buffers:
+            return self.table.emit(torch.clone, (lowered,), like=lowered)  # the next microbatch may write it
         if isinstance(lowered, fx.Node) and lowered.op == "get_attr":
-            return self.recorder.emit(after, (lowered,), like=lowered)
+            return self.table.emit(after, (lowered,), like=lowered)
         return lowered
 
     def _output(self, path: Any, leaf: Any, lowered: Any) -> Output:
@@ -476,8 +466,8 @@ class Trace:
         return learnt, pytree.tree_map_only(Tensor, lambda t: fake_result(t, self.device), out)
 
     def _leaf(self, target: str) -> Leaf:
-        path = next(path for path in self.recorder.leaf_calls if attribute_of(path) == target)
-        return Leaf(self.recorder.leaf_calls[path], self._sandbox(f"{path}."))
+        path = next(path for path in self.recorder.leaves.calls if attribute_of(path) == target)
+        return Leaf(self.recorder.leaves.calls[path], self._sandbox(f"{path}."))
 
     def _sandbox(self, prefix: str) -> dict[str, Tensor]:
         """Returns copies of a module's parameters and buffers, which a run may write to."""
