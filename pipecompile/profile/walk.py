@@ -15,9 +15,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from pipecompile.capture import Captured
 from pipecompile.capture.fake_kernels import STAND_INS
+from pipecompile.capture.fake_runs import DATA_DEPENDENT
 from pipecompile.capture.opaque_calls import FunctionLeaf
 from pipecompile.capture.origin import origin_of
-from pipecompile.capture.recorder import DATA_DEPENDENT
 from pipecompile.errors import ExecutionError
 from pipecompile.ir.device_specs import ACCELERATORS
 from pipecompile.ir.graph import Cost, Footprint
