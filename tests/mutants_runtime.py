@@ -168,8 +168,8 @@ def other_recv(result: type) -> Callable[[Callable[..., Any]], Callable[..., Any
     return make
 
 
-def unscaled(gradients: Any, factor: Tensor) -> Any:
-    return gradients
+def unscaled(saved: Any, factor: Tensor) -> Any:
+    return saved.tensors
 
 
 def half(tensor: Tensor) -> Tensor:

@@ -46,12 +46,6 @@ def total_memory(device: torch.device) -> int | None:
     return int(torch.accelerator.get_memory_info(device)[1]) if is_accelerator(device) else None
 
 
-def synchronize(device: torch.device) -> None:
-    """Waits until all work queued on a device has run."""
-    if is_accelerator(device):
-        torch.accelerator.synchronize(device)
-
-
 def time_mark(device: torch.device, stream: torch.Stream | None = None) -> Mark:
     """The time at which all that has been queued on a stream will have run; on the CPU, the present time.
 
@@ -74,6 +68,13 @@ def seconds_between(begin: Mark, end: Mark) -> float:
     assert isinstance(begin, float)
     assert isinstance(end, float)
     return end - begin
+
+
+def copied(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on another device. The host does not wait, unless the copy is on the CPU and it may read it at once."""
+    if tensor.device.type == "cpu" and is_accelerator(device):
+        tensor = torch.empty_like(tensor, pin_memory=True, requires_grad=False).copy_(tensor)
+    return tensor.to(device, non_blocking=is_accelerator(device))
 
 
 def used_here(tensor: Tensor | None, stream: torch.Stream | None = None) -> None:

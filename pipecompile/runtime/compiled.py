@@ -28,6 +28,7 @@ from pipecompile.ir.graph import CostedGraph, Graph
 from pipecompile.ir.plan import Plan, stage_costs
 from pipecompile.ir.program import Program
 from pipecompile.ir.timeline import Timeline
+from pipecompile.ops.accelerators import copied
 from pipecompile.ops.autograd_functions import Applied
 from pipecompile.ops.operators import is_opaque
 from pipecompile.ops.torch_internals import pytree
@@ -235,7 +236,7 @@ def _is_the_users(node: fx.Node) -> bool:
 
 
 def _near(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor if tensor.device == device or device.type == "meta" else tensor.to(device)
+    return tensor if tensor.device == device or device.type == "meta" else copied(tensor, device)
 
 
 def misfit(captured: Captured, parts: Sequence[Mapping[str, Tensor]], whole: Mapping[str, Tensor]) -> str:

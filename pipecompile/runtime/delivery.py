@@ -20,9 +20,22 @@ from torch import Tensor
 
 from pipecompile.errors import ExecutionError
 from pipecompile.ops.accelerators import accelerators
+from pipecompile.ops.torch_internals import _get_current_graph_task_keep_graph
 
 Gradients = Sequence[Tensor | None]
-Backward = Callable[[Sequence[Tensor], Gradients], Gradients]  # (saved tensors, gradients of outputs) -> of leaves
+Backward = Callable[["Saved", Gradients], Gradients]  # (saved tensors, gradients of outputs) -> gradients of leaves
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Tensors saved for a backward function.
+
+    Attributes:
+        kept: whether another backward may read them (``retain_graph=True``); if not, they may be written.
+    """
+
+    tensors: Sequence[Tensor]
+    kept: bool
 
 
 def connected(
@@ -84,7 +97,7 @@ class _Leaves(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, token: Tensor) -> Any:
         refuse_create_graph()
-        saved = ctx.saved_tensors
+        saved = Saved(ctx.saved_tensors, _get_current_graph_task_keep_graph())
         return (None, None, *(None,) * ctx.count, *ctx.box.backward(saved, ctx.box.take()))
 
 

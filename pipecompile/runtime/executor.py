@@ -7,6 +7,7 @@ that they cannot deadlock. A failure in one rank stops all ranks and is raised i
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import wait
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pipecompile.capture.locks import Turn, busy, waited_for
-from pipecompile.errors import ExecutionError, PipecompileError
+from pipecompile.errors import ExecutionError, OutOfMemoryError, PipecompileError
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import (
     Backward,
@@ -103,7 +104,7 @@ class Executor:
             ExecutionError: a stage raised; the message names the stage, instruction, module and source line.
         """
         start = time.perf_counter()
-        after = self.callers.events()
+        after = self.callers.events(t.device for m in microbatches.values() for t in m.inputs.values())
         jobs = [
             self.lanes[rank].thread.submit(self._run_rank, rank, row, microbatches, ambient, after, start, busy().turns)
             for rank, row in enumerate(program.ranks)  # a plan may not use the last lanes
@@ -117,21 +118,23 @@ class Executor:
             raise
         finally:
             self.callers.wait(self.lanes)  # after a failure too: what has been queued still runs
-        self._raise_failure([job.exception() for job in jobs])
-        return [job.result() for job in jobs]
+        failures = [error for error in (job.exception() for job in jobs) if error is not None]
+        if not failures:
+            return [job.result() for job in jobs]
+        self.reset()
+        failure = next((error for error in failures if not isinstance(error, Aborted)), failures[0])
+        if isinstance(failure, OutOfMemoryError) and failure.__cause__ is not None:
+            traceback.clear_frames(failure.__cause__.__traceback__)  # they hold tensors
+        try:
+            raise failure
+        finally:
+            del failure, failures, jobs  # a cycle with this frame would hold tensors too
 
     def reset(self) -> None:
         """Drops every microbatch in flight."""
         self.transport.reset()
         for mailbox in self.mailboxes:
             mailbox.clear()
-
-    def _raise_failure(self, errors: Sequence[BaseException | None]) -> None:
-        failures = [error for error in errors if error is not None]
-        if not failures:
-            return
-        self.reset()
-        raise next((error for error in failures if not isinstance(error, Aborted)), failures[0])
 
     def _run_rank(
         self,
@@ -157,21 +160,30 @@ class Executor:
         self, i: Instruction, lane: Lane, mailbox: Mailbox, microbatches: Mapping[int, Microbatch]
     ) -> tuple[Mark, Mark]:
         """Executes one instruction; returns the marks at which it begins, with its operands ready, and ends."""
-        match i:
-            case Send():
-                sent = self.transport.send(i, _open(mailbox.pop((i.result, i.target))))
-                return sent.began, sent.ended
-            case Recv():
-                mailbox[i.result, i.target] = self.transport.recv(i)
-                began = lane.mark()
-                return began, began
-            case Forward() | Backward() | Reduce() | Step():
-                received = {r.stage: _open(mailbox.pop((r, i.stage))) for r in reads(i, self.plan)}
-                began = lane.mark()
-                self._compute(i, received, mailbox, microbatches)
-                return began, lane.mark()
-            case _:
-                assert_never(i)
+        try:
+            match i:
+                case Send():
+                    sent = self.transport.send(i, _open(mailbox.pop((i.result, i.target))))
+                    return sent.began, sent.ended
+                case Recv():
+                    mailbox[i.result, i.target] = self.transport.recv(i)
+                    began = lane.mark()
+                    return began, began
+                case Forward() | Backward() | Reduce() | Step():
+                    received = {r.stage: _open(mailbox.pop((r, i.stage))) for r in reads(i, self.plan)}
+                    began = lane.mark()
+                    self._compute(i, received, mailbox, microbatches)
+                    return began, lane.mark()
+                case _:
+                    assert_never(i)
+        except Aborted:
+            raise
+        except torch.OutOfMemoryError as error:
+            raise self._out_of_memory(i, error, len(microbatches)) from error.__cause__ or error
+        except PipecompileError as error:
+            raise type(error)(f"stage {i.stage}, {i}: {error}") from error.__cause__
+        except Exception as error:
+            raise ExecutionError(f"stage {i.stage}, {i}: {type(error).__name__}: {error}") from error
 
     def _compute(
         self,
@@ -182,28 +194,34 @@ class Executor:
     ) -> None:
         runner = self.runners[i.stage]
         results: Mapping[int, Values] = {}
-        try:
-            match i:
-                case Forward(_, number):
-                    results = runner.forward(microbatches[number], received)
-                case Backward(_, number):
-                    results = runner.backward(microbatches[number], received)
-                case Reduce(stage, number):
-                    last = self.plan.last_run(stage, number)  # None: the stage has not run, and has no gradients
-                    leaves = {} if last is None else microbatches[last].versions[stage].leaves
-                    results = self._reduce(stage, leaves, received)
-                case Step():
-                    runner.step(tuple(microbatches.values()))
-                case _:
-                    assert_never(i)
-        except PipecompileError as error:
-            raise type(error)(f"stage {i.stage}, {i}: {error}") from error.__cause__
-        except Exception as error:
-            where = f"stage {i.stage}, {i}"
-            raise ExecutionError(f"{where}: {type(error).__name__}: {error}") from error
+        match i:
+            case Forward(_, number):
+                results = runner.forward(microbatches[number], received)
+            case Backward(_, number):
+                results = runner.backward(microbatches[number], received)
+            case Reduce(stage, number):
+                last = self.plan.last_run(stage, number)  # None: the stage has not run, and has no gradients
+                leaves = {} if last is None else microbatches[last].versions[stage].leaves
+                results = self._reduce(stage, leaves, received)
+            case Step():
+                runner.step(tuple(microbatches.values()))
+            case _:
+                assert_never(i)
         if not isinstance(i, Step):
             for reader in readers(i, self.plan):
                 mailbox[i, reader] = results[reader]
+
+    def _out_of_memory(self, i: Instruction, error: Exception, microbatches: int) -> OutOfMemoryError:
+        """The error of a stage that does not fit, with what takes less memory."""
+        seen = str(error) if isinstance(error, OutOfMemoryError) else f"{type(error).__name__}: {error}"
+        again = i.stage in self.plan.recomputed
+        remedies = [
+            *([] if again else ["PlanOptions(recompute='always')"]),
+            f"more than {microbatches} microbatches, which are smaller",
+            "schedule='1f1b' in place of 'gpipe'",
+            f"more than {self.plan.num_stages} stages",
+        ]
+        return OutOfMemoryError(f"stage {i.stage}, {i}: {seen}; what takes less memory: {', '.join(remedies)}")
 
     def _reduce(self, stage: int, leaves: Mapping[str, Tensor], received: Mapping[int, Values]) -> dict[int, Values]:
         """Reduces gradients of tied parameters: an owner adds those of its followers, a follower returns its own."""

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipecompile.ops.accelerators import Mark, accelerators, is_accelerator, time_mark, used_here
+from pipecompile.ops.accelerators import Mark, accelerators, copied, is_accelerator, time_mark, used_here
 
 Value = Tensor | None
 Values = tuple[Value, ...]
@@ -72,6 +72,8 @@ class Lane:
     def entered(self, after: Iterable[torch.Event]) -> Iterator[None]:
         """Runs the calling thread's work on this lane, after events of the caller ([1])."""
         if self.compute is None or self.receives is None:
+            for event in after:  # the caller's tensors may be copied from other devices
+                torch.accelerator.current_stream(event.device).wait_event(event)
             yield
             return
         with self.compute:
@@ -108,7 +110,7 @@ class Lane:
             for stream in (target.receives, self.sends):  # a copy runs on the sender's, which is entered last
                 if stream is not None:
                     streams.enter_context(stream)
-            moved = tuple(None if value is None else copied(value, target.device) for value in values)
+            moved = tuple(None if value is None else _sent(value, target.device) for value in values)
         for before, after in zip(values, moved, strict=True):
             used_here(before, self.sends)
             used_here(after, target.compute)
@@ -129,9 +131,13 @@ class Callers:
         self.devices = accelerators(devices)
         self.streams: dict[tuple[torch.device, int], torch.Stream] = {}
 
-    def events(self) -> list[torch.Event]:
-        """Events after all that has been queued on them, those of earlier calls included ([1])."""
-        for device in self.devices:
+    def events(self, inputs: Iterable[torch.device]) -> list[torch.Event]:
+        """Events after all that has been queued on them, those of earlier calls included ([1]).
+
+        Args:
+            inputs: devices of the call's tensors, which may be others than the pipeline's.
+        """
+        for device in dict.fromkeys((*self.devices, *accelerators(inputs))):
             stream = torch.accelerator.current_stream(device)
             self.streams[device, stream.stream_id] = stream
         return [stream.record_event() for stream in self.streams.values()]
@@ -143,12 +149,10 @@ class Callers:
                 torch.accelerator.current_stream(lane.device).wait_event(lane.compute.record_event())
 
 
-def copied(value: Tensor, device: torch.device) -> Tensor:
-    """A copy on another device, which the host does not wait for: from and to the CPU, through pinned memory."""
-    source = value
-    if value.device.type == "cpu":
-        source = torch.empty_like(value, pin_memory=True, requires_grad=False).copy_(value.detach())
-    return source.to(device, non_blocking=True).requires_grad_(value.requires_grad)
+def _sent(value: Tensor, device: torch.device) -> Tensor:
+    """A copy on another device; on the CPU, it may be read after an event."""
+    copy = copied(value, device) if is_accelerator(device) else value.to(device, non_blocking=True)
+    return copy.requires_grad_(value.requires_grad)
 
 
 def _settle(device: torch.device, threads: int) -> None:

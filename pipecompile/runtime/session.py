@@ -113,6 +113,10 @@ class Session:
             self.running = True
             try:
                 self.measured = self._executor(compiled).run(program, microbatches, ambient)
+            except BaseException:
+                for weights in self.weights:
+                    weights.drop_gradients()
+                raise
             finally:
                 self.running = False
 

@@ -28,7 +28,7 @@ from pipecompile.ir.program import Program
 from pipecompile.ops.randomness import Generators, seed_microbatch, seeds
 from pipecompile.runtime import Microbatch
 from pipecompile.runtime.compiled import Compiled
-from pipecompile.runtime.delivery import Gradients, connected
+from pipecompile.runtime.delivery import Gradients, Saved, connected
 from pipecompile.runtime.rerun import Snapshot
 from pipecompile.runtime.session import Rerun, Session, Stream
 from pipecompile.schedule import backward_only, drain, forward_only, pipedream
@@ -195,15 +195,15 @@ def _train(
     found = _gradients(session, batch, microbatches)
     leaves = list({id(t): t for t in batch.model_tensors if id(t) in found}.values())
 
-    def deliver(gradients: Sequence[Tensor], incoming: Gradients) -> Gradients:
+    def deliver(saved: Saved, incoming: Gradients) -> Gradients:
         (factor,) = incoming
         if factor is None:
             return [None] * len(leaves)
         if not not_scaled:
-            return _multiplied(gradients, factor)
+            return _multiplied(saved, factor)
         session.scale = factor.item()
         if session.scale == scale:
-            return gradients
+            return saved.tensors
         with _again(session, start, Rerun.RESCALED):
             again = _gradients(session, batch, run(session.scale))
         return [again[id(leaf)] for leaf in leaves]
@@ -217,18 +217,23 @@ def _train(
     return batch.given([*rest[:loss], own, *rest[loss:]])
 
 
-def _multiplied(gradients: Sequence[Tensor], factor: Tensor) -> Sequence[Tensor]:
+def _multiplied(saved: Saved, factor: Tensor) -> Sequence[Tensor]:
     """Gradients times the gradient of the loss, which is usually 1; to read it would wait for an accelerator."""
+    gradients = saved.tensors
     if factor.device.type == "cpu" and factor.item() == 1.0:
         return gradients
     factors = {(g.device, g.dtype): factor.to(g.device, g.dtype) for g in gradients}
-    return [g * factors[g.device, g.dtype] for g in gradients]
+    return [_times(g, factors[g.device, g.dtype], in_place=not saved.kept) for g in gradients]
+
+
+def _times(gradient: Tensor, factor: Tensor, in_place: bool) -> Tensor:
+    return gradient.mul_(factor) if in_place and gradient.layout == torch.strided else gradient * factor
 
 
 def _beside(session: Session, batch: Batch, start: Snapshot, outputs: Sequence[Tensor], loss: int) -> Sequence[Tensor]:
     """Connects the outputs other than the loss to autograd: a gradient of one of them reruns the call."""
 
-    def backward(_: Sequence[Tensor], incoming: Gradients) -> Gradients:
+    def backward(_: Saved, incoming: Gradients) -> Gradients:
         session.defers = True
         with _again(session, start, Rerun.BESIDE):
             tensors = _defer(session, batch, start)
@@ -262,7 +267,7 @@ def _defer(session: Session, batch: Batch, start: Snapshot) -> list[Tensor]:
         assert found.keys() <= set(map(id, leaves)), "each gradient has a leaf to arrive at"
         return [found.get(id(leaf)) for leaf in leaves]
 
-    def backward(_: Sequence[Tensor], incoming: Gradients) -> Gradients:
+    def backward(_: Saved, incoming: Gradients) -> Gradients:
         with Generators.kept_on_failure(session.devices, batch.compiled.runs_python):
             if waiting:
                 microbatches = dict(waiting)

@@ -33,7 +33,8 @@ def called_with(
         call: runs the pipeline on its model.
 
     Raises:
-        InputError: a tensor has another shape, dtype or device than the parameter or buffer that it replaces.
+        InputError: a tensor has another shape, dtype or device than the parameter or buffer that it replaces, or the
+            call, the first one, has moved the parameters to the devices of their stages.
     """
     put = {name: t for name, t in named_tensors(model) if name in own and t is not own[name]}
     for name, tensor in put.items():
@@ -50,6 +51,12 @@ def called_with(
     if not torch.is_grad_enabled() or not (inputs or wanted):
         return run.output(())
     outputs = [tensor.detach().requires_grad_() for tensor in run.forward()]
+    for name in wanted:
+        if put[name].device != own[name].device:  # autograd could not bring a gradient to what is on the old one
+            raise InputError(
+                f"{name!r} was computed on {put[name].device}, but this first call has moved the parameter to "
+                f"{own[name].device}, the device of its stage; compute it again from the parameters and call again"
+            )
     to = [*(leaves[i] for i in inputs), *(put[name] for name in wanted)]
     return run.rebuilt(connected(outputs, to, lambda _, gradients: run.backward(gradients)))
 
@@ -92,14 +99,12 @@ class _Run:
         roots = [leaf for leaf in self.found[0] if self._takes(leaf)]
         given = [(root, gradient) for root, gradient in zip(roots, gradients, strict=True) if gradient is not None]
         with _in_place(self.model, self.own, self.put):
-            found = torch.autograd.grad(
+            return torch.autograd.grad(
                 [root for root, _ in given],
                 [*self.copies, *(self.own[name] for name in self.wanted)],
                 [gradient for _, gradient in given],
                 allow_unused=True,
             )
-        devices = [*(leaf.device for leaf in self.copies), *(self.put[name].device for name in self.wanted)]
-        return tuple(g if g is None else g.to(device) for g, device in zip(found, devices, strict=True))
 
     def rebuilt(self, tensors: Sequence[Tensor]) -> Any:
         left = iter(tensors)
@@ -118,7 +123,7 @@ def _in_place(model: nn.Module, own: Mapping[str, Tensor], put: Mapping[str, Ten
     standing = {name: tensor for name, tensor in named_tensors(model) if name in put}
     for name, tensor in put.items():
         _set(model, name, own[name])
-        own[name].data = tensor.detach().to(own[name].device)  # the first call has moved it to its stage's device
+        own[name].data = tensor.detach()
         if isinstance(own[name], nn.Parameter):
             own[name].requires_grad_(tensor.requires_grad)
     try:

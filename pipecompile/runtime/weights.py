@@ -94,6 +94,12 @@ class Weights:
         if self.optimizer is not None:
             self.touched.append(version)
 
+    def drop_gradients(self) -> None:
+        """Drops what backwards have accumulated, after a failure."""
+        for leaf in self.current.leaves.values():
+            leaf.grad = None
+        self.touched.clear()
+
     def step(self, pending: Iterable[Version]) -> None:
         """Steps the optimizer on the latest weights, with the gradients since the last step.
 

@@ -202,7 +202,9 @@ def unsplit_step(trial: Trial, rows: Rows, seeds: Seeds | None, device: torch.de
         for k, part in enumerate(scatter(batch.call, rows) if len(rows) > 1 else [batch.call.tensors]):
             args, kwargs = near(batch.call.rebuild(part))
             with statistics_of(trial.rows if len(rows) == 1 else rows, trial.batching.batch_norm == "deferred"):
-                out = trial.forward(*args, **kwargs)  # the context also covers the backward, where checkpoints recompute
+                out = trial.forward(
+                    *args, **kwargs
+                )  # the context also covers the backward, where checkpoints recompute
                 leaves = leaves_of(out)
                 left = seen.left() if len(rows) == 1 else {}
                 given: Seeds = {i: parts[k].to(leaves[i].device) for i, parts in starts.items()}

@@ -204,15 +204,17 @@ class Towers(nn.Module):
         return F.mse_loss(self.one(x), y) + F.mse_loss(self.two(-x), y)
 
 
-def _inputs_on(index: int) -> Scene:
+def _inputs_on(index: int, where: Sequence[int | str] = (0, 1)) -> Scene:
     def run(machine: Machine) -> Figures:
         model = built(Net)
-        return trained(model, piped(model, machine), batches=lambda n: tuple(t.to(machine[index]) for t in floats(n)))
+        pipe = piped(model, machine, where)
+        return trained(model, pipe, batches=lambda number: tuple(t.to(machine[index]) for t in floats(number)))
 
     return run
 
 
 SCENES |= {f"inputs_on_device_{index}": _inputs_on(index) for index in range(2)}
+SCENES |= {f"inputs_on_device_{index}_stages_on_cpu_too": _inputs_on(index, ("cpu", 1, "cpu")) for index in range(2)}
 
 
 @scene
@@ -262,6 +264,14 @@ def gradients_of_inputs(machine: Machine) -> Figures:
 
     found = trained(model, piped(model, machine), step)
     return found | {f"gradient of input {number}": gradient.cpu() for number, gradient in enumerate(gradients)}
+
+
+@scene
+def tail_on_the_cpu(machine: Machine) -> Figures:
+    """The joined outputs and the inputs come from devices to a loss on the CPU, in the caller's thread."""
+    model = built(Contrastive)
+    pipe = piped(model, machine, (0, 1, "cpu"))
+    return trained(model, pipe, batches=lambda number: tuple(t.to(machine[0]) for t in floats(number)))
 
 
 @scene
@@ -458,41 +468,44 @@ SCENES["optimizer_fused"] = _optimizer(torch.optim.AdamW, fused=True)
 SCENES["optimizer_foreach"] = _optimizer(torch.optim.SGD, foreach=True, momentum=0.9)
 
 
-@scene
-def from_another_stream(machine: Machine) -> Figures:
-    """Steps are queued on streams of the caller's own, another one each time, which wait for one another."""
-    model = built(Net)
-    before: list[Any] = []
+def _from_streams(where: Sequence[int | str]) -> Scene:
+    """Steps are queued on streams of the caller's own, others each time, which wait for one another."""
 
-    def step(pipe: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        return inside(pipe, x, y)
+    def run(machine: Machine) -> Figures:
+        model = built(Net)
+        if machine is CPU:
+            return trained(model, model)
+        pipe = piped(model, machine, where)
+        optimizer = torch.optim.Adam(pipe.parameters(), lr=1e-2)
+        losses, before = [], []
+        for number in range(STEPS):
+            streams = [torch.Stream(machine[index]) for index in range(2)]
+            with streams[0], streams[1]:
+                for stream in streams:
+                    for event in before:
+                        stream.wait_event(event)
+                optimizer.zero_grad()
+                losses.append(inside(pipe, *(t.to(machine[0]) * 1.0 for t in floats(number))))
+                optimizer.step()
+                before = [stream.record_event() for stream in streams]
+        for index in range(2):
+            for event in before:
+                torch.accelerator.current_stream(machine[index]).wait_event(event)
+        return figures(model, losses)
 
-    if machine is CPU:
-        return trained(model, model, step)
-    pipe = piped(model, machine)
-    optimizer = torch.optim.Adam(pipe.parameters(), lr=1e-2)
-    losses = []
-    for number in range(STEPS):
-        streams = [torch.Stream(machine[index]) for index in range(2)]
-        with streams[0], streams[1]:
-            for stream in streams:
-                for event in before:
-                    stream.wait_event(event)
-            optimizer.zero_grad()
-            losses.append(inside(pipe, *(t.to(machine[0]) for t in floats(number))))
-            optimizer.step()
-            before = [stream.record_event() for stream in streams]
-    for index in range(2):
-        for event in before:
-            torch.accelerator.current_stream(machine[index]).wait_event(event)
-    return figures(model, losses)
+    return run
+
+
+SCENES["from_other_streams"] = _from_streams((0, 1))
+SCENES["from_other_streams_to_the_cpu"] = _from_streams(("cpu", 1))
 
 
 @scene
 def other_weights(machine: Machine) -> Figures:
-    """``functional_call`` with weights that are not the model's own."""
+    """``functional_call`` with weights that are not the model's own, once the parameters are on their devices."""
     model = built(Net)
     pipe = piped(model, machine)
+    inside(pipe, *floats(0))
 
     def step(pipe: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         doubled = {name: 2 * parameter for name, parameter in pipe.named_parameters()}
