@@ -7,16 +7,18 @@ SEED ?= $(shell date +%Y%m%d)
 # make zoo PAGES=--write writes the page in docs/ too; so do ragged and wild.
 PAGES ?=
 
-.PHONY: demo test long check bench zoo ragged wild opdb faults nightly
+.PHONY: demo test long check bench zoo ragged wild opdb faults devices nightly
 
 demo: .venv/installed
 	$(BIN)/python examples/train_gpt2.py
 
-test: check
+test: check .venv/device
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 tests/devices
 
-long: check
+long: check .venv/device
 	LONG=1 IDIOMS=all RANDOM_SEED=$(SEED) $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	LONG=1 $(BIN)/python -m pytest --numprocesses 2 tests/devices
 
 check: .venv/installed
 	$(BIN)/ruff check .
@@ -41,11 +43,19 @@ wild: .venv-wild/installed
 opdb: .venv/installed
 	$(BIN)/python tests/opdb_run.py --jobs 2
 
-nightly: long zoo ragged opdb wild faults
+devices: .venv/device
+	$(BIN)/python tests/devices/random_devices.py --count 500 --seed $(SEED)
+
+nightly: long zoo ragged opdb wild faults devices
 
 .venv/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+# The tests of accelerators run on virtual ones, in C++.
+.venv/device: .venv/installed $(wildcard tests/virtual_device/*.py tests/virtual_device/csrc/*)
+	$(BIN)/python tests/virtual_device/build.py
 	touch $@
 
 .venv-wild/installed: pyproject.toml tests/wild/requirements.txt tests/wild/alone.txt

@@ -18,7 +18,6 @@ from pipecompile.errors import (
     ExecutionError,
     InfeasibleError,
     InputError,
-    OutOfMemoryError,
     PipecompileError,
     PlanError,
 )
@@ -32,6 +31,8 @@ from pipecompile.pipeline import Pipeline
 from pipecompile.schedule.simulator import simulate
 
 __version__ = "0.1.0"
+from pipecompile.runtime.out_of_memory import OutOfMemoryError
+
 __all__ = [
     "Batching",
     "CaptureError",

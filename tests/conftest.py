@@ -3,6 +3,7 @@
 import faulthandler
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,10 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+from families import STEPS
+from long import LONG
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 HANG = 300  # seconds
@@ -21,6 +26,21 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     """The virtual device stays in a process for good, so its tests run by themselves, or on real devices."""
     asked = any("devices" in Path(argument).parts for argument in config.args) or "cuda" in config.getoption("-m")
     return True if collection_path == DEVICES and not asked else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out cases of large families, unless the run is long or names a test."""
+    if LONG or any("::" in argument for argument in config.args) or config.getoption("keyword"):
+        return
+    seen: Counter[str] = Counter()
+    kept, left_out = [], []
+    for item in items:
+        family = item.nodeid.partition("[")[0].removeprefix("tests/")
+        seen[family] += 1
+        step = STEPS.get(family, 1)
+        (kept if seen[family] % step == 1 % step else left_out).append(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=left_out)
 
 
 def pytest_configure(config: pytest.Config) -> None:

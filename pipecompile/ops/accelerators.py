@@ -32,15 +32,16 @@ def default_generator(device: torch.device) -> torch.Generator:
     """The generator that random functions use on a device."""
     if not is_accelerator(device):
         return torch.default_generator
-    generators: tuple[torch.Generator, ...] = torch.get_device_module(device).default_generators
-    return generators[device.index or 0]
+    generators = getattr(torch.get_device_module(device), "default_generators", ())
+    return generators[device.index or 0] if generators else torch.Generator(device)
 
 
 def default_generators() -> list[torch.Generator]:
     """The generators of the CPU and of all accelerators that the process has used."""
     here = torch.accelerator.current_accelerator(check_available=True)
     module = None if here is None else torch.get_device_module(here)
-    return [torch.default_generator, *(module.default_generators if module and module.is_initialized() else ())]
+    used = module is not None and getattr(module, "is_initialized", lambda: True)()
+    return [torch.default_generator, *(getattr(module, "default_generators", ()) if used else ())]
 
 
 def factories_on(device: torch.device | None) -> AbstractContextManager[Any]:

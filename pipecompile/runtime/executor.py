@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pipecompile.capture.locks import Turn, busy, waited_for
-from pipecompile.errors import ExecutionError, OutOfMemoryError, PipecompileError
+from pipecompile.errors import ExecutionError, PipecompileError
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import (
     Backward,
@@ -37,6 +37,7 @@ from pipecompile.ir.timeline import Span, Timeline
 from pipecompile.ops.accelerators import Mark, seconds_between
 from pipecompile.runtime.ambient import Ambient
 from pipecompile.runtime.lane import Callers, Lane, Values
+from pipecompile.runtime.out_of_memory import OutOfMemoryError
 from pipecompile.runtime.runner import Microbatch, Runner
 from pipecompile.runtime.transport import Aborted, Transport
 
@@ -183,7 +184,8 @@ class Executor:
         except PipecompileError as error:
             raise type(error)(f"stage {i.stage}, {i}: {error}") from error.__cause__
         except Exception as error:
-            raise ExecutionError(f"stage {i.stage}, {i}: {type(error).__name__}: {error}") from error
+            where = f"stage {i.stage}, {i}"
+            raise ExecutionError(f"{where}: {type(error).__name__}: {error}") from error
 
     def _compute(
         self,

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from pipecompile.capture import Call
-from pipecompile.errors import ExecutionError, OutOfMemoryError
+from pipecompile.errors import ExecutionError
 from pipecompile.ops.randomness import Generators
 from pipecompile.ops.torch_internals import _StopRecomputationError
 from pipecompile.runtime import Ambient
 from pipecompile.runtime.compiled import Compiled
+from pipecompile.runtime.out_of_memory import OutOfMemoryError
 
 STOPPED = _StopRecomputationError  # not a failure: a checkpoint around the call has all that it needs
 
@@ -103,7 +104,9 @@ def _outside_the_stages() -> Iterator[None]:
     except OutOfMemoryError:
         raise
     except torch.OutOfMemoryError as error:
-        raise OutOfMemoryError(f"outside the stages, where outputs are joined: {error}") from error
+        raise OutOfMemoryError(
+            f"outside the stages, where outputs are joined: {error}; use a smaller batch, or return fewer outputs"
+        ) from error
 
 
 def _write(values: Iterable[tuple[Tensor, Tensor]]) -> None:

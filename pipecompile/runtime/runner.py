@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from pipecompile.errors import ExecutionError, OutOfMemoryError
+from pipecompile.errors import ExecutionError
 from pipecompile.ops.randomness import seed_microbatch
 from pipecompile.ops.source_lines import failing_line
 from pipecompile.runtime.lane import Lane, Value, Values
+from pipecompile.runtime.out_of_memory import OutOfMemoryError
 from pipecompile.runtime.split import Stage
 from pipecompile.runtime.weights import Version, Weights
 

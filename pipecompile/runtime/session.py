@@ -103,8 +103,8 @@ class Session:
         if self.callers.devices and torch.is_grad_enabled() and in_autograd_thread():
             raise ExecutionError(
                 "the pipeline was called inside a backward on an accelerator, in a thread that its own backwards need, "
-                "so it would wait for ever; move the call out of the custom function, hook or checkpoint around it "
-                "(stages recompute with PlanOptions(recompute=...))"
+                "so it would never return; call it outside the custom function, hook or checkpoint around it "
+                "(stages recompute with PlanOptions(recompute='always'))"
             )
         with self.turn.taken():
             self._own(compiled)

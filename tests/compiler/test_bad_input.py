@@ -64,7 +64,7 @@ no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine 
 @no_cuda
 @pytest.mark.parametrize("devices", [[0, 1], ["cuda:0", "cuda:1"], ["cpu", "cuda"], [torch.device("cuda", 0)]])
 def test_cuda_devices_that_are_not_there(devices: Any) -> None:
-    with refused(InputError, "cuda:0", "0 CUDA devices", "devices=['cpu', 'cpu']"):
+    with refused(InputError, "cuda:0", "0 cuda devices", "devices=['cpu', 'cpu']"):
         pipecompile.compile(Net(), devices=devices)
 
 

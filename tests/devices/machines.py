@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-SEEDS = (1, 2, 3, 4, 5)
-
 
 @dataclass(frozen=True)
 class Machine:
@@ -48,12 +46,9 @@ class Machine:
 CPU = Machine("cpu")
 SYNC = Machine("virt", "sync")
 LATE, EARLY = Machine("virt", "late"), Machine("virt", "early")
-ORDERS = (LATE, EARLY, *(Machine("virt", "random", seed) for seed in SEEDS))
+RANDOM = tuple(Machine("virt", "random", seed) for seed in range(1, 6))
+THREADS = Machine("virt", "threads")
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
-MACHINES = [
-    *(pytest.param(machine, id=str(machine)) for machine in (*ORDERS, Machine("virt", "threads"))),
-    pytest.param(Machine("cuda"), id="cuda", marks=[pytest.mark.cuda, NO_CUDA]),
-]
 
 
 def reset() -> None:
