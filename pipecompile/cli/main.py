@@ -30,7 +30,6 @@ from pipecompile.ir.graph import Cost, CostedGraph
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.plan_options import PlanOptions
 from pipecompile.ir.plan_quality import known
-from pipecompile.ir.program import Program
 from pipecompile.ir.timeline import Timeline
 from pipecompile.ir.units import seconds_text
 from pipecompile.ops.torch_internals import tree_map_only
@@ -45,11 +44,10 @@ from pipecompile.render.formats import FORMATS
 from pipecompile.render.stage_graph import StageGraph, stage_graph
 from pipecompile.render.table import memory_table, table
 from pipecompile.render.timeline import timeline_svg, timeline_text
-from pipecompile.schedule import SCHEDULES, pipedream, steady
+from pipecompile.schedule import SCHEDULES, SYNCHRONOUS
 from pipecompile.schedule.simulator import simulate
 
 SUFFIXES = {".gv": "dot", ".mmd": "mermaid", **{f".{name}": name for name in FORMATS}}
-NAMES = (*SCHEDULES, "pipedream")
 
 Model = Annotated[
     str,
@@ -111,7 +109,7 @@ def plan(
         int | None, typer.Option("--stages", "-n", min=1, help="Number of stages. Default: one per device, or 2.")
     ] = None,
     microbatches: Microbatches = 8,
-    schedule: Annotated[str, typer.Option("--schedule", "-s", help=f"One of {', '.join(NAMES)}.")] = "1f1b",
+    schedule: Annotated[str, typer.Option("--schedule", "-s", help=f"One of {', '.join(SCHEDULES)}.")] = "1f1b",
     microbatch: Annotated[
         int | None, typer.Option(min=1, help="Samples per microbatch. Default: all that MODEL returns; 2 for hf.")
     ] = None,
@@ -150,7 +148,7 @@ def plan(
     written = _format(format, output)
     if as_json and written is not None and output is None:
         raise InputError("--json and --format would both go to the terminal; add --output FILE")
-    _check_choice("schedule", schedule, NAMES)
+    _check_choice("schedule", schedule, tuple(SCHEDULES))
     (place,) = parse_devices([device])
     counts = options.counts
     num_devices = sum(counts) or stages or 2
@@ -161,7 +159,7 @@ def plan(
     if save_costs is not None:
         _write(costed.to_json(), save_costs)
     state = ADAM if options.optimizer_state is None else options.optimizer_state
-    work = Workload(SCHEDULES.get(schedule, steady), microbatches, state, options.recompute, fused=fused)
+    work = Workload(SCHEDULES[schedule].steady, microbatches, state, options.recompute, fused=fused)
     candidates: tuple[Candidate, ...] = ()
     if options.replicas == "auto":
         found, candidates = with_best_replicas(costed, devices, work, options)
@@ -169,7 +167,7 @@ def plan(
         found = make_plan(costed, Request(counts or (1,) * num_stages, options), devices, work)
     held = work.memory(costed, found, devices)
     view = stage_graph(costed, found)
-    program = _program(schedule, view.plan, microbatches)
+    program = SCHEDULES[schedule].program(view.plan, microbatches)
     timeline = simulate(program, [stage.cost for stage in view.stages], devices)
     facts = _facts(view, timeline, held, schedule, microbatches, candidates)
     if as_json:
@@ -192,7 +190,7 @@ def check(
     model: Model,
     stages: Stages = 2,
     microbatches: Microbatches = 4,
-    schedule: Annotated[str, typer.Option("--schedule", "-s", help=f"One of {', '.join(SCHEDULES)}.")] = "1f1b",
+    schedule: Annotated[str, typer.Option("--schedule", "-s", help=f"One of {', '.join(SYNCHRONOUS)}.")] = "1f1b",
     batch: Annotated[
         int | None, typer.Option(min=1, help="Samples per batch, for hf. Default: two per microbatch.")
     ] = None,
@@ -213,7 +211,7 @@ def check(
 
     pipecompile check hf:gpt2 --stages 4 --double
     """
-    _check_choice("schedule", schedule, tuple(SCHEDULES))
+    _check_choice("schedule", schedule, tuple(SYNCHRONOUS))
     places = parse_devices([device] * (sum(plan.counts) or stages))
     it, args, kwargs = load(model, batch or 2 * microbatches, length)
     if double:
@@ -237,7 +235,7 @@ def check(
 
 @app.command("schedule")
 def draw_schedule(
-    name: Annotated[str, typer.Argument(metavar="NAME", help=f"One of {', '.join(NAMES)}.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help=f"One of {', '.join(SCHEDULES)}.")],
     stages: Stages = 4,
     microbatches: Microbatches = 8,
     forward: Annotated[
@@ -252,10 +250,10 @@ def draw_schedule(
 
     pipecompile schedule 1f1b --stages 4 --microbatches 8 --svg 1f1b.svg
     """
-    _check_choice("schedule", name, NAMES)
+    _check_choice("schedule", name, tuple(SCHEDULES))
     seconds = zip(_per_stage("--forward", forward, stages), _per_stage("--backward", backward, stages), strict=True)
     cluster = Cluster.of([f"rank {rank}" for rank in range(stages)], Link(float("inf"), transfer))
-    it = _program(name, Plan.chain(stages), microbatches)
+    it = SCHEDULES[name].program(Plan.chain(stages), microbatches)
     timeline = simulate(it, [Cost(*pair) for pair in seconds], cluster)
     console = Console()
     if program:
@@ -287,10 +285,6 @@ def _costed(
     if isinstance(how, CostedGraph):
         return reused(how, summarize(captured))
     return profile(captured, summarize(captured), how, device, kind=cluster.devices[0].kind)
-
-
-def _program(name: str, plan: Plan, microbatches: int) -> Program:
-    return SCHEDULES[name](plan, microbatches) if name in SCHEDULES else pipedream(plan, range(microbatches))
 
 
 def _prediction(view: StageGraph, timeline: Timeline, schedule: str, microbatches: int) -> Text:
@@ -364,7 +358,7 @@ def _check_replicas(
     options: PlanOptions, counts: tuple[int, ...], stages: int | None, devices: int, schedule: str
 ) -> None:
     text = ",".join(map(str, counts))
-    if options.replicas is not None and schedule not in SCHEDULES:
+    if options.replicas is not None and SCHEDULES[schedule].is_asynchronous:
         raise InputError(
             f"--replicas does not work with --schedule {schedule}, which steps after each microbatch; use 1f1b or gpipe"
         )

@@ -42,7 +42,7 @@ from pipecompile.planning.training_spec import Workload
 from pipecompile.profile import profile
 from pipecompile.runtime.compiled import Compiled, find_loss, misfit
 from pipecompile.runtime.split import Piece, Stage, cut_out, split
-from pipecompile.schedule import ASYNCHRONOUS, SCHEDULES, gpipe
+from pipecompile.schedule import gpipe
 
 
 def compile_call(
@@ -141,7 +141,7 @@ def _planned(
 def _refuse_writes_between_versions(captured: Captured, options: Options) -> None:
     """Raises ``CaptureError`` if forward writes to weights of which the schedule keeps several versions."""
     trained = {name for name, parameter in captured.model.named_parameters() if parameter.requires_grad}
-    for node in captured.graph.nodes if options.schedule in ASYNCHRONOUS else ():
+    for node in captured.graph.nodes if options.policy.is_asynchronous else ():
         for name in trained.intersection(origin_of(node).writes):
             raise CaptureError(
                 f"{origin_of(node)}: forward writes to parameter {name!r}, of which schedule={options.schedule!r} "
@@ -171,8 +171,8 @@ def _rehearsed(
     fitting = [cut for cut in compiled.cuts(rows) if not compiled.broken(call, cut)]
     if not fitting:
         return compiled
-    schedule = SCHEDULES["1f1b"] if options.schedule in ASYNCHRONOUS else compiled.work.schedule
     loss = _loss(compiled.division, options)
+    schedule = options.policy.with_flush if loss else gpipe
     starts = [loss] if loss else list(compiled.division.joins)
 
     def replan(costed: CostedGraph) -> Compiled:

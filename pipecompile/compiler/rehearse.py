@@ -21,14 +21,14 @@ from pipecompile.capture import Call
 from pipecompile.capture.state.restore import left_as_before
 from pipecompile.errors import ExecutionError, PlanError
 from pipecompile.ir.graph import CostedGraph
-from pipecompile.ir.plan import Plan, stage_costs
-from pipecompile.ir.program import Program
+from pipecompile.ir.plan import stage_costs
 from pipecompile.ir.timeline import Timeline
 from pipecompile.planning.calibration import Times, corrected
 from pipecompile.runtime import Microbatch, Weights
 from pipecompile.runtime.compiled import Compiled
 from pipecompile.runtime.session import Session
 from pipecompile.runtime.steps import Batch, microbatches_of
+from pipecompile.schedule import MakeProgram
 
 REHEARSALS = 3  # maximum; each rehearses the plan made from the times of the one before
 HOLDS = 0.05  # relative error of predicted stage times that is accepted: about the variation between steps
@@ -48,7 +48,7 @@ class Rehearsal:
     """
 
     starts: Sequence[str]
-    schedule: Callable[[Plan, int], Program]
+    schedule: MakeProgram
     devices: Sequence[torch.device]
 
     def times(self, batch: Batch) -> tuple[Times, ...]:

@@ -12,6 +12,7 @@ from pipecompile.cli import main as cli
 from pipecompile.errors import InputError
 from pipecompile.render.formats import FORMATS
 from pipecompile.render.stage_graph import StageGraph
+from pipecompile.schedule import SCHEDULES
 
 NETS = """
 import torch
@@ -181,7 +182,7 @@ def test_schedule_draws_every_rank_and_the_known_bubble():
     assert f"{3 / 11:.1%}".replace("%", "") in result.stdout  # (stages - 1) / (microbatches + stages - 1)
 
 
-@pytest.mark.parametrize("name", cli.NAMES)
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_every_schedule_can_be_drawn(name):
     assert run("schedule", name, "-n", "3", "-m", "2").exit_code == 0
 

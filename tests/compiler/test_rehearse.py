@@ -29,7 +29,7 @@ from pipecompile.planning.calibration import Times
 from pipecompile.planning.plan_search import make_plan
 from pipecompile.runtime.session import Session
 from pipecompile.runtime.steps import Batch
-from pipecompile.schedule import SCHEDULES
+from pipecompile.schedule import SYNCHRONOUS
 
 WIDTH, ROWS = 12, 24
 Truth = dict[str, float]
@@ -170,7 +170,7 @@ def test_modes_of_the_caller_are_those_of_a_rehearsal() -> None:
 
 
 @pytest.mark.parametrize(("microbatches", "run"), [(2, 2), (4, 4), (12, 5)])
-@pytest.mark.parametrize("schedule", list(SCHEDULES))
+@pytest.mark.parametrize("schedule", list(SYNCHRONOUS))
 def test_no_more_is_in_flight_than_in_a_step(
     schedule: str, microbatches: int, run: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,7 +18,7 @@ from pipecompile.ir.graph import Cost, CostedGraph, Footprint, Graph, Node, Para
 from pipecompile.ir.plan import Plan
 from pipecompile.planning.memory import Bytes, Memory, memory
 from pipecompile.profile import optimizer_state
-from pipecompile.schedule import gpipe, one_f_one_b, steady
+from pipecompile.schedule import SCHEDULES, gpipe, one_f_one_b
 
 STAGES = 3
 
@@ -155,7 +155,7 @@ def test_what_is_in_flight_is_held_so_many_times() -> None:
 def test_pipedream_stashes_versions_and_frees_gradients() -> None:
     costed = chain(saved=10_000)
     plan = Plan.of(costed.graph, [None, 0, 1, 2])
-    held = memory(costed, plan, steady(plan, 4)).stages
+    held = memory(costed, plan, SCHEDULES["pipedream"].steady(plan, 4)).stages
     assert [stage.versions for stage in held] == [200, 100, 0]
 
 
