@@ -157,7 +157,7 @@ class Pipeline:
     @property
     def costs(self) -> CostedGraph:
         """The costs that the plan was made from; ``costs.save(path)`` keeps them for ``compile(..., costs=path)``."""
-        return self._capture_in_use.costed
+        return self._capture_in_use.planned.costed
 
     @property
     def report(self) -> Report:
@@ -330,7 +330,7 @@ class Pipeline:
                         "did not measure (on CUDA, stages are not timed); run a training step like the first call, or "
                         "pass costs="
                     )
-                costed = corrected(first.costed, first.plan, times)
+                costed = corrected(first.planned.costed, first.plan, times)
             else:
                 costed = reused(given, first.graph)
             options = replace(self.options, plan=plan or self.options.plan, costs=costed)

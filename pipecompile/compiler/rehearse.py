@@ -21,7 +21,6 @@ from pipecompile.capture import Call
 from pipecompile.capture.state.restore import left_as_before
 from pipecompile.errors import ExecutionError, PlanError
 from pipecompile.ir.graph import CostedGraph
-from pipecompile.ir.plan import stage_costs
 from pipecompile.ir.timeline import Timeline
 from pipecompile.planning.calibration import Times, corrected
 from pipecompile.runtime import Microbatch, Weights
@@ -112,26 +111,26 @@ def rehearsed(
             return compiled
         if max(each.error for each in times) <= HOLDS:
             return _noted(compiled, "confirmed by a rehearsal")
-        costed = corrected(compiled.costed, compiled.plan, times, "a rehearsal")
-        plan = replace(compiled.plan, quality=None)
-        cut = compiled.stages, compiled.before, compiled.tail
-        tried.append(compiled.planned(costed, plan, cut, compiled.candidates))
+        costed = corrected(compiled.planned.costed, compiled.plan, times, "a rehearsal")
+        tried.append(compiled.recosted(costed))
         try:
             compiled = replan(costed)
         except PlanError:  # a search with other costs may fail
             break
-        if replace(compiled.plan, quality=None) == plan:
+        if replace(compiled.plan, quality=None) == tried[-1].plan:
             return compiled
-    return min(tried, key=lambda each: max(cost.seconds for cost in stage_costs(each.costed, each.plan)))
+    return min(tried, key=lambda each: max(cost.seconds for cost in each.planned.stage_costs))
 
 
 def _noted(compiled: Compiled, what: str) -> Compiled:
     """The same with a note added to the origin of its costs."""
-    return replace(compiled, costed=replace(compiled.costed, corrections=(*compiled.costed.corrections, what)))
+    costed = compiled.planned.costed
+    noted = replace(costed, corrections=(*costed.corrections, what))
+    return replace(compiled, planned=replace(compiled.planned, costed=noted))
 
 
 def _tells(compiled: Compiled) -> bool:
-    costs = stage_costs(compiled.costed, compiled.plan)
+    costs = compiled.planned.stage_costs
     return (
         len(costs) > 1
         and max(cost.seconds for cost in costs) >= WORTH

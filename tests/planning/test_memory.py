@@ -102,8 +102,8 @@ def pipeline(make: Any, schedule: str, **options: Any) -> tuple[Any, Callable[[]
 def test_predicted_bytes_are_those_of_a_run(make: Any, schedule: str) -> None:
     pipe, step, optimizer = pipeline(make, schedule)
     counted = peaks(pipe, step, optimizer)
-    compiled = pipe.pipeline._capture_in_use
-    most = compiled.work.memory(pipe.pipeline.costs, pipe.pipeline.plan, compiled.cluster, bound=True).ranks
+    planned = pipe.pipeline._capture_in_use.planned
+    most = planned.work.memory(planned.costed, planned.plan, planned.cluster, bound=True).ranks
     assert all(c <= 1.02 * m for c, m in zip(counted, most, strict=True))
     fixed = [m - stage.waiting for m, stage in zip(most, pipe.pipeline.memory.stages, strict=True)]
     # what waits depends on which thread is faster: a stage that holds little else is left to the bound
