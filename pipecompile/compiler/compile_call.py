@@ -153,7 +153,7 @@ def _rehearsed(
 
 
 def _costed(captured: Captured, graph: Graph, options: Options, devices: Sequence[torch.device]) -> CostedGraph:
-    """The costs of a capture: measured, counted, or from a saved profile of the same graph."""
+    """The costs of a capture: measured, counted, or given by the user for the same graph."""
     if isinstance(options.costs, CostedGraph):
         return reused(options.costs, graph)
     kind = options.cluster.devices[0].kind if options.cluster else ""
@@ -162,17 +162,17 @@ def _costed(captured: Captured, graph: Graph, options: Options, devices: Sequenc
 
 
 def reused(costed: CostedGraph, graph: Graph) -> CostedGraph:
-    """The costs of an earlier profile, for a graph of the same model and call.
+    """Costs that the user gave, for a graph of the same model and call.
 
     Raises:
-        InputError: the profile is of another model or call; the message names the first node that differs.
+        InputError: the costs are of another model or call; the message names the first node that differs.
     """
     try:
         costed.check_fits(graph)
     except ValueError as error:
         taken = f" ({costed.setting.model} on {', '.join(costed.setting.inputs)})" if costed.setting else ""
         raise InputError(
-            f"the profile{taken} is not of this model and call: {error}; save the costs of this model instead"
+            f"the given costs{taken} are not of this model and call: {error}; save the costs of this model instead"
         ) from None
     return replace(costed, graph=graph)
 

@@ -59,13 +59,14 @@ def _losses(compiled: Compiled) -> list[str]:
 
 
 def _attribute_guards(compiled: Compiled) -> list[str]:
-    """The names of the Python attributes that are guarded, with the number of attributes of each name."""
+    """The Python attributes that are guarded, with the number of each name, and what is guarded of followed numbers."""
     attributes = compiled.captured.attributes
     counts = Counter(attribute.name for attribute, _ in attributes.read)
     names = ", ".join(name if count == 1 else f"{name} ({count})" for name, count in sorted(counts.items()))
     read = [f"Python attributes that forward reads: {names}"] if names else []
+    followed = [number.label for number in attributes.numbers] + ["random numbers"] * bool(attributes.draws.made)
     asked = plural(len(attributes.questions), "operation")
-    return read + [f"the results of {asked} on {number.label}" for number in attributes.numbers]
+    return read + [f"the results of {asked} on {names_text(followed)}"] * bool(attributes.questions)
 
 
 def _checkpoints(captured: Captured) -> list[str]:

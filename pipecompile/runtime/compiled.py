@@ -182,7 +182,7 @@ class Compiled:
         return lower(bare, self.predict(bare))
 
     def predict(self, program: Program) -> Timeline:
-        """The simulated timeline of a program, from the profile."""
+        """The simulated timeline of a program, from the costs."""
         return simulate(program, self.planned.stage_costs, self.planned.cluster)
 
     @cached_property
