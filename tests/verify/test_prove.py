@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from broken import calls, captured
 from torch import Tensor, nn
 from torch.nn import functional as F
 from toys import D, blocks, mean_square
 
 import pipecompile
+from pipecompile.capture import Captured
 from pipecompile.errors import ExactnessError, InputError
 from pipecompile.runtime import steps
 from pipecompile.verify import prove
@@ -126,6 +128,38 @@ class Shifts(nn.Module):
 def test_the_first_module_whose_output_differs_is_named() -> None:
     with pytest.raises(ExactnessError, match=r"first module whose output differs is 'second' \(Shifts\)"):
         pipe_of(Leaks())(x())
+
+
+class Casts(nn.Module):
+    """The first layer runs under an autocast of the model's own, which the caller's may be the opposite of."""
+
+    def __init__(self, enabled: bool) -> None:
+        super().__init__()
+        self.enabled = enabled
+        self.first, self.second, self.last = nn.Linear(D, D), Differs(), nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.enabled):
+            h = self.first(x)
+        return self.last(self.second(h.float()))
+
+
+class Differs(nn.Module):
+    def forward(self, h: Tensor) -> Tensor:
+        return torch.sub(h, 1)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_a_module_under_autocast_is_not_blamed_for_a_later_one(enabled: bool, microbatches: int) -> None:
+    def reverse(it: Captured) -> None:
+        (node,) = calls(it.graph, "sub")
+        node.args = node.args[::-1]
+
+    outside = nullcontext() if enabled else torch.autocast("cpu", dtype=torch.bfloat16)
+    named = pytest.raises(ExactnessError, match=r"first module whose output differs is 'second' \(Differs\)")
+    with captured(reverse)(), outside, named:
+        pipecompile.compile(Casts(enabled), CPU, microbatches=microbatches, costs="count")(x().float())
 
 
 def test_a_slice_with_every_microbatch_is_compared_and_reported() -> None:
