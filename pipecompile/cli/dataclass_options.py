@@ -1,7 +1,8 @@
 """Makes the options of a command from the fields of a dataclass; their help comes from its docstring.
 
 So the command line offers the same options as ``compile``, with the same documentation. Fields of structured types are
-written as text: ``--pin encoder=0``, ``--colocate embed,head``, ``--replicas 1,2,1``.
+written as text: ``--pin encoder=0``, ``--colocate embed,head``, ``--replicas 1,2,1``. Typer, which makes the other
+options, takes the parameters of a function only.
 """
 
 from __future__ import annotations
