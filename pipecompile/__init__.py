@@ -18,6 +18,7 @@ from pipecompile.errors import (
     ExecutionError,
     InfeasibleError,
     InputError,
+    OutOfMemoryError,
     PipecompileError,
     PlanError,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "Graph",
     "InfeasibleError",
     "InputError",
+    "OutOfMemoryError",
     "PipecompileError",
     "Pipeline",
     "Plan",

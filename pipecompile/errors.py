@@ -10,10 +10,13 @@
     ├── InputError           arguments do not fit the model, the pipeline or the devices
     ├── ReentryError         the pipeline is called by code that it runs itself
     ├── ExecutionError       a stage raised while a program ran
+    │   └── OutOfMemoryError a stage does not fit into the memory of its device
     └── ExactnessError       the split model does not compute what the unsplit model computes
 
 A message says what was seen, why it is not possible, and what to do.
 """
+
+import torch
 
 
 class PipecompileError(Exception):
@@ -54,6 +57,10 @@ class ReentryError(PipecompileError):
 
 class ExecutionError(PipecompileError):
     """A stage raised while a program ran; the original exception is the ``__cause__``."""
+
+
+class OutOfMemoryError(ExecutionError, torch.OutOfMemoryError):
+    """A stage does not fit into the memory of its device; also torch's error, for code that handles that."""
 
 
 class ExactnessError(PipecompileError):

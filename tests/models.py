@@ -51,7 +51,7 @@ class Model:
     mixes: str = ""  # why a step over microbatches differs from one over the whole batch
 
     def build(self) -> nn.Module:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return self.make().double()
 

@@ -19,7 +19,6 @@ from pipecompile.ir.plan_options import PlanOptions
 from pipecompile.ir.program import Backward, Forward, Recv
 from pipecompile.ops.checkpoint import Recomputed
 from pipecompile.runtime import steps
-from pipecompile.runtime.delivery import Delivered
 from pipecompile.runtime.executor import Executor
 from pipecompile.runtime.runner import Microbatch, Runner
 from pipecompile.runtime.transport import LocalTransport
@@ -169,8 +168,8 @@ def other_recv(result: type) -> Callable[[Callable[..., Any]], Callable[..., Any
     return make
 
 
-def unscaled(ctx: Any, incoming: Tensor) -> Any:
-    return (None, None, None, None, *ctx.saved_tensors)
+def unscaled(saved: Any, factor: Tensor) -> Any:
+    return saved.tensors
 
 
 def half(tensor: Tensor) -> Tensor:
@@ -217,7 +216,7 @@ RUNTIME = (
     Mutant(
         "loss not scaled",
         "`(loss / 2).backward()` gives the gradients of `loss.backward()`",
-        patched(Delivered, "backward", lambda original: staticmethod(unscaled)),
+        patched(steps, "_multiplied", lambda original: unscaled),
         loss(),
         scale=0.5,
     ),

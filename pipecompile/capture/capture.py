@@ -14,9 +14,10 @@ from torch.nn.parameter import is_lazy
 
 from pipecompile.capture.call import Call
 from pipecompile.capture.captured import Captured, SymbolicSizes
+from pipecompile.capture.fake_runs import DATA_DEPENDENT
 from pipecompile.capture.locks import CAPTURING
 from pipecompile.capture.opaque_scope import Part, Reason, all_alike, next_whole
-from pipecompile.capture.recorder import DATA_DEPENDENT, NeedsOperations
+from pipecompile.capture.recorder import NeedsOperations
 from pipecompile.capture.state.quiet_torch import not_collecting, quiet
 from pipecompile.capture.state.reachable import Reach, reach_of
 from pipecompile.capture.trace import NeedsNumbers, Trace
@@ -158,7 +159,7 @@ def _with_leaves(
                 continue
             if not isinstance(error, unknown):
                 raise
-            part = next_whole(error, trace.recorder.paths, kept)
+            part = next_whole(error, trace.scopes.paths, kept)
             if part is None:
                 if isinstance(error, CaptureError):
                     raise

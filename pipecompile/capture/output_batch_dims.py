@@ -10,10 +10,37 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import sympy
+import torch
 from torch import Tensor
 
 from pipecompile.capture.captured import Captured, Output
-from pipecompile.ops.symbols import resolve
+from pipecompile.ops.symbols import Shapes, resolve
+
+
+def batch_dim(tensor: Tensor, batch: Any, shapes: Shapes | None) -> int | None:
+    """Returns the only dimension of an output that grows with the batch, or None.
+
+    Args:
+        tensor: The output, in the trace.
+        batch: The size of the batch in the trace: an expression or a number; None if there is no batch.
+        shapes: What the trace has decided about sizes.
+    """
+    if batch is None:
+        return None
+    if isinstance(batch, sympy.Basic) and shapes is not None:
+        batch = shapes.replace(batch)
+    dims = [dim for dim, size in enumerate(tensor.shape) if _grows(size, batch)]
+    if isinstance(batch, sympy.Basic) and batch.free_symbols:
+        return dims[0] if len(dims) == 1 else None
+    return 0 if dims and dims[0] == 0 else None
+
+
+def _grows(size: int | torch.SymInt, batch: Any) -> bool:
+    """Whether a size contains the batch symbol; for a batch of fixed size, whether it is equal."""
+    if isinstance(size, torch.SymInt) and size.node.expr.free_symbols:
+        return bool(size.node.expr.free_symbols & getattr(batch, "free_symbols", set()))
+    return bool((size.node.expr if isinstance(size, torch.SymInt) else size) == batch)
 
 
 def with_batch_dims(captured: Captured, whole: Callable[[], Captured]) -> Captured:

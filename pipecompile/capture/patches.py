@@ -32,10 +32,13 @@ from torch.utils.checkpoint import CheckpointFunction
 from pipecompile.capture.function_patching import intercepted
 from pipecompile.capture.functorch_transforms import transforms_seen
 from pipecompile.capture.hidden_tensors import hides_tensors
+from pipecompile.capture.node_table import NodeTable
 from pipecompile.capture.recorder import Recorder
+from pipecompile.capture.scopes import Scopes
 from pipecompile.capture.size_cache import REMEMBERED
 from pipecompile.capture.symbolic_len import symbolic_lengths
 from pipecompile.capture.torchscript import as_python
+from pipecompile.capture.unseen_calls import check_module
 from pipecompile.errors import CaptureError, DependsOnData
 from pipecompile.ops.autograd_functions import APPLY, Applied
 from pipecompile.ops.device_args import same_device
@@ -63,18 +66,19 @@ def patched(
         paths: Path of each module by identity.
         functions: Functions kept whole.
     """
+    scopes = recorder.scopes
     with (
         _modules(recorder, paths),
-        intercepted(functions, recorder.call_function_leaf),
+        intercepted(functions, recorder.leaves.call_function),
         intercepted([APPLY], partial(_apply, recorder)),
-        intercepted([SWAP], partial(_swap, recorder)),
+        intercepted([SWAP], partial(_swap, scopes)),
         _set(recorder),
-        _checkpoints(recorder),
+        _checkpoints(scopes),
         transforms_seen(partial(_below, recorder, threading.get_ident())),
-        _autocast(recorder),
-        _scripts(recorder),
+        _autocast(scopes),
+        _scripts(scopes),
         _numpy(),
-        _seeds(recorder),
+        _seeds(scopes),
         _weighted_differences(),
         _eager_branches(),
         _unvalidated_distributions(),
@@ -87,24 +91,23 @@ def patched(
 
 @contextmanager
 def _modules(recorder: Recorder, paths: Mapping[int, str]) -> Iterator[None]:
-    original = nn.Module.__call__
-
+    original, scopes = nn.Module.__call__, recorder.scopes
     thread = threading.get_ident()
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if threading.get_ident() != thread:
             return original(self, *args, **kwargs)
-        recorder.paths.append(paths.get(id(self), f"{recorder.paths[-1]}<{type(self).__name__}>"))
-        if recorder.is_leaf:
-            out = recorder.call_leaf(self, args, kwargs, lambda *a, **k: original(self, *a, **k))
+        scopes.paths.append(paths.get(id(self), f"{scopes.path}<{type(self).__name__}>"))
+        if recorder.leaves.is_leaf:
+            out = recorder.leaves.call_module(self, args, kwargs, lambda *a, **k: original(self, *a, **k))
         else:
             out = original(self, *args, **kwargs)
-            recorder.check_module(out)
-        recorder.returned(recorder.paths[-1], out)
-        recorder.paths.pop()  # not on an exception: its message names the innermost module
+            check_module(recorder.table, out)
+        recorder.returned(scopes.path, out)
+        scopes.paths.pop()  # not on an exception: its message names the innermost module
         return out
 
-    with _replaced(nn.Module, "__call__", call), _replaced(nn.Module, "to", _unchanging(nn.Module.to, recorder)):
+    with _replaced(nn.Module, "__call__", call), _replaced(nn.Module, "to", _unchanging(nn.Module.to, recorder.table)):
         yield
 
 
@@ -113,7 +116,7 @@ def runs_a_module(code: CodeType) -> bool:
     return code.co_name == "call" and code.co_filename == __file__
 
 
-def _unchanging(original: Any, recorder: Recorder) -> Any:
+def _unchanging(original: Any, table: NodeTable) -> Any:
     """Wraps ``Module.to``: nothing to do is allowed; moving or casting parameters of the model is refused."""
 
     def to(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -123,9 +126,9 @@ def _unchanging(original: Any, recorder: Recorder) -> Any:
         cast = [t for t in tensors if dtype is not None and t.is_floating_point() and t.dtype != dtype]
         if not moved and not cast:
             return self
-        if any(id(t) in recorder.names for t in tensors):
+        if any(id(t) in table.names for t in tensors):
             raise CaptureError(
-                f"{recorder.here}: forward moves parameters of a {type(self).__name__} to {device or dtype}, but a "
+                f"{table.scopes.here}: forward moves parameters of a {type(self).__name__} to {device or dtype}, but a "
                 f"step must find them there; run the model once before the first step, or call .to() on the module"
             )
         return original(self, *args, **kwargs)
@@ -139,17 +142,17 @@ def _apply(
     """Handles a call of ``torch.autograd.Function.apply``."""
     cls, *rest = args
     if cls is CheckpointFunction:  # its function closes over parameters: trace into it
-        return _reentrant_checkpoint(recorder, *rest)
-    if recorder.inside_transform:
+        return _reentrant_checkpoint(recorder.scopes, *rest)
+    if recorder.scopes.inside_transform:
         raise DependsOnData(
-            f"{recorder.here}: {cls.__qualname__}.apply is called inside torch.vmap or torch.func, where its custom "
-            f"backward cannot be recorded; the module around it must be kept whole"
+            f"{recorder.scopes.here}: {cls.__qualname__}.apply is called inside torch.vmap or torch.func, where its "
+            f"custom backward cannot be recorded; the module around it must be kept whole"
         )
     if not _is_torch_function_mode_enabled():
         return original(*args, **kwargs)
     if hides_tensors((rest, kwargs)):
         raise DependsOnData(
-            f"{recorder.here}: {cls.__name__} takes modules, or objects that contain tensors, whose gradients a "
+            f"{recorder.scopes.here}: {cls.__name__} takes modules, or objects that contain tensors, whose gradients a "
             f"graph of functions would lose; keep the module around it whole with leaf_modules="
         )
     with DisableTorchFunction():
@@ -157,12 +160,12 @@ def _apply(
 
 
 def _swap(
-    recorder: Recorder, function: FunctionType, original: FunctionType, args: tuple[Any, ...], kwargs: dict[str, Any]
+    scopes: Scopes, function: FunctionType, original: FunctionType, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     if not _is_torch_function_mode_enabled():
         return original(*args, **kwargs)
     raise CaptureError(
-        f"{recorder.here}: torch.utils.swap_tensors() also exchanges the autograd history of the tensors, which a "
+        f"{scopes.here}: torch.utils.swap_tensors() also exchanges the autograd history of the tensors, which a "
         f"pipeline cannot follow; write to the existing tensor instead: tensor.data.copy_(other)"
     )
 
@@ -177,7 +180,7 @@ def _set(recorder: Recorder) -> Iterator[None]:
         if threading.get_ident() != thread or not _is_torch_function_mode_enabled():
             return original(self, *args, **kwargs)
         with DisableTorchFunction():
-            recorder.set_storage(original, self, *args, **kwargs)
+            recorder.data_writes.set_storage(original, self, *args, **kwargs)
         return self
 
     torch.Tensor.set_ = set_  # type: ignore[method-assign, assignment]
@@ -187,20 +190,20 @@ def _set(recorder: Recorder) -> Iterator[None]:
         del torch.Tensor.set_  # uncovers that of the base class
 
 
-def _reentrant_checkpoint(recorder: Recorder, run: Any, preserve: bool, *args: Any) -> Any:
+def _reentrant_checkpoint(scopes: Scopes, run: Any, preserve: bool, *args: Any) -> Any:
     """Handles ``checkpoint(..., use_reentrant=True)``: no gradients inside unless an argument requires grad."""
-    if recorder.inside_leaf:
+    if scopes.inside_leaf:
         raise CaptureError(
-            f"{recorder.here}: torch.utils.checkpoint with use_reentrant=True is called inside a module that is kept "
+            f"{scopes.here}: torch.utils.checkpoint with use_reentrant=True is called inside a module that is kept "
             f"whole, where its gradients would not reach the pipeline; pass use_reentrant=False"
         )
     wanted = any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args)
-    with recorder.checkpoint(), nullcontext() if wanted else torch.no_grad():
+    with scopes.checkpoint(), nullcontext() if wanted else torch.no_grad():
         return run(*args)
 
 
 @contextmanager
-def _checkpoints(recorder: Recorder) -> Iterator[None]:
+def _checkpoints(scopes: Scopes) -> Iterator[None]:
     """Handles ``checkpoint(..., use_reentrant=False)``, which runs its function between two steps of a generator."""
 
     original = torch.utils.checkpoint._checkpoint_without_reentrant_generator
@@ -210,7 +213,7 @@ def _checkpoints(recorder: Recorder) -> Iterator[None]:
         return original(*args, **kwargs) if threading.get_ident() != thread else marking()
 
     def marking() -> Iterator[None]:
-        with recorder.checkpoint():
+        with scopes.checkpoint():
             yield
 
     with _replaced(torch.utils.checkpoint, "_checkpoint_without_reentrant_generator", generator):
@@ -222,14 +225,14 @@ def _below(recorder: Recorder, thread: int) -> Any:
 
 
 @contextmanager
-def _scripts(recorder: Recorder) -> Iterator[None]:
+def _scripts(scopes: Scopes) -> Iterator[None]:
     """Runs scripted functions as Python, whose operations the mode sees; TorchScript's interpreter would hide them."""
     original = ScriptFunction.__call__
     thread = threading.get_ident()
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         python = getattr(self, "_torchdynamo_inline", None)
-        traced = threading.get_ident() == thread and not recorder.inside_leaf
+        traced = threading.get_ident() == thread and not scopes.inside_leaf
         return python(*args, **kwargs) if traced and python is not None else original(self, *args, **kwargs)
 
     with _replaced(ScriptFunction, "__call__", call):
@@ -249,14 +252,14 @@ def _numpy() -> Iterator[None]:
 
 
 @contextmanager
-def _seeds(recorder: Recorder) -> Iterator[None]:
+def _seeds(scopes: Scopes) -> Iterator[None]:
     original, thread = torch.manual_seed, threading.get_ident()
 
     def manual_seed(seed: int) -> Any:
-        if threading.get_ident() != thread or recorder.inside_leaf:
+        if threading.get_ident() != thread or scopes.inside_leaf:
             return original(seed)
         raise CaptureError(
-            f"{recorder.here}: forward seeds torch's generator, but in a pipeline every random call has a seed of its "
+            f"{scopes.here}: forward seeds torch's generator, but in a pipeline every random call has a seed of its "
             f"own, so the numbers would differ; draw them outside the model and pass them in"
         )
 
@@ -313,7 +316,7 @@ def _arithmetic() -> Iterator[None]:
 
 
 @contextmanager
-def _autocast(recorder: Recorder) -> Iterator[None]:
+def _autocast(scopes: Scopes) -> Iterator[None]:
     enter: Any = torch.autocast.__enter__
     leave: Any = torch.autocast.__exit__
 
@@ -322,12 +325,12 @@ def _autocast(recorder: Recorder) -> Iterator[None]:
     def entered(self: Any) -> Any:
         if threading.get_ident() == thread:
             dtype = str(self.fast_dtype).removeprefix("torch.")
-            recorder.autocasts.append((self.device, dtype, bool(self._enabled)))
+            scopes.autocasts.append((self.device, dtype, bool(self._enabled)))
         return enter(self)
 
     def left(self: Any, *exception: Any) -> Any:
         if threading.get_ident() == thread:
-            recorder.autocasts.pop()
+            scopes.autocasts.pop()
         return leave(self, *exception)
 
     with _replaced(torch.autocast, "__enter__", entered), _replaced(torch.autocast, "__exit__", left):

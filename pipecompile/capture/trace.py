@@ -8,51 +8,45 @@ from dataclasses import replace
 from types import FunctionType
 from typing import Any
 
-import sympy
 import torch
 import torch.fx as fx
 from torch import Tensor, nn
 
-from pipecompile.capture.ancestors import ancestors
-from pipecompile.capture.call import Call, TensorName, order_of
-from pipecompile.capture.captured import Captured, Output, SymbolicSizes, device_of, sample_sizes
+from pipecompile.capture.call import Call, TensorName
+from pipecompile.capture.captured import Captured, SymbolicSizes, device_of, sample_sizes
 from pipecompile.capture.checkpoint_regions import recomputed
 from pipecompile.capture.data_dependent_sizes import largest_sizes
-from pipecompile.capture.evaluate import META_TO_CPU, Evaluator
-from pipecompile.capture.functionalize import storage_key
+from pipecompile.capture.evaluate import Evaluator
+from pipecompile.capture.extract_reads import extract_reads, refuse_moving_reads
+from pipecompile.capture.fake_inputs import FakeInputs, fake_inputs
+from pipecompile.capture.final_values import write_final_values
 from pipecompile.capture.input_reads import Values
+from pipecompile.capture.node_table import NodeTable
+from pipecompile.capture.number_inputs import NumberInputs
 from pipecompile.capture.opaque_calls import Leaf, LeafCall, attribute_of
 from pipecompile.capture.opaque_outputs import fake_result, learn
+from pipecompile.capture.opaque_recording import LeafRecorder
 from pipecompile.capture.opaque_scope import Part, Reason, name_of_part
-from pipecompile.capture.origin import Origin, origin_of
+from pipecompile.capture.origin import Origin
+from pipecompile.capture.outputs import Outputs
 from pipecompile.capture.patches import patched
 from pipecompile.capture.purity import has_effect
-from pipecompile.capture.pytrees import flatten
+from pipecompile.capture.real_tensors import RealTensors
 from pipecompile.capture.recorder import Recorder
+from pipecompile.capture.scopes import Scopes
 from pipecompile.capture.state.attribute_trace import Watch
 from pipecompile.capture.state.container_proxies import without_stand_ins
-from pipecompile.capture.state.counters import Number, is_number
 from pipecompile.capture.state.fingerprints import imprint
-from pipecompile.capture.state.guards import Attribute, Attributes, Update
+from pipecompile.capture.state.guards import Attribute, Attributes
 from pipecompile.capture.state.lru_caches import forgotten
-from pipecompile.capture.state.model_state import Change, fake_of, fakes_of, named_tensors, with_fakes, without_caches
+from pipecompile.capture.state.model_state import Change, fakes_of, with_fakes, without_caches
 from pipecompile.capture.state.reachable import Reach
 from pipecompile.capture.state.restore import Noted, generators_kept
 from pipecompile.capture.state.sources import Answer, Fact
-from pipecompile.errors import CaptureError, DependsOnData, PipecompileError
-from pipecompile.ops.device_args import retarget
-from pipecompile.ops.functional import after, number, write_back
-from pipecompile.ops.module_tree import owner_of
+from pipecompile.errors import CaptureError, PipecompileError
 from pipecompile.ops.source_lines import failing_line
 from pipecompile.ops.symbols import Shapes, Sizes
-from pipecompile.ops.tensor_args import is_real
-from pipecompile.ops.torch_internals import (
-    DisableTorchFunction,
-    FakeTensorMode,
-    _disable_current_modes,
-    enable_python_dispatcher,
-    pytree,
-)
+from pipecompile.ops.torch_internals import FakeTensorMode, enable_python_dispatcher, pytree
 
 
 class NeedsNumbers(Exception):
@@ -93,39 +87,33 @@ class Trace:
         self.model = model
         self.reach = reach
         self.call = call
-        self.microbatch = microbatch = rows[0]
+        self.microbatch = rows[0]
         self.forward = forward
         self.symbolic = symbolic
+        self.kept = kept
+        self.numbers = numbers
+        self.follow = follow
+        self.gradients = gradients
+        self.operations = operations
+        self.stood_in = False  # whether random numbers that forward drew had stand-ins
+        self.drew_whole = False  # whether a part kept whole drew random numbers of Python or numpy
+        self.counters: tuple[Attribute, ...] = ()  # numbers that forward has read and set
+
         self.device = device_of(model, call)
         self.graph = fx.Graph()
         self.shapes = Shapes() if symbolic else None
-        self.sizes = Sizes(self.graph, self.shapes)
         self.mode = FakeTensorMode(shape_env=self.shapes, allow_non_fake_inputs=True)
-        self.constants: dict[str, Tensor] = {}
-        self.real = dict(named_tensors(model))
-        self.parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-        self.buffers = set(self.real) - self.parameters
-        self.values = Values(call.tensors, call.alike(rows), self._attribute, self.parameters.__contains__)
-        self.kept = kept
-        self.sample = {n: t.detach()[:microbatch] if n in call.batched else t for n, t in call.tensors.items()}
+        self.scopes = Scopes()
+        self.tensors = RealTensors(model, self.scopes, self.mode, self.device)
+        self.number_inputs = NumberInputs(self.graph, self.mode)
+        sizes = Sizes(self.graph, self.shapes)
+        self.table = NodeTable(self.graph, sizes, self.scopes, self.tensors.constant, self.number_inputs.node)
+        self.values = Values(call.tensors, call.alike(rows), self.tensors.named, self.tensors.parameters.__contains__)
         leaves = frozenset(part for part in kept if isinstance(part, str))
-        self.recorder = Recorder(
-            self.graph, self.sizes, self.values, self._constant, leaves, self._learn, self._number_input
-        )
+        self.recorder = Recorder(self.table, self.values, LeafRecorder(self.table, leaves, self._learn))
         self.recorder.generators.update(map(id, (*reach.generators, *call.leaves)))
-        self.evaluator = Evaluator(self.sample, self._attribute, self._leaf)
-        self.expected: dict[str, tuple[Any, ...]] = {}
-        self.numbers = numbers
-        self.follow = follow
-        self.stood_in = False  # whether random numbers that forward drew had stand-ins
-        self.drew_whole = False  # whether a part kept whole drew random numbers of Python or numpy
-        self.inputs: dict[str, Number] = {}  # numbers that the graph takes as inputs
-        self.number_nodes: dict[str, fx.Node] = {}
-        self.gradients = gradients
-        self.operations = operations
-        self.counters: tuple[Attribute, ...] = ()  # numbers that forward has read and set
-        self.written: dict[str, str] = {}  # tensor of the call -> node written to it
-        self.left: dict[str, Output] = {}  # tensors that forward stores somewhere, by node
+        sample = {n: t.detach()[: rows[0]] if n in call.batched else t for n, t in call.tensors.items()}
+        self.evaluator = Evaluator(sample, self.tensors.named, self._leaf)
 
     def run(self, reasons: list[str]) -> Captured:
         noted = Noted(self.reach)
@@ -135,8 +123,8 @@ class Trace:
     def _run_outside_inference(self, reasons: list[str], noted: Noted) -> Captured:
         fakes = fakes_of(self.model, self.mode, self.device)
         for name, fake in fakes.items():
-            self.recorder.add_attribute(name, fake, self.real[name])
-        inputs = self._fake_inputs()
+            self.table.add_attribute(name, fake, self.tensors.of_model[name])
+        inputs = fake_inputs(self.call, self.microbatch, self.symbolic, self.mode, self.device, self.table)
         paths = {id(module): path for path, module in reversed([*self.model.named_modules()])}
         with (
             with_fakes(self.model, fakes, self._is_replaced) as changes,
@@ -150,26 +138,28 @@ class Trace:
                 self.numbers,
                 caches,
                 self.follow,
-                lambda: self.recorder.inside_leaf,
+                lambda: self.scopes.inside_leaf,
                 self.recorder.ran,
                 plain,
             )
             try:
                 with watch.watching(), forgotten(self.model):
-                    out = self._run(inputs, paths)
+                    out = self._run(inputs.tensors, paths)
             finally:
                 self.stood_in, self.drew_whole = watch.drawing.stood_in, watch.drawing.in_leaf
         watch.note([*changes.attributes, *self._frozen(fakes)], noted.filled())
         self.counters = watch.counters
         self.recorder.ran.add(part for part in self.kept if isinstance(part, FunctionType))
         whole = {path: module for path, module in self.model.named_modules() if path in self.kept}
-        self._write_back({**self._moved(), **changes.rebound})
-        attributes = watch.attributes(whole, self._left_behind)
+        values = {**self.recorder.data_writes.last_values(), **changes.rebound}
+        write_final_values(values, self.table, self.tensors, self.mode)
+        outputs = Outputs(self.table, self.call, inputs, self.tensors, self.mode)
+        attributes = watch.attributes(whole, outputs.left_behind)
         attributes = replace(attributes, facts=(*attributes.facts, *self._modes_asked()))
-        self._note_written(inputs)
+        outputs.note_written()
         notes += self._give_up_notes(reasons)
         notes += [f"{name_of_part(part)} is kept whole: {why.text[:200]}" for part, why in self.kept.items()]
-        return self._finish(without_stand_ins(out), attributes, notes)
+        return self._finish(without_stand_ins(out), inputs, outputs, attributes, notes)
 
     @property
     def asks_for_gradients(self) -> bool:
@@ -187,11 +177,11 @@ class Trace:
 
     def _frozen(self, fakes: Mapping[str, Tensor]) -> list[Change]:
         """Returns the parameters whose ``requires_grad`` forward has changed."""
-        changed = [(name, fake) for name, fake in fakes.items() if name in self.parameters]
+        real = self.tensors.of_model
         return [
-            Change(Attribute(self.real[name], "requires_grad", f"{name}.requires_grad"), fake.requires_grad)
-            for name, fake in changed
-            if fake.is_leaf and fake.requires_grad != self.real[name].requires_grad
+            Change(Attribute(real[name], "requires_grad", f"{name}.requires_grad"), fake.requires_grad)
+            for name, fake in fakes.items()
+            if name in self.tensors.parameters and fake.is_leaf and fake.requires_grad != real[name].requires_grad
         ]
 
     def _run(self, inputs: Mapping[str, Tensor], paths: Mapping[int, str]) -> Any:
@@ -211,112 +201,37 @@ class Trace:
         except PipecompileError:
             raise
         except Exception as error:
-            error.origin = Origin(self.recorder.paths[-1], failing_line(error))  # type: ignore[attr-defined]
+            error.origin = Origin(self.scopes.path, failing_line(error))  # type: ignore[attr-defined]
             raise
-
-    def _fake_inputs(self) -> dict[str, Tensor]:
-        """Creates placeholders and fakes for the input tensors, with the sizes of a microbatch."""
-        symbols: dict[tuple[str, int], int | torch.SymInt] = {}
-        fakes: dict[str, Tensor] = {}
-        for name, real in self.call.tensors.items():
-            shape = [self._size(name, real, dim, symbols) for dim in range(real.ndim)]
-            order = order_of(real)
-            with self.mode, torch.no_grad():
-                fake = torch.empty([shape[d] for d in order or range(real.ndim)], dtype=real.dtype, device=self.device)
-                fake = fake if order is None else fake.permute(sorted(range(real.ndim), key=order.__getitem__))
-            fake.requires_grad_(real.requires_grad)
-            placeholder = self.graph.create_node("placeholder", name, name=name)
-            placeholder.meta["origin"] = Origin()
-            self.recorder.add_input(fake, placeholder)
-            for dim, size in enumerate(shape):
-                if isinstance(size, torch.SymInt):
-                    self.sizes.declare(size, placeholder, dim)
-            self.expected[placeholder.name] = tuple(_expression(size) for size in shape)
-            fakes[name] = fake
-        return fakes
-
-    def _size(
-        self, name: str, real: Tensor, dim: int, symbols: dict[tuple[str, int], int | torch.SymInt]
-    ) -> int | torch.SymInt:
-        size = int(real.shape[dim])
-        if dim == 0 and name in self.call.batched:
-            kind, size = "batch", self.microbatch
-        else:
-            kind = "length"
-        fixed = (
-            SymbolicSizes.BATCH not in self.symbolic
-            if kind == "batch"
-            else not self._is_length(real, dim, size, symbols)
-        )
-        if self.shapes is None or fixed:
-            return size
-        if (kind, size) not in symbols:
-            hint = max(2, size) if kind == "batch" else size
-            symbols[kind, size] = self.shapes.symbol(f"{name}.{dim}", hint)
-        return symbols[kind, size]
-
-    def _is_length(self, real: Tensor, dim: int, size: int, symbols: dict[tuple[str, int], int | torch.SymInt]) -> bool:
-        """Whether a dimension is likely to change between steps: of ids, of sequences, or as long as one of those."""
-        if SymbolicSizes.LENGTHS not in self.symbolic:
-            return False
-        if ("length", size) in symbols:
-            return True
-        ids = not real.dtype.is_floating_point
-        return (ids and size > 1) or (real.ndim == 3 and dim == 1)
-
-    def _attribute(self, name: str) -> Tensor:
-        return self.constants[name] if name in self.constants else self.real[name]
-
-    def _constant(self, tensor: Tensor) -> tuple[str, Tensor]:
-        """Returns the name in the graph and a fake for a real tensor that is not a parameter or buffer of the model."""
-        if tensor.grad_fn is not None:
-            raise CaptureError(
-                f"{self.recorder.here}: forward uses a tensor of shape {tuple(tensor.shape)} that was computed before "
-                f"this call and has a grad_fn, so gradients would flow out of this call; call detach() on it where it "
-                f"is stored"
-            )
-        if tensor.requires_grad:
-            raise CaptureError(
-                f"{self.recorder.here}: forward uses a tensor of shape {tuple(tensor.shape)} that requires grad but is "
-                f"not a parameter of the model, so it would get no gradient; register it as an nn.Parameter"
-            )
-        name = f"_constant{len(self.constants)}"
-        self.constants[name] = tensor
-        return name, fake_of(tensor, self.mode, self.device)
 
     def _is_replaced(self, tensor: Tensor, value: Tensor) -> bool:
         """Whether forward replaces a real tensor that is not a parameter or buffer and whose value the graph reads."""
-        if self.recorder.fakes.get(id(tensor)) is value:
+        if self.table.fakes.get(id(tensor)) is value:
             return False
         used = {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
-        return any(tensor is constant and name in used for name, constant in self.constants.items())
+        return any(tensor is constant and name in used for name, constant in self.tensors.constants.items())
 
-    def _finish(self, out: Any, attributes: Attributes, notes: list[str]) -> Captured:
-        self._refuse_moving_reads()
-        leaves, spec = flatten(out)
-        with self.mode:
-            lowered = [self.recorder.lower(leaf) for _, leaf in leaves]
-        lowered = [self._as_output(leaf, low) for (_, leaf), low in zip(leaves, lowered, strict=True)]
-        outputs = tuple(self._output(path, leaf, low) for (path, leaf), low in zip(leaves, lowered, strict=True))
-        reads = self._extract_reads()
-        nodes = {node.name: node for node in self.graph.nodes}
-        left = tuple(self.left.values())
-        returned = [low for low in lowered if isinstance(low, fx.Node)]
-        self.graph.output((*returned, *(nodes[str(output.node)] for output in left)))
+    def _finish(
+        self, out: Any, inputs: FakeInputs, outputs: Outputs, attributes: Attributes, notes: list[str]
+    ) -> Captured:
+        refuse_moving_reads(self.values.reads, self.graph, self.scopes)
+        returned, spec = outputs.end(out)
+        reads = extract_reads(self.values.reads, self.graph, self.tensors.named)
         self.graph.eliminate_dead_code(is_impure_node=_must_stay)
         alive = {node.name for node in self.graph.nodes}
-        shared = [[n.name for n in group if n.name in alive] for group in self.recorder.aliases.groups]
+        shared = [[n.name for n in group if n.name in alive] for group in self.table.aliases.groups]
         groups = [tuple(dict.fromkeys(group)) for group in shared if len(set(group)) > 1]
-        sizes = {symbol: (node.name, dim) for symbol, (node, dim) in self.sizes.sources.items()}
+        sizes = {symbol: (node.name, dim) for symbol, (node, dim) in self.table.sizes.sources.items()}
         return Captured(
-            model=self.model, graph=self.graph, constants=self.constants, call=self._call_with_numbers(),
-            numbers={name: value.of for name, value in self.inputs.items()}, draws_whole=self.drew_whole,
-            device=self.device,
+            model=self.model, graph=self.graph, constants=self.tensors.constants,
+            call=self.number_inputs.added_to(self.call),
+            numbers={name: value.of for name, value in self.number_inputs.numbers.items()},
+            draws_whole=self.drew_whole, device=self.device,
             microbatch=self.microbatch, symbolic=self.symbolic, attributes=attributes,
-            outputs=outputs, left=left, out_spec=spec,
-            leaves={p: tuple(c) for p, c in self.recorder.leaf_calls.items()},
+            outputs=returned, left=tuple(outputs.left.values()), out_spec=spec,
+            leaves={path: tuple(calls) for path, calls in self.recorder.leaves.calls.items()},
             sizes=sizes, data_sizes=largest_sizes(self.graph, sample_sizes(sizes, self.call, self.microbatch)),
-            shapes=self.expected, guards=self.shapes.decided() if self.shapes else (),
+            shapes=inputs.shapes, guards=self.shapes.decided() if self.shapes else (),
             assumed=self.shapes.assumed() if self.shapes else (), reads=reads,
             read_values=tuple(read.value for read in self.values.reads),
             read_extremes=tuple(read.extreme for read in self.values.reads),
@@ -325,165 +240,24 @@ class Trace:
                 (path, tuple(node.name if node is not None and node.name in alive else None for node in nodes))
                 for path, nodes in self.recorder.returns
             ),
-            written_inputs=self.written,
+            written_inputs=outputs.written,
         )  # fmt: skip
-
-    def _call_with_numbers(self) -> Call:
-        """Returns the sample with the numbers that Python computed for it."""
-        numbers = {name: torch.tensor(value.value, dtype=_dtype_of(value)) for name, value in self.inputs.items()}
-        return replace(self.call, tensors={**self.call.tensors, **numbers})
-
-    def _refuse_moving_reads(self) -> None:
-        """Raises ``DependsOnData`` if a guard depends on a buffer that each microbatch changes."""
-        written = {name for node in self.graph.nodes for name in origin_of(node).writes}
-        for read in (read.node for read in self.values.reads):
-            moving = [n for n in ancestors([read]) if n.op == "get_attr" and str(n.target) in written]
-            if moving:
-                self.recorder.paths.append(origin_of(read).path)
-                raise DependsOnData(
-                    f"{origin_of(read)}: the model's Python reads buffer {moving[0].target!r}, which its forward "
-                    f"changes; keep the module whole with leaf_modules="
-                )
-
-    def _moved(self) -> dict[str, Tensor]:
-        """Returns the model's tensors whose ``.data`` forward has set."""
-        moved = self.recorder.moved
-        keys = [storage_key(tensor) for tensor in moved.values()]
-        for name, tensor in moved.items():
-            if keys.count(storage_key(tensor)) > 1 or self.recorder.aliases.buffer_of(tensor) is not None:
-                raise CaptureError(
-                    f"forward gives {name!r} the memory of another tensor of the model (self.{name}.data = ...), so a "
-                    f"write to one would also change the other; copy the values: self.{name}.data.copy_(...)"
-                )
-        return moved
-
-    def _write_back(self, rebound: dict[str, Tensor]) -> None:
-        for name, value in rebound.items():
-            real = self._attribute(name)
-            with self.mode:
-                buffer, new = self.recorder.attribute(name, self.recorder.fakes[id(real)]), self.recorder.node_of(value)
-            node = self.recorder.emit(write_back, (buffer, new))
-            node.meta.update(val=value, origin=replace(origin_of(node), writes=(name,), mutates=True))
-            with self.graph.inserting_after(buffer):  # readers of the old value must not see the write
-                old = self.graph.call_function(torch.clone, (buffer,))
-            old.meta.update(buffer.meta, origin=Origin())
-            keep = {old, node}
-            buffer.replace_all_uses_with(old, delete_user_cb=lambda user, keep=keep: user not in keep)  # type: ignore[misc]
-
-    def _number_input(self, value: Number) -> fx.Node:
-        """Returns the node of a number that Python computes before each step, read from an extra input of the graph."""
-        name = next((name for name, known in self.inputs.items() if known is value), "")
-        if not name:
-            name = f"_number{len(self.inputs)}"
-            self.inputs[name] = value
-            last = [node for node in self.graph.nodes if node.op == "placeholder"][-1]
-            with self.graph.inserting_after(last):
-                placeholder = self.graph.create_node("placeholder", name, name=name)
-            with self.mode:
-                placeholder.meta.update(val=torch.empty((), dtype=_dtype_of(value)), origin=Origin())
-            with self.graph.inserting_after(placeholder):
-                self.number_nodes[name] = self.graph.call_function(number, (placeholder,))
-            self.number_nodes[name].meta.update(val=value.value, origin=Origin())
-        return self.number_nodes[name]
-
-    def _left_behind(self, tensor: Tensor) -> Update:
-        """Returns how a later call computes a tensor that forward stores: from the model, an input, or the graph.
-
-        Raises:
-            CaptureError: The trace has not recorded how the tensor is computed.
-        """
-        own = self.recorder.names.get(id(tensor))
-        if is_real(tensor) or own is not None:
-            real = tensor if own is None else self._attribute(own)
-            return lambda state: real
-        with self.mode:
-            node = self.recorder.node_of(tensor)
-            if node.op != "placeholder":
-                node = self._as_output(tensor, node)
-        name, dim = node.name, self.call.dims.get(node.name, 0)
-        if node.op == "placeholder":
-            return lambda state: state.tensors[name].movedim(0, dim) if dim else state.tensors[name]
-        self.left.setdefault(name, replace(self._output((), tensor, node), name=name))
-        return lambda state: state.tensors[name]
-
-    def _note_written(self, inputs: Mapping[str, Tensor]) -> None:
-        """Notes the writes of forward to the caller's tensors, which the pipeline makes after each call."""
-        for name, fake in inputs.items():
-            node = self.recorder.node_of(fake)
-            if node.op != "placeholder":
-                self.left.setdefault(node.name, replace(self._output((), fake, node), name=node.name))
-                self.written[name] = node.name
-
-    def _as_output(self, leaf: Any, lowered: Any) -> Any:
-        """Returns what an output is read from: a parameter through a node of its own, a size as an expression."""
-        if is_number(leaf):
-            return leaf.concrete()
-        if isinstance(leaf, torch.SymInt | torch.SymFloat | torch.SymBool):
-            return leaf.node.expr
-        if isinstance(leaf, Tensor) and self.recorder.aliases.buffer_of(leaf) in self.buffers:
-            return self.recorder.emit(torch.clone, (lowered,), like=lowered)  # the next microbatch may write it
-        if isinstance(lowered, fx.Node) and lowered.op == "get_attr":
-            return self.recorder.emit(after, (lowered,), like=lowered)
-        return lowered
-
-    def _output(self, path: Any, leaf: Any, lowered: Any) -> Output:
-        name = ".".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path)
-        if not isinstance(lowered, fx.Node):
-            return Output(name, None, lowered)
-        scalar = leaf.ndim == 0 and leaf.dtype.is_floating_point
-        shared = not any(n.op == "placeholder" and n.name in self.call.batched for n in ancestors([lowered]))
-        return Output(name, lowered.name, None, self._batch_dim(leaf), scalar, shared, leaf.requires_grad)
-
-    def _batch_dim(self, tensor: Tensor) -> int | None:
-        """Returns the only dimension of an output that grows with the batch, or None."""
-        batch = next((self.expected[n][0] for n in self.expected if n in self.call.batched), None)
-        if batch is None:
-            return None
-        if isinstance(batch, sympy.Basic) and self.shapes is not None:
-            batch = self.shapes.replace(batch)
-        dims = [dim for dim, size in enumerate(tensor.shape) if _grows(size, batch)]
-        if isinstance(batch, sympy.Basic) and batch.free_symbols:
-            return dims[0] if len(dims) == 1 else None
-        return 0 if dims and dims[0] == 0 else None
-
-    def _extract_reads(self) -> fx.GraphModule | None:
-        if not self.values.reads:
-            return None
-        reads = [read.node for read in self.values.reads]
-        graph = fx.Graph()
-        copies: dict[fx.Node, fx.Node] = {}
-        needed = ancestors(reads)
-        for node in self.graph.nodes:
-            if node in needed:
-                copies[node] = copy = graph.node_copy(node, copies.__getitem__)
-                copy.args, copy.kwargs = retarget(copy.args, *META_TO_CPU), retarget(copy.kwargs, *META_TO_CPU)
-        graph.output(tuple(copies[node] for node in reads))
-        root = nn.Module()
-        for name in dict.fromkeys(str(node.target) for node in graph.nodes if node.op == "get_attr"):
-            owner, last = owner_of(root, name)
-            owner.register_buffer(last, self._attribute(name))
-        return fx.GraphModule(root, graph)
 
     def _learn(self, call: LeafCall, nodes: list[Any]) -> tuple[LeafCall, Any]:
         """Runs a leaf on real tensors. Returns the call with its output shapes, and its outputs as fake tensors."""
         if self.shapes is not None:
             raise NeedsNumbers(f"{call.name} returns sizes that only a run can show")
-        if any(t.is_meta for t in self.real.values()):
+        if any(t.is_meta for t in self.tensors.of_model.values()):
             raise CaptureError(
                 f"{call.name} must be run to be captured, but the model is on the meta device; load its weights first"
             )
-        learnt, out = learn(call, nodes, self.evaluator, self._sandbox(f"{call.path}."))
+        learnt, out = learn(call, nodes, self.evaluator, self.tensors.copies(f"{call.path}."))
         return learnt, pytree.tree_map_only(Tensor, lambda t: fake_result(t, self.device), out)
 
     def _leaf(self, target: str) -> Leaf:
-        path = next(path for path in self.recorder.leaf_calls if attribute_of(path) == target)
-        return Leaf(self.recorder.leaf_calls[path], self._sandbox(f"{path}."))
-
-    def _sandbox(self, prefix: str) -> dict[str, Tensor]:
-        """Returns copies of a module's parameters and buffers, which a run may write to."""
-        mine = {name: tensor for name, tensor in self.real.items() if name.startswith(prefix)}
-        with DisableTorchFunction(), _disable_current_modes():
-            return {name: t.detach().clone().requires_grad_(t.requires_grad) for name, t in mine.items()}
+        calls = self.recorder.leaves.calls
+        path = next(path for path in calls if attribute_of(path) == target)
+        return Leaf(calls[path], self.tensors.copies(f"{path}."))
 
     def _give_up_notes(self, reasons: list[str]) -> list[str]:
         if not reasons:
@@ -492,20 +266,5 @@ class Trace:
         return [f"{kept}; inputs of other sizes are recaptured: {reasons[0]}"]
 
 
-def _dtype_of(value: Number) -> torch.dtype:
-    return torch.int64 if type(value.value) is int else torch.float64
-
-
 def _must_stay(node: fx.Node) -> bool:
     return node.op in ("placeholder", "output") or has_effect(node)
-
-
-def _grows(size: int | torch.SymInt, batch: Any) -> bool:
-    """Whether a size contains the batch symbol; for a batch of fixed size, whether it is equal."""
-    if isinstance(size, torch.SymInt) and size.node.expr.free_symbols:
-        return bool(size.node.expr.free_symbols & getattr(batch, "free_symbols", set()))
-    return bool((size.node.expr if isinstance(size, torch.SymInt) else size) == batch)
-
-
-def _expression(size: int | torch.SymInt) -> Any:
-    return size.node._expr if isinstance(size, torch.SymInt) else size

@@ -9,11 +9,12 @@ import torch
 
 from pipecompile.errors import InputError
 from pipecompile.ir.cluster import Cluster, Device
+from pipecompile.ops.accelerators import total_memory
 from pipecompile.profile import with_measured_links
 
 
 def parse_devices(devices: Sequence[torch.device | str | int]) -> tuple[torch.device, ...]:
-    """The devices of ``devices=``, given by torch's names or, for CUDA devices, by number.
+    """The devices of ``devices=``, given by torch's names or, for accelerators, by number.
 
     Raises:
         InputError: the list is empty, or a device is not valid or does not exist.
@@ -25,18 +26,18 @@ def parse_devices(devices: Sequence[torch.device | str | int]) -> tuple[torch.de
     parsed = []
     for name in devices:
         try:
-            device = torch.device("cuda", name) if isinstance(name, int) else torch.device(name)
+            device = torch.device(_accelerator(), name) if isinstance(name, int) else torch.device(name)
         except (RuntimeError, TypeError) as error:
             raise InputError(
                 f"{name!r} is not a device ({str(error).splitlines()[0]}); use names such as 'cpu' and 'cuda:0', or "
-                f"numbers of CUDA devices"
+                f"numbers of accelerators"
             ) from None
         parsed.append(_present(device))
     return tuple(parsed)
 
 
 def cluster_of(devices: Sequence[torch.device], measure: bool = False) -> Cluster:
-    """The cluster to plan for: equal devices, CUDA devices with their memory divided by the ranks on each.
+    """The cluster to plan for: equal devices, accelerators with their memory divided by the ranks on each.
 
     Args:
         devices: one per rank.
@@ -48,9 +49,8 @@ def cluster_of(devices: Sequence[torch.device], measure: bool = False) -> Cluste
 
 
 def _memory(device: torch.device, ranks: int) -> int | None:
-    if device.type != "cuda":
-        return None
-    return int(torch.cuda.get_device_properties(device).total_memory) // ranks
+    total = total_memory(device)
+    return None if total is None else total // ranks
 
 
 def named_cluster(cluster: Cluster | str, devices: Sequence[torch.device]) -> Cluster:
@@ -70,13 +70,20 @@ def named_cluster(cluster: Cluster | str, devices: Sequence[torch.device]) -> Cl
 def _present(device: torch.device) -> torch.device:
     if device.type == "cpu":
         return device
-    if device.type != "cuda":
-        raise InputError(f"stages cannot run on {device}; devices= must contain only cpu and cuda devices")
-    device = torch.device("cuda", device.index or 0)
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "meta":
+        raise InputError("stages cannot run on meta, which has no memory; name a cpu or an accelerator in devices=")
+    here = torch.accelerator.current_accelerator(check_available=True)
+    count = torch.accelerator.device_count() if here is not None and here.type == device.type else 0
+    device = torch.device(device.type, device.index or 0)
     if device.index >= count:
         raise InputError(
-            f"{device} does not exist: torch {torch.__version__} sees {count} CUDA devices; "
+            f"{device} does not exist: torch {torch.__version__} sees {count} {device.type} devices; "
             f"use devices=['cpu', 'cpu'] to run the same pipeline on the CPU"
         )
     return device
+
+
+def _accelerator() -> str:
+    """The type of the accelerators that numbers name; CUDA if there is none, so that the error says so."""
+    here = torch.accelerator.current_accelerator(check_available=True)
+    return "cuda" if here is None else here.type

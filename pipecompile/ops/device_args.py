@@ -15,7 +15,7 @@ def retarget(argument: Any, old: torch.device, new: torch.device) -> Any:
     match argument:
         case torch.device() if same_device(argument, old):
             return new
-        case str() if argument in ("cpu", "cuda", "mps", "xpu", "meta") and same_device(torch.device(argument), old):
+        case str() if argument == old.type or argument == str(old):
             return str(new)
         case fx.immutable_collections.immutable_list() | list():
             return [retarget(item, old, new) for item in argument]

@@ -15,7 +15,7 @@ from torch._C import (
     _is_torch_function_mode_enabled,
     _len_torch_function_stack,
 )
-from torch._C._autograd import _top_saved_tensors_default_hooks
+from torch._C._autograd import _get_current_graph_task_keep_graph, _top_saved_tensors_default_hooks
 from torch._C._dynamo.eval_frame import set_eval_frame
 from torch._C._functorch import is_functorch_wrapped_tensor, peek_interpreter_stack
 from torch._C._nn import _parse_to
@@ -70,6 +70,7 @@ __all__ = [
     "_engine_run_backward",
     "_get_current_dispatch_mode_stack",
     "_get_current_function_mode_stack",
+    "_get_current_graph_task_keep_graph",
     "_get_tracing_state",
     "_is_torch_function_mode_enabled",
     "_len_torch_function_stack",

@@ -19,6 +19,7 @@ from statistics import median
 import torch
 
 from pipecompile.ir.cluster import HANDED_OVER, Cluster, Link, Pair
+from pipecompile.ops.accelerators import is_accelerator
 from pipecompile.profile.meters import Clock
 
 Copy = Callable[[torch.device, torch.device, int], float]  # (source, target, nbytes) -> seconds of a copy
@@ -54,10 +55,10 @@ def copy_seconds(source: torch.device, target: torch.device, nbytes: int) -> flo
 
     def run() -> None:
         for _ in range(ROUNDS):
-            there = value.to(target, non_blocking=target.type == "cuda")
-            there.to(source, non_blocking=source.type == "cuda")
+            there = value.to(target, non_blocking=is_accelerator(target))
+            there.to(source, non_blocking=is_accelerator(source))
 
-    last = source if source.type == "cuda" else target  # a copy to the CPU waits by itself
+    last = source if is_accelerator(source) else target  # a copy to the CPU waits by itself
     return Clock(last).repeated(run) / (2 * ROUNDS)
 
 

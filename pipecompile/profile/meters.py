@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from statistics import median
@@ -14,9 +13,11 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipecompile.ir.device_specs import Roofline
+from pipecompile.ops.accelerators import seconds_between, time_mark
 from pipecompile.ops.torch_internals import FakeTensorMode
 from pipecompile.profile.call import Call
 
+CPU = torch.device("cpu")
 How = Literal["measure", "count"]
 REPEATS = (3, 7)  # minimum and maximum number of timed runs of an operation
 UNKNOWN_BACKWARD = 2.0  # cost of a backward that cannot run alone, in forwards
@@ -24,7 +25,7 @@ ENOUGH = 0.05  # seconds; an operation is not repeated after being timed for thi
 
 
 class Clock:
-    """Measures seconds, with synchronization on CUDA."""
+    """Measures seconds; on an accelerator, by its own clock."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -32,6 +33,9 @@ class Clock:
 
     def tensor(self, tensor: Tensor) -> Tensor:
         return tensor.detach().to(self.device)
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.device)
 
     def seconds(self, call: Call) -> tuple[float, float]:
         forward = self.repeated(call.forward)
@@ -57,23 +61,18 @@ class Clock:
         times: list[float] = []
         least, most = REPEATS
         while len(times) < least or (len(times) < most and sum(times) < ENOUGH):
-            self._wait()
-            start = time.perf_counter()
+            begin = time_mark(self.device)
             run()
-            self._wait()
-            times.append(time.perf_counter() - start)
+            times.append(seconds_between(begin, time_mark(self.device)))
         return median(times)
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 class Counter:
     """Counts operations and bytes on fake tensors."""
 
-    def __init__(self, roofline: Roofline) -> None:
+    def __init__(self, roofline: Roofline, device: torch.device = CPU) -> None:
         self.roofline = roofline
+        self.device = device
         self.tensor_float = torch.get_float32_matmul_precision() != "highest"
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
 
@@ -85,7 +84,14 @@ class Counter:
     def tensor(self, tensor: Tensor) -> Tensor:
         if tensor.is_meta:
             return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
-        return self.fake.from_tensor(tensor.detach(), static_shapes=True)
+        made = self.fake.from_tensor(tensor.detach(), static_shapes=True)
+        if made.device == self.device or self.device.type == "meta":
+            return made
+        with self.fake:  # a model, or its inputs, may be on another device
+            return torch.empty_strided(made.shape, made.stride(), dtype=made.dtype, device=self.device)
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="cpu" if self.device.type == "meta" else self.device)
 
     def seconds(self, call: Call) -> tuple[float, float]:
         with FlopCounterMode(display=False) as counter:

@@ -46,7 +46,8 @@ def profile(
         raise InputError("a model on the meta device has no values, so it cannot be measured; use costs='count'")
     if device is None:
         device = torch.device("cpu") if on_meta else captured.device
-    meter: Meter = Clock(device) if how == "measure" else Counter(roofline or ACCELERATORS[kind or DEFAULT].roofline)
+    counted = roofline or ACCELERATORS[kind or DEFAULT].roofline
+    meter: Meter = Clock(device) if how == "measure" else Counter(counted, device)
     with threads_of(threads or torch.get_num_threads()):
         setting = _setting(captured, kind if how == "count" else str(device))
         walk = Walk(captured, device, meter)

@@ -15,9 +15,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from pipecompile.capture import Captured
 from pipecompile.capture.fake_kernels import STAND_INS
+from pipecompile.capture.fake_runs import DATA_DEPENDENT
 from pipecompile.capture.opaque_calls import FunctionLeaf
 from pipecompile.capture.origin import origin_of
-from pipecompile.capture.recorder import DATA_DEPENDENT
 from pipecompile.errors import ExecutionError
 from pipecompile.ir.device_specs import ACCELERATORS
 from pipecompile.ir.graph import Cost, Footprint
@@ -194,7 +194,7 @@ class Walk:
     def _whole(self, node: fx.Node) -> Tensor:
         """A stand-in for a value computed from the whole batch (such as the number of targets)."""
         like = node.meta["val"]
-        return self.meter.tensor(torch.ones(self._shape(like), dtype=like.dtype))
+        return self.meter.empty(self._shape(like), like.dtype).fill_(1)
 
     def _leaf(self, node: fx.Node) -> nn.Module:
         """A leaf module on the tensors of this pass."""
@@ -210,7 +210,7 @@ class Walk:
         """Estimates a call that cannot run on fakes: as if each row of its first tensor met each parameter once."""
         roofline = self.meter.roofline if isinstance(self.meter, Counter) else _SOME
         self.values[node] = map_tensors(
-            lambda t: torch.empty(self._shape(t), dtype=t.dtype).requires_grad_(t.requires_grad), node.meta["val"]
+            lambda t: self.meter.empty(self._shape(t), t.dtype).requires_grad_(t.requires_grad), node.meta["val"]
         )
         parameters = list(leaf.parameters()) if isinstance(leaf, nn.Module) else []
         tensors = tensors_of((args, self.values[node]))

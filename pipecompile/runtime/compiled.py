@@ -27,6 +27,7 @@ from pipecompile.ir.graph import CostedGraph, Graph
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import Program
 from pipecompile.ir.timeline import Timeline
+from pipecompile.ops.accelerators import copied
 from pipecompile.ops.autograd_functions import Applied
 from pipecompile.ops.operators import is_opaque
 from pipecompile.ops.torch_internals import pytree
@@ -192,12 +193,7 @@ class Compiled:
         return self.planned.memory(buffers)
 
     def times(self, timeline: Timeline) -> tuple[Times, ...]:
-        """Predicted and measured seconds of each stage in a step; empty if stages run on CUDA.
-
-        On CUDA, operations run asynchronously to the clock of the timeline.
-        """
-        if any(stage.device.type == "cuda" for stage in self.stages):
-            return ()
+        """Predicted and measured seconds of each stage in a step."""
         return stage_times(self.planned.stage_costs, timeline)
 
     def tensors(self, stage: int) -> dict[str, Tensor]:
@@ -213,7 +209,7 @@ def _is_the_users(node: fx.Node) -> bool:
 
 
 def _near(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor if tensor.device == device or device.type == "meta" else tensor.to(device)
+    return tensor if tensor.device == device or device.type == "meta" else copied(tensor, device)
 
 
 def misfit(captured: Captured, parts: Sequence[Mapping[str, Tensor]], whole: Mapping[str, Tensor]) -> str:

@@ -7,14 +7,17 @@ that they cannot deadlock. A failure in one rank stops all ranks and is raised i
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import wait
-from typing import Any, assert_never
+from dataclasses import dataclass
+from typing import assert_never
 
+import torch
 from torch import Tensor
 
 from pipecompile.capture.locks import Turn, busy, waited_for
-from pipecompile.errors import ExecutionError, PipecompileError
+from pipecompile.errors import ExecutionError, OutOfMemoryError, PipecompileError
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import (
     Backward,
@@ -31,12 +34,41 @@ from pipecompile.ir.program import (
     reads,
 )
 from pipecompile.ir.timeline import Span, Timeline
+from pipecompile.ops.accelerators import Mark, seconds_between
 from pipecompile.runtime.ambient import Ambient
-from pipecompile.runtime.lane import Lane, caller_event, caller_waits
+from pipecompile.runtime.lane import Callers, Lane, Values
 from pipecompile.runtime.runner import Microbatch, Runner
-from pipecompile.runtime.transport import Aborted, Transport, Values
+from pipecompile.runtime.transport import Aborted, Transport
 
 Mailbox = dict[tuple[Result, int], Values | Callable[[], Values]]
+
+
+@dataclass(frozen=True, slots=True)
+class RowRun:
+    """When one rank has run its row, by marks of its own lane.
+
+    Attributes:
+        start: seconds from the start of the program, by the host's clock, at the mark ``first``.
+        spans: each instruction with the marks of its begin, with its operands ready, and of its end.
+    """
+
+    start: float
+    first: Mark
+    spans: Sequence[tuple[Instruction, Mark, Mark]]
+
+    def seconds(self, mark: Mark) -> float:
+        """The time of a mark, from the start of the program."""
+        return self.start + seconds_between(self.first, mark)
+
+
+def timeline_of(rows: Sequence[RowRun]) -> Timeline:
+    """The measured timeline of a program. Waits until its work on accelerators has run."""
+    spans = [
+        Span(rank, instruction, row.seconds(began), row.seconds(ended))
+        for rank, row in enumerate(rows)
+        for instruction, began, ended in row.spans
+    ]
+    return Timeline(tuple(sorted(spans, key=lambda span: (span.rank, span.start))), len(rows))
 
 
 class Executor:
@@ -46,28 +78,35 @@ class Executor:
         runners: one per stage.
         lanes: one per rank.
         transport: carries results between ranks.
+        callers: the streams of the threads that run programs.
     """
 
-    def __init__(self, plan: Plan, runners: Sequence[Runner], lanes: Sequence[Lane], transport: Transport) -> None:
+    def __init__(
+        self, plan: Plan, runners: Sequence[Runner], lanes: Sequence[Lane], transport: Transport, callers: Callers
+    ) -> None:
         self.plan = plan
         self.runners = runners
         self.lanes = tuple(lanes)
         self.transport = transport
+        self.callers = callers
         self.mailboxes: list[Mailbox] = [{} for _ in lanes]
 
-    def run(self, program: Program, microbatches: Mapping[int, Microbatch], ambient: Ambient) -> Timeline:
+    def run(self, program: Program, microbatches: Mapping[int, Microbatch], ambient: Ambient) -> Sequence[RowRun]:
         """Runs a validated, lowered program.
 
         Args:
             microbatches: by number, those that the program uses; their outputs and gradients are stored in them.
 
+        Returns:
+            When each rank has run its row, for ``timeline_of``.
+
         Raises:
             ExecutionError: a stage raised; the message names the stage, instruction, module and source line.
         """
         start = time.perf_counter()
-        event = caller_event(tuple(lane.device for lane in self.lanes))
+        after = self.callers.events(t.device for m in microbatches.values() for t in m.inputs.values())
         jobs = [
-            self.lanes[rank].thread.submit(self._run_rank, rank, row, microbatches, ambient, event, start, busy().turns)
+            self.lanes[rank].thread.submit(self._run_rank, rank, row, microbatches, ambient, after, start, busy().turns)
             for rank, row in enumerate(program.ranks)  # a plan may not use the last lanes
         ]
         try:
@@ -77,10 +116,19 @@ class Executor:
             wait(jobs)
             self.reset()
             raise
-        self._raise_failure([job.exception() for job in jobs])
-        caller_waits(self.lanes)
-        spans = [span for job in jobs for span in job.result()]
-        return Timeline(tuple(sorted(spans, key=lambda s: (s.rank, s.start))), len(program.ranks))
+        finally:
+            self.callers.wait(self.lanes)  # after a failure too: what has been queued still runs
+        failures = [error for error in (job.exception() for job in jobs) if error is not None]
+        if not failures:
+            return [job.result() for job in jobs]
+        self.reset()
+        failure = next((error for error in failures if not isinstance(error, Aborted)), failures[0])
+        if isinstance(failure, OutOfMemoryError) and failure.__cause__ is not None:
+            traceback.clear_frames(failure.__cause__.__traceback__)  # they hold tensors
+        try:
+            raise failure
+        finally:
+            del failure, failures, jobs  # a cycle with this frame would hold tensors too
 
     def reset(self) -> None:
         """Drops every microbatch in flight."""
@@ -88,50 +136,54 @@ class Executor:
         for mailbox in self.mailboxes:
             mailbox.clear()
 
-    def _raise_failure(self, errors: Sequence[BaseException | None]) -> None:
-        failures = [error for error in errors if error is not None]
-        if not failures:
-            return
-        self.reset()
-        raise next((error for error in failures if not isinstance(error, Aborted)), failures[0])
-
     def _run_rank(
         self,
         rank: int,
         row: Sequence[Instruction],
         microbatches: Mapping[int, Microbatch],
         ambient: Ambient,
-        event: Any,
+        after: Sequence[torch.Event],
         start: float,
         waiting: frozenset[Turn],
-    ) -> list[Span]:
-        spans: list[Span] = []
+    ) -> RowRun:
+        lane = self.lanes[rank]
+        began, first = time.perf_counter() - start, lane.mark()
         try:
-            with waited_for(waiting), self.lanes[rank].entered(event), ambient.entered():
-                for i in row:
-                    began, ended = self._do(i, self.mailboxes[rank], microbatches)
-                    spans.append(Span(rank, i, began - start, ended - start))
+            with waited_for(waiting), lane.entered(after), ambient.entered():
+                spans = [(i, *self._do(i, lane, self.mailboxes[rank], microbatches)) for i in row]
         except BaseException:
             self.transport.abort()
             raise
-        return spans
+        return RowRun(began, first, spans)
 
-    def _do(self, i: Instruction, mailbox: Mailbox, microbatches: Mapping[int, Microbatch]) -> tuple[float, float]:
-        """Executes one instruction; returns the times at which it began, with its operands ready, and ended."""
-        match i:
-            case Send():
-                began = time.perf_counter()
-                self.transport.send(i, _open(mailbox.pop((i.result, i.target))))
-            case Recv():
-                began = time.perf_counter()
-                mailbox[i.result, i.target] = self.transport.recv(i)
-            case Forward() | Backward() | Reduce() | Step():
-                received = {r.stage: _open(mailbox.pop((r, i.stage))) for r in reads(i, self.plan)}
-                began = time.perf_counter()
-                self._compute(i, received, mailbox, microbatches)
-            case _:
-                assert_never(i)
-        return began, time.perf_counter()
+    def _do(
+        self, i: Instruction, lane: Lane, mailbox: Mailbox, microbatches: Mapping[int, Microbatch]
+    ) -> tuple[Mark, Mark]:
+        """Executes one instruction; returns the marks at which it begins, with its operands ready, and ends."""
+        try:
+            match i:
+                case Send():
+                    sent = self.transport.send(i, _open(mailbox.pop((i.result, i.target))))
+                    return sent.began, sent.ended
+                case Recv():
+                    mailbox[i.result, i.target] = self.transport.recv(i)
+                    began = lane.mark()
+                    return began, began
+                case Forward() | Backward() | Reduce() | Step():
+                    received = {r.stage: _open(mailbox.pop((r, i.stage))) for r in reads(i, self.plan)}
+                    began = lane.mark()
+                    self._compute(i, received, mailbox, microbatches)
+                    return began, lane.mark()
+                case _:
+                    assert_never(i)
+        except Aborted:
+            raise
+        except torch.OutOfMemoryError as error:
+            raise self._out_of_memory(i, error, len(microbatches)) from error.__cause__ or error
+        except PipecompileError as error:
+            raise type(error)(f"stage {i.stage}, {i}: {error}") from error.__cause__
+        except Exception as error:
+            raise ExecutionError(f"stage {i.stage}, {i}: {type(error).__name__}: {error}") from error
 
     def _compute(
         self,
@@ -142,28 +194,34 @@ class Executor:
     ) -> None:
         runner = self.runners[i.stage]
         results: Mapping[int, Values] = {}
-        try:
-            match i:
-                case Forward(_, number):
-                    results = runner.forward(microbatches[number], received)
-                case Backward(_, number):
-                    results = runner.backward(microbatches[number], received)
-                case Reduce(stage, number):
-                    last = self.plan.last_run(stage, number)  # None: the stage has not run, and has no gradients
-                    leaves = {} if last is None else microbatches[last].versions[stage].leaves
-                    results = self._reduce(stage, leaves, received)
-                case Step():
-                    runner.step(tuple(microbatches.values()))
-                case _:
-                    assert_never(i)
-        except PipecompileError as error:
-            raise type(error)(f"stage {i.stage}, {i}: {error}") from error.__cause__
-        except Exception as error:
-            where = f"stage {i.stage}, {i}"
-            raise ExecutionError(f"{where}: {type(error).__name__}: {error}") from error
+        match i:
+            case Forward(_, number):
+                results = runner.forward(microbatches[number], received)
+            case Backward(_, number):
+                results = runner.backward(microbatches[number], received)
+            case Reduce(stage, number):
+                last = self.plan.last_run(stage, number)  # None: the stage has not run, and has no gradients
+                leaves = {} if last is None else microbatches[last].versions[stage].leaves
+                results = self._reduce(stage, leaves, received)
+            case Step():
+                runner.step(tuple(microbatches.values()))
+            case _:
+                assert_never(i)
         if not isinstance(i, Step):
             for reader in readers(i, self.plan):
                 mailbox[i, reader] = results[reader]
+
+    def _out_of_memory(self, i: Instruction, error: Exception, microbatches: int) -> OutOfMemoryError:
+        """The error of a stage that does not fit, with what takes less memory."""
+        seen = str(error) if isinstance(error, OutOfMemoryError) else f"{type(error).__name__}: {error}"
+        again = i.stage in self.plan.recomputed
+        remedies = [
+            *([] if again else ["PlanOptions(recompute='always')"]),
+            f"more than {microbatches} microbatches, which are smaller",
+            "schedule='1f1b' in place of 'gpipe'",
+            f"more than {self.plan.num_stages} stages",
+        ]
+        return OutOfMemoryError(f"stage {i.stage}, {i}: {seen}; what takes less memory: {', '.join(remedies)}")
 
     def _reduce(self, stage: int, leaves: Mapping[str, Tensor], received: Mapping[int, Values]) -> dict[int, Values]:
         """Reduces gradients of tied parameters: an owner adds those of its followers, a follower returns its own."""

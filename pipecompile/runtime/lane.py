@@ -1,24 +1,50 @@
-"""A rank's thread, device and CUDA streams. All CUDA code of the runtime is here.
+"""A rank's thread, device and streams. All synchronization of streams in a program is here.
 
-On CPU, methods do nothing or the obvious thing, so that order, threads and failures are tested without a GPU.
+On an accelerator, the host queues work on streams, and the device runs it later. Five rules keep results exact:
 
-    [1] a rank computes on its own stream, entered for the whole program;
-    [2] a copy to another device runs on the sender's copy stream, after an event on its compute stream;
-    [3] the receiver's compute stream, not its thread, waits for an event after the copy;
-    [4] a tensor used on a second stream is recorded there, so that its memory is not reused too early.
+    [1] a rank computes on its own stream, entered for the whole program, after all that the caller has queued;
+    [2] a copy to another device runs on the sender's copy stream, after the computation of its values, into memory of
+        the receiver's own stream, so that computation on neither side waits for it;
+    [3] the receiver's compute stream, not its thread, waits for the copy; a CPU receiver waits itself;
+    [4] a tensor that another stream than its own uses is recorded there, so that its memory is not reused too early;
+    [5] the caller's streams wait for all that the ranks have queued.
+
+Memory that the caller frees goes back to a lane's stream without being recorded: lanes take memory in programs only,
+and a program starts behind every stream from which the pipeline has ever been called ([1]). Recording it would keep
+gradients allocated until the optimizer's kernels have run, after the next step has asked for their memory.
+
+On the CPU, methods do nothing or the obvious thing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from pipecompile.ops.accelerators import Mark, accelerators, copied, is_accelerator, time_mark, used_here
+
 Value = Tensor | None
+Values = tuple[Value, ...]
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Values on their way to another rank.
+
+    Attributes:
+        ready: The event after which the receiver may read them; None if they are ready.
+        began, ended: When they were copied.
+    """
+
+    values: Values
+    ready: torch.Event | None
+    began: Mark
+    ended: Mark
 
 
 class Lane:
@@ -26,15 +52,16 @@ class Lane:
 
     Args:
         threads: number of intra-op threads that torch uses on the CPU (see ``threads_each``).
+
+    Attributes:
+        compute, sends, receives: streams of an accelerator; None on the CPU.
     """
 
     def __init__(self, device: torch.device, threads: int = 1) -> None:
         self.device = device
         self.threads = threads
         self.renew()
-        self.cuda = device.type == "cuda"
-        self.compute = _stream(device)
-        self.copies = _stream(device)
+        self.compute, self.sends, self.receives = (_stream(device) for _ in range(3))
 
     def renew(self) -> None:
         """Starts a new thread, as in a forked process, which does not inherit its parent's threads."""
@@ -42,56 +69,90 @@ class Lane:
         self.thread = ThreadPoolExecutor(1, name, _settle, (self.device, self.threads))
 
     @contextmanager
-    def entered(self, after: Any) -> Iterator[None]:
-        """Runs the calling thread's work on this lane, after the event ``after`` ([1])."""
-        if not self.cuda:
+    def entered(self, after: Iterable[torch.Event]) -> Iterator[None]:
+        """Runs the calling thread's work on this lane, after events of the caller ([1])."""
+        if self.compute is None or self.receives is None:
+            for event in after:  # the caller's tensors may be copied from other devices
+                torch.accelerator.current_stream(event.device).wait_event(event)
             yield
             return
-        with torch.cuda.device(self.device), torch.cuda.stream(self.compute):
-            if after is not None:
-                self.compute.wait_event(after)
+        with self.compute:
+            for event in after:
+                self.compute.wait_event(event)
+                self.receives.wait_event(event)
             yield
 
-    def event(self) -> Any:
-        """Records an event on the compute stream; None on CPU."""
-        return self.compute.record_event() if self.cuda else None
+    def mark(self) -> Mark:
+        """The time at which all that the rank has queued so far will have run."""
+        return time_mark(self.device, self.compute)
 
-    def wait(self, event: Any) -> None:
-        """Makes the compute stream wait for an event of another lane ([3])."""
-        if self.cuda and event is not None:
+    def wait(self, event: torch.Event | None) -> None:
+        """Waits for an event of another lane ([3])."""
+        if event is None:
+            return
+        if self.compute is None:
+            event.synchronize()
+        else:
             self.compute.wait_event(event)
 
-    def move(self, values: tuple[Value, ...], target: Lane) -> tuple[tuple[Value, ...], Any]:
-        """Copies values to the target's device; returns them with the event after which they are ready ([2])."""
-        if not self.cuda and not target.cuda:
-            return values, None
-        if not self.cuda:
-            return tuple(None if v is None else v.to(target.device) for v in values), None
+    def move(self, values: Values, target: Lane) -> Sent:
+        """Copies values to the target's device ([2]); on the same device, the target reads them as they are."""
+        began = self.mark()
         if self.device == target.device:
             for value in values:
-                self._record(value, target.compute)
-            return values, self.event()
-        self.copies.wait_event(self.event())
-        with torch.cuda.stream(self.copies):
-            moved = tuple(None if v is None else v.to(target.device, non_blocking=target.cuda) for v in values)
-            done = self.copies.record_event()
+                used_here(value, target.compute)
+            ready = None if self.compute is None else self.compute.record_event()
+            return Sent(values, ready, began, began)
+        if self.sends is not None and self.compute is not None:
+            self.sends.wait_event(self.compute.record_event())
+            began = time_mark(self.device, self.sends)
+        with torch.no_grad(), ExitStack() as streams:
+            for stream in (target.receives, self.sends):  # a copy runs on the sender's, which is entered last
+                if stream is not None:
+                    streams.enter_context(stream)
+            moved = tuple(None if value is None else _sent(value, target.device) for value in values)
         for before, after in zip(values, moved, strict=True):
-            self._record(before, self.copies)
-            self._record(after, target.compute)
-        if not target.cuda:
-            done.synchronize()
-        return moved, done
+            used_here(before, self.sends)
+            used_here(after, target.compute)
+        copying = target if self.sends is None else self
+        ended = time_mark(copying.device, self.sends or target.receives)
+        return Sent(moved, ended if isinstance(ended, torch.Event) else None, began, ended)
 
     def fetch(self, tensor: Tensor) -> Tensor:
-        """Copies a tensor of the caller to this lane's device."""
-        if tensor.device == self.device:
-            self._record(tensor, self.compute)
-            return tensor
-        return tensor.to(self.device, non_blocking=True)
+        """Returns a tensor of the caller on this lane's device."""
+        used_here(tensor)  # on the current stream of its device, which is the compute stream if it is here
+        return tensor if tensor.device == self.device else copied(tensor, self.device)
 
-    def _record(self, tensor: Value, stream: Any) -> None:
-        if tensor is not None and tensor.is_cuda and stream is not None:
-            tensor.record_stream(stream)  # [4]
+
+class Callers:
+    """The streams from which a pipeline is called."""
+
+    def __init__(self, devices: Sequence[torch.device]) -> None:
+        self.devices = accelerators(devices)
+        self.streams: dict[tuple[torch.device, int], torch.Stream] = {}
+
+    def events(self, inputs: Iterable[torch.device]) -> list[torch.Event]:
+        """Events after all that has been queued on them, those of earlier calls included ([1]).
+
+        Args:
+            inputs: devices of the call's tensors, which may be others than the pipeline's.
+        """
+        for device in dict.fromkeys((*self.devices, *accelerators(inputs))):
+            stream = torch.accelerator.current_stream(device)
+            self.streams[device, stream.stream_id] = stream
+        return [stream.record_event() for stream in self.streams.values()]
+
+    def wait(self, lanes: Iterable[Lane]) -> None:
+        """Makes the calling thread's streams wait for all that the lanes have queued ([5])."""
+        for lane in lanes:
+            if lane.compute is not None:
+                torch.accelerator.current_stream(lane.device).wait_event(lane.compute.record_event())
+
+
+def _sent(value: Tensor, device: torch.device) -> Tensor:
+    """A copy on another device; on the CPU, it may be read after an event."""
+    copy = copied(value, device) if is_accelerator(device) else value.to(device, non_blocking=True)
+    return copy.requires_grad_(value.requires_grad)
 
 
 def _settle(device: torch.device, threads: int) -> None:
@@ -100,18 +161,5 @@ def _settle(device: torch.device, threads: int) -> None:
         torch.set_num_threads(threads)
 
 
-def _stream(device: torch.device) -> Any:
-    return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-
-
-def caller_event(devices: tuple[torch.device, ...]) -> Any:
-    """Records an event on the calling thread's stream; None if all devices are CPU."""
-    cuda = next((d for d in devices if d.type == "cuda"), None)
-    return None if cuda is None else torch.cuda.current_stream(cuda).record_event()
-
-
-def caller_waits(lanes: tuple[Lane, ...]) -> None:
-    """Makes the calling thread's streams wait for all work queued by the lanes."""
-    for lane in lanes:
-        if lane.cuda:
-            torch.cuda.current_stream(lane.device).wait_event(lane.event())
+def _stream(device: torch.device) -> torch.Stream | None:
+    return torch.Stream(device) if is_accelerator(device) else None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipecompile.capture import Call
-from pipecompile.errors import ExecutionError
+from pipecompile.errors import ExecutionError, OutOfMemoryError
 from pipecompile.ops.randomness import Generators
 from pipecompile.ops.torch_internals import _StopRecomputationError
 from pipecompile.runtime import Ambient
@@ -44,21 +44,28 @@ class Snapshot:
             draw: draws the seeds from the caller's generator.
         """
         generators = Generators.of(devices, compiled.runs_python)
+        with _outside_the_stages():
+            written = [(buffer, buffer.detach().clone()) for buffer in compiled.written]
         inputs = {f"argument {name!r}": tensor for name, tensor in call.tensors.items()}
         tracked = {**compiled.read, **inputs}
         return Snapshot(
             Ambient.of_caller(frozenset(device.type for device in devices)),
             draw(),
             {name: (t, t._version) for name, t in tracked.items() if not t.is_inference()},
-            [(buffer, buffer.detach().clone()) for buffer in compiled.written],
+            written,
             generators,
         )
 
     @contextmanager
     def kept_on_failure(self) -> Iterator[None]:
-        """Runs the call; if it raises, buffers and random generators are restored."""
+        """Runs the call; if it raises, buffers and random generators are restored.
+
+        Raises:
+            OutOfMemoryError: memory ran out in the caller's thread, where no stage runs.
+        """
         try:
-            yield
+            with _outside_the_stages():
+                yield
         except STOPPED:
             raise
         except BaseException:
@@ -86,6 +93,17 @@ class Snapshot:
                 yield
         finally:
             _write(present)
+
+
+@contextmanager
+def _outside_the_stages() -> Iterator[None]:
+    """Says where memory has run out, if it is not in a stage."""
+    try:
+        yield
+    except OutOfMemoryError:
+        raise
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemoryError(f"outside the stages, where outputs are joined: {error}") from error
 
 
 def _write(values: Iterable[tuple[Tensor, Tensor]]) -> None:

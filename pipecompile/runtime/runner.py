@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from pipecompile.errors import ExecutionError
+from pipecompile.errors import ExecutionError, OutOfMemoryError
 from pipecompile.ops.randomness import seed_microbatch
 from pipecompile.ops.source_lines import failing_line
-from pipecompile.runtime.lane import Lane, Value
+from pipecompile.runtime.lane import Lane, Value, Values
 from pipecompile.runtime.split import Stage
-from pipecompile.runtime.transport import Values
 from pipecompile.runtime.weights import Version, Weights
 
 
@@ -118,7 +117,7 @@ class Runner:
             return returned
         except Exception as error:
             where = self._where(error)
-            raise ExecutionError(f"{where + ': ' if where else ''}{type(error).__name__}: {error}") from error
+            raise _named(error)(f"{where + ': ' if where else ''}{type(error).__name__}: {error}") from error
 
     def _differentiate(self, roots: list[Tensor], gradients: list[Tensor]) -> None:
         try:
@@ -127,7 +126,7 @@ class Runner:
         except Exception as error:
             line = failing_line(error)
             where = f"in the backward of {self.stage.modules}" + (f", {line}" if line else "")
-            raise ExecutionError(f"{where}: {type(error).__name__}: {error}") from error
+            raise _named(error)(f"{where}: {type(error).__name__}: {error}") from error
 
     def _seed(self, seed: Tensor | float, output: Tensor) -> Tensor:
         if isinstance(seed, Tensor):
@@ -143,6 +142,11 @@ class Runner:
                 origin = self.stage.origins.get(match[1] if match else "")
                 return str(origin) if origin else ""
         return ""
+
+
+def _named(error: Exception) -> type[ExecutionError]:
+    """The class of the error that tells the user of another one."""
+    return OutOfMemoryError if isinstance(error, torch.OutOfMemoryError) else ExecutionError
 
 
 def _leaf(value: Value) -> Value:

@@ -19,9 +19,12 @@ from pipecompile.capture.locks import Turn
 from pipecompile.errors import ExecutionError
 from pipecompile.ir.program import Instruction, Program
 from pipecompile.ir.timeline import Timeline
+from pipecompile.ops.accelerators import in_autograd_thread
 from pipecompile.ops.device_args import threads_each
 from pipecompile.runtime import Ambient, Executor, Lane, LocalTransport, MakeOptimizer, Microbatch, Runner, Weights
 from pipecompile.runtime.compiled import Compiled
+from pipecompile.runtime.executor import RowRun, timeline_of
+from pipecompile.runtime.lane import Callers
 from pipecompile.schedule import carried_after
 
 
@@ -76,8 +79,9 @@ class Session:
         self.scale = 1.0  # the last gradient of a loss computed with float16, expected again for the next call
         self.repeated: Counter[Rerun] = Counter()  # how many calls were rerun, and why
         self.defers = False  # whether backwards wait for gradients even if the model computes its loss
+        self.callers = Callers(devices)
         self.program: Program | None = None
-        self.timeline: Timeline | None = None
+        self.measured: Timeline | Sequence[RowRun] | None = None  # of that program
         self.running = self.closed = False
         _SESSIONS.add(self)
 
@@ -92,24 +96,41 @@ class Session:
         """Runs a lowered program in the modes of the calling thread.
 
         Raises:
-            ExecutionError: the session has been closed.
+            ExecutionError: the session has been closed, or the call comes from a thread of autograd's own.
         """
         if self.closed:
             raise ExecutionError("the pipeline has been closed, and its threads have ended; compile the model again")
+        if self.callers.devices and torch.is_grad_enabled() and in_autograd_thread():
+            raise ExecutionError(
+                "the pipeline was called inside a backward on an accelerator, in a thread that its own backwards need, "
+                "so it would wait for ever; move the call out of the custom function, hook or checkpoint around it "
+                "(stages recompute with PlanOptions(recompute=...))"
+            )
         with self.turn.taken():
             self._own(compiled)
             ambient = Ambient.of_caller(frozenset(device.type for device in self.devices))
             self.program = program
             self.running = True
             try:
-                self.timeline = self._executor(compiled).run(program, microbatches, ambient)
+                self.measured = self._executor(compiled).run(program, microbatches, ambient)
+            except BaseException:
+                for weights in self.weights:
+                    weights.drop_gradients()
+                raise
             finally:
                 self.running = False
+
+    @property
+    def timeline(self) -> Timeline | None:
+        """The measured timeline of the last program. Waits until its work on accelerators has run."""
+        if self.measured is not None and not isinstance(self.measured, Timeline):
+            self.measured = timeline_of(self.measured)
+        return self.measured
 
     def forget(self) -> None:
         """Drops the stages; the next program brings its own."""
         self.weights, self.executors = [], {}
-        self.program = self.timeline = None
+        self.program = self.measured = None
 
     def renew(self) -> None:
         """Gives the copy in a forked process its own threads.
@@ -136,7 +157,7 @@ class Session:
             parts = zip(compiled.stages, self.weights, compiled.plan.rank_of, strict=True)
             runners = [Runner(stage, weights, self.lanes[rank]) for stage, weights, rank in parts]
             transport = LocalTransport(self.lanes, compiled.plan.rank_of)
-            self.executors[id(compiled)] = Executor(compiled.plan, runners, self.lanes, transport)
+            self.executors[id(compiled)] = Executor(compiled.plan, runners, self.lanes, transport, self.callers)
         return self.executors[id(compiled)]
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from pipecompile.ir.program import Program
 from pipecompile.ops.randomness import Generators, seed_microbatch, seeds
 from pipecompile.runtime import Microbatch
 from pipecompile.runtime.compiled import Compiled
-from pipecompile.runtime.delivery import Deferred, Delivered, Gradients
+from pipecompile.runtime.delivery import Gradients, Saved, connected
 from pipecompile.runtime.rerun import Snapshot
 from pipecompile.runtime.session import Rerun, Session, Stream
 from pipecompile.schedule import MakeProgram, Segment, backward_only, drain, forward_only
@@ -93,9 +93,13 @@ class Batch:
         return self.division.places[str(self.outputs[output].node)] in self.joins
 
     def join(self, microbatches: Mapping[int, Microbatch]) -> dict[str, Tensor]:
-        """The outputs of the stages, joined to the whole batch."""
-        parts = list(microbatches.values())
-        return {name: gather(kind, [m.outputs[name] for m in parts], self.rows) for name, kind in self.joins.items()}
+        """The outputs of the stages, joined to the whole batch, each on the device of its first microbatch."""
+
+        def parts(name: str) -> list[Tensor]:
+            outputs = [microbatch.outputs[name] for microbatch in microbatches.values()]
+            return [output.to(outputs[0].device) for output in outputs]  # replicas of a stage are on several
+
+        return {name: gather(kind, parts(name), self.rows) for name, kind in self.joins.items()}
 
     def finish(self, joined: Mapping[str, Tensor], drawn: Sequence[int | None]) -> list[Tensor]:
         """The tensors of ``outputs``, from the stages and from the tail, which runs here."""
@@ -189,25 +193,45 @@ def _train(session: Session, batch: Batch, loss: int, schedule: MakeProgram, sta
     found = _gradients(session, batch, microbatches)
     leaves = list({id(t): t for t in batch.model_tensors if id(t) in found}.values())
 
-    def rescaled(scale: float) -> list[Tensor]:
-        session.scale = scale
+    def deliver(saved: Saved, incoming: Gradients) -> Gradients:
+        (factor,) = incoming
+        if factor is None:
+            return [None] * len(leaves)
+        if not not_scaled:
+            return _multiplied(saved, factor)
+        session.scale = factor.item()
+        if session.scale == scale:
+            return saved.tensors
         with _again(session, start, Rerun.RESCALED):
-            again = _gradients(session, batch, run(scale))
+            again = _gradients(session, batch, run(session.scale))
         return [again[id(leaf)] for leaf in leaves]
 
     with torch.no_grad():
         tensors = batch.finish(batch.join(microbatches), start.seeds)
     outputs = [t.detach().requires_grad_(o.requires_grad) for t, o in zip(tensors, batch.outputs, strict=True)]
     ready = [found[id(leaf)] for leaf in leaves]
-    own = Delivered.apply(ready, rescaled if not_scaled else None, scale, outputs[loss], *leaves)  # type: ignore[no-untyped-call]
+    (own,) = connected([outputs[loss]], leaves, deliver, ready)
     rest = _beside(session, batch, start, [*outputs[:loss], *outputs[loss + 1 :]], loss)
     return batch.given([*rest[:loss], own, *rest[loss:]])
+
+
+def _multiplied(saved: Saved, factor: Tensor) -> Sequence[Tensor]:
+    """Gradients times the gradient of the loss, which is usually 1; to read it would wait for an accelerator."""
+    gradients = saved.tensors
+    if factor.device.type == "cpu" and factor.item() == 1.0:
+        return gradients
+    factors = {(g.device, g.dtype): factor.to(g.device, g.dtype) for g in gradients}
+    return [_times(g, factors[g.device, g.dtype], in_place=not saved.kept) for g in gradients]
+
+
+def _times(gradient: Tensor, factor: Tensor, in_place: bool) -> Tensor:
+    return gradient.mul_(factor) if in_place and gradient.layout == torch.strided else gradient * factor
 
 
 def _beside(session: Session, batch: Batch, start: Snapshot, outputs: Sequence[Tensor], loss: int) -> Sequence[Tensor]:
     """Connects the outputs other than the loss to autograd: a gradient of one of them reruns the call."""
 
-    def backward(incoming: Gradients) -> Gradients:
+    def backward(_: Saved, incoming: Gradients) -> Gradients:
         session.defers = True
         with _again(session, start, Rerun.BESIDE):
             tensors = _defer(session, batch, start)
@@ -218,7 +242,7 @@ def _beside(session: Session, batch: Batch, start: Snapshot, outputs: Sequence[T
 
     if not any(output.requires_grad for output in outputs):
         return outputs
-    return cast(Sequence[Tensor], Deferred.apply(backward, len(outputs), *outputs, *batch.reached))  # type: ignore[no-untyped-call]
+    return connected(outputs, batch.reached, backward)
 
 
 def defer(session: Session, batch: Batch) -> dict[str, Tensor]:
@@ -241,7 +265,7 @@ def _defer(session: Session, batch: Batch, start: Snapshot) -> list[Tensor]:
         assert found.keys() <= set(map(id, leaves)), "each gradient has a leaf to arrive at"
         return [found.get(id(leaf)) for leaf in leaves]
 
-    def backward(incoming: Gradients) -> Gradients:
+    def backward(_: Saved, incoming: Gradients) -> Gradients:
         with Generators.kept_on_failure(session.devices, batch.compiled.runs_python):
             if waiting:
                 microbatches = dict(waiting)
@@ -251,7 +275,7 @@ def _defer(session: Session, batch: Batch, start: Snapshot) -> list[Tensor]:
                 return run(_forward(session, batch, start.seeds), incoming)
 
     leaves = batch.reached
-    given = Deferred.apply(backward, len(joined), *joined.values(), *leaves)  # type: ignore[no-untyped-call]
+    given = connected([*joined.values()], leaves, backward)
     return batch.finish(dict(zip(joined, given, strict=True)), start.seeds)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pipecompile.capture.state.model_state import named_tensors
 from pipecompile.errors import InputError
 from pipecompile.ops.torch_internals import pytree
-from pipecompile.runtime.delivery import refuse_create_graph
+from pipecompile.runtime.delivery import connected
 
 
 def called_with(
@@ -33,7 +33,8 @@ def called_with(
         call: runs the pipeline on its model.
 
     Raises:
-        InputError: a tensor has another shape, dtype or device than the parameter or buffer that it replaces.
+        InputError: a tensor has another shape, dtype or device than the parameter or buffer that it replaces, or the
+            call, the first one, has moved the parameters to the devices of their stages.
     """
     put = {name: t for name, t in named_tensors(model) if name in own and t is not own[name]}
     for name, tensor in put.items():
@@ -49,10 +50,15 @@ def called_with(
     run = _Run(model, own, put, call, leaves, tree, inputs, wanted)
     if not torch.is_grad_enabled() or not (inputs or wanted):
         return run.output(())
-    tensors = _Differentiable.apply(  # type: ignore[no-untyped-call]
-        run, *(leaves[i] for i in inputs), *(put[name] for name in wanted)
-    )
-    return run.rebuilt(tensors)
+    outputs = [tensor.detach().requires_grad_() for tensor in run.forward()]
+    for name in wanted:
+        if put[name].device != own[name].device:  # autograd could not bring a gradient to what is on the old one
+            raise InputError(
+                f"{name!r} was computed on {put[name].device}, but this first call has moved the parameter to "
+                f"{own[name].device}, the device of its stage; compute it again from the parameters and call again"
+            )
+    to = [*(leaves[i] for i in inputs), *(put[name] for name in wanted)]
+    return run.rebuilt(connected(outputs, to, lambda _, gradients: run.backward(gradients)))
 
 
 class _Run:
@@ -110,18 +116,6 @@ class _Run:
         return isinstance(leaf, Tensor) and leaf.requires_grad
 
 
-class _Differentiable(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, run: _Run, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.run = run
-        return tuple(tensor.detach() for tensor in run.forward())
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        refuse_create_graph()
-        return None, *ctx.run.backward(gradients)
-
-
 @contextmanager
 def _in_place(model: nn.Module, own: Mapping[str, Tensor], put: Mapping[str, Tensor]) -> Iterator[None]:
     """Puts a model's own tensors back, on the memory of the tensors that replace them."""
@@ -136,7 +130,7 @@ def _in_place(model: nn.Module, own: Mapping[str, Tensor], put: Mapping[str, Ten
         yield
     finally:
         for name, (data, wants) in memory.items():
-            own[name].data = data
+            own[name].data = data.to(own[name].device)
             own[name].requires_grad_(wants)
             _set(model, name, standing[name])
 

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from threading import Condition
-from typing import Any, Protocol
+from typing import Protocol
 
 from pipecompile.ir.program import Recv, Result, Send
-from pipecompile.runtime.lane import Lane, Value
-
-Values = tuple[Value, ...]
+from pipecompile.runtime.lane import Lane, Sent, Values
 
 
 class Aborted(Exception):
@@ -23,7 +21,7 @@ class Aborted(Exception):
 class Transport(Protocol):
     """Sends the results of computations between ranks."""
 
-    def send(self, send: Send, values: Values) -> None:
+    def send(self, send: Send, values: Values) -> Sent:
         """Sends values; never waits."""
 
     def recv(self, recv: Recv) -> Callable[[], Values]:
@@ -47,16 +45,17 @@ class LocalTransport:
     def __init__(self, lanes: Sequence[Lane], rank_of: Sequence[int]) -> None:
         self.lanes = lanes
         self.rank_of = rank_of
-        self.arrived: dict[tuple[Result, int], tuple[Values, Any]] = {}
+        self.arrived: dict[tuple[Result, int], Sent] = {}
         self.changed = Condition()
         self.aborted = False
 
-    def send(self, send: Send, values: Values) -> None:
+    def send(self, send: Send, values: Values) -> Sent:
         source, target = self.lanes[self.rank_of[send.stage]], self.lanes[self.rank_of[send.target]]
-        moved = source.move(values, target)
+        sent = source.move(values, target)
         with self.changed:
-            self.arrived[send.result, send.target] = moved
+            self.arrived[send.result, send.target] = sent
             self.changed.notify_all()
+        return sent
 
     def recv(self, recv: Recv) -> Callable[[], Values]:
         key = (recv.result, recv.target)
@@ -66,9 +65,9 @@ class LocalTransport:
                 self.changed.wait_for(lambda: self.aborted or key in self.arrived)
                 if self.aborted:
                     raise Aborted
-                values, event = self.arrived.pop(key)
-            self.lanes[self.rank_of[recv.target]].wait(event)
-            return values
+                sent = self.arrived.pop(key)
+            self.lanes[self.rank_of[recv.target]].wait(sent.ready)
+            return sent.values
 
         return wait
 

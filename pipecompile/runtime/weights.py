@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pipecompile.errors import ExecutionError
+from pipecompile.ops.accelerators import used_here
 
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
@@ -27,6 +28,20 @@ class Version:
 
     leaves: Mapping[str, Tensor]
     counters: Mapping[str, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Replica:
+    """A copy of a tensor that has its home on another device.
+
+    Attributes:
+        version: the tensor's version counter when it was copied.
+        source: its memory then, held so that other memory cannot have the same address.
+    """
+
+    version: int
+    source: Tensor
+    copy: Tensor
 
 
 class Weights:
@@ -46,7 +61,7 @@ class Weights:
         trainable = [t for t in tensors.values() if isinstance(t, nn.Parameter) and t.requires_grad]
         self.optimizer = optimizer(trainable) if optimizer is not None and trainable else None
         self.written: Set[str] = frozenset()
-        self.replicas: dict[str, tuple[int, int, Tensor]] = {}
+        self.replicas: dict[str, Replica] = {}
         self.current = self._version()
         self.touched: list[Version] = []  # versions with gradients since the last step
         self.peak = 1  # maximum number of live versions
@@ -79,6 +94,12 @@ class Weights:
         if self.optimizer is not None:
             self.touched.append(version)
 
+    def drop_gradients(self) -> None:
+        """Drops what backwards have accumulated, after a failure."""
+        for leaf in self.current.leaves.values():
+            leaf.grad = None
+        self.touched.clear()
+
     def step(self, pending: Iterable[Version]) -> None:
         """Steps the optimizer on the latest weights, with the gradients since the last step.
 
@@ -90,6 +111,7 @@ class Weights:
         if self.current in needed:
             for tensor in self.tensors.values():
                 if tensor.requires_grad:
+                    used_here(tensor.data)  # by forwards and backwards that are queued, if it is the caller's memory
                     tensor.data = tensor.data.clone()
         if self.optimizer is not None:
             self.optimizer.step()
@@ -118,9 +140,7 @@ class Weights:
 
     def _replica(self, name: str, tensor: Tensor) -> Tensor:
         """A copy on this device, renewed when the tensor has changed."""
-        stamp = (tensor._version, tensor.data_ptr())
         known = self.replicas.get(name)
-        if known is None or known[:2] != stamp:
-            known = (*stamp, tensor.data.to(self.device))
-            self.replicas[name] = known
-        return known[2]
+        if known is None or known.version != tensor._version or known.source.data_ptr() != tensor.data_ptr():
+            known = self.replicas[name] = Replica(tensor._version, tensor.data, tensor.data.to(self.device))
+        return known.copy

@@ -84,8 +84,9 @@ def _of_model(trial: Trial, rows: Rows) -> Outputs:
         for path, module in trial.model.named_modules():
             stack.callback(module.register_forward_hook(hook(path)).remove)
         stack.enter_context(statistics_of(rows))
-        args, kwargs = trial.batch.call.rebuild(trial.batch.call.tensors)
-        out = on_one_device(trial.model, trial.forward)(*args, **kwargs)
+        near = stack.enter_context(on_one_device(trial.model))
+        args, kwargs = near(trial.batch.call.rebuild(trial.batch.call.tensors))
+        out = trial.forward(*args, **kwargs)
     own = [[t.detach().clone()] if isinstance(t, Tensor) else [] for t in leaves_of(out)]
     return {**seen, STEP: [own]}
 
@@ -97,10 +98,11 @@ def _of_trace(trial: Trial, traced: Traced, parts: Sequence[Mapping[str, Tensor]
     names = {name + suffix for name in own for suffix in ("", "_share", "_part")}
     values: dict[str, list[Tensor]] = defaultdict(list)
     tensors = {n: t if t.requires_grad else t.detach().clone() for n, t in captured.tensors.items()}
-    with left_as_before(trial.model, reach=trial.reach):  # leaves run the user's Python
-        for part in parts:
+    with left_as_before(trial.model, reach=trial.reach), on_one_device(trial.model) as near:
+        tensors = near(tensors)
+        for part in parts:  # leaves run the user's Python
             evaluator = Evaluator(
-                part, tensors.__getitem__, lambda target: captured.leaf(target, tensors), call=drawn_alike
+                near(part), tensors.__getitem__, lambda target: captured.leaf(target, tensors), call=drawn_alike
             )
             for node in captured.graph.nodes:
                 if node.name in names and node.op != "output":

@@ -9,15 +9,14 @@ model runs the microbatches one by one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from pipecompile.batching import SHARED, Batched, Kind, Rows, by_shape, gather, scatter
@@ -36,6 +35,7 @@ from pipecompile.ops.torch_internals import (
     OpOverload,
     _current_graph_task_id,
     _engine_run_backward,
+    pytree,
 )
 from pipecompile.runtime import steps
 from pipecompile.runtime.compiled import find_loss
@@ -192,12 +192,18 @@ def unsplit_step(trial: Trial, rows: Rows, seeds: Seeds | None, device: torch.de
     left: dict[str, Tensor] = {}
     gathered: list[list[Any]] = []
     found: list[Tensor | None] = [None] * len(tensors)
-    with _observed(trial) as seen, without_caches(trial.model), torch.set_grad_enabled(trial.trains):
-        forward = on_one_device(trial.model, trial.forward, device)
+    with (
+        _observed(trial) as seen,
+        without_caches(trial.model),
+        on_one_device(trial.model, device) as near,
+        torch.set_grad_enabled(trial.trains),
+    ):
         for k, part in enumerate(scatter(batch.call, rows) if len(rows) > 1 else [batch.call.tensors]):
-            args, kwargs = batch.call.rebuild(part if device is None else {n: t.to(device) for n, t in part.items()})
+            args, kwargs = near(batch.call.rebuild(part))
             with statistics_of(trial.rows if len(rows) == 1 else rows, trial.batching.batch_norm == "deferred"):
-                out = forward(*args, **kwargs)  # the context also covers the backward, where checkpoints recompute
+                out = trial.forward(
+                    *args, **kwargs
+                )  # the context also covers the backward, where checkpoints recompute
                 leaves = leaves_of(out)
                 left = seen.left() if len(rows) == 1 else {}
                 given: Seeds = {i: parts[k].to(leaves[i].device) for i, parts in starts.items()}
@@ -213,30 +219,29 @@ def unsplit_step(trial: Trial, rows: Rows, seeds: Seeds | None, device: torch.de
     return _run(trial, tensors, out, joined, found, seen, left)
 
 
-def on_one_device(
-    model: nn.Module, forward: Callable[..., Any], device: torch.device | None = None
-) -> Callable[..., Any]:
-    """The unsplit model on one device, by default that of its first tensor; other tensors are copied to it."""
-    tensors = dict(named_tensors(model))
-    if device is None:
-        device = next(iter(tensors.values())).device if tensors else torch.device("cpu")
-    moved = {f"model.{name}": t.to(device) for name, t in tensors.items() if t.device != device}
-    if not moved:
-        return forward
-    whole = _Whole(model, forward)
-    return lambda *args, **kwargs: functional_call(whole, moved, args, kwargs)
+@contextmanager
+def on_one_device(model: nn.Module, device: torch.device | None = None) -> Iterator[Callable[[Any], Any]]:
+    """The unsplit model on one device, in place: a context in which it can run, and its backward.
 
+    Args:
+        device: by default that of its first tensor.
 
-class _Whole(nn.Module):
-    """A model, and the function that runs it."""
-
-    def __init__(self, model: nn.Module, run: Callable[..., Any]) -> None:
-        super().__init__()
-        self.model = model
-        self.run = run
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.run(*args, **kwargs)
+    Returns:
+        A function that copies the tensors of an argument tree to the device.
+    """
+    tensors = list({id(tensor): tensor for _, tensor in named_tensors(model)}.values())
+    here = device or next((tensor.device for tensor in tensors), None)
+    elsewhere = [(tensor, tensor.data) for tensor in tensors if tensor.device != here]
+    try:
+        for tensor, own in elsewhere:
+            tensor.data = own.to(here)
+        versions = [tensor._version for tensor, _ in elsewhere]
+        yield lambda tree: pytree.tree_map_only(Tensor, lambda t: t if here is None or t.is_meta else t.to(here), tree)
+    finally:
+        for (tensor, own), version in zip(elsewhere, versions, strict=True):
+            if tensor._version != version or not isinstance(tensor, nn.Parameter):  # batch norm writes unseen
+                own.copy_(tensor.data)
+            tensor.data = own
 
 
 def _observed(trial: Trial) -> AbstractContextManager[Seen]:

@@ -69,8 +69,9 @@ class Subject:
         if self.loss_fn is not None:
             loss_fn = self.loss_fn
             forward = lambda *args, target, **kwargs: loss_fn(self.model(*args, **kwargs), target)  # noqa: E731
-        with left_as_before(self.model), without_caches(self.model), torch.no_grad():
-            on_one_device(self.model, forward)(*args, **kwargs)
+        with left_as_before(self.model), without_caches(self.model), on_one_device(self.model) as near, torch.no_grad():
+            near_args, near_kwargs = near((tuple(args), dict(kwargs)))
+            forward(*near_args, **near_kwargs)
 
 
 def verify(subject: Subject, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Verification:

@@ -98,7 +98,7 @@ class Idiom:
     held: str = ""
 
     def build(self) -> nn.Module:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return self.make().double()
 

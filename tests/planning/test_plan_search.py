@@ -262,7 +262,7 @@ def test_replan_relieves_the_slow_stage_and_stays_exact() -> None:
     before = gradients(pipe)
     assert len(pipe.pipeline.report.calibration) == 3
     sizes = [pipe.pipeline.plan.stage_of.count(stage) for stage in range(3)]
-    pipe.pipeline._session.timeline = slowed(pipe, 0, 4.0)
+    pipe.pipeline._session.measured = slowed(pipe, 0, 4.0)
     plan = pipe.pipeline.replan()
     assert plan == pipe.pipeline.plan
     assert plan.stage_of.count(0) < sizes[0]

@@ -16,6 +16,7 @@ from pipecompile.capture.state.containers import contents, is_same, put_back
 from pipecompile.capture.state.guards import Itself
 from pipecompile.capture.state.namespaces import drop, names_of, put
 from pipecompile.capture.state.reachable import Generator, Reach, reach_of
+from pipecompile.ops.accelerators import default_generators
 from pipecompile.ops.randomness import set_state, state_of
 from pipecompile.ops.torch_internals import _unsafe_preserve_version_counter
 
@@ -93,11 +94,10 @@ class Noted:
 @contextmanager
 def generators_kept(generators: Iterable[Generator] = ()) -> Iterator[None]:
     """A context; at its end, the generators of torch, Python and numpy, and others, are restored."""
-    others = [(generator, state_of(generator)) for generator in generators]
+    others = [(generator, state_of(generator)) for generator in (*default_generators(), *generators)]
     python, numpy = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng():
-            yield
+        yield
     finally:
         random.setstate(python)
         np.random.set_state(numpy)

@@ -1,0 +1,60 @@
+"""The scopes around the call being recorded: modules, checkpoints, autocasts, parts kept whole, and transforms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from pipecompile.capture.origin import Origin
+from pipecompile.ops.modes import Region
+from pipecompile.ops.source_lines import user_line
+
+
+class Scopes:
+    """What one run of forward has entered and not yet left.
+
+    Attributes:
+        paths: Paths of the modules being run, innermost last.
+        autocasts: Autocast regions that the model entered, innermost last: device, dtype, whether it is enabled.
+        inside_leaf: Whether a part kept whole is being run, whose calls are not recorded.
+        inside_transform: Whether aten operations are being recorded, not functions.
+    """
+
+    def __init__(self) -> None:
+        self.paths: list[str] = [""]
+        self.autocasts: list[tuple[str, str, bool]] = []
+        self.inside_leaf = False
+        self.inside_transform = False
+        self._checkpoints: list[int] = []  # of the model, being run, innermost last
+        self._num_checkpoints = 0
+
+    @property
+    def path(self) -> str:
+        """The path of the module being run."""
+        return self.paths[-1]
+
+    @property
+    def here(self) -> Origin:
+        """The place in the model, for messages."""
+        return Origin(self.path, user_line())
+
+    @property
+    def region(self) -> Region:
+        return Region(torch.is_grad_enabled() and not torch.is_inference_mode_enabled(), tuple(self.autocasts))
+
+    @property
+    def recompute(self) -> int | None:
+        """The outermost checkpoint being run; everything inside it is recomputed."""
+        return self._checkpoints[0] if self._checkpoints else None
+
+    @contextmanager
+    def checkpoint(self) -> Iterator[None]:
+        """A context for a function that the model runs under ``torch.utils.checkpoint``."""
+        self._checkpoints.append(self._num_checkpoints)
+        self._num_checkpoints += 1
+        try:
+            yield
+        finally:
+            self._checkpoints.pop()

@@ -1,0 +1,93 @@
+"""Devices that run work after the call that queues it returns: CUDA, ROCm, XPU and whatever else torch drives.
+
+Only torch's generic interface is used (``torch.accelerator``, ``torch.Stream``, ``torch.Event``), so that no type of
+device is named. On the CPU these functions do nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+Mark = torch.Event | float  # a time: an event of a device, or seconds of the host's clock
+
+
+def is_accelerator(device: torch.device) -> bool:
+    """Whether a device runs work later than the host queues it."""
+    return device.type not in ("cpu", "meta")
+
+
+def accelerators(devices: Iterable[torch.device]) -> list[torch.device]:
+    """The accelerators among devices, each once."""
+    return [device for device in dict.fromkeys(devices) if is_accelerator(device)]
+
+
+def default_generator(device: torch.device) -> torch.Generator:
+    """The generator that random functions use on a device."""
+    if not is_accelerator(device):
+        return torch.default_generator
+    generators: tuple[torch.Generator, ...] = torch.get_device_module(device).default_generators
+    return generators[device.index or 0]
+
+
+def default_generators() -> list[torch.Generator]:
+    """The generators of the CPU and of all accelerators that the process has used."""
+    here = torch.accelerator.current_accelerator(check_available=True)
+    module = None if here is None else torch.get_device_module(here)
+    return [torch.default_generator, *(module.default_generators if module and module.is_initialized() else ())]
+
+
+def total_memory(device: torch.device) -> int | None:
+    """Bytes of a device's memory; None for the CPU, which has no limit of its own."""
+    return int(torch.accelerator.get_memory_info(device)[1]) if is_accelerator(device) else None
+
+
+def time_mark(device: torch.device, stream: torch.Stream | None = None) -> Mark:
+    """The time at which all that has been queued on a stream will have run; on the CPU, the present time.
+
+    Args:
+        device: The device.
+        stream: The stream; by default, the device's current one.
+    """
+    if not is_accelerator(device):
+        return time.perf_counter()
+    event = torch.Event(device, enable_timing=True)
+    (stream or torch.accelerator.current_stream(device)).record_event(event)
+    return event
+
+
+def seconds_between(begin: Mark, end: Mark) -> float:
+    """Seconds between two marks of one device. Waits until an accelerator has come so far."""
+    if isinstance(begin, torch.Event) and isinstance(end, torch.Event):
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+    assert isinstance(begin, float)
+    assert isinstance(end, float)
+    return end - begin
+
+
+def copied(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on another device. The host does not wait, unless the copy is on the CPU and it may read it at once."""
+    if tensor.device.type == "cpu" and is_accelerator(device):
+        tensor = torch.empty_like(tensor, pin_memory=True, requires_grad=False).copy_(tensor)
+    return tensor.to(device, non_blocking=is_accelerator(device))
+
+
+def used_here(tensor: Tensor | None, stream: torch.Stream | None = None) -> None:
+    """Records that a stream uses a tensor, so that its memory is not reused before that work has run.
+
+    Args:
+        tensor: The tensor.
+        stream: The stream; by default, the current one of the tensor's device.
+    """
+    if tensor is not None and is_accelerator(tensor.device):
+        tensor.record_stream(stream or torch.accelerator.current_stream(tensor.device))
+
+
+def in_autograd_thread() -> bool:
+    """Whether the calling thread is one that autograd itself has started for a device."""
+    return isinstance(threading.current_thread(), threading._DummyThread)
