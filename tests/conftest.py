@@ -13,7 +13,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 HANG = 300  # seconds
+DEVICES = Path(__file__).parent / "devices"
 STDERR = pytest.StashKey[int]()
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """The virtual device stays in a process for good, so its tests run by themselves, or on real devices."""
+    asked = any("devices" in Path(argument).parts for argument in config.args) or "cuda" in config.getoption("-m")
+    return True if collection_path == DEVICES and not asked else None
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +41,11 @@ def default_generators() -> list[torch.Generator]:
     here = torch.accelerator.current_accelerator(check_available=True)
     module = None if here is None else torch.get_device_module(here)
     return [torch.default_generator, *(module.default_generators if module and module.is_initialized() else ())]
+
+
+def factories_on(device: torch.device | None) -> AbstractContextManager[Any]:
+    """A context in which ``torch.arange(n)`` and its kin create tensors on an accelerator, as they do in its stages."""
+    return device if device is not None and is_accelerator(device) else nullcontext()
 
 
 def total_memory(device: torch.device) -> int | None:

@@ -21,6 +21,7 @@ from pipecompile.capture.origin import origin_of
 from pipecompile.errors import ExecutionError
 from pipecompile.ir.device_specs import ACCELERATORS
 from pipecompile.ir.graph import Cost, Footprint
+from pipecompile.ops.accelerators import factories_on
 from pipecompile.ops.device_args import retarget
 from pipecompile.ops.operators import is_opaque
 from pipecompile.ops.symbols import resolve
@@ -62,7 +63,7 @@ class Walk:
     def run(self) -> None:
         nodes = list(self.captured.graph.nodes)
         last_use = {source: node for node in nodes for source in node.all_input_nodes}
-        with self.meter.fake, _progress("profiling", len(nodes)) as advance:
+        with self.meter.fake, factories_on(self.device), _progress("profiling", len(nodes)) as advance:
             for node in nodes:
                 self._visit_or_say(node)
                 for source in node.all_input_nodes:

@@ -27,6 +27,7 @@ from pipecompile.capture.purity import is_random
 from pipecompile.capture.pytrees import flatten
 from pipecompile.capture.state.model_state import named_tensors, without_caches
 from pipecompile.capture.state.reachable import Generator, Reach, reach_of
+from pipecompile.ops.accelerators import factories_on
 from pipecompile.ops.functional import add_moments, moments
 from pipecompile.ops.module_tree import called_bare
 from pipecompile.ops.row_draws import draws_by_row
@@ -236,7 +237,8 @@ def on_one_device(model: nn.Module, device: torch.device | None = None) -> Itera
         for tensor, own in elsewhere:
             tensor.data = own.to(here)
         versions = [tensor._version for tensor, _ in elsewhere]
-        yield lambda tree: pytree.tree_map_only(Tensor, lambda t: t if here is None or t.is_meta else t.to(here), tree)
+        with factories_on(here):
+            yield lambda tree: pytree.tree_map_only(Tensor, lambda t: t if here is None else t.to(here), tree)
     finally:
         for (tensor, own), version in zip(elsewhere, versions, strict=True):
             if tensor._version != version or not isinstance(tensor, nn.Parameter):  # batch norm writes unseen

@@ -160,11 +160,14 @@ void resize_written(const c10::FunctionSchema& schema, const Stack& args, Argume
 }
 
 void copy_results(const std::vector<std::pair<size_t, IValue>>& fresh, const Stack& computed) {
+  auto copy = [](const Tensor& target, const Tensor& value) {
+    if (value.numel() || !target.numel()) target.copy_(value);  // batch norm in evaluation saves nothing on the CPU
+  };
   for (const auto& [i, made] : fresh) {
-    if (made.isTensor() && made.toTensor().defined()) made.toTensor().copy_(computed[i].toTensor());
+    if (made.isTensor() && made.toTensor().defined()) copy(made.toTensor(), computed[i].toTensor());
     if (!made.isTensorList()) continue;
     const auto targets = made.toTensorVector(), values = computed[i].toTensorVector();
-    for (size_t j = 0; j < targets.size(); ++j) targets[j].copy_(values[j]);
+    for (size_t j = 0; j < targets.size(); ++j) copy(targets[j], values[j]);
   }
 }
 
