@@ -53,8 +53,8 @@ def compile(
             the model's arguments, and returns what ``loss_fn`` returns.
         loss_output: the name of the output that is the loss, if it is neither called "loss" nor the only scalar.
             Without it, if there are several scalars, backwards wait for the caller's gradients.
-        optimizer: for "pipedream", which steps inside the pipeline: a function that makes an optimizer from the
-            parameters of a stage.
+        optimizer: for an asynchronous schedule, which steps inside the pipeline: a function that makes an optimizer
+            from the parameters of a stage.
         leaf_modules: paths of modules to keep whole as leaves, each run as ordinary Python inside one stage. Modules
             whose Python depends on activations are found and kept whole automatically.
         batching: which tensors have a batch dimension, and which modules may mix samples within a microbatch.

@@ -50,7 +50,6 @@ from pipecompile.runtime.compiled import Compiled, could_be_losses, find_loss
 from pipecompile.runtime.rerun import STOPPED
 from pipecompile.runtime.session import Session
 from pipecompile.runtime.substituted import called_with
-from pipecompile.schedule import ASYNCHRONOUS, SCHEDULES, pipedream
 from pipecompile.verify.prove import due, first_microbatch, prove
 from pipecompile.verify.results import Proof, Verification
 from pipecompile.verify.side_by_side import Trial
@@ -146,9 +145,8 @@ class Pipeline:
         compiled = self._capture_in_use
         program = self._session.program
         if program is None or program.plan is not compiled.plan:
-            program = compiled.program(
-                lambda plan: self._schedule(plan, self.microbatches), ("train", self.microbatches)
-            )
+            bare = self.options.policy.program
+            program = compiled.program(lambda plan: bare(plan, self.microbatches), ("train", self.microbatches))
         return compiled.predict(program)
 
     @property
@@ -159,7 +157,7 @@ class Pipeline:
     @property
     def costs(self) -> CostedGraph:
         """The costs that the plan was made from; ``costs.save(path)`` keeps them for ``compile(..., costs=path)``."""
-        return self._capture_in_use.costed
+        return self._capture_in_use.planned.costed
 
     @property
     def report(self) -> Report:
@@ -210,7 +208,7 @@ class Pipeline:
             try:
                 return self._call(*args, **kwargs)
             except Substituted:
-                if self.schedule in ASYNCHRONOUS:
+                if self.options.policy.is_asynchronous:
                     raise
                 return called_with(self.model, self._own, self._call, args, kwargs)
 
@@ -241,11 +239,11 @@ class Pipeline:
             self.options.verify, self._calls, key in self._proofs
         ):
             return
-        asynchronous = self.schedule in ASYNCHRONOUS
+        policy = self.options.policy
         trial = Trial(
             model=self.model,
-            batch=first_microbatch(batch) if asynchronous and self.model.training else batch,
-            schedule=SCHEDULES["1f1b" if asynchronous else self.schedule],
+            batch=first_microbatch(batch) if policy.is_asynchronous and self.model.training else batch,
+            schedule=policy.with_flush,
             devices=self.devices,
             loss_fn=self.options.loss_fn,
             loss=self.options.loss_output,
@@ -260,32 +258,32 @@ class Pipeline:
             raise InputError(NO_VALUES)
         captured = batch.compiled.captured
         loss = find_loss(captured, self.options.loss_output)
-        asynchronous = self.schedule in ASYNCHRONOUS and self.model.training
+        policy = self.options.policy
+        segment = policy.segment if self.model.training else None
         trains = torch.is_grad_enabled() and any(output.requires_grad for output in captured.results)
-        if trains and asynchronous and loss is None:
+        if trains and segment is not None and loss is None:
             several = ", ".join(could_be_losses(captured))
             seen = f"outputs {several} could each be the loss" if several else "the model does not return a loss"
             remedy = "name it with loss_output=" if several else "pass labels to the call, or loss_fn= to compile()"
             raise InputError(f"schedule={self.schedule!r} needs the loss inside the pipeline, but {seen}; {remedy}")
-        return steps.run(self._session, batch, loss, self._schedule, asynchronous)
+        return steps.run(self._session, batch, loss, policy.program, segment)
 
     def verify(self, *args: Any, **kwargs: Any) -> Verification:
         """Compares the pipeline with the unsplit model, on this call and on fresh inputs of this and of another shape.
 
         Compares loss, outputs, every gradient by name and buffers, in training and evaluation. Does not step, and
-        leaves the model unchanged. The stages of an asynchronous schedule are run by 1F1B, since their weights lag by
-        design.
+        leaves the model unchanged. The stages of an asynchronous schedule are run with a flush, since their weights lag
+        by design.
         """
         if any(p.is_meta for p in self.model.parameters()):
             raise InputError(NO_VALUES)
         kept = self._captures, self._batched, self._first, self._last  # later calls do not use its captures
         self._captures, self._batched = self._captures.copied(), dict(self._batched)
-        schedule = SCHEDULES["1f1b" if self.schedule in ASYNCHRONOUS else self.schedule]
         subject = Subject(
             model=self.model,
             loss_fn=self.options.loss_fn,
             batch=self._batch,
-            schedule=schedule,
+            schedule=self.options.policy.with_flush,
             microbatches=self.microbatches,
             loss=self.options.loss_output,
             devices=self.devices,
@@ -332,7 +330,7 @@ class Pipeline:
                         "did not measure (on CUDA, stages are not timed); run a training step like the first call, or "
                         "pass costs="
                     )
-                costed = corrected(first.costed, first.plan, times)
+                costed = corrected(first.planned.costed, first.plan, times)
             else:
                 costed = reused(given, first.graph)
             options = replace(self.options, plan=plan or self.options.plan, costs=costed)
@@ -393,11 +391,6 @@ class Pipeline:
             )
         return Pipeline, (self.model, self.devices, self.options)
 
-    def _schedule(self, plan: Plan, count: int) -> Program:
-        if self.schedule in ASYNCHRONOUS:
-            return pipedream(plan, range(count))
-        return SCHEDULES[self.schedule](plan, count)
-
     # Captures
 
     def _batch(self, args: Sequence[Any], kwargs: Mapping[str, Any], microbatches: int | None = None) -> steps.Batch:
@@ -451,7 +444,7 @@ class Pipeline:
                     self.options,
                     self._forward,
                     self._first or self._placement,
-                    whole=self.microbatches > 1 and not (self.schedule in ASYNCHRONOUS and self.model.training),
+                    whole=self.microbatches > 1 and not (self.options.policy.is_asynchronous and self.model.training),
                 )
             for cut in compiled.cuts(candidate):
                 if not compiled.broken(call, cut):

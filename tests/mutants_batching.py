@@ -166,8 +166,8 @@ def numbered(net: Ends, o: Tensor) -> Tensor:
 
 
 def over_the_batch(name: str, loss: Callable[[Tensor], Tensor], answer: Callable[[Use], Any] = per_row) -> Mutant:
-    taken = "what is alike everywhere" if answer is not per_row else "a function of each row"
-    return Mutant(f"{name} over the batch", f"`{name}` over the batch is taken for {taken}", rule(name, answer),
+    treated = "a function of each row" if answer is per_row else "a value that all microbatches share"
+    return Mutant(f"{name} over the batch", f"`{name}` over the batch is treated as {treated}", rule(name, answer),
              end(lambda net, o: loss(o)))  # fmt: skip
 
 
@@ -182,83 +182,86 @@ BATCHING = (
     over_the_batch("std", lambda o: (o / torch.std(o, 0, keepdim=True)).exp().mean(), lambda use: SHARED),
     Mutant(
         "mean over the batch",
-        "`mean(0)` is taken for what is alike everywhere",
+        "`mean(0)` is treated as a value that all microbatches share",
         rule("mean", lambda use: SHARED),
         end(lambda net, o: (o - o.mean(0, keepdim=True)).pow(2).sum()),
     ),
-    Mutant("Share lost", "the means of microbatches are added up", without("Share"), end(lambda n, o: o.pow(2).mean())),
+    Mutant(
+        "Share lost",
+        "the means of microbatches are added without weights",
+        without("Share"),
+        end(lambda n, o: o.pow(2).mean()),
+    ),
     Mutant(
         "Recount lost",
-        "the mean of the microbatches' means, each over its own valid targets",
+        "each microbatch takes the mean over its own valid targets",
         patched(DIVIDE._Divider, "_edited", mean_of_means),
         Words,
         ids,
     ),
     Mutant(
         "ShareArgument lost",
-        "a regulariser is added once for each microbatch",
+        "a regularization term is added once per microbatch",
         without("ShareArgument"),
         end(regularised),
     ),
     Mutant(
         "WholeArgument lost",
-        "a sum is divided by a microbatch's rows",
+        "a sum is divided by the number of rows of a microbatch",
         without("WholeArgument"),
         end(lambda net, o: o.pow(2).sum() / o.shape[0]),
     ),
+    Mutant("RowsArgument lost", "row numbers start at 0 in each microbatch", without("RowsArgument"), end(numbered)),
     Mutant(
-        "RowsArgument lost", "rows are numbered from each microbatch's first", without("RowsArgument"), end(numbered)
-    ),
-    Mutant(
-        "other count of targets",
-        "twice as many targets as there are",
+        "wrong count of targets",
+        "the number of valid targets is doubled",
         patched(Before, "value", lambda original: lambda self, values: 2 * original(self, values)),
         Words,
         ids,
     ),
     Mutant(
         "partial sum joined as shared",
-        "the first microbatch's part of a loss is given as the loss",
+        "the first microbatch's part of a loss is returned as the loss",
         joined_as(lambda kind: SHARED if isinstance(kind, Partial) else kind),
         end(lambda n, o: o.pow(2).mean()),
     ),
     Mutant(
         "outputs joined the wrong way",
-        "parts of two blocks of rows are joined as one block",
+        "an output with two blocks of rows is joined as one block",
         joined_as(lambda kind: replace(kind, outer=1) if isinstance(kind, Batched) else kind),
         end(lambda net, o: torch.stack([o, o.exp()]).flatten(0, 1)),
     ),
     Mutant(
         "tail sees the first microbatch",
-        "what mixes samples is given the first microbatch's, repeated",
+        "the tail gets the values of the first microbatch, repeated",
         patched(steps, "gather", only_first),
         end(lambda net, o: torch.logsumexp(o, 0).mean()),
     ),
     Mutant(
         "equal weights",
-        "microbatches are weighed as if they had equally many rows",
+        "microbatches are weighted as if they had equal numbers of rows",
         patched(Rows, "weights", lambda original: property(lambda self: (1 / len(self),) * len(self))),
         end(lambda net, o: o.pow(2).mean()),
     ),
     Mutant(
         "statistics written twice",
-        "running statistics of a normalisation are moved twice",
+        "the running statistics of a batch normalization are updated twice",
         captured(norm_twice),
         Normalised,
         draws=True,
     ),
     Mutant(
-        "buffer without a copy", "each microbatch writes the buffer itself", divided(lose_copies), net(decay, state)
+        "buffer without a copy", "each microbatch writes to the buffer itself", divided(lose_copies), net(decay, state)
     ),
     Mutant(
         "tail forgets a write",
-        "a buffer is written in the microbatches' copies alone",
+        "a buffer is written only in the copies of the microbatches",
         divided(lose_tail_write),
         net(count, counter),
     ),
     Mutant(
-        "experiment believes all",
-        "a function without a rule that mixes samples has passed its trial",
+        "trial always passes",
+        "a function without a rule passes its trial, although it mixes samples",
         believes_all,
         end(lambda net, o: (torch.renorm(o, 2, 1, 0.5) * o).mean()),
     ),

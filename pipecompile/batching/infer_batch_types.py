@@ -1,4 +1,8 @@
-"""Infers the kind of every value of a captured model: how a microbatch's value relates to the whole batch's."""
+"""Infers the kind of every value of a captured model: how a microbatch's value relates to the whole batch's.
+
+torch's DTensor propagates similar kinds over a mesh of devices (Shard, Replicate, Partial). Where an operation mixes
+shards, it gathers them, which microbatches that run one after the other cannot do.
+"""
 
 from __future__ import annotations
 

@@ -15,12 +15,16 @@ BatchNorm = Literal["microbatch", "deferred"]
 class Batching:
     """Which tensors have a batch dimension, and which modules may mix samples within a microbatch.
 
+        Batching(in_dims={"x": 1, "table": None}, out_dims={"scores": 1})
+
+    The command line shows the descriptions of these arguments too, so they fit both.
+
     Args:
-        in_dims: the batch dimension of arguments, by name: ``{"x": 1}``; None for an argument that all microbatches
-            share. By default, tensors are divided along dimension 0, where most of them have the same size.
-        out_dims: the batch dimension of outputs, by name or number: ``{"scores": 1}``; it overrides the analysis.
-            Operations used only for such an output may mix samples within a microbatch. With None, the output of the
-            first microbatch is returned.
+        in_dims: the batch dimension of arguments, by name; None for an argument that all microbatches share. By
+            default, tensors are divided along dimension 0, where most of them have the same size.
+        out_dims: the batch dimension of outputs, by name or number; it overrides the analysis. Operations used only for
+            such an output may mix samples within a microbatch. With None, the output of the first microbatch is
+            returned.
         batch_norm: "microbatch": in training, batch normalization uses the statistics of each microbatch, as GPipe does
             (Huang et al. 2019, section 3), and updates its running statistics once per microbatch; "deferred": it
             updates them once per batch, from all rows.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -64,38 +65,50 @@ def capture(
     """
     _refuse_lazy(model)
     _refuse_slots(model)
-    rows = _rows(call, microbatch)
     kept: dict[Part, Reason] = _with_backward_hooks(model, forward is None)
     kept.update(dict.fromkeys(_known(model, leaves), Reason("it is in leaf_modules=")))
-    reasons: list[str] = []
-    attempts: list[tuple[SymbolicSizes, Errors]] = [(what, DATA_DEPENDENT) for what in symbolic]
     reach = reach_of(model, [forward] if forward is not None else [])
-    forward = forward or partial(called_bare, model)
-    while attempts:
-        what, unknown = attempts.pop(0)
+    rows, run = _rows(call, microbatch), forward or partial(called_bare, model)
+    reasons: list[str] = []
+
+    def attempt(what: SymbolicSizes, unknown: Errors) -> Captured:
+        captured = _with_leaves(model, call, rows, run, what, unknown, kept, reach, reasons)
+        if broken := captured.broken_guard(call.alike(rows), call.tensors):
+            raise _BrokenGuard(broken)
+        return captured
+
+    failure: Exception | None = None
+    for what in symbolic:
+        if isinstance(failure, NeedsNumbers) and what is not symbolic[-1]:
+            continue
         try:
-            captured = _with_leaves(model, call, rows, forward, what, unknown, kept, reach, reasons)
-            broken = captured.broken_guard(call.alike(rows), call.tensors)
+            return attempt(what, DATA_DEPENDENT)
         except Exception as error:  # an operation that needs plain sizes: try again with fewer symbols
-            if unknown is ANYTHING:
-                break  # keeping parts whole did not help either: report the earlier failure
-            if isinstance(error, CaptureError | ReentryError):
+            if not _may_need_plain_sizes(error):
                 raise
             failure = error
-            reasons.append(str(error).splitlines()[0][:200] if str(error) else type(error).__name__)
-            if isinstance(error, NeedsNumbers):
-                del attempts[:-1]
-            if not attempts:  # an operation that does not support fake tensors: keep the part around it whole
-                attempts.append((symbolic[-1], ANYTHING))
-            continue
-        if not broken:
-            return captured
-        failure = CaptureError(broken)
-        reasons.append(broken)
+            reasons.append(_in_short(error))
+    if not isinstance(failure, _BrokenGuard):  # an operation does not support fake tensors: keep the part around it
+        with suppress(Exception):  # if that does not help either, report the earlier failure
+            return attempt(symbolic[-1], ANYTHING)
     raise CaptureError(
         f"the model cannot be captured: {getattr(failure, 'origin', '')}: {failure}; create what this line creates in "
         f"__init__(), or move it into a module of its own and name that module in leaf_modules=[...]"
     ) from failure
+
+
+class _BrokenGuard(CaptureError):
+    """The trace of a call does not hold for the call itself."""
+
+
+def _may_need_plain_sizes(error: Exception) -> bool:
+    return isinstance(error, _BrokenGuard) or not isinstance(error, CaptureError | ReentryError)
+
+
+def _in_short(error: Exception) -> str:
+    if isinstance(error, _BrokenGuard):
+        return str(error)
+    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
 
 
 def _rows(call: Call, microbatch: int | Sequence[int] | None) -> tuple[int, ...]:

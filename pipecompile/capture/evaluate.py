@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pipecompile.capture.origin import origin_of
 from pipecompile.ops.device_args import retarget
+from pipecompile.ops.modes import enter_region
 from pipecompile.ops.torch_internals import DisableTorchFunction, _disable_current_modes
 
 META_TO_CPU = (torch.device("meta"), torch.device("cpu"))  # inputs have values even if the model is on meta
@@ -47,7 +48,7 @@ class Evaluator:
         self.known: dict[fx.Node, Any] = {}
 
     def value(self, node: fx.Node) -> Any:
-        """Returns the value of a node, computed outside all modes of the trace."""
+        """Returns the value of a node, computed outside all modes of the trace, but in the model's own autocasts."""
         recording = torch.set_grad_enabled(self.gradients)
         with DisableTorchFunction(), _disable_current_modes(), recording:
             return self._value(node)
@@ -67,6 +68,10 @@ class Evaluator:
 
     def _compute(self, node: fx.Node) -> Any:
         self.check(node)
+        with enter_region(True, origin_of(node).region.autocast):  # whether autograd records is the evaluator's choice
+            return self._run(node)
+
+    def _run(self, node: fx.Node) -> Any:
         if node.op == "placeholder":
             return self.inputs[node.name]
         if node.op == "get_attr":

@@ -34,7 +34,9 @@ def write_final_values(
         with mode:
             buffer, new = table.attribute(name, table.fakes[id(real)]), table.node_of(value)
         node = table.emit(write_back, (buffer, new))
-        node.meta.update(val=value, origin=replace(origin_of(node), writes=(name,), mutates=True))
+        made = origin_of(new)  # the write has no line of its own: forward has ended
+        origin = replace(origin_of(node), path=made.path, source=made.source, writes=(name,), mutates=True)
+        node.meta.update(val=value, origin=origin)
         with table.graph.inserting_after(buffer):  # readers of the old value must not see the write
             old = table.graph.call_function(torch.clone, (buffer,))
         old.meta.update(buffer.meta, origin=Origin())

@@ -2,7 +2,8 @@
 
 A model repeats its layers, and each operation on fake tensors computes the sizes, strides and contiguity of its result:
 about sixty sums, products and comparisons of the same few sizes, each of them a call of sympy. With a cache, an
-operation on symbolic sizes costs little more than one on plain sizes.
+operation on symbolic sizes costs little more than one on plain sizes. The caches of sympy and torch are below these
+calls: with them alone, the capture of GPT-2 takes 1.5 times as long.
 
 An entry is valid for the whole trace. What the trace learns later about a symbol (that it equals another one) is
 applied by ``SymNode.expr`` when the entry is read, not when it is stored.

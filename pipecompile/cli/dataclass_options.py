@@ -1,7 +1,8 @@
 """Makes the options of a command from the fields of a dataclass; their help comes from its docstring.
 
 So the command line offers the same options as ``compile``, with the same documentation. Fields of structured types are
-written as text: ``--pin encoder=0``, ``--colocate embed,head``, ``--replicas 1,2,1``.
+written as text: ``--pin encoder=0``, ``--colocate embed,head``, ``--replicas 1,2,1``. Typer, which makes the other
+options, takes the parameters of a function only.
 """
 
 from __future__ import annotations
@@ -49,9 +50,9 @@ def _option(kind: type[Any], field: Field[Any]) -> tuple[inspect.Parameter, Call
     lines = [p.description or "" for p in parse(kind.__doc__ or "").params if p.arg_name == field.name]
     text = " ".join(" ".join(lines).replace("``", "").split()).replace("[", r"\[")
     text = " ".join(filter(None, [text[:1].upper() + text[1:], form and f"Write {form}."]))
-    default = False if field.default in (MISSING, None, ()) else str(field.default)
-    shown = Annotated[asked | None, typer.Option(flag, help=text, show_default=default)]  # type: ignore[valid-type]
-    option = inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=shown)
+    default = None if field.default in (MISSING, ()) else field.default
+    shown = Annotated[asked | None, typer.Option(flag, help=text)]  # type: ignore[valid-type]
+    option = inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=shown)
     return option, lambda given: read(flag, given)
 
 
@@ -73,9 +74,9 @@ def _pairs(flag: str, texts: Sequence[str]) -> dict[str, int | None]:
 
 def _pair(flag: str, text: str) -> tuple[str, int | None]:
     name, sign, number = text.rpartition("=")
-    if not sign or not (number.isdecimal() or number == "none"):
+    if not sign or not (number.isdecimal() or number.lower() == "none"):
         raise InputError(f"{flag} {text} does not end in =number; write name=number, such as {flag} x=0")
-    return name, None if number == "none" else int(number)
+    return name, int(number) if number.isdecimal() else None
 
 
 def _numbers(flag: str, text: str) -> Sequence[int] | Literal["auto"]:
@@ -94,6 +95,6 @@ READERS: dict[Any, tuple[Any, Read, str]] = {
     Sequence[str]: (list[str], _paths, "one path per use of the option"),
     Sequence[Sequence[str]]: (list[str], _groups, "one group per use of the option: a,b"),
     Mapping[str, int]: (list[str], _pairs, "one pair per use of the option: name=0"),
-    Mapping[str, int | None]: (list[str], _pairs, "one pair per use of the option: name=0, or name=none"),
+    Mapping[str, int | None]: (list[str], _pairs, "one pair per use of the option: name=0, or name=None"),
     Sequence[int] | Literal["auto"] | None: (str, _numbers, "1,2,1, or auto"),
 }  # type of a field -> the type for typer, the reader of its value, and its syntax; other types are text

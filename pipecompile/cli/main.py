@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +20,7 @@ from pipecompile.batching import Batching
 from pipecompile.capture import capture, read_call, summarize
 from pipecompile.cli.dataclass_options import takes
 from pipecompile.cli.model_spec import load
+from pipecompile.cli.prediction import Prediction
 from pipecompile.compiler.compile_call import reused
 from pipecompile.compiler.devices import parse_devices
 from pipecompile.compiler.options import read_costs
@@ -29,27 +29,17 @@ from pipecompile.ir.cluster import Cluster, Link
 from pipecompile.ir.graph import Cost, CostedGraph
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.plan_options import PlanOptions
-from pipecompile.ir.plan_quality import known
-from pipecompile.ir.program import Program
-from pipecompile.ir.timeline import Timeline
-from pipecompile.ir.units import seconds_text
 from pipecompile.ops.torch_internals import tree_map_only
 from pipecompile.partition import ADAM
-from pipecompile.planning.memory import Memory
-from pipecompile.planning.plan_search import make_plan
-from pipecompile.planning.replicas import Candidate, with_best_replicas
-from pipecompile.planning.search_spec import Request
+from pipecompile.planning.planned import planned
 from pipecompile.planning.training_spec import Workload
 from pipecompile.profile import profile
 from pipecompile.render.formats import FORMATS
-from pipecompile.render.stage_graph import StageGraph, stage_graph
-from pipecompile.render.table import memory_table, table
 from pipecompile.render.timeline import timeline_svg, timeline_text
-from pipecompile.schedule import SCHEDULES, pipedream, steady
+from pipecompile.schedule import SCHEDULES, SYNCHRONOUS
 from pipecompile.schedule.simulator import simulate
 
 SUFFIXES = {".gv": "dot", ".mmd": "mermaid", **{f".{name}": name for name in FORMATS}}
-NAMES = (*SCHEDULES, "pipedream")
 
 Model = Annotated[
     str,
@@ -111,7 +101,7 @@ def plan(
         int | None, typer.Option("--stages", "-n", min=1, help="Number of stages. Default: one per device, or 2.")
     ] = None,
     microbatches: Microbatches = 8,
-    schedule: Annotated[str, typer.Option("--schedule", "-s", help=f"One of {', '.join(NAMES)}.")] = "1f1b",
+    schedule: Annotated[str, typer.Option("--schedule", "-s", help=f"One of {', '.join(SCHEDULES)}.")] = "1f1b",
     microbatch: Annotated[
         int | None, typer.Option(min=1, help="Samples per microbatch. Default: all that MODEL returns; 2 for hf.")
     ] = None,
@@ -147,42 +137,23 @@ def plan(
     pipecompile plan hf:gpt2 --stages 4 --output plan.html
     pipecompile plan hf:llama --cluster 64xH100 --dtype bfloat16
     """
-    written = _format(format, output)
-    if as_json and written is not None and output is None:
-        raise InputError("--json and --format would both go to the terminal; add --output FILE")
-    _check_choice("schedule", schedule, NAMES)
+    written = _format(format, output, as_json)
+    _check_choice("schedule", schedule, tuple(SCHEDULES))
     (place,) = parse_devices([device])
-    counts = options.counts
-    num_devices = sum(counts) or stages or 2
-    devices = Cluster.from_name(cluster) if cluster else Cluster.of([str(place)] * num_devices)
-    num_stages = len(counts) or stages or len(devices)
-    _check_replicas(options, counts, stages, len(devices), schedule)
+    devices = Cluster.from_name(cluster) if cluster else Cluster.of([str(place)] * (sum(options.counts) or stages or 2))
+    _check_replicas(options, stages, len(devices), schedule)
     costed = _costed(model, microbatch, length, costs or ("count" if cluster else "measure"), place, devices, dtype)
     if save_costs is not None:
         _write(costed.to_json(), save_costs)
     state = ADAM if options.optimizer_state is None else options.optimizer_state
-    work = Workload(SCHEDULES.get(schedule, steady), microbatches, state, options.recompute, fused=fused)
-    candidates: tuple[Candidate, ...] = ()
-    if options.replicas == "auto":
-        found, candidates = with_best_replicas(costed, devices, work, options)
-    else:
-        found = make_plan(costed, Request(counts or (1,) * num_stages, options), devices, work)
-    held = work.memory(costed, found, devices)
-    view = stage_graph(costed, found)
-    program = _program(schedule, view.plan, microbatches)
-    timeline = simulate(program, [stage.cost for stage in view.stages], devices)
-    facts = _facts(view, timeline, held, schedule, microbatches, candidates)
+    work = Workload(SCHEDULES[schedule].steady, microbatches, state, options.recompute, fused=fused)
+    prediction = Prediction.of(planned(costed, devices, work, options, stages), schedule)
     if as_json:
-        typer.echo(json.dumps(facts, indent=2))
+        typer.echo(json.dumps(prediction.facts(), indent=2))
     else:
-        console = Console(stderr=written is not None and output is None)  # then stdout is for the stage graph
-        console.print(table(view, console.width))
-        console.print(memory_table(held, found, devices))
-        console.print(_prediction(view, timeline, schedule, microbatches))
-        for line in _comparison(candidates):
-            console.print(Text(line))
+        prediction.print_to(Console(stderr=written is not None and output is None))  # stdout is for the stage graph
     if written is not None:
-        _write(FORMATS[written](view), output)
+        _write(FORMATS[written](prediction.view), output)
 
 
 @app.command()
@@ -192,7 +163,7 @@ def check(
     model: Model,
     stages: Stages = 2,
     microbatches: Microbatches = 4,
-    schedule: Annotated[str, typer.Option("--schedule", "-s", help=f"One of {', '.join(SCHEDULES)}.")] = "1f1b",
+    schedule: Annotated[str, typer.Option("--schedule", "-s", help=f"One of {', '.join(SYNCHRONOUS)}.")] = "1f1b",
     batch: Annotated[
         int | None, typer.Option(min=1, help="Samples per batch, for hf. Default: two per microbatch.")
     ] = None,
@@ -213,7 +184,7 @@ def check(
 
     pipecompile check hf:gpt2 --stages 4 --double
     """
-    _check_choice("schedule", schedule, tuple(SCHEDULES))
+    _check_choice("schedule", schedule, tuple(SYNCHRONOUS))
     places = parse_devices([device] * (sum(plan.counts) or stages))
     it, args, kwargs = load(model, batch or 2 * microbatches, length)
     if double:
@@ -237,7 +208,7 @@ def check(
 
 @app.command("schedule")
 def draw_schedule(
-    name: Annotated[str, typer.Argument(metavar="NAME", help=f"One of {', '.join(NAMES)}.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help=f"One of {', '.join(SCHEDULES)}.")],
     stages: Stages = 4,
     microbatches: Microbatches = 8,
     forward: Annotated[
@@ -252,10 +223,10 @@ def draw_schedule(
 
     pipecompile schedule 1f1b --stages 4 --microbatches 8 --svg 1f1b.svg
     """
-    _check_choice("schedule", name, NAMES)
+    _check_choice("schedule", name, tuple(SCHEDULES))
     seconds = zip(_per_stage("--forward", forward, stages), _per_stage("--backward", backward, stages), strict=True)
     cluster = Cluster.of([f"rank {rank}" for rank in range(stages)], Link(float("inf"), transfer))
-    it = _program(name, Plan.chain(stages), microbatches)
+    it = SCHEDULES[name].program(Plan.chain(stages), microbatches)
     timeline = simulate(it, [Cost(*pair) for pair in seconds], cluster)
     console = Console()
     if program:
@@ -289,69 +260,16 @@ def _costed(
     return profile(captured, summarize(captured), how, device, kind=cluster.devices[0].kind)
 
 
-def _program(name: str, plan: Plan, microbatches: int) -> Program:
-    return SCHEDULES[name](plan, microbatches) if name in SCHEDULES else pipedream(plan, range(microbatches))
-
-
-def _prediction(view: StageGraph, timeline: Timeline, schedule: str, microbatches: int) -> Text:
-    quality = f"plan: {known(view.plan.quality)}\n"
-    alone, step = microbatches * view.costed.seconds, timeline.makespan
-    times = f" (speedup {alone / step:.2f}x)" if step else ""
-    return Text.assemble(
-        f"{quality}{schedule}, {microbatches} microbatches: predicted step ",
-        (seconds_text(step), "bold"),
-        f", bubble {timeline.bubble:.1%}\none device: {seconds_text(alone)}{times}",
-    )
-
-
-def _comparison(candidates: Sequence[Candidate]) -> list[str]:
-    """The candidates that were compared to choose the number of devices per stage."""
-    title = "devices per stage; the step includes sending new weights to replicas:"
-    return [title, *map(str, candidates)] if candidates else []
-
-
-def _facts(
-    view: StageGraph,
-    timeline: Timeline,
-    memory: Memory,
-    schedule: str,
-    microbatches: int,
-    candidates: Sequence[Candidate],
-) -> dict[str, Any]:
-    """The facts of the tables and the prediction: seconds and bytes per microbatch, except those of ``step``."""
-    stages = [
-        {
-            "stage": index,
-            "rank": stage.rank,
-            "modules": list(stage.blocks),
-            "num_parameters": stage.num_parameters,
-            "forward": stage.cost.forward,
-            "backward": stage.cost.backward,
-            "parameter_bytes": stage.cost.parameter_bytes,
-            "saved_bytes": stage.cost.saved_bytes,
-            "bytes_in": stage.bytes_in,
-            "bytes_out": stage.bytes_out,
-            "recomputed": index in view.plan.recomputed,
-            "replica_of": view.plan.replica_of[index],
-            "memory": {**dict(memory.stages[index].by_kind()), "all": memory.stages[index].total},
-        }
-        for index, stage in enumerate(view.stages)
-    ]
-    step = {"seconds": timeline.makespan, "bubble": timeline.bubble, "peak_bytes": list(memory.ranks)}
-    named = {"schedule": schedule, "microbatches": microbatches, "costs": view.costed.origin, "balance": view.balance}
-    quality = view.plan.quality
-    plan = quality and {"bottleneck": quality.bottleneck, "lower_bound": quality.lower_bound, "proven": quality.proven}
-    tried = [{"replicas": c.replicas, "seconds": c.seconds, "refused": c.refused} for c in candidates]
-    return {**named, "step": step, "plan": plan, "stages": stages, "candidates": tried}
-
-
-def _format(format: str | None, output: Path | None) -> str | None:
+def _format(format: str | None, output: Path | None, as_json: bool) -> str | None:
+    """The name of the format in which the stage graph is written, if it is."""
     if format is None and output is not None:
         format = SUFFIXES.get(output.suffix)
         if format is None:
             raise InputError(f"the suffix of {output} is not a known format; add --format, one of {', '.join(FORMATS)}")
     if format is not None:
         _check_choice("format", format, tuple(FORMATS))
+    if as_json and format is not None and output is None:
+        raise InputError("--json and --format would both go to the terminal; add --output FILE")
     return format
 
 
@@ -360,11 +278,10 @@ def _check_choice(what: str, given: str, choices: tuple[str, ...]) -> None:
         raise InputError(f"{what} {given!r} is not known; it must be one of {', '.join(choices)}")
 
 
-def _check_replicas(
-    options: PlanOptions, counts: tuple[int, ...], stages: int | None, devices: int, schedule: str
-) -> None:
+def _check_replicas(options: PlanOptions, stages: int | None, devices: int, schedule: str) -> None:
+    counts = options.counts
     text = ",".join(map(str, counts))
-    if options.replicas is not None and schedule not in SCHEDULES:
+    if options.replicas is not None and SCHEDULES[schedule].is_asynchronous:
         raise InputError(
             f"--replicas does not work with --schedule {schedule}, which steps after each microbatch; use 1f1b or gpipe"
         )

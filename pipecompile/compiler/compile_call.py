@@ -29,20 +29,16 @@ from pipecompile.compiler.devices import cluster_of
 from pipecompile.compiler.options import Options
 from pipecompile.compiler.rehearse import Rehearsal, rehearsed
 from pipecompile.errors import CaptureError, InputError
-from pipecompile.ir.cluster import Cluster
 from pipecompile.ir.graph import CostedGraph, Graph
 from pipecompile.ir.plan import Plan
-from pipecompile.ir.plan_options import PlanOptions
 from pipecompile.ops.device_args import threads_each
 from pipecompile.partition import carry_over
-from pipecompile.planning.plan_search import make_plan
-from pipecompile.planning.replicas import Candidate, with_best_replicas
-from pipecompile.planning.search_spec import Request
+from pipecompile.planning.planned import Planned, planned
 from pipecompile.planning.training_spec import Workload
 from pipecompile.profile import profile
 from pipecompile.runtime.compiled import Compiled, find_loss, misfit
-from pipecompile.runtime.split import Piece, Stage, cut_out, split
-from pipecompile.schedule import ASYNCHRONOUS, SCHEDULES, gpipe
+from pipecompile.runtime.split import Piece, cut_out, split
+from pipecompile.schedule import gpipe
 
 
 def compile_call(
@@ -75,37 +71,15 @@ def compile_call(
     options = options or Options()
     trace = _Tracer(model, call, forward, options.leaf_modules)
     with left_as_before(model, [] if forward is None else [forward]):  # tests run parts kept whole
-        if whole:
-            division = _divided(trace, rows, options)
-        else:
-            captured = with_batch_dims(trace(rows.counts if call.batch else None), trace)
-            _refuse_writes_between_versions(captured, options)
-            division = undivided(captured, options.batching.out_dims)
+        division = _divided(trace, rows, options) if whole else _independent(trace, rows, options)
     graph = summarize(division.body)
     if first is not None:
-        plan = carry_over(first.plan, first.graph, graph)
-        stages, before, tail = _cut(division, graph, plan, devices)
-        return replace(
-            first, division=division, graph=graph, plan=plan, stages=stages, before=before, tail=tail, programs={}
-        )
-    work, costed = _work(division, options), _costed(division.body, graph, options, devices)
+        return _cut(division, graph, first.planned, devices, carry_over(first.plan, first.graph, graph))
+    costed = _costed(division.body, graph, options, devices)
     cluster = options.cluster or cluster_of(devices, measure=costed.measured)
-    request, plan, candidates = _planned(costed, cluster, work, options.plan)
-    stages, before, tail = _cut(division, graph, plan, devices)
-    compiled = Compiled(
-        division=division,
-        graph=graph,
-        plan=plan,
-        costed=costed,
-        reference=plan,
-        cluster=cluster,
-        work=work,
-        candidates=candidates,
-        stages=stages,
-        before=before,
-        tail=tail,
-    )
-    return _rehearsed(compiled, request, call, rows, devices, options) if _is_real(model, options) else compiled
+    found = planned(costed, cluster, _work(division, options), options.plan)
+    compiled = _cut(division, graph, found, devices)
+    return _rehearsed(compiled, call, rows, devices, options) if _is_real(model, options) else compiled
 
 
 def replanned(compiled: Compiled, costed: CostedGraph, options: Options, devices: Sequence[torch.device]) -> Compiled:
@@ -121,27 +95,14 @@ def replanned(compiled: Compiled, costed: CostedGraph, options: Options, devices
         PlanError: no plan satisfies the options.
         InputError: the options do not fit the model or one another.
     """
-    work = _work(compiled.division, options)
-    _, plan, candidates = _planned(costed, compiled.cluster, work, options.plan)
-    cut = _cut(compiled.division, compiled.graph, plan, devices)
-    return replace(compiled.planned(costed, plan, cut, candidates), work=work)
-
-
-def _planned(
-    costed: CostedGraph, cluster: Cluster, work: Workload, options: PlanOptions
-) -> tuple[Request, Plan, tuple[Candidate, ...]]:
-    """The request to plan for, the plan, and for ``replicas="auto"`` all candidates."""
-    if options.replicas == "auto":
-        plan, candidates = with_best_replicas(costed, cluster, work, options)
-        return Request(candidates[0].replicas, options), plan, candidates
-    request = Request(options.counts or (1,) * len(cluster), options)
-    return request, make_plan(costed, request, cluster, work), ()
+    found = planned(costed, compiled.planned.cluster, _work(compiled.division, options), options.plan)
+    return _cut(compiled.division, compiled.graph, found, devices)
 
 
 def _refuse_writes_between_versions(captured: Captured, options: Options) -> None:
     """Raises ``CaptureError`` if forward writes to weights of which the schedule keeps several versions."""
     trained = {name for name, parameter in captured.model.named_parameters() if parameter.requires_grad}
-    for node in captured.graph.nodes if options.schedule in ASYNCHRONOUS else ():
+    for node in captured.graph.nodes if options.policy.is_asynchronous else ():
         for name in trained.intersection(origin_of(node).writes):
             raise CaptureError(
                 f"{origin_of(node)}: forward writes to parameter {name!r}, of which schedule={options.schedule!r} "
@@ -150,12 +111,22 @@ def _refuse_writes_between_versions(captured: Captured, options: Options) -> Non
 
 
 def _cut(
-    division: Division, graph: Graph, plan: Plan, devices: Sequence[torch.device]
-) -> tuple[tuple[Stage, ...], Piece | None, Piece | None]:
-    """The stages, and the pieces before and after them. Moves parameters to their devices."""
+    division: Division, graph: Graph, found: Planned, devices: Sequence[torch.device], carried: Plan | None = None
+) -> Compiled:
+    """A capture cut into the stages of a plan. Moves parameters to their devices.
+
+    Args:
+        division: the capture.
+        graph: its body.
+        found: the plan.
+        devices: one per rank.
+        carried: the plan carried over to this capture, if it was made for another one.
+    """
+    plan = carried or found.plan
     place(division.body, plan, graph, devices)
     stages = split(division.body, graph, plan, devices)
-    return stages, *_pieces(division, stages[-1].device)
+    before, tail = _pieces(division, stages[-1].device)
+    return Compiled(division, graph, plan, found, stages, before, tail)
 
 
 def _is_real(model: nn.Module, options: Options) -> bool:
@@ -165,26 +136,24 @@ def _is_real(model: nn.Module, options: Options) -> bool:
 
 
 def _rehearsed(
-    compiled: Compiled, request: Request, call: Call, rows: Rows, devices: Sequence[torch.device], options: Options
+    compiled: Compiled, call: Call, rows: Rows, devices: Sequence[torch.device], options: Options
 ) -> Compiled:
     """The same, replanned from rehearsed times of its stages."""
     fitting = [cut for cut in compiled.cuts(rows) if not compiled.broken(call, cut)]
     if not fitting:
         return compiled
-    schedule = SCHEDULES["1f1b"] if options.schedule in ASYNCHRONOUS else compiled.work.schedule
     loss = _loss(compiled.division, options)
+    schedule = options.policy.with_flush if loss else gpipe
     starts = [loss] if loss else list(compiled.division.joins)
 
     def replan(costed: CostedGraph) -> Compiled:
-        plan = make_plan(costed, request, compiled.cluster, compiled.work)
-        cut = _cut(compiled.division, compiled.graph, plan, devices)
-        return compiled.planned(costed, plan, cut, compiled.candidates)
+        return _cut(compiled.division, compiled.graph, compiled.planned.again(costed), devices)
 
     return rehearsed(compiled, call, fitting[0], Rehearsal(starts, schedule, devices), replan)
 
 
 def _costed(captured: Captured, graph: Graph, options: Options, devices: Sequence[torch.device]) -> CostedGraph:
-    """The costs of a capture: measured, counted, or from a saved profile of the same graph."""
+    """The costs of a capture: measured, counted, or given by the user for the same graph."""
     if isinstance(options.costs, CostedGraph):
         return reused(options.costs, graph)
     kind = options.cluster.devices[0].kind if options.cluster else ""
@@ -193,17 +162,17 @@ def _costed(captured: Captured, graph: Graph, options: Options, devices: Sequenc
 
 
 def reused(costed: CostedGraph, graph: Graph) -> CostedGraph:
-    """The costs of an earlier profile, for a graph of the same model and call.
+    """Costs that the user gave, for a graph of the same model and call.
 
     Raises:
-        InputError: the profile is of another model or call; the message names the first node that differs.
+        InputError: the costs are of another model or call; the message names the first node that differs.
     """
     try:
         costed.check_fits(graph)
     except ValueError as error:
         taken = f" ({costed.setting.model} on {', '.join(costed.setting.inputs)})" if costed.setting else ""
         raise InputError(
-            f"the profile{taken} is not of this model and call: {error}; save the costs of this model instead"
+            f"the given costs{taken} are not of this model and call: {error}; save the costs of this model instead"
         ) from None
     return replace(costed, graph=graph)
 
@@ -248,6 +217,13 @@ class _Tracer:
         return capture(self.model, self.call, rows, self.forward, self.leaves, attempts)
 
 
+def _independent(trace: _Tracer, rows: Rows, options: Options) -> Division:
+    """The division of a model whose microbatches are independent batches."""
+    captured = with_batch_dims(trace(rows.counts if trace.call.batch else None), trace)
+    _refuse_writes_between_versions(captured, options)
+    return undivided(captured, options.batching.out_dims)
+
+
 def _divided(trace: _Tracer, rows: Rows, options: Options) -> Division:
     """The division of a model, from one trace for any rows, or from two, of a microbatch and of the batch."""
     call, whole = trace.call, trace()
@@ -283,7 +259,7 @@ def _of_a_microbatch(trace: _Tracer, rows: Rows, attempts: Sequence[SymbolicSize
     except CaptureError as error:
         raise CaptureError(
             f"this model works for a batch of {trace.call.batch} only; use microbatches=1 (with the {rows.counts[0]} "
-            f"rows of a microbatch: {str(error).removeprefix('the model cannot be traced: ')})"
+            f"rows of a microbatch: {str(error).removeprefix('the model cannot be captured: ')})"
         ) from error
 
 

@@ -20,7 +20,7 @@ from pipecompile.partition import ADAM
 from pipecompile.planning.training_spec import Workload
 from pipecompile.profile import How, optimizer_state
 from pipecompile.runtime import MakeOptimizer
-from pipecompile.schedule import ASYNCHRONOUS, SCHEDULES, steady
+from pipecompile.schedule import SCHEDULES, Schedule
 
 Verify = Literal["first", "never", "every"] | int
 
@@ -72,6 +72,11 @@ class Options:
         self._check_names(model)
         self._check_replicas(devices)
 
+    @property
+    def policy(self) -> Schedule:
+        """The schedule that ``schedule`` names."""
+        return SCHEDULES[self.schedule]
+
     @cached_property
     def work(self) -> Workload:
         """The workload to plan for."""
@@ -79,11 +84,11 @@ class Options:
         state: float | Callable[[], float] = ADAM if given is None else given
         if given is None and self.optimizer is not None:
             state = cache(partial(optimizer_state, self.optimizer))
-        return Workload(SCHEDULES.get(self.schedule, steady), self.microbatches, state, self.plan.recompute)
+        return Workload(self.policy.steady, self.microbatches, state, self.plan.recompute)
 
     def _check_replicas(self, devices: int) -> None:
         counts = self.plan.counts
-        if self.schedule in ASYNCHRONOUS and (self.plan.replicas == "auto" or any(count > 1 for count in counts)):
+        if self.policy.is_asynchronous and (self.plan.replicas == "auto" or any(count > 1 for count in counts)):
             raise InputError(
                 f"replicas={self.plan.replicas!r} does not work with schedule={self.schedule!r}, which steps after "
                 f"each microbatch, because gradients of replicas are summed once per batch; use schedule='1f1b' or "
@@ -95,22 +100,21 @@ class Options:
             )
 
     def _check_schedule(self) -> None:
-        names = [*SCHEDULES, *ASYNCHRONOUS]
-        if self.schedule not in names:
+        if self.schedule not in SCHEDULES:
             raise InputError(
-                f"schedule={self.schedule!r} is not known; it must be one of {', '.join(map(repr, names))}"
+                f"schedule={self.schedule!r} is not known; it must be one of {', '.join(map(repr, SCHEDULES))}"
             )
         if self.optimizer is not None and not callable(self.optimizer):
             raise InputError(
                 f"optimizer= is a {type(self.optimizer).__name__}; it must be a function that takes parameters and "
                 f"returns an optimizer, such as lambda params: torch.optim.SGD(params, lr=0.1)"
             )
-        if self.schedule in ASYNCHRONOUS and self.optimizer is None:
+        if self.policy.is_asynchronous and self.optimizer is None:
             raise InputError(
                 f"schedule={self.schedule!r} steps inside the pipeline, so it needs an optimizer; "
                 f"pass optimizer=lambda params: torch.optim.SGD(params, lr=0.1)"
             )
-        if self.schedule not in ASYNCHRONOUS and self.optimizer is not None:
+        if not self.policy.is_asynchronous and self.optimizer is not None:
             raise InputError(
                 f"schedule={self.schedule!r} does not step inside the pipeline, so optimizer= would not be used; "
                 f"create an optimizer of pipe.parameters(), and call its step()"

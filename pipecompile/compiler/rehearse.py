@@ -21,14 +21,13 @@ from pipecompile.capture import Call
 from pipecompile.capture.state.restore import left_as_before
 from pipecompile.errors import ExecutionError, PlanError
 from pipecompile.ir.graph import CostedGraph
-from pipecompile.ir.plan import Plan, stage_costs
-from pipecompile.ir.program import Program
 from pipecompile.ir.timeline import Timeline
 from pipecompile.planning.calibration import Times, corrected
 from pipecompile.runtime import Microbatch, Weights
 from pipecompile.runtime.compiled import Compiled
 from pipecompile.runtime.session import Session
 from pipecompile.runtime.steps import Batch, microbatches_of
+from pipecompile.schedule import MakeProgram
 
 REHEARSALS = 3  # maximum; each rehearses the plan made from the times of the one before
 HOLDS = 0.05  # relative error of predicted stage times that is accepted: about the variation between steps
@@ -48,7 +47,7 @@ class Rehearsal:
     """
 
     starts: Sequence[str]
-    schedule: Callable[[Plan, int], Program]
+    schedule: MakeProgram
     devices: Sequence[torch.device]
 
     def times(self, batch: Batch) -> tuple[Times, ...]:
@@ -112,26 +111,26 @@ def rehearsed(
             return compiled
         if max(each.error for each in times) <= HOLDS:
             return _noted(compiled, "confirmed by a rehearsal")
-        costed = corrected(compiled.costed, compiled.plan, times, "a rehearsal")
-        plan = replace(compiled.plan, quality=None)
-        cut = compiled.stages, compiled.before, compiled.tail
-        tried.append(compiled.planned(costed, plan, cut, compiled.candidates))
+        costed = corrected(compiled.planned.costed, compiled.plan, times, "a rehearsal")
+        tried.append(compiled.recosted(costed))
         try:
             compiled = replan(costed)
         except PlanError:  # a search with other costs may fail
             break
-        if replace(compiled.plan, quality=None) == plan:
+        if replace(compiled.plan, quality=None) == tried[-1].plan:
             return compiled
-    return min(tried, key=lambda each: max(cost.seconds for cost in stage_costs(each.costed, each.plan)))
+    return min(tried, key=lambda each: max(cost.seconds for cost in each.planned.stage_costs))
 
 
 def _noted(compiled: Compiled, what: str) -> Compiled:
     """The same with a note added to the origin of its costs."""
-    return replace(compiled, costed=replace(compiled.costed, corrections=(*compiled.costed.corrections, what)))
+    costed = compiled.planned.costed
+    noted = replace(costed, corrections=(*costed.corrections, what))
+    return replace(compiled, planned=replace(compiled.planned, costed=noted))
 
 
 def _tells(compiled: Compiled) -> bool:
-    costs = stage_costs(compiled.costed, compiled.plan)
+    costs = compiled.planned.stage_costs
     return (
         len(costs) > 1
         and max(cost.seconds for cost in costs) >= WORTH

@@ -59,13 +59,14 @@ def _losses(compiled: Compiled) -> list[str]:
 
 
 def _attribute_guards(compiled: Compiled) -> list[str]:
-    """The names of the Python attributes that are guarded, with the number of attributes of each name."""
+    """The Python attributes that are guarded, with the number of each name, and what is guarded of followed numbers."""
     attributes = compiled.captured.attributes
     counts = Counter(attribute.name for attribute, _ in attributes.read)
     names = ", ".join(name if count == 1 else f"{name} ({count})" for name, count in sorted(counts.items()))
     read = [f"Python attributes that forward reads: {names}"] if names else []
+    followed = [number.label for number in attributes.numbers] + ["random numbers"] * bool(attributes.draws.made)
     asked = plural(len(attributes.questions), "operation")
-    return read + [f"the results of {asked} on {number.label}" for number in attributes.numbers]
+    return read + [f"the results of {asked} on {names_text(followed)}"] * bool(attributes.questions)
 
 
 def _checkpoints(captured: Captured) -> list[str]:
@@ -81,7 +82,7 @@ def _memory(compiled: Compiled) -> list[str]:
     """The predicted peak memory of each stage, and the memory of its device if known."""
     lines = []
     for stage, held in enumerate(compiled.memory.stages):
-        limit = compiled.cluster.devices[compiled.plan.rank_of[stage]].memory
+        limit = compiled.planned.cluster.devices[compiled.plan.rank_of[stage]].memory
         parts = ", ".join(f"{kind} {bytes_text(nbytes)}" for kind, nbytes in held.by_kind() if nbytes)
         of = f" of {bytes_text(limit)}" if limit is not None else ""
         lines.append(f"stage {stage}: {bytes_text(held.total)}{of} ({parts})")
@@ -183,11 +184,11 @@ def describe(compiled: Compiled, timeline: Timeline | None = None) -> Report:
         recomputed=(*_checkpoints(compiled.captured), *(f"stage {s}, to fit its memory" for s in plan.recomputed)),
         plan=(known(plan.quality),),
         memory=tuple(_memory(compiled)),
-        links=tuple(_links(compiled.cluster)),
-        costs=(compiled.costed.origin,),
+        links=tuple(_links(compiled.planned.cluster)),
+        costs=(compiled.planned.costed.origin,),
         calibration=tuple(_calibration(compiled, timeline)),
         tied=tuple(
             f"{t.parameter} over stages {', '.join(map(str, t.stages))}, gradients summed" for t in plan.tied_by_model
         ),
-        replicas=(*replica_notes(plan), *map(str, compiled.candidates)),
+        replicas=(*replica_notes(plan), *map(str, compiled.planned.candidates)),
     )

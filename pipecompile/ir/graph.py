@@ -268,11 +268,13 @@ class CostedGraph(Json):
                 was, now = getattr(mine, what), getattr(other, what)
                 if was != now:
                     place = f"node {index}, {other.name} ({other.path or 'the model'}, {other.source})"
-                    raise ValueError(f"{place}: {what} is {_told(now)}, but {_told(was)} in the profile")
+                    raise ValueError(f"{place}: {what} is {_told(now)}, but {_told(was)} in the given costs")
         if len(self.graph) != len(graph):
-            raise ValueError(f"the model has {len(graph)} nodes, but the profile has {len(self.graph)}")
+            raise ValueError(f"the model has {len(graph)} nodes, but the given costs have {len(self.graph)}")
         if others := [p for p, q in zip(graph.parameters, self.graph.parameters, strict=True) if p != q]:
-            raise ValueError(f"parameter {others[0].name} is {others[0].spec} in the model, but differs in the profile")
+            raise ValueError(
+                f"parameter {others[0].name} is {others[0].spec} in the model, but differs in the given costs"
+            )
 
 
 def _told(value: object) -> str:

@@ -21,25 +21,29 @@ SEARCH_SECONDS = 10.0
 class PlanOptions:
     """Constraints on a plan, and what to minimize.
 
-    If a constraint cannot be satisfied, an error says why. A path names a module and all modules inside it.
+    If a constraint cannot be satisfied, an error says why. A path names a module and all modules inside it:
+
+        PlanOptions(pins={"encoder": 0}, colocate=[["embed", "head"]], replicas=(1, 2, 1))
+
+    The command line shows the descriptions of these arguments too, so they fit both.
 
     Args:
-        pins: the stage that computes all of a module: ``{"encoder": 0}``. Stages are counted from 0.
+        pins: the stage, counted from 0, that computes all of a module, by the path of the module.
         no_split: paths of modules that must not be split over several stages.
         colocate: groups of two or more paths of modules that must share a stage.
         max_stages: allow fewer stages than devices, and at most this many.
-        replicas: the number of data-parallel devices that run each stage; by default one. With ``(1, 2, 1)``, the
-            second of three stages runs on the second and third of four devices, which take microbatches in turn.
-            "auto" searches for the numbers of stages and of devices per stage with the shortest predicted step.
+        replicas: the number of data-parallel devices that run each stage, by default one: with 1, 2, 1, the second of
+            three stages runs on the second and third of four devices, which take microbatches in turn. "auto" searches
+            for the numbers of stages and of devices per stage with the shortest predicted step.
         recompute: whether the backward of a stage recomputes its activations: "never", "always", or "auto", if that
             makes the step shorter within memory or if no plan fits otherwise.
         optimizer_state: bytes that the optimizer keeps per byte of parameters, needed for plans within a memory limit:
-            0 for SGD, 1 with momentum, 2 for Adam (the default). Measured if ``optimizer`` is given.
+            0 for SGD, 1 with momentum, 2 for Adam (the default). In Python it is measured if an optimizer is given.
         objective: what to minimize. "pace": seconds per microbatch of the slowest stage, compute plus communication;
             "overlap": the same with communication overlapped; "step": predicted seconds of a whole step, which differs
-            from "pace" if there are few microbatches; or a function of a plan that returns a number, to choose among
-            the plans found.
-        search_seconds: CPU seconds after which the search returns its best plan; the report says how good it is.
+            from "pace" if there are few microbatches. In Python also a function of a plan that returns a number, to
+            choose among the plans found.
+        search_seconds: CPU seconds after which the search returns its best plan.
 
     Raises:
         InputError: a value has the wrong type or is out of range.

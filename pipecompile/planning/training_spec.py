@@ -10,12 +10,10 @@ from pipecompile.ir.cluster import Cluster
 from pipecompile.ir.graph import CostedGraph
 from pipecompile.ir.plan import Plan, stage_costs
 from pipecompile.ir.plan_options import Recompute
-from pipecompile.ir.program import Program
 from pipecompile.partition import ADAM
 from pipecompile.planning.memory import How, Memory, memory
+from pipecompile.schedule import MakeProgram
 from pipecompile.schedule.simulator import simulate
-
-Schedule = Callable[[Plan, int], Program]
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class Workload:
             parameters, because torch's optimizers update them together there.
     """
 
-    schedule: Schedule
+    schedule: MakeProgram
     microbatches: int
     optimizer_state: float | Callable[[], float] = ADAM
     recompute: Recompute = "auto"

@@ -9,6 +9,8 @@ bands is a gutter with lanes. To the right of all bands is a margin with lanes.
     band 1    [ d ]->[ e ]          │    past a stage: a lane of the gutter, a lane of the margin,
     gutter        ┌─────────────────┘       and a lane of the gutter above its target
     band 2       [ f ]
+
+Graphviz could lay the graph out too, but is a program that has to be installed apart from Python's packages.
 """
 
 from __future__ import annotations

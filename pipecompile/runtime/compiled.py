@@ -23,9 +23,8 @@ from pipecompile.capture.origin import origin_of
 from pipecompile.capture.purity import is_random
 from pipecompile.capture.state.model_state import named_tensors
 from pipecompile.errors import InputError
-from pipecompile.ir.cluster import Cluster
 from pipecompile.ir.graph import CostedGraph, Graph
-from pipecompile.ir.plan import Plan, stage_costs
+from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import Program
 from pipecompile.ir.timeline import Timeline
 from pipecompile.ops.accelerators import copied
@@ -34,8 +33,7 @@ from pipecompile.ops.operators import is_opaque
 from pipecompile.ops.torch_internals import pytree
 from pipecompile.planning.calibration import Times, stage_times
 from pipecompile.planning.memory import Memory
-from pipecompile.planning.replicas import Candidate
-from pipecompile.planning.training_spec import Workload
+from pipecompile.planning.planned import Planned
 from pipecompile.runtime.split import Piece, Stage
 from pipecompile.schedule.lowering import lower
 from pipecompile.schedule.simulator import simulate
@@ -45,18 +43,14 @@ from pipecompile.schedule.simulator import simulate
 class Compiled:
     """A captured model split into stages.
 
-    The stages run the division's body; ``before`` and ``tail`` run on the whole batch. ``costed`` is the graph of the
-    capture that was partitioned; other captures use its costs in simulations.
+    The stages run the division's body; ``before`` and ``tail`` run on the whole batch. ``planned`` is of the capture
+    that was planned; other captures follow its plan, and use its costs in simulations.
     """
 
     division: Division
     graph: Graph
     plan: Plan
-    costed: CostedGraph
-    reference: Plan  # the plan that ``costed`` belongs to
-    cluster: Cluster
-    work: Workload
-    candidates: tuple[Candidate, ...]  # if replicas were searched, best first
+    planned: Planned
     stages: tuple[Stage, ...]
     before: Piece | None
     tail: Piece | None
@@ -71,31 +65,10 @@ class Compiled:
         """The same without the values of the call that it was captured from."""
         return replace(self, division=self.division.without_values())
 
-    def planned(
-        self,
-        costed: CostedGraph,
-        plan: Plan,
-        cut: tuple[tuple[Stage, ...], Piece | None, Piece | None],
-        candidates: tuple[Candidate, ...] = (),
-    ) -> Compiled:
-        """The same capture under another plan, made from other costs.
-
-        Args:
-            cut: its stages, and the pieces before and after them.
-            candidates: the plans that were compared to choose the replicas.
-        """
-        stages, before, tail = cut
-        return replace(
-            self,
-            costed=costed,
-            plan=plan,
-            reference=plan,
-            candidates=candidates,
-            stages=stages,
-            before=before,
-            tail=tail,
-            programs={},
-        )
+    def recosted(self, costed: CostedGraph) -> Compiled:
+        """The planned capture with other costs for the same stages, with which the plan's quality is not known."""
+        planned = self.planned.recosted(costed)
+        return replace(self, plan=planned.plan, planned=planned, programs={})
 
     def cuts(self, rows: Rows) -> tuple[Rows, ...]:
         """The ways to divide a batch that the capture may hold for: as given, into equal parts, or not at all."""
@@ -210,18 +183,18 @@ class Compiled:
         return lower(bare, self.predict(bare))
 
     def predict(self, program: Program) -> Timeline:
-        """The simulated timeline of a program, from the profile."""
-        return simulate(program, stage_costs(self.costed, self.reference), self.cluster)
+        """The simulated timeline of a program, from the costs."""
+        return simulate(program, self.planned.stage_costs, self.planned.cluster)
 
     @cached_property
     def memory(self) -> Memory:
-        """The peak memory in training of each stage and rank of the capture that was partitioned."""
+        """The peak memory in training of each stage and rank of the capture that was planned."""
         buffers = [sum(b.nbytes for b in stage.module.buffers()) for stage in self.stages]
-        return self.work.memory(self.costed, self.reference, self.cluster, buffers)
+        return self.planned.memory(buffers)
 
     def times(self, timeline: Timeline) -> tuple[Times, ...]:
         """Predicted and measured seconds of each stage in a step."""
-        return stage_times(stage_costs(self.costed, self.reference), timeline)
+        return stage_times(self.planned.stage_costs, timeline)
 
     def tensors(self, stage: int) -> dict[str, Tensor]:
         """The parameters of a stage, and its buffers on other devices, by their first names in the model."""

@@ -12,7 +12,7 @@ the last one; and a second one, with ``retain_graph=True``, after the backwards 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from pipecompile.batching import Division, Kind, Partial, Rows, gather, scatter, spread
 from pipecompile.capture import Call, Output
 from pipecompile.capture.functionalize import storage_key
-from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import Program
 from pipecompile.ops.randomness import Generators, seed_microbatch, seeds
 from pipecompile.runtime import Microbatch
@@ -31,7 +30,7 @@ from pipecompile.runtime.compiled import Compiled
 from pipecompile.runtime.delivery import Gradients, Saved, connected
 from pipecompile.runtime.rerun import Snapshot
 from pipecompile.runtime.session import Rerun, Session, Stream
-from pipecompile.schedule import backward_only, drain, forward_only, pipedream
+from pipecompile.schedule import MakeProgram, Segment, backward_only, drain, forward_only
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class Batch:
         """A seed for each microbatch from the caller's generator, if the model draws random numbers."""
         return seeds(len(self.rows)) if self.compiled.is_random else [None] * len(self.rows)
 
-    def program(self, kind: str, schedule: Callable[[Plan, int], Program]) -> Program:
+    def program(self, kind: str, schedule: MakeProgram) -> Program:
         count = len(self.rows)
         return self.compiled.program(lambda plan: schedule(plan, count), (kind, count))
 
@@ -145,8 +144,8 @@ def run(
     session: Session,
     batch: Batch,
     loss: int | None,
-    schedule: Callable[[Plan, int], Program],
-    asynchronous: bool = False,
+    schedule: MakeProgram,
+    segment: Segment | None = None,
 ) -> dict[str, Tensor]:
     """Runs a batch as the kind of call that it needs, in the modes of the calling thread; returns tensors by node.
 
@@ -154,13 +153,14 @@ def run(
 
     Args:
         loss: the position of the loss among the outputs' tensors; None if the caller computes it.
-        asynchronous: whether the stages step their own optimizers.
+        schedule: makes the program of a step.
+        segment: makes the segments of an asynchronous schedule, in which the stages step their own optimizers.
     """
     batch = batch.on_copies()
     if not torch.is_grad_enabled() or not any(output.requires_grad for output in batch.outputs):
         return evaluate(session, batch)
-    if asynchronous and loss is not None:
-        return stream(session, batch, loss)
+    if segment is not None and loss is not None:
+        return stream(session, batch, loss, segment)
     if loss is None or not batch.ends_in_body(loss) or session.defers:
         return defer(session, batch)
     return train(session, batch, loss, schedule)
@@ -173,16 +173,14 @@ def evaluate(session: Session, batch: Batch) -> dict[str, Tensor]:
         return batch.given(batch.finish(batch.join(_forward(session, batch, start.seeds)), start.seeds))
 
 
-def train(session: Session, batch: Batch, loss: int, schedule: Callable[[Plan, int], Program]) -> dict[str, Tensor]:
+def train(session: Session, batch: Batch, loss: int, schedule: MakeProgram) -> dict[str, Tensor]:
     """Runs the whole schedule; backwards start from the output at position ``loss``, which the stages compute."""
     start = Snapshot.of(batch.compiled, batch.call, batch.draw, session.devices)
     with start.kept_on_failure():
         return _train(session, batch, loss, schedule, start)
 
 
-def _train(
-    session: Session, batch: Batch, loss: int, schedule: Callable[[Plan, int], Program], start: Snapshot
-) -> dict[str, Tensor]:
+def _train(session: Session, batch: Batch, loss: int, schedule: MakeProgram, start: Snapshot) -> dict[str, Tensor]:
     def run(scale: float) -> dict[int, Microbatch]:
         session.begin(batch.compiled)
         microbatches = _from_loss(batch, loss, start.seeds, scale)
@@ -289,7 +287,7 @@ def _again(session: Session, start: Snapshot, why: Rerun) -> Iterator[None]:
         yield
 
 
-def stream(session: Session, batch: Batch, loss: int) -> dict[str, Tensor]:
+def stream(session: Session, batch: Batch, loss: int, segment: Segment) -> dict[str, Tensor]:
     """Runs the next segment of the stream; each microbatch's loss is computed with its own version of the weights."""
     if session.stream.compiled is not batch.compiled:
         flush(session)
@@ -302,7 +300,7 @@ def stream(session: Session, batch: Batch, loss: int) -> dict[str, Tensor]:
     parts = zip(entering, microbatches_of(batch, drawn), strict=True)
     new = {number: replace(part, seeds={name: 1.0}) for number, part in parts}
     under_way.microbatches.update(new)
-    program = batch.compiled.lowered(pipedream(batch.compiled.plan, entering, under_way.carried))
+    program = batch.compiled.lowered(segment(batch.compiled.plan, entering, under_way.carried))
     try:
         session.run(batch.compiled, program, under_way.microbatches)
     except BaseException:

@@ -43,17 +43,6 @@ def pipedream(plan: Plan, microbatches: range, carried: Iterable[Instruction] = 
     return arrange(plan, [*forwards, *backwards], waves(plan, stride=2), carried=carried)
 
 
-def steady(plan: Plan, num_microbatches: int) -> Program:
-    """A bare segment with ``num_microbatches`` in steady state, after the warm-up."""
-    carried: frozenset[Instruction] = frozenset()
-    start = 0
-    while True:
-        program = pipedream(plan, range(start, start + num_microbatches), carried)
-        if start >= max(plan.depth):
-            return program
-        carried, start = carried_after(program), start + num_microbatches
-
-
 def drain(plan: Plan, carried: Iterable[Instruction]) -> Program:
     """The bare program of the remaining Backwards and Steps, which empties the pipeline."""
     pending = (i for i in carried if isinstance(i, Forward))

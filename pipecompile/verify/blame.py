@@ -1,8 +1,8 @@
 """Finds the first module where a split model differs from the unsplit model.
 
 Outputs of modules are compared in the order of their calls: the unsplit model's with those of the nodes in the trace,
-first on the whole batch (to check the capture), then on the microbatches (to check the division). If all outputs agree,
-gradients are compared in the order of the backward.
+first on the whole batch (to check the capture), then on the microbatches (to check the division). The outputs of the
+step itself come last. If all outputs agree, gradients are compared in the order of the backward.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pipecompile.batching import Rows, scatter
+from pipecompile.batching import Partial, Rows, scatter
 from pipecompile.capture import Captured
 from pipecompile.capture.evaluate import Evaluator
 from pipecompile.capture.state.model_state import without_caches
@@ -24,10 +25,24 @@ from pipecompile.ops.randomness import drawn_alike
 from pipecompile.ops.tensor_args import tensors_in
 from pipecompile.verify.comparison import coarsest_type, difference
 from pipecompile.verify.results import Difference
-from pipecompile.verify.side_by_side import Trial, on_one_device, statistics_of
+from pipecompile.verify.side_by_side import Trial, leaves_of, on_one_device, statistics_of
 
+STEP = "<step>"  # in the place of a path: the model's own forward, which runs without its hooks, and the loss
 Parts = Sequence[Tensor]  # a value of the whole batch, or of each microbatch
 Outputs = Mapping[str, Sequence[Sequence[Parts]]]  # by path of the module, then by call
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A trace, and the nodes of the outputs of the step."""
+
+    captured: Captured
+    outputs: tuple[str | None, ...]
+
+    @property
+    def returns(self) -> tuple[tuple[str, tuple[str | None, ...]], ...]:
+        """The calls of modules as they end, with the nodes of their outputs; the step itself comes last."""
+        return (*self.captured.returns, (STEP, self.outputs))
 
 
 def first_that_differs(trial: Trial, found: Sequence[Difference]) -> str:
@@ -36,17 +51,19 @@ def first_that_differs(trial: Trial, found: Sequence[Difference]) -> str:
     Args:
         found: the differences of the whole step.
     """
-    whole, body = trial.batch.division.whole, trial.batch.division.body
+    division = trial.batch.division
+    whole = Traced(division.whole, tuple(output.node for output in division.whole.outputs))
     captured = _of_trace(trial, whole, [trial.fresh().batch.call.tensors])
     if where := _first(whole, _of_model(trial.fresh(), Rows((1,))), captured):
         return f"the first module whose output differs is {where}, as it was captured"
     if len(trial.rows) > 1:
+        body = Traced(division.body, tuple(division.places.get(str(it.node)) for it in trial.captured.outputs))
         expected, divided = _of_model(trial.fresh(), trial.rows), _of_trace(trial, body, _parts(trial.fresh()))
         if where := _first(body, expected, divided):
             return (
                 f"the first module whose output differs is {where}, on microbatches of {list(trial.rows.counts)} rows"
             )
-    return _first_gradient(whole, found)
+    return _first_gradient(division.whole, found)
 
 
 def _of_model(trial: Trial, rows: Rows) -> Outputs:
@@ -69,13 +86,15 @@ def _of_model(trial: Trial, rows: Rows) -> Outputs:
         stack.enter_context(statistics_of(rows))
         near = stack.enter_context(on_one_device(trial.model))
         args, kwargs = near(trial.batch.call.rebuild(trial.batch.call.tensors))
-        trial.forward(*args, **kwargs)
-    return seen
+        out = trial.forward(*args, **kwargs)
+    own = [[t.detach().clone()] if isinstance(t, Tensor) else [] for t in leaves_of(out)]
+    return {**seen, STEP: [own]}
 
 
-def _of_trace(trial: Trial, captured: Captured, parts: Sequence[Mapping[str, Tensor]]) -> Outputs:
+def _of_trace(trial: Trial, traced: Traced, parts: Sequence[Mapping[str, Tensor]]) -> Outputs:
     """The values of the nodes that are modules' outputs, from the parts of a batch."""
-    own = {name for _, nodes in captured.returns for name in nodes if name is not None}
+    captured = traced.captured
+    own = {name for _, nodes in traced.returns for name in nodes if name is not None}
     names = {name + suffix for name in own for suffix in ("", "_share", "_part")}
     values: dict[str, list[Tensor]] = defaultdict(list)
     tensors = {n: t if t.requires_grad else t.detach().clone() for n, t in captured.tensors.items()}
@@ -89,16 +108,18 @@ def _of_trace(trial: Trial, captured: Captured, parts: Sequence[Mapping[str, Ten
                 if node.name in names and node.op != "output":
                     values[node.name].append(evaluator.value(node).detach().clone())
     seen: dict[str, list[Sequence[Parts]]] = defaultdict(list)
-    for path, nodes in captured.returns:
-        seen[path].append([_whole_value(values, str(name), len(parts)) for name in nodes])
+    for path, nodes in traced.returns:
+        seen[path].append([_whole_value(trial, values, str(name), len(parts)) for name in nodes])
     return seen
 
 
-def _whole_value(values: Mapping[str, Parts], name: str, parts: int) -> Parts:
+def _whole_value(trial: Trial, values: Mapping[str, Parts], name: str, parts: int) -> Parts:
     """A value in its parts, or as one part if it sums the microbatches' shares; empty if no node computes it."""
-    for share in (f"{name}_share", f"{name}_part") if parts > 1 else ():
-        if share in values:
-            return [torch.stack(list(values[share])).sum(0)]
+    if parts > 1:
+        own = (name,) if trial.batch.joins.get(name) == Partial() else ()
+        for share in (*own, f"{name}_share", f"{name}_part"):
+            if share in values:
+                return [torch.stack(list(values[share])).sum(0)]
     return values.get(name, [])
 
 
@@ -108,21 +129,34 @@ def _parts(trial: Trial) -> list[dict[str, Tensor]]:
     return scatter(batch.call, batch.rows, batch.compiled.run_before(batch.call), batch.division.before)
 
 
-def _first(captured: Captured, expected: Outputs, seen: Outputs) -> str:
+def _first(traced: Traced, expected: Outputs, seen: Outputs) -> str:
     """The first module, in the order in which calls return, with an output that differs; empty if all agree."""
+    captured = traced.captured
     coarsest = coarsest_type(node.meta.get("val") for node in captured.graph.nodes)
     kinds = {path: type(module).__name__ for path, module in captured.model.named_modules()}
     calls: Counter[str] = Counter()
-    for path, _ in captured.returns:
+    for path, _ in traced.returns:
         number = calls[path]
         calls[path] += 1
         if number >= len(expected.get(path, ())):
             continue
         for ours, theirs in zip(seen[path][number], expected[path][number], strict=False):
-            it = _compared(path, ours, theirs[0], coarsest)
+            it = _compared(path, ours, theirs[0], coarsest) if theirs else None
             if it is not None and it.verdict == "different":
-                return f"{path or 'the model itself'!r} ({kinds.get(path, 'a module')}), {it.amount}"
+                return f"{_named(path, kinds, after='' in expected)}, {it.amount}"
     return ""
+
+
+def _named(path: str, kinds: Mapping[str, str], after: bool) -> str:
+    """A module in words.
+
+    Args:
+        after: whether the step goes on after the model itself, with a loss function.
+    """
+    if path == STEP and after:
+        return "the loss function"
+    name = repr(path) if path in kinds and path else "'the model itself'"
+    return f"{name} ({kinds.get(path, kinds[''])})"
 
 
 def _compared(path: str, ours: Parts, theirs: Tensor, coarsest: torch.dtype | None) -> Difference | None:

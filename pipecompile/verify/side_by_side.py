@@ -27,8 +27,6 @@ from pipecompile.capture.purity import is_random
 from pipecompile.capture.pytrees import flatten
 from pipecompile.capture.state.model_state import named_tensors, without_caches
 from pipecompile.capture.state.reachable import Generator, Reach, reach_of
-from pipecompile.ir.plan import Plan
-from pipecompile.ir.program import Program
 from pipecompile.ops.accelerators import factories_on
 from pipecompile.ops.functional import add_moments, moments
 from pipecompile.ops.module_tree import called_bare
@@ -43,6 +41,7 @@ from pipecompile.ops.torch_internals import (
 from pipecompile.runtime import steps
 from pipecompile.runtime.compiled import find_loss
 from pipecompile.runtime.session import Session
+from pipecompile.schedule import MakeProgram
 from pipecompile.verify.comparison import Run
 from pipecompile.verify.observed import Seen, observed
 
@@ -68,7 +67,7 @@ class Trial:
 
     model: nn.Module
     batch: steps.Batch
-    schedule: Callable[[Plan, int], Program]
+    schedule: MakeProgram
     devices: tuple[torch.device, ...]
     loss_fn: Callable[..., Any] | None = None
     loss: str | None = None

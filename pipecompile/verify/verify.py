@@ -21,11 +21,10 @@ from pipecompile.capture.state.reachable import reach_of
 from pipecompile.capture.state.restore import left_as_before
 from pipecompile.compiler.report import describe
 from pipecompile.errors import PipecompileError
-from pipecompile.ir.plan import Plan
-from pipecompile.ir.program import Program
 from pipecompile.ops.device_args import threads_each, threads_of
 from pipecompile.ops.randomness import alike, undrawn
 from pipecompile.runtime import steps
+from pipecompile.schedule import MakeProgram
 from pipecompile.verify.comparison import differences
 from pipecompile.verify.fresh_inputs import like, other_shapes, same_shapes
 from pipecompile.verify.results import Check, Verification
@@ -43,7 +42,7 @@ class Subject:
     model: nn.Module
     loss_fn: Callable[..., Any] | None
     batch: Callable[[Sequence[Any], Mapping[str, Any], int], steps.Batch]  # args, kwargs, number of microbatches
-    schedule: Callable[[Plan, int], Program]
+    schedule: MakeProgram
     microbatches: int
     loss: str | None
     devices: tuple[torch.device, ...]

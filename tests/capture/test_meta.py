@@ -62,9 +62,9 @@ def test_every_parameter_has_a_stage(pipe: Any) -> None:
 
 def test_stages_are_balanced_and_a_step_is_predicted(pipe: Any) -> None:
     compiled = pipe.pipeline._capture_in_use
-    assert compiled.costed.origin == "counted"
+    assert compiled.planned.costed.origin == "counted"
     seconds = [0.0] * STAGES
-    for cost, stage in zip(compiled.costed.costs, compiled.plan.stage_of, strict=True):
+    for cost, stage in zip(compiled.planned.costed.costs, compiled.plan.stage_of, strict=True):
         if stage is not None:
             seconds[stage] += cost.seconds
     assert max(seconds) < 1.3 * sum(seconds) / STAGES
@@ -86,4 +86,4 @@ def test_experts_can_be_planned_too() -> None:
     ids = torch.randint(1000, (4, 16))
     made = pipecompile.compile(model, ["cpu", "cpu"], microbatches=2, example_inputs={"input_ids": ids, "labels": ids})
     assert made.pipeline.plan.num_stages == 2
-    assert made.pipeline._capture_in_use.costed.seconds > 0
+    assert made.pipeline._capture_in_use.planned.costed.seconds > 0

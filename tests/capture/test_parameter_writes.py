@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -381,4 +383,14 @@ def test_an_asynchronous_schedule_does_not_write_to_weights_of_several_versions(
         loss_fn=lambda out, target: F.mse_loss(out, target),
     )
     with pytest.raises(CaptureError, match=r"writes to parameter '\d.weight', of which schedule='pipedream'"):
+        pipe(*floats(0), target=floats(1)[0])
+
+
+def test_an_error_about_a_write_names_the_line_and_the_module_that_computed_the_value(tmp_path: Path) -> None:
+    helper = tmp_path / "helper.py"
+    helper.write_text("def halve(module):\n    module.scale.data = module.scale.data / 2\n")
+    scope = runpy.run_path(str(helper))
+    model = nn.Sequential(nn.Linear(D, D), Does(scope["halve"]), nn.Linear(D, D)).double()
+    pipe = pipe_of(model, schedule="pipedream", optimizer=lambda p: torch.optim.SGD(p, lr=0.1), loss_fn=F.mse_loss)
+    with pytest.raises(CaptureError, match=r"^module '1', .*helper\.py:2: forward writes to parameter '1\.scale'"):
         pipe(*floats(0), target=floats(1)[0])

@@ -1,10 +1,12 @@
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import typer
 from costed import gpt2
 from typer.testing import CliRunner, Result
 
@@ -12,6 +14,7 @@ from pipecompile.cli import main as cli
 from pipecompile.errors import InputError
 from pipecompile.render.formats import FORMATS
 from pipecompile.render.stage_graph import StageGraph
+from pipecompile.schedule import SCHEDULES
 
 NETS = """
 import torch
@@ -45,6 +48,10 @@ def run(*words: str) -> Result:
     return CliRunner(env={"COLUMNS": "100", "NO_COLOR": "1"}).invoke(cli.app, list(words))
 
 
+def stop() -> None:
+    raise SystemExit(0)
+
+
 @pytest.fixture
 def nets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "nets.py").write_text(NETS)
@@ -73,6 +80,21 @@ def test_help_names_the_commands_and_their_forms():
     assert "module:function" in text
     assert "hf:gpt2" in text
     assert "--stages" in text
+
+
+@pytest.mark.parametrize("command", ["plan", "check"])
+def test_help_fits_the_command_line(command):
+    parameters = typer.main.get_command(cli.app).commands[command].params
+    helps = {each.opts[0]: each.help for each in parameters if each.help}
+    assert {"--pin", "--replicas", "--objective"} <= helps.keys()
+    of_python = re.compile(r"[{}`]|\(\d|\bcompile\b|\breport\b")
+    assert {flag: text for flag, text in helps.items() if of_python.search(text)} == {}
+
+
+def test_defaults_are_shown_once_and_plain():
+    text = " ".join(run("check", "--help").stdout.replace("│", "").split())
+    for default in ("auto", "pace", "10.0", "microbatch"):
+        assert f"[default: {default}]" in text
 
 
 def test_no_command_shows_the_help():
@@ -181,7 +203,7 @@ def test_schedule_draws_every_rank_and_the_known_bubble():
     assert f"{3 / 11:.1%}".replace("%", "") in result.stdout  # (stages - 1) / (microbatches + stages - 1)
 
 
-@pytest.mark.parametrize("name", cli.NAMES)
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_every_schedule_can_be_drawn(name):
     assert run("schedule", name, "-n", "3", "-m", "2").exit_code == 0
 
@@ -290,6 +312,14 @@ def test_check_compares_a_split_model_with_the_unsplit_one(nets: Path):
     assert result.exit_code == 0, result.output
     assert "layers.3" in result.stdout
     assert "exact: " in result.stdout
+
+
+@pytest.mark.parametrize("none", ["None", "none"])
+def test_an_argument_without_a_batch_is_written_as_none(nets: Path, monkeypatch: pytest.MonkeyPatch, none: str):
+    given = []
+    monkeypatch.setattr(cli, "compile", lambda *args, batching, **options: given.append(batching.in_dims) or stop())
+    run("check", "nets:make", "--in-dims", "x=1", "--in-dims", f"table={none}")
+    assert given == [{"x": 1, "table": None}]
 
 
 def test_check_exits_with_1_on_a_difference(nets: Path):

@@ -529,3 +529,20 @@ def test_a_forward_that_casts_its_own_parameters_is_refused_until_they_are() -> 
     model.router.float()
     x = floats()
     torch.testing.assert_close(pipe(x), model(x))
+
+
+class SixRows(nn.Module):
+    """Works for a batch of six only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(D, D).double(), nn.Linear(D, D).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x) + x.new_ones(6, D))
+
+
+def test_a_model_of_one_batch_size_is_told_with_the_line_and_without_a_second_introduction() -> None:
+    with refused(CaptureError, "works for a batch of 6 only; use microbatches=1", "3 rows", "test_bad_input.py") as it:
+        pipe_of(SixRows())(floats(6, D))
+    assert "cannot be captured" not in str(it.value)

@@ -29,7 +29,7 @@ from pipecompile.planning.calibration import Times
 from pipecompile.planning.plan_search import make_plan
 from pipecompile.runtime.session import Session
 from pipecompile.runtime.steps import Batch
-from pipecompile.schedule import SCHEDULES
+from pipecompile.schedule import SYNCHRONOUS
 
 WIDTH, ROWS = 12, 24
 Truth = dict[str, float]
@@ -170,7 +170,7 @@ def test_modes_of_the_caller_are_those_of_a_rehearsal() -> None:
 
 
 @pytest.mark.parametrize(("microbatches", "run"), [(2, 2), (4, 4), (12, 5)])
-@pytest.mark.parametrize("schedule", list(SCHEDULES))
+@pytest.mark.parametrize("schedule", list(SYNCHRONOUS))
 def test_no_more_is_in_flight_than_in_a_step(
     schedule: str, microbatches: int, run: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,7 +213,7 @@ class Stages:
         self.plans: list[tuple[int | None, ...]] = []
 
     def __call__(self, batch: Batch) -> tuple[Times, ...]:
-        costed, plan = batch.compiled.costed, batch.compiled.plan
+        costed, plan = batch.compiled.planned.costed, batch.compiled.plan
         self.first = self.first or costed
         self.plans.append(plan.stage_of)
         return tuple(map(Times, stage_costs(costed, plan), self.measured(plan)))
@@ -271,7 +271,7 @@ def test_where_times_never_hold_the_best_plan_that_was_rehearsed_is_taken(monkey
 
     def now_one_now_the_other(batch: Batch) -> tuple[Times, ...]:
         plan = batch.compiled.plan
-        costs = stage_costs(batch.compiled.costed, plan)
+        costs = stage_costs(batch.compiled.planned.costed, plan)
         slow = len(took) % 2
         measured = [Cost(4 * c.forward, 4 * c.backward) if s == slow else c for s, c in enumerate(costs)]
         took.append((max(cost.seconds for cost in measured), plan.stage_of))
@@ -369,7 +369,7 @@ def test_where_no_other_plan_is_found_the_rehearsed_one_is_taken(monkeypatch: py
         plans.append(make_plan(*args))
         return plans[0]
 
-    monkeypatch.setattr("pipecompile.compiler.compile_call.make_plan", make)
+    monkeypatch.setattr("pipecompile.planning.planned.make_plan", make)
     pipe = compiled(Deep())
     assert pipe.pipeline.plan.stage_of == plans[0].stage_of
     assert is_rehearsed(pipe)

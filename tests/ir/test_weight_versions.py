@@ -8,7 +8,7 @@ from plans import branches, plans, rows, unet
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import Backward, Forward, Program, Step, linearize
 from pipecompile.ir.weight_versions import Versions, versions
-from pipecompile.schedule import SCHEDULES, backward_only, carried_after, drain, gpipe, one_f_one_b, pipedream
+from pipecompile.schedule import SYNCHRONOUS, backward_only, carried_after, drain, gpipe, one_f_one_b, pipedream
 
 
 def used(found: Versions, stage: int) -> list[int]:
@@ -18,9 +18,9 @@ def used(found: Versions, stage: int) -> list[int]:
     ]
 
 
-@given(plans(), st.integers(1, 6), st.sampled_from(sorted(SCHEDULES)), st.booleans())
+@given(plans(), st.integers(1, 6), st.sampled_from(sorted(SYNCHRONOUS)), st.booleans())
 def test_schedules_with_a_flush_hold_one_version(plan, num_microbatches, name, step):
-    found = versions(SCHEDULES[name](plan, num_microbatches, step=step))
+    found = versions(SYNCHRONOUS[name](plan, num_microbatches, step=step))
     assert len(found.used) == plan.num_stages * num_microbatches
     assert set(found.used.values()) == {0}
     assert found.live == (1,) * plan.num_stages

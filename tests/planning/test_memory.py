@@ -18,7 +18,7 @@ from pipecompile.ir.graph import Cost, CostedGraph, Footprint, Graph, Node, Para
 from pipecompile.ir.plan import Plan
 from pipecompile.planning.memory import Bytes, Memory, memory
 from pipecompile.profile import optimizer_state
-from pipecompile.schedule import gpipe, one_f_one_b, steady
+from pipecompile.schedule import SCHEDULES, gpipe, one_f_one_b
 
 STAGES = 3
 
@@ -102,8 +102,8 @@ def pipeline(make: Any, schedule: str, **options: Any) -> tuple[Any, Callable[[]
 def test_predicted_bytes_are_those_of_a_run(make: Any, schedule: str) -> None:
     pipe, step, optimizer = pipeline(make, schedule)
     counted = peaks(pipe, step, optimizer)
-    compiled = pipe.pipeline._capture_in_use
-    most = compiled.work.memory(pipe.pipeline.costs, pipe.pipeline.plan, compiled.cluster, bound=True).ranks
+    planned = pipe.pipeline._capture_in_use.planned
+    most = planned.work.memory(planned.costed, planned.plan, planned.cluster, bound=True).ranks
     assert all(c <= 1.02 * m for c, m in zip(counted, most, strict=True))
     fixed = [m - stage.waiting for m, stage in zip(most, pipe.pipeline.memory.stages, strict=True)]
     # what waits depends on which thread is faster: a stage that holds little else is left to the bound
@@ -155,7 +155,7 @@ def test_what_is_in_flight_is_held_so_many_times() -> None:
 def test_pipedream_stashes_versions_and_frees_gradients() -> None:
     costed = chain(saved=10_000)
     plan = Plan.of(costed.graph, [None, 0, 1, 2])
-    held = memory(costed, plan, steady(plan, 4)).stages
+    held = memory(costed, plan, SCHEDULES["pipedream"].steady(plan, 4)).stages
     assert [stage.versions for stage in held] == [200, 100, 0]
 
 

@@ -24,7 +24,7 @@ from pipecompile.planning.plan_search import make_plan
 from pipecompile.planning.replicas import with_best_replicas
 from pipecompile.planning.search_spec import Request
 from pipecompile.planning.training_spec import Workload
-from pipecompile.schedule import SCHEDULES
+from pipecompile.schedule import SYNCHRONOUS
 
 LINK = Link(bandwidth=1.0)  # a byte a second
 
@@ -63,7 +63,7 @@ def test_a_step_of_few_microbatches_would_rather_send_less() -> None:
     cluster = Cluster.of(["a", "b", "c"], LINK)
     steps = {}
     for microbatches in (1, 8):
-        work = Workload(SCHEDULES["1f1b"], microbatches)
+        work = Workload(SYNCHRONOUS["1f1b"], microbatches)
         plans = [
             make_plan(costed, Request((1,) * 3, PlanOptions(objective=goal)), cluster, work)
             for goal in ("pace", "step")
@@ -79,7 +79,7 @@ def test_a_step_is_never_longer_for_having_been_asked_for(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     seconds = torch.randint(1, 9, (9,), generator=generator).double().tolist()
     costed = row(seconds, torch.randint(1, 20, (9,), generator=generator).tolist())
-    cluster, work = Cluster.of(["a", "b", "c"], LINK), Workload(SCHEDULES["gpipe"], 2)
+    cluster, work = Cluster.of(["a", "b", "c"], LINK), Workload(SYNCHRONOUS["gpipe"], 2)
     pace, step = (
         make_plan(costed, Request((1,) * 3, PlanOptions(objective=goal)), cluster, work) for goal in ("pace", "step")
     )
@@ -115,9 +115,9 @@ def test_a_function_sees_the_ranks_that_the_plan_will_have() -> None:
         return cost(plan)
 
     def cost(plan: Plan) -> float:
-        return Workload(SCHEDULES["1f1b"], 4).step_seconds(costed, plan, cluster)
+        return Workload(SYNCHRONOUS["1f1b"], 4).step_seconds(costed, plan, cluster)
 
-    plan = make_plan(costed, Request((1,) * 4, PlanOptions(objective=score)), cluster, Workload(SCHEDULES["1f1b"], 4))
+    plan = make_plan(costed, Request((1,) * 4, PlanOptions(objective=score)), cluster, Workload(SYNCHRONOUS["1f1b"], 4))
     assert plan.rank_of in seen
     hosts = [devices[rank].host for rank in plan.rank_of]
     assert sum(here != there for here, there in pairwise(hosts)) == 1
@@ -136,7 +136,7 @@ def test_the_best_replicas_are_planned_for_the_objective() -> None:
         seen.append(plan)
         return sum(channel.nbytes for channel in plan.channels)
 
-    costed, work = row([3, 9, 3, 3], [5, 1, 7, 1]), Workload(SCHEDULES["1f1b"], 8)
+    costed, work = row([3, 9, 3, 3], [5, 1, 7, 1]), Workload(SYNCHRONOUS["1f1b"], 8)
     plan, _ = with_best_replicas(costed, Cluster.of(["a", "b", "c"], Link(1e9)), work, PlanOptions(objective=score))
     assert seen
     assert score(plan) == min(score(other) for other in tuple(seen))
@@ -189,7 +189,7 @@ def test_stages_compute_again_where_that_makes_a_shorter_step_and_the_others_are
     cluster = Cluster((Device("a", memory=110_000),) * 4)
     steps, plans = {}, {}
     for recompute in ("never", "always", "auto"):
-        work = Workload(SCHEDULES["1f1b"], 8, recompute=recompute)
+        work = Workload(SYNCHRONOUS["1f1b"], 8, recompute=recompute)
         plans[recompute] = make_plan(costed, Request((1,) * 4), cluster, work)
         steps[recompute] = work.step_seconds(costed, plans[recompute], cluster)
         assert max(work.memory(costed, plans[recompute], cluster, bound=True).ranks) <= 110_000

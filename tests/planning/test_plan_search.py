@@ -146,7 +146,9 @@ def test_a_saved_profile_gives_the_same_plan(tmp_path: Path) -> None:
 
 def test_a_profile_of_another_model_is_refused_with_the_node(tmp_path: Path) -> None:
     compiled().pipeline.costs.save(tmp_path / "profile.json")
-    with pytest.raises(InputError, match=r"profile \(Model on .*node 33, .*blocks.6.*in the profile"):
+    with pytest.raises(
+        InputError, match=r"the given costs \(Model on .*\) are not of .*node 33, .*blocks.6.*in the given costs"
+    ):
         compiled(blocks=7, costs=str(tmp_path / "profile.json"))
 
 
@@ -154,7 +156,7 @@ def test_a_profile_of_other_sizes_is_refused(tmp_path: Path) -> None:
     compiled().pipeline.costs.save(tmp_path / "profile.json")
     x = torch.randn(32, WIDTH)
     with pytest.raises(
-        InputError, match=r"node 0, .*outputs is float32\[8, 48\], but float32\[16, 48\] in the profile"
+        InputError, match=r"node 0, .*outputs is float32\[8, 48\], but float32\[16, 48\] in the given costs"
     ):
         compiled(costs=str(tmp_path / "profile.json"), example_inputs={"x": x, "y": x})
 

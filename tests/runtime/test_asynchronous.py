@@ -12,6 +12,9 @@ from models import MODELS
 from oracle import Recurrence, pipedream, split
 
 import pipecompile
+from pipecompile.ir.program import Program
+from pipecompile.schedule import SCHEDULES, Schedule, gpipe
+from pipecompile.schedule import pipedream as segment_of_pipedream
 
 MODEL = MODELS["skip_to_loss"]
 CALLS = [MODEL.inputs(8, 6, seed) for seed in range(5)]
@@ -23,11 +26,13 @@ OPTIMIZERS = {
 }
 
 
-def trained(stages: int, optimizer: Callable[..., torch.optim.Optimizer]) -> tuple[Any, list[float]]:
+def trained(
+    stages: int, optimizer: Callable[..., torch.optim.Optimizer], schedule: str = "pipedream"
+) -> tuple[Any, list[float]]:
     pipe = pipecompile.compile(
         MODEL.build(),
         devices=["cpu"] * stages,
-        schedule="pipedream",
+        schedule=schedule,
         microbatches=MICROBATCHES,
         optimizer=optimizer,
         costs="count",
@@ -72,3 +77,24 @@ def test_weights_that_lag_behind_show() -> None:
     plain = pipedream(MODEL.build(), MODEL.loss, minibatches, names, [0, 0, 0], OPTIMIZERS["momentum"])
     apart = [name for name, p in pipe.named_parameters() if not torch.allclose(p, plain.parameters[name])]
     assert "body.0.0.weight" in apart
+
+
+def test_an_entry_in_the_registry_makes_another_asynchronous_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Program] = []
+
+    def segment(*args: Any) -> Program:
+        made.append(segment_of_pipedream(*args))
+        return made[-1]
+
+    monkeypatch.setitem(SCHEDULES, "second", Schedule(gpipe, segment))  # type: ignore[arg-type]
+    pipe, losses = trained(3, OPTIMIZERS["momentum"], "second")
+    expected, expected_losses = trained(3, OPTIMIZERS["momentum"])
+    assert losses == expected_losses
+    for (name, parameter), same in zip(pipe.named_parameters(), expected.parameters(), strict=True):
+        assert torch.equal(parameter, same), name
+    assert len([program for program in made if program.carried]) >= len(CALLS) - 1  # it went on from call to call
+    args, kwargs = CALLS[0]
+    assert pipe.pipeline.verify(*args, **kwargs).exact
+    for refused in ({}, {"optimizer": torch.optim.SGD, "plan": pipecompile.PlanOptions(replicas=[1, 1, 2])}):
+        with pytest.raises(pipecompile.InputError, match="schedule='second'"):
+            pipecompile.compile(MODEL.build(), ["cpu"] * 4, schedule="second", **refused)

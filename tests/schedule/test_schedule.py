@@ -11,8 +11,8 @@ from pipecompile.errors import InputError, PlanError, ProgramError
 from pipecompile.ir.plan import Plan, Tied
 from pipecompile.ir.program import Backward, Forward, Program, Recv, Reduce, Step
 from pipecompile.schedule import (
-    ASYNCHRONOUS,
     SCHEDULES,
+    SYNCHRONOUS,
     backward_only,
     carried_after,
     drain,
@@ -25,7 +25,7 @@ from pipecompile.schedule import (
 from pipecompile.schedule.lowering import lower
 from pipecompile.schedule.simulator import simulate
 
-every = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+every = pytest.mark.parametrize("schedule", SYNCHRONOUS.values(), ids=SYNCHRONOUS)
 
 
 # synchronous
@@ -320,11 +320,27 @@ def test_a_segment_that_does_not_fit_what_was_carried_is_refused():
 
 
 def test_the_registry_names_all_schedules():
-    assert list(SCHEDULES) == ["sequential", "gpipe", "1f1b"]
-    assert ASYNCHRONOUS == ("pipedream",)
+    assert list(SCHEDULES) == ["sequential", "gpipe", "1f1b", "pipedream"]
+    assert [name for name, it in SCHEDULES.items() if it.is_asynchronous] == ["pipedream"]
+    assert list(SYNCHRONOUS) == ["sequential", "gpipe", "1f1b"]
+
+
+@pytest.mark.parametrize("name", SYNCHRONOUS)
+@pytest.mark.parametrize("plan", SHAPES.values(), ids=SHAPES)
+def test_every_step_of_a_synchronous_schedule_is_the_same(name, plan):
+    schedule = SCHEDULES[name]
+    assert schedule.program(plan, 3) == schedule.steady(plan, 3) == SYNCHRONOUS[name](plan, 3)
+
+
+def test_an_asynchronous_schedule_warms_up_in_its_first_step_only():
+    plan, schedule = Plan.chain(3), SCHEDULES["pipedream"]
+    assert schedule.program(plan, 4) == pipedream(plan, range(4))
+    steady = schedule.steady(plan, 4)
+    assert [stage_row(steady, stage).count("B") for stage in range(3)] == [4, 4, 4]
+    assert not {Forward(0, 0), Backward(0, 0)} & set(steady.instructions)
 
 
 @pytest.mark.parametrize("plan", SHAPES.values(), ids=SHAPES)
 def test_every_shape_can_be_scheduled(plan):
-    for schedule in SCHEDULES.values():
+    for schedule in SYNCHRONOUS.values():
         assert len(schedule(plan, 3).instructions) == 6 * plan.num_stages

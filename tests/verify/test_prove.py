@@ -12,11 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from broken import calls, captured
+from mutants_batching import BATCHING
 from torch import Tensor, nn
 from torch.nn import functional as F
 from toys import D, blocks, mean_square
 
 import pipecompile
+from pipecompile.capture import Captured
 from pipecompile.errors import ExactnessError, InputError
 from pipecompile.runtime import steps
 from pipecompile.verify import prove
@@ -126,6 +129,76 @@ class Shifts(nn.Module):
 def test_the_first_module_whose_output_differs_is_named() -> None:
     with pytest.raises(ExactnessError, match=r"first module whose output differs is 'second' \(Shifts\)"):
         pipe_of(Leaks())(x())
+
+
+def _reverse(it: Captured) -> None:
+    """Exchanges the operands of the only subtraction."""
+    (node,) = calls(it.graph, "sub")
+    node.args = node.args[::-1]
+
+
+class Casts(nn.Module):
+    """The first layer runs under an autocast of the model's own, which the caller's may be the opposite of."""
+
+    def __init__(self, enabled: bool) -> None:
+        super().__init__()
+        self.enabled = enabled
+        self.first, self.second, self.last = nn.Linear(D, D), Differs(), nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.enabled):
+            h = self.first(x)
+        return self.last(self.second(h.float()))
+
+
+class Differs(nn.Module):
+    def forward(self, h: Tensor) -> Tensor:
+        return torch.sub(h, 1)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_a_module_under_autocast_is_not_blamed_for_a_later_one(enabled: bool, microbatches: int) -> None:
+    outside = nullcontext() if enabled else torch.autocast("cpu", dtype=torch.bfloat16)
+    named = pytest.raises(ExactnessError, match=r"first module whose output differs is 'second' \(Differs\)")
+    with captured(_reverse)(), outside, named:
+        pipecompile.compile(Casts(enabled), CPU, microbatches=microbatches, costs="count")(x().float())
+
+
+class Subtracts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(D, D), nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sub(self.last(self.first(x)), 1)
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize(
+    ("model", "loss_fn", "blamed"),
+    [
+        (Subtracts, None, r"'the model itself' \(Subtracts\)"),
+        (Subtracts, F.mse_loss, r"'the model itself' \(Subtracts\)"),
+        (lambda: blocks(2), lambda out, target: torch.sub(out, target).exp().mean(), "the loss function"),
+    ],
+)
+def test_what_the_model_computes_after_its_last_module_is_blamed(
+    model: Callable[[], nn.Module], loss_fn: Any, blamed: str, microbatches: int
+) -> None:
+    arguments = {} if loss_fn is None else {"target": x()}
+    with (
+        captured(_reverse)(),
+        pytest.raises(ExactnessError, match=f"first module whose output differs is {blamed}, by"),
+    ):
+        pipe_of(model(), microbatches=microbatches, loss_fn=loss_fn)(x(), **arguments)
+
+
+def test_a_loss_with_wrong_shares_of_microbatches_is_blamed_on_the_model_itself() -> None:
+    mutant = next(mutant for mutant in BATCHING if mutant.name == "equal weights")
+    blamed = r"first module whose output differs is 'the model itself' \(Ends\), by .* on microbatches"
+    with mutant.breaks(), pytest.raises(ExactnessError, match=blamed):
+        mutant.split("first")
 
 
 def test_a_slice_with_every_microbatch_is_compared_and_reported() -> None:

@@ -10,10 +10,9 @@ Source: Tarnawski et al. (NeurIPS 2020), section 5, contraction of color classes
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from heapq import heappop, heappush
 from itertools import pairwise
 from operator import itemgetter
 
@@ -113,16 +112,14 @@ def _atoms(count: int, arcs: Sequence[tuple[int, int]], together: Iterable[Seque
         bound.union(*group)
     while True:
         part_of = _numbered(bound[thing] for thing in range(count))
-        after: list[set[int]] = [set() for _ in range(1 + max(part_of, default=-1))]
-        for low, high in arcs:
-            if part_of[low] != part_of[high]:
-                after[part_of[low]].add(part_of[high])
-        position = _topological(after)
-        if len(position) == len(after):
+        parts = nx.DiGraph()
+        parts.add_nodes_from(part_of)
+        parts.add_edges_from((part_of[low], part_of[high]) for low, high in arcs if part_of[low] != part_of[high])
+        position = _topological(parts)
+        if len(position) == len(parts):
             return [position[part] for part in part_of]
         things = dict(zip(reversed(part_of), reversed(range(count)), strict=True))  # the first of each part
-        rest = nx.DiGraph((low, high) for low, row in enumerate(after) if low not in position for high in row)
-        for cycle in nx.strongly_connected_components(rest):
+        for cycle in nx.strongly_connected_components(parts.subgraph(parts.nodes - position.keys())):
             bound.union(*(things[part] for part in cycle))
 
 
@@ -132,18 +129,12 @@ def _numbered(names: Iterable[int]) -> list[int]:
     return [number.setdefault(name, len(number)) for name in names]
 
 
-def _topological(after: Sequence[set[int]]) -> dict[int, int]:
+def _topological(parts: nx.DiGraph) -> dict[int, int]:
     """The position of each part if the lowest ready part comes next; parts on and behind cycles have none."""
-    waiting = Counter(high for row in after for high in row)
-    ready = [part for part in range(len(after)) if not waiting[part]]  # ascending, hence a heap
     position: dict[int, int] = {}
-    while ready:
-        part = heappop(ready)
-        position[part] = len(position)
-        for high in after[part]:
-            waiting[high] -= 1
-            if not waiting[high]:
-                heappush(ready, high)
+    with suppress(nx.NetworkXUnfeasible):  # raised at the first cycle, after the parts before it
+        for part in nx.lexicographical_topological_sort(parts):
+            position[part] = len(position)
     return position
 
 

@@ -14,7 +14,7 @@ If the cheapest cut misses the window, its side and some atoms next to it are fi
 
 Source: piercing (flow-balanced bipartition) after Yang and Wong, "Efficient Network Flow Based Min-Cut Balanced
 Partitioning" (1996); the solver is that of Boykov and Kolmogorov (2004), which was never the slowest of
-networkx on these networks.
+networkx on these networks. (scipy's maximum flow takes whole numbers only.)
 """
 
 from __future__ import annotations

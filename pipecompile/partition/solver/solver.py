@@ -7,6 +7,10 @@ The bottleneck never exceeds that of the best interval plan, because its boundar
 search runs twice. The relaxed problem, without memory limits and with empty stages allowed, has fewer atoms and a lower
 optimum. If its plan is also valid for the original problem, the search is done. Otherwise its optimum is the lower
 bound with which the second search starts.
+
+As an integer program, the problem takes a general solver (HiGHS, in scipy) 26 CPU seconds for 500 nodes in 8 stages,
+where this search takes half a second, and cannot be solved within two minutes for 2,000 nodes
+(``benchmarks/integer_program.py``).
 """
 
 from __future__ import annotations

@@ -310,6 +310,26 @@ def test_two_numbers_that_depend_on_each_other_are_followed() -> None:
     assert pipe.pipeline.captures == 2
 
 
+def _results(pipe: Any) -> list[str]:
+    return [line for line in pipe.pipeline.report.guards if line.startswith("the results of")]
+
+
+def test_the_report_counts_the_operations_on_all_followed_numbers_once() -> None:
+    def forward(self: Any, h: Tensor) -> Tensor:
+        self.first, self.second = self.first + 1, self.second + 1
+        return h * 2 if (self.first > 9 and self.second < 99) or self.second > 999 else h
+
+    pipe, model = pair(forward, lambda: {"first": 9, "second": 2})
+    follow(pipe, model)
+    assert _results(pipe) == ["the results of 2 operations on inner.first, inner.second"]
+
+
+def test_the_report_leaves_out_numbers_on_which_no_decision_depends() -> None:
+    pipe, model = pair(_counted, lambda: {"calls": 1})
+    follow(pipe, model)
+    assert _results(pipe) == []
+
+
 def test_a_number_that_forward_sets_may_be_set_by_the_user_as_well() -> None:
     pipe, model = pair(_warming_up, lambda: {"calls": 0})
     for value in (0, 7, 1, None):

@@ -1,0 +1,110 @@
+"""What ``pipecompile plan`` shows of a plan: tables and the predicted time of a step, as text or as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from pipecompile.ir.plan_quality import known
+from pipecompile.ir.timeline import Timeline
+from pipecompile.ir.units import seconds_text
+from pipecompile.planning.memory import Memory
+from pipecompile.planning.planned import Planned
+from pipecompile.render.stage_graph import StageGraph, stage_graph
+from pipecompile.render.table import memory_table, table
+from pipecompile.schedule import SCHEDULES
+from pipecompile.schedule.simulator import simulate
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A plan with the memory and the time of a step that are predicted from it.
+
+    Args:
+        planned: the plan.
+        schedule: the name of the schedule.
+        view: the stages.
+        memory: the peak memory in training.
+        timeline: the step.
+    """
+
+    planned: Planned
+    schedule: str
+    view: StageGraph
+    memory: Memory
+    timeline: Timeline
+
+    @classmethod
+    def of(cls, planned: Planned, schedule: str) -> Prediction:
+        """The prediction for a schedule, by its name."""
+        program = SCHEDULES[schedule].program(planned.plan, planned.work.microbatches)
+        timeline = simulate(program, planned.stage_costs, planned.cluster)
+        return cls(planned, schedule, stage_graph(planned.costed, planned.plan), planned.memory(), timeline)
+
+    def print_to(self, console: Console) -> None:
+        """Prints the tables and the prediction."""
+        console.print(table(self.view, console.width))
+        console.print(memory_table(self.memory, self.planned.plan, self.planned.cluster))
+        console.print(self._step())
+        for line in self._comparison():
+            console.print(Text(line))
+
+    def facts(self) -> dict[str, Any]:
+        """The same as JSON: seconds and bytes per microbatch, except those of ``step``."""
+        work, quality = self.planned.work, self.planned.plan.quality
+        return {
+            "schedule": self.schedule,
+            "microbatches": work.microbatches,
+            "costs": self.planned.costed.origin,
+            "balance": self.view.balance,
+            "step": {
+                "seconds": self.timeline.makespan,
+                "bubble": self.timeline.bubble,
+                "peak_bytes": list(self.memory.ranks),
+            },
+            "plan": quality
+            and {"bottleneck": quality.bottleneck, "lower_bound": quality.lower_bound, "proven": quality.proven},
+            "stages": [self._stage(index) for index in range(self.planned.plan.num_stages)],
+            "candidates": [
+                {"replicas": it.replicas, "seconds": it.seconds, "refused": it.refused}
+                for it in self.planned.candidates
+            ],
+        }
+
+    def _stage(self, index: int) -> dict[str, Any]:
+        stage, memory, plan = self.view.stages[index], self.memory.stages[index], self.planned.plan
+        return {
+            "stage": index,
+            "rank": stage.rank,
+            "modules": list(stage.blocks),
+            "num_parameters": stage.num_parameters,
+            "forward": stage.cost.forward,
+            "backward": stage.cost.backward,
+            "parameter_bytes": stage.cost.parameter_bytes,
+            "saved_bytes": stage.cost.saved_bytes,
+            "bytes_in": stage.bytes_in,
+            "bytes_out": stage.bytes_out,
+            "recomputed": index in plan.recomputed,
+            "replica_of": plan.replica_of[index],
+            "memory": {**dict(memory.by_kind()), "all": memory.total},
+        }
+
+    def _step(self) -> Text:
+        microbatches = self.planned.work.microbatches
+        alone, step = microbatches * self.planned.costed.seconds, self.timeline.makespan
+        times = f" (speedup {alone / step:.2f}x)" if step else ""
+        return Text.assemble(
+            f"plan: {known(self.planned.plan.quality)}\n{self.schedule}, {microbatches} microbatches: predicted step ",
+            (seconds_text(step), "bold"),
+            f", bubble {self.timeline.bubble:.1%}\none device: {seconds_text(alone)}{times}",
+        )
+
+    def _comparison(self) -> Iterator[str]:
+        """The candidates that were compared to choose the number of devices per stage."""
+        if self.planned.candidates:
+            yield "devices per stage; the step includes sending new weights to replicas:"
+            yield from map(str, self.planned.candidates)

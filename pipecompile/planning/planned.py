@@ -1,0 +1,85 @@
+"""A plan together with what it was made from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from pipecompile.ir.cluster import Cluster
+from pipecompile.ir.graph import Cost, CostedGraph
+from pipecompile.ir.plan import Plan, stage_costs
+from pipecompile.ir.plan_options import PlanOptions
+from pipecompile.planning.memory import Memory
+from pipecompile.planning.plan_search import make_plan
+from pipecompile.planning.replicas import Candidate, with_best_replicas
+from pipecompile.planning.search_spec import Request
+from pipecompile.planning.training_spec import Workload
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan together with what it was made from.
+
+    Args:
+        plan: the plan.
+        costed: the graph that was planned, with its costs.
+        request: the stages and the constraints.
+        cluster: the devices.
+        work: the workload.
+        candidates: for ``replicas="auto"``, the numbers of devices per stage that were compared, best first.
+    """
+
+    plan: Plan
+    costed: CostedGraph
+    request: Request
+    cluster: Cluster
+    work: Workload
+    candidates: tuple[Candidate, ...] = ()
+
+    @cached_property
+    def stage_costs(self) -> tuple[Cost, ...]:
+        """The cost of each stage per microbatch."""
+        return stage_costs(self.costed, self.plan)
+
+    def memory(self, buffers: Sequence[int] = ()) -> Memory:
+        """The peak memory in training of each stage and rank.
+
+        Args:
+            buffers: bytes of buffers of each stage.
+        """
+        return self.work.memory(self.costed, self.plan, self.cluster, buffers)
+
+    def again(self, costed: CostedGraph) -> Planned:
+        """Another plan for the same request, made from other costs.
+
+        Raises:
+            PlanError: no plan was found.
+        """
+        return replace(self, plan=make_plan(costed, self.request, self.cluster, self.work), costed=costed)
+
+    def recosted(self, costed: CostedGraph) -> Planned:
+        """The same plan with other costs, with which its quality is not known."""
+        return replace(self, plan=replace(self.plan, quality=None), costed=costed)
+
+
+def planned(
+    costed: CostedGraph, cluster: Cluster, work: Workload, options: PlanOptions, num_stages: int | None = None
+) -> Planned:
+    """The plan that the options ask for.
+
+    Args:
+        costed: the graph to plan, with its costs.
+        cluster: the devices.
+        work: the workload.
+        options: the user's constraints and objective.
+        num_stages: the number of stages if the options do not list replicas; by default one per device.
+
+    Raises:
+        InputError, InfeasibleError, PlanError: as ``make_plan`` and ``with_best_replicas``.
+    """
+    if options.replicas == "auto":
+        plan, candidates = with_best_replicas(costed, cluster, work, options)
+        return Planned(plan, costed, Request(candidates[0].replicas, options), cluster, work, candidates)
+    request = Request(options.counts or (1,) * (num_stages or len(cluster)), options)
+    return Planned(make_plan(costed, request, cluster, work), costed, request, cluster, work)
