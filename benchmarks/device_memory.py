@@ -34,26 +34,35 @@ Inputs = dict[str, Tensor]
 ADAM = {"foreach": True, "lr": 1e-4}
 
 
-def gpt2() -> tuple[nn.Module, Inputs]:
-    config = transformers.GPT2Config(n_layer=6, n_embd=192, n_head=6, vocab_size=2048, n_positions=LENGTH)
+def gpt2(tied: bool) -> tuple[nn.Module, Inputs]:
+    config = transformers.GPT2Config(
+        n_layer=6, n_embd=192, n_head=6, vocab_size=2048, n_positions=LENGTH, tie_word_embeddings=tied
+    )
     ids = torch.randint(0, 2048, (ROWS, LENGTH))
     return transformers.GPT2LMHeadModel(config), {"input_ids": ids, "labels": ids}
 
 
-def t5() -> tuple[nn.Module, Inputs]:
+def t5(tied: bool) -> tuple[nn.Module, Inputs]:
     config = transformers.T5Config(
-        num_layers=3, d_model=192, d_kv=32, d_ff=512, num_heads=6, vocab_size=2048, decoder_start_token_id=0
+        num_layers=3,
+        d_model=192,
+        d_kv=32,
+        d_ff=512,
+        num_heads=6,
+        vocab_size=2048,
+        decoder_start_token_id=0,
+        tie_word_embeddings=tied,
     )
     ids = torch.randint(1, 2048, (ROWS, LENGTH))
     return transformers.T5ForConditionalGeneration(config), {"input_ids": ids, "labels": ids}
 
 
-def unet() -> tuple[nn.Module, Inputs]:
+def unet(tied: bool) -> tuple[nn.Module, Inputs]:
     model = UNet(width=32, factors=(1, 2, 3), blocks=1)
-    return model, {"x": torch.randn(ROWS, 3, 32, 32), "noise": torch.randn(ROWS, 3, 32, 32)}
+    return model, {"images": torch.randn(ROWS, 3, 32, 32), "noise": torch.randn(ROWS, 3, 32, 32)}
 
 
-MODELS: dict[str, Callable[[], tuple[nn.Module, Inputs]]] = {"GPT-2": gpt2, "U-Net": unet, "T5": t5}
+MODELS: dict[str, Callable[[bool], tuple[nn.Module, Inputs]]] = {"GPT-2": gpt2, "U-Net": unet, "T5": t5}
 SCHEDULES = ("sequential", "gpipe", "1f1b", "pipedream")
 
 
@@ -81,9 +90,11 @@ def main() -> None:
     print(f"{inside} of {len(shares)} devices within 10% of the prediction")
 
 
-def _row(build: Callable[[], tuple[nn.Module, Inputs]], schedule: str, recompute: Any) -> tuple[list[int], list[int]]:
+def _row(
+    build: Callable[[bool], tuple[nn.Module, Inputs]], schedule: str, recompute: Any
+) -> tuple[list[int], list[int]]:
     torch.manual_seed(0)
-    model, inputs = build()
+    model, inputs = build(schedule != "pipedream")  # which refuses weights tied across stages
     for device in range(2):
         vd.limit(device, LIMIT)
     inside = schedule == "pipedream"

@@ -19,6 +19,7 @@ from pipecompile.api import compile
 from pipecompile.batching import Batching
 from pipecompile.capture import capture, read_call, summarize
 from pipecompile.cli.dataclass_options import takes
+from pipecompile.cli.doctor import all_devices, examine
 from pipecompile.cli.model_spec import load
 from pipecompile.cli.prediction import Prediction
 from pipecompile.compiler.compile_call import reused
@@ -204,6 +205,22 @@ def check(
     Console().print(result)
     if not result.exact:
         raise typer.Exit(1)
+
+
+@app.command()
+def doctor(
+    devices: Annotated[
+        str, typer.Option(help="Devices of the step, by commas: cuda:0,cuda:1. Default: all accelerators, or the CPU.")
+    ] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print what is found as JSON.")] = False,
+) -> None:
+    """Look at the devices and their links, and compare a step split over them with the unsplit model."""
+    found = examine(parse_devices(devices.split(",")) if devices else all_devices())
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=1))
+    else:
+        found.show(Console())
+    raise typer.Exit(not found.exact)
 
 
 @app.command("schedule")
