@@ -53,8 +53,7 @@ class Rehearsal:
     def times(self, batch: Batch) -> tuple[Times, ...]:
         """The times of each stage; empty if a rehearsal is not useful.
 
-        It is not useful with a single stage, without a backward, on CUDA (see ``Compiled.times``), or if every stage
-        takes less than ``WORTH``.
+        It is not useful with a single stage, without a backward, or if every stage takes less than ``WORTH``.
 
         Args:
             batch: the batch to run; only its first microbatches are run, at most two per stage and one more.
@@ -134,7 +133,6 @@ def _tells(compiled: Compiled) -> bool:
     return (
         len(costs) > 1
         and max(cost.seconds for cost in costs) >= WORTH
-        and all(stage.device.type == "cpu" for stage in compiled.stages)
         and torch.is_grad_enabled()
         and any(output.requires_grad for output in compiled.captured.results)
     )

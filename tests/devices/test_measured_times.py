@@ -1,0 +1,79 @@
+"""Times are the device's own, whenever the host waits: the profile, the timeline, and the plan that follows them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import virtual_device as vd
+from machines import LATE
+from scenes import Net, built, floats, inside, piped
+from torch import Tensor, nn
+
+from pipecompile.compiler import rehearse
+from pipecompile.ir.program import Backward, Forward
+from pipecompile.profile import meters
+
+SLOW = 50.0  # much more than the noise of the machine
+
+
+class Deep(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x.square().mean()
+
+
+def test_a_clock_tells_the_devices_time() -> None:
+    LATE.start()
+    vd.slowness(1, SLOW)
+    x = torch.rand(64, 64)
+    quick, slow = (
+        meters.Clock(device).repeated(lambda value=x.to(device): value @ value) for device in (LATE[0], LATE[1])
+    )
+    assert 0 < quick < slow / 5
+
+
+def test_a_timeline_tells_the_devices_time_and_only_who_reads_it_waits() -> None:
+    LATE.start()
+    vd.slowness(1, SLOW)
+    pipe = piped(built(Deep), LATE)
+    x = torch.randn(16, 64).double()
+    pipe(x)
+    vd.waits()
+    pipe(x)
+    assert vd.waits() == {}
+    timeline = pipe.pipeline.timeline
+    assert timeline is not None
+    assert set(vd.waits()) == {"event.synchronize"}
+    computed = [span for span in timeline.spans if isinstance(span.instruction, Forward | Backward)]
+    assert len(computed) == 16
+    busy = [sum(span.seconds for span in computed if span.rank == rank) for rank in range(2)]
+    assert 0 < busy[0] < busy[1]
+    assert pipe.pipeline.timeline is timeline
+
+
+def test_a_rehearsal_moves_layers_to_the_quick_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rehearse, "WORTH", 0.0)
+    LATE.start()
+
+    def layers_of_the_last_stage() -> int:
+        pipe = piped(built(Deep), LATE, costs="measure")
+        pipe(torch.randn(16, 64).double())
+        return sum(name.endswith("weight") for name, _ in pipe.pipeline.stages[1].named_parameters())
+
+    equal = layers_of_the_last_stage()
+    vd.slowness(1, SLOW)
+    assert layers_of_the_last_stage() < equal
+
+
+def test_a_measured_pipeline_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rehearse, "WORTH", 0.0)
+    LATE.start()
+    pipe = piped(built(Net), LATE, costs="measure")
+    loss = inside(pipe, *floats(0))
+    expected = built(Net)(*floats(0))
+    torch.testing.assert_close(loss.cpu(), expected.detach())
