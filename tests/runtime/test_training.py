@@ -14,7 +14,7 @@ from functools import cache
 
 import pytest
 import torch
-from long import some
+from long import LONG, some
 from pairs import pipe_of
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -128,6 +128,7 @@ def test_training_ends_where_the_unsplit_model_ends(loop: str, stages: int) -> N
     assert 0 < ours < WITHIN * rounding
 
 
+@pytest.mark.skipif(not LONG, reason="200 steps take 20 seconds: make long")
 def test_two_hundred_steps_end_where_the_unsplit_model_ends() -> None:
     ours, rounding, losses = trained(3, LOOPS["plain"], steps=200)
     assert 0 < ours < WITHIN * rounding
