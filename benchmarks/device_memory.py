@@ -10,6 +10,7 @@ beside it is the allocator's peak in the third step. Shares are measured over pr
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -98,6 +99,7 @@ def main() -> None:
 def _row(
     build: Callable[[bool], tuple[nn.Module, Inputs]], schedule: str, recompute: Any
 ) -> tuple[list[int], list[int]]:
+    gc.collect()  # the pipeline before
     torch.manual_seed(0)
     model, inputs = build(schedule != "pipedream")  # which refuses weights tied across stages
     for device in range(2):
@@ -111,6 +113,7 @@ def _row(
     optimizer = None if inside else torch.optim.Adam(pipe.parameters(), **ADAM)
     for step in range(3):
         if step == 2:
+            gc.collect()
             for device in range(2):
                 torch.accelerator.synchronize(device)
                 torch.accelerator.reset_peak_memory_stats(device)

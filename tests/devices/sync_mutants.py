@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import os
 import re
 import shutil
 import subprocess
@@ -66,25 +67,22 @@ def shown_by(place: Place, copy: Path) -> str:
     row = rows[place.line - 1]
     rows[place.line - 1] = row.replace(place.text, "pass") if place.text in row else re.sub(r"\S.*", "pass", row)
     path.write_text("".join(rows))
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", "tests/devices"]
     try:
-        run = subprocess.run(
-            command, cwd=copy, capture_output=True, text=True, timeout=900, env=_environment(copy), check=False
-        )
+        return _first_failure(copy, "tests/devices/test_scenes.py") or _first_failure(copy, "tests/devices")
     except subprocess.TimeoutExpired:
         return "a run that hangs"
     finally:
         path.write_text(source)
+
+
+def _first_failure(copy: Path, tests: str) -> str:
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", tests]
+    here = {**os.environ, "PYTHONPATH": str(copy)}  # not the package that is installed
+    run = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=900, env=here, check=False)
     found = re.search(r"^(?:FAILED|ERROR) \S*/(\S+)\.py::(\S+)", run.stdout, re.MULTILINE)
     if found is None:
         return "" if run.returncode == 0 else f"exit status {run.returncode}"
     return f"{found[1]}: {found[2]}"
-
-
-def _environment(copy: Path) -> dict[str, str]:
-    import os
-
-    return {**os.environ, "PYTHONPATH": str(copy)}
 
 
 def main() -> None:
