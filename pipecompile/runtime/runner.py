@@ -70,7 +70,7 @@ class Runner:
             microbatch.saved[stage.index] = Saved(wanted, leaves, returned)
             microbatch.versions[stage.index] = self.weights.current
         for name in stage.outputs:
-            microbatch.outputs[name] = _cut_off(returned[name])
+            microbatch.outputs[name] = _cut_off(_alone(returned[name]))
         return {target: tuple(_cut_off(returned[v]) for v in values) for target, values in stage.sends.items()}
 
     def backward(self, microbatch: Microbatch, received: Mapping[int, Values]) -> dict[int, Values]:
@@ -152,6 +152,13 @@ def _named(error: Exception) -> type[ExecutionError]:
 
 def _leaf(value: Value) -> Value:
     return None if value is None else _cut_off(value)
+
+
+def _alone(value: Tensor) -> Tensor:
+    """A scalar without the memory of what it sums: torch's ``mse_loss`` keeps its unreduced values in the storage."""
+    if value.ndim or value.layout != torch.strided or value.untyped_storage().nbytes() <= value.nbytes:
+        return value
+    return value.detach().clone().requires_grad_(value.requires_grad)
 
 
 def _cut_off(value: Tensor) -> Tensor:

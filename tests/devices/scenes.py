@@ -353,22 +353,29 @@ SCENES["pipedream"] = _pipedream(torch.optim.SGD, (0, 1))
 SCENES["pipedream_adam"] = _pipedream(torch.optim.Adam, (0, 1, 2))
 
 
-@scene
-def evaluated(machine: Machine) -> Figures:
-    """An evaluation between the steps: a second capture, on the same weights."""
-    model = built(Net)
-    seen: list[Tensor] = []
+def _evaluated(where: Sequence[int | str]) -> Scene:
+    """An evaluation between the steps: a second capture, on the same weights, which keeps no value for a backward."""
 
-    def step(pipe: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        loss = inside(pipe, x, y)
-        pipe.eval()
-        with torch.no_grad():
-            seen.append(pipe(x))
-        pipe.train()
-        return loss
+    def run(machine: Machine) -> Figures:
+        model = built(Net)
+        seen: list[Tensor] = []
 
-    found = trained(model, piped(model, machine), step)
-    return found | {f"evaluation {number}": out.cpu() for number, out in enumerate(seen)}
+        def step(pipe: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+            loss = inside(pipe, x, y)
+            pipe.eval()
+            with torch.no_grad():
+                seen.append(pipe(torch.cat([x, -x, x + 1])))
+            pipe.train()
+            return loss
+
+        found = trained(model, piped(model, machine, where, microbatches=8), step)
+        return found | {f"evaluation {number}": out.cpu() for number, out in enumerate(seen)}
+
+    return run
+
+
+SCENES["evaluated"] = _evaluated((0, 1))
+SCENES["evaluated_on_one_device"] = _evaluated((0, 0, 0))
 
 
 @scene
@@ -494,6 +501,59 @@ def _from_streams(where: Sequence[int | str]) -> Scene:
         return figures(model, losses)
 
     return run
+
+
+@scene
+def backward_on_another_stream(machine: Machine) -> Figures:
+    """The loss is scaled, and its backward called, on streams that have not waited for those of the call."""
+    model = built(Net)
+    if machine is CPU:
+        return trained(model, model)
+    pipe = piped(model, machine)
+    optimizer = torch.optim.Adam(pipe.parameters(), lr=1e-2)
+    calling, backing = ([torch.Stream(machine[index]) for index in range(2)] for _ in range(2))
+    losses = []
+    for number in range(STEPS):
+        with calling[0], calling[1]:
+            loss = pipe(*floats(number))
+        with backing[0], backing[1]:
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        for one, two in zip(calling, backing, strict=True):
+            one.wait_stream(two)
+        losses.append(loss.detach())
+    for index in range(2):
+        torch.accelerator.current_stream(machine[index]).wait_stream(calling[index])
+    return figures(model, losses)
+
+
+@scene
+def inputs_loaded_on_another_stream(machine: Machine) -> Figures:
+    """Batches come from the default stream, which takes memory for the next one while the pipeline still reads."""
+    model = built(Net)
+    if machine is CPU:
+        return trained(model, model)
+    pipe = piped(model, machine)
+    inside(pipe, *floats(0))
+    pipe.zero_grad()
+    optimizer = torch.optim.Adam(pipe.parameters(), lr=1e-2)
+    streams = [torch.Stream(machine[index]) for index in range(2)]
+    for index, stream in enumerate(streams):
+        stream.wait_stream(torch.accelerator.current_stream(machine[index]))
+    losses = []
+    for number in range(STEPS):
+        batch = [tensor.to(machine[0], non_blocking=True) * 1.0 for tensor in floats(number)]
+        for stream in streams:
+            stream.wait_stream(torch.accelerator.current_stream(machine[0]))
+        with streams[0], streams[1]:
+            optimizer.zero_grad()
+            losses.append(inside(pipe, *batch))
+            optimizer.step()
+        del batch
+    for index, stream in enumerate(streams):
+        torch.accelerator.current_stream(machine[index]).wait_stream(stream)
+    return figures(model, losses)
 
 
 SCENES["from_other_streams"] = _from_streams((0, 1))
