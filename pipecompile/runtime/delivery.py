@@ -1,9 +1,12 @@
 """Connects a pipeline to autograd: a backward function of ours maps gradients of outputs to gradients of leaves.
 
 It runs in the thread that calls ``backward()``, never in a thread of autograd's own: the ranks' backwards need those,
-so that waiting for the ranks in one of them would never end. Autograd runs a node in the thread of the node's device,
-or, on the CPU, in the calling thread. So there is one node for the outputs on each device, which takes in their
-gradients, and one node on the CPU for the leaves, joined to the others by a token.
+so that waiting for the ranks in one of them would never end. Autograd runs a node in the thread of its device, or, on
+the CPU, in the calling thread. So a connection is three kinds of nodes, joined by empty tensors:
+
+    outputs of each device -> the function, on the CPU -> leaves of each device
+
+As autograd does with any node, the function runs on the streams that were current at the call.
 
 A second backward needs ``retain_graph=True``; without it, ``ctx.saved_tensors`` raises torch's own error. Only leaves
 that can get a gradient should be passed, since torch calls the hooks of the others with None.
@@ -11,7 +14,8 @@ that can get a gradient should be passed, since torch calls the hooks of the oth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,15 +54,24 @@ def connected(
     Raises:
         ExecutionError: in the backward, with ``create_graph=True``.
     """
-    box = _Box(backward, len(outputs), _marks([*outputs, *saved]))
-    token = _Leaves.apply(box, len(saved), *saved, *leaves)  # type: ignore[no-untyped-call]
+    devices = accelerators(tensor.device for tensor in (*outputs, *saved, *leaves))
+    box = _Box(backward, len(outputs), [torch.accelerator.current_stream(device) for device in devices])
+    tokens = [_Leaves.apply(box, here, *(leaves[i] for i in here)) for here in _by_device(leaves)]  # type: ignore[no-untyped-call]
+    token = _Function.apply(box, len(saved), *saved, *tokens)  # type: ignore[no-untyped-call]
     given: list[Tensor] = list(outputs)
-    for device in dict.fromkeys(output.device for output in outputs):
-        here = [index for index, output in enumerate(outputs) if output.device == device]
-        found = _Outputs.apply(box, here, token, *(outputs[index] for index in here))  # type: ignore[no-untyped-call]
+    for here in _by_device(outputs):
+        found = _Outputs.apply(box, here, token, *(outputs[i] for i in here))  # type: ignore[no-untyped-call]
         for index, output in zip(here, found, strict=True):
             given[index] = output
     return tuple(given)
+
+
+def _by_device(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """The positions of the tensors on each device."""
+    found: dict[torch.device, list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        found.setdefault(tensor.device, []).append(index)
+    return list(found.values())
 
 
 @dataclass
@@ -66,39 +79,57 @@ class _Box:
     """What the nodes of one connection share.
 
     Attributes:
-        ready: events after which the outputs and the saved tensors may be read.
-        incoming: gradients of outputs that have arrived, by position, and events after which they may be read.
+        streams: the caller's streams at the call.
+        incoming: gradients of outputs that have arrived, by position.
+        outgoing: gradients of leaves.
     """
 
     backward: Backward
     count: int
-    ready: Sequence[tuple[torch.device, torch.Event]]
+    streams: Sequence[torch.Stream]
     incoming: dict[int, Tensor | None] = field(default_factory=dict)
-    arrived: list[tuple[torch.device, torch.Event]] = field(default_factory=list)
+    outgoing: list[Tensor | None] = field(default_factory=list)
 
-    def take(self) -> list[Tensor | None]:
-        """The incoming gradients; the current streams wait for them, and for what the call has left."""
-        for device, event in (*self.ready, *self.arrived):
-            torch.accelerator.current_stream(device).wait_event(event)
-        incoming = [self.incoming.get(index) for index in range(self.count)]
-        self.incoming, self.arrived = {}, []
-        return incoming
+    def take(self, leaf: int) -> Tensor | None:
+        """The gradient of a leaf, which autograd may keep as it is if nobody else holds it."""
+        gradient, self.outgoing[leaf] = self.outgoing[leaf], None
+        return gradient
+
+    def run(self, saved: Saved) -> None:
+        incoming, self.incoming = self.incoming, {}
+        with ExitStack() as stack:
+            for stream in self.streams:
+                stack.enter_context(stream)
+            self.outgoing = [*self.backward(saved, [incoming.get(index) for index in range(self.count)])]
 
 
 class _Leaves(torch.autograd.Function):
-    """``apply(box, count, *saved, *leaves)``: a token on the CPU."""
+    """``apply(box, positions, *leaves)``: an empty tensor on the device of the leaves."""
+
+    @staticmethod
+    def forward(ctx: Any, box: _Box, positions: Sequence[int], *leaves: Tensor) -> Tensor:
+        ctx.box, ctx.positions = box, positions
+        return torch.empty(0, device=leaves[0].device)
+
+    @staticmethod
+    def backward(ctx: Any, token: Tensor) -> Any:
+        return (None, None, *map(ctx.box.take, ctx.positions))
+
+
+class _Function(torch.autograd.Function):
+    """``apply(box, count, *saved, *tokens)``: an empty tensor on the CPU."""
 
     @staticmethod
     def forward(ctx: Any, box: _Box, count: int, *tensors: Tensor) -> Tensor:
-        ctx.box, ctx.count = box, count
+        ctx.box, ctx.devices = box, [None] * count + [token.device for token in tensors[count:]]
         ctx.save_for_backward(*tensors[:count])
-        return torch.zeros(())
+        return torch.empty(0)
 
     @staticmethod
     def backward(ctx: Any, token: Tensor) -> Any:
         refuse_create_graph()
-        saved = Saved(ctx.saved_tensors, _get_current_graph_task_keep_graph())
-        return (None, None, *(None,) * ctx.count, *ctx.box.backward(saved, ctx.box.take()))
+        ctx.box.run(Saved(ctx.saved_tensors, _get_current_graph_task_keep_graph()))
+        return (None, None, *(None if device is None else torch.empty(0, device=device) for device in ctx.devices))
 
 
 class _Outputs(torch.autograd.Function):
@@ -116,13 +147,7 @@ class _Outputs(torch.autograd.Function):
     def backward(ctx: Any, *incoming: Tensor | None) -> Any:
         refuse_create_graph()
         ctx.box.incoming.update(zip(ctx.positions, incoming, strict=True))
-        ctx.box.arrived += _marks(incoming)
-        return (None, None, torch.zeros(()), *(None,) * len(incoming))
-
-
-def _marks(tensors: Iterable[Tensor | None]) -> list[tuple[torch.device, torch.Event]]:
-    devices = accelerators(tensor.device for tensor in tensors if tensor is not None)
-    return [(device, torch.accelerator.current_stream(device).record_event()) for device in devices]
+        return (None, None, torch.empty(0), *(None,) * len(incoming))
 
 
 def refuse_create_graph() -> None:
