@@ -302,6 +302,40 @@ def skips(machine: Machine) -> Figures:
     return trained(model, piped(model, machine, (0, 1, 2), microbatches=2), step, images)
 
 
+class Half(nn.Module):
+    def forward(self, h: Tensor) -> Tensor:
+        return h[:, : D // 2]
+
+
+class WithView(Net):
+    """An output that is a view of what the last stage has received."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.half = Half()
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        h = self.layers(x)
+        return F.mse_loss(self.head(h), y), self.half(h)
+
+
+@scene
+def a_view_of_a_received_value(machine: Machine) -> Figures:
+    """The caller reads it late, after it has dropped the tensor, whose memory then belongs to the stage again."""
+    model = built(WithView)
+    pipe = piped(model, machine, plan=PlanOptions(pins={"layers": 0, "head": 1, "half": 1}))
+    seen: list[Tensor] = []
+
+    def step(pipe: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        loss, view = pipe(x, y)
+        seen.append(view.detach().square().sum())
+        loss.backward()
+        return loss.detach()
+
+    found = trained(model, pipe, step)
+    return found | {f"view {number}": value.cpu() for number, value in enumerate(seen)}
+
+
 class Contrastive(Net):
     """A loss that mixes the rows of the batch: it is computed by a tail, on the joined outputs."""
 
