@@ -302,7 +302,7 @@ def skips(machine: Machine) -> Figures:
     return trained(model, piped(model, machine, (0, 1, 2), microbatches=2), step, images)
 
 
-class Half(nn.Module):
+class Part(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         return h[:, : D // 2]
 
@@ -312,18 +312,18 @@ class WithView(Net):
 
     def __init__(self) -> None:
         super().__init__()
-        self.half = Half()
+        self.part = Part()
 
     def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         h = self.layers(x)
-        return F.mse_loss(self.head(h), y), self.half(h)
+        return F.mse_loss(self.head(h), y), self.part(h)
 
 
 @scene
 def a_view_of_a_received_value(machine: Machine) -> Figures:
     """The caller reads it late, after it has dropped the tensor, whose memory then belongs to the stage again."""
     model = built(WithView)
-    pipe = piped(model, machine, plan=PlanOptions(pins={"layers": 0, "head": 1, "half": 1}))
+    pipe = piped(model, machine, plan=PlanOptions(pins={"layers": 0, "head": 1, "part": 1}))
     seen: list[Tensor] = []
 
     def step(pipe: nn.Module, x: Tensor, y: Tensor) -> Tensor:
