@@ -23,7 +23,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 CALLS = {"wait_event", "wait_stream", "synchronize", "used_here", "record_stream"}
-FIRST = "evaluated or view or stream or outside or pipedream or from_cpu or cpu_too or tail_on or freed"  # scenes that show most of them
+# Scenes that show most of them.
+FIRST = "evaluated or view or stream or outside or pipedream or from_cpu or cpu_too or tail_on or freed"
 PAGE = ROOT / "docs" / "devices.md"
 START, END = "<!-- synchronizations -->", "<!-- end of synchronizations -->"
 
