@@ -319,21 +319,28 @@ class WithView(Net):
         return F.mse_loss(self.head(h), y), self.part(h)
 
 
-@scene
-def a_view_of_a_received_value(machine: Machine) -> Figures:
+def _view(where: Sequence[int | str]) -> Scene:
     """The caller reads it late, after it has dropped the tensor, whose memory then belongs to the stage again."""
-    model = built(WithView)
-    pipe = piped(model, machine, plan=PlanOptions(pins={"layers": 0, "head": 1, "part": 1}))
-    seen: list[Tensor] = []
 
-    def step(pipe: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        loss, view = pipe(x, y)
-        seen.append(view.detach().square().sum())
-        loss.backward()
-        return loss.detach()
+    def run(machine: Machine) -> Figures:
+        model = built(WithView)
+        pipe = piped(model, machine, where, plan=PlanOptions(pins={"layers": 0, "head": 1, "part": 1}))
+        seen: list[Tensor] = []
 
-    found = trained(model, pipe, step)
-    return found | {f"view {number}": value.cpu() for number, value in enumerate(seen)}
+        def step(pipe: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+            loss, view = pipe(x, y)
+            seen.append(view.detach().square().sum())
+            loss.backward()
+            return loss.detach()
+
+        found = trained(model, pipe, step)
+        return found | {f"view {number}": value.cpu() for number, value in enumerate(seen)}
+
+    return run
+
+
+SCENES["a_view_of_a_received_value"] = _view((0, 1))
+SCENES["a_view_of_a_value_from_the_cpu"] = _view(("cpu", 1))
 
 
 class Contrastive(Net):
