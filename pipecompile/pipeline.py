@@ -327,8 +327,7 @@ class Pipeline:
                 if not times:
                     raise InputError(
                         "replan() needs the stage times of a training step on the planned capture, which the last call "
-                        "did not measure (on CUDA, stages are not timed); run a training step like the first call, or "
-                        "pass costs="
+                        "did not measure; run a training step like the first call, or pass costs="
                     )
                 costed = corrected(first.planned.costed, first.plan, times)
             else:

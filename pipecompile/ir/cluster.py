@@ -29,6 +29,10 @@ class Device:
     host: int = 0
     kind: str = ""  # a key of ``ACCELERATORS``, or empty
 
+    @property
+    def is_cpu(self) -> bool:
+        return not self.kind and self.name.partition(":")[0] == "cpu"
+
 
 @dataclass(frozen=True, slots=True)
 class Pair:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from pipecompile.errors import InputError
+from pipecompile.ops.torch_internals import _current_graph_task_id
 
 Mark = torch.Event | float  # a time: an event of a device, or seconds of the host's clock
 
@@ -29,11 +32,20 @@ def accelerators(devices: Iterable[torch.device]) -> list[torch.device]:
 
 
 def default_generator(device: torch.device) -> torch.Generator:
-    """The generator that random functions use on a device."""
+    """The generator that random functions use on a device.
+
+    Raises:
+        InputError: torch does not show it.
+    """
     if not is_accelerator(device):
         return torch.default_generator
-    generators = getattr(torch.get_device_module(device), "default_generators", ())
-    return generators[device.index or 0] if generators else torch.Generator(device)
+    generators: Sequence[torch.Generator] = getattr(torch.get_device_module(device), "default_generators", ())
+    if not generators:
+        raise InputError(
+            f"torch does not show the random number generator of {device}, so that random functions could not draw the "
+            f"same numbers twice; use devices that have torch.{device.type}.default_generators, or the cpu"
+        )
+    return generators[device.index or 0]
 
 
 def default_generators() -> list[torch.Generator]:
@@ -97,5 +109,8 @@ def used_here(tensor: Tensor | None, stream: torch.Stream | None = None) -> None
 
 
 def in_autograd_thread() -> bool:
-    """Whether the calling thread is one that autograd itself has started for a device."""
-    return isinstance(threading.current_thread(), threading._DummyThread)
+    """Whether the calling thread is one that autograd has started for a device, and runs a node there.
+
+    Threads that Python has not started through ``threading`` look alike, but run no node.
+    """
+    return isinstance(threading.current_thread(), threading._DummyThread) and _current_graph_task_id() != -1

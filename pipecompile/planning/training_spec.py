@@ -49,7 +49,7 @@ class Workload:
             buffers: bytes of buffers of each stage.
             bound: return an upper bound instead, which holds whatever the times of instructions are.
         """
-        at_once = any(device.kind or not device.name.startswith("cpu") for device in cluster.devices)
+        at_once = not all(device.is_cpu for device in cluster.devices)
         step: How = "fused" if self.fused else "foreach" if at_once else "single"
         program = self.schedule(plan, self.microbatches)
         timeline = None if bound else simulate(program, stage_costs(costed, plan), cluster)

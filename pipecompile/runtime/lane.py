@@ -38,7 +38,7 @@ class Sent:
 
     Attributes:
         ready: The event after which the receiver may read them; None if they are ready.
-        began, ended: When they were copied.
+        began, ended: When they were copied, by the sender's clock.
     """
 
     values: Values
@@ -97,8 +97,8 @@ class Lane:
 
     def move(self, values: Values, target: Lane) -> Sent:
         """Copies values to the target's device ([2]); on the same device, the target reads them as they are."""
-        began = self.mark()
-        if self.device == target.device:
+        began, copying = self.mark(), self.sends or target.receives
+        if self.device == target.device or copying is None:
             for value in values:
                 used_here(value, target.compute)
             ready = None if self.compute is None else self.compute.record_event()
@@ -114,9 +114,7 @@ class Lane:
         for before, after in zip(values, moved, strict=True):
             used_here(before, self.sends)
             used_here(after, target.compute)
-        copying = target if self.sends is None else self
-        ended = time_mark(copying.device, self.sends or target.receives)
-        return Sent(moved, ended if isinstance(ended, torch.Event) else None, began, ended)
+        return Sent(moved, copying.record_event(), began, time_mark(self.device, self.sends))
 
     def fetch(self, tensor: Tensor) -> Tensor:
         """Returns a tensor of the caller on this lane's device."""

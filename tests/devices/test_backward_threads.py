@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import threading
 from typing import Any
 
@@ -56,6 +57,27 @@ def test_a_call_inside_a_backward_on_a_device_is_refused_where_it_would_never_re
     with pytest.raises(ExecutionError, match="called inside a backward on an accelerator"):
         CallsInItsBackward.apply(inner, lambda: pipe(x, y)).sum().backward()
     assert torch.equal(pipe(x, y).detach(), loss.detach())
+
+
+def test_a_thread_that_python_does_not_know_may_call_the_pipeline() -> None:
+    LATE.start()
+    pipe = piped(built(Net), LATE)
+    expected = pipe(*floats(0)).detach().cpu()
+    found: list[Any] = []
+    done = threading.Event()
+
+    def call() -> None:
+        try:
+            loss = pipe(*floats(0))
+            loss.backward()
+            found.append(loss.detach().cpu())
+        except Exception as error:
+            found.append(error)
+        done.set()
+
+    _thread.start_new_thread(call, ())
+    assert done.wait(60)
+    assert torch.equal(found[0], expected), found
 
 
 def test_a_checkpoint_around_the_pipeline_is_refused_too() -> None:

@@ -80,6 +80,27 @@ def test_an_evaluation_waits_for_nothing() -> None:
         assert waits_of(lambda: pipe(floats(0)[0])) == {}
 
 
+class Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient.round(decimals=3)
+
+
+class WithRounded(Net):
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return F.mse_loss(self.head(Rounded.apply(self.layers(x))), y)
+
+
+def test_a_backward_that_may_not_be_linear_reads_the_gradient_of_the_loss() -> None:
+    LATE.start()
+    pipe = piped(built(WithRounded), LATE)
+    assert waits_of(lambda: pipe(*floats(0)).backward()) == {"aten::_local_scalar_dense": 2}  # one in each of two steps
+
+
 def test_to_read_the_loss_is_one_wait() -> None:
     LATE.start()
     pipe = piped(built(Net), LATE)

@@ -57,6 +57,16 @@ def test_a_timeline_tells_the_devices_time_and_only_who_reads_it_waits() -> None
     assert pipe.pipeline.timeline is timeline
 
 
+@pytest.mark.parametrize("where", [("cpu", 0), (0, "cpu"), (0, "cpu", 1), ("cpu", "cpu:0")])
+def test_a_timeline_spans_devices_with_clocks_of_their_own(where: tuple[int | str, ...]) -> None:
+    LATE.start()
+    pipe = piped(built(Net), LATE, where)
+    inside(pipe, *floats(0))
+    timeline, program = pipe.pipeline.timeline, pipe.pipeline.program
+    assert {span.instruction for span in timeline.spans} == set(program.instructions)
+    assert all(span.seconds >= 0 for span in timeline.spans)
+
+
 def test_a_rehearsal_moves_layers_to_the_quick_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rehearse, "WORTH", 0.0)
     LATE.start()
