@@ -86,7 +86,13 @@ def examine(devices: Sequence[torch.device]) -> Examination:
     versions = {"Python": platform.python_version(), "torch": torch.__version__, "accelerator": str(here or "none")}
     apart = list(dict.fromkeys(devices))
     step, exact = _step(devices)
-    return Examination(versions, tuple(_seen(device, apart) for device in apart), tuple(_links(apart)), step, exact)
+    return Examination(
+        versions=versions,
+        devices=tuple(_seen(device, apart) for device in apart),
+        links=tuple(_links(apart)),
+        step=step,
+        exact=exact,
+    )
 
 
 def all_devices() -> list[torch.device]:
@@ -98,12 +104,14 @@ def all_devices() -> list[torch.device]:
 
 def _seen(device: torch.device, others: Sequence[torch.device]) -> Seen:
     if not is_accelerator(device):
-        return Seen(str(device), f"{platform.machine()}, {torch.get_num_threads()} threads", None, None, ())
+        name = f"{platform.machine()}, {torch.get_num_threads()} threads"
+        return Seen(device=str(device), name=name, free=None, total=None, peers=())
     module = torch.get_device_module(device)
     free, total = torch.accelerator.get_memory_info(device)
     reaches = getattr(module, "can_device_access_peer", lambda one, two: False)
     near = [o for o in others if o.type == device.type and o != device and reaches(device.index, o.index)]
-    return Seen(str(device), module.get_device_properties(device).name, free, total, tuple(map(str, near)))
+    name = module.get_device_properties(device).name
+    return Seen(device=str(device), name=name, free=free, total=total, peers=tuple(map(str, near)))
 
 
 def _links(devices: Sequence[torch.device]) -> list[Measured]:

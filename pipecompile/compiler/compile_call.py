@@ -126,7 +126,7 @@ def _cut(
     place(division.body, plan, graph, devices)
     stages = split(division.body, graph, plan, devices)
     before, tail = _pieces(division, stages[-1].device)
-    return Compiled(division, graph, plan, found, stages, before, tail)
+    return Compiled(division=division, graph=graph, plan=plan, planned=found, stages=stages, before=before, tail=tail)
 
 
 def _is_real(model: nn.Module, options: Options) -> bool:

@@ -78,8 +78,11 @@ def planned(
     Raises:
         InputError, InfeasibleError, PlanError: as ``make_plan`` and ``with_best_replicas``.
     """
+    candidates: tuple[Candidate, ...] = ()
     if options.replicas == "auto":
         plan, candidates = with_best_replicas(costed, cluster, work, options)
-        return Planned(plan, costed, Request(candidates[0].replicas, options), cluster, work, candidates)
-    request = Request(options.counts or (1,) * (num_stages or len(cluster)), options)
-    return Planned(make_plan(costed, request, cluster, work), costed, request, cluster, work)
+        request = Request(candidates[0].replicas, options)
+    else:
+        request = Request(options.counts or (1,) * (num_stages or len(cluster)), options)
+        plan = make_plan(costed, request, cluster, work)
+    return Planned(plan=plan, costed=costed, request=request, cluster=cluster, work=work, candidates=candidates)
