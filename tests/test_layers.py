@@ -179,3 +179,24 @@ def test_the_packages_own_folder_is_known_to_what_tells_a_users_code_from_ours()
     assert Path(source_lines.PACKAGE) == PACKAGE
     assert all(source_lines.is_library(str(file)) for file in FILES)
     assert all(executed_code.is_foreign(compile("def f(): pass", str(file), "exec").co_consts[0]) for file in FILES)
+
+
+def test_large_nouns_are_built_by_keyword() -> None:
+    """A reader need not count arguments; tables of figures are rows by meaning."""
+    sources = {path: ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
+    nouns = {
+        node.name
+        for tree in sources.values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+        and any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list)
+        and sum(isinstance(field, ast.AnnAssign) for field in node.body) > 4
+    }
+    assert "Stage" in nouns
+    odd = [
+        f"{path.relative_to(PACKAGE)}:{node.lineno} {ast.unparse(node.func)}"
+        for path, tree in sources.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in nouns - {"Accelerator"} and len(node.args) > 4
+    ]
+    assert not odd

@@ -97,7 +97,8 @@ class _Divider:
         used = {n.name for n in body.graph.nodes if n.op == "placeholder"}
         before = tuple(b for b in self.before.values() if b.name in used)
         return Division(
-            small, self.large, body, joins, before, tail, places, tuple(dict.fromkeys(self.notes)), self.analysis.tried,
+            captured=small, whole=self.large, body=body, joins=joins, before=before, tail=tail, places=places,
+            reweighted=tuple(dict.fromkeys(self.notes)), tried=self.analysis.tried,
             at_least=self.at_least, at_most=self.analysis.at_most,
         )  # fmt: skip
 

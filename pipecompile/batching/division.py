@@ -109,7 +109,17 @@ def undivided(captured: Captured, out_dims: Mapping[str, int | None] | None = No
         else:
             joins.setdefault(name, by_shape(output))
     places = {name: name for name in joins}
-    return Division(captured, captured, captured, joins, (), None, places, one_part=one_part, is_divided=False)
+    return Division(
+        captured=captured,
+        whole=captured,
+        body=captured,
+        joins=joins,
+        before=(),
+        tail=None,
+        places=places,
+        one_part=one_part,
+        is_divided=False,
+    )
 
 
 def by_shape(output: Output) -> Kind:

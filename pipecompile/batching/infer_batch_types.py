@@ -104,8 +104,9 @@ class _Analyst:
             if node not in self.whole and not is_mixed(self.kinds[node]):
                 self.kinds[node] = self._joined(node, name, dim)
         return Analysis(
-            self.kinds, self.edits, frozenset(self.early), frozenset(self.whole), frozenset(self.inside),
-            tuple(dict.fromkeys(self.tried)), self.scale.sizes_tried if self.tried else {},
+            kinds=self.kinds, edits=self.edits, early=frozenset(self.early), whole=frozenset(self.whole),
+            inside=frozenset(self.inside), tried=tuple(dict.fromkeys(self.tried)),
+            at_most=self.scale.sizes_tried if self.tried else {},
         )  # fmt: skip
 
     def _is_early(self, node: fx.Node) -> bool:
@@ -127,7 +128,7 @@ class _Analyst:
         if known is None:
             return self._unruled(node)
         name, rule = known
-        use = Use(node, name, self.kinds, self.scale, self.early)
+        use = Use(node=node, name=name, kinds=self.kinds, scale=self.scale, early=self.early)
         try:
             answer = rule(use)
         except (

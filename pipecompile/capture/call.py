@@ -121,7 +121,15 @@ def read_call(
     elsewhere = {name: dim for name, dim in batch.dims.items() if dim}
     with torch.enable_grad():  # a view of an input that requires grad must too, even under no_grad
         first = {n: t.movedim(elsewhere[n], 0) if n in elsewhere else t for n, t in tensors.items()}
-    return Call(first, _key(spec, leaves, tensors), spec, leaves, batch.rows, frozenset(batch.dims), elsewhere)
+    return Call(
+        tensors=first,
+        key=_key(spec, leaves, tensors),
+        spec=spec,
+        leaves=leaves,
+        batch=batch.rows,
+        batched=frozenset(batch.dims),
+        dims=elsewhere,
+    )
 
 
 def _names(forward: Callable[..., Any], paths: Sequence[tuple[Any, ...]]) -> tuple[list[str], list[str]]:

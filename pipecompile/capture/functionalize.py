@@ -107,7 +107,9 @@ class Aliases:
         known = family.position(tensor)
         alias = Alias(id(tensor), node)
         if parent is not None and parent != known:
-            alias = Alias(id(tensor), node, parent, recipe, family.members[parent].node)
+            alias = Alias(
+                tensor=id(tensor), node=node, parent=parent, recipe=recipe, parent_node=family.members[parent].node
+            )
         if known is None:
             family.members.append(alias)
         else:  # the same Python object again: x.contiguous(), dropout in eval mode, or the result of a write

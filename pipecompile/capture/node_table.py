@@ -171,7 +171,12 @@ class NodeTable:
         region = PLAIN if func is torch.clone and like is not None else region
         buffers = tuple(name for name in map(self.aliases.buffer_of, written) if name is not None)
         node.meta["origin"] = Origin(
-            self.scopes.path, user_line(), region, buffers, bool(written), self.scopes.recompute
+            path=self.scopes.path,
+            source=user_line(),
+            region=region,
+            writes=buffers,
+            mutates=bool(written),
+            recompute=self.scopes.recompute,
         )
         if like is not None:
             node.meta["val"] = like.meta.get("val")

@@ -105,7 +105,14 @@ class LeafRecorder:
         return replace(call, writes=tuple(parameters)), out
 
     def _bind(self, node: fx.Node, call: LeafCall, changing: list[Any], out: Any, buffers: tuple[str, ...] = ()) -> Any:
-        node.meta["origin"] = Origin(call.path, user_line(), self.scopes.region, buffers, False, self.scopes.recompute)
+        node.meta["origin"] = Origin(
+            path=call.path,
+            source=user_line(),
+            region=self.scopes.region,
+            writes=buffers,
+            mutates=False,
+            recompute=self.scopes.recompute,
+        )
         node.meta["val"] = results = call.tensors_of(out)
         self.table.bind_items(node, results, list(tensors_in(changing)), (node,))
         return out

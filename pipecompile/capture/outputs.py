@@ -113,4 +113,12 @@ class Outputs:
         scalar = leaf.ndim == 0 and leaf.dtype.is_floating_point
         shared = not any(n.op == "placeholder" and n.name in self.call.batched for n in ancestors([lowered]))
         dim = batch_dim(leaf, self.batch, self.table.sizes.shapes)
-        return Output(name, lowered.name, None, dim, scalar, shared, leaf.requires_grad)
+        return Output(
+            name=name,
+            node=lowered.name,
+            value=None,
+            batch_dim=dim,
+            is_scalar=scalar,
+            is_shared=shared,
+            requires_grad=leaf.requires_grad,
+        )

@@ -76,7 +76,7 @@ class _Programme:
             np.bincount(coarse.atom_of, numbers, size).astype(np.float64)
             for numbers in (parameter_bytes(costed, placed)[1], writes)
         )
-        return _Programme(coarse.problem, cluster, step, trained, writers)
+        return _Programme(problem=coarse.problem, cluster=cluster, step=step, trained=trained, writes=writers)
 
     def run(self) -> Iterator[tuple[int, ...]]:
         """For each number of stages, the best replicas of each stage."""

@@ -81,5 +81,14 @@ class Seating:
             if is_again and not training.all_again:
                 speed /= again
             in_flight = 1 if is_again else training.in_flight[stage]
-            seats.append(Seat(speed, memory, in_flight, stage >= least, factors[stage + 1], factors[stage]))
+            seats.append(
+                Seat(
+                    speed=speed,
+                    memory=memory,
+                    in_flight=in_flight,
+                    may_idle=stage >= least,
+                    sends=factors[stage + 1],
+                    receives=factors[stage],
+                )
+            )
         return seats

@@ -35,13 +35,13 @@ def load(costed: CostedGraph, plan: Plan, stage: int) -> Load:
     walk = _Stage(costed, plan, stage)
     graph = costed.graph
     return Load(
-        walk.bytes_of(walk.resting - walk.outputs),
-        {channel.source: channel.nbytes for channel in plan.incoming[stage]},
-        {c.target: sum(_gradient_bytes(graph.nodes[i]) for i in c.values) for c in plan.outgoing[stage]},
-        walk.bytes_of(walk.outputs),
-        walk.forward(),
-        walk.backward(first=False),
-        walk.backward(first=True),
+        saved=walk.bytes_of(walk.resting - walk.outputs),
+        received={channel.source: channel.nbytes for channel in plan.incoming[stage]},
+        returned={c.target: sum(_gradient_bytes(graph.nodes[i]) for i in c.values) for c in plan.outgoing[stage]},
+        outputs=walk.bytes_of(walk.outputs),
+        forward=walk.forward(),
+        backward=walk.backward(first=False),
+        first_backward=walk.backward(first=True),
     )
 
 
@@ -79,7 +79,12 @@ class _Stage:
         kept = footprint.values if self.graph.nodes[i].op == "input" else ()
         inner = footprint.saved if footprint.stretch is None else footprint.again
         return Footprint(
-            footprint.values, kept, footprint.forward_bytes, footprint.backward_bytes, inner, -1 if inner else None
+            values=footprint.values,
+            saved=kept,
+            forward_bytes=footprint.forward_bytes,
+            backward_bytes=footprint.backward_bytes,
+            again=inner,
+            stretch=-1 if inner else None,
         )
 
     @cached_property

@@ -54,12 +54,14 @@ def profile(
         walk.run()
     names = [node.name for node in graph.nodes]
     return CostedGraph(
-        graph,
-        tuple(walk.costs.get(name, Cost()) for name in names),
-        f"measured: {device}, torch {torch.__version__}" if how == "measure" else f"counted: {kind}".rstrip(": "),
-        tuple(walk.storages),
-        tuple(walk.footprints.get(name, Footprint()) for name in names),
-        setting,
+        graph=graph,
+        costs=tuple(walk.costs.get(name, Cost()) for name in names),
+        source=f"measured: {device}, torch {torch.__version__}"
+        if how == "measure"
+        else f"counted: {kind}".rstrip(": "),
+        storages=tuple(walk.storages),
+        footprints=tuple(walk.footprints.get(name, Footprint()) for name in names),
+        setting=setting,
         measured=how == "measure",
     )
 
@@ -71,10 +73,10 @@ def _setting(captured: Captured, device: str) -> Setting:
         for name, tensor in captured.call.tensors.items()
     )
     return Setting(
-        device,
-        torch.__version__,
-        torch.get_num_threads(),
-        datetime.now(UTC).isoformat(timespec="seconds"),
-        type(captured.model).__qualname__,
-        tuple(inputs),
+        device=device,
+        torch=torch.__version__,
+        threads=torch.get_num_threads(),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        model=type(captured.model).__qualname__,
+        inputs=tuple(inputs),
     )

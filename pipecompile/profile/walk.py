@@ -171,7 +171,13 @@ class Walk:
         self.kept.update(kept)
         self.costs[node.name] = Cost(forward, backward, nbytes)
         self.footprints[node.name] = Footprint(
-            values, kept, allocated, returned, again, stretch, node.name in self.captured.repeatable
+            values=values,
+            saved=kept,
+            forward_bytes=allocated,
+            backward_bytes=returned,
+            again=again,
+            stretch=stretch,
+            repeats=node.name in self.captured.repeatable,
         )
 
     def _read_from_outside(self, node: fx.Node) -> list[Tensor]:

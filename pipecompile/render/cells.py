@@ -59,7 +59,9 @@ def _cell(i: Compute, span: Span, zero: float, several: bool) -> Cell:
     kind = LETTERS[type(i)]
     label = str(i) if several else f"{kind}{i.microbatch}"
     words = f"{i}: {KINDS[kind]} of stage {i.stage}, microbatch {i.microbatch}; {_when(span, zero)}"
-    return Cell(span.rank, kind, label, span.start - zero, span.end - zero, SHADES[kind][i.microbatch % 2], words)
+    shade = SHADES[kind][i.microbatch % 2]
+    begin, end = span.start - zero, span.end - zero
+    return Cell(rank=span.rank, kind=kind, label=label, start=begin, end=end, shade=shade, words=words)
 
 
 def wires(timeline: Timeline) -> Iterator[Wire]:
@@ -69,7 +71,8 @@ def wires(timeline: Timeline) -> Iterator[Wire]:
     for span in timeline.spans:
         if isinstance(i := span.instruction, Send) and (half := received.get(Recv(i.result, i.target))):
             words = f"{i}: to stage {i.target} on rank {half.rank}; {_when(Span(0, i, span.start, half.end), zero)}"
-            yield Wire(span.rank, half.rank, span.start - zero, half.end - zero, words)
+            begin, end = span.start - zero, half.end - zero
+            yield Wire(source=span.rank, target=half.rank, start=begin, end=end, words=words)
 
 
 def start_of(timeline: Timeline) -> float:

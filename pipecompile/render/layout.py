@@ -123,7 +123,9 @@ def layout(view: StageGraph) -> Layout:
         else _inner_wire(edge, i, arcs, boxes)
         for i, edge in enumerate(view.edges)
     )
-    return Layout(lanes.width + PAD, bands[-1].bottom + PAD, bands, boxes, inputs, wires)
+    return Layout(
+        width=lanes.width + PAD, height=bands[-1].bottom + PAD, bands=bands, boxes=boxes, inputs=inputs, wires=wires
+    )
 
 
 @dataclass(frozen=True)

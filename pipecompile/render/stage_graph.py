@@ -138,7 +138,9 @@ def stage_graph(costed: CostedGraph, plan: Plan) -> StageGraph:
     modules = _modules(costed, plan)
     costs = stage_costs(costed, plan)
     stages = tuple(_stage(costed.graph, plan, modules, stage, cost) for stage, cost in enumerate(costs))
-    return StageGraph(costed, plan, stages, modules, _edges(costed.graph, plan, modules))
+    return StageGraph(
+        costed=costed, plan=plan, stages=stages, modules=modules, edges=_edges(costed.graph, plan, modules)
+    )
 
 
 def _modules(costed: CostedGraph, plan: Plan) -> tuple[Module, ...]:

@@ -50,11 +50,11 @@ class Snapshot:
         inputs = {f"argument {name!r}": tensor for name, tensor in call.tensors.items()}
         tracked = {**compiled.read, **inputs}
         return Snapshot(
-            Ambient.of_caller(frozenset(device.type for device in devices)),
-            draw(),
-            {name: (t, t._version) for name, t in tracked.items() if not t.is_inference()},
-            written,
-            generators,
+            ambient=Ambient.of_caller(frozenset(device.type for device in devices)),
+            seeds=draw(),
+            read={name: (t, t._version) for name, t in tracked.items() if not t.is_inference()},
+            written=written,
+            generators=generators,
         )
 
     @contextmanager

@@ -129,7 +129,10 @@ class _Cut:
             for name, tensor in named_tensors(module)
             if isinstance(tensor, nn.Parameter) or tensor.device != device
         }
-        return Stage(index, device, module, names, inputs, receives, arguments, sends, outputs, returns, origins)
+        return Stage(
+            index=index, device=device, module=module, names=names, inputs=inputs, receives=receives,
+            arguments=arguments, sends=sends, outputs=outputs, returns=returns, origins=origins,
+        )  # fmt: skip
 
     def _names(self, values: Sequence[int]) -> tuple[str, ...]:
         return tuple(self.graph.nodes[i].name for i in values)

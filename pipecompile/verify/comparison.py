@@ -71,7 +71,12 @@ def _of_outputs(split: Run, whole: Run) -> Iterator[Difference | None]:
     """Differences in the structure of the output, and in which tensors require a gradient."""
     if split.structure != whole.structure:
         yield Difference(
-            "output", "the structure", math.inf, 0.0, 0.0, f"{split.structure} instead of {whole.structure}"
+            kind="output",
+            name="the structure",
+            largest=math.inf,
+            scale=0.0,
+            allowed=0.0,
+            seen=f"{split.structure} instead of {whole.structure}",
         )
     for name in split.wanting ^ whole.wanting if split.wanting and whole.wanting else ():
         yield _takes("output", name, name in whole.wanting)
@@ -83,7 +88,7 @@ def _of_outputs(split: Run, whole: Run) -> Iterator[Difference | None]:
 def _takes(kind: Kind, name: str, expected: bool) -> Difference:
     """The difference of a tensor of which only one model's requires a gradient."""
     seen = "without a gradient" if expected else "with a gradient, unlike the unsplit model's"
-    return Difference(kind, name, math.inf, 0.0, 0.0, seen)
+    return Difference(kind=kind, name=name, largest=math.inf, scale=0.0, allowed=0.0, seen=seen)
 
 
 def difference(
@@ -98,12 +103,25 @@ def difference(
         return None
     if not (isinstance(ours, Tensor) and isinstance(theirs, Tensor)):
         same = isinstance(ours, Tensor) == isinstance(theirs, Tensor) and _equal(ours, theirs)
-        return Difference(kind, name, 0.0 if same else math.inf, 0.0, 0.0, "" if same else _both(ours, theirs))
+        return Difference(
+            kind=kind,
+            name=name,
+            largest=0.0 if same else math.inf,
+            scale=0.0,
+            allowed=0.0,
+            seen="" if same else _both(ours, theirs),
+        )
     scale = magnitude(theirs)
     if ours.shape != theirs.shape or ours.dtype != theirs.dtype or ours.layout != theirs.layout:
-        return Difference(kind, name, math.inf, scale, 0.0, _both(ours, theirs))
+        return Difference(kind=kind, name=name, largest=math.inf, scale=scale, allowed=0.0, seen=_both(ours, theirs))
     largest = distance(ours, theirs)
-    return Difference(kind, name, largest, scale, allowed(ours.dtype, scale, level, coarsest) if largest else 0.0)
+    return Difference(
+        kind=kind,
+        name=name,
+        largest=largest,
+        scale=scale,
+        allowed=allowed(ours.dtype, scale, level, coarsest) if largest else 0.0,
+    )
 
 
 def distance(ours: Tensor, theirs: Tensor) -> float:

@@ -412,12 +412,12 @@ def _run(
     wanting = [name for name, tensor in trial.batch.call.tensors.items() if id(tensor) in asked]
     named = dict(zip(names, leaves, strict=True))
     return Run(
-        {name: leaf.detach() if isinstance(leaf, Tensor) else leaf for name, leaf in named.items()},
-        dict(zip(trained, found, strict=False)),
-        dict(zip(wanting, found[len(trained) :], strict=True)),
-        seen.buffers,
-        seen.parameters,
-        seen.attributes,
+        outputs={name: leaf.detach() if isinstance(leaf, Tensor) else leaf for name, leaf in named.items()},
+        gradients=dict(zip(trained, found, strict=False)),
+        input_gradients=dict(zip(wanting, found[len(trained) :], strict=True)),
+        buffers=seen.buffers,
+        parameters=seen.parameters,
+        attributes=seen.attributes,
         structure=flatten(out)[1],
         wanting=frozenset(name for name, leaf in named.items() if isinstance(leaf, Tensor) and leaf.requires_grad),
         weights=dict(trial.model.named_parameters()),

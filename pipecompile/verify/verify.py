@@ -146,7 +146,9 @@ def _check(
         if any(it.verdict == "different" for it in found):
             found = [*with_noise(found, trial, parts, seeds, whole)]
     on = "the same microbatches" if why else "the whole batch"
-    return Check(mode, inputs, len(batch.rows), on, tuple(found)), len(batch.rows)
+    return Check(mode=mode, inputs=inputs, microbatches=len(batch.rows), against=on, differences=tuple(found)), len(
+        batch.rows
+    )
 
 
 def _written_once(batch: steps.Batch) -> tuple[str, ...]:

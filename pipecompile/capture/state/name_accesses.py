@@ -55,11 +55,11 @@ class Accesses:
                 if kind in found and (kind != "outer" or chain[0] in outer):
                     found[kind][chain] = None
         return Accesses(
-            tuple(found["global"]),
-            tuple(found["outer"]),
-            tuple(found["import"]),
-            frozenset(attributes),
-            frozenset(stored),
+            of_globals=tuple(found["global"]),
+            of_outer=tuple(found["outer"]),
+            of_imports=tuple(found["import"]),
+            attributes=frozenset(attributes),
+            stored=frozenset(stored),
         )
 
 

@@ -51,7 +51,9 @@ class Side:
     def of(seats: Sequence[Seat], limit: float, overlapped: bool = False) -> Side:
         wide = limit * (1 + ROUNDING)
         speeds, memory = [seat.speed for seat in seats], sum(seat.memory for seat in seats)
-        return Side(wide * sum(speeds), wide * len(seats), max(speeds), memory, overlapped)
+        return Side(
+            work=wide * sum(speeds), time=wide * len(seats), speed=max(speeds), memory=memory, overlapped=overlapped
+        )
 
     def less(self, spent: float, opened: float) -> Side:
         """The capacity left after ``spent`` seconds, and ``opened`` seconds of nets open at the boundary."""
@@ -83,7 +85,7 @@ class Window:
         if problem.bounded:
             inside |= problem.kept @ problem.ancestors > after.memory * (1 + ROUNDING)
             outside |= problem.ancestors @ problem.kept > before.memory * (1 + ROUNDING)
-        return Window(problem, before, after, inside, outside, cut)
+        return Window(problem=problem, before=before, after=after, inside=inside, outside=outside, cut=cut)
 
     @property
     def most_open(self) -> float:

@@ -83,7 +83,7 @@ def stages_between(
     problem: Problem, seat: Seat, lower: Family, upper: Family, limit: float, deadline: Deadline
 ) -> Stages:
     """All stages between a set of each family that fit into the seat's memory and within the limit."""
-    pairs = _Pairs(problem, seat, lower, upper, limit)
+    pairs = _Pairs(problem=problem, seat=seat, lower=lower, upper=upper, limit=limit)
     width = max(1, BLOCK // max(1, len(lower)))
     parts = []
     for begin in range(0, len(upper), width):

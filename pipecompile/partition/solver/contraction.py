@@ -78,14 +78,14 @@ def contract(
 
     lifted = {(atom_of[low], atom_of[high]) for low, high in arcs}
     problem = Problem(
-        summed(seconds),
-        tuple(sorted((low, high) for low, high in lifted if low != high)),
-        _nets(atom_of, nets),
-        tuple(seats),
-        summed(kept_bytes),
-        summed(saved_bytes),
-        _fixed(atom_of, pinned_to),
-        overlapped,
+        seconds=summed(seconds),
+        arcs=tuple(sorted((low, high) for low, high in lifted if low != high)),
+        nets=_nets(atom_of, nets),
+        seats=tuple(seats),
+        kept_bytes=summed(kept_bytes),
+        saved_bytes=summed(saved_bytes),
+        fixed_stages=_fixed(atom_of, pinned_to),
+        overlapped=overlapped,
     )
     return Contraction(problem, tuple(atom_of))
 
