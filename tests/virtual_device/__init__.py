@@ -8,7 +8,8 @@ Importing this module makes ``torch.device("virt", 0)`` the accelerator of the p
 processes of their own. ``torch.virt`` has what ``torch.cuda`` has and a library may ask for.
 
 What it does not model: the numbers of CUDA's kernels (they are the CPU's), streams that wait for one another for lack
-of room, priorities, fragmentation, an error that stays, graphs, several processes.
+of room, priorities, fragmentation, an error that stays, graphs, several processes. Operators that the CPU has no kernel
+for fail: fused LSTM and GRU cells, ``histc`` of integers, sparse tensors.
 """
 
 from __future__ import annotations
