@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pipecompile.batching.options import DEFAULT_BATCHING, Batching
 from pipecompile.compiler.devices import named_cluster, parse_devices
-from pipecompile.compiler.options import Options, Verify, read_costs
+from pipecompile.compiler.options import Options, Outputs, Verify, read_costs
 from pipecompile.facade import as_model
 from pipecompile.ir.cluster import Cluster
 from pipecompile.ir.graph import CostedGraph
@@ -30,6 +30,7 @@ def compile(
     example_inputs: tuple[Sequence[Any], Mapping[str, Any]] | Mapping[str, Any] | Sequence[Any] | None = None,
     loss_fn: Callable[..., Any] | None = None,
     loss_output: str | None = None,
+    outputs: Outputs = "all",
     optimizer: MakeOptimizer | None = None,
     leaf_modules: Sequence[str] = (),
     batching: Batching = DEFAULT_BATCHING,
@@ -53,6 +54,9 @@ def compile(
             the model's arguments, and returns what ``loss_fn`` returns.
         loss_output: the name of the output that is the loss, if it is neither called "loss" nor the only scalar.
             Without it, if there are several scalars, backwards wait for the caller's gradients.
+        outputs: "all", or "loss": a call that computes a loss returns only that, and the other tensors of its output
+            are None. So logits are freed by the backward of their microbatch, and what only other outputs need is not
+            computed. A call without a loss returns all.
         optimizer: for an asynchronous schedule, which steps inside the pipeline: a function that makes an optimizer
             from the parameters of a stage.
         leaf_modules: paths of modules to keep whole as leaves, each run as ordinary Python inside one stage. Modules
@@ -83,6 +87,7 @@ def compile(
         microbatches=2 * len(present) if microbatches is None else microbatches,
         loss_fn=loss_fn,
         loss_output=loss_output,
+        outputs=outputs,
         optimizer=optimizer,
         leaf_modules=tuple(leaf_modules),
         batching=batching,

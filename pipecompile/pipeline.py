@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pipecompile.batching import Rows
 from pipecompile.capture import Call, read_call
 from pipecompile.capture.locks import CAPTURING
+from pipecompile.capture.loss import could_be_losses, find_loss
 from pipecompile.capture.state.fingerprints import Same
 from pipecompile.capture.state.model_state import named_tensors
 from pipecompile.compiler.capture_cache import (
@@ -46,7 +47,7 @@ from pipecompile.ops.torch_internals import pytree
 from pipecompile.planning.calibration import corrected
 from pipecompile.planning.memory import Memory
 from pipecompile.runtime import Ambient, steps
-from pipecompile.runtime.compiled import Compiled, could_be_losses, find_loss
+from pipecompile.runtime.compiled import Compiled
 from pipecompile.runtime.rerun import STOPPED
 from pipecompile.runtime.session import Session
 from pipecompile.runtime.substituted import called_with

@@ -37,6 +37,7 @@ class Output:
         is_scalar: Whether it is a floating-point tensor without dimensions.
         is_shared: Whether it depends on no batched argument.
         requires_grad: Whether it requires grad.
+        is_dropped: Whether it is a tensor that the user does not want, and is None instead.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Output:
     is_scalar: bool = False
     is_shared: bool = False
     requires_grad: bool = False
+    is_dropped: bool = False
 
 
 class SymbolicSizes(Flag):
@@ -231,15 +233,17 @@ class Captured:
             values: tuple[Any, ...] = self.reads(*(inputs[name] for name in wanted))
         return values
 
-    def rebuild_output(self, values: Mapping[str, Any], inputs: Mapping[str, Tensor]) -> Any:
+    def rebuild_output(self, values: Mapping[str, Any], inputs: Mapping[str, Tensor], dropped: Any = None) -> Any:
         """Returns the model's output.
 
         Args:
             values: Tensors by node name.
             inputs: Inputs by name, from which sizes in the output are computed.
+            dropped: What stands for a tensor that the user does not want.
         """
         sizes = self.size_values(inputs)
         leaves = [resolve(o.value, sizes) if o.node is None else values[o.node] for o in self.outputs]
+        leaves = [dropped if o.is_dropped else leaf for o, leaf in zip(self.outputs, leaves, strict=True)]
         return pytree.tree_unflatten(leaves, self.out_spec)
 
 

@@ -45,6 +45,11 @@ def has_effect(node: fx.Node) -> bool:
     return bool(origin_of(node).writes) or is_random(node)
 
 
+def must_stay(node: fx.Node) -> bool:
+    """Whether a node stays in the graph even if no other node reads it."""
+    return node.op in ("placeholder", "output") or has_effect(node)
+
+
 def is_cheap(node: fx.Node) -> bool:
     """Whether a node costs less to rematerialize in a stage than to receive."""
     function = function_of(node.target)

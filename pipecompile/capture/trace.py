@@ -30,7 +30,7 @@ from pipecompile.capture.opaque_scope import Part, Reason, name_of_part
 from pipecompile.capture.origin import Origin
 from pipecompile.capture.outputs import Outputs
 from pipecompile.capture.patches import patched
-from pipecompile.capture.purity import has_effect
+from pipecompile.capture.purity import must_stay
 from pipecompile.capture.real_tensors import RealTensors
 from pipecompile.capture.recorder import Recorder
 from pipecompile.capture.scopes import Scopes
@@ -217,7 +217,7 @@ class Trace:
         refuse_moving_reads(self.values.reads, self.graph, self.scopes)
         returned, spec = outputs.end(out)
         reads = extract_reads(self.values.reads, self.graph, self.tensors.named)
-        self.graph.eliminate_dead_code(is_impure_node=_must_stay)
+        self.graph.eliminate_dead_code(is_impure_node=must_stay)
         alive = {node.name for node in self.graph.nodes}
         shared = [[n.name for n in group if n.name in alive] for group in self.table.aliases.groups]
         groups = [tuple(dict.fromkeys(group)) for group in shared if len(set(group)) > 1]
@@ -264,7 +264,3 @@ class Trace:
             return []
         kept = "all sizes are fixed" if not self.symbolic else f"only {self.symbolic} may change"
         return [f"{kept}; inputs of other sizes are recaptured: {reasons[0]}"]
-
-
-def _must_stay(node: fx.Node) -> bool:
-    return node.op in ("placeholder", "output") or has_effect(node)

@@ -17,14 +17,15 @@ from typer.core import TyperGroup
 
 from pipecompile.api import compile
 from pipecompile.batching import Batching
-from pipecompile.capture import capture, read_call, summarize
+from pipecompile.capture import Captured, capture, read_call, summarize
+from pipecompile.capture.loss import with_only_the_loss
 from pipecompile.cli.dataclass_options import takes
 from pipecompile.cli.doctor import all_devices, examine
 from pipecompile.cli.model_spec import load
 from pipecompile.cli.prediction import Prediction
 from pipecompile.compiler.compile_call import reused
 from pipecompile.compiler.devices import parse_devices
-from pipecompile.compiler.options import read_costs
+from pipecompile.compiler.options import OUTPUTS, read_costs
 from pipecompile.errors import InputError, PipecompileError
 from pipecompile.ir.cluster import Cluster, Link
 from pipecompile.ir.graph import Cost, CostedGraph
@@ -122,6 +123,7 @@ def plan(
     ] = None,
     dtype: Annotated[str, typer.Option(help="Dtype of the weights: float32, bfloat16 or float16.")] = "float32",
     fused: Annotated[bool, typer.Option("--fused", help="The optimizer step needs no temporary memory.")] = False,
+    outputs: Annotated[str, typer.Option(help="[bold]all[/], or [bold]loss[/]: keep no other outputs.")] = "all",
     format: Annotated[
         str | None, typer.Option("--format", "-f", help=f"Write the stage graph as one of {', '.join(FORMATS)}.")
     ] = None,
@@ -143,7 +145,12 @@ def plan(
     (place,) = parse_devices([device])
     devices = Cluster.from_name(cluster) if cluster else Cluster.of([str(place)] * (sum(options.counts) or stages or 2))
     _check_replicas(options, stages, len(devices), schedule)
-    costed = _costed(model, microbatch, length, costs or ("count" if cluster else "measure"), place, devices, dtype)
+    _check_choice("outputs", outputs, OUTPUTS)
+    costs = costs or ("count" if cluster else "measure")
+    captured = _captured(model, microbatch, length, dtype, meta=costs != "measure")
+    if outputs == "loss":
+        captured = with_only_the_loss(captured, None)
+    costed = _costed(captured, costs, place, devices.devices[0].kind)
     if save_costs is not None:
         _write(costed.to_json(), save_costs)
     state = ADAM if options.optimizer_state is None else options.optimizer_state
@@ -257,12 +264,10 @@ def _to_double(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor
 
 
-def _costed(
-    model: str, microbatch: int | None, length: int, costs: str, device: torch.device, cluster: Cluster, dtype: str
-) -> CostedGraph:
-    """The costs of a model: measured, counted, or read from a file."""
+def _captured(model: str, microbatch: int | None, length: int, dtype: str, meta: bool) -> Captured:
+    """A microbatch of a model; ``meta``: without memory for its weights."""
     _check_choice("dtype", dtype, ("float32", "bfloat16", "float16"))
-    it, args, kwargs = load(model, microbatch or 2, length, meta=costs != "measure")
+    it, args, kwargs = load(model, microbatch or 2, length, meta=meta)
     it = it.to(getattr(torch, dtype))
     call = read_call(it.forward, args, kwargs)
     if microbatch and call.batch and microbatch > call.batch:
@@ -270,11 +275,15 @@ def _costed(
             f"--microbatch {microbatch} is more than the {call.batch} samples that {model} returns; it must be at most "
             f"{call.batch}"
         )
-    captured = capture(it, call, microbatch)
+    return capture(it, call, microbatch)
+
+
+def _costed(captured: Captured, costs: str, device: torch.device, kind: str) -> CostedGraph:
+    """The costs of a capture: measured, counted for a kind of device, or read from a file."""
     how = read_costs(costs)
     if isinstance(how, CostedGraph):
         return reused(how, summarize(captured))
-    return profile(captured, summarize(captured), how, device, kind=cluster.devices[0].kind)
+    return profile(captured, summarize(captured), how, device, kind=kind)
 
 
 def _format(format: str | None, output: Path | None, as_json: bool) -> str | None:

@@ -22,6 +22,7 @@ from pipecompile.capture import Call, Captured, capture, summarize
 from pipecompile.capture.ancestors import ancestors
 from pipecompile.capture.capture import SYMBOLIC_ATTEMPTS
 from pipecompile.capture.captured import SymbolicSizes
+from pipecompile.capture.loss import find_loss, with_only_the_loss
 from pipecompile.capture.origin import origin_of
 from pipecompile.capture.output_batch_dims import with_batch_dims
 from pipecompile.capture.state.restore import left_as_before
@@ -36,7 +37,7 @@ from pipecompile.partition import carry_over
 from pipecompile.planning.planned import Planned, planned
 from pipecompile.planning.training_spec import Workload
 from pipecompile.profile import profile
-from pipecompile.runtime.compiled import Compiled, find_loss, misfit
+from pipecompile.runtime.compiled import Compiled, misfit
 from pipecompile.runtime.split import Piece, cut_out, split
 from pipecompile.schedule import gpipe
 
@@ -69,7 +70,7 @@ def compile_call(
         PlanError: the model cannot be split into the requested stages, or not with the placement of ``first``.
     """
     options = options or Options()
-    trace = _Tracer(model, call, forward, options.leaf_modules)
+    trace = _Tracer(model, call, forward, options)
     with left_as_before(model, [] if forward is None else [forward]):  # tests run parts kept whole
         division = _divided(trace, rows, options) if whole else _independent(trace, rows, options)
     graph = summarize(division.body)
@@ -209,12 +210,13 @@ class _Tracer:
     model: nn.Module
     call: Call
     forward: Callable[..., Any] | None
-    leaves: Sequence[str]
+    options: Options
 
     def __call__(
         self, rows: Sequence[int] | None = None, attempts: Sequence[SymbolicSizes] = SYMBOLIC_ATTEMPTS
     ) -> Captured:
-        return capture(self.model, self.call, rows, self.forward, self.leaves, attempts)
+        captured = capture(self.model, self.call, rows, self.forward, self.options.leaf_modules, attempts)
+        return with_only_the_loss(captured, self.options.loss_output) if self.options.outputs == "loss" else captured
 
 
 def _independent(trace: _Tracer, rows: Rows, options: Options) -> Division:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import nn
 
@@ -22,6 +22,8 @@ from pipecompile.profile import How, optimizer_state
 from pipecompile.runtime import MakeOptimizer
 from pipecompile.schedule import SCHEDULES, Schedule
 
+Outputs = Literal["all", "loss"]
+OUTPUTS = get_args(Outputs)
 Verify = Literal["first", "never", "every"] | int
 
 
@@ -33,6 +35,7 @@ class Options:
     microbatches: int = 1
     loss_fn: Callable[..., Any] | None = None
     loss_output: str | None = None
+    outputs: Outputs = "all"
     optimizer: MakeOptimizer | None = None
     leaf_modules: tuple[str, ...] = ()
     batching: Batching = DEFAULT_BATCHING
@@ -62,6 +65,10 @@ class Options:
         if not isinstance(self.microbatches, int) or self.microbatches < 1:
             raise InputError(
                 f"microbatches={self.microbatches!r}; it must be the number of parts of each batch, at least 1"
+            )
+        if self.outputs not in OUTPUTS:
+            raise InputError(
+                f"outputs={self.outputs!r} is not known; it must be 'all', or 'loss' to return nothing but the loss"
             )
         counted = isinstance(self.verify, int) and not isinstance(self.verify, bool) and self.verify > 0
         if not counted and self.verify not in ("first", "never", "every"):

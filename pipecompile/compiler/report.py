@@ -8,6 +8,7 @@ from itertools import combinations
 
 from pipecompile.batching import Partial, uses_batch_statistics
 from pipecompile.capture import Captured
+from pipecompile.capture.loss import could_be_losses
 from pipecompile.capture.origin import Origin, origin_of
 from pipecompile.capture.purity import is_random
 from pipecompile.ir.cluster import HANDED_OVER, Cluster, Link
@@ -15,7 +16,7 @@ from pipecompile.ir.plan_quality import known
 from pipecompile.ir.timeline import Timeline
 from pipecompile.ir.units import bytes_text, count_text, names_text, plural, seconds_text
 from pipecompile.render.labels import replica_notes
-from pipecompile.runtime.compiled import Compiled, could_be_losses
+from pipecompile.runtime.compiled import Compiled
 
 
 def _across_microbatches(compiled: Compiled) -> list[str]:
@@ -48,7 +49,10 @@ def _across_microbatches(compiled: Compiled) -> list[str]:
 
 
 def _losses(compiled: Compiled) -> list[str]:
-    """A note if the caller computes the loss because several outputs could be it."""
+    """Outputs that are not returned, or a note if the caller computes the loss because several outputs could be it."""
+    dropped = [output.name for output in compiled.captured.outputs if output.is_dropped]
+    if dropped:
+        return [f"None because of outputs='loss': {names_text(dropped)}"]
     names = could_be_losses(compiled.captured)
     if len(names) < 2 or "loss" in names:
         return []

@@ -11,6 +11,7 @@ from pipecompile.ir.graph import CostedGraph
 from pipecompile.ir.plan import Plan, stage_costs
 from pipecompile.partition import assign, suited
 from pipecompile.planning.memory_fit import Fitting
+from pipecompile.planning.refusal import refusal
 from pipecompile.planning.search_spec import Request
 from pipecompile.planning.training_spec import Workload
 
@@ -19,10 +20,16 @@ def make_plan(costed: CostedGraph, request: Request, cluster: Cluster, work: Wor
     """The best plan found within memory, with stages on ranks that suit the links.
 
     Raises:
-        InputError, InfeasibleError, PlanError: as ``Fitting.plan``.
+        InfeasibleError: no plan exists; the message names the stage of the fastest plan that exceeds its memory, by how
+            much, and what would help.
+        InputError, PlanError: as ``Fitting.plan``; no plan within memory was found.
     """
     row = _row(costed, request, cluster)
-    plan = Fitting(costed, request.on(row), cluster.in_order(row), work).plan().on_ranks(row)
+    fitting = Fitting(costed, request.on(row), cluster.in_order(row), work)
+    found = fitting.plan()
+    if found is None:
+        raise refusal(fitting)
+    plan = found.on_ranks(row)
     other = assign(plan, [cost.seconds for cost in stage_costs(costed, plan)], cluster, work.microbatches)
     if request.scores_plans:
         return min(plan, other, key=request.score(costed, cluster, work))

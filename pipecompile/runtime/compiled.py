@@ -22,7 +22,6 @@ from pipecompile.capture.opaque_calls import FunctionLeaf
 from pipecompile.capture.origin import origin_of
 from pipecompile.capture.purity import is_random
 from pipecompile.capture.state.model_state import named_tensors
-from pipecompile.errors import InputError
 from pipecompile.ir.graph import CostedGraph, Graph
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import Program
@@ -215,32 +214,3 @@ def _near(tensor: Tensor, device: torch.device) -> Tensor:
 def misfit(captured: Captured, parts: Sequence[Mapping[str, Tensor]], whole: Mapping[str, Tensor]) -> str:
     """Why a trace of the whole batch cannot run its microbatches; empty if it can."""
     return next(filter(None, map(captured.misfit, parts)), "") or captured.misread(parts, whole)
-
-
-def could_be_losses(captured: Captured) -> list[str]:
-    """The names of the scalar outputs that require a gradient."""
-    tensors = [output for output in captured.outputs if output.node is not None]
-    return [o.name or str(i) for i, o in enumerate(tensors) if o.is_scalar and o.requires_grad]
-
-
-def find_loss(captured: Captured, name: str | None) -> int | None:
-    """The position of the loss among the outputs' tensors; None if the caller computes it.
-
-    The loss is the output called ``name``, else "loss", else the only scalar output that requires a gradient. With
-    several such outputs the caller combines them, so backwards wait for their gradients.
-
-    Raises:
-        InputError: ``name`` is not a scalar output that requires a gradient.
-    """
-    tensors = [output for output in captured.outputs if output.node is not None]
-    losses = [i for i, output in enumerate(tensors) if output.is_scalar and output.requires_grad]
-    wanted = name or "loss"
-    named = [i for i, output in enumerate(tensors) if output.name == wanted]
-    if named and named[0] in losses:
-        return named[0]
-    if name is not None:
-        names = ", ".join(output.name for output in tensors)
-        raise InputError(
-            f"loss_output={name!r} must be a scalar output that requires a gradient; the outputs are {names}"
-        )
-    return losses[0] if len(losses) == 1 else None

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from pipecompile.batching import SHARED, Batched, Kind, Rows, by_shape, gather, scatter
 from pipecompile.batching.options import DEFAULT_BATCHING, Batching
 from pipecompile.capture import Call, Captured, Output
+from pipecompile.capture.loss import find_loss
 from pipecompile.capture.origin import origin_of
 from pipecompile.capture.purity import is_random
 from pipecompile.capture.pytrees import flatten
@@ -39,7 +40,6 @@ from pipecompile.ops.torch_internals import (
     pytree,
 )
 from pipecompile.runtime import steps
-from pipecompile.runtime.compiled import find_loss
 from pipecompile.runtime.session import Session
 from pipecompile.schedule import MakeProgram
 from pipecompile.verify.comparison import Run
@@ -168,7 +168,7 @@ def split_step(trial: Trial, left_too: bool = True) -> tuple[Run, Seeds]:
         torch.set_grad_enabled(trial.trains),
     ):
         given = steps.run(session, batch, trial.loss_output, trial.schedule)
-        out = batch.rebuild(given)
+        out = trial.captured.rebuild_output(given, batch.call.tensors, dropped=torch.empty(0))
         leaves = leaves_of(out)
         batch.leave(given)
         own = set(map(id, given.values()))
@@ -410,7 +410,8 @@ def _run(
     asked = set(map(id, tensors))  # taken before the run, which may set requires_grad
     trained = [name for name, p in trial.model.named_parameters() if id(p) in asked]
     wanting = [name for name, tensor in trial.batch.call.tensors.items() if id(tensor) in asked]
-    named = dict(zip(names, leaves, strict=True))
+    dropped = {i for i, output in enumerate(outputs) if output.is_dropped and known}
+    named = {name: leaf for i, (name, leaf) in enumerate(zip(names, leaves, strict=True)) if i not in dropped}
     return Run(
         outputs={name: leaf.detach() if isinstance(leaf, Tensor) else leaf for name, leaf in named.items()},
         gradients=dict(zip(trained, found, strict=False)),

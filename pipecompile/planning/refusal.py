@@ -1,0 +1,133 @@
+"""The error that no plan fits into memory: which stage exceeds it, by how much, and what would help, by how much."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import inf
+
+from pipecompile.errors import InfeasibleError, PlanError
+from pipecompile.ir.graph import CostedGraph
+from pipecompile.ir.plan import Plan
+from pipecompile.ir.units import bytes_text
+from pipecompile.planning.memory_fit import Fitting
+from pipecompile.schedule import one_f_one_b
+
+MORE_MICROBATCHES = (2, 4, 8, 16)  # factors on their number
+MORE_DEVICES = (2, 4)  # factors on their number
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """A change that reduces memory.
+
+    Args:
+        change: what the user would do.
+        largest: bytes of the fullest device in the plan with this change.
+        fits: whether that plan fits.
+    """
+
+    change: str
+    largest: int
+    fits: bool
+
+    def __str__(self) -> str:
+        return f"{self.change} ({bytes_text(self.largest)} on the fullest device)"
+
+
+def refusal(fitting: Fitting) -> PlanError:
+    """The error that no plan fits, from the fastest plan."""
+    fastest = fitting.fastest(fitting.most)
+    held, over = fitting.held(fastest), fitting.excess(fastest)
+    rank = max(range(len(over)), key=over.__getitem__)
+    limit = fitting.cluster.devices[rank].memory
+    stages = [stage for stage, r in enumerate(fastest.rank_of) if r == rank]
+    most = max(stages, key=lambda stage: held.stages[stage].total)
+    parts = ", ".join(f"{kind} {bytes_text(n)}" for kind, n in held.stages[most].by_kind() if n)
+    room = sum(inf if device.memory is None else device.memory for device in fitting.cluster.devices)
+    kind = InfeasibleError if _least(fitting) > room else PlanError
+    return kind(
+        f"the model does not fit into the memory of its devices: in the fastest plan of {fastest.num_stages} stages, "
+        f"stage {most} would hold {bytes_text(held.ranks[rank])} of {bytes_text(limit or 0)}, "
+        f"{bytes_text(over[rank])} too much ({parts}), and no plan that fits was found; "
+        f"{_help(list(_remedies(fitting, fastest)), max(held.ranks))}"
+    )
+
+
+def _help(remedies: list[Remedy], now: int) -> str:
+    """What would help: what is enough, else what is not enough alone."""
+    enough = [str(it) for it in remedies if it.fits]
+    if enough:
+        return f"it would fit with {', or with '.join(enough)}"
+    partly = [str(it) for it in remedies if it.largest < now]
+    return "use devices with more memory" + f"; not enough alone: {', '.join(partly)}" * bool(partly)
+
+
+def _least(fitting: Fitting) -> float:
+    """The least bytes that all devices must hold together: weights, gradients and optimizer state."""
+    each = fitting.costed.graph.parameters
+    return sum(p.spec.nbytes * (1 + p.spec.requires_grad * (1 + fitting.work.state)) for p in each)
+
+
+def _remedies(fitting: Fitting, fastest: Plan) -> Iterator[Remedy]:
+    changes = dict(_changes(fitting))
+    found = [_tried(change, other) for change, other in changes.items()]
+    yield from found
+    if len(changes) > 1 and not any(it.fits for it in found):
+        together = fitting
+        for other in changes.values():  # each changes fields of its own
+            differing = {n: v for n, v in vars(other.work).items() if v != getattr(fitting.work, n)}
+            costed = together.costed if other.costed is fitting.costed else other.costed
+            together = together.varied(costed=costed, work=replace(together.work, **differing))
+        yield _tried(" and ".join(changes), together)
+    yield from _smaller_microbatches(fitting, fastest)
+    yield from _more_devices(fitting)
+
+
+def _changes(fitting: Fitting) -> Iterator[tuple[str, Fitting]]:
+    """Changes of options that need neither other devices nor another batch."""
+    work, lean = fitting.work, _only_scalars(fitting.costed)
+    if lean is not None:
+        yield "outputs='loss'", fitting.varied(costed=lean)
+    if work.recompute == "never":
+        yield "recompute='auto'", fitting.varied(work=replace(work, recompute="auto"))
+    if fitting.in_flight > (other := fitting.varied(work=replace(work, schedule=one_f_one_b))).in_flight:
+        yield "schedule='1f1b' with the loss inside the pipeline (labels or loss_fn=)", other
+
+
+def _only_scalars(costed: CostedGraph) -> CostedGraph | None:
+    """The same model with only its scalar outputs, if there are any, and if others take memory."""
+    graph = costed.graph
+    scalars = tuple(i for i in graph.outputs if all(not spec.shape for spec in graph.nodes[i].outputs))
+    return replace(costed, graph=replace(graph, outputs=scalars)) if 0 < len(scalars) < len(graph.outputs) else None
+
+
+def _tried(change: str, fitting: Fitting) -> Remedy:
+    plan = fitting.attempt(fitting.most)
+    held = fitting.held(plan or fitting.fastest(fitting.most))
+    return Remedy(change, max(held.ranks), plan is not None)
+
+
+def _smaller_microbatches(fitting: Fitting, fastest: Plan) -> Iterator[Remedy]:
+    """The fewest microbatches of the same batch that would fit; an estimate, in which bytes of rows are divided."""
+    for factor in MORE_MICROBATCHES:
+        more = fitting.varied(work=replace(fitting.work, microbatches=factor * fitting.work.microbatches))
+        shrunk = [stage.total - stage.of_rows * (factor - 1) // factor for stage in more.held(fastest).stages]
+        limits = [fitting.cluster.devices[rank].memory for rank in fastest.rank_of]
+        if all(limit is None or n <= limit for n, limit in zip(shrunk, limits, strict=True)):
+            change = f"about {more.work.microbatches} microbatches per batch instead of {fitting.work.microbatches}"
+            yield Remedy(change, max(shrunk), True)
+            return
+
+
+def _more_devices(fitting: Fitting) -> Iterator[Remedy]:
+    cluster, request = fitting.cluster, fitting.request
+    for factor in MORE_DEVICES:
+        larger = replace(cluster, devices=cluster.devices * factor, pairs=())
+        more = replace(request, replicas=request.replicas * factor)
+        tried = _tried(
+            f"{len(larger)} such devices instead of {len(cluster)}", fitting.varied(request=more, cluster=larger)
+        )
+        if tried.fits:
+            yield tried
+            return
