@@ -41,6 +41,14 @@ def counted():
 
 def misfit():
     return Net(), {"y": torch.ones(6, 8)}
+
+class Both(Net):
+    def forward(self, x):
+        h = self.layers[0](x)
+        return {"loss": h.square().mean(), "wide": h.repeat(1, 100)}
+
+def both():
+    return Both(), {"x": torch.ones(6, 8)}
 """
 
 
@@ -64,6 +72,7 @@ def nets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def costed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans a graph like GPT-2's, made by hand, whatever the model."""
+    monkeypatch.setattr(cli, "_captured", lambda *_, **__: None)
     monkeypatch.setattr(cli, "_costed", lambda *_: gpt2(layers=3, width=48, words=600))
 
 
@@ -120,6 +129,19 @@ def test_plan_of_a_function_here_prints_table_and_prediction(nets):
     assert "layers.0…" in words
     assert "1f1b, 4 microbatches: predicted step" in words
     assert "bubble" in words
+
+
+def test_plan_without_outputs_keeps_only_the_loss(nets):
+    def kept(*words: str) -> int:
+        result = run("plan", "nets:both", "--stages", "1", "--costs", "count", "--json", *words)
+        assert result.exit_code == 0, result.output
+        (stage,) = json.loads(result.stdout)["stages"]
+        return stage["memory"]["outputs"]
+
+    assert kept() >= 8 * 6 * 800 * 4 > 2 * 8 * 4 >= kept("--outputs", "loss")
+    result = run("plan", "nets:both", "--outputs", "none")
+    assert result.exit_code == 2
+    assert "outputs 'none' is not known" in result.output
 
 
 def test_plan_measures_by_default(nets):
