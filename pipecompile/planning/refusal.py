@@ -50,7 +50,7 @@ def refusal(fitting: Fitting) -> PlanError:
         f"the model does not fit into the memory of its devices: in the fastest plan of {fastest.num_stages} stages, "
         f"stage {most} would hold {bytes_text(held.ranks[rank])} of {bytes_text(limit or 0)}, "
         f"{bytes_text(over[rank])} too much ({parts}), and no plan that fits was found; "
-        f"{_help(list(_remedies(fitting, fastest)), max(held.ranks))}"
+        f"{_help(_remedies(fitting, fastest), max(held.ranks))}"
     )
 
 
@@ -69,19 +69,19 @@ def _least(fitting: Fitting) -> float:
     return sum(p.spec.nbytes * (1 + p.spec.requires_grad * (1 + fitting.work.state)) for p in each)
 
 
-def _remedies(fitting: Fitting, fastest: Plan) -> Iterator[Remedy]:
+def _remedies(fitting: Fitting, fastest: Plan) -> list[Remedy]:
+    """Changes of options, together if none is enough alone; then other batches; then, as a last resort, more devices."""
     changes = dict(_changes(fitting))
     found = [_tried(change, other) for change, other in changes.items()]
-    yield from found
     if len(changes) > 1 and not any(it.fits for it in found):
         together = fitting
         for other in changes.values():  # each changes fields of its own
             differing = {n: v for n, v in vars(other.work).items() if v != getattr(fitting.work, n)}
             costed = together.costed if other.costed is fitting.costed else other.costed
             together = together.varied(costed=costed, work=replace(together.work, **differing))
-        yield _tried(" and ".join(changes), together)
-    yield from _smaller_microbatches(fitting, fastest)
-    yield from _more_devices(fitting)
+        found.append(_tried(" and ".join(changes), together))
+    found += _smaller_microbatches(fitting, fastest)
+    return found if any(it.fits for it in found) else [*found, *_more_devices(fitting)]
 
 
 def _changes(fitting: Fitting) -> Iterator[tuple[str, Fitting]]:
