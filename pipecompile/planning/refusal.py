@@ -70,7 +70,7 @@ def _least(fitting: Fitting) -> float:
 
 
 def _remedies(fitting: Fitting, fastest: Plan) -> list[Remedy]:
-    """Changes of options, together if none is enough alone; then other batches; then, as a last resort, more devices."""
+    """Changes of options, together if none is enough alone; then other batches; as a last resort, more devices."""
     changes = dict(_changes(fitting))
     found = [_tried(change, other) for change, other in changes.items()]
     if len(changes) > 1 and not any(it.fits for it in found):
