@@ -40,7 +40,7 @@ from pipecompile.errors import CaptureError, InputError, PipecompileError
 from pipecompile.ir.graph import CostedGraph
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.plan_options import PlanOptions
-from pipecompile.ir.program import Program
+from pipecompile.ir.program import Instruction, Program
 from pipecompile.ir.timeline import Timeline
 from pipecompile.ops.randomness import undrawn
 from pipecompile.ops.torch_internals import pytree
@@ -139,6 +139,14 @@ class Pipeline:
     def timeline(self) -> Timeline | None:
         """The measured times of the instructions of the last call, if any."""
         return self._session.timeline
+
+    @property
+    def stopped_at(self) -> tuple[Instruction, ...]:
+        """After a kernel has failed: the instructions at which its device has stopped. Does not wait.
+
+        Empty if all devices work, or if all that the pipeline had queued has run.
+        """
+        return self._session.stopped_at
 
     @property
     def predicted(self) -> Timeline:

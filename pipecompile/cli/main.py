@@ -154,7 +154,10 @@ def plan(
     if save_costs is not None:
         _write(costed.to_json(), save_costs)
     state = ADAM if options.optimizer_state is None else options.optimizer_state
-    work = Workload(SCHEDULES[schedule].steady, microbatches, state, options.recompute, fused=fused)
+    policy = SCHEDULES[schedule]
+    work = Workload(
+        policy.steady, microbatches, state, options.recompute, fused=fused, asynchronous=policy.is_asynchronous
+    )
     prediction = Prediction.of(planned(costed, devices, work, options, stages), schedule)
     if as_json:
         typer.echo(json.dumps(prediction.facts(), indent=2))

@@ -91,7 +91,8 @@ class Options:
         state: float | Callable[[], float] = ADAM if given is None else given
         if given is None and self.optimizer is not None:
             state = cache(partial(optimizer_state, self.optimizer))
-        return Workload(self.policy.steady, self.microbatches, state, self.plan.recompute)
+        asynchronous = self.policy.is_asynchronous
+        return Workload(self.policy.steady, self.microbatches, state, self.plan.recompute, asynchronous=asynchronous)
 
     def _check_replicas(self, devices: int) -> None:
         counts = self.plan.counts

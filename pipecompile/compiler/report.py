@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from itertools import combinations
 
@@ -15,6 +16,8 @@ from pipecompile.ir.cluster import HANDED_OVER, Cluster, Link
 from pipecompile.ir.plan_quality import known
 from pipecompile.ir.timeline import Timeline
 from pipecompile.ir.units import bytes_text, count_text, names_text, plural, seconds_text
+from pipecompile.partition.stage_nodes import Placed
+from pipecompile.partition.tied_nodes import tied_nodes
 from pipecompile.render.labels import replica_notes
 from pipecompile.runtime.compiled import Compiled
 
@@ -167,6 +170,17 @@ class Report:
         return "\n".join("\n    ".join([topic, *lines]) for topic, lines in topics)
 
 
+def _tied(compiled: Compiled) -> Iterator[str]:
+    plan = compiled.plan
+    for tied in plan.tied_by_model:
+        yield f"{tied.parameter} over stages {', '.join(map(str, tied.stages))}, gradients summed"
+    placed = Placed(compiled.graph)
+    for name, things in tied_nodes(placed).items() if compiled.planned.work.asynchronous else ():
+        stages = {plan.stage_of[placed.nodes[thing]] for thing in things}
+        if len(stages) == 1:
+            yield f"{name} in stage {stages.pop()} with all {len(things)} nodes that read it, since stages step apart"
+
+
 def describe(compiled: Compiled, timeline: Timeline | None = None) -> Report:
     """The report on a capture, without ``captures``, ``verified`` and ``rerun``, which the pipeline adds.
 
@@ -191,8 +205,6 @@ def describe(compiled: Compiled, timeline: Timeline | None = None) -> Report:
         links=tuple(_links(compiled.planned.cluster)),
         costs=(compiled.planned.costed.origin,),
         calibration=tuple(_calibration(compiled, timeline)),
-        tied=tuple(
-            f"{t.parameter} over stages {', '.join(map(str, t.stages))}, gradients summed" for t in plan.tied_by_model
-        ),
+        tied=tuple(_tied(compiled)),
         replicas=(*replica_notes(plan), *map(str, compiled.planned.candidates)),
     )

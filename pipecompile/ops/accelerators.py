@@ -61,6 +61,17 @@ def factories_on(device: torch.device | None) -> AbstractContextManager[Any]:
     return device if device is not None and is_accelerator(device) else nullcontext()
 
 
+def has_failed(device: torch.device) -> bool:
+    """Whether a kernel of an accelerator has failed, so that it answers no more questions. Does not wait."""
+    if not is_accelerator(device):
+        return False
+    try:
+        torch.accelerator.current_stream(device).query()
+    except torch.AcceleratorError:
+        return True
+    return False
+
+
 def total_memory(device: torch.device) -> int | None:
     """Bytes of a device's memory; None for the CPU, which has no limit of its own."""
     return int(torch.accelerator.get_memory_info(device)[1]) if is_accelerator(device) else None

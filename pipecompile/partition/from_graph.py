@@ -4,6 +4,7 @@
     value                          -> a net: seconds over the fastest link, and back if the value has a gradient
     links between stages           -> factors of their seats, for a value of mean size
     ``graph.together``             -> one atom
+    readers of one parameter       -> one atom, if stages step on their own and nothing lies between (``tied_nodes``)
     parameters, saved activations  -> bytes; activations count once per microbatch in flight
 
 Rematerialized nodes belong to no stage and cross no cut, so they are left out. A parameter counts for the first node
@@ -17,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
-from pipecompile.errors import InputError, PlanError
+from pipecompile.errors import InfeasibleError, InputError, PlanError
 from pipecompile.ir.cluster import Cluster, Link
 from pipecompile.ir.graph import CostedGraph, Node
 from pipecompile.ir.plan import Plan, with_replicas
@@ -26,10 +27,11 @@ from pipecompile.partition.memory_model import Training
 from pipecompile.partition.module_constraints import ModuleConstraints
 from pipecompile.partition.seats import Seating
 from pipecompile.partition.solver.contraction import Contraction, contract
-from pipecompile.partition.solver.problem import Problem
+from pipecompile.partition.solver.problem import Problem, Seat
 from pipecompile.partition.solver.score import bottleneck
 from pipecompile.partition.solver.solver import solve
 from pipecompile.partition.stage_nodes import Placed
+from pipecompile.partition.tied_nodes import tied_nodes
 
 
 def partition(
@@ -152,6 +154,9 @@ def problem_of(
     placed = Placed(costed.graph)
     bound = ModuleConstraints(placed, constraints or DEFAULT_PLAN, num_stages)
     bound.check()
+    groups = [*placed.together, *bound.groups]
+    if training.asynchronous:
+        groups = _with_ties(groups, bound)
     nodes = [costed.graph.nodes[index] for index in placed.nodes]
     costs = [costed.costs[index] for index in placed.nodes]
     values = zip(nodes, placed.users, strict=True)
@@ -166,12 +171,23 @@ def problem_of(
         placed.arcs,
         [((thing, *users), _transfer(node, link)) for thing, (node, users) in enumerate(values)],
         seating.seats(training, bound.least_stages, mean, slower),
-        together=[*placed.together, *bound.groups],
+        together=groups,
         kept_bytes=[h + t * (1 + training.optimizer_state + stashed[0]) for h, t in zip(held, trained, strict=True)],
         saved_bytes=[cost.saved_bytes + t * stashed[1] for cost, t in zip(costs, trained, strict=True)],
         fixed_stages=[(pin.thing, pin.stage) for pin in bound.pins],
         overlapped=overlapped,
     )
+
+
+def _with_ties(groups: list[tuple[int, ...]], bound: ModuleConstraints) -> list[tuple[int, ...]]:
+    """The groups, and those of tied nodes, unless pins or the number of stages do not allow these."""
+    placed, pins = bound.placed, [(pin.thing, pin.stage) for pin in bound.pins]
+    more = [*groups, *tied_nodes(placed).values()]
+    try:
+        found = contract([0.0] * len(placed.nodes), placed.arcs, [], [Seat()], together=more, fixed_stages=pins)
+    except InfeasibleError:
+        return groups
+    return more if len(found.problem) >= bound.least_stages else groups
 
 
 def parameter_bytes(costed: CostedGraph, placed: Placed) -> tuple[list[int], list[int]]:

@@ -1,4 +1,4 @@
-"""The parameters of training that a plan within memory depends on."""
+"""The parameters of training that a plan depends on."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ ADAM = 2.0  # bytes of optimizer state per byte of parameters
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """What the memory of training depends on besides the model, per stage of a chain."""
+    """What a plan depends on besides the model: the memory of training, per stage of a chain, and how stages step."""
 
     in_flight: tuple[int, ...]  # maximum number of microbatches in flight
     live: tuple[int, ...]  # maximum number of live weight versions
     optimizer_state: float = ADAM  # bytes per byte of trainable parameters
     again: tuple[bool, ...] = ()  # whether each stage recomputes activations; empty: no stage does
     reserved: tuple[int, ...] = ()  # bytes of each rank that the plan must leave free
+    asynchronous: bool = False  # whether each stage steps on its own, so that no two may share a parameter
 
     @property
     def all_again(self) -> bool:

@@ -158,7 +158,7 @@ class Fitting:
         groups = [chain.replicas[first] for first in sorted(set(chain.replica_of))]
         in_flight = tuple(max(flight.in_flight[stage] for stage in group) for group in groups)
         live = tuple(max(flight.live[stage] for stage in group) for group in groups)
-        return Training(in_flight, live, 0.0, tuple(again))
+        return Training(in_flight, live, 0.0, tuple(again), asynchronous=self.work.asynchronous)
 
     @property
     def _is_free(self) -> bool:

@@ -28,6 +28,7 @@ class Workload:
         tail: bytes that the last stage holds for what is computed once from the whole batch.
         fused: whether the optimizer step needs no temporary memory. Otherwise it needs, on CUDA, a copy of all
             parameters, because torch's optimizers update them together there.
+        asynchronous: whether each stage steps on its own.
     """
 
     schedule: MakeProgram
@@ -36,6 +37,7 @@ class Workload:
     recompute: Recompute = "auto"
     tail: int = 0
     fused: bool = False
+    asynchronous: bool = False
 
     def memory(
         self, costed: CostedGraph, plan: Plan, cluster: Cluster, buffers: Sequence[int] = (), bound: bool = False

@@ -1,8 +1,15 @@
 """Measures the links between the available devices: latency and bandwidth, from copies of two sizes.
 
-A copy of n bytes takes ``latency + n / bandwidth`` seconds, so two sizes determine both. Copies go back and forth in a
-row: a link is assumed equal in both directions, and the overhead of timing is small. Ranks on the same device pass a
-reference, so nothing is copied or measured.
+A copy of n bytes takes ``latency + n / bandwidth`` seconds, so two sizes determine both. A link is assumed equal in
+both directions: it has the mean of their seconds. Ranks on the same device pass a reference, so nothing is copied or
+measured.
+
+Copies run as in a step: on a stream of the sender, or of the receiver if the sender is the CPU, from and to pinned
+memory. Their time is that between two events of this stream. Longer copies run before the first event, so that the host
+has queued everything by then, and the stream does not wait for it in between:
+
+    host     queues  . . busy . .  begin  copies  end
+    stream           |  busy  . . . . . . . . . | begin |  copies  | end
 
 Figures that differ by no more than measurement noise are made equal, so that links of one kind stay equal.
 """
@@ -11,12 +18,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import combinations
 from math import inf
 from statistics import median
 
 import torch
+from torch import Tensor
 
 from pipecompile.ir.cluster import HANDED_OVER, Cluster, Link, Pair
 from pipecompile.ops.accelerators import is_accelerator
@@ -25,7 +35,8 @@ from pipecompile.profile.meters import Clock
 Copy = Callable[[torch.device, torch.device, int], float]  # (source, target, nbytes) -> seconds of a copy
 
 SIZES = (1 << 12, 1 << 23)  # bytes
-ROUNDS = 2  # round trips per timed run
+COPIES = 2  # per timed run
+BUSY = 4  # copies of the larger size before it, on an accelerator
 ALIKE = 1.25  # figures up to this factor above the smallest are of one kind
 
 
@@ -50,16 +61,25 @@ def with_measured_links(cluster: Cluster, devices: Sequence[torch.device], copy:
 
 
 def copy_seconds(source: torch.device, target: torch.device, nbytes: int) -> float:
-    """Seconds of one copy, the median of several runs."""
-    value = torch.empty(nbytes, dtype=torch.uint8, device=source)
+    """Seconds of one copy, the mean of both directions; of each, the median of several runs."""
+    return (_one_way(source, target, nbytes) + _one_way(target, source, nbytes)) / 2
 
-    def run() -> None:
-        for _ in range(ROUNDS):
-            there = value.to(target, non_blocking=is_accelerator(target))
-            there.to(source, non_blocking=is_accelerator(source))
 
-    last = source if is_accelerator(source) else target  # a copy to the CPU waits by itself
-    return Clock(last).repeated(run) / (2 * ROUNDS)
+def _one_way(source: torch.device, target: torch.device, nbytes: int) -> float:
+    """Seconds of one copy: by the clock of the device that copies, or of the host if there is none."""
+    copier = source if is_accelerator(source) else target
+    later = is_accelerator(copier)
+
+    def run(value: Tensor, count: int) -> None:
+        for _ in range(count):
+            value.to(target, non_blocking=later)
+
+    with torch.Stream(copier) if later else nullcontext():
+        value, large = (
+            torch.empty(size, dtype=torch.uint8, device=source, pin_memory=later and copier is target)
+            for size in (nbytes, SIZES[-1])
+        )
+        return Clock(copier).repeated(partial(run, value, COPIES), partial(run, large, BUSY * later)) / COPIES
 
 
 def _line(seconds: Sequence[float]) -> tuple[float, float]:

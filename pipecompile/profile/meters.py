@@ -55,12 +55,18 @@ class Clock:
         out, seed = leaf.view_as(leaf), torch.ones((), device=self.device)
         return self.repeated(lambda: torch.autograd.grad(out, leaf, seed, retain_graph=True))
 
-    def repeated(self, run: Callable[[], Any]) -> float:
-        """The median of several runs."""
+    def repeated(self, run: Callable[[], Any], before: Callable[[], Any] = lambda: None) -> float:
+        """The median of several runs.
+
+        Args:
+            run: what is timed.
+            before: runs before each, untimed; keeps an accelerator busy until the host has queued all of ``run``.
+        """
         run()
         times: list[float] = []
         least, most = REPEATS
         while len(times) < least or (len(times) < most and sum(times) < ENOUGH):
+            before()
             begin = time_mark(self.device)
             run()
             times.append(seconds_between(begin, time_mark(self.device)))

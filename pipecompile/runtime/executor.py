@@ -37,6 +37,7 @@ from pipecompile.ir.timeline import Span, Timeline
 from pipecompile.ops.accelerators import Mark, seconds_between
 from pipecompile.runtime.ambient import Ambient
 from pipecompile.runtime.lane import Callers, Lane, Values
+from pipecompile.runtime.notes import Notes, RowNotes
 from pipecompile.runtime.out_of_memory import OutOfMemoryError
 from pipecompile.runtime.runner import Microbatch, Runner
 from pipecompile.runtime.transport import Aborted, Transport
@@ -80,16 +81,24 @@ class Executor:
         lanes: one per rank.
         transport: carries results between ranks.
         callers: the streams of the threads that run programs.
+        notes: what has run of the last programs.
     """
 
     def __init__(
-        self, plan: Plan, runners: Sequence[Runner], lanes: Sequence[Lane], transport: Transport, callers: Callers
+        self,
+        plan: Plan,
+        runners: Sequence[Runner],
+        lanes: Sequence[Lane],
+        transport: Transport,
+        callers: Callers,
+        notes: Notes,
     ) -> None:
         self.plan = plan
         self.runners = runners
         self.lanes = tuple(lanes)
         self.transport = transport
         self.callers = callers
+        self.notes = notes
         self.mailboxes: list[Mailbox] = [{} for _ in lanes]
 
     def run(self, program: Program, microbatches: Mapping[int, Microbatch], ambient: Ambient) -> Sequence[RowRun]:
@@ -102,12 +111,16 @@ class Executor:
             When each rank has run its row, for ``timeline_of``.
 
         Raises:
-            ExecutionError: a stage raised; the message names the stage, instruction, module and source line.
+            ExecutionError: a stage raised; the message names the stage, instruction, module and source line. Or a
+                kernel failed that was queued before; the message names the instruction that probably did so.
         """
         start = time.perf_counter()
         after = self.callers.events(t.device for m in microbatches.values() for t in m.inputs.values())
+        rows = self.notes.begin(program, [runner.stage.modules for runner in self.runners], self.lanes)
         jobs = [
-            self.lanes[rank].thread.submit(self._run_rank, rank, row, microbatches, ambient, after, start, busy().turns)
+            self.lanes[rank].thread.submit(
+                self._run_rank, rank, row, microbatches, ambient, after, start, busy().turns, rows[rank]
+            )
             for rank, row in enumerate(program.ranks)  # a plan may not use the last lanes
         ]
         try:
@@ -116,20 +129,42 @@ class Executor:
             self.transport.abort()
             wait(jobs)
             self.reset()
+            self._join_callers()
             raise
-        finally:
-            self.callers.wait(self.lanes)  # after a failure too: what has been queued still runs
         failures = [error for error in (job.exception() for job in jobs) if error is not None]
+        if (stopped := self._join_callers()) is not None:
+            failures.append(stopped)
         if not failures:
             return [job.result() for job in jobs]
         self.reset()
-        failure = next((error for error in failures if not isinstance(error, Aborted)), failures[0])
+        failure = self._explained([error for error in failures if not isinstance(error, Aborted)] or failures)
         if isinstance(failure, OutOfMemoryError) and failure.__cause__ is not None:
             traceback.clear_frames(failure.__cause__.__traceback__)  # they hold tensors
         try:
             raise failure
         finally:
-            del failure, failures, jobs  # a cycle with this frame would hold tensors too
+            del failure, failures, stopped, jobs  # a cycle with this frame would hold tensors too
+
+    def _join_callers(self) -> torch.AcceleratorError | None:
+        """Makes the caller's streams wait for the lanes, after a failure too: what has been queued still runs.
+
+        Returns:
+            What a device raised that has failed.
+        """
+        try:
+            self.callers.wait(self.lanes)
+        except torch.AcceleratorError as error:
+            return error
+        return None
+
+    def _explained(self, failures: Sequence[BaseException]) -> BaseException:
+        """The first failure; of a kernel that was queued before, the error that says where."""
+        late = [error for error in failures if isinstance(error.__cause__ or error, torch.AcceleratorError)]
+        found = self.notes.explained(late, self.lanes) if late else None
+        if found is None:
+            return failures[0]
+        found.__cause__ = late[0].__cause__ or late[0]
+        return found
 
     def reset(self) -> None:
         """Drops every microbatch in flight."""
@@ -146,37 +181,42 @@ class Executor:
         after: Sequence[torch.Event],
         start: float,
         waiting: frozenset[Turn],
+        notes: RowNotes,
     ) -> RowRun:
         lane = self.lanes[rank]
         began, first = time.perf_counter() - start, lane.mark()
         try:
             with waited_for(waiting), lane.entered(after), ambient.entered():
-                spans = [(i, *self._do(i, lane, self.mailboxes[rank], microbatches)) for i in row]
+                lane.note(notes.places[0], lane.mark())
+                spans = [(i, *self._do(i, lane, self.mailboxes[rank], microbatches, notes)) for i in row]
         except BaseException:
             self.transport.abort()
             raise
         return RowRun(began, first, spans)
 
     def _do(
-        self, i: Instruction, lane: Lane, mailbox: Mailbox, microbatches: Mapping[int, Microbatch]
+        self, i: Instruction, lane: Lane, mailbox: Mailbox, microbatches: Mapping[int, Microbatch], notes: RowNotes
     ) -> tuple[Mark, Mark]:
         """Executes one instruction; returns the marks at which it begins, with its operands ready, and ends."""
         try:
+            flag = notes.begin(i)
             match i:
                 case Send():
                     sent = self.transport.send(i, _open(mailbox.pop((i.result, i.target))))
-                    return sent.began, sent.ended
+                    began, ended = sent.began, sent.ended
                 case Recv():
                     mailbox[i.result, i.target] = self.transport.recv(i)
-                    began = lane.mark()
-                    return began, began
+                    began = ended = lane.mark()
                 case Forward() | Backward() | Reduce() | Step():
                     received = {r.stage: _open(mailbox.pop((r, i.stage))) for r in reads(i, self.plan)}
                     began = lane.mark()
                     self._compute(i, received, mailbox, microbatches)
-                    return began, lane.mark()
+                    ended = lane.mark()
                 case _:
                     assert_never(i)
+            if not isinstance(i, Recv):
+                lane.note(flag, ended, is_copy=isinstance(i, Send))
+            return began, ended
         except Aborted:
             raise
         except torch.OutOfMemoryError as error:

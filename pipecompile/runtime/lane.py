@@ -54,14 +54,16 @@ class Lane:
         threads: number of intra-op threads that torch uses on the CPU (see ``threads_each``).
 
     Attributes:
-        compute, sends, receives: streams of an accelerator; None on the CPU.
+        compute, sends, receives, notes: streams of an accelerator; None on the CPU.
+        one: a byte on the device, for notes.
     """
 
     def __init__(self, device: torch.device, threads: int = 1) -> None:
         self.device = device
         self.threads = threads
         self.renew()
-        self.compute, self.sends, self.receives = (_stream(device) for _ in range(3))
+        self.compute, self.sends, self.receives, self.notes = (_stream(device) for _ in range(4))
+        self.one = torch.ones(1, dtype=torch.uint8, device="cpu").to(device)
 
     def renew(self) -> None:
         """Starts a new thread, as in a forked process, which does not inherit its parent's threads."""
@@ -85,6 +87,22 @@ class Lane:
     def mark(self) -> Mark:
         """The time at which all that the rank has queued so far will have run."""
         return time_mark(self.device, self.compute)
+
+    def note(self, flag: Tensor, ended: Mark, is_copy: bool = False) -> None:
+        """Sets a flag in the host's memory when the work before a mark has run. Nothing else waits for that.
+
+        Args:
+            flag: one byte, pinned if the lane is on an accelerator.
+            ended: the mark.
+            is_copy: whether the work is a copy to another device.
+        """
+        stream = self.sends if is_copy else self.notes
+        if stream is None or not isinstance(ended, torch.Event):
+            flag.fill_(1)
+            return
+        stream.wait_event(ended)
+        with stream:
+            flag.copy_(self.one, non_blocking=True)
 
     def wait(self, event: torch.Event | None) -> None:
         """Waits for an event of another lane ([3])."""

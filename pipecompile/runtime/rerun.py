@@ -8,7 +8,7 @@ modes, with the same random numbers, on unchanged weights and inputs, and on the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -70,7 +70,8 @@ class Snapshot:
         except STOPPED:
             raise
         except BaseException:
-            _write(self.written)
+            with suppress(torch.AcceleratorError):  # a device that has failed keeps nothing
+                _write(self.written)
             self.generators.put_back()
             raise
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from weakref import WeakSet
@@ -25,6 +26,7 @@ from pipecompile.runtime import Ambient, Executor, Lane, LocalTransport, MakeOpt
 from pipecompile.runtime.compiled import Compiled
 from pipecompile.runtime.executor import RowRun, timeline_of
 from pipecompile.runtime.lane import Callers
+from pipecompile.runtime.notes import Notes, failed
 from pipecompile.schedule import carried_after
 
 
@@ -80,6 +82,7 @@ class Session:
         self.repeated: Counter[Rerun] = Counter()  # how many calls were rerun, and why
         self.defers = False  # whether backwards wait for gradients even if the model computes its loss
         self.callers = Callers(devices)
+        self.notes = Notes()
         self.program: Program | None = None
         self.measured: Timeline | Sequence[RowRun] | None = None  # of that program
         self.running = self.closed = False
@@ -114,6 +117,7 @@ class Session:
             try:
                 self.measured = self._executor(compiled).run(program, microbatches, ambient)
             except BaseException:
+                self.notes.failed = True
                 for weights in self.weights:
                     weights.drop_gradients()
                 raise
@@ -124,8 +128,28 @@ class Session:
     def timeline(self) -> Timeline | None:
         """The measured timeline of the last program. Waits until its work on accelerators has run."""
         if self.measured is not None and not isinstance(self.measured, Timeline):
-            self.measured = timeline_of(self.measured)
+            with self.watched():
+                self.measured = timeline_of(self.measured)
         return self.measured
+
+    @property
+    def stopped_at(self) -> tuple[Instruction, ...]:
+        """The instructions at which devices that have failed have stopped. Does not wait."""
+        return tuple(stop.instruction for stop in self.notes.stops(failed(self.lanes)))
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Says which instruction had queued a kernel whose error is raised in the calling thread.
+
+        Raises:
+            ExecutionError: a kernel has failed.
+        """
+        try:
+            yield
+        except torch.AcceleratorError as error:
+            if late := self.notes.explained([error], self.lanes):
+                raise late from error
+            raise
 
     def forget(self) -> None:
         """Drops the stages; the next program brings its own."""
@@ -157,7 +181,9 @@ class Session:
             parts = zip(compiled.stages, self.weights, compiled.plan.rank_of, strict=True)
             runners = [Runner(stage, weights, self.lanes[rank]) for stage, weights, rank in parts]
             transport = LocalTransport(self.lanes, compiled.plan.rank_of)
-            self.executors[id(compiled)] = Executor(compiled.plan, runners, self.lanes, transport, self.callers)
+            self.executors[id(compiled)] = Executor(
+                compiled.plan, runners, self.lanes, transport, self.callers, self.notes
+            )
         return self.executors[id(compiled)]
 
 

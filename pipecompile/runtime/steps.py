@@ -156,7 +156,13 @@ def run(
         schedule: makes the program of a step.
         segment: makes the segments of an asynchronous schedule, in which the stages step their own optimizers.
     """
-    batch = batch.on_copies()
+    with session.watched():
+        return _run(session, batch.on_copies(), loss, schedule, segment)
+
+
+def _run(
+    session: Session, batch: Batch, loss: int | None, schedule: MakeProgram, segment: Segment | None
+) -> dict[str, Tensor]:
     if not torch.is_grad_enabled() or not any(output.requires_grad for output in batch.outputs):
         return evaluate(session, batch)
     if segment is not None and loss is not None:
@@ -193,6 +199,7 @@ def _train(session: Session, batch: Batch, loss: int, schedule: MakeProgram, sta
     found = _gradients(session, batch, microbatches)
     leaves = list({id(t): t for t in batch.model_tensors if id(t) in found}.values())
 
+    @session.watched()
     def deliver(saved: Saved, incoming: Gradients) -> Gradients:
         (factor,) = incoming
         if factor is None:
@@ -231,6 +238,7 @@ def _times(gradient: Tensor, factor: Tensor, in_place: bool) -> Tensor:
 def _beside(session: Session, batch: Batch, start: Snapshot, outputs: Sequence[Tensor], loss: int) -> Sequence[Tensor]:
     """Connects the outputs other than the loss to autograd: a gradient of one of them reruns the call."""
 
+    @session.watched()
     def backward(_: Saved, incoming: Gradients) -> Gradients:
         session.defers = True
         with _again(session, start, Rerun.BESIDE):
@@ -265,6 +273,7 @@ def _defer(session: Session, batch: Batch, start: Snapshot) -> list[Tensor]:
         assert found.keys() <= set(map(id, leaves)), "each gradient has a leaf to arrive at"
         return [found.get(id(leaf)) for leaf in leaves]
 
+    @session.watched()
     def backward(_: Saved, incoming: Gradients) -> Gradients:
         with Generators.kept_on_failure(session.devices, batch.compiled.runs_python):
             if waiting:
@@ -314,7 +323,7 @@ def flush(session: Session) -> None:
     """Flushes the stream: finishes every microbatch in flight, with its update."""
     under_way, session.stream = session.stream, Stream()
     if under_way.compiled is not None and under_way.carried:
-        with torch.enable_grad():
+        with torch.enable_grad(), session.watched():
             program = under_way.compiled.lowered(drain(under_way.compiled.plan, under_way.carried))
             session.run(under_way.compiled, program, under_way.microbatches)
 

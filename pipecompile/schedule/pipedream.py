@@ -79,6 +79,6 @@ def _check(plan: Plan, microbatches: range) -> None:
         stages = ", ".join(map(str, tied.stages))
         raise PlanError(
             f"parameter {tied.parameter} is tied across stages {stages}, and PipeDream would update its copies at "
-            f"different times, so that they differ; use schedule='1f1b' or 'gpipe', or a plan with all its uses in one "
-            f"stage"
+            f"different times, so that they differ; use schedule='1f1b' or 'gpipe', or colocate= with the modules that "
+            f"read it, which puts all that lies between them into the same stage"
         )

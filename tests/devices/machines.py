@@ -57,6 +57,8 @@ def reset() -> None:
     if vd is None:
         return
     vd.fail_after(-1)
+    for device in range(vd.DEVICES):
+        vd.fail_kernel(device, -1)
     vd.run("threads")
     vd.strict(False)
     vd.peers(True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import count
+
 import pytest
 import torch
 import virtual_device as vd
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from pipecompile.compiler import rehearse
 from pipecompile.ir.program import Backward, Forward
 from pipecompile.profile import meters
+from pipecompile.profile.links import SIZES, copy_seconds
 
 SLOW = 50.0  # much more than the noise of the machine
 
@@ -36,6 +39,37 @@ def test_a_clock_tells_the_devices_time() -> None:
         return meters.Clock(x.device).repeated(lambda: x @ x)
 
     assert 0 < seconds(0) < seconds(1) / 5
+
+
+@pytest.mark.parametrize(("sender", "copier"), [("virt:0", 0), ("cpu", 1)])
+def test_a_link_is_measured_by_the_clock_of_the_device_that_copies(
+    monkeypatch: pytest.MonkeyPatch, sender: str, copier: int
+) -> None:
+    LATE.start()
+    ends = torch.device(sender), LATE[1]
+    monkeypatch.setattr("time.perf_counter", count().__next__)  # a host that takes a second for anything
+    quick = [copy_seconds(*ends, nbytes) for nbytes in SIZES]
+    assert all(0 < seconds < 0.5 for seconds in quick)
+    vd.slowness(copier, 1e3)
+    slow = [copy_seconds(*ends, nbytes) for nbytes in SIZES]
+    assert all(late > 50 * early for early, late in zip(quick, slow, strict=True))
+
+
+def test_copies_to_measure_a_link_run_on_a_stream_of_the_sender(monkeypatch: pytest.MonkeyPatch) -> None:
+    LATE.start()
+    seen = set()
+    to = torch.Tensor.to
+
+    def watched(tensor: Tensor, device: torch.device, **options: bool) -> Tensor:
+        stream = torch.accelerator.current_stream(LATE[0] if tensor.device == LATE[0] else LATE[1])
+        seen.add((str(tensor.device), stream.stream_id == 0, tensor.is_pinned(), options["non_blocking"]))
+        return to(tensor, device, **options)
+
+    monkeypatch.setattr(torch.Tensor, "to", watched)
+    for source in (LATE[0], torch.device("cpu")):
+        copy_seconds(source, LATE[1], 1000)
+    on_own_streams = {("virt:0", False, False, True), ("virt:1", False, False, True), ("cpu", False, True, True)}
+    assert seen == on_own_streams
 
 
 def test_a_timeline_tells_the_devices_time_and_only_who_reads_it_waits() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import suppress
 
 import pytest
 import torch
@@ -171,13 +172,47 @@ def test_devices_do_not_mix(other: str) -> None:
     assert (torch.ones(3, device=A) + torch.tensor(2.0)).cpu().tolist() == [3.0] * 3
 
 
-def test_a_kernels_error_comes_with_a_later_wait() -> None:
+def test_a_kernels_error_comes_with_a_later_wait_and_stays() -> None:
     vd.run("late")
+    before = torch.accelerator.current_stream(A).record_event()
+    before.synchronize()
     table = torch.ones(3, 2, device=A)
     nn.functional.embedding(torch.tensor([7], device=A), table)
-    with pytest.raises(RuntimeError, match="queued earlier has failed"):
+    asked = (
+        lambda: torch.accelerator.synchronize(A),
+        before.query,
+        table.exp,
+        torch.accelerator.current_stream(A).record_event,
+    )
+    for ask in (*asked, asked[0]):
+        with pytest.raises(torch.AcceleratorError, match="virt:0: a kernel queued earlier has failed: index out of"):
+            ask()
+    assert torch.ones(1, device=B).item() == 1.0
+    vd.run("late")
+    assert torch.ones(1, device=A).item() == 1.0
+
+
+@pytest.mark.parametrize("mode", ["threads", "late"])
+def test_a_kernel_fails_on_request_and_nothing_runs_after_it(mode: str) -> None:
+    vd.run(mode)
+    vd.fail_kernel(0, 2)
+    log = torch.zeros(4, pin_memory=True)
+    value = torch.ones(1, device=A)  # one kernel
+    log[0:1].copy_(value, non_blocking=True)
+    log[1:2].copy_(value, non_blocking=True)
+    with suppress(torch.AcceleratorError):  # with threads, perhaps already here
+        log[2:3].copy_(value, non_blocking=True)
+    with pytest.raises(torch.AcceleratorError, match="virt:0"):
         torch.accelerator.synchronize(A)
-    torch.accelerator.synchronize(A)  # is raised once
+    assert log.tolist() == [1.0, 0.0, 0.0, 0.0]
+    assert vd.fail_kernel(0, -1) >= 3
+
+
+def test_in_sync_mode_the_call_itself_raises() -> None:
+    vd.run("sync")
+    vd.fail_kernel(0, 0)
+    with pytest.raises(torch.AcceleratorError, match="virt:0"):
+        torch.ones(1, device=A)
 
 
 def test_random_numbers_are_drawn_at_the_call() -> None:

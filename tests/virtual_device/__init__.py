@@ -8,7 +8,7 @@ Importing this module makes ``torch.device("virt", 0)`` the accelerator of the p
 processes of their own. ``torch.virt`` has what ``torch.cuda`` has and a library may ask for.
 
 What it does not model: the numbers of CUDA's kernels (they are the CPU's), streams that wait for one another for lack
-of room, priorities, fragmentation, an error that stays, graphs, several processes. Operators that the CPU has no kernel
+of room, priorities, fragmentation, graphs, several processes. Operators that the CPU has no kernel
 for fail: fused LSTM and GRU cells, ``histc`` of integers, sparse tensors.
 """
 
@@ -35,10 +35,12 @@ _library.virt_waits.argtypes = (ctypes.c_char_p, ctypes.c_int64)
 _library.virt_waits.restype = ctypes.c_int64
 _library.virt_fail_after.argtypes = (ctypes.c_int64,)
 _library.virt_fail_after.restype = ctypes.c_int64
+_library.virt_fail_kernel.argtypes = (ctypes.c_int, ctypes.c_int64)
+_library.virt_fail_kernel.restype = ctypes.c_int64
 
 
 def run(mode: str = "threads", seed: int = 0, jitter: int = 0) -> None:
-    """Sets when queued work runs. What is queued runs first; the error of a kernel that nobody waited for is dropped.
+    """Sets when queued work runs. What is queued runs first. Devices that have failed work again, as in a new process.
 
     Args:
         mode: One of ``MODES``. ``threads``: each stream has a thread. ``late``: when a thread waits for it, and nothing
@@ -77,6 +79,18 @@ def fail_after(count: int) -> int:
         count: -1 for no failure.
     """
     return int(_library.virt_fail_after(count))
+
+
+def fail_kernel(device: int, count: int) -> int:
+    """Makes a kernel, or a copy, fail when it runs; returns the number queued on the device since the last call.
+
+    As with CUDA, the device then stops: the rest of its work does not run, and whatever asks it for something, be it to
+    queue, to wait, or whether an event has passed, raises ``torch.AcceleratorError``. ``run`` ends that.
+
+    Args:
+        count: How many more are queued before the one that fails; -1 for no failure.
+    """
+    return int(_library.virt_fail_kernel(device, count))
 
 
 def waits() -> dict[str, int]:

@@ -73,6 +73,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   double elapsedTime(void* from, void* to, const c10::DeviceIndex) const override {
     TORCH_CHECK(from && to, "both events must have been recorded");
     const auto *first = static_cast<Event*>(from), *last = static_cast<Event*>(to);
+    raise_failure(first->point.queue->stream.device_index());
     TORCH_CHECK(first->point.passed() && last->point.passed(), "both events must have passed: synchronize first");
     return *last->time - *first->time;
   }

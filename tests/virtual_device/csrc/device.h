@@ -67,9 +67,10 @@ Queue* current(int device);        // the calling thread's stream of a device
 Point enqueue(Queue* queue, Task task);
 Point enqueue_inside(Queue* queue, Task task);  // of the allocator: never runs before it returns
 Point mark(Queue* queue);          // all that has been queued so far
-void wait(Point point, const std::string& why);  // blocks the host; raises what an earlier kernel has raised
+void wait(Point point, const std::string& why);  // blocks the host
 bool query(Point point);
 void synchronize(int device, const std::string& why);
+void raise_failure(int device);    // what an earlier kernel has raised; so do all functions above, but enqueue_inside
 void count_wait(const std::string& why);
 
 int current_device();

@@ -34,9 +34,14 @@ struct Streams {  // never destroyed: threads outlive static objects
   int jitter = 0;  // microseconds; with THREADS, each task starts up to so much later
   std::mt19937 random{0};
   double slowness[DEVICES];  // device time of a kernel, relative to the time that the CPU takes for it
-  std::string failure;       // of the first kernel that has failed; raised by the next wait
+  std::string failure[DEVICES];   // of the first kernel that has failed: the device stops, as with CUDA
+  int64_t healthy[DEVICES];       // how many more kernels are queued before one that fails; negative: no limit
+  int64_t kernels[DEVICES] = {};  // queued
   std::map<std::string, int> waits;
-  Streams() { std::fill_n(slowness, DEVICES, 1.0); }
+  Streams() {
+    std::fill_n(slowness, DEVICES, 1.0);
+    std::fill_n(healthy, DEVICES, -1);
+  }
 };
 
 Streams& streams() {
@@ -54,11 +59,14 @@ double milliseconds() {
 
 bool is_ready(const Queue* queue) { return !queue->tasks.empty() && queue->tasks.front().after.passed(); }
 
-// Runs the first task of a queue, outside the lock and without the modes of the thread that happens to run it.
+// Runs the first task of a queue, outside the lock and without the modes of the thread that happens to run it. A device
+// that has failed drops its work.
 void run_first(Queue* queue, Lock& lock) {
   Streams& all = streams();
+  std::string& failed = all.failure[queue->stream.device_index()];
   Task task = std::move(queue->tasks.front());
   queue->tasks.pop_front();
+  const bool runs = task.run && failed.empty();
   const int delay = all.mode == THREADS && all.jitter ? int(all.random() % all.jitter) : 0;
   lock.unlock();
   if (delay) std::this_thread::sleep_for(std::chrono::microseconds(delay));
@@ -67,14 +75,16 @@ void run_first(Queue* queue, Lock& lock) {
   try {
     c10::impl::ForceDispatchKeyGuard plain(
         c10::default_included_set, c10::autograd_dispatch_keyset_with_ADInplaceOrView | c10::autocast_dispatch_keyset);
-    if (task.run) task.run();
+    if (runs) task.run();
+  } catch (const c10::Error& error) {
+    failure = error.what_without_backtrace();
   } catch (const std::exception& error) {
     failure = error.what();
   }
-  const double took = task.run ? milliseconds() - start : 0;
+  const double took = runs ? milliseconds() - start : 0;
   task.run = nullptr;  // frees what it holds before others see that it is done
   lock.lock();
-  if (all.failure.empty()) all.failure = failure;
+  if (failed.empty()) failed = failure;
   if (task.after_time) queue->clock = std::max(queue->clock, *task.after_time);
   queue->clock += took * all.slowness[queue->stream.device_index()];
   if (task.stamp) *task.stamp = queue->clock;
@@ -113,22 +123,28 @@ void drive(Point point) {
   while (!point.passed()) run_first(choose(point.queue), lock);
 }
 
+bool is_last_healthy(int device) {  // counts a kernel
+  Lock lock(streams().lock);
+  ++streams().kernels[device];
+  int64_t& left = streams().healthy[device];
+  return left >= 0 && left-- == 0;
+}
+
 Queue* find(int device, int64_t id) {  // under the lock
   auto& place = streams().queues[device][id];
   if (!place) place.reset(new Queue{c10::Stream(c10::Stream::UNSAFE, c10::Device(TYPE, c10::DeviceIndex(device)), id)});
   return place.get();
 }
 
-void raise_failure() {
-  std::string failure;
-  {
-    Lock lock(streams().lock);
-    failure.swap(streams().failure);
-  }
-  TORCH_CHECK(failure.empty(), "virt: a kernel queued earlier has failed: ", failure);
-}
-
 }  // namespace
+
+void raise_failure(int device) {
+  Lock lock(streams().lock);
+  const std::string& failure = streams().failure[device];
+  if (failure.empty()) return;
+  const std::string text = "virt:" + std::to_string(device) + ": a kernel queued earlier has failed: " + failure;
+  throw c10::AcceleratorError({__func__, __FILE__, uint32_t(__LINE__)}, 1, text);
+}
 
 Queue* queue_of(int device, int64_t id) {
   Lock lock(streams().lock);
@@ -158,8 +174,14 @@ Point enqueue_inside(Queue* queue, Task task) {
 }
 
 Point enqueue(Queue* queue, Task task) {
+  const int device = queue->stream.device_index();
+  raise_failure(device);
+  if (task.run && is_last_healthy(device)) task.run = [] { TORCH_CHECK(false, "as a test has asked for"); };
   const Point point = enqueue_inside(queue, std::move(task));
-  if (streams().mode == SYNC) drive(point);
+  if (streams().mode == SYNC) {
+    drive(point);
+    raise_failure(device);
+  }
   return point;
 }
 
@@ -176,15 +198,18 @@ void count_wait(const std::string& why) {
 void wait(Point point, const std::string& why) {
   count_wait(why);
   drive(point);
-  raise_failure();
+  raise_failure(point.queue->stream.device_index());
 }
 
 bool query(Point point) {  // where streams have no threads, a question moves the work on by one task
-  NoGil no_gil;
-  Lock turn(streams().driving, std::defer_lock);
-  if (streams().mode != THREADS) turn.lock();
-  Lock lock(streams().lock);
-  if (streams().mode != THREADS && !point.passed()) run_first(choose(point.queue), lock);
+  {
+    NoGil no_gil;
+    Lock turn(streams().driving, std::defer_lock);
+    if (streams().mode != THREADS) turn.lock();
+    Lock lock(streams().lock);
+    if (streams().mode != THREADS && !point.passed()) run_first(choose(point.queue), lock);
+  }
+  raise_failure(point.queue->stream.device_index());
   return point.passed();
 }
 
@@ -193,7 +218,7 @@ void synchronize(int device, const std::string& why) {
   for (Queue* queue : queues_of(device)) points.push_back(mark(queue));
   count_wait(why);
   for (const Point& point : points) drive(point);
-  raise_failure();
+  raise_failure(device);
 }
 
 int checked(int device) {
@@ -212,10 +237,17 @@ extern "C" void virt_mode(int mode, int seed, int jitter) {
   for (int device = 0; device < DEVICES; ++device)
     for (Queue* queue : queues_of(device)) drive(mark(queue));
   Lock lock(streams().lock);
-  streams().failure.clear();
+  for (std::string& failure : streams().failure) failure.clear();
   streams().mode = mode;
   streams().random.seed(seed);
   streams().jitter = jitter;
+}
+
+// Lets `count` more kernels of a device run and the one after fail; returns how many were queued since the last call.
+extern "C" int64_t virt_fail_kernel(int device, int64_t count) {
+  virt::Lock lock(virt::streams().lock);
+  virt::streams().healthy[device] = count;
+  return std::exchange(virt::streams().kernels[device], 0);
 }
 
 extern "C" void virt_slowness(int device, double factor) {
