@@ -192,7 +192,7 @@ class Pipeline:
     @property
     def versions(self) -> tuple[int, ...]:
         """For each stage, the largest number of weight versions alive at the same time."""
-        return tuple(weights.peak for weights in self._session.weights)
+        return tuple(weights.peak for weights in self._session.weights.values())
 
     @property
     def _capture_in_use(self) -> Compiled:

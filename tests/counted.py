@@ -76,7 +76,7 @@ def counting(pipe: pipecompile.Pipeline) -> Iterator[list[Ledger]]:
 
     def copied(self: Lane, values: tuple[Tensor | None, ...], target: Lane) -> Any:
         mode, mine = here.mode, here.mode.ledger
-        mode.ledger = ledgers[pipe.pipeline._session.lanes.index(target)]
+        mode.ledger = ledgers[list(pipe.pipeline._session.lanes.values()).index(target)]
         try:
             return move(
                 self, tuple(None if v is None else v.clone().requires_grad_(v.requires_grad) for v in values), target
@@ -99,7 +99,7 @@ def peaks(pipe: Any, step: Callable[[], Any], optimizer: torch.optim.Optimizer |
     step()
     step()  # some models read in their second call what the first has set
     state: dict[int, int] = {}
-    inside = [weights.optimizer for weights in pipe.pipeline._session.weights if weights.optimizer is not None]
+    inside = [weights.optimizer for weights in pipe.pipeline._session.weights.values() if weights.optimizer is not None]
     for each in inside if optimizer is None else [optimizer]:
         for parameter, kept in each.state.items():
             state[id(parameter)] = sum(t.nbytes for t in kept.values() if isinstance(t, Tensor))

@@ -67,10 +67,10 @@ class Rehearsal:
         count = min(len(batch.rows), 2 * compiled.plan.num_stages + 1)
         program = compiled.lowered(self.schedule(compiled.plan, count))
         with left_as_before(compiled.captured.model), closing(Session(self.devices, None)) as session:
-            session.weights = [Weights(compiled.tensors(stage.index), stage.device) for stage in compiled.stages]
+            session.weights = {s.index: Weights(compiled.tensors(s.index), s.device) for s in compiled.stages}
 
             def run() -> Timeline:
-                for weights in session.weights:
+                for weights in session.weights.values():
                     weights.begin(weights.tensors)
                 session.run(compiled, program, _microbatches(batch, self.starts))
                 assert session.timeline is not None

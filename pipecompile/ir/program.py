@@ -4,7 +4,8 @@
     Backward(stage, microbatch)    2B0     computes the gradients of its inputs and weights
     Reduce(stage, microbatch)      2R7     sends or sums the gradients of tied parameters up to microbatch 7
     Step(stage, microbatch)        2S7     the optimizer updates the stage with the gradients up to microbatch 7
-    Send(result, target)           0F3>2   sends the result of a Forward, Backward or Reduce to a stage on another rank
+    Refresh(stage, microbatch)     2P0     sends or takes the values of tied parameters, before microbatch 0
+    Send(result, target)           0F3>2   sends the result of a computation to a stage on another rank
     Recv(result, target)           2<0F3   the matching receive, with the same fields
 
 A program is *bare* as a schedule writes it (without transfers) and *lowered* once ``lower`` has inserted them. Bubbles
@@ -65,7 +66,16 @@ class Step:
         return f"{self.stage}S{self.microbatch}"
 
 
-Result = Forward | Backward | Reduce  # what other stages can read
+@dataclass(frozen=True, slots=True)
+class Refresh:
+    stage: int
+    microbatch: int
+
+    def __str__(self) -> str:
+        return f"{self.stage}P{self.microbatch}"
+
+
+Result = Forward | Backward | Reduce | Refresh  # what other stages can read
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,16 +104,17 @@ class Recv:
         return f"{self.target}<{self.result}"
 
 
-Compute = Forward | Backward | Reduce | Step
-Instruction = Forward | Backward | Reduce | Step | Send | Recv
+Compute = Forward | Backward | Reduce | Step | Refresh
+Instruction = Forward | Backward | Reduce | Step | Refresh | Send | Recv
 
-_COMPUTE: dict[str, type[Forward] | type[Backward] | type[Reduce] | type[Step]] = {
+_COMPUTE: dict[str, type[Forward] | type[Backward] | type[Reduce] | type[Step] | type[Refresh]] = {
     "F": Forward,
     "B": Backward,
     "R": Reduce,
     "S": Step,
+    "P": Refresh,
 }
-_TEXT = re.compile(r"(?:(?P<receiver>\d+)<)?(?P<stage>\d+)(?P<kind>[FBRS])(?P<microbatch>\d+)(?:>(?P<target>\d+))?")
+_TEXT = re.compile(r"(?:(?P<receiver>\d+)<)?(?P<stage>\d+)(?P<kind>[FBRSP])(?P<microbatch>\d+)(?:>(?P<target>\d+))?")
 
 
 def parse(text: str) -> Instruction:
@@ -221,6 +232,9 @@ def reads(i: Compute, plan: Plan) -> Iterator[Result]:
         case Reduce(stage, microbatch):
             for follower in followers(stage, plan):
                 yield Reduce(follower, microbatch)
+        case Refresh(stage, microbatch):
+            for owner in owners(stage, plan):
+                yield Refresh(owner, microbatch)
         case Step():
             return
         case _:
@@ -236,6 +250,8 @@ def readers(result: Result, plan: Plan) -> tuple[int, ...]:
             return plan.sources(stage, microbatch)
         case Reduce(stage, _):
             return owners(stage, plan)
+        case Refresh(stage, _):
+            return followers(stage, plan)
         case _:
             assert_never(result)
 
@@ -272,7 +288,7 @@ def dependencies(i: Instruction, plan: Plan) -> Iterator[Instruction]:
             yield result
         case Recv(result, target):
             yield Send(result, target)
-        case Forward() | Backward() | Reduce() | Step():
+        case Forward() | Backward() | Reduce() | Step() | Refresh():
             if isinstance(i, Backward):
                 yield Forward(i.stage, i.microbatch)
             if isinstance(i, Step) and is_tied(i.stage, plan):

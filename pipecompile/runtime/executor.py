@@ -21,11 +21,13 @@ from pipecompile.errors import ExecutionError, PipecompileError
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import (
     Backward,
+    Compute,
     Forward,
     Instruction,
     Program,
     Recv,
     Reduce,
+    Refresh,
     Result,
     Send,
     Step,
@@ -63,22 +65,26 @@ class RowRun:
         return self.start + seconds_between(self.first, mark)
 
 
-def timeline_of(rows: Sequence[RowRun]) -> Timeline:
-    """The measured timeline of a program. Waits until its work on accelerators has run."""
+def timeline_of(rows: Mapping[int, RowRun], num_ranks: int) -> Timeline:
+    """The measured timeline of a program. Waits until its work on accelerators has run.
+
+    Args:
+        rows: by rank, those that this process has run.
+    """
     spans = [
         Span(rank, instruction, row.seconds(began), row.seconds(ended))
-        for rank, row in enumerate(rows)
+        for rank, row in rows.items()
         for instruction, began, ended in row.spans
     ]
-    return Timeline(tuple(sorted(spans, key=lambda span: (span.rank, span.start))), len(rows))
+    return Timeline(tuple(sorted(spans, key=lambda span: (span.rank, span.start))), num_ranks)
 
 
 class Executor:
     """Runs programs over the stages of one plan. Results that the next program reads stay in the mailboxes.
 
     Args:
-        runners: one per stage.
-        lanes: one per rank.
+        runners: by stage, those of this process.
+        lanes: by rank, those of this process.
         transport: carries results between ranks.
         callers: the streams of the threads that run programs.
         notes: what has run of the last programs.
@@ -87,28 +93,28 @@ class Executor:
     def __init__(
         self,
         plan: Plan,
-        runners: Sequence[Runner],
-        lanes: Sequence[Lane],
+        runners: Mapping[int, Runner],
+        lanes: Mapping[int, Lane],
         transport: Transport,
         callers: Callers,
         notes: Notes,
     ) -> None:
         self.plan = plan
         self.runners = runners
-        self.lanes = tuple(lanes)
+        self.lanes = lanes
         self.transport = transport
         self.callers = callers
         self.notes = notes
-        self.mailboxes: list[Mailbox] = [{} for _ in lanes]
+        self.mailboxes: dict[int, Mailbox] = {rank: {} for rank in lanes}
 
-    def run(self, program: Program, microbatches: Mapping[int, Microbatch], ambient: Ambient) -> Sequence[RowRun]:
+    def run(self, program: Program, microbatches: Mapping[int, Microbatch], ambient: Ambient) -> Mapping[int, RowRun]:
         """Runs a validated, lowered program.
 
         Args:
             microbatches: by number, those that the program uses; their outputs and gradients are stored in them.
 
         Returns:
-            When each rank has run its row, for ``timeline_of``.
+            When each rank of this process has run its row, for ``timeline_of``.
 
         Raises:
             ExecutionError: a stage raised; the message names the stage, instruction, module and source line. Or a
@@ -116,26 +122,28 @@ class Executor:
         """
         start = time.perf_counter()
         after = self.callers.events(t.device for m in microbatches.values() for t in m.inputs.values())
-        rows = self.notes.begin(program, [runner.stage.modules for runner in self.runners], self.lanes)
-        jobs = [
-            self.lanes[rank].thread.submit(
+        modules = {stage: runner.stage.modules for stage, runner in self.runners.items()}
+        rows = self.notes.begin(program, modules, self.lanes)
+        jobs = {
+            rank: self.lanes[rank].thread.submit(
                 self._run_rank, rank, row, microbatches, ambient, after, start, busy().turns, rows[rank]
             )
             for rank, row in enumerate(program.ranks)  # a plan may not use the last lanes
-        ]
+            if rank in self.lanes
+        }
         try:
-            wait(jobs)
+            wait(jobs.values())
         except BaseException:  # a keyboard interrupt: wake the ranks before raising it
             self.transport.abort()
-            wait(jobs)
+            wait(jobs.values())
             self.reset()
             self._join_callers()
             raise
-        failures = [error for error in (job.exception() for job in jobs) if error is not None]
+        failures = [error for error in (job.exception() for job in jobs.values()) if error is not None]
         if (stopped := self._join_callers()) is not None:
             failures.append(stopped)
         if not failures:
-            return [job.result() for job in jobs]
+            return {rank: job.result() for rank, job in jobs.items()}
         self.reset()
         failure = self._explained([error for error in failures if not isinstance(error, Aborted)] or failures)
         if isinstance(failure, OutOfMemoryError) and failure.__cause__ is not None:
@@ -152,7 +160,7 @@ class Executor:
             What a device raised that has failed.
         """
         try:
-            self.callers.wait(self.lanes)
+            self.callers.wait(self.lanes.values())
         except torch.AcceleratorError as error:
             return error
         return None
@@ -160,7 +168,7 @@ class Executor:
     def _explained(self, failures: Sequence[BaseException]) -> BaseException:
         """The first failure; of a kernel that was queued before, the error that says where."""
         late = [error for error in failures if isinstance(error.__cause__ or error, torch.AcceleratorError)]
-        found = self.notes.explained(late, self.lanes) if late else None
+        found = self.notes.explained(late, self.lanes.values()) if late else None
         if found is None:
             return failures[0]
         found.__cause__ = late[0].__cause__ or late[0]
@@ -169,7 +177,7 @@ class Executor:
     def reset(self) -> None:
         """Drops every microbatch in flight."""
         self.transport.reset()
-        for mailbox in self.mailboxes:
+        for mailbox in self.mailboxes.values():
             mailbox.clear()
 
     def _run_rank(
@@ -207,7 +215,7 @@ class Executor:
                 case Recv():
                     mailbox[i.result, i.target] = self.transport.recv(i)
                     began = ended = lane.mark()
-                case Forward() | Backward() | Reduce() | Step():
+                case Forward() | Backward() | Reduce() | Step() | Refresh():
                     received = {r.stage: _open(mailbox.pop((r, i.stage))) for r in reads(i, self.plan)}
                     began = lane.mark()
                     self._compute(i, received, mailbox, microbatches)
@@ -229,7 +237,7 @@ class Executor:
 
     def _compute(
         self,
-        i: Forward | Backward | Reduce | Step,
+        i: Compute,
         received: Mapping[int, Values],
         mailbox: Mailbox,
         microbatches: Mapping[int, Microbatch],
@@ -245,6 +253,8 @@ class Executor:
                 last = self.plan.last_run(stage, number)  # None: the stage has not run, and has no gradients
                 leaves = {} if last is None else microbatches[last].versions[stage].leaves
                 results = self._reduce(stage, leaves, received)
+            case Refresh(stage, _):
+                results = self._refresh(stage, received)
             case Step():
                 runner.step(tuple(microbatches.values()))
             case _:
@@ -265,6 +275,21 @@ class Executor:
         ]
         return OutOfMemoryError(f"stage {i.stage}, {i}: {seen}; what takes less memory: {', '.join(remedies)}")
 
+    def _refresh(self, stage: int, received: Mapping[int, Values]) -> dict[int, Values]:
+        """Copies the values of tied parameters: an owner returns its own for its followers, a follower takes them."""
+        leaves = self.runners[stage].weights.current.leaves
+        for owner, values in received.items():
+            for name, value in zip(self._shared(owner, stage), values, strict=True):
+                if value is not None:
+                    leaves[name].data.copy_(value)
+        return {
+            follower: tuple(leaves[name].detach() for name in self._shared(stage, follower))
+            for follower in followers(stage, self.plan)
+        }
+
+    def _shared(self, owner: int, follower: int) -> list[str]:
+        return [tied.parameter for tied in self.plan.tied if tied.owner == owner and follower in tied.followers]
+
     def _reduce(self, stage: int, leaves: Mapping[str, Tensor], received: Mapping[int, Values]) -> dict[int, Values]:
         """Reduces gradients of tied parameters: an owner adds those of its followers, a follower returns its own."""
         results: dict[int, Values] = {}
@@ -275,8 +300,7 @@ class Executor:
                 if leaf is not None:
                     leaf.grad = None
         for follower in sorted(followers(stage, self.plan), reverse=True):
-            shared = [t.parameter for t in self.plan.tied if t.owner == stage and follower in t.followers]
-            for name, gradient in zip(shared, received[follower], strict=True):
+            for name, gradient in zip(self._shared(stage, follower), received[follower], strict=True):
                 leaf = leaves[name]
                 if gradient is not None:
                     leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient

@@ -14,7 +14,7 @@ one soon after it.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -28,6 +28,7 @@ from pipecompile.ir.program import (
     Program,
     Recv,
     Reduce,
+    Refresh,
     Send,
     Step,
     dependencies,
@@ -102,11 +103,11 @@ class ProgramNotes:
     """What has run of a program.
 
     Attributes:
-        modules: of each stage, in words.
+        modules: of each stage of this process, in words.
     """
 
     program: Program
-    modules: Sequence[str]
+    modules: Mapping[int, str]
     rows: Sequence[RowNotes]
 
     @property
@@ -131,27 +132,28 @@ class Notes:
         self.programs: deque[ProgramNotes] = deque(maxlen=PROGRAMS)
         self.failed = False  # the last program: nothing will be noted any more
 
-    def begin(self, program: Program, modules: Sequence[str], lanes: Sequence[Lane]) -> Sequence[RowNotes]:
+    def begin(self, program: Program, modules: Mapping[int, str], lanes: Mapping[int, Lane]) -> Mapping[int, RowNotes]:
         """Notes for a program that is about to run; forgets those that have run, or failed."""
         if self.failed:
             self.programs.clear()
             self.failed = False
         while self.programs and self.programs[0].has_run:
             self.programs.popleft()
-        rows = [RowNotes.of(lane.device, row) for lane, row in zip(lanes, program.ranks, strict=False)]
-        self.programs.append(ProgramNotes(program, modules, rows))
+        ranks = [rank for rank in lanes if rank < len(program.ranks)]
+        rows = {rank: RowNotes.of(lanes[rank].device, program.ranks[rank]) for rank in ranks}
+        self.programs.append(ProgramNotes(program, modules, [*rows.values()]))
         return rows
 
     def stops(self, devices: Container[torch.device]) -> Sequence[Stop]:
         """Where devices that have failed have stopped. Copies have a stream of their own."""
         found = [
             stop
-            for kind in ((Send,), (Forward, Backward, Reduce, Step))
+            for kind in ((Send,), (Forward, Backward, Reduce, Step, Refresh))
             for stop in next(filter(None, ([*notes.stops(devices, kind)] for notes in self.programs)), ())
         ]
         return [stop for stop in found if stop.is_ready] or found
 
-    def explained(self, errors: Sequence[BaseException], lanes: Sequence[Lane]) -> ExecutionError | None:
+    def explained(self, errors: Sequence[BaseException], lanes: Iterable[Lane]) -> ExecutionError | None:
         """The error that says where a device has stopped; None if all devices still work.
 
         Args:
@@ -179,7 +181,7 @@ class Notes:
         )
 
 
-def failed(lanes: Sequence[Lane]) -> list[torch.device]:
+def failed(lanes: Iterable[Lane]) -> list[torch.device]:
     """The devices that have failed. Does not wait."""
     return [device for device in dict.fromkeys(lane.device for lane in lanes) if has_failed(device)]
 
@@ -202,4 +204,6 @@ def _in_words(i: Instruction, modules: str) -> str:
             kind = "sum of tied gradients"
         case Step(stage, microbatch):
             kind = "optimizer step"
+        case Refresh(stage, microbatch):
+            kind = "copy of tied parameters"
     return f"stage {stage}, microbatch {microbatch}, {kind} ({i}, {modules})"

@@ -22,11 +22,12 @@ from pipecompile.ir.program import Instruction, Program
 from pipecompile.ir.timeline import Timeline
 from pipecompile.ops.accelerators import in_autograd_thread
 from pipecompile.ops.device_args import threads_each
-from pipecompile.runtime import Ambient, Executor, Lane, LocalTransport, MakeOptimizer, Microbatch, Runner, Weights
+from pipecompile.runtime import Ambient, Executor, Lane, MakeOptimizer, Microbatch, Runner, Weights
 from pipecompile.runtime.compiled import Compiled
 from pipecompile.runtime.executor import RowRun, timeline_of
 from pipecompile.runtime.lane import Callers
 from pipecompile.runtime.notes import Notes, failed
+from pipecompile.runtime.peers import OneProcess, Peers
 from pipecompile.schedule import carried_after
 
 
@@ -68,23 +69,29 @@ class Session:
     Args:
         devices: one per rank.
         optimizer: for schedules that step inside the pipeline.
+        peers: the processes that run its ranks.
     """
 
-    def __init__(self, devices: Sequence[torch.device], optimizer: MakeOptimizer | None) -> None:
+    def __init__(
+        self, devices: Sequence[torch.device], optimizer: MakeOptimizer | None, peers: Peers | None = None
+    ) -> None:
         self.turn = Turn()  # calls from several threads run one at a time
         self.devices = tuple(devices)
         self.optimizer = optimizer
-        self.lanes = tuple(Lane(device, threads_each(devices)) for device in devices)
-        self.weights: list[Weights] = []  # one per stage, shared by all captures
+        self.peers = peers or OneProcess()
+        ranks = self.peers.ranks(len(devices))
+        threads = threads_each([devices[rank] for rank in ranks])
+        self.lanes = {rank: Lane(devices[rank], threads) for rank in ranks}
+        self.weights: dict[int, Weights] = {}  # by stage, those of this process; shared by all captures
         self.executors: dict[int, Executor] = {}
         self.stream = Stream()
         self.scale = 1.0  # the last gradient of a loss computed with float16, expected again for the next call
         self.repeated: Counter[Rerun] = Counter()  # how many calls were rerun, and why
         self.defers = False  # whether backwards wait for gradients even if the model computes its loss
-        self.callers = Callers(devices)
+        self.callers = Callers([lane.device for lane in self.lanes.values()])
         self.notes = Notes()
         self.program: Program | None = None
-        self.measured: Timeline | Sequence[RowRun] | None = None  # of that program
+        self.measured: Timeline | Mapping[int, RowRun] | None = None  # of that program
         self.running = self.closed = False
         _SESSIONS.add(self)
 
@@ -92,7 +99,7 @@ class Session:
         """Begins a pass of a synchronous schedule, with every stage on the parameters' present values."""
         self._own(compiled)
         tail = compiled.division.tail
-        for stage, weights in enumerate(self.weights):
+        for stage, weights in self.weights.items():
             weights.begin(compiled.tensors(stage), frozenset(tail.writes if tail else ()))
 
     def run(self, compiled: Compiled, program: Program, microbatches: Mapping[int, Microbatch]) -> None:
@@ -116,11 +123,14 @@ class Session:
             self.running = True
             try:
                 self.measured = self._executor(compiled).run(program, microbatches, ambient)
-            except BaseException:
+            except BaseException as error:
                 self.notes.failed = True
-                for weights in self.weights:
+                for weights in self.weights.values():
                     weights.drop_gradients()
-                raise
+                failure = self.peers.failure(error)
+                if failure is error:
+                    raise
+                raise failure from error
             finally:
                 self.running = False
 
@@ -129,13 +139,13 @@ class Session:
         """The measured timeline of the last program. Waits until its work on accelerators has run."""
         if self.measured is not None and not isinstance(self.measured, Timeline):
             with self.watched():
-                self.measured = timeline_of(self.measured)
+                self.measured = timeline_of(self.measured, len(self.devices))
         return self.measured
 
     @property
     def stopped_at(self) -> tuple[Instruction, ...]:
         """The instructions at which devices that have failed have stopped. Does not wait."""
-        return tuple(stop.instruction for stop in self.notes.stops(failed(self.lanes)))
+        return tuple(stop.instruction for stop in self.notes.stops(failed(self.lanes.values())))
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -147,13 +157,13 @@ class Session:
         try:
             yield
         except torch.AcceleratorError as error:
-            if late := self.notes.explained([error], self.lanes):
+            if late := self.notes.explained([error], self.lanes.values()):
                 raise late from error
             raise
 
     def forget(self) -> None:
         """Drops the stages; the next program brings its own."""
-        self.weights, self.executors = [], {}
+        self.weights, self.executors = {}, {}
         self.program = self.measured = None
 
     def renew(self) -> None:
@@ -163,24 +173,31 @@ class Session:
         """
         if self.running:
             self.executors, self.stream, self.running = {}, Stream(), False
-        for lane in self.lanes:
+        for lane in self.lanes.values():
             lane.renew()
 
     def close(self) -> None:
         """Ends the ranks' threads; the session cannot run any more."""
         self.closed = True
-        for lane in self.lanes:
+        for lane in self.lanes.values():
             lane.thread.shutdown()
 
     def _own(self, compiled: Compiled) -> None:
         if not self.weights:
-            self.weights = [Weights(compiled.tensors(s.index), s.device, self.optimizer) for s in compiled.stages]
+            self.weights = {
+                stage.index: Weights(compiled.tensors(stage.index), stage.device, self.optimizer)
+                for stage in compiled.stages
+                if compiled.plan.rank_of[stage.index] in self.lanes
+            }
 
     def _executor(self, compiled: Compiled) -> Executor:
         if id(compiled) not in self.executors:
-            parts = zip(compiled.stages, self.weights, compiled.plan.rank_of, strict=True)
-            runners = [Runner(stage, weights, self.lanes[rank]) for stage, weights, rank in parts]
-            transport = LocalTransport(self.lanes, compiled.plan.rank_of)
+            rank_of = compiled.plan.rank_of
+            runners = {
+                stage: Runner(compiled.stages[stage], weights, self.lanes[rank_of[stage]])
+                for stage, weights in self.weights.items()
+            }
+            transport = self.peers.transport(self.lanes, rank_of, not compiled.captured.data_sizes)
             self.executors[id(compiled)] = Executor(
                 compiled.plan, runners, self.lanes, transport, self.callers, self.notes
             )

@@ -93,13 +93,30 @@ class Batch:
         return self.division.places[str(self.outputs[output].node)] in self.joins
 
     def join(self, microbatches: Mapping[int, Microbatch]) -> dict[str, Tensor]:
-        """The outputs of the stages, joined to the whole batch, each on the device of its first microbatch."""
+        """The outputs of the stages of this process, joined to the whole batch.
+
+        Each is on the device of its first microbatch.
+        """
+        made = next(iter(microbatches.values())).outputs.keys() if microbatches else ()
 
         def parts(name: str) -> list[Tensor]:
             outputs = [microbatch.outputs[name] for microbatch in microbatches.values()]
             return [output.to(outputs[0].device) for output in outputs]  # replicas of a stage are on several
 
-        return {name: gather(kind, parts(name), self.rows) for name, kind in self.joins.items()}
+        return {name: gather(kind, parts(name), self.rows) for name, kind in self.joins.items() if name in made}
+
+    @property
+    def makers(self) -> dict[str, int]:
+        """The rank that makes each output of the stages."""
+        rank_of = self.compiled.plan.rank_of
+        return {name: rank_of[stage.index] for stage in reversed(self.compiled.stages) for name in stage.outputs}
+
+    @property
+    def wanted(self) -> frozenset[str]:
+        """The outputs of the stages that all processes need: scalars, and what the tail reads."""
+        tail = self.division.tail
+        scalars = (self.division.places[str(output.node)] for output in self.outputs if output.is_scalar)
+        return frozenset((*scalars, *(tail.joined.values() if tail else ())))
 
     def finish(self, joined: Mapping[str, Tensor], drawn: Sequence[int | None]) -> list[Tensor]:
         """The tensors of ``outputs``, from the stages and from the tail, which runs here."""
@@ -163,6 +180,7 @@ def run(
 def _run(
     session: Session, batch: Batch, loss: int | None, schedule: MakeProgram, segment: Segment | None
 ) -> dict[str, Tensor]:
+    session.peers.agree("a call", batch.call.tensors.values())
     if not torch.is_grad_enabled() or not any(output.requires_grad for output in batch.outputs):
         return evaluate(session, batch)
     if segment is not None and loss is not None:
@@ -174,14 +192,15 @@ def _run(
 
 def evaluate(session: Session, batch: Batch) -> dict[str, Tensor]:
     """Runs forwards only."""
-    start = Snapshot.of(batch.compiled, batch.call, batch.draw, session.devices)
+    start = _snapshot(session, batch)
     with start.kept_on_failure(), torch.no_grad():
-        return batch.given(batch.finish(batch.join(_forward(session, batch, start.seeds)), start.seeds))
+        joined = _joined(session, batch, _forward(session, batch, start.seeds))
+        return batch.given(batch.finish(joined, start.seeds))
 
 
 def train(session: Session, batch: Batch, loss: int, schedule: MakeProgram) -> dict[str, Tensor]:
     """Runs the whole schedule; backwards start from the output at position ``loss``, which the stages compute."""
-    start = Snapshot.of(batch.compiled, batch.call, batch.draw, session.devices)
+    start = _snapshot(session, batch)
     with start.kept_on_failure():
         return _train(session, batch, loss, schedule, start)
 
@@ -214,7 +233,7 @@ def _train(session: Session, batch: Batch, loss: int, schedule: MakeProgram, sta
         return [again[id(leaf)] for leaf in leaves]
 
     with torch.no_grad():
-        tensors = batch.finish(batch.join(microbatches), start.seeds)
+        tensors = batch.finish(_joined(session, batch, microbatches), start.seeds)
     outputs = [t.detach().requires_grad_(o.requires_grad) for t, o in zip(tensors, batch.outputs, strict=True)]
     ready = [found[id(leaf)] for leaf in leaves]
     (own,) = connected([outputs[loss]], leaves, deliver, ready)
@@ -255,7 +274,7 @@ def _beside(session: Session, batch: Batch, start: Snapshot, outputs: Sequence[T
 
 def defer(session: Session, batch: Batch) -> dict[str, Tensor]:
     """Runs forwards now, and backwards when gradients of the stages' outputs arrive, from the caller or the tail."""
-    start = Snapshot.of(batch.compiled, batch.call, batch.draw, session.devices)
+    start = _snapshot(session, batch)
     with start.kept_on_failure():
         return batch.given(_defer(session, batch, start))
 
@@ -263,7 +282,7 @@ def defer(session: Session, batch: Batch) -> dict[str, Tensor]:
 def _defer(session: Session, batch: Batch, start: Snapshot) -> list[Tensor]:
     """The outputs of a call whose backwards are deferred."""
     waiting = _forward(session, batch, start.seeds)
-    joined = batch.join(waiting)
+    joined = _joined(session, batch, waiting)
 
     def run(microbatches: Mapping[int, Microbatch], incoming: Gradients) -> Gradients:
         _seed(batch, microbatches, incoming)
@@ -277,6 +296,7 @@ def _defer(session: Session, batch: Batch, start: Snapshot) -> list[Tensor]:
     def backward(_: Saved, incoming: Gradients) -> Gradients:
         with Generators.kept_on_failure(session.devices, batch.compiled.runs_python):
             if waiting:
+                session.peers.agree("the backward of a call")
                 microbatches = dict(waiting)
                 waiting.clear()  # even if this backward fails: another one reruns the call
                 return run(microbatches, incoming)
@@ -292,6 +312,7 @@ def _defer(session: Session, batch: Batch, start: Snapshot) -> list[Tensor]:
 def _again(session: Session, start: Snapshot, why: Rerun) -> Iterator[None]:
     """Restores the state of a call for a rerun, and counts the rerun."""
     session.repeated[why] += 1
+    session.peers.agree(f"to run a call again: {why}")
     with session.turn.taken(), start.restored():
         yield
 
@@ -303,7 +324,7 @@ def stream(session: Session, batch: Batch, loss: int, segment: Segment) -> dict[
         session.begin(batch.compiled)
         session.stream.compiled = batch.compiled
     under_way = session.stream
-    drawn = batch.draw()
+    drawn = _drawn(session, batch)
     name = str(batch.outputs[loss].node)
     entering = range(under_way.next, under_way.next + len(batch.rows))
     parts = zip(entering, microbatches_of(batch, drawn), strict=True)
@@ -316,16 +337,32 @@ def stream(session: Session, batch: Batch, loss: int, segment: Segment) -> dict[
         session.stream = Stream()
         raise
     under_way.advance(program, len(new))
-    return batch.given([tensor.detach() for tensor in batch.finish(batch.join(new), drawn)])
+    return batch.given([tensor.detach() for tensor in batch.finish(_joined(session, batch, new), drawn)])
 
 
 def flush(session: Session) -> None:
     """Flushes the stream: finishes every microbatch in flight, with its update."""
     under_way, session.stream = session.stream, Stream()
+    session.peers.agree("to flush the pipeline")
     if under_way.compiled is not None and under_way.carried:
         with torch.enable_grad(), session.watched():
             program = under_way.compiled.lowered(drain(under_way.compiled.plan, under_way.carried))
             session.run(under_way.compiled, program, under_way.microbatches)
+
+
+def _snapshot(session: Session, batch: Batch) -> Snapshot:
+    return Snapshot.of(batch.compiled, batch.call, lambda: _drawn(session, batch), session.devices)
+
+
+def _drawn(session: Session, batch: Batch) -> Sequence[int | None]:
+    """The seeds of the first process. All of them draw, so that their generators stay alike."""
+    drawn = batch.draw()
+    return session.peers.shared(lambda: drawn) if batch.compiled.is_random else drawn
+
+
+def _joined(session: Session, batch: Batch, microbatches: Mapping[int, Microbatch]) -> Mapping[str, Tensor]:
+    """The outputs of all stages, joined to the whole batch."""
+    return session.peers.spread(batch.join(microbatches), batch.makers, batch.wanted)
 
 
 def _forward(session: Session, batch: Batch, drawn: Sequence[int | None]) -> dict[int, Microbatch]:
@@ -354,7 +391,7 @@ def _seed(batch: Batch, microbatches: Mapping[int, Microbatch], incoming: Sequen
     """Gives each microbatch its part of the incoming gradients."""
     parts = list(microbatches.values())
     for (name, kind), gradient in zip(batch.joins.items(), incoming, strict=True):
-        if gradient is not None:
+        if gradient is not None and name in parts[0].outputs:
             pieces = spread(kind, gradient, [m.outputs[name] for m in parts], batch.rows)
             for microbatch, piece in zip(parts, pieces, strict=True):
                 microbatch.seeds = {**microbatch.seeds, name: piece}

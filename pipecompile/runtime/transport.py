@@ -6,7 +6,7 @@ delaying the instructions before the value's use.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from threading import Condition
 from typing import Protocol
 
@@ -38,11 +38,11 @@ class LocalTransport:
     """Transfers within one process.
 
     Args:
-        lanes: one per rank.
+        lanes: by rank.
         rank_of: the rank of each stage.
     """
 
-    def __init__(self, lanes: Sequence[Lane], rank_of: Sequence[int]) -> None:
+    def __init__(self, lanes: Mapping[int, Lane], rank_of: Sequence[int]) -> None:
         self.lanes = lanes
         self.rank_of = rank_of
         self.arrived: dict[tuple[Result, int], Sent] = {}

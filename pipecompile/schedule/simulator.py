@@ -34,6 +34,7 @@ from pipecompile.ir.program import (
     Program,
     Recv,
     Reduce,
+    Refresh,
     Send,
     Step,
     dependencies,
@@ -137,7 +138,7 @@ class _Clock:
             case Step():
                 return self.step_seconds
             case _:
-                return 0.0  # a Reduce takes negligible time compared with a Backward
+                return 0.0  # a Reduce or Refresh takes negligible time compared with a Backward
 
 
 def _transfer_seconds(send: Send, plan: Plan, cluster: Cluster | None) -> float:
@@ -145,7 +146,7 @@ def _transfer_seconds(send: Send, plan: Plan, cluster: Cluster | None) -> float:
         return 0.0
     source, target = send.stage, send.target
     first, last = min(source, target), max(source, target)  # a gradient has as many bytes as its value
-    if isinstance(send.result, Reduce):
+    if isinstance(send.result, Reduce | Refresh):
         nbytes = sum(tied.nbytes for tied in plan.tied if tied.owner == first and last in tied.followers)
     else:
         nbytes = sum(channel.nbytes for channel in plan.outgoing[first] if channel.target == last)

@@ -467,8 +467,8 @@ def test_a_schedule_with_a_flush_holds_one_version(schedule: str) -> None:
 # Transfers
 
 
-def lanes(count: int = 2) -> list[Lane]:
-    return [Lane(CPU) for _ in range(count)]
+def lanes(count: int = 2) -> dict[int, Lane]:
+    return {rank: Lane(CPU) for rank in range(count)}
 
 
 def sent(number: int, target: int = 1) -> Send:

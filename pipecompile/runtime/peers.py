@@ -1,0 +1,88 @@
+"""The processes that run a pipeline together: one process for all ranks, or one for each.
+
+Besides the ``Transport``, what depends on their number is behind ``Peers``: a call asks it for the ranks that it runs
+itself, for values that all processes must share, and for what only some of them have computed. In one process it
+answers with what it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from typing import Protocol, TypeVar
+
+from torch import Tensor
+
+from pipecompile.runtime.lane import Lane
+from pipecompile.runtime.transport import LocalTransport, Transport
+
+T = TypeVar("T")
+
+
+class Peers(Protocol):
+    """The processes of one pipeline, seen from one of them."""
+
+    @property
+    def are_several(self) -> bool:
+        """Whether there are other processes."""
+
+    def ranks(self, count: int) -> Sequence[int]:
+        """The ranks, of ``count``, that this process runs."""
+
+    def transport(self, lanes: Mapping[int, Lane], rank_of: Sequence[int], sizes_are_known: bool) -> Transport:
+        """Carries results between ranks.
+
+        Args:
+            lanes: by rank, those of this process.
+            rank_of: the rank of each stage.
+            sizes_are_known: whether the sizes of values follow from those of the inputs.
+        """
+
+    def shared(self, make: Callable[[], T]) -> T:
+        """What ``make`` returns, or raises, in the first process, which alone calls it, in all of them."""
+
+    def agree(self, what: str, tensors: Iterable[Tensor] = ()) -> None:
+        """Makes sure that all processes are about to do the same, on the same values.
+
+        Raises:
+            RankError: one of them does something else, or nothing for too long.
+        """
+
+    def spread(
+        self, made: Mapping[str, Tensor], makers: Mapping[str, int], wanted: Container[str]
+    ) -> Mapping[str, Tensor]:
+        """Values of which each is made by one rank, in all processes.
+
+        Args:
+            made: those that this process has made.
+            makers: the rank that makes each value.
+            wanted: the values that all processes need; of the others they get a tensor on the meta device.
+        """
+
+    def failure(self, error: BaseException) -> BaseException:
+        """The error to raise for one that this process has met; the same in all processes."""
+
+
+class OneProcess:
+    """All ranks are in this process."""
+
+    are_several = False
+
+    def ranks(self, count: int) -> Sequence[int]:
+        return range(count)
+
+    def transport(self, lanes: Mapping[int, Lane], rank_of: Sequence[int], sizes_are_known: bool) -> Transport:
+        return LocalTransport(lanes, rank_of)
+
+    def shared(self, make: Callable[[], T]) -> T:
+        return make()
+
+    def agree(self, what: str, tensors: Iterable[Tensor] = ()) -> None:
+        pass
+
+    def spread(
+        self, made: Mapping[str, Tensor], makers: Mapping[str, int], wanted: Container[str]
+    ) -> Mapping[str, Tensor]:
+        return made
+
+    def failure(self, error: BaseException) -> BaseException:
+        return error
