@@ -20,6 +20,7 @@ from pipecompile.errors import (
     InputError,
     PipecompileError,
     PlanError,
+    RankError,
 )
 from pipecompile.ir.cluster import Cluster
 from pipecompile.ir.graph import CostedGraph, Graph
@@ -50,6 +51,7 @@ __all__ = [
     "PlanError",
     "PlanOptions",
     "Program",
+    "RankError",
     "Report",
     "Timeline",
     "compile",

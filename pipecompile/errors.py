@@ -10,7 +10,8 @@
     ├── InputError           arguments do not fit the model, the pipeline or the devices
     ├── ReentryError         the pipeline is called by code that it runs itself
     ├── ExecutionError       a stage raised while a program ran
-    │   └── OutOfMemoryError a stage does not fit into the memory of its device (in ``runtime/out_of_memory.py``)
+    │   ├── OutOfMemoryError a stage does not fit into the memory of its device (in ``runtime/out_of_memory.py``)
+    │   └── RankError        a rank in another process failed, or this one; all ranks raise the same
     └── ExactnessError       the split model does not compute what the unsplit model computes
 
 A message says what was seen, why it is not possible, and what to do.
@@ -55,6 +56,10 @@ class ReentryError(PipecompileError):
 
 class ExecutionError(PipecompileError):
     """A stage raised while a program ran; the original exception is the ``__cause__``."""
+
+
+class RankError(ExecutionError):
+    """A rank failed, in whichever process; the message, the same on all ranks, says which one and why."""
 
 
 class ExactnessError(PipecompileError):

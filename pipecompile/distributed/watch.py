@@ -1,0 +1,270 @@
+"""What a rank knows about the others: who failed first, who is silent, who has ended.
+
+One daemon thread, and nothing else, uses the store, because a store whose host hangs blocks its callers for good. The
+keys, under a prefix of the run and the pipeline:
+
+    failure    the first cause: compare_set lets only the first in
+    sign/2     how often rank 2 has looked around, and its host
+    end/2      the last word of rank 2
+    ends       how many ranks have said their last word
+
+Each rank watches the sign of the next rank that has begun and not ended, around the ring. So a beat costs each rank
+the same few requests whatever the number of ranks, and of the ranks that are silent, one has a watcher.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from threading import Condition, Event
+from typing import Protocol
+
+FAILED = "raised the error of the first rank that failed"
+STORE = (
+    "the store of the process group does not answer: the process that hosts it (rank 0, or the launcher) has ended, "
+    "hangs or is unreachable"
+)
+
+
+class Store(Protocol):
+    """What is used of torch.distributed's stores."""
+
+    def set(self, key: str, value: str) -> None: ...
+
+    def get(self, key: str) -> bytes: ...
+
+    def check(self, keys: list[str]) -> bool: ...
+
+    def add(self, key: str, amount: int) -> int: ...
+
+    def compare_set(self, key: str, expected: str, desired: str) -> bytes: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How soon a failure is noticed.
+
+    Args:
+        beat: seconds between two signs of a rank, and between two looks at the others.
+        silent: seconds without a sign after which a rank is taken for stopped. A rank gives none while one call holds
+            Python's lock.
+        grace: seconds to wait for a better cause, when a connection was lost or a rank that is waited for has ended.
+        absent: seconds to wait for the first sign of a rank.
+    """
+
+    beat: float = 0.25
+    silent: float = 5.0
+    grace: float = 1.0
+    absent: float = 1800.0
+
+
+@dataclass(frozen=True, slots=True)
+class Cause:
+    """Why a run ends; every rank raises the same text.
+
+    Args:
+        rank: whose failure it is; None for the store.
+        host: of that rank; empty if it is not known.
+        where: stage and instruction; empty outside of programs.
+        what: the error.
+    """
+
+    rank: int | None
+    host: str
+    where: str
+    what: str
+
+    def __str__(self) -> str:
+        who = "" if self.rank is None else f"rank {self.rank}" + (f" (host {self.host})" if self.host else "")
+        return ": ".join(filter(None, (who, self.where, self.what)))
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Cause:
+        return cls(**json.loads(text))
+
+
+class Stillness:
+    """For how long a value has been the same, in seconds during which this process was awake.
+
+    A look counts for at most ``step`` seconds. So a process that was stopped for a minute does not, when it wakes, find
+    that the others have said nothing for a minute.
+    """
+
+    def __init__(self, step: float) -> None:
+        self.step = step
+        self.value: object = None
+        self.seconds = 0.0
+        self.looked = time.monotonic()
+
+    def __call__(self, value: object) -> float:
+        now = time.monotonic()
+        self.seconds = self.seconds + min(now - self.looked, self.step) if value == self.value else 0.0
+        self.value, self.looked = value, now
+        return self.seconds
+
+
+class Watch:
+    """The state that a rank's threads share with the one that watches, whose work is ``run``.
+
+    Attributes:
+        changed: notified whenever something changes that may be waited for.
+        cause: the first failure of any rank, once it is known here.
+        ended: the last words of the ranks that have ended.
+        closed: this rank has said its last word.
+        rounds: how often this rank has looked around.
+    """
+
+    def __init__(self, rank: int, size: int, store: Callable[[], Store], pace: Pace) -> None:
+        self.rank = rank
+        self.size = size
+        self.store = store
+        self.pace = pace
+        self.host = socket.gethostname()
+        self.process = os.getpid()
+        self.changed = Condition()
+        self.cause: Cause | None = None
+        self.ended: dict[int, str] = {}
+        self.closed = False
+        self.rounds = 0
+        self._proposal: Callable[[Store], Cause] | None = None
+        self._last_word = FAILED
+        self._ends = 0
+        self._wake = Event()
+        self._sign, self._absent = self.stillness(), self.stillness()
+
+    def stillness(self) -> Stillness:
+        return Stillness(2 * self.pace.beat)
+
+    # What other threads call
+
+    def until(self, done: Callable[[], bool], seconds: float = math.inf) -> bool:
+        """Waits until ``done()``, a cause or the end of this rank; returns False if the time was up before."""
+        still, end = self.stillness(), time.monotonic() + seconds
+        with self.changed:
+            while not (self.cause or self.closed or done()):
+                if (left := end - time.monotonic()) <= 0:
+                    return False
+                self.changed.wait(min(left, self.pace.beat))
+                if still(self.rounds) > self.pace.silent:
+                    self.fail(Cause(None, "", "", STORE))
+            return True
+
+    def propose(self, cause: Callable[[Store], Cause]) -> None:
+        """Reports what ``cause`` returns in the watching thread, and waits until some cause is known."""
+        with self.changed:
+            self._proposal = self._proposal or cause
+        self._wake.set()
+        self.until(lambda: False)
+
+    def report(self, cause: Cause) -> None:
+        """Proposes a cause, and waits until one is known."""
+        self.propose(lambda _: cause)
+
+    def lost(self, peer: int | None, error: Exception) -> None:
+        """Blames the peer of a lost connection, if there is no better cause in time."""
+        known = self.until(lambda: False, self.pace.grace + (self.pace.silent if peer is None else 0.0))
+        if not known:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            if peer is None:
+                self.report(Cause(self.rank, self.host, "", f"lost the connection to another rank: {reason}"))
+            else:
+                what = f"its connection to rank {self.rank} was lost and it reported nothing (killed?): {reason}"
+                self.propose(lambda store: self.about(peer, what, store))
+
+    def about(self, peer: int, what: str, store: Store) -> Cause:
+        """The failure of another rank; if that has ended, its last word says more."""
+        if peer in self.ended:
+            what = f"{self.ended[peer]} while rank {self.rank} waited for it; all ranks must make the same calls"
+        sign = self._sign_of(peer, store)
+        return Cause(peer, sign.partition(" ")[2] if sign else "", "", what)
+
+    def fail(self, cause: Cause) -> None:
+        """Makes a cause known to all threads of this rank. The first one stays."""
+        with self.changed:
+            self.cause = self.cause or cause
+            self.changed.notify_all()
+
+    def end(self, last_word: str) -> None:
+        """Lets the watching thread say the last word of this rank and end. Nothing waits after that."""
+        with self.changed:
+            if not self.closed:
+                self.closed, self._last_word = True, last_word
+            self.changed.notify_all()
+        self._wake.set()
+
+    # What the watching thread does
+
+    def run(self) -> None:
+        """Watches until there is a cause or this rank ends."""
+        try:
+            store = self.store()
+            while not (self.cause or self.closed):
+                self._look(store)
+                self._wake.wait(self.pace.beat)
+                self._wake.clear()
+            self._say_last_word(store)
+        except RuntimeError:  # the store's host is gone
+            if not self.closed:
+                self.fail(Cause(None, "", "", STORE))
+
+    def _look(self, store: Store) -> None:
+        store.set(f"sign/{self.rank}", f"{self.rounds} {self.host}")
+        if store.check(["failure"]):
+            self.fail(Cause.from_json(store.get("failure")))
+            return
+        self._read_ends(store)
+        found = self._proposal(store) if self._proposal else self._silent(store)
+        if found:
+            self.fail(Cause.from_json(store.compare_set("failure", "", found.to_json())))
+        self.rounds += 1
+
+    def _read_ends(self, store: Store) -> None:
+        count = store.add("ends", 0)
+        if count > self._ends:
+            self._ends = count
+            new = [rank for rank in self._others() if rank not in self.ended and store.check([f"end/{rank}"])]
+            with self.changed:
+                self.ended.update({rank: store.get(f"end/{rank}").decode() for rank in new})
+                self.changed.notify_all()
+
+    def _silent(self, store: Store) -> Cause | None:
+        """The failure of the next rank that has begun and not ended, or of one that does not begin."""
+        absent = []
+        for peer in self._others():
+            if peer in self.ended:
+                continue
+            sign = self._sign_of(peer, store)
+            if sign is None:
+                absent.append(peer)
+                continue
+            if self._sign((peer, sign)) > self.pace.silent:
+                what = f"gave no sign for {self.pace.silent:g} s: it was stopped or killed, or is unreachable"
+                return self.about(peer, what, store)
+            break
+        if absent and self._absent(absent) > self.pace.absent:
+            return Cause(absent[0], "", "", f"did not start its pipeline for {self.pace.absent:g} s")
+        return None
+
+    def _sign_of(self, peer: int, store: Store) -> str | None:
+        key = f"sign/{peer}"
+        return store.get(key).decode() if store.check([key]) else None
+
+    def _others(self) -> Iterator[int]:
+        return ((self.rank + k) % self.size for k in range(1, self.size))
+
+    def _say_last_word(self, store: Store) -> None:
+        store.set(f"end/{self.rank}", self._last_word)
+        store.add("ends", 1)
+        if self.cause and self.rank == 0:  # which may host the store, that the others learn the cause from
+            waited = self.stillness()
+            while waited("") < self.pace.grace and set(self._others()) - {*self.ended, self.cause.rank}:
+                time.sleep(self.pace.beat / 4)
+                self._read_ends(store)
