@@ -8,10 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from pipecompile.batching.options import DEFAULT_BATCHING, Batching
 from pipecompile.compiler.devices import named_cluster, parse_devices
 from pipecompile.compiler.options import Options, Outputs, Verify, read_costs
+from pipecompile.distributed.processes import Processes
+from pipecompile.errors import InputError
 from pipecompile.facade import as_model
 from pipecompile.ir.cluster import Cluster
 from pipecompile.ir.graph import CostedGraph
@@ -23,8 +26,9 @@ from pipecompile.runtime import MakeOptimizer
 
 def compile(
     model: nn.Module,
-    devices: Sequence[torch.device | str | int],
+    devices: Sequence[torch.device | str | int] | None = None,
     *,
+    mesh: DeviceMesh | None = None,
     schedule: str = "1f1b",
     microbatches: int | None = None,
     example_inputs: tuple[Sequence[Any], Mapping[str, Any]] | Mapping[str, Any] | Sequence[Any] | None = None,
@@ -46,6 +50,9 @@ def compile(
         devices: one per stage: ``["cuda:0", "cuda:1"]``, ``[0, 1]``, ``["cpu", "cpu"]``; a device may be repeated.
             Stages are placed in this order. If the links between equal devices differ (see ``cluster``), equal devices
             are reordered, so that the largest transfers use the fastest links.
+        mesh: instead of ``devices``, one process per stage: a mesh of ``torch.distributed``, one process for each of
+            its places, as ``init_device_mesh("cpu", (4,), mesh_dim_names=("stage",))`` makes it. All processes run the
+            same script and make the same calls on the same batches.
         schedule: "sequential", "gpipe", "1f1b" (with a flush) or "pipedream" (asynchronous).
         microbatches: parts of each batch; by default two per stage. A batch with fewer rows has fewer parts.
         example_inputs: arguments of a call, ``(args, kwargs)`` or one of them, to capture now instead of at the first
@@ -81,7 +88,8 @@ def compile(
         InputError: a device does not exist, or arguments are not valid or do not fit together.
         CaptureError, PlanError: with ``example_inputs``, what the first call would raise.
     """
-    present = parse_devices(devices)
+    processes = None if mesh is None else Processes.of(mesh)
+    present = _devices(devices, processes)
     options = Options(
         schedule=schedule,
         microbatches=2 * len(present) if microbatches is None else microbatches,
@@ -97,11 +105,20 @@ def compile(
         verify=verify,
     )
     options.check(model, len(present))
-    pipeline = Pipeline(model, present, options)
+    pipeline = Pipeline(model, present, options, processes)
     if example_inputs is not None:
         args, kwargs = _arguments(example_inputs)
         pipeline.prepare(*args, **kwargs)
     return as_model(pipeline)
+
+
+def _devices(devices: Any, processes: Processes | None) -> tuple[torch.device, ...]:
+    if (devices is None) == (processes is None):
+        raise InputError(
+            f"devices={devices!r} and mesh={'None' if processes is None else '...'}; give one of them: devices= for "
+            f"stages in this process, mesh= for a process per stage"
+        )
+    return parse_devices(devices) if processes is None else (torch.device("cpu"),) * len(processes.ranks_of_world)
 
 
 def _arguments(example: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:

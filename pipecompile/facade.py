@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FunctionType, MethodType, new_class
 from typing import Any
 
@@ -54,6 +54,8 @@ def as_model(pipeline: Pipeline) -> Any:
     }
     if callable(getattr(base, GENERATE, None)):  # passes a key-value cache from call to call
         members[GENERATE] = _by_the_model(getattr(base, GENERATE), pipeline)
+    if pipeline.processes is not None:
+        members |= _of_a_process(base, pipeline)
     try:
         kind = new_class(base.__name__, (base,), exec_body=lambda namespace: namespace.update(members))
     except TypeError as error:
@@ -104,6 +106,35 @@ def _by_the_model(method: Callable[..., Any], pipeline: Pipeline) -> Any:
         return getattr(pipeline.model, method.__name__)(*args, **kwargs)
 
     return run
+
+
+def _of_a_process(base: type[nn.Module], pipeline: Pipeline) -> dict[str, Any]:
+    """Members of a pipe whose ranks are in several processes: it has the parameters of this process only."""
+
+    def named_parameters(pipe: Any, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        mine = pipeline.owned
+        return ((name, p) for name, p in base.named_parameters(pipe, *args, **kwargs) if name in mine)
+
+    def state_dict(pipe: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Those of this process: parameters that it trains, and buffers."""
+        mine, prefix = pipeline.owned, kwargs.get("prefix", "")
+        others = {f"{prefix}{name}" for name, _ in pipeline.model.named_parameters(remove_duplicate=False)}
+        others -= {f"{prefix}{name}" for name in mine}
+        found = base.state_dict(pipe, *args, **kwargs)
+        return {name: tensor for name, tensor in found.items() if name not in others}
+
+    def refuse(pipe: Any, *args: Any, **kwargs: Any) -> Any:
+        raise InputError(
+            "no process of this pipeline has the whole model, so it cannot generate or load a state; load the weights "
+            "before compile()"
+        )
+
+    return {
+        "named_parameters": named_parameters,
+        "state_dict": state_dict,
+        "load_state_dict": refuse,
+        **({GENERATE: refuse} if hasattr(base, GENERATE) else {}),
+    }
 
 
 def _calling(base: type[nn.Module]) -> Callable[..., Any]:

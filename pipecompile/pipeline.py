@@ -36,6 +36,9 @@ from pipecompile.compiler.surroundings import (
     saved_as_they_are,
     uncompiled,
 )
+from pipecompile.distributed.clip_grad_norm import clip_grad_norm_
+from pipecompile.distributed.ownership import held, owned, send_others_away
+from pipecompile.distributed.processes import Processes
 from pipecompile.errors import CaptureError, InputError, PipecompileError
 from pipecompile.ir.graph import CostedGraph
 from pipecompile.ir.plan import Plan
@@ -67,15 +70,23 @@ class Pipeline:
     Attributes:
         devices: one per rank.
         options: the options of ``compile``.
+        processes: those that run the ranks, if they are several.
     """
 
-    def __init__(self, model: nn.Module, devices: Sequence[torch.device], options: Options) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        devices: Sequence[torch.device],
+        options: Options,
+        processes: Processes | None = None,
+    ) -> None:
         self._model = model
         self.devices = tuple(devices)
+        self.processes = processes
         self.options = options
         loss_fn = options.loss_fn
         self._forward = None if loss_fn is None else _with_loss(model, loss_fn)
-        self._session = Session(devices, options.optimizer)
+        self._session = Session(devices, options.optimizer, processes)
         self._captures = Captures()
         self._states = States()
         self._batched: dict[tuple[str, int], bool] = {}
@@ -85,6 +96,7 @@ class Pipeline:
         self._first: Compiled | None = None
         self._placement: Compiled | None = None  # a capture of the pipeline that this one was copied from
         self._last: Compiled | None = None
+        self._is_spread = False  # whether each process has the parameters of its own stages only
 
     def __repr__(self) -> str:
         devices = ", ".join(map(str, self.devices))
@@ -224,6 +236,7 @@ class Pipeline:
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         batch = self._batch(args, kwargs)
         self._prove(batch)
+        self._send_others_away()
         try:
             given = self._run(batch)
         except STOPPED:
@@ -248,6 +261,8 @@ class Pipeline:
             self.options.verify, self._calls, key in self._proofs
         ):
             return
+        if self._is_spread:
+            return  # no process has the unsplit model any more
         policy = self.options.policy
         trial = Trial(
             model=self.model,
@@ -260,7 +275,13 @@ class Pipeline:
             batching=self.options.batching,
         )
         with CAPTURING.taken(), saved_as_they_are():
-            self._proofs[key] = prove(trial)
+            self._proofs[key] = self._session.peers.shared(lambda: prove(trial))
+
+    def _send_others_away(self) -> None:
+        """Frees the parameters of other processes' stages, once the first capture has been compared."""
+        if self.processes is not None and not self._is_spread and self._first is not None:
+            send_others_away(self.model, held(self._first, self.processes.rank))
+            self._is_spread = True
 
     def _run(self, batch: steps.Batch) -> dict[str, Tensor]:
         if any(p.is_meta for p in self.model.parameters()):
@@ -284,6 +305,7 @@ class Pipeline:
         leaves the model unchanged. The stages of an asynchronous schedule are run with a flush, since their weights lag
         by design.
         """
+        self._refuse_several("verified after compile()")
         if any(p.is_meta for p in self.model.parameters()):
             raise InputError(NO_VALUES)
         kept = self._captures, self._batched, self._first, self._last  # later calls do not use its captures
@@ -319,6 +341,7 @@ class Pipeline:
                 not measure a training step on the planned capture; or ``plan`` or ``costs`` do not fit the model.
             PlanError: no plan satisfies ``plan``; the pipeline keeps its present plan.
         """
+        self._refuse_several("planned anew")
         with self._session.turn.taken(again=False):
             first, timeline = self._first, self._session.timeline
             if self._session.optimizer is not None:
@@ -356,8 +379,13 @@ class Pipeline:
             steps.flush(self._session)
 
     def close(self) -> None:
-        """Ends the pipeline's threads. It cannot be called afterwards. ``with pipe.pipeline:`` closes it at the end."""
+        """Ends the pipeline's threads. It cannot be called afterwards. ``with pipe.pipeline:`` closes it at the end.
+
+        In several processes, all of them close it, and each waits for the others.
+        """
         self._session.close()
+        if self.processes is not None:
+            self.processes.close()
 
     def __enter__(self) -> Pipeline:
         return self
@@ -374,6 +402,7 @@ class Pipeline:
         Raises:
             PipecompileError: the pipeline is asynchronous; the state of its optimizers cannot be copied.
         """
+        self._refuse_several("copied")
         if self._session.optimizer is not None:
             raise PipecompileError(
                 f"a pipeline with schedule={self.schedule!r} cannot be copied, because the state of the optimizers "
@@ -392,12 +421,50 @@ class Pipeline:
         Raises:
             PipecompileError: the pipeline is asynchronous; the state of its optimizers would be lost.
         """
+        self._refuse_several("pickled")
         if self._session.optimizer is not None:
             raise PipecompileError(
                 f"a pipeline with schedule={self.schedule!r} cannot be pickled, because the state of the optimizers "
                 f"inside it would be lost; call flush(), then save pipe.state_dict()"
             )
         return Pipeline, (self.model, self.devices, self.options)
+
+    # Several processes
+
+    @property
+    def owned(self) -> frozenset[str]:
+        """The names of the parameters that this process trains; all of them, in one process."""
+        if self.processes is None:
+            return frozenset(name for name, _ in self.model.named_parameters(remove_duplicate=False))
+        if self._first is None:
+            raise InputError(
+                "the parameters of each process are not known before the model is split; pass example_inputs= to "
+                "compile(), or call the pipeline first"
+            )
+        return owned(self._first, self.processes.rank)
+
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
+        """``torch.nn.utils.clip_grad_norm_`` of the whole model: all processes get the norm of all gradients.
+
+        Args:
+            max_norm: the largest norm.
+            norm_type: the order p of the norm.
+
+        Returns:
+            The norm before, a scalar of float64 in several processes. All processes must call this.
+        """
+        if self.processes is None:
+            return torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm, norm_type)
+        if self._first is None:
+            raise InputError("there are no gradients to clip; call the pipeline and backward() first")
+        return clip_grad_norm_(self._first, self.processes, max_norm, norm_type)
+
+    def _refuse_several(self, done: str) -> None:
+        if self.processes is not None:
+            raise InputError(
+                f"a pipeline of several processes cannot be {done}, because no process has the whole model; do it with "
+                f"a pipeline of one process (devices= instead of mesh=)"
+            )
 
     # Captures
 
@@ -453,6 +520,7 @@ class Pipeline:
                     self._forward,
                     self._first or self._placement,
                     whole=self.microbatches > 1 and not (self.options.policy.is_asynchronous and self.model.training),
+                    peers=self._session.peers,
                 )
             for cut in compiled.cuts(candidate):
                 if not compiled.broken(call, cut):

@@ -38,6 +38,7 @@ from pipecompile.planning.planned import Planned, planned
 from pipecompile.planning.training_spec import Workload
 from pipecompile.profile import profile
 from pipecompile.runtime.compiled import Compiled, misfit
+from pipecompile.runtime.peers import OneProcess, Peers
 from pipecompile.runtime.split import Piece, cut_out, split
 from pipecompile.schedule import gpipe
 
@@ -51,6 +52,7 @@ def compile_call(
     forward: Callable[..., Any] | None = None,
     first: Compiled | None = None,
     whole: bool = True,
+    peers: Peers | None = None,
 ) -> Compiled:
     """Captures a call and splits it into stages.
 
@@ -64,23 +66,40 @@ def compile_call(
         first: an earlier capture of the model, whose plan and placement are used.
         whole: whether microbatches together must compute what the whole batch computes; otherwise each is an
             independent batch.
+        peers: the processes that run the ranks. All of them capture the call, and the first one plans.
 
     Raises:
         CaptureError: the model cannot be traced, or its computation on the whole batch cannot be divided.
         PlanError: the model cannot be split into the requested stages, or not with the placement of ``first``.
     """
-    options = options or Options()
+    options, peers = options or Options(), peers or OneProcess()
     trace = _Tracer(model, call, forward, options)
     with left_as_before(model, [] if forward is None else [forward]):  # tests run parts kept whole
         division = _divided(trace, rows, options) if whole else _independent(trace, rows, options)
     graph = summarize(division.body)
+    if peers.are_several:
+        peers.same("the graph of the model", graph.to_json())
     if first is not None:
-        return _cut(division, graph, first.planned, devices, carry_over(first.plan, first.graph, graph))
-    costed = _costed(division.body, graph, options, devices)
-    cluster = options.cluster or cluster_of(devices, measure=costed.measured)
-    found = planned(costed, cluster, _work(division, options), options.plan)
-    compiled = _cut(division, graph, found, devices)
-    return _rehearsed(compiled, call, rows, devices, options) if _is_real(model, options) else compiled
+        carried = carry_over(first.plan, first.graph, graph)
+        return _cut(division, graph, first.planned, devices, carried, apart=peers.are_several)
+    work = _work(division, options)
+
+    def plan() -> Planned:
+        costed = _costed(division.body, graph, options, devices)
+        cluster = options.cluster or cluster_of(devices, measure=costed.measured)
+        return planned(costed, cluster, work, options.plan)
+
+    found = _planned_by_one(peers, plan, work)
+    compiled = _cut(division, graph, found, devices, apart=peers.are_several)
+    rehearses = _is_real(model, options) and not peers.are_several
+    return _rehearsed(compiled, call, rows, devices, options) if rehearses else compiled
+
+
+def _planned_by_one(peers: Peers, plan: Callable[[], Planned], work: Workload) -> Planned:
+    """The plan that the first process makes, with the workload of this one, which has the user's functions."""
+    if not peers.are_several:
+        return plan()
+    return replace(peers.shared(lambda: plan().without_functions()), work=work)
 
 
 def replanned(compiled: Compiled, costed: CostedGraph, options: Options, devices: Sequence[torch.device]) -> Compiled:
@@ -97,7 +116,7 @@ def replanned(compiled: Compiled, costed: CostedGraph, options: Options, devices
         InputError: the options do not fit the model or one another.
     """
     found = planned(costed, compiled.planned.cluster, _work(compiled.division, options), options.plan)
-    return _cut(compiled.division, compiled.graph, found, devices)
+    return _cut(compiled.division, compiled.graph, found, devices, apart=compiled.apart)
 
 
 def _refuse_writes_between_versions(captured: Captured, options: Options) -> None:
@@ -112,7 +131,12 @@ def _refuse_writes_between_versions(captured: Captured, options: Options) -> Non
 
 
 def _cut(
-    division: Division, graph: Graph, found: Planned, devices: Sequence[torch.device], carried: Plan | None = None
+    division: Division,
+    graph: Graph,
+    found: Planned,
+    devices: Sequence[torch.device],
+    carried: Plan | None = None,
+    apart: bool = False,
 ) -> Compiled:
     """A capture cut into the stages of a plan. Moves parameters to their devices.
 
@@ -122,12 +146,22 @@ def _cut(
         found: the plan.
         devices: one per rank.
         carried: the plan carried over to this capture, if it was made for another one.
+        apart: whether its ranks are in several processes.
     """
     plan = carried or found.plan
     place(division.body, plan, graph, devices)
     stages = split(division.body, graph, plan, devices)
     before, tail = _pieces(division, stages[-1].device)
-    return Compiled(division=division, graph=graph, plan=plan, planned=found, stages=stages, before=before, tail=tail)
+    return Compiled(
+        division=division,
+        graph=graph,
+        plan=plan,
+        planned=found,
+        stages=stages,
+        before=before,
+        tail=tail,
+        apart=apart,
+    )
 
 
 def _is_real(model: nn.Module, options: Options) -> bool:

@@ -37,11 +37,12 @@ class Worker:
         """Runs a job after those put before it; never waits."""
         self._jobs.put(job)
 
-    def call(self, function: Callable[[], T]) -> T:
+    def call(self, function: Callable[[], T], seconds: float | None = None) -> T:
         """Runs a function in the thread and returns what it returns, or raises what it raises.
 
         Raises:
             Aborted: there is a cause; the function may run on.
+            TimeoutError: the time was up; the function may run on.
         """
         future: Future[T] = Future()
         changed = self.control.changed
@@ -59,7 +60,8 @@ class Worker:
                 changed.notify_all()
 
         self.put(job)
-        self.control.wait_for(future.done, peer=self.peer)
+        if not self.control.wait_for(future.done, seconds, self.peer):
+            raise TimeoutError
         return future.result()
 
 

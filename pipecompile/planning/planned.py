@@ -15,6 +15,7 @@ from pipecompile.planning.plan_search import make_plan
 from pipecompile.planning.replicas import Candidate, with_best_replicas
 from pipecompile.planning.search_spec import Request
 from pipecompile.planning.training_spec import Workload
+from pipecompile.schedule import one_f_one_b
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,14 @@ class Planned:
             PlanError: no plan was found.
         """
         return replace(self, plan=make_plan(costed, self.request, self.cluster, self.work), costed=costed)
+
+    def without_functions(self) -> Planned:
+        """The same without what the user gave as functions, so that another process can read it."""
+        return replace(
+            self,
+            request=replace(self.request, options=replace(self.request.options, objective="pace")),
+            work=replace(self.work, schedule=one_f_one_b, optimizer_state=self.work.state),
+        )
 
     def recosted(self, costed: CostedGraph) -> Planned:
         """The same plan with other costs, with which its quality is not known."""

@@ -35,6 +35,7 @@ from pipecompile.planning.memory import Memory
 from pipecompile.planning.planned import Planned
 from pipecompile.runtime.split import Piece, Stage
 from pipecompile.schedule.lowering import lower
+from pipecompile.schedule.several_processes import refreshed
 from pipecompile.schedule.simulator import simulate
 
 
@@ -53,6 +54,7 @@ class Compiled:
     stages: tuple[Stage, ...]
     before: Piece | None
     tail: Piece | None
+    apart: bool = False  # whether its ranks are in several processes
     programs: dict[Any, Program] = field(default_factory=dict)
 
     @property
@@ -179,6 +181,7 @@ class Compiled:
 
     def lowered(self, bare: Program) -> Program:
         """A bare program with its transfers, in the order of the simulation."""
+        bare = refreshed(bare) if self.apart else bare
         return lower(bare, self.predict(bare))
 
     def predict(self, program: Program) -> Timeline:

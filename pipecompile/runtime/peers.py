@@ -47,6 +47,13 @@ class Peers(Protocol):
             RankError: one of them does something else, or nothing for too long.
         """
 
+    def same(self, what: str, text: str) -> None:
+        """Makes sure that a text is the same in all processes.
+
+        Raises:
+            InputError: it is not; the message names ``what`` and the ranks.
+        """
+
     def spread(
         self, made: Mapping[str, Tensor], makers: Mapping[str, int], wanted: Container[str]
     ) -> Mapping[str, Tensor]:
@@ -77,6 +84,9 @@ class OneProcess:
         return make()
 
     def agree(self, what: str, tensors: Iterable[Tensor] = ()) -> None:
+        pass
+
+    def same(self, what: str, text: str) -> None:
         pass
 
     def spread(

@@ -19,6 +19,7 @@ from pipecompile.capture.state.fake_tables import Table
 from pipecompile.capture.state.guards import MISSING, NOT_PLAIN, TABLES, Attribute, frozen
 from pipecompile.capture.state.namespaces import drop, label_of, names_of, put
 from pipecompile.errors import CaptureError
+from pipecompile.ops.away import is_away
 from pipecompile.ops.torch_internals import FakeTensor, FakeTensorMode
 
 
@@ -79,8 +80,11 @@ def fakes_of(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> di
 
 
 def fake_of(tensor: Tensor, mode: FakeTensorMode, device: torch.device) -> Tensor:
-    """Returns a fake of a tensor on ``device``; dense for a sparse tensor, as few fake kernels accept sparse fakes."""
-    if tensor.layout != torch.strided:
+    """Returns a fake of a tensor on ``device``.
+
+    Dense for a sparse tensor, as few fake kernels accept sparse fakes, and for one whose memory is in another process.
+    """
+    if tensor.layout != torch.strided or is_away(tensor):
         with mode, torch.no_grad():
             dense = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
         return nn.Parameter(dense, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else dense

@@ -1,0 +1,56 @@
+"""Which of a model's parameters a process has, trains, and counts; the others are sent away."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from pipecompile.capture.state.model_state import named_tensors
+from pipecompile.ops.away import send_away
+from pipecompile.runtime.compiled import Compiled
+
+
+def held(compiled: Compiled, rank: int) -> frozenset[str]:
+    """The parameters and buffers that a rank has, by all of their names.
+
+    Those of its stages, of the tail, which every rank runs, and those that no stage reads.
+    """
+    mine = {id(tensor) for stage in _stages_of(compiled, rank) for tensor in compiled.tensors(stage).values()}
+    mine |= _everywhere(compiled)
+    others = {id(tensor) for stage in compiled.stages for tensor in compiled.tensors(stage.index).values()} - mine
+    return frozenset(name for name, tensor in named_tensors(compiled.captured.model) if id(tensor) not in others)
+
+
+def owned(compiled: Compiled, rank: int) -> frozenset[str]:
+    """The parameters that a rank trains, by all of their names; a tied one is trained by its owner alone."""
+    plan = compiled.plan
+    followed = {tied.parameter for tied in plan.tied if plan.rank_of[tied.owner] != rank}
+    names = compiled.captured.first_names
+    present = held(compiled, rank)
+    parameters = compiled.captured.model.named_parameters(remove_duplicate=False)
+    return frozenset(name for name, p in parameters if name in present and names[id(p)] not in followed)
+
+
+def counted(compiled: Compiled, rank: int) -> frozenset[str]:
+    """The parameters that a rank counts in a sum over all ranks, by their first names: each is counted once."""
+    names = compiled.captured.first_names
+    everywhere = set.intersection(*(set(owned(compiled, r)) for r in range(compiled.plan.num_ranks)))
+    mine = owned(compiled, rank) - (everywhere if rank else set())
+    return frozenset(mine & set(names.values()))
+
+
+def send_others_away(model: nn.Module, names: frozenset[str]) -> None:
+    """Frees the memory of the parameters of a model that are not among ``names``."""
+    for name, parameter in named_tensors(model):
+        if name not in names and isinstance(parameter, nn.Parameter) and not parameter.is_meta:
+            send_away(parameter)
+
+
+def _stages_of(compiled: Compiled, rank: int) -> list[int]:
+    return [stage for stage, at in enumerate(compiled.plan.rank_of) if at == rank]
+
+
+def _everywhere(compiled: Compiled) -> set[int]:
+    """The tensors of the parts that every process runs, by ``id``."""
+    pieces = [piece.module for piece in (compiled.before, compiled.tail) if piece is not None]
+    tensors: list[Tensor] = [t for module in pieces for t in (*module.parameters(), *module.buffers())]
+    return set(map(id, tensors))

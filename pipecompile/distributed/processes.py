@@ -1,0 +1,207 @@
+"""The processes of a pipeline, one for each rank, behind the interface that the runtime uses.
+
+Whatever may wait for another process is done by a worker, so that the calling thread can be woken when a rank fails.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from pipecompile.distributed.control import Control, store_of_the_group
+from pipecompile.distributed.remote_transport import RemoteTransport, Spec
+from pipecompile.distributed.watch import Cause, Pace
+from pipecompile.distributed.worker import Worker
+from pipecompile.errors import InputError, RankError
+from pipecompile.runtime.lane import Lane
+from pipecompile.runtime.transport import Aborted
+
+T = TypeVar("T")
+STAGE = "stage"  # name of the mesh dimension along which stages lie
+FOREVER = timedelta(days=365)  # for gloo, whose own time-outs close connections; the control channel ends waits
+
+
+class Processes:
+    """One process for each rank of a pipeline.
+
+    Args:
+        ranks: the number of each of the pipeline's ranks among all processes.
+        pace: how soon failures are noticed.
+
+    Attributes:
+        rank: of this process in the pipeline.
+    """
+
+    are_several = True
+
+    def __init__(self, ranks: Sequence[int], pace: Pace | None = None) -> None:
+        self.ranks_of_world = tuple(ranks)
+        self.rank = self.ranks_of_world.index(dist.get_rank())
+        self.pace = pace or Pace()
+        self.control = Control(self.rank, len(ranks), store_of_the_group(), self.pace)
+        self.worker = Worker(self.control)
+        make = lambda: dist.new_group(list(ranks), timeout=FOREVER, backend="gloo", use_local_synchronization=True)  # noqa: E731
+        self.group: dist.ProcessGroup = self._call(make)
+        self.transports: list[RemoteTransport] = []
+        self.calls = 0
+
+    @staticmethod
+    def of(mesh: DeviceMesh, pace: Pace | None = None) -> Processes:
+        """The processes of the stages of a mesh.
+
+        Raises:
+            InputError: the mesh has other dimensions than one for stages.
+        """
+        names = mesh.mesh_dim_names
+        if mesh.ndim != 1 or names not in (None, (STAGE,)):
+            raise InputError(
+                f"mesh= has the dimensions {names or mesh.ndim}, but pipelines are spread over one, of stages; use "
+                f"init_device_mesh({mesh.device_type!r}, (n,), mesh_dim_names=({STAGE!r},))"
+            )
+        return Processes(mesh.mesh.flatten().tolist(), pace)
+
+    # What the runtime asks
+
+    def ranks(self, count: int) -> Sequence[int]:
+        return [self.rank]
+
+    def transport(self, lanes: Mapping[int, Lane], rank_of: Sequence[int], sizes_are_known: bool) -> RemoteTransport:
+        made = RemoteTransport(self.control, self.ranks_of_world, self.group, lanes, rank_of)
+        self.transports.append(made)
+        return made
+
+    def shared(self, make: Callable[[], T]) -> T:
+        self.agree("a value that rank 0 computes for all")
+        outcome: tuple[T | None, BaseException | None] = (None, None)
+        if self.rank == 0:
+            try:
+                outcome = make(), None
+            except Exception as error:
+                outcome = None, error
+        value, raised = self._broadcast(outcome, 0)
+        if raised is not None:
+            raise raised
+        return value  # type: ignore[return-value]
+
+    def agree(self, what: str, tensors: Iterable[Tensor] = ()) -> None:
+        self.calls += 1
+        values = list(tensors)
+        said = f"call {self.calls}, {what}"
+        mine = torch.tensor([_digest(said.encode()), _digest(*map(_content, values))])
+        found = [torch.empty_like(mine) for _ in self.ranks_of_world]
+        self._call(lambda: dist.all_gather(found, mine, self.group), self.pace.absent, said)
+        if all(torch.equal(other, found[0]) for other in found):
+            return
+        words: list[str] = [""] * len(found)
+        sizes = ", ".join(str(list(value.shape)) for value in values)
+        self._call(lambda: dist.all_gather_object(words, f"{said}, with inputs of sizes {sizes}", self.group))
+        differing = next(rank for rank, other in enumerate(found) if not torch.equal(other, found[0]))
+        reason = (
+            "the values of their inputs differ"
+            if words[differing] == words[0]
+            else f"rank 0 is at {words[0]}, and rank {differing} at {words[differing]}"
+        )
+        raise InputError(
+            f"ranks 0 and {differing} do not make the same call: {reason}; all ranks of a pipeline must make the same "
+            f"calls on the same batches"
+        )
+
+    def same(self, what: str, text: str) -> None:
+        self.agree(what)
+        digests = self.gathered(_digest(text.encode()))
+        odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+        if odd:
+            raise InputError(
+                f"{what} of {'rank' if len(odd) == 1 else 'ranks'} {', '.join(map(str, odd))} differs from that of "
+                f"rank 0: the models, their settings or the versions of libraries differ; run the same script in the "
+                f"same environment on all ranks"
+            )
+
+    def spread(
+        self, made: Mapping[str, Tensor], makers: Mapping[str, int], wanted: Container[str]
+    ) -> Mapping[str, Tensor]:
+        found = dict(made)
+        for maker in sorted(set(makers.values())):
+            names = [name for name, rank in makers.items() if rank == maker]
+            own = [(Spec.of(made[name]), made[name].detach().to("cpu")) for name in names] if self.rank == maker else []
+            values = self._broadcast(
+                [(s, v if n in wanted else None) for n, (s, v) in zip(names, own, strict=False)], maker
+            )
+            for name, (spec, value) in zip(names, values, strict=True):
+                if name not in found:
+                    there = torch.empty(spec.shape, dtype=spec.dtype, device="meta") if value is None else value
+                    found[name] = there.requires_grad_(spec.requires_grad)
+        return {name: found[name] for name in makers}
+
+    def failure(self, error: BaseException) -> BaseException:
+        if isinstance(error, Aborted):
+            return self.control.error()
+        if isinstance(error, RankError):
+            return error
+        found = self.control.report(self.control.mine("", f"{type(error).__name__}: {error}"))
+        return found if isinstance(error, Exception) else error
+
+    # Collectives
+
+    def gathered(self, value: T) -> list[T]:
+        """The value of each rank."""
+        found: list[T | None] = [None] * len(self.ranks_of_world)
+        self._call(lambda: dist.all_gather_object(found, value, self.group))
+        return found  # type: ignore[return-value]
+
+    def summed(self, tensor: Tensor) -> Tensor:
+        """The sum of the ranks' tensors, in the order of the ranks."""
+        found = [torch.empty_like(tensor) for _ in self.ranks_of_world]
+        self._call(lambda: dist.all_gather(found, tensor.contiguous(), self.group))
+        total = found[0]
+        for other in found[1:]:
+            total = total + other
+        return total
+
+    def close(self) -> None:
+        """Waits for what is under way, and ends the control channel."""
+        if self.control.cause is None:
+            for transport in self.transports:
+                transport.flush()
+            self._call(lambda: dist.barrier(self.group))
+        self.control.close()
+
+    def _broadcast(self, value: T, source: int) -> T:
+        """The value of one rank in all of them."""
+        box = [pickle.dumps(value) if self.rank == source else b""]
+        self._call(lambda: dist.broadcast_object_list(box, self.ranks_of_world[source], self.group))
+        return pickle.loads(box[0])  # type: ignore[no-any-return]
+
+    def _call(self, collective: Callable[[], T], seconds: float | None = None, what: str = "") -> T:
+        """Runs a collective in the worker.
+
+        Raises:
+            RankError: a rank has failed, or has not come in time.
+        """
+        try:
+            return self.worker.call(collective, seconds)
+        except Aborted:
+            raise self.control.error() from None
+        except TimeoutError:
+            waited = f"waited {seconds:g} s in {what} for the others, of which one makes no call"
+            raise self.control.report(Cause(self.rank, self.control.watch.host, "", waited)) from None
+
+
+def _content(tensor: Tensor) -> bytes:
+    """A digest of a tensor's values, type and sizes."""
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    values = flat.view(torch.uint8).numpy().tobytes() if flat.layout == torch.strided and flat.numel() else b""
+    return hashlib.blake2b(f"{tensor.dtype} {list(tensor.shape)}".encode() + values, digest_size=8).digest()
+
+
+def _digest(*parts: bytes) -> int:
+    found = hashlib.blake2b(b"".join(parts), digest_size=7).digest()
+    return int.from_bytes(found, "little")

@@ -1,0 +1,23 @@
+"""Parameters whose memory is in another process.
+
+A parameter that is *away* keeps its identity, shape and type, and has the memory of one number, which all of its
+entries share. The number is NaN, so that a value that should not have been read shows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def send_away(parameter: nn.Parameter) -> None:
+    """Frees the memory of a parameter and of its gradient."""
+    value = float("nan") if parameter.is_floating_point() or parameter.is_complex() else 0
+    one = torch.full((), value, dtype=parameter.dtype, device=parameter.device)
+    parameter.data = one.expand(parameter.shape)
+    parameter.grad = None
+
+
+def is_away(tensor: Tensor) -> bool:
+    """Whether a tensor is a parameter that has been sent away."""
+    return isinstance(tensor, nn.Parameter) and tensor.numel() > 1 and not any(tensor.stride())
