@@ -390,7 +390,9 @@ class Pipeline:
     def __enter__(self) -> Pipeline:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None and self.processes is not None:
+            self.processes.failure(error)  # the others learn why this one does not come
         self.close()
 
     def copied(self, memo: dict[int, Any]) -> Pipeline:

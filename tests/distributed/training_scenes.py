@@ -1,0 +1,94 @@
+"""Trainings over several processes beside the same pipeline in the threads of one of them.
+
+Each rank runs both, and returns what differs between the two in what it has: losses, outputs, norms, gradients,
+parameters and buffers, bit for bit unless a case says why not.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from models import MODELS, Model
+from oracle import leaves
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+
+import pipecompile
+
+STEPS, ROWS, LENGTH = 3, 8, 6
+Seen = dict[str, Tensor]
+
+
+def train(names: list[str], schedule: str, **options: Any) -> dict[str, list[str]]:
+    """What differs, by model; "refused" with the reason, if both are refused in the same words."""
+    torch.set_num_threads(1)
+    return {name: list(_compared(MODELS[name], schedule, options)) for name in names}
+
+
+def _compared(model: Model, schedule: str, options: Mapping[str, Any]) -> Iterator[str]:
+    size = dist.get_world_size()
+    made, asynchronous = model.build(), schedule == "pipedream"
+    options = {"schedule": schedule, "microbatches": 4, "costs": "count", **options}
+    if asynchronous:
+        options["optimizer"] = lambda parameters: torch.optim.SGD(parameters, 0.1, momentum=0.9)
+    mesh = init_device_mesh("cpu", (size,), mesh_dim_names=("stage",))
+    results = []
+    for place in ({"devices": ["cpu"] * size}, {"mesh": mesh}):
+        try:
+            pipe = pipecompile.compile(copy.deepcopy(made), **place, **options, example_inputs=_inputs(model, 0))
+            with pipe.pipeline:
+                results.append(_trained(pipe, model, asynchronous))
+        except pipecompile.PipecompileError as error:
+            results.append(f"{type(error).__name__}: {error}")
+    expected, found = results
+    if isinstance(found, str) or isinstance(expected, str):
+        if found != expected:
+            yield f"{expected if isinstance(expected, str) else 'trained'}, but {found}"
+        else:
+            yield f"refused: {found}"
+        return
+    assert found, "a rank has something to compare"
+    for name, value in found.items():
+        if not torch.equal(value, expected[name]):
+            far = (value - expected[name]).abs().max() if value.shape == expected[name].shape else "its shape"
+            yield f"{name} by {far}"
+
+
+def _inputs(model: Model, step: int) -> Any:
+    return model.inputs(ROWS, LENGTH if LENGTH in model.lengths else model.lengths[0], seed=step)
+
+
+def _trained(pipe: Any, model: Model, asynchronous: bool) -> Seen:
+    """What a rank can read after a few steps, by name."""
+    seen: Seen = {}
+    optimizer = torch.optim.AdamW(pipe.parameters(), lr=1e-2)
+    for step in range(STEPS):
+        args, kwargs = _inputs(model, step)
+        torch.manual_seed(step)
+        output = pipe(*args, **kwargs)
+        seen |= {f"step {step}: output {name}": t for name, t in leaves(output) if _is_here(t)}
+        if not asynchronous:
+            loss = model.loss(output)
+            loss.backward()
+            if _is_here(loss):
+                seen[f"step {step}: loss"] = loss.detach().clone()
+            seen[f"step {step}: norm"] = pipe.pipeline.clip_grad_norm_(0.1).double()
+            named = pipe.named_parameters()
+            seen |= {f"step {step}: gradient of {n}": p.grad.clone() for n, p in named if p.grad is not None}
+            optimizer.step()
+            optimizer.zero_grad()
+    pipe.pipeline.flush()
+    pipe.eval()
+    args, kwargs = _inputs(model, STEPS)
+    with torch.no_grad():
+        seen |= {f"evaluated: output {name}": t for name, t in leaves(pipe(*args, **kwargs)) if _is_here(t)}
+    seen |= {f"at last: {name}": tensor.clone() for name, tensor in pipe.state_dict().items()}
+    return seen
+
+
+def _is_here(value: Any) -> bool:
+    return isinstance(value, Tensor) and not value.is_meta
