@@ -14,11 +14,11 @@ from pipecompile.distributed.watch import Pace
 from pipecompile.distributed.worker import Worker
 from pipecompile.runtime.transport import Aborted
 
-PACE = Pace(beat=0.05, silent=1.0, grace=0.4)
-PATIENT = Pace(beat=0.05, silent=50.0, grace=0.4)  # silence tells nothing
+PACE = Pace(beat=0.05, silent=1.5, grace=0.4)
+PATIENT = Pace(beat=0.05, silent=50.0, grace=0.4)  # on a busy machine, a rank may be slow
 
 
-def control(pace: Pace = PACE) -> Control:
+def control(pace: Pace = PATIENT) -> Control:
     return Control(dist.get_rank(), dist.get_world_size(), store_of_the_group(), pace)
 
 
@@ -37,7 +37,7 @@ def wait(channel: Control, peer: int | None = None) -> None:
 
 def all_wait() -> None:
     """For what does not come, until one is hurt."""
-    channel = control()
+    channel = control(PACE)
     meet("all begun")
     announce("waiting")
     wait(channel)
@@ -49,6 +49,15 @@ def one_raises(rank: int) -> None:
     if dist.get_rank() == rank:
         error = ValueError("the model's own")
         raise channel.report(channel.mine(f"stage {rank}, {rank}F0", f"ValueError: {error}")) from error
+    wait(channel)
+
+
+def the_host_raises() -> None:
+    """Rank 0, when the others have just looked, and will not look again for a while."""
+    channel = control(Pace(beat=1.5, silent=50.0, grace=10.0))
+    meet("all begun")
+    if dist.get_rank() == 0:
+        raise channel.report(channel.mine("stage 0, 0F0", "ValueError: the model's own"))
     wait(channel)
 
 
@@ -84,7 +93,7 @@ def the_first_ends_before_the_others_do() -> str:
     channel, rank = control(), dist.get_rank()
     if rank > 0:
         channel.wait_for(lambda: 0 in channel.watch.ended, peer=3 - rank)
-        assert not channel.wait_for(lambda: False, 3 * PACE.grace, peer=3 - rank)
+        assert not channel.wait_for(lambda: False, 3 * PATIENT.grace, peer=3 - rank)
         meet("others", 2)
     channel.close()
     channel.close()
@@ -107,7 +116,7 @@ def two_pipelines_one_after_the_other() -> list[str]:
 
 def one_waits_in_gloo(rank: int) -> None:
     """For a message that is not sent; rank 1 is killed meanwhile, or raises."""
-    channel = control(PATIENT)
+    channel = control()
     dist.barrier()  # all connections are there
     if dist.get_rank() != 1:
         worker = Worker(channel, 1)

@@ -13,7 +13,7 @@ from threading import Thread
 
 import pytest
 import torch.distributed as dist
-from control_scenes import PACE
+from control_scenes import PATIENT
 from launcher import Ended, Hurt, Launcher, report
 
 import pipecompile
@@ -72,12 +72,12 @@ def test_a_rank_that_ended_and_is_not_waited_for_is_no_failure(launcher: Launche
 def test_a_rank_that_is_killed_is_noticed_by_its_silence(launcher: Launcher) -> None:
     ended = launcher.run("control_scenes:all_wait", 3, limit=LIMIT, hurt=Hurt(1, signal.SIGKILL, at="waiting"))
     assert ended[1].code == -signal.SIGKILL
-    assert text_of(ended, 1) == "rank 1: gave no sign for 1 s: it was stopped or killed, or is unreachable"
+    assert text_of(ended, 1) == "rank 1: gave no sign for 1.5 s: it was stopped or killed, or is unreachable"
 
 
 def test_a_rank_that_is_stopped_and_wakes_raises_what_the_others_raised(launcher: Launcher) -> None:
     ended = launcher.run("control_scenes:all_wait", 3, limit=LIMIT, hurt=Hurt(1, signal.SIGSTOP, at="waiting"))
-    assert text_of(ended) == "rank 1: gave no sign for 1 s: it was stopped or killed, or is unreachable"
+    assert text_of(ended) == "rank 1: gave no sign for 1.5 s: it was stopped or killed, or is unreachable"
     assert ended[1].seconds >= max(ended[0].seconds, ended[2].seconds)
 
 
@@ -112,7 +112,7 @@ def test_collectives_run_in_a_worker(launcher: Launcher) -> None:
 
 
 def test_the_host_of_the_store_stays_until_all_know_why_it_failed(launcher: Launcher) -> None:
-    ended = launcher.run("control_scenes:one_raises", 3, limit=LIMIT, agent=False, rank=0)
+    ended = launcher.run("control_scenes:the_host_raises", 3, limit=LIMIT, agent=False)
     assert text_of(ended) == "rank 0: stage 0, 0F0: ValueError: the model's own"
 
 
@@ -135,7 +135,7 @@ def opened() -> Iterator[Open]:
     """Opens the controls of a new pipeline, one for each rank; all are closed in the end."""
     store, all_opened = dist.HashStore(), []
 
-    def open_(size: int, pace: Pace = PACE) -> list[Control]:
+    def open_(size: int, pace: Pace = PATIENT) -> list[Control]:
         place = f"place {next(PLACES)}"
         controls = [Control(rank, size, lambda: dist.PrefixStore(place, store), pace) for rank in range(size)]
         all_opened.extend(controls)
@@ -188,6 +188,29 @@ def test_the_first_of_many_causes_stays(opened: Open) -> None:
     assert str(controls[0].report(controls[0].mine("", "later"))) == raised[0]
 
 
+def test_a_cause_that_comes_between_look_and_report_is_the_first() -> None:
+    store, first = dist.HashStore(), Cause(1, "h", "", "first")
+
+    class Late(dist.PrefixStore):
+        def check(self, keys: list[str]) -> bool:
+            found = super().check(keys)
+            if keys == ["failure"]:
+                super().compare_set("failure", "", first.to_json())
+            return found
+
+    control = Control(0, 1, lambda: Late("late", store), PATIENT)
+    assert str(control.report(control.mine("", "second"))) == "rank 1 (host h): first"
+    control.close()
+
+
+def test_a_rank_that_ended_gives_no_sign_and_is_not_blamed(opened: Open) -> None:
+    first, second, _ = opened(3, Pace(beat=0.02, silent=0.5))
+    first.close()
+    assert second.wait_for(lambda: 0 in second.watch.ended, peer=2)
+    assert not second.wait_for(lambda: False, 1.2, peer=2)
+    assert second.cause is None
+
+
 def test_nothing_is_waited_for_after_a_failure(opened: Open) -> None:
     one, other = opened(2)
     one.report(one.mine("", "failure"))
@@ -228,7 +251,7 @@ def test_a_lost_connection_waits_for_a_better_cause(opened: Open) -> None:
 
 def test_a_forgotten_control_ends_its_threads() -> None:
     store = dist.HashStore()
-    control = Control(7, 8, lambda: store, PACE)
+    control = Control(7, 8, lambda: store, PATIENT)
     worker = Worker(control, 3)
     found = threads("pipecompile control 7") + threads("pipecompile 7 with 3")
     assert len(found) == 2
