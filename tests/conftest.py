@@ -22,6 +22,19 @@ DEVICES = Path(__file__).parent / "devices"
 STDERR = pytest.StashKey[int]()
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """The files of ``distributed/`` run in one worker: their launcher is started once."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "tests/distributed" if file.startswith("tests/distributed/") else file
+
+    return Scheduling(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """The virtual device stays in a process for good, so its tests run by themselves, or on real devices."""
     asked = any("devices" in Path(argument).parts for argument in config.args) or "cuda" in config.getoption("-m")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import atexit
 import math
 import os
-import sys
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -19,6 +18,7 @@ from threading import Condition, Thread
 
 import torch.distributed as dist
 
+from pipecompile.distributed.leaving import uncaught
 from pipecompile.distributed.watch import Cause, Pace, Store, Watch
 from pipecompile.errors import InputError, RankError
 from pipecompile.runtime.transport import Aborted
@@ -120,8 +120,7 @@ def _exit(watch: Watch, thread: Thread) -> None:
     """Says at the interpreter's end how the script ended, unless it closed the pipeline."""
     if os.getpid() != watch.process:  # a fork's end is not the rank's
         return
-    error = None if hasattr(sys, "ps1") else getattr(sys, "last_value", None)
-    if error is not None:
+    if (error := uncaught()) is not None:
         cause = Cause(watch.rank, watch.host, "", f"{UNCLOSED}: {type(error).__name__}: {error}".rstrip(": "))
         watch.report(cause)
     watch.end(UNCLOSED)
@@ -154,7 +153,7 @@ def store_of_the_group(name: str | None = None) -> Callable[[], Store]:
         while isinstance(store, under):
             store = store.underlying_store  # type: ignore[attr-defined]
         raise InputError(
-            f"the process group was started with a {type(store).__name__}, which a second thread cannot open; "
+            f"a second thread cannot open the {type(store).__name__} that the process group was started with; "
             "start it with init_method='env://', as torchrun does, or with a TCPStore"
         ) from error
     return lambda: under(prefix, clone())

@@ -24,6 +24,8 @@ from dataclasses import asdict, dataclass
 from threading import Condition, Event
 from typing import Protocol
 
+from pipecompile.distributed.leaving import abroad
+
 FAILED = "raised the error of the first rank that failed"
 STORE = (
     "the store of the process group does not answer: the process that hosts it (rank 0, or the launcher) has ended, "
@@ -204,6 +206,10 @@ class Watch:
 
     def run(self) -> None:
         """Watches until there is a cause or this rank ends."""
+        with abroad():
+            self._run()
+
+    def _run(self) -> None:
         try:
             store = self.store()
             while not (self.cause or self.closed):

@@ -11,6 +11,7 @@ from threading import Thread
 from typing import TypeVar
 
 from pipecompile.distributed.control import Control
+from pipecompile.distributed.leaving import abroad
 from pipecompile.distributed.watch import Cause, Watch
 
 T = TypeVar("T")
@@ -73,7 +74,8 @@ def is_lost(error: Exception) -> bool:
 def _work(jobs: Jobs, watch: Watch, peer: int | None) -> None:
     while (job := jobs.get()) is not None:
         try:
-            job()
+            with abroad():
+                job()
         except Exception as error:
             if is_lost(error):
                 watch.lost(peer, error)
