@@ -116,12 +116,10 @@ def _of_a_process(base: type[nn.Module], pipeline: Pipeline) -> dict[str, Any]:
         return ((name, p) for name, p in base.named_parameters(pipe, *args, **kwargs) if name in mine)
 
     def state_dict(pipe: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Those of this process: parameters that it trains, and buffers."""
-        mine, prefix = pipeline.owned, kwargs.get("prefix", "")
-        others = {f"{prefix}{name}" for name, _ in pipeline.model.named_parameters(remove_duplicate=False)}
-        others -= {f"{prefix}{name}" for name in mine}
+        """The parameters that this process trains, and the buffers of which it has the present values."""
+        others, prefix = pipeline.foreign, kwargs.get("prefix", "")
         found = base.state_dict(pipe, *args, **kwargs)
-        return {name: tensor for name, tensor in found.items() if name not in others}
+        return {name: tensor for name, tensor in found.items() if name.removeprefix(prefix) not in others}
 
     def refuse(pipe: Any, *args: Any, **kwargs: Any) -> Any:
         raise InputError(

@@ -37,7 +37,7 @@ from pipecompile.compiler.surroundings import (
     uncompiled,
 )
 from pipecompile.distributed.clip_grad_norm import clip_grad_norm_
-from pipecompile.distributed.ownership import held, owned, send_others_away
+from pipecompile.distributed.ownership import foreign_buffers, held, owned, send_others_away
 from pipecompile.distributed.processes import Processes
 from pipecompile.errors import CaptureError, InputError, PipecompileError
 from pipecompile.ir.graph import CostedGraph
@@ -444,6 +444,14 @@ class Pipeline:
                 "compile(), or call the pipeline first"
             )
         return owned(self._first, self.processes.rank)
+
+    @property
+    def foreign(self) -> frozenset[str]:
+        """The names of the parameters and buffers whose present values another process has."""
+        if self.processes is None or self._first is None:
+            return frozenset()
+        parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        return foreign_buffers(self._first, self.processes.rank) | (parameters - self.owned)
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """``torch.nn.utils.clip_grad_norm_`` of the whole model: all processes get the norm of all gradients.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from pipecompile.capture.origin import origin_of
 from pipecompile.capture.state.model_state import named_tensors
 from pipecompile.ops.away import send_away
 from pipecompile.runtime.compiled import Compiled
@@ -36,6 +37,20 @@ def counted(compiled: Compiled, rank: int) -> frozenset[str]:
     everywhere = set.intersection(*(set(owned(compiled, r)) for r in range(compiled.plan.num_ranks)))
     mine = owned(compiled, rank) - (everywhere if rank else set())
     return frozenset(mine & set(names.values()))
+
+
+def foreign_buffers(compiled: Compiled, rank: int) -> frozenset[str]:
+    """The buffers whose present values only another rank has, by all of their names: its stages write them."""
+    graph, plan = compiled.division.body.graph, compiled.plan
+    stage_of = dict(zip((node.name for node in compiled.graph.nodes), plan.stage_of, strict=True))
+    written: dict[str, set[int]] = {}
+    for node in graph.nodes:
+        if (stage := stage_of.get(node.name)) is not None:
+            for name in origin_of(node).writes:
+                written.setdefault(name, set()).add(plan.rank_of[stage])
+    tensors = compiled.captured.tensors
+    foreign = {id(tensors[name]) for name, ranks in written.items() if rank not in ranks}
+    return frozenset(name for name, tensor in named_tensors(compiled.captured.model) if id(tensor) in foreign)
 
 
 def send_others_away(model: nn.Module, names: frozenset[str]) -> None:

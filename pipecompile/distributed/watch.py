@@ -54,13 +54,13 @@ class Pace:
     Args:
         beat: seconds between two signs of a rank, and between two looks at the others.
         silent: seconds without a sign after which a rank is taken for stopped. A rank gives none while one call holds
-            Python's lock.
+            Python's lock. One that is killed is found sooner, by its lost connections.
         grace: seconds to wait for a better cause, when a connection was lost or a rank that is waited for has ended.
         absent: seconds to wait for the first sign of a rank.
     """
 
     beat: float = 0.25
-    silent: float = 5.0
+    silent: float = 15.0
     grace: float = 1.0
     absent: float = 1800.0
 

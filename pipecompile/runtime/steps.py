@@ -113,10 +113,11 @@ class Batch:
 
     @property
     def wanted(self) -> frozenset[str]:
-        """The outputs of the stages that all processes need: scalars, and what the tail reads."""
-        tail = self.division.tail
-        scalars = (self.division.places[str(output.node)] for output in self.outputs if output.is_scalar)
-        return frozenset((*scalars, *(tail.joined.values() if tail else ())))
+        """The outputs of the stages that all processes need: scalars, what forward stores, and what the tail reads."""
+        tail, left = self.division.tail, set(map(id, self.compiled.captured.left))
+        needed = (output for output in self.outputs if output.is_scalar or id(output) in left)
+        places = (self.division.places[str(output.node)] for output in needed)
+        return frozenset((*places, *(tail.joined.values() if tail else ())))
 
     def finish(self, joined: Mapping[str, Tensor], drawn: Sequence[int | None]) -> list[Tensor]:
         """The tensors of ``outputs``, from the stages and from the tail, which runs here."""

@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from models import MODELS, Model
+from models import MODELS, Draw, Inputs, Model
 from oracle import leaves
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.nn import functional as F
+from toys import D, blocks, mean_square
 
 import pipecompile
 
@@ -23,10 +25,61 @@ STEPS, ROWS, LENGTH = 3, 8, 6
 Seen = dict[str, Tensor]
 
 
-def train(names: list[str], schedule: str, **options: Any) -> dict[str, list[str]]:
-    """What differs, by model; "refused" with the reason, if both are refused in the same words."""
+class Dropping(nn.Module):
+    """Draws random numbers in each stage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(D, D) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = F.dropout(torch.tanh(layer(x)), 0.3, self.training)
+        return x
+
+
+class Contrastive(nn.Module):
+    """A loss that mixes the rows of the batch, with a parameter that nothing else reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = blocks(2), blocks(2)
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = (F.normalize(tower(x), dim=-1) for tower in (self.left, self.right))
+        return F.cross_entropy(self.scale * (left @ right.T), torch.arange(len(x)))
+
+
+def _mixtral() -> nn.Module:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_local_experts": 4}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return MixtralForCausalLM(MixtralConfig(vocab_size=61, use_cache=False, **sizes, **heads))
+
+
+def _ragged(draw: Draw) -> Inputs:
+    """Labels of which each row has another number."""
+    (args, kwargs), keep = MODELS["gpt2"].sample(draw), torch.arange(draw.length)
+    labels = kwargs["labels"].clone()
+    labels[keep >= 1 + torch.arange(draw.batch)[:, None] % draw.length] = -100
+    return args, {**kwargs, "labels": labels}
+
+
+_INSIDE: dict[str, Any] = {"loss": lambda output: output, "inside": True}
+MORE = {
+    "dropping": Model("dropping", Dropping, lambda draw: ((draw.floats(D),), {}), loss=mean_square, inside=False),
+    "contrastive": Model("contrastive", Contrastive, lambda draw: ((draw.floats(D),), {}), **_INSIDE),
+    "ragged": Model("ragged", MODELS["gpt2"].make, _ragged),
+    "mixtral": Model("mixtral", _mixtral, MODELS["gpt2"].sample),
+}
+
+
+def train(name: str, schedule: str, **options: Any) -> list[str]:
+    """What differs, or "refused" with the reason, if both are refused in the same words."""
     torch.set_num_threads(1)
-    return {name: list(_compared(MODELS[name], schedule, options)) for name in names}
+    return list(_compared((MODELS | MORE)[name], schedule, options))
 
 
 def _compared(model: Model, schedule: str, options: Mapping[str, Any]) -> Iterator[str]:
@@ -65,7 +118,8 @@ def _inputs(model: Model, step: int) -> Any:
 def _trained(pipe: Any, model: Model, asynchronous: bool) -> Seen:
     """What a rank can read after a few steps, by name."""
     seen: Seen = {}
-    optimizer = torch.optim.AdamW(pipe.parameters(), lr=1e-2)
+    some = torch.nn.Parameter(torch.zeros(()))  # a stage may have no parameters
+    optimizer = torch.optim.AdamW([*pipe.parameters(), some], lr=1e-2)
     for step in range(STEPS):
         args, kwargs = _inputs(model, step)
         torch.manual_seed(step)

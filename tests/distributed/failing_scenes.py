@@ -1,0 +1,164 @@
+"""Pipelines of several processes of which one does something else than the others, or fails."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from scene import announce, await_moment, meet
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from toys import D, blocks
+
+import pipecompile
+from pipecompile.distributed import processes
+from pipecompile.distributed.watch import Pace
+
+QUICK = Pace(beat=0.05, silent=1.5, grace=0.4, absent=3.0)
+PATIENT = Pace(beat=0.05, silent=30.0, grace=0.4, absent=3.0)
+
+
+CALLS: Counter[str] = Counter()
+
+
+def stop(kind: str, at: int) -> None:
+    """Raises in the ``at``-th call of its kind."""
+    CALLS[kind] += 1
+    if CALLS[kind] == at:
+        raise ValueError("the model's own")
+
+
+@torch.library.custom_op("failing::stopping", mutates_args=())
+def stopping(x: Tensor, at: int, backward: bool) -> Tensor:
+    stop("forward", 0 if backward else at)
+    return x.clone()
+
+
+@torch.library.custom_op("failing::stopping_backward", mutates_args=())
+def stopping_backward(gradient: Tensor, at: int) -> Tensor:
+    stop("backward", at)
+    return gradient.clone()
+
+
+def remember(ctx: Any, inputs: tuple[Tensor, int, bool], output: Tensor) -> None:
+    ctx.at = inputs[1] if inputs[2] else 0
+
+
+stopping.register_fake(lambda x, at, backward: torch.empty_like(x))
+stopping_backward.register_fake(lambda gradient, at: torch.empty_like(gradient))
+stopping.register_autograd(
+    lambda ctx, gradient: (stopping_backward(gradient, ctx.at), None, None), setup_context=remember
+)
+
+
+class Stopping(nn.Module):
+    """Raises in the forward or the backward of its ``at``-th microbatch. The counters are out of a trace's sight."""
+
+    def __init__(self, at: int, backward: bool) -> None:
+        super().__init__()
+        self.at, self.backward = at, backward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return stopping(x, self.at, self.backward)
+
+
+class Net(nn.Module):
+    def __init__(self, *more: nn.Module, width: int = D) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*blocks(4), *more, nn.Linear(D, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x).square().mean()
+
+
+def batch(seed: int = 0, rows: int = 8) -> Tensor:
+    return torch.randn(rows, D, generator=torch.Generator().manual_seed(seed))
+
+
+def piped(model: nn.Module | None = None, pace: Pace = QUICK, **options: Any) -> Any:
+    processes.Pace = lambda: pace  # the default of a pipeline
+    torch.manual_seed(0)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("stage",))
+    options = {"microbatches": 4, "costs": "count", "example_inputs": batch(), "verify": "never", **options}
+    pipe = pipecompile.compile(model or Net(), mesh=mesh, **options)
+    CALLS.clear()  # of the trace, which tries the model's own operators
+    return pipe
+
+
+def step(pipe: Any, x: Tensor | None = None) -> float:
+    loss = pipe(batch() if x is None else x)
+    loss.backward()
+    return loss.item()
+
+
+def other_batches(rows: int) -> tuple[str, float, float]:
+    """Rank 1 has other values, or other rows. Then all make the same call."""
+    pipe, rank = piped(pace=PATIENT), dist.get_rank()
+    before = step(pipe)
+    other = batch(seed=rank, rows=rows if rank else 8)
+    text = ""
+    try:
+        step(pipe, other)
+    except pipecompile.InputError as error:
+        text = str(error)
+    after = step(pipe)
+    pipe.pipeline.close()
+    return text, before, after
+
+
+def other_model() -> None:
+    piped(Net(width=D + dist.get_rank()))
+
+
+def no_call() -> None:
+    """Rank 1 makes no second call, but lives on."""
+    pipe = piped(pace=PATIENT)
+    step(pipe)
+    if dist.get_rank() == 1:
+        await_moment("waited")
+    try:
+        step(pipe)
+    finally:
+        announce("waited")
+
+
+def raises(at: int, backward: bool) -> None:
+    """The stage of the last rank."""
+    pipe = piped(Net(Stopping(at, backward)))
+    for _ in range(3):
+        step(pipe)
+
+
+def trains_on() -> None:
+    """Steps until one is hurt."""
+    pipe = piped()
+    step(pipe)
+    meet("trained")
+    announce("training")
+    while True:
+        step(pipe)
+
+
+def raises_between() -> None:
+    """Rank 1 raises in the script, inside ``with``."""
+    pipe = piped()
+    with pipe.pipeline:
+        step(pipe)
+        if dist.get_rank() == 1:
+            raise KeyError("data")
+        step(pipe)
+
+
+def after_a_failure() -> tuple[str, str]:
+    """What a call says after one that has failed."""
+    pipe = piped(Net(Stopping(2, False)))
+    said = []
+    for _ in range(2):
+        try:
+            while True:
+                step(pipe)
+        except pipecompile.RankError as error:
+            said.append(str(error))
+    return said[0], said[1]

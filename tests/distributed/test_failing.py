@@ -1,0 +1,82 @@
+"""Whatever one process of a pipeline does or suffers, all end with one error, or refuse the call and go on."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+from launcher import Ended, Hurt, Launcher, report
+
+LIMIT = 60
+
+
+def one_error(ended: list[Ended], *but: int) -> str:
+    """The text of the error that all ranks but these have raised."""
+    found = [each for each in ended if each.rank not in but]
+    assert {each.error for each in found} == {"RankError"}, report(ended)
+    assert len({each.text for each in found}) == 1, report(ended)
+    return found[0].text
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        (8, "ranks 0 and 1 do not make the same call: the values of their inputs differ"),
+        (5, "a call, with inputs of sizes [5, 10]; all ranks"),
+    ],
+)
+def test_other_batches_are_refused_and_the_next_call_works(launcher: Launcher, rows: int, says: str) -> None:
+    found = launcher.returned("failing_scenes:other_batches", 2, limit=LIMIT, rows=rows)
+    for text, before, after in found:
+        assert says in text
+        assert "all ranks of a pipeline must make the same calls on the same batches" in text
+        assert before == after
+    assert found[0] == found[1]
+
+
+def test_other_models_are_refused(launcher: Launcher) -> None:
+    ended = launcher.run("failing_scenes:other_model", 3, limit=LIMIT)
+    assert {each.error for each in ended} == {"InputError"}, report(ended)
+    (text,) = {each.text for each in ended}
+    assert text.startswith("the graph of the model of ranks 1, 2 differs from that of rank 0")
+
+
+def test_a_rank_that_makes_no_call_is_not_waited_for_for_ever(launcher: Launcher) -> None:
+    text = one_error(launcher.run("failing_scenes:no_call", 2, limit=LIMIT))
+    assert "waited 3 s in call" in text
+    assert "makes no call" in text
+
+
+@pytest.mark.parametrize(("at", "backward", "where"), [(2, False, "1F1"), (6, False, "1F1"), (3, True, "1B2")])
+def test_an_exception_in_a_stage_is_the_error_of_all(launcher: Launcher, at: int, backward: bool, where: str) -> None:
+    ended = launcher.run("failing_scenes:raises", 2, limit=LIMIT, at=at, backward=backward)
+    text = one_error(ended)
+    assert text.startswith("rank 1 (host ")
+    assert f"ExecutionError: stage 1, {where}: " in text
+    assert "ValueError: the model's own" in text
+    assert "failing_scenes.py" in text
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_killed(launcher: Launcher, rank: int) -> None:
+    ended = launcher.run("failing_scenes:trains_on", 3, hurt=Hurt(rank, signal.SIGKILL, at="training"), limit=LIMIT)
+    assert one_error(ended, rank).startswith(f"rank {rank}")
+
+
+def test_a_rank_that_stops(launcher: Launcher) -> None:
+    ended = launcher.run("failing_scenes:trains_on", 3, hurt=Hurt(1, signal.SIGSTOP, at="training"), limit=LIMIT)
+    assert one_error(ended).startswith("rank 1")  # of the one that stopped, when it goes on, too
+
+
+def test_an_exception_between_calls_is_told_to_the_others(launcher: Launcher) -> None:
+    ended = launcher.run("failing_scenes:raises_between", 3, limit=LIMIT)
+    assert ended[1].error == "KeyError", report(ended)
+    assert "KeyError: 'data'" in one_error(ended, 1)
+
+
+def test_a_call_after_a_failure_says_the_same(launcher: Launcher) -> None:
+    ended = launcher.run("failing_scenes:after_a_failure", 2, limit=LIMIT)
+    assert all(each.result for each in ended), report(ended)
+    said = {text for each in ended for text in each.result}
+    assert len(said) == 1
+    assert "the model's own" in said.pop()

@@ -1,0 +1,30 @@
+"""A pipeline of several processes trains bit for bit as the same pipeline in threads."""
+
+from __future__ import annotations
+
+import pytest
+from launcher import Launcher
+from long import LONG
+from models import MODELS
+from training_scenes import MORE
+
+SOME = ["gpt2", "t5", "two_towers", "tied", "buffers_in_place", "skip_to_loss", "dataclass_output", *MORE]
+LIMIT = 280
+
+
+@pytest.mark.parametrize("name", [*MODELS, *MORE] if LONG else SOME)
+def test_a_model_trains_alike(launcher: Launcher, name: str) -> None:
+    assert launcher.returned("training_scenes:train", 2, limit=LIMIT, name=name, schedule="1f1b") == [[], []]
+
+
+@pytest.mark.parametrize("schedule", ["sequential", "gpipe", "1f1b", "pipedream"])
+def test_a_schedule_trains_alike_over_four_processes(launcher: Launcher, schedule: str) -> None:
+    name = "long_skip" if schedule == "pipedream" else "gpt2"  # which ties weights
+    found = launcher.returned("training_scenes:train", 4, limit=LIMIT, name=name, schedule=schedule)
+    assert found == [[], [], [], []]
+
+
+def test_what_one_process_refuses_several_refuse_in_the_same_words(launcher: Launcher) -> None:
+    found = launcher.returned("training_scenes:train", 2, limit=LIMIT, name="tied", schedule="pipedream")
+    assert found[0] == found[1]
+    assert found[0][0].startswith("refused: ")
