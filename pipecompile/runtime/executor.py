@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import wait
+from contextvars import copy_context
 from dataclasses import dataclass
 from typing import assert_never
 
@@ -107,7 +108,9 @@ class Executor:
         start = time.perf_counter()
         after = self.callers.events(t.device for m in microbatches.values() for t in m.inputs.values())
         jobs = [
-            self.lanes[rank].thread.submit(self._run_rank, rank, row, microbatches, ambient, after, start, busy().turns)
+            self.lanes[rank].thread.submit(  # in the caller's context variables, which hold torch.compile's settings
+                copy_context().run, self._run_rank, rank, row, microbatches, ambient, after, start, busy().turns
+            )
             for rank, row in enumerate(program.ranks)  # a plan may not use the last lanes
         ]
         try:
