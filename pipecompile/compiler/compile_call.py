@@ -36,6 +36,7 @@ from pipecompile.partition import carry_over
 from pipecompile.planning.planned import Planned, planned
 from pipecompile.planning.training_spec import Workload
 from pipecompile.profile import profile
+from pipecompile.runtime.compile_stage import compile_stage
 from pipecompile.runtime.compiled import Compiled, find_loss, misfit
 from pipecompile.runtime.split import Piece, cut_out, split
 from pipecompile.schedule import gpipe
@@ -74,11 +75,12 @@ def compile_call(
         division = _divided(trace, rows, options) if whole else _independent(trace, rows, options)
     graph = summarize(division.body)
     if first is not None:
-        return _cut(division, graph, first.planned, devices, carry_over(first.plan, first.graph, graph))
+        carried = carry_over(first.plan, first.graph, graph)
+        return _cut(division, graph, first.planned, devices, options, carried)
     costed = _costed(division.body, graph, options, devices)
     cluster = options.cluster or cluster_of(devices, measure=costed.measured)
     found = planned(costed, cluster, _work(division, options), options.plan)
-    compiled = _cut(division, graph, found, devices)
+    compiled = _cut(division, graph, found, devices, options)
     return _rehearsed(compiled, call, rows, devices, options) if _is_real(model, options) else compiled
 
 
@@ -96,7 +98,7 @@ def replanned(compiled: Compiled, costed: CostedGraph, options: Options, devices
         InputError: the options do not fit the model or one another.
     """
     found = planned(costed, compiled.planned.cluster, _work(compiled.division, options), options.plan)
-    return _cut(compiled.division, compiled.graph, found, devices)
+    return _cut(compiled.division, compiled.graph, found, devices, options)
 
 
 def _refuse_writes_between_versions(captured: Captured, options: Options) -> None:
@@ -111,7 +113,12 @@ def _refuse_writes_between_versions(captured: Captured, options: Options) -> Non
 
 
 def _cut(
-    division: Division, graph: Graph, found: Planned, devices: Sequence[torch.device], carried: Plan | None = None
+    division: Division,
+    graph: Graph,
+    found: Planned,
+    devices: Sequence[torch.device],
+    options: Options,
+    carried: Plan | None = None,
 ) -> Compiled:
     """A capture cut into the stages of a plan. Moves parameters to their devices.
 
@@ -120,11 +127,14 @@ def _cut(
         graph: its body.
         found: the plan.
         devices: one per rank.
+        options: whether stages are compiled.
         carried: the plan carried over to this capture, if it was made for another one.
     """
     plan = carried or found.plan
     place(division.body, plan, graph, devices)
     stages = split(division.body, graph, plan, devices)
+    if options.stage_compile is not False:
+        stages = tuple(compile_stage(stage, options.stage_compile) for stage in stages)
     before, tail = _pieces(division, stages[-1].device)
     return Compiled(division=division, graph=graph, plan=plan, planned=found, stages=stages, before=before, tail=tail)
 
@@ -147,7 +157,7 @@ def _rehearsed(
     starts = [loss] if loss else list(compiled.division.joins)
 
     def replan(costed: CostedGraph) -> Compiled:
-        return _cut(compiled.division, compiled.graph, compiled.planned.again(costed), devices)
+        return _cut(compiled.division, compiled.graph, compiled.planned.again(costed), devices, options)
 
     return rehearsed(compiled, call, fitting[0], Rehearsal(starts, schedule, devices), replan)
 

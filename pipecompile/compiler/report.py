@@ -16,6 +16,7 @@ from pipecompile.ir.timeline import Timeline
 from pipecompile.ir.units import bytes_text, count_text, names_text, plural, seconds_text
 from pipecompile.render.labels import replica_notes
 from pipecompile.runtime.compiled import Compiled, could_be_losses
+from pipecompile.runtime.split import Stage
 
 
 def _across_microbatches(compiled: Compiled) -> list[str]:
@@ -112,6 +113,19 @@ def _calibration(compiled: Compiled, timeline: Timeline | None) -> list[str]:
     ]
 
 
+def _compiled(stage: Stage) -> list[str]:
+    """What is compiled of a stage, what stays between its parts, and what torch could not compile."""
+    if not stage.backend:
+        return []
+    parts = stage.compiled
+    graphs, seconds = sum(part.graphs for part in parts), sum(part.seconds for part in parts)
+    made = f"{plural(graphs, 'graph')} so far, {seconds_text(seconds)}" if graphs else "not called yet"
+    between = [f"{count} {why}" for why, count in stage.uncompiled.items()]
+    rest = f"; calls between them: {', '.join(between)}" if between else ""
+    failed = [f"{part.where} runs uncompiled: {part.why}" for part in parts if part.why]
+    return [f"stage {stage.index}: {plural(len(parts), 'part')} by {stage.backend} ({made}){rest}", *failed]
+
+
 @dataclass(frozen=True)
 class Report:
     """Notes on the capture in use: what is specialized, approximated, kept whole or recomputed.
@@ -134,6 +148,7 @@ class Report:
         calibration: measured and predicted seconds of each stage in the last training step.
         tied: parameters that several stages use.
         replicas: devices of each stage, and the alternatives that were tried.
+        compiled: what ``torch.compile`` compiles of each stage, and what it does not.
         rerun: why calls were rerun in a backward, and how often.
     """
 
@@ -152,6 +167,7 @@ class Report:
     calibration: tuple[str, ...] = ()
     tied: tuple[str, ...] = ()
     replicas: tuple[str, ...] = ()
+    compiled: tuple[str, ...] = ()
     rerun: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, list[str]]:
@@ -190,5 +206,6 @@ def describe(compiled: Compiled, timeline: Timeline | None = None) -> Report:
         tied=tuple(
             f"{t.parameter} over stages {', '.join(map(str, t.stages))}, gradients summed" for t in plan.tied_by_model
         ),
+        compiled=tuple(line for stage in compiled.stages for line in _compiled(stage)),
         replicas=(*replica_notes(plan), *map(str, compiled.planned.candidates)),
     )
