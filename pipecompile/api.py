@@ -19,6 +19,7 @@ from pipecompile.facade import as_model
 from pipecompile.ir.cluster import Cluster
 from pipecompile.ir.graph import CostedGraph
 from pipecompile.ir.plan_options import DEFAULT_PLAN, PlanOptions
+from pipecompile.ops.backends import Backend, check_backend
 from pipecompile.pipeline import Pipeline
 from pipecompile.profile import How
 from pipecompile.runtime import MakeOptimizer
@@ -42,6 +43,7 @@ def compile(
     costs: How | str | Path | CostedGraph | None = None,
     cluster: Cluster | str | None = None,
     verify: Verify = "first",
+    stage_compile: bool | str | Backend = False,
 ) -> Any:
     """Splits a model into a pipeline of stages on ``devices``, which is called and trained like the model.
 
@@ -79,13 +81,17 @@ def compile(
             gradient, and written buffers, parameters and attributes. "first": the first call of each capture, on a
             slice of its batch with two rows per microbatch and one more; a number n: also every nth call; "every"
             call; or "never". If they differ, raises an ``ExactnessError``; ``report.verified`` says what was compared.
+        stage_compile: whether ``torch.compile`` compiles the stages, at the first call, with Inductor; or the name of
+            another of its backends, or a backend. Results then differ by rounding from those of uncompiled stages.
+            ``report.compiled`` says what is compiled.
 
     Returns:
         A module that looks like the model and runs the pipeline when called. Its attribute ``pipeline`` is the
         ``Pipeline``.
 
     Raises:
-        InputError: a device does not exist, or arguments are not valid or do not fit together.
+        InputError: a device does not exist, or arguments are not valid or do not fit together; or ``stage_compile``
+            needs a compiler that is not here.
         CaptureError, PlanError: with ``example_inputs``, what the first call would raise.
     """
     processes = None if mesh is None else Processes.of(mesh)
@@ -103,8 +109,10 @@ def compile(
         costs=read_costs(costs),
         cluster=None if cluster is None else named_cluster(cluster, present),
         verify=verify,
+        stage_compile=stage_compile,
     )
     options.check(model, len(present))
+    check_backend(stage_compile, present)
     pipeline = Pipeline(model, present, options, processes)
     if example_inputs is not None:
         args, kwargs = _arguments(example_inputs)

@@ -185,6 +185,10 @@ def check(
     ] = None,
     double: Annotated[bool, typer.Option("--double", help="Compare in float64, where rounding is small.")] = False,
     device: Annotated[str, typer.Option(help="Device that runs all stages.")] = "cpu",
+    stage_compile: Annotated[
+        str | None,
+        typer.Option(help="Backend of torch that compiles the stages, such as inductor. Default: none."),
+    ] = None,
     *,
     batching: Batching,
     plan: PlanOptions,
@@ -210,6 +214,7 @@ def check(
         batching=batching,
         plan=plan,
         costs="count",
+        stage_compile=stage_compile or False,
     )
     result = pipe.pipeline.verify(*args, **kwargs)
     Console().print(result)

@@ -37,6 +37,7 @@ from pipecompile.partition import carry_over
 from pipecompile.planning.planned import Planned, planned
 from pipecompile.planning.training_spec import Workload
 from pipecompile.profile import profile
+from pipecompile.runtime.compile_stage import compile_stage
 from pipecompile.runtime.compiled import Compiled, misfit
 from pipecompile.runtime.peers import OneProcess, Peers
 from pipecompile.runtime.split import Piece, cut_out, split
@@ -81,7 +82,7 @@ def compile_call(
         peers.same("the graph of the model", graph.to_json())
     if first is not None:
         carried = carry_over(first.plan, first.graph, graph)
-        return _cut(division, graph, first.planned, devices, carried, apart=peers.are_several)
+        return _cut(division, graph, first.planned, devices, options, carried, apart=peers.are_several)
     work = _work(division, options)
 
     def plan() -> Planned:
@@ -90,7 +91,7 @@ def compile_call(
         return planned(costed, cluster, work, options.plan)
 
     found = _planned_by_one(peers, plan, work)
-    compiled = _cut(division, graph, found, devices, apart=peers.are_several)
+    compiled = _cut(division, graph, found, devices, options, apart=peers.are_several)
     rehearses = _is_real(model, options) and not peers.are_several
     return _rehearsed(compiled, call, rows, devices, options) if rehearses else compiled
 
@@ -116,7 +117,7 @@ def replanned(compiled: Compiled, costed: CostedGraph, options: Options, devices
         InputError: the options do not fit the model or one another.
     """
     found = planned(costed, compiled.planned.cluster, _work(compiled.division, options), options.plan)
-    return _cut(compiled.division, compiled.graph, found, devices, apart=compiled.apart)
+    return _cut(compiled.division, compiled.graph, found, devices, options, apart=compiled.apart)
 
 
 def _refuse_writes_between_versions(captured: Captured, options: Options) -> None:
@@ -135,6 +136,7 @@ def _cut(
     graph: Graph,
     found: Planned,
     devices: Sequence[torch.device],
+    options: Options,
     carried: Plan | None = None,
     apart: bool = False,
 ) -> Compiled:
@@ -145,12 +147,15 @@ def _cut(
         graph: its body.
         found: the plan.
         devices: one per rank.
+        options: whether stages are compiled.
         carried: the plan carried over to this capture, if it was made for another one.
         apart: whether its ranks are in several processes.
     """
     plan = carried or found.plan
     place(division.body, plan, graph, devices)
     stages = split(division.body, graph, plan, devices)
+    if options.stage_compile is not False:
+        stages = tuple(compile_stage(stage, options.stage_compile) for stage in stages)
     before, tail = _pieces(division, stages[-1].device)
     return Compiled(
         division=division,
@@ -182,7 +187,7 @@ def _rehearsed(
     starts = [loss] if loss else list(compiled.division.joins)
 
     def replan(costed: CostedGraph) -> Compiled:
-        return _cut(compiled.division, compiled.graph, compiled.planned.again(costed), devices)
+        return _cut(compiled.division, compiled.graph, compiled.planned.again(costed), devices, options)
 
     return rehearsed(compiled, call, fitting[0], Rehearsal(starts, schedule, devices), replan)
 

@@ -16,6 +16,7 @@ from pipecompile.errors import InputError
 from pipecompile.ir.cluster import Cluster
 from pipecompile.ir.graph import CostedGraph
 from pipecompile.ir.plan_options import DEFAULT_PLAN, PlanOptions
+from pipecompile.ops.backends import Backend
 from pipecompile.partition import ADAM
 from pipecompile.planning.training_spec import Workload
 from pipecompile.profile import How, optimizer_state
@@ -43,6 +44,7 @@ class Options:
     costs: How | CostedGraph | None = None
     cluster: Cluster | None = None
     verify: Verify = "first"
+    stage_compile: bool | str | Backend = False
 
     def check(self, model: nn.Module, devices: int) -> None:
         """Checks that the options are valid, and fit the model and one another.

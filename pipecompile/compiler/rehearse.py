@@ -117,7 +117,7 @@ def rehearsed(
         except PlanError:  # a search with other costs may fail
             break
         if replace(compiled.plan, quality=None) == tried[-1].plan:
-            return compiled
+            return replace(compiled, stages=tried[-1].stages)  # what torch.compile has compiled of them
     return min(tried, key=lambda each: max(cost.seconds for cost in each.planned.stage_costs))
 
 

@@ -20,6 +20,7 @@ from pipecompile.partition.stage_nodes import Placed
 from pipecompile.partition.tied_nodes import tied_nodes
 from pipecompile.render.labels import replica_notes
 from pipecompile.runtime.compiled import Compiled
+from pipecompile.runtime.split import Stage
 
 
 def _across_microbatches(compiled: Compiled) -> list[str]:
@@ -119,6 +120,19 @@ def _calibration(compiled: Compiled, timeline: Timeline | None) -> list[str]:
     ]
 
 
+def _compiled(stage: Stage) -> list[str]:
+    """What is compiled of a stage, what stays between its parts, and what torch could not compile."""
+    if not stage.backend:
+        return []
+    parts = stage.compiled
+    graphs, seconds = sum(part.graphs for part in parts), sum(part.seconds for part in parts)
+    made = f"{plural(graphs, 'graph')} so far, {seconds_text(seconds)}" if graphs else "not called yet"
+    between = [f"{count} {why}" for why, count in stage.uncompiled.items()]
+    rest = f"; calls between them: {', '.join(between)}" if between else ""
+    failed = [f"{part.where} runs uncompiled: {part.why}" for part in parts if part.why]
+    return [f"stage {stage.index}: {plural(len(parts), 'part')} by {stage.backend} ({made}){rest}", *failed]
+
+
 @dataclass(frozen=True)
 class Report:
     """Notes on the capture in use: what is specialized, approximated, kept whole or recomputed.
@@ -141,6 +155,7 @@ class Report:
         calibration: measured and predicted seconds of each stage in the last training step.
         tied: parameters that several stages use.
         replicas: devices of each stage, and the alternatives that were tried.
+        compiled: what ``torch.compile`` compiles of each stage, and what it does not.
         rerun: why calls were rerun in a backward, and how often.
     """
 
@@ -159,6 +174,7 @@ class Report:
     calibration: tuple[str, ...] = ()
     tied: tuple[str, ...] = ()
     replicas: tuple[str, ...] = ()
+    compiled: tuple[str, ...] = ()
     rerun: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, list[str]]:
@@ -206,5 +222,6 @@ def describe(compiled: Compiled, timeline: Timeline | None = None) -> Report:
         costs=(compiled.planned.costed.origin,),
         calibration=tuple(_calibration(compiled, timeline)),
         tied=tuple(_tied(compiled)),
+        compiled=tuple(line for stage in compiled.stages for line in _compiled(stage)),
         replicas=(*replica_notes(plan), *map(str, compiled.planned.candidates)),
     )

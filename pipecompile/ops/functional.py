@@ -134,3 +134,14 @@ def over(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
     part.__name__ = f"{getattr(loss, '__name__', 'loss')}_part"
     part.__module__ = __name__
     return part
+
+
+def is_traceable(function: Any) -> bool:
+    """Whether ``torch.compile`` can trace a function of this file: it reads no values and registers no hooks."""
+    return function in (setitem, after, part_of, valid_weight, moments) or _is_part(function)
+
+
+def _is_part(function: Any) -> bool:
+    """Whether ``over`` made a function, from a loss of torch's."""
+    loss = getattr(function, "__wrapped__", None)
+    return loss is not None and function is over(loss) and str(loss.__module__).partition(".")[0] == "torch"

@@ -99,6 +99,12 @@ def seeded(function: Callable[..., Any], key: str, device: torch.device) -> Call
     return draw
 
 
+def is_seeded(function: Any) -> bool:
+    """Whether ``seeded`` made a function."""
+    name, module = (str(getattr(function, each, "")) for each in ("__name__", "__module__"))
+    return module == __name__ and name.startswith("seeded_")
+
+
 def seeds(count: int) -> list[int]:
     """Returns a seed for each microbatch of a step, drawn from the caller's generator."""
     step = int(torch.randint(_LIMIT - 1, ()).item())

@@ -50,7 +50,7 @@ class Shapes(ShapeEnv):
             DependsOnData: The size depends on data, and the operation is in the graph itself.
         """
         super()._set_replacement(a, tgt, msg)
-        if _only_data_tells(a) and a in self.replacements and not msg.startswith(_RENAMES):
+        if only_data_tells(a) and a in self.replacements and not msg.startswith(_RENAMES):
             raise DependsOnData(f"an operation needs a size that depends on the model's data to be {tgt}")
 
     def symbol(self, name: str, hint: int) -> int | torch.SymInt:
@@ -62,18 +62,18 @@ class Shapes(ShapeEnv):
     def decided(self) -> tuple[tuple[sympy.Basic, Any], ...]:
         """Returns expressions over the input symbols, with the values for which the trace is valid."""
         asked = [(expr, answer) for expr, answer in self.answers.items() if expr.free_symbols]
-        asked = [(expr, answer) for expr, answer in asked if not any(map(_only_data_tells, expr.free_symbols))]
+        asked = [(expr, answer) for expr, answer in asked if not any(map(only_data_tells, expr.free_symbols))]
         return (*asked, *self.assumed())
 
     def assumed(self) -> tuple[tuple[sympy.Basic, Any], ...]:
         """Returns those of the decisions that functions needed, without what the model's own Python asked."""
-        return tuple((symbol, expr) for symbol, expr in self.replacements.items() if not _only_data_tells(symbol))
+        return tuple((symbol, expr) for symbol, expr in self.replacements.items() if not only_data_tells(symbol))
 
 
 _RENAMES = ("eliminate_unbacked", "rename_unbacked_to", "find")  # replace one name of a size with another
 
 
-def _only_data_tells(symbol: Any) -> bool:
+def only_data_tells(symbol: Any) -> bool:
     """Whether a size depends on data; questions about it that have an answer have it for every size."""
     return bool(symbol_is_type(symbol, SymT.UNBACKED_INT))
 

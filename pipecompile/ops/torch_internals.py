@@ -5,6 +5,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
 import torch.utils._pytree as pytree
 from torch._C import (
     DisableTorchFunction,
@@ -78,9 +82,17 @@ __all__ = [
     "_top_saved_tensors_default_hooks",
     "_unsafe_preserve_version_counter",
     "apis",
+    "backwards_without_autocast",
+    "compile_errors",
+    "dynamo",
+    "dynamo_supported",
     "eager_transforms",
     "enable_python_dispatcher",
+    "has_triton",
+    "inductor_without_cuda_graphs",
     "is_functorch_wrapped_tensor",
+    "mark_dynamic",
+    "no_cpp_compiler",
     "peek_interpreter_stack",
     "pytree",
     "set_eval_frame",
@@ -88,3 +100,67 @@ __all__ = [
     "tree_leaves",
     "tree_map_only",
 ]
+
+
+# torch.compile takes seconds to import, so it is imported by what needs it.
+
+
+def dynamo() -> Any:
+    """Dynamo, the part of ``torch.compile`` that traces Python."""
+    import torch._dynamo
+
+    return torch._dynamo
+
+
+def dynamo_supported() -> None:
+    """Raises ``RuntimeError`` if ``torch.compile`` does not work with this Python on this platform."""
+    from torch._dynamo.eval_frame import check_if_dynamo_supported
+
+    check_if_dynamo_supported()
+
+
+def compile_errors() -> tuple[type[Exception], ...]:
+    """The exceptions of ``torch.compile`` itself: what it cannot trace or compile, or will not compile once more."""
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+
+    return TorchDynamoException, FailOnRecompileLimitHit
+
+
+def mark_dynamic(tensor: torch.Tensor, dims: Sequence[int]) -> None:
+    """Tells ``torch.compile`` that the sizes of these dimensions may change; it may still compile for one of them."""
+    from torch._dynamo import maybe_mark_dynamic
+
+    maybe_mark_dynamic(tensor, list(dims))
+
+
+def backwards_without_autocast() -> Any:
+    """A context in which backwards are compiled as autograd runs them outside autocast, whatever their forwards use."""
+    from torch._functorch import config
+
+    return config.patch(backward_pass_autocast="off")
+
+
+def inductor_without_cuda_graphs(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+    """Compiles a graph with Inductor, which allocates the results of each call anew."""
+    from torch._inductor.compile_fx import compile_fx
+
+    compiled: Any = compile_fx(graph, inputs, config_patches={"triton.cudagraphs": False})
+    return compiled  # type: ignore[no-any-return]
+
+
+def no_cpp_compiler() -> str:
+    """Why Inductor has no C++ compiler; empty if it has one."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except (RuntimeError, OSError) as error:
+        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return ""
+
+
+def has_triton() -> bool:
+    """Whether triton is installed and knows a device of this machine."""
+    from torch.utils._triton import has_triton
+
+    return bool(has_triton())

@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import wait
+from contextvars import copy_context
 from dataclasses import dataclass
 from typing import assert_never
 
@@ -124,9 +125,18 @@ class Executor:
         after = self.callers.events(t.device for m in microbatches.values() for t in m.inputs.values())
         modules = {stage: runner.stage.modules for stage, runner in self.runners.items()}
         rows = self.notes.begin(program, modules, self.lanes)
-        jobs = {
+        jobs = {  # in the caller's context variables, which hold torch.compile's settings
             rank: self.lanes[rank].thread.submit(
-                self._run_rank, rank, row, microbatches, ambient, after, start, busy().turns, rows[rank]
+                copy_context().run,
+                self._run_rank,
+                rank,
+                row,
+                microbatches,
+                ambient,
+                after,
+                start,
+                busy().turns,
+                rows[rank],
             )
             for rank, row in enumerate(program.ranks)  # a plan may not use the last lanes
             if rank in self.lanes

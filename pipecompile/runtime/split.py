@@ -11,8 +11,8 @@ are entered and left by calls in the code. A checkpointed part of the model is o
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
@@ -28,6 +28,7 @@ from pipecompile.capture.state.model_state import named_tensors
 from pipecompile.ir.graph import Graph
 from pipecompile.ir.plan import Plan, members
 from pipecompile.ops.checkpoint import Recomputed
+from pipecompile.ops.compiled_part import CompiledPart
 from pipecompile.ops.device_args import retarget, same_device
 from pipecompile.ops.modes import PLAIN, Region, enter_region, exit_region
 from pipecompile.ops.module_tree import called_bare, owner_of
@@ -54,6 +55,8 @@ class Stage:
     outputs: tuple[str, ...]  # model outputs
     returns: tuple[str, ...]
     origins: Mapping[str, Origin]  # by node
+    backend: str = ""  # of torch.compile, if it compiles the stage
+    uncompiled: Mapping[str, int] = field(default_factory=dict)  # calls that it then leaves as they are, by reason
 
     @property
     def modules(self) -> str:
@@ -63,9 +66,21 @@ class Stage:
 
     @property
     def code(self) -> str:
-        """The stage as Python code, then the code of each part that the backward recomputes."""
-        stretches = [n.target for n in self.module.graph.nodes if isinstance(n.target, Recomputed)]
-        return "".join([str(self.module.code), *(f"\n\n# {s.__name__}\n{s.module.code}" for s in stretches)])
+        """The stage as Python code, then the code of each part that is compiled or that the backward recomputes."""
+        return "".join([str(self.module.code), *(f"\n\n# {s.__name__}\n{s.module.code}" for s in _inner(self.module))])
+
+    @property
+    def compiled(self) -> tuple[CompiledPart, ...]:
+        """The parts that ``torch.compile`` compiles, in order."""
+        return tuple(part for part in _inner(self.module) if isinstance(part, CompiledPart))
+
+
+def _inner(module: fx.GraphModule) -> Iterator[Recomputed | CompiledPart]:
+    """The calls of graphs of their own in a graph, and those inside them."""
+    for node in module.graph.nodes:
+        if isinstance(node.target, Recomputed | CompiledPart):
+            yield node.target
+            yield from _inner(node.target.module)
 
 
 def split(captured: Captured, graph: Graph, plan: Plan, devices: Sequence[torch.device]) -> tuple[Stage, ...]:
@@ -193,11 +208,13 @@ class _Writer:
 
     def argument(self, source: fx.Node) -> None:
         self.copies[source] = self.graph.placeholder(source.name)
+        self.copies[source].meta = _meta(source)
 
     def read(self, source: fx.Node) -> fx.Node:
         """The copy of a node in this graph; an attribute is copied on first use."""
         if source.op == "get_attr" and source not in self.copies:
             self.copies[source] = self.graph.get_attr(in_code(str(source.target)))
+            self.copies[source].meta = _meta(source)
         return self.copies[source]
 
     def write(self, source: fx.Node) -> None:
@@ -224,16 +241,22 @@ class _Writer:
             inner.argument(source)
         for member in members:
             inner.write(member)
-        module = _quiet(fx.GraphModule(nn.Module(), inner.close(results)))
+        module = quiet(fx.GraphModule(nn.Module(), inner.close(results)))
         self.region.change(PLAIN)
         call = self.graph.call_function(Recomputed(module, name), tuple(values))
         for index, result in enumerate(results):
             self.copies[result] = self.graph.call_function(operator.getitem, (call, index))
+            self.copies[result].meta = {"val": result.meta.get("val")}
 
     def close(self, returned: Sequence[fx.Node]) -> fx.Graph:
         self.region.change(PLAIN)
         self.graph.output(tuple(self.read(node) for node in returned))
         return self.graph
+
+
+def _meta(source: fx.Node) -> dict[str, Any]:
+    """What is known of a value; of a parameter or buffer, which one it is."""
+    return {**source.meta, "attribute": source.target} if source.op == "get_attr" else dict(source.meta)
 
 
 # Functions that create a tensor on the default device unless device= is given.
@@ -299,10 +322,10 @@ def _module(
             owner.register_parameter(last, tensor)
         else:
             owner.register_buffer(last, tensor)
-    return _quiet(fx.GraphModule(root, graph, class_name=name))
+    return quiet(fx.GraphModule(root, graph, class_name=name))
 
 
-def _quiet(module: fx.GraphModule) -> fx.GraphModule:
+def quiet(module: fx.GraphModule) -> fx.GraphModule:
     """A graph module whose failing call does not print to stderr; the runtime reports the error.
 
     Global module hooks (``register_module_forward_hook``) do not run on it, since it is not one of the model's modules.

@@ -188,6 +188,8 @@ def _message(trial: Trial, wrong: Sequence[Difference]) -> str:
         where = first_that_differs(trial, wrong)
     except Exception as error:  # modules may fail when run by themselves
         where = f"which module differs first could not be found ({type(error).__name__}: {error})"
+    backend = trial.batch.compiled.stages[0].backend
+    compiled = [f"The stages are compiled by {backend}; stage_compile=False tells whether it is the cause."]
     rows = f"{_rows(trial)} rows in {len(trial.rows)} microbatches" if len(trial.rows) > 1 else f"{_rows(trial)} rows"
     return "\n".join(
         [
@@ -195,6 +197,7 @@ def _message(trial: Trial, wrong: Sequence[Difference]) -> str:
             *listed,
             *more,
             f"{where}.",
+            *(compiled if backend else []),
             "Keep that module whole with leaf_modules=[...], or use microbatches=1; the model and its gradients are "
             "unchanged. Please report this: pipecompile should have refused the model, or been exact.",
         ]

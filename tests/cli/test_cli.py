@@ -358,6 +358,12 @@ def test_check_takes_a_transformers_model(tmp_path: Path):
     assert "transformer.h.1" in result.stdout
 
 
+@pytest.mark.parametrize(("backend", "code"), [("eager", 0), ("cudagraphs", 2)])
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch.compile reads it
+def test_check_compiles_the_stages(nets: Path, backend: str, code: int) -> None:
+    assert run("check", "nets:make", "--stage-compile", backend).exit_code == code
+
+
 def test_check_refuses_what_is_no_synchronous_schedule(nets: Path):
     result = run("check", "nets:make", "--schedule", "pipedream")
     assert result.exit_code == 2
