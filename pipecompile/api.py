@@ -123,8 +123,8 @@ def compile(
 def _devices(devices: Any, processes: Processes | None) -> tuple[torch.device, ...]:
     if (devices is None) == (processes is None):
         raise InputError(
-            f"devices={devices!r} and mesh={'None' if processes is None else '...'}; give one of them: devices= for "
-            f"stages in this process, mesh= for a process per stage"
+            f"devices={devices!r} with mesh={'None' if processes is None else '...'}; give one of them: devices= with "
+            f"one device per stage, or mesh= with one process per stage"
         )
     return parse_devices(devices) if processes is None else (torch.device("cpu"),) * len(processes.ranks_of_world)
 
