@@ -363,7 +363,8 @@ def _drawn(session: Session, batch: Batch) -> Sequence[int | None]:
 
 def _joined(session: Session, batch: Batch, microbatches: Mapping[int, Microbatch]) -> Mapping[str, Tensor]:
     """The outputs of all stages, joined to the whole batch."""
-    return session.peers.spread(batch.join(microbatches), batch.makers, batch.wanted)
+    found = session.peers.spread(batch.join(microbatches), batch.makers, batch.wanted)
+    return {name: found[name] for name in batch.joins}
 
 
 def _forward(session: Session, batch: Batch, drawn: Sequence[int | None]) -> dict[int, Microbatch]:

@@ -19,7 +19,7 @@ def test_a_model_trains_alike(launcher: Launcher, name: str) -> None:
 
 @pytest.mark.parametrize("schedule", ["sequential", "gpipe", "1f1b", "pipedream"])
 def test_a_schedule_trains_alike_over_four_processes(launcher: Launcher, schedule: str) -> None:
-    name = "long_skip" if schedule == "pipedream" else "gpt2"  # which ties weights
+    name = "skip_to_loss" if schedule == "pipedream" else "gpt2"  # which ties weights
     found = launcher.returned("training_scenes:train", 4, limit=LIMIT, name=name, schedule=schedule)
     assert found == [[], [], [], []]
 

@@ -56,7 +56,9 @@ def _mixtral() -> nn.Module:
 
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_local_experts": 4}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    return MixtralForCausalLM(MixtralConfig(vocab_size=61, use_cache=False, **sizes, **heads))
+    config = MixtralConfig(vocab_size=61, use_cache=False, **sizes, **heads)
+    config._experts_implementation = "batched_mm"  # exists in float64
+    return MixtralForCausalLM(config)
 
 
 def _ragged(draw: Draw) -> Inputs:
