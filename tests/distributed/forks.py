@@ -23,6 +23,7 @@ import torch._dynamo
 import torch._inductor.config
 import torch.distributed as dist
 import torch.export
+import transformers.modeling_utils  # noqa: F401
 
 import pipecompile  # noqa: F401
 

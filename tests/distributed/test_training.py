@@ -8,7 +8,9 @@ from long import LONG
 from models import MODELS
 from training_scenes import MORE
 
-SOME = ["gpt2", "t5", "two_towers", "tied", "buffers_in_place", "skip_to_loss", "dataclass_output", *MORE]
+EVERY = ["gpt2", "long_skip", "skip_to_loss", "t5", "two_towers", *MORE]
+SOME = ["gpt2", "tied", "buffers_in_place", "skip_to_loss", "dataclass_output", "dropping", "contrastive"]
+SCHEDULES = ["sequential", "gpipe", "1f1b", "pipedream"]
 LIMIT = 280
 
 
@@ -17,11 +19,12 @@ def test_a_model_trains_alike(launcher: Launcher, name: str) -> None:
     assert launcher.returned("training_scenes:train", 2, limit=LIMIT, name=name, schedule="1f1b") == [[], []]
 
 
-@pytest.mark.parametrize("schedule", ["sequential", "gpipe", "1f1b", "pipedream"])
-def test_a_schedule_trains_alike_over_four_processes(launcher: Launcher, schedule: str) -> None:
-    name = "skip_to_loss" if schedule == "pipedream" else "gpt2"  # which ties weights
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", EVERY if LONG else ["skip_to_loss"])
+def test_a_schedule_trains_alike_over_four_processes(launcher: Launcher, name: str, schedule: str) -> None:
     found = launcher.returned("training_scenes:train", 4, limit=LIMIT, name=name, schedule=schedule)
-    assert found == [[], [], [], []]
+    refused = all(each and each[0].startswith("refused: ") for each in found)  # in the same words as in threads
+    assert found == [[], [], [], []] or (refused and schedule == "pipedream")
 
 
 def test_what_one_process_refuses_several_refuse_in_the_same_words(launcher: Launcher) -> None:

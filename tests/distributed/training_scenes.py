@@ -1,12 +1,11 @@
 """Trainings over several processes beside the same pipeline in the threads of one of them.
 
-Each rank runs both, and returns what differs between the two in what it has: losses, outputs, norms, gradients,
-parameters and buffers, bit for bit unless a case says why not.
+Each rank returns what differs between the two in what it has, bit for bit: losses, outputs, norms, gradients,
+parameters and buffers.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -86,20 +85,14 @@ def train(name: str, schedule: str, **options: Any) -> list[str]:
 
 def _compared(model: Model, schedule: str, options: Mapping[str, Any]) -> Iterator[str]:
     size = dist.get_world_size()
-    made, asynchronous = model.build(), schedule == "pipedream"
+    asynchronous = schedule == "pipedream"
     options = {"schedule": schedule, "microbatches": 4, "costs": "count", **options}
     if asynchronous:
         options["optimizer"] = lambda parameters: torch.optim.SGD(parameters, 0.1, momentum=0.9)
     mesh = init_device_mesh("cpu", (size,), mesh_dim_names=("stage",))
-    results = []
-    for place in ({"devices": ["cpu"] * size}, {"mesh": mesh}):
-        try:
-            pipe = pipecompile.compile(copy.deepcopy(made), **place, **options, example_inputs=_inputs(model, 0))
-            with pipe.pipeline:
-                results.append(_trained(pipe, model, asynchronous))
-        except pipecompile.PipecompileError as error:
-            results.append(f"{type(error).__name__}: {error}")
-    expected, found = results
+    box = [_result(model, asynchronous, devices=["cpu"] * size, **options) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(box, 0)  # one process trains in threads, for all
+    expected, found = box[0], _result(model, asynchronous, mesh=mesh, **options)
     if isinstance(found, str) or isinstance(expected, str):
         if found != expected:
             yield f"{expected if isinstance(expected, str) else 'trained'}, but {found}"
@@ -111,6 +104,16 @@ def _compared(model: Model, schedule: str, options: Mapping[str, Any]) -> Iterat
         if not torch.equal(value, expected[name]):
             far = (value - expected[name]).abs().max() if value.shape == expected[name].shape else "its shape"
             yield f"{name} by {far}"
+
+
+def _result(model: Model, asynchronous: bool, **options: Any) -> Seen | str:
+    """What is seen in a training, or the error that refuses it."""
+    try:
+        pipe = pipecompile.compile(model.build(), **options, example_inputs=_inputs(model, 0))
+        with pipe.pipeline:
+            return _trained(pipe, model, asynchronous)
+    except pipecompile.PipecompileError as error:
+        return f"{type(error).__name__}: {error}"
 
 
 def _inputs(model: Model, step: int) -> Any:
