@@ -466,7 +466,9 @@ class Pipeline:
         if self.processes is None:
             return torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm, norm_type)
         if self._first is None:
-            raise InputError("the pipeline has made no call, so it has no gradients to clip; call it and backward() first")
+            raise InputError(
+                "the pipeline has made no call, so it has no gradients to clip; call it and backward() first"
+            )
         return clip_grad_norm_(self._first, self.processes, max_norm, norm_type)
 
     def _refuse_several(self, done: str) -> None:

@@ -55,9 +55,12 @@ def foreign_buffers(compiled: Compiled, rank: int) -> frozenset[str]:
 
 def send_others_away(model: nn.Module, names: frozenset[str]) -> None:
     """Frees the memory of the parameters of a model that are not among ``names``."""
-    for name, parameter in named_tensors(model):
-        if name not in names and isinstance(parameter, nn.Parameter) and not parameter.is_meta:
-            send_away(parameter)
+    tensors = named_tensors(model)
+    send_away(
+        tensor
+        for name, tensor in tensors
+        if name not in names and isinstance(tensor, nn.Parameter) and not tensor.is_meta
+    )
 
 
 def _stages_of(compiled: Compiled, rank: int) -> list[int]:

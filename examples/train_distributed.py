@@ -1,0 +1,76 @@
+"""Trains GPT-2 over several processes, one for each stage, on one machine or many.
+
+    torchrun --nproc-per-node 4 examples/train_distributed.py --steps 20
+
+Every process runs this script and makes the same calls on the same batches. The first one plans; each then has the
+weights of its own stage only. The loss is known to all of them, other outputs to the process that makes them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from train_gpt2 import (
+    batches,
+    console,
+    go_offline_unless_the_hub_answers,
+    load_model,
+    load_texts,
+    load_tokenizer,
+)
+
+import pipecompile
+
+
+def main() -> None:
+    options = _options()
+    dist.init_process_group("gloo")
+    rank, size = dist.get_rank(), dist.get_world_size()
+    console.quiet = rank > 0
+    torch.set_num_threads(1)
+    torch.manual_seed(options.seed)  # the same model and batches in every process
+    go_offline_unless_the_hub_answers()
+    texts = load_texts()
+    tokenizer = load_tokenizer(texts)
+    model = load_model(tokenizer, options.width)
+    data = batches(texts, tokenizer, options.batch, options.steps)
+
+    mesh = init_device_mesh("cpu", (size,), mesh_dim_names=("stage",))
+    pipe = pipecompile.compile(
+        model, mesh=mesh, schedule=options.schedule, microbatches=options.microbatches, example_inputs=data[0]
+    )
+    optimizer = torch.optim.Adam(pipe.parameters(), lr=options.learning_rate)  # of this process's stage
+    with pipe.pipeline:
+        for step, batch in enumerate(data):
+            start = time.perf_counter()
+            loss = pipe(**batch).loss
+            loss.backward()
+            norm = pipe.pipeline.clip_grad_norm_(1.0)  # of the whole model
+            optimizer.step()
+            optimizer.zero_grad()
+            if step % 5 == 0 or step == options.steps - 1:
+                seconds = time.perf_counter() - start
+                console.print(f"step {step:3d}   loss {loss.item():.4f}   norm {norm.item():.2f}   {seconds:.2f} s")
+        own = sum(parameter.numel() for parameter in pipe.parameters()) / 1e6
+        print(f"rank {rank} trained {own:.2f} of {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M", flush=True)
+    dist.destroy_process_group()
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--schedule", default="1f1b", choices=["sequential", "gpipe", "1f1b"])
+    parser.add_argument("--microbatches", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--width", type=int, default=256, help="of the model without pretrained weights")
+    parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
