@@ -24,6 +24,7 @@ from pipecompile.capture.capture import SYMBOLIC_ATTEMPTS
 from pipecompile.capture.captured import SymbolicSizes
 from pipecompile.capture.origin import origin_of
 from pipecompile.capture.output_batch_dims import with_batch_dims
+from pipecompile.capture.state.reachable import Reach, reach_of
 from pipecompile.capture.state.restore import left_as_before
 from pipecompile.compiler.devices import cluster_of
 from pipecompile.compiler.options import Options
@@ -69,13 +70,14 @@ def compile_call(
         PlanError: the model cannot be split into the requested stages, or not with the placement of ``first``.
     """
     options = options or Options()
-    trace = _Tracer(model, call, forward, options.leaf_modules)
-    with left_as_before(model, [] if forward is None else [forward]):  # tests run parts kept whole
+    reach = reach_of(model, [] if forward is None else [forward])
+    trace = _Tracer(model, call, forward, options.leaf_modules, reach)
+    with left_as_before(model, reach=reach):  # tests run parts kept whole
         division = _divided(trace, rows, options) if whole else _independent(trace, rows, options)
     graph = summarize(division.body)
     if first is not None:
         return _cut(division, graph, first.planned, devices, carry_over(first.plan, first.graph, graph))
-    costed = _costed(division.body, graph, options, devices)
+    costed = _costed(division.body, graph, options, devices, reach)
     cluster = options.cluster or cluster_of(devices, measure=costed.measured)
     found = planned(costed, cluster, _work(division, options), options.plan)
     compiled = _cut(division, graph, found, devices)
@@ -152,12 +154,14 @@ def _rehearsed(
     return rehearsed(compiled, call, fitting[0], Rehearsal(starts, schedule, devices), replan)
 
 
-def _costed(captured: Captured, graph: Graph, options: Options, devices: Sequence[torch.device]) -> CostedGraph:
+def _costed(
+    captured: Captured, graph: Graph, options: Options, devices: Sequence[torch.device], reach: Reach
+) -> CostedGraph:
     """The costs of a capture: measured, counted, or given by the user for the same graph."""
     if isinstance(options.costs, CostedGraph):
         return reused(options.costs, graph)
     kind = options.cluster.devices[0].kind if options.cluster else ""
-    with left_as_before(captured.model):  # profiling runs parts kept whole
+    with left_as_before(captured.model, reach=reach):  # profiling runs parts kept whole
         return profile(captured, graph, options.costs, devices[0], threads=threads_each(devices), kind=kind)
 
 
@@ -210,11 +214,12 @@ class _Tracer:
     call: Call
     forward: Callable[..., Any] | None
     leaves: Sequence[str]
+    reach: Reach
 
     def __call__(
         self, rows: Sequence[int] | None = None, attempts: Sequence[SymbolicSizes] = SYMBOLIC_ATTEMPTS
     ) -> Captured:
-        return capture(self.model, self.call, rows, self.forward, self.leaves, attempts)
+        return capture(self.model, self.call, rows, self.forward, self.leaves, attempts, self.reach)
 
 
 def _independent(trace: _Tracer, rows: Rows, options: Options) -> Division:
