@@ -41,6 +41,7 @@ def capture(
     forward: Callable[..., Any] | None = None,
     leaves: Iterable[str] = (),
     symbolic: Sequence[SymbolicSizes] = SYMBOLIC_ATTEMPTS,
+    reach: Reach | None = None,
 ) -> Captured:
     """Captures one call of a model.
 
@@ -58,6 +59,7 @@ def capture(
             other parameters than the model's.
         leaves: Paths of modules to keep whole.
         symbolic: Which sizes to make symbolic, one entry per attempt, the widest first and ``NONE`` last.
+        reach: Reach of the model and ``forward``, if already known.
 
     Raises:
         CaptureError: The model cannot be traced. The message names the module path and the source line.
@@ -67,7 +69,7 @@ def capture(
     _refuse_slots(model)
     kept: dict[Part, Reason] = _with_backward_hooks(model, forward is None)
     kept.update(dict.fromkeys(_known(model, leaves), Reason("it is in leaf_modules=")))
-    reach = reach_of(model, [forward] if forward is not None else [])
+    reach = reach_of(model, [] if forward is None else [forward]) if reach is None else reach
     rows, run = _rows(call, microbatch), forward or partial(called_bare, model)
     reasons: list[str] = []
 

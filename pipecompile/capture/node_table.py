@@ -61,7 +61,7 @@ class NodeTable:
         self.layouts: dict[int, torch.layout] = {}  # of tensors whose fakes are dense
         self.alive: list[Any] = []
         self.aliases = Aliases(self.emit, self.nodes.__setitem__)
-        self.histories = Histories(self.is_known)
+        self.histories = Histories(self.is_known, sizes.shapes)
 
     def add_input(self, tensor: Tensor, placeholder: fx.Node) -> None:
         self.bind(tensor, placeholder)

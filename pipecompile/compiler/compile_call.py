@@ -25,6 +25,7 @@ from pipecompile.capture.captured import SymbolicSizes
 from pipecompile.capture.loss import find_loss, with_only_the_loss
 from pipecompile.capture.origin import origin_of
 from pipecompile.capture.output_batch_dims import with_batch_dims
+from pipecompile.capture.state.reachable import Reach, reach_of
 from pipecompile.capture.state.restore import left_as_before
 from pipecompile.compiler.devices import cluster_of
 from pipecompile.compiler.options import Options
@@ -74,8 +75,9 @@ def compile_call(
         PlanError: the model cannot be split into the requested stages, or not with the placement of ``first``.
     """
     options, peers = options or Options(), peers or OneProcess()
-    trace = _Tracer(model, call, forward, options)
-    with left_as_before(model, [] if forward is None else [forward]):  # tests run parts kept whole
+    reach = reach_of(model, [] if forward is None else [forward])
+    trace = _Tracer(model, call, forward, options, reach)
+    with left_as_before(model, reach=reach):  # tests run parts kept whole
         division = _divided(trace, rows, options) if whole else _independent(trace, rows, options)
     graph = summarize(division.body)
     if peers.are_several:
@@ -86,7 +88,7 @@ def compile_call(
     work = _work(division, options)
 
     def plan() -> Planned:
-        costed = _costed(division.body, graph, options, devices)
+        costed = _costed(division.body, graph, options, devices, reach)
         cluster = options.cluster or cluster_of(devices, measure=costed.measured)
         return planned(costed, cluster, work, options.plan)
 
@@ -192,12 +194,14 @@ def _rehearsed(
     return rehearsed(compiled, call, fitting[0], Rehearsal(starts, schedule, devices), replan)
 
 
-def _costed(captured: Captured, graph: Graph, options: Options, devices: Sequence[torch.device]) -> CostedGraph:
+def _costed(
+    captured: Captured, graph: Graph, options: Options, devices: Sequence[torch.device], reach: Reach
+) -> CostedGraph:
     """The costs of a capture: measured, counted, or given by the user for the same graph."""
     if isinstance(options.costs, CostedGraph):
         return reused(options.costs, graph)
     kind = options.cluster.devices[0].kind if options.cluster else ""
-    with left_as_before(captured.model):  # profiling runs parts kept whole
+    with left_as_before(captured.model, reach=reach):  # profiling runs parts kept whole
         return profile(captured, graph, options.costs, devices[0], threads=threads_each(devices), kind=kind)
 
 
@@ -250,11 +254,13 @@ class _Tracer:
     call: Call
     forward: Callable[..., Any] | None
     options: Options
+    reach: Reach
 
     def __call__(
         self, rows: Sequence[int] | None = None, attempts: Sequence[SymbolicSizes] = SYMBOLIC_ATTEMPTS
     ) -> Captured:
-        captured = capture(self.model, self.call, rows, self.forward, self.options.leaf_modules, attempts)
+        leaves = self.options.leaf_modules
+        captured = capture(self.model, self.call, rows, self.forward, leaves, attempts, self.reach)
         return with_only_the_loss(captured, self.options.loss_output) if self.options.outputs == "loss" else captured
 
 

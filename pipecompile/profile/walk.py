@@ -231,16 +231,21 @@ class Walk:
 def _progress(task: str, total: int) -> Iterator[Callable[[], None]]:
     """A progress bar that appears only if the work takes longer than ``PATIENCE``."""
     start = time.perf_counter()
-    bar = Progress(transient=True)
-    handle = bar.add_task(task, total=total)
+    done = 0
+    bar: Progress | None = None
 
     def advance() -> None:
-        bar.advance(handle)
+        nonlocal done, bar
+        done += 1
         if time.perf_counter() - start > PATIENCE:
-            bar.start()
+            if bar is None:
+                bar = Progress(transient=True)
+                bar.add_task(task, total=total)
+                bar.start()
+            bar.update(bar.task_ids[0], completed=done)
 
     try:
         yield advance
     finally:
-        if bar.live.is_started:
+        if bar is not None:
             bar.stop()

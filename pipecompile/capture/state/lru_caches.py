@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import nn
 
+_FOREIGN = sys.stdlib_module_names | {"torch"}
+
 
 @contextmanager
 def forgotten(model: nn.Module) -> Iterator[None]:
@@ -26,7 +28,7 @@ def forgotten(model: nn.Module) -> Iterator[None]:
 
 def _memos(model: nn.Module) -> list[_lru_cache_wrapper[Any]]:
     modules = list(model.modules())
-    kinds = {base for module in modules for base in type(module).__mro__ if not _is_foreign(base)}
+    kinds = {base for kind in {*map(type, modules)} for base in kind.__mro__ if not _is_foreign(base)}
     files = [vars(sys.modules[name]) for name in {kind.__module__ for kind in kinds} if name in sys.modules]
     held = [value for names in (*map(vars, modules), *map(vars, kinds), *files) for value in list(names.values())]
     return [memo for value in held for memo in _inside(value)]
@@ -46,4 +48,4 @@ def _inside(value: Any, depth: int = 3) -> Iterator[_lru_cache_wrapper[Any]]:
 
 
 def _is_foreign(kind: type) -> bool:
-    return kind.__module__.split(".")[0] in sys.stdlib_module_names | {"torch"}
+    return kind.__module__.split(".")[0] in _FOREIGN

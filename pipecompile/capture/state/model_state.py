@@ -218,13 +218,12 @@ def changes_of(owner: Any, label: str, before: Snapshot, names: Collection[str] 
     state, held = before
     now = names_of(owner, names)
     for name in [*now, *(state.keys() - now.keys())]:
-        place, value = Attribute(owner, name, label_of(owner, label, name)), now.get(name, MISSING)
-        if isinstance(value, Table):
-            continue
-        if value is not state.get(name, MISSING):
-            yield Change(place, value)
-        elif name in held and name not in TABLES and _differ(items := contents(value), held[name]):
-            yield Change(place, value, items)
+        value = now.get(name, MISSING)
+        if value is state.get(name, MISSING):
+            if name in held and name not in TABLES and _differ(items := contents(value), held[name]):
+                yield Change(Attribute(owner, name, label_of(owner, label, name)), value, items)
+        elif not isinstance(value, Table):
+            yield Change(Attribute(owner, name, label_of(owner, label, name)), value)
 
 
 def _differ(now: list[Any], before: list[Any]) -> bool:

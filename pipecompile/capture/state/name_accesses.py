@@ -7,6 +7,7 @@ import dis
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -39,6 +40,7 @@ class Accesses:
     stored: frozenset[str]
 
     @staticmethod
+    @lru_cache(maxsize=4096)
     def of(code: CodeType) -> Accesses:
         """Returns the accesses of a code object and of the functions defined inside it."""
         outer = frozenset(code.co_freevars)

@@ -11,12 +11,15 @@ from collections.abc import Collection, Iterator
 from functools import lru_cache
 from types import CellType, FunctionType, ModuleType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
 FOREIGN = sys.stdlib_module_names | {"torch", "numpy", "scipy", "sympy", "pipecompile"}  # hold no state of a model
+_OF_EVERY_CLASS = ("__dict__", "__weakref__")  # slots without a name of their own
 _INSTALLED = frozenset({"site-packages", "dist-packages"})
 _PLAIN = frozenset({"types", "argparse", "weakref", "collections"})  # instances of their classes may hold model state
+_SLOTTED: WeakKeyDictionary[type, tuple[str, ...]] = WeakKeyDictionary()  # results of _find_slots
 
 
 class Variables:
@@ -61,7 +64,7 @@ def owns_names(value: Any) -> bool:
     kind = type(value)
     if isinstance(value, nn.Module | CellType):
         return True
-    if isinstance(value, type | ModuleType) or (_dict_of(value) is None and next(_slots(value), None) is None):
+    if isinstance(value, (type, ModuleType)) or (_dict_of(value) is None and next(_slots(value), None) is None):
         return False
     return not is_foreign(kind.__module__) or kind.__module__ in _PLAIN
 
@@ -80,8 +83,9 @@ def names_of(owner: Any, wanted: Collection[str] | None = None) -> dict[str, Any
     if isinstance(owner, type):
         return {name: value for name, value in vars(owner).items() if _is_data(name, value)}
     held = _dict_of(owner) or {}
-    named = held if wanted is None else {name: held[name] for name in wanted if name in held}
-    return {**named, **dict(_slots(owner))}
+    named = dict(held) if wanted is None else {name: held[name] for name in wanted if name in held}
+    named.update(_slots(owner))
+    return named
 
 
 def put(owner: Any, name: str, value: Any) -> None:
@@ -119,13 +123,29 @@ def _dict_of(value: Any) -> dict[str, Any] | None:
 
 
 def _slots(owner: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(owner, ModuleType | nn.Module):
-        return
-    for kind in type(owner).__mro__:
-        names = kind.__dict__.get("__slots__", ())
-        for name in (names,) if isinstance(names, str) else names:
-            if name not in ("__dict__", "__weakref__") and not is_foreign(kind.__module__) and hasattr(owner, name):
-                yield name, object.__getattribute__(owner, name)
+    for name in _slot_names(type(owner)):
+        if hasattr(owner, name):
+            yield name, object.__getattribute__(owner, name)
+
+
+def _slot_names(kind: type) -> tuple[str, ...]:
+    """Returns the slots of a class in which its objects may hold state of a model."""
+    if type(kind).__hash__ is not object.__hash__:  # not a key: its metaclass says what is equal
+        return _find_slots(kind)
+    names = _SLOTTED.get(kind)
+    if names is None:
+        names = _SLOTTED[kind] = _find_slots(kind)
+    return names
+
+
+def _find_slots(kind: type) -> tuple[str, ...]:
+    if issubclass(kind, (ModuleType, nn.Module)):
+        return ()
+    found = []
+    for base in kind.__mro__:
+        names = () if is_foreign(base.__module__) else base.__dict__.get("__slots__", ())
+        found += [name for name in ((names,) if isinstance(names, str) else names) if name not in _OF_EVERY_CLASS]
+    return tuple(found)
 
 
 def _is_data(name: str, value: Any) -> bool:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass, field
-from functools import _lru_cache_wrapper, partial, partialmethod
+from functools import _lru_cache_wrapper, lru_cache, partial, partialmethod
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MappingProxyType, MethodType, ModuleType
 from typing import Any
 
@@ -28,7 +28,10 @@ OF_A_MODULE = 50
 LONGEST = 20_000  # the items of a longer container are not followed
 _RUN_UNNAMED = frozenset(f"__{n}__" for n in ("init", "call", "getattr", "getitem", "setitem", "enter", "exit", "iter"))
 
+_PLAIN = (str, int, float, type(None))  # hold nothing
+
 Generator = np.random.Generator | np.random.RandomState | random.Random | torch.Generator
+_GENERATORS = (np.random.Generator, np.random.RandomState, random.Random, torch.Generator)
 
 
 @dataclass
@@ -82,25 +85,26 @@ class _Walk:
 
     def _mention(self, names: Iterable[str]) -> None:
         """Adds names that code mentions, and follows the entries of classes and files found earlier under them."""
-        for name in names:
-            if name not in self.mentioned:
-                self.mentioned.add(name)
-                for holder, label in self.unmentioned.pop(name, ()):
-                    self._want_named(holder, name, label)
+        for name in [name for name in names if name not in self.mentioned]:
+            self.mentioned.add(name)
+            for holder, label in self.unmentioned.pop(name, ()):
+                self._want_named(holder, name, label)
 
     def _hold(self, holder: Any, label: str) -> None:
         """Adds a class or a file, of which only the names that code mentions are followed."""
+        later = (holder, label)
         for name in list(vars(holder)):
             if name in self.mentioned:
                 self._want_named(holder, name, label)
             else:
-                self.unmentioned.setdefault(name, []).append((holder, label))
+                self.unmentioned.setdefault(name, []).append(later)
 
     def _want_named(self, holder: Any, name: str, label: str) -> None:
-        if id(vars(holder)) in self.files:
-            self.files[id(vars(holder))][1].add(name)
-        if name in vars(holder):
-            self._want(vars(holder)[name], f"{label}.{name}" if label else name)
+        held = vars(holder)
+        if id(held) in self.files:
+            self.files[id(held)][1].add(name)
+        if name in held:
+            self._want(held[name], f"{label}.{name}" if label else name)
 
     def _want(self, value: Any, label: str) -> None:
         if id(value) not in self.seen:
@@ -109,7 +113,7 @@ class _Walk:
     def _visit(self, value: Any, label: str) -> None:
         if isinstance(value, Tensor):
             self.reach.tensors.append(value)
-        elif isinstance(value, Generator) and not isinstance(value, random.SystemRandom):
+        elif isinstance(value, _GENERATORS) and not isinstance(value, random.SystemRandom):
             self.reach.generators.append(value)
         elif isinstance(value, type):
             self._visit_class(value)
@@ -144,7 +148,7 @@ class _Walk:
             self.seen[id(item)] = item
             for part in item:
                 self._want_item(part, label)
-        elif not isinstance(item, str | int | float | None):
+        elif not isinstance(item, _PLAIN):
             self._want(item, label)
 
     def _visit_class(self, kind: type) -> None:
@@ -160,7 +164,7 @@ class _Walk:
             self._hold(file, "")
 
     def _visit_function(self, function: FunctionType) -> None:
-        names = set(_names(function.__code__))
+        names = _names(function.__code__)
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
             self._visit_cell(cell, name)
         for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
@@ -190,7 +194,7 @@ class _Walk:
     def _note(self, owner: Any, label: str) -> None:
         self.reach.owners.append((owner, label, None))
         for name, value in names_of(owner).items():
-            if not isinstance(value, str | int | float | None):
+            if not isinstance(value, _PLAIN):
                 self._want(value, f"{label}.{name}" if label else name)
 
 
@@ -215,11 +219,13 @@ def _parts(value: Any) -> tuple[Any, ...]:
             return ()
 
 
-def _names(code: CodeType) -> Iterator[str]:
-    """Yields the names that code mentions, and strings that may be names: ``getattr(self, "cache")``."""
-    yield from code.co_names
+@lru_cache(maxsize=8192)
+def _names(code: CodeType) -> tuple[str, ...]:
+    """Returns the names that code mentions, and strings that may be names: ``getattr(self, "cache")``."""
+    names = dict.fromkeys(code.co_names)
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            yield from _names(constant)
+            names.update(dict.fromkeys(_names(constant)))
         elif isinstance(constant, str) and constant.isidentifier():
-            yield constant
+            names[constant] = None
+    return tuple(names)

@@ -21,6 +21,7 @@ from pipecompile.partition.solver.enumerate import closed_sets
 from pipecompile.partition.solver.problem import Problem
 
 FIRST_GAP, STEP = 0.005, 1.6  # relative to the first lower bound
+FEW_ATOMS = 10  # with at most that many, one search among all sets costs less than several in narrow windows
 MOST_SETS, FEWEST_SETS = 10_000, 400  # per window; with fewer, a search is not worth its minimum cuts
 
 
@@ -55,6 +56,8 @@ def exact(
         step = floor * (1 + gap) if floor else upper
         if effort.halves:
             step = (lower + upper) / 2 if lower * effort.finest < upper else upper
+        if len(problem) <= FEW_ATOMS:
+            step = upper
         limit = min(step, upper, (lower + ceiling) / 2) * (1 + ROUNDING)
         small, families = _families(problem, limit, effort.sets, deadline)
         if families is None:
