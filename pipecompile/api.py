@@ -35,7 +35,7 @@ def compile(
     example_inputs: tuple[Sequence[Any], Mapping[str, Any]] | Mapping[str, Any] | Sequence[Any] | None = None,
     loss_fn: Callable[..., Any] | None = None,
     loss_output: str | None = None,
-    outputs: Outputs = "all",
+    outputs: Outputs | None = None,
     optimizer: MakeOptimizer | None = None,
     leaf_modules: Sequence[str] = (),
     batching: Batching = DEFAULT_BATCHING,
@@ -65,7 +65,8 @@ def compile(
             Without it, if there are several scalars, backwards wait for the caller's gradients.
         outputs: "all", or "loss": a call that computes a loss returns only that, and the other tensors of its output
             are None. So logits are freed by the backward of their microbatch, and what only other outputs need is not
-            computed. A call without a loss returns all.
+            computed. A call without a loss returns all. By default all; with ``mesh``, scalars in every process and
+            other tensors in the process that makes them, elsewhere on the meta device, unless it is "all".
         optimizer: for an asynchronous schedule, which steps inside the pipeline: a function that makes an optimizer
             from the parameters of a stage.
         leaf_modules: paths of modules to keep whole as leaves, each run as ordinary Python inside one stage. Modules
@@ -94,7 +95,7 @@ def compile(
             needs a compiler that is not here.
         CaptureError, PlanError: with ``example_inputs``, what the first call would raise.
     """
-    processes = None if mesh is None else Processes.of(mesh)
+    processes = None if mesh is None else Processes.of(mesh, spreads_all=outputs == "all")
     present = _devices(devices, processes)
     options = Options(
         schedule=schedule,

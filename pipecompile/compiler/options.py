@@ -36,7 +36,7 @@ class Options:
     microbatches: int = 1
     loss_fn: Callable[..., Any] | None = None
     loss_output: str | None = None
-    outputs: Outputs = "all"
+    outputs: Outputs | None = None
     optimizer: MakeOptimizer | None = None
     leaf_modules: tuple[str, ...] = ()
     batching: Batching = DEFAULT_BATCHING
@@ -68,7 +68,7 @@ class Options:
             raise InputError(
                 f"microbatches={self.microbatches!r}; it must be the number of parts of each batch, at least 1"
             )
-        if self.outputs not in OUTPUTS:
+        if self.outputs not in (None, *OUTPUTS):
             raise InputError(
                 f"outputs={self.outputs!r} is not known; it must be 'all', or 'loss' to return nothing but the loss"
             )

@@ -35,6 +35,7 @@ class Processes:
     Args:
         ranks: the number of each of the pipeline's ranks among all processes.
         pace: how soon failures are noticed.
+        spreads_all: whether every process gets all outputs, not only those that it needs.
 
     Attributes:
         rank: of this process in the pipeline.
@@ -42,10 +43,11 @@ class Processes:
 
     are_several = True
 
-    def __init__(self, ranks: Sequence[int], pace: Pace | None = None) -> None:
+    def __init__(self, ranks: Sequence[int], pace: Pace | None = None, spreads_all: bool = False) -> None:
         self.ranks_of_world = tuple(ranks)
         self.rank = self.ranks_of_world.index(dist.get_rank())
         self.pace = pace or Pace()
+        self.spreads_all = spreads_all
         self.control = Control(self.rank, len(ranks), store_of_the_group(), self.pace)
         self.worker = Worker(self.control)
         make = lambda: dist.new_group(list(ranks), timeout=FOREVER, backend="gloo", use_local_synchronization=True)  # noqa: E731
@@ -54,7 +56,7 @@ class Processes:
         self.calls = 0
 
     @staticmethod
-    def of(mesh: DeviceMesh, pace: Pace | None = None) -> Processes:
+    def of(mesh: DeviceMesh, spreads_all: bool = False) -> Processes:
         """The processes of the stages of a mesh.
 
         Raises:
@@ -66,7 +68,7 @@ class Processes:
                 f"mesh= has the dimensions {names or mesh.ndim}, but pipelines are spread over one, of stages; use "
                 f"init_device_mesh({mesh.device_type!r}, (n,), mesh_dim_names=({STAGE!r},))"
             )
-        return Processes(mesh.mesh.flatten().tolist(), pace)
+        return Processes(mesh.mesh.flatten().tolist(), spreads_all=spreads_all)
 
     # What the runtime asks
 
@@ -131,11 +133,11 @@ class Processes:
         found = dict(made)
         for maker in sorted(set(makers.values())):
             names = [name for name, rank in makers.items() if rank == maker]
-            own = [(Spec.of(made[name]), made[name].detach().to("cpu")) for name in names] if self.rank == maker else []
-            values = self._broadcast(
-                [(s, v if n in wanted else None) for n, (s, v) in zip(names, own, strict=False)], maker
-            )
-            for name, (spec, value) in zip(names, values, strict=True):
+            own: list[tuple[Spec, Tensor | None]] = []
+            for name in names if self.rank == maker else ():
+                goes = self.spreads_all or name in wanted
+                own.append((Spec.of(made[name]), made[name].detach().to("cpu") if goes else None))
+            for name, (spec, value) in zip(names, self._broadcast(own, maker), strict=True):
                 if name not in found:
                     there = torch.empty(spec.shape, dtype=spec.dtype, device="meta") if value is None else value
                     found[name] = there.requires_grad_(spec.requires_grad)
