@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from typing import Any
 
@@ -23,11 +24,14 @@ PATIENT = Pace(beat=0.05, silent=30.0, grace=0.4, absent=3.0)
 CALLS: Counter[str] = Counter()
 
 
+ERROR: list[type[Exception]] = [ValueError]
+
+
 def stop(kind: str, at: int) -> None:
     """Raises in the ``at``-th call of its kind."""
     CALLS[kind] += 1
     if CALLS[kind] == at:
-        raise ValueError("the model's own")
+        raise ERROR[0]("the model's own")
 
 
 @torch.library.custom_op("failing::stopping", mutates_args=())
@@ -131,11 +135,42 @@ def raises(at: int, backward: bool) -> None:
         step(pipe)
 
 
-def trains_on() -> None:
-    """Steps until one is hurt."""
+def raises_in(rank: int, at: int, backward: bool, error: str) -> None:
+    """The stage of any rank: each has one that could, and all but one are told not to."""
+    if error == "OutOfMemoryError":
+        ERROR[0] = torch.OutOfMemoryError
+    size = dist.get_world_size()
+    model = Net()
+    model.layers = nn.Sequential(*(nn.Sequential(*blocks(1), Stopping(-1, backward)) for _ in range(size)))
+    model.layers[rank][-1].at = at
+    plan = pipecompile.PlanOptions(pins={f"layers.{stage}": stage for stage in range(size)})
+    pipe = piped(model, plan=plan)
+    while True:
+        step(pipe)
+
+
+def ends_between(rank: int, how: str) -> None:
+    """One rank ends its script after a step: it raises, returns, or leaves at once."""
+    pipe = piped()
+    step(pipe)
+    if dist.get_rank() == rank:
+        match how:
+            case "raise":
+                raise KeyError("data")
+            case "return":
+                return
+            case "exit":
+                os._exit(3)
+    step(pipe)
+
+
+def trains_on(steps: int = 0) -> None:
+    """Steps until one is hurt, which is after so many steps."""
     pipe = piped()
     step(pipe)
     meet("trained")
+    for _ in range(steps):
+        step(pipe)
     announce("training")
     while True:
         step(pipe)

@@ -9,7 +9,16 @@ from models import MODELS
 from training_scenes import MORE
 
 EVERY = ["gpt2", "long_skip", "skip_to_loss", "t5", "two_towers", *MORE]
-SOME = ["gpt2", "nested_output", "tied", "buffers_in_place", "skip_to_loss", "dataclass_output", "dropping", "contrastive"]
+SOME = [
+    "gpt2",
+    "nested_output",
+    "tied",
+    "buffers_in_place",
+    "skip_to_loss",
+    "dataclass_output",
+    "dropping",
+    "contrastive",
+]
 SEVERAL = ["named_tuple_output", "nested_output"]  # the caller's loss reads outputs of several stages
 SCHEDULES = ["sequential", "gpipe", "1f1b", "pipedream"]
 LIMIT = 280
