@@ -14,10 +14,7 @@ import random
 import signal
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
-
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 from launcher import Ended, Hurt, Launcher
 from rich.console import Console
