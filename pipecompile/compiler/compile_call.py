@@ -71,7 +71,7 @@ def compile_call(
     """
     options = options or Options()
     reach = reach_of(model, [] if forward is None else [forward])
-    trace = _Tracer(model, call, forward, options.leaf_modules, reach)
+    trace = _Tracer(model=model, call=call, forward=forward, leaves=options.leaf_modules, reach=reach)
     with left_as_before(model, reach=reach):  # tests run parts kept whole
         division = _divided(trace, rows, options) if whole else _independent(trace, rows, options)
     graph = summarize(division.body)
