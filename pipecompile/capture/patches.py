@@ -19,7 +19,7 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from functools import partial
+from functools import lru_cache, partial
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -289,11 +289,16 @@ def _eager_branches() -> Iterator[None]:
     if original is None:
         yield
         return
-    holders = [m for m in list(sys.modules.values()) if getattr(m, "__dict__", {}).get("is_tracing") is original]
     with ExitStack() as stack:
-        for holder in holders:
+        for holder in _holders("is_tracing", original, tuple(map(id, sys.modules.values()))):
             stack.enter_context(_replaced(holder, "is_tracing", lambda *args, **kwargs: False))
         yield
+
+
+@lru_cache(maxsize=1)
+def _holders(name: str, value: Any, imported: tuple[int, ...]) -> list[Any]:
+    """Returns the files that have a value among their variables; ``imported`` only keys the cache."""
+    return [m for m in list(sys.modules.values()) if getattr(m, "__dict__", {}).get(name) is value]
 
 
 @contextmanager

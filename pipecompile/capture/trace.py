@@ -48,6 +48,8 @@ from pipecompile.ops.source_lines import failing_line
 from pipecompile.ops.symbols import Shapes, Sizes
 from pipecompile.ops.torch_internals import FakeTensorMode, enable_python_dispatcher, pytree
 
+REPEATING = 48  # modules of a model that repeats its layers; in a smaller one, hardly any operation occurs twice
+
 
 class NeedsNumbers(Exception):
     """A leaf must be run to find out what it returns, so every size must be a number."""
@@ -103,6 +105,8 @@ class Trace:
         self.graph = fx.Graph()
         self.shapes = Shapes() if symbolic else None
         self.mode = FakeTensorMode(shape_env=self.shapes, allow_non_fake_inputs=True)
+        if len([*model.modules()]) < REPEATING:
+            self.mode.cache_enabled = False  # an entry of torch's cache costs half as much as the operation
         self.scopes = Scopes()
         self.tensors = RealTensors(model, self.scopes, self.mode, self.device)
         self.number_inputs = NumberInputs(self.graph, self.mode)
@@ -185,6 +189,8 @@ class Trace:
         ]
 
     def _run(self, inputs: Mapping[str, Tensor], paths: Mapping[int, str]) -> Any:
+        ran = self.recorder.ran
+        observing = ran.pause()  # what follows is not the model's own code
         try:
             with (
                 torch.set_grad_enabled(self.gradients),
@@ -196,13 +202,19 @@ class Trace:
                 self.recorder,
                 self.recorder.below() if self.operations else nullcontext(),
             ):
-                args, kwargs = self.call.rebuild(inputs)
-                return self.forward(*args, **kwargs)
+                ran.resume(observing)
+                try:
+                    args, kwargs = self.call.rebuild(inputs)
+                    return self.forward(*args, **kwargs)
+                finally:
+                    ran.pause()
         except PipecompileError:
             raise
         except Exception as error:
             error.origin = Origin(self.scopes.path, failing_line(error))  # type: ignore[attr-defined]
             raise
+        finally:
+            ran.resume(observing)
 
     def _is_replaced(self, tensor: Tensor, value: Tensor) -> bool:
         """Whether forward replaces a real tensor that is not a parameter or buffer and whose value the graph reads."""

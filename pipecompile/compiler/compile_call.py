@@ -76,7 +76,7 @@ def compile_call(
     """
     options, peers = options or Options(), peers or OneProcess()
     reach = reach_of(model, [] if forward is None else [forward])
-    trace = _Tracer(model, call, forward, options, reach)
+    trace = _Tracer(model=model, call=call, forward=forward, options=options, reach=reach)
     with left_as_before(model, reach=reach):  # tests run parts kept whole
         division = _divided(trace, rows, options) if whole else _independent(trace, rows, options)
     graph = summarize(division.body)

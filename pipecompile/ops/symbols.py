@@ -53,6 +53,12 @@ class Shapes(ShapeEnv):
         if only_data_tells(a) and a in self.replacements and not msg.startswith(_RENAMES):
             raise DependsOnData(f"an operation needs a size that depends on the model's data to be {tgt}")
 
+    def _get_user_frame(self) -> None:
+        """Called by torch for the line that it names beside a guard, in messages that no user sees.
+
+        torch would import its exporter and its compiler to know their files, which takes longer than a small model.
+        """
+
     def symbol(self, name: str, hint: int) -> int | torch.SymInt:
         """Returns a new symbol for a size; torch may assume that it is at least 2 (see the module docstring)."""
         source = ConstantSource(name)

@@ -82,7 +82,7 @@ class Ran:
         """Observes again if ``active``."""
         if active and self._first is not None:
             self._active = True
-            sys.setprofile(self._see)
+            sys.setprofile(self._observer())
 
     def add(self, functions: Iterable[FunctionType]) -> None:
         """Adds functions that are known to run."""
@@ -92,12 +92,18 @@ class Ran:
         """Whether a function is defined by forward itself, so that its outer variables belong to forward."""
         return id(function.__code__) in self._inner
 
-    def _see(self, frame: FrameType, event: str, argument: Any) -> None:
-        if event == "call":
-            if id(frame.f_code) not in self._known:
-                self._see_call(frame)
-        elif event == "c_call" and argument in _QUESTIONS and not is_library(frame.f_code.co_filename):
-            self.asked.add(argument)
+    def _observer(self) -> Callable[[FrameType, str, Any], None]:
+        """Returns the profile function, which Python calls several times for each line: a closure is the fastest."""
+        known, begun, asked = self._known, self._see_call, self.asked
+
+        def see(frame: FrameType, event: str, argument: Any) -> None:
+            if event == "call":
+                if id(frame.f_code) not in known:
+                    begun(frame)
+            elif event == "c_call" and argument in _QUESTIONS and not is_library(frame.f_code.co_filename):
+                asked.add(argument)
+
+        return see
 
     def _see_call(self, frame: FrameType) -> None:
         code = frame.f_code

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+_HOLDERS = (_lru_cache_wrapper, staticmethod, classmethod, MethodType, FunctionType)
 _FOREIGN = sys.stdlib_module_names | {"torch"}
 
 
@@ -31,7 +32,7 @@ def _memos(model: nn.Module) -> list[_lru_cache_wrapper[Any]]:
     kinds = {base for kind in {*map(type, modules)} for base in kind.__mro__ if not _is_foreign(base)}
     files = [vars(sys.modules[name]) for name in {kind.__module__ for kind in kinds} if name in sys.modules]
     held = [value for names in (*map(vars, modules), *map(vars, kinds), *files) for value in list(names.values())]
-    return [memo for value in held for memo in _inside(value)]
+    return [memo for value in held if isinstance(value, _HOLDERS) for memo in _inside(value)]
 
 
 def _inside(value: Any, depth: int = 3) -> Iterator[_lru_cache_wrapper[Any]]:
