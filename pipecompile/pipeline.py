@@ -37,7 +37,7 @@ from pipecompile.compiler.surroundings import (
     uncompiled,
 )
 from pipecompile.distributed.clip_grad_norm import clip_grad_norm_
-from pipecompile.distributed.ownership import foreign_buffers, held, owned, send_others_away
+from pipecompile.distributed.ownership import foreign_buffers, held, owned, refuse_missing, send_others_away
 from pipecompile.distributed.processes import Processes
 from pipecompile.errors import CaptureError, InputError, PipecompileError
 from pipecompile.ir.graph import CostedGraph
@@ -534,6 +534,8 @@ class Pipeline:
                     whole=self.microbatches > 1 and not (self.options.policy.is_asynchronous and self.model.training),
                     peers=self._session.peers,
                 )
+            if self.processes is not None and self._first is not None:
+                refuse_missing(self._first, compiled)
             for cut in compiled.cuts(candidate):
                 if not compiled.broken(call, cut):
                     return steps.Batch(compiled.without_values(), call, cut)

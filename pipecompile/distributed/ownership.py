@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from pipecompile.capture.origin import origin_of
 from pipecompile.capture.state.model_state import named_tensors
+from pipecompile.errors import CaptureError
 from pipecompile.ops.away import send_away
 from pipecompile.runtime.compiled import Compiled
 
@@ -19,6 +20,25 @@ def held(compiled: Compiled, rank: int) -> frozenset[str]:
     mine |= _everywhere(compiled)
     others = {id(tensor) for stage in compiled.stages for tensor in compiled.tensors(stage.index).values()} - mine
     return frozenset(name for name, tensor in named_tensors(compiled.captured.model) if id(tensor) not in others)
+
+
+def refuse_missing(first: Compiled, later: Compiled) -> None:
+    """Raises ``CaptureError`` if a rank needs a parameter in a later capture that it does not have.
+
+    Raises it in all processes alike, since it reads nothing but the plans.
+    """
+    names = later.captured.first_names
+    for rank in range(later.plan.num_ranks):
+        present = held(first, rank)
+        stages = _stages_of(later, rank)
+        needed = {id(t) for stage in stages for t in later.tensors(stage).values()} | _everywhere(later)
+        for name in sorted(names[tensor] for tensor in needed if tensor in names):
+            if name not in present:
+                raise CaptureError(
+                    f"this call needs {name!r} in rank {rank}, which has sent it away, because calls like the first do "
+                    f"not need it there; make such calls with a pipeline of one process, or make the first call one "
+                    f"like this"
+                )
 
 
 def owned(compiled: Compiled, rank: int) -> frozenset[str]:
