@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipecompile.distributed.control import Control
-from pipecompile.distributed.worker import Worker
+from pipecompile.distributed.worker import Worker, is_lost
 from pipecompile.errors import ExecutionError
 from pipecompile.ir.program import Recv, Send
 from pipecompile.runtime.lane import Lane, Sent, Value, Values
@@ -80,9 +80,14 @@ class RemoteTransport:
         parts = [*_header(specs), *(_bytes(_dense(value, send)) for value in values if value is not None)]
         with self.control.changed:
             self.pending += 1
-        works = [
-            dist.isend(part, self.ranks[peer], self.group, tag + place) for place, part in enumerate(parts) if len(part)
-        ]
+        to = self.ranks[peer]
+        try:
+            works = [dist.isend(part, to, self.group, tag + place) for place, part in enumerate(parts) if len(part)]
+        except RuntimeError as error:
+            if not is_lost(error):
+                raise
+            self.control.lost(peer, error)
+            raise Aborted from error
 
         def finish(parts: Sequence[Tensor] = parts) -> None:
             for work in works:

@@ -127,12 +127,17 @@ class Session:
                 self.notes.failed = True
                 for weights in self.weights.values():
                     weights.drop_gradients()
-                failure = self.peers.failure(error)
-                if failure is error:
-                    raise
-                raise failure from error
+                if self.peers.are_several:  # in one process, no name of the error may hold its frames' tensors
+                    self._end_all(error)
+                raise
             finally:
                 self.running = False
+
+    def _end_all(self, error: BaseException) -> None:
+        """Raises the error with which all processes end, if it is another one."""
+        failure = self.peers.failure(error)
+        if failure is not error:
+            raise failure from error
 
     @property
     def timeline(self) -> Timeline | None:
