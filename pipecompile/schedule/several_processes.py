@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-
-from pipecompile.errors import ProgramError
-from pipecompile.ir.program import Instruction, Program, Recv, Refresh, Send, is_tied
+from pipecompile.ir.program import Program, Refresh, is_tied
 
 
 def refreshed(program: Program) -> Program:
@@ -23,22 +19,3 @@ def refreshed(program: Program) -> Program:
         for rank, row in enumerate(program.ranks)
     )
     return Program(plan, tuple(rows), program.carried)
-
-
-def renumbered(program: Program, numbers: Sequence[int]) -> Program:
-    """The program with other numbers of microbatches: ``numbers[k]`` in place of k.
-
-    Raises:
-        ProgramError: the program has transfers already, whose order does not depend on numbers.
-    """
-
-    def other(i: Instruction) -> Instruction:
-        if isinstance(i, Send | Recv):
-            return replace(i, result=replace(i.result, microbatch=numbers[i.result.microbatch]))
-        return replace(i, microbatch=numbers[i.microbatch])
-
-    if program.lowered:
-        raise ProgramError("a program with transfers cannot be renumbered; renumber it before it is lowered")
-    return Program(
-        program.plan, tuple(tuple(map(other, row)) for row in program.ranks), frozenset(map(other, program.carried))
-    )

@@ -37,7 +37,7 @@ def test_a_schedule_trains_alike_over_four_processes(launcher: Launcher, name: s
     found = launcher.returned("training_scenes:train", 4, limit=LIMIT, name=name, schedule=schedule)
     refused = all(each and each[0].startswith("refused: ") for each in found)  # in the same words as in threads
     away = all(each and "needs 'scale' in rank 0, which has sent it away" in each[0] for each in found)
-    assert found == [[], [], [], []] or (refused or (away and name == "contrastive")) and schedule == "pipedream"
+    assert found == [[], [], [], []] or ((refused or (away and name == "contrastive")) and schedule == "pipedream")
 
 
 def test_a_later_call_that_needs_a_parameter_of_another_rank_is_refused(launcher: Launcher) -> None:
