@@ -24,6 +24,7 @@ import pipecompile
 from pipecompile.batching import Rows
 from pipecompile.capture import Call, Captured, read_call, summarize
 from pipecompile.capture.captured import SymbolicSizes
+from pipecompile.capture.state.reachable import Reach
 from pipecompile.compiler import compile_call
 from pipecompile.errors import ExecutionError, PipecompileError
 from pipecompile.ir.graph import Graph
@@ -229,4 +230,4 @@ def one_capture_for_many_plans() -> Iterator[None]:
 def _key(argument: Any) -> Any:
     if isinstance(argument, Call):  # by its values too, which a model may read
         return argument.key, tuple((name, str(t.tolist())) for name, t in argument.tensors.items())
-    return None if isinstance(argument, Graph) else argument  # each call makes an equal one
+    return None if isinstance(argument, Graph | Reach) else argument  # each call makes an equal one
