@@ -1,7 +1,6 @@
 """One thread, fixed seeds, and no test that hangs: after ``HANG`` seconds all stacks are printed and pytest ends."""
 
 import faulthandler
-import gc
 import os
 import sys
 from collections import Counter
@@ -55,12 +54,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         (kept if runs else left_out).append(item)
     items[:] = kept
     config.hook.pytest_deselected(items=left_out)
-
-
-def pytest_collection_finish() -> None:
-    """The garbage collector need not walk through all that has been imported each time."""
-    gc.collect()
-    gc.freeze()
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -63,6 +63,7 @@ def become_rank(scene: Scene) -> None:
         with open(name, mode) as file:
             os.dup2(file.fileno(), target)
     os.dup2(1, 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts in the background
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     signal.alarm(scene["limit"] + 30)  # if nobody is left who would end it
 
