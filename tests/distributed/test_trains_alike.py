@@ -11,13 +11,13 @@ from training_scenes import MORE
 EVERY = ["gpt2", "long_skip", "skip_to_loss", "t5", "two_towers", *MORE]
 SOME = [
     "gpt2",
-    "nested_output",
     "tied",
-    "buffers_in_place",
-    "skip_to_loss",
-    "dataclass_output",
     "dropping",
     "contrastive",
+    "skip_to_loss",
+    "dataclass_output",
+    "nested_output",
+    "buffers_in_place",
 ]
 SEVERAL = ["named_tuple_output", "nested_output"]  # the caller's loss reads outputs of several stages
 SCHEDULES = ["sequential", "gpipe", "1f1b", "pipedream"]
