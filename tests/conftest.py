@@ -1,7 +1,6 @@
 """One thread, fixed seeds, and no test that hangs: after ``HANG`` seconds all stacks are printed and pytest ends."""
 
 import faulthandler
-import gc
 import os
 import sys
 from collections import Counter
