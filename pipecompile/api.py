@@ -95,8 +95,7 @@ def compile(
             needs a compiler that is not here.
         CaptureError, PlanError: with ``example_inputs``, what the first call would raise.
     """
-    processes = None if mesh is None else Processes.of(mesh, spreads_all=outputs == "all")
-    present = _devices(devices, processes)
+    present = _devices(devices, mesh)
     options = Options(
         schedule=schedule,
         microbatches=2 * len(present) if microbatches is None else microbatches,
@@ -112,8 +111,9 @@ def compile(
         verify=verify,
         stage_compile=stage_compile,
     )
-    options.check(model, len(present))
+    options.check(model, len(present), several=mesh is not None)
     check_backend(stage_compile, present)
+    processes = None if mesh is None else Processes.of(mesh, spreads_all=outputs == "all")
     pipeline = Pipeline(model, present, options, processes)
     if example_inputs is not None:
         args, kwargs = _arguments(example_inputs)
@@ -121,13 +121,13 @@ def compile(
     return as_model(pipeline)
 
 
-def _devices(devices: Any, processes: Processes | None) -> tuple[torch.device, ...]:
-    if (devices is None) == (processes is None):
+def _devices(devices: Any, mesh: DeviceMesh | None) -> tuple[torch.device, ...]:
+    if (devices is None) == (mesh is None):
         raise InputError(
-            f"devices={devices!r} with mesh={'None' if processes is None else '...'}; give one of them: devices= with "
-            f"one device per stage, or mesh= with one process per stage"
+            f"devices={devices!r} with mesh={mesh}; give one of them: devices= with one device per stage, or mesh= "
+            f"with one process per stage"
         )
-    return parse_devices(devices) if processes is None else (torch.device("cpu"),) * len(processes.ranks_of_world)
+    return parse_devices(devices) if mesh is None else (torch.device("cpu"),) * mesh.size()
 
 
 def _arguments(example: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:

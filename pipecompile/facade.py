@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from pipecompile.distributed.share import Share
 from pipecompile.errors import InputError
 from pipecompile.pipeline import Pipeline
 
@@ -54,8 +55,8 @@ def as_model(pipeline: Pipeline) -> Any:
     }
     if callable(getattr(base, GENERATE, None)):  # passes a key-value cache from call to call
         members[GENERATE] = _by_the_model(getattr(base, GENERATE), pipeline)
-    if pipeline.processes is not None:
-        members |= _of_a_process(base, pipeline)
+    if pipeline.share is not None:
+        members |= _of_a_process(base, pipeline.share)
     try:
         kind = new_class(base.__name__, (base,), exec_body=lambda namespace: namespace.update(members))
     except TypeError as error:
@@ -108,18 +109,13 @@ def _by_the_model(method: Callable[..., Any], pipeline: Pipeline) -> Any:
     return run
 
 
-def _of_a_process(base: type[nn.Module], pipeline: Pipeline) -> dict[str, Any]:
-    """Members of a pipe whose ranks are in several processes: it has the parameters of this process only."""
+def _of_a_process(base: type[nn.Module], share: Share) -> dict[str, Any]:
+    """Members of a pipe whose ranks are in several processes: its parameters are those of this process."""
 
-    def named_parameters(pipe: Any, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        mine = pipeline.owned
-        return ((name, p) for name, p in base.named_parameters(pipe, *args, **kwargs) if name in mine)
-
-    def state_dict(pipe: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The parameters that this process trains, and the buffers of which it has the present values."""
-        others, prefix = pipeline.foreign, kwargs.get("prefix", "")
-        found = base.state_dict(pipe, *args, **kwargs)
-        return {name: tensor for name, tensor in found.items() if name.removeprefix(prefix) not in others}
+    def named_parameters(
+        pipe: Any, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        return share.parameters(base.named_parameters(pipe, prefix, recurse, remove_duplicate), prefix)
 
     def refuse(pipe: Any, *args: Any, **kwargs: Any) -> Any:
         raise InputError(
@@ -127,12 +123,8 @@ def _of_a_process(base: type[nn.Module], pipeline: Pipeline) -> dict[str, Any]:
             "before compile()"
         )
 
-    return {
-        "named_parameters": named_parameters,
-        "state_dict": state_dict,
-        "load_state_dict": refuse,
-        **({GENERATE: refuse} if hasattr(base, GENERATE) else {}),
-    }
+    generates = {GENERATE: refuse} if hasattr(base, GENERATE) else {}
+    return {"named_parameters": named_parameters, "load_state_dict": refuse, **generates}
 
 
 def _calling(base: type[nn.Module]) -> Callable[..., Any]:

@@ -36,9 +36,8 @@ from pipecompile.compiler.surroundings import (
     saved_as_they_are,
     uncompiled,
 )
-from pipecompile.distributed.clip_grad_norm import clip_grad_norm_
-from pipecompile.distributed.ownership import foreign_buffers, held, owned, refuse_missing, send_others_away
 from pipecompile.distributed.processes import Processes
+from pipecompile.distributed.share import Share
 from pipecompile.errors import CaptureError, InputError, PipecompileError
 from pipecompile.ir.graph import CostedGraph
 from pipecompile.ir.plan import Plan
@@ -70,7 +69,7 @@ class Pipeline:
     Attributes:
         devices: one per rank.
         options: the options of ``compile``.
-        processes: those that run the ranks, if they are several.
+        share: what this process has of the model, if several processes run the ranks.
     """
 
     def __init__(
@@ -82,7 +81,7 @@ class Pipeline:
     ) -> None:
         self._model = model
         self.devices = tuple(devices)
-        self.processes = processes
+        self.share = None if processes is None else Share(model, processes)
         self.options = options
         loss_fn = options.loss_fn
         self._forward = None if loss_fn is None else _with_loss(model, loss_fn)
@@ -91,12 +90,12 @@ class Pipeline:
         self._states = States()
         self._batched: dict[tuple[str, int], bool] = {}
         self._proofs: dict[tuple[int, bool], Proof] = {}  # by the identity of the capture, and whether it trained
+        self._left_out: dict[tuple[int, bool], str] = {}  # why a capture was not compared
         self._own = dict(named_tensors(model))  # the model's own tensors when last checked
         self._calls = 0
         self._first: Compiled | None = None
         self._placement: Compiled | None = None  # a capture of the pipeline that this one was copied from
         self._last: Compiled | None = None
-        self._is_spread = False  # whether each process has the parameters of its own stages only
 
     def __repr__(self) -> str:
         devices = ", ".join(map(str, self.devices))
@@ -187,7 +186,7 @@ class Pipeline:
         return replace(
             describe(self._capture_in_use, self._session.timeline),
             captures=tuple(f"{number}: {reason}" for number, reason in enumerate(self._captures.reasons, 1)),
-            verified=tuple(f"{kinds[trains]}: {proof}" for (_, trains), proof in self._proofs.items()),
+            verified=tuple(f"{kinds[trains]}: {said}" for (_, trains), said in (self._proofs | self._left_out).items()),
             rerun=tuple(f"{why} (times: {count})" for why, count in self._session.repeated.items()),
         )
 
@@ -236,7 +235,8 @@ class Pipeline:
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         batch = self._batch(args, kwargs)
         self._prove(batch)
-        self._send_others_away()
+        if self.share is not None:
+            self.share.settle()
         try:
             given = self._run(batch)
         except STOPPED:
@@ -261,8 +261,9 @@ class Pipeline:
             self.options.verify, self._calls, key in self._proofs
         ):
             return
-        if self._is_spread:
-            return  # no process has the unsplit model any more
+        if self.share is not None and self.share.is_settled:
+            self._left_out[key] = "not compared: no process has the whole model any more"
+            return
         policy = self.options.policy
         trial = Trial(
             model=self.model,
@@ -276,12 +277,6 @@ class Pipeline:
         )
         with CAPTURING.taken(), saved_as_they_are():
             self._proofs[key] = self._session.peers.shared(lambda: prove(trial))
-
-    def _send_others_away(self) -> None:
-        """Frees the parameters of other processes' stages, once the first capture has been compared."""
-        if self.processes is not None and not self._is_spread and self._first is not None:
-            send_others_away(self.model, held(self._first, self.processes.rank))
-            self._is_spread = True
 
     def _run(self, batch: steps.Batch) -> dict[str, Tensor]:
         if any(p.is_meta for p in self.model.parameters()):
@@ -384,15 +379,15 @@ class Pipeline:
         In several processes, all of them close it, and each waits for the others.
         """
         self._session.close()
-        if self.processes is not None:
-            self.processes.close()
+        if self.share is not None:
+            self.share.processes.close()
 
     def __enter__(self) -> Pipeline:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is not None and self.processes is not None:
-            self.processes.failure(error)  # the others learn why this one does not come
+        if error is not None and self.share is not None:
+            self.share.processes.failure(error)  # the others learn why this one does not come
         self.close()
 
     def copied(self, memo: dict[int, Any]) -> Pipeline:
@@ -433,26 +428,6 @@ class Pipeline:
 
     # Several processes
 
-    @property
-    def owned(self) -> frozenset[str]:
-        """The names of the parameters that this process trains; all of them, in one process."""
-        if self.processes is None:
-            return frozenset(name for name, _ in self.model.named_parameters(remove_duplicate=False))
-        if self._first is None:
-            raise InputError(
-                "the parameters of each process are not known before the model is split; pass example_inputs= to "
-                "compile(), or call the pipeline first"
-            )
-        return owned(self._first, self.processes.rank)
-
-    @property
-    def foreign(self) -> frozenset[str]:
-        """The names of the parameters and buffers whose present values another process has."""
-        if self.processes is None or self._first is None:
-            return frozenset()
-        parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
-        return foreign_buffers(self._first, self.processes.rank) | (parameters - self.owned)
-
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """``torch.nn.utils.clip_grad_norm_`` of the whole model: all processes get the norm of all gradients.
 
@@ -461,18 +436,14 @@ class Pipeline:
             norm_type: the order p of the norm.
 
         Returns:
-            The norm before, a scalar of float64 in several processes. All processes must call this.
+            The norm before. All processes must call this.
         """
-        if self.processes is None:
+        if self.share is None:
             return torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm, norm_type)
-        if self._first is None:
-            raise InputError(
-                "the pipeline has made no call, so it has no gradients to clip; call it and backward() first"
-            )
-        return clip_grad_norm_(self._first, self.processes, max_norm, norm_type)
+        return self.share.clip_grad_norm_(max_norm, norm_type)
 
     def _refuse_several(self, done: str) -> None:
-        if self.processes is not None:
+        if self.share is not None:
             raise InputError(
                 f"a pipeline of several processes cannot be {done}, because no process has the whole model; do it with "
                 f"a pipeline of one process (devices= instead of mesh=)"
@@ -491,6 +462,8 @@ class Pipeline:
                     raise InputError(
                         f"argument {name!r} is on the meta device, so it has no values; pass a tensor on a real device"
                     )
+        if self.share is not None:
+            self.share.check_call(call)
         ambient = Ambient.of_caller(frozenset(device.type for device in self.devices))
         key = Key(call.key, Same(self._states.look(self.model, self._check)), ambient.autocast, settings())
         known = self._captures.of(key)
@@ -521,6 +494,8 @@ class Pipeline:
 
     def _capture(self, call: Call, rows: Rows) -> steps.Batch:
         """A new capture. If its trace is valid only for one size, all microbatches get that size."""
+        if self.share is not None:
+            self.share.check_weights()
         for candidate in (rows, rows.equal()):
             with CAPTURING.taken(), undrawn(self.devices), saved_as_they_are():
                 compiled = compile_call(
@@ -534,8 +509,8 @@ class Pipeline:
                     whole=self.microbatches > 1 and not (self.options.policy.is_asynchronous and self.model.training),
                     peers=self._session.peers,
                 )
-            if self.processes is not None and self._first is not None:
-                refuse_missing(self._first, compiled)
+            if self.share is not None:
+                self.share.add(compiled)
             for cut in compiled.cuts(candidate):
                 if not compiled.broken(call, cut):
                     return steps.Batch(compiled.without_values(), call, cut)

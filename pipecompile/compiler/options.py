@@ -46,12 +46,13 @@ class Options:
     verify: Verify = "first"
     stage_compile: bool | str | Backend = False
 
-    def check(self, model: nn.Module, devices: int) -> None:
+    def check(self, model: nn.Module, devices: int, several: bool = False) -> None:
         """Checks that the options are valid, and fit the model and one another.
 
         Args:
             model: the model.
             devices: the number of devices.
+            several: whether they are in several processes.
 
         Raises:
             InputError: an option is not valid or does not fit; the message names the first one.
@@ -80,6 +81,8 @@ class Options:
         self._check_schedule()
         self._check_names(model)
         self._check_replicas(devices)
+        if several:
+            self._check_processes()
 
     @property
     def policy(self) -> Schedule:
@@ -95,6 +98,18 @@ class Options:
             state = cache(partial(optimizer_state, self.optimizer))
         asynchronous = self.policy.is_asynchronous
         return Workload(self.policy.steady, self.microbatches, state, self.plan.recompute, asynchronous=asynchronous)
+
+    def _check_processes(self) -> None:
+        if self.plan.replicas is not None:
+            raise InputError(
+                f"replicas={self.plan.replicas!r} does not work with mesh=, where each stage has one process; leave it "
+                f"out, or use devices= instead of mesh="
+            )
+        if self.verify not in ("first", "never"):
+            raise InputError(
+                f"verify={self.verify!r} does not work with mesh=, because no process has the unsplit model after the "
+                f"first call; use verify='first' or 'never'"
+            )
 
     def _check_replicas(self, devices: int) -> None:
         counts = self.plan.counts

@@ -1,13 +1,12 @@
-"""Which of a model's parameters a process has, trains, and counts; the others are sent away."""
+"""Which of a model's tensors a rank has, trains and counts, by the plan of a capture."""
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipecompile.capture.origin import origin_of
 from pipecompile.capture.state.model_state import named_tensors
 from pipecompile.errors import CaptureError
-from pipecompile.ops.away import send_away
 from pipecompile.runtime.compiled import Compiled
 
 
@@ -71,16 +70,6 @@ def foreign_buffers(compiled: Compiled, rank: int) -> frozenset[str]:
     tensors = compiled.captured.tensors
     foreign = {id(tensors[name]) for name, ranks in written.items() if rank not in ranks}
     return frozenset(name for name, tensor in named_tensors(compiled.captured.model) if id(tensor) in foreign)
-
-
-def send_others_away(model: nn.Module, names: frozenset[str]) -> None:
-    """Frees the memory of the parameters of a model that are not among ``names``."""
-    tensors = named_tensors(model)
-    send_away(
-        tensor
-        for name, tensor in tensors
-        if name not in names and isinstance(tensor, nn.Parameter) and not tensor.is_meta
-    )
 
 
 def _stages_of(compiled: Compiled, rank: int) -> list[int]:

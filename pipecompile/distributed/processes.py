@@ -20,7 +20,7 @@ from pipecompile.distributed.control import Control, store_of_the_group
 from pipecompile.distributed.remote_transport import RemoteTransport, Spec
 from pipecompile.distributed.watch import Cause, Pace
 from pipecompile.distributed.worker import Worker
-from pipecompile.errors import InputError, RankError
+from pipecompile.errors import ExecutionError, InputError, RankError
 from pipecompile.runtime.lane import Lane
 from pipecompile.runtime.transport import Aborted
 
@@ -50,19 +50,30 @@ class Processes:
         self.spreads_all = spreads_all
         self.control = Control(self.rank, len(ranks), store_of_the_group(), self.pace)
         self.worker = Worker(self.control)
-        make = lambda: dist.new_group(list(ranks), timeout=FOREVER, backend="gloo", use_local_synchronization=True)  # noqa: E731
-        self.group: dist.ProcessGroup = self._call(make)
-        self.transports: list[RemoteTransport] = []
+        self.group: dist.ProcessGroup = self._call(self._new_group)
+        self.carrier: RemoteTransport | None = None
         self.calls = 0
+
+    def _new_group(self) -> dist.ProcessGroup:
+        ranks = list(self.ranks_of_world)
+        group: dist.ProcessGroup = dist.new_group(
+            ranks, timeout=FOREVER, backend="gloo", use_local_synchronization=True
+        )
+        return group
 
     @staticmethod
     def of(mesh: DeviceMesh, spreads_all: bool = False) -> Processes:
         """The processes of the stages of a mesh.
 
         Raises:
-            InputError: the mesh has other dimensions than one for stages.
+            InputError: the mesh has other dimensions than one for stages, or is not one of CPU devices.
         """
         names = mesh.mesh_dim_names
+        if mesh.device_type != "cpu":
+            raise InputError(
+                f"mesh= is one of {mesh.device_type} devices, but values travel between processes over gloo, from CPU "
+                f"devices; use init_device_mesh('cpu', ...), or devices= for accelerators of one process"
+            )
         if mesh.ndim != 1 or names not in (None, (STAGE,)):
             raise InputError(
                 f"mesh= has the dimensions {names or mesh.ndim}, but pipelines are spread over one, of stages; use "
@@ -75,23 +86,18 @@ class Processes:
     def ranks(self, count: int) -> Sequence[int]:
         return [self.rank]
 
-    def transport(self, lanes: Mapping[int, Lane], rank_of: Sequence[int], sizes_are_known: bool) -> RemoteTransport:
-        made = RemoteTransport(self.control, self.ranks_of_world, self.group, lanes, rank_of)
-        self.transports.append(made)
-        return made
+    def transport(self, lanes: Mapping[int, Lane], rank_of: Sequence[int]) -> RemoteTransport:
+        if self.carrier is None:  # one for all captures, which share their placement: their messages are in one order
+            self.carrier = RemoteTransport(self.control, self.ranks_of_world, self.group, lanes, rank_of)
+        assert tuple(rank_of) == tuple(self.carrier.rank_of)
+        return self.carrier
 
     def shared(self, make: Callable[[], T]) -> T:
         self.agree("a value that rank 0 computes for all")
-        outcome: tuple[T | None, BaseException | None] = (None, None)
-        if self.rank == 0:
-            try:
-                outcome = make(), None
-            except Exception as error:
-                outcome = None, error
-        value, raised = self._broadcast(outcome, 0)
+        value, raised = pickle.loads(self._broadcast(_outcome(make) if self.rank == 0 else b"", 0))
         if raised is not None:
             raise raised
-        return value  # type: ignore[return-value]
+        return value  # type: ignore[no-any-return]
 
     def agree(self, what: str, tensors: Iterable[Tensor] = ()) -> None:
         self.calls += 1
@@ -127,6 +133,22 @@ class Processes:
                 f"same environment on all ranks"
             )
 
+    def same_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Makes sure that named tensors have the same values in all processes.
+
+        Raises:
+            InputError: they do not; the message names the first one, and a rank.
+        """
+        self.agree("the weights of the model")
+        digests = self.gathered({name: _content(tensor) for name, tensor in tensors.items()})
+        for rank, other in enumerate(digests):
+            for name, digest in digests[0].items():
+                if other.get(name) != digest:
+                    raise InputError(
+                        f"{name!r} of rank {rank} differs from that of rank 0, but every process must build the same "
+                        f"model; set the same seed before it is built, or load the same weights"
+                    )
+
     def spread(
         self, made: Mapping[str, Tensor], makers: Mapping[str, int], wanted: Container[str]
     ) -> Mapping[str, Tensor]:
@@ -137,7 +159,8 @@ class Processes:
             for name in names if self.rank == maker else ():
                 goes = self.spreads_all or name in wanted
                 own.append((Spec.of(made[name]), made[name].detach().to("cpu") if goes else None))
-            for name, (spec, value) in zip(names, self._broadcast(own, maker), strict=True):
+            said = pickle.loads(self._broadcast(pickle.dumps(own), maker))
+            for name, (spec, value) in zip(names, said, strict=True):
                 if name not in found:
                     there = torch.empty(spec.shape, dtype=spec.dtype, device="meta") if value is None else value
                     found[name] = there.requires_grad_(spec.requires_grad)
@@ -171,16 +194,16 @@ class Processes:
     def close(self) -> None:
         """Waits for what is under way, and ends the control channel."""
         if self.control.cause is None:
-            for transport in self.transports:
-                transport.flush()
+            if self.carrier is not None:
+                self.carrier.flush()
             self._call(lambda: dist.barrier(self.group))
         self.control.close()
 
-    def _broadcast(self, value: T, source: int) -> T:
-        """The value of one rank in all of them."""
-        box = [pickle.dumps(value) if self.rank == source else b""]
+    def _broadcast(self, content: bytes, source: int) -> bytes:
+        """The bytes of one rank in all of them."""
+        box = [content]
         self._call(lambda: dist.broadcast_object_list(box, self.ranks_of_world[source], self.group))
-        return pickle.loads(box[0])  # type: ignore[no-any-return]
+        return box[0]
 
     def _call(self, collective: Callable[[], T], seconds: float | None = None, what: str = "") -> T:
         """Runs a collective in the worker.
@@ -197,11 +220,27 @@ class Processes:
             raise self.control.report(Cause(self.rank, self.control.watch.host, "", waited)) from None
 
 
+def _outcome(make: Callable[[], object]) -> bytes:
+    """What a function returns and raises, pickled; an error that cannot be pickled is told in words."""
+    try:
+        return pickle.dumps((make(), None))
+    except Exception as error:
+        try:
+            pickle.loads(pickled := pickle.dumps((None, error)))
+        except Exception:
+            told = ExecutionError(f"rank 0 raised {type(error).__name__}: {error}; see its traceback")
+            return pickle.dumps((None, told))
+        return pickled
+
+
 def _content(tensor: Tensor) -> bytes:
     """A digest of a tensor's values, type and sizes."""
-    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-    values = flat.view(torch.uint8).numpy().tobytes() if flat.layout == torch.strided and flat.numel() else b""
-    return hashlib.blake2b(f"{tensor.dtype} {list(tensor.shape)}".encode() + values, digest_size=8).digest()
+    dense = tensor.detach().to_dense() if tensor.layout != torch.strided else tensor.detach()
+    flat = dense.to("cpu").contiguous().reshape(-1)
+    found = hashlib.blake2b(f"{tensor.dtype} {list(tensor.shape)}".encode(), digest_size=8)
+    if flat.numel():
+        found.update(flat.view(torch.uint8).numpy().data)
+    return found.digest()
 
 
 def _digest(*parts: bytes) -> int:

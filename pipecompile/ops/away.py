@@ -13,6 +13,8 @@ from contextlib import suppress
 import torch
 from torch import Tensor, nn
 
+MARK = "_pipecompile_away"  # attribute of such a parameter
+
 
 def send_away(parameters: Iterable[nn.Parameter]) -> None:
     """Frees the memory of parameters and of their gradients."""
@@ -20,6 +22,7 @@ def send_away(parameters: Iterable[nn.Parameter]) -> None:
         value = float("nan") if parameter.is_floating_point() or parameter.is_complex() else 0
         one = torch.full((), value, dtype=parameter.dtype, device=parameter.device)
         parameter.data = one.expand(parameter.shape)
+        setattr(parameter, MARK, True)
         parameter.grad = None
     with suppress(AttributeError, OSError):  # glibc keeps what is freed, until it is told not to
         ctypes.CDLL(None).malloc_trim(0)
@@ -27,4 +30,4 @@ def send_away(parameters: Iterable[nn.Parameter]) -> None:
 
 def is_away(tensor: Tensor) -> bool:
     """Whether a tensor is a parameter that has been sent away."""
-    return isinstance(tensor, nn.Parameter) and tensor.numel() > 1 and not any(tensor.stride())
+    return hasattr(tensor, MARK)

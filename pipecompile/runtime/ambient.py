@@ -20,6 +20,10 @@ class Ambient:
     autocast: tuple[tuple[str, torch.dtype, bool], ...]
     alike: bool = False
 
+    def __str__(self) -> str:
+        casts = [f"autocast of {kind} to {dtype}" for kind, dtype, _ in self.autocast]
+        return ", ".join([f"gradients {'on' if self.grad else 'off'}", *["inference mode"] * self.inference, *casts])
+
     @property
     def in_float16(self) -> bool:
         """Whether an autocast to float16 is on."""

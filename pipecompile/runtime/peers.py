@@ -28,13 +28,12 @@ class Peers(Protocol):
     def ranks(self, count: int) -> Sequence[int]:
         """The ranks, of ``count``, that this process runs."""
 
-    def transport(self, lanes: Mapping[int, Lane], rank_of: Sequence[int], sizes_are_known: bool) -> Transport:
+    def transport(self, lanes: Mapping[int, Lane], rank_of: Sequence[int]) -> Transport:
         """Carries results between ranks.
 
         Args:
             lanes: by rank, those of this process.
             rank_of: the rank of each stage.
-            sizes_are_known: whether the sizes of values follow from those of the inputs.
         """
 
     def shared(self, make: Callable[[], T]) -> T:
@@ -77,7 +76,7 @@ class OneProcess:
     def ranks(self, count: int) -> Sequence[int]:
         return range(count)
 
-    def transport(self, lanes: Mapping[int, Lane], rank_of: Sequence[int], sizes_are_known: bool) -> Transport:
+    def transport(self, lanes: Mapping[int, Lane], rank_of: Sequence[int]) -> Transport:
         return LocalTransport(lanes, rank_of)
 
     def shared(self, make: Callable[[], T]) -> T:

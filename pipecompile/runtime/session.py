@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from weakref import WeakSet
 
 import torch
+from torch import Tensor
 
 from pipecompile.capture.locks import Turn
 from pipecompile.errors import ExecutionError
@@ -84,6 +85,7 @@ class Session:
         self.lanes = {rank: Lane(devices[rank], threads) for rank in ranks}
         self.weights: dict[int, Weights] = {}  # by stage, those of this process; shared by all captures
         self.executors: dict[int, Executor] = {}
+        self.numbers: dict[int, int] = {}  # of captures in the order of their first calls, by ``id``
         self.stream = Stream()
         self.scale = 1.0  # the last gradient of a loss computed with float16, expected again for the next call
         self.repeated: Counter[Rerun] = Counter()  # how many calls were rerun, and why
@@ -94,6 +96,13 @@ class Session:
         self.measured: Timeline | Mapping[int, RowRun] | None = None  # of that program
         self.running = self.closed = False
         _SESSIONS.add(self)
+
+    def agree(self, compiled: Compiled, tensors: Iterable[Tensor]) -> None:
+        """Makes sure that all processes are about to run the same capture, in the same modes, on the same tensors."""
+        if self.peers.are_several:
+            number = self.numbers.setdefault(id(compiled), len(self.numbers))
+            modes = Ambient.of_caller(frozenset(device.type for device in self.devices))
+            self.peers.agree(f"a call of capture {number} with {modes}", tensors)
 
     def begin(self, compiled: Compiled) -> None:
         """Begins a pass of a synchronous schedule, with every stage on the parameters' present values."""
@@ -202,7 +211,7 @@ class Session:
                 stage: Runner(compiled.stages[stage], weights, self.lanes[rank_of[stage]])
                 for stage, weights in self.weights.items()
             }
-            transport = self.peers.transport(self.lanes, rank_of, not compiled.captured.data_sizes)
+            transport = self.peers.transport(self.lanes, rank_of)
             self.executors[id(compiled)] = Executor(
                 compiled.plan, runners, self.lanes, transport, self.callers, self.notes
             )

@@ -181,7 +181,7 @@ def run(
 def _run(
     session: Session, batch: Batch, loss: int | None, schedule: MakeProgram, segment: Segment | None
 ) -> dict[str, Tensor]:
-    session.peers.agree("a call", batch.call.tensors.values())
+    session.agree(batch.compiled, batch.call.tensors.values())
     if not torch.is_grad_enabled() or not any(output.requires_grad for output in batch.outputs):
         return evaluate(session, batch)
     if segment is not None and loss is not None:

@@ -1,4 +1,4 @@
-"""Transfers between ranks. Only this protocol depends on whether ranks run in one process or in several.
+"""Transfers between ranks. Only this and ``Peers`` depend on whether ranks run in one process or in several.
 
 ``send`` and ``recv`` never wait. ``recv`` returns a function that waits, so that a program can receive early without
 delaying the instructions before the value's use.

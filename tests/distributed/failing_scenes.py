@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections import Counter
 from typing import Any
 
@@ -69,9 +70,9 @@ class Stopping(nn.Module):
 
 
 class Net(nn.Module):
-    def __init__(self, *more: nn.Module, width: int = D) -> None:
+    def __init__(self, *more: nn.Module) -> None:
         super().__init__()
-        self.layers = nn.Sequential(*blocks(4), *more, nn.Linear(D, width))
+        self.layers = nn.Sequential(*blocks(4), *more, nn.Linear(D, D))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x).square().mean()
@@ -113,7 +114,7 @@ def other_batches(rows: int) -> tuple[str, float, float]:
 
 
 def other_model() -> None:
-    piped(Net(width=D + dist.get_rank()))
+    piped(Net(nn.Hardtanh() if dist.get_rank() else nn.Identity()))
 
 
 def no_call() -> None:
@@ -197,3 +198,80 @@ def after_a_failure() -> tuple[str, str]:
         except pipecompile.RankError as error:
             said.append(str(error))
     return said[0], said[1]
+
+
+def other_seed() -> None:
+    """Each rank builds a model of its own."""
+    torch.manual_seed(dist.get_rank())
+    piped(Net())
+
+
+def other_modes(which: str) -> tuple[str, float, float]:
+    """Rank 1 evaluates while rank 0 trains. Then all make the same call."""
+    pipe = piped(Net(nn.Dropout(0.5)), pace=PATIENT)
+    pipe.eval()
+    step(pipe)
+    pipe.train()
+    before, rank, text = step(pipe), dist.get_rank(), ""
+    if which == "module":
+        pipe.train(rank == 0)
+    try:
+        with torch.set_grad_enabled(which == "module" or rank == 0):
+            pipe(batch())
+    except pipecompile.InputError as error:
+        text = str(error)
+    pipe.train()
+    after = step(pipe)
+    pipe.pipeline.close()
+    return text, before, after
+
+
+def refused() -> dict[str, str]:
+    """What is said of options and arguments that do not work over processes, by case."""
+    cases: dict[str, Any] = {
+        "replicas": lambda: piped(plan=pipecompile.PlanOptions(replicas=[2])),
+        "verify": lambda: piped(verify=3),
+        "input": lambda: piped()(batch().requires_grad_()),
+        "names": lambda: pipecompile.compile(Net(), mesh=init_device_mesh("cpu", (2,), mesh_dim_names=("rows",))),
+        "both": lambda: pipecompile.compile(Net(), ["cpu"], mesh=init_device_mesh("cpu", (2,))),
+        "replan": lambda: piped().pipeline.replan(),
+        "load": lambda: piped().load_state_dict({}),
+        "early": lambda: list(piped(example_inputs=None).parameters()),
+    }
+    said = {}
+    for name, act in cases.items():
+        try:
+            act()
+        except pipecompile.PipecompileError as error:
+            said[name] = str(error)
+    return said
+
+
+def shares() -> dict[str, Any]:
+    """What each rank's tools see of the model after a step."""
+    torch.manual_seed(0)
+    model = Net(nn.BatchNorm1d(D))
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    pipe = piped(model)
+    loss = pipe(batch())
+    loss.backward()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            torch.nn.utils.clip_grad_norm_(pipe.parameters(), 1e9)
+        quiet = len(caught) == len([w for w in caught if "pipe.pipeline.clip_grad_norm_" in str(w.message)]) == 1
+    found = {
+        "names": [name for name, _ in pipe.named_parameters(prefix="of")],
+        "of the pipe": list(pipe.state_dict()),
+        "of the model": list(model.state_dict()),
+        "of a part": list(model.layers.state_dict(prefix="layers.")),
+        "as before": all(
+            torch.equal(v, expected[k]) for k, v in pipe.state_dict().items() if "running" not in k and "num" not in k
+        ),
+        "all": list(expected),
+        "warned once": quiet,
+        "bytes": sum(p.nbytes for p in model.parameters()),
+        "held": sum(p.untyped_storage().nbytes() for p in model.parameters()),
+    }
+    pipe.pipeline.close()
+    return found

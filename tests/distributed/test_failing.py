@@ -22,7 +22,7 @@ def one_error(ended: list[Ended], *but: int) -> str:
     ("rows", "says"),
     [
         (8, "ranks 0 and 1 do not make the same call: the values of their inputs differ"),
-        (5, "a call, with inputs of sizes [5, 10]; all ranks"),
+        (5, "with inputs of sizes [5, 10]; all ranks"),
     ],
 )
 def test_other_batches_are_refused_and_the_next_call_works(launcher: Launcher, rows: int, says: str) -> None:
@@ -80,3 +80,52 @@ def test_a_call_after_a_failure_says_the_same(launcher: Launcher) -> None:
     said = {text for each in ended for text in each.result}
     assert len(said) == 1
     assert "the model's own" in said.pop()
+
+
+def test_models_of_other_weights_are_refused(launcher: Launcher) -> None:
+    ended = launcher.run("failing_scenes:other_seed", 2, limit=LIMIT)
+    assert {each.error for each in ended} == {"InputError"}, report(ended)
+    (text,) = {each.text for each in ended}
+    assert text.startswith("'layers.0.0.weight' of rank 1 differs from that of rank 0")
+    assert "set the same seed" in text
+
+
+@pytest.mark.parametrize(("which", "says"), [("module", "a call of capture "), ("gradients", "with gradients off")])
+def test_ranks_in_other_modes_are_refused_and_the_next_call_works(launcher: Launcher, which: str, says: str) -> None:
+    found = launcher.returned("failing_scenes:other_modes", 2, limit=LIMIT, which=which)
+    for text, _, _ in found:
+        assert "ranks 0 and 1 do not make the same call" in text
+        assert says in text
+    assert found[0] == found[1]
+
+
+def test_what_processes_cannot_do_is_refused_by_all(launcher: Launcher) -> None:
+    found = launcher.returned("failing_scenes:refused", 2, limit=LIMIT)
+    words = {
+        "replicas": "replicas=(2,) does not work with mesh=",
+        "verify": "verify=3 does not work with mesh=",
+        "input": "argument 'x' requires a gradient",
+        "names": "mesh= has the dimensions ('rows',)",
+        "both": "give one of them",
+        "replan": "cannot be planned anew",
+        "load": "load the weights before compile()",
+        "early": "pass example_inputs= to compile()",
+    }
+    for said in found:
+        assert said.keys() == words.keys()
+        for name, part in words.items():
+            assert part in said[name]
+
+
+def test_tools_see_what_a_rank_has_and_nothing_that_it_has_not(launcher: Launcher) -> None:
+    one, two = launcher.returned("failing_scenes:shares", 2, limit=LIMIT)
+    everywhere = {"layers.4.num_batches_tracked"}  # counts calls, which all ranks make
+    assert set(one["of the pipe"]) & set(two["of the pipe"]) == everywhere
+    assert sorted({*one["of the pipe"], *two["of the pipe"]}) == sorted(one["all"])
+    for found in (one, two):
+        assert found["of the pipe"] == found["of the model"] == found["of a part"]
+        assert found["as before"]
+        assert found["warned once"]
+        assert {name.removeprefix("of.") for name in found["names"]} < set(found["of the pipe"]) | {"layers"}
+        assert found["names"]
+    assert max(one["held"], two["held"]) < one["bytes"] < one["held"] + two["held"]  # and one number of each other

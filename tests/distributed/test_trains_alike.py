@@ -6,7 +6,7 @@ import pytest
 from launcher import Launcher
 from long import LONG
 from models import MODELS
-from training_scenes import MORE
+from training_scenes import MORE, WAYS
 
 EVERY = ["gpt2", "long_skip", "skip_to_loss", "t5", "two_towers", *MORE]
 SOME = [
@@ -45,6 +45,11 @@ def test_a_later_call_that_needs_a_parameter_of_another_rank_is_refused(launcher
     found = launcher.returned("training_scenes:train", 2, limit=LIMIT, name="contrastive", schedule="pipedream")
     assert found[0] == found[1]
     assert "trained, but CaptureError: this call needs 'scale' in rank 0, which has sent it away" in found[0][0]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_training_loop_of_another_kind(launcher: Launcher, way: str) -> None:
+    assert launcher.returned("training_scenes:train_in", 2, limit=LIMIT, way=way) == [[], []]
 
 
 def test_what_one_process_refuses_several_refuse_in_the_same_words(launcher: Launcher) -> None:

@@ -16,7 +16,7 @@ from oracle import leaves
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional as F
-from toys import D, blocks, mean_square
+from toys import VOCABULARY, D, blocks, mean_square
 
 import pipecompile
 
@@ -81,6 +81,100 @@ def train(name: str, schedule: str, **options: Any) -> list[str]:
     """What differs, or "refused" with the reason, if both are refused in the same words."""
     torch.set_num_threads(1)
     return list(_compared((MODELS | MORE)[name], schedule, options))
+
+
+class Sundry(nn.Module):
+    """A tied weight, a frozen one, and a buffer that one stage writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(VOCABULARY, D)
+        self.layers = nn.ModuleList(nn.Linear(D, D) for _ in range(6))
+        self.norm = nn.BatchNorm1d(D)
+        self.head = nn.Linear(D, VOCABULARY, bias=False)
+        self.head.weight = self.words.weight
+        self.frozen = nn.Parameter(torch.full((D,), 0.5), requires_grad=False)
+
+    def forward(self, ids: Tensor) -> dict[str, Tensor]:
+        h = self.words(ids) * self.frozen
+        for layer in self.layers:
+            h = torch.tanh(layer(h))
+        logits = self.head(self.norm(h))
+        return {"loss": F.cross_entropy(logits, ids), "logits": logits}
+
+
+def _step(pipe: Any, way: str, step: int) -> Seen:
+    """The backwards of a training step, in one of the ways of ``WAYS``."""
+    one, two, three = (
+        torch.randint(VOCABULARY, (ROWS,), generator=torch.Generator().manual_seed(10 * step + k)) for k in range(3)
+    )
+    match way:
+        case "accumulated":
+            for ids in (one, two):
+                (pipe(ids)["loss"] / 2).backward()
+        case "of two calls":
+            (pipe(one)["loss"] + pipe(two)["loss"]).backward()
+        case "in bfloat16":
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = pipe(one)["loss"]
+            loss.backward()
+        case "with an evaluation between":
+            loss = pipe(one)["loss"]
+            with torch.no_grad():
+                between = pipe(three)["loss"]
+            loss.backward()
+            return {f"step {step}: between": between}
+        case "twice":
+            loss = pipe(one)["loss"]
+            loss.backward(retain_graph=True)
+            loss.backward()
+        case "after an evaluation" if step == 0:
+            pipe.eval()
+            with torch.no_grad():
+                pipe(three)
+            pipe.train()
+            pipe(one)["loss"].backward()
+        case _:
+            pipe(one)["loss"].backward()
+    return {}
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "accumulated": {},
+    "of two calls": {},
+    "in bfloat16": {},
+    "with an evaluation between": {},
+    "twice": {},
+    "after an evaluation": {},
+    "on fewer stages than processes": {"plan": pipecompile.PlanOptions(max_stages=1)},
+    "recomputed": {"plan": pipecompile.PlanOptions(recompute="always")},
+    "compiled": {"stage_compile": "aot_eager"},
+}
+
+
+def train_in(way: str) -> list[str]:
+    """What differs in float32, where the order of additions shows."""
+    torch.set_num_threads(1)
+    options = {"microbatches": 4, "costs": "count", "example_inputs": torch.arange(ROWS), **WAYS[way]}
+
+    def trained(**place: Any) -> Seen:
+        torch.manual_seed(0)
+        pipe = pipecompile.compile(Sundry(), **place, **options)
+        optimizer = torch.optim.SGD([*pipe.parameters(), nn.Parameter(torch.zeros(()))], lr=0.1, momentum=0.9)
+        seen: Seen = {}
+        with pipe.pipeline:
+            for step in range(STEPS):
+                seen |= _step(pipe, way, step)
+                seen[f"step {step}: norm"] = pipe.pipeline.clip_grad_norm_(0.5)
+                optimizer.step()
+                optimizer.zero_grad()
+        return seen | {f"at last: {name}": tensor.clone() for name, tensor in pipe.state_dict().items()}
+
+    size = dist.get_world_size()
+    box = [trained(devices=["cpu"] * size) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(box, 0)
+    found = trained(mesh=init_device_mesh("cpu", (size,), mesh_dim_names=("stage",)))
+    return [name for name, value in found.items() if not torch.equal(value, box[0][name])]
 
 
 def _compared(model: Model, schedule: str, options: Mapping[str, Any]) -> Iterator[str]:
