@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from pipecompile.batching.options import DEFAULT_BATCHING, Batching
 from pipecompile.compiler.devices import named_cluster, parse_devices
 from pipecompile.compiler.options import Options, Outputs, Verify, read_costs
+from pipecompile.distributed.grid import Grid
 from pipecompile.distributed.processes import Processes
 from pipecompile.errors import InputError
 from pipecompile.facade import as_model
@@ -54,7 +55,8 @@ def compile(
             are reordered, so that the largest transfers use the fastest links.
         mesh: instead of ``devices``, one process per stage: a mesh of ``torch.distributed``, one process for each of
             its places, as ``init_device_mesh("cpu", (4,), mesh_dim_names=("stage",))`` makes it. All processes run the
-            same script and make the same calls on the same batches.
+            same script and make the same calls on the same batches. With a second dimension, ``"data"``, the batch is
+            passed in parts, one in each row of the mesh, and divided into ``microbatches`` each.
         schedule: "sequential", "gpipe", "1f1b" (with a flush) or "pipedream" (asynchronous).
         microbatches: parts of each batch; by default two per stage. A batch with fewer rows has fewer parts.
         example_inputs: arguments of a call, ``(args, kwargs)`` or one of them, to capture now instead of at the first
@@ -95,7 +97,8 @@ def compile(
             needs a compiler that is not here.
         CaptureError, PlanError: with ``example_inputs``, what the first call would raise.
     """
-    present = _devices(devices, mesh)
+    grid = None if mesh is None else Grid.of(mesh)
+    present = _devices(devices, grid)
     options = Options(
         schedule=schedule,
         microbatches=2 * len(present) if microbatches is None else microbatches,
@@ -111,9 +114,9 @@ def compile(
         verify=verify,
         stage_compile=stage_compile,
     )
-    options.check(model, len(present), several=mesh is not None)
+    options.check(model, len(present), processes=0 if grid is None else grid.parts)
     check_backend(stage_compile, present)
-    processes = None if mesh is None else Processes.of(mesh, spreads_all=outputs == "all")
+    processes = None if grid is None else Processes(grid, spreads_all=outputs == "all")
     pipeline = Pipeline(model, present, options, processes)
     if example_inputs is not None:
         args, kwargs = _arguments(example_inputs)
@@ -121,13 +124,13 @@ def compile(
     return as_model(pipeline)
 
 
-def _devices(devices: Any, mesh: DeviceMesh | None) -> tuple[torch.device, ...]:
-    if (devices is None) == (mesh is None):
+def _devices(devices: Any, grid: Grid | None) -> tuple[torch.device, ...]:
+    if (devices is None) == (grid is None):
         raise InputError(
-            f"devices={devices!r} with mesh={mesh}; give one of them: devices= with one device per stage, or mesh= "
-            f"with one process per stage"
+            f"devices={devices!r} with mesh={grid and '...'}; give one of them: devices= with one device per stage, or "
+            f"mesh= with one process per stage"
         )
-    return parse_devices(devices) if mesh is None else (torch.device("cpu"),) * mesh.size()
+    return parse_devices(devices) if grid is None else (torch.device("cpu"),) * grid.ranks
 
 
 def _arguments(example: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:

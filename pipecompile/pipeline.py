@@ -265,9 +265,10 @@ class Pipeline:
             self._left_out[key] = "not compared: no process has the whole model any more"
             return
         policy = self.options.policy
+        one = policy.is_asynchronous and self.model.training
         trial = Trial(
             model=self.model,
-            batch=first_microbatch(batch) if policy.is_asynchronous and self.model.training else batch,
+            batch=first_microbatch(batch) if one else replace(batch, part=None),
             schedule=policy.with_flush,
             devices=self.devices,
             loss_fn=self.options.loss_fn,
@@ -291,6 +292,11 @@ class Pipeline:
             seen = f"outputs {several} could each be the loss" if several else "the model does not return a loss"
             remedy = "name it with loss_output=" if several else "pass labels to the call, or loss_fn= to compile()"
             raise InputError(f"schedule={self.schedule!r} needs the loss inside the pipeline, but {seen}; {remedy}")
+        if trains and loss is None and batch.part is not None:
+            raise InputError(
+                "the mesh has the dimension 'data', but the model does not return a loss, and no process has the "
+                "outputs of the whole batch to compute one; pass labels to the call, or loss_fn= to compile()"
+            )
         return steps.run(self._session, batch, loss, policy.program, segment)
 
     def verify(self, *args: Any, **kwargs: Any) -> Verification:
@@ -462,26 +468,36 @@ class Pipeline:
                     raise InputError(
                         f"argument {name!r} is on the meta device, so it has no values; pass a tensor on a real device"
                     )
+        sizes: tuple[int, ...] = ()
+        part: steps.Part | None = None
         if self.share is not None:
-            self.share.check_call(call)
+            part = None if self.share.part is None else steps.Part(self.share.part, call.tensors)
+            call, sizes = self.share.read(call, self._again)
         ambient = Ambient.of_caller(frozenset(device.type for device in self.devices))
         key = Key(call.key, Same(self._states.look(self.model, self._check)), ambient.autocast, settings())
         known = self._captures.of(key)
-        rows = Rows.of(call.batch, microbatches or self.microbatches)
+        count = microbatches or self.microbatches
+        rows = Rows.of_parts(sizes, count) if sizes else Rows.of(call.batch, count)
         for compiled in known:
             for candidate in compiled.cuts(rows):
                 if not compiled.broken(call, candidate, self._states.number):
                     self._settle(call)
                     self._last = compiled
                     self._captures.use(key)
-                    return steps.Batch(compiled, call, candidate)
+                    return steps.Batch(compiled, call, candidate, part)
         broken = known[-1].broken(call, rows) if known else ""
         batch = self._capture(call, rows)
         self._settle(call)
         self._captures.add(key, batch.compiled, broken)
         self._first = self._first or batch.compiled
         self._last = batch.compiled
-        return batch
+        return replace(batch, part=part)
+
+    def _again(self, call: Call, tensors: Mapping[str, Tensor]) -> Call:
+        """Reads a call again with other tensors, in which the same ones have a batch."""
+        args, kwargs = call.rebuild(tensors)
+        known = {(name, tensor.ndim): name in call.batched for name, tensor in call.tensors.items()}
+        return read_call(self.signature, args, kwargs, known, self.options.batching.in_dims)
 
     def _check(self, model: nn.Module) -> None:
         check_parameters(model)
@@ -496,6 +512,7 @@ class Pipeline:
         """A new capture. If its trace is valid only for one size, all microbatches get that size."""
         if self.share is not None:
             self.share.check_weights()
+        independent = self.options.policy.is_asynchronous and self.model.training
         for candidate in (rows, rows.equal()):
             with CAPTURING.taken(), undrawn(self.devices), saved_as_they_are():
                 compiled = compile_call(
@@ -506,7 +523,7 @@ class Pipeline:
                     self.options,
                     self._forward,
                     self._first or self._placement,
-                    whole=self.microbatches > 1 and not (self.options.policy.is_asynchronous and self.model.training),
+                    whole=(self.microbatches > 1 or bool(rows.parts)) and not independent,
                     peers=self._session.peers,
                 )
             if self.share is not None:

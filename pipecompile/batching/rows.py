@@ -6,6 +6,7 @@ of the whole batch, go to every microbatch unchanged. Each microbatch also gets 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,9 +19,14 @@ from pipecompile.capture import Call
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """The number of rows of each microbatch; they add up to the batch."""
+    """The number of rows of each microbatch; they add up to the batch.
+
+    Attributes:
+        parts: the number of microbatches of each part of the batch that another pipeline runs; one part by default.
+    """
 
     counts: tuple[int, ...]
+    parts: tuple[int, ...] = ()
 
     @staticmethod
     def of(batch: int | None, microbatches: int) -> Rows:
@@ -30,16 +36,33 @@ class Rows:
         parts = min(batch, microbatches)
         return Rows(tuple(batch // parts + (i < batch % parts) for i in range(parts)))
 
+    @staticmethod
+    def of_parts(sizes: Sequence[int], microbatches: int) -> Rows:
+        """The rows of a batch of several parts, each divided by itself."""
+        each = [Rows.of(size, microbatches) for size in sizes]
+        return Rows(tuple(count for rows in each for count in rows.counts), tuple(map(len, each)))
+
     @property
     def weights(self) -> tuple[float, ...]:
         """Each microbatch's share of the batch."""
         return tuple(count / sum(self.counts) for count in self.counts)
 
+    def microbatches_of(self, part: int) -> slice:
+        """The microbatches of a part."""
+        parts = self.parts or (len(self),)
+        return slice(sum(parts[:part]), sum(parts[: part + 1]))
+
+    @property
+    def by_part(self) -> Rows:
+        """The rows of whole parts, as if each were a microbatch."""
+        return Rows(tuple(sum(self.counts[self.microbatches_of(part)]) for part in range(len(self.parts) or 1)))
+
     def equal(self) -> Rows:
-        """The most microbatches of equal size, at most as many as these."""
-        batch = sum(self.counts)
-        parts = next(parts for parts in range(len(self), 0, -1) if batch % parts == 0)
-        return Rows((batch // parts,) * parts)
+        """The most microbatches of equal size, in each part at most as many as these."""
+        parts, sizes = self.parts or (len(self),), self.by_part.counts
+        greatest, least = math.gcd(*sizes), max(-(-rows // most) for rows, most in zip(sizes, parts, strict=True))
+        size = next((size for size in range(least, greatest + 1) if greatest % size == 0), greatest)
+        return Rows((size,) * (sum(sizes) // size), tuple(rows // size for rows in sizes) if self.parts else ())
 
     def __len__(self) -> int:
         return len(self.counts)

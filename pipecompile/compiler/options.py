@@ -46,13 +46,13 @@ class Options:
     verify: Verify = "first"
     stage_compile: bool | str | Backend = False
 
-    def check(self, model: nn.Module, devices: int, several: bool = False) -> None:
+    def check(self, model: nn.Module, devices: int, processes: int = 0) -> None:
         """Checks that the options are valid, and fit the model and one another.
 
         Args:
             model: the model.
             devices: the number of devices.
-            several: whether they are in several processes.
+            processes: for devices in processes of their own: the number of them for each device; 0 in one process.
 
         Raises:
             InputError: an option is not valid or does not fit; the message names the first one.
@@ -81,8 +81,8 @@ class Options:
         self._check_schedule()
         self._check_names(model)
         self._check_replicas(devices)
-        if several:
-            self._check_processes()
+        if processes:
+            self._check_processes(processes > 1)
 
     @property
     def policy(self) -> Schedule:
@@ -99,7 +99,12 @@ class Options:
         asynchronous = self.policy.is_asynchronous
         return Workload(self.policy.steady, self.microbatches, state, self.plan.recompute, asynchronous=asynchronous)
 
-    def _check_processes(self) -> None:
+    def _check_processes(self, several_parts: bool) -> None:
+        if several_parts and self.policy.is_asynchronous:
+            raise InputError(
+                f"schedule={self.schedule!r} does not work with the mesh's dimension 'data', because stages step after "
+                f"each microbatch of their own part of the batch; use another schedule, or a mesh of 'stage' only"
+            )
         if self.plan.replicas is not None:
             raise InputError(
                 f"replicas={self.plan.replicas!r} does not work with mesh=, where each stage has one process; leave it "

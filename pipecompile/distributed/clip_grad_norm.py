@@ -25,7 +25,7 @@ def clip_grad_norm_(compiled: Compiled, processes: Processes, max_norm: float, n
         if name in mine and parameter.grad is not None:
             norms[0, place], norms[1, place] = torch.linalg.vector_norm(parameter.grad, norm_type), 1.0
     processes.agree("clip_grad_norm_")
-    norms = processes.summed(norms)
+    norms = processes.row.summed(norms)
     dtypes = {parameter.dtype for parameter in parameters.values() if parameter.requires_grad}
     found = norms[0][norms[1] > 0].to(reduce(torch.promote_types, dtypes or {torch.float32}))
     total: Tensor = torch.linalg.vector_norm(found, norm_type)

@@ -60,16 +60,21 @@ def counted(compiled: Compiled, rank: int) -> frozenset[str]:
 
 def foreign_buffers(compiled: Compiled, rank: int) -> frozenset[str]:
     """The buffers whose present values only another rank has, by all of their names: its stages write them."""
-    graph, plan = compiled.division.body.graph, compiled.plan
+    tensors = compiled.captured.tensors
+    foreign = {id(tensors[name]) for name, ranks in written_by_stages(compiled).items() if rank not in ranks}
+    return frozenset(name for name, tensor in named_tensors(compiled.captured.model) if id(tensor) in foreign)
+
+
+def written_by_stages(compiled: Compiled) -> dict[str, set[int]]:
+    """The ranks of the stages that write each buffer, by its first name."""
+    plan = compiled.plan
     stage_of = dict(zip((node.name for node in compiled.graph.nodes), plan.stage_of, strict=True))
     written: dict[str, set[int]] = {}
-    for node in graph.nodes:
+    for node in compiled.division.body.graph.nodes:
         if (stage := stage_of.get(node.name)) is not None:
             for name in origin_of(node).writes:
                 written.setdefault(name, set()).add(plan.rank_of[stage])
-    tensors = compiled.captured.tensors
-    foreign = {id(tensors[name]) for name, ranks in written.items() if rank not in ranks}
-    return frozenset(name for name, tensor in named_tensors(compiled.captured.model) if id(tensor) in foreign)
+    return written
 
 
 def _stages_of(compiled: Compiled, rank: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""The processes of a pipeline, one for each rank, behind the interface that the runtime uses.
+"""The processes of a pipeline, one for each rank and part of the batch, behind the interface that the runtime uses.
 
 Whatever may wait for another process is done by a worker, so that the calling thread can be woken when a rank fails.
 """
@@ -8,15 +8,15 @@ from __future__ import annotations
 import hashlib
 import pickle
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from pipecompile.distributed.control import Control, store_of_the_group
+from pipecompile.distributed.grid import Grid
+from pipecompile.distributed.members import Members
 from pipecompile.distributed.remote_transport import RemoteTransport, Spec
 from pipecompile.distributed.watch import Cause, Pace
 from pipecompile.distributed.worker import Worker
@@ -25,61 +25,39 @@ from pipecompile.runtime.lane import Lane
 from pipecompile.runtime.transport import Aborted
 
 T = TypeVar("T")
-STAGE = "stage"  # name of the mesh dimension along which stages lie
-FOREVER = timedelta(days=365)  # for gloo, whose own time-outs close connections; the control channel ends waits
 
 
 class Processes:
-    """One process for each rank of a pipeline.
+    """One process for each rank of a pipeline, on each part of the batch.
 
     Args:
-        ranks: the number of each of the pipeline's ranks among all processes.
+        grid: of all of them.
         pace: how soon failures are noticed.
-        spreads_all: whether every process gets all outputs, not only those that it needs.
+        spreads_all: whether every process gets all outputs of its part, not only those that it needs.
 
     Attributes:
-        rank: of this process in the pipeline.
+        part, rank: of this process.
+        place: among all; errors call it the rank of the process.
+        all: all processes.
+        row: those of this part, by rank; values travel between them.
+        column: those of this rank, by part; they have the same parameters. None if there is one part.
     """
 
     are_several = True
 
-    def __init__(self, ranks: Sequence[int], pace: Pace | None = None, spreads_all: bool = False) -> None:
-        self.ranks_of_world = tuple(ranks)
-        self.rank = self.ranks_of_world.index(dist.get_rank())
+    def __init__(self, grid: Grid, pace: Pace | None = None, spreads_all: bool = False) -> None:
+        self.grid = grid
+        self.part, self.rank = grid.find(dist.get_rank())
         self.pace = pace or Pace()
         self.spreads_all = spreads_all
-        self.control = Control(self.rank, len(ranks), store_of_the_group(), self.pace)
+        self.place = grid.place(self.part, self.rank)
+        self.control = Control(self.place, len(grid.all), store_of_the_group(), self.pace)
         self.worker = Worker(self.control)
-        self.group: dist.ProcessGroup = self._call(self._new_group)
+        self.all = Members(grid.all, self._call)
+        self.row = self.all if grid.parts == 1 else Members(grid.row(self.part), self._call)
+        self.column = Members(grid.column(self.rank), self._call) if grid.parts > 1 else None
         self.carrier: RemoteTransport | None = None
         self.calls = 0
-
-    def _new_group(self) -> dist.ProcessGroup:
-        ranks = list(self.ranks_of_world)
-        group: dist.ProcessGroup = dist.new_group(
-            ranks, timeout=FOREVER, backend="gloo", use_local_synchronization=True
-        )
-        return group
-
-    @staticmethod
-    def of(mesh: DeviceMesh, spreads_all: bool = False) -> Processes:
-        """The processes of the stages of a mesh.
-
-        Raises:
-            InputError: the mesh has other dimensions than one for stages, or is not one of CPU devices.
-        """
-        names = mesh.mesh_dim_names
-        if mesh.device_type != "cpu":
-            raise InputError(
-                f"mesh= is one of {mesh.device_type} devices, but values travel between processes over gloo, from CPU "
-                f"devices; use init_device_mesh('cpu', ...), or devices= for accelerators of one process"
-            )
-        if mesh.ndim != 1 or names not in (None, (STAGE,)):
-            raise InputError(
-                f"mesh= has the dimensions {names or mesh.ndim}, but pipelines are spread over one, of stages; use "
-                f"init_device_mesh({mesh.device_type!r}, (n,), mesh_dim_names=({STAGE!r},))"
-            )
-        return Processes(mesh.mesh.flatten().tolist(), spreads_all=spreads_all)
 
     # What the runtime asks
 
@@ -88,13 +66,14 @@ class Processes:
 
     def transport(self, lanes: Mapping[int, Lane], rank_of: Sequence[int]) -> RemoteTransport:
         if self.carrier is None:  # one for all captures, which share their placement: their messages are in one order
-            self.carrier = RemoteTransport(self.control, self.ranks_of_world, self.group, lanes, rank_of)
+            places = [self.grid.place(self.part, rank) for rank in range(self.grid.ranks)]
+            self.carrier = RemoteTransport(self.control, self.row, places, lanes, rank_of)
         assert tuple(rank_of) == tuple(self.carrier.rank_of)
         return self.carrier
 
     def shared(self, make: Callable[[], T]) -> T:
         self.agree("a value that rank 0 computes for all")
-        value, raised = pickle.loads(self._broadcast(_outcome(make) if self.rank == 0 else b"", 0))
+        value, raised = pickle.loads(self.all.broadcast(_outcome(make) if self.place == 0 else b"", 0))
         if raised is not None:
             raise raised
         return value  # type: ignore[no-any-return]
@@ -104,13 +83,12 @@ class Processes:
         values = list(tensors)
         said = f"call {self.calls}, {what}"
         mine = torch.tensor([_digest(said.encode()), _digest(*map(_content, values))])
-        found = [torch.empty_like(mine) for _ in self.ranks_of_world]
-        self._call(lambda: dist.all_gather(found, mine, self.group), self.pace.absent, said)
+        found = [torch.empty_like(mine) for _ in self.grid.all]
+        self._call(lambda: dist.all_gather(found, mine, self.all.group), self.pace.absent, said)
         if all(torch.equal(other, found[0]) for other in found):
             return
-        words: list[str] = [""] * len(found)
         sizes = ", ".join(str(list(value.shape)) for value in values)
-        self._call(lambda: dist.all_gather_object(words, f"{said}, with inputs of sizes {sizes}", self.group))
+        words = self.all.gathered(f"{said}, with inputs of sizes {sizes}")
         differing = next(rank for rank, other in enumerate(found) if not torch.equal(other, found[0]))
         reason = (
             "the values of their inputs differ"
@@ -124,7 +102,7 @@ class Processes:
 
     def same(self, what: str, text: str) -> None:
         self.agree(what)
-        digests = self.gathered(_digest(text.encode()))
+        digests = self.all.gathered(_digest(text.encode()))
         odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
         if odd:
             raise InputError(
@@ -140,7 +118,7 @@ class Processes:
             InputError: they do not; the message names the first one, and a rank.
         """
         self.agree("the weights of the model")
-        digests = self.gathered({name: _content(tensor) for name, tensor in tensors.items()})
+        digests = self.all.gathered({name: _content(tensor) for name, tensor in tensors.items()})
         for rank, other in enumerate(digests):
             for name, digest in digests[0].items():
                 if other.get(name) != digest:
@@ -159,12 +137,29 @@ class Processes:
             for name in names if self.rank == maker else ():
                 goes = self.spreads_all or name in wanted
                 own.append((Spec.of(made[name]), made[name].detach().to("cpu") if goes else None))
-            said = pickle.loads(self._broadcast(pickle.dumps(own), maker))
+            said = pickle.loads(self.row.broadcast(pickle.dumps(own), maker))
             for name, (spec, value) in zip(names, said, strict=True):
                 if name not in found:
                     there = torch.empty(spec.shape, dtype=spec.dtype, device="meta") if value is None else value
                     found[name] = there.requires_grad_(spec.requires_grad)
         return {name: found[name] for name in makers}
+
+    def of_all_parts(self, values: Mapping[str, Tensor]) -> Mapping[str, Sequence[Tensor]]:
+        if self.column is None:
+            return {name: [value] for name, value in values.items()}
+        mine = {name: value.detach().to("cpu") for name, value in values.items()}
+        each = self.column.gathered(mine)
+        return {name: [mine_of[name].to(value.device) for mine_of in each] for name, value in values.items()}
+
+    def total(self, gradients: Mapping[int, Tensor], leaves: Sequence[Tensor]) -> dict[int, Tensor]:
+        if self.column is None:
+            return dict(gradients)
+        each = {id(leaf): leaf for leaf in leaves}
+        present = self.column.gathered([key in gradients for key in each])
+        keys = [key for key, *somewhere in zip(each, *present, strict=True) if any(somewhere)]
+        found = {key: gradients[key] if key in gradients else torch.zeros_like(each[key]) for key in keys}
+        self.column.sum_up(list(found.values()))
+        return found
 
     def failure(self, error: BaseException) -> BaseException:
         if isinstance(error, Aborted):
@@ -174,36 +169,13 @@ class Processes:
         found = self.control.report(self.control.mine("", f"{type(error).__name__}: {error}"))
         return found if isinstance(error, Exception) else error
 
-    # Collectives
-
-    def gathered(self, value: T) -> list[T]:
-        """The value of each rank."""
-        found: list[T | None] = [None] * len(self.ranks_of_world)
-        self._call(lambda: dist.all_gather_object(found, value, self.group))
-        return found  # type: ignore[return-value]
-
-    def summed(self, tensor: Tensor) -> Tensor:
-        """The sum of the ranks' tensors, in the order of the ranks."""
-        found = [torch.empty_like(tensor) for _ in self.ranks_of_world]
-        self._call(lambda: dist.all_gather(found, tensor.contiguous(), self.group))
-        total = found[0]
-        for other in found[1:]:
-            total = total + other
-        return total
-
     def close(self) -> None:
         """Waits for what is under way, and ends the control channel."""
         if self.control.cause is None:
             if self.carrier is not None:
                 self.carrier.flush()
-            self._call(lambda: dist.barrier(self.group))
+            self.all.barrier()
         self.control.close()
-
-    def _broadcast(self, content: bytes, source: int) -> bytes:
-        """The bytes of one rank in all of them."""
-        box = [content]
-        self._call(lambda: dist.broadcast_object_list(box, self.ranks_of_world[source], self.group))
-        return box[0]
 
     def _call(self, collective: Callable[[], T], seconds: float | None = None, what: str = "") -> T:
         """Runs a collective in the worker.
@@ -217,7 +189,7 @@ class Processes:
             raise self.control.error() from None
         except TimeoutError:
             waited = f"waited {seconds:g} s in {what} for the others, of which one makes no call"
-            raise self.control.report(Cause(self.rank, self.control.watch.host, "", waited)) from None
+            raise self.control.report(Cause(self.place, self.control.watch.host, "", waited)) from None
 
 
 def _outcome(make: Callable[[], object]) -> bytes:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipecompile.distributed.control import Control
+from pipecompile.distributed.members import Members
 from pipecompile.distributed.worker import Worker, is_lost
 from pipecompile.errors import ExecutionError
 from pipecompile.ir.program import Recv, Send
@@ -50,7 +51,8 @@ class RemoteTransport:
 
     Args:
         control: ends all waits when a rank fails.
-        ranks: the number of each of the pipeline's ranks in ``group``'s world.
+        members: the processes of the pipeline's ranks.
+        places: of these in the control channel.
         lanes: by rank, that of this process.
         rank_of: the rank of each stage.
     """
@@ -58,14 +60,14 @@ class RemoteTransport:
     def __init__(
         self,
         control: Control,
-        ranks: Sequence[int],
-        group: dist.ProcessGroup,
+        members: Members,
+        places: Sequence[int],
         lanes: Mapping[int, Lane],
         rank_of: Sequence[int],
     ) -> None:
         self.control = control
-        self.ranks = ranks
-        self.group = group
+        self.processes, self.group = members.processes, members.group
+        self.places = places
         self.lanes = lanes
         self.rank_of = rank_of
         self.workers: dict[tuple[int, str], Worker] = {}
@@ -80,13 +82,13 @@ class RemoteTransport:
         parts = [*_header(specs), *(_bytes(_dense(value, send)) for value in values if value is not None)]
         with self.control.changed:
             self.pending += 1
-        to = self.ranks[peer]
+        to = self.processes[peer]
         try:
             works = [dist.isend(part, to, self.group, tag + place) for place, part in enumerate(parts) if len(part)]
         except RuntimeError as error:
             if not is_lost(error):
                 raise
-            self.control.lost(peer, error)
+            self.control.lost(self.places[peer], error)
             raise Aborted from error
 
         def finish(parts: Sequence[Tensor] = parts) -> None:
@@ -111,7 +113,7 @@ class RemoteTransport:
             for value in values:
                 if value is not None:
                     if value.numel():
-                        works.append(dist.irecv(_bytes(value), self.ranks[peer], self.group, tag + place))
+                        works.append(dist.irecv(_bytes(value), self.processes[peer], self.group, tag + place))
                     place += 1
             for work in works:
                 if work is not None:
@@ -124,7 +126,7 @@ class RemoteTransport:
                 self.control.changed.notify_all()
 
         def wait() -> Values:
-            self.control.wait_for(lambda: self.aborted or bool(arrived), peer=peer)
+            self.control.wait_for(lambda: self.aborted or bool(arrived), peer=self.places[peer])
             if not arrived:
                 raise Aborted
             return tuple(None if value is None else _on(value, lane.device) for value in arrived[0])
@@ -148,12 +150,12 @@ class RemoteTransport:
     def _received_header(self, peer: int, tag: int) -> tuple[list[Spec | None], int]:
         """What a transfer contains, and the number of messages that said so."""
         first = torch.empty(HEADER, dtype=torch.uint8)
-        dist.recv(first, self.ranks[peer], self.group, tag)
+        dist.recv(first, self.processes[peer], self.group, tag)
         length = int.from_bytes(bytes(first[:LENGTH].tolist()), "little")
         if length <= HEADER - LENGTH:
             return _read(bytes(first[LENGTH : LENGTH + length].tolist())), 1
         more = torch.empty(length, dtype=torch.uint8)
-        dist.recv(more, self.ranks[peer], self.group, tag + 1)
+        dist.recv(more, self.processes[peer], self.group, tag + 1)
         return _read(bytes(more.tolist())), 2
 
     def _tag(self, peer: int, way: str) -> int:
@@ -162,7 +164,7 @@ class RemoteTransport:
 
     def _worker(self, peer: int, way: str) -> Worker:
         if (peer, way) not in self.workers:
-            self.workers[peer, way] = Worker(self.control, peer)
+            self.workers[peer, way] = Worker(self.control, self.places[peer])
         return self.workers[peer, way]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import sys
 import warnings
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from functools import partial
 from itertools import islice
 from types import FrameType
@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from pipecompile.capture import Call
 from pipecompile.capture.state.model_state import named_tensors
 from pipecompile.distributed.clip_grad_norm import clip_grad_norm_
-from pipecompile.distributed.ownership import foreign_buffers, held, owned, refuse_missing
+from pipecompile.distributed.ownership import foreign_buffers, held, owned, refuse_missing, written_by_stages
 from pipecompile.distributed.processes import Processes
-from pipecompile.errors import InputError
+from pipecompile.distributed.whole_batch import whole_batch
+from pipecompile.errors import CaptureError, InputError
 from pipecompile.ops.away import send_away
 from pipecompile.runtime.compiled import Compiled
 
@@ -50,8 +51,28 @@ class Share:
         """A copy of the model has the hooks of ``settle``, which find none of its tensors."""
         return self
 
-    def check_call(self, call: Call) -> None:
-        """Raises ``InputError`` if a call wants what processes do not exchange."""
+    @property
+    def part(self) -> int | None:
+        """The part of the batch that this process gets; None if it is all of it."""
+        return None if self.processes.column is None else self.processes.part
+
+    def read(self, call: Call, again: Callable[[Call, Mapping[str, Tensor]], Call]) -> tuple[Call, tuple[int, ...]]:
+        """The call of the whole batch, and the number of rows of each part of it.
+
+        Args:
+            again: reads a call again, with other tensors.
+
+        Raises:
+            InputError: the call wants what processes do not exchange, or the parts are not of one batch.
+        """
+        self._check_call(call)
+        if self.processes.column is None:
+            return call, ()
+        self.processes.agree("the batch of a call")
+        whole = whole_batch(call, self.processes.column)
+        return again(call, whole.tensors), whole.sizes
+
+    def _check_call(self, call: Call) -> None:
         for name, tensor in call.tensors.items():
             if tensor.requires_grad:
                 raise InputError(
@@ -68,8 +89,10 @@ class Share:
         """Takes note of a capture.
 
         Raises:
-            CaptureError: it needs a parameter where the first one does not.
+            CaptureError: it needs a parameter where the first one does not, or cannot be run in parts.
         """
+        if self.processes.column is not None:
+            _refuse_parts(compiled)
         if self.captures:
             refuse_missing(self.captures[0], compiled)
         self.captures.append(compiled)
@@ -142,6 +165,21 @@ class Share:
                 "another norm; use pipe.pipeline.clip_grad_norm_, which takes that of the whole model",
                 stacklevel=2,
             )
+
+
+def _refuse_parts(compiled: Compiled) -> None:
+    """Raises ``CaptureError`` if the parts of a batch cannot be run by several pipelines."""
+    if compiled.division.one_part:
+        raise CaptureError(
+            "the batch of this model cannot be divided, so no part of it runs alone; use a mesh with the dimension "
+            "'stage' only"
+        )
+    if written := min(written_by_stages(compiled), default=None):
+        raise CaptureError(
+            f"the stages write buffer {written!r} for each microbatch, so it would differ between the parts of the "
+            f"batch; use Batching(batch_norm='deferred') for batch normalization, or a mesh with the dimension 'stage' "
+            f"only"
+        )
 
 
 def _frames() -> Iterator[FrameType]:

@@ -64,6 +64,16 @@ class Peers(Protocol):
             wanted: the values that all processes need; of the others they get a tensor on the meta device.
         """
 
+    def of_all_parts(self, values: Mapping[str, Tensor]) -> Mapping[str, Sequence[Tensor]]:
+        """The values of each part of the batch, in order, of which this process has those of its own part."""
+
+    def total(self, gradients: Mapping[int, Tensor], leaves: Sequence[Tensor]) -> dict[int, Tensor]:
+        """The sums of the gradients of all parts of the batch, by ``id`` of the leaf; may write ``gradients``.
+
+        Args:
+            leaves: all that may have a gradient, in an order that is the same in all processes.
+        """
+
     def failure(self, error: BaseException) -> BaseException:
         """The error to raise for one that this process has met; the same in all processes."""
 
@@ -92,6 +102,12 @@ class OneProcess:
         self, made: Mapping[str, Tensor], makers: Mapping[str, int], wanted: Container[str]
     ) -> Mapping[str, Tensor]:
         return made
+
+    def of_all_parts(self, values: Mapping[str, Tensor]) -> Mapping[str, Sequence[Tensor]]:
+        return {name: [value] for name, value in values.items()}
+
+    def total(self, gradients: Mapping[int, Tensor], leaves: Sequence[Tensor]) -> dict[int, Tensor]:
+        return dict(gradients)
 
     def failure(self, error: BaseException) -> BaseException:
         return error

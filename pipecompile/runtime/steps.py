@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from pipecompile.batching import Division, Kind, Partial, Rows, gather, scatter, spread
 from pipecompile.capture import Call, Output
 from pipecompile.capture.functionalize import storage_key
+from pipecompile.errors import ExecutionError
 from pipecompile.ir.program import Program
 from pipecompile.ops.randomness import Generators, seed_microbatch, seeds
 from pipecompile.runtime import Microbatch
@@ -32,14 +33,37 @@ from pipecompile.runtime.rerun import Snapshot
 from pipecompile.runtime.session import Rerun, Session, Stream
 from pipecompile.schedule import MakeProgram, Segment, backward_only, drain, forward_only
 
+OF_A_PART = (
+    "an output other than the loss got a gradient, but each process has it for its own part of the batch only, so the "
+    "gradient of the whole batch is not known; compute the loss in the pipeline (loss_fn=, or labels in the call)"
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """The part of a batch that this process was given, of which others have the rest.
+
+    Attributes:
+        number: among the parts.
+        tensors: of the caller.
+    """
+
+    number: int
+    tensors: Mapping[str, Tensor]
+
 
 @dataclass(frozen=True)
 class Batch:
-    """One call on one capture, divided into microbatches."""
+    """One call on one capture, divided into microbatches.
+
+    Attributes:
+        part: what runs here, if it is not all. Values of the whole batch are joined from all parts.
+    """
 
     compiled: Compiled
     call: Call
     rows: Rows
+    part: Part | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "call", self.compiled.division.whole.filled(self.call))
@@ -69,8 +93,18 @@ class Batch:
         """A seed for each microbatch from the caller's generator, if the model draws random numbers."""
         return seeds(len(self.rows)) if self.compiled.is_random else [None] * len(self.rows)
 
+    @property
+    def here(self) -> slice:
+        """The microbatches that run here."""
+        return slice(0, len(self.rows)) if self.part is None else self.rows.microbatches_of(self.part.number)
+
+    @property
+    def rows_here(self) -> Rows:
+        """The rows of the microbatches that run here."""
+        return Rows(self.rows.counts[self.here])
+
     def program(self, kind: str, schedule: MakeProgram) -> Program:
-        count = len(self.rows)
+        count = len(self.rows_here)
         return self.compiled.program(lambda plan: schedule(plan, count), (kind, count))
 
     @property
@@ -93,7 +127,7 @@ class Batch:
         return self.division.places[str(self.outputs[output].node)] in self.joins
 
     def join(self, microbatches: Mapping[int, Microbatch]) -> dict[str, Tensor]:
-        """The outputs of the stages of this process, joined to the whole batch.
+        """The outputs of the stages of this process, joined to the part of the batch that runs here.
 
         Each is on the device of its first microbatch.
         """
@@ -103,7 +137,7 @@ class Batch:
             outputs = [microbatch.outputs[name] for microbatch in microbatches.values()]
             return [output.to(outputs[0].device) for output in outputs]  # replicas of a stage are on several
 
-        return {name: gather(kind, parts(name), self.rows) for name, kind in self.joins.items() if name in made}
+        return {name: gather(kind, parts(name), self.rows_here) for name, kind in self.joins.items() if name in made}
 
     @property
     def makers(self) -> dict[str, int]:
@@ -156,6 +190,14 @@ class Batch:
         with torch.no_grad():
             for name, node in captured.written_inputs.items():
                 call.tensors[name].copy_(given[node])
+                if self.part is not None:
+                    self.part.tensors[name].copy_(self._cut(name))
+
+    def _cut(self, name: str) -> Tensor:
+        """What the caller's tensor is of an input of the whole batch."""
+        assert self.part is not None
+        tensor, sizes = self.call.tensors[name], list(self.rows.by_part.counts)
+        return torch.split(tensor, sizes)[self.part.number] if name in self.call.batched else tensor
 
 
 def run(
@@ -195,7 +237,7 @@ def evaluate(session: Session, batch: Batch) -> dict[str, Tensor]:
     """Runs forwards only."""
     start = _snapshot(session, batch)
     with start.kept_on_failure(), torch.no_grad():
-        joined = _joined(session, batch, _forward(session, batch, start.seeds))
+        joined = _joined(session, batch, _forward(session, batch, start.seeds)).values
         return batch.given(batch.finish(joined, start.seeds))
 
 
@@ -234,7 +276,7 @@ def _train(session: Session, batch: Batch, loss: int, schedule: MakeProgram, sta
         return [again[id(leaf)] for leaf in leaves]
 
     with torch.no_grad():
-        tensors = batch.finish(_joined(session, batch, microbatches), start.seeds)
+        tensors = batch.finish(_joined(session, batch, microbatches).values, start.seeds)
     outputs = [t.detach().requires_grad_(o.requires_grad) for t, o in zip(tensors, batch.outputs, strict=True)]
     ready = [found[id(leaf)] for leaf in leaves]
     (own,) = connected([outputs[loss]], leaves, deliver, ready)
@@ -260,6 +302,8 @@ def _beside(session: Session, batch: Batch, start: Snapshot, outputs: Sequence[T
 
     @session.watched()
     def backward(_: Saved, incoming: Gradients) -> Gradients:
+        if batch.part is not None:
+            raise ExecutionError(OF_A_PART)
         session.defers = True
         with _again(session, start, Rerun.BESIDE):
             tensors = _defer(session, batch, start)
@@ -286,7 +330,7 @@ def _defer(session: Session, batch: Batch, start: Snapshot) -> list[Tensor]:
     joined = _joined(session, batch, waiting)
 
     def run(microbatches: Mapping[int, Microbatch], incoming: Gradients) -> Gradients:
-        _seed(batch, microbatches, incoming)
+        _seed(batch, joined, microbatches, incoming)
         with torch.enable_grad():
             session.run(batch.compiled, batch.program("backward", backward_only), microbatches)
         found = _gradients(session, batch, microbatches)
@@ -305,8 +349,8 @@ def _defer(session: Session, batch: Batch, start: Snapshot) -> list[Tensor]:
                 return run(_forward(session, batch, start.seeds), incoming)
 
     leaves = batch.reached
-    given = connected([*joined.values()], leaves, backward)
-    return batch.finish(dict(zip(joined, given, strict=True)), start.seeds)
+    given = connected([*joined.values.values()], leaves, backward)
+    return batch.finish(dict(zip(joined.values, given, strict=True)), start.seeds)
 
 
 @contextmanager
@@ -338,7 +382,7 @@ def stream(session: Session, batch: Batch, loss: int, segment: Segment) -> dict[
         session.stream = Stream()
         raise
     under_way.advance(program, len(new))
-    return batch.given([tensor.detach() for tensor in batch.finish(_joined(session, batch, new), drawn)])
+    return batch.given([tensor.detach() for tensor in batch.finish(_joined(session, batch, new).values, drawn)])
 
 
 def flush(session: Session) -> None:
@@ -361,10 +405,29 @@ def _drawn(session: Session, batch: Batch) -> Sequence[int | None]:
     return session.peers.shared(lambda: drawn) if batch.compiled.is_random else drawn
 
 
-def _joined(session: Session, batch: Batch, microbatches: Mapping[int, Microbatch]) -> Mapping[str, Tensor]:
-    """The outputs of all stages, joined to the whole batch."""
+@dataclass(frozen=True)
+class Joined:
+    """The outputs of all stages, of the whole batch where all processes need it, else of the part that runs here.
+
+    Attributes:
+        values: by name, in the order of ``Batch.joins``.
+        parts: of values of the whole batch that was run in several parts: the value of each part, on the meta device.
+    """
+
+    values: Mapping[str, Tensor]
+    parts: Mapping[str, Sequence[Tensor]]
+
+
+def _joined(session: Session, batch: Batch, microbatches: Mapping[int, Microbatch]) -> Joined:
+    """Joins the outputs of the microbatches, from all processes."""
     found = session.peers.spread(batch.join(microbatches), batch.makers, batch.wanted)
-    return {name: found[name] for name in batch.joins}
+    if batch.part is None:
+        return Joined({name: found[name] for name in batch.joins}, {})
+    parts = session.peers.of_all_parts({name: value for name, value in found.items() if name in batch.wanted})
+    whole = {name: gather(batch.joins[name], values, batch.rows.by_part) for name, values in parts.items()}
+    values = {name: whole[name].requires_grad_(found[name].requires_grad) for name in whole}
+    shapes = {name: [value.detach().to("meta") for value in values] for name, values in parts.items()}
+    return Joined({name: values.get(name, found[name]) for name in batch.joins}, shapes)
 
 
 def _forward(session: Session, batch: Batch, drawn: Sequence[int | None]) -> dict[int, Microbatch]:
@@ -376,27 +439,40 @@ def _forward(session: Session, batch: Batch, drawn: Sequence[int | None]) -> dic
 
 
 def microbatches_of(batch: Batch, drawn: Sequence[int | None]) -> list[Microbatch]:
-    """The microbatches of a batch, each with the seed of its random functions."""
+    """The microbatches of a batch that run here, each with the seed of its random functions."""
     parts = scatter(batch.call, batch.rows, batch.compiled.run_before(batch.call), batch.division.before)
-    return [Microbatch(part, seed) for part, seed in zip(parts, drawn, strict=True)]
+    microbatches = [Microbatch(part, seed) for part, seed in zip(parts, drawn, strict=True)]
+    return microbatches[batch.here]
 
 
 def _from_loss(batch: Batch, loss: int, drawn: Sequence[int | None], scale: float) -> dict[int, Microbatch]:
     """The microbatches of a batch; each backward starts from its share of the loss's gradient ``scale``."""
     name = batch.division.places[str(batch.outputs[loss].node)]
     weights = batch.rows.weights if batch.joins[name] != Partial() else (1.0,) * len(batch.rows)
-    parts = zip(microbatches_of(batch, drawn), weights, strict=True)
+    parts = zip(microbatches_of(batch, drawn), weights[batch.here], strict=True)
     return {i: replace(part, seeds={name: weight * scale}) for i, (part, weight) in enumerate(parts)}
 
 
-def _seed(batch: Batch, microbatches: Mapping[int, Microbatch], incoming: Sequence[Tensor | None]) -> None:
-    """Gives each microbatch its part of the incoming gradients."""
+def _seed(
+    batch: Batch, joined: Joined, microbatches: Mapping[int, Microbatch], incoming: Sequence[Tensor | None]
+) -> None:
+    """Gives each microbatch its piece of the incoming gradients."""
     parts = list(microbatches.values())
     for (name, kind), gradient in zip(batch.joins.items(), incoming, strict=True):
         if gradient is not None and name in parts[0].outputs:
-            pieces = spread(kind, gradient, [m.outputs[name] for m in parts], batch.rows)
+            if batch.part is not None:
+                gradient = _of_part(batch, name, gradient, joined)
+            pieces = spread(kind, gradient, [m.outputs[name] for m in parts], batch.rows_here)
             for microbatch, piece in zip(parts, pieces, strict=True):
                 microbatch.seeds = {**microbatch.seeds, name: piece}
+
+
+def _of_part(batch: Batch, name: str, gradient: Tensor, joined: Joined) -> Tensor:
+    """The gradient of the part that runs here, from that of the whole batch."""
+    assert batch.part is not None
+    if name not in joined.parts:
+        raise ExecutionError(OF_A_PART)
+    return spread(batch.joins[name], gradient, joined.parts[name], batch.rows.by_part)[batch.part.number]
 
 
 def _gradients(session: Session, batch: Batch, microbatches: Mapping[int, Microbatch]) -> dict[int, Tensor]:
@@ -416,7 +492,7 @@ def _gradients(session: Session, batch: Batch, microbatches: Mapping[int, Microb
     for name, tensor in batch.call.tensors.items():
         if tensor.requires_grad and any(microbatch.input_gradients.get(name) for microbatch in microbatches.values()):
             add(tensor, _input_gradient(name, batch, microbatches))
-    return found
+    return found if batch.part is None else session.peers.total(found, batch.model_tensors)
 
 
 def _input_gradient(name: str, batch: Batch, microbatches: Mapping[int, Microbatch]) -> Tensor:

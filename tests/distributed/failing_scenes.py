@@ -82,10 +82,14 @@ def batch(seed: int = 0, rows: int = 8) -> Tensor:
     return torch.randn(rows, D, generator=torch.Generator().manual_seed(seed))
 
 
-def piped(model: nn.Module | None = None, pace: Pace = QUICK, **options: Any) -> Any:
+def piped(model: nn.Module | None = None, pace: Pace = QUICK, parts: int = 1, **options: Any) -> Any:
     processes.Pace = lambda: pace  # the default of a pipeline
     torch.manual_seed(0)
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("stage",))
+    size = dist.get_world_size()
+    if parts == 1:
+        mesh = init_device_mesh("cpu", (size,), mesh_dim_names=("stage",))
+    else:
+        mesh = init_device_mesh("cpu", (parts, size // parts), mesh_dim_names=("data", "stage"))
     options = {"microbatches": 4, "costs": "count", "example_inputs": batch(), "verify": "never", **options}
     pipe = pipecompile.compile(model or Net(), mesh=mesh, **options)
     CALLS.clear()  # of the trace, which tries the model's own operators
@@ -98,11 +102,11 @@ def step(pipe: Any, x: Tensor | None = None) -> float:
     return loss.item()
 
 
-def other_batches(rows: int) -> tuple[str, float, float]:
+def other_batches(rows: int, parts: int = 1) -> tuple[str, float, float]:
     """Rank 1 has other values, or other rows. Then all make the same call."""
-    pipe, rank = piped(pace=PATIENT), dist.get_rank()
+    pipe, rank = piped(pace=PATIENT, parts=parts), dist.get_rank()
     before = step(pipe)
-    other = batch(seed=rank, rows=rows if rank else 8)
+    other = batch(seed=rank, rows=rows) if rank == 1 else batch()
     text = ""
     try:
         step(pipe, other)
@@ -136,23 +140,23 @@ def raises(at: int, backward: bool) -> None:
         step(pipe)
 
 
-def raises_in(rank: int, at: int, backward: bool, error: str) -> None:
+def raises_in(rank: int, at: int, backward: bool, error: str, parts: int = 1) -> None:
     """The stage of any rank: each has one that could, and all but one are told not to."""
     if error == "OutOfMemoryError":
         ERROR[0] = torch.OutOfMemoryError
-    size = dist.get_world_size()
+    size = dist.get_world_size() // parts
     model = Net()
     model.layers = nn.Sequential(*(nn.Sequential(*blocks(1), Stopping(-1, backward)) for _ in range(size)))
     model.layers[rank][-1].at = at
     plan = pipecompile.PlanOptions(pins={f"layers.{stage}": stage for stage in range(size)})
-    pipe = piped(model, plan=plan)
+    pipe = piped(model, plan=plan, parts=parts)
     while True:
         step(pipe)
 
 
-def ends_between(rank: int, how: str) -> None:
+def ends_between(rank: int, how: str, parts: int = 1) -> None:
     """One rank ends its script after a step: it raises, returns, or leaves at once."""
-    pipe = piped()
+    pipe = piped(parts=parts)
     step(pipe)
     if dist.get_rank() == rank:
         match how:
@@ -165,9 +169,9 @@ def ends_between(rank: int, how: str) -> None:
     step(pipe)
 
 
-def trains_on(steps: int = 0) -> None:
+def trains_on(steps: int = 0, parts: int = 1) -> None:
     """Steps until one is hurt, which is after so many steps."""
-    pipe = piped()
+    pipe = piped(parts=parts)
     step(pipe)
     meet("trained")
     for _ in range(steps):

@@ -29,12 +29,15 @@ class Case:
 
     Attributes:
         scene: of ``failing_scenes``.
+        parts: of the batch, each with a pipeline of its own.
+        ranks: of which one is to be blamed; parts run the same stages.
         silent: ranks that cannot raise the error of the others.
     """
 
     kind: str
     size: int
-    rank: int
+    parts: int
+    ranks: tuple[int, ...]
     scene: str
     arguments: dict[str, object]
     hurt: Hurt | None = None
@@ -50,16 +53,20 @@ ERRORS = {
 
 def drawn(draw: random.Random) -> Case:
     """A random fault of a random rank."""
-    size, kind = draw.randint(2, 4), draw.choice([*SIGNALS, *ENDS, *ERRORS])
+    (size, parts), kind = draw.choice([(2, 1), (3, 1), (4, 1), (4, 2)]), draw.choice([*SIGNALS, *ENDS, *ERRORS])
     rank, after = draw.randrange(size), draw.randint(0, 12)
+    mesh = {"parts": parts}
     if kind in SIGNALS:
         hurt = Hurt(rank, SIGNALS[kind], at="training")
-        return Case(kind, size, rank, "trains_on", {"steps": after}, hurt, () if kind == "stopped" else (rank,))
+        silent = () if kind == "stopped" else (rank,)
+        return Case(kind, size, parts, (rank,), "trains_on", {"steps": after, **mesh}, hurt, silent)
     if kind in ENDS:
-        return Case(kind, size, rank, "ends_between", {"rank": rank, "how": ENDS[kind]}, silent=(rank,))
-    error, where = ERRORS[kind]
-    arguments = {"rank": rank, "at": 1 + after, "backward": where == "backward", "error": error}
-    return Case(kind, size, rank, "raises_in", arguments)
+        arguments: dict[str, object] = {"rank": rank, "how": ENDS[kind], **mesh}
+        return Case(kind, size, parts, (rank,), "ends_between", arguments, silent=(rank,))
+    (error, where), stages = ERRORS[kind], size // parts
+    stage = rank % stages
+    arguments = {"rank": stage, "at": 1 + after, "backward": where == "backward", "error": error, **mesh}
+    return Case(kind, size, parts, tuple(range(stage, size, stages)), "raises_in", arguments)
 
 
 def fault(case: Case, ended: list[Ended]) -> str:
@@ -75,7 +82,7 @@ def fault(case: Case, ended: list[Ended]) -> str:
     if len(texts) != 1:
         return f"{len(texts)} causes: {texts}"
     (text,) = texts
-    return "" if f"rank {case.rank}" in text else f"blames another: {text}"
+    return "" if any(f"rank {rank}" in text for rank in case.ranks) else f"blames another: {text}"
 
 
 def _is_alive(pid: int) -> bool:

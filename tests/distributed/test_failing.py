@@ -34,6 +34,13 @@ def test_other_batches_are_refused_and_the_next_call_works(launcher: Launcher, r
     assert found[0] == found[1]
 
 
+def test_other_batches_of_one_part_are_refused(launcher: Launcher) -> None:
+    found = launcher.returned("failing_scenes:other_batches", 4, limit=LIMIT, rows=8, parts=2)
+    for text, before, after in found:
+        assert "do not make the same call: the values of their inputs differ" in text
+        assert before == after
+
+
 def test_other_models_are_refused(launcher: Launcher) -> None:
     ended = launcher.run("failing_scenes:other_model", 3, limit=LIMIT)
     assert {each.error for each in ended} == {"InputError"}, report(ended)
@@ -57,9 +64,10 @@ def test_an_exception_in_a_stage_is_the_error_of_all(launcher: Launcher, at: int
     assert "failing_scenes.py" in text
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_is_killed(launcher: Launcher, rank: int) -> None:
-    ended = launcher.run("failing_scenes:trains_on", 3, hurt=Hurt(rank, signal.SIGKILL, at="training"), limit=LIMIT)
+@pytest.mark.parametrize(("rank", "size", "parts"), [(0, 3, 1), (1, 3, 1), (2, 4, 2)])
+def test_a_rank_that_is_killed(launcher: Launcher, rank: int, size: int, parts: int) -> None:
+    hurt = Hurt(rank, signal.SIGKILL, at="training")
+    ended = launcher.run("failing_scenes:trains_on", size, hurt=hurt, limit=LIMIT, parts=parts)
     assert one_error(ended, rank).startswith(f"rank {rank}")
 
 

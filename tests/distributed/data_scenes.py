@@ -1,0 +1,195 @@
+"""Trainings on a mesh with the dimension ``data``, beside the unsplit model on the whole batch.
+
+Each rank returns what differs, by more than rounding from the unsplit model, or at all from the other ranks that have
+the same parameters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from models import MODELS, Model
+from oracle import leaves
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.utils import _pytree as pytree
+from toys import VOCABULARY
+from training_scenes import LENGTH, MORE, STEPS, Sundry
+
+import pipecompile
+
+Seen = dict[str, Tensor]
+NEAR = {torch.float64: {"rtol": 1e-9, "atol": 1e-11}, torch.float32: {"rtol": 1e-6, "atol": 1e-7}}  # a loss in float32
+
+
+DEFERRED = pipecompile.Batching(batch_norm="deferred")
+OWN = {
+    "sundry": Model(
+        "sundry",
+        Sundry,
+        lambda draw: ((torch.randint(VOCABULARY, (draw.batch,), generator=draw.generator),), {}),
+        loss=lambda output: output["loss"],
+    )
+}
+
+
+def mesh_of(parts: int) -> Any:
+    size = dist.get_world_size()
+    return init_device_mesh("cpu", (parts, size // parts), mesh_dim_names=("data", "stage"))
+
+
+def part_of(inputs: Any, sizes: Sequence[int], part: int) -> Any:
+    """The rows of one part of a batch."""
+    begin = sum(sizes[:part])
+
+    def cut(leaf: Any) -> Any:
+        is_batched = isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == sum(sizes)
+        return leaf[begin : begin + sizes[part]] if is_batched else leaf
+
+    return pytree.tree_map(cut, inputs)
+
+
+def train(name: str, sizes: Sequence[int], schedule: str = "1f1b", accumulate: int = 1) -> list[str]:
+    """What differs after a few steps, each of ``accumulate`` calls on ``sizes`` rows.
+
+    A model that draws random numbers, or normalizes each microbatch by itself, is compared with the pipeline of one
+    process that has as many microbatches.
+    """
+    torch.set_num_threads(1)
+    model, parts = (MODELS | MORE | OWN)[name], len(sizes)
+    count = min(min(sizes), 4)
+    mesh = mesh_of(parts)
+    part = mesh.get_local_rank("data")
+    options: dict[str, Any] = {"schedule": schedule, "costs": "count"}
+    if name == "sundry":
+        options["batching"] = DEFERRED
+    if not model.inside:
+        options["loss_fn"] = _loss_fn(model)
+    pipe = pipecompile.compile(
+        model.build(),
+        mesh=mesh,
+        microbatches=count,
+        example_inputs=part_of(_inputs(model, sum(sizes), 0), sizes, part),
+        **options,
+    )
+
+    def steps(call: Callable[..., Any], owner: Any, split: bool, clip: Callable[[float], Tensor]) -> Seen:
+        return _trained(model, call, owner, sizes, part if split else None, accumulate, clip)
+
+    with pipe.pipeline:
+        found = steps(pipe, pipe, True, pipe.pipeline.clip_grad_norm_)
+        if name in ("dropping", "sundry"):
+            devices = ["cpu"] * mesh.size(1)
+            other = pipecompile.compile(model.build(), devices, microbatches=count * parts, **options)
+            expected = steps(other, other, False, other.pipeline.clip_grad_norm_)
+        else:
+            other = model.build()
+            call = other if model.inside else lambda *args, target: _loss_fn(model)(other(*args), target)
+            clip = lambda norm: torch.nn.utils.clip_grad_norm_(other.parameters(), norm)  # noqa: E731
+            expected = steps(call, other, False, clip)
+        differing = list(_differences(found, expected, sizes, part))
+        digests: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(digests, {n: _digest(t) for n, t in pipe.state_dict().items()})
+        twins = [digests[place] for place in mesh.mesh[:, mesh.get_local_rank("stage")].tolist()]
+        differing += [f"{n} between parts" for twin in twins for n in twin if twin[n] != twins[0][n]]
+    return differing
+
+
+def _loss_fn(model: Model) -> Callable[..., Tensor]:
+    return lambda output, target: model.loss(output) + 0 * target.sum()
+
+
+def _inputs(model: Model, rows: int, step: int) -> Any:
+    args, kwargs = model.inputs(rows, LENGTH if LENGTH in model.lengths else model.lengths[0], seed=step)
+    return (args, kwargs) if model.inside else (args, {**kwargs, "target": torch.zeros(rows)})
+
+
+def _trained(
+    model: Model,
+    call: Callable[..., Any],
+    owner: nn.Module,
+    sizes: Sequence[int],
+    part: int | None,
+    accumulate: int,
+    clip: Callable[[float], Tensor],
+) -> Seen:
+    """What is seen in a training, on one part or on the whole batch."""
+    seen: Seen = {}
+    some = nn.Parameter(torch.zeros(()))  # a stage may have no parameters
+    optimizer = torch.optim.AdamW([*owner.parameters(), some], lr=1e-2)
+    for step in range(STEPS):
+        for again in range(accumulate):
+            inputs = _inputs(model, sum(sizes), step * accumulate + again)
+            args, kwargs = inputs if part is None else part_of(inputs, sizes, part)
+            torch.manual_seed(step)
+            output = call(*args, **kwargs)
+            loss = model.loss(output) if model.inside else output
+            (loss / accumulate).backward()
+            seen[f"step {step}.{again}: loss"] = loss.detach().clone()
+            named = ((f"step {step}.{again}: input {name}", leaf) for name, leaf in leaves((args, kwargs)))
+            seen |= {name: leaf.clone() for name, leaf in named if isinstance(leaf, Tensor)}  # T5 writes its labels
+        seen[f"step {step}: norm"] = clip(0.1).double()
+        named = owner.named_parameters()
+        seen |= {f"step {step}: gradient of {n}": p.grad.clone() for n, p in named if p.grad is not None}
+        optimizer.step()
+        optimizer.zero_grad()
+    owner.eval()
+    inputs = _inputs(model, sum(sizes), 99)
+    args, kwargs = inputs if part is None else part_of(inputs, sizes, part)
+    with torch.no_grad():
+        seen |= {f"evaluated: {n}": t for n, t in leaves(call(*args, **kwargs)) if isinstance(t, Tensor)}
+    seen |= {f"at last: {name}": tensor.clone() for name, tensor in owner.state_dict().items()}
+    return seen
+
+
+def _differences(found: Seen, expected: Seen, sizes: Sequence[int], part: int) -> Iterator[str]:
+    assert any("loss" in name for name in found), "a process has a loss"
+    for name, value in found.items():
+        other = expected[name]
+        if value.is_meta:
+            continue
+        if ("input" in name or name.startswith("evaluated")) and other.ndim and len(other) == sum(sizes):
+            other = part_of(other, sizes, part)
+        if value.shape != other.shape or not torch.allclose(
+            value.double(), other.double(), **NEAR.get(value.dtype, {})
+        ):
+            yield f"{name} by {(value - other).abs().max() if value.shape == other.shape else value.shape}"
+
+
+def _digest(tensor: Tensor) -> str:
+    return hashlib.blake2b(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+
+
+def refused(kind: str) -> str:
+    """The error of a call or of ``compile`` that a mesh with parts refuses."""
+    mesh, part = mesh_of(2), dist.get_rank() // (dist.get_world_size() // 2)
+    ids = torch.arange(8)
+    options: dict[str, Any] = {"microbatches": 2, "costs": "count", "mesh": mesh}
+    try:
+        match kind:
+            case "no loss":
+                pipe = pipecompile.compile(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), **options)
+                pipe(torch.ones(4, 2))
+            case "an output's gradient":
+                pipe = pipecompile.compile(Sundry(), batching=DEFERRED, **options)
+                output = pipe(ids)
+                output["logits"].sum().backward()
+            case "other lengths":
+                pipe = pipecompile.compile((MODELS["gpt2"]).build(), **options)
+                args, kwargs = MODELS["gpt2"].inputs(4, 6 + part)
+                pipe(*args, **kwargs)
+            case "running statistics":
+                pipecompile.compile(Sundry(), example_inputs=ids, **options)
+            case "pipedream":
+                optimizer = lambda parameters: torch.optim.SGD(parameters, 0.1)  # noqa: E731
+                pipecompile.compile(Sundry(), schedule="pipedream", optimizer=optimizer, **options)
+            case "names":
+                other = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("dp", "pp"))
+                pipecompile.compile(Sundry(), mesh=other)
+    except pipecompile.PipecompileError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
