@@ -157,9 +157,8 @@ class Processes:
         each = {id(leaf): leaf for leaf in leaves}
         present = self.column.gathered([key in gradients for key in each])
         keys = [key for key, *somewhere in zip(each, *present, strict=True) if any(somewhere)]
-        found = {key: gradients[key] if key in gradients else torch.zeros_like(each[key]) for key in keys}
-        self.column.sum_up(list(found.values()))
-        return found
+        found = [gradients[key] if key in gradients else torch.zeros_like(each[key]) for key in keys]
+        return dict(zip(keys, self.column.totals(found), strict=True))
 
     def failure(self, error: BaseException) -> BaseException:
         if isinstance(error, Aborted):

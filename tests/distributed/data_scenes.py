@@ -6,6 +6,7 @@ the same parameters.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from oracle import leaves
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils import _pytree as pytree
-from toys import VOCABULARY
+from toys import VOCABULARY, Sparse
 from training_scenes import LENGTH, MORE, STEPS, Sundry
 
 import pipecompile
@@ -162,6 +163,24 @@ def _differences(found: Seen, expected: Seen, sizes: Sequence[int], part: int) -
 
 def _digest(tensor: Tensor) -> str:
     return hashlib.blake2b(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+
+
+def sparse_gradients() -> list[str]:
+    """What differs in the gradients of a model with a sparse one, of parts that have different rows."""
+    torch.manual_seed(0)
+    model = Sparse()
+    other = copy.deepcopy(model)
+    ids = torch.arange(12).reshape(6, 2)
+    sizes, mesh = (4, 2), mesh_of(2)
+    mine = part_of(ids, sizes, mesh.get_local_rank("data"))
+    pipe = pipecompile.compile(model, mesh=mesh, microbatches=2, costs="count", example_inputs=mine)
+    pipe(mine).backward()
+    other(ids).backward()
+    expected = {name: parameter.grad for name, parameter in other.named_parameters()}
+    found = {name: parameter.grad for name, parameter in pipe.named_parameters()}
+    assert found
+    assert any(gradient.is_sparse for gradient in found.values()) == ("words.weight" in found)
+    return [n for n, g in found.items() if not torch.allclose(g.to_dense(), expected[n].to_dense(), atol=1e-6)]
 
 
 def refused(kind: str) -> str:

@@ -34,6 +34,10 @@ def test_calls_accumulate(launcher: Launcher) -> None:
     assert found == [[]] * 4
 
 
+def test_sparse_gradients_are_summed(launcher: Launcher) -> None:
+    assert launcher.returned("data_scenes:sparse_gradients", 4, limit=LIMIT) == [[]] * 4
+
+
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "sequential"] if LONG else ["gpipe"])
 def test_three_parts_train_as_the_unsplit_model(launcher: Launcher, schedule: str) -> None:
     found = launcher.returned("data_scenes:train", 6, limit=LIMIT, name="ragged", sizes=(2, 1, 3), schedule=schedule)
