@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from models import MODELS, Model
 from oracle import leaves
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.utils import _pytree as pytree
 from toys import VOCABULARY, Sparse
 from training_scenes import LENGTH, MORE, STEPS, Sundry
@@ -54,11 +56,14 @@ def part_of(inputs: Any, sizes: Sequence[int], part: int) -> Any:
     return pytree.tree_map(cut, inputs)
 
 
-def train(name: str, sizes: Sequence[int], schedule: str = "1f1b", accumulate: int = 1) -> list[str]:
+def train(
+    name: str, sizes: Sequence[int], schedule: str = "1f1b", accumulate: int = 1, zero: bool = False
+) -> list[str]:
     """What differs after a few steps, each of ``accumulate`` calls on ``sizes`` rows.
 
-    A model that draws random numbers, or normalizes each microbatch by itself, is compared with the pipeline of one
-    process that has as many microbatches.
+    With ``zero``, each process keeps the optimizer's state of some of its parameters. A model that draws random
+    numbers, or normalizes each microbatch by itself, is compared with the pipeline of one process that has as many
+    microbatches.
     """
     torch.set_num_threads(1)
     model, parts = (MODELS | MORE | OWN)[name], len(sizes)
@@ -78,8 +83,11 @@ def train(name: str, sizes: Sequence[int], schedule: str = "1f1b", accumulate: i
         **options,
     )
 
+    sharded = {"optimizer_class": torch.optim.AdamW, "process_group": mesh.get_group("data")}
+
     def steps(call: Callable[..., Any], owner: Any, split: bool, clip: Callable[[float], Tensor]) -> Seen:
-        return _trained(model, call, owner, sizes, part if split else None, accumulate, clip)
+        make = partial(ZeroRedundancyOptimizer, **sharded) if zero and split else torch.optim.AdamW
+        return _trained(model, call, owner, make, sizes, part if split else None, accumulate, clip)
 
     with pipe.pipeline:
         found = steps(pipe, pipe, True, pipe.pipeline.clip_grad_norm_)
@@ -113,6 +121,7 @@ def _trained(
     model: Model,
     call: Callable[..., Any],
     owner: nn.Module,
+    make: Callable[..., torch.optim.Optimizer],
     sizes: Sequence[int],
     part: int | None,
     accumulate: int,
@@ -120,8 +129,8 @@ def _trained(
 ) -> Seen:
     """What is seen in a training, on one part or on the whole batch."""
     seen: Seen = {}
-    some = nn.Parameter(torch.zeros(()))  # a stage may have no parameters
-    optimizer = torch.optim.AdamW([*owner.parameters(), some], lr=1e-2)
+    some = nn.Parameter(torch.zeros((), dtype=torch.float64))  # a stage may have no parameters
+    optimizer = make([*owner.parameters(), some], lr=1e-2)
     for step in range(STEPS):
         for again in range(accumulate):
             inputs = _inputs(model, sum(sizes), step * accumulate + again)

@@ -34,6 +34,11 @@ def test_calls_accumulate(launcher: Launcher) -> None:
     assert found == [[]] * 4
 
 
+def test_the_optimizer_state_is_sharded_by_torchs_optimizer(launcher: Launcher) -> None:
+    found = launcher.returned("data_scenes:train", 4, limit=LIMIT, name="ragged", sizes=(2, 3), zero=True)
+    assert found == [[]] * 4
+
+
 def test_sparse_gradients_are_summed(launcher: Launcher) -> None:
     assert launcher.returned("data_scenes:sparse_gradients", 4, limit=LIMIT) == [[]] * 4
 
