@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from datetime import timedelta
 from typing import TypeVar
 
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from pipecompile.distributed.background import Background
 from pipecompile.distributed.control import Control, store_of_the_group
 from pipecompile.distributed.remote_transport import RemoteTransport, Spec
 from pipecompile.distributed.watch import Cause, Pace
@@ -53,6 +55,7 @@ class Processes:
         self.group: dist.ProcessGroup = self._call(self._new_group)
         self.carrier: RemoteTransport | None = None
         self.calls = 0
+        self._background: Background | None = None
 
     def _new_group(self) -> dist.ProcessGroup:
         ranks = list(self.ranks_of_world)
@@ -80,6 +83,11 @@ class Processes:
                 f"init_device_mesh({mesh.device_type!r}, (n,), mesh_dim_names=({STAGE!r},))"
             )
         return Processes(mesh.mesh.flatten().tolist(), spreads_all=spreads_all)
+
+    @property
+    def size(self) -> int:
+        """The number of processes."""
+        return len(self.ranks_of_world)
 
     # What the runtime asks
 
@@ -173,6 +181,26 @@ class Processes:
             return error
         found = self.control.report(self.control.mine("", f"{type(error).__name__}: {error}"))
         return found if isinstance(error, Exception) else error
+
+    # What goes on beside the calls
+
+    @property
+    def background(self) -> Background:
+        """Collectives beside those of the calls. All processes must ask for it first at the same point."""
+        if self._background is None:
+            self._background = Background(Worker(self.control), self._call(self._new_group))
+        return self._background
+
+    def waited(self, future: Future[T]) -> T:
+        """The result of a job of the background.
+
+        Raises:
+            RankError: a rank has failed.
+        """
+        try:
+            return self.background.worker.wait(future)
+        except Aborted:
+            raise self.control.error() from None
 
     # Collectives
 
