@@ -40,6 +40,8 @@ class Saving:
             CheckpointError: it could not be written.
             RankError: a process has failed meanwhile.
         """
+        for model in [model for model, last in _UNDER_WAY.items() if last is self]:
+            del _UNDER_WAY[model]  # whoever waits is told, and not again
         if self._processes is None:
             self._future.result()
         else:
@@ -60,8 +62,8 @@ def start(subject: Subject, path: Path, job: Callable[[], None]) -> Saving:
 
 
 def finish(subject: Subject) -> None:
-    """Waits until the last checkpoint of a model has been written; raises as ``Saving.wait``, once."""
-    if (saving := _UNDER_WAY.pop(subject.model, None)) is not None:
+    """Waits until the last checkpoint of a model has been written; raises as ``Saving.wait``, unless that has."""
+    if (saving := _UNDER_WAY.get(subject.model)) is not None:
         saving.wait()
 
 
