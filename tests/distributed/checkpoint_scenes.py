@@ -141,11 +141,14 @@ def killed_while_it_writes(folder: str) -> None:
         found.run(1)
 
 
-def trains(folder: str, steps: int, every: int, after: float, victims: list[int]) -> None:
+def trains(folder: str, steps: int, every: int, after: float, victims: list[int], asynchronous: bool = True) -> float:
     """Trains with a checkpoint at intervals, from the latest one; the first process notes each loss in a file.
 
     Args:
         after: seconds from the first step on, after which this process kills itself if it is among the victims.
+
+    Returns:
+        The seconds from the first step to the last.
     """
     found = training(pace=QUICK)
     notes = Path(folder, "losses.jsonl")
@@ -155,13 +158,15 @@ def trains(folder: str, steps: int, every: int, after: float, victims: list[int]
         timer = Timer(after, os.kill, (os.getpid(), signal.SIGKILL))
         timer.daemon = True
         timer.start()
+    start = time.monotonic()
     with found.pipe.pipeline, notes.open("a") as file:
         while found.step < steps:
             found.run(1)
             if dist.get_rank() == 0:
                 print(json.dumps([found.step - 1, found.losses[found.step - 1].hex()]), file=file, flush=True)
             if found.step % every == 0:
-                found.save(f"{folder}/step_{found.step}", asynchronous=True, keep=2)
+                found.save(f"{folder}/step_{found.step}", asynchronous=asynchronous, keep=2)
+    return time.monotonic() - start
 
 
 if __name__ == "__main__":  # started by torchrun; only the first attempt is hurt
