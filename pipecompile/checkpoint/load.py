@@ -121,7 +121,8 @@ def _refuse_other_model(subject: Subject, known: Described) -> None:
 
 
 def _others(names: Sequence[str]) -> str:
-    return f" and {len(names) - 1} others" if len(names) > 1 else ""
+    more = len(names) - 1
+    return f" and {more} other{'s' if more > 1 else ''}" if more else ""
 
 
 def _refuse_other_optimizer(

@@ -97,7 +97,7 @@ class Subject:
         away = [name for name, tensor in self.tensors.items() if is_away(tensor)]
         if away and self.share is None:
             raise InputError(
-                f"{away[0]!r} and {len(away) - 1} other parameters are in another process; pass the pipe itself, not "
+                f"{away[0]!r} (one of {len(away)} parameters) is in another process; pass the pipe itself, not "
                 f"its model or a module around it"
             )
         return {name: tensor for name, tensor in self.tensors.items() if not is_away(tensor)}

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -127,7 +128,7 @@ def judged(folder: str, asynchronous: bool, expected: Curve) -> Found:
     found = attempts(folder)
     odd = [step for curve in found for step, loss in curve.items() if loss != expected[step]]
     missing = sorted(expected.keys() - {step for curve in found for step in curve})
-    repeated = tuple(max(one) + 1 - min(next_one) for one, next_one in zip(found, found[1:], strict=False))
+    repeated = tuple(max(one) + 1 - min(next_one) for one, next_one in pairwise(found))
     wrong = f"losses of steps {odd} differ" if odd else f"steps {missing} are missing" if missing else ""
     if max(repeated, default=0) > (2 * EVERY if asynchronous else EVERY):
         wrong = wrong or "more steps are repeated than an interval has"
