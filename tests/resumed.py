@@ -76,6 +76,9 @@ WAYS = {
     "no state": Way(_all(torch.optim.SGD, lr=0.1)),
     "a rate that is a tensor": Way(_all(torch.optim.AdamW, lr=torch.tensor(1e-2), foreach=False)),
     "adafactor": Way(_all(torch.optim.Adafactor, lr=1e-2)),
+    "with another parameter": Way(
+        lambda named: torch.optim.AdamW([*(p for _, p in named), nn.Parameter(torch.zeros(()))], lr=1e-2)
+    ),
     "one cycle": Way(
         _all(torch.optim.AdamW), lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=1e-2, total_steps=10)
     ),

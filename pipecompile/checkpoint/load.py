@@ -52,27 +52,31 @@ def load(
     saving.finish(subject)
     company = subject.company
 
-    def examine() -> tuple[dict[str, Any], Metadata, Sequence[torch.optim.Optimizer]]:
+    def examine() -> tuple[dict[str, Any], Metadata]:
         subject.refuse_in_flight("loaded")
         plain, metadata = read_plain(folder), read_metadata(folder)
-        optimizers = subject.optimizers(optimizer)
         _refuse_other_model(subject, described(metadata))
-        if optimizer is not None or (optimizers and plain["optimizer"]):
+        optimizers = subject.optimizers(optimizer)
+        if _goes_on(subject, optimizer, plain):
             _refuse_other_optimizer(subject, plain["optimizer"], optimizers)
-        else:
-            optimizers = ()
         if scheduler is not None:
             _refuse_other_scheduler(plain["scheduler"], scheduler)
-        return plain, metadata, optimizers
+        return plain, metadata
 
-    plain, metadata, optimizers = company.do(examine)
-    company.do(lambda: _read(subject, folder, metadata, plain, optimizers))
+    plain, metadata = company.do(examine)
+    goes_on = _goes_on(subject, optimizer, plain)
+    company.do(lambda: _read(subject, folder, metadata, plain, subject.optimizers(optimizer) if goes_on else ()))
     if scheduler is not None:
         scheduler.load_state_dict(plain["scheduler"])
-    if optimizers:
+    if goes_on:
         set_random_state(plain["random"])
     extra: dict[str, Any] = plain["extra"]
     return extra
+
+
+def _goes_on(subject: Subject, optimizer: object, plain: Mapping[str, Any]) -> bool:
+    """Whether the training is to continue, rather than to begin with these weights."""
+    return optimizer is not None or (subject.steps_inside and plain["optimizer"] is not None)
 
 
 def _read(

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipecompile.errors import InputError
+from pipecompile.errors import CheckpointError, InputError
 
 NUMBERED = re.compile(r"(.*?)(\d+)")
 
@@ -36,11 +36,22 @@ def begin(folder: Path) -> Path:
 
 
 def commit(writing: Path, folder: Path) -> None:
-    """Gives a folder its name, once all that is in it is on the disk. Removes what killed processes left of it."""
+    """Gives a folder its name, once all that is in it is on the disk. Removes what killed processes left of it.
+
+    Raises:
+        CheckpointError: somebody else has written a folder of that name meanwhile.
+    """
     for file in writing.iterdir():
         _sync(file)
     _sync(writing)
-    writing.rename(folder)
+    try:
+        writing.rename(folder)
+    except OSError as error:
+        if not folder.exists():
+            raise
+        raise CheckpointError(
+            f"{str(folder)!r} was written by somebody else meanwhile; let two trainings write to two folders"
+        ) from error
     _sync(folder.parent)
     for left in folder.parent.glob(f".{folder.name}.*.writing"):
         drop(left)

@@ -114,20 +114,24 @@ class Subject:
         first = self.share.has_first()
         return {name: tensor for name, tensor in self.present.items() if id(tensor) in first}
 
+    @property
+    def steps_inside(self) -> bool:
+        """Whether the stages step optimizers of their own."""
+        return self.pipeline is not None and self.pipeline.options.policy.is_asynchronous
+
     def optimizers(self, given: torch.optim.Optimizer | None) -> tuple[torch.optim.Optimizer, ...]:
         """The given one, or those of the stages, for a schedule that steps inside the pipeline.
 
         Raises:
             InputError: one is given although the stages have theirs; or it is no optimizer.
         """
-        inside = self.pipeline is not None and self.pipeline.options.policy.is_asynchronous
-        if inside and given is not None:
-            raise InputError(
-                f"the stages of schedule={self.pipeline.schedule!r} have optimizers of their own, which are saved and "  # type: ignore[union-attr]
-                f"loaded with the pipe; leave out optimizer="
-            )
-        if inside:
-            return self.pipeline.optimizers  # type: ignore[union-attr]
+        if self.pipeline is not None and self.steps_inside:
+            if given is not None:
+                raise InputError(
+                    f"the stages of schedule={self.pipeline.schedule!r} have optimizers of their own, which are saved "
+                    f"and loaded with the pipe; leave out optimizer="
+                )
+            return self.pipeline.optimizers
         if given is not None and not isinstance(given, torch.optim.Optimizer):
             raise InputError(f"optimizer= is a {type(given).__name__}; pass the torch.optim.Optimizer itself")
         return () if given is None else (given,)

@@ -140,6 +140,20 @@ def test_older_ones_are_removed(tmp_path: Path) -> None:
     assert names(tmp_path) == ["epoch_1", "step_11"]
 
 
+def test_of_two_that_write_one_folder_the_first_to_end_has_it(tmp_path: Path, held: threading.Event) -> None:
+    one, two = (pipecompile.save(tmp_path / "step_1", nn.Linear(2, 2), asynchronous=True) for _ in range(2))
+    held.set()
+    ends = []
+    for each in (one, two):
+        try:
+            ends.append(each.wait().name)
+        except pipecompile.CheckpointError as error:
+            ends.append(str(error))
+    assert "step_1" in ends
+    assert [end for end in ends if "was written by somebody else meanwhile" in end or "No such file" in end]
+    assert names(tmp_path) == ["step_1"]
+
+
 def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
     pipecompile.save(tmp_path, nn.Linear(2, 2))
     assert pipecompile.load(tmp_path, nn.Linear(2, 2)) == {}

@@ -71,6 +71,57 @@ def evaluates_after_a_load(folder: str) -> float:
             return found.pipe(batch(0)).item()
 
 
+def flushed(folder: str) -> list[bool]:
+    """Stages that step on their own: a training that is saved after a flush, and one that goes on from there."""
+    torch.set_num_threads(1)
+    processes.Pace = lambda: PATIENT
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("stage",))
+    options = {"schedule": "pipedream", "optimizer": lambda own: torch.optim.AdamW(own, 1e-2), "microbatches": 4}
+
+    def pipe(seed: int) -> Any:
+        torch.manual_seed(seed)
+        layers = (torch.nn.Sequential(torch.nn.Linear(10, 10), torch.nn.Dropout(0.1)) for _ in range(4))
+        return pipecompile.compile(
+            torch.nn.Sequential(*layers),
+            mesh=mesh,
+            loss_fn=torch.nn.functional.mse_loss,
+            costs="count",
+            example_inputs=((rows(0),), {"target": rows(1)}),
+            **options,
+        )
+
+    def rows(step: int) -> Tensor:
+        return torch.randn(8, 10, generator=torch.Generator().manual_seed(step))
+
+    def run(found: Any, first: int) -> list[Tensor]:
+        losses = [found(rows(step), target=rows(step + 1)) for step in range(first, first + 3)]
+        found.pipeline.flush()
+        return [*losses, *found.state_dict().values()]
+
+    one, two = pipe(0), pipe(1)
+    run(one, 0)
+    pipecompile.save(folder, one)
+    expected = run(one, 3)
+    pipecompile.load(folder, two)
+    found = [torch.equal(a, b) for a, b in zip(run(two, 3), expected, strict=True)]
+    for each in (one, two):
+        each.pipeline.close()
+    return found
+
+
+def without_a_stage(folder: str) -> Seen:
+    """Only the first process has one."""
+    found = training(way="with another parameter", plan=pipecompile.PlanOptions(max_stages=1))
+    with found.pipe.pipeline:
+        found.run(2).save(folder)
+        before = seen(found.run(2))
+        found.losses.clear()
+        after = seen(found.load(folder).run(2))
+    assert before[0][3] == after[0][3]
+    assert all(torch.equal(a, b) for a, b in zip(before[1].values(), after[1].values(), strict=True))
+    return after
+
+
 def exports(folder: str) -> None:
     found = training()
     with found.pipe.pipeline:

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -53,11 +53,13 @@ class Found:
         wrong: empty if it is good.
         resumed_at: the first step of each attempt after the first.
         repeated: the number of steps that each of these computed again.
+        kills: the number of ranks that were killed in each attempt; a kill may come after the last step.
     """
 
     wrong: str
     resumed_at: tuple[int, ...] = ()
     repeated: tuple[int, ...] = ()
+    kills: tuple[int, ...] = ()
 
 
 def drawn(draw: random.Random, seconds: dict[int, float]) -> Case:
@@ -96,13 +98,15 @@ def attempts(folder: str) -> list[Curve]:
 
 
 def killed(launcher: Launcher, case: Case, expected: Curve) -> Found:
+    kills = []
     with tempfile.TemporaryDirectory() as folder:
         for after, ranks in (*case.kills, (0.0, ())):
             given = arguments(folder, case.asynchronous, after, ranks)
             ended = launcher.run("checkpoint_scenes:trains", case.size, limit=LIMIT, **given)
             if wrong := _ended_otherwise(ended, ranks):
                 return Found(f"{wrong}\n{report(ended)}")
-        return judged(folder, case.asynchronous, expected)
+            kills.append(sum(each.code == -signal.SIGKILL for each in ended))
+        return replace(judged(folder, case.asynchronous, expected), kills=tuple(kills))
 
 
 def restarted(case: Case, expected: Curve) -> Found:
@@ -121,7 +125,8 @@ def restarted(case: Case, expected: Curve) -> Found:
         )
         if done.returncode:
             return Found(f"torchrun ended with {done.returncode}\n{done.stderr[-3000:]}")
-        return judged(folder, case.asynchronous, expected)
+        hit = len(case.kills[0][1]) if done.stderr.count("Signal 9") else 0
+        return replace(judged(folder, case.asynchronous, expected), kills=(hit,))
 
 
 def judged(folder: str, asynchronous: bool, expected: Curve) -> Found:
@@ -163,11 +168,10 @@ def main() -> int:
             found = restarted(case, curve) if given.torchrun else killed(launcher, case, curve)
             bad += bool(found.wrong)
             repeated[case.asynchronous] += found.repeated
-            used = case.kills[:1] if given.torchrun else case.kills
-            kills, whole = kills + len(used), whole + sum(len(ranks) == case.size for _, ranks in used)
+            kills, whole = kills + sum(map(bool, found.kills)), whole + found.kills.count(case.size)
             print(
-                f"{number}: {case}: {found.wrong or 'the same curve'}, resumed at {found.resumed_at}, repeated "
-                f"{found.repeated} steps, {time.monotonic() - start:.1f} s",
+                f"{number}: {case}: {found.wrong or 'the same curve'}, killed {found.kills}, resumed at "
+                f"{found.resumed_at}, repeated {found.repeated} steps, {time.monotonic() - start:.1f} s",
                 flush=True,
             )
     finally:

@@ -74,6 +74,17 @@ def test_the_first_call_after_a_load_may_be_an_evaluation(launcher: Launcher, sa
     assert len(set(found)) == 1
 
 
+def test_the_stages_own_optimizers_go_on(launcher: Launcher, tmp_path: Path) -> None:
+    found = launcher.returned("checkpoint_scenes:flushed", 2, limit=LIMIT, folder=str(tmp_path / "flushed"))
+    assert all(len(each) > 3 and all(each) for each in found), found
+
+
+def test_a_process_without_a_stage(launcher: Launcher, tmp_path: Path) -> None:
+    one, two = launcher.returned("checkpoint_scenes:without_a_stage", 2, limit=LIMIT, folder=str(tmp_path / "step_2"))
+    assert one[0] == two[0]
+    assert len(one[1]) > 10
+
+
 def test_processes_export_together(launcher: Launcher, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
