@@ -34,7 +34,7 @@ ACCEPTED = {
     ("pathlib", "WindowsPath"),
     ("pathlib._local", "PosixPath"),
     ("pathlib._local", "WindowsPath"),
-    *(("torch.distributed.checkpoint.filesystem", name) for name in ("_StorageInfo",)),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     *(
         ("torch.distributed.checkpoint.metadata", name)
         for name in (
@@ -57,8 +57,9 @@ def is_complete(folder: Path) -> bool:
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, Tensor], company: Company) -> None:
-    """Writes the tensors of all processes; each key must be in one of them."""
-    planner, writer = DefaultSavePlanner(), FileSystemWriter(folder, overwrite=False)
+    """Writes the tensors of all processes; each key must be in one of them, and its tensor on the CPU."""
+    planner = DefaultSavePlanner()
+    writer = FileSystemWriter(folder, overwrite=False, per_thread_copy_ahead=0)  # nothing is to be copied from devices
     is_first = company.rank == 0
     planner.set_up_planner(dict(tensors), writer.storage_meta(), is_first)
     writer.set_up_storage_writer(is_first, rank=company.rank, use_collectives=True)

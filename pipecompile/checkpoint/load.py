@@ -49,8 +49,8 @@ def load(
     """
     subject, folder = Subject.of(model), Path(directory)
     subject.agree(f"load {str(folder)!r}")
-    saving.finish(subject)
     company = subject.company
+    company.do(lambda: saving.finish(subject))
 
     def examine() -> tuple[dict[str, Any], Metadata]:
         subject.refuse_in_flight("loaded")
@@ -139,8 +139,9 @@ def _refuse_other_optimizer(
             f"the checkpoint has the state of {kept['class']}, which {class_of(optimizers)} cannot continue; make the "
             f"same optimizer, or leave out optimizer= to load the weights alone"
         )
-    refuse_other_parameters(subject.tensors, subject.written, optimizers, kept["parameters"])
-    refuse_split_groups({id(t): name for name, t in subject.tensors.items()}, optimizers, kept["parameters"])
+    parameters = kept["parameters"]
+    refuse_other_parameters(subject.written, optimizers, parameters)
+    refuse_split_groups({id(tensor): name for name, tensor in subject.tensors.items()}, optimizers, parameters)
 
 
 def _refuse_other_scheduler(state: Mapping[str, Any] | None, scheduler: Any) -> None:

@@ -15,7 +15,7 @@ Kept = Mapping[str, Mapping[str, Any]]  # by parameter: the fields of ``named_st
 
 
 def refuse_other_parameters(
-    model: Mapping[str, Tensor], written: Mapping[str, Tensor], optimizers: Sequence[torch.optim.Optimizer], kept: Kept
+    written: Mapping[str, Tensor], optimizers: Sequence[torch.optim.Optimizer], kept: Kept
 ) -> None:
     """Raises ``InputError`` if optimizers have other parameters of this process than those that were saved."""
     own = {id(parameter) for optimizer in optimizers for parameter, _ in parameters_of(optimizer)}

@@ -62,17 +62,17 @@ def save(
     """
     subject, folder = Subject.of(model), Path(directory)
     subject.agree(f"save to {str(folder)!r}{' in the background' if asynchronous else ''}")
-    saving.finish(subject)
     company = subject.company
+    company.do(lambda: saving.finish(subject))
     state, plain = company.do(lambda: _state(subject, folder, optimizer, scheduler, extra, keep))
     kept = company.gathered(({name: asdict(each) for name, each in state.kept.items()}, state.optimizer))
     parts = {name: each for part, _ in kept for name, each in part.items()}
     kinds = sorted({kind for _, kind in kept if kind})
     company.do(lambda: _refuse_kinds(kinds))
     plain["optimizer"] = {"class": kinds[0], "parameters": parts} if kinds else None
+    # what is written must be in the host's memory: another thread would not wait for this thread's streams
+    tensors = {key: tensor.to("cpu", copy=asynchronous) for key, tensor in state.tensors.items()}
     writing = company.do_first(lambda: staged.begin(folder))
-    company.do(lambda: _refuse_unseen(writing))
-    tensors = {key: _copied(tensor) for key, tensor in state.tensors.items()} if asynchronous else state.tensors
     job = partial(_write, subject.company_beside, tensors, packed(plain), writing, folder, keep)
     found = saving.start(subject, folder, job)
     if subject.pipeline is not None:
@@ -119,11 +119,6 @@ def _refuse_unseen(writing: Path) -> None:
         )
 
 
-def _copied(tensor: Tensor) -> Tensor:
-    """A copy in the memory of the host, which no later step changes."""
-    return tensor.detach().to("cpu", copy=True)
-
-
 def _write(
     company: Company,
     tensors: Mapping[str, Tensor],
@@ -141,6 +136,7 @@ def _write(
             staged.prune(folder, keep)
 
     try:
+        company.do(lambda: _refuse_unseen(writing))
         write_tensors(writing, tensors, company)
         company.do_first(commit)
     except Exception:
