@@ -1,6 +1,10 @@
 """Trains GPT-2 over several processes, one for each stage, on one machine or many.
 
     torchrun --nproc-per-node 4 examples/train_distributed.py --steps 20
+    torchrun --nproc-per-node 4 --max-restarts 3 examples/train_distributed.py --checkpoints runs/gpt2 --every 5
+
+The second one saves its state every five steps. Whenever it is started, also with another number of processes, it goes
+on from the latest checkpoint, with the losses that it would have had.
 
 Every process runs this script and makes the same calls on the same batches. The first one plans; each then has the
 weights of its own stage only. The loss is known to all of them, other outputs to the process that makes them.
@@ -10,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -44,8 +49,12 @@ def main() -> None:
         model, mesh=mesh, schedule=options.schedule, microbatches=options.microbatches, example_inputs=data[0]
     )
     optimizer = torch.optim.Adam(pipe.parameters(), lr=options.learning_rate)  # of this process's stage
+    first = 0
+    if options.checkpoints and (path := pipecompile.latest(options.checkpoints)):
+        first = pipecompile.load(path, pipe, optimizer)["step"]
+        console.print(f"goes on from {path}")
     with pipe.pipeline:
-        for step, batch in enumerate(data):
+        for step, batch in enumerate(data[first:], first):
             start = time.perf_counter()
             loss = pipe(**batch).loss
             loss.backward()
@@ -55,6 +64,9 @@ def main() -> None:
             if step % 5 == 0 or step == options.steps - 1:
                 seconds = time.perf_counter() - start
                 console.print(f"step {step:3d}   loss {loss.item():.4f}   norm {norm.item():.2f}   {seconds:.2f} s")
+            if options.checkpoints and (step + 1) % options.every == 0:
+                path = options.checkpoints / f"step_{step + 1}"
+                pipecompile.save(path, pipe, optimizer, extra={"step": step + 1}, keep=2, asynchronous=True)
         own = sum(parameter.numel() for parameter in pipe.parameters()) / 1e6
         print(f"rank {rank} trained {own:.2f} of {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M", flush=True)
     dist.destroy_process_group()
@@ -69,6 +81,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=256, help="of the model without pretrained weights")
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--checkpoints", type=Path, help="where to save, and to go on from")
+    parser.add_argument("--every", type=int, default=10, help="steps between two checkpoints")
     return parser.parse_args()
 
 

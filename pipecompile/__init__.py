@@ -11,9 +11,14 @@ A model is captured as a ``Graph``, profiled to a ``CostedGraph``, cut along a `
 
 from pipecompile.api import compile
 from pipecompile.batching.options import Batching
+from pipecompile.checkpoint.export_safetensors import export_safetensors
+from pipecompile.checkpoint.latest import latest
+from pipecompile.checkpoint.load import load
+from pipecompile.checkpoint.save import save
 from pipecompile.compiler.report import Report
 from pipecompile.errors import (
     CaptureError,
+    CheckpointError,
     ExactnessError,
     ExecutionError,
     InfeasibleError,
@@ -37,6 +42,7 @@ from pipecompile.runtime.out_of_memory import OutOfMemoryError
 __all__ = [
     "Batching",
     "CaptureError",
+    "CheckpointError",
     "Cluster",
     "CostedGraph",
     "ExactnessError",
@@ -55,5 +61,9 @@ __all__ = [
     "Report",
     "Timeline",
     "compile",
+    "export_safetensors",
+    "latest",
+    "load",
+    "save",
     "simulate",
 ]

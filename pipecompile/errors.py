@@ -7,6 +7,7 @@
     │   └── InfeasibleError  no plan meets a bound (memory, number of stages)
     ├── ProgramError         the instructions are not a valid program
     │   └── DeadlockError    a rank would wait forever
+    ├── CheckpointError      a checkpoint cannot be written, or its files cannot be read
     ├── InputError           arguments do not fit the model, the pipeline or the devices
     ├── ReentryError         the pipeline is called by code that it runs itself
     ├── ExecutionError       a stage raised while a program ran
@@ -44,6 +45,10 @@ class ProgramError(PipecompileError):
 
 class DeadlockError(ProgramError):
     """A rank would wait forever."""
+
+
+class CheckpointError(PipecompileError):
+    """A checkpoint cannot be written, or its files cannot be read."""
 
 
 class InputError(PipecompileError, ValueError):

@@ -120,7 +120,7 @@ def _of_a_process(base: type[nn.Module], share: Share) -> dict[str, Any]:
     def refuse(pipe: Any, *args: Any, **kwargs: Any) -> Any:
         raise InputError(
             "no process of this pipeline has the whole model, so it cannot generate or load a state; load the weights "
-            "before compile()"
+            "before compile(), or use pipecompile.load()"
         )
 
     generates = {GENERATE: refuse} if hasattr(base, GENERATE) else {}

@@ -70,6 +70,7 @@ class Pipeline:
         devices: one per rank.
         options: the options of ``compile``.
         share: what this process has of the model, if several processes run the ranks.
+        before_close: called by ``close``, for what goes on beside the calls.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class Pipeline:
         self._proofs: dict[tuple[int, bool], Proof] = {}  # by the identity of the capture, and whether it trained
         self._left_out: dict[tuple[int, bool], str] = {}  # why a capture was not compared
         self._own = dict(named_tensors(model))  # the model's own tensors when last checked
+        self.before_close: list[Callable[[], object]] = []
         self._calls = 0
         self._first: Compiled | None = None
         self._placement: Compiled | None = None  # a capture of the pipeline that this one was copied from
@@ -204,6 +206,16 @@ class Pipeline:
     def versions(self) -> tuple[int, ...]:
         """For each stage, the largest number of weight versions alive at the same time."""
         return tuple(weights.peak for weights in self._session.weights.values())
+
+    @property
+    def optimizers(self) -> tuple[torch.optim.Optimizer, ...]:
+        """For schedules that step inside the pipeline: the optimizers of the stages that this process runs."""
+        return self._session.optimizers(self._capture_in_use) if self.options.policy.is_asynchronous else ()
+
+    @property
+    def is_in_flight(self) -> bool:
+        """Whether microbatches of an asynchronous schedule wait for their backwards, until the next call or flush."""
+        return bool(self._session.stream.carried)
 
     @property
     def _capture_in_use(self) -> Compiled:
@@ -382,8 +394,19 @@ class Pipeline:
     def close(self) -> None:
         """Ends the pipeline's threads. It cannot be called afterwards. ``with pipe.pipeline:`` closes it at the end.
 
-        In several processes, all of them close it, and each waits for the others.
+        In several processes, all of them close it, and each waits for the others. A checkpoint that is being written is
+        completed first.
+
+        Raises:
+            CheckpointError: it could not be written.
         """
+        try:
+            for finish in self.before_close:
+                finish()
+        finally:
+            self._end()
+
+    def _end(self) -> None:
         self._session.close()
         if self.share is not None:
             self.share.processes.close()
@@ -392,9 +415,13 @@ class Pipeline:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is not None and self.share is not None:
+        if error is None:
+            self.close()
+            return
+        if self.share is not None:
             self.share.processes.failure(error)  # the others learn why this one does not come
-        self.close()
+        with suppress(PipecompileError):  # of a checkpoint that is being written: the first error is the one to raise
+            self.close()
 
     def copied(self, memo: dict[int, Any]) -> Pipeline:
         """A pipeline of a copy of the model, with the same placement; it captures the copy at its first call.

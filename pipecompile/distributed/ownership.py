@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from pipecompile.capture.origin import origin_of
@@ -75,6 +77,19 @@ def written_by_stages(compiled: Compiled) -> dict[str, set[int]]:
             for name in origin_of(node).writes:
                 written.setdefault(name, set()).add(plan.rank_of[stage])
     return written
+
+
+def foreign(captures: Sequence[Compiled], rank: int) -> frozenset[int]:
+    """The tensors whose present values only other ranks have, by ``id``: the parameters that others train, and buffers.
+
+    Args:
+        captures: of the pipeline; the first one decides who trains a parameter.
+    """
+    model, mine = captures[0].captured.model, owned(captures[0], rank)
+    buffers = frozenset[str]().union(*(foreign_buffers(compiled, rank) for compiled in captures))
+    parameters = set(map(id, model.parameters()))
+    tensors = named_tensors(model)
+    return frozenset(id(t) for name, t in tensors if name in buffers or (id(t) in parameters and name not in mine))
 
 
 def _stages_of(compiled: Compiled, rank: int) -> list[int]:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import hashlib
 import pickle
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipecompile.distributed.background import Background
 from pipecompile.distributed.control import Control, store_of_the_group
 from pipecompile.distributed.grid import Grid
 from pipecompile.distributed.members import Members
@@ -58,6 +60,7 @@ class Processes:
         self.column = Members(grid.column(self.rank), self._call) if grid.parts > 1 else None
         self.carrier: RemoteTransport | None = None
         self.calls = 0
+        self._background: Background | None = None
 
     # What the runtime asks
 
@@ -167,6 +170,26 @@ class Processes:
             return error
         found = self.control.report(self.control.mine("", f"{type(error).__name__}: {error}"))
         return found if isinstance(error, Exception) else error
+
+    # What goes on beside the calls
+
+    @property
+    def background(self) -> Background:
+        """Collectives beside those of the calls. All processes must ask for it first at the same point."""
+        if self._background is None:
+            self._background = Background(Worker(self.control), Members(self.grid.all, self._call))
+        return self._background
+
+    def waited(self, future: Future[T]) -> T:
+        """The result of a job of the background.
+
+        Raises:
+            RankError: a rank has failed.
+        """
+        try:
+            return self.background.worker.wait(future)
+        except Aborted:
+            raise self.control.error() from None
 
     def close(self) -> None:
         """Waits for what is under way, and ends the control channel."""

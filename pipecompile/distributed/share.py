@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from pipecompile.capture import Call
 from pipecompile.capture.state.model_state import named_tensors
 from pipecompile.distributed.clip_grad_norm import clip_grad_norm_
-from pipecompile.distributed.ownership import foreign_buffers, held, owned, refuse_missing, written_by_stages
+from pipecompile.distributed.ownership import foreign, held, owned, refuse_missing, written_by_stages
 from pipecompile.distributed.processes import Processes
 from pipecompile.distributed.whole_batch import whole_batch
 from pipecompile.errors import CaptureError, InputError
@@ -115,11 +115,7 @@ class Share:
         Raises:
             InputError: the model has not been split.
         """
-        if not self.captures:
-            raise InputError(
-                "the parameters of each process are not known before the model is split; pass example_inputs= to "
-                "compile(), or call the pipeline first"
-            )
+        self._refuse_early()
         return owned(self.captures[0], self.processes.rank)
 
     def parameters(self, every: Iterator[tuple[str, nn.Parameter]], prefix: str) -> Iterator[tuple[str, nn.Parameter]]:
@@ -142,19 +138,36 @@ class Share:
 
     def _leave_out(self, module: nn.Module, state: MutableMapping[str, Any], prefix: str, _: Any) -> None:
         """A hook of each module: its tensors of which another process has the present values."""
-        foreign = self._foreign
+        foreign = self.foreign(self.processes.rank)
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if id(tensor) in foreign:
                 state.pop(f"{prefix}{name}", None)
 
-    @property
-    def _foreign(self) -> set[int]:
-        """The tensors of which another process has the present values, by ``id``."""
-        mine, rank = self.owned, self.processes.rank
-        buffers = frozenset().union(*(foreign_buffers(compiled, rank) for compiled in self.captures))
-        parameters = set(map(id, self.model.parameters()))
-        tensors = named_tensors(self.model)
-        return {id(t) for name, t in tensors if name in buffers or (id(t) in parameters and name not in mine)}
+    def foreign(self, rank: int) -> frozenset[int]:
+        """The tensors whose present values only other processes than that of a rank have, by ``id``.
+
+        Raises:
+            InputError: the model has not been split.
+        """
+        self._refuse_early()
+        return foreign(self.captures, rank)
+
+    def has_first(self) -> frozenset[int]:
+        """The tensors whose present values this process has, but none of a lower rank or part, by ``id``."""
+        rank = self.processes.rank
+        if self.processes.part:
+            self._refuse_early()
+            return frozenset()
+        below = frozenset.intersection(*(self.foreign(lower) for lower in range(rank))) if rank else None
+        here = frozenset(id(tensor) for _, tensor in named_tensors(self.model)) - self.foreign(rank)
+        return here if below is None else here & below
+
+    def _refuse_early(self) -> None:
+        if not self.captures:
+            raise InputError(
+                "the parameters of each process are not known before the model is split; pass example_inputs= to "
+                "compile(), or call the pipeline first"
+            )
 
     def _warn_of_norms(self) -> None:
         """Warns once if a function of torch's asks for the parameters to compute the norm of all gradients."""

@@ -45,6 +45,16 @@ class Worker:
             Aborted: there is a cause; the function may run on.
             TimeoutError: the time was up; the function may run on.
         """
+        return self.wait(self.start(function), seconds)
+
+    def wait(self, future: Future[T], seconds: float | None = None) -> T:
+        """The result of a function that was started; raises as ``call``."""
+        if not self.control.wait_for(future.done, seconds, self.peer):
+            raise TimeoutError
+        return future.result()
+
+    def start(self, function: Callable[[], T]) -> Future[T]:
+        """Runs a function after the jobs put before it; does not wait."""
         future: Future[T] = Future()
         changed = self.control.changed
 
@@ -61,9 +71,7 @@ class Worker:
                 changed.notify_all()
 
         self.put(job)
-        if not self.control.wait_for(future.done, seconds, self.peer):
-            raise TimeoutError
-        return future.result()
+        return future
 
 
 def is_lost(error: Exception) -> bool:

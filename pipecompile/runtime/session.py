@@ -175,6 +175,11 @@ class Session:
                 raise late from error
             raise
 
+    def optimizers(self, compiled: Compiled) -> tuple[torch.optim.Optimizer, ...]:
+        """The optimizers that step inside the pipeline, of the stages of this process."""
+        self._own(compiled)
+        return tuple(weights.optimizer for weights in self.weights.values() if weights.optimizer is not None)
+
     def forget(self) -> None:
         """Drops the stages; the next program brings its own."""
         self.weights, self.executors = {}, {}

@@ -116,7 +116,7 @@ def test_what_processes_cannot_do_is_refused_by_all(launcher: Launcher) -> None:
         "names": "mesh= has the dimensions ('rows',)",
         "both": "give one of them",
         "replan": "cannot be planned anew",
-        "load": "load the weights before compile()",
+        "load": "load the weights before compile(), or use pipecompile.load()",
         "early": "pass example_inputs= to compile()",
     }
     for said in found:
