@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from toys import VOCABULARY, D
 import pipecompile
 
 ROWS = 8
+ALL = slice(None)
 
 
 class Net(nn.Module):
@@ -98,7 +99,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     scheduler: Any
     losses: dict[int, float]
-    rows: slice = slice(None)
+    rows: slice = field(default_factory=lambda: ALL)
     step: int = 0
 
     def run(self, steps: int) -> Training:
@@ -129,9 +130,7 @@ class Training:
 FIRST = next(iter(WAYS))
 
 
-def begun(
-    way: str = FIRST, seed: int = 0, model: nn.Module | None = None, rows: slice = slice(None), **place: Any
-) -> Training:
+def begun(way: str = FIRST, seed: int = 0, model: nn.Module | None = None, rows: slice = ALL, **place: Any) -> Training:
     """A training before its first step; without a place, of the model that is not split."""
     torch.manual_seed(seed)
     net = Net() if model is None else model
