@@ -37,6 +37,7 @@ ragged: .venv/installed
 faults: .venv/installed
 	$(BIN)/python tests/faults_run.py --count 1160 --jobs 2
 	$(BIN)/python tests/distributed/faults_run.py --count 200 --seed $(SEED)
+	$(BIN)/python tests/distributed/resume_run.py --count 20 --seed $(SEED)
 
 wild: .venv-wild/installed
 	.venv-wild/bin/python tests/wild_run.py --jobs 2 --results out/wild.json $(PAGES)

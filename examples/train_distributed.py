@@ -1,10 +1,11 @@
 """Trains GPT-2 over several processes, one for each stage, on one machine or many.
 
     torchrun --nproc-per-node 4 examples/train_distributed.py --steps 20
-    torchrun --nproc-per-node 4 --max-restarts 3 examples/train_distributed.py --checkpoints runs/gpt2 --every 5
+    torchrun --nproc-per-node 4 examples/train_distributed.py --checkpoints runs/gpt2 --every 5
 
 The second one saves its state every five steps. Whenever it is started, also with another number of processes, it goes
-on from the latest checkpoint, with the losses that it would have had.
+on from the latest checkpoint, with the losses that it would have had. docs/checkpoints.md has the command with which
+torchrun itself starts it again.
 
 Every process runs this script and makes the same calls on the same batches. The first one plans; each then has the
 weights of its own stage only. The loss is known to all of them, other outputs to the process that makes them.
