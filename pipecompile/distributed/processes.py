@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
 
@@ -17,7 +18,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from pipecompile.distributed.control import Control, store_of_the_group
-from pipecompile.distributed.remote_transport import RemoteTransport, Spec
+from pipecompile.distributed.exchange import exchange, spread
+from pipecompile.distributed.lines import Lines
+from pipecompile.distributed.remote_transport import RemoteTransport
 from pipecompile.distributed.watch import Cause, Pace
 from pipecompile.distributed.worker import Worker
 from pipecompile.errors import ExecutionError, InputError, RankError
@@ -51,6 +54,7 @@ class Processes:
         self.control = Control(self.rank, len(ranks), store_of_the_group(), self.pace)
         self.worker = Worker(self.control)
         self.group: dist.ProcessGroup = self._call(self._new_group)
+        self.lines = Lines(self.control, self.ranks_of_world, self.group)
         self.carrier: RemoteTransport | None = None
         self.calls = 0
 
@@ -88,7 +92,7 @@ class Processes:
 
     def transport(self, lanes: Mapping[int, Lane], rank_of: Sequence[int]) -> RemoteTransport:
         if self.carrier is None:  # one for all captures, which share their placement: their messages are in one order
-            self.carrier = RemoteTransport(self.control, self.ranks_of_world, self.group, lanes, rank_of)
+            self.carrier = RemoteTransport(self.lines, lanes, rank_of)
         assert tuple(rank_of) == tuple(self.carrier.rank_of)
         return self.carrier
 
@@ -104,8 +108,8 @@ class Processes:
         values = list(tensors)
         said = f"call {self.calls}, {what}"
         mine = torch.tensor([_digest(said.encode()), _digest(*map(_content, values))])
-        found = [torch.empty_like(mine) for _ in self.ranks_of_world]
-        self._call(lambda: dist.all_gather(found, mine, self.group), self.pace.absent, said)
+        with self._failing(said):
+            found = exchange(self.lines, self.rank, mine, self.pace.absent)
         if all(torch.equal(other, found[0]) for other in found):
             return
         words: list[str] = [""] * len(found)
@@ -152,19 +156,8 @@ class Processes:
     def spread(
         self, made: Mapping[str, Tensor], makers: Mapping[str, int], wanted: Container[str]
     ) -> Mapping[str, Tensor]:
-        found = dict(made)
-        for maker in sorted(set(makers.values())):
-            names = [name for name, rank in makers.items() if rank == maker]
-            own: list[tuple[Spec, Tensor | None]] = []
-            for name in names if self.rank == maker else ():
-                goes = self.spreads_all or name in wanted
-                own.append((Spec.of(made[name]), made[name].detach().to("cpu") if goes else None))
-            said = pickle.loads(self._broadcast(pickle.dumps(own), maker))
-            for name, (spec, value) in zip(names, said, strict=True):
-                if name not in found:
-                    there = torch.empty(spec.shape, dtype=spec.dtype, device="meta") if value is None else value
-                    found[name] = there.requires_grad_(spec.requires_grad)
-        return {name: found[name] for name in makers}
+        with self._failing():
+            return spread(self.lines, self.rank, made, makers, "all" if self.spreads_all else wanted)
 
     def failure(self, error: BaseException) -> BaseException:
         if isinstance(error, Aborted):
@@ -194,8 +187,7 @@ class Processes:
     def close(self) -> None:
         """Waits for what is under way, and ends the control channel."""
         if self.control.cause is None:
-            if self.carrier is not None:
-                self.carrier.flush()
+            self.lines.flush()
             self._call(lambda: dist.barrier(self.group))
         self.control.close()
 
@@ -205,18 +197,28 @@ class Processes:
         self._call(lambda: dist.broadcast_object_list(box, self.ranks_of_world[source], self.group))
         return box[0]
 
-    def _call(self, collective: Callable[[], T], seconds: float | None = None, what: str = "") -> T:
+    def _call(self, collective: Callable[[], T]) -> T:
         """Runs a collective in the worker.
 
         Raises:
-            RankError: a rank has failed, or has not come in time.
+            RankError: a rank has failed.
+        """
+        with self._failing():
+            return self.worker.call(collective)
+
+    @contextmanager
+    def _failing(self, what: str = "") -> Iterator[None]:
+        """Raises, for a wait that was ended, the error of all ranks.
+
+        Args:
+            what: is waited for, if that may be too long.
         """
         try:
-            return self.worker.call(collective, seconds)
+            yield
         except Aborted:
             raise self.control.error() from None
         except TimeoutError:
-            waited = f"waited {seconds:g} s in {what} for the others, of which one makes no call"
+            waited = f"waited {self.pace.absent:g} s in {what} for the others, of which one makes no call"
             raise self.control.report(Cause(self.rank, self.control.watch.host, "", waited)) from None
 
 
