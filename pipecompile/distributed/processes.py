@@ -20,10 +20,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from pipecompile.distributed.control import Control, store_of_the_group
 from pipecompile.distributed.exchange import exchange, spread
 from pipecompile.distributed.lines import Lines
+from pipecompile.distributed.measure import measure, with_measured_processes
 from pipecompile.distributed.remote_transport import RemoteTransport
 from pipecompile.distributed.watch import Cause, Pace
 from pipecompile.distributed.worker import Worker
 from pipecompile.errors import ExecutionError, InputError, RankError
+from pipecompile.ir.cluster import Cluster
 from pipecompile.runtime.lane import Lane
 from pipecompile.runtime.transport import Aborted
 
@@ -158,6 +160,12 @@ class Processes:
     ) -> Mapping[str, Tensor]:
         with self._failing():
             return spread(self.lines, self.rank, made, makers, "all" if self.spreads_all else wanted)
+
+    def measured(self, cluster: Cluster) -> Cluster:
+        self.agree("to measure the links between processes")
+        with self._failing():
+            mine = measure(self.lines, self.rank, self.control.watch.host)
+        return with_measured_processes(cluster, self.gathered(mine))
 
     def failure(self, error: BaseException) -> BaseException:
         if isinstance(error, Aborted):

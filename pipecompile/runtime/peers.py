@@ -12,6 +12,7 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor
 
+from pipecompile.ir.cluster import Cluster
 from pipecompile.runtime.lane import Lane
 from pipecompile.runtime.transport import LocalTransport, Transport
 
@@ -64,6 +65,9 @@ class Peers(Protocol):
             wanted: the values that all processes need; of the others they get a tensor on the meta device.
         """
 
+    def measured(self, cluster: Cluster) -> Cluster:
+        """The cluster with the links between processes and the speeds of their hosts, measured by all of them."""
+
     def failure(self, error: BaseException) -> BaseException:
         """The error to raise for one that this process has met; the same in all processes."""
 
@@ -92,6 +96,9 @@ class OneProcess:
         self, made: Mapping[str, Tensor], makers: Mapping[str, int], wanted: Container[str]
     ) -> Mapping[str, Tensor]:
         return made
+
+    def measured(self, cluster: Cluster) -> Cluster:
+        return cluster
 
     def failure(self, error: BaseException) -> BaseException:
         return error
