@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,11 +71,12 @@ def sequential(setting: Setting) -> nn.Sequential:
     return nn.Sequential(Embedding(setting), *(Block(setting.width) for _ in range(setting.layers)), head)
 
 
-def hugging_face(setting: Setting) -> nn.Module:
+def hugging_face(setting: Setting, **options: Any) -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
     sizes = {"n_layer": setting.layers, "n_embd": setting.width, "n_head": max(1, setting.width // 64)}
     off = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0}
-    config = GPT2Config(vocab_size=setting.vocabulary, n_positions=setting.length, use_cache=False, **sizes, **off)
+    sizes |= {"vocab_size": setting.vocabulary, "n_positions": setting.length}
+    config = GPT2Config(use_cache=False, **sizes, **off, **options)
     return GPT2LMHeadModel(config)

@@ -269,9 +269,7 @@ class Pipeline:
         captured = batch.compiled.captured
         trains = torch.is_grad_enabled() and any(output.requires_grad for output in captured.results)
         key = (id(batch.compiled), trains)
-        if any(p.is_meta for p in self.model.parameters()) or not due(
-            self.options.verify, self._calls, key in self._proofs
-        ):
+        if not due(self.options.verify, self._calls, key in self._proofs) or self._has_no_values:
             return
         if self.share is not None and self.share.is_settled:
             self._left_out[key] = "not compared: no process has the whole model any more"
@@ -291,8 +289,13 @@ class Pipeline:
         with CAPTURING.taken(), saved_as_they_are():
             self._proofs[key] = self._session.peers.shared(lambda: prove(trial))
 
+    @property
+    def _has_no_values(self) -> bool:
+        """Whether the model is on the meta device, by its tensors when last checked, which is in each call."""
+        return any(t.is_meta for t in self._own.values() if isinstance(t, nn.Parameter))
+
     def _run(self, batch: steps.Batch) -> dict[str, Tensor]:
-        if any(p.is_meta for p in self.model.parameters()):
+        if self._has_no_values:
             raise InputError(NO_VALUES)
         captured = batch.compiled.captured
         loss = find_loss(captured, self.options.loss_output)
@@ -489,12 +492,11 @@ class Pipeline:
         refuse_default_device(self.devices)
         check_surroundings(pytree.tree_leaves((args, kwargs)))
         call = read_call(self.signature, args, kwargs, self._batched, self.options.batching.in_dims)
-        if not any(p.is_meta for p in self.model.parameters()):
-            for name, tensor in call.tensors.items():
-                if tensor.is_meta:
-                    raise InputError(
-                        f"argument {name!r} is on the meta device, so it has no values; pass a tensor on a real device"
-                    )
+        for name, tensor in call.tensors.items():
+            if tensor.is_meta and not any(p.is_meta for p in self.model.parameters()):
+                raise InputError(
+                    f"argument {name!r} is on the meta device, so it has no values; pass a tensor on a real device"
+                )
         sizes: tuple[int, ...] = ()
         part: steps.Part | None = None
         if self.share is not None:

@@ -86,10 +86,13 @@ def compile_call(
         carried = carry_over(first.plan, first.graph, graph)
         return _cut(division, graph, first.planned, devices, options, carried, apart=peers.are_several)
     work = _work(division, options)
+    given = options.cluster
+    if given is None and peers.are_several and _are_measured(model, options):
+        given = peers.measured(cluster_of(devices))
 
     def plan() -> Planned:
         costed = _costed(division.body, graph, options, devices, reach)
-        cluster = options.cluster or cluster_of(devices, measure=costed.measured)
+        cluster = given or cluster_of(devices, measure=costed.measured and not peers.are_several)
         return planned(costed, cluster, work, options.plan)
 
     found = _planned_by_one(peers, plan, work)
@@ -173,8 +176,14 @@ def _cut(
 
 def _is_real(model: nn.Module, options: Options) -> bool:
     """Whether costs are measured on this machine, for devices of this machine."""
-    measured = options.costs in (None, "measure") and not any(p.is_meta for p in model.parameters())
-    return measured and options.cluster is None
+    return not isinstance(options.costs, CostedGraph) and _are_measured(model, options) and options.cluster is None
+
+
+def _are_measured(model: nn.Module, options: Options) -> bool:
+    """Whether the costs of the first capture are measured, now or before they were saved."""
+    if isinstance(options.costs, CostedGraph):
+        return options.costs.measured
+    return options.costs in (None, "measure") and not any(p.is_meta for p in model.parameters())
 
 
 def _rehearsed(

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -17,12 +18,16 @@ from torch import Tensor
 
 from pipecompile.distributed.background import Background
 from pipecompile.distributed.control import Control, store_of_the_group
+from pipecompile.distributed.exchange import exchange, spread
 from pipecompile.distributed.grid import Grid
+from pipecompile.distributed.lines import Lines
+from pipecompile.distributed.measure import measure, with_measured_processes
 from pipecompile.distributed.members import Members
-from pipecompile.distributed.remote_transport import RemoteTransport, Spec
+from pipecompile.distributed.remote_transport import RemoteTransport
 from pipecompile.distributed.watch import Cause, Pace
 from pipecompile.distributed.worker import Worker
 from pipecompile.errors import ExecutionError, InputError, RankError
+from pipecompile.ir.cluster import Cluster
 from pipecompile.runtime.lane import Lane
 from pipecompile.runtime.transport import Aborted
 
@@ -58,6 +63,8 @@ class Processes:
         self.all = Members(grid.all, self._call)
         self.row = self.all if grid.parts == 1 else Members(grid.row(self.part), self._call)
         self.column = Members(grid.column(self.rank), self._call) if grid.parts > 1 else None
+        self.lines = Lines(self.control, self.row, [grid.place(self.part, rank) for rank in range(grid.ranks)])
+        self.lines_to_all = self.lines if grid.parts == 1 else Lines(self.control, self.all, range(len(grid.all)))
         self.carrier: RemoteTransport | None = None
         self.calls = 0
         self._background: Background | None = None
@@ -69,8 +76,7 @@ class Processes:
 
     def transport(self, lanes: Mapping[int, Lane], rank_of: Sequence[int]) -> RemoteTransport:
         if self.carrier is None:  # one for all captures, which share their placement: their messages are in one order
-            places = [self.grid.place(self.part, rank) for rank in range(self.grid.ranks)]
-            self.carrier = RemoteTransport(self.control, self.row, places, lanes, rank_of)
+            self.carrier = RemoteTransport(self.lines, lanes, rank_of)
         assert tuple(rank_of) == tuple(self.carrier.rank_of)
         return self.carrier
 
@@ -86,8 +92,8 @@ class Processes:
         values = list(tensors)
         said = f"call {self.calls}, {what}"
         mine = torch.tensor([_digest(said.encode()), _digest(*map(_content, values))])
-        found = [torch.empty_like(mine) for _ in self.grid.all]
-        self._call(lambda: dist.all_gather(found, mine, self.all.group), self.pace.absent, said)
+        with self._failing(said):
+            found = exchange(self.lines_to_all, self.place, mine, self.pace.absent)
         if all(torch.equal(other, found[0]) for other in found):
             return
         sizes = ", ".join(str(list(value.shape)) for value in values)
@@ -133,19 +139,14 @@ class Processes:
     def spread(
         self, made: Mapping[str, Tensor], makers: Mapping[str, int], wanted: Container[str]
     ) -> Mapping[str, Tensor]:
-        found = dict(made)
-        for maker in sorted(set(makers.values())):
-            names = [name for name, rank in makers.items() if rank == maker]
-            own: list[tuple[Spec, Tensor | None]] = []
-            for name in names if self.rank == maker else ():
-                goes = self.spreads_all or name in wanted
-                own.append((Spec.of(made[name]), made[name].detach().to("cpu") if goes else None))
-            said = pickle.loads(self.row.broadcast(pickle.dumps(own), maker))
-            for name, (spec, value) in zip(names, said, strict=True):
-                if name not in found:
-                    there = torch.empty(spec.shape, dtype=spec.dtype, device="meta") if value is None else value
-                    found[name] = there.requires_grad_(spec.requires_grad)
-        return {name: found[name] for name in makers}
+        with self._failing():
+            return spread(self.lines, self.rank, made, makers, "all" if self.spreads_all else wanted)
+
+    def measured(self, cluster: Cluster) -> Cluster:
+        self.agree("to measure the links between processes")
+        with self._failing():
+            mine = measure(self.lines, self.rank, self.control.watch.host)
+        return with_measured_processes(cluster, self.all.gathered(mine)[: self.grid.ranks])  # of the first part
 
     def of_all_parts(self, values: Mapping[str, Tensor]) -> Mapping[str, Sequence[Tensor]]:
         if self.column is None:
@@ -194,23 +195,33 @@ class Processes:
     def close(self) -> None:
         """Waits for what is under way, and ends the control channel."""
         if self.control.cause is None:
-            if self.carrier is not None:
-                self.carrier.flush()
+            self.lines.flush()
+            self.lines_to_all.flush()
             self.all.barrier()
         self.control.close()
 
-    def _call(self, collective: Callable[[], T], seconds: float | None = None, what: str = "") -> T:
+    def _call(self, collective: Callable[[], T]) -> T:
         """Runs a collective in the worker.
 
         Raises:
-            RankError: a rank has failed, or has not come in time.
+            RankError: a rank has failed.
+        """
+        with self._failing():
+            return self.worker.call(collective)
+
+    @contextmanager
+    def _failing(self, what: str = "") -> Iterator[None]:
+        """Raises, for a wait that was ended, the error of all ranks.
+
+        Args:
+            what: is waited for, if that may be too long.
         """
         try:
-            return self.worker.call(collective, seconds)
+            yield
         except Aborted:
             raise self.control.error() from None
         except TimeoutError:
-            waited = f"waited {seconds:g} s in {what} for the others, of which one makes no call"
+            waited = f"waited {self.pace.absent:g} s in {what} for the others, of which one makes no call"
             raise self.control.report(Cause(self.place, self.control.watch.host, "", waited)) from None
 
 

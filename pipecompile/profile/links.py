@@ -17,13 +17,14 @@ Figures that differ by no more than measurement noise are made equal, so that li
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import combinations
 from math import inf
 from statistics import median
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -32,7 +33,8 @@ from pipecompile.ir.cluster import HANDED_OVER, Cluster, Link, Pair
 from pipecompile.ops.accelerators import is_accelerator
 from pipecompile.profile.meters import Clock
 
-Copy = Callable[[torch.device, torch.device, int], float]  # (source, target, nbytes) -> seconds of a copy
+Place = TypeVar("Place", bound=Hashable)
+Copy = Callable[[Place, Place, int], float]  # (source, target, nbytes) -> seconds of a copy
 
 SIZES = (1 << 12, 1 << 23)  # bytes
 COPIES = 2  # per timed run
@@ -40,21 +42,24 @@ BUSY = 4  # copies of the larger size before it, on an accelerator
 ALIKE = 1.25  # figures up to this factor above the smallest are of one kind
 
 
-def with_measured_links(cluster: Cluster, devices: Sequence[torch.device], copy: Copy | None = None) -> Cluster:
-    """The cluster with measured links between its devices. Each pair of devices is measured once.
+def with_measured_links(
+    cluster: Cluster, places: Sequence[Place], copy: Copy[Place], sizes: tuple[int, int] = SIZES
+) -> Cluster:
+    """The cluster with measured links between its devices. Each pair of places is measured once.
 
     Args:
         cluster: the devices.
-        devices: the torch device of each rank; ranks may share one.
-        copy: how to measure; by default ``copy_seconds``.
+        places: where each rank is, such as its torch device; ranks may share one.
+        copy: how to measure.
+        sizes: of the copies.
     """
-    apart = list(combinations(dict.fromkeys(devices), 2))
-    lines = [_line([(copy or copy_seconds)(*pair, nbytes) for nbytes in SIZES]) for pair in apart]
-    latency, slope = _alike(line[0] for line in lines), _alike(line[1] for line in lines)
+    apart = list(combinations(dict.fromkeys(places), 2))
+    lines = [_line([copy(*pair, nbytes) for nbytes in sizes], sizes) for pair in apart]
+    latency, slope = alike(line[0] for line in lines), alike(line[1] for line in lines)
     links = {frozenset(ends): _link(latency[a], slope[b]) for ends, (a, b) in zip(apart, lines, strict=True)}
     pairs = [
-        Pair(one, two, links.get(frozenset((devices[one], devices[two])), HANDED_OVER))
-        for one, two in combinations(range(len(devices)), 2)
+        Pair(one, two, links.get(frozenset((places[one], places[two])), HANDED_OVER))
+        for one, two in combinations(range(len(places)), 2)
     ]
     usual = Counter(pair.link for pair in pairs).most_common(1)[0][0] if pairs else HANDED_OVER
     return replace(cluster, link=usual, pairs=tuple(p for p in pairs if p.link != usual), origin="measured")
@@ -82,9 +87,9 @@ def _one_way(source: torch.device, target: torch.device, nbytes: int) -> float:
         return Clock(copier).repeated(partial(run, value, COPIES), partial(run, large, BUSY * later)) / COPIES
 
 
-def _line(seconds: Sequence[float]) -> tuple[float, float]:
-    """The latency and the seconds per byte, from the seconds of copies of ``SIZES``."""
-    (small, large), (short, long) = SIZES, seconds
+def _line(seconds: Sequence[float], sizes: tuple[int, int]) -> tuple[float, float]:
+    """The latency and the seconds per byte, from the seconds of copies of two sizes."""
+    (small, large), (short, long) = sizes, seconds
     slope = max(0.0, long - short) / (large - small)
     return max(0.0, short - small * slope), slope
 
@@ -93,7 +98,7 @@ def _link(latency: float, slope: float) -> Link:
     return Link(1 / slope if slope else inf, latency)
 
 
-def _alike(figures: Iterable[float]) -> dict[float, float]:
+def alike(figures: Iterable[float]) -> dict[float, float]:
     """For each figure, the median of its kind: the figures up to ``ALIKE`` times the smallest."""
     kinds: list[list[float]] = []
     for figure in sorted(figures):

@@ -121,6 +121,7 @@ class Executor:
             ExecutionError: a stage raised; the message names the stage, instruction, module and source line. Or a
                 kernel failed that was queued before; the message names the instruction that probably did so.
         """
+        self.transport.begin(microbatches)
         start = time.perf_counter()
         after = self.callers.events(t.device for m in microbatches.values() for t in m.inputs.values())
         modules = {stage: runner.stage.modules for stage, runner in self.runners.items()}

@@ -12,6 +12,7 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor
 
+from pipecompile.ir.cluster import Cluster
 from pipecompile.runtime.lane import Lane
 from pipecompile.runtime.transport import LocalTransport, Transport
 
@@ -74,6 +75,9 @@ class Peers(Protocol):
             leaves: all that may have a gradient, in an order that is the same in all processes.
         """
 
+    def measured(self, cluster: Cluster) -> Cluster:
+        """The cluster with the links between processes and the speeds of their hosts, measured by all of them."""
+
     def failure(self, error: BaseException) -> BaseException:
         """The error to raise for one that this process has met; the same in all processes."""
 
@@ -108,6 +112,9 @@ class OneProcess:
 
     def total(self, gradients: Mapping[int, Tensor], leaves: Sequence[Tensor]) -> dict[int, Tensor]:
         return dict(gradients)
+
+    def measured(self, cluster: Cluster) -> Cluster:
+        return cluster
 
     def failure(self, error: BaseException) -> BaseException:
         return error

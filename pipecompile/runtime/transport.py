@@ -12,6 +12,7 @@ from typing import Protocol
 
 from pipecompile.ir.program import Recv, Result, Send
 from pipecompile.runtime.lane import Lane, Sent, Values
+from pipecompile.runtime.runner import Microbatch
 
 
 class Aborted(Exception):
@@ -20,6 +21,9 @@ class Aborted(Exception):
 
 class Transport(Protocol):
     """Sends the results of computations between ranks."""
+
+    def begin(self, microbatches: Mapping[int, Microbatch]) -> None:
+        """Called before each program, with the microbatches that it uses."""
 
     def send(self, send: Send, values: Values) -> Sent:
         """Sends values; never waits."""
@@ -48,6 +52,9 @@ class LocalTransport:
         self.arrived: dict[tuple[Result, int], Sent] = {}
         self.changed = Condition()
         self.aborted = False
+
+    def begin(self, microbatches: Mapping[int, Microbatch]) -> None:
+        pass
 
     def send(self, send: Send, values: Values) -> Sent:
         source, target = self.lanes[self.rank_of[send.stage]], self.lanes[self.rank_of[send.target]]
