@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from launcher import Launcher
 from long import LONG
-from materialized_scenes import MAKE
+from safetensors.torch import save_file
+from unfilled import MAKE, initialized
 
 SOME = ["gpt2", "llama", "custom"]
 LIMIT = 280
@@ -17,3 +18,21 @@ LIMIT = 280
 def test_a_model_on_meta_trains_as_the_whole_one(launcher: Launcher, tmp_path: Path, name: str) -> None:
     found = launcher.returned("materialized_scenes:trains_alike", 2, limit=LIMIT, name=name, folder=str(tmp_path))
     assert found == [[], []]
+
+
+@pytest.mark.parametrize(
+    ("way", "said"),
+    [
+        ("other seeds", "rank 1 has another seed than rank 0"),
+        ("one has no file", "none' does not exist"),
+        ("missing keys", "lacks 'words.weight'"),
+        ("no initialiser", "no initialiser sets 'gain'"),
+    ],
+)
+def test_all_processes_refuse_in_the_same_words(launcher: Launcher, tmp_path: Path, way: str, said: str) -> None:
+    state = {} if way == "missing keys" else initialized(MAKE["custom"]).state_dict()
+    state.pop("head.weight", None)
+    save_file(state, tmp_path / "model.safetensors")
+    found = launcher.returned("materialized_scenes:refused", 2, limit=LIMIT, way=way, folder=str(tmp_path))
+    assert found[0] == found[1]
+    assert said in found[0]
