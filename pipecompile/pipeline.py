@@ -44,7 +44,7 @@ from pipecompile.ir.plan import Plan
 from pipecompile.ir.plan_options import PlanOptions
 from pipecompile.ir.program import Instruction, Program
 from pipecompile.ir.timeline import Timeline
-from pipecompile.materialize.absent import Absent
+from pipecompile.materialize.absent import NO_VALUES, Absent
 from pipecompile.materialize.fill import fill
 from pipecompile.ops.randomness import undrawn
 from pipecompile.ops.torch_internals import pytree
@@ -59,11 +59,6 @@ from pipecompile.verify.prove import due, first_microbatch, prove
 from pipecompile.verify.results import Proof, Verification
 from pipecompile.verify.side_by_side import Trial
 from pipecompile.verify.verify import Subject, verify
-
-NO_VALUES = (
-    "the model is on the meta device and has no values before its first call; call the pipeline first, or build the "
-    "model on a real device"
-)
 
 
 class Pipeline:

@@ -17,6 +17,11 @@ from pipecompile.materialize.checkpoint import Checkpoint, Entry, load
 from pipecompile.materialize.initialize import initialize, initialize_buffers
 from pipecompile.ops.away import bring, free, is_away, send_away
 
+NO_VALUES = (
+    "the model is on the meta device and has no values before its first call; call the pipeline first, pass "
+    "from_checkpoint= with example_inputs= to compile(), or build the model on a real device"
+)
+
 T = TypeVar("T")
 Gathered = Callable[[str], Sequence[str]]  # what each process has said, in their order
 Entries = Mapping[str, Sequence[Entry]]
@@ -44,12 +49,13 @@ class Absent:
         self.keys = keys
         self.state = torch.get_rng_state()
         parameters = list(model.named_parameters())
-        real = next((name for name, p in parameters if not p.is_meta), None)
-        unreal = next((name for name, p in parameters if p.is_meta), None)
+        real = next((name for name, p in parameters if not _has_no_value(p)), None)
+        unreal = next((name for name, p in parameters if _has_no_value(p)), None)
         if entries is None and real is not None and unreal is not None:
             raise InputError(
-                f"parameter {unreal!r} is on the meta device, but {real!r} is not, and would be initialised anew; "
-                f"build the whole model on the meta device, or pass from_checkpoint="
+                f"parameter {unreal!r} has no value (it is on the meta device, or in another process), but {real!r} "
+                f"has one, and would be initialised anew; build the whole model on the meta device, or pass "
+                f"from_checkpoint="
             )
         send_away(t for _, t in named_tensors(model) if t.is_meta)
         if entries is not None:
@@ -57,6 +63,10 @@ class Absent:
         with generators_kept():
             buffers = model.named_buffers(remove_duplicate=False)
             initialize_buffers(model, [name for name, buffer in buffers if is_away(buffer)])
+        self._refusals = [
+            model.register_state_dict_pre_hook(_refuse),  # type: ignore[no-untyped-call]
+            model.register_load_state_dict_pre_hook(_refuse),  # type: ignore[no-untyped-call]
+        ]
 
     def fill(self, kept: Container[str], place: Place) -> None:
         """Gives the tensors that this process keeps their values. Draws nothing from the caller's generators.
@@ -78,12 +88,18 @@ class Absent:
                 torch.set_rng_state(self.state)
                 initialize(self.model, mine, place)
         free()
+        for refusal in self._refusals:
+            refusal.remove()
 
     def _load(self, tensors: Iterable[Tensor], place: Place = lambda tensor: torch.device("cpu")) -> None:
         assert self.entries is not None
-        wanted = {self.keys[id(t)]: t for t in tensors if is_away(t) and id(t) in self.keys}
+        wanted = {self.keys[id(t)]: t for t in tensors if id(t) in self.keys}
         for tensor, value in load(self.entries, wanted):
-            bring(tensor, value.to(place(tensor)))
+            if is_away(tensor):
+                bring(tensor, value.to(place(tensor)))
+            else:
+                with torch.no_grad():
+                    tensor.copy_(value)
 
 
 def absent(model: nn.Module, path: str | Path | None, gathered: Gathered) -> Absent | None:
@@ -100,8 +116,8 @@ def absent(model: nn.Module, path: str | Path | None, gathered: Gathered) -> Abs
         InputError: the same in all processes: the checkpoint does not fit the model, the processes have other
             checkpoints or seeds, or as ``Absent``.
     """
-    is_on_meta = any(tensor.is_meta for _, tensor in named_tensors(model))
-    if not is_on_meta and path is None:
+    lacks = any(_has_no_value(tensor) for _, tensor in named_tensors(model))
+    if not lacks and path is None:
         return None
 
     def read() -> Absent | None:
@@ -111,7 +127,7 @@ def absent(model: nn.Module, path: str | Path | None, gathered: Gathered) -> Abs
         entries = checkpoint.for_model(model)
         named = model.state_dict(keep_vars=True)
         tensors = {key: named[key] for key in entries}
-        if is_on_meta:
+        if lacks:
             return Absent(model, entries, {id(tensor): key for key, tensor in tensors.items()})
         with torch.no_grad():
             for tensor, value in load(entries, tensors):
@@ -121,6 +137,15 @@ def absent(model: nn.Module, path: str | Path | None, gathered: Gathered) -> Abs
     found = in_all(read, gathered)
     _refuse_others(found, gathered)
     return found
+
+
+def _has_no_value(tensor: Tensor) -> bool:
+    return tensor.is_meta or is_away(tensor)
+
+
+def _refuse(*_: object) -> None:
+    """A hook on the states of a model without values."""
+    raise InputError(NO_VALUES)
 
 
 def in_all(work: Callable[[], T], gathered: Gathered) -> T:

@@ -208,7 +208,7 @@ def test_an_initialiser_that_reads_another_modules_parameter_works_where_all_is_
 def test_a_model_partly_on_meta_is_refused_without_a_checkpoint() -> None:
     model = on_meta(Two)
     model.second = nn.Linear(D, D)
-    with refused("'first.weight' is on the meta device, but 'second.weight' is not"):
+    with refused("'first.weight' has no value", "'second.weight' has one"):
         pipe_of(model)
 
 
@@ -225,12 +225,38 @@ def test_a_constant_on_meta_is_refused() -> None:
         pipe_of(on_meta(lambda: Two(Constant)))(floats())
 
 
-def test_a_model_without_values_is_not_copied() -> None:
-    pipe = pipe_of(on_meta(Two))
+@pytest.mark.parametrize(
+    "use",
+    [
+        copy.deepcopy,
+        lambda pipe: torch.save(pipe, io.BytesIO()),
+        lambda pipe: pipe.state_dict(),
+        lambda pipe: pipe.load_state_dict({}),
+        lambda pipe: pipe.pipeline.verify(floats()),
+    ],
+)
+def test_values_are_not_used_before_they_are_there(use: Callable[[Any], object]) -> None:
+    pipe = pipe_of(on_meta(Two), example_inputs=(floats(),))
     with refused("no values before its first call"):
-        copy.deepcopy(pipe)
-    with refused("no values before its first call"):
-        torch.save(pipe, io.BytesIO())
+        use(pipe)
+    pipe(floats())
+    assert all(tensor.isfinite().all() for tensor in pipe.state_dict().values())
+
+
+def test_a_model_of_which_one_compilation_failed_is_filled_by_the_next() -> None:
+    model = on_meta(Two)
+    with pytest.raises(PipecompileError):
+        pipe_of(model, example_inputs=(torch.ones(4, D + 1),))
+    pipe = pipe_of(model)
+    pipe(floats())
+    assert all(parameter.isfinite().all() for parameter in pipe.parameters())
+
+
+def test_a_model_partly_on_meta_is_loaded_over(tmp_path: Path) -> None:
+    model, expected = on_meta(Two), Two()
+    model.second = nn.Linear(D, D)
+    path = saved(state_of(expected), tmp_path)
+    assert_equal(pipe_of(model, from_checkpoint=path, example_inputs=(floats(),)), expected)
 
 
 # From a checkpoint
