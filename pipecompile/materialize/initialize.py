@@ -150,7 +150,7 @@ def _initialize_around(
 
 def _initialize(module: nn.Module, path: str, touched: Touched) -> None:
     """Initialises the modules below, then the module."""
-    if hasattr(module, OWN):
+    if _is_transformers(module):
         with ending_each(module, touched):
             _run(f"{type(module).__name__}.{OWN}()", path, getattr(module, OWN))
         return
@@ -164,7 +164,7 @@ def _initialize(module: nn.Module, path: str, touched: Touched) -> None:
 @contextmanager
 def ending_each(model: nn.Module, touched: Touched) -> Iterator[None]:
     """A context in which a transformers model ends the initialiser of each module."""
-    parts: list[Any] = [module for module in model.modules() if hasattr(module, OWN)]
+    parts: list[Any] = [module for module in model.modules() if _is_transformers(module)]
 
     def ending(each: Callable[..., None]) -> Callable[..., None]:
         def initialize_one(*args: Any) -> None:
@@ -208,9 +208,13 @@ def _transformers(model: nn.Module) -> dict[int, nn.Module]:
     """For each module of a transformers model, the innermost one that it is part of, by ``id``."""
     found: dict[int, nn.Module] = {}
     for module in model.modules():  # those around come first
-        if hasattr(module, OWN_ONE) and hasattr(module, OWN):
+        if _is_transformers(module):
             found |= {id(part): module for part in module.modules()}
     return found
+
+
+def _is_transformers(module: nn.Module) -> bool:
+    return all(hasattr(module, name) for name in (OWN, OWN_EACH, OWN_ONE))
 
 
 def _reset_of(module: nn.Module) -> Any:

@@ -60,7 +60,7 @@ def refused(way: str, folder: str) -> str:
         path = path if rank == 0 else Path(folder, "none")
     elif way != "missing keys":
         path = None
-    make = NoInitialiser if way == "no initialiser" else MAKE["custom"]
+    make = {"no initialiser": Around, "reads another's": Reading}.get(way, MAKE["custom"])
     try:
         compiled(on_meta(make), from_checkpoint=path, example_inputs=batch(0))
     except pipecompile.InputError as error:
@@ -68,8 +68,8 @@ def refused(way: str, folder: str) -> str:
     return ""
 
 
-class NoInitialiser(nn.Module):
-    """Its first stage has all its parameters but one set by initialisers; so has not every process."""
+class Around(nn.Module):
+    """Has a parameter that no initialiser sets."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,3 +78,12 @@ class NoInitialiser(nn.Module):
 
     def forward(self, **kwargs: torch.Tensor) -> torch.Tensor:
         return self.custom(**kwargs)["loss"] * self.gain
+
+
+class Reading(Around):
+    """Its initialiser computes a parameter of the last stage from one of the first."""
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.gain)
+        first, *_, last = self.custom.layers
+        last.linear.weight.copy_(first.linear.weight)

@@ -25,8 +25,9 @@ def test_a_model_on_meta_trains_as_the_whole_one(launcher: Launcher, tmp_path: P
     [
         ("other seeds", "rank 1 has another seed than rank 0"),
         ("one has no file", "none' does not exist"),
-        ("missing keys", "lacks 'words.weight'"),
+        ("missing keys", "lacks 'shift', 'idle'"),
         ("no initialiser", "no initialiser sets 'gain'"),
+        ("reads another's", "no initialiser sets 'custom.layers.3.linear.weight' to a value that this process can"),
     ],
 )
 def test_all_processes_refuse_in_the_same_words(launcher: Launcher, tmp_path: Path, way: str, said: str) -> None:

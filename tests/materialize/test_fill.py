@@ -259,6 +259,15 @@ def test_a_model_partly_on_meta_is_loaded_over(tmp_path: Path) -> None:
     assert_equal(pipe_of(model, from_checkpoint=path, example_inputs=(floats(),)), expected)
 
 
+def test_a_method_that_is_named_as_one_of_transformers_is_not_taken_for_it() -> None:
+    class Named(nn.Linear):
+        def initialize_weights(self) -> None:
+            raise AssertionError
+
+    pipe = pipe_of(on_meta(lambda: Two(lambda: Named(D, D))))
+    assert pipe(floats()).isfinite()
+
+
 # From a checkpoint
 
 
