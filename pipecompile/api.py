@@ -20,6 +20,7 @@ from pipecompile.facade import as_model
 from pipecompile.ir.cluster import Cluster
 from pipecompile.ir.graph import CostedGraph
 from pipecompile.ir.plan_options import DEFAULT_PLAN, PlanOptions
+from pipecompile.materialize.absent import absent
 from pipecompile.ops.backends import Backend, check_backend
 from pipecompile.pipeline import Pipeline
 from pipecompile.profile import How
@@ -31,6 +32,7 @@ def compile(
     devices: Sequence[torch.device | str | int] | None = None,
     *,
     mesh: DeviceMesh | None = None,
+    from_checkpoint: str | Path | None = None,
     schedule: str = "1f1b",
     microbatches: int | None = None,
     example_inputs: tuple[Sequence[Any], Mapping[str, Any]] | Mapping[str, Any] | Sequence[Any] | None = None,
@@ -57,6 +59,11 @@ def compile(
             its places, as ``init_device_mesh("cpu", (4,), mesh_dim_names=("stage",))`` makes it. All processes run the
             same script and make the same calls on the same batches. With a second dimension, ``"data"``, the batch is
             passed in parts, one in each row of the mesh, and divided into ``microbatches`` each.
+        from_checkpoint: the path of a safetensors file, or of a directory with one, or with shards and
+            ``model.safetensors.index.json``. Its keys are those of ``model.state_dict()``. A model on the meta device
+            gets its values from there, each process only those that it keeps; without it, from the model's own
+            initialisers, in the first call or, with ``mesh`` and ``example_inputs``, in ``compile``. A model that has
+            values is overwritten.
         schedule: "sequential", "gpipe", "1f1b" (with a flush) or "pipedream" (asynchronous).
         microbatches: parts of each batch; by default two per stage. A batch with fewer rows has fewer parts.
         example_inputs: arguments of a call, ``(args, kwargs)`` or one of them, to capture now instead of at the first
@@ -93,8 +100,8 @@ def compile(
         ``Pipeline``.
 
     Raises:
-        InputError: a device does not exist, or arguments are not valid or do not fit together; or ``stage_compile``
-            needs a compiler that is not here.
+        InputError: a device does not exist, or arguments are not valid or do not fit together; ``stage_compile`` needs
+            a compiler that is not here; or ``from_checkpoint`` does not fit the model.
         CaptureError, PlanError: with ``example_inputs``, what the first call would raise.
     """
     grid = None if mesh is None else Grid.of(mesh)
@@ -117,11 +124,16 @@ def compile(
     options.check(model, len(present), processes=0 if grid is None else grid.parts)
     check_backend(stage_compile, present)
     processes = None if grid is None else Processes(grid, spreads_all=outputs == "all")
-    pipeline = Pipeline(model, present, options, processes)
+    values = absent(model, from_checkpoint, _alone if processes is None else processes.all.gathered)
+    pipeline = Pipeline(model, present, options, processes, values)
     if example_inputs is not None:
         args, kwargs = _arguments(example_inputs)
         pipeline.prepare(*args, **kwargs)
     return as_model(pipeline)
+
+
+def _alone(said: str) -> Sequence[str]:
+    return [said]
 
 
 def _devices(devices: Any, grid: Grid | None) -> tuple[torch.device, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from copy import deepcopy
 from dataclasses import replace
@@ -44,6 +44,8 @@ from pipecompile.ir.plan import Plan
 from pipecompile.ir.plan_options import PlanOptions
 from pipecompile.ir.program import Instruction, Program
 from pipecompile.ir.timeline import Timeline
+from pipecompile.materialize.absent import NO_VALUES, Absent
+from pipecompile.materialize.fill import fill
 from pipecompile.ops.randomness import undrawn
 from pipecompile.ops.torch_internals import pytree
 from pipecompile.planning.calibration import corrected
@@ -58,10 +60,6 @@ from pipecompile.verify.results import Proof, Verification
 from pipecompile.verify.side_by_side import Trial
 from pipecompile.verify.verify import Subject, verify
 
-NO_VALUES = (
-    "the model is on the meta device: it can be planned, but has no values to compute with; create it on a real device"
-)
-
 
 class Pipeline:
     """A model split into stages on devices: ``pipe.pipeline`` of the module that ``compile`` returns.
@@ -71,6 +69,7 @@ class Pipeline:
         options: the options of ``compile``.
         share: what this process has of the model, if several processes run the ranks.
         before_close: called by ``close``, for what goes on beside the calls.
+        absent: what fills the model, if it has no values yet.
     """
 
     def __init__(
@@ -79,10 +78,12 @@ class Pipeline:
         devices: Sequence[torch.device],
         options: Options,
         processes: Processes | None = None,
+        absent: Absent | None = None,
     ) -> None:
         self._model = model
         self.devices = tuple(devices)
         self.share = None if processes is None else Share(model, processes)
+        self.absent = absent
         self.options = options
         loss_fn = options.loss_fn
         self._forward = None if loss_fn is None else _with_loss(model, loss_fn)
@@ -232,7 +233,9 @@ class Pipeline:
     def prepare(self, *args: Any, **kwargs: Any) -> None:
         """Captures, profiles and splits the model for a call, without running the call."""
         with self._session.turn.taken(again=False):
-            self._batch(args, kwargs)
+            batch = self._batch(args, kwargs)
+            if self.share is not None or (self.absent is not None and self.absent.entries is not None):
+                self._fill(batch)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs a call. Hooks on the model itself run only if ``runs_the_hooks``."""
@@ -246,6 +249,7 @@ class Pipeline:
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         batch = self._batch(args, kwargs)
+        self._fill(batch)
         self._prove(batch)
         if self.share is not None:
             self.share.settle()
@@ -269,10 +273,10 @@ class Pipeline:
         captured = batch.compiled.captured
         trains = torch.is_grad_enabled() and any(output.requires_grad for output in captured.results)
         key = (id(batch.compiled), trains)
-        if not due(self.options.verify, self._calls, key in self._proofs) or self._has_no_values:
+        if not due(self.options.verify, self._calls, key in self._proofs):
             return
         if self.share is not None and self.share.is_settled:
-            self._left_out[key] = "not compared: no process has the whole model any more"
+            self._left_out[key] = "not compared: no process has the whole model"
             return
         policy = self.options.policy
         one = policy.is_asynchronous and self.model.training
@@ -289,14 +293,7 @@ class Pipeline:
         with CAPTURING.taken(), saved_as_they_are():
             self._proofs[key] = self._session.peers.shared(lambda: prove(trial))
 
-    @property
-    def _has_no_values(self) -> bool:
-        """Whether the model is on the meta device, by its tensors when last checked, which is in each call."""
-        return any(t.is_meta for t in self._own.values() if isinstance(t, nn.Parameter))
-
     def _run(self, batch: steps.Batch) -> dict[str, Tensor]:
-        if self._has_no_values:
-            raise InputError(NO_VALUES)
         captured = batch.compiled.captured
         loss = find_loss(captured, self.options.loss_output)
         policy = self.options.policy
@@ -322,8 +319,7 @@ class Pipeline:
         by design.
         """
         self._refuse_several("verified after compile()")
-        if any(p.is_meta for p in self.model.parameters()):
-            raise InputError(NO_VALUES)
+        self._refuse_absent()
         kept = self._captures, self._batched, self._first, self._last  # later calls do not use its captures
         self._captures, self._batched = self._captures.copied(), dict(self._batched)
         subject = Subject(
@@ -436,6 +432,7 @@ class Pipeline:
             PipecompileError: the pipeline is asynchronous; the state of its optimizers cannot be copied.
         """
         self._refuse_several("copied")
+        self._refuse_absent()
         if self._session.optimizer is not None:
             raise PipecompileError(
                 f"a pipeline with schedule={self.schedule!r} cannot be copied, because the state of the optimizers "
@@ -455,6 +452,7 @@ class Pipeline:
             PipecompileError: the pipeline is asynchronous; the state of its optimizers would be lost.
         """
         self._refuse_several("pickled")
+        self._refuse_absent()
         if self._session.optimizer is not None:
             raise PipecompileError(
                 f"a pipeline with schedule={self.schedule!r} cannot be pickled, because the state of the optimizers "
@@ -485,6 +483,29 @@ class Pipeline:
                 f"a pipeline of one process (devices= instead of mesh=)"
             )
 
+    # Values
+
+    def _fill(self, batch: steps.Batch) -> None:
+        """Gives a model that has no values yet those that this process keeps."""
+        if self.absent is None:
+            return
+        if self.share is None:
+            kept: Container[str] = dict(named_tensors(self.model))
+        else:
+            kept = self.share.held
+        fill(self.absent, batch.compiled, kept, self._gathered)
+        self.absent = None
+        if self.share is not None:
+            self.share.settle()
+        _refuse_meta(batch.call)
+
+    def _gathered(self, said: str) -> Sequence[str]:
+        return [said] if self.share is None else self.share.processes.all.gathered(said)
+
+    def _refuse_absent(self) -> None:
+        if self.absent is not None:
+            raise InputError(NO_VALUES)
+
     # Captures
 
     def _batch(self, args: Sequence[Any], kwargs: Mapping[str, Any], microbatches: int | None = None) -> steps.Batch:
@@ -492,11 +513,8 @@ class Pipeline:
         refuse_default_device(self.devices)
         check_surroundings(pytree.tree_leaves((args, kwargs)))
         call = read_call(self.signature, args, kwargs, self._batched, self.options.batching.in_dims)
-        for name, tensor in call.tensors.items():
-            if tensor.is_meta and not any(p.is_meta for p in self.model.parameters()):
-                raise InputError(
-                    f"argument {name!r} is on the meta device, so it has no values; pass a tensor on a real device"
-                )
+        if self.absent is None:
+            _refuse_meta(call)
         sizes: tuple[int, ...] = ()
         part: steps.Part | None = None
         if self.share is not None:
@@ -561,6 +579,14 @@ class Pipeline:
                 if not compiled.broken(call, cut):
                     return steps.Batch(compiled.without_values(), call, cut)
         raise CaptureError("the trace is not valid for the inputs that it was made with; please report this")
+
+
+def _refuse_meta(call: Call) -> None:
+    for name, tensor in call.tensors.items():
+        if tensor.is_meta:
+            raise InputError(
+                f"argument {name!r} is on the meta device, so it has no values; pass a tensor on a real device"
+            )
 
 
 def _with_loss(model: nn.Module, loss_fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pipecompile.capture import Captured
 from pipecompile.capture.evaluate import Evaluator
 from pipecompile.capture.opaque_calls import Leaf
+from pipecompile.ops.away import lacks_values, stand_in
 from pipecompile.ops.randomness import undropped
 from pipecompile.ops.torch_internals import _DropoutNd, pytree
 
@@ -76,10 +77,11 @@ class Bench:
 
     def _evaluator(self, gradients: bool = False) -> Evaluator:
         tensors = self.captured.tensors
-        if gradients:  # a user's backward may add to gradients of weights, so it gets copies
+        if gradients and not lacks_values(self.captured.model):
+            # a user's backward may add to gradients of weights, so it gets copies
             tensors = {name: _copy(tensor) for name, tensor in tensors.items()}
         leaf = partial(_undropping, self.captured, tensors)
-        return Evaluator(self.inputs, tensors.__getitem__, leaf, call=undropped, gradients=gradients)
+        return Evaluator(self.inputs, lambda name: stand_in(tensors[name]), leaf, call=undropped, gradients=gradients)
 
 
 def _undropping(captured: Captured, tensors: Mapping[str, Tensor], target: str) -> Leaf:

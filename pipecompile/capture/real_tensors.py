@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pipecompile.capture.scopes import Scopes
 from pipecompile.capture.state.model_state import fake_of, named_tensors
 from pipecompile.errors import CaptureError
+from pipecompile.ops.away import is_away
 from pipecompile.ops.torch_internals import DisableTorchFunction, FakeTensorMode, _disable_current_modes
 
 
@@ -36,6 +37,15 @@ class RealTensors:
     def named(self, name: str) -> Tensor:
         """Returns the tensor that a ``get_attr`` node of this name reads."""
         return self.constants[name] if name in self.constants else self.of_model[name]
+
+    def valued(self, name: str) -> Tensor:
+        """As ``named``, for a tensor whose values are needed."""
+        if is_away(tensor := self.named(name)):
+            raise CaptureError(
+                f"{self.scopes.here}: Python reads a value that is computed from {name!r}, which has no values in this "
+                f"process; build or load the model before compile(), and make such a call first"
+            )
+        return tensor
 
     def constant(self, tensor: Tensor) -> tuple[str, Tensor]:
         """Returns the name in the graph and a fake for a real tensor that is not a parameter or buffer of the model."""

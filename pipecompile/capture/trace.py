@@ -44,6 +44,7 @@ from pipecompile.capture.state.reachable import Reach
 from pipecompile.capture.state.restore import Noted, generators_kept
 from pipecompile.capture.state.sources import Answer, Fact
 from pipecompile.errors import CaptureError, PipecompileError
+from pipecompile.ops.away import is_away
 from pipecompile.ops.source_lines import failing_line
 from pipecompile.ops.symbols import Shapes, Sizes
 from pipecompile.ops.torch_internals import FakeTensorMode, enable_python_dispatcher, pytree
@@ -117,7 +118,7 @@ class Trace:
         self.recorder = Recorder(self.table, self.values, LeafRecorder(self.table, leaves, self._learn))
         self.recorder.generators.update(map(id, (*reach.generators, *call.leaves)))
         sample = {n: t.detach()[: rows[0]] if n in call.batched else t for n, t in call.tensors.items()}
-        self.evaluator = Evaluator(sample, self.tensors.named, self._leaf)
+        self.evaluator = Evaluator(sample, self.tensors.valued, self._leaf)
 
     def run(self, reasons: list[str]) -> Captured:
         noted = Noted(self.reach)
@@ -259,9 +260,10 @@ class Trace:
         """Runs a leaf on real tensors. Returns the call with its output shapes, and its outputs as fake tensors."""
         if self.shapes is not None:
             raise NeedsNumbers(f"{call.name} returns sizes that only a run can show")
-        if any(t.is_meta for t in self.tensors.of_model.values()):
+        if any(t.is_meta or is_away(t) for t in self.tensors.of_model.values()):
             raise CaptureError(
-                f"{call.name} must be run to be captured, but the model is on the meta device; load its weights first"
+                f"{call.name} must be run to be captured, but the model has no values on the meta device, or in a "
+                f"process that has sent them away; build or load it before compile(), and make such a call first"
             )
         learnt, out = learn(call, nodes, self.evaluator, self.tensors.copies(f"{call.path}."))
         return learnt, pytree.tree_map_only(Tensor, lambda t: fake_result(t, self.device), out)

@@ -33,6 +33,7 @@ from pipecompile.compiler.rehearse import Rehearsal, rehearsed
 from pipecompile.errors import CaptureError, InputError
 from pipecompile.ir.graph import CostedGraph, Graph
 from pipecompile.ir.plan import Plan
+from pipecompile.ops.away import is_away, lacks_values
 from pipecompile.ops.device_args import threads_each
 from pipecompile.partition import carry_over
 from pipecompile.planning.planned import Planned, planned
@@ -183,7 +184,7 @@ def _are_measured(model: nn.Module, options: Options) -> bool:
     """Whether the costs of the first capture are measured, now or before they were saved."""
     if isinstance(options.costs, CostedGraph):
         return options.costs.measured
-    return options.costs in (None, "measure") and not any(p.is_meta for p in model.parameters())
+    return options.costs in (None, "measure") and not lacks_values(model)
 
 
 def _rehearsed(
@@ -368,5 +369,5 @@ def place(captured: Captured, plan: Plan, graph: Graph, devices: Sequence[torch.
 
 
 def _move(tensor: Tensor, device: torch.device) -> None:
-    if tensor.device != device and not tensor.is_meta:
+    if tensor.device != device and not tensor.is_meta and not is_away(tensor):
         tensor.data = tensor.data.to(device)

@@ -25,7 +25,7 @@ from pipecompile.distributed.ownership import foreign, held, owned, refuse_missi
 from pipecompile.distributed.processes import Processes
 from pipecompile.distributed.whole_batch import whole_batch
 from pipecompile.errors import CaptureError, InputError
-from pipecompile.ops.away import send_away
+from pipecompile.ops.away import lacks_values, send_away
 from pipecompile.runtime.compiled import Compiled
 
 NORMS = {inspect.unwrap(f).__code__ for f in (torch.nn.utils.clip_grad_norm_, torch.nn.utils.get_total_norm)}
@@ -82,7 +82,7 @@ class Share:
 
     def check_weights(self) -> None:
         """Raises ``InputError`` in all processes if they have built different models."""
-        if not self.captures and not any(p.is_meta for p in self.model.parameters()):
+        if not self.captures and not lacks_values(self.model):
             self.processes.same_tensors(dict(named_tensors(self.model)))
 
     def add(self, compiled: Compiled) -> None:
@@ -101,12 +101,17 @@ class Share:
         """Sends away what this process does not need. State dicts leave out what another process has, from now on."""
         if self.is_settled:
             return
-        kept = held(self.captures[0], self.processes.rank)
+        kept = self.held
         tensors = named_tensors(self.model)
         send_away(t for name, t in tensors if name not in kept and isinstance(t, nn.Parameter) and not t.is_meta)
         for module in self.model.modules():
             module.register_state_dict_post_hook(partial(self._leave_out))  # type: ignore[no-untyped-call]
         self.is_settled = True
+
+    @property
+    def held(self) -> frozenset[str]:
+        """The names of the parameters and buffers that this process has, once the first call has been captured."""
+        return held(self.captures[0], self.processes.rank)
 
     @property
     def owned(self) -> frozenset[str]:

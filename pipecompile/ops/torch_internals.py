@@ -18,6 +18,7 @@ from torch._C import (
     _get_tracing_state,
     _is_torch_function_mode_enabled,
     _len_torch_function_stack,
+    _swap_tensor_impl,
 )
 from torch._C._autograd import _get_current_graph_task_keep_graph, _top_saved_tensors_default_hooks
 from torch._C._dynamo.eval_frame import set_eval_frame
@@ -79,6 +80,7 @@ __all__ = [
     "_is_torch_function_mode_enabled",
     "_len_torch_function_stack",
     "_parse_to",
+    "_swap_tensor_impl",
     "_top_saved_tensors_default_hooks",
     "_unsafe_preserve_version_counter",
     "apis",

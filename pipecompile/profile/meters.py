@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipecompile.ir.device_specs import Roofline
 from pipecompile.ops.accelerators import seconds_between, time_mark
+from pipecompile.ops.away import is_away, stand_in
 from pipecompile.ops.torch_internals import FakeTensorMode
 from pipecompile.profile.call import Call
 
@@ -32,7 +33,7 @@ class Clock:
         self.fake: Any = nullcontext()
 
     def tensor(self, tensor: Tensor) -> Tensor:
-        return tensor.detach().to(self.device)
+        return stand_in(tensor).detach().to(self.device)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
@@ -90,6 +91,8 @@ class Counter:
     def tensor(self, tensor: Tensor) -> Tensor:
         if tensor.is_meta:
             return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+        if is_away(tensor):
+            return self.empty(tensor.shape, tensor.dtype)
         made = self.fake.from_tensor(tensor.detach(), static_shapes=True)
         if made.device == self.device or self.device.type == "meta":
             return made

@@ -10,6 +10,7 @@ from pipecompile.capture import Captured
 from pipecompile.errors import InputError
 from pipecompile.ir.device_specs import ACCELERATORS, Roofline
 from pipecompile.ir.graph import Cost, CostedGraph, Footprint, Graph, Setting
+from pipecompile.ops.away import lacks_values
 from pipecompile.ops.device_args import threads_of
 from pipecompile.profile.meters import Clock, Counter, How, Meter
 from pipecompile.profile.walk import Walk
@@ -31,7 +32,8 @@ def profile(
     Args:
         captured: the captured model.
         graph: its graph.
-        how: "measure" on ``device``, or "count"; by default "measure", or "count" on the meta device.
+        how: "measure" on ``device``, or "count"; by default "measure", or "count" for a model that has no values (on
+            the meta device, or not yet loaded). One that is not yet loaded is measured with made-up values.
         device: the device to measure on; by default that of the model.
         roofline: the roofline to count with; by default that of ``kind``.
         threads: CPU threads per operation while measuring; by default the current number.
@@ -41,7 +43,7 @@ def profile(
         InputError: a model on the meta device cannot be measured.
     """
     on_meta = any(p.is_meta for p in captured.model.parameters())
-    how = how or ("count" if on_meta else "measure")
+    how = how or ("count" if lacks_values(captured.model) else "measure")
     if how == "measure" and on_meta:
         raise InputError("a model on the meta device has no values, so it cannot be measured; use costs='count'")
     if device is None:

@@ -429,24 +429,6 @@ def test_a_model_that_raises_itself() -> None:
         pipe_of(Picky())(floats())
 
 
-def test_a_model_on_the_meta_device_can_be_planned_but_not_called() -> None:
-    with torch.device("meta"):
-        model = Net()
-    x = floats()
-    pipe = pipe_of(model, example_inputs=(x,), costs=None)
-    assert pipe.pipeline.plan.num_stages == 2
-    assert pipe.pipeline.predicted.makespan > 0
-    with refused(InputError, "meta device", "no values"):
-        pipe(x)
-
-
-def test_a_model_on_the_meta_device_cannot_be_measured() -> None:
-    with torch.device("meta"):
-        model = Net()
-    with refused(PipecompileError, "meta device", "costs='count'"):
-        pipe_of(model, costs="measure", example_inputs=(floats(),))
-
-
 # The loss
 
 
