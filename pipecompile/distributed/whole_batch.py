@@ -42,6 +42,11 @@ def whole_batch(call: Call, column: Members) -> Whole:
             "no argument has a batch dimension, so there is nothing to divide over the mesh's dimension 'data'; use a "
             "mesh with the dimension 'stage' only, or say which dimension is the batch (in_dims=)"
         )
+    if meta := next((name for name, tensor in call.tensors.items() if tensor.is_meta), None):
+        raise InputError(
+            f"argument {meta!r} is on the meta device, so it cannot be joined with those of the other parts of the "
+            f"batch; pass a tensor on a real device"
+        )
     batched = {name: call.tensors[name].detach().to("cpu") for name in sorted(call.batched)}
     each = column.gathered((_described(call), batched))
     first, _ = each[0]
