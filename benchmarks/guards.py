@@ -112,7 +112,8 @@ def measured(make: Callable[[], Made]) -> tuple[int, float, float, float, float]
     model, inputs = make()
     pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=1, costs="count")
     pipe.pipeline.prepare(**inputs)
-    states, batch = pipe.pipeline._states, pipe.pipeline._batch((), inputs)
+    batches = pipe.pipeline._batches
+    states, batch = batches.states, batches.of((), inputs)
     attributes, rows = batch.compiled.captured.attributes, Rows.of(batch.call.batch, 1)
     modules = len(list(model.modules()))
     look = microseconds(lambda: states.look(model))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from copy import deepcopy
@@ -13,32 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipecompile.batching import Rows
-from pipecompile.capture import Call, read_call
 from pipecompile.capture.locks import CAPTURING
 from pipecompile.capture.loss import could_be_losses, find_loss
-from pipecompile.capture.state.fingerprints import Same
 from pipecompile.capture.state.model_state import named_tensors
-from pipecompile.compiler.capture_cache import (
-    Captures,
-    Key,
-    States,
-    refuse_default_device,
-    settings,
-)
-from pipecompile.compiler.compile_call import compile_call, replanned, reused
+from pipecompile.compiler.batches import Batches, refuse_meta
+from pipecompile.compiler.compile_call import replanned, reused
 from pipecompile.compiler.options import Options, read_costs
 from pipecompile.compiler.report import Report, describe
 from pipecompile.compiler.surroundings import (
     Substituted,
-    check_parameters,
-    check_surroundings,
     saved_as_they_are,
     uncompiled,
 )
 from pipecompile.distributed.processes import Processes
 from pipecompile.distributed.share import Share
-from pipecompile.errors import CaptureError, InputError, PipecompileError
+from pipecompile.errors import InputError, PipecompileError
 from pipecompile.ir.graph import CostedGraph
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.plan_options import PlanOptions
@@ -46,11 +34,9 @@ from pipecompile.ir.program import Instruction, Program
 from pipecompile.ir.timeline import Timeline
 from pipecompile.materialize.absent import NO_VALUES, Absent
 from pipecompile.materialize.fill import fill
-from pipecompile.ops.randomness import undrawn
-from pipecompile.ops.torch_internals import pytree
 from pipecompile.planning.calibration import corrected
 from pipecompile.planning.memory import Memory
-from pipecompile.runtime import Ambient, steps
+from pipecompile.runtime import steps
 from pipecompile.runtime.compiled import Compiled
 from pipecompile.runtime.rerun import STOPPED
 from pipecompile.runtime.session import Session
@@ -85,20 +71,13 @@ class Pipeline:
         self.share = None if processes is None else Share(model, processes)
         self.absent = absent
         self.options = options
-        loss_fn = options.loss_fn
-        self._forward = None if loss_fn is None else _with_loss(model, loss_fn)
         self._session = Session(devices, options.optimizer, processes)
-        self._captures = Captures()
-        self._states = States()
-        self._batched: dict[tuple[str, int], bool] = {}
+        self._batches = Batches(model, self.devices, options, self._session.peers, self.share)
+        self._batches.takes_meta = absent is not None
         self._proofs: dict[tuple[int, bool], Proof] = {}  # by the identity of the capture, and whether it trained
         self._left_out: dict[tuple[int, bool], str] = {}  # why a capture was not compared
-        self._own = dict(named_tensors(model))  # the model's own tensors when last checked
         self.before_close: list[Callable[[], object]] = []
         self._calls = 0
-        self._first: Compiled | None = None
-        self._placement: Compiled | None = None  # a capture of the pipeline that this one was copied from
-        self._last: Compiled | None = None
 
     def __repr__(self) -> str:
         devices = ", ".join(map(str, self.devices))
@@ -117,7 +96,7 @@ class Pipeline:
     @property
     def signature(self) -> Callable[..., Any]:
         """A callable with the signature of a call."""
-        return self.model.forward if self.options.loss_fn is None else _with_target(self.model.forward)
+        return self._batches.signature
 
     @property
     def runs_the_hooks(self) -> bool:
@@ -188,7 +167,7 @@ class Pipeline:
         kinds = {True: "training", False: "evaluation"}
         return replace(
             describe(self._capture_in_use, self._session.timeline),
-            captures=tuple(f"{number}: {reason}" for number, reason in enumerate(self._captures.reasons, 1)),
+            captures=tuple(f"{number}: {reason}" for number, reason in enumerate(self._batches.captures.reasons, 1)),
             verified=tuple(f"{kinds[trains]}: {said}" for (_, trains), said in (self._proofs | self._left_out).items()),
             rerun=tuple(f"{why} (times: {count})" for why, count in self._session.repeated.items()),
         )
@@ -196,7 +175,7 @@ class Pipeline:
     @property
     def captures(self) -> int:
         """The number of captures of the model."""
-        return len(self._captures)
+        return len(self._batches.captures)
 
     @property
     def proofs(self) -> tuple[Proof, ...]:
@@ -220,7 +199,7 @@ class Pipeline:
 
     @property
     def _capture_in_use(self) -> Compiled:
-        compiled = self._last or self._first
+        compiled = self._batches.last or self._batches.first
         if compiled is None:
             raise PipecompileError(
                 "the model has not been captured yet, it is captured at the first call; call the pipeline, or pass "
@@ -233,7 +212,7 @@ class Pipeline:
     def prepare(self, *args: Any, **kwargs: Any) -> None:
         """Captures, profiles and splits the model for a call, without running the call."""
         with self._session.turn.taken(again=False):
-            batch = self._batch(args, kwargs)
+            batch = self._batches.of(args, kwargs)
             if self.share is not None or (self.absent is not None and self.absent.entries is not None):
                 self._fill(batch)
 
@@ -245,10 +224,10 @@ class Pipeline:
             except Substituted:
                 if self.options.policy.is_asynchronous:
                     raise
-                return called_with(self.model, self._own, self._call, args, kwargs)
+                return called_with(self.model, self._batches.own, self._call, args, kwargs)
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
-        batch = self._batch(args, kwargs)
+        batch = self._batches.of(args, kwargs)
         self._fill(batch)
         self._prove(batch)
         if self.share is not None:
@@ -265,7 +244,7 @@ class Pipeline:
         return output
 
     def _leave(self, batch: steps.Batch, given: Mapping[str, Tensor]) -> None:
-        with self._states.followed() if batch.compiled.captured.attributes.are_followed else nullcontext():
+        with self._batches.states.followed() if batch.compiled.captured.attributes.are_followed else nullcontext():
             batch.leave(given)
 
     def _prove(self, batch: steps.Batch) -> None:
@@ -320,23 +299,18 @@ class Pipeline:
         """
         self._refuse_several("verified after compile()")
         self._refuse_absent()
-        kept = self._captures, self._batched, self._first, self._last  # later calls do not use its captures
-        self._captures, self._batched = self._captures.copied(), dict(self._batched)
         subject = Subject(
             model=self.model,
             loss_fn=self.options.loss_fn,
-            batch=self._batch,
+            batch=self._batches.copied().of,  # later calls do not use its captures
             schedule=self.options.policy.with_flush,
             microbatches=self.microbatches,
             loss=self.options.loss_output,
             devices=self.devices,
             batching=self.options.batching,
         )
-        try:
-            with self._session.turn.taken(again=False):
-                return verify(subject, args, kwargs)
-        finally:
-            self._captures, self._batched, self._first, self._last = kept
+        with self._session.turn.taken(again=False):
+            return verify(subject, args, kwargs)
 
     def replan(self, plan: PlanOptions | None = None, costs: str | Path | CostedGraph | None = None) -> Plan:
         """Makes a new plan, by default from the stage times of the last training step, and switches to it.
@@ -355,7 +329,7 @@ class Pipeline:
         """
         self._refuse_several("planned anew")
         with self._session.turn.taken(again=False):
-            first, timeline = self._first, self._session.timeline
+            first, timeline = self._batches.first, self._session.timeline
             if self._session.optimizer is not None:
                 raise InputError(
                     f"replan() cannot move the optimizers that step inside a pipeline with schedule={self.schedule!r}; "
@@ -367,7 +341,7 @@ class Pipeline:
             if isinstance(given, str):
                 raise InputError(f"costs={given!r} needs a batch, which replan() does not have; pass saved costs")
             if given is None:
-                times = first.times(timeline) if timeline is not None and self._last is first else ()
+                times = first.times(timeline) if timeline is not None and self._batches.last is first else ()
                 if not times:
                     raise InputError(
                         "replan() needs the stage times of a training step on the planned capture, which the last call "
@@ -379,8 +353,8 @@ class Pipeline:
             options = replace(self.options, plan=plan or self.options.plan, costs=costed)
             options.check(self.model, len(self.devices))
             compiled = replanned(first, costed, options, self.devices)
-            self.options, self._captures = options, self._captures.only(first, compiled)
-            self._first = self._last = compiled
+            self.options = options
+            self._batches.replace_first(options, compiled)
             self._proofs.clear()
             self._session.forget()
             return self.plan
@@ -439,7 +413,7 @@ class Pipeline:
                 f"inside it would be lost; call flush(), then compile copy.deepcopy(pipe.pipeline.model)"
             )
         copy = Pipeline(deepcopy(self.model, memo), self.devices, self.options)
-        copy._placement = self._first or self._placement
+        copy._batches.placement = self._batches.first or self._batches.placement
         return copy
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Pipeline:
@@ -495,9 +469,10 @@ class Pipeline:
             kept = self.share.held
         fill(self.absent, batch.compiled, kept, self._gathered)
         self.absent = None
+        self._batches.takes_meta = False
         if self.share is not None:
             self.share.settle()
-        _refuse_meta(batch.call)
+        refuse_meta(batch.call)
 
     def _gathered(self, said: str) -> Sequence[str]:
         return [said] if self.share is None else self.share.processes.all.gathered(said)
@@ -505,105 +480,3 @@ class Pipeline:
     def _refuse_absent(self) -> None:
         if self.absent is not None:
             raise InputError(NO_VALUES)
-
-    # Captures
-
-    def _batch(self, args: Sequence[Any], kwargs: Mapping[str, Any], microbatches: int | None = None) -> steps.Batch:
-        """A call with its microbatches and the capture that it uses, which is made if necessary."""
-        refuse_default_device(self.devices)
-        check_surroundings(pytree.tree_leaves((args, kwargs)))
-        call = read_call(self.signature, args, kwargs, self._batched, self.options.batching.in_dims)
-        if self.absent is None:
-            _refuse_meta(call)
-        sizes: tuple[int, ...] = ()
-        part: steps.Part | None = None
-        if self.share is not None:
-            part = None if self.share.part is None else steps.Part(self.share.part, call.tensors)
-            call, sizes = self.share.read(call, self._again)
-        ambient = Ambient.of_caller(frozenset(device.type for device in self.devices))
-        key = Key(call.key, Same(self._states.look(self.model, self._check)), ambient.autocast, settings())
-        known = self._captures.of(key)
-        count = microbatches or self.microbatches
-        rows = Rows.of_parts(sizes, count) if sizes else Rows.of(call.batch, count)
-        for compiled in known:
-            for candidate in compiled.cuts(rows):
-                if not compiled.broken(call, candidate, self._states.number):
-                    self._settle(call)
-                    self._last = compiled
-                    self._captures.use(key)
-                    return steps.Batch(compiled, call, candidate, part)
-        broken = known[-1].broken(call, rows) if known else ""
-        batch = self._capture(call, rows)
-        self._settle(call)
-        self._captures.add(key, batch.compiled, broken)
-        self._first = self._first or batch.compiled
-        self._last = batch.compiled
-        return replace(batch, part=part)
-
-    def _again(self, call: Call, tensors: Mapping[str, Tensor]) -> Call:
-        """Reads a call again with other tensors, in which the same ones have a batch."""
-        args, kwargs = call.rebuild(tensors)
-        known = {(name, tensor.ndim): name in call.batched for name, tensor in call.tensors.items()}
-        return read_call(self.signature, args, kwargs, known, self.options.batching.in_dims)
-
-    def _check(self, model: nn.Module) -> None:
-        check_parameters(model)
-        self._own = dict(named_tensors(model))
-
-    def _settle(self, call: Call) -> None:
-        """Records which tensors have a batch, as decided by the first call that could be captured."""
-        for name, tensor in call.tensors.items():
-            self._batched.setdefault((name, tensor.ndim), name in call.batched)
-
-    def _capture(self, call: Call, rows: Rows) -> steps.Batch:
-        """A new capture. If its trace is valid only for one size, all microbatches get that size."""
-        if self.share is not None:
-            self.share.check_weights()
-        independent = self.options.policy.is_asynchronous and self.model.training
-        for candidate in (rows, rows.equal()):
-            with CAPTURING.taken(), undrawn(self.devices), saved_as_they_are():
-                compiled = compile_call(
-                    self.model,
-                    call,
-                    candidate,
-                    self.devices,
-                    self.options,
-                    self._forward,
-                    self._first or self._placement,
-                    whole=(self.microbatches > 1 or bool(rows.parts)) and not independent,
-                    peers=self._session.peers,
-                )
-            if self.share is not None:
-                self.share.add(compiled)
-            for cut in compiled.cuts(candidate):
-                if not compiled.broken(call, cut):
-                    return steps.Batch(compiled.without_values(), call, cut)
-        raise CaptureError("the trace is not valid for the inputs that it was made with; please report this")
-
-
-def _refuse_meta(call: Call) -> None:
-    for name, tensor in call.tensors.items():
-        if tensor.is_meta:
-            raise InputError(
-                f"argument {name!r} is on the meta device, so it has no values; pass a tensor on a real device"
-            )
-
-
-def _with_loss(model: nn.Module, loss_fn: Callable[..., Any]) -> Callable[..., Any]:
-    def forward(*args: Any, target: Any, **kwargs: Any) -> Any:
-        return loss_fn(model(*args, **kwargs), target)
-
-    return forward
-
-
-def _with_target(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A callable with the model's signature and an additional keyword ``target``."""
-    signature = inspect.signature(forward)
-    parameters = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    rest = [p for p in signature.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
-    target = inspect.Parameter("target", inspect.Parameter.KEYWORD_ONLY)
-
-    def described() -> None: ...
-
-    described.__signature__ = signature.replace(parameters=[*parameters, target, *rest])  # type: ignore[attr-defined]
-    return described

@@ -202,7 +202,7 @@ class Captures:
         self._known.setdefault(key, []).append(compiled)
         self.use(key)
         if len(self) >= MANY and (len(self) & (len(self) - 1)) == 0:
-            warnings.warn(_many(self.reasons), stacklevel=6)
+            warnings.warn(_many(self.reasons), stacklevel=7)
 
 
 def _many(reasons: list[str]) -> str:

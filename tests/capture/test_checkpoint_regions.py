@@ -73,7 +73,7 @@ def kept_bytes(pipe: Any) -> int:
 
     values: dict[str, Any] = {}
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        for stage in pipe.pipeline._first.stages:
+        for stage in pipe.pipeline._batches.first.stages:
             arguments = [rows() for _ in stage.inputs]
             arguments += [values[name] for names in stage.receives.values() for name in names]
             values |= dict(zip(stage.returns, stage.module(*arguments), strict=True))

@@ -77,6 +77,6 @@ def given() -> tuple[str, int]:
     count = list[int]()
     processes.measure = lambda *_: count.append(1)
     pipe = _compiled(cluster=Cluster.of(["cpu", "cpu"]))
-    found = pipe.pipeline._first.planned.cluster.origin
+    found = pipe.pipeline._batches.first.planned.cluster.origin
     pipe.pipeline.close()
     return found, len(count)

@@ -145,7 +145,9 @@ def test_a_trace_does_not_see_what_another_thread_runs() -> None:
         assert inside.wait(60)
         with torch.autocast("cpu", torch.bfloat16):
             Lasts()(x)
-    origins = [origin_of(node) for node in pipe.pipeline._first.captured.graph.nodes if node.op == "call_function"]
+    origins = [
+        origin_of(node) for node in pipe.pipeline._batches.first.captured.graph.nodes if node.op == "call_function"
+    ]
     assert origins
     assert {origin.path.split(".")[0] for origin in origins} == {"layers"}
     assert {origin.region for origin in origins} == {PLAIN}

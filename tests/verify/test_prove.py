@@ -252,7 +252,7 @@ def test_a_lost_microbatch_shows_in_every_floating_type() -> None:
         assert "gradients" in line
         pipe = pipecompile.compile(model, CPU, microbatches=4, costs="count", loss_fn=F.mse_loss)
         pipe.pipeline.prepare(data, target=data)
-        losing = pipe.pipeline._first
+        losing = pipe.pipeline._batches.first
         assert losing is not None
         body = losing.stages[-1].module
         share = next(n for n in body.graph.nodes if n.op == "placeholder" and "share" in n.name)

@@ -1,0 +1,196 @@
+"""``Batches`` makes batches of calls: it reads a call, finds its capture or makes one, and divides it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipecompile.batching import Rows
+from pipecompile.capture import Call, read_call
+from pipecompile.capture.locks import CAPTURING
+from pipecompile.capture.state.fingerprints import Same
+from pipecompile.capture.state.model_state import named_tensors
+from pipecompile.compiler.capture_cache import Captures, Key, States, refuse_default_device, settings
+from pipecompile.compiler.compile_call import compile_call
+from pipecompile.compiler.options import Options
+from pipecompile.compiler.surroundings import check_parameters, check_surroundings, saved_as_they_are
+from pipecompile.distributed.share import Share
+from pipecompile.errors import CaptureError, InputError
+from pipecompile.ops.randomness import undrawn
+from pipecompile.ops.torch_internals import pytree
+from pipecompile.runtime import Ambient, steps
+from pipecompile.runtime.compiled import Compiled
+from pipecompile.runtime.peers import Peers
+
+
+class Batches:
+    """The captures of one pipeline, found by calls.
+
+    Args:
+        model: the unsplit model.
+        devices: one per rank.
+        options: the options of ``compile``.
+        peers: the processes of the pipeline.
+        share: what this process has of the model, if they are several.
+
+    Attributes:
+        forward: what is captured, with ``loss_fn``; else the forward of the model.
+        first: the capture whose plan all others follow.
+        last: the capture of the last call.
+        placement: a capture of another pipeline, whose plan the first one follows.
+        own: the model's tensors when they were last checked, by all of their names.
+        takes_meta: whether arguments may be on the meta device, because the model has no values either.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        devices: Sequence[torch.device],
+        options: Options,
+        peers: Peers,
+        share: Share | None,
+    ) -> None:
+        self.model = model
+        self.devices = devices
+        self.options = options
+        self.peers = peers
+        self.share = share
+        self.forward = None if options.loss_fn is None else _with_loss(model, options.loss_fn)
+        self.captures = Captures()
+        self.states = States()
+        self.first: Compiled | None = None
+        self.last: Compiled | None = None
+        self.placement: Compiled | None = None
+        self.own: Mapping[str, Tensor] = dict(named_tensors(model))
+        self.takes_meta = False
+        self._batched: dict[tuple[str, int], bool] = {}
+
+    @property
+    def signature(self) -> Callable[..., Any]:
+        """A callable with the signature of a call. The model's forward may be replaced at any time."""
+        return self.model.forward if self.forward is None else _with_target(self.model.forward)
+
+    def copied(self) -> Batches:
+        """Batches with the same captures, for calls whose captures later calls do not use."""
+        copy: Batches = object.__new__(Batches)
+        copy.__dict__.update(self.__dict__, captures=self.captures.copied(), _batched=dict(self._batched))
+        return copy
+
+    def replace_first(self, options: Options, compiled: Compiled) -> None:
+        """Puts a capture with another plan in the place of the first one, and drops all others."""
+        assert self.first is not None
+        self.options, self.captures = options, self.captures.only(self.first, compiled)
+        self.first = self.last = compiled
+
+    def of(self, args: Sequence[Any], kwargs: Mapping[str, Any], microbatches: int | None = None) -> steps.Batch:
+        """A call with its microbatches and the capture that it uses, which is made if necessary.
+
+        Args:
+            microbatches: instead of those of the options.
+
+        Raises:
+            InputError, CaptureError, PlanError: the call cannot be read, captured or planned.
+        """
+        refuse_default_device(self.devices)
+        check_surroundings(pytree.tree_leaves((args, kwargs)))
+        call = read_call(self.signature, args, kwargs, self._batched, self.options.batching.in_dims)
+        if not self.takes_meta:
+            refuse_meta(call)
+        sizes: tuple[int, ...] = ()
+        part: steps.Part | None = None
+        if self.share is not None:
+            part = None if self.share.part is None else steps.Part(self.share.part, call.tensors)
+            call, sizes = self.share.read(call, self._again)
+        ambient = Ambient.of_caller(frozenset(device.type for device in self.devices))
+        key = Key(call.key, Same(self.states.look(self.model, self._check)), ambient.autocast, settings())
+        known = self.captures.of(key)
+        count = microbatches or self.options.microbatches
+        rows = Rows.of_parts(sizes, count) if sizes else Rows.of(call.batch, count)
+        for compiled in known:
+            for candidate in compiled.cuts(rows):
+                if not compiled.broken(call, candidate, self.states.number):
+                    self._settle(call)
+                    self.last = compiled
+                    self.captures.use(key)
+                    return steps.Batch(compiled, call, candidate, part)
+        broken = known[-1].broken(call, rows) if known else ""
+        batch = self._capture(call, rows)
+        self._settle(call)
+        self.captures.add(key, batch.compiled, broken)
+        self.first = self.first or batch.compiled
+        self.last = batch.compiled
+        return replace(batch, part=part)
+
+    def _again(self, call: Call, tensors: Mapping[str, Tensor]) -> Call:
+        """Reads a call again with other tensors, in which the same ones have a batch."""
+        args, kwargs = call.rebuild(tensors)
+        known = {(name, tensor.ndim): name in call.batched for name, tensor in call.tensors.items()}
+        return read_call(self.signature, args, kwargs, known, self.options.batching.in_dims)
+
+    def _check(self, model: nn.Module) -> None:
+        check_parameters(model)
+        self.own = dict(named_tensors(model))
+
+    def _settle(self, call: Call) -> None:
+        """Records which tensors have a batch, as decided by the first call that could be captured."""
+        for name, tensor in call.tensors.items():
+            self._batched.setdefault((name, tensor.ndim), name in call.batched)
+
+    def _capture(self, call: Call, rows: Rows) -> steps.Batch:
+        """A new capture. If its trace is valid only for one size, all microbatches get that size."""
+        if self.share is not None:
+            self.share.check_weights()
+        independent = self.options.policy.is_asynchronous and self.model.training
+        for candidate in (rows, rows.equal()):
+            with CAPTURING.taken(), undrawn(self.devices), saved_as_they_are():
+                compiled = compile_call(
+                    self.model,
+                    call,
+                    candidate,
+                    self.devices,
+                    self.options,
+                    self.forward,
+                    self.first or self.placement,
+                    whole=(self.options.microbatches > 1 or bool(rows.parts)) and not independent,
+                    peers=self.peers,
+                )
+            if self.share is not None:
+                self.share.add(compiled)
+            for cut in compiled.cuts(candidate):
+                if not compiled.broken(call, cut):
+                    return steps.Batch(compiled.without_values(), call, cut)
+        raise CaptureError("the trace is not valid for the inputs that it was made with; please report this")
+
+
+def refuse_meta(call: Call) -> None:
+    """Raises ``InputError`` if an argument has no values."""
+    for name, tensor in call.tensors.items():
+        if tensor.is_meta:
+            raise InputError(
+                f"argument {name!r} is on the meta device, so it has no values; pass a tensor on a real device"
+            )
+
+
+def _with_loss(model: nn.Module, loss_fn: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(*args: Any, target: Any, **kwargs: Any) -> Any:
+        return loss_fn(model(*args, **kwargs), target)
+
+    return forward
+
+
+def _with_target(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A callable with the model's signature and an additional keyword ``target``."""
+    signature = inspect.signature(forward)
+    parameters = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    rest = [p for p in signature.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
+    target = inspect.Parameter("target", inspect.Parameter.KEYWORD_ONLY)
+
+    def described() -> None: ...
+
+    described.__signature__ = signature.replace(parameters=[*parameters, target, *rest])  # type: ignore[attr-defined]
+    return described
