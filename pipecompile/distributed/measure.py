@@ -24,7 +24,8 @@ from pipecompile.ir.cluster import Cluster
 from pipecompile.profile.links import alike, with_measured_links
 
 SIZES = (1 << 10, 1 << 20)  # bytes
-RUNS = 5
+TRIPS = (25, 5)  # of each size
+RUNS = 5  # of the computation
 ALL_PAIRS = 16  # ranks up to which all pairs are measured; of more, those at distances 1, 2, 4, ...
 WORK = 256  # rows and columns of the matrices that are multiplied
 
@@ -57,7 +58,7 @@ def measure(lines: Lines, rank: int, host: str) -> Measured:
         for nbytes in SIZES:
             run(nbytes)
         lines.begin()  # the sizes are known from now on
-        seconds = tuple(min(run(nbytes) for _ in range(RUNS)) / 2 for nbytes in SIZES)
+        seconds = tuple(min(run(nbytes) for _ in range(count)) / 2 for nbytes, count in zip(SIZES, TRIPS, strict=True))
         if rank == pair[0]:
             trips[pair] = seconds
     return Measured(host, min(_work() for _ in range(RUNS)), trips)
