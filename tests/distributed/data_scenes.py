@@ -192,32 +192,40 @@ def sparse_gradients() -> list[str]:
     return [n for n, g in found.items() if not torch.allclose(g.to_dense(), expected[n].to_dense(), atol=1e-6)]
 
 
-def refused(kind: str) -> str:
-    """The error of a call or of ``compile`` that a mesh with parts refuses."""
+def refused() -> dict[str, str]:
+    """The errors of calls, and of ``compile``, that a mesh with parts refuses."""
     mesh, part = mesh_of(2), dist.get_rank() // (dist.get_world_size() // 2)
+    others = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("dp", "pp"))
     ids = torch.arange(8)
     options: dict[str, Any] = {"microbatches": 2, "costs": "count", "mesh": mesh}
-    try:
-        match kind:
-            case "no loss":
-                pipe = pipecompile.compile(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), **options)
-                pipe(torch.ones(4, 2))
-            case "an output's gradient":
-                pipe = pipecompile.compile(Sundry(), batching=DEFERRED, **options)
-                output = pipe(ids)
-                output["logits"].sum().backward()
-            case "other lengths":
-                pipe = pipecompile.compile((MODELS["gpt2"]).build(), **options)
-                args, kwargs = MODELS["gpt2"].inputs(4, 6 + part)
-                pipe(*args, **kwargs)
-            case "running statistics":
-                pipecompile.compile(Sundry(), example_inputs=ids, **options)
-            case "pipedream":
-                optimizer = lambda parameters: torch.optim.SGD(parameters, 0.1)  # noqa: E731
-                pipecompile.compile(Sundry(), schedule="pipedream", optimizer=optimizer, **options)
-            case "names":
-                other = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("dp", "pp"))
-                pipecompile.compile(Sundry(), mesh=other)
-    except pipecompile.PipecompileError as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
+
+    def without_a_loss() -> None:
+        pipecompile.compile(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), **options)(torch.ones(4, 2))
+
+    def gradient_of_an_output() -> None:
+        pipecompile.compile(Sundry(), batching=DEFERRED, **options)(ids)["logits"].sum().backward()
+
+    def other_lengths() -> None:
+        args, kwargs = MODELS["gpt2"].inputs(4, 6 + part)
+        pipecompile.compile(MODELS["gpt2"].build(), **options)(*args, **kwargs)
+
+    def steps_inside() -> None:
+        optimizer = lambda parameters: torch.optim.SGD(parameters, 0.1)  # noqa: E731
+        pipecompile.compile(Sundry(), schedule="pipedream", optimizer=optimizer, **options)
+
+    acts: dict[str, Callable[[], object]] = {
+        "no loss": without_a_loss,
+        "gradient": gradient_of_an_output,
+        "lengths": other_lengths,
+        "statistics": lambda: pipecompile.compile(Sundry(), example_inputs=ids, **options),
+        "pipedream": steps_inside,
+        "names": lambda: pipecompile.compile(Sundry(), mesh=others),
+    }
+    said = {}
+    for name, act in acts.items():
+        torch.manual_seed(0)
+        try:
+            act()
+        except pipecompile.PipecompileError as error:
+            said[name] = f"{type(error).__name__}: {error}"
+    return said
