@@ -1,14 +1,16 @@
 """Trains GPT-2 over several processes, one for each stage, on one machine or many.
 
     torchrun --nproc-per-node 4 examples/train_distributed.py --steps 20
+    torchrun --nproc-per-node 4 examples/train_distributed.py --parts 2
     torchrun --nproc-per-node 4 examples/train_distributed.py --checkpoints runs/gpt2 --every 5
 
-The second one saves its state every five steps. Whenever it is started, also with another number of processes, it goes
+The second one has two pipelines of two stages, each for one half of every batch; its losses are those of the first one.
+The third one saves its state every five steps. Whenever it is started, also with another number of processes, it goes
 on from the latest checkpoint, with the losses that it would have had. docs/checkpoints.md has the command with which
 torchrun itself starts it again.
 
-Every process runs this script and makes the same calls on the same batches. The first one plans; each then has the
-weights of its own stage only. The loss is known to all of them, other outputs to the process that makes them.
+Every process runs this script and makes the same calls, on its part of each batch. The first one plans; each then has
+the weights of its own stage only. The loss is known to all of them, other outputs to the process that makes them.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from train_gpt2 import (
     load_model,
     load_texts,
     load_tokenizer,
+    training_options,
 )
 
 import pipecompile
@@ -43,11 +46,18 @@ def main() -> None:
     texts = load_texts()
     tokenizer = load_tokenizer(texts)
     model = load_model(tokenizer, options.width)
-    data = batches(texts, tokenizer, options.batch, options.steps)
-
-    mesh = init_device_mesh("cpu", (size,), mesh_dim_names=("stage",))
+    mesh = init_device_mesh("cpu", (options.parts, size // options.parts), mesh_dim_names=("data", "stage"))
+    part = mesh.get_local_rank("data")
+    data = [
+        {name: tensor.chunk(options.parts)[part] for name, tensor in batch.items()}
+        for batch in batches(texts, tokenizer, options.batch, options.steps)
+    ]
     pipe = pipecompile.compile(
-        model, mesh=mesh, schedule=options.schedule, microbatches=options.microbatches, example_inputs=data[0]
+        model,
+        mesh=mesh,
+        schedule=options.schedule,
+        microbatches=options.microbatches // options.parts,
+        example_inputs=data[0],
     )
     optimizer = torch.optim.Adam(pipe.parameters(), lr=options.learning_rate)  # of this process's stage
     first = 0
@@ -74,14 +84,8 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--schedule", default="1f1b", choices=["sequential", "gpipe", "1f1b"])
-    parser.add_argument("--microbatches", type=int, default=8)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--width", type=int, default=256, help="of the model without pretrained weights")
-    parser.add_argument("--learning-rate", type=float, default=3e-4)
-    parser.add_argument("--seed", type=int, default=0)
+    parser = training_options(__doc__, microbatches=8, batch=16, steps=20)
+    parser.add_argument("--parts", type=int, default=1, help="of each batch, each with a pipeline of its own")
     parser.add_argument("--checkpoints", type=Path, help="where to save, and to go on from")
     parser.add_argument("--every", type=int, default=10, help="steps between two checkpoints")
     return parser.parse_args()

@@ -175,16 +175,21 @@ def report_plan(pipe: Any, batch: dict[str, torch.Tensor]) -> None:
     )
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--devices", nargs="+", default=["cpu", "cpu"])
+def training_options(description: str | None, **defaults: int) -> argparse.ArgumentParser:
+    """The options of a training, which has defaults of its own for the numbers of steps, rows and microbatches."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--schedule", default="1f1b", choices=["sequential", "gpipe", "1f1b"])
-    parser.add_argument("--microbatches", type=int, default=4)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=40)
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--width", type=int, default=256, help="of the model without pretrained weights")
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def _options() -> argparse.Namespace:
+    parser = training_options(__doc__, microbatches=4, batch=8, steps=40)
+    parser.add_argument("--devices", nargs="+", default=["cpu", "cpu"])
     return parser.parse_args()
 
 
