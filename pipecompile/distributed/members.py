@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from functools import partial
+from functools import partial, reduce
 from typing import Protocol, TypeVar
 
 import torch
@@ -52,29 +52,20 @@ class Members:
 
     def summed(self, tensor: Tensor) -> Tensor:
         """The sum of the members' tensors, in their order."""
-        first, *rest = self.gathered_tensors(tensor)
-        for other in rest:
-            first = first + other
-        return first
+        return reduce(torch.add, self.gathered_tensors(tensor))
 
     def totals(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The sum of each tensor over the members, in no set order but with the same bits in all of them.
 
         Writes to dense tensors.
         """
-        found = [t if t.layout == torch.strided else self._total_of_sparse(t) for t in tensors]
+        found = [t if t.layout == torch.strided else reduce(torch.add, self.gathered(t)) for t in tensors]
         for bucket in _buckets([tensor for tensor in tensors if tensor.layout == torch.strided]):
             flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
             self.run(partial(dist.all_reduce, flat, group=self.group))
             for tensor, total in zip(bucket, torch.split(flat, [tensor.numel() for tensor in bucket]), strict=True):
                 tensor.copy_(total.view_as(tensor))
         return found
-
-    def _total_of_sparse(self, tensor: Tensor) -> Tensor:
-        first, *rest = self.gathered(tensor)
-        for other in rest:
-            first = first + other
-        return first
 
     def broadcast(self, content: bytes, source: int) -> bytes:
         """The bytes of the member at position ``source``."""
