@@ -4,6 +4,7 @@
     python tests/mutation_run.py --recorded FILE                keeps what the first run shows, or uses it again
     python tests/mutation_run.py --only 3,17                    some of the places, by number
     python tests/mutation_run.py --tests tests/ir               some of the tests
+    python tests/mutation_run.py --most 300                     a mutant counts as not found after so many tests
     python tests/mutation_run.py --long                         against the tests of `make long`
     python tests/mutation_run.py --processes 1                  slower, but leaves a core to others
 
@@ -34,6 +35,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, groupby, zip_longest
 from pathlib import Path
 
 import pytest
@@ -186,8 +188,13 @@ class Tests:
     everywhere: set[int]
     unnoted: set[str]
 
-    def candidates(self, number: int, place: Place) -> Iterator[list[str]]:
-        """The tests that may find a mutant, in several lists: what is cheap and likely to find it comes first."""
+    def candidates(self, number: int, place: Place, most: int) -> Iterator[list[str]]:
+        """The tests that may find a mutant, in several lists: what is cheap and likely to find it comes first.
+
+        Args:
+            number, place: The mutant.
+            most: How many tests at most.
+        """
         cheapest = sorted(self.seconds, key=self.seconds.__getitem__)
         reaching = [test for test in cheapest if test in self.reaching.get(number, ())]
         files = {file_of(test) for test in reaching}
@@ -195,10 +202,16 @@ class Tests:
         mirror = Path("tests", *place.path.parent.parts[1:])
         near = [test for test in cheapest if Path(test).is_relative_to(mirror)] if number in self.everywhere else []
         tried: set[str] = set()
-        for tests in (reaching[:FEW], reaching, near, others, cheapest if number in self.everywhere else []):
-            left = [test for test in tests if test not in tried]
+        for tests in (reaching[:FEW], spread(reaching), near, others, cheapest if number in self.everywhere else []):
+            left = [test for test in tests if test not in tried][: most - len(tried)]
             tried.update(left)
             yield from (some for some in apart(left) if some)
+
+
+def spread(tests: Sequence[str]) -> list[str]:
+    """One test of each file, then another one of each."""
+    files = [list(some) for _, some in groupby(sorted(tests, key=file_of), file_of)]
+    return [test for test in chain.from_iterable(zip_longest(*files)) if test]
 
 
 def file_of(test: str) -> str:
@@ -353,14 +366,14 @@ class Run:
             return process.returncode, output
 
 
-def found_by(number: int, place: Place, copy: Path, tests: Tests, run: Run) -> tuple[str, int]:
+def found_by(place: Place, copy: Path, candidates: Iterator[list[str]], tests: Tests, run: Run) -> tuple[str, int]:
     """The first test that finds a mutant, empty if none does, and the number of tests that were started."""
     path = copy / place.path
     source = path.read_text()
     path.write_text(place.mutated(source))
     tried = 0
     try:
-        for some in tests.candidates(number, place):
+        for some in candidates:
             tried += len(some)
             limit = START + 5 * sum(tests.seconds[test] for test in some)
             if found := run(copy, some, limit, "-x").found:
@@ -377,6 +390,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="numbers of the places to run: 3,17")
     parser.add_argument("--tests", nargs="+", default=FOLDERS, help="files and folders of tests, relative to the root")
     parser.add_argument("--long", action="store_true", help="the tests of make long")
+    parser.add_argument("--most", type=int, default=10**6, help="tests that are tried on a mutant")
     parser.add_argument("--processes", type=int, default=2, help="processes that run tests")
     parser.add_argument("--recorded", type=Path, help="a file for what the first run shows; read if it is there")
     given = parser.parse_args()
@@ -398,7 +412,8 @@ def main() -> int:
                 save(tests, chosen, given.recorded)
         for number in wanted:
             start = time.perf_counter()
-            test, tried = found_by(number, chosen[number], copy, tests, run)
+            candidates = tests.candidates(number, chosen[number], given.most)
+            test, tried = found_by(chosen[number], copy, candidates, tests, run)
             spent = time.perf_counter() - start
             reached = len(tests.reaching.get(number, ()))
             says = f"{test or 'NOT FOUND'} ({tried} tests started, {reached} reach it, {spent:.0f} s)"
