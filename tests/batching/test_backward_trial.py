@@ -135,3 +135,26 @@ def test_gradients_of_weights_that_add_up_are_exact(
     make: Callable[..., Any], backward: Callable[[Tensor], Tensor]
 ) -> None:
     trained(OnWeights(make(backward)))
+
+
+class Scaled(torch.autograd.Function):
+    """Rows times one more than an integer each."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kinds: Tensor) -> Tensor:
+        ctx.save_for_backward(kinds)
+        return x * (1 + kinds[:, None])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (kinds,) = ctx.saved_tensors
+        return gradient * (1 + kinds[:, None]), None
+
+
+class OnKinds(OnSamples):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(Scaled.apply(self.first(x), (x.sum(-1) > 0).long())).square().mean()  # type: ignore[no-any-return]
+
+
+def test_integers_beside_what_has_a_gradient_are_tried_out_too() -> None:
+    trained(OnKinds(lambda x: x))

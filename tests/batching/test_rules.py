@@ -251,3 +251,18 @@ def test_a_row_loss_without_rows_is_not_taken_for_one() -> None:
         return F.multi_margin_loss(x[:, 0, 0], y[0, 0])
 
     assert is_exact(Ending(margins))
+
+
+@pytest.mark.parametrize("turned", [lambda h: h.t() * 2, lambda h: h.transpose(0, 1) * 2, lambda h: h.adjoint() * 2])
+def test_a_matrix_is_turned_by_a_rule_not_by_experiment(turned: Callable[[Tensor], Tensor]) -> None:
+    class Turning(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(turned(self.first(x)).mT).square().mean()
+
+    x = torch.randn(BATCH, WIDTH)
+    pipe = pipecompile.compile(Turning(), ["cpu", "cpu"], microbatches=3, costs="count", example_inputs=x)
+    assert not any("found by experiment" in line for line in pipe.pipeline.report.microbatches)

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from long import some
 from losses import CLASSES, IGNORED, WIDTH, Tokens, assert_step_equal, microbatches_of
 from torch import Tensor, nn
 
@@ -169,7 +168,7 @@ def batch(rows: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore:reduction. .mean. divides", "ignore:.NLLLoss2d. has been deprecated")
-@pytest.mark.parametrize("case", some(CASES), ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_loss_of_torch_is_the_whole_batchs(case: Case) -> None:
     torch.manual_seed(0)
     model = Tokens(Loss(case)).double()

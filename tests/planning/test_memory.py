@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from pipecompile.ir.cluster import Cluster, Device
 from pipecompile.ir.graph import Cost, CostedGraph, Footprint, Graph, Node, Parameter, TensorSpec
 from pipecompile.ir.plan import Plan
 from pipecompile.planning.memory import Bytes, Memory, memory
+from pipecompile.planning.stage_memory import load
 from pipecompile.profile import optimizer_state
 from pipecompile.schedule import SCHEDULES, gpipe, one_f_one_b
 
@@ -114,15 +116,15 @@ def test_predicted_bytes_are_those_of_a_run(make: Any, schedule: str) -> None:
 
 @pytest.mark.parametrize("recompute", ["auto", "always"] if LONG else ["always"])
 def test_a_limit_is_never_exceeded(recompute: Any) -> None:
-    free, _, _ = pipeline(transformer, "1f1b")
-    limit = int(0.8 * max(free.pipeline.memory.ranks))
+    free = pipeline(transformer, "1f1b")
+    limit = int(0.8 * max(free[0].pipeline.memory.ranks))
     cluster = Cluster(tuple(Device(f"cpu {rank}", memory=limit) for rank in range(STAGES)))
     pipe, step, optimizer = pipeline(
         transformer, "1f1b", cluster=cluster, plan=pipecompile.PlanOptions(recompute=recompute)
     )
     counted = peaks(pipe, step, optimizer)
     assert max(counted) <= limit
-    assert max(counted) < max(peaks(*pipeline(transformer, "1f1b")))
+    assert max(counted) < max(peaks(*free))
     assert bool(pipe.pipeline.plan.recomputed) or recompute == "auto"
 
 
@@ -150,6 +152,16 @@ def test_what_is_in_flight_is_held_so_many_times() -> None:
     assert all(stage.parameters == 8 and stage.optimizer == 16 for stage in held)
     flat = memory(costed, plan, gpipe(plan, 8)).stages
     assert [stage.activations + stage.working for stage in flat] == [8 * 1004, 8 * 1004, 8 * 1000 + 4]
+
+
+def test_a_backward_adds_gradients_and_frees_what_was_saved() -> None:
+    costed = chain(saved=8, weights=4000, width=10)
+    own = tuple(replace(it, backward_bytes=40 if it.values else 0) for it in costed.footprints)
+    plan = Plan.of(costed.graph, [None, 0, 1, 2])
+    shared, new = (load(it, plan, 1) for it in (costed, replace(costed, footprints=own)))
+    # the first backward makes the gradient of the weight; that of the input is the received one, or 40 bytes more
+    assert (shared.backward, shared.first_backward) == (0, 4000 - 8)
+    assert (new.backward, new.first_backward) == (40, 40 + 4000 - 8)
 
 
 def test_pipedream_stashes_versions_and_frees_gradients() -> None:

@@ -398,6 +398,15 @@ def test_proposals_use_all_devices_whatever_their_number_of_stages():
     assert {sum(replicas) for replicas in found} == {5}
 
 
+def test_a_proposal_holds_the_activations_of_each_microbatch_in_flight():
+    costed, half = layers(*[1.0] * 4, weights=4, saved=1000), 2 * 3 * 1000 + 100  # bytes of two layers
+    step = Step(8, lambda replicas, behind: 3, 2.0)
+    assert deals(costed, equal_devices(2, memory=2 * half), step) == [(2,), (1, 1)]
+    assert deals(costed, equal_devices(2, memory=half), step) == [(1, 1)]
+    assert deals(costed, equal_devices(2, memory=half), replace(step, again=True)) == [(2,), (1, 1)]
+    assert deals(costed, equal_devices(2, memory=half - 200), step) == []
+
+
 def test_too_many_devices_are_refused():
     with pytest.raises(InputError, match=f"up to {MOST_DEVICES} devices, but there are {MOST_DEVICES + 1}"):
         with_best_replicas(HEAVY, equal_devices(MOST_DEVICES + 1), workload())

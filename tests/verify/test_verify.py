@@ -255,6 +255,15 @@ def test_a_wrong_gradient_is_found_and_named(outside: bool) -> None:
     assert "NOT exact" in str(result)
 
 
+def test_a_wrong_gradient_is_found_on_the_same_microbatches_too() -> None:
+    pipe = pipe_of(Routed())
+    pipe.pipeline.prepare(x())
+    corrupt(pipe, "last.weight", skewed)
+    result = pipe.pipeline.verify(x())
+    assert result.checks[0].against == "the same microbatches"
+    assert differing(result, "gradient") == {"last.weight"}
+
+
 def test_a_wrong_value_in_evaluation_alone_is_found() -> None:
     pipe = pipe_of(Residual()).eval()
     pipe.pipeline.prepare(x())

@@ -1849,6 +1849,18 @@ def test_a_change_between_calls(name: str, microbatches: int) -> None:
                 assert_equal(numbers(pipe, after), expected)
 
 
+def test_a_global_that_hides_a_builtin_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Net(lambda self, h: h * pow)
+    monkeypatch.setitem(globals(), "pow", 2.0)
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=2, costs="count")
+    before = numbers(pipe, step(model))
+    assert_equal(before, numbers(model, step(model)))
+    monkeypatch.setitem(globals(), "pow", 3.0)
+    after = numbers(model, step(model))
+    assert differ(before, after)
+    assert_equal(numbers(pipe, step(model)), after)
+
+
 def test_callbacks_of_the_garbage_collector_are_no_code_of_the_model() -> None:
     """Test runners and profilers have some, which read and set variables of their own."""
     model, x = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)), torch.randn(4, 4)
