@@ -23,7 +23,7 @@ from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import Backward, Forward
 
 SHAPES = [(4, 3), (8, 5), (5, 4), (4, 7)]  # batch and length; 6, the width, is neither
-COUNT = int(os.environ.get("RANDOM_MODELS", "256" if LONG else "16"))  # of each test
+COUNT = int(os.environ.get("RANDOM_MODELS", "256" if LONG else "8"))  # of each test
 FIRST = 2 * COUNT * int(os.environ.get("RANDOM_SEED", "0"))  # seeds that no other day has
 LARGEST = 1e4  # of a loss, so that rounding stays small
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from families import FAMILIES
+from families import FAMILIES, LATER
 
 TESTS = Path(__file__).parent
 
@@ -17,3 +17,10 @@ def test_a_family_is_a_test_with_parameters(family: str) -> None:
     assert found, f"{path} has no {name}"
     decorators = head[head.rindex("\n\n") :]
     assert "@" in decorators, f"{name} has one case"
+
+
+@pytest.mark.parametrize("test", sorted(LATER))
+def test_what_comes_later_is_a_test_and_no_family(test: str) -> None:
+    path, _, name = test.partition("::")
+    assert f"\ndef {name}(" in (TESTS / path).read_text()
+    assert test not in FAMILIES

@@ -26,7 +26,7 @@ from pipecompile.errors import CaptureError
 
 D = 16
 ROWS = 8
-EACH = pytest.mark.parametrize(("stages", "schedule"), some([(2, "gpipe"), (3, "gpipe"), (3, "1f1b"), (2, "1f1b")]))
+EACH = pytest.mark.parametrize(("stages", "schedule"), some([(3, "1f1b"), (2, "gpipe"), (3, "gpipe"), (2, "1f1b")], 4))
 
 
 def block() -> nn.Module:

@@ -199,6 +199,6 @@ def test_a_pin_that_alone_fills_a_stage_is_kept_though_its_neighbour_could_take_
     nets = tuple(Net((atom, *users), 50.0 if atom == 0 else 0.1) for atom, users in enumerate(readers) if users)
     seconds = (0.1, 0.1, *(rnd.uniform(0.5, 2.0) for _ in range(count - 2)))
     problem = Problem(seconds, tuple(sorted(arcs)), nets, (Seat(),) * 4, fixed_stages=((1, 1),))
-    solution = solve(problem, budget=3.0)
+    solution = solve(problem, budget=1.0)
     check(problem, solution.stage_of)
     assert (solution.stage_of[0], solution.stage_of[1]) == (0, 1)

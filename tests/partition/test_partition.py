@@ -106,7 +106,7 @@ def test_a_memory_limit_is_kept_or_said_to_be_too_small(seed):
         assert solution.quality.bottleneck <= min(bottleneck(problem, plan) for plan in plans) * (1 + 1e-9)
 
 
-@settings(max_examples=60 if LONG else 25, deadline=None)
+@settings(max_examples=60 if LONG else 12, deadline=None)
 @given(st.integers(0, 10_000))
 def test_a_plan_is_valid_repeatable_and_never_worse_than_cutting_one_order(seed):
     problem = random_problem(seed, most=30)
@@ -442,14 +442,15 @@ def is_plan(problem: Problem, stage_of: tuple[int, ...]) -> bool:
 
 def test_walks_find_the_best_of_all_plans_of_small_problems():
     found = 0
-    for seed in range(30):
+    seeds = 30 if LONG else 15
+    for seed in range(seeds):
         problem = random_problem(seed, 8, uneven=True)
         plans = list(all_plans(problem))
         (worst,) = sorted(plans, key=lambda plan: bottleneck(problem, plan))[-1:]
         ends = annealed(problem, [worst] * 16, 1_000, seed, NEVER)
         best = min(bottleneck(problem, plan) for plan in plans)
         found += min(bottleneck(problem, end) for end in ends) <= best * (1 + 1e-9)
-    assert found >= 24
+    assert found >= 0.8 * seeds
 
 
 def long_problem(count: int = 6_000) -> Problem:

@@ -1,6 +1,5 @@
 import json
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -27,10 +26,6 @@ TRAINING = {
 }
 
 
-def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, timeout=120)
-
-
 @pytest.fixture
 def main(monkeypatch):
     """The script's main function in this process."""
@@ -48,19 +43,17 @@ def main(monkeypatch):
     return call
 
 
-def test_a_training_graph_keeps_both_directions_together_and_pays_both_crossings(tmp_path):
+def test_a_training_graph_keeps_both_directions_together_and_pays_both_crossings(tmp_path, main, capsys):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "small.json").write_text(json.dumps(TRAINING))
     (tmp_path / "optima.csv").write_text("instance,stages,optimum\nsmall,2,6.75\n")
-    done = run(
-        "--instances", tmp_path / "in", "--stages", "1,2", "--optima", tmp_path / "optima.csv", "--json", tmp_path / "o"
-    )
-    assert done.returncode == 0, done.stderr
+    options = ("--optima", tmp_path / "optima.csv", "--json", tmp_path / "o")
+    assert main("--instances", tmp_path / "in", "--stages", "1,2", *options) is None
     one, two = json.loads((tmp_path / "o").read_text())
     assert (one["load"], one["proven"]) == (9.0, True)
     assert (two["load"], two["lower_bound"], two["proven"]) == (6.75, 6.75, True)
     assert two["stage_of"] == {"10": 0, "11": 0, "20": 1, "21": 1}
-    assert "1.000000" in done.stdout
+    assert "1.000000" in capsys.readouterr().out
 
 
 def test_what_does_not_fit_is_a_row_and_not_a_crash(tmp_path, main, capsys):
