@@ -52,7 +52,6 @@ class Pipeline:
 
     Attributes:
         devices: one per rank.
-        options: the options of ``compile``.
         share: what this process has of the model, if several processes run the ranks.
         before_close: called by ``close``, for what goes on beside the calls.
         absent: what fills the model, if it has no values yet.
@@ -70,7 +69,6 @@ class Pipeline:
         self.devices = tuple(devices)
         self.share = None if processes is None else Share(model, processes)
         self.absent = absent
-        self.options = options
         self._session = Session(devices, options.optimizer, processes)
         self._batches = Batches(model, self.devices, options, self._session.peers, self.share)
         self._batches.takes_meta = absent is not None
@@ -87,6 +85,11 @@ class Pipeline:
         )
 
     # Properties
+
+    @property
+    def options(self) -> Options:
+        """The options of ``compile``, with what ``replan`` has changed."""
+        return self._batches.options
 
     @property
     def model(self) -> nn.Module:
@@ -353,7 +356,6 @@ class Pipeline:
             options = replace(self.options, plan=plan or self.options.plan, costs=costed)
             options.check(self.model, len(self.devices))
             compiled = replanned(first, costed, options, self.devices)
-            self.options = options
             self._batches.replace_first(options, compiled)
             self._proofs.clear()
             self._session.forget()

@@ -49,7 +49,8 @@ def assert_step_equal(model: nn.Module, pipe: nn.Module, inputs: dict[str, Tenso
 
 def cut_into(pipe: Any, microbatches: int) -> None:
     """Lets a pipeline cut its next batches into so many microbatches; the captures that it has stay."""
-    pipe.pipeline.options = replace(pipe.pipeline.options, microbatches=microbatches)
+    batches = pipe.pipeline._batches
+    batches.options = replace(batches.options, microbatches=microbatches)
 
 
 def microbatches_of(pipe: nn.Module) -> int:
