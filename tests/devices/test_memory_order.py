@@ -55,3 +55,19 @@ def test_what_a_cpu_rank_sends_does_not_overwrite_what_the_caller_still_reads() 
     assert result.cpu().tolist() == [6.0] * SIZE
     callers.wait([receiver])
     assert other.cpu().tolist() == [5.0] * SIZE
+
+
+def test_a_cpu_rank_reads_what_the_callers_stream_has_made() -> None:
+    """Its thread has the default stream, which does not wait for that of the caller by itself."""
+    LATE.start()
+    device = LATE[0]
+    lane, callers = Lane(torch.device("cpu")), Callers([device])
+    with torch.Stream(device):
+        made = torch.full((SIZE,), 2.0, device=device) * 3
+        events = callers.events([device])
+
+    def read() -> list[float]:
+        with lane.entered(events):
+            return made.to("cpu").tolist()
+
+    assert lane.thread.submit(read).result() == [6.0] * SIZE
