@@ -374,6 +374,7 @@ class Pipeline:
 
         Raises:
             CheckpointError: it could not be written.
+            InputError: another process makes one more call.
         """
         try:
             for finish in self.before_close:

@@ -74,7 +74,8 @@ class Control:
 
     def error(self) -> RankError:
         """The error that ends the run, after ``Aborted``."""
-        return RankError(str(self.cause or self.mine("", "closed the pipeline while it was in use")))
+        closed = self.mine("", "has closed the pipeline, so it cannot be used any more; compile the model again")
+        return RankError(str(self.cause or closed))
 
     def wait_for(self, ready: Callable[[], bool], seconds: float | None = None, peer: int | None = None) -> bool:
         """Waits until ``ready()``, called under ``changed``; returns False if the time was up before.

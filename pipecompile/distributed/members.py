@@ -73,10 +73,6 @@ class Members:
         self.run(lambda: dist.broadcast_object_list(box, self.processes[source], self.group))
         return box[0]
 
-    def barrier(self) -> None:
-        """Waits for all members."""
-        self.run(lambda: dist.barrier(self.group))
-
     def _new_group(self) -> dist.ProcessGroup:
         group: dist.ProcessGroup = dist.new_group(
             list(self.processes), timeout=FOREVER, backend="gloo", use_local_synchronization=True

@@ -97,7 +97,7 @@ class Processes:
         if all(torch.equal(other, found[0]) for other in found):
             return
         sizes = ", ".join(str(list(value.shape)) for value in values)
-        words = self.all.gathered(f"{said}, with inputs of sizes {sizes}")
+        words = self.all.gathered(f"{said}, with inputs of sizes {sizes}" if values else said)
         differing = next(rank for rank, other in enumerate(found) if not torch.equal(other, found[0]))
         reason = (
             "the values of their inputs differ"
@@ -193,12 +193,21 @@ class Processes:
             raise self.control.error() from None
 
     def close(self) -> None:
-        """Waits for what is under way, and ends the control channel."""
-        if self.control.cause is None:
-            self.lines.flush()
-            self.lines_to_all.flush()
-            self.all.barrier()
-        self.control.close()
+        """Waits until all others close the pipeline too, and ends the control channel.
+
+        Raises:
+            InputError: one of them makes a call instead.
+        """
+        if self.control.watch.closed:
+            return
+        try:
+            if self.control.cause is None:
+                self.agree("to close the pipeline")
+                with self._failing():
+                    self.lines.flush()
+                    self.lines_to_all.flush()
+        finally:
+            self.control.close()
 
     def _call(self, collective: Callable[[], T]) -> T:
         """Runs a collective in the worker.

@@ -133,6 +133,17 @@ def no_call() -> None:
         announce("waited")
 
 
+def one_more_call() -> None:
+    """The second part of each batch has one batch more."""
+    pipe = piped(pace=PATIENT, parts=2)
+    pipe.pipeline.close()
+    pipe.pipeline.close()  # says nothing
+    pipe = piped(pace=PATIENT, parts=2)
+    with pipe.pipeline:
+        for _ in range(2 + dist.get_rank() // 2):
+            step(pipe)
+
+
 def raises(at: int, backward: bool) -> None:
     """The stage of the last rank."""
     pipe = piped(Net(Stopping(at, backward)))

@@ -227,7 +227,7 @@ def test_a_closed_control_waits_for_nothing_and_can_report(opened: Open) -> None
     assert control.cause is None
     with pytest.raises(Aborted):
         control.wait_for(lambda: False)
-    assert "closed the pipeline while it was in use" in str(control.error())
+    assert "has closed the pipeline, so it cannot be used any more" in str(control.error())
     assert "failure" in str(control.report(control.mine("", "failure")))
 
 
