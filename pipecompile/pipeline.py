@@ -37,6 +37,7 @@ from pipecompile.materialize.fill import fill
 from pipecompile.planning.calibration import corrected
 from pipecompile.planning.memory import Memory
 from pipecompile.runtime import steps
+from pipecompile.runtime.batch import Batch
 from pipecompile.runtime.compiled import Compiled
 from pipecompile.runtime.rerun import STOPPED
 from pipecompile.runtime.session import Session
@@ -246,11 +247,11 @@ class Pipeline:
         self._calls += 1
         return output
 
-    def _leave(self, batch: steps.Batch, given: Mapping[str, Tensor]) -> None:
+    def _leave(self, batch: Batch, given: Mapping[str, Tensor]) -> None:
         with self._batches.states.followed() if batch.compiled.captured.attributes.are_followed else nullcontext():
             batch.leave(given)
 
-    def _prove(self, batch: steps.Batch) -> None:
+    def _prove(self, batch: Batch) -> None:
         """Compares the call with that of the unsplit model, if a comparison is due."""
         captured = batch.compiled.captured
         trains = torch.is_grad_enabled() and any(output.requires_grad for output in captured.results)
@@ -275,7 +276,7 @@ class Pipeline:
         with CAPTURING.taken(), saved_as_they_are():
             self._proofs[key] = self._session.peers.shared(lambda: prove(trial))
 
-    def _run(self, batch: steps.Batch) -> dict[str, Tensor]:
+    def _run(self, batch: Batch) -> dict[str, Tensor]:
         captured = batch.compiled.captured
         loss = find_loss(captured, self.options.loss_output)
         policy = self.options.policy
@@ -462,7 +463,7 @@ class Pipeline:
 
     # Values
 
-    def _fill(self, batch: steps.Batch) -> None:
+    def _fill(self, batch: Batch) -> None:
         """Gives a model that has no values yet those that this process keeps."""
         if self.absent is None:
             return

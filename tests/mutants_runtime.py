@@ -19,6 +19,7 @@ from pipecompile.ir.plan_options import PlanOptions
 from pipecompile.ir.program import Backward, Forward, Recv
 from pipecompile.ops.checkpoint import Recomputed
 from pipecompile.runtime import steps
+from pipecompile.runtime.batch import Batch
 from pipecompile.runtime.executor import Executor
 from pipecompile.runtime.runner import Microbatch, Runner
 from pipecompile.runtime.transport import LocalTransport
@@ -256,7 +257,7 @@ RUNTIME = (
     Mutant(
         "outputs swapped",
         "two outputs of the same shape are returned in the wrong order",
-        patched(steps.Batch, "given", lambda original: lambda self, tensors: original(self, tensors[::-1])),
+        patched(Batch, "given", lambda original: lambda self, tensors: original(self, tensors[::-1])),
         end(lambda net, o: (o, o.exp())),
     ),
     Mutant(

@@ -23,7 +23,8 @@ from pipecompile.distributed.share import Share
 from pipecompile.errors import CaptureError, InputError
 from pipecompile.ops.randomness import undrawn
 from pipecompile.ops.torch_internals import pytree
-from pipecompile.runtime import Ambient, steps
+from pipecompile.runtime import Ambient
+from pipecompile.runtime.batch import Batch, Part
 from pipecompile.runtime.compiled import Compiled
 from pipecompile.runtime.peers import Peers
 
@@ -87,7 +88,7 @@ class Batches:
         self.options, self.captures = options, self.captures.only(self.first, compiled)
         self.first = self.last = compiled
 
-    def of(self, args: Sequence[Any], kwargs: Mapping[str, Any], microbatches: int | None = None) -> steps.Batch:
+    def of(self, args: Sequence[Any], kwargs: Mapping[str, Any], microbatches: int | None = None) -> Batch:
         """A call with its microbatches and the capture that it uses, which is made if necessary.
 
         Args:
@@ -102,9 +103,9 @@ class Batches:
         if not self.takes_meta:
             refuse_meta(call)
         sizes: tuple[int, ...] = ()
-        part: steps.Part | None = None
+        part: Part | None = None
         if self.share is not None:
-            part = None if self.share.part is None else steps.Part(self.share.part, call.tensors)
+            part = None if self.share.part is None else Part(self.share.part, call.tensors)
             call, sizes = self.share.read(call, self._again)
         ambient = Ambient.of_caller(frozenset(device.type for device in self.devices))
         key = Key(call.key, Same(self.states.look(self.model, self._check)), ambient.autocast, settings())
@@ -117,7 +118,7 @@ class Batches:
                     self._settle(call)
                     self.last = compiled
                     self.captures.use(key)
-                    return steps.Batch(compiled, call, candidate, part)
+                    return Batch(compiled, call, candidate, part)
         broken = known[-1].broken(call, rows) if known else ""
         batch = self._capture(call, rows)
         self._settle(call)
@@ -141,7 +142,7 @@ class Batches:
         for name, tensor in call.tensors.items():
             self._batched.setdefault((name, tensor.ndim), name in call.batched)
 
-    def _capture(self, call: Call, rows: Rows) -> steps.Batch:
+    def _capture(self, call: Call, rows: Rows) -> Batch:
         """A new capture. If its trace is valid only for one size, all microbatches get that size."""
         if self.share is not None:
             self.share.check_weights()
@@ -163,7 +164,7 @@ class Batches:
                 self.share.add(compiled)
             for cut in compiled.cuts(candidate):
                 if not compiled.broken(call, cut):
-                    return steps.Batch(compiled.without_values(), call, cut)
+                    return Batch(compiled.without_values(), call, cut)
         raise CaptureError("the trace is not valid for the inputs that it was made with; please report this")
 
 

@@ -24,9 +24,10 @@ from pipecompile.ir.graph import CostedGraph
 from pipecompile.ir.timeline import Timeline
 from pipecompile.planning.calibration import Times, corrected
 from pipecompile.runtime import Microbatch, Weights
+from pipecompile.runtime.batch import Batch
 from pipecompile.runtime.compiled import Compiled
 from pipecompile.runtime.session import Session
-from pipecompile.runtime.steps import Batch, microbatches_of
+from pipecompile.runtime.steps import microbatches_of
 from pipecompile.schedule import MakeProgram
 
 REHEARSALS = 3  # maximum; each rehearses the plan made from the times of the one before

@@ -15,19 +15,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pipecompile.batching import Division, Kind, Partial, Rows, gather, scatter, spread
-from pipecompile.capture import Call, Output
-from pipecompile.capture.functionalize import storage_key
+from pipecompile.batching import Partial, gather, scatter, spread
 from pipecompile.errors import ExecutionError
-from pipecompile.ir.program import Program
-from pipecompile.ops.randomness import Generators, seed_microbatch, seeds
+from pipecompile.ops.randomness import Generators
 from pipecompile.runtime import Microbatch
-from pipecompile.runtime.compiled import Compiled
+from pipecompile.runtime.batch import Batch
 from pipecompile.runtime.delivery import Gradients, Saved, connected
 from pipecompile.runtime.rerun import Snapshot
 from pipecompile.runtime.session import Rerun, Session, Stream
@@ -37,167 +33,6 @@ OF_A_PART = (
     "an output other than the loss got a gradient, but each process has it for its own part of the batch only, so the "
     "gradient of the whole batch is not known; compute the loss in the pipeline (loss_fn=, or labels in the call)"
 )
-
-
-@dataclass(frozen=True)
-class Part:
-    """The part of a batch that this process was given, of which others have the rest.
-
-    Attributes:
-        number: among the parts.
-        tensors: of the caller.
-    """
-
-    number: int
-    tensors: Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One call on one capture, divided into microbatches.
-
-    Attributes:
-        part: what runs here, if it is not all. Values of the whole batch are joined from all parts.
-    """
-
-    compiled: Compiled
-    call: Call
-    rows: Rows
-    part: Part | None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "call", self.compiled.division.whole.filled(self.call))
-
-    @property
-    def outputs(self) -> Sequence[Output]:
-        """The tensors that the call computes: outputs, and tensors that the forward stores in the model."""
-        return self.compiled.captured.results
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        """The trainable parameters, each once."""
-        return [p for p in self.compiled.captured.model.parameters() if p.requires_grad]
-
-    @property
-    def model_tensors(self) -> list[Tensor]:
-        """The tensors that may get a gradient: trainable parameters, then inputs that require one."""
-        return [*self.parameters, *(t for t in self.call.tensors.values() if t.requires_grad)]
-
-    @property
-    def reached(self) -> list[Tensor]:
-        """The ``model_tensors``, each once, without parameters that get a gradient from no output."""
-        unreached = {id(p) for p in self.parameters} - {id(p) for p in self.compiled.reached}
-        return list({id(t): t for t in self.model_tensors if id(t) not in unreached}.values())
-
-    def draw(self) -> Sequence[int | None]:
-        """A seed for each microbatch from the caller's generator, if the model draws random numbers."""
-        return seeds(len(self.rows)) if self.compiled.is_random else [None] * len(self.rows)
-
-    @property
-    def here(self) -> slice:
-        """The microbatches that run here."""
-        return slice(0, len(self.rows)) if self.part is None else self.rows.microbatches_of(self.part.number)
-
-    @property
-    def rows_here(self) -> Rows:
-        """The rows of the microbatches that run here."""
-        return Rows(self.rows.counts[self.here])
-
-    def program(self, kind: str, schedule: MakeProgram) -> Program:
-        count = len(self.rows_here)
-        return self.compiled.program(lambda plan: schedule(plan, count), (kind, count))
-
-    @property
-    def division(self) -> Division:
-        return self.compiled.division
-
-    @property
-    def sees_the_whole(self) -> bool:
-        """Whether the whole batch is used: by values before the stages, or by a tail that mixes samples."""
-        tail = self.division.tail
-        return bool(self.division.before) or (tail is not None and bool(tail.why))
-
-    @property
-    def joins(self) -> Mapping[str, Kind]:
-        """The kind of each output of the stages, by name, by which microbatches are joined."""
-        return self.division.joins
-
-    def ends_in_body(self, output: int) -> bool:
-        """Whether the stages compute an output, microbatch by microbatch."""
-        return self.division.places[str(self.outputs[output].node)] in self.joins
-
-    def join(self, microbatches: Mapping[int, Microbatch]) -> dict[str, Tensor]:
-        """The outputs of the stages of this process, joined to the part of the batch that runs here.
-
-        Each is on the device of its first microbatch.
-        """
-        made = next(iter(microbatches.values())).outputs.keys() if microbatches else ()
-
-        def parts(name: str) -> list[Tensor]:
-            outputs = [microbatch.outputs[name] for microbatch in microbatches.values()]
-            return [output.to(outputs[0].device) for output in outputs]  # replicas of a stage are on several
-
-        return {name: gather(kind, parts(name), self.rows_here) for name, kind in self.joins.items() if name in made}
-
-    @property
-    def makers(self) -> dict[str, int]:
-        """The rank that makes each output of the stages."""
-        rank_of = self.compiled.plan.rank_of
-        return {name: rank_of[stage.index] for stage in reversed(self.compiled.stages) for name in stage.outputs}
-
-    @property
-    def wanted(self) -> frozenset[str]:
-        """The outputs of the stages that all processes need: scalars, what forward stores, and what the tail reads."""
-        tail, left = self.division.tail, set(map(id, self.compiled.captured.left))
-        needed = (output for output in self.outputs if output.is_scalar or id(output) in left)
-        places = (self.division.places[str(output.node)] for output in needed)
-        return frozenset((*places, *(tail.joined.values() if tail else ())))
-
-    def finish(self, joined: Mapping[str, Tensor], drawn: Sequence[int | None]) -> list[Tensor]:
-        """The tensors of ``outputs``, from the stages and from the tail, which runs here."""
-        seed_microbatch(drawn[0])
-        try:
-            tail = self.compiled.run_tail(joined, self.call)
-        finally:
-            seed_microbatch(None)
-        return [{**joined, **tail}[self.division.places[str(output.node)]] for output in self.outputs]
-
-    def given(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-        """The tensors of ``outputs`` by node name."""
-        return {str(output.node): tensor for output, tensor in zip(self.outputs, tensors, strict=True)}
-
-    def rebuild(self, given: Mapping[str, Tensor]) -> Any:
-        """The model's output in its own type, from the tensors of the call."""
-        return self.compiled.captured.rebuild_output(given, self.call.tensors)
-
-    def on_copies(self) -> Batch:
-        """The batch on copies of the input tensors that the call writes at its end, and of others in their memory.
-
-        Its backwards still read them, and autograd counts a write to a tensor as a write to all its views.
-        """
-        tensors, written = self.call.tensors, self.compiled.division.whole.written_inputs
-        if not written:
-            return self
-        memory = {storage_key(tensors[name]) for name in written}
-        shared = {n: t for n, t in tensors.items() if not t.requires_grad and storage_key(t) in memory}
-        copies = {name: tensor.detach().clone() for name, tensor in shared.items()}
-        return replace(self, call=replace(self.call, tensors={**tensors, **copies}))
-
-    def leave(self, given: Mapping[str, Tensor]) -> None:
-        """Sets the attributes that the forward sets, and writes the caller's tensors that it writes."""
-        captured, call = self.compiled.division.whole, self.call
-        captured.attributes.update(captured.size_values(call.tensors), {**call.tensors, **given})
-        with torch.no_grad():
-            for name, node in captured.written_inputs.items():
-                call.tensors[name].copy_(given[node])
-                if self.part is not None:
-                    self.part.tensors[name].copy_(self._cut(name))
-
-    def _cut(self, name: str) -> Tensor:
-        """What the caller's tensor is of an input of the whole batch."""
-        assert self.part is not None
-        tensor, sizes = self.call.tensors[name], list(self.rows.by_part.counts)
-        return torch.split(tensor, sizes)[self.part.number] if name in self.call.batched else tensor
 
 
 def run(

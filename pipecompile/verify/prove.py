@@ -24,7 +24,7 @@ from pipecompile.capture.state.quiet_torch import not_collecting
 from pipecompile.capture.state.reachable import reach_of
 from pipecompile.errors import ExactnessError, PipecompileError
 from pipecompile.ops.randomness import alike, undrawn
-from pipecompile.runtime import steps
+from pipecompile.runtime.batch import Batch
 from pipecompile.verify.blame import first_that_differs
 from pipecompile.verify.comparison import coarsest_type, differences
 from pipecompile.verify.results import Difference, Proof
@@ -253,7 +253,7 @@ def due(verify: str | int, calls: int, proven: bool) -> bool:
     return not proven or (isinstance(verify, int) and calls % verify == 0)
 
 
-def first_microbatch(batch: steps.Batch) -> steps.Batch:
+def first_microbatch(batch: Batch) -> Batch:
     """The first microbatch of a call, as a batch."""
     count = batch.rows.counts[0]
     if batch.call.batch is None:

@@ -40,6 +40,7 @@ from pipecompile.ops.torch_internals import (
     pytree,
 )
 from pipecompile.runtime import steps
+from pipecompile.runtime.batch import Batch
 from pipecompile.runtime.session import Session
 from pipecompile.schedule import MakeProgram
 from pipecompile.verify.comparison import Run
@@ -66,7 +67,7 @@ class Trial:
     """
 
     model: nn.Module
-    batch: steps.Batch
+    batch: Batch
     schedule: MakeProgram
     devices: tuple[torch.device, ...]
     loss_fn: Callable[..., Any] | None = None

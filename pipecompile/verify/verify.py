@@ -23,7 +23,7 @@ from pipecompile.compiler.report import describe
 from pipecompile.errors import PipecompileError
 from pipecompile.ops.device_args import threads_each, threads_of
 from pipecompile.ops.randomness import alike, undrawn
-from pipecompile.runtime import steps
+from pipecompile.runtime.batch import Batch
 from pipecompile.schedule import MakeProgram
 from pipecompile.verify.comparison import differences
 from pipecompile.verify.fresh_inputs import like, other_shapes, same_shapes
@@ -41,14 +41,14 @@ class Subject:
 
     model: nn.Module
     loss_fn: Callable[..., Any] | None
-    batch: Callable[[Sequence[Any], Mapping[str, Any], int], steps.Batch]  # args, kwargs, number of microbatches
+    batch: Callable[[Sequence[Any], Mapping[str, Any], int], Batch]  # args, kwargs, number of microbatches
     schedule: MakeProgram
     microbatches: int
     loss: str | None
     devices: tuple[torch.device, ...]
     batching: Batching
 
-    def trial(self, batch: steps.Batch, mode: Mode) -> Trial:
+    def trial(self, batch: Batch, mode: Mode) -> Trial:
         """The trial of a batch in a mode."""
         trains = mode == "train" and any(output.requires_grad for output in batch.outputs)
         return Trial(
@@ -94,7 +94,7 @@ def verify(subject: Subject, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
     return Verification(tuple(checks), {topic: tuple(lines) for topic, lines in notes.items()})
 
 
-def _calls(given: steps.Batch) -> Iterator[tuple[str, tuple[Any, Any]]]:
+def _calls(given: Batch) -> Iterator[tuple[str, tuple[Any, Any]]]:
     """The calls to check, each with a label."""
     call, captured = given.call, given.compiled.captured
     generator = torch.Generator().manual_seed(SEED)
@@ -151,12 +151,12 @@ def _check(
     )
 
 
-def _written_once(batch: steps.Batch) -> tuple[str, ...]:
+def _written_once(batch: Batch) -> tuple[str, ...]:
     """The buffers that a pipeline writes once per batch, but the unsplit model once per microbatch."""
     return batch.division.tail.writes if batch.division.tail is not None else ()
 
 
-def _described(batch: steps.Batch) -> str:
+def _described(batch: Batch) -> str:
     shapes = [f"{name} {list(tensor.shape)}" for name, tensor in batch.call.tensors.items()]
     return ", ".join(shapes[:3]) + (f" +{len(shapes) - 3}" if len(shapes) > 3 else "")
 

@@ -12,6 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import pipecompile
 from pipecompile.errors import InputError
+from pipecompile.runtime.batch import Batch
 
 WIDTH, CLASSES, ROWS = 8, 64, 8
 
@@ -127,10 +128,8 @@ def test_the_comparison_with_the_unsplit_model_finds_a_wrong_loss(monkeypatch: p
     _, pipe = pair(Model, outputs="loss")
     assert pipe.pipeline.verify(*batch()).exact
     _, pipe = pair(Model, outputs="loss")
-    run = pipecompile.runtime.steps.Batch.finish
-    monkeypatch.setattr(
-        pipecompile.runtime.steps.Batch, "finish", lambda self, *args: [1.01 * tensor for tensor in run(self, *args)]
-    )
+    run = Batch.finish
+    monkeypatch.setattr(Batch, "finish", lambda self, *args: [1.01 * tensor for tensor in run(self, *args)])
     with pytest.raises(pipecompile.ExactnessError, match="loss"):
         pipe(*batch())
 

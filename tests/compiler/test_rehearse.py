@@ -27,8 +27,8 @@ from pipecompile.ir.program import Backward, Forward
 from pipecompile.ir.weight_versions import versions
 from pipecompile.planning.calibration import Times
 from pipecompile.planning.plan_search import make_plan
+from pipecompile.runtime.batch import Batch
 from pipecompile.runtime.session import Session
-from pipecompile.runtime.steps import Batch
 from pipecompile.schedule import SYNCHRONOUS
 
 WIDTH, ROWS = 12, 24
