@@ -86,13 +86,30 @@ def refuse_not_plain(values: Mapping[str, Any]) -> None:
         InputError: one of them is not plain, so that reading it could run code.
     """
     for name, value in values.items():
-        try:
-            _unpacked(_pack(value))
-        except (pickle.PicklingError, pickle.UnpicklingError, TypeError, AttributeError) as error:
+        if not _is_plain(value):
+            place, odd = _odd(name, value)
+            kind = type(odd)
             raise InputError(
-                f"{name} has a value that could not be read without running code: {_first_line(error)}; a checkpoint "
-                f"takes numbers, strings, tensors, and lists, tuples and dicts of them"
-            ) from error
+                f"{place} is a {kind.__module__}.{kind.__qualname__}, which could not be read without running code; a "
+                f"checkpoint takes numbers, strings, tensors, and lists, tuples and dicts of them"
+            )
+
+
+def _odd(place: str, value: object) -> tuple[str, object]:
+    """The innermost part of a value that is not plain, and where it is."""
+    pairs = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for key, each in pairs:
+        if not _is_plain(each):
+            return _odd(f"{place}[{key!r}]", each)
+    return place, value
+
+
+def _is_plain(value: object) -> bool:
+    try:
+        _unpacked(_pack(value))
+    except (pickle.PicklingError, pickle.UnpicklingError, TypeError, AttributeError):
+        return False
+    return True
 
 
 def read_plain(folder: Path) -> dict[str, Any]:

@@ -109,8 +109,8 @@ def _refuse_other_model(subject: Subject, known: Described) -> None:
     for names, said in ((missing, "in the model and not in the checkpoint"), (unexpected, "in the checkpoint alone")):
         if names:
             raise InputError(
-                f"{names[0]!r}{_others(names)} {'is' if len(names) == 1 else 'are'} {said}, and {len(own)} tensors are "
-                f"in the model; load into the model that was saved, with the same ties between parameters"
+                f"{names[0]!r}{_others(names)} {'is' if len(names) == 1 else 'are'} {said}; the model has {len(own)} "
+                f"tensors, and must be the one that was saved, with the same ties between parameters"
             )
     for what, of_saved, of_own in (
         ("shape", lambda each: list(each.size), lambda tensor: list(tensor.shape)),

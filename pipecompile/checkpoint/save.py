@@ -60,7 +60,7 @@ def save(
         CheckpointError: the checkpoint, or the last one, could not be written.
         RankError: a process has failed.
     """
-    subject, folder = Subject.of(model), Path(directory)
+    subject, folder = Subject.of(model), Path(directory).absolute()  # the script may change its directory meanwhile
     subject.agree(f"save to {str(folder)!r}{' in the background' if asynchronous else ''}")
     company = subject.company
     company.do(lambda: saving.finish(subject))

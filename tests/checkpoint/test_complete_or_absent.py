@@ -69,6 +69,20 @@ def test_the_state_is_that_of_the_call_although_it_is_written_later(tmp_path: Pa
     assert all(torch.equal(one, two) for one, two in zip(state.values(), loaded, strict=True))
 
 
+def test_a_relative_path_is_that_of_the_call(
+    tmp_path: Path, held: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = begun(**on(2)).run(1)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    saving = pipecompile.save("step_1", training.pipe, asynchronous=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    held.set()
+    assert saving.wait() == tmp_path / "step_1"
+    assert pipecompile.latest(tmp_path) == tmp_path / "step_1"
+    assert names(tmp_path / "elsewhere") == []
+
+
 def test_the_next_save_and_close_wait_for_the_last_one(tmp_path: Path, held: threading.Event) -> None:
     training = begun(**on(2)).run(1)
     training.save(tmp_path / "step_1", asynchronous=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,18 @@ SAVES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no optimizer": (lambda p: pipecompile.save(p / "x", MODEL, MODEL), "optimizer= is a Other; pass the torch.optim"),
     "meta": (lambda p: pipecompile.save(p / "x", nn.Linear(2, 2, device="meta")), "'weight' is on the meta device"),
     "extra state": (lambda p: pipecompile.save(p / "x", Stateful()), "module '' has a state that is not a tensor"),
-    "extra": (lambda p: pipecompile.save(p / "x", MODEL, extra={"a": Other}), "extra has a value that could not be"),
+    "extra": (
+        lambda p: pipecompile.save(p / "x", MODEL, extra={"a": Other}),
+        r"extra\['a'\] is a builtins.type",
+    ),
+    "extra in a list": (
+        lambda p: pipecompile.save(p / "x", MODEL, extra={"a": [1, MODEL]}),
+        r"extra\['a'\]\[1\] is a .*\.Other, which could not be read without running code",
+    ),
+    "extra in a dict of its own": (
+        lambda p: pipecompile.save(p / "x", MODEL, extra={"a": defaultdict(list)}),
+        r"extra\['a'\] is a collections.defaultdict, which could not be read",
+    ),
     "sparse": (lambda p: pipecompile.save(p / "x", MODEL, sparse(MODEL)), "gradient of 'one.weight' is sparse"),
     "stranger": (lambda p: pipecompile.save(p / "x", MODEL, of_a_stranger()), r"a parameter of shape \[3\] that is"),
     "keep": (lambda p: pipecompile.save(p / "last", MODEL, keep=2), "keep=2 for 'last': older checkpoints are found"),
@@ -90,11 +102,11 @@ LOADS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no checkpoint": (lambda p: pipecompile.load(p, Other()), "is not a checkpoint; pass the folder"),
     "missing": (
         lambda p: pipecompile.load(p / "step_1", Other(more=True)),
-        "'three.weight' and 4 others are in the model and not in the checkpoint, and 9 tensors are in the model",
+        "'three.weight' and 4 others are in the model and not in the checkpoint; the model has 9 tensors",
     ),
     "unexpected": (
         lambda p: pipecompile.load(p / "step_1", nn.ModuleDict({"one": nn.Linear(2, 3)})),
-        "'two.weight' and 1 other are in the checkpoint alone, and 2 tensors",
+        "'two.weight' and 1 other are in the checkpoint alone; the model has 2 tensors",
     ),
     "shape": (
         lambda p: pipecompile.load(p / "step_1", Other(sizes=4)),
