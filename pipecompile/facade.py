@@ -117,6 +117,14 @@ def _of_a_process(base: type[nn.Module], share: Share) -> dict[str, Any]:
     ) -> Iterator[tuple[str, nn.Parameter]]:
         return share.parameters(base.named_parameters(pipe, prefix, recurse, remove_duplicate), prefix)
 
+    def parameters(pipe: Any, recurse: bool = True) -> Iterator[nn.Parameter]:
+        nothing = True
+        for _, parameter in pipe.named_parameters(recurse=recurse):
+            nothing = False
+            yield parameter
+        if nothing and recurse:
+            yield from share.stand_in
+
     def refuse(pipe: Any, *args: Any, **kwargs: Any) -> Any:
         raise InputError(
             "no process of this pipeline has the whole model, so it cannot generate or load a state; load the weights "
@@ -124,7 +132,7 @@ def _of_a_process(base: type[nn.Module], share: Share) -> dict[str, Any]:
         )
 
     generates = {GENERATE: refuse} if hasattr(base, GENERATE) else {}
-    return {"named_parameters": named_parameters, "load_state_dict": refuse, **generates}
+    return {"named_parameters": named_parameters, "parameters": parameters, "load_state_dict": refuse, **generates}
 
 
 def _calling(base: type[nn.Module]) -> Callable[..., Any]:

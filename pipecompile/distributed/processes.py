@@ -65,7 +65,6 @@ class Processes:
         self.column = Members(grid.column(self.rank), self._call) if grid.parts > 1 else None
         self.lines = Lines(self.control, self.row, [grid.place(self.part, rank) for rank in range(grid.ranks)])
         self.lines_to_all = self.lines if grid.parts == 1 else Lines(self.control, self.all, range(len(grid.all)))
-        self.carrier: RemoteTransport | None = None
         self.calls = 0
         self._background: Background | None = None
 
@@ -75,10 +74,7 @@ class Processes:
         return [self.rank]
 
     def transport(self, lanes: Mapping[int, Lane], rank_of: Sequence[int]) -> RemoteTransport:
-        if self.carrier is None:  # one for all captures, which share their placement: their messages are in one order
-            self.carrier = RemoteTransport(self.lines, lanes, rank_of)
-        assert tuple(rank_of) == tuple(self.carrier.rank_of)
-        return self.carrier
+        return RemoteTransport(self.lines, lanes, rank_of)
 
     def shared(self, make: Callable[[], T]) -> T:
         self.agree("a value that rank 0 computes for all")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from functools import partial
 from itertools import islice
 from types import FrameType
@@ -46,6 +46,7 @@ class Share:
         self.captures: list[Compiled] = []
         self.is_settled = False
         self._warned = False
+        self._stand_in = nn.Parameter(torch.empty(0))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Share:
         """A copy of the model has the hooks of ``settle``, which find none of its tensors."""
@@ -132,6 +133,11 @@ class Share:
         mine, start = self.owned, f"{prefix}." if prefix else ""
         self._warn_of_norms()
         return ((name, parameter) for name, parameter in every if name.removeprefix(start) in mine)
+
+    @property
+    def stand_in(self) -> Sequence[nn.Parameter]:
+        """An empty parameter for a process that trains none of those of the model: optimizers refuse an empty list."""
+        return [] if next(self.model.parameters(), None) is None else [self._stand_in]
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float) -> Tensor:
         """As ``Pipeline.clip_grad_norm_``."""

@@ -150,6 +150,12 @@ def _files(path: Path) -> list[Path]:
     if (path / ONE).is_file():
         return [path / ONE]
     others = sorted(path.glob("*.safetensors"))
+    if not others and (path / ".metadata").is_file():
+        raise InputError(
+            f"from_checkpoint={str(path)!r} is a checkpoint of torch.distributed.checkpoint, but files of safetensors "
+            f"are read here; leave it out and call pipecompile.load() after compile(), or pass what "
+            f"export_safetensors() has written"
+        )
     if len(others) != 1:
         seen = f"has {len(others)} files *.safetensors and no {INDEX}" if path.is_dir() else "does not exist"
         raise InputError(

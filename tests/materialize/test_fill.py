@@ -360,6 +360,9 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
         pipe_of(on_meta(Two), from_checkpoint=broken)
     with refused("does not exist"):
         pipe_of(on_meta(Two), from_checkpoint=tmp_path / "none")
+    pipecompile.save(tmp_path / "saved", Two())
+    with refused("is a checkpoint of torch.distributed.checkpoint", "call pipecompile.load() after compile()"):
+        pipe_of(on_meta(Two), from_checkpoint=tmp_path / "saved")
     save_file(Two().state_dict(), tmp_path / "other.safetensors")
     with refused("has 2 files *.safetensors"):
         pipe_of(on_meta(Two), from_checkpoint=tmp_path)
