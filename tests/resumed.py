@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from toys import VOCABULARY, D
+from toys import VOCABULARY, D, Sundry
 
 import pipecompile
 
@@ -21,17 +21,11 @@ ROWS = 8
 ALL = slice(None)
 
 
-class Net(nn.Module):
+class Net(Sundry):
     """Its layers can be cut into four stages."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.words = nn.Embedding(VOCABULARY, D)
-        self.layers = nn.ModuleList(nn.Linear(D, D) for _ in range(6))
-        self.norm = nn.BatchNorm1d(D)
-        self.head = nn.Linear(D, VOCABULARY, bias=False)
-        self.head.weight = self.words.weight
-        self.frozen = nn.Parameter(torch.full((D,), 0.5), requires_grad=False)
         self.register_buffer("unsaved", torch.ones(D), persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:

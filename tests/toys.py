@@ -105,6 +105,26 @@ class Sparse(nn.Module):
         return mean_square(self.body(self.words(ids)))
 
 
+class Sundry(nn.Module):
+    """A tied weight, a frozen one, and a buffer that one stage writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(VOCABULARY, D)
+        self.layers = nn.ModuleList(nn.Linear(D, D) for _ in range(6))
+        self.norm = nn.BatchNorm1d(D)
+        self.head = nn.Linear(D, VOCABULARY, bias=False)
+        self.head.weight = self.words.weight
+        self.frozen = nn.Parameter(torch.full((D,), 0.5), requires_grad=False)
+
+    def forward(self, ids: Tensor) -> dict[str, Tensor]:
+        h = self.words(ids) * self.frozen
+        for layer in self.layers:
+            h = torch.tanh(layer(h))
+        logits = self.head(self.norm(h))
+        return {"loss": F.cross_entropy(logits, ids), "logits": logits}
+
+
 class TiedThrice(nn.Module):
     """One weight in the first, the middle and the last layer, one bias in the first and the last."""
 

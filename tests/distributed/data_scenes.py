@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.utils import _pytree as pytree
-from toys import VOCABULARY, Sparse
-from training_scenes import LENGTH, MORE, STEPS, Sundry
+from toys import VOCABULARY, Sparse, Sundry
+from training_scenes import LENGTH, MORE, STEPS
 
 import pipecompile
 

@@ -16,7 +16,7 @@ from oracle import leaves
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional as F
-from toys import VOCABULARY, D, blocks, mean_square
+from toys import VOCABULARY, D, Sundry, blocks, mean_square
 
 import pipecompile
 
@@ -81,26 +81,6 @@ def train(name: str, schedule: str, **options: Any) -> list[str]:
     """What differs, or "refused" with the reason, if both are refused in the same words."""
     torch.set_num_threads(1)
     return list(_compared((MODELS | MORE)[name], schedule, options))
-
-
-class Sundry(nn.Module):
-    """A tied weight, a frozen one, and a buffer that one stage writes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.words = nn.Embedding(VOCABULARY, D)
-        self.layers = nn.ModuleList(nn.Linear(D, D) for _ in range(6))
-        self.norm = nn.BatchNorm1d(D)
-        self.head = nn.Linear(D, VOCABULARY, bias=False)
-        self.head.weight = self.words.weight
-        self.frozen = nn.Parameter(torch.full((D,), 0.5), requires_grad=False)
-
-    def forward(self, ids: Tensor) -> dict[str, Tensor]:
-        h = self.words(ids) * self.frozen
-        for layer in self.layers:
-            h = torch.tanh(layer(h))
-        logits = self.head(self.norm(h))
-        return {"loss": F.cross_entropy(logits, ids), "logits": logits}
 
 
 def _step(pipe: Any, way: str, step: int) -> Seen:
