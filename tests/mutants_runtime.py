@@ -18,9 +18,8 @@ from pipecompile.batching.division import SHARE
 from pipecompile.ir.plan_options import PlanOptions
 from pipecompile.ir.program import Backward, Forward, Recv
 from pipecompile.ops.checkpoint import Recomputed
-from pipecompile.runtime import steps
+from pipecompile.runtime import link, steps
 from pipecompile.runtime.batch import Batch
-from pipecompile.runtime.executor import Executor
 from pipecompile.runtime.runner import Microbatch, Runner
 from pipecompile.runtime.transport import LocalTransport
 
@@ -100,8 +99,8 @@ def without_share(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def without_reduce(original: Callable[..., Any]) -> Callable[..., Any]:
-    def reduce(self: Executor, stage: int, leaves: Any, received: Any) -> Any:
-        return {k: (None,) * len(values) for k, values in original(self, stage, leaves, received).items()}
+    def reduce(*args: Any) -> Any:
+        return {k: (None,) * len(values) for k, values in original(*args).items()}
 
     return reduce
 
@@ -224,7 +223,7 @@ RUNTIME = (
     Mutant(
         "Reduce skipped",
         "a weight tied across two stages gets the gradient of only one",
-        patched(Executor, "_reduce", without_reduce),
+        patched(link, "reduced", without_reduce),
         Tied,
         ids,
     ),

@@ -8,44 +8,44 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from concurrent.futures import wait
 from contextvars import copy_context
 from dataclasses import dataclass
-from typing import assert_never
 
 import torch
-from torch import Tensor
 
 from pipecompile.capture.locks import Turn, busy, waited_for
 from pipecompile.errors import ExecutionError, PipecompileError
 from pipecompile.ir.plan import Plan
-from pipecompile.ir.program import (
-    Backward,
-    Compute,
-    Forward,
-    Instruction,
-    Program,
-    Recv,
-    Reduce,
-    Refresh,
-    Result,
-    Send,
-    Step,
-    followers,
-    readers,
-    reads,
-)
+from pipecompile.ir.program import Instruction, Program
 from pipecompile.ir.timeline import Span, Timeline
 from pipecompile.ops.accelerators import Mark, seconds_between
 from pipecompile.runtime.ambient import Ambient
-from pipecompile.runtime.lane import Callers, Lane, Values
+from pipecompile.runtime.lane import Callers, Lane
+from pipecompile.runtime.link import Content, Linked, Row, link
 from pipecompile.runtime.notes import Notes, RowNotes
 from pipecompile.runtime.out_of_memory import OutOfMemoryError
 from pipecompile.runtime.runner import Microbatch, Runner
 from pipecompile.runtime.transport import Aborted, Transport
 
-Mailbox = dict[tuple[Result, int], Values | Callable[[], Values]]
+LINKED = 16  # programs that stay linked
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """What the threads of ranks have from the thread that runs a program.
+
+    Attributes:
+        events: after all that it has queued on accelerators.
+        start: of the program, by the host's clock.
+        waiting: the turns that it holds.
+    """
+
+    events: Sequence[torch.Event]
+    start: float
+    waiting: frozenset[Turn]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,8 @@ class Executor:
         self.transport = transport
         self.callers = callers
         self.notes = notes
-        self.mailboxes: dict[int, Mailbox] = {rank: {} for rank in lanes}
+        self.mailboxes: dict[int, dict[str, Content]] = {rank: {} for rank in lanes}
+        self.linked: deque[tuple[Program, Mapping[int, Sequence[Linked]]]] = deque(maxlen=LINKED)
 
     def run(self, program: Program, microbatches: Mapping[int, Microbatch], ambient: Ambient) -> Mapping[int, RowRun]:
         """Runs a validated, lowered program.
@@ -123,24 +124,21 @@ class Executor:
         """
         self.transport.begin(microbatches)
         start = time.perf_counter()
-        after = self.callers.events(t.device for m in microbatches.values() for t in m.inputs.values())
+        events = self.callers.events(t.device for m in microbatches.values() for t in m.inputs.values())
+        caller = Caller(events, start, busy().turns)
         modules = {stage: runner.stage.modules for stage, runner in self.runners.items()}
-        rows = self.notes.begin(program, modules, self.lanes)
+        notes = self.notes.begin(program, modules, self.lanes)
         jobs = {  # in the caller's context variables, which hold torch.compile's settings
             rank: self.lanes[rank].thread.submit(
                 copy_context().run,
                 self._run_rank,
-                rank,
-                row,
-                microbatches,
+                linked,
+                Row(self.lanes[rank], self.mailboxes[rank], microbatches),
                 ambient,
-                after,
-                start,
-                busy().turns,
-                rows[rank],
+                caller,
+                notes[rank],
             )
-            for rank, row in enumerate(program.ranks)  # a plan may not use the last lanes
-            if rank in self.lanes
+            for rank, linked in self._linked(program).items()
         }
         try:
             wait(jobs.values())
@@ -191,88 +189,53 @@ class Executor:
         for mailbox in self.mailboxes.values():
             mailbox.clear()
 
+    def _linked(self, program: Program) -> Mapping[int, Sequence[Linked]]:
+        """The program's rows for the ranks of this process, linked once."""
+        for known, rows in self.linked:
+            if known is program:
+                return rows
+        rows = link(program, self.runners, self.transport, tuple(self.lanes))
+        self.linked.append((program, rows))
+        return rows
+
     def _run_rank(
-        self,
-        rank: int,
-        row: Sequence[Instruction],
-        microbatches: Mapping[int, Microbatch],
-        ambient: Ambient,
-        after: Sequence[torch.Event],
-        start: float,
-        waiting: frozenset[Turn],
-        notes: RowNotes,
+        self, linked: Sequence[Linked], row: Row, ambient: Ambient, caller: Caller, notes: RowNotes
     ) -> RowRun:
-        lane = self.lanes[rank]
-        began, first = time.perf_counter() - start, lane.mark()
+        lane = row.lane
+        began, first = time.perf_counter() - caller.start, lane.mark()
+        spans = []
         try:
-            with waited_for(waiting), lane.entered(after), ambient.entered():
-                lane.note(notes.places[0], lane.mark())
-                spans = [(i, *self._do(i, lane, self.mailboxes[rank], microbatches, notes)) for i in row]
-        except BaseException:
+            with waited_for(caller.waiting), lane.entered(caller.events), ambient.entered():
+                notes.ended(0, lane, lane.mark())
+                for number, step in enumerate(linked, 1):
+                    notes.begun.append(step.instruction)
+                    begins, ends = step.run(row)
+                    notes.ended(number, lane, ends)
+                    spans.append((step.instruction, begins, ends))
+        except BaseException as error:
             self.transport.abort()
-            raise
+            named = self._named(error, notes.begun[-1], len(row.microbatches)) if notes.begun else error
+            try:
+                raise named from named.__cause__
+            finally:
+                del named  # a cycle with this frame would hold tensors
         return RowRun(began, first, spans)
 
-    def _do(
-        self, i: Instruction, lane: Lane, mailbox: Mailbox, microbatches: Mapping[int, Microbatch], notes: RowNotes
-    ) -> tuple[Mark, Mark]:
-        """Executes one instruction; returns the marks at which it begins, with its operands ready, and ends."""
-        try:
-            flag = notes.begin(i)
-            match i:
-                case Send():
-                    sent = self.transport.send(i, _open(mailbox.pop((i.result, i.target))))
-                    began, ended = sent.began, sent.ended
-                case Recv():
-                    mailbox[i.result, i.target] = self.transport.recv(i)
-                    began = ended = lane.mark()
-                case Forward() | Backward() | Reduce() | Step() | Refresh():
-                    received = {r.stage: _open(mailbox.pop((r, i.stage))) for r in reads(i, self.plan)}
-                    began = lane.mark()
-                    self._compute(i, received, mailbox, microbatches)
-                    ended = lane.mark()
-                case _:
-                    assert_never(i)
-            if not isinstance(i, Recv):
-                lane.note(flag, ended, is_copy=isinstance(i, Send))
-            return began, ended
-        except Aborted:
-            raise
-        except torch.OutOfMemoryError as error:
-            raise self._out_of_memory(i, error, len(microbatches)) from error.__cause__ or error
-        except PipecompileError as error:
-            raise type(error)(f"stage {i.stage}, {i}: {error}") from error.__cause__
-        except Exception as error:
-            where = f"stage {i.stage}, {i}"
-            raise ExecutionError(f"{where}: {type(error).__name__}: {error}") from error
-
-    def _compute(
-        self,
-        i: Compute,
-        received: Mapping[int, Values],
-        mailbox: Mailbox,
-        microbatches: Mapping[int, Microbatch],
-    ) -> None:
-        runner = self.runners[i.stage]
-        results: Mapping[int, Values] = {}
-        match i:
-            case Forward(_, number):
-                results = runner.forward(microbatches[number], received)
-            case Backward(_, number):
-                results = runner.backward(microbatches[number], received)
-            case Reduce(stage, number):
-                last = self.plan.last_run(stage, number)  # None: the stage has not run, and has no gradients
-                leaves = {} if last is None else microbatches[last].versions[stage].leaves
-                results = self._reduce(stage, leaves, received)
-            case Refresh(stage, _):
-                results = self._refresh(stage, received)
-            case Step():
-                runner.step(tuple(microbatches.values()))
-            case _:
-                assert_never(i)
-        if not isinstance(i, Step):
-            for reader in readers(i, self.plan):
-                mailbox[i, reader] = results[reader]
+    def _named(self, error: BaseException, i: Instruction, microbatches: int) -> BaseException:
+        """An error of an instruction, with its name."""
+        if isinstance(error, Aborted) or not isinstance(error, Exception):
+            return error
+        where = f"stage {i.stage}, {i}"
+        if isinstance(error, torch.OutOfMemoryError):
+            named: PipecompileError = self._out_of_memory(i, error, microbatches)
+            named.__cause__ = error.__cause__ or error
+        elif isinstance(error, PipecompileError):
+            named = type(error)(f"{where}: {error}")
+            named.__cause__ = error.__cause__
+        else:
+            named = ExecutionError(f"{where}: {type(error).__name__}: {error}")
+            named.__cause__ = error
+        return named
 
     def _out_of_memory(self, i: Instruction, error: Exception, microbatches: int) -> OutOfMemoryError:
         """The error of a stage that does not fit, with what takes less memory."""
@@ -285,38 +248,3 @@ class Executor:
             f"more than {self.plan.num_stages} stages",
         ]
         return OutOfMemoryError(f"stage {i.stage}, {i}: {seen}; what takes less memory: {', '.join(remedies)}")
-
-    def _refresh(self, stage: int, received: Mapping[int, Values]) -> dict[int, Values]:
-        """Copies the values of tied parameters: an owner returns its own for its followers, a follower takes them."""
-        leaves = self.runners[stage].weights.current.leaves
-        for owner, values in received.items():
-            for name, value in zip(self._shared(owner, stage), values, strict=True):
-                if value is not None:
-                    leaves[name].data.copy_(value)
-        return {
-            follower: tuple(leaves[name].detach() for name in self._shared(stage, follower))
-            for follower in followers(stage, self.plan)
-        }
-
-    def _shared(self, owner: int, follower: int) -> list[str]:
-        return [tied.parameter for tied in self.plan.tied if tied.owner == owner and follower in tied.followers]
-
-    def _reduce(self, stage: int, leaves: Mapping[str, Tensor], received: Mapping[int, Values]) -> dict[int, Values]:
-        """Reduces gradients of tied parameters: an owner adds those of its followers, a follower returns its own."""
-        results: dict[int, Values] = {}
-        for tied in self.plan.tied:
-            if stage in tied.followers:
-                leaf = leaves.get(tied.parameter)
-                results[tied.owner] = (*results.get(tied.owner, ()), None if leaf is None else leaf.grad)
-                if leaf is not None:
-                    leaf.grad = None
-        for follower in sorted(followers(stage, self.plan), reverse=True):
-            for name, gradient in zip(self._shared(stage, follower), received[follower], strict=True):
-                leaf = leaves[name]
-                if gradient is not None:
-                    leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
-        return results
-
-
-def _open(content: Values | Callable[[], Values]) -> Values:
-    return content() if callable(content) else content

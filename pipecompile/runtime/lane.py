@@ -18,6 +18,7 @@ On the CPU, methods do nothing or the obvious thing.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -86,20 +87,19 @@ class Lane:
 
     def mark(self) -> Mark:
         """The time at which all that the rank has queued so far will have run."""
-        return time_mark(self.device, self.compute)
+        return time.perf_counter() if self.compute is None else time_mark(self.device, self.compute)
 
     def note(self, flag: Tensor, ended: Mark, is_copy: bool = False) -> None:
         """Sets a flag in the host's memory when the work before a mark has run. Nothing else waits for that.
 
         Args:
-            flag: one byte, pinned if the lane is on an accelerator.
-            ended: the mark.
+            flag: one pinned byte.
+            ended: the mark, on an accelerator.
             is_copy: whether the work is a copy to another device.
         """
         stream = self.sends if is_copy else self.notes
         if stream is None or not isinstance(ended, torch.Event):
-            flag.fill_(1)
-            return
+            raise TypeError(f"{self.device} runs its work at once, and notes nothing later")
         stream.wait_event(ended)
         with stream:
             flag.copy_(self.one, non_blocking=True)
@@ -117,10 +117,11 @@ class Lane:
         """Copies values to the target's device ([2]); on the same device, the target reads them as they are."""
         began, copying = self.mark(), self.sends or target.receives
         if self.device == target.device or copying is None:
+            if self.compute is None:
+                return Sent(values, None, began, began)
             for value in values:
                 used_here(value, target.compute)
-            ready = None if self.compute is None else self.compute.record_event()
-            return Sent(values, ready, began, began)
+            return Sent(values, self.compute.record_event(), began, began)
         if self.sends is not None and self.compute is not None:
             self.sends.wait_event(self.compute.record_event())
             began = time_mark(self.device, self.sends)
@@ -136,6 +137,8 @@ class Lane:
 
     def fetch(self, tensor: Tensor) -> Tensor:
         """Returns a tensor of the caller on this lane's device."""
+        if self.compute is None and tensor.device == self.device:
+            return tensor
         used_here(tensor)  # on the current stream of its device, which is the compute stream if it is here
         return tensor if tensor.device == self.device else copied(tensor, self.device)
 

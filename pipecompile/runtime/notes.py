@@ -33,7 +33,7 @@ from pipecompile.ir.program import (
     Step,
     dependencies,
 )
-from pipecompile.ops.accelerators import has_failed, is_accelerator
+from pipecompile.ops.accelerators import Mark, has_failed, is_accelerator
 from pipecompile.runtime.lane import Lane
 
 PROGRAMS = 32  # that a host may be ahead of its devices
@@ -46,23 +46,33 @@ class RowNotes:
     Attributes:
         begun: The instructions so far; the last one may be half queued.
         flags: One for all that was queued before the row, then one for each instruction; 1 if it has run.
+        places: Each of them alone; an accelerator writes there.
+        bytes: Their memory, for the host.
     """
 
     device: torch.device
     flags: Tensor
     places: Sequence[Tensor]
+    bytes: memoryview
     begun: list[Instruction] = field(default_factory=list)
 
     @staticmethod
     def of(device: torch.device, row: Sequence[Instruction]) -> RowNotes:
         flags = torch.zeros(1 + len(row), dtype=torch.uint8, pin_memory=is_accelerator(device))
-        return RowNotes(device, flags, torch.split(flags, 1))
+        places = torch.split(flags, 1) if is_accelerator(device) else ()
+        return RowNotes(device, flags, places, flags.numpy().data)
 
-    def begin(self, i: Instruction) -> Tensor:
-        """Notes that an instruction begins; returns the flag to set once it has run. A Recv runs nothing itself."""
-        self.begun.append(i)
-        flag = self.places[len(self.begun)]
-        return flag.fill_(1) if isinstance(i, Recv) else flag
+    def ended(self, number: int, lane: Lane, mark: Mark) -> None:
+        """Sets a flag once the work before a mark has run. A Recv runs nothing itself.
+
+        Args:
+            number: of the instruction, from 1; 0 for all that was queued before the row.
+        """
+        i = self.begun[-1] if number else None
+        if not self.places or isinstance(i, Recv):
+            self.bytes[number] = 1
+        else:
+            lane.note(self.places[number], mark, is_copy=isinstance(i, Send))
 
     @property
     def has_begun(self) -> bool:

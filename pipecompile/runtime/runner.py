@@ -6,16 +6,18 @@ import linecache
 import re
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from pipecompile.errors import ExecutionError
 from pipecompile.ops.randomness import seed_microbatch
 from pipecompile.ops.source_lines import failing_line
+from pipecompile.ops.torch_internals import _engine_run_backward
 from pipecompile.runtime.lane import Lane, Value, Values
+from pipecompile.runtime.lift import lift, read_only
 from pipecompile.runtime.out_of_memory import OutOfMemoryError
 from pipecompile.runtime.split import Stage
 from pipecompile.runtime.weights import Version, Weights
@@ -27,7 +29,7 @@ class Saved:
 
     inputs: Mapping[str, Tensor]  # leaves of the model inputs that require gradients
     received: Mapping[int, Values]  # leaves of the values from each source stage
-    returned: Mapping[str, Tensor]
+    returned: Sequence[Tensor]
 
 
 @dataclass
@@ -48,30 +50,39 @@ class Microbatch:
 
 
 class Runner:
-    """One stage at run time."""
+    """One stage at run time, with all that can be looked up before it runs."""
 
     def __init__(self, stage: Stage, weights: Weights, lane: Lane) -> None:
         self.stage = stage
         self.weights = weights
         self.lane = lane
+        self.function = lift(stage)
+        self.parameters = tuple(stage.names.values())
+        self.read_only = read_only(stage)
+        argument = {name: place for place, name in enumerate(stage.arguments)}
+        returned = {name: place for place, name in enumerate(stage.returns)}
+        self.takes = {source: [argument[name] for name in names] for source, names in stage.receives.items()}
+        self.sends = {target: [returned[name] for name in names] for target, names in stage.sends.items()}
+        self.outputs = {name: returned[name] for name in stage.outputs}
 
     def forward(self, microbatch: Microbatch, received: Mapping[int, Values]) -> dict[int, Values]:
         """Runs one microbatch's forward; returns the values for each later stage."""
         stage = self.stage
-        inputs = {name: _cut_off(self.lane.fetch(microbatch.inputs[name])) for name in stage.inputs}
+        inputs = [self._input(name, microbatch) for name in stage.inputs]
+        arguments: list[Value] = [*inputs, *[None] * (len(stage.arguments) - len(inputs))]
         leaves = {source: tuple(map(_leaf, values)) for source, values in received.items()}
-        named: dict[str, Value] = dict(inputs)
         for source, values in leaves.items():
-            named.update(zip(stage.receives[source], values, strict=True))
+            for place, value in zip(self.takes[source], values, strict=True):
+                arguments[place] = value
         seed_microbatch(microbatch.randomness)
-        returned = dict(zip(stage.returns, self._call([named[name] for name in stage.arguments]), strict=True))
+        returned = self._call(arguments)
         if torch.is_grad_enabled():
-            wanted = {name: t for name, t in inputs.items() if t.requires_grad}
+            wanted = {name: t for name, t in zip(stage.inputs, inputs, strict=True) if t.requires_grad}
             microbatch.saved[stage.index] = Saved(wanted, leaves, returned)
             microbatch.versions[stage.index] = self.weights.current
-        for name in stage.outputs:
-            microbatch.outputs[name] = _cut_off(_alone(returned[name]))
-        return {target: tuple(_cut_off(returned[v]) for v in values) for target, values in stage.sends.items()}
+        for name, place in self.outputs.items():
+            microbatch.outputs[name] = _cut_off(_alone(returned[place]))
+        return {target: tuple([returned[place] for place in places]) for target, places in self.sends.items()}
 
     def backward(self, microbatch: Microbatch, received: Mapping[int, Values]) -> dict[int, Values]:
         """Runs one microbatch's backward; returns the gradients of the values from each earlier stage.
@@ -80,23 +91,25 @@ class Runner:
         """
         saved = microbatch.saved.pop(self.stage.index)
         self.weights.check(microbatch.versions[self.stage.index])
-        gradients: dict[str, Tensor] = {}
+        returned = saved.returned
+        gradients: dict[int, Tensor] = {}  # by place
         for name, seed in microbatch.seeds.items():
-            if name in self.stage.outputs and saved.returned[name].requires_grad:
-                gradients[name] = self._seed(seed, saved.returned[name])
+            place = self.outputs.get(name)
+            if place is not None and returned[place].requires_grad:
+                gradients[place] = self._seed(seed, returned[place])
         for target in sorted(received, reverse=True):  # the latest use first, as autograd adds them up
-            for name, gradient in zip(self.stage.sends[target], received[target], strict=True):
+            for place, gradient in zip(self.sends[target], received[target], strict=True):
                 if gradient is not None:
-                    gradients[name] = gradients[name] + gradient if name in gradients else gradient
-        roots = [saved.returned[name] for name in gradients if saved.returned[name].requires_grad]
+                    gradients[place] = gradients[place] + gradient if place in gradients else gradient
+        roots = [place for place in gradients if returned[place].requires_grad]
         if roots:
-            self._differentiate(roots, [gradients[n] for n in gradients if saved.returned[n].requires_grad])
+            self._differentiate([returned[place] for place in roots], [gradients[place] for place in roots])
         self.weights.touch(microbatch.versions[self.stage.index])
         for name, leaf in saved.inputs.items():
             if leaf.grad is not None:
                 microbatch.input_gradients.setdefault(name, {})[self.stage.index] = leaf.grad
         return {
-            source: tuple(leaf.grad if isinstance(leaf, Tensor) else None for leaf in leaves)
+            source: tuple([None if leaf is None else leaf.grad for leaf in leaves])
             for source, leaves in saved.received.items()
         }
 
@@ -108,13 +121,15 @@ class Runner:
                 microbatch.versions.pop(index, None)
         self.weights.step([m.versions[index] for m in microbatches if index in m.saved])
 
+    def _input(self, name: str, microbatch: Microbatch) -> Tensor:
+        """An input of the model on this device; a leaf if it requires a gradient."""
+        tensor = self.lane.fetch(microbatch.inputs[name])
+        return tensor if name in self.read_only and not tensor.requires_grad else _cut_off(tensor)
+
     def _call(self, arguments: Sequence[Value]) -> tuple[Tensor, ...]:
         try:
             current = self.weights.current.leaves
-            leaves = {name: current[first] for name, first in self.stage.names.items()}
-            returned: tuple[Tensor, ...] = functional_call(
-                self.stage.module, leaves, tuple(arguments), tie_weights=False
-            )
+            returned: tuple[Tensor, ...] = self.function(*arguments, *[current[name] for name in self.parameters])
             return returned
         except Exception as error:
             where = self._where(error)
@@ -122,8 +137,11 @@ class Runner:
 
     def _differentiate(self, roots: list[Tensor], gradients: list[Tensor]) -> None:
         try:
-            with torch.autocast(self.lane.device.type, enabled=False):  # autocast is for forwards only
-                torch.autograd.backward(roots, gradients)
+            with _without_autocast(self.lane.device.type):
+                # torch.autograd.backward without its checks, for gradients that have the shapes of their roots
+                _engine_run_backward(
+                    tuple(roots), tuple(gradients), False, False, (), allow_unreachable=True, accumulate_grad=True
+                )
         except Exception as error:
             line = failing_line(error)
             where = f"in the backward of {self.stage.modules}" + (f", {line}" if line else "")
@@ -150,6 +168,13 @@ def _named(error: Exception) -> type[ExecutionError]:
     return OutOfMemoryError if isinstance(error, torch.OutOfMemoryError) else ExecutionError
 
 
+def _without_autocast(device_type: str) -> AbstractContextManager[None]:
+    """A context for a backward: autocast is for forwards only."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
 def _leaf(value: Value) -> Value:
     return None if value is None else _cut_off(value)
 
@@ -163,4 +188,4 @@ def _alone(value: Tensor) -> Tensor:
 
 def _cut_off(value: Tensor) -> Tensor:
     """A detached value: a leaf that accumulates a gradient if the value requires one."""
-    return value.detach().requires_grad_(value.requires_grad)
+    return value.detach().requires_grad_() if value.requires_grad else value.detach()

@@ -7,10 +7,10 @@ delaying the instructions before the value's use.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from threading import Condition
+from queue import SimpleQueue
 from typing import Protocol
 
-from pipecompile.ir.program import Recv, Result, Send
+from pipecompile.ir.program import Recv, Send
 from pipecompile.runtime.lane import Lane, Sent, Values
 from pipecompile.runtime.runner import Microbatch
 
@@ -49,8 +49,7 @@ class LocalTransport:
     def __init__(self, lanes: Mapping[int, Lane], rank_of: Sequence[int]) -> None:
         self.lanes = lanes
         self.rank_of = rank_of
-        self.arrived: dict[tuple[Result, int], Sent] = {}
-        self.changed = Condition()
+        self.boxes: dict[str, SimpleQueue[Sent | None]] = {}  # one for each transfer; None wakes who waits
         self.aborted = False
 
     def begin(self, microbatches: Mapping[int, Microbatch]) -> None:
@@ -59,31 +58,31 @@ class LocalTransport:
     def send(self, send: Send, values: Values) -> Sent:
         source, target = self.lanes[self.rank_of[send.stage]], self.lanes[self.rank_of[send.target]]
         sent = source.move(values, target)
-        with self.changed:
-            self.arrived[send.result, send.target] = sent
-            self.changed.notify_all()
+        self._box(send).put(sent)
         return sent
 
     def recv(self, recv: Recv) -> Callable[[], Values]:
-        key = (recv.result, recv.target)
+        send = Send(recv.result, recv.target)
 
         def wait() -> Values:
-            with self.changed:
-                self.changed.wait_for(lambda: self.aborted or key in self.arrived)
-                if self.aborted:
-                    raise Aborted
-                sent = self.arrived.pop(key)
+            box = self._box(send)  # before it is asked whether there was an abort, which looks for boxes afterwards
+            sent = None if self.aborted else box.get()
+            if self.aborted or sent is None:
+                raise Aborted
+            del self.boxes[str(send)]
             self.lanes[self.rank_of[recv.target]].wait(sent.ready)
             return sent.values
 
         return wait
 
     def abort(self) -> None:
-        with self.changed:
-            self.aborted = True
-            self.changed.notify_all()
+        self.aborted = True
+        for box in list(self.boxes.values()):
+            box.put(None)
 
     def reset(self) -> None:
-        with self.changed:
-            self.arrived.clear()
-            self.aborted = False
+        self.boxes.clear()
+        self.aborted = False
+
+    def _box(self, send: Send) -> SimpleQueue[Sent | None]:
+        return self.boxes.setdefault(str(send), SimpleQueue())

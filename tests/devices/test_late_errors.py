@@ -15,8 +15,9 @@ from scenes import D, Net, built, floats, piped
 from torch import Tensor, nn
 
 from pipecompile import ExecutionError
-from pipecompile.ir.program import Instruction, parse
-from pipecompile.runtime.executor import Executor
+from pipecompile.ir.program import Compute, Instruction, Send, parse
+from pipecompile.runtime import link
+from pipecompile.runtime.link import Act
 from pipecompile.runtime.transport import LocalTransport
 
 WORDS = {
@@ -37,17 +38,23 @@ def fail(monkeypatch: pytest.MonkeyPatch) -> Fail:
         if i in wanted:
             vd.fail_kernel(i.stage, wanted.pop(i))
 
-    def before(kind: type[Any], name: str) -> None:
-        method = getattr(kind, name)
+    send, act_of = LocalTransport.send, link._act
 
-        def wrapped(self: Any, i: Instruction, *args: Any) -> Any:
+    def sending(self: LocalTransport, i: Send, *args: Any) -> Any:
+        queued(i)
+        return send(self, i, *args)
+
+    def linked(i: Compute, *args: Any) -> Act:
+        act = act_of(i, *args)
+
+        def acting(*operands: Any) -> Any:
             queued(i)
-            return method(self, i, *args)
+            return act(*operands)
 
-        monkeypatch.setattr(kind, name, wrapped)
+        return acting
 
-    before(Executor, "_compute")
-    before(LocalTransport, "send")
+    monkeypatch.setattr(link, "_act", linked)
+    monkeypatch.setattr(LocalTransport, "send", sending)
     return lambda text, kernel=0: wanted.update({parse(text): kernel})
 
 

@@ -524,7 +524,7 @@ def test_after_a_reset_nothing_of_before_is_left() -> None:
     transport.send(sent(0), (torch.ones(1),))
     transport.abort()
     transport.reset()
-    assert not transport.arrived
+    assert not transport.boxes
     transport.send(sent(0), (torch.zeros(1),))
     assert torch.equal(transport.recv(received(0))()[0], torch.zeros(1))
 

@@ -1,0 +1,86 @@
+"""A stage as a function of its arguments and its weights.
+
+A stage module reads its parameters as attributes. To run it on one version of the weights, they would have to be put
+into its modules and taken out again in every call (``torch.func.functional_call``), which takes longer than a small
+layer. In a lifted stage they are arguments. A module kept whole, whose forward is not a graph, still gets them so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch.fx as fx
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from pipecompile.capture.purity import name_of
+from pipecompile.capture.state.model_state import named_tensors
+from pipecompile.ops.operators import is_opaque
+from pipecompile.runtime.split import Stage, quiet
+
+
+def lift(stage: Stage) -> fx.GraphModule:
+    """The module of a stage, called with ``stage.arguments`` and then a tensor for each of ``stage.names``.
+
+    Its code has the nodes of the stage's own, under the same names.
+    """
+    graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    nodes = list(stage.module.graph.nodes)
+    for node in nodes:
+        if node.op == "placeholder":
+            copies[node] = graph.node_copy(node)
+    lifted = {name: graph.placeholder(_argument(name)) for name in stage.names}
+    for node in nodes:
+        if node.op == "get_attr" and str(node.target) in lifted:
+            copies[node] = lifted[str(node.target)]
+        elif node.op != "placeholder":
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+            if node.op == "call_module":
+                _lift_leaf(copies[node], stage.module.get_submodule(str(node.target)), lifted)
+    return quiet(fx.GraphModule(stage.module, graph, class_name=f"Lifted{stage.module.__class__.__name__}"))
+
+
+def read_only(stage: Stage) -> frozenset[str]:
+    """The model inputs of a stage of which no call can change anything but values, such as ``requires_grad``."""
+    found = {node.name: node for node in stage.module.graph.nodes if node.op == "placeholder"}
+    return frozenset(name for name in stage.inputs if all(map(_only_reads, found[name].users)))
+
+
+def _only_reads(user: fx.Node) -> bool:
+    """Whether a call is of a function of torch that sets nothing; names of those that do end with an underscore."""
+    if user.op == "output":
+        return True
+    if user.op == "call_module" or (user.op == "call_function" and is_opaque(user.target)):
+        return False
+    return not name_of(user).endswith("_")
+
+
+def _argument(name: str) -> str:
+    return "".join(c if c.isascii() and c.isalnum() else "_" for c in f"weight_{name}")
+
+
+def _lift_leaf(call: fx.Node, leaf: nn.Module, lifted: dict[str, fx.Node]) -> None:
+    """Makes the call of a module kept whole one that gets the lifted tensors as its first arguments."""
+    prefix = f"{call.target}."
+    names = [name for name, _ in named_tensors(leaf) if prefix + name in lifted]
+    if names:
+        call.op, call.target = "call_function", OnTensors(leaf, tuple(names))
+        call.args = (*(lifted[prefix + name] for name in names), *call.args)
+
+
+@dataclass(frozen=True, eq=False)
+class OnTensors:
+    """A module kept whole, called with some of its tensors, then its arguments."""
+
+    leaf: nn.Module
+    names: Sequence[str]
+
+    @property
+    def __name__(self) -> str:
+        return "on_tensors"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        tensors: dict[str, Tensor] = dict(zip(self.names, args, strict=False))
+        return functional_call(self.leaf, tensors, args[len(self.names) :], kwargs, tie_weights=False)
