@@ -17,6 +17,7 @@ from torch.func import functional_call
 
 from pipecompile.capture.purity import name_of
 from pipecompile.capture.state.model_state import named_tensors
+from pipecompile.ops.functional import is_traceable
 from pipecompile.ops.operators import is_opaque
 from pipecompile.runtime.split import Stage, quiet
 
@@ -49,10 +50,8 @@ def read_only(stage: Stage) -> frozenset[str]:
 
 
 def _only_reads(user: fx.Node) -> bool:
-    """Whether a call is of a function of torch that sets nothing; names of those that do end with an underscore."""
-    if user.op == "output":
-        return True
-    if user.op == "call_module" or (user.op == "call_function" and is_opaque(user.target)):
+    """Whether a call is of a known function that sets nothing; torch's names of those that do end with "_"."""
+    if user.op == "call_module" or (is_opaque(user.target) and not is_traceable(user.target)):
         return False
     return not name_of(user).endswith("_")
 
