@@ -18,13 +18,14 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
 import torch
-from gpt import Setting, WithLoss, hugging_face, sequential
-from peers import Step, TorchPipelining, torchgpipe_step
+from gpt import Setting, WithLoss, cross_entropy, hugging_face, sequential
+from peers import Step, Task, TorchPipelining, torchgpipe_step
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -111,10 +112,11 @@ def compare(title: str, model: nn.Module, loss_of: Loss, setting: Setting, round
 
 def peer_ways(setting: Setting, cut: int, stack: ExitStack) -> list[Way]:
     """torchgpipe only where it is installed."""
-    pipelining = stack.enter_context(closing(TorchPipelining(setting, cut)))
+    task = Task(partial(sequential, setting), setting.tokens, cross_entropy, setting.microbatches)
+    pipelining = stack.enter_context(closing(TorchPipelining(task, cut)))
     ways = [Way("torch.distributed.pipelining", pipelining, f"1F1B, two processes, cut at layer {cut}")]
     try:
-        ways.append(Way("torchgpipe", torchgpipe_step(setting, cut), "GPipe, backward on one thread"))
+        ways.append(Way("torchgpipe", torchgpipe_step(task, cut), "GPipe, backward on one thread"))
     except ImportError as missing:
         console.print(f"torchgpipe is left out: {missing}")
     return ways
