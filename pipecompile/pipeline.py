@@ -21,7 +21,6 @@ from pipecompile.compiler.options import Options, read_costs
 from pipecompile.compiler.report import Report, describe
 from pipecompile.compiler.surroundings import (
     Substituted,
-    saved_as_they_are,
     uncompiled,
 )
 from pipecompile.distributed.processes import Processes
@@ -39,6 +38,7 @@ from pipecompile.planning.memory import Memory
 from pipecompile.runtime import steps
 from pipecompile.runtime.batch import Batch
 from pipecompile.runtime.compiled import Compiled
+from pipecompile.runtime.observers import unobserved
 from pipecompile.runtime.rerun import STOPPED
 from pipecompile.runtime.session import Session
 from pipecompile.runtime.substituted import called_with
@@ -174,6 +174,7 @@ class Pipeline:
             captures=tuple(f"{number}: {reason}" for number, reason in enumerate(self._batches.captures.reasons, 1)),
             verified=tuple(f"{kinds[trains]}: {said}" for (_, trains), said in (self._proofs | self._left_out).items()),
             rerun=tuple(f"{why} (times: {count})" for why, count in self._session.repeated.items()),
+            observed=tuple(f"{who} (programs: {count})" for who, count in self._session.observed.items()),
         )
 
     @property
@@ -273,7 +274,7 @@ class Pipeline:
             trains=trains,
             batching=self.options.batching,
         )
-        with CAPTURING.taken(), saved_as_they_are():
+        with CAPTURING.taken(), unobserved():
             self._proofs[key] = self._session.peers.shared(lambda: prove(trial))
 
     def _run(self, batch: Batch) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 import pipecompile
 from pipecompile.runtime import Executor, Lane
-from pipecompile.runtime.link import Row
+from pipecompile.runtime.executor import RankRun
 
 
 class Ledger:
@@ -70,11 +70,11 @@ def counting(pipe: pipecompile.Pipeline) -> Iterator[list[Ledger]]:
     here = threading.local()
     run_rank, move, fetch = Executor._run_rank, Lane.move, Lane.fetch
 
-    def counted(self: Executor, linked: Any, row: Row, *args: Any) -> Any:
-        rank = next(rank for rank, lane in self.lanes.items() if lane is row.lane)
+    def counted(self: Executor, run: RankRun, *args: Any) -> Any:
+        rank = next(rank for rank, lane in self.lanes.items() if lane is run.row.lane)
         here.mode = Mode(ledgers[rank], known)
         with here.mode:
-            return run_rank(self, linked, row, *args)
+            return run_rank(self, run, *args)
 
     def copied(self: Lane, values: tuple[Tensor | None, ...], target: Lane) -> Any:
         mode, mine = here.mode, here.mode.ledger

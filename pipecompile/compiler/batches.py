@@ -18,7 +18,7 @@ from pipecompile.capture.state.model_state import named_tensors
 from pipecompile.compiler.capture_cache import Captures, Key, States, refuse_default_device, settings
 from pipecompile.compiler.compile_call import compile_call
 from pipecompile.compiler.options import Options
-from pipecompile.compiler.surroundings import check_parameters, check_surroundings, saved_as_they_are
+from pipecompile.compiler.surroundings import check_parameters, check_surroundings
 from pipecompile.distributed.share import Share
 from pipecompile.errors import CaptureError, InputError
 from pipecompile.ops.randomness import undrawn
@@ -26,6 +26,7 @@ from pipecompile.ops.torch_internals import pytree
 from pipecompile.runtime import Ambient
 from pipecompile.runtime.batch import Batch, Part
 from pipecompile.runtime.compiled import Compiled
+from pipecompile.runtime.observers import unobserved
 from pipecompile.runtime.peers import Peers
 
 
@@ -148,7 +149,7 @@ class Batches:
             self.share.check_weights()
         independent = self.options.policy.is_asynchronous and self.model.training
         for candidate in (rows, rows.equal()):
-            with CAPTURING.taken(), undrawn(self.devices), saved_as_they_are():
+            with CAPTURING.taken(), undrawn(self.devices), unobserved():
                 compiled = compile_call(
                     self.model,
                     call,

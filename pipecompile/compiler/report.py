@@ -157,6 +157,7 @@ class Report:
         replicas: devices of each stage, and the alternatives that were tried.
         compiled: what ``torch.compile`` compiles of each stage, and what it does not.
         rerun: why calls were rerun in a backward, and how often.
+        observed: what observed the calling thread, which therefore ran all stages itself, and how often.
     """
 
     captures: tuple[str, ...] = ()
@@ -176,6 +177,7 @@ class Report:
     replicas: tuple[str, ...] = ()
     compiled: tuple[str, ...] = ()
     rerun: tuple[str, ...] = ()
+    observed: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, list[str]]:
         """The lines of each topic, empty topics included, ready for JSON."""
@@ -198,7 +200,7 @@ def _tied(compiled: Compiled) -> Iterator[str]:
 
 
 def describe(compiled: Compiled, timeline: Timeline | None = None) -> Report:
-    """The report on a capture, without ``captures``, ``verified`` and ``rerun``, which the pipeline adds.
+    """The report on a capture, without what the pipeline adds.
 
     Args:
         compiled: the capture.

@@ -7,8 +7,7 @@ thread. A pipeline computes in its own threads, so they would record constants, 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -21,7 +20,6 @@ from pipecompile.ops.torch_internals import (
     ProxyTorchDispatchMode,
     _get_current_dispatch_mode_stack,
     _get_tracing_state,
-    _top_saved_tensors_default_hooks,
     peek_interpreter_stack,
     set_eval_frame,
 )
@@ -57,13 +55,6 @@ def uncompiled() -> Iterator[None]:
         yield
     finally:
         set_eval_frame(before)
-
-
-def saved_as_they_are() -> Any:
-    """A context that hides tensors saved in it from the caller's saved-tensor hooks (a checkpoint around the call)."""
-    if _top_saved_tensors_default_hooks(True) is None:
-        return nullcontext()  # torch.func in a forward does not allow hooks of any kind
-    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
 
 
 class Substituted(InputError):

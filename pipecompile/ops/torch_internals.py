@@ -20,10 +20,16 @@ from torch._C import (
     _len_torch_function_stack,
     _swap_tensor_impl,
 )
-from torch._C._autograd import _get_current_graph_task_keep_graph, _top_saved_tensors_default_hooks
+from torch._C._autograd import (
+    _enable_record_function,
+    _get_current_graph_task_keep_graph,
+    _profiler_enabled,
+    _top_saved_tensors_default_hooks,
+)
 from torch._C._dynamo.eval_frame import set_eval_frame
 from torch._C._functorch import is_functorch_wrapped_tensor, peek_interpreter_stack
 from torch._C._nn import _parse_to
+from torch._C._profiler import _RecordFunctionFast
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._functorch import apis, eager_transforms
@@ -69,9 +75,11 @@ __all__ = [
     "TorchDispatchMode",
     "UnsupportedOperatorException",
     "_DropoutNd",
+    "_RecordFunctionFast",
     "_StopRecomputationError",
     "_current_graph_task_id",
     "_disable_current_modes",
+    "_enable_record_function",
     "_engine_run_backward",
     "_get_current_dispatch_mode_stack",
     "_get_current_function_mode_stack",
@@ -80,6 +88,7 @@ __all__ = [
     "_is_torch_function_mode_enabled",
     "_len_torch_function_stack",
     "_parse_to",
+    "_profiler_enabled",
     "_swap_tensor_impl",
     "_top_saved_tensors_default_hooks",
     "_unsafe_preserve_version_counter",

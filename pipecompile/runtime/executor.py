@@ -9,19 +9,21 @@ from __future__ import annotations
 import time
 import traceback
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import wait
+from contextlib import contextmanager
 from contextvars import copy_context
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from pipecompile.capture.locks import Turn, busy, waited_for
 from pipecompile.errors import ExecutionError, PipecompileError
 from pipecompile.ir.plan import Plan
-from pipecompile.ir.program import Instruction, Program
+from pipecompile.ir.program import Instruction, Program, linearize
 from pipecompile.ir.timeline import Span, Timeline
 from pipecompile.ops.accelerators import Mark, seconds_between
+from pipecompile.ops.randomness import microbatch_seed, seed_microbatch
 from pipecompile.runtime.ambient import Ambient
 from pipecompile.runtime.lane import Callers, Lane
 from pipecompile.runtime.link import Content, Linked, Row, link
@@ -31,6 +33,43 @@ from pipecompile.runtime.runner import Microbatch, Runner
 from pipecompile.runtime.transport import Aborted, Transport
 
 LINKED = 16  # programs that stay linked
+
+
+@dataclass
+class RankRun:
+    """One rank on its way through its row.
+
+    Attributes:
+        linked: the row.
+        row: what its instructions work on.
+        notes: what has run.
+        start, first: when it began, from the start of the program by the host's clock, and by the lane's own mark.
+        spans: each instruction that has run, with the marks of its begin and its end.
+    """
+
+    linked: Sequence[Linked]
+    row: Row
+    notes: RowNotes
+    start: float = 0.0
+    first: Mark = 0.0
+    spans: list[tuple[Instruction, Mark, Mark]] = field(default_factory=list)
+
+    def begin(self, start: float) -> None:
+        """Notes the time, in a program that started at ``start``."""
+        self.start, self.first = time.perf_counter() - start, self.row.lane.mark()
+
+    def settle(self) -> None:
+        """Notes that what was queued before the row has run, once it has."""
+        self.notes.ended(0, self.row.lane, self.row.lane.mark())
+
+    def advance(self) -> None:
+        """Runs the next instruction."""
+        step = self.linked[len(self.spans)]
+        self.notes.begun.append(step.instruction)
+        with step.recorded:
+            begins, ends = step.run(self.row)
+        self.spans.append((step.instruction, begins, ends))
+        self.notes.ended(len(self.spans), self.row.lane, ends)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,11 +148,15 @@ class Executor:
         self.mailboxes: dict[int, dict[str, Content]] = {rank: {} for rank in lanes}
         self.linked: deque[tuple[Program, Mapping[int, Sequence[Linked]]]] = deque(maxlen=LINKED)
 
-    def run(self, program: Program, microbatches: Mapping[int, Microbatch], ambient: Ambient) -> Mapping[int, RowRun]:
+    def run(
+        self, program: Program, microbatches: Mapping[int, Microbatch], ambient: Ambient, observed: bool = False
+    ) -> Mapping[int, RowRun]:
         """Runs a validated, lowered program.
 
         Args:
             microbatches: by number, those that the program uses; their outputs and gradients are stored in them.
+            ambient: the modes of the calling thread, for the threads of ranks.
+            observed: whether the calling thread runs all ranks.
 
         Returns:
             When each rank of this process has run its row, for ``timeline_of``.
@@ -128,31 +171,23 @@ class Executor:
         caller = Caller(events, start, busy().turns)
         modules = {stage: runner.stage.modules for stage, runner in self.runners.items()}
         notes = self.notes.begin(program, modules, self.lanes)
-        jobs = {  # in the caller's context variables, which hold torch.compile's settings
-            rank: self.lanes[rank].thread.submit(
-                copy_context().run,
-                self._run_rank,
-                linked,
-                Row(self.lanes[rank], self.mailboxes[rank], microbatches),
-                ambient,
-                caller,
-                notes[rank],
-            )
+        ranks = {
+            rank: RankRun(linked, Row(self.lanes[rank], self.mailboxes[rank], microbatches), notes[rank])
             for rank, linked in self._linked(program).items()
         }
         try:
-            wait(jobs.values())
-        except BaseException:  # a keyboard interrupt: wake the ranks before raising it
-            self.transport.abort()
-            wait(jobs.values())
+            if observed:
+                failures = self._run_here(program, ranks, caller)
+            else:
+                failures = self._run_in_threads(ranks, ambient, caller)
+        except BaseException:  # a keyboard interrupt
             self.reset()
             self._join_callers()
             raise
-        failures = [error for error in (job.exception() for job in jobs.values()) if error is not None]
         if (stopped := self._join_callers()) is not None:
             failures.append(stopped)
         if not failures:
-            return {rank: job.result() for rank, job in jobs.items()}
+            return {rank: RowRun(run.start, run.first, run.spans) for rank, run in ranks.items()}
         self.reset()
         failure = self._explained([error for error in failures if not isinstance(error, Aborted)] or failures)
         if isinstance(failure, OutOfMemoryError) and failure.__cause__ is not None:
@@ -160,7 +195,7 @@ class Executor:
         try:
             raise failure
         finally:
-            del failure, failures, stopped, jobs  # a cycle with this frame would hold tensors too
+            del failure, failures, stopped  # a cycle with this frame would hold tensors too
 
     def _join_callers(self) -> torch.AcceleratorError | None:
         """Makes the caller's streams wait for the lanes, after a failure too: what has been queued still runs.
@@ -198,28 +233,64 @@ class Executor:
         self.linked.append((program, rows))
         return rows
 
-    def _run_rank(
-        self, linked: Sequence[Linked], row: Row, ambient: Ambient, caller: Caller, notes: RowNotes
-    ) -> RowRun:
-        lane = row.lane
-        began, first = time.perf_counter() - caller.start, lane.mark()
-        spans = []
+    def _run_in_threads(self, ranks: Mapping[int, RankRun], ambient: Ambient, caller: Caller) -> list[BaseException]:
+        """Runs each rank in its thread; returns what they raised."""
+        jobs = [  # in the caller's context variables, which hold torch.compile's settings
+            run.row.lane.thread.submit(copy_context().run, self._run_rank, run, ambient, caller)
+            for run in ranks.values()
+        ]
         try:
-            with waited_for(caller.waiting), lane.entered(caller.events), ambient.entered():
-                notes.ended(0, lane, lane.mark())
-                for number, step in enumerate(linked, 1):
-                    notes.begun.append(step.instruction)
-                    begins, ends = step.run(row)
-                    notes.ended(number, lane, ends)
-                    spans.append((step.instruction, begins, ends))
+            wait(jobs)
+        except BaseException:
+            self.transport.abort()  # wakes them
+            wait(jobs)
+            raise
+        return [error for error in (job.exception() for job in jobs) if error is not None]
+
+    def _run_rank(self, run: RankRun, ambient: Ambient, caller: Caller) -> None:
+        run.begin(caller.start)
+        with (
+            self._stopping(run),
+            waited_for(caller.waiting),
+            run.row.lane.entered(caller.events),
+            ambient.entered(),
+        ):
+            run.settle()
+            for _ in run.linked:
+                run.advance()
+
+    def _run_here(self, program: Program, ranks: Mapping[int, RankRun], caller: Caller) -> list[BaseException]:
+        """Runs all ranks in the calling thread, instruction by instruction; returns what one raised."""
+        seed = microbatch_seed()
+        try:
+            for run in ranks.values():
+                run.begin(caller.start)
+            for rank, _ in linearize(program):
+                if rank in ranks:  # others run in other processes
+                    run = ranks[rank]
+                    with self._stopping(run), run.row.lane.entered(() if run.spans else caller.events):
+                        if not run.spans:
+                            run.settle()
+                        run.advance()
+        except Exception as error:
+            return [error]
+        finally:
+            seed_microbatch(seed)
+        return []
+
+    @contextmanager
+    def _stopping(self, run: RankRun) -> Iterator[None]:
+        """A context in which a failure of one rank stops all, with an error that names the instruction."""
+        try:
+            yield
         except BaseException as error:
             self.transport.abort()
-            named = self._named(error, notes.begun[-1], len(row.microbatches)) if notes.begun else error
+            begun = run.notes.begun
+            named = self._named(error, begun[-1], len(run.row.microbatches)) if begun else error
             try:
                 raise named from named.__cause__
             finally:
                 del named  # a cycle with this frame would hold tensors
-        return RowRun(began, first, spans)
 
     def _named(self, error: BaseException, i: Instruction, microbatches: int) -> BaseException:
         """An error of an instruction, with its name."""

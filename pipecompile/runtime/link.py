@@ -26,6 +26,7 @@ from pipecompile.ir.program import (
     reads,
 )
 from pipecompile.ops.accelerators import Mark
+from pipecompile.ops.torch_internals import _RecordFunctionFast
 from pipecompile.runtime.lane import Lane, Values
 from pipecompile.runtime.runner import Microbatch, Runner
 from pipecompile.runtime.tied import reduced, refreshed
@@ -56,10 +57,12 @@ class Linked:
 
     Attributes:
         run: Returns the marks at which the instruction begins, with its operands ready, and ends.
+        recorded: A context in which torch.profiler shows it as "stage 1 1F0".
     """
 
     instruction: Instruction
     run: Callable[[Row], tuple[Mark, Mark]]
+    recorded: _RecordFunctionFast
 
 
 def link(
@@ -73,10 +76,14 @@ def link(
     """
     plan = program.plan
     return {
-        rank: tuple(Linked(i, _bound(i, plan, runners, transport)) for i in program.ranks[rank])
+        rank: tuple(_linked(i, plan, runners, transport) for i in program.ranks[rank])
         for rank in ranks
         if rank < len(program.ranks)  # a plan may not use the last ones
     }
+
+
+def _linked(i: Instruction, plan: Plan, runners: Mapping[int, Runner], transport: Transport) -> Linked:
+    return Linked(i, _bound(i, plan, runners, transport), _RecordFunctionFast(f"stage {i.stage} {i}"))
 
 
 def _bound(

@@ -28,6 +28,7 @@ from pipecompile.runtime.compiled import Compiled
 from pipecompile.runtime.executor import RowRun, timeline_of
 from pipecompile.runtime.lane import Callers
 from pipecompile.runtime.notes import Notes, failed
+from pipecompile.runtime.observers import Observers
 from pipecompile.runtime.peers import OneProcess, Peers
 from pipecompile.schedule import carried_after
 
@@ -89,6 +90,7 @@ class Session:
         self.stream = Stream()
         self.scale = 1.0  # the last gradient of a loss computed with float16, expected again for the next call
         self.repeated: Counter[Rerun] = Counter()  # how many calls were rerun, and why
+        self.observed: Counter[str] = Counter()  # programs that the calling thread ran, by what observed it
         self.defers = False  # whether backwards wait for gradients even if the model computes its loss
         self.callers = Callers([lane.device for lane in self.lanes.values()])
         self.notes = Notes()
@@ -128,10 +130,12 @@ class Session:
         with self.turn.taken():
             self._own(compiled)
             ambient = Ambient.of_caller(frozenset(device.type for device in self.devices))
+            if observers := Observers.here():
+                self.observed[str(observers)] += 1
             self.program = program
             self.running = True
             try:
-                self.measured = self._executor(compiled).run(program, microbatches, ambient)
+                self.measured = self._executor(compiled).run(program, microbatches, ambient, bool(observers))
             except BaseException as error:
                 self.notes.failed = True
                 for weights in self.weights.values():
@@ -147,6 +151,14 @@ class Session:
         failure = self.peers.failure(error)
         if failure is not error:
             raise failure from error
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether a dispatch mode of the calling thread is to see backwards where ``backward()`` is called.
+
+        Several processes run one program, whatever observes one of them.
+        """
+        return not self.peers.are_several and bool(Observers.here().modes)
 
     @property
     def timeline(self) -> Timeline | None:

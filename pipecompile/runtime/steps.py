@@ -2,7 +2,7 @@
 
 evaluate      no gradients: forwards only
 train         the loss is an output: the whole schedule runs, ``loss.backward()`` returns the gradients
-defer         the caller computes the loss: forwards now, backwards when the caller's gradients arrive
+defer         the caller computes the loss, or a dispatch mode looks on: forwards now, backwards when gradients arrive
 stream        asynchronous: the next segment of the stream; each microbatch is a minibatch with its own update
 
 A call is rerun (``Snapshot``) for three gradients that its backwards did not cover: of an output other than the loss,
@@ -63,7 +63,7 @@ def _run(
         return evaluate(session, batch)
     if segment is not None and loss is not None:
         return stream(session, batch, loss, segment)
-    if loss is None or not batch.ends_in_body(loss) or session.defers:
+    if loss is None or not batch.ends_in_body(loss) or session.defers or session.is_watched:
         return defer(session, batch)
     return train(session, batch, loss, schedule)
 

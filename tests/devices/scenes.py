@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from machines import CPU, Machine
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from toys import VOCABULARY, D, Tied, UNet
 
@@ -616,6 +618,34 @@ def other_weights(machine: Machine) -> Figures:
         return loss.detach()
 
     return trained(model, pipe, step)
+
+
+class Watching(TorchDispatchMode):
+    """Looks on: its thread runs all ranks, and backwards wait for ``backward()``."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def _observed(where: Sequence[int | str]) -> Scene:
+    """Observed by a dispatch mode, and by hooks on saved tensors in the second half of the steps."""
+
+    def run(machine: Machine) -> Figures:
+        steps = iter(range(STEPS))
+
+        def step(pipe: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+            hooks = saved_tensors_hooks(torch.clone, lambda tensor: tensor)
+            with Watching() if next(steps) < STEPS // 2 else hooks:
+                return inside(pipe, x, y)
+
+        model = built(Net)
+        return trained(model, piped(model, machine, where), step)
+
+    return run
+
+
+SCENES["observed"] = _observed((0, 1, 0))
+SCENES["observed_cpu_in_the_middle"] = _observed((0, "cpu", 1))
 
 
 def without_peers(name: str) -> Scene:
