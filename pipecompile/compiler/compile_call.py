@@ -35,6 +35,7 @@ from pipecompile.ir.graph import CostedGraph, Graph
 from pipecompile.ir.plan import Plan
 from pipecompile.ops.away import is_away, lacks_values
 from pipecompile.ops.device_args import threads_each
+from pipecompile.ops.phases import phase
 from pipecompile.partition import carry_over
 from pipecompile.planning.planned import Planned, planned
 from pipecompile.planning.training_spec import Workload
@@ -78,7 +79,7 @@ def compile_call(
     options, peers = options or Options(), peers or OneProcess()
     reach = reach_of(model, [] if forward is None else [forward])
     trace = _Tracer(model=model, call=call, forward=forward, options=options, reach=reach)
-    with left_as_before(model, reach=reach):  # tests run parts kept whole
+    with phase("divide"), left_as_before(model, reach=reach):  # tests run parts kept whole
         division = _divided(trace, rows, options) if whole else _independent(trace, rows, options)
     graph = summarize(division.body)
     if peers.are_several:
@@ -92,9 +93,11 @@ def compile_call(
         given = peers.measured(cluster_of(devices))
 
     def plan() -> Planned:
-        costed = _costed(division.body, graph, options, devices, reach)
-        cluster = given or cluster_of(devices, measure=costed.measured and not peers.are_several)
-        return planned(costed, cluster, work, options.plan)
+        with phase("profile"):
+            costed = _costed(division.body, graph, options, devices, reach)
+            cluster = given or cluster_of(devices, measure=costed.measured and not peers.are_several)
+        with phase("plan"):
+            return planned(costed, cluster, work, options.plan)
 
     found = _planned_by_one(peers, plan, work)
     compiled = _cut(division, graph, found, devices, options, apart=peers.are_several)
@@ -122,7 +125,8 @@ def replanned(compiled: Compiled, costed: CostedGraph, options: Options, devices
         PlanError: no plan satisfies the options.
         InputError: the options do not fit the model or one another.
     """
-    found = planned(costed, compiled.planned.cluster, _work(compiled.division, options), options.plan)
+    with phase("plan"):
+        found = planned(costed, compiled.planned.cluster, _work(compiled.division, options), options.plan)
     return _cut(compiled.division, compiled.graph, found, devices, options, apart=compiled.apart)
 
 
@@ -158,11 +162,12 @@ def _cut(
         apart: whether its ranks are in several processes.
     """
     plan = carried or found.plan
-    place(division.body, plan, graph, devices)
-    stages = split(division.body, graph, plan, devices)
-    if options.stage_compile is not False:
-        stages = tuple(compile_stage(stage, options.stage_compile) for stage in stages)
-    before, tail = _pieces(division, stages[-1].device)
+    with phase("split"):
+        place(division.body, plan, graph, devices)
+        stages = split(division.body, graph, plan, devices)
+        if options.stage_compile is not False:
+            stages = tuple(compile_stage(stage, options.stage_compile) for stage in stages)
+        before, tail = _pieces(division, stages[-1].device)
     return Compiled(
         division=division,
         graph=graph,
@@ -199,9 +204,12 @@ def _rehearsed(
     starts = [loss] if loss else list(compiled.division.joins)
 
     def replan(costed: CostedGraph) -> Compiled:
-        return _cut(compiled.division, compiled.graph, compiled.planned.again(costed), devices, options)
+        with phase("plan"):
+            found = compiled.planned.again(costed)
+        return _cut(compiled.division, compiled.graph, found, devices, options)
 
-    return rehearsed(compiled, call, fitting[0], Rehearsal(starts, schedule, devices), replan)
+    with phase("rehearse"):
+        return rehearsed(compiled, call, fitting[0], Rehearsal(starts, schedule, devices), replan)
 
 
 def _costed(
@@ -270,7 +278,8 @@ class _Tracer:
         self, rows: Sequence[int] | None = None, attempts: Sequence[SymbolicSizes] = SYMBOLIC_ATTEMPTS
     ) -> Captured:
         leaves = self.options.leaf_modules
-        captured = capture(self.model, self.call, rows, self.forward, leaves, attempts, self.reach)
+        with phase("capture"):
+            captured = capture(self.model, self.call, rows, self.forward, leaves, attempts, self.reach)
         return with_only_the_loss(captured, self.options.loss_output) if self.options.outputs == "loss" else captured
 
 
