@@ -29,11 +29,13 @@ from pipecompile.capture.state.reachable import Reach, reach_of
 from pipecompile.capture.state.restore import left_as_before
 from pipecompile.compiler.devices import cluster_of
 from pipecompile.compiler.options import Options
+from pipecompile.compiler.recall import Recall
 from pipecompile.compiler.rehearse import Rehearsal, rehearsed
 from pipecompile.errors import CaptureError, InputError
 from pipecompile.ir.graph import CostedGraph, Graph
 from pipecompile.ir.plan import Plan
 from pipecompile.ops.away import is_away, lacks_values
+from pipecompile.ops.backends import name_of
 from pipecompile.ops.device_args import threads_each
 from pipecompile.ops.phases import phase
 from pipecompile.partition import carry_over
@@ -93,11 +95,18 @@ def compile_call(
         given = peers.measured(cluster_of(devices))
 
     def plan() -> Planned:
-        with phase("profile"):
-            costed = _costed(division.body, graph, options, devices, reach)
-            cluster = given or cluster_of(devices, measure=costed.measured and not peers.are_several)
-        with phase("plan"):
-            return planned(costed, cluster, work, options.plan)
+        there = cluster_of(devices)
+        recall = _recall(division.body, graph, devices, options)
+
+        def search() -> Planned:
+            with phase("profile"):
+                costed = recall.costed(graph, lambda: _costed(division.body, graph, options, devices, reach))
+                measures = costed.measured and not peers.are_several
+                cluster = given or recall.cluster(there, lambda: cluster_of(devices, measure=measures))
+            with phase("plan"):
+                return planned(costed, cluster, work, options.plan)
+
+        return recall.planned(graph, there, work, options.plan, search)
 
     found = _planned_by_one(peers, plan, work)
     compiled = _cut(division, graph, found, devices, options, apart=peers.are_several)
@@ -190,6 +199,14 @@ def _are_measured(model: nn.Module, options: Options) -> bool:
     if isinstance(options.costs, CostedGraph):
         return options.costs.measured
     return options.costs in (None, "measure") and not lacks_values(model)
+
+
+def _recall(captured: Captured, graph: Graph, devices: Sequence[torch.device], options: Options) -> Recall:
+    """What earlier processes have measured and planned; nothing, unless all is measured on this machine."""
+    if not _is_real(captured.model, options):
+        return Recall()
+    compiled_by = "" if options.stage_compile is False else name_of(options.stage_compile)
+    return Recall.of(captured, graph, devices, compiled_by)
 
 
 def _rehearsed(

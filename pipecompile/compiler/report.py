@@ -161,6 +161,7 @@ class Report:
         tied: parameters that several stages use.
         replicas: devices of each stage, and the alternatives that were tried.
         compiled: what ``torch.compile`` compiles of each stage, and what it does not.
+        remembered: what earlier processes have measured or planned, and what was ignored or could not be kept.
         rerun: why calls were rerun in a backward, and how often.
         timing: the seconds of the first call, by phase.
     """
@@ -181,6 +182,7 @@ class Report:
     tied: tuple[str, ...] = ()
     replicas: tuple[str, ...] = ()
     compiled: tuple[str, ...] = ()
+    remembered: tuple[str, ...] = ()
     rerun: tuple[str, ...] = ()
     timing: Timing = NOT_TIMED
 
@@ -231,6 +233,7 @@ def describe(compiled: Compiled, timeline: Timeline | None = None) -> Report:
         costs=(compiled.planned.costed.origin,),
         calibration=tuple(_calibration(compiled, timeline)),
         tied=tuple(_tied(compiled)),
+        remembered=compiled.planned.remembered,
         compiled=tuple(line for stage in compiled.stages for line in _compiled(stage)),
         replicas=(*replica_notes(plan), *map(str, compiled.planned.candidates)),
     )

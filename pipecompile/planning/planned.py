@@ -29,6 +29,7 @@ class Planned:
         cluster: the devices.
         work: the workload.
         candidates: for ``replicas="auto"``, the numbers of devices per stage that were compared, best first.
+        remembered: what of it earlier processes have measured or planned, in words.
     """
 
     plan: Plan
@@ -37,6 +38,7 @@ class Planned:
     cluster: Cluster
     work: Workload
     candidates: tuple[Candidate, ...] = ()
+    remembered: tuple[str, ...] = ()
 
     @cached_property
     def stage_costs(self) -> tuple[Cost, ...]:
