@@ -22,8 +22,9 @@ from pipecompile.ops.device_args import retarget
 from pipecompile.ops.operators import is_opaque
 from pipecompile.ops.phases import phase
 from pipecompile.ops.symbols import resolve
+from pipecompile.profile.budget import Budget
 from pipecompile.profile.call import Call, as_recorded, described, map_tensors, tensors_of
-from pipecompile.profile.meters import UNKNOWN_BACKWARD, Counter, Meter
+from pipecompile.profile.meters import ENOUGH, UNKNOWN_BACKWARD, Counter, Meter, Share
 from pipecompile.profile.storages import has_storage
 
 Figures = tuple[float, float, int, int]  # seconds and peak bytes of a forward and of a backward
@@ -55,6 +56,7 @@ class Walk:
         self.attributes = captured.tensors
         self.written = {name for node in captured.graph.nodes for name in origin_of(node).writes}
         self.sizes = captured.sample_sizes
+        self.budget = Budget(node for node in captured.graph.nodes if node.op == "call_function")
 
     def run(self) -> None:
         nodes = list(self.captured.graph.nodes)
@@ -128,7 +130,7 @@ class Walk:
         key = (node.target, origin_of(node).region, described(args), described(kwargs))
         if key not in self.known:
             self.known[key] = (
-                self._counted(self.meter, key, run) if isinstance(self.meter, Counter) else self._figures(run)
+                self._counted(self.meter, key, run) if isinstance(self.meter, Counter) else self._timed(node, run)
             )
         forward, backward, allocated, returned = self.known[key]
         self._note(node, forward, backward, saved, allocated, returned)
@@ -145,8 +147,13 @@ class Walk:
             found = COUNTED[full] = self._figures(run)
         return found
 
-    def _figures(self, run: Call) -> Figures:
-        forward, backward = self.meter.seconds(run)
+    def _timed(self, node: fx.Node, run: Call) -> Figures:
+        figures = self._figures(run, self.budget.share(node))
+        self.budget.spend(node, figures[0] + figures[1])
+        return figures
+
+    def _figures(self, run: Call, share: Share = lambda seconds: ENOUGH) -> Figures:
+        forward, backward = self.meter.seconds(run, share)
         return forward, backward, *run.allocated()
 
     def _wants_a_constants_values(self, node: fx.Node) -> bool:
