@@ -17,6 +17,7 @@ from pipecompile.capture.loss import could_be_losses, find_loss
 from pipecompile.capture.state.model_state import named_tensors
 from pipecompile.compiler.batches import Batches, refuse_meta
 from pipecompile.compiler.compile_call import replanned, reused
+from pipecompile.compiler.learn import Learning
 from pipecompile.compiler.options import Options, read_costs
 from pipecompile.compiler.report import Report, describe
 from pipecompile.compiler.surroundings import (
@@ -79,6 +80,7 @@ class Pipeline:
         self.before_close: list[Callable[[], object]] = []
         self._calls = 0
         self._phases = Phases()  # of the first call
+        self._learning = Learning(self._batches, self._session)
 
     def __repr__(self) -> str:
         devices = ", ".join(map(str, self.devices))
@@ -176,6 +178,7 @@ class Pipeline:
             captures=tuple(f"{number}: {reason}" for number, reason in enumerate(self._batches.captures.reasons, 1)),
             verified=tuple(f"{kinds[trains]}: {said}" for (_, trains), said in (self._proofs | self._left_out).items()),
             timing=self._phases.timing,
+            learned=tuple(self._learning.said),
             rerun=tuple(f"{why} (times: {count})" for why, count in self._session.repeated.items()),
         )
 
@@ -231,10 +234,14 @@ class Pipeline:
             except Substituted:
                 if self.options.policy.is_asynchronous:
                     raise
-                return called_with(self.model, self._batches.own, self._call, args, kwargs)
+                with self._learning.paused():
+                    return called_with(self.model, self._batches.own, self._call, args, kwargs)
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
-        batch = self._batches.of(args, kwargs)
+        last, batch = self._batches.last, self._batches.of(args, kwargs)
+        if self._learning.look(last):
+            self._proofs.clear()
+            batch = self._batches.of(args, kwargs)
         self._fill(batch)
         self._prove(batch)
         if self.share is not None:
@@ -365,6 +372,7 @@ class Pipeline:
             options = replace(self.options, plan=plan or self.options.plan, costs=costed)
             options.check(self.model, len(self.devices))
             compiled = replanned(first, costed, options, self.devices)
+            self._learning.forget()
             self._batches.replace_first(options, compiled)
             self._proofs.clear()
             self._session.forget()

@@ -12,7 +12,7 @@ from pipecompile.compiler.disk_cache import OFF, VARIABLE, DiskCache, Entry
 from pipecompile.errors import InputError
 from pipecompile.ir.units import bytes_text, plural
 
-COLUMNS = ("what", "model", "nodes", "devices", "torch", "written")
+COLUMNS = ("what", "model", "inputs", "devices", "torch", "written")
 
 
 def facts(cache: DiskCache) -> dict[str, Any]:

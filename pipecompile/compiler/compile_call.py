@@ -29,9 +29,9 @@ from pipecompile.capture.state.reachable import Reach, reach_of
 from pipecompile.capture.state.restore import left_as_before
 from pipecompile.compiler.devices import cluster_of
 from pipecompile.compiler.options import Options
-from pipecompile.compiler.recall import Recall
+from pipecompile.compiler.recall import Recall, keep
 from pipecompile.compiler.rehearse import Rehearsal, rehearsed
-from pipecompile.errors import CaptureError, InputError
+from pipecompile.errors import CaptureError, InputError, PlanError
 from pipecompile.ir.graph import CostedGraph, Graph
 from pipecompile.ir.plan import Plan
 from pipecompile.ops.away import is_away, lacks_values
@@ -110,8 +110,11 @@ def compile_call(
 
     found = _planned_by_one(peers, plan, work)
     compiled = _cut(division, graph, found, devices, options, apart=peers.are_several)
-    rehearses = _is_real(model, options) and not peers.are_several
-    return _rehearsed(compiled, call, rows, devices, options) if rehearses else compiled
+    if options.tuning != "rehearse" or not is_real(model, options) or peers.are_several or found.costed.corrections:
+        return compiled
+    compiled = _rehearsed(compiled, call, rows, devices, options)
+    keep(compiled.planned)
+    return compiled
 
 
 def _planned_by_one(peers: Peers, plan: Callable[[], Planned], work: Workload) -> Planned:
@@ -136,7 +139,24 @@ def replanned(compiled: Compiled, costed: CostedGraph, options: Options, devices
     """
     with phase("plan"):
         found = planned(costed, compiled.planned.cluster, _work(compiled.division, options), options.plan)
+    return recut(compiled, found, options, devices)
+
+
+def recut(compiled: Compiled, found: Planned, options: Options, devices: Sequence[torch.device]) -> Compiled:
+    """The same capture cut along a plan. Moves parameters to their devices."""
     return _cut(compiled.division, compiled.graph, found, devices, options, apart=compiled.apart)
+
+
+def following(
+    compiled: Compiled, first: Compiled, options: Options, devices: Sequence[torch.device]
+) -> Compiled | None:
+    """Another capture cut along the plan of ``first``, or None if it has no such cut."""
+    try:
+        carried = carry_over(first.plan, first.graph, compiled.graph)
+    except PlanError:
+        return None
+    apart = compiled.apart
+    return _cut(compiled.division, compiled.graph, first.planned, devices, options, carried, apart=apart)
 
 
 def _refuse_writes_between_versions(captured: Captured, options: Options) -> None:
@@ -189,7 +209,7 @@ def _cut(
     )
 
 
-def _is_real(model: nn.Module, options: Options) -> bool:
+def is_real(model: nn.Module, options: Options) -> bool:
     """Whether costs are measured on this machine, for devices of this machine."""
     return not isinstance(options.costs, CostedGraph) and _are_measured(model, options) and options.cluster is None
 
@@ -203,7 +223,7 @@ def _are_measured(model: nn.Module, options: Options) -> bool:
 
 def _recall(captured: Captured, graph: Graph, devices: Sequence[torch.device], options: Options) -> Recall:
     """What earlier processes have measured and planned; nothing, unless all is measured on this machine."""
-    if not _is_real(captured.model, options):
+    if not is_real(captured.model, options):
         return Recall()
     compiled_by = "" if options.stage_compile is False else name_of(options.stage_compile)
     return Recall.of(captured, graph, devices, compiled_by)

@@ -10,7 +10,7 @@ An entry that does not fit, for whatever reason, is as if it were not there, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, TypeVar
@@ -19,7 +19,7 @@ import torch
 
 from pipecompile.capture import Captured
 from pipecompile.compiler.disk_cache import DiskCache
-from pipecompile.compiler.fingerprint import costs_key, device_kind, graph_hash, links_key, plan_key
+from pipecompile.compiler.fingerprint import costs_key, graph_hash, links_key, plan_key
 from pipecompile.errors import PipecompileError
 from pipecompile.ir.cluster import Cluster
 from pipecompile.ir.graph import Cost, CostedGraph, Footprint, Graph, Setting
@@ -79,7 +79,6 @@ class Recall:
         cache: where they are; nowhere, if nothing may be remembered.
         graph: the hash of the graph.
         devices: one per rank.
-        about: what the entries are about, in words.
         backend: what compiles the stages.
         said: what was remembered or ignored so far, for the report.
     """
@@ -87,7 +86,6 @@ class Recall:
     cache: DiskCache = NOWHERE
     graph: str = ""
     devices: Sequence[torch.device] = ()
-    about: Mapping[str, str] = field(default_factory=dict)
     backend: str = ""
     said: list[str] = field(default_factory=list)
 
@@ -97,14 +95,7 @@ class Recall:
         cache = DiskCache.of_user()
         if cache.folder is None:
             return Recall()
-        about = {
-            "model": type(captured.model).__qualname__,
-            "nodes": str(len(graph)),
-            "devices": ", ".join(map(str, devices)),
-            "kind": device_kind(devices[0]),
-            "torch": torch.__version__,
-        }
-        return Recall(cache=cache, graph=graph_hash(captured, graph), devices=devices, about=about, backend=backend)
+        return Recall(cache=cache, graph=graph_hash(captured, graph), devices=devices, backend=backend)
 
     def costed(self, graph: Graph, measure: Callable[[], CostedGraph]) -> CostedGraph:
         """The costs of the graph."""
@@ -115,7 +106,7 @@ class Recall:
         if found is not None:
             return found
         costed = measure()
-        self._write("costs", key, Costs.of(costed))
+        self._write("costs", key, Costs.of(costed), costed.setting)
         return costed
 
     def cluster(self, assumed: Cluster, measure: Callable[[], Cluster]) -> Cluster:
@@ -134,7 +125,7 @@ class Recall:
         if found is not None:
             return found
         cluster = measure()
-        self._write("links", key, cluster)
+        self._write("links", key, cluster, None)
         return cluster
 
     def planned(
@@ -158,22 +149,10 @@ class Recall:
 
         found = self._read("plan", key, fits)
         if found is None:
-            found = search()
-            self.keep(found, devices, options)
-        return replace(found, remembered=tuple(self.said))
-
-    def keep(self, found: Planned, devices: Cluster, options: PlanOptions) -> None:
-        """Remembers a plan."""
-        key = self._key(devices, found.work, options)
-        if key:
-            made = Made(
-                plan=found.plan,
-                costs=Costs.of(found.costed),
-                cluster=found.cluster,
-                replicas=found.request.replicas,
-                candidates=found.candidates,
-            )
-            self._write("plan", key, made)
+            found = replace(search(), key=key)
+            if why := keep(found):
+                self.said.append(f"plan not kept: {why}")
+        return replace(found, remembered=tuple(self.said), key=key)
 
     def _key(self, devices: Cluster, work: Workload, options: PlanOptions) -> str:
         if self.cache.folder is None:
@@ -194,11 +173,37 @@ class Recall:
             self.said.append(f"{what} not remembered: {self.cache.path(key)} {why}")
         return None
 
-    def _write(self, what: str, key: str, thing: object) -> None:
-        about = {"what": what, **self.about, "written": datetime.now(UTC).isoformat(timespec="seconds")}
-        why = self.cache.write(key, converter.unstructure(thing), about)
-        if why:
+    def _write(self, what: str, key: str, thing: object, setting: Setting | None) -> None:
+        if why := self.cache.write(key, converter.unstructure(thing), _about(what, self.devices, setting)):
             self.said.append(f"{what} not kept: {why}")
+
+
+def keep(found: Planned) -> str:
+    """Remembers a plan, in place of an earlier one of the same request. Returns why it could not be written, or ""."""
+    if not found.key:
+        return ""
+    made = Made(
+        plan=found.plan,
+        costs=Costs.of(found.costed),
+        cluster=found.cluster,
+        replicas=found.request.replicas,
+        candidates=found.candidates,
+    )
+    names = [device.name for device in found.cluster.devices]
+    about = _about("plan", names, found.costed.setting)
+    return DiskCache.of_user().write(found.key, converter.unstructure(made), about)
+
+
+def _about(what: str, devices: Sequence[object], setting: Setting | None) -> dict[str, str]:
+    """What an entry is about, for people."""
+    known = {} if setting is None else {"model": setting.model, "inputs": ", ".join(setting.inputs)}
+    return {
+        "what": what,
+        **known,
+        "devices": ", ".join(map(str, devices)),
+        "torch": torch.__version__,
+        "written": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
 
 
 def _checked(plan: Plan, graph: Graph, ranks: int) -> Plan:

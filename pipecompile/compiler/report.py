@@ -157,6 +157,7 @@ class Report:
         memory: peak bytes of each stage, by kind.
         links: latency and bandwidth between ranks.
         costs: where the costs come from.
+        learned: what the first training steps told of the plan, and whether the cut moved.
         calibration: measured and predicted seconds of each stage in the last training step.
         tied: parameters that several stages use.
         replicas: devices of each stage, and the alternatives that were tried.
@@ -178,6 +179,7 @@ class Report:
     memory: tuple[str, ...] = ()
     links: tuple[str, ...] = ()
     costs: tuple[str, ...] = ()
+    learned: tuple[str, ...] = ()
     calibration: tuple[str, ...] = ()
     tied: tuple[str, ...] = ()
     replicas: tuple[str, ...] = ()
@@ -209,7 +211,7 @@ def _tied(compiled: Compiled) -> Iterator[str]:
 
 
 def describe(compiled: Compiled, timeline: Timeline | None = None) -> Report:
-    """The report on a capture, without ``captures``, ``verified``, ``rerun`` and ``timing``, which the pipeline adds.
+    """The report on a capture, without what the pipeline knows and adds.
 
     Args:
         compiled: the capture.

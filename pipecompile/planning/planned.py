@@ -30,6 +30,7 @@ class Planned:
         work: the workload.
         candidates: for ``replicas="auto"``, the numbers of devices per stage that were compared, best first.
         remembered: what of it earlier processes have measured or planned, in words.
+        key: the key under which it is remembered; empty if it is not.
     """
 
     plan: Plan
@@ -39,6 +40,7 @@ class Planned:
     work: Workload
     candidates: tuple[Candidate, ...] = ()
     remembered: tuple[str, ...] = ()
+    key: str = ""
 
     @cached_property
     def stage_costs(self) -> tuple[Cost, ...]:

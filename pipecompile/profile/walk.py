@@ -56,7 +56,7 @@ class Walk:
         self.attributes = captured.tensors
         self.written = {name for node in captured.graph.nodes for name in origin_of(node).writes}
         self.sizes = captured.sample_sizes
-        self.budget = Budget(node for node in captured.graph.nodes if node.op == "call_function")
+        self.budget = Budget(node for node in captured.graph.nodes if node.op in ("call_function", "call_module"))
 
     def run(self) -> None:
         nodes = list(self.captured.graph.nodes)
