@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from pipecompile.capture.loss import could_be_losses, find_loss
 from pipecompile.capture.state.model_state import named_tensors
 from pipecompile.compiler.batches import Batches, refuse_meta
 from pipecompile.compiler.compile_call import replanned, reused
+from pipecompile.compiler.learn import Learning
 from pipecompile.compiler.options import Options, read_costs
 from pipecompile.compiler.report import Report, describe
 from pipecompile.compiler.surroundings import (
@@ -33,6 +34,7 @@ from pipecompile.ir.program import Instruction, Program
 from pipecompile.ir.timeline import Timeline
 from pipecompile.materialize.absent import NO_VALUES, Absent
 from pipecompile.materialize.fill import fill
+from pipecompile.ops.phases import Phases, phase
 from pipecompile.planning.calibration import corrected
 from pipecompile.planning.memory import Memory
 from pipecompile.runtime import steps
@@ -77,6 +79,8 @@ class Pipeline:
         self._left_out: dict[tuple[int, bool], str] = {}  # why a capture was not compared
         self.before_close: list[Callable[[], object]] = []
         self._calls = 0
+        self._phases = Phases()  # of the first call
+        self._learning = Learning(self._batches, self._session)
 
     def __repr__(self) -> str:
         devices = ", ".join(map(str, self.devices))
@@ -173,6 +177,8 @@ class Pipeline:
             describe(self._capture_in_use, self._session.timeline),
             captures=tuple(f"{number}: {reason}" for number, reason in enumerate(self._batches.captures.reasons, 1)),
             verified=tuple(f"{kinds[trains]}: {said}" for (_, trains), said in (self._proofs | self._left_out).items()),
+            timing=self._phases.timing,
+            learned=tuple(self._learning.said),
             rerun=tuple(f"{why} (times: {count})" for why, count in self._session.repeated.items()),
             observed=tuple(f"{who} (programs: {count})" for who, count in self._session.observed.items()),
         )
@@ -216,29 +222,34 @@ class Pipeline:
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:
         """Captures, profiles and splits the model for a call, without running the call."""
-        with self._session.turn.taken(again=False):
+        with self._session.turn.taken(again=False), self._recorded():
             batch = self._batches.of(args, kwargs)
             if self.share is not None or (self.absent is not None and self.absent.entries is not None):
                 self._fill(batch)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs a call. Hooks on the model itself run only if ``runs_the_hooks``."""
-        with uncompiled(), self._session.turn.taken(again=False):
+        with uncompiled(), self._session.turn.taken(again=False), self._recorded():
             try:
                 return self._call(*args, **kwargs)
             except Substituted:
                 if self.options.policy.is_asynchronous:
                     raise
-                return called_with(self.model, self._batches.own, self._call, args, kwargs)
+                with self._learning.paused():
+                    return called_with(self.model, self._batches.own, self._call, args, kwargs)
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
-        batch = self._batches.of(args, kwargs)
+        last, batch = self._batches.last, self._batches.of(args, kwargs)
+        if self._learning.look(last):
+            self._proofs.clear()
+            batch = self._batches.of(args, kwargs)
         self._fill(batch)
         self._prove(batch)
         if self.share is not None:
             self.share.settle()
         try:
-            given = self._run(batch)
+            with phase("step") if self._calls == 0 else nullcontext():
+                given = self._run(batch)
         except STOPPED:
             with suppress(KeyError):  # tensors that a stopped call did not compute
                 self._leave(batch, {})
@@ -247,6 +258,10 @@ class Pipeline:
         self._leave(batch, given)
         self._calls += 1
         return output
+
+    def _recorded(self) -> AbstractContextManager[None]:
+        """A context whose phases are recorded for the report, until the first call has returned."""
+        return self._phases.recorded() if self._calls == 0 else nullcontext()
 
     def _leave(self, batch: Batch, given: Mapping[str, Tensor]) -> None:
         with self._batches.states.followed() if batch.compiled.captured.attributes.are_followed else nullcontext():
@@ -274,7 +289,7 @@ class Pipeline:
             trains=trains,
             batching=self.options.batching,
         )
-        with CAPTURING.taken(), unobserved():
+        with CAPTURING.taken(), unobserved(), phase("verify"):
             self._proofs[key] = self._session.peers.shared(lambda: prove(trial))
 
     def _run(self, batch: Batch) -> dict[str, Tensor]:
@@ -358,6 +373,7 @@ class Pipeline:
             options = replace(self.options, plan=plan or self.options.plan, costs=costed)
             options.check(self.model, len(self.devices))
             compiled = replanned(first, costed, options, self.devices)
+            self._learning.forget()
             self._batches.replace_first(options, compiled)
             self._proofs.clear()
             self._session.forget()

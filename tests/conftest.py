@@ -18,6 +18,7 @@ from families import FAMILIES, LATER
 from long import LONG
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["PIPECOMPILE_CACHE"] = "off"  # also in processes that tests start; the tests of the cache name a folder
 
 HANG = 300  # seconds
 gc.set_threshold(700, 10, 100)  # ten times as rarely through all that has been imported

@@ -17,17 +17,18 @@ import typer
 from docstring_parser import parse
 
 from pipecompile.errors import InputError
+from pipecompile.ir.plan_options import AT_RUN_TIME
 
 SINGULAR = {"pins": "pin"}  # names of options that can be repeated
 Read = Callable[[str, Any], Any]  # takes the option's name and typer's value, and returns the field's value
 
 
 def takes(parameter: str, kind: type[Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Replaces a command's ``parameter`` of type ``kind``, a dataclass, with one option per field."""
+    """Replaces a command's ``parameter`` of type ``kind``, a dataclass, with one option per field that plans read."""
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(command, eval_str=True)
-        options = {field.name: _option(kind, field) for field in fields(kind)}
+        options = {field.name: _option(kind, field) for field in fields(kind) if field.metadata != AT_RUN_TIME}
 
         @wraps(command)
         def wrapped(**given: Any) -> Any:

@@ -19,12 +19,14 @@ from pipecompile.api import compile
 from pipecompile.batching import Batching
 from pipecompile.capture import Captured, capture, read_call, summarize
 from pipecompile.capture.loss import with_only_the_loss
+from pipecompile.cli import cache
 from pipecompile.cli.dataclass_options import takes
 from pipecompile.cli.doctor import all_devices, examine
 from pipecompile.cli.model_spec import load
 from pipecompile.cli.prediction import Prediction
 from pipecompile.compiler.compile_call import reused
 from pipecompile.compiler.devices import parse_devices
+from pipecompile.compiler.disk_cache import DiskCache
 from pipecompile.compiler.options import OUTPUTS, read_costs
 from pipecompile.errors import InputError, PipecompileError
 from pipecompile.ir.cluster import Cluster, Link
@@ -236,6 +238,21 @@ def doctor(
     else:
         found.show(Console())
     raise typer.Exit(not found.exact)
+
+
+@app.command("cache")
+def look_at_cache(
+    clear: Annotated[bool, typer.Option("--clear", help="Remove all entries.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the entries as JSON.")] = False,
+) -> None:
+    """Show or clear what earlier runs have measured and planned. PIPECOMPILE_CACHE names another folder, or off."""
+    kept = DiskCache.of_user()
+    if clear:
+        typer.echo(cache.clear(kept))
+    elif as_json:
+        typer.echo(json.dumps(cache.facts(kept), indent=1))
+    else:
+        cache.show(kept, Console())
 
 
 @app.command("schedule")

@@ -89,6 +89,17 @@ class Batches:
         self.options, self.captures = options, self.captures.only(self.first, compiled)
         self.first = self.last = compiled
 
+    def move_first(self, compiled: Compiled, following: Callable[[Compiled], Compiled | None]) -> None:
+        """Puts a capture with another plan in the place of the first one, and all others on that plan.
+
+        Args:
+            compiled: the first capture, cut anew.
+            following: returns another capture cut anew; None drops it, and a call will make it again.
+        """
+        assert self.first is not None
+        self.captures = self.captures.recut(self.first, compiled, following)
+        self.first = self.last = compiled
+
     def of(self, args: Sequence[Any], kwargs: Mapping[str, Any], microbatches: int | None = None) -> Batch:
         """A call with its microbatches and the capture that it uses, which is made if necessary.
 

@@ -186,6 +186,14 @@ class Captures:
         cache.reasons, cache._known, cache._last = [*self.reasons[:1]], {key: [new]}, key
         return cache
 
+    def recut(self, old: Compiled, new: Compiled, following: Callable[[Compiled], Compiled | None]) -> Captures:
+        """A cache with ``new`` in place of ``old``, and all other captures as ``following`` returns them."""
+        cache = self.copied()
+        for key, known in self._known.items():
+            cut = [new if each is old else following(each) for each in known]
+            cache._known[key] = [each for each in cut if each is not None]
+        return cache
+
     def use(self, key: Key) -> None:
         """Records the key of the present call; the reason for the next capture is how its key differs."""
         self._last = key

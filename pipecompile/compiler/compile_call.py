@@ -29,12 +29,15 @@ from pipecompile.capture.state.reachable import Reach, reach_of
 from pipecompile.capture.state.restore import left_as_before
 from pipecompile.compiler.devices import cluster_of
 from pipecompile.compiler.options import Options
+from pipecompile.compiler.recall import Recall, keep
 from pipecompile.compiler.rehearse import Rehearsal, rehearsed
-from pipecompile.errors import CaptureError, InputError
+from pipecompile.errors import CaptureError, InputError, PlanError
 from pipecompile.ir.graph import CostedGraph, Graph
 from pipecompile.ir.plan import Plan
 from pipecompile.ops.away import is_away, lacks_values
+from pipecompile.ops.backends import name_of
 from pipecompile.ops.device_args import threads_each
+from pipecompile.ops.phases import phase
 from pipecompile.partition import carry_over
 from pipecompile.planning.planned import Planned, planned
 from pipecompile.planning.training_spec import Workload
@@ -78,7 +81,7 @@ def compile_call(
     options, peers = options or Options(), peers or OneProcess()
     reach = reach_of(model, [] if forward is None else [forward])
     trace = _Tracer(model=model, call=call, forward=forward, options=options, reach=reach)
-    with left_as_before(model, reach=reach):  # tests run parts kept whole
+    with phase("divide"), left_as_before(model, reach=reach):  # tests run parts kept whole
         division = _divided(trace, rows, options) if whole else _independent(trace, rows, options)
     graph = summarize(division.body)
     if peers.are_several:
@@ -92,14 +95,26 @@ def compile_call(
         given = peers.measured(cluster_of(devices))
 
     def plan() -> Planned:
-        costed = _costed(division.body, graph, options, devices, reach)
-        cluster = given or cluster_of(devices, measure=costed.measured and not peers.are_several)
-        return planned(costed, cluster, work, options.plan)
+        there = cluster_of(devices)
+        recall = _recall(division.body, graph, devices, options)
+
+        def search() -> Planned:
+            with phase("profile"):
+                costed = recall.costed(graph, lambda: _costed(division.body, graph, options, devices, reach))
+                measures = costed.measured and not peers.are_several
+                cluster = given or recall.cluster(there, lambda: cluster_of(devices, measure=measures))
+            with phase("plan"):
+                return planned(costed, cluster, work, options.plan)
+
+        return recall.planned(graph, there, work, options.plan, search)
 
     found = _planned_by_one(peers, plan, work)
     compiled = _cut(division, graph, found, devices, options, apart=peers.are_several)
-    rehearses = _is_real(model, options) and not peers.are_several
-    return _rehearsed(compiled, call, rows, devices, options) if rehearses else compiled
+    if options.tuning != "rehearse" or not is_real(model, options) or peers.are_several or found.costed.corrections:
+        return compiled
+    compiled = _rehearsed(compiled, call, rows, devices, options)
+    keep(compiled.planned)
+    return compiled
 
 
 def _planned_by_one(peers: Peers, plan: Callable[[], Planned], work: Workload) -> Planned:
@@ -122,8 +137,26 @@ def replanned(compiled: Compiled, costed: CostedGraph, options: Options, devices
         PlanError: no plan satisfies the options.
         InputError: the options do not fit the model or one another.
     """
-    found = planned(costed, compiled.planned.cluster, _work(compiled.division, options), options.plan)
+    with phase("plan"):
+        found = planned(costed, compiled.planned.cluster, _work(compiled.division, options), options.plan)
+    return recut(compiled, found, options, devices)
+
+
+def recut(compiled: Compiled, found: Planned, options: Options, devices: Sequence[torch.device]) -> Compiled:
+    """The same capture cut along a plan. Moves parameters to their devices."""
     return _cut(compiled.division, compiled.graph, found, devices, options, apart=compiled.apart)
+
+
+def following(
+    compiled: Compiled, first: Compiled, options: Options, devices: Sequence[torch.device]
+) -> Compiled | None:
+    """Another capture cut along the plan of ``first``, or None if it has no such cut."""
+    try:
+        carried = carry_over(first.plan, first.graph, compiled.graph)
+    except PlanError:
+        return None
+    apart = compiled.apart
+    return _cut(compiled.division, compiled.graph, first.planned, devices, options, carried, apart=apart)
 
 
 def _refuse_writes_between_versions(captured: Captured, options: Options) -> None:
@@ -158,11 +191,12 @@ def _cut(
         apart: whether its ranks are in several processes.
     """
     plan = carried or found.plan
-    place(division.body, plan, graph, devices)
-    stages = split(division.body, graph, plan, devices)
-    if options.stage_compile is not False:
-        stages = tuple(compile_stage(stage, options.stage_compile) for stage in stages)
-    before, tail = _pieces(division, stages[-1].device)
+    with phase("split"):
+        place(division.body, plan, graph, devices)
+        stages = split(division.body, graph, plan, devices)
+        if options.stage_compile is not False:
+            stages = tuple(compile_stage(stage, options.stage_compile) for stage in stages)
+        before, tail = _pieces(division, stages[-1].device)
     return Compiled(
         division=division,
         graph=graph,
@@ -175,7 +209,7 @@ def _cut(
     )
 
 
-def _is_real(model: nn.Module, options: Options) -> bool:
+def is_real(model: nn.Module, options: Options) -> bool:
     """Whether costs are measured on this machine, for devices of this machine."""
     return not isinstance(options.costs, CostedGraph) and _are_measured(model, options) and options.cluster is None
 
@@ -185,6 +219,14 @@ def _are_measured(model: nn.Module, options: Options) -> bool:
     if isinstance(options.costs, CostedGraph):
         return options.costs.measured
     return options.costs in (None, "measure") and not lacks_values(model)
+
+
+def _recall(captured: Captured, graph: Graph, devices: Sequence[torch.device], options: Options) -> Recall:
+    """What earlier processes have measured and planned; nothing, unless all is measured on this machine."""
+    if not is_real(captured.model, options):
+        return Recall()
+    compiled_by = "" if options.stage_compile is False else name_of(options.stage_compile)
+    return Recall.of(captured, graph, devices, compiled_by)
 
 
 def _rehearsed(
@@ -199,9 +241,12 @@ def _rehearsed(
     starts = [loss] if loss else list(compiled.division.joins)
 
     def replan(costed: CostedGraph) -> Compiled:
-        return _cut(compiled.division, compiled.graph, compiled.planned.again(costed), devices, options)
+        with phase("plan"):
+            found = compiled.planned.again(costed)
+        return _cut(compiled.division, compiled.graph, found, devices, options)
 
-    return rehearsed(compiled, call, fitting[0], Rehearsal(starts, schedule, devices), replan)
+    with phase("rehearse"):
+        return rehearsed(compiled, call, fitting[0], Rehearsal(starts, schedule, devices), replan)
 
 
 def _costed(
@@ -270,7 +315,8 @@ class _Tracer:
         self, rows: Sequence[int] | None = None, attempts: Sequence[SymbolicSizes] = SYMBOLIC_ATTEMPTS
     ) -> Captured:
         leaves = self.options.leaf_modules
-        captured = capture(self.model, self.call, rows, self.forward, leaves, attempts, self.reach)
+        with phase("capture"):
+            captured = capture(self.model, self.call, rows, self.forward, leaves, attempts, self.reach)
         return with_only_the_loss(captured, self.options.loss_output) if self.options.outputs == "loss" else captured
 
 

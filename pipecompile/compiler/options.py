@@ -15,7 +15,7 @@ from pipecompile.batching.options import DEFAULT_BATCHING, Batching
 from pipecompile.errors import InputError
 from pipecompile.ir.cluster import Cluster
 from pipecompile.ir.graph import CostedGraph
-from pipecompile.ir.plan_options import DEFAULT_PLAN, PlanOptions
+from pipecompile.ir.plan_options import DEFAULT_PLAN, PlanOptions, Tune
 from pipecompile.ops.backends import Backend
 from pipecompile.partition import ADAM
 from pipecompile.planning.training_spec import Workload
@@ -88,6 +88,11 @@ class Options:
     def policy(self) -> Schedule:
         """The schedule that ``schedule`` names."""
         return SCHEDULES[self.schedule]
+
+    @property
+    def tuning(self) -> Tune:
+        """Which measured times of stages correct the first plan."""
+        return self.plan.tune or ("rehearse" if self.policy.is_asynchronous else "train")
 
     @cached_property
     def work(self) -> Workload:

@@ -23,7 +23,7 @@ from pipecompile.errors import ExecutionError, PlanError
 from pipecompile.ir.graph import CostedGraph
 from pipecompile.ir.timeline import Timeline
 from pipecompile.planning.calibration import Times, corrected
-from pipecompile.runtime import Microbatch, Weights
+from pipecompile.runtime import Microbatch
 from pipecompile.runtime.batch import Batch
 from pipecompile.runtime.compiled import Compiled
 from pipecompile.runtime.session import Session
@@ -68,11 +68,9 @@ class Rehearsal:
         count = min(len(batch.rows), 2 * compiled.plan.num_stages + 1)
         program = compiled.lowered(self.schedule(compiled.plan, count))
         with left_as_before(compiled.captured.model), closing(Session(self.devices, None)) as session:
-            session.weights = {s.index: Weights(compiled.tensors(s.index), s.device) for s in compiled.stages}
 
             def run() -> Timeline:
-                for weights in session.weights.values():
-                    weights.begin(weights.tensors)
+                session.begin(compiled)
                 session.run(compiled, program, _microbatches(batch, self.starts))
                 assert session.timeline is not None
                 return session.timeline

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from itertools import combinations
+from typing import Any
 
 from pipecompile.batching import Partial, uses_batch_statistics
 from pipecompile.capture import Captured
@@ -15,6 +16,7 @@ from pipecompile.capture.purity import is_random
 from pipecompile.ir.cluster import HANDED_OVER, Cluster, Link
 from pipecompile.ir.plan_quality import known
 from pipecompile.ir.timeline import Timeline
+from pipecompile.ir.timing import Timing
 from pipecompile.ir.units import bytes_text, count_text, names_text, plural, seconds_text
 from pipecompile.partition.stage_nodes import Placed
 from pipecompile.partition.tied_nodes import tied_nodes
@@ -133,6 +135,9 @@ def _compiled(stage: Stage) -> list[str]:
     return [f"stage {stage.index}: {plural(len(parts), 'part')} by {stage.backend} ({made}){rest}", *failed]
 
 
+NOT_TIMED = Timing()
+
+
 @dataclass(frozen=True)
 class Report:
     """Notes on the capture in use: what is specialized, approximated, kept whole or recomputed.
@@ -152,12 +157,15 @@ class Report:
         memory: peak bytes of each stage, by kind.
         links: latency and bandwidth between ranks.
         costs: where the costs come from.
+        learned: what the first training steps told of the plan, and whether the cut moved.
         calibration: measured and predicted seconds of each stage in the last training step.
         tied: parameters that several stages use.
         replicas: devices of each stage, and the alternatives that were tried.
         compiled: what ``torch.compile`` compiles of each stage, and what it does not.
+        remembered: what earlier processes have measured or planned, and what was ignored or could not be kept.
         rerun: why calls were rerun in a backward, and how often.
         observed: what observed the calling thread, which therefore ran all stages itself, and how often.
+        timing: the seconds of the first call, by phase.
     """
 
     captures: tuple[str, ...] = ()
@@ -172,19 +180,24 @@ class Report:
     memory: tuple[str, ...] = ()
     links: tuple[str, ...] = ()
     costs: tuple[str, ...] = ()
+    learned: tuple[str, ...] = ()
     calibration: tuple[str, ...] = ()
     tied: tuple[str, ...] = ()
     replicas: tuple[str, ...] = ()
     compiled: tuple[str, ...] = ()
+    remembered: tuple[str, ...] = ()
     rerun: tuple[str, ...] = ()
     observed: tuple[str, ...] = ()
+    timing: Timing = NOT_TIMED
 
-    def to_dict(self) -> dict[str, list[str]]:
-        """The lines of each topic, empty topics included, ready for JSON."""
-        return {field.name: list(getattr(self, field.name)) for field in fields(self)}
+    def to_dict(self) -> dict[str, Any]:
+        """The lines of each topic, empty topics included, and the seconds of each phase, ready for JSON."""
+        lines = {field.name: list(getattr(self, field.name)) for field in fields(self) if field.name != "timing"}
+        return {**lines, "timing": self.timing.by_phase()}
 
     def __str__(self) -> str:
-        topics = [(topic, lines) for topic, lines in self.to_dict().items() if lines]
+        said = {**self.to_dict(), "timing": [str(self.timing)] if self.timing.total else []}
+        topics = [(topic, lines) for topic, lines in said.items() if lines]
         return "\n".join("\n    ".join([topic, *lines]) for topic, lines in topics)
 
 
@@ -200,7 +213,7 @@ def _tied(compiled: Compiled) -> Iterator[str]:
 
 
 def describe(compiled: Compiled, timeline: Timeline | None = None) -> Report:
-    """The report on a capture, without what the pipeline adds.
+    """The report on a capture, without what the pipeline knows and adds.
 
     Args:
         compiled: the capture.
@@ -224,6 +237,7 @@ def describe(compiled: Compiled, timeline: Timeline | None = None) -> Report:
         costs=(compiled.planned.costed.origin,),
         calibration=tuple(_calibration(compiled, timeline)),
         tied=tuple(_tied(compiled)),
+        remembered=compiled.planned.remembered,
         compiled=tuple(line for stage in compiled.stages for line in _compiled(stage)),
         replicas=(*replica_notes(plan), *map(str, compiled.planned.candidates)),
     )

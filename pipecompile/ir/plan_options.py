@@ -14,7 +14,10 @@ Goal = Objective | Literal["step"]
 GOALS = ("pace", "overlap", "step")
 Recompute = Literal["never", "always", "auto"]
 RECOMPUTE = get_args(Recompute)
+Tune = Literal["train", "rehearse", "never"]
+TUNE = get_args(Tune)
 SEARCH_SECONDS = 10.0
+AT_RUN_TIME = {"at run time": True}  # of an option that means nothing where nothing is run
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,10 @@ class PlanOptions:
             from "pace" if there are few microbatches. In Python also a function of a plan that returns a number, to
             choose among the plans found.
         search_seconds: CPU seconds after which the search returns its best plan.
+        tune: which measured times of its stages correct the first plan, if its costs are measured. "train": those of
+            the first training steps; where another plan then promises a step shorter by 5%, the cut moves, once.
+            "rehearse": those of up to three rehearsals before the first step. "never": none. By default "train", or
+            "rehearse" for a schedule that steps inside the pipeline. Several processes are not tuned.
 
     Raises:
         InputError: a value has the wrong type or is out of range.
@@ -58,6 +65,7 @@ class PlanOptions:
     optimizer_state: float | None = None
     objective: Goal = "pace"
     search_seconds: float = SEARCH_SECONDS
+    tune: Tune | None = field(default=None, metadata=AT_RUN_TIME)
 
     def __post_init__(self) -> None:
         if not isinstance(self.pins, Mapping):
@@ -114,6 +122,8 @@ class PlanOptions:
             )
         if not _is_number(self.search_seconds) or not self.search_seconds > 0:
             raise InputError(f"search_seconds={self.search_seconds!r}; it must be a positive number of CPU seconds")
+        if self.tune not in (None, *TUNE):
+            raise InputError(f"tune={self.tune!r} is not known; it must be one of {_listed(TUNE)}")
         state = self.optimizer_state
         if state is not None and (not _is_number(state) or not 0 <= state < float("inf")):
             raise InputError(

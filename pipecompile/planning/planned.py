@@ -29,6 +29,8 @@ class Planned:
         cluster: the devices.
         work: the workload.
         candidates: for ``replicas="auto"``, the numbers of devices per stage that were compared, best first.
+        remembered: what of it earlier processes have measured or planned, in words.
+        key: the key under which it is remembered; empty if it is not.
     """
 
     plan: Plan
@@ -37,6 +39,8 @@ class Planned:
     cluster: Cluster
     work: Workload
     candidates: tuple[Candidate, ...] = ()
+    remembered: tuple[str, ...] = ()
+    key: str = ""
 
     @cached_property
     def stage_costs(self) -> tuple[Cost, ...]:

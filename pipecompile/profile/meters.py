@@ -21,8 +21,10 @@ from pipecompile.profile.call import Call
 CPU = torch.device("cpu")
 How = Literal["measure", "count"]
 REPEATS = (3, 7)  # minimum and maximum number of timed runs of an operation
+LONG = 0.01  # seconds; a single run of this length is long enough, since an interruption of it is short
 UNKNOWN_BACKWARD = 2.0  # cost of a backward that cannot run alone, in forwards
-ENOUGH = 0.05  # seconds; an operation is not repeated after being timed for this long
+ENOUGH = 0.05  # seconds; by default, an operation is not repeated after being timed for this long
+Share = Callable[[float], float]  # seconds of one run -> seconds after which it is not repeated
 
 
 class Clock:
@@ -38,13 +40,13 @@ class Clock:
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
 
-    def seconds(self, call: Call) -> tuple[float, float]:
-        forward = self.repeated(call.forward)
+    def seconds(self, call: Call, share: Share = lambda seconds: ENOUGH) -> tuple[float, float]:
+        forward = self.repeated(call.forward, share=share)
         if not call.differentiable:
             return forward, 0.0
         seeds = call.seeds(call.forward())
         try:
-            both = self.repeated(lambda: call.backward(call.forward(), seeds))
+            both = self.repeated(lambda: call.backward(call.forward(), seeds), share=share)
         except RuntimeError:
             return forward, UNKNOWN_BACKWARD * forward
         return forward, max(0.0, both - forward - self.start)
@@ -56,22 +58,34 @@ class Clock:
         out, seed = leaf.view_as(leaf), torch.ones((), device=self.device)
         return self.repeated(lambda: torch.autograd.grad(out, leaf, seed, retain_graph=True))
 
-    def repeated(self, run: Callable[[], Any], before: Callable[[], Any] = lambda: None) -> float:
+    def repeated(
+        self,
+        run: Callable[[], Any],
+        before: Callable[[], Any] = lambda: None,
+        share: Share = lambda seconds: ENOUGH,
+    ) -> float:
         """The median of several runs.
 
         Args:
             run: what is timed.
             before: runs before each, untimed; keeps an accelerator busy until the host has queued all of ``run``.
+            share: how long it is repeated.
         """
         run()
         times: list[float] = []
-        least, most = REPEATS
-        while len(times) < least or (len(times) < most and sum(times) < ENOUGH):
+        while not _enough(times, share):
             before()
             begin = time_mark(self.device)
             run()
             times.append(seconds_between(begin, time_mark(self.device)))
         return median(times)
+
+
+def _enough(times: Sequence[float], share: Share) -> bool:
+    least, most = REPEATS
+    if not times or len(times) >= most:
+        return bool(times)
+    return (len(times) >= least or min(times) >= LONG) and sum(times) >= share(median(times))
 
 
 class Counter:
@@ -102,7 +116,7 @@ class Counter:
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="cpu" if self.device.type == "meta" else self.device)
 
-    def seconds(self, call: Call) -> tuple[float, float]:
+    def seconds(self, call: Call, share: Share | None = None) -> tuple[float, float]:
         with FlopCounterMode(display=False) as counter:
             outputs = call.forward()
             nbytes = call.traffic(outputs)

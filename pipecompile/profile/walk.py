@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.fx as fx
-from rich.progress import Progress
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -24,13 +20,14 @@ from pipecompile.ir.graph import Cost, Footprint
 from pipecompile.ops.accelerators import factories_on
 from pipecompile.ops.device_args import retarget
 from pipecompile.ops.operators import is_opaque
+from pipecompile.ops.phases import phase
 from pipecompile.ops.symbols import resolve
+from pipecompile.profile.budget import Budget
 from pipecompile.profile.call import Call, as_recorded, described, map_tensors, tensors_of
-from pipecompile.profile.meters import UNKNOWN_BACKWARD, Counter, Meter
+from pipecompile.profile.meters import ENOUGH, UNKNOWN_BACKWARD, Counter, Meter, Share
 from pipecompile.profile.storages import has_storage
 
 Figures = tuple[float, float, int, int]  # seconds and peak bytes of a forward and of a backward
-PATIENCE = 2.0  # seconds until a progress bar appears
 MOST_COUNTED = 10_000  # calls whose counts are remembered
 COUNTED: dict[Any, Figures] = {}  # of torch's own functions, by settings, function and shapes
 _SOME = ACCELERATORS["A100-40GB"].roofline  # for calls that cannot be measured
@@ -59,11 +56,12 @@ class Walk:
         self.attributes = captured.tensors
         self.written = {name for node in captured.graph.nodes for name in origin_of(node).writes}
         self.sizes = captured.sample_sizes
+        self.budget = Budget(node for node in captured.graph.nodes if node.op in ("call_function", "call_module"))
 
     def run(self) -> None:
         nodes = list(self.captured.graph.nodes)
         last_use = {source: node for node in nodes for source in node.all_input_nodes}
-        with self.meter.fake, factories_on(self.device), _progress("profiling", len(nodes)) as advance:
+        with self.meter.fake, factories_on(self.device), phase("profile", len(nodes)) as advance:
             for node in nodes:
                 self._visit_or_say(node)
                 for source in node.all_input_nodes:
@@ -132,7 +130,7 @@ class Walk:
         key = (node.target, origin_of(node).region, described(args), described(kwargs))
         if key not in self.known:
             self.known[key] = (
-                self._counted(self.meter, key, run) if isinstance(self.meter, Counter) else self._figures(run)
+                self._counted(self.meter, key, run) if isinstance(self.meter, Counter) else self._timed(node, run)
             )
         forward, backward, allocated, returned = self.known[key]
         self._note(node, forward, backward, saved, allocated, returned)
@@ -149,8 +147,13 @@ class Walk:
             found = COUNTED[full] = self._figures(run)
         return found
 
-    def _figures(self, run: Call) -> Figures:
-        forward, backward = self.meter.seconds(run)
+    def _timed(self, node: fx.Node, run: Call) -> Figures:
+        figures = self._figures(run, self.budget.share(node))
+        self.budget.spend(node, figures[0] + figures[1])
+        return figures
+
+    def _figures(self, run: Call, share: Share = lambda seconds: ENOUGH) -> Figures:
+        forward, backward = self.meter.seconds(run, share)
         return forward, backward, *run.allocated()
 
     def _wants_a_constants_values(self, node: fx.Node) -> bool:
@@ -225,27 +228,3 @@ class Walk:
         nbytes = sum(t.nbytes for t in [*tensors, *parameters])
         forward = roofline.seconds(2 * rows * sum(p.numel() for p in parameters), nbytes)
         self._note(node, forward, UNKNOWN_BACKWARD * forward, tensors, nbytes, nbytes)
-
-
-@contextmanager
-def _progress(task: str, total: int) -> Iterator[Callable[[], None]]:
-    """A progress bar that appears only if the work takes longer than ``PATIENCE``."""
-    start = time.perf_counter()
-    done = 0
-    bar: Progress | None = None
-
-    def advance() -> None:
-        nonlocal done, bar
-        done += 1
-        if time.perf_counter() - start > PATIENCE:
-            if bar is None:
-                bar = Progress(transient=True)
-                bar.add_task(task, total=total)
-                bar.start()
-            bar.update(bar.task_ids[0], completed=done)
-
-    try:
-        yield advance
-    finally:
-        if bar is not None:
-            bar.stop()

@@ -12,14 +12,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
-from weakref import WeakSet
+from weakref import WeakSet, finalize
 
 import torch
 from torch import Tensor
 
 from pipecompile.capture.locks import Turn
 from pipecompile.errors import ExecutionError
-from pipecompile.ir.program import Instruction, Program
+from pipecompile.ir.program import Forward, Instruction, Program
 from pipecompile.ir.timeline import Timeline
 from pipecompile.ops.accelerators import in_autograd_thread
 from pipecompile.ops.device_args import threads_each
@@ -86,16 +86,19 @@ class Session:
         self.lanes = {rank: Lane(devices[rank], threads) for rank in ranks}
         self.weights: dict[int, Weights] = {}  # by stage, those of this process; shared by all captures
         self.executors: dict[int, Executor] = {}
+        self._sets: dict[int, tuple[dict[int, Weights], dict[int, Executor]]] = {}  # by ``id`` of what was planned
         self.numbers: dict[int, int] = {}  # of captures in the order of their first calls, by ``id``
         self.stream = Stream()
         self.scale = 1.0  # the last gradient of a loss computed with float16, expected again for the next call
         self.repeated: Counter[Rerun] = Counter()  # how many calls were rerun, and why
         self.observed: Counter[str] = Counter()  # programs that the calling thread ran, by what observed it
+        self.is_observed = False  # whether something observed the thread that ran the last program
         self.defers = False  # whether backwards wait for gradients even if the model computes its loss
         self.callers = Callers([lane.device for lane in self.lanes.values()])
         self.notes = Notes()
         self.program: Program | None = None
         self.measured: Timeline | Mapping[int, RowRun] | None = None  # of that program
+        self._earlier: Timeline | Mapping[int, RowRun] | None = None  # of the program before
         self.running = self.closed = False
         _SESSIONS.add(self)
 
@@ -130,12 +133,15 @@ class Session:
         with self.turn.taken():
             self._own(compiled)
             ambient = Ambient.of_caller(frozenset(device.type for device in self.devices))
-            if observers := Observers.here():
+            observers = Observers.here()
+            self.is_observed = bool(observers)
+            if observers:
                 self.observed[str(observers)] += 1
             self.program = program
             self.running = True
             try:
-                self.measured = self._executor(compiled).run(program, microbatches, ambient, bool(observers))
+                ran = self._executor(compiled).run(program, microbatches, ambient, self.is_observed)
+                self._earlier, self.measured = self.measured, ran
             except BaseException as error:
                 self.notes.failed = True
                 for weights in self.weights.values():
@@ -169,6 +175,21 @@ class Session:
         return self.measured
 
     @property
+    def step(self) -> Timeline | None:
+        """The measured timeline of the last program, and of the forwards before it if it runs backwards alone.
+
+        The seconds of such a step are not its length, since the caller computes the loss in between. Waits like
+        ``timeline``.
+        """
+        last, earlier = self.timeline, self._earlier
+        if last is None or earlier is None or any(isinstance(span.instruction, Forward) for span in last.spans):
+            return last
+        if not isinstance(earlier, Timeline):
+            with self.watched():
+                earlier = self._earlier = timeline_of(earlier, len(self.devices))
+        return Timeline((*earlier.spans, *last.spans), len(self.devices))
+
+    @property
     def stopped_at(self) -> tuple[Instruction, ...]:
         """The instructions at which devices that have failed have stopped. Does not wait."""
         return tuple(stop.instruction for stop in self.notes.stops(failed(self.lanes.values())))
@@ -193,9 +214,9 @@ class Session:
         return tuple(weights.optimizer for weights in self.weights.values() if weights.optimizer is not None)
 
     def forget(self) -> None:
-        """Drops the stages; the next program brings its own."""
+        """Drops the stages; the next program brings its own. Those of earlier calls stay while these may need them."""
         self.weights, self.executors = {}, {}
-        self.program = self.measured = None
+        self.program = self.measured = self._earlier = None
 
     def renew(self) -> None:
         """Gives the copy in a forked process its own threads.
@@ -203,7 +224,9 @@ class Session:
         A program that another thread was running at the fork is dropped, with the microbatches in flight.
         """
         if self.running:
-            self.executors, self.stream, self.running = {}, Stream(), False
+            for _, executors in self._sets.values():
+                executors.clear()
+            self.stream, self.running = Stream(), False
         for lane in self.lanes.values():
             lane.renew()
 
@@ -214,12 +237,17 @@ class Session:
             lane.thread.shutdown()
 
     def _own(self, compiled: Compiled) -> None:
-        if not self.weights:
-            self.weights = {
+        """Takes the weights of the capture's placement, which all captures of one plan share."""
+        key = id(compiled.planned)
+        if key not in self._sets:
+            weights = {
                 stage.index: Weights(compiled.tensors(stage.index), stage.device, self.optimizer)
                 for stage in compiled.stages
                 if compiled.plan.rank_of[stage.index] in self.lanes
             }
+            self._sets[key] = weights, {}
+            finalize(compiled.planned, self._sets.pop, key, None).atexit = False
+        self.weights, self.executors = self._sets[key]
 
     def _executor(self, compiled: Compiled) -> Executor:
         if id(compiled) not in self.executors:

@@ -11,6 +11,7 @@ from costed import gpt2
 from typer.testing import CliRunner, Result
 
 from pipecompile.cli import main as cli
+from pipecompile.compiler.disk_cache import DiskCache
 from pipecompile.errors import InputError
 from pipecompile.render.formats import FORMATS
 from pipecompile.render.stage_graph import StageGraph
@@ -378,3 +379,19 @@ def test_without_typer_the_command_says_what_to_install(monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "typer", None)
     with pytest.raises(SystemExit, match=r"needs typer.*pip install 'pipecompile\[cli\]'"):
         main()
+
+
+def test_the_cache_is_shown_and_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "nothing is kept" in run("cache").output
+    monkeypatch.setenv("PIPECOMPILE_CACHE", str(tmp_path))
+    assert DiskCache(tmp_path).write("costs-1", [1.0], {"what": "costs", "model": "Net"}) == ""
+    (tmp_path / "plan-1.json").write_text("{")
+    (tmp_path / "mine.txt").write_text("")
+    shown = run("cache").output
+    assert "Net" in shown
+    assert "ignored: it is not JSON" in " ".join(shown.split())
+    facts = json.loads(run("cache", "--json").output)
+    assert facts["folder"] == str(tmp_path)
+    assert {entry.get("model") for entry in facts["entries"]} == {"Net", None}
+    assert "removed 2 entries" in run("cache", "--clear").output
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]

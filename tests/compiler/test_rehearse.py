@@ -23,6 +23,7 @@ from pipecompile.errors import ExecutionError, PlanError
 from pipecompile.ir.cluster import Cluster
 from pipecompile.ir.graph import Cost, CostedGraph
 from pipecompile.ir.plan import Plan, stage_costs
+from pipecompile.ir.plan_options import PlanOptions
 from pipecompile.ir.program import Backward, Forward
 from pipecompile.ir.weight_versions import versions
 from pipecompile.planning.calibration import Times
@@ -83,7 +84,8 @@ def rows(count: int = ROWS) -> Tensor:
 
 def compiled(model: nn.Module | None = None, **options: Any) -> Any:
     model = model or Marked(kept=False, loss=True)
-    defaults: dict[str, Any] = {"microbatches": 4, "example_inputs": (rows(),)}
+    tuned = pipecompile.PlanOptions(tune="rehearse")
+    defaults: dict[str, Any] = {"microbatches": 4, "example_inputs": (rows(),), "plan": tuned}
     return pipecompile.compile(model, ["cpu", "cpu"], **(defaults | options))
 
 
@@ -324,13 +326,15 @@ def test_what_tells_nothing_is_not_rehearsed(monkeypatch: pytest.MonkeyPatch) ->
         raise AssertionError("a run")
 
     monkeypatch.setattr(Session, "run", none)
-    alone = pipecompile.compile(Deep(), ["cpu"], example_inputs=(rows(),))
+    alone = pipecompile.compile(Deep(), ["cpu"], example_inputs=(rows(),), plan=PlanOptions(tune="rehearse"))
+    never = compiled(Deep(), plan=PlanOptions(tune="never"))
+    later = compiled(Deep(), plan=PlanOptions())
     with torch.no_grad():
         evaluated = compiled(Deep())
     frozen = compiled(Deep().requires_grad_(False))
     monkeypatch.setattr(rehearse, "WORTH", 1e9)
     short = compiled(Deep())
-    for pipe in (alone, evaluated, frozen, short):
+    for pipe in (alone, never, later, evaluated, frozen, short):
         assert pipe.pipeline.costs.origin == f"measured: cpu, torch {torch.__version__}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -18,6 +19,7 @@ from pipecompile.errors import PipecompileError
 from pipecompile.ir.device_specs import Roofline
 from pipecompile.ir.graph import Cost, CostedGraph
 from pipecompile.profile import profile
+from pipecompile.profile.budget import Budget
 
 module = importlib.import_module("pipecompile.profile.profiler")
 meters = importlib.import_module("pipecompile.profile.meters")
@@ -36,7 +38,7 @@ class Meter:
     def tensor(self, tensor: Tensor) -> Tensor:
         return tensor.detach().clone()
 
-    def seconds(self, call: Any) -> tuple[float, float]:
+    def seconds(self, call: Any, share: Any = None) -> tuple[float, float]:
         outputs = call.forward()
         self.timed.append("forward")
         if not call.differentiable:
@@ -130,11 +132,11 @@ def test_sizes_and_inputs_cost_nothing(meter: type[Meter]) -> None:
 
 
 def test_a_clock_gives_the_median_of_several_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    ticks = iter([0.0, 5.0, 10.0, 11.0, 20.0, 22.0])
+    ticks = iter([0.0, 0.005, 0.010, 0.011, 0.020, 0.022])
     runs: list[int] = []
     monkeypatch.setattr(meters, "REPEATS", (3, 3))
     monkeypatch.setattr("time.perf_counter", lambda: next(ticks))
-    assert meters.Clock(CPU).repeated(lambda: runs.append(1)) == 2.0
+    assert meters.Clock(CPU).repeated(lambda: runs.append(1)) == pytest.approx(0.002)
     assert len(runs) == 4  # the first run is not timed
 
 
@@ -165,13 +167,37 @@ def test_a_backward_is_measured_without_its_seeds_and_its_start(monkeypatch: pyt
     assert clock.seconds(call) == (2, 5)
 
 
-def test_a_slow_operation_is_not_repeated_more_than_it_must() -> None:
-    runs: list[int] = []
-    clock = iter(range(100))
+@pytest.mark.parametrize(
+    ("seconds", "share", "runs"),
+    [
+        (1.0, 0.0, 1),  # long: an interruption of it does not matter
+        (1.0, 3.5, 4),
+        (0.001, 0.0, meters.REPEATS[0]),
+        (0.001, 0.0045, 5),
+        (0.001, 9.0, meters.REPEATS[1]),
+    ],
+)
+def test_an_operation_is_repeated_for_its_share_of_the_seconds(seconds: float, share: float, runs: int) -> None:
+    ran: list[int] = []
+    clock = itertools.count()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("time.perf_counter", lambda: float(next(clock)))
-        meters.Clock(CPU).repeated(lambda: runs.append(1))
-    assert len(runs) == 1 + meters.REPEATS[0]
+        patch.setattr("time.perf_counter", lambda: seconds * next(clock))
+        meters.Clock(CPU).repeated(lambda: ran.append(1), share=lambda seconds: share)
+    assert len(ran) == 1 + runs  # the first is not timed
+
+
+def test_seconds_are_shared_by_what_all_calls_alike_take() -> None:
+    capture = captured(nn.Sequential(*(nn.Linear(D, D) for _ in range(9)), nn.Tanh()), torch.ones(4, D))
+    calls = [node for node in capture.graph.nodes if node.op.startswith("call")]
+    linear, tanh = calls[1], calls[-1]
+    budget = Budget(calls, seconds=0.04)
+    assert len(calls) == 10
+    assert budget.share(linear)(1.0) == pytest.approx(0.04 * 0.9)  # all others are expected to take as long
+    budget.spend(linear, 1.0)
+    assert budget.share(tanh)(1.0) == pytest.approx(0.04 * 0.1)
+    assert budget.share(tanh)(21.0) == pytest.approx(0.04 * 0.7)
+    assert Budget(calls, seconds=1e9).share(linear)(1.0) == meters.ENOUGH
+    assert Budget(calls).share(tanh)(0.0) == 0.0
 
 
 def test_a_measured_profile_has_seconds_and_says_where_they_are_from() -> None:

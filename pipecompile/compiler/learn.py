@@ -1,0 +1,185 @@
+"""Learning while training: the first steps time the stages, and the cut moves once, if that pays.
+
+    step      1         2   3   4         5                   6   7   8          9
+              warm-up   timed   ----> another plan?           timed ---------> worse? then back
+                                      the cut moves
+
+A profile times each operation alone, so the times of stages are known only roughly before they run. Steps tell, at no
+cost. When they have, nodes get corrected costs (``planning/calibration.py``) and the plan is made again. If its slowest
+stage is predicted to take less than that of the present plan by at least ``PAYS``, stages are cut anew between two
+steps. If they are then slower than before, the first cut comes back.
+
+Parameters remain the same objects, and so does what optimizers keep for them. On several devices, parameters and their
+gradients move to their new stages, and the state that an optimizer has for them follows at its next step
+(``runtime/optimizer_follows.py``). The new stages are verified like those of any capture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+
+from pipecompile.compiler.batches import Batches
+from pipecompile.compiler.compile_call import following, is_real, recut
+from pipecompile.compiler.recall import keep
+from pipecompile.errors import PlanError
+from pipecompile.ir.plan import Plan, stage_costs
+from pipecompile.ir.timeline import Span, Timeline
+from pipecompile.ir.units import plural, seconds_text
+from pipecompile.ops.phases import phase
+from pipecompile.planning.calibration import Times, corrected
+from pipecompile.planning.planned import Planned
+from pipecompile.runtime.compiled import Compiled
+from pipecompile.runtime.optimizer_follows import OptimizersFollow
+from pipecompile.runtime.session import Session
+
+WARM_UP = 1  # training steps that are not timed: memory is allocated, caches fill
+STEPS = 3  # timed ones
+PAYS = 0.05  # a cut moves if the slowest stage is predicted to take less by this share of its measured seconds
+WORTH = 5e-3  # seconds; faster stages are not timed: threads pass the GIL on at about this interval
+SEVERAL = "not tuned: in several processes, each has the weights of its own stages alone"
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A plan, and the measured seconds of its slowest stage."""
+
+    planned: Planned
+    seconds: float
+
+
+class Learning:
+    """What the first training steps of a pipeline tell.
+
+    Args:
+        batches: its captures.
+        session: what runs them.
+
+    Attributes:
+        said: what was learnt, for the report.
+    """
+
+    def __init__(self, batches: Batches, session: Session) -> None:
+        self.batches = batches
+        self.session = session
+        self.said: list[str] = []
+        self.follow = OptimizersFollow()
+        self._done = batches.options.tuning != "train"
+        self._steps = 0
+        self._spans: list[Span] = []
+        self._seen: object = None  # the last step that was timed
+        self._before: Cut | None = None
+
+    def look(self, last: Compiled | None) -> bool:
+        """Looks at the last call, before the next one. Returns whether the cut has moved.
+
+        Args:
+            last: the capture of the last call.
+        """
+        first = self.batches.first
+        if self._done or first is None or last is not first or self.session.measured is None:
+            return False
+        if self.session.is_observed:  # an observer takes time of its own
+            return False
+        if not first.captured.model.training or not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+            return False
+        if not self._tells(first):
+            self._done = True
+            return False
+        timeline = self.session.step
+        if timeline is None or self.session.measured is self._seen or not first.times(timeline):
+            return False
+        self._seen = self.session.measured
+        self._steps += 1
+        if self._steps > WARM_UP:
+            self._spans += timeline.spans
+        if self._steps < WARM_UP + STEPS:
+            return False
+        times = first.times(Timeline(tuple(self._spans), len(self.session.devices)))
+        self._steps, self._spans = 0, []
+        return self._decide(first, times)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """A context in which nothing moves, since other tensors are in the place of the parameters."""
+        done, self._done = self._done, True
+        try:
+            yield
+        finally:
+            self._done = done
+
+    def forget(self) -> None:
+        """Ends learning: the plan is now one that the user has asked for."""
+        self._done, self._before = True, None
+
+    def _tells(self, first: Compiled) -> bool:
+        """Whether a step can tell something of a capture's plan."""
+        costs = first.planned.stage_costs
+        if len(costs) < 2 or max(cost.seconds for cost in costs) < WORTH:
+            return False
+        if not is_real(first.captured.model, self.batches.options):
+            return False
+        if self.session.peers.are_several:
+            self.said.append(SEVERAL)
+            return False
+        return True
+
+    def _decide(self, first: Compiled, times: Sequence[Times]) -> bool:
+        """Moves the cut, or back, or leaves it. Returns whether it has moved."""
+        slowest = _pace(first.plan, [it.measured.seconds for it in times])
+        took = f"stages took {', '.join(seconds_text(it.measured.seconds) for it in times)} per microbatch"
+        if self._before is not None:
+            self._done = True
+            if slowest <= self._before.seconds:
+                self.said.append(f"since then, {took}")
+                return False
+            self.said.append(f"since then, {took}, longer than before: the first cut is back")
+            self._adopt(first, self._before.planned)
+            return True
+        found = self._better(first, times, slowest)
+        if found is None:
+            self._done = True
+            self.said.append(f"in {plural(STEPS, 'training step')}, {took}: no plan found saves {PAYS:.0%}")
+            return False
+        planned, seconds = found
+        moved = sum(a != b for a, b in zip(first.plan.stage_of, planned.plan.stage_of, strict=True))
+        self.said.append(
+            f"in {plural(STEPS, 'training step')}, {took}: the cut moved over {plural(moved, 'node')}, the slowest "
+            f"stage is predicted to take {seconds_text(seconds)}"
+        )
+        self._before = Cut(replace(first.planned), slowest)  # a copy, so that the weights of its stages are let go
+        self._adopt(first, planned)
+        return True
+
+    def _better(self, first: Compiled, times: Sequence[Times], slowest: float) -> tuple[Planned, float] | None:
+        """A plan that pays, and the predicted seconds of its slowest stage; None if there is none."""
+        enough = slowest * (1 - PAYS)
+        work = sum(it.measured.seconds for s, it in enumerate(times) if first.plan.replica_of[s] == s)
+        if enough < work / len(first.planned.cluster):  # not even if all devices took the same time
+            return None
+        costed = corrected(first.planned.costed, first.plan, times, "training steps")
+        try:
+            with phase("plan"):
+                planned = first.planned.again(costed)
+        except PlanError:  # a search with other costs may fail
+            return None
+        seconds = _pace(planned.plan, [cost.seconds for cost in stage_costs(costed, planned.plan)])
+        same = replace(planned.plan, quality=None) == replace(first.plan, quality=None)
+        return None if same or seconds > enough else (planned, seconds)
+
+    def _adopt(self, first: Compiled, planned: Planned) -> None:
+        """Cuts all captures along another plan."""
+        batches, options, devices = self.batches, self.batches.options, self.batches.devices
+        with self.follow.moving(first.captured.model):
+            compiled = recut(first, planned, options, devices)
+            batches.move_first(compiled, lambda other: following(other, compiled, options, devices))
+        self.session.forget()
+        keep(planned)
+
+
+def _pace(plan: Plan, seconds: Sequence[float]) -> float:
+    """Seconds per microbatch of the slowest stage, from those of each stage; replicas take microbatches in turn."""
+    return max(each / len(replicas) for each, replicas in zip(seconds, plan.replicas, strict=True))
