@@ -65,7 +65,9 @@ def compile(
             initialisers, in the first call or, with ``mesh`` and ``example_inputs``, in ``compile``. A model that has
             values is overwritten.
         schedule: "sequential", "gpipe", "1f1b" (with a flush) or "pipedream" (asynchronous).
-        microbatches: parts of each batch; by default two per stage. A batch with fewer rows has fewer parts.
+        microbatches: parts of each batch. By default the number that promises the shortest step, by the costs of
+            microbatches of two sizes (``pipe.pipeline.report.microbatches``); two per stage if costs are not measured,
+            for short steps, and for schedules that step inside the pipeline. A batch with fewer rows has fewer parts.
         example_inputs: arguments of a call, ``(args, kwargs)`` or one of them, to capture now instead of at the first
             call.
         loss_fn: ``loss_fn(output, target)``, run in the last stage. The pipeline then takes ``target=`` in addition to
@@ -109,6 +111,7 @@ def compile(
     options = Options(
         schedule=schedule,
         microbatches=2 * len(present) if microbatches is None else microbatches,
+        finds_microbatches=microbatches is None,
         loss_fn=loss_fn,
         loss_output=loss_output,
         outputs=outputs,

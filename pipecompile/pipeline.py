@@ -16,9 +16,10 @@ from pipecompile.capture.locks import CAPTURING
 from pipecompile.capture.loss import could_be_losses, find_loss
 from pipecompile.capture.state.model_state import named_tensors
 from pipecompile.compiler.batches import Batches, refuse_meta
-from pipecompile.compiler.compile_call import replanned, reused
+from pipecompile.compiler.compile_call import replanned
 from pipecompile.compiler.learn import Learning
 from pipecompile.compiler.options import Options, read_costs
+from pipecompile.compiler.plan_call import reused
 from pipecompile.compiler.report import Report, describe
 from pipecompile.compiler.surroundings import (
     Substituted,

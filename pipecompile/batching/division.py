@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -85,10 +85,17 @@ class Division:
     one_part: bool = False  # it holds for batches of one microbatch only
     is_divided: bool = True  # microbatches are parts of a batch, not independent batches
 
+    def at_rows(self, rows: int) -> Division:
+        """The same with another number of rows as the sample of a microbatch."""
+        return self._mapped(lambda it: replace(it, microbatch=rows) if it.microbatch == self.body.microbatch else it)
+
     def without_values(self) -> Division:
         """The same without the values of the call that it was made from, whose memory the caller may need."""
+        return self._mapped(lambda it: replace(it, call=it.call.without_values()))
+
+    def _mapped(self, change: Callable[[Captured], Captured]) -> Division:
         given = {id(it): it for it in (self.captured, self.whole, self.body)}
-        kept = {key: replace(it, call=it.call.without_values()) for key, it in given.items()}  # one trace stays one
+        kept = {key: change(it) for key, it in given.items()}  # one trace stays one
         return replace(self, captured=kept[id(self.captured)], whole=kept[id(self.whole)], body=kept[id(self.body)])
 
 

@@ -24,10 +24,10 @@ from pipecompile.cli.dataclass_options import takes
 from pipecompile.cli.doctor import all_devices, examine
 from pipecompile.cli.model_spec import load
 from pipecompile.cli.prediction import Prediction
-from pipecompile.compiler.compile_call import reused
 from pipecompile.compiler.devices import parse_devices
 from pipecompile.compiler.disk_cache import DiskCache
 from pipecompile.compiler.options import OUTPUTS, read_costs
+from pipecompile.compiler.plan_call import reused
 from pipecompile.errors import InputError, PipecompileError
 from pipecompile.ir.cluster import Cluster, Link
 from pipecompile.ir.graph import Cost, CostedGraph

@@ -174,6 +174,9 @@ class Batches:
                 )
             if self.share is not None:
                 self.share.add(compiled)
+            if self.first is None and compiled.planned.work.microbatches != self.options.microbatches:
+                self.options = replace(self.options, microbatches=compiled.planned.work.microbatches)
+                candidate = Rows.of(call.batch, self.options.microbatches)
             for cut in compiled.cuts(candidate):
                 if not compiled.broken(call, cut):
                     return Batch(compiled.without_values(), call, cut)

@@ -29,19 +29,17 @@ from pipecompile.capture.state.reachable import Reach, reach_of
 from pipecompile.capture.state.restore import left_as_before
 from pipecompile.compiler.devices import cluster_of
 from pipecompile.compiler.options import Options
-from pipecompile.compiler.recall import Recall, keep
+from pipecompile.compiler.plan_call import Planner, are_measured, is_real
+from pipecompile.compiler.recall import keep
 from pipecompile.compiler.rehearse import Rehearsal, rehearsed
 from pipecompile.errors import CaptureError, InputError, PlanError
 from pipecompile.ir.graph import CostedGraph, Graph
 from pipecompile.ir.plan import Plan
-from pipecompile.ops.away import is_away, lacks_values
-from pipecompile.ops.backends import name_of
-from pipecompile.ops.device_args import threads_each
+from pipecompile.ops.away import is_away
 from pipecompile.ops.phases import phase
 from pipecompile.partition import carry_over
 from pipecompile.planning.planned import Planned, planned
 from pipecompile.planning.training_spec import Workload
-from pipecompile.profile import profile
 from pipecompile.runtime.compile_stage import compile_stage
 from pipecompile.runtime.compiled import Compiled, misfit
 from pipecompile.runtime.peers import OneProcess, Peers
@@ -91,24 +89,14 @@ def compile_call(
         return _cut(division, graph, first.planned, devices, options, carried, apart=peers.are_several)
     work = _work(division, options)
     given = options.cluster
-    if given is None and peers.are_several and _are_measured(model, options):
+    if given is None and peers.are_several and are_measured(model, options):
         given = peers.measured(cluster_of(devices))
 
-    def plan() -> Planned:
-        there = cluster_of(devices)
-        recall = _recall(division.body, graph, devices, options)
-
-        def search() -> Planned:
-            with phase("profile"):
-                costed = recall.costed(graph, lambda: _costed(division.body, graph, options, devices, reach))
-                measures = costed.measured and not peers.are_several
-                cluster = given or recall.cluster(there, lambda: cluster_of(devices, measure=measures))
-            with phase("plan"):
-                return planned(costed, cluster, work, options.plan)
-
-        return recall.planned(graph, there, work, options.plan, search)
-
-    found = _planned_by_one(peers, plan, work)
+    planner = Planner(options, devices, reach, given, peers.are_several)
+    if peers.are_several:
+        found = _planned_by_one(peers, lambda: planner.planned(division, graph, work), work)
+    else:
+        division, graph, found = planner.with_best_count(division, graph, work)
     compiled = _cut(division, graph, found, devices, options, apart=peers.are_several)
     if options.tuning != "rehearse" or not is_real(model, options) or peers.are_several or found.costed.corrections:
         return compiled
@@ -119,8 +107,6 @@ def compile_call(
 
 def _planned_by_one(peers: Peers, plan: Callable[[], Planned], work: Workload) -> Planned:
     """The plan that the first process makes, with the workload of this one, which has the user's functions."""
-    if not peers.are_several:
-        return plan()
     return replace(peers.shared(lambda: plan().without_functions()), work=work)
 
 
@@ -209,26 +195,6 @@ def _cut(
     )
 
 
-def is_real(model: nn.Module, options: Options) -> bool:
-    """Whether costs are measured on this machine, for devices of this machine."""
-    return not isinstance(options.costs, CostedGraph) and _are_measured(model, options) and options.cluster is None
-
-
-def _are_measured(model: nn.Module, options: Options) -> bool:
-    """Whether the costs of the first capture are measured, now or before they were saved."""
-    if isinstance(options.costs, CostedGraph):
-        return options.costs.measured
-    return options.costs in (None, "measure") and not lacks_values(model)
-
-
-def _recall(captured: Captured, graph: Graph, devices: Sequence[torch.device], options: Options) -> Recall:
-    """What earlier processes have measured and planned; nothing, unless all is measured on this machine."""
-    if not is_real(captured.model, options):
-        return Recall()
-    compiled_by = "" if options.stage_compile is False else name_of(options.stage_compile)
-    return Recall.of(captured, graph, devices, compiled_by)
-
-
 def _rehearsed(
     compiled: Compiled, call: Call, rows: Rows, devices: Sequence[torch.device], options: Options
 ) -> Compiled:
@@ -247,33 +213,6 @@ def _rehearsed(
 
     with phase("rehearse"):
         return rehearsed(compiled, call, fitting[0], Rehearsal(starts, schedule, devices), replan)
-
-
-def _costed(
-    captured: Captured, graph: Graph, options: Options, devices: Sequence[torch.device], reach: Reach
-) -> CostedGraph:
-    """The costs of a capture: measured, counted, or given by the user for the same graph."""
-    if isinstance(options.costs, CostedGraph):
-        return reused(options.costs, graph)
-    kind = options.cluster.devices[0].kind if options.cluster else ""
-    with left_as_before(captured.model, reach=reach):  # profiling runs parts kept whole
-        return profile(captured, graph, options.costs, devices[0], threads=threads_each(devices), kind=kind)
-
-
-def reused(costed: CostedGraph, graph: Graph) -> CostedGraph:
-    """Costs that the user gave, for a graph of the same model and call.
-
-    Raises:
-        InputError: the costs are of another model or call; the message names the first node that differs.
-    """
-    try:
-        costed.check_fits(graph)
-    except ValueError as error:
-        taken = f" ({costed.setting.model} on {', '.join(costed.setting.inputs)})" if costed.setting else ""
-        raise InputError(
-            f"the given costs{taken} are not of this model and call: {error}; save the costs of this model instead"
-        ) from None
-    return replace(costed, graph=graph)
 
 
 def _work(division: Division, options: Options) -> Workload:

@@ -23,7 +23,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from pipecompile.compiler.batches import Batches
-from pipecompile.compiler.compile_call import following, is_real, recut
+from pipecompile.compiler.compile_call import following, recut
+from pipecompile.compiler.plan_call import is_real
 from pipecompile.compiler.recall import keep
 from pipecompile.errors import PlanError
 from pipecompile.ir.plan import Plan, stage_costs

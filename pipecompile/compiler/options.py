@@ -34,6 +34,7 @@ class Options:
 
     schedule: str = "1f1b"
     microbatches: int = 1
+    finds_microbatches: bool = False  # whether the first capture may choose another number
     loss_fn: Callable[..., Any] | None = None
     loss_output: str | None = None
     outputs: Outputs | None = None

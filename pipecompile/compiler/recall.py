@@ -26,6 +26,7 @@ from pipecompile.ir.graph import Cost, CostedGraph, Footprint, Graph, Setting
 from pipecompile.ir.json_io import converter
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.plan_options import PlanOptions
+from pipecompile.planning.counted import Counted
 from pipecompile.planning.planned import Planned
 from pipecompile.planning.replicas import Candidate
 from pipecompile.planning.search_spec import Request
@@ -153,6 +154,19 @@ class Recall:
             if why := keep(found):
                 self.said.append(f"plan not kept: {why}")
         return replace(found, remembered=tuple(self.said), key=key)
+
+    def counted(
+        self, devices: Cluster, work: Workload, options: PlanOptions, compare: Callable[[], Counted | None]
+    ) -> Counted | None:
+        """The comparison of numbers of microbatches, for a plan with the usual number."""
+        key = self._key(devices, work, options)
+        if not key:
+            return compare()
+        key = key.replace("plan-", "microbatches-")
+        found = self._read("microbatches", key, lambda content: converter.structure(content, Counted))
+        if found is None and (found := compare()) is not None:
+            self._write("microbatches", key, found, None)
+        return found
 
     def _key(self, devices: Cluster, work: Workload, options: PlanOptions) -> str:
         if self.cache.folder is None:

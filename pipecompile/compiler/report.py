@@ -30,7 +30,8 @@ def _across_microbatches(compiled: Compiled) -> list[str]:
     captured, division = compiled.captured, compiled.division
     if captured.call.batch in (None, captured.microbatch):
         return []
-    notes = [f"reweighted to match the whole batch: {line}" for line in division.reweighted]
+    notes = [] if (found := compiled.planned.counted) is None else [str(found)]
+    notes += [f"reweighted to match the whole batch: {line}" for line in division.reweighted]
     if any(kind == Partial(mean=True) for kind in division.joins.values()):
         notes.append("microbatches are independent batches; scalar outputs are means over all rows")
     if division.tail is not None and division.tail.why:

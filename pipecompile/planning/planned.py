@@ -10,6 +10,7 @@ from pipecompile.ir.cluster import Cluster
 from pipecompile.ir.graph import Cost, CostedGraph
 from pipecompile.ir.plan import Plan, stage_costs
 from pipecompile.ir.plan_options import PlanOptions
+from pipecompile.planning.counted import Counted
 from pipecompile.planning.memory import Memory
 from pipecompile.planning.plan_search import make_plan
 from pipecompile.planning.replicas import Candidate, with_best_replicas
@@ -31,6 +32,7 @@ class Planned:
         candidates: for ``replicas="auto"``, the numbers of devices per stage that were compared, best first.
         remembered: what of it earlier processes have measured or planned, in words.
         key: the key under which it is remembered; empty if it is not.
+        counted: the numbers of microbatches that were compared, if they were.
     """
 
     plan: Plan
@@ -41,6 +43,7 @@ class Planned:
     candidates: tuple[Candidate, ...] = ()
     remembered: tuple[str, ...] = ()
     key: str = ""
+    counted: Counted | None = None
 
     @cached_property
     def stage_costs(self) -> tuple[Cost, ...]:

@@ -1,0 +1,184 @@
+"""Plans one capture: costs, links, the plan, and the number of microbatches if the user leaves it open."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from pipecompile.batching import Division, uses_batch_statistics
+from pipecompile.capture import Captured, summarize
+from pipecompile.capture.state.reachable import Reach
+from pipecompile.capture.state.restore import left_as_before
+from pipecompile.compiler.devices import cluster_of
+from pipecompile.compiler.options import Options
+from pipecompile.compiler.recall import Recall
+from pipecompile.errors import InputError
+from pipecompile.ir.cluster import Cluster
+from pipecompile.ir.graph import CostedGraph, Graph
+from pipecompile.ir.units import seconds_text
+from pipecompile.ops.away import lacks_values
+from pipecompile.ops.backends import name_of
+from pipecompile.ops.device_args import threads_each
+from pipecompile.ops.phases import phase
+from pipecompile.planning.counted import Counted
+from pipecompile.planning.microbatch_count import compared, numbers
+from pipecompile.planning.planned import Planned, planned
+from pipecompile.planning.training_spec import Workload
+from pipecompile.profile import profile
+
+WORTH = 5e-3  # seconds of a stage per microbatch; for faster stages, the usual number of microbatches stays
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Plans captures of one model on its devices.
+
+    Attributes:
+        options: the options of ``compile``.
+        devices: one per rank.
+        reach: what the model's forward may change.
+        cluster: the devices with their links, if these are known.
+        apart: whether its ranks are in several processes.
+    """
+
+    options: Options
+    devices: Sequence[torch.device]
+    reach: Reach
+    cluster: Cluster | None
+    apart: bool
+
+    def planned(self, division: Division, graph: Graph, work: Workload) -> Planned:
+        """The plan of a division, remembered or new."""
+        there, recall = cluster_of(self.devices), self._recall(division.body, graph)
+
+        def search() -> Planned:
+            costed = self._costed(division.body, graph, recall)
+            with phase("profile"):
+                measures = costed.measured and not self.apart
+                cluster = self.cluster or recall.cluster(there, lambda: cluster_of(self.devices, measure=measures))
+            with phase("plan"):
+                return planned(costed, cluster, work, self.options.plan)
+
+        return recall.planned(graph, there, work, self.options.plan, search)
+
+    def with_best_count(self, division: Division, graph: Graph, work: Workload) -> tuple[Division, Graph, Planned]:
+        """The plan with the number of microbatches that promises the shortest step, and what it is a plan of.
+
+        The number stays as it is where another one would not be comparable, where costs are not measured, and for
+        steps so short that it hardly matters.
+        """
+        batch = division.captured.call.batch or 1
+        if not self.options.finds_microbatches or not self._may_vary(division) or batch < 2:
+            return division, graph, self.planned(division, graph, work)
+        made: list[Planned] = []
+
+        def count() -> Counted | None:
+            made.append(self.planned(division, graph, work))
+            return self._counted(division, made[0], batch)
+
+        found = self._recall(division.body, graph).counted(cluster_of(self.devices), work, self.options.plan, count)
+        if found is not None and found.loses:
+            _warn(found)
+        if found is None or found.chosen == work.microbatches:
+            first = made[0] if made else self.planned(division, graph, work)
+            return division, graph, replace(first, counted=found)
+        division = division.at_rows(-(-batch // found.chosen))
+        graph = summarize(division.body)
+        best = self.planned(division, graph, replace(work, microbatches=found.chosen))
+        return division, graph, replace(best, counted=found)
+
+    def _may_vary(self, division: Division) -> bool:
+        """Whether results are the same for any number of microbatches, but for draws and batch statistics."""
+        options, body = self.options, division.body
+        if options.policy.is_asynchronous or self.apart or not is_real(body.model, options):
+            return False
+        if torch.are_deterministic_algorithms_enabled() or options.batching.may_mix:
+            return False
+        return not (division.one_part or body.is_fixed or division.at_least > 1 or division.at_most)
+
+    def _counted(self, division: Division, found: Planned, batch: int) -> Counted | None:
+        """Compares numbers of microbatches; None if steps are too short to tell, or a second size cannot run."""
+        usual = found.work.microbatches
+        rows = -(-batch // usual)
+        if max(cost.seconds for cost in found.stage_costs) < WORTH or 2 * rows > batch or found.costed.corrections:
+            return None
+        fewer = any(map(uses_batch_statistics, division.body.graph.nodes))  # nearer to the whole batch's
+        limited = any(device.memory is not None for device in found.cluster.devices)  # and fewer need more
+        tried = numbers(batch, found.plan.num_stages, usual, most=usual if fewer else batch)
+        tried = [number for number in tried if not limited or number >= usual]
+        if len(tried) < 2:
+            return None
+        body = replace(division.body, microbatch=2 * rows)
+        graph = summarize(body)
+        other = self._costed(body, graph, self._recall(body, graph))
+        if len(other.costs) != len(found.costed.costs):
+            return None
+
+        def at(size: int) -> Graph:
+            return summarize(replace(division.body, microbatch=size))
+
+        return compared(found, other, (rows, 2 * rows), batch, tried, at)
+
+    def _costed(self, captured: Captured, graph: Graph, recall: Recall) -> CostedGraph:
+        """The costs of a capture: measured, counted, or given by the user for the same graph."""
+        given = self.options.costs
+        if isinstance(given, CostedGraph):
+            return reused(given, graph)
+        kind = self.options.cluster.devices[0].kind if self.options.cluster else ""
+
+        def measure() -> CostedGraph:
+            with left_as_before(captured.model, reach=self.reach):  # profiling runs parts kept whole
+                threads = threads_each(self.devices)
+                return profile(captured, graph, given, self.devices[0], threads=threads, kind=kind)
+
+        with phase("profile"):
+            return recall.costed(graph, measure)
+
+    def _recall(self, captured: Captured, graph: Graph) -> Recall:
+        """What earlier processes have measured and planned; nothing, unless all is measured on this machine."""
+        if not is_real(captured.model, self.options):
+            return Recall()
+        compiled_by = "" if self.options.stage_compile is False else name_of(self.options.stage_compile)
+        return Recall.of(captured, graph, self.devices, compiled_by)
+
+
+def is_real(model: nn.Module, options: Options) -> bool:
+    """Whether costs are measured on this machine, for devices of this machine."""
+    return not isinstance(options.costs, CostedGraph) and are_measured(model, options) and options.cluster is None
+
+
+def are_measured(model: nn.Module, options: Options) -> bool:
+    """Whether the costs of the first capture are measured, now or before they were saved."""
+    if isinstance(options.costs, CostedGraph):
+        return options.costs.measured
+    return options.costs in (None, "measure") and not lacks_values(model)
+
+
+def reused(costed: CostedGraph, graph: Graph) -> CostedGraph:
+    """Costs that the user gave, for a graph of the same model and call.
+
+    Raises:
+        InputError: the costs are of another model or call; the message names the first node that differs.
+    """
+    try:
+        costed.check_fits(graph)
+    except ValueError as error:
+        taken = f" ({costed.setting.model} on {', '.join(costed.setting.inputs)})" if costed.setting else ""
+        raise InputError(
+            f"the given costs{taken} are not of this model and call: {error}; save the costs of this model instead"
+        ) from None
+    return replace(costed, graph=graph)
+
+
+def _warn(found: Counted) -> None:
+    warnings.warn(
+        f"this step is predicted to take {seconds_text(found.step)} with {found.chosen} microbatches, but "
+        f"{seconds_text(found.one_device)} on one device that runs the batch at once: small microbatches cost more per "
+        f"row than the devices gain together; use larger batches, or one device if the model fits it "
+        f"(pipe.pipeline.report.microbatches)",
+        stacklevel=2,
+    )
