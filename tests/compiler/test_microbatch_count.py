@@ -1,0 +1,190 @@
+"""The default number of microbatches is the one with the shortest predicted step; results are the same for each."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pipecompile
+from pipecompile import Batching
+from pipecompile.compiler import plan_call
+from pipecompile.ir.graph import Cost, CostedGraph
+from pipecompile.planning.microbatch_count import costs_at, numbers
+from pipecompile.profile import profile
+
+WIDTH, ROWS, LAYERS = 8, 16, 4
+Seconds = Callable[[int], float]  # of a layer's forward, by rows
+
+
+class Net(nn.Module):
+    def __init__(self, norm: bool = False) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
+        self.norm = nn.BatchNorm1d(WIDTH) if norm else nn.Identity()
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.tanh(self.norm(layer(x)))
+        return nn.functional.mse_loss(x, y)
+
+
+def built(norm: bool = False) -> Net:
+    torch.manual_seed(0)
+    return Net(norm).double()
+
+
+def data(rows: int = ROWS) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return tuple(torch.randn(2, rows, WIDTH, generator=generator).double().unbind())  # type: ignore[return-value]
+
+
+@pytest.fixture
+def took(monkeypatch: pytest.MonkeyPatch) -> Callable[[Seconds], list[int]]:
+    """A function that sets what a profile measures; the rows that were profiled."""
+    profiled: list[int] = []
+
+    def let(seconds: Seconds) -> list[int]:
+        def measured(captured: Any, graph: Any, *args: Any, **kwargs: Any) -> CostedGraph:
+            profiled.append(captured.microbatch)
+            counted = profile(captured, graph, "count")
+            costs = tuple(
+                Cost(seconds(captured.microbatch), 2 * seconds(captured.microbatch), cost.saved_bytes)
+                if node.op == "linear"
+                else Cost()
+                for node, cost in zip(graph.nodes, counted.costs, strict=True)
+            )
+            return replace(counted, costs=costs, measured=True)
+
+        monkeypatch.setattr(plan_call, "profile", measured)
+        return profiled
+
+    return let
+
+
+def compiled(model: nn.Module, **options: Any) -> Any:
+    return pipecompile.compile(model, ["cpu", "cpu"], **options)
+
+
+def simulated(seconds: Seconds, count: int, stages: int = 2) -> float:
+    """The 1F1B step of two stages of equal time: the bubble is one microbatch (PipeDream-flush, Megatron)."""
+    return 3 * LAYERS / stages * seconds(ROWS // count) * (count + stages - 1)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "best"),
+    [(lambda rows: 0.02 * rows, 16), (lambda rows: 0.02 + 0.004 * rows, 2), (lambda rows: 0.02 + 0.01 * rows, 4)],
+    ids=["by rows", "by call", "both"],
+)
+def test_the_shortest_step_is_taken(
+    seconds: Seconds, best: int, took: Callable[[Seconds], list[int]], recwarn: pytest.WarningsRecorder
+) -> None:
+    profiled = took(seconds)
+    steps = {count: simulated(seconds, count) for count in (1, 2, 4, 8, 16)}
+    assert min(steps, key=lambda count: steps[count]) == best
+    model = built()
+    x, y = data()
+    expected = Net().double()
+    expected.load_state_dict(model.state_dict())
+    pipe = compiled(model)
+    loss = pipe(x, y)
+    assert pipe.pipeline.microbatches == best
+    assert profiled[:2] == [4, 8]
+    assert str(pipe.pipeline.report.microbatches[0]).startswith(f"{best}, predicted to take ")
+    loss.backward()
+    wanted = expected(x, y)
+    wanted.backward()
+    torch.testing.assert_close(loss, wanted)
+    gradients = {name: p.grad for name, p in expected.named_parameters()}
+    assert len(gradients) == 2 * LAYERS
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], msg=name)
+
+
+def test_later_batches_keep_the_number(took: Callable[[Seconds], list[int]]) -> None:
+    profiled = took(lambda rows: 0.02 + 0.01 * rows)
+    model = built()
+    pipe = compiled(model)
+    for rows in (ROWS, 5, 24):
+        x, y = data(rows)
+        torch.testing.assert_close(pipe(x, y), model.forward(x, y))
+    assert pipe.pipeline.microbatches == 4
+    assert len(profiled) == 2
+
+
+def test_a_step_that_one_device_does_faster_is_told(took: Callable[[Seconds], list[int]]) -> None:
+    took(lambda rows: 0.02)
+    pipe = compiled(built())
+    with pytest.warns(UserWarning, match=r"on one device that runs the batch at once: small microbatches"):
+        pipe(*data())
+
+
+def test_a_number_that_is_given_stays(took: Callable[[Seconds], list[int]]) -> None:
+    profiled = took(lambda rows: 0.02 * rows)
+    pipe = compiled(built(), microbatches=4)
+    pipe(*data())
+    assert (pipe.pipeline.microbatches, profiled) == (4, [4])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"costs": "count"},
+        {"batching": Batching(allow_mixing=["norm"])},
+        {"schedule": "pipedream", "optimizer": lambda params: torch.optim.SGD(params, lr=0.1)},
+    ],
+    ids=["counted", "may mix", "pipedream"],
+)
+def test_it_stays_where_numbers_cannot_be_compared(
+    options: dict[str, Any], took: Callable[[Seconds], list[int]]
+) -> None:
+    took(lambda rows: 0.02 * rows)
+    pipe = compiled(built(), **options)
+    pipe(*data())
+    assert pipe.pipeline.microbatches == 4
+
+
+def test_it_stays_in_deterministic_runs_and_for_short_steps(took: Callable[[Seconds], list[int]]) -> None:
+    took(lambda rows: 0.02 * rows)
+    torch.use_deterministic_algorithms(True)
+    try:
+        pipe = compiled(built())
+        pipe(*data())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    took(lambda rows: 1e-5 * rows)
+    short = compiled(built())
+    short(*data())
+    assert pipe.pipeline.microbatches == short.pipeline.microbatches == 4
+
+
+def test_batch_statistics_get_no_smaller_microbatches(took: Callable[[Seconds], list[int]]) -> None:
+    took(lambda rows: 0.02 * rows)
+    pipe = compiled(built(norm=True))
+    pipe(*data())
+    assert pipe.pipeline.microbatches == 4
+
+
+@pytest.mark.parametrize(
+    ("batch", "expected"), [(16, [1, 2, 4, 8, 16]), (12, [1, 2, 4]), (7, [1, 4]), (6, [1, 2, 4]), (1, [1, 4])]
+)
+def test_numbers_divide_the_batch(batch: int, expected: list[int]) -> None:
+    assert numbers(batch, stages=2, usual=4, most=batch) == expected
+
+
+def test_costs_between_two_sizes_lie_on_a_line_and_are_never_negative(took: Callable[[Seconds], list[int]]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipe = compiled(built(), costs="count", microbatches=4, example_inputs=data())
+    costed = pipe.pipeline.costs
+    count = len(costed.costs)
+    one = replace(costed, costs=(Cost(3.0, 8.0, 5),) * count)
+    other = replace(costed, costs=(Cost(5.0, 4.0, 9),) * count)
+    assert costs_at(one, other, (4, 8), 6) == (Cost(4.0, 8.0, 5),) * count
+    assert costs_at(one, other, (4, 8), 16) == (Cost(9.0, 8.0, 5),) * count
+    assert costs_at(one, replace(other, costs=(Cost(9.0, 20.0),) * count), (4, 8), 1)[0] == Cost(0.0, 0.0, 5)
