@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 import pipecompile
 from pipecompile.runtime import Executor, Lane
 from pipecompile.runtime.executor import RankRun
+from pipecompile.runtime.observers import Observers
 
 
 class Ledger:
@@ -90,6 +91,7 @@ def counting(pipe: pipecompile.Pipeline) -> Iterator[list[Ledger]]:
         for tensor in (*stage.parameters(), *stage.buffers()):
             ledgers[rank].add(tensor.untyped_storage(), known)
     with pytest.MonkeyPatch.context() as patch, Mode(ledgers[-1], known):
+        patch.setattr(Observers, "here", staticmethod(lambda: Observers((), False, False)))  # ranks keep their threads
         patch.setattr(Executor, "_run_rank", counted)
         patch.setattr(Lane, "move", copied)
         patch.setattr(Lane, "fetch", lambda self, tensor: fetch(self, tensor).clone())

@@ -22,7 +22,7 @@ from oracle import Run, assert_same, microbatched, step
 from torch import nn
 
 import pipecompile
-from pipecompile.compiler import compile_call
+from pipecompile.compiler import compile_call, plan_call
 
 TIED = "the uses of a tied weight are added up stage by stage, not microbatch by microbatch"
 ROUNDED = {
@@ -34,7 +34,7 @@ ROUNDED = {
 
 WRITES = {"buffers_in_place", "buffers_rebound", "buffer_read"}  # the unsplit model over microbatches writes more often
 
-VERBS = {"capture": compile_call.capture, "profile": compile_call.profile}
+VERBS = {"capture": (compile_call, compile_call.capture), "profile": (plan_call, plan_call.profile)}
 
 
 @cache
@@ -63,7 +63,8 @@ def remembered(verb: str, subject: Any, call: Any, size: Any, *rest: Any, **opti
     os.environ.pop("PYTEST_CURRENT_TEST", None)  # transformers' attention asks the environment, which is guarded whole
     known = _remembered(verb, (id(subject), getattr(call, "key", None), size))
     if not known:
-        known.append((subject, VERBS[verb](subject, call, size, *rest, **options)))  # alive, so that its id is its own
+        # alive, so that its id is its own
+        known.append((subject, VERBS[verb][1](subject, call, size, *rest, **options)))
     return known[0][1]
 
 
@@ -79,8 +80,8 @@ def check(pipe: Callable[..., object], model: Model, length: int, microbatches: 
 @pytest.fixture
 def _one_capture_for_many_plans(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stages and schedules come after the capture and the profile; with the same call these would be the same."""
-    for verb in ("capture", "profile"):
-        monkeypatch.setattr(compile_call, verb, partial(remembered, verb))
+    for verb, (module, _) in VERBS.items():
+        monkeypatch.setattr(module, verb, partial(remembered, verb))
 
 
 SETTINGS = [*product((2, 3), ("gpipe", "1f1b"), (1, 2, 4))]

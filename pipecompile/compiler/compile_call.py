@@ -92,7 +92,7 @@ def compile_call(
     if given is None and peers.are_several and are_measured(model, options):
         given = peers.measured(cluster_of(devices))
 
-    planner = Planner(options, devices, reach, given, peers.are_several)
+    planner = Planner(options=options, devices=devices, reach=reach, cluster=given, apart=peers.are_several)
     if peers.are_several:
         found = _planned_by_one(peers, lambda: planner.planned(division, graph, work), work)
     else:

@@ -75,7 +75,7 @@ def devices(monkeypatch: pytest.MonkeyPatch) -> Devices:
     found = Devices()
     monkeypatch.setattr(learn, "WORTH", 0.0)
     monkeypatch.setattr(Compiled, "times", _bound(found))
-    monkeypatch.setattr("pipecompile.compiler.compile_call.planned", _evenly)
+    monkeypatch.setattr("pipecompile.compiler.plan_call.planned", _evenly)
     return found
 
 

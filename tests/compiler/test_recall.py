@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import pipecompile
-from pipecompile.compiler import compile_call, fingerprint
+from pipecompile.compiler import fingerprint, plan_call
 from pipecompile.compiler.disk_cache import DiskCache
 from pipecompile.compiler.report import Report
 from pipecompile.ir.plan import Plan
@@ -26,7 +26,7 @@ class Made:
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> Made:
     made = Made()
-    profile, planned = compile_call.profile, compile_call.planned
+    profile, planned = plan_call.profile, plan_call.planned
 
     def profiled(*args: Any, **kwargs: Any) -> Any:
         made.profiles += 1
@@ -36,8 +36,8 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Made:
         made.plans += 1
         return planned(*args, **kwargs)
 
-    monkeypatch.setattr(compile_call, "profile", profiled)
-    monkeypatch.setattr(compile_call, "planned", plans)
+    monkeypatch.setattr(plan_call, "profile", profiled)
+    monkeypatch.setattr(plan_call, "planned", plans)
     return made
 
 
