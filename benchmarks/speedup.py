@@ -75,7 +75,14 @@ def bert() -> Case:
 
 def t5() -> Case:
     config = transformers.T5Config(
-        d_model=256, d_ff=1024, d_kv=64, num_heads=4, num_layers=6, vocab_size=8192, dropout_rate=0.0
+        d_model=256,
+        d_ff=1024,
+        d_kv=64,
+        num_heads=4,
+        num_layers=6,
+        vocab_size=8192,
+        dropout_rate=0.0,
+        decoder_start_token_id=0,
     )
     return transformers.T5ForConditionalGeneration(config), words(8192, 64)
 
