@@ -23,7 +23,6 @@ from pipecompile.compiler.plan_call import reused
 from pipecompile.compiler.report import Report, describe
 from pipecompile.compiler.surroundings import (
     Substituted,
-    uncompiled,
 )
 from pipecompile.distributed.processes import Processes
 from pipecompile.distributed.share import Share
@@ -228,9 +227,10 @@ class Pipeline:
             if self.share is not None or (self.absent is not None and self.absent.entries is not None):
                 self._fill(batch)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs a call. Hooks on the model itself run only if ``runs_the_hooks``."""
-        with uncompiled(), self._session.turn.taken(again=False), self._recorded():
+        with self._session.turn.taken(again=False), self._recorded():
             try:
                 return self._call(*args, **kwargs)
             except Substituted:

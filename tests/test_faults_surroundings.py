@@ -14,6 +14,7 @@ import pytest
 import torch
 from oracle import assert_same, step
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 from toys import D, blocks, mean_square
 
@@ -34,7 +35,7 @@ class Net(nn.Module):
 
 def pipe_of(model: nn.Module | None = None, **options: Any) -> Any:
     options = {"microbatches": 2, "costs": "count", **options}
-    return pipecompile.compile(model or Net(), devices=["cpu"] * 2, **options)
+    return pipecompile.compile(Net() if model is None else model, devices=["cpu"] * 2, **options)
 
 
 def floats() -> Tensor:
@@ -47,14 +48,52 @@ def works(pipe: Any, model: nn.Module, x: Tensor | None = None) -> None:
     assert_same(step(pipe, model, lambda y: y, ((x,), {})), expected)
 
 
+def with_tangent(pipe: Any, x: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        return pipe(forward_ad.make_dual(x, torch.ones_like(x)))
+
+
 TRANSFORMS: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
     "grad": (lambda pipe, x: torch.func.grad(pipe)(x), "inside torch.func"),
     "vmap": (lambda pipe, x: torch.func.vmap(pipe)(torch.stack([x, x])), "inside torch.func"),
     "jvp": (lambda pipe, x: torch.func.jvp(pipe, (x,), (x,)), "inside torch.func"),
     "make_fx": (lambda pipe, x: torch.fx.experimental.proxy_tensor.make_fx(pipe)(x), "make_fx"),
     "symbolic_trace": (lambda pipe, x: torch.fx.symbolic_trace(pipe), "symbolic_trace"),
+    "dual": (lambda pipe, x: with_tangent(pipe, x), "forward_ad.dual_level"),
     "fake": (lambda pipe, x: pipe(torch._subclasses.FakeTensorMode().from_tensor(x)), "fake tensors"),
 }
+
+
+def compiled_by_method(pipe: Any) -> Any:
+    pipe.compile(backend="eager")
+    return pipe
+
+
+COMPILED: dict[str, Callable[[nn.Module], Any]] = {
+    "pipe": lambda model: torch.compile(pipe_of(model), backend="eager"),
+    "by method": lambda model: compiled_by_method(pipe_of(model)),
+    "model before": lambda model: pipe_of(torch.compile(model, backend="eager")),
+    "block before": lambda model: (model.body.compile(backend="eager"), pipe_of(model))[1],
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_torch_compile_around_and_inside_is_exact(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    model = Net()
+    expected, x = copy.deepcopy(model), floats()
+    pipe = COMPILED[name](model)
+    for _ in range(2):
+        expected.zero_grad()
+        model.zero_grad()
+        wanted, loss = expected(x), pipe(x)
+        wanted.backward()
+        loss.backward()
+        torch.testing.assert_close(loss, wanted)
+        gradients = {n: p.grad for n, p in expected.named_parameters()}
+        assert gradients
+        for n, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter.grad, gradients[n], msg=n)
+    assert "recompile" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["first call", "later"])

@@ -6,8 +6,7 @@ thread. A pipeline computes in its own threads, so they would record constants, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -20,8 +19,8 @@ from pipecompile.ops.torch_internals import (
     ProxyTorchDispatchMode,
     _get_current_dispatch_mode_stack,
     _get_tracing_state,
+    forward_ad,
     peek_interpreter_stack,
-    set_eval_frame,
 )
 
 
@@ -40,21 +39,13 @@ def check_surroundings(arguments: Iterable[object]) -> None:
     for mode in _get_current_dispatch_mode_stack():
         if isinstance(mode, ProxyTorchDispatchMode | FakeTensorMode):
             _refuse(f"inside {type(mode).__name__} (make_fx, torch.export)", "records what is computed")
+    if forward_ad._current_level >= 0:
+        _refuse("inside torch.autograd.forward_ad.dual_level", "computes derivatives forward")
     for argument in arguments:
         if isinstance(argument, FakeTensor):
             _refuse("with fake tensors", "computes only shapes")
         if isinstance(argument, torch.fx.Proxy):
             _refuse("inside torch.fx.symbolic_trace", "records what is computed")
-
-
-@contextmanager
-def uncompiled() -> Iterator[None]:
-    """A context in which ``torch.compile`` does not compile: a graph break."""
-    before = set_eval_frame(None)
-    try:
-        yield
-    finally:
-        set_eval_frame(before)
 
 
 class Substituted(InputError):

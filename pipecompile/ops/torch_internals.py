@@ -26,7 +26,6 @@ from torch._C._autograd import (
     _profiler_enabled,
     _top_saved_tensors_default_hooks,
 )
-from torch._C._dynamo.eval_frame import set_eval_frame
 from torch._C._functorch import is_functorch_wrapped_tensor, peek_interpreter_stack
 from torch._C._nn import _parse_to
 from torch._C._profiler import _RecordFunctionFast
@@ -41,6 +40,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     UnsupportedOperatorException,
 )
+from torch.autograd import forward_ad
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.autograd.graph import _engine_run_backward
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
@@ -99,6 +99,7 @@ __all__ = [
     "dynamo_supported",
     "eager_transforms",
     "enable_python_dispatcher",
+    "forward_ad",
     "has_triton",
     "inductor_without_cuda_graphs",
     "is_functorch_wrapped_tensor",
@@ -106,7 +107,6 @@ __all__ = [
     "no_cpp_compiler",
     "peek_interpreter_stack",
     "pytree",
-    "set_eval_frame",
     "symbol_is_type",
     "tree_leaves",
     "tree_map_only",
