@@ -92,7 +92,9 @@ class Order:
                     raise ProgramError(f"{op} occurs twice")
                 if op.kind != F and not done[code - cells]:
                     before = self.op(code - cells)
-                    raise ProgramError(f"{op} is before {before}, which it needs; put {before} before it on rank {rank}")
+                    raise ProgramError(
+                        f"{op} is before {before}, which it needs; put {before} before it on rank {rank}"
+                    )
                 done[code] = 1
         if (missing := done.find(0, 0, 2 * cells)) >= 0:
             raise ProgramError(f"{self.op(missing)} is missing: each stage runs each microbatch forward and backward")

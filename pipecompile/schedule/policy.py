@@ -173,5 +173,3 @@ def _round(shape: Shape, n: int) -> tuple[int, int]:
     """The microbatches of a round, and the Forwards that precede those of the last chunk."""
     group = n // max(1, n // shape.num_ranks)
     return group, (max(map(len, shape.stages_of)) - 1) * group
-
-

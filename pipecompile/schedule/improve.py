@@ -1,0 +1,153 @@
+"""Finds a good order under a memory cap: candidates, W with real times, squeezes, and a search around the best.
+
+    candidates      rows of F and B: a schedule's own, merges with many limits, lists of greedy runs
+    place_weights   each with W after several rules, within the cap; the best few go on
+    squeeze         until it stops to help
+    search          squeezes with times that are wrong at random, then with the right ones; what is better is kept
+
+All is counted in passes over the computations, so the same input gives the same order on any machine.
+
+Source: the first two as in Zero Bubble (Qi et al., ICLR 2024), section 3; the last is an iterated local search.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import ceil, floor
+from random import Random
+
+from pipecompile.schedule.job import Job, job_of
+from pipecompile.schedule.list_schedule import list_schedule
+from pipecompile.schedule.order import Order, Rows
+from pipecompile.schedule.place_weights import place_weights
+from pipecompile.schedule.policy import merge, one_f_one_b
+from pipecompile.schedule.shape import Shape
+from pipecompile.schedule.squeeze import Timed, mirrored, squeeze, timed
+from pipecompile.schedule.stage_costs import StageCosts, busy
+
+PATIENCE = (0.0, 0.5, 1.0)
+SQUEEZE_PASSES = 12  # what one squeeze costs, in passes of ``timed``
+AMPLITUDES = (0.05, 0.1, 0.2, 0.4, 0.8)  # by which times are wrong
+
+
+@dataclass
+class Budget:
+    """Passes that are left."""
+
+    passes: float
+
+    def take(self, passes: float) -> bool:
+        """Whether there were any left before these."""
+        self.passes, had = self.passes - passes, self.passes
+        return had > 0
+
+
+def improve(
+    shape: Shape,
+    num_microbatches: int,
+    costs: StageCosts,
+    caps: Sequence[float],
+    rows: Iterable[Rows],
+    *,
+    passes: float = 300,
+    by_span: bool = True,
+    seed: int = 0,
+) -> Order | None:
+    """The best order found from rows of F and B, or None if none of them fits into memory.
+
+    Args:
+        caps: the memory of each rank, in the unit of the costs.
+        rows: candidates; W in them are ignored.
+        passes: the effort, in passes over all computations; small jobs get more.
+        by_span: whether the longest span is the objective, then the makespan; or the other way around.
+        seed: of the search.
+    """
+    job = job_of(shape, num_microbatches, costs, caps)
+    mirror = mirrored(job)
+    goal = max(busy(shape, costs, num_microbatches))
+    budget = Budget(max(passes, 250_000 / len(job.seconds)))
+    found = sorted(_placed(job, rows, budget), key=lambda each: _score(each, by_span))
+    best = _squeezed(job, mirror, found, by_span, goal, budget)
+    if best is None:
+        return None
+    best = _searched(job, mirror, best, by_span, goal, budget, Random(seed))
+    order = Order(shape, num_microbatches, tuple(map(tuple, best.rows)))
+    order.validate()
+    return order
+
+
+def candidates(shape: Shape, num_microbatches: int, costs: StageCosts) -> Iterator[Rows]:
+    """Rows of F and B of any shape: with few microbatches in flight up to more than fill the pipeline."""
+    n, seen = num_microbatches, set()
+    job = job_of(shape, n, costs, (0.0,) * shape.num_ranks)
+    longest = max(shape.depth)
+    factors = [step / 8 for step in range(25)]
+    for factor in [*factors, *_little(shape, costs)]:
+        limits = tuple(min(n, 1 + floor(factor * (depth - 1))) for depth in shape.depth)
+        if limits in seen or (factor and longest == 1):
+            continue
+        seen.add(limits)
+        if shape.num_ranks == shape.num_stages:
+            by_rank = tuple(limits[stages[0]] for stages in shape.stages_of)
+            yield merge(replace(one_f_one_b(shape, n), limit=by_rank), shape, n).rows
+        yield list_schedule(job, limits)
+
+
+def _little(shape: Shape, costs: StageCosts) -> list[float]:
+    """The factor by which slow transfers need more in flight, by Little's law: round trip over period."""
+    period = max(busy(shape, costs, 1))
+    trip = sum(costs.f) + sum(costs.b) + 2 * sum(costs.transfer)
+    needed = trip / period if period else 0.0
+    depth = max(shape.depth) - 1
+    return [(ceil(needed) + extra) / depth for extra in (0, 1, 2)] if depth else []
+
+
+def _placed(job: Job, rows: Iterable[Rows], budget: Budget) -> Iterator[Timed]:
+    last = 2 * job.cells
+    for each in rows:
+        bare = [[code for code in row if code < last] for row in each]
+        for patience in PATIENCE:
+            budget.take(1)
+            placed = place_weights(job, bare, patience)
+            if placed is not None and (again := timed(job, placed.rows)) is not None:
+                yield again
+
+
+def _squeezed(
+    job: Job, mirror: Job, found: Sequence[Timed], by_span: bool, goal: float, budget: Budget
+) -> Timed | None:
+    best = found[0] if found else None
+    for each in found[:8]:
+        assert best is not None
+        while budget.take(SQUEEZE_PASSES) and _score(best, by_span)[0] > goal * (1 + 1e-9):
+            after = timed(job, squeeze(job, mirror, each, by_span))
+            assert after is not None
+            if _score(after, by_span) >= _score(each, by_span):
+                break
+            each = after
+            best = min(best, each, key=lambda each: _score(each, by_span))
+    return best
+
+
+def _searched(job: Job, mirror: Job, best: Timed, by_span: bool, goal: float, budget: Budget, random: Random) -> Timed:
+    here = best
+    while _score(best, by_span)[0] > goal * (1 + 1e-9) and budget.take(3 * SQUEEZE_PASSES):
+        size = random.choice(AMPLITUDES)
+        wrong = [seconds * (1 + size * (2 * random.random() - 1)) for seconds in job.seconds]
+        odd, odd_mirror = replace(job, seconds=wrong), replace(mirror, seconds=wrong)
+        start = timed(odd, here.rows)
+        assert start is not None
+        there = timed(job, squeeze(odd, odd_mirror, start, by_span))
+        for _ in range(2):
+            assert there is not None
+            there = timed(job, squeeze(job, mirror, there, by_span))
+        assert there is not None
+        if _score(there, by_span) <= _score(here, by_span):
+            here = there
+        best = min(best, here, key=lambda each: _score(each, by_span))
+    return best
+
+
+def _score(each: Timed, by_span: bool) -> tuple[float, float]:
+    return (each.span, each.makespan) if by_span else (each.makespan, each.span)
