@@ -167,7 +167,7 @@ def _number(name: str, text: str, where: str) -> float:
 
 def results(case: Case) -> Iterator[Result]:
     """Every schedule that meets the cap, then the best."""
-    passes = 250.0 if case.p <= 8 else 500.0
+    passes = 250.0 if case.p <= 8 else 320.0
     orders: dict[str, Order] = {}
     for name, recipe in RECIPES.items():
         order = made(name, case.p, case.n, case.costs(recipe.shape(case.p)), case.cap, passes / 2)
@@ -176,7 +176,7 @@ def results(case: Case) -> Iterator[Result]:
     found = [*orders.values()]
     for by_span in (True, False):
         for shape in (chain(case.p), v_shape(case.p)):
-            order = searched(shape, case.n, case.costs(shape), case.cap, passes, by_span)
+            order = searched(shape, case.n, case.costs(shape), case.cap, passes if by_span else passes / 2, by_span)
             if order is not None:
                 found.append(order)
                 if by_span and shape == chain(case.p):

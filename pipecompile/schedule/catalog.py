@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain as chain_of
 
 from pipecompile.errors import InputError
 from pipecompile.schedule import policy
@@ -92,8 +93,8 @@ def searched(
     shape: Shape, num_microbatches: int, costs: StageCosts, cap: float, passes: float, by_span: bool = True
 ) -> Order | None:
     """The best order found on a shape under the memory cap of a rank, from all candidates, or None if none fits."""
-    starts = (*_starts(shape, num_microbatches), *candidates(shape, num_microbatches, costs))
     caps = (cap,) * shape.num_ranks
+    starts = chain_of(_starts(shape, num_microbatches), candidates(shape, num_microbatches, costs, caps))
     return improve(shape, num_microbatches, costs, caps, starts, passes=passes, by_span=by_span)
 
 

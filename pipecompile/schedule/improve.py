@@ -20,7 +20,7 @@ from random import Random
 from pipecompile.schedule.job import Job, job_of
 from pipecompile.schedule.list_schedule import list_schedule
 from pipecompile.schedule.order import Order, Rows
-from pipecompile.schedule.place_weights import place_weights
+from pipecompile.schedule.place_weights import Placed, place_weights
 from pipecompile.schedule.policy import merge, one_f_one_b
 from pipecompile.schedule.shape import Shape
 from pipecompile.schedule.squeeze import Timed, mirrored, squeeze, timed
@@ -28,6 +28,7 @@ from pipecompile.schedule.stage_costs import StageCosts, busy
 
 PATIENCE = (0.0, 0.5, 1.0)
 SQUEEZE_PASSES = 12  # what one squeeze costs, in passes of ``timed``
+LARGE = 20_000  # computations from which fewer candidates are tried
 AMPLITUDES = (0.05, 0.1, 0.2, 0.4, 0.8)  # by which times are wrong
 
 
@@ -67,7 +68,7 @@ def improve(
     mirror = mirrored(job)
     goal = max(busy(shape, costs, num_microbatches))
     budget = Budget(max(passes, 250_000 / len(job.seconds)))
-    found = sorted(_placed(job, rows, budget), key=lambda each: _score(each, by_span))
+    found = [placed for _, placed in _placed(job, rows, by_span, goal, budget)[:8]]
     best = _squeezed(job, mirror, found, by_span, goal, budget)
     if best is None:
         return None
@@ -77,14 +78,16 @@ def improve(
     return order
 
 
-def candidates(shape: Shape, num_microbatches: int, costs: StageCosts) -> Iterator[Rows]:
-    """Rows of F and B of any shape: with few microbatches in flight up to more than fill the pipeline."""
+def candidates(shape: Shape, num_microbatches: int, costs: StageCosts, caps: Sequence[float]) -> Iterator[Rows]:
+    """Rows of F and B of any shape: with few microbatches in flight up to more than fill the pipeline, or the memory."""
     n, seen = num_microbatches, set()
-    job = job_of(shape, n, costs, (0.0,) * shape.num_ranks)
+    job = job_of(shape, n, costs, caps)
+    room = [_room(caps[rank], costs.mem_f[stage], n) for stage, rank in enumerate(shape.rank_of)]
     longest = max(shape.depth)
-    factors = [step / 8 for step in range(25)]
-    for factor in [*factors, *_little(shape, costs)]:
-        limits = tuple(min(n, 1 + floor(factor * (depth - 1))) for depth in shape.depth)
+    steps = 8 if len(job.seconds) < LARGE else 4
+    full = (min(room) - 1) / (longest - 1) if longest > 1 else 0.0
+    for factor in [full, *_little(shape, costs), *(step / steps for step in range(3 * steps + 1))]:
+        limits = tuple(min(most, 1 + floor(factor * (d - 1))) for most, d in zip(room, shape.depth, strict=True))
         if limits in seen or (factor and longest == 1):
             continue
         seen.add(limits)
@@ -92,6 +95,11 @@ def candidates(shape: Shape, num_microbatches: int, costs: StageCosts) -> Iterat
             by_rank = tuple(limits[stages[0]] for stages in shape.stages_of)
             yield merge(replace(one_f_one_b(shape, n), limit=by_rank), shape, n).rows
         yield list_schedule(job, limits)
+
+
+def _room(cap: float, each: float, n: int) -> int:
+    """The Forwards that fit into memory, at least 1."""
+    return max(1, floor(min(n, cap / each + 1e-9))) if each else n
 
 
 def _little(shape: Shape, costs: StageCosts) -> list[float]:
@@ -103,23 +111,31 @@ def _little(shape: Shape, costs: StageCosts) -> list[float]:
     return [(ceil(needed) + extra) / depth for extra in (0, 1, 2)] if depth else []
 
 
-def _placed(job: Job, rows: Iterable[Rows], budget: Budget) -> Iterator[Timed]:
-    last = 2 * job.cells
+def _placed(
+    job: Job, rows: Iterable[Rows], by_span: bool, goal: float, budget: Budget
+) -> list[tuple[tuple[float, float], Placed]]:
+    """Rows with their W and their scores, the best first; no more once the goal is reached."""
+    last, found = 2 * job.cells, []
     for each in rows:
         bare = [[code for code in row if code < last] for row in each]
-        for patience in PATIENCE:
+        for patience in PATIENCE if len(job.seconds) < LARGE else PATIENCE[1:]:
             budget.take(1)
             placed = place_weights(job, bare, patience)
-            if placed is not None and (again := timed(job, placed.rows)) is not None:
-                yield again
+            if placed is not None:
+                found.append((_score(placed, by_span), placed))
+        if any(score[0] <= goal * (1 + 1e-9) for score, _ in found):
+            break
+    return sorted(found, key=lambda pair: pair[0])
 
 
 def _squeezed(
-    job: Job, mirror: Job, found: Sequence[Timed], by_span: bool, goal: float, budget: Budget
+    job: Job, mirror: Job, found: Sequence[Placed], by_span: bool, goal: float, budget: Budget
 ) -> Timed | None:
-    best = found[0] if found else None
-    for each in found[:8]:
-        assert best is not None
+    best = None
+    for placed in found:
+        each = timed(job, placed.rows)
+        assert each is not None
+        best = each if best is None else best
         while budget.take(SQUEEZE_PASSES) and _score(best, by_span)[0] > goal * (1 + 1e-9):
             after = timed(job, squeeze(job, mirror, each, by_span))
             assert after is not None
@@ -149,5 +165,5 @@ def _searched(job: Job, mirror: Job, best: Timed, by_span: bool, goal: float, bu
     return best
 
 
-def _score(each: Timed, by_span: bool) -> tuple[float, float]:
+def _score(each: Timed | Placed, by_span: bool) -> tuple[float, float]:
     return (each.span, each.makespan) if by_span else (each.makespan, each.span)
