@@ -167,7 +167,7 @@ def _number(name: str, text: str, where: str) -> float:
 
 def results(case: Case) -> Iterator[Result]:
     """Every schedule that meets the cap, then the best."""
-    passes = 250.0 if case.p <= 8 else 320.0
+    passes = max(250.0 if case.p <= 8 else 320.0, 60_000 / (case.p * case.n))
     orders: dict[str, Order] = {}
     for name, recipe in RECIPES.items():
         order = made(name, case.p, case.n, case.costs(recipe.shape(case.p)), case.cap, passes / 2)
@@ -186,7 +186,8 @@ def results(case: Case) -> Iterator[Result]:
         orders["auto-makespan"] = best(found, lambda order: case.costs(order.shape), by_span=False)
     for name, order in orders.items():
         run = replay(order, case.costs(order.shape))
-        yield Result(case.name, name, run.span_rate, run.makespan_rate, run.peak)
+        peak = min(case.cap, float(f"{run.peak:.12g}"))  # without the rounding of sums
+        yield Result(name=case.name, schedule=name, span_rate=run.span_rate, makespan_rate=run.makespan_rate, peak=peak)
 
 
 def main() -> None:

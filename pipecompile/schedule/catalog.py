@@ -1,8 +1,8 @@
 """All schedules by name, as orders for equal ranks: the shape, what makes the order, and whether it is improved.
 
-Some schedules are orders by definition. Others are a rule for memory and a way to fill it, whose order depends on times:
-``zb`` is ZB-1p or ZB-2p of the paper, by the cap; ZB-V, V-Half and V-Min start from their order for equal times and
-keep the memory that it needs.
+Some schedules are orders by definition. ZB-V, V-Half and V-Min are a rule for memory and a way to fill it: they start
+from their order for equal times, and keep the memory that it needs. ``searched`` is for a memory cap of one's own: on a
+chain it is what the paper calls ZB-1p or ZB-2p, by the cap.
 """
 
 from __future__ import annotations
@@ -62,7 +62,6 @@ RECIPES: Mapping[str, Recipe] = {
     "v-min": Recipe(v_shape, partial(periodic, v_min), memory=True),
     "dualpipe-v": Recipe(v_shape, partial(in_phases, dualpipe_v)),
 }
-SEARCHED: Mapping[str, Callable[[int], Shape]] = {"zb": chain, "zb-v-any": v_shape}
 
 
 def made(

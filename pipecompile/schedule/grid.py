@@ -3,8 +3,8 @@
     0: 0F0 0F1 .   0B0 .   0B1        a line per rank, a word per computation: stage, kind, microbatch
     1: .   1F0 1B0 1F1 1B1 .          dots are for the eye: an order has no times
 
-The kinds are F, B, I and W. B computes all gradients, unless there is a W for it; I is a B that must have one. Where each
-rank has one stage, words may leave it out: ``F0``. A bar or comma between words is allowed.
+The kinds are F, B, I and W. B computes all gradients, unless there is a W for it; I is a B that must have one. Where
+each rank has one stage, words may leave it out: ``F0``. A bar or comma between words is allowed.
 
 torch's files have a line per rank and a cell per computation or pause. They may hold transfers and other work
 (``0SEND_F0``, ``1UNSHARD``, ``0REDUCE_GRAD``), which are left out: they follow from the order. An overlapped pair,

@@ -60,14 +60,14 @@ def improve(
     Args:
         caps: the memory of each rank, in the unit of the costs.
         rows: candidates; W in them are ignored.
-        passes: the effort, in passes over all computations; small jobs get more.
+        passes: the effort, in passes over all computations.
         by_span: whether the longest span is the objective, then the makespan; or the other way around.
         seed: of the search.
     """
     job = job_of(shape, num_microbatches, costs, caps)
     mirror = mirrored(job)
     goal = max(busy(shape, costs, num_microbatches))
-    budget = Budget(max(passes, 250_000 / len(job.seconds)))
+    budget = Budget(passes)
     found = [placed for _, placed in _placed(job, rows, by_span, goal, budget)[:8]]
     best = _squeezed(job, mirror, found, by_span, goal, budget)
     if best is None:
@@ -79,7 +79,7 @@ def improve(
 
 
 def candidates(shape: Shape, num_microbatches: int, costs: StageCosts, caps: Sequence[float]) -> Iterator[Rows]:
-    """Rows of F and B of any shape: with few microbatches in flight up to more than fill the pipeline, or the memory."""
+    """Rows of F and B of any shape: from few microbatches in flight to more than fill the pipeline or the memory."""
     n, seen = num_microbatches, set()
     job = job_of(shape, n, costs, caps)
     room = [_room(caps[rank], costs.mem_f[stage], n) for stage, rank in enumerate(shape.rank_of)]

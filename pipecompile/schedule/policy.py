@@ -8,21 +8,22 @@ Backward has run. ``merge`` takes from them, without any times:
     Backwards left                          ->  B, by the key of Backwards
     nothing else left                       ->  W
 
-    policy            in flight (F without their B), at most     W held back     key of F                  key of B
-    GPipe             all                                        W is in B       k                         k
-    1F1B              depth                                      W is in B       k                         k
-    looped BFS        all                                        W is in B       chunk, k                  -chunk, -k
-    interleaved 1F1B  (v-1)g + 2(p-1-r) + 1                      W is in B       k div g, chunk, k         k div g, -chunk, k
-    ZB-H1             depth                                      D - depth       k                         k
-    ZB-H2             2 depth - 1                                2(D - depth)    k                         k
-    interleaved ZB    (v-1)g + p - r                             r               k div g, chunk, k         k div g, -chunk, k
+    policy            in flight (F without B), at most  W held back  key of F           key of B
+    GPipe             all                               W is in B    k                  k
+    1F1B              depth                             W is in B    k                  k
+    looped BFS        all                               W is in B    chunk, k           -chunk, -k
+    interleaved 1F1B  (v-1)g + 2(p-1-r) + 1             W is in B    k div g, chunk, k  k div g, -chunk, k
+    ZB-H1             depth                             D - depth    k                  k
+    ZB-H2             2 depth - 1                       2(D - depth) k                  k
+    interleaved ZB    (v-1)g + p - r                    r            k div g, chunk, k  k div g, -chunk, k
 
 k is the microbatch, r the rank of p, v the chunks per rank, D the largest depth, g the microbatches of a round: n div
-max(1, n div p). A rank's depth is the largest of its stages. Depth is the longest path to a sink, so the policies hold
-for any stage graph, and parallel branches shorten the warm-up.
+max(1, n div p). The depth of a stage is the longest path to a sink, that of a rank is the sum over its stages. So the
+policies hold for any stage graph, and parallel branches shorten the warm-up. Where keys are equal, earlier stages are
+first in Forwards and last in Backwards.
 
 Sources: GPipe (Huang et al., 2019), DAPPLE (Fan et al., 2021), breadth-first (Lamy-Poirier, 2023), interleaved
-(Narayanan et al., 2021), Zero Bubble (Qi et al., 2024), depth in place of a stage number: GraphPipe (Jeon et al., 2025).
+(Narayanan et al., 2021), Zero Bubble (Qi et al., 2024); depth for a stage number: GraphPipe (Jeon et al., 2025).
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ class Policy:
 def merge(policy: Policy, shape: Shape, num_microbatches: int) -> Order:
     """The order of a policy.
 
-    If no rank could continue, as with a last round that is not full, more Forwards are in flight: the limits grow by one
-    until the order can run, which it can when all Forwards are first.
+    If no rank could continue, as with a last round that is not full, more Forwards are in flight: the limits grow by
+    one until the order can run, which it can when all Forwards are first.
 
     Raises:
         InputError: there is no microbatch.
@@ -83,7 +84,7 @@ def _row(policy: Policy, shape: Shape, rank: int, n: int) -> list[Op]:
     chunks = list(enumerate(shape.stages_of[rank]))
     cells = [(k, chunk, stage) for chunk, stage in chunks for k in range(n)]
     forwards = deque(sorted(cells, key=lambda cell: policy.forward_key(cell[0], cell[1])))
-    backwards = deque(sorted(cells, key=lambda cell: policy.backward_key(cell[0], cell[1])))
+    backwards = deque(sorted(cells, key=lambda cell: (policy.backward_key(cell[0], cell[1]), -cell[2])))
     weights: deque[Op] = deque()
     limit = policy.limit[rank]
     hold = None if policy.hold is None else policy.hold[rank]
@@ -157,8 +158,8 @@ def interleaved_zb(shape: Shape, n: int) -> Policy:
 
 
 def rank_depths(shape: Shape) -> tuple[int, ...]:
-    """The largest depth of the stages of each rank."""
-    return tuple(max(shape.depth[stage] for stage in stages) for stages in shape.stages_of)
+    """The depths of the stages of each rank, added up."""
+    return tuple(sum(shape.depth[stage] for stage in stages) for stages in shape.stages_of)
 
 
 def _by_microbatch(k: int, chunk: int) -> Key:

@@ -139,7 +139,7 @@ def peaks(order: Order, costs: StageCosts) -> tuple[float, ...]:
 
 
 def _rate(seconds: float, work: float) -> float:
-    return (seconds - work) / seconds if seconds else 0.0
+    return max(0.0, (seconds - work) / seconds) if seconds else 0.0  # no less than 0 by the rounding of sums
 
 
 def _check_all_done(order: Order, position: list[int], arrived: list[float | None], costs: StageCosts) -> None:
