@@ -167,7 +167,7 @@ def _number(name: str, text: str, where: str) -> float:
 
 def results(case: Case) -> Iterator[Result]:
     """Every schedule that meets the cap, then the best."""
-    passes = max(250.0 if case.p <= 8 else 320.0, 60_000 / (case.p * case.n))
+    passes = max(120.0 if case.p <= 8 else 320.0, 60_000 / (case.p * case.n))
     orders: dict[str, Order] = {}
     for name, recipe in RECIPES.items():
         order = made(name, case.p, case.n, case.costs(recipe.shape(case.p)), case.cap, passes / 2)

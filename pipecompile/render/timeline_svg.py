@@ -91,7 +91,7 @@ def timeline_svg(timeline: Timeline) -> str:
 
 def _inner(timeline: Timeline) -> int:
     """Pixels that fit a label into the shortest Forward or Backward, within the limits of a page."""
-    labelled = [cell for cell in cells(timeline) if cell.kind in "FB"]
+    labelled = [cell for cell in cells(timeline) if cell.kind in "FBW"]
     wanted = max((_pixels(cell.label) * timeline.makespan / (cell.end - cell.start) for cell in labelled), default=0)
     return round(min(max(720, wanted), 2400))
 
