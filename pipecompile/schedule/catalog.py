@@ -15,7 +15,7 @@ from itertools import chain as chain_of
 from pipecompile.errors import InputError
 from pipecompile.schedule import policy
 from pipecompile.schedule.improve import candidates, improve
-from pipecompile.schedule.order import Order, Rows
+from pipecompile.schedule.order import Order, Rows, W
 from pipecompile.schedule.periodic import periodic, v_half, v_min
 from pipecompile.schedule.phases import dualpipe_v, in_phases, zb_v
 from pipecompile.schedule.policy import Policy, merge
@@ -86,6 +86,18 @@ def made(
         if improved is not None:
             return improved
     return order if fits(order, costs, cap) else None
+
+
+def why_not_run(name: str) -> str:
+    """What a schedule of the catalog needs that the runtime does not have yet."""
+    order = RECIPES[name].order(2, 2)
+    chunks = len(order.shape.stages_of[0])
+    needs = [f"{chunks} stages on each rank"] * (chunks > 1)
+    needs += ["backwards that are split in two"] * any(op.kind == W for op in order.ops(0))
+    return (
+        f"is not run yet: it needs {' and '.join(needs)}, and today plans have one stage per rank and backwards are "
+        f"whole; use '1f1b' to train, and `pipecompile schedule {name}` to see its timeline"
+    )
 
 
 def searched(
