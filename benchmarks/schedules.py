@@ -167,16 +167,18 @@ def _number(name: str, text: str, where: str) -> float:
 
 def results(case: Case) -> Iterator[Result]:
     """Every schedule that meets the cap, then the best."""
-    passes = max(120.0 if case.p <= 8 else 320.0, 60_000 / (case.p * case.n))
+    size = case.p * case.n
+    passes = max(120.0, 60_000 / size) if case.p <= 8 else max(240.0, 2_400_000 / size)
+    part = 0.5 if case.p <= 8 else 0.25  # of the effort, for orders that auto may take in any case
     orders: dict[str, Order] = {}
     for name, recipe in RECIPES.items():
-        order = made(name, case.p, case.n, case.costs(recipe.shape(case.p)), case.cap, passes / 2)
+        order = made(name, case.p, case.n, case.costs(recipe.shape(case.p)), case.cap, part * passes)
         if order is not None:
             orders[name] = order
     found = [*orders.values()]
     for by_span in (True, False):
         for shape in (chain(case.p), v_shape(case.p)):
-            order = searched(shape, case.n, case.costs(shape), case.cap, passes if by_span else passes / 2, by_span)
+            order = searched(shape, case.n, case.costs(shape), case.cap, passes if by_span else part * passes, by_span)
             if order is not None:
                 found.append(order)
                 if by_span and shape == chain(case.p):

@@ -40,7 +40,7 @@ from pipecompile.render.formats import FORMATS
 from pipecompile.render.timeline import timeline_svg, timeline_text
 from pipecompile.render.trace import trace as trace_text
 from pipecompile.schedule import SCHEDULES, SYNCHRONOUS
-from pipecompile.schedule.catalog import RECIPES, why_not_run
+from pipecompile.schedule.catalog import RECIPES, not_run_yet
 from pipecompile.schedule.grid import write_torch_csv
 from pipecompile.schedule.order_program import order_of
 from pipecompile.schedule.simulator import simulate
@@ -334,7 +334,10 @@ def _check_choice(what: str, given: str, choices: tuple[str, ...]) -> None:
 
 def _check_schedule(given: str, choices: tuple[str, ...]) -> None:
     if given in RECIPES and given not in SCHEDULES:
-        raise InputError(f"schedule {given!r} {why_not_run(given)}")
+        raise InputError(
+            f"schedule {given!r} is not run yet, because it needs {not_run_yet(given)}; use 1f1b, or see its timeline "
+            f"with `pipecompile schedule {given}`"
+        )
     _check_choice("schedule", given, choices)
 
 

@@ -8,7 +8,7 @@ chain it is what the paper calls ZB-1p or ZB-2p, by the cap.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain as chain_of
 
@@ -88,16 +88,13 @@ def made(
     return order if fits(order, costs, cap) else None
 
 
-def why_not_run(name: str) -> str:
-    """What a schedule of the catalog needs that the runtime does not have yet."""
+def not_run_yet(name: str) -> str:
+    """What a schedule of the catalog needs that the runtime does not have yet, in words."""
     order = RECIPES[name].order(2, 2)
     chunks = len(order.shape.stages_of[0])
-    needs = [f"{chunks} stages on each rank"] * (chunks > 1)
-    needs += ["backwards that are split in two"] * any(op.kind == W for op in order.ops(0))
-    return (
-        f"is not run yet: it needs {' and '.join(needs)}, and today plans have one stage per rank and backwards are "
-        f"whole; use '1f1b' to train, and `pipecompile schedule {name}` to see its timeline"
-    )
+    needs = [f"{chunks} stages on each rank, where today a plan has one"] * (chunks > 1)
+    needs += ["backwards split in two, where today they are whole"] * any(op.kind == W for op in order.ops(0))
+    return ", and ".join(needs)
 
 
 def searched(
@@ -132,8 +129,6 @@ def _starts(shape: Shape, num_microbatches: int) -> Iterator[Rows]:
 
 def _own_memory(order: Order, costs: StageCosts) -> tuple[float, ...]:
     """What an order needs of each rank, if W free all that F take; more where these costs need more."""
-    kept = StageCosts(
-        costs.f, costs.b, costs.w, costs.transfer, costs.mem_f, (0.0,) * len(costs.f), tuple(-m for m in costs.mem_f)
-    )
+    kept = replace(costs, mem_b=(0.0,) * len(costs.f), mem_w=tuple(-amount for amount in costs.mem_f))
     most = max(peaks(order, kept))
     return tuple(max(most, own) for own in peaks(order, costs))

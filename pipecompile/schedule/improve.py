@@ -28,6 +28,7 @@ from pipecompile.schedule.stage_costs import StageCosts, busy
 
 PATIENCE = (0.0, 0.5, 1.0)
 SQUEEZE_PASSES = 12  # what one squeeze costs, in passes of ``timed``
+SQUEEZED, SEARCHED = 8, 3  # candidates that are squeezed, and searched around
 LARGE = 20_000  # computations from which fewer candidates are tried
 AMPLITUDES = (0.05, 0.1, 0.2, 0.4, 0.8)  # by which times are wrong
 
@@ -65,14 +66,18 @@ def improve(
         seed: of the search.
     """
     job = job_of(shape, num_microbatches, costs, caps)
-    mirror = mirrored(job)
-    goal = max(busy(shape, costs, num_microbatches))
-    budget = Budget(passes)
-    found = [placed for _, placed in _placed(job, rows, by_span, goal, budget)[:8]]
-    best = _squeezed(job, mirror, found, by_span, goal, budget)
-    if best is None:
+    search = _Search(
+        job=job,
+        mirror=mirrored(job),
+        by_span=by_span,
+        goal=max(busy(shape, costs, num_microbatches)) * (1 + 1e-9),
+        budget=Budget(passes),
+        random=Random(seed),
+    )
+    starts = search.squeezed(search.placed(rows)[:SQUEEZED])
+    if not starts:
         return None
-    best = _searched(job, mirror, best, by_span, goal, budget, Random(seed))
+    best = search.around(starts[:SEARCHED])
     order = Order(shape, num_microbatches, tuple(map(tuple, best.rows)))
     order.validate()
     return order
@@ -85,8 +90,10 @@ def candidates(shape: Shape, num_microbatches: int, costs: StageCosts, caps: Seq
     room = [_room(caps[rank], costs.mem_f[stage], n) for stage, rank in enumerate(shape.rank_of)]
     longest = max(shape.depth)
     steps = 8 if len(job.seconds) < LARGE else 4
+    grid = [step / steps for step in range(3 * steps + 1)]
+    between = [1 + (step + 0.5) / steps for step in range(steps)]  # a rank's memory often lies here
     full = (min(room) - 1) / (longest - 1) if longest > 1 else 0.0
-    for factor in [full, *_little(shape, costs), *(step / steps for step in range(3 * steps + 1))]:
+    for factor in [full, *_little(shape, costs), *grid, *between]:
         limits = tuple(min(most, 1 + floor(factor * (d - 1))) for most, d in zip(room, shape.depth, strict=True))
         if limits in seen or (factor and longest == 1):
             continue
@@ -111,59 +118,82 @@ def _little(shape: Shape, costs: StageCosts) -> list[float]:
     return [(ceil(needed) + extra) / depth for extra in (0, 1, 2)] if depth else []
 
 
-def _placed(
-    job: Job, rows: Iterable[Rows], by_span: bool, goal: float, budget: Budget
-) -> list[tuple[tuple[float, float], Placed]]:
-    """Rows with their W and their scores, the best first; no more once the goal is reached."""
-    last, found = 2 * job.cells, []
-    for each in rows:
-        bare = [[code for code in row if code < last] for row in each]
-        for patience in PATIENCE if len(job.seconds) < LARGE else PATIENCE[1:]:
-            budget.take(1)
-            placed = place_weights(job, bare, patience)
-            if placed is not None:
-                found.append((_score(placed, by_span), placed))
-        if any(score[0] <= goal * (1 + 1e-9) for score, _ in found):
-            break
-    return sorted(found, key=lambda pair: pair[0])
+@dataclass(frozen=True)
+class _Search:
+    """The steps of a search for one job, which share a budget and stop at the goal."""
 
+    job: Job
+    mirror: Job
+    by_span: bool
+    goal: float  # seconds that no order can be shorter than
+    budget: Budget
+    random: Random
 
-def _squeezed(
-    job: Job, mirror: Job, found: Sequence[Placed], by_span: bool, goal: float, budget: Budget
-) -> Timed | None:
-    best = None
-    for placed in found:
-        each = timed(job, placed.rows)
-        assert each is not None
-        best = each if best is None else best
-        while budget.take(SQUEEZE_PASSES) and _score(best, by_span)[0] > goal * (1 + 1e-9):
-            after = timed(job, squeeze(job, mirror, each, by_span))
-            assert after is not None
-            if _score(after, by_span) >= _score(each, by_span):
+    def placed(self, rows: Iterable[Rows]) -> list[Placed]:
+        """Each candidate with its W after the best rule, if it fits into memory; the best first."""
+        job, found = self.job, []
+        for each in rows:
+            bare = [[code for code in row if code < 2 * job.cells] for row in each]
+            rules = PATIENCE if len(job.seconds) < LARGE else PATIENCE[1:]
+            self.budget.take(len(rules))
+            fitting = [placed for rule in rules if (placed := place_weights(job, bare, rule)) is not None]
+            found += sorted(fitting, key=self.score)[:1]
+            if found and self.is_reached(found[-1]):
                 break
-            each = after
-            best = min(best, each, key=lambda each: _score(each, by_span))
-    return best
+        return sorted(found, key=self.score)
 
+    def squeezed(self, starts: Sequence[Placed]) -> list[Timed]:
+        """Each start after as many squeezes as help; the best first."""
+        found: list[Timed] = []
+        for placed in starts:
+            here = self.timed(placed.rows)
+            while not (self.is_reached(here) or any(map(self.is_reached, found))) and self.budget.take(SQUEEZE_PASSES):
+                there = self.timed(squeeze(self.job, self.mirror, here, self.by_span))
+                if self.score(there) >= self.score(here):
+                    break
+                here = there
+            found.append(here)
+        return sorted(found, key=self.score)
 
-def _searched(job: Job, mirror: Job, best: Timed, by_span: bool, goal: float, budget: Budget, random: Random) -> Timed:
-    here = best
-    while _score(best, by_span)[0] > goal * (1 + 1e-9) and budget.take(3 * SQUEEZE_PASSES):
-        size = random.choice(AMPLITUDES)
-        wrong = [seconds * (1 + size * (2 * random.random() - 1)) for seconds in job.seconds]
-        odd, odd_mirror = replace(job, seconds=wrong), replace(mirror, seconds=wrong)
-        start = timed(odd, here.rows)
-        assert start is not None
-        there = timed(job, squeeze(odd, odd_mirror, start, by_span))
+    def around(self, starts: Sequence[Timed]) -> Timed:
+        """The best order near any of the starts, which get equal parts of the budget."""
+        best, share = starts[0], self.budget.passes / len(starts)
+        for here in starts:
+            budget = Budget(share)
+            while not self.is_reached(best) and budget.take(3 * SQUEEZE_PASSES):
+                there = self.near(here)
+                here = min(there, here, key=self.score)
+                best = min(best, here, key=self.score)
+        return best
+
+    def near(self, here: Timed) -> Timed:
+        """Another order: squeezed with wrong times, then twice with the right ones."""
+        wrong = _wrong(self.job, self.random)
+        job, mirror = replace(self.job, seconds=wrong), replace(self.mirror, seconds=wrong)
+        odd = timed(job, here.rows)
+        assert odd is not None
+        rows = squeeze(job, mirror, odd, self.by_span)
         for _ in range(2):
-            assert there is not None
-            there = timed(job, squeeze(job, mirror, there, by_span))
-        assert there is not None
-        if _score(there, by_span) <= _score(here, by_span):
-            here = there
-        best = min(best, here, key=lambda each: _score(each, by_span))
-    return best
+            rows = squeeze(self.job, self.mirror, self.timed(rows), self.by_span)
+        return self.timed(rows)
+
+    def timed(self, rows: Rows) -> Timed:
+        found = timed(self.job, rows)
+        assert found is not None, "a squeeze keeps all dependencies"
+        return found
+
+    def is_reached(self, each: Timed | Placed) -> bool:
+        return self.score(each)[0] <= self.goal
+
+    def score(self, each: Timed | Placed) -> tuple[float, float]:
+        return (each.span, each.makespan) if self.by_span else (each.makespan, each.span)
 
 
-def _score(each: Timed | Placed, by_span: bool) -> tuple[float, float]:
-    return (each.span, each.makespan) if by_span else (each.makespan, each.span)
+def _wrong(job: Job, random: Random) -> list[float]:
+    """Times that are wrong at random: all F, B and W by a factor for each kind, or each computation by its own."""
+    size, by_kind = random.choice(AMPLITUDES), random.random() < 0.5
+    count = 3 if by_kind else len(job.seconds)
+    factors = [1 + size * (2 * random.random() - 1) for _ in range(count)]
+    if by_kind:
+        factors = [factor for factor in factors for _ in range(job.cells)]
+    return [seconds * factor for seconds, factor in zip(job.seconds, factors, strict=True)]

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import cycle, islice
 
-from pipecompile.errors import InputError
+from pipecompile.errors import ProgramError
 from pipecompile.schedule.order import KINDS, Op, Order, W, check_microbatches
 from pipecompile.schedule.shape import Shape, v_shape
 
@@ -67,6 +67,7 @@ def in_phases(phases_of: PhasesOf, num_ranks: int, num_microbatches: int) -> Ord
 
     Raises:
         InputError: there is no rank or no microbatch.
+        ProgramError: a computation is left out.
     """
     check_microbatches(num_microbatches)
     shape = v_shape(num_ranks)
@@ -98,4 +99,4 @@ def _spell(phases: Iterable[Phase], shape: Shape, rank: int) -> Iterator[Op]:
             if is_split:
                 waiting.append(Op(W, stage, op.microbatch))
     if waiting:
-        raise InputError(f"the phases of rank {rank} leave {waiting[0]} out")
+        raise ProgramError(f"the phases of rank {rank} leave {waiting[0]} out; add a W at the end")

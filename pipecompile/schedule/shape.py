@@ -39,9 +39,9 @@ class Shape:
             raise InputError(f"each rank from 0 needs a stage; got rank_of={self.rank_of}")
         for source, target in self.edges:
             if not 0 <= source < target < self.num_stages:
-                raise InputError(f"edge {source} -> {target} does not lead to a later one of {self.num_stages} stages")
+                raise InputError(f"edge {source} -> {target} must lead to a later one of {self.num_stages} stages")
         if len(set(self.edges)) < len(self.edges):
-            raise InputError(f"an edge occurs twice in {self.edges}")
+            raise InputError(f"an edge must not occur twice; got {self.edges}")
 
     @property
     def num_stages(self) -> int:
@@ -106,5 +106,5 @@ def shape_of(plan: Plan) -> Shape:
 
 def _in_a_row(rank_of: Sequence[int]) -> Shape:
     if len(rank_of) < 1:
-        raise InputError("a schedule needs at least one rank and one stage on it")
+        raise InputError("a schedule must have at least one rank, and a stage on it")
     return Shape(tuple(rank_of), tuple((s, s + 1) for s in range(len(rank_of) - 1)))

@@ -65,7 +65,9 @@ class StageCosts:
         parts = [len(shape.stages_of[rank]) for rank in shape.rank_of]
         f_, b_, w_ = (tuple(seconds / part for part in parts) for seconds in (f, b, w))
         mem_f, mem_b, mem_w = (tuple(amount / part for part in parts) for amount in memory)
-        return StageCosts(f_, b_, w_, (transfer,) * len(shape.edges), mem_f, mem_b, mem_w)
+        return StageCosts(
+            f=f_, b=b_, w=w_, transfer=(transfer,) * len(shape.edges), mem_f=mem_f, mem_b=mem_b, mem_w=mem_w
+        )
 
 
 def busy(shape: Shape, costs: StageCosts, num_microbatches: int) -> tuple[float, ...]:

@@ -151,8 +151,8 @@ def test_an_order_that_is_not_one_is_refused_with_its_computation(rows, words):
     [
         (lambda: chain(0), "at least one rank"),
         (lambda: Shape((0, 2), ()), "each rank from 0 needs a stage"),
-        (lambda: Shape((0, 1), ((1, 0),)), "does not lead to a later"),
-        (lambda: Shape((0, 1), ((0, 1), (0, 1))), "occurs twice"),
+        (lambda: Shape((0, 1), ((1, 0),)), "must lead to a later"),
+        (lambda: Shape((0, 1), ((0, 1), (0, 1))), "must not occur twice"),
         (lambda: StageCosts((1.0,), (-1.0,), (1.0,)), "b=-1.0 is not a time"),
         (lambda: StageCosts((1.0,), (1.0,), (float("nan"),)), "w=nan is not a time"),
         (lambda: StageCosts((1.0,), (1.0,), (1.0, 1.0)), "one entry per stage"),
