@@ -1,8 +1,9 @@
 """The bubble and the memory of every schedule, for times and memory from a file.
 
     python benchmarks/schedules.py --costs FILE.csv [--json]
+    python benchmarks/schedules.py --ranks 1000
 
-One case a row; its columns are
+The second measures the simulator. In the file, each row is a case; its columns are
 
     name                  of the case
     p, n                  ranks and microbatches
@@ -192,11 +193,32 @@ def results(case: Case) -> Iterator[Result]:
         yield Result(name=case.name, schedule=name, span_rate=run.span_rate, makespan_rate=run.makespan_rate, peak=peak)
 
 
+def measure(ranks: int) -> None:
+    """Prints how long orders of many ranks take to make and to simulate."""
+    print(f"{ranks} ranks, {ranks // 4} microbatches, without a search")
+    for name in ("1f1b", "interleaved-1f1b", "zb-h1", "zb-v"):
+        start = time.perf_counter()
+        order = RECIPES[name].order(ranks, max(1, ranks // 4))
+        made_at = time.perf_counter()
+        run = replay(order, StageCosts.uniform(order.shape, 1.0, 1.0, 1.0, 0.1))
+        end = time.perf_counter()
+        count = sum(map(len, order.rows))
+        print(
+            f"  {name:20}{count:10,} computations  made in {made_at - start:6.2f} s  simulated in "
+            f"{end - made_at:6.2f} s ({(end - made_at) / count * 1e6:.2f} us each), peak {run.peak:g}"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--costs", type=Path, required=True, help="a file with one case a row")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--costs", type=Path, help="a file with one case a row")
+    what.add_argument("--ranks", type=int, help="simulate so many ranks instead")
     parser.add_argument("--json", action="store_true", help="print a list of objects")
     arguments = parser.parse_args()
+    if arguments.costs is None:
+        measure(arguments.ranks)
+        return
     try:
         cases = read(arguments.costs)
     except (InputError, OSError, UnicodeDecodeError, csv.Error) as error:

@@ -12,7 +12,7 @@ V variant of DeepSeek's DualPipe repository. On both, torch's generators agree, 
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -80,15 +80,17 @@ def in_phases(phases_of: PhasesOf, num_ranks: int, num_microbatches: int) -> Ord
 
 def _spell(phases: Iterable[Phase], shape: Shape, rank: int) -> Iterator[Op]:
     count: Counter[tuple[str, int]] = Counter()
-    waiting: deque[Op] = deque()
+    waiting: dict[Op, None] = {}  # the oldest is first
+    of_chunk: dict[int, deque[Op]] = defaultdict(deque)  # the same
     for phase in phases:
         for token in phase.word.split() * phase.times:
             letter, chunk = token[0], int(token[1:] or -1)
             if letter == "W":
-                op = next((op for op in waiting if chunk < 0 or shape.chunk_of[op.stage] == chunk), None)
+                op = next(iter(waiting if chunk < 0 else of_chunk[chunk]), None)
                 if op is None:
                     continue  # a rank of one has nothing to wait for
-                waiting.remove(op)
+                of_chunk[shape.chunk_of[op.stage]].popleft()
+                del waiting[op]
                 yield op
                 continue
             letter, is_split = ("B", True) if letter == "I" else (letter, False)
@@ -97,6 +99,8 @@ def _spell(phases: Iterable[Phase], shape: Shape, rank: int) -> Iterator[Op]:
             count[letter, chunk] += 1
             yield op
             if is_split:
-                waiting.append(Op(W, stage, op.microbatch))
+                weight = Op(W, stage, op.microbatch)
+                waiting[weight] = None
+                of_chunk[chunk].append(weight)
     if waiting:
-        raise ProgramError(f"the phases of rank {rank} leave {waiting[0]} out; add a W at the end")
+        raise ProgramError(f"the phases of rank {rank} leave {next(iter(waiting))} out; add a W at the end")
