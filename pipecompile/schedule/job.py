@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pipecompile.schedule.shape import Shape
 from pipecompile.schedule.stage_costs import StageCosts
-from pipecompile.schedule.wiring import Wiring, memory_of, seconds_of, wiring
+from pipecompile.schedule.wiring import Wiring, memory_of, seconds_of, wires_of
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ def job_of(shape: Shape, num_microbatches: int, costs: StageCosts, caps: Sequenc
     n, cells = num_microbatches, shape.num_stages * num_microbatches
     return Job(
         cells=cells,
-        wires=wiring(shape, n, costs.transfer),
+        wires=wires_of(shape, n, costs),
         seconds=seconds_of(costs, n),
         added=memory_of(costs, n),
         needs=[*(-1 for _ in range(cells)), *range(2 * cells)],

@@ -77,7 +77,7 @@ def list_schedule(job: Job, limits: Sequence[int], fills: bool = True) -> list[l
         heappush(events, (done, rank, -1))
         for slot in near[code]:
             arrive(reader[slot], done)
-        for slot, transfer in sends[code]:
+        for slot, transfer, _ in sends[code]:
             arrive(reader[slot], done + transfer)
 
     def arrive(code: int, at: float) -> None:

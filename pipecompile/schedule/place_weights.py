@@ -100,10 +100,11 @@ def place_weights(job: Job, rows: Rows, patience: float = 0.0, allowed: Sequence
                     queue.append(code + cells)
                 for slot in near[code]:
                     arrived[slot] = now
-                for slot, transfer in sends[code]:
+                for slot, transfer, occupied in sends[code]:
                     free = sender[rank]
-                    free = (now if now > free else free) + transfer
-                    sender[rank] = arrived[slot] = free
+                    begun = now if now > free else free
+                    sender[rank] = begun + occupied
+                    arrived[slot] = begun + transfer
                     if slot in waiting:
                         able.append(waiting.pop(slot))
                 index += 1

@@ -1,7 +1,8 @@
 """Simulates an order: when each computation runs, and how much memory each rank needs.
 
 A rank has two clocks. It computes one thing at a time, in its order, as soon as what it waits for has arrived; and it
-sends one result at a time, while it computes.
+sends one result at a time, while it computes. How long a transfer keeps others waiting is an input (``queued``): all of
+its time, as over a narrow link, or none, as in the papers, where it is only late.
 
     rank 0   F0 F1 F2          computes           span      the longest time from a rank's first start to its last end
     rank 0      -0 -1 -2       sends              makespan  from the first start of any rank to the last end
@@ -23,7 +24,7 @@ from functools import cached_property
 from pipecompile.errors import DeadlockError, InputError
 from pipecompile.schedule.order import Order
 from pipecompile.schedule.stage_costs import StageCosts, busy
-from pipecompile.schedule.wiring import memory_of, seconds_of, wiring, with_whole_backwards
+from pipecompile.schedule.wiring import memory_of, seconds_of, wires_of, with_whole_backwards
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def replay(order: Order, costs: StageCosts) -> Replay:
     if len(costs.f) != order.shape.num_stages:
         raise InputError(f"got costs of {len(costs.f)} stages for {order.shape.num_stages}; give one per stage")
     seconds = with_whole_backwards(seconds_of(costs, order.num_microbatches), order)
-    wires = wiring(order.shape, order.num_microbatches, costs.transfer)
+    wires = wires_of(order.shape, order.num_microbatches, costs)
     waits, near, sends = wires.waits, wires.near, wires.sends
     arrived: list[float | None] = [None] * wires.num_slots
     start, end = [-1.0] * len(seconds), [-1.0] * len(seconds)
@@ -109,9 +110,10 @@ def replay(order: Order, costs: StageCosts) -> Replay:
                 end[code] = now = begin + seconds[code]
                 for slot in near[code]:
                     arrived[slot] = now
-                for slot, transfer in sends[code]:
-                    free = max(now, sender[rank]) + transfer
-                    sender[rank] = arrived[slot] = free
+                for slot, transfer, occupied in sends[code]:
+                    begun = max(now, sender[rank])
+                    sender[rank] = begun + occupied
+                    arrived[slot] = begun + transfer
                     if slot in waiting:
                         able.append(waiting.pop(slot))
                 continue
@@ -147,7 +149,7 @@ def _check_all_done(order: Order, position: list[int], arrived: list[float | Non
     if not stuck:
         return
     edges, n = order.shape.edges, order.num_microbatches
-    waits = wiring(order.shape, n, costs.transfer).waits
+    waits = wires_of(order.shape, n, costs).waits
     lines = []
     for rank, code in stuck:
         missing = [slot for slot in waits[code] if arrived[slot] is None]

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 
 from pipecompile.schedule.job import Job
 from pipecompile.schedule.order import Rows
-from pipecompile.schedule.wiring import Wiring
+from pipecompile.schedule.wiring import Sends, Wiring
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,11 @@ def timed(job: Job, rows: Rows) -> Timed | None:
                 now = begin + seconds[code]
                 for slot in near[code]:
                     arrived[slot] = now
-                for slot, transfer in sends[code]:
+                for slot, transfer, occupied in sends[code]:
                     free = sender[rank]
-                    free = (now if now > free else free) + transfer
-                    sender[rank] = arrived[slot] = free
+                    begun = now if now > free else free
+                    sender[rank] = begun + occupied
+                    arrived[slot] = begun + transfer
                     if slot in waiting:
                         able.append(waiting.pop(slot))
                 index += 1
@@ -156,7 +157,7 @@ def _pass(job: Job, codes: Sequence[int], release: Sequence[float]) -> tuple[lis
         done = end[code] = begin + length
         for slot in near[code]:
             arrived[slot] = done
-        for slot, transfer in sends[code]:
+        for slot, transfer, _ in sends[code]:
             arrived[slot] = done + transfer
     return rows, end
 
@@ -196,14 +197,14 @@ def mirrored(job: Job) -> Job:
     """The job in which time runs backward."""
     wires, codes = job.wires, range(len(job.seconds))
     reader = {slot: code for code in codes for slot in wires.waits[code]}
-    waits = [(*wires.near[code], *(slot for slot, _ in wires.sends[code])) for code in codes]
+    waits = [(*wires.near[code], *(slot for slot, *_ in wires.sends[code])) for code in codes]
     near: list[tuple[int, ...]] = [()] * len(codes)
-    sends: list[tuple[tuple[int, float], ...]] = [()] * len(codes)
+    sends: list[Sends] = [()] * len(codes)
     for code in codes:
         for slot in wires.near[code]:
             near[reader[slot]] += (slot,)
-        for slot, transfer in wires.sends[code]:
-            sends[reader[slot]] += ((slot, transfer),)
+        for send in wires.sends[code]:
+            sends[reader[send[0]]] += (send,)
     cells = job.cells
     return replace(
         job,

@@ -32,6 +32,7 @@ class StageCosts:
     mem_f: tuple[float, ...] = ()  # empty: 1 per Forward, freed by the gradient of weights
     mem_b: tuple[float, ...] = ()
     mem_w: tuple[float, ...] = ()
+    queued: float = 1.0  # the part of a transfer during which its rank sends nothing else
 
     def __post_init__(self) -> None:
         for name in ("mem_f", "mem_b", "mem_w"):
@@ -42,6 +43,11 @@ class StageCosts:
             for seconds in getattr(self, name):
                 if not (isfinite(seconds) and seconds >= 0):
                     raise InputError(f"{name}={seconds} is not a time; give a finite number of 0 or more")
+        if not 0 <= self.queued <= 1:
+            raise InputError(f"queued={self.queued} must be a part of a transfer, from 0 to 1")
+        for stage, (f, w) in enumerate(zip(self.mem_f, self.mem_w, strict=False)):
+            if f < 0 or w > 0:
+                raise InputError(f"F of stage {stage} adds mem_f={f} and W mem_w={w}; F must not free, and W not add")
         lengths = {name: len(getattr(self, name)) for name in ("f", "b", "w", "mem_f", "mem_b", "mem_w")}
         if len(set(lengths.values())) > 1:
             raise InputError(f"all costs need one entry per stage; got {lengths}")
@@ -60,13 +66,21 @@ class StageCosts:
         w: float,
         transfer: float = 0.0,
         memory: tuple[float, float, float] = (1.0, 0.0, -1.0),
+        queued: float = 1.0,
     ) -> StageCosts:
         """The costs of ranks that are all alike: the times and memory of a rank, divided among its stages."""
         parts = [len(shape.stages_of[rank]) for rank in shape.rank_of]
         f_, b_, w_ = (tuple(seconds / part for part in parts) for seconds in (f, b, w))
         mem_f, mem_b, mem_w = (tuple(amount / part for part in parts) for amount in memory)
         return StageCosts(
-            f=f_, b=b_, w=w_, transfer=(transfer,) * len(shape.edges), mem_f=mem_f, mem_b=mem_b, mem_w=mem_w
+            f=f_,
+            b=b_,
+            w=w_,
+            transfer=(transfer,) * len(shape.edges),
+            mem_f=mem_f,
+            mem_b=mem_b,
+            mem_w=mem_w,
+            queued=queued,
         )
 
 

@@ -15,7 +15,7 @@ from pipecompile.schedule.shape import Shape
 from pipecompile.schedule.stage_costs import StageCosts
 
 Slots = tuple[int, ...]
-Sends = tuple[tuple[int, float], ...]  # slots and seconds
+Sends = tuple[tuple[int, float, float], ...]  # slots, seconds, and those in which the rank sends nothing else
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,13 @@ class Wiring:
     sends: list[Sends]
 
 
+def wires_of(shape: Shape, num_microbatches: int, costs: StageCosts) -> Wiring:
+    """The wiring of a shape."""
+    return _wiring(shape, num_microbatches, costs.transfer, costs.queued)
+
+
 @lru_cache(maxsize=8)
-def wiring(shape: Shape, num_microbatches: int, transfer: tuple[float, ...]) -> Wiring:
-    """The wiring of a shape; ``transfer`` are seconds per edge, or empty."""
+def _wiring(shape: Shape, num_microbatches: int, transfer: tuple[float, ...], queued: float) -> Wiring:
     n, stages, edges = num_microbatches, shape.num_stages, shape.edges
     cells, seconds = stages * n, transfer or (0.0,) * len(edges)
     waits: list[Slots] = [()] * (3 * cells)
@@ -44,7 +48,7 @@ def wiring(shape: Shape, num_microbatches: int, transfer: tuple[float, ...]) -> 
                 give, take = (direction * stages + giver) * n + k, (direction * stages + taker) * n + k
                 waits[take] += (first + k,)
                 if far:
-                    sends[give] += ((first + k, seconds[index]),)
+                    sends[give] += ((first + k, seconds[index], queued * seconds[index]),)
                 else:
                     near[give] += (first + k,)
     return Wiring(2 * len(edges) * n, waits, near, sends)

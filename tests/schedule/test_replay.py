@@ -119,6 +119,9 @@ def test_a_rank_sends_one_result_at_a_time():
     order = Order.of(fan, 1, [[Op(k, s, 0) for k in (F, B)] for s in range(3)])
     run = replay(order, ones(fan, transfer=4.0))
     assert [run.start[stage] for stage in range(3)] == [0, 5, 9]
+    late = replay(order, StageCosts.uniform(fan, 1, 1, 1, 4.0, queued=0.0))
+    half = replay(order, StageCosts.uniform(fan, 1, 1, 1, 4.0, queued=0.5))
+    assert [late.start[2], half.start[2]] == [5, 7]
 
 
 def test_a_deadlock_says_what_each_rank_waits_for():
@@ -157,6 +160,8 @@ def test_an_order_that_is_not_one_is_refused_with_its_computation(rows, words):
         (lambda: StageCosts((1.0,), (1.0,), (float("nan"),)), "w=nan is not a time"),
         (lambda: StageCosts((1.0,), (1.0,), (1.0, 1.0)), "one entry per stage"),
         (lambda: StageCosts((1.0,), (1.0,), (1.0,), (), (1.0,), (0.0,), (0.0,)), "does not return to what it was"),
+        (lambda: StageCosts((1.0,), (1.0,), (1.0,), (), (1.0,), (-2.0,), (1.0,)), "F must not free, and W not add"),
+        (lambda: StageCosts.uniform(chain(2), 1, 1, 1, queued=2.0), "queued=2.0 must be a part"),
         (lambda: RECIPES["1f1b"].order(2, 0), "num_microbatches must be at least 1"),
         (lambda: replay(RECIPES["1f1b"].order(2, 1), ones(chain(3))), "costs of 3 stages for 2"),
         (lambda: shape_of(Plan.chain(2, replicas=(2, 1))), "replicas run only"),
