@@ -22,6 +22,7 @@ from pipecompile.capture.loss import with_only_the_loss
 from pipecompile.cli import cache
 from pipecompile.cli.dataclass_options import takes
 from pipecompile.cli.doctor import all_devices, examine
+from pipecompile.cli.drawn_schedule import DRAWN, drawn_program
 from pipecompile.cli.model_spec import load
 from pipecompile.cli.prediction import Prediction
 from pipecompile.compiler.devices import parse_devices
@@ -31,7 +32,6 @@ from pipecompile.compiler.plan_call import reused
 from pipecompile.errors import InputError, PipecompileError
 from pipecompile.ir.cluster import Cluster, Link
 from pipecompile.ir.graph import Cost, CostedGraph
-from pipecompile.ir.plan import Plan
 from pipecompile.ir.plan_options import PlanOptions
 from pipecompile.ops.torch_internals import tree_map_only
 from pipecompile.partition import ADAM
@@ -40,7 +40,11 @@ from pipecompile.planning.training_spec import Workload
 from pipecompile.profile import profile
 from pipecompile.render.formats import FORMATS
 from pipecompile.render.timeline import timeline_svg, timeline_text
+from pipecompile.render.trace import trace as trace_text
 from pipecompile.schedule import SCHEDULES, SYNCHRONOUS
+from pipecompile.schedule.catalog import RECIPES, not_run_yet
+from pipecompile.schedule.grid import write_torch_csv
+from pipecompile.schedule.order_program import order_of
 from pipecompile.schedule.simulator import simulate
 
 SUFFIXES = {".gv": "dot", ".mmd": "mermaid", **{f".{name}": name for name in FORMATS}}
@@ -143,7 +147,7 @@ def plan(
     pipecompile plan hf:llama --cluster 64xH100 --dtype bfloat16
     """
     written = _format(format, output, as_json)
-    _check_choice("schedule", schedule, tuple(SCHEDULES))
+    _check_schedule(schedule, tuple(SCHEDULES))
     (place,) = parse_devices([device])
     devices = Cluster.from_name(cluster) if cluster else Cluster.of([str(place)] * (sum(options.counts) or stages or 2))
     _check_replicas(options, stages, len(devices), schedule)
@@ -201,7 +205,7 @@ def check(
 
     pipecompile check hf:gpt2 --stages 4 --double
     """
-    _check_choice("schedule", schedule, tuple(SYNCHRONOUS))
+    _check_schedule(schedule, tuple(SYNCHRONOUS))
     places = parse_devices([device] * (sum(plan.counts) or stages))
     it, args, kwargs = load(model, batch or 2 * microbatches, length)
     if double:
@@ -257,32 +261,48 @@ def look_at_cache(
 
 @app.command("schedule")
 def draw_schedule(
-    name: Annotated[str, typer.Argument(metavar="NAME", help=f"One of {', '.join(SCHEDULES)}.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help=f"One of {', '.join(DRAWN)}; or a file: a grid of computations (.txt), or torch's actions (.csv).",
+        ),
+    ],
     stages: Stages = 4,
     microbatches: Microbatches = 8,
     forward: Annotated[
         str, typer.Option(help="Seconds of a forward: one number, or one per stage, such as 1,2,1,1.")
     ] = "1",
     backward: Annotated[str, typer.Option(help="Seconds of a backward: one number, or one per stage.")] = "2",
+    weight_part: Annotated[
+        float, typer.Option(min=0, max=1, help="Part of a backward that is for weights, where it is split.")
+    ] = 0.5,
     transfer: Annotated[float, typer.Option(min=0, help="Seconds of a transfer between stages.")] = 0.0,
     svg: Annotated[Path | None, typer.Option(help="Write the timeline to this SVG file.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Write the timeline to this file, for Perfetto.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write the order to this file, as torch reads it.")] = None,
     program: Annotated[bool, typer.Option("--program", help="Also print the instructions of each rank.")] = False,
 ) -> None:
     """Draw the timeline of a schedule: what each rank computes, and when.
 
     pipecompile schedule 1f1b --stages 4 --microbatches 8 --svg 1f1b.svg
+    pipecompile schedule zb-v --stages 8 --microbatches 8 --trace zb-v.json
     """
-    _check_choice("schedule", name, tuple(SCHEDULES))
+    it = drawn_program(name, stages, microbatches)
+    stages = it.plan.num_stages
     seconds = zip(_per_stage("--forward", forward, stages), _per_stage("--backward", backward, stages), strict=True)
-    cluster = Cluster.of([f"rank {rank}" for rank in range(stages)], Link(float("inf"), transfer))
-    it = SCHEDULES[name].program(Plan.chain(stages), microbatches)
-    timeline = simulate(it, [Cost(*pair) for pair in seconds], cluster)
+    cluster = Cluster.of([f"rank {rank}" for rank in range(len(it.ranks))], Link(float("inf"), transfer))
+    timeline = simulate(it, [Cost(*pair) for pair in seconds], cluster, weight_part=weight_part)
     console = Console()
     if program:
         console.print(Text(str(it)), soft_wrap=True)
     console.print(timeline_text(timeline, console.width))
     if svg is not None:
         _write(timeline_svg(timeline), svg)
+    if trace is not None:
+        _write(trace_text({name: timeline}), trace)
+    if csv is not None:
+        _write(write_torch_csv(order_of(it)), csv)
 
 
 def _to_double(tensor: Tensor) -> Tensor:
@@ -327,6 +347,15 @@ def _format(format: str | None, output: Path | None, as_json: bool) -> str | Non
 def _check_choice(what: str, given: str, choices: tuple[str, ...]) -> None:
     if given not in choices:
         raise InputError(f"{what} {given!r} is not known; it must be one of {', '.join(choices)}")
+
+
+def _check_schedule(given: str, choices: tuple[str, ...]) -> None:
+    if given in RECIPES and given not in SCHEDULES:
+        raise InputError(
+            f"schedule {given!r} is not run yet, because it needs {not_run_yet(given)}; use 1f1b, or see its timeline "
+            f"with `pipecompile schedule {given}`"
+        )
+    _check_choice("schedule", given, choices)
 
 
 def _check_replicas(options: PlanOptions, stages: int | None, devices: int, schedule: str) -> None:

@@ -22,6 +22,7 @@ from pipecompile.planning.training_spec import Workload
 from pipecompile.profile import How, optimizer_state
 from pipecompile.runtime import MakeOptimizer
 from pipecompile.schedule import SCHEDULES, Schedule
+from pipecompile.schedule.catalog import RECIPES, not_run_yet
 
 Outputs = Literal["all", "loss"]
 OUTPUTS = get_args(Outputs)
@@ -136,6 +137,11 @@ class Options:
             )
 
     def _check_schedule(self) -> None:
+        if self.schedule in RECIPES and self.schedule not in SCHEDULES:
+            raise InputError(
+                f"schedule={self.schedule!r} is not run yet, because it needs {not_run_yet(self.schedule)}; use '1f1b' "
+                f"to train, and `pipecompile schedule {self.schedule}` to see its timeline"
+            )
         if self.schedule not in SCHEDULES:
             raise InputError(
                 f"schedule={self.schedule!r} is not known; it must be one of {', '.join(map(repr, SCHEDULES))}"

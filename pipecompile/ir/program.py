@@ -1,7 +1,9 @@
 """Programs: an ordered tuple of instructions per rank, the dependencies between them, and their text form.
 
     Forward(stage, microbatch)     2F0     runs the stage on one microbatch
-    Backward(stage, microbatch)    2B0     computes the gradients of its inputs and weights
+    Backward(stage, microbatch)    2B0     computes the gradients of its inputs and weights; without those of weights,
+                                           if the program has a BackwardWeight for them
+    BackwardWeight(stage, ...)     2W0     computes the gradients of weights, any time after the Backward
     Reduce(stage, microbatch)      2R7     sends or sums the gradients of tied parameters up to microbatch 7
     Step(stage, microbatch)        2S7     the optimizer updates the stage with the gradients up to microbatch 7
     Refresh(stage, microbatch)     2P0     sends or takes the values of tied parameters, before microbatch 0
@@ -46,6 +48,15 @@ class Backward:
 
     def __str__(self) -> str:
         return f"{self.stage}B{self.microbatch}"
+
+
+@dataclass(frozen=True, slots=True)
+class BackwardWeight:
+    stage: int
+    microbatch: int
+
+    def __str__(self) -> str:
+        return f"{self.stage}W{self.microbatch}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,17 +115,18 @@ class Recv:
         return f"{self.target}<{self.result}"
 
 
-Compute = Forward | Backward | Reduce | Step | Refresh
-Instruction = Forward | Backward | Reduce | Step | Refresh | Send | Recv
+Compute = Forward | Backward | BackwardWeight | Reduce | Step | Refresh
+Instruction = Compute | Send | Recv
 
-_COMPUTE: dict[str, type[Forward] | type[Backward] | type[Reduce] | type[Step] | type[Refresh]] = {
+_COMPUTE: dict[str, type[Compute]] = {
     "F": Forward,
     "B": Backward,
+    "W": BackwardWeight,
     "R": Reduce,
     "S": Step,
     "P": Refresh,
 }
-_TEXT = re.compile(r"(?:(?P<receiver>\d+)<)?(?P<stage>\d+)(?P<kind>[FBRSP])(?P<microbatch>\d+)(?:>(?P<target>\d+))?")
+_TEXT = re.compile(r"(?:(?P<receiver>\d+)<)?(?P<stage>\d+)(?P<kind>[FBWRSP])(?P<microbatch>\d+)(?:>(?P<target>\d+))?")
 
 
 def parse(text: str) -> Instruction:
@@ -125,12 +137,12 @@ def parse(text: str) -> Instruction:
     """
     match = _TEXT.fullmatch(text)
     if match is None or (match["receiver"] and match["target"]):
-        raise ProgramError(f"{text!r} is not an instruction; write one such as 2F0, 2B0, 2R0, 2S0, 0F3>2 or 2<0F3")
+        raise ProgramError(f"{text!r} is not an instruction; write one such as 2F0, 2B0, 2W0, 2R0, 2S0, 0F3>2 or 2<0F3")
     compute = _COMPUTE[match["kind"]](int(match["stage"]), int(match["microbatch"]))
     if not (match["receiver"] or match["target"]):
         return compute
-    if isinstance(compute, Step):
-        raise ProgramError(f"{text!r}: a Step has no result to send or receive")
+    if isinstance(compute, Step | BackwardWeight):
+        raise ProgramError(f"{text!r}: a {type(compute).__name__} has no result to send or receive")
     if match["receiver"]:
         return Recv(compute, int(match["receiver"]))
     return Send(compute, int(match["target"]))
@@ -148,7 +160,9 @@ class Program:
        replica (``Plan.runner``);
     2. what a computation reads is in the program or carried;
     3. in a lowered program every Send has a Recv and every Recv a Send;
-    4. ``linearize`` reaches the end: no rank waits forever.
+    4. gradients are complete where they are read: no BackwardWeight comes after a Reduce or Step of its stage that
+       includes its microbatch;
+    5. ``linearize`` reaches the end: no rank waits forever.
     """
 
     plan: Plan
@@ -163,6 +177,11 @@ class Program:
     @cached_property
     def instructions(self) -> tuple[Instruction, ...]:
         return tuple(i for row in self.ranks for i in row)
+
+    @cached_property
+    def split(self) -> frozenset[Backward]:
+        """The Backwards that leave the gradients of weights to a BackwardWeight."""
+        return frozenset(Backward(i.stage, i.microbatch) for i in self.instructions if isinstance(i, BackwardWeight))
 
     @property
     def microbatches(self) -> tuple[int, ...]:
@@ -182,7 +201,7 @@ class Program:
             for i in row:
                 if i.stage >= self.plan.num_stages or self.plan.rank_of[i.stage] != rank:
                     raise ProgramError(f"{i} is on rank {rank}, which does not run stage {i.stage}")
-                if isinstance(i, Forward | Backward) and not self.plan.runs(i.stage, i.microbatch):
+                if isinstance(i, Forward | Backward | BackwardWeight) and not self.plan.runs(i.stage, i.microbatch):
                     raise ProgramError(
                         f"{i} is on the wrong one of the replicas {self.plan.replicas[i.stage]}: microbatch "
                         f"{i.microbatch} belongs to stage {self.plan.runner(i.stage, i.microbatch)}"
@@ -196,6 +215,8 @@ class Program:
                 raise ProgramError(f"{i} waits for {Send(i.result, i.target)}, which is not in the program")
             if isinstance(i, Send) and Recv(i.result, i.target) not in present:
                 raise ProgramError(f"{i} needs {Recv(i.result, i.target)}, which is not in the program")
+        for row in self.ranks:
+            _check_complete(row)
         for _ in linearize(self):
             pass
 
@@ -235,7 +256,7 @@ def reads(i: Compute, plan: Plan) -> Iterator[Result]:
         case Refresh(stage, microbatch):
             for owner in owners(stage, plan):
                 yield Refresh(owner, microbatch)
-        case Step():
+        case Step() | BackwardWeight():
             return
         case _:
             assert_never(i)
@@ -288,9 +309,11 @@ def dependencies(i: Instruction, plan: Plan) -> Iterator[Instruction]:
             yield result
         case Recv(result, target):
             yield Send(result, target)
-        case Forward() | Backward() | Reduce() | Step() | Refresh():
+        case Forward() | Backward() | BackwardWeight() | Reduce() | Step() | Refresh():
             if isinstance(i, Backward):
                 yield Forward(i.stage, i.microbatch)
+            if isinstance(i, BackwardWeight):
+                yield Backward(i.stage, i.microbatch)
             if isinstance(i, Step) and is_tied(i.stage, plan):
                 yield Reduce(i.stage, i.microbatch)
             elif isinstance(i, Reduce | Step) and (last := plan.last_run(i.stage, i.microbatch)) is not None:
@@ -327,6 +350,16 @@ def linearize(program: Program) -> Iterator[tuple[int, Instruction]]:
             f"\n  rank {rank} waits at {i} for {', '.join(map(str, _missing(i, program, done)))}" for rank, i in stuck
         )
         raise DeadlockError(f"no rank can continue:{waits}")
+
+
+def _check_complete(row: tuple[Instruction, ...]) -> None:
+    """Raises ``ProgramError`` if gradients are read before they are complete."""
+    read: dict[int, Reduce | Step] = {}
+    for i in row:
+        if isinstance(i, Reduce | Step):
+            read[i.stage] = i
+        elif isinstance(i, BackwardWeight) and (after := read.get(i.stage)) and i.microbatch <= after.microbatch:
+            raise ProgramError(f"{i} is after {after}, which reads its gradients; put it before")
 
 
 def _missing(i: Instruction, program: Program, done: set[Instruction]) -> list[Instruction]:

@@ -16,15 +16,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from pipecompile.ir.program import Backward, Forward, Instruction, Program, Step
+from pipecompile.ir.program import Backward, BackwardWeight, Forward, Instruction, Program, Step
 
 
 @dataclass(slots=True)
 class Stash:
-    """The weight versions that one stage holds, as its instructions are processed in order."""
+    """The weight versions that one stage holds, as its instructions are processed in order.
+
+    A BackwardWeight needs what its Forward saved, but no weights.
+    """
 
     latest: int = 0
     in_flight: dict[int, int] = field(default_factory=dict)  # microbatch -> version that its Forward used
+    split: frozenset[int] = frozenset()  # microbatches with a BackwardWeight
+    held: set[int] = field(default_factory=set)  # microbatches between their Backward and BackwardWeight
 
     def do(self, i: Instruction) -> None:
         match i:
@@ -32,6 +37,10 @@ class Stash:
                 self.in_flight[microbatch] = self.latest
             case Backward(_, microbatch):
                 self.in_flight.pop(microbatch, None)
+                if microbatch in self.split:
+                    self.held.add(microbatch)
+            case BackwardWeight(_, microbatch):
+                self.held.discard(microbatch)
             case Step():
                 self.latest += 1
 
@@ -82,7 +91,10 @@ def versions(program: Program, before: Versions | None = None) -> Versions:
 def stash_at_start(program: Program, before: Versions | None = None) -> list[Stash]:
     """The versions that each stage holds when the program starts."""
     latest = (0,) * program.plan.num_stages if before is None else before.latest
-    stashes = [Stash(version) for version in latest]
+    split: list[set[int]] = [set() for _ in latest]
+    for each in program.split:
+        split[each.stage].add(each.microbatch)
+    stashes = [Stash(version, split=frozenset(mine)) for version, mine in zip(latest, split, strict=True)]
     for i in sorted((i for i in program.carried if isinstance(i, Forward)), key=lambda i: i.microbatch):
         stashes[i.stage].in_flight[i.microbatch] = 0 if before is None else before.used[i]
     return stashes

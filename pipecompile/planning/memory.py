@@ -28,7 +28,7 @@ from typing import Literal
 from pipecompile.ir.graph import CostedGraph
 from pipecompile.ir.json_io import Json
 from pipecompile.ir.plan import Plan, members
-from pipecompile.ir.program import Backward, Forward, Instruction, Program, Recv, Send, Step
+from pipecompile.ir.program import Backward, BackwardWeight, Forward, Instruction, Program, Recv, Send, Step
 from pipecompile.ir.timeline import Timeline
 from pipecompile.ir.weight_versions import Stash, stash_at_start, versions
 from pipecompile.planning.stage_memory import Load, load
@@ -132,7 +132,7 @@ def memory(
     for rank, row in enumerate(program.ranks):
         mine = [state for state, r in zip(stages, rank_of, strict=True) if r == rank]
         for i in row:
-            if isinstance(i, Forward | Backward | Step):
+            if isinstance(i, Forward | Backward | BackwardWeight | Step):
                 stages[i.stage].do(i)
                 others = sum(state.now.total for state in mine if state is not stages[i.stage])
                 ranks[rank] = max(ranks[rank], others + stages[i.stage].latest.total)
@@ -215,12 +215,12 @@ class _State:
             self.fixed,
             gradients=self.trainable * self.has_gradients,
             versions=self.trainable * (self.stash.live - 1),
-            activations=count * self.work.saved,
+            activations=(count + len(self.stash.held)) * self.work.saved,
             waiting=self.fixed.waiting + self.waiting.nbytes(count),
             outputs=self.made * self.work.outputs,
         )
 
-    def do(self, i: Forward | Backward | Step) -> None:
+    def do(self, i: Forward | Backward | BackwardWeight | Step) -> None:
         """Processes an instruction; ``latest`` is the peak during it."""
         self.waiting.reach(i)
         before, work = self.now, self.work
@@ -228,6 +228,8 @@ class _State:
             case Forward():
                 during = replace(before, working=work.forward)
                 self.made += 1
+            case BackwardWeight():
+                during = replace(before, working=work.backward)
             case Backward() if self.has_gradients or not self.trainable:
                 during = replace(before, working=work.backward)
             case Backward():

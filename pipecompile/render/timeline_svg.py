@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from pipecompile.ir.timeline import Timeline
@@ -69,29 +69,46 @@ class _Scale:
 
 def timeline_svg(timeline: Timeline) -> str:
     """The timeline as SVG. Cells and transfers show their instruction and time on hover."""
-    scale = _Scale(timeline.makespan, _inner(timeline), timeline.num_ranks)
-    size = f'viewBox="0 0 {scale.width} {scale.bottom + BOTTOM}" width="{scale.width}" height="{scale.bottom + BOTTOM}"'
+    return timelines_svg({"": timeline})
+
+
+def timelines_svg(timelines: Mapping[str, Timeline]) -> str:
+    """Timelines by name, one above the other on one time scale: predicted and measured, or two schedules."""
+    longest = max((each.makespan for each in timelines.values()), default=0.0)
+    inner = max(map(_inner, timelines.values()), default=0)
+    words = {name: f"{name}: {summary(each)}" if name else summary(each) for name, each in timelines.items()}
+    top, pictures = 0, []
+    for name, timeline in timelines.items():
+        scale = _Scale(longest, inner, timeline.num_ranks)
+        pictures += [f'<g transform="translate(0 {top})">', *_picture(timeline, scale, words[name]), "</g>"]
+        top += scale.bottom + BOTTOM
+    width = _Scale(longest, inner, 0).width
     return "\n".join(
         [
-            f'<svg xmlns="http://www.w3.org/2000/svg" class="pt" {size} role="img">',
-            f"<title>{summary(timeline)}</title>",
+            f'<svg xmlns="http://www.w3.org/2000/svg" class="pt" viewBox="0 0 {width} {top}" width="{width}" '
+            f'height="{top}" role="img">',
+            f"<title>{'; '.join(words.values())}</title>",
             f"<style>{STYLE}</style>",
             '<rect class="page" width="100%" height="100%"/>',
-            _text(LEFT, 24, summary(timeline), "summary"),
-            *_legend(drawn_kinds(timeline), scale),
-            *_rows(timeline, scale),
-            *_axis(scale),
-            *(_wire(wire, scale) for wire in wires(timeline)),
-            *(_cell(cell, scale) for cell in cells(timeline)),
+            *pictures,
             "</svg>",
             "",
         ]
     )
 
 
+def _picture(timeline: Timeline, scale: _Scale, words: str) -> Iterator[str]:
+    yield _text(LEFT, 24, words, "summary")
+    yield from _legend(drawn_kinds(timeline), scale)
+    yield from _rows(timeline, scale)
+    yield from _axis(scale)
+    yield from (_wire(wire, scale) for wire in wires(timeline))
+    yield from (_cell(cell, scale) for cell in cells(timeline))
+
+
 def _inner(timeline: Timeline) -> int:
     """Pixels that fit a label into the shortest Forward or Backward, within the limits of a page."""
-    labelled = [cell for cell in cells(timeline) if cell.kind in "FB"]
+    labelled = [cell for cell in cells(timeline) if cell.kind in "FBW"]
     wanted = max((_pixels(cell.label) * timeline.makespan / (cell.end - cell.start) for cell in labelled), default=0)
     return round(min(max(720, wanted), 2400))
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pipecompile.errors import ProgramError
-from pipecompile.ir.program import Instruction, Program, Recv, Send, Step, linearize, reads, sends
+from pipecompile.ir.program import BackwardWeight, Instruction, Program, Recv, Send, Step, linearize, reads, sends
 from pipecompile.ir.timeline import Timeline
 
 Key = tuple[float, int, int]  # seconds, index in the linear order, 0 for a computation and 1 for its transfers
@@ -60,7 +60,7 @@ def _transfers(program: Program, timeline: Timeline) -> Iterator[tuple[Key, Inst
     for send in _owed(program):
         yield from (((-1.0, 0, 1), send), ((-1.0, 0, 1), Recv(send.result, send.target)))
     for place, (_, i) in enumerate(linearize(program)):
-        if isinstance(i, Step | Send | Recv):
+        if isinstance(i, Step | BackwardWeight | Send | Recv):
             continue
         for send in sends(i, program.plan):
             yield from (((end[i], place, 1), send), ((end[i], place, 1), Recv(i, send.target)))

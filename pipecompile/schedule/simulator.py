@@ -28,6 +28,7 @@ from pipecompile.ir.graph import Cost
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import (
     Backward,
+    BackwardWeight,
     Compute,
     Forward,
     Instruction,
@@ -46,7 +47,11 @@ from pipecompile.ir.weight_versions import Stash, stash_at_start, walk
 
 
 def simulate(
-    program: Program, costs: Sequence[Cost], cluster: Cluster | None = None, step_seconds: float = 0.0
+    program: Program,
+    costs: Sequence[Cost],
+    cluster: Cluster | None = None,
+    step_seconds: float = 0.0,
+    weight_part: float = 0.5,
 ) -> Timeline:
     """The timeline of a bare or a lowered program.
 
@@ -55,13 +60,14 @@ def simulate(
         costs: the cost of each stage per microbatch, on a device of speed 1.
         cluster: a device for each rank; by default equal devices, and transfers that take no time.
         step_seconds: seconds of one Step, on a device of speed 1.
+        weight_part: the part of a backward's seconds that a BackwardWeight takes from its Backward.
 
     Raises:
         InputError: the number of costs or devices does not fit the plan.
         DeadlockError: the program cannot finish.
     """
     _check(program.plan, costs, cluster)
-    clock = _Clock(program, costs, cluster, step_seconds)
+    clock = _Clock(program, costs, cluster, step_seconds, weight_part)
     spans = []
     for rank, i in linearize(program):
         clock.do(rank, i)
@@ -73,7 +79,8 @@ def simulate(
 def peak_bytes(program: Program, costs: Sequence[Cost]) -> tuple[int, ...]:
     """The peak bytes of each rank: each live version of its parameters, and the activations in flight.
 
-    Gradients, optimizer state and transfer buffers are not included. Carried Forwards count as version 0.
+    What a Forward saves is held until its Backward, or until its BackwardWeight. Gradients, optimizer state and
+    transfer buffers are not included. Carried Forwards count as version 0.
     """
     rank_of, stashes = program.plan.rank_of, stash_at_start(program)
     held = [_held(stash, cost) for stash, cost in zip(stashes, costs, strict=True)]
@@ -88,13 +95,21 @@ def peak_bytes(program: Program, costs: Sequence[Cost]) -> tuple[int, ...]:
 
 
 def _held(stash: Stash, cost: Cost) -> int:
-    return stash.live * cost.parameter_bytes + len(stash.in_flight) * cost.saved_bytes
+    return stash.live * cost.parameter_bytes + (len(stash.in_flight) + len(stash.held)) * cost.saved_bytes
 
 
 class _Clock:
     """The start and end of each instruction. Each rank, and each link (a pair of ranks), is used by one at a time."""
 
-    def __init__(self, program: Program, costs: Sequence[Cost], cluster: Cluster | None, step_seconds: float) -> None:
+    def __init__(
+        self,
+        program: Program,
+        costs: Sequence[Cost],
+        cluster: Cluster | None,
+        step_seconds: float,
+        weight_part: float,
+    ) -> None:
+        self.weight_part = weight_part
         self.program, self.plan = program, program.plan
         self.costs, self.cluster, self.step_seconds = costs, cluster, step_seconds
         self.times: dict[Instruction, tuple[float, float]] = {}
@@ -110,7 +125,7 @@ class _Clock:
                 ready = max((self._end(needed) for needed in dependencies(i, self.plan)), default=0.0)
                 speed = 1.0 if self.cluster is None else self.cluster.devices[rank].speed
                 self.times[i] = self._occupied(rank, ready, self._seconds(i) / speed)
-                if not self.program.lowered and not isinstance(i, Step):
+                if not self.program.lowered and not isinstance(i, Step | BackwardWeight):
                     for send in sends(i, self.plan):
                         self._transfer(send)
 
@@ -134,7 +149,10 @@ class _Clock:
             case Forward():
                 return self.costs[i.stage].forward
             case Backward():
-                return self.costs[i.stage].backward
+                part = 1 - self.weight_part if i in self.program.split else 1.0
+                return part * self.costs[i.stage].backward
+            case BackwardWeight():
+                return self.weight_part * self.costs[i.stage].backward
             case Step():
                 return self.step_seconds
             case _:

@@ -226,9 +226,34 @@ def test_schedule_draws_every_rank_and_the_known_bubble():
     assert f"{3 / 11:.1%}".replace("%", "") in result.stdout  # (stages - 1) / (microbatches + stages - 1)
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", [*SCHEDULES, "zb-h1", "interleaved-1f1b-3", "bfs", "v-half", "dualpipe-v"])
 def test_every_schedule_can_be_drawn(name):
-    assert run("schedule", name, "-n", "3", "-m", "2").exit_code == 0
+    assert run("schedule", name, "-n", "6", "-m", "2").exit_code == 0
+
+
+def test_a_schedule_with_several_stages_per_rank_has_fewer_ranks():
+    result = run("schedule", "zb-v", "-n", "4", "-m", "3", "--program", "--backward", "2")
+    assert "0: 0F0 0F1 0F2 3F0 3B0 3W0" in result.stdout
+    assert "W  weights" in result.stdout
+    assert ("rank 1" in result.stdout, "rank 2" in result.stdout) == (True, False)
+    odd = run("schedule", "zb-v", "-n", "3")
+    assert odd.exit_code == 2
+    assert "zb-v' has 2 stages on each rank, so --stages must be a multiple of 2; got 3" in odd.stderr
+
+
+def test_a_schedule_goes_to_files_and_comes_from_them(tmp_path):
+    csv, trace, grid = tmp_path / "order.csv", tmp_path / "trace.json", tmp_path / "mine.txt"
+    assert run("schedule", "zb-h1", "-n", "2", "-m", "2", "--csv", str(csv), "--trace", str(trace)).exit_code == 0
+    assert csv.read_text().splitlines()[0] == "0F0,0F1,0I0,0W0,0I1,0W1"
+    assert "0F0" in {event["name"] for event in json.loads(trace.read_text())["traceEvents"]}
+    again = run("schedule", str(csv), "--program")
+    assert "0: 0F0 0F1 0B0 0W0 0B1 0W1" in again.stdout
+    grid.write_text("F0 F1 . B1 B0\n.  F0 F1 B1 B0\n")
+    assert "1: 1F0 1F1 1B1 1B0" in run("schedule", str(grid), "--program").stdout
+    grid.write_text("F0 B0\nF0 F1")
+    assert "0F1 is missing" in run("schedule", str(grid)).stderr
+    assert "cannot read" in run("schedule", str(tmp_path / "none.txt")).stderr
+    assert "must be one of sequential" in run("schedule", "zigzag").stderr
 
 
 def test_schedule_is_written_as_a_picture(tmp_path):
@@ -369,6 +394,10 @@ def test_check_refuses_what_is_no_synchronous_schedule(nets: Path):
     result = run("check", "nets:make", "--schedule", "pipedream")
     assert result.exit_code == 2
     assert "sequential, gpipe, 1f1b" in result.stderr
+    for command in ("check", "plan"):
+        result = run(command, "nets:make", "--schedule", "zb-v")
+        assert result.exit_code == 2
+        assert "schedule 'zb-v' is not run yet, because it needs 2 stages on each rank" in result.stderr
 
 
 def test_without_typer_the_command_says_what_to_install(monkeypatch: pytest.MonkeyPatch):

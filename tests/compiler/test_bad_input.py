@@ -94,6 +94,15 @@ def test_an_unknown_schedule() -> None:
         pipe_of(schedule="zigzag")
 
 
+@pytest.mark.parametrize(
+    ("schedule", "needs"),
+    [("zb-h1", "backwards split in two"), ("interleaved-1f1b", "2 stages on each rank"), ("zb-v", ", and backwards")],
+)
+def test_a_schedule_that_is_not_run_yet_is_not_run_as_another(schedule: str, needs: str) -> None:
+    with refused(InputError, f"schedule={schedule!r} is not run yet", needs, "use '1f1b' to train"):
+        pipe_of(schedule=schedule)
+
+
 @pytest.mark.parametrize("microbatches", [0, -1, 1.5, "2"])
 def test_a_number_of_microbatches_that_is_none(microbatches: Any) -> None:
     with refused(InputError, f"microbatches={microbatches!r}", "at least 1"):

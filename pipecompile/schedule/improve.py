@@ -1,0 +1,199 @@
+"""Finds a good order under a memory cap: candidates, W with real times, squeezes, and a search around the best.
+
+    candidates      rows of F and B: a schedule's own, merges with many limits, lists of greedy runs
+    place_weights   each with W after several rules, within the cap; the best few go on
+    squeeze         until it stops to help
+    search          squeezes with times that are wrong at random, then with the right ones; what is better is kept
+
+All is counted in passes over the computations, so the same input gives the same order on any machine.
+
+Source: the first two as in Zero Bubble (Qi et al., ICLR 2024), section 3; the last is an iterated local search.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import ceil, floor
+from random import Random
+
+from pipecompile.schedule.job import Job, job_of
+from pipecompile.schedule.list_schedule import list_schedule
+from pipecompile.schedule.order import Order, Rows
+from pipecompile.schedule.place_weights import Placed, place_weights
+from pipecompile.schedule.policy import merge, one_f_one_b
+from pipecompile.schedule.shape import Shape
+from pipecompile.schedule.squeeze import Timed, mirrored, squeeze, timed
+from pipecompile.schedule.stage_costs import StageCosts, busy
+
+PATIENCE = (0.0, 0.5, 1.0)
+SQUEEZE_PASSES = 12  # what one squeeze costs, in passes of ``timed``
+SQUEEZED, SEARCHED = 8, 3  # candidates that are squeezed, and searched around
+LARGE = 20_000  # computations from which fewer candidates are tried
+AMPLITUDES = (0.05, 0.1, 0.2, 0.4, 0.8)  # by which times are wrong
+
+
+@dataclass
+class Budget:
+    """Passes that are left."""
+
+    passes: float
+
+    def take(self, passes: float) -> bool:
+        """Whether there were any left before these."""
+        self.passes, had = self.passes - passes, self.passes
+        return had > 0
+
+
+def improve(
+    shape: Shape,
+    num_microbatches: int,
+    costs: StageCosts,
+    caps: Sequence[float],
+    rows: Iterable[Rows],
+    *,
+    passes: float = 300,
+    by_span: bool = True,
+    seed: int = 0,
+) -> Order | None:
+    """The best order found from rows of F and B, or None if none of them fits into memory.
+
+    Args:
+        caps: the memory of each rank, in the unit of the costs.
+        rows: candidates; W in them are ignored.
+        passes: the effort, in passes over all computations.
+        by_span: whether the longest span is the objective, then the makespan; or the other way around.
+        seed: of the search.
+    """
+    job = job_of(shape, num_microbatches, costs, caps)
+    search = _Search(
+        job=job,
+        mirror=mirrored(job),
+        by_span=by_span,
+        goal=max(busy(shape, costs, num_microbatches)) * (1 + 1e-9),
+        budget=Budget(passes),
+        random=Random(seed),
+    )
+    starts = search.squeezed(search.placed(rows)[:SQUEEZED])
+    if not starts:
+        return None
+    best = search.around(starts[:SEARCHED])
+    order = Order(shape, num_microbatches, tuple(map(tuple, best.rows)))
+    order.validate()
+    return order
+
+
+def candidates(shape: Shape, num_microbatches: int, costs: StageCosts, caps: Sequence[float]) -> Iterator[Rows]:
+    """Rows of F and B of any shape: from few microbatches in flight to more than fill the pipeline or the memory."""
+    n, seen = num_microbatches, set()
+    job = job_of(shape, n, costs, caps)
+    room = [_room(caps[rank], costs.mem_f[stage], n) for stage, rank in enumerate(shape.rank_of)]
+    longest = max(shape.depth)
+    steps = 8 if len(job.seconds) < LARGE else 4
+    grid = [step / steps for step in range(3 * steps + 1)]
+    between = [1 + (step + 0.5) / steps for step in range(steps)]  # a rank's memory often lies here
+    full = (min(room) - 1) / (longest - 1) if longest > 1 else 0.0
+    for factor in [full, *_little(shape, costs), *grid, *between]:
+        limits = tuple(min(most, 1 + floor(factor * (d - 1))) for most, d in zip(room, shape.depth, strict=True))
+        if limits in seen or (factor and longest == 1):
+            continue
+        seen.add(limits)
+        if shape.num_ranks == shape.num_stages:
+            by_rank = tuple(limits[stages[0]] for stages in shape.stages_of)
+            yield merge(replace(one_f_one_b(shape, n), limit=by_rank), shape, n).rows
+        yield list_schedule(job, limits)
+
+
+def _room(cap: float, each: float, n: int) -> int:
+    """The Forwards that fit into memory, at least 1."""
+    return max(1, floor(min(n, cap / each + 1e-9))) if each else n
+
+
+def _little(shape: Shape, costs: StageCosts) -> list[float]:
+    """The factor by which slow transfers need more in flight, by Little's law: round trip over period."""
+    period = max(busy(shape, costs, 1))
+    trip = sum(costs.f) + sum(costs.b) + 2 * sum(costs.transfer)
+    needed = trip / period if period else 0.0
+    depth = max(shape.depth) - 1
+    return [(ceil(needed) + extra) / depth for extra in (0, 1, 2)] if depth else []
+
+
+@dataclass(frozen=True)
+class _Search:
+    """The steps of a search for one job, which share a budget and stop at the goal."""
+
+    job: Job
+    mirror: Job
+    by_span: bool
+    goal: float  # seconds that no order can be shorter than
+    budget: Budget
+    random: Random
+
+    def placed(self, rows: Iterable[Rows]) -> list[Placed]:
+        """Each candidate with its W after the best rule, if it fits into memory; the best first."""
+        job, found = self.job, []
+        for each in rows:
+            bare = [[code for code in row if code < 2 * job.cells] for row in each]
+            rules = PATIENCE if len(job.seconds) < LARGE else PATIENCE[1:]
+            self.budget.take(len(rules))
+            fitting = [placed for rule in rules if (placed := place_weights(job, bare, rule)) is not None]
+            found += sorted(fitting, key=self.score)[:1]
+            if found and self.is_reached(found[-1]):
+                break
+        return sorted(found, key=self.score)
+
+    def squeezed(self, starts: Sequence[Placed]) -> list[Timed]:
+        """Each start after as many squeezes as help; the best first."""
+        found: list[Timed] = []
+        for placed in starts:
+            here = self.timed(placed.rows)
+            while not (self.is_reached(here) or any(map(self.is_reached, found))) and self.budget.take(SQUEEZE_PASSES):
+                there = self.timed(squeeze(self.job, self.mirror, here, self.by_span))
+                if self.score(there) >= self.score(here):
+                    break
+                here = there
+            found.append(here)
+        return sorted(found, key=self.score)
+
+    def around(self, starts: Sequence[Timed]) -> Timed:
+        """The best order near any of the starts, which get equal parts of the budget."""
+        best, share = starts[0], self.budget.passes / len(starts)
+        for here in starts:
+            budget = Budget(share)
+            while not self.is_reached(best) and budget.take(3 * SQUEEZE_PASSES):
+                there = self.near(here)
+                here = min(there, here, key=self.score)
+                best = min(best, here, key=self.score)
+        return best
+
+    def near(self, here: Timed) -> Timed:
+        """Another order: squeezed with wrong times, then twice with the right ones."""
+        wrong = _wrong(self.job, self.random)
+        job, mirror = replace(self.job, seconds=wrong), replace(self.mirror, seconds=wrong)
+        odd = timed(job, here.rows)
+        assert odd is not None
+        rows = squeeze(job, mirror, odd, self.by_span)
+        for _ in range(2):
+            rows = squeeze(self.job, self.mirror, self.timed(rows), self.by_span)
+        return self.timed(rows)
+
+    def timed(self, rows: Rows) -> Timed:
+        found = timed(self.job, rows)
+        assert found is not None, "a squeeze keeps all dependencies"
+        return found
+
+    def is_reached(self, each: Timed | Placed) -> bool:
+        return self.score(each)[0] <= self.goal
+
+    def score(self, each: Timed | Placed) -> tuple[float, float]:
+        return (each.span, each.makespan) if self.by_span else (each.makespan, each.span)
+
+
+def _wrong(job: Job, random: Random) -> list[float]:
+    """Times that are wrong at random: all F, B and W by a factor for each kind, or each computation by its own."""
+    size, by_kind = random.choice(AMPLITUDES), random.random() < 0.5
+    count = 3 if by_kind else len(job.seconds)
+    factors = [1 + size * (2 * random.random() - 1) for _ in range(count)]
+    if by_kind:
+        factors = [factor for factor in factors for _ in range(job.cells)]
+    return [seconds * factor for seconds, factor in zip(job.seconds, factors, strict=True)]

@@ -1,0 +1,162 @@
+"""Simulates an order: when each computation runs, and how much memory each rank needs.
+
+A rank has two clocks. It computes one thing at a time, in its order, as soon as what it waits for has arrived; and it
+sends one result at a time, while it computes. How long a transfer keeps others waiting is an input (``queued``): all of
+its time, as over a narrow link, or none, as in the papers, where it is only late.
+
+    rank 0   F0 F1 F2          computes           span      the longest time from a rank's first start to its last end
+    rank 0      -0 -1 -2       sends              makespan  from the first start of any rank to the last end
+    rank 1         F0 F1 F2    computes
+
+The two are different metrics, which must not be compared with each other. A step with a barrier before the next one,
+such as a global norm, takes a makespan. Steps of which each rank begins the next one at once follow each other in
+spans: ranks that begin late end late.
+
+Source: Zero Bubble (Qi et al., ICLR 2024), section 4, for spans; a max-plus replay, O(computations).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from pipecompile.errors import DeadlockError, InputError
+from pipecompile.schedule.order import Order
+from pipecompile.schedule.stage_costs import StageCosts, busy
+from pipecompile.schedule.wiring import memory_of, seconds_of, wires_of, with_whole_backwards
+
+
+@dataclass(frozen=True)
+class Replay:
+    """The times of an order: ``start`` and ``end`` by code, -1 for computations that it does not have."""
+
+    order: Order
+    costs: StageCosts
+    start: Sequence[float]
+    end: Sequence[float]
+
+    @cached_property
+    def spans(self) -> tuple[float, ...]:
+        """Seconds of each rank from its first start to its last end."""
+        return tuple(self.end[row[-1]] - self.start[row[0]] if row else 0.0 for row in self.order.rows)
+
+    @property
+    def span(self) -> float:
+        return max(self.spans)
+
+    @cached_property
+    def makespan(self) -> float:
+        ends = max(self.end[row[-1]] for row in self.order.rows if row)
+        return ends - min(self.start[row[0]] for row in self.order.rows if row)
+
+    @property
+    def span_rate(self) -> float:
+        """The bubble rate by span: the part of it in which the busiest rank would not compute."""
+        return _rate(self.span, self._work)
+
+    @property
+    def makespan_rate(self) -> float:
+        """The bubble rate by makespan."""
+        return _rate(self.makespan, self._work)
+
+    @property
+    def _work(self) -> float:
+        return max(busy(self.order.shape, self.costs, self.order.num_microbatches))
+
+    @cached_property
+    def peaks(self) -> tuple[float, ...]:
+        return peaks(self.order, self.costs)
+
+    @property
+    def peak(self) -> float:
+        """The memory of the rank that needs most."""
+        return max(self.peaks)
+
+
+def replay(order: Order, costs: StageCosts) -> Replay:
+    """The times of an order.
+
+    Raises:
+        InputError: the costs are of another number of stages.
+        DeadlockError: no rank can continue.
+    """
+    if len(costs.f) != order.shape.num_stages:
+        raise InputError(f"got costs of {len(costs.f)} stages for {order.shape.num_stages}; give one per stage")
+    seconds = with_whole_backwards(seconds_of(costs, order.num_microbatches), order)
+    wires = wires_of(order.shape, order.num_microbatches, costs)
+    waits, near, sends = wires.waits, wires.near, wires.sends
+    arrived: list[float | None] = [None] * wires.num_slots
+    start, end = [-1.0] * len(seconds), [-1.0] * len(seconds)
+    rows = order.rows
+    position, clock, sender = [0] * len(rows), [0.0] * len(rows), [0.0] * len(rows)
+    waiting: dict[int, int] = {}  # slot -> the rank that waits for it
+    able = list(range(len(rows)))
+    while able:
+        rank = able.pop()
+        row, now = rows[rank], clock[rank]
+        for index in range(position[rank], len(row)):
+            code = row[index]
+            begin = now
+            for slot in waits[code]:
+                at = arrived[slot]
+                if at is None:
+                    waiting[slot] = rank
+                    break
+                if at > begin:
+                    begin = at
+            else:
+                start[code] = begin
+                end[code] = now = begin + seconds[code]
+                for slot in near[code]:
+                    arrived[slot] = now
+                for slot, transfer, occupied in sends[code]:
+                    begun = max(now, sender[rank])
+                    sender[rank] = begun + occupied
+                    arrived[slot] = begun + transfer
+                    if slot in waiting:
+                        able.append(waiting.pop(slot))
+                continue
+            position[rank] = index
+            break
+        else:
+            position[rank] = len(row)
+        clock[rank] = now
+    _check_all_done(order, position, arrived, costs)
+    return Replay(order, costs, start, end)
+
+
+def peaks(order: Order, costs: StageCosts) -> tuple[float, ...]:
+    """The most memory that each rank holds; it follows from the order alone."""
+    added = with_whole_backwards(memory_of(costs, order.num_microbatches), order)
+    most = []
+    for row in order.rows:
+        held = peak = 0.0
+        for code in row:
+            held += added[code]
+            if held > peak:
+                peak = held
+        most.append(peak)
+    return tuple(most)
+
+
+def _rate(seconds: float, work: float) -> float:
+    return max(0.0, (seconds - work) / seconds) if seconds else 0.0  # no less than 0 by the rounding of sums
+
+
+def _check_all_done(order: Order, position: list[int], arrived: list[float | None], costs: StageCosts) -> None:
+    stuck = [(rank, row[at]) for rank, (row, at) in enumerate(zip(order.rows, position, strict=True)) if at < len(row)]
+    if not stuck:
+        return
+    edges, n = order.shape.edges, order.num_microbatches
+    waits = wires_of(order.shape, n, costs).waits
+    lines = []
+    for rank, code in stuck:
+        missing = [slot for slot in waits[code] if arrived[slot] is None]
+        names = []
+        for slot in missing:
+            which, k = divmod(slot, n)
+            kind, edge = divmod(which, len(edges))
+            names.append(f"{edges[edge][kind]}{'FB'[kind]}{k}")
+        lines.append(f"\n  rank {rank} waits at {order.op(code)} for {', '.join(names)}")
+    raise DeadlockError(f"no rank can continue:{''.join(lines)}")

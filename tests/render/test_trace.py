@@ -1,0 +1,54 @@
+import json
+from xml.etree import ElementTree
+
+from pipecompile.ir.cluster import Cluster, Link
+from pipecompile.ir.graph import Cost
+from pipecompile.ir.plan import Plan
+from pipecompile.render.timeline_svg import timelines_svg
+from pipecompile.render.trace import trace
+from pipecompile.schedule import one_f_one_b
+from pipecompile.schedule.catalog import RECIPES
+from pipecompile.schedule.lowering import lower
+from pipecompile.schedule.order_program import program_of
+from pipecompile.schedule.simulator import simulate
+
+
+def simulated(program, *seconds):
+    cluster = Cluster.of([f"rank {rank}" for rank in range(len(program.ranks))], Link(float("inf"), 0.5))
+    costs = [Cost(*seconds)] * program.plan.num_stages
+    return simulate(lower(program, simulate(program, costs, cluster)), costs, cluster)
+
+
+def test_predicted_and_measured_are_two_processes_one_above_the_other():
+    program = one_f_one_b(Plan.chain(2), 2)
+    events = json.loads(trace({"predicted": simulated(program, 1, 2), "measured": simulated(program, 1.5, 2)}))
+    names = {e["pid"]: e["args"]["name"] for e in events["traceEvents"] if e["name"] == "process_name"}
+    order = {e["pid"]: e["args"]["sort_index"] for e in events["traceEvents"] if e["name"] == "process_sort_index"}
+    assert (names, order) == ({0: "predicted", 1: "measured"}, {0: 0, 1: 1})
+    drawn = [(e["pid"], e["tid"], e["name"], e["ts"], e["dur"]) for e in events["traceEvents"] if e["ph"] == "X"]
+    assert [e for e in drawn if e[2] == "0F0"] == [(0, 0, "0F0", 0.0, 1e6), (1, 0, "0F0", 0.0, 1.5e6)]
+    assert (0, 1, "0F0>1", 1e6, 0.5e6) in drawn
+    assert not any("<" in name for _, _, name, *_ in drawn)
+
+
+def test_a_trace_has_every_computation_once_with_its_kind():
+    order = RECIPES["zb-v"].order(2, 3)
+    program = program_of(order, Plan.chain(4, order.shape.rank_of))
+    events = json.loads(trace({"zb-v": simulated(program, 1, 2)}))["traceEvents"]
+    computed = [e for e in events if e["ph"] == "X" and e["cat"] != "transfer"]
+    assert len(computed) == 3 * 4 * 3 == len({e["name"] for e in computed})
+    assert {e["cat"] for e in computed} == {"forward", "backward", "weights"}
+    threads = {e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    assert threads == {"rank 0", "rank 1", "rank 0 transfers", "rank 1 transfers"}
+
+
+def test_a_picture_has_both_timelines_on_one_scale():
+    program = one_f_one_b(Plan.chain(2), 2)
+    text = timelines_svg({"predicted": simulated(program, 1, 2), "measured": simulated(program, 2, 4)})
+    root = ElementTree.fromstring(text)
+    predicted, measured = root.findall("{http://www.w3.org/2000/svg}g")
+    widths = [float(each.find(".//*[@class='cell']/*[@rx]").get("width")) for each in (predicted, measured)]
+    assert abs(widths[1] / widths[0] - 2) < 0.05
+    assert [each.get("transform") for each in (predicted, measured)] == ["translate(0 0)", "translate(0 170)"]
+    assert ">predicted: makespan" in text
+    assert ">measured: makespan" in text

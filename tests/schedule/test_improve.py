@@ -1,0 +1,162 @@
+import random
+
+import pytest
+
+from pipecompile.schedule.catalog import RECIPES, best, made, searched
+from pipecompile.schedule.improve import candidates, improve
+from pipecompile.schedule.job import job_of
+from pipecompile.schedule.order import B
+from pipecompile.schedule.place_weights import place_weights
+from pipecompile.schedule.policy import merge, one_f_one_b
+from pipecompile.schedule.replay import peaks, replay
+from pipecompile.schedule.shape import Shape, chain, looped, v_shape
+from pipecompile.schedule.squeeze import mirrored, squeeze, timed
+from pipecompile.schedule.stage_costs import StageCosts, busy, no_cap
+
+
+def drawn(seed):
+    """A stage graph with unequal costs and several stages on some ranks."""
+    draw = random.Random(seed)
+    stages = draw.randint(2, 7)
+    edges = [(draw.randint(0, target - 1), target) for target in range(1, stages)]
+    edges += [
+        (s, t) for s in range(stages) for t in range(s + 1, stages) if draw.random() < 0.2 and (s, t) not in edges
+    ]
+    ranks = draw.randint(1, stages)
+    rank_of = [*range(ranks), *(draw.randrange(ranks) for _ in range(stages - ranks))]
+    draw.shuffle(rank_of)
+    shape = Shape(tuple(rank_of), tuple(edges))
+    times = [tuple(draw.choice([0, 1, 2.5, 4]) for _ in range(stages)) for _ in range(3)]
+    freed = [draw.choice([0.0, 0.5, 1.0, -0.5]) for _ in range(stages)]
+    memory = (1.0,) * stages, tuple(-x for x in freed), tuple(x - 1 for x in freed)
+    return shape, draw.randint(1, 6), StageCosts(*times, tuple(draw.choice([0, 0.3, 2]) for _ in edges), *memory)
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_orders_of_any_graph_are_valid_within_memory_and_no_worse_than_their_start(seed):
+    shape, n, costs = drawn(seed)
+    start = [replay(merge(one_f_one_b(shape, n), shape, n), costs)]
+    cap = max(max(peaks(run.order, costs)) for run in start) + 1.0
+    found = improve(
+        shape, n, costs, (cap,) * shape.num_ranks, candidates(shape, n, costs, (cap,) * shape.num_ranks), passes=40
+    )
+    assert found is not None
+    run = replay(found, costs)
+    found.validate()
+    assert run.peak <= cap + 1e-6
+    assert run.span >= max(busy(shape, costs, n)) - 1e-9
+    again = improve(shape, n, costs, (cap,) * shape.num_ranks, [found.rows], passes=60)
+    assert replay(again, costs).span <= run.span + 1e-9 or again is None
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_a_squeeze_keeps_each_computation_its_memory_and_its_dependencies(seed):
+    shape, n, costs = drawn(seed)
+    job = job_of(shape, n, costs, no_cap(shape))
+    placed = place_weights(
+        job, [[c for c in row if c < 2 * job.cells] for row in merge(one_f_one_b(shape, n), shape, n).rows]
+    )
+    caps = []
+    for row in placed.rows:
+        held, most = 0.0, 0.0
+        for code in row:
+            held += job.added[code]
+            most = max(most, held)
+        caps.append(most)
+    tight = job_of(shape, n, costs, caps)
+    before = timed(tight, placed.rows)
+    for by_span in (True, False):
+        rows = squeeze(tight, mirrored(tight), before, by_span)
+        order = type(merge(one_f_one_b(shape, n), shape, n))(shape, n, tuple(map(tuple, rows)))
+        order.validate()
+        assert all(peak <= cap + 1e-6 for peak, cap in zip(peaks(order, costs), caps, strict=True))
+        replay(order, costs)
+
+
+@pytest.mark.parametrize(
+    ("p", "n", "times", "c", "cap", "optimum"),
+    [
+        (2, 4, (5, 6, 4), 0, 4, 67),
+        (3, 4, (5, 6, 4), 0, 6, 74),
+        (3, 5, (5, 6, 4), 1, 8, 87),
+        (4, 6, (5, 6, 4), 0, 8, 111),
+        (4, 6, (5, 6, 4), 1, 14, 109),
+    ],
+)
+def test_the_optima_of_an_integer_program_are_found(p, n, times, c, cap, optimum):
+    shape = chain(p)
+    costs = StageCosts.uniform(shape, *times, c, (2, -1, -1))
+    run = replay(searched(shape, n, costs, cap, passes=2000), costs)
+    assert (run.span, run.peak <= cap) == (optimum, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "p", "n", "times", "c", "cap", "rate"),
+    [  # published or run again with the authors' code, times per half
+        ("zb-v", 4, 8, (1, 1, 1), 0, 4, 0.0),
+        ("zb-v", 8, 16, (4959, 5217, 3519), 213, 8, 0.0656),
+        ("v-half", 4, 16, (1, 1, 1), 0, 3, 0.0495),
+        ("v-half", 8, 16, (1, 1, 1), 0, 5, 0.1504),
+        ("v-half", 8, 16, (4959, 5217, 3519), 213, 5, 0.2036),
+        ("v-min", 8, 16, (1, 1, 1), 0, 4, 0.2195),
+        ("v-min", 8, 16, (4959, 5217, 3519), 213, 4, 0.3328),
+    ],
+)
+def test_v_shapes_are_no_worse_than_published(name, p, n, times, c, cap, rate):
+    shape = v_shape(p)
+    costs = StageCosts.uniform(shape, *(2 * seconds for seconds in times), c)
+    run = replay(made(name, p, n, costs, cap, passes=60), costs)
+    assert run.peak <= cap
+    assert run.span_rate < rate + 5e-5
+
+
+def test_unequal_stages_reach_the_time_that_the_slowest_computes():
+    f = (30715, 29233, 29106, 29078, 28850, 28919, 28924, 41678)
+    b = (31308, 29344, 29357, 29455, 29217, 29384, 29354, 38731)
+    w = (18746, 18789, 19062, 19367, 19455, 19967, 20096, 32833)
+    mem_f, mem_b, mem_w = (943, *[1240] * 6, 1071), (-533, *[-688] * 6, -588), (-410, *[-552] * 6, -483)
+    costs, shape = StageCosts(f, b, w, (473,) * 7, mem_f, mem_b, mem_w), chain(8)
+    run = replay(searched(shape, 32, costs, 1240 * 16, passes=50), costs)
+    assert run.span == 3623744 == max(busy(shape, costs, 32))
+
+
+def test_without_room_for_one_microbatch_there_is_no_order():
+    costs = StageCosts.uniform(chain(2), 1, 1, 1)
+    assert searched(chain(2), 3, costs, 0.9, passes=10) is None
+    assert made("1f1b", 2, 3, costs, 1.0, passes=10) is None
+    one = searched(chain(2), 3, costs, 1.0, passes=10)
+    assert replay(one, costs).peaks == (1.0, 1.0)
+
+
+def test_a_smaller_span_and_a_smaller_makespan_may_be_two_orders():
+    shape, n = chain(4), 8
+    costs = StageCosts.uniform(shape, 1, 1, 1)
+    by_span, by_makespan = (searched(shape, n, costs, 8.0, 60, by_span=by_span) for by_span in (True, False))
+    assert replay(by_span, costs).span == 24
+    assert replay(by_makespan, costs).makespan <= replay(by_span, costs).makespan
+    assert best([by_makespan, by_span], lambda order: costs) == by_span
+
+
+def test_the_same_input_gives_the_same_order():
+    costs = StageCosts.uniform(v_shape(3), 5, 6, 4, 1)
+    first, second = (searched(v_shape(3), 5, costs, 3.0, 60) for _ in range(2))
+    assert first == second
+
+
+def test_weights_fill_a_gap_only_if_they_may():
+    shape = chain(2)
+    costs = StageCosts(f=(1, 1), b=(1, 3), w=(5, 2))
+    job = job_of(shape, 3, costs, no_cap(shape))
+    rows = [[c for c in row if c < 2 * job.cells] for row in merge(one_f_one_b(shape, 3), shape, 3).rows]
+    waits, works = place_weights(job, rows, 0.0), place_weights(job, rows, 1.0)
+    assert sum(waits.idle) > sum(works.idle)
+    assert all(sorted(one) == sorted(two) for one, two in zip(waits.rows, works.rows, strict=True))
+    tight = job_of(shape, 3, costs, (1.0, 1.0))
+    assert place_weights(tight, rows) is None  # two in flight
+
+
+def test_every_recipe_has_every_backward_of_its_rank_in_the_rows():
+    for name, recipe in RECIPES.items():
+        order = recipe.order(3, 4)
+        assert sum(op.kind == B for rank in range(3) for op in order.ops(rank)) == 4 * order.shape.num_stages, name
+    assert looped(3, 2) == RECIPES["bfs"].shape(3)
