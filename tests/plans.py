@@ -9,8 +9,11 @@ from hypothesis import strategies as st
 from pipecompile.ir.graph import Cost, CostedGraph, Footprint, Graph, Node, Parameter, TensorSpec
 from pipecompile.ir.plan import Channel, Plan, Tied
 from pipecompile.ir.program import Program
+from pipecompile.schedule import SCHEDULES, SYNCHRONOUS
 
 NBYTES = 1_000_000
+# The schedules whose backwards are whole, and which therefore take any plan.
+WHOLE = {name: make for name, make in SYNCHRONOUS.items() if not SCHEDULES[name].splits}
 
 
 def dag(edges: Sequence[tuple[int, int]], rank_of: Sequence[int], tied: Sequence[Tied] = ()) -> Plan:

@@ -131,6 +131,11 @@ class Options:
                 f"each microbatch, because gradients of replicas are summed once per batch; use schedule='1f1b' or "
                 f"'gpipe'"
             )
+        if self.policy.splits and (self.plan.replicas == "auto" or any(count > 1 for count in counts)):
+            raise InputError(
+                f"replicas={self.plan.replicas!r} does not work with schedule={self.schedule!r}, whose order is for one "
+                f"device per stage; use schedule='1f1b' or 'gpipe'"
+            )
         if counts and sum(counts) != devices:
             raise InputError(
                 f"replicas={counts} is for {sum(counts)} devices, but devices= has {devices}; they must match"

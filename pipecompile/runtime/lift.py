@@ -7,7 +7,7 @@ layer. In a lifted stage they are arguments. A module kept whole, whose forward 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +19,17 @@ from pipecompile.capture.purity import name_of
 from pipecompile.capture.state.model_state import named_tensors
 from pipecompile.ops.functional import is_traceable
 from pipecompile.ops.operators import is_opaque
+from pipecompile.ops.split_backward import SPLIT
 from pipecompile.runtime.split import Stage, quiet
 
 
-def lift(stage: Stage) -> fx.GraphModule:
+def lift(stage: Stage, splits: bool = False) -> fx.GraphModule:
     """The module of a stage, called with ``stage.arguments`` and then a tensor for each of ``stage.names``.
 
     Its code has the nodes of the stage's own, under the same names.
+
+    Args:
+        splits: whether its backward may leave gradients of weights in a queue (``ops/split_backward.py``).
     """
     graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     nodes = list(stage.module.graph.nodes)
@@ -40,6 +44,8 @@ def lift(stage: Stage) -> fx.GraphModule:
             copies[node] = graph.node_copy(node, copies.__getitem__)
             if node.op == "call_module":
                 _lift_leaf(copies[node], stage.module.get_submodule(str(node.target)), lifted)
+            elif splits:
+                _split(copies[node], set(lifted.values()))
     return quiet(fx.GraphModule(stage.module, graph, class_name=f"Lifted{stage.module.__class__.__name__}"))
 
 
@@ -58,6 +64,16 @@ def _only_reads(user: fx.Node) -> bool:
 
 def _argument(name: str) -> str:
     return "".join(c if c.isascii() and c.isalnum() else "_" for c in f"weight_{name}")
+
+
+def _split(call: fx.Node, parameters: Set[fx.Node]) -> None:
+    """Makes a call of a function with parameters one whose backward leaves their gradients."""
+    if call.op != "call_function" or call.target not in SPLIT:
+        return
+    split, places = SPLIT[call.target]
+    given = [call.args[place] if place < len(call.args) else call.kwargs.get(name) for place, name in places]
+    if given[0] in parameters and all(each is None or each in parameters for each in given):
+        call.target = split
 
 
 def _lift_leaf(call: fx.Node, leaf: nn.Module, lifted: dict[str, fx.Node]) -> None:

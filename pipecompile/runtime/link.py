@@ -13,6 +13,7 @@ from typing import assert_never
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import (
     Backward,
+    BackwardWeight,
     Compute,
     Forward,
     Instruction,
@@ -74,28 +75,27 @@ def link(
         runners: by stage, those of these ranks.
         transport: carries results between ranks.
     """
-    plan = program.plan
     return {
-        rank: tuple(_linked(i, plan, runners, transport) for i in program.ranks[rank])
+        rank: tuple(_linked(i, program, runners, transport) for i in program.ranks[rank])
         for rank in ranks
         if rank < len(program.ranks)  # a plan may not use the last ones
     }
 
 
-def _linked(i: Instruction, plan: Plan, runners: Mapping[int, Runner], transport: Transport) -> Linked:
-    return Linked(i, _bound(i, plan, runners, transport), _RecordFunctionFast(f"stage {i.stage} {i}"))
+def _linked(i: Instruction, program: Program, runners: Mapping[int, Runner], transport: Transport) -> Linked:
+    return Linked(i, _bound(i, program, runners, transport), _RecordFunctionFast(f"stage {i.stage} {i}"))
 
 
 def _bound(
-    i: Instruction, plan: Plan, runners: Mapping[int, Runner], transport: Transport
+    i: Instruction, program: Program, runners: Mapping[int, Runner], transport: Transport
 ) -> Callable[[Row], tuple[Mark, Mark]]:
     match i:
         case Send():
             return _sending(i, transport)
         case Recv():
             return _receiving(i, transport)
-        case Forward() | Backward() | Reduce() | Step() | Refresh():
-            return _computing(i, plan, _act(i, plan, runners[i.stage]))
+        case Forward() | Backward() | BackwardWeight() | Reduce() | Step() | Refresh():
+            return _computing(i, program.plan, _act(i, program, runners[i.stage]))
         case _:
             assert_never(i)
 
@@ -123,7 +123,9 @@ def _receiving(i: Recv, transport: Transport) -> Callable[[Row], tuple[Mark, Mar
 
 def _computing(i: Compute, plan: Plan, act: Act) -> Callable[[Row], tuple[Mark, Mark]]:
     sources = [(result.stage, str(Send(result, i.stage))) for result in reads(i, plan)]
-    targets = [] if isinstance(i, Step) else [(reader, str(Send(i, reader))) for reader in readers(i, plan)]
+    targets = (
+        [] if isinstance(i, Step | BackwardWeight) else [(reader, str(Send(i, reader))) for reader in readers(i, plan)]
+    )
 
     def run(row: Row) -> tuple[Mark, Mark]:
         mailbox = row.mailbox
@@ -137,13 +139,17 @@ def _computing(i: Compute, plan: Plan, act: Act) -> Callable[[Row], tuple[Mark, 
     return run
 
 
-def _act(i: Compute, plan: Plan, runner: Runner) -> Act:
+def _act(i: Compute, program: Program, runner: Runner) -> Act:
     """What a computation does with the microbatches and what it has received; returns its results by reader."""
+    plan = program.plan
     match i:
-        case Forward(_, number):
-            return lambda microbatches, received: runner.forward(microbatches[number], received)
+        case Forward(stage, number):
+            splits = Backward(stage, number) in program.split
+            return lambda microbatches, received: runner.forward(microbatches[number], received, splits)
         case Backward(_, number):
             return lambda microbatches, received: runner.backward(microbatches[number], received)
+        case BackwardWeight(_, number):
+            return _alone(lambda microbatches: runner.backward_weight(microbatches[number]))
         case Reduce(stage, number):
             last = plan.last_run(stage, number)  # None: the stage has not run, and has no gradients
             if last is None:
@@ -154,14 +160,19 @@ def _act(i: Compute, plan: Plan, runner: Runner) -> Act:
         case Refresh(stage, _):
             return lambda microbatches, received: refreshed(stage, plan, runner.weights.current.leaves, received)
         case Step():
-
-            def step(microbatches: Mapping[int, Microbatch], received: Mapping[int, Values]) -> Mapping[int, Values]:
-                runner.step(tuple(microbatches.values()))
-                return {}
-
-            return step
+            return _alone(lambda microbatches: runner.step(tuple(microbatches.values())))
         case _:
             assert_never(i)
+
+
+def _alone(run: Callable[[Mapping[int, Microbatch]], None]) -> Act:
+    """A computation that reads and makes nothing of other stages."""
+
+    def act(microbatches: Mapping[int, Microbatch], received: Mapping[int, Values]) -> Mapping[int, Values]:
+        run(microbatches)
+        return {}
+
+    return act
 
 
 def _open(content: Content) -> Values:

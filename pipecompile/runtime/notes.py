@@ -23,6 +23,7 @@ from torch import Tensor
 from pipecompile.errors import ExecutionError
 from pipecompile.ir.program import (
     Backward,
+    BackwardWeight,
     Forward,
     Instruction,
     Program,
@@ -158,7 +159,7 @@ class Notes:
         """Where devices that have failed have stopped. Copies have a stream of their own."""
         found = [
             stop
-            for kind in ((Send,), (Forward, Backward, Reduce, Step, Refresh))
+            for kind in ((Send,), (Forward, Backward, BackwardWeight, Reduce, Step, Refresh))
             for stop in next(filter(None, ([*notes.stops(devices, kind)] for notes in self.programs)), ())
         ]
         return [stop for stop in found if stop.is_ready] or found
@@ -210,6 +211,8 @@ def _in_words(i: Instruction, modules: str) -> str:
             kind = "forward"
         case Backward(stage, microbatch):
             kind = "backward"
+        case BackwardWeight(stage, microbatch):
+            kind = "gradients of weights"
         case Reduce(stage, microbatch):
             kind = "sum of tied gradients"
         case Step(stage, microbatch):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import linecache
 import re
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -15,12 +16,15 @@ from torch import Tensor
 from pipecompile.errors import ExecutionError
 from pipecompile.ops.randomness import seed_microbatch
 from pipecompile.ops.source_lines import failing_line
+from pipecompile.ops.split_backward import Queue, queued
 from pipecompile.ops.torch_internals import _engine_run_backward
 from pipecompile.runtime.lane import Lane, Value, Values
 from pipecompile.runtime.lift import lift, read_only
 from pipecompile.runtime.out_of_memory import OutOfMemoryError
 from pipecompile.runtime.split import Stage
 from pipecompile.runtime.weights import Version, Weights
+
+Function = Callable[..., tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,7 @@ class Microbatch:
     versions: dict[int, Version] = field(
         default_factory=dict
     )  # by stage: the weights that its forward used, until their optimizer step
+    queues: dict[int, Queue] = field(default_factory=dict)  # by stage: gradients of weights that its backward leaves
 
 
 class Runner:
@@ -56,7 +61,6 @@ class Runner:
         self.stage = stage
         self.weights = weights
         self.lane = lane
-        self.function = lift(stage)
         self.parameters = tuple(stage.names.values())
         self.read_only = read_only(stage)
         argument = {name: place for place, name in enumerate(stage.arguments)}
@@ -65,8 +69,24 @@ class Runner:
         self.sends = {target: [returned[name] for name in names] for target, names in stage.sends.items()}
         self.outputs = {name: returned[name] for name in stage.outputs}
 
-    def forward(self, microbatch: Microbatch, received: Mapping[int, Values]) -> dict[int, Values]:
-        """Runs one microbatch's forward; returns the values for each later stage."""
+    @cached_property
+    def function(self) -> Function:
+        """The stage as a function of its arguments and its weights."""
+        return lift(self.stage)
+
+    @cached_property
+    def split_function(self) -> Function:
+        """The same, whose backward leaves gradients of weights in the queue of its forward."""
+        return lift(self.stage, splits=True)
+
+    def forward(
+        self, microbatch: Microbatch, received: Mapping[int, Values], splits: bool = False
+    ) -> dict[int, Values]:
+        """Runs one microbatch's forward; returns the values for each later stage.
+
+        Args:
+            splits: whether its backward leaves gradients of weights for ``backward_weight``.
+        """
         stage = self.stage
         inputs = [self._input(name, microbatch) for name in stage.inputs]
         arguments: list[Value] = [*inputs, *[None] * (len(stage.arguments) - len(inputs))]
@@ -75,7 +95,7 @@ class Runner:
             for place, value in zip(self.takes[source], values, strict=True):
                 arguments[place] = value
         seed_microbatch(microbatch.randomness)
-        returned = self._call(arguments)
+        returned = self._call_splitting(arguments, microbatch) if splits else self._call(self.function, arguments)
         if torch.is_grad_enabled():
             wanted = {name: t for name, t in zip(stage.inputs, inputs, strict=True) if t.requires_grad}
             microbatch.saved[stage.index] = Saved(wanted, leaves, returned)
@@ -113,6 +133,14 @@ class Runner:
             for source, leaves in saved.received.items()
         }
 
+    def backward_weight(self, microbatch: Microbatch) -> None:
+        """Computes the gradients of weights that a microbatch's backward has left."""
+        try:
+            microbatch.queues.pop(self.stage.index).empty()
+        except Exception as error:
+            where = f"in the gradients of weights of {self.stage.modules}"
+            raise _named(error)(f"{where}: {type(error).__name__}: {error}") from error
+
     def step(self, microbatches: Sequence[Microbatch]) -> None:
         """Steps the stage's optimizer; versions of the weights that a microbatch still needs are kept."""
         index = self.stage.index
@@ -126,11 +154,15 @@ class Runner:
         tensor = self.lane.fetch(microbatch.inputs[name])
         return tensor if name in self.read_only and not tensor.requires_grad else _cut_off(tensor)
 
-    def _call(self, arguments: Sequence[Value]) -> tuple[Tensor, ...]:
+    def _call_splitting(self, arguments: Sequence[Value], microbatch: Microbatch) -> tuple[Tensor, ...]:
+        queue = microbatch.queues[self.stage.index] = Queue()
+        with queued(queue):
+            return self._call(self.split_function, arguments)
+
+    def _call(self, function: Function, arguments: Sequence[Value]) -> tuple[Tensor, ...]:
         try:
             current = self.weights.current.leaves
-            returned: tuple[Tensor, ...] = self.function(*arguments, *[current[name] for name in self.parameters])
-            return returned
+            return function(*arguments, *[current[name] for name in self.parameters])
         except Exception as error:
             where = self._where(error)
             raise _named(error)(f"{where + ': ' if where else ''}{type(error).__name__}: {error}") from error

@@ -14,8 +14,11 @@ from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import Instruction, Program
 from pipecompile.schedule.gpipe import gpipe
 from pipecompile.schedule.one_f_one_b import one_f_one_b
+from pipecompile.schedule.order_program import program_of
 from pipecompile.schedule.pipedream import carried_after, pipedream
+from pipecompile.schedule.policy import Policy, merge, zb_h1, zb_h2
 from pipecompile.schedule.sequential import sequential
+from pipecompile.schedule.shape import Shape, shape_of
 
 MakeProgram = Callable[[Plan, int], Program]  # from a number of microbatches
 
@@ -40,10 +43,12 @@ class Schedule:
         with_flush: makes the program of a step that ends with an empty pipeline. For an asynchronous schedule this is
             the nearest synchronous one: rehearsals and comparisons with the unsplit model run it.
         segment: makes the segments of an asynchronous schedule; None for a synchronous one.
+        splits: whether backwards leave the gradients of weights for later. Such a schedule takes no replicas.
     """
 
     with_flush: WithFlush
     segment: Segment | None = None
+    splits: bool = False
 
     @property
     def is_asynchronous(self) -> bool:
@@ -68,10 +73,23 @@ class Schedule:
             carried, start = carried_after(program), start + num_microbatches
 
 
+def by_policy(policy: Callable[[Shape, int], Policy]) -> WithFlush:
+    """The programs of a policy, on the stages of a plan."""
+
+    def with_flush(plan: Plan, num_microbatches: int, *, step: bool = False) -> Program:
+        shape = shape_of(plan)
+        return program_of(merge(policy(shape, num_microbatches), shape, num_microbatches), plan, step=step)
+
+    with_flush.__qualname__ = policy.__qualname__
+    return with_flush
+
+
 SCHEDULES: Mapping[str, Schedule] = {
     "sequential": Schedule(sequential),
     "gpipe": Schedule(gpipe),
     "1f1b": Schedule(one_f_one_b),
+    "zb-h1": Schedule(by_policy(zb_h1), splits=True),
+    "zb-h2": Schedule(by_policy(zb_h2), splits=True),
     "pipedream": Schedule(one_f_one_b, segment=pipedream),
 }
 SYNCHRONOUS: Mapping[str, WithFlush] = {

@@ -3,12 +3,12 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from plans import branches, plans, rows, unet
+from plans import WHOLE, branches, plans, rows, unet
 
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import Backward, Forward, Program, Step, linearize
 from pipecompile.ir.weight_versions import Versions, versions
-from pipecompile.schedule import SYNCHRONOUS, backward_only, carried_after, drain, gpipe, one_f_one_b, pipedream
+from pipecompile.schedule import backward_only, carried_after, drain, gpipe, one_f_one_b, pipedream
 
 
 def used(found: Versions, stage: int) -> list[int]:
@@ -18,9 +18,9 @@ def used(found: Versions, stage: int) -> list[int]:
     ]
 
 
-@given(plans(), st.integers(1, 6), st.sampled_from(sorted(SYNCHRONOUS)), st.booleans())
+@given(plans(), st.integers(1, 6), st.sampled_from(sorted(WHOLE)), st.booleans())
 def test_schedules_with_a_flush_hold_one_version(plan, num_microbatches, name, step):
-    found = versions(SYNCHRONOUS[name](plan, num_microbatches, step=step))
+    found = versions(WHOLE[name](plan, num_microbatches, step=step))
     assert len(found.used) == plan.num_stages * num_microbatches
     assert set(found.used.values()) == {0}
     assert found.live == (1,) * plan.num_stages

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import MODELS
 from oracle import assert_same, step
-from plans import NBYTES, layers, rows, stage_row, units
+from plans import NBYTES, WHOLE, layers, rows, stage_row, units
 from torch import Tensor, nn
 from toys import D, SkipToLoss, blocks, mean_square
 
@@ -30,7 +30,7 @@ from pipecompile.planning.plan_search import make_plan
 from pipecompile.planning.replicas import MOST_DEVICES, with_best_replicas
 from pipecompile.planning.search_spec import Request
 from pipecompile.planning.training_spec import Workload
-from pipecompile.schedule import SYNCHRONOUS, backward_only, forward_only, gpipe, one_f_one_b, pipedream
+from pipecompile.schedule import backward_only, forward_only, gpipe, one_f_one_b, pipedream
 from pipecompile.schedule.lowering import lower
 from pipecompile.schedule.simulator import simulate
 
@@ -62,7 +62,7 @@ def skipping(rows: int = 5) -> tuple[nn.Module, tuple[Any, dict[str, Any]]]:
 
 
 @pytest.mark.parametrize("replicas", [[2, 1], [1, 2, 1], [1, 3], [2, 3], [4]], ids=str)
-@pytest.mark.parametrize("schedule", SYNCHRONOUS)
+@pytest.mark.parametrize("schedule", WHOLE)
 @pytest.mark.parametrize("microbatches", [1, 4])
 def test_uneven_batches_fewer_microbatches_than_replicas_and_skips(replicas, schedule, microbatches):
     model, inputs = skipping()
@@ -204,12 +204,12 @@ def counts() -> st.SearchStrategy[tuple[int, ...]]:
     return st.lists(st.integers(1, 3), min_size=1, max_size=4).map(tuple)
 
 
-@given(counts(), st.integers(1, 7), st.sampled_from(sorted(SYNCHRONOUS)), st.booleans())
+@given(counts(), st.integers(1, 7), st.sampled_from(sorted(WHOLE)), st.booleans())
 def test_each_microbatch_runs_once_in_each_stage_whole_way_on_one_replica(replicas, n, name, end_with_steps):
     plan = Plan.chain(len(replicas), replicas=replicas)
     first = sorted(set(plan.replica_of))
     plan = replace(plan, tied=tuple(Tied(f"w{s}", plan.replicas[s]) for s in first if len(plan.replicas[s]) > 1))
-    program = SYNCHRONOUS[name](plan, n, step=end_with_steps)
+    program = WHOLE[name](plan, n, step=end_with_steps)
     done = Counter((type(i), plan.replica_of[i.stage], i.microbatch) for i in program.instructions)
     for kind in (Forward, Backward):
         assert {key: count for key, count in done.items() if key[0] is kind} == {

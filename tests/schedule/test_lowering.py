@@ -3,13 +3,12 @@ from collections import Counter
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from plans import SHAPES, costs, dag, plans, rows, units
+from plans import SHAPES, WHOLE, costs, dag, plans, rows, units
 
 from pipecompile.errors import ProgramError
 from pipecompile.ir.plan import Plan, Tied
 from pipecompile.ir.program import Instruction, Program, Recv, Send, dependencies, linearize, parse, reads
 from pipecompile.schedule import (
-    SYNCHRONOUS,
     backward_only,
     carried_after,
     drain,
@@ -136,7 +135,7 @@ def test_the_naive_order_hangs_1f1b_with_one_queue_of_transfers_a_rank(shape):
     assert not in_one_queue(program)
 
 
-@pytest.mark.parametrize("schedule", SYNCHRONOUS.values(), ids=SYNCHRONOUS)
+@pytest.mark.parametrize("schedule", WHOLE.values(), ids=WHOLE)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_no_schedule_hangs_on_any_shape_once_it_is_lowered(schedule, shape):
     program = lowered(schedule(SHAPES[shape], 6))
@@ -148,10 +147,10 @@ def test_no_schedule_hangs_on_any_shape_once_it_is_lowered(schedule, shape):
 plans_and_costs = plans(tied=True).flatmap(lambda plan: st.tuples(st.just(plan), costs(plan)))
 
 
-@given(plans_and_costs, st.sampled_from(sorted(SYNCHRONOUS)), st.integers(1, 5))
+@given(plans_and_costs, st.sampled_from(sorted(WHOLE)), st.integers(1, 5))
 def test_no_schedule_hangs_on_any_plan_with_any_costs(plan_and_costs, name, num_microbatches):
     plan, stage_costs = plan_and_costs
-    program = SYNCHRONOUS[name](plan, num_microbatches, step=True)
+    program = WHOLE[name](plan, num_microbatches, step=True)
     assert in_one_queue(lower(program, simulate(program, stage_costs)))
 
 
@@ -168,10 +167,10 @@ def test_no_segment_of_pipedream_hangs(plan_and_costs, first, second):
     assert in_one_queue(lower(rest, simulate(rest, stage_costs)))
 
 
-@given(plans_and_costs, st.sampled_from(sorted(SYNCHRONOUS)), st.integers(1, 5))
+@given(plans_and_costs, st.sampled_from(sorted(WHOLE)), st.integers(1, 5))
 def test_what_is_read_on_another_rank_is_sent_once_and_nothing_else(plan_and_costs, name, num_microbatches):
     plan, stage_costs = plan_and_costs
-    bare = SYNCHRONOUS[name](plan, num_microbatches, step=True)
+    bare = WHOLE[name](plan, num_microbatches, step=True)
     program = lower(bare, simulate(bare, stage_costs))
     read = Counter(
         (result, i.stage)

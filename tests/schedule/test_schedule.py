@@ -4,7 +4,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from plans import SHAPES, branches, costs, dag, plans, rows, stage_row, units
+from plans import SHAPES, WHOLE, branches, costs, dag, plans, rows, stage_row, units
 from torch.distributed.pipelining import schedules as torch_schedules
 
 from pipecompile.errors import InputError, PlanError, ProgramError
@@ -25,7 +25,7 @@ from pipecompile.schedule import (
 from pipecompile.schedule.lowering import lower
 from pipecompile.schedule.simulator import simulate
 
-every = pytest.mark.parametrize("schedule", SYNCHRONOUS.values(), ids=SYNCHRONOUS)
+every = pytest.mark.parametrize("schedule", WHOLE.values(), ids=WHOLE)
 
 
 # synchronous
@@ -320,9 +320,9 @@ def test_a_segment_that_does_not_fit_what_was_carried_is_refused():
 
 
 def test_the_registry_names_all_schedules():
-    assert list(SCHEDULES) == ["sequential", "gpipe", "1f1b", "pipedream"]
+    assert list(SCHEDULES) == ["sequential", "gpipe", "1f1b", "zb-h1", "zb-h2", "pipedream"]
     assert [name for name, it in SCHEDULES.items() if it.is_asynchronous] == ["pipedream"]
-    assert list(SYNCHRONOUS) == ["sequential", "gpipe", "1f1b"]
+    assert list(SYNCHRONOUS) == ["sequential", "gpipe", "1f1b", "zb-h1", "zb-h2"]
 
 
 @pytest.mark.parametrize("name", SYNCHRONOUS)
@@ -342,5 +342,5 @@ def test_an_asynchronous_schedule_warms_up_in_its_first_step_only():
 
 @pytest.mark.parametrize("plan", SHAPES.values(), ids=SHAPES)
 def test_every_shape_can_be_scheduled(plan):
-    for schedule in SYNCHRONOUS.values():
+    for schedule in WHOLE.values():
         assert len(schedule(plan, 3).instructions) == 6 * plan.num_stages

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
-from plans import dag, plans, rows, units
+from plans import WHOLE, dag, plans, rows, units
 
 from pipecompile.ir.plan import Plan, Tied
 from pipecompile.ir.program import Forward, Program, Recv, Refresh, Send
-from pipecompile.schedule import SYNCHRONOUS, backward_only, forward_only, one_f_one_b
+from pipecompile.schedule import backward_only, forward_only, one_f_one_b
 from pipecompile.schedule.lowering import lower
 from pipecompile.schedule.several_processes import refreshed
 from pipecompile.schedule.simulator import simulate
@@ -38,9 +38,7 @@ def test_a_program_without_ties_or_without_forwards_stays_as_it_is() -> None:
     assert refreshed(backward_only(plan, 2)) == backward_only(plan, 2)
 
 
-@given(
-    plan=plans(tied=True), microbatches=st.integers(1, 4), make=st.sampled_from([*SYNCHRONOUS.values(), forward_only])
-)
+@given(plan=plans(tied=True), microbatches=st.integers(1, 4), make=st.sampled_from([*WHOLE.values(), forward_only]))
 def test_every_follower_has_the_values_before_its_first_forward(plan: Plan, microbatches: int, make: object) -> None:
     program = lowered(refreshed(make(plan, microbatches)))  # which validates it
     for tied in plan.tied:

@@ -6,7 +6,7 @@ import networkx as nx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from plans import NBYTES, SHAPES, branches, costs, dag, plans, unet, units
+from plans import NBYTES, SHAPES, WHOLE, branches, costs, dag, plans, unet, units
 
 from pipecompile.errors import DeadlockError, InputError
 from pipecompile.ir.cluster import Cluster, Device, Link
@@ -14,7 +14,7 @@ from pipecompile.ir.graph import Cost
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import Program, Recv, Send, parse, reads
 from pipecompile.ir.timeline import Span
-from pipecompile.schedule import SYNCHRONOUS, forward_only, gpipe, one_f_one_b, pipedream, sequential
+from pipecompile.schedule import forward_only, gpipe, one_f_one_b, pipedream, sequential
 from pipecompile.schedule.lowering import lower
 from pipecompile.schedule.simulator import simulate
 
@@ -100,13 +100,13 @@ def longest_path(program: Program, stage_costs: list[Cost], seconds: float) -> f
 
 
 plans_and_costs = plans().flatmap(lambda plan: st.tuples(st.just(plan), costs(plan)))
-names = st.sampled_from(sorted(SYNCHRONOUS))
+names = st.sampled_from(sorted(WHOLE))
 
 
 @given(plans_and_costs, names, st.integers(1, 5), st.integers(0, 4))
 def test_the_makespan_is_the_longest_path(plan_and_costs, name, num_microbatches, seconds):
     plan, stage_costs = plan_and_costs
-    program = SYNCHRONOUS[name](plan, num_microbatches)
+    program = WHOLE[name](plan, num_microbatches)
     cluster = Cluster.of(["gpu"] * plan.num_ranks, Link(bandwidth=1e30, latency=seconds))
     timeline = simulate(program, stage_costs, cluster)
     assert timeline.makespan == pytest.approx(longest_path(program, stage_costs, seconds), rel=1e-12)
@@ -115,7 +115,7 @@ def test_the_makespan_is_the_longest_path(plan_and_costs, name, num_microbatches
 @given(plans_and_costs, names, st.integers(1, 5), st.integers(0, 4))
 def test_a_lowered_program_computes_at_the_times_of_the_bare_one(plan_and_costs, name, num_microbatches, seconds):
     plan, stage_costs = plan_and_costs
-    program = SYNCHRONOUS[name](plan, num_microbatches)
+    program = WHOLE[name](plan, num_microbatches)
     cluster = Cluster.of(["gpu"] * plan.num_ranks, Link(bandwidth=1e30, latency=seconds))
     bare = simulate(program, stage_costs, cluster)
     lowered = simulate(lower(program, bare), stage_costs, cluster)
@@ -126,7 +126,7 @@ def test_a_lowered_program_computes_at_the_times_of_the_bare_one(plan_and_costs,
 @given(plans_and_costs, names, st.integers(1, 5))
 def test_a_rank_does_one_thing_at_a_time_in_the_order_of_its_row(plan_and_costs, name, num_microbatches):
     plan, stage_costs = plan_and_costs
-    program = SYNCHRONOUS[name](plan, num_microbatches)
+    program = WHOLE[name](plan, num_microbatches)
     timeline = simulate(program, stage_costs)
     for rank, row in enumerate(program.ranks):
         spans = [span for span in timeline.spans if span.rank == rank]
@@ -163,7 +163,7 @@ def test_a_link_carries_one_transfer_at_a_time_in_the_order_of_their_results():
 @given(plans_and_costs, names, st.integers(1, 5), st.integers(1, 4))
 def test_no_two_transfers_are_on_a_link_at_once(plan_and_costs, name, num_microbatches, seconds):
     plan, stage_costs = plan_and_costs
-    program = SYNCHRONOUS[name](plan, num_microbatches)
+    program = WHOLE[name](plan, num_microbatches)
     cluster = Cluster.of(["gpu"] * plan.num_ranks, Link(bandwidth=1e30, latency=seconds))
     lowered = simulate(lower(program, simulate(program, stage_costs, cluster)), stage_costs, cluster)
     ends = {span.instruction: span.end for span in lowered.spans}

@@ -1,0 +1,151 @@
+"""Schedules that compute the gradients of weights later: the numbers are those of the unsplit model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from models import MODELS
+from oracle import assert_same, step
+from pairs import pipe_of
+from torch import nn
+from torch.nn import functional as F
+
+import pipecompile
+from pipecompile import Batching, PlanOptions
+from pipecompile.errors import InputError
+from pipecompile.ir.program import Backward, BackwardWeight
+from pipecompile.ops import split_backward
+
+SCHEDULES = ["zb-h1", "zb-h2"]
+
+
+@pytest.mark.parametrize("stages", [2, 3])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", ["gpt2", "t5", "label_shift"])
+def test_a_step_equals_the_unsplit_model(name: str, schedule: str, stages: int) -> None:
+    model = MODELS[name]
+    pipe, inputs = pipe_of(model.build(), stages, schedule=schedule, microbatches=3), model.inputs(6, model.lengths[0])
+    for _ in range(2):
+        assert_same(
+            step(pipe, pipe.pipeline.model, model.loss, inputs),
+            step(pipe.pipeline.model, pipe.pipeline.model, model.loss, inputs),
+        )
+    program = pipe.pipeline.program
+    assert sum(isinstance(i, BackwardWeight) for i in program.instructions) == 3 * stages
+    assert len(program.split) == sum(isinstance(i, Backward) for i in program.instructions)
+
+
+class Convolutions(nn.Module):
+    """A first stage with weights that nothing before waits for, batch statistics, dropout, and a loss at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3, stride=2)
+        )
+        self.head = nn.Linear(8, 5)
+        self.frozen = nn.Linear(5, 5)
+        self.frozen.weight.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(self.frozen(self.head(self.body(x).mean((2, 3)))), y)
+
+
+def pictures() -> tuple[Any, Any]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(8, 3, 8, 8, generator=generator, dtype=torch.float64)
+    return ((x, torch.randint(5, (8,), generator=generator)), {})
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "recomputed": {"plan": PlanOptions(recompute="always")},
+    "kept whole": {"leaf_modules": ["body.0", "head"]},
+    "deferred statistics": {"batching": Batching(batch_norm="deferred")},
+    "compiled": {"stage_compile": "aot_eager"},
+}
+
+
+@pytest.mark.parametrize("how", OPTIONS)
+def test_convolutions_train_as_under_1f1b(how: str) -> None:
+    found = []
+    for schedule in ("1f1b", "zb-h1"):
+        torch.manual_seed(0)
+        model = Convolutions().double()
+        pipe = pipe_of(model, 2, schedule=schedule, microbatches=4, **OPTIONS[how])
+        found.append(step(pipe, model, lambda loss: loss, pictures()))
+    assert_same(found[1], found[0])
+
+
+def test_the_backward_leaves_weights_and_the_queue_is_emptied_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    emptied: list[int] = []
+    empty = split_backward.Queue.empty
+
+    def seen(queue: split_backward.Queue) -> None:
+        emptied.append(len(queue.waiting))
+        empty(queue)
+
+    monkeypatch.setattr(split_backward.Queue, "empty", seen)
+    torch.manual_seed(0)
+    model = Convolutions().double()
+    pipe = pipe_of(model, 2, schedule="zb-h1", microbatches=4, plan=PlanOptions(pins={"body": 0, "head": 1}))
+    args, _ = pictures()
+    pipe(*args).backward()
+    assert sorted(emptied[-8:]) == [3] * 4 + [4] * 4  # head 2 and a bias of frozen; two convolutions with biases
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_autocast_and_accumulation_are_as_under_1f1b(schedule: str) -> None:
+    gradients = []
+    for name in ("1f1b", schedule):
+        torch.manual_seed(0)
+        model = Convolutions()
+        pipe = pipe_of(model, 2, schedule=name, microbatches=4)
+        (x, y), _ = pictures()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = pipe(x.float(), y)
+        loss.backward()
+        pipe(x.float(), y).backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() != set()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
+def test_a_loss_outside_and_an_evaluation_run_whole_backwards() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+    pipe = pipe_of(model, 2, schedule="zb-h1")
+    x = torch.randn(4, 4, dtype=torch.float64)
+    assert_same(
+        step(pipe, model, lambda out: out.pow(2).mean(), ((x,), {})),
+        step(model, model, lambda out: out.pow(2).mean(), ((x,), {})),
+    )
+    assert not pipe.pipeline.program.split
+    with torch.no_grad():
+        torch.testing.assert_close(pipe(x), model(x))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_replicas_are_refused(schedule: str) -> None:
+    with pytest.raises(InputError, match=r"replicas=.* does not work with schedule='zb-h"):
+        pipecompile.compile(
+            nn.Linear(2, 2), ["cpu"] * 3, schedule=schedule, plan=PlanOptions(replicas=[1, 2]), costs="count"
+        )
+
+
+def test_an_error_in_gradients_of_weights_names_stage_and_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(queue: split_backward.Queue) -> None:
+        raise ValueError("as asked")
+
+    pipe = pipe_of(Convolutions().double(), 2, schedule="zb-h1")
+    args, _ = pictures()
+    pipe(*args).backward()
+    monkeypatch.setattr(split_backward.Queue, "empty", fails)
+    with pytest.raises(
+        pipecompile.ExecutionError, match=r"stage \d, \dW\d: in the gradients of weights of modules .*as"
+    ):
+        pipe(*args)
+    monkeypatch.undo()
+    pipe(*args).backward()
