@@ -34,6 +34,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
     UnsupportedOperatorException,
+    in_kernel_invocation_manager,
 )
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.autograd.graph import _engine_run_backward
@@ -91,6 +92,7 @@ __all__ = [
     "eager_transforms",
     "enable_python_dispatcher",
     "has_triton",
+    "in_kernel_invocation_manager",
     "inductor_without_cuda_graphs",
     "is_functorch_wrapped_tensor",
     "mark_dynamic",
