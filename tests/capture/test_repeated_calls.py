@@ -134,8 +134,14 @@ def transposed(y: Tensor, x: Tensor) -> Tensor:
     return (y.t().contiguous() + y.t()).t() + y.t().clone().t() + x
 
 
+def in_pieces(y: Tensor, x: Tensor) -> Tensor:
+    half = y.shape[0] // 2
+    pieces = y[: half * 2].reshape(half, 2, D)
+    return (pieces * 2 + pieces.sin()).sum(dim=1).repeat_interleave(2, dim=0) + x[: half * 2]
+
+
 @pytest.mark.parametrize(
-    "function", [written, in_views, under_autocast, without_gradient, by_data, of_kinds, drawn, transposed]
+    "function", [written, in_views, under_autocast, without_gradient, by_data, of_kinds, drawn, transposed, in_pieces]
 )
 def test_functions_that_write_view_draw_or_change_their_kind(
     function: Callable[[Tensor, Tensor], Tensor], again: Counted
