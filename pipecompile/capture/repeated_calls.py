@@ -139,7 +139,7 @@ def _modes(kind: str) -> Hashable:
     cuda: Any = torch.backends.cuda
     return (
         torch.is_grad_enabled(),
-        torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
+        torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
         torch.get_default_dtype(),
         cuda.flash_sdp_enabled(),
         cuda.mem_efficient_sdp_enabled(),
