@@ -64,7 +64,7 @@ class DiskCache:
         if named.lower() == OFF:
             return DiskCache(None)
         folder = Path(named).expanduser() if named else user_cache_path("pipecompile", appauthor=False)
-        if folder.exists() and not folder.is_dir():
+        if _is_file(folder):
             raise InputError(
                 f"{VARIABLE}={named!r} is a file, but costs and plans are kept in a folder; name a folder, or '{OFF}'"
             )
@@ -132,8 +132,9 @@ class DiskCache:
         return len(entries)
 
     def _files(self, suffix: str) -> Iterator[Path]:
-        if self.folder is not None and self.folder.is_dir():
-            yield from (path for path in self.folder.iterdir() if path.name.endswith(suffix) and path.is_file())
+        if self.folder is not None:
+            with suppress(OSError):
+                yield from [path for path in self.folder.iterdir() if path.name.endswith(suffix) and path.is_file()]
 
     def _prune(self) -> None:
         """Removes the oldest entries, if there are too many, and files that were not renamed."""
@@ -142,6 +143,13 @@ class DiskCache:
             entries = sorted(self._files(ENTRY), key=lambda path: path.stat().st_mtime)
             for path in (*old, *entries[: max(0, len(entries) - MOST)]):
                 path.unlink(missing_ok=True)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # it may not even be looked at; nothing will be read or written there
+        return False
 
 
 def _entry(path: Path) -> Entry:

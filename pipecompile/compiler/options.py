@@ -117,6 +117,11 @@ class Options:
                 f"replicas={self.plan.replicas!r} does not work with mesh=, where each stage has one process; leave it "
                 f"out, or use devices= instead of mesh="
             )
+        if self.plan.tune == "rehearse":
+            raise InputError(
+                "tune='rehearse' does not work with mesh=, whose plan is that of the profile, since each process has "
+                "the weights of its own stage alone; leave it out, or use devices= instead of mesh="
+            )
         if self.verify not in ("first", "never"):
             raise InputError(
                 f"verify={self.verify!r} does not work with mesh=, because no process has the unsplit model after the "
@@ -150,6 +155,11 @@ class Options:
         if self.schedule not in SCHEDULES:
             raise InputError(
                 f"schedule={self.schedule!r} is not known; it must be one of {', '.join(map(repr, SCHEDULES))}"
+            )
+        if self.policy.is_asynchronous and self.plan.tune == "train":
+            raise InputError(
+                f"tune='train' does not work with schedule={self.schedule!r}, which steps inside the pipeline, so that "
+                f"its optimizers cannot move; use tune='rehearse', or schedule='1f1b' or 'gpipe'"
             )
         if self.optimizer is not None and not callable(self.optimizer):
             raise InputError(

@@ -39,6 +39,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
     UnsupportedOperatorException,
+    in_kernel_invocation_manager,
 )
 from torch.autograd import forward_ad
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
@@ -101,6 +102,7 @@ __all__ = [
     "enable_python_dispatcher",
     "forward_ad",
     "has_triton",
+    "in_kernel_invocation_manager",
     "inductor_without_cuda_graphs",
     "is_functorch_wrapped_tensor",
     "mark_dynamic",

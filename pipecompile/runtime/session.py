@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
-from weakref import WeakSet, finalize
+from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from pipecompile.ir.program import Forward, Instruction, Program
 from pipecompile.ir.timeline import Timeline
 from pipecompile.ops.accelerators import in_autograd_thread
 from pipecompile.ops.device_args import threads_each
+from pipecompile.planning.planned import Planned
 from pipecompile.runtime import Ambient, Executor, Lane, MakeOptimizer, Microbatch, Runner, Weights
 from pipecompile.runtime.compiled import Compiled
 from pipecompile.runtime.executor import RowRun, timeline_of
@@ -57,6 +58,15 @@ class Stream:
         self.microbatches = {n: m for n, m in self.microbatches.items() if m.saved}
 
 
+@dataclass(frozen=True, eq=False)
+class _Set:
+    """The weights and executors of one plan, which live as long as it does."""
+
+    planned: ref[Planned]
+    weights: dict[int, Weights]
+    executors: dict[int, Executor]
+
+
 _SESSIONS: WeakSet[Session] = WeakSet()
 
 
@@ -86,7 +96,7 @@ class Session:
         self.lanes = {rank: Lane(devices[rank], threads) for rank in ranks}
         self.weights: dict[int, Weights] = {}  # by stage, those of this process; shared by all captures
         self.executors: dict[int, Executor] = {}
-        self._sets: dict[int, tuple[dict[int, Weights], dict[int, Executor]]] = {}  # by ``id`` of what was planned
+        self._sets: dict[int, _Set] = {}  # by ``id`` of what was planned
         self.numbers: dict[int, int] = {}  # of captures in the order of their first calls, by ``id``
         self.stream = Stream()
         self.scale = 1.0  # the last gradient of a loss computed with float16, expected again for the next call
@@ -224,8 +234,8 @@ class Session:
         A program that another thread was running at the fork is dropped, with the microbatches in flight.
         """
         if self.running:
-            for _, executors in self._sets.values():
-                executors.clear()
+            for each in self._sets.values():
+                each.executors.clear()
             self.stream, self.running = Stream(), False
         for lane in self.lanes.values():
             lane.renew()
@@ -238,16 +248,25 @@ class Session:
 
     def _own(self, compiled: Compiled) -> None:
         """Takes the weights of the capture's placement, which all captures of one plan share."""
-        key = id(compiled.planned)
-        if key not in self._sets:
+        found = self._set(compiled)
+        self.weights, self.executors = found.weights, found.executors
+
+    def weights_of(self, compiled: Compiled) -> Mapping[int, Weights]:
+        """The weights of a capture's stages, also if those of another plan are in use by now."""
+        return self._set(compiled).weights
+
+    def _set(self, compiled: Compiled) -> _Set:
+        found = self._sets.get(id(compiled.planned))
+        if found is None or found.planned() is not compiled.planned:
             weights = {
                 stage.index: Weights(compiled.tensors(stage.index), stage.device, self.optimizer)
                 for stage in compiled.stages
                 if compiled.plan.rank_of[stage.index] in self.lanes
             }
-            self._sets[key] = weights, {}
-            finalize(compiled.planned, self._sets.pop, key, None).atexit = False
-        self.weights, self.executors = self._sets[key]
+            found = self._sets[id(compiled.planned)] = _Set(ref(compiled.planned), weights, {})
+        if len(self._sets) > 1:  # those of earlier plans, until no call has them any more
+            self._sets = {key: each for key, each in self._sets.items() if each.planned() is not None}
+        return found
 
     def _executor(self, compiled: Compiled) -> Executor:
         if id(compiled) not in self.executors:

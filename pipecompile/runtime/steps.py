@@ -318,10 +318,11 @@ def _gradients(session: Session, batch: Batch, microbatches: Mapping[int, Microb
         found[id(tensor)] = found[id(tensor)] + gradient if id(tensor) in found else gradient
 
     versions = next(iter(microbatches.values())).versions
+    weights = session.weights_of(batch.compiled)
     for stage, version in sorted(versions.items(), reverse=True):  # the latest use first, whatever thread ended first
         for name, leaf in version.leaves.items():
             if leaf.grad is not None:
-                tensor = session.weights[stage].tensors[name]
+                tensor = weights[stage].tensors[name]
                 add(tensor, leaf.grad.to(tensor.device))
                 leaf.grad = None
     for name, tensor in batch.call.tensors.items():

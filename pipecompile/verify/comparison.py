@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipecompile.ops.torch_internals import DisableTorchFunction
 from pipecompile.verify.results import Difference, Kind
 
 ULPS = 64  # units in the last place of the largest gradient, allowed in any gradient
@@ -55,6 +56,11 @@ def differences(split: Run, whole: Run, coarsest: torch.dtype | None = None) -> 
         whole: the unsplit model's run, whose magnitudes are used.
         coarsest: the least precise floating dtype that the model computes in.
     """
+    with DisableTorchFunction():  # what is compared was drawn before
+        return tuple(_differences(split, whole, coarsest))
+
+
+def _differences(split: Run, whole: Run, coarsest: torch.dtype | None) -> Iterator[Difference]:
     gradients = [g for g in (*whole.gradients.values(), *whole.input_gradients.values()) if g is not None]
     largest = max(map(magnitude, gradients), default=0.0)
     found = [*_of_outputs(split, whole)]
@@ -64,7 +70,7 @@ def differences(split: Run, whole: Run, coarsest: torch.dtype | None = None) -> 
             unchanged = whole.weights.get(name, _MISSING) if kind == "parameter" else _MISSING
             pair = ours.get(name, unchanged), theirs.get(name, unchanged)
             found.append(difference(kind, name, *pair, level, coarsest))
-    return tuple(it for it in found if it is not None)
+    yield from (it for it in found if it is not None)
 
 
 def _of_outputs(split: Run, whole: Run) -> Iterator[Difference | None]:
@@ -156,6 +162,11 @@ def magnitude(tensor: Tensor) -> float:
     values = tensor.detach()
     values = values if values.layout == torch.strided else values.to_dense()
     values = values.float() if values.dtype == torch.bool else values
+    if not values.numel():
+        return 0.0
+    largest = float(values.abs().max())
+    if math.isfinite(largest) and largest >= 0:  # the absolute value of the smallest integer is negative
+        return largest
     finite = values[values.isfinite()]
     return float(finite.abs().max()) if finite.numel() else 0.0
 

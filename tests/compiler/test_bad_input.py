@@ -161,6 +161,12 @@ def test_a_model_that_is_no_module(model: Any) -> None:
         pipecompile.compile(model, devices=["cpu"])
 
 
+def test_pipedream_whose_cut_should_move() -> None:
+    moving = pipecompile.PlanOptions(tune="train")
+    with refused(InputError, "tune='train'", "schedule='pipedream'", "tune='rehearse'"):
+        pipe_of(schedule="pipedream", optimizer=sgd, plan=moving)
+
+
 def test_pipedream_without_a_loss() -> None:
     pipe = pipe_of(schedule="pipedream", optimizer=sgd)
     with refused(InputError, "schedule='pipedream'", "loss inside", "loss_fn="):

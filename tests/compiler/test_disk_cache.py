@@ -149,6 +149,20 @@ def test_the_oldest_entries_go(cache: DiskCache, monkeypatch: pytest.MonkeyPatch
     assert [entry.path.stem for entry in cache.entries()] == ["costs-4", "costs-3", "costs-2"]
 
 
+def test_a_folder_that_may_not_be_looked_at_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(path: Path, *args: Any, **kwargs: Any) -> NoReturn:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setenv("PIPECOMPILE_CACHE", str(tmp_path / "mine"))
+    with monkeypatch.context() as patched:
+        for name in ("stat", "mkdir", "iterdir", "open"):
+            patched.setattr(Path, name, forbidden)
+        cache = DiskCache.of_user()
+        assert cache.read("costs-1") == (None, "cannot be read (Permission denied)")
+        assert "Permission denied" in cache.write("costs-1", CONTENT, {})
+        assert cache.entries() == []
+
+
 def test_the_environment_names_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIPECOMPILE_CACHE", "OFF")
     assert DiskCache.of_user().folder is None

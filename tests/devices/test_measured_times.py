@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import count
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from machines import LATE
 from scenes import Net, built, floats, inside, piped
 from torch import Tensor, nn
 
-from pipecompile.compiler import rehearse
+from pipecompile.compiler import learn, rehearse
+from pipecompile.ir.plan_options import PlanOptions
 from pipecompile.ir.program import Backward, Forward
 from pipecompile.profile import meters
 from pipecompile.profile.links import SIZES, copy_seconds
@@ -106,7 +108,7 @@ def test_a_rehearsal_moves_layers_to_the_quick_device(monkeypatch: pytest.Monkey
     LATE.start()
 
     def layers_of_the_last_stage() -> int:
-        pipe = piped(built(Deep), LATE, costs="measure")
+        pipe = piped(built(Deep), LATE, costs="measure", plan=PlanOptions(tune="rehearse"))
         pipe(torch.randn(16, 64).double())
         return sum(name.endswith("weight") for name, _ in pipe.pipeline.stages[1].named_parameters())
 
@@ -115,10 +117,37 @@ def test_a_rehearsal_moves_layers_to_the_quick_device(monkeypatch: pytest.Monkey
     assert layers_of_the_last_stage() < equal
 
 
+def test_training_moves_layers_to_the_quick_device_with_all_that_belongs_to_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def trained(slow: bool) -> tuple[list[float], Any]:
+        LATE.start()
+        model = built(Deep)
+        pipe = piped(model, LATE, costs="measure")
+        optimizer, losses = torch.optim.Adam(model.parameters(), lr=0.01), []
+        generator = torch.Generator().manual_seed(1)
+        for step in range(learn.WARM_UP + 2 * learn.STEPS + 3):
+            loss = pipe(torch.randn(16, 64, generator=generator).double())
+            loss.backward()
+            losses.append(loss.item())
+            optimizer.step()  # gradients are still there when the next call moves parameters
+            optimizer.zero_grad(set_to_none=step % 2 == 1)
+            vd.slowness(1, SLOW if slow else 1.0)
+        return losses, pipe
+
+    monkeypatch.setattr(learn, "WORTH", 0.0)
+    moving, pipe = trained(slow=True)
+    assert "the cut moved over" in pipe.pipeline.report.learned[0]
+    monkeypatch.setattr(learn, "WORTH", 1e9)
+    still, other = trained(slow=False)
+    assert other.pipeline.report.learned == ()
+    assert moving == pytest.approx(still, rel=1e-12)
+
+
 def test_a_measured_pipeline_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rehearse, "WORTH", 0.0)
     LATE.start()
-    pipe = piped(built(Net), LATE, costs="measure")
+    pipe = piped(built(Net), LATE, costs="measure", plan=PlanOptions(tune="rehearse"))
     loss = inside(pipe, *floats(0))
     expected = built(Net)(*floats(0))
     torch.testing.assert_close(loss.cpu(), expected.detach())

@@ -245,6 +245,7 @@ def refused() -> dict[str, str]:
     """What is said of options and arguments that do not work over processes, by case."""
     cases: dict[str, Any] = {
         "replicas": lambda: piped(plan=pipecompile.PlanOptions(replicas=[2])),
+        "tune": lambda: piped(plan=pipecompile.PlanOptions(tune="rehearse")),
         "verify": lambda: piped(verify=3),
         "input": lambda: piped()(batch().requires_grad_()),
         "names": lambda: pipecompile.compile(Net(), mesh=init_device_mesh("cpu", (2,), mesh_dim_names=("rows",))),

@@ -117,6 +117,7 @@ def test_what_processes_cannot_do_is_refused_by_all(launcher: Launcher) -> None:
     found = launcher.returned("failing_scenes:refused", 2, limit=LIMIT)
     words = {
         "replicas": "replicas=(2,) does not work with mesh=",
+        "tune": "tune='rehearse' does not work with mesh=",
         "verify": "verify=3 does not work with mesh=",
         "input": "argument 'x' requires a gradient",
         "names": "mesh= has the dimensions ('rows',)",

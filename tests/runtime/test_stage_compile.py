@@ -347,7 +347,7 @@ def test_a_rehearsed_plan_that_stays_is_compiled_once(monkeypatch: pytest.Monkey
     """Costs that are far off make a rehearsal correct them; the plan, of two stages that cannot move, stays."""
     monkeypatch.setattr(rehearse, "WORTH", 0.0)
     monkeypatch.setattr(rehearse, "HOLDS", 0.0)
-    plan = PlanOptions(pins={"first": 0, "last": 1})
+    plan = PlanOptions(pins={"first": 0, "last": 1}, tune="rehearse")
     pipe = piped(built(Net), costs="measure", plan=plan, example_inputs=floats()[0])
     assert "rehearsal" in pipe.pipeline.report.costs[0]
     assert graphs(pipe) == [1, 1]

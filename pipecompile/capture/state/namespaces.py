@@ -19,6 +19,7 @@ FOREIGN = sys.stdlib_module_names | {"torch", "numpy", "scipy", "sympy", "pipeco
 _OF_EVERY_CLASS = ("__dict__", "__weakref__")  # slots without a name of their own
 _INSTALLED = frozenset({"site-packages", "dist-packages"})
 _PLAIN = frozenset({"types", "argparse", "weakref", "collections"})  # instances of their classes may hold model state
+_EXAMINED: WeakKeyDictionary[ModuleType, int] = WeakKeyDictionary()  # files without torch: their number of variables
 _SLOTTED: WeakKeyDictionary[type, tuple[str, ...]] = WeakKeyDictionary()  # results of _find_slots
 
 
@@ -48,9 +49,17 @@ def has_no_models(file: ModuleType | None) -> bool:
 
 @lru_cache(maxsize=256)
 def _names_torch(package: str, imported: int) -> bool:
-    """Whether a file of a package has something of torch among its variables; ``imported`` only keys the cache."""
+    """Whether a file of a package has something of torch among its variables; ``imported`` only keys the cache.
+
+    A file is examined once: imports, of whatever package, happen all the time. One that names torch settles it.
+    """
     files = [f for n, f in [*sys.modules.items()] if n.partition(".")[0] == package and isinstance(f, ModuleType)]
-    return any(_is_torchs(value) for file in files for value in list(vars(file).values()))
+    for file in files:
+        if _EXAMINED.get(file) != len(vars(file)):
+            if any(map(_is_torchs, list(vars(file).values()))):
+                return True
+            _EXAMINED[file] = len(vars(file))
+    return False
 
 
 def _is_torchs(value: Any) -> bool:
