@@ -15,6 +15,7 @@ from torch.func import functional_call
 from pipecompile.errors import ExecutionError
 from pipecompile.ops.randomness import seed_microbatch
 from pipecompile.ops.source_lines import failing_line
+from pipecompile.runtime.anomalies import watch_backward, watched_forward
 from pipecompile.runtime.lane import Lane, Value, Values
 from pipecompile.runtime.out_of_memory import OutOfMemoryError
 from pipecompile.runtime.split import Stage
@@ -112,9 +113,10 @@ class Runner:
         try:
             current = self.weights.current.leaves
             leaves = {name: current[first] for name, first in self.stage.names.items()}
-            returned: tuple[Tensor, ...] = functional_call(
-                self.stage.module, leaves, tuple(arguments), tie_weights=False
-            )
+            returned: tuple[Tensor, ...]
+            with watched_forward(self.stage, arguments) as results:
+                returned = functional_call(self.stage.module, leaves, tuple(arguments), tie_weights=False)
+                results += returned
             return returned
         except Exception as error:
             where = self._where(error)
@@ -122,6 +124,7 @@ class Runner:
 
     def _differentiate(self, roots: list[Tensor], gradients: list[Tensor]) -> None:
         try:
+            watch_backward(roots, self.stage.origins)
             with torch.autocast(self.lane.device.type, enabled=False):  # autocast is for forwards only
                 torch.autograd.backward(roots, gradients)
         except Exception as error:

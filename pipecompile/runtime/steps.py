@@ -23,6 +23,7 @@ from pipecompile.batching import Partial, gather, scatter, spread
 from pipecompile.errors import ExecutionError
 from pipecompile.ops.randomness import Generators
 from pipecompile.runtime import Microbatch
+from pipecompile.runtime.anomalies import refuse_nan
 from pipecompile.runtime.batch import Batch
 from pipecompile.runtime.delivery import Gradients, Saved, connected
 from pipecompile.runtime.rerun import Snapshot
@@ -101,6 +102,7 @@ def _train(session: Session, batch: Batch, loss: int, schedule: MakeProgram, sta
         (factor,) = incoming
         if factor is None:
             return [None] * len(leaves)
+        refuse_nan(dict(zip(map(batch.name_of, leaves), saved.tensors, strict=True)))
         if not not_scaled:
             return _multiplied(saved, factor)
         session.scale = factor.item()
