@@ -5,7 +5,9 @@ from __future__ import annotations
 import signal
 
 import pytest
-from launcher import Ended, Hurt, Launcher, report
+from hosts import lack
+from launcher import Cut, Ended, Hurt, Launcher, report
+from long import LONG
 
 LIMIT = 60
 
@@ -91,6 +93,17 @@ def test_a_rank_that_is_killed(launcher: Launcher, rank: int, size: int, parts: 
     hurt = Hurt(rank, signal.SIGKILL, at="training")
     ended = launcher.run("failing_scenes:trains_on", size, hurt=hurt, limit=LIMIT, parts=parts)
     assert one_error(ended, rank).startswith(f"rank {rank}")
+
+
+@pytest.mark.skipif(bool(lack()), reason=lack() or "hosts can be cut off")
+@pytest.mark.parametrize(("size", "how"), [(3, "drop"), (3, "down")] if LONG else [(3, "drop")])
+def test_a_host_that_is_cut_off(launcher: Launcher, size: int, how: str) -> None:
+    ended = launcher.run("failing_scenes:trains_on", size, hurt=Cut(1, how, at="training"), limit=LIMIT)
+    assert one_error(ended, 1).startswith(
+        "rank 1 (host host1): gave no sign for 1.5 s: it was stopped or killed, or is "
+    )
+    assert "the store of the process group does not answer" in one_error(ended, 0, 2)
+    assert "or this host is cut off" in ended[1].text
 
 
 def test_a_rank_that_stops(launcher: Launcher) -> None:
