@@ -97,6 +97,10 @@ class Session:
         self.running = self.closed = False
         _SESSIONS.add(self)
 
+    def homes(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        """What the caller's optimizer steps for tensors of the model."""
+        return [self.peers.home(tensor) for tensor in tensors]
+
     def agree(self, compiled: Compiled, tensors: Iterable[Tensor]) -> None:
         """Makes sure that all processes are about to run the same capture, in the same modes, on the same tensors."""
         if self.peers.are_several:
@@ -141,6 +145,9 @@ class Session:
                 raise
             finally:
                 self.running = False
+                for weights in self.weights.values():
+                    weights.release()
+                self.peers.ended()
 
     def _end_all(self, error: BaseException) -> None:
         """Raises the error with which all processes end, if it is another one."""
@@ -204,7 +211,7 @@ class Session:
     def _own(self, compiled: Compiled) -> None:
         if not self.weights:
             self.weights = {
-                stage.index: Weights(compiled.tensors(stage.index), stage.device, self.optimizer)
+                stage.index: Weights(compiled.tensors(stage.index), stage.device, self.optimizer, self.peers)
                 for stage in compiled.stages
                 if compiled.plan.rank_of[stage.index] in self.lanes
             }
