@@ -21,7 +21,9 @@ OWN = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "M
 
 
 def give_back_much() -> None:
-    """Gives back what has been freed, if it is more than ``KEPT``."""
+    """Gives back what has been freed, if it is more than ``KEPT``, unless the environment says how much is kept."""
+    if _is_chosen():
+        return
     with suppress(AttributeError, OSError):  # glibc before 2.33, or not glibc
         count = ctypes.CDLL(None).mallinfo2
         count.restype = _Mallinfo
@@ -57,10 +59,15 @@ class _Mallinfo(ctypes.Structure):
 
 def keep_little() -> None:
     """Keeps little of what will be freed, in this process, unless its environment says how much."""
-    if any(name in os.environ for name in OWN) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
+    if _is_chosen():
         return
     with suppress(AttributeError, OSError):
         libc = ctypes.CDLL(None)
         libc.gnu_get_libc_version  # noqa: B018  other libraries' mallopt, if any, means something else
         libc.mallopt(TRIM_THRESHOLD, KEPT)
         libc.mallopt(MMAP_THRESHOLD, IN_ARENAS)
+
+
+def _is_chosen() -> bool:
+    """Whether the environment says how much is kept."""
+    return any(name in os.environ for name in OWN) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")

@@ -57,11 +57,18 @@ def watch_backward(results: Iterable[Tensor], origins: Mapping[str, Origin]) -> 
             function.register_hook(_refusing(function, origins, notes))
 
 
-def refuse_nan(gradients: Mapping[str, Tensor]) -> None:
-    """In the mode, raises ``ExecutionError`` if a gradient that a call has computed before its backward is NaN."""
-    if looks_for_nan() and (name := next((name for name, each in gradients.items() if _has_nan(each)), None)):
+def refuse_nan(gradients: Sequence[Tensor], name_of: Callable[[int], str]) -> None:
+    """In the mode, raises ``ExecutionError`` if a gradient that a call has computed before its backward is NaN.
+
+    Args:
+        name_of: names what has the gradient, by its position.
+    """
+    if not looks_for_nan():
+        return
+    place = next((place for place, gradient in enumerate(gradients) if _has_nan(gradient)), None)
+    if place is not None:
         raise ExecutionError(
-            f"the gradient of {name!r} is NaN, but no function of a stage was seen to return NaN: a call with a loss "
+            f"the gradient of {name_of(place)!r} is NaN, but no function of a stage was seen to return NaN: a call with a loss "
             f"runs its backwards at once, before loss.backward(); make the call, too, under "
             f"torch.autograd.detect_anomaly()"
         )

@@ -65,9 +65,9 @@ class Batch:
         return [*self.parameters, *(t for t in self.call.tensors.values() if t.requires_grad)]
 
     def name_of(self, tensor: Tensor) -> str:
-        """The name of one of the ``model_tensors``."""
-        name = self.compiled.captured.first_names.get(id(tensor))
-        return name or next(name for name, given in self.call.tensors.items() if given is tensor)
+        """The name of one of the ``model_tensors``; its shape, if the model has another one in its place by now."""
+        inputs = {id(given): name for name, given in self.call.tensors.items()}
+        return {**inputs, **self.compiled.captured.first_names}.get(id(tensor), f"a tensor {list(tensor.shape)}")
 
     @property
     def reached(self) -> list[Tensor]:

@@ -102,7 +102,7 @@ def _train(session: Session, batch: Batch, loss: int, schedule: MakeProgram, sta
         (factor,) = incoming
         if factor is None:
             return [None] * len(leaves)
-        refuse_nan(dict(zip(map(batch.name_of, leaves), saved.tensors, strict=True)))
+        refuse_nan(saved.tensors, lambda place: batch.name_of(leaves[place]))
         if not not_scaled:
             return _multiplied(saved, factor)
         session.scale = factor.item()
