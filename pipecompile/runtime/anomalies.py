@@ -68,8 +68,8 @@ def refuse_nan(gradients: Sequence[Tensor], name_of: Callable[[int], str]) -> No
     place = next((place for place, gradient in enumerate(gradients) if _has_nan(gradient)), None)
     if place is not None:
         raise ExecutionError(
-            f"the gradient of {name_of(place)!r} is NaN, but no function of a stage was seen to return NaN: a call with a "
-            f"loss runs its backwards at once, before loss.backward(); make the call, too, under "
+            f"the gradient of {name_of(place)!r} is NaN, but no function of a stage was seen to return NaN: a call "
+            f"with a loss runs its backwards at once, before loss.backward(); make the call, too, under "
             f"torch.autograd.detect_anomaly()"
         )
 
