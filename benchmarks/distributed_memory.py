@@ -11,9 +11,9 @@ Own share: parameters and buffers of the rank, and after the step as many bytes 
 more than the own share and an empty rank, which is the same rank of the same script with a model of a few bytes. The
 most over the ranks is shown, and the most that was resident at any time (VmHWM) beyond the same two.
 
-glibc keeps up to 32 MiB of freed memory in the arena of each thread, once blocks of that size have been freed, for
-instance the gradients of a weight in one microbatch. ``--mmap-threshold 4`` sets the environment variable that makes
-it give blocks of 4 MiB and more back at once.
+glibc keeps freed memory at the end of the arena of each thread. Pipelines of several processes set how much
+(``pipecompile/ops/freed_memory.py``); ``--mmap-threshold 4`` sets the environment variable that makes it give blocks of
+4 MiB and more back at once instead.
 """
 
 from __future__ import annotations

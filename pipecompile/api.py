@@ -47,6 +47,7 @@ def compile(
     cluster: Cluster | str | None = None,
     verify: Verify = "first",
     stage_compile: bool | str | Backend = False,
+    fully_shard: bool = False,
 ) -> Any:
     """Splits a model into a pipeline of stages on ``devices``, which is called and trained like the model.
 
@@ -96,6 +97,9 @@ def compile(
         stage_compile: whether ``torch.compile`` compiles the stages, at the first call, with Inductor; or the name of
             another of its backends, or a backend. Results then differ by rounding from those of uncompiled stages.
             ``report.compiled`` says what is compiled.
+        fully_shard: with a mesh that has the dimension "data": whether its processes divide the parameters of a stage,
+            their gradients and the optimizer's state, as torch's ``fully_shard`` does. ``pipe.parameters()`` are then
+            DTensors. A call gathers them when it begins, and frees them when it ends.
 
     Returns:
         A module that looks like the model and runs the pipeline when called. Its attribute ``pipeline`` is the
@@ -123,6 +127,8 @@ def compile(
         cluster=None if cluster is None else named_cluster(cluster, present),
         verify=verify,
         stage_compile=stage_compile,
+        fully_shard=fully_shard,
+        parts=0 if grid is None or grid.parts_mesh is None else grid.parts,
     )
     options.check(model, len(present), processes=0 if grid is None else grid.parts)
     check_backend(stage_compile, present)

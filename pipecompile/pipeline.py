@@ -70,7 +70,7 @@ class Pipeline:
     ) -> None:
         self._model = model
         self.devices = tuple(devices)
-        self.share = None if processes is None else Share(model, processes)
+        self.share = None if processes is None else Share(model, processes, options.fully_shard)
         self.absent = absent
         self._session = Session(devices, options.optimizer, processes)
         self._batches = Batches(model, self.devices, options, self._session.peers, self.share)
@@ -226,6 +226,9 @@ class Pipeline:
             batch = self._batches.of(args, kwargs)
             if self.share is not None or (self.absent is not None and self.absent.entries is not None):
                 self._fill(batch)
+            if self.share is not None and self.share.divides:  # before optimizers are made
+                self._prove(batch)
+                self.share.settle()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -28,6 +28,7 @@ class Call:
             with the same dtypes, numbers of dimensions, memory order and ``requires_grad``.
         spec: Tree of the arguments.
         leaves: Leaves of the tree, with a ``TensorName`` in place of each tensor.
+        names: Name of each leaf: that of the argument, followed by the keys inside it.
         batch: Number of rows; None if no tensor has a batch dimension.
         batched: Names of the tensors that have a batch.
         dims: Batch dimension in the user's call, where it is not the first.
@@ -37,6 +38,7 @@ class Call:
     key: tuple[Any, ...]
     spec: pytree.TreeSpec
     leaves: tuple[Any, ...]
+    names: tuple[str, ...]
     batch: int | None
     batched: frozenset[str]
     dims: Mapping[str, int] = field(default_factory=dict)
@@ -126,6 +128,7 @@ def read_call(
         key=_key(spec, leaves, tensors),
         spec=spec,
         leaves=leaves,
+        names=tuple(names),
         batch=batch.rows,
         batched=frozenset(batch.dims),
         dims=elsewhere,

@@ -35,7 +35,7 @@ def export_safetensors(directory: str | Path, model: nn.Module, shard_bytes: int
     subject.agree(f"export to {str(folder)!r}")
     company = subject.company
     company.do(_refuse_missing)
-    shards = company.do(lambda: list(_shards(subject.written, shard_bytes)))
+    shards = company.do(lambda: list(_shards(subject.whole_written(), shard_bytes)))
     counts = company.gathered(len(shards))
     writing = company.do_first(lambda: staged.begin(folder))
     first, count = sum(counts[: company.rank]), sum(counts)

@@ -90,15 +90,22 @@ def _read(
     names = {id(tensor): name for name, tensor in subject.present.items()}
     targets = {f"{MODEL}{name}": tensor.detach() for name, tensor in subject.present.items()}
     trained = {names[id(p)]: p for o in optimizers for g in o.param_groups for p in g["params"] if id(p) in names}
-    own = [f"{GRADIENT}{name}" for name in trained if f"{GRADIENT}{name}" in known]
-    own += [f"{OPTIMIZER}{name}.{key}" for name in trained if name in kept for key in kept[name]["tensors"]]
-    targets |= {key: torch.empty(known[key].size, dtype=known[key].properties.dtype) for key in own}
+    own = {f"{GRADIENT}{name}": name for name in trained if f"{GRADIENT}{name}" in known}
+    own |= {f"{OPTIMIZER}{name}.{key}": name for name in trained if name in kept for key in kept[name]["tensors"]}
+    targets |= {key: _memory(known[key], trained[name]) for key, name in own.items()}
     read_tensors(folder, metadata, targets)
     for optimizer in optimizers:
         set_optimizer(optimizer, names, kept, targets)
     for name, parameter in trained.items():
         gradient = targets.get(f"{GRADIENT}{name}")
         parameter.grad = None if gradient is None else gradient.to(parameter.device)
+
+
+def _memory(described: TensorStorageMetadata, parameter: Tensor) -> Tensor:
+    """For a tensor that belongs to a parameter; divided as that is, if it has its shape."""
+    if described.size == parameter.shape:
+        return torch.empty_like(parameter.detach(), dtype=described.properties.dtype, device="cpu")
+    return torch.empty(described.size, dtype=described.properties.dtype)
 
 
 def _refuse_other_model(subject: Subject, known: Described) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipecompile.capture.state.model_state import named_tensors
 from pipecompile.checkpoint.company import ALONE, Company
 from pipecompile.distributed.processes import Processes
 from pipecompile.distributed.share import Share
@@ -86,7 +87,7 @@ class Subject:
             for name, tensor in (*module._parameters.items(), *buffers.items()):
                 if tensor is not None:
                     label = f"{path}.{name}" if path else name
-                    found.setdefault(id(tensor), (label, _plain(label, tensor)))
+                    found.setdefault(id(tensor), (label, self._home(_plain(label, tensor))))
         return dict(found.values())
 
     @cached_property
@@ -114,7 +115,20 @@ class Subject:
         if self.share is None:
             return self.present
         first = self.share.has_first()
-        return {name: tensor for name, tensor in self.present.items() if id(tensor) in first}
+        homes = {id(self._home(tensor)) for _, tensor in named_tensors(self.model) if id(tensor) in first}
+        return {name: tensor for name, tensor in self.present.items() if id(tensor) in homes}
+
+    def whole_written(self) -> Mapping[str, Tensor]:
+        """The same, but whole tensors alone, of which each is written by one process of the first part of the batch.
+
+        All processes must call it.
+        """
+        wholes = self.written if self.share is None else self.share.wholes(self.written)
+        return {} if self.share is not None and self.share.part else wholes
+
+    def _home(self, tensor: Tensor) -> Tensor:
+        """What this process has of a tensor of the model: all of it, or rows."""
+        return tensor if self.share is None else self.share.home(tensor)
 
     @property
     def steps_inside(self) -> bool:

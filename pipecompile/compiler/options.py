@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from pipecompile.batching.options import DEFAULT_BATCHING, Batching
 from pipecompile.errors import InputError
@@ -47,6 +48,8 @@ class Options:
     cluster: Cluster | None = None
     verify: Verify = "first"
     stage_compile: bool | str | Backend = False
+    fully_shard: bool = False
+    parts: int = 0  # of the batch, by the mesh's dimension "data"; 0 without it
 
     def check(self, model: nn.Module, devices: int, processes: int = 0) -> None:
         """Checks that the options are valid, and fit the model and one another.
@@ -61,6 +64,12 @@ class Options:
         """
         if not isinstance(model, nn.Module):
             raise InputError(f"the model is {model!r:.80}, of type {type(model).__name__}; it must be an nn.Module")
+        for name, parameter in model.named_parameters():
+            if isinstance(parameter, DTensor):
+                raise InputError(
+                    f"parameter {name!r} is a DTensor, divided over processes by fully_shard() or otherwise, but a "
+                    f"pipeline divides the model itself; compile the model before, with fully_shard=True"
+                )
         for name, kind in (("batching", Batching), ("plan", PlanOptions)):
             if not isinstance(getattr(self, name), kind):
                 raise InputError(
@@ -83,6 +92,12 @@ class Options:
         self._check_schedule()
         self._check_names(model)
         self._check_replicas(devices)
+        if self.fully_shard not in (False, True) or (self.fully_shard and not self.parts):
+            raise InputError(
+                f"fully_shard={self.fully_shard!r}; it must be True or False, and True needs mesh= with the dimension "
+                f"'data', over which parameters are divided: "
+                f"init_device_mesh('cpu', (2, 4), mesh_dim_names=('data', 'stage'))"
+            )
         if processes:
             self._check_processes(processes > 1)
 
@@ -103,6 +118,9 @@ class Options:
         state: float | Callable[[], float] = ADAM if given is None else given
         if given is None and self.optimizer is not None:
             state = cache(partial(optimizer_state, self.optimizer))
+        if self.fully_shard and self.parts > 1:  # beside what a call gathers, rows of the parameters and of the state
+            whole, parts = state, self.parts
+            state = cache(lambda: ((whole() if callable(whole) else whole) + 1) / parts)
         asynchronous = self.policy.is_asynchronous
         return Workload(self.policy.steady, self.microbatches, state, self.plan.recompute, asynchronous=asynchronous)
 
@@ -138,8 +156,8 @@ class Options:
             )
         if self.policy.splits and (self.plan.replicas == "auto" or any(count > 1 for count in counts)):
             raise InputError(
-                f"replicas={self.plan.replicas!r} does not work with schedule={self.schedule!r}, whose order is for one "
-                f"device per stage; use schedule='1f1b' or 'gpipe'"
+                f"replicas={self.plan.replicas!r} does not work with schedule={self.schedule!r}, whose order is for "
+                f"one device per stage; use schedule='1f1b' or 'gpipe'"
             )
         if counts and sum(counts) != devices:
             raise InputError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -18,9 +18,11 @@ class Grid:
 
     Attributes:
         processes: the number of each process in the default process group, by part and by rank.
+        parts_mesh: the mesh of the processes of this process's rank, by part, if there are several.
     """
 
     processes: tuple[tuple[int, ...], ...]
+    parts_mesh: DeviceMesh | None = field(default=None, compare=False)
 
     @staticmethod
     def of(mesh: DeviceMesh) -> Grid:
@@ -43,7 +45,7 @@ class Grid:
                 f"use init_device_mesh('cpu', (2, 4), mesh_dim_names=({DATA!r}, {STAGE!r}))"
             )
         by_part = mesh.mesh if names[0] == DATA else mesh.mesh.T
-        return Grid(tuple(map(tuple, by_part.tolist())))
+        return Grid(tuple(map(tuple, by_part.tolist())), mesh[DATA])
 
     @property
     def parts(self) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 T = TypeVar("T")
 FOREVER = timedelta(days=365)  # for gloo, whose own time-outs close connections; the control channel ends waits
+_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
 BUCKET = 32 * 2**20  # bytes that are summed at once
 
 
@@ -48,6 +49,16 @@ class Members:
         """The tensor of each member; all have the same shape and type."""
         found = [torch.empty_like(tensor) for _ in self.processes]
         self.run(lambda: dist.all_gather(found, tensor.contiguous(), self.group))
+        return found
+
+    def gather_into(self, out: Tensor, tensor: Tensor) -> None:
+        """Writes the tensors of all members to ``out``, one after another; all have the same shape and type."""
+        self.run(partial(_gather, out, tensor, self.group))
+
+    def scattered(self, tensor: Tensor) -> Tensor:
+        """What each member has for this one, one after another: the part of its tensor at this member's position."""
+        found = torch.empty_like(tensor)
+        self.run(partial(dist.all_to_all_single, found, tensor, group=self.group))
         return found
 
     def summed(self, tensor: Tensor) -> Tensor:

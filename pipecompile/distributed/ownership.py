@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from torch import Tensor
 
 from pipecompile.capture.origin import origin_of
 from pipecompile.capture.state.model_state import named_tensors
+from pipecompile.distributed.shards import can_be_divided
 from pipecompile.errors import CaptureError
 from pipecompile.runtime.compiled import Compiled
 
@@ -50,6 +51,30 @@ def owned(compiled: Compiled, rank: int) -> frozenset[str]:
     present = held(compiled, rank)
     parameters = compiled.captured.model.named_parameters(remove_duplicate=False)
     return frozenset(name for name, p in parameters if name in present and names[id(p)] not in followed)
+
+
+def dividable(compiled: Compiled, rank: int) -> frozenset[str]:
+    """The parameters of a rank that the parts of the batch can divide, by their first names.
+
+    Those that its stages alone read, which have rows, and whose gradients are dense as far as modules say.
+    """
+    names, everywhere = compiled.captured.first_names, _everywhere(compiled)
+    read = {id(t): t for stage in _stages_of(compiled, rank) for t in compiled.tensors(stage).values()}
+    modules = compiled.captured.model.modules()
+    sparse = {id(p) for module in modules if getattr(module, "sparse", False) for p in module._parameters.values()}
+    left = everywhere | sparse
+    return frozenset(names[key] for key, tensor in read.items() if can_be_divided(tensor) and key not in left)
+
+
+def refuse_divided(compiled: Compiled, divided: Container[int]) -> None:
+    """Raises ``CaptureError`` if what every process computes reads a parameter that is divided."""
+    names = compiled.captured.first_names
+    if name := next((names[key] for key in sorted(_everywhere(compiled)) if key in divided), None):
+        raise CaptureError(
+            f"this call needs all of {name!r} after the stages, where samples are mixed, but its rows are divided over "
+            f"processes, because calls like the first do not need it there; leave out fully_shard=, or make the first "
+            f"call one like this"
+        )
 
 
 def counted(compiled: Compiled, rank: int) -> frozenset[str]:

@@ -24,10 +24,12 @@ from pipecompile.distributed.lines import Lines
 from pipecompile.distributed.measure import measure, with_measured_processes
 from pipecompile.distributed.members import Members
 from pipecompile.distributed.remote_transport import RemoteTransport
+from pipecompile.distributed.shards import Shards
 from pipecompile.distributed.watch import Cause, Pace
 from pipecompile.distributed.worker import Worker
 from pipecompile.errors import ExecutionError, InputError, RankError
 from pipecompile.ir.cluster import Cluster
+from pipecompile.ops.freed_memory import give_back_much, keep_little
 from pipecompile.runtime.lane import Lane
 from pipecompile.runtime.transport import Aborted
 
@@ -48,11 +50,13 @@ class Processes:
         all: all processes.
         row: those of this part, by rank; values travel between them.
         column: those of this rank, by part; they have the same parameters. None if there is one part.
+        shards: the parameters of which each of ``column`` keeps a part, if any.
     """
 
     are_several = True
 
     def __init__(self, grid: Grid, pace: Pace | None = None, spreads_all: bool = False) -> None:
+        keep_little()
         self.grid = grid
         self.part, self.rank = grid.find(dist.get_rank())
         self.pace = pace or Pace()
@@ -65,6 +69,7 @@ class Processes:
         self.column = Members(grid.column(self.rank), self._call) if grid.parts > 1 else None
         self.lines = Lines(self.control, self.row, [grid.place(self.part, rank) for rank in range(grid.ranks)])
         self.lines_to_all = self.lines if grid.parts == 1 else Lines(self.control, self.all, range(len(grid.all)))
+        self.shards: Shards | None = None
         self.calls = 0
         self._background: Background | None = None
 
@@ -138,6 +143,9 @@ class Processes:
         with self._failing():
             return spread(self.lines, self.rank, made, makers, "all" if self.spreads_all else wanted)
 
+    def ended(self) -> None:
+        give_back_much()
+
     def measured(self, cluster: Cluster) -> Cluster:
         self.agree("to measure the links between processes")
         with self._failing():
@@ -151,14 +159,24 @@ class Processes:
         each = self.column.gathered(mine)
         return {name: [mine_of[name].to(value.device) for mine_of in each] for name, value in values.items()}
 
-    def total(self, gradients: Mapping[int, Tensor], leaves: Sequence[Tensor]) -> dict[int, Tensor]:
+    def home(self, tensor: Tensor) -> Tensor:
+        return tensor if self.shards is None else self.shards.home(tensor)
+
+    def gathered(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return {} if self.shards is None else self.shards.gathered(tensors)
+
+    def total(self, gradients: dict[int, Tensor], leaves: Sequence[Tensor]) -> dict[int, Tensor]:
         if self.column is None:
-            return dict(gradients)
+            return gradients
         each = {id(leaf): leaf for leaf in leaves}
         present = self.column.gathered([key in gradients for key in each])
         keys = [key for key, *somewhere in zip(each, *present, strict=True) if any(somewhere)]
+        shards = self.shards
+        divided = [key for key in keys if shards is not None and key in shards.divided]
+        keys = [key for key in keys if key not in divided]
         found = [gradients[key] if key in gradients else torch.zeros_like(each[key]) for key in keys]
-        return dict(zip(keys, self.column.totals(found), strict=True))
+        sums = dict(zip(keys, self.column.totals(found), strict=True))
+        return sums if shards is None else sums | shards.totals(gradients, divided)
 
     def failure(self, error: BaseException) -> BaseException:
         if isinstance(error, Aborted):

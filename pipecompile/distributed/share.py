@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequenc
 from functools import partial
 from itertools import islice
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,17 @@ from torch import Tensor, nn
 from pipecompile.capture import Call
 from pipecompile.capture.state.model_state import named_tensors
 from pipecompile.distributed.clip_grad_norm import clip_grad_norm_
-from pipecompile.distributed.ownership import foreign, held, owned, refuse_missing, written_by_stages
+from pipecompile.distributed.ownership import (
+    dividable,
+    foreign,
+    held,
+    owned,
+    refuse_divided,
+    refuse_missing,
+    written_by_stages,
+)
 from pipecompile.distributed.processes import Processes
+from pipecompile.distributed.shards import Shards
 from pipecompile.distributed.whole_batch import whole_batch
 from pipecompile.errors import CaptureError, InputError
 from pipecompile.ops.away import lacks_values, send_away
@@ -35,13 +44,17 @@ DEPTH = 6  # frames between the function that computes a norm and the parameters
 class Share:
     """The share of one process.
 
+    Args:
+        divides: whether the parts of the batch keep a part of each parameter, instead of all.
+
     Attributes:
         captures: of the pipeline; the first one decides.
         is_settled: whether the rest has been sent away.
     """
 
-    def __init__(self, model: nn.Module, processes: Processes) -> None:
+    def __init__(self, model: nn.Module, processes: Processes, divides: bool = False) -> None:
         self.model = model
+        self.divides = divides and processes.column is not None
         self.processes = processes
         self.captures: list[Compiled] = []
         self.is_settled = False
@@ -67,6 +80,8 @@ class Share:
             InputError: the call wants what processes do not exchange, or the parts are not of one batch.
         """
         self._check_call(call)
+        if self.processes.shards is not None:
+            self.processes.shards.follow()
         if self.processes.column is None:
             return call, ()
         self.processes.agree("the batch of a call")
@@ -96,6 +111,8 @@ class Share:
             _refuse_parts(compiled)
         if self.captures:
             refuse_missing(self.captures[0], compiled)
+        if self.processes.shards is not None:
+            refuse_divided(compiled, self.processes.shards.divided)
         self.captures.append(compiled)
 
     def settle(self) -> None:
@@ -105,9 +122,26 @@ class Share:
         kept = self.held
         tensors = named_tensors(self.model)
         send_away(t for name, t in tensors if name not in kept and isinstance(t, nn.Parameter) and not t.is_meta)
+        if self.divides:
+            self._divide()
         for module in self.model.modules():
             module.register_state_dict_post_hook(partial(self._leave_out))  # type: ignore[no-untyped-call]
         self.is_settled = True
+
+    def _divide(self) -> None:
+        """Divides the parameters of the stages of this process over those that run the same stages."""
+        processes, own = self.processes, self.owned
+        names = dividable(self.captures[0], processes.rank)
+        parameters = {name: p for name, p in self.model.named_parameters() if name in names}
+        assert processes.column is not None
+        assert processes.grid.parts_mesh is not None
+        processes.shards = Shards(
+            processes.grid.parts_mesh,
+            processes.column,
+            processes.part,
+            [parameter for name, parameter in parameters.items() if name in own],
+            [parameter for name, parameter in parameters.items() if name not in own],
+        )
 
     @property
     def held(self) -> frozenset[str]:
@@ -132,7 +166,20 @@ class Share:
         """
         mine, start = self.owned, f"{prefix}." if prefix else ""
         self._warn_of_norms()
-        return ((name, parameter) for name, parameter in every if name.removeprefix(start) in mine)
+        found = ((name, self.home(parameter)) for name, parameter in every if name.removeprefix(start) in mine)
+        return cast(Iterator[tuple[str, nn.Parameter]], found)
+
+    def home(self, tensor: Tensor) -> Tensor:
+        """What this process has of a tensor of the model: the tensor itself, or rows of it as a DTensor."""
+        return self.processes.home(tensor)
+
+    def wholes(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The tensors, those that are divided gathered. The processes of a rank must call it with the same of those."""
+        shards = self.processes.shards
+        if shards is None:
+            return tensors
+        own = {id(divided.kept): divided.own for divided in shards.divided.values()}
+        return {**tensors, **shards.gathered({name: own[id(t)] for name, t in tensors.items() if id(t) in own})}
 
     @property
     def stand_in(self) -> Sequence[nn.Parameter]:
@@ -151,8 +198,11 @@ class Share:
         """A hook of each module: its tensors of which another process has the present values."""
         foreign = self.foreign(self.processes.rank)
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            key = f"{prefix}{name}"
             if id(tensor) in foreign:
-                state.pop(f"{prefix}{name}", None)
+                state.pop(key, None)
+            elif tensor is not None and (kept := self.home(tensor)) is not tensor and key in state:
+                state[key] = kept if state[key] is tensor else kept.detach()
 
     def foreign(self, rank: int) -> frozenset[int]:
         """The tensors whose present values only other processes than that of a rank have, by ``id``.
@@ -164,14 +214,18 @@ class Share:
         return foreign(self.captures, rank)
 
     def has_first(self) -> frozenset[int]:
-        """The tensors whose present values this process has, but none of a lower rank or part, by ``id``."""
-        rank = self.processes.rank
-        if self.processes.part:
-            self._refuse_early()
-            return frozenset()
+        """The tensors whose present values this process has, but none of a lower rank or part, by ``id``.
+
+        Of those that are divided, it has its rows.
+        """
+        rank, shards = self.processes.rank, self.processes.shards
+        self._refuse_early()
         below = frozenset.intersection(*(self.foreign(lower) for lower in range(rank))) if rank else None
         here = frozenset(id(tensor) for _, tensor in named_tensors(self.model)) - self.foreign(rank)
-        return here if below is None else here & below
+        first = here if below is None else here & below
+        if self.processes.part:
+            first &= frozenset() if shards is None else shards.divided.keys()
+        return first
 
     def _refuse_early(self) -> None:
         if not self.captures:

@@ -21,15 +21,17 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from threading import Condition, Event
 from typing import Protocol
 
 from pipecompile.distributed.leaving import abroad
 
 FAILED = "raised the error of the first rank that failed"
+SUSPECTS = 64  # ranks of which one that finds another silent asks whether they are silent too
 STORE = (
     "the store of the process group does not answer: the process that hosts it (rank 0, or the launcher) has ended, "
-    "hangs or is unreachable"
+    "hangs or is unreachable, or this host is cut off"
 )
 
 
@@ -140,6 +142,7 @@ class Watch:
         self._last_word = FAILED
         self._ends = 0
         self._wake = Event()
+        self._suspects: dict[int, str | None] = {}
         self._sign, self._absent = self.stillness(), self.stillness()
 
     def stillness(self) -> Stillness:
@@ -251,13 +254,29 @@ class Watch:
             if sign is None:
                 absent.append(peer)
                 continue
-            if self._sign((peer, sign)) > self.pace.silent:
-                what = f"gave no sign for {self.pace.silent:g} s: it was stopped or killed, or is unreachable"
-                return self.about(peer, what, store)
+            still = self._sign((peer, sign))
+            if still < self.pace.silent / 2:
+                self._suspects = {}
+            elif not self._suspects:
+                self._suspects = {other: self._sign_of(other, store) for other in islice(self._others(), SUSPECTS)}
+            if still > self.pace.silent:
+                return self.about(peer, self._silence(peer, store), store)
             break
         if absent and self._absent(absent) > self.pace.absent:
             return Cause(absent[0], "", "", f"did not start its pipeline for {self.pace.absent:g} s")
         return None
+
+    def _silence(self, peer: int, store: Store) -> str:
+        """What is said of a rank that is silent, and of those that have been silent for half of the time at least."""
+        same = {rank for rank, sign in self._suspects.items() if sign and sign == self._sign_of(rank, store)}
+        too = sorted(same - {peer} - self.ended.keys())
+        also = f", nor did rank{'s' * (len(too) > 1)} {', '.join(map(str, too))}" if too else ""
+        who = (
+            f"they were stopped or killed, or are unreachable from {self.host}"
+            if too
+            else ("it was stopped or killed, or is unreachable")
+        )
+        return f"gave no sign for {self.pace.silent:g} s{also}: {who}"
 
     def _sign_of(self, peer: int, store: Store) -> str | None:
         key = f"sign/{peer}"

@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from pipecompile.capture import Call
+from pipecompile.capture.call import Call, TensorName
 from pipecompile.distributed.members import Members
 from pipecompile.errors import InputError
 
@@ -65,8 +64,9 @@ def whole_batch(call: Call, column: Members) -> Whole:
 def _described(call: Call) -> dict[str, str]:
     """What must be the same in all parts, by what it is."""
     found = {"the structure of the arguments": str(call.key[0])}
-    for place, leaf in enumerate(call.leaves):
-        found[f"argument number {place + 1}"] = _in_words(leaf)
+    for name, leaf in zip(call.names, call.leaves, strict=True):
+        if not isinstance(leaf, TensorName):
+            found[f"argument {name!r}"] = repr(leaf)[:200]
     for name, tensor in call.tensors.items():
         kind = str(tensor.dtype).removeprefix("torch.")
         if name in call.batched:
@@ -78,7 +78,3 @@ def _described(call: Call) -> dict[str, str]:
                 f"{kind} of shape {tuple(tensor.shape)} with digest {content.hexdigest()[:8]}"
             )
     return found
-
-
-def _in_words(leaf: Any) -> str:
-    return repr(leaf)[:200]

@@ -15,7 +15,8 @@ from pipecompile.capture.state.restore import generators_kept
 from pipecompile.errors import InputError
 from pipecompile.materialize.checkpoint import Checkpoint, Entry, load
 from pipecompile.materialize.initialize import initialize, initialize_buffers
-from pipecompile.ops.away import bring, free, is_away, send_away
+from pipecompile.ops.away import bring, is_away, send_away
+from pipecompile.ops.freed_memory import give_back
 
 NO_VALUES = (
     "the model is on the meta device and has no values before its first call; call the pipeline first, pass "
@@ -87,7 +88,7 @@ class Absent:
             with generators_kept():
                 torch.set_rng_state(self.state)
                 initialize(self.model, mine, place)
-        free()
+        give_back()
         for refusal in self._refusals:
             refusal.remove()
 

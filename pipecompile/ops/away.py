@@ -6,13 +6,12 @@ share. The number is NaN, so that a value that should not have been read shows.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterable
-from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
 
+from pipecompile.ops.freed_memory import give_back
 from pipecompile.ops.torch_internals import _swap_tensor_impl
 
 MARK = "_pipecompile_away"  # attribute of such a tensor
@@ -28,19 +27,13 @@ def send_away(tensors: Iterable[Tensor]) -> None:
             tensor.data = one
         setattr(tensor, MARK, True)
         tensor.grad = None
-    free()
+    give_back()
 
 
 def bring(tensor: Tensor, value: Tensor) -> None:
     """Gives a tensor that is away a memory and a value, of its own shape and type."""
     tensor.data = value
     delattr(tensor, MARK)
-
-
-def free() -> None:
-    """Gives freed memory back to the system: glibc keeps it, until it is told not to."""
-    with suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def is_away(tensor: Tensor) -> bool:

@@ -13,16 +13,21 @@ from pipecompile.ops.randomness import drawing_alike, is_alike
 
 @dataclass(frozen=True, slots=True)
 class Ambient:
-    """Gradient, inference and autocast modes, which torch keeps per thread, and whether random draws are alike."""
+    """Gradient, inference and autocast modes, which torch keeps per thread, and whether random draws are alike.
+
+    Anomaly detection is a mode of the process, so there is nothing to enter.
+    """
 
     grad: bool
     inference: bool
     autocast: tuple[tuple[str, torch.dtype, bool], ...]
     alike: bool = False
+    anomaly: bool = False
 
     def __str__(self) -> str:
         casts = [f"autocast of {kind} to {dtype}" for kind, dtype, _ in self.autocast]
-        return ", ".join([f"gradients {'on' if self.grad else 'off'}", *["inference mode"] * self.inference, *casts])
+        others = [*["inference mode"] * self.inference, *["anomaly detection"] * self.anomaly]
+        return ", ".join([f"gradients {'on' if self.grad else 'off'}", *others, *casts])
 
     @property
     def in_float16(self) -> bool:
@@ -37,7 +42,13 @@ class Ambient:
             for kind in sorted(device_types)
             if torch.is_autocast_enabled(kind)
         )
-        return Ambient(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), casts, is_alike())
+        return Ambient(
+            grad=torch.is_grad_enabled(),
+            inference=torch.is_inference_mode_enabled(),
+            autocast=casts,
+            alike=is_alike(),
+            anomaly=torch.is_anomaly_enabled(),
+        )
 
     @contextmanager
     def entered(self) -> Iterator[None]:

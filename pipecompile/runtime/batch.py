@@ -15,6 +15,7 @@ from pipecompile.capture.functionalize import storage_key
 from pipecompile.ir.program import Program
 from pipecompile.ops.randomness import seed_microbatch, seeds
 from pipecompile.runtime import Microbatch
+from pipecompile.runtime.anomalies import watch_backward
 from pipecompile.runtime.compiled import Compiled
 from pipecompile.schedule import MakeProgram
 
@@ -62,6 +63,11 @@ class Batch:
     def model_tensors(self) -> list[Tensor]:
         """The tensors that may get a gradient: trainable parameters, then inputs that require one."""
         return [*self.parameters, *(t for t in self.call.tensors.values() if t.requires_grad)]
+
+    def name_of(self, tensor: Tensor) -> str:
+        """The name of one of the ``model_tensors``; its shape, if the model has another one in its place by now."""
+        inputs = {id(given): name for name, given in self.call.tensors.items()}
+        return {**inputs, **self.compiled.captured.first_names}.get(id(tensor), f"a tensor {list(tensor.shape)}")
 
     @property
     def reached(self) -> list[Tensor]:
@@ -138,6 +144,7 @@ class Batch:
         seed_microbatch(drawn[0])
         try:
             tail = self.compiled.run_tail(joined, self.call)
+            watch_backward(tail.values(), self.compiled.tail_origins)
         finally:
             seed_microbatch(None)
         return [{**joined, **tail}[self.division.places[str(output.node)]] for output in self.outputs]

@@ -19,7 +19,7 @@ from torch.func import functional_call
 from pipecompile.batching import Division, Rows
 from pipecompile.capture import Call, Captured
 from pipecompile.capture.opaque_calls import FunctionLeaf
-from pipecompile.capture.origin import origin_of
+from pipecompile.capture.origin import Origin, origin_of
 from pipecompile.capture.purity import is_random
 from pipecompile.capture.state.model_state import named_tensors
 from pipecompile.ir.graph import CostedGraph, Graph
@@ -125,6 +125,11 @@ class Compiled:
         moved = {name: t.to(device) for name, t in tensors if t.device != device}
         values = functional_call(piece.module, moved, tuple(_near(t, device) for t in read), tie_weights=False)
         return dict(zip(tail.outputs, values, strict=True))
+
+    @cached_property
+    def tail_origins(self) -> Mapping[str, Origin]:
+        """The origins of the tail's nodes."""
+        return {} if self.tail is None else {n.name: origin_of(n) for n in self.tail.module.graph.nodes}
 
     @cached_property
     def is_random(self) -> bool:

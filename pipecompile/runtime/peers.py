@@ -15,11 +15,12 @@ from torch import Tensor
 from pipecompile.ir.cluster import Cluster
 from pipecompile.runtime.lane import Lane
 from pipecompile.runtime.transport import LocalTransport, Transport
+from pipecompile.runtime.weights import AtHome, Homes
 
 T = TypeVar("T")
 
 
-class Peers(Protocol):
+class Peers(Homes, Protocol):
     """The processes of one pipeline, seen from one of them."""
 
     @property
@@ -68,12 +69,16 @@ class Peers(Protocol):
     def of_all_parts(self, values: Mapping[str, Tensor]) -> Mapping[str, Sequence[Tensor]]:
         """The values of each part of the batch, in order, of which this process has those of its own part."""
 
-    def total(self, gradients: Mapping[int, Tensor], leaves: Sequence[Tensor]) -> dict[int, Tensor]:
-        """The sums of the gradients of all parts of the batch, by ``id`` of the leaf; may write ``gradients``.
+    def total(self, gradients: dict[int, Tensor], leaves: Sequence[Tensor]) -> dict[int, Tensor]:
+        """The sums of the gradients of all parts of the batch, by ``id`` of the leaf, for its home.
 
         Args:
+            gradients: of this process's part; may be written, and emptied.
             leaves: all that may have a gradient, in an order that is the same in all processes.
         """
+
+    def ended(self) -> None:
+        """Takes note that a program has ended, well or not."""
 
     def measured(self, cluster: Cluster) -> Cluster:
         """The cluster with the links between processes and the speeds of their hosts, measured by all of them."""
@@ -82,7 +87,7 @@ class Peers(Protocol):
         """The error to raise for one that this process has met; the same in all processes."""
 
 
-class OneProcess:
+class OneProcess(AtHome):
     """All ranks are in this process."""
 
     are_several = False
@@ -110,8 +115,11 @@ class OneProcess:
     def of_all_parts(self, values: Mapping[str, Tensor]) -> Mapping[str, Sequence[Tensor]]:
         return {name: [value] for name, value in values.items()}
 
-    def total(self, gradients: Mapping[int, Tensor], leaves: Sequence[Tensor]) -> dict[int, Tensor]:
-        return dict(gradients)
+    def total(self, gradients: dict[int, Tensor], leaves: Sequence[Tensor]) -> dict[int, Tensor]:
+        return gradients
+
+    def ended(self) -> None:
+        pass
 
     def measured(self, cluster: Cluster) -> Cluster:
         return cluster

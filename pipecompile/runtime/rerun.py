@@ -21,6 +21,7 @@ from pipecompile.ops.torch_internals import _StopRecomputationError
 from pipecompile.runtime import Ambient
 from pipecompile.runtime.compiled import Compiled
 from pipecompile.runtime.out_of_memory import OutOfMemoryError
+from pipecompile.runtime.weights import Homes
 
 STOPPED = _StopRecomputationError  # not a failure: a checkpoint around the call has all that it needs
 
@@ -37,18 +38,23 @@ class Snapshot:
 
     @staticmethod
     def of(
-        compiled: Compiled, call: Call, draw: Callable[[], Sequence[int | None]], devices: Sequence[torch.device]
+        compiled: Compiled,
+        call: Call,
+        draw: Callable[[], Sequence[int | None]],
+        devices: Sequence[torch.device],
+        homes: Homes,
     ) -> Snapshot:
         """The state before a call, in the modes of the calling thread.
 
         Args:
             draw: draws the seeds from the caller's generator.
+            homes: of the model's tensors.
         """
         generators = Generators.of(devices, compiled.runs_python)
         with _outside_the_stages():
             written = [(buffer, buffer.detach().clone()) for buffer in compiled.written]
         inputs = {f"argument {name!r}": tensor for name, tensor in call.tensors.items()}
-        tracked = {**compiled.read, **inputs}
+        tracked = {**{name: homes.home(tensor) for name, tensor in compiled.read.items()}, **inputs}
         return Snapshot(
             ambient=Ambient.of_caller(frozenset(device.type for device in devices)),
             seeds=draw(),

@@ -18,6 +18,7 @@ from pipecompile.ops.randomness import seed_microbatch
 from pipecompile.ops.source_lines import failing_line
 from pipecompile.ops.split_backward import Queue, queued
 from pipecompile.ops.torch_internals import _engine_run_backward
+from pipecompile.runtime.anomalies import looks_for_nan, watch_backward, watched_forward
 from pipecompile.runtime.lane import Lane, Value, Values
 from pipecompile.runtime.lift import lift, read_only
 from pipecompile.runtime.out_of_memory import OutOfMemoryError
@@ -95,7 +96,13 @@ class Runner:
             for place, value in zip(self.takes[source], values, strict=True):
                 arguments[place] = value
         seed_microbatch(microbatch.randomness)
-        returned = self._call_splitting(arguments, microbatch) if splits else self._call(self.function, arguments)
+        if splits:
+            microbatch.queues[stage.index] = queue = Queue()
+        if splits and not looks_for_nan():  # torch looks for NaN in backwards, so these must be whole
+            with queued(queue):
+                returned = self._call(self.split_function, arguments)
+        else:
+            returned = self._call(self.function, arguments)
         if torch.is_grad_enabled():
             wanted = {name: t for name, t in zip(stage.inputs, inputs, strict=True) if t.requires_grad}
             microbatch.saved[stage.index] = Saved(wanted, leaves, returned)
@@ -154,21 +161,23 @@ class Runner:
         tensor = self.lane.fetch(microbatch.inputs[name])
         return tensor if name in self.read_only and not tensor.requires_grad else _cut_off(tensor)
 
-    def _call_splitting(self, arguments: Sequence[Value], microbatch: Microbatch) -> tuple[Tensor, ...]:
-        queue = microbatch.queues[self.stage.index] = Queue()
-        with queued(queue):
-            return self._call(self.split_function, arguments)
-
     def _call(self, function: Function, arguments: Sequence[Value]) -> tuple[Tensor, ...]:
         try:
             current = self.weights.current.leaves
-            return function(*arguments, *[current[name] for name in self.parameters])
+            weights = [current[name] for name in self.parameters]
+            if not looks_for_nan():
+                return function(*arguments, *weights)
+            with watched_forward(self.stage, arguments) as results:
+                returned = function(*arguments, *weights)
+                results += returned
+            return returned
         except Exception as error:
             where = self._where(error)
             raise _named(error)(f"{where + ': ' if where else ''}{type(error).__name__}: {error}") from error
 
     def _differentiate(self, roots: list[Tensor], gradients: list[Tensor]) -> None:
         try:
+            watch_backward(roots, self.stage.origins)
             with _without_autocast(self.lane.device.type):
                 # torch.autograd.backward without its checks, for gradients that have the shapes of their roots
                 _engine_run_backward(

@@ -112,6 +112,10 @@ class Session:
         self.running = self.closed = False
         _SESSIONS.add(self)
 
+    def homes(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        """What the caller's optimizer steps for tensors of the model."""
+        return [self.peers.home(tensor) for tensor in tensors]
+
     def agree(self, compiled: Compiled, tensors: Iterable[Tensor]) -> None:
         """Makes sure that all processes are about to run the same capture, in the same modes, on the same tensors."""
         if self.peers.are_several:
@@ -161,6 +165,9 @@ class Session:
                 raise
             finally:
                 self.running = False
+                for weights in self.weights.values():
+                    weights.release()
+                self.peers.ended()
 
     def _end_all(self, error: BaseException) -> None:
         """Raises the error with which all processes end, if it is another one."""
@@ -259,7 +266,7 @@ class Session:
         found = self._sets.get(id(compiled.planned))
         if found is None or found.planned() is not compiled.planned:
             weights = {
-                stage.index: Weights(compiled.tensors(stage.index), stage.device, self.optimizer)
+                stage.index: Weights(compiled.tensors(stage.index), stage.device, self.optimizer, self.peers)
                 for stage in compiled.stages
                 if compiled.plan.rank_of[stage.index] in self.lanes
             }

@@ -22,7 +22,8 @@ from torch import Tensor
 from pipecompile.batching import Partial, gather, scatter, spread
 from pipecompile.errors import ExecutionError
 from pipecompile.ops.randomness import Generators
-from pipecompile.runtime import Microbatch
+from pipecompile.runtime import Microbatch, Weights
+from pipecompile.runtime.anomalies import refuse_nan
 from pipecompile.runtime.batch import Batch
 from pipecompile.runtime.delivery import Gradients, Saved, connected
 from pipecompile.runtime.rerun import Snapshot
@@ -101,6 +102,7 @@ def _train(session: Session, batch: Batch, loss: int, schedule: MakeProgram, sta
         (factor,) = incoming
         if factor is None:
             return [None] * len(leaves)
+        refuse_nan(saved.tensors, lambda place: batch.name_of(leaves[place]))
         if not not_scaled:
             return _multiplied(saved, factor)
         session.scale = factor.item()
@@ -114,7 +116,7 @@ def _train(session: Session, batch: Batch, loss: int, schedule: MakeProgram, sta
         tensors = batch.finish(_joined(session, batch, microbatches).values, start.seeds)
     outputs = [t.detach().requires_grad_(o.requires_grad) for t, o in zip(tensors, batch.outputs, strict=True)]
     ready = [found[id(leaf)] for leaf in leaves]
-    (own,) = connected([outputs[loss]], leaves, deliver, ready)
+    (own,) = connected([outputs[loss]], session.homes(leaves), deliver, ready)
     rest = _beside(session, batch, start, [*outputs[:loss], *outputs[loss + 1 :]], loss)
     return batch.given([*rest[:loss], own, *rest[loss:]])
 
@@ -149,7 +151,7 @@ def _beside(session: Session, batch: Batch, start: Snapshot, outputs: Sequence[T
 
     if not any(output.requires_grad for output in outputs):
         return outputs
-    return connected(outputs, batch.reached, backward)
+    return connected(outputs, session.homes(batch.reached), backward)
 
 
 def defer(session: Session, batch: Batch) -> dict[str, Tensor]:
@@ -184,7 +186,7 @@ def _defer(session: Session, batch: Batch, start: Snapshot) -> list[Tensor]:
                 return run(_forward(session, batch, start.seeds), incoming)
 
     leaves = batch.reached
-    given = connected([*joined.values.values()], leaves, backward)
+    given = connected([*joined.values.values()], session.homes(leaves), backward)
     return batch.finish(dict(zip(joined.values, given, strict=True)), start.seeds)
 
 
@@ -231,7 +233,7 @@ def flush(session: Session) -> None:
 
 
 def _snapshot(session: Session, batch: Batch) -> Snapshot:
-    return Snapshot.of(batch.compiled, batch.call, lambda: _drawn(session, batch), session.devices)
+    return Snapshot.of(batch.compiled, batch.call, lambda: _drawn(session, batch), session.devices, session.peers)
 
 
 def _drawn(session: Session, batch: Batch) -> Sequence[int | None]:
@@ -312,23 +314,28 @@ def _of_part(batch: Batch, name: str, gradient: Tensor, joined: Joined) -> Tenso
 
 def _gradients(session: Session, batch: Batch, microbatches: Mapping[int, Microbatch]) -> dict[int, Tensor]:
     """Takes the gradients that a program accumulated, by ``id`` of the parameter or input."""
+    found = _of_weights(session.weights_of(batch.compiled), microbatches)
+    for microbatch in microbatches.values():
+        microbatch.versions.clear()  # they hold weights that were gathered for the program
+    for name, tensor in batch.call.tensors.items():
+        if tensor.requires_grad and any(microbatch.input_gradients.get(name) for microbatch in microbatches.values()):
+            gradient = _input_gradient(name, batch, microbatches)
+            found[id(tensor)] = found[id(tensor)] + gradient if id(tensor) in found else gradient
+    return found if batch.part is None else session.peers.total(found, batch.model_tensors)
+
+
+def _of_weights(weights: Mapping[int, Weights], microbatches: Mapping[int, Microbatch]) -> dict[int, Tensor]:
+    """Takes the gradients of the stages' leaves, by ``id`` of the parameter."""
     found: dict[int, Tensor] = {}
-
-    def add(tensor: Tensor, gradient: Tensor) -> None:
-        found[id(tensor)] = found[id(tensor)] + gradient if id(tensor) in found else gradient
-
     versions = next(iter(microbatches.values())).versions
-    weights = session.weights_of(batch.compiled)
     for stage, version in sorted(versions.items(), reverse=True):  # the latest use first, whatever thread ended first
         for name, leaf in version.leaves.items():
             if leaf.grad is not None:
                 tensor = weights[stage].tensors[name]
-                add(tensor, leaf.grad.to(tensor.device))
+                gradient = leaf.grad.to(tensor.device)
+                found[id(tensor)] = found[id(tensor)] + gradient if id(tensor) in found else gradient
                 leaf.grad = None
-    for name, tensor in batch.call.tensors.items():
-        if tensor.requires_grad and any(microbatch.input_gradients.get(name) for microbatch in microbatches.values()):
-            add(tensor, _input_gradient(name, batch, microbatches))
-    return found if batch.part is None else session.peers.total(found, batch.model_tensors)
+    return found
 
 
 def _input_gradient(name: str, batch: Batch, microbatches: Mapping[int, Microbatch]) -> Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,26 @@ class Replica:
     copy: Tensor
 
 
+class Homes(Protocol):
+    """Where the values of the model's tensors are between calls."""
+
+    def home(self, tensor: Tensor) -> Tensor:
+        """What is stepped for a tensor of the model: the tensor itself, or the rows of it that are here."""
+
+    def gathered(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The values of those tensors whose home has only some of their rows, in memory of their own."""
+
+
+class AtHome:
+    """Each tensor of the model has its values itself."""
+
+    def home(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def gathered(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return {}
+
+
 class Weights:
     """One stage's parameters and their versions.
 
@@ -51,13 +72,20 @@ class Weights:
         tensors: the model's own parameters, and buffers on other devices, by name.
         device: the stage's device; tensors on other devices (a tied parameter, a shared buffer) are copied to it.
         optimizer: makes the optimizer, for schedules that step inside the pipeline.
+        homes: of the tensors.
     """
 
     def __init__(
-        self, tensors: Mapping[str, Tensor], device: torch.device, optimizer: MakeOptimizer | None = None
+        self,
+        tensors: Mapping[str, Tensor],
+        device: torch.device,
+        optimizer: MakeOptimizer | None = None,
+        homes: Homes | None = None,
     ) -> None:
         self.tensors = dict(tensors)
         self.device = device
+        self.homes = homes or AtHome()
+        self.gathered: Mapping[str, Tensor] = {}  # in the present version
         trainable = [t for t in tensors.values() if isinstance(t, nn.Parameter) and t.requires_grad]
         self.optimizer = optimizer(trainable) if optimizer is not None and trainable else None
         self.written: Set[str] = frozenset()
@@ -77,13 +105,19 @@ class Weights:
         self.tensors.update(tensors)
         if self.optimizer is not None and new:
             self.optimizer.add_param_group({"params": new})
+        self.gathered = self.homes.gathered(self.tensors)
         self.current = self._version()
         self.touched.clear()  # left over from a stream that failed
+
+    def release(self) -> None:
+        """Lets go of what was gathered: pending backwards hold the versions that they need."""
+        if self.gathered:
+            self.gathered, self.current = {}, Version({}, {})
 
     def check(self, version: Version) -> None:
         """Raises ``ExecutionError`` if a parameter was changed in place since a version was made."""
         for name, counter in version.counters.items():
-            if self.tensors[name]._version != counter:
+            if self.homes.home(self.tensors[name])._version != counter:
                 raise ExecutionError(
                     f"parameter {name!r} was changed in place between the forward that used it and its backward; "
                     f"call backward() before optimizer.step()"
@@ -131,11 +165,14 @@ class Weights:
     def _version(self) -> Version:
         leaves = {name: self._leaf(name, tensor) for name, tensor in self.tensors.items()}
         trainable = {n: t for n, t in self.tensors.items() if t.requires_grad and n not in self.written}
-        watched = {} if self.optimizer else {n: t._version for n, t in trainable.items()}
+        watched = {} if self.optimizer else {n: self.homes.home(t)._version for n, t in trainable.items()}
         return Version(leaves, watched)
 
     def _leaf(self, name: str, tensor: Tensor) -> Tensor:
-        leaf = tensor.data if tensor.device == self.device else self._replica(name, tensor)
+        if name in self.gathered:
+            leaf = self.gathered[name]
+        else:
+            leaf = tensor.data if tensor.device == self.device else self._replica(name, tensor)
         return leaf.detach().requires_grad_(tensor.requires_grad)
 
     def _replica(self, name: str, tensor: Tensor) -> Tensor:

@@ -109,6 +109,12 @@ def test_a_number_of_microbatches_that_is_none(microbatches: Any) -> None:
         pipe_of(microbatches=microbatches)
 
 
+@pytest.mark.parametrize("value", [True, "yes"])
+def test_parameters_that_cannot_be_divided(value: Any) -> None:
+    with refused(InputError, f"fully_shard={value!r}", "needs mesh= with the dimension 'data'"):
+        pipe_of(fully_shard=value)
+
+
 @pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "sequential"])
 def test_an_optimizer_where_the_user_steps(schedule: str) -> None:
     with refused(InputError, f"schedule={schedule!r}", "pipe.parameters()"):

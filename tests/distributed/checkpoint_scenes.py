@@ -18,6 +18,7 @@ from resumed import ROWS, Training, batch, begun
 from scene import announce
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 import pipecompile
 from pipecompile.checkpoint import files
@@ -34,16 +35,22 @@ def training(seed: int = 0, pace: Any = PATIENT, **options: Any) -> Training:
     )
 
 
-def two_parts(folder: str) -> Seen:
-    """Goes on from a checkpoint with each half of the batch in a pipeline of its own, and saves again after a step."""
+def two_parts(folder: str, shard: bool) -> Seen:
+    """Goes on from a checkpoint with each half of the batch in a pipeline of its own, and saves again after a step.
+
+    Args:
+        shard: the pipelines divide their parameters, with all that belongs to them.
+    """
     torch.set_num_threads(1)
     mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("data", "stage"))
     half = mesh.get_local_rank("data") * ROWS // 2
     deferred = pipecompile.Batching(batch_norm="deferred")
-    found = begun(seed=1, mesh=mesh, microbatches=2, batching=deferred, rows=slice(half, half + ROWS // 2))
+    options: dict[str, Any] = {"rows": slice(half, half + ROWS // 2), "fully_shard": shard}
+    found = begun(seed=1, mesh=mesh, microbatches=2, batching=deferred, **options)
     with found.pipe.pipeline:
-        found.load(folder).run(1).save(folder + "_and_1")
-        return seen(found.run(2))
+        found.load(folder).run(1).save(f"{folder}_and_1{'_shards' * shard}")
+        losses, weights = seen(found.run(2))
+        return losses, {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in weights.items()}
 
 
 def seen(found: Training) -> Seen:

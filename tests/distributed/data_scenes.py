@@ -10,15 +10,19 @@ import copy
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from models import MODELS, Model
 from oracle import leaves
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 from toys import VOCABULARY, Sparse, Sundry
 from training_scenes import LENGTH, MORE, STEPS
@@ -40,6 +44,15 @@ OWN = {
 }
 
 
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor, scale: Any) -> Tensor:
+        return (self.layer(x) * scale).mean()
+
+
 def mesh_of(parts: int) -> Any:
     size = dist.get_world_size()
     return init_device_mesh("cpu", (parts, size // parts), mesh_dim_names=("data", "stage"))
@@ -57,11 +70,18 @@ def part_of(inputs: Any, sizes: Sequence[int], part: int) -> Any:
 
 
 def train(
-    name: str, sizes: Sequence[int], schedule: str = "1f1b", accumulate: int = 1, zero: bool = False
+    name: str,
+    sizes: Sequence[int],
+    schedule: str = "1f1b",
+    accumulate: int = 1,
+    zero: bool = False,
+    shard: bool = False,
+    **more: Any,
 ) -> list[str]:
     """What differs after a few steps, each of ``accumulate`` calls on ``sizes`` rows.
 
-    With ``zero``, each process keeps the optimizer's state of some of its parameters. A model that draws random
+    With ``zero``, each process keeps the optimizer's state of some of its parameters; with ``shard``, some rows of all
+    of them. A model that draws random
     numbers, or normalizes each microbatch by itself, is compared with the pipeline of one process that has as many
     microbatches.
     """
@@ -80,8 +100,12 @@ def train(
         mesh=mesh,
         microbatches=count,
         example_inputs=part_of(_inputs(model, sum(sizes), 0), sizes, part),
+        fully_shard=shard,
+        **_read(more),
         **options,
     )
+    if shard:
+        assert_divided(pipe, part, parts)
 
     sharded = {"optimizer_class": torch.optim.AdamW, "process_group": mesh.get_group("data")}
 
@@ -102,10 +126,89 @@ def train(
             expected = steps(call, other, False, clip)
         differing = list(_differences(found, expected, sizes, part))
         digests: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(digests, {n: _digest(t) for n, t in pipe.state_dict().items()})
+        dist.all_gather_object(digests, {n: _digest(_whole(t)) for n, t in pipe.state_dict().items()})
         twins = [digests[place] for place in mesh.mesh[:, mesh.get_local_rank("stage")].tolist()]
         differing += [f"{n} between parts" for twin in twins for n in twin if twin[n] != twins[0][n]]
     return differing
+
+
+def divided_beside_the_pipe(folder: str) -> tuple[list[str], list[bool], list[str]]:
+    """What differs in an export, what is trained once a layer is frozen in the model, and an optimizer's own state."""
+    mesh = mesh_of(2)
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(5, 5) for _ in range(4)))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    x = torch.ones(4, 5)
+    options: dict[str, Any] = {"microbatches": 2, "costs": "count", "loss_fn": nn.functional.mse_loss}
+    call = {"input": x, "target": x}
+    pipe = pipecompile.compile(model, mesh=mesh, example_inputs=call, fully_shard=True, **options)
+    with pipe.pipeline:
+        pipecompile.export_safetensors(folder, pipe)
+        dist.barrier()
+        found = {name: t for file in Path(folder).glob("*.safetensors") for name, t in load_file(file).items()}
+        odd = [name for name, tensor in before.items() if not torch.equal(found[name], tensor)]
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("bias" in name)
+        pipe(**call).backward()
+        trained = ["bias" in name for name, p in pipe.named_parameters() if p.grad is not None]
+        assert all(p.requires_grad == ("bias" in name) for name, p in pipe.named_parameters())
+        parameters = [p for p in pipe.parameters() if p.grad is not None]
+        optimizer = torch.optim.AdamW(parameters)
+        optimizer.step()
+        kinds = [type(value).__name__ for p in parameters for value in optimizer.state[p].values() if value.ndim]
+        with torch.no_grad():
+            loss = pipe(**call)
+        for parameter in parameters:
+            parameter.data.zero_()
+        with torch.no_grad():
+            assert pipe(**call) != loss, "the caller's writes are seen"
+    return odd, trained, kinds
+
+
+def sharded(name: str, sizes: Sequence[int], accumulate: int = 1, **more: Any) -> list[str]:
+    """What differs, bit for bit, between trainings whose parameters are divided over the parts and are not."""
+    torch.set_num_threads(1)
+    model = (MODELS | MORE | OWN)[name]
+    mesh = mesh_of(len(sizes))
+    part = mesh.get_local_rank("data")
+    inputs = part_of(_inputs(model, sum(sizes), 0), sizes, part)
+    options: dict[str, Any] = {"mesh": mesh, "microbatches": 2, "costs": "count", "example_inputs": inputs}
+    if not model.inside:
+        options["loss_fn"] = _loss_fn(model)
+    seen = []
+    for shard in (True, False):
+        pipe = pipecompile.compile(model.build(), fully_shard=shard, **_read(more), **options)
+        with pipe.pipeline:
+            clip = lambda norm, pipe=pipe: pipe.pipeline.clip_grad_norm_(1e9).round(decimals=6)  # noqa: E731
+            seen.append(_trained(model, pipe, pipe, torch.optim.AdamW, sizes, part, accumulate, clip))
+        if any(isinstance(parameter, DTensor) for parameter in pipe.parameters()):
+            assert not any(each.current.leaves for each in pipe.pipeline._session.weights.values()), "it is freed"
+    found, expected = seen
+    assert any("gradient" in key for key in found) or not dict(pipe.named_parameters())
+    odd = [key for key in found if not found[key].is_meta and not torch.equal(found[key], expected[key])]
+    return odd + [f"{key} is missing" for key in expected.keys() - found.keys()]
+
+
+def _read(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of ``compile``, given as JSON."""
+    plan = {"plan": pipecompile.PlanOptions(**options["plan"])} if "plan" in options else {}
+    return {**options, **plan}
+
+
+def assert_divided(pipe: Any, part: int, parts: int) -> None:
+    """Each process has its rows of the parameters that its stages read, and no other memory of them."""
+    named = dict(pipe.named_parameters())
+    divided = {name: p for name, p in named.items() if isinstance(p, DTensor)}
+    assert divided or not named
+    for name, parameter in divided.items():
+        rows = -(-len(parameter) // parts)
+        assert len(parameter.to_local()) == max(0, min(rows, len(parameter) - part * rows)), name
+    own = dict(pipe.pipeline.model.named_parameters())
+    assert all(own[name].untyped_storage().nbytes() == own[name].itemsize for name in divided)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
 
 
 def _loss_fn(model: Model) -> Callable[..., Tensor]:
@@ -143,7 +246,7 @@ def _trained(
             seen |= {name: leaf.clone() for name, leaf in named if isinstance(leaf, Tensor)}  # T5 writes its labels
         seen[f"step {step}: norm"] = clip(0.1).double()
         named = owner.named_parameters()
-        seen |= {f"step {step}: gradient of {n}": p.grad.clone() for n, p in named if p.grad is not None}
+        seen |= {f"step {step}: gradient of {n}": _whole(p.grad) for n, p in named if p.grad is not None}
         optimizer.step()
         optimizer.zero_grad()
     owner.eval()
@@ -151,7 +254,7 @@ def _trained(
     args, kwargs = inputs if part is None else part_of(inputs, sizes, part)
     with torch.no_grad():
         seen |= {f"evaluated: {n}": t for n, t in leaves(call(*args, **kwargs)) if isinstance(t, Tensor)}
-    seen |= {f"at last: {name}": tensor.clone() for name, tensor in owner.state_dict().items()}
+    seen |= {f"at last: {name}": _whole(tensor) for name, tensor in owner.state_dict().items()}
     return seen
 
 
@@ -194,6 +297,8 @@ def sparse_gradients() -> list[str]:
 def refused() -> dict[str, str]:
     """The errors of calls, and of ``compile``, that a mesh with parts refuses."""
     mesh, part = mesh_of(2), dist.get_rank() // (dist.get_world_size() // 2)
+    sharded = nn.Sequential(nn.Linear(2, 2))
+    fully_shard(sharded, mesh=mesh["data"])
     others = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("dp", "pp"))
     ids = torch.arange(8)
     options: dict[str, Any] = {"microbatches": 2, "costs": "count", "mesh": mesh}
@@ -212,6 +317,13 @@ def refused() -> dict[str, str]:
         optimizer = lambda parameters: torch.optim.SGD(parameters, 0.1)  # noqa: E731
         pipecompile.compile(Sundry(), schedule="pipedream", optimizer=optimizer, **options)
 
+    def optimizer_of_a_module() -> None:
+        model = Sundry()
+        pipe = pipecompile.compile(model, batching=DEFERRED, example_inputs=ids, fully_shard=True, **options)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        pipe(ids)["loss"].backward()
+        optimizer.step()
+
     acts: dict[str, Callable[[], object]] = {
         "no loss": without_a_loss,
         "gradient": gradient_of_an_output,
@@ -219,6 +331,10 @@ def refused() -> dict[str, str]:
         "statistics": lambda: pipecompile.compile(Sundry(), example_inputs=ids, **options),
         "pipedream": steps_inside,
         "names": lambda: pipecompile.compile(Sundry(), mesh=others),
+        "DTensor": lambda: pipecompile.compile(sharded, mesh=mesh),
+        "optimizer": optimizer_of_a_module,
+        "number": lambda: pipecompile.compile(Scaled(), **options)(torch.ones(4, 2), scale=1.0 + part),
+        "kind": lambda: pipecompile.compile(Scaled(), **options)(torch.ones(4, 2), torch.ones(4, 1) if part else 2.0),
     }
     said = {}
     for name, act in acts.items():

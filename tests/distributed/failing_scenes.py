@@ -165,6 +165,34 @@ def raises_in(rank: int, at: int, backward: bool, error: str, parts: int = 1) ->
         step(pipe)
 
 
+class MakesNaN(nn.Module):
+    """Makes NaN in the forward, or in the backward alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.backward = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.now:
+            return x
+        return (x * 0).sqrt() + x if self.backward else torch.log(x * 0 - 1) + x
+
+
+def makes_nan(rank: int, backward: bool, steps: int = 1, parts: int = 1) -> None:
+    """The stage of a rank makes NaN after some steps, in torch's anomaly mode."""
+    torch.autograd.set_detect_anomaly(True)
+    size = dist.get_world_size() // parts
+    model = Net()
+    model.layers = nn.Sequential(*(nn.Sequential(*blocks(1), MakesNaN()) for _ in range(size)))
+    plan = pipecompile.PlanOptions(pins={f"layers.{stage}.0": stage for stage in range(size)})
+    pipe = piped(model, plan=plan, parts=parts)
+    with pipe.pipeline:
+        for _ in range(steps):
+            step(pipe)
+        model.layers[rank][-1].now, model.layers[rank][-1].backward = True, backward
+        step(pipe)
+
+
 def ends_between(rank: int, how: str, parts: int = 1) -> None:
     """One rank ends its script after a step: it raises, returns, or leaves at once."""
     pipe = piped(parts=parts)
@@ -231,10 +259,12 @@ def other_modes(which: str) -> tuple[str, float, float]:
     if which == "module":
         pipe.train(rank == 0)
     try:
-        with torch.set_grad_enabled(which == "module" or rank == 0):
+        torch.autograd.set_detect_anomaly(which == "anomaly" and rank == 1)
+        with torch.set_grad_enabled(which != "gradients" or rank == 0):
             pipe(batch())
     except pipecompile.InputError as error:
         text = str(error)
+    torch.autograd.set_detect_anomaly(False)
     pipe.train()
     after = step(pipe)
     pipe.pipeline.close()

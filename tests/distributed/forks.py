@@ -24,6 +24,8 @@ import torch._inductor.config
 import torch.distributed as dist
 import torch.export
 import transformers.modeling_utils  # noqa: F401
+from hosts import move_to
+from scene import store
 
 import pipecompile  # noqa: F401
 
@@ -72,6 +74,9 @@ def play(scene: Scene) -> None:
     """Runs the scene in a process group and leaves its result, or its error, in a file."""
     file = Path(scene["folder"], f"{scene['rank']}.pt")
     try:
+        if names := os.environ.get("SCENE_HOSTS"):
+            store()  # a connection that is not cut
+            move_to(names.split(",")[scene["rank"]])
         dist.init_process_group("gloo")
         module, name = scene["function"].split(":")
         result = getattr(importlib.import_module(module), name)(**scene["arguments"])

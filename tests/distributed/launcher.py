@@ -18,13 +18,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from hosts import Hosts, hosts
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -38,6 +39,15 @@ class Hurt:
 
     rank: int
     signal: int
+    at: str
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The host of a rank is cut off from the others, when some rank announces a moment (``hosts.py``)."""
+
+    rank: int
+    how: str
     at: str
 
 
@@ -67,7 +77,8 @@ class _Run:
     """What is known of the ranks while they run."""
 
     pids: Sequence[int]
-    hurt: Hurt | None
+    hurt: Hurt | Cut | None
+    hosts: Hosts | None
     began: float = field(default_factory=time.monotonic)
     was_hurt: bool = False
     ends: dict[int, tuple[int, float]] = field(default_factory=dict)
@@ -79,6 +90,13 @@ class _Run:
 
     def end(self, rank: int, code: int) -> None:
         self.ends[rank] = (code, time.monotonic() - self.began)
+
+    def strike(self) -> None:
+        self.began, self.was_hurt = time.monotonic(), True
+        if isinstance(self.hurt, Cut):
+            self.hosts.cut(self.hurt.rank, self.hurt.how)
+        else:
+            self.kill(self.hurt.rank, self.hurt.signal)
 
     def kill(self, rank: int, number: int) -> None:
         if rank in self.alive:
@@ -94,17 +112,26 @@ class Launcher:
         self._read = b""
 
     def run(
-        self, scene: str, size: int, *, hurt: Hurt | None = None, limit: int = 60, agent: bool = True, **arguments: Any
+        self,
+        scene: str,
+        size: int,
+        *,
+        hurt: Hurt | Cut | None = None,
+        limit: int = 60,
+        agent: bool = True,
+        **arguments: Any,
     ) -> list[Ended]:
         """Runs a scene on ``size`` ranks and returns how each ended.
 
         Args:
+            hurt: what happens to one of them; if it is cut off, each is on a host of its own.
             scene: ``module:function``.
             limit: seconds after which ranks that run are killed, with their stacks in the output.
             agent: the launcher hosts the process group's store, as torchrun does; else rank 0 does.
         """
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        with tempfile.TemporaryDirectory() as folder:
+        network = hosts(size) if isinstance(hurt, Cut) else nullcontext()
+        with tempfile.TemporaryDirectory() as folder, network as apart:
             self._start()
             self._write(
                 {
@@ -113,10 +140,10 @@ class Launcher:
                     "size": size,
                     "limit": limit,
                     "folder": folder,
-                    "environment": _environment(store.port, agent),
+                    "environment": _environment(store.port, agent) | (apart.environment if apart else {}),
                 }
             )
-            run = _Run(self._line(START), hurt)
+            run = _Run(self._line(START), hurt, apart)
             try:
                 self._watch(run, store, limit)
             finally:
@@ -147,9 +174,8 @@ class Launcher:
             if line := self._line(POLL):
                 run.end(*line)
             if run.hurt and not run.was_hurt and store.check([run.hurt.at]):
-                run.began, run.was_hurt = time.monotonic(), True
-                run.kill(run.hurt.rank, run.hurt.signal)
-            if run.hurt and run.alive == [run.hurt.rank]:
+                run.strike()
+            if isinstance(run.hurt, Hurt) and run.alive == [run.hurt.rank]:
                 run.kill(run.hurt.rank, signal.SIGCONT)  # how does one end that wakes up late?
         for rank in run.alive:
             run.kill(rank, signal.SIGCONT)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from launcher import Launcher
 from long import LONG
 
 LIMIT = 280
 ALIKE = [
-    ("ragged", (5, 3)),
     ("contrastive", (4, 3)),
     ("dropping", (4, 4)),
 ]
 MORE = [
+    ("ragged", (5, 3)),
     ("gpt2", (4, 4)),
     ("t5", (4, 4)),
     ("two_towers", (2, 6)),
@@ -20,6 +22,15 @@ MORE = [
     ("skip_to_loss", (3, 4)),
     ("buffers_in_place", (4, 4)),
     ("sundry", (8, 8)),
+]
+DIVIDED = [("dropping", (4, 4), {})]
+MORE_DIVIDED = [
+    ("gpt2", (4, 4), {"accumulate": 2}),
+    ("contrastive", (4, 3), {}),
+    ("skip_to_loss", (3, 4), {}),
+    ("mixtral", (4, 4), {}),
+    ("dropping", (4, 4), {"plan": {"recompute": "always"}}),
+    ("dropping", (4, 4), {"stage_compile": "aot_eager"}),
 ]
 
 
@@ -32,6 +43,35 @@ def test_two_parts_train_as_the_unsplit_model(launcher: Launcher, name: str, siz
 def test_calls_accumulate_and_the_optimizers_state_is_sharded(launcher: Launcher) -> None:
     options = {"name": "ragged", "sizes": (3, 2), "accumulate": 2, "zero": True}
     assert launcher.returned("data_scenes:train", 4, limit=LIMIT, **options) == [[]] * 4
+
+
+def test_divided_parameters_train_as_the_unsplit_model(launcher: Launcher) -> None:
+    options = {"name": "ragged", "sizes": (5, 3), "accumulate": 2, "shard": True}
+    assert launcher.returned("data_scenes:train", 4, limit=LIMIT, **options) == [[]] * 4
+
+
+@pytest.mark.parametrize(("name", "sizes", "options"), DIVIDED + MORE_DIVIDED if LONG else DIVIDED)
+def test_divided_parameters_train_bit_for_bit_as_whole_ones(
+    launcher: Launcher, name: str, sizes: tuple[int, ...], options: dict[str, object]
+) -> None:
+    found = launcher.returned("data_scenes:sharded", 4, limit=LIMIT, name=name, sizes=sizes, **options)
+    assert found == [[]] * 4
+
+
+@pytest.mark.skipif(not LONG, reason="in make long")
+def test_parameters_are_divided_over_three_parts(launcher: Launcher) -> None:
+    options = {"name": "ragged", "sizes": (2, 1, 3), "shard": True}
+    assert launcher.returned("data_scenes:train", 6, limit=LIMIT, **options) == [[]] * 6
+
+
+def test_divided_parameters_are_exported_and_frozen_and_stepped(launcher: Launcher, tmp_path: Path) -> None:
+    for odd, trained, kinds in launcher.returned(
+        "data_scenes:divided_beside_the_pipe", 4, limit=LIMIT, folder=str(tmp_path / "out")
+    ):
+        assert odd == []
+        assert trained
+        assert all(trained)
+        assert kinds == ["DTensor", "DTensor"] * len(trained)
 
 
 def test_sparse_gradients_are_summed(launcher: Launcher) -> None:
@@ -51,6 +91,10 @@ def test_what_parts_cannot_do_is_refused_by_all(launcher: Launcher) -> None:
         "lengths": "in the first part of the batch and int64 of shape (rows, 7) in part 1",
         "statistics": "CaptureError: the stages write buffer 'norm.running_mean' for each microbatch",
         "pipedream": "schedule='pipedream' does not work with the mesh's dimension 'data'",
+        "DTensor": "parameter '0.weight' is a DTensor, divided over processes by fully_shard() or otherwise",
+        "optimizer": "whose rows are divided over processes (fully_shard=True), so it would not be trained",
+        "number": "argument 'scale' is 1.0 in the first part of the batch and 2.0 in part 1",
+        "kind": "argument 'scale' is 2.0 in the first part of the batch and float32 of shape (rows, 1) in part 1",
         "names": "mesh= has the dimensions ('dp', 'pp'), but a pipeline needs 'stage' and may have 'data'",
     }
     for said in launcher.returned("data_scenes:refused", 4, limit=LIMIT):

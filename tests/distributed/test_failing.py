@@ -5,7 +5,9 @@ from __future__ import annotations
 import signal
 
 import pytest
-from launcher import Ended, Hurt, Launcher, report
+from hosts import lack
+from launcher import Cut, Ended, Hurt, Launcher, report
+from long import LONG
 
 LIMIT = 60
 
@@ -70,11 +72,38 @@ def test_an_exception_in_a_stage_is_the_error_of_all(launcher: Launcher, at: int
     assert "failing_scenes.py" in text
 
 
+@pytest.mark.parametrize("backward", [True, False])
+def test_nan_is_the_error_of_all_in_anomaly_mode(launcher: Launcher, backward: bool) -> None:
+    ended = launcher.run("failing_scenes:makes_nan", 2, limit=LIMIT, rank=0, backward=backward)
+    text, where = one_error(ended), "module 'layers.0.1', "
+    if backward:
+        assert text.startswith("rank 0 (host ")
+        assert "ExecutionError: stage 0, 0B0: " in text
+        assert f"it is the backward of {where}" in text
+    else:  # which reaches the backward of another stage, and a warning says where it was made
+        assert text.startswith("rank 1 (host ")
+        assert "stage 1, 1B0: " in text
+        assert "had received NaN" in text
+        assert f"UserWarning: stage 0: the forward makes NaN, by log in {where}" in ended[0].output
+    assert "failing_scenes.py:" in text
+
+
 @pytest.mark.parametrize(("rank", "size", "parts"), [(0, 3, 1), (1, 3, 1), (2, 4, 2)])
 def test_a_rank_that_is_killed(launcher: Launcher, rank: int, size: int, parts: int) -> None:
     hurt = Hurt(rank, signal.SIGKILL, at="training")
     ended = launcher.run("failing_scenes:trains_on", size, hurt=hurt, limit=LIMIT, parts=parts)
     assert one_error(ended, rank).startswith(f"rank {rank}")
+
+
+@pytest.mark.skipif(bool(lack()), reason=lack() or "hosts can be cut off")
+@pytest.mark.parametrize(("size", "how"), [(3, "drop"), (3, "down")] if LONG else [(3, "drop")])
+def test_a_host_that_is_cut_off(launcher: Launcher, size: int, how: str) -> None:
+    ended = launcher.run("failing_scenes:trains_on", size, hurt=Cut(1, how, at="training"), limit=LIMIT)
+    assert one_error(ended, 1).startswith(
+        "rank 1 (host host1): gave no sign for 1.5 s: it was stopped or killed, or is "
+    )
+    assert "the store of the process group does not answer" in one_error(ended, 0, 2)
+    assert "or this host is cut off" in ended[1].text
 
 
 def test_a_rank_that_stops(launcher: Launcher) -> None:
@@ -104,7 +133,14 @@ def test_models_of_other_weights_are_refused(launcher: Launcher) -> None:
     assert "set the same seed" in text
 
 
-@pytest.mark.parametrize(("which", "says"), [("module", "a call of capture "), ("gradients", "with gradients off")])
+@pytest.mark.parametrize(
+    ("which", "says"),
+    [
+        ("module", "a call of capture "),
+        ("gradients", "with gradients off"),
+        ("anomaly", ", and rank 1 at call 8, a call of capture 1 with gradients on, anomaly detection"),
+    ],
+)
 def test_ranks_in_other_modes_are_refused_and_the_next_call_works(launcher: Launcher, which: str, says: str) -> None:
     found = launcher.returned("failing_scenes:other_modes", 2, limit=LIMIT, which=which)
     for text, _, _ in found:

@@ -46,9 +46,10 @@ def test_processes_go_on_bit_for_bit(launcher: Launcher, saved: Path, size: int,
     assert [name for name, tensor in weights.items() if not torch.equal(own[name], tensor)] == []
 
 
-def test_two_parts_of_each_batch_go_on_and_are_saved(launcher: Launcher, saved: Path) -> None:
+@pytest.mark.parametrize("shard", [False, True])
+def test_two_parts_of_each_batch_go_on_and_are_saved(launcher: Launcher, saved: Path, shard: bool) -> None:
     """To rounding, since parts are summed in another order; the running statistics are deferred."""
-    found = launcher.returned("checkpoint_scenes:two_parts", 4, limit=LIMIT, folder=str(saved / "step_3"))
+    found = launcher.returned("checkpoint_scenes:two_parts", 4, limit=LIMIT, folder=str(saved / "step_3"), shard=shard)
     losses, weights = went_on(saved)
     trained = {name for name in weights if "running" not in name}
     assert {name for _, part in found for name in part} == weights.keys()
@@ -56,7 +57,7 @@ def test_two_parts_of_each_batch_go_on_and_are_saved(launcher: Launcher, saved: 
         assert each == pytest.approx(losses, rel=1e-4)
         for name in trained & part.keys():
             torch.testing.assert_close(part[name], weights[name], rtol=1e-3, atol=1e-5)
-    resumed = begun(seed=1, **on(2)).load(saved / "step_3_and_1").run(2)
+    resumed = begun(seed=1, **on(2)).load(saved / f"step_3_and_1{'_shards' * shard}").run(2)
     assert resumed.losses == pytest.approx({step: losses[step] for step in (4, 5)}, rel=1e-4)
 
 
