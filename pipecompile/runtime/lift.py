@@ -36,7 +36,9 @@ def lift(stage: Stage, splits: bool = False) -> fx.GraphModule:
     for node in nodes:
         if node.op == "placeholder":
             copies[node] = graph.node_copy(node)
-    lifted = {name: graph.placeholder(_argument(name)) for name in stage.names}
+    lifted = {name: graph.placeholder("weight") for name in stage.names}
+    for node in lifted.values():
+        node.target = node.name  # which no input has
     for node in nodes:
         if node.op == "get_attr" and str(node.target) in lifted:
             copies[node] = lifted[str(node.target)]
@@ -51,8 +53,9 @@ def lift(stage: Stage, splits: bool = False) -> fx.GraphModule:
 
 def read_only(stage: Stage) -> frozenset[str]:
     """The model inputs of a stage of which no call can change anything but values, such as ``requires_grad``."""
-    found = {node.name: node for node in stage.module.graph.nodes if node.op == "placeholder"}
-    return frozenset(name for name in stage.inputs if all(map(_only_reads, found[name].users)))
+    arguments = [node for node in stage.module.graph.nodes if node.op == "placeholder"]  # inputs, then what is received
+    pairs = zip(stage.inputs, arguments, strict=False)
+    return frozenset(name for name, node in pairs if all(map(_only_reads, node.users)))
 
 
 def _only_reads(user: fx.Node) -> bool:
@@ -60,10 +63,6 @@ def _only_reads(user: fx.Node) -> bool:
     if user.op == "call_module" or (is_opaque(user.target) and not is_traceable(user.target)):
         return False
     return not name_of(user).endswith("_")
-
-
-def _argument(name: str) -> str:
-    return "".join(c if c.isascii() and c.isalnum() else "_" for c in f"weight_{name}")
 
 
 def _split(call: fx.Node, parameters: Set[fx.Node]) -> None:

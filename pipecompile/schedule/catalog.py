@@ -15,7 +15,7 @@ from itertools import chain as chain_of
 from pipecompile.errors import InputError
 from pipecompile.schedule import policy
 from pipecompile.schedule.improve import candidates, improve
-from pipecompile.schedule.order import Order, Rows, W
+from pipecompile.schedule.order import Order, Rows
 from pipecompile.schedule.periodic import periodic, v_half, v_min
 from pipecompile.schedule.phases import dualpipe_v, in_phases, zb_v
 from pipecompile.schedule.policy import Policy, merge
@@ -90,11 +90,8 @@ def made(
 
 def not_run_yet(name: str) -> str:
     """What a schedule of the catalog needs that the runtime does not have yet, in words."""
-    order = RECIPES[name].order(2, 2)
-    chunks = len(order.shape.stages_of[0])
-    needs = [f"{chunks} stages on each rank, where today a plan has one"] * (chunks > 1)
-    needs += ["backwards split in two, where today they are whole"] * any(op.kind == W for op in order.ops(0))
-    return ", and ".join(needs)
+    chunks = len(RECIPES[name].order(2, 2).shape.stages_of[0])
+    return f"{chunks} stages on each rank, where today a plan has one"
 
 
 def searched(

@@ -10,7 +10,7 @@ from unittest import mock
 
 from random_splits import random_plan
 
-from pipecompile.compiler import compile_call
+from pipecompile.compiler import plan_call
 from pipecompile.ir.graph import Cost, CostedGraph, Graph
 from pipecompile.ir.plan import Plan
 from pipecompile.planning import search_spec
@@ -28,5 +28,5 @@ def cut_at_random(seed: int) -> Iterator[None]:
         full = (plan for plan in plans if {s for s in plan.stage_of if s is not None} == set(range(num_stages)))
         return next(full, random_plan(costed.graph, num_stages, draw))
 
-    with mock.patch.object(compile_call, "profile", costed), mock.patch.object(search_spec, "partition", planned):
+    with mock.patch.object(plan_call, "profile", costed), mock.patch.object(search_spec, "partition", planned):
         yield

@@ -171,6 +171,7 @@ def test_an_asynchronous_stream_goes_on_under_an_observer() -> None:
             model,
             ["cpu"] * 2,
             schedule="pipedream",
+            costs="count",
             microbatches=4,
             loss_fn=F.mse_loss,
             optimizer=lambda params: torch.optim.SGD(params, lr=0.1),

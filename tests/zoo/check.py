@@ -25,7 +25,7 @@ from pipecompile.batching import Rows
 from pipecompile.capture import Call, Captured, read_call, summarize
 from pipecompile.capture.captured import SymbolicSizes
 from pipecompile.capture.state.reachable import Reach
-from pipecompile.compiler import compile_call
+from pipecompile.compiler import compile_call, plan_call
 from pipecompile.errors import ExecutionError, PipecompileError
 from pipecompile.ir.graph import Graph
 from zoo.entry import ROWS, Entry
@@ -210,21 +210,21 @@ def one_capture_for_many_plans() -> Iterator[None]:
 
     A capture is made again where a step has since changed an attribute of the model that it depends on.
     """
-    verbs, known = {"capture": compile_call.capture, "profile": compile_call.profile}, {}
+    verbs, known = {"capture": (compile_call, compile_call.capture), "profile": (plan_call, plan_call.profile)}, {}
 
     def remembered(verb: str, subject: Any, *rest: Any, **options: Any) -> Any:
         key = (verb, id(subject), *filter(None, map(_key, rest)), *options.items())
         if key not in known or (verb == "capture" and known[key][1].attributes.changed()):
-            known[key] = subject, verbs[verb](subject, *rest, **options)
+            known[key] = subject, verbs[verb][1](subject, *rest, **options)
         return known[key][1]
 
     try:
-        for verb in verbs:
-            setattr(compile_call, verb, partial(remembered, verb))
+        for verb, (module, _) in verbs.items():
+            setattr(module, verb, partial(remembered, verb))
         yield
     finally:
-        for verb, original in verbs.items():
-            setattr(compile_call, verb, original)
+        for verb, (module, original) in verbs.items():
+            setattr(module, verb, original)
 
 
 def _key(argument: Any) -> Any:
