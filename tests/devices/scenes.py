@@ -129,6 +129,8 @@ def simple(name: str, make: Callable[[], nn.Module] = Net, random: bool = False,
 simple("one_f_one_b")
 simple("gpipe", schedule="gpipe")
 simple("sequential", schedule="sequential")
+simple("zero_bubble", schedule="zb-h1", where=(0, 1, 0))
+simple("zero_bubble_on_the_cpu_too", schedule="zb-h2", where=(0, "cpu", 1))
 simple("three_stages", where=(0, 1, 2))
 simple("a_device_twice", where=(0, 1, 0))
 simple("one_device", where=(0, 0))
