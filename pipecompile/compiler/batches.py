@@ -29,6 +29,8 @@ from pipecompile.runtime.compiled import Compiled
 from pipecompile.runtime.observers import unobserved
 from pipecompile.runtime.peers import Peers
 
+LARGER = 2  # times the rows of the batch for which the number of microbatches was chosen
+
 
 class Batches:
     """The captures of one pipeline, found by calls.
@@ -47,6 +49,7 @@ class Batches:
         placement: a capture of another pipeline, whose plan the first one follows.
         own: the model's tensors when they were last checked, by all of their names.
         takes_meta: whether arguments may be on the meta device, because the model has no values either.
+        compared: the number of microbatches before another one was chosen, and the rows of the batch that it was for.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class Batches:
         self.placement: Compiled | None = None
         self.own: Mapping[str, Tensor] = dict(named_tensors(model))
         self.takes_meta = False
+        self.compared: tuple[int, int] | None = None
         self._batched: dict[tuple[str, int], bool] = {}
 
     @property
@@ -122,7 +126,7 @@ class Batches:
         ambient = Ambient.of_caller(frozenset(device.type for device in self.devices))
         key = Key(call.key, Same(self.states.look(self.model, self._check)), ambient.autocast, settings())
         known = self.captures.of(key)
-        count = microbatches or self.options.microbatches
+        count = microbatches or self._count(call.batch or 1)
         rows = Rows.of_parts(sizes, count) if sizes else Rows.of(call.batch, count)
         for compiled in known:
             for candidate in compiled.cuts(rows):
@@ -138,6 +142,12 @@ class Batches:
         self.first = self.first or batch.compiled
         self.last = batch.compiled
         return replace(batch, part=part)
+
+    def _count(self, rows: int) -> int:
+        """The number of microbatches of a batch. What was chosen for small batches says little of much larger ones."""
+        if self.compared is not None and rows >= LARGER * self.compared[1]:
+            return max(self.compared[0], self.options.microbatches)
+        return self.options.microbatches
 
     def _again(self, call: Call, tensors: Mapping[str, Tensor]) -> Call:
         """Reads a call again with other tensors, in which the same ones have a batch."""
@@ -175,6 +185,7 @@ class Batches:
             if self.share is not None:
                 self.share.add(compiled)
             if self.first is None and compiled.planned.work.microbatches != self.options.microbatches:
+                self.compared = self.options.microbatches, call.batch or 1
                 self.options = replace(self.options, microbatches=compiled.planned.work.microbatches)
                 candidate = Rows.of(call.batch, self.options.microbatches)
             for cut in compiled.cuts(candidate):

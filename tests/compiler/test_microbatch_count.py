@@ -117,6 +117,18 @@ def test_later_batches_keep_the_number(took: Callable[[Seconds], list[int]]) -> 
     assert len(profiled) == 2
 
 
+def test_a_much_larger_batch_gets_no_fewer_than_the_usual_number(took: Callable[[Seconds], list[int]]) -> None:
+    took(lambda rows: 0.02 + 0.004 * rows)
+    model = built()
+    pipe = compiled(model)
+    ran = []
+    for rows in (ROWS, ROWS + 2, 2 * ROWS, ROWS):
+        x, y = data(rows)
+        torch.testing.assert_close(pipe(x, y), model.forward(x, y))
+        ran.append(len(pipe.pipeline.program.microbatches))
+    assert ran == [2, 2, 4, 2]
+
+
 def test_a_step_that_one_device_does_faster_is_told(took: Callable[[Seconds], list[int]]) -> None:
     took(lambda rows: 0.02)
     pipe = compiled(built())
