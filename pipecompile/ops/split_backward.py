@@ -19,6 +19,7 @@ Source: Zero Bubble Pipeline Parallelism (Qi et al., ICLR 2024), section 2.
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 Compute = Callable[[], Tensor]
+Accumulate = Callable[[Tensor | None], Tensor]  # from the gradient so far, which it may add to in place
 _here = threading.local()
 
 
@@ -37,19 +39,23 @@ _here = threading.local()
 class Queue:
     """The gradients of weights that a backward has left, in its order."""
 
-    waiting: list[tuple[Tensor, Compute]] = field(default_factory=list)
+    waiting: deque[tuple[Tensor, Accumulate]] = field(default_factory=deque)
 
     def empty(self) -> None:
-        """Computes the gradients and adds them to ``grad`` of the weights; those of one weight are summed first."""
-        waiting, self.waiting = self.waiting, []
+        """Computes the gradients and adds them to ``grad`` of the weights, in place."""
         with torch.no_grad():
-            found: dict[int, tuple[Tensor, Tensor]] = {}
-            while waiting:
-                weight, compute = waiting.pop(0)
-                gradient, before = compute(), found.get(id(weight))
-                found[id(weight)] = weight, gradient if before is None else before[1] + gradient
-            for weight, gradient in found.values():
-                weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
+            while self.waiting:
+                weight, accumulate = self.waiting.popleft()
+                weight.grad = accumulate(weight.grad)
+
+
+def _product(a: Tensor, b: Tensor) -> Accumulate:
+    """The product of two matrices; it needs no memory beside the sum."""
+    return lambda total: a @ b if total is None else total.addmm_(a, b)
+
+
+def _added(compute: Compute) -> Accumulate:
+    return lambda total: compute() if total is None else total.add_(compute())
 
 
 @contextmanager
@@ -90,13 +96,13 @@ class _Split(torch.autograd.Function):
         of_input, of_weights = ctx.rest(gradient, *ctx.saved_tensors)
         wanted = ctx.needs_input_grad[4:]
         ctx.queue.waiting += [
-            (weight, compute) for weight, compute, wants in zip(ctx.weights, of_weights, wanted, strict=True) if wants
+            (weight, each) for weight, each, wants in zip(ctx.weights, of_weights, wanted, strict=True) if wants
         ]
         mine = of_input() if ctx.needs_input_grad[3] and of_input is not None else None
         return (None, None, None, mine, *(None,) * len(wanted))
 
 
-Rest = Callable[..., tuple[Compute | None, Sequence[Compute]]]
+Rest = Callable[..., tuple[Compute | None, Sequence[Accumulate]]]
 
 
 def _split(run: Callable[..., Tensor], rest: Rest, x: Tensor, *weights: Tensor | None) -> Tensor:
@@ -117,9 +123,9 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     def rest(gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
         rows = _rows(gradient)
-        of_weights: list[Compute] = [lambda: rows.t() @ _rows(x)]
+        of_weights = [_product(rows.t(), _rows(x))]
         if bias is not None:
-            of_weights.append(lambda: rows.sum(0))
+            of_weights.append(_added(lambda: rows.sum(0)))
         return (lambda: (rows @ weight).view(x.shape)), of_weights
 
     return _split(F.linear, rest, input, weight, bias)
@@ -131,7 +137,7 @@ def addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: 
         return torch.addmm(input, mat1, mat2, beta=beta, alpha=alpha)
 
     def rest(gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Any:
-        return (lambda: gradient @ weight.t()), [lambda: x.t() @ gradient, lambda: gradient.sum(0)]
+        return (lambda: gradient @ weight.t()), [_product(x.t(), gradient), _added(lambda: gradient.sum(0))]
 
     return _split(lambda x, weight, bias: torch.addmm(bias, x, weight), rest, mat1, mat2, input)
 
@@ -143,7 +149,7 @@ def matmul(input: Tensor, other: Tensor) -> Tensor:
 
     def rest(gradient: Tensor, x: Tensor, weight: Tensor) -> Any:
         rows = _rows(gradient)
-        return (lambda: (rows @ weight.t()).view(x.shape)), [lambda: _rows(x).t() @ rows]
+        return (lambda: (rows @ weight.t()).view(x.shape)), [_product(_rows(x).t(), rows)]
 
     return _split(torch.matmul, rest, input, other)
 
@@ -169,7 +175,7 @@ def embedding(
             )
             return found
 
-        return None, [of_weight]
+        return None, [_added(of_weight)]
 
     def run(indices: Tensor, weight: Tensor) -> Tensor:
         return F.embedding(indices, weight, padding_idx, scale_grad_by_freq=scale_grad_by_freq)
@@ -208,7 +214,7 @@ def _convolution(function: Callable[..., Tensor], dims: int) -> Callable[..., Te
 
                 return compute
 
-            return part(0), [part(1), *[part(2)] * (bias is not None)]
+            return part(0), [_added(part(1)), *[_added(part(2))] * (bias is not None)]
 
         return _split(run, rest, input, weight, bias)
 
