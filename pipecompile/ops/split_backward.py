@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
@@ -108,10 +108,15 @@ Rest = Callable[..., tuple[Compute | None, Sequence[Accumulate]]]
 def _split(run: Callable[..., Tensor], rest: Rest, x: Tensor, *weights: Tensor | None) -> Tensor:
     present = [weight for weight in weights if weight is not None]
     queue = _queue(x)
-    if queue is None or x.is_complex() or not any(weight.requires_grad for weight in present):
+    if queue is None or not all(map(_is_plain, (x, *present))) or not any(weight.requires_grad for weight in present):
         return run(x, *present)
     out: Tensor = _Split.apply(run, rest, queue, x, *present)  # type: ignore[no-untyped-call]
     return out
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether products of a tensor are what they are here: no conjugates, sparse rows, or classes with their own."""
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and not tensor.is_complex()
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -120,6 +125,8 @@ def _rows(tensor: Tensor) -> Tensor:
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear``: ``(..., in), (out, in), (out) -> (..., out)``."""
+    if weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):  # bias may be broadcast
+        return F.linear(input, weight, bias)
 
     def rest(gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
         rows = _rows(gradient)
@@ -133,7 +140,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     """``torch.addmm`` of a bias, an input and a weight: ``(out), (n, in), (in, out) -> (n, out)``."""
-    if beta != 1 or alpha != 1 or input.ndim != 1:
+    if beta != 1 or alpha != 1 or input.shape != mat2.shape[1:]:
         return torch.addmm(input, mat1, mat2, beta=beta, alpha=alpha)
 
     def rest(gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Any:

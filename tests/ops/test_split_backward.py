@@ -26,6 +26,10 @@ CALLS: dict[str, Callable[[], Call]] = {
     "linear": lambda: (F.linear, (floats(2, 3, 4), weight(5, 4), weight(5)), {}),
     "linear of one row": lambda: (F.linear, (floats(4), weight(5, 4)), {}),
     "linear by keyword": lambda: (F.linear, (floats(3, 4),), {"weight": weight(5, 4), "bias": None}),
+    "linear of one vector": lambda: (F.linear, (floats(3, 4), weight(4)), {}),
+    "linear with one bias for all": lambda: (F.linear, (floats(3, 4), weight(5, 4), weight(1)), {}),
+    "addmm with one bias for all": lambda: (torch.addmm, (weight(1), floats(3, 4), weight(4, 5)), {}),
+    "addmm of a matrix": lambda: (torch.addmm, (weight(3, 5), floats(3, 4), weight(4, 5)), {}),
     "addmm": lambda: (torch.addmm, (weight(5), floats(3, 4), weight(4, 5)), {}),
     "addmm scaled": lambda: (torch.addmm, (weight(5), floats(3, 4), weight(4, 5)), {"beta": 2, "alpha": 3}),
     "matmul": lambda: (torch.matmul, (floats(2, 3, 4), weight(4, 5)), {}),
@@ -43,7 +47,12 @@ CALLS: dict[str, Callable[[], Call]] = {
     "conv2d of one picture": lambda: (F.conv2d, (floats(4, 7, 7), weight(6, 4, 3, 3), weight(6)), {}),
     "conv3d": lambda: (F.conv3d, (floats(1, 2, 4, 4, 4), weight(3, 2, 2, 2, 2), weight(3)), {"dilation": 2}),
 }
-WHOLE = {"addmm scaled", "matmul of a batch of weights", "conv2d of the same size", "conv2d of one picture"}
+WHOLE = {"linear of one vector", "linear with one bias for all", "addmm with one bias for all", "addmm of a matrix"} | {
+    "addmm scaled",
+    "matmul of a batch of weights",
+    "conv2d of the same size",
+    "conv2d of one picture",
+}
 
 
 def tensors(call: Call) -> list[Tensor]:
