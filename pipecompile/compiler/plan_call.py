@@ -16,14 +16,14 @@ from pipecompile.capture.state.restore import left_as_before
 from pipecompile.compiler.devices import cluster_of
 from pipecompile.compiler.options import Options
 from pipecompile.compiler.recall import Recall
-from pipecompile.errors import InputError
+from pipecompile.errors import ExecutionError, InputError
 from pipecompile.ir.cluster import Cluster
 from pipecompile.ir.graph import CostedGraph, Graph
 from pipecompile.ir.units import seconds_text
 from pipecompile.ops.away import lacks_values
 from pipecompile.ops.backends import name_of
 from pipecompile.ops.device_args import threads_each
-from pipecompile.ops.phases import phase
+from pipecompile.ops.phases import LOGGER, phase
 from pipecompile.planning.counted import Counted
 from pipecompile.planning.microbatch_count import compared, numbers
 from pipecompile.planning.planned import Planned, planned
@@ -104,24 +104,27 @@ class Planner:
         """Compares numbers of microbatches; None if steps are too short to tell, or a second size cannot run."""
         usual = found.work.microbatches
         rows = -(-batch // usual)
-        if max(cost.seconds for cost in found.stage_costs) < WORTH or 2 * rows > batch or found.costed.corrections:
+        if max(cost.seconds for cost in found.stage_costs) < WORTH or found.costed.corrections:
             return None
         fewer = any(map(uses_batch_statistics, division.body.graph.nodes))  # nearer to the whole batch's
         limited = any(device.memory is not None for device in found.cluster.devices)  # and fewer need more
         tried = numbers(batch, found.plan.num_stages, usual, most=usual if fewer else batch)
         tried = [number for number in tried if not limited or number >= usual]
-        if len(tried) < 2:
+        size = rows // 2 if limited else 2 * rows  # larger microbatches might not fit
+        if len(tried) < 2 or not 1 <= size <= batch:
             return None
-        body = replace(division.body, microbatch=2 * rows)
+        body = replace(division.body, microbatch=size)
         graph = summarize(body)
-        other = self._costed(body, graph, self._recall(body, graph))
-        if len(other.costs) != len(found.costed.costs):
+        try:
+            other = self._costed(body, graph, self._recall(body, graph))
+        except ExecutionError as error:
+            LOGGER.info("two microbatches per stage, since costs of another size cannot be measured: %s", error)
             return None
 
         def at(size: int) -> Graph:
             return summarize(replace(division.body, microbatch=size))
 
-        return compared(found, other, (rows, 2 * rows), batch, tried, at)
+        return compared(found, other, (rows, size), batch, tried, at)
 
     def _costed(self, captured: Captured, graph: Graph, recall: Recall) -> CostedGraph:
         """The costs of a capture: measured, counted, or given by the user for the same graph."""

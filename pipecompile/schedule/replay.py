@@ -20,9 +20,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NoReturn
 
 from pipecompile.errors import DeadlockError, InputError
 from pipecompile.schedule.order import Order
+from pipecompile.schedule.run_rows import Ran, run_rows
 from pipecompile.schedule.stage_costs import StageCosts, busy
 from pipecompile.schedule.wiring import memory_of, seconds_of, wires_of, with_whole_backwards
 
@@ -85,45 +87,11 @@ def replay(order: Order, costs: StageCosts) -> Replay:
         raise InputError(f"got costs of {len(costs.f)} stages for {order.shape.num_stages}; give one per stage")
     seconds = with_whole_backwards(seconds_of(costs, order.num_microbatches), order)
     wires = wires_of(order.shape, order.num_microbatches, costs)
-    waits, near, sends = wires.waits, wires.near, wires.sends
-    arrived: list[float | None] = [None] * wires.num_slots
-    start, end = [-1.0] * len(seconds), [-1.0] * len(seconds)
-    rows = order.rows
-    position, clock, sender = [0] * len(rows), [0.0] * len(rows), [0.0] * len(rows)
-    waiting: dict[int, int] = {}  # slot -> the rank that waits for it
-    able = list(range(len(rows)))
-    while able:
-        rank = able.pop()
-        row, now = rows[rank], clock[rank]
-        for index in range(position[rank], len(row)):
-            code = row[index]
-            begin = now
-            for slot in waits[code]:
-                at = arrived[slot]
-                if at is None:
-                    waiting[slot] = rank
-                    break
-                if at > begin:
-                    begin = at
-            else:
-                start[code] = begin
-                end[code] = now = begin + seconds[code]
-                for slot in near[code]:
-                    arrived[slot] = now
-                for slot, transfer, occupied in sends[code]:
-                    begun = max(now, sender[rank])
-                    sender[rank] = begun + occupied
-                    arrived[slot] = begun + transfer
-                    if slot in waiting:
-                        able.append(waiting.pop(slot))
-                continue
-            position[rank] = index
-            break
-        else:
-            position[rank] = len(row)
-        clock[rank] = now
-    _check_all_done(order, position, arrived, costs)
-    return Replay(order, costs, start, end)
+    ran = run_rows(wires, order.rows, seconds)
+    if not ran.is_whole(order.rows):
+        _refuse(order, ran, costs)
+    end = [-1.0 if start < 0.0 else start + took for start, took in zip(ran.start, seconds, strict=True)]
+    return Replay(order, costs, ran.start, end)
 
 
 def peaks(order: Order, costs: StageCosts) -> tuple[float, ...]:
@@ -144,15 +112,14 @@ def _rate(seconds: float, work: float) -> float:
     return max(0.0, (seconds - work) / seconds) if seconds else 0.0  # no less than 0 by the rounding of sums
 
 
-def _check_all_done(order: Order, position: list[int], arrived: list[float | None], costs: StageCosts) -> None:
-    stuck = [(rank, row[at]) for rank, (row, at) in enumerate(zip(order.rows, position, strict=True)) if at < len(row)]
-    if not stuck:
-        return
+def _refuse(order: Order, ran: Ran, costs: StageCosts) -> NoReturn:
+    pairs = enumerate(zip(order.rows, ran.position, strict=True))
+    stuck = [(rank, row[at]) for rank, (row, at) in pairs if at < len(row)]
     edges, n = order.shape.edges, order.num_microbatches
     waits = wires_of(order.shape, n, costs).waits
     lines = []
     for rank, code in stuck:
-        missing = [slot for slot in waits[code] if arrived[slot] is None]
+        missing = [slot for slot in waits[code] if ran.arrived[slot] < 0.0]
         names = []
         for slot in missing:
             which, k = divmod(slot, n)

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 
 from pipecompile.schedule.job import Job
 from pipecompile.schedule.order import Rows
+from pipecompile.schedule.run_rows import run_rows
 from pipecompile.schedule.wiring import Sends, Wiring
 
 
@@ -41,50 +42,14 @@ class Timed:
 
 def timed(job: Job, rows: Rows) -> Timed | None:
     """The times of rows that have a W for every B, or None if no rank can continue."""
-    waits, near, sends, seconds = job.wires.waits, job.wires.near, job.wires.sends, job.seconds
-    ranks = len(rows)
-    arrived: list[float] = [-1.0] * job.wires.num_slots
-    position, clock, sender = [0] * ranks, [0.0] * ranks, [0.0] * ranks
-    start = [0.0] * len(seconds)
-    sequence: list[int] = []
-    waiting: dict[int, int] = {}
-    able = list(range(ranks))
-    while able:
-        rank = able.pop()
-        row, now, index = rows[rank], clock[rank], position[rank]
-        while index < len(row):
-            code = row[index]
-            begin = now
-            for slot in waits[code]:
-                at = arrived[slot]
-                if at < 0.0:
-                    waiting[slot] = rank
-                    break
-                if at > begin:
-                    begin = at
-            else:
-                start[code] = begin
-                sequence.append(code)
-                now = begin + seconds[code]
-                for slot in near[code]:
-                    arrived[slot] = now
-                for slot, transfer, occupied in sends[code]:
-                    free = sender[rank]
-                    begun = now if now > free else free
-                    sender[rank] = begun + occupied
-                    arrived[slot] = begun + transfer
-                    if slot in waiting:
-                        able.append(waiting.pop(slot))
-                index += 1
-                continue
-            break
-        position[rank], clock[rank] = index, now
-    if any(at < len(row) for at, row in zip(position, rows, strict=True)):
+    ran = run_rows(job.wires, rows, job.seconds)
+    if not ran.is_whole(rows):
         return None
+    start, clock = ran.start, ran.clock
     firsts = [start[row[0]] for row in rows]
     spans = [end - first for end, first in zip(clock, firsts, strict=True)]
     makespan = max(clock) - min(firsts)
-    return Timed(rows=[list(row) for row in rows], start=start, sequence=sequence, spans=spans, makespan=makespan)
+    return Timed(rows=[list(row) for row in rows], start=start, sequence=ran.sequence, spans=spans, makespan=makespan)
 
 
 def squeeze(job: Job, mirror: Job, before: Timed, by_span: bool) -> list[list[int]]:

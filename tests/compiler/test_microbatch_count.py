@@ -129,6 +129,20 @@ def test_a_much_larger_batch_gets_no_fewer_than_the_usual_number(took: Callable[
     assert ran == [2, 2, 4, 2]
 
 
+def test_a_size_that_cannot_run_leaves_the_usual_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(captured: Any, graph: Any, *args: Any, **kwargs: Any) -> CostedGraph:
+        if captured.microbatch != ROWS // 4:
+            raise pipecompile.ExecutionError(f"cannot run a microbatch of {captured.microbatch} rows")
+        found = profile(captured, graph, "count")
+        return replace(found, costs=tuple(Cost(0.1, 0.2) for _ in found.costs), measured=True)
+
+    monkeypatch.setattr(plan_call, "profile", measured)
+    model = built()
+    pipe = compiled(model)
+    torch.testing.assert_close(pipe(*data()), model.forward(*data()))
+    assert pipe.pipeline.microbatches == 4
+
+
 def test_a_step_that_one_device_does_faster_is_told(took: Callable[[Seconds], list[int]]) -> None:
     took(lambda rows: 0.02)
     pipe = compiled(built())
