@@ -44,6 +44,7 @@ from pipecompile.capture.state.reachable import Reach
 from pipecompile.capture.state.restore import Noted, generators_kept
 from pipecompile.capture.state.sources import Answer, Fact
 from pipecompile.errors import CaptureError, PipecompileError
+from pipecompile.ops.accelerators import factories_on
 from pipecompile.ops.away import is_away
 from pipecompile.ops.source_lines import failing_line
 from pipecompile.ops.symbols import Shapes, Sizes
@@ -195,6 +196,7 @@ class Trace:
         try:
             with (
                 torch.set_grad_enabled(self.gradients),
+                factories_on(self.device),  # the model may be there since an earlier capture
                 self.mode,
                 enable_python_dispatcher(),
                 patched(

@@ -27,6 +27,7 @@ from pipecompile.capture.purity import is_random
 from pipecompile.capture.state.model_state import named_tensors
 from pipecompile.ir.graph import Graph
 from pipecompile.ir.plan import Plan, members
+from pipecompile.ops.accelerators import is_accelerator
 from pipecompile.ops.checkpoint import Recomputed
 from pipecompile.ops.compiled_part import CompiledPart
 from pipecompile.ops.device_args import retarget, same_device
@@ -228,7 +229,7 @@ class _Writer:
         if isinstance(source.target, FunctionLeaf):
             copy.target = source.target.on(old, new)
         copy.args, copy.kwargs = retarget(copy.args, old, new), retarget(copy.kwargs, old, new)
-        if _makes_on_default_device(source, old) and old.type != new.type:
+        if _makes_on_default_device(source, old) and (old.type != new.type or is_accelerator(new)):
             copy.kwargs = {**copy.kwargs, "device": new}
         self.copies[source] = copy
 

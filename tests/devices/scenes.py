@@ -622,6 +622,30 @@ def other_weights(machine: Machine) -> Figures:
     return trained(model, pipe, step)
 
 
+class Places(nn.Module):
+    """Makes tensors without ``device=``, as many models do; each call has an option of its own, and so a capture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Linear(D, D), nn.Linear(D, 3)
+        self.factor = 1
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        h = self.enter(x) + self.factor * torch.arange(D) / D
+        return F.mse_loss(self.leave(torch.tanh(h)) * torch.ones(3), y)
+
+
+@scene
+def captured_again_on_the_devices(machine: Machine) -> Figures:
+    model = built(Places)
+
+    def step(pipe: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        model.factor += 1
+        return inside(pipe, x, y)
+
+    return trained(model, piped(model, machine), step)
+
+
 class Watching(TorchDispatchMode):
     """Looks on: its thread runs all ranks, and backwards wait for ``backward()``."""
 
