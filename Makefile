@@ -12,7 +12,9 @@ PAGES ?=
 demo: .venv/installed
 	$(BIN)/python examples/train_gpt2.py
 
-test: check .venv/device
+# mypy runs on one core, so the virtual device is compiled beside it.
+test:
+	$(MAKE) --jobs 2 check .venv/device
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 	$(BIN)/python -m pytest --numprocesses 2 tests/devices
 
