@@ -178,11 +178,14 @@ def _cut(
     """
     plan = carried or found.plan
     with phase("split"):
+        last = devices[plan.rank_of[-1]]
         place(division.body, plan, graph, devices)
+        for name in division.tail.writes if division.tail else ():
+            _move(division.whole.tensors[name], last)  # before a stage that reads it is made, which then copies it
         stages = split(division.body, graph, plan, devices)
         if options.stage_compile is not False:
             stages = tuple(compile_stage(stage, options.stage_compile) for stage in stages)
-        before, tail = _pieces(division, stages[-1].device)
+        before, tail = _pieces(division, last)
     return Compiled(
         division=division,
         graph=graph,
@@ -327,8 +330,6 @@ def _pieces(division: Division, last: torch.device) -> tuple[Piece | None, Piece
         before = cut_out(whole, [n.name for n in needed], wanted, whole.device)
     if tail is None:
         return before, None
-    for name in tail.writes:
-        _move(whole.tensors[name], last)
     return before, cut_out(whole, tail.nodes, tail.outputs, last)
 
 

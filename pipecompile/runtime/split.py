@@ -48,7 +48,7 @@ class Stage:
     index: int
     device: torch.device
     module: fx.GraphModule
-    names: Mapping[str, str]  # the module's parameters, and buffers that live elsewhere -> the model's first names
+    names: Mapping[str, str]  # the module's parameters, and buffers that may live elsewhere -> the model's first names
     inputs: tuple[str, ...]  # model inputs
     receives: Mapping[int, tuple[str, ...]]  # source stage -> values
     arguments: tuple[str, ...]  # inputs, then values received
@@ -86,8 +86,8 @@ def _inner(module: fx.GraphModule) -> Iterator[Recomputed | CompiledPart]:
 
 def split(captured: Captured, graph: Graph, plan: Plan, devices: Sequence[torch.device]) -> tuple[Stage, ...]:
     """The stages of a plan; stage ``s`` runs on ``devices[plan.rank_of[s]]``."""
-    cut = _Cut(captured, graph, plan)
-    return tuple(cut.stage(s, devices[plan.rank_of[s]]) for s in range(plan.num_stages))
+    cut, places = _Cut(captured, graph, plan), [devices[rank] for rank in plan.rank_of]
+    return tuple(cut.stage(s, device, len({*places}) > 1) for s, device in enumerate(places))
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,8 @@ class _Cut:
         self.model_outputs = tuple(dict.fromkeys(str(result.node) for result in captured.results))
         self.tensors = captured.tensors
 
-    def stage(self, index: int, device: torch.device) -> Stage:
+    def stage(self, index: int, device: torch.device, apart: bool) -> Stage:
+        """One stage; ``apart``: whether another capture may move a buffer of this one to another device."""
         run = [self.nodes[self.graph.nodes[i].name] for i in members(self.graph, self.plan, index)]
         inputs = tuple(n.name for n in run if n.op == "placeholder")
         receives = {c.source: self._names(c.values) for c in self.plan.incoming[index]}
@@ -143,7 +144,7 @@ class _Cut:
         names = {
             name: first.get(id(tensor), name)
             for name, tensor in named_tensors(module)
-            if isinstance(tensor, nn.Parameter) or tensor.device != device
+            if isinstance(tensor, nn.Parameter) or tensor.device != device or apart
         }
         return Stage(
             index=index, device=device, module=module, names=names, inputs=inputs, receives=receives,
