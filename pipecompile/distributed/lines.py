@@ -48,10 +48,11 @@ class Lines:
         self.aborted = False
         self._lines: dict[tuple[int, str], _Line] = {}
         self._pending = {"to": 0, "from": 0}  # packets on their way
+        self._awaited = 0  # threads that wait until there are none
 
     def begin(self) -> None:
         """Applies what was learnt about the sizes of packets. Called at both ends between the same packets."""
-        self.control.wait_for(lambda: self._pending["from"] == 0)
+        self._until_none("from")
         for line in self._lines.values():
             line.rooms.begin()
 
@@ -94,9 +95,11 @@ class Lines:
                 dist.recv(packet[first:], self.ranks[peer], self.group, tag + 1)
             line.saw(kind, whole)
             arrived.append(unpacked(packet))
-            self._ended("from")
+            self._ended("from", heard=True)
 
         def wait() -> Values:
+            if arrived:
+                return arrived[0]
             if not self.control.wait_for(lambda: self.aborted or bool(arrived), seconds, self.places[peer]):
                 raise TimeoutError
             if not arrived:
@@ -109,7 +112,7 @@ class Lines:
 
     def flush(self) -> None:
         """Waits until all that was sent has arrived."""
-        self.control.wait_for(lambda: self._pending["to"] == 0)
+        self._until_none("to")
 
     def abort(self) -> None:
         """Ends the waits of this process; those of others are ended by the control channel."""
@@ -128,14 +131,28 @@ class Lines:
         assert work is not None  # this process is in the group
         return work
 
+    def _until_none(self, way: str) -> None:
+        """Waits until no packet is on its way."""
+        with self.control.changed:
+            if self._pending[way] == 0:
+                return
+            self._awaited += 1
+        try:
+            self.control.wait_for(lambda: self._pending[way] == 0)
+        finally:
+            with self.control.changed:
+                self._awaited -= 1
+
     def _begun(self, way: str) -> None:
         with self.control.changed:
             self._pending[way] += 1
 
-    def _ended(self, way: str) -> None:
+    def _ended(self, way: str, heard: bool = False) -> None:
+        """Counts a packet that has arrived; wakes those that wait for it or for the last one, and nobody else."""
         with self.control.changed:
             self._pending[way] -= 1
-            self.control.changed.notify_all()
+            if heard or (self._awaited and not self._pending[way]):
+                self.control.changed.notify_all()
 
     def _line(self, peer: int, way: str) -> _Line:
         if (peer, way) not in self._lines:

@@ -1,4 +1,4 @@
-"""Executes programs in one process, with one thread per rank; each rank executes its own row of instructions.
+"""Executes the rows of a program that are this process's: each in its rank's thread, or all in the calling thread.
 
 The executor does not know schedules: an instruction means the same in every program. Programs are validated before, so
 that they cannot deadlock. A failure in one rank stops all ranks and is raised in the caller.
@@ -149,14 +149,14 @@ class Executor:
         self.linked: deque[tuple[Program, Mapping[int, Sequence[Linked]]]] = deque(maxlen=LINKED)
 
     def run(
-        self, program: Program, microbatches: Mapping[int, Microbatch], ambient: Ambient, observed: bool = False
+        self, program: Program, microbatches: Mapping[int, Microbatch], ambient: Ambient, here: bool = False
     ) -> Mapping[int, RowRun]:
         """Runs a validated, lowered program.
 
         Args:
             microbatches: by number, those that the program uses; their outputs and gradients are stored in them.
             ambient: the modes of the calling thread, for the threads of ranks.
-            observed: whether the calling thread runs all ranks.
+            here: whether the calling thread runs all ranks.
 
         Returns:
             When each rank of this process has run its row, for ``timeline_of``.
@@ -176,7 +176,7 @@ class Executor:
             for rank, linked in self._linked(program).items()
         }
         try:
-            if observed:
+            if here:
                 failures = self._run_here(program, ranks, caller)
             else:
                 failures = self._run_in_threads(ranks, ambient, caller)
@@ -265,13 +265,12 @@ class Executor:
         try:
             for run in ranks.values():
                 run.begin(caller.start)
-            for rank, _ in linearize(program):
-                if rank in ranks:  # others run in other processes
-                    run = ranks[rank]
-                    with self._stopping(run), run.row.lane.entered(() if run.spans else caller.events):
-                        if not run.spans:
-                            run.settle()
-                        run.advance()
+            for rank in _turns(program, ranks):
+                run = ranks[rank]
+                with self._stopping(run), run.row.lane.entered(() if run.spans else caller.events):
+                    if not run.spans:
+                        run.settle()
+                    run.advance()
         except Exception as error:
             return [error]
         finally:
@@ -319,3 +318,12 @@ class Executor:
             f"more than {self.plan.num_stages} stages",
         ]
         return OutOfMemoryError(f"stage {i.stage}, {i}: {seen}; what takes less memory: {', '.join(remedies)}")
+
+
+def _turns(program: Program, ranks: Mapping[int, RankRun]) -> Iterator[int]:
+    """The ranks of this process in an order in which one thread can run their rows; others run in other processes."""
+    if len(ranks) == 1:
+        for rank, run in ranks.items():
+            yield from (rank for _ in run.linked)
+    else:
+        yield from (rank for rank, _ in linearize(program) if rank in ranks)

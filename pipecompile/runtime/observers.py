@@ -59,9 +59,14 @@ def _are_the_users(hooks: Any) -> bool:
     return hooks is not None and getattr(hooks[0], "__module__", "") != "torch.utils.checkpoint"
 
 
+def hooks_on_saved() -> bool:
+    """Whether the calling thread has hooks on saved tensors, a checkpoint's included."""
+    return _top_saved_tensors_default_hooks(True) is not None
+
+
 def saved_as_they_are() -> Any:
     """A context that hides tensors saved in it from the thread's hooks on saved tensors."""
-    if _top_saved_tensors_default_hooks(True) is None:
+    if not hooks_on_saved():
         return nullcontext()  # torch.func in a forward does not allow hooks of any kind
     return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
 

@@ -29,7 +29,7 @@ from pipecompile.runtime.compiled import Compiled
 from pipecompile.runtime.executor import RowRun, timeline_of
 from pipecompile.runtime.lane import Callers
 from pipecompile.runtime.notes import Notes, failed
-from pipecompile.runtime.observers import Observers
+from pipecompile.runtime.observers import Observers, hooks_on_saved
 from pipecompile.runtime.peers import OneProcess, Peers
 from pipecompile.schedule import carried_after
 
@@ -154,7 +154,8 @@ class Session:
             self.program = program
             self.running = True
             try:
-                ran = self._executor(compiled).run(program, microbatches, ambient, self.is_observed)
+                here = self.is_observed or self._runs_alone
+                ran = self._executor(compiled).run(program, microbatches, ambient, here)
                 self._earlier, self.measured = self.measured, ran
             except BaseException as error:
                 self.notes.failed = True
@@ -168,6 +169,16 @@ class Session:
                 for weights in self.weights.values():
                     weights.release()
                 self.peers.ended()
+
+    @property
+    def _runs_alone(self) -> bool:
+        """Whether the calling thread may be the one that runs this process's only rank.
+
+        A second thread would cost what it takes to wake it, and memory of its own. Accelerators need it: autograd has
+        one thread per device, and the caller may be in that. So does a checkpoint around the call, whose hooks on saved
+        tensors are not for the stages'.
+        """
+        return self.peers.are_several and len(self.lanes) == 1 and not self.callers.devices and not hooks_on_saved()
 
     def _end_all(self, error: BaseException) -> None:
         """Raises the error with which all processes end, if it is another one."""
