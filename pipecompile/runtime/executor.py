@@ -176,10 +176,7 @@ class Executor:
             for rank, linked in self._linked(program).items()
         }
         try:
-            if here:
-                failures = self._run_here(program, ranks, caller)
-            else:
-                failures = self._run_in_threads(ranks, ambient, caller)
+            failures = self._run_here(program, ranks, caller) if here else self._run_in_threads(ranks, ambient, caller)
         except BaseException:  # a keyboard interrupt
             self.reset()
             self._join_callers()
