@@ -14,7 +14,7 @@ from pipecompile.capture import Captured
 from pipecompile.capture.evaluate import Evaluator
 from pipecompile.capture.opaque_calls import Leaf
 from pipecompile.ops.away import lacks_values, stand_in
-from pipecompile.ops.randomness import undropped
+from pipecompile.ops.randomness import drawing_from, undropped
 from pipecompile.ops.torch_internals import _DropoutNd, pytree
 
 
@@ -62,18 +62,13 @@ class Bench:
         gradients = torch.autograd.grad([t for _, t in ends], [*wanted.values()], given, allow_unused=True)
         return {n: g for n, g in zip(wanted, gradients, strict=True) if g is not None}
 
-    @staticmethod
     def _run(
-        evaluator: Evaluator, outputs: Sequence[fx.Node], values: Mapping[fx.Node, Any], seed: int
+        self, evaluator: Evaluator, outputs: Sequence[fx.Node], values: Mapping[fx.Node, Any], seed: int
     ) -> dict[fx.Node, Any]:
         with torch.set_grad_enabled(evaluator.gradients):
             evaluator.known.update({n: v.clone() if isinstance(v, Tensor) else v for n, v in values.items()})
-        state = torch.get_rng_state()
-        torch.manual_seed(seed)
-        try:
+        with drawing_from(seed, self.captured.device):
             return {n: evaluator.value(n) for n in outputs}
-        finally:
-            torch.set_rng_state(state)
 
     def _evaluator(self, gradients: bool = False) -> Evaluator:
         tensors = self.captured.tensors

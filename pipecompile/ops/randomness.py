@@ -162,6 +162,23 @@ def undrawn(devices: Iterable[torch.device]) -> Iterator[None]:
         before.put_back()
 
 
+@contextmanager
+def drawing_from(seed: int, device: torch.device) -> Iterator[None]:
+    """A context whose random numbers come from a seed, on the CPU and on a device; restores the generators.
+
+    ``torch.manual_seed`` seeds all accelerators too, and formats the caller's stack for each kind that is not in use.
+    """
+    generators = {id(it): it for it in (torch.default_generator, default_generator(device))}.values()
+    states = [(generator, generator.get_state()) for generator in generators]
+    try:
+        for generator in generators:
+            generator.manual_seed(seed)
+        yield
+    finally:
+        for generator, state in states:
+            generator.set_state(state)
+
+
 def is_alike() -> bool:
     """Whether the calling thread is in one of two runs that are compared."""
     return getattr(_current, "alike", False)
