@@ -14,7 +14,10 @@ KINDS: tuple[type, ...] = (list, OrderedDict, dict, set, deque)  # each before w
 
 def kind_of(value: Any) -> Any:
     """Returns the built-in type whose methods change a value; None if it is not a mutable container."""
-    return next(kind for kind in KINDS if isinstance(value, kind)) if isinstance(value, KINDS) else None
+    kind = type(value)
+    if kind not in KINDS:
+        return next(base for base in KINDS if isinstance(value, base)) if isinstance(value, KINDS) else None
+    return kind
 
 
 def contents(holder: Any) -> list[Any]:

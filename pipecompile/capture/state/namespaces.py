@@ -87,13 +87,15 @@ def label_of(owner: Any, label: str, name: str) -> str:
 
 def names_of(owner: Any, wanted: Collection[str] | None = None) -> dict[str, Any]:
     """Returns the values by name; for a file, those of the ``wanted`` names that exist."""
-    if isinstance(owner, CellType):
-        return {"cell_contents": owner.cell_contents}
-    if isinstance(owner, type):
-        return {name: value for name, value in vars(owner).items() if _is_data(name, value)}
-    held = _dict_of(owner) or {}
-    named = dict(held) if wanted is None else {name: held[name] for name in wanted if name in held}
-    named.update(_slots(owner))
+    if (held := _dict_of(owner)) is None:
+        if isinstance(owner, CellType):
+            return {"cell_contents": owner.cell_contents}
+        if isinstance(owner, type):
+            return {name: value for name, value in vars(owner).items() if _is_data(name, value)}
+        return dict(_slots(owner))
+    named = held.copy() if wanted is None else {name: held[name] for name in wanted if name in held}
+    if _slot_names(type(owner)):
+        named.update(_slots(owner))
     return named
 
 

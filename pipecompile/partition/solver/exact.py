@@ -21,7 +21,7 @@ from pipecompile.partition.solver.enumerate import closed_sets
 from pipecompile.partition.solver.problem import Problem
 
 FIRST_GAP, STEP = 0.005, 1.6  # relative to the first lower bound
-FEW_ATOMS = 10  # with at most that many, one search among all sets costs less than several in narrow windows
+FEW_ATOMS = 40  # with at most that many, one search among all sets costs less than several in narrow windows
 MOST_SETS, FEWEST_SETS = 10_000, 400  # per window; with fewer, a search is not worth its minimum cuts
 
 
