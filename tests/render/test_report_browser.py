@@ -22,7 +22,8 @@ pytestmark = pytest.mark.skipif(FOUND is None, reason=f"none of {', '.join(chrom
 COLORS = {False: [255, 255, 255], True: [20, 24, 28]}
 
 FIGURE = """
-const views = Object.fromEntries([...Bokeh.index.roots].filter(view => view.model.type == "Figure").map(view => [view.model.name, view]));
+const figures = [...Bokeh.index.roots].filter(view => view.model.type == "Figure");
+const views = Object.fromEntries(figures.map(view => [view.model.name, view]));
 const place = (name, x, y) => {  // of a point of a figure, in the window
     const view = views[name];
     view.el.scrollIntoView({block: "center"});
@@ -54,10 +55,11 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / f"{name}.html" for name in drawn}
 
 
+SIGHTS = [(name, *sight) for name in ("gpt2", "unet") for sight in ((500, True), (1600, False), (500, False))]
+
+
 @pytest.mark.parametrize(
-    ("name", "width", "dark"),
-    some([(n, w, d) for n in ("gpt2", "unet") for w, d in ((500, True), (1600, False), (500, False), (1600, True))])
-    + [("large", 500, False), ("hostile", 500, True)],
+    ("name", "width", "dark"), [*some(SIGHTS), ("unet", 1600, True), ("large", 500, False), ("hostile", 500, True)]
 )
 def test_a_page_draws_without_an_error_a_request_or_a_horizontal_scroll(browser, pages, name, width, dark):
     browser.visit(pages[name], width, dark)
@@ -73,6 +75,12 @@ PIXEL = f"""(() => {{ {FIGURE}
     const data = views.graph.canvas_view.primary.ctx.getImageData(3, 3, 1, 1).data;
     return [...data].slice(0, 3);
 }})()"""
+
+
+def test_a_graph_of_10000_nodes_is_listed_in_a_few_megabytes(browser, pages):
+    browser.visit(pages["large"], 1600)
+    assert 10_000 < browser.run("document.querySelectorAll('details details tr').length") < 10_200
+    assert pages["large"].stat().st_size < 8e6
 
 
 @pytest.mark.parametrize("width", [500, 1600])
@@ -105,26 +113,38 @@ def test_a_pointed_cell_says_its_instruction_and_times(browser, pages):
     assert "during 3B0" in tip_of(browser, "memory", "during 3B0")
 
 
-def tip_of(browser: Browser, figure: str, part: str) -> str:
-    """The tooltip over the middle of the first area of a figure whose words have a part."""
+def test_a_hostile_name_is_text_in_a_tooltip(browser, pages):
+    browser.visit(pages["hostile"], 1600)
+    tip = tip_of(browser, "graph", "window.hacked", "path")
+    assert "</script><script>window.hacked = 1</script>" in tip
+    assert "<img src=x onerror=window.hacked=1> @{kind}" in tip
+    assert browser.run("window.hacked") is None
+    assert browser.errors == browser.requests == []
+
+
+def tip_of(browser: Browser, figure: str, part: str, column: str = "words") -> str:
+    """The tooltip over the middle of the first area of a figure with a part in a column."""
     x, y = browser.run(f"""(() => {{ {FIGURE}
         for (const {{data_source: {{data}}}} of views[{figure!r}].model.renderers) {{
-            const i = "left" in data ? data.words.findIndex(words => words.includes({part!r})) : -1;
-            if (i >= 0) return place({figure!r}, (data.left[i] + data.right[i]) / 2, (data.top[i] + data.bottom[i]) / 2);
+            if (!("left" in data && {column!r} in data)) continue;
+            const i = data[{column!r}].findIndex(each => each.includes({part!r}));
+            const [x, y] = [(data.left[i] + data.right[i]) / 2, (data.top[i] + data.bottom[i]) / 2];
+            if (i >= 0) return place({figure!r}, x, y);
         }}
     }})()""")
     browser.mouse("mouseMoved", x - 1, y)
     browser.mouse("mouseMoved", x, y)
     browser.run(chromium.DRAWN)
-    return str(
-        browser.run("""(() => {
-        const texts = root => [...root.querySelectorAll("*")].flatMap(each => [
-            ...(each.matches(".bk-Tooltip") && each.getBoundingClientRect().width ? [...each.shadowRoot.children].filter(it => !it.matches("style, link")).map(it => it.innerText) : []),
-            ...(each.shadowRoot ? texts(each.shadowRoot) : []),
-        ]);
-        return texts(document).join("").trim();
-    })()""")
-    )
+    return str(browser.run(TIP))
+
+
+TIP = """(() => {
+    const inner = it => it.shadowRoot ? all(it.shadowRoot) : [];
+    const all = root => [...root.querySelectorAll("*")].flatMap(it => [it, ...inner(it)]);
+    const shown = all(document).filter(it => it.matches(".bk-Tooltip") && it.getBoundingClientRect().width > 0);
+    const parts = shown.flatMap(it => [...it.shadowRoot.children]).filter(it => !it.matches("style, link"));
+    return parts.map(it => it.innerText).join("").trim();
+})()"""
 
 
 def test_zooming_one_timeline_zooms_the_other_and_shows_more_labels(browser, pages):

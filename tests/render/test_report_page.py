@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 import sys
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from costed import Builder, gpt2, unet
+from long import some
 from report_pages import GIB, Read, page_of, page_of_plan
 
+from pipecompile import Report
 from pipecompile.errors import InputError
 from pipecompile.ir.plan import Plan, with_replicas
 from pipecompile.ir.program import Recv, Send
@@ -35,8 +38,18 @@ def page() -> Page:
 
 
 @pytest.fixture(scope="module")
-def read(page: Page) -> Read:
-    return Read(html(page))
+def text(page: Page) -> str:
+    return html(page)
+
+
+@pytest.fixture(scope="module")
+def read(text: str) -> Read:
+    return Read(text)
+
+
+@pytest.fixture(scope="module")
+def hostile() -> Read:
+    return Read(html(hostile_page()))
 
 
 def hostile_page() -> Page:
@@ -64,7 +77,7 @@ def test_the_head_names_model_devices_schedule_and_steps(page, read):
     assert "counted, not measured" in read.text
 
 
-@pytest.mark.parametrize("name", ["gpt2", "unet", "replicas"])
+@pytest.mark.parametrize("name", some(["replicas", "gpt2", "unet"]))
 def test_every_stage_every_crossing_value_and_every_node_is_listed(name):
     costed = unet() if name == "unet" else gpt2(layers=3)
     page = page_of(costed, 4)
@@ -92,7 +105,7 @@ def test_every_stage_every_crossing_value_and_every_node_is_listed(name):
 def test_topics_are_named_in_the_order_of_importance(page, read):
     assert list(read.topics) == ["warnings", "guards", "timing"]
     assert read.topics["warnings"] == "look at model.py:7\n"
-    others = Read(html(replace(page, topics={"mine": ["x"], "guards": [], "plan": ["y"]})))
+    others = Read(html(Page(view=page.view, topics={"mine": ["x"], "guards": [], "plan": ["y"]})))
     assert others.topics == {"plan": "y\n", "mine": "x\n"}
 
 
@@ -173,7 +186,7 @@ def test_every_module_is_a_box_and_every_edge_a_line(page, read):
     assert all(view.node(value).name in said for edge in view.crossings for value in edge.values[:3])
 
 
-@pytest.mark.parametrize("costed", [gpt2(), unet(), gpt2(layers=48)], ids=["gpt2", "unet", "deep"])
+@pytest.mark.parametrize("costed", [gpt2(), unet()], ids=["gpt2", "unet"])
 @pytest.mark.parametrize("stages", [1, 4, 8])
 def test_boxes_stand_apart_and_lines_go_from_box_to_box(costed, stages):
     view = page_of(costed, stages).view
@@ -181,7 +194,7 @@ def test_boxes_stand_apart_and_lines_go_from_box_to_box(costed, stages):
     drawn = [*boxes, *filter(None, starts)]
     assert all(0 <= box.left < box.right <= 1 + 1e-9 for box in drawn)
     in_rows = [sorted((b.left, b.right) for b in drawn if b.stage == stage) for stage in range(len(view.stages))]
-    assert all(a[1] < b[0] for row in in_rows for a, b in zip(row, row[1:], strict=False))
+    assert all(a[1] < b[0] for row in in_rows for a, b in pairwise(row))
     for edge, path in zip(view.edges, paths_of(view, boxes), strict=True):
         source, target = boxes[edge.source], boxes[edge.target]
         assert source.left < path[0][0] <= source.right
@@ -198,9 +211,7 @@ def test_boxes_stand_apart_and_lines_go_from_box_to_box(costed, stages):
 # Names of a hostile model
 
 
-def test_hostile_names_stay_text(read):
-    text = html(hostile_page())
-    hostile = Read(text)
+def test_hostile_names_stay_text(read, hostile):
     assert len(hostile.code) == len(read.code)
     assert hostile.loads == []
     assert SEEN in hostile.rows["cuts"][1]
@@ -211,8 +222,7 @@ def test_hostile_names_stay_text(read):
     assert not re.search(r"<(script|/script|img|!--)[^>]*hacked|<script>window", code)
 
 
-def test_hostile_names_reach_the_figures_as_they_are():
-    hostile = Read(html(hostile_page()))
+def test_hostile_names_reach_the_figures_as_they_are(hostile):
     assert any(HOSTILE in path for column in hostile.columns("graph", "path") for path in column)
     tips = [hostile.document.tools(name)["HoverTool"]["tooltips"] for name in hostile.document.figures]
     assert len(tips) == 4
@@ -231,23 +241,15 @@ def test_hostile_names_stay_text_in_a_notebook():
 # The file
 
 
-def test_a_page_loads_nothing(page):
-    text = html(page)
-    assert Read(text).loads == []
+def test_a_page_loads_nothing(text, read):
+    assert read.loads == []
     assert not re.search(r"<(link|iframe|img|object|embed)\b", text.partition("<script")[0])
     assert "@import" not in text.partition("<script")[0]
     assert "http" not in text.partition("<script")[0]
 
 
-def test_a_graph_of_10000_nodes_is_a_page_of_a_few_megabytes():
-    costed = gpt2(layers=218)
-    assert len(costed.graph) > 10_000
-    text = html(Page(view=page_of(costed, 8).view))
-    assert 10_000 < text.count("<tr>") < 10_200
-    assert len(text) < 8e6
-
-
 def test_a_page_is_written_to_a_file(page, tmp_path):
+    page = Page(view=page.view)
     write(page, tmp_path / "report.html")
     assert (tmp_path / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
     with pytest.raises(InputError, match=r"cannot write .*no.report.html: No such file or directory; give a path"):
@@ -267,6 +269,4 @@ def test_without_bokeh_the_error_says_what_to_install(page, monkeypatch):
 
 
 def test_every_topic_of_a_report_has_a_title():
-    from pipecompile import Report
-
     assert set(TOPICS) == set(Report().to_dict())
