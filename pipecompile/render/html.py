@@ -90,7 +90,7 @@ def _header(page: Page) -> Iterator[str]:
         "devices": page.devices,
         "schedule": page.schedule,
         "microbatches": str(page.microbatches or ""),
-        **{f"{name} step": text for name, text in page.steps.items()},
+        **{f"{name} {page.part}": text for name, text in page.steps.items()},
         "largest peak": _largest(page),
         "parameters": totals(view)[0],
         "nodes": f"{len(view.costed.graph):,}",
@@ -124,7 +124,7 @@ def _timelines(page: Page, places: Mapping[str, str]) -> Iterator[str]:
     swatches = (f'<span><i style="background:{SHADES[kind][0]}"></i>{kind} {KINDS[kind]}</span>' for kind in kinds)
     body = [f'<p class="legend">{"".join(swatches)}<span><i class="line"></i>transfer</span></p>']
     for name in page.timelines:
-        body += [f'<h3>{name}: {xml(page.steps[name])}</h3><div class="figure">{places[name]}</div>']
+        body += [f'<h3>{name} {page.part}: {xml(page.steps[name])}</h3><div class="figure">{places[name]}</div>']
     if PREDICTED in page.timelines and MEASURED not in page.timelines:
         body.append(f'<p class="hint">{NOT_MEASURED}</p>')
     yield from _section("Timeline", f"What each rank computes, and when. {ZOOM}", body)

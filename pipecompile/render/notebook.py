@@ -18,7 +18,7 @@ SOFT = "opacity: 0.75; font-size: 90%"
 def page_html(page: Page) -> str:
     """The stages of a pipeline or of a plan, with its steps."""
     facts = [page.devices, plural(page.microbatches, "microbatch").replace("microbatchs", "microbatches")]
-    facts += [f"{name} step {text}" for name, text in page.steps.items()]
+    facts += [f"{name} {page.part} {text}" for name, text in page.steps.items()]
     costs = f"One microbatch, costs: {page.costs}. Peaks are predicted, for training."
     head = "".join(f'<th style="{CELL}">{name}</th>' for name in COLUMNS)
     return (

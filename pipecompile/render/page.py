@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pipecompile.ir.cluster import Cluster
+from pipecompile.ir.program import Backward, Forward
 from pipecompile.ir.timeline import Timeline
 from pipecompile.ir.units import seconds_text
 from pipecompile.planning.memory import Memory
@@ -61,9 +62,15 @@ class Page:
     @property
     def steps(self) -> dict[str, str]:
         """The seconds and the bubble of the program, by the name of its timeline."""
-        return {
-            name: f"{seconds_text(each.makespan)}, bubble {each.bubble:.0%}" for name, each in self.timelines.items()
-        }
+        return {name: _step(timeline) for name, timeline in self.timelines.items()}
+
+    @property
+    def part(self) -> str:
+        """What of a step the program is: ``"step"``, or ``"forward"`` or ``"backward"`` alone."""
+        kinds = {type(span.instruction) for timeline in self.timelines.values() for span in timeline.spans}
+        if Backward not in kinds and Forward in kinds:
+            return "forward"
+        return "backward" if Forward not in kinds and Backward in kinds else "step"
 
     @property
     def costs(self) -> str:
@@ -86,3 +93,10 @@ class Page:
         if len(names) > 1 and len(set(names)) == 1:
             return f"{len(names)}x {names[0]}"
         return ", ".join(names) if len(names) <= MOST_DEVICES else f"{names[0]} … {names[-1]} ({len(names)})"
+
+
+def _step(timeline: Timeline) -> str:
+    ranks = sorted({span.rank for span in timeline.spans})
+    if len(ranks) < timeline.num_ranks:  # the others are in other processes
+        return f"{seconds_text(timeline.makespan)} on rank {', '.join(map(str, ranks))} of {timeline.num_ranks}"
+    return f"{seconds_text(timeline.makespan)}, bubble {timeline.bubble:.0%}"

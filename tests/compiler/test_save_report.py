@@ -93,6 +93,22 @@ def test_a_call_without_gradients_has_no_memory_of_training(tmp_path):
     read = Read((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert set(read.document.figures) == {PREDICTED, MEASURED, "graph"}
     assert "B0" not in " ".join(text for words in read.columns(MEASURED, "words") for text in words)
+    assert "measured forward" in read.text
+    assert "measured step" not in read.text
+
+
+def test_a_loss_of_the_caller_leaves_the_backward_alone(tmp_path):
+    class Body(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers["last"](self.layers[NAME](x).tanh())
+
+    pipe = piped(Body())
+    pipe(torch.ones(4, 8)).square().mean().backward()
+    pipe.pipeline.save_report(tmp_path / "report.html")
+    read = Read((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert {"memory", MEASURED} <= read.document.figures.keys()
+    assert "predicted backward" in read.text
+    assert "F0" not in " ".join(text for words in read.columns(MEASURED, "words") for text in words)
 
 
 def test_before_a_capture_there_is_no_page_but_a_notebook_shows_the_pipeline(tmp_path):

@@ -116,6 +116,14 @@ def test_a_plan_that_no_call_has_run_says_so(page):
     assert len(read.document.figures) == 3
 
 
+def test_a_process_that_measures_one_rank_says_so(page):
+    measured = page.timelines[MEASURED]
+    mine = replace(measured, spans=tuple(span for span in measured.spans if span.rank == 1))
+    steps = replace(page, timelines={**page.timelines, MEASURED: mine}).steps
+    assert steps[MEASURED].endswith(" on rank 1 of 4")
+    assert "bubble" in steps[PREDICTED]
+
+
 def test_a_stage_graph_alone_is_a_page(page):
     read = Read(html(Page(view=page.view)))
     assert "4 pipeline stages" in read.text
