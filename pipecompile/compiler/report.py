@@ -8,6 +8,8 @@ from dataclasses import dataclass, fields
 from itertools import combinations
 from typing import Any
 
+import sympy
+
 from pipecompile.batching import Partial, uses_batch_statistics
 from pipecompile.capture import Captured
 from pipecompile.capture.loss import could_be_losses
@@ -258,9 +260,16 @@ def _tied(compiled: Compiled) -> Iterator[str]:
             yield f"{name} in stage {stages.pop()} with all {len(things)} nodes that read it, since stages step apart"
 
 
+def _named(captured: Captured, expression: sympy.Basic) -> str:
+    """What the sizes in a guard are of: ``", s0 is dimension 0 of 'x'"``."""
+    symbols = sorted(expression.free_symbols & captured.sizes.keys(), key=str)
+    named = ((symbol, *captured.sizes[symbol]) for symbol in symbols)
+    return "".join(f", {symbol} is dimension {dim} of {name!r}" for symbol, name, dim in named)
+
+
 def capture_topics(captured: Captured) -> dict[str, tuple[str, ...]]:
     """The topics of a report that need no plan: ``leaves``, ``notes``, ``guards`` and ``attributes``."""
-    guards = [f"{expr} = {answer}" for expr, answer in captured.guards]
+    guards = [f"{expr} = {answer}{_named(captured, expr)}" for expr, answer in captured.guards]
     reads = [f"the model reads {value} from its inputs" for value in captured.read_values]
     return {
         "leaves": tuple(_leaves(captured)),

@@ -52,9 +52,11 @@ def _cells(texts: Iterable[str]) -> str:
 
 
 def topics_html(topics: Mapping[str, Sequence[str]]) -> str:
-    """The lines of a report, by topic; the first topics are open."""
+    """The lines of a report, by topic, in the order of ``TOPICS``; the first topics are open."""
     folds = []
-    for name, lines in topics.items():
+    known = [name for name in TOPICS if name in topics]
+    for name in (*known, *(name for name in topics if name not in TOPICS)):
+        lines = topics[name]
         title, opened = TOPICS.get(name, (name, False))
         listed = "<br>".join(map(xml, lines))
         folds.append(f"<details{' open' * opened}><summary><b>{xml(title)}</b></summary>{listed}</details>")

@@ -71,6 +71,19 @@ def test_a_report_page_has_plan_times_and_all_lines_of_the_report(pipe, tmp_path
     assert "window" not in read.topics
 
 
+def test_a_guard_names_the_argument_whose_size_it_asks():
+    class Long(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.layers[NAME](x) if x.shape[1] < 100 else x
+            return self.layers["last"](x).square().mean()
+
+    pipe = piped(Long())
+    pipe(torch.ones(4, 6, 8)).backward()
+    sizes = [line for line in pipe.pipeline.report.guards if "100" in line]
+    assert sizes
+    assert all("is dimension 1 of 'x'" in line for line in sizes)
+
+
 def test_a_leaf_is_named_with_its_line(pipe):
     (line,) = pipe.pipeline.report.leaves
     assert line.startswith("module 'layers.odd' is kept whole in one stage: 1 call, first from ")
