@@ -40,7 +40,6 @@ from pipecompile.planning.calibration import corrected
 from pipecompile.planning.memory import Memory
 from pipecompile.render.html import write
 from pipecompile.render.notebook import not_captured, page_html
-from pipecompile.render.page import Page
 from pipecompile.runtime import steps
 from pipecompile.runtime.batch import Batch
 from pipecompile.runtime.compiled import Compiled
@@ -97,7 +96,7 @@ class Pipeline:
         """A table of the stages with predicted and measured steps, for notebooks."""
         if not len(self._batches.captures):
             return not_captured(repr(self))
-        return page_html(self._page({}))
+        return page_html(page_of(self._capture_in_use, self.options, *self._last_or_next))
 
     # Properties
 
@@ -213,10 +212,8 @@ class Pipeline:
             InputError: bokeh is not installed, or the file cannot be written.
             PipecompileError: the model has not been captured yet.
         """
-        write(self._page(self.report.topics), path)
-
-    def _page(self, topics: Mapping[str, Sequence[str]]) -> Page:
-        return page_of(self._capture_in_use, self.options, *self._last_or_next, topics)
+        topics = self.report.topics
+        write(page_of(self._capture_in_use, self.options, *self._last_or_next, topics), path)
 
     @property
     def captures(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from pipecompile.compiler.options import Options
 from pipecompile.ir.program import Program
@@ -18,7 +19,7 @@ def page_of(
     options: Options,
     program: Program,
     measured: Timeline | None,
-    topics: Mapping[str, Sequence[str]],
+    topics: Mapping[str, Sequence[str]] | None = None,
 ) -> Page:
     """What ``render.html`` shows of a capture. Stages and costs are those of the capture that was planned.
 
@@ -27,19 +28,20 @@ def page_of(
         options: of the pipeline.
         program: lowered, the last one or one to come.
         measured: when its instructions ran, if they have.
-        topics: the lines of the report.
+        topics: the lines of the report. Without them the page is for a notebook, and has no memory over time.
     """
     planned, predicted = compiled.planned, compiled.predict(program)
-    return Page(
+    page = Page(
         view=stage_graph(planned.costed, planned.plan),
         model=type(compiled.captured.model).__name__,
         schedule=options.schedule,
-        microbatches=len(program.microbatches),
+        microbatches=len(program.microbatches) or options.microbatches,
         cluster=planned.cluster,
         timelines={PREDICTED: predicted, **({MEASURED: measured} if measured is not None else {})},
         memory=compiled.memory,
-        levels=memory_levels(
-            planned.costed, planned.plan, program, predicted, planned.work, planned.cluster, compiled.buffer_bytes
-        ),
-        topics=topics,
     )
+    if topics is None:
+        return page
+    costed, plan, cluster = planned.costed, planned.plan, planned.cluster
+    levels = memory_levels(costed, plan, program, predicted, planned.work, cluster, compiled.buffer_bytes)
+    return replace(page, levels=levels, topics=topics)

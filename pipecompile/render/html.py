@@ -105,10 +105,10 @@ def _header(page: Page) -> Iterator[str]:
 def _largest(page: Page) -> str:
     if page.memory is None:
         return ""
-    rank = max(range(len(page.memory.ranks)), key=lambda rank: page.memory.ranks[rank] if page.memory else 0)
+    rank, nbytes = max(enumerate(page.memory.ranks), key=lambda pair: pair[1])
     limit = page.limit(rank)
     of = "" if limit is None else f" of {bytes_text(limit)}"
-    return f"{bytes_text(page.memory.ranks[rank])}{of} on rank {rank}, predicted"
+    return f"{bytes_text(nbytes)}{of} on rank {rank}, predicted"
 
 
 def _section(title: str, hint: str, body: Iterator[str] | list[str]) -> Iterator[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from pipecompile.ir.units import bytes_text, count_text, plural, seconds_text
+from pipecompile.ir.units import bytes_text, count_text, seconds_text
 from pipecompile.render.escape import xml
 from pipecompile.render.labels import modules_line
 from pipecompile.render.page import Page
@@ -17,7 +17,7 @@ SOFT = "opacity: 0.75; font-size: 90%"
 
 def page_html(page: Page) -> str:
     """The stages of a pipeline or of a plan, with its steps."""
-    facts = [page.devices, plural(page.microbatches, "microbatch").replace("microbatchs", "microbatches")]
+    facts = [page.devices, f"{page.microbatches} microbatch{'es' if page.microbatches != 1 else ''}"]
     facts += [f"{name} {page.part} {text}" for name, text in page.steps.items()]
     costs = f"One microbatch, costs: {page.costs}. Peaks are predicted, for training."
     head = "".join(f'<th style="{CELL}">{name}</th>' for name in COLUMNS)
