@@ -3,7 +3,7 @@
 Trainers, checkpoints, PEFT, ``functional_call`` and freezing by path use a model's class, signature, attributes and
 module paths. So the pipeline does not wrap the model. Its class is a new subclass of the model's class with the same
 name, and it shares the model's ``__dict__``, so every attribute, parameter, hook and mode is that of the model. Only
-two names differ: ``forward``, which runs the pipeline, and ``pipeline``.
+two names differ: ``forward``, which runs the pipeline, and ``pipeline``. Notebooks show the pipeline (``_repr_html_``).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pipecompile.errors import InputError
 from pipecompile.pipeline import Pipeline
 
 NAME = "pipeline"  # the only attribute that is added to those of the model
+RICH = "_repr_html_"  # what notebooks show, unless the model has its own
 GENERATE = "generate"  # method of transformers' models, run by the unsplit model
 
 
@@ -53,6 +54,8 @@ def as_model(pipeline: Pipeline) -> Any:
         "__reduce_ex__": lambda self, protocol: (as_model, (pipeline,)),
         "__prepare_scriptable__": _refuse_script,
     }
+    if not hasattr(base, RICH):
+        members[RICH] = lambda self: pipeline._repr_html_()
     if callable(getattr(base, GENERATE, None)):  # passes a key-value cache from call to call
         members[GENERATE] = _by_the_model(getattr(base, GENERATE), pipeline)
     if pipeline.share is not None:

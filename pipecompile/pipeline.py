@@ -21,6 +21,7 @@ from pipecompile.compiler.learn import Learning
 from pipecompile.compiler.options import Options, read_costs
 from pipecompile.compiler.plan_call import reused
 from pipecompile.compiler.report import Report, describe
+from pipecompile.compiler.report_page import page_of
 from pipecompile.compiler.surroundings import (
     Substituted,
 )
@@ -37,6 +38,8 @@ from pipecompile.materialize.fill import fill
 from pipecompile.ops.phases import Phases, phase
 from pipecompile.planning.calibration import corrected
 from pipecompile.planning.memory import Memory
+from pipecompile.render.html import write
+from pipecompile.render.notebook import not_captured, page_html
 from pipecompile.runtime import steps
 from pipecompile.runtime.batch import Batch
 from pipecompile.runtime.compiled import Compiled
@@ -88,6 +91,12 @@ class Pipeline:
             f"Pipeline({type(self.model).__name__}, devices=({devices}), schedule={self.schedule!r}, "
             f"microbatches={self.microbatches})"
         )
+
+    def _repr_html_(self) -> str:
+        """A table of the stages with predicted and measured steps, for notebooks."""
+        if not len(self._batches.captures):
+            return not_captured(repr(self))
+        return page_html(page_of(self._capture_in_use, self.options, *self._last_or_next))
 
     # Properties
 
@@ -152,12 +161,16 @@ class Pipeline:
     @property
     def predicted(self) -> Timeline:
         """The timeline of the last program, or of the schedule before the first call, predicted from the costs."""
-        compiled = self._capture_in_use
-        program = self._session.program
-        if program is None or program.plan is not compiled.plan:
-            bare = self.options.policy.program
-            program = compiled.program(lambda plan: bare(plan, self.microbatches), ("train", self.microbatches))
-        return compiled.predict(program)
+        return self._capture_in_use.predict(self._last_or_next[0])
+
+    @property
+    def _last_or_next(self) -> tuple[Program, Timeline | None]:
+        """The last program with its measured timeline; that of the schedule, if the present stages have not run."""
+        compiled, program = self._capture_in_use, self._session.program
+        if program is not None and program.plan is compiled.plan:
+            return program, self._session.timeline
+        bare = self.options.policy.program
+        return compiled.program(lambda plan: bare(plan, self.microbatches), ("train", self.microbatches)), None
 
     @property
     def memory(self) -> Memory:
@@ -173,8 +186,12 @@ class Pipeline:
     def report(self) -> Report:
         """Notes on what is specialized, approximated, kept whole or recomputed."""
         kinds = {True: "training", False: "evaluation"}
+        found = describe(self._capture_in_use, self._session.timeline)
+        unproven = [f"{kinds[trains]}: {it.note}" for (_, trains), it in self._proofs.items() if not it.rows]
+        unproven += [f"{kinds[trains]}: {why}" for (_, trains), why in self._left_out.items()]
         return replace(
-            describe(self._capture_in_use, self._session.timeline),
+            found,
+            warnings=(*found.warnings, *unproven),
             captures=tuple(f"{number}: {reason}" for number, reason in enumerate(self._batches.captures.reasons, 1)),
             verified=tuple(f"{kinds[trains]}: {said}" for (_, trains), said in (self._proofs | self._left_out).items()),
             timing=self._phases.timing,
@@ -182,6 +199,21 @@ class Pipeline:
             rerun=tuple(f"{why} (times: {count})" for why, count in self._session.repeated.items()),
             observed=tuple(f"{who} (programs: {count})" for who, count in self._session.observed.items()),
         )
+
+    def save_report(self, path: str | Path) -> None:
+        """Writes a page about the plan and the last call: timelines, memory, stages, and the lines of ``report``.
+
+        It is one HTML file of about 1.5 MB that loads nothing, with figures to zoom and to point at (docs/report.md).
+
+        Args:
+            path: the file, which is replaced if it exists.
+
+        Raises:
+            InputError: bokeh is not installed, or the file cannot be written.
+            PipecompileError: the model has not been captured yet.
+        """
+        topics = self.report.topics
+        write(page_of(self._capture_in_use, self.options, *self._last_or_next, topics), path)
 
     @property
     def captures(self) -> int:

@@ -143,6 +143,7 @@ def test_what_plans_knows_no_torch() -> None:
     [
         ("networkx", {"partition/solver"}),
         ("typer", {"cli"}),
+        ("bokeh", {"render"}),
         ("transformers", {"cli"}),
     ],
 )

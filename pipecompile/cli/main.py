@@ -29,6 +29,7 @@ from pipecompile.compiler.devices import parse_devices
 from pipecompile.compiler.disk_cache import DiskCache
 from pipecompile.compiler.options import OUTPUTS, read_costs
 from pipecompile.compiler.plan_call import reused
+from pipecompile.compiler.report import capture_topics
 from pipecompile.errors import InputError, PipecompileError
 from pipecompile.ir.cluster import Cluster, Link
 from pipecompile.ir.graph import Cost, CostedGraph
@@ -164,13 +165,14 @@ def plan(
     work = Workload(
         policy.steady, microbatches, state, options.recompute, fused=fused, asynchronous=policy.is_asynchronous
     )
-    prediction = Prediction.of(planned(costed, devices, work, options, stages), schedule)
+    made = planned(costed, devices, work, options, stages)
+    prediction = Prediction.of(made, schedule, model, capture_topics(captured))
     if as_json:
         typer.echo(json.dumps(prediction.facts(), indent=2))
     else:
         prediction.print_to(Console(stderr=written is not None and output is None))  # stdout is for the stage graph
     if written is not None:
-        _write(FORMATS[written](prediction.view), output)
+        _write(FORMATS[written](prediction.page), output)
 
 
 @app.command()

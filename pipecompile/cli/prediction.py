@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
 from pipecompile.ir.plan_quality import known
+from pipecompile.ir.program import Program
 from pipecompile.ir.timeline import Timeline
 from pipecompile.ir.units import seconds_text
 from pipecompile.planning.memory import Memory
 from pipecompile.planning.planned import Planned
+from pipecompile.render.memory_levels import memory_levels
+from pipecompile.render.page import PREDICTED, Page
 from pipecompile.render.stage_graph import StageGraph, stage_graph
 from pipecompile.render.table import memory_table, table
 from pipecompile.schedule import SCHEDULES
@@ -30,6 +33,9 @@ class Prediction:
         view: the stages.
         memory: the peak memory in training.
         timeline: the step.
+        program: what was simulated.
+        model: the name of the model.
+        topics: facts on its capture, in words.
     """
 
     planned: Planned
@@ -37,13 +43,43 @@ class Prediction:
     view: StageGraph
     memory: Memory
     timeline: Timeline
+    program: Program
+    model: str = ""
+    topics: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, planned: Planned, schedule: str) -> Prediction:
+    def of(
+        cls, planned: Planned, schedule: str, model: str = "", topics: Mapping[str, Sequence[str]] | None = None
+    ) -> Prediction:
         """The prediction for a schedule, by its name."""
         program = SCHEDULES[schedule].program(planned.plan, planned.work.microbatches)
         timeline = simulate(program, planned.stage_costs, planned.cluster)
-        return cls(planned, schedule, stage_graph(planned.costed, planned.plan), planned.memory(), timeline)
+        return cls(
+            planned=planned,
+            schedule=schedule,
+            view=stage_graph(planned.costed, planned.plan),
+            memory=planned.memory(),
+            timeline=timeline,
+            program=program,
+            model=model,
+            topics=topics or {},
+        )
+
+    @property
+    def page(self) -> Page:
+        """What the report page shows of it."""
+        it = self.planned
+        return Page(
+            view=self.view,
+            model=self.model,
+            schedule=self.schedule,
+            microbatches=it.work.microbatches,
+            cluster=it.cluster,
+            timelines={PREDICTED: self.timeline},
+            memory=self.memory,
+            levels=memory_levels(it.costed, it.plan, self.program, self.timeline, it.work, it.cluster),
+            topics={**self.topics, "plan": [known(it.plan.quality)], "replicas": [*map(str, it.candidates)]},
+        )
 
     def print_to(self, console: Console) -> None:
         """Prints the tables and the prediction."""

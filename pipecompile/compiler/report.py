@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import combinations
 from typing import Any
+
+import sympy
 
 from pipecompile.batching import Partial, uses_batch_statistics
 from pipecompile.capture import Captured
@@ -21,6 +23,7 @@ from pipecompile.ir.units import bytes_text, count_text, names_text, plural, sec
 from pipecompile.partition.stage_nodes import Placed
 from pipecompile.partition.tied_nodes import tied_nodes
 from pipecompile.render.labels import replica_notes
+from pipecompile.render.notebook import topics_html
 from pipecompile.runtime.compiled import Compiled
 from pipecompile.runtime.split import Stage
 
@@ -69,9 +72,9 @@ def _losses(compiled: Compiled) -> list[str]:
     ]
 
 
-def _attribute_guards(compiled: Compiled) -> list[str]:
+def _attribute_guards(captured: Captured) -> list[str]:
     """The Python attributes that are guarded, with the number of each name, and what is guarded of followed numbers."""
-    attributes = compiled.captured.attributes
+    attributes = captured.attributes
     counts = Counter(attribute.name for attribute, _ in attributes.read)
     names = ", ".join(name if count == 1 else f"{name} ({count})" for name, count in sorted(counts.items()))
     read = [f"Python attributes that forward reads: {names}"] if names else []
@@ -136,6 +139,38 @@ def _compiled(stage: Stage) -> list[str]:
     return [f"stage {stage.index}: {plural(len(parts), 'part')} by {stage.backend} ({made}){rest}", *failed]
 
 
+def _leaves(captured: Captured) -> list[str]:
+    """The modules and functions kept whole, each with its first call, and the number of its calls."""
+    calls: dict[str, list[Origin]] = {}
+    for node in captured.graph.nodes:
+        if captured.leaf_call(node) is not None:
+            path = origin_of(node).path if node.op == "call_module" else ""
+            name = f"module {path!r}" if path else f"function {getattr(node.target, '__name__', node.name)}"
+            calls.setdefault(name, []).append(origin_of(node))
+    return [
+        f"{name} is kept whole in one stage: {plural(len(origins), 'call')}, first from "
+        + (origins[0].source if name.startswith("module") and origins[0].source else str(origins[0]))
+        for name, origins in calls.items()
+    ]
+
+
+def _warnings(compiled: Compiled) -> Iterator[str]:
+    """What the user should look at, besides comparisons that could not be made."""
+    planned, counted = compiled.planned, compiled.planned.counted
+    if counted is not None and counted.loses:
+        yield f"one device that runs the batch at once is predicted to be faster; microbatches: {counted}"
+    if compiled.division.one_part and planned.work.microbatches > 1 and compiled.captured.call.batch:
+        yield "every batch is run as one microbatch, because this capture holds for whole batches only: stages wait"
+    for rank, nbytes in enumerate(compiled.memory.ranks):
+        limit = planned.cluster.devices[rank].memory
+        if limit is not None and nbytes > limit:
+            yield f"rank {rank} is predicted to need {bytes_text(nbytes)}, but its device has {bytes_text(limit)}"
+    for stage in compiled.stages:
+        yield from (
+            f"stage {stage.index}: {part.where} runs uncompiled: {part.why}" for part in stage.compiled if part.why
+        )
+
+
 NOT_TIMED = Timing()
 
 
@@ -146,6 +181,8 @@ class Report:
     Each attribute is one topic and holds one string per fact. ``print(report)`` omits empty topics.
 
     Attributes:
+        warnings: what to look at: comparisons that could not be made, memory that a device does not have, and the like.
+        leaves: modules and functions that are kept whole, and where they are called.
         captures: why the model was captured, for each capture.
         verified: what was compared with the unsplit model, for each capture.
         notes: what was kept whole, fixed or given up to capture the model.
@@ -169,6 +206,8 @@ class Report:
         timing: the seconds of the first call, by phase.
     """
 
+    warnings: tuple[str, ...] = ()
+    leaves: tuple[str, ...] = ()
     captures: tuple[str, ...] = ()
     verified: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -196,10 +235,18 @@ class Report:
         lines = {field.name: list(getattr(self, field.name)) for field in fields(self) if field.name != "timing"}
         return {**lines, "timing": self.timing.by_phase()}
 
-    def __str__(self) -> str:
+    @property
+    def topics(self) -> dict[str, Sequence[str]]:
+        """The lines of each topic that has some."""
         said = {**self.to_dict(), "timing": [str(self.timing)] if self.timing.total else []}
-        topics = [(topic, lines) for topic, lines in said.items() if lines]
-        return "\n".join("\n    ".join([topic, *lines]) for topic, lines in topics)
+        return {topic: lines for topic, lines in said.items() if lines}
+
+    def __str__(self) -> str:
+        return "\n".join("\n    ".join([topic, *lines]) for topic, lines in self.topics.items())
+
+    def _repr_html_(self) -> str:
+        """The topics, for notebooks."""
+        return topics_html(self.topics)
 
 
 def _tied(compiled: Compiled) -> Iterator[str]:
@@ -213,6 +260,25 @@ def _tied(compiled: Compiled) -> Iterator[str]:
             yield f"{name} in stage {stages.pop()} with all {len(things)} nodes that read it, since stages step apart"
 
 
+def _named(captured: Captured, expression: sympy.Basic) -> str:
+    """What the sizes in a guard are of: ``", s0 is dimension 0 of 'x'"``."""
+    symbols = sorted(expression.free_symbols & captured.sizes.keys(), key=str)
+    named = ((symbol, *captured.sizes[symbol]) for symbol in symbols)
+    return "".join(f", {symbol} is dimension {dim} of {name!r}" for symbol, name, dim in named)
+
+
+def capture_topics(captured: Captured) -> dict[str, tuple[str, ...]]:
+    """The topics of a report that need no plan: ``leaves``, ``notes``, ``guards`` and ``attributes``."""
+    guards = [f"{expr} = {answer}{_named(captured, expr)}" for expr, answer in captured.guards]
+    reads = [f"the model reads {value} from its inputs" for value in captured.read_values]
+    return {
+        "leaves": tuple(_leaves(captured)),
+        "notes": captured.notes,
+        "guards": (*guards, *reads, *_attribute_guards(captured)),
+        "attributes": tuple(f"{e.place.label} is set once per call" for e in captured.attributes.updates),
+    }
+
+
 def describe(compiled: Compiled, timeline: Timeline | None = None) -> Report:
     """The report on a capture, without what the pipeline knows and adds.
 
@@ -221,15 +287,16 @@ def describe(compiled: Compiled, timeline: Timeline | None = None) -> Report:
         timeline: of the last call, for ``calibration``.
     """
     graph, plan = compiled.graph, compiled.plan
+    topics = capture_topics(compiled.captured)
     copies = sum(node.rematerialized and node.op != "input" for node in graph.nodes)
-    guards = [f"{expr} = {answer}" for expr, answer in compiled.captured.guards]
-    reads = [f"the model reads {value} from its inputs" for value in compiled.captured.read_values]
     copied = f"{plural(copies, 'cheap value')} (masks, positions, sizes), computed by each stage that reads them"
     return Report(
-        notes=(*compiled.captured.notes, *_losses(compiled)),
+        warnings=tuple(_warnings(compiled)),
+        leaves=topics["leaves"],
+        notes=(*topics["notes"], *_losses(compiled)),
         microbatches=tuple(_across_microbatches(compiled)),
-        guards=(*guards, *reads, *_attribute_guards(compiled)),
-        attributes=tuple(f"{e.place.label} is set once per call" for e in compiled.captured.attributes.updates),
+        guards=topics["guards"],
+        attributes=topics["attributes"],
         rematerialized=(copied,) if copies else (),
         recomputed=(*_checkpoints(compiled.captured), *(f"stage {s}, to fit its memory" for s in plan.recomputed)),
         plan=(known(plan.quality),),

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
+from html import escape
 from itertools import pairwise, product
 from math import ceil, gcd
 
@@ -250,6 +251,10 @@ class Plan(Json):
             )
         lines += [f"  {t.parameter} is tied across stages {', '.join(map(str, t.stages))}" for t in self.tied_by_model]
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """The same text, for notebooks."""
+        return f"<pre>{escape(str(self))}</pre>"
 
 
 def with_replicas(counts: Sequence[int]) -> tuple[int, ...]:

@@ -50,8 +50,9 @@ def cells(timeline: Timeline) -> list[Cell]:
     """The computations, by rank and start, without those of zero duration."""
     ranks = {(span.rank, span.instruction.stage) for span in timeline.spans}
     several = len(ranks) > len({rank for rank, _ in ranks})
+    zero = start_of(timeline)
     return [
-        _cell(i, span, start_of(timeline), several)
+        _cell(i, span, zero, several)
         for span in sorted(timeline.spans, key=lambda span: (span.rank, span.start))
         if span.seconds > 0 and not isinstance(i := span.instruction, Send | Recv)
     ]
@@ -73,7 +74,7 @@ def wires(timeline: Timeline) -> Iterator[Wire]:
     for span in timeline.spans:
         if isinstance(i := span.instruction, Send) and (half := received.get(Recv(i.result, i.target))):
             words = f"{i}: to stage {i.target} on rank {half.rank}; {_when(Span(0, i, span.start, half.end), zero)}"
-            begin, end = span.start - zero, half.end - zero
+            begin, end = span.start - zero, max(span.start, half.end) - zero  # a measured Recv may be posted earlier
             yield Wire(source=span.rank, target=half.rank, start=begin, end=end, words=words)
 
 

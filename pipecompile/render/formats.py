@@ -1,4 +1,4 @@
-"""The output formats of a stage graph, by name."""
+"""The output formats of a stage graph, by name. The others are of ``Page.view`` alone."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ from types import MappingProxyType
 from pipecompile.render.dot import dot
 from pipecompile.render.html import html
 from pipecompile.render.mermaid import mermaid
-from pipecompile.render.stage_graph import StageGraph
-from pipecompile.render.svg import svg
+from pipecompile.render.page import Page
 
-FORMATS: Mapping[str, Callable[[StageGraph], str]] = MappingProxyType(
-    {"dot": dot, "mermaid": mermaid, "svg": svg, "json": StageGraph.to_json, "html": html}
+FORMATS: Mapping[str, Callable[[Page], str]] = MappingProxyType(
+    {
+        "dot": lambda page: dot(page.view),
+        "mermaid": lambda page: mermaid(page.view),
+        "json": lambda page: page.view.to_json(),
+        "html": html,
+    }
 )

@@ -1,143 +1,170 @@
-"""The stage graph as one self-contained page: the picture, the stages, the values that cross each cut, and all nodes.
+"""The report page: one HTML file that loads nothing, so it can be mailed, archived, or opened offline.
 
-The page is plain HTML and readable without scripts. The script adds hover cards and shows one stage at a time. The page
-loads nothing, so it can be mailed, archived, or opened offline.
+Text and tables are plain HTML. The figures (timelines, memory, stage graph) are drawn by bokeh, whose script is in the
+page. Colors follow the reader's light or dark scheme.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from importlib import resources
+from collections.abc import Iterator, Mapping
+from importlib import import_module, resources
+from pathlib import Path
+from types import ModuleType
 
-from pipecompile.ir.units import bytes_text, names_text, plural, seconds_text
+from pipecompile.errors import InputError
+from pipecompile.ir.units import bytes_text, plural
+from pipecompile.render.cells import KINDS, SHADES, drawn_kinds
 from pipecompile.render.escape import xml
-from pipecompile.render.labels import module_path, modules_line, replica_notes, stage_lines, stage_name
-from pipecompile.render.stage_graph import StageGraph
-from pipecompile.render.svg import svg
-from pipecompile.render.table import NUMBERS, stage_numbers, totals
+from pipecompile.render.html_tables import cuts_table, nodes_folds, stages_table
+from pipecompile.render.page import MEASURED, PREDICTED, Page
+from pipecompile.render.table import totals
+from pipecompile.render.topics import TOPICS
 
-NODE_COLUMNS = ("node", "operation", "outputs", "-bytes", "-forward", "-backward", "-saved", "parameters", "source")
-CUT_COLUMNS = ("from", "to", "value", "operation", "module", "shape", "-bytes", "source")
-HINT = "Point at a module or a wire for its shapes and source lines; click a stage for its nodes."
+ZOOM = "Drag to pan. Zoom with the buttons, with Ctrl and the wheel, or with a box. Hover for details."
+NOT_MEASURED = "Nothing was measured: no call has run this program yet."
+COLORS = {
+    "gray": "within a stage",
+    "orange": "to the next stage",
+    "purple": "past a stage",
+}
 
 
-def html(view: StageGraph) -> str:
-    """A page with all information about a plan."""
+def html(page: Page) -> str:
+    """The report page of a pipeline or of a plan.
+
+    Raises:
+        InputError: bokeh is not installed.
+    """
+    scripts, places = _figures().page_figures(page)
     return "\n".join(
         [
             '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{len(view.stages)} stages · pipecompile</title>",
-            f"<style>{_asset('page.css')}</style>\n</head>\n<body>",
-            _header(view),
-            f'<div class="picture">{svg(view)}</div>',
-            f'<p class="hint">{HINT}</p>',
-            *_stages(view),
-            *_cuts(view),
-            *_details(view),
-            f'<div id="tip" hidden></div>\n<script>{_asset("page.js")}</script>\n</body>\n</html>\n',
+            f"<title>{xml(page.heading)} · pipecompile</title>",
+            f"<style>{_style()}</style>\n</head>\n<body>",
+            *_header(page),
+            *_timelines(page, places),
+            *_memory(page, places),
+            *_graph(page, places),
+            *_section("Stages", f"One microbatch. Costs: {page.costs}.", stages_table(page)),
+            *_section("What crosses each cut", "Bytes of one microbatch.", cuts_table(page.view)),
+            *_topics(page),
+            *_section(
+                "Nodes", "All operations, by stage and module, in the order of execution.", nodes_folds(page.view)
+            ),
+            f"{scripts}\n</body>\n</html>\n",
         ]
     )
 
 
-def _asset(name: str) -> str:
-    return resources.files("pipecompile.render").joinpath(name).read_text(encoding="utf-8")
+def write(page: Page, path: str | Path) -> None:
+    """Writes the report page to a file.
+
+    Raises:
+        InputError: bokeh is not installed, or the file cannot be written.
+    """
+    text = html(page)
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}; give a path that can be written") from error
 
 
-def _header(view: StageGraph) -> str:
-    facts = [
-        plural(len(view.costed.graph), "node"),
-        f"{totals(view)[0]} parameters",
-        f"{bytes_text(sum(cut.nbytes for cut in view.cuts))} across the cuts",
-        f"bottleneck / mean {view.balance:.2f}",
-        f"one microbatch, {view.costed.origin}",
-    ]
-    return f"<header><h1>{len(view.stages)} pipeline stages</h1><p>{xml(' · '.join(facts))}</p></header>"
+def _figures() -> ModuleType:
+    try:
+        return import_module("pipecompile.render.page_figures")  # bokeh is optional
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"the report page needs bokeh, which draws its figures ({error}); pip install 'pipecompile[report]'"
+        ) from error
 
 
-def _stages(view: StageGraph) -> Iterator[str]:
-    yield '<h2>Stages</h2><div class="wide"><table id="stages">'
-    yield _head(("stage", "rank", "modules", *(f"-{name}" for name in NUMBERS)))
-    for index, stage in enumerate(view.stages):
-        cells = [str(index), str(stage.rank), modules_line(view, index, limit=12)]
-        yield f'<tr data-stage="{index}">{_cells(cells)}{_cells(stage_numbers(stage), "number")}</tr>'
-    yield f'<tfoot><tr><td colspan="3">all</td>{_cells(totals(view), "number")}</tr></tfoot></table></div>'
-    for note in replica_notes(view.plan):
-        yield f'<p class="hint">{xml(note)}.</p>'
-    for tied in view.plan.tied_by_model:
-        stages = ", ".join(map(str, tied.stages))
-        yield f'<p class="hint"><code>{xml(tied.parameter)}</code> is tied: stages {stages} hold it.</p>'
+def _style() -> str:
+    return resources.files("pipecompile.render").joinpath("page.css").read_text(encoding="utf-8")
 
 
-def _cuts(view: StageGraph) -> Iterator[str]:
-    yield '<h2>What crosses each cut</h2><div class="wide"><table id="cuts">'
-    yield _head(CUT_COLUMNS)
-    for cut in view.cuts:
-        for value in cut.values:
-            node = view.node(value)
-            ends = [f"stage {cut.source}", f"stage {cut.target}"]
-            words = [node.name, node.op, node.path or "(model)", *_specs(view, value)]
-            tail = f"{_cells([bytes_text(node.nbytes)], 'number')}{_cells([node.source])}"
-            yield f"<tr>{_cells(ends)}{_codes(words)}{tail}</tr>"
-    yield "</table></div>"
+def _header(page: Page) -> Iterator[str]:
+    view = page.view
+    facts = {
+        "model": page.model,
+        "devices": page.devices,
+        "schedule": page.schedule,
+        "microbatches": str(page.microbatches or ""),
+        **{f"{name} {page.part}": text for name, text in page.steps.items()},
+        "largest peak": _largest(page),
+        "parameters": totals(view)[0],
+        "nodes": f"{len(view.costed.graph):,}",
+        "across the cuts": f"{bytes_text(sum(cut.nbytes for cut in view.cuts))} per microbatch",
+        "bottleneck / mean": f"{view.balance:.2f}",
+        "costs": page.costs,
+    }
+    pairs = (f"<div><dt>{name}</dt><dd>{xml(text)}</dd></div>" for name, text in facts.items() if text)
+    yield f'<header><h1>{xml(page.heading)}</h1><dl class="facts">{"".join(pairs)}</dl></header>'
 
 
-def _details(view: StageGraph) -> Iterator[str]:
-    """All nodes of all stages, with a section per stage and a fold per module."""
-    buttons = (f'<button data-stage="{s}">{xml(stage_name(view, s))}</button>' for s in range(len(view.stages)))
-    yield f'<div class="tabs" role="tablist">{"".join(buttons)}</div>'
-    for index, stage in enumerate(view.stages):
-        facts = xml(" · ".join(stage_lines(view, index)))
-        yield f'<section class="detail" data-stage="{index}"><h2>{xml(stage_name(view, index))}</h2>'
-        yield f'<p class="hint">{facts}</p>'
-        if start := (*stage.inputs, *stage.rematerialized):
-            head = "<b>inputs and rematerialized nodes</b>"
-            yield _fold(head, f"{_count(start)}, never sent", view, start)
-        for position in stage.modules:
-            yield _module(view, position)
-        yield "</section>"
+def _largest(page: Page) -> str:
+    if page.memory is None:
+        return ""
+    rank, nbytes = max(enumerate(page.memory.ranks), key=lambda pair: pair[1])
+    limit = page.limit(rank)
+    of = "" if limit is None else f" of {bytes_text(limit)}"
+    return f"{bytes_text(nbytes)}{of} on rank {rank}, predicted"
 
 
-def _module(view: StageGraph, position: int) -> str:
-    module = view.modules[position]
-    time = f"forward {seconds_text(module.cost.forward)}, backward {seconds_text(module.cost.backward)}"
-    head = f"<b>{xml(module.label)}</b><code>{xml(module_path(view, position))}</code>"
-    return _fold(head, f"{time} · {_count(module.nodes)}", view, module.nodes, f' id="module-{position}"')
+def _section(title: str, hint: str, body: Iterator[str] | list[str]) -> Iterator[str]:
+    yield f'<section><h2>{xml(title)}</h2><p class="hint">{xml(hint)}</p>'
+    yield from body
+    yield "</section>"
 
 
-def _fold(head: str, facts: str, view: StageGraph, nodes: Sequence[int], attribute: str = "") -> str:
-    rows = "\n".join(_node(view, index) for index in nodes)
-    summary = f'<summary>{head}<span class="soft">{xml(facts)}</span></summary>'
-    table = f'<div class="wide"><table>{_head(NODE_COLUMNS)}{rows}</table></div>'
-    return f"<details{attribute}>{summary}{table}</details>"
+def _timelines(page: Page, places: Mapping[str, str]) -> Iterator[str]:
+    if not page.timelines:
+        return
+    kinds = dict.fromkeys(kind for each in page.timelines.values() for kind in drawn_kinds(each))
+    swatches = (f'<span><i style="background:{SHADES[kind][0]}"></i>{kind} {KINDS[kind]}</span>' for kind in kinds)
+    body = [f'<p class="legend">{"".join(swatches)}<span><i class="line"></i>transfer</span></p>']
+    for name in page.timelines:
+        body += [f'<h3>{name} {page.part}: {xml(page.steps[name])}</h3><div class="figure">{places[name]}</div>']
+    if PREDICTED in page.timelines and MEASURED not in page.timelines:
+        body.append(f'<p class="hint">{NOT_MEASURED}</p>')
+    yield from _section("Timeline", f"What each rank computes, and when. {ZOOM}", body)
 
 
-def _count(nodes: Sequence[int]) -> str:
-    return plural(len(nodes), "node")
+def _memory(page: Page, places: Mapping[str, str]) -> Iterator[str]:
+    if "memory" not in places:
+        return
+    hint = f"Bytes that each rank holds over the predicted timeline, predicted. {_heights(page)}"
+    yield from _section("Memory", hint, [f'<div class="figure">{places["memory"]}</div>'])
 
 
-def _node(view: StageGraph, index: int) -> str:
-    node, cost = view.node(index), view.costed.costs[index]
-    numbers = [bytes_text(node.nbytes), seconds_text(cost.forward), seconds_text(cost.backward)]
-    words = _codes([node.name, node.op, *_specs(view, index)])
-    numbers.append(bytes_text(cost.saved_bytes))
-    return f"<tr>{words}{_cells(numbers, 'number')}{_codes([', '.join(node.parameters), node.source])}</tr>"
+def _heights(page: Page) -> str:
+    if all(page.limit(rank) is None for rank in range(len(page.levels))):
+        return "The devices have no known limit; the height of a row is the largest peak."
+    if _figures().near_limits(page):
+        return "The dashed line is the limit, the memory of the device."
+    return "No rank comes near the limit of its device; the height of a row is the largest peak."
 
 
-def _specs(view: StageGraph, index: int) -> list[str]:
-    return [names_text([str(spec) for spec in view.node(index).outputs])]
+def _graph(page: Page, places: Mapping[str, str]) -> Iterator[str]:
+    hint = (
+        "Modules in the order of execution, the redder the longer they take. Times are forward and backward of one "
+        f"microbatch together. Costs: {page.costs}. {ZOOM}"
+    )
+    swatches = (f'<span><i class="line {color}"></i>{words}</span>' for color, words in COLORS.items())
+    body = [f'<p class="legend">{"".join(swatches)}</p>', f'<div class="figure">{places["graph"]}</div>']
+    yield from _section("Stage graph", hint, body)
 
 
-def _head(columns: Iterable[str]) -> str:
-    """A row of column names. A name that starts with a dash is of a column of numbers."""
-    cells = (f'<th class="number">{name[1:]}</th>' if name[0] == "-" else f"<th>{name}</th>" for name in columns)
-    return f"<thead><tr>{''.join(cells)}</tr></thead>"
-
-
-def _cells(texts: Iterable[str], kind: str = "") -> str:
-    attribute = f' class="{kind}"' if kind else ""
-    return "".join(f"<td{attribute}>{xml(text)}</td>" for text in texts)
-
-
-def _codes(texts: Iterable[str]) -> str:
-    return "".join(f"<td><code>{xml(text)}</code></td>" for text in texts)
+def _topics(page: Page) -> Iterator[str]:
+    known = [name for name in TOPICS if page.topics.get(name)]
+    others = [name for name, lines in page.topics.items() if lines and name not in TOPICS]
+    if not (known or others):
+        return
+    body = []
+    for name in (*known, *others):
+        title, opened = TOPICS.get(name, (name, False))
+        lines = page.topics[name]
+        items = "".join(f"<li>{xml(line)}</li>" for line in lines)
+        summary = f'<summary><b>{xml(title)}</b><span class="soft">{plural(len(lines), "line")}</span></summary>'
+        body.append(f'<details class="topic {xml(name)}"{" open" * opened}>{summary}<ul>{items}</ul></details>')
+    yield from _section("Notes", "What pipe.pipeline.report says.", body)

@@ -1,4 +1,4 @@
-"""The labels that dot, mermaid, svg and html share. Plain text, not escaped."""
+"""The labels that dot, mermaid and html share. Plain text, not escaped."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pipecompile.render.paths import is_numbered, parent_of
 from pipecompile.render.stage_graph import Edge, StageGraph
 
 TOOLTIP_LINES = 14
-LONGEST_LABEL = 32  # characters in a box
 
 
 def stage_name(view: StageGraph, stage: int) -> str:
@@ -79,12 +78,6 @@ def module_lines(view: StageGraph, position: int) -> tuple[str, ...]:
     memory = f"weights {bytes_text(cost.parameter_bytes)}, saved {bytes_text(cost.saved_bytes)}"
     nodes = _limited([node_line(view, node) for node in module.nodes])
     return (module_path(view, position), f"{plural(len(module.nodes), 'node')}, {time}", memory, *nodes)
-
-
-def box_text(view: StageGraph, position: int) -> str:
-    """The label of a module, with its middle elided if it is long."""
-    label = view.modules[position].label
-    return label if len(label) <= LONGEST_LABEL else f"{label[: LONGEST_LABEL - 11]}…{label[-10:]}"
 
 
 def module_path(view: StageGraph, position: int) -> str:

@@ -1,7 +1,7 @@
 """The stage graph: the content shared by all pictures of a plan.
 
     stage_graph(costed, plan) -> StageGraph    the input of
-    dot  mermaid  svg  html  table             and itself the json format
+    dot  mermaid  html  table                  and itself the json format
 
 A stage is a cluster of modules. An edge carries values from one module to another, within a stage or across a cut. If
 several modules of one stage read a value, it crosses the cut once, so its edge ends at the first of them. A replica is

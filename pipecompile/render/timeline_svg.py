@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pipecompile.ir.timeline import Timeline
@@ -69,28 +69,16 @@ class _Scale:
 
 def timeline_svg(timeline: Timeline) -> str:
     """The timeline as SVG. Cells and transfers show their instruction and time on hover."""
-    return timelines_svg({"": timeline})
-
-
-def timelines_svg(timelines: Mapping[str, Timeline]) -> str:
-    """Timelines by name, one above the other on one time scale: predicted and measured, or two schedules."""
-    longest = max((each.makespan for each in timelines.values()), default=0.0)
-    inner = max(map(_inner, timelines.values()), default=0)
-    words = {name: f"{name}: {summary(each)}" if name else summary(each) for name, each in timelines.items()}
-    top, pictures = 0, []
-    for name, timeline in timelines.items():
-        scale = _Scale(longest, inner, timeline.num_ranks)
-        pictures += [f'<g transform="translate(0 {top})">', *_picture(timeline, scale, words[name]), "</g>"]
-        top += scale.bottom + BOTTOM
-    width = _Scale(longest, inner, 0).width
+    scale = _Scale(timeline.makespan, _inner(timeline), timeline.num_ranks)
+    width, height, words = scale.width, scale.bottom + BOTTOM, summary(timeline)
     return "\n".join(
         [
-            f'<svg xmlns="http://www.w3.org/2000/svg" class="pt" viewBox="0 0 {width} {top}" width="{width}" '
-            f'height="{top}" role="img">',
-            f"<title>{'; '.join(words.values())}</title>",
+            f'<svg xmlns="http://www.w3.org/2000/svg" class="pt" viewBox="0 0 {width} {height}" width="{width}" '
+            f'height="{height}" role="img">',
+            f"<title>{words}</title>",
             f"<style>{STYLE}</style>",
             '<rect class="page" width="100%" height="100%"/>',
-            *pictures,
+            *_picture(timeline, scale, words),
             "</svg>",
             "",
         ]

@@ -196,8 +196,12 @@ class Compiled:
     @cached_property
     def memory(self) -> Memory:
         """The peak memory in training of each stage and rank of the capture that was planned."""
-        buffers = [sum(b.nbytes for b in stage.module.buffers()) for stage in self.stages]
-        return self.planned.memory(buffers)
+        return self.planned.memory(self.buffer_bytes)
+
+    @property
+    def buffer_bytes(self) -> tuple[int, ...]:
+        """The bytes of the buffers of each stage."""
+        return tuple(sum(b.nbytes for b in stage.module.buffers()) for stage in self.stages)
 
     def times(self, timeline: Timeline) -> tuple[Times, ...]:
         """Predicted and measured seconds of each stage in a step."""

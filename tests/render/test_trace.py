@@ -1,10 +1,8 @@
 import json
-from xml.etree import ElementTree
 
 from pipecompile.ir.cluster import Cluster, Link
 from pipecompile.ir.graph import Cost
 from pipecompile.ir.plan import Plan
-from pipecompile.render.timeline_svg import timelines_svg
 from pipecompile.render.trace import trace
 from pipecompile.schedule import one_f_one_b
 from pipecompile.schedule.catalog import RECIPES
@@ -40,15 +38,3 @@ def test_a_trace_has_every_computation_once_with_its_kind():
     assert {e["cat"] for e in computed} == {"forward", "backward", "weights"}
     threads = {e["args"]["name"] for e in events if e["name"] == "thread_name"}
     assert threads == {"rank 0", "rank 1", "rank 0 transfers", "rank 1 transfers"}
-
-
-def test_a_picture_has_both_timelines_on_one_scale():
-    program = one_f_one_b(Plan.chain(2), 2)
-    text = timelines_svg({"predicted": simulated(program, 1, 2), "measured": simulated(program, 2, 4)})
-    root = ElementTree.fromstring(text)
-    predicted, measured = root.findall("{http://www.w3.org/2000/svg}g")
-    widths = [float(each.find(".//*[@class='cell']/*[@rx]").get("width")) for each in (predicted, measured)]
-    assert abs(widths[1] / widths[0] - 2) < 0.05
-    assert [each.get("transform") for each in (predicted, measured)] == ["translate(0 0)", "translate(0 170)"]
-    assert ">predicted: makespan" in text
-    assert ">measured: makespan" in text

@@ -1,0 +1,97 @@
+"""The predicted bytes of each rank over a timeline: what ``planning.memory`` takes the peaks of.
+
+Each computation is a level: what its rank holds at most while it runs. What it holds until its next computation follows
+as another level. A synchronous program ends before the optimizer steps. That step comes last, ``STEP_SHARE`` of the
+makespan long, because its seconds are not predicted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from pipecompile.ir.cluster import Cluster
+from pipecompile.ir.graph import CostedGraph
+from pipecompile.ir.plan import Plan
+from pipecompile.ir.program import Backward, BackwardWeight, Forward, Program, Step
+from pipecompile.ir.timeline import Timeline
+from pipecompile.ir.weight_versions import stash_at_start
+from pipecompile.planning.memory import STEP_COPIES, Bytes, _Clock, _parameters, _State
+from pipecompile.planning.stage_memory import load
+from pipecompile.planning.training_spec import Workload
+from pipecompile.render.cells import start_of
+from pipecompile.render.page import Level
+
+STEP_SHARE = 0.04
+
+
+def memory_levels(
+    costed: CostedGraph,
+    plan: Plan,
+    program: Program,
+    timeline: Timeline,
+    work: Workload,
+    cluster: Cluster,
+    buffers: Sequence[int] = (),
+) -> tuple[tuple[Level, ...], ...]:
+    """The levels of each rank in training, whose peaks are those of ``work.memory``; empty without a Backward.
+
+    Args:
+        costed: the model with its costs.
+        plan: the stages.
+        program: bare or lowered.
+        timeline: of the whole program.
+        work: optimizer state, its temporary memory, and the tail.
+        cluster: the devices.
+        buffers: bytes of buffers of each stage.
+    """
+    if not any(isinstance(i, Backward) for i in program.instructions):
+        return ()
+    states = _states(costed, plan, program, timeline, work, cluster, buffers)
+    return tuple(tuple(_levels(program, rank, timeline, states)) for rank in range(len(program.ranks)))
+
+
+def _states(
+    costed: CostedGraph,
+    plan: Plan,
+    program: Program,
+    timeline: Timeline,
+    work: Workload,
+    cluster: Cluster,
+    buffers: Sequence[int],
+) -> list[_State]:
+    at_once = not all(device.is_cpu for device in cluster.devices)
+    states = []
+    for stage, stash in enumerate(stash_at_start(program)):
+        of_one = load(costed, plan, stage)
+        held, trainable, owned = _parameters(costed, plan, stage)
+        fixed = Bytes(
+            parameters=held,
+            optimizer=round(work.state * sum(owned)),
+            waiting=sum(tied.nbytes * len(tied.followers) for tied in plan.tied if tied.owner == stage),
+            buffers=buffers[stage] if buffers else 0,
+            tail=work.tail if stage == plan.num_stages - 1 else 0,
+        )
+        copies = 0 if work.fused else sum(owned) if at_once else STEP_COPIES * max(owned, default=0)
+        clock = _Clock(of_one, plan, stage, program, timeline)
+        states.append(_State(of_one, fixed, trainable, copies, stash, clock))
+    return states
+
+
+def _levels(program: Program, rank: int, timeline: Timeline, states: Sequence[_State]) -> Iterator[Level]:
+    zero, times = start_of(timeline), {span.instruction: span for span in timeline.spans}
+    mine = [state for state, of in zip(states, program.plan.rank_of, strict=True) if of == rank]
+    at, makespan = 0.0, timeline.makespan
+    for i in program.ranks[rank]:
+        if not isinstance(i, Forward | Backward | BackwardWeight | Step):
+            continue
+        span, state = times[i], states[i.stage]
+        others = sum(each.now.total for each in mine if each is not state)
+        if span.start - zero > at:
+            yield Level(at, span.start - zero, others + state.now.total, "between computations")
+        state.do(i)
+        at = span.end - zero
+        yield Level(span.start - zero, at, others + state.latest.total, f"during {i}")
+    if at < makespan:
+        yield Level(at, makespan, sum(each.now.total for each in mine), "between computations")
+    last = sum(state.end().total for state in mine)
+    yield Level(makespan, (1 + STEP_SHARE) * makespan, last, "outputs joined; optimizer step, if it is still to come")
