@@ -35,6 +35,7 @@ from pipecompile.ir.timeline import Timeline
 from pipecompile.materialize.absent import NO_VALUES, Absent
 from pipecompile.materialize.fill import fill
 from pipecompile.ops.phases import Phases, phase
+from pipecompile.ops.torch_internals import _disable_dynamo
 from pipecompile.planning.calibration import corrected
 from pipecompile.planning.memory import Memory
 from pipecompile.runtime import steps
@@ -230,7 +231,7 @@ class Pipeline:
                 self._prove(batch)
                 self.share.settle()
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @_disable_dynamo
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs a call. Hooks on the model itself run only if ``runs_the_hooks``."""
         with self._session.turn.taken(again=False), self._recorded():
