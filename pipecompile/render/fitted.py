@@ -64,7 +64,7 @@ def _least(column: Column) -> int:
     if column.no_wrap:
         return max(map(cell_len, texts))
     words = [cell_len(word) for text in texts for word in text.split()]
-    return max(cell_len(_plain(column.header)), min(LONGEST_WORD, max(words, default=0)))
+    return min(LONGEST_WORD, max(words, default=0))
 
 
 def _plain(cell: RenderableType) -> str:
@@ -87,7 +87,7 @@ def _part(table: Table, columns: Sequence[Column], title: object) -> Table:
             column.footer,
             justify=column.justify,
             no_wrap=column.no_wrap,
-            overflow=column.overflow,
+            overflow="crop" if column.no_wrap else "fold",
             ratio=column.ratio if len(columns) == len(table.columns) else None,
         )
     for row in zip(*(column.cells for column in columns), strict=True):

@@ -7,7 +7,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from pipecompile.cli import doctor
+from pipecompile.cli.examination import all_devices
 from pipecompile.cli.main import app
 from pipecompile.runtime.runner import Runner
 
@@ -62,4 +62,4 @@ def test_a_device_that_is_not_there_is_refused() -> None:
     code, said = run("--devices", "cpu,nothing")
     assert code == 2
     assert "nothing" in said
-    assert doctor.all_devices()
+    assert all_devices()
