@@ -9,6 +9,7 @@ an error of another kind, with its traceback (see ``__main__``).
 
 from __future__ import annotations
 
+import warnings
 from typing import Annotated, Any
 
 import typer
@@ -27,16 +28,23 @@ from pipecompile.errors import PipecompileError
 
 
 class _Group(TyperGroup):
-    """Prints an error of pipecompile as one message instead of a traceback."""
+    """Prints an error of pipecompile, and each warning, as one message instead of a traceback or a source line."""
 
     def invoke(self, ctx: Any) -> Any:
+        if ctx.params["debug"]:
+            return super().invoke(ctx)
+        shown, warnings.showwarning = warnings.showwarning, _say_warning
         try:
             return super().invoke(ctx)
         except PipecompileError as error:
-            if ctx.params["debug"]:
-                raise
             say(Text.assemble(("error: ", "bold red"), (str(error), "red")))
             raise typer.Exit(2) from None
+        finally:
+            warnings.showwarning = shown
+
+
+def _say_warning(message: Warning | str, *where: Any, **options: Any) -> None:
+    say(Text.assemble(("warning: ", "bold yellow"), str(message)))
 
 
 app = typer.Typer(

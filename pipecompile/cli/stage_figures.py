@@ -120,7 +120,9 @@ def _of_table(path: Path, text: str) -> StageFigures:
     return StageFigures(plan=Plan((), tuple(range(len(found))), channels), costs=costs)
 
 
-def _figures(path: Path, number: int, row: Mapping[str, Any]) -> dict[str, float]:
+def _figures(path: Path, number: int, row: Mapping[Any, Any]) -> dict[str, float]:
+    if None in row:
+        raise InputError(f"{path}: row {number} has more cells than columns; each row must have one per column")
     if (named := (row.get("stage") or str(number)).strip()) != str(number):
         raise InputError(f"{path}: row {number} is for stage {named}; rows must be in the order of stages, from 0")
     return {name: _number(path, number, name, (row.get(name) or "0").strip()) for name in (*SECONDS, *BYTES)}
