@@ -191,13 +191,17 @@ class Report:
     observed: tuple[str, ...] = ()
     timing: Timing = NOT_TIMED
 
+    @property
+    def topics(self) -> dict[str, list[str]]:
+        """The lines of each topic, empty topics included, without the seconds of the phases."""
+        return {field.name: list(getattr(self, field.name)) for field in fields(self) if field.name != "timing"}
+
     def to_dict(self) -> dict[str, Any]:
         """The lines of each topic, empty topics included, and the seconds of each phase, ready for JSON."""
-        lines = {field.name: list(getattr(self, field.name)) for field in fields(self) if field.name != "timing"}
-        return {**lines, "timing": self.timing.by_phase()}
+        return {**self.topics, "timing": self.timing.by_phase()}
 
     def __str__(self) -> str:
-        said = {**self.to_dict(), "timing": [str(self.timing)] if self.timing.total else []}
+        said = {**self.topics, "timing": [str(self.timing)] if self.timing.total else []}
         topics = [(topic, lines) for topic, lines in said.items() if lines]
         return "\n".join("\n    ".join([topic, *lines]) for topic, lines in topics)
 

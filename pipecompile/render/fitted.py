@@ -44,9 +44,11 @@ class Fitted:
     def _parts(self, width: int) -> Iterator[Sequence[Column]]:
         """The columns of each part."""
         _, right, _, left = Padding.unpack(self.table.padding)
-        between = left + right + (self.table.box is not None)
+        boxed = self.table.box is not None
+        between = left + right + boxed
         first, rest = self.table.columns[: self.keys], self.table.columns[self.keys :]
-        start = 2 * (self.table.box is not None) + sum(_least(column) + between for column in first)
+        edges = 2 * boxed + (left + right) * self.table.pad_edge - between
+        start = edges + sum(_least(column) + between for column in first)
         part, used = list(first), start
         for column in rest:
             needed = _least(column) + between
