@@ -197,9 +197,9 @@ class Pipeline:
     def metrics(self) -> dict[str, float]:
         """The figures of the last step, for TensorBoard or any other logger. What is not known is absent.
 
-        Waits until the step's work on accelerators has run, like ``timeline``, and costs microseconds otherwise: a
-        training whose devices must not run dry logs every few steps. In several processes, the figures are those of
-        this process's ranks.
+        Reads times that the step has noted, so it costs nothing while a step runs. Waits until the step's work on
+        accelerators has run, like ``timeline``: to keep them busy, log every few steps. In several processes, the
+        figures are those of this process's ranks.
 
         Returns:
             Numbers by name, without nesting. Before the first call, the last two only.

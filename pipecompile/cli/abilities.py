@@ -105,7 +105,8 @@ def _cache() -> Ability:
     if folder is None:
         return Ability(what, False, f"{VARIABLE}={OFF}")
     if os.access(_existing(folder), os.W_OK):
-        return Ability(what, True, str(folder))
+        home = Path.home()
+        return Ability(what, True, f"~/{folder.relative_to(home)}" if folder.is_relative_to(home) else str(folder))
     return Ability(what, False, f"{folder} cannot be written; name another folder in {VARIABLE}")
 
 

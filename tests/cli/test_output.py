@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 
 import pipecompile
 from pipecompile import __main__ as entry
-from pipecompile.cli import costed_model
+from pipecompile.cli import costed_model, timeline_output
 from pipecompile.cli.main import app
 
 MODEL = """
@@ -111,7 +111,7 @@ def test_an_error_of_another_kind_has_its_own_exit_code(
     def fails(*args: Any, **kwargs: Any) -> None:
         raise ZeroDivisionError("of a sum")
 
-    monkeypatch.setattr("pipecompile.cli.timeline_output.facts", fails)
+    monkeypatch.setattr(timeline_output, "facts", fails)
     monkeypatch.setattr(sys, "argv", ["pipecompile", "schedule", "1f1b", "--json"])
     with pytest.raises(SystemExit) as ended:
         entry.main()
