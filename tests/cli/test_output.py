@@ -125,13 +125,13 @@ def test_an_error_of_another_kind_has_its_own_exit_code(
 @pytest.fixture
 def costed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(costed_model, "captured", lambda *_, **__: None)
-    monkeypatch.setattr(costed_model, "costed", lambda *_: gpt2())
+    monkeypatch.setattr(costed_model, "costed", lambda *_: gpt2(layers=4))
 
 
 WIDE = ("plan any:thing -n 4", "profile any:thing", "profile any:thing --nodes", "doctor", "schedule zb-h1")
 
 
-@pytest.mark.parametrize("width", [50, 80, 120])
+@pytest.mark.parametrize("width", [50, 120])
 @pytest.mark.parametrize("command", WIDE)
 def test_nothing_is_cut_at_any_width(costed: None, command: str, width: int) -> None:
     text = run(*command.split(), width=width).stdout

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,19 +38,23 @@ def table(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What ``plan --json`` prints of a graph like GPT-2's, with a tied parameter."""
-    return plan_of(gpt2(layers=6, width=48, words=600), tmp_path, monkeypatch)
-
-
-def plan_of(costed: CostedGraph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(costed_model, "captured", lambda *_, **__: None)
-    monkeypatch.setattr(costed_model, "costed", lambda *_: costed)
-    path = tmp_path / "plan.json"
-    result = run("plan", "any:thing", "--cluster", "4xA10G", "--microbatches", 5, "--json")
+@cache
+def plan_of(make: Callable[..., CostedGraph], *words: str) -> str:
+    """What ``plan --json`` prints of a graph made by hand."""
+    costed = make() if make is unet else make(layers=4, width=48, words=600)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(costed_model, "captured", lambda *_, **__: None)
+        patch.setattr(costed_model, "costed", lambda *_: costed)
+        result = run("plan", "any:thing", "--microbatches", 5, "--json", *words)
     assert result.exit_code == 0, result.output
-    path.write_text(result.stdout)
+    return result.stdout
+
+
+@pytest.fixture
+def planned(tmp_path: Path) -> Path:
+    """A plan of a graph like GPT-2's, with a tied parameter."""
+    path = tmp_path / "plan.json"
+    path.write_text(plan_of(gpt2, "--cluster", "4xA10G"))
     return path
 
 
@@ -82,15 +88,16 @@ def test_a_plan_is_simulated_as_plan_predicts_it(planned: Path) -> None:
     assert (other["schedule"], other["microbatches"]) == ("gpipe", 2)
 
 
-def test_values_that_skip_stages_are_sent_directly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = plan_of(unet(), tmp_path, monkeypatch)
+def test_values_that_skip_stages_are_sent_directly(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(plan_of(unet, "--cluster", "4xA10G"))
     plan = json.loads(path.read_text())
     assert any(channel["target"] - channel["source"] > 1 for channel in plan["channels"])
     assert facts("simulate", path)["seconds"] == plan["step"]["seconds"]
 
 
 def test_replicas_are_simulated_as_plan_predicts_them(planned: Path) -> None:
-    text = run("plan", "any:thing", "--replicas", "1,2,1", "--json").stdout
+    text = plan_of(gpt2, "--replicas", "1,2,1")
     planned.write_text(text)
     assert facts("simulate", planned)["seconds"] == json.loads(text)["step"]["seconds"]
 
