@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import sys
+import traceback
+
+BUG = 3  # exit code of an error that is not pipecompile's own: 1 says that results differ
 
 
 def main() -> None:
@@ -13,7 +16,11 @@ def main() -> None:
         if error.name != "typer":
             raise
         sys.exit("error: the command line needs typer, which is not installed; pip install 'pipecompile[cli]'")
-    app(prog_name="pipecompile")
+    try:
+        app(prog_name="pipecompile")
+    except Exception:
+        traceback.print_exc()
+        sys.exit(BUG)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from pipecompile.batching.options import DEFAULT_BATCHING, Batching
 from pipecompile.compiler.devices import named_cluster, parse_devices
 from pipecompile.compiler.options import Options, Outputs, Verify, read_costs
 from pipecompile.distributed.grid import Grid
 from pipecompile.distributed.processes import Processes
 from pipecompile.errors import InputError
 from pipecompile.facade import as_model
+from pipecompile.ir.batching_options import DEFAULT_BATCHING, Batching
 from pipecompile.ir.cluster import Cluster
 from pipecompile.ir.graph import CostedGraph
 from pipecompile.ir.plan_options import DEFAULT_PLAN, PlanOptions

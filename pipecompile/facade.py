@@ -46,6 +46,7 @@ def as_model(pipeline: Pipeline) -> Any:
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
+        "__repr__": lambda self: f"{pipeline!r} of\n{base.__repr__(self)}",
         "forward": _forward(pipeline),
         "__getattribute__": _looking_up(base),
         NAME: property(lambda self: pipeline, doc="The pipeline: its plan, program, report, stages and memory."),

@@ -18,13 +18,13 @@ from pipecompile.capture.state.model_state import named_tensors
 from pipecompile.compiler.batches import Batches, refuse_meta
 from pipecompile.compiler.compile_call import replanned
 from pipecompile.compiler.learn import Learning
+from pipecompile.compiler.metrics import metrics
 from pipecompile.compiler.options import Options, read_costs
 from pipecompile.compiler.plan_call import reused
 from pipecompile.compiler.report import Report, describe
 from pipecompile.compiler.report_page import page_of
-from pipecompile.compiler.surroundings import (
-    Substituted,
-)
+from pipecompile.compiler.summary import summary
+from pipecompile.compiler.surroundings import Substituted
 from pipecompile.distributed.processes import Processes
 from pipecompile.distributed.share import Share
 from pipecompile.errors import InputError, PipecompileError
@@ -35,7 +35,9 @@ from pipecompile.ir.program import Instruction, Program
 from pipecompile.ir.timeline import Timeline
 from pipecompile.materialize.absent import NO_VALUES, Absent
 from pipecompile.materialize.fill import fill
+from pipecompile.ops.accelerators import peak_memory
 from pipecompile.ops.phases import Phases, phase
+from pipecompile.ops.torch_internals import _disable_dynamo
 from pipecompile.planning.calibration import corrected
 from pipecompile.planning.memory import Memory
 from pipecompile.render.html import write
@@ -86,11 +88,20 @@ class Pipeline:
         self._learning = Learning(self._batches, self._session)
 
     def __repr__(self) -> str:
-        devices = ", ".join(map(str, self.devices))
+        compiled = self._batches.last or self._batches.first
+        stages = "not captured yet" if compiled is None else f"stages={compiled.plan.num_stages}"
         return (
-            f"Pipeline({type(self.model).__name__}, devices=({devices}), schedule={self.schedule!r}, "
-            f"microbatches={self.microbatches})"
+            f"Pipeline({type(self.model).__name__}, schedule={self.schedule!r}, microbatches={self.microbatches}, "
+            f"devices=({', '.join(map(str, self.devices))}), {stages})"
         )
+
+    def __str__(self) -> str:
+        """The pipeline, its stages with what was predicted of them, and the last step, if its devices work."""
+        compiled = self._batches.last or self._batches.first
+        if compiled is None:
+            return repr(self)
+        figures = {} if self.stopped_at else self.metrics()
+        return "\n  ".join([repr(self), *summary(compiled.planned, self.devices, figures)])
 
     def _repr_html_(self) -> str:
         """A table of the stages with predicted and measured steps, for notebooks."""
@@ -212,8 +223,42 @@ class Pipeline:
             InputError: bokeh is not installed, or the file cannot be written.
             PipecompileError: the model has not been captured yet.
         """
-        topics = self.report.topics
+        topics = self.report.said
         write(page_of(self._capture_in_use, self.options, *self._last_or_next, topics), path)
+
+    def metrics(self) -> dict[str, float]:
+        """The figures of the last step, for TensorBoard or any other logger. What is not known is absent.
+
+        Reads times that the step has noted, so it costs nothing while a step runs. Waits until the step's work on
+        accelerators has run, like ``timeline``: to keep them busy, log every few steps. In several processes, the
+        figures are those of this process's ranks.
+
+        Returns:
+            Numbers by name, without nesting. Before the first call, the last two only.
+
+            - ``step_seconds``: from the first start to the last end, without what the caller computes in between.
+            - ``bubble``: the part of that time in which ranks are idle, from 0 to 1.
+            - ``microbatches``: their number.
+            - ``sent_bytes``: the bytes of values and gradients passed between ranks; ranks of one device pass them by
+              reference.
+            - ``stage_0_forward_seconds``, ``stage_0_backward_seconds`` and so on: the seconds of a stage in the step,
+              all microbatches together. ``stage_0_other_seconds``: sums of tied gradients, optimizer steps inside the
+              pipeline and copies of weights, of stages that have any.
+            - ``cuda_0_peak_bytes`` and so on: the most bytes of tensors on a device since the process began, or since
+              ``torch.accelerator.reset_peak_memory_stats``. Absent for the CPU.
+            - ``captures``, ``reruns``: how often the model was captured, and calls were rerun, since ``compile``.
+
+        Raises:
+            ExecutionError: a kernel of the step has failed.
+        """
+        devices = dict.fromkeys(lane.device for lane in self._session.lanes.values())
+        figures = metrics(
+            self._session.programs,
+            len(self._session.lanes),
+            {str(device): peak_memory(device) for device in devices},
+        )
+        reruns = sum(self._session.repeated.values())
+        return {**figures, "captures": float(self.captures), "reruns": float(reruns)}
 
     @property
     def captures(self) -> int:
@@ -262,7 +307,7 @@ class Pipeline:
                 self._prove(batch)
                 self.share.settle()
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @_disable_dynamo
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs a call. Hooks on the model itself run only if ``runs_the_hooks``."""
         with self._session.turn.taken(again=False), self._recorded():

@@ -63,7 +63,20 @@ def names_of_a_script() -> dict[str, Any]:
         "weights": {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()},
         "arguments": transformers.TrainingArguments(output_dir="unused", report_to=[], use_cpu=True),
         "data": [{"input_ids": row, "labels": row} for row in ids],
+        "writer": Writer(),
     }
+
+
+class Writer:
+    """Takes what TensorBoard's ``SummaryWriter`` takes."""
+
+    def add_scalar(self, tag: str, value: float, step: int) -> None:
+        assert isinstance(value, float)
+
+    def add_scalars(self, tag: str, values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            assert re.fullmatch(r"\w+", name)
+            self.add_scalar(f"{tag}/{name}", value, step)
 
 
 def on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,7 +126,7 @@ def test_class_signature_and_attributes_are_the_models(name: str) -> None:
         assert inspect.signature(pipe.forward) == inspect.signature(model.forward)
         assert inspect.signature(type(pipe).forward) == inspect.signature(type(model).forward)
         assert set(vars(pipe)) == set(vars(model))
-        assert repr(pipe) == repr(model)
+        assert repr(pipe) == f"{pipe.pipeline!r} of\n{model!r}"
         assert [path for path, _ in pipe.named_modules()] == [path for path, _ in model.named_modules()]
         assert [path for path, _ in pipe.named_parameters()] == [path for path, _ in model.named_parameters()]
         assert [path for path, _ in pipe.named_buffers()] == [path for path, _ in model.named_buffers()]

@@ -4,9 +4,9 @@ from pipecompile.batching.batch_norm import defer_running, uses_batch_statistics
 from pipecompile.batching.divide import divide, twins_differ
 from pipecompile.batching.division import Division, by_shape, undivided
 from pipecompile.batching.gather_spread import gather, spread
-from pipecompile.batching.options import Batching
 from pipecompile.batching.rows import Rows, scatter
 from pipecompile.batching.rules.batch_types import SHARED, Batched, Kind, Mixed, Partial, Shared
+from pipecompile.ir.batching_options import Batching
 
 __all__ = [
     "SHARED", "Batched", "Batching", "Division", "Kind", "Mixed", "Partial", "Rows", "Shared", "by_shape",

@@ -1,18 +1,37 @@
-"""What ``pipecompile cache`` prints: the entries of the cache of costs, links and plans."""
+"""``pipecompile cache``: shows the entries of the cache of costs, links and plans, and removes them."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from pipecompile.cli.arguments import AsJson
+from pipecompile.cli.output import print_json
 from pipecompile.compiler.disk_cache import OFF, VARIABLE, DiskCache, Entry
 from pipecompile.errors import InputError
 from pipecompile.ir.units import bytes_text, plural
+from pipecompile.render.fitted import Fitted
 
 COLUMNS = ("what", "model", "inputs", "devices", "torch", "written")
+
+
+def cache(
+    clear: Annotated[bool, typer.Option("--clear", help="Remove all entries.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show or clear what earlier runs have measured and planned. PIPECOMPILE_CACHE names another folder, or off."""
+    kept = DiskCache.of_user()
+    removed = cleared(kept) if clear else 0
+    if as_json:
+        print_json(facts(kept) | ({"removed": removed} if clear else {}))
+    elif clear and kept.folder is not None:
+        typer.echo(f"removed {_entries(removed)} from {kept.folder}")
+    else:
+        show(kept, Console())
 
 
 def facts(cache: DiskCache) -> dict[str, Any]:
@@ -34,21 +53,21 @@ def show(cache: DiskCache, console: Console) -> None:
         table = Table(*COLUMNS, "size", box=None, padding=(0, 1), header_style="bold")
         for entry in entries:
             table.add_row(*_cells(entry))
-        console.print(table)
+        console.print(Fitted(table, keys=2))
     size = bytes_text(sum(entry.nbytes for entry in entries))
     console.print(Text(f"{_entries(len(entries))}, {size}, in {cache.folder}"), soft_wrap=True)
 
 
-def clear(cache: DiskCache) -> str:
-    """Removes all entries. Returns what was done, in words.
+def cleared(cache: DiskCache) -> int:
+    """Removes all entries, and returns how many there were.
 
     Raises:
         InputError: a file cannot be removed.
     """
     if cache.folder is None:
-        return f"nothing is kept: {VARIABLE}={OFF}"
+        return 0
     try:
-        return f"removed {_entries(cache.clear())} from {cache.folder}"
+        return cache.clear()
     except OSError as error:
         raise InputError(f"cannot remove {error.filename} ({error.strerror}); remove the folder yourself") from error
 

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from pipecompile.ir.json_io import converter
 from pipecompile.ir.plan_quality import known
 from pipecompile.ir.program import Program
 from pipecompile.ir.timeline import Timeline
@@ -91,7 +92,8 @@ class Prediction:
 
     def facts(self) -> dict[str, Any]:
         """The same as JSON: seconds and bytes per microbatch, except those of ``step``."""
-        work, quality = self.planned.work, self.planned.plan.quality
+        work, plan = self.planned.work, self.planned.plan
+        quality = plan.quality
         return {
             "schedule": self.schedule,
             "microbatches": work.microbatches,
@@ -104,7 +106,10 @@ class Prediction:
             },
             "plan": quality
             and {"bottleneck": quality.bottleneck, "lower_bound": quality.lower_bound, "proven": quality.proven},
-            "stages": [self._stage(index) for index in range(self.planned.plan.num_stages)],
+            "stages": [self._stage(index) for index in range(plan.num_stages)],
+            "channels": [{"source": it.source, "target": it.target, "bytes": it.nbytes} for it in plan.channels],
+            "tied": [{"parameter": it.parameter, "stages": it.stages, "bytes": it.nbytes} for it in plan.tied],
+            "cluster": converter.unstructure(self.planned.cluster),
             "candidates": [
                 {"replicas": it.replicas, "seconds": it.seconds, "refused": it.refused}
                 for it in self.planned.candidates

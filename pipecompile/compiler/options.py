@@ -12,8 +12,8 @@ from typing import Any, Literal, get_args
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from pipecompile.batching.options import DEFAULT_BATCHING, Batching
 from pipecompile.errors import InputError
+from pipecompile.ir.batching_options import DEFAULT_BATCHING, Batching
 from pipecompile.ir.cluster import Cluster
 from pipecompile.ir.graph import CostedGraph
 from pipecompile.ir.plan_options import DEFAULT_PLAN, PlanOptions, Tune

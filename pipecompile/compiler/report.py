@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from itertools import combinations
 from typing import Any
@@ -230,23 +230,27 @@ class Report:
     observed: tuple[str, ...] = ()
     timing: Timing = NOT_TIMED
 
+    @property
+    def topics(self) -> dict[str, list[str]]:
+        """The lines of each topic, empty topics included, without the seconds of the phases."""
+        return {field.name: list(getattr(self, field.name)) for field in fields(self) if field.name != "timing"}
+
     def to_dict(self) -> dict[str, Any]:
         """The lines of each topic, empty topics included, and the seconds of each phase, ready for JSON."""
-        lines = {field.name: list(getattr(self, field.name)) for field in fields(self) if field.name != "timing"}
-        return {**lines, "timing": self.timing.by_phase()}
+        return {**self.topics, "timing": self.timing.by_phase()}
 
     @property
-    def topics(self) -> dict[str, Sequence[str]]:
-        """The lines of each topic that has some."""
-        said = {**self.to_dict(), "timing": [str(self.timing)] if self.timing.total else []}
+    def said(self) -> dict[str, list[str]]:
+        """The lines of each topic that has some, the seconds of the phases included."""
+        said = {**self.topics, "timing": [str(self.timing)] if self.timing.total else []}
         return {topic: lines for topic, lines in said.items() if lines}
 
     def __str__(self) -> str:
-        return "\n".join("\n    ".join([topic, *lines]) for topic, lines in self.topics.items())
+        return "\n".join("\n    ".join([topic, *lines]) for topic, lines in self.said.items())
 
     def _repr_html_(self) -> str:
         """The topics, for notebooks."""
-        return topics_html(self.topics)
+        return topics_html(self.said)
 
 
 def _tied(compiled: Compiled) -> Iterator[str]:

@@ -24,11 +24,17 @@ class Span:
 
 @dataclass(frozen=True)
 class Timeline:
-    """Spans by rank and start. ``peak_bytes`` holds the peak memory of each rank, or is empty if it is not known."""
+    """Spans by rank and start.
+
+    Attributes:
+        peak_bytes: the peak memory of each rank; empty if it is not known.
+        sent_bytes: what each rank has sent to others, 0 for ranks of other processes; empty if it is not known.
+    """
 
     spans: tuple[Span, ...]
     num_ranks: int
     peak_bytes: tuple[int, ...] = ()
+    sent_bytes: tuple[int, ...] = ()
 
     @cached_property
     def makespan(self) -> float:

@@ -77,6 +77,13 @@ def total_memory(device: torch.device) -> int | None:
     return int(torch.accelerator.get_memory_info(device)[1]) if is_accelerator(device) else None
 
 
+def peak_memory(device: torch.device) -> int | None:
+    """The most bytes of tensors on a device since the process began, or since the user reset it; None on the CPU."""
+    if not is_accelerator(device) or not hasattr(torch.accelerator, "max_memory_allocated"):
+        return None
+    return int(torch.accelerator.max_memory_allocated(device))
+
+
 def time_mark(device: torch.device, stream: torch.Stream | None = None) -> Mark:
     """The time at which all that has been queued on a stream will have run; on the CPU, the present time.
 

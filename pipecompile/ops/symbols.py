@@ -22,7 +22,7 @@ import torch
 import torch.fx as fx
 
 from pipecompile.errors import CaptureError, DependsOnData
-from pipecompile.ops.torch_internals import ConstantSource, DimDynamic, ShapeEnv, SymT, symbol_is_type
+from pipecompile.ops.torch_internals import DimDynamic, ShapeEnv, SymT, constant_source, symbol_is_type
 
 
 class Shapes(ShapeEnv):
@@ -61,7 +61,7 @@ class Shapes(ShapeEnv):
 
     def symbol(self, name: str, hint: int) -> int | torch.SymInt:
         """Returns a new symbol for a size; torch may assume that it is at least 2 (see the module docstring)."""
-        source = ConstantSource(name)
+        source = constant_source(name)
         symbol = self.create_symbol(hint, source, DimDynamic.DYNAMIC, do_not_specialize_zero_one=hint < 2)
         return self.create_symintnode(symbol, hint=hint, source=source)
 

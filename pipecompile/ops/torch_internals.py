@@ -29,8 +29,8 @@ from torch._C._autograd import (
 from torch._C._functorch import is_functorch_wrapped_tensor, peek_interpreter_stack
 from torch._C._nn import _parse_to
 from torch._C._profiler import _RecordFunctionFast
+from torch._compile import _disable_dynamo
 from torch._dispatch.python import enable_python_dispatcher
-from torch._dynamo.source import ConstantSource
 from torch._functorch import apis, eager_transforms
 from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import (
@@ -56,7 +56,6 @@ from torch.utils._sympy.symbol import SymT, symbol_is_type
 from torch.utils.checkpoint import _StopRecomputationError
 
 __all__ = [
-    "ConstantSource",
     "DataDependentOutputException",
     "DeviceContext",
     "DimDynamic",
@@ -80,6 +79,7 @@ __all__ = [
     "_StopRecomputationError",
     "_current_graph_task_id",
     "_disable_current_modes",
+    "_disable_dynamo",
     "_enable_record_function",
     "_engine_run_backward",
     "_get_current_dispatch_mode_stack",
@@ -96,6 +96,7 @@ __all__ = [
     "apis",
     "backwards_without_autocast",
     "compile_errors",
+    "constant_source",
     "dynamo",
     "dynamo_supported",
     "eager_transforms",
@@ -123,6 +124,13 @@ def dynamo() -> Any:
     import torch._dynamo
 
     return torch._dynamo
+
+
+def constant_source(name: str) -> Any:
+    """The name under which torch keeps a symbol that is a size of an input."""
+    from torch._dynamo.source import ConstantSource
+
+    return ConstantSource(name)
 
 
 def dynamo_supported() -> None:

@@ -14,6 +14,7 @@ from pipecompile.capture.fake_kernels import STAND_INS
 from pipecompile.capture.fake_runs import DATA_DEPENDENT
 from pipecompile.capture.opaque_calls import FunctionLeaf
 from pipecompile.capture.origin import origin_of
+from pipecompile.capture.state.quiet_torch import quiet
 from pipecompile.errors import ExecutionError
 from pipecompile.ir.device_specs import ACCELERATORS
 from pipecompile.ir.graph import Cost, Footprint
@@ -61,7 +62,7 @@ class Walk:
     def run(self) -> None:
         nodes = list(self.captured.graph.nodes)
         last_use = {source: node for node in nodes for source in node.all_input_nodes}
-        with self.meter.fake, factories_on(self.device), phase("profile", len(nodes)) as advance:
+        with quiet(), self.meter.fake, factories_on(self.device), phase("profile", len(nodes)) as advance:
             for node in nodes:
                 self._visit_or_say(node)
                 for source in node.all_input_nodes:

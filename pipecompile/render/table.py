@@ -14,6 +14,7 @@ from pipecompile.ir.graph import Cost
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.units import bytes_text, count_text, seconds_text
 from pipecompile.planning.memory import KINDS, Memory
+from pipecompile.render.fitted import Fitted
 from pipecompile.render.labels import modules_line, replica_notes
 from pipecompile.render.stage_graph import Stage, StageGraph
 
@@ -21,7 +22,7 @@ NUMBERS = ("params", "forward", "backward", "weights", "saved", "in", "out")
 WIDE = 96  # columns of a terminal with space for the modules
 
 
-def table(view: StageGraph, width: int = 100) -> Table:
+def table(view: StageGraph, width: int = 100) -> Fitted:
     """A row per stage and one for the whole model. ``saved`` is the bytes kept from forward to backward per microbatch.
 
     Args:
@@ -30,16 +31,9 @@ def table(view: StageGraph, width: int = 100) -> Table:
     """
     lines = _notes(view) if width >= WIDE else [*_modules(view), *_notes(view)]
     caption = Text("\n".join(lines))
-    it = Table(
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        show_footer=True,
-        caption=caption,
-        caption_justify="left",
-    )
-    it.add_column("stage", justify="right", footer="all")
-    it.add_column("rank", justify="right")
+    it = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_footer=True, caption=caption)
+    it.add_column("stage", justify="right", no_wrap=True, footer="all")
+    it.add_column("rank", justify="right", no_wrap=True)
     if width >= WIDE:
         it.add_column("modules", ratio=1)
     for name, total in zip(NUMBERS, totals(view), strict=True):
@@ -47,13 +41,13 @@ def table(view: StageGraph, width: int = 100) -> Table:
     for index, stage in enumerate(view.stages):
         modules = [Text(modules_line(view, index))] if width >= WIDE else []
         it.add_row(str(index), str(stage.rank), *modules, *stage_numbers(stage))
-    return it
+    return Fitted(it)
 
 
 _SHORT = {"parameters": "params", "gradients": "grads", "optimizer": "state", "activations": "saved"}
 
 
-def memory_table(memory: Memory, plan: Plan, cluster: Cluster) -> Table:
+def memory_table(memory: Memory, plan: Plan, cluster: Cluster) -> Fitted:
     """The peak memory of each stage in training, by kind, and the memory of its device."""
     kinds = [kind for kind in KINDS if any(dict(stage.by_kind())[kind] for stage in memory.stages)]
     it = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title="peak memory", title_style="")
@@ -68,7 +62,7 @@ def memory_table(memory: Memory, plan: Plan, cluster: Cluster) -> Table:
         it.add_row(f"{index}{again}", *sizes, bytes_text(stage.total), *of)
     if plan.recomputed:
         it.caption = "* recomputes activations in the backward instead of keeping them"
-    return it
+    return Fitted(it)
 
 
 def stage_numbers(stage: Stage) -> tuple[str, ...]:

@@ -30,7 +30,7 @@ def timeline_text(timeline: Timeline, width: int = 100) -> Text:
     notes = [f"  {b}  {p}".rstrip() for b, p in zip(busy, peak, strict=True)]
     scale = _Scale.of(timeline, max(20, width - len(names[0]) - 2 - max(map(len, notes))))
     rows = [Text(" " * scale.columns), *(_row(timeline, rank, scale) for rank in ranks)]
-    below = (Text(_axis(scale), "dim"), _legend(timeline), Text(summary(timeline)))
+    below = [Text(_axis(scale), "dim"), *_legend(timeline, width - len(names[0]) - 2), Text(summary(timeline))]
     lines = [Text.assemble(name, "  ", row, (note, "dim")) for name, row, note in zip(names, rows, notes, strict=True)]
     lines += [Text.assemble(" " * len(names[0]), "  ", line) for line in below]
     return Text("\n", no_wrap=True, overflow="crop").join(lines)
@@ -83,9 +83,16 @@ def _axis(scale: _Scale) -> str:
     return axis
 
 
-def _legend(timeline: Timeline) -> Text:
+def _legend(timeline: Timeline, columns: int) -> list[Text]:
+    """The legend, in as many lines as the width needs."""
     swatches = [
         (f" {kind} ", f"bold #ffffff on {SHADES[kind][0]}", f" {KINDS[kind]}") for kind in drawn_kinds(timeline)
     ]
-    words = [Text.assemble((swatch, style), word) for swatch, style, word in (*swatches, ("···", "dim", " idle"))]
-    return Text("   ").join(words)
+    lines: list[Text] = []
+    for swatch, style, word in (*swatches, ("···", "dim", " idle")):
+        words = Text.assemble((swatch, style), word)
+        if lines and len(lines[-1]) + 3 + len(words) <= columns:
+            lines[-1].append("   ").append_text(words)
+        else:
+            lines.append(words)
+    return lines

@@ -94,11 +94,13 @@ class RowRun:
     Attributes:
         start: seconds from the start of the program, by the host's clock, at the mark ``first``.
         spans: each instruction with the marks of its begin, with its operands ready, and of its end.
+        sent_bytes: what it has sent to other ranks.
     """
 
     start: float
     first: Mark
     spans: Sequence[tuple[Instruction, Mark, Mark]]
+    sent_bytes: int
 
     def seconds(self, mark: Mark) -> float:
         """The time of a mark, from the start of the program."""
@@ -116,7 +118,8 @@ def timeline_of(rows: Mapping[int, RowRun], num_ranks: int) -> Timeline:
         for rank, row in rows.items()
         for instruction, began, ended in row.spans
     ]
-    return Timeline(tuple(sorted(spans, key=lambda span: (span.rank, span.start))), num_ranks)
+    sent = tuple(rows[rank].sent_bytes if rank in rows else 0 for rank in range(num_ranks))
+    return Timeline(tuple(sorted(spans, key=lambda span: (span.rank, span.start))), num_ranks, sent_bytes=sent)
 
 
 class Executor:
@@ -184,7 +187,7 @@ class Executor:
         if (stopped := self._join_callers()) is not None:
             failures.append(stopped)
         if not failures:
-            return {rank: RowRun(run.start, run.first, run.spans) for rank, run in ranks.items()}
+            return {rank: RowRun(run.start, run.first, run.spans, sum(run.row.sent)) for rank, run in ranks.items()}
         self.reset()
         failure = self._explained([error for error in failures if not isinstance(error, Aborted)] or failures)
         if isinstance(failure, OutOfMemoryError) and failure.__cause__ is not None:

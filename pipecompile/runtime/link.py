@@ -7,7 +7,7 @@ left to look up in the plan.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import assert_never
 
 from pipecompile.ir.plan import Plan
@@ -45,11 +45,13 @@ class Row:
         lane: of the rank.
         mailbox: results that its instructions still read, by the text of the transfer: "0F3>1".
         microbatches: by number.
+        sent: bytes of each transfer to another rank so far.
     """
 
     lane: Lane
     mailbox: dict[str, Content]
     microbatches: Mapping[int, Microbatch]
+    sent: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +106,9 @@ def _sending(i: Send, transport: Transport) -> Callable[[Row], tuple[Mark, Mark]
     place = str(i)
 
     def run(row: Row) -> tuple[Mark, Mark]:
-        sent = transport.send(i, _open(row.mailbox.pop(place)))
+        values = _open(row.mailbox.pop(place))
+        row.sent.append(sum(value.numel() * value.element_size() for value in values if value is not None))
+        sent = transport.send(i, values)
         return sent.began, sent.ended
 
     return run

@@ -203,19 +203,32 @@ class Session:
         return self.measured
 
     @property
+    def programs(self) -> tuple[Timeline, ...]:
+        """The measured timelines of the last step: of its program, or of its forwards and of its backwards.
+
+        Empty before the first one. Waits like ``timeline``.
+        """
+        last, earlier = self.timeline, self._earlier
+        if last is None:
+            return ()
+        if earlier is None or any(isinstance(span.instruction, Forward) for span in last.spans):
+            return (last,)
+        if not isinstance(earlier, Timeline):
+            with self.watched():
+                earlier = self._earlier = timeline_of(earlier, len(self.devices))
+        return earlier, last
+
+    @property
     def step(self) -> Timeline | None:
         """The measured timeline of the last program, and of the forwards before it if it runs backwards alone.
 
         The seconds of such a step are not its length, since the caller computes the loss in between. Waits like
         ``timeline``.
         """
-        last, earlier = self.timeline, self._earlier
-        if last is None or earlier is None or any(isinstance(span.instruction, Forward) for span in last.spans):
-            return last
-        if not isinstance(earlier, Timeline):
-            with self.watched():
-                earlier = self._earlier = timeline_of(earlier, len(self.devices))
-        return Timeline((*earlier.spans, *last.spans), len(self.devices))
+        programs = self.programs
+        if len(programs) < 2:
+            return next(iter(programs), None)
+        return Timeline(tuple(span for program in programs for span in program.spans), len(self.devices))
 
     @property
     def stopped_at(self) -> tuple[Instruction, ...]:

@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipecompile.errors import ExactnessError
+from pipecompile.render.fitted import Fitted
 
 Kind = Literal["output", "gradient", "input gradient", "buffer", "parameter", "attribute"]
 WIDTH = 118  # columns of the printed table
@@ -174,7 +175,7 @@ class Verification:
         notes = [f"{topic}: {line}" for topic, lines in self.notes.items() for line in _limited(lines)]
         verdict = "exact: " + ("bit for bit" if self.bit_equal else "nothing differs by more than rounding")
         end = Text(verdict, "bold green") if self.exact else Text("NOT exact", "bold red")
-        tables = [_checks(self.checks), *([_groups(self.rows)] if self.rows else [])]
+        tables = [Fitted(_checks(self.checks)), *([Fitted(_groups(self.rows))] if self.rows else [])]
         lines = [Text(line, "red") for line in faults] + [Text(line) for line in [*self._left_out(), *notes]]
         return Group(*tables, *lines, end)
 
@@ -214,7 +215,7 @@ def _table(*headings: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for heading in headings:
         right = heading in ("#", "params", "parts", "outputs", "gradients", "buffers", "largest", "of", "check")
-        table.add_column(heading, justify="right" if right else "left", overflow="fold")
+        table.add_column(heading, justify="right" if right else "left", overflow="fold", no_wrap=right)
     return table
 
 

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pipecompile.batching import SHARED, Batched, Kind, Rows, by_shape, gather, scatter
-from pipecompile.batching.options import DEFAULT_BATCHING, Batching
 from pipecompile.capture import Call, Captured, Output
 from pipecompile.capture.loss import find_loss
 from pipecompile.capture.origin import origin_of
@@ -28,6 +27,7 @@ from pipecompile.capture.purity import is_random
 from pipecompile.capture.pytrees import flatten
 from pipecompile.capture.state.model_state import named_tensors, without_caches
 from pipecompile.capture.state.reachable import Generator, Reach, reach_of
+from pipecompile.ir.batching_options import DEFAULT_BATCHING, Batching
 from pipecompile.ops.accelerators import factories_on
 from pipecompile.ops.functional import add_moments, moments
 from pipecompile.ops.module_tree import called_bare

@@ -123,7 +123,7 @@ def _check(
             split, seeds = split_step(trial)
     except PipecompileError as error:
         return Check(mode, inputs, 0, "", failure=f"{type(error).__name__}: {error}"), 0
-    for topic, lines in describe(batch.compiled).to_dict().items():
+    for topic, lines in describe(batch.compiled).topics.items():
         notes.setdefault(topic, {}).update(dict.fromkeys(lines))
     if batch.compiled.is_random:
         notes.setdefault("microbatches", {})["compared with the same random numbers for every row, in both models"] = (

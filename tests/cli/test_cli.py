@@ -10,6 +10,8 @@ import typer
 from costed import gpt2
 from typer.testing import CliRunner, Result
 
+import pipecompile.api
+from pipecompile.cli import costed_model
 from pipecompile.cli import main as cli
 from pipecompile.compiler.disk_cache import DiskCache
 from pipecompile.errors import InputError
@@ -73,9 +75,9 @@ def nets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def costed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans a graph like GPT-2's, made by hand, whatever the model."""
-    monkeypatch.setattr(cli, "_captured", lambda *_, **__: None)
-    monkeypatch.setattr(cli, "capture_topics", lambda _: {"guards": ["s0 = 8"]})
-    monkeypatch.setattr(cli, "_costed", lambda *_: gpt2(layers=3, width=48, words=600))
+    monkeypatch.setattr(costed_model, "captured", lambda *_, **__: None)
+    monkeypatch.setattr(costed_model, "topics", lambda _: {"guards": ["s0 = 8"]})
+    monkeypatch.setattr(costed_model, "costed", lambda *_: gpt2(layers=3, width=48, words=600))
 
 
 # The program
@@ -366,7 +368,12 @@ def test_check_compares_a_split_model_with_the_unsplit_one(nets: Path):
 @pytest.mark.parametrize("none", ["None", "none"])
 def test_an_argument_without_a_batch_is_written_as_none(nets: Path, monkeypatch: pytest.MonkeyPatch, none: str):
     given = []
-    monkeypatch.setattr(cli, "compile", lambda *args, batching, **options: given.append(batching.in_dims) or stop())
+
+    def note(*args, batching, **options):
+        given.append(batching.in_dims)
+        stop()
+
+    monkeypatch.setattr(pipecompile.api, "compile", note)
     run("check", "nets:make", "--in-dims", "x=1", "--in-dims", f"table={none}")
     assert given == [{"x": 1, "table": None}]
 

@@ -65,7 +65,7 @@ def test_a_report_page_has_plan_times_and_all_lines_of_the_report(pipe, tmp_path
     cells = " ".join(read.columns(MEASURED, "words")[-1])
     assert all(f"{stage}{kind}{k}: " in cells for stage in (0, 1) for kind in "FB" for k in (0, 1))
     report = pipe.pipeline.report
-    for topic, lines in report.topics.items():
+    for topic, lines in report.said.items():
         assert read.topics[topic].rstrip("\n").split("\n") == [part for line in lines for part in line.split("\n")]
     assert "guards" in read.topics
     assert "window" not in read.topics
@@ -130,7 +130,7 @@ def test_before_a_capture_there_is_no_page_but_a_notebook_shows_the_pipeline(tmp
         pipe.pipeline.save_report(tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
     assert "captured and planned at the first call" in pipe._repr_html_()
-    assert "Pipeline(Net, devices=(cpu, cpu)" in pipe._repr_html_()
+    assert "devices=(cpu, cpu), not captured yet)" in pipe._repr_html_()
     pipe.pipeline.prepare(torch.ones(4, 8))
     assert "measured step" not in pipe._repr_html_()
     assert "predicted step" in pipe._repr_html_()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import virtual_device as vd
 from machines import LATE
 
-from pipecompile.cli.doctor import all_devices, examine
+from pipecompile.cli.examination import all_devices, examine
 
 
 def test_it_finds_devices_peers_links_and_an_exact_step() -> None:

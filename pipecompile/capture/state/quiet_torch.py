@@ -1,7 +1,8 @@
 """Suppresses torch's logs and the garbage collector during a trace.
 
 torch logs an error when a size cannot be a symbol, but a later attempt may succeed, and a final failure is raised. The
-log records of the calling thread are dropped at the loggers; the user's levels and handlers are not changed.
+log records of the calling thread are dropped at the loggers; the user's levels and handlers are not changed. Loggers
+that a user has made more talkative (``TORCH_LOGS``, ``torch._logging.set_logs``, ``setLevel``) keep all their records.
 """
 
 from __future__ import annotations
@@ -12,18 +13,22 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from pipecompile.ops.torch_internals import dynamo
+
 _LOGGERS = ("torch.fx", "torch._subclasses", "torch._dynamo", "torch.utils._sympy")  # and their children
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Drops warnings and errors that torch's tracing logs in this thread; records for ``TORCH_LOGS`` are kept."""
+    """Drops warnings and errors that torch's tracing logs in this thread, unless the user has asked for its logs."""
     thread = threading.get_ident()
 
     def passes(record: logging.LogRecord) -> bool:
         return record.thread != thread or record.levelno < logging.WARNING
 
-    loggers = [logging.getLogger(name) for name in list(logging.root.manager.loggerDict) if name.startswith(_LOGGERS)]
+    dynamo()  # fake tensors import it; its loggers must exist
+    names = [name for name in list(logging.root.manager.loggerDict) if name.startswith(_LOGGERS)]
+    loggers = [each for each in map(logging.getLogger, names) if not each.isEnabledFor(logging.INFO)]
     for logger in loggers:
         logger.addFilter(passes)
     try:

@@ -1,0 +1,148 @@
+"""``pipecompile plan``: splits a model into stages, and predicts a step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipecompile.cli.arguments import (
+    AsJson,
+    Costs,
+    DeviceToMeasure,
+    Dtype,
+    Length,
+    Microbatch,
+    Microbatches,
+    Model,
+    check_choice,
+    check_schedule,
+    one_of,
+)
+from pipecompile.cli.dataclass_options import takes
+from pipecompile.errors import InputError
+from pipecompile.ir.plan_options import PlanOptions
+from pipecompile.schedule import SCHEDULES
+
+FORMATS = ("dot", "mermaid", "json", "html")  # those of render/formats.py, which takes long to import
+SUFFIXES = {".gv": "dot", ".mmd": "mermaid", **{f".{name}": name for name in FORMATS}}
+OUTPUTS = ("all", "loss")
+
+
+@takes("options", PlanOptions)
+def plan(
+    model: Model,
+    stages: Annotated[
+        int | None, typer.Option("--stages", "-n", min=1, help="Number of stages. Default: one per device, or 2.")
+    ] = None,
+    microbatches: Microbatches = 8,
+    schedule: Annotated[
+        str,
+        typer.Option("--schedule", "-s", help=f"One of {', '.join(SCHEDULES)}.", autocompletion=one_of(SCHEDULES)),
+    ] = "1f1b",
+    microbatch: Microbatch = None,
+    length: Length = 128,
+    costs: Costs = None,
+    save_costs: Annotated[Path | None, typer.Option(help="Save the costs to this file, for --costs.")] = None,
+    device: DeviceToMeasure = "cpu",
+    cluster: Annotated[
+        str | None, typer.Option(help="Cluster to plan for, such as 8xH100, 64xH100 or 2x8xA100-40GB.")
+    ] = None,
+    dtype: Dtype = "float32",
+    fused: Annotated[bool, typer.Option("--fused", help="The optimizer step needs no temporary memory.")] = False,
+    outputs: Annotated[
+        str,
+        typer.Option(help="[bold]all[/], or [bold]loss[/]: keep no other outputs.", autocompletion=one_of(OUTPUTS)),
+    ] = "all",
+    format: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            "-f",
+            help=f"Write the stage graph as one of {', '.join(FORMATS)}.",
+            autocompletion=one_of(FORMATS),
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="File to write the stage graph to; its suffix selects the format."),
+    ] = None,
+    as_json: AsJson = False,
+    *,
+    options: PlanOptions,
+) -> None:
+    """Split a model into stages. Prints their modules, costs and memory, and the predicted time of a step.
+
+    pipecompile plan hf:gpt2 --stages 4 --output plan.html
+    pipecompile plan hf:llama --cluster 64xH100 --dtype bfloat16
+    """
+    written = _format(format, output, as_json)
+    check_schedule(schedule, tuple(SCHEDULES))
+    check_choice("outputs", outputs, OUTPUTS)
+
+    from rich.console import Console
+
+    from pipecompile.capture.loss import with_only_the_loss
+    from pipecompile.cli import costed_model
+    from pipecompile.cli.output import print_json, write
+    from pipecompile.cli.prediction import Prediction
+    from pipecompile.compiler.devices import parse_devices
+    from pipecompile.ir.cluster import Cluster
+    from pipecompile.ops.phases import Phases, phase
+    from pipecompile.partition import ADAM
+    from pipecompile.planning.planned import planned
+    from pipecompile.planning.training_spec import Workload
+    from pipecompile.render import formats
+
+    (place,) = parse_devices([device])
+    devices = Cluster.from_name(cluster) if cluster else Cluster.of([str(place)] * (sum(options.counts) or stages or 2))
+    _check_replicas(options, stages, len(devices), schedule)
+    costs = costs or ("count" if cluster else "measure")
+    with Phases().recorded():
+        captured = costed_model.captured(model, microbatch, length, dtype, meta=costs != "measure")
+        if outputs == "loss":
+            captured = with_only_the_loss(captured, None)
+        costed = costed_model.costed(captured, costs, place, devices.devices[0].kind)
+        if save_costs is not None:
+            write(costed.to_json(), save_costs)
+        state = ADAM if options.optimizer_state is None else options.optimizer_state
+        policy = SCHEDULES[schedule]
+        work = Workload(
+            policy.steady, microbatches, state, options.recompute, fused=fused, asynchronous=policy.is_asynchronous
+        )
+        with phase("plan"):
+            made = planned(costed, devices, work, options, stages)
+            prediction = Prediction.of(made, schedule, model, costed_model.topics(captured))
+    if as_json:
+        print_json(prediction.facts())
+    else:
+        prediction.print_to(Console(stderr=written is not None and output is None))  # stdout is for the stage graph
+    if written is not None:
+        write(formats.FORMATS[written](prediction.page), output)
+
+
+def _format(format: str | None, output: Path | None, as_json: bool) -> str | None:
+    """The name of the format in which the stage graph is written, if it is."""
+    if format is None and output is not None:
+        format = SUFFIXES.get(output.suffix)
+        if format is None:
+            raise InputError(f"the suffix of {output} is not a known format; add --format, one of {', '.join(FORMATS)}")
+    if format is not None:
+        check_choice("format", format, FORMATS)
+    if as_json and format is not None and output is None:
+        raise InputError("--json and --format would both go to the terminal; add --output FILE")
+    return format
+
+
+def _check_replicas(options: PlanOptions, stages: int | None, devices: int, schedule: str) -> None:
+    counts = options.counts
+    text = ",".join(map(str, counts))
+    if options.replicas is not None and SCHEDULES[schedule].is_asynchronous:
+        raise InputError(
+            f"--replicas does not work with --schedule {schedule}, which steps after each microbatch; use 1f1b or gpipe"
+        )
+    if counts and stages not in (None, len(counts)):
+        raise InputError(f"--replicas {text} is for {len(counts)} stages, but --stages is {stages}; they must match")
+    if counts and sum(counts) != devices:
+        raise InputError(f"--replicas {text} is for {sum(counts)} devices, but there are {devices}; they must match")
