@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from weakref import WeakSet, ref
@@ -21,6 +21,7 @@ from pipecompile.capture.locks import Turn
 from pipecompile.errors import ExecutionError
 from pipecompile.ir.program import Forward, Instruction, Program
 from pipecompile.ir.timeline import Timeline
+from pipecompile.ir.weight_versions import Versions, lags_after, versions
 from pipecompile.ops.accelerators import in_autograd_thread
 from pipecompile.ops.device_args import threads_each
 from pipecompile.planning.planned import Planned
@@ -31,7 +32,7 @@ from pipecompile.runtime.lane import Callers
 from pipecompile.runtime.notes import Notes, failed
 from pipecompile.runtime.observers import Observers
 from pipecompile.runtime.peers import OneProcess, Peers
-from pipecompile.schedule import carried_after
+from pipecompile.schedule import Schedule, carried_after
 
 
 class Rerun(StrEnum):
@@ -50,9 +51,17 @@ class Stream:
     next: int = 0  # the number of the next microbatch
     carried: frozenset[Instruction] = frozenset()
     microbatches: dict[int, Microbatch] = field(default_factory=dict)  # in flight, by number
+    policy: Schedule | None = None
+    versions: Versions | None = None  # of the weights that microbatches in flight use
+
+    @property
+    def lags(self) -> frozenset[tuple[Forward, int]]:
+        """The ``lags`` of the next program."""
+        return frozenset() if self.versions is None else lags_after(self.versions, self.carried)
 
     def advance(self, program: Program, entered: int) -> None:
         """Records that a program has run; drops microbatches whose backwards have ended."""
+        self.versions = versions(program, self.versions)
         self.carried = carried_after(program)
         self.next += entered
         self.microbatches = {n: m for n, m in self.microbatches.items() if m.saved}
@@ -124,11 +133,23 @@ class Session:
             self.peers.agree(f"a call of capture {number} with {modes}", tensors)
 
     def begin(self, compiled: Compiled) -> None:
-        """Begins a pass of a synchronous schedule, with every stage on the parameters' present values."""
+        """Begins a pass, with every stage on the parameters' present values."""
         self._own(compiled)
-        tail = compiled.division.tail
         for stage, weights in self.weights.items():
-            weights.begin(compiled.tensors(stage), frozenset(tail.writes if tail else ()))
+            weights.begin(compiled.tensors(stage), _written(compiled))
+
+    @contextmanager
+    def pass_of(self, compiled: Compiled) -> Iterator[None]:
+        """A context for a pass that is not of a stream, on the parameters' present values; a stream waits meanwhile."""
+        if self.optimizer is None:
+            self.begin(compiled)
+            yield
+            return
+        self._own(compiled)
+        with ExitStack() as stack:
+            for stage, weights in self.weights.items():
+                stack.enter_context(weights.aside(compiled.tensors(stage), _written(compiled)))
+            yield
 
     def run(self, compiled: Compiled, program: Program, microbatches: Mapping[int, Microbatch]) -> None:
         """Runs a lowered program in the modes of the calling thread.
@@ -287,6 +308,12 @@ class Session:
                 compiled.plan, runners, self.lanes, transport, self.callers, self.notes
             )
         return self.executors[id(compiled)]
+
+
+def _written(compiled: Compiled) -> frozenset[str]:
+    """Names of tensors that a call writes after its forwards."""
+    tail = compiled.division.tail
+    return frozenset(tail.writes if tail else ())
 
 
 if hasattr(os, "register_at_fork"):
