@@ -103,13 +103,15 @@ class Training:
         batches = parts if schedule == BATCH else [[part] for call in parts for part in call]
         assert len(batches) == UPDATES
         model = self.built()
-        names = [
-            [name for name, _ in model.named_parameters() if name.rpartition(".")[0] in mine] for mine in self.stages
-        ]
-        return delayed(model, lambda output: output, batches, names, self.delays(schedule), optimizer)
+        return delayed(model, lambda output: output, batches, self.names(model), self.delays(schedule), optimizer)
 
-    def trained(self, schedule: str, optimizer: Callable[..., torch.optim.Optimizer]) -> tuple[Any, list[float]]:
-        pipe = pipecompile.compile(
+    def names(self, model: nn.Module) -> list[list[str]]:
+        """The parameters of each stage."""
+        all_of = [name for name, _ in model.named_parameters()]
+        return [[name for name in all_of if name.rpartition(".")[0] in mine] for mine in self.stages]
+
+    def compiled(self, schedule: str, optimizer: Callable[..., torch.optim.Optimizer]) -> Any:
+        return pipecompile.compile(
             self.built(),
             devices=["cpu"] * len(self.stages),
             schedule=schedule,
@@ -118,6 +120,9 @@ class Training:
             costs="count",
             plan=self.plan,
         )
+
+    def trained(self, schedule: str, optimizer: Callable[..., torch.optim.Optimizer]) -> tuple[Any, list[float]]:
+        pipe = self.compiled(schedule, optimizer)
         losses = [pipe(*args).item() for args, _ in self.calls(schedule)]
         pipe.pipeline.flush()
         return pipe, losses
@@ -194,3 +199,141 @@ def test_thirty_updates_of_stages_in_branches_are_those_of_the_recurrence(schedu
     assert tuple(pipe.pipeline.plan.depth) == tuple(BRANCHES.depths)
     assert {(c.source, c.target) for c in pipe.pipeline.plan.channels} == {(0, 1), (1, 2), (0, 3), (2, 4), (3, 4)}
     same(pipe, losses, BRANCHES.expected(schedule, OPTIMIZERS["adam"]))
+
+
+@pytest.mark.parametrize("schedule", [SYNC, BATCH])
+def test_the_recurrence_without_its_delays_is_another(schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = chain(3, microbatches=3)
+    pipe, losses = training.trained(schedule, OPTIMIZERS["momentum"])
+    for wrong in ([0, 0, 0], [2, 1, 0]):
+        monkeypatch.setattr(Training, "delays", lambda self, schedule, wrong=wrong: wrong)
+        with pytest.raises(AssertionError, match=r"layers\.0\.weight"):
+            same(pipe, losses, training.expected(schedule, OPTIMIZERS["momentum"]))
+
+
+def test_batches_of_any_number_of_microbatches_are_those_of_the_recurrence() -> None:
+    momentum, training = OPTIMIZERS["momentum"], chain(4, microbatches=4)
+    generator = torch.Generator().manual_seed(2)
+    rows = [8, 1, 8, 2, 3, 6, 1, 1, 8, 5]  # 4, 1, 4, 2, 3, 4, 1, 1, 4 and 4 microbatches, of unequal rows
+    calls = [(tuple(torch.randn(n, WIDTH, generator=generator) for _ in range(2)), {}) for n in rows]
+    pipe = training.compiled(BATCH, momentum)
+    losses = [pipe(*args).item() for args, _ in calls]
+    pipe.pipeline.flush()
+    batches = [split(call, min(4, n)) for call, n in zip(calls, rows, strict=True)]
+    model = training.built()
+    expected = delayed(model, lambda output: output, batches, training.names(model), [1] * 4, momentum)
+    same(pipe, losses, expected)
+
+
+def clipped(parameters: list[Tensor]) -> torch.optim.Optimizer:
+    """An optimizer that clips the gradients of its stage, and warms up its rate."""
+    optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+    warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: min(1.0, (update + 1) / 10))
+    optimizer.register_step_pre_hook(lambda *_: _clip(parameters))
+    optimizer.register_step_post_hook(lambda *_: warmup.step())
+    return optimizer
+
+
+def _clip(parameters: list[Tensor]) -> None:
+    torch.nn.utils.clip_grad_norm_(parameters, 0.05)
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step:UserWarning")
+@pytest.mark.parametrize("schedule", [EACH, SYNC, BATCH])
+def test_schedulers_of_rates_and_clipping_work_stage_by_stage_inside_the_optimizer(schedule: str) -> None:
+    training = chain(3, microbatches=3)
+    pipe, losses = training.trained(schedule, clipped)
+    same(pipe, losses, training.expected(schedule, clipped))
+    assert [optimizer.param_groups[0]["lr"] for optimizer in pipe.pipeline.optimizers] == [0.1] * 3
+
+
+@pytest.mark.parametrize("schedule", [SYNC, BATCH])
+def test_evaluations_between_use_the_newest_weights_and_leave_the_stream_alone(schedule: str) -> None:
+    momentum, training = OPTIMIZERS["momentum"], chain(3, microbatches=3)
+    expected, _ = training.trained(schedule, momentum)
+    pipe, model = training.compiled(schedule, momentum), training.built()
+    for number, (args, _) in enumerate(training.calls(schedule)):
+        pipe(*args)
+        assert pipe.pipeline.is_in_flight
+        if number in (4, 5):
+            model.load_state_dict(pipe.state_dict())
+            with torch.no_grad():
+                torch.testing.assert_close(pipe(*args), model(*args))
+        if number == 6:
+            pipe.eval()
+            pipe(*args).backward()
+            assert all(parameter.grad is not None for parameter in pipe.parameters())
+            pipe.zero_grad()
+            pipe.train()
+    pipe.pipeline.flush()
+    assert not pipe.pipeline.is_in_flight
+    for (name, parameter), other in zip(pipe.named_parameters(), expected.parameters(), strict=True):
+        assert torch.equal(parameter, other), name
+
+
+@pytest.mark.parametrize("schedule", [SYNC, BATCH])
+def test_after_a_flush_a_stream_starts_anew_from_the_newest_weights(schedule: str) -> None:
+    sgd = partial(torch.optim.SGD, lr=0.05)  # without a state, so that the second half is a training of its own
+    training = chain(3, microbatches=3)
+    calls = training.calls(schedule)
+    pipe = training.compiled(schedule, sgd)
+    state = training.built().state_dict()
+    for half in (calls[: len(calls) // 2], calls[len(calls) // 2 :]):
+        for args, _ in half:
+            pipe(*args)
+        pipe.pipeline.flush()
+        parts = [split(call, 3) for call in half]
+        batches = parts if schedule == BATCH else [[part] for call in parts for part in call]
+        model = training.built()
+        model.load_state_dict(state)
+        delays = training.delays(schedule)
+        expected = delayed(model, lambda output: output, batches, training.names(model), delays, sgd)
+        state = {name: value.clone() for name, value in pipe.state_dict().items()}
+        for name, value in state.items():
+            assert torch.equal(value, expected.parameters[name]), name
+
+
+class Padded(nn.Module):
+    """A mean over the valid targets of the whole batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(self.layers[1](torch.tanh(self.layers[0](x))), y, ignore_index=-1)
+
+
+def test_2bw_divides_by_what_is_valid_in_the_whole_batch() -> None:
+    generator = torch.Generator().manual_seed(3)
+    momentum = OPTIMIZERS["momentum"]
+    calls = []
+    for _ in range(8):
+        x = torch.randn(8, WIDTH, generator=generator)
+        y = torch.randint(WIDTH, (8,), generator=generator)
+        y[1:5] = -1  # the second microbatch has no target at all
+        calls.append(((x, y), {}))
+    training = Training(Padded, [["layers.0"], ["layers.1"]], 4, [2, 1])
+    pipe = training.compiled(BATCH, momentum)
+    losses = [pipe(*args).item() for args, _ in calls]
+    pipe.pipeline.flush()
+    model = training.built()
+    whole = delayed(model, lambda output: output, [[call] for call in calls], training.names(model), [1, 1], momentum)
+    torch.testing.assert_close(losses, whole.losses)
+    for name, parameter in pipe.named_parameters():
+        torch.testing.assert_close(parameter.detach(), whole.parameters[name], msg=name)
+
+
+class Contrastive(Padded):
+    """A loss of pairs of samples."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        out = self.layers[1](torch.tanh(self.layers[0](x)))
+        return F.cross_entropy(out @ out.T, torch.arange(len(x))) + 0 * y.sum()
+
+
+def test_2bw_refuses_a_loss_of_the_whole_batch_in_words() -> None:
+    training = Training(Contrastive, [["layers.0"], ["layers.1"]], 2, [2, 1])
+    pipe = training.compiled(BATCH, OPTIMIZERS["momentum"])
+    with pytest.raises(pipecompile.ExecutionError, match=r"the loss of Contrastive is computed from the whole batch"):
+        pipe(torch.randn(4, WIDTH), torch.randn(4))
