@@ -100,8 +100,16 @@ def pipeline(make: Any, schedule: str, **options: Any) -> tuple[Any, Callable[[]
     return pipe, step, optimizer
 
 
-@pytest.mark.parametrize("make", [transformer, convolutions, layers])
-@pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "pipedream", "pipedream-vertical-sync", "pipedream-2bw"])
+STASHING = ["pipedream-vertical-sync", "pipedream-2bw"]
+CASES = [
+    (make, schedule)
+    for schedule in ["1f1b", "gpipe", "pipedream", *STASHING]
+    for make in [transformer, convolutions, layers]
+    if LONG or schedule not in STASHING or make is not transformer
+]
+
+
+@pytest.mark.parametrize(("make", "schedule"), CASES)
 def test_predicted_bytes_are_those_of_a_run(make: Any, schedule: str) -> None:
     pipe, step, optimizer = pipeline(make, schedule)
     counted = peaks(pipe, step, optimizer)
