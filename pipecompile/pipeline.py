@@ -470,7 +470,16 @@ class Pipeline:
 
         Returns:
             The norm before. All processes must call this.
+
+        Raises:
+            InputError: the stages step inside the pipeline.
         """
+        if self.options.policy.is_asynchronous:
+            raise InputError(
+                f"schedule={self.schedule!r} has used the gradients, stage by stage, when a call returns, so there is "
+                f"no norm of the whole model to clip by; clip the gradients of each stage in its optimizer: "
+                f"optimizer.register_step_pre_hook, in the function that is passed as optimizer="
+            )
         if self.share is None:
             return torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm, norm_type)
         return self.share.clip_grad_norm_(max_norm, norm_type)

@@ -1,7 +1,7 @@
 """The registry of schedules: the only place that says which schedules exist, and which of them are asynchronous.
 
 A synchronous schedule ends each step with an empty pipeline. An asynchronous one keeps it full from one call to the
-next, and updates weights in between.
+next, and updates weights in between: for each microbatch, or for each call.
 """
 
 from __future__ import annotations

@@ -238,13 +238,14 @@ def _clip(parameters: list[Tensor]) -> None:
     torch.nn.utils.clip_grad_norm_(parameters, 0.05)
 
 
-@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step:UserWarning")
 @pytest.mark.parametrize("schedule", [EACH, SYNC, BATCH])
 def test_schedulers_of_rates_and_clipping_work_stage_by_stage_inside_the_optimizer(schedule: str) -> None:
     training = chain(3, microbatches=3)
     pipe, losses = training.trained(schedule, clipped)
     same(pipe, losses, training.expected(schedule, clipped))
     assert [optimizer.param_groups[0]["lr"] for optimizer in pipe.pipeline.optimizers] == [0.1] * 3
+    with pytest.raises(pipecompile.InputError, match="clip the gradients of each stage in its optimizer"):
+        pipe.pipeline.clip_grad_norm_(1.0)
 
 
 @pytest.mark.parametrize("schedule", [SYNC, BATCH])
@@ -269,6 +270,33 @@ def test_evaluations_between_use_the_newest_weights_and_leave_the_stream_alone(s
     assert not pipe.pipeline.is_in_flight
     for (name, parameter), other in zip(pipe.named_parameters(), expected.parameters(), strict=True):
         assert torch.equal(parameter, other), name
+
+
+@pytest.mark.parametrize("schedule", [SYNC, BATCH])
+def test_a_state_between_calls_has_each_stage_after_its_own_last_update(schedule: str) -> None:
+    momentum, training = OPTIMIZERS["momentum"], chain(3, microbatches=3)
+    calls = training.calls(schedule)[:5]
+    pipe = training.compiled(schedule, momentum)
+    for args, _ in calls:
+        pipe(*args)
+    state = pipe.state_dict()
+    parts = [split(call, 3) for call in calls]
+    batches = parts if schedule == BATCH else [[part] for call in parts for part in call]
+    model = training.built()
+    names, delays = training.names(model), training.delays(schedule)
+    behind = [1, 1, 0] if schedule == BATCH else [2, 1, 0]  # updates whose gradients come with the next call
+    for stage, missing in enumerate(behind):
+        done = batches[: len(batches) - missing]
+        expected = delayed(model, lambda output: output, done, names, delays, momentum)
+        for name in names[stage]:
+            assert torch.equal(state[name], expected.parameters[name]), name
+
+
+def test_2bw_on_one_stage_lags_by_a_batch_too() -> None:
+    training = chain(1, microbatches=3)
+    pipe, losses = training.trained(BATCH, OPTIMIZERS["adam"])
+    assert pipe.pipeline.versions == (2,)
+    same(pipe, losses, training.expected(BATCH, OPTIMIZERS["adam"]))
 
 
 @pytest.mark.parametrize("schedule", [SYNC, BATCH])
