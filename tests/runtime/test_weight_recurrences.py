@@ -10,10 +10,12 @@ import weakref
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
+from long import some
 from oracle import Inputs, Recurrence, delayed, split
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -59,7 +61,7 @@ class Branches(nn.Module):
 
 @dataclass(frozen=True)
 class Training:
-    """A training of ``UPDATES`` updates.
+    """A training.
 
     Args:
         make: the model.
@@ -72,6 +74,7 @@ class Training:
     stages: Sequence[Sequence[str]]
     microbatches: int
     depths: Sequence[int]
+    updates: int = UPDATES
 
     def built(self) -> nn.Module:
         torch.manual_seed(0)
@@ -83,7 +86,7 @@ class Training:
 
     def calls(self, schedule: str) -> list[Inputs]:
         generator = torch.Generator().manual_seed(1)
-        count = UPDATES if schedule == BATCH else UPDATES // self.microbatches
+        count = self.updates if schedule == BATCH else self.updates // self.microbatches
         return [
             (tuple(torch.randn(ROWS * self.microbatches, WIDTH, generator=generator) for _ in range(2)), {})
             for _ in range(count)
@@ -101,7 +104,7 @@ class Training:
     def expected(self, schedule: str, optimizer: Callable[..., torch.optim.Optimizer]) -> Recurrence:
         parts = [split(call, self.microbatches) for call in self.calls(schedule)]
         batches = parts if schedule == BATCH else [[part] for call in parts for part in call]
-        assert len(batches) == UPDATES
+        assert len(batches) == self.updates
         model = self.built()
         return delayed(model, lambda output: output, batches, self.names(model), self.delays(schedule), optimizer)
 
@@ -128,10 +131,10 @@ class Training:
         return pipe, losses
 
 
-def chain(stages: int, microbatches: int) -> Training:
+def chain(stages: int, microbatches: int, updates: int = UPDATES) -> Training:
     """Six layers in stages as even as possible."""
     of = [[f"layers.{i}" for i in range(6) if i * stages // 6 == stage] for stage in range(stages)]
-    return Training(Chain, of, microbatches, range(stages, 0, -1))
+    return Training(Chain, of, microbatches, range(stages, 0, -1), updates)
 
 
 BRANCHES = Training(Branches, [["source"], ["left"], ["left2"], ["right"], ["sink"]], 3, [4, 3, 2, 2, 1])
@@ -175,19 +178,20 @@ def same(pipe: Any, losses: Sequence[float], expected: Recurrence) -> None:
     torch.testing.assert_close(losses, means)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
-@pytest.mark.parametrize("schedule", [EACH, SYNC, BATCH])
-@pytest.mark.parametrize("stages", [2, 3, 4, 5, 6])
+@pytest.mark.parametrize(
+    ("stages", "schedule", "optimizer"),
+    some(product([2, 3, 4, 5, 6], [EACH, SYNC, BATCH], OPTIMIZERS), 5),
+)
 def test_thirty_updates_are_bit_for_bit_those_of_the_recurrence(
     stages: int,
     schedule: str,
-    optimizer: Callable[..., torch.optim.Optimizer],
+    optimizer: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     memories, training = Memories(monkeypatch), chain(stages, microbatches=3)
-    pipe, losses = training.trained(schedule, optimizer)
+    pipe, losses = training.trained(schedule, OPTIMIZERS[optimizer])
     assert pipe.pipeline.plan.num_stages == stages
-    same(pipe, losses, training.expected(schedule, optimizer))
+    same(pipe, losses, training.expected(schedule, OPTIMIZERS[optimizer]))
     due = {EACH: [*range(stages, 0, -1)], SYNC: [stages] * stages, BATCH: [2] * stages}[schedule]
     assert memories.of(pipe) == due
     assert list(pipe.pipeline.versions) == due
@@ -203,7 +207,7 @@ def test_thirty_updates_of_stages_in_branches_are_those_of_the_recurrence(schedu
 
 @pytest.mark.parametrize("schedule", [SYNC, BATCH])
 def test_the_recurrence_without_its_delays_is_another(schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    training = chain(3, microbatches=3)
+    training = chain(3, microbatches=3, updates=12)
     pipe, losses = training.trained(schedule, OPTIMIZERS["momentum"])
     for wrong in ([0, 0, 0], [2, 1, 0]):
         monkeypatch.setattr(Training, "delays", lambda self, schedule, wrong=wrong: wrong)
@@ -240,7 +244,7 @@ def _clip(parameters: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("schedule", [EACH, SYNC, BATCH])
 def test_schedulers_of_rates_and_clipping_work_stage_by_stage_inside_the_optimizer(schedule: str) -> None:
-    training = chain(3, microbatches=3)
+    training = chain(3, microbatches=3, updates=15)
     pipe, losses = training.trained(schedule, clipped)
     same(pipe, losses, training.expected(schedule, clipped))
     assert [optimizer.param_groups[0]["lr"] for optimizer in pipe.pipeline.optimizers] == [0.1] * 3
@@ -250,7 +254,7 @@ def test_schedulers_of_rates_and_clipping_work_stage_by_stage_inside_the_optimiz
 
 @pytest.mark.parametrize("schedule", [SYNC, BATCH])
 def test_evaluations_between_use_the_newest_weights_and_leave_the_stream_alone(schedule: str) -> None:
-    momentum, training = OPTIMIZERS["momentum"], chain(3, microbatches=3)
+    momentum, training = OPTIMIZERS["momentum"], chain(3, microbatches=2, updates=18)
     expected, _ = training.trained(schedule, momentum)
     pipe, model = training.compiled(schedule, momentum), training.built()
     for number, (args, _) in enumerate(training.calls(schedule)):
@@ -293,7 +297,7 @@ def test_a_state_between_calls_has_each_stage_after_its_own_last_update(schedule
 
 
 def test_2bw_on_one_stage_lags_by_a_batch_too() -> None:
-    training = chain(1, microbatches=3)
+    training = chain(1, microbatches=3, updates=12)
     pipe, losses = training.trained(BATCH, OPTIMIZERS["adam"])
     assert pipe.pipeline.versions == (2,)
     same(pipe, losses, training.expected(BATCH, OPTIMIZERS["adam"]))
@@ -302,7 +306,7 @@ def test_2bw_on_one_stage_lags_by_a_batch_too() -> None:
 @pytest.mark.parametrize("schedule", [SYNC, BATCH])
 def test_after_a_flush_a_stream_starts_anew_from_the_newest_weights(schedule: str) -> None:
     sgd = partial(torch.optim.SGD, lr=0.05)  # without a state, so that the second half is a training of its own
-    training = chain(3, microbatches=3)
+    training = chain(3, microbatches=3, updates=18)
     calls = training.calls(schedule)
     pipe = training.compiled(schedule, sgd)
     state = training.built().state_dict()

@@ -3,7 +3,7 @@
 from itertools import accumulate, pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from plans import branches, plans, rows, units
 
@@ -48,6 +48,7 @@ def used(found: list[Versions], stage: int) -> list[int]:
 SIZES = st.lists(st.integers(1, 7), min_size=1, max_size=6)
 
 
+@settings(max_examples=50)
 @given(plans(), SIZES)
 def test_vertical_sync_uses_the_version_of_the_first_stage_in_all(plan: Plan, sizes: list[int]) -> None:
     programs, found = ran("pipedream-vertical-sync", plan, sizes)
@@ -59,6 +60,7 @@ def test_vertical_sync_uses_the_version_of_the_first_stage_in_all(plan: Plan, si
     assert carried_after(programs[-1]) == frozenset()
 
 
+@settings(max_examples=50)
 @given(plans(), SIZES)
 def test_2bw_uses_the_version_before_the_batch_before_and_holds_two(plan: Plan, sizes: list[int]) -> None:
     programs, found = ran("pipedream-2bw", plan, sizes)
@@ -70,6 +72,7 @@ def test_2bw_uses_the_version_before_the_batch_before_and_holds_two(plan: Plan, 
     assert carried_after(programs[-1]) == frozenset()
 
 
+@settings(max_examples=50)
 @given(plans(), SIZES, st.sampled_from(["pipedream-vertical-sync", "pipedream-2bw"]))
 def test_each_computation_runs_once_and_lowered_programs_run_to_their_end(
     plan: Plan, sizes: list[int], name: str
