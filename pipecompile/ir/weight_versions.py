@@ -95,6 +95,21 @@ def versions(program: Program, before: Versions | None = None) -> Versions:
     return Versions(used, tuple(live), tuple(stash.latest for stash in stashes), tuple(in_flight))
 
 
+def delays(program: Program) -> dict[int, int]:
+    """By stage, the most updates by which weights are newer than those whose gradients update them.
+
+    Stages that the program does not update are left out.
+    """
+    used = versions(program).used
+    found: dict[int, int] = {}
+    for i, stash in walk(program, stash_at_start(program)):
+        if isinstance(i, Update) or (isinstance(i, Step) and i not in program.updated):
+            last = program.plan.last_run(i.stage, i.microbatch)
+            if last is not None and (forward := Forward(i.stage, last)) in used:
+                found[i.stage] = max(found.get(i.stage, 0), stash.made - 1 - used[forward])
+    return found
+
+
 def stash_at_start(program: Program, before: Versions | None = None) -> list[Stash]:
     """The versions that each stage holds when the program starts."""
     lags = dict(program.lags)

@@ -300,6 +300,10 @@ def test_2bw_on_one_stage_lags_by_a_batch_too() -> None:
     training = chain(1, microbatches=3, updates=12)
     pipe, losses = training.trained(BATCH, OPTIMIZERS["adam"])
     assert pipe.pipeline.versions == (2,)
+    assert pipe.pipeline.report.updates == (
+        "stage 0: by its own optimizer, with gradients of weights that are 1 update older; 2 versions of the weights; "
+        "gradients are clipped by the norm of this stage, if at all",
+    )
     same(pipe, losses, training.expected(BATCH, OPTIMIZERS["adam"]))
 
 

@@ -11,7 +11,7 @@ from pipecompile.errors import ProgramError
 from pipecompile.ir.graph import Cost
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import Backward, BackwardWeight, Forward, Program, Step, Update, linearize, parse
-from pipecompile.ir.weight_versions import Versions, versions
+from pipecompile.ir.weight_versions import Versions, delays, versions
 from pipecompile.schedule import (
     SCHEDULES,
     carried_after,
@@ -105,6 +105,18 @@ def test_a_segment_in_steady_state_holds_as_many_versions_as_the_formula(
     assert program.microbatches == tuple(
         range(program.microbatches[0], program.microbatches[0] + microbatches)
     )  # a segment of its own, which knows what it carries
+
+
+@settings(max_examples=30)
+@given(plans(), st.integers(1, 8))
+def test_gradients_are_as_old_as_the_formula(plan: Plan, microbatches: int) -> None:
+    expected = {
+        "pipedream": [depth - 1 for depth in plan.depth],
+        "pipedream-vertical-sync": [max(plan.depth) - 1] * plan.num_stages,
+        "pipedream-2bw": [1] * plan.num_stages,
+    }
+    for name, due in expected.items():
+        assert delays(SCHEDULES[name].steady(plan, microbatches)) == dict(enumerate(due))
 
 
 def test_stages_in_branches_hold_as_many_versions_as_the_longest_path_has_stages() -> None:
