@@ -476,8 +476,8 @@ class Pipeline:
         """
         if self.options.policy.is_asynchronous:
             raise InputError(
-                f"schedule={self.schedule!r} has used the gradients, stage by stage, when a call returns, so there is "
-                f"no norm of the whole model to clip by; clip the gradients of each stage in its optimizer: "
+                f"schedule={self.schedule!r} has used the gradients, stage by stage, when a call returns, so the norm "
+                f"of the whole model is never known; clip the gradients of each stage in its optimizer: "
                 f"optimizer.register_step_pre_hook, in the function that is passed as optimizer="
             )
         if self.share is None:

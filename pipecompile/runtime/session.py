@@ -73,7 +73,7 @@ class _Set:
 
     planned: ref[Planned]
     weights: dict[int, Weights]
-    executors: dict[int, Executor]
+    executors: dict[tuple[int, bool], Executor]
 
 
 _SESSIONS: WeakSet[Session] = WeakSet()
@@ -104,7 +104,7 @@ class Session:
         threads = threads_each([devices[rank] for rank in ranks])
         self.lanes = {rank: Lane(devices[rank], threads) for rank in ranks}
         self.weights: dict[int, Weights] = {}  # by stage, those of this process; shared by all captures
-        self.executors: dict[int, Executor] = {}
+        self.executors: dict[tuple[int, bool], Executor] = {}  # by ``id`` of the capture, and whether for its stream
         self._sets: dict[int, _Set] = {}  # by ``id`` of what was planned
         self.numbers: dict[int, int] = {}  # of captures in the order of their first calls, by ``id``
         self.stream = Stream()
@@ -151,8 +151,14 @@ class Session:
                 stack.enter_context(weights.aside(compiled.tensors(stage), _written(compiled)))
             yield
 
-    def run(self, compiled: Compiled, program: Program, microbatches: Mapping[int, Microbatch]) -> None:
+    def run(
+        self, compiled: Compiled, program: Program, microbatches: Mapping[int, Microbatch], streams: bool = False
+    ) -> None:
         """Runs a lowered program in the modes of the calling thread.
+
+        Args:
+            streams: whether it is a part of the stream. Others run on results of their own, so that a stream that waits
+                stays as it is if they fail.
 
         Raises:
             ExecutionError: the session has been closed, or the call comes from a thread of autograd's own.
@@ -175,12 +181,12 @@ class Session:
             self.program = program
             self.running = True
             try:
-                ran = self._executor(compiled).run(program, microbatches, ambient, self.is_observed)
+                ran = self._executor(compiled, streams).run(program, microbatches, ambient, self.is_observed)
                 self._earlier, self.measured = self.measured, ran
             except BaseException as error:
                 self.notes.failed = True
-                for weights in self.weights.values():
-                    weights.drop_gradients()
+                for weights in self.weights.values() if streams or self.optimizer is None else ():
+                    weights.drop_gradients()  # but not those of a stream that waits
                 if self.peers.are_several:  # in one process, no name of the error may hold its frames' tensors
                     self._end_all(error)
                 raise
@@ -296,18 +302,19 @@ class Session:
             self._sets = {key: each for key, each in self._sets.items() if each.planned() is not None}
         return found
 
-    def _executor(self, compiled: Compiled) -> Executor:
-        if id(compiled) not in self.executors:
+    def _executor(self, compiled: Compiled, streams: bool) -> Executor:
+        if (id(compiled), streams) not in self.executors:
             rank_of = compiled.plan.rank_of
+            other = self.executors.get((id(compiled), not streams))
             runners = {
                 stage: Runner(compiled.stages[stage], weights, self.lanes[rank_of[stage]])
                 for stage, weights in self.weights.items()
             }
             transport = self.peers.transport(self.lanes, rank_of)
-            self.executors[id(compiled)] = Executor(
-                compiled.plan, runners, self.lanes, transport, self.callers, self.notes
+            self.executors[id(compiled), streams] = Executor(
+                compiled.plan, other.runners if other else runners, self.lanes, transport, self.callers, self.notes
             )
-        return self.executors[id(compiled)]
+        return self.executors[id(compiled), streams]
 
 
 def _written(compiled: Compiled) -> frozenset[str]:

@@ -223,7 +223,7 @@ def stream(session: Session, batch: Batch, loss: int, policy: Schedule) -> dict[
     bare = policy.next_segment(batch.compiled.plan, entering, under_way.carried)
     program = batch.compiled.lowered(replace(bare, lags=under_way.lags))
     try:
-        session.run(batch.compiled, program, under_way.microbatches)
+        session.run(batch.compiled, program, under_way.microbatches, streams=True)
     except BaseException:
         session.stream = Stream()
         raise
@@ -239,7 +239,8 @@ def flush(session: Session) -> None:
     if compiled is not None and policy is not None and under_way.carried:
         with torch.enable_grad(), session.watched():
             bare = policy.drain(compiled.plan, under_way.carried)
-            session.run(compiled, compiled.lowered(replace(bare, lags=under_way.lags)), under_way.microbatches)
+            program = compiled.lowered(replace(bare, lags=under_way.lags))
+            session.run(compiled, program, under_way.microbatches, streams=True)
 
 
 def _snapshot(session: Session, batch: Batch) -> Snapshot:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from typing import Any
@@ -264,7 +264,7 @@ def test_evaluations_between_use_the_newest_weights_and_leave_the_stream_alone(s
             model.load_state_dict(pipe.state_dict())
             with torch.no_grad():
                 torch.testing.assert_close(pipe(*args), model(*args))
-        if number == 6:
+        if number in (0, 6):  # with the numbers of microbatches in flight, and with others
             pipe.eval()
             pipe(*args).backward()
             assert all(parameter.grad is not None for parameter in pipe.parameters())
@@ -305,6 +305,49 @@ def test_2bw_on_one_stage_lags_by_a_batch_too() -> None:
         "gradients are clipped by the norm of this stage, if at all",
     )
     same(pipe, losses, training.expected(BATCH, OPTIMIZERS["adam"]))
+
+
+class Guarded(Chain):
+    """A chain that does not take large values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.guard = Guard()
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return super().forward(self.guard(x), y)
+
+
+class Guard(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.detach().abs().max() > 1e6:
+            raise ValueError("too large")
+        return x * 1.0
+
+
+@pytest.mark.parametrize("schedule", [EACH, SYNC, BATCH])
+def test_an_evaluation_that_fails_between_leaves_the_stream_alone(schedule: str) -> None:
+    momentum, whole = OPTIMIZERS["momentum"], chain(2, microbatches=3, updates=12)
+    training = replace(whole, make=Guarded)
+    pipe = pipecompile.compile(
+        training.built(),
+        devices=["cpu"] * 2,
+        schedule=schedule,
+        microbatches=3,
+        optimizer=momentum,
+        costs="count",
+        plan=whole.plan,
+        leaf_modules=["guard"],
+    )
+    losses = []
+    for args, _ in training.calls(schedule):
+        losses.append(pipe(*args).item())
+        with torch.no_grad(), pytest.raises(pipecompile.ExecutionError, match="too large"):
+            pipe(args[0] + 1e9, args[1])
+        with torch.no_grad():
+            pipe(*args)
+    pipe.pipeline.flush()
+    same(pipe, losses, training.expected(schedule, momentum))
 
 
 @pytest.mark.parametrize("schedule", [SYNC, BATCH])
