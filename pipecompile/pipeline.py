@@ -359,7 +359,7 @@ class Pipeline:
             self._left_out[key] = "not compared: no process has the whole model"
             return
         policy = self.options.policy
-        one = policy.is_asynchronous and self.model.training
+        one = policy.updates_each and self.model.training
         trial = Trial(
             model=self.model,
             batch=first_microbatch(batch) if one else replace(batch, part=None),
@@ -377,9 +377,9 @@ class Pipeline:
         captured = batch.compiled.captured
         loss = find_loss(captured, self.options.loss_output)
         policy = self.options.policy
-        segment = policy.segment if self.model.training else None
+        streams = policy.is_asynchronous and self.model.training
         trains = torch.is_grad_enabled() and any(output.requires_grad for output in captured.results)
-        if trains and segment is not None and loss is None:
+        if trains and streams and loss is None:
             several = ", ".join(could_be_losses(captured))
             seen = f"outputs {several} could each be the loss" if several else "the model does not return a loss"
             remedy = "name it with loss_output=" if several else "pass labels to the call, or loss_fn= to compile()"
@@ -389,7 +389,7 @@ class Pipeline:
                 "the mesh has the dimension 'data', but the model does not return a loss, and no process has the "
                 "outputs of the whole batch to compute one; pass labels to the call, or loss_fn= to compile()"
             )
-        return steps.run(self._session, batch, loss, policy.program, segment)
+        return steps.run(self._session, batch, loss, policy.program, policy if streams else None)
 
     def verify(self, *args: Any, **kwargs: Any) -> Verification:
         """Compares the pipeline with the unsplit model, on this call and on fresh inputs of this and of another shape.
@@ -547,7 +547,16 @@ class Pipeline:
 
         Returns:
             The norm before. All processes must call this.
+
+        Raises:
+            InputError: the stages step inside the pipeline.
         """
+        if self.options.policy.is_asynchronous:
+            raise InputError(
+                f"schedule={self.schedule!r} has used the gradients, stage by stage, when a call returns, so the norm "
+                f"of the whole model is never known; clip the gradients of each stage in its optimizer: "
+                f"optimizer.register_step_pre_hook, in the function that is passed as optimizer="
+            )
         if self.share is None:
             return torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm, norm_type)
         return self.share.clip_grad_norm_(max_norm, norm_type)

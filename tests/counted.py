@@ -90,12 +90,23 @@ def counting(pipe: pipecompile.Pipeline) -> Iterator[list[Ledger]]:
     for stage, rank in zip(pipe.pipeline.stages, pipe.pipeline.plan.rank_of, strict=True):
         for tensor in (*stage.parameters(), *stage.buffers()):
             ledgers[rank].add(tensor.untyped_storage(), known)
+    _add_versions(pipe, ledgers, known)
     with pytest.MonkeyPatch.context() as patch, Mode(ledgers[-1], known):
         patch.setattr(Observers, "here", staticmethod(lambda: Observers((), False, False)))  # ranks keep their threads
         patch.setattr(Executor, "_run_rank", counted)
         patch.setattr(Lane, "move", copied)
         patch.setattr(Lane, "fetch", lambda self, tensor: fetch(self, tensor).clone())
         yield ledgers
+
+
+def _add_versions(pipe: Any, ledgers: list[Ledger], known: dict[int, Any]) -> None:
+    """Adds the weights of earlier steps that are still in use."""
+    session = pipe.pipeline._session
+    for stage, weights in session.weights.items():
+        flying = [m.versions[stage] for m in session.stream.microbatches.values() if stage in m.versions]
+        for version in (weights.current, *weights.made, *flying):
+            for leaf in version.leaves.values():
+                ledgers[pipe.pipeline.plan.rank_of[stage]].add(leaf.untyped_storage(), known)
 
 
 def peaks(pipe: Any, step: Callable[[], Any], optimizer: torch.optim.Optimizer | None) -> list[int]:

@@ -2,9 +2,12 @@
 
 ``step`` runs any callable that shares the model's parameters (the model, or a pipeline of it) on the whole batch.
 ``microbatched`` runs the unsplit model over the microbatches in order, each weighted by its share of the rows.
-``pipedream`` is the asynchronous recurrence, one minibatch after the other on the unsplit model:
+``delayed`` is the asynchronous recurrence, one batch after the other on the unsplit model:
 
-    w_s[k+1] = Opt_s( w_s[k], gradient_s of L( w_0[max(0, k - delay_0)], ..., w_p[max(0, k - delay_p)] ; minibatch k ) )
+    w_s[k+1] = Opt_s( w_s[k], gradient_s of L( w_0[max(0, k - delay_0)], ..., w_p[max(0, k - delay_p)] ; batch k ) )
+
+where the gradient of a batch is the sum of those of its microbatches, in order, each weighted by its share of the rows.
+``pipedream`` is the same with one microbatch in each batch.
 
 None of them imports pipecompile. Every run leaves the model as it found it.
 
@@ -182,9 +185,22 @@ def pipedream(
     delay: Sequence[int],
     optimizer: Callable[[list[Tensor]], torch.optim.Optimizer],
 ) -> Recurrence:
+    """The recurrence above, for batches of one microbatch."""
+    return delayed(model, loss, [[minibatch] for minibatch in minibatches], stages, delay, optimizer)
+
+
+def delayed(
+    model: nn.Module,
+    loss: Loss,
+    batches: Iterable[Sequence[Inputs]],
+    stages: Sequence[Iterable[str]],
+    delay: Sequence[int],
+    optimizer: Callable[[list[Tensor]], torch.optim.Optimizer],
+) -> Recurrence:
     """The recurrence above.
 
     Args:
+        batches: the microbatches of each.
         stages: for each stage the names of its parameters; no parameter is in two.
         delay: for each stage the steps by which the weights of its forward lag behind.
     """
@@ -194,12 +210,16 @@ def pipedream(
     optimizers = [optimizer(list(weights.values())) if weights else None for weights in latest]
     history = [[_copies(weights)] for weights in latest]
     losses = []
-    for k, (args, kwargs) in enumerate(minibatches):
+    for k, batch in enumerate(batches):
         used = [_copies(versions[max(0, k - d)]) for versions, d in zip(history, delay, strict=True)]
         together = {name: value for weights in used for name, value in weights.items()}
-        value = loss(functional_call(model, together, args, kwargs))
-        value.backward()
-        losses.append(value.item())
+        rows = sum(map(rows_of, batch))
+        losses.append(0.0)
+        for args, kwargs in batch:
+            share = rows_of((args, kwargs)) / rows
+            value = loss(functional_call(model, together, args, kwargs))
+            value.backward(torch.full_like(value, share))
+            losses[-1] += value.item() * share
         for weights, new, stage_optimizer, versions in zip(used, latest, optimizers, history, strict=True):
             for name, tensor in new.items():
                 tensor.grad = weights[name].grad

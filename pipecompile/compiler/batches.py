@@ -168,7 +168,7 @@ class Batches:
         """A new capture. If its trace is valid only for one size, all microbatches get that size."""
         if self.share is not None:
             self.share.check_weights()
-        independent = self.options.policy.is_asynchronous and self.model.training
+        independent = self.options.policy.updates_each and self.model.training
         for candidate in (rows, rows.equal()):
             with CAPTURING.taken(), undrawn(self.devices), unobserved():
                 compiled = compile_call(

@@ -127,8 +127,8 @@ class Options:
     def _check_processes(self, several_parts: bool) -> None:
         if several_parts and self.policy.is_asynchronous:
             raise InputError(
-                f"schedule={self.schedule!r} does not work with the mesh's dimension 'data', because stages step after "
-                f"each microbatch of their own part of the batch; use another schedule, or a mesh of 'stage' only"
+                f"schedule={self.schedule!r} does not work with the mesh's dimension 'data', because stages step "
+                f"inside the pipeline, on their own part of the batch; use another schedule, or a mesh of 'stage' only"
             )
         if self.plan.replicas is not None:
             raise InputError(
@@ -150,9 +150,8 @@ class Options:
         counts = self.plan.counts
         if self.policy.is_asynchronous and (self.plan.replicas == "auto" or any(count > 1 for count in counts)):
             raise InputError(
-                f"replicas={self.plan.replicas!r} does not work with schedule={self.schedule!r}, which steps after "
-                f"each microbatch, because gradients of replicas are summed once per batch; use schedule='1f1b' or "
-                f"'gpipe'"
+                f"replicas={self.plan.replicas!r} does not work with schedule={self.schedule!r}, which steps inside "
+                f"the pipeline, because gradients of replicas are summed after it; use schedule='1f1b' or 'gpipe'"
             )
         if self.policy.splits and (self.plan.replicas == "auto" or any(count > 1 for count in counts)):
             raise InputError(

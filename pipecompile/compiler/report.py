@@ -20,6 +20,7 @@ from pipecompile.ir.plan_quality import known
 from pipecompile.ir.timeline import Timeline
 from pipecompile.ir.timing import Timing
 from pipecompile.ir.units import bytes_text, count_text, names_text, plural, seconds_text
+from pipecompile.ir.weight_versions import delays, versions
 from pipecompile.partition.stage_nodes import Placed
 from pipecompile.partition.tied_nodes import tied_nodes
 from pipecompile.render.labels import replica_notes
@@ -101,6 +102,20 @@ def _memory(compiled: Compiled) -> list[str]:
         of = f" of {bytes_text(limit)}" if limit is not None else ""
         lines.append(f"stage {stage}: {bytes_text(held.total)}{of} ({parts})")
     return lines
+
+
+def _updates(compiled: Compiled) -> list[str]:
+    """How old the weights of an update's gradients are in each stage, if stages step inside the pipeline."""
+    work = compiled.planned.work
+    if not work.asynchronous:
+        return []
+    program = work.schedule(compiled.plan, work.microbatches)
+    live, late = versions(program).live, delays(program)
+    return [
+        f"stage {stage}: by its own optimizer, with gradients of weights that are {plural(updates, 'update')} older; "
+        f"{plural(live[stage], 'version')} of the weights; gradients are clipped by the norm of this stage, if at all"
+        for stage, updates in sorted(late.items())
+    ]
 
 
 def _links(cluster: Cluster) -> list[str]:
@@ -192,6 +207,7 @@ class Report:
         rematerialized: the number of cheap values that each stage which reads them computes for itself.
         recomputed: activations that the backward recomputes.
         plan: the bottleneck, and how far from optimal it may be.
+        updates: for schedules that step inside the pipeline, how old the weights of gradients are, and the versions.
         memory: peak bytes of each stage, by kind.
         links: latency and bandwidth between ranks.
         costs: where the costs come from.
@@ -217,6 +233,7 @@ class Report:
     rematerialized: tuple[str, ...] = ()
     recomputed: tuple[str, ...] = ()
     plan: tuple[str, ...] = ()
+    updates: tuple[str, ...] = ()
     memory: tuple[str, ...] = ()
     links: tuple[str, ...] = ()
     costs: tuple[str, ...] = ()
@@ -304,6 +321,7 @@ def describe(compiled: Compiled, timeline: Timeline | None = None) -> Report:
         rematerialized=(copied,) if copies else (),
         recomputed=(*_checkpoints(compiled.captured), *(f"stage {s}, to fit its memory" for s in plan.recomputed)),
         plan=(known(plan.quality),),
+        updates=tuple(_updates(compiled)),
         memory=tuple(_memory(compiled)),
         links=tuple(_links(compiled.planned.cluster)),
         costs=(compiled.planned.costed.origin,),

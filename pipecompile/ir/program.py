@@ -5,7 +5,9 @@
                                            if the program has a BackwardWeight for them
     BackwardWeight(stage, ...)     2W0     computes the gradients of weights, any time after the Backward
     Reduce(stage, microbatch)      2R7     sends or sums the gradients of tied parameters up to microbatch 7
-    Step(stage, microbatch)        2S7     the optimizer updates the stage with the gradients up to microbatch 7
+    Step(stage, microbatch)        2S7     later Forwards use the weights that the optimizer makes with the gradients up
+                                           to microbatch 7; it makes them now, unless an Update has made them before
+    Update(stage, microbatch)      2U7     the optimizer makes these weights, which no Forward uses before the Step
     Refresh(stage, microbatch)     2P0     sends or takes the values of tied parameters, before microbatch 0
     Send(result, target)           0F3>2   sends the result of a computation to a stage on another rank
     Recv(result, target)           2<0F3   the matching receive, with the same fields
@@ -78,6 +80,15 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
+class Update:
+    stage: int
+    microbatch: int
+
+    def __str__(self) -> str:
+        return f"{self.stage}U{self.microbatch}"
+
+
+@dataclass(frozen=True, slots=True)
 class Refresh:
     stage: int
     microbatch: int
@@ -115,7 +126,7 @@ class Recv:
         return f"{self.target}<{self.result}"
 
 
-Compute = Forward | Backward | BackwardWeight | Reduce | Step | Refresh
+Compute = Forward | Backward | BackwardWeight | Reduce | Step | Update | Refresh
 Instruction = Compute | Send | Recv
 
 _COMPUTE: dict[str, type[Compute]] = {
@@ -124,9 +135,10 @@ _COMPUTE: dict[str, type[Compute]] = {
     "W": BackwardWeight,
     "R": Reduce,
     "S": Step,
+    "U": Update,
     "P": Refresh,
 }
-_TEXT = re.compile(r"(?:(?P<receiver>\d+)<)?(?P<stage>\d+)(?P<kind>[FBWRSP])(?P<microbatch>\d+)(?:>(?P<target>\d+))?")
+_TEXT = re.compile(r"(?:(?P<receiver>\d+)<)?(?P<stage>\d+)(?P<kind>[FBWRSUP])(?P<microbatch>\d+)(?:>(?P<target>\d+))?")
 
 
 def parse(text: str) -> Instruction:
@@ -141,8 +153,9 @@ def parse(text: str) -> Instruction:
     compute = _COMPUTE[match["kind"]](int(match["stage"]), int(match["microbatch"]))
     if not (match["receiver"] or match["target"]):
         return compute
-    if isinstance(compute, Step | BackwardWeight):
-        raise ProgramError(f"{text!r}: a {type(compute).__name__} has no result to send or receive")
+    if isinstance(compute, Step | Update | BackwardWeight):
+        kind = f"{'an' if isinstance(compute, Update) else 'a'} {type(compute).__name__}"
+        raise ProgramError(f"{text!r}: {kind} has no result to send or receive")
     if match["receiver"]:
         return Recv(compute, int(match["receiver"]))
     return Send(compute, int(match["target"]))
@@ -153,21 +166,24 @@ class Program:
     """The instructions of each rank, in order.
 
     ``carried`` holds the instructions of earlier programs whose results this one reads: those of a pipeline that is not
-    drained between calls, or of a forward pass whose backward pass is a separate program.
+    drained between calls, or of a forward pass whose backward pass is a separate program. ``lags`` says how many Steps
+    of its stage came after each carried Forward; none, for those that it leaves out.
 
     Invariants, checked by ``validate``:
     1. there is a row per rank, each instruction occurs once, on the rank of its stage, and a microbatch runs on its
        replica (``Plan.runner``);
     2. what a computation reads is in the program or carried;
     3. in a lowered program every Send has a Recv and every Recv a Send;
-    4. gradients are complete where they are read: no BackwardWeight comes after a Reduce or Step of its stage that
-       includes its microbatch;
-    5. ``linearize`` reaches the end: no rank waits forever.
+    4. gradients are complete where they are read: no BackwardWeight comes after a Reduce, Step or Update of its stage
+       that includes its microbatch;
+    5. the Steps of a stage come in the order of its Updates, and each Update before its Step;
+    6. ``linearize`` reaches the end: no rank waits forever.
     """
 
     plan: Plan
     ranks: tuple[tuple[Instruction, ...], ...]
     carried: frozenset[Instruction] = frozenset()
+    lags: frozenset[tuple[Forward, int]] = frozenset()
 
     @cached_property
     def lowered(self) -> bool:
@@ -182,6 +198,12 @@ class Program:
     def split(self) -> frozenset[Backward]:
         """The Backwards that leave the gradients of weights to a BackwardWeight."""
         return frozenset(Backward(i.stage, i.microbatch) for i in self.instructions if isinstance(i, BackwardWeight))
+
+    @cached_property
+    def updated(self) -> frozenset[Step]:
+        """The Steps whose weights an Update makes before, in this program or in an earlier one."""
+        both = (*self.carried, *self.instructions)
+        return frozenset(Step(i.stage, i.microbatch) for i in both if isinstance(i, Update))
 
     @property
     def microbatches(self) -> tuple[int, ...]:
@@ -217,6 +239,7 @@ class Program:
                 raise ProgramError(f"{i} needs {Recv(i.result, i.target)}, which is not in the program")
         for row in self.ranks:
             _check_complete(row)
+        _check_updates(self)
         for _ in linearize(self):
             pass
 
@@ -256,7 +279,7 @@ def reads(i: Compute, plan: Plan) -> Iterator[Result]:
         case Refresh(stage, microbatch):
             for owner in owners(stage, plan):
                 yield Refresh(owner, microbatch)
-        case Step() | BackwardWeight():
+        case Step() | Update() | BackwardWeight():
             return
         case _:
             assert_never(i)
@@ -309,14 +332,14 @@ def dependencies(i: Instruction, plan: Plan) -> Iterator[Instruction]:
             yield result
         case Recv(result, target):
             yield Send(result, target)
-        case Forward() | Backward() | BackwardWeight() | Reduce() | Step() | Refresh():
+        case Forward() | Backward() | BackwardWeight() | Reduce() | Step() | Update() | Refresh():
             if isinstance(i, Backward):
                 yield Forward(i.stage, i.microbatch)
             if isinstance(i, BackwardWeight):
                 yield Backward(i.stage, i.microbatch)
-            if isinstance(i, Step) and is_tied(i.stage, plan):
+            if isinstance(i, Step | Update) and is_tied(i.stage, plan):
                 yield Reduce(i.stage, i.microbatch)
-            elif isinstance(i, Reduce | Step) and (last := plan.last_run(i.stage, i.microbatch)) is not None:
+            elif isinstance(i, Reduce | Step | Update) and (last := plan.last_run(i.stage, i.microbatch)) is not None:
                 yield Backward(i.stage, last)
             for result in reads(i, plan):
                 near = plan.rank_of[result.stage] == plan.rank_of[i.stage]
@@ -354,12 +377,31 @@ def linearize(program: Program) -> Iterator[tuple[int, Instruction]]:
 
 def _check_complete(row: tuple[Instruction, ...]) -> None:
     """Raises ``ProgramError`` if gradients are read before they are complete."""
-    read: dict[int, Reduce | Step] = {}
+    read: dict[int, Reduce | Step | Update] = {}
     for i in row:
-        if isinstance(i, Reduce | Step):
+        if isinstance(i, Reduce | Step | Update):
             read[i.stage] = i
         elif isinstance(i, BackwardWeight) and (after := read.get(i.stage)) and i.microbatch <= after.microbatch:
             raise ProgramError(f"{i} is after {after}, which reads its gradients; put it before")
+
+
+def _check_updates(program: Program) -> None:
+    """Raises ``ProgramError`` if a stage would use the versions of its weights out of order."""
+    waiting: dict[int, list[int]] = {}  # by stage, the microbatches of Updates before their Steps, oldest first
+    for stage, microbatch in sorted((i.stage, i.microbatch) for i in program.carried if isinstance(i, Update)):
+        waiting.setdefault(stage, []).append(microbatch)
+    done: set[Step] = set()
+    for i in program.instructions:
+        if isinstance(i, Update):
+            if (step := Step(i.stage, i.microbatch)) in done:
+                raise ProgramError(f"{i} is after {step}, which has made the weights by then; put it before")
+            waiting.setdefault(i.stage, []).append(i.microbatch)
+        elif isinstance(i, Step):
+            done.add(i)
+            made = waiting.get(i.stage)
+            if made and (first := made.pop(0)) != i.microbatch:
+                older = f"{Step(i.stage, first)}, whose weights {Update(i.stage, first)} has made"
+                raise ProgramError(f"{i} is before {older}; put {Step(i.stage, first)} first")
 
 
 def _missing(i: Instruction, program: Program, done: set[Instruction]) -> list[Instruction]:

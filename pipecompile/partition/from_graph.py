@@ -183,8 +183,9 @@ def _with_ties(groups: list[tuple[int, ...]], bound: ModuleConstraints) -> list[
     """The groups, and those of tied nodes, unless pins or the number of stages do not allow these."""
     placed, pins = bound.placed, [(pin.thing, pin.stage) for pin in bound.pins]
     more = [*groups, *tied_nodes(placed).values()]
+    seats = [Seat()] * bound.num_stages
     try:
-        found = contract([0.0] * len(placed.nodes), placed.arcs, [], [Seat()], together=more, fixed_stages=pins)
+        found = contract([0.0] * len(placed.nodes), placed.arcs, [], seats, together=more, fixed_stages=pins)
     except InfeasibleError:
         return groups
     return more if len(found.problem) >= bound.least_stages else groups

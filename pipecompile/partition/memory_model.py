@@ -29,7 +29,8 @@ class Training:
     def stashed(self) -> tuple[int, int]:
         """Older weight versions of a stage: a fixed number, plus a number per microbatch in flight.
 
-        Exact if stages hold one version, or as many as microbatches in flight; otherwise an upper bound.
+        Exact if all stages hold the same number of versions, or as many as microbatches in flight; otherwise an upper
+        bound.
         """
         each = all(live <= count for live, count in zip(self.live, self.in_flight, strict=True))
         return (-1, 1) if max(self.live) > 1 and each and not any(self.again) else (max(self.live) - 1, 0)

@@ -1,9 +1,9 @@
 """Peak memory of each stage in bytes, by kind.
 
     parameters    its own, and tied copies
-    gradients     of trainable parameters, from the first Backward after a Step
+    gradients     of trainable parameters, from the first Backward after a Step or Update
     optimizer     optimizer state of trainable parameters; only the owner of a tied parameter has it
-    versions      older weights that a Backward still needs (see ``weight_versions``)
+    versions      other weights than the newest that Forwards or Backwards still use (see ``weight_versions``)
     activations   kept from Forward to Backward, for every microbatch in flight
     waiting       values and gradients of other stages, from their arrival to the end of the Backward; gradients of tied
                   parameters (those of replicas included), to the Reduce
@@ -21,14 +21,14 @@ them, if it has replicas), and a gradient may wait for each microbatch in flight
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from pipecompile.ir.graph import CostedGraph
 from pipecompile.ir.json_io import Json
 from pipecompile.ir.plan import Plan, members
-from pipecompile.ir.program import Backward, BackwardWeight, Forward, Instruction, Program, Recv, Send, Step
+from pipecompile.ir.program import Backward, BackwardWeight, Forward, Instruction, Program, Recv, Send, Step, Update
 from pipecompile.ir.timeline import Timeline
 from pipecompile.ir.weight_versions import Stash, stash_at_start, versions
 from pipecompile.planning.stage_memory import Load, load
@@ -123,7 +123,7 @@ def memory(
         waiting = (
             _Bound(work, plan, stage, in_flight) if timeline is None else _Clock(work, plan, stage, program, timeline)
         )
-        stages.append(_State(work, fixed, trainable, copies, stash, waiting))
+        stages.append(_State(work, fixed, trainable, copies, stash, waiting, program.updated))
     rank_of = program.plan.rank_of
     ranks = [
         sum(s.now.total for s, r in zip(stages, rank_of, strict=True) if r == rank)
@@ -132,7 +132,7 @@ def memory(
     for rank, row in enumerate(program.ranks):
         mine = [state for state, r in zip(stages, rank_of, strict=True) if r == rank]
         for i in row:
-            if isinstance(i, Forward | Backward | BackwardWeight | Step):
+            if isinstance(i, Forward | Backward | BackwardWeight | Step | Update):
                 stages[i.stage].do(i)
                 others = sum(state.now.total for state in mine if state is not stages[i.stage])
                 ranks[rank] = max(ranks[rank], others + stages[i.stage].latest.total)
@@ -199,10 +199,17 @@ class _State:
     """The memory of one stage while its instructions are processed."""
 
     def __init__(
-        self, work: Load, fixed: Bytes, trainable: int, step: int, stash: Stash, waiting: _Bound | _Clock
+        self,
+        work: Load,
+        fixed: Bytes,
+        trainable: int,
+        step: int,
+        stash: Stash,
+        waiting: _Bound | _Clock,
+        updated: Set[Step],
     ) -> None:
         self.work, self.fixed, self.trainable, self.step = work, fixed, trainable, step
-        self.stash, self.waiting = stash, waiting
+        self.stash, self.waiting, self.updated = stash, waiting, updated
         self.has_gradients = False
         self.made = 0  # microbatches whose outputs exist
         self.most = self.latest = self.now
@@ -220,7 +227,7 @@ class _State:
             outputs=self.made * self.work.outputs,
         )
 
-    def do(self, i: Forward | Backward | BackwardWeight | Step) -> None:
+    def do(self, i: Forward | Backward | BackwardWeight | Step | Update) -> None:
         """Processes an instruction; ``latest`` is the peak during it."""
         self.waiting.reach(i)
         before, work = self.now, self.work
@@ -235,8 +242,10 @@ class _State:
             case Backward():
                 during = replace(before, working=work.first_backward)
                 self.has_gradients = True
+            case Step() | Update():
+                during = before
         self.stash.do(i)
-        if isinstance(i, Step):  # older weights that are still needed are copied before it begins
+        if isinstance(i, Update | Step) and i not in self.updated:  # weights still in use are copied before it begins
             during = replace(self.now, working=self.step)
             self.has_gradients = False
         self.latest = max(before, during, self.now, key=lambda held: held.total)

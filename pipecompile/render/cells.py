@@ -6,18 +6,30 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import floor, log10
 
-from pipecompile.ir.program import Backward, BackwardWeight, Compute, Forward, Recv, Reduce, Refresh, Send, Step
+from pipecompile.ir.program import (
+    Backward,
+    BackwardWeight,
+    Compute,
+    Forward,
+    Recv,
+    Reduce,
+    Refresh,
+    Send,
+    Step,
+    Update,
+)
 from pipecompile.ir.timeline import Span, Timeline
 from pipecompile.ir.units import bytes_text, seconds_text
 
-LETTERS = {Forward: "F", Backward: "B", BackwardWeight: "W", Reduce: "R", Step: "S", Refresh: "P"}
-KINDS = {"F": "forward", "B": "backward", "W": "weights", "R": "reduce", "S": "step", "P": "refresh"}
+LETTERS = {Forward: "F", Backward: "B", BackwardWeight: "W", Reduce: "R", Step: "S", Update: "U", Refresh: "P"}
+KINDS = {"F": "forward", "B": "backward", "W": "weights", "R": "reduce", "S": "step", "U": "update", "P": "refresh"}
 SHADES = {  # for even and odd microbatches, so that neighbors need no border; white text is readable on each
     "F": ("#2f7ed8", "#225fa6"),
     "B": ("#d1571c", "#a8441a"),
     "W": ("#a86b00", "#855500"),
     "R": ("#0f7f74", "#0b625a"),
     "S": ("#7a4fb5", "#5f3b91"),
+    "U": ("#a0468f", "#7d3670"),
     "P": ("#66707a", "#4d565e"),
 }
 
@@ -27,7 +39,7 @@ class Cell:
     """A computation with a duration, in seconds from the start of the timeline."""
 
     rank: int
-    kind: str  # F, B, W, R, S or P
+    kind: str  # F, B, W, R, S, U or P
     label: str  # "F0"; "2F0" if a rank runs several stages
     start: float
     end: float

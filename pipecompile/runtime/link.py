@@ -23,6 +23,7 @@ from pipecompile.ir.program import (
     Refresh,
     Send,
     Step,
+    Update,
     readers,
     reads,
 )
@@ -96,7 +97,7 @@ def _bound(
             return _sending(i, transport)
         case Recv():
             return _receiving(i, transport)
-        case Forward() | Backward() | BackwardWeight() | Reduce() | Step() | Refresh():
+        case Forward() | Backward() | BackwardWeight() | Reduce() | Step() | Update() | Refresh():
             return _computing(i, program.plan, _act(i, program, runners[i.stage]))
         case _:
             assert_never(i)
@@ -127,9 +128,9 @@ def _receiving(i: Recv, transport: Transport) -> Callable[[Row], tuple[Mark, Mar
 
 def _computing(i: Compute, plan: Plan, act: Act) -> Callable[[Row], tuple[Mark, Mark]]:
     sources = [(result.stage, str(Send(result, i.stage))) for result in reads(i, plan)]
-    targets = (
-        [] if isinstance(i, Step | BackwardWeight) else [(reader, str(Send(i, reader))) for reader in readers(i, plan)]
-    )
+    targets: list[tuple[int, str]] = []
+    if not isinstance(i, Step | Update | BackwardWeight):
+        targets = [(reader, str(Send(i, reader))) for reader in readers(i, plan)]
 
     def run(row: Row) -> tuple[Mark, Mark]:
         mailbox = row.mailbox
@@ -163,6 +164,8 @@ def _act(i: Compute, program: Program, runner: Runner) -> Act:
             )
         case Refresh(stage, _):
             return lambda microbatches, received: refreshed(stage, plan, runner.weights.current.leaves, received)
+        case Update():
+            return _alone(lambda microbatches: runner.update(tuple(microbatches.values())))
         case Step():
             return _alone(lambda microbatches: runner.step(tuple(microbatches.values())))
         case _:

@@ -32,6 +32,7 @@ from pipecompile.ir.program import (
     Refresh,
     Send,
     Step,
+    Update,
     dependencies,
 )
 from pipecompile.ops.accelerators import Mark, has_failed, is_accelerator
@@ -159,7 +160,7 @@ class Notes:
         """Where devices that have failed have stopped. Copies have a stream of their own."""
         found = [
             stop
-            for kind in ((Send,), (Forward, Backward, BackwardWeight, Reduce, Step, Refresh))
+            for kind in ((Send,), (Forward, Backward, BackwardWeight, Reduce, Step, Update, Refresh))
             for stop in next(filter(None, ([*notes.stops(devices, kind)] for notes in self.programs)), ())
         ]
         return [stop for stop in found if stop.is_ready] or found
@@ -217,6 +218,8 @@ def _in_words(i: Instruction, modules: str) -> str:
             kind = "sum of tied gradients"
         case Step(stage, microbatch):
             kind = "optimizer step"
+        case Update(stage, microbatch):
+            kind = "optimizer step for later forwards"
         case Refresh(stage, microbatch):
             kind = "copy of tied parameters"
     return f"stage {stage}, microbatch {microbatch}, {kind} ({i}, {modules})"

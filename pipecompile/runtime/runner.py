@@ -148,13 +148,21 @@ class Runner:
             where = f"in the gradients of weights of {self.stage.modules}"
             raise _named(error)(f"{where}: {type(error).__name__}: {error}") from error
 
+    def update(self, microbatches: Sequence[Microbatch]) -> None:
+        """Steps the stage's optimizer, for forwards after the next ``step``."""
+        self.weights.update(self._needed(microbatches))
+
     def step(self, microbatches: Sequence[Microbatch]) -> None:
-        """Steps the stage's optimizer; versions of the weights that a microbatch still needs are kept."""
+        """Lets forwards use the next version of the weights, for which the optimizer steps if it has not yet."""
+        self.weights.step(self._needed(microbatches))
+
+    def _needed(self, microbatches: Sequence[Microbatch]) -> list[Version]:
+        """The versions of the weights that pending backwards need; microbatches let go of others."""
         index = self.stage.index
         for microbatch in microbatches:
             if index not in microbatch.saved:
                 microbatch.versions.pop(index, None)
-        self.weights.step([m.versions[index] for m in microbatches if index in m.saved])
+        return [m.versions[index] for m in microbatches if index in m.saved]
 
     def _input(self, name: str, microbatch: Microbatch) -> Tensor:
         """An input of the model on this device; a leaf if it requires a gradient."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from weakref import WeakSet, ref
@@ -21,6 +21,7 @@ from pipecompile.capture.locks import Turn
 from pipecompile.errors import ExecutionError
 from pipecompile.ir.program import Forward, Instruction, Program
 from pipecompile.ir.timeline import Timeline
+from pipecompile.ir.weight_versions import Versions, lags_after, versions
 from pipecompile.ops.accelerators import in_autograd_thread
 from pipecompile.ops.device_args import threads_each
 from pipecompile.planning.planned import Planned
@@ -31,7 +32,7 @@ from pipecompile.runtime.lane import Callers
 from pipecompile.runtime.notes import Notes, failed
 from pipecompile.runtime.observers import Observers, hooks_on_saved
 from pipecompile.runtime.peers import OneProcess, Peers
-from pipecompile.schedule import carried_after
+from pipecompile.schedule import Schedule, carried_after
 
 
 class Rerun(StrEnum):
@@ -50,9 +51,17 @@ class Stream:
     next: int = 0  # the number of the next microbatch
     carried: frozenset[Instruction] = frozenset()
     microbatches: dict[int, Microbatch] = field(default_factory=dict)  # in flight, by number
+    policy: Schedule | None = None
+    versions: Versions | None = None  # of the weights that microbatches in flight use
+
+    @property
+    def lags(self) -> frozenset[tuple[Forward, int]]:
+        """The ``lags`` of the next program."""
+        return frozenset() if self.versions is None else lags_after(self.versions, self.carried)
 
     def advance(self, program: Program, entered: int) -> None:
         """Records that a program has run; drops microbatches whose backwards have ended."""
+        self.versions = versions(program, self.versions)
         self.carried = carried_after(program)
         self.next += entered
         self.microbatches = {n: m for n, m in self.microbatches.items() if m.saved}
@@ -64,7 +73,7 @@ class _Set:
 
     planned: ref[Planned]
     weights: dict[int, Weights]
-    executors: dict[int, Executor]
+    executors: dict[tuple[int, bool], Executor]
 
 
 _SESSIONS: WeakSet[Session] = WeakSet()
@@ -95,7 +104,7 @@ class Session:
         threads = threads_each([devices[rank] for rank in ranks])
         self.lanes = {rank: Lane(devices[rank], threads) for rank in ranks}
         self.weights: dict[int, Weights] = {}  # by stage, those of this process; shared by all captures
-        self.executors: dict[int, Executor] = {}
+        self.executors: dict[tuple[int, bool], Executor] = {}  # by ``id`` of the capture, and whether for its stream
         self._sets: dict[int, _Set] = {}  # by ``id`` of what was planned
         self.numbers: dict[int, int] = {}  # of captures in the order of their first calls, by ``id``
         self.stream = Stream()
@@ -124,14 +133,32 @@ class Session:
             self.peers.agree(f"a call of capture {number} with {modes}", tensors)
 
     def begin(self, compiled: Compiled) -> None:
-        """Begins a pass of a synchronous schedule, with every stage on the parameters' present values."""
+        """Begins a pass, with every stage on the parameters' present values."""
         self._own(compiled)
-        tail = compiled.division.tail
         for stage, weights in self.weights.items():
-            weights.begin(compiled.tensors(stage), frozenset(tail.writes if tail else ()))
+            weights.begin(compiled.tensors(stage), _written(compiled))
 
-    def run(self, compiled: Compiled, program: Program, microbatches: Mapping[int, Microbatch]) -> None:
+    @contextmanager
+    def pass_of(self, compiled: Compiled) -> Iterator[None]:
+        """A context for a pass that is not of a stream, on the parameters' present values; a stream waits meanwhile."""
+        if self.optimizer is None:
+            self.begin(compiled)
+            yield
+            return
+        self._own(compiled)
+        with ExitStack() as stack:
+            for stage, weights in self.weights.items():
+                stack.enter_context(weights.aside(compiled.tensors(stage), _written(compiled)))
+            yield
+
+    def run(
+        self, compiled: Compiled, program: Program, microbatches: Mapping[int, Microbatch], streams: bool = False
+    ) -> None:
         """Runs a lowered program in the modes of the calling thread.
+
+        Args:
+            streams: whether it is a part of the stream. Others run on results of their own, so that a stream that waits
+                stays as it is if they fail.
 
         Raises:
             ExecutionError: the session has been closed, or the call comes from a thread of autograd's own.
@@ -155,12 +182,12 @@ class Session:
             self.running = True
             try:
                 here = self.is_observed or self._runs_alone
-                ran = self._executor(compiled).run(program, microbatches, ambient, here)
+                ran = self._executor(compiled, streams).run(program, microbatches, ambient, here)
                 self._earlier, self.measured = self.measured, ran
             except BaseException as error:
                 self.notes.failed = True
-                for weights in self.weights.values():
-                    weights.drop_gradients()
+                for weights in self.weights.values() if streams or self.optimizer is None else ():
+                    weights.drop_gradients()  # but not those of a stream that waits
                 if self.peers.are_several:  # in one process, no name of the error may hold its frames' tensors
                     self._end_all(error)
                 raise
@@ -299,18 +326,25 @@ class Session:
             self._sets = {key: each for key, each in self._sets.items() if each.planned() is not None}
         return found
 
-    def _executor(self, compiled: Compiled) -> Executor:
-        if id(compiled) not in self.executors:
+    def _executor(self, compiled: Compiled, streams: bool) -> Executor:
+        if (id(compiled), streams) not in self.executors:
             rank_of = compiled.plan.rank_of
+            other = self.executors.get((id(compiled), not streams))
             runners = {
                 stage: Runner(compiled.stages[stage], weights, self.lanes[rank_of[stage]])
                 for stage, weights in self.weights.items()
             }
             transport = self.peers.transport(self.lanes, rank_of)
-            self.executors[id(compiled)] = Executor(
-                compiled.plan, runners, self.lanes, transport, self.callers, self.notes
+            self.executors[id(compiled), streams] = Executor(
+                compiled.plan, other.runners if other else runners, self.lanes, transport, self.callers, self.notes
             )
-        return self.executors[id(compiled)]
+        return self.executors[id(compiled), streams]
+
+
+def _written(compiled: Compiled) -> frozenset[str]:
+    """Names of tensors that a call writes after its forwards."""
+    tail = compiled.division.tail
+    return frozenset(tail.writes if tail else ())
 
 
 if hasattr(os, "register_at_fork"):

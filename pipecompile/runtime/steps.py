@@ -3,7 +3,7 @@
 evaluate      no gradients: forwards only
 train         the loss is an output: the whole schedule runs, ``loss.backward()`` returns the gradients
 defer         the caller computes the loss, or a dispatch mode looks on: forwards now, backwards when gradients arrive
-stream        asynchronous: the next segment of the stream; each microbatch is a minibatch with its own update
+stream        asynchronous: the next segment of the stream; the stages update for each microbatch, or each batch
 
 A call is rerun (``Snapshot``) for three gradients that its backwards did not cover: of an output other than the loss,
 if backwards ran from the loss (later calls are then deferred); of a loss computed with float16, at another scale than
@@ -28,11 +28,17 @@ from pipecompile.runtime.batch import Batch
 from pipecompile.runtime.delivery import Gradients, Saved, connected
 from pipecompile.runtime.rerun import Snapshot
 from pipecompile.runtime.session import Rerun, Session, Stream
-from pipecompile.schedule import MakeProgram, Segment, backward_only, drain, forward_only
+from pipecompile.schedule import MakeProgram, Schedule, backward_only, forward_only
 
 OF_A_PART = (
     "an output other than the loss got a gradient, but each process has it for its own part of the batch only, so the "
     "gradient of the whole batch is not known; compute the loss in the pipeline (loss_fn=, or labels in the call)"
+)
+
+OF_THE_BATCH = (
+    "the loss of {} is computed from the whole batch, after the stages, so no microbatch has a share of it from which "
+    "its backward could start; use schedule='pipedream', in which each microbatch is a batch of its own, or "
+    "schedule='1f1b', or a loss that is a mean or a sum over the samples"
 )
 
 
@@ -41,7 +47,7 @@ def run(
     batch: Batch,
     loss: int | None,
     schedule: MakeProgram,
-    segment: Segment | None = None,
+    policy: Schedule | None = None,
 ) -> dict[str, Tensor]:
     """Runs a batch as the kind of call that it needs, in the modes of the calling thread; returns tensors by node.
 
@@ -50,20 +56,20 @@ def run(
     Args:
         loss: the position of the loss among the outputs' tensors; None if the caller computes it.
         schedule: makes the program of a step.
-        segment: makes the segments of an asynchronous schedule, in which the stages step their own optimizers.
+        policy: an asynchronous schedule, in which the stages step their own optimizers.
     """
     with session.watched():
-        return _run(session, batch.on_copies(), loss, schedule, segment)
+        return _run(session, batch.on_copies(), loss, schedule, policy)
 
 
 def _run(
-    session: Session, batch: Batch, loss: int | None, schedule: MakeProgram, segment: Segment | None
+    session: Session, batch: Batch, loss: int | None, schedule: MakeProgram, policy: Schedule | None
 ) -> dict[str, Tensor]:
     session.agree(batch.compiled, batch.call.tensors.values())
     if not torch.is_grad_enabled() or not any(output.requires_grad for output in batch.outputs):
         return evaluate(session, batch)
-    if segment is not None and loss is not None:
-        return stream(session, batch, loss, segment)
+    if policy is not None and loss is not None:
+        return stream(session, batch, loss, policy)
     if loss is None or not batch.ends_in_body(loss) or session.defers or session.is_watched:
         return defer(session, batch)
     return train(session, batch, loss, schedule)
@@ -86,9 +92,9 @@ def train(session: Session, batch: Batch, loss: int, schedule: MakeProgram) -> d
 
 def _train(session: Session, batch: Batch, loss: int, schedule: MakeProgram, start: Snapshot) -> dict[str, Tensor]:
     def run(scale: float) -> dict[int, Microbatch]:
-        session.begin(batch.compiled)
         microbatches = _from_loss(batch, loss, start.seeds, scale)
-        session.run(batch.compiled, batch.program("train", schedule), microbatches)
+        with session.pass_of(batch.compiled):
+            session.run(batch.compiled, batch.program("train", schedule), microbatches)
         return microbatches
 
     not_scaled = batch.compiled.in_float16 or start.ambient.in_float16 or batch.compiled.has_own_backward
@@ -199,22 +205,25 @@ def _again(session: Session, start: Snapshot, why: Rerun) -> Iterator[None]:
         yield
 
 
-def stream(session: Session, batch: Batch, loss: int, segment: Segment) -> dict[str, Tensor]:
+def stream(session: Session, batch: Batch, loss: int, policy: Schedule) -> dict[str, Tensor]:
     """Runs the next segment of the stream; each microbatch's loss is computed with its own version of the weights."""
+    if policy.by_batch and not batch.ends_in_body(loss):
+        raise ExecutionError(OF_THE_BATCH.format(type(batch.compiled.captured.model).__name__))
     if session.stream.compiled is not batch.compiled:
         flush(session)
         session.begin(batch.compiled)
         session.stream.compiled = batch.compiled
     under_way = session.stream
     drawn = _drawn(session, batch)
-    name = str(batch.outputs[loss].node)
     entering = range(under_way.next, under_way.next + len(batch.rows))
-    parts = zip(entering, microbatches_of(batch, drawn), strict=True)
-    new = {number: replace(part, seeds={name: 1.0}) for number, part in parts}
+    parts = _from_loss(batch, loss, drawn, 1.0) if policy.by_batch else _each_from_loss(batch, loss, drawn)
+    new = dict(zip(entering, parts.values(), strict=True))
+    under_way.policy = policy
     under_way.microbatches.update(new)
-    program = batch.compiled.lowered(segment(batch.compiled.plan, entering, under_way.carried))
+    bare = policy.next_segment(batch.compiled.plan, entering, under_way.carried)
+    program = batch.compiled.lowered(replace(bare, lags=under_way.lags))
     try:
-        session.run(batch.compiled, program, under_way.microbatches)
+        session.run(batch.compiled, program, under_way.microbatches, streams=True)
     except BaseException:
         session.stream = Stream()
         raise
@@ -226,10 +235,12 @@ def flush(session: Session) -> None:
     """Flushes the stream: finishes every microbatch in flight, with its update."""
     under_way, session.stream = session.stream, Stream()
     session.peers.agree("to flush the pipeline")
-    if under_way.compiled is not None and under_way.carried:
+    compiled, policy = under_way.compiled, under_way.policy
+    if compiled is not None and policy is not None and under_way.carried:
         with torch.enable_grad(), session.watched():
-            program = under_way.compiled.lowered(drain(under_way.compiled.plan, under_way.carried))
-            session.run(under_way.compiled, program, under_way.microbatches)
+            bare = policy.drain(compiled.plan, under_way.carried)
+            program = compiled.lowered(replace(bare, lags=under_way.lags))
+            session.run(compiled, program, under_way.microbatches, streams=True)
 
 
 def _snapshot(session: Session, batch: Batch) -> Snapshot:
@@ -268,10 +279,9 @@ def _joined(session: Session, batch: Batch, microbatches: Mapping[int, Microbatc
 
 
 def _forward(session: Session, batch: Batch, drawn: Sequence[int | None]) -> dict[int, Microbatch]:
-    if session.optimizer is None:
-        session.begin(batch.compiled)
     microbatches = dict(enumerate(microbatches_of(batch, drawn)))
-    session.run(batch.compiled, batch.program("forward", forward_only), microbatches)
+    with session.pass_of(batch.compiled):
+        session.run(batch.compiled, batch.program("forward", forward_only), microbatches)
     return microbatches
 
 
@@ -288,6 +298,12 @@ def _from_loss(batch: Batch, loss: int, drawn: Sequence[int | None], scale: floa
     weights = batch.rows.weights if batch.joins[name] != Partial() else (1.0,) * len(batch.rows)
     parts = zip(microbatches_of(batch, drawn), weights[batch.here], strict=True)
     return {i: replace(part, seeds={name: weight * scale}) for i, (part, weight) in enumerate(parts)}
+
+
+def _each_from_loss(batch: Batch, loss: int, drawn: Sequence[int | None]) -> dict[int, Microbatch]:
+    """The microbatches of a batch; each backward starts from the gradient 1 of its own loss."""
+    name = str(batch.outputs[loss].node)
+    return {i: replace(part, seeds={name: 1.0}) for i, part in enumerate(microbatches_of(batch, drawn))}
 
 
 def _seed(

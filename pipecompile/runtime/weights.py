@@ -1,8 +1,9 @@
 """The weights of a stage, in all versions that pending backwards still need.
 
 A stage computes with leaves that share the memory of the model's parameters. Gradients accumulate in the leaves, and a
-leaf keeps its memory when the parameter moves to new memory. A version is therefore stashed without a copy: a step that
-would overwrite weights of a pending backward first gives each parameter new memory. Other versions are dropped.
+leaf keeps its memory when the parameter moves to new memory. A version is therefore stashed without a copy: an
+optimizer step that would overwrite weights that forwards or pending backwards still use first gives each parameter new
+memory. So the parameters always have the newest version. Other versions are dropped.
 
 Source: PipeDream (SOSP 2019), section 3.3, weight stashing: a backward uses the version of its forward. As there,
 optimizer state and buffers are not versioned.
@@ -10,7 +11,9 @@ optimizer state and buffers are not versioned.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -90,7 +93,8 @@ class Weights:
         self.optimizer = optimizer(trainable) if optimizer is not None and trainable else None
         self.written: Set[str] = frozenset()
         self.replicas: dict[str, Replica] = {}
-        self.current = self._version()
+        self.current = self._version()  # that forwards use
+        self.made: deque[Version] = deque()  # newer ones, which forwards do not use yet
         self.touched: list[Version] = []  # versions with gradients since the last step
         self.peak = 1  # maximum number of live versions
 
@@ -107,7 +111,17 @@ class Weights:
             self.optimizer.add_param_group({"params": new})
         self.gathered = self.homes.gathered(self.tensors)
         self.current = self._version()
-        self.touched.clear()  # left over from a stream that failed
+        self.made, self.touched = deque(), []  # left over from a stream that failed
+
+    @contextmanager
+    def aside(self, tensors: Mapping[str, Tensor], written: Set[str] = frozenset()) -> Iterator[None]:
+        """A context that begins such a pass beside a stream, which later goes on with the versions that it had."""
+        kept = self.current, self.made, self.touched, self.written
+        self.begin(tensors, written)
+        try:
+            yield
+        finally:
+            self.current, self.made, self.touched, self.written = kept
 
     def release(self) -> None:
         """Lets go of what was gathered: pending backwards hold the versions that they need."""
@@ -134,15 +148,29 @@ class Weights:
             leaf.grad = None
         self.touched.clear()
 
-    def step(self, pending: Iterable[Version]) -> None:
-        """Steps the optimizer on the latest weights, with the gradients since the last step.
+    def update(self, pending: Iterable[Version]) -> None:
+        """Makes a version by an optimizer step on the newest weights, with the gradients since the last one.
+
+        Forwards use it after the ``step`` for it.
 
         Args:
             pending: the versions that pending backwards need.
         """
-        needed = set(pending)
+        self._optimize({*pending, self.current, *self.made})
+
+    def step(self, pending: Iterable[Version]) -> None:
+        """Lets forwards use the next version, which is made now if ``update`` has not made it.
+
+        Args:
+            pending: the versions that pending backwards need.
+        """
+        if not self.made:
+            self._optimize(set(pending))
+        self.current = self.made.popleft()
+
+    def _optimize(self, needed: Set[Version]) -> None:
         self._gather()
-        if self.current in needed:
+        if (self.made[-1] if self.made else self.current) in needed:
             for tensor in self.tensors.values():
                 if tensor.requires_grad:
                     used_here(tensor.data)  # by forwards and backwards that are queued, if it is the caller's memory
@@ -150,8 +178,8 @@ class Weights:
         if self.optimizer is not None:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-        self.current = self._version()
-        self.peak = max(self.peak, len({*needed, self.current}))
+        self.made.append(self._version())
+        self.peak = max(self.peak, len({*needed, *self.made}))
 
     def _gather(self) -> None:
         for version in self.touched:

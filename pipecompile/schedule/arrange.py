@@ -32,7 +32,7 @@ from pipecompile.errors import InputError
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import Backward, Compute, Forward, Instruction, Program, Reduce, Step, is_tied
 
-Clock = Callable[[Compute], int]
+Clock = Callable[[Compute], float]
 
 
 def waves(plan: Plan, stride: int, hold: int = 0) -> Clock:

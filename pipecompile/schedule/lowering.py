@@ -19,9 +19,21 @@ Source: torch's ``_add_send_recv`` and zero-bubble's communication pass also ord
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from pipecompile.errors import ProgramError
-from pipecompile.ir.program import BackwardWeight, Instruction, Program, Recv, Send, Step, linearize, reads, sends
+from pipecompile.ir.program import (
+    BackwardWeight,
+    Instruction,
+    Program,
+    Recv,
+    Send,
+    Step,
+    Update,
+    linearize,
+    reads,
+    sends,
+)
 from pipecompile.ir.timeline import Timeline
 
 Key = tuple[float, int, int]  # seconds, index in the linear order, 0 for a computation and 1 for its transfers
@@ -43,7 +55,7 @@ def lower(program: Program, timeline: Timeline) -> Program:
     rows: list[list[Instruction]] = [[] for _ in program.ranks]
     for _, i in events:
         rows[program.plan.rank_of[i.stage]].append(i)
-    lowered = Program(program.plan, tuple(map(tuple, rows)), program.carried)
+    lowered = replace(program, ranks=tuple(map(tuple, rows)))
     lowered.validate()
     return lowered
 
@@ -60,7 +72,7 @@ def _transfers(program: Program, timeline: Timeline) -> Iterator[tuple[Key, Inst
     for send in _owed(program):
         yield from (((-1.0, 0, 1), send), ((-1.0, 0, 1), Recv(send.result, send.target)))
     for place, (_, i) in enumerate(linearize(program)):
-        if isinstance(i, Step | BackwardWeight | Send | Recv):
+        if isinstance(i, Step | Update | BackwardWeight | Send | Recv):
             continue
         for send in sends(i, program.plan):
             yield from (((end[i], place, 1), send), ((end[i], place, 1), Recv(i, send.target)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pipecompile.ir.program import Program, Refresh, is_tied
 
 
@@ -18,4 +20,4 @@ def refreshed(program: Program) -> Program:
         (*(Refresh(stage, first) for stage in tied if plan.rank_of[stage] == rank), *row)
         for rank, row in enumerate(program.ranks)
     )
-    return Program(plan, tuple(rows), program.carried)
+    return replace(program, ranks=tuple(rows))

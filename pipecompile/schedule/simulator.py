@@ -38,6 +38,7 @@ from pipecompile.ir.program import (
     Refresh,
     Send,
     Step,
+    Update,
     dependencies,
     linearize,
     sends,
@@ -59,7 +60,7 @@ def simulate(
         program: the program.
         costs: the cost of each stage per microbatch, on a device of speed 1.
         cluster: a device for each rank; by default equal devices, and transfers that take no time.
-        step_seconds: seconds of one Step, on a device of speed 1.
+        step_seconds: seconds of one Step or Update, on a device of speed 1.
         weight_part: the part of a backward's seconds that a BackwardWeight takes from its Backward.
 
     Raises:
@@ -80,7 +81,7 @@ def peak_bytes(program: Program, costs: Sequence[Cost]) -> tuple[int, ...]:
     """The peak bytes of each rank: each live version of its parameters, and the activations in flight.
 
     What a Forward saves is held until its Backward, or until its BackwardWeight. Gradients, optimizer state and
-    transfer buffers are not included. Carried Forwards count as version 0.
+    transfer buffers are not included.
     """
     rank_of, stashes = program.plan.rank_of, stash_at_start(program)
     held = [_held(stash, cost) for stash, cost in zip(stashes, costs, strict=True)]
@@ -125,7 +126,7 @@ class _Clock:
                 ready = max((self._end(needed) for needed in dependencies(i, self.plan)), default=0.0)
                 speed = 1.0 if self.cluster is None else self.cluster.devices[rank].speed
                 self.times[i] = self._occupied(rank, ready, self._seconds(i) / speed)
-                if not self.program.lowered and not isinstance(i, Step | BackwardWeight):
+                if not self.program.lowered and not isinstance(i, Step | Update | BackwardWeight):
                     for send in sends(i, self.plan):
                         self._transfer(send)
 
@@ -153,7 +154,9 @@ class _Clock:
                 return part * self.costs[i.stage].backward
             case BackwardWeight():
                 return self.weight_part * self.costs[i.stage].backward
-            case Step():
+            case Step() if i in self.program.updated:
+                return 0.0
+            case Step() | Update():
                 return self.step_seconds
             case _:
                 return 0.0  # a Reduce or Refresh takes negligible time compared with a Backward

@@ -383,10 +383,12 @@ def _batch_norm(how: str) -> Scene:
 SCENES |= {f"batch_norm_{how}": _batch_norm(how) for how in ("microbatch", "deferred")}
 
 
-def _pipedream(make: Callable[..., torch.optim.Optimizer], where: Sequence[int]) -> Scene:
+def _pipedream(
+    make: Callable[..., torch.optim.Optimizer], where: Sequence[int | str], schedule: str = "pipedream"
+) -> Scene:
     def run(machine: Machine) -> Figures:
         model = built(Net)
-        options = {"schedule": "pipedream", "optimizer": lambda parameters: make(parameters, lr=1e-2)}
+        options = {"schedule": schedule, "optimizer": lambda parameters: make(parameters, lr=1e-2)}
         pipe = piped(model, machine, where, **options)
         found = trained(model, pipe, lambda pipe, x, y: pipe(x, y).detach(), optimizer=None)
         pipe.pipeline.flush()
@@ -397,6 +399,8 @@ def _pipedream(make: Callable[..., torch.optim.Optimizer], where: Sequence[int])
 
 SCENES["pipedream"] = _pipedream(torch.optim.SGD, (0, 1))
 SCENES["pipedream_adam"] = _pipedream(torch.optim.Adam, (0, 1, 2))
+SCENES["pipedream_vertical_sync"] = _pipedream(torch.optim.Adam, (0, 1, 0), "pipedream-vertical-sync")
+SCENES["pipedream_2bw"] = _pipedream(torch.optim.Adam, (0, "cpu", 1), "pipedream-2bw")
 
 
 def _evaluated(where: Sequence[int | str]) -> Scene:

@@ -20,7 +20,7 @@ SOME = [
     "buffers_in_place",
 ]
 SEVERAL = ["named_tuple_output", "nested_output"]  # the caller's loss reads outputs of several stages
-SCHEDULES = ["sequential", "gpipe", "1f1b", "pipedream"]
+SCHEDULES = ["sequential", "gpipe", "1f1b", "pipedream", "pipedream-vertical-sync", "pipedream-2bw"]
 LIMIT = 280
 
 
@@ -31,13 +31,15 @@ def test_a_model_trains_alike(launcher: Launcher, name: str) -> None:
     assert found == [[], []]
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES if LONG else ["1f1b", "pipedream"])
+@pytest.mark.parametrize("schedule", SCHEDULES if LONG else ["1f1b", "pipedream-2bw"])
 @pytest.mark.parametrize("name", EVERY if LONG else ["skip_to_loss"])
 def test_a_schedule_trains_alike_over_four_processes(launcher: Launcher, name: str, schedule: str) -> None:
     found = launcher.returned("training_scenes:train", 4, limit=LIMIT, name=name, schedule=schedule)
     refused = all(each and each[0].startswith("refused: ") for each in found)  # in the same words as in threads
     away = all(each and "needs 'scale' in rank 0, which has sent it away" in each[0] for each in found)
-    assert found == [[], [], [], []] or ((refused or (away and name == "contrastive")) and schedule == "pipedream")
+    assert found == [[], [], [], []] or (
+        (refused or (away and name == "contrastive")) and schedule.startswith("pipedream")
+    )
 
 
 def test_a_later_call_that_needs_a_parameter_of_another_rank_is_refused(launcher: Launcher) -> None:

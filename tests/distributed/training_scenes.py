@@ -159,7 +159,7 @@ def train_in(way: str) -> list[str]:
 
 def _compared(model: Model, schedule: str, options: Mapping[str, Any]) -> Iterator[str]:
     size = dist.get_world_size()
-    asynchronous = schedule == "pipedream"
+    asynchronous = schedule.startswith("pipedream")
     options = {"schedule": schedule, "microbatches": 4, "costs": "count", **options}
     if asynchronous:
         options["optimizer"] = lambda parameters: torch.optim.SGD(parameters, 0.1, momentum=0.9)

@@ -82,12 +82,13 @@ def pipeline(make: Any, schedule: str, **options: Any) -> tuple[Any, Callable[[]
     """A pipeline, its training step, and the optimizer outside it."""
     torch.manual_seed(0)
     model, call = make()
-    if schedule == "pipedream":
+    inside = SCHEDULES[schedule].is_asynchronous
+    if inside:
         options["optimizer"] = torch.optim.Adam
     pipe = pipecompile.compile(
         model, ["cpu"] * STAGES, schedule=schedule, microbatches=4, example_inputs=call, costs="count", **options
     )
-    optimizer = None if schedule == "pipedream" else torch.optim.Adam(pipe.parameters())
+    optimizer = None if inside else torch.optim.Adam(pipe.parameters())
 
     def step() -> None:
         out = pipe(**call)
@@ -99,8 +100,16 @@ def pipeline(make: Any, schedule: str, **options: Any) -> tuple[Any, Callable[[]
     return pipe, step, optimizer
 
 
-@pytest.mark.parametrize("make", [transformer, convolutions, layers])
-@pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "pipedream"])
+STASHING = ["pipedream-vertical-sync", "pipedream-2bw"]
+CASES = [
+    (make, schedule)
+    for schedule in ["1f1b", "gpipe", "pipedream", *STASHING]
+    for make in [transformer, convolutions, layers]
+    if LONG or schedule not in STASHING or make is not transformer
+]
+
+
+@pytest.mark.parametrize(("make", "schedule"), CASES)
 def test_predicted_bytes_are_those_of_a_run(make: Any, schedule: str) -> None:
     pipe, step, optimizer = pipeline(make, schedule)
     counted = peaks(pipe, step, optimizer)
@@ -164,11 +173,20 @@ def test_a_backward_adds_gradients_and_frees_what_was_saved() -> None:
     assert (new.backward, new.first_backward) == (40, 40 + 4000 - 8)
 
 
-def test_pipedream_stashes_versions_and_frees_gradients() -> None:
+@pytest.mark.parametrize("microbatches", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("schedule", "stashed"),
+    [
+        ("pipedream", [200, 100, 0]),
+        ("pipedream-vertical-sync", [200, 200, 200]),
+        ("pipedream-2bw", [100, 100, 100]),
+    ],
+)
+def test_asynchronous_schedules_stash_versions(schedule: str, stashed: list[int], microbatches: int) -> None:
     costed = chain(saved=10_000)
     plan = Plan.of(costed.graph, [None, 0, 1, 2])
-    held = memory(costed, plan, SCHEDULES["pipedream"].steady(plan, 4)).stages
-    assert [stage.versions for stage in held] == [200, 100, 0]
+    held = memory(costed, plan, SCHEDULES[schedule].steady(plan, microbatches)).stages
+    assert [stage.versions for stage in held] == stashed
 
 
 def test_frozen_weights_have_no_gradients_nor_state() -> None:

@@ -320,8 +320,9 @@ def test_a_segment_that_does_not_fit_what_was_carried_is_refused():
 
 
 def test_the_registry_names_all_schedules():
-    assert list(SCHEDULES) == ["sequential", "gpipe", "1f1b", "zb-h1", "zb-h2", "pipedream"]
-    assert [name for name, it in SCHEDULES.items() if it.is_asynchronous] == ["pipedream"]
+    names = ["sequential", "gpipe", "1f1b", "zb-h1", "zb-h2", "pipedream", "pipedream-vertical-sync", "pipedream-2bw"]
+    assert list(SCHEDULES) == names
+    assert [name for name, it in SCHEDULES.items() if it.is_asynchronous] == names[5:]
     assert list(SYNCHRONOUS) == ["sequential", "gpipe", "1f1b", "zb-h1", "zb-h2"]
 
 
