@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pipecompile.capture.locks import CAPTURING
 from pipecompile.capture.loss import could_be_losses, find_loss
+from pipecompile.capture.state.caches import given_back
 from pipecompile.capture.state.model_state import named_tensors
 from pipecompile.compiler.batches import Batches, refuse_meta
 from pipecompile.compiler.compile_call import replanned
@@ -189,6 +190,11 @@ class Pipeline:
         return len(self._batches.captures)
 
     @property
+    def calls(self) -> int:
+        """The number of calls that have returned."""
+        return self._calls
+
+    @property
     def proofs(self) -> tuple[Proof, ...]:
         """The last comparison of each capture with the unsplit model, with and without gradients."""
         return tuple(self._proofs.values())
@@ -251,6 +257,10 @@ class Pipeline:
         self._prove(batch)
         if self.share is not None:
             self.share.settle()
+        return given_back((args, kwargs), self._output(batch))
+
+    def _output(self, batch: Batch) -> Any:
+        """Runs a batch that has been verified; returns the model's output."""
         try:
             with phase("step") if self._calls == 0 else nullcontext():
                 given = self._run(batch)

@@ -22,6 +22,7 @@ from pipecompile.partition.stage_nodes import Placed
 from pipecompile.partition.tied_nodes import tied_nodes
 from pipecompile.render.labels import replica_notes
 from pipecompile.runtime.compiled import Compiled
+from pipecompile.runtime.lift import only_sized
 from pipecompile.runtime.split import Stage
 
 
@@ -136,6 +137,14 @@ def _compiled(stage: Stage) -> list[str]:
     return [f"stage {stage.index}: {plural(len(parts), 'part')} by {stage.backend} ({made}){rest}", *failed]
 
 
+def _caches(compiled: Compiled) -> Iterator[str]:
+    """How many tensors of a key-value cache each stage reads, and where they stay between calls."""
+    held = {name for name, key in compiled.captured.call.cached.items() if not key.is_number}
+    for stage in compiled.stages:
+        if own := held.intersection(stage.inputs) - only_sized(stage):
+            yield f"stage {stage.index} reads {plural(len(own), 'tensor')} of the cache, which stay on {stage.device}"
+
+
 NOT_TIMED = Timing()
 
 
@@ -158,6 +167,7 @@ class Report:
         memory: peak bytes of each stage, by kind.
         links: latency and bandwidth between ranks.
         costs: where the costs come from.
+        caches: tensors of a key-value cache that the call passes, by the stage that reads them.
         learned: what the first training steps told of the plan, and whether the cut moved.
         calibration: measured and predicted seconds of each stage in the last training step.
         tied: parameters that several stages use.
@@ -181,6 +191,7 @@ class Report:
     memory: tuple[str, ...] = ()
     links: tuple[str, ...] = ()
     costs: tuple[str, ...] = ()
+    caches: tuple[str, ...] = ()
     learned: tuple[str, ...] = ()
     calibration: tuple[str, ...] = ()
     tied: tuple[str, ...] = ()
@@ -236,6 +247,7 @@ def describe(compiled: Compiled, timeline: Timeline | None = None) -> Report:
         memory=tuple(_memory(compiled)),
         links=tuple(_links(compiled.planned.cluster)),
         costs=(compiled.planned.costed.origin,),
+        caches=tuple(_caches(compiled)),
         calibration=tuple(_calibration(compiled, timeline)),
         tied=tuple(_tied(compiled)),
         remembered=compiled.planned.remembered,
