@@ -175,6 +175,7 @@ class Report:
         compiled: what ``torch.compile`` compiles of each stage, and what it does not.
         remembered: what earlier processes have measured or planned, and what was ignored or could not be kept.
         rerun: why calls were rerun in a backward, and how often.
+        mapped: why batches of ``map`` ran one after another, and how many.
         observed: what observed the calling thread, which therefore ran all stages itself, and how often.
         timing: the seconds of the first call, by phase.
     """
@@ -199,6 +200,7 @@ class Report:
     compiled: tuple[str, ...] = ()
     remembered: tuple[str, ...] = ()
     rerun: tuple[str, ...] = ()
+    mapped: tuple[str, ...] = ()
     observed: tuple[str, ...] = ()
     timing: Timing = NOT_TIMED
 
