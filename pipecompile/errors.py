@@ -18,9 +18,17 @@
 A message says what was seen, why it is not possible, and what to do.
 """
 
+from typing import Any
+
 
 class PipecompileError(Exception):
-    """Base class of the errors that pipecompile raises."""
+    """Base class of the errors that pipecompile raises.
+
+    Attributes:
+        instruction: what a stage was running, where the error comes from there.
+    """
+
+    instruction: Any = None
 
 
 class CaptureError(PipecompileError):

@@ -16,13 +16,14 @@ from typing import Any
 
 from torch import nn
 
+from pipecompile.compiler.generation import StagedEncoder, generating, is_generating
 from pipecompile.distributed.share import Share
 from pipecompile.errors import InputError
 from pipecompile.pipeline import Pipeline
 
 NAME = "pipeline"  # the only attribute that is added to those of the model
 RICH = "_repr_html_"  # what notebooks show, unless the model has its own
-GENERATE = "generate"  # method of transformers' models, run by the unsplit model
+GENERATE = "generate"  # method of transformers' models that calls the model once per token
 
 
 def as_model(pipeline: Pipeline) -> Any:
@@ -57,8 +58,8 @@ def as_model(pipeline: Pipeline) -> Any:
     }
     if not hasattr(base, RICH):
         members[RICH] = lambda self: pipeline._repr_html_()
-    if callable(getattr(base, GENERATE, None)):  # passes a key-value cache from call to call
-        members[GENERATE] = _by_the_model(getattr(base, GENERATE), pipeline)
+    if callable(getattr(base, GENERATE, None)):
+        members |= _of_a_generator(base, pipeline)
     if pipeline.share is not None:
         members |= _of_a_process(base, pipeline.share)
     try:
@@ -103,14 +104,32 @@ def _looking_up(base: type[nn.Module]) -> Callable[[Any, str], Any]:
     return __getattribute__
 
 
-def _by_the_model(method: Callable[..., Any], pipeline: Pipeline) -> Any:
-    """Returns a method that runs on the unsplit model."""
+def _of_a_generator(base: type[Any], pipeline: Pipeline) -> dict[str, Any]:
+    """Members of a pipe whose model generates: the stages run its calls, and its encoder."""
 
-    @functools.wraps(method)
-    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return getattr(pipeline.model, method.__name__)(*args, **kwargs)
+    @functools.wraps(getattr(base, GENERATE))
+    def generate(pipe: Any, *args: Any, **kwargs: Any) -> Any:
+        if pipeline.options.loss_fn is not None:
+            raise InputError(
+                "generate() needs the model's own output, but the stages return what loss_fn= returns; generate with a "
+                "pipe that is compiled without loss_fn=, or with pipe.pipeline.model"
+            )
+        before = pipeline.calls
+        with generating(moves_the_model=pipeline.captures == 0):
+            found = getattr(base, GENERATE)(pipe, *args, **kwargs)
+        if pipeline.calls == before:
+            raise InputError(
+                f"generate() of {base.__name__} has called modules inside it and never the pipe, so the unsplit model "
+                f"has generated; compile the model inside (peft.get_peft_model(pipecompile.compile(model, ...), ...)), "
+                f"or generate with pipe.pipeline.model"
+            )
+        return found
 
-    return run
+    def get_encoder(pipe: Any, *args: Any, **kwargs: Any) -> Any:
+        encoder = base.get_encoder(pipe, *args, **kwargs)
+        return StagedEncoder(pipe, encoder) if is_generating() and encoder is not pipe else encoder
+
+    return {GENERATE: generate} | ({"get_encoder": get_encoder} if hasattr(base, "get_encoder") else {})
 
 
 def _of_a_process(base: type[nn.Module], share: Share) -> dict[str, Any]:

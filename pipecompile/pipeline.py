@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from copy import deepcopy
 from dataclasses import replace
@@ -14,10 +15,12 @@ from torch import Tensor, nn
 
 from pipecompile.capture.locks import CAPTURING
 from pipecompile.capture.loss import could_be_losses, find_loss
+from pipecompile.capture.state.caches import given_back
 from pipecompile.capture.state.model_state import named_tensors
 from pipecompile.compiler.batches import Batches, refuse_meta
 from pipecompile.compiler.compile_call import replanned
 from pipecompile.compiler.learn import Learning
+from pipecompile.compiler.map_loader import Calls, mapped
 from pipecompile.compiler.metrics import metrics
 from pipecompile.compiler.options import Options, read_costs
 from pipecompile.compiler.plan_call import reused
@@ -27,7 +30,7 @@ from pipecompile.compiler.summary import summary
 from pipecompile.compiler.surroundings import Substituted
 from pipecompile.distributed.processes import Processes
 from pipecompile.distributed.share import Share
-from pipecompile.errors import InputError, PipecompileError
+from pipecompile.errors import ExecutionError, InputError, PipecompileError
 from pipecompile.ir.graph import CostedGraph
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.plan_options import PlanOptions
@@ -83,6 +86,7 @@ class Pipeline:
         self._proofs: dict[tuple[int, bool], Proof] = {}  # by the identity of the capture, and whether it trained
         self._left_out: dict[tuple[int, bool], str] = {}  # why a capture was not compared
         self.before_close: list[Callable[[], object]] = []
+        self._mapped: Counter[str] = Counter()  # batches of map() that ran alone, and why
         self._calls = 0
         self._phases = Phases()  # of the first call
         self._learning = Learning(self._batches, self._session)
@@ -208,6 +212,7 @@ class Pipeline:
             timing=self._phases.timing,
             learned=tuple(self._learning.said),
             rerun=tuple(f"{why} (times: {count})" for why, count in self._session.repeated.items()),
+            mapped=tuple(f"{why} (batches: {count})" for why, count in self._mapped.items()),
             observed=tuple(f"{who} (programs: {count})" for who, count in self._session.observed.items()),
         )
 
@@ -266,6 +271,11 @@ class Pipeline:
         return len(self._batches.captures)
 
     @property
+    def calls(self) -> int:
+        """The number of calls that have returned."""
+        return self._calls
+
+    @property
     def proofs(self) -> tuple[Proof, ...]:
         """The last comparison of each capture with the unsplit model, with and without gradients."""
         return tuple(self._proofs.values())
@@ -319,6 +329,51 @@ class Pipeline:
                 with self._learning.paused():
                     return called_with(self.model, self._batches.own, self._call, args, kwargs)
 
+    def map(self, loader: Iterable[Any]) -> Iterator[Any]:
+        """Runs the batches of a loader without gradients, and yields their outputs in order.
+
+        Each batch is one microbatch, and the stages work on different batches at a time: an output comes when as many
+        batches have followed as there are stages on the longest path, and the rest come when the loader has ended. If
+        the forward writes state, which the next batch may read, batches run one after another, and
+        ``report.mapped`` says why. Ends its threads when it ends, or is closed.
+
+        Args:
+            loader: yields dicts of keyword arguments, tuples or lists of positional ones, or tensors. The last batch
+                may be smaller.
+
+        Yields:
+            What the model returns for each batch, in its present mode; tensors are on the devices of their stages.
+
+        Raises:
+            InputError, CaptureError, PlanError, ExactnessError, ExecutionError: as a call, with the number of the
+                batch, which counts from 0. Or the model was changed while batches were in the pipeline.
+        """
+        self._refuse_several("mapped over a loader")
+        if self._session.closed:
+            raise ExecutionError("the pipeline has been closed, and its threads have ended; compile the model again")
+        return mapped(
+            Calls(
+                read=self._read_one,
+                alone=self._run_one,
+                session=lambda: Session(self.devices, None),
+                note=lambda why: self._mapped.update([why]),
+            ),
+            loader,
+        )
+
+    def _read_one(self, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Batch:
+        """A batch of one microbatch, whose capture is made and verified if need be."""
+        with self._session.turn.taken(again=False):
+            if self._batches.first is None:
+                self._fill(self._batches.of(*arguments))
+            batch = self._batches.of(*arguments, microbatches=1)
+            self._prove(batch)
+            return batch
+
+    def _run_one(self, batch: Batch, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
+        with self._session.turn.taken(again=False):
+            return given_back(arguments, self._output(batch))
+
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         last, batch = self._batches.last, self._batches.of(args, kwargs)
         if self._learning.look(last):
@@ -328,6 +383,10 @@ class Pipeline:
         self._prove(batch)
         if self.share is not None:
             self.share.settle()
+        return given_back((args, kwargs), self._output(batch))
+
+    def _output(self, batch: Batch) -> Any:
+        """Runs a batch that has been verified; returns the model's output."""
         try:
             with phase("step") if self._calls == 0 else nullcontext():
                 given = self._run(batch)

@@ -320,12 +320,47 @@ def test_a_pretrained_model_is_saved_and_read(make: Callable[[], nn.Module], tmp
     assert_equal(dict(again.double().state_dict()), dict(model.state_dict()))
 
 
-@pytest.mark.parametrize("make", [gpt2, llama])
-def test_the_unsplit_model_generates(make: Callable[[], nn.Module]) -> None:
-    pipe, model, (_, call) = both(make.__name__)
-    ids, options = call["input_ids"], {"max_new_tokens": 5, "do_sample": False}
-    assert torch.equal(pipe.eval().generate(ids, **options), model.eval().generate(ids, **options))
-    assert pipe.pipeline.captures == 0
+class Writer(nn.Module):
+    """Has a loop of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(WORDS, D), nn.Linear(D, WORDS)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.words(ids).mean(1))  # type: ignore[no-any-return]
+
+    def generate(self, ids: Tensor, count: int) -> Tensor:
+        for _ in range(count):
+            ids = torch.cat([ids, self(ids).argmax(-1, keepdim=True)], 1)
+        return ids
+
+
+def test_a_models_own_loop_calls_the_pipe() -> None:
+    model = Writer()
+    pipe = pipecompile.compile(copy.deepcopy(model), ["cpu", "cpu"], microbatches=2, costs="count")
+    ids = torch.randint(WORDS, (4, 3), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(pipe.generate(ids, 3), model.generate(ids, 3))
+    assert pipe.pipeline.calls == 3
+
+
+def test_a_loop_that_never_calls_the_pipe_is_refused() -> None:
+    """As that of a PEFT model, which calls the model inside."""
+
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Writer()
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.inner(ids)  # type: ignore[no-any-return]
+
+        def generate(self, ids: Tensor, count: int) -> Tensor:
+            return self.inner.generate(ids, count)
+
+    pipe = pipecompile.compile(Around(), ["cpu", "cpu"], microbatches=2, costs="count")
+    with pytest.raises(InputError, match=r"generate\(\) of Around has called modules inside it and never the pipe"):
+        pipe.generate(torch.zeros(4, 3, dtype=torch.int64), 2)
 
 
 # Other weights

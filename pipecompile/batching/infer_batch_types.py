@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
+import torch
 import torch.fx as fx
 from torch import Tensor
 
@@ -27,6 +28,7 @@ from pipecompile.capture.purity import has_effect, name_of
 from pipecompile.errors import InputError
 from pipecompile.ops.functional import number
 from pipecompile.ops.operators import function_of, is_opaque
+from pipecompile.ops.torch_internals import pytree
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Analysis:
         whole: early nodes that are replaced by the whole batch's value, or by a microbatch's rows of it.
         inside: nodes inside modules that passed an experiment as a whole; no other module reads them.
         tried: places of modules and functions without a rule whose samples stayed apart in an experiment.
-        at_most: the sizes (symbols) of the batch that experiments ran on; empty if there were no experiments.
+        at_most: the sizes (symbols) that experiments ran on and that their results may depend on.
     """
 
     kinds: Mapping[fx.Node, Kind | tuple[Kind, ...]]
@@ -82,6 +84,9 @@ class _Analyst:
     whole: set[fx.Node] = field(default_factory=set)
     inside: set[fx.Node] = field(default_factory=set)
     tried: list[str] = field(default_factory=list)
+    sizes: set[Any] = field(
+        default_factory=set
+    )  # symbols of the larger trace, in the values that experiments have computed
 
     def run(self) -> Analysis:
         self.scale = Scale(self.small, self.large)
@@ -106,7 +111,7 @@ class _Analyst:
         return Analysis(
             kinds=self.kinds, edits=self.edits, early=frozenset(self.early), whole=frozenset(self.whole),
             inside=frozenset(self.inside), tried=tuple(dict.fromkeys(self.tried)),
-            at_most=self.scale.sizes_tried if self.tried else {},
+            at_most={symbol: size for symbol, size in self.scale.sizes_tried.items() if symbol in self.sizes},
         )  # fmt: skip
 
     def _is_early(self, node: fx.Node) -> bool:
@@ -243,8 +248,18 @@ class _Analyst:
                 self.whole.discard(inner)
             self.inside -= set(found)
             self.tried.append(str(origin_of(node)))
+            seen = {n for inner in region for n in (inner, *inner.all_input_nodes)}
+            self.sizes |= {symbol for n in seen for symbol in _symbols(self.scale.twin[n])}
             return True
         return False
+
+
+def _symbols(node: fx.Node) -> Iterator[Any]:
+    """The symbols in the sizes of a node's tensors, or in its number."""
+    for value in pytree.tree_leaves(node.meta.get("val")):
+        for size in value.shape if isinstance(value, Tensor) else [value]:
+            if isinstance(size, torch.SymInt | torch.SymFloat | torch.SymBool):
+                yield from size.node._expr.free_symbols
 
 
 def _own(kind: Kind) -> Kind:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pipecompile.capture.batch_dims import Dims, Settled, find_batch, refuse_plain_batches
 from pipecompile.capture.pytrees import flatten
+from pipecompile.capture.state.caches import CacheKey, cache_key, caches_in
 from pipecompile.errors import InputError
 from pipecompile.ops.torch_internals import pytree
 
@@ -32,6 +33,8 @@ class Call:
         batch: Number of rows; None if no tensor has a batch dimension.
         batched: Names of the tensors that have a batch.
         dims: Batch dimension in the user's call, where it is not the first.
+        cached: For each tensor of a key-value cache, its place in the cache.
+        has_cache: Whether there is a key-value cache, which may be empty.
     """
 
     tensors: Mapping[str, Tensor]
@@ -42,6 +45,8 @@ class Call:
     batch: int | None
     batched: frozenset[str]
     dims: Mapping[str, int] = field(default_factory=dict)
+    cached: Mapping[str, CacheKey] = field(default_factory=dict)
+    has_cache: bool = False
 
     def rebuild(self, tensors: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Returns the user's positional and keyword arguments, with ``tensors`` in place of the call's own."""
@@ -105,7 +110,7 @@ def read_call(
         raise InputError(
             f"the model's forward cannot be called with these arguments: {error}; it takes {_signature(forward)}"
         ) from None
-    paths, spec = flatten((bound.args, bound.kwargs))
+    paths, spec = flatten((bound.args, bound.kwargs), counted=True)
     heads, names = _names(forward, [path for path, _ in paths])
     tensors = {name: leaf for name, (_, leaf) in zip(names, paths, strict=True) if isinstance(leaf, Tensor)}
     leaves = tuple(
@@ -118,6 +123,8 @@ def read_call(
     given = {
         n: in_dims.get(n, in_dims.get(head)) for n, head in zip(names, heads, strict=True) if {n, head} & {*in_dims}
     }
+    cached = {n: key for n, (path, _) in zip(names, paths, strict=True) if n in tensors and (key := cache_key(path))}
+    given |= {name: None for name, key in cached.items() if key.is_number}
     batch = find_batch(tensors, {n: dim for n, dim in given.items() if n in tensors}, settled or {})
     refuse_plain_batches(bound.arguments, batch.rows, in_dims)
     elsewhere = {name: dim for name, dim in batch.dims.items() if dim}
@@ -132,6 +139,8 @@ def read_call(
         batch=batch.rows,
         batched=frozenset(batch.dims),
         dims=elsewhere,
+        cached=cached,
+        has_cache=bool(caches_in((bound.args, bound.kwargs))),
     )
 
 

@@ -26,13 +26,20 @@ from pipecompile.ops.torch_internals import pytree
 
 
 @dataclass(frozen=True, slots=True)
+class Given:
+    """A tensor of the call, which forward returns as it is."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class Output:
     """One leaf of the model's output: a tensor of the graph, a size, or a Python value that is the same in every call.
 
     Attributes:
         name: Path in the output: ``"loss"``, ``"logits"``, ``"0"``.
-        node: Name of the fx node; None if the output is not a tensor.
-        value: The size, as an expression, or the Python value.
+        node: Name of the fx node; None if the graph does not compute the output.
+        value: The size, as an expression, or the Python value, or ``Given``.
         batch_dim: Dimension along which the microbatches are joined; None if the output has no batch.
         is_scalar: Whether it is a floating-point tensor without dimensions.
         is_shared: Whether it depends on no batched argument.
@@ -242,9 +249,13 @@ class Captured:
             dropped: What stands for a tensor that the user does not want.
         """
         sizes = self.size_values(inputs)
-        leaves = [resolve(o.value, sizes) if o.node is None else values[o.node] for o in self.outputs]
+        leaves = [_value(o.value, sizes, inputs) if o.node is None else values[o.node] for o in self.outputs]
         leaves = [dropped if o.is_dropped else leaf for o, leaf in zip(self.outputs, leaves, strict=True)]
         return pytree.tree_unflatten(leaves, self.out_spec)
+
+
+def _value(value: Any, sizes: Mapping[sympy.Symbol, int], inputs: Mapping[str, Tensor]) -> Any:
+    return inputs[value.name] if isinstance(value, Given) else resolve(value, sizes)
 
 
 def sample_sizes(sizes: Mapping[sympy.Symbol, tuple[str, int]], call: Call, microbatch: int) -> dict[sympy.Symbol, int]:

@@ -88,6 +88,9 @@ class _Symbols:
         if dim == 0 and name in self.call.batched:
             kind, size = "batch", self.microbatch
             is_symbol = SymbolicSizes.BATCH in self.symbolic
+        elif (key := self.call.cached.get(name)) is not None:
+            kind, size = f"cache {key.part}", int(real.shape[dim])
+            is_symbol = SymbolicSizes.LENGTHS in self.symbolic and dim == (1 if key.is_number else real.ndim - 2)
         else:
             kind, size = "length", int(real.shape[dim])
             is_symbol = self._is_length(real, dim, size)

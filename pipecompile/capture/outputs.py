@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipecompile.capture.ancestors import ancestors
 from pipecompile.capture.call import Call
-from pipecompile.capture.captured import Output
+from pipecompile.capture.captured import Given, Output
 from pipecompile.capture.fake_inputs import FakeInputs
 from pipecompile.capture.node_table import NodeTable
 from pipecompile.capture.output_batch_dims import batch_dim
@@ -84,12 +84,17 @@ class Outputs:
         leaves, spec = flatten(out)
         with self.mode:
             lowered = [self.table.lower(leaf) for _, leaf in leaves]
-        lowered = [self._as_output(leaf, low) for (_, leaf), low in zip(leaves, lowered, strict=True)]
+        lowered = [self._as_output(leaf, self._given(low)) for (_, leaf), low in zip(leaves, lowered, strict=True)]
         outputs = tuple(self._output(path, leaf, low) for (path, leaf), low in zip(leaves, lowered, strict=True))
         nodes = {node.name: node for node in self.table.graph.nodes}
         returned = [low for low in lowered if isinstance(low, fx.Node)]
         self.table.graph.output((*returned, *(nodes[str(output.node)] for output in self.left.values())))
         return outputs, spec
+
+    def _given(self, lowered: Any) -> Any:
+        """Returns ``Given`` for a tensor of a cache that forward has left as it is: no stage passes it on."""
+        own = isinstance(lowered, fx.Node) and lowered.op == "placeholder" and lowered.name in self.call.cached
+        return Given(lowered.name) if own else lowered
 
     def _leave(self, tensor: Tensor, node: fx.Node) -> None:
         self.left.setdefault(node.name, replace(self._output((), tensor, node), name=node.name))
@@ -100,6 +105,8 @@ class Outputs:
             return leaf.concrete()
         if isinstance(leaf, torch.SymInt | torch.SymFloat | torch.SymBool):
             return leaf.node.expr
+        if isinstance(lowered, Given):
+            return lowered
         if isinstance(leaf, Tensor) and self.table.aliases.buffer_of(leaf) in self.tensors.buffers:
             return self.table.emit(torch.clone, (lowered,), like=lowered)  # the next microbatch may write it
         if isinstance(lowered, fx.Node) and lowered.op == "get_attr":
@@ -108,6 +115,8 @@ class Outputs:
 
     def _output(self, path: Any, leaf: Any, lowered: Any) -> Output:
         name = ".".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path)
+        if isinstance(lowered, Given):
+            return Output(name, None, lowered, batch_dim=batch_dim(leaf, self.batch, self.table.sizes.shapes))
         if not isinstance(lowered, fx.Node):
             return Output(name, None, lowered)
         scalar = leaf.ndim == 0 and leaf.dtype.is_floating_point

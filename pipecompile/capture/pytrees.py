@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipecompile.capture.state.caches import Kept, is_cache
 from pipecompile.errors import CaptureError
 from pipecompile.ops.torch_internals import pytree
 
@@ -33,8 +34,12 @@ def _paths(spec: pytree.TreeSpec) -> Iterator[tuple[Any, ...]]:
             yield (pytree.MappingKey(names[i]) if named else pytree.SequenceKey(i), *path)
 
 
-def flatten(tree: Any) -> tuple[list[tuple[Any, Any]], pytree.TreeSpec]:
+def flatten(tree: Any, counted: bool = False) -> tuple[list[tuple[Any, Any]], pytree.TreeSpec]:
     """Returns the leaves with their paths, and the tree; registers dataclasses that torch does not know.
+
+    Args:
+        tree: Arguments or an output.
+        counted: Whether numbers of tokens in caches are sizes of empty tensors, as among arguments.
 
     Raises:
         CaptureError: A leaf is an object that contains tensors and that torch cannot flatten.
@@ -46,8 +51,8 @@ def flatten(tree: Any) -> tuple[list[tuple[Any, Any]], pytree.TreeSpec]:
             break
         for kind in unknown:
             pytree.register_dataclass(kind)
-    if any(isinstance(leaf, torch.Size) for leaf in pytree.tree_leaves(tree, is_leaf=_is_size)):
-        leaves, spec = with_paths(pytree.tree_map(_kept, tree, is_leaf=_is_size))
+    if any(_is_whole(leaf) for leaf in pytree.tree_leaves(tree, is_leaf=_is_whole)):
+        leaves, spec = with_paths(pytree.tree_map(lambda leaf: _kept(leaf, counted), tree, is_leaf=_is_whole))
     for path, leaf in leaves:
         _refuse_hidden_tensors(pytree.keystr(path), leaf)
     return leaves, spec
@@ -68,12 +73,14 @@ pytree.register_pytree_node(
 )
 
 
-def _is_size(tree: Any) -> bool:
-    return isinstance(tree, torch.Size)
+def _is_whole(tree: Any) -> bool:
+    return isinstance(tree, torch.Size) or is_cache(tree)
 
 
-def _kept(leaf: Any) -> Any:
-    return _Size(tuple(leaf)) if isinstance(leaf, torch.Size) else leaf
+def _kept(leaf: Any, counted: bool) -> Any:
+    if isinstance(leaf, torch.Size):
+        return _Size(tuple(leaf))
+    return Kept(leaf, counted) if is_cache(leaf) else leaf
 
 
 def _refuse_hidden_tensors(path: str, leaf: Any) -> None:

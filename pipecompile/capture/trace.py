@@ -35,6 +35,7 @@ from pipecompile.capture.real_tensors import RealTensors
 from pipecompile.capture.recorder import Recorder
 from pipecompile.capture.scopes import Scopes
 from pipecompile.capture.state.attribute_trace import Watch
+from pipecompile.capture.state.caches import filled, parts_of_caches
 from pipecompile.capture.state.container_proxies import without_stand_ins
 from pipecompile.capture.state.fingerprints import imprint
 from pipecompile.capture.state.guards import Attribute, Attributes
@@ -134,7 +135,7 @@ class Trace:
         paths = {id(module): path for path, module in reversed([*self.model.named_modules()])}
         with (
             with_fakes(self.model, fakes, self._is_replaced) as changes,
-            without_caches(self.model) as (notes, caches),
+            without_caches(self.model, self.call.has_cache) as (notes, caches),
         ):
             plain = [leaf for leaf in self.call.leaves if not isinstance(leaf, TensorName)]
             watch = Watch(
@@ -150,7 +151,7 @@ class Trace:
             )
             try:
                 with watch.watching(), forgotten(self.model):
-                    out = self._run(inputs.tensors, paths)
+                    out = self._run(inputs.tensors, paths, watch)
             finally:
                 self.stood_in, self.drew_whole = watch.drawing.stood_in, watch.drawing.in_leaf
         watch.note([*changes.attributes, *self._frozen(fakes)], noted.filled())
@@ -190,7 +191,7 @@ class Trace:
             if name in self.tensors.parameters and fake.is_leaf and fake.requires_grad != real[name].requires_grad
         ]
 
-    def _run(self, inputs: Mapping[str, Tensor], paths: Mapping[int, str]) -> Any:
+    def _run(self, inputs: Mapping[str, Tensor], paths: Mapping[int, str], watch: Watch) -> Any:
         ran = self.recorder.ran
         observing = ran.pause()  # what follows is not the model's own code
         try:
@@ -208,7 +209,8 @@ class Trace:
                 ran.resume(observing)
                 try:
                     args, kwargs = self.call.rebuild(inputs)
-                    return self.forward(*args, **kwargs)
+                    watch.own(parts_of_caches((args, kwargs)))
+                    return filled((args, kwargs), self.forward(*args, **kwargs))
                 finally:
                     ran.pause()
         except PipecompileError:

@@ -26,6 +26,7 @@ from pipecompile.partition.tied_nodes import tied_nodes
 from pipecompile.render.labels import replica_notes
 from pipecompile.render.notebook import topics_html
 from pipecompile.runtime.compiled import Compiled
+from pipecompile.runtime.lift import only_sized
 from pipecompile.runtime.split import Stage
 
 
@@ -186,6 +187,14 @@ def _warnings(compiled: Compiled) -> Iterator[str]:
         )
 
 
+def _caches(compiled: Compiled) -> Iterator[str]:
+    """How many tensors of a key-value cache each stage reads, and where they stay between calls."""
+    held = {name for name, key in compiled.captured.call.cached.items() if not key.is_number}
+    for stage in compiled.stages:
+        if own := held.intersection(stage.inputs) - only_sized(stage):
+            yield f"stage {stage.index} reads {plural(len(own), 'tensor')} of the cache, which stay on {stage.device}"
+
+
 NOT_TIMED = Timing()
 
 
@@ -211,6 +220,7 @@ class Report:
         memory: peak bytes of each stage, by kind.
         links: latency and bandwidth between ranks.
         costs: where the costs come from.
+        caches: tensors of a key-value cache that the call passes, by the stage that reads them.
         learned: what the first training steps told of the plan, and whether the cut moved.
         calibration: measured and predicted seconds of each stage in the last training step.
         tied: parameters that several stages use.
@@ -218,6 +228,7 @@ class Report:
         compiled: what ``torch.compile`` compiles of each stage, and what it does not.
         remembered: what earlier processes have measured or planned, and what was ignored or could not be kept.
         rerun: why calls were rerun in a backward, and how often.
+        mapped: why batches of ``map`` ran one after another, and how many.
         observed: what observed the calling thread, which therefore ran all stages itself, and how often.
         timing: the seconds of the first call, by phase.
     """
@@ -237,6 +248,7 @@ class Report:
     memory: tuple[str, ...] = ()
     links: tuple[str, ...] = ()
     costs: tuple[str, ...] = ()
+    caches: tuple[str, ...] = ()
     learned: tuple[str, ...] = ()
     calibration: tuple[str, ...] = ()
     tied: tuple[str, ...] = ()
@@ -244,6 +256,7 @@ class Report:
     compiled: tuple[str, ...] = ()
     remembered: tuple[str, ...] = ()
     rerun: tuple[str, ...] = ()
+    mapped: tuple[str, ...] = ()
     observed: tuple[str, ...] = ()
     timing: Timing = NOT_TIMED
 
@@ -325,6 +338,7 @@ def describe(compiled: Compiled, timeline: Timeline | None = None) -> Report:
         memory=tuple(_memory(compiled)),
         links=tuple(_links(compiled.planned.cluster)),
         costs=(compiled.planned.costed.origin,),
+        caches=tuple(_caches(compiled)),
         calibration=tuple(_calibration(compiled, timeline)),
         tied=tuple(_tied(compiled)),
         remembered=compiled.planned.remembered,

@@ -106,24 +106,7 @@ def memory(
             copy of all, torch's way on CUDA), or in one kernel ("fused", no copy).
         timeline: of the program, simulated or measured; without it ``waiting`` is an upper bound.
     """
-    in_flight = versions(program).in_flight
-    stashes = stash_at_start(program)
-    stages = []
-    for stage, stash in enumerate(stashes):
-        work = load(costed, plan, stage)
-        held, trainable, owned = _parameters(costed, plan, stage)
-        fixed = Bytes(
-            parameters=held,
-            optimizer=round(optimizer_state * sum(owned)),
-            waiting=sum(tied.nbytes * len(tied.followers) for tied in plan.tied if tied.owner == stage),
-            buffers=buffers[stage] if buffers else 0,
-            tail=tail if stage == plan.num_stages - 1 else 0,
-        )
-        copies = {"single": STEP_COPIES * max(owned, default=0), "foreach": sum(owned), "fused": 0}[step]
-        waiting = (
-            _Bound(work, plan, stage, in_flight) if timeline is None else _Clock(work, plan, stage, program, timeline)
-        )
-        stages.append(_State(work, fixed, trainable, copies, stash, waiting, program.updated))
+    stages = stage_states(costed, plan, program, optimizer_state, buffers, tail, step, timeline)
     rank_of = program.plan.rank_of
     ranks = [
         sum(s.now.total for s, r in zip(stages, rank_of, strict=True) if r == rank)
@@ -138,6 +121,37 @@ def memory(
                 ranks[rank] = max(ranks[rank], others + stages[i.stage].latest.total)
         ranks[rank] = max(ranks[rank], sum(state.end().total for state in mine))
     return Memory(tuple(state.most for state in stages), tuple(ranks))
+
+
+def stage_states(
+    costed: CostedGraph,
+    plan: Plan,
+    program: Program,
+    optimizer_state: float,
+    buffers: Sequence[int],
+    tail: int,
+    step: How,
+    timeline: Timeline | None,
+) -> list[StageState]:
+    """What each stage holds before its first instruction. Arguments are those of ``memory``."""
+    in_flight = versions(program).in_flight
+    stages = []
+    for stage, stash in enumerate(stash_at_start(program)):
+        work = load(costed, plan, stage)
+        held, trainable, owned = _parameters(costed, plan, stage)
+        fixed = Bytes(
+            parameters=held,
+            optimizer=round(optimizer_state * sum(owned)),
+            waiting=sum(tied.nbytes * len(tied.followers) for tied in plan.tied if tied.owner == stage),
+            buffers=buffers[stage] if buffers else 0,
+            tail=tail if stage == plan.num_stages - 1 else 0,
+        )
+        copies = {"single": STEP_COPIES * max(owned, default=0), "foreach": sum(owned), "fused": 0}[step]
+        waiting = (
+            _Bound(work, plan, stage, in_flight) if timeline is None else _Clock(work, plan, stage, program, timeline)
+        )
+        stages.append(StageState(work, fixed, trainable, copies, stash, waiting, program.updated))
+    return stages
 
 
 def _parameters(costed: CostedGraph, plan: Plan, stage: int) -> tuple[int, int, list[int]]:
@@ -195,7 +209,7 @@ class _Clock:
         return sum(nbytes * max(0, bisect_right(times, self.until) - self.done) for nbytes, times in self.arrivals)
 
 
-class _State:
+class StageState:
     """The memory of one stage while its instructions are processed."""
 
     def __init__(

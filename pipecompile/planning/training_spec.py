@@ -51,11 +51,14 @@ class Workload:
             buffers: bytes of buffers of each stage.
             bound: return an upper bound instead, which holds whatever the times of instructions are.
         """
-        at_once = not all(device.is_cpu for device in cluster.devices)
-        step: How = "fused" if self.fused else "foreach" if at_once else "single"
         program = self.schedule(plan, self.microbatches)
         timeline = None if bound else simulate(program, stage_costs(costed, plan), cluster)
-        return memory(costed, plan, program, self.state, buffers, self.tail, step, timeline)
+        return memory(costed, plan, program, self.state, buffers, self.tail, self.step_on(cluster), timeline)
+
+    def step_on(self, cluster: Cluster) -> How:
+        """How the optimizer updates parameters on some devices."""
+        at_once = not all(device.is_cpu for device in cluster.devices)
+        return "fused" if self.fused else "foreach" if at_once else "single"
 
     def step_seconds(self, costed: CostedGraph, plan: Plan, cluster: Cluster) -> float:
         """Predicted seconds of a step, including the transfer of tied parameters to other stages and replicas."""

@@ -12,11 +12,9 @@ from collections.abc import Iterator, Sequence
 from pipecompile.ir.cluster import Cluster
 from pipecompile.ir.graph import CostedGraph
 from pipecompile.ir.plan import Plan
-from pipecompile.ir.program import Backward, BackwardWeight, Forward, Program, Step
+from pipecompile.ir.program import Backward, BackwardWeight, Forward, Program, Step, Update
 from pipecompile.ir.timeline import Timeline
-from pipecompile.ir.weight_versions import stash_at_start
-from pipecompile.planning.memory import STEP_COPIES, Bytes, _Clock, _parameters, _State
-from pipecompile.planning.stage_memory import load
+from pipecompile.planning.memory import StageState, stage_states
 from pipecompile.planning.training_spec import Workload
 from pipecompile.render.cells import start_of
 from pipecompile.render.page import Level
@@ -46,43 +44,17 @@ def memory_levels(
     """
     if not any(isinstance(i, Backward) for i in program.instructions):
         return ()
-    states = _states(costed, plan, program, timeline, work, cluster, buffers)
+    step = work.step_on(cluster)
+    states = stage_states(costed, plan, program, work.state, buffers, work.tail, step, timeline)
     return tuple(tuple(_levels(program, rank, timeline, states)) for rank in range(len(program.ranks)))
 
 
-def _states(
-    costed: CostedGraph,
-    plan: Plan,
-    program: Program,
-    timeline: Timeline,
-    work: Workload,
-    cluster: Cluster,
-    buffers: Sequence[int],
-) -> list[_State]:
-    at_once = not all(device.is_cpu for device in cluster.devices)
-    states = []
-    for stage, stash in enumerate(stash_at_start(program)):
-        of_one = load(costed, plan, stage)
-        held, trainable, owned = _parameters(costed, plan, stage)
-        fixed = Bytes(
-            parameters=held,
-            optimizer=round(work.state * sum(owned)),
-            waiting=sum(tied.nbytes * len(tied.followers) for tied in plan.tied if tied.owner == stage),
-            buffers=buffers[stage] if buffers else 0,
-            tail=work.tail if stage == plan.num_stages - 1 else 0,
-        )
-        copies = 0 if work.fused else sum(owned) if at_once else STEP_COPIES * max(owned, default=0)
-        clock = _Clock(of_one, plan, stage, program, timeline)
-        states.append(_State(of_one, fixed, trainable, copies, stash, clock))
-    return states
-
-
-def _levels(program: Program, rank: int, timeline: Timeline, states: Sequence[_State]) -> Iterator[Level]:
+def _levels(program: Program, rank: int, timeline: Timeline, states: Sequence[StageState]) -> Iterator[Level]:
     zero, times = start_of(timeline), {span.instruction: span for span in timeline.spans}
     mine = [state for state, of in zip(states, program.plan.rank_of, strict=True) if of == rank]
     at, makespan = 0.0, timeline.makespan
     for i in program.ranks[rank]:
-        if not isinstance(i, Forward | Backward | BackwardWeight | Step):
+        if not isinstance(i, Forward | Backward | BackwardWeight | Step | Update):
             continue
         span, state = times[i], states[i.stage]
         others = sum(each.now.total for each in mine if each is not state)

@@ -305,6 +305,7 @@ class Executor:
         else:
             named = ExecutionError(f"{where}: {type(error).__name__}: {error}")
             named.__cause__ = error
+        named.instruction = i
         return named
 
     def _out_of_memory(self, i: Instruction, error: Exception, microbatches: int) -> OutOfMemoryError:

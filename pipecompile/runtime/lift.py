@@ -58,6 +58,15 @@ def read_only(stage: Stage) -> frozenset[str]:
     return frozenset(name for name, node in pairs if all(map(_only_reads, node.users)))
 
 
+def only_sized(stage: Stage) -> frozenset[str]:
+    """The model inputs of which a stage reads the sizes only, on whatever device they are."""
+    arguments = [node for node in stage.module.graph.nodes if node.op == "placeholder"]
+    pairs = zip(stage.inputs, arguments, strict=False)
+    return frozenset(
+        name for name, node in pairs if all((it.op, it.target) == ("call_method", "size") for it in node.users)
+    )
+
+
 def _only_reads(user: fx.Node) -> bool:
     """Whether a call is of a known function that sets nothing; torch's names of those that do end with "_"."""
     if user.op == "call_module" or (is_opaque(user.target) and not is_traceable(user.target)):

@@ -20,7 +20,7 @@ from pipecompile.ops.split_backward import Queue, queued
 from pipecompile.ops.torch_internals import _engine_run_backward
 from pipecompile.runtime.anomalies import looks_for_nan, watch_backward, watched_forward
 from pipecompile.runtime.lane import Lane, Value, Values
-from pipecompile.runtime.lift import lift, read_only
+from pipecompile.runtime.lift import lift, only_sized, read_only
 from pipecompile.runtime.out_of_memory import OutOfMemoryError
 from pipecompile.runtime.split import Stage
 from pipecompile.runtime.weights import Version, Weights
@@ -64,6 +64,7 @@ class Runner:
         self.lane = lane
         self.parameters = tuple(stage.names.values())
         self.read_only = read_only(stage)
+        self.only_sized = only_sized(stage)
         argument = {name: place for place, name in enumerate(stage.arguments)}
         returned = {name: place for place, name in enumerate(stage.returns)}
         self.takes = {source: [argument[name] for name in names] for source, names in stage.receives.items()}
@@ -166,7 +167,10 @@ class Runner:
 
     def _input(self, name: str, microbatch: Microbatch) -> Tensor:
         """An input of the model on this device; a leaf if it requires a gradient."""
-        tensor = self.lane.fetch(microbatch.inputs[name])
+        tensor = microbatch.inputs[name]
+        if name in self.only_sized and not tensor.requires_grad:
+            return tensor
+        tensor = self.lane.fetch(tensor)
         return tensor if name in self.read_only and not tensor.requires_grad else _cut_off(tensor)
 
     def _call(self, function: Function, arguments: Sequence[Value]) -> tuple[Tensor, ...]:

@@ -78,14 +78,14 @@ def _of_model(trial: Trial, rows: Rows) -> Outputs:
 
     with (
         left_as_before(trial.model, reach=trial.reach),
-        without_caches(trial.model),
+        without_caches(trial.model, trial.batch.call.has_cache),
         ExitStack() as stack,
     ):
         for path, module in trial.model.named_modules():
             stack.callback(module.register_forward_hook(hook(path)).remove)
         stack.enter_context(statistics_of(rows))
         near = stack.enter_context(on_one_device(trial.model))
-        args, kwargs = near(trial.batch.call.rebuild(trial.batch.call.tensors))
+        args, kwargs = trial.batch.call.rebuild(near(trial.batch.call.tensors))
         out = trial.forward(*args, **kwargs)
     own = [[t.detach().clone()] if isinstance(t, Tensor) else [] for t in leaves_of(out)]
     return {**seen, STEP: [own]}

@@ -197,12 +197,12 @@ def unsplit_step(trial: Trial, rows: Rows, seeds: Seeds | None, device: torch.de
     found: list[Tensor | None] = [None] * len(tensors)
     with (
         _observed(trial) as seen,
-        without_caches(trial.model),
+        without_caches(trial.model, batch.call.has_cache),
         on_one_device(trial.model, device) as near,
         torch.set_grad_enabled(trial.trains),
     ):
         for k, part in enumerate(scatter(batch.call, rows) if len(rows) > 1 else [batch.call.tensors]):
-            args, kwargs = near(batch.call.rebuild(part))
+            args, kwargs = batch.call.rebuild(near(part))
             with statistics_of(trial.rows if len(rows) == 1 else rows, trial.batching.batch_norm == "deferred"):
                 out = trial.forward(
                     *args, **kwargs

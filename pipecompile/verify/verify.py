@@ -16,6 +16,8 @@ import torch
 from torch import nn
 
 from pipecompile.batching import Batching, Rows, uses_batch_statistics
+from pipecompile.capture.pytrees import flatten
+from pipecompile.capture.state.caches import caches_in
 from pipecompile.capture.state.model_state import without_caches
 from pipecompile.capture.state.reachable import reach_of
 from pipecompile.capture.state.restore import left_as_before
@@ -23,6 +25,7 @@ from pipecompile.compiler.report import describe
 from pipecompile.errors import PipecompileError
 from pipecompile.ops.device_args import threads_each, threads_of
 from pipecompile.ops.randomness import alike, undrawn
+from pipecompile.ops.torch_internals import pytree
 from pipecompile.runtime.batch import Batch
 from pipecompile.schedule import MakeProgram
 from pipecompile.verify.comparison import differences
@@ -69,8 +72,15 @@ class Subject:
         if self.loss_fn is not None:
             loss_fn = self.loss_fn
             forward = lambda *args, target, **kwargs: loss_fn(self.model(*args, **kwargs), target)  # noqa: E731
-        with left_as_before(self.model), without_caches(self.model), on_one_device(self.model) as near, torch.no_grad():
-            near_args, near_kwargs = near((tuple(args), dict(kwargs)))
+        given = bool(caches_in((args, kwargs)))
+        with (
+            left_as_before(self.model),
+            without_caches(self.model, given),
+            on_one_device(self.model) as near,
+            torch.no_grad(),
+        ):
+            leaves, tree = flatten((tuple(args), dict(kwargs)), counted=True)  # a copy of a cache is filled
+            near_args, near_kwargs = pytree.tree_unflatten(near([leaf for _, leaf in leaves]), tree)
             forward(*near_args, **near_kwargs)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -266,3 +267,34 @@ def test_a_branch_that_decides_for_the_rows_that_it_asked_is_exact(branches: Cal
     pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=3, costs="count")
     for size in (1e-3, 1.0, 100.0):
         assert_step_equal(model, pipe, {"x": torch.randn(6, WIDTH, dtype=torch.float64) * size})
+
+
+class Doubled(torch.autograd.Function):
+    """Has no batching rule."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return gradient * 2
+
+
+class BesideWords(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.words = nn.Linear(WIDTH, WIDTH), nn.Embedding(8, WIDTH)
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        return Doubled.apply(self.first(x)) + self.words(ids).sum(1)  # type: ignore[no-any-return]
+
+
+def test_an_experiment_limits_only_the_sizes_that_it_has_seen() -> None:
+    model = BesideWords().double()
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=2, costs="count")
+    for rows, length, captures in ((4, 5, 1), (4, 50, 1), (40, 5, 2)):
+        x, ids = torch.randn(rows, WIDTH, dtype=torch.float64), torch.randint(8, (rows, length))
+        torch.testing.assert_close(pipe(x, ids), model(x, ids))
+        assert pipe.pipeline.captures == captures
+    assert "samples were shown not to mix only up to size" in pipe.pipeline.report.captures[1]

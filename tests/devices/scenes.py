@@ -147,6 +147,18 @@ simple("batch_norm_once", lambda: Net(lambda: nn.BatchNorm1d(D)), microbatches=1
 
 
 @scene
+def mapped(machine: Machine) -> Figures:
+    """A loader's batches, one behind the other; the last is smaller."""
+    model = built(Net)
+    batches = [floats(number, ROWS if number < 6 else 3)[0] for number in range(7)]
+    if machine is CPU:
+        outputs = [model(batch) for batch in batches]
+    else:
+        outputs = list(piped(model, machine, (0, 1, 0)).pipeline.map(batches))
+    return {f"output {number}": output.detach().cpu() for number, output in enumerate(outputs)}
+
+
+@scene
 def loss_outside(machine: Machine) -> Figures:
     """Backwards wait for gradients, which come in autograd's thread of the device."""
     model = built(Net)

@@ -160,11 +160,14 @@ def repeat_interleave(use: Use) -> Answer:
 def cat(use: Use) -> Answer:
     """(..., batch, ...), ... -> (..., batch, ...), or (..., parts * batch, ...) along the batch.
 
-    Mixes samples if operands have the batch in different dimensions, or different shapes along the batch.
+    Mixes samples if operands have the batch in different dimensions, or different shapes along the batch. An operand
+    of shape (0,) adds nothing to the others, whatever their shape.
     """
     parts: Any = use.arg(0, "tensors")
     if not isinstance(parts, tuple | list) or use.name in ("hstack", "vstack"):
         return None
+    if use.name != "stack":
+        parts = [part for part in parts if use.shape(part) != (0,)] or parts
     dim = positive(use.arg(1, "dim", use.node.kwargs.get("axis", 0)), len(use.out))
     kinds = [use.kind(part) for part in parts]
     if any(isinstance(kind, Mixed) for kind in kinds):

@@ -57,7 +57,7 @@ class Reads:
         self.places: dict[Key, Entry | Attribute] = {}  # places to read after everything is restored
         self.holders: list[tuple[Any, str, Snapshot, Set[str] | None]] = []  # owners other than the model's modules
         self.met: set[int] = set()  # observed objects that modules hold
-        self.made: dict[int, nn.Module] = {}  # modules that forward creates, kept alive for their identity
+        self.made: dict[int, Any] = {}  # objects that this call alone has, kept alive for their identity
         self.originals: dict[type, Any] = {}  # watched classes: their own __getattribute__, or None
 
     @contextmanager

@@ -99,6 +99,10 @@ class Watch:
             self.ledgers.take_back()
             self.changes += reads.changes()
 
+    def own(self, objects: Iterable[Any]) -> None:
+        """Notes objects that exist for this call alone; what forward reads and sets in them is not state."""
+        self.reads.made.update((id(each), each) for each in objects)
+
     def _meet_given(self) -> None:
         """Observes objects that forward reaches without reading an attribute: hooks and arguments."""
         for argument in self.arguments:

@@ -153,19 +153,23 @@ def attributes_kept(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def without_caches(model: nn.Module) -> Iterator[tuple[list[str], frozenset[tuple[int, str]]]]:
+def without_caches(model: nn.Module, given: bool = False) -> Iterator[tuple[list[str], frozenset[tuple[int, str]]]]:
     """Turns off the key-value caches of Hugging Face models, which training does not use.
+
+    Args:
+        model: The model.
+        given: Whether the call passes a cache, which forward then fills.
 
     Yields notes, and the attributes, by identity of the owner and name, on which a trace therefore does not depend.
     """
     held: list[Any] = [getattr(m, "config", None) for m in model.modules()]
     configs = {id(config): config for config in held if hasattr(config, "__dict__")}
-    on = [c for c in configs.values() if vars(c).get("use_cache") is True]
+    on = [c for c in configs.values() if vars(c).get("use_cache") is True and not given]
     for config in on:
         config.use_cache = False
     try:
         notes = ["use_cache is off: the output has no key-value cache"] if on else []
-        yield notes, frozenset((key, "use_cache") for key in configs)
+        yield notes, frozenset() if given else frozenset((key, "use_cache") for key in configs)
     finally:
         for config in on:
             config.use_cache = True

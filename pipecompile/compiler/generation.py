@@ -1,0 +1,97 @@
+"""What ``generate`` of transformers needs of a pipe in addition to its calls: an encoder that runs in the stages.
+
+``generate`` calls the model once per token, which runs the pipeline. An encoder it calls by itself, once, before the
+first token. As a module of the unsplit model, the encoder has its parameters on the devices of several stages. So its
+place is taken by a call of the whole model with one token for the decoder, which returns what the encoder returns.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipecompile.errors import InputError
+
+OUTPUTS = "transformers.modeling_outputs"
+_GENERATING: ContextVar[bool] = ContextVar("generating", default=False)
+
+
+@contextmanager
+def generating(moves_the_model: bool = False) -> Iterator[None]:
+    """A context in which ``generate`` runs.
+
+    Args:
+        moves_the_model: whether the first call moves the model to the devices of the stages, so that the prompt may be
+            there already, of which transformers would warn.
+    """
+    token = _GENERATING.set(True)
+    try:
+        with warnings.catch_warnings():
+            if moves_the_model:
+                warnings.filterwarnings("ignore", message=r"You are calling \.generate\(\) with the `input_ids`")
+            yield
+    finally:
+        _GENERATING.reset(token)
+
+
+def is_generating() -> bool:
+    """Whether ``generate`` runs in this thread."""
+    return _GENERATING.get()
+
+
+class StagedEncoder:
+    """Stands for the encoder of a model, which ``generate`` calls, and runs in the stages.
+
+    Args:
+        pipe: the whole model; its output has ``encoder_last_hidden_state``.
+        encoder: the encoder of the unsplit model, whose attributes it has.
+    """
+
+    def __init__(self, pipe: Callable[..., Any], encoder: nn.Module) -> None:
+        self._pipe = pipe
+        self._encoder = encoder
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._encoder, name)
+
+    def __call__(self, **arguments: Any) -> Any:
+        """Runs the encoder.
+
+        Args:
+            arguments: of the encoder; with a batch in the first dimension of each tensor.
+
+        Returns:
+            A ``BaseModelOutput``, on the device of the stage that makes it.
+
+        Raises:
+            InputError: the whole model does not take an argument of the encoder, or does not return its output.
+        """
+        parameters = inspect.signature(self._pipe.forward).parameters  # type: ignore[attr-defined]
+        takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+        given = {name: value for name, value in arguments.items() if value is not None and name != "return_dict"}
+        for name in set() if takes_all else given.keys() - parameters.keys():
+            raise InputError(
+                f"generate() passes {name!r} to the encoder, but the forward of {type(self._pipe).__name__} does not "
+                f"take it, so the stages cannot run the encoder; pass encoder_outputs= of the unsplit model"
+            )
+        rows, device = next((t.shape[0], t.device) for t in given.values() if isinstance(t, Tensor))
+        start = torch.zeros(rows, 1, dtype=torch.int64, device=device)
+        output = self._pipe(**given, decoder_input_ids=start, use_cache=False, return_dict=True)
+        if getattr(output, "encoder_last_hidden_state", None) is None:
+            raise InputError(
+                f"the output of {type(self._pipe).__name__} has no encoder_last_hidden_state, so the stages cannot run "
+                f"the encoder for generate(); pass encoder_outputs= of the unsplit model"
+            )
+        return sys.modules[OUTPUTS].BaseModelOutput(
+            last_hidden_state=output.encoder_last_hidden_state,
+            hidden_states=getattr(output, "encoder_hidden_states", None),
+            attentions=getattr(output, "encoder_attentions", None),
+        )

@@ -1,0 +1,199 @@
+"""``generate`` of transformers runs in the stages, through which its cache passes: the unsplit model's tokens."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import transformers
+from decoders import LENGTH, MODELS, built, prompts
+from long import LONG
+from torch import Tensor, nn
+
+import pipecompile
+from pipecompile.errors import CaptureError, ExactnessError, InputError
+
+TOKENS = 7
+WAYS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampled": {"do_sample": True, "temperature": 1.5, "top_k": 8},
+    "beams": {"num_beams": 3},
+    "several": {"do_sample": True, "num_return_sequences": 2},
+    "without a cache": {"use_cache": False},
+    "static": {"cache_implementation": "static"},
+}
+pytestmark = pytest.mark.filterwarnings("ignore:the model has been captured")  # a pipe for all tests
+FEW = ("greedy", "sampled", "beams")
+CASES = [(name, way) for name in MODELS for way in (WAYS if LONG else FEW) if LONG or name in ("gpt2", "llama", "t5")]
+
+
+@cache
+def models() -> dict[str, Any]:
+    """All models: transformers notes the class of each in a table, on which captures depend."""
+    return {name: built(name) for name in MODELS}
+
+
+@cache
+def pair(name: str) -> tuple[Any, Any]:
+    """A pipe, and its model on its own. Pipes are kept, so that ways to generate share captures."""
+    model = models()[name]
+    return pipecompile.compile(copy.deepcopy(model), ["cpu", "cpu"], microbatches=2, costs="count"), model
+
+
+def same_environment() -> Any:
+    """Pytest names each test in the environment, which transformers' attention reads, so that captures depend on it."""
+    return patch.dict(os.environ, {"PYTEST_CURRENT_TEST": "any"})
+
+
+def generated(module: Any, padded: bool = False, rows: int = 4, **options: Any) -> Tensor:
+    torch.manual_seed(7)
+    ends = {"min_new_tokens": TOKENS, "max_new_tokens": TOKENS, "do_sample": False}
+    with same_environment():
+        found = module.generate(
+            **{**prompts(rows, padded), **ends, **options}, return_dict_in_generate=True, output_logits=True
+        )
+    assert all(step.isfinite().all() for step in found.logits)
+    tokens: Tensor = found.sequences
+    return tokens
+
+
+@pytest.mark.parametrize(("name", "way"), CASES)
+def test_tokens_are_the_unsplit_models(name: str, way: str) -> None:
+    if (name, way) in {("mamba", "static"), ("mistral", "static")}:
+        pytest.skip("transformers has no static cache for it, or one of another size")
+    pipe, model = pair(name)
+    padded = way != "several"
+    wanted = generated(model, padded, **WAYS[way])
+    assert len(wanted.unique()) > 3
+    assert torch.equal(generated(pipe, padded, **WAYS[way]), wanted)
+
+
+@pytest.mark.parametrize(("name", "most"), [("llama", 2), ("t5", 3)])
+def test_a_prompt_and_all_tokens_are_a_capture_each(name: str, most: int) -> None:
+    """T5's encoder is a third one. The other lengths and numbers of rows need no capture of their own."""
+    pipe, model = pair(name)
+    generated(pipe, padded=True)
+    before = pipe.pipeline.captures
+    for rows in (3, 5):
+        options = {"min_new_tokens": TOKENS + rows, "max_new_tokens": TOKENS + rows}
+        assert torch.equal(generated(pipe, True, rows, **options), generated(model, True, rows, **options))
+    assert pipe.pipeline.captures == before
+    if not LONG:  # other ways make others
+        assert before == most
+    counts = [int(line.split(" reads ")[1].split()[0]) for line in pipe.pipeline.report.caches]
+    assert sum(counts) == 2 * 2 * (2 if name == "t5" else 1)  # keys and values, two layers, and those of the encoder
+
+
+def layers(cache: Any) -> Iterator[Tensor]:
+    for layer in cache.layers:
+        yield layer.keys
+        yield layer.values
+
+
+def test_a_cache_of_the_caller_is_filled_in_place() -> None:
+    pipe, model = pair("llama")
+    ids = torch.randint(3, 64, (3, 6), generator=torch.Generator().manual_seed(0))
+    ours, theirs = transformers.DynamicCache(), transformers.DynamicCache()
+    with torch.no_grad(), same_environment():
+        for start, end in ((0, 4), (4, 5), (5, 6)):
+            found, wanted = pipe(ids[:, start:end], cache=ours), model(ids[:, start:end], cache=theirs)
+            assert found.cache is ours
+            torch.testing.assert_close(found.logits, wanted.logits)
+    assert ours.get_seq_length() == 6
+    assert len(ours) == len(theirs) == 2
+    for mine, other in zip(layers(ours), layers(theirs), strict=True):
+        torch.testing.assert_close(mine, other)
+    ours.crop(-1)
+    with torch.no_grad(), same_environment():
+        again = pipe(ids[:, 5:], cache=ours).logits
+    torch.testing.assert_close(again, wanted.logits)
+
+
+def test_a_conversation_goes_on_with_its_cache() -> None:
+    found = []
+    for module in pair("llama"):
+        kept = transformers.DynamicCache(config=module.config)
+        first = generated(module, cache=kept)
+        more = {"input_ids": first, "attention_mask": torch.ones_like(first)}
+        found.append(generated(module, **more, cache=kept, max_new_tokens=3, min_new_tokens=3))
+        assert kept.get_seq_length() == LENGTH + TOKENS + 2  # the last token has not been read
+    assert torch.equal(*found)
+
+
+def test_learned_keys_and_values_get_the_unsplit_models_gradients() -> None:
+    """As in prefix tuning."""
+    pipe, model = pair("llama")
+    batch = prompts()
+    mask = torch.cat([torch.ones(4, 3, dtype=torch.int64), batch["attention_mask"]], 1)
+    found = []
+    for module in (pipe, model):
+        prefix = torch.randn(2, 2, 2, 3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        prefix.requires_grad_()
+        kept = transformers.DynamicCache()
+        for number, (keys, values) in enumerate(prefix):
+            kept.update(keys.expand(4, 2, 3, 8), values.expand(4, 2, 3, 8), number)
+        out = module(input_ids=batch["input_ids"], attention_mask=mask, labels=batch["input_ids"], cache=kept)
+        out.loss.backward()
+        gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
+        found.append((out.loss.detach(), prefix.grad, gradients))
+        module.zero_grad()
+    assert found[1][1].abs().max() > 0
+    torch.testing.assert_close(*found)
+
+
+class Forgetful(nn.Module):
+    """Fills a cache and does not return it; or, asked to, returns it and leaves out its own part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.out = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, cache: Any, other: Any = None) -> Any:
+        keys, _ = cache.update(self.linear(x), x, 0)
+        return self.out(keys.sum(-2)), other
+
+
+def test_what_would_be_lost_is_refused() -> None:
+    pipe = pipecompile.compile(Forgetful(), ["cpu", "cpu"], microbatches=2, costs="count")
+    x = torch.randn(4, 2, 3, 4)
+    with pytest.raises(CaptureError, match="does not return it, so what forward stores in it would be lost"):
+        pipe(x, transformers.DynamicCache())
+    one, two = transformers.DynamicCache(), transformers.DynamicCache()
+    with pytest.raises(CaptureError, match="2 key-value caches"):
+        pipe(x, one, two)
+    assert len(one) == len(two) == 0
+    odd = transformers.DynamicCache()
+    odd.stream = object()
+    with pytest.raises(InputError, match=r"the cache holds a object in 'stream', which is neither a tensor nor"):
+        pipe(x, odd)
+    layer = transformers.cache_utils.BaseQuantizedLayer
+    odd = transformers.Cache(layers=[type("Layer", (layer,), {"_quantize": None, "_dequantize": None})()])
+    with pytest.raises(InputError, match=r"the cache holds a Layer in 'layers.0'"):
+        pipe(x, odd)
+
+
+def test_a_pipe_with_a_loss_function_does_not_generate() -> None:
+    pipe = pipecompile.compile(built("llama"), ["cpu"], loss_fn=lambda out, target: out.logits.sum())
+    with pytest.raises(InputError, match="compiled without loss_fn="):
+        generated(pipe)
+
+
+def test_a_cache_that_a_stage_computes_wrongly_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison with the unsplit model sees the cache."""
+    pipe = pipecompile.compile(built("gpt2"), ["cpu", "cpu"], microbatches=2, costs="count")
+    update = transformers.cache_utils.DynamicLayer.update
+
+    def scaled(self: Any, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
+        fake = type(keys).__name__ == "FakeTensor"
+        return update(self, keys * 1.01 if fake else keys, values, *args, **kwargs)
+
+    monkeypatch.setattr(transformers.cache_utils.DynamicLayer, "update", scaled)
+    with pytest.raises(ExactnessError, match=r"output 'cache\.layers_0_keys' differs"):
+        pipe(**prompts(), use_cache=True)
