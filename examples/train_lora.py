@@ -9,7 +9,6 @@ same replacements where the Hugging Face Hub cannot be reached.
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from copy import deepcopy
 from pathlib import Path
@@ -24,10 +23,8 @@ import pipecompile
 def main() -> None:
     chosen = options(__doc__).parse_args()
     go_offline_unless_the_hub_answers()
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        sys.exit("this example needs peft, which is not installed: pip install peft")
+    from peft import LoraConfig, get_peft_model
+
     texts = load_texts()
     tokenizer = load_tokenizer(texts)
     model = get_peft_model(

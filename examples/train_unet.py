@@ -10,7 +10,7 @@ Latents and texts are random.
 
 from __future__ import annotations
 
-import sys
+import importlib.util
 from copy import deepcopy
 from typing import Any
 
@@ -22,10 +22,8 @@ import pipecompile
 
 
 def load_model() -> Any:
-    try:
-        from diffusers import DDPMScheduler, UNet2DConditionModel
-    except ImportError:
-        sys.exit("this example needs diffusers, which is not installed: pip install diffusers")
+    from diffusers import DDPMScheduler, UNet2DConditionModel
+
     try:
         name = "stable-diffusion-v1-5/stable-diffusion-v1-5"
         model = UNet2DConditionModel.from_pretrained(name, subfolder="unet")
@@ -63,6 +61,9 @@ def loss_of(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def main() -> None:
     chosen = options(__doc__).parse_args()
+    if importlib.util.find_spec("diffusers") is None:
+        print("this example needs diffusers, which is not installed: pip install diffusers")
+        return
     go_offline_unless_the_hub_answers()
     model, noises = load_model()
     data = batches(model, noises, chosen.steps, chosen.batch)
