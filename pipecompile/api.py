@@ -65,7 +65,7 @@ def compile(
             gets its values from there, each process only those that it keeps; without it, from the model's own
             initialisers, in the first call or, with ``mesh`` and ``example_inputs``, in ``compile``. A model that has
             values is overwritten.
-        schedule: "sequential", "gpipe", "1f1b" (with a flush) or "pipedream" (asynchronous).
+        schedule: "sequential", "gpipe", "1f1b", "zb-h1", "zb-h2" (with a flush) or "pipedream" (asynchronous).
         microbatches: parts of each batch. By default the number that promises the shortest step, by the costs of
             microbatches of two sizes (``pipe.pipeline.report.microbatches``); two per stage if costs are not measured,
             for short steps, and for schedules that step inside the pipeline. A batch with fewer rows has fewer parts.

@@ -31,7 +31,13 @@ def blocks() -> list[Block]:
     for page in PAGES:
         for number, match in enumerate(BLOCK.finditer(page.read_text()), 1):
             source, printed = match.groups(default="")
-            found.append(Block(f"{page.relative_to(ROOT).as_posix().removeprefix('docs/')} {number}", source, re.sub(r"^    ", "", printed, flags=re.MULTILINE)))
+            found.append(
+                Block(
+                    f"{page.relative_to(ROOT).as_posix().removeprefix('docs/')} {number}",
+                    source,
+                    re.sub(r"^    ", "", printed, flags=re.MULTILINE),
+                )
+            )
     return found
 
 

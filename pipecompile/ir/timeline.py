@@ -24,7 +24,19 @@ class Span:
 
 @dataclass(frozen=True)
 class Timeline:
-    """Spans by rank and start. ``peak_bytes`` holds the peak memory of each rank, or is empty if it is not known."""
+    """When each instruction ran or will run, by rank and start.
+
+        >>> from pipecompile.ir.program import Forward
+        >>> spans = (Span(0, Forward(0, 0), 0.0, 1.0), Span(1, Forward(1, 0), 1.0, 2.0))
+        >>> timeline = Timeline(spans, num_ranks=2)
+        >>> timeline.makespan, timeline.busy(0), timeline.bubble
+        (2.0, 1.0, 0.5)
+
+    Attributes:
+        spans: the instructions with their starts and ends, in seconds.
+        num_ranks: the number of ranks, those without instructions too.
+        peak_bytes: the peak memory of each rank in bytes, or empty if it is not known.
+    """
 
     spans: tuple[Span, ...]
     num_ranks: int
