@@ -25,7 +25,7 @@ Course = list[tuple[float, float]]  # seconds since the first step, loss
 
 
 def train(model: nn.Module, schedule: str, batches: list[Tensor], options: argparse.Namespace) -> Course:
-    """The loss of each batch and when it was known; the first two calls, in which the model is compiled, do not count."""
+    """The loss of each batch, and when it was known, without the first two calls, which compile the model."""
     settings = {"lr": options.learning_rate, "momentum": 0.9}
     inside = (
         {"optimizer": lambda parameters: torch.optim.SGD(parameters, **settings)} if schedule == "pipedream" else {}

@@ -66,7 +66,7 @@ def test_a_docstring_begins_with_a_sentence(name: str) -> None:
 def test_a_function_describes_each_argument_its_result_and_its_errors(name: str) -> None:
     function = getattr(pipecompile, name)
     text = described(function)
-    assert [each for each in args_of(text)] == parameters(function)
+    assert list(args_of(text)) == parameters(function)
     assert "Raises:\n" in text or name == "latest"  # passes over what is not a checkpoint
     assert "Returns:\n" in text or "returns" in text.lower() or function.__annotations__["return"] == "None" or (
         text.startswith("The ")
