@@ -85,6 +85,7 @@ class Graph(Json):
         together: groups of nodes that must share a stage (a tuple and its items, a buffer and its writers).
 
     Invariants, checked by ``validate``:
+
     1. the inputs of a node precede it;
     2. names are unique, and every parameter that a node reads is listed;
     3. inputs and outputs are nodes, and inputs are marked as rematerialized;

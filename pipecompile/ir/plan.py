@@ -72,6 +72,7 @@ class Plan(Json):
     Source: PipeDream (Narayanan et al., SOSP 2019), sections 3.1 and 3.2.
 
     Invariants, checked by ``validate``:
+
     1. each stage has a rank; a stage may be empty if another capture of the model has no nodes for it;
     2. no value flows to an earlier stage: channels point forward, one per pair of stages;
     3. a rematerialized node has no stage (``None``), any other node has one that is not a replica;

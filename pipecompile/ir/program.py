@@ -167,6 +167,7 @@ class Program:
             between calls, or of a forward pass whose backward pass is a separate program.
 
     Invariants, checked by ``validate``:
+
     1. there is a row per rank, each instruction occurs once, on the rank of its stage, and a microbatch runs on its
        replica (``Plan.runner``);
     2. what a computation reads is in the program or carried;
