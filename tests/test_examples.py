@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import runpy
+import subprocess
 import sys
 import urllib.request
 from pathlib import Path
@@ -95,6 +96,18 @@ def test_transformers_trainer_gives_the_same_losses(
     assert len(losses) == 2
     assert all(ours == theirs for ours, theirs in losses)
     assert "saved and read again: GPT2LMHeadModel" in printed
+
+
+@pytest.mark.skipif(not LONG, reason="make test leaves it to make long: it starts two processes")
+def test_torchrun_trains_over_two_processes(tmp_path: Path) -> None:
+    script = [str(ROOT / "examples" / "train_distributed.py"), "--steps", "2", "--batch", "4", "--microbatches", "2"]
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *script]
+    ended = subprocess.run(
+        [*words, "--width", "64"], capture_output=True, text=True, cwd=tmp_path, timeout=250, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert len(re.findall(r"^step +\d+ +loss \d", ended.stdout, re.MULTILINE)) == 2
+    assert len(re.findall(r"^rank [01] trained", ended.stdout, re.MULTILINE)) == 2
 
 
 def test_make_runs_every_example_and_the_tutorial_lists_it() -> None:
