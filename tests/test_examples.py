@@ -88,7 +88,6 @@ def test_an_example_without_its_library_says_what_to_install(
     assert capsys.readouterr().out == "this example needs diffusers, which is not installed: pip install diffusers\n"
 
 
-@pytest.mark.skipif(not LONG, reason="make test leaves it to make long: it trains twice, saves and reads")
 @pytest.mark.filterwarnings("ignore")
 def test_transformers_trainer_gives_the_same_losses(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -101,7 +100,6 @@ def test_transformers_trainer_gives_the_same_losses(
     assert "saved and read again: GPT2LMHeadModel" in printed
 
 
-@pytest.mark.skipif(not LONG, reason="make test leaves it to make long: it starts two processes")
 def test_torchrun_trains_over_two_processes(tmp_path: Path) -> None:
     script = [str(ROOT / "examples" / "train_distributed.py"), "--steps", "2", "--batch", "4", "--microbatches", "2"]
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *script]
