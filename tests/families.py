@@ -149,6 +149,8 @@ LATER = frozenset(
         "distributed/test_launcher.py::test_a_rank_that_hangs_is_killed_and_shows_its_stack",
         "distributed/test_launcher.py::test_scenes_after_one_that_failed_are_as_before",
         "runtime/test_stage_compile.py::test_inductor_trains_as_the_unsplit_model",
+        "test_examples.py::test_torchrun_trains_over_two_processes",
+        "test_examples.py::test_transformers_trainer_gives_the_same_losses",
         "test_peers_snippets.py::test_f02_llama_of_three_stages",
         "test_peers_snippets.py::test_f03_gemma2_of_three_stages",
         "test_peers_snippets.py::test_f04_t5",

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 import pipecompile
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```python\n((?:.*\n)*?)```\n(?:\n((?:    .*\n)+))?", re.MULTILINE)
 OF_THE_MACHINE = re.compile(r"bottleneck|on rank \d")  # a plan from measured costs
 
@@ -31,7 +31,13 @@ def blocks() -> list[Block]:
     for page in PAGES:
         for number, match in enumerate(BLOCK.finditer(page.read_text()), 1):
             source, printed = match.groups(default="")
-            found.append(Block(f"{page.name} {number}", source, re.sub(r"^    ", "", printed, flags=re.MULTILINE)))
+            found.append(
+                Block(
+                    f"{page.relative_to(ROOT).as_posix().removeprefix('docs/')} {number}",
+                    source,
+                    re.sub(r"^    ", "", printed, flags=re.MULTILINE),
+                )
+            )
     return found
 
 

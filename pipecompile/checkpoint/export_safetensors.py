@@ -24,6 +24,7 @@ def export_safetensors(directory: str | Path, model: nn.Module, shard_bytes: int
 
     Args:
         directory: must not exist.
+        model: a pipe, or a model that is not split.
         shard_bytes: of a file at most, if no single tensor is larger.
 
     Raises:

@@ -45,7 +45,21 @@ class Pair:
 
 @dataclass(frozen=True)
 class Cluster(Json):
-    """One device per rank, the link within a host, the link between hosts, and the pairs of ranks that differ."""
+    """One device per rank, and the links between them.
+
+        >>> cluster = Cluster.from_name("2x4xA100-40GB")
+        >>> len(cluster), cluster.devices[5].host, cluster.devices[0].memory
+        (8, 1, 40000000000)
+        >>> cluster.transfer_seconds(0, 1, 10**9) < cluster.transfer_seconds(0, 4, 10**9)
+        True
+
+    Attributes:
+        devices: one per rank, with its speed beside the profiled one, its memory in bytes and its host.
+        link: between two devices of the same host: latency in seconds, bytes per second in one direction.
+        network: between two hosts; None for the same as ``link``.
+        pairs: links between particular ranks, in place of these.
+        origin: where the links come from: "assumed", "measured" or "data sheet".
+    """
 
     devices: tuple[Device, ...]
     link: Link = SOME_LINK  # between two devices of the same host
@@ -65,7 +79,7 @@ class Cluster(Json):
 
     @staticmethod
     def of(names: Sequence[str], link: Link | None = None) -> Cluster:
-        """Equal devices with the given names, on one host."""
+        """Equal devices with the given ``names``, on one host, with the same ``link`` between any two of them."""
         devices = tuple(map(Device, names))
         return Cluster(devices) if link is None else Cluster(devices, link)
 
@@ -108,7 +122,7 @@ class Cluster(Json):
         return {frozenset((pair.first, pair.second)): pair.link for pair in self.pairs}
 
     def between(self, source: int, target: int) -> Link:
-        """The link from one rank to another."""
+        """The link from rank ``source`` to rank ``target``."""
         if own := self._own.get(frozenset((source, target))):
             return own
         near = self.devices[source].host == self.devices[target].host

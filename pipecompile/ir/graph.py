@@ -71,13 +71,25 @@ class Node:
 class Graph(Json):
     """The nodes of a model in topological order.
 
+        >>> inputs = Node("x", "input", outputs=(TensorSpec((4, 8), "float32"),), rematerialized=True)
+        >>> layer = Node("linear", "linear", inputs=(0,), outputs=(TensorSpec((4, 2), "float32"),))
+        >>> graph = Graph((inputs, layer), inputs=(0,), outputs=(1,))
+        >>> len(graph), graph.users, layer.outputs[0].nbytes
+        (2, ((1,), ()), 32)
+
+    Attributes:
+        nodes: the functions that the model calls, with the shapes of one microbatch; positions here are the node ids.
+        inputs: the nodes that are the model's inputs.
+        outputs: the nodes that the model returns.
+        parameters: what nodes read, each tied parameter once.
+        together: groups of nodes that must share a stage (a tuple and its items, a buffer and its writers).
+
     Invariants, checked by ``validate``:
+
     1. the inputs of a node precede it;
     2. names are unique, and every parameter that a node reads is listed;
     3. inputs and outputs are nodes, and inputs are marked as rematerialized;
     4. a rematerialized node reads only rematerialized nodes, and no parameters.
-
-    ``together`` lists groups of nodes that must share a stage (a tuple and its items, a buffer and its writers).
     """
 
     nodes: tuple[Node, ...]
@@ -117,6 +129,7 @@ class Graph(Json):
 
     @cached_property
     def parameter_bytes(self) -> dict[str, int]:
+        """The bytes of each parameter by its name."""
         return {parameter.name: parameter.spec.nbytes for parameter in self.parameters}
 
     def validate(self) -> None:
@@ -215,7 +228,12 @@ class CostedGraph(Json):
     """A graph with the cost of each node, and where the numbers come from ("measured: cpu, torch 2.13", "counted").
 
     Attributes:
+        graph: the nodes.
+        costs: for each node the seconds of its forward and backward, and its bytes, for one microbatch.
         source: where the original numbers come from.
+        storages: the bytes of each storage that nodes make or keep; several tensors may share one.
+        footprints: for each node, the storages that it makes and keeps for its backward.
+        setting: what the numbers hold for: the device and torch's settings, if they are known.
         measured: whether the seconds were measured on a device.
         corrections: the corrections applied since, in words.
 

@@ -54,7 +54,26 @@ class Tied:
 class Plan(Json):
     """The stage of each node, the rank of each stage, and the channels between stages.
 
+    Printed, it names the nodes and the bytes of each stage:
+
+        >>> print(Plan.chain(2))
+        2 stages on 2 ranks
+          stage 0 on rank 0: 0 nodes; 0 B to 1
+          stage 1 on rank 1: 0 nodes
+
+    Attributes:
+        stage_of: for each node its stage, or None if it is rematerialized.
+        rank_of: for each stage its rank; several stages may share one.
+        channels: what a stage sends directly to another, with its bytes per microbatch.
+        tied: parameters that several stages read; the first of them owns it.
+        quality: the bottleneck, its lower bound and the seconds of the search; None if they are not known.
+        recomputed: the stages that recompute their activations in the backward, ascending.
+        replica_of: for each stage, the stage whose nodes it runs; without replicas, itself.
+
+    Source: PipeDream (Narayanan et al., SOSP 2019), sections 3.1 and 3.2.
+
     Invariants, checked by ``validate``:
+
     1. each stage has a rank; a stage may be empty if another capture of the model has no nodes for it;
     2. no value flows to an earlier stage: channels point forward, one per pair of stages;
     3. a rematerialized node has no stage (``None``), any other node has one that is not a replica;
@@ -83,6 +102,7 @@ class Plan(Json):
         """The plan that follows from an assignment of nodes to stages.
 
         Args:
+            graph: the nodes.
             stage_of: a stage per node; ignored for rematerialized nodes.
             rank_of: a rank per stage; by default each stage has its own.
             replica_of: for each stage, the stage whose nodes it runs (see ``with_replicas``); by default itself.
@@ -114,7 +134,14 @@ class Plan(Json):
     def chain(
         num_stages: int, rank_of: Sequence[int] | None = None, nbytes: int = 0, replicas: Sequence[int] = ()
     ) -> Plan:
-        """A chain of stages without a graph, with ``replicas`` each: for schedules and simulations."""
+        """A chain of stages without a graph, for schedules and simulations.
+
+        Args:
+            num_stages: of the chain, replicas not included.
+            rank_of: a rank per stage and replica; by default each has its own.
+            nbytes: the bytes that each stage sends to the next, per microbatch.
+            replicas: the number of devices of each stage; by default one.
+        """
         replica_of = with_replicas(replicas or (1,) * num_stages)
         ranks = range(len(replica_of)) if rank_of is None else rank_of
         firsts = sorted(set(replica_of))
@@ -128,6 +155,7 @@ class Plan(Json):
 
     @property
     def num_stages(self) -> int:
+        """The number of stages, replicas and empty ones included."""
         return len(self.rank_of)
 
     @property
@@ -137,6 +165,7 @@ class Plan(Json):
 
     @property
     def num_ranks(self) -> int:
+        """One more than the largest rank."""
         return 1 + max(self.rank_of)
 
     @cached_property

@@ -34,7 +34,7 @@ class PlanOptions:
         pins: the stage, counted from 0, that computes all of a module, by the path of the module.
         no_split: paths of modules that must not be split over several stages.
         colocate: groups of two or more paths of modules that must share a stage.
-        max_stages: allow fewer stages than devices, and at most this many.
+        max_stages: allow fewer stages than devices, and at most this number of them.
         replicas: the number of data-parallel devices that run each stage, by default one: with 1, 2, 1, the second of
             three stages runs on the second and third of four devices, which take microbatches in turn. "auto" searches
             for the numbers of stages and of devices per stage with the shortest predicted step.

@@ -165,11 +165,23 @@ def parse(text: str) -> Instruction:
 class Program:
     """The instructions of each rank, in order.
 
-    ``carried`` holds the instructions of earlier programs whose results this one reads: those of a pipeline that is not
-    drained between calls, or of a forward pass whose backward pass is a separate program. ``lags`` says how many Steps
-    of its stage came after each carried Forward; none, for those that it leaves out.
+        >>> from pipecompile.ir.plan import Plan
+        >>> program = Program.parse("0: 0F0 0F1 0B0 0B1\\n1: 1F0 1B0 1F1 1B1", Plan.chain(2))
+        >>> program.microbatches
+        (0, 1)
+        >>> print(program)
+        0: 0F0 0F1 0B0 0B1
+        1: 1F0 1B0 1F1 1B1
+
+    Attributes:
+        plan: the stages, and the ranks that they are on.
+        ranks: a row of instructions for each rank.
+        carried: instructions of earlier programs whose results this one reads: those of a pipeline that is not drained
+            between calls, or of a forward pass whose backward pass is a separate program.
+        lags: how many Steps of its stage came after each carried Forward; none, for those that it leaves out.
 
     Invariants, checked by ``validate``:
+
     1. there is a row per rank, each instruction occurs once, on the rank of its stage, and a microbatch runs on its
        replica (``Plan.runner``);
     2. what a computation reads is in the program or carried;
@@ -192,6 +204,7 @@ class Program:
 
     @cached_property
     def instructions(self) -> tuple[Instruction, ...]:
+        """The instructions of all ranks, one rank after another."""
         return tuple(i for row in self.ranks for i in row)
 
     @cached_property
@@ -249,6 +262,11 @@ class Program:
     @staticmethod
     def parse(text: str, plan: Plan, carried: Iterable[Instruction] = ()) -> Program:
         """Reads the text of ``str(program)``.
+
+        Args:
+            text: a line per rank: its number, a colon, and its instructions, such as ``0: 0F0 0F0>1``.
+            plan: the stages that the instructions are of.
+            carried: instructions of earlier programs whose results this one reads.
 
         Raises:
             ProgramError: a line has no rank, or a word is not an instruction.

@@ -24,11 +24,20 @@ class Span:
 
 @dataclass(frozen=True)
 class Timeline:
-    """Spans by rank and start.
+    """When each instruction ran or will run, by rank and start.
+
+        >>> from pipecompile.ir.program import Forward
+        >>> spans = (Span(0, Forward(0, 0), 0.0, 1.0), Span(1, Forward(1, 0), 1.0, 2.0))
+        >>> timeline = Timeline(spans, num_ranks=2)
+        >>> timeline.makespan, timeline.busy(0), timeline.bubble
+        (2.0, 1.0, 0.5)
 
     Attributes:
-        peak_bytes: the peak memory of each rank; empty if it is not known.
-        sent_bytes: what each rank has sent to others, 0 for ranks of other processes; empty if it is not known.
+        spans: the instructions with their starts and ends, in seconds.
+        num_ranks: the number of ranks, those without instructions too.
+        peak_bytes: the peak memory of each rank in bytes, or empty if it is not known.
+        sent_bytes: the bytes that each rank has sent to others, 0 for ranks of other processes, or empty if they are
+            not known.
     """
 
     spans: tuple[Span, ...]

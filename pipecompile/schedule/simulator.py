@@ -56,6 +56,12 @@ def simulate(
 ) -> Timeline:
     """The timeline of a bare or a lowered program.
 
+        >>> from pipecompile.ir.plan import Plan
+        >>> program = Program.parse("0: 0F0 0B0\\n1: 1F0 1B0", Plan.chain(2))
+        >>> timeline = simulate(program, [Cost(1.0, 2.0), Cost(1.0, 2.0)])
+        >>> timeline.makespan, timeline.bubble
+        (6.0, 0.5)
+
     Args:
         program: the program.
         costs: the cost of each stage per microbatch, on a device of speed 1.

@@ -20,11 +20,13 @@ from rich.table import Table
 from rich.text import Text
 
 from pipecompile.errors import ExactnessError
+from pipecompile.ir.units import names_text
 from pipecompile.render.fitted import Fitted
 
 Kind = Literal["output", "gradient", "input gradient", "buffer", "parameter", "attribute"]
 WIDTH = 118  # columns of the printed table
 MOST_NOTES = 6  # lines per topic
+ROUNDING_ITSELF = 0.1  # of a tensor's largest value: if rounding explains more, the tensor is nothing but rounding
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +113,12 @@ class Proof:
     def __str__(self) -> str:
         kinds = Counter(it.kind for it in self.differences)
         what = ", ".join(f"{count} {kind}{'s' * (count > 1)}" for kind, count in kinds.items())
-        worst = max((it.relative for it in self.differences if math.isfinite(it.relative)), default=0.0)
+        nothing = [it for it in self.differences if it.verdict == "rounding" and it.relative > ROUNDING_ITSELF]
+        told = (it.relative for it in self.differences if math.isfinite(it.relative) and it not in nothing)
+        worst = max(told, default=0.0)
         how = "bit for bit" if worst == 0 else f"within {worst:.1e} of their largest value"
+        if nothing:
+            how += f", but for {names_text([it.name for it in nothing])}, zero up to rounding in both models"
         cut = f" in microbatches of {', '.join(map(str, self.counts))}" if len(self.counts) > 1 else ""
         compared = f"{self.rows} of {self.of} rows{cut}: {what} equal {how}" if what else ""
         return f"{'; '.join(filter(None, [compared, self.note]))}; took {self.seconds:.2f} s"

@@ -23,6 +23,7 @@ from pipecompile.capture import Captured
 from pipecompile.errors import ExactnessError, InputError
 from pipecompile.runtime import steps
 from pipecompile.verify import prove
+from pipecompile.verify.results import Difference, Proof
 from pipecompile.verify.side_by_side import Trial
 
 CPU = ["cpu", "cpu"]
@@ -362,6 +363,17 @@ def test_gradients_that_cancel_are_no_false_alarm() -> None:
     pipe = pipe_of(model, microbatches=2)
     pipe(torch.randn(8, D, dtype=torch.float64)).sum().backward()  # the mean of normalised values: no gradient at all
     assert pipe.pipeline.report.verified
+
+
+def test_a_gradient_that_is_nothing_but_rounding_is_named_apart() -> None:
+    nothing = Difference("gradient", "key.bias", largest=2e-13, scale=1e-13, allowed=1e-8)
+    small = Difference("gradient", "key.weight", largest=1e-8, scale=1.0, allowed=1e-5)
+    said = str(Proof(2, (2,), (small, nothing), of=2))
+    assert "2 gradients equal within 1.0e-08 of their largest value, but for key.bias, zero up to rounding" in said
+    assert "but for" not in str(Proof(2, (2,), (small,), of=2))
+    assert str(Proof(2, (2,), (nothing,), of=2)).startswith(
+        "2 of 2 rows: 1 gradient equal bit for bit, but for key.bias"
+    )
 
 
 def test_hooks_on_parameters_are_for_real_steps() -> None:
