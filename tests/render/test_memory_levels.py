@@ -53,7 +53,7 @@ def plans(costed: CostedGraph) -> dict[str, Plan]:
 
 def is_possible(model: str, kind: str, schedule: str) -> bool:
     """Whether a schedule takes a plan: GPT-2's tied weights and replicas are refused by some."""
-    if schedule == "pipedream":
+    if SCHEDULES[schedule].is_asynchronous:
         return (model, kind) in (("unet", "plain"), ("unet", "recomputed"))
     return kind != "replicas" or schedule in ("sequential", "gpipe", "1f1b")
 
