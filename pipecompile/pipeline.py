@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+import threading
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipecompile.capture.locks import CAPTURING
+from pipecompile.capture.locks import CAPTURING, busy
 from pipecompile.capture.loss import could_be_losses, find_loss
 from pipecompile.capture.state.model_state import named_tensors
 from pipecompile.compiler.batches import Batches, refuse_meta
@@ -81,6 +82,7 @@ class Pipeline:
         self._calls = 0
         self._phases = Phases()  # of the first call
         self._learning = Learning(self._batches, self._session)
+        self._python = threading.local()
 
     def __repr__(self) -> str:
         devices = ", ".join(map(str, self.devices))
@@ -207,6 +209,25 @@ class Pipeline:
     def is_in_flight(self) -> bool:
         """Whether microbatches of an asynchronous schedule wait for their backwards, until the next call or flush."""
         return bool(self._session.stream.carried)
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether this thread runs the model's own Python: in a call (a capture, a comparison), or in ``unsplit``."""
+        return self._session.turn in busy().holds or getattr(self._python, "runs", False)
+
+    @contextmanager
+    def unsplit(self) -> Iterator[None]:
+        """A context in which the present thread runs the unsplit model, even if its forward wraps that of the pipe."""
+        before, self._python.runs = getattr(self._python, "runs", False), True
+        try:
+            yield
+        finally:
+            self._python.runs = before
+
+    def refuse_inside(self) -> None:
+        """Raises ``ReentryError`` if the present thread is in a call."""
+        with self._session.turn.taken(again=False):
+            return
 
     @property
     def _capture_in_use(self) -> Compiled:
