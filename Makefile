@@ -7,7 +7,7 @@ SEED ?= $(shell date +%Y%m%d)
 # make zoo PAGES=--write writes the page in docs/ too; so do ragged and wild.
 PAGES ?=
 
-.PHONY: demo test long check bench zoo ragged wild opdb faults devices nightly
+.PHONY: demo test long check bench zoo ragged wild trainers opdb faults devices nightly
 
 demo: .venv/installed
 	$(BIN)/python examples/train_gpt2.py
@@ -42,13 +42,17 @@ faults: .venv/installed
 wild: .venv-wild/installed
 	.venv-wild/bin/python tests/wild_run.py --jobs 2 --results out/wild.json $(PAGES)
 
+# Trainers that .venv does not have: TRL and Lightning.
+trainers: .venv-wild/installed
+	.venv-wild/bin/python -m pytest tests/trainers
+
 opdb: .venv/installed
 	$(BIN)/python tests/opdb_run.py --jobs 2
 
 devices: .venv/device
 	$(BIN)/python tests/devices/random_devices.py --count 500 --seed $(SEED)
 
-nightly: long zoo ragged opdb wild faults devices
+nightly: long zoo ragged opdb wild trainers faults devices
 
 .venv/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
