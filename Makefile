@@ -10,7 +10,7 @@ PAGES ?=
 EXAMPLES := train_t5 train_clip train_resnet train_unet train_mixture train_lora train_smollm2 train_with_trainer \
 	schedules pipedream
 
-.PHONY: demo examples docs pictures test long check bench zoo ragged wild opdb faults devices nightly
+.PHONY: demo examples docs pictures test long check bench zoo ragged wild trainers opdb faults devices nightly
 
 demo: .venv/installed
 	$(BIN)/python examples/train_gpt2.py
@@ -61,13 +61,17 @@ faults: .venv/installed
 wild: .venv-wild/installed
 	.venv-wild/bin/python tests/wild_run.py --jobs 2 --results out/wild.json $(PAGES)
 
+# Trainers that .venv does not have: TRL and Lightning.
+trainers: .venv-wild/installed
+	.venv-wild/bin/python -m pytest tests/trainers
+
 opdb: .venv/installed
 	$(BIN)/python tests/opdb_run.py --jobs 2
 
 devices: .venv/device
 	$(BIN)/python tests/devices/random_devices.py --count 500 --seed $(SEED)
 
-nightly: long zoo ragged opdb wild faults devices
+nightly: long zoo ragged opdb wild trainers faults devices
 
 .venv/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

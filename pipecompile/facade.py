@@ -9,19 +9,19 @@ two names differ: ``forward``, which runs the pipeline, and ``pipeline``. Notebo
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Iterator
-from types import FunctionType, MethodType, new_class
+from types import new_class
 from typing import Any
 
+import torch
 from torch import nn
 
 from pipecompile.compiler.generation import StagedEncoder, generating, is_generating
 from pipecompile.distributed.share import Share
 from pipecompile.errors import InputError
+from pipecompile.forwards import NAME, class_forward, looking_up
 from pipecompile.pipeline import Pipeline
 
-NAME = "pipeline"  # the only attribute that is added to those of the model
 RICH = "_repr_html_"  # what notebooks show, unless the model has its own
 GENERATE = "generate"  # method of transformers' models that calls the model once per token
 
@@ -48,12 +48,13 @@ def as_model(pipeline: Pipeline) -> Any:
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
         "__repr__": lambda self: f"{pipeline!r} of\n{base.__repr__(self)}",
-        "forward": _forward(pipeline),
-        "__getattribute__": _looking_up(base),
+        "forward": class_forward(pipeline),
+        "__getattribute__": looking_up(base, pipeline),
         NAME: property(lambda self: pipeline, doc="The pipeline: its plan, program, report, stages and memory."),
-        "__call__": _call_without_hooks if pipeline.runs_the_hooks else _calling(base),
-        "__deepcopy__": lambda self, memo: as_model(pipeline.copied(memo)),
-        "__reduce_ex__": lambda self, protocol: (as_model, (pipeline,)),
+        "__call__": _calling(base, pipeline),
+        "__copy__": lambda self: as_model(pipeline),
+        "__deepcopy__": _copied,
+        "__reduce_ex__": lambda self, protocol: (_unmade, (base,), pipeline, None, None, _become),
         "__prepare_scriptable__": _refuse_script,
     }
     if not hasattr(base, RICH):
@@ -78,30 +79,6 @@ def _has(model: nn.Module, name: str) -> bool:
     """Whether a model has an attribute, whatever its ``__getattr__`` may answer."""
     tables = (vars(model), *(vars(model).get(table, ()) for table in ("_parameters", "_buffers", "_modules")))
     return any(name in table for table in (*tables, *map(vars, type(model).__mro__)))
-
-
-def _forward(pipeline: Pipeline) -> Any:
-    """Returns ``forward`` of the class: it runs the pipeline and has the signature of the model's."""
-
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return pipeline(*args, **kwargs)
-
-    models = inspect.getattr_static(type(pipeline.model), "forward")
-    if isinstance(models, FunctionType):  # a scripted model has none
-        functools.update_wrapper(forward, models)
-    own = inspect.signature(pipeline.signature)
-    unbound = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    forward.__signature__ = own.replace(parameters=[unbound, *own.parameters.values()])  # type: ignore[attr-defined]
-    return forward
-
-
-def _looking_up(base: type[nn.Module]) -> Callable[[Any, str], Any]:
-    """Always looks up ``forward`` in the class; one set on the instance (``pipe.forward = f``) is the model's."""
-
-    def __getattribute__(pipe: Any, name: str) -> Any:
-        return MethodType(type(pipe).forward, pipe) if name == "forward" else base.__getattribute__(pipe, name)
-
-    return __getattribute__
 
 
 def _of_a_generator(base: type[Any], pipeline: Pipeline) -> dict[str, Any]:
@@ -158,19 +135,40 @@ def _of_a_process(base: type[nn.Module], share: Share) -> dict[str, Any]:
     return {"named_parameters": named_parameters, "parameters": parameters, "load_state_dict": refuse, **generates}
 
 
-def _calling(base: type[nn.Module]) -> Callable[..., Any]:
-    """Runs hooks on the model itself around the pipeline, on whole batches; ignores ``model.compile()``."""
-    call = nn.Module._call_impl if base.__call__ is nn.Module.__call__ else base.__call__
+def _calling(base: type[nn.Module], pipeline: Pipeline) -> Callable[..., Any]:
+    """Runs hooks on the model itself around the pipeline, on whole batches; ignores ``model.compile()``.
 
+    With a loss function no hooks run here: they come before it, so stages run them.
+    """
+    call: Callable[..., Any] = nn.Module._call_impl if base.__call__ is nn.Module.__call__ else base.__call__
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(pipe: Any, *args: Any, **kwargs: Any) -> Any:
+        pipeline.refuse_inside()
+        if pipeline.runs_the_hooks:
+            return pipe.forward(*args, **kwargs)
         return call(pipe, *args, **kwargs)
 
-    return __call__
+    called: Callable[..., Any] = __call__
+    return called
 
 
-def _call_without_hooks(pipe: Any, *args: Any, **kwargs: Any) -> Any:
-    """Calls the pipeline without hooks: those on the model come before the loss function, so stages run them."""
-    return pipe.forward(*args, **kwargs)
+def _copied(pipe: Any, memo: dict[int, Any]) -> Any:
+    """A copy, known to the memo before the model is copied: a forward that is set on a pipe may be bound to it."""
+    copy = memo[id(pipe)] = _unmade(type(pipe))
+    _become(copy, pipe.pipeline.copied(memo))
+    return copy
+
+
+def _unmade(kind: type) -> Any:
+    """An instance without attributes, until it becomes a pipe."""
+    return object.__new__(kind)
+
+
+def _become(unmade: Any, pipeline: Pipeline) -> None:
+    pipe = as_model(pipeline)
+    unmade.__class__ = type(pipe)
+    object.__setattr__(unmade, "__dict__", pipe.__dict__)
 
 
 def _refuse_script(pipe: Any) -> Any:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipecompile.capture.locks import CAPTURING
+from pipecompile.capture.locks import CAPTURING, busy
 from pipecompile.capture.loss import could_be_losses, find_loss
 from pipecompile.capture.state.caches import given_back
 from pipecompile.capture.state.model_state import named_tensors
@@ -90,6 +91,7 @@ class Pipeline:
         self._calls = 0
         self._phases = Phases()  # of the first call
         self._learning = Learning(self._batches, self._session)
+        self._python = threading.local()
 
     def __repr__(self) -> str:
         compiled = self._batches.last or self._batches.first
@@ -294,6 +296,25 @@ class Pipeline:
     def is_in_flight(self) -> bool:
         """Whether microbatches of an asynchronous schedule wait for their backwards, until the next call or flush."""
         return bool(self._session.stream.carried)
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether this thread runs the model's own Python: in a call (a capture, a comparison), or in ``unsplit``."""
+        return self._session.turn in busy().holds or getattr(self._python, "runs", False)
+
+    @contextmanager
+    def unsplit(self) -> Iterator[None]:
+        """A context in which the present thread runs the unsplit model, even if its forward wraps that of the pipe."""
+        before, self._python.runs = getattr(self._python, "runs", False), True
+        try:
+            yield
+        finally:
+            self._python.runs = before
+
+    def refuse_inside(self) -> None:
+        """Raises ``ReentryError`` if the present thread is in a call."""
+        with self._session.turn.taken(again=False):
+            return
 
     @property
     def _capture_in_use(self) -> Compiled:

@@ -37,6 +37,7 @@ LAYERS = (
     "verify",
     "pipeline",
     "checkpoint",
+    "forwards",
     "facade",
     "api",
     "cli",
@@ -44,7 +45,15 @@ LAYERS = (
     "__init__",
 )
 WITHOUT_TORCH = ("ir", "partition/solver", "partition", "schedule", "planning", "render")
-ROOT = ("errors", "pipeline", "facade", "api", "__main__", "__init__")  # the only files that are in no folder
+ROOT = (
+    "errors",
+    "pipeline",
+    "forwards",
+    "facade",
+    "api",
+    "__main__",
+    "__init__",
+)  # the only files that are in no folder
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

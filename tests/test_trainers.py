@@ -7,6 +7,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import datasets
 import peft
 import pytest
 import torch
@@ -29,9 +30,9 @@ LORA: dict[str, Any] = {
 
 def trainer(model: nn.Module, folder: Path, **options: Any) -> transformers.Trainer:
     arguments = transformers.TrainingArguments(
-        output_dir=str(folder), max_steps=4, per_device_train_batch_size=8, logging_steps=1, save_steps=2,
+        output_dir=str(folder), per_device_train_batch_size=8, logging_steps=1, save_steps=2,
         learning_rate=1e-2, report_to=[], use_cpu=True, seed=0, disable_tqdm=True,
-        dataloader_pin_memory=False, **options,
+        dataloader_pin_memory=False, **{"max_steps": 4} | options,
     )  # fmt: skip
     return transformers.Trainer(model=model, args=arguments, train_dataset=ROWS, eval_dataset=ROWS[:8])
 
@@ -75,6 +76,24 @@ def test_a_trainer_resumes_from_its_checkpoint(tmp_path: Path) -> None:
     trainer(model, tmp_path / "other").train()
     for name, value in model.state_dict().items():
         torch.testing.assert_close(again.state_dict()[name], value, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_trainer_in_bfloat16_with_checkpoints_streams_predicts_and_goes_on(tmp_path: Path) -> None:
+    pipe, model, _ = both("llama")
+    options = {"bf16": True, "gradient_checkpointing": True, "optim": "sgd"}
+    seen = []
+    for number, module in enumerate((pipe.float(), model.float())):
+        made = trainer(module, tmp_path / str(number), **options)
+        made.train_dataset = datasets.IterableDataset.from_generator(lambda: iter(ROWS))
+        found = losses(made)
+        again = trainer(module, tmp_path / str(number), **options | {"max_steps": 6})
+        again.train(resume_from_checkpoint=True)
+        found += [line["loss"] for line in again.state.log_history if "loss" in line]
+        seen.append([torch.tensor(found), torch.tensor(again.predict(ROWS[:5]).predictions)])
+    for ours, theirs in zip(*seen, strict=True):
+        assert theirs.numel() >= 11
+        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
 
 
 # PEFT

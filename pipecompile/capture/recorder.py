@@ -102,6 +102,8 @@ class Recorder(TorchFunctionMode):
         if self.scopes.inside_transform:
             self.detaching = func in _DETACH
             return func(*args, **kwargs)
+        if func is Tensor.__deepcopy__ and isinstance(args[0], FakeTensor) and args[0].is_leaf:
+            return self._copied(*args)  # writes to the memo
         args, kwargs = without_stand_ins(args), without_stand_ins(kwargs)
         if func in _OF_HISTORY and id(args[0]) not in self.table.names and not is_library(caller_file(2)):
             self.ran.asked.add(torch.is_grad_enabled)  # it decides what the tensor answers
@@ -162,6 +164,29 @@ class Recorder(TorchFunctionMode):
             func.draws = effects.draws
         self.record(func, args, kwargs, out, written + unseen, moved)
         return out
+
+    def _copied(self, tensor: Tensor, memo: dict[Any, Any]) -> Tensor:
+        """Records ``copy.deepcopy`` of a tensor, which torch makes from the storage: a fake has none.
+
+        Tensors that share memory have copies that share memory.
+        """
+        if id(tensor) in memo:
+            found: Tensor = memo[id(tensor)]
+            return found
+        form, key = (tensor.shape, tensor.stride(), tensor.storage_offset()), (Tensor, storage_key(tensor))
+        if key not in memo:
+            alone = self.call(torch.detach, (tensor,), {}, torch.detach)
+            memo[key] = form, self.call(torch.clone, (alone,), {}, torch.clone)
+        elif memo[key][0] != form:
+            raise DependsOnData(
+                f"{self.scopes.here}: copy.deepcopy copies different views of one tensor, whose copies would share "
+                f"memory; copy the tensor alone, or keep the module around it whole"
+            )
+        copy: Tensor = self.call(torch.detach, (memo[key][1],), {}, torch.detach)
+        if tensor.requires_grad:
+            self.call(Tensor.requires_grad_, (copy,), {}, Tensor.requires_grad_)
+        memo[id(tensor)] = copy
+        return copy
 
     def _drawn_alike_each_call(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], tensors: Sequence[Tensor]

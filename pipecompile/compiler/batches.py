@@ -213,6 +213,8 @@ def _with_loss(model: nn.Module, loss_fn: Callable[..., Any]) -> Callable[..., A
 def _with_target(forward: Callable[..., Any]) -> Callable[..., Any]:
     """A callable with the model's signature and an additional keyword ``target``."""
     signature = inspect.signature(forward)
+    if "target" in signature.parameters:  # a forward that is set on the pipe and wraps its forward
+        return forward
     parameters = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     rest = [p for p in signature.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
     target = inspect.Parameter("target", inspect.Parameter.KEYWORD_ONLY)

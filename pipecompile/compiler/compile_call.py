@@ -273,8 +273,10 @@ def _independent(trace: _Tracer, rows: Rows, options: Options) -> Division:
 def _divided(trace: _Tracer, rows: Rows, options: Options) -> Division:
     """The division of a model, from one trace for any rows, or from two, of a microbatch and of the batch."""
     call, whole = trace.call, trace()
-    if call.batch is None or ((whole.is_fixed or whole.leaf_writes) and len(rows) == 1):
+    if call.batch is None:
         return undivided(whole, one_part=True)
+    if (whole.is_fixed or whole.leaf_writes) and len(rows) == 1:
+        return _of_one_row(whole)
     if len(rows) > 1 and (why := _each_for_itself(whole)):
         warnings.warn(f"{why}; every batch of {call.batch} rows is run as one microbatch", stacklevel=2)
         return undivided(whole, one_part=True)
@@ -290,8 +292,18 @@ def _divided(trace: _Tracer, rows: Rows, options: Options) -> Division:
         alone = small is large
         small = defer_running(small)
         large = small if alone else defer_running(large)
-    division = divide(small, large, options.batching.allow_mixing, options.batching.out_dims)
-    return division if call.batch >= division.at_least else undivided(whole, one_part=True)
+    try:
+        division = divide(small, large, options.batching.allow_mixing, options.batching.out_dims)
+    except CaptureError:
+        if len(rows) > 1:
+            raise
+        return _of_one_row(whole)  # such as all tokens of a batch without padding
+    return division if call.batch >= division.at_least else _of_one_row(whole)
+
+
+def _of_one_row(whole: Captured) -> Division:
+    """A batch that cannot be divided into microbatches; larger ones may be, and need another capture."""
+    return replace(undivided(whole, one_part=True), most_rows=whole.call.batch)
 
 
 def _of_a_microbatch(trace: _Tracer, rows: Rows, attempts: Sequence[SymbolicSizes]) -> Captured:

@@ -20,6 +20,7 @@ from pipecompile.ops.torch_internals import (
     _get_current_dispatch_mode_stack,
     _get_tracing_state,
     forward_ad,
+    parametrize,
     peek_interpreter_stack,
 )
 
@@ -41,6 +42,11 @@ def check_surroundings(arguments: Iterable[object]) -> None:
             _refuse(f"inside {type(mode).__name__} (make_fx, torch.export)", "records what is computed")
     if forward_ad._current_level >= 0:
         _refuse("inside torch.autograd.forward_ad.dual_level", "computes derivatives forward")
+    if parametrize._cache_enabled:
+        raise InputError(
+            "a pipeline cannot be called inside torch.nn.utils.parametrize.cached(), whose tensors have the history of "
+            "one thread, because its stages compute parametrized weights in threads of their own; call it outside"
+        )
     for argument in arguments:
         if isinstance(argument, FakeTensor):
             _refuse("with fake tensors", "computes only shapes")

@@ -26,7 +26,7 @@ from torch._C._autograd import (
     _profiler_enabled,
     _top_saved_tensors_default_hooks,
 )
-from torch._C._functorch import is_functorch_wrapped_tensor, peek_interpreter_stack
+from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor, peek_interpreter_stack
 from torch._C._nn import _parse_to
 from torch._C._profiler import _RecordFunctionFast
 from torch._compile import _disable_dynamo
@@ -48,6 +48,7 @@ from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 from torch.fx.experimental.sym_node import SymNode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, GuardOnDataDependentSymNode, ShapeEnv
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.utils import parametrize
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack
@@ -106,8 +107,10 @@ __all__ = [
     "in_kernel_invocation_manager",
     "inductor_without_cuda_graphs",
     "is_functorch_wrapped_tensor",
+    "is_legacy_batchedtensor",
     "mark_dynamic",
     "no_cpp_compiler",
+    "parametrize",
     "peek_interpreter_stack",
     "pytree",
     "symbol_is_type",

@@ -92,6 +92,8 @@ class Compiled:
             return "the capture holds for batches of one microbatch only"
         if sum(rows.counts) < division.at_least:
             return f"the capture holds for batches of at least {division.at_least} rows"
+        if division.most_rows is not None and sum(rows.counts) > division.most_rows:
+            return f"the capture holds for batches of at most {division.most_rows} rows"
         sizes = division.whole.size_values(whole)
         for size, most in division.at_most.items():
             if sizes.get(size, 0) > most:

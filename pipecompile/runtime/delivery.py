@@ -24,7 +24,7 @@ from torch import Tensor
 
 from pipecompile.errors import ExecutionError
 from pipecompile.ops.accelerators import accelerators
-from pipecompile.ops.torch_internals import _get_current_graph_task_keep_graph
+from pipecompile.ops.torch_internals import _get_current_graph_task_keep_graph, is_legacy_batchedtensor
 
 Gradients = Sequence[Tensor | None]
 Backward = Callable[["Saved", Gradients], Gradients]  # (saved tensors, gradients of outputs) -> gradients of leaves
@@ -146,6 +146,7 @@ class _Outputs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *incoming: Tensor | None) -> Any:
         refuse_create_graph()
+        refuse_several_at_once(incoming)
         ctx.box.incoming.update(zip(ctx.positions, incoming, strict=True))
         return (None, None, torch.empty(0), *(None,) * len(incoming))
 
@@ -156,4 +157,13 @@ def refuse_create_graph() -> None:
         raise ExecutionError(
             "create_graph=True asks for gradients of gradients, but a pipeline's backward cannot be differentiated; "
             "compute them with the unsplit model, pipe.pipeline.model"
+        )
+
+
+def refuse_several_at_once(incoming: Gradients) -> None:
+    """Raises ``ExecutionError`` in a backward of several gradients at once."""
+    if any(gradient is not None and is_legacy_batchedtensor(gradient) for gradient in incoming):
+        raise ExecutionError(
+            "is_grads_batched=True (vectorize=True) runs a backward for several gradients at once in one thread, but "
+            "the stages of a pipeline run in threads of their own; run one backward for each gradient"
         )

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from toys import D, Sparse, blocks, mean_square
 
+import pipecompile
 from pipecompile.batching import Batching
-from pipecompile.errors import ExecutionError
+from pipecompile.errors import ExecutionError, InputError
 
 
 def pairs(name: str, **options: Any) -> Iterator[tuple[nn.Module, Inputs]]:
@@ -503,3 +504,18 @@ def test_gradients_are_clipped_over_all_stages(name: str, foreach: bool) -> None
         norms.append(nn.utils.clip_grad_norm_(module.parameters(), 0.01, foreach=foreach))
     torch.testing.assert_close(*norms)
     assert norms[0] > 0.01
+
+
+def test_several_gradients_at_once_are_refused() -> None:
+    pipe = pipecompile.compile(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), ["cpu", "cpu"], costs="count")
+    output = pipe(torch.randn(4, 2)).sum(0)
+    with pytest.raises(ExecutionError, match=r"is_grads_batched=True.*run one backward for each gradient"):
+        torch.autograd.grad(output, [*pipe.parameters()], torch.eye(2), is_grads_batched=True)
+
+
+def test_a_cache_of_parametrized_weights_is_refused() -> None:
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)), nn.Linear(2, 2))
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], costs="count")
+    with nn.utils.parametrize.cached(), pytest.raises(InputError, match=r"parametrize\.cached\(\).*call it outside"):
+        pipe(torch.randn(4, 2))
+    pipe(torch.randn(4, 2)).sum().backward()

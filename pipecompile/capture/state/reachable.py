@@ -9,10 +9,12 @@ state, not to decide what forward depends on.
 from __future__ import annotations
 
 import random
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass, field
 from functools import _lru_cache_wrapper, lru_cache, partial, partialmethod
+from threading import Thread
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MappingProxyType, MethodType, ModuleType
 from typing import Any
 
@@ -21,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from pipecompile.capture.state.containers import contents, kind_of
-from pipecompile.capture.state.namespaces import file_of, has_no_models, is_foreign, names_of, owns_names
+from pipecompile.capture.state.namespaces import file_of, has_no_models, names_of, owns_names
 
 MOST = 30_000  # objects, in addition to OF_A_MODULE per module; further objects are ignored
 OF_A_MODULE = 50
@@ -66,6 +68,7 @@ class _Walk:
         self.mentioned = {"forward", *_RUN_UNNAMED}
         self.unmentioned: dict[str, list[tuple[Any, str]]] = {}  # other names -> classes and files that define them
         self.files: dict[int, tuple[Any, set[str]]] = {}
+        self.tables: set[int] = set()  # the ``__dict__`` of each module, which a pipe shares with its model
 
     def run(self, model: nn.Module, functions: Iterable[Callable[..., Any]]) -> Reach:
         for tensor in (*model.parameters(), *model.buffers()):
@@ -131,6 +134,8 @@ class _Walk:
             self._visit_object(value, label)
 
     def _visit_object(self, value: Any, label: str) -> None:
+        if isinstance(value, Thread):  # which writes its attributes itself, such as a progress bar's monitor
+            return
         if kind_of(value) is not None:
             self.reach.containers.append((value, label))
             if len(value) <= LONGEST:
@@ -153,7 +158,7 @@ class _Walk:
 
     def _visit_class(self, kind: type) -> None:
         for base in kind.__mro__:
-            if not is_foreign(base.__module__) and (base is kind or id(base) not in self.seen):
+            if not has_no_models(sys.modules.get(base.__module__)) and (base is kind or id(base) not in self.seen):
                 self.seen[id(base)] = base
                 self._hold(base, base.__name__)
                 self._note(base, base.__name__)
@@ -192,6 +197,10 @@ class _Walk:
         self._want(value, name)
 
     def _note(self, owner: Any, label: str) -> None:
+        if isinstance(owner, nn.Module):
+            if id(vars(owner)) in self.tables:
+                return
+            self.tables.add(id(vars(owner)))
         self.reach.owners.append((owner, label, None))
         for name, value in names_of(owner).items():
             if not isinstance(value, _PLAIN):

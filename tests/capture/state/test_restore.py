@@ -6,6 +6,7 @@ import random
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from functools import cache, wraps
+from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -14,7 +15,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
+from pipecompile.capture.state.reachable import reach_of
 from pipecompile.capture.state.restore import left_as_before
 
 CACHE: dict[int, Tensor] = {}
@@ -215,3 +218,29 @@ def test_a_loss_beside_the_model_and_tensors_by_name_are_put_back() -> None:
         assert seen
     assert not seen
     assert torch.equal(model.weight, weight)
+
+
+class Bar:
+    """As a progress bar has: a thread that writes to its own attributes."""
+
+    thread = Thread()
+
+
+class ShowsProgress(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in tqdm(range(1), disable=True):
+            Bar.thread.name = "at work"
+        return self.linear(x)
+
+
+def test_what_other_threads_write_is_not_state_of_the_model() -> None:
+    """tqdm's monitor, a thread, notes the time at which it last looked."""
+    owners = [owner for owner, _, _ in reach_of(ShowsProgress()).owners]
+    assert Bar in owners
+    assert Bar.thread not in owners
+    assert not any(isinstance(owner, type) and issubclass(owner, tqdm) for owner in owners)
+    assert not any(isinstance(owner, Thread) for owner in owners)
