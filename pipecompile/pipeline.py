@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -91,7 +90,6 @@ class Pipeline:
         self._calls = 0
         self._phases = Phases()  # of the first call
         self._learning = Learning(self._batches, self._session)
-        self._python = threading.local()
 
     def __repr__(self) -> str:
         compiled = self._batches.last or self._batches.first
@@ -299,17 +297,8 @@ class Pipeline:
 
     @property
     def is_inside(self) -> bool:
-        """Whether this thread runs the model's own Python: in a call (a capture, a comparison), or in ``unsplit``."""
-        return self._session.turn in busy().holds or getattr(self._python, "runs", False)
-
-    @contextmanager
-    def unsplit(self) -> Iterator[None]:
-        """A context in which the present thread runs the unsplit model, even if its forward wraps that of the pipe."""
-        before, self._python.runs = getattr(self._python, "runs", False), True
-        try:
-            yield
-        finally:
-            self._python.runs = before
+        """Whether this thread runs the model's own Python in a call: in a capture or a comparison."""
+        return self._session.turn in busy().holds
 
     def refuse_inside(self) -> None:
         """Raises ``ReentryError`` if the present thread is in a call."""
