@@ -113,8 +113,8 @@ class Pipeline:
 
     @property
     def schedule(self) -> str:
-        """The name of the schedule."""
-        return self.options.schedule
+        """The name of the schedule; of "auto", the one that was chosen, once a call has been captured."""
+        return str(self.options.schedule)
 
     @property
     def microbatches(self) -> int:

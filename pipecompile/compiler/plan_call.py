@@ -108,7 +108,7 @@ class Planner:
             return None
         fewer = any(map(uses_batch_statistics, division.body.graph.nodes))  # nearer to the whole batch's
         limited = any(device.memory is not None for device in found.cluster.devices)  # and fewer need more
-        tried = numbers(batch, found.plan.num_stages, usual, most=usual if fewer else batch)
+        tried = numbers(batch, len(set(found.plan.rank_of)), usual, most=usual if fewer else batch)
         tried = [number for number in tried if not limited or number >= usual]
         size = rows // 2 if limited else 2 * rows  # larger microbatches might not fit
         if len(tried) < 2 or not 1 <= size <= batch:

@@ -99,6 +99,6 @@ def planned(
         plan, candidates = with_best_replicas(costed, cluster, work, options)
         request = Request(candidates[0].replicas, options)
     else:
-        request = Request(options.counts or (1,) * (num_stages or len(cluster)), options)
+        request = Request.of(options, work.placement, len(cluster), num_stages)
         plan = make_plan(costed, request, cluster, work)
     return Planned(plan=plan, costed=costed, request=request, cluster=cluster, work=work, candidates=candidates)

@@ -13,6 +13,7 @@ from pipecompile.ir.plan_options import Recompute
 from pipecompile.partition import ADAM
 from pipecompile.planning.memory import How, Memory, memory
 from pipecompile.schedule import MakeProgram
+from pipecompile.schedule.placement import PLAIN, Placement
 from pipecompile.schedule.simulator import simulate
 
 
@@ -29,6 +30,7 @@ class Workload:
         fused: whether the optimizer step needs no temporary memory. Otherwise it needs, on CUDA, a copy of all
             parameters, because torch's optimizers update them together there.
         asynchronous: whether each stage steps on its own.
+        placement: where the stages are that the schedule asks for.
     """
 
     schedule: MakeProgram
@@ -38,6 +40,7 @@ class Workload:
     tail: int = 0
     fused: bool = False
     asynchronous: bool = False
+    placement: Placement = PLAIN
 
     def memory(
         self, costed: CostedGraph, plan: Plan, cluster: Cluster, buffers: Sequence[int] = (), bound: bool = False
