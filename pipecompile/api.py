@@ -56,9 +56,10 @@ def compile(
     Args:
         model: the model to split.
         devices: one per rank: ``["cuda:0", "cuda:1"]``, ``[0, 1]``, ``["cpu", "cpu"]``; a device may be repeated. A
-            rank runs one stage, or several if the schedule needs it. Stages are placed in this order. If the links between equal devices differ (see ``cluster``), equal devices
-            are reordered, so that the largest transfers use the fastest links.
-        mesh: instead of ``devices``, one process per stage: a mesh of ``torch.distributed``, one process for each of
+            rank runs one stage, or several if the schedule needs it. Stages are placed in this order. If the links
+            between equal devices differ (see ``cluster``), equal devices are reordered, so that the largest transfers
+            use the fastest links.
+        mesh: instead of ``devices``, one process per rank: a mesh of ``torch.distributed``, one process for each of
             its places, as ``init_device_mesh("cpu", (4,), mesh_dim_names=("stage",))`` makes it. All processes run the
             same script and make the same calls on the same batches. With a second dimension, ``"data"``, the batch is
             passed in parts, one in each row of the mesh, and divided into ``microbatches`` each.
@@ -159,8 +160,8 @@ def _scheduled(schedule: Any, ranks: int, microbatches: Any) -> tuple[str | Own,
         return schedule, usual, microbatches is None
     if not isinstance(schedule, str | Order) and not callable(schedule):
         raise InputError(
-            f"schedule={schedule!r:.80}; it must be a name such as '1f1b', a grid of text, an Order, or a function that "
-            f"returns one of them for a number of ranks and of microbatches"
+            f"schedule={schedule!r:.80}; it must be a name such as '1f1b', a grid of text, an Order, or a function "
+            f"that returns one of them for a number of ranks and of microbatches"
         )
     found = own(schedule, ranks, usual if isinstance(usual, int) else 1)
     if found.function is not None:

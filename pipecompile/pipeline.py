@@ -20,7 +20,7 @@ from pipecompile.compiler.compile_call import replanned
 from pipecompile.compiler.learn import Learning
 from pipecompile.compiler.options import Options, read_costs
 from pipecompile.compiler.plan_call import reused
-from pipecompile.compiler.report import Report, describe
+from pipecompile.compiler.report import Report, describe, scheduled
 from pipecompile.compiler.surroundings import (
     Substituted,
 )
@@ -178,6 +178,7 @@ class Pipeline:
             captures=tuple(f"{number}: {reason}" for number, reason in enumerate(self._batches.captures.reasons, 1)),
             verified=tuple(f"{kinds[trains]}: {said}" for (_, trains), said in (self._proofs | self._left_out).items()),
             timing=self._phases.timing,
+            schedule=tuple(scheduled(self.options, self._capture_in_use)),
             learned=tuple(self._learning.said),
             rerun=tuple(f"{why} (times: {count})" for why, count in self._session.repeated.items()),
             observed=tuple(f"{who} (programs: {count})" for who, count in self._session.observed.items()),

@@ -20,14 +20,16 @@ from pipecompile.batching import Batching
 from pipecompile.capture import Captured, capture, read_call, summarize
 from pipecompile.capture.loss import with_only_the_loss
 from pipecompile.cli import cache
+from pipecompile.cli.checks import check_choice, check_replicas, per_stage, placement_of, ranks_for
 from pipecompile.cli.dataclass_options import takes
 from pipecompile.cli.doctor import all_devices, examine
-from pipecompile.cli.drawn_schedule import DRAWN, drawn_program
+from pipecompile.cli.drawn_schedule import DRAWN, drawn_program, program_on_its_shape
 from pipecompile.cli.model_spec import load
 from pipecompile.cli.prediction import Prediction
+from pipecompile.cli.weighed_orders import RankCosts, weighed_orders
 from pipecompile.compiler.devices import parse_devices
 from pipecompile.compiler.disk_cache import DiskCache
-from pipecompile.compiler.options import OUTPUTS, read_costs
+from pipecompile.compiler.options import AUTO, OUTPUTS, read_costs
 from pipecompile.compiler.plan_call import reused
 from pipecompile.errors import InputError, PipecompileError
 from pipecompile.ir.cluster import Cluster, Link
@@ -35,14 +37,13 @@ from pipecompile.ir.graph import Cost, CostedGraph
 from pipecompile.ir.plan_options import PlanOptions
 from pipecompile.ops.torch_internals import tree_map_only
 from pipecompile.partition import ADAM
-from pipecompile.planning.planned import planned
+from pipecompile.planning.planned import chosen, planned
 from pipecompile.planning.training_spec import Workload
 from pipecompile.profile import profile
 from pipecompile.render.formats import FORMATS
 from pipecompile.render.timeline import timeline_svg, timeline_text
 from pipecompile.render.trace import trace as trace_text
 from pipecompile.schedule import SCHEDULES, SYNCHRONOUS
-from pipecompile.schedule.catalog import RECIPES, not_run_yet
 from pipecompile.schedule.grid import write_torch_csv
 from pipecompile.schedule.order_program import order_of
 from pipecompile.schedule.simulator import simulate
@@ -109,7 +110,9 @@ def plan(
         int | None, typer.Option("--stages", "-n", min=1, help="Number of stages. Default: one per device, or 2.")
     ] = None,
     microbatches: Microbatches = 8,
-    schedule: Annotated[str, typer.Option("--schedule", "-s", help=f"One of {', '.join(SCHEDULES)}.")] = "1f1b",
+    schedule: Annotated[
+        str, typer.Option("--schedule", "-s", help=f"One of {', '.join(SCHEDULES)}; or auto, the shortest step.")
+    ] = "1f1b",
     microbatch: Annotated[
         int | None, typer.Option(min=1, help="Samples per microbatch. Default: all that MODEL returns; 2 for hf.")
     ] = None,
@@ -147,11 +150,13 @@ def plan(
     pipecompile plan hf:llama --cluster 64xH100 --dtype bfloat16
     """
     written = _format(format, output, as_json)
-    _check_schedule(schedule, tuple(SCHEDULES))
+    check_choice("schedule", schedule, (*SCHEDULES, AUTO))
     (place,) = parse_devices([device])
-    devices = Cluster.from_name(cluster) if cluster else Cluster.of([str(place)] * (sum(options.counts) or stages or 2))
-    _check_replicas(options, stages, len(devices), schedule)
-    _check_choice("outputs", outputs, OUTPUTS)
+    placement = placement_of(options, schedule)
+    ranks = ranks_for(stages, placement, schedule)
+    devices = Cluster.from_name(cluster) if cluster else Cluster.of([str(place)] * (sum(options.counts) or ranks or 2))
+    check_replicas(options, ranks, len(devices), schedule)
+    check_choice("outputs", outputs, OUTPUTS)
     costs = costs or ("count" if cluster else "measure")
     captured = _captured(model, microbatch, length, dtype, meta=costs != "measure")
     if outputs == "loss":
@@ -160,11 +165,26 @@ def plan(
     if save_costs is not None:
         _write(costed.to_json(), save_costs)
     state = ADAM if options.optimizer_state is None else options.optimizer_state
-    policy = SCHEDULES[schedule]
+    policy = SCHEDULES["1f1b" if schedule == AUTO else schedule]
     work = Workload(
-        policy.steady, microbatches, state, options.recompute, fused=fused, asynchronous=policy.is_asynchronous
+        schedule=policy.steady,
+        microbatches=microbatches,
+        optimizer_state=state,
+        recompute=options.recompute,
+        fused=fused,
+        asynchronous=policy.is_asynchronous,
+        placement=placement,
     )
-    prediction = Prediction.of(planned(costed, devices, work, options, stages), schedule)
+    if schedule == AUTO:
+        found = chosen(costed, devices, work, options)
+    elif not placement.is_plain and ranks not in (None, len(devices)):
+        raise InputError(
+            f"--stages {stages} is for {ranks} devices with {placement.per_rank} stages each, but there are "
+            f"{len(devices)}; leave --stages out"
+        )
+    else:
+        found = planned(costed, devices, work, options, stages)
+    prediction = Prediction.of(found, found.schedule or schedule)
     if as_json:
         typer.echo(json.dumps(prediction.facts(), indent=2))
     else:
@@ -180,7 +200,7 @@ def check(
     model: Model,
     stages: Stages = 2,
     microbatches: Microbatches = 4,
-    schedule: Annotated[str, typer.Option("--schedule", "-s", help=f"One of {', '.join(SYNCHRONOUS)}.")] = "1f1b",
+    schedule: Annotated[str, typer.Option("--schedule", "-s", help=f"One of {', '.join(SYNCHRONOUS)}, auto.")] = "1f1b",
     batch: Annotated[
         int | None, typer.Option(min=1, help="Samples per batch, for hf. Default: two per microbatch.")
     ] = None,
@@ -205,8 +225,9 @@ def check(
 
     pipecompile check hf:gpt2 --stages 4 --double
     """
-    _check_schedule(schedule, tuple(SYNCHRONOUS))
-    places = parse_devices([device] * (sum(plan.counts) or stages))
+    check_choice("schedule", schedule, (*SYNCHRONOUS, AUTO))
+    ranks = ranks_for(stages, placement_of(plan, schedule), schedule) or stages
+    places = parse_devices([device] * (sum(plan.counts) or ranks))
     it, args, kwargs = load(model, batch or 2 * microbatches, length)
     if double:
         it, (args, kwargs) = it.double(), tree_map_only(Tensor, _to_double, (args, kwargs))
@@ -265,7 +286,8 @@ def draw_schedule(
         str,
         typer.Argument(
             metavar="NAME",
-            help=f"One of {', '.join(DRAWN)}; or a file: a grid of computations (.txt), or torch's actions (.csv).",
+            help=f"One of {', '.join(DRAWN)}; auto, the best of all and what it was weighed against, where --stages "
+            "counts ranks; or a file: a grid of computations (.txt), or torch's actions (.csv).",
         ),
     ],
     stages: Stages = 4,
@@ -278,6 +300,10 @@ def draw_schedule(
         float, typer.Option(min=0, max=1, help="Part of a backward that is for weights, where it is split.")
     ] = 0.5,
     transfer: Annotated[float, typer.Option(min=0, help="Seconds of a transfer between stages.")] = 0.0,
+    memory: Annotated[
+        float | None,
+        typer.Option(min=1, help="For auto: memory of a rank, in microbatches of all its stages. Default: no limit."),
+    ] = None,
     svg: Annotated[Path | None, typer.Option(help="Write the timeline to this SVG file.")] = None,
     trace: Annotated[Path | None, typer.Option(help="Write the timeline to this file, for Perfetto.")] = None,
     csv: Annotated[Path | None, typer.Option(help="Write the order to this file, as torch reads it.")] = None,
@@ -288,12 +314,26 @@ def draw_schedule(
     pipecompile schedule 1f1b --stages 4 --microbatches 8 --svg 1f1b.svg
     pipecompile schedule zb-v --stages 8 --microbatches 8 --trace zb-v.json
     """
-    it = drawn_program(name, stages, microbatches)
-    stages = it.plan.num_stages
-    seconds = zip(_per_stage("--forward", forward, stages), _per_stage("--backward", backward, stages), strict=True)
+    console = Console()
+    if name == AUTO:
+        given = (per_stage("--forward", forward, stages), per_stage("--backward", backward, stages))
+        weighed = weighed_orders(
+            RankCosts(*given, weight_part, transfer), microbatches, float("inf") if memory is None else memory
+        )
+        for each in weighed:
+            console.print(Text(str(each)), soft_wrap=True)
+        it = program_on_its_shape(weighed[0].order)
+        rank_of = it.plan.rank_of
+        f, b = ([each[rank] / rank_of.count(rank) for rank in rank_of] for each in given)
+    else:
+        it = drawn_program(name, stages, microbatches)
+        f, b = (
+            per_stage(option, text, it.plan.num_stages)
+            for option, text in (("--forward", forward), ("--backward", backward))
+        )
+    seconds = zip(f, b, strict=True)
     cluster = Cluster.of([f"rank {rank}" for rank in range(len(it.ranks))], Link(float("inf"), transfer))
     timeline = simulate(it, [Cost(*pair) for pair in seconds], cluster, weight_part=weight_part)
-    console = Console()
     if program:
         console.print(Text(str(it)), soft_wrap=True)
     console.print(timeline_text(timeline, console.width))
@@ -311,7 +351,7 @@ def _to_double(tensor: Tensor) -> Tensor:
 
 def _captured(model: str, microbatch: int | None, length: int, dtype: str, meta: bool) -> Captured:
     """A microbatch of a model; ``meta``: without memory for its weights."""
-    _check_choice("dtype", dtype, ("float32", "bfloat16", "float16"))
+    check_choice("dtype", dtype, ("float32", "bfloat16", "float16"))
     it, args, kwargs = load(model, microbatch or 2, length, meta=meta)
     it = it.to(getattr(torch, dtype))
     call = read_call(it.forward, args, kwargs)
@@ -338,51 +378,10 @@ def _format(format: str | None, output: Path | None, as_json: bool) -> str | Non
         if format is None:
             raise InputError(f"the suffix of {output} is not a known format; add --format, one of {', '.join(FORMATS)}")
     if format is not None:
-        _check_choice("format", format, tuple(FORMATS))
+        check_choice("format", format, tuple(FORMATS))
     if as_json and format is not None and output is None:
         raise InputError("--json and --format would both go to the terminal; add --output FILE")
     return format
-
-
-def _check_choice(what: str, given: str, choices: tuple[str, ...]) -> None:
-    if given not in choices:
-        raise InputError(f"{what} {given!r} is not known; it must be one of {', '.join(choices)}")
-
-
-def _check_schedule(given: str, choices: tuple[str, ...]) -> None:
-    if given in RECIPES and given not in SCHEDULES:
-        raise InputError(
-            f"schedule {given!r} is not run yet, because it needs {not_run_yet(given)}; use 1f1b, or see its timeline "
-            f"with `pipecompile schedule {given}`"
-        )
-    _check_choice("schedule", given, choices)
-
-
-def _check_replicas(options: PlanOptions, stages: int | None, devices: int, schedule: str) -> None:
-    counts = options.counts
-    text = ",".join(map(str, counts))
-    if options.replicas is not None and SCHEDULES[schedule].is_asynchronous:
-        raise InputError(
-            f"--replicas does not work with --schedule {schedule}, which steps after each microbatch; use 1f1b or gpipe"
-        )
-    if counts and stages not in (None, len(counts)):
-        raise InputError(f"--replicas {text} is for {len(counts)} stages, but --stages is {stages}; they must match")
-    if counts and sum(counts) != devices:
-        raise InputError(f"--replicas {text} is for {sum(counts)} devices, but there are {devices}; they must match")
-
-
-def _per_stage(option: str, text: str, stages: int) -> list[float]:
-    try:
-        seconds = [float(word) for word in text.split(",")]
-    except ValueError:
-        raise InputError(
-            f"{option} {text!r} is not a number of seconds; write one number, or one per stage, such as 1,2,1,1"
-        ) from None
-    if not all(0 <= it < float("inf") for it in seconds):
-        raise InputError(f"{option} {text!r} is negative or not finite; seconds must be finite and at least 0")
-    if len(seconds) not in (1, stages):
-        raise InputError(f"{option} has {len(seconds)} numbers for {stages} stages; give one, or {stages}")
-    return seconds * stages if len(seconds) == 1 else seconds
 
 
 def _write(text: str, path: Path | None) -> None:

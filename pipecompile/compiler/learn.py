@@ -179,4 +179,3 @@ class Learning:
             batches.move_first(compiled, lambda other: following(other, compiled, options, devices))
         self.session.forget()
         keep(planned)
-

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -114,6 +114,10 @@ class Options:
     def is_auto(self) -> bool:
         """Whether the schedule is chosen when the model is planned, which it has not been yet."""
         return self.schedule == AUTO
+
+    def settled(self, schedule: str) -> Options:
+        """The options with the schedule that was chosen, if one was."""
+        return replace(self, schedule=schedule) if self.is_auto and schedule else self
 
     @property
     def placement(self) -> Placement:

@@ -13,6 +13,7 @@ from pipecompile.capture import Captured
 from pipecompile.capture.loss import could_be_losses
 from pipecompile.capture.origin import Origin, origin_of
 from pipecompile.capture.purity import is_random
+from pipecompile.compiler.options import Options
 from pipecompile.ir.cluster import HANDED_OVER, Cluster, Link
 from pipecompile.ir.plan_quality import known
 from pipecompile.ir.timeline import Timeline
@@ -23,6 +24,8 @@ from pipecompile.partition.tied_nodes import tied_nodes
 from pipecompile.render.labels import replica_notes
 from pipecompile.runtime.compiled import Compiled
 from pipecompile.runtime.split import Stage
+from pipecompile.schedule.own import Own
+from pipecompile.schedule.policy import last_round
 
 
 def _across_microbatches(compiled: Compiled) -> list[str]:
@@ -90,13 +93,18 @@ def _checkpoints(captured: Captured) -> list[str]:
 
 
 def _memory(compiled: Compiled) -> list[str]:
-    """The predicted peak memory of each stage, and the memory of its device if known."""
+    """The predicted peak memory of each stage, of ranks with several stages, and of devices if known."""
+    plan, memory = compiled.plan, compiled.memory
+    limits = [device.memory for device in compiled.planned.cluster.devices]
+    of = ["" if limit is None else f" of {bytes_text(limit)}" for limit in limits]
+    shared = len(set(plan.rank_of)) < plan.num_stages
     lines = []
-    for stage, held in enumerate(compiled.memory.stages):
-        limit = compiled.planned.cluster.devices[compiled.plan.rank_of[stage]].memory
+    for stage, held in enumerate(memory.stages):
         parts = ", ".join(f"{kind} {bytes_text(nbytes)}" for kind, nbytes in held.by_kind() if nbytes)
-        of = f" of {bytes_text(limit)}" if limit is not None else ""
-        lines.append(f"stage {stage}: {bytes_text(held.total)}{of} ({parts})")
+        lines.append(f"stage {stage}: {bytes_text(held.total)}{'' if shared else of[plan.rank_of[stage]]} ({parts})")
+    for rank, nbytes in enumerate(memory.ranks) if shared else ():
+        stages = ", ".join(str(stage) for stage, at in enumerate(plan.rank_of) if at == rank)
+        lines.append(f"rank {rank}, with stages {stages}: {bytes_text(nbytes)}{of[rank]}")
     return lines
 
 
@@ -155,6 +163,8 @@ class Report:
         rematerialized: the number of cheap values that each stage which reads them computes for itself.
         recomputed: activations that the backward recomputes.
         plan: the bottleneck, and how far from optimal it may be.
+        schedule: the schedule, where its stages are, where a batch cannot run it as it is meant, and the schedules that
+            were weighed against it.
         memory: peak bytes of each stage, by kind.
         links: latency and bandwidth between ranks.
         costs: where the costs come from.
@@ -178,6 +188,7 @@ class Report:
     rematerialized: tuple[str, ...] = ()
     recomputed: tuple[str, ...] = ()
     plan: tuple[str, ...] = ()
+    schedule: tuple[str, ...] = ()
     memory: tuple[str, ...] = ()
     links: tuple[str, ...] = ()
     costs: tuple[str, ...] = ()
@@ -211,6 +222,27 @@ def _tied(compiled: Compiled) -> Iterator[str]:
         stages = {plan.stage_of[placed.nodes[thing]] for thing in things}
         if len(stages) == 1:
             yield f"{name} in stage {stages.pop()} with all {len(things)} nodes that read it, since stages step apart"
+
+
+def scheduled(options: Options, compiled: Compiled) -> Iterator[str]:
+    """The schedule of a capture, and what it was weighed against."""
+    planned, ranks = compiled.planned, len(set(compiled.plan.rank_of))
+    yield f"{options.schedule}, {options.placement}"
+    for kind, count in compiled.programs:
+        if kind != "train":
+            continue
+        if isinstance(options.schedule, Own) and not options.schedule.fits(count):
+            yield f"a batch of {count} microbatches runs as 1f1b, since this is {options.schedule}"
+        elif str(options.schedule).startswith("interleaved"):
+            round, last = last_round(ranks, count)
+            if last < round:
+                yield (
+                    f"the last round of a batch of {count} microbatches has {last} of {round}, so the bubble "
+                    f"is larger than for a multiple of {ranks}"
+                )
+    if planned.schedule and not planned.weighed:
+        yield "chosen without comparison, since the caller computes the loss: forwards all run before backwards"
+    yield from map(str, planned.weighed)
 
 
 def describe(compiled: Compiled, timeline: Timeline | None = None) -> Report:

@@ -15,6 +15,7 @@ Once a plan is known, it is passed in as ``reserved`` bytes (see ``memory`` and 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
@@ -84,11 +85,10 @@ def partition(
     overlapped = objective == "overlap"
     contraction = problem_of(costed, num_stages, cluster, training, constraints, replicas, overlapped, rank_of)
     again = (training and training.again) or (False,) * num_stages
+    solve_it: _Solve = _on_seats
     if len(set(rank_of)) < len(rank_of):
         room = seating.memory(training or Training.flushed(seating.replicas))
         solve_it = partial(_on_ranks, rank_of=tuple(rank_of), memory=room)
-    else:
-        solve_it = _on_seats
     found = solve_it(contraction.problem, budget, callable(objective))
 
     def plan_of(atoms: tuple[int, ...]) -> Plan:
@@ -136,16 +136,18 @@ def _on_ranks(
     left = BALANCING if budget is None else min(BALANCING, max(0.0, budget - (thread_time() - begin)))
     stage_of = balanced(free, rank_of, memory, solution.stage_of, left)
     over, load, _ = quality(free, rank_of, memory, stage_of)
+    if over:  # each stage within an equal part of its rank's memory, which is more than is needed
+        with suppress(PlanError):
+            stage_of = balanced(free, rank_of, memory, solve(problem, budget).stage_of, left)
+            over, load, _ = quality(free, rank_of, memory, stage_of)
     if over:
         raise PlanError(
-            f"no plan was found that keeps each of the {len(memory)} ranks, with {len(rank_of)} stages together, within "
-            f"its memory; use more devices, devices with more memory, or fewer microbatches in flight"
+            f"no plan was found that keeps each of the {len(memory)} ranks, with {len(rank_of)} stages together, "
+            f"within its memory; use more devices, devices with more memory, or fewer microbatches in flight"
         )
     speeds = {rank: seat.speed for rank, seat in zip(rank_of, seats, strict=True)}
     least = max(free.total / sum(speeds.values()), free.weight.max(initial=0.0) / max(speeds.values()))
-    kept = tuple(
-        plan for plan in (solution.stage_of, *solution.others) if not quality(free, rank_of, memory, plan)[0]
-    )
+    kept = tuple(plan for plan in (solution.stage_of, *solution.others) if not quality(free, rank_of, memory, plan)[0])
     measure = Quality(load, min(float(least), load), thread_time() - begin)
     return _Found(stage_of, measure, kept, lambda plan: max(rank_loads(free, plan, rank_of)))
 

@@ -82,7 +82,12 @@ class _Task:
         for each in self.plan.tied:
             tied.update({(each.owner, follower): each.nbytes for follower in each.followers})
         wires = [
-            Wire(rank_of[c.source], rank_of[c.target], c.nbytes, 2 / lcm(*(len(replicas[s]) for s in (c.source, c.target))))
+            Wire(
+                rank_of[c.source],
+                rank_of[c.target],
+                c.nbytes,
+                2 / lcm(*(len(replicas[s]) for s in (c.source, c.target))),
+            )
             for c in self.plan.channels
         ] + [
             Wire(rank_of[owner], rank_of[follower], nbytes, 2 / self.microbatches)

@@ -16,6 +16,8 @@ from pipecompile.schedule import MakeProgram
 from pipecompile.schedule.placement import PLAIN, Placement
 from pipecompile.schedule.simulator import simulate
 
+OVERHEAD = 1e-4  # seconds of a forward or a backward beside its operations (benchmarks/overhead.py)
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -60,9 +62,14 @@ class Workload:
         timeline = None if bound else simulate(program, stage_costs(costed, plan), cluster)
         return memory(costed, plan, program, self.state, buffers, self.tail, step, timeline)
 
-    def step_seconds(self, costed: CostedGraph, plan: Plan, cluster: Cluster) -> float:
-        """Predicted seconds of a step, including the transfer of tied parameters to other stages and replicas."""
-        timeline = simulate(self.schedule(plan, self.microbatches), stage_costs(costed, plan), cluster)
+    def step_seconds(self, costed: CostedGraph, plan: Plan, cluster: Cluster, split: float = 1.0) -> float:
+        """Predicted seconds of a step, including the transfer of tied parameters to other stages and replicas.
+
+        Args:
+            split: the seconds of both halves of a backward that is split, relative to the whole.
+        """
+        program = self.schedule(plan, self.microbatches)
+        timeline = simulate(program, stage_costs(costed, plan), cluster, split=split)
         return timeline.makespan + max(_weights_seconds(plan, cluster).values(), default=0.0)
 
     @property

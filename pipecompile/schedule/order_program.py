@@ -21,8 +21,8 @@ _KINDS: dict[int, type[Forward] | type[Backward] | type[BackwardWeight]] = {
 def program_of(order: Order, plan: Plan, *, step: bool = False) -> Program:
     """The valid, bare program of an order, with Reduces of tied parameters, and with a Step of each stage if wanted.
 
-    Ranks of the plan may have other numbers than those of the order. Its stage graph may be any in which the order runs:
-    an order for a chain runs on every one.
+    Ranks of the plan may have other numbers than those of the order. Its stage graph may be any in which the order
+    runs: an order for a chain runs on every one.
 
     Raises:
         InputError: the plan has replicas.

@@ -1,8 +1,8 @@
 """Which rank runs which stages, where each rank may have several: a schedule asks for a placement.
 
-    Placement()          Placement(2)         Placement(2, turns=True)
-    rank 0  0            rank 0  0  2         rank 0  0  3
-    rank 1  1            rank 1  1  3         rank 1  1  2
+Placement()          Placement(2)         Placement(2, turns=True)
+rank 0  0            rank 0  0  2         rank 0  0  3
+rank 1  1            rank 1  1  3         rank 1  1  2
 """
 
 from __future__ import annotations

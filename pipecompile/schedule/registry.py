@@ -84,8 +84,8 @@ class Schedule:
         if per_rank < least or (most is not None and per_rank > most):
             has = f"exactly {least}" if least == most else f"{least} or more"
             raise InputError(
-                f"stages_per_rank={per_rank} does not fit schedule {name}, which has {has} on each rank; leave it out, or "
-                f"use another schedule"
+                f"stages_per_rank={per_rank} does not fit schedule {name}, which has {has} on each rank; leave it out, "
+                f"or use another schedule"
             )
         return Placement(per_rank)
 

@@ -21,12 +21,12 @@ from time import thread_time
 from pipecompile.partition.solver.problem import Problem
 from pipecompile.partition.solver.score import check, rank_bytes, rank_loads
 
-STEPS = 12_000  # moves that are tried in one walk, at most
-WALKS = 3
+STEPS, PER_MOVE = 6_000, 60  # moves that are tried in one walk, at most, and for each atom and stage
+WALKS = 2
 POWER = 12  # of loads, relative to the mean of ranks
 STAGES = 0.02  # weight of the stages, relative to that of the ranks
 HOT, COLD = 1.0, 1e-3  # first and last temperature, in the change that moving a mean atom makes
-EXCEEDS = 1e3  # a rank that needs twice its memory
+EXCEEDS = 1e6  # a rank beyond its memory, and as much again if it needs twice of it
 
 
 def balanced(
@@ -66,9 +66,7 @@ def quality(
 class _Walk:
     """A plan that changes, with the sums that its moves change."""
 
-    def __init__(
-        self, problem: Problem, rank_of: Sequence[int], memory: Sequence[float], plan: Sequence[int]
-    ) -> None:
+    def __init__(self, problem: Problem, rank_of: Sequence[int], memory: Sequence[float], plan: Sequence[int]) -> None:
         self.problem, self.rank_of, self.memory = problem, rank_of, memory
         ranks = range(1 + max(rank_of))
         self.plan = list(plan)
@@ -88,7 +86,7 @@ class _Walk:
         """The best plan of a walk."""
         now = self._score()
         best, least = tuple(self.plan), now
-        steps = min(STEPS, 60 * len(self.plan) * self.problem.num_stages)
+        steps = min(STEPS, PER_MOVE * len(self.plan) * self.problem.num_stages)
         heat = HOT * POWER / max(1, len(self.plan))
         for step in range(steps):
             if not self.open or (step % 64 == 0 and thread_time() > end):
@@ -140,7 +138,7 @@ class _Walk:
             load = max(self.work[rank], self.sent[rank]) if overlapped else self.work[rank] + self.sent[rank]
             total += (load / self.mean) ** POWER
             if self.bytes[rank] > limit:
-                total += EXCEEDS * (self.bytes[rank] / limit - 1 if limit else self.bytes[rank])
+                total += EXCEEDS * (self.bytes[rank] / limit if limit else 1 + self.bytes[rank])
         return total + STAGES * sum((self.per_rank * work / self.mean) ** POWER for work in self.stage_work)
 
     def _range(self, atom: int) -> tuple[int, int] | None:
