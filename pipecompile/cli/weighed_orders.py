@@ -72,7 +72,9 @@ def weighed_orders(costs: RankCosts, microbatches: int, cap: float) -> tuple[Wei
     for name, order in _orders(costs, microbatches, cap):
         if order is not None:
             run = replay(order, costs.of(order.shape))
-            found.append(WeighedOrder(name, order, run.makespan, run.makespan_rate, run.peak))
+            found.append(
+                WeighedOrder(name=name, order=order, makespan=run.makespan, rate=run.makespan_rate, peak=run.peak)
+            )
     if not found:
         raise InfeasibleError(
             f"no schedule runs with memory for {cap:g} microbatches on each rank; --memory must be at least 1"

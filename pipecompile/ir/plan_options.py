@@ -90,7 +90,13 @@ class PlanOptions:
 
     def without_search(self) -> PlanOptions:
         """Only the constraints, with defaults for the rest."""
-        return PlanOptions(self.pins, self.no_split, self.colocate, self.max_stages, self.stages_per_rank)
+        return PlanOptions(
+            pins=self.pins,
+            no_split=self.no_split,
+            colocate=self.colocate,
+            max_stages=self.max_stages,
+            stages_per_rank=self.stages_per_rank,
+        )
 
     def minimizing(self, objective: Goal) -> PlanOptions:
         """The same with another objective."""

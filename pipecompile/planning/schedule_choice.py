@@ -91,7 +91,15 @@ def weigh(
         plan = plans[placement]
         peak = max(this.memory(costed, plan, cluster).ranks)
         seconds = this.step_seconds(costed, plan, cluster, SPLIT) + _overhead(plan, this)
-        found.append(Weighed(name, placement.per_rank, seconds, peak, len(plan.recomputed)))
+        found.append(
+            Weighed(
+                schedule=name,
+                per_rank=placement.per_rank,
+                seconds=seconds,
+                peak_bytes=peak,
+                recomputed=len(plan.recomputed),
+            )
+        )
     least = min((it.seconds for it in found if it.seconds is not None), default=0.0)
 
     def rank(it: Weighed) -> tuple[bool, float, int]:
