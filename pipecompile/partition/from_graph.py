@@ -129,6 +129,12 @@ def _on_ranks(
     Raises:
         PlanError: no plan within the memory of the ranks was found.
     """
+    if (parts := len(problem)) < len(rank_of):
+        raise InfeasibleError(
+            f"the model cannot be cut into {len(rank_of)} stages: it can be cut into at most {parts}, since the rest "
+            f"must stay together; the schedule has several stages on each of {len(memory)} ranks, so use fewer ranks, "
+            f"fewer stages_per_rank, or a schedule with one"
+        )
     begin = thread_time()
     seats = tuple(replace(seat, memory=inf) for seat in problem.seats)
     free = replace(problem, seats=seats)

@@ -144,7 +144,8 @@ def test_options_that_are_not_of_their_class(option: str) -> None:
     ],
 )
 def test_an_option_of_the_wrong_type(kind: Any, name: str, value: Any) -> None:
-    takes_numbers = {"search_seconds": (5, 2.5), "optimizer_state": (5, 2.5), "max_stages": (5,)}
+    takes_numbers = {"search_seconds": (5, 2.5), "optimizer_state": (5, 2.5)}
+    takes_numbers |= {"max_stages": (5,), "stages_per_rank": (5,)}
     if value in takes_numbers.get(name, ()):
         assert getattr(kind(**{name: value}), name) == value
         return
