@@ -88,7 +88,7 @@ def partition(
     solve_it: _Solve = _on_seats
     if len(set(rank_of)) < len(rank_of):
         room = seating.memory(training or Training.flushed(seating.replicas))
-        solve_it = partial(_on_ranks, rank_of=tuple(rank_of), memory=room)
+        solve_it = partial(_on_ranks, rank_of=tuple(rank_of), memory=room[: 1 + max(rank_of)])
     found = solve_it(contraction.problem, budget, callable(objective))
 
     def plan_of(atoms: tuple[int, ...]) -> Plan:

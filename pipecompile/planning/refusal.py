@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import inf
@@ -44,12 +45,16 @@ def refusal(fitting: Fitting) -> PlanError:
     limit = fitting.cluster.devices[rank].memory
     stages = [stage for stage, r in enumerate(fastest.rank_of) if r == rank]
     most = max(stages, key=lambda stage: held.stages[stage].total)
-    parts = ", ".join(f"{kind} {bytes_text(n)}" for kind, n in held.stages[most].by_kind() if n)
+    where = f"stage {most}" if len(stages) == 1 else f"rank {rank} with stages {', '.join(map(str, stages))}"
+    kinds = Counter[str]()
+    for stage in stages:
+        kinds.update(dict(held.stages[stage].by_kind()))
+    parts = ", ".join(f"{kind} {bytes_text(n)}" for kind, n in kinds.items() if n)
     room = sum(inf if device.memory is None else device.memory for device in fitting.cluster.devices)
     kind = InfeasibleError if _least(fitting) > room else PlanError
     return kind(
         f"the model does not fit into the memory of its devices: in the fastest plan of {fastest.num_stages} stages, "
-        f"stage {most} would hold {bytes_text(held.ranks[rank])} of {bytes_text(limit or 0)}, "
+        f"{where} would hold {bytes_text(held.ranks[rank])} of {bytes_text(limit or 0)}, "
         f"{bytes_text(over[rank])} too much ({parts}), and no plan that fits was found; "
         f"{_help(_remedies(fitting, fastest), max(held.ranks))}"
     )

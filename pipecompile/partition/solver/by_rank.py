@@ -22,10 +22,11 @@ from pipecompile.partition.solver.problem import Problem
 from pipecompile.partition.solver.score import check, rank_bytes, rank_loads
 
 STEPS, PER_MOVE = 6_000, 60  # moves that are tried in one walk, at most, and for each atom and stage
-WALKS = 2
+WALKS = 3
 POWER = 12  # of loads, relative to the mean of ranks
-STAGES = 0.02  # weight of the stages, relative to that of the ranks
-HOT, COLD = 1.0, 1e-3  # first and last temperature, in the change that moving a mean atom makes
+STAGES = 1e-3  # weight of the squares of stages, relative to the mean
+HOT, COLD = 10.0, 1e-3  # first and last temperature, in the change that moving a mean atom makes
+EMPTY = 0.5  # a stage without atoms, which plans pass through to others, relative to ranks that are balanced
 EXCEEDS = 1e6  # a rank beyond its memory, and as much again if it needs twice of it
 
 
@@ -44,8 +45,7 @@ def balanced(
     end = thread_time() + seconds
     plans = [tuple(start)]
     for seed in range(WALKS):
-        walk = _Walk(problem, rank_of, memory, plans[-1])
-        plans += [walk.run(Random(seed), end), walk.descended(end)]
+        plans.append(_Walk(problem, rank_of, memory, plans[-1]).run(Random(seed), end))
     best = min(plans, key=lambda plan: quality(problem, rank_of, memory, plan))
     check(problem, best)
     return best
@@ -73,6 +73,8 @@ class _Walk:
         self.work, self.sent, self.bytes = ([0.0] * len(ranks) for _ in range(3))
         self.stage_work = [0.0] * problem.num_stages
         self.count = [0] * problem.num_stages
+        self.empty = sum(not seat.may_idle for seat in problem.seats)
+        self.goal = (0, 0.0, 0.0)  # empty stages, bytes beyond memory, seconds of the busiest rank
         for atom, stage in enumerate(plan):
             self._put(atom, stage, 1)
         for net in range(len(problem.nets)):
@@ -85,7 +87,7 @@ class _Walk:
     def run(self, random: Random, end: float) -> tuple[int, ...]:
         """The best plan of a walk."""
         now = self._score()
-        best, least = tuple(self.plan), now
+        best, least = tuple(self.plan), self.goal
         steps = min(STEPS, PER_MOVE * len(self.plan) * self.problem.num_stages)
         heat = HOT * POWER / max(1, len(self.plan))
         for step in range(steps):
@@ -100,53 +102,30 @@ class _Walk:
             if then <= now or random.random() < math.exp((now - then) / (temperature * max(now, 1e-9))):
                 now = then
                 self._reopen(atom)
-                if now < least:
-                    best, least = tuple(self.plan), now
+                if self.goal < least:
+                    best, least = tuple(self.plan), self.goal
             else:
                 self._move(atom, here)
-        for atom, stage in enumerate(best):
-            if self.plan[atom] != stage:
-                self._move(atom, stage)
-        for atom in range(len(self.plan)):
-            self._reopen(atom, around=False)
         return best
 
-    def descended(self, end: float) -> tuple[int, ...]:
-        """The plan after all single moves that improve it."""
-        now, improved = self._score(), True
-        while improved and thread_time() < end:
-            improved = False
-            for atom in list(self.open):
-                allowed = self._range(atom)
-                here = self.plan[atom]
-                for stage in range(allowed[0], allowed[1] + 1) if allowed else ():
-                    if stage == here:
-                        continue
-                    self._move(atom, stage)
-                    then = self._score()
-                    if then < now * (1 - 1e-12):
-                        now, improved = then, True
-                        self._reopen(atom)
-                        break
-                    self._move(atom, here)
-        return tuple(self.plan)
-
     def _score(self) -> float:
+        """The smooth score of the plan; sets ``goal``, which is what is minimized."""
         overlapped = self.problem.overlapped
-        total = 0.0
+        total = over = most = 0.0
         for rank, limit in enumerate(self.memory):
             load = max(self.work[rank], self.sent[rank]) if overlapped else self.work[rank] + self.sent[rank]
+            most = max(most, load)
             total += (load / self.mean) ** POWER
-            if self.bytes[rank] > limit:
+            if self.bytes[rank] > limit * (1 + 1e-12):
+                over += self.bytes[rank] - limit
                 total += EXCEEDS * (self.bytes[rank] / limit if limit else 1 + self.bytes[rank])
-        return total + STAGES * sum((self.per_rank * work / self.mean) ** POWER for work in self.stage_work)
+        self.goal = (self.empty, over, most)
+        squares = sum((self.per_rank * work / self.mean) ** 2 for work in self.stage_work)
+        return total + STAGES * squares + EMPTY * len(self.memory) * self.empty
 
     def _range(self, atom: int) -> tuple[int, int] | None:
         """The first and the last stage that the atom's neighbors allow; None if it cannot move."""
         problem, plan = self.problem, self.plan
-        here = plan[atom]
-        if self.count[here] < 2 and not problem.seats[here].may_idle:
-            return None
         low = max((plan[source] for source in problem.predecessors[atom]), default=0)
         high = min((plan[user] for user in problem.successors[atom]), default=problem.num_stages - 1)
         low, high = max(low, int(problem.earliest[atom])), min(high, int(problem.latest[atom]))
@@ -174,6 +153,8 @@ class _Walk:
         seconds = sign * problem.seconds[atom] / seat.speed
         self.work[rank] += seconds
         self.stage_work[stage] += seconds
+        if not seat.may_idle:
+            self.empty += (self.count[stage] + sign == 0) - (self.count[stage] == 0)
         self.count[stage] += sign
         self.bytes[rank] += sign * (problem.kept_bytes[atom] + seat.in_flight * problem.saved_bytes[atom])
 
@@ -187,13 +168,10 @@ class _Walk:
             for stage in far:
                 self.sent[rank_of[stage]] += sign * net.seconds * seats[stage].receives
 
-    def _reopen(self, atom: int, around: bool = True) -> None:
+    def _reopen(self, atom: int) -> None:
         """Notes which atoms can move, after one has moved."""
         problem = self.problem
-        near = [atom, *problem.predecessors[atom], *problem.successors[atom]] if around else [atom]
-        if around and self.count[self.plan[atom]] == 2:  # the one that was alone can leave
-            near += [other for other, stage in enumerate(self.plan) if stage == self.plan[atom]]
-        for each in near:
+        for each in (atom, *problem.predecessors[atom], *problem.successors[atom]):
             if (self._range(each) is not None) != (each in self.place):
                 if each in self.place:
                     index, last = self.place.pop(each), self.open.pop()
