@@ -25,6 +25,8 @@ from pipecompile.ops.backends import Backend, check_backend
 from pipecompile.pipeline import Pipeline
 from pipecompile.profile import How
 from pipecompile.runtime import MakeOptimizer
+from pipecompile.schedule.order import Order
+from pipecompile.schedule.own import MakeOrder, Own, is_grid, own
 
 
 def compile(
@@ -33,7 +35,7 @@ def compile(
     *,
     mesh: DeviceMesh | None = None,
     from_checkpoint: str | Path | None = None,
-    schedule: str = "1f1b",
+    schedule: str | Order | MakeOrder = "1f1b",
     microbatches: int | None = None,
     example_inputs: tuple[Sequence[Any], Mapping[str, Any]] | Mapping[str, Any] | Sequence[Any] | None = None,
     loss_fn: Callable[..., Any] | None = None,
@@ -53,10 +55,11 @@ def compile(
 
     Args:
         model: the model to split.
-        devices: one per stage: ``["cuda:0", "cuda:1"]``, ``[0, 1]``, ``["cpu", "cpu"]``; a device may be repeated.
-            Stages are placed in this order. If the links between equal devices differ (see ``cluster``), equal devices
-            are reordered, so that the largest transfers use the fastest links.
-        mesh: instead of ``devices``, one process per stage: a mesh of ``torch.distributed``, one process for each of
+        devices: one per rank: ``["cuda:0", "cuda:1"]``, ``[0, 1]``, ``["cpu", "cpu"]``; a device may be repeated. A
+            rank runs one stage, or several if the schedule needs it. Stages are placed in this order. If the links
+            between equal devices differ (see ``cluster``), equal devices are reordered, so that the largest transfers
+            use the fastest links.
+        mesh: instead of ``devices``, one process per rank: a mesh of ``torch.distributed``, one process for each of
             its places, as ``init_device_mesh("cpu", (4,), mesh_dim_names=("stage",))`` makes it. All processes run the
             same script and make the same calls on the same batches. With a second dimension, ``"data"``, the batch is
             passed in parts, one in each row of the mesh, and divided into ``microbatches`` each.
@@ -65,8 +68,12 @@ def compile(
             gets its values from there, each process only those that it keeps; without it, from the model's own
             initialisers, in the first call or, with ``mesh`` and ``example_inputs``, in ``compile``. A model that has
             values is overwritten.
-        schedule: "sequential", "gpipe", "1f1b", "zb-h1" or "zb-h2" (with a flush), "pipedream",
-            "pipedream-vertical-sync" or "pipedream-2bw" (asynchronous: they step inside the pipeline).
+        schedule: with one stage on each rank: "sequential", "gpipe", "1f1b", "zb-h1" or "zb-h2" (with a flush),
+            "pipedream", "pipedream-vertical-sync" or "pipedream-2bw" (asynchronous: they step inside the pipeline);
+            with several: "bfs", "interleaved-1f1b" (also "-3", "-4"), "interleaved-zb", "zb-v", "v-half", "v-min",
+            "dualpipe-v". "auto": the one that promises the shortest step within memory (``report.schedule`` has the
+            others). Or one of your own: a grid of text, an ``Order``, or a function that returns one of them for a
+            number of ranks and of microbatches.
         microbatches: parts of each batch. By default the number that promises the shortest step, by the costs of
             microbatches of two sizes (``pipe.pipeline.report.microbatches``); two per stage if costs are not measured,
             for short steps, and for schedules that step inside the pipeline. A batch with fewer rows has fewer parts.
@@ -113,10 +120,11 @@ def compile(
     """
     grid = None if mesh is None else Grid.of(mesh)
     present = _devices(devices, grid)
+    known, usual, finds = _scheduled(schedule, len(present), microbatches)
     options = Options(
-        schedule=schedule,
-        microbatches=2 * len(present) if microbatches is None else microbatches,
-        finds_microbatches=microbatches is None,
+        schedule=known,
+        microbatches=usual,
+        finds_microbatches=finds,
         loss_fn=loss_fn,
         loss_output=loss_output,
         outputs=outputs,
@@ -144,6 +152,27 @@ def compile(
 
 def _alone(said: str) -> Sequence[str]:
     return [said]
+
+
+def _scheduled(schedule: Any, ranks: int, microbatches: Any) -> tuple[str | Own, Any, bool]:
+    """The schedule by its name or as one of the user's own, the number of microbatches, and whether it may change."""
+    usual = 2 * ranks if microbatches is None else microbatches
+    if isinstance(schedule, str) and not is_grid(schedule):
+        return schedule, usual, microbatches is None
+    if not isinstance(schedule, str | Order) and not callable(schedule):
+        raise InputError(
+            f"schedule={schedule!r:.80}; it must be a name such as '1f1b', a grid of text, an Order, or a function "
+            f"that returns one of them for a number of ranks and of microbatches"
+        )
+    found = own(schedule, ranks, usual if isinstance(usual, int) else 1)
+    if found.function is not None:
+        return found, usual, microbatches is None
+    if microbatches not in (None, found.order.num_microbatches):
+        raise InputError(
+            f"microbatches={microbatches!r}, but the order schedule= has {found.order.num_microbatches}; leave "
+            f"microbatches= out, or pass a function that makes an order for any number"
+        )
+    return found, found.order.num_microbatches, False
 
 
 def _devices(devices: Any, grid: Grid | None) -> tuple[torch.device, ...]:

@@ -24,7 +24,7 @@ from pipecompile.compiler.map_loader import Calls, mapped
 from pipecompile.compiler.metrics import metrics
 from pipecompile.compiler.options import Options, read_costs
 from pipecompile.compiler.plan_call import reused
-from pipecompile.compiler.report import Report, describe
+from pipecompile.compiler.report import Report, describe, scheduled
 from pipecompile.compiler.report_page import page_of
 from pipecompile.compiler.summary import summary
 from pipecompile.compiler.surroundings import Substituted
@@ -137,8 +137,8 @@ class Pipeline:
 
     @property
     def schedule(self) -> str:
-        """The name of the schedule."""
-        return self.options.schedule
+        """The name of the schedule; of "auto", the one that was chosen, once a call has been captured."""
+        return str(self.options.schedule)
 
     @property
     def microbatches(self) -> int:
@@ -210,6 +210,7 @@ class Pipeline:
             captures=tuple(f"{number}: {reason}" for number, reason in enumerate(self._batches.captures.reasons, 1)),
             verified=tuple(f"{kinds[trains]}: {said}" for (_, trains), said in (self._proofs | self._left_out).items()),
             timing=self._phases.timing,
+            schedule=tuple(scheduled(self.options, self._capture_in_use)),
             learned=tuple(self._learning.said),
             rerun=tuple(f"{why} (times: {count})" for why, count in self._session.repeated.items()),
             mapped=tuple(f"{why} (batches: {count})" for why, count in self._mapped.items()),

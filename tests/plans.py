@@ -12,8 +12,8 @@ from pipecompile.ir.program import Program
 from pipecompile.schedule import SCHEDULES, SYNCHRONOUS
 
 NBYTES = 1_000_000
-# The schedules whose backwards are whole, and which therefore take any plan.
-WHOLE = {name: make for name, make in SYNCHRONOUS.items() if not SCHEDULES[name].splits}
+# The schedules that take any plan.
+WHOLE = {name: make for name, make in SYNCHRONOUS.items() if SCHEDULES[name].takes_replicas}
 
 
 def dag(edges: Sequence[tuple[int, int]], rank_of: Sequence[int], tied: Sequence[Tied] = ()) -> Plan:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import count
 from random import Random
@@ -25,6 +25,7 @@ from pipecompile.ir.program import Backward, Forward
 SHAPES = [(4, 3), (8, 5), (5, 4), (4, 7)]  # batch and length; 6, the width, is neither
 COUNT = int(os.environ.get("RANDOM_MODELS", "256" if LONG else "8"))  # of each test
 FIRST = 2 * COUNT * int(os.environ.get("RANDOM_SEED", "0"))  # seeds that no other day has
+SCHEDULES = ["sequential", "gpipe", "1f1b", "zb-h2", "interleaved-1f1b", "interleaved-zb", "bfs", "zb-v", "dualpipe-v"]
 LARGEST = 1e4  # of a loss, so that rounding stays small
 
 
@@ -66,7 +67,7 @@ def choices(program: Program) -> dict[str, Any]:
     return {
         "devices": ["cpu"] * draw.choice([2, 3, 4]),
         "microbatches": draw.choice([1, 2, 3, 4]),
-        "schedule": draw.choice(["sequential", "gpipe", "1f1b"]),
+        "schedule": draw.choice(SCHEDULES),
     }
 
 
@@ -128,14 +129,18 @@ def _outer_loss(output: Any) -> Tensor:
 def _planned(seed: int) -> Any:
     """In place of ``partition``: a random plan, which keeps together what must be, and sends values forward."""
 
-    def plan(costed: CostedGraph, num_stages: int, *args: Any, **options: Any) -> Plan:
-        return random_plan(costed.graph, num_stages, Random(seed))
+    def plan(costed: CostedGraph, num_stages: int, *args: Any) -> Plan:
+        return random_plan(costed.graph, num_stages, Random(seed), args[-1])
 
     return plan
 
 
-def random_plan(graph: Graph, num_stages: int, draw: Random) -> Plan:
-    """Mostly a cut by position, with strays; moved to later stages until no value flows back."""
+def random_plan(graph: Graph, num_stages: int, draw: Random, rank_of: Sequence[int] = ()) -> Plan:
+    """Mostly a cut by position, with strays; moved to later stages until no value flows back.
+
+    Args:
+        rank_of: the rank of each stage; by default its own.
+    """
     size = len(graph)
     cuts = sorted(draw.randrange(size + 1) for _ in range(num_stages - 1))
     stage_of = [sum(cut <= i for cut in cuts) for i in range(size)]
@@ -152,4 +157,4 @@ def random_plan(graph: Graph, num_stages: int, draw: Random) -> Plan:
             for i in group:
                 stage_of[i] = max(stage_of[j] for j in group)
         moved = stage_of != before
-    return Plan.of(graph, stage_of, range(num_stages))
+    return Plan.of(graph, stage_of, rank_of or range(num_stages))

@@ -8,8 +8,6 @@ from typing import Annotated
 import typer
 
 from pipecompile.errors import InputError
-from pipecompile.schedule import SCHEDULES
-from pipecompile.schedule.catalog import RECIPES, not_run_yet
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -57,16 +55,6 @@ def check_choice(what: str, given: str, choices: Collection[str]) -> None:
     """Raises ``InputError`` if a word is not one of those that are known."""
     if given not in choices:
         raise InputError(f"{what} {given!r} is not known; it must be one of {', '.join(choices)}")
-
-
-def check_schedule(given: str, choices: Collection[str]) -> None:
-    """Raises ``InputError`` if a schedule is not one of those that run."""
-    if given in RECIPES and given not in SCHEDULES:
-        raise InputError(
-            f"schedule {given!r} is not run yet, because it needs {not_run_yet(given)}; use 1f1b, or see its timeline "
-            f"with `pipecompile schedule {given}`"
-        )
-    check_choice("schedule", given, choices)
 
 
 def per_stage(option: str, text: str, stages: int) -> list[float]:

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipecompile.cli.arguments import AsJson, Length, Microbatches, Model, Stages, check_schedule, one_of
+from pipecompile.cli.arguments import AsJson, Length, Microbatches, Model, Stages, check_choice, one_of
+from pipecompile.cli.checks import placement_of, ranks_for
 from pipecompile.cli.dataclass_options import takes
 from pipecompile.ir.batching_options import Batching
 from pipecompile.ir.plan_options import PlanOptions
-from pipecompile.schedule import SYNCHRONOUS
+from pipecompile.schedule import AUTO, SYNCHRONOUS
 
 if TYPE_CHECKING:
     from pipecompile.verify.results import Verification
@@ -25,7 +26,12 @@ def check(
     microbatches: Microbatches = 4,
     schedule: Annotated[
         str,
-        typer.Option("--schedule", "-s", help=f"One of {', '.join(SYNCHRONOUS)}.", autocompletion=one_of(SYNCHRONOUS)),
+        typer.Option(
+            "--schedule",
+            "-s",
+            help=f"One of {', '.join(SYNCHRONOUS)}, {AUTO}.",
+            autocompletion=one_of((*SYNCHRONOUS, AUTO)),
+        ),
     ] = "1f1b",
     batch: Annotated[
         int | None, typer.Option(min=1, help="Samples per batch, for hf. Default: two per microbatch.")
@@ -52,7 +58,8 @@ def check(
 
     pipecompile check hf:gpt2 --stages 4 --double
     """
-    check_schedule(schedule, tuple(SYNCHRONOUS))
+    check_choice("schedule", schedule, (*SYNCHRONOUS, AUTO))
+    ranks = ranks_for(stages, placement_of(plan, schedule), schedule) or stages
 
     from rich.console import Console
     from torch import Tensor
@@ -68,7 +75,7 @@ def check(
         wide = tensor.double() if double and tensor.is_floating_point() else tensor
         return wide.to(places[0])
 
-    places = parse_devices([device] * (sum(plan.counts) or stages))
+    places = parse_devices([device] * (sum(plan.counts) or ranks))
     with working(f"loading {model}"):
         it, args, kwargs = load(model, batch or 2 * microbatches, length)
         it = (it.double() if double else it).to(places[0])

@@ -8,12 +8,11 @@ from pipecompile.errors import InputError
 from pipecompile.ir.plan import Channel, Plan
 from pipecompile.ir.program import Program
 from pipecompile.schedule import SCHEDULES
-from pipecompile.schedule.catalog import RECIPES
 from pipecompile.schedule.grid import read_grid, read_torch_csv
 from pipecompile.schedule.order import Order
 from pipecompile.schedule.order_program import program_of
 
-DRAWN = tuple(dict.fromkeys((*SCHEDULES, *RECIPES)))
+DRAWN = tuple(SCHEDULES)
 READERS = {".txt": read_grid, ".csv": read_torch_csv}
 
 
@@ -29,15 +28,13 @@ def drawn_program(name: str, stages: int, microbatches: int) -> Program:
         ProgramError: the file is not an order of computations.
     """
     if name in SCHEDULES:
-        return SCHEDULES[name].program(Plan.chain(stages), microbatches)
-    if name in RECIPES:
-        per_rank = len(RECIPES[name].shape(1).rank_of)
+        per_rank = SCHEDULES[name].placement.per_rank
         if stages % per_rank:
             raise InputError(
                 f"schedule {name!r} has {per_rank} stages on each rank, so --stages must be a multiple of {per_rank}; "
                 f"got {stages}"
             )
-        return _program(RECIPES[name].order(stages // per_rank, microbatches))
+        return SCHEDULES[name].program(Plan.chain(stages, _ranks(name, stages // per_rank)), microbatches)
     path = Path(name)
     if path.suffix not in READERS:
         raise InputError(
@@ -48,9 +45,14 @@ def drawn_program(name: str, stages: int, microbatches: int) -> Program:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {name}: {error}; give a file with a line per rank") from error
-    return _program(READERS[path.suffix](text))
+    return program_on_its_shape(READERS[path.suffix](text))
 
 
-def _program(order: Order) -> Program:
+def _ranks(name: str, ranks: int) -> tuple[int, ...]:
+    return SCHEDULES[name].placement.rank_of(ranks)
+
+
+def program_on_its_shape(order: Order) -> Program:
+    """The program of an order, on stages like those of its shape."""
     shape = order.shape
     return program_of(order, Plan((), shape.rank_of, tuple(Channel(*edge) for edge in shape.edges)))

@@ -17,13 +17,13 @@ from pipecompile.cli.arguments import (
     Microbatches,
     Model,
     check_choice,
-    check_schedule,
     one_of,
 )
+from pipecompile.cli.checks import check_replicas, placement_of, ranks_for
 from pipecompile.cli.dataclass_options import takes
 from pipecompile.errors import InputError
 from pipecompile.ir.plan_options import PlanOptions
-from pipecompile.schedule import SCHEDULES
+from pipecompile.schedule import AUTO, SCHEDULES
 
 FORMATS = ("dot", "mermaid", "json", "html")  # those of render/formats.py, which takes long to import
 SUFFIXES = {".gv": "dot", ".mmd": "mermaid", **{f".{name}": name for name in FORMATS}}
@@ -39,7 +39,12 @@ def plan(
     microbatches: Microbatches = 8,
     schedule: Annotated[
         str,
-        typer.Option("--schedule", "-s", help=f"One of {', '.join(SCHEDULES)}.", autocompletion=one_of(SCHEDULES)),
+        typer.Option(
+            "--schedule",
+            "-s",
+            help=f"One of {', '.join(SCHEDULES)}; or auto, the shortest step.",
+            autocompletion=one_of((*SCHEDULES, AUTO)),
+        ),
     ] = "1f1b",
     microbatch: Microbatch = None,
     length: Length = 128,
@@ -78,7 +83,7 @@ def plan(
     pipecompile plan hf:llama --cluster 64xH100 --dtype bfloat16
     """
     written = _format(format, output, as_json)
-    check_schedule(schedule, tuple(SCHEDULES))
+    check_choice("schedule", schedule, (*SCHEDULES, AUTO))
     check_choice("outputs", outputs, OUTPUTS)
 
     from rich.console import Console
@@ -91,13 +96,20 @@ def plan(
     from pipecompile.ir.cluster import Cluster
     from pipecompile.ops.phases import Phases, phase
     from pipecompile.partition import ADAM
-    from pipecompile.planning.planned import planned
+    from pipecompile.planning.planned import chosen, planned
     from pipecompile.planning.training_spec import Workload
     from pipecompile.render import formats
 
     (place,) = parse_devices([device])
-    devices = Cluster.from_name(cluster) if cluster else Cluster.of([str(place)] * (sum(options.counts) or stages or 2))
-    _check_replicas(options, stages, len(devices), schedule)
+    placement = placement_of(options, schedule)
+    ranks = ranks_for(stages, placement, schedule)
+    devices = Cluster.from_name(cluster) if cluster else Cluster.of([str(place)] * (sum(options.counts) or ranks or 2))
+    check_replicas(options, ranks, len(devices), schedule)
+    if not placement.is_plain and ranks not in (None, len(devices)):
+        raise InputError(
+            f"--stages {stages} is for {ranks} devices with {placement.per_rank} stages each, but there are "
+            f"{len(devices)}; leave --stages out"
+        )
     costs = costs or ("count" if cluster else "measure")
     with Phases().recorded():
         captured = costed_model.captured(model, microbatch, length, dtype, meta=costs != "measure")
@@ -107,13 +119,20 @@ def plan(
         if save_costs is not None:
             write(costed.to_json(), save_costs)
         state = ADAM if options.optimizer_state is None else options.optimizer_state
-        policy = SCHEDULES[schedule]
+        policy = SCHEDULES["1f1b" if schedule == AUTO else schedule]
         work = Workload(
-            policy.steady, microbatches, state, options.recompute, fused=fused, asynchronous=policy.is_asynchronous
+            schedule=policy.steady,
+            microbatches=microbatches,
+            optimizer_state=state,
+            recompute=options.recompute,
+            fused=fused,
+            asynchronous=policy.is_asynchronous,
+            placement=placement,
         )
         with phase("plan"):
-            made = planned(costed, devices, work, options, stages)
-            prediction = Prediction.of(made, schedule, model, costed_model.topics(captured))
+            weighs = schedule == AUTO
+            made = chosen(costed, devices, work, options) if weighs else planned(costed, devices, work, options, stages)
+            prediction = Prediction.of(made, made.schedule or schedule, model, costed_model.topics(captured))
     if as_json:
         print_json(prediction.facts())
     else:
@@ -133,16 +152,3 @@ def _format(format: str | None, output: Path | None, as_json: bool) -> str | Non
     if as_json and format is not None and output is None:
         raise InputError("--json and --format would both go to the terminal; add --output FILE")
     return format
-
-
-def _check_replicas(options: PlanOptions, stages: int | None, devices: int, schedule: str) -> None:
-    counts = options.counts
-    text = ",".join(map(str, counts))
-    if options.replicas is not None and SCHEDULES[schedule].is_asynchronous:
-        raise InputError(
-            f"--replicas does not work with --schedule {schedule}, which steps after each microbatch; use 1f1b or gpipe"
-        )
-    if counts and stages not in (None, len(counts)):
-        raise InputError(f"--replicas {text} is for {len(counts)} stages, but --stages is {stages}; they must match")
-    if counts and sum(counts) != devices:
-        raise InputError(f"--replicas {text} is for {sum(counts)} devices, but there are {devices}; they must match")

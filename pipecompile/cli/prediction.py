@@ -88,7 +88,7 @@ class Prediction:
         console.print(memory_table(self.memory, self.planned.plan, self.planned.cluster))
         console.print(self._step())
         for line in self._comparison():
-            console.print(Text(line))
+            console.print(Text(line), soft_wrap=True)
 
     def facts(self) -> dict[str, Any]:
         """The same as JSON: seconds and bytes per microbatch, except those of ``step``."""
@@ -113,6 +113,17 @@ class Prediction:
             "candidates": [
                 {"replicas": it.replicas, "seconds": it.seconds, "refused": it.refused}
                 for it in self.planned.candidates
+            ],
+            "schedules": [
+                {
+                    "schedule": it.schedule,
+                    "stages_per_rank": it.per_rank,
+                    "seconds": it.seconds,
+                    "peak_bytes": it.peak_bytes,
+                    "recomputed": it.recomputed,
+                    "refused": it.refused,
+                }
+                for it in self.planned.weighed
             ],
         }
 
@@ -145,7 +156,10 @@ class Prediction:
         )
 
     def _comparison(self) -> Iterator[str]:
-        """The candidates that were compared to choose the number of devices per stage."""
+        """The candidates that were compared to choose the number of devices per stage, or the schedule."""
         if self.planned.candidates:
             yield "devices per stage; the step includes sending new weights to replicas:"
             yield from map(str, self.planned.candidates)
+        if self.planned.weighed:
+            yield "schedules, with the runtime's time for each computation, and for backwards that are split:"
+            yield from map(str, self.planned.weighed)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from pipecompile.cli.arguments import AsJson, one_of
+from pipecompile.cli.checks import ranks_for
 from pipecompile.cli.drawn_schedule import DRAWN, drawn_program
 from pipecompile.cli.stage_figures import StageFigures, read_stages
 from pipecompile.cli.timeline_output import CsvFile, ShowProgram, SvgFile, TraceFile, show
@@ -81,6 +82,10 @@ def program_for(figures: StageFigures, schedule: str, microbatches: int) -> Prog
     """
     plan = figures.plan
     if schedule in SCHEDULES:
+        placement = SCHEDULES[schedule].placement
+        ranks = ranks_for(plan.num_stages, placement, schedule) or plan.num_stages
+        if not placement.is_plain:
+            plan = replace(plan, rank_of=placement.rank_of(ranks))
         return SCHEDULES[schedule].program(plan, microbatches)
     it = drawn_program(schedule, plan.num_stages, microbatches)
     theirs, ours = {(c.source, c.target) for c in it.plan.channels}, {(c.source, c.target) for c in plan.channels}

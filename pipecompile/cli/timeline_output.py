@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pipecompile.ir.program import Program
 from pipecompile.ir.timeline import Timeline
+
+if TYPE_CHECKING:
+    from pipecompile.cli.weighed_orders import WeighedOrder
 
 SvgFile = Annotated[Path | None, typer.Option("--svg", help="Write the timeline to this SVG file.")]
 TraceFile = Annotated[Path | None, typer.Option("--trace", help="Write the timeline to this file, for Perfetto.")]
@@ -26,8 +30,9 @@ def show(
     csv: Path | None,
     program: bool,
     as_json: bool,
+    weighed: Sequence[WeighedOrder] = (),
 ) -> None:
-    """Prints a simulated program to stdout, and writes it to files.
+    """Prints a simulated program to stdout, after the orders that it was ``weighed`` against, and writes it to files.
 
     Raises:
         InputError: a file cannot be written.
@@ -42,9 +47,12 @@ def show(
     from pipecompile.schedule.order_program import order_of
 
     if as_json:
-        print_json(facts(name, it, timeline))
+        others = [{"name": e.name, "seconds": e.makespan, "bubble": e.rate, "peak": e.peak} for e in weighed]
+        print_json(facts(name, it, timeline) | ({"weighed": others} if others else {}))
     else:
         console = Console()
+        for each in weighed:
+            console.print(Text(str(each)), soft_wrap=True)
         if program:
             console.print(Text(str(it)), soft_wrap=True)
         console.print(timeline_text(timeline, console.width))

@@ -95,20 +95,18 @@ def compile_call(
 
     planner = Planner(options=options, devices=devices, reach=reach, cluster=given, apart=peers.are_several)
     if peers.are_several:
-        found = _planned_by_one(peers, lambda: planner.planned(division, graph, work), work)
+        found = peers.shared(lambda: planner.planned(division, graph, work).without_functions())
+        options = options.settled(found.schedule)
+        found = replace(found, work=_work(division, options))  # which has the user's functions
     else:
         division, graph, found = planner.with_best_count(division, graph, work)
+        options = options.settled(found.schedule)
     compiled = _cut(division, graph, found, devices, options, apart=peers.are_several)
     if options.tuning != "rehearse" or not is_real(model, options) or peers.are_several or found.costed.corrections:
         return compiled
     compiled = _rehearsed(compiled, call, rows, devices, options)
     keep(compiled.planned)
     return compiled
-
-
-def _planned_by_one(peers: Peers, plan: Callable[[], Planned], work: Workload) -> Planned:
-    """The plan that the first process makes, with the workload of this one, which has the user's functions."""
-    return replace(peers.shared(lambda: plan().without_functions()), work=work)
 
 
 def replanned(compiled: Compiled, costed: CostedGraph, options: Options, devices: Sequence[torch.device]) -> Compiled:

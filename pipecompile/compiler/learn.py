@@ -27,7 +27,7 @@ from pipecompile.compiler.compile_call import following, recut
 from pipecompile.compiler.plan_call import is_real
 from pipecompile.compiler.recall import keep
 from pipecompile.errors import PlanError
-from pipecompile.ir.plan import Plan, stage_costs
+from pipecompile.ir.plan import stage_costs
 from pipecompile.ir.timeline import Span, Timeline
 from pipecompile.ir.units import plural, seconds_text
 from pipecompile.ops.phases import phase
@@ -39,14 +39,14 @@ from pipecompile.runtime.session import Session
 
 WARM_UP = 1  # training steps that are not timed: memory is allocated, caches fill
 STEPS = 3  # timed ones
-PAYS = 0.05  # a cut moves if the slowest stage is predicted to take less by this share of its measured seconds
+PAYS = 0.05  # a cut moves if the busiest rank is predicted to take less by this share of its measured seconds
 WORTH = 5e-3  # seconds; faster stages are not timed: threads pass the GIL on at about this interval
 SEVERAL = "not tuned: in several processes, each has the weights of its own stages alone"
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A plan, and the measured seconds of its slowest stage."""
+    """A plan, and the measured seconds per microbatch of its busiest rank."""
 
     planned: Planned
     seconds: float
@@ -130,7 +130,7 @@ class Learning:
 
     def _decide(self, first: Compiled, times: Sequence[Times]) -> bool:
         """Moves the cut, or back, or leaves it. Returns whether it has moved."""
-        slowest = _pace(first.plan, [it.measured.seconds for it in times])
+        slowest = first.plan.pace([it.measured.seconds for it in times])
         took = f"stages took {', '.join(seconds_text(it.measured.seconds) for it in times)} per microbatch"
         if self._before is not None:
             self._done = True
@@ -156,7 +156,7 @@ class Learning:
         return True
 
     def _better(self, first: Compiled, times: Sequence[Times], slowest: float) -> tuple[Planned, float] | None:
-        """A plan that pays, and the predicted seconds of its slowest stage; None if there is none."""
+        """A plan that pays, and the predicted seconds of its busiest rank; None if there is none."""
         enough = slowest * (1 - PAYS)
         work = sum(it.measured.seconds for s, it in enumerate(times) if first.plan.replica_of[s] == s)
         if enough < work / len(first.planned.cluster):  # not even if all devices took the same time
@@ -167,7 +167,7 @@ class Learning:
                 planned = first.planned.again(costed)
         except PlanError:  # a search with other costs may fail
             return None
-        seconds = _pace(planned.plan, [cost.seconds for cost in stage_costs(costed, planned.plan)])
+        seconds = planned.plan.pace([cost.seconds for cost in stage_costs(costed, planned.plan)])
         same = replace(planned.plan, quality=None) == replace(first.plan, quality=None)
         return None if same or seconds > enough else (planned, seconds)
 
@@ -179,8 +179,3 @@ class Learning:
             batches.move_first(compiled, lambda other: following(other, compiled, options, devices))
         self.session.forget()
         keep(planned)
-
-
-def _pace(plan: Plan, seconds: Sequence[float]) -> float:
-    """Seconds per microbatch of the slowest stage, from those of each stage; replicas take microbatches in turn."""
-    return max(each / len(replicas) for each, replicas in zip(seconds, plan.replicas, strict=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -22,8 +22,9 @@ from pipecompile.partition import ADAM
 from pipecompile.planning.training_spec import Workload
 from pipecompile.profile import How, optimizer_state
 from pipecompile.runtime import MakeOptimizer
-from pipecompile.schedule import SCHEDULES, Schedule
-from pipecompile.schedule.catalog import RECIPES, not_run_yet
+from pipecompile.schedule import AUTO, SCHEDULES, Schedule
+from pipecompile.schedule.own import Own
+from pipecompile.schedule.placement import Placement
 
 Outputs = Literal["all", "loss"]
 OUTPUTS = get_args(Outputs)
@@ -34,7 +35,7 @@ Verify = Literal["first", "never", "every"] | int
 class Options:
     """The arguments of ``compile``, which documents them."""
 
-    schedule: str = "1f1b"
+    schedule: str | Own = "1f1b"
     microbatches: int = 1
     finds_microbatches: bool = False  # whether the first capture may choose another number
     loss_fn: Callable[..., Any] | None = None
@@ -101,10 +102,30 @@ class Options:
         if processes:
             self._check_processes(processes > 1)
 
-    @property
+    @cached_property
     def policy(self) -> Schedule:
-        """The schedule that ``schedule`` names."""
-        return SCHEDULES[self.schedule]
+        """The schedule that ``schedule`` names; for "auto" one that every plan can run, until another is chosen."""
+        if isinstance(self.schedule, Own):
+            return self.schedule.schedule
+        return SCHEDULES["1f1b" if self.is_auto else self.schedule]
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether the schedule is chosen when the model is planned, which it has not been yet."""
+        return self.schedule == AUTO
+
+    def settled(self, schedule: str) -> Options:
+        """The options with the schedule that was chosen, if one was."""
+        return replace(self, schedule=schedule) if self.is_auto and schedule else self
+
+    @property
+    def placement(self) -> Placement:
+        """Where the stages are that the schedule asks for."""
+        return self.policy.placed(None if self.is_auto else self.plan.stages_per_rank, self._name)
+
+    @property
+    def _name(self) -> str:
+        return repr(self.schedule) if isinstance(self.schedule, str) else str(self.schedule)
 
     @property
     def tuning(self) -> Tune:
@@ -122,12 +143,19 @@ class Options:
             whole, parts = state, self.parts
             state = cache(lambda: ((whole() if callable(whole) else whole) + 1) / parts)
         asynchronous = self.policy.is_asynchronous
-        return Workload(self.policy.steady, self.microbatches, state, self.plan.recompute, asynchronous=asynchronous)
+        return Workload(
+            schedule=self.policy.steady,
+            microbatches=self.microbatches,
+            optimizer_state=state,
+            recompute=self.plan.recompute,
+            asynchronous=asynchronous,
+            placement=self.placement,
+        )
 
     def _check_processes(self, several_parts: bool) -> None:
         if several_parts and self.policy.is_asynchronous:
             raise InputError(
-                f"schedule={self.schedule!r} does not work with the mesh's dimension 'data', because stages step "
+                f"schedule={self._name} does not work with the mesh's dimension 'data', because stages step "
                 f"inside the pipeline, on their own part of the batch; use another schedule, or a mesh of 'stage' only"
             )
         if self.plan.replicas is not None:
@@ -150,13 +178,19 @@ class Options:
         counts = self.plan.counts
         if self.policy.is_asynchronous and (self.plan.replicas == "auto" or any(count > 1 for count in counts)):
             raise InputError(
-                f"replicas={self.plan.replicas!r} does not work with schedule={self.schedule!r}, which steps inside "
+                f"replicas={self.plan.replicas!r} does not work with schedule={self._name}, which steps inside "
                 f"the pipeline, because gradients of replicas are summed after it; use schedule='1f1b' or 'gpipe'"
             )
-        if self.policy.splits and (self.plan.replicas == "auto" or any(count > 1 for count in counts)):
+        plain = self.placement.is_plain and self.policy.takes_replicas and not self.is_auto
+        if not plain and (self.plan.replicas == "auto" or any(count > 1 for count in counts)):
             raise InputError(
-                f"replicas={self.plan.replicas!r} does not work with schedule={self.schedule!r}, whose order is for "
+                f"replicas={self.plan.replicas!r} does not work with schedule={self._name}, whose order is for "
                 f"one device per stage; use schedule='1f1b' or 'gpipe'"
+            )
+        if self.plan.max_stages is not None and not self.placement.is_plain:
+            raise InputError(
+                f"max_stages={self.plan.max_stages} does not work with {self.placement} (schedule={self._name}), which "
+                f"must all be there; leave it out, or use a schedule with one stage on each rank"
             )
         if counts and sum(counts) != devices:
             raise InputError(
@@ -164,18 +198,14 @@ class Options:
             )
 
     def _check_schedule(self) -> None:
-        if self.schedule in RECIPES and self.schedule not in SCHEDULES:
+        if isinstance(self.schedule, str) and self.schedule not in (*SCHEDULES, AUTO):
             raise InputError(
-                f"schedule={self.schedule!r} is not run yet, because it needs {not_run_yet(self.schedule)}; use '1f1b' "
-                f"to train, and `pipecompile schedule {self.schedule}` to see its timeline"
-            )
-        if self.schedule not in SCHEDULES:
-            raise InputError(
-                f"schedule={self.schedule!r} is not known; it must be one of {', '.join(map(repr, SCHEDULES))}"
+                f"schedule={self.schedule!r} is not known; it must be one of {', '.join(map(repr, SCHEDULES))}, "
+                f"'{AUTO}', a grid of text such as '0: F0 F1 B0 B1', an Order, or a function that returns one"
             )
         if self.policy.is_asynchronous and self.plan.tune == "train":
             raise InputError(
-                f"tune='train' does not work with schedule={self.schedule!r}, which steps inside the pipeline, so that "
+                f"tune='train' does not work with schedule={self._name}, which steps inside the pipeline, so that "
                 f"its optimizers cannot move; use tune='rehearse', or schedule='1f1b' or 'gpipe'"
             )
         if self.optimizer is not None and not callable(self.optimizer):
@@ -185,12 +215,12 @@ class Options:
             )
         if self.policy.is_asynchronous and self.optimizer is None:
             raise InputError(
-                f"schedule={self.schedule!r} steps inside the pipeline, so it needs an optimizer; "
+                f"schedule={self._name} steps inside the pipeline, so it needs an optimizer; "
                 f"pass optimizer=lambda params: torch.optim.SGD(params, lr=0.1)"
             )
         if not self.policy.is_asynchronous and self.optimizer is not None:
             raise InputError(
-                f"schedule={self.schedule!r} does not step inside the pipeline, so optimizer= would not be used; "
+                f"schedule={self._name} does not step inside the pipeline, so optimizer= would not be used; "
                 f"create an optimizer of pipe.parameters(), and call its step()"
             )
 

@@ -26,7 +26,7 @@ from pipecompile.ops.device_args import threads_each
 from pipecompile.ops.phases import LOGGER, phase
 from pipecompile.planning.counted import Counted
 from pipecompile.planning.microbatch_count import compared, numbers
-from pipecompile.planning.planned import Planned, planned
+from pipecompile.planning.planned import Planned, chosen, planned
 from pipecompile.planning.training_spec import Workload
 from pipecompile.profile import profile
 
@@ -61,8 +61,15 @@ class Planner:
                 measures = costed.measured and not self.apart
                 cluster = self.cluster or recall.cluster(there, lambda: cluster_of(self.devices, measure=measures))
             with phase("plan"):
+                if self.options.is_auto:
+                    splits = self.options.stage_compile is False
+                    return chosen(costed, cluster, work, self.options.plan, splits)
                 return planned(costed, cluster, work, self.options.plan)
 
+        if self.options.is_auto:  # costs and links are remembered, the choice is not
+            found = replace(search(), remembered=tuple(recall.said))
+            LOGGER.info("schedule %s, of: %s", found.schedule, "; ".join(map(str, found.weighed)) or "no others")
+            return found
         return recall.planned(graph, there, work, self.options.plan, search)
 
     def with_best_count(self, division: Division, graph: Graph, work: Workload) -> tuple[Division, Graph, Planned]:
@@ -80,7 +87,11 @@ class Planner:
             made.append(self.planned(division, graph, work))
             return self._counted(division, made[0], batch)
 
-        found = self._recall(division.body, graph).counted(cluster_of(self.devices), work, self.options.plan, count)
+        if self.options.is_auto:
+            found = count()
+        else:
+            recall = self._recall(division.body, graph)
+            found = recall.counted(cluster_of(self.devices), work, self.options.plan, count)
         if found is not None and found.loses:
             _warn(found)
         if found is None or found.chosen == work.microbatches:
@@ -108,7 +119,7 @@ class Planner:
             return None
         fewer = any(map(uses_batch_statistics, division.body.graph.nodes))  # nearer to the whole batch's
         limited = any(device.memory is not None for device in found.cluster.devices)  # and fewer need more
-        tried = numbers(batch, found.plan.num_stages, usual, most=usual if fewer else batch)
+        tried = numbers(batch, len(set(found.plan.rank_of)), usual, most=usual if fewer else batch)
         tried = [number for number in tried if not limited or number >= usual]
         size = rows // 2 if limited else 2 * rows  # larger microbatches might not fit
         if len(tried) < 2 or not 1 <= size <= batch:

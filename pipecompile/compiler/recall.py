@@ -142,7 +142,7 @@ class Recall:
             return Planned(
                 plan=_checked(made.plan, graph, len(devices)),
                 costed=made.costs.on(graph),
-                request=Request(made.replicas, options),
+                request=Request(made.replicas, options, work.placement),
                 cluster=replace(made.cluster, devices=devices.devices),
                 work=work,
                 candidates=made.candidates,

@@ -57,7 +57,7 @@ class Rehearsal:
         It is not useful with a single stage, without a backward, or if every stage takes less than ``WORTH``.
 
         Args:
-            batch: the batch to run; only its first microbatches are run, at most two per stage and one more.
+            batch: the batch to run; only its first microbatches are run, at most two per rank and one more.
 
         Raises:
             ExecutionError: a stage raised, as it would in a step.
@@ -65,7 +65,7 @@ class Rehearsal:
         compiled = batch.compiled
         if not _tells(compiled):
             return ()
-        count = min(len(batch.rows), 2 * compiled.plan.num_stages + 1)
+        count = min(len(batch.rows), 2 * len(set(compiled.plan.rank_of)) + 1)
         program = compiled.lowered(self.schedule(compiled.plan, count))
         with left_as_before(compiled.captured.model), closing(Session(self.devices, None)) as session:
 
@@ -117,7 +117,7 @@ def rehearsed(
             break
         if replace(compiled.plan, quality=None) == tried[-1].plan:
             return replace(compiled, stages=tried[-1].stages)  # what torch.compile has compiled of them
-    return min(tried, key=lambda each: max(cost.seconds for cost in each.planned.stage_costs))
+    return min(tried, key=lambda each: each.plan.pace([cost.seconds for cost in each.planned.stage_costs]))
 
 
 def _noted(compiled: Compiled, what: str) -> Compiled:

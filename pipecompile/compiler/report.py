@@ -15,6 +15,7 @@ from pipecompile.capture import Captured
 from pipecompile.capture.loss import could_be_losses
 from pipecompile.capture.origin import Origin, origin_of
 from pipecompile.capture.purity import is_random
+from pipecompile.compiler.options import Options
 from pipecompile.ir.cluster import HANDED_OVER, Cluster, Link
 from pipecompile.ir.plan_quality import known
 from pipecompile.ir.timeline import Timeline
@@ -28,6 +29,8 @@ from pipecompile.render.notebook import topics_html
 from pipecompile.runtime.compiled import Compiled
 from pipecompile.runtime.lift import only_sized
 from pipecompile.runtime.split import Stage
+from pipecompile.schedule.own import Own
+from pipecompile.schedule.policy import last_round
 
 
 def _across_microbatches(compiled: Compiled) -> list[str]:
@@ -95,13 +98,18 @@ def _checkpoints(captured: Captured) -> list[str]:
 
 
 def _memory(compiled: Compiled) -> list[str]:
-    """The predicted peak memory of each stage, and the memory of its device if known."""
+    """The predicted peak memory of each stage, of ranks with several stages, and of devices if known."""
+    plan, memory = compiled.plan, compiled.memory
+    limits = [device.memory for device in compiled.planned.cluster.devices]
+    of = ["" if limit is None else f" of {bytes_text(limit)}" for limit in limits]
+    shared = len(set(plan.rank_of)) < plan.num_stages
     lines = []
-    for stage, held in enumerate(compiled.memory.stages):
-        limit = compiled.planned.cluster.devices[compiled.plan.rank_of[stage]].memory
+    for stage, held in enumerate(memory.stages):
         parts = ", ".join(f"{kind} {bytes_text(nbytes)}" for kind, nbytes in held.by_kind() if nbytes)
-        of = f" of {bytes_text(limit)}" if limit is not None else ""
-        lines.append(f"stage {stage}: {bytes_text(held.total)}{of} ({parts})")
+        lines.append(f"stage {stage}: {bytes_text(held.total)}{'' if shared else of[plan.rank_of[stage]]} ({parts})")
+    for rank, nbytes in enumerate(memory.ranks) if shared else ():
+        stages = ", ".join(str(stage) for stage, at in enumerate(plan.rank_of) if at == rank)
+        lines.append(f"rank {rank}, with stages {stages}: {bytes_text(nbytes)}{of[rank]}")
     return lines
 
 
@@ -217,6 +225,8 @@ class Report:
         recomputed: activations that the backward recomputes.
         plan: the bottleneck, and how far from optimal it may be.
         updates: for schedules that step inside the pipeline, how old the weights of gradients are, and the versions.
+        schedule: the schedule, where its stages are, where a batch cannot run it as it is meant, and the schedules that
+            were weighed against it.
         memory: peak bytes of each stage, by kind.
         links: latency and bandwidth between ranks.
         costs: where the costs come from.
@@ -245,6 +255,7 @@ class Report:
     recomputed: tuple[str, ...] = ()
     plan: tuple[str, ...] = ()
     updates: tuple[str, ...] = ()
+    schedule: tuple[str, ...] = ()
     memory: tuple[str, ...] = ()
     links: tuple[str, ...] = ()
     costs: tuple[str, ...] = ()
@@ -311,6 +322,27 @@ def capture_topics(captured: Captured) -> dict[str, tuple[str, ...]]:
         "guards": (*guards, *reads, *_attribute_guards(captured)),
         "attributes": tuple(f"{e.place.label} is set once per call" for e in captured.attributes.updates),
     }
+
+
+def scheduled(options: Options, compiled: Compiled) -> Iterator[str]:
+    """The schedule of a capture, and what it was weighed against."""
+    planned, ranks = compiled.planned, len(set(compiled.plan.rank_of))
+    yield f"{options.schedule}, {options.placement}"
+    for kind, count in compiled.programs:
+        if kind != "train":
+            continue
+        if isinstance(options.schedule, Own) and not options.schedule.fits(count):
+            yield f"a batch of {count} microbatches runs as 1f1b, since this is {options.schedule}"
+        elif str(options.schedule).startswith("interleaved"):
+            round, last = last_round(ranks, count)
+            if last < round:
+                yield (
+                    f"the last round of a batch of {count} microbatches has {last} of {round}, so the bubble "
+                    f"is larger than for a multiple of {ranks}"
+                )
+    if planned.schedule and not planned.weighed:
+        yield "chosen without comparison, since the caller computes the loss: forwards all run before backwards"
+    yield from map(str, planned.weighed)
 
 
 def describe(compiled: Compiled, timeline: Timeline | None = None) -> Report:

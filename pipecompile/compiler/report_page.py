@@ -34,7 +34,7 @@ def page_of(
     page = Page(
         view=stage_graph(planned.costed, planned.plan),
         model=type(compiled.captured.model).__name__,
-        schedule=options.schedule,
+        schedule=str(options.schedule),
         microbatches=len(program.microbatches) or options.microbatches,
         cluster=planned.cluster,
         timelines={PREDICTED: predicted, **({MEASURED: measured} if measured is not None else {})},

@@ -163,6 +163,13 @@ class Plan(Json):
         """The tied parameters that are read by stages with different nodes, not only by replicas of one stage."""
         return tuple(t for t in self.tied if len({self.replica_of[stage] for stage in t.stages}) > 1)
 
+    def pace(self, seconds: Sequence[float]) -> float:
+        """Seconds per microbatch of the busiest rank, from those of each stage; replicas take microbatches in turn."""
+        ranks = [0.0] * self.num_ranks
+        for rank, each, group in zip(self.rank_of, seconds, self.replicas, strict=True):
+            ranks[rank] += each / len(group)
+        return max(ranks)
+
     @property
     def num_ranks(self) -> int:
         """One more than the largest rank."""

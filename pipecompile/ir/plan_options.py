@@ -35,6 +35,8 @@ class PlanOptions:
         no_split: paths of modules that must not be split over several stages.
         colocate: groups of two or more paths of modules that must share a stage.
         max_stages: allow fewer stages than devices, and at most this number of them.
+        stages_per_rank: the number of stages that each device runs. By default what the schedule needs: two for the V
+            shapes, two or more for interleaved schedules and "bfs", one for all others.
         replicas: the number of data-parallel devices that run each stage, by default one: with 1, 2, 1, the second of
             three stages runs on the second and third of four devices, which take microbatches in turn. "auto" searches
             for the numbers of stages and of devices per stage with the shortest predicted step.
@@ -60,6 +62,7 @@ class PlanOptions:
     no_split: Sequence[str] = ()
     colocate: Sequence[Sequence[str]] = ()
     max_stages: int | None = None
+    stages_per_rank: int | None = None
     replicas: Sequence[int] | Literal["auto"] | None = None
     recompute: Recompute = "auto"
     optimizer_state: float | None = None
@@ -87,7 +90,13 @@ class PlanOptions:
 
     def without_search(self) -> PlanOptions:
         """Only the constraints, with defaults for the rest."""
-        return PlanOptions(self.pins, self.no_split, self.colocate, self.max_stages)
+        return PlanOptions(
+            pins=self.pins,
+            no_split=self.no_split,
+            colocate=self.colocate,
+            max_stages=self.max_stages,
+            stages_per_rank=self.stages_per_rank,
+        )
 
     def minimizing(self, objective: Goal) -> PlanOptions:
         """The same with another objective."""
@@ -111,6 +120,8 @@ class PlanOptions:
                 raise InputError(f"colocate has the group {group!r}; a group must have at least two modules")
         if self.max_stages is not None and not _is_whole(self.max_stages):
             raise InputError(f"max_stages={self.max_stages!r}; it must be a number of stages, at least 1")
+        if self.stages_per_rank is not None and not _is_whole(self.stages_per_rank):
+            raise InputError(f"stages_per_rank={self.stages_per_rank!r}; it must be a number of stages, at least 1")
 
     def _check_search(self) -> None:
         if self.recompute not in RECOMPUTE:

@@ -13,7 +13,7 @@ SLACK = 1e-9  # relative; rounding when the same numbers are added in another or
 class Quality:
     """The bottleneck of a plan, a lower bound on that of any plan, and the time of the search."""
 
-    bottleneck: float  # seconds per microbatch of the slowest stage, communication included
+    bottleneck: float  # seconds per microbatch of the busiest rank, communication included
     lower_bound: float  # seconds; no plan has a smaller bottleneck
     seconds: float = field(compare=False)  # CPU seconds of the search
 

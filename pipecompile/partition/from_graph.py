@@ -15,23 +15,30 @@ Once a plan is known, it is passed in as ``reserved`` bytes (see ``memory`` and 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
+from math import inf
+from time import thread_time
 
 from pipecompile.errors import InfeasibleError, InputError, PlanError
 from pipecompile.ir.cluster import Cluster, Link
 from pipecompile.ir.graph import CostedGraph, Node
 from pipecompile.ir.plan import Plan, with_replicas
 from pipecompile.ir.plan_options import DEFAULT_PLAN, Objective, PlanOptions
+from pipecompile.ir.plan_quality import Quality
 from pipecompile.partition.memory_model import Training
 from pipecompile.partition.module_constraints import ModuleConstraints
 from pipecompile.partition.seats import Seating
+from pipecompile.partition.solver.by_rank import balanced, quality
 from pipecompile.partition.solver.contraction import Contraction, contract
 from pipecompile.partition.solver.problem import Problem, Seat
-from pipecompile.partition.solver.score import bottleneck
+from pipecompile.partition.solver.score import bottleneck, rank_loads
 from pipecompile.partition.solver.solver import solve
 from pipecompile.partition.stage_nodes import Placed
 from pipecompile.partition.tied_nodes import tied_nodes
+
+SOLVING, BALANCING = 0.6, 2.0  # the part of the time to balance stages, and the most CPU seconds to balance ranks
 
 
 def partition(
@@ -43,6 +50,7 @@ def partition(
     budget: float | None = None,
     replicas: Sequence[int] = (),
     objective: Objective = "pace",
+    rank_of: Sequence[int] = (),
 ) -> Plan:
     """The plan with the smallest bottleneck that was found. It is never worse than the best cut of a single node order.
 
@@ -59,38 +67,107 @@ def partition(
         objective: what to minimize. "pace": the bottleneck, computation plus communication. "overlap": the bottleneck,
             the larger of computation and communication. A function: its value for a plan, over the plans found for
             both, and plans with less communication.
+        rank_of: the rank of each stage, if ranks run several. Then the bottleneck is that of the busiest rank.
 
     Raises:
-        ValueError: ``num_stages`` is less than one, or ``replicas`` has another length.
+        ValueError: ``num_stages`` is less than one, or ``replicas`` or ``rank_of`` has another length.
         InputError: a constraint names a module or a stage that does not exist.
         InfeasibleError: the model cannot be cut into ``num_stages`` stages, does not fit into the devices' memory, or a
             constraint contradicts the model or another constraint.
         PlanError: no plan within memory was found, although one may exist.
     """
     constraints = constraints or DEFAULT_PLAN
-    _check(num_stages, constraints, replicas)
+    _check(num_stages, constraints, replicas, rank_of)
     cluster = Cluster.of([f"rank {rank}" for rank in range(num_stages)]) if cluster is None else cluster
     num_stages = min(num_stages, constraints.max_stages or num_stages)
     replicas = replicas[:num_stages]
-    seating = Seating.of(num_stages, cluster, replicas)
-    contraction = problem_of(costed, num_stages, cluster, training, constraints, replicas, objective == "overlap")
+    seating = Seating.of(num_stages, cluster, replicas, rank_of)
+    overlapped = objective == "overlap"
+    contraction = problem_of(costed, num_stages, cluster, training, constraints, replicas, overlapped, rank_of)
     again = (training and training.again) or (False,) * num_stages
-    solution = solve(contraction.problem, budget, others=callable(objective))
+    solve_it: _Solve = _on_seats
+    if len(set(rank_of)) < len(rank_of):
+        room = seating.memory(training or Training.flushed(seating.replicas))
+        solve_it = partial(_on_ranks, rank_of=tuple(rank_of), memory=room[: 1 + max(rank_of)])
+    found = solve_it(contraction.problem, budget, callable(objective))
 
     def plan_of(atoms: tuple[int, ...]) -> Plan:
-        quality = replace(solution.quality, bottleneck=bottleneck(contraction.problem, atoms))
-        return replace(_seated(costed, seating, contraction.expand(atoms), again), quality=quality)
+        known = replace(found.quality, bottleneck=found.load(atoms))
+        return replace(_seated(costed, seating, contraction.expand(atoms), again), quality=known)
 
-    plans = [plan_of(solution.stage_of)]
+    plans = [plan_of(found.stage_of)]
     if not callable(objective):
         return plans[0]
-    plans += [plan_of(atoms) for atoms in (*solution.others, *_overlapping(contraction.problem, budget))]
+    plans += [plan_of(atoms) for atoms in (*found.others, *_overlapping(contraction.problem, budget, solve_it))]
     return min(plans, key=partial(scored, objective))
 
 
-def _check(num_stages: int, constraints: PlanOptions, replicas: Sequence[int]) -> None:
+@dataclass(frozen=True)
+class _Found:
+    """Plans of a problem, the best one with its quality, and what a plan is measured by."""
+
+    stage_of: tuple[int, ...]
+    quality: Quality
+    others: tuple[tuple[int, ...], ...]
+    load: Callable[[Sequence[int]], float]
+
+
+_Solve = Callable[[Problem, float | None, bool], _Found]
+
+
+def _on_seats(problem: Problem, budget: float | None, others: bool) -> _Found:
+    """Plans with one stage on each rank, or the ranks of replicas."""
+    solution = solve(problem, budget, others=others)
+    return _Found(solution.stage_of, solution.quality, solution.others, partial(bottleneck, problem))
+
+
+def _on_ranks(
+    problem: Problem, budget: float | None, others: bool, rank_of: tuple[int, ...], memory: tuple[float, ...]
+) -> _Found:
+    """Plans with several stages on each rank.
+
+    Raises:
+        PlanError: no plan within the memory of the ranks was found.
+    """
+    if (parts := len(problem)) < len(rank_of):
+        raise InfeasibleError(
+            f"the model cannot be cut into {len(rank_of)} stages: it can be cut into at most {parts}, since the rest "
+            f"must stay together; the schedule has several stages on each of {len(memory)} ranks, so use fewer ranks, "
+            f"fewer stages_per_rank, or a schedule with one"
+        )
+    begin = thread_time()
+    seats = tuple(replace(seat, memory=inf) for seat in problem.seats)
+    free = replace(problem, seats=seats)
+    solution = solve(free, budget if budget is None else budget * SOLVING, others=others)
+    left = BALANCING if budget is None else min(BALANCING, max(0.0, budget - (thread_time() - begin)))
+    stage_of = balanced(free, rank_of, memory, solution.stage_of, left)
+    over, load, _ = quality(free, rank_of, memory, stage_of)
+    if over:  # each stage within an equal part of its rank's memory, which is more than is needed
+        with suppress(PlanError):
+            stage_of = balanced(free, rank_of, memory, solve(problem, budget).stage_of, left)
+            over, load, _ = quality(free, rank_of, memory, stage_of)
+    if over:
+        raise PlanError(
+            f"no plan was found that keeps each of the {len(memory)} ranks, with {len(rank_of)} stages together, "
+            f"within its memory; use more devices, devices with more memory, or fewer microbatches in flight"
+        )
+    speeds = {rank: seat.speed for rank, seat in zip(rank_of, seats, strict=True)}
+    least = max(free.total / sum(speeds.values()), free.weight.max(initial=0.0) / max(speeds.values()))
+    kept = tuple(plan for plan in (solution.stage_of, *solution.others) if not quality(free, rank_of, memory, plan)[0])
+    measure = Quality(load, min(float(least), load), thread_time() - begin)
+    return _Found(stage_of, measure, kept, lambda plan: max(rank_loads(free, plan, rank_of)))
+
+
+def _check(num_stages: int, constraints: PlanOptions, replicas: Sequence[int], rank_of: Sequence[int]) -> None:
     if num_stages < 1:
         raise ValueError(f"num_stages must be at least 1; got {num_stages}")
+    if len(rank_of) not in (0, num_stages):
+        raise ValueError(f"rank_of={tuple(rank_of)} must have one rank for each of the {num_stages} stages")
+    if constraints.max_stages is not None and rank_of:
+        raise InputError(
+            f"max_stages={constraints.max_stages} lets the search leave stages out, but a schedule with several stages "
+            f"on each rank needs all {num_stages}; leave max_stages= out, or use a schedule with one stage on each rank"
+        )
     if len(replicas) not in (0, num_stages):
         raise ValueError(f"replicas={list(replicas)} must have one number for each of the {num_stages} stages")
     if constraints.max_stages is not None and any(count > 1 for count in replicas):
@@ -130,13 +207,13 @@ def scored(objective: Callable[[Plan], float], plan: Plan) -> float:
     return score
 
 
-def _overlapping(problem: Problem, budget: float | None) -> tuple[tuple[int, ...], ...]:
+def _overlapping(problem: Problem, budget: float | None, solve_it: _Solve) -> tuple[tuple[int, ...], ...]:
     """Plans for the same problem with communication that overlaps with computation; empty if none was found."""
     try:
-        solution = solve(replace(problem, overlapped=True), budget, others=True)
+        found = solve_it(replace(problem, overlapped=True), budget, True)
     except PlanError:
         return ()
-    return (solution.stage_of, *solution.others)
+    return (found.stage_of, *found.others)
 
 
 def problem_of(
@@ -147,9 +224,10 @@ def problem_of(
     constraints: PlanOptions | None = None,
     replicas: Sequence[int] = (),
     overlapped: bool = False,
+    rank_of: Sequence[int] = (),
 ) -> Contraction:
     """The problem of the solver. Its things are the nodes that are not rematerialized, in order."""
-    seating = Seating.of(num_stages, cluster, replicas)
+    seating = Seating.of(num_stages, cluster, replicas, rank_of)
     training = training or Training.flushed(seating.replicas)
     placed = Placed(costed.graph)
     bound = ModuleConstraints(placed, constraints or DEFAULT_PLAN, num_stages)

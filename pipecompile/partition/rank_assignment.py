@@ -1,7 +1,7 @@
 """Assigns stages to ranks, so that large transfers use fast links.
 
 A stage keeps its number, its nodes and the speed and memory that it was planned for: only devices that are equal in
-both are exchanged, each with all the stages that it runs. The seconds per microbatch of a stage are
+both are exchanged, each with all the stages that it runs. The seconds per microbatch of a rank are, over its stages,
 
     its nodes' seconds / its device's speed / its replicas
     + for each of its channels and tied parameters, the seconds on the link in both directions
@@ -57,7 +57,7 @@ def suited(plan: Plan, seconds: Sequence[float], cluster: Cluster, microbatches:
 
 @dataclass(frozen=True, slots=True)
 class Wire:
-    """The bytes that two stages send each other per microbatch, in one direction."""
+    """The bytes that stages of two places send each other per microbatch, in one direction."""
 
     first: int
     second: int
@@ -82,17 +82,25 @@ class _Task:
         for each in self.plan.tied:
             tied.update({(each.owner, follower): each.nbytes for follower in each.followers})
         wires = [
-            Wire(c.source, c.target, c.nbytes, 2 / lcm(len(replicas[c.source]), len(replicas[c.target])))
+            Wire(
+                rank_of[c.source],
+                rank_of[c.target],
+                c.nbytes,
+                2 / lcm(*(len(replicas[s]) for s in (c.source, c.target))),
+            )
             for c in self.plan.channels
-        ] + [Wire(*pair, nbytes, 2 / self.microbatches) for pair, nbytes in tied.items() if nbytes]
-        return tuple(wire for wire in wires if rank_of[wire.first] != rank_of[wire.second])
+        ] + [
+            Wire(rank_of[owner], rank_of[follower], nbytes, 2 / self.microbatches)
+            for (owner, follower), nbytes in tied.items()
+            if nbytes
+        ]
+        return tuple(wire for wire in wires if wire.first != wire.second)
 
     @cached_property
     def wires_at(self) -> tuple[tuple[Wire, ...], ...]:
         """For each place, the wires that end there."""
-        rank_of = self.plan.rank_of
         return tuple(
-            tuple(wire for wire in self.wires if place in (rank_of[wire.first], rank_of[wire.second]))
+            tuple(wire for wire in self.wires if place in (wire.first, wire.second))
             for place in range(len(self.cluster))
         )
 
@@ -117,12 +125,12 @@ class _Task:
 
     @cached_property
     def computing(self) -> tuple[float, ...]:
-        """For each stage, the seconds that it computes per microbatch, averaged over all microbatches."""
+        """For each place, the seconds that its stages compute per microbatch, averaged over all microbatches."""
         devices, plan = self.cluster.devices, self.plan
-        return tuple(
-            seconds / devices[rank].speed / len(group)
-            for seconds, rank, group in zip(self.stage_seconds, plan.rank_of, plan.replicas, strict=True)
-        )
+        found = [0.0] * len(devices)
+        for seconds, rank, group in zip(self.stage_seconds, plan.rank_of, plan.replicas, strict=True):
+            found[rank] += seconds / devices[rank].speed / len(group)
+        return tuple(found)
 
     @cached_property
     def least(self) -> dict[Wire, float]:
@@ -132,8 +140,7 @@ class _Task:
         return {wire: wire.share * min(link.seconds(wire.nbytes) for link in links) for wire in self.wires}
 
     def seconds(self, wire: Wire, devices: Sequence[int] | Mapping[int, int]) -> float:
-        first, second = devices[self.plan.rank_of[wire.first]], devices[self.plan.rank_of[wire.second]]
-        return wire.share * self.cluster.transfer_seconds(first, second, wire.nbytes)
+        return wire.share * self.cluster.transfer_seconds(devices[wire.first], devices[wire.second], wire.nbytes)
 
     def score(self, devices: Sequence[int]) -> Score:
         """The score of a complete assignment, place -> device."""
@@ -149,7 +156,7 @@ class _Task:
 
 @dataclass(slots=True)
 class Score:
-    """The load of each stage, and the total on all links, in seconds."""
+    """The load of each place, and the total on all links, in seconds."""
 
     loads: list[float]
     sent: float = 0.0
@@ -222,7 +229,7 @@ class _Search:
             self.device_at[place] = device
             score = Score(list(bound.loads), bound.sent)
             for wire in task.wires_at[place]:
-                if {task.plan.rank_of[wire.first], task.plan.rank_of[wire.second]} <= self.device_at.keys():
+                if {wire.first, wire.second} <= self.device_at.keys():
                     score.add(wire, task.seconds(wire, self.device_at) - task.least[wire])
             self._place(depth + 1, score)
             del self.device_at[place]

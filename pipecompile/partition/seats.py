@@ -16,7 +16,7 @@ from pipecompile.partition.solver.problem import Seat
 
 @dataclass(frozen=True)
 class Seating:
-    """Stages with ``replicas`` each on the devices of a cluster, in order. If there are more stages, devices repeat.
+    """Stages with ``replicas`` each on the devices of a cluster, in order, or on the ranks that are given.
 
     To the solver, a stage with r replicas is a seat r times as fast as its slowest device, with the memory of its
     smallest. A seat sends over the link to the next seat and receives over the link from the previous one, whatever the
@@ -25,15 +25,18 @@ class Seating:
 
     cluster: Cluster
     replicas: tuple[int, ...]  # stage -> number of devices that run it
+    rank_of: tuple[int, ...] = ()  # stage -> rank, where ranks run several stages; empty: in order, repeating
 
     @staticmethod
-    def of(num_stages: int, cluster: Cluster, replicas: Sequence[int] = ()) -> Seating:
+    def of(num_stages: int, cluster: Cluster, replicas: Sequence[int] = (), rank_of: Sequence[int] = ()) -> Seating:
         """``num_stages`` stages, by default without replicas."""
-        return Seating(cluster, tuple(replicas[:num_stages]) or (1,) * num_stages)
+        return Seating(cluster, tuple(replicas[:num_stages]) or (1,) * num_stages, tuple(rank_of))
 
     @cached_property
     def ranks(self) -> tuple[tuple[int, ...], ...]:
         """stage -> ranks that run it"""
+        if self.rank_of:
+            return tuple((rank,) for rank in self.rank_of)
         begin = [sum(self.replicas[:stage]) for stage in range(len(self.replicas))]
         return tuple(
             tuple(place % len(self.cluster) for place in range(first, first + count))
@@ -57,6 +60,12 @@ class Seating:
         rows = ([link.seconds(nbytes) / unit for link in row] or [1.0] for row in self.links)
         return [max(1.0, fmean(row)) for row in rows]
 
+    def memory(self, training: Training) -> tuple[float, ...]:
+        """The bytes of each rank that stages may use."""
+        reserved = training.reserved or (0,) * len(self.cluster)
+        devices = zip(self.cluster.devices, reserved, strict=True)
+        return tuple(inf if device.memory is None else max(0, device.memory - taken) for device, taken in devices)
+
     def seats(self, training: Training, least: int, nbytes: float, again: float) -> list[Seat]:
         """A seat per stage. The first ``least`` must not be empty. Stages on one rank share its memory.
 
@@ -67,15 +76,11 @@ class Seating:
             again: the factor by which recomputing activations slows a stage down, if only some stages do.
         """
         factors = [1.0, *self.factors(nbytes), 1.0]
-        reserved = training.reserved or (0,) * len(self.cluster)
+        room = self.memory(training)
         all_ranks = [rank for ranks in self.ranks for rank in ranks]
         seats = []
         for stage, ranks in enumerate(self.ranks):
-            memory = inf
-            for rank in ranks:
-                limit = self.cluster.devices[rank].memory
-                if limit is not None:
-                    memory = min(memory, max(0, limit - reserved[rank]) / all_ranks.count(rank))
+            memory = min(room[rank] / all_ranks.count(rank) for rank in ranks)
             speed = len(ranks) * min(self.cluster.devices[rank].speed for rank in ranks)
             is_again = bool(training.again) and training.again[stage]
             if is_again and not training.all_again:

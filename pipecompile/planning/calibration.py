@@ -13,7 +13,7 @@ from statistics import mean, median
 
 from pipecompile.ir.graph import Cost, CostedGraph
 from pipecompile.ir.plan import Plan
-from pipecompile.ir.program import Backward, Forward
+from pipecompile.ir.program import Backward, BackwardWeight, Forward, Recv, Send
 from pipecompile.ir.timeline import Timeline
 
 
@@ -44,16 +44,23 @@ def stage_times(predicted: Sequence[Cost], timeline: Timeline) -> tuple[Times, .
         predicted: the cost of each stage per microbatch.
         timeline: of the measured step.
     """
-    seconds: dict[tuple[type, int], list[float]] = {}
+    runs: dict[tuple[type, int, int], list[float]] = {}
     for span in timeline.spans:
-        seconds.setdefault((type(span.instruction), span.instruction.stage), []).append(span.seconds)
-    stages = range(len(predicted))
-    if not all((kind, stage) in seconds for kind in (Forward, Backward) for stage in stages):
+        it = span.instruction
+        if not isinstance(it, Send | Recv):
+            runs.setdefault((type(it), it.stage, it.microbatch), []).append(span.seconds)
+    forward: list[list[float]] = [[] for _ in predicted]
+    backward: list[list[float]] = [[] for _ in predicted]
+    for (kind, stage, microbatch), seconds in runs.items():
+        if kind is Forward:
+            forward[stage] += seconds
+        elif kind is Backward:  # with what it has left for later
+            left = runs.get((BackwardWeight, stage, microbatch), [0.0] * len(seconds))
+            backward[stage] += [b + w for b, w in zip(seconds, left, strict=True)]
+    if not all(forward) or not all(backward):
         return ()
-    return tuple(
-        Times(predicted[stage], Cost(median(seconds[Forward, stage]), median(seconds[Backward, stage])))
-        for stage in stages
-    )
+    medians = zip(predicted, forward, backward, strict=True)
+    return tuple(Times(cost, Cost(median(f), median(b))) for cost, f, b in medians)
 
 
 def corrected(costed: CostedGraph, plan: Plan, times: Sequence[Times], by: str = "a measured step") -> CostedGraph:

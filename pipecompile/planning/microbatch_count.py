@@ -14,22 +14,22 @@ from pipecompile.ir.graph import Cost, CostedGraph, Graph
 from pipecompile.ir.plan import Plan
 from pipecompile.planning.counted import Count, Counted
 from pipecompile.planning.planned import Planned
+from pipecompile.planning.training_spec import OVERHEAD
 
-OVERHEAD = 1e-4  # seconds of a forward or a backward beside its operations (benchmarks/overhead.py)
 PAYS = 0.05  # another number than the usual one is taken if it is predicted to save this share of the step
-PER_STAGE = (1, 2, 4, 8)  # microbatches per stage that are tried, beside one in all
+PER_RANK = (1, 2, 4, 8)  # microbatches per rank that are tried, beside one in all
 
 
-def numbers(batch: int, stages: int, usual: int, most: int) -> list[int]:
+def numbers(batch: int, ranks: int, usual: int, most: int) -> list[int]:
     """The numbers of microbatches to compare, ascending, the usual one among them.
 
     Args:
         batch: rows of the batch. Only numbers that divide it are tried, so that microbatches are alike.
-        stages: of the plan.
+        ranks: of the plan.
         usual: the number without a comparison.
         most: no larger numbers are tried.
     """
-    wanted = {1, *(each * stages for each in PER_STAGE)}
+    wanted = {1, *(each * ranks for each in PER_RANK)}
     return sorted({usual, *(n for n in wanted if n <= min(batch, most) and batch % n == 0)})
 
 
@@ -59,7 +59,8 @@ def compared(
         plan = Plan.of(graph, found.plan.stage_of, found.plan.rank_of, found.plan.replica_of)
         work = replace(found.work, microbatches=count)
         seconds = work.step_seconds(costed, replace(plan, recomputed=found.plan.recomputed), found.cluster)
-        return seconds + 2 * OVERHEAD * (count + plan.num_stages - 1)
+        per_rank = plan.num_stages / len(set(plan.rank_of))
+        return seconds + 2 * OVERHEAD * (per_rank * count + plan.num_stages - per_rank)
 
     usual = found.work.microbatches
     steps = tuple(Count(count, step(count)) for count in tried)

@@ -14,9 +14,10 @@ from pipecompile.planning.counted import Counted
 from pipecompile.planning.memory import Memory
 from pipecompile.planning.plan_search import make_plan
 from pipecompile.planning.replicas import Candidate, with_best_replicas
+from pipecompile.planning.schedule_choice import Weighed, weigh
 from pipecompile.planning.search_spec import Request
 from pipecompile.planning.training_spec import Workload
-from pipecompile.schedule import one_f_one_b
+from pipecompile.schedule import SCHEDULES, gpipe, one_f_one_b
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Planned:
         remembered: what of it earlier processes have measured or planned, in words.
         key: the key under which it is remembered; empty if it is not.
         counted: the numbers of microbatches that were compared, if they were.
+        schedule: the name of the schedule, if it was chosen.
+        weighed: the schedules that it was chosen from, itself first.
     """
 
     plan: Plan
@@ -44,6 +47,8 @@ class Planned:
     remembered: tuple[str, ...] = ()
     key: str = ""
     counted: Counted | None = None
+    schedule: str = ""
+    weighed: tuple[Weighed, ...] = ()
 
     @cached_property
     def stage_costs(self) -> tuple[Cost, ...]:
@@ -99,6 +104,29 @@ def planned(
         plan, candidates = with_best_replicas(costed, cluster, work, options)
         request = Request(candidates[0].replicas, options)
     else:
-        request = Request(options.counts or (1,) * (num_stages or len(cluster)), options)
+        request = Request.of(options, work.placement, len(cluster), num_stages)
         plan = make_plan(costed, request, cluster, work)
     return Planned(plan=plan, costed=costed, request=request, cluster=cluster, work=work, candidates=candidates)
+
+
+def chosen(costed: CostedGraph, cluster: Cluster, work: Workload, options: PlanOptions, splits: bool = True) -> Planned:
+    """The plan for the schedule with the shortest predicted step, and what was weighed.
+
+    If the caller computes the loss (``work`` has GPipe), all Forwards run before the Backwards, whatever the schedule,
+    so there is nothing to choose.
+
+    Args:
+        splits: whether backwards can be split.
+
+    Raises:
+        InputError, InfeasibleError, PlanError: as ``planned``; if no schedule fits, for 1F1B.
+    """
+    if work.schedule is gpipe:
+        placement = SCHEDULES["1f1b"].placed(options.stages_per_rank)
+        found = planned(costed, cluster, replace(work, placement=placement), options)
+        return replace(found, schedule="1f1b")
+    weighed = weigh(costed, cluster, work, options, splits)
+    best = weighed[0].schedule if weighed and weighed[0].seconds is not None else "1f1b"
+    placement = SCHEDULES[best].placed(options.stages_per_rank)
+    this = replace(work, schedule=SCHEDULES[best].steady, placement=placement)
+    return replace(planned(costed, cluster, this, options), schedule=best, weighed=weighed)

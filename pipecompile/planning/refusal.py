@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import inf
@@ -12,6 +13,7 @@ from pipecompile.ir.plan import Plan
 from pipecompile.ir.units import bytes_text
 from pipecompile.planning.memory_fit import Fitting
 from pipecompile.schedule import one_f_one_b
+from pipecompile.schedule.placement import PLAIN
 
 MORE_MICROBATCHES = (2, 4, 8, 16)  # factors on their number
 MORE_DEVICES = (2, 4)  # factors on their number
@@ -43,12 +45,16 @@ def refusal(fitting: Fitting) -> PlanError:
     limit = fitting.cluster.devices[rank].memory
     stages = [stage for stage, r in enumerate(fastest.rank_of) if r == rank]
     most = max(stages, key=lambda stage: held.stages[stage].total)
-    parts = ", ".join(f"{kind} {bytes_text(n)}" for kind, n in held.stages[most].by_kind() if n)
+    where = f"stage {most}" if len(stages) == 1 else f"rank {rank} with stages {', '.join(map(str, stages))}"
+    kinds = Counter[str]()
+    for stage in stages:
+        kinds.update(dict(held.stages[stage].by_kind()))
+    parts = ", ".join(f"{kind} {bytes_text(n)}" for kind, n in kinds.items() if n)
     room = sum(inf if device.memory is None else device.memory for device in fitting.cluster.devices)
     kind = InfeasibleError if _least(fitting) > room else PlanError
     return kind(
         f"the model does not fit into the memory of its devices: in the fastest plan of {fastest.num_stages} stages, "
-        f"stage {most} would hold {bytes_text(held.ranks[rank])} of {bytes_text(limit or 0)}, "
+        f"{where} would hold {bytes_text(held.ranks[rank])} of {bytes_text(limit or 0)}, "
         f"{bytes_text(over[rank])} too much ({parts}), and no plan that fits was found; "
         f"{_help(_remedies(fitting, fastest), max(held.ranks))}"
     )
@@ -78,7 +84,8 @@ def _remedies(fitting: Fitting, fastest: Plan) -> list[Remedy]:
         for other in changes.values():  # each changes fields of its own
             differing = {n: v for n, v in vars(other.work).items() if v != getattr(fitting.work, n)}
             costed = together.costed if other.costed is fitting.costed else other.costed
-            together = together.varied(costed=costed, work=replace(together.work, **differing))
+            request = together.request if other.request == fitting.request else other.request
+            together = together.varied(costed=costed, request=request, work=replace(together.work, **differing))
         found.append(_tried(" and ".join(changes), together))
     found += _smaller_microbatches(fitting, fastest)
     return found if any(it.fits for it in found) else [*found, *_more_devices(fitting)]
@@ -91,8 +98,18 @@ def _changes(fitting: Fitting) -> Iterator[tuple[str, Fitting]]:
         yield "outputs='loss'", fitting.varied(costed=lean)
     if work.recompute == "never":
         yield "recompute='auto'", fitting.varied(work=replace(work, recompute="auto"))
-    if fitting.in_flight > (other := fitting.varied(work=replace(work, schedule=one_f_one_b))).in_flight:
+    other = fitting.varied(
+        request=replace(fitting.request, replicas=_plain(fitting), placement=PLAIN),
+        work=replace(work, schedule=one_f_one_b, placement=PLAIN),
+    )
+    if fitting.in_flight > other.in_flight or not fitting.request.placement.is_plain:
         yield "schedule='1f1b' with the loss inside the pipeline (labels or loss_fn=)", other
+
+
+def _plain(fitting: Fitting) -> tuple[int, ...]:
+    """The devices of each stage if no device runs several."""
+    request = fitting.request
+    return request.replicas if request.placement.is_plain else (1,) * len(fitting.cluster)
 
 
 def _only_scalars(costed: CostedGraph) -> CostedGraph | None:
@@ -112,8 +129,12 @@ def _smaller_microbatches(fitting: Fitting, fastest: Plan) -> Iterator[Remedy]:
     """The fewest microbatches of the same batch that would fit; an estimate, in which bytes of rows are divided."""
     for factor in MORE_MICROBATCHES:
         more = fitting.varied(work=replace(fitting.work, microbatches=factor * fitting.work.microbatches))
-        shrunk = [stage.total - stage.of_rows * (factor - 1) // factor for stage in more.held(fastest).stages]
-        limits = [fitting.cluster.devices[rank].memory for rank in fastest.rank_of]
+        held = more.held(fastest)
+        freed = [0] * len(held.ranks)
+        for rank, stage in zip(fastest.rank_of, held.stages, strict=True):
+            freed[rank] += stage.of_rows * (factor - 1) // factor
+        shrunk = [nbytes - less for nbytes, less in zip(held.ranks, freed, strict=True)]
+        limits = [fitting.cluster.devices[rank].memory for rank in range(len(shrunk))]
         if all(limit is None or n <= limit for n, limit in zip(shrunk, limits, strict=True)):
             change = f"about {more.work.microbatches} microbatches per batch instead of {fitting.work.microbatches}"
             yield Remedy(change, max(shrunk), True)
@@ -123,6 +144,8 @@ def _smaller_microbatches(fitting: Fitting, fastest: Plan) -> Iterator[Remedy]:
 def _more_devices(fitting: Fitting) -> Iterator[Remedy]:
     cluster, request = fitting.cluster, fitting.request
     for factor in MORE_DEVICES:
+        if request.placement.given:  # a schedule for these ranks
+            return
         larger = replace(cluster, devices=cluster.devices * factor, pairs=())
         more = replace(request, replicas=request.replicas * factor)
         tried = _tried(

@@ -13,7 +13,10 @@ from pipecompile.ir.plan_options import Recompute
 from pipecompile.partition import ADAM
 from pipecompile.planning.memory import How, Memory, memory
 from pipecompile.schedule import MakeProgram
+from pipecompile.schedule.placement import PLAIN, Placement
 from pipecompile.schedule.simulator import simulate
+
+OVERHEAD = 1e-4  # seconds of a forward or a backward beside its operations (benchmarks/overhead.py)
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Workload:
         fused: whether the optimizer step needs no temporary memory. Otherwise it needs, on CUDA, a copy of all
             parameters, because torch's optimizers update them together there.
         asynchronous: whether each stage steps on its own.
+        placement: where the stages are that the schedule asks for.
     """
 
     schedule: MakeProgram
@@ -38,6 +42,7 @@ class Workload:
     tail: int = 0
     fused: bool = False
     asynchronous: bool = False
+    placement: Placement = PLAIN
 
     def memory(
         self, costed: CostedGraph, plan: Plan, cluster: Cluster, buffers: Sequence[int] = (), bound: bool = False
@@ -60,9 +65,14 @@ class Workload:
         at_once = not all(device.is_cpu for device in cluster.devices)
         return "fused" if self.fused else "foreach" if at_once else "single"
 
-    def step_seconds(self, costed: CostedGraph, plan: Plan, cluster: Cluster) -> float:
-        """Predicted seconds of a step, including the transfer of tied parameters to other stages and replicas."""
-        timeline = simulate(self.schedule(plan, self.microbatches), stage_costs(costed, plan), cluster)
+    def step_seconds(self, costed: CostedGraph, plan: Plan, cluster: Cluster, split: float = 1.0) -> float:
+        """Predicted seconds of a step, including the transfer of tied parameters to other stages and replicas.
+
+        Args:
+            split: the seconds of both halves of a backward that is split, relative to the whole.
+        """
+        program = self.schedule(plan, self.microbatches)
+        timeline = simulate(program, stage_costs(costed, plan), cluster, split=split)
         return timeline.makespan + max(_weights_seconds(plan, cluster).values(), default=0.0)
 
     @property

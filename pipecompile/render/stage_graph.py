@@ -108,10 +108,12 @@ class StageGraph(Json):
 
     @property
     def balance(self) -> float:
-        """The bottleneck over the mean of all stages; 1.0 is perfect. Replicas share the time of a stage."""
-        groups = zip(self.stages, self.plan.replicas, strict=True)
-        seconds = [stage.cost.seconds / len(group) for stage, group in groups]
-        return max(seconds) * len(seconds) / sum(seconds) if sum(seconds) else 1.0
+        """The bottleneck over the mean of all ranks; 1.0 is perfect. Replicas share the time of a stage."""
+        seconds: dict[int, float] = {}
+        for rank, stage, group in zip(self.plan.rank_of, self.stages, self.plan.replicas, strict=True):
+            seconds[rank] = seconds.get(rank, 0.0) + stage.cost.seconds / len(group)
+        total = sum(seconds.values())
+        return max(seconds.values()) * len(seconds) / total if total else 1.0
 
     def share(self, cost: Cost) -> float:
         """The seconds of a cost relative to the bottleneck."""

@@ -48,18 +48,21 @@ _SHORT = {"parameters": "params", "gradients": "grads", "optimizer": "state", "a
 
 
 def memory_table(memory: Memory, plan: Plan, cluster: Cluster) -> Fitted:
-    """The peak memory of each stage in training, by kind, and the memory of its device."""
+    """The peak memory of each stage in training, by kind, of ranks with several stages, and of each device."""
     kinds = [kind for kind in KINDS if any(dict(stage.by_kind())[kind] for stage in memory.stages)]
     it = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title="peak memory", title_style="")
     limited = any(device.memory is not None for device in cluster.devices)
     for name in ("stage", *(_SHORT.get(kind, kind) for kind in kinds), "all", *(["of"] if limited else [])):
         it.add_column(name, justify="right", no_wrap=True)
+    limits = ["" if device.memory is None else bytes_text(device.memory) for device in cluster.devices]
+    shared = len(set(plan.rank_of)) < plan.num_stages
     for index, stage in enumerate(memory.stages):
-        limit = cluster.devices[plan.rank_of[index]].memory
         sizes = [bytes_text(dict(stage.by_kind())[kind]) for kind in kinds]
         again = "*" if index in plan.recomputed else ""
-        of = ["" if limit is None else bytes_text(limit)] if limited else []
+        of = ["" if shared else limits[plan.rank_of[index]]] if limited else []
         it.add_row(f"{index}{again}", *sizes, bytes_text(stage.total), *of)
+    for rank, nbytes in enumerate(memory.ranks) if shared else ():
+        it.add_row(f"rank {rank}", *[""] * len(kinds), bytes_text(nbytes), *([limits[rank]] if limited else []))
     if plan.recomputed:
         it.caption = "* recomputes activations in the backward instead of keeping them"
     return Fitted(it)

@@ -29,6 +29,7 @@ TOPICS: Mapping[str, tuple[str, bool]] = MappingProxyType(
         "remembered": ("Remembered from earlier processes", False),
         "caches": ("Key-value caches", False),
         "mapped": ("Batches of map that ran alone", False),
+        "schedule": ("Schedule", False),
         "updates": ("Weights of asynchronous schedules", False),
         "rerun": ("Calls rerun in a backward", False),
         "observed": ("Observers of the calling thread", False),

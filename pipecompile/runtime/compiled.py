@@ -22,9 +22,10 @@ from pipecompile.capture.opaque_calls import FunctionLeaf
 from pipecompile.capture.origin import Origin, origin_of
 from pipecompile.capture.purity import is_random
 from pipecompile.capture.state.model_state import named_tensors
+from pipecompile.errors import InputError
 from pipecompile.ir.graph import CostedGraph, Graph
 from pipecompile.ir.plan import Plan
-from pipecompile.ir.program import Program
+from pipecompile.ir.program import Forward, Program
 from pipecompile.ir.timeline import Timeline
 from pipecompile.ops.accelerators import copied
 from pipecompile.ops.autograd_functions import Applied
@@ -183,8 +184,26 @@ class Compiled:
     def program(self, schedule: Callable[[Plan], Program], key: Any) -> Program:
         """The lowered program of a schedule, cached by ``key``."""
         if key not in self.programs:
-            self.programs[key] = self.lowered(schedule(self.plan))
+            bare = schedule(self.plan)
+            self._refuse_disorder(bare)
+            self.programs[key] = self.lowered(bare)
         return self.programs[key]
+
+    def _refuse_disorder(self, program: Program) -> None:
+        """Raises ``InputError`` if microbatches would write a buffer in another order than the unsplit model."""
+        for node, stage in zip(self.graph.nodes, self.plan.stage_of, strict=True):
+            if stage is None or not node.writes:
+                continue
+            last: Forward | None = None
+            for i in program.row_of(stage):
+                if isinstance(i, Forward):
+                    if last is not None and i.microbatch < last.microbatch:
+                        raise InputError(
+                            f"{i} is after {last} on rank {self.plan.rank_of[stage]}, but stage {stage} writes buffer "
+                            f"{node.writes[0]!r} in the forward of each microbatch ({node.path}), and the unsplit "
+                            f"model writes it in their order; run the forwards of this stage in ascending order"
+                        )
+                    last = i
 
     def lowered(self, bare: Program) -> Program:
         """A bare program with its transfers, in the order of the simulation."""

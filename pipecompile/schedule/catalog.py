@@ -88,12 +88,6 @@ def made(
     return order if fits(order, costs, cap) else None
 
 
-def not_run_yet(name: str) -> str:
-    """What a schedule of the catalog needs that the runtime does not have yet, in words."""
-    chunks = len(RECIPES[name].order(2, 2).shape.stages_of[0])
-    return f"{chunks} stages on each rank, where today a plan has one"
-
-
 def searched(
     shape: Shape, num_microbatches: int, costs: StageCosts, cap: float, passes: float, by_span: bool = True
 ) -> Order | None:

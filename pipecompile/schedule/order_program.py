@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pipecompile.errors import ProgramError
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import Backward, BackwardWeight, Compute, Forward, Instruction, Program, Recv, Send
 from pipecompile.schedule.arrange import closing
 from pipecompile.schedule.order import B, F, Op, Order, W
-from pipecompile.schedule.shape import shape_of
+from pipecompile.schedule.shape import refuse_replicas, shape_of
 
 _KINDS: dict[int, type[Forward] | type[Backward] | type[BackwardWeight]] = {
     F: Forward,
@@ -19,24 +21,37 @@ _KINDS: dict[int, type[Forward] | type[Backward] | type[BackwardWeight]] = {
 def program_of(order: Order, plan: Plan, *, step: bool = False) -> Program:
     """The valid, bare program of an order, with Reduces of tied parameters, and with a Step of each stage if wanted.
 
+    Ranks of the plan may have other numbers than those of the order. Its stage graph may be any in which the order
+    runs: an order for a chain runs on every one.
+
     Raises:
         InputError: the plan has replicas.
-        ProgramError: the order is for other stages or ranks than the plan's.
+        ProgramError: the order is for stages on other ranks than the plan's, or lacks a dependency of the plan.
     """
-    shape = shape_of(plan)
-    if (shape.rank_of, sorted(shape.edges)) != (order.shape.rank_of, sorted(order.shape.edges)):
-        raise ProgramError(
-            f"the order is for stages on the ranks {order.shape.rank_of} with edges {order.shape.edges}, but the plan "
-            f"has ranks {shape.rank_of} and edges {shape.edges}; make an order for shape_of(plan)"
-        )
-    rows: list[list[Instruction]] = [
-        [_KINDS[op.kind](op.stage, op.microbatch) for op in order.ops(rank)] for rank in range(len(order.rows))
-    ]
+    rows: list[list[Instruction]] = [[] for _ in range(plan.num_ranks)]
+    refuse_replicas(plan)
+    for row, rank in enumerate(_ranks(order.shape.rank_of, plan.rank_of)):
+        rows[rank] += [_KINDS[op.kind](op.stage, op.microbatch) for op in order.ops(row)]
     for i in closing(plan, order.num_microbatches - 1, step):
         rows[plan.rank_of[i.stage]].append(i)
     program = Program(plan, tuple(map(tuple, rows)))
     program.validate()
     return program
+
+
+def _ranks(order: Sequence[int], plan: Sequence[int]) -> list[int]:
+    """The rank of a plan for each rank of an order, from the ranks of their stages.
+
+    Raises:
+        ProgramError: stages that share a rank in one of them do not in the other.
+    """
+    pairs = set(zip(order, plan, strict=False))
+    if len(order) != len(plan) or not len(pairs) == len(set(order)) == len(set(plan)):
+        raise ProgramError(
+            f"the order is for stages on the ranks {tuple(order)}, but the plan has ranks {tuple(plan)}; give both the "
+            f"same stages on each rank"
+        )
+    return [rank for _, rank in sorted(pairs)]
 
 
 def order_of(program: Program) -> Order:

@@ -157,6 +157,12 @@ def interleaved_zb(shape: Shape, n: int) -> Policy:
     return replace(interleaved(shape, n), limit=limit, hold=tuple(ranks))
 
 
+def last_round(num_ranks: int, num_microbatches: int) -> tuple[int, int]:
+    """The microbatches of a round of an interleaved schedule, and those of the last one."""
+    group = num_microbatches // max(1, num_microbatches // num_ranks)
+    return group, num_microbatches % group or group
+
+
 def rank_depths(shape: Shape) -> tuple[int, ...]:
     """The depths of the stages of each rank, added up."""
     return tuple(sum(shape.depth[stage] for stage in stages) for stages in shape.stages_of)
@@ -172,5 +178,5 @@ def _all(shape: Shape, n: int) -> tuple[int, ...]:
 
 def _round(shape: Shape, n: int) -> tuple[int, int]:
     """The microbatches of a round, and the Forwards that precede those of the last chunk."""
-    group = n // max(1, n // shape.num_ranks)
+    group, _ = last_round(shape.num_ranks, n)
     return group, (max(map(len, shape.stages_of)) - 1) * group

@@ -99,9 +99,24 @@ def shape_of(plan: Plan) -> Shape:
     Raises:
         InputError: stages have replicas, which a shape does not describe.
     """
+    refuse_replicas(plan)
+    return Shape(plan.rank_of, tuple((c.source, c.target) for c in plan.channels))
+
+
+def refuse_replicas(plan: Plan) -> None:
+    """Raises ``InputError`` if stages have replicas."""
     if any(len(group) > 1 for group in plan.replicas):
         raise InputError("stages with replicas run only 'sequential', 'gpipe' and '1f1b'; use one of these")
-    return Shape(plan.rank_of, tuple((c.source, c.target) for c in plan.channels))
+
+
+def in_order(plan: Plan) -> Shape:
+    """The shape of a plan with its ranks numbered by their first stages, as policies count them.
+
+    Raises:
+        InputError: as ``shape_of``.
+    """
+    number = {rank: place for place, rank in enumerate(dict.fromkeys(plan.rank_of))}
+    return shape_of(plan.on_ranks([number.get(rank, -1) for rank in range(plan.num_ranks)]))
 
 
 def _in_a_row(rank_of: Sequence[int]) -> Shape:

@@ -53,6 +53,7 @@ def simulate(
     cluster: Cluster | None = None,
     step_seconds: float = 0.0,
     weight_part: float = 0.5,
+    split: float = 1.0,
 ) -> Timeline:
     """The timeline of a bare or a lowered program.
 
@@ -67,14 +68,16 @@ def simulate(
         costs: the cost of each stage per microbatch, on a device of speed 1.
         cluster: a device for each rank; by default equal devices, and transfers that take no time.
         step_seconds: seconds of one Step or Update, on a device of speed 1.
-        weight_part: the part of a backward's seconds that a BackwardWeight takes from its Backward.
+        weight_part: the part of a backward's seconds that a BackwardWeight takes from its Backward; none where stages
+            recompute, whose backwards are whole.
+        split: the seconds of both together, relative to a whole backward.
 
     Raises:
         InputError: the number of costs or devices does not fit the plan.
         DeadlockError: the program cannot finish.
     """
     _check(program.plan, costs, cluster)
-    clock = _Clock(program, costs, cluster, step_seconds, weight_part)
+    clock = _Clock(program, costs, cluster, step_seconds, weight_part, split)
     spans = []
     for rank, i in linearize(program):
         clock.do(rank, i)
@@ -115,8 +118,11 @@ class _Clock:
         cluster: Cluster | None,
         step_seconds: float,
         weight_part: float,
+        split: float,
     ) -> None:
-        self.weight_part = weight_part
+        again = program.plan.recomputed
+        self.weight_part = [0.0 if stage in again else weight_part for stage in range(program.plan.num_stages)]
+        self.split = [1.0 if stage in again else split for stage in range(program.plan.num_stages)]
         self.program, self.plan = program, program.plan
         self.costs, self.cluster, self.step_seconds = costs, cluster, step_seconds
         self.times: dict[Instruction, tuple[float, float]] = {}
@@ -156,10 +162,11 @@ class _Clock:
             case Forward():
                 return self.costs[i.stage].forward
             case Backward():
-                part = 1 - self.weight_part if i in self.program.split else 1.0
+                is_split = i in self.program.split
+                part = self.split[i.stage] * (1 - self.weight_part[i.stage]) if is_split else 1.0
                 return part * self.costs[i.stage].backward
             case BackwardWeight():
-                return self.weight_part * self.costs[i.stage].backward
+                return self.split[i.stage] * self.weight_part[i.stage] * self.costs[i.stage].backward
             case Step() if i in self.program.updated:
                 return 0.0
             case Step() | Update():

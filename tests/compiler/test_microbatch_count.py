@@ -200,7 +200,7 @@ def test_batch_statistics_get_no_smaller_microbatches(took: Callable[[Seconds], 
     ("batch", "expected"), [(16, [1, 2, 4, 8, 16]), (12, [1, 2, 4]), (7, [1, 4]), (6, [1, 2, 4]), (1, [1, 4])]
 )
 def test_numbers_divide_the_batch(batch: int, expected: list[int]) -> None:
-    assert numbers(batch, stages=2, usual=4, most=batch) == expected
+    assert numbers(batch, ranks=2, usual=4, most=batch) == expected
 
 
 def test_costs_between_two_sizes_lie_on_a_line_and_are_never_negative(took: Callable[[Seconds], list[int]]) -> None:

@@ -172,7 +172,7 @@ def test_modes_of_the_caller_are_those_of_a_rehearsal() -> None:
 
 
 @pytest.mark.parametrize(("microbatches", "run"), [(2, 2), (4, 4), (12, 5)])
-@pytest.mark.parametrize("schedule", list(SYNCHRONOUS))
+@pytest.mark.parametrize("schedule", [name for name in SYNCHRONOUS if not name.endswith("-4")])  # has too few parts
 def test_no_more_is_in_flight_than_in_a_step(
     schedule: str, microbatches: int, run: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

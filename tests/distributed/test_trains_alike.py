@@ -21,6 +21,7 @@ SOME = [
 ]
 SEVERAL = ["named_tuple_output", "nested_output"]  # the caller's loss reads outputs of several stages
 SCHEDULES = ["sequential", "gpipe", "1f1b", "pipedream", "pipedream-vertical-sync", "pipedream-2bw"]
+STAGES_PER_RANK = ["interleaved-1f1b", "bfs", "interleaved-zb", "zb-v", "v-half", "v-min", "dualpipe-v", "auto"]
 LIMIT = 280
 
 
@@ -40,6 +41,13 @@ def test_a_schedule_trains_alike_over_four_processes(launcher: Launcher, name: s
     assert found == [[], [], [], []] or (
         (refused or (away and name == "contrastive")) and schedule.startswith("pipedream")
     )
+
+
+@pytest.mark.parametrize("schedule", STAGES_PER_RANK if LONG else ["zb-v"])
+@pytest.mark.parametrize("name", ["skip_to_loss", "gpt2", "tied"] if LONG else ["tied"])
+def test_several_stages_of_a_process_train_alike(launcher: Launcher, name: str, schedule: str) -> None:
+    found = launcher.returned("training_scenes:train", 2, limit=LIMIT, name=name, schedule=schedule)
+    assert found == [[], []]
 
 
 def test_a_later_call_that_needs_a_parameter_of_another_rank_is_refused(launcher: Launcher) -> None:

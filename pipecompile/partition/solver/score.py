@@ -47,6 +47,30 @@ def bottleneck(problem: Problem, stage_of: Sequence[int]) -> float:
     return max(stage_loads(problem, stage_of))
 
 
+def rank_loads(problem: Problem, stage_of: Sequence[int], rank_of: Sequence[int]) -> tuple[float, ...]:
+    """Load of each rank in seconds, where ranks run several stages: what stays on a rank is not sent."""
+    work, sent = ([0.0] * (1 + max(rank_of)) for _ in range(2))
+    for atom, stage in enumerate(stage_of):
+        work[rank_of[stage]] += problem.seconds[atom] / problem.seats[stage].speed
+    for net in problem.nets:
+        maker = stage_of[net.ends[0]]
+        far = {stage_of[end] for end in net.ends if rank_of[stage_of[end]] != rank_of[maker]}
+        for stage in far:
+            sent[rank_of[stage]] += net.seconds * problem.seats[stage].receives
+        if far:
+            sent[rank_of[maker]] += net.seconds * problem.seats[maker].sends
+    both = zip(work, sent, strict=True)
+    return tuple(max(pair) if problem.overlapped else sum(pair) for pair in both)
+
+
+def rank_bytes(problem: Problem, stage_of: Sequence[int], rank_of: Sequence[int]) -> tuple[float, ...]:
+    """Peak bytes of each rank, if its stages peak at the same time."""
+    sums = [0.0] * (1 + max(rank_of))
+    for rank, nbytes in zip(rank_of, stage_bytes(problem, stage_of), strict=True):
+        sums[rank] += nbytes
+    return tuple(sums)
+
+
 def check(problem: Problem, stage_of: Sequence[int]) -> None:
     """Checks that the assignment is a plan of this problem.
 

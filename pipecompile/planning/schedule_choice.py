@@ -1,0 +1,133 @@
+"""Chooses a schedule, and with it the stages of each rank, by simulation: the shortest step within memory.
+
+Each schedule gets a plan of its own: with the stages that it needs, within the memory that its microbatches in flight
+leave, recomputing where that makes it fit. Then its step is simulated. To the simulated step are added
+
+    the runtime's seconds for each computation, so that short stages are not cut into shorter ones;
+    a tenth of each backward that is split, because both halves call functions that a whole one calls once.
+
+Of schedules that take equally long, the one with the least memory is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from pipecompile.errors import InputError, PlanError
+from pipecompile.ir.cluster import Cluster
+from pipecompile.ir.graph import CostedGraph
+from pipecompile.ir.plan import Plan
+from pipecompile.ir.plan_options import PlanOptions
+from pipecompile.ir.units import bytes_text, seconds_text
+from pipecompile.planning.plan_search import make_plan
+from pipecompile.planning.search_spec import Request
+from pipecompile.planning.training_spec import OVERHEAD, Workload
+from pipecompile.schedule import SCHEDULES
+from pipecompile.schedule.placement import Placement
+
+CANDIDATE = 1.0  # CPU seconds of the search for the plan of one candidate
+ALIKE = 1.001  # steps within this factor take equally long
+SPLIT = 1.1  # seconds of both halves of a backward, relative to the whole (docs/schedules.md)
+LEFT_OUT = ("sequential",)  # never shorter than the others
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """A schedule that was weighed.
+
+    Attributes:
+        schedule: its name.
+        per_rank: the stages of each rank.
+        seconds: the predicted step, or None if it was refused.
+        peak_bytes: the memory of the fullest rank.
+        recomputed: the number of stages that recompute activations.
+        refused: why it was refused.
+    """
+
+    schedule: str
+    per_rank: int
+    seconds: float | None = None
+    peak_bytes: int = 0
+    recomputed: int = 0
+    refused: str = ""
+
+    def __str__(self) -> str:
+        stages = f"{self.per_rank} stages on each rank" if self.per_rank > 1 else "one stage on each rank"
+        if self.seconds is None:
+            return f"{self.schedule}, {stages}: {self.refused}"
+        again = f", {self.recomputed} stages recompute" if self.recomputed else ""
+        return (
+            f"{self.schedule}, {stages}: predicted step {seconds_text(self.seconds)}, "
+            f"{bytes_text(self.peak_bytes)} on the fullest rank{again}"
+        )
+
+
+def weigh(
+    costed: CostedGraph, cluster: Cluster, work: Workload, options: PlanOptions, splits: bool = True
+) -> tuple[Weighed, ...]:
+    """All schedules, the chosen one first, those that were refused last.
+
+    Args:
+        work: of which schedule and placement are replaced.
+        options: constraints on every plan; with ``stages_per_rank``, only schedules that can have that number.
+        splits: whether backwards can be split. Compiled ones cannot.
+    """
+    limited = any(device.memory is not None for device in cluster.devices)
+    quick = replace(options.without_search(), search_seconds=CANDIDATE)
+    plans: dict[Placement, Plan] = {}  # without memory limits, plans do not depend on the schedule
+    found: list[Weighed] = []
+    for name, placement in candidates(options):
+        schedule = SCHEDULES[name]
+        this = replace(work, schedule=schedule.steady, placement=placement)
+        try:
+            if not splits and _splits(name, placement):
+                raise PlanError("compiled stages do not split their backwards")
+            if limited or placement not in plans:
+                plans[placement] = make_plan(costed, Request.of(quick, placement, len(cluster)), cluster, this)
+        except PlanError as error:
+            found.append(Weighed(name, placement.per_rank, refused=str(error)))
+            continue
+        plan = plans[placement]
+        peak = max(this.memory(costed, plan, cluster).ranks)
+        seconds = this.step_seconds(costed, plan, cluster, SPLIT) + _overhead(plan, this)
+        found.append(
+            Weighed(
+                schedule=name,
+                per_rank=placement.per_rank,
+                seconds=seconds,
+                peak_bytes=peak,
+                recomputed=len(plan.recomputed),
+            )
+        )
+    least = min((it.seconds for it in found if it.seconds is not None), default=0.0)
+
+    def rank(it: Weighed) -> tuple[bool, float, int]:
+        if it.seconds is None:
+            return True, 0.0, 0
+        return False, 0.0 if it.seconds <= least * ALIKE else it.seconds, it.peak_bytes
+
+    return tuple(sorted(found, key=rank))
+
+
+def candidates(options: PlanOptions) -> Iterator[tuple[str, Placement]]:
+    """The synchronous schedules, by name, and their placements."""
+    for name, schedule in SCHEDULES.items():
+        if schedule.is_asynchronous or name in LEFT_OUT:
+            continue
+        try:
+            yield name, schedule.placed(options.stages_per_rank)
+        except InputError:  # it does not have that number of stages on each rank
+            continue
+
+
+def _overhead(plan: Plan, work: Workload) -> float:
+    """The runtime's seconds of a step: those of the longest row, and of a microbatch's way there and back."""
+    program = work.schedule(plan, work.microbatches)
+    per_rank = plan.num_stages / len(set(plan.rank_of))
+    return OVERHEAD * (max(map(len, program.ranks)) + 2 * (plan.num_stages - per_rank))
+
+
+def _splits(name: str, placement: Placement) -> bool:
+    stages = placement.rank_of(2)
+    return bool(SCHEDULES[name].with_flush(Plan.chain(len(stages), stages), 2).split)

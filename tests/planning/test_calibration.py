@@ -1,0 +1,22 @@
+"""What measured steps say of the stages."""
+
+from __future__ import annotations
+
+from pipecompile.ir.graph import Cost
+from pipecompile.ir.plan import Plan
+from pipecompile.ir.program import Program
+from pipecompile.planning.calibration import stage_times
+from pipecompile.schedule.simulator import simulate
+
+
+def test_the_seconds_of_a_backward_include_those_of_its_weights() -> None:
+    plan = Plan.chain(1)
+    program = Program.parse("0: 0F0 0B0 0F1 0B1 0W1 0W0", plan)
+    timeline = simulate(program, [Cost(2.0, 6.0)], weight_part=0.25)
+    (it,) = stage_times([Cost(1.0, 1.0)], timeline)
+    assert (it.measured.forward, it.measured.backward) == (2.0, 6.0)
+
+
+def test_the_pace_of_a_plan_is_that_of_its_busiest_rank() -> None:
+    assert Plan.chain(4, (0, 1, 1, 0)).pace([5.0, 1.0, 2.0, 1.0]) == 6.0
+    assert Plan.chain(2, replicas=(2, 1)).pace([8.0, 8.0, 3.0]) == 4.0
