@@ -164,7 +164,11 @@ class Plan(Json):
         return tuple(t for t in self.tied if len({self.replica_of[stage] for stage in t.stages}) > 1)
 
     def pace(self, seconds: Sequence[float]) -> float:
-        """Seconds per microbatch of the busiest rank, from those of each stage; replicas take microbatches in turn."""
+        """Seconds per microbatch of the busiest rank; replicas take microbatches in turn.
+
+        Args:
+            seconds: of each stage per microbatch.
+        """
         ranks = [0.0] * self.num_ranks
         for rank, each, group in zip(self.rank_of, seconds, self.replicas, strict=True):
             ranks[rank] += each / len(group)

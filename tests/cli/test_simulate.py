@@ -173,5 +173,8 @@ def test_a_schedule_for_other_stages_is_refused(table: Path, planned: Path, tmp_
     order = tmp_path / "two.txt"
     order.write_text("F0 B0\n" * 2)
     assert "is an order of 2 stages, but there are 4" in run("simulate", table, "-s", order).stderr
-    assert "is simulated for a chain of stages only" in run("simulate", planned, "-s", "zb-v").stderr
+    four = tmp_path / "four.txt"
+    four.write_text("F0 B0\n" * 4)
+    assert "is simulated for a chain of stages only" in run("simulate", planned, "-s", four).stderr
+    assert json.loads(run("simulate", planned, "-s", "zb-v", "--json").stdout)["ranks"][0]["stages"] == [0, 3]
     assert "schedule 'zigzag' is not known" in run("simulate", table, "-s", "zigzag").stderr

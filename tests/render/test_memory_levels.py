@@ -52,9 +52,11 @@ def plans(costed: CostedGraph) -> dict[str, Plan]:
 
 
 def is_possible(model: str, kind: str, schedule: str) -> bool:
-    """Whether a schedule takes a plan: GPT-2's tied weights and replicas are refused by some."""
+    """Whether a schedule takes a plan: GPT-2's tied weights and replicas are refused by some; V shapes need two."""
     if SCHEDULES[schedule].is_asynchronous:
         return (model, kind) in (("unet", "plain"), ("unet", "recomputed"))
+    if SCHEDULES[schedule].placement.turns:
+        return kind == "two a rank"
     return kind != "replicas" or schedule in ("sequential", "gpipe", "1f1b")
 
 

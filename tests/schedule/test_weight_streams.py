@@ -159,7 +159,8 @@ def test_optimizers_take_their_time_once_in_an_update_or_its_step(name: str) -> 
 def test_versions_that_wait_take_the_memory_of_weights() -> None:
     plan = Plan.chain(3)
     costs = [Cost(1.0, 1.0, saved_bytes=1, parameter_bytes=100)] * 3
-    held = {name: simulate(SCHEDULES[name].steady(plan, 4), costs).peak_bytes for name in SCHEDULES}
+    names = [name for name, schedule in SCHEDULES.items() if schedule.placement.is_plain]
+    held = {name: simulate(SCHEDULES[name].steady(plan, 4), costs).peak_bytes for name in names}
     assert held["pipedream"] == (303, 202, 101)
     assert held["pipedream-vertical-sync"] == (303, 302, 301)
     assert held["pipedream-2bw"] == (203, 202, 201)
