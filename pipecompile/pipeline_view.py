@@ -21,8 +21,9 @@ from pipecompile.compiler.report_page import page_of
 from pipecompile.compiler.summary import summary
 from pipecompile.errors import PipecompileError
 from pipecompile.ir.graph import CostedGraph
+from pipecompile.ir.instruction import Instruction
 from pipecompile.ir.plan import Plan
-from pipecompile.ir.program import Instruction, Program
+from pipecompile.ir.program import Program
 from pipecompile.ir.timeline import Timeline
 from pipecompile.ops.accelerators import peak_memory
 from pipecompile.ops.phases import Phases
