@@ -40,7 +40,8 @@ from torch import Tensor
 import pipecompile
 from pipecompile import PlanOptions
 from pipecompile.ir.graph import Cost
-from pipecompile.ir.program import Backward, BackwardWeight, Forward, Program, Step, Update
+from pipecompile.ir.instruction import Backward, BackwardWeight, Forward, Step, Update
+from pipecompile.ir.program import Program
 from pipecompile.ir.timeline import Timeline
 from pipecompile.schedule import SCHEDULES
 from pipecompile.schedule.simulator import simulate

@@ -1,32 +1,23 @@
-"""``Pipeline``: what a split model adds to the model: plan, stages, program, timeline and report."""
+"""``Pipeline``: what a split model adds to the model, and the calls that run it."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from copy import deepcopy
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pipecompile.capture.locks import CAPTURING, busy
-from pipecompile.capture.loss import could_be_losses, find_loss
 from pipecompile.capture.state.caches import given_back
 from pipecompile.capture.state.model_state import named_tensors
 from pipecompile.compiler.batches import Batches, refuse_meta
-from pipecompile.compiler.compile_call import replanned
-from pipecompile.compiler.learn import Learning
 from pipecompile.compiler.map_loader import Calls, mapped
-from pipecompile.compiler.metrics import metrics
-from pipecompile.compiler.options import Options, read_costs
-from pipecompile.compiler.plan_call import reused
-from pipecompile.compiler.report import Report, describe, scheduled
-from pipecompile.compiler.report_page import page_of
-from pipecompile.compiler.summary import summary
+from pipecompile.compiler.options import Options
+from pipecompile.compiler.replan import replan
+from pipecompile.compiler.run_batch import run_batch
 from pipecompile.compiler.surroundings import Substituted
 from pipecompile.distributed.processes import Processes
 from pipecompile.distributed.share import Share
@@ -34,31 +25,21 @@ from pipecompile.errors import ExecutionError, InputError, PipecompileError
 from pipecompile.ir.graph import CostedGraph
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.plan_options import PlanOptions
-from pipecompile.ir.program import Instruction, Program
-from pipecompile.ir.timeline import Timeline
 from pipecompile.materialize.absent import NO_VALUES, Absent
 from pipecompile.materialize.fill import fill
-from pipecompile.ops.accelerators import peak_memory
-from pipecompile.ops.phases import Phases, phase
+from pipecompile.ops.phases import phase
 from pipecompile.ops.torch_internals import _disable_dynamo
-from pipecompile.planning.calibration import corrected
-from pipecompile.planning.memory import Memory
-from pipecompile.render.html import write
-from pipecompile.render.notebook import not_captured, page_html
+from pipecompile.pipeline_view import PipelineView
 from pipecompile.runtime import steps
 from pipecompile.runtime.batch import Batch
-from pipecompile.runtime.compiled import Compiled
-from pipecompile.runtime.observers import unobserved
 from pipecompile.runtime.rerun import STOPPED
 from pipecompile.runtime.session import Session
 from pipecompile.runtime.substituted import called_with
-from pipecompile.verify.prove import due, first_microbatch, prove
-from pipecompile.verify.results import Proof, Verification
-from pipecompile.verify.side_by_side import Trial
+from pipecompile.verify.results import Verification
 from pipecompile.verify.verify import Subject, verify
 
 
-class Pipeline:
+class Pipeline(PipelineView):
     """A model split into stages on devices: ``pipe.pipeline`` of the module that ``compile`` returns.
 
     Attributes:
@@ -76,245 +57,18 @@ class Pipeline:
         processes: Processes | None = None,
         absent: Absent | None = None,
     ) -> None:
-        self._model = model
-        self.devices = tuple(devices)
         self.share = None if processes is None else Share(model, processes, options.fully_shard)
+        session = Session(devices, options.optimizer, processes)
+        batches = Batches(model, tuple(devices), options, session.peers, self.share)
+        super().__init__(model, devices, batches, session)
         self.absent = absent
-        self._session = Session(devices, options.optimizer, processes)
-        self._batches = Batches(model, self.devices, options, self._session.peers, self.share)
-        self._batches.takes_meta = absent is not None
-        self._proofs: dict[tuple[int, bool], Proof] = {}  # by the identity of the capture, and whether it trained
-        self._left_out: dict[tuple[int, bool], str] = {}  # why a capture was not compared
+        batches.takes_meta = absent is not None
         self.before_close: list[Callable[[], object]] = []
-        self._mapped: Counter[str] = Counter()  # batches of map() that ran alone, and why
-        self._calls = 0
-        self._phases = Phases()  # of the first call
-        self._learning = Learning(self._batches, self._session)
-
-    def __repr__(self) -> str:
-        compiled = self._batches.last or self._batches.first
-        stages = "not captured yet" if compiled is None else f"stages={compiled.plan.num_stages}"
-        return (
-            f"Pipeline({type(self.model).__name__}, schedule={self.schedule!r}, microbatches={self.microbatches}, "
-            f"devices=({', '.join(map(str, self.devices))}), {stages})"
-        )
-
-    def __str__(self) -> str:
-        """The pipeline, its stages with what was predicted of them, and the last step, if its devices work."""
-        compiled = self._batches.last or self._batches.first
-        if compiled is None:
-            return repr(self)
-        figures = {} if self.stopped_at else self.metrics()
-        return "\n  ".join([repr(self), *summary(compiled.planned, self.devices, figures)])
-
-    def _repr_html_(self) -> str:
-        """A table of the stages with predicted and measured steps, for notebooks."""
-        if not len(self._batches.captures):
-            return not_captured(repr(self))
-        return page_html(page_of(self._capture_in_use, self.options, *self._last_or_next))
-
-    # Properties
-
-    @property
-    def options(self) -> Options:
-        """The options of ``compile``, with what ``replan`` has changed."""
-        return self._batches.options
-
-    @property
-    def model(self) -> nn.Module:
-        """The unsplit model, whose parameters the stages train."""
-        return self._model
-
-    @property
-    def signature(self) -> Callable[..., Any]:
-        """A callable with the signature of a call."""
-        return self._batches.signature
-
-    @property
-    def runs_the_hooks(self) -> bool:
-        """Whether stages run the hooks on the model itself, because its output is passed to ``loss_fn``."""
-        return self.options.loss_fn is not None
-
-    @property
-    def schedule(self) -> str:
-        """The name of the schedule; of "auto", the one that was chosen, once a call has been captured."""
-        return str(self.options.schedule)
-
-    @property
-    def microbatches(self) -> int:
-        """The number of microbatches of a batch; a batch with fewer rows has fewer."""
-        return self.options.microbatches
-
-    @property
-    def plan(self) -> Plan:
-        """The assignment of nodes to stages, available after the first capture."""
-        return self._capture_in_use.plan
-
-    @property
-    def stages(self) -> tuple[torch.fx.GraphModule, ...]:
-        """The stage modules; ``stages[i].code`` is Python code, and parameters have their names in the model."""
-        return tuple(stage.module for stage in self._capture_in_use.stages)
-
-    @property
-    def program(self) -> Program | None:
-        """The program of the last call, if any."""
-        return self._session.program
-
-    @property
-    def timeline(self) -> Timeline | None:
-        """The measured times of the instructions of the last call, if any."""
-        return self._session.timeline
-
-    @property
-    def stopped_at(self) -> tuple[Instruction, ...]:
-        """After a kernel has failed: the instructions at which its device has stopped. Does not wait.
-
-        Empty if all devices work, or if all that the pipeline had queued has run.
-        """
-        return self._session.stopped_at
-
-    @property
-    def predicted(self) -> Timeline:
-        """The timeline of the last program, or of the schedule before the first call, predicted from the costs."""
-        return self._capture_in_use.predict(self._last_or_next[0])
-
-    @property
-    def _last_or_next(self) -> tuple[Program, Timeline | None]:
-        """The last program with its measured timeline; that of the schedule, if the present stages have not run."""
-        compiled, program = self._capture_in_use, self._session.program
-        if program is not None and program.plan is compiled.plan:
-            return program, self._session.timeline
-        bare = self.options.policy.program
-        return compiled.program(lambda plan: bare(plan, self.microbatches), ("train", self.microbatches)), None
-
-    @property
-    def memory(self) -> Memory:
-        """The predicted peak memory of each stage and rank in training."""
-        return self._capture_in_use.memory
-
-    @property
-    def costs(self) -> CostedGraph:
-        """The costs that the plan was made from; ``costs.save(path)`` keeps them for ``compile(..., costs=path)``."""
-        return self._capture_in_use.planned.costed
-
-    @property
-    def report(self) -> Report:
-        """Notes on what is specialized, approximated, kept whole or recomputed."""
-        kinds = {True: "training", False: "evaluation"}
-        found = describe(self._capture_in_use, self._session.timeline)
-        unproven = [f"{kinds[trains]}: {it.note}" for (_, trains), it in self._proofs.items() if not it.rows]
-        unproven += [f"{kinds[trains]}: {why}" for (_, trains), why in self._left_out.items()]
-        return replace(
-            found,
-            warnings=(*found.warnings, *unproven),
-            captures=tuple(f"{number}: {reason}" for number, reason in enumerate(self._batches.captures.reasons, 1)),
-            verified=tuple(f"{kinds[trains]}: {said}" for (_, trains), said in (self._proofs | self._left_out).items()),
-            timing=self._phases.timing,
-            schedule=tuple(scheduled(self.options, self._capture_in_use)),
-            learned=tuple(self._learning.said),
-            rerun=tuple(f"{why} (times: {count})" for why, count in self._session.repeated.items()),
-            mapped=tuple(f"{why} (batches: {count})" for why, count in self._mapped.items()),
-            observed=tuple(f"{who} (programs: {count})" for who, count in self._session.observed.items()),
-        )
-
-    def save_report(self, path: str | Path) -> None:
-        """Writes a page about the plan and the last call: timelines, memory, stages, and the lines of ``report``.
-
-        It is one HTML file of about 1.5 MB that loads nothing, with figures to zoom and to point at (docs/report.md).
-
-        Args:
-            path: the file, which is replaced if it exists.
-
-        Raises:
-            InputError: bokeh is not installed, or the file cannot be written.
-            PipecompileError: the model has not been captured yet.
-        """
-        topics = self.report.said
-        write(page_of(self._capture_in_use, self.options, *self._last_or_next, topics), path)
-
-    def metrics(self) -> dict[str, float]:
-        """The figures of the last step, for TensorBoard or any other logger. What is not known is absent.
-
-        Reads times that the step has noted, so it costs nothing while a step runs. Waits until the step's work on
-        accelerators has run, like ``timeline``: to keep them busy, log every few steps. In several processes, the
-        figures are those of this process's ranks.
-
-        Returns:
-            Numbers by name, without nesting. Before the first call, the last two only.
-
-            - ``step_seconds``: from the first start to the last end, without what the caller computes in between.
-            - ``bubble``: the part of that time in which ranks are idle, from 0 to 1.
-            - ``microbatches``: their number.
-            - ``sent_bytes``: the bytes of values and gradients passed between ranks; ranks of one device pass them by
-              reference.
-            - ``stage_0_forward_seconds``, ``stage_0_backward_seconds`` and so on: the seconds of a stage in the step,
-              all microbatches together. ``stage_0_other_seconds``: sums of tied gradients, optimizer steps inside the
-              pipeline and copies of weights, of stages that have any.
-            - ``cuda_0_peak_bytes`` and so on: the most bytes of tensors on a device since the process began, or since
-              ``torch.accelerator.reset_peak_memory_stats``. Absent for the CPU.
-            - ``captures``, ``reruns``: how often the model was captured, and calls were rerun, since ``compile``.
-
-        Raises:
-            ExecutionError: a kernel of the step has failed.
-        """
-        devices = dict.fromkeys(lane.device for lane in self._session.lanes.values())
-        figures = metrics(
-            self._session.programs,
-            len(self._session.lanes),
-            {str(device): peak_memory(device) for device in devices},
-        )
-        reruns = sum(self._session.repeated.values())
-        return {**figures, "captures": float(self.captures), "reruns": float(reruns)}
-
-    @property
-    def captures(self) -> int:
-        """The number of captures of the model."""
-        return len(self._batches.captures)
-
-    @property
-    def calls(self) -> int:
-        """The number of calls that have returned."""
-        return self._calls
-
-    @property
-    def proofs(self) -> tuple[Proof, ...]:
-        """The last comparison of each capture with the unsplit model, with and without gradients."""
-        return tuple(self._proofs.values())
-
-    @property
-    def versions(self) -> tuple[int, ...]:
-        """For each stage, the largest number of weight versions alive at the same time."""
-        return tuple(weights.peak for weights in self._session.weights.values())
-
-    @property
-    def optimizers(self) -> tuple[torch.optim.Optimizer, ...]:
-        """For schedules that step inside the pipeline: the optimizers of the stages that this process runs."""
-        return self._session.optimizers(self._capture_in_use) if self.options.policy.is_asynchronous else ()
-
-    @property
-    def is_in_flight(self) -> bool:
-        """Whether microbatches of an asynchronous schedule wait for their backwards, until the next call or flush."""
-        return bool(self._session.stream.carried)
-
-    @property
-    def is_inside(self) -> bool:
-        """Whether this thread runs the model's own Python in a call: in a capture or a comparison."""
-        return self._session.turn in busy().holds
 
     def refuse_inside(self) -> None:
         """Raises ``ReentryError`` if the present thread is in a call."""
         with self._session.turn.taken(again=False):
             return
-
-    @property
-    def _capture_in_use(self) -> Compiled:
-        compiled = self._batches.last or self._batches.first
-        if compiled is None:
-            raise PipecompileError(
-                "the model has not been captured yet, it is captured at the first call; call the pipeline, or pass "
-                "example_inputs= to compile()"
-            )
-        return compiled
 
     # Calls
 
@@ -325,7 +79,7 @@ class Pipeline:
             if self.share is not None or (self.absent is not None and self.absent.entries is not None):
                 self._fill(batch)
             if self.share is not None and self.share.divides:  # before optimizers are made
-                self._prove(batch)
+                self._proofs.look(batch, self._calls)
                 self.share.settle()
 
     @_disable_dynamo
@@ -378,7 +132,7 @@ class Pipeline:
             if self._batches.first is None:
                 self._fill(self._batches.of(*arguments))
             batch = self._batches.of(*arguments, microbatches=1)
-            self._prove(batch)
+            self._proofs.look(batch, self._calls)
             return batch
 
     def _run_one(self, batch: Batch, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
@@ -388,10 +142,10 @@ class Pipeline:
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         last, batch = self._batches.last, self._batches.of(args, kwargs)
         if self._learning.look(last):
-            self._proofs.clear()
+            self._proofs.forget()
             batch = self._batches.of(args, kwargs)
         self._fill(batch)
-        self._prove(batch)
+        self._proofs.look(batch, self._calls)
         if self.share is not None:
             self.share.settle()
         return given_back((args, kwargs), self._output(batch))
@@ -400,7 +154,7 @@ class Pipeline:
         """Runs a batch that has been verified; returns the model's output."""
         try:
             with phase("step") if self._calls == 0 else nullcontext():
-                given = self._run(batch)
+                given = run_batch(self._session, batch, self.options, self.model.training)
         except STOPPED:
             with suppress(KeyError):  # tensors that a stopped call did not compute
                 self._leave(batch, {})
@@ -417,49 +171,6 @@ class Pipeline:
     def _leave(self, batch: Batch, given: Mapping[str, Tensor]) -> None:
         with self._batches.states.followed() if batch.compiled.captured.attributes.are_followed else nullcontext():
             batch.leave(given)
-
-    def _prove(self, batch: Batch) -> None:
-        """Compares the call with that of the unsplit model, if a comparison is due."""
-        captured = batch.compiled.captured
-        trains = torch.is_grad_enabled() and any(output.requires_grad for output in captured.results)
-        key = (id(batch.compiled), trains)
-        if not due(self.options.verify, self._calls, key in self._proofs):
-            return
-        if self.share is not None and self.share.is_settled:
-            self._left_out[key] = "not compared: no process has the whole model"
-            return
-        policy = self.options.policy
-        one = policy.updates_each and self.model.training
-        trial = Trial(
-            model=self.model,
-            batch=first_microbatch(batch) if one else replace(batch, part=None),
-            schedule=policy.with_flush,
-            devices=self.devices,
-            loss_fn=self.options.loss_fn,
-            loss=self.options.loss_output,
-            trains=trains,
-            batching=self.options.batching,
-        )
-        with CAPTURING.taken(), unobserved(), phase("verify"):
-            self._proofs[key] = self._session.peers.shared(lambda: prove(trial))
-
-    def _run(self, batch: Batch) -> dict[str, Tensor]:
-        captured = batch.compiled.captured
-        loss = find_loss(captured, self.options.loss_output)
-        policy = self.options.policy
-        streams = policy.is_asynchronous and self.model.training
-        trains = torch.is_grad_enabled() and any(output.requires_grad for output in captured.results)
-        if trains and streams and loss is None:
-            several = ", ".join(could_be_losses(captured))
-            seen = f"outputs {several} could each be the loss" if several else "the model does not return a loss"
-            remedy = "name it with loss_output=" if several else "pass labels to the call, or loss_fn= to compile()"
-            raise InputError(f"schedule={self.schedule!r} needs the loss inside the pipeline, but {seen}; {remedy}")
-        if trains and loss is None and batch.part is not None:
-            raise InputError(
-                "the mesh has the dimension 'data', but the model does not return a loss, and no process has the "
-                "outputs of the whole batch to compute one; pass labels to the call, or loss_fn= to compile()"
-            )
-        return steps.run(self._session, batch, loss, policy.program, policy if streams else None)
 
     def verify(self, *args: Any, **kwargs: Any) -> Verification:
         """Compares the pipeline with the unsplit model, on this call and on fresh inputs of this and of another shape.
@@ -500,33 +211,10 @@ class Pipeline:
         """
         self._refuse_several("planned anew")
         with self._session.turn.taken(again=False):
-            first, timeline = self._batches.first, self._session.timeline
-            if self._session.optimizer is not None:
-                raise InputError(
-                    f"replan() cannot move the optimizers that step inside a pipeline with schedule={self.schedule!r}; "
-                    f"pass costs=pipe.pipeline.costs to a new compile after flush()"
-                )
-            if first is None:
-                raise InputError("replan() has no plan to replace; call the pipeline first")
-            given = read_costs(costs)
-            if isinstance(given, str):
-                raise InputError(f"costs={given!r} needs a batch, which replan() does not have; pass saved costs")
-            if given is None:
-                times = first.times(timeline) if timeline is not None and self._batches.last is first else ()
-                if not times:
-                    raise InputError(
-                        "replan() needs the stage times of a training step on the planned capture, which the last call "
-                        "did not measure; run a training step like the first call, or pass costs="
-                    )
-                costed = corrected(first.planned.costed, first.plan, times)
-            else:
-                costed = reused(given, first.graph)
-            options = replace(self.options, plan=plan or self.options.plan, costs=costed)
-            options.check(self.model, len(self.devices))
-            compiled = replanned(first, costed, options, self.devices)
+            options, compiled = replan(self._batches, self._session, plan, costs)
             self._learning.forget()
             self._batches.replace_first(options, compiled)
-            self._proofs.clear()
+            self._proofs.forget()
             self._session.forget()
             return self.plan
 
@@ -577,13 +265,7 @@ class Pipeline:
         Raises:
             PipecompileError: the pipeline is asynchronous; the state of its optimizers cannot be copied.
         """
-        self._refuse_several("copied")
-        self._refuse_absent()
-        if self._session.optimizer is not None:
-            raise PipecompileError(
-                f"a pipeline with schedule={self.schedule!r} cannot be copied, because the state of the optimizers "
-                f"inside it would be lost; call flush(), then compile copy.deepcopy(pipe.pipeline.model)"
-            )
+        self._refuse_copies("copied", "compile copy.deepcopy(pipe.pipeline.model)")
         copy = Pipeline(deepcopy(self.model, memo), self.devices, self.options)
         copy._batches.placement = self._batches.first or self._batches.placement
         return copy
@@ -597,14 +279,17 @@ class Pipeline:
         Raises:
             PipecompileError: the pipeline is asynchronous; the state of its optimizers would be lost.
         """
-        self._refuse_several("pickled")
+        self._refuse_copies("pickled", "save pipe.state_dict()")
+        return Pipeline, (self.model, self.devices, self.options)
+
+    def _refuse_copies(self, done: str, instead: str) -> None:
+        self._refuse_several(done)
         self._refuse_absent()
         if self._session.optimizer is not None:
             raise PipecompileError(
-                f"a pipeline with schedule={self.schedule!r} cannot be pickled, because the state of the optimizers "
-                f"inside it would be lost; call flush(), then save pipe.state_dict()"
+                f"a pipeline with schedule={self.schedule!r} cannot be {done}, because the state of the optimizers "
+                f"inside it would be lost; call flush(), then {instead}"
             )
-        return Pipeline, (self.model, self.devices, self.options)
 
     # Several processes
 

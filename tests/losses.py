@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipecompile.ir.program import Backward
+from pipecompile.ir.instruction import Backward
 
 WIDTH, CLASSES = 6, 8
 IGNORED = -100

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from pipecompile.batching import Batched
 from pipecompile.batching.division import SHARE
+from pipecompile.ir.instruction import Backward, Forward, Recv
 from pipecompile.ir.plan_options import PlanOptions
-from pipecompile.ir.program import Backward, Forward, Recv
 from pipecompile.ops.checkpoint import Recomputed
 from pipecompile.runtime import link, steps
 from pipecompile.runtime.batch import Batch

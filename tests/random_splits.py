@@ -19,8 +19,8 @@ from torch import Tensor, nn
 import pipecompile
 from pipecompile.errors import InfeasibleError
 from pipecompile.ir.graph import CostedGraph, Graph
+from pipecompile.ir.instruction import Backward, Forward
 from pipecompile.ir.plan import Plan
-from pipecompile.ir.program import Backward, Forward
 
 SHAPES = [(4, 3), (8, 5), (5, 4), (4, 7)]  # batch and length; 6, the width, is neither
 COUNT = int(os.environ.get("RANDOM_MODELS", "256" if LONG else "8"))  # of each test

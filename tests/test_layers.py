@@ -35,6 +35,7 @@ LAYERS = (
     "materialize",
     "compiler",
     "verify",
+    "pipeline_view",
     "pipeline",
     "checkpoint",
     "forwards",
@@ -47,6 +48,7 @@ LAYERS = (
 WITHOUT_TORCH = ("ir", "partition/solver", "partition", "schedule", "planning", "render")
 ROOT = (
     "errors",
+    "pipeline_view",
     "pipeline",
     "forwards",
     "facade",

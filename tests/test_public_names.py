@@ -8,6 +8,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+from collections import ChainMap
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,9 +27,10 @@ def described(documented: Any) -> str:
 
 
 def members() -> Iterator[tuple[str, Any]]:
-    """Methods and properties that the package itself defines on public classes, by name."""
+    """Methods and properties that the package itself defines on public classes and their bases, by name."""
     for name in CLASSES:
-        for member, value in vars(getattr(pipecompile, name)).items():
+        bases = [base for base in getattr(pipecompile, name).__mro__ if base.__module__.startswith("pipecompile.")]
+        for member, value in ChainMap(*map(vars, bases)).items():
             inner = getattr(value, "__func__", None) or getattr(value, "fget", None) or getattr(value, "func", value)
             if not member.startswith("_") and inspect.isfunction(inner):
                 yield f"{name}.{member}", inner

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 from urllib.parse import unquote
 
@@ -95,3 +96,20 @@ def test_every_public_name_is_in_the_reference() -> None:
         and not (errors and getattr(pipecompile, name).__module__ == "pipecompile.errors")
     ]
     assert missing == []
+
+
+def entries() -> dict[str, dict[str, Any]]:
+    """The options of each name in the reference that has some."""
+    entry = re.compile(r"^::: (\S+)\n((?: +.*\n)+)", re.MULTILINE)
+    pages = [page.read_text() for page in (DOCS / "reference").glob("*.md")]
+    return {name: yaml.safe_load(text)["options"] for page in pages for name, text in entry.findall(page)}
+
+
+def test_members_that_the_reference_lists_are_shown() -> None:
+    found = entries()
+    assert "pipecompile.Pipeline" in found
+    for name, options in found.items():
+        documented = resolve_name(name)
+        inherited = {member for base in getattr(documented, "__mro__", ())[1:] for member in vars(base)}
+        left_out = inherited.intersection(options.get("members") or ()) - set(vars(documented))
+        assert not left_out or options.get("inherited_members"), (name, left_out)

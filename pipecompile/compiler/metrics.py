@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from pipecompile.ir.program import Backward, BackwardWeight, Forward, Recv, Send
+from pipecompile.ir.instruction import Backward, BackwardWeight, Forward, Recv, Send
 from pipecompile.ir.timeline import Timeline
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipecompile.distributed.lines import Lines
 from pipecompile.errors import ExecutionError
-from pipecompile.ir.program import Recv, Result, Send
+from pipecompile.ir.instruction import Recv, Result, Send
 from pipecompile.runtime.lane import Lane, Sent, Value, Values
 from pipecompile.runtime.runner import Microbatch
 

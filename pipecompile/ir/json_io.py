@@ -18,6 +18,7 @@ class Json:
     """Mixin for dataclasses that can be saved: ``it == type(it).from_json(it.to_json())``."""
 
     def to_json(self) -> str:
+        """The fields as a JSON object, which ``from_json`` reads."""
         return json.dumps(converter.unstructure(self))
 
     @classmethod
@@ -42,12 +43,12 @@ class Json:
             ) from error
 
     def save(self, path: str | Path) -> None:
-        """Writes ``to_json()`` to a file."""
+        """Writes ``to_json()`` to the file ``path``, which is replaced if it exists."""
         Path(path).write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Reads the file that ``save`` wrote.
+        """Reads the file ``path`` that ``save`` wrote.
 
         Raises:
             OSError: the file cannot be read.

@@ -1,29 +1,14 @@
 """Programs: an ordered tuple of instructions per rank, the dependencies between them, and their text form.
 
-    Forward(stage, microbatch)     2F0     runs the stage on one microbatch
-    Backward(stage, microbatch)    2B0     computes the gradients of its inputs and weights; without those of weights,
-                                           if the program has a BackwardWeight for them
-    BackwardWeight(stage, ...)     2W0     computes the gradients of weights, any time after the Backward
-    Reduce(stage, microbatch)      2R7     sends or sums the gradients of tied parameters up to microbatch 7
-    Step(stage, microbatch)        2S7     later Forwards use the weights that the optimizer makes with the gradients up
-                                           to microbatch 7; it makes them now, unless an Update has made them before
-    Update(stage, microbatch)      2U7     the optimizer makes these weights, which no Forward uses before the Step
-    Refresh(stage, microbatch)     2P0     sends or takes the values of tied parameters, before microbatch 0
-    Send(result, target)           0F3>2   sends the result of a computation to a stage on another rank
-    Recv(result, target)           2<0F3   the matching receive, with the same fields
-
 A program is *bare* as a schedule writes it (without transfers) and *lowered* once ``lower`` has inserted them. Bubbles
 are not part of a program: they are a property of a ``Timeline``.
 
 ``dependencies`` is the single definition of what must run before what. The validator, the simulator, the lowering and
 the executor all use it.
-
-The notation of computations follows torch.distributed.pipelining where the two overlap.
 """
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -31,134 +16,22 @@ from functools import cached_property
 from typing import assert_never
 
 from pipecompile.errors import DeadlockError, ProgramError
+from pipecompile.ir.instruction import (
+    Backward,
+    BackwardWeight,
+    Compute,
+    Forward,
+    Instruction,
+    Recv,
+    Reduce,
+    Refresh,
+    Result,
+    Send,
+    Step,
+    Update,
+    parse,
+)
 from pipecompile.ir.plan import Plan
-
-
-@dataclass(frozen=True, slots=True)
-class Forward:
-    stage: int
-    microbatch: int
-
-    def __str__(self) -> str:
-        return f"{self.stage}F{self.microbatch}"
-
-
-@dataclass(frozen=True, slots=True)
-class Backward:
-    stage: int
-    microbatch: int
-
-    def __str__(self) -> str:
-        return f"{self.stage}B{self.microbatch}"
-
-
-@dataclass(frozen=True, slots=True)
-class BackwardWeight:
-    stage: int
-    microbatch: int
-
-    def __str__(self) -> str:
-        return f"{self.stage}W{self.microbatch}"
-
-
-@dataclass(frozen=True, slots=True)
-class Reduce:
-    stage: int
-    microbatch: int
-
-    def __str__(self) -> str:
-        return f"{self.stage}R{self.microbatch}"
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    stage: int
-    microbatch: int
-
-    def __str__(self) -> str:
-        return f"{self.stage}S{self.microbatch}"
-
-
-@dataclass(frozen=True, slots=True)
-class Update:
-    stage: int
-    microbatch: int
-
-    def __str__(self) -> str:
-        return f"{self.stage}U{self.microbatch}"
-
-
-@dataclass(frozen=True, slots=True)
-class Refresh:
-    stage: int
-    microbatch: int
-
-    def __str__(self) -> str:
-        return f"{self.stage}P{self.microbatch}"
-
-
-Result = Forward | Backward | Reduce | Refresh  # what other stages can read
-
-
-@dataclass(frozen=True, slots=True)
-class Send:
-    result: Result
-    target: int  # stage
-
-    @property
-    def stage(self) -> int:
-        return self.result.stage
-
-    def __str__(self) -> str:
-        return f"{self.result}>{self.target}"
-
-
-@dataclass(frozen=True, slots=True)
-class Recv:
-    result: Result
-    target: int  # stage
-
-    @property
-    def stage(self) -> int:
-        return self.target
-
-    def __str__(self) -> str:
-        return f"{self.target}<{self.result}"
-
-
-Compute = Forward | Backward | BackwardWeight | Reduce | Step | Update | Refresh
-Instruction = Compute | Send | Recv
-
-_COMPUTE: dict[str, type[Compute]] = {
-    "F": Forward,
-    "B": Backward,
-    "W": BackwardWeight,
-    "R": Reduce,
-    "S": Step,
-    "U": Update,
-    "P": Refresh,
-}
-_TEXT = re.compile(r"(?:(?P<receiver>\d+)<)?(?P<stage>\d+)(?P<kind>[FBWRSUP])(?P<microbatch>\d+)(?:>(?P<target>\d+))?")
-
-
-def parse(text: str) -> Instruction:
-    """The instruction whose ``str`` is ``text``.
-
-    Raises:
-        ProgramError: the text is not an instruction.
-    """
-    match = _TEXT.fullmatch(text)
-    if match is None or (match["receiver"] and match["target"]):
-        raise ProgramError(f"{text!r} is not an instruction; write one such as 2F0, 2B0, 2W0, 2R0, 2S0, 0F3>2 or 2<0F3")
-    compute = _COMPUTE[match["kind"]](int(match["stage"]), int(match["microbatch"]))
-    if not (match["receiver"] or match["target"]):
-        return compute
-    if isinstance(compute, Step | Update | BackwardWeight):
-        kind = f"{'an' if isinstance(compute, Update) else 'a'} {type(compute).__name__}"
-        raise ProgramError(f"{text!r}: {kind} has no result to send or receive")
-    if match["receiver"]:
-        return Recv(compute, int(match["receiver"]))
-    return Send(compute, int(match["target"]))
 
 
 @dataclass(frozen=True)

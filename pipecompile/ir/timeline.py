@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from pipecompile.ir.program import Instruction, Recv, Send
+from pipecompile.ir.instruction import Instruction, Recv, Send
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class Span:
 class Timeline:
     """When each instruction ran or will run, by rank and start.
 
-        >>> from pipecompile.ir.program import Forward
+        >>> from pipecompile.ir.instruction import Forward
         >>> spans = (Span(0, Forward(0, 0), 0.0, 1.0), Span(1, Forward(1, 0), 1.0, 2.0))
         >>> timeline = Timeline(spans, num_ranks=2)
         >>> timeline.makespan, timeline.busy(0), timeline.bubble

@@ -19,7 +19,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from pipecompile.ir.program import Backward, BackwardWeight, Forward, Instruction, Program, Step, Update
+from pipecompile.ir.instruction import Backward, BackwardWeight, Forward, Instruction, Step, Update
+from pipecompile.ir.program import Program
 
 
 @dataclass(slots=True)

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from statistics import mean, median
 
 from pipecompile.ir.graph import Cost, CostedGraph
+from pipecompile.ir.instruction import Backward, BackwardWeight, Forward, Recv, Send
 from pipecompile.ir.plan import Plan
-from pipecompile.ir.program import Backward, BackwardWeight, Forward, Recv, Send
 from pipecompile.ir.timeline import Timeline
 
 

@@ -26,9 +26,10 @@ from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from pipecompile.ir.graph import CostedGraph
+from pipecompile.ir.instruction import Backward, BackwardWeight, Forward, Instruction, Recv, Send, Step, Update
 from pipecompile.ir.json_io import Json
 from pipecompile.ir.plan import Plan, members
-from pipecompile.ir.program import Backward, BackwardWeight, Forward, Instruction, Program, Recv, Send, Step, Update
+from pipecompile.ir.program import Program
 from pipecompile.ir.timeline import Timeline
 from pipecompile.ir.weight_versions import Stash, stash_at_start, versions
 from pipecompile.planning.stage_memory import Load, load

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import floor, log10
 
-from pipecompile.ir.program import (
+from pipecompile.ir.instruction import (
     Backward,
     BackwardWeight,
     Compute,

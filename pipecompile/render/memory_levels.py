@@ -11,8 +11,9 @@ from collections.abc import Iterator, Sequence
 
 from pipecompile.ir.cluster import Cluster
 from pipecompile.ir.graph import CostedGraph
+from pipecompile.ir.instruction import Backward, BackwardWeight, Forward, Step, Update
 from pipecompile.ir.plan import Plan
-from pipecompile.ir.program import Backward, BackwardWeight, Forward, Program, Step, Update
+from pipecompile.ir.program import Program
 from pipecompile.ir.timeline import Timeline
 from pipecompile.planning.memory import StageState, stage_states
 from pipecompile.planning.training_spec import Workload

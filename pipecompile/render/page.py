@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pipecompile.ir.cluster import Cluster
-from pipecompile.ir.program import Backward, Forward
+from pipecompile.ir.instruction import Backward, Forward
 from pipecompile.ir.timeline import Timeline
 from pipecompile.ir.units import seconds_text
 from pipecompile.planning.memory import Memory

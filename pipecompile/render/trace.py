@@ -16,7 +16,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pipecompile.ir.program import Recv, Send
+from pipecompile.ir.instruction import Recv, Send
 from pipecompile.ir.timeline import Timeline
 from pipecompile.render.cells import KINDS, LETTERS, start_of
 

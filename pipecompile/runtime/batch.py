@@ -55,6 +55,11 @@ class Batch:
         return self.compiled.captured.results
 
     @property
+    def trains(self) -> bool:
+        """Whether the call records gradients."""
+        return torch.is_grad_enabled() and any(output.requires_grad for output in self.outputs)
+
+    @property
     def parameters(self) -> list[nn.Parameter]:
         """The trainable parameters, each once."""
         return [p for p in self.compiled.captured.model.parameters() if p.requires_grad]

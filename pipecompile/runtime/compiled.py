@@ -24,8 +24,9 @@ from pipecompile.capture.purity import is_random
 from pipecompile.capture.state.model_state import named_tensors
 from pipecompile.errors import InputError
 from pipecompile.ir.graph import CostedGraph, Graph
+from pipecompile.ir.instruction import Forward
 from pipecompile.ir.plan import Plan
-from pipecompile.ir.program import Forward, Program
+from pipecompile.ir.program import Program
 from pipecompile.ir.timeline import Timeline
 from pipecompile.ops.accelerators import copied
 from pipecompile.ops.autograd_functions import Applied

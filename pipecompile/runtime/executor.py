@@ -19,8 +19,9 @@ import torch
 
 from pipecompile.capture.locks import Turn, busy, waited_for
 from pipecompile.errors import ExecutionError, PipecompileError
+from pipecompile.ir.instruction import Instruction
 from pipecompile.ir.plan import Plan
-from pipecompile.ir.program import Instruction, Program, linearize
+from pipecompile.ir.program import Program, linearize
 from pipecompile.ir.timeline import Span, Timeline
 from pipecompile.ops.accelerators import Mark, seconds_between
 from pipecompile.ops.randomness import microbatch_seed, seed_microbatch

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from pipecompile.errors import ExecutionError, PipecompileError
-from pipecompile.ir.program import Instruction
+from pipecompile.ir.instruction import Instruction
 from pipecompile.runtime.batch import Batch
 from pipecompile.runtime.compiled import Compiled
 from pipecompile.runtime.runner import Microbatch

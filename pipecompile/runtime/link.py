@@ -10,23 +10,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import assert_never
 
-from pipecompile.ir.plan import Plan
-from pipecompile.ir.program import (
+from pipecompile.ir.instruction import (
     Backward,
     BackwardWeight,
     Compute,
     Forward,
     Instruction,
-    Program,
     Recv,
     Reduce,
     Refresh,
     Send,
     Step,
     Update,
-    readers,
-    reads,
 )
+from pipecompile.ir.plan import Plan
+from pipecompile.ir.program import Program, readers, reads
 from pipecompile.ops.accelerators import Mark
 from pipecompile.ops.torch_internals import _RecordFunctionFast
 from pipecompile.runtime.lane import Lane, Values

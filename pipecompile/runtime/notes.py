@@ -21,20 +21,19 @@ import torch
 from torch import Tensor
 
 from pipecompile.errors import ExecutionError
-from pipecompile.ir.program import (
+from pipecompile.ir.instruction import (
     Backward,
     BackwardWeight,
     Forward,
     Instruction,
-    Program,
     Recv,
     Reduce,
     Refresh,
     Send,
     Step,
     Update,
-    dependencies,
 )
+from pipecompile.ir.program import Program, dependencies
 from pipecompile.ops.accelerators import Mark, has_failed, is_accelerator
 from pipecompile.runtime.lane import Lane
 

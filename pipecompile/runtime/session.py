@@ -19,7 +19,8 @@ from torch import Tensor
 
 from pipecompile.capture.locks import Turn
 from pipecompile.errors import ExecutionError
-from pipecompile.ir.program import Forward, Instruction, Program
+from pipecompile.ir.instruction import Forward, Instruction
+from pipecompile.ir.program import Program
 from pipecompile.ir.timeline import Timeline
 from pipecompile.ir.weight_versions import Versions, lags_after, versions
 from pipecompile.ops.accelerators import in_autograd_thread

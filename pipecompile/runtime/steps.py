@@ -66,7 +66,7 @@ def _run(
     session: Session, batch: Batch, loss: int | None, schedule: MakeProgram, policy: Schedule | None
 ) -> dict[str, Tensor]:
     session.agree(batch.compiled, batch.call.tensors.values())
-    if not torch.is_grad_enabled() or not any(output.requires_grad for output in batch.outputs):
+    if not batch.trains:
         return evaluate(session, batch)
     if policy is not None and loss is not None:
         return stream(session, batch, loss, policy)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from queue import SimpleQueue
 from typing import Protocol
 
-from pipecompile.ir.program import Recv, Send
+from pipecompile.ir.instruction import Recv, Send
 from pipecompile.runtime.lane import Lane, Sent, Values
 from pipecompile.runtime.runner import Microbatch
 

@@ -29,8 +29,9 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import product
 
 from pipecompile.errors import InputError
+from pipecompile.ir.instruction import Backward, Compute, Forward, Instruction, Reduce, Step
 from pipecompile.ir.plan import Plan
-from pipecompile.ir.program import Backward, Compute, Forward, Instruction, Program, Reduce, Step, is_tied
+from pipecompile.ir.program import Program, is_tied
 
 Clock = Callable[[Compute], float]
 

@@ -14,8 +14,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from math import lcm
 
+from pipecompile.ir.instruction import Forward, Instruction
 from pipecompile.ir.plan import Plan
-from pipecompile.ir.program import Forward, Instruction, Program
+from pipecompile.ir.program import Program
 from pipecompile.schedule.arrange import arrange, waves
 
 

@@ -22,18 +22,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from pipecompile.errors import ProgramError
-from pipecompile.ir.program import (
-    BackwardWeight,
-    Instruction,
-    Program,
-    Recv,
-    Send,
-    Step,
-    Update,
-    linearize,
-    reads,
-    sends,
-)
+from pipecompile.ir.instruction import BackwardWeight, Instruction, Recv, Send, Step, Update
+from pipecompile.ir.program import Program, linearize, reads, sends
 from pipecompile.ir.timeline import Timeline
 
 Key = tuple[float, int, int]  # seconds, index in the linear order, 0 for a computation and 1 for its transfers

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pipecompile.errors import ProgramError
+from pipecompile.ir.instruction import Backward, BackwardWeight, Compute, Forward, Instruction, Recv, Send
 from pipecompile.ir.plan import Plan
-from pipecompile.ir.program import Backward, BackwardWeight, Compute, Forward, Instruction, Program, Recv, Send
+from pipecompile.ir.program import Program
 from pipecompile.schedule.arrange import closing
 from pipecompile.schedule.order import B, F, Op, Order, W
 from pipecompile.schedule.shape import refuse_replicas, shape_of

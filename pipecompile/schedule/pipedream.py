@@ -26,18 +26,9 @@ from collections.abc import Iterable
 from math import inf
 
 from pipecompile.errors import InputError, PlanError
+from pipecompile.ir.instruction import Backward, Compute, Forward, Instruction, Step, Update
 from pipecompile.ir.plan import Plan
-from pipecompile.ir.program import (
-    Backward,
-    Compute,
-    Forward,
-    Instruction,
-    Program,
-    Step,
-    Update,
-    dependencies,
-    reads,
-)
+from pipecompile.ir.program import Program, dependencies, reads
 from pipecompile.schedule.arrange import arrange, waves
 
 

@@ -21,8 +21,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from pipecompile.ir.instruction import Backward, Compute, Instruction, Step, Update
 from pipecompile.ir.plan import Plan
-from pipecompile.ir.program import Backward, Compute, Instruction, Program, Step, Update
+from pipecompile.ir.program import Program
 from pipecompile.schedule.arrange import arrange, waves
 from pipecompile.schedule.pipedream import check_segment, entering, pending, waiting_steps
 

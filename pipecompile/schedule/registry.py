@@ -16,8 +16,9 @@ from functools import partial
 from typing import Protocol
 
 from pipecompile.errors import InputError
+from pipecompile.ir.instruction import Instruction
 from pipecompile.ir.plan import Plan
-from pipecompile.ir.program import Instruction, Program
+from pipecompile.ir.program import Program
 from pipecompile.ir.weight_versions import Versions, lags_after, versions
 from pipecompile.schedule.gpipe import gpipe
 from pipecompile.schedule.one_f_one_b import one_f_one_b

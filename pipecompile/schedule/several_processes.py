@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pipecompile.ir.program import Program, Refresh, is_tied
+from pipecompile.ir.instruction import Refresh
+from pipecompile.ir.program import Program, is_tied
 
 
 def refreshed(program: Program) -> Program:

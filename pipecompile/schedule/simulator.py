@@ -25,24 +25,21 @@ from collections.abc import Sequence
 from pipecompile.errors import InputError
 from pipecompile.ir.cluster import Cluster
 from pipecompile.ir.graph import Cost
-from pipecompile.ir.plan import Plan
-from pipecompile.ir.program import (
+from pipecompile.ir.instruction import (
     Backward,
     BackwardWeight,
     Compute,
     Forward,
     Instruction,
-    Program,
     Recv,
     Reduce,
     Refresh,
     Send,
     Step,
     Update,
-    dependencies,
-    linearize,
-    sends,
 )
+from pipecompile.ir.plan import Plan
+from pipecompile.ir.program import Program, dependencies, linearize, sends
 from pipecompile.ir.timeline import Span, Timeline
 from pipecompile.ir.weight_versions import Stash, stash_at_start, walk
 

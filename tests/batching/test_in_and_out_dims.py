@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import pipecompile
 from pipecompile.errors import InputError
-from pipecompile.ir.program import Forward
+from pipecompile.ir.instruction import Forward
 
 
 class TimeFirst(nn.Module):

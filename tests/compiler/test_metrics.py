@@ -15,8 +15,8 @@ import pipecompile
 from pipecompile.compiler.metrics import metrics
 from pipecompile.ir.cluster import Cluster, Link
 from pipecompile.ir.graph import Cost
+from pipecompile.ir.instruction import Forward, Step
 from pipecompile.ir.plan import Plan
-from pipecompile.ir.program import Forward, Step
 from pipecompile.ir.timeline import Timeline
 from pipecompile.schedule import SCHEDULES, backward_only, forward_only
 from pipecompile.schedule.simulator import simulate

@@ -22,9 +22,9 @@ from pipecompile.compiler import rehearse
 from pipecompile.errors import ExecutionError, PlanError
 from pipecompile.ir.cluster import Cluster
 from pipecompile.ir.graph import Cost, CostedGraph
+from pipecompile.ir.instruction import Backward, Forward
 from pipecompile.ir.plan import Plan, stage_costs
 from pipecompile.ir.plan_options import PlanOptions
-from pipecompile.ir.program import Backward, Forward
 from pipecompile.ir.weight_versions import versions
 from pipecompile.planning.calibration import Times
 from pipecompile.planning.plan_search import make_plan

@@ -15,7 +15,7 @@ from scenes import D, Net, built, floats, piped
 from torch import Tensor, nn
 
 from pipecompile import ExecutionError
-from pipecompile.ir.program import Compute, Instruction, Send, parse
+from pipecompile.ir.instruction import Compute, Instruction, Send, parse
 from pipecompile.runtime import link
 from pipecompile.runtime.link import Act
 from pipecompile.runtime.transport import LocalTransport

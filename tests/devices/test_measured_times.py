@@ -13,8 +13,8 @@ from scenes import Net, built, floats, inside, piped
 from torch import Tensor, nn
 
 from pipecompile.compiler import learn, rehearse
+from pipecompile.ir.instruction import Backward, Forward
 from pipecompile.ir.plan_options import PlanOptions
-from pipecompile.ir.program import Backward, Forward
 from pipecompile.profile import meters
 from pipecompile.profile.links import SIZES, copy_seconds
 

@@ -4,8 +4,9 @@ from hypothesis import strategies as st
 from plans import SHAPES, dag, plans, rows
 
 from pipecompile.errors import DeadlockError, ProgramError
+from pipecompile.ir.instruction import Backward, Forward, Recv, Reduce, Send, Step, parse
 from pipecompile.ir.plan import Plan, Tied
-from pipecompile.ir.program import Backward, Forward, Program, Recv, Reduce, Send, Step, dependencies, linearize, parse
+from pipecompile.ir.program import Program, dependencies, linearize
 from pipecompile.schedule import one_f_one_b
 
 CHAIN = Plan.chain(2)

@@ -5,8 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from plans import WHOLE, branches, plans, rows, unet
 
+from pipecompile.ir.instruction import Backward, Forward, Step
 from pipecompile.ir.plan import Plan
-from pipecompile.ir.program import Backward, Forward, Program, Step, linearize
+from pipecompile.ir.program import Program, linearize
 from pipecompile.ir.weight_versions import Versions, versions
 from pipecompile.schedule import backward_only, carried_after, drain, gpipe, one_f_one_b, pipedream
 

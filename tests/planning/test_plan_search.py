@@ -14,8 +14,8 @@ import pipecompile
 from pipecompile.errors import InfeasibleError, InputError, PlanError
 from pipecompile.ir.cluster import Cluster, Device
 from pipecompile.ir.graph import Cost, CostedGraph
+from pipecompile.ir.instruction import Backward, Forward
 from pipecompile.ir.plan import stage_costs
-from pipecompile.ir.program import Backward, Forward
 from pipecompile.ir.timeline import Span, Timeline
 from pipecompile.planning.calibration import Times, corrected, stage_times
 

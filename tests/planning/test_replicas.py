@@ -21,8 +21,9 @@ import pipecompile
 from pipecompile.errors import InfeasibleError, InputError, PlanError, ProgramError
 from pipecompile.ir.cluster import Cluster, Device, Link
 from pipecompile.ir.graph import Cost, TensorSpec
+from pipecompile.ir.instruction import Backward, Forward
 from pipecompile.ir.plan import Channel, Plan, Tied, with_replicas
-from pipecompile.ir.program import Backward, Forward, Program, dependencies, linearize
+from pipecompile.ir.program import Program, dependencies, linearize
 from pipecompile.ir.weight_versions import versions
 from pipecompile.partition import Step, deals, partition
 from pipecompile.planning.memory import memory

@@ -11,8 +11,8 @@ from long import some
 
 from pipecompile.ir.cluster import Cluster
 from pipecompile.ir.graph import Cost, CostedGraph
+from pipecompile.ir.instruction import Forward
 from pipecompile.ir.plan import Plan, stage_costs, with_replicas
-from pipecompile.ir.program import Forward
 from pipecompile.planning.training_spec import Workload
 from pipecompile.render.memory_levels import STEP_SHARE, memory_levels
 from pipecompile.render.page import Level

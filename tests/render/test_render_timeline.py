@@ -8,8 +8,8 @@ from rich.text import Text
 
 from pipecompile.ir.cluster import Cluster, Link
 from pipecompile.ir.graph import Cost
+from pipecompile.ir.instruction import Forward
 from pipecompile.ir.plan import Plan
-from pipecompile.ir.program import Forward
 from pipecompile.ir.timeline import Span, Timeline
 from pipecompile.ir.units import bytes_text, seconds_text
 from pipecompile.render.cells import SHADES, ticks

@@ -14,8 +14,8 @@ from report_pages import GIB, Read, page_of, page_of_plan
 
 from pipecompile import Report
 from pipecompile.errors import InputError
+from pipecompile.ir.instruction import Recv, Send
 from pipecompile.ir.plan import Plan, with_replicas
-from pipecompile.ir.program import Recv, Send
 from pipecompile.ir.timeline import Timeline
 from pipecompile.ir.units import bytes_text
 from pipecompile.render.graph_figure import boxes_of, paths_of

@@ -18,8 +18,8 @@ from toys import D, blocks, mean_square
 
 import pipecompile
 from pipecompile.errors import ExecutionError
+from pipecompile.ir.instruction import Forward, Recv, Send
 from pipecompile.ir.plan import Plan
-from pipecompile.ir.program import Forward, Recv, Send
 from pipecompile.runtime import Lane, LocalTransport, Microbatch, Weights, steps
 from pipecompile.runtime.transport import Aborted
 

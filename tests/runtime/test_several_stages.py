@@ -18,7 +18,7 @@ from toys import VOCABULARY, D, blocks
 import pipecompile
 from pipecompile import Batching, PlanOptions
 from pipecompile.errors import InputError
-from pipecompile.ir.program import Backward, BackwardWeight, Forward, Send
+from pipecompile.ir.instruction import Backward, BackwardWeight, Forward, Send
 from pipecompile.schedule import SCHEDULES, SYNCHRONOUS
 from pipecompile.schedule.grid import read_grid, write_grid
 from pipecompile.schedule.order_program import order_of

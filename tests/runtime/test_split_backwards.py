@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import pipecompile
 from pipecompile import Batching, PlanOptions
 from pipecompile.errors import InputError
-from pipecompile.ir.program import Backward, BackwardWeight
+from pipecompile.ir.instruction import Backward, BackwardWeight
 from pipecompile.ops import split_backward
 
 SCHEDULES = ["zb-h1", "zb-h2"]

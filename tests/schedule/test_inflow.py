@@ -7,8 +7,9 @@ from collections import Counter
 import pytest
 from plans import dag, rows, units
 
+from pipecompile.ir.instruction import Forward, Instruction, Recv
 from pipecompile.ir.plan import Plan
-from pipecompile.ir.program import Forward, Instruction, Program, Recv
+from pipecompile.ir.program import Program
 from pipecompile.schedule.inflow import inflow, lifetime, period
 from pipecompile.schedule.lowering import lower
 from pipecompile.schedule.simulator import simulate

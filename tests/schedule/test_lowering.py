@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 from plans import SHAPES, WHOLE, costs, dag, plans, rows, units
 
 from pipecompile.errors import ProgramError
+from pipecompile.ir.instruction import Instruction, Recv, Send, parse
 from pipecompile.ir.plan import Plan, Tied
-from pipecompile.ir.program import Instruction, Program, Recv, Send, dependencies, linearize, parse, reads
+from pipecompile.ir.program import Program, dependencies, linearize, reads
 from pipecompile.schedule import (
     backward_only,
     carried_after,

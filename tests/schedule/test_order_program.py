@@ -3,8 +3,9 @@ from plans import branches, rows
 
 from pipecompile.errors import DeadlockError, InputError, ProgramError
 from pipecompile.ir.graph import Cost
+from pipecompile.ir.instruction import Backward, BackwardWeight, Forward, Recv, Send, parse
 from pipecompile.ir.plan import Plan, Tied
-from pipecompile.ir.program import Backward, BackwardWeight, Forward, Program, Recv, Send, parse
+from pipecompile.ir.program import Program
 from pipecompile.ir.weight_versions import versions
 from pipecompile.schedule import gpipe, one_f_one_b, pipedream
 from pipecompile.schedule.catalog import RECIPES

@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from plans import WHOLE, dag, plans, rows, units
 
+from pipecompile.ir.instruction import Forward, Recv, Refresh, Send
 from pipecompile.ir.plan import Plan, Tied
-from pipecompile.ir.program import Forward, Program, Recv, Refresh, Send
+from pipecompile.ir.program import Program
 from pipecompile.schedule import backward_only, forward_only, one_f_one_b
 from pipecompile.schedule.lowering import lower
 from pipecompile.schedule.several_processes import refreshed

@@ -11,8 +11,9 @@ from plans import NBYTES, SHAPES, WHOLE, branches, costs, dag, plans, unet, unit
 from pipecompile.errors import DeadlockError, InputError
 from pipecompile.ir.cluster import Cluster, Device, Link
 from pipecompile.ir.graph import Cost
+from pipecompile.ir.instruction import Recv, Send, parse
 from pipecompile.ir.plan import Plan
-from pipecompile.ir.program import Program, Recv, Send, parse, reads
+from pipecompile.ir.program import Program, reads
 from pipecompile.ir.timeline import Span
 from pipecompile.schedule import forward_only, gpipe, one_f_one_b, pipedream, sequential
 from pipecompile.schedule.lowering import lower

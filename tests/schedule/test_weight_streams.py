@@ -9,8 +9,9 @@ from plans import branches, plans, rows, units
 
 from pipecompile.errors import ProgramError
 from pipecompile.ir.graph import Cost
+from pipecompile.ir.instruction import Backward, BackwardWeight, Forward, Step, Update, parse
 from pipecompile.ir.plan import Plan
-from pipecompile.ir.program import Backward, BackwardWeight, Forward, Program, Step, Update, linearize, parse
+from pipecompile.ir.program import Program, linearize
 from pipecompile.ir.weight_versions import Versions, delays, versions
 from pipecompile.schedule import (
     SCHEDULES,
