@@ -176,6 +176,24 @@ def test_a_pipeline_is_pickled_and_copied(make: Callable[[Any], Any], first: boo
     works(pipe, pipe.pipeline.model)
 
 
+GRID = "0: 0F0 0F1 3F0 3B0 3F1 3B1 0B0 0B1\n1: 1F0 2F0 1F1 2F1 2B0 1B0 2I1 1B1 2W1"
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    ["interleaved-1f1b", "zb-h1", "zb-v", "auto", GRID],
+    ids=["interleaved-1f1b", "zb-h1", "zb-v", "auto", "grid"],
+)
+def test_a_pipeline_of_any_schedule_is_pickled(schedule: str) -> None:
+    pipe = pipe_of(schedule=schedule, verify="never")
+    x = floats()
+    works(pipe, pipe.pipeline.model, x)
+    made = pickled(pipe)
+    works(made, made.pipeline.model, x)
+    assert made.pipeline.schedule == pipe.pipeline.schedule
+    assert str(made.pipeline.program) == str(pipe.pipeline.program)
+
+
 def test_a_pipeline_with_optimizers_inside_is_not_pickled() -> None:
     pipe = pipe_of(schedule="pipedream", optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
     with pytest.raises(PipecompileError, match=r"cannot be pickled.*state_dict"):

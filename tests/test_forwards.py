@@ -146,3 +146,41 @@ def test_a_model_with_hooks_of_accelerate() -> None:
         torch.testing.assert_close(value, expected[name])
     for name, value in trained(before, call).items():
         torch.testing.assert_close(value, expected[name])
+
+
+def renaming(forward: Any) -> Any:
+    """As ``transformers.utils.deprecation.deprecate_kwarg``: a keyword has an old name, which the new one beats."""
+
+    @functools.wraps(forward)
+    def renamed(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        old = kwargs.pop("weight", None)
+        if "scale" not in kwargs and old is not None:
+            kwargs["scale"] = old * 10
+        return forward(self, *args, **kwargs)
+
+    return renamed
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = blocks(4).double()
+
+    @renaming
+    def forward(self, x: Tensor, scale: float = 1.0, **others: Any) -> Tensor:
+        return (self.body(x) * scale).pow(2).mean()
+
+
+@pytest.mark.parametrize("loss_fn", [None, lambda output, target: (output - target).pow(2)])
+def test_a_forward_that_is_wrapped_gets_keywords_as_keywords(loss_fn: Any) -> None:
+    model = Scaled()
+    pipe = pipecompile.compile(model, ["cpu"] * 2, microbatches=2, costs="count", loss_fn=loss_fn, verify="never")
+    x = torch.randn(4, D, dtype=torch.float64)
+    target = {} if loss_fn is None else {"target": torch.tensor(2.0, dtype=torch.float64)}
+
+    def unsplit(*args: Any, target: Any = None, **kwargs: Any) -> Any:
+        return model(*args, **kwargs) if loss_fn is None else loss_fn(model(*args, **kwargs), target)
+
+    for args, kwargs in [((), {"x": x, "scale": 2.0, "weight": 3.0}), ((x,), {"weight": 3.0}), ((x, 2.0), {})]:
+        call = args, kwargs | target
+        assert_same(step(pipe, model, lambda y: y, call), step(unsplit, model, lambda y: y, call))

@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any
 from unittest.mock import patch
 
+import peft
 import pytest
 import torch
 import transformers
@@ -144,6 +145,26 @@ def test_learned_keys_and_values_get_the_unsplit_models_gradients() -> None:
         found.append((out.loss.detach(), prefix.grad, gradients))
         module.zero_grad()
     assert found[1][1].abs().max() > 0
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.filterwarnings("ignore:.*past_key_values. (is deprecated|and .cache. are set):FutureWarning")  # by PEFT
+def test_prefix_tuning_trains_and_does_not_generate() -> None:
+    """PEFT's ``generate`` passes the prefix as a second cache, which the unsplit model leaves unused."""
+    model = built("llama").train()
+    pipe = pipecompile.compile(copy.deepcopy(model), ["cpu", "cpu"], schedule="zb-v", microbatches=2, costs="count")
+    batch, found = prompts(padded=True), []
+    for module in (pipe, model):
+        torch.manual_seed(0)
+        config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+        tuned = peft.get_peft_model(module, config).double()
+        loss = tuned(**batch, labels=batch["input_ids"]).loss
+        loss.backward()
+        found.append((loss.detach(), {name: p.grad for name, p in tuned.named_parameters() if p.requires_grad}))
+        if module is pipe:
+            with pytest.raises(CaptureError, match="the call has 2 key-value caches"):
+                generated(tuned.eval())
+    assert next(iter(found[1][1].values())).abs().max() > 0
     torch.testing.assert_close(*found)
 
 

@@ -110,7 +110,8 @@ def read_call(
         raise InputError(
             f"the model's forward cannot be called with these arguments: {error}; it takes {_signature(forward)}"
         ) from None
-    paths, spec = flatten((bound.args, bound.kwargs), counted=True)
+    passed = _passed(forward, bound, args, kwargs)
+    paths, spec = flatten(passed, counted=True)
     heads, names = _names(forward, [path for path, _ in paths])
     tensors = {name: leaf for name, (_, leaf) in zip(names, paths, strict=True) if isinstance(leaf, Tensor)}
     leaves = tuple(
@@ -140,8 +141,22 @@ def read_call(
         batched=frozenset(batch.dims),
         dims=elsewhere,
         cached=cached,
-        has_cache=bool(caches_in((bound.args, bound.kwargs))),
+        has_cache=bool(caches_in(passed)),
     )
+
+
+def _passed(
+    forward: Callable[..., Any], bound: inspect.BoundArguments, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Returns the positional and keyword arguments, in the order of the signature.
+
+    A function sees no difference between ``f(x)`` and ``f(x=x)``, so these are one call. One that wraps another
+    (``functools.wraps``) may look for a keyword, so keywords stay keywords.
+    """
+    if not hasattr(forward, "__wrapped__"):
+        return bound.args, bound.kwargs
+    first = [name for name in bound.arguments if name in kwargs]
+    return tuple(args), {name: kwargs[name] for name in dict.fromkeys([*first, *kwargs])}
 
 
 def _names(forward: Callable[..., Any], paths: Sequence[tuple[Any, ...]]) -> tuple[list[str], list[str]]:

@@ -223,4 +223,6 @@ def _with_target(forward: Callable[..., Any]) -> Callable[..., Any]:
     def described() -> None: ...
 
     described.__signature__ = signature.replace(parameters=[*parameters, target, *rest])  # type: ignore[attr-defined]
+    if hasattr(forward, "__wrapped__"):
+        described.__wrapped__ = forward  # type: ignore[attr-defined]
     return described

@@ -30,7 +30,6 @@ from pipecompile.ir.plan_options import PlanOptions
 from pipecompile.ops.accelerators import is_accelerator
 from pipecompile.ops.device_args import threads_each
 from pipecompile.planning.training_spec import Workload
-from pipecompile.schedule import MakeProgram, Schedule
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
@@ -84,13 +83,6 @@ def plan_key(costs: str, cluster: Cluster, work: Workload, options: PlanOptions,
     how = (work.schedule, work.placement, work.microbatches, work.recompute, work.tail, work.fused, work.asynchronous)
     training = (*how, state)  # of a schedule: its functions by name
     return f"plan-{_hashed([costs, cluster.devices, training, sorted(asdict(options).items()), backend])}"
-
-
-def _makers(schedule: MakeProgram) -> list[str]:
-    """What makes the programs of a schedule, by name."""
-    owner = getattr(schedule, "__self__", None)
-    made = [owner.with_flush, owner.segment] if isinstance(owner, Schedule) else [schedule]
-    return [getattr(each, "__qualname__", repr(each)) for each in made]
 
 
 @cache

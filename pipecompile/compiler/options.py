@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -108,6 +108,10 @@ class Options:
         if isinstance(self.schedule, Own):
             return self.schedule.schedule
         return SCHEDULES["1f1b" if self.is_auto else self.schedule]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: the fields. The rest follows from them, and has functions that cannot be pickled."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @property
     def is_auto(self) -> bool:

@@ -14,11 +14,7 @@ import pipecompile
 from pipecompile.compiler import fingerprint, plan_call
 from pipecompile.compiler.disk_cache import DiskCache
 from pipecompile.compiler.report import Report
-from pipecompile.ir.cluster import Cluster, Device
 from pipecompile.ir.plan import Plan
-from pipecompile.ir.plan_options import PlanOptions
-from pipecompile.planning.training_spec import Workload
-from pipecompile.schedule import SCHEDULES
 
 
 class Made:
@@ -205,12 +201,3 @@ def test_a_cache_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("PIPECOMPILE_CACHE", str(tmp_path / "file" / "cache"))
     _, report = call(net())
     assert "plan not kept: cannot be written" in report.remembered[-1]
-
-
-def test_a_plan_is_kept_for_one_schedule() -> None:
-    keys = {}
-    for name, schedule in SCHEDULES.items():
-        work = Workload(schedule.steady, 4, asynchronous=schedule.is_asynchronous)
-        keys[name] = fingerprint.plan_key("costs", Cluster((Device("cpu"),) * 2), work, PlanOptions(), "")
-    assert len(set(keys.values())) == len(keys)
-    assert not any("0x" in made for made in fingerprint._makers(SCHEDULES["pipedream-2bw"].steady))
