@@ -84,15 +84,15 @@ def check(program: Program) -> None:
 
 
 def _compiled(model: nn.Module, program: Program, setting: Setting) -> nn.Module:
-    devices = list(setting.devices)
+    devices, schedule = list(setting.devices), setting.schedule
     while True:
         try:
             return pipecompile.compile(
-                model, devices, schedule=setting.schedule, microbatches=setting.microbatches, costs="count",
+                model, devices, schedule=schedule, microbatches=setting.microbatches, costs="count",
                 example_inputs=program.inputs(*shapes_of(program)[0]),
             )  # fmt: skip
-        except InfeasibleError:
-            devices = devices[1:]
+        except InfeasibleError:  # the model, which may be one piece, has fewer stages
+            devices, schedule = (devices[1:], schedule) if len(devices) > 1 else (devices, "gpipe")
 
 
 def _at(tensor: Tensor, device: str) -> Tensor:
