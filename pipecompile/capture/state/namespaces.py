@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Collection, Iterator
 from functools import lru_cache
 from types import CellType, FunctionType, ModuleType
@@ -18,7 +19,9 @@ from torch import nn
 FOREIGN = sys.stdlib_module_names | {"torch", "numpy", "scipy", "sympy", "pipecompile"}  # hold no state of a model
 _OF_EVERY_CLASS = ("__dict__", "__weakref__")  # slots without a name of their own
 _INSTALLED = frozenset({"site-packages", "dist-packages"})
-_PLAIN = frozenset({"types", "argparse", "weakref", "collections"})  # instances of their classes may hold model state
+_PLAIN = frozenset(
+    {"types", "argparse", "weakref", "collections", "_thread"}
+)  # instances of their classes may hold model state
 _EXAMINED: WeakKeyDictionary[ModuleType, int] = WeakKeyDictionary()  # files without torch: their number of variables
 _SLOTTED: WeakKeyDictionary[type, tuple[str, ...]] = WeakKeyDictionary()  # results of _find_slots
 
@@ -129,7 +132,7 @@ def _dict_of(value: Any) -> dict[str, Any] | None:
     try:
         held = object.__getattribute__(value, "__dict__")
     except AttributeError:
-        return None
+        held = value.__dict__ if isinstance(value, threading.local) else None  # that of this thread
     return held if type(held) is dict else None
 
 

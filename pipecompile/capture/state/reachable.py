@@ -134,7 +134,7 @@ class _Walk:
             self._visit_object(value, label)
 
     def _visit_object(self, value: Any, label: str) -> None:
-        if isinstance(value, Thread):  # which writes its attributes itself, such as a progress bar's monitor
+        if isinstance(value, Thread) and value.is_alive():  # it writes its attributes itself, as a progress bar's does
             return
         if kind_of(value) is not None:
             self.reach.containers.append((value, label))

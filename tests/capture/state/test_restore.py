@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from functools import cache, wraps
-from threading import Thread
+from threading import Event, Thread
 from types import SimpleNamespace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import pipecompile
 from pipecompile.capture.state.reachable import reach_of
 from pipecompile.capture.state.restore import left_as_before
 
@@ -223,7 +225,8 @@ def test_a_loss_beside_the_model_and_tensors_by_name_are_put_back() -> None:
 class Bar:
     """As a progress bar has: a thread that writes to its own attributes."""
 
-    thread = Thread()
+    ends = Event()
+    thread = Thread(target=ends.wait, daemon=True)
 
 
 class ShowsProgress(nn.Module):
@@ -239,8 +242,38 @@ class ShowsProgress(nn.Module):
 
 def test_what_other_threads_write_is_not_state_of_the_model() -> None:
     """tqdm's monitor, a thread, notes the time at which it last looked."""
+    Bar.thread.start()
     owners = [owner for owner, _, _ in reach_of(ShowsProgress()).owners]
+    Bar.ends.set()
     assert Bar in owners
     assert Bar.thread not in owners
     assert not any(isinstance(owner, type) and issubclass(owner, tqdm) for owner in owners)
     assert not any(isinstance(owner, Thread) for owner in owners)
+
+
+class Counts(Thread):
+    """A thread that never starts: an object like any other."""
+
+
+class Counting(nn.Module):
+    def __init__(self, counter: Any) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(2, 2), nn.Linear(2, 2)
+        self.counter = counter
+        self.counter.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.counter.calls += 1
+        return self.last(self.first(x).tanh() * self.counter.calls).sum()
+
+
+@pytest.mark.parametrize("kind", [threading.local, Counts])
+def test_an_object_of_threading_that_no_thread_runs_is_state_of_the_model(kind: Callable[[], Any]) -> None:
+    torch.manual_seed(0)
+    eager = Counting(kind())
+    model = Counting(kind())
+    model.load_state_dict(eager.state_dict())
+    pipe, x = pipecompile.compile(model, ["cpu", "cpu"], microbatches=2, costs="count"), torch.randn(4, 2)
+    for _ in range(3):
+        torch.testing.assert_close(pipe(x), eager(x))
+    assert model.counter.calls == eager.counter.calls == 3
