@@ -99,8 +99,8 @@ class Flow:
             self.session.begin(self.compiled)
         elif now != self.state:
             raise ExecutionError(
-                f"the model was changed while batches {self._numbers} were in the pipeline, so they would be computed "
-                f"with weights of both; do not train or move the model before map() has ended (list(map(...)) ends it)"
+                f"the model was changed with {self._numbers} in the pipeline, which would be computed with weights of "
+                f"both; do not train or move the model before map() has ended (list(map(...)) ends it)"
             )
 
     def _tick(self) -> list[Left]:
@@ -129,13 +129,13 @@ class Flow:
     def _named(self, error: PipecompileError) -> PipecompileError:
         """An error with the batch that a stage was at, or those in flight."""
         slot = None if error.instruction is None else _microbatch(error.instruction)
-        at = next((f"batch {each.number}" for each in self.in_flight if each.slot == slot), f"batches {self._numbers}")
+        at = next((f"batch {each.number}" for each in self.in_flight if each.slot == slot), self._numbers)
         return type(error)(f"{at} of the loader: {error}")
 
     @property
     def _numbers(self) -> str:
         numbers = [each.number for each in self.in_flight]
-        return f"{numbers[0]} to {numbers[-1]}"
+        return f"batch {numbers[0]}" if len(numbers) == 1 else f"batches {numbers[0]} to {numbers[-1]}"
 
 
 def _microbatch(i: Instruction) -> int:
