@@ -66,6 +66,7 @@ def serve() -> Scene:
     torch.set_num_threads(1)
     gc.collect()
     gc.freeze()  # or each rank would, at its end, copy the memory of all that was imported
+    import_all()  # not frozen: the capture finds who holds a function with gc.get_referrers
     for line in sys.stdin:
         scene = json.loads(line)
         pids = []
@@ -120,7 +121,6 @@ def play(scene: Scene) -> None:
 
 
 if __name__ == "__main__":
-    import_all()
     mine = serve()
     become_rank(mine)
     play(mine)
