@@ -10,7 +10,7 @@ PAGES ?=
 EXAMPLES := train_t5 train_clip train_resnet train_unet train_mixture train_lora train_smollm2 train_with_trainer \
 	schedules pipedream
 
-.PHONY: demo examples docs pictures test long check bench zoo ragged wild trainers opdb faults devices nightly
+.PHONY: demo examples docs pictures test test-cpu test-devices long check bench zoo ragged wild trainers opdb faults devices nightly
 
 demo: .venv/installed
 	$(BIN)/python examples/train_gpt2.py
@@ -29,11 +29,16 @@ pictures: .venv/installed
 	for each in gpipe 1f1b zb-h1; do \
 		$(BIN)/pipecompile schedule $$each --stages 4 --microbatches 8 --svg docs/images/$$each.svg || exit 1; done
 
-# mypy runs on one core, so the virtual device is compiled beside it.
-test:
-	$(MAKE) --jobs 2 check .venv/device
+# At once, so that neither core is idle: mypy and the tests of devices take one process each. A job's output is printed
+# when it ends.
+test: .venv/installed
+	$(MAKE) --jobs 3 --keep-going --output-sync=target check test-cpu test-devices
+
+test-cpu: .venv/installed
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
-	$(BIN)/python -m pytest --numprocesses 2 tests/devices
+
+test-devices: .venv/device
+	$(BIN)/python -m pytest tests/devices
 
 long: check .venv/device
 	LONG=1 IDIOMS=all RANDOM_SEED=$(SEED) $(BIN)/python -m pytest --numprocesses 2 --dist loadfile

@@ -4,9 +4,10 @@ import faulthandler
 import gc
 import os
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import hypothesis
 import pytest
@@ -26,19 +27,47 @@ hypothesis.settings.register_profile("here", deadline=None, max_examples=100 if 
 hypothesis.settings.load_profile("here")
 DEVICES = Path(__file__).parent / "devices"
 STDERR = pytest.StashKey[int]()
+SECONDS = "pipecompile/seconds"  # of each file, in pytest's cache
+TOOK: defaultdict[str, float] = defaultdict(float)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
-    """The files of ``distributed/`` run in one worker: their launcher is started once."""
+    """Each file runs in one worker, the longest first, by what the last run here took: none is left over at the end.
+
+    The files of ``distributed/`` run in the same one: their launcher is started once.
+    """
     from xdist.scheduler import LoadFileScheduling
 
     class Scheduling(LoadFileScheduling):
+        seconds: ClassVar[dict[str, float]] = config.cache.get(SECONDS, {}) if config.cache else {}
+
         def _split_scope(self, nodeid: str) -> str:
-            file = super()._split_scope(nodeid)
-            return "tests/distributed" if file.startswith("tests/distributed/") else file
+            return together(nodeid)
+
+        def _assign_work_unit(self, node: object) -> None:
+            longest = max(self.workqueue, key=lambda file: self.seconds.get(file, 0.0))
+            self.workqueue.move_to_end(longest, last=False)
+            super()._assign_work_unit(node)
 
     return Scheduling(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
+def together(nodeid: str) -> str:
+    """What runs in one worker: the file of a test, or its folder."""
+    file = nodeid.partition("::")[0]
+    return "tests/distributed" if file.startswith("tests/distributed/") else file
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    TOOK[together(report.nodeid)] += report.duration
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Only the process that distributes tests keeps what they took."""
+    config = session.config
+    if config.cache and config.getoption("dist", "no") == "loadfile" and not hasattr(config, "workerinput"):
+        config.cache.set(SECONDS, {**config.cache.get(SECONDS, {}), **TOOK})
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

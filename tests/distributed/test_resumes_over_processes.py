@@ -149,7 +149,7 @@ def test_a_rank_that_is_killed_while_it_writes_leaves_the_last_checkpoint(launch
     assert [each.name for each in tmp_path.iterdir() if not each.name.startswith(".")] == ["step_1"]
 
 
-@pytest.mark.parametrize(("after", "victims"), [(0.5, [1]), (0.8, [0, 1])])
+@pytest.mark.parametrize(("after", "victims"), [(0.3, [1]), (0.6, [0, 1])])
 def test_a_training_that_is_killed_has_the_losses_of_one_that_is_not(
     launcher: Launcher, tmp_path: Path, after: float, victims: list[int]
 ) -> None:
