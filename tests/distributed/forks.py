@@ -34,13 +34,15 @@ def _end() -> None:
 
 
 # ruff: noqa: E402
-import sympy.tensor.tensor  # noqa: F401  these are what the first capture in a process would import
+import sympy.sets.setexpr  # these are what the first capture in a process would import
+import sympy.tensor.tensor  # noqa: F401
 import torch
 import torch._dynamo
 import torch._inductor.config
 import torch._subclasses.schema_check_mode
 import torch.distributed as dist
 import torch.export
+import torch.utils.serialization
 import transformers.modeling_utils  # noqa: F401
 from hosts import move_to
 from long import LONG
@@ -57,8 +59,8 @@ def import_all() -> None:
     for found in pkgutil.walk_packages(pipecompile.__path__, "pipecompile."):
         if not found.name.startswith(("pipecompile.__main__", "pipecompile.cli")):
             importlib.import_module(found.name)
-    for path in sorted(HERE.glob("*_scenes.py")):
-        importlib.import_module(path.stem)
+    for name in ("transformers.models.gpt2.modeling_gpt2", *(path.stem for path in sorted(HERE.glob("*_scenes.py")))):
+        importlib.import_module(name)
 
 
 def serve() -> Scene:
