@@ -39,8 +39,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
     """
     from xdist.scheduler import LoadFileScheduling
 
+    cache = getattr(config, "cache", None)  # not there with -p no:cacheprovider
+
     class Scheduling(LoadFileScheduling):
-        seconds: ClassVar[dict[str, float]] = config.cache.get(SECONDS, {}) if config.cache else {}
+        seconds: ClassVar[dict[str, float]] = cache.get(SECONDS, {}) if cache else {}
 
         def _split_scope(self, nodeid: str) -> str:
             return together(nodeid)
@@ -66,8 +68,9 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Only the process that distributes tests keeps what they took."""
     config = session.config
-    if config.cache and config.getoption("dist", "no") == "loadfile" and not hasattr(config, "workerinput"):
-        config.cache.set(SECONDS, {**config.cache.get(SECONDS, {}), **TOOK})
+    cache = getattr(config, "cache", None)
+    if cache and config.getoption("dist", "no") == "loadfile" and not hasattr(config, "workerinput"):
+        cache.set(SECONDS, {**cache.get(SECONDS, {}), **TOOK})
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
