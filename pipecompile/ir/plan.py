@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from html import escape
 from itertools import pairwise, product
-from math import ceil, gcd
+from math import ceil, gcd, lcm
 
 from pipecompile.errors import PlanError
 from pipecompile.ir.graph import Cost, CostedGraph, Graph
@@ -217,11 +217,26 @@ class Plan(Json):
 
     def sources(self, stage: int, microbatch: int) -> tuple[int, ...]:
         """The stages that a stage receives a microbatch's values from, ascending."""
-        return tuple(c.source for c in self.incoming[stage] if self.runs(c.source, microbatch))
+        turns = self._source_turns[stage]
+        return turns[microbatch % len(turns)]
 
     def targets(self, stage: int, microbatch: int) -> tuple[int, ...]:
         """The stages that a stage sends a microbatch's values to, ascending."""
-        return tuple(c.target for c in self.outgoing[stage] if self.runs(c.target, microbatch))
+        turns = self._target_turns[stage]
+        return turns[microbatch % len(turns)]
+
+    @cached_property
+    def _source_turns(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        return tuple(self._turns([c.source for c in channels]) for channels in self.incoming)
+
+    @cached_property
+    def _target_turns(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        return tuple(self._turns([c.target for c in channels]) for channels in self.outgoing)
+
+    def _turns(self, stages: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+        """Those of some stages that run each microbatch, until it begins again."""
+        period = lcm(*(len(self.replicas[stage]) for stage in stages))
+        return tuple(tuple(s for s in stages if self.runs(s, k)) for k in range(period))
 
     def shared(self, channel: Channel, count: int) -> int:
         """The most of ``count`` consecutive microbatches of a channel's source that can go through the channel."""

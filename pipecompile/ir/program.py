@@ -251,7 +251,7 @@ def linearize(program: Program) -> Iterator[tuple[int, Instruction]]:
     while progress:
         progress = False
         for rank, row in enumerate(program.ranks):
-            while position[rank] < len(row) and not _missing(row[position[rank]], program, done):
+            while position[rank] < len(row) and _is_ready(row[position[rank]], program, done):
                 i = row[position[rank]]
                 position[rank] += 1
                 done.add(i)
@@ -295,11 +295,13 @@ def _check_updates(program: Program) -> None:
                 raise ProgramError(f"{i} is before {older}; put {Step(i.stage, first)} first")
 
 
-def _missing(i: Instruction, program: Program, done: set[Instruction]) -> list[Instruction]:
-    missing = []
+def _is_ready(i: Instruction, program: Program, done: set[Instruction]) -> bool:
+    return next(_missing(i, program, done), None) is None
+
+
+def _missing(i: Instruction, program: Program, done: set[Instruction]) -> Iterator[Instruction]:
     for needed in dependencies(i, program.plan):
         if isinstance(needed, Recv) and not program.lowered:
             needed = needed.result
         if needed not in done:
-            missing.append(needed)
-    return missing
+            yield needed

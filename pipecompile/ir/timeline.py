@@ -54,7 +54,15 @@ class Timeline:
 
     def busy(self, rank: int) -> float:
         """Seconds in which a rank computes, without transfers."""
-        return sum(s.seconds for s in self.spans if s.rank == rank and not isinstance(s.instruction, Send | Recv))
+        return self._busy.get(rank, 0.0)
+
+    @cached_property
+    def _busy(self) -> dict[int, float]:
+        found: dict[int, float] = {}
+        for span in self.spans:
+            if not isinstance(span.instruction, Send | Recv):
+                found[span.rank] = found.get(span.rank, 0.0) + span.seconds
+        return found
 
     @property
     def bubble(self) -> float:

@@ -21,10 +21,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import combinations
+from itertools import combinations, permutations
 from math import lcm
 
-from pipecompile.ir.cluster import Cluster
+from pipecompile.ir.cluster import Cluster, Link
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.plan_quality import SLACK
 
@@ -110,17 +110,29 @@ class _Task:
         return tuple((device.speed, device.memory) for device in self.cluster.devices)
 
     @cached_property
+    def by_link(self) -> tuple[Mapping[Link, Sequence[int]], ...]:
+        """For each device, the other devices by the link to them."""
+        found: list[dict[Link, list[int]]] = [{} for _ in self.cluster.devices]
+        for one, two in permutations(range(len(found)), 2):
+            found[one].setdefault(self.cluster.between(one, two), []).append(two)
+        return tuple(found)
+
+    @cached_property
     def twin_of(self) -> tuple[int, ...]:
         """For each device, the first one with which it can be exchanged without changing any link."""
-        ranks = range(len(self.cluster))
+        firsts: dict[int, Sequence[int]] = {}  # the first of each group of twins, with all ranks by distance from it
         twins: list[int] = []
-        for rank in ranks:
-            twins.append(next((other for other in twins if self._alike(other, rank)), rank))
+        for rank in range(len(self.cluster)):
+            twin = next((first for first, near in firsts.items() if self._alike(first, rank, near)), rank)
+            if twin == rank:
+                firsts[rank] = sorted(range(len(self.cluster)), key=lambda r: self.cluster.between(rank, r).seconds(1))
+            twins.append(twin)
         return tuple(twins)
 
-    def _alike(self, one: int, two: int) -> bool:
+    def _alike(self, one: int, two: int, ranks: Iterable[int]) -> bool:
+        """Whether two devices can be exchanged; ``ranks`` are all, best with those first whose links differ soonest."""
         between = self.cluster.between
-        others = (rank for rank in range(len(self.cluster)) if rank not in (one, two))
+        others = (rank for rank in ranks if rank not in (one, two))
         return self.kind_of[one] == self.kind_of[two] and all(between(one, r) == between(two, r) for r in others)
 
     @cached_property
@@ -168,41 +180,82 @@ class Score:
 
     def __lt__(self, other: Score) -> bool:
         """Whether this score is better by more than rounding."""
-        mine, others = max(self.loads), max(other.loads)
-        if abs(mine - others) <= SLACK * others:
-            return self.sent < other.sent * (1 - SLACK)
-        return mine < others
+        return _better(max(self.loads), self.sent, max(other.loads), other.sent)
+
+
+def _better(load: float, sent: float, than_load: float, than_sent: float) -> bool:
+    """Whether a bottleneck, and then the total on all links, is better by more than rounding."""
+    if abs(load - than_load) <= SLACK * than_load:
+        return sent < than_sent * (1 - SLACK)
+    return load < than_load
 
 
 def _nearest(task: _Task) -> tuple[int, ...]:
     """The assignment that gives each place the unused device nearest to the previous one."""
     nbytes = sum(wire.nbytes for wire in task.wires) // max(1, len(task.wires))
     found: list[int] = []
+    free = dict.fromkeys(range(len(task.kind_of)))
     for place, kind in enumerate(task.kind_of):
         last = found[-1] if found else place
-        free = (device for device in range(len(task.kind_of)) if device not in found and task.kind_of[device] == kind)
-        found.append(min(free, key=lambda device: task.cluster.transfer_seconds(last, device, nbytes)))
+        alike = (device for device in free if task.kind_of[device] == kind)
+        nearest = min(alike, key=lambda device: task.cluster.transfer_seconds(last, device, nbytes))
+        del free[nearest]
+        found.append(nearest)
     return tuple(found)
 
 
 def _swapped(task: _Task, devices: tuple[int, ...]) -> tuple[int, ...]:
     """Swaps pairs of devices as long as a swap improves the score."""
     best = task.score(devices)
+    order = _heaviest_first(best)
     improved = True
     while improved:
         improved = False
-        for one, two in combinations(range(len(devices)), 2):
-            here, there = devices[one], devices[two]
-            if task.kind_of[here] != task.kind_of[there] or task.twin_of[here] == task.twin_of[there]:
-                continue
-            trial = list(devices)
-            trial[one], trial[two] = there, here
-            score = Score(list(best.loads), best.sent)
-            for wire in {*task.wires_at[one], *task.wires_at[two]}:
-                score.add(wire, task.seconds(wire, trial) - task.seconds(wire, devices))
-            if score < best:
-                devices, best, improved = tuple(trial), task.score(trial), True
+        for one in range(len(devices)):
+            for two in _nearer(task, devices, one):
+                trial = list(devices)
+                trial[one], trial[two] = devices[two], devices[one]
+                changes, sent = _changes(task, devices, trial, (one, two))
+                other = next((best.loads[place] for place in order if place not in changes), 0.0)
+                load = max(other, *(best.loads[place] + more for place, more in changes.items()))
+                if _better(load, best.sent + sent, best.loads[order[0]], best.sent):
+                    for place, more in changes.items():
+                        best.loads[place] += more
+                    best.sent += sent
+                    devices, improved, order = tuple(trial), True, _heaviest_first(best)
+        best = task.score(devices)  # without what rounding has left
     return devices
+
+
+def _changes(
+    task: _Task, devices: Sequence[int], trial: Sequence[int], places: tuple[int, int]
+) -> tuple[dict[int, float], float]:
+    """The seconds that an exchange at two places adds to the load of each place, and to the total on all links."""
+    loads, sent = dict.fromkeys(places, 0.0), 0.0
+    for wire in {wire for place in places for wire in task.wires_at[place]}:
+        more = task.seconds(wire, trial) - task.seconds(wire, devices)
+        for place in (wire.first, wire.second):
+            loads[place] = loads.get(place, 0.0) + more
+        sent += more
+    return loads, sent
+
+
+def _nearer(task: _Task, devices: Sequence[int], place: int) -> list[int]:
+    """The places with a device like that of ``place`` that would make a wire of it faster; only those can be better."""
+    here = devices[place]
+    found: set[int] = set()
+    for wire in task.wires_at[place]:
+        other = devices[wire.second if wire.first == place else wire.first]
+        now = task.cluster.transfer_seconds(here, other, wire.nbytes)
+        for link, near in task.by_link[other].items():
+            if link.seconds(wire.nbytes) < now:
+                found.update(near)
+    found = {device for device in found if task.kind_of[device] == task.kind_of[here]}
+    return [at for at, device in enumerate(devices) if device in found] if found else []
+
+
+def _heaviest_first(score: Score) -> list[int]:
+    return sorted(range(len(score.loads)), key=lambda place: -score.loads[place])
 
 
 class _Search:

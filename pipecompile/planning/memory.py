@@ -26,7 +26,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from pipecompile.ir.graph import CostedGraph
-from pipecompile.ir.instruction import Backward, BackwardWeight, Forward, Instruction, Recv, Send, Step, Update
+from pipecompile.ir.instruction import Backward, BackwardWeight, Forward, Instruction, Step, Update
 from pipecompile.ir.json_io import Json
 from pipecompile.ir.plan import Plan, members
 from pipecompile.ir.program import Program
@@ -108,18 +108,16 @@ def memory(
         timeline: of the program, simulated or measured; without it ``waiting`` is an upper bound.
     """
     stages = stage_states(costed, plan, program, optimizer_state, buffers, tail, step, timeline)
-    rank_of = program.plan.rank_of
-    ranks = [
-        sum(s.now.total for s, r in zip(stages, rank_of, strict=True) if r == rank)
-        for rank in range(len(program.ranks))
-    ]
-    for rank, row in enumerate(program.ranks):
-        mine = [state for state, r in zip(stages, rank_of, strict=True) if r == rank]
+    on_rank: list[list[StageState]] = [[] for _ in program.ranks]
+    for state, rank in zip(stages, program.plan.rank_of, strict=True):
+        on_rank[rank].append(state)
+    ranks = [sum(state.total for state in mine) for mine in on_rank]
+    for rank, (row, mine) in enumerate(zip(program.ranks, on_rank, strict=True)):
         for i in row:
             if isinstance(i, Forward | Backward | BackwardWeight | Step | Update):
                 stages[i.stage].do(i)
-                others = sum(state.now.total for state in mine if state is not stages[i.stage])
-                ranks[rank] = max(ranks[rank], others + stages[i.stage].latest.total)
+                others = sum(state.total for state in mine if state is not stages[i.stage])
+                ranks[rank] = max(ranks[rank], others + stages[i.stage].latest)
         ranks[rank] = max(ranks[rank], sum(state.end().total for state in mine))
     return Memory(tuple(state.most for state in stages), tuple(ranks))
 
@@ -136,6 +134,7 @@ def stage_states(
 ) -> list[StageState]:
     """What each stage holds before its first instruction. Arguments are those of ``memory``."""
     in_flight = versions(program).in_flight
+    clock = None if timeline is None else _Clock(program, timeline)
     stages = []
     for stage, stash in enumerate(stash_at_start(program)):
         work = load(costed, plan, stage)
@@ -148,9 +147,7 @@ def stage_states(
             tail=tail if stage == plan.num_stages - 1 else 0,
         )
         copies = {"single": STEP_COPIES * max(owned, default=0), "foreach": sum(owned), "fused": 0}[step]
-        waiting = (
-            _Bound(work, plan, stage, in_flight) if timeline is None else _Clock(work, plan, stage, program, timeline)
-        )
+        waiting = _Bound(work, plan, stage, in_flight) if clock is None else clock.waiting(work, plan, stage)
         stages.append(StageState(work, fixed, trainable, copies, stash, waiting, program.updated))
     return stages
 
@@ -186,20 +183,38 @@ class _Bound:
 
 
 class _Clock:
-    """The waiting bytes by a timeline: what has arrived when an instruction ends, minus what is no longer needed."""
+    """When each instruction of a program ends, and the microbatches that each stage runs."""
 
-    def __init__(self, work: Load, plan: Plan, stage: int, program: Program, timeline: Timeline) -> None:
+    def __init__(self, program: Program, timeline: Timeline) -> None:
         self.ends = {span.instruction: span.end for span in timeline.spans}
-        computed = [i for i in (*program.instructions, *program.carried) if not isinstance(i, Send | Recv)]
-        mine = {i.microbatch for i in computed if isinstance(i, Forward) and i.stage == stage}
-        backward = {i.microbatch for i in program.instructions if isinstance(i, Backward) and i.stage == stage}
-        self.arrivals = [
-            (nbytes, sorted(self.ends.get(Forward(plan.runner(source, k), k), 0.0) for k in mine))
+        self.forward: list[set[int]] = [set() for _ in range(program.plan.num_stages)]
+        self.backward: list[set[int]] = [set() for _ in range(program.plan.num_stages)]
+        for i in program.instructions:
+            if isinstance(i, Forward):
+                self.forward[i.stage].add(i.microbatch)
+            elif isinstance(i, Backward):
+                self.backward[i.stage].add(i.microbatch)
+        for i in program.carried:
+            if isinstance(i, Forward):
+                self.forward[i.stage].add(i.microbatch)
+
+    def waiting(self, work: Load, plan: Plan, stage: int) -> _Arrivals:
+        """What waits in a stage."""
+        arrivals = [
+            (nbytes, sorted(self.ends.get(Forward(plan.runner(source, k), k), 0.0) for k in self.forward[stage]))
             for source, nbytes in _once(work.received, plan).items()
         ] + [
-            (nbytes, sorted(self.ends.get(Backward(plan.runner(target, k), k), 0.0) for k in backward))
+            (nbytes, sorted(self.ends.get(Backward(plan.runner(target, k), k), 0.0) for k in self.backward[stage]))
             for target, nbytes in _once(work.returned, plan).items()
         ]
+        return _Arrivals(self.ends, arrivals)
+
+
+class _Arrivals:
+    """The waiting bytes by a timeline: what has arrived when an instruction ends, minus what is no longer needed."""
+
+    def __init__(self, ends: Mapping[Instruction, float], arrivals: Sequence[tuple[int, list[float]]]) -> None:
+        self.ends, self.arrivals = ends, arrivals
         self.until, self.done, self.last = 0.0, 0, False
 
     def reach(self, i: Instruction) -> None:
@@ -220,14 +235,17 @@ class StageState:
         trainable: int,
         step: int,
         stash: Stash,
-        waiting: _Bound | _Clock,
+        waiting: _Bound | _Arrivals,
         updated: Set[Step],
     ) -> None:
         self.work, self.fixed, self.trainable, self.step = work, fixed, trainable, step
         self.stash, self.waiting, self.updated = stash, waiting, updated
         self.has_gradients = False
         self.made = 0  # microbatches whose outputs exist
-        self.most = self.latest = self.now
+        self.always = fixed.total
+        self.most = self.now
+        self.latest = self.total  # the peak bytes during the last instruction
+        self.peak = self.latest
 
     @property
     def now(self) -> Bytes:
@@ -242,29 +260,47 @@ class StageState:
             outputs=self.made * self.work.outputs,
         )
 
+    @property
+    def total(self) -> int:
+        """The bytes of ``now``, which large programs ask for at each instruction."""
+        count = len(self.stash.in_flight)
+        return (
+            self.always
+            + self.trainable * (self.has_gradients + self.stash.live - 1)
+            + (count + len(self.stash.held)) * self.work.saved
+            + self.waiting.nbytes(count)
+            + self.made * self.work.outputs
+        )
+
     def do(self, i: Forward | Backward | BackwardWeight | Step | Update) -> None:
         """Processes an instruction; ``latest`` is the peak during it."""
         self.waiting.reach(i)
-        before, work = self.now, self.work
+        self.latest = 0
         match i:
             case Forward():
-                during = replace(before, working=work.forward)
+                self._reach(self.work.forward)
                 self.made += 1
             case BackwardWeight():
-                during = replace(before, working=work.backward)
+                self._reach(self.work.backward)
             case Backward() if self.has_gradients or not self.trainable:
-                during = replace(before, working=work.backward)
+                self._reach(self.work.backward)
             case Backward():
-                during = replace(before, working=work.first_backward)
+                self._reach(self.work.first_backward)
                 self.has_gradients = True
             case Step() | Update():
-                during = before
+                self._reach(0)
         self.stash.do(i)
         if isinstance(i, Update | Step) and i not in self.updated:  # weights still in use are copied before it begins
-            during = replace(self.now, working=self.step)
+            self._reach(self.step)
             self.has_gradients = False
-        self.latest = max(before, during, self.now, key=lambda held: held.total)
-        self.most = max(self.most, self.latest, key=lambda held: held.total)
+        self._reach(0)
+
+    def _reach(self, working: int) -> None:
+        """Notes what is held now, with ``working`` bytes beside it."""
+        total = self.total + working
+        self.latest = max(self.latest, total)
+        if total > self.peak:
+            self.peak, self.most = total, replace(self.now, working=working)
 
     def end(self) -> Bytes:
         """Ends the step: outputs are joined, and the optimizer steps if it has not yet."""

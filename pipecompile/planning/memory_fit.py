@@ -153,12 +153,17 @@ class Fitting:
 
     def _training(self, again: Sequence[bool]) -> Training:
         """The microbatches in flight and live weight versions of each stage; without optimizer state."""
+        in_flight, live = self._held
+        return Training(in_flight, live, 0.0, tuple(again), asynchronous=self.work.asynchronous)
+
+    @cached_property
+    def _held(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The most microbatches in flight, and the most live weight versions, of each stage in a chain."""
         chain = self.request.chain(len(self.cluster))
         flight = versions(self.work.schedule(chain, self.work.microbatches))
         groups = [chain.replicas[first] for first in sorted(set(chain.replica_of))]
         in_flight = tuple(max(flight.in_flight[stage] for stage in group) for group in groups)
-        live = tuple(max(flight.live[stage] for stage in group) for group in groups)
-        return Training(in_flight, live, 0.0, tuple(again), asynchronous=self.work.asynchronous)
+        return in_flight, tuple(max(flight.live[stage] for stage in group) for group in groups)
 
     @property
     def _is_free(self) -> bool:

@@ -58,13 +58,13 @@ def _levels(program: Program, rank: int, timeline: Timeline, states: Sequence[St
         if not isinstance(i, Forward | Backward | BackwardWeight | Step | Update):
             continue
         span, state = times[i], states[i.stage]
-        others = sum(each.now.total for each in mine if each is not state)
+        others = sum(each.total for each in mine if each is not state)
         if span.start - zero > at:
-            yield Level(at, span.start - zero, others + state.now.total, "between computations")
+            yield Level(at, span.start - zero, others + state.total, "between computations")
         state.do(i)
         at = span.end - zero
-        yield Level(span.start - zero, at, others + state.latest.total, f"during {i}")
+        yield Level(span.start - zero, at, others + state.latest, f"during {i}")
     if at < makespan:
-        yield Level(at, makespan, sum(each.now.total for each in mine), "between computations")
+        yield Level(at, makespan, sum(each.total for each in mine), "between computations")
     last = sum(state.end().total for state in mine)
     yield Level(makespan, (1 + STEP_SHARE) * makespan, last, "outputs joined; optimizer step, if it is still to come")

@@ -26,7 +26,6 @@ no program made here can deadlock, even if several stages share a rank: their ro
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from itertools import product
 
 from pipecompile.errors import InputError
 from pipecompile.ir.instruction import Backward, Compute, Forward, Instruction, Reduce, Step
@@ -72,8 +71,12 @@ def forwards(plan: Plan, num_microbatches: int) -> tuple[Forward, ...]:
     """
     if num_microbatches < 1:
         raise InputError(f"num_microbatches must be at least 1; got {num_microbatches}")
-    pairs = product(range(plan.num_stages), range(num_microbatches))
-    return tuple(Forward(stage, k) for stage, k in pairs if plan.runs(stage, k))
+    groups = plan.replicas
+    return tuple(
+        Forward(stage, k)
+        for stage, group in enumerate(groups)
+        for k in range(group.index(stage), num_microbatches, len(group))
+    )
 
 
 def backwards(plan: Plan, num_microbatches: int) -> tuple[Backward, ...]:
