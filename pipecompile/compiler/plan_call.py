@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -43,6 +43,7 @@ class Planner:
         reach: what the model's forward may change.
         cluster: the devices with their links, if these are known.
         apart: whether its ranks are in several processes.
+        made: the costs so far, each of another graph or of other sizes.
     """
 
     options: Options
@@ -50,6 +51,7 @@ class Planner:
     reach: Reach
     cluster: Cluster | None
     apart: bool
+    made: list[CostedGraph] = field(default_factory=list)
 
     def planned(self, division: Division, graph: Graph, work: Workload) -> Planned:
         """The plan of a division, remembered or new."""
@@ -149,8 +151,13 @@ class Planner:
                 threads = threads_each(self.devices)
                 return profile(captured, graph, given, self.devices[0], threads=threads, kind=kind)
 
+        for costed in self.made:
+            if costed.graph == graph:
+                return costed
         with phase("profile"):
-            return recall.costed(graph, measure)
+            costed = recall.costed(graph, measure)
+        self.made.append(costed)
+        return costed
 
     def _recall(self, captured: Captured, graph: Graph) -> Recall:
         """What earlier processes have measured and planned; nothing, unless all is measured on this machine."""

@@ -154,8 +154,9 @@ class Walk:
         return figures
 
     def _figures(self, run: Call, share: Share = lambda seconds: ENOUGH) -> Figures:
+        allocated = run.allocated()  # first, since a first run takes longer
         forward, backward = self.meter.seconds(run, share)
-        return forward, backward, *run.allocated()
+        return forward, backward, *allocated
 
     def _wants_a_constants_values(self, node: fx.Node) -> bool:
         """Whether a node may need the values of an integer tensor of the model, which fake tensors do not have."""

@@ -1,7 +1,10 @@
 """Solves a partitioning problem: the best plan found, and a lower bound.
 
-    contract atoms without loss -> interval programs over many orders -> minimum cuts -> one program over all of them
+    contract atoms without loss -> interval programs over some orders -> minimum cuts -> one program over all of them
         -> the exact search, first for the relaxed problem, then for the problem itself
+
+A few orders usually give a plan from which a quick exact search proves an optimum. Otherwise many orders follow, and
+longer searches, unless the plan is within ``CLOSE`` of the lower bound.
 
 The bottleneck never exceeds that of the best interval plan, because its boundaries are among the candidates. The exact
 search runs twice. The relaxed problem, without memory limits and with empty stages allowed, has fewer atoms and a lower
@@ -25,7 +28,7 @@ from typing import NoReturn
 
 from pipecompile.errors import InfeasibleError, PlanError
 from pipecompile.ir.plan_quality import SLACK, Quality
-from pipecompile.partition.solver.candidate_pool import pooled
+from pipecompile.partition.solver.candidate_pool import FEW_ORDERS, MOST_ORDERS, pooled
 from pipecompile.partition.solver.chain_dp import Chain
 from pipecompile.partition.solver.coarsen import lossless, lossy
 from pipecompile.partition.solver.contraction import Contraction
@@ -43,6 +46,7 @@ MOST_NEAR = 1_500  # near the boundaries, for larger problems
 BEAMS, ZOOMED = (150_000, 500_000), (60_000,)  # sets per window in a beam, times free atoms
 MOST_OTHERS = 40
 SEARCHING = 0.95  # of the time; the rest is for an equally good plan with less communication
+CLOSE = 1e-3  # relative to the lower bound: what a longer search could gain is less than costs are known to
 SHARE = 0.4  # of the remaining time, for a first plan, and for a quick proof
 TRADING = 1.0  # CPU seconds for plans with less communication
 SLACKS = (1.02, 1.05, 1.1, 1.2, 1.4)  # relative to the smallest bottleneck
@@ -74,7 +78,7 @@ def solve(problem: Problem, budget: float | None = None, others: bool = False) -
     begin = thread_time()
     _refuse_impossible(problem)
     search = _Search(problem, _filled(lossless(problem), problem), Deadline.after(budget))
-    search.run()
+    search.run(thorough=others)
     if search.stage_of is None:
         _refuse(problem, search.lower == inf)
     check(problem, search.stage_of)
@@ -108,8 +112,23 @@ class _Search:
         elif self.problem.bounded:
             yield lossless(self.problem)
 
-    def run(self) -> None:
-        """Searches until the plan is proven optimal, or time or effort is used up."""
+    def run(self, thorough: bool) -> None:
+        """Searches until the plan is proven optimal, or time or effort is used up.
+
+        Args:
+            thorough: whether to try all orders, even if the first ones are enough to prove an optimum.
+        """
+        if not thorough and len(self.base.problem) <= MOST_EXACT_ATOMS:
+            with suppress(OutOfTime):
+                self._first_plan(self.deadline.part(SHARE), FEW_ORDERS)
+                self._bound()
+                self._prove(QUICKLY, self.deadline.part(SHARE))
+        if not self._is_done:
+            self._search(thorough)
+        self._break_tie()
+
+    def _search(self, thorough: bool) -> None:
+        """Searches with all efforts, the cheapest first."""
         with suppress(OutOfTime):
             self._first_plan(self.deadline.part(SHARE))
         with suppress(OutOfTime):
@@ -117,11 +136,12 @@ class _Search:
                 self._bound()
                 with suppress(OutOfTime):
                     self._prove(QUICKLY, self.deadline.part(SHARE))
+                if self._is_close and not thorough:
+                    return
                 self._refine(BEAMS)
                 self._prove(PATIENTLY, self.deadline)
             elif self.plans:
                 self._zoom()
-        self._break_tie()
 
     def others(self) -> tuple[tuple[int, ...], ...]:
         """Up to ``MOST_OTHERS`` other plans: plans with less communication, and plans of single orders."""
@@ -144,6 +164,11 @@ class _Search:
     def _is_done(self) -> bool:
         return self.lower == inf or (self.stage_of is not None and self.upper <= self.lower * (1 + SLACK))
 
+    @property
+    def _is_close(self) -> bool:
+        """Whether a better plan would be better by less than ``CLOSE``."""
+        return self.stage_of is not None and self.upper <= self.lower * (1 + CLOSE)
+
     def _improve(self, stage_of: tuple[int, ...]) -> bool:
         """Records a plan if it is better than all before."""
         seconds = bottleneck(self.problem, stage_of)
@@ -158,13 +183,13 @@ class _Search:
             stage_of = coarse.expand(chain.stage_of) if coarse else chain.stage_of
             self.plans.insert(0 if self._improve(self.base.expand(stage_of)) else len(self.plans), stage_of)
 
-    def _first_plan(self, deadline: Deadline) -> None:
-        """Finds a first plan; without contraction if contracted atoms leave a required stage empty."""
+    def _first_plan(self, deadline: Deadline, most: int = MOST_ORDERS) -> None:
+        """Finds a first plan, among so many orders; without contraction if contracted atoms leave a required stage empty."""
         for base in (self.base, Contraction.identity(self.problem)):
             self.base, coarse = base, Contraction.identity(base.problem)
             if len(base.problem) > MOST_ATOMS:
                 coarse = _filled(lossy(base.problem, MOST_ATOMS), base.problem)
-            self._follow(pooled(coarse.problem, deadline), coarse)
+            self._follow(pooled(coarse.problem, deadline, most), coarse)
             if self.plans:
                 return
 
