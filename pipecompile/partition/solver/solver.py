@@ -184,7 +184,12 @@ class _Search:
             self.plans.insert(0 if self._improve(self.base.expand(stage_of)) else len(self.plans), stage_of)
 
     def _first_plan(self, deadline: Deadline, most: int = MOST_ORDERS) -> None:
-        """Finds a first plan, among so many orders; without contraction if contracted atoms leave a required stage empty."""
+        """Finds a first plan, without contraction if contracted atoms leave a required stage empty.
+
+        Args:
+            deadline: when to stop.
+            most: orders to try.
+        """
         for base in (self.base, Contraction.identity(self.problem)):
             self.base, coarse = base, Contraction.identity(base.problem)
             if len(base.problem) > MOST_ATOMS:
