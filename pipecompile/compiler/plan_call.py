@@ -29,7 +29,9 @@ from pipecompile.planning.microbatch_count import compared, numbers
 from pipecompile.planning.planned import Planned, chosen, planned
 from pipecompile.planning.training_spec import Workload
 from pipecompile.profile import profile
+from pipecompile.profile.budget import SECONDS
 
+BRIEF = 0.1  # seconds of timed runs at a second size, of which the plan reads only how seconds depend on rows
 WORTH = 5e-3  # seconds of a stage per microbatch; for faster stages, the usual number of microbatches stays
 
 
@@ -129,7 +131,7 @@ class Planner:
         body = replace(division.body, microbatch=size)
         graph = summarize(body)
         try:
-            other = self._costed(body, graph, self._recall(body, graph))
+            other = self._costed(body, graph, self._recall(body, graph), seconds=BRIEF)
         except ExecutionError as error:
             LOGGER.info("two microbatches per stage, since costs of another size cannot be measured: %s", error)
             return None
@@ -139,8 +141,8 @@ class Planner:
 
         return compared(found, other, (rows, size), batch, tried, at)
 
-    def _costed(self, captured: Captured, graph: Graph, recall: Recall) -> CostedGraph:
-        """The costs of a capture: measured, counted, or given by the user for the same graph."""
+    def _costed(self, captured: Captured, graph: Graph, recall: Recall, seconds: float = SECONDS) -> CostedGraph:
+        """The costs of a capture: measured for so many seconds, counted, or given by the user for the same graph."""
         given = self.options.costs
         if isinstance(given, CostedGraph):
             return reused(given, graph)
@@ -148,8 +150,8 @@ class Planner:
 
         def measure() -> CostedGraph:
             with left_as_before(captured.model, reach=self.reach):  # profiling runs parts kept whole
-                threads = threads_each(self.devices)
-                return profile(captured, graph, given, self.devices[0], threads=threads, kind=kind)
+                threads, device = threads_each(self.devices), self.devices[0]
+                return profile(captured, graph, given, device, threads=threads, kind=kind, seconds=seconds)
 
         for costed in self.made:
             if costed.graph == graph:
