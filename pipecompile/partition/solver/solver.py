@@ -3,8 +3,8 @@
     contract atoms without loss -> interval programs over some orders -> minimum cuts -> one program over all of them
         -> the exact search, first for the relaxed problem, then for the problem itself
 
-A few orders usually give a plan from which a quick exact search proves an optimum. Otherwise many orders follow, and
-longer searches, unless the plan is within ``CLOSE`` of the lower bound.
+A few orders usually give a plan from which a quick exact search proves an optimum. Many orders and longer searches
+follow only if the plan is not even within ``CLOSE`` of the lower bound.
 
 The bottleneck never exceeds that of the best interval plan, because its boundaries are among the candidates. The exact
 search runs twice. The relaxed problem, without memory limits and with empty stages allowed, has fewer atoms and a lower
@@ -46,7 +46,7 @@ MOST_NEAR = 1_500  # near the boundaries, for larger problems
 BEAMS, ZOOMED = (150_000, 500_000), (60_000,)  # sets per window in a beam, times free atoms
 MOST_OTHERS = 40
 SEARCHING = 0.95  # of the time; the rest is for an equally good plan with less communication
-CLOSE = 1e-3  # relative to the lower bound: what a longer search could gain is less than costs are known to
+CLOSE = 3e-3  # relative to the lower bound: what a longer search could gain is less than costs are known to
 SHARE = 0.4  # of the remaining time, for a first plan, and for a quick proof
 TRADING = 1.0  # CPU seconds for plans with less communication
 SLACKS = (1.02, 1.05, 1.1, 1.2, 1.4)  # relative to the smallest bottleneck
@@ -113,21 +113,21 @@ class _Search:
             yield lossless(self.problem)
 
     def run(self, thorough: bool) -> None:
-        """Searches until the plan is proven optimal, or time or effort is used up.
+        """Searches until the plan is proven optimal, or soon found to be close, or time or effort is used up.
 
         Args:
-            thorough: whether to try all orders, even if the first ones are enough to prove an optimum.
+            thorough: whether to search with all efforts, even if a quick search is enough.
         """
         if not thorough and len(self.base.problem) <= MOST_EXACT_ATOMS:
             with suppress(OutOfTime):
                 self._first_plan(self.deadline.part(SHARE), FEW_ORDERS)
                 self._bound()
                 self._prove(QUICKLY, self.deadline.part(SHARE))
-        if not self._is_done:
-            self._search(thorough)
+        if thorough or not self._is_close:
+            self._search()
         self._break_tie()
 
-    def _search(self, thorough: bool) -> None:
+    def _search(self) -> None:
         """Searches with all efforts, the cheapest first."""
         with suppress(OutOfTime):
             self._first_plan(self.deadline.part(SHARE))
@@ -136,8 +136,6 @@ class _Search:
                 self._bound()
                 with suppress(OutOfTime):
                     self._prove(QUICKLY, self.deadline.part(SHARE))
-                if self._is_close and not thorough:
-                    return
                 self._refine(BEAMS)
                 self._prove(PATIENTLY, self.deadline)
             elif self.plans:
@@ -167,7 +165,7 @@ class _Search:
     @property
     def _is_close(self) -> bool:
         """Whether a better plan would be better by less than ``CLOSE``."""
-        return self.stage_of is not None and self.upper <= self.lower * (1 + CLOSE)
+        return self._is_done or (self.stage_of is not None and self.upper <= self.lower * (1 + CLOSE))
 
     def _improve(self, stage_of: tuple[int, ...]) -> bool:
         """Records a plan if it is better than all before."""
