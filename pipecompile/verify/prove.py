@@ -1,9 +1,7 @@
 """The check of a capture before it trains: one step is compared with the unsplit model's, on a slice of the batch.
 
 The slice has two rows per microbatch, and three in the first, so that a lost microbatch, or one weighted as if all were
-equal, shows. Where this is no less than the batch, one row per microbatch and two in the first show the same in less
-time; but since a model may treat a single row in another way, only equal results count there. Both models draw the same
-random numbers. The check leaves no trace in the model.
+equal, shows. Both models draw the same random numbers. The check leaves no trace in the model.
 
 A value that differs by more than ``comparison.allowed`` is compared again with a tolerance from the unsplit model's own
 rounding (``rounding``). If that tolerance could hide a lost microbatch, the proof says so.
@@ -50,13 +48,11 @@ def prove(trial: Trial) -> Proof:
     functions = [] if trial.loss_fn is None else [trial.loss_fn]
     trial = replace(trial, reach=reach_of(trial.model, functions))
     with _nothing_left(trial):
-        if why := incomparable(trial):
-            return _unproven(trial, why)
-        if (few := _slice(trial, 1)) is not None and _slice(trial, 2) is None and (proof := _equal(few)) is not None:
-            return replace(proof, of=_rows(trial), seconds=time.perf_counter() - start)
-        for candidate in (sliced := _slice(trial, 2), trial):
+        for candidate in (sliced := _slice(trial), trial):
             if candidate is None:
                 continue
+            if why := incomparable(candidate):
+                return _unproven(trial, why)
             try:
                 proof = _compare(candidate)
             except ExactnessError:
@@ -79,18 +75,13 @@ def _rows(trial: Trial) -> int:
     return trial.batch.call.batch or 1
 
 
-def _slice(trial: Trial, each: int) -> Trial | None:
-    """The trial on fewer rows, which tell microbatches apart; None if the batch is no larger or cannot be sliced.
-
-    Args:
-        trial: the trial.
-        each: rows per microbatch; the first has one more.
-    """
+def _slice(trial: Trial) -> Trial | None:
+    """The trial on the fewest rows that tell microbatches apart; None if the batch is no larger or cannot be sliced."""
     batch = trial.batch
-    count = each * len(batch.rows) + 1
+    count = 2 * len(batch.rows) + 1
     if batch.call.batch is None or batch.call.batch <= count:
         return None
-    rows = Rows((each + 1, *(each,) * (len(batch.rows) - 1)))
+    rows = Rows((3, *(2,) * (len(batch.rows) - 1)))
     call = copied(batch.call, count)
     try:
         if batch.compiled.broken(call, rows):
@@ -98,33 +89,6 @@ def _slice(trial: Trial, each: int) -> Trial | None:
     except Exception:  # guards on input values cannot be computed from fewer rows
         return None
     return replace(trial, batch=replace(batch, call=call, rows=rows))
-
-
-def _equal(trial: Trial) -> Proof | None:
-    """The comparison of a trial whose results are equal; None if they differ, for whatever reason, or it cannot run."""
-    if apart(trial):
-        return None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the few rows
-            split, seeds = split_step(trial.fresh())
-            whole = unsplit_step(trial.fresh(), Rows((_rows(trial),)), seeds)
-            found = differences(split, whole, _coarsest(trial))
-    except Exception:
-        return None
-    found = tuple(it for it in found if not _moved_otherwise(trial, it))
-    if any(it.verdict == "different" for it in found) or not all(map(_is_finite, whole.gradients.values())):
-        return None
-    return Proof(_rows(trial), trial.rows.counts, found)
-
-
-def _is_finite(gradient: torch.Tensor | None) -> bool:
-    return gradient is None or gradient.layout != torch.strided or bool(gradient.isfinite().all())
-
-
-def _coarsest(trial: Trial) -> torch.dtype | None:
-    """The least precise floating dtype that the model computes in."""
-    return coarsest_type(node.meta.get("val") for node in trial.captured.graph.nodes)
 
 
 def _compare(trial: Trial) -> Proof:
@@ -151,7 +115,7 @@ def _compare(trial: Trial) -> Proof:
     except torch.OutOfMemoryError:
         whole_run = unsplit_step(trial.fresh(), parts, seeds, torch.device("cpu"))
         note = "; ".join(filter(None, [note, "the unsplit model ran on the CPU"]))
-    coarsest = _coarsest(trial)
+    coarsest = coarsest_type(node.meta.get("val") for node in trial.captured.graph.nodes)
     found = differences(split, whole_run, coarsest)
     found = tuple(it for it in found if not (_moved_otherwise(trial, it) or (why and _written_once(trial, it))))
     if any(

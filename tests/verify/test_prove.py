@@ -243,16 +243,14 @@ def test_other_words_are_refused(verify: Any) -> None:
         pipe_of(Residual(), verify=verify)
 
 
-@pytest.mark.parametrize(("rows", "compared"), [(12, "9 of 12 rows"), (8, "5 of 8 rows")])
-def test_a_lost_microbatch_shows_in_every_floating_type(rows: int, compared: str) -> None:
+def test_a_lost_microbatch_shows_in_every_floating_type() -> None:
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         model = blocks(4).to(dtype)
         pipe = pipecompile.compile(model, CPU, microbatches=4, costs="count", loss_fn=F.mse_loss)
-        data = torch.randn(rows, D, dtype=dtype)
-        pipe(data, target=torch.randn(rows, D, dtype=dtype))
+        data = torch.randn(12, D, dtype=dtype)
+        pipe(data, target=torch.randn(12, D, dtype=dtype))
         (line,) = pipe.pipeline.report.verified
         assert "gradients" in line
-        assert compared in line
         pipe = pipecompile.compile(model, CPU, microbatches=4, costs="count", loss_fn=F.mse_loss)
         pipe.pipeline.prepare(data, target=data)
         losing = pipe.pipeline._batches.first
@@ -265,30 +263,7 @@ def test_a_lost_microbatch_shows_in_every_floating_type(rows: int, compared: str
         body.recompile()
         _CALLS.clear()
         with pytest.raises(ExactnessError):
-            pipe(data, target=torch.randn(rows, D, dtype=dtype))
-
-
-class OneRowIsOther(nn.Module):
-    """A part that treats a single row in another way, or not at all."""
-
-    def __init__(self, refuses: bool) -> None:
-        super().__init__()
-        self.refuses, self.inner = refuses, nn.Linear(D, D)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if len(x) == 1 and self.refuses:
-            raise ValueError("more than one row is needed")
-        return self.inner(x) * (2 if len(x) == 1 else 1)
-
-
-@pytest.mark.parametrize("refuses", [True, False])
-def test_a_model_that_treats_a_single_row_in_another_way_is_compared_on_the_whole_batch(refuses: bool) -> None:
-    model = nn.Sequential(blocks(1), OneRowIsOther(refuses), blocks(1)).double()
-    model.eval()  # in training, a leaf is compared on its own microbatches
-    pipe = pipe_of(model, microbatches=4, leaf_modules=["1"])
-    pipe(x(8))
-    (line,) = pipe.pipeline.report.verified
-    assert "8 of 8 rows in microbatches of 2, 2, 2, 2" in line
+            pipe(data, target=torch.randn(12, D, dtype=dtype))
 
 
 _CALLS: list[int] = []

@@ -4,7 +4,7 @@
         -> the exact search, first for the relaxed problem, then for the problem itself
 
 A few orders usually give a plan from which a quick exact search proves an optimum. Many orders and longer searches
-follow only if the plan is not even within ``CLOSE`` of the lower bound.
+follow only if the plan is not as close to the lower bound as is asked for.
 
 The bottleneck never exceeds that of the best interval plan, because its boundaries are among the candidates. The exact
 search runs twice. The relaxed problem, without memory limits and with empty stages allowed, has fewer atoms and a lower
@@ -46,7 +46,6 @@ MOST_NEAR = 1_500  # near the boundaries, for larger problems
 BEAMS, ZOOMED = (150_000, 500_000), (60_000,)  # sets per window in a beam, times free atoms
 MOST_OTHERS = 40
 SEARCHING = 0.95  # of the time; the rest is for an equally good plan with less communication
-CLOSE = 3e-3  # relative to the lower bound: what a longer search could gain is less than costs are known to
 SHARE = 0.4  # of the remaining time, for a first plan, and for a quick proof
 TRADING = 1.0  # CPU seconds for plans with less communication
 SLACKS = (1.02, 1.05, 1.1, 1.2, 1.4)  # relative to the smallest bottleneck
@@ -62,7 +61,7 @@ class Solution:
     others: tuple[tuple[int, ...], ...] = ()  # further plans, if requested
 
 
-def solve(problem: Problem, budget: float | None = None, others: bool = False) -> Solution:
+def solve(problem: Problem, budget: float | None = None, others: bool = False, close: float = SLACK) -> Solution:
     """The best plan found. The same problem gives the same plan, unless the budget ends the search.
 
     Args:
@@ -70,6 +69,7 @@ def solve(problem: Problem, budget: float | None = None, others: bool = False) -
         budget: CPU seconds after which the search ends with the best plan so far.
         others: whether to keep other plans found during the search, and to search for plans with less communication,
             for up to ``TRADING`` further CPU seconds.
+        close: relative to the lower bound: a quick search that leaves no more than this to gain is the last one.
 
     Raises:
         InfeasibleError: there are more seats than atoms, or no plan meets the memory limits and fixed stages.
@@ -77,7 +77,7 @@ def solve(problem: Problem, budget: float | None = None, others: bool = False) -
     """
     begin = thread_time()
     _refuse_impossible(problem)
-    search = _Search(problem, _filled(lossless(problem), problem), Deadline.after(budget))
+    search = _Search(problem, _filled(lossless(problem), problem), Deadline.after(budget), close)
     search.run(thorough=others)
     if search.stage_of is None:
         _refuse(problem, search.lower == inf)
@@ -90,7 +90,8 @@ def solve(problem: Problem, budget: float | None = None, others: bool = False) -
 class _Search:
     """The best plan and the best lower bound so far."""
 
-    def __init__(self, problem: Problem, base: Contraction, deadline: Deadline) -> None:
+    def __init__(self, problem: Problem, base: Contraction, deadline: Deadline, close: float) -> None:
+        self.close = close
         self.problem, self.end, self.deadline = problem, deadline, deadline.part(SEARCHING)
         self.base = base  # the problem in which plans are searched
         self.stage_of: tuple[int, ...] | None = None
@@ -164,8 +165,8 @@ class _Search:
 
     @property
     def _is_close(self) -> bool:
-        """Whether a better plan would be better by less than ``CLOSE``."""
-        return self._is_done or (self.stage_of is not None and self.upper <= self.lower * (1 + CLOSE))
+        """Whether a better plan would be better by less than ``close``."""
+        return self._is_done or (self.stage_of is not None and self.upper <= self.lower * (1 + self.close))
 
     def _improve(self, stage_of: tuple[int, ...]) -> bool:
         """Records a plan if it is better than all before."""
