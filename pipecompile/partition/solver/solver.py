@@ -240,7 +240,7 @@ class _Search:
         """Refines the best plan near its boundaries."""
         best = self.plans[0]
         near = near_boundaries(self.base.problem, best, MOST_NEAR)
-        inner = _Search(near.problem, Contraction.identity(near.problem), self.deadline)
+        inner = _Search(near.problem, Contraction.identity(near.problem), self.deadline, self.close)
         inner.lower = self.lower
         stages = dict(zip(near.atom_of, best, strict=True))
         inner._follow(iter([Chain(self.upper, tuple(stages[atom] for atom in range(len(near.problem))))]))
