@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -29,7 +29,9 @@ from pipecompile.planning.microbatch_count import compared, numbers
 from pipecompile.planning.planned import Planned, chosen, planned
 from pipecompile.planning.training_spec import Workload
 from pipecompile.profile import profile
+from pipecompile.profile.budget import SECONDS
 
+BRIEF = 0.1  # seconds of timed runs at a second size, of which the plan reads only how seconds depend on rows
 WORTH = 5e-3  # seconds of a stage per microbatch; for faster stages, the usual number of microbatches stays
 
 
@@ -43,6 +45,7 @@ class Planner:
         reach: what the model's forward may change.
         cluster: the devices with their links, if these are known.
         apart: whether its ranks are in several processes.
+        made: the costs so far, each of another graph or of other sizes.
     """
 
     options: Options
@@ -50,6 +53,7 @@ class Planner:
     reach: Reach
     cluster: Cluster | None
     apart: bool
+    made: list[CostedGraph] = field(default_factory=list)
 
     def planned(self, division: Division, graph: Graph, work: Workload) -> Planned:
         """The plan of a division, remembered or new."""
@@ -127,7 +131,7 @@ class Planner:
         body = replace(division.body, microbatch=size)
         graph = summarize(body)
         try:
-            other = self._costed(body, graph, self._recall(body, graph))
+            other = self._costed(body, graph, self._recall(body, graph), seconds=BRIEF)
         except ExecutionError as error:
             LOGGER.info("two microbatches per stage, since costs of another size cannot be measured: %s", error)
             return None
@@ -137,8 +141,8 @@ class Planner:
 
         return compared(found, other, (rows, size), batch, tried, at)
 
-    def _costed(self, captured: Captured, graph: Graph, recall: Recall) -> CostedGraph:
-        """The costs of a capture: measured, counted, or given by the user for the same graph."""
+    def _costed(self, captured: Captured, graph: Graph, recall: Recall, seconds: float = SECONDS) -> CostedGraph:
+        """The costs of a capture: measured for so many seconds, counted, or given by the user for the same graph."""
         given = self.options.costs
         if isinstance(given, CostedGraph):
             return reused(given, graph)
@@ -146,11 +150,16 @@ class Planner:
 
         def measure() -> CostedGraph:
             with left_as_before(captured.model, reach=self.reach):  # profiling runs parts kept whole
-                threads = threads_each(self.devices)
-                return profile(captured, graph, given, self.devices[0], threads=threads, kind=kind)
+                threads, device = threads_each(self.devices), self.devices[0]
+                return profile(captured, graph, given, device, threads=threads, kind=kind, seconds=seconds)
 
+        for costed in self.made:
+            if costed.graph == graph:
+                return costed
         with phase("profile"):
-            return recall.costed(graph, measure)
+            costed = recall.costed(graph, measure)
+        self.made.append(costed)
+        return costed
 
     def _recall(self, captured: Captured, graph: Graph) -> Recall:
         """What earlier processes have measured and planned; nothing, unless all is measured on this machine."""

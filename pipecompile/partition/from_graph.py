@@ -26,7 +26,7 @@ from pipecompile.ir.cluster import Cluster, Link
 from pipecompile.ir.graph import CostedGraph, Node
 from pipecompile.ir.plan import Plan, with_replicas
 from pipecompile.ir.plan_options import DEFAULT_PLAN, Objective, PlanOptions
-from pipecompile.ir.plan_quality import Quality
+from pipecompile.ir.plan_quality import SLACK, Quality
 from pipecompile.partition.memory_model import Training
 from pipecompile.partition.module_constraints import ModuleConstraints
 from pipecompile.partition.seats import Seating
@@ -38,6 +38,7 @@ from pipecompile.partition.solver.solver import solve
 from pipecompile.partition.stage_nodes import Placed
 from pipecompile.partition.tied_nodes import tied_nodes
 
+NOISE = 3e-3  # measured seconds are not known better than to this part; counted ones are
 SOLVING, BALANCING = 0.6, 2.0  # the part of the time to balance stages, and the most CPU seconds to balance ranks
 
 
@@ -85,10 +86,11 @@ def partition(
     overlapped = objective == "overlap"
     contraction = problem_of(costed, num_stages, cluster, training, constraints, replicas, overlapped, rank_of)
     again = (training and training.again) or (False,) * num_stages
-    solve_it: _Solve = _on_seats
+    close = NOISE if costed.measured else SLACK
+    solve_it: _Solve = partial(_on_seats, close=close)
     if len(set(rank_of)) < len(rank_of):
         room = seating.memory(training or Training.flushed(seating.replicas))
-        solve_it = partial(_on_ranks, rank_of=tuple(rank_of), memory=room[: 1 + max(rank_of)])
+        solve_it = partial(_on_ranks, close=close, rank_of=tuple(rank_of), memory=room[: 1 + max(rank_of)])
     found = solve_it(contraction.problem, budget, callable(objective))
 
     def plan_of(atoms: tuple[int, ...]) -> Plan:
@@ -115,14 +117,19 @@ class _Found:
 _Solve = Callable[[Problem, float | None, bool], _Found]
 
 
-def _on_seats(problem: Problem, budget: float | None, others: bool) -> _Found:
+def _on_seats(problem: Problem, budget: float | None, others: bool, close: float) -> _Found:
     """Plans with one stage on each rank, or the ranks of replicas."""
-    solution = solve(problem, budget, others=others)
+    solution = solve(problem, budget, others=others, close=close)
     return _Found(solution.stage_of, solution.quality, solution.others, partial(bottleneck, problem))
 
 
 def _on_ranks(
-    problem: Problem, budget: float | None, others: bool, rank_of: tuple[int, ...], memory: tuple[float, ...]
+    problem: Problem,
+    budget: float | None,
+    others: bool,
+    close: float,
+    rank_of: tuple[int, ...],
+    memory: tuple[float, ...],
 ) -> _Found:
     """Plans with several stages on each rank.
 
@@ -138,13 +145,13 @@ def _on_ranks(
     begin = thread_time()
     seats = tuple(replace(seat, memory=inf) for seat in problem.seats)
     free = replace(problem, seats=seats)
-    solution = solve(free, budget if budget is None else budget * SOLVING, others=others)
+    solution = solve(free, budget if budget is None else budget * SOLVING, others=others, close=close)
     left = BALANCING if budget is None else min(BALANCING, max(0.0, budget - (thread_time() - begin)))
     stage_of = balanced(free, rank_of, memory, solution.stage_of, left)
     over, load, _ = quality(free, rank_of, memory, stage_of)
     if over:  # each stage within an equal part of its rank's memory, which is more than is needed
         with suppress(PlanError):
-            stage_of = balanced(free, rank_of, memory, solve(problem, budget).stage_of, left)
+            stage_of = balanced(free, rank_of, memory, solve(problem, budget, close=close).stage_of, left)
             over, load, _ = quality(free, rank_of, memory, stage_of)
     if over:
         raise PlanError(

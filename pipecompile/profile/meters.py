@@ -41,15 +41,26 @@ class Clock:
         return torch.empty(shape, dtype=dtype, device=self.device)
 
     def seconds(self, call: Call, share: Share = lambda seconds: ENOUGH) -> tuple[float, float]:
-        forward = self.repeated(call.forward, share=share)
+        """The medians of forward and backward, of a call that has run before: a first run is slower."""
         if not call.differentiable:
-            return forward, 0.0
-        seeds = call.seeds(call.forward())
-        try:
-            both = self.repeated(lambda: call.backward(call.forward(), seeds), share=share)
-        except RuntimeError:
-            return forward, UNKNOWN_BACKWARD * forward
-        return forward, max(0.0, both - forward - self.start)
+            return self.repeated(call.forward, share=share, warm=True), 0.0
+        runs: list[tuple[float, float]] = []
+        seeds: list[Tensor] = []
+        while not _enough([sum(run) for run in runs], share):
+            marks = [time_mark(self.device)]
+            outputs = call.forward()
+            marks.append(time_mark(self.device))
+            seeds = seeds or call.seeds(outputs)
+            marks.append(time_mark(self.device))
+            try:
+                call.backward(outputs, seeds)
+            except RuntimeError:
+                forward = self.repeated(call.forward, share=share, warm=True)
+                return forward, UNKNOWN_BACKWARD * forward
+            marks.append(time_mark(self.device))
+            runs.append((seconds_between(*marks[:2]), seconds_between(*marks[2:])))
+        forward, backward = (median(times) for times in zip(*runs, strict=True))
+        return forward, max(0.0, backward - self.start)
 
     @cached_property
     def start(self) -> float:
@@ -63,6 +74,7 @@ class Clock:
         run: Callable[[], Any],
         before: Callable[[], Any] = lambda: None,
         share: Share = lambda seconds: ENOUGH,
+        warm: bool = False,
     ) -> float:
         """The median of several runs.
 
@@ -70,8 +82,10 @@ class Clock:
             run: what is timed.
             before: runs before each, untimed; keeps an accelerator busy until the host has queued all of ``run``.
             share: how long it is repeated.
+            warm: whether it has run before; otherwise it first runs untimed.
         """
-        run()
+        if not warm:
+            run()
         times: list[float] = []
         while not _enough(times, share):
             before()

@@ -12,6 +12,7 @@ from pipecompile.ir.device_specs import ACCELERATORS, Roofline
 from pipecompile.ir.graph import Cost, CostedGraph, Footprint, Graph, Setting
 from pipecompile.ops.away import lacks_values
 from pipecompile.ops.device_args import threads_of
+from pipecompile.profile.budget import SECONDS
 from pipecompile.profile.meters import Clock, Counter, How, Meter
 from pipecompile.profile.walk import Walk
 
@@ -26,6 +27,7 @@ def profile(
     roofline: Roofline | None = None,
     threads: int | None = None,
     kind: str = "",
+    seconds: float = SECONDS,
 ) -> CostedGraph:
     """The graph with the cost of each node per microbatch.
 
@@ -38,6 +40,7 @@ def profile(
         roofline: the roofline to count with; by default that of ``kind``.
         threads: CPU threads per operation while measuring; by default the current number.
         kind: the accelerator to count for, a key of ``ACCELERATORS``.
+        seconds: of all timed runs; each operation is run at least as often as ``meters.REPEATS`` says.
 
     Raises:
         InputError: a model on the meta device cannot be measured.
@@ -52,7 +55,7 @@ def profile(
     meter: Meter = Clock(device) if how == "measure" else Counter(counted, device)
     with threads_of(threads or torch.get_num_threads()):
         setting = _setting(captured, kind if how == "count" else str(device))
-        walk = Walk(captured, device, meter)
+        walk = Walk(captured, device, meter, seconds)
         walk.run()
     names = [node.name for node in graph.nodes]
     return CostedGraph(

@@ -23,7 +23,7 @@ from pipecompile.ops.device_args import retarget
 from pipecompile.ops.operators import is_opaque
 from pipecompile.ops.phases import phase
 from pipecompile.ops.symbols import resolve
-from pipecompile.profile.budget import Budget
+from pipecompile.profile.budget import SECONDS, Budget
 from pipecompile.profile.call import Call, as_recorded, described, map_tensors, tensors_of
 from pipecompile.profile.meters import ENOUGH, UNKNOWN_BACKWARD, Counter, Meter, Share
 from pipecompile.profile.storages import has_storage
@@ -37,12 +37,18 @@ _SOME = ACCELERATORS["A100-40GB"].roofline  # for calls that cannot be measured
 class Walk:
     """One pass over the graph, which keeps the values that are still needed.
 
+    Args:
+        captured: the captured model.
+        device: the device to run on.
+        meter: what determines the seconds of a call.
+        seconds: of all timed runs.
+
     Attributes:
         costs, footprints: by node name, for nodes that have run.
         storages: the bytes of each storage in a footprint.
     """
 
-    def __init__(self, captured: Captured, device: torch.device, meter: Meter) -> None:
+    def __init__(self, captured: Captured, device: torch.device, meter: Meter, seconds: float = SECONDS) -> None:
         self.captured = captured
         self.device = device
         self.meter = meter
@@ -57,7 +63,8 @@ class Walk:
         self.attributes = captured.tensors
         self.written = {name for node in captured.graph.nodes for name in origin_of(node).writes}
         self.sizes = captured.sample_sizes
-        self.budget = Budget(node for node in captured.graph.nodes if node.op in ("call_function", "call_module"))
+        calls = (node for node in captured.graph.nodes if node.op in ("call_function", "call_module"))
+        self.budget = Budget(calls, seconds)
 
     def run(self) -> None:
         nodes = list(self.captured.graph.nodes)
@@ -154,8 +161,9 @@ class Walk:
         return figures
 
     def _figures(self, run: Call, share: Share = lambda seconds: ENOUGH) -> Figures:
+        allocated = run.allocated()  # first, since a first run takes longer
         forward, backward = self.meter.seconds(run, share)
-        return forward, backward, *run.allocated()
+        return forward, backward, *allocated
 
     def _wants_a_constants_values(self, node: fx.Node) -> bool:
         """Whether a node may need the values of an integer tensor of the model, which fake tensors do not have."""

@@ -167,6 +167,21 @@ def test_a_backward_is_measured_without_its_seeds_and_its_start(monkeypatch: pyt
     assert clock.seconds(call) == (2, 5)
 
 
+@pytest.mark.parametrize("wants", [True, False])
+def test_forward_and_backward_are_measured_in_the_same_runs(wants: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    times = itertools.count(0.0, 1e-3)
+    call = Paced()
+    call.differentiable = wants
+    monkeypatch.setattr(call, "forward", lambda: ran.append("forward") or [])
+    monkeypatch.setattr(call, "backward", lambda outputs, seeds: ran.append("backward"))
+    clock = meters.Clock(CPU)
+    clock.start = 0.0
+    monkeypatch.setattr("time.perf_counter", lambda: next(times))
+    clock.seconds(call, lambda seconds: 0.0)
+    assert ran == (["forward", "backward"] if wants else ["forward"]) * meters.REPEATS[0]
+
+
 @pytest.mark.parametrize(
     ("seconds", "share", "runs"),
     [

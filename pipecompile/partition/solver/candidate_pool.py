@@ -25,6 +25,7 @@ from pipecompile.partition.solver.problem import Bools, Problem
 
 EFFORT = 12_000  # atoms placed by interval programs
 MOST_ORDERS = 100
+FEW_ORDERS = 6  # where the exact search that follows is likely to find the optimum itself
 KEPT_ORDERS = 8
 MOST_SETS = 1_000  # per boundary
 ROUNDING = 1 + 1e-9  # the same load may be summed in another order
@@ -32,13 +33,18 @@ ROUNDING = 1 + 1e-9  # the same load may be summed in another order
 Programme = Callable[[Problem, Sequence[Family], float, Deadline], Chain | None]
 
 
-def pooled(problem: Problem, deadline: Deadline) -> Iterator[Chain]:
+def pooled(problem: Problem, deadline: Deadline, most: int = MOST_ORDERS) -> Iterator[Chain]:
     """Yields the best plans of each order, then the best over the pool; nothing if no plan within memory was found.
+
+    Args:
+        problem: the problem.
+        deadline: when to stop.
+        most: orders to try.
 
     Raises:
         OutOfTime: the deadline has passed.
     """
-    ranked = _ranked_orders(problem, deadline)
+    ranked = _ranked_orders(problem, deadline, most)
     if not ranked:
         return
     for best, order, ends in ranked:
@@ -77,10 +83,12 @@ def _stages(order: Sequence[int], ends: Sequence[int]) -> tuple[int, ...]:
     return tuple(np.searchsorted(ends, position, side="right").tolist())
 
 
-def _ranked_orders(problem: Problem, deadline: Deadline) -> list[tuple[float, tuple[int, ...], tuple[int, ...]]]:
+def _ranked_orders(
+    problem: Problem, deadline: Deadline, most: int
+) -> list[tuple[float, tuple[int, ...], tuple[int, ...]]]:
     ranked: list[tuple[float, tuple[int, ...], tuple[int, ...]]] = []
     limit = inf
-    for order in _orders(problem):
+    for order in _orders(problem, most):
         if ranked and deadline.passed:
             break
         if found := best_intervals(problem, order, limit * 1.3):
@@ -89,8 +97,8 @@ def _ranked_orders(problem: Problem, deadline: Deadline) -> list[tuple[float, tu
     return sorted(ranked, key=lambda entry: entry[0])
 
 
-def _orders(problem: Problem) -> Iterator[tuple[int, ...]]:
-    yield from orders(problem, min(MOST_ORDERS, EFFORT // max(1, len(problem))))
+def _orders(problem: Problem, most: int) -> Iterator[tuple[int, ...]]:
+    yield from orders(problem, min(most, EFFORT // max(1, len(problem))))
     halves, _ = bisect(problem, problem.total / problem.num_stages / 4)
     yield halves
 

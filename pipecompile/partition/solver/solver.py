@@ -1,7 +1,10 @@
 """Solves a partitioning problem: the best plan found, and a lower bound.
 
-    contract atoms without loss -> interval programs over many orders -> minimum cuts -> one program over all of them
+    contract atoms without loss -> interval programs over some orders -> minimum cuts -> one program over all of them
         -> the exact search, first for the relaxed problem, then for the problem itself
+
+A few orders usually give a plan from which a quick exact search proves an optimum. Many orders and longer searches
+follow only if the plan is not as close to the lower bound as is asked for.
 
 The bottleneck never exceeds that of the best interval plan, because its boundaries are among the candidates. The exact
 search runs twice. The relaxed problem, without memory limits and with empty stages allowed, has fewer atoms and a lower
@@ -25,7 +28,7 @@ from typing import NoReturn
 
 from pipecompile.errors import InfeasibleError, PlanError
 from pipecompile.ir.plan_quality import SLACK, Quality
-from pipecompile.partition.solver.candidate_pool import pooled
+from pipecompile.partition.solver.candidate_pool import FEW_ORDERS, MOST_ORDERS, pooled
 from pipecompile.partition.solver.chain_dp import Chain
 from pipecompile.partition.solver.coarsen import lossless, lossy
 from pipecompile.partition.solver.contraction import Contraction
@@ -58,7 +61,7 @@ class Solution:
     others: tuple[tuple[int, ...], ...] = ()  # further plans, if requested
 
 
-def solve(problem: Problem, budget: float | None = None, others: bool = False) -> Solution:
+def solve(problem: Problem, budget: float | None = None, others: bool = False, close: float = SLACK) -> Solution:
     """The best plan found. The same problem gives the same plan, unless the budget ends the search.
 
     Args:
@@ -66,6 +69,7 @@ def solve(problem: Problem, budget: float | None = None, others: bool = False) -
         budget: CPU seconds after which the search ends with the best plan so far.
         others: whether to keep other plans found during the search, and to search for plans with less communication,
             for up to ``TRADING`` further CPU seconds.
+        close: relative to the lower bound: a quick search that leaves no more than this to gain is the last one.
 
     Raises:
         InfeasibleError: there are more seats than atoms, or no plan meets the memory limits and fixed stages.
@@ -73,8 +77,8 @@ def solve(problem: Problem, budget: float | None = None, others: bool = False) -
     """
     begin = thread_time()
     _refuse_impossible(problem)
-    search = _Search(problem, _filled(lossless(problem), problem), Deadline.after(budget))
-    search.run()
+    search = _Search(problem, _filled(lossless(problem), problem), Deadline.after(budget), close)
+    search.run(thorough=others)
     if search.stage_of is None:
         _refuse(problem, search.lower == inf)
     check(problem, search.stage_of)
@@ -86,7 +90,8 @@ def solve(problem: Problem, budget: float | None = None, others: bool = False) -
 class _Search:
     """The best plan and the best lower bound so far."""
 
-    def __init__(self, problem: Problem, base: Contraction, deadline: Deadline) -> None:
+    def __init__(self, problem: Problem, base: Contraction, deadline: Deadline, close: float) -> None:
+        self.close = close
         self.problem, self.end, self.deadline = problem, deadline, deadline.part(SEARCHING)
         self.base = base  # the problem in which plans are searched
         self.stage_of: tuple[int, ...] | None = None
@@ -108,8 +113,23 @@ class _Search:
         elif self.problem.bounded:
             yield lossless(self.problem)
 
-    def run(self) -> None:
-        """Searches until the plan is proven optimal, or time or effort is used up."""
+    def run(self, thorough: bool) -> None:
+        """Searches until the plan is proven optimal, or soon found to be close, or time or effort is used up.
+
+        Args:
+            thorough: whether to search with all efforts, even if a quick search is enough.
+        """
+        if not thorough and len(self.base.problem) <= MOST_EXACT_ATOMS:
+            with suppress(OutOfTime):
+                self._first_plan(self.deadline.part(SHARE), FEW_ORDERS)
+                self._bound()
+                self._prove(QUICKLY, self.deadline.part(SHARE))
+        if thorough or not self._is_close:
+            self._search()
+        self._break_tie()
+
+    def _search(self) -> None:
+        """Searches with all efforts, the cheapest first."""
         with suppress(OutOfTime):
             self._first_plan(self.deadline.part(SHARE))
         with suppress(OutOfTime):
@@ -121,7 +141,6 @@ class _Search:
                 self._prove(PATIENTLY, self.deadline)
             elif self.plans:
                 self._zoom()
-        self._break_tie()
 
     def others(self) -> tuple[tuple[int, ...], ...]:
         """Up to ``MOST_OTHERS`` other plans: plans with less communication, and plans of single orders."""
@@ -144,6 +163,11 @@ class _Search:
     def _is_done(self) -> bool:
         return self.lower == inf or (self.stage_of is not None and self.upper <= self.lower * (1 + SLACK))
 
+    @property
+    def _is_close(self) -> bool:
+        """Whether a better plan would be better by less than ``close``."""
+        return self._is_done or (self.stage_of is not None and self.upper <= self.lower * (1 + self.close))
+
     def _improve(self, stage_of: tuple[int, ...]) -> bool:
         """Records a plan if it is better than all before."""
         seconds = bottleneck(self.problem, stage_of)
@@ -158,13 +182,18 @@ class _Search:
             stage_of = coarse.expand(chain.stage_of) if coarse else chain.stage_of
             self.plans.insert(0 if self._improve(self.base.expand(stage_of)) else len(self.plans), stage_of)
 
-    def _first_plan(self, deadline: Deadline) -> None:
-        """Finds a first plan; without contraction if contracted atoms leave a required stage empty."""
+    def _first_plan(self, deadline: Deadline, most: int = MOST_ORDERS) -> None:
+        """Finds a first plan, without contraction if contracted atoms leave a required stage empty.
+
+        Args:
+            deadline: when to stop.
+            most: orders to try.
+        """
         for base in (self.base, Contraction.identity(self.problem)):
             self.base, coarse = base, Contraction.identity(base.problem)
             if len(base.problem) > MOST_ATOMS:
                 coarse = _filled(lossy(base.problem, MOST_ATOMS), base.problem)
-            self._follow(pooled(coarse.problem, deadline), coarse)
+            self._follow(pooled(coarse.problem, deadline, most), coarse)
             if self.plans:
                 return
 
@@ -211,7 +240,7 @@ class _Search:
         """Refines the best plan near its boundaries."""
         best = self.plans[0]
         near = near_boundaries(self.base.problem, best, MOST_NEAR)
-        inner = _Search(near.problem, Contraction.identity(near.problem), self.deadline)
+        inner = _Search(near.problem, Contraction.identity(near.problem), self.deadline, self.close)
         inner.lower = self.lower
         stages = dict(zip(near.atom_of, best, strict=True))
         inner._follow(iter([Chain(self.upper, tuple(stages[atom] for atom in range(len(near.problem))))]))
