@@ -109,7 +109,7 @@ class Ran:
 
     def _see_call(self, frame: FrameType) -> None:
         code = frame.f_code
-        foreign = _is_foreign(code, frame.f_globals)
+        foreign = is_ignored(code, frame.f_globals)
         if foreign or not code.co_freevars:  # several functions may share code with free variables
             self._known[id(code)] = code
         if foreign:
@@ -132,7 +132,7 @@ class Ran:
         self._frames = running
 
 
-def _is_foreign(code: CodeType, namespace: dict[str, Any]) -> bool:
+def is_ignored(code: CodeType, namespace: dict[str, Any]) -> bool:
     """Whether a trace ignores a function: one of the standard library, or of torch but not of its modules.
 
     Code that is in no file (``<stdin>``, ``<ipython-input-3>``, methods of data classes) belongs to the module whose
