@@ -87,7 +87,7 @@ def compile_call(
     if peers.are_several:
         peers.same("the graph of the model", graph.to_json())
     if first is not None:
-        carried = carry_over(first.plan, first.graph, graph)
+        carried = carry_over(first.plan, first.graph, graph, ties=not peers.are_several)
         return _cut(division, graph, first.planned, devices, options, carried, apart=peers.are_several)
     work = _work(division, options)
     given = options.cluster
