@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipecompile.compiler.generation import StagedEncoder, generating, is_generating
+from pipecompile.compiler.generation import StagedEncoder, generating, images_pass_through, is_generating
 from pipecompile.distributed.share import Share
 from pipecompile.errors import InputError
 from pipecompile.forwards import NAME, class_forward, looking_up
@@ -106,7 +106,8 @@ def _of_a_generator(base: type[Any], pipeline: Pipeline) -> dict[str, Any]:
         encoder = base.get_encoder(pipe, *args, **kwargs)
         return StagedEncoder(pipe, encoder) if is_generating() and encoder is not pipe else encoder
 
-    return {GENERATE: generate} | ({"get_encoder": get_encoder} if hasattr(base, "get_encoder") else {})
+    encodes = {"get_encoder": get_encoder} if hasattr(base, "get_encoder") else {}
+    return {GENERATE: generate} | encodes | images_pass_through(base)
 
 
 def _of_a_process(base: type[nn.Module], share: Share) -> dict[str, Any]:

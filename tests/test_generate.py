@@ -18,6 +18,7 @@ from long import LONG
 from torch import Tensor, nn
 
 import pipecompile
+from pipecompile.compiler.generation import StagedEncoder
 from pipecompile.errors import CaptureError, ExactnessError, InputError
 
 TOKENS = 7
@@ -218,3 +219,79 @@ def test_a_cache_that_a_stage_computes_wrongly_is_an_error(monkeypatch: pytest.M
     monkeypatch.setattr(transformers.cache_utils.DynamicLayer, "update", scaled)
     with pytest.raises(ExactnessError, match=r"output 'cache\.layers_0_keys' differs"):
         pipe(**prompts(), use_cache=True)
+
+
+def test_labels_among_the_arguments_of_generate_are_not_for_the_encoder() -> None:
+    """As Seq2SeqTrainer passes them; an encoder ignores them, but the whole model would compute a loss."""
+
+    class Pipe(nn.Module):
+        def forward(self, input_ids: Tensor, labels: Any = None, decoder_input_ids: Any = None, **_: Any) -> Any:
+            assert labels is None
+            assert decoder_input_ids is not None
+            states = input_ids[..., None].float()
+            return transformers.modeling_outputs.Seq2SeqLMOutput(encoder_last_hidden_state=states)
+
+    ids = prompts()["input_ids"]
+    found = StagedEncoder(Pipe(), nn.Identity())(input_ids=ids, labels=ids, return_dict=True)
+    assert torch.equal(found.last_hidden_state[..., 0], ids.float())
+
+
+class Seeing(transformers.LlavaForConditionalGeneration):
+    """Has an encoder of images, which counts its calls by ``generate`` outside of the model's forward."""
+
+    encoded = 0
+
+    def __init__(self) -> None:
+        heads = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+        eyes = transformers.CLIPVisionConfig(image_size=8, patch_size=4, projection_dim=8, **heads)
+        words = transformers.LlamaConfig(**heads, bos_token_id=0, eos_token_id=1, pad_token_id=2, vocab_size=32)
+        options = {"image_token_index": 5, "vision_feature_layer": -1}
+        super().__init__(transformers.LlavaConfig(vision_config=eyes, text_config=words, **options))
+
+    def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict[str, Any]) -> Any:
+        Seeing.encoded += 1
+        return super()._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)
+
+
+def pictures() -> dict[str, Tensor]:
+    ids = torch.randint(6, 32, (4, 7), generator=torch.Generator().manual_seed(0))
+    ids[:, 1:5] = 5
+    pixels = torch.randn(4, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+
+
+def test_stages_encode_the_images_of_a_prompt() -> None:
+    torch.manual_seed(0)
+    model = Seeing().double().eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data *= 6.0
+    pipe = pipecompile.compile(copy.deepcopy(model), ["cpu", "cpu"], microbatches=1, costs="count")
+    wanted = generated(model, **pictures())
+    assert len(wanted.unique()) > 3
+    other = pictures() | {"pixel_values": -pictures()["pixel_values"]}
+    assert not torch.equal(wanted, generated(model, **other))
+    before = Seeing.encoded
+    assert torch.equal(generated(pipe, **pictures()), wanted)
+    assert Seeing.encoded == before
+    assert pipe.pipeline.captures == 2
+    if LONG:
+        assert torch.equal(generated(pipe, **other), generated(model, **other))
+        ways = {"num_beams": 2}
+        assert torch.equal(generated(pipe, **pictures(), **ways), generated(model, **pictures(), **ways))
+        assert Seeing.encoded == before + 3  # twice by the model
+
+
+def test_images_of_rows_that_are_repeated_are_encoded_on_one_device() -> None:
+    """The features are repeated, so they are needed before the first call."""
+
+    class Apart(Seeing):
+        def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict[str, Any]) -> Any:
+            raise RuntimeError("Expected all tensors to be on the same device")
+
+    pipe = pipecompile.compile(Apart().double().eval(), ["cpu", "cpu"], microbatches=1, costs="count")
+    with pytest.raises(RuntimeError, match="same device"):
+        generated(pipe, **pictures(), num_beams=2)
+    pipe.lm_head.to("meta")
+    with pytest.raises(InputError, match="weights are on the devices of several stages; pass mm_encoder_outputs="):
+        generated(pipe, **pictures(), num_beams=2)

@@ -8,7 +8,7 @@ into microbatches; all other arguments are shared by all microbatches.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,6 +74,15 @@ def refuse_plain_batches(arguments: Mapping[str, Any], batch: int | None, given:
                     f"split into microbatches; pass a tensor instead (torch.as_tensor()), or set "
                     f"in_dims={{{argument!r}: None}} to pass all of it to every microbatch"
                 )
+
+
+def rows_elsewhere(tensors: Mapping[str, Tensor], batched: Container[str], batch: int | None) -> dict[str, int]:
+    """Returns which tensors may have their samples in a dimension other than the first, and which dimension.
+
+    These have no batch as far as is known, and as many entries there as the batch has rows: the states of an RNN.
+    """
+    alone = {name: tensor.shape for name, tensor in tensors.items() if name not in batched}
+    return {name: shape.index(batch, 1) for name, shape in alone.items() if batch in shape[1:]}
 
 
 def _positive(name: str, tensor: Tensor, dim: int) -> int:

@@ -44,6 +44,7 @@ class Output:
         is_scalar: Whether it is a floating-point tensor without dimensions.
         is_shared: Whether it depends on no batched argument.
         requires_grad: Whether it requires grad.
+        retains_grad: Whether forward has called ``retain_grad()`` on it.
         is_dropped: Whether it is a tensor that the user does not want, and is None instead.
     """
 
@@ -54,6 +55,7 @@ class Output:
     is_scalar: bool = False
     is_shared: bool = False
     requires_grad: bool = False
+    retains_grad: bool = False
     is_dropped: bool = False
 
 

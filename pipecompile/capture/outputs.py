@@ -130,4 +130,5 @@ class Outputs:
             is_scalar=scalar,
             is_shared=shared,
             requires_grad=leaf.requires_grad,
+            retains_grad=leaf.retains_grad,
         )

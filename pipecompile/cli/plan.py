@@ -86,6 +86,11 @@ def plan(
     check_choice("schedule", schedule, (*SCHEDULES, AUTO))
     check_choice("outputs", outputs, OUTPUTS)
 
+    if written == "html":
+        from pipecompile.render.html import figures
+
+        figures()  # before what takes long
+
     from rich.console import Console
 
     from pipecompile.capture.loss import with_only_the_loss

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from pipecompile.batching import Division, Rows, defer_running, divide, twins_differ, undivided
 from pipecompile.capture import Call, Captured, capture, summarize
 from pipecompile.capture.ancestors import ancestors
+from pipecompile.capture.batch_dims import rows_elsewhere
 from pipecompile.capture.capture import SYMBOLIC_ATTEMPTS
 from pipecompile.capture.captured import SymbolicSizes
 from pipecompile.capture.loss import find_loss, with_only_the_loss
@@ -86,7 +87,7 @@ def compile_call(
     if peers.are_several:
         peers.same("the graph of the model", graph.to_json())
     if first is not None:
-        carried = carry_over(first.plan, first.graph, graph)
+        carried = carry_over(first.plan, first.graph, graph, ties=not peers.are_several)
         return _cut(division, graph, first.planned, devices, options, carried, apart=peers.are_several)
     work = _work(division, options)
     given = options.cluster
@@ -313,9 +314,12 @@ def _of_a_microbatch(trace: _Tracer, rows: Rows, attempts: Sequence[SymbolicSize
     try:
         return trace(rows.counts, attempts)
     except CaptureError as error:
+        call = trace.call
+        dims = rows_elsewhere(call.tensors, {*call.batched, *call.cached}, call.batch)
+        samples = f", or, if these are dimensions of samples, batching=Batching(in_dims={dims})" if dims else ""
         raise CaptureError(
-            f"this model works for a batch of {trace.call.batch} only; use microbatches=1 (with the {rows.counts[0]} "
-            f"rows of a microbatch: {str(error).removeprefix('the model cannot be captured: ')})"
+            f"this model works for a batch of {call.batch} only; use microbatches=1{samples} (with the "
+            f"{rows.counts[0]} rows of a microbatch: {str(error).removeprefix('the model cannot be captured: ')})"
         ) from error
 
 

@@ -3,6 +3,9 @@
 ``generate`` calls the model once per token, which runs the pipeline. An encoder it calls by itself, once, before the
 first token. As a module of the unsplit model, the encoder has its parameters on the devices of several stages. So its
 place is taken by a call of the whole model with one token for the decoder, which returns what the encoder returns.
+
+Images, too, ``generate`` encodes by itself (``get_image_features``). But the model's forward takes them as they are, so
+they are left in the arguments of the first call.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from torch import Tensor, nn
 from pipecompile.errors import InputError
 
 OUTPUTS = "transformers.modeling_outputs"
+_NOT_FOR_THE_ENCODER = frozenset({"return_dict", "labels"})  # an encoder ignores labels, which Seq2SeqTrainer passes on
 _GENERATING: ContextVar[bool] = ContextVar("generating", default=False)
 
 
@@ -45,6 +49,41 @@ def generating(moves_the_model: bool = False) -> Iterator[None]:
 def is_generating() -> bool:
     """Whether ``generate`` runs in this thread."""
     return _GENERATING.get()
+
+
+_ENCODE_IMAGES = "_prepare_multimodal_encoder_kwargs_for_generation"  # of transformers, since 5.20
+_EXPAND = "_expand_inputs_for_generation"
+
+
+def images_pass_through(base: type[Any]) -> dict[str, Any]:
+    """Members of a pipe whose model takes images: ``generate`` leaves them to the first call, whose stages encode them.
+
+    If each row becomes several (beams, several sequences), the features of its images are repeated with it, so they are
+    needed before; the unsplit model computes them.
+    """
+    encode, expand = getattr(base, _ENCODE_IMAGES, None), getattr(base, _EXPAND, None)
+    if encode is None or expand is None:
+        return {}
+
+    def left_as_they_are(pipe: Any, model_kwargs: dict[str, Any]) -> dict[str, Any]:
+        return model_kwargs
+
+    def expanded(pipe: Any, expand_size: int = 1, is_encoder_decoder: bool = False, **arguments: Any) -> Any:
+        if expand_size > 1 and not is_encoder_decoder and pipe._supports_mm_encoder_outputs():
+            ids = arguments.pop("input_ids", None)
+            try:
+                arguments = {"input_ids": ids, **encode(pipe, arguments)}
+            except RuntimeError as error:
+                if len({parameter.device for parameter in pipe.parameters()}) == 1:
+                    raise
+                raise InputError(
+                    f"with beams or several sequences, generate() encodes images with modules of {base.__name__} "
+                    f"before the first call, but their weights are on the devices of several stages; pass "
+                    f"mm_encoder_outputs= of the unsplit model, or generate one sequence for each row"
+                ) from error
+        return expand(pipe, expand_size, is_encoder_decoder, **arguments)
+
+    return {_ENCODE_IMAGES: left_as_they_are, _EXPAND: expanded}
 
 
 class StagedEncoder:
@@ -76,7 +115,7 @@ class StagedEncoder:
         """
         parameters = inspect.signature(self._pipe.forward).parameters  # type: ignore[attr-defined]
         takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
-        given = {name: value for name, value in arguments.items() if value is not None and name != "return_dict"}
+        given = {n: value for n, value in arguments.items() if value is not None and n not in _NOT_FOR_THE_ENCODER}
         for name in set() if takes_all else given.keys() - parameters.keys():
             raise InputError(
                 f"generate() passes {name!r} to the encoder, but the forward of {type(self._pipe).__name__} does not "

@@ -8,6 +8,9 @@ not move. An atom of the new graph (nodes that must share a stage) is
             far as edges allow;
     new     otherwise: it goes to the earliest stage that keeps edges forward.
 
+A node that now reads other parameters (a head whose weight has become that of the embedding) may also stay where it
+was, if there is no placement otherwise; the parameters are then tied.
+
 A backward pass over the graph finds the latest stage that the bound users of each atom allow. A forward pass then
 assigns stages. If a placement without a backward edge exists, it is found.
 """
@@ -28,8 +31,11 @@ from pipecompile.partition.stage_nodes import Placed
 Key = tuple[str, str, int]
 
 
-def carry_over(plan: Plan, graph: Graph, new_graph: Graph) -> Plan:
+def carry_over(plan: Plan, graph: Graph, new_graph: Graph, ties: bool = False) -> Plan:
     """The plan of the new graph in which each parameter stays on a stage that holds it in ``plan``.
+
+    Args:
+        ties: whether a stage may read a parameter of another one that it has not read before.
 
     Raises:
         PlanError: no placement keeps all edges forward.
@@ -41,7 +47,15 @@ def carry_over(plan: Plan, graph: Graph, new_graph: Graph) -> Plan:
         nodes[atom].append(index)
     problem, old = contraction.problem, _Old.of(plan, graph)
     holders = [old.holders(new_graph, members) for members in nodes]
-    latest = _latest(problem, holders, plan.num_stages, [new_graph.nodes[members[0]] for members in nodes])
+    heads = [new_graph.nodes[members[0]] for members in nodes]
+    try:
+        latest = _latest(problem, holders, plan.num_stages, heads)
+    except PlanError:
+        if not ties:
+            raise
+        moved = old.moved(new_graph, nodes)
+        holders = [held and held | more for held, more in zip(holders, moved, strict=True)]
+        latest = _latest(problem, holders, plan.num_stages, heads)
     stages = _earliest(problem, holders, old.wanted(new_graph, nodes), latest)
     _fill(problem, holders, stages, plan)
     carried = Plan.of(new_graph, placed.stages(contraction.expand(stages)), plan.rank_of, plan.replica_of)
@@ -54,16 +68,18 @@ class _Old:
 
     stage_of: dict[Key, int]
     stages_of: dict[str, frozenset[int]]  # parameter -> stages that hold it
+    read: dict[Key, tuple[str, ...]]  # parameters
 
     @staticmethod
     def of(plan: Plan, graph: Graph) -> _Old:
         stage_of: dict[Key, int] = {}
         stages_of: dict[str, frozenset[int]] = {}
+        read: dict[Key, tuple[str, ...]] = {}
         for key, node, stage in zip(_keys(graph), graph.nodes, plan.stage_of, strict=True):
             if stage is not None:
-                stage_of[key] = stage
+                stage_of[key], read[key] = stage, node.parameters
                 stages_of |= {name: stages_of.get(name, frozenset()) | {stage} for name in node.parameters}
-        return _Old(stage_of, stages_of)
+        return _Old(stage_of, stages_of, read)
 
     def holders(self, graph: Graph, members: list[int]) -> frozenset[int] | None:
         """The stages that hold all parameters that these nodes read; ``None`` if they read no placed parameter.
@@ -74,6 +90,16 @@ class _Old:
         names = dict.fromkeys(name for i in members for name in graph.nodes[i].parameters if name in self.stages_of)
         held = [self.stages_of[name] for name in names]
         return (frozenset.intersection(*held) or frozenset.union(*held)) if held else None
+
+    def moved(self, graph: Graph, nodes: list[list[int]]) -> list[frozenset[int]]:
+        """For each list of nodes, the stages of their matches in the old graph that read other parameters."""
+        now = dict(zip(_keys(graph), graph.nodes, strict=True))
+        stages = {
+            id(node): self.stage_of[key]
+            for key, node in now.items()
+            if node.parameters and self.read.get(key, ()) not in ((), node.parameters)
+        }
+        return [frozenset(stages[i] for i in map(id, (graph.nodes[m] for m in ms)) if i in stages) for ms in nodes]
 
     def wanted(self, graph: Graph, nodes: list[list[int]]) -> list[int | None]:
         """For each list of nodes, the most frequent stage of their matches in the old graph."""

@@ -35,7 +35,7 @@ def html(page: Page) -> str:
     Raises:
         InputError: bokeh is not installed.
     """
-    scripts, places = _figures().page_figures(page)
+    scripts, places = figures().page_figures(page)
     return "\n".join(
         [
             '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
@@ -70,7 +70,12 @@ def write(page: Page, path: str | Path) -> None:
         raise InputError(f"cannot write {path}: {error.strerror}; give a path that can be written") from error
 
 
-def _figures() -> ModuleType:
+def figures() -> ModuleType:
+    """The module that draws.
+
+    Raises:
+        InputError: bokeh is not installed.
+    """
     try:
         return import_module("pipecompile.render.page_figures")  # bokeh is optional
     except ModuleNotFoundError as error:
@@ -140,7 +145,7 @@ def _memory(page: Page, places: Mapping[str, str]) -> Iterator[str]:
 def _heights(page: Page) -> str:
     if all(page.limit(rank) is None for rank in range(len(page.levels))):
         return "The devices have no known limit; the height of a row is the largest peak."
-    if _figures().near_limits(page):
+    if figures().near_limits(page):
         return "The dashed line is the limit, the memory of the device."
     return "No rank comes near the limit of its device; the height of a row is the largest peak."
 

@@ -156,6 +156,9 @@ class Batch:
 
     def given(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
         """The tensors of ``outputs`` by node name."""
+        for output, tensor in zip(self.outputs, tensors, strict=True):
+            if output.retains_grad and tensor.requires_grad:
+                tensor.retain_grad()
         return {str(output.node): tensor for output, tensor in zip(self.outputs, tensors, strict=True)}
 
     def rebuild(self, given: Mapping[str, Tensor]) -> Any:

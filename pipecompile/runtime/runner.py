@@ -53,6 +53,7 @@ class Microbatch:
         default_factory=dict
     )  # by stage: the weights that its forward used, until their optimizer step
     queues: dict[int, Queue] = field(default_factory=dict)  # by stage: gradients of weights that its backward leaves
+    retained: dict[str, Tensor | None] = field(default_factory=dict)  # by output: its gradient without its seed
 
 
 class Runner:
@@ -130,9 +131,17 @@ class Runner:
                 if gradient is not None:
                     gradients[place] = gradients[place] + gradient if place in gradients else gradient
         roots = [place for place in gradients if returned[place].requires_grad]
+        retained = [name for name in microbatch.retained if name in self.outputs]
+        for name in retained:
+            returned[self.outputs[name]].retain_grad()
         if roots:
             self._differentiate([returned[place] for place in roots], [gradients[place] for place in roots])
         self.weights.touch(microbatch.versions[self.stage.index])
+        for name in retained:
+            total = returned[self.outputs[name]].grad
+            if total is not None and name in microbatch.seeds:
+                total = total - self._seed(microbatch.seeds[name], total)
+            microbatch.retained[name] = total
         for name, leaf in saved.inputs.items():
             if leaf.grad is not None:
                 microbatch.input_gradients.setdefault(name, {})[self.stage.index] = leaf.grad

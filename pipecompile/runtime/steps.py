@@ -6,8 +6,8 @@ defer         the caller computes the loss, or a dispatch mode looks on: forward
 stream        asynchronous: the next segment of the stream; the stages update for each microbatch, or each batch
 
 A call is rerun (``Snapshot``) for three gradients that its backwards did not cover: of an output other than the loss,
-if backwards ran from the loss (later calls are then deferred); of a loss computed with float16, at another scale than
-the last one; and a second one, with ``retain_graph=True``, after the backwards have run.
+or at one (``retain_grad()``), if backwards ran from the loss (later calls are then deferred); of a loss computed with
+float16, at another scale than the last one; and a second one, with ``retain_graph=True``, after the backwards have run.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from pipecompile.runtime.anomalies import refuse_nan
 from pipecompile.runtime.batch import Batch
 from pipecompile.runtime.delivery import Gradients, Saved, connected
 from pipecompile.runtime.rerun import Snapshot
+from pipecompile.runtime.retained import Retained
 from pipecompile.runtime.session import Rerun, Session, Stream
 from pipecompile.schedule import MakeProgram, Schedule, backward_only, forward_only
 
@@ -102,12 +103,15 @@ def _train(session: Session, batch: Batch, loss: int, schedule: MakeProgram, sta
     microbatches = run(scale)
     found = _gradients(session, batch, microbatches)
     leaves = list({id(t): t for t in batch.model_tensors if id(t) in found}.values())
+    retained, places = Retained(batch), [batch.division.places[str(output.node)] for output in batch.outputs]
 
     @session.watched()
     def deliver(saved: Saved, incoming: Gradients) -> Gradients:
         (factor,) = incoming
         if factor is None:
             return [None] * len(leaves)
+        if retained.asked({places[loss]}, session.peers.are_several):
+            return _again_from(session, batch, start, {loss: factor}, leaves, retained)
         refuse_nan(saved.tensors, lambda place: batch.name_of(leaves[place]))
         if not not_scaled:
             return _multiplied(saved, factor)
@@ -123,8 +127,10 @@ def _train(session: Session, batch: Batch, loss: int, schedule: MakeProgram, sta
     outputs = [t.detach().requires_grad_(o.requires_grad) for t, o in zip(tensors, batch.outputs, strict=True)]
     ready = [found[id(leaf)] for leaf in leaves]
     (own,) = connected([outputs[loss]], session.homes(leaves), deliver, ready)
-    rest = _beside(session, batch, start, [*outputs[:loss], *outputs[loss + 1 :]], loss)
-    return batch.given([*rest[:loss], own, *rest[loss:]])
+    rest = _beside(session, batch, start, [*outputs[:loss], *outputs[loss + 1 :]], loss, retained)
+    given = [*rest[:loss], own, *rest[loss:]]
+    retained.hold({place: tensor for place, tensor in zip(places, given, strict=True) if place in batch.joins})
+    return batch.given(given)
 
 
 def _multiplied(saved: Saved, factor: Tensor) -> Sequence[Tensor]:
@@ -140,24 +146,37 @@ def _times(gradient: Tensor, factor: Tensor, in_place: bool) -> Tensor:
     return gradient.mul_(factor) if in_place and gradient.layout == torch.strided else gradient * factor
 
 
-def _beside(session: Session, batch: Batch, start: Snapshot, outputs: Sequence[Tensor], loss: int) -> Sequence[Tensor]:
+def _beside(
+    session: Session, batch: Batch, start: Snapshot, outputs: Sequence[Tensor], loss: int, retained: Retained
+) -> Sequence[Tensor]:
     """Connects the outputs other than the loss to autograd: a gradient of one of them reruns the call."""
 
     @session.watched()
     def backward(_: Saved, incoming: Gradients) -> Gradients:
-        if batch.part is not None:
-            raise ExecutionError(OF_A_PART)
-        session.defers = True
-        with _again(session, start, Rerun.BESIDE):
-            tensors = _defer(session, batch, start)
-            pairs = zip([*tensors[:loss], *tensors[loss + 1 :]], incoming, strict=True)
-            given = [(tensor, gradient) for tensor, gradient in pairs if gradient is not None]
-            roots, gradients = [tensor for tensor, _ in given], [gradient for _, gradient in given]
-            return torch.autograd.grad(roots, batch.reached, gradients, allow_unused=True)
+        given = {i if i < loss else i + 1: g for i, g in enumerate(incoming) if g is not None}
+        return _again_from(session, batch, start, given, batch.reached, retained)
 
     if not any(output.requires_grad for output in outputs):
         return outputs
     return connected(outputs, session.homes(batch.reached), backward)
+
+
+def _again_from(
+    session: Session,
+    batch: Batch,
+    start: Snapshot,
+    given: Mapping[int, Tensor],
+    leaves: Sequence[Tensor],
+    retained: Retained,
+) -> Gradients:
+    """The gradients of leaves in a rerun, from gradients of outputs by position. Later calls are deferred."""
+    if batch.part is not None:
+        raise ExecutionError(OF_A_PART)
+    session.defers = True
+    with _again(session, start, Rerun.BESIDE):
+        tensors = _defer(session, batch, start, retained)
+        roots = [tensors[i] for i in given]
+        return torch.autograd.grad(roots, leaves, [*given.values()], allow_unused=True)
 
 
 def defer(session: Session, batch: Batch) -> dict[str, Tensor]:
@@ -167,15 +186,25 @@ def defer(session: Session, batch: Batch) -> dict[str, Tensor]:
         return batch.given(_defer(session, batch, start))
 
 
-def _defer(session: Session, batch: Batch, start: Snapshot) -> list[Tensor]:
-    """The outputs of a call whose backwards are deferred."""
+def _defer(session: Session, batch: Batch, start: Snapshot, rerun: Retained | None = None) -> list[Tensor]:
+    """The outputs of a call whose backwards are deferred.
+
+    Args:
+        rerun: what the caller has of the outputs, if this is a rerun.
+    """
     waiting = _forward(session, batch, start.seeds)
     joined = _joined(session, batch, waiting)
+    retained = rerun or Retained(batch)
 
     def run(microbatches: Mapping[int, Microbatch], incoming: Gradients) -> Gradients:
+        fed = [name for name, gradient in zip(joined.values, incoming, strict=True) if gradient is not None]
+        asked = retained.asked(fed, session.peers.are_several)
+        for microbatch in microbatches.values():
+            microbatch.retained = dict.fromkeys(asked)
         _seed(batch, joined, microbatches, incoming)
         with torch.enable_grad():
             session.run(batch.compiled, batch.program("backward", backward_only), microbatches)
+        retained.add(asked, [*microbatches.values()])
         found = _gradients(session, batch, microbatches)
         assert found.keys() <= set(map(id, leaves)), "each gradient has a leaf to arrive at"
         return [found.get(id(leaf)) for leaf in leaves]
@@ -192,8 +221,10 @@ def _defer(session: Session, batch: Batch, start: Snapshot) -> list[Tensor]:
                 return run(_forward(session, batch, start.seeds), incoming)
 
     leaves = batch.reached
-    given = connected([*joined.values.values()], session.homes(leaves), backward)
-    return batch.finish(dict(zip(joined.values, given, strict=True)), start.seeds)
+    given = dict(zip(joined.values, connected([*joined.values.values()], session.homes(leaves), backward), strict=True))
+    if rerun is None:
+        retained.hold(given)
+    return batch.finish(given, start.seeds)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import pipecompile
-from pipecompile.errors import InputError
+from pipecompile.errors import CaptureError, InputError
 from pipecompile.ir.instruction import Forward
 
 
@@ -200,3 +200,31 @@ def test_an_asynchronous_schedule_joins_outputs_by_hand_too() -> None:
     assert piped(0)(torch.randn(5, 4))["centred"].shape == (5, 2)
     with pytest.raises(InputError, match=r"out_dims= gives 5 for output 'centred', which has 2 dimensions"):
         piped(5)(torch.randn(5, 4))
+
+
+class Recurrent(nn.Module):
+    """Its states have the batch in the second dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.out = nn.LSTM(5, 5, 2, batch_first=True), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor, states: Any = None) -> Any:
+        y, states = self.rnn(x, states)
+        return self.out(y), states
+
+
+def test_states_of_an_rnn_are_refused_with_the_dimensions_to_pass() -> None:
+    torch.manual_seed(0)
+    model = Recurrent().double()
+    x = torch.randn(4, 3, 5, dtype=torch.float64)
+    states = tuple(torch.randn(2, 2, 4, 5, dtype=torch.float64))
+    pipe = pipecompile.compile(model, ["cpu"] * 2, microbatches=2, costs="count")
+    pipe(x)
+    with pytest.raises(
+        CaptureError, match=r"microbatches=1, or, if .*batching=Batching\(in_dims=\{'states_0': 1, 'states_1': 1\}\)"
+    ):
+        pipe(x, states)
+    batching = pipecompile.Batching(in_dims={"states_0": 1, "states_1": 1})
+    pipe = pipecompile.compile(model, ["cpu"] * 2, microbatches=2, costs="count", batching=batching)
+    torch.testing.assert_close(pipe(x, states), model(x, states))

@@ -453,3 +453,15 @@ def test_the_cache_is_shown_and_cleared(tmp_path: Path, monkeypatch: pytest.Monk
     assert {entry.get("model") for entry in facts["entries"]} == {"Net", None}
     assert "removed 2 entries" in run("cache", "--clear").output
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_page_that_cannot_be_drawn_is_refused_before_the_work(nets, monkeypatch):
+    figures = ("figures", "page_figures", "graph_figure", "memory_figure", "time_axis", "timeline_figure")
+    drawing = ("bokeh", *(f"pipecompile.render.{name}" for name in figures))
+    for name in [name for name in sys.modules if name.startswith(drawing)]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "bokeh", None)
+    monkeypatch.setattr(costed_model, "captured", None)  # is not called
+    result = run("plan", "nets:make", "--output", "plan.html")
+    assert result.exit_code == 2
+    assert "pip install 'pipecompile[report]'" in " ".join(result.output.split())

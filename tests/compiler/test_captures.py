@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from typing import Any
@@ -66,3 +67,33 @@ def test_no_batch_is_kept_alive(make: Any, costs: Any, microbatches: int) -> Non
     del memory, loss
     gc.collect()
     assert alive() is None
+
+
+class Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.body = nn.Embedding(20, 6), nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+        self.head = nn.Linear(6, 20, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.cross_entropy(self.head(self.body(self.table(ids))).flatten(0, 1), ids.flatten())
+
+
+def test_a_head_may_be_tied_to_the_embedding_after_the_first_call() -> None:
+    torch.manual_seed(0)
+    model = Words().double()
+    pipe = pipecompile.compile(copy.deepcopy(model), ["cpu", "cpu"], microbatches=2, costs="count")
+    ids, seen = torch.arange(12).reshape(4, 3), []
+    for module in (pipe, model):
+        module(ids).backward()
+        module.head.weight = module.table.weight
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
+        losses = []
+        for _ in range(3):
+            optimizer.zero_grad()
+            losses.append(module(ids))
+            losses[-1].backward()
+            optimizer.step()
+        seen.append((torch.stack(losses), dict(module.named_parameters())))
+    torch.testing.assert_close(*seen)
+    assert pipe.pipeline.captures == 2

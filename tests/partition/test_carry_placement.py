@@ -69,6 +69,17 @@ def test_a_node_moves_back_to_serve_a_parameter_that_is_earlier():
     assert placed(carry_over(PLAN, TRAIN, rewired)) == [None, 0, 1, 0, 0, 2]
 
 
+def test_a_head_that_gets_the_weight_of_the_first_layer_stays_and_is_tied():
+    tied = graph_of(
+        ("linear1", (0,), ("w1",)), ("dropout", (1,), ()), ("linear2", (2,), ("w2",)), ("linear3", (3,), ("w1",))
+    )
+    with pytest.raises(PlanError, match="values cannot flow backward"):
+        carry_over(PLAN, TRAIN, tied)
+    plan = carry_over(PLAN, TRAIN, tied, ties=True)
+    assert placed(plan) == [None, 0, 1, 1, 2]
+    assert [(each.parameter, each.stages) for each in plan.tied] == [("w1", (0, 2))]
+
+
 def test_equal_calls_are_told_apart_by_their_occurrence():
     twice = graph_of(("gelu", (0,), ()), ("gelu", (1,), ()), ("linear1", (2,), ("w",)))
     plan = Plan.of(twice, [None, 0, 1, 1])

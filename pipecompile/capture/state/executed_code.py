@@ -19,6 +19,7 @@ import numpy
 import sympy
 import torch
 
+from pipecompile.capture.state.namespaces import is_foreign
 from pipecompile.capture.state.quiet_torch import not_collecting
 from pipecompile.ops.source_lines import PACKAGE, is_library
 
@@ -27,8 +28,9 @@ _STANDARD = os.path.dirname(os.__file__) + os.sep
 _FOREIGN = (
     *(os.path.dirname(str(library.__file__)) + os.sep for library in (torch, numpy, sympy)),
     PACKAGE,
-    "<",
+    "<frozen",
 )
+_GENERATED = "<"  # code that is in no file: typed at a prompt, or made from text by a program
 _MODULES = tuple(os.path.join(os.path.dirname(torch.__file__), "nn", part) + os.sep for part in ("modules", "utils"))
 _MODULE_ITSELF = os.path.join(_MODULES[0], "module.py")
 
@@ -107,7 +109,7 @@ class Ran:
 
     def _see_call(self, frame: FrameType) -> None:
         code = frame.f_code
-        foreign = is_foreign(code)
+        foreign = is_ignored(code, frame.f_globals)
         if foreign or not code.co_freevars:  # several functions may share code with free variables
             self._known[id(code)] = code
         if foreign:
@@ -130,9 +132,15 @@ class Ran:
         self._frames = running
 
 
-def is_foreign(code: CodeType) -> bool:
-    """Whether a trace ignores a function: one of the standard library, or of torch but not of its modules."""
+def is_ignored(code: CodeType, namespace: dict[str, Any]) -> bool:
+    """Whether a trace ignores a function: one of the standard library, or of torch but not of its modules.
+
+    Code that is in no file (``<stdin>``, ``<ipython-input-3>``, methods of data classes) belongs to the module whose
+    globals it reads.
+    """
     name = code.co_filename
+    if name.startswith(_GENERATED) and not name.startswith(_FOREIGN):
+        return is_foreign(namespace.get("__name__"))
     if name.startswith(_MODULES):
         return name == _MODULE_ITSELF
     if name.startswith(_FOREIGN) or code.co_name == "<module>":

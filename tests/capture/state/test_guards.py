@@ -615,3 +615,26 @@ def test_an_object_that_the_forward_makes_is_not_compared_with_the_next_calls() 
         inputs = ((torch.randn(4, D, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)),), {})
         assert_same(step(pipe, model, lambda loss: loss, inputs), step(model, model, lambda loss: loss, inputs))
     assert pipe.pipeline.captures == 1
+
+
+TYPED = """
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.two(self.one(x) * FACTOR)
+"""
+
+
+@pytest.mark.parametrize("file", ["<stdin>", "<ipython-input-3-abc>", "<string>"])
+def test_a_model_that_was_typed_at_a_prompt_is_guarded(file: str) -> None:
+    cell: dict[str, Any] = {"nn": nn, "FACTOR": 1.0, "__name__": "__main__"}
+    exec(compile(TYPED, file, "exec"), cell)
+    pipe = pipecompile.compile(cell["Net"](), ["cpu"] * 2, microbatches=1, costs="count")
+    x = torch.randn(3, 4)
+    pipe(x)
+    cell["FACTOR"] = 3.0
+    torch.testing.assert_close(pipe(x), pipe.pipeline.model(x))
+    assert "__main__.FACTOR is 3.0, captured with 1.0" in pipe.pipeline.report.captures[-1]
