@@ -30,6 +30,7 @@ from pipecompile.capture.origin import origin_of
 from pipecompile.capture.purity import has_effect
 from pipecompile.errors import CaptureError
 from pipecompile.ops.functional import over, part_of, with_data
+from pipecompile.ops.operators import taking_tensor
 from pipecompile.ops.tensor_args import SILENT_WRITES
 
 
@@ -219,7 +220,10 @@ class _Divider:
         for edit in self.analysis.edits.get(node, ()):
             match edit:
                 case WholeArgument(position):
-                    copy.update_arg(position, self._whole_number(node, position))
+                    number = self._whole_number(node, position)
+                    copy.update_arg(position, number)
+                    if isinstance(number, fx.Node):
+                        copy.target = taking_tensor(copy.target, position)
                 case RowsArgument(position):
                     numbers = node.args[position]
                     assert isinstance(numbers, fx.Node)
