@@ -19,8 +19,22 @@ from itertools import product
 
 import pytest
 from idioms import (
-    applications, backwards, changes, criteria, draws, functions, layers, memories, objectives, precisions, programs,
-    sequences, states, structures, tensors, wiring,
+    applications,
+    backwards,
+    changes,
+    criteria,
+    draws,
+    functions,
+    layers,
+    memories,
+    objectives,
+    precisions,
+    programs,
+    sequences,
+    states,
+    structures,
+    tensors,
+    wiring,
 )  # fmt: skip
 from idioms.check import REMEDY, outcome
 from idioms.cuts import cut_at_random

@@ -178,6 +178,7 @@ class _Divider:
             if node.op == "placeholder":
                 copies[node] = graph.node_copy(node)
         self.inputs: dict[str, fx.Node] = {}
+        self._taken = {node.name for node in self.small.graph.nodes}
         self.graph = graph
         self._first = graph.create_node("placeholder", SHARE, name=SHARE)
         self._first.meta["val"] = torch.empty((), dtype=torch.float64, device="meta")
@@ -213,7 +214,7 @@ class _Divider:
     def _of_the_whole(self, node: fx.Node, kind: Kind | tuple[Kind, ...]) -> fx.Node:
         """The input that holds an early value of the whole batch, or a microbatch's rows of it."""
         rows = kind if isinstance(kind, Batched) else None
-        name = f"{'rows' if rows else 'whole'}_{node.name}"
+        name = self._unused(f"{'rows' if rows else 'whole'}_{node.name}")
         return self._input(name, node.meta["val"], Before(name, node.name, rows))
 
     def _edited(self, node: fx.Node, copy: fx.Node) -> fx.Node:
@@ -250,7 +251,7 @@ class _Divider:
         return copy
 
     def _recounted(self, node: fx.Node, copy: fx.Node, edit: Recount) -> fx.Node:
-        name = f"valid_{node.name}"
+        name = self._unused(f"valid_{node.name}")
         weight = None if edit.weight is None else edit.weight.name
         dtype = torch.int64 if edit.weight is None else edit.weight.meta["val"].dtype
         value = torch.empty((), dtype=dtype, device="meta")
@@ -273,9 +274,15 @@ class _Divider:
         argument, twin = node.args[position], self.twins[node].args[position]
         if not isinstance(argument, fx.Node):
             return twin
-        name = f"whole_{argument.name}"
+        name = self._unused(f"whole_{argument.name}")
         value = torch.empty((), dtype=torch.int64, device="meta")
         return self._input(name, value, Before(name, argument.name))
+
+    def _unused(self, name: str) -> str:
+        """A name that no argument or node of the model has, always the same one."""
+        while name in self._taken:
+            name += "_"
+        return name
 
     def _input(self, name: str, value: Any, before: Before) -> fx.Node:
         if name not in self.inputs:

@@ -155,6 +155,27 @@ def test_arguments_may_be_called_as_torch_fx_renames_others(more: float) -> None
     torch.testing.assert_close(pipe(one, two + more, three), expected, rtol=1e-9, atol=1e-11)
 
 
+class AsStages(nn.Module):
+    """Arguments called as what stages read besides those of the call: the share of the rows, totals of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = blocks(3), nn.Linear(D, D)
+
+    def forward(self, share_of_rows: Tensor, valid_cross_entropy: Tensor, whole_size: Tensor) -> Tensor:
+        h = self.head(self.body(share_of_rows)) + valid_cross_entropy
+        loss = F.cross_entropy(h.flatten(0, 1), whole_size.flatten(), ignore_index=0)
+        return loss + h.sum() / h.size(0) + h.mean()
+
+
+def test_arguments_may_be_called_as_what_stages_read_besides_them() -> None:
+    def inputs(step: int) -> tuple[Any, ...]:
+        one, two = floats(step)[0], floats(step + 1)[0]
+        return one, two, one[..., 0].mul(3).long().abs()
+
+    assert_trains_alike(AsStages(), {"microbatches": 3}, steps=1, inputs=inputs, loss=lambda out: out)
+
+
 def test_items_of_tensors_and_of_tuples_cross_a_cut_together() -> None:
     plan = pipecompile.PlanOptions(pins={"0": 0, "1": 1})
     assert_trains_alike(nn.Sequential(Takes(), Gives()), {"plan": plan}, steps=1)

@@ -153,7 +153,7 @@ class PointNet(nn.Module):
         return {"loss": self.head(h).square().mean() + 0.1 * penalty, "h": h}
 
 
-@idiom(lambda draw: ((draw.floats(5, 3),), {}))
+@idiom(lambda draw: ((draw.floats(5, 3),), {}), refused_parts="expand_as")
 class EquivariantGraph(nn.Module):
     """EGNN: all pairs of atoms, squared distances, positions moved by weighted differences."""
 
