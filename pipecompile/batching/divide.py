@@ -20,12 +20,13 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from pipecompile.batching.division import SHARE, Before, Division, Tail
+from pipecompile.batching.division import Before, Division, Tail
 from pipecompile.batching.infer_batch_types import Analysis, analyse
 from pipecompile.batching.rules import Instead, Recount, RowsArgument, Share, ShareArgument, Squeeze, WholeArgument
 from pipecompile.batching.rules.batch_types import SHARED, Batched, Kind, Local, Mixed, is_mixed
 from pipecompile.capture import Captured, Output
 from pipecompile.capture.ancestors import ancestors
+from pipecompile.capture.call import SHARE
 from pipecompile.capture.origin import origin_of
 from pipecompile.capture.purity import has_effect
 from pipecompile.errors import CaptureError

@@ -12,7 +12,6 @@ from torch import Tensor
 from pipecompile.batching.infer_batch_types import joined_by_hand
 from pipecompile.batching.rules.batch_types import SHARED, Batched, Kind, Mixed, Partial
 from pipecompile.capture import Captured, Output
-from pipecompile.capture.call import SHARE
 from pipecompile.ops.functional import valid_weight
 
 
