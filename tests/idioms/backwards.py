@@ -119,7 +119,7 @@ class SumRows(Function):
         return gradients[0].expand(ctx.rows, D) * 0.5
 
 
-@idiom(refused_parts="samples|rule|batch", refused_stream="no batch dimension|loss|samples")
+@idiom(refused_stream="no batch dimension|loss|samples")
 class LossAsAFunction(Wrapped):
     """A loss with a gradient of its own: a sum over the batch in a custom function."""
 
@@ -146,7 +146,7 @@ class CrossEntropyByHand(Function):
         return g * gradients[0], None, None
 
 
-@idiom(lambda draw: ((draw.floats(D), draw.ids(D) - 1), {}), refused_parts="samples|rule|batch")
+@idiom(lambda draw: ((draw.floats(D), draw.ids(D) - 1), {}))
 class FusedCrossEntropy(Wrapped):
     """Liger's fused loss: a mean over valid targets inside a custom function."""
 
@@ -442,7 +442,7 @@ class HessianTrace(nn.Module):
         return {"loss": loss if self.training else loss.detach(), "u": u.detach()}
 
 
-@idiom(refused_parts="samples")
+@idiom()
 class PathLengthPenalty(nn.Module):
     """StyleGAN2's path length: a gradient with respect to latents, and its mean length in a buffer."""
 

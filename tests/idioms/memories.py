@@ -13,7 +13,7 @@ def numbered(draw: Draw) -> Inputs:
     return (draw.floats(D), torch.randperm(20, generator=draw.generator)[: draw.rows]), {}
 
 
-@idiom(numbered, refused_parts="samples|written|writes|microbatch")
+@idiom(numbered)
 class MemoryBank(Wrapped):
     """Instance discrimination: a bank of one row per sample, read for negatives and moved by index."""
 
@@ -317,7 +317,7 @@ class CountsTokens(nn.Module):
         return self.head(torch.tanh(self.layer(x))) / self.calls
 
 
-@idiom(refused_parts="samples|written|writes|microbatch", refused="reads", stream=False)
+@idiom(stream=False)
 class QueueWithPointer(Wrapped):
     """A ring of recent embeddings: the pointer is a Python number, slots written by slices that wrap around."""
 

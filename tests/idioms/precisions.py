@@ -206,7 +206,7 @@ class LinearAlgebraOfSamples(nn.Module):
         return self.leave(out + torch.linalg.matrix_power(a, 2) * 0.01) * (sign * logdet)[:, None, None]
 
 
-@idiom(takes(5, D), refused="nested|sparse|jagged|cannot")
+@idiom(takes(5, D), refused="Nested")
 class NestedInside(Wrapped):
     """A jagged nested tensor made inside of rows of two lengths, and padded again."""
 
