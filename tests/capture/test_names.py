@@ -176,6 +176,27 @@ def test_arguments_may_be_called_as_what_stages_read_besides_them() -> None:
     assert_trains_alike(AsStages(), {"microbatches": 3}, steps=1, inputs=inputs, loss=lambda out: out)
 
 
+TABLES = [torch.arange(D) / D, torch.ones(D) / 3]
+
+
+class Constants(nn.Module):
+    """A buffer and a parameter called as the constants of a capture are, beside constants."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = blocks(4)
+        self.register_buffer("_constant0", torch.rand(D))
+        self._constant1 = nn.Parameter(torch.rand(D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.body[:2](x * TABLES[0]) * self._constant0 + TABLES[1]
+        return self.body[2:](h + self._constant1)
+
+
+def test_parameters_may_be_called_as_constants_of_a_capture_are() -> None:
+    assert_trains_alike(Constants(), {}, steps=1)
+
+
 def test_items_of_tensors_and_of_tuples_cross_a_cut_together() -> None:
     plan = pipecompile.PlanOptions(pins={"0": 0, "1": 1})
     assert_trains_alike(nn.Sequential(Takes(), Gives()), {"plan": plan}, steps=1)
