@@ -20,16 +20,18 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from pipecompile.batching.division import SHARE, Before, Division, Tail
+from pipecompile.batching.division import Before, Division, Tail
 from pipecompile.batching.infer_batch_types import Analysis, analyse
 from pipecompile.batching.rules import Instead, Recount, RowsArgument, Share, ShareArgument, Squeeze, WholeArgument
 from pipecompile.batching.rules.batch_types import SHARED, Batched, Kind, Local, Mixed, is_mixed
 from pipecompile.capture import Captured, Output
 from pipecompile.capture.ancestors import ancestors
+from pipecompile.capture.call import SHARE
 from pipecompile.capture.origin import origin_of
 from pipecompile.capture.purity import has_effect
 from pipecompile.errors import CaptureError
 from pipecompile.ops.functional import over, part_of, with_data
+from pipecompile.ops.operators import taking_tensor
 from pipecompile.ops.tensor_args import SILENT_WRITES
 
 
@@ -177,6 +179,7 @@ class _Divider:
             if node.op == "placeholder":
                 copies[node] = graph.node_copy(node)
         self.inputs: dict[str, fx.Node] = {}
+        self._taken = {node.name for node in self.small.graph.nodes}
         self.graph = graph
         self._first = graph.create_node("placeholder", SHARE, name=SHARE)
         self._first.meta["val"] = torch.empty((), dtype=torch.float64, device="meta")
@@ -212,14 +215,17 @@ class _Divider:
     def _of_the_whole(self, node: fx.Node, kind: Kind | tuple[Kind, ...]) -> fx.Node:
         """The input that holds an early value of the whole batch, or a microbatch's rows of it."""
         rows = kind if isinstance(kind, Batched) else None
-        name = f"{'rows' if rows else 'whole'}_{node.name}"
+        name = self._unused(f"{'rows' if rows else 'whole'}_{node.name}")
         return self._input(name, node.meta["val"], Before(name, node.name, rows))
 
     def _edited(self, node: fx.Node, copy: fx.Node) -> fx.Node:
         for edit in self.analysis.edits.get(node, ()):
             match edit:
                 case WholeArgument(position):
-                    copy.update_arg(position, self._whole_number(node, position))
+                    number = self._whole_number(node, position)
+                    copy.update_arg(position, number)
+                    if isinstance(number, fx.Node):
+                        copy.target = taking_tensor(copy.target, position)
                 case RowsArgument(position):
                     numbers = node.args[position]
                     assert isinstance(numbers, fx.Node)
@@ -246,7 +252,7 @@ class _Divider:
         return copy
 
     def _recounted(self, node: fx.Node, copy: fx.Node, edit: Recount) -> fx.Node:
-        name = f"valid_{node.name}"
+        name = self._unused(f"valid_{node.name}")
         weight = None if edit.weight is None else edit.weight.name
         dtype = torch.int64 if edit.weight is None else edit.weight.meta["val"].dtype
         value = torch.empty((), dtype=dtype, device="meta")
@@ -269,9 +275,15 @@ class _Divider:
         argument, twin = node.args[position], self.twins[node].args[position]
         if not isinstance(argument, fx.Node):
             return twin
-        name = f"whole_{argument.name}"
+        name = self._unused(f"whole_{argument.name}")
         value = torch.empty((), dtype=torch.int64, device="meta")
         return self._input(name, value, Before(name, argument.name))
+
+    def _unused(self, name: str) -> str:
+        """A name that no argument or node of the model has, always the same one."""
+        while name in self._taken:
+            name += "_"
+        return name
 
     def _input(self, name: str, value: Any, before: Before) -> fx.Node:
         if name not in self.inputs:

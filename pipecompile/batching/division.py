@@ -14,8 +14,6 @@ from pipecompile.batching.rules.batch_types import SHARED, Batched, Kind, Mixed,
 from pipecompile.capture import Captured, Output
 from pipecompile.ops.functional import valid_weight
 
-SHARE = "share_of_rows"  # the body's input with a microbatch's share of the batch
-
 
 @dataclass(frozen=True, slots=True)
 class Before:

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipecompile.batching.division import SHARE, Before
+from pipecompile.batching.division import Before
 from pipecompile.capture import Call
+from pipecompile.capture.call import SHARE
 
 
 @dataclass(frozen=True, slots=True)

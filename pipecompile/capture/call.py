@@ -18,6 +18,8 @@ from pipecompile.capture.state.caches import CacheKey, cache_key, caches_in
 from pipecompile.errors import InputError
 from pipecompile.ops.torch_internals import pytree
 
+SHARE = "share_of_rows"  # what stages read besides the call: a microbatch's share of the batch
+
 
 @dataclass(frozen=True, slots=True)
 class Call:
@@ -163,6 +165,7 @@ def _names(forward: Callable[..., Any], paths: Sequence[tuple[Any, ...]]) -> tup
     """Returns, for each leaf, its argument, and its name: that of the argument followed by the keys inside it."""
     parameters = list(inspect.signature(forward).parameters)
     namespace = fx.graph._Namespace()  # numbers the names that Python or torch already uses: input_1
+    namespace.create_name(SHARE, None)
     heads: list[str] = []
     names: list[str] = []
     for path in paths:

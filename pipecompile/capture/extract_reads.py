@@ -34,6 +34,8 @@ def extract_reads(reads: Sequence[Read], graph: fx.Graph, attribute: Callable[[s
     for node in graph.nodes:
         if node in needed:
             copies[node] = copy = part.node_copy(node, copies.__getitem__)
+            if node.op == "placeholder":
+                copy.target = copy.name  # an argument of the code, that no other node has
             copy.args, copy.kwargs = retarget(copy.args, *META_TO_CPU), retarget(copy.kwargs, *META_TO_CPU)
     part.output(tuple(copies[node] for node in wanted))
     root = nn.Module()

@@ -92,6 +92,8 @@ STAND_INS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.sparse_coo_tensor: _sparse_coo_tensor,
     torch.sparse.mm: _sparse_mm,
     torch.sparse.addmm: _sparse_addmm,
+    torch.fake_quantize_per_tensor_affine: _same,
+    torch.fake_quantize_per_channel_affine: _same,
     Tensor.coalesce: _same,
     Tensor.to_sparse: _same,
     Tensor.to_sparse_csr: _same,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import partial
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
 
-from pipecompile.ops.torch_internals import pytree
+from pipecompile.ops.torch_internals import FakeTensor, pytree
 
 MOST = 10_000  # objects searched behind one argument; an argument with more counts as hiding tensors
 
@@ -28,6 +29,19 @@ def hides_tensors(value: Any) -> bool:
     return False
 
 
+def holds_fakes(function: Any) -> bool:
+    """Whether a function holds tensors of the trace in its closure, defaults or bound arguments, outside modules."""
+    stack, seen = [function], {0}
+    while stack and len(seen) <= MOST:
+        item = stack.pop()
+        if isinstance(item, FakeTensor):
+            return True
+        if id(item) not in seen and not isinstance(item, nn.Module | Tensor):
+            seen.add(id(item))
+            stack.extend(_held(item))
+    return False
+
+
 def _held(item: Any) -> Iterable[Any]:
     match item:
         case None | bool() | int() | float() | str() | type() | ModuleType():
@@ -37,10 +51,16 @@ def _held(item: Any) -> Iterable[Any]:
         case dict():
             return item.values()
         case FunctionType():
-            return [*(cell.cell_contents for cell in item.__closure__ or ()), *(item.__defaults__ or ())]
+            return [*_closed_over(item), *(item.__defaults__ or ())]
         case MethodType():
             return [item.__self__]
         case partial():
             return [item.func, item.args, item.keywords]
         case _:
             return list(getattr(item, "__dict__", {}).values())
+
+
+def _closed_over(function: FunctionType) -> Iterable[Any]:
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # not filled yet
+            yield cell.cell_contents

@@ -33,6 +33,7 @@ class RealTensors:
         self.parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         self.buffers = set(self.of_model) - self.parameters
         self.constants: dict[str, Tensor] = {}
+        self.taken = {name.partition(".")[0] for name in self.of_model}
 
     def named(self, name: str) -> Tensor:
         """Returns the tensor that a ``get_attr`` node of this name reads."""
@@ -61,6 +62,8 @@ class RealTensors:
                 f"not a parameter of the model, so it would get no gradient; register it as an nn.Parameter"
             )
         name = f"_constant{len(self.constants)}"
+        while name in self.taken:
+            name += "_"
         self.constants[name] = tensor
         return name, fake_of(tensor, self.mode, self.device)
 

@@ -16,11 +16,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pipecompile.capture.data_writes import DataWrites
+from pipecompile.capture.decompositions import decomposition_of
 from pipecompile.capture.effects import Effects
 from pipecompile.capture.fake_kernels import RECORDED
 from pipecompile.capture.fake_runs import run_on_fakes
 from pipecompile.capture.functionalize import storage_key
 from pipecompile.capture.functorch_transforms import Below
+from pipecompile.capture.hidden_tensors import holds_fakes
 from pipecompile.capture.higher_order_functions import body_of, takes_function
 from pipecompile.capture.input_reads import READS, Values
 from pipecompile.capture.node_table import NodeTable
@@ -31,7 +33,7 @@ from pipecompile.capture.state.executed_code import Ran
 from pipecompile.capture.unseen_calls import check_results, check_tensors
 from pipecompile.errors import DependsOnData
 from pipecompile.ops.autograd_functions import Applied, held
-from pipecompile.ops.functional import hooked, setitem
+from pipecompile.ops.functional import after, hooked, setitem
 from pipecompile.ops.randomness import passes
 from pipecompile.ops.source_lines import caller_file, is_library
 from pipecompile.ops.tensor_args import is_real, printable, silently_written, tensors_in, version
@@ -79,6 +81,7 @@ class Recorder(TorchFunctionMode):
         self.ran = Ran()
         self.detaching = False  # the model calls detach; autograd also does, to save values
         self.returns: list[tuple[str, tuple[fx.Node | None, ...]]] = []  # of each call of a module, as calls end
+        self.hooks: list[tuple[Any, Any, fx.Node]] = []  # on gradients: handle, what it is removed from, its node
         self.generators: set[int] = {id(torch.default_generator)}  # those that existed before the call
 
     def __torch_function__(
@@ -114,17 +117,20 @@ class Recorder(TorchFunctionMode):
         if func in READS and isinstance(args[0], FakeTensor):
             return self._read(func, args, kwargs)
         if func is Tensor.register_hook:
-            self._hook(*args, **kwargs)
-        elif func == _SET_REQUIRES_GRAD:
+            return self._hook(*args, **kwargs)
+        if func == _SET_REQUIRES_GRAD:
             return self.call(Tensor.requires_grad_, args, kwargs, Tensor.requires_grad_)
-        elif func == _SET_DATA:
+        if func == _SET_DATA:
             return self.data_writes.set_data(func, *args)
-        elif func in _STORAGES and isinstance(args[0], FakeTensor) and not is_library(caller_file(2)):
+        if func in _STORAGES and isinstance(args[0], FakeTensor) and not is_library(caller_file(2)):
             raise self.data_writes.asks_for_storage()
-        elif takes_function(func, args, kwargs):
+        if takes_function(func, args, kwargs):
             self.ran.resume(looking)  # the body calls functions of the model
             with self:
                 return body_of(func)(*args, **kwargs)
+        if (several := decomposition_of(func, args, kwargs)) is not None:
+            with self:
+                return several(*args, **kwargs)
         if passes(func, args, kwargs):
             return args[0] if args else kwargs["input"]
         return self.call(func, args, kwargs, func)
@@ -254,14 +260,28 @@ class Recorder(TorchFunctionMode):
             value,
         )
 
-    def _hook(self, tensor: Tensor, hook: Callable[[Tensor], Tensor | None]) -> None:
-        """Records a hook on a gradient: from now on, the model reads the tensor with the hook."""
+    def _hook(self, tensor: Tensor, hook: Callable[[Tensor], Tensor | None]) -> Any:
+        """Records a hook on a gradient: from now on, the model reads the tensor with the hook. Returns its handle."""
         table = self.table
+        if holds_fakes(hook):
+            raise DependsOnData(
+                f"{self.scopes.here}: a hook on a gradient holds tensors that forward has computed, or parameters, "
+                f"which a stage cannot give it; read parameters from the module, or keep the module around it whole"
+            )
         before = table.node_of(tensor)
         node = table.emit(hooked(hook), (before,), like=before)
         table.aliases.groups.append((before, node))
         table.aliases.add(tensor, node, [tensor], (node,))
         table.nodes[id(tensor)] = node
+        handle = self.call(Tensor.register_hook, (tensor, hook), {}, Tensor.register_hook)
+        self.hooks.append((handle, handle.hooks_dict_ref(), node))
+        return handle
+
+    def drop_removed_hooks(self) -> None:
+        """Takes the hooks out of the graph that forward itself has removed."""
+        for handle, hooks, node in self.hooks:
+            if handle.id not in hooks:
+                node.target = after
 
     def _gradient(self, *args: Any, **kwargs: Any) -> Any:
         """Records the backward of ``torch.autograd.grad``, if everything that it reads was recorded."""

@@ -231,6 +231,7 @@ class Trace:
     def _finish(
         self, out: Any, inputs: FakeInputs, outputs: Outputs, attributes: Attributes, notes: list[str]
     ) -> Captured:
+        self.recorder.drop_removed_hooks()
         refuse_moving_reads(self.values.reads, self.graph, self.scopes)
         returned, spec = outputs.end(out)
         reads = extract_reads(self.values.reads, self.graph, self.tensors.named)

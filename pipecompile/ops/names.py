@@ -9,10 +9,23 @@ from __future__ import annotations
 
 import keyword
 
+import torch.fx as fx
+
 
 def in_code(name: str) -> str:
     """Returns a dotted name, equal to the given one, that is safe in generated code."""
     return name if all(map(_is_safe, name.split("."))) else _Name(name)
+
+
+def placeholder(graph: fx.Graph, name: str) -> fx.Node:
+    """Appends an argument to a graph, whose name in the code is that of its node.
+
+    torch.fx would take ``__getitem__`` for the argument of a node ``getitem``, and assign one to the other: if there is
+    an argument ``getitem`` too, it is lost.
+    """
+    node = graph.create_node("placeholder", name, name=name)
+    node.target = node.name
+    return node
 
 
 def _is_safe(part: str) -> bool:

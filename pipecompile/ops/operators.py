@@ -103,3 +103,21 @@ def is_opaque(target: Any) -> bool:
         "_operator",
         "builtins",
     )
+
+
+def taking_tensor(function: Any, position: int) -> Any:
+    """Returns the overload of an aten operation that takes a tensor where this one takes a number.
+
+    Functions that are not overloads, and take either, are returned as they are: ``div.Scalar`` becomes ``div.Tensor``.
+    """
+    if not isinstance(function, OpOverload):
+        return function
+    names = [argument.name for argument in function._schema.arguments]
+    for name in function.overloadpacket.overloads():
+        other = getattr(function.overloadpacket, name)
+        arguments = other._schema.arguments
+        if [a.name for a in arguments][: position + 1] != names[: position + 1] or len(arguments) < len(names):
+            continue
+        if str(arguments[position].type) == "Tensor" and not any(a.is_out for a in arguments):
+            return other
+    return function

@@ -14,7 +14,6 @@ from pipecompile.ops.torch_internals import FakeTensor, is_functorch_wrapped_ten
 # Functions that write to arguments without increasing their version counters: positions and names of those arguments.
 SILENT_WRITES: dict[Callable[..., Any], tuple[tuple[int, str], ...]] = {
     F.batch_norm: ((1, "running_mean"), (2, "running_var")),
-    F.instance_norm: ((1, "running_mean"), (2, "running_var")),
     torch.batch_norm: ((3, "running_mean"), (4, "running_var")),
 }
 
@@ -57,6 +56,6 @@ def silently_written(func: Callable[..., Any], args: tuple[Any, ...], kwargs: di
     positions = SILENT_WRITES.get(func, ())
     if not positions:
         return []
-    training = kwargs.get("training", kwargs.get("use_input_stats", args[5] if len(args) > 5 else False))
+    training = kwargs.get("training", args[5] if len(args) > 5 else False)
     found = [kwargs.get(name, args[i] if len(args) > i else None) for i, name in positions]
     return [tensor for tensor in found if tensor is not None] if training else []

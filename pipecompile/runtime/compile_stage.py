@@ -39,6 +39,7 @@ from pipecompile.ops.checkpoint import Recomputed
 from pipecompile.ops.compiled_part import CompiledPart
 from pipecompile.ops.functional import is_traceable, with_data
 from pipecompile.ops.modes import enter_region, exit_region
+from pipecompile.ops.names import placeholder
 from pipecompile.ops.operators import is_opaque
 from pipecompile.ops.randomness import is_seeded
 from pipecompile.ops.symbols import FUNCTIONS, only_data_tells
@@ -234,7 +235,7 @@ class _Rewriter:
         graph = fx.Graph()
         inner: dict[fx.Node, fx.Node] = {}
         for argument in arguments:
-            inner[argument] = graph.placeholder(argument.name)
+            inner[argument] = placeholder(graph, argument.name)
 
         def copy_in(node: fx.Node) -> fx.Node:
             if node not in inner:

@@ -33,7 +33,7 @@ from pipecompile.ops.compiled_part import CompiledPart
 from pipecompile.ops.device_args import retarget, same_device
 from pipecompile.ops.modes import PLAIN, Region, enter_region, exit_region
 from pipecompile.ops.module_tree import called_bare, owner_of
-from pipecompile.ops.names import in_code
+from pipecompile.ops.names import in_code, placeholder
 from pipecompile.ops.randomness import seeded
 
 
@@ -209,7 +209,7 @@ class _Writer:
         self.region = _Regions(self.graph)
 
     def argument(self, source: fx.Node) -> None:
-        self.copies[source] = self.graph.placeholder(source.name)
+        self.copies[source] = placeholder(self.graph, source.name)
         self.copies[source].meta = _meta(source)
 
     def read(self, source: fx.Node) -> fx.Node:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from toys import D, blocks
 from trained import WAYS, assert_trains_alike, floats
 
+import pipecompile
 from pipecompile.ops.names import in_code
 
 NAMES = [
@@ -109,6 +110,96 @@ def test_any_name_may_be_a_key_of_inputs_and_outputs(way: dict[str, Any]) -> Non
 def test_a_plain_name_stays_as_it_is(name: str) -> None:
     assert type(in_code(name)) is str
     assert in_code(name) == name
+
+
+class Takes(nn.Module):
+    """An item of a tensor and items of a tuple: torch.fx calls both ``getitem``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = blocks(2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        h = self.body(x)
+        return h[:, 0], *(3 * h).unbind(1)[:2]
+
+
+class Gives(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = blocks(2)
+
+    def forward(self, items: tuple[Tensor, ...]) -> Tensor:
+        row, a, b = items
+        return self.body(torch.stack([a, b, row - b, a * b], 1))
+
+
+class Alike(nn.Module):
+    """Arguments of which torch.fx gives one the name of another, and a number that Python reads from them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = blocks(4)
+
+    def forward(self, input: Tensor, input_1: Tensor, input_2: Tensor) -> Tensor:
+        if input_1.max() > input_2.max() + 5:
+            input, input_1 = input_1, input
+        return self.body(input + 2 * input_1 - 3 * input_2)
+
+
+@pytest.mark.parametrize("more", [0.0, 9.0])
+def test_arguments_may_be_called_as_torch_fx_renames_others(more: float) -> None:
+    one, two, three = (floats(i)[0] for i in range(3))
+    pipe = pipe_of(Alike().double())
+    expected = pipe.pipeline.model(one, two + more, three)
+    torch.testing.assert_close(pipe(one, two + more, three), expected, rtol=1e-9, atol=1e-11)
+
+
+class AsStages(nn.Module):
+    """Arguments called as what stages read besides those of the call: the share of the rows, totals of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = blocks(3), nn.Linear(D, D)
+
+    def forward(self, share_of_rows: Tensor, valid_cross_entropy: Tensor, whole_size: Tensor) -> Tensor:
+        h = self.head(self.body(share_of_rows)) + valid_cross_entropy
+        loss = F.cross_entropy(h.flatten(0, 1), whole_size.flatten(), ignore_index=0)
+        return loss + h.sum() / h.size(0) + h.mean()
+
+
+def test_arguments_may_be_called_as_what_stages_read_besides_them() -> None:
+    def inputs(step: int) -> tuple[Any, ...]:
+        one, two = floats(step)[0], floats(step + 1)[0]
+        return one, two, one[..., 0].mul(3).long().abs()
+
+    assert_trains_alike(AsStages(), {"microbatches": 3}, steps=1, inputs=inputs, loss=lambda out: out)
+
+
+TABLES = [torch.arange(D) / D, torch.ones(D) / 3]
+
+
+class Constants(nn.Module):
+    """A buffer and a parameter called as the constants of a capture are, beside constants."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = blocks(4)
+        self.register_buffer("_constant0", torch.rand(D))
+        self._constant1 = nn.Parameter(torch.rand(D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.body[:2](x * TABLES[0]) * self._constant0 + TABLES[1]
+        return self.body[2:](h + self._constant1)
+
+
+def test_parameters_may_be_called_as_constants_of_a_capture_are() -> None:
+    assert_trains_alike(Constants(), {}, steps=1)
+
+
+def test_items_of_tensors_and_of_tuples_cross_a_cut_together() -> None:
+    plan = pipecompile.PlanOptions(pins={"0": 0, "1": 1})
+    assert_trains_alike(nn.Sequential(Takes(), Gives()), {"plan": plan}, steps=1)
 
 
 # Objects

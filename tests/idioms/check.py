@@ -88,6 +88,7 @@ def check_steps(idiom: Idiom, stages: int, microbatches: int, schedule: str, eva
         same_trees(
             f"call {number}: ",
             *({n: t for n, t in seen.tensors.items() if not n.endswith(left_out)} for seen in (a, b)),
+            idiom.rounding,
         )
     if idiom.stages:
         assert len(pipe.pipeline.stages) == stages, f"{len(pipe.pipeline.stages)} stages instead of {stages}"
@@ -251,19 +252,19 @@ def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield from leaves(value, f"{path}[{key}]")
 
 
-def same_trees(what: str, actual: Any, expected: Any) -> None:
+def same_trees(what: str, actual: Any, expected: Any, rounding: float = 0.0) -> None:
     if isinstance(actual, Tensor) and isinstance(expected, Tensor):
-        same_tensors(what, actual, expected)
+        same_tensors(what, actual, expected, rounding)
         return
     assert type(actual) is type(expected), f"{what}: {actual!r:.200} instead of {expected!r:.200}"
     if isinstance(expected, dict):
         assert list(actual) == list(expected), f"{what}: {sorted(set(actual) ^ set(expected))} in one alone"
         for key in expected:
-            same_trees(f"{what}{key}", actual[key], expected[key])
+            same_trees(f"{what}{key}", actual[key], expected[key], rounding)
     elif isinstance(expected, list | tuple) and not isinstance(expected, torch.Size):
         assert len(actual) == len(expected), f"{what}: {actual!r:.200} instead of {expected!r:.200}"
         for a, b in zip(actual, expected, strict=True):
-            same_trees(f"{what}.", a, b)
+            same_trees(f"{what}.", a, b, rounding)
     elif isinstance(expected, np.ndarray):
         np.testing.assert_allclose(actual, expected, err_msg=what)
     elif isinstance(expected, float):
@@ -272,11 +273,12 @@ def same_trees(what: str, actual: Any, expected: Any) -> None:
         assert actual == expected, f"{what}: {actual!r:.200} instead of {expected!r:.200}"
 
 
-def same_tensors(what: str, actual: Tensor, expected: Tensor) -> None:
+def same_tensors(what: str, actual: Tensor, expected: Tensor, rounding: float = 0.0) -> None:
     """Equal to rounding: in float64 to 1e-9, which a missing row is far from."""
     assert actual.layout == expected.layout, f"{what}: {actual.layout} instead of {expected.layout}"
     double = expected.dtype in (torch.float64, torch.complex128)
     tolerance = {"rtol": 1e-9, "atol": 1e-11} if double else {}
+    tolerance = {"rtol": rounding, "atol": rounding} if rounding else tolerance
     torch.testing.assert_close(actual, expected, **tolerance, equal_nan=True, msg=lambda text: f"{what}: {text}")
 
 
@@ -350,7 +352,7 @@ def check_stream(idiom: Idiom, stages: int, microbatches: int) -> None:
         expected.append(idiom.loss(other, other(*a, **k)) * share)
     actual = idiom.loss(model, output) if inside else output
     if not idiom.draws:
-        same_tensors("loss", actual.detach(), torch.stack(expected).sum().detach())
+        same_tensors("loss", actual.detach(), torch.stack(expected).sum().detach(), idiom.rounding)
     assert bool(torch.isfinite(actual))
 
 

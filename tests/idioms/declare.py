@@ -77,6 +77,7 @@ class Idiom:
         refused_parts: why no several microbatches are.
         refused_stream: why no asynchronous schedule is.
         stream: whether an asynchronous schedule is tried: Python state is set once a call, not for each microbatch.
+        rounding: what may differ, absolutely and as a part, where the model rounds to less than its dtype.
         stages: whether the pipeline must have as many stages as were asked for.
         warns: a pattern of a warning of the pipeline's that is right here.
         held: what is still wrong, for idioms that the tests leave out.
@@ -94,6 +95,7 @@ class Idiom:
     refused_stream: str = "tied across|asynchronous|stages"
     warns: str = ""
     stream: bool = True
+    rounding: float = 0.0
     stages: bool = True
     held: str = ""
 

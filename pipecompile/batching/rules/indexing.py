@@ -9,6 +9,7 @@ import torch.fx as fx
 from torch import Tensor
 
 from pipecompile.batching.rules.batch_types import SHARED, Batched, Kind, Local, Shared
+from pipecompile.batching.rules.size_pair import UNKNOWN
 from pipecompile.batching.rules.use import Answer, Edited, Instead, Use, only_first, positive, rule
 from pipecompile.ops.functional import masked_scatter_all
 
@@ -46,7 +47,8 @@ def getitem(use: Use) -> Answer:
     if not use.is_tensor(source):
         return SHARED
     if isinstance(whole, Shared) and not any(not isinstance(use.kind(n), Shared) for n in use.tensors):
-        return use.mixed("an index that depends on the batch size") if use.scale.growing(use.node) else SHARED
+        grows = any(use.out[dim] != UNKNOWN for dim in use.scale.growing(use.node))  # numbers are checked for all rules
+        return use.mixed("an index that depends on the batch size") if grows else SHARED
 
     def taken(item: Any) -> int:
         if item is None or item is Ellipsis:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from pipecompile.batching.rules.batch_types import PARTIAL, SHARED, Batched, Kind, Partial, Shared
+from pipecompile.batching.rules.batch_types import PARTIAL, SHARED, Batched, Kind, Local, Partial, Shared
 from pipecompile.batching.rules.use import Answer, Use, only_first, rule
 from pipecompile.ops import functional
 
@@ -128,12 +128,17 @@ def embedding(use: Use) -> Answer:
 
 @rule(F.embedding_bag)
 def bags(use: Use) -> Answer:
-    """(batch, bag), (words, width) -> (batch, width); mixes samples if scale_grad_by_freq=True, else has no rule."""
-    return (
-        use.mixed("gradients scaled by how often a word is in the batch", certain=True)
-        if use.given("scale_grad_by_freq")
-        else None
-    )
+    """words (batch,), table (words, width), row numbers (batch,) as offsets -> (batch, width).
+
+    Mixes samples if scale_grad_by_freq=True. Has no rule for other offsets, and for (batch, bag).
+    """
+    if use.given("scale_grad_by_freq"):
+        return use.mixed("gradients scaled by how often a word is in the batch", certain=True)
+    words, offsets, weights = use.given("input"), use.given("offsets"), use.given("per_sample_weights")
+    alone = isinstance(use.kind(use.given("weight")), Shared) and not use.given("include_last_offset")
+    if not alone or use.kind(offsets) != Local(0) or use.kind(words) != Batched(0):
+        return None
+    return Batched(0) if weights is None or use.kind(weights) == Batched(0) else None
 
 
 @rule(torch.embedding, torch.ops.aten.embedding)
