@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -97,8 +98,12 @@ class Call:
         is_view = all(storage_key(t) in known for t in outputs)
         return 0 if is_view else sum(map(nbytes, read + outputs))
 
+    def entered(self) -> ExitStack:
+        """A context with the modes of its region."""
+        return enter_region(self.region.grad, self.region.autocast)
+
     def _run(self, args: Any, kwargs: Any) -> Any:
-        with enter_region(self.region.grad, self.region.autocast):
+        with self.entered():
             return self.function(*args, **kwargs)
 
 
