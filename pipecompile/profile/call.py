@@ -57,10 +57,13 @@ class Call:
 
     def forward(self) -> list[Tensor]:
         """Runs the call, any number of times. Returns the outputs that a backward can start from."""
-        copied = map_tensors(torch.clone, (self.args, self.kwargs)) if self.mutates else (self.args, self.kwargs)
-        outputs = tensors_of(self._run(*copied))
+        outputs = tensors_of(self._run(*self.operands()))
         self.differentiable = bool(self.leaves) and any(t.grad_fn is not None for t in outputs)
         return outputs
+
+    def operands(self) -> tuple[Any, Any]:
+        """The arguments for one more run, which may write to them."""
+        return map_tensors(torch.clone, (self.args, self.kwargs)) if self.mutates else (self.args, self.kwargs)
 
     def backward(self, outputs: list[Tensor], seeds: list[Tensor] | None = None) -> None:
         """Runs the backward of ``outputs``, from the gradients ``seeds`` or ones."""

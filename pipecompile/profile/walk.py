@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -59,7 +61,7 @@ class Walk:
         self.attributes = captured.tensors
         self.written = {name for node in captured.graph.nodes for name in origin_of(node).writes}
         self.sizes = captured.sample_sizes
-        self.turns = InTurn(self._operands) if meter.in_turn else None
+        self.turns = InTurn(self._operands, self._says_where) if meter.in_turn else None
         self.keys: dict[str, Any] = {}  # of the nodes that are timed in turn
         self.budget = Budget(node for node in captured.graph.nodes if node.op in ("call_function", "call_module"))
 
@@ -68,7 +70,8 @@ class Walk:
         last_use = {source: node for node in nodes for source in node.all_input_nodes}
         with quiet(), self.meter.fake, factories_on(self.device), phase("profile", len(nodes)) as advance:
             for node in nodes:
-                self._visit_or_say(node)
+                with self._says_where(node):
+                    self._visit(node)
                 for source in node.all_input_nodes:
                     if last_use[source] is node:
                         self.values.pop(source, None)
@@ -90,9 +93,12 @@ class Walk:
         args, kwargs = retarget(given, self.captured.device, self.device)
         return args, kwargs
 
-    def _visit_or_say(self, node: fx.Node) -> None:
+    @contextmanager
+    def _says_where(self, node: fx.Node) -> Iterator[None]:
         try:
-            self._visit(node)
+            yield
+        except ExecutionError:  # which says where
+            raise
         except Exception as error:
             raise ExecutionError(
                 f"{origin_of(node)}: cannot run a microbatch of {self.captured.microbatch} rows "
@@ -147,7 +153,7 @@ class Walk:
             self._count_leaf(node, None, (args, kwargs))
             return
         key = (node.target, origin_of(node).region, described(args), described(kwargs))
-        turns = None if run.mutates else self.turns
+        turns = self.turns
         if key not in self.known:
             if isinstance(self.meter, Counter):
                 self.known[key] = self._counted(self.meter, key, run)
