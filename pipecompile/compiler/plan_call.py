@@ -124,7 +124,8 @@ class Planner:
         limited = any(device.memory is not None for device in found.cluster.devices)  # and fewer need more
         tried = numbers(batch, len(set(found.plan.rank_of)), usual, most=usual if fewer else batch)
         tried = [number for number in tried if not limited or number >= usual]
-        size = rows // 2 if limited else 2 * rows  # larger microbatches might not fit
+        grow = rows == 1 or (fewer and not limited)  # larger ones take longer to measure, and might not fit
+        size = 2 * rows if grow else rows // 2
         if len(tried) < 2 or not 1 <= size <= batch:
             return None, ""
         body = replace(division.body, microbatch=size)
