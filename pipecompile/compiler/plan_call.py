@@ -109,7 +109,7 @@ class Planner:
             return False
         if torch.are_deterministic_algorithms_enabled() or options.batching.may_mix:
             return False
-        return not (division.one_part or body.is_fixed or division.at_least > 1 or division.at_most)
+        return not (division.one_part or body.is_fixed or division.at_most)
 
     def _counted(self, division: Division, found: Planned, batch: int) -> tuple[Counted | None, str]:
         """Compares numbers of microbatches, and says why this is not to be remembered, or "".

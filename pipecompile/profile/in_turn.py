@@ -21,7 +21,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from statistics import median
 from typing import Any
 
@@ -78,10 +78,6 @@ class InTurn:
         self.backward: dict[Any, list[float]] = defaultdict(list)
         self.left = SECONDS
         self.wall = self.ran = 0.0  # seconds of what the wall clock has timed
-        leaf = torch.zeros((), requires_grad=True)
-        self._empty = leaf.view_as(leaf), leaf, torch.ones(())
-        self.start = _of_runs(self._start, 5)
-        self.adding = _adding()
         self._begin()
 
     def _begin(self) -> None:
@@ -190,14 +186,15 @@ class InTurn:
                     weights.append(gradient)
             return weights
 
+        start, adding = self.start, self.adding
         self._start()
         try:
             weights, seconds = self._timed(it, run)
         except RuntimeError:  # one that cannot run alone
             self.backward[it.key].append(UNKNOWN_BACKWARD * self.forward[it.key][-1])
             return
-        added = sum(self.adding(nbytes(gradient)) for gradient in weights)
-        self.backward[it.key].append(max(0.0, seconds - self.start) + added)
+        added = sum(adding(nbytes(gradient)) for gradient in weights)
+        self.backward[it.key].append(max(0.0, seconds - start) + added)
 
     def _timed(self, it: Waiting, run: Callable[[], Any]) -> tuple[Any, float]:
         clock = clock_of(it.function)
@@ -208,6 +205,21 @@ class InTurn:
             self.wall += seconds
             self.ran += time.thread_time() - ran
         return result, seconds
+
+    @cached_property
+    def start(self) -> float:
+        """Seconds of starting a backward."""
+        return _of_runs(self._start, 5)
+
+    @cached_property
+    def adding(self) -> Callable[[int], float]:
+        """The seconds of adding a gradient to another one, by its bytes."""
+        return _adding()
+
+    @cached_property
+    def _empty(self) -> tuple[Tensor, Tensor, Tensor]:
+        leaf = torch.zeros((), requires_grad=True)
+        return leaf.view_as(leaf), leaf, torch.ones(())
 
     def _start(self) -> None:
         """An empty backward: it has the code of autograd in the caches, as in a stage, where there is one for all."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from itertools import repeat
 from typing import ClassVar
 
@@ -181,6 +182,13 @@ def test_an_operation_that_fails_in_its_second_run_says_where(monkeypatch: pytes
     monkeypatch.setattr(in_turn.InTurn, "_timed", failing)
     with pytest.raises(ExecutionError, match=r"module '1'.*cannot run a microbatch of 2 rows \(ValueError: no more"):
         costed(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)), torch.ones(2, 8))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_there_are_no_backwards(mode: Callable[[], AbstractContextManager[None]]) -> None:
+    with mode():
+        found = costed(nn.Sequential(nn.Linear(8, 8), nn.Tanh()), torch.ones(2, 8))
+    assert all(cost.forward > 0 and cost.backward == 0 for cost in costs(found, "linear") + costs(found, "tanh"))
 
 
 def test_used_memory_is_free_inside() -> None:
