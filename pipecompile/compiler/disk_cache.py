@@ -26,7 +26,7 @@ from pipecompile.errors import InputError
 
 VARIABLE = "PIPECOMPILE_CACHE"
 OFF = "off"
-FORMAT = 1
+FORMAT = 2
 MOST = 500  # entries
 ABANDONED = 3600.0  # seconds after which a file that was not renamed is of a process that has ended
 ENTRY, UNFINISHED = ".json", ".unfinished"

@@ -15,7 +15,7 @@ from pipecompile.capture.state.reachable import Reach
 from pipecompile.capture.state.restore import left_as_before
 from pipecompile.compiler.devices import cluster_of
 from pipecompile.compiler.options import Options
-from pipecompile.compiler.recall import Recall
+from pipecompile.compiler.recall import Recall, disturbed
 from pipecompile.errors import ExecutionError, InputError
 from pipecompile.ir.cluster import Cluster
 from pipecompile.ir.graph import CostedGraph, Graph
@@ -87,12 +87,12 @@ class Planner:
             return division, graph, self.planned(division, graph, work)
         made: list[Planned] = []
 
-        def count() -> Counted | None:
+        def count() -> tuple[Counted | None, str]:
             made.append(self.planned(division, graph, work))
             return self._counted(division, made[0], batch)
 
         if self.options.is_auto:
-            found = count()
+            found, _ = count()
         else:
             recall = self._recall(division.body, graph)
             found = recall.counted(cluster_of(self.devices), work, self.options.plan, count)
@@ -113,33 +113,38 @@ class Planner:
             return False
         if torch.are_deterministic_algorithms_enabled() or options.batching.may_mix:
             return False
-        return not (division.one_part or body.is_fixed or division.at_least > 1 or division.at_most)
+        return not (division.one_part or body.is_fixed or division.at_most)
 
-    def _counted(self, division: Division, found: Planned, batch: int) -> Counted | None:
-        """Compares numbers of microbatches; None if steps are too short to tell, or a second size cannot run."""
+    def _counted(self, division: Division, found: Planned, batch: int) -> tuple[Counted | None, str]:
+        """Compares numbers of microbatches, and says why this is not to be remembered, or "".
+
+        There is no comparison if steps are too short to tell, or a second size cannot run.
+        """
         usual = found.work.microbatches
         rows = -(-batch // usual)
         if max(cost.seconds for cost in found.stage_costs) < WORTH or found.costed.corrections:
-            return None
+            return None, ""
         fewer = any(map(uses_batch_statistics, division.body.graph.nodes))  # nearer to the whole batch's
         limited = any(device.memory is not None for device in found.cluster.devices)  # and fewer need more
         tried = numbers(batch, len(set(found.plan.rank_of)), usual, most=usual if fewer else batch)
         tried = [number for number in tried if not limited or number >= usual]
-        size = rows // 2 if limited else 2 * rows  # larger microbatches might not fit
+        grow = rows == 1 or (fewer and not limited)  # larger ones take longer to measure, and might not fit
+        size = 2 * rows if grow else rows // 2
         if len(tried) < 2 or not 1 <= size <= batch:
-            return None
+            return None, ""
         body = replace(division.body, microbatch=size)
         graph = summarize(body)
         try:
             other = self._costed(body, graph, self._recall(body, graph), seconds=BRIEF)
         except ExecutionError as error:
             LOGGER.info("two microbatches per stage, since costs of another size cannot be measured: %s", error)
-            return None
+            return None, ""
 
         def at(size: int) -> Graph:
             return summarize(replace(division.body, microbatch=size))
 
-        return compared(found, other, (rows, size), batch, tried, at)
+        why = disturbed(found.costed) or disturbed(other)
+        return compared(found, other, (rows, size), batch, tried, at), why
 
     def _costed(self, captured: Captured, graph: Graph, recall: Recall, seconds: float = SECONDS) -> CostedGraph:
         """The costs of a capture: measured for so many seconds, counted, or given by the user for the same graph."""

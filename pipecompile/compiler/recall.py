@@ -34,6 +34,7 @@ from pipecompile.planning.training_spec import Workload
 
 T = TypeVar("T")
 NOWHERE = DiskCache(None)
+BUSY = 0.1  # part of the measured seconds in which other programs had the processor, from which they are not kept
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,10 @@ class Recall:
         if found is not None:
             return found
         costed = measure()
-        self._write("costs", key, Costs.of(costed), costed.setting)
+        if why := disturbed(costed):
+            self.said.append(f"costs not kept: {why}")
+        else:
+            self._write("costs", key, Costs.of(costed), costed.setting)
         return costed
 
     def cluster(self, assumed: Cluster, measure: Callable[[], Cluster]) -> Cluster:
@@ -156,16 +160,26 @@ class Recall:
         return replace(found, remembered=tuple(self.said), key=key)
 
     def counted(
-        self, devices: Cluster, work: Workload, options: PlanOptions, compare: Callable[[], Counted | None]
+        self,
+        devices: Cluster,
+        work: Workload,
+        options: PlanOptions,
+        compare: Callable[[], tuple[Counted | None, str]],
     ) -> Counted | None:
-        """The comparison of numbers of microbatches, for a plan with the usual number."""
+        """The comparison of numbers of microbatches, for a plan with the usual number.
+
+        Args:
+            compare: makes it, and says why it is not to be remembered, or "".
+        """
         key = self._key(devices, work, options)
         if not key:
-            return compare()
+            return compare()[0]
         key = key.replace("plan-", "microbatches-")
         found = self._read("microbatches", key, lambda content: converter.structure(content, Counted))
-        if found is None and (found := compare()) is not None:
-            self._write("microbatches", key, found, None)
+        if found is None:
+            found, why = compare()
+            if found is not None and not why:
+                self._write("microbatches", key, found, None)
         return found
 
     def _key(self, devices: Cluster, work: Workload, options: PlanOptions) -> str:
@@ -193,9 +207,11 @@ class Recall:
 
 
 def keep(found: Planned) -> str:
-    """Remembers a plan, in place of an earlier one of the same request. Returns why it could not be written, or ""."""
+    """Remembers a plan, in place of an earlier one of the same request. Returns why it was not written, or ""."""
     if not found.key:
         return ""
+    if why := disturbed(found.costed):
+        return why
     made = Made(
         plan=found.plan,
         costs=Costs.of(found.costed),
@@ -206,6 +222,13 @@ def keep(found: Planned) -> str:
     names = [device.name for device in found.cluster.devices]
     about = _about("plan", names, found.costed.setting)
     return DiskCache.of_user().write(found.key, converter.unstructure(made), about)
+
+
+def disturbed(costed: CostedGraph) -> str:
+    """Why costs are not to be remembered, or ""."""
+    if costed.waited <= BUSY:
+        return ""
+    return f"the machine was busy: in {costed.waited:.0%} of the measured seconds, other programs had the processor"
 
 
 def _about(what: str, devices: Sequence[object], setting: Setting | None) -> dict[str, str]:

@@ -236,6 +236,7 @@ class CostedGraph(Json):
         setting: what the numbers hold for: the device and torch's settings, if they are known.
         measured: whether the seconds were measured on a device.
         corrections: the corrections applied since, in words.
+        waited: the part of the measured seconds in which the measuring thread had no processor; the machine was busy.
 
     Without footprints, each output has its own storage, and so do the bytes that a node saves.
     """
@@ -248,6 +249,7 @@ class CostedGraph(Json):
     setting: Setting | None = None
     measured: bool = False
     corrections: tuple[str, ...] = ()
+    waited: float = 0.0
 
     @property
     def origin(self) -> str:

@@ -16,7 +16,7 @@ from pipecompile.planning.counted import Count, Counted
 from pipecompile.planning.planned import Planned
 from pipecompile.planning.training_spec import OVERHEAD
 
-PAYS = 0.05  # another number than the usual one is taken if it is predicted to save this share of the step
+PAYS = 0.02  # another number than the usual one is taken if it is predicted to save this share of the step
 PER_RANK = (1, 2, 4, 8)  # microbatches per rank that are tried, beside one in all
 
 

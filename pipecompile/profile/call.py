@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -56,10 +57,13 @@ class Call:
 
     def forward(self) -> list[Tensor]:
         """Runs the call, any number of times. Returns the outputs that a backward can start from."""
-        copied = map_tensors(torch.clone, (self.args, self.kwargs)) if self.mutates else (self.args, self.kwargs)
-        outputs = tensors_of(self._run(*copied))
+        outputs = tensors_of(self._run(*self.operands()))
         self.differentiable = bool(self.leaves) and any(t.grad_fn is not None for t in outputs)
         return outputs
+
+    def operands(self) -> tuple[Any, Any]:
+        """The arguments for one more run, which may write to them."""
+        return map_tensors(torch.clone, (self.args, self.kwargs)) if self.mutates else (self.args, self.kwargs)
 
     def backward(self, outputs: list[Tensor], seeds: list[Tensor] | None = None) -> None:
         """Runs the backward of ``outputs``, from the gradients ``seeds`` or ones."""
@@ -97,8 +101,12 @@ class Call:
         is_view = all(storage_key(t) in known for t in outputs)
         return 0 if is_view else sum(map(nbytes, read + outputs))
 
+    def entered(self) -> ExitStack:
+        """A context with the modes of its region."""
+        return enter_region(self.region.grad, self.region.autocast)
+
     def _run(self, args: Any, kwargs: Any) -> Any:
-        with enter_region(self.region.grad, self.region.autocast):
+        with self.entered():
             return self.function(*args, **kwargs)
 
 

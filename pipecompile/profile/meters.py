@@ -28,11 +28,16 @@ Share = Callable[[float], float]  # seconds of one run -> seconds after which it
 
 
 class Clock:
-    """Measures seconds; on an accelerator, by its own clock."""
+    """Measures seconds; on an accelerator, by its own clock.
+
+    Attributes:
+        in_turn: whether operations are timed as a stage runs them (``in_turn.py``) rather than alone.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.fake: Any = nullcontext()
+        self.in_turn = device.type == "cpu"
 
     def tensor(self, tensor: Tensor) -> Tensor:
         return stand_in(tensor).detach().to(self.device)
@@ -104,6 +109,8 @@ def _enough(times: Sequence[float], share: Share) -> bool:
 
 class Counter:
     """Counts operations and bytes on fake tensors."""
+
+    in_turn = False
 
     def __init__(self, roofline: Roofline, device: torch.device = CPU) -> None:
         self.roofline = roofline

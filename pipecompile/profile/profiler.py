@@ -68,6 +68,7 @@ def profile(
         footprints=tuple(walk.footprints.get(name, Footprint()) for name in names),
         setting=setting,
         measured=how == "measure",
+        waited=walk.turns.waited if walk.turns else 0.0,
     )
 
 

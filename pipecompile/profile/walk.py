@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,6 +28,7 @@ from pipecompile.ops.phases import phase
 from pipecompile.ops.symbols import resolve
 from pipecompile.profile.budget import SECONDS, Budget
 from pipecompile.profile.call import Call, as_recorded, described, map_tensors, tensors_of
+from pipecompile.profile.in_turn import InTurn
 from pipecompile.profile.meters import ENOUGH, UNKNOWN_BACKWARD, Counter, Meter, Share
 from pipecompile.profile.storages import has_storage
 
@@ -63,6 +67,8 @@ class Walk:
         self.attributes = captured.tensors
         self.written = {name for node in captured.graph.nodes for name in origin_of(node).writes}
         self.sizes = captured.sample_sizes
+        self.turns = InTurn(self._operands, self._says_where, seconds) if meter.in_turn else None
+        self.keys: dict[str, Any] = {}  # of the nodes that are timed in turn
         calls = (node for node in captured.graph.nodes if node.op in ("call_function", "call_module"))
         self.budget = Budget(calls, seconds)
 
@@ -71,15 +77,35 @@ class Walk:
         last_use = {source: node for node in nodes for source in node.all_input_nodes}
         with quiet(), self.meter.fake, factories_on(self.device), phase("profile", len(nodes)) as advance:
             for node in nodes:
-                self._visit_or_say(node)
+                with self._says_where(node):
+                    self._visit(node)
                 for source in node.all_input_nodes:
                     if last_use[source] is node:
                         self.values.pop(source, None)
                 advance()
+            if self.turns is not None:
+                self._take(self.turns)
 
-    def _visit_or_say(self, node: fx.Node) -> None:
+    def _take(self, turns: InTurn) -> None:
+        """Takes the seconds of the nodes that were timed in turn."""
+        turns.run()
+        for name, key in self.keys.items():
+            forward, backward = turns.seconds(key)
+            again = forward if name in self.captured.recomputed else 0.0
+            self.costs[name] = replace(self.costs[name], forward=forward, backward=backward + again)
+
+    def _operands(self, node: fx.Node, values: dict[fx.Node, Any]) -> tuple[Any, Any]:
+        """The arguments of a node on the device."""
+        given = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+        args, kwargs = retarget(given, self.captured.device, self.device)
+        return args, kwargs
+
+    @contextmanager
+    def _says_where(self, node: fx.Node) -> Iterator[None]:
         try:
-            self._visit(node)
+            yield
+        except ExecutionError:  # which says where
+            raise
         except Exception as error:
             raise ExecutionError(
                 f"{origin_of(node)}: cannot run a microbatch of {self.captured.microbatch} rows "
@@ -114,9 +140,7 @@ class Walk:
 
     def _measure(self, node: fx.Node) -> None:
         """Runs a node, keeps its value, and records its cost."""
-        args, kwargs = fx.map_arg((node.args, node.kwargs), self.values.__getitem__)
-        args = retarget(args, self.captured.device, self.device)
-        kwargs = retarget(kwargs, self.captured.device, self.device)
+        args, kwargs = self._operands(node, self.values)
         if node.op == "call_method":
             self.values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
             return
@@ -136,12 +160,18 @@ class Walk:
             self._count_leaf(node, None, (args, kwargs))
             return
         key = (node.target, origin_of(node).region, described(args), described(kwargs))
+        turns = self.turns
         if key not in self.known:
-            self.known[key] = (
-                self._counted(self.meter, key, run) if isinstance(self.meter, Counter) else self._timed(node, run)
-            )
+            if isinstance(self.meter, Counter):
+                self.known[key] = self._counted(self.meter, key, run)
+            else:
+                self.known[key] = self._timed(node, run) if turns is None else (0.0, 0.0, *run.allocated())
         forward, backward, allocated, returned = self.known[key]
+        before = len(self.storages)
         self._note(node, forward, backward, saved, allocated, returned)
+        if turns is not None:
+            self.keys[node.name] = key
+            turns.add(node, function, key, self.values, sum(self.storages[before:]))
 
     def _counted(self, counter: Counter, key: tuple[Any, ...], run: Call) -> Figures:
         """What counting gives for a call, which is remembered for torch's own functions."""

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import pytest
 
 from pipecompile.compiler import disk_cache
-from pipecompile.compiler.disk_cache import DiskCache
+from pipecompile.compiler.disk_cache import FORMAT, DiskCache
 from pipecompile.errors import InputError
 
 CONTENT = {"numbers": list(range(5000)), "name": "naïve"}
@@ -118,7 +118,7 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
         (lambda text: "[" * 200_000, "is not JSON"),
         (lambda text: '{"weights": [1, 2]}', "is not an entry"),
         (lambda text: "null", "is not an entry"),
-        (lambda text: text.replace('"format": 1', '"format": 7'), "format 7"),
+        (lambda text: text.replace(f'"format": {FORMAT}', '"format": 7'), "format 7"),
         (lambda text: text.replace("4999", "4998"), "checksum"),
         (lambda text: text.replace("costs-1", "costs-2"), "another key"),
     ],

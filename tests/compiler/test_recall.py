@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 import pipecompile
-from pipecompile.compiler import fingerprint, plan_call
+from pipecompile.compiler import fingerprint, plan_call, recall
 from pipecompile.compiler.disk_cache import DiskCache
 from pipecompile.compiler.report import Report
 from pipecompile.ir.plan import Plan
@@ -44,6 +45,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Made:
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DiskCache:
     monkeypatch.setenv("PIPECOMPILE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(recall, "BUSY", 1.0)  # whatever else runs beside these tests
     return DiskCache(tmp_path / "cache")
 
 
@@ -70,6 +72,29 @@ def test_the_same_model_again_is_neither_profiled_nor_planned(cache: DiskCache, 
     assert report.costs == first.costs
     assert report.memory == first.memory
     assert sorted(entry.path.name[:5] for entry in cache.entries()) == ["costs", "plan-"]
+
+
+@pytest.mark.filterwarnings("ignore:this step is predicted to take")
+@pytest.mark.parametrize("microbatches", [2, None])
+def test_costs_of_a_busy_machine_are_not_remembered(
+    cache: DiskCache, made: Made, monkeypatch: pytest.MonkeyPatch, microbatches: int | None
+) -> None:
+    monkeypatch.setattr(recall, "BUSY", 0.1)
+    monkeypatch.setattr(plan_call, "WORTH", 0.0)
+    profile = plan_call.profile
+    waited = 0.11
+    monkeypatch.setattr(plan_call, "profile", lambda *a, **k: replace(profile(*a, **k), waited=waited))
+    _, report = call(net(), microbatches=microbatches)
+    assert list(cache.entries()) == []
+    assert "costs not kept: the machine was busy: in 11% of the measured seconds" in report.remembered[0]
+    profiles = made.profiles
+    waited = 0.1
+    _, report = call(net(), microbatches=microbatches)
+    assert made.profiles == 2 * profiles
+    assert not any("not kept" in line for line in report.remembered)
+    assert "plan" in {entry.path.name.partition("-")[0] for entry in cache.entries()}
+    call(net(), microbatches=microbatches)
+    assert made.profiles == 2 * profiles
 
 
 def test_nothing_is_kept_if_it_is_off(monkeypatch: pytest.MonkeyPatch, made: Made) -> None:

@@ -30,6 +30,7 @@ class Meter:
     """A clock that counts what it is asked to time; a call takes a second, with its backward two more."""
 
     timed: list[str]
+    in_turn = False
 
     def __init__(self, device: torch.device) -> None:
         self.fake = nullcontext()
