@@ -10,7 +10,7 @@ the executor all use it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import assert_never
@@ -20,8 +20,10 @@ from pipecompile.ir.instruction import (
     Backward,
     BackwardWeight,
     Compute,
+    Fetch,
     Forward,
     Instruction,
+    Offload,
     Recv,
     Reduce,
     Refresh,
@@ -62,7 +64,9 @@ class Program:
     4. gradients are complete where they are read: no BackwardWeight comes after a Reduce, Step or Update of its stage
        that includes its microbatch;
     5. the Steps of a stage come in the order of its Updates, and each Update before its Step;
-    6. ``linearize`` reaches the end: no rank waits forever.
+    6. what a Forward saves leaves its device once at most, and is back for the Backward: after the Forward an Offload,
+       then a Fetch, after the Offload has ended (``ended_before``), then the Backward;
+    7. ``linearize`` reaches the end: no rank waits forever.
     """
 
     plan: Plan
@@ -91,6 +95,31 @@ class Program:
         both = (*self.carried, *self.instructions)
         return frozenset(Step(i.stage, i.microbatch) for i in both if isinstance(i, Update))
 
+    @cached_property
+    def offloaded(self) -> frozenset[Offload]:
+        """The Offloads of this program and of those that it continues."""
+        return frozenset(i for i in (*self.carried, *self.instructions) if isinstance(i, Offload))
+
+    @cached_property
+    def ended_before(self) -> Mapping[Instruction, tuple[Offload, ...]]:
+        """By computation or Fetch, the Offloads that end before it: those with a computation of their rank in between.
+
+        Others end with the program.
+        """
+        found: dict[Instruction, tuple[Offload, ...]] = {}
+        for row in self.ranks:
+            begun: list[Offload] = []  # and no computation since
+            under_way: list[Offload] = []  # during the last computation
+            for i in row:
+                if isinstance(i, Offload):
+                    begun.append(i)
+                elif isinstance(i, Forward | Backward | BackwardWeight | Fetch):
+                    if under_way:
+                        found[i], under_way = tuple(under_way), []
+                    if not isinstance(i, Fetch):
+                        begun, under_way = [], begun
+        return found
+
     @property
     def microbatches(self) -> tuple[int, ...]:
         """The microbatches that this program runs forward, ascending."""
@@ -99,7 +128,7 @@ class Program:
     def row_of(self, stage: int) -> tuple[Instruction, ...]:
         """The computations of one stage, in order."""
         row = self.ranks[self.plan.rank_of[stage]]
-        return tuple(i for i in row if not isinstance(i, Send | Recv) and i.stage == stage)
+        return tuple(i for i in row if not isinstance(i, Send | Recv | Offload | Fetch) and i.stage == stage)
 
     def validate(self) -> None:
         """Raises ``ProgramError`` at the first invariant that does not hold."""
@@ -109,7 +138,9 @@ class Program:
             for i in row:
                 if i.stage >= self.plan.num_stages or self.plan.rank_of[i.stage] != rank:
                     raise ProgramError(f"{i} is on rank {rank}, which does not run stage {i.stage}")
-                if isinstance(i, Forward | Backward | BackwardWeight) and not self.plan.runs(i.stage, i.microbatch):
+                if isinstance(i, Forward | Backward | BackwardWeight | Offload | Fetch) and not self.plan.runs(
+                    i.stage, i.microbatch
+                ):
                     raise ProgramError(
                         f"{i} is on the wrong one of the replicas {self.plan.replicas[i.stage]}: microbatch "
                         f"{i.microbatch} belongs to stage {self.plan.runner(i.stage, i.microbatch)}"
@@ -126,6 +157,7 @@ class Program:
         for row in self.ranks:
             _check_complete(row)
         _check_updates(self)
+        _check_offloads(self)
         for _ in linearize(self):
             pass
 
@@ -223,6 +255,10 @@ def dependencies(i: Instruction, plan: Plan) -> Iterator[Instruction]:
             yield result
         case Recv(result, target):
             yield Send(result, target)
+        case Offload(stage, microbatch):
+            yield Forward(stage, microbatch)
+        case Fetch(stage, microbatch):
+            yield Offload(stage, microbatch)
         case Forward() | Backward() | BackwardWeight() | Reduce() | Step() | Update() | Refresh():
             if isinstance(i, Backward):
                 yield Forward(i.stage, i.microbatch)
@@ -293,6 +329,35 @@ def _check_updates(program: Program) -> None:
             if made and (first := made.pop(0)) != i.microbatch:
                 older = f"{Step(i.stage, first)}, whose weights {Update(i.stage, first)} has made"
                 raise ProgramError(f"{i} is before {older}; put {Step(i.stage, first)} first")
+
+
+def _check_offloads(program: Program) -> None:
+    """Raises ``ProgramError`` if what a Forward has saved would leave too late, or not be back for its Backward."""
+    present = set(program.instructions)
+    for row in program.ranks:
+        place = {i: index for index, i in enumerate(row)}
+        ends = {offload: place[i] for i in row for offload in program.ended_before.get(i, ())}
+        for i in row:
+            if not isinstance(i, Offload | Fetch | Backward):
+                continue
+            forward, backward = Forward(i.stage, i.microbatch), Backward(i.stage, i.microbatch)
+            offload, fetch = Offload(i.stage, i.microbatch), Fetch(i.stage, i.microbatch)
+            if isinstance(i, Backward):
+                if offload in program.offloaded and fetch not in present and fetch not in program.carried:
+                    raise ProgramError(f"{i} needs what {offload} has copied to the host; put {fetch} before it")
+                continue
+            if forward not in program.carried and place.get(forward, len(row)) > place[i]:
+                raise ProgramError(f"{i} is not after {forward}, which saves what it copies; put it after")
+            if backward in program.carried or place.get(backward, len(row)) < place[i]:
+                raise ProgramError(f"{i} is after {backward}, which has used what it copies; put it before")
+            if isinstance(i, Fetch) and offload not in program.carried:
+                if place.get(offload, len(row)) > place[i]:
+                    raise ProgramError(f"{i} is not after {offload}, whose copy it fetches; put {offload} before it")
+                if ends.get(offload, len(row)) > place[i]:
+                    raise ProgramError(
+                        f"{i} is too near to {offload}, whose copy goes on during the next computation; put a "
+                        f"computation between them, or leave both out"
+                    )
 
 
 def _missing(i: Instruction, program: Program, done: set[Instruction]) -> list[Instruction]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from pipecompile.ir.instruction import Instruction, Recv, Send
+from pipecompile.ir.instruction import Fetch, Instruction, Offload, Recv, Send
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +53,9 @@ class Timeline:
         return max(span.end for span in self.spans) - min(span.start for span in self.spans)
 
     def busy(self, rank: int) -> float:
-        """Seconds in which a rank computes, without transfers."""
-        return sum(s.seconds for s in self.spans if s.rank == rank and not isinstance(s.instruction, Send | Recv))
+        """Seconds in which a rank computes, without transfers and copies."""
+        copying = Send | Recv | Offload | Fetch
+        return sum(s.seconds for s in self.spans if s.rank == rank and not isinstance(s.instruction, copying))
 
     @property
     def bubble(self) -> float:

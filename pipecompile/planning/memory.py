@@ -4,7 +4,7 @@
     gradients     of trainable parameters, from the first Backward after a Step or Update
     optimizer     optimizer state of trainable parameters; only the owner of a tied parameter has it
     versions      other weights than the newest that Forwards or Backwards still use (see ``weight_versions``)
-    activations   kept from Forward to Backward, for every microbatch in flight
+    activations   kept from Forward to Backward, for every microbatch in flight, and not while they are on the host
     waiting       values and gradients of other stages, from their arrival to the end of the Backward; gradients of tied
                   parameters (those of replicas included), to the Reduce
     outputs       the model's outputs, per microbatch until the step ends, and then joined
@@ -26,12 +26,23 @@ from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from pipecompile.ir.graph import CostedGraph
-from pipecompile.ir.instruction import Backward, BackwardWeight, Forward, Instruction, Recv, Send, Step, Update
+from pipecompile.ir.instruction import (
+    Backward,
+    BackwardWeight,
+    Fetch,
+    Forward,
+    Instruction,
+    Offload,
+    Recv,
+    Send,
+    Step,
+    Update,
+)
 from pipecompile.ir.json_io import Json
 from pipecompile.ir.plan import Plan, members
 from pipecompile.ir.program import Program
 from pipecompile.ir.timeline import Timeline
-from pipecompile.ir.weight_versions import Stash, stash_at_start, versions
+from pipecompile.ir.weight_versions import Away, Stash, stash_at_start, versions
 from pipecompile.planning.stage_memory import Load, load
 
 
@@ -116,7 +127,7 @@ def memory(
     for rank, row in enumerate(program.ranks):
         mine = [state for state, r in zip(stages, rank_of, strict=True) if r == rank]
         for i in row:
-            if isinstance(i, Forward | Backward | BackwardWeight | Step | Update):
+            if isinstance(i, Forward | Backward | BackwardWeight | Step | Update | Fetch):
                 stages[i.stage].do(i)
                 others = sum(state.now.total for state in mine if state is not stages[i.stage])
                 ranks[rank] = max(ranks[rank], others + stages[i.stage].latest.total)
@@ -135,7 +146,7 @@ def stage_states(
     timeline: Timeline | None,
 ) -> list[StageState]:
     """What each stage holds before its first instruction. Arguments are those of ``memory``."""
-    in_flight = versions(program).in_flight
+    in_flight, away = versions(program).in_flight, Away(program)
     stages = []
     for stage, stash in enumerate(stash_at_start(program)):
         work = load(costed, plan, stage)
@@ -151,7 +162,7 @@ def stage_states(
         waiting = (
             _Bound(work, plan, stage, in_flight) if timeline is None else _Clock(work, plan, stage, program, timeline)
         )
-        stages.append(StageState(work, fixed, trainable, copies, stash, waiting, program.updated))
+        stages.append(StageState(stage, work, fixed, trainable, copies, stash, waiting, program.updated, away))
     return stages
 
 
@@ -190,7 +201,9 @@ class _Clock:
 
     def __init__(self, work: Load, plan: Plan, stage: int, program: Program, timeline: Timeline) -> None:
         self.ends = {span.instruction: span.end for span in timeline.spans}
-        computed = [i for i in (*program.instructions, *program.carried) if not isinstance(i, Send | Recv)]
+        computed = [
+            i for i in (*program.instructions, *program.carried) if not isinstance(i, Send | Recv | Offload | Fetch)
+        ]
         mine = {i.microbatch for i in computed if isinstance(i, Forward) and i.stage == stage}
         backward = {i.microbatch for i in program.instructions if isinstance(i, Backward) and i.stage == stage}
         self.arrivals = [
@@ -215,6 +228,7 @@ class StageState:
 
     def __init__(
         self,
+        index: int,
         work: Load,
         fixed: Bytes,
         trainable: int,
@@ -222,9 +236,10 @@ class StageState:
         stash: Stash,
         waiting: _Bound | _Clock,
         updated: Set[Step],
+        away: Away,
     ) -> None:
-        self.work, self.fixed, self.trainable, self.step = work, fixed, trainable, step
-        self.stash, self.waiting, self.updated = stash, waiting, updated
+        self.index, self.work, self.fixed, self.trainable, self.step = index, work, fixed, trainable, step
+        self.stash, self.waiting, self.updated, self.away = stash, waiting, updated, away
         self.has_gradients = False
         self.made = 0  # microbatches whose outputs exist
         self.most = self.latest = self.now
@@ -237,13 +252,23 @@ class StageState:
             self.fixed,
             gradients=self.trainable * self.has_gradients,
             versions=self.trainable * (self.stash.live - 1),
-            activations=(count + len(self.stash.held)) * self.work.saved,
+            activations=(count + len(self.stash.held)) * self.work.saved - self.on_host,
             waiting=self.fixed.waiting + self.waiting.nbytes(count),
             outputs=self.made * self.work.outputs,
         )
 
-    def do(self, i: Forward | Backward | BackwardWeight | Step | Update) -> None:
+    @property
+    def on_host(self) -> int:
+        """The bytes of its activations that are on the host."""
+        return self.away.count(self.index) * self.work.movable
+
+    def do(self, i: Forward | Backward | BackwardWeight | Step | Update | Fetch) -> None:
         """Processes an instruction; ``latest`` is the peak during it."""
+        self.away.reach(i)  # of all stages, which share it
+        if isinstance(i, Fetch):
+            self.latest = self.now
+            self.most = max(self.most, self.latest, key=lambda held: held.total)
+            return
         self.waiting.reach(i)
         before, work = self.now, self.work
         match i:

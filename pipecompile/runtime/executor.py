@@ -70,6 +70,8 @@ class RankRun:
         with step.recorded:
             begins, ends = step.run(self.row)
         self.spans.append((step.instruction, begins, ends))
+        if len(self.spans) == len(self.linked):
+            self.row.end([*self.row.leaving])
         self.notes.ended(len(self.spans), self.row.lane, ends)
 
 
