@@ -10,8 +10,8 @@ each tensor. An Offload copies the storages behind them, each once, however many
     Backward       autograd asks for the tensor: a view of the bytes, as it was
 
 What stays on the device: what others hold, and would hold anyway. Parameters, buffers, inputs, values of other stages
-and results are known, so they are not copied. Whether anything else holds a storage (autocast's cache of weights, the
-arguments of a checkpoint) shows when it is let go: if it is still there, it stays, and its copy is dropped.
+and results are known. Whether anything else holds a storage (autocast's cache of weights, the arguments of a
+checkpoint) shows in the number of its uses.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from weakref import ref
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from pipecompile.errors import ExecutionError
+from pipecompile.ops.torch_internals import _storage_Use_Count
 from pipecompile.runtime.lane import Lane, Sent
 
 
@@ -92,12 +92,6 @@ class Packed:
         assert self.tensor is not None
         self.view, self.tensor, self.box = View.of(self.tensor), None, box
 
-    def stay(self, storage: torch.UntypedStorage) -> None:
-        """Takes a tensor back that others hold too."""
-        assert self.view is not None
-        self.tensor, self.box = self.view.on(storage), None
-        self.version = self.tensor._version
-
 
 @dataclass
 class Leaving:
@@ -119,18 +113,9 @@ class Leaving:
         self.sources.clear()
         for group, copy in zip(self.packed, self.sent.values, strict=True):
             assert copy is not None
-            held = _alive(group)
-            if not held:
-                continue
-            assert held[0].tensor is not None
-            storage = StorageWeakRef(held[0].tensor.untyped_storage())  # type: ignore[no-untyped-call]
             box = Box(copy)
-            for each in held:
+            for each in _alive(group):
                 each.leave(box)
-            if not storage.expired():  # type: ignore[no-untyped-call]  # somebody else holds it
-                there = torch.UntypedStorage._new_with_weak_ptr(storage.cdata)
-                for each in held if there is not None else ():
-                    each.stay(there)
 
 
 class Kept:
@@ -147,6 +132,7 @@ class Kept:
             yield
 
     def _pack(self, tensor: Tensor) -> Any:
+        tensor = tensor.detach()  # a result would hold the function that saves it
         if not _is_plain(tensor):
             return tensor
         packed = Packed(tensor)
@@ -170,6 +156,7 @@ class Kept:
             address = tensor.untyped_storage().data_ptr()
             if tensor.device == lane.device and address and address not in staying:
                 groups.setdefault(address, []).append(packed)
+        groups = {address: group for address, group in groups.items() if not _has_others(group)}
         sources = [_bytes_of(group[0].tensor) for group in groups.values() if group[0].tensor is not None]
         return Leaving([list(map(ref, group)) for group in groups.values()], sources, lane.to_host(sources))
 
@@ -213,6 +200,13 @@ def _is_plain(tensor: Tensor) -> bool:
         and tensor.layout == torch.strided
         and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
     )
+
+
+def _has_others(group: Sequence[Packed]) -> bool:
+    """Whether the storage of some packed tensors is held by anything else."""
+    assert group[0].tensor is not None
+    storage = group[0].tensor.untyped_storage()
+    return int(_storage_Use_Count(storage._cdata)) > len(group) + 1  # and this name
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:
