@@ -34,7 +34,6 @@ from pipecompile.runtime.runner import Microbatch, Runner
 from pipecompile.runtime.transport import Aborted, Transport
 
 LINKED = 16  # programs that stay linked
-OFFLOADS = "PlanOptions(offload='always')"
 
 
 @dataclass
@@ -315,10 +314,16 @@ class Executor:
     def _out_of_memory(self, i: Instruction, error: Exception, microbatches: int) -> OutOfMemoryError:
         """The error of a stage that does not fit, with what takes less memory."""
         seen = str(error) if isinstance(error, OutOfMemoryError) else f"{type(error).__name__}: {error}"
-        again, away = i.stage in self.plan.recomputed, i.stage in self.plan.offloaded
+        again, lane, runner = (
+            i.stage in self.plan.recomputed,
+            self.lanes[self.plan.rank_of[i.stage]],
+            self.runners[i.stage],
+        )
+        is_flushed = runner.weights.optimizer is None  # a pipeline that stays full does not offload
+        may_offload = lane.offloads and is_flushed and not again and i.stage not in self.plan.offloaded
         remedies = [
             *([] if again else ["PlanOptions(recompute='always')"]),
-            *([] if again or away or not self.lanes[self.plan.rank_of[i.stage]].offloads else [OFFLOADS]),
+            *(["PlanOptions(offload='always')"] if may_offload else []),
             f"more than {microbatches} microbatches, which are smaller",
             "schedule='1f1b' in place of 'gpipe'",
             f"more than {self.plan.num_stages} stages",
