@@ -34,6 +34,7 @@ from pipecompile.ir.instruction import (
     parse,
 )
 from pipecompile.ir.plan import Plan
+from pipecompile.ir.row_checks import check_complete, check_offloads, check_updates
 
 
 @dataclass(frozen=True)
@@ -155,9 +156,10 @@ class Program:
             if isinstance(i, Send) and Recv(i.result, i.target) not in present:
                 raise ProgramError(f"{i} needs {Recv(i.result, i.target)}, which is not in the program")
         for row in self.ranks:
-            _check_complete(row)
-        _check_updates(self)
-        _check_offloads(self)
+            check_complete(row)
+        check_updates(self.instructions, self.carried)
+        for row in self.ranks:
+            check_offloads(row, self.carried, self.ended_before)
         for _ in linearize(self):
             pass
 
@@ -300,64 +302,6 @@ def linearize(program: Program) -> Iterator[tuple[int, Instruction]]:
             f"\n  rank {rank} waits at {i} for {', '.join(map(str, _missing(i, program, done)))}" for rank, i in stuck
         )
         raise DeadlockError(f"no rank can continue:{waits}")
-
-
-def _check_complete(row: tuple[Instruction, ...]) -> None:
-    """Raises ``ProgramError`` if gradients are read before they are complete."""
-    read: dict[int, Reduce | Step | Update] = {}
-    for i in row:
-        if isinstance(i, Reduce | Step | Update):
-            read[i.stage] = i
-        elif isinstance(i, BackwardWeight) and (after := read.get(i.stage)) and i.microbatch <= after.microbatch:
-            raise ProgramError(f"{i} is after {after}, which reads its gradients; put it before")
-
-
-def _check_updates(program: Program) -> None:
-    """Raises ``ProgramError`` if a stage would use the versions of its weights out of order."""
-    waiting: dict[int, list[int]] = {}  # by stage, the microbatches of Updates before their Steps, oldest first
-    for stage, microbatch in sorted((i.stage, i.microbatch) for i in program.carried if isinstance(i, Update)):
-        waiting.setdefault(stage, []).append(microbatch)
-    done: set[Step] = set()
-    for i in program.instructions:
-        if isinstance(i, Update):
-            if (step := Step(i.stage, i.microbatch)) in done:
-                raise ProgramError(f"{i} is after {step}, which has made the weights by then; put it before")
-            waiting.setdefault(i.stage, []).append(i.microbatch)
-        elif isinstance(i, Step):
-            done.add(i)
-            made = waiting.get(i.stage)
-            if made and (first := made.pop(0)) != i.microbatch:
-                older = f"{Step(i.stage, first)}, whose weights {Update(i.stage, first)} has made"
-                raise ProgramError(f"{i} is before {older}; put {Step(i.stage, first)} first")
-
-
-def _check_offloads(program: Program) -> None:
-    """Raises ``ProgramError`` if what a Forward has saved would leave too late, or not be back for its Backward."""
-    present = set(program.instructions)
-    for row in program.ranks:
-        place = {i: index for index, i in enumerate(row)}
-        ends = {offload: place[i] for i in row for offload in program.ended_before.get(i, ())}
-        for i in row:
-            if not isinstance(i, Offload | Fetch | Backward):
-                continue
-            forward, backward = Forward(i.stage, i.microbatch), Backward(i.stage, i.microbatch)
-            offload, fetch = Offload(i.stage, i.microbatch), Fetch(i.stage, i.microbatch)
-            if isinstance(i, Backward):
-                if offload in program.offloaded and fetch not in present and fetch not in program.carried:
-                    raise ProgramError(f"{i} needs what {offload} has copied to the host; put {fetch} before it")
-                continue
-            if forward not in program.carried and place.get(forward, len(row)) > place[i]:
-                raise ProgramError(f"{i} is not after {forward}, which saves what it copies; put it after")
-            if backward in program.carried or place.get(backward, len(row)) < place[i]:
-                raise ProgramError(f"{i} is after {backward}, which has used what it copies; put it before")
-            if isinstance(i, Fetch) and offload not in program.carried:
-                if place.get(offload, len(row)) > place[i]:
-                    raise ProgramError(f"{i} is not after {offload}, whose copy it fetches; put {offload} before it")
-                if ends.get(offload, len(row)) > place[i]:
-                    raise ProgramError(
-                        f"{i} is too near to {offload}, whose copy goes on during the next computation; put a "
-                        f"computation between them, or leave both out"
-                    )
 
 
 def _missing(i: Instruction, program: Program, done: set[Instruction]) -> list[Instruction]:
