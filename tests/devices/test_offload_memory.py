@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from machines import LATE, THREADS, Machine
+from machines import LATE, RANDOM, THREADS, Machine
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -91,3 +91,50 @@ def test_where_memory_binds_the_planner_offloads_and_the_step_fits() -> None:
     pipe(torch.randn(ROWS, WIDTH), torch.randn(ROWS, 3)).backward()
     assert pipe.pipeline.plan.offloaded
     assert pipe.pipeline.report.offloaded[0] == "stage 0, from a forward to its backward"
+
+
+class Bad(torch.autograd.Function):
+    fails = False
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        if Bad.fails:
+            raise ValueError("on purpose")
+        return gradient
+
+
+class Fails(Deep):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return super().forward(Bad.apply(x * self.layers[0][0].bias), y)  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize("machine", [LATE, RANDOM[0]], ids=str)
+def test_copies_under_way_at_a_failure_do_not_overwrite_later_memory(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine.start()
+    torch.manual_seed(0)
+    plan = PlanOptions(offload="always", optimizer_state=0.0)
+    pipe = pipecompile.compile(
+        Fails(), [machine[0], machine[1]], microbatches=MICROBATCHES, schedule="gpipe", costs="count", plan=plan
+    )
+    x, y = torch.randn(ROWS // 8, WIDTH), torch.randn(ROWS // 8, 3)
+
+    def gradients() -> dict[str, Tensor]:
+        pipe.zero_grad()
+        pipe(x, y).backward()
+        return {name: p.grad.cpu() for name, p in pipe.named_parameters() if p.grad is not None}
+
+    wanted = gradients()
+    assert wanted
+    for _ in range(3):
+        monkeypatch.setattr(Bad, "fails", True)
+        with pytest.raises(pipecompile.ExecutionError, match="on purpose"):
+            pipe(x, y)
+        monkeypatch.setattr(Bad, "fails", False)
+        for name, gradient in gradients().items():
+            assert torch.equal(gradient, wanted[name]), name
