@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from long import some
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -303,7 +304,7 @@ def test_a_broken_grid_is_refused_by_compile() -> None:
 EDITS = 40
 
 
-@pytest.mark.parametrize("seed", range(EDITS))
+@pytest.mark.parametrize("seed", some(range(EDITS), 3))
 def test_a_program_edited_at_random_is_exact_or_refused(seed: int) -> None:
     """Offloads and Fetches are put anywhere, left out or doubled; none hangs."""
     draw = random.Random(seed)
