@@ -58,8 +58,8 @@ class Cluster(Json):
         link: between two devices of the same host: latency in seconds, bytes per second in one direction.
         network: between two hosts; None for the same as ``link``.
         pairs: links between particular ranks, in place of these.
-        host: between a device and the memory of its host; None if it is not known, which counts as ``SOME_LINK``.
         origin: where the links come from: "assumed", "measured" or "data sheet".
+        host: between a device and the memory of its host; None if it is not known, which counts as ``SOME_LINK``.
     """
 
     devices: tuple[Device, ...]
