@@ -130,6 +130,7 @@ def plan(
             microbatches=microbatches,
             optimizer_state=state,
             recompute=options.recompute,
+            offload=options.offload,
             fused=fused,
             asynchronous=policy.is_asynchronous,
             placement=placement,

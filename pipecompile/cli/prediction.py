@@ -121,6 +121,7 @@ class Prediction:
                     "seconds": it.seconds,
                     "peak_bytes": it.peak_bytes,
                     "recomputed": it.recomputed,
+                    "offloaded": it.offloaded,
                     "refused": it.refused,
                 }
                 for it in self.planned.weighed
@@ -141,6 +142,7 @@ class Prediction:
             "bytes_in": stage.bytes_in,
             "bytes_out": stage.bytes_out,
             "recomputed": index in plan.recomputed,
+            "offloaded": index in plan.offloaded,
             "replica_of": plan.replica_of[index],
             "memory": {**dict(memory.by_kind()), "all": memory.total},
         }

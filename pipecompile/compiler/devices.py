@@ -10,7 +10,7 @@ import torch
 from pipecompile.errors import InputError
 from pipecompile.ir.cluster import Cluster, Device
 from pipecompile.ops.accelerators import total_memory
-from pipecompile.profile.links import copy_seconds, with_measured_links
+from pipecompile.profile.links import copy_seconds, with_measured_host, with_measured_links
 
 
 def parse_devices(devices: Sequence[torch.device | str | int]) -> tuple[torch.device, ...]:
@@ -45,7 +45,7 @@ def cluster_of(devices: Sequence[torch.device], measure: bool = False) -> Cluste
     """
     ranks = Counter(devices)
     cluster = Cluster(tuple(Device(str(device), memory=_memory(device, ranks[device])) for device in devices))
-    return with_measured_links(cluster, devices, copy_seconds) if measure else cluster
+    return with_measured_host(with_measured_links(cluster, devices, copy_seconds), devices) if measure else cluster
 
 
 def _memory(device: torch.device, ranks: int) -> int | None:

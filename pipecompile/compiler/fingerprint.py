@@ -80,7 +80,16 @@ def plan_key(costs: str, cluster: Cluster, work: Workload, options: PlanOptions,
         return ""
     limited = any(device.memory is not None for device in cluster.devices)
     state = work.state if limited or not callable(work.optimizer_state) else None
-    how = (work.schedule, work.placement, work.microbatches, work.recompute, work.tail, work.fused, work.asynchronous)
+    how = (
+        work.schedule,
+        work.placement,
+        work.microbatches,
+        work.recompute,
+        work.offload,
+        work.tail,
+        work.fused,
+        work.asynchronous,
+    )
     training = (*how, state)  # of a schedule: its functions by name
     return f"plan-{_hashed([costs, cluster.devices, training, sorted(asdict(options).items()), backend])}"
 

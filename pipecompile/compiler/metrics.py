@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from pipecompile.ir.instruction import Backward, BackwardWeight, Forward, Recv, Send
+from pipecompile.ir.instruction import Backward, BackwardWeight, Fetch, Forward, Offload, Recv, Send
 from pipecompile.ir.timeline import Timeline
 
 
@@ -32,7 +32,7 @@ def metrics(programs: Sequence[Timeline], ranks: int, peaks: Mapping[str, int | 
     seconds = sum(program.makespan for program in programs)
     found: dict[str, float] = {"step_seconds": seconds}
     if seconds:
-        busy = sum(span.seconds for span in spans if not isinstance(span.instruction, Send | Recv))
+        busy = sum(span.seconds for span in spans if not isinstance(span.instruction, Send | Recv | Offload | Fetch))
         found["bubble"] = 1 - busy / (seconds * ranks)
     found["microbatches"] = float(len({_microbatch(span.instruction) for span in spans} - {None}))
     if all(program.sent_bytes for program in programs):
@@ -56,6 +56,6 @@ def _kind(i: object) -> str:
             return "forward"
         case Backward() | BackwardWeight():
             return "backward"
-        case Send() | Recv():
+        case Send() | Recv() | Offload() | Fetch():
             return ""
     return "other"

@@ -152,6 +152,7 @@ class Options:
             microbatches=self.microbatches,
             optimizer_state=state,
             recompute=self.plan.recompute,
+            offload=self.plan.offload,
             asynchronous=asynchronous,
             placement=self.placement,
         )

@@ -250,7 +250,7 @@ def _checked(plan: Plan, graph: Graph, ranks: int) -> Plan:
         PlanError, ValueError: it is not.
     """
     again = Plan.of(graph, plan.stage_of, plan.rank_of, plan.replica_of)
-    if replace(plan, quality=None, recomputed=()) != again:
+    if replace(plan, quality=None, recomputed=(), offloaded=()) != again:
         raise ValueError("the plan does not follow from its stages")
     if not set(plan.rank_of) <= set(range(ranks)) or not set(plan.recomputed) <= set(range(plan.num_stages)):
         raise ValueError(f"the plan is not for {ranks} ranks")

@@ -223,6 +223,7 @@ class Report:
         attributes: Python attributes that a call sets.
         rematerialized: the number of cheap values that each stage which reads them computes for itself.
         recomputed: activations that the backward recomputes.
+        offloaded: activations that are in the host's memory between the passes.
         plan: the bottleneck, and how far from optimal it may be.
         updates: for schedules that step inside the pipeline, how old the weights of gradients are, and the versions.
         schedule: the schedule, where its stages are, where a batch cannot run it as it is meant, and the schedules that
@@ -253,6 +254,7 @@ class Report:
     attributes: tuple[str, ...] = ()
     rematerialized: tuple[str, ...] = ()
     recomputed: tuple[str, ...] = ()
+    offloaded: tuple[str, ...] = ()
     plan: tuple[str, ...] = ()
     updates: tuple[str, ...] = ()
     schedule: tuple[str, ...] = ()
@@ -364,6 +366,7 @@ def describe(compiled: Compiled, timeline: Timeline | None = None) -> Report:
         guards=topics["guards"],
         attributes=topics["attributes"],
         rematerialized=(copied,) if copies else (),
+        offloaded=tuple(f"stage {s}, from a forward to its backward" for s in plan.offloaded),
         recomputed=(*_checkpoints(compiled.captured), *(f"stage {s}, to fit its memory" for s in plan.recomputed)),
         plan=(known(plan.quality),),
         updates=tuple(_updates(compiled)),

@@ -59,6 +59,7 @@ class Cluster(Json):
         network: between two hosts; None for the same as ``link``.
         pairs: links between particular ranks, in place of these.
         origin: where the links come from: "assumed", "measured" or "data sheet".
+        host: between a device and the memory of its host; None if it is not known, which counts as ``SOME_LINK``.
     """
 
     devices: tuple[Device, ...]
@@ -66,6 +67,7 @@ class Cluster(Json):
     network: Link | None = None  # between two hosts; None: the same as ``link``
     pairs: tuple[Pair, ...] = ()
     origin: str = "assumed"  # where the links come from: "assumed", "measured" or "data sheet"
+    host: Link | None = None  # between a device and its host's memory, in each direction
 
     def __post_init__(self) -> None:
         if not self.devices:
@@ -104,7 +106,7 @@ class Cluster(Json):
         count = int(match[1] or 1) * int(match[2])
         it = ACCELERATORS[kind]
         devices = (Device(f"{kind}:{i}", memory=it.memory, host=i // each, kind=kind) for i in range(count))
-        return Cluster(tuple(devices), it.link, it.network, origin="data sheet")
+        return Cluster(tuple(devices), it.link, it.network, origin="data sheet", host=it.host)
 
     def in_order(self, ranks: Sequence[int]) -> Cluster:
         """The same devices and links, renumbered: rank ``i`` of the result is rank ``ranks[i]`` of this cluster."""
@@ -131,3 +133,7 @@ class Cluster(Json):
     def transfer_seconds(self, source: int, target: int, nbytes: int) -> float:
         """Seconds to send ``nbytes`` from rank ``source`` to rank ``target``; zero within one rank."""
         return 0.0 if source == target else self.between(source, target).seconds(nbytes)
+
+    def copy_seconds(self, rank: int, nbytes: int) -> float:
+        """Seconds to copy ``nbytes`` from the device of a rank to its host, or back; zero if it is the host's own."""
+        return 0.0 if self.devices[rank].is_cpu else (self.host or SOME_LINK).seconds(nbytes)

@@ -89,6 +89,7 @@ class Accelerator:
     memory: int  # bytes
     link: Link  # between two on the same host
     network: Link  # between two on different hosts
+    host: Link  # to the memory of its host, in one direction
     source: str
 
 
@@ -101,67 +102,67 @@ ACCELERATORS: Mapping[str, Accelerator] = MappingProxyType(
     {
         "B200": Accelerator(  # SXM6
             Roofline(75e12, 8.0e12, half_flops=2250e12, tensor_float_flops=1125e12),
-            180 * _GB, Link(900e9, _NVLINK), _NET_400, "[HGX], [DGX-B]",
+            180 * _GB, Link(900e9, _NVLINK), _NET_400, _PCIE_5, "[HGX], [DGX-B]",
         ),
         "H200": Accelerator(  # SXM5
             Roofline(67e12, 4.8e12, half_flops=989.4e12, tensor_float_flops=494.7e12),
-            141 * _GB, Link(450e9, _NVLINK), _NET_400, "[H200], [DGX-H]",
+            141 * _GB, Link(450e9, _NVLINK), _NET_400, _PCIE_5, "[H200], [DGX-H]",
         ),
         "H100": Accelerator(  # SXM5
             Roofline(67e12, 3.35e12, half_flops=989.4e12, tensor_float_flops=494.7e12),
-            80 * _GB, Link(450e9, _NVLINK), _NET_400, "[H100], [DGX-H]",
+            80 * _GB, Link(450e9, _NVLINK), _NET_400, _PCIE_5, "[H100], [DGX-H]",
         ),
         "H100-PCIe": Accelerator(
             Roofline(51e12, 2.0e12, half_flops=756e12, tensor_float_flops=378e12),
-            80 * _GB, _PCIE_5, _NET_400, "[H100]; PCIe 5.0, a network of 400 Gb/s",
+            80 * _GB, _PCIE_5, _NET_400, _PCIE_5, "[H100]; PCIe 5.0, a network of 400 Gb/s",
         ),
         "A100-80GB": Accelerator(  # SXM4
             Roofline(19.5e12, 2.039e12, half_flops=312e12, tensor_float_flops=156e12),
-            80 * _GB, Link(300e9, _NVLINK), _NET_200, "[A100], [DGX-A]",
+            80 * _GB, Link(300e9, _NVLINK), _NET_200, _PCIE_4, "[A100], [DGX-A]",
         ),
         "A100-40GB": Accelerator(  # SXM4
             Roofline(19.5e12, 1.555e12, half_flops=312e12, tensor_float_flops=156e12),
-            40 * _GB, Link(300e9, _NVLINK), _NET_200, "[A100], [DGX-A]",
+            40 * _GB, Link(300e9, _NVLINK), _NET_200, _PCIE_4, "[A100], [DGX-A]",
         ),
         "V100-32GB": Accelerator(  # SXM2
             Roofline(15.7e12, 0.9e12, half_flops=125e12),
-            32 * _GB, Link(50e9, _NVLINK), _NET_100, "[V100], [DGX-1]; a network of 100 Gb/s",
+            32 * _GB, Link(50e9, _NVLINK), _NET_100, _PCIE_3, "[V100], [DGX-1]; a network of 100 Gb/s",
         ),
         "V100-16GB": Accelerator(  # SXM2
             Roofline(15.7e12, 0.9e12, half_flops=125e12),
-            16 * _GB, Link(50e9, _NVLINK), _NET_100, "[V100], [DGX-1]; a network of 100 Gb/s",
+            16 * _GB, Link(50e9, _NVLINK), _NET_100, _PCIE_3, "[V100], [DGX-1]; a network of 100 Gb/s",
         ),
         "L40S": Accelerator(
             Roofline(91.6e12, 0.864e12, half_flops=362.05e12, tensor_float_flops=183e12),
-            48 * _GB_ECC, _PCIE_4, _NET_100, "[L40S]; PCIe 4.0, a network of 100 Gb/s",
+            48 * _GB_ECC, _PCIE_4, _NET_100, _PCIE_4, "[L40S]; PCIe 4.0, a network of 100 Gb/s",
         ),
         "L4": Accelerator(
             Roofline(30.3e12, 0.3e12, half_flops=121e12, tensor_float_flops=60e12),
-            24 * _GB_ECC, _PCIE_4, _NET_100, "[L4]; PCIe 4.0, a network of 100 Gb/s",
+            24 * _GB_ECC, _PCIE_4, _NET_100, _PCIE_4, "[L4]; PCIe 4.0, a network of 100 Gb/s",
         ),
         "A10G": Accelerator(
             Roofline(35e12, 0.6e12, half_flops=70e12, tensor_float_flops=35e12),
-            24 * _GB_ECC, _PCIE_4, _NET_100, "[A10G]; PCIe 4.0, a network of 100 Gb/s",
+            24 * _GB_ECC, _PCIE_4, _NET_100, _PCIE_4, "[A10G]; PCIe 4.0, a network of 100 Gb/s",
         ),
         "T4": Accelerator(
             Roofline(8.1e12, 0.32e12, half_flops=65e12),
-            16 * _GB_ECC, _PCIE_3, _NET_100, "[T4]; PCIe 3.0, a network of 100 Gb/s",
+            16 * _GB_ECC, _PCIE_3, _NET_100, _PCIE_3, "[T4]; PCIe 3.0, a network of 100 Gb/s",
         ),
         "A6000": Accelerator(  # RTX A6000, of the Ampere generation
             Roofline(38.7e12, 0.768e12, half_flops=154.8e12, tensor_float_flops=77.4e12),
-            48 * _GB_ECC, _PCIE_4, _NET_100, "[GA102]; PCIe 4.0, a network of 100 Gb/s",
+            48 * _GB_ECC, _PCIE_4, _NET_100, _PCIE_4, "[GA102]; PCIe 4.0, a network of 100 Gb/s",
         ),
         "RTX-5090": Accelerator(
             Roofline(104.8e12, 1.792e12, half_flops=209.5e12, tensor_float_flops=104.8e12),
-            32 * _GB, _PCIE_5, _NET_100, "[RTX-B]; PCIe 5.0, a network of 100 Gb/s",
+            32 * _GB, _PCIE_5, _NET_100, _PCIE_5, "[RTX-B]; PCIe 5.0, a network of 100 Gb/s",
         ),
         "RTX-4090": Accelerator(
             Roofline(82.6e12, 1.008e12, half_flops=165.2e12, tensor_float_flops=82.6e12),
-            24 * _GB, _PCIE_4, _NET_100, "[Ada]; PCIe 4.0, a network of 100 Gb/s",
+            24 * _GB, _PCIE_4, _NET_100, _PCIE_4, "[Ada]; PCIe 4.0, a network of 100 Gb/s",
         ),
         "RTX-3090": Accelerator(
             Roofline(35.6e12, 0.936e12, half_flops=71e12, tensor_float_flops=35.6e12),
-            24 * _GB, _PCIE_4, _NET_100, "[GA102]; PCIe 4.0, a network of 100 Gb/s",
+            24 * _GB, _PCIE_4, _NET_100, _PCIE_4, "[GA102]; PCIe 4.0, a network of 100 Gb/s",
         ),
     }
 )  # fmt: skip

@@ -11,6 +11,10 @@
     Refresh(stage, microbatch)     2P0     sends or takes the values of tied parameters, before microbatch 0
     Send(result, target)           0F3>2   sends the result of a computation to a stage on another rank
     Recv(result, target)           2<0F3   the matching receive, with the same fields
+    Offload(stage, microbatch)     2H0     begins to copy to the host what the Forward has saved for the Backward, while
+                                           the rank runs its next Forward, Backward or BackwardWeight; what comes after
+                                           that one, a Fetch too, waits for the copy, and the device's memory is free
+    Fetch(stage, microbatch)       2G0     begins to copy it back; the Backward waits for that
 
 The notation of computations follows torch.distributed.pipelining where the two overlap.
 """
@@ -86,6 +90,24 @@ class Refresh:
         return f"{self.stage}P{self.microbatch}"
 
 
+@dataclass(frozen=True, slots=True)
+class Offload:
+    stage: int
+    microbatch: int
+
+    def __str__(self) -> str:
+        return f"{self.stage}H{self.microbatch}"
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    stage: int
+    microbatch: int
+
+    def __str__(self) -> str:
+        return f"{self.stage}G{self.microbatch}"
+
+
 Result = Forward | Backward | Reduce | Refresh  # what other stages can read
 
 
@@ -116,9 +138,10 @@ class Recv:
 
 
 Compute = Forward | Backward | BackwardWeight | Reduce | Step | Update | Refresh
-Instruction = Compute | Send | Recv
+Copy = Offload | Fetch
+Instruction = Compute | Send | Recv | Copy
 
-_COMPUTE: dict[str, type[Compute]] = {
+_KINDS: dict[str, type[Compute | Copy]] = {
     "F": Forward,
     "B": Backward,
     "W": BackwardWeight,
@@ -126,8 +149,12 @@ _COMPUTE: dict[str, type[Compute]] = {
     "S": Step,
     "U": Update,
     "P": Refresh,
+    "H": Offload,
+    "G": Fetch,
 }
-_TEXT = re.compile(r"(?:(?P<receiver>\d+)<)?(?P<stage>\d+)(?P<kind>[FBWRSUP])(?P<microbatch>\d+)(?:>(?P<target>\d+))?")
+_TEXT = re.compile(
+    r"(?:(?P<receiver>\d+)<)?(?P<stage>\d+)(?P<kind>[FBWRSUPHG])(?P<microbatch>\d+)(?:>(?P<target>\d+))?"
+)
 
 
 def parse(text: str) -> Instruction:
@@ -139,11 +166,11 @@ def parse(text: str) -> Instruction:
     match = _TEXT.fullmatch(text)
     if match is None or (match["receiver"] and match["target"]):
         raise ProgramError(f"{text!r} is not an instruction; write one such as 2F0, 2B0, 2W0, 2R0, 2S0, 0F3>2 or 2<0F3")
-    compute = _COMPUTE[match["kind"]](int(match["stage"]), int(match["microbatch"]))
+    compute = _KINDS[match["kind"]](int(match["stage"]), int(match["microbatch"]))
     if not (match["receiver"] or match["target"]):
         return compute
-    if isinstance(compute, Step | Update | BackwardWeight):
-        kind = f"{'an' if isinstance(compute, Update) else 'a'} {type(compute).__name__}"
+    if isinstance(compute, Step | Update | BackwardWeight | Offload | Fetch):
+        kind = f"{'an' if isinstance(compute, Update | Offload) else 'a'} {type(compute).__name__}"
         raise ProgramError(f"{text!r}: {kind} has no result to send or receive")
     if match["receiver"]:
         return Recv(compute, int(match["receiver"]))

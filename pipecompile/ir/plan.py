@@ -69,6 +69,8 @@ class Plan(Json):
         quality: the bottleneck, its lower bound and the seconds of the search; None if they are not known.
         recomputed: the stages that recompute their activations in the backward, ascending.
         replica_of: for each stage, the stage whose nodes it runs; without replicas, itself.
+        offloaded: the stages whose activations are in the host's memory between the passes, where the order of a
+            schedule leaves time for it, ascending; none of them recomputes.
 
     Source: PipeDream (Narayanan et al., SOSP 2019), sections 3.1 and 3.2.
 
@@ -87,6 +89,7 @@ class Plan(Json):
     quality: Quality | None = None  # None if it is not known
     recomputed: tuple[int, ...] = ()  # stages that recompute activations in the backward, ascending
     replica_of: tuple[int, ...] = ()  # stage -> the stage whose nodes it runs; empty: itself for every stage
+    offloaded: tuple[int, ...] = ()  # stages whose activations go to the host between the passes, ascending
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "replica_of", self.replica_of or tuple(range(len(self.rank_of))))
@@ -284,6 +287,11 @@ class Plan(Json):
                 )
         if not set(self.recomputed) <= set(range(self.num_stages)):
             raise PlanError(f"recomputed={self.recomputed} must name stages below {self.num_stages}")
+        if not set(self.offloaded) <= set(range(self.num_stages)) - set(self.recomputed):
+            raise PlanError(
+                f"offloaded={self.offloaded} must name stages below {self.num_stages} that do not recompute their "
+                f"activations, as {self.recomputed} do"
+            )
         if len(set(pairs)) != len(pairs):
             raise PlanError(f"a pair of stages has more than one channel: {sorted(pairs)}")
         due = {ends for s, t in pairs for ends in _meeting(self.replicas[s], self.replicas[t])}
@@ -299,6 +307,7 @@ class Plan(Json):
             count = sum(1 for s in self.stage_of if s == original)
             sends = ", ".join(f"{c.nbytes:,} B to {c.target}" for c in self.outgoing[stage])
             again = ", activations recomputed in the backward" if stage in self.recomputed else ""
+            again += ", activations offloaded to the host" if stage in self.offloaded else ""
             like = f", a replica of stage {original}" if original != stage else ""
             lines.append(
                 f"  stage {stage} on rank {self.rank_of[stage]}: {count} nodes{like}{again}"

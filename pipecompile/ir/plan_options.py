@@ -14,6 +14,8 @@ Goal = Objective | Literal["step"]
 GOALS = ("pace", "overlap", "step")
 Recompute = Literal["never", "always", "auto"]
 RECOMPUTE = get_args(Recompute)
+Offloading = Literal["never", "always", "auto"]
+OFFLOAD = get_args(Offloading)
 Tune = Literal["train", "rehearse", "never"]
 TUNE = get_args(Tune)
 SEARCH_SECONDS = 10.0
@@ -42,6 +44,9 @@ class PlanOptions:
             for the numbers of stages and of devices per stage with the shortest predicted step.
         recompute: whether the backward of a stage recomputes its activations: "never", "always", or "auto", if that
             makes the step shorter within memory or if no plan fits otherwise.
+        offload: whether what a stage keeps for its backward is in the host's memory in between, where the order of the
+            schedule leaves time for it: "never", "always", or "auto", if the plan does not fit otherwise and that makes
+            the step shorter than recomputation. Stages on the CPU never do.
         optimizer_state: bytes that the optimizer keeps per byte of parameters, needed for plans within a memory limit:
             0 for SGD, 1 with momentum, 2 for Adam (the default). In Python it is measured if an optimizer is given.
         objective: what to minimize. "pace": seconds per microbatch of the slowest stage, compute plus communication;
@@ -65,6 +70,7 @@ class PlanOptions:
     stages_per_rank: int | None = None
     replicas: Sequence[int] | Literal["auto"] | None = None
     recompute: Recompute = "auto"
+    offload: Offloading = "auto"
     optimizer_state: float | None = None
     objective: Goal = "pace"
     search_seconds: float = SEARCH_SECONDS
@@ -126,6 +132,13 @@ class PlanOptions:
     def _check_search(self) -> None:
         if self.recompute not in RECOMPUTE:
             raise InputError(f"recompute={self.recompute!r} is not known; it must be one of {_listed(RECOMPUTE)}")
+        if self.offload not in OFFLOAD:
+            raise InputError(f"offload={self.offload!r} is not known; it must be one of {_listed(OFFLOAD)}")
+        if self.offload == "always" and self.recompute == "always":
+            raise InputError(
+                "offload='always' and recompute='always' exclude each other: what is recomputed is not kept, so there "
+                "is nothing to offload; leave one of them out"
+            )
         if not callable(self.objective) and self.objective not in GOALS:
             raise InputError(
                 f"objective={self.objective!r} is not known; it must be one of {_listed(GOALS)}, or a function of "

@@ -10,7 +10,7 @@ the executor all use it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import assert_never
@@ -20,8 +20,10 @@ from pipecompile.ir.instruction import (
     Backward,
     BackwardWeight,
     Compute,
+    Fetch,
     Forward,
     Instruction,
+    Offload,
     Recv,
     Reduce,
     Refresh,
@@ -32,6 +34,7 @@ from pipecompile.ir.instruction import (
     parse,
 )
 from pipecompile.ir.plan import Plan
+from pipecompile.ir.row_checks import check_complete, check_offloads, check_updates
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,9 @@ class Program:
     4. gradients are complete where they are read: no BackwardWeight comes after a Reduce, Step or Update of its stage
        that includes its microbatch;
     5. the Steps of a stage come in the order of its Updates, and each Update before its Step;
-    6. ``linearize`` reaches the end: no rank waits forever.
+    6. what a Forward saves leaves its device once at most, and is back for the Backward: after the Forward an Offload,
+       then a Fetch, after the Offload has ended (``ended_before``), then the Backward;
+    7. ``linearize`` reaches the end: no rank waits forever.
     """
 
     plan: Plan
@@ -91,6 +96,31 @@ class Program:
         both = (*self.carried, *self.instructions)
         return frozenset(Step(i.stage, i.microbatch) for i in both if isinstance(i, Update))
 
+    @cached_property
+    def offloaded(self) -> frozenset[Offload]:
+        """The Offloads of this program and of those that it continues."""
+        return frozenset(i for i in (*self.carried, *self.instructions) if isinstance(i, Offload))
+
+    @cached_property
+    def ended_before(self) -> Mapping[Instruction, tuple[Offload, ...]]:
+        """By computation or Fetch, the Offloads that end before it: those with a computation of their rank in between.
+
+        Others end with the program.
+        """
+        found: dict[Instruction, tuple[Offload, ...]] = {}
+        for row in self.ranks:
+            begun: list[Offload] = []  # and no computation since
+            under_way: list[Offload] = []  # during the last computation
+            for i in row:
+                if isinstance(i, Offload):
+                    begun.append(i)
+                elif isinstance(i, Forward | Backward | BackwardWeight | Fetch):
+                    if under_way:
+                        found[i], under_way = tuple(under_way), []
+                    if not isinstance(i, Fetch):
+                        begun, under_way = [], begun
+        return found
+
     @property
     def microbatches(self) -> tuple[int, ...]:
         """The microbatches that this program runs forward, ascending."""
@@ -99,7 +129,7 @@ class Program:
     def row_of(self, stage: int) -> tuple[Instruction, ...]:
         """The computations of one stage, in order."""
         row = self.ranks[self.plan.rank_of[stage]]
-        return tuple(i for i in row if not isinstance(i, Send | Recv) and i.stage == stage)
+        return tuple(i for i in row if not isinstance(i, Send | Recv | Offload | Fetch) and i.stage == stage)
 
     def validate(self) -> None:
         """Raises ``ProgramError`` at the first invariant that does not hold."""
@@ -109,7 +139,9 @@ class Program:
             for i in row:
                 if i.stage >= self.plan.num_stages or self.plan.rank_of[i.stage] != rank:
                     raise ProgramError(f"{i} is on rank {rank}, which does not run stage {i.stage}")
-                if isinstance(i, Forward | Backward | BackwardWeight) and not self.plan.runs(i.stage, i.microbatch):
+                if isinstance(i, Forward | Backward | BackwardWeight | Offload | Fetch) and not self.plan.runs(
+                    i.stage, i.microbatch
+                ):
                     raise ProgramError(
                         f"{i} is on the wrong one of the replicas {self.plan.replicas[i.stage]}: microbatch "
                         f"{i.microbatch} belongs to stage {self.plan.runner(i.stage, i.microbatch)}"
@@ -124,8 +156,10 @@ class Program:
             if isinstance(i, Send) and Recv(i.result, i.target) not in present:
                 raise ProgramError(f"{i} needs {Recv(i.result, i.target)}, which is not in the program")
         for row in self.ranks:
-            _check_complete(row)
-        _check_updates(self)
+            check_complete(row)
+        check_updates(self.instructions, self.carried)
+        for row in self.ranks:
+            check_offloads(row, self.carried, self.ended_before)
         for _ in linearize(self):
             pass
 
@@ -223,6 +257,10 @@ def dependencies(i: Instruction, plan: Plan) -> Iterator[Instruction]:
             yield result
         case Recv(result, target):
             yield Send(result, target)
+        case Offload(stage, microbatch):
+            yield Forward(stage, microbatch)
+        case Fetch(stage, microbatch):
+            yield Offload(stage, microbatch)
         case Forward() | Backward() | BackwardWeight() | Reduce() | Step() | Update() | Refresh():
             if isinstance(i, Backward):
                 yield Forward(i.stage, i.microbatch)
@@ -264,35 +302,6 @@ def linearize(program: Program) -> Iterator[tuple[int, Instruction]]:
             f"\n  rank {rank} waits at {i} for {', '.join(map(str, _missing(i, program, done)))}" for rank, i in stuck
         )
         raise DeadlockError(f"no rank can continue:{waits}")
-
-
-def _check_complete(row: tuple[Instruction, ...]) -> None:
-    """Raises ``ProgramError`` if gradients are read before they are complete."""
-    read: dict[int, Reduce | Step | Update] = {}
-    for i in row:
-        if isinstance(i, Reduce | Step | Update):
-            read[i.stage] = i
-        elif isinstance(i, BackwardWeight) and (after := read.get(i.stage)) and i.microbatch <= after.microbatch:
-            raise ProgramError(f"{i} is after {after}, which reads its gradients; put it before")
-
-
-def _check_updates(program: Program) -> None:
-    """Raises ``ProgramError`` if a stage would use the versions of its weights out of order."""
-    waiting: dict[int, list[int]] = {}  # by stage, the microbatches of Updates before their Steps, oldest first
-    for stage, microbatch in sorted((i.stage, i.microbatch) for i in program.carried if isinstance(i, Update)):
-        waiting.setdefault(stage, []).append(microbatch)
-    done: set[Step] = set()
-    for i in program.instructions:
-        if isinstance(i, Update):
-            if (step := Step(i.stage, i.microbatch)) in done:
-                raise ProgramError(f"{i} is after {step}, which has made the weights by then; put it before")
-            waiting.setdefault(i.stage, []).append(i.microbatch)
-        elif isinstance(i, Step):
-            done.add(i)
-            made = waiting.get(i.stage)
-            if made and (first := made.pop(0)) != i.microbatch:
-                older = f"{Step(i.stage, first)}, whose weights {Update(i.stage, first)} has made"
-                raise ProgramError(f"{i} is before {older}; put {Step(i.stage, first)} first")
 
 
 def _is_ready(i: Instruction, program: Program, done: set[Instruction]) -> bool:

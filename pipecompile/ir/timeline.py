@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from pipecompile.ir.instruction import Instruction, Recv, Send
+from pipecompile.ir.instruction import Fetch, Instruction, Offload, Recv, Send
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +53,14 @@ class Timeline:
         return max(span.end for span in self.spans) - min(span.start for span in self.spans)
 
     def busy(self, rank: int) -> float:
-        """Seconds in which a rank computes, without transfers."""
+        """Seconds in which a rank computes, without transfers and copies."""
         return self._busy.get(rank, 0.0)
 
     @cached_property
     def _busy(self) -> dict[int, float]:
         found: dict[int, float] = {}
         for span in self.spans:
-            if not isinstance(span.instruction, Send | Recv):
+            if not isinstance(span.instruction, Send | Recv | Offload | Fetch):
                 found[span.rank] = found.get(span.rank, 0.0) + span.seconds
         return found
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from pipecompile.ir.instruction import Backward, BackwardWeight, Forward, Instruction, Step, Update
+from pipecompile.ir.instruction import Backward, BackwardWeight, Fetch, Forward, Instruction, Offload, Step, Update
 from pipecompile.ir.program import Program
 
 
@@ -56,6 +56,37 @@ class Stash:
     def live(self) -> int:
         """The number of versions held, including the latest and those that wait for their Steps."""
         return len({*range(self.latest, self.made + 1), *self.in_flight.values()})
+
+
+class Away:
+    """The microbatches of each stage whose activations are on the host, as the rows of a program are processed.
+
+    Args:
+        program: of which carried Offloads have ended.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.ended_before = program.ended_before
+        self.by_stage: dict[int, set[int]] = {}
+        for i in program.carried:
+            if isinstance(i, Offload) and Fetch(i.stage, i.microbatch) not in program.carried:
+                self._leave(i)
+
+    def reach(self, i: Instruction) -> list[int]:
+        """Called when a rank reaches an instruction; returns the stages of which some have left."""
+        ended = self.ended_before.get(i, ())
+        for each in ended:
+            self._leave(each)
+        if isinstance(i, Fetch):
+            self.by_stage[i.stage].remove(i.microbatch)
+        return [each.stage for each in ended]
+
+    def count(self, stage: int) -> int:
+        """The number of microbatches of a stage that are away."""
+        return len(self.by_stage.get(stage, ()))
+
+    def _leave(self, i: Offload) -> None:
+        self.by_stage.setdefault(i.stage, set()).add(i.microbatch)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from torch._C import (
     _get_tracing_state,
     _is_torch_function_mode_enabled,
     _len_torch_function_stack,
+    _storage_Use_Count,
     _swap_tensor_impl,
 )
 from torch._C._autograd import (
@@ -91,6 +92,7 @@ __all__ = [
     "_len_torch_function_stack",
     "_parse_to",
     "_profiler_enabled",
+    "_storage_Use_Count",
     "_swap_tensor_impl",
     "_top_saved_tensors_default_hooks",
     "_unsafe_preserve_version_counter",

@@ -59,7 +59,7 @@ def carry_over(plan: Plan, graph: Graph, new_graph: Graph, ties: bool = False) -
     stages = _earliest(problem, holders, old.wanted(new_graph, nodes), latest)
     _fill(problem, holders, stages, plan)
     carried = Plan.of(new_graph, placed.stages(contraction.expand(stages)), plan.rank_of, plan.replica_of)
-    return replace(carried, recomputed=plan.recomputed)
+    return replace(carried, recomputed=plan.recomputed, offloaded=plan.offloaded)
 
 
 @dataclass(frozen=True, slots=True)

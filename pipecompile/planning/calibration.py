@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from statistics import mean, median
 
 from pipecompile.ir.graph import Cost, CostedGraph
-from pipecompile.ir.instruction import Backward, BackwardWeight, Forward, Recv, Send
+from pipecompile.ir.instruction import Backward, BackwardWeight, Fetch, Forward, Offload, Recv, Send
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.timeline import Timeline
 
@@ -47,7 +47,7 @@ def stage_times(predicted: Sequence[Cost], timeline: Timeline) -> tuple[Times, .
     runs: dict[tuple[type, int, int], list[float]] = {}
     for span in timeline.spans:
         it = span.instruction
-        if not isinstance(it, Send | Recv):
+        if not isinstance(it, Send | Recv | Offload | Fetch):
             runs.setdefault((type(it), it.stage, it.microbatch), []).append(span.seconds)
     forward: list[list[float]] = [[] for _ in predicted]
     backward: list[list[float]] = [[] for _ in predicted]

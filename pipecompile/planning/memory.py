@@ -4,7 +4,7 @@
     gradients     of trainable parameters, from the first Backward after a Step or Update
     optimizer     optimizer state of trainable parameters; only the owner of a tied parameter has it
     versions      other weights than the newest that Forwards or Backwards still use (see ``weight_versions``)
-    activations   kept from Forward to Backward, for every microbatch in flight
+    activations   kept from Forward to Backward, for every microbatch in flight, and not while they are on the host
     waiting       values and gradients of other stages, from their arrival to the end of the Backward; gradients of tied
                   parameters (those of replicas included), to the Reduce
     outputs       the model's outputs, per microbatch until the step ends, and then joined
@@ -26,12 +26,20 @@ from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from pipecompile.ir.graph import CostedGraph
-from pipecompile.ir.instruction import Backward, BackwardWeight, Forward, Instruction, Step, Update
+from pipecompile.ir.instruction import (
+    Backward,
+    BackwardWeight,
+    Fetch,
+    Forward,
+    Instruction,
+    Step,
+    Update,
+)
 from pipecompile.ir.json_io import Json
 from pipecompile.ir.plan import Plan, members
 from pipecompile.ir.program import Program
 from pipecompile.ir.timeline import Timeline
-from pipecompile.ir.weight_versions import Stash, stash_at_start, versions
+from pipecompile.ir.weight_versions import Away, Stash, stash_at_start, versions
 from pipecompile.planning.stage_memory import Load, load
 
 
@@ -114,7 +122,7 @@ def memory(
     ranks = [sum(state.total for state in mine) for mine in on_rank]
     for rank, (row, mine) in enumerate(zip(program.ranks, on_rank, strict=True)):
         for i in row:
-            if isinstance(i, Forward | Backward | BackwardWeight | Step | Update):
+            if isinstance(i, Forward | Backward | BackwardWeight | Step | Update | Fetch):
                 stages[i.stage].do(i)
                 others = sum(state.total for state in mine if state is not stages[i.stage])
                 ranks[rank] = max(ranks[rank], others + stages[i.stage].latest)
@@ -133,7 +141,7 @@ def stage_states(
     timeline: Timeline | None,
 ) -> list[StageState]:
     """What each stage holds before its first instruction. Arguments are those of ``memory``."""
-    in_flight = versions(program).in_flight
+    in_flight, away = versions(program).in_flight, Away(program)
     clock = None if timeline is None else _Clock(program, timeline)
     stages = []
     for stage, stash in enumerate(stash_at_start(program)):
@@ -148,7 +156,7 @@ def stage_states(
         )
         copies = {"single": STEP_COPIES * max(owned, default=0), "foreach": sum(owned), "fused": 0}[step]
         waiting = _Bound(work, plan, stage, in_flight) if clock is None else clock.waiting(work, plan, stage)
-        stages.append(StageState(work, fixed, trainable, copies, stash, waiting, program.updated))
+        stages.append(StageState(stage, work, fixed, trainable, copies, stash, waiting, program.updated, away))
     return stages
 
 
@@ -230,6 +238,7 @@ class StageState:
 
     def __init__(
         self,
+        index: int,
         work: Load,
         fixed: Bytes,
         trainable: int,
@@ -237,9 +246,10 @@ class StageState:
         stash: Stash,
         waiting: _Bound | _Arrivals,
         updated: Set[Step],
+        away: Away,
     ) -> None:
-        self.work, self.fixed, self.trainable, self.step = work, fixed, trainable, step
-        self.stash, self.waiting, self.updated = stash, waiting, updated
+        self.index, self.work, self.fixed, self.trainable, self.step = index, work, fixed, trainable, step
+        self.stash, self.waiting, self.updated, self.away = stash, waiting, updated, away
         self.has_gradients = False
         self.made = 0  # microbatches whose outputs exist
         self.always = fixed.total
@@ -255,7 +265,7 @@ class StageState:
             self.fixed,
             gradients=self.trainable * self.has_gradients,
             versions=self.trainable * (self.stash.live - 1),
-            activations=(count + len(self.stash.held)) * self.work.saved,
+            activations=(count + len(self.stash.held)) * self.work.saved - self.on_host,
             waiting=self.fixed.waiting + self.waiting.nbytes(count),
             outputs=self.made * self.work.outputs,
         )
@@ -270,10 +280,21 @@ class StageState:
             + (count + len(self.stash.held)) * self.work.saved
             + self.waiting.nbytes(count)
             + self.made * self.work.outputs
+            - self.on_host
         )
 
-    def do(self, i: Forward | Backward | BackwardWeight | Step | Update) -> None:
+    @property
+    def on_host(self) -> int:
+        """The bytes of its activations that are on the host."""
+        return self.away.count(self.index) * self.work.movable
+
+    def do(self, i: Forward | Backward | BackwardWeight | Step | Update | Fetch) -> None:
         """Processes an instruction; ``latest`` is the peak during it."""
+        self.away.reach(i)  # of all stages, which share it
+        if isinstance(i, Fetch):
+            self.latest = 0
+            self._reach(0)
+            return
         self.waiting.reach(i)
         self.latest = 0
         match i:

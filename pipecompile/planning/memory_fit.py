@@ -7,6 +7,8 @@ remaining memory.
 With ``recompute="auto"``, stages recompute activations if that makes the step shorter than an uneven cut of the model,
 or if it is the only way to fit. Start with every stage recomputing. As memory allows, turn recomputation off, slowest
 stage first. Then rebalance, since the stages that still recompute are slower.
+
+With ``offload="auto"``, a plan that offloads activations is weighed against that, by the predicted step.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from pipecompile.ir.plan_quality import Quality
 from pipecompile.ir.weight_versions import versions
 from pipecompile.partition import Training
 from pipecompile.planning.memory import Memory
+from pipecompile.planning.offloading import exchanged, kept, offloading, resident
 from pipecompile.planning.search_spec import Request
 from pipecompile.planning.training_spec import Workload
 
@@ -53,9 +56,12 @@ class Fitting:
         """
         fewest = self.every if self.work.recompute == "always" else ()
         fastest = self.fastest(fewest)
+        if self.work.offload == "always":
+            fastest = offloading(fastest, self.cluster)
         if self._is_free or not any(self.excess(fastest)):
             return fastest
-        plans = [self.attempt(fewest), self._eased() if self.work.recompute == "auto" else None]
+        eased = self._eased() if self.work.recompute == "auto" else None
+        plans = [self.attempt(fewest), eased, *self._offloaded(eased)]
         found = min((plan for plan in plans if plan), key=self._score, default=None)
         return None if found is None else replace(found, quality=self._quality(found, fastest))
 
@@ -91,16 +97,24 @@ class Fitting:
         search = partial(self.request.partition, self.costed, free, self._training(again), self.work)
         return self._once(("free", *again), search)
 
-    def attempt(self, again: Sequence[bool]) -> Plan | None:
-        """A plan within memory in which the stages ``again`` recompute activations, or None if none was found."""
+    def attempt(self, again: Sequence[bool], away: bool = False) -> Plan | None:
+        """A plan within memory, or None if none was found.
+
+        Args:
+            again: the stages that recompute activations.
+            away: whether all others offload them, those on accelerators.
+        """
+        away = away or self.work.offload == "always"
         try:
-            return self._once(("fitted", *again), partial(self._fitted, again))
+            return self._once(("fitted", away, *again), partial(self._fitted, again, away))
         except PlanError:
             return None
 
-    def _fitted(self, again: Sequence[bool]) -> Plan:
+    def _fitted(self, again: Sequence[bool], away: bool) -> Plan:
         plan = self.fastest(again)
-        training = replace(self._training(again), optimizer_state=self.work.state)
+        if away:
+            plan = offloading(plan, self.cluster)
+        training = replace(self._training(again, away), optimizer_state=self.work.state)
         reserved = [0] * len(self.cluster)
         for attempt in range(1 + ATTEMPTS):
             over = self.excess(plan)
@@ -111,6 +125,7 @@ class Fitting:
             if attempt < ATTEMPTS:
                 training = replace(training, reserved=tuple(reserved))
                 plan = self.request.partition(self.costed, self.cluster, training, self.work)
+                plan = offloading(plan, self.cluster) if away else plan
         raise PlanError(f"no plan within memory was found in {ATTEMPTS} attempts")
 
     def _once(self, key: object, search: Callable[[], Plan]) -> Plan:
@@ -124,6 +139,32 @@ class Fitting:
         if isinstance(found, PlanError):
             raise found
         return found
+
+    def offloaded(self) -> Plan | None:
+        """A plan within memory whose stages offload activations where it is necessary, or None if none was found."""
+        if not self._may_offload:
+            return None
+        fastest = offloading(self.fastest(()), self.cluster)
+        plan = self.attempt((), away=True) if any(self.excess(fastest)) else fastest
+        return None if plan is None else kept(plan, self._fits, self._score)
+
+    def _offloaded(self, eased: Plan | None) -> list[Plan | None]:
+        """Plans that offload instead of recomputing, everywhere or where it makes the step shorter."""
+        if not self._may_offload or self.work.recompute == "always":
+            return []
+        mixed = None if eased is None else exchanged(eased, self.cluster, self._fits, self._score)
+        return [self.offloaded(), mixed]
+
+    @property
+    def _may_offload(self) -> bool:
+        return (
+            self.work.offload == "auto"
+            and not self.work.asynchronous
+            and not all(device.is_cpu for device in self.cluster.devices)
+        )
+
+    def _fits(self, plan: Plan) -> bool:
+        return not any(self.excess(plan))
 
     def _eased(self) -> Plan | None:
         """A plan in which only the necessary stages recompute activations, balanced accordingly."""
@@ -147,22 +188,32 @@ class Fitting:
         costs = stage_costs(self.costed, found)
         for stage in sorted(found.recomputed, key=lambda s: costs[s].forward, reverse=True):
             plan = replace(found, recomputed=tuple(s for s in found.recomputed if s != stage), quality=None)
+            plan = offloading(plan, self.cluster) if self.work.offload == "always" else plan
             if not any(self.excess(plan)):
                 found = plan
         return found
 
-    def _training(self, again: Sequence[bool]) -> Training:
+    def _training(self, again: Sequence[bool], away: bool = False) -> Training:
         """The microbatches in flight and live weight versions of each stage; without optimizer state."""
-        in_flight, live = self._held
+        in_flight, live = self._held_away if away else self._held_here
         return Training(in_flight, live, 0.0, tuple(again), asynchronous=self.work.asynchronous)
 
     @cached_property
-    def _held(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The most microbatches in flight, and the most live weight versions, of each stage in a chain."""
+    def _held_here(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return self._held(away=False)
+
+    @cached_property
+    def _held_away(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return self._held(away=True)
+
+    def _held(self, away: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The most microbatches on the device, and the most live weight versions, of each stage in a chain."""
         chain = self.request.chain(len(self.cluster))
-        flight = versions(self.work.schedule(chain, self.work.microbatches))
+        chain = offloading(chain, self.cluster) if away else chain
+        program = self.work.schedule(chain, self.work.microbatches)
+        flight, on_device = versions(program), resident(program)
         groups = [chain.replicas[first] for first in sorted(set(chain.replica_of))]
-        in_flight = tuple(max(flight.in_flight[stage] for stage in group) for group in groups)
+        in_flight = tuple(max(on_device[stage] for stage in group) for group in groups)
         return in_flight, tuple(max(flight.live[stage] for stage in group) for group in groups)
 
     @property

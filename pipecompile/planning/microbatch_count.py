@@ -58,7 +58,9 @@ def compared(
         costed = replace(found.costed, graph=graph, costs=costs_at(found.costed, other, rows, size))
         plan = Plan.of(graph, found.plan.stage_of, found.plan.rank_of, found.plan.replica_of)
         work = replace(found.work, microbatches=count)
-        seconds = work.step_seconds(costed, replace(plan, recomputed=found.plan.recomputed), found.cluster)
+        seconds = work.step_seconds(
+            costed, replace(plan, recomputed=found.plan.recomputed, offloaded=found.plan.offloaded), found.cluster
+        )
         per_rank = plan.num_stages / len(set(plan.rank_of))
         return seconds + 2 * OVERHEAD * (per_rank * count + plan.num_stages - per_rank)
 

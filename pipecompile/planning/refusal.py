@@ -98,6 +98,8 @@ def _changes(fitting: Fitting) -> Iterator[tuple[str, Fitting]]:
         yield "outputs='loss'", fitting.varied(costed=lean)
     if work.recompute == "never":
         yield "recompute='auto'", fitting.varied(work=replace(work, recompute="auto"))
+    if work.offload == "never":
+        yield "offload='auto'", fitting.varied(work=replace(work, offload="auto"))
     other = fitting.varied(
         request=replace(fitting.request, replicas=_plain(fitting), placement=PLAIN),
         work=replace(work, schedule=one_f_one_b, placement=PLAIN),
@@ -120,7 +122,7 @@ def _only_scalars(costed: CostedGraph) -> CostedGraph | None:
 
 
 def _tried(change: str, fitting: Fitting) -> Remedy:
-    plan = fitting.attempt(fitting.most)
+    plan = fitting.attempt(fitting.most) or fitting.offloaded()
     held = fitting.held(plan or fitting.fastest(fitting.most))
     return Remedy(change, max(held.ranks), plan is not None)
 

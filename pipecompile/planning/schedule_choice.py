@@ -42,6 +42,7 @@ class Weighed:
         seconds: the predicted step, or None if it was refused.
         peak_bytes: the memory of the fullest rank.
         recomputed: the number of stages that recompute activations.
+        offloaded: the number of stages that offload them.
         refused: why it was refused.
     """
 
@@ -50,6 +51,7 @@ class Weighed:
     seconds: float | None = None
     peak_bytes: int = 0
     recomputed: int = 0
+    offloaded: int = 0
     refused: str = ""
 
     def __str__(self) -> str:
@@ -57,6 +59,7 @@ class Weighed:
         if self.seconds is None:
             return f"{self.schedule}, {stages}: {self.refused}"
         again = f", {self.recomputed} stages recompute" if self.recomputed else ""
+        again += f", {self.offloaded} stages offload" if self.offloaded else ""
         return (
             f"{self.schedule}, {stages}: predicted step {seconds_text(self.seconds)}, "
             f"{bytes_text(self.peak_bytes)} on the fullest rank{again}"
@@ -98,6 +101,7 @@ def weigh(
                 seconds=seconds,
                 peak_bytes=peak,
                 recomputed=len(plan.recomputed),
+                offloaded=len(plan.offloaded),
             )
         )
     least = min((it.seconds for it in found if it.seconds is not None), default=0.0)

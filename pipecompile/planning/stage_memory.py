@@ -22,6 +22,7 @@ class Load:
     """Bytes per microbatch in one stage."""
 
     saved: int  # kept from Forward to Backward, without the following
+    movable: int  # the part of it that an Offload takes to the host
     received: dict[int, int]  # by source stage: values, from arrival to Backward
     returned: dict[int, int]  # by target stage: gradients of sent values, from arrival to Backward
     outputs: int  # its part of the model output, until the end of the step
@@ -36,6 +37,7 @@ def load(costed: CostedGraph, plan: Plan, stage: int) -> Load:
     graph = costed.graph
     return Load(
         saved=walk.bytes_of(walk.resting - walk.outputs),
+        movable=walk.bytes_of(walk.movable),
         received={channel.source: channel.nbytes for channel in plan.incoming[stage]},
         returned={c.target: sum(_gradient_bytes(graph.nodes[i]) for i in c.values) for c in plan.outgoing[stage]},
         outputs=walk.bytes_of(walk.outputs),
@@ -96,6 +98,13 @@ class _Stage:
         """Storages kept from the Forward to the Backward, without received ones."""
         saved = {number for footprint in self.footprints.values() for number in footprint.saved}
         return (saved | self._values(self.sent) | self.outputs) - self.received
+
+    @cached_property
+    def movable(self) -> set[int]:
+        """Storages that only autograd keeps: not those sent, given to the model, or kept to recompute others."""
+        kept = {n for it in self.footprints.values() if it.stretch is not None for n in it.saved}
+        inputs = self._values(i for i in self.nodes if self.graph.nodes[i].op == "input")
+        return self.resting - self._values(self.sent) - self.outputs - kept - inputs
 
     def forward(self) -> int:
         """Peak of the live bytes during the Forward."""

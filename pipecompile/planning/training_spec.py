@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from pipecompile.errors import InputError
 from pipecompile.ir.cluster import Cluster
 from pipecompile.ir.graph import CostedGraph
 from pipecompile.ir.plan import Plan, stage_costs
-from pipecompile.ir.plan_options import Recompute
+from pipecompile.ir.plan_options import Offloading, Recompute
 from pipecompile.partition import ADAM
 from pipecompile.planning.memory import How, Memory, memory
 from pipecompile.schedule import MakeProgram
@@ -28,6 +29,7 @@ class Workload:
         microbatches: per step.
         optimizer_state: bytes per byte of trainable parameters, or a function that returns them, called when needed.
         recompute: whether the backward of a stage recomputes its activations.
+        offload: whether activations go to the host's memory between the passes.
         tail: bytes that the last stage holds for what is computed once from the whole batch.
         fused: whether the optimizer step needs no temporary memory. Otherwise it needs, on CUDA, a copy of all
             parameters, because torch's optimizers update them together there.
@@ -39,10 +41,19 @@ class Workload:
     microbatches: int
     optimizer_state: float | Callable[[], float] = ADAM
     recompute: Recompute = "auto"
+    offload: Offloading = "auto"
     tail: int = 0
     fused: bool = False
     asynchronous: bool = False
     placement: Placement = PLAIN
+
+    def __post_init__(self) -> None:
+        if self.offload == "always" and self.asynchronous:
+            raise InputError(
+                "offload='always' does not work with schedules that step inside the pipeline, whose activations stay "
+                "from one call to the next; use offload='auto', or schedule='1f1b' or another that ends each step with "
+                "an empty pipeline"
+            )
 
     def memory(
         self, costed: CostedGraph, plan: Plan, cluster: Cluster, buffers: Sequence[int] = (), bound: bool = False

@@ -65,6 +65,15 @@ def with_measured_links(
     return replace(cluster, link=usual, pairs=tuple(p for p in pairs if p.link != usual), origin="measured")
 
 
+def with_measured_host(cluster: Cluster, devices: Sequence[torch.device]) -> Cluster:
+    """The cluster with the measured link between its first accelerator and the host's memory, if it has one."""
+    device = next(filter(is_accelerator, devices), None)
+    if device is None:
+        return cluster
+    seconds = [copy_seconds(torch.device("cpu"), device, nbytes) for nbytes in SIZES]
+    return replace(cluster, host=_link(*_line(seconds, SIZES)))
+
+
 def copy_seconds(source: torch.device, target: torch.device, nbytes: int) -> float:
     """Seconds of one copy, the mean of both directions; of each, the median of several runs."""
     return (_one_way(source, target, nbytes) + _one_way(target, source, nbytes)) / 2

@@ -10,7 +10,10 @@ from pipecompile.ir.instruction import (
     Backward,
     BackwardWeight,
     Compute,
+    Copy,
+    Fetch,
     Forward,
+    Offload,
     Recv,
     Reduce,
     Refresh,
@@ -22,7 +25,9 @@ from pipecompile.ir.timeline import Span, Timeline
 from pipecompile.ir.units import bytes_text, seconds_text
 
 LETTERS = {Forward: "F", Backward: "B", BackwardWeight: "W", Reduce: "R", Step: "S", Update: "U", Refresh: "P"}
+COPIES = {Offload: "H", Fetch: "G"}
 KINDS = {"F": "forward", "B": "backward", "W": "weights", "R": "reduce", "S": "step", "U": "update", "P": "refresh"}
+COPY_KINDS = {"H": "to host", "G": "from host"}
 SHADES = {  # for even and odd microbatches, so that neighbors need no border; white text is readable on each
     "F": ("#2f7ed8", "#225fa6"),
     "B": ("#d1571c", "#a8441a"),
@@ -31,6 +36,8 @@ SHADES = {  # for even and odd microbatches, so that neighbors need no border; w
     "S": ("#7a4fb5", "#5f3b91"),
     "U": ("#a0468f", "#7d3670"),
     "P": ("#66707a", "#4d565e"),
+    "H": ("#3d8b3d", "#2f6d2f"),
+    "G": ("#8a8f1f", "#6b6f17"),
 }
 
 
@@ -39,7 +46,7 @@ class Cell:
     """A computation with a duration, in seconds from the start of the timeline."""
 
     rank: int
-    kind: str  # F, B, W, R, S, U or P
+    kind: str  # F, B, W, R, S, U or P; H or G of copies
     label: str  # "F0"; "2F0" if a rank runs several stages
     start: float
     end: float
@@ -60,20 +67,35 @@ class Wire:
 
 def cells(timeline: Timeline) -> list[Cell]:
     """The computations, by rank and start, without those of zero duration."""
-    ranks = {(span.rank, span.instruction.stage) for span in timeline.spans}
-    several = len(ranks) > len({rank for rank, _ in ranks})
-    zero = start_of(timeline)
+    several, zero = _several(timeline), start_of(timeline)
     return [
         _cell(i, span, zero, several)
         for span in sorted(timeline.spans, key=lambda span: (span.rank, span.start))
-        if span.seconds > 0 and not isinstance(i := span.instruction, Send | Recv)
+        if span.seconds > 0 and not isinstance(i := span.instruction, Send | Recv | Offload | Fetch)
     ]
 
 
-def _cell(i: Compute, span: Span, zero: float, several: bool) -> Cell:
-    kind = LETTERS[type(i)]
+def copies(timeline: Timeline) -> list[Cell]:
+    """The copies of activations to the host and back, by rank and start. They overlap with computations."""
+    several, zero = _several(timeline), start_of(timeline)
+    return [
+        _cell(i, span, zero, several)
+        for span in sorted(timeline.spans, key=lambda span: (span.rank, span.start))
+        if span.seconds > 0 and isinstance(i := span.instruction, Offload | Fetch)
+    ]
+
+
+def _several(timeline: Timeline) -> bool:
+    """Whether a rank runs several stages."""
+    ranks = {(span.rank, span.instruction.stage) for span in timeline.spans}
+    return len(ranks) > len({rank for rank, _ in ranks})
+
+
+def _cell(i: Compute | Copy, span: Span, zero: float, several: bool) -> Cell:
+    kind = COPIES[type(i)] if isinstance(i, Offload | Fetch) else LETTERS[type(i)]
     label = str(i) if several else f"{kind}{i.microbatch}"
-    words = f"{i}: {KINDS[kind]} of stage {i.stage}, microbatch {i.microbatch}; {_when(span, zero)}"
+    what = f"copy {word_of(kind)}" if kind in COPY_KINDS else word_of(kind)
+    words = f"{i}: {what} of stage {i.stage}, microbatch {i.microbatch}; {_when(span, zero)}"
     shade = SHADES[kind][i.microbatch % 2]
     begin, end = span.start - zero, span.end - zero
     return Cell(rank=span.rank, kind=kind, label=label, start=begin, end=end, shade=shade, words=words)
@@ -95,9 +117,14 @@ def start_of(timeline: Timeline) -> float:
 
 
 def drawn_kinds(timeline: Timeline) -> list[str]:
-    """The kinds of computations with a cell, in the order of the legend."""
-    drawn = {cell.kind for cell in cells(timeline)}
-    return [kind for kind in KINDS if kind in drawn]
+    """The kinds of computations and copies with a cell, in the order of the legend."""
+    drawn = {cell.kind for cell in (*cells(timeline), *copies(timeline))}
+    return [kind for kind in (*KINDS, *COPY_KINDS) if kind in drawn]
+
+
+def word_of(kind: str) -> str:
+    """What the letter of a cell stands for."""
+    return KINDS.get(kind) or COPY_KINDS[kind]
 
 
 def summary(timeline: Timeline) -> str:

@@ -13,7 +13,7 @@ from types import ModuleType
 
 from pipecompile.errors import InputError
 from pipecompile.ir.units import bytes_text, plural
-from pipecompile.render.cells import KINDS, SHADES, drawn_kinds
+from pipecompile.render.cells import SHADES, drawn_kinds, word_of
 from pipecompile.render.escape import xml
 from pipecompile.render.html_tables import cuts_table, nodes_folds, stages_table
 from pipecompile.render.page import MEASURED, PREDICTED, Page
@@ -126,7 +126,7 @@ def _timelines(page: Page, places: Mapping[str, str]) -> Iterator[str]:
     if not page.timelines:
         return
     kinds = dict.fromkeys(kind for each in page.timelines.values() for kind in drawn_kinds(each))
-    swatches = (f'<span><i style="background:{SHADES[kind][0]}"></i>{kind} {KINDS[kind]}</span>' for kind in kinds)
+    swatches = (f'<span><i style="background:{SHADES[kind][0]}"></i>{kind} {word_of(kind)}</span>' for kind in kinds)
     body = [f'<p class="legend">{"".join(swatches)}<span><i class="line"></i>transfer</span></p>']
     for name in page.timelines:
         body += [f'<h3>{name} {page.part}: {xml(page.steps[name])}</h3><div class="figure">{places[name]}</div>']

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from pipecompile.ir.cluster import Cluster
 from pipecompile.ir.graph import CostedGraph
-from pipecompile.ir.instruction import Backward, BackwardWeight, Forward, Step, Update
+from pipecompile.ir.instruction import Backward, BackwardWeight, Fetch, Forward, Step, Update
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import Program
 from pipecompile.ir.timeline import Timeline
@@ -55,6 +55,8 @@ def _levels(program: Program, rank: int, timeline: Timeline, states: Sequence[St
     mine = [state for state, of in zip(states, program.plan.rank_of, strict=True) if of == rank]
     at, makespan = 0.0, timeline.makespan
     for i in program.ranks[rank]:
+        if isinstance(i, Fetch):  # its memory is taken when it is queued, as the last computation ends
+            states[i.stage].do(i)
         if not isinstance(i, Forward | Backward | BackwardWeight | Step | Update):
             continue
         span, state = times[i], states[i.stage]
@@ -62,6 +64,7 @@ def _levels(program: Program, rank: int, timeline: Timeline, states: Sequence[St
         if span.start - zero > at:
             yield Level(at, span.start - zero, others + state.total, "between computations")
         state.do(i)
+        others = sum(each.now.total for each in mine if each is not state)  # without what has left before
         at = span.end - zero
         yield Level(span.start - zero, at, others + state.latest, f"during {i}")
     if at < makespan:

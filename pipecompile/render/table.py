@@ -58,13 +58,16 @@ def memory_table(memory: Memory, plan: Plan, cluster: Cluster) -> Fitted:
     shared = len(set(plan.rank_of)) < plan.num_stages
     for index, stage in enumerate(memory.stages):
         sizes = [bytes_text(dict(stage.by_kind())[kind]) for kind in kinds]
-        again = "*" if index in plan.recomputed else ""
+        again = "*" if index in plan.recomputed else "^" if index in plan.offloaded else ""
         of = ["" if shared else limits[plan.rank_of[index]]] if limited else []
         it.add_row(f"{index}{again}", *sizes, bytes_text(stage.total), *of)
     for rank, nbytes in enumerate(memory.ranks) if shared else ():
         it.add_row(f"rank {rank}", *[""] * len(kinds), bytes_text(nbytes), *([limits[rank]] if limited else []))
-    if plan.recomputed:
-        it.caption = "* recomputes activations in the backward instead of keeping them"
+    notes = [
+        *(["* recomputes activations in the backward instead of keeping them"] if plan.recomputed else []),
+        *(["^ offloads activations to the host's memory between the passes"] if plan.offloaded else []),
+    ]
+    it.caption = "\n".join(notes) or None
     return Fitted(it)
 
 

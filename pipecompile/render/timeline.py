@@ -15,7 +15,19 @@ from rich.text import Text
 
 from pipecompile.ir.timeline import Timeline
 from pipecompile.ir.units import seconds_text
-from pipecompile.render.cells import KINDS, SHADES, busy_text, cells, drawn_kinds, peak_text, summary, ticks
+from pipecompile.render.cells import (
+    COPY_KINDS,
+    SHADES,
+    Cell,
+    busy_text,
+    cells,
+    copies,
+    drawn_kinds,
+    peak_text,
+    summary,
+    ticks,
+    word_of,
+)
 from pipecompile.render.timeline_svg import timeline_svg
 
 __all__ = ["timeline_svg", "timeline_text"]
@@ -24,14 +36,21 @@ __all__ = ["timeline_svg", "timeline_text"]
 def timeline_text(timeline: Timeline, width: int = 100) -> Text:
     """The timeline in lines of up to ``width`` columns: rows, a time axis, a legend, makespan and bubble."""
     ranks = range(timeline.num_ranks)
-    names = _column(["", *(f"rank {rank}" for rank in ranks)])
+    lines_of = _copies(timeline)
+    names = _column(["", *(f"rank {rank}" for rank in ranks), *(name for each in lines_of.values() for name in each)])
     busy = _column(["busy", *(busy_text(timeline, rank) for rank in ranks)])
     peak = _column(["peak" * any(timeline.peak_bytes), *(peak_text(timeline, rank) for rank in ranks)])
     notes = [f"  {b}  {p}".rstrip() for b, p in zip(busy, peak, strict=True)]
     scale = _Scale.of(timeline, max(20, width - len(names[0]) - 2 - max(map(len, notes))))
-    rows = [Text(" " * scale.columns), *(_row(timeline, rank, scale) for rank in ranks)]
+    rows = [Text(" " * scale.columns)]
+    drawn = cells(timeline)
+    rows += [_row([cell for cell in drawn if cell.rank == rank], scale) for rank in ranks]
     below = [Text(_axis(scale), "dim"), *_legend(timeline, width - len(names[0]) - 2), Text(summary(timeline))]
-    lines = [Text.assemble(name, "  ", row, (note, "dim")) for name, row, note in zip(names, rows, notes, strict=True)]
+    lines: list[Text] = []
+    for rank, (name, row, note) in enumerate(zip(names, rows, notes, strict=False), start=-1):  # the first is a header
+        lines.append(Text.assemble(name, "  ", row, (note, "dim")))
+        for way, copied in lines_of.get(rank, {}).items():
+            lines.append(Text.assemble((way.rjust(len(name)), "dim"), "  ", _row(copied, scale)))
     lines += [Text.assemble(" " * len(names[0]), "  ", line) for line in below]
     return Text("\n", no_wrap=True, overflow="crop").join(lines)
 
@@ -64,9 +83,20 @@ def _column(words: list[str]) -> list[str]:
     return [word.rjust(width) for word in words]
 
 
-def _row(timeline: Timeline, rank: int, scale: _Scale) -> Text:
+def _copies(timeline: Timeline) -> dict[int, dict[str, list[Cell]]]:
+    """By rank and direction, the copies to the host and back."""
+    found: dict[int, dict[str, list[Cell]]] = {}
+    drawn = copies(timeline)
+    for rank, kind in sorted(
+        {(cell.rank, cell.kind) for cell in drawn}, key=lambda it: (it[0], [*COPY_KINDS].index(it[1]))
+    ):
+        found.setdefault(rank, {})[COPY_KINDS[kind]] = [c for c in drawn if (c.rank, c.kind) == (rank, kind)]
+    return found
+
+
+def _row(drawn: list[Cell], scale: _Scale) -> Text:
     row = Text()
-    for cell in (cell for cell in cells(timeline) if cell.rank == rank):
+    for cell in drawn:
         row.append("·" * (scale.column(cell.start) - len(row)), "dim")
         columns = scale.column(cell.end) - len(row)
         label = next((label for label in (cell.label, cell.kind) if len(label) <= columns), "")
@@ -86,7 +116,7 @@ def _axis(scale: _Scale) -> str:
 def _legend(timeline: Timeline, columns: int) -> list[Text]:
     """The legend, in as many lines as the width needs."""
     swatches = [
-        (f" {kind} ", f"bold #ffffff on {SHADES[kind][0]}", f" {KINDS[kind]}") for kind in drawn_kinds(timeline)
+        (f" {kind} ", f"bold #ffffff on {SHADES[kind][0]}", f" {word_of(kind)}") for kind in drawn_kinds(timeline)
     ]
     lines: list[Text] = []
     for swatch, style, word in (*swatches, ("···", "dim", " idle")):

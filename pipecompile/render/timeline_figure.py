@@ -7,11 +7,12 @@ from typing import Any
 from bokeh.models import ColumnDataSource
 
 from pipecompile.ir.timeline import Timeline
-from pipecompile.render.cells import Cell, busy_text, cells, wires
+from pipecompile.render.cells import COPY_KINDS, Cell, busy_text, cells, copies, wires
 from pipecompile.render.figures import fitted, hover
 from pipecompile.render.time_axis import TimeAxis, rows
 
 HALF = 0.36  # of the height of a cell, in rows
+BAR = 0.06  # of the height of a copy, in rows
 FAINT = "#8794a1"
 
 
@@ -23,7 +24,28 @@ def timeline_figure(timeline: Timeline, axis: TimeAxis) -> Any:
     plot.hbar(y=[*ranks], left=0, right=end, height=2 * HALF, fill_color=FAINT, fill_alpha=0.16, line_color=None)
     _transfers(plot, timeline, axis)
     _cells(plot, cells(timeline), axis)
+    _copies(plot, copies(timeline), axis)
     return plot
+
+
+def _copies(plot: Any, drawn: list[Cell], axis: TimeAxis) -> None:
+    """A bar below the row of the rank, of each direction at its own height."""
+    if not drawn:
+        return
+    tops = [cell.rank + HALF + BAR * [*COPY_KINDS].index(cell.kind) for cell in drawn]
+    data = {
+        "left": [cell.start * axis.factor for cell in drawn],
+        "right": [cell.end * axis.factor for cell in drawn],
+        "top": tops,
+        "bottom": [top + 0.8 * BAR for top in tops],
+        "shade": [cell.shade for cell in drawn],
+        "words": [cell.words for cell in drawn],
+    }
+    quads = plot.quad(
+        left="left", right="right", top="top", bottom="bottom", source=ColumnDataSource(data),
+        fill_color="shade", line_color=None,
+    )  # fmt: skip
+    hover(plot, quads, words="")
 
 
 def _cells(plot: Any, drawn: list[Cell], axis: TimeAxis) -> None:

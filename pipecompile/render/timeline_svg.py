@@ -8,20 +8,23 @@ from dataclasses import dataclass
 from pipecompile.ir.timeline import Timeline
 from pipecompile.ir.units import seconds_text
 from pipecompile.render.cells import (
-    KINDS,
+    COPY_KINDS,
     SHADES,
     Cell,
     Wire,
     busy_text,
     cells,
+    copies,
     drawn_kinds,
     peak_text,
     summary,
     ticks,
     wires,
+    word_of,
 )
 
 ROW, GAP, LEFT, RIGHT, TOP, BOTTOM = 30, 14, 70, 160, 52, 30  # pixels
+BAR = 5  # pixels
 
 STYLE = """
 .pt { font: 12px system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
@@ -92,6 +95,7 @@ def _picture(timeline: Timeline, scale: _Scale, words: str) -> Iterator[str]:
     yield from _axis(scale)
     yield from (_wire(wire, scale) for wire in wires(timeline))
     yield from (_cell(cell, scale) for cell in cells(timeline))
+    yield from (_copy(cell, scale) for cell in copies(timeline))
 
 
 def _inner(timeline: Timeline) -> int:
@@ -109,7 +113,7 @@ def _legend(kinds: list[str], scale: _Scale) -> Iterator[str]:
     for place, kind in enumerate(kinds):
         x = LEFT + scale.inner - 90 * (len(kinds) - place) + 24
         yield f'<rect x="{x}" y="14" width="12" height="12" rx="2" fill="{SHADES[kind][0]}"/>'
-        yield _text(x + 18, 24, KINDS[kind])
+        yield _text(x + 18, 24, word_of(kind))
 
 
 def _rows(timeline: Timeline, scale: _Scale) -> Iterator[str]:
@@ -142,6 +146,14 @@ def _cell(cell: Cell, scale: _Scale) -> str:
     place = f'x="{left:.2f}" y="{y}" width="{max(right - left - 0.7, 0.3):.2f}" height="{ROW}"'
     rect = f'<rect {place} rx="2" fill="{cell.shade}"/>'
     return f'<g class="cell"><title>{cell.words}</title>{rect}{_text((left + right) / 2, y + ROW / 2 + 4, label)}</g>'
+
+
+def _copy(cell: Cell, scale: _Scale) -> str:
+    """A bar below the row of the rank, of each direction at its own height."""
+    left, right = scale.x(cell.start), scale.x(cell.end)
+    y = scale.y(cell.rank) + ROW + 1 + (BAR + 1) * [*COPY_KINDS].index(cell.kind)
+    place = f'x="{left:.2f}" y="{y}" width="{max(right - left - 0.7, 0.3):.2f}" height="{BAR}"'
+    return f'<g class="copy"><title>{cell.words}</title><rect {place} rx="1" fill="{cell.shade}"/></g>'
 
 
 def _text(x: float, y: float, words: str, style: str = "", anchor: str = "") -> str:

@@ -19,6 +19,7 @@ TOPICS: Mapping[str, tuple[str, bool]] = MappingProxyType(
         "calibration": ("Measured and predicted seconds of stages", False),
         "memory": ("Peak memory of stages, predicted", False),
         "recomputed": ("Recomputed in the backward", False),
+        "offloaded": ("Offloaded to the host's memory", False),
         "rematerialized": ("Rematerialized values", False),
         "tied": ("Tied parameters", False),
         "replicas": ("Replicas", False),

@@ -2,6 +2,8 @@
 
     predicted   rank 0            F0 F1 .  B0 .  B1
                 rank 0 transfers     -  -
+                rank 0 to host       -
+                rank 0 from host           -
                 rank 1               F0 B0 F1 B1
     measured    rank 0            F0  F1  . B0 .  B1
 
@@ -16,11 +18,12 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pipecompile.ir.instruction import Recv, Send
+from pipecompile.ir.instruction import Compute, Copy, Fetch, Offload, Recv, Send
 from pipecompile.ir.timeline import Timeline
-from pipecompile.render.cells import KINDS, LETTERS, start_of
+from pipecompile.render.cells import COPIES, COPY_KINDS, KINDS, LETTERS, start_of
 
 MICROSECONDS = 1e6
+_APART = (Send, Offload, Fetch)  # in lines of their own, since they overlap with computations
 
 
 def trace(timelines: Mapping[str, Timeline]) -> str:
@@ -33,8 +36,14 @@ def _events(process: int, name: str, timeline: Timeline) -> Iterator[dict[str, A
     yield _metadata("process_name", process, 0, name=name)
     yield _metadata("process_sort_index", process, 0, sort_index=process)
     for rank in range(timeline.num_ranks):
-        for thread, words in ((2 * rank, f"rank {rank}"), (2 * rank + 1, f"rank {rank} transfers")):
-            if thread % 2 == 0 or any(s.rank == rank and isinstance(s.instruction, Send) for s in timeline.spans):
+        kinds = {type(s.instruction) for s in timeline.spans if s.rank == rank}
+        for thread, words, kind in (
+            (_thread(rank), f"rank {rank}", None),
+            (_thread(rank, Send), f"rank {rank} transfers", Send),
+            (_thread(rank, Offload), f"rank {rank} to host", Offload),
+            (_thread(rank, Fetch), f"rank {rank} from host", Fetch),
+        ):
+            if kind is None or kind in kinds:
                 yield _metadata("thread_name", process, thread, name=words)
                 yield _metadata("thread_sort_index", process, thread, sort_index=thread)
     zero = start_of(timeline)
@@ -42,18 +51,28 @@ def _events(process: int, name: str, timeline: Timeline) -> Iterator[dict[str, A
         i = span.instruction
         if isinstance(i, Recv):
             continue  # its Send is drawn
-        transfer = isinstance(i, Send)
         facts = {"stage": i.stage, "microbatch": i.result.microbatch if isinstance(i, Send) else i.microbatch}
         yield {
             "name": str(i),
-            "cat": "transfer" if isinstance(i, Send) else KINDS[LETTERS[type(i)]],
+            "cat": _category(i),
             "ph": "X",
             "ts": (span.start - zero) * MICROSECONDS,
             "dur": span.seconds * MICROSECONDS,
             "pid": process,
-            "tid": 2 * span.rank + transfer,
+            "tid": _thread(span.rank, type(i)),
             "args": facts,
         }
+
+
+def _thread(rank: int, kind: type | None = None) -> int:
+    """The number of the line in which a rank's instructions of a kind are."""
+    return 4 * rank + (1 + _APART.index(kind) if kind in _APART else 0)
+
+
+def _category(i: Compute | Send | Copy) -> str:
+    if isinstance(i, Send):
+        return "transfer"
+    return f"copy {COPY_KINDS[COPIES[type(i)]]}" if isinstance(i, Offload | Fetch) else KINDS[LETTERS[type(i)]]
 
 
 def _metadata(kind: str, process: int, thread: int, **arguments: str | int) -> dict[str, Any]:

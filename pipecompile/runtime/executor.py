@@ -70,6 +70,8 @@ class RankRun:
         with step.recorded:
             begins, ends = step.run(self.row)
         self.spans.append((step.instruction, begins, ends))
+        if len(self.spans) == len(self.linked):
+            self.row.end([*self.row.leaving])
         self.notes.ended(len(self.spans), self.row.lane, ends)
 
 
@@ -312,9 +314,16 @@ class Executor:
     def _out_of_memory(self, i: Instruction, error: Exception, microbatches: int) -> OutOfMemoryError:
         """The error of a stage that does not fit, with what takes less memory."""
         seen = str(error) if isinstance(error, OutOfMemoryError) else f"{type(error).__name__}: {error}"
-        again = i.stage in self.plan.recomputed
+        again, lane, runner = (
+            i.stage in self.plan.recomputed,
+            self.lanes[self.plan.rank_of[i.stage]],
+            self.runners[i.stage],
+        )
+        is_flushed = runner.weights.optimizer is None  # a pipeline that stays full does not offload
+        may_offload = lane.offloads and is_flushed and not again and i.stage not in self.plan.offloaded
         remedies = [
             *([] if again else ["PlanOptions(recompute='always')"]),
+            *(["PlanOptions(offload='always')"] if may_offload else []),
             f"more than {microbatches} microbatches, which are smaller",
             "schedule='1f1b' in place of 'gpipe'",
             f"more than {self.plan.num_stages} stages",

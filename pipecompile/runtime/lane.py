@@ -7,7 +7,9 @@ On an accelerator, the host queues work on streams, and the device runs it later
         the receiver's own stream, so that computation on neither side waits for it;
     [3] the receiver's compute stream, not its thread, waits for the copy; a CPU receiver waits itself;
     [4] a tensor that another stream than its own uses is recorded there, so that its memory is not reused too early;
-    [5] the caller's streams wait for all that the ranks have queued.
+    [5] the caller's streams wait for all that the ranks have queued;
+    [6] copies to the host and back have a stream each, after all that the rank has queued; its memory is the compute
+        stream's own, which waits for a copy before it uses or frees what is copied.
 
 Memory that the caller frees goes back to a lane's stream without being recorded: lanes take memory in programs only,
 and a program starts behind every stream from which the pipeline has ever been called ([1]). Recording it would keep
@@ -21,7 +23,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -55,7 +57,7 @@ class Lane:
         threads: number of intra-op threads that torch uses on the CPU (see ``threads_each``).
 
     Attributes:
-        compute, sends, receives, notes: streams of an accelerator; None on the CPU.
+        compute, sends, receives, notes, outward, inward: streams of an accelerator; None on the CPU.
         one: a byte on the device, for notes.
     """
 
@@ -64,6 +66,8 @@ class Lane:
         self.threads = threads
         self.renew()
         self.compute, self.sends, self.receives, self.notes = (_stream(device) for _ in range(4))
+        self.outward, self.inward = (_stream(device) for _ in range(2))
+        self.copying = False  # since the compute stream has waited for both
         self.one = torch.ones(1, dtype=torch.uint8, device="cpu").to(device)
 
     def renew(self) -> None:
@@ -89,15 +93,15 @@ class Lane:
         """The time at which all that the rank has queued so far will have run."""
         return time.perf_counter() if self.compute is None else time_mark(self.device, self.compute)
 
-    def note(self, flag: Tensor, ended: Mark, is_copy: bool = False) -> None:
+    def note(self, flag: Tensor, ended: Mark, copies: torch.Stream | None = None) -> None:
         """Sets a flag in the host's memory when the work before a mark has run. Nothing else waits for that.
 
         Args:
             flag: one pinned byte.
             ended: the mark, on an accelerator.
-            is_copy: whether the work is a copy to another device.
+            copies: the stream of the work, if it is a copy.
         """
-        stream = self.sends if is_copy else self.notes
+        stream = copies or self.notes
         if stream is None or not isinstance(ended, torch.Event):
             raise TypeError(f"{self.device} runs its work at once, and notes nothing later")
         stream.wait_event(ended)
@@ -135,6 +139,49 @@ class Lane:
             used_here(after, target.compute)
         return Sent(moved, copying.record_event(), began, time_mark(self.device, self.sends))
 
+    @property
+    def offloads(self) -> bool:
+        """Whether the host has another memory."""
+        return self.compute is not None
+
+    def to_host(self, tensors: Sequence[Tensor]) -> Sent:
+        """Begins to copy tensors to the host ([6]). They must be held until the compute stream has waited for that."""
+        pinned = self._copying(self.outward)
+        began = time_mark(self.device, self.outward)
+        with torch.no_grad(), self.outward or nullcontext():
+            copies = [torch.empty_like(t, device="cpu", pin_memory=pinned).copy_(t, non_blocking=True) for t in tensors]
+        return self._copied(copies, self.outward, began)
+
+    def from_host(self, tensors: Sequence[Tensor]) -> Sent:
+        """Begins to copy tensors of the host to this device ([6])."""
+        fresh = [torch.empty_like(t, device=self.device, pin_memory=False) for t in tensors]  # compute's memory
+        self._copying(self.inward)
+        began = time_mark(self.device, self.inward)
+        with torch.no_grad(), self.inward or nullcontext():
+            for there, here in zip(tensors, fresh, strict=True):
+                here.copy_(there, non_blocking=True)
+        return self._copied(fresh, self.inward, began)
+
+    def _copying(self, stream: torch.Stream | None) -> bool:
+        """Makes a stream of copies wait for all that the rank has queued; returns whether there is one."""
+        if stream is None or self.compute is None:
+            return False
+        stream.wait_event(self.compute.record_event())
+        self.copying = True
+        return True
+
+    def _copied(self, values: Sequence[Tensor], stream: torch.Stream | None, began: Mark) -> Sent:
+        ready = None if stream is None else stream.record_event()
+        return Sent(tuple(values), ready, began, time_mark(self.device, stream))
+
+    def settle(self) -> None:
+        """Makes the compute stream wait for all copies to the host and back ([6]), also after a failure."""
+        if self.copying and self.compute is not None:
+            for stream in (self.outward, self.inward):
+                if stream is not None:
+                    self.compute.wait_event(stream.record_event())
+        self.copying = False
+
     def fetch(self, tensor: Tensor) -> Tensor:
         """Returns a tensor of the caller on this lane's device."""
         if self.compute is None and tensor.device == self.device:
@@ -165,6 +212,7 @@ class Callers:
         """Makes the calling thread's streams wait for all that the lanes have queued ([5])."""
         for lane in lanes:
             if lane.compute is not None:
+                lane.settle()
                 torch.accelerator.current_stream(lane.device).wait_event(lane.compute.record_event())
 
 

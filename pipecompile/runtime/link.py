@@ -6,7 +6,7 @@ left to look up in the plan.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import assert_never
 
@@ -14,8 +14,11 @@ from pipecompile.ir.instruction import (
     Backward,
     BackwardWeight,
     Compute,
+    Copy,
+    Fetch,
     Forward,
     Instruction,
+    Offload,
     Recv,
     Reduce,
     Refresh,
@@ -28,6 +31,7 @@ from pipecompile.ir.program import Program, readers, reads
 from pipecompile.ops.accelerators import Mark
 from pipecompile.ops.torch_internals import _RecordFunctionFast
 from pipecompile.runtime.lane import Lane, Values
+from pipecompile.runtime.offload import Leaving
 from pipecompile.runtime.runner import Microbatch, Runner
 from pipecompile.runtime.tied import reduced, refreshed
 from pipecompile.runtime.transport import Transport
@@ -45,12 +49,20 @@ class Row:
         mailbox: results that its instructions still read, by the text of the transfer: "0F3>1".
         microbatches: by number.
         sent: bytes of each transfer to another rank so far.
+        leaving: activations on their way to the host.
     """
 
     lane: Lane
     mailbox: dict[str, Content]
     microbatches: Mapping[int, Microbatch]
     sent: list[int] = field(default_factory=list)
+    leaving: dict[Offload, Leaving] = field(default_factory=dict)
+
+    def end(self, offloads: Iterable[Offload]) -> None:
+        """Waits for copies to the host, and frees what they have copied."""
+        for each in offloads:
+            if (leaving := self.leaving.pop(each, None)) is not None:
+                leaving.end(self.lane)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +108,10 @@ def _bound(
         case Recv():
             return _receiving(i, transport)
         case Forward() | Backward() | BackwardWeight() | Reduce() | Step() | Update() | Refresh():
-            return _computing(i, program.plan, _act(i, program, runners[i.stage]))
+            ended = program.ended_before.get(i, ())
+            return _computing(i, program.plan, _act(i, program, runners[i.stage]), ended)
+        case Offload() | Fetch():
+            return _copying(i, runners[i.stage], program.ended_before.get(i, ()))
         case _:
             assert_never(i)
 
@@ -124,7 +139,23 @@ def _receiving(i: Recv, transport: Transport) -> Callable[[Row], tuple[Mark, Mar
     return run
 
 
-def _computing(i: Compute, plan: Plan, act: Act) -> Callable[[Row], tuple[Mark, Mark]]:
+def _copying(i: Copy, runner: Runner, ended: Sequence[Offload]) -> Callable[[Row], tuple[Mark, Mark]]:
+    def run(row: Row) -> tuple[Mark, Mark]:
+        row.end(ended)
+        microbatch = row.microbatches[i.microbatch]
+        if isinstance(i, Fetch):
+            sent = runner.fetch(microbatch)
+        elif (leaving := runner.offload(microbatch)) is not None:
+            row.leaving[i], sent = leaving, leaving.sent
+        else:
+            sent = None
+        mark = row.lane.mark() if sent is None else sent.began
+        return mark, mark if sent is None else sent.ended
+
+    return run
+
+
+def _computing(i: Compute, plan: Plan, act: Act, ended: Sequence[Offload]) -> Callable[[Row], tuple[Mark, Mark]]:
     sources = [(result.stage, str(Send(result, i.stage))) for result in reads(i, plan)]
     targets: list[tuple[int, str]] = []
     if not isinstance(i, Step | Update | BackwardWeight):
@@ -132,6 +163,7 @@ def _computing(i: Compute, plan: Plan, act: Act) -> Callable[[Row], tuple[Mark, 
 
     def run(row: Row) -> tuple[Mark, Mark]:
         mailbox = row.mailbox
+        row.end(ended)
         received = {stage: _open(mailbox.pop(place)) for stage, place in sources}
         began = row.lane.mark()
         results = act(row.microbatches, received)
@@ -148,7 +180,8 @@ def _act(i: Compute, program: Program, runner: Runner) -> Act:
     match i:
         case Forward(stage, number):
             splits = Backward(stage, number) in program.split
-            return lambda microbatches, received: runner.forward(microbatches[number], received, splits)
+            leaves = Offload(stage, number) in program.offloaded
+            return lambda microbatches, received: runner.forward(microbatches[number], received, splits, leaves)
         case Backward(_, number):
             return lambda microbatches, received: runner.backward(microbatches[number], received)
         case BackwardWeight(_, number):

@@ -24,8 +24,10 @@ from pipecompile.errors import ExecutionError
 from pipecompile.ir.instruction import (
     Backward,
     BackwardWeight,
+    Fetch,
     Forward,
     Instruction,
+    Offload,
     Recv,
     Reduce,
     Refresh,
@@ -73,7 +75,8 @@ class RowNotes:
         if not self.places or isinstance(i, Recv):
             self.bytes[number] = 1
         else:
-            lane.note(self.places[number], mark, is_copy=isinstance(i, Send))
+            copies = {Send: lane.sends, Offload: lane.outward, Fetch: lane.inward}  # of which each has its stream
+            lane.note(self.places[number], mark, copies.get(type(i)))
 
     @property
     def has_begun(self) -> bool:
@@ -159,7 +162,12 @@ class Notes:
         """Where devices that have failed have stopped. Copies have a stream of their own."""
         found = [
             stop
-            for kind in ((Send,), (Forward, Backward, BackwardWeight, Reduce, Step, Update, Refresh))
+            for kind in (
+                (Send,),
+                (Offload,),
+                (Fetch,),
+                (Forward, Backward, BackwardWeight, Reduce, Step, Update, Refresh),
+            )
             for stop in next(filter(None, ([*notes.stops(devices, kind)] for notes in self.programs)), ())
         ]
         return [stop for stop in found if stop.is_ready] or found
@@ -221,4 +229,8 @@ def _in_words(i: Instruction, modules: str) -> str:
             kind = "optimizer step for later forwards"
         case Refresh(stage, microbatch):
             kind = "copy of tied parameters"
+        case Offload(stage, microbatch):
+            kind = "copy of activations to the host"
+        case Fetch(stage, microbatch):
+            kind = "copy of activations from the host"
     return f"stage {stage}, microbatch {microbatch}, {kind} ({i}, {modules})"

@@ -6,7 +6,7 @@ import linecache
 import re
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -19,8 +19,10 @@ from pipecompile.ops.source_lines import failing_line
 from pipecompile.ops.split_backward import Queue, queued
 from pipecompile.ops.torch_internals import _engine_run_backward
 from pipecompile.runtime.anomalies import looks_for_nan, watch_backward, watched_forward
-from pipecompile.runtime.lane import Lane, Value, Values
+from pipecompile.runtime.lane import Lane, Sent, Value, Values
 from pipecompile.runtime.lift import lift, only_sized, read_only
+from pipecompile.runtime.observers import hooks_on_saved
+from pipecompile.runtime.offload import Kept, Leaving, address_of, hooks_refused
 from pipecompile.runtime.out_of_memory import OutOfMemoryError
 from pipecompile.runtime.split import Stage
 from pipecompile.runtime.weights import Version, Weights
@@ -54,6 +56,7 @@ class Microbatch:
     )  # by stage: the weights that its forward used, until their optimizer step
     queues: dict[int, Queue] = field(default_factory=dict)  # by stage: gradients of weights that its backward leaves
     retained: dict[str, Tensor | None] = field(default_factory=dict)  # by output: its gradient without its seed
+    kept: dict[int, Kept] = field(default_factory=dict)  # by stage: what its backward needs, if it goes to the host
 
 
 class Runner:
@@ -83,35 +86,64 @@ class Runner:
         return lift(self.stage, splits=True)
 
     def forward(
-        self, microbatch: Microbatch, received: Mapping[int, Values], splits: bool = False
+        self, microbatch: Microbatch, received: Mapping[int, Values], splits: bool = False, leaves: bool = False
     ) -> dict[int, Values]:
         """Runs one microbatch's forward; returns the values for each later stage.
 
         Args:
             splits: whether its backward leaves gradients of weights for ``backward_weight``.
+            leaves: whether ``offload`` takes to the host what it saves.
         """
         stage = self.stage
         inputs = [self._input(name, microbatch) for name in stage.inputs]
         arguments: list[Value] = [*inputs, *[None] * (len(stage.arguments) - len(inputs))]
-        leaves = {source: tuple(map(_leaf, values)) for source, values in received.items()}
-        for source, values in leaves.items():
+        values_of = {source: tuple(map(_leaf, values)) for source, values in received.items()}
+        for source, values in values_of.items():
             for place, value in zip(self.takes[source], values, strict=True):
                 arguments[place] = value
         seed_microbatch(microbatch.randomness)
+        kept = Kept() if leaves and self._offloads else None
         if splits:
             microbatch.queues[stage.index] = queue = Queue()
         if splits and not looks_for_nan():  # torch looks for NaN in backwards, so these must be whole
             with queued(queue):
-                returned = self._call(self.split_function, arguments)
+                returned = self._call(self.split_function, arguments, kept)
         else:
-            returned = self._call(self.function, arguments)
+            returned = self._call(self.function, arguments, kept)
         if torch.is_grad_enabled():
             wanted = {name: t for name, t in zip(stage.inputs, inputs, strict=True) if t.requires_grad}
-            microbatch.saved[stage.index] = Saved(wanted, leaves, returned)
+            microbatch.saved[stage.index] = Saved(wanted, values_of, returned)
             microbatch.versions[stage.index] = self.weights.current
+            if kept is not None:
+                microbatch.kept[stage.index] = kept
         for name, place in self.outputs.items():
             microbatch.outputs[name] = _cut_off(_alone(returned[place]))
         return {target: tuple([returned[place] for place in places]) for target, places in self.sends.items()}
+
+    @property
+    def _offloads(self) -> bool:
+        """Whether what forwards save can go to the host: not without gradients, and where a user has hooks on it."""
+        return self.lane.offloads and torch.is_grad_enabled() and not hooks_on_saved()
+
+    def offload(self, microbatch: Microbatch) -> Leaving | None:
+        """Begins to copy to the host what a forward has saved; None if there is nothing."""
+        kept, saved = microbatch.kept.get(self.stage.index), microbatch.saved.get(self.stage.index)
+        if kept is None or saved is None:
+            return None
+        staying = [
+            *self.weights.current.leaves.values(),
+            *self.stage.module.buffers(),
+            *microbatch.inputs.values(),
+            *saved.inputs.values(),
+            *(value for values in saved.received.values() for value in values if value is not None),
+            *saved.returned,
+        ]
+        return kept.leave(self.lane, set(map(address_of, staying)))
+
+    def fetch(self, microbatch: Microbatch) -> Sent | None:
+        """Begins to copy back what a backward needs; None if there is nothing."""
+        kept = microbatch.kept.get(self.stage.index)
+        return None if kept is None else kept.come_back(self.lane)
 
     def backward(self, microbatch: Microbatch, received: Mapping[int, Values]) -> dict[int, Values]:
         """Runs one microbatch's backward; returns the gradients of the values from each earlier stage.
@@ -119,6 +151,8 @@ class Runner:
         A gradient, received or returned, may be None.
         """
         saved = microbatch.saved.pop(self.stage.index)
+        if (kept := microbatch.kept.pop(self.stage.index, None)) is not None:
+            self.lane.wait(kept.ready)
         self.weights.check(microbatch.versions[self.stage.index])
         returned = saved.returned
         gradients: dict[int, Tensor] = {}  # by place
@@ -182,18 +216,24 @@ class Runner:
         tensor = self.lane.fetch(tensor)
         return tensor if name in self.read_only and not tensor.requires_grad else _cut_off(tensor)
 
-    def _call(self, function: Function, arguments: Sequence[Value]) -> tuple[Tensor, ...]:
+    def _call(self, function: Function, arguments: Sequence[Value], kept: Kept | None) -> tuple[Tensor, ...]:
         try:
             current = self.weights.current.leaves
             weights = [current[name] for name in self.parameters]
-            if not looks_for_nan():
+            if kept is None and not looks_for_nan():
                 return function(*arguments, *weights)
-            with watched_forward(self.stage, arguments) as results:
+            with ExitStack() as contexts:
+                results: list[Tensor] = []
+                if kept is not None:
+                    contexts.enter_context(kept.watched())
+                if looks_for_nan():
+                    results = contexts.enter_context(watched_forward(self.stage, arguments))
                 returned = function(*arguments, *weights)
                 results += returned
             return returned
         except Exception as error:
             where = self._where(error)
+            error = (kept and hooks_refused(error)) or error
             raise _named(error)(f"{where + ': ' if where else ''}{type(error).__name__}: {error}") from error
 
     def _differentiate(self, roots: list[Tensor], gradients: list[Tensor]) -> None:

@@ -14,10 +14,11 @@ from __future__ import annotations
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import Program
 from pipecompile.schedule.arrange import arrange, backwards, closing, forwards, waves
+from pipecompile.schedule.offload import with_offloads
 
 
 def gpipe(plan: Plan, num_microbatches: int, *, step: bool = False) -> Program:
     """The bare program in which each rank runs all Forwards and then all Backwards."""
     n = num_microbatches
     clock = waves(plan, stride=1, hold=n - 1)
-    return arrange(plan, forwards(plan, n) + backwards(plan, n), clock, closing(plan, n - 1, step))
+    return with_offloads(arrange(plan, forwards(plan, n) + backwards(plan, n), clock, closing(plan, n - 1, step)))

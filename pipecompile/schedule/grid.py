@@ -3,8 +3,12 @@
     0: 0F0 0F1 .   0B0 .   0B1        a line per rank, a word per computation: stage, kind, microbatch
     1: .   1F0 1B0 1F1 1B1 .          dots are for the eye: an order has no times
 
-The kinds are F, B, I and W. B computes all gradients, unless there is a W for it; I is a B that must have one. Where
-each rank has one stage, words may leave it out: ``F0``. A bar or comma between words is allowed.
+The kinds are F, B, I and W. B computes all gradients, unless there is a W for it; I is a B that must have one. H copies
+what an F has saved to the host's memory, and G copies it back before the B:
+
+    0: 0F0 0H0 0F1 0F2 0G0 0B0 0B1 0B2
+
+Where each rank has one stage, words may leave it out: ``F0``. A bar or comma between words is allowed.
 
 torch's files have a line per rank and a cell per computation or pause. They may hold transfers and other work
 (``0SEND_F0``, ``1UNSHARD``, ``0REDUCE_GRAD``), which are left out: they follow from the order. An overlapped pair,
@@ -20,16 +24,16 @@ import warnings
 from collections.abc import Iterable, Sequence
 
 from pipecompile.errors import ProgramError
-from pipecompile.schedule.order import B, F, Op, Order, W
+from pipecompile.schedule.order import B, F, G, H, Op, Order, W
 from pipecompile.schedule.replay import replay
 from pipecompile.schedule.shape import Shape
 from pipecompile.schedule.stage_costs import StageCosts
 
-_WORD = re.compile(r"(?P<stage>\d*)(?P<kind>[FBIW])(?P<microbatch>\d+)")
+_WORD = re.compile(r"(?P<stage>\d*)(?P<kind>[FBIWHG])(?P<microbatch>\d+)")
 _LABEL = re.compile(r"\s*(?:rank\s*)?(?P<rank>\d+)\s*:", re.IGNORECASE)
 _PAIR = re.compile(r"\((?P<inside>[^()]*)\)OVERLAP_F_B")
 _NO_COMPUTATION = re.compile(r"\d+(UNSHARD|RESHARD|REDUCE_GRAD|(SEND|RECV)_[FB])\d*")
-KIND = {"F": F, "B": B, "I": B, "W": W}
+KIND = {"F": F, "B": B, "I": B, "W": W, "H": H, "G": G}
 
 Word = tuple[str, str, int, str]  # stage or nothing, kind, microbatch, and the whole word
 
@@ -56,10 +60,17 @@ def read_grid(text: str, shape: Shape | None = None) -> Order:
 
 
 def write_grid(order: Order) -> str:
-    """The grid of an order, drawn as if F, B and W took one unit of time each (and a B that does both, two)."""
+    """The grid of an order, drawn as if F, B and W took one unit of time each (and a B that does both, two).
+
+    Copies stand in the cell of the computation that they are before.
+    """
     split = any(op.kind == W for rank in range(len(order.rows)) for op in order.ops(rank))
     start = replay(order, _units(order.shape, float(split))).start
     cells = [{round(start[code]): str(order.op(code)) for code in row} for row in order.rows]
+    for rank, place, op in reversed(order.copies):
+        row = order.rows[rank]
+        tick = round(start[row[place]]) if place < len(row) else 1 + max(cells[rank], default=-1)
+        cells[rank][tick] = f"{op} {cells[rank].get(tick, '')}".strip()
     width = max(len(word) for row in cells for word in row.values())
     columns = range(1 + max(tick for row in cells for tick in row))
     lines = (" ".join(row.get(tick, ".").ljust(width) for tick in columns).rstrip(" .") for row in cells)
@@ -91,7 +102,16 @@ def read_torch_csv(text: str, shape: Shape | None = None) -> Order:
 
 
 def write_torch_csv(order: Order) -> str:
-    """The order as a file that torch's ``_load_csv`` reads (``compute_only``): I where there is a W, B where not."""
+    """The order as a file that torch's ``_load_csv`` reads (``compute_only``): I where there is a W, B where not.
+
+    Raises:
+        ProgramError: it copies activations to the host, for which torch's files have no word.
+    """
+    if order.copies:
+        raise ProgramError(
+            f"{order.copies[0].op} copies activations to the host, for which torch's files have no word; write a grid "
+            f"as text, or leave the copies out"
+        )
     present = {order.op(code) for row in order.rows for code in row}
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")

@@ -12,15 +12,17 @@ from __future__ import annotations
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import Program
 from pipecompile.schedule.arrange import arrange, backwards, closing, forwards, waves
+from pipecompile.schedule.offload import with_offloads
 
 
 def forward_only(plan: Plan, num_microbatches: int) -> Program:
     """The bare program of all Forwards."""
-    return arrange(plan, forwards(plan, num_microbatches), waves(plan, stride=1))
+    return with_offloads(arrange(plan, forwards(plan, num_microbatches), waves(plan, stride=1)))
 
 
 def backward_only(plan: Plan, num_microbatches: int, *, step: bool = False) -> Program:
     """The bare program of all Backwards, which carries the Forwards of ``forward_only``."""
     n = num_microbatches
     clock = waves(plan, stride=1)
-    return arrange(plan, backwards(plan, n), clock, closing(plan, n - 1, step), carried=forwards(plan, n))
+    bare = arrange(plan, backwards(plan, n), clock, closing(plan, n - 1, step), carried=forwards(plan, n))
+    return with_offloads(bare)

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from pipecompile.errors import ProgramError
-from pipecompile.ir.instruction import BackwardWeight, Instruction, Recv, Send, Step, Update
+from pipecompile.ir.instruction import BackwardWeight, Fetch, Instruction, Offload, Recv, Send, Step, Update
 from pipecompile.ir.program import Program, linearize, reads, sends
 from pipecompile.ir.timeline import Timeline
 
@@ -52,9 +52,15 @@ def lower(program: Program, timeline: Timeline) -> Program:
 
 def _computations(program: Program, timeline: Timeline) -> Iterator[tuple[Key, Instruction]]:
     start = {span.instruction: span.start for span in timeline.spans}
+    end = {span.instruction: span.end for span in timeline.spans}
     _check(program, start)
-    for place, (_, i) in enumerate(linearize(program)):
-        yield (start[i], place, 0), i
+    queued = [0.0] * len(program.ranks)  # the end of the last computation, after which a copy is queued
+    for place, (rank, i) in enumerate(linearize(program)):
+        if isinstance(i, Offload | Fetch):  # it begins later, if another copy is under way
+            yield (queued[rank], place, 0), i
+        else:
+            queued[rank] = end[i]
+            yield (start[i], place, 0), i
 
 
 def _transfers(program: Program, timeline: Timeline) -> Iterator[tuple[Key, Instruction]]:
@@ -62,7 +68,7 @@ def _transfers(program: Program, timeline: Timeline) -> Iterator[tuple[Key, Inst
     for send in _owed(program):
         yield from (((-1.0, 0, 1), send), ((-1.0, 0, 1), Recv(send.result, send.target)))
     for place, (_, i) in enumerate(linearize(program)):
-        if isinstance(i, Step | Update | BackwardWeight | Send | Recv):
+        if isinstance(i, Step | Update | BackwardWeight | Send | Recv | Offload | Fetch):
             continue
         for send in sends(i, program.plan):
             yield from (((end[i], place, 1), send), ((end[i], place, 1), Recv(i, send.target)))
@@ -73,7 +79,7 @@ def _owed(program: Program) -> list[Send]:
     owed = [
         send
         for i in program.instructions
-        if not isinstance(i, Send | Recv)
+        if not isinstance(i, Send | Recv | Offload | Fetch)
         for result in reads(i, program.plan)
         if result in program.carried and (send := Send(result, i.stage)) in sends(result, program.plan)
     ]

@@ -16,9 +16,12 @@ from __future__ import annotations
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import Program
 from pipecompile.schedule.arrange import arrange, backwards, closing, forwards, waves
+from pipecompile.schedule.offload import with_offloads
 
 
 def one_f_one_b(plan: Plan, num_microbatches: int, *, step: bool = False) -> Program:
     """The bare program with at most ``plan.depth[stage]`` microbatches in flight at each stage."""
     n = num_microbatches
-    return arrange(plan, forwards(plan, n) + backwards(plan, n), waves(plan, stride=2), closing(plan, n - 1, step))
+    return with_offloads(
+        arrange(plan, forwards(plan, n) + backwards(plan, n), waves(plan, stride=2), closing(plan, n - 1, step))
+    )

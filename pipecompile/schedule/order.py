@@ -2,6 +2,8 @@
 
     code = (kind * num_stages + stage) * num_microbatches + microbatch        kind: 0 is F, 1 is B, 2 is W
 
+    kinds 3 and 4, H and G, are copies to the host and back (``copies``)
+
 F is a Forward. B is a Backward: the gradients of inputs, and of weights unless the order has a W for the same stage and
 microbatch. W is the gradient of weights. Integers make a simulation of a thousand ranks, and a search that simulates
 thousands of orders, a matter of seconds.
@@ -16,13 +18,13 @@ from typing import NamedTuple
 from pipecompile.errors import InputError, ProgramError
 from pipecompile.schedule.shape import Shape
 
-F, B, W = range(3)
-KINDS = "FBW"
+F, B, W, H, G = range(5)
+KINDS = "FBWHG"
 Rows = Sequence[Sequence[int]]
 
 
 class Op(NamedTuple):
-    """One computation; its text is ``2F0``: stage, kind, microbatch."""
+    """One computation, or a copy to the host or back; its text is ``2F0``: stage, kind, microbatch."""
 
     kind: int
     stage: int
@@ -32,20 +34,35 @@ class Op(NamedTuple):
         return f"{self.stage}{KINDS[self.kind]}{self.microbatch}"
 
 
+class Copying(NamedTuple):
+    """A copy to the host or back, which stands before a computation of its rank, by its place in the row."""
+
+    rank: int
+    place: int
+    op: Op
+
+
 @dataclass(frozen=True)
 class Order:
     """A row of codes per rank.
+
+    Args:
+        shape: the stages of each rank.
+        num_microbatches: of a step.
+        rows: the codes of computations.
+        copies: what goes to the host and comes back; it takes no part in simulations of the order.
 
     Invariants, checked by ``validate``:
     1. each stage runs each microbatch forward and backward once, on its rank, and the W of it at most once;
     2. on a rank, F is before B of the same stage and microbatch, and B before W.
 
-    That no rank waits forever is checked by ``replay``.
+    That no rank waits forever is checked by ``replay``, and where copies stand by ``order_program``.
     """
 
     shape: Shape
     num_microbatches: int
     rows: tuple[tuple[int, ...], ...]
+    copies: tuple[Copying, ...] = ()
 
     @staticmethod
     def of(shape: Shape, num_microbatches: int, rows: Iterable[Iterable[Op]]) -> Order:
@@ -58,15 +75,22 @@ class Order:
         check_microbatches(num_microbatches)
         stages = shape.num_stages
         coded: list[tuple[int, ...]] = []
-        for row in rows:
+        copies: list[Copying] = []
+        for rank, row in enumerate(rows):
             ops = tuple(row)
             for op in ops:
                 if not (0 <= op.stage < stages and 0 <= op.microbatch < num_microbatches):
                     raise ProgramError(
                         f"{op} does not exist: there are {stages} stages and {num_microbatches} microbatches, from 0"
                     )
-            coded.append(tuple((op.kind * stages + op.stage) * num_microbatches + op.microbatch for op in ops))
-        order = Order(shape, num_microbatches, tuple(coded))
+            codes: list[int] = []
+            for op in ops:
+                if op.kind in (H, G):
+                    copies.append(Copying(rank, len(codes), op))
+                else:
+                    codes.append((op.kind * stages + op.stage) * num_microbatches + op.microbatch)
+            coded.append(tuple(codes))
+        order = Order(shape, num_microbatches, tuple(coded), tuple(copies))
         order.validate()
         return order
 
@@ -75,7 +99,12 @@ class Order:
         return Op(*divmod(rest, self.shape.num_stages), microbatch)
 
     def ops(self, rank: int) -> Iterator[Op]:
-        return map(self.op, self.rows[rank])
+        """The computations and copies of a rank."""
+        mine = [each for each in self.copies if each.rank == rank]
+        for place, code in enumerate(self.rows[rank]):
+            yield from (each.op for each in mine if each.place == place)
+            yield self.op(code)
+        yield from (each.op for each in mine if each.place == len(self.rows[rank]))
 
     def validate(self) -> None:
         """Raises ``ProgramError`` at the first invariant that does not hold."""

@@ -1,21 +1,35 @@
-"""From an order to a program on a plan, and back: F is a Forward, B a Backward, W a BackwardWeight."""
+"""From an order to a program on a plan, and back: F is a Forward, B a Backward, W a BackwardWeight; H, G are copies."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from pipecompile.errors import ProgramError
-from pipecompile.ir.instruction import Backward, BackwardWeight, Compute, Forward, Instruction, Recv, Send
+from pipecompile.ir.instruction import (
+    Backward,
+    BackwardWeight,
+    Compute,
+    Copy,
+    Fetch,
+    Forward,
+    Instruction,
+    Offload,
+    Recv,
+    Send,
+)
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import Program
 from pipecompile.schedule.arrange import closing
-from pipecompile.schedule.order import B, F, Op, Order, W
+from pipecompile.schedule.offload import with_offloads
+from pipecompile.schedule.order import B, F, G, H, Op, Order, W
 from pipecompile.schedule.shape import refuse_replicas, shape_of
 
-_KINDS: dict[int, type[Forward] | type[Backward] | type[BackwardWeight]] = {
+_KINDS: dict[int, type[Forward] | type[Backward] | type[BackwardWeight] | type[Copy]] = {
     F: Forward,
     B: Backward,
     W: BackwardWeight,
+    H: Offload,
+    G: Fetch,
 }
 
 
@@ -27,7 +41,8 @@ def program_of(order: Order, plan: Plan, *, step: bool = False) -> Program:
 
     Raises:
         InputError: the plan has replicas.
-        ProgramError: the order is for stages on other ranks than the plan's, or lacks a dependency of the plan.
+        ProgramError: the order is for stages on other ranks than the plan's, or lacks a dependency of the plan, or its
+            copies do not suit it (see ``Program``).
     """
     rows: list[list[Instruction]] = [[] for _ in range(plan.num_ranks)]
     refuse_replicas(plan)
@@ -37,7 +52,7 @@ def program_of(order: Order, plan: Plan, *, step: bool = False) -> Program:
         rows[plan.rank_of[i.stage]].append(i)
     program = Program(plan, tuple(map(tuple, rows)))
     program.validate()
-    return program
+    return with_offloads(program)
 
 
 def _ranks(order: Sequence[int], plan: Sequence[int]) -> list[int]:
@@ -56,7 +71,7 @@ def _ranks(order: Sequence[int], plan: Sequence[int]) -> list[int]:
 
 
 def order_of(program: Program) -> Order:
-    """The order of the Forwards, Backwards and BackwardWeights of a program that carries nothing.
+    """The order of the Forwards, Backwards, BackwardWeights and copies of a program that carries nothing.
 
     Raises:
         InputError: its plan has replicas, or it runs no microbatch.
@@ -64,9 +79,7 @@ def order_of(program: Program) -> Order:
     """
     if program.carried:
         raise ProgramError("the program carries instructions of earlier ones, so it is not an order of a whole step")
-    codes: dict[type[Compute] | type[Send] | type[Recv], int] = {kind: code for code, kind in _KINDS.items()}
-    rows = [
-        [Op(codes[type(i)], i.stage, i.microbatch) for i in row if isinstance(i, Forward | Backward | BackwardWeight)]
-        for row in program.ranks
-    ]
+    kinds = (Forward, Backward, BackwardWeight, Offload, Fetch)
+    codes: dict[type[Compute | Copy] | type[Send] | type[Recv], int] = {kind: code for code, kind in _KINDS.items()}
+    rows = [[Op(codes[type(i)], i.stage, i.microbatch) for i in row if isinstance(i, kinds)] for row in program.ranks]
     return Order.of(shape_of(program.plan), len(program.microbatches), rows)

@@ -15,6 +15,14 @@ The results of a rank are ready in the order of its row, and ``lower`` inserts i
 program, with implicit transfers, gives the same times as the lowered one. Carried results of earlier programs have
 arrived before the program starts.
 
+Copies of activations to the host and back have two more clocks of each rank, one for each direction. A copy begins when
+the computations before it have ended, and those before it in its direction. A Backward waits for its Fetch, and
+computations and Fetches for the Offloads that end before them (``Program.ended_before``).
+
+    rank 0   F0 F1 F2 F3 .  B0
+    to host     H0 H1 H2
+    back                 G0
+
 Memory does not depend on times: it follows from the order of each row.
 """
 
@@ -29,8 +37,10 @@ from pipecompile.ir.instruction import (
     Backward,
     BackwardWeight,
     Compute,
+    Fetch,
     Forward,
     Instruction,
+    Offload,
     Recv,
     Reduce,
     Refresh,
@@ -41,7 +51,7 @@ from pipecompile.ir.instruction import (
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import Program, dependencies, linearize, sends
 from pipecompile.ir.timeline import Span, Timeline
-from pipecompile.ir.weight_versions import Stash, stash_at_start, walk
+from pipecompile.ir.weight_versions import Away, Stash, stash_at_start, walk
 
 
 def simulate(
@@ -86,23 +96,25 @@ def simulate(
 def peak_bytes(program: Program, costs: Sequence[Cost]) -> tuple[int, ...]:
     """The peak bytes of each rank: each live version of its parameters, and the activations in flight.
 
-    What a Forward saves is held until its Backward, or until its BackwardWeight. Gradients, optimizer state and
-    transfer buffers are not included.
+    What a Forward saves is held until its Backward, or until its BackwardWeight, and not while it is on the host.
+    Gradients, optimizer state and transfer buffers are not included.
     """
-    rank_of, stashes = program.plan.rank_of, stash_at_start(program)
-    held = [_held(stash, cost) for stash, cost in zip(stashes, costs, strict=True)]
+    rank_of, stashes, away = program.plan.rank_of, stash_at_start(program), Away(program)
+    counts = enumerate(zip(stashes, costs, strict=True))
+    held = [_held(stash, cost, away.count(stage)) for stage, (stash, cost) in counts]
     now = [sum(nbytes for s, nbytes in enumerate(held) if rank_of[s] == rank) for rank in range(len(program.ranks))]
     peak = list(now)
-    for i, stash in walk(program, stashes):
-        nbytes, rank = _held(stash, costs[i.stage]), rank_of[i.stage]
-        now[rank] += nbytes - held[i.stage]
-        held[i.stage] = nbytes
-        peak[rank] = max(peak[rank], now[rank])
+    for i, _ in walk(program, stashes):
+        for stage in {i.stage, *away.reach(i)}:
+            nbytes, rank = _held(stashes[stage], costs[stage], away.count(stage)), rank_of[stage]
+            now[rank] += nbytes - held[stage]
+            held[stage] = nbytes
+        peak[rank_of[i.stage]] = max(peak[rank_of[i.stage]], now[rank_of[i.stage]])
     return tuple(peak)
 
 
-def _held(stash: Stash, cost: Cost) -> int:
-    return stash.live * cost.parameter_bytes + (len(stash.in_flight) + len(stash.held)) * cost.saved_bytes
+def _held(stash: Stash, cost: Cost, away: int) -> int:
+    return stash.live * cost.parameter_bytes + (len(stash.in_flight) + len(stash.held) - away) * cost.saved_bytes
 
 
 class _Clock:
@@ -123,7 +135,7 @@ class _Clock:
         self.program, self.plan = program, program.plan
         self.costs, self.cluster, self.step_seconds = costs, cluster, step_seconds
         self.times: dict[Instruction, tuple[float, float]] = {}
-        self.free: dict[int | tuple[int, int], float] = {}
+        self.free: dict[object, float] = {}
 
     def do(self, rank: int, i: Instruction) -> None:
         match i:
@@ -131,8 +143,15 @@ class _Clock:
                 self._transfer(i)
             case Recv():
                 self.times[i] = self.times[Send(i.result, i.target)]
+            case Offload() | Fetch():
+                awaited = [*dependencies(i, self.plan), *self.program.ended_before.get(i, ())]
+                ready = max(self.free.get(rank, 0.0), *map(self._end, awaited))
+                self.times[i] = self._occupied((type(i), rank), ready, self._copy_seconds(rank, i))
             case _:
-                ready = max((self._end(needed) for needed in dependencies(i, self.plan)), default=0.0)
+                awaited = [*dependencies(i, self.plan), *self.program.ended_before.get(i, ())]
+                if isinstance(i, Backward):
+                    awaited.append(Fetch(i.stage, i.microbatch))  # at once, if there is none
+                ready = max(map(self._end, awaited), default=0.0)
                 speed = 1.0 if self.cluster is None else self.cluster.devices[rank].speed
                 self.times[i] = self._occupied(rank, ready, self._seconds(i) / speed)
                 if not self.program.lowered and not isinstance(i, Step | Update | BackwardWeight):
@@ -144,7 +163,10 @@ class _Clock:
         seconds = _transfer_seconds(send, self.plan, self.cluster)
         self.times[send] = self._occupied(link, self._end(send.result), seconds)
 
-    def _occupied(self, what: int | tuple[int, int], ready: float, seconds: float) -> tuple[float, float]:
+    def _copy_seconds(self, rank: int, i: Offload | Fetch) -> float:
+        return 0.0 if self.cluster is None else self.cluster.copy_seconds(rank, self.costs[i.stage].saved_bytes)
+
+    def _occupied(self, what: object, ready: float, seconds: float) -> tuple[float, float]:
         start = max(ready, self.free.get(what, 0.0))
         self.free[what] = start + seconds
         return start, self.free[what]

@@ -141,6 +141,15 @@ simple("from_device_to_cpu", where=(0, "cpu"))
 simple("cpu_in_the_middle", where=(0, "cpu", 1))
 simple("measured", costs="measure")
 simple("recomputed", plan=PlanOptions(recompute="always"))
+simple("offloaded", where=(0, 1), schedule="gpipe", microbatches=8, plan=PlanOptions(offload="always"))
+simple("offloaded_1f1b", where=(0, 1, 2, 3), microbatches=8, plan=PlanOptions(offload="always"))
+simple(
+    "offloaded_zero_bubble",
+    where=(0, 1, 0, "cpu"),
+    schedule="zb-h1",
+    microbatches=8,
+    plan=PlanOptions(offload="always"),
+)
 simple("replicas", where=(0, 1, 2), plan=PlanOptions(replicas=[1, 2]))
 simple("replicas_first", where=(0, 1, 2), plan=PlanOptions(replicas=[2, 1]))
 simple("kept_whole", leaf_modules=["layers.2", "head"])
@@ -160,9 +169,7 @@ def mapped(machine: Machine) -> Figures:
     return {f"output {number}": output.detach().cpu() for number, output in enumerate(outputs)}
 
 
-@scene
-def loss_outside(machine: Machine) -> Figures:
-    """Backwards wait for gradients, which come in autograd's thread of the device."""
+def _loss_outside(machine: Machine, **options: Any) -> Figures:
     model = built(Net)
 
     def step(pipe: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -171,7 +178,19 @@ def loss_outside(machine: Machine) -> Figures:
         loss.backward()
         return loss.detach()
 
-    return trained(model, piped(model, machine), step)
+    return trained(model, piped(model, machine, **options), step)
+
+
+@scene
+def loss_outside(machine: Machine) -> Figures:
+    """Backwards wait for gradients, which come in autograd's thread of the device."""
+    return _loss_outside(machine)
+
+
+@scene
+def offloaded_with_the_loss_outside(machine: Machine) -> Figures:
+    """Activations leave in one program and come back in another."""
+    return _loss_outside(machine, plan=PlanOptions(offload="always"))
 
 
 @scene

@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 from plans import SHAPES, dag, plans, rows
 
 from pipecompile.errors import DeadlockError, ProgramError
-from pipecompile.ir.instruction import Backward, Forward, Recv, Reduce, Send, Step, parse
+from pipecompile.ir.instruction import Backward, Fetch, Forward, Offload, Recv, Reduce, Send, Step, parse
 from pipecompile.ir.plan import Plan, Tied
 from pipecompile.ir.program import Program, dependencies, linearize
 from pipecompile.schedule import one_f_one_b
@@ -13,7 +13,10 @@ CHAIN = Plan.chain(2)
 number = st.integers(0, 999)
 result = st.one_of(*(st.builds(kind, number, number) for kind in (Forward, Backward, Reduce)))
 instruction = st.one_of(
-    result, st.builds(Step, number, number), st.builds(Send, result, number), st.builds(Recv, result, number)
+    result,
+    *(st.builds(kind, number, number) for kind in (Step, Offload, Fetch)),
+    st.builds(Send, result, number),
+    st.builds(Recv, result, number),
 )
 
 

@@ -189,7 +189,7 @@ def test_stages_compute_again_where_that_makes_a_shorter_step_and_the_others_are
     cluster = Cluster((Device("a", memory=110_000),) * 4)
     steps, plans = {}, {}
     for recompute in ("never", "always", "auto"):
-        work = Workload(SYNCHRONOUS["1f1b"], 8, recompute=recompute)
+        work = Workload(SYNCHRONOUS["1f1b"], 8, recompute=recompute, offload="never")
         plans[recompute] = make_plan(costed, Request((1,) * 4), cluster, work)
         steps[recompute] = work.step_seconds(costed, plans[recompute], cluster)
         assert max(work.memory(costed, plans[recompute], cluster, bound=True).ranks) <= 110_000
