@@ -71,6 +71,7 @@ class Processes:
         self.lines_to_all = self.lines if grid.parts == 1 else Lines(self.control, self.all, range(len(grid.all)))
         self.shards: Shards | None = None
         self.calls = 0
+        self._done: list[str] = []  # since the last agreement
         self._background: Background | None = None
 
     # What the runtime asks
@@ -91,7 +92,8 @@ class Processes:
     def agree(self, what: str, tensors: Iterable[Tensor] = ()) -> None:
         self.calls += 1
         values = list(tensors)
-        said = f"call {self.calls}, {what}"
+        said = ", ".join([f"call {self.calls}, {what}", *(f"after {done}" for done in self._done)])
+        self._done.clear()
         mine = torch.tensor([_digest(said.encode()), _digest(*map(_content, values))])
         with self._failing(said):
             found = exchange(self.lines_to_all, self.place, mine, self.pace.absent)
@@ -110,6 +112,9 @@ class Processes:
             f"calls on the same batches"
         )
 
+    def note(self, what: str) -> None:
+        self._done.append(what)
+
     def same(self, what: str, text: str) -> None:
         self.agree(what)
         digests = self.all.gathered(_digest(text.encode()))
@@ -120,6 +125,22 @@ class Processes:
                 f"rank 0: the models, their settings or the versions of libraries differ; run the same script in the "
                 f"same environment on all ranks"
             )
+
+    def same_options(self, options: Mapping[str, str]) -> None:
+        """Makes sure that named options have the same texts in all processes.
+
+        Raises:
+            InputError: they do not; the message has the first option that differs, and both texts.
+        """
+        self.agree("the options of compile()")
+        each = self.all.gathered(dict(options))
+        for rank, other in enumerate(each):
+            for name, text in each[0].items():
+                if other.get(name) != text:
+                    raise InputError(
+                        f"compile() got {name}={text} in rank 0, and {name}={other.get(name)} in rank {rank}; pass the "
+                        f"same options in all processes"
+                    )
 
     def same_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Makes sure that named tensors have the same values in all processes.

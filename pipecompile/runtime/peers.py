@@ -48,6 +48,9 @@ class Peers(Homes, Protocol):
             RankError: one of them does something else, or nothing for too long.
         """
 
+    def note(self, what: str) -> None:
+        """Takes note of what this process has done alone, which the next agreement compares."""
+
     def same(self, what: str, text: str) -> None:
         """Makes sure that a text is the same in all processes.
 
@@ -102,6 +105,9 @@ class OneProcess(AtHome):
         return make()
 
     def agree(self, what: str, tensors: Iterable[Tensor] = ()) -> None:
+        pass
+
+    def note(self, what: str) -> None:
         pass
 
     def same(self, what: str, text: str) -> None:
