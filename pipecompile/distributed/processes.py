@@ -173,6 +173,10 @@ class Processes:
             mine = measure(self.lines, self.rank, self.control.watch.host)
         return with_measured_processes(cluster, self.all.gathered(mine)[: self.grid.ranks])  # of the first part
 
+    def of_each(self, value: T) -> Sequence[T]:
+        self.agree("values of all processes")
+        return self.all.gathered(value)
+
     def of_all_parts(self, values: Mapping[str, Tensor]) -> Mapping[str, Sequence[Tensor]]:
         if self.column is None:
             return {name: [value] for name, value in values.items()}

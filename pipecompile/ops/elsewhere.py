@@ -18,10 +18,6 @@ from torch import Tensor
 from pipecompile.errors import InputError
 from pipecompile.ops.torch_internals import DisableTorchFunctionSubclass, pytree
 
-REMEDY = (
-    "this process does not have the values of this output, which another one has made; pass outputs='all' to "
-    "compile(), which brings outputs to all processes, or read it where it is (not tensor.is_meta)"
-)
 _READERS = {
     getattr(Tensor, name)
     for name in (
@@ -45,11 +41,11 @@ class Elsewhere(Tensor):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         if function in _READERS:
-            raise InputError(f"{_name(function)}: {REMEDY}")
+            raise _error(_name(function))
         runs_backward = function in _BACKWARDS  # whose errors are those of stages
         with DisableTorchFunctionSubclass():
             if _writes(function, args, kwargs or {}):
-                raise InputError(f"{_name(function)} would write it to a tensor: {REMEDY}")
+                raise _error(f"{_name(function)} to a tensor")
             if not runs_backward:
                 pytree.tree_map(_refuse_gradient, (tuple(args), dict(kwargs or {})))
             args, kwargs = pytree.tree_map(_on_meta, (tuple(args), dict(kwargs or {})))
@@ -58,12 +54,19 @@ class Elsewhere(Tensor):
         except (NotImplementedError, RuntimeError, TypeError) as error:
             if runs_backward:
                 raise
-            raise InputError(f"{_name(function)}: {error}. Perhaps because {REMEDY}") from error
+            raise _error(f"{_name(function)} ({error})") from error
 
 
 def elsewhere(tensor: Tensor) -> Tensor:
     """A tensor on the meta device that says where its values are not; keeps its history."""
     return tensor.as_subclass(Elsewhere)
+
+
+def _error(what: str) -> InputError:
+    return InputError(
+        f"{what} needs the values of an output that another process has made, and this one does not have them; pass "
+        f"outputs='all' to compile(), which brings outputs to all processes, or read it where it is (not tensor.is_meta)"
+    )
 
 
 def _on_meta(value: Any) -> Any:

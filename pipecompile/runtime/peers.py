@@ -69,6 +69,9 @@ class Peers(Homes, Protocol):
             wanted: the values that all processes need; of the others they get a tensor on the meta device.
         """
 
+    def of_each(self, value: T) -> Sequence[T]:
+        """The values of all processes, which must be about to do the same."""
+
     def of_all_parts(self, values: Mapping[str, Tensor]) -> Mapping[str, Sequence[Tensor]]:
         """The values of each part of the batch, in order, of which this process has those of its own part."""
 
@@ -117,6 +120,9 @@ class OneProcess(AtHome):
         self, made: Mapping[str, Tensor], makers: Mapping[str, int], wanted: Container[str]
     ) -> Mapping[str, Tensor]:
         return made
+
+    def of_each(self, value: T) -> Sequence[T]:
+        return [value]
 
     def of_all_parts(self, values: Mapping[str, Tensor]) -> Mapping[str, Sequence[Tensor]]:
         return {name: [value] for name, value in values.items()}
