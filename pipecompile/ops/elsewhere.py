@@ -65,7 +65,7 @@ def elsewhere(tensor: Tensor) -> Tensor:
 def _error(what: str) -> InputError:
     return InputError(
         f"{what} needs the values of an output that another process has made, and this one does not have them; pass "
-        f"outputs='all' to compile(), which brings outputs to all processes, or read it where it is (not tensor.is_meta)"
+        "outputs='all' to compile(), which brings them to all processes, or read it where it is: not tensor.is_meta"
     )
 
 
