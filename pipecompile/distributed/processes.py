@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pipecompile.distributed.background import Background
 from pipecompile.distributed.control import Control, store_of_the_group
+from pipecompile.distributed.crossing import staying
 from pipecompile.distributed.exchange import exchange, spread
 from pipecompile.distributed.grid import Grid
 from pipecompile.distributed.lines import Lines
@@ -92,16 +93,18 @@ class Processes:
     def agree(self, what: str, tensors: Iterable[Tensor] = ()) -> None:
         self.calls += 1
         values = list(tensors)
-        said = ", ".join([f"call {self.calls}, {what}", *(f"after {done}" for done in self._done)])
+        said, done = f"call {self.calls}, {what}", "".join(f", after {done}" for done in self._done)
         self._done.clear()
-        mine = torch.tensor([_digest(said.encode()), _digest(*map(_content, values))])
-        with self._failing(said):
+        mine = torch.tensor([_digest(said.encode(), done.encode()), _digest(*map(_content, values))])
+        with self._failing(said), staying(self.control.watch, said, self.grid.all):
             found = exchange(self.lines_to_all, self.place, mine, self.pace.absent)
         if all(torch.equal(other, found[0]) for other in found):
             return
         sizes = ", ".join(str(list(value.shape)) for value in values)
-        words = self.all.gathered(f"{said}, with inputs of sizes {sizes}" if values else said)
+        each = self.all.gathered((f"{said}, with inputs of sizes {sizes}" if values else said, done))
         differing = next(rank for rank, other in enumerate(found) if not torch.equal(other, found[0]))
+        alike = each[differing][0] == each[0][0]  # then what was done before tells them apart, or the values
+        words = [text + done if alike else text for text, done in each]
         reason = (
             "the values of their inputs differ"
             if words[differing] == words[0]

@@ -21,6 +21,7 @@ from pipecompile.distributed import processes
 from pipecompile.distributed.watch import Pace
 
 QUICK = Pace(beat=0.05, silent=1.5, grace=0.4, absent=3.0)
+CROSSING = Pace(beat=0.05, silent=30.0, grace=0.2, crossed=0.5)
 PATIENT = Pace(beat=0.05, silent=30.0, grace=0.4, absent=3.0)
 
 
@@ -235,6 +236,13 @@ def other_optimizers() -> list[str]:
 def misuses() -> dict[str, Any]:
     """In one start of processes, what several scenes return."""
     return {scene.__name__: scene() for scene in (other_settings, other_backwards, reads_an_output, other_optimizers)}
+
+
+def crossing() -> None:
+    """Rank 1 calls two pipelines in the other order."""
+    pipes = [piped(pace=CROSSING), piped(pace=CROSSING)]
+    for pipe in pipes if dist.get_rank() == 0 else reversed(pipes):
+        step(pipe)
 
 
 def no_call() -> None:

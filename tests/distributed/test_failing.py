@@ -98,6 +98,14 @@ def test_optimizers_that_see_one_process_only_are_refused(misuses: list[Any]) ->
         assert "use scaler = pipe.pipeline.grad_scaler()" in scaler
 
 
+def test_pipelines_that_are_called_in_other_orders(launcher: Launcher) -> None:
+    ended = launcher.run("failing_scenes:crossing", 2, limit=LIMIT)
+    assert {each.error for each in ended} == {"RankError"}, report(ended)
+    for each in ended:
+        assert "of another pipeline, so neither can go on" in each.text, report(ended)
+        assert "must call their pipelines in the same order" in each.text
+
+
 def test_a_rank_that_makes_no_call_is_not_waited_for_for_ever(launcher: Launcher) -> None:
     text = one_error(launcher.run("failing_scenes:no_call", 2, limit=LIMIT))
     assert "waited 3 s in call" in text
