@@ -203,6 +203,10 @@ class Share:
         yield self._stand_in
         yield from map(self.home, self.model.parameters())
 
+    def is_stepped(self) -> None:
+        """Takes the gradient from the stand-in, so that no optimizer has a state for it."""
+        self._stand_in.grad = None
+
     @property
     def stand_in(self) -> Sequence[nn.Parameter]:
         """An empty parameter for a process that trains none of those of the model: optimizers refuse an empty list."""

@@ -25,6 +25,9 @@ class Split(Protocol):
     def stepped(self) -> Iterator[Tensor]:
         """What an optimizer may step."""
 
+    def is_stepped(self) -> None:
+        """Takes note that an optimizer is about to step."""
+
 
 _seen: WeakSet[Split] = WeakSet()
 _hooks: list[object] = []
@@ -58,6 +61,8 @@ def _look(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
             "torch's GradScaler sees infinite gradients of this process only, so processes would skip different "
             "steps; use scaler = pipe.pipeline.grad_scaler(), which sees those of all"
         )
+    for split in _seen:
+        split.is_stepped()
 
 
 def _is_split(optimizer: torch.optim.Optimizer) -> bool:

@@ -227,8 +227,10 @@ def other_optimizers() -> list[str]:
             act()
         except pipecompile.InputError as error:
             said.append(str(error))
-    off = torch.amp.GradScaler("cpu", enabled=False)
-    off.step(sgd)
+    torch.amp.GradScaler("cpu", enabled=False).step(sgd)
+    of_none = torch.optim.AdamW(pipe.pipeline.share.stand_in)  # of a process that trains nothing
+    of_none.step()
+    said.append(f"states: {len(of_none.state)}")
     pipe.pipeline.close()
     return said
 

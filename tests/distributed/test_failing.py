@@ -93,7 +93,8 @@ def test_an_output_that_is_elsewhere_says_so(misuses: list[Any]) -> None:
 
 
 def test_optimizers_that_see_one_process_only_are_refused(misuses: list[Any]) -> None:
-    for lbfgs, scaler in (each["other_optimizers"] for each in misuses):
+    for lbfgs, scaler, states in (each["other_optimizers"] for each in misuses):
+        assert states == "states: 0"  # which a checkpoint could not name
         assert "LBFGS computes its step from all parameters at once" in lbfgs
         assert "use scaler = pipe.pipeline.grad_scaler()" in scaler
 
