@@ -19,6 +19,7 @@ from pipecompile.compiler.options import Options
 from pipecompile.compiler.replan import replan
 from pipecompile.compiler.run_batch import run_batch
 from pipecompile.compiler.surroundings import Substituted
+from pipecompile.distributed.grad_scaler import GradScaler
 from pipecompile.distributed.processes import Processes
 from pipecompile.distributed.share import Share
 from pipecompile.errors import ExecutionError, InputError, PipecompileError
@@ -315,6 +316,19 @@ class Pipeline(PipelineView):
         if self.share is None:
             return torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm, norm_type)
         return self.share.clip_grad_norm_(max_norm, norm_type)
+
+    def grad_scaler(self, **options: Any) -> torch.amp.GradScaler:
+        """A ``torch.amp.GradScaler`` that finds the infinite gradients of the whole model, in all processes.
+
+        Args:
+            options: of ``torch.amp.GradScaler``, but for its device.
+
+        Returns:
+            The scaler. All processes must make the same calls of it.
+        """
+        if self.share is None:
+            return torch.amp.GradScaler(self.devices[0].type, **options)
+        return GradScaler(self.share.processes, **options)
 
     def _refuse_several(self, done: str) -> None:
         if self.share is not None:

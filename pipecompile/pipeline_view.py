@@ -140,7 +140,9 @@ class PipelineView:
     @property
     def predicted(self) -> Timeline:
         """The timeline of the last program, or of the schedule before the first call, predicted from the costs."""
-        return self._capture_in_use.predict(self._last_or_next[0])
+        compiled, costed = self._capture_in_use, self._learning.corrected
+        used = compiled if costed is None else compiled.recosted(costed)
+        return used.predict(self._last_or_next[0])
 
     @property
     def _last_or_next(self) -> tuple[Program, Timeline | None]:
@@ -158,8 +160,11 @@ class PipelineView:
 
     @property
     def costs(self) -> CostedGraph:
-        """The costs that the plan was made from; ``costs.save(path)`` keeps them for ``compile(..., costs=path)``."""
-        return self._capture_in_use.planned.costed
+        """The costs that the plan was made from; ``costs.save(path)`` keeps them for ``compile(..., costs=path)``.
+
+        In several processes, corrected by the first training steps.
+        """
+        return self._learning.corrected or self._capture_in_use.planned.costed
 
     @property
     def report(self) -> Report:

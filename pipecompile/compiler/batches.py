@@ -19,6 +19,7 @@ from pipecompile.compiler.capture_cache import Captures, Key, States, refuse_def
 from pipecompile.compiler.compile_call import compile_call
 from pipecompile.compiler.options import Options
 from pipecompile.compiler.surroundings import check_parameters, check_surroundings
+from pipecompile.compiler.told_options import told_options
 from pipecompile.distributed.share import Share
 from pipecompile.errors import CaptureError, InputError
 from pipecompile.ops.randomness import undrawn
@@ -167,7 +168,7 @@ class Batches:
     def _capture(self, call: Call, rows: Rows) -> Batch:
         """A new capture. If its trace is valid only for one size, all microbatches get that size."""
         if self.share is not None:
-            self.share.check_weights()
+            self.share.check(call, told_options(self.options))
         independent = self.options.policy.updates_each and self.model.training
         for candidate in (rows, rows.equal()):
             with CAPTURING.taken(), undrawn(self.devices), unobserved():

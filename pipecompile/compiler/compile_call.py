@@ -30,6 +30,7 @@ from pipecompile.capture.state.quiet_torch import quiet
 from pipecompile.capture.state.reachable import Reach, reach_of
 from pipecompile.capture.state.restore import left_as_before
 from pipecompile.compiler.devices import cluster_of
+from pipecompile.compiler.fingerprint import trace_hash
 from pipecompile.compiler.options import Options
 from pipecompile.compiler.plan_call import Planner, are_measured, is_real
 from pipecompile.compiler.recall import keep
@@ -85,7 +86,7 @@ def compile_call(
         division = _divided(trace, rows, options) if whole else _independent(trace, rows, options)
     graph = summarize(division.body)
     if peers.are_several:
-        peers.same("the graph of the model", graph.to_json())
+        peers.same("the graph of the model", graph.to_json() + trace_hash(division.whole))
     if first is not None:
         carried = carry_over(first.plan, first.graph, graph, ties=not peers.are_several)
         return _cut(division, graph, first.planned, devices, options, carried, apart=peers.are_several)
@@ -103,10 +104,10 @@ def compile_call(
         division, graph, found = planner.with_best_count(division, graph, work)
         options = options.settled(found.schedule)
     compiled = _cut(division, graph, found, devices, options, apart=peers.are_several)
-    if options.tuning != "rehearse" or not is_real(model, options) or peers.are_several or found.costed.corrections:
+    if options.tuning != "rehearse" or not is_real(model, options) or found.costed.corrections:
         return compiled
-    compiled = _rehearsed(compiled, call, rows, devices, options)
-    keep(compiled.planned)
+    compiled = _rehearsed(compiled, call, rows, devices, options, peers)
+    peers.shared(lambda: keep(compiled.planned))
     return compiled
 
 
@@ -199,7 +200,7 @@ def _cut(
 
 
 def _rehearsed(
-    compiled: Compiled, call: Call, rows: Rows, devices: Sequence[torch.device], options: Options
+    compiled: Compiled, call: Call, rows: Rows, devices: Sequence[torch.device], options: Options, peers: Peers
 ) -> Compiled:
     """The same, replanned from rehearsed times of its stages."""
     fitting = [cut for cut in compiled.cuts(rows) if not compiled.broken(call, cut)]
@@ -211,11 +212,22 @@ def _rehearsed(
 
     def replan(costed: CostedGraph) -> Compiled:
         with phase("plan"):
-            found = compiled.planned.again(costed)
-        return _cut(compiled.division, compiled.graph, found, devices, options)
+            found = peers.shared(lambda: again(compiled.planned, costed, options))
+        return _cut(compiled.division, compiled.graph, found, devices, options, apart=compiled.apart)
 
     with phase("rehearse"):
-        return rehearsed(compiled, call, fitting[0], Rehearsal(starts, schedule, devices), replan)
+        return rehearsed(compiled, call, fitting[0], Rehearsal(starts, schedule, devices, peers), replan)
+
+
+def again(found: Planned, costed: CostedGraph, options: Options) -> Planned:
+    """Another plan from other costs, which any process can read, by the user's objective, which it cannot.
+
+    Raises:
+        PlanError: no plan was found.
+    """
+    asked = replace(found.request.options, objective=options.plan.objective)
+    made = replace(found, request=replace(found.request, options=asked)).again(costed)
+    return replace(made, request=found.request)
 
 
 def _work(division: Division, options: Options) -> Workload:

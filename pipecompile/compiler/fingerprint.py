@@ -55,6 +55,17 @@ def graph_hash(captured: Captured, graph: Graph) -> str:
     return _hashed(lines)
 
 
+def trace_hash(captured: Captured) -> str:
+    """A hash of all that a trace computes, with the values of numbers, whether stages compute it or not."""
+    lines: list[object] = []
+    for node in captured.graph.nodes:
+        lines.append((node.op, node.name, node.args, node.kwargs, _code(node.target), origin_of(node).region))
+    modules = dict(captured.model.named_modules())
+    return _hashed(
+        [*lines, *((path, _code(type(modules[path]).forward)) for path in captured.leaves if path in modules)]
+    )
+
+
 def costs_key(graph: str, devices: Sequence[torch.device]) -> str:
     """The key of the costs of a graph, measured on the first device."""
     return f"costs-{_hashed([graph, device_kind(devices[0]), threads_each(devices), *_torch()])}"

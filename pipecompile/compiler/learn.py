@@ -23,10 +23,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from pipecompile.compiler.batches import Batches
-from pipecompile.compiler.compile_call import following, recut
+from pipecompile.compiler.compile_call import again, following, recut
+from pipecompile.compiler.disk_cache import DiskCache
 from pipecompile.compiler.plan_call import is_real
 from pipecompile.compiler.recall import keep
 from pipecompile.errors import PlanError
+from pipecompile.ir.graph import CostedGraph
+from pipecompile.ir.instruction import Backward
 from pipecompile.ir.plan import stage_costs
 from pipecompile.ir.timeline import Span, Timeline
 from pipecompile.ir.units import plural, seconds_text
@@ -41,7 +44,7 @@ WARM_UP = 1  # training steps that are not timed: memory is allocated, caches fi
 STEPS = 3  # timed ones
 PAYS = 0.05  # a cut moves if the busiest rank is predicted to take less by this share of its measured seconds
 WORTH = 5e-3  # seconds; faster stages are not timed: threads pass the GIL on at about this interval
-SEVERAL = "not tuned: in several processes, each has the weights of its own stages alone"
+OBSERVED = "not timed: a profiler or another observer took time of its own in a process"
 
 
 @dataclass(frozen=True)
@@ -61,16 +64,19 @@ class Learning:
 
     Attributes:
         said: what was learnt, for the report.
+        corrected: the costs by what all processes have measured, if they are several.
     """
 
     def __init__(self, batches: Batches, session: Session) -> None:
         self.batches = batches
         self.session = session
         self.said: list[str] = []
+        self.corrected: CostedGraph | None = None
         self.follow = OptimizersFollow()
         self._done = batches.options.tuning != "train"
         self._steps = 0
         self._spans: list[Span] = []
+        self._observed = False
         self._seen: object = None  # the last step that was timed
         self._before: Cut | None = None
 
@@ -83,7 +89,7 @@ class Learning:
         first = self.batches.first
         if self._done or first is None or last is not first or self.session.measured is None:
             return False
-        if self.session.is_observed:  # an observer takes time of its own
+        if self.session.is_observed and not self.session.peers.are_several:  # an observer takes time of its own
             return False
         if not first.captured.model.training or not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
             return False
@@ -91,17 +97,58 @@ class Learning:
             self._done = True
             return False
         timeline = self.session.step
-        if timeline is None or self.session.measured is self._seen or not first.times(timeline):
+        if timeline is None or self.session.measured is self._seen or not self._is_whole(first, timeline):
             return False
         self._seen = self.session.measured
         self._steps += 1
+        self._observed = self._observed or self.session.is_observed
         if self._steps > WARM_UP:
             self._spans += timeline.spans
         if self._steps < WARM_UP + STEPS:
             return False
+        if self.session.peers.are_several:
+            self._tell(first)
+            return False
         times = first.times(Timeline(tuple(self._spans), len(self.session.devices)))
         self._steps, self._spans = 0, []
         return self._decide(first, times)
+
+    def _is_whole(self, first: Compiled, timeline: Timeline) -> bool:
+        """Whether the last step ran backwards: in all stages, of which other processes may have some."""
+        if not self.session.peers.are_several:
+            return bool(first.times(timeline))
+        program = self.session.program
+        return program is not None and any(isinstance(i, Backward) for row in program.ranks for i in row)
+
+    def _tell(self, first: Compiled) -> None:
+        """Says what all processes have measured. Nothing moves, since each has the weights of its own stages alone."""
+        self._done = True
+        peers = self.session.peers
+        spans = peers.of_each(None if self._observed else tuple(self._spans))
+        self._spans = []
+        if None in spans:
+            self.said.append(OBSERVED)
+            return
+        found = (span for each in spans if each is not None for span in each)
+        times = first.times(Timeline(tuple(found), len(self.session.devices)))
+        if times:
+            self.corrected = corrected(first.planned.costed, first.plan, times, "training steps")
+            self.said.append(peers.shared(lambda: self._told(first, times)))
+
+    def _told(self, first: Compiled, times: Sequence[Times]) -> str:
+        """What the first process says. It keeps a plan that pays, for the next start of the script."""
+        slowest = first.plan.pace([it.measured.seconds for it in times])
+        took = f"{_took(times)} in {plural(STEPS, 'training step')}"
+        found = self._better(first, times, slowest)
+        if found is None:
+            return f"{took}: no plan found saves {PAYS:.0%}"
+        planned, seconds = found
+        kept = planned.key and DiskCache.of_user().folder is not None and not keep(planned)
+        start = "; the next start of this script takes it" if kept else ""
+        return (
+            f"{took}: in another cut the slowest stage would take {seconds_text(seconds)}, which saves "
+            f"{1 - seconds / slowest:.0%}{start}; PlanOptions(tune='rehearse') finds it before weights are placed"
+        )
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -121,17 +168,16 @@ class Learning:
         costs = first.planned.stage_costs
         if len(costs) < 2 or max(cost.seconds for cost in costs) < WORTH:
             return False
-        if not is_real(first.captured.model, self.batches.options):
-            return False
-        if self.session.peers.are_several:
-            self.said.append(SEVERAL)
-            return False
-        return True
+        options = self.batches.options
+        if self.session.peers.are_several:  # whose models have lost values
+            given = isinstance(options.costs, CostedGraph) or options.cluster is not None
+            return first.planned.costed.measured and not given
+        return is_real(first.captured.model, options)
 
     def _decide(self, first: Compiled, times: Sequence[Times]) -> bool:
         """Moves the cut, or back, or leaves it. Returns whether it has moved."""
         slowest = first.plan.pace([it.measured.seconds for it in times])
-        took = f"stages took {', '.join(seconds_text(it.measured.seconds) for it in times)} per microbatch"
+        took = _took(times)
         if self._before is not None:
             self._done = True
             if slowest <= self._before.seconds:
@@ -164,7 +210,7 @@ class Learning:
         costed = corrected(first.planned.costed, first.plan, times, "training steps")
         try:
             with phase("plan"):
-                planned = first.planned.again(costed)
+                planned = again(first.planned, costed, self.batches.options)
         except PlanError:  # a search with other costs may fail
             return None
         seconds = planned.plan.pace([cost.seconds for cost in stage_costs(costed, planned.plan)])
@@ -179,3 +225,7 @@ class Learning:
             batches.move_first(compiled, lambda other: following(other, compiled, options, devices))
         self.session.forget()
         keep(planned)
+
+
+def _took(times: Sequence[Times]) -> str:
+    return f"stages took {', '.join(seconds_text(it.measured.seconds) for it in times)} per microbatch"

@@ -168,11 +168,6 @@ class Options:
                 f"replicas={self.plan.replicas!r} does not work with mesh=, where each stage has one process; leave it "
                 f"out, or use devices= instead of mesh="
             )
-        if self.plan.tune == "rehearse":
-            raise InputError(
-                "tune='rehearse' does not work with mesh=, whose plan is that of the profile, since each process has "
-                "the weights of its own stage alone; leave it out, or use devices= instead of mesh="
-            )
         if self.verify not in ("first", "never"):
             raise InputError(
                 f"verify={self.verify!r} does not work with mesh=, because no process has the unsplit model after the "

@@ -10,9 +10,10 @@ buffers, attributes and generators are restored.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -26,6 +27,7 @@ from pipecompile.planning.calibration import Times, corrected
 from pipecompile.runtime import Microbatch
 from pipecompile.runtime.batch import Batch
 from pipecompile.runtime.compiled import Compiled
+from pipecompile.runtime.peers import OneProcess, Peers
 from pipecompile.runtime.session import Session
 from pipecompile.runtime.steps import microbatches_of
 from pipecompile.schedule import MakeProgram
@@ -45,11 +47,13 @@ class Rehearsal:
         starts: names of the outputs from which backwards start.
         schedule: a synchronous schedule.
         devices: one per rank.
+        peers: the processes that run the ranks. All of them rehearse, each its own ranks.
     """
 
     starts: Sequence[str]
     schedule: MakeProgram
     devices: Sequence[torch.device]
+    peers: Peers = field(default_factory=OneProcess)
 
     def times(self, batch: Batch) -> tuple[Times, ...]:
         """The times of each stage; empty if a rehearsal is not useful.
@@ -67,7 +71,7 @@ class Rehearsal:
             return ()
         count = min(len(batch.rows), 2 * len(set(compiled.plan.rank_of)) + 1)
         program = compiled.lowered(self.schedule(compiled.plan, count))
-        with left_as_before(compiled.captured.model), closing(Session(self.devices, None)) as session:
+        with left_as_before(compiled.captured.model), closing(Session(self.devices, None, self.peers)) as session:
 
             def run() -> Timeline:
                 session.begin(compiled)
@@ -76,12 +80,12 @@ class Rehearsal:
                 return session.timeline
 
             run()
-            timed: list[Timeline] = []
-            least, most = PASSES
-            while len(timed) < least or (len(timed) < most and sum(each.makespan for each in timed) < ENOUGH):
-                timed.append(run())
-        spans = tuple(span for each in timed for span in each.spans)
-        return compiled.times(Timeline(spans, len(self.devices)))
+            timed = [run() for _ in range(PASSES[0])]
+            seconds = sum(each.makespan for each in timed) / len(timed)
+            more = self.peers.shared(lambda: min(PASSES[1], math.ceil(ENOUGH / seconds)) - len(timed))
+            timed += [run() for _ in range(more)]
+        spans = self.peers.of_each(tuple(span for each in timed for span in each.spans))
+        return compiled.times(Timeline(tuple(span for each in spans for span in each), len(self.devices)))
 
 
 def rehearsed(

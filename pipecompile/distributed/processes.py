@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pipecompile.distributed.background import Background
 from pipecompile.distributed.control import Control, store_of_the_group
+from pipecompile.distributed.crossing import staying
 from pipecompile.distributed.exchange import exchange, spread
 from pipecompile.distributed.grid import Grid
 from pipecompile.distributed.lines import Lines
@@ -71,6 +72,7 @@ class Processes:
         self.lines_to_all = self.lines if grid.parts == 1 else Lines(self.control, self.all, range(len(grid.all)))
         self.shards: Shards | None = None
         self.calls = 0
+        self._done: list[str] = []  # since the last agreement
         self._background: Background | None = None
 
     # What the runtime asks
@@ -91,15 +93,18 @@ class Processes:
     def agree(self, what: str, tensors: Iterable[Tensor] = ()) -> None:
         self.calls += 1
         values = list(tensors)
-        said = f"call {self.calls}, {what}"
-        mine = torch.tensor([_digest(said.encode()), _digest(*map(_content, values))])
-        with self._failing(said):
+        said, done = f"call {self.calls}, {what}", "".join(f", after {done}" for done in self._done)
+        self._done.clear()
+        mine = torch.tensor([_digest(said.encode(), done.encode()), _digest(*map(_content, values))])
+        with self._failing(said), staying(self.control.watch, said, self.grid.all):
             found = exchange(self.lines_to_all, self.place, mine, self.pace.absent)
         if all(torch.equal(other, found[0]) for other in found):
             return
         sizes = ", ".join(str(list(value.shape)) for value in values)
-        words = self.all.gathered(f"{said}, with inputs of sizes {sizes}" if values else said)
+        each = self.all.gathered((f"{said}, with inputs of sizes {sizes}" if values else said, done))
         differing = next(rank for rank, other in enumerate(found) if not torch.equal(other, found[0]))
+        alike = each[differing][0] == each[0][0]  # then what was done before tells them apart, or the values
+        words = [text + done if alike else text for text, done in each]
         reason = (
             "the values of their inputs differ"
             if words[differing] == words[0]
@@ -109,6 +114,9 @@ class Processes:
             f"ranks 0 and {differing} do not make the same call: {reason}; all ranks of a pipeline must make the same "
             f"calls on the same batches"
         )
+
+    def note(self, what: str) -> None:
+        self._done.append(what)
 
     def same(self, what: str, text: str) -> None:
         self.agree(what)
@@ -120,6 +128,22 @@ class Processes:
                 f"rank 0: the models, their settings or the versions of libraries differ; run the same script in the "
                 f"same environment on all ranks"
             )
+
+    def same_options(self, options: Mapping[str, str]) -> None:
+        """Makes sure that named options have the same texts in all processes.
+
+        Raises:
+            InputError: they do not; the message has the first option that differs, and both texts.
+        """
+        self.agree("the options of compile()")
+        each = self.all.gathered(dict(options))
+        for rank, other in enumerate(each):
+            for name, text in each[0].items():
+                if other.get(name) != text:
+                    raise InputError(
+                        f"compile() got {name}={text} in rank 0, and {name}={other.get(name)} in rank {rank}; pass the "
+                        f"same options in all processes"
+                    )
 
     def same_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Makes sure that named tensors have the same values in all processes.
@@ -151,6 +175,10 @@ class Processes:
         with self._failing():
             mine = measure(self.lines, self.rank, self.control.watch.host)
         return with_measured_processes(cluster, self.all.gathered(mine)[: self.grid.ranks])  # of the first part
+
+    def of_each(self, value: T) -> Sequence[T]:
+        self.agree("values of all processes")
+        return self.all.gathered(value)
 
     def of_all_parts(self, values: Mapping[str, Tensor]) -> Mapping[str, Sequence[Tensor]]:
         if self.column is None:

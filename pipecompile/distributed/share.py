@@ -32,12 +32,15 @@ from pipecompile.distributed.ownership import (
 )
 from pipecompile.distributed.processes import Processes
 from pipecompile.distributed.shards import Shards
+from pipecompile.distributed.watched_optimizers import watch_optimizers
 from pipecompile.distributed.whole_batch import whole_batch
 from pipecompile.errors import CaptureError, InputError
 from pipecompile.ops.away import lacks_values, send_away
+from pipecompile.runtime.ambient import Ambient
 from pipecompile.runtime.compiled import Compiled
 
 NORMS = {inspect.unwrap(f).__code__ for f in (torch.nn.utils.clip_grad_norm_, torch.nn.utils.get_total_norm)}
+LONGEST = 500  # characters of what is said of a call
 DEPTH = 6  # frames between the function that computes a norm and the parameters that it asks for
 
 
@@ -60,6 +63,8 @@ class Share:
         self.is_settled = False
         self._warned = False
         self._stand_in = nn.Parameter(torch.empty(0))
+        self._stand_in.grad = torch.zeros(0)  # without one, torch's GradScaler would raise something else than we do
+        watch_optimizers(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Share:
         """A copy of the model has the hooks of ``settle``, which find none of its tensors."""
@@ -96,10 +101,22 @@ class Share:
                     f"would have the part of its own stage; pass {name}.detach(), or use devices= instead of mesh="
                 )
 
-    def check_weights(self) -> None:
-        """Raises ``InputError`` in all processes if they have built different models."""
-        if not self.captures and not lacks_values(self.model):
-            self.processes.same_tensors(dict(named_tensors(self.model)))
+    def check(self, call: Call, options: Mapping[str, str]) -> None:
+        """Makes sure that all processes are about to capture the same call, the first time of the same model.
+
+        Args:
+            options: of the pipeline, by name.
+
+        Raises:
+            InputError: they are not; raised in all processes.
+        """
+        inputs = ", ".join(f"{name}: {str(t.dtype)[6:]} {list(t.shape)}" for name, t in call.tensors.items())
+        modes = f"{'training' if self.model.training else 'evaluation'} with {Ambient.of_caller(frozenset(['cpu']))}"
+        self.processes.agree(f"a call of a new kind, in {modes}, with inputs {inputs}"[:LONGEST])
+        if not self.captures:
+            self.processes.same_options(options)
+            if not lacks_values(self.model):
+                self.processes.same_tensors(dict(named_tensors(self.model)))
 
     def add(self, compiled: Compiled) -> None:
         """Takes note of a capture.
@@ -180,6 +197,15 @@ class Share:
             return tensors
         own = {id(divided.kept): divided.own for divided in shards.divided.values()}
         return {**tensors, **shards.gathered({name: own[id(t)] for name, t in tensors.items() if id(t) in own})}
+
+    def stepped(self) -> Iterator[Tensor]:
+        """What optimizers of this process may step."""
+        yield self._stand_in
+        yield from map(self.home, self.model.parameters())
+
+    def is_stepped(self) -> None:
+        """Takes the gradient from the stand-in, so that no optimizer has a state for it."""
+        self._stand_in.grad = None
 
     @property
     def stand_in(self) -> Sequence[nn.Parameter]:

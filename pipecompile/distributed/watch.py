@@ -5,6 +5,7 @@ keys, under a prefix of the run and the pipeline:
 
     failure    the first cause: compare_set lets only the first in
     sign/2     how often rank 2 has looked around, and its host
+    inside/2   the other pipeline in which rank 2 waits, if it does for long (``crossing.py``)
     end/2      the last word of rank 2
     ends       how many ranks have said their last word
 
@@ -25,6 +26,9 @@ from itertools import islice
 from threading import Condition, Event
 from typing import Protocol
 
+import torch.distributed as dist
+
+from pipecompile.distributed.crossing import crossed, stay_elsewhere, stay_in
 from pipecompile.distributed.leaving import abroad
 
 FAILED = "raised the error of the first rank that failed"
@@ -59,12 +63,14 @@ class Pace:
             Python's lock. One that is killed is found sooner, by its lost connections.
         grace: seconds to wait for a better cause, when a connection was lost or a rank that is waited for has ended.
         absent: seconds to wait for the first sign of a rank.
+        crossed: seconds after which two ranks that wait in different pipelines are told.
     """
 
     beat: float = 0.25
     silent: float = 15.0
     grace: float = 1.0
     absent: float = 1800.0
+    crossed: float = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +149,8 @@ class Watch:
         self._ends = 0
         self._wake = Event()
         self._suspects: dict[int, str | None] = {}
-        self._sign, self._absent = self.stillness(), self.stillness()
+        self._sign, self._absent, self._crossing = self.stillness(), self.stillness(), self.stillness()
+        self._inside = ""  # what this rank has said
 
     def stillness(self) -> Stillness:
         return Stillness(2 * self.pace.beat)
@@ -230,7 +237,7 @@ class Watch:
             self.fail(Cause.from_json(store.get("failure")))
             return
         self._read_ends(store)
-        found = self._proposal(store) if self._proposal else self._silent(store)
+        found = self._proposal(store) if self._proposal else (self._crossed(store) or self._silent(store))
         if found:
             self.fail(Cause.from_json(store.compare_set("failure", "", found.to_json())))
         self.rounds += 1
@@ -264,6 +271,23 @@ class Watch:
             break
         if absent and self._absent(absent) > self.pace.absent:
             return Cause(absent[0], "", "", f"did not start its pipeline for {self.pace.absent:g} s")
+        return None
+
+    def _crossed(self, store: Store) -> Cause | None:
+        """The failure of this rank, if it waits for one that waits for it in another pipeline."""
+        other = stay_elsewhere(self)
+        inside = other.to_json() if other is not None and other.seconds > self.pace.crossed else ""
+        if inside != self._inside:
+            self._inside = inside
+            store.set(f"inside/{self.rank}", inside)
+        mine = stay_in(self)
+        if mine is None or mine.seconds < self.pace.crossed:
+            return None
+        for peer in islice(self._others(), SUSPECTS):
+            told = store.get(f"inside/{peer}").decode() if store.check([f"inside/{peer}"]) else ""
+            if told and (what := crossed(mine, dist.get_rank(), peer, told)):
+                still = self._crossing((mine, told))  # it may have gone on since it said so
+                return Cause(self.rank, self.host, "", what) if still > self.pace.grace else None
         return None
 
     def _silence(self, peer: int, store: Store) -> str:

@@ -57,7 +57,8 @@ class PlanOptions:
         tune: which measured times of its stages correct the first plan, if its costs are measured. "train": those of
             the first training steps; where another plan then promises a step shorter by 5%, the cut moves, once.
             "rehearse": those of up to three rehearsals before the first step. "never": none. By default "train", or
-            "rehearse" for a schedule that steps inside the pipeline. Several processes are not tuned.
+            "rehearse" for a schedule that steps inside the pipeline. In several
+            processes, "train" says what another cut would save, and nothing moves.
 
     Raises:
         InputError: a value has the wrong type or is out of range.

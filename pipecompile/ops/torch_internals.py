@@ -12,6 +12,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch._C import (
     DisableTorchFunction,
+    DisableTorchFunctionSubclass,
     ScriptFunction,
     ScriptMethod,
     _current_graph_task_id,
@@ -62,6 +63,7 @@ __all__ = [
     "DeviceContext",
     "DimDynamic",
     "DisableTorchFunction",
+    "DisableTorchFunctionSubclass",
     "DynamicOutputShapeException",
     "FakeTensor",
     "FakeTensorMode",

@@ -48,6 +48,9 @@ class Peers(Homes, Protocol):
             RankError: one of them does something else, or nothing for too long.
         """
 
+    def note(self, what: str) -> None:
+        """Takes note of what this process has done alone, which the next agreement compares."""
+
     def same(self, what: str, text: str) -> None:
         """Makes sure that a text is the same in all processes.
 
@@ -65,6 +68,9 @@ class Peers(Homes, Protocol):
             makers: the rank that makes each value.
             wanted: the values that all processes need; of the others they get a tensor on the meta device.
         """
+
+    def of_each(self, value: T) -> Sequence[T]:
+        """The values of all processes, which must be about to do the same."""
 
     def of_all_parts(self, values: Mapping[str, Tensor]) -> Mapping[str, Sequence[Tensor]]:
         """The values of each part of the batch, in order, of which this process has those of its own part."""
@@ -104,6 +110,9 @@ class OneProcess(AtHome):
     def agree(self, what: str, tensors: Iterable[Tensor] = ()) -> None:
         pass
 
+    def note(self, what: str) -> None:
+        pass
+
     def same(self, what: str, text: str) -> None:
         pass
 
@@ -111,6 +120,9 @@ class OneProcess(AtHome):
         self, made: Mapping[str, Tensor], makers: Mapping[str, int], wanted: Container[str]
     ) -> Mapping[str, Tensor]:
         return made
+
+    def of_each(self, value: T) -> Sequence[T]:
+        return [value]
 
     def of_all_parts(self, values: Mapping[str, Tensor]) -> Mapping[str, Sequence[Tensor]]:
         return {name: [value] for name, value in values.items()}

@@ -15,17 +15,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from pipecompile.batching import Partial, gather, scatter, spread
 from pipecompile.errors import ExecutionError
+from pipecompile.ops.elsewhere import elsewhere
 from pipecompile.ops.randomness import Generators
 from pipecompile.runtime import Microbatch, Weights
 from pipecompile.runtime.anomalies import refuse_nan
 from pipecompile.runtime.batch import Batch
 from pipecompile.runtime.delivery import Gradients, Saved, connected
+from pipecompile.runtime.peers import Peers
 from pipecompile.runtime.rerun import Snapshot
 from pipecompile.runtime.retained import Retained
 from pipecompile.runtime.session import Rerun, Session, Stream
@@ -60,7 +63,10 @@ def run(
         policy: an asynchronous schedule, in which the stages step their own optimizers.
     """
     with session.watched():
-        return _run(session, batch.on_copies(), loss, schedule, policy)
+        given = _run(session, batch.on_copies(), loss, schedule, policy)
+    if not session.peers.are_several:
+        return given
+    return {name: elsewhere(tensor) if tensor.is_meta else tensor for name, tensor in given.items()}
 
 
 def _run(
@@ -127,10 +133,17 @@ def _train(session: Session, batch: Batch, loss: int, schedule: MakeProgram, sta
     outputs = [t.detach().requires_grad_(o.requires_grad) for t, o in zip(tensors, batch.outputs, strict=True)]
     ready = [found[id(leaf)] for leaf in leaves]
     (own,) = connected([outputs[loss]], session.homes(leaves), deliver, ready)
+    if session.peers.are_several and own.requires_grad:
+        noted = partial(_noted, session.peers)
+        own.register_hook(noted)  # type: ignore[no-untyped-call]  # also where nothing is trained, nothing delivered
     rest = _beside(session, batch, start, [*outputs[:loss], *outputs[loss + 1 :]], loss, retained)
     given = [*rest[:loss], own, *rest[loss:]]
     retained.hold({place: tensor for place, tensor in zip(places, given, strict=True) if place in batch.joins})
     return batch.given(given)
+
+
+def _noted(peers: Peers, factor: Tensor) -> None:
+    peers.note(f"a backward with the gradient {factor.item():.9g}")
 
 
 def _multiplied(saved: Saved, factor: Tensor) -> Sequence[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import warnings
 from collections import Counter
 from typing import Any
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from scene import announce, await_moment, meet
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.nn import functional as F
 from toys import D, blocks
 
 import pipecompile
@@ -19,6 +21,7 @@ from pipecompile.distributed import processes
 from pipecompile.distributed.watch import Pace
 
 QUICK = Pace(beat=0.05, silent=1.5, grace=0.4, absent=3.0)
+CROSSING = Pace(beat=0.05, silent=30.0, grace=0.2, crossed=0.5)
 PATIENT = Pace(beat=0.05, silent=30.0, grace=0.4, absent=3.0)
 
 
@@ -119,6 +122,129 @@ def other_batches(rows: int, parts: int = 1) -> tuple[str, float, float]:
 
 def other_model() -> None:
     piped(Net(nn.Hardtanh() if dist.get_rank() else nn.Identity()))
+
+
+class Times(nn.Module):
+    """A number of the model's own, which is no tensor."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
+def other_settings() -> list[str]:
+    """What is said of compilations that differ in rank 1."""
+    other = dist.get_rank() == 1
+    loss_fn = F.l1_loss if other else F.mse_loss
+    cases = [
+        lambda: piped(schedule="gpipe" if other else "1f1b"),
+        lambda: piped(plan=pipecompile.PlanOptions(search_seconds=5.0 if other else 6.0)),
+        lambda: piped(Scores(), loss_fn=loss_fn, example_inputs=None)(batch(), target=batch()),
+        lambda: piped(Net(Times(2.0 if other else 1.0))),
+        lambda: piped(example_inputs=batch(rows=7 if other else 8)),
+    ]
+    said = []
+    for act in cases:
+        try:
+            act()
+        except pipecompile.InputError as error:
+            said.append(str(error))
+    return said
+
+
+def other_backwards() -> list[str]:
+    """Rank 1 makes no backward, then one of another scale. Then all make the same ones."""
+    pipe, other = piped(pace=PATIENT), dist.get_rank() == 1
+    said = []
+    for factor in (0.0, 2.0, 1.0):
+        loss = pipe(batch())
+        if factor or not other:
+            (loss * (factor if other else 1.0)).backward()
+        try:
+            step(pipe)
+        except pipecompile.InputError as error:
+            said.append(str(error))
+    pipe.pipeline.close()
+    return said
+
+
+class Scores(nn.Module):
+    """A model without a loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*blocks(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def reads_an_output() -> dict[str, str]:
+    """What is said of an output, where it is elsewhere; and whether a loss of it has the gradients of the unsplit."""
+    torch.manual_seed(0)
+    pipe = piped(Scores(), pace=PATIENT)
+    torch.manual_seed(0)
+    unsplit, target, parameter = Scores(), batch(seed=1), nn.Parameter(torch.ones(D))
+    F.mse_loss(unsplit(batch()), target).backward()
+    expected = {name: parameter.grad for name, parameter in unsplit.named_parameters()}
+    output = pipe(batch())
+    loss = F.mse_loss(output, target)
+    loss.backward()
+    said = {n: "differs" for n, p in pipe.named_parameters() if not torch.allclose(p.grad, expected[n], atol=1e-6)}
+    total = torch.zeros(8, D)
+    uses: dict[str, Any] = {
+        "item": loss.item,
+        "branch": lambda: bool(loss > 0),
+        "format": lambda: f"{loss:.3f}",
+        "write": lambda: total.add_(output),
+        "part": lambda: total.__setitem__(slice(0, 2), output[:2]),
+        "numpy": output.detach().numpy,
+        "mask": lambda: output[output > 0],
+        "regularized": lambda: loss + parameter.sum(),
+        "copied": lambda: output.to("cpu"),
+        "kept": lambda: pickle.dumps(output.detach()),
+    }
+    for name, use in uses.items():
+        try:
+            use()
+        except pipecompile.InputError as error:
+            said[name] = str(error)
+    pipe.pipeline.close()
+    return said
+
+
+def other_optimizers() -> list[str]:
+    """What is said of optimizers and scalers that see one process only, in all processes."""
+    pipe = piped(pace=PATIENT)
+    said, scaler = [], torch.amp.GradScaler("cpu")
+    lbfgs, sgd = torch.optim.LBFGS(pipe.parameters()), torch.optim.SGD(pipe.parameters(), 0.1)
+    scaler.scale(pipe(batch())).backward()
+    for act in (lambda: lbfgs.step(lambda: 0.0), lambda: scaler.step(sgd)):
+        try:
+            act()
+        except pipecompile.InputError as error:
+            said.append(str(error))
+    torch.amp.GradScaler("cpu", enabled=False).step(sgd)
+    of_none = torch.optim.AdamW(pipe.pipeline.share.stand_in)  # of a process that trains nothing
+    of_none.step()
+    said.append(f"states: {len(of_none.state)}")
+    pipe.pipeline.close()
+    return said
+
+
+def misuses() -> dict[str, Any]:
+    """In one start of processes, what several scenes return."""
+    return {scene.__name__: scene() for scene in (other_settings, other_backwards, reads_an_output, other_optimizers)}
+
+
+def crossing() -> None:
+    """Rank 1 calls two pipelines in the other order."""
+    pipes = [piped(pace=CROSSING), piped(pace=CROSSING)]
+    for pipe in pipes if dist.get_rank() == 0 else reversed(pipes):
+        step(pipe)
 
 
 def no_call() -> None:
@@ -275,7 +401,6 @@ def refused() -> dict[str, str]:
     """What is said of options and arguments that do not work over processes, by case."""
     cases: dict[str, Any] = {
         "replicas": lambda: piped(plan=pipecompile.PlanOptions(replicas=[2])),
-        "tune": lambda: piped(plan=pipecompile.PlanOptions(tune="rehearse")),
         "verify": lambda: piped(verify=3),
         "input": lambda: piped()(batch().requires_grad_()),
         "names": lambda: pipecompile.compile(Net(), mesh=init_device_mesh("cpu", (2,), mesh_dim_names=("rows",))),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from typing import Any
 
 import pytest
 from hosts import lack
@@ -54,6 +55,56 @@ def test_other_models_are_refused(launcher: Launcher) -> None:
     assert {each.error for each in ended} == {"InputError"}, report(ended)
     (text,) = {each.text for each in ended}
     assert text.startswith("the graph of the model of ranks 1, 2 differs from that of rank 0")
+
+
+@pytest.fixture(scope="module")
+def misuses(launcher: Launcher) -> list[Any]:
+    return launcher.returned("failing_scenes:misuses", 2, limit=2 * LIMIT)
+
+
+def test_other_settings_are_refused(misuses: list[Any]) -> None:
+    one, two = (each["other_settings"] for each in misuses)
+    assert one == two
+    said = [
+        "compile() got schedule='1f1b' in rank 0, and schedule='gpipe' in rank 1; pass the same options",
+        "compile() got search_seconds=6.0 in rank 0, and search_seconds=5.0 in rank 1",
+        "loss_fn=torch.nn.functional.mse_loss in rank 0, and loss_fn=torch.nn.functional.l1_loss in rank 1",
+        "the graph of the model of rank 1 differs from that of rank 0",
+        "a call of a new kind, in training with gradients on, with inputs x: float32 [7, 10]",
+    ]
+    for words, text in zip(said, one, strict=True):
+        assert words in text
+
+
+def test_other_backwards_are_refused_at_the_next_call(misuses: list[Any]) -> None:
+    one, two = (each["other_backwards"] for each in misuses)
+    assert one == two
+    assert len(one) == 2
+    assert one[0].count("after a backward with the gradient 1") == 1
+    assert "after a backward with the gradient 2" in one[1]
+
+
+def test_an_output_that_is_elsewhere_says_so(misuses: list[Any]) -> None:
+    one, two = (each["reads_an_output"] for each in misuses)
+    assert not two  # which has it
+    assert set(one) == {"item", "branch", "format", "write", "part", "numpy", "mask", "regularized", "copied", "kept"}
+    for text in one.values():
+        assert "pass outputs='all' to compile()" in text
+
+
+def test_optimizers_that_see_one_process_only_are_refused(misuses: list[Any]) -> None:
+    for lbfgs, scaler, states in (each["other_optimizers"] for each in misuses):
+        assert states == "states: 0"  # which a checkpoint could not name
+        assert "LBFGS computes its step from all parameters at once" in lbfgs
+        assert "use scaler = pipe.pipeline.grad_scaler()" in scaler
+
+
+def test_pipelines_that_are_called_in_other_orders(launcher: Launcher) -> None:
+    ended = launcher.run("failing_scenes:crossing", 2, limit=LIMIT)
+    assert {each.error for each in ended} == {"RankError"}, report(ended)
+    for each in ended:
+        assert "of another pipeline, so neither can go on" in each.text, report(ended)
+        assert "must call their pipelines in the same order" in each.text
 
 
 def test_a_rank_that_makes_no_call_is_not_waited_for_for_ever(launcher: Launcher) -> None:
@@ -138,7 +189,7 @@ def test_models_of_other_weights_are_refused(launcher: Launcher) -> None:
     [
         ("module", "a call of capture "),
         ("gradients", "with gradients off"),
-        ("anomaly", ", and rank 1 at call 8, a call of capture 1 with gradients on, anomaly detection"),
+        ("anomaly", "a call of capture 1 with gradients on, anomaly detection"),
     ],
 )
 def test_ranks_in_other_modes_are_refused_and_the_next_call_works(launcher: Launcher, which: str, says: str) -> None:
@@ -153,7 +204,6 @@ def test_what_processes_cannot_do_is_refused_by_all(launcher: Launcher) -> None:
     found = launcher.returned("failing_scenes:refused", 2, limit=LIMIT)
     words = {
         "replicas": "replicas=(2,) does not work with mesh=",
-        "tune": "tune='rehearse' does not work with mesh=",
         "verify": "verify=3 does not work with mesh=",
         "input": "argument 'x' requires a gradient",
         "names": "mesh= has the dimensions ('rows',)",

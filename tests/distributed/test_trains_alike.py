@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from launcher import Launcher
 from long import LONG
@@ -60,6 +62,34 @@ def test_a_later_call_that_needs_a_parameter_of_another_rank_is_refused(launcher
 @pytest.mark.parametrize("way", WAYS)
 def test_a_training_loop_of_another_kind(launcher: Launcher, way: str) -> None:
     assert launcher.returned("training_scenes:train_in", 2, limit=LIMIT, way=way) == [[], []]
+
+
+@pytest.fixture(scope="module")
+def found(launcher: Launcher) -> list[Any]:
+    return launcher.returned("training_scenes:tuned_and_scaled", 2, limit=LIMIT)
+
+
+def test_an_infinite_gradient_of_one_process_skips_the_step_of_all(found: list[Any]) -> None:
+    assert [each["scaled"] for each in found] == [[True, True, 1.0, 1.0]] * 2
+
+
+def test_steps_tell_all_processes_what_stages_take(found: list[Any]) -> None:
+    one, two = (each["train"] for each in found)
+    assert one.pop("same")
+    assert two.pop("same")
+    assert one == two
+    assert "per microbatch in 3 training steps: " in one["learned"][0]
+    assert not one["first"]
+    assert one["corrections"] == ("corrected by training steps",)
+
+
+def test_processes_rehearse_before_weights_are_placed(found: list[Any]) -> None:
+    one, two = (each["rehearse"] for each in found)
+    assert one.pop("same")
+    assert two.pop("same")
+    assert one == two
+    assert "rehearsal" in one["corrections"][0]
+    assert not one["learned"]
 
 
 def test_what_one_process_refuses_several_refuse_in_the_same_words(launcher: Launcher) -> None:

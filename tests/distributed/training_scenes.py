@@ -6,6 +6,7 @@ parameters and buffers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 from toys import VOCABULARY, D, Sundry, blocks, mean_square
 
 import pipecompile
+from pipecompile.compiler import learn, rehearse
 
 STEPS, ROWS, LENGTH = 3, 8, 6
 Seen = dict[str, Tensor]
@@ -117,6 +119,78 @@ def _step(pipe: Any, way: str, step: int) -> Seen:
         case _:
             pipe(one)["loss"].backward()
     return {}
+
+
+def scaled() -> list[bool | float]:
+    """Whether weights and scale are those of torch's scaler with the unsplit model, when rank 1 gets an infinity."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    unsplit, x = Reaching(), torch.randn(ROWS, D)
+    torch.manual_seed(0)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("stage",))
+    plan = pipecompile.PlanOptions(pins={"layers.0": 0, "layers.1": 1})
+    options: dict[str, Any] = {"microbatches": 4, "costs": "count", "plan": plan}
+    pipe = pipecompile.compile(Reaching(), mesh=mesh, example_inputs=(x, torch.zeros(ROWS)), **options)
+    scalers = torch.amp.GradScaler("cpu", init_scale=2.0), pipe.pipeline.grad_scaler(init_scale=2.0)
+    with pipe.pipeline:
+        for model, scaler in zip((unsplit, pipe), scalers, strict=True):
+            optimizer = torch.optim.SGD(model.parameters(), 0.1)
+            for far in (0.0, math.inf, 1.0):
+                scaler.scale(model(x, torch.full((ROWS,), far))).backward()
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad()
+    expected = unsplit.state_dict()
+    close = [torch.allclose(value, expected[name], atol=1e-6) for name, value in pipe.state_dict().items()]
+    return [len(close) == 2, all(close), *(scaler.get_scale() for scaler in scalers)]
+
+
+def tuned_and_scaled() -> dict[str, Any]:
+    """In one start of processes, what several scenes return."""
+    return {"train": tuned("train"), "rehearse": tuned("rehearse"), "scaled": scaled()}
+
+
+class Reaching(nn.Module):
+    """The second layer's weight gets a gradient of the caller's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(D, D) for _ in range(2))
+
+    def forward(self, x: Tensor, far: Tensor) -> Tensor:
+        inside = torch.tanh(self.layers[0](x))
+        return (self.layers[1](inside).square().mean(1) + self.layers[1].weight.sum() * far).mean()
+
+
+def tuned(tune: str) -> dict[str, Any]:
+    """What a rank has learnt of the plan in a few steps, whose stages count as slow enough, and whether they train."""
+    torch.set_num_threads(1)
+    learn.WORTH = rehearse.WORTH = 0.0
+    torch.manual_seed(0)
+    unsplit, x = blocks(6), torch.randn(64, D)
+    torch.manual_seed(0)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("stage",))
+    plan = pipecompile.PlanOptions(tune=tune)
+    pipe = pipecompile.compile(blocks(6), mesh=mesh, microbatches=2, plan=plan, example_inputs=x)
+    planned = pipe.pipeline.costs
+    with pipe.pipeline:
+        for model in (unsplit, pipe):
+            optimizer = torch.optim.SGD(model.parameters(), 0.1)
+            for _ in range(6):
+                output = model(x)
+                F.mse_loss(output, x).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        report = pipe.pipeline.report
+    expected = unsplit.state_dict()
+    return {
+        "learned": report.learned,
+        "first": planned.corrections,
+        "corrections": pipe.pipeline.costs.corrections,
+        "predicted": pipe.pipeline.predicted.makespan,
+        "stages": pipe.pipeline.plan.stage_of,
+        "same": all(torch.allclose(value, expected[name], atol=1e-5) for name, value in pipe.state_dict().items()),
+    }
 
 
 WAYS: dict[str, dict[str, Any]] = {
