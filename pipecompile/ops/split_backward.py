@@ -99,7 +99,7 @@ def _split(run: Callable[..., Tensor], of_weights: OfWeights, x: Tensor, *weight
     """``run(x, *weights)``, whose backward leaves the gradients of the weights.
 
     ``run`` sees the weights as constants, so that torch's own backward computes the gradient of ``x`` alone. A hook on
-    the output keeps its gradient; it takes less time than a ``torch.autograd.Function`` in Python.
+    the output keeps its gradient.
     """
     present = [weight for weight in weights if weight is not None]
     here = _found(x)
