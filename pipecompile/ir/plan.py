@@ -11,7 +11,7 @@ Source: PipeDream (Narayanan et al., SOSP 2019), sections 3.1 and 3.2 (1F1B-RR).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
 from html import escape
 from itertools import pairwise, product
@@ -21,6 +21,7 @@ from pipecompile.errors import PlanError
 from pipecompile.ir.graph import Cost, CostedGraph, Graph
 from pipecompile.ir.json_io import Json
 from pipecompile.ir.plan_quality import Quality
+from pipecompile.ir.plan_times import Times
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,7 @@ class Plan(Json):
         replica_of: for each stage, the stage whose nodes it runs; without replicas, itself.
         offloaded: the stages whose activations are in the host's memory between the passes, where the order of a
             schedule leaves time for it, ascending; none of them recomputes.
+        times: that the plan was made for, if its schedule adapts to them; equal plans may have others.
 
     Source: PipeDream (Narayanan et al., SOSP 2019), sections 3.1 and 3.2.
 
@@ -90,6 +92,7 @@ class Plan(Json):
     recomputed: tuple[int, ...] = ()  # stages that recompute activations in the backward, ascending
     replica_of: tuple[int, ...] = ()  # stage -> the stage whose nodes it runs; empty: itself for every stage
     offloaded: tuple[int, ...] = ()  # stages whose activations go to the host between the passes, ascending
+    times: Times | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "replica_of", self.replica_of or tuple(range(len(self.rank_of))))

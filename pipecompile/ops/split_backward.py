@@ -23,6 +23,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,23 +31,133 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-Compute = Callable[[], Tensor]
+from pipecompile.ops.torch_internals import _top_saved_tensors_default_hooks
+
 Accumulate = Callable[[Tensor | None], Tensor]  # from the gradient so far, which it may add to in place
+OfWeights = Callable[..., Sequence[Accumulate]]  # from a gradient, x and the weights
 _here = threading.local()
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """The gradients of the weights of one call, which its backward has left."""
+
+    of_weights: OfWeights
+    x: Tensor
+    weights: Sequence[Tensor]
+    gradient: Tensor  # of the call's output
+
+    def compute(self) -> None:
+        """Adds them to ``grad`` of the weights, in place."""
+        parts = self.of_weights(self.gradient, self.x, *self.weights)
+        for weight, accumulate in zip(self.weights, parts, strict=True):
+            if weight.requires_grad:
+                weight.grad = accumulate(weight.grad)
 
 
 @dataclass
 class Queue:
-    """The gradients of weights that a backward has left, in its order."""
+    """What a backward has left, in its order."""
 
-    waiting: deque[tuple[Tensor, Accumulate]] = field(default_factory=deque)
+    waiting: deque[Left] = field(default_factory=deque)
 
     def empty(self) -> None:
         """Computes the gradients and adds them to ``grad`` of the weights, in place."""
         with torch.no_grad():
             while self.waiting:
-                weight, accumulate = self.waiting.popleft()
-                weight.grad = accumulate(weight.grad)
+                self.waiting.popleft().compute()
+
+
+@dataclass(frozen=True, slots=True)
+class _Here:
+    """Where the forwards of a thread leave gradients, and the hooks on saved tensors that they run under."""
+
+    queue: Queue
+    hooks: tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None
+
+
+@contextmanager
+def queued(queue: Queue | None) -> Iterator[None]:
+    """A context in which the forwards of this thread leave gradients of weights in a queue; None: in no queue."""
+    before = getattr(_here, "found", None)
+    _here.found = None if queue is None else _Here(queue, _top_saved_tensors_default_hooks(True))
+    try:
+        yield
+    finally:
+        _here.found = before
+
+
+def _found(tensor: Tensor) -> _Here | None:
+    """What there is for a function of a tensor; None if its backward computes all gradients."""
+    found: _Here | None = getattr(_here, "found", None)
+    if found is None or not torch.is_grad_enabled() or torch.is_autocast_enabled(tensor.device.type):
+        return None
+    return found
+
+
+def _split(run: Callable[..., Tensor], of_weights: OfWeights, x: Tensor, *weights: Tensor | None) -> Tensor:
+    """``run(x, *weights)``, whose backward leaves the gradients of the weights.
+
+    ``run`` sees the weights as constants, so that torch's own backward computes the gradient of ``x`` alone. A hook on
+    the output keeps its gradient.
+    """
+    present = [weight for weight in weights if weight is not None]
+    here = _found(x)
+    if here is None or not all(map(_is_plain, (x, *present))) or not any(weight.requires_grad for weight in present):
+        return run(x, *present)
+    if not x.requires_grad:
+        out: Tensor = _OfWeightsAlone.apply(run, of_weights, here.queue, x, *present)  # type: ignore[no-untyped-call]
+        return out
+    out = run(x, *[weight.detach() for weight in present])
+    kept = x.detach()
+    hook: Callable[[Tensor | None], None] = partial(_leave, of_weights, here.queue, present, kept, kept._version)
+    if here.hooks is not None:
+        pack, unpack = here.hooks
+        hook = partial(_leave_packed, of_weights, here.queue, present, pack(kept), unpack)
+    out.register_hook(hook)  # type: ignore[no-untyped-call]
+    return out
+
+
+def _leave(
+    of_weights: OfWeights, queue: Queue, weights: Sequence[Tensor], x: Tensor, version: int, gradient: Tensor | None
+) -> None:
+    if x._version != version:
+        raise RuntimeError(
+            f"a tensor of shape {list(x.shape)} was modified by an inplace operation, but gradients of weights need it "
+            f"as it was; clone it first"
+        )
+    if gradient is not None:
+        queue.waiting.append(Left(of_weights, x, weights, gradient))
+
+
+def _leave_packed(
+    of_weights: OfWeights,
+    queue: Queue,
+    weights: Sequence[Tensor],
+    x: Any,
+    unpack: Callable[[Any], Tensor],
+    gradient: Tensor | None,
+) -> None:
+    if gradient is not None:
+        queue.waiting.append(Left(of_weights, unpack(x), weights, gradient))
+
+
+class _OfWeightsAlone(torch.autograd.Function):
+    """``apply(run, of_weights, queue, x, *weights)``: the same for an ``x`` that requires no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Any, of_weights: Any, queue: Queue, x: Tensor, *weights: Tensor) -> Tensor:
+        ctx.of_weights, ctx.queue, ctx.weights = of_weights, queue, weights
+        ctx.save_for_backward(x)
+        out: Tensor = run(x, *weights)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        ctx.queue.waiting.append(Left(ctx.of_weights, x, ctx.weights, gradient))
+        return (None,) * (4 + len(ctx.weights))
 
 
 def _product(a: Tensor, b: Tensor) -> Accumulate:
@@ -54,64 +165,8 @@ def _product(a: Tensor, b: Tensor) -> Accumulate:
     return lambda total: a @ b if total is None else total.addmm_(a, b)
 
 
-def _added(compute: Compute) -> Accumulate:
+def _added(compute: Callable[[], Tensor]) -> Accumulate:
     return lambda total: compute() if total is None else total.add_(compute())
-
-
-@contextmanager
-def queued(queue: Queue | None) -> Iterator[None]:
-    """A context in which the forwards of this thread leave gradients of weights in a queue; None: in no queue."""
-    before = getattr(_here, "queue", None)
-    _here.queue = queue
-    try:
-        yield
-    finally:
-        _here.queue = before
-
-
-def _queue(tensor: Tensor) -> Queue | None:
-    """The queue for a function of a tensor; None if its backward computes all gradients."""
-    found: Queue | None = getattr(_here, "queue", None)
-    if found is None or not torch.is_grad_enabled() or torch.is_autocast_enabled(tensor.device.type):
-        return None
-    return found
-
-
-class _Split(torch.autograd.Function):
-    """``apply(run, rest, queue, x, *weights)``: ``run(x, *weights)``, whose backward leaves those of weights.
-
-    ``rest(gradient, x, *weights)`` returns how to compute the gradient of ``x``, or None, and of each weight.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, run: Any, rest: Any, queue: Queue, x: Tensor, *weights: Tensor) -> Tensor:
-        ctx.rest, ctx.queue, ctx.weights = rest, queue, weights
-        ctx.save_for_backward(x, *weights)
-        out: Tensor = run(x, *weights)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        of_input, of_weights = ctx.rest(gradient, *ctx.saved_tensors)
-        wanted = ctx.needs_input_grad[4:]
-        ctx.queue.waiting += [
-            (weight, each) for weight, each, wants in zip(ctx.weights, of_weights, wanted, strict=True) if wants
-        ]
-        mine = of_input() if ctx.needs_input_grad[3] and of_input is not None else None
-        return (None, None, None, mine, *(None,) * len(wanted))
-
-
-Rest = Callable[..., tuple[Compute | None, Sequence[Accumulate]]]
-
-
-def _split(run: Callable[..., Tensor], rest: Rest, x: Tensor, *weights: Tensor | None) -> Tensor:
-    present = [weight for weight in weights if weight is not None]
-    queue = _queue(x)
-    if queue is None or not all(map(_is_plain, (x, *present))) or not any(weight.requires_grad for weight in present):
-        return run(x, *present)
-    out: Tensor = _Split.apply(run, rest, queue, x, *present)  # type: ignore[no-untyped-call]
-    return out
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -127,15 +182,13 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear``: ``(..., in), (out, in), (out) -> (..., out)``."""
     if weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):  # bias may be broadcast
         return F.linear(input, weight, bias)
+    return _split(F.linear, _of_linear, input, weight, bias)
 
-    def rest(gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-        rows = _rows(gradient)
-        of_weights = [_product(rows.t(), _rows(x))]
-        if bias is not None:
-            of_weights.append(_added(lambda: rows.sum(0)))
-        return (lambda: (rows @ weight).view(x.shape)), of_weights
 
-    return _split(F.linear, rest, input, weight, bias)
+def _of_linear(gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Sequence[Accumulate]:
+    rows = _rows(gradient)
+    of_weight = _product(rows.t(), _rows(x))
+    return [of_weight] if bias is None else [of_weight, _added(lambda: rows.sum(0))]
 
 
 def addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
@@ -143,10 +196,15 @@ def addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: 
     if beta != 1 or alpha != 1 or input.shape != mat2.shape[1:]:
         return torch.addmm(input, mat1, mat2, beta=beta, alpha=alpha)
 
-    def rest(gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Any:
-        return (lambda: gradient @ weight.t()), [_product(x.t(), gradient), _added(lambda: gradient.sum(0))]
+    return _split(_addmm, _of_addmm, mat1, mat2, input)
 
-    return _split(lambda x, weight, bias: torch.addmm(bias, x, weight), rest, mat1, mat2, input)
+
+def _addmm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch.addmm(bias, x, weight)
+
+
+def _of_addmm(gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Sequence[Accumulate]:
+    return _product(x.t(), gradient), _added(lambda: gradient.sum(0))
 
 
 def matmul(input: Tensor, other: Tensor) -> Tensor:
@@ -154,11 +212,11 @@ def matmul(input: Tensor, other: Tensor) -> Tensor:
     if input.ndim < 2 or other.ndim != 2:
         return torch.matmul(input, other)
 
-    def rest(gradient: Tensor, x: Tensor, weight: Tensor) -> Any:
-        rows = _rows(gradient)
-        return (lambda: (rows @ weight.t()).view(x.shape)), [_product(_rows(x).t(), rows)]
+    return _split(torch.matmul, _of_matmul, input, other)
 
-    return _split(torch.matmul, rest, input, other)
+
+def _of_matmul(gradient: Tensor, x: Tensor, weight: Tensor) -> Sequence[Accumulate]:
+    return [_product(_rows(x).t(), _rows(gradient))]
 
 
 def embedding(
@@ -175,19 +233,19 @@ def embedding(
         return F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
     padding = -1 if padding_idx is None else padding_idx % len(weight)
 
-    def rest(gradient: Tensor, indices: Tensor, weight: Tensor) -> Any:
+    def of_weights(gradient: Tensor, indices: Tensor, weight: Tensor) -> Sequence[Accumulate]:
         def of_weight() -> Tensor:
             found: Tensor = torch.ops.aten.embedding_dense_backward(
                 gradient, indices, len(weight), padding, scale_grad_by_freq
             )
             return found
 
-        return None, [_added(of_weight)]
+        return [_added(of_weight)]
 
     def run(indices: Tensor, weight: Tensor) -> Tensor:
         return F.embedding(indices, weight, padding_idx, scale_grad_by_freq=scale_grad_by_freq)
 
-    return _split(run, rest, input, weight)
+    return _split(run, of_weights, input, weight)
 
 
 def _convolution(function: Callable[..., Tensor], dims: int) -> Callable[..., Tensor]:
@@ -209,8 +267,8 @@ def _convolution(function: Callable[..., Tensor], dims: int) -> Callable[..., Te
             return run(input, weight, bias)
         sizes = [_each(stride, dims), _each(padding, dims), _each(dilation, dims)]
 
-        def rest(gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-            def part(place: int) -> Compute:
+        def of_weights(gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Sequence[Accumulate]:
+            def part(place: int) -> Callable[[], Tensor]:
                 wanted = [place == each for each in range(3)]
 
                 def compute() -> Tensor:
@@ -221,9 +279,9 @@ def _convolution(function: Callable[..., Tensor], dims: int) -> Callable[..., Te
 
                 return compute
 
-            return part(0), [_added(part(1)), *[_added(part(2))] * (bias is not None)]
+            return [_added(part(1)), *[_added(part(2))] * (bias is not None)]
 
-        return _split(run, rest, input, weight, bias)
+        return _split(run, of_weights, input, weight, bias)
 
     return convolution
 

@@ -6,9 +6,12 @@ The devices are ordered so that each has a fast link to the next. Stages are pla
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pipecompile.ir.cluster import Cluster
 from pipecompile.ir.graph import CostedGraph
 from pipecompile.ir.plan import Plan, stage_costs
+from pipecompile.ir.plan_times import Times
 from pipecompile.partition import assign, suited
 from pipecompile.planning.memory_fit import Fitting
 from pipecompile.planning.refusal import refusal
@@ -32,8 +35,21 @@ def make_plan(costed: CostedGraph, request: Request, cluster: Cluster, work: Wor
     plan = found.on_ranks(row)
     other = assign(plan, [cost.seconds for cost in stage_costs(costed, plan)], cluster, work.microbatches)
     if request.scores_plans:
-        return min(plan, other, key=request.score(costed, cluster, work))
-    return other
+        other = min(plan, other, key=request.score(costed, cluster, work))
+    return _with_times(other, costed, cluster) if work.placement.turns else other
+
+
+def _with_times(plan: Plan, costed: CostedGraph, cluster: Cluster) -> Plan:
+    """The plan with the times of its stages and channels, to which orders for V shapes are adapted."""
+    costs, rank_of = stage_costs(costed, plan), plan.rank_of
+    speeds = [cluster.devices[rank].speed for rank in rank_of]
+    times = Times(
+        forward=tuple(cost.forward / speed for cost, speed in zip(costs, speeds, strict=True)),
+        backward=tuple(cost.backward / speed for cost, speed in zip(costs, speeds, strict=True)),
+        saved_bytes=tuple(cost.saved_bytes for cost in costs),
+        transfer=tuple(cluster.transfer_seconds(rank_of[c.source], rank_of[c.target], c.nbytes) for c in plan.channels),
+    )
+    return replace(plan, times=times)
 
 
 def _row(costed: CostedGraph, request: Request, cluster: Cluster) -> tuple[int, ...]:

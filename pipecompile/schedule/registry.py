@@ -30,6 +30,7 @@ from pipecompile.schedule.pipedream import carried_after, drain, pipedream, vert
 from pipecompile.schedule.pipedream_2bw import drain_batch, pipedream_2bw
 from pipecompile.schedule.placement import PLAIN, Placement
 from pipecompile.schedule.policy import Policy, breadth_first, interleaved, interleaved_zb, merge, zb_h1, zb_h2
+from pipecompile.schedule.real_times import with_real_times
 from pipecompile.schedule.sequential import sequential
 from pipecompile.schedule.shape import Shape, in_order
 
@@ -142,10 +143,11 @@ def by_policy(policy: Callable[[Shape, int], Policy]) -> WithFlush:
 
 
 def on_a_v(order: Callable[[int, int], Order], name: str) -> WithFlush:
-    """The programs of orders for a V shape, from numbers of ranks and microbatches."""
+    """The programs of orders for a V shape, from numbers of ranks and microbatches, adapted to the times of a plan."""
 
     def with_flush(plan: Plan, num_microbatches: int, *, step: bool = False) -> Program:
-        return program_of(order(len(set(plan.rank_of)), num_microbatches), plan, step=step)
+        for_equal_times = order(len(set(plan.rank_of)), num_microbatches)
+        return program_of(with_real_times(for_equal_times, plan), plan, step=step)
 
     with_flush.__qualname__ = name
     return with_flush

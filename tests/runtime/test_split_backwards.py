@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -84,7 +86,7 @@ def test_the_backward_leaves_weights_and_the_queue_is_emptied_in_order(monkeypat
     empty = split_backward.Queue.empty
 
     def seen(queue: split_backward.Queue) -> None:
-        emptied.append(len(queue.waiting))
+        emptied.append(sum(weight.requires_grad for left in queue.waiting for weight in left.weights))
         empty(queue)
 
     monkeypatch.setattr(split_backward.Queue, "empty", seen)
@@ -112,6 +114,81 @@ def test_autocast_and_accumulation_are_as_under_1f1b(schedule: str) -> None:
     assert gradients[0].keys() == gradients[1].keys() != set()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
+Used = Callable[[nn.Linear, torch.Tensor], torch.Tensor]
+
+
+def gradients_of(
+    use: Used, splits: bool, hooks: AbstractContextManager[None] | None = None
+) -> list[torch.Tensor | None]:
+    """The gradients of an input and of a layer's weights after ``use(layer, input)``."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(3, 4).double(), torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    queue = split_backward.Queue() if splits else None
+    with hooks or nullcontext(), split_backward.queued(queue):
+        use(layer, x).backward()
+    if queue is not None:
+        assert layer.weight.grad is None
+        queue.empty()
+    return [x.grad, layer.weight.grad, layer.bias.grad]
+
+
+def linear(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    return split_backward.linear(x, layer.weight, layer.bias)
+
+
+class WithoutGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> None:
+        return None
+
+
+USES: dict[str, Used] = {
+    "its output is changed in place": lambda layer, x: linear(layer, x * 2).relu_().sum(),
+    "its output is used twice": lambda layer, x: (linear(layer, x) * linear(layer, x.sin()).exp()).sum(),
+    "its output gets no gradient": lambda layer, x: (WithoutGradient.apply(linear(layer, x)) + x.sum()).sum(),
+    "its gradient has one element in memory": lambda layer, x: linear(layer, x).sum(),
+    "its input is added to its output": lambda layer, x: (linear(layer, x)[:, :3] + x).square().sum(),
+}
+
+
+@pytest.mark.parametrize("name", USES)
+def test_a_layer_whose_weights_wait_has_the_gradients_of_one_that_does_not(name: str) -> None:
+    for found, expected in zip(gradients_of(USES[name], True), gradients_of(USES[name], False), strict=True):
+        assert (found is None) == (expected is None)
+        if expected is not None:
+            torch.testing.assert_close(found, expected)
+
+
+def test_an_input_that_is_changed_in_place_is_an_error_as_in_torch() -> None:
+    def use(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        doubled = x * 2
+        out = linear(layer, doubled)
+        doubled.add_(1)
+        return out.sum()
+
+    for splits in (True, False):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            gradients_of(use, splits)
+
+
+def test_hooks_on_saved_tensors_pack_what_waits() -> None:
+    packed: list[torch.Size] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        packed.append(tensor.shape)
+        return tensor + 1
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor - 1)
+    split, whole = (gradients_of(lambda layer, x: linear(layer, x).sum(), splits, hooks) for splits in (True, False))
+    assert packed.count(torch.Size([5, 3])) == 2
+    for found, expected in zip(split, whole, strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 def test_a_loss_outside_and_an_evaluation_run_whole_backwards() -> None:

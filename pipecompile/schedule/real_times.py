@@ -1,0 +1,78 @@
+"""Adapts an order for equal times to the times of a plan, if the step becomes shorter.
+
+The order itself is a candidate of ``improve``: each rank keeps within the memory that the order needs of it, and the
+result is taken only if the simulated step is shorter. Microbatches of a stage cost the same, so they are numbered
+anew, in ascending order: a stage adds up gradients and writes buffers in the order of the unsplit model.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import lru_cache
+
+from pipecompile.ir.plan import Plan
+from pipecompile.schedule.improve import improve
+from pipecompile.schedule.order import Op, Order
+from pipecompile.schedule.replay import peaks, replay
+from pipecompile.schedule.shape import Shape, in_order
+from pipecompile.schedule.stage_costs import StageCosts
+
+WEIGHT_PART = 0.5  # of a backward, as in ``simulate``
+EFFORT, FEWEST, MOST = 200_000, 40, 200  # computations in all passes; passes
+SHORTER = 1 - 1e-6  # of the seconds of a step, beyond the rounding of sums
+
+
+def with_real_times(order: Order, plan: Plan) -> Order:
+    """The order, or one that takes less time on a plan that knows its times, and no more memory on any rank.
+
+    Args:
+        order: for the stages of the plan, in the order of their ranks' first stages.
+        plan: without times, or with stages that recompute, whose backwards are whole, the order stays as it is.
+    """
+    if plan.times is None or plan.recomputed:
+        return order
+    shape = in_order(plan)
+    if shape.rank_of != order.shape.rank_of:
+        return order
+    times = plan.times
+    memory = tuple(map(float, times.saved_bytes))
+    costs = StageCosts(
+        f=times.forward,
+        b=tuple((1 - WEIGHT_PART) * seconds for seconds in times.backward),
+        w=tuple(WEIGHT_PART * seconds for seconds in times.backward),
+        transfer=times.transfer,
+        mem_f=memory,
+        mem_b=(0.0,) * len(memory),
+        mem_w=tuple(-amount for amount in memory),
+    )
+    return _shorter(order, shape, costs)
+
+
+@lru_cache(maxsize=32)
+def _shorter(order: Order, shape: Shape, costs: StageCosts) -> Order:
+    here = Order(shape, order.num_microbatches, order.rows)  # with the edges of the plan
+    passes = min(MOST, max(FEWEST, EFFORT / sum(map(len, here.rows))))
+    caps = peaks(here, costs)
+    found = improve(shape, here.num_microbatches, costs, caps, [here.rows], passes=passes, by_span=False)
+    if found is None:
+        return order
+    there = _ascending(found)
+    is_shorter = replay(there, costs).makespan < SHORTER * replay(here, costs).makespan
+    return there if is_shorter else order
+
+
+def _ascending(order: Order) -> Order:
+    """The same times with the microbatches of each kind and stage in ascending order.
+
+    A dependency joins computations of one microbatch. If each is before its own reader, the k-th of them is before the
+    k-th reader.
+    """
+    rows = []
+    for rank in range(len(order.rows)):
+        count: Counter[tuple[int, int]] = Counter()
+        row = []
+        for kind, stage, _ in order.ops(rank):
+            row.append(Op(kind, stage, count[kind, stage]))
+            count[kind, stage] += 1
+        rows.append(row)
+    return Order.of(order.shape, order.num_microbatches, rows)
