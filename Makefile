@@ -29,10 +29,9 @@ pictures: .venv/installed
 	for each in gpipe 1f1b zb-h1; do \
 		$(BIN)/pipecompile schedule $$each --stages 4 --microbatches 8 --svg docs/images/$$each.svg || exit 1; done
 
-# At once, so that neither core is idle: mypy and the tests of devices take one process each. A job's output is printed
-# when it ends.
+# At once, so that neither core is idle: mypy and the tests of devices take one process each. Their lines alternate.
 test: .venv/installed
-	$(MAKE) --jobs 3 --keep-going --output-sync=target check test-cpu test-devices
+	$(MAKE) --jobs 3 --keep-going check test-cpu test-devices
 
 test-cpu: .venv/installed
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
