@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from pipecompile.batching import Batched
-from pipecompile.batching.division import SHARE
+from pipecompile.capture.call import SHARE
 from pipecompile.ir.instruction import Backward, Forward, Recv
 from pipecompile.ir.plan_options import PlanOptions
 from pipecompile.ops.checkpoint import Recomputed

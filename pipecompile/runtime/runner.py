@@ -104,10 +104,9 @@ class Runner:
         seed_microbatch(microbatch.randomness)
         kept = Kept() if leaves and self._offloads else None
         if splits:
-            microbatch.queues[stage.index] = queue = Queue()
+            microbatch.queues[stage.index] = Queue()
         if splits and not looks_for_nan():  # torch looks for NaN in backwards, so these must be whole
-            with queued(queue):
-                returned = self._call(self.split_function, arguments, kept)
+            returned = self._call(self.split_function, arguments, kept, microbatch.queues[stage.index])
         else:
             returned = self._call(self.function, arguments, kept)
         if torch.is_grad_enabled():
@@ -216,16 +215,20 @@ class Runner:
         tensor = self.lane.fetch(tensor)
         return tensor if name in self.read_only and not tensor.requires_grad else _cut_off(tensor)
 
-    def _call(self, function: Function, arguments: Sequence[Value], kept: Kept | None) -> tuple[Tensor, ...]:
+    def _call(
+        self, function: Function, arguments: Sequence[Value], kept: Kept | None, queue: Queue | None = None
+    ) -> tuple[Tensor, ...]:
         try:
             current = self.weights.current.leaves
             weights = [current[name] for name in self.parameters]
-            if kept is None and not looks_for_nan():
+            if kept is None and queue is None and not looks_for_nan():
                 return function(*arguments, *weights)
             with ExitStack() as contexts:
                 results: list[Tensor] = []
                 if kept is not None:
                     contexts.enter_context(kept.watched())
+                if queue is not None:  # it sees the hooks on what is saved
+                    contexts.enter_context(queued(queue))
                 if looks_for_nan():
                     results = contexts.enter_context(watched_forward(self.stage, arguments))
                 returned = function(*arguments, *weights)

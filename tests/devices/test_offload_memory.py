@@ -74,9 +74,8 @@ def test_where_memory_binds_the_planner_offloads_and_the_step_fits() -> None:
     leave, _ = peaks(LATE, "always", "gpipe", 2)
     gc.collect()
     limit = int(0.5 * stay[0] + 0.5 * leave[0])
-    held = torch.accelerator.memory_allocated(LATE[0])
     for device in range(2):
-        vd.limit(device, limit + held)
+        vd.limit(device, limit + torch.accelerator.memory_allocated(LATE[device]))
     torch.manual_seed(0)
     plan = PlanOptions(recompute="never", optimizer_state=0.0)
     pipe = pipecompile.compile(

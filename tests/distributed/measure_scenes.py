@@ -15,12 +15,12 @@ from pipecompile.distributed.lines import Lines
 from pipecompile.distributed.measure import SIZES, Measured, measure
 from pipecompile.ir.cluster import Cluster, Link
 
-FAST, SLOW = Link(bandwidth=1e12, latency=0.0), Link(bandwidth=1e6, latency=0.0)
-WIDE, NARROW, ROWS = 64, 4, 6
+FAST, SLOW = Link(bandwidth=1e12, latency=0.0), Link(bandwidth=1e7, latency=0.0)
+WIDE, NARROW, ROWS = 512, 4, 6
 
 
 class Waists(nn.Module):
-    """Layers of equal cost between wide and narrow values: two places for each of two cuts."""
+    """Two dear layers between wide values, and cheap ones at narrow values: a wide cut between the two is balanced."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -20,7 +20,7 @@ from pipecompile import Batching, PlanOptions
 from pipecompile.errors import InputError
 from pipecompile.ir.instruction import Backward, BackwardWeight, Forward, Send
 from pipecompile.schedule import SCHEDULES, SYNCHRONOUS
-from pipecompile.schedule.grid import read_grid, write_grid
+from pipecompile.schedule.grid import read_grid
 from pipecompile.schedule.order_program import order_of
 
 SEVERAL = [name for name in SYNCHRONOUS if SCHEDULES[name].placement.per_rank > 1]
@@ -243,7 +243,7 @@ def test_a_grid_of_ones_own_trains(given: Any) -> None:
     pipe = pipe_of(model, 2, schedule=given, microbatches=None, verify="never")
     inputs = it.inputs(4, 6)
     assert_same(step(pipe, model, it.loss, inputs), step(model, model, it.loss, inputs))
-    assert write_grid(order_of(pipe.pipeline.program)) == write_grid(read_grid(GRID))
+    assert order_of(pipe.pipeline.program).rows == read_grid(GRID).rows
     assert pipe.pipeline.microbatches == 2
     assert_same(step(pipe, model, it.loss, it.inputs(1, 6)), step(model, model, it.loss, it.inputs(1, 6)))
     assert "a batch of 1 microbatches runs as 1f1b" in str(pipe.pipeline.report.schedule)
