@@ -5,6 +5,13 @@ Where each case is about a piece of code of its own (a batching rule, a row of t
 
 _ONE_OF = {
     2: (
+        "devices/test_device_checkpoints.py::test_a_training_goes_on",
+        "devices/test_device_generation.py::test_each_device_multiplies_with_its_own_weights",
+        "devices/test_offload_memory.py::test_copies_under_way_at_a_failure_do_not_overwrite_later_memory",
+        "distributed/test_control.py::test_all_end_without_the_store",
+        "distributed/test_failing.py::test_nan_is_the_error_of_all_in_anomaly_mode",
+        "distributed/test_resumes_over_processes.py::test_two_parts_of_each_batch_go_on_and_are_saved",
+        "runtime/test_split_backwards.py::test_a_step_equals_the_unsplit_model",
         "batching/test_ragged.py::test_a_padded_batch_is_exact",
         "capture/test_checkpoint_regions.py::test_a_model_of_transformers_that_checkpoints_itself",
         "capture/test_names.py::test_any_name_may_be_a_key_of_inputs_and_outputs",
@@ -57,6 +64,8 @@ _ONE_OF = {
         "compiler/test_bad_input.py::test_a_batch_smaller_than_or_uneven_for_the_microbatches_works",
         "compiler/test_captures.py::test_no_batch_is_kept_alive",
         "devices/test_host_waits.py::test_a_step_waits_for_nothing",
+        "devices/test_device_generation.py::test_keys_and_values_stay_on_the_device_of_their_stage",
+        "devices/test_offload_memory.py::test_peaks_fall_as_predicted",
         "devices/test_out_of_memory.py::test_allocations_that_fail_at_random",
         "distributed/test_failing.py::test_an_exception_in_a_stage_is_the_error_of_all",
         "distributed/test_trains_alike.py::test_a_model_trains_alike",
@@ -79,6 +88,7 @@ _ONE_OF = {
         "runtime/test_runtime.py::test_a_failure_in_any_stage_names_stage_instruction_module_and_line",
         "runtime/test_runtime.py::test_what_is_no_exception_comes_through_as_it_is",
         "render/test_report_browser.py::test_a_page_draws_without_an_error_a_request_or_a_horizontal_scroll",
+        "runtime/test_offload.py::test_gradients_are_those_of_activations_that_stay",
         "runtime/test_several_stages.py::test_a_step_equals_the_unsplit_model",
         "runtime/test_several_stages.py::test_what_a_model_may_have_is_as_under_1f1b",
         "runtime/test_saved_state.py::test_a_state_that_is_assigned_is_what_the_next_step_uses",
