@@ -46,7 +46,8 @@ def test_other_batches_of_one_part_are_refused(launcher: Launcher) -> None:
 
 def test_one_more_call_in_a_part_is_refused_when_the_others_close(launcher: Launcher) -> None:
     ended = launcher.run("failing_scenes:one_more_call", 4, limit=LIMIT)
-    assert {each.error for each in ended} == {"InputError"}, report(ended)
+    errors = {each.error for each in ended}  # a rank that is late hears of it from one that has ended
+    assert "InputError" in errors <= {"InputError", "RankError"}, report(ended)
     assert all("to close the pipeline, and rank 2 at call " in each.text for each in ended), report(ended)
 
 
