@@ -81,7 +81,7 @@ def shown_by(place: Place, copy: Path) -> str:
 
 def _first_failure(copy: Path, *tests: str) -> str:
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *tests]
-    here = {**os.environ, "PYTHONPATH": str(copy)}  # not the package that is installed
+    here = {**os.environ, "PYTHONPATH": str(copy), "LONG": "1"}  # the package of the copy; scenes on all machines
     run = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=900, env=here, check=False)
     found = re.search(r"^(?:FAILED|ERROR) \S*/(\S+)\.py::(\S+)", run.stdout, re.MULTILINE)
     if found is None:

@@ -18,11 +18,10 @@ SHOWING = {
 
 
 def machines_of(number: int, name: str) -> list[Machine]:
-    """Each scene runs late or early, and in one of five random orders; in long runs in all, and in threads."""
+    """Each scene runs late, early, or in one of five random orders; in long runs in all, and in threads."""
     if LONG:
         return [LATE, EARLY, *RANDOM, THREADS]
-    some = (LATE, EARLY)[number % 2], RANDOM[number % len(RANDOM)]
-    return [*dict.fromkeys((*SHOWING.get(name, ()), *some))]
+    return [*SHOWING.get(name, ())] or [(LATE, RANDOM[number % len(RANDOM)], EARLY)[number % 3]]
 
 
 VIRTUAL = [
