@@ -40,6 +40,7 @@ from pipecompile.runtime.ambient import Ambient
 from pipecompile.runtime.compiled import Compiled
 
 NORMS = {inspect.unwrap(f).__code__ for f in (torch.nn.utils.clip_grad_norm_, torch.nn.utils.get_total_norm)}
+CONSTANT = "a tensor that forward reads and that is neither a parameter nor a buffer"
 LONGEST = 500  # characters of what is said of a call
 DEPTH = 6  # frames between the function that computes a norm and the parameters that it asks for
 
@@ -116,20 +117,24 @@ class Share:
         if not self.captures:
             self.processes.same_options(options)
             if not lacks_values(self.model):
-                self.processes.same_tensors(dict(named_tensors(self.model)))
+                self.processes.same_tensors({repr(name): t for name, t in named_tensors(self.model)})
 
     def add(self, compiled: Compiled) -> None:
         """Takes note of a capture.
 
         Raises:
             CaptureError: it needs a parameter where the first one does not, or cannot be run in parts.
+            InputError: a tensor that is neither parameter nor buffer differs between processes, the first time.
         """
         if self.processes.column is not None:
             _refuse_parts(compiled)
-        if self.captures:
-            refuse_missing(self.captures[0], compiled)
         if self.processes.shards is not None:
             refuse_divided(compiled, self.processes.shards.divided)
+        if self.captures:
+            refuse_missing(self.captures[0], compiled)
+        else:
+            constants = {name: t for name, t in compiled.captured.constants.items() if not t.is_meta}
+            self.processes.same_tensors({f"{CONSTANT} ({name}: {list(t.shape)})": t for name, t in constants.items()})
         self.captures.append(compiled)
 
     def settle(self) -> None:
