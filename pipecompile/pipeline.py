@@ -243,7 +243,7 @@ class Pipeline(PipelineView):
     def _end(self) -> None:
         self._session.close()
         if self.share is not None:
-            self.share.processes.close()
+            self.share.close()
 
     def __enter__(self) -> Pipeline:
         return self

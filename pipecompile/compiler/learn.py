@@ -96,14 +96,7 @@ class Learning:
         if not self._tells(first):
             self._done = True
             return False
-        timeline = self.session.step
-        if timeline is None or self.session.measured is self._seen or not self._is_whole(first, timeline):
-            return False
-        self._seen = self.session.measured
-        self._steps += 1
-        self._observed = self._observed or self.session.is_observed
-        if self._steps > WARM_UP:
-            self._spans += timeline.spans
+        self._count(first)
         if self._steps < WARM_UP + STEPS:
             return False
         if self.session.peers.are_several:
@@ -112,6 +105,17 @@ class Learning:
         times = first.times(Timeline(tuple(self._spans), len(self.session.devices)))
         self._steps, self._spans = 0, []
         return self._decide(first, times)
+
+    def _count(self, first: Compiled) -> None:
+        """Takes the times of the last step, once. Other processes may be behind, if their last call was refused."""
+        timeline = self.session.step
+        if timeline is None or self.session.measured is self._seen or not self._is_whole(first, timeline):
+            return
+        self._seen = self.session.measured
+        self._steps += 1
+        self._observed = self._observed or self.session.is_observed
+        if self._steps > WARM_UP:
+            self._spans += timeline.spans
 
     def _is_whole(self, first: Compiled, timeline: Timeline) -> bool:
         """Whether the last step ran backwards: in all stages, of which other processes may have some."""
@@ -122,10 +126,9 @@ class Learning:
 
     def _tell(self, first: Compiled) -> None:
         """Says what all processes have measured. Nothing moves, since each has the weights of its own stages alone."""
-        self._done = True
         peers = self.session.peers
         spans = peers.of_each(None if self._observed else tuple(self._spans))
-        self._spans = []
+        self._done, self._spans = True, []  # now that all processes are here
         if None in spans:
             self.said.append(OBSERVED)
             return

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import fields, is_dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from pipecompile.compiler.options import Options
 
-OF_THE_FIRST = {"costs", "cluster"}  # which the first process alone reads
-LONGEST = 200  # characters
+PATHS = {"leaf_modules", "no_split", "colocate", "allow_mixing"}  # in any order: perhaps that of a set
 
 
 def told_options(options: Options) -> dict[str, str]:
-    """What each option is, by the name of the argument. Functions are told by their names."""
-    return dict(_told(options))
+    """What each option is, by the name of the argument. Functions are told by their names.
+
+    Of costs and cluster, which the first process reads, it is told whether they are given: then no process measures.
+    """
+    told = dict(_told(options))
+    if told.pop("finds_microbatches") == "True":
+        told["microbatches"] = "None"
+    told["costs"] = repr(options.costs or "measure") if isinstance(options.costs, str | None) else "saved costs"
+    told["cluster"] = str(options.cluster and "given")
+    return told
 
 
 def _told(options: Any) -> Iterator[tuple[str, str]]:
@@ -23,13 +32,15 @@ def _told(options: Any) -> Iterator[tuple[str, str]]:
         value = getattr(options, field.name)
         if field.name in ("batching", "plan"):
             yield from _told(value)
-        elif field.name not in OF_THE_FIRST:
-            yield field.name, _text(value)[:LONGEST]
+        else:
+            yield field.name, _in_any_order(value) if field.name in PATHS else _text(value)
 
 
 def _text(value: Any) -> str:
     if isinstance(value, Mapping):
         return f"{{{', '.join(f'{key!r}: {_text(value[key])}' for key in sorted(value, key=str))}}}"
+    if isinstance(value, Set):
+        return _in_any_order(value)
     if isinstance(value, list | tuple):
         return f"({', '.join(map(_text, value))})"
     if isinstance(value, partial):
@@ -40,5 +51,12 @@ def _text(value: Any) -> str:
     if callable(value):
         named = value if hasattr(value, "__qualname__") else type(value)
         return f"{named.__module__}.{named.__qualname__}"
+    if isinstance(value, np.generic):
+        return _text(value.item())
     text = repr(value)
     return type(value).__qualname__ if " at 0x" in text else text
+
+
+def _in_any_order(values: Iterable[Any]) -> str:
+    texts = (_in_any_order(each) if isinstance(each, list | tuple) else _text(each) for each in values)
+    return f"({', '.join(sorted(texts))})"

@@ -10,6 +10,7 @@ import pickle
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from itertools import takewhile
 from typing import TypeVar
 
 import torch
@@ -35,6 +36,7 @@ from pipecompile.runtime.lane import Lane
 from pipecompile.runtime.transport import Aborted
 
 T = TypeVar("T")
+LONGEST = 200  # characters of an option that are said
 
 
 class Processes:
@@ -139,14 +141,18 @@ class Processes:
         each = self.all.gathered(dict(options))
         for rank, other in enumerate(each):
             for name, text in each[0].items():
-                if other.get(name) != text:
+                if other[name] != text:
+                    mine, its = _where_they_differ(text, other[name])
                     raise InputError(
-                        f"compile() got {name}={text} in rank 0, and {name}={other.get(name)} in rank {rank}; pass the "
+                        f"compile() got {name}={mine} in rank 0, and {name}={its} in rank {rank}; pass the "
                         f"same options in all processes"
                     )
 
     def same_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Makes sure that named tensors have the same values in all processes.
+        """Makes sure that tensors have the same values in all processes.
+
+        Args:
+            tensors: by what the message calls them.
 
         Raises:
             InputError: they do not; the message names the first one, and a rank.
@@ -157,7 +163,7 @@ class Processes:
             for name, digest in digests[0].items():
                 if other.get(name) != digest:
                     raise InputError(
-                        f"{name!r} of rank {rank} differs from that of rank 0, but every process must build the same "
+                        f"{name} of rank {rank} differs from that of rank 0, but every process must build the same "
                         f"model; set the same seed before it is built, or load the same weights"
                     )
 
@@ -287,6 +293,19 @@ def _outcome(make: Callable[[], object]) -> bytes:
             told = ExecutionError(f"rank 0 raised {type(error).__name__}: {error}; see its traceback")
             return pickle.dumps((None, told))
         return pickled
+
+
+def _where_they_differ(one: str, other: str) -> tuple[str, str]:
+    """Two texts, of long ones what is around the first difference."""
+    alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+    start = max(0, alike - LONGEST // 2)
+    return _from(one, start), _from(other, start)
+
+
+def _from(text: str, start: int) -> str:
+    if len(text) <= LONGEST:
+        return text
+    return f"{'...' * (start > 0)}{text[start : start + LONGEST]}{'...' * (start + LONGEST < len(text))}"
 
 
 def _content(tensor: Tensor) -> bytes:

@@ -16,23 +16,20 @@ layer again for every microbatch; Zhao et al. 2023, "PyTorch FSDP", section 3.2.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as Rows
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from pipecompile.distributed.members import BUCKET, Members
 from pipecompile.errors import InputError
 from pipecompile.ops.away import is_away, send_away
 
-DIVIDED = "_pipecompile_divided"  # attribute of the model's own parameter
 ALIGNED = 64  # bytes
 
 
@@ -100,9 +97,6 @@ class Shards:
         self.divided = {id(parameter): self._divided(parameter) for parameter in owned}
         self._trained = {id(parameter): parameter.requires_grad for parameter in owned}
         send_away([*owned, *lent])
-        for parameter in owned:
-            setattr(parameter, DIVIDED, True)
-        _watch_optimizers()
 
     def home(self, tensor: Tensor) -> Tensor:
         """The rows of a tensor of the model that this process keeps; the tensor itself if it is not divided."""
@@ -247,23 +241,3 @@ def can_be_divided(tensor: Tensor) -> bool:
     if not isinstance(tensor, nn.Parameter) or tensor.ndim == 0 or tensor.is_meta or is_away(tensor):
         return False
     return tensor.untyped_storage().nbytes() >= tensor.nbytes  # not one that repeats entries
-
-
-_watching: list[Callable[[], None]] = []
-
-
-def _watch_optimizers() -> None:
-    """Makes the step of every optimizer refuse the model's own parameters, which would get no gradients."""
-    if not _watching:
-        _watching.append(register_optimizer_step_pre_hook(_refuse_own).remove)
-
-
-def _refuse_own(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if hasattr(parameter, DIVIDED):
-                raise InputError(
-                    f"the optimizer has a parameter of shape {list(parameter.shape)} whose rows are divided over "
-                    f"processes (fully_shard=True), so it would not be trained; make the optimizer from "
-                    f"pipe.parameters() or pipe.named_parameters(), not from those of a module inside"
-                )

@@ -32,7 +32,7 @@ from pipecompile.distributed.ownership import (
 )
 from pipecompile.distributed.processes import Processes
 from pipecompile.distributed.shards import Shards
-from pipecompile.distributed.watched_optimizers import watch_optimizers
+from pipecompile.distributed.watched_optimizers import leave_optimizers, watch_optimizers
 from pipecompile.distributed.whole_batch import whole_batch
 from pipecompile.errors import CaptureError, InputError
 from pipecompile.ops.away import lacks_values, send_away
@@ -40,6 +40,7 @@ from pipecompile.runtime.ambient import Ambient
 from pipecompile.runtime.compiled import Compiled
 
 NORMS = {inspect.unwrap(f).__code__ for f in (torch.nn.utils.clip_grad_norm_, torch.nn.utils.get_total_norm)}
+CONSTANT = "a tensor that forward reads and that is neither a parameter nor a buffer"
 LONGEST = 500  # characters of what is said of a call
 DEPTH = 6  # frames between the function that computes a norm and the parameters that it asks for
 
@@ -62,6 +63,7 @@ class Share:
         self.captures: list[Compiled] = []
         self.is_settled = False
         self._warned = False
+        self._foreign: dict[int, frozenset[int]] = {}  # by rank, of ``captures``
         self._stand_in = nn.Parameter(torch.empty(0))
         self._stand_in.grad = torch.zeros(0)  # without one, torch's GradScaler would raise something else than we do
         watch_optimizers(self)
@@ -116,21 +118,26 @@ class Share:
         if not self.captures:
             self.processes.same_options(options)
             if not lacks_values(self.model):
-                self.processes.same_tensors(dict(named_tensors(self.model)))
+                self.processes.same_tensors({repr(name): t for name, t in named_tensors(self.model)})
 
     def add(self, compiled: Compiled) -> None:
         """Takes note of a capture.
 
         Raises:
             CaptureError: it needs a parameter where the first one does not, or cannot be run in parts.
+            InputError: a tensor that is neither parameter nor buffer differs between processes, the first time.
         """
         if self.processes.column is not None:
             _refuse_parts(compiled)
-        if self.captures:
-            refuse_missing(self.captures[0], compiled)
         if self.processes.shards is not None:
             refuse_divided(compiled, self.processes.shards.divided)
+        if self.captures:
+            refuse_missing(self.captures[0], compiled)
+        else:
+            constants = {name: t for name, t in compiled.captured.constants.items() if not t.is_meta}
+            self.processes.same_tensors({f"{CONSTANT} ({name}: {list(t.shape)})": t for name, t in constants.items()})
         self.captures.append(compiled)
+        self._foreign.clear()
 
     def settle(self) -> None:
         """Sends away what this process does not need. State dicts leave out what another process has, from now on."""
@@ -203,6 +210,10 @@ class Share:
         yield self._stand_in
         yield from map(self.home, self.model.parameters())
 
+    def divides_own(self, tensor: Tensor) -> bool:
+        """Whether a tensor is a parameter of the model of which this process keeps rows instead."""
+        return self.home(tensor) is not tensor
+
     def is_stepped(self) -> None:
         """Takes the gradient from the stand-in, so that no optimizer has a state for it."""
         self._stand_in.grad = None
@@ -219,6 +230,17 @@ class Share:
                 "the pipeline has made no call, so it has no gradients to clip; call it and backward() first"
             )
         return clip_grad_norm_(self.captures[0], self.processes, max_norm, norm_type)
+
+    def close(self) -> None:
+        """Closes what this process has with the others, and looks at optimizers no more.
+
+        Raises:
+            InputError: another process makes a call instead.
+        """
+        try:
+            self.processes.close()
+        finally:
+            leave_optimizers(self)
 
     def _leave_out(self, module: nn.Module, state: MutableMapping[str, Any], prefix: str, _: Any) -> None:
         """A hook of each module: its tensors of which another process has the present values."""
@@ -237,7 +259,9 @@ class Share:
             InputError: the model has not been split.
         """
         self._refuse_early()
-        return foreign(self.captures, rank)
+        if rank not in self._foreign:  # found once: the hook of each module asks
+            self._foreign[rank] = foreign(self.captures, rank)
+        return self._foreign[rank]
 
     def has_first(self) -> frozenset[int]:
         """The tensors whose present values this process has, but none of a lower rank or part, by ``id``.

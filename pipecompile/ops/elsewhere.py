@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipecompile.errors import InputError
+from pipecompile.errors import InputError, PipecompileError
 from pipecompile.ops.torch_internals import DisableTorchFunctionSubclass, pytree
 
 _READERS = {
@@ -46,15 +46,22 @@ class Elsewhere(Tensor):
         with DisableTorchFunctionSubclass():
             if _writes(function, args, kwargs or {}):
                 raise _error(f"{_name(function)} to a tensor")
-            if not runs_backward:
+            if torch.is_grad_enabled() and not runs_backward:
                 pytree.tree_map(_refuse_gradient, (tuple(args), dict(kwargs or {})))
             args, kwargs = pytree.tree_map(_on_meta, (tuple(args), dict(kwargs or {})))
         try:
             return super().__torch_function__(function, types, args, kwargs)  # type: ignore[no-untyped-call]
         except (NotImplementedError, RuntimeError, TypeError) as error:
-            if runs_backward:
-                raise
+            if isinstance(error, PipecompileError) or not _is_of_values(function, error):
+                raise  # as where the values are
             raise _error(f"{_name(function)} ({error})") from error
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        if not self.is_leaf:
+            return super().__deepcopy__(memo)  # type: ignore[no-any-return, no-untyped-call]  # torch's error
+        copy: Tensor = self.detach().clone().requires_grad_(self.requires_grad)
+        memo[id(self)] = copy
+        return copy
 
 
 def elsewhere(tensor: Tensor) -> Tensor:
@@ -70,7 +77,13 @@ def _error(what: str) -> InputError:
 
 
 def _on_meta(value: Any) -> Any:
-    return value.to("meta") if isinstance(value, Tensor) and not (value.is_meta or value.requires_grad) else value
+    kept = not isinstance(value, Tensor) or value.is_meta or (value.requires_grad and torch.is_grad_enabled())
+    return value if kept else value.to("meta")
+
+
+def _is_of_values(function: Callable[..., Any], error: Exception) -> bool:
+    """Whether an error says that a function, or a backward of the caller's own, has no values to compute with."""
+    return isinstance(error, NotImplementedError) or "meta" in str(error) or function is Tensor.__format__
 
 
 def _refuse_gradient(value: Any) -> None:

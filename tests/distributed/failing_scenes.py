@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import warnings
 from collections import Counter
+from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from scene import announce, await_moment, meet
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional as F
+from torch.optim import optimizer
 from toys import D, blocks
 
 import pipecompile
-from pipecompile.distributed import processes
+from pipecompile.distributed import processes, share
 from pipecompile.distributed.watch import Pace
 
-QUICK = Pace(beat=0.05, silent=1.5, grace=0.4, absent=3.0)
+QUICK = Pace(beat=0.05, silent=1.5, grace=0.4)  # for ranks that are stopped
 CROSSING = Pace(beat=0.05, silent=30.0, grace=0.2, crossed=0.5)
-PATIENT = Pace(beat=0.05, silent=30.0, grace=0.4, absent=3.0)
+PATIENT = Pace(beat=0.05, silent=30.0, grace=0.4)
 
 
 CALLS: Counter[str] = Counter()
@@ -85,7 +90,7 @@ def batch(seed: int = 0, rows: int = 8) -> Tensor:
     return torch.randn(rows, D, generator=torch.Generator().manual_seed(seed))
 
 
-def piped(model: nn.Module | None = None, pace: Pace = QUICK, parts: int = 1, **options: Any) -> Any:
+def piped(model: nn.Module | None = None, pace: Pace = PATIENT, parts: int = 1, **options: Any) -> Any:
     processes.Pace = lambda: pace  # the default of a pipeline
     torch.manual_seed(0)
     size = dist.get_world_size()
@@ -107,7 +112,7 @@ def step(pipe: Any, x: Tensor | None = None) -> float:
 
 def other_batches(rows: int, parts: int = 1) -> tuple[str, float, float]:
     """Rank 1 has other values, or other rows. Then all make the same call."""
-    pipe, rank = piped(pace=PATIENT, parts=parts), dist.get_rank()
+    pipe, rank = piped(parts=parts), dist.get_rank()
     before = step(pipe)
     other = batch(seed=rank, rows=rows) if rank == 1 else batch()
     text = ""
@@ -135,6 +140,17 @@ class Times(nn.Module):
         return x * self.factor
 
 
+class Masks(nn.Module):
+    """A tensor of the model's own, which is no buffer."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.mask = batch(seed, rows=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.mask
+
+
 def other_settings() -> list[str]:
     """What is said of compilations that differ in rank 1."""
     other = dist.get_rank() == 1
@@ -145,6 +161,8 @@ def other_settings() -> list[str]:
         lambda: piped(Scores(), loss_fn=loss_fn, example_inputs=None)(batch(), target=batch()),
         lambda: piped(Net(Times(2.0 if other else 1.0))),
         lambda: piped(example_inputs=batch(rows=7 if other else 8)),
+        lambda: piped(Net(Masks(seed=dist.get_rank()))),
+        lambda: piped(costs="count" if other else None),
     ]
     said = []
     for act in cases:
@@ -157,7 +175,7 @@ def other_settings() -> list[str]:
 
 def other_backwards() -> list[str]:
     """Rank 1 makes no backward, then one of another scale. Then all make the same ones."""
-    pipe, other = piped(pace=PATIENT), dist.get_rank() == 1
+    pipe, other = piped(), dist.get_rank() == 1
     said = []
     for factor in (0.0, 2.0, 1.0):
         loss = pipe(batch())
@@ -182,10 +200,24 @@ class Scores(nn.Module):
         return self.layers(x)
 
 
+class Own(torch.autograd.Function):
+    """A squared error, whose backward sees tensors past what torch functions do."""
+
+    @staticmethod
+    def forward(ctx: Any, one: Tensor, other: Tensor) -> Tensor:
+        ctx.save_for_backward(one, other)
+        return (one - other).square().sum()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        one, other = ctx.saved_tensors
+        return 2 * gradient * (one - other), None
+
+
 def reads_an_output() -> dict[str, str]:
     """What is said of an output, where it is elsewhere; and whether a loss of it has the gradients of the unsplit."""
     torch.manual_seed(0)
-    pipe = piped(Scores(), pace=PATIENT)
+    pipe = piped(Scores())
     torch.manual_seed(0)
     unsplit, target, parameter = Scores(), batch(seed=1), nn.Parameter(torch.ones(D))
     F.mse_loss(unsplit(batch()), target).backward()
@@ -206,7 +238,13 @@ def reads_an_output() -> dict[str, str]:
         "regularized": lambda: loss + parameter.sum(),
         "copied": lambda: output.to("cpu"),
         "kept": lambda: pickle.dumps(output.detach()),
+        "own backward": Own.apply(output, target).backward if output.is_meta else loss.item,
     }
+    with torch.no_grad():
+        head, copy = nn.Linear(D, 2)(output), deepcopy(output.detach())
+    assert (head.shape, head.is_meta, copy.shape, copy.is_meta) == ((8, 2), output.is_meta, (8, D), output.is_meta)
+    with pytest.raises(RuntimeError, match=r"reduc|cannot be multiplied"):
+        output @ torch.ones(3, 3)  # an error of the script, in the same words everywhere
     for name, use in uses.items():
         try:
             use()
@@ -218,7 +256,7 @@ def reads_an_output() -> dict[str, str]:
 
 def other_optimizers() -> list[str]:
     """What is said of optimizers and scalers that see one process only, in all processes."""
-    pipe = piped(pace=PATIENT)
+    pipe = piped()
     said, scaler = [], torch.amp.GradScaler("cpu")
     lbfgs, sgd = torch.optim.LBFGS(pipe.parameters()), torch.optim.SGD(pipe.parameters(), 0.1)
     scaler.scale(pipe(batch())).backward()
@@ -231,7 +269,11 @@ def other_optimizers() -> list[str]:
     of_none = torch.optim.AdamW(pipe.pipeline.share.stand_in)  # of a process that trains nothing
     of_none.step()
     said.append(f"states: {len(of_none.state)}")
+    gc.collect()  # pipelines of other scenes, which were not closed
+    hooks = optimizer._global_optimizer_pre_hooks
+    open_ = len(hooks)
     pipe.pipeline.close()
+    said.append(f"hooks: {open_}, closed: {len(hooks)}")
     return said
 
 
@@ -249,8 +291,9 @@ def crossing() -> None:
 
 def no_call() -> None:
     """Rank 1 makes no second call, but lives on."""
-    pipe = piped(pace=PATIENT)
+    pipe = piped()
     step(pipe)
+    pipe.pipeline.share.processes.pace = replace(PATIENT, absent=0.5)  # from now on: a start may take longer
     if dist.get_rank() == 1:
         await_moment("waited")
     try:
@@ -261,10 +304,10 @@ def no_call() -> None:
 
 def one_more_call() -> None:
     """The second part of each batch has one batch more."""
-    pipe = piped(pace=PATIENT, parts=2)
+    pipe = piped(parts=2)
     pipe.pipeline.close()
     pipe.pipeline.close()  # says nothing
-    pipe = piped(pace=PATIENT, parts=2)
+    pipe = piped(parts=2)
     with pipe.pipeline:
         for _ in range(2 + dist.get_rank() // 2):
             step(pipe)
@@ -336,7 +379,7 @@ def ends_between(rank: int, how: str, parts: int = 1) -> None:
 
 def trains_on(steps: int = 0, parts: int = 1) -> None:
     """Steps until one is hurt, which is after so many steps."""
-    pipe = piped(parts=parts)
+    pipe = piped(pace=QUICK, parts=parts)
     step(pipe)
     meet("trained")
     for _ in range(steps):
@@ -377,7 +420,7 @@ def other_seed() -> None:
 
 def other_modes(which: str) -> tuple[str, float, float]:
     """Rank 1 evaluates while rank 0 trains. Then all make the same call."""
-    pipe = piped(Net(nn.Dropout(0.5)), pace=PATIENT)
+    pipe = piped(Net(nn.Dropout(0.5)))
     pipe.eval()
     step(pipe)
     pipe.train()
@@ -431,7 +474,12 @@ def shares() -> dict[str, Any]:
         for _ in range(2):
             torch.nn.utils.clip_grad_norm_(pipe.parameters(), 1e9)
         quiet = len(caught) == len([w for w in caught if "pipe.pipeline.clip_grad_norm_" in str(w.message)]) == 1
+    asked: Counter[int] = Counter()
+    foreign = share.foreign
+    share.foreign = lambda captures, rank: asked.update([rank]) or foreign(captures, rank)
+    pipe.state_dict()
     found = {
+        "asked": asked[dist.get_rank()],
         "names": [name for name, _ in pipe.named_parameters(prefix="of")],
         "of the pipe": list(pipe.state_dict()),
         "of the model": list(model.state_dict()),

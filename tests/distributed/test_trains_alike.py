@@ -83,6 +83,16 @@ def test_steps_tell_all_processes_what_stages_take(found: list[Any]) -> None:
     assert one["corrections"] == ("corrected by training steps",)
 
 
+def test_steps_tell_all_processes_of_a_cut_that_pays_after_a_call_that_was_refused(found: list[Any]) -> None:
+    one, two = (each["pays"] for each in found)
+    assert one.pop("same")
+    assert two.pop("same")
+    assert one == two
+    (said,) = one["learned"]
+    assert said.startswith("stages took 6.00 ms, 300 us per microbatch in 3 training steps: in another cut the slowest")
+    assert said.endswith("PlanOptions(tune='rehearse') finds it before weights are placed")
+
+
 def test_processes_rehearse_before_weights_are_placed(found: list[Any]) -> None:
     one, two = (each["rehearse"] for each in found)
     assert one.pop("same")

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from models import MODELS, Draw, Inputs, Model
@@ -21,6 +22,10 @@ from toys import VOCABULARY, D, Sundry, blocks, mean_square
 
 import pipecompile
 from pipecompile.compiler import learn, rehearse
+from pipecompile.ir.graph import Cost
+from pipecompile.ir.timeline import Timeline
+from pipecompile.planning.calibration import Times
+from pipecompile.runtime.compiled import Compiled
 
 STEPS, ROWS, LENGTH = 3, 8, 6
 Seen = dict[str, Tensor]
@@ -147,7 +152,15 @@ def scaled() -> list[bool | float]:
 
 def tuned_and_scaled() -> dict[str, Any]:
     """In one start of processes, what several scenes return."""
-    return {"train": tuned("train"), "rehearse": tuned("rehearse"), "scaled": scaled()}
+    scenes = {"train": tuned("train"), "rehearse": tuned("rehearse"), "scaled": scaled()}
+    Compiled.times = uneven
+    return {**scenes, "pays": tuned("train", slips=True)}
+
+
+def uneven(compiled: Compiled, timeline: Timeline) -> tuple[Times, ...]:
+    """The first stage takes 20 times what the second one takes, whatever they took."""
+    predicted = compiled.planned.stage_costs
+    return tuple(Times(cost, Cost(forward, 2 * forward)) for cost, forward in zip(predicted, (2e-3, 1e-4), strict=True))
 
 
 class Reaching(nn.Module):
@@ -162,8 +175,12 @@ class Reaching(nn.Module):
         return (self.layers[1](inside).square().mean(1) + self.layers[1].weight.sum() * far).mean()
 
 
-def tuned(tune: str) -> dict[str, Any]:
-    """What a rank has learnt of the plan in a few steps, whose stages count as slow enough, and whether they train."""
+def tuned(tune: str, slips: bool = False) -> dict[str, Any]:
+    """What a rank has learnt of the plan in a few steps, whose stages count as slow enough, and whether they train.
+
+    Args:
+        slips: whether rank 1 evaluates, which is refused, where all would tell what they have measured.
+    """
     torch.set_num_threads(1)
     learn.WORTH = rehearse.WORTH = 0.0
     torch.manual_seed(0)
@@ -176,7 +193,12 @@ def tuned(tune: str) -> dict[str, Any]:
     with pipe.pipeline:
         for model in (unsplit, pipe):
             optimizer = torch.optim.SGD(model.parameters(), 0.1)
-            for _ in range(6):
+            for step in range(6):
+                if slips and model is pipe and step == learn.WARM_UP + learn.STEPS:
+                    pipe.train(dist.get_rank() == 0)
+                    with pytest.raises(pipecompile.InputError, match="do not make the same call"):
+                        pipe(x)
+                    pipe.train()
                 output = model(x)
                 F.mse_loss(output, x).backward()
                 optimizer.step()
