@@ -39,11 +39,15 @@ class Call:
             return self._watched(self.args, self.kwargs)
         copies = map_tensors(torch.clone, (self.args, self.kwargs))
         out, saved = self._watched(*copies)
-        with torch.no_grad():
-            value = self._run(self.args, self.kwargs)
+        value = self.written()
         pairs = zip(tensors_of((copies, out)), tensors_of(((self.args, self.kwargs), value)), strict=True)
         original = {storage_key(copy): tensor for copy, tensor in pairs if has_storage(copy)}
         return value, [original.get(storage_key(t), t) for t in saved]
+
+    def written(self) -> Any:
+        """Runs a call that writes in place to the memory that later nodes read, without gradients."""
+        with torch.no_grad():
+            return self._run(self.args, self.kwargs)
 
     def _watched(self, args: Any, kwargs: Any) -> tuple[Any, list[Tensor]]:
         saved: list[Tensor] = []

@@ -7,6 +7,7 @@ operation takes up to four times as long. So a stretch of the graph runs as a st
     forward    a  b  c  d        each is timed, and what its backward needs is kept
     backward   d' c' b' a'       each is timed, with the gradients that those before it have returned
 
+What a stretch reads from before it, and writes to, is copied for each run, so that all runs compute on the same values.
 The backward of each operation is a graph of its own; the seconds of starting it are subtracted. A stretch ends when it
 keeps ``STRETCH`` bytes, so memory does not grow with the model. Equal operations on equal shapes have the median of all
 their runs. Additions to gradients of earlier microbatches are not run: their seconds are a line over bytes.
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -29,9 +30,11 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
+from pipecompile.capture.functionalize import storage_key
+from pipecompile.capture.origin import origin_of
 from pipecompile.ops.functional import is_traceable
 from pipecompile.ops.operators import is_opaque
-from pipecompile.profile.call import Call, as_recorded, tensors_of
+from pipecompile.profile.call import Call, as_recorded, map_tensors, tensors_of
 from pipecompile.profile.meters import UNKNOWN_BACKWARD
 from pipecompile.profile.storages import nbytes
 from pipecompile.profile.used_memory import used_memory
@@ -86,19 +89,27 @@ class InTurn:
         self.waiting: list[Waiting] = []
         self.inside: set[fx.Node] = set()
         self.given: Values = {}  # from before the stretch
+        self.copies: set[int] = set()  # storages in it that are copies of what the stretch writes to
         self.held: list[Any] = []  # values of the stretch
         self.nbytes = 0
+
+    def before(self, node: fx.Node, values: Values) -> None:
+        """Keeps what a node reads, as it is before the node may write to it."""
+        for source in node.all_input_nodes:
+            if source not in self.inside:
+                self.given.setdefault(source, values[source])
+        if origin_of(node).mutates:
+            read = {storage_key(t) for source in node.all_input_nodes for t in tensors_of(values[source])}
+            self.given, copies = _copied(self.given, read)
+            self.copies |= copies
 
     def add(self, node: fx.Node, function: Any, key: Any, values: Values, nbytes: int) -> None:
         """Lets a node wait that has run once, and times those that wait if they keep enough.
 
         Args:
-            values: of the node, and of all that it reads.
+            values: has that of the node.
             nbytes: what it keeps.
         """
-        for source in node.all_input_nodes:
-            if source not in self.inside:
-                self.given[source] = values[source]
         self.waiting.append(Waiting(node, function, key))
         self.inside.add(node)
         self.held.append(values[node])
@@ -130,7 +141,7 @@ class InTurn:
         return max(0.0, 1 - self.ran / self.wall) if self.wall else 0.0
 
     def _run(self) -> None:
-        values, ran = dict(self.given), []
+        (values, _), ran = _copied(self.given, self.copies), []
         for it in self.waiting:
             with self.says_where(it.node):
                 call = Call(it.node, it.function, *self.operands(it.node, values))
@@ -138,7 +149,7 @@ class InTurn:
                 with call.entered():
                     out, seconds = self._timed(it, partial(it.function, *args, **kwargs))
                 self.forward[it.key].append(seconds)
-                values[it.node] = as_recorded(out, it.node.meta.get("val"))
+                values[it.node] = as_recorded(call.written() if call.mutates else out, it.node.meta.get("val"))
                 ran.append((it, call, tensors_of(out)))
         gradients: dict[int, Tensor] = {}
         while ran:
@@ -227,6 +238,24 @@ class InTurn:
         """An empty backward: it has the code of autograd in the caches, as in a stage, where there is one for all."""
         out, leaf, seed = self._empty
         torch.autograd.grad(out, leaf, seed, retain_graph=True)
+
+
+def _copied(values: Values, storages: Set[int | None]) -> tuple[Values, set[int]]:
+    """Values with these storages copied, each once, and the storages of the copies."""
+    made: dict[int, torch.UntypedStorage] = {}
+
+    def copy(tensor: Tensor) -> Tensor:
+        key = storage_key(tensor)
+        if key is None or key not in storages:
+            return tensor
+        if key not in made:
+            made[key] = tensor.untyped_storage().clone()
+        view = tensor.storage_offset(), tensor.size(), tensor.stride()
+        same = torch.empty(0, dtype=tensor.dtype).set_(made[key], *view)
+        return same.requires_grad_(tensor.requires_grad)
+
+    found = {node: map_tensors(copy, value) for node, value in values.items()} if storages else dict(values)
+    return found, {int(storage._cdata) for storage in made.values()}
 
 
 def clock_of(function: Any) -> Clock:

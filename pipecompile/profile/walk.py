@@ -151,6 +151,9 @@ class Walk:
                 return
             function = STAND_INS.get(function, function)  # type: ignore[arg-type]
         run = Call(node, function, args, kwargs)
+        turns = self.turns
+        if turns is not None:
+            turns.before(node, self.values)
         try:
             value, saved = run.value()
             self.values[node] = as_recorded(value, node.meta.get("val"))
@@ -160,7 +163,6 @@ class Walk:
             self._count_leaf(node, None, (args, kwargs))
             return
         key = (node.target, origin_of(node).region, described(args), described(kwargs))
-        turns = self.turns
         if key not in self.known:
             if isinstance(self.meter, Counter):
                 self.known[key] = self._counted(self.meter, key, run)

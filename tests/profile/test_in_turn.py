@@ -152,6 +152,62 @@ def test_all_nodes_have_seconds_whatever_a_stretch_keeps(monkeypatch: pytest.Mon
     assert all(p.grad is None for p in model.parameters())
 
 
+class Counted(nn.Module):
+    """Writes to a buffer of the model, and to a part of a value, which later operations read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.linear = nn.Embedding(3, 4), nn.Linear(4, 4)
+        self.register_buffer("cache", torch.full((2, 4), -1.0))
+        self.register_buffer("step", torch.zeros(1, dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x) * 2
+        self.cache.index_fill_(0, self.step, 7.0)
+        self.step += 1
+        self.cache.index_fill_(0, self.step, 8.0)
+        self.step += 1
+        first = y[:, :2]
+        first.zero_()
+        read = Reading.apply(y)
+        cached = Reading.apply(self.cache + 0 * self.rows.weight[:2])
+        return (read + Reading.apply(self.rows(self.step)) + cached.sum()).sum()
+
+
+class Reading(torch.autograd.Function):
+    """What it reads, unchanged, which is noted in the backward."""
+
+    seen: ClassVar[list[Tensor]] = []
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        Reading.seen += ctx.saved_tensors
+        return gradient
+
+
+@pytest.mark.parametrize("stretch", [1, 1 << 30])
+def test_every_run_reads_what_was_written_in_place_before(monkeypatch: pytest.MonkeyPatch, stretch: int) -> None:
+    monkeypatch.setattr(in_turn, "STRETCH", stretch)
+    torch.manual_seed(0)
+    model, x = Counted(), torch.randn(3, 4)
+    y = model.linear(x).detach() * 2
+    y[:, :2] = 0
+    expected = [y, model.rows.weight[2:].detach(), torch.tensor([[7.0] * 4, [8.0] * 4])]
+    captured = capture(model, read_call(model.forward, (x,), {}))
+    Reading.seen = []
+    monkeypatch.setattr("pipecompile.profile.call.Call.allocated", lambda self: (0, 0))
+    profile(captured, summarize(captured), "measure", CPU, threads=1, seconds=60.0)  # enough for all runs
+    assert len(Reading.seen) == 3 * in_turn.RUNS
+    for seen in Reading.seen:
+        assert any(seen.shape == each.shape and torch.equal(seen, each) for each in expected), seen
+    assert int(model.step) == 0
+
+
 def test_a_thread_that_waits_for_a_processor_is_told_where_the_wall_clock_is_read(
     hand: Hand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
