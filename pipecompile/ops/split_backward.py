@@ -39,17 +39,42 @@ _here = threading.local()
 
 
 @dataclass(frozen=True, slots=True)
+class Lent:
+    """A tensor that others hold too, and must not write into."""
+
+    tensor: Tensor
+    version: int
+
+    @staticmethod
+    def now(tensor: Tensor) -> Lent:
+        return Lent(tensor, tensor._version)
+
+    def read(self) -> Tensor:
+        """The tensor.
+
+        Raises:
+            RuntimeError: it was written.
+        """
+        if self.tensor._version != self.version:
+            raise RuntimeError(
+                f"a tensor of shape {list(self.tensor.shape)} was modified by an inplace operation, but gradients of "
+                f"weights need it as it was; clone it first, or use a schedule with whole backwards, such as '1f1b'"
+            )
+        return self.tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Left:
     """The gradients of the weights of one call, which its backward has left."""
 
     of_weights: OfWeights
-    x: Tensor
+    x: Lent
     weights: Sequence[Tensor]
-    gradient: Tensor  # of the call's output
+    gradient: Lent  # of the call's output
 
     def compute(self) -> None:
         """Adds them to ``grad`` of the weights, in place."""
-        parts = self.of_weights(self.gradient, self.x, *self.weights)
+        parts = self.of_weights(self.gradient.read(), self.x.read(), *self.weights)
         for weight, accumulate in zip(self.weights, parts, strict=True):
             if weight.requires_grad:
                 weight.grad = accumulate(weight.grad)
@@ -99,7 +124,8 @@ def _split(run: Callable[..., Tensor], of_weights: OfWeights, x: Tensor, *weight
     """``run(x, *weights)``, whose backward leaves the gradients of the weights.
 
     ``run`` sees the weights as constants, so that torch's own backward computes the gradient of ``x`` alone. A hook on
-    the output keeps its gradient.
+    the function that makes the output keeps the gradient that it starts from: after hooks on the output, and whatever
+    is written into the output later. An output that is a view of all that was computed has the hook on the latter.
     """
     present = [weight for weight in weights if weight is not None]
     here = _found(x)
@@ -109,37 +135,32 @@ def _split(run: Callable[..., Tensor], of_weights: OfWeights, x: Tensor, *weight
         out: Tensor = _OfWeightsAlone.apply(run, of_weights, here.queue, x, *present)  # type: ignore[no-untyped-call]
         return out
     out = run(x, *[weight.detach() for weight in present])
+    whole = out if out._base is None else out._base
+    assert whole.grad_fn is not None, "it is computed from x, which requires a gradient"
     kept = x.detach()
-    hook: Callable[[Tensor | None], None] = partial(_leave, of_weights, here.queue, present, kept, kept._version)
-    if here.hooks is not None:
+    if here.hooks is None:
+        lent = partial(Lent, kept, kept._version)
+    else:
         pack, unpack = here.hooks
-        hook = partial(_leave_packed, of_weights, here.queue, present, pack(kept), unpack)
-    out.register_hook(hook)  # type: ignore[no-untyped-call]
+        lent = partial(_unpacked, pack(kept), unpack)
+    whole.grad_fn.register_prehook(partial(_leave, here.queue, of_weights, lent, present))
     return out
 
 
+def _unpacked(packed: Any, unpack: Callable[[Any], Tensor]) -> Lent:
+    return Lent.now(unpack(packed))
+
+
 def _leave(
-    of_weights: OfWeights, queue: Queue, weights: Sequence[Tensor], x: Tensor, version: int, gradient: Tensor | None
-) -> None:
-    if x._version != version:
-        raise RuntimeError(
-            f"a tensor of shape {list(x.shape)} was modified by an inplace operation, but gradients of weights need it "
-            f"as it was; clone it first"
-        )
-    if gradient is not None:
-        queue.waiting.append(Left(of_weights, x, weights, gradient))
-
-
-def _leave_packed(
-    of_weights: OfWeights,
     queue: Queue,
+    of_weights: OfWeights,
+    lent: Callable[[], Lent],
     weights: Sequence[Tensor],
-    x: Any,
-    unpack: Callable[[Any], Tensor],
-    gradient: Tensor | None,
+    gradients: Sequence[Tensor | None],
 ) -> None:
+    (gradient,) = gradients
     if gradient is not None:
-        queue.waiting.append(Left(of_weights, unpack(x), weights, gradient))
+        queue.waiting.append(Left(of_weights, lent(), weights, Lent.now(gradient)))
 
 
 class _OfWeightsAlone(torch.autograd.Function):
@@ -150,13 +171,15 @@ class _OfWeightsAlone(torch.autograd.Function):
         ctx.of_weights, ctx.queue, ctx.weights = of_weights, queue, weights
         ctx.save_for_backward(x)
         out: Tensor = run(x, *weights)
+        if out._is_view():  # which could not be written into; nothing else has what it is a view of
+            out = torch.ops.aten._unsafe_view(out, out.shape)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         (x,) = ctx.saved_tensors
-        ctx.queue.waiting.append(Left(ctx.of_weights, x, ctx.weights, gradient))
+        ctx.queue.waiting.append(Left(ctx.of_weights, Lent.now(x), ctx.weights, Lent.now(gradient)))
         return (None,) * (4 + len(ctx.weights))
 
 

@@ -133,7 +133,7 @@ class Kept:
 
     def _pack(self, tensor: Tensor) -> Any:
         tensor = tensor.detach()  # a result would hold the function that saves it
-        if not _is_plain(tensor):
+        if not is_plain(tensor):
             return tensor
         packed = Packed(tensor)
         self.packed.append(ref(packed))
@@ -174,7 +174,7 @@ class Kept:
 
 def address_of(tensor: Tensor) -> int:
     """Of a tensor's storage; 0 if it has none of its own."""
-    return tensor.untyped_storage().data_ptr() if _is_plain(tensor) else 0
+    return tensor.untyped_storage().data_ptr() if is_plain(tensor) else 0
 
 
 def hooks_refused(error: BaseException) -> ExecutionError | None:
@@ -192,7 +192,7 @@ def _unpack(packed: Any) -> Tensor:
     return found
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def is_plain(tensor: Tensor) -> bool:
     """Whether a tensor is a view of a storage and nothing else: no classes of its own, sparse rows, conjugates."""
     kinds = (Tensor, torch.nn.Parameter)
     return (
@@ -202,11 +202,16 @@ def _is_plain(tensor: Tensor) -> bool:
     )
 
 
+def holders(tensor: Tensor) -> int:
+    """How many tensors share a plain tensor's storage, itself included."""
+    storage = tensor.untyped_storage()
+    return int(_storage_Use_Count(storage._cdata)) - 1  # this name
+
+
 def _has_others(group: Sequence[Packed]) -> bool:
     """Whether the storage of some packed tensors is held by anything else."""
     assert group[0].tensor is not None
-    storage = group[0].tensor.untyped_storage()
-    return int(_storage_Use_Count(storage._cdata)) > len(group) + 1  # and this name
+    return holders(group[0].tensor) > len(group)
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:

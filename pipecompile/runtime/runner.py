@@ -22,7 +22,7 @@ from pipecompile.runtime.anomalies import looks_for_nan, watch_backward, watched
 from pipecompile.runtime.lane import Lane, Sent, Value, Values
 from pipecompile.runtime.lift import lift, only_sized, read_only
 from pipecompile.runtime.observers import hooks_on_saved
-from pipecompile.runtime.offload import Kept, Leaving, address_of, hooks_refused
+from pipecompile.runtime.offload import Kept, Leaving, address_of, holders, hooks_refused, is_plain
 from pipecompile.runtime.out_of_memory import OutOfMemoryError
 from pipecompile.runtime.split import Stage
 from pipecompile.runtime.weights import Version, Weights
@@ -152,7 +152,9 @@ class Runner:
         saved = microbatch.saved.pop(self.stage.index)
         if (kept := microbatch.kept.pop(self.stage.index, None)) is not None:
             self.lane.wait(kept.ready)
-        self.weights.check(microbatch.versions[self.stage.index])
+        version = microbatch.versions[self.stage.index]
+        self.weights.check(version)
+        without = [leaf for leaf in version.leaves.values() if leaf.grad is None]
         returned = saved.returned
         gradients: dict[int, Tensor] = {}  # by place
         for name, seed in microbatch.seeds.items():
@@ -169,7 +171,8 @@ class Runner:
             returned[self.outputs[name]].retain_grad()
         if roots:
             self._differentiate([returned[place] for place in roots], [gradients[place] for place in roots])
-        self.weights.touch(microbatch.versions[self.stage.index])
+        self.weights.touch(version)
+        _separate(without)
         for name in retained:
             total = returned[self.outputs[name]].grad
             if total is not None and name in microbatch.seeds:
@@ -278,6 +281,18 @@ def _without_autocast(device_type: str) -> AbstractContextManager[None]:
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
+
+
+def _separate(leaves: Sequence[Tensor]) -> None:
+    """Gives gradients that autograd has just put into leaves memory of their own. Later backwards add to it in place.
+
+    Until then others may read what shares it: another stage its gradient, and a queue one that gradients of weights
+    are computed from.
+    """
+    for leaf in leaves:
+        gradient = leaf.grad
+        if gradient is not None and is_plain(gradient) and holders(gradient) > 1:
+            leaf.grad = gradient.clone()
 
 
 def _leaf(value: Value) -> Value:

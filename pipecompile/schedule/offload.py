@@ -34,7 +34,8 @@ def with_offloads(program: Program) -> Program:
     if not stages or any(isinstance(i, Offload | Fetch) for i in program.instructions):
         return program
     carried = {Offload(i.stage, i.microbatch) for i in program.carried if isinstance(i, Forward) and i.stage in stages}
-    rows = tuple(_row(row, stages, _in_bubbles(program)) for row in program.ranks)
+    in_bubbles = _in_bubbles(program)
+    rows = tuple(_row(row, stages, in_bubbles) for row in program.ranks)
     found = replace(program, ranks=rows, carried=program.carried | carried)
     found.validate()
     return found

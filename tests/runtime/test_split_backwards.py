@@ -138,6 +138,16 @@ def linear(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     return split_backward.linear(x, layer.weight, layer.bias)
 
 
+def scaled_in_part(tensor: torch.Tensor) -> torch.Tensor:
+    tensor[:, 1].mul_(3)
+    return tensor
+
+
+def hooked(tensor: torch.Tensor) -> torch.Tensor:
+    tensor.register_hook(lambda gradient: gradient * 2)  # type: ignore[no-untyped-call]
+    return tensor
+
+
 class WithoutGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
@@ -153,6 +163,13 @@ USES: dict[str, Used] = {
     "its output is used twice": lambda layer, x: (linear(layer, x) * linear(layer, x.sin()).exp()).sum(),
     "its output gets no gradient": lambda layer, x: (WithoutGradient.apply(linear(layer, x)) + x.sum()).sum(),
     "its gradient has one element in memory": lambda layer, x: linear(layer, x).sum(),
+    "its rows in two dimensions are changed in place": lambda layer, x: linear(layer, (x * 2)[None]).relu_().sum(),
+    "some of its rows are changed in place": lambda layer, x: scaled_in_part(linear(layer, (x * 2)[None])).sum(),
+    "its rows without a gradient are changed in place": lambda layer, x: (
+        linear(layer, x.detach()[None]).relu_().sum() + x.sum()
+    ),
+    "a hook changes its gradient": lambda layer, x: hooked(linear(layer, x)).sum(),
+    "a hook changes the gradient of its rows": lambda layer, x: hooked(linear(layer, x[None])).sum(),
     "its input is added to its output": lambda layer, x: (linear(layer, x)[:, :3] + x).square().sum(),
 }
 
@@ -175,6 +192,45 @@ def test_an_input_that_is_changed_in_place_is_an_error_as_in_torch() -> None:
     for splits in (True, False):
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             gradients_of(use, splits)
+
+
+@pytest.mark.parametrize("written", ["input", "gradient"])
+@pytest.mark.parametrize("has_gradient", [True, False])
+def test_what_waits_and_is_changed_in_place_is_an_error(written: str, has_gradient: bool) -> None:
+    layer, x = nn.Linear(3, 4), torch.ones(5, 3)
+    queue, ones = split_backward.Queue(), torch.ones(5, 4)
+    with split_backward.queued(queue):
+        linear(layer, x.requires_grad_(has_gradient)).backward(ones)
+    {"input": x.detach(), "gradient": ones}[written].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation, but gradients of weights need it"):
+        queue.empty()
+
+
+class Rows(nn.Module):
+    """Rows of several tokens, activations in place, and parameters that autograd gives a gradient that others have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.middle, self.leave = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.places, self.of_places = nn.Parameter(torch.randn(5, 8)), nn.Linear(8, 8)
+        self.shift, self.late = nn.Parameter(torch.randn(1, 5, 8)), nn.Parameter(torch.randn(1, 5, 8))
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        places = self.shift.view(5, 8) + self.of_places(self.places)
+        x = self.relu(self.middle(self.relu(self.enter(x)))) + places
+        return F.mse_loss(self.leave(torch.tanh(x) + (self.late.view(5, 8) + self.of_places(self.places))), y)
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", *SCHEDULES, "zb-v"])
+def test_memory_that_gradients_share_is_not_added_to(schedule: str) -> None:
+    torch.manual_seed(0)
+    model = Rows().double()
+    x, y = torch.randn(2, 6, 5, 8, dtype=torch.float64)
+    pipe = pipe_of(model, 2, schedule=schedule, microbatches=3)
+    for _ in range(2):
+        found, expected = (step(each, model, lambda loss: loss, ((x, y), {})) for each in (pipe, model))
+        assert_same(found, expected)
 
 
 def test_hooks_on_saved_tensors_pack_what_waits() -> None:
