@@ -141,7 +141,7 @@ def compile(
     )
     options.check(model, len(present), processes=0 if grid is None else grid.parts)
     check_backend(stage_compile, present)
-    processes = None if grid is None else Processes(grid, spreads_all=outputs == "all")
+    processes = None if grid is None else Processes(grid)
     values = absent(model, from_checkpoint, _alone if processes is None else processes.all.gathered)
     pipeline = Pipeline(model, present, options, processes, values)
     if example_inputs is not None:

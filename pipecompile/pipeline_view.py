@@ -151,7 +151,8 @@ class PipelineView:
         if program is not None and program.plan is compiled.plan:
             return program, self._session.timeline
         bare = self.options.policy.program
-        return compiled.program(lambda plan: bare(plan, self.microbatches), ("train", self.microbatches)), None
+        count, shares = self.microbatches, self._session.peers.are_several
+        return compiled.program(lambda plan: bare(plan, count), ("train", count, shares), shares), None
 
     @property
     def memory(self) -> Memory:

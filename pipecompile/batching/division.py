@@ -84,6 +84,14 @@ class Division:
     one_part: bool = False  # it holds for batches of one microbatch only
     is_divided: bool = True  # microbatches are parts of a batch, not independent batches
 
+    @property
+    def wanted(self) -> frozenset[str]:
+        """The outputs of the body that all processes need: scalars, what forward stores, and what the tail reads."""
+        left = set(map(id, self.captured.left))
+        needed = (output for output in self.captured.results if output.is_scalar or id(output) in left)
+        places = (self.places[str(output.node)] for output in needed)
+        return frozenset((*places, *(self.tail.joined.values() if self.tail else ())))
+
     def at_rows(self, rows: int) -> Division:
         """The same with another number of rows as the sample of a microbatch."""
         return self._mapped(lambda it: replace(it, microbatch=rows) if it.microbatch == self.body.microbatch else it)

@@ -12,12 +12,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from pipecompile.batching import Division, Rows, defer_running, divide, twins_differ, undivided
+from pipecompile.batching import Batched, Division, Kind, Rows, defer_running, divide, twins_differ, undivided
 from pipecompile.capture import Call, Captured, capture, summarize
 from pipecompile.capture.ancestors import ancestors
 from pipecompile.capture.batch_dims import rows_elsewhere
@@ -36,7 +36,7 @@ from pipecompile.compiler.plan_call import Planner, are_measured, is_real
 from pipecompile.compiler.recall import keep
 from pipecompile.compiler.rehearse import Rehearsal, rehearsed
 from pipecompile.errors import CaptureError, InputError, PlanError
-from pipecompile.ir.graph import CostedGraph, Graph
+from pipecompile.ir.graph import CostedGraph, Given, Graph
 from pipecompile.ir.plan import Plan
 from pipecompile.ops.away import is_away
 from pipecompile.ops.phases import phase
@@ -86,6 +86,7 @@ def compile_call(
         division = _divided(trace, rows, options) if whole else _independent(trace, rows, options)
     graph = summarize(division.body)
     if peers.are_several:
+        graph = replace(graph, given=_given(division, graph, options.outputs == "all"))
         peers.same("the graph of the model", graph.to_json() + trace_hash(division.whole))
     if first is not None:
         carried = carry_over(first.plan, first.graph, graph, ties=not peers.are_several)
@@ -144,6 +145,22 @@ def following(
         return None
     apart = compiled.apart
     return _cut(compiled.division, compiled.graph, first.planned, devices, options, carried, apart=apart)
+
+
+def _given(division: Division, graph: Graph, everything: bool) -> tuple[Given, ...]:
+    """What the stages give to the processes.
+
+    Args:
+        everything: whether all processes get the values of all outputs.
+    """
+    places = {node.name: place for place, node in enumerate(graph.nodes)}
+
+    def how(name: str, kind: Kind) -> Literal["joined", "once", "shape"]:
+        if not everything and name not in division.wanted:
+            return "shape"
+        return "joined" if isinstance(kind, Batched) else "once"
+
+    return tuple(Given(name, places.get(name), how(name, kind)) for name, kind in division.joins.items())
 
 
 def _refuse_writes_between_versions(captured: Captured, options: Options) -> None:

@@ -25,7 +25,7 @@ import torch
 from pipecompile.capture import Captured
 from pipecompile.capture.origin import origin_of
 from pipecompile.ir.cluster import Cluster
-from pipecompile.ir.graph import Graph
+from pipecompile.ir.graph import Given, Graph
 from pipecompile.ir.plan_options import PlanOptions
 from pipecompile.ops.accelerators import is_accelerator
 from pipecompile.ops.device_args import threads_each
@@ -77,7 +77,14 @@ def links_key(devices: Sequence[torch.device]) -> str:
     return f"links-{_hashed([platform.node(), kinds, *_torch()])}"
 
 
-def plan_key(costs: str, cluster: Cluster, work: Workload, options: PlanOptions, backend: str) -> str:
+def plan_key(
+    costs: str,
+    cluster: Cluster,
+    work: Workload,
+    options: PlanOptions,
+    backend: str,
+    given: Sequence[Given] = (),
+) -> str:
     """The key of a plan; empty if it depends on a function of the user's.
 
     Args:
@@ -86,6 +93,7 @@ def plan_key(costs: str, cluster: Cluster, work: Workload, options: PlanOptions,
         work: the workload.
         options: the constraints on the plan, and its objective.
         backend: what compiles the stages, if anything does.
+        given: what processes give each other, if they are several.
     """
     if callable(options.objective):
         return ""
@@ -102,7 +110,8 @@ def plan_key(costs: str, cluster: Cluster, work: Workload, options: PlanOptions,
         work.asynchronous,
     )
     training = (*how, state)  # of a schedule: its functions by name
-    return f"plan-{_hashed([costs, cluster.devices, training, sorted(asdict(options).items()), backend])}"
+    asked = [training, sorted(asdict(options).items()), backend, *given]
+    return f"plan-{_hashed([costs, cluster.devices, *asked])}"
 
 
 @cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from pipecompile.ir.instruction import Backward, BackwardWeight, Fetch, Forward, Offload, Recv, Send
+from pipecompile.ir.instruction import Backward, BackwardWeight, Fetch, Forward, Offload, Recv, Send, Share
 from pipecompile.ir.timeline import Timeline
 
 
@@ -56,6 +56,6 @@ def _kind(i: object) -> str:
             return "forward"
         case Backward() | BackwardWeight():
             return "backward"
-        case Send() | Recv() | Offload() | Fetch():
+        case Send() | Recv() | Offload() | Fetch() | Share():
             return ""
     return "other"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from itertools import takewhile
@@ -20,7 +20,7 @@ from torch import Tensor
 from pipecompile.distributed.background import Background
 from pipecompile.distributed.control import Control, store_of_the_group
 from pipecompile.distributed.crossing import staying
-from pipecompile.distributed.exchange import exchange, spread
+from pipecompile.distributed.exchange import exchange
 from pipecompile.distributed.grid import Grid
 from pipecompile.distributed.lines import Lines
 from pipecompile.distributed.measure import measure, with_measured_processes
@@ -31,6 +31,7 @@ from pipecompile.distributed.watch import Cause, Pace
 from pipecompile.distributed.worker import Worker
 from pipecompile.errors import ExecutionError, InputError, RankError
 from pipecompile.ir.cluster import Cluster
+from pipecompile.ir.plan import Plan
 from pipecompile.ops.freed_memory import give_back_much, keep_little
 from pipecompile.runtime.lane import Lane
 from pipecompile.runtime.transport import Aborted
@@ -45,7 +46,6 @@ class Processes:
     Args:
         grid: of all of them.
         pace: how soon failures are noticed.
-        spreads_all: whether every process gets all outputs of its part, not only those that it needs.
 
     Attributes:
         part, rank: of this process.
@@ -58,12 +58,11 @@ class Processes:
 
     are_several = True
 
-    def __init__(self, grid: Grid, pace: Pace | None = None, spreads_all: bool = False) -> None:
+    def __init__(self, grid: Grid, pace: Pace | None = None) -> None:
         keep_little()
         self.grid = grid
         self.part, self.rank = grid.find(dist.get_rank())
         self.pace = pace or Pace()
-        self.spreads_all = spreads_all
         self.place = grid.place(self.part, self.rank)
         self.control = Control(self.place, len(grid.all), store_of_the_group(), self.pace)
         self.worker = Worker(self.control)
@@ -82,8 +81,8 @@ class Processes:
     def ranks(self, count: int) -> Sequence[int]:
         return [self.rank]
 
-    def transport(self, lanes: Mapping[int, Lane], rank_of: Sequence[int]) -> RemoteTransport:
-        return RemoteTransport(self.lines, lanes, rank_of)
+    def transport(self, lanes: Mapping[int, Lane], plan: Plan) -> RemoteTransport:
+        return RemoteTransport(self.lines, lanes, plan)
 
     def shared(self, make: Callable[[], T]) -> T:
         self.agree("a value that rank 0 computes for all")
@@ -166,12 +165,6 @@ class Processes:
                         f"{name} of rank {rank} differs from that of rank 0, but every process must build the same "
                         f"model; set the same seed before it is built, or load the same weights"
                     )
-
-    def spread(
-        self, made: Mapping[str, Tensor], makers: Mapping[str, int], wanted: Container[str]
-    ) -> Mapping[str, Tensor]:
-        with self._failing():
-            return spread(self.lines, self.rank, made, makers, "all" if self.spreads_all else wanted)
 
     def ended(self) -> None:
         give_back_much()

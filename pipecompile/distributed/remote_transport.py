@@ -6,7 +6,7 @@ the memory of the host.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from torch import Tensor
 from pipecompile.distributed.lines import Lines
 from pipecompile.errors import ExecutionError
 from pipecompile.ir.instruction import Recv, Result, Send
+from pipecompile.ir.plan import Plan
+from pipecompile.ir.program import rank_of, target_of
 from pipecompile.runtime.lane import Lane, Sent, Value, Values
 from pipecompile.runtime.runner import Microbatch
 
@@ -24,13 +26,13 @@ class RemoteTransport:
     Args:
         lines: to the other ranks.
         lanes: by rank, that of this process.
-        rank_of: the rank of each stage.
+        plan: the ranks of the stages.
     """
 
-    def __init__(self, lines: Lines, lanes: Mapping[int, Lane], rank_of: Sequence[int]) -> None:
+    def __init__(self, lines: Lines, lanes: Mapping[int, Lane], plan: Plan) -> None:
         self.lines = lines
         self.lanes = lanes
-        self.rank_of = rank_of
+        self.plan = plan
         self.shapes: dict[int, Hashable] = {}  # of the inputs, by microbatch of the present program
 
     def begin(self, microbatches: Mapping[int, Microbatch]) -> None:
@@ -38,7 +40,7 @@ class RemoteTransport:
         self.shapes = {n: tuple(t.shape for t in m.inputs.values()) for n, m in microbatches.items()}
 
     def send(self, send: Send, values: Values) -> Sent:
-        lane, peer = self.lanes[self.rank_of[send.stage]], self.rank_of[send.target]
+        lane, peer = self.lanes[rank_of(send, self.plan)], target_of(send, self.plan)
         for value in values:
             _check(value, send)
         began = lane.mark()
@@ -46,7 +48,7 @@ class RemoteTransport:
         return Sent(values, None, began, lane.mark())
 
     def recv(self, recv: Recv) -> Callable[[], Values]:
-        lane, peer = self.lanes[self.rank_of[recv.target]], self.rank_of[recv.result.stage]
+        lane, peer = self.lanes[target_of(recv, self.plan)], rank_of(recv.result, self.plan)
         get = self.lines.get(peer, self._kind(recv.result, recv.target))
         return lambda: tuple(None if value is None else _on(value, lane.device) for value in get())
 
@@ -70,6 +72,6 @@ def _check(value: Value, send: Send) -> None:
 
 
 def _on(value: Tensor, device: torch.device) -> Tensor:
-    if value.device == device:
+    if value.device == device or value.is_meta:  # an output that is only described
         return value
     return value.detach().to(device).requires_grad_(value.requires_grad)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from math import inf, prod
+from typing import Literal
 
 from pipecompile.ir.json_io import Json
 
@@ -67,6 +68,22 @@ class Node:
         return sum(spec.nbytes for spec in self.outputs)
 
 
+@dataclass(frozen=True, slots=True)
+class Given:
+    """An output of the stages, which processes give each other if they are several.
+
+    Attributes:
+        name: of the output.
+        node: that makes it; None for a parameter or a buffer, which the last stage returns.
+        how: what all processes get: its values, joined from those of all microbatches, or of the size of one
+            microbatch's (a sum); or its shape alone.
+    """
+
+    name: str
+    node: int | None
+    how: Literal["joined", "once", "shape"]
+
+
 @dataclass(frozen=True)
 class Graph(Json):
     """The nodes of a model in topological order.
@@ -83,6 +100,7 @@ class Graph(Json):
         outputs: the nodes that the model returns.
         parameters: what nodes read, each tied parameter once.
         together: groups of nodes that must share a stage (a tuple and its items, a buffer and its writers).
+        given: the outputs of the stages, if these are in several processes.
 
     Invariants, checked by ``validate``:
 
@@ -97,6 +115,7 @@ class Graph(Json):
     outputs: tuple[int, ...] = ()
     parameters: tuple[Parameter, ...] = ()
     together: tuple[tuple[int, ...], ...] = ()
+    given: tuple[Given, ...] = ()
 
     def __post_init__(self) -> None:
         self.validate()

@@ -9,8 +9,11 @@
                                            to microbatch 7; it makes them now, unless an Update has made them before
     Update(stage, microbatch)      2U7     the optimizer makes these weights, which no Forward uses before the Step
     Refresh(stage, microbatch)     2P0     sends or takes the values of tied parameters, before microbatch 0
+    Share(stage, microbatch, ...)  2A7@0/4 brings the outputs up to microbatch 7 that the rank of the stage makes to
+                                           rank 0, one of 4 in as many processes; at the stage's own rank, joins them
     Send(result, target)           0F3>2   sends the result of a computation to a stage on another rank
     Recv(result, target)           2<0F3   the matching receive, with the same fields
+                                           (of a Share: to a rank, which may have no stage)
     Offload(stage, microbatch)     2H0     begins to copy to the host what the Forward has saved for the Backward, while
                                            the rank runs its next Forward, Backward or BackwardWeight; what comes after
                                            that one, a Fetch too, waits for the copy, and the device's memory is free
@@ -91,6 +94,17 @@ class Refresh:
 
 
 @dataclass(frozen=True, slots=True)
+class Share:
+    stage: int  # the last one of its rank that makes outputs
+    microbatch: int
+    rank: int
+    ranks: int  # in all
+
+    def __str__(self) -> str:
+        return f"{self.stage}A{self.microbatch}@{self.rank}/{self.ranks}"
+
+
+@dataclass(frozen=True, slots=True)
 class Offload:
     stage: int
     microbatch: int
@@ -108,13 +122,13 @@ class Fetch:
         return f"{self.stage}G{self.microbatch}"
 
 
-Result = Forward | Backward | Reduce | Refresh  # what other stages can read
+Result = Forward | Backward | Reduce | Refresh | Share  # what other stages can read
 
 
 @dataclass(frozen=True, slots=True)
 class Send:
     result: Result
-    target: int  # stage
+    target: int  # stage; of a Share, rank
 
     @property
     def stage(self) -> int:
@@ -127,21 +141,22 @@ class Send:
 @dataclass(frozen=True, slots=True)
 class Recv:
     result: Result
-    target: int  # stage
+    target: int  # stage; of a Share, rank
 
     @property
     def stage(self) -> int:
-        return self.target
+        return self.result.stage if isinstance(self.result, Share) else self.target
 
     def __str__(self) -> str:
         return f"{self.target}<{self.result}"
 
 
-Compute = Forward | Backward | BackwardWeight | Reduce | Step | Update | Refresh
+OfStage = Forward | Backward | BackwardWeight | Reduce | Step | Update | Refresh  # run by the stage
+Compute = OfStage | Share
 Copy = Offload | Fetch
 Instruction = Compute | Send | Recv | Copy
 
-_KINDS: dict[str, type[Compute | Copy]] = {
+_KINDS: dict[str, type[OfStage | Copy]] = {
     "F": Forward,
     "B": Backward,
     "W": BackwardWeight,
@@ -153,7 +168,8 @@ _KINDS: dict[str, type[Compute | Copy]] = {
     "G": Fetch,
 }
 _TEXT = re.compile(
-    r"(?:(?P<receiver>\d+)<)?(?P<stage>\d+)(?P<kind>[FBWRSUPHG])(?P<microbatch>\d+)(?:>(?P<target>\d+))?"
+    r"(?:(?P<receiver>\d+)<)?(?P<stage>\d+)(?:(?P<kind>[FBWRSUPHG])(?P<microbatch>\d+)"
+    r"|A(?P<shared>\d+)@(?P<rank>\d+)/(?P<ranks>\d+))(?:>(?P<target>\d+))?"
 )
 
 
@@ -166,7 +182,11 @@ def parse(text: str) -> Instruction:
     match = _TEXT.fullmatch(text)
     if match is None or (match["receiver"] and match["target"]):
         raise ProgramError(f"{text!r} is not an instruction; write one such as 2F0, 2B0, 2W0, 2R0, 2S0, 0F3>2 or 2<0F3")
-    compute = _KINDS[match["kind"]](int(match["stage"]), int(match["microbatch"]))
+    compute: Compute | Copy
+    if match["kind"] is None:
+        compute = Share(*(int(match[field]) for field in ("stage", "shared", "rank", "ranks")))
+    else:
+        compute = _KINDS[match["kind"]](int(match["stage"]), int(match["microbatch"]))
     if not (match["receiver"] or match["target"]):
         return compute
     if isinstance(compute, Step | Update | BackwardWeight | Offload | Fetch):

@@ -51,6 +51,20 @@ class Tied:
         return self.stages[1:]
 
 
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What the outputs that a stage makes have for all processes, if they are several.
+
+    Attributes:
+        nbytes: for each microbatch.
+        once: for the batch.
+    """
+
+    stage: int
+    nbytes: int = 0
+    once: int = 0
+
+
 @dataclass(frozen=True)
 class Plan(Json):
     """The stage of each node, the rank of each stage, and the channels between stages.
@@ -72,6 +86,7 @@ class Plan(Json):
         replica_of: for each stage, the stage whose nodes it runs; without replicas, itself.
         offloaded: the stages whose activations are in the host's memory between the passes, where the order of a
             schedule leaves time for it, ascending; none of them recomputes.
+        made: the stages that make outputs, if stages are in several processes, which all get these outputs.
         times: that the plan was made for, if its schedule adapts to them; equal plans may have others.
 
     Source: PipeDream (Narayanan et al., SOSP 2019), sections 3.1 and 3.2.
@@ -92,6 +107,7 @@ class Plan(Json):
     recomputed: tuple[int, ...] = ()  # stages that recompute activations in the backward, ascending
     replica_of: tuple[int, ...] = ()  # stage -> the stage whose nodes it runs; empty: itself for every stage
     offloaded: tuple[int, ...] = ()  # stages whose activations go to the host between the passes, ascending
+    made: tuple[Made, ...] = ()  # by stages that make outputs, if these are in several processes, ascending
     times: Times | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
@@ -134,7 +150,8 @@ class Plan(Json):
         run_by = _replicas(replica_of or range(num_stages))
         _refuse_writers(graph, stages, run_by)
         channels = _with_replicas(_channels(graph, stages), run_by)
-        return Plan(stages, ranks, channels, _tied(graph, stages, run_by), replica_of=tuple(replica_of))
+        tied, made = _tied(graph, stages, run_by), _made(graph, stages, run_by)
+        return Plan(stages, ranks, channels, tied, replica_of=tuple(replica_of), made=made)
 
     @staticmethod
     def chain(
@@ -200,6 +217,10 @@ class Plan(Json):
             tuple(sorted((c for c in self.channels if c.source == s), key=lambda c: c.target))
             for s in range(self.num_stages)
         )
+
+    def shared_bytes(self, rank: int, microbatches: int) -> int:
+        """The bytes of the outputs that a rank makes from so many microbatches, for all processes."""
+        return sum(it.nbytes * microbatches + it.once for it in self.made if self.rank_of[it.stage] == rank)
 
     @cached_property
     def replicas(self) -> tuple[tuple[int, ...], ...]:
@@ -410,6 +431,18 @@ def _tied(graph: Graph, stage_of: Sequence[int | None], run_by: Sequence[Sequenc
             stages.setdefault(name, set()).update(run_by[stage])
     nbytes = {p.name: p.spec.nbytes * p.spec.requires_grad for p in graph.parameters}
     return tuple(Tied(name, tuple(sorted(s)), nbytes[name]) for name, s in stages.items() if len(s) > 1)
+
+
+def _made(graph: Graph, stage_of: Sequence[int | None], run_by: Sequence[Sequence[int]]) -> tuple[Made, ...]:
+    nbytes: dict[int, list[int]] = {}
+    for given in graph.given:
+        own = None if given.node is None else stage_of[given.node]
+        size = 0 if given.node is None else graph.nodes[given.node].nbytes
+        for stage in run_by[-1 if own is None else own]:  # a rematerialized output is made by the last stage
+            found = nbytes.setdefault(stage, [0, 0])
+            found[0] += size * (given.how == "joined")
+            found[1] += size * (given.how == "once")
+    return tuple(Made(stage, *sizes) for stage, sizes in sorted(nbytes.items()))
 
 
 def _refuse_writers(graph: Graph, stage_of: Sequence[int | None], run_by: Sequence[Sequence[int]]) -> None:

@@ -29,12 +29,14 @@ from pipecompile.ir.instruction import (
     Refresh,
     Result,
     Send,
+    Share,
     Step,
     Update,
     parse,
 )
 from pipecompile.ir.plan import Plan
-from pipecompile.ir.row_checks import check_complete, check_offloads, check_updates
+from pipecompile.ir.row_checks import check_complete, check_offloads, check_shares, check_updates
+from pipecompile.ir.tree import children, parent
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Program:
     Invariants, checked by ``validate``:
 
     1. there is a row per rank, each instruction occurs once, on the rank of its stage, and a microbatch runs on its
-       replica (``Plan.runner``);
+       replica (``Plan.runner``); ranks without a stage have rows if they get outputs (Share);
     2. what a computation reads is in the program or carried;
     3. in a lowered program every Send has a Recv and every Recv a Send;
     4. gradients are complete where they are read: no BackwardWeight comes after a Reduce, Step or Update of its stage
@@ -67,7 +69,8 @@ class Program:
     5. the Steps of a stage come in the order of its Updates, and each Update before its Step;
     6. what a Forward saves leaves its device once at most, and is back for the Backward: after the Forward an Offload,
        then a Fetch, after the Offload has ended (``ended_before``), then the Backward;
-    7. ``linearize`` reaches the end: no rank waits forever.
+    7. outputs are shared with all ranks: a Share after the Forwards that make them, and one on each other rank;
+    8. ``linearize`` reaches the end: no rank waits forever.
     """
 
     plan: Plan
@@ -121,7 +124,7 @@ class Program:
                         begun, under_way = [], begun
         return found
 
-    @property
+    @cached_property
     def microbatches(self) -> tuple[int, ...]:
         """The microbatches that this program runs forward, ascending."""
         return tuple(sorted({i.microbatch for i in self.instructions if isinstance(i, Forward)}))
@@ -133,12 +136,14 @@ class Program:
 
     def validate(self) -> None:
         """Raises ``ProgramError`` at the first invariant that does not hold."""
-        if len(self.ranks) != self.plan.num_ranks:
+        shares = [i for i in self.instructions if isinstance(i, Share)]
+        if len(self.ranks) != max((self.plan.num_ranks, *(i.ranks for i in shares))):
             raise ProgramError(f"the program has {len(self.ranks)} rows, but the plan has {self.plan.num_ranks} ranks")
         for rank, row in enumerate(self.ranks):
             for i in row:
-                if i.stage >= self.plan.num_stages or self.plan.rank_of[i.stage] != rank:
-                    raise ProgramError(f"{i} is on rank {rank}, which does not run stage {i.stage}")
+                if i.stage >= self.plan.num_stages or rank_of(i, self.plan) != rank:
+                    reason = "is for another rank" if isinstance(i, Share) else f"does not run stage {i.stage}"
+                    raise ProgramError(f"{i} is on rank {rank}, which {reason}")
                 if isinstance(i, Forward | Backward | BackwardWeight | Offload | Fetch) and not self.plan.runs(
                     i.stage, i.microbatch
                 ):
@@ -160,6 +165,7 @@ class Program:
         check_updates(self.instructions, self.carried)
         for row in self.ranks:
             check_offloads(row, self.carried, self.ended_before)
+        check_shares(self.ranks, self.plan)
         for _ in linearize(self):
             pass
 
@@ -189,8 +195,26 @@ class Program:
         return Program(plan, tuple(rows[rank] for rank in sorted(rows)), frozenset(carried))
 
 
+def rank_of(i: Instruction, plan: Plan) -> int:
+    """The rank of an instruction."""
+    match i:
+        case Share():
+            return i.rank
+        case Send():
+            return rank_of(i.result, plan)
+        case Recv():
+            return target_of(i, plan)
+        case _:
+            return plan.rank_of[i.stage]
+
+
+def target_of(i: Send | Recv, plan: Plan) -> int:
+    """The rank that a transfer goes to."""
+    return i.target if isinstance(i.result, Share) else plan.rank_of[i.target]
+
+
 def reads(i: Compute, plan: Plan) -> Iterator[Result]:
-    """The results of other stages that a computation reads."""
+    """The results of other stages, or of other ranks, that a computation reads."""
     match i:
         case Forward(stage, microbatch):
             for source in plan.sources(stage, microbatch):
@@ -204,6 +228,9 @@ def reads(i: Compute, plan: Plan) -> Iterator[Result]:
         case Refresh(stage, microbatch):
             for owner in owners(stage, plan):
                 yield Refresh(owner, microbatch)
+        case Share(stage, microbatch, rank, ranks):
+            if rank != (root := plan.rank_of[stage]):
+                yield Share(stage, microbatch, parent(rank, root, ranks), ranks)
         case Step() | Update() | BackwardWeight():
             return
         case _:
@@ -221,14 +248,27 @@ def readers(result: Result, plan: Plan) -> tuple[int, ...]:
             return owners(stage, plan)
         case Refresh(stage, _):
             return followers(stage, plan)
+        case Share(stage, _, rank, ranks):
+            return tuple(children(rank, plan.rank_of[stage], ranks))
         case _:
             assert_never(result)
 
 
 def sends(result: Result, plan: Plan) -> tuple[Send, ...]:
     """The Sends that bring a result to its readers on other ranks."""
-    rank_of = plan.rank_of
-    return tuple(Send(result, to) for to in readers(result, plan) if rank_of[to] != rank_of[result.stage])
+    every, here = (Send(result, to) for to in readers(result, plan)), rank_of(result, plan)
+    return tuple(send for send in every if target_of(send, plan) != here)
+
+
+def transfer_to(i: Compute, result: Result) -> Send:
+    """The Send of a result to a computation that reads it, or what its value is called if both are on one rank."""
+    return Send(result, i.rank if isinstance(i, Share) else i.stage)
+
+
+def makers(i: Share, plan: Plan) -> tuple[int, ...]:
+    """The stages whose outputs a Share brings: those of one rank."""
+    rank = plan.rank_of[i.stage]
+    return tuple(sorted({i.stage, *(it.stage for it in plan.made if plan.rank_of[it.stage] == rank)}))
 
 
 def owners(stage: int, plan: Plan) -> tuple[int, ...]:
@@ -257,6 +297,12 @@ def dependencies(i: Instruction, plan: Plan) -> Iterator[Instruction]:
             yield result
         case Recv(result, target):
             yield Send(result, target)
+        case Share():
+            if i.rank == plan.rank_of[i.stage]:
+                for stage in makers(i, plan):
+                    if (last := plan.last_run(stage, i.microbatch)) is not None:
+                        yield Forward(stage, last)
+            yield from (Recv(result, i.rank) for result in reads(i, plan))
         case Offload(stage, microbatch):
             yield Forward(stage, microbatch)
         case Fetch(stage, microbatch):

@@ -1,4 +1,4 @@
-"""Checks of a program's rows: gradients complete, weights used in order, activations back in time."""
+"""Checks of a program's rows: gradients complete, weights used in order, activations back in time, outputs shared."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from pipecompile.ir.instruction import (
     Instruction,
     Offload,
     Reduce,
+    Share,
     Step,
     Update,
 )
+from pipecompile.ir.plan import Plan
 
 
 def check_complete(row: Sequence[Instruction]) -> None:
@@ -81,3 +83,24 @@ def check_offloads(
                     f"{i} is too near to {offload}, whose copy goes on during the next computation; put a "
                     f"computation between them, or leave both out"
                 )
+
+
+def check_shares(rows: Sequence[Sequence[Instruction]], plan: Plan) -> None:
+    """Raises ``ProgramError`` if outputs would be shared before they are made, or not with all ranks."""
+    reached: dict[tuple[int, int], set[int]] = {}
+    for row in rows:
+        for place, i in enumerate(row):
+            if not isinstance(i, Share):
+                continue
+            if i.ranks != len(rows) or not 0 <= i.rank < i.ranks:
+                raise ProgramError(f"{i} is of {i.ranks} ranks, but the program has {len(rows)} rows")
+            reached.setdefault((i.stage, i.microbatch), set()).add(i.rank)
+            if i.rank == plan.rank_of[i.stage]:
+                mine = {i.stage, *(made.stage for made in plan.made if plan.rank_of[made.stage] == i.rank)}
+                later = (other for other in row[place:] if isinstance(other, Forward) and other.stage in mine)
+                if after := next((other for other in later if other.microbatch <= i.microbatch), None):
+                    raise ProgramError(f"{i} is before {after}, whose outputs it shares; put it after")
+    for (stage, microbatch), ranks in reached.items():
+        if missing := sorted(set(range(len(rows))) - ranks):
+            lacking = Share(stage, microbatch, missing[0], len(rows))
+            raise ProgramError(f"the outputs of stage {stage} are shared, but not with all ranks; add {lacking}")

@@ -10,7 +10,8 @@
     outputs       the model's outputs, per microbatch until the step ends, and then joined
     working       temporaries of one Forward or Backward (see ``stage_memory``), or of an optimizer step
     buffers       as given
-    tail          for what is computed once from the whole batch, as given
+    tail          for what is computed once from the whole batch, as given; in several processes each computes it, and
+                  has the outputs that others share
 
 Everything is derived from a Program, independent of the schedule. With a timeline, a value waits from its arrival to
 the end of its Backward. Without one, ``waiting`` is an upper bound: a value that stage u has sent waits at its reader
@@ -143,7 +144,7 @@ def stage_states(
     """What each stage holds before its first instruction. Arguments are those of ``memory``."""
     in_flight, away = versions(program).in_flight, Away(program)
     clock = None if timeline is None else _Clock(program, timeline)
-    stages = []
+    stages, count = [], len(program.microbatches)
     for stage, stash in enumerate(stash_at_start(program)):
         work = load(costed, plan, stage)
         held, trainable, owned = _parameters(costed, plan, stage)
@@ -152,12 +153,24 @@ def stage_states(
             optimizer=round(optimizer_state * sum(owned)),
             waiting=sum(tied.nbytes * len(tied.followers) for tied in plan.tied if tied.owner == stage),
             buffers=buffers[stage] if buffers else 0,
-            tail=tail if stage == plan.num_stages - 1 else 0,
+            tail=_tail_bytes(plan, stage, tail, count),
         )
         copies = {"single": STEP_COPIES * max(owned, default=0), "foreach": sum(owned), "fused": 0}[step]
         waiting = _Bound(work, plan, stage, in_flight) if clock is None else clock.waiting(work, plan, stage)
         stages.append(StageState(stage, work, fixed, trainable, copies, stash, waiting, program.updated, away))
     return stages
+
+
+def _tail_bytes(plan: Plan, stage: int, tail: int, microbatches: int) -> int:
+    """The bytes for the whole batch that a stage holds: the last one, or in several processes the last of each rank."""
+    last = plan.num_stages - 1
+    if stage == last or not plan.made:
+        return tail if stage == last else 0
+    rank = plan.rank_of[stage]
+    if rank in plan.rank_of[stage + 1 :]:
+        return 0
+    others = {plan.rank_of[made.stage] for made in plan.made} - {rank}
+    return max(tail, sum(plan.shared_bytes(other, microbatches) for other in others))
 
 
 def _parameters(costed: CostedGraph, plan: Plan, stage: int) -> tuple[int, int, list[int]]:

@@ -18,15 +18,34 @@ from pipecompile.ir.instruction import (
     Reduce,
     Refresh,
     Send,
+    Share,
     Step,
     Update,
 )
 from pipecompile.ir.timeline import Span, Timeline
 from pipecompile.ir.units import bytes_text, seconds_text
 
-LETTERS = {Forward: "F", Backward: "B", BackwardWeight: "W", Reduce: "R", Step: "S", Update: "U", Refresh: "P"}
+LETTERS = {
+    Forward: "F",
+    Backward: "B",
+    BackwardWeight: "W",
+    Reduce: "R",
+    Step: "S",
+    Update: "U",
+    Refresh: "P",
+    Share: "A",
+}
 COPIES = {Offload: "H", Fetch: "G"}
-KINDS = {"F": "forward", "B": "backward", "W": "weights", "R": "reduce", "S": "step", "U": "update", "P": "refresh"}
+KINDS = {
+    "F": "forward",
+    "B": "backward",
+    "W": "weights",
+    "R": "reduce",
+    "S": "step",
+    "U": "update",
+    "P": "refresh",
+    "A": "share",
+}
 COPY_KINDS = {"H": "to host", "G": "from host"}
 SHADES = {  # for even and odd microbatches, so that neighbors need no border; white text is readable on each
     "F": ("#2f7ed8", "#225fa6"),
@@ -36,6 +55,7 @@ SHADES = {  # for even and odd microbatches, so that neighbors need no border; w
     "S": ("#7a4fb5", "#5f3b91"),
     "U": ("#a0468f", "#7d3670"),
     "P": ("#66707a", "#4d565e"),
+    "A": ("#b0415a", "#8c3247"),
     "H": ("#3d8b3d", "#2f6d2f"),
     "G": ("#8a8f1f", "#6b6f17"),
 }
@@ -46,7 +66,7 @@ class Cell:
     """A computation with a duration, in seconds from the start of the timeline."""
 
     rank: int
-    kind: str  # F, B, W, R, S, U or P; H or G of copies
+    kind: str  # F, B, W, R, S, U, P or A; H or G of copies
     label: str  # "F0"; "2F0" if a rank runs several stages
     start: float
     end: float
@@ -87,13 +107,14 @@ def copies(timeline: Timeline) -> list[Cell]:
 
 def _several(timeline: Timeline) -> bool:
     """Whether a rank runs several stages."""
-    ranks = {(span.rank, span.instruction.stage) for span in timeline.spans}
+    of_ranks = Send | Recv | Share  # which ranks may have of a stage that they do not run
+    ranks = {(s.rank, s.instruction.stage) for s in timeline.spans if not isinstance(s.instruction, of_ranks)}
     return len(ranks) > len({rank for rank, _ in ranks})
 
 
 def _cell(i: Compute | Copy, span: Span, zero: float, several: bool) -> Cell:
     kind = COPIES[type(i)] if isinstance(i, Offload | Fetch) else LETTERS[type(i)]
-    label = str(i) if several else f"{kind}{i.microbatch}"
+    label = f"{i.stage if several else ''}{kind}{i.microbatch}"
     what = f"copy {word_of(kind)}" if kind in COPY_KINDS else word_of(kind)
     words = f"{i}: {what} of stage {i.stage}, microbatch {i.microbatch}; {_when(span, zero)}"
     shade = SHADES[kind][i.microbatch % 2]
@@ -107,7 +128,8 @@ def wires(timeline: Timeline) -> Iterator[Wire]:
     zero = start_of(timeline)
     for span in timeline.spans:
         if isinstance(i := span.instruction, Send) and (half := received.get(Recv(i.result, i.target))):
-            words = f"{i}: to stage {i.target} on rank {half.rank}; {_when(Span(0, i, span.start, half.end), zero)}"
+            to = "" if isinstance(i.result, Share) else f"stage {i.target} on "
+            words = f"{i}: to {to}rank {half.rank}; {_when(Span(0, i, span.start, half.end), zero)}"
             begin, end = span.start - zero, max(span.start, half.end) - zero  # a measured Recv may be posted earlier
             yield Wire(source=span.rank, target=half.rank, start=begin, end=end, words=words)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from pipecompile.ops.randomness import seed_microbatch, seeds
 from pipecompile.runtime import Microbatch
 from pipecompile.runtime.anomalies import watch_backward
 from pipecompile.runtime.compiled import Compiled
+from pipecompile.runtime.outputs import Outputs
 from pipecompile.schedule import MakeProgram
 
 
@@ -94,9 +96,14 @@ class Batch:
         """The rows of the microbatches that run here."""
         return Rows(self.rows.counts[self.here])
 
-    def program(self, kind: str, schedule: MakeProgram) -> Program:
+    def program(self, kind: str, schedule: MakeProgram, shares: bool = False) -> Program:
+        """The lowered program of a schedule.
+
+        Args:
+            shares: whether the outputs come to all processes.
+        """
         count = len(self.rows_here)
-        return self.compiled.program(lambda plan: schedule(plan, count), (kind, count))
+        return self.compiled.program(lambda plan: schedule(plan, count), (kind, count, shares), shares)
 
     @property
     def division(self) -> Division:
@@ -117,12 +124,15 @@ class Batch:
         """Whether the stages compute an output, microbatch by microbatch."""
         return self.division.places[str(self.outputs[output].node)] in self.joins
 
-    def join(self, microbatches: Mapping[int, Microbatch]) -> dict[str, Tensor]:
+    def join(self, microbatches: Mapping[int, Microbatch], names: Container[str] | None = None) -> dict[str, Tensor]:
         """The outputs of the stages of this process, joined to the part of the batch that runs here.
 
         Each is on the device of its first microbatch.
+
+        Args:
+            names: of those to join; by default, all.
         """
-        made = next(iter(microbatches.values())).outputs.keys() if microbatches else ()
+        made = next(iter(microbatches.values())).outputs.keys() if microbatches and names is None else names or ()
 
         def parts(name: str) -> list[Tensor]:
             outputs = [microbatch.outputs[name] for microbatch in microbatches.values()]
@@ -138,11 +148,12 @@ class Batch:
 
     @property
     def wanted(self) -> frozenset[str]:
-        """The outputs of the stages that all processes need: scalars, what forward stores, and what the tail reads."""
-        tail, left = self.division.tail, set(map(id, self.compiled.captured.left))
-        needed = (output for output in self.outputs if output.is_scalar or id(output) in left)
-        places = (self.division.places[str(output.node)] for output in needed)
-        return frozenset((*places, *(tail.joined.values() if tail else ())))
+        """The outputs of the stages whose values all processes get, if they are several."""
+        return frozenset(given.name for given in self.compiled.graph.given if given.how != "shape")
+
+    def shared(self, microbatches: Mapping[int, Microbatch]) -> Outputs:
+        """The outputs of microbatches in all processes, once a program with Shares has run."""
+        return Outputs(partial(self.join, microbatches), self.makers, self.wanted)
 
     def finish(self, joined: Mapping[str, Tensor], drawn: Sequence[int | None]) -> list[Tensor]:
         """The tensors of ``outputs``, from the stages and from the tail, which runs here."""

@@ -37,7 +37,7 @@ from pipecompile.planning.memory import Memory
 from pipecompile.planning.planned import Planned
 from pipecompile.runtime.split import Piece, Stage
 from pipecompile.schedule.lowering import lower
-from pipecompile.schedule.several_processes import refreshed
+from pipecompile.schedule.several_processes import refreshed, shared
 from pipecompile.schedule.simulator import simulate
 
 
@@ -182,12 +182,16 @@ class Compiled:
         buffers = {f"buffer {name!r}": t for module in modules for name, t in module.named_buffers()}
         return {name: t for name, t in {**found, **buffers}.items() if id(t) not in written}
 
-    def program(self, schedule: Callable[[Plan], Program], key: Any) -> Program:
-        """The lowered program of a schedule, cached by ``key``."""
+    def program(self, schedule: Callable[[Plan], Program], key: Any, shares: bool = False) -> Program:
+        """The lowered program of a schedule, cached by ``key``.
+
+        Args:
+            shares: whether outputs come to all processes.
+        """
         if key not in self.programs:
             bare = schedule(self.plan)
             self._refuse_disorder(bare)
-            self.programs[key] = self.lowered(bare)
+            self.programs[key] = self.lowered(bare, shares)
         return self.programs[key]
 
     def _refuse_disorder(self, program: Program) -> None:
@@ -206,9 +210,14 @@ class Compiled:
                         )
                     last = i
 
-    def lowered(self, bare: Program) -> Program:
-        """A bare program with its transfers, in the order of the simulation."""
+    def lowered(self, bare: Program, shares: bool = False) -> Program:
+        """A bare program with its transfers, in the order of the simulation.
+
+        Args:
+            shares: whether outputs come to all processes.
+        """
         bare = refreshed(bare) if self.apart else bare
+        bare = shared(bare, len(self.planned.cluster)) if shares and self.apart else bare
         return lower(bare, self.predict(bare))
 
     def predict(self, program: Program) -> Timeline:

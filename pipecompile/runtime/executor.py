@@ -30,6 +30,7 @@ from pipecompile.runtime.lane import Callers, Lane
 from pipecompile.runtime.link import Content, Linked, Row, link
 from pipecompile.runtime.notes import Notes, RowNotes
 from pipecompile.runtime.out_of_memory import OutOfMemoryError
+from pipecompile.runtime.outputs import Outputs
 from pipecompile.runtime.runner import Microbatch, Runner
 from pipecompile.runtime.transport import Aborted, Transport
 
@@ -155,7 +156,12 @@ class Executor:
         self.linked: deque[tuple[Program, Mapping[int, Sequence[Linked]]]] = deque(maxlen=LINKED)
 
     def run(
-        self, program: Program, microbatches: Mapping[int, Microbatch], ambient: Ambient, here: bool = False
+        self,
+        program: Program,
+        microbatches: Mapping[int, Microbatch],
+        ambient: Ambient,
+        here: bool = False,
+        outputs: Outputs | None = None,
     ) -> Mapping[int, RowRun]:
         """Runs a validated, lowered program.
 
@@ -163,6 +169,7 @@ class Executor:
             microbatches: by number, those that the program uses; their outputs and gradients are stored in them.
             ambient: the modes of the calling thread, for the threads of ranks.
             here: whether the calling thread runs all ranks.
+            outputs: of the Shares.
 
         Returns:
             When each rank of this process has run its row, for ``timeline_of``.
@@ -178,7 +185,7 @@ class Executor:
         modules = {stage: runner.stage.modules for stage, runner in self.runners.items()}
         notes = self.notes.begin(program, modules, self.lanes)
         ranks = {
-            rank: RankRun(linked, Row(self.lanes[rank], self.mailboxes[rank], microbatches), notes[rank])
+            rank: RankRun(linked, Row(self.lanes[rank], self.mailboxes[rank], microbatches, outputs), notes[rank])
             for rank, linked in self._linked(program).items()
         }
         try:
@@ -299,7 +306,7 @@ class Executor:
         if isinstance(error, Aborted) or not isinstance(error, Exception):
             return error
         where = f"stage {i.stage}, {i}"
-        if isinstance(error, torch.OutOfMemoryError):
+        if isinstance(error, torch.OutOfMemoryError) and i.stage in self.runners:
             named: PipecompileError = self._out_of_memory(i, error, microbatches)
             named.__cause__ = error.__cause__ or error
         elif isinstance(error, PipecompileError):

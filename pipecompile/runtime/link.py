@@ -13,25 +13,27 @@ from typing import assert_never
 from pipecompile.ir.instruction import (
     Backward,
     BackwardWeight,
-    Compute,
     Copy,
     Fetch,
     Forward,
     Instruction,
     Offload,
+    OfStage,
     Recv,
     Reduce,
     Refresh,
     Send,
+    Share,
     Step,
     Update,
 )
 from pipecompile.ir.plan import Plan
-from pipecompile.ir.program import Program, readers, reads
+from pipecompile.ir.program import Program, readers, reads, transfer_to
 from pipecompile.ops.accelerators import Mark
 from pipecompile.ops.torch_internals import _RecordFunctionFast
 from pipecompile.runtime.lane import Lane, Values
 from pipecompile.runtime.offload import Leaving
+from pipecompile.runtime.outputs import Outputs
 from pipecompile.runtime.runner import Microbatch, Runner
 from pipecompile.runtime.tied import reduced, refreshed
 from pipecompile.runtime.transport import Transport
@@ -48,6 +50,7 @@ class Row:
         lane: of the rank.
         mailbox: results that its instructions still read, by the text of the transfer: "0F3>1".
         microbatches: by number.
+        outputs: what Shares bring.
         sent: bytes of each transfer to another rank so far.
         leaving: activations on their way to the host.
     """
@@ -55,6 +58,7 @@ class Row:
     lane: Lane
     mailbox: dict[str, Content]
     microbatches: Mapping[int, Microbatch]
+    outputs: Outputs | None = None
     sent: list[int] = field(default_factory=list)
     leaving: dict[Offload, Leaving] = field(default_factory=dict)
 
@@ -110,6 +114,8 @@ def _bound(
         case Forward() | Backward() | BackwardWeight() | Reduce() | Step() | Update() | Refresh():
             ended = program.ended_before.get(i, ())
             return _computing(i, program.plan, _act(i, program, runners[i.stage]), ended)
+        case Share():
+            return _sharing(i, program.plan)
         case Offload() | Fetch():
             return _copying(i, runners[i.stage], program.ended_before.get(i, ()))
         case _:
@@ -121,7 +127,8 @@ def _sending(i: Send, transport: Transport) -> Callable[[Row], tuple[Mark, Mark]
 
     def run(row: Row) -> tuple[Mark, Mark]:
         values = _open(row.mailbox.pop(place))
-        row.sent.append(sum(value.numel() * value.element_size() for value in values if value is not None))
+        real = (value for value in values if value is not None and not value.is_meta)
+        row.sent.append(sum(value.numel() * value.element_size() for value in real))
         sent = transport.send(i, values)
         return sent.began, sent.ended
 
@@ -155,8 +162,26 @@ def _copying(i: Copy, runner: Runner, ended: Sequence[Offload]) -> Callable[[Row
     return run
 
 
-def _computing(i: Compute, plan: Plan, act: Act, ended: Sequence[Offload]) -> Callable[[Row], tuple[Mark, Mark]]:
-    sources = [(result.stage, str(Send(result, i.stage))) for result in reads(i, plan)]
+def _sharing(i: Share, plan: Plan) -> Callable[[Row], tuple[Mark, Mark]]:
+    maker, sources = plan.rank_of[i.stage], [str(transfer_to(i, result)) for result in reads(i, plan)]
+    targets = [str(Send(i, reader)) for reader in readers(i, plan)]
+
+    def run(row: Row) -> tuple[Mark, Mark]:
+        assert row.outputs is not None, "a program with Shares is run for its outputs"
+        received = [_open(row.mailbox.pop(place)) for place in sources]
+        began = row.lane.mark()
+        for values in received:
+            row.outputs.take(maker, values)
+        values = received[0] if received else row.outputs.made(maker)
+        for place in targets:
+            row.mailbox[place] = values
+        return began, row.lane.mark()
+
+    return run
+
+
+def _computing(i: OfStage, plan: Plan, act: Act, ended: Sequence[Offload]) -> Callable[[Row], tuple[Mark, Mark]]:
+    sources = [(result.stage, str(transfer_to(i, result))) for result in reads(i, plan)]
     targets: list[tuple[int, str]] = []
     if not isinstance(i, Step | Update | BackwardWeight):
         targets = [(reader, str(Send(i, reader))) for reader in readers(i, plan)]
@@ -174,7 +199,7 @@ def _computing(i: Compute, plan: Plan, act: Act, ended: Sequence[Offload]) -> Ca
     return run
 
 
-def _act(i: Compute, program: Program, runner: Runner) -> Act:
+def _act(i: OfStage, program: Program, runner: Runner) -> Act:
     """What a computation does with the microbatches and what it has received; returns its results by reader."""
     plan = program.plan
     match i:

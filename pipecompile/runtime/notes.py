@@ -32,6 +32,7 @@ from pipecompile.ir.instruction import (
     Reduce,
     Refresh,
     Send,
+    Share,
     Step,
     Update,
 )
@@ -136,7 +137,8 @@ class ProgramNotes:
             if left and row.device in devices:
                 needed = ((i, _sent(i)) for i in dependencies(left[0], self.program.plan))
                 is_ready = all(i in done or sent in done for i, sent in needed)
-                yield Stop(left[0], self.modules[left[0].stage], row.has_begun, is_ready)
+                modules = self.modules.get(left[0].stage, "in another process")
+                yield Stop(left[0], modules, row.has_begun, is_ready)
 
 
 class Notes:
@@ -166,7 +168,7 @@ class Notes:
                 (Send,),
                 (Offload,),
                 (Fetch,),
-                (Forward, Backward, BackwardWeight, Reduce, Step, Update, Refresh),
+                (Forward, Backward, BackwardWeight, Reduce, Step, Update, Refresh, Share),
             )
             for stop in next(filter(None, ([*notes.stops(devices, kind)] for notes in self.programs)), ())
         ]
@@ -212,7 +214,8 @@ def _sent(needed: Instruction) -> Instruction:
 def _in_words(i: Instruction, modules: str) -> str:
     match i:
         case Send(result, target):
-            return f"the copy to stage {target} from {_in_words(result, modules)}"
+            to = "rank" if isinstance(result, Share) else "stage"
+            return f"the copy to {to} {target} from {_in_words(result, modules)}"
         case Recv(result, _):
             return _in_words(result, modules)
         case Forward(stage, microbatch):
@@ -229,6 +232,8 @@ def _in_words(i: Instruction, modules: str) -> str:
             kind = "optimizer step for later forwards"
         case Refresh(stage, microbatch):
             kind = "copy of tied parameters"
+        case Share(stage, microbatch):
+            kind = "outputs for all ranks"
         case Offload(stage, microbatch):
             kind = "copy of activations to the host"
         case Fetch(stage, microbatch):

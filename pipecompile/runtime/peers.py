@@ -1,18 +1,18 @@
 """The processes that run a pipeline together: one process for all ranks, or one for each.
 
 Besides the ``Transport``, what depends on their number is behind ``Peers``: a call asks it for the ranks that it runs
-itself, for values that all processes must share, and for what only some of them have computed. In one process it
-answers with what it is given.
+itself, and for values that all processes must share. In one process it answers with what it is given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 from torch import Tensor
 
 from pipecompile.ir.cluster import Cluster
+from pipecompile.ir.plan import Plan
 from pipecompile.runtime.lane import Lane
 from pipecompile.runtime.transport import LocalTransport, Transport
 from pipecompile.runtime.weights import AtHome, Homes
@@ -30,12 +30,12 @@ class Peers(Homes, Protocol):
     def ranks(self, count: int) -> Sequence[int]:
         """The ranks, of ``count``, that this process runs."""
 
-    def transport(self, lanes: Mapping[int, Lane], rank_of: Sequence[int]) -> Transport:
+    def transport(self, lanes: Mapping[int, Lane], plan: Plan) -> Transport:
         """Carries results between ranks.
 
         Args:
             lanes: by rank, those of this process.
-            rank_of: the rank of each stage.
+            plan: the ranks of the stages.
         """
 
     def shared(self, make: Callable[[], T]) -> T:
@@ -56,17 +56,6 @@ class Peers(Homes, Protocol):
 
         Raises:
             InputError: it is not; the message names ``what`` and the ranks.
-        """
-
-    def spread(
-        self, made: Mapping[str, Tensor], makers: Mapping[str, int], wanted: Container[str]
-    ) -> Mapping[str, Tensor]:
-        """Values of which each is made by one rank, in all processes.
-
-        Args:
-            made: those that this process has made.
-            makers: the rank that makes each value.
-            wanted: the values that all processes need; of the others they get a tensor on the meta device.
         """
 
     def of_each(self, value: T) -> Sequence[T]:
@@ -101,8 +90,8 @@ class OneProcess(AtHome):
     def ranks(self, count: int) -> Sequence[int]:
         return range(count)
 
-    def transport(self, lanes: Mapping[int, Lane], rank_of: Sequence[int]) -> Transport:
-        return LocalTransport(lanes, rank_of)
+    def transport(self, lanes: Mapping[int, Lane], plan: Plan) -> Transport:
+        return LocalTransport(lanes, plan)
 
     def shared(self, make: Callable[[], T]) -> T:
         return make()
@@ -115,11 +104,6 @@ class OneProcess(AtHome):
 
     def same(self, what: str, text: str) -> None:
         pass
-
-    def spread(
-        self, made: Mapping[str, Tensor], makers: Mapping[str, int], wanted: Container[str]
-    ) -> Mapping[str, Tensor]:
-        return made
 
     def of_each(self, value: T) -> Sequence[T]:
         return [value]

@@ -32,6 +32,7 @@ from pipecompile.runtime.executor import RowRun, timeline_of
 from pipecompile.runtime.lane import Callers
 from pipecompile.runtime.notes import Notes, failed
 from pipecompile.runtime.observers import Observers, hooks_on_saved
+from pipecompile.runtime.outputs import Outputs
 from pipecompile.runtime.peers import OneProcess, Peers
 from pipecompile.schedule import Schedule, carried_after
 
@@ -153,11 +154,17 @@ class Session:
             yield
 
     def run(
-        self, compiled: Compiled, program: Program, microbatches: Mapping[int, Microbatch], streams: bool = False
+        self,
+        compiled: Compiled,
+        program: Program,
+        microbatches: Mapping[int, Microbatch],
+        streams: bool = False,
+        outputs: Outputs | None = None,
     ) -> None:
         """Runs a lowered program in the modes of the calling thread.
 
         Args:
+            outputs: get those that the ranks share, if the program has Shares.
             streams: whether it is a part of the stream. Others run on results of their own, so that a stream that waits
                 stays as it is if they fail.
 
@@ -183,7 +190,7 @@ class Session:
             self.running = True
             try:
                 here = self.is_observed or self._runs_alone
-                ran = self._executor(compiled, streams).run(program, microbatches, ambient, here)
+                ran = self._executor(compiled, streams).run(program, microbatches, ambient, here, outputs)
                 self._earlier, self.measured = self.measured, ran
             except BaseException as error:
                 self.notes.failed = True
@@ -335,7 +342,7 @@ class Session:
                 stage: Runner(compiled.stages[stage], weights, self.lanes[rank_of[stage]])
                 for stage, weights in self.weights.items()
             }
-            transport = self.peers.transport(self.lanes, rank_of)
+            transport = self.peers.transport(self.lanes, compiled.plan)
             self.executors[id(compiled), streams] = Executor(
                 compiled.plan, other.runners if other else runners, self.lanes, transport, self.callers, self.notes
             )

@@ -28,6 +28,7 @@ from pipecompile.runtime import Microbatch, Weights
 from pipecompile.runtime.anomalies import refuse_nan
 from pipecompile.runtime.batch import Batch
 from pipecompile.runtime.delivery import Gradients, Saved, connected
+from pipecompile.runtime.outputs import Outputs
 from pipecompile.runtime.peers import Peers
 from pipecompile.runtime.rerun import Snapshot
 from pipecompile.runtime.retained import Retained
@@ -86,8 +87,8 @@ def evaluate(session: Session, batch: Batch) -> dict[str, Tensor]:
     """Runs forwards only."""
     start = _snapshot(session, batch)
     with start.kept_on_failure(), torch.no_grad():
-        joined = _joined(session, batch, _forward(session, batch, start.seeds)).values
-        return batch.given(batch.finish(joined, start.seeds))
+        joined = _joined(session, batch, *_forward(session, batch, start.seeds))
+        return batch.given(batch.finish(joined.values, start.seeds))
 
 
 def train(session: Session, batch: Batch, loss: int, schedule: MakeProgram) -> dict[str, Tensor]:
@@ -98,15 +99,17 @@ def train(session: Session, batch: Batch, loss: int, schedule: MakeProgram) -> d
 
 
 def _train(session: Session, batch: Batch, loss: int, schedule: MakeProgram, start: Snapshot) -> dict[str, Tensor]:
-    def run(scale: float) -> dict[int, Microbatch]:
+    def run(scale: float, shares: bool = False) -> tuple[dict[int, Microbatch], Outputs | None]:
         microbatches = _from_loss(batch, loss, start.seeds, scale)
+        outputs = batch.shared(microbatches) if shares else None
         with session.pass_of(batch.compiled):
-            session.run(batch.compiled, batch.program("train", schedule), microbatches)
-        return microbatches
+            program = batch.program("train", schedule, shares)
+            session.run(batch.compiled, program, microbatches, outputs=outputs)
+        return microbatches, outputs
 
     not_scaled = batch.compiled.in_float16 or start.ambient.in_float16 or batch.compiled.has_own_backward
     scale = session.scale if not_scaled else 1.0
-    microbatches = run(scale)
+    microbatches, shared = run(scale, session.peers.are_several)
     found = _gradients(session, batch, microbatches)
     leaves = list({id(t): t for t in batch.model_tensors if id(t) in found}.values())
     retained, places = Retained(batch), [batch.division.places[str(output.node)] for output in batch.outputs]
@@ -125,11 +128,11 @@ def _train(session: Session, batch: Batch, loss: int, schedule: MakeProgram, sta
         if session.scale == scale:
             return saved.tensors
         with _again(session, start, Rerun.RESCALED):
-            again = _gradients(session, batch, run(session.scale))
+            again = _gradients(session, batch, run(session.scale)[0])
         return [again[id(leaf)] for leaf in leaves]
 
     with torch.no_grad():
-        tensors = batch.finish(_joined(session, batch, microbatches).values, start.seeds)
+        tensors = batch.finish(_joined(session, batch, microbatches, shared).values, start.seeds)
     outputs = [t.detach().requires_grad_(o.requires_grad) for t, o in zip(tensors, batch.outputs, strict=True)]
     ready = [found[id(leaf)] for leaf in leaves]
     (own,) = connected([outputs[loss]], session.homes(leaves), deliver, ready)
@@ -205,8 +208,8 @@ def _defer(session: Session, batch: Batch, start: Snapshot, rerun: Retained | No
     Args:
         rerun: what the caller has of the outputs, if this is a rerun.
     """
-    waiting = _forward(session, batch, start.seeds)
-    joined = _joined(session, batch, waiting)
+    waiting, outputs = _forward(session, batch, start.seeds)
+    joined = _joined(session, batch, waiting, outputs)
     retained = rerun or Retained(batch)
 
     def run(microbatches: Mapping[int, Microbatch], incoming: Gradients) -> Gradients:
@@ -231,7 +234,7 @@ def _defer(session: Session, batch: Batch, start: Snapshot, rerun: Retained | No
                 waiting.clear()  # even if this backward fails: another one reruns the call
                 return run(microbatches, incoming)
             with _again(session, start, Rerun.SECOND):
-                return run(_forward(session, batch, start.seeds), incoming)
+                return run(_forward(session, batch, start.seeds, again=True)[0], incoming)
 
     leaves = batch.reached
     given = dict(zip(joined.values, connected([*joined.values.values()], session.homes(leaves), backward), strict=True))
@@ -264,15 +267,19 @@ def stream(session: Session, batch: Batch, loss: int, policy: Schedule) -> dict[
     new = dict(zip(entering, parts.values(), strict=True))
     under_way.policy = policy
     under_way.microbatches.update(new)
+    shares = session.peers.are_several
     bare = policy.next_segment(batch.compiled.plan, entering, under_way.carried)
-    program = batch.compiled.lowered(replace(bare, lags=under_way.lags))
+    program = batch.compiled.lowered(replace(bare, lags=under_way.lags), shares)
+    outputs = batch.shared(new) if shares else None
     try:
-        session.run(batch.compiled, program, under_way.microbatches, streams=True)
+        session.run(batch.compiled, program, under_way.microbatches, streams=True, outputs=outputs)
     except BaseException:
         session.stream = Stream()
         raise
     under_way.advance(program, len(new))
-    return batch.given([tensor.detach() for tensor in batch.finish(_joined(session, batch, new).values, drawn)])
+    return batch.given(
+        [tensor.detach() for tensor in batch.finish(_joined(session, batch, new, outputs).values, drawn)]
+    )
 
 
 def flush(session: Session) -> None:
@@ -310,9 +317,13 @@ class Joined:
     parts: Mapping[str, Sequence[Tensor]]
 
 
-def _joined(session: Session, batch: Batch, microbatches: Mapping[int, Microbatch]) -> Joined:
-    """Joins the outputs of the microbatches, from all processes."""
-    found = session.peers.spread(batch.join(microbatches), batch.makers, batch.wanted)
+def _joined(session: Session, batch: Batch, microbatches: Mapping[int, Microbatch], outputs: Outputs | None) -> Joined:
+    """Joins the outputs of the microbatches.
+
+    Args:
+        outputs: from all processes, if they are several.
+    """
+    found = batch.join(microbatches) if outputs is None else outputs.found
     if batch.part is None:
         return Joined({name: found[name] for name in batch.joins}, {})
     parts = session.peers.of_all_parts({name: value for name, value in found.items() if name in batch.wanted})
@@ -322,11 +333,20 @@ def _joined(session: Session, batch: Batch, microbatches: Mapping[int, Microbatc
     return Joined({name: values.get(name, found[name]) for name in batch.joins}, shapes)
 
 
-def _forward(session: Session, batch: Batch, drawn: Sequence[int | None]) -> dict[int, Microbatch]:
-    microbatches = dict(enumerate(microbatches_of(batch, drawn)))
+def _forward(
+    session: Session, batch: Batch, drawn: Sequence[int | None], again: bool = False
+) -> tuple[dict[int, Microbatch], Outputs | None]:
+    """The microbatches after their forwards, and their outputs in all processes, if these are several.
+
+    Args:
+        again: whether the outputs are known.
+    """
+    microbatches, shares = dict(enumerate(microbatches_of(batch, drawn))), session.peers.are_several and not again
+    outputs = batch.shared(microbatches) if shares else None
     with session.pass_of(batch.compiled):
-        session.run(batch.compiled, batch.program("forward", forward_only), microbatches)
-    return microbatches
+        program = batch.program("forward", forward_only, shares)
+        session.run(batch.compiled, program, microbatches, outputs=outputs)
+    return microbatches, outputs
 
 
 def microbatches_of(batch: Batch, drawn: Sequence[int | None]) -> list[Microbatch]:

@@ -6,11 +6,13 @@ delaying the instructions before the value's use.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from queue import SimpleQueue
 from typing import Protocol
 
 from pipecompile.ir.instruction import Recv, Send
+from pipecompile.ir.plan import Plan
+from pipecompile.ir.program import rank_of, target_of
 from pipecompile.runtime.lane import Lane, Sent, Values
 from pipecompile.runtime.runner import Microbatch
 
@@ -43,12 +45,12 @@ class LocalTransport:
 
     Args:
         lanes: by rank.
-        rank_of: the rank of each stage.
+        plan: the ranks of the stages.
     """
 
-    def __init__(self, lanes: Mapping[int, Lane], rank_of: Sequence[int]) -> None:
+    def __init__(self, lanes: Mapping[int, Lane], plan: Plan) -> None:
         self.lanes = lanes
-        self.rank_of = rank_of
+        self.plan = plan
         self.boxes: dict[str, SimpleQueue[Sent | None]] = {}  # one for each transfer; None wakes who waits
         self.aborted = False
 
@@ -56,7 +58,7 @@ class LocalTransport:
         pass
 
     def send(self, send: Send, values: Values) -> Sent:
-        source, target = self.lanes[self.rank_of[send.stage]], self.lanes[self.rank_of[send.target]]
+        source, target = self.lanes[rank_of(send, self.plan)], self.lanes[target_of(send, self.plan)]
         sent = source.move(values, target)
         self._box(send).put(sent)
         return sent
@@ -70,7 +72,7 @@ class LocalTransport:
             if self.aborted or sent is None:
                 raise Aborted
             del self.boxes[str(send)]
-            self.lanes[self.rank_of[recv.target]].wait(sent.ready)
+            self.lanes[target_of(recv, self.plan)].wait(sent.ready)
             return sent.values
 
         return wait

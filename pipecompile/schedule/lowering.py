@@ -23,7 +23,7 @@ from dataclasses import replace
 
 from pipecompile.errors import ProgramError
 from pipecompile.ir.instruction import BackwardWeight, Fetch, Instruction, Offload, Recv, Send, Step, Update
-from pipecompile.ir.program import Program, linearize, reads, sends
+from pipecompile.ir.program import Program, linearize, rank_of, reads, sends, transfer_to
 from pipecompile.ir.timeline import Timeline
 
 Key = tuple[float, int, int]  # seconds, index in the linear order, 0 for a computation and 1 for its transfers
@@ -44,7 +44,7 @@ def lower(program: Program, timeline: Timeline) -> Program:
     events = sorted([*_computations(program, timeline), *_transfers(program, timeline)], key=lambda event: event[0])
     rows: list[list[Instruction]] = [[] for _ in program.ranks]
     for _, i in events:
-        rows[program.plan.rank_of[i.stage]].append(i)
+        rows[rank_of(i, program.plan)].append(i)
     lowered = replace(program, ranks=tuple(map(tuple, rows)))
     lowered.validate()
     return lowered
@@ -81,7 +81,7 @@ def _owed(program: Program) -> list[Send]:
         for i in program.instructions
         if not isinstance(i, Send | Recv | Offload | Fetch)
         for result in reads(i, program.plan)
-        if result in program.carried and (send := Send(result, i.stage)) in sends(result, program.plan)
+        if result in program.carried and (send := transfer_to(i, result)) in sends(result, program.plan)
     ]
     missing = (send for send in owed if Recv(send.result, send.target) not in program.carried)
     return sorted(missing, key=lambda send: (send.result.microbatch, send.result.stage, send.target))

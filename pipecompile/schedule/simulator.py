@@ -45,11 +45,11 @@ from pipecompile.ir.instruction import (
     Reduce,
     Refresh,
     Send,
+    Share,
     Step,
     Update,
 )
-from pipecompile.ir.plan import Plan
-from pipecompile.ir.program import Program, dependencies, linearize, sends
+from pipecompile.ir.program import Program, dependencies, linearize, rank_of, sends, target_of
 from pipecompile.ir.timeline import Span, Timeline
 from pipecompile.ir.weight_versions import Away, Stash, stash_at_start, walk
 
@@ -83,7 +83,7 @@ def simulate(
         InputError: the number of costs or devices does not fit the plan.
         DeadlockError: the program cannot finish.
     """
-    _check(program.plan, costs, cluster)
+    _check(program, costs, cluster)
     clock = _Clock(program, costs, cluster, step_seconds, weight_part, split)
     spans = []
     for rank, i in linearize(program):
@@ -99,17 +99,17 @@ def peak_bytes(program: Program, costs: Sequence[Cost]) -> tuple[int, ...]:
     What a Forward saves is held until its Backward, or until its BackwardWeight, and not while it is on the host.
     Gradients, optimizer state and transfer buffers are not included.
     """
-    rank_of, stashes, away = program.plan.rank_of, stash_at_start(program), Away(program)
+    on, stashes, away = program.plan.rank_of, stash_at_start(program), Away(program)
     counts = enumerate(zip(stashes, costs, strict=True))
     held = [_held(stash, cost, away.count(stage)) for stage, (stash, cost) in counts]
-    now = [sum(nbytes for s, nbytes in enumerate(held) if rank_of[s] == rank) for rank in range(len(program.ranks))]
+    now = [sum(nbytes for s, nbytes in enumerate(held) if on[s] == rank) for rank in range(len(program.ranks))]
     peak = list(now)
     for i, _ in walk(program, stashes):
         for stage in {i.stage, *away.reach(i)}:
-            nbytes, rank = _held(stashes[stage], costs[stage], away.count(stage)), rank_of[stage]
+            nbytes, rank = _held(stashes[stage], costs[stage], away.count(stage)), on[stage]
             now[rank] += nbytes - held[stage]
             held[stage] = nbytes
-        peak[rank_of[i.stage]] = max(peak[rank_of[i.stage]], now[rank_of[i.stage]])
+        peak[on[i.stage]] = max(peak[on[i.stage]], now[on[i.stage]])
     return tuple(peak)
 
 
@@ -159,8 +159,8 @@ class _Clock:
                         self._transfer(send)
 
     def _transfer(self, send: Send) -> None:
-        link = self.plan.rank_of[send.stage], self.plan.rank_of[send.target]
-        seconds = _transfer_seconds(send, self.plan, self.cluster)
+        link = rank_of(send, self.plan), target_of(send, self.plan)
+        seconds = _transfer_seconds(send, self.program, self.cluster)
         self.times[send] = self._occupied(link, self._end(send.result), seconds)
 
     def _copy_seconds(self, rank: int, i: Offload | Fetch) -> float:
@@ -191,25 +191,28 @@ class _Clock:
             case Step() | Update():
                 return self.step_seconds
             case _:
-                return 0.0  # a Reduce or Refresh takes negligible time compared with a Backward
+                return 0.0  # a Reduce, Refresh or Share takes negligible time compared with a Backward
 
 
-def _transfer_seconds(send: Send, plan: Plan, cluster: Cluster | None) -> float:
+def _transfer_seconds(send: Send, program: Program, cluster: Cluster | None) -> float:
     if cluster is None:
         return 0.0
-    source, target = send.stage, send.target
+    plan, source, target = program.plan, send.stage, send.target
     first, last = min(source, target), max(source, target)  # a gradient has as many bytes as its value
-    if isinstance(send.result, Reduce | Refresh):
+    if isinstance(send.result, Share):
+        nbytes = plan.shared_bytes(plan.rank_of[source], len(program.microbatches))
+    elif isinstance(send.result, Reduce | Refresh):
         nbytes = sum(tied.nbytes for tied in plan.tied if tied.owner == first and last in tied.followers)
     else:
         nbytes = sum(channel.nbytes for channel in plan.outgoing[first] if channel.target == last)
-    return cluster.transfer_seconds(plan.rank_of[source], plan.rank_of[target], nbytes)
+    return cluster.transfer_seconds(rank_of(send, plan), target_of(send, plan), nbytes)
 
 
-def _check(plan: Plan, costs: Sequence[Cost], cluster: Cluster | None) -> None:
+def _check(program: Program, costs: Sequence[Cost], cluster: Cluster | None) -> None:
+    plan, ranks = program.plan, max(len(program.ranks), program.plan.num_ranks)
     if len(costs) != plan.num_stages:
         raise InputError(f"got {len(costs)} costs for {plan.num_stages} stages; give one per stage")
-    if cluster is not None and len(cluster) < plan.num_ranks:
+    if cluster is not None and len(cluster) < ranks:
         raise InputError(
-            f"the cluster has {len(cluster)} devices, but the plan has {plan.num_ranks} ranks; use one device per rank"
+            f"the cluster has {len(cluster)} devices, but the plan has {ranks} ranks; use one device per rank"
         )

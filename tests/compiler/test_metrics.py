@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,10 +16,11 @@ import pipecompile
 from pipecompile.compiler.metrics import metrics
 from pipecompile.ir.cluster import Cluster, Link
 from pipecompile.ir.graph import Cost
-from pipecompile.ir.instruction import Forward, Step
-from pipecompile.ir.plan import Plan
+from pipecompile.ir.instruction import Forward, Share, Step
+from pipecompile.ir.plan import Made, Plan
 from pipecompile.ir.timeline import Timeline
 from pipecompile.schedule import SCHEDULES, backward_only, forward_only
+from pipecompile.schedule.several_processes import shared
 from pipecompile.schedule.simulator import simulate
 
 STAGES, MICROBATCHES = 3, 6
@@ -52,6 +54,13 @@ def test_transfers_are_part_of_the_step_and_idle_time() -> None:
     found, fast = metrics([slow], STAGES, {}), metrics([simulated()], STAGES, {})
     assert found["step_seconds"] > fast["step_seconds"]
     assert found["bubble"] == pytest.approx(slow.bubble) != fast["bubble"]
+
+
+def test_outputs_on_their_way_to_all_ranks_are_no_seconds_of_their_stage() -> None:
+    plan = replace(Plan.chain(STAGES), made=(Made(2, once=4),))
+    timeline = simulate(shared(SCHEDULES["1f1b"].program(plan, MICROBATCHES), STAGES), COSTS)
+    assert any(isinstance(span.instruction, Share) for span in timeline.spans)
+    assert metrics([timeline], STAGES, {}) == metrics([simulated()], STAGES, {})
 
 
 def test_optimizer_steps_are_apart() -> None:

@@ -1,4 +1,4 @@
-"""What travels along trees and rings, between threads that stand for ranks."""
+"""What travels along rings, between threads that stand for ranks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipecompile.distributed.exchange import children, exchange, parent, spread
+from pipecompile.distributed.exchange import exchange
 
 SIZES = range(1, 10)
 
@@ -51,39 +51,3 @@ def test_an_exchange_brings_all_to_all_in_few_steps(size: int) -> None:
     expected = [[rank, 10 * rank] for rank in range(size)]
     assert [[t.tolist() for t in each] for each in found] == [expected] * size
     assert sent == [(size - 1).bit_length()] * size
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_a_tree_reaches_each_rank_once(size: int) -> None:
-    for root in range(size):
-        reached = [child for rank in range(size) for child in children(rank, root, size)]
-        assert sorted([root, *reached]) == list(range(size))
-        assert all(parent(child, root, size) == rank for rank in range(size) for child in children(rank, root, size))
-        assert len([*children(root, root, size)]) == (size - 1).bit_length()
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_values_of_several_makers_are_everywhere(size: int) -> None:
-    makers = {"loss": size - 1, "hidden": 0, "count": size // 2, "logits": size - 1}
-    values = {"loss": torch.tensor(2.0).requires_grad_(), "hidden": torch.ones(3), "count": torch.tensor(7)}
-    values["logits"] = torch.randn(5, 6).requires_grad_()
-
-    def job(lines: Any, rank: int) -> Any:
-        made = {name: value for name, value in values.items() if makers[name] == rank}
-        return spread(lines, rank, made, makers, {"loss", "count"})
-
-    for rank, found in enumerate(on_all(size, job)[0]):
-        assert list(found) == list(makers)
-        for name, value in found.items():
-            about = value.shape, value.dtype, value.requires_grad
-            assert about == (values[name].shape, values[name].dtype, values[name].requires_grad)
-            if makers[name] == rank or name in ("loss", "count"):
-                assert torch.equal(value, values[name])
-            else:
-                assert value.is_meta
-
-
-def test_all_values_are_everywhere_if_that_is_wanted() -> None:
-    value = torch.randn(4)
-    found, _ = on_all(3, lambda lines, rank: spread(lines, rank, {"a": value} if rank == 1 else {}, {"a": 1}, "all"))
-    assert all(torch.equal(each["a"], value) for each in found)

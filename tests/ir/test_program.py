@@ -4,14 +4,17 @@ from hypothesis import strategies as st
 from plans import SHAPES, dag, plans, rows
 
 from pipecompile.errors import DeadlockError, ProgramError
-from pipecompile.ir.instruction import Backward, Fetch, Forward, Offload, Recv, Reduce, Send, Step, parse
-from pipecompile.ir.plan import Plan, Tied
+from pipecompile.ir.instruction import Backward, Fetch, Forward, Offload, Recv, Reduce, Send, Share, Step, parse
+from pipecompile.ir.plan import Made, Plan, Tied
 from pipecompile.ir.program import Program, dependencies, linearize
 from pipecompile.schedule import one_f_one_b
 
 CHAIN = Plan.chain(2)
 number = st.integers(0, 999)
-result = st.one_of(*(st.builds(kind, number, number) for kind in (Forward, Backward, Reduce)))
+result = st.one_of(
+    *(st.builds(kind, number, number) for kind in (Forward, Backward, Reduce)),
+    st.builds(Share, number, number, number, number),
+)
 instruction = st.one_of(
     result,
     *(st.builds(kind, number, number) for kind in (Step, Offload, Fetch)),
@@ -25,7 +28,9 @@ def test_an_instruction_reads_back_from_its_text(i):
     assert parse(str(i)) == i
 
 
-@pytest.mark.parametrize("text", ["", "F0", "2X0", "-1F0", "2F", "2F0>", "1<2F0>3", "2F0 ", "1.0F0"])
+@pytest.mark.parametrize(
+    "text", ["", "F0", "2X0", "-1F0", "2F", "2F0>", "1<2F0>3", "2F0 ", "1.0F0", "2A7", "2A7@1", "2F7@1/2"]
+)
 def test_a_word_that_is_no_instruction_is_refused_with_examples(text):
     with pytest.raises(ProgramError, match="is not an instruction; write one such as 2F0"):
         parse(text)
@@ -145,3 +150,32 @@ def test_microbatches_are_those_that_enter():
 
 def test_every_shape_prints_as_rows():
     assert str(one_f_one_b(SHAPES["one rank"], 1)) == rows("0: 0F0 1F0 2F0 2B0 1B0 0B0")
+
+
+SHARING = Plan((), (0, 1), CHAIN.channels, made=(Made(0), Made(1)))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("0: 0F0 1A0@0/2\n1: 1F0", r"1A0@0/2 .*|shared, but not with all ranks; add 1A0@1/2"),
+        ("0: 0F0\n1: 1F0 1A0@1/2", r"the outputs of stage 1 are shared, but not with all ranks; add 1A0@0/2"),
+        ("0: 0F0 1A0@0/2\n1: 1F0 1A1@1/2 1F1", r"1A1@1/2 is before 1F1, whose outputs it shares; put it after"),
+        ("0: 0F0 1A0@1/2\n1: 1F0 1A0@0/2", "1A0@1/2 is on rank 0, which is for another rank"),
+        ("0: 0F0 1A0@0/3\n1: 1F0 1A0@1/3", "the program has 2 rows, but the plan has 2 ranks"),
+        ("0: 0F0 1A0@0/2\n1: 1F0 1A0@1/2\n2: 1A0@2/3", r"1A0@0/2 is of 2 ranks, but the program has 3 rows"),
+        ("0: 0F0 5A0@0/2\n1: 1F0", "5A0@0/2 is on rank 0, which is for another rank"),
+    ],
+)
+def test_outputs_that_do_not_reach_all_ranks_in_time_are_refused(text, message):
+    with pytest.raises(ProgramError, match=message):
+        Program.parse(text, SHARING).validate()
+
+
+def test_a_share_waits_for_every_stage_of_its_rank_that_makes_outputs():
+    plan = Plan.chain(3, (0, 1, 0))
+    both = Plan((), plan.rank_of, plan.channels, made=(Made(0), Made(2)))
+    share = Share(2, 1, 0, 2)
+    assert set(dependencies(share, both)) == {Forward(0, 1), Forward(2, 1)}
+    assert set(dependencies(share, plan)) == {Forward(2, 1)}
+    assert set(dependencies(Share(2, 1, 1, 2), both)) == {Recv(share, 1)}

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import pipecompile
 from pipecompile.ir.cluster import Cluster, Device
-from pipecompile.ir.graph import Cost, CostedGraph, Footprint, Graph, Node, Parameter, TensorSpec
-from pipecompile.ir.plan import Plan
+from pipecompile.ir.graph import Cost, CostedGraph, Footprint, Given, Graph, Node, Parameter, TensorSpec
+from pipecompile.ir.plan import Made, Plan
 from pipecompile.planning.memory import Bytes, Memory, memory
 from pipecompile.planning.stage_memory import load
 from pipecompile.profile import optimizer_state
@@ -218,6 +218,18 @@ def test_stages_on_one_rank_are_held_together() -> None:
     assert memory(costed, apart, one_f_one_b(apart, 4)).ranks == tuple(
         s.total for s in memory(costed, apart, one_f_one_b(apart, 4)).stages
     )
+
+
+def test_processes_hold_the_outputs_of_others_and_compute_the_tail_each() -> None:
+    costed = chain()
+    given = Given("logits", 3, "joined"), Given("loss", 3, "once"), Given("hidden", 3, "shape")
+    graph = replace(costed.graph, given=given)
+    plan = Plan.of(graph, [None, 0, 1, 2], [0, 1, 0])
+    size = graph.nodes[-1].nbytes
+    assert plan.made == (Made(2, size, size),)
+    held = memory(replace(costed, graph=graph), plan, gpipe(plan, 4), tail=3).stages
+    assert [stage.tail for stage in held] == [0, 5 * size, 3]
+    assert [stage.tail for stage in memory(costed, replace(plan, made=()), gpipe(plan, 4), tail=3).stages] == [0, 0, 3]
 
 
 def test_memory_goes_to_json_and_back_and_prints_a_row_for_each_stage() -> None:

@@ -1,13 +1,17 @@
 import json
+from dataclasses import replace
 
 from pipecompile.ir.cluster import Cluster, Link
 from pipecompile.ir.graph import Cost
-from pipecompile.ir.plan import Plan
+from pipecompile.ir.plan import Made, Plan
+from pipecompile.ir.timeline import Timeline
+from pipecompile.render.cells import cells, drawn_kinds, wires
 from pipecompile.render.trace import trace
 from pipecompile.schedule import one_f_one_b
 from pipecompile.schedule.catalog import RECIPES
 from pipecompile.schedule.lowering import lower
 from pipecompile.schedule.order_program import program_of
+from pipecompile.schedule.several_processes import shared
 from pipecompile.schedule.simulator import simulate
 
 
@@ -38,3 +42,20 @@ def test_a_trace_has_every_computation_once_with_its_kind():
     assert {e["cat"] for e in computed} == {"forward", "backward", "weights"}
     threads = {e["args"]["name"] for e in events if e["name"] == "thread_name"}
     assert threads == {"rank 0", "rank 1", "rank 0 transfers", "rank 1 transfers"}
+
+
+def test_outputs_on_their_way_to_all_ranks_are_drawn():
+    plan = replace(Plan.chain(2), made=(Made(1, once=4),))
+    timeline = simulated(shared(one_f_one_b(plan, 2), 3), 1, 2)
+    assert [(wire.source, wire.target, wire.words[:21]) for wire in wires(timeline) if "A" in wire.words] == [
+        (1, 0, "1A1@1/3>0: to rank 0;"),
+        (1, 2, "1A1@1/3>2: to rank 2;"),
+    ]
+    events = json.loads(trace({"predicted": timeline}))["traceEvents"]
+    shares = {e["name"]: e["tid"] for e in events if e.get("cat") == "share"}
+    assert shares == {"1A1@0/3": 0, "1A1@1/3": 4, "1A1@2/3": 8}
+    assert "A" not in drawn_kinds(timeline), "they take no time in a simulation"
+    took = [replace(s, end=s.end + 1) if str(s.instruction) == "1A1@0/3" else s for s in timeline.spans]
+    (cell,) = [cell for cell in cells(Timeline((*took,), 3)) if cell.kind == "A"]
+    assert (cell.rank, cell.label) == (0, "A1"), "a rank that has an output of another stage does not run it"
+    assert cell.words.startswith("1A1@0/3: share of stage 1, microbatch 1; ")
