@@ -330,9 +330,7 @@ def scheduled(options: Options, compiled: Compiled) -> Iterator[str]:
     """The schedule of a capture, and what it was weighed against."""
     planned, ranks = compiled.planned, len(set(compiled.plan.rank_of))
     yield f"{options.schedule}, {options.placement}"
-    for kind, count in compiled.programs:
-        if kind != "train":
-            continue
+    for count in dict.fromkeys(key[1] for key in compiled.programs if key[0] == "train"):
         if isinstance(options.schedule, Own) and not options.schedule.fits(count):
             yield f"a batch of {count} microbatches runs as 1f1b, since this is {options.schedule}"
         elif str(options.schedule).startswith("interleaved"):
