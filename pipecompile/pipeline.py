@@ -16,7 +16,7 @@ from pipecompile.capture.state.model_state import named_tensors
 from pipecompile.compiler.batches import Batches, refuse_meta
 from pipecompile.compiler.map_loader import Calls, mapped
 from pipecompile.compiler.options import Options
-from pipecompile.compiler.replan import replan
+from pipecompile.compiler.replan import others, replan
 from pipecompile.compiler.run_batch import run_batch
 from pipecompile.compiler.surroundings import Substituted
 from pipecompile.distributed.grad_scaler import GradScaler
@@ -195,26 +195,48 @@ class Pipeline(PipelineView):
         with self._session.turn.taken(again=False):
             return verify(subject, args, kwargs)
 
-    def replan(self, plan: PlanOptions | None = None, costs: str | Path | CostedGraph | None = None) -> Plan:
+    def replan(
+        self,
+        plan: PlanOptions | None = None,
+        costs: str | Path | CostedGraph | None = None,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
+    ) -> Plan:
         """Makes a new plan, by default from the stage times of the last training step, and switches to it.
 
         Parameters move to the devices of their new stages. The state of an existing optimizer is not moved: with more
         than one kind of device, load its ``state_dict`` into itself to move it.
 
+        In several processes, all of them call this between two steps. Parameters, buffers, gradients and the state of
+        the optimizers move to the processes of their new stages; optimizers stay the same objects, with other
+        parameters in their groups. A loss from before cannot be differentiated afterwards.
+
         Args:
             plan: replaces ``plan`` of ``compile``.
             costs: saved costs or a ``CostedGraph``, instead of the times of the last step.
+            optimizer: in several processes, that of this process's parameters, or all of them; () if there is none.
 
         Raises:
             InputError: the pipeline has no plan or its optimizers step inside it; without ``costs``, the last call did
-                not measure a training step on the planned capture; or ``plan`` or ``costs`` do not fit the model.
+                not measure a training step on the planned capture; or ``plan`` or ``costs`` do not fit the model. In
+                several processes also: no optimizer was passed, or optimizers differ between them, or their state
+                cannot move.
             PlanError: no plan satisfies ``plan``; the pipeline keeps its present plan.
         """
-        self._refuse_several("planned anew")
         with self._session.turn.taken(again=False):
+            optimizers = _every(optimizer, self.share is not None)
+            if self.share is not None:
+                self._refuse_absent()
+                self.share.refuse_move()
+                self.share.processes.agree("replan()")
             options, compiled = replan(self._batches, self._session, plan, costs)
+            if self.share is None:
+                self._batches.replace_first(options, compiled)
+            else:
+                captures, rest = others(self._batches, compiled)
+                self.share.move((compiled, *rest), optimizers)
+                self._batches.adopt(options, captures, compiled)
+                self._session.moves += 1
             self._learning.forget()
-            self._batches.replace_first(options, compiled)
             self._proofs.forget()
             self._session.forget()
             return self.plan
@@ -360,3 +382,20 @@ class Pipeline(PipelineView):
     def _refuse_absent(self) -> None:
         if self.absent is not None:
             raise InputError(NO_VALUES)
+
+
+def _every(
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None, several_processes: bool
+) -> Sequence[torch.optim.Optimizer]:
+    """The optimizers that ``replan`` got."""
+    if not several_processes:
+        if optimizer is not None:
+            raise InputError("replan(optimizer=) is for several processes (mesh=); in one process, leave it out")
+        return []
+    found = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else optimizer
+    if not isinstance(found, Sequence) or not all(isinstance(each, torch.optim.Optimizer) for each in found):
+        raise InputError(
+            f"replan() over several processes moves the state of optimizers between them, but got optimizer="
+            f"{optimizer!r:.80}; pass that of this process, a list of all if they are several, or () if there is none"
+        )
+    return found

@@ -94,6 +94,16 @@ class Batches:
         self.options, self.captures = options, self.captures.only(self.first, compiled)
         self.first = self.last = compiled
 
+    def adopt(self, options: Options, captures: Captures, first: Compiled) -> None:
+        """Puts captures that have been cut along another plan in the places of all.
+
+        Args:
+            captures: in place of the present ones.
+            first: of these, the one whose plan the others follow.
+        """
+        self.options, self.captures = options, captures
+        self.first = self.last = first
+
     def move_first(self, compiled: Compiled, following: Callable[[Compiled], Compiled | None]) -> None:
         """Puts a capture with another plan in the place of the first one, and all others on that plan.
 

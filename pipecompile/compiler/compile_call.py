@@ -112,7 +112,13 @@ def compile_call(
     return compiled
 
 
-def replanned(compiled: Compiled, costed: CostedGraph, options: Options, devices: Sequence[torch.device]) -> Compiled:
+def replanned(
+    compiled: Compiled,
+    costed: CostedGraph,
+    options: Options,
+    devices: Sequence[torch.device],
+    peers: Peers | None = None,
+) -> Compiled:
     """The same capture with a new plan.
 
     Args:
@@ -120,13 +126,19 @@ def replanned(compiled: Compiled, costed: CostedGraph, options: Options, devices
         costed: the costs of its graph to plan from.
         options: the constraints on the plan and its objective.
         devices: one per rank.
+        peers: the processes that run the ranks, of which the first one plans.
 
     Raises:
         PlanError: no plan satisfies the options.
         InputError: the options do not fit the model or one another.
     """
+    cluster, work = compiled.planned.cluster, _work(compiled.division, options)
     with phase("plan"):
-        found = planned(costed, compiled.planned.cluster, _work(compiled.division, options), options.plan)
+        if peers is not None and peers.are_several:
+            found = peers.shared(lambda: planned(costed, cluster, work, options.plan).without_functions())
+            found = replace(found, work=work)
+        else:
+            found = planned(costed, cluster, work, options.plan)
     return recut(compiled, found, options, devices)
 
 

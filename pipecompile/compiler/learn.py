@@ -150,7 +150,8 @@ class Learning:
         start = "; the next start of this script takes it" if kept else ""
         return (
             f"{took}: in another cut the slowest stage would take {seconds_text(seconds)}, which saves "
-            f"{1 - seconds / slowest:.0%}{start}; PlanOptions(tune='rehearse') finds it before weights are placed"
+            f"{1 - seconds / slowest:.0%}{start}; pipe.pipeline.replan(optimizer=optimizer) moves to it, and "
+            f"PlanOptions(tune='rehearse') finds it before weights are placed"
         )
 
     @contextmanager

@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipecompile.compiler.batches import Batches
-from pipecompile.compiler.compile_call import replanned
+from pipecompile.compiler.capture_cache import Captures
+from pipecompile.compiler.compile_call import following, replanned
 from pipecompile.compiler.options import Options, read_costs
 from pipecompile.compiler.plan_call import reused
 from pipecompile.errors import InputError
@@ -23,6 +24,8 @@ def replan(
 ) -> tuple[Options, Compiled]:
     """The options with what was asked for, and the first capture cut along a new plan; see ``Pipeline.replan``.
 
+    In several processes the first one plans, from the times of all.
+
     Args:
         batches: the captures of the pipeline. They stay as they are; parameters move to the devices of the new stages.
         session: knows the times of the last step.
@@ -32,7 +35,7 @@ def replan(
     Raises:
         InputError, PlanError: as ``Pipeline.replan``.
     """
-    first, timeline = batches.first, session.timeline
+    first, timeline, peers = batches.first, session.timeline, session.peers
     if session.optimizer is not None:
         raise InputError(
             f"replan() cannot move the optimizers that step inside a pipeline with "
@@ -42,10 +45,35 @@ def replan(
         raise InputError("replan() has no plan to replace; call the pipeline first")
     costed = _given(costs, first)
     if costed is None:
+        if peers.are_several and timeline is not None:
+            spans = (span for each in peers.of_each(timeline.spans) for span in each)
+            timeline = Timeline(tuple(spans), timeline.num_ranks)
         costed = _measured(first, timeline if batches.last is first else None)
     options = replace(batches.options, plan=plan or batches.options.plan, costs=costed)
     options.check(batches.model, len(batches.devices))
-    return options, replanned(first, costed, options, batches.devices)
+    return options, replanned(first, costed, options, batches.devices, peers)
+
+
+def others(batches: Batches, first: Compiled) -> tuple[Captures, tuple[Compiled, ...]]:
+    """All captures cut along the plan of ``first``, and those besides it.
+
+    Raises:
+        InputError: one of them has no such cut.
+    """
+    found: list[Compiled] = []
+
+    def follow(other: Compiled) -> Compiled:
+        cut = following(other, first, batches.options, batches.devices)
+        if cut is None:
+            raise InputError(
+                "replan() found a plan that another call of the model cannot follow, whose values would flow backward; "
+                "pass plan=PlanOptions(...) with other constraints"
+            )
+        found.append(cut)
+        return cut
+
+    assert batches.first is not None
+    return batches.captures.recut(batches.first, first, follow), tuple(found)
 
 
 def _given(costs: str | Path | CostedGraph | None, first: Compiled) -> CostedGraph | None:

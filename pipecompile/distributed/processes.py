@@ -33,7 +33,7 @@ from pipecompile.errors import ExecutionError, InputError, RankError
 from pipecompile.ir.cluster import Cluster
 from pipecompile.ir.plan import Plan
 from pipecompile.ops.freed_memory import give_back_much, keep_little
-from pipecompile.runtime.lane import Lane
+from pipecompile.runtime.lane import Lane, Values
 from pipecompile.runtime.transport import Aborted
 
 T = TypeVar("T")
@@ -212,6 +212,19 @@ class Processes:
             return error
         found = self.control.report(self.control.mine("", f"{type(error).__name__}: {error}"))
         return found if isinstance(error, Exception) else error
+
+    def passed(self, given: Mapping[int, Values], sources: Iterable[int]) -> dict[int, Values]:
+        """Sends tensors to ranks of this part, and returns those that others send to this one.
+
+        Args:
+            given: by rank.
+            sources: the ranks that send some.
+        """
+        with self._failing():
+            coming = {rank: self.lines.get(rank) for rank in sources}
+            for rank, values in given.items():
+                self.lines.put(rank, values)
+            return {rank: get() for rank, get in coming.items()}
 
     # What goes on beside the calls
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from pipecompile.capture import Call
 from pipecompile.capture.state.model_state import named_tensors
 from pipecompile.distributed.clip_grad_norm import clip_grad_norm_
+from pipecompile.distributed.moving import Move
 from pipecompile.distributed.ownership import (
     dividable,
     foreign,
@@ -230,6 +231,34 @@ class Share:
                 "the pipeline has made no call, so it has no gradients to clip; call it and backward() first"
             )
         return clip_grad_norm_(self.captures[0], self.processes, max_norm, norm_type)
+
+    def refuse_move(self) -> None:
+        """Raises ``InputError`` if the parameters of this pipeline cannot move to other processes."""
+        if self.divides:
+            raise InputError(
+                "replan() does not move parameters whose rows are divided over processes (fully_shard=True); save a "
+                "checkpoint with pipecompile.save, and load it into a pipeline with the new plan"
+            )
+        if not self.is_settled:
+            raise InputError("replan() over several processes moves weights between calls; call the pipeline first")
+
+    def move(self, captures: Sequence[Compiled], optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """Moves parameters, gradients, buffers and the state of optimizers to the processes of another cut.
+
+        Args:
+            captures: of the pipeline with the new cut, the first one first.
+            optimizers: all those of this process's parameters.
+
+        Raises:
+            CaptureError, InputError: they cannot move; nothing has moved then, in any process.
+        """
+        for later in captures[1:]:
+            refuse_missing(captures[0], later)
+        move = Move(self.model, self.processes, self.captures, captures, optimizers, self._stand_in)
+        move.check()
+        move.make()
+        self.captures[:] = captures
+        self._foreign.clear()
 
     def close(self) -> None:
         """Closes what this process has with the others, and looks at optimizers no more.

@@ -115,6 +115,7 @@ class Session:
         self.observed: Counter[str] = Counter()  # programs that the calling thread ran, by what observed it
         self.is_observed = False  # whether something observed the thread that ran the last program
         self.defers = False  # whether backwards wait for gradients even if the model computes its loss
+        self.moves = 0  # how often parameters have moved to other processes
         self.callers = Callers([lane.device for lane in self.lanes.values()])
         self.notes = Notes()
         self.program: Program | None = None
@@ -291,7 +292,7 @@ class Session:
 
     def forget(self) -> None:
         """Drops the stages; the next program brings its own. Those of earlier calls stay while these may need them."""
-        self.weights, self.executors = {}, {}
+        self.weights, self.executors, self.numbers = {}, {}, {}
         self.program = self.measured = self._earlier = None
 
     def renew(self) -> None:

@@ -40,6 +40,11 @@ OF_A_PART = (
     "gradient of the whole batch is not known; compute the loss in the pipeline (loss_fn=, or labels in the call)"
 )
 
+OF_A_MOVE = (
+    "the loss is of a call before replan(), but its gradients belong to parameters that have moved to other processes "
+    "since then; call backward() before replan()"
+)
+
 OF_THE_BATCH = (
     "the loss of {} is computed from the whole batch, after the stages, so no microbatch has a share of it from which "
     "its backward could start; use schedule='pipedream', in which each microbatch is a batch of its own, or "
@@ -109,13 +114,14 @@ def _train(session: Session, batch: Batch, loss: int, schedule: MakeProgram, sta
 
     not_scaled = batch.compiled.in_float16 or start.ambient.in_float16 or batch.compiled.has_own_backward
     scale = session.scale if not_scaled else 1.0
-    microbatches, shared = run(scale, session.peers.are_several)
+    (microbatches, shared), moves = run(scale, session.peers.are_several), session.moves
     found = _gradients(session, batch, microbatches)
     leaves = list({id(t): t for t in batch.model_tensors if id(t) in found}.values())
     retained, places = Retained(batch), [batch.division.places[str(output.node)] for output in batch.outputs]
 
     @session.watched()
     def deliver(saved: Saved, incoming: Gradients) -> Gradients:
+        _refuse_moved(session, moves)
         (factor,) = incoming
         if factor is None:
             return [None] * len(leaves)
@@ -145,6 +151,12 @@ def _train(session: Session, batch: Batch, loss: int, schedule: MakeProgram, sta
     return batch.given(given)
 
 
+def _refuse_moved(session: Session, moves: int) -> None:
+    """Refuses the backward of a call after parameters have moved to other processes."""
+    if session.moves != moves:
+        raise ExecutionError(OF_A_MOVE)
+
+
 def _noted(peers: Peers, factor: Tensor) -> None:
     peers.note(f"a backward with the gradient {factor.item():.9g}")
 
@@ -167,8 +179,11 @@ def _beside(
 ) -> Sequence[Tensor]:
     """Connects the outputs other than the loss to autograd: a gradient of one of them reruns the call."""
 
+    moves = session.moves
+
     @session.watched()
     def backward(_: Saved, incoming: Gradients) -> Gradients:
+        _refuse_moved(session, moves)
         given = {i if i < loss else i + 1: g for i, g in enumerate(incoming) if g is not None}
         return _again_from(session, batch, start, given, batch.reached, retained)
 
@@ -210,7 +225,7 @@ def _defer(session: Session, batch: Batch, start: Snapshot, rerun: Retained | No
     """
     waiting, outputs = _forward(session, batch, start.seeds)
     joined = _joined(session, batch, waiting, outputs)
-    retained = rerun or Retained(batch)
+    retained, moves = rerun or Retained(batch), session.moves
 
     def run(microbatches: Mapping[int, Microbatch], incoming: Gradients) -> Gradients:
         fed = [name for name, gradient in zip(joined.values, incoming, strict=True) if gradient is not None]
@@ -227,6 +242,7 @@ def _defer(session: Session, batch: Batch, start: Snapshot, rerun: Retained | No
 
     @session.watched()
     def backward(_: Saved, incoming: Gradients) -> Gradients:
+        _refuse_moved(session, moves)
         with Generators.kept_on_failure(session.devices, batch.compiled.runs_python):
             if waiting:
                 session.peers.agree("the backward of a call")

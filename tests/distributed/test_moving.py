@@ -1,0 +1,46 @@
+"""Parameters, gradients and optimizers' state go to other processes when the cut moves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from launcher import Launcher
+from long import some
+
+LIMIT = 280
+
+
+@pytest.mark.parametrize(("size", "parts"), some([(2, 1), (4, 1), (4, 2)]))
+def test_a_training_goes_on_as_one_that_begins_with_the_new_cut(
+    launcher: Launcher, tmp_path: Path, size: int, parts: int
+) -> None:
+    arguments = {"directory": str(tmp_path), "parts": parts, "normalized": parts == 1}
+    found = launcher.returned("moving_scenes:moved", size, limit=LIMIT, **arguments)
+    for each in found:
+        assert each["names"] is True
+        assert each["losses"]
+        assert each["differ"] == []
+        assert each["held"][0] == each["held"][1], "a rank has the memory of its own stages"
+        assert "call backward() before replan()" in each["waits"]
+    assert any("layers." in name for each in found for name in each["moved"])
+    assert all(each["states"] for each in found[: size // parts])
+
+
+def test_gradients_that_wait_for_a_step_move_too(launcher: Launcher) -> None:
+    assert launcher.returned("moving_scenes:gradients_move", 2, limit=LIMIT) == [[], []]
+
+
+def test_what_cannot_move_is_refused_by_all_and_training_goes_on(launcher: Launcher) -> None:
+    words = {
+        "early": "call the pipeline first",
+        "missing": "pass that of this process",
+        "no optimizer": "but got optimizer=7",
+        "groups": "the optimizers of rank 0 have AdamW(",
+        "fewer": "is to move, but no optimizer that was passed steps it",
+        "same": "True",
+    }
+    for said in launcher.returned("moving_scenes:refused", 2, limit=LIMIT):
+        assert said.keys() == words.keys(), "and a move without optimizers is made"
+        for name, part in words.items():
+            assert part in said[name]
