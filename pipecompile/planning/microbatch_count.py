@@ -14,7 +14,7 @@ from pipecompile.ir.graph import Cost, CostedGraph, Graph
 from pipecompile.ir.plan import Plan
 from pipecompile.planning.counted import Count, Counted
 from pipecompile.planning.planned import Planned
-from pipecompile.planning.training_spec import OVERHEAD
+from pipecompile.schedule.stage_costs import OVERHEAD
 
 PAYS = 0.02  # another number than the usual one is taken if it is predicted to save this share of the step
 PER_RANK = (1, 2, 4, 8)  # microbatches per rank that are tried, beside one in all

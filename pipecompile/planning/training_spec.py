@@ -17,8 +17,6 @@ from pipecompile.schedule import MakeProgram
 from pipecompile.schedule.placement import PLAIN, Placement
 from pipecompile.schedule.simulator import simulate
 
-OVERHEAD = 1e-4  # seconds of a forward or a backward beside its operations (benchmarks/overhead.py)
-
 
 @dataclass(frozen=True)
 class Workload:

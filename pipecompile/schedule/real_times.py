@@ -1,7 +1,8 @@
 """Adapts an order for equal times to the times of a plan, if the step becomes shorter.
 
 The order itself is a candidate of ``improve``: each rank keeps within the memory that the order needs of it, and the
-result is taken only if the simulated step is shorter. Microbatches of a stage cost the same, so they are numbered
+result is taken only if the simulated step is shorter by more than what it takes to split further backwards: DualPipe-V
+splits some of them only. Microbatches of a stage cost the same, so they are numbered
 anew, in ascending order: a stage adds up gradients and writes buffers in the order of the unsplit model.
 """
 
@@ -12,10 +13,10 @@ from functools import lru_cache
 
 from pipecompile.ir.plan import Plan
 from pipecompile.schedule.improve import improve
-from pipecompile.schedule.order import Op, Order
+from pipecompile.schedule.order import Op, Order, W
 from pipecompile.schedule.replay import peaks, replay
 from pipecompile.schedule.shape import Shape, in_order
-from pipecompile.schedule.stage_costs import StageCosts
+from pipecompile.schedule.stage_costs import OVERHEAD, SPLIT, StageCosts
 
 WEIGHT_PART = 0.5  # of a backward, as in ``simulate``
 EFFORT, FEWEST, MOST = 200_000, 40, 200  # computations in all passes; passes
@@ -57,8 +58,15 @@ def _shorter(order: Order, shape: Shape, costs: StageCosts) -> Order:
     if found is None:
         return order
     there = _ascending(found)
-    is_shorter = replay(there, costs).makespan < SHORTER * replay(here, costs).makespan
+    more = _splitting(there, costs) - _splitting(here, costs)
+    is_shorter = replay(there, costs).makespan + max(0.0, more) < SHORTER * replay(here, costs).makespan
     return there if is_shorter else order
+
+
+def _splitting(order: Order, costs: StageCosts) -> float:
+    """The seconds that a rank needs beside its operations to split backwards, of the rank that needs most."""
+    each = [(SPLIT - 1) * (b + w) + OVERHEAD for b, w in zip(costs.b, costs.w, strict=True)]
+    return max(sum(each[stage] for kind, stage, _ in order.ops(rank) if kind == W) for rank in range(len(order.rows)))
 
 
 def _ascending(order: Order) -> Order:
