@@ -8,7 +8,8 @@ configurations take a step in turn in every round, so that what disturbs the mac
 CPU seconds that other processes took is printed. Times are medians over rounds, without the first two.
 
     measured     the makespan of the program that ran: from the first start to the last end of an instruction
-    predicted    the simulation of the same program with the profile, made before the first step
+    predicted    the simulation of the same program with the profile, made before the first step; optimizer steps inside
+                 the pipeline take what those of the program before took
     from stages  the simulation with the times of stages that every second round has measured, against the makespans of
                  the rounds between: the error of the simulator alone
     memory       the peak of each rank in bytes, ``pipe.pipeline.memory`` beside what is counted in one more step: every
@@ -102,9 +103,11 @@ class Run:
     predicted: list[float] = field(default_factory=list)
 
     def round(self) -> None:
+        before = self.timelines[-1] if self.timelines else None
         self.step()
         self.timelines.append(self.pipe.pipeline.timeline)
-        self.predicted.append(self.pipe.pipeline.predicted.makespan)
+        compiled, program = self.pipe.pipeline._capture_in_use, self.pipe.pipeline.program
+        self.predicted.append(compiled.predict(program, before).makespan)
 
 
 @dataclass(frozen=True)
@@ -241,8 +244,13 @@ def _show(results: Sequence[Result], share: float | None) -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=12, help="steps of each configuration that are measured")
     parser.add_argument("--only", default="", help="configurations whose name has this text")
+    return with_rounds(parser, 12)
+
+
+def with_rounds(parser: argparse.ArgumentParser, rounds: int) -> argparse.Namespace:
+    """The options, with those that benchmarks in rounds share."""
+    parser.add_argument("--rounds", type=int, default=rounds, help="steps that are measured of each row")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     if options.rounds < 2:

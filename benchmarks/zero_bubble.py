@@ -37,7 +37,7 @@ import torch
 from counted import peaks
 from gpt import Block
 from predicted import Others
-from predicted_makespan import WARM_UP, measured_stages, simulated
+from predicted_makespan import WARM_UP, measured_stages, simulated, with_rounds
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -183,12 +183,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=64, help="of a microbatch")
     parser.add_argument("--microbatches", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=16, help="steps of each schedule that are measured")
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    if options.rounds < 2:
-        parser.error("--rounds must be at least 2: every second one measures stages, the others makespans")
-    return options
+    return with_rounds(parser, 16)
 
 
 if __name__ == "__main__":

@@ -139,10 +139,14 @@ class PipelineView:
 
     @property
     def predicted(self) -> Timeline:
-        """The timeline of the last program, or of the schedule before the first call, predicted from the costs."""
+        """The timeline of the last program, or of the schedule before the first call, predicted from the costs.
+
+        Steps of optimizers inside the pipeline take what those of the last program took, because costs do not tell.
+        Before the first call they take no time.
+        """
         compiled, costed = self._capture_in_use, self._learning.corrected
         used = compiled if costed is None else compiled.recosted(costed)
-        return used.predict(self._last_or_next[0])
+        return used.predict(*self._last_or_next)
 
     @property
     def _last_or_next(self) -> tuple[Program, Timeline | None]:

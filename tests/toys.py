@@ -305,3 +305,19 @@ class Sizes(nn.Module):
         h = h.reshape(batch * length, width) / length**0.5
         causal = torch.tril(torch.ones(length, length, dtype=h.dtype))
         return causal @ self.body[2:](h).view(batch, length, -1)
+
+
+class Bad(torch.autograd.Function):
+    """A copy whose backward fails while it is told to."""
+
+    fails = False
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        if Bad.fails:
+            raise ValueError("on purpose")
+        return gradient

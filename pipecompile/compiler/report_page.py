@@ -30,7 +30,7 @@ def page_of(
         measured: when its instructions ran, if they have.
         topics: the lines of the report. Without them the page is for a notebook, and has no memory over time.
     """
-    planned, predicted = compiled.planned, compiled.predict(program)
+    planned, predicted = compiled.planned, compiled.predict(program, measured)
     page = Page(
         view=stage_graph(planned.costed, planned.plan),
         model=type(compiled.captured.model).__name__,

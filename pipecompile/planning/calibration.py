@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from statistics import mean, median
 
 from pipecompile.ir.graph import Cost, CostedGraph
-from pipecompile.ir.instruction import Backward, BackwardWeight, Fetch, Forward, Offload, Recv, Send
+from pipecompile.ir.instruction import Backward, BackwardWeight, Fetch, Forward, Offload, Recv, Send, Step, Update
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.timeline import Timeline
 
@@ -61,6 +61,18 @@ def stage_times(predicted: Sequence[Cost], timeline: Timeline) -> tuple[Times, .
         return ()
     medians = zip(predicted, forward, backward, strict=True)
     return tuple(Times(cost, Cost(median(f), median(b))) for cost, f, b in medians)
+
+
+def update_seconds(timeline: Timeline, num_stages: int) -> tuple[float, ...]:
+    """The median seconds of a stage's optimizer steps in a measured program; 0 for a stage that ran none.
+
+    A Step whose weights an Update has made takes no time, so the longer of the two kinds counts.
+    """
+    runs: dict[tuple[int, type], list[float]] = {}
+    for span in timeline.spans:
+        if isinstance(span.instruction, Step | Update):
+            runs.setdefault((span.instruction.stage, type(span.instruction)), []).append(span.seconds)
+    return tuple(max(median(runs.get((s, kind), [0.0])) for kind in (Step, Update)) for s in range(num_stages))
 
 
 def corrected(costed: CostedGraph, plan: Plan, times: Sequence[Times], by: str = "a measured step") -> CostedGraph:

@@ -4,7 +4,8 @@
     gradients     of trainable parameters, from the first Backward after a Step or Update
     optimizer     optimizer state of trainable parameters; only the owner of a tied parameter has it
     versions      other weights than the newest that Forwards or Backwards still use (see ``weight_versions``)
-    activations   kept from Forward to Backward, for every microbatch in flight, and not while they are on the host
+    activations   kept from Forward to Backward, for every microbatch in flight, and not while they are on the host; of
+                  a split Backward, what its BackwardWeight needs: inputs of functions, and gradients of their outputs
     waiting       values and gradients of other stages, from their arrival to the end of the Backward; gradients of tied
                   parameters (those of replicas included), to the Reduce
     outputs       the model's outputs, per microbatch until the step ends, and then joined
@@ -192,7 +193,8 @@ class _Bound:
     """An upper bound of the waiting bytes, for any timing."""
 
     def __init__(self, work: Load, plan: Plan, stage: int, in_flight: Sequence[int]) -> None:
-        self.received = sum(c.nbytes * plan.shared(c, in_flight[c.source]) for c in plan.incoming[stage])
+        counts = {c.source: plan.shared(c, in_flight[c.source]) for c in plan.incoming[stage]}
+        self.received = sum(work.received[source] * count for source, count in counts.items())
         self.returned = sum(_once(work.returned, plan).values())
 
     def reach(self, i: Instruction) -> None:
@@ -278,7 +280,7 @@ class StageState:
             self.fixed,
             gradients=self.trainable * self.has_gradients,
             versions=self.trainable * (self.stash.live - 1),
-            activations=(count + len(self.stash.held)) * self.work.saved - self.on_host,
+            activations=count * self.work.saved + len(self.stash.held) * self.work.left - self.on_host,
             waiting=self.fixed.waiting + self.waiting.nbytes(count),
             outputs=self.made * self.work.outputs,
         )
@@ -290,7 +292,8 @@ class StageState:
         return (
             self.always
             + self.trainable * (self.has_gradients + self.stash.live - 1)
-            + (count + len(self.stash.held)) * self.work.saved
+            + count * self.work.saved
+            + len(self.stash.held) * self.work.left
             + self.waiting.nbytes(count)
             + self.made * self.work.outputs
             - self.on_host
@@ -315,7 +318,10 @@ class StageState:
                 self._reach(self.work.forward)
                 self.made += 1
             case BackwardWeight():
-                self._reach(self.work.backward)
+                self._reach(self.work.weights)
+            case Backward(_, microbatch) if microbatch in self.stash.split:
+                self._reach(self.work.split_backward)
+                self.has_gradients = True
             case Backward() if self.has_gradients or not self.trainable:
                 self._reach(self.work.backward)
             case Backward():

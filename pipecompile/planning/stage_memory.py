@@ -4,6 +4,10 @@ Both passes are simulated node by node, with the live storages after each. A val
 run, a tensor that autograd keeps until the last backward that reads it, and a gradient from the first backward that
 adds to it until the backward of its own node. Bytes are those of storages, so that views, and tensors that several
 nodes keep, count once. Workspace inside kernels is not known.
+
+A split backward (``ops/split_backward.py``) leaves the inputs of some functions, and the gradients of their outputs, to
+the gradients of weights. A value that a stage of the same rank has made is in the memory of that one, which keeps it
+until its own Backward.
 """
 
 from __future__ import annotations
@@ -16,6 +20,8 @@ from functools import cached_property
 from pipecompile.ir.graph import CostedGraph, Footprint, Node
 from pipecompile.ir.plan import Plan, members
 
+SPLIT = frozenset(("linear", "addmm", "matmul", "embedding", "conv1d", "conv2d", "conv3d"))  # of ops/split_backward.py
+
 
 @dataclass(frozen=True, slots=True)
 class Load:
@@ -23,27 +29,34 @@ class Load:
 
     saved: int  # kept from Forward to Backward, without the following
     movable: int  # the part of it that an Offload takes to the host
-    received: dict[int, int]  # by source stage: values, from arrival to Backward
+    received: dict[int, int]  # by source stage: values, from arrival to Backward; none from a stage of the same rank
     returned: dict[int, int]  # by target stage: gradients of sent values, from arrival to Backward
     outputs: int  # its part of the model output, until the end of the step
     forward: int  # peak during the Forward, ``saved`` and ``outputs`` included
     backward: int  # peak during the Backward, beyond what exists before
     first_backward: int  # the same if the parameters have no gradients yet, those included
+    split_backward: int  # the same of a Backward that leaves gradients of weights
+    left: int  # kept from such a Backward to its BackwardWeight
+    weights: int  # peak during a BackwardWeight, beyond what exists before
 
 
 def load(costed: CostedGraph, plan: Plan, stage: int) -> Load:
     """The memory of one microbatch in a stage."""
     walk = _Stage(costed, plan, stage)
     graph = costed.graph
+    split_backward, left = walk.split_backward()
     return Load(
         saved=walk.bytes_of(walk.resting - walk.outputs),
         movable=walk.bytes_of(walk.movable),
-        received={channel.source: channel.nbytes for channel in plan.incoming[stage]},
+        received={c.source: c.nbytes * (plan.rank_of[c.source] != plan.rank_of[stage]) for c in plan.incoming[stage]},
         returned={c.target: sum(_gradient_bytes(graph.nodes[i]) for i in c.values) for c in plan.outgoing[stage]},
         outputs=walk.bytes_of(walk.outputs),
         forward=walk.forward(),
         backward=walk.backward(first=False),
         first_backward=walk.backward(first=True),
+        split_backward=split_backward,
+        left=left,
+        weights=max((graph.parameter_bytes[name] for i in walk.split for name in graph.nodes[i].parameters), default=0),
     )
 
 
@@ -120,9 +133,31 @@ class _Stage:
             alive = (alive | new) - dead
         return max(most, now)
 
+    @cached_property
+    def split(self) -> set[int]:
+        """The nodes whose weights a split backward leaves."""
+        return {
+            i
+            for i in self.nodes
+            if self.graph.nodes[i].op in SPLIT
+            and self.footprints[i].stretch is None
+            and not self.trainable.isdisjoint(self.graph.nodes[i].parameters)
+        }
+
     def backward(self, first: bool) -> int:
         """Peak of the live bytes during the Backward, beyond those before it."""
+        return self._backward(first, set())[0]
+
+    def split_backward(self) -> tuple[int, int]:
+        """The same of a split one, and the bytes that it leaves."""
+        most, owners = self._backward(False, self.split)
+        inputs = {number for i in self.split for number in self.footprints[i].saved}
+        return most, self.bytes_of(inputs) + sum(_gradient_bytes(self.graph.nodes[owner]) for owner in owners)
+
+    def _backward(self, first: bool, split: set[int]) -> tuple[int, set[int]]:
+        """The peak, and the values whose gradients split nodes keep."""
         held = self.received | self._values(self.sent) | self.outputs  # until the end of the whole backward
+        held |= {number for i in split for number in self.footprints[i].saved}
         gradients = _Gradients(self.sent)
         kept = Counter(number for footprint in self.footprints.values() for number in footprint.saved)
         stretches = self._stretches()
@@ -141,13 +176,14 @@ class _Stage:
                 new = {name for name in node.parameters if name in self.trainable} - summed
                 summed |= new
                 gradients.now += sum(self.graph.parameter_bytes[name] for name in new) * first
-                gradients.drop(i)
+                if i not in split:
+                    gradients.drop(i)
             kept.subtract(footprint.saved)
             freed += self.bytes_of(n for n in footprint.saved if kept[n] == 0 and n not in held)
             again.subtract(footprint.again)
             again = +again
             most = max(most, self.bytes_of(again) + gradients.now - freed)
-        return most
+        return most, {gradients.owner[i] for i in split if i in gradients.owner}
 
     def _stretches(self) -> dict[int, Counter[int]]:
         """For each stretch, the storages kept during its backward, and how many nodes keep each."""

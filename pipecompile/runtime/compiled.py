@@ -32,7 +32,7 @@ from pipecompile.ops.accelerators import copied
 from pipecompile.ops.autograd_functions import Applied
 from pipecompile.ops.operators import is_opaque
 from pipecompile.ops.torch_internals import pytree
-from pipecompile.planning.calibration import Times, stage_times
+from pipecompile.planning.calibration import Times, stage_times, update_seconds
 from pipecompile.planning.memory import Memory
 from pipecompile.planning.planned import Planned
 from pipecompile.runtime.split import Piece, Stage
@@ -220,9 +220,18 @@ class Compiled:
         bare = shared(bare, len(self.planned.cluster)) if shares and self.apart else bare
         return lower(bare, self.predict(bare))
 
-    def predict(self, program: Program) -> Timeline:
-        """The simulated timeline of a program, from the costs."""
-        return simulate(program, self.planned.stage_costs, self.planned.cluster)
+    def predict(self, program: Program, measured: Timeline | None = None) -> Timeline:
+        """The simulated timeline of a program, from the costs.
+
+        Args:
+            program: of the same stages.
+            measured: of a program whose optimizer steps took as long; without it they take no time. The order of
+                transfers is that of a prediction without, because processes measure different seconds.
+        """
+        costs, cluster = self.planned.stage_costs, self.planned.cluster
+        seconds = [0.0] * len(costs) if measured is None else update_seconds(measured, len(costs))
+        speeds = [cluster.devices[rank].speed for rank in program.plan.rank_of]
+        return simulate(program, costs, cluster, [s * speed for s, speed in zip(seconds, speeds, strict=True)])
 
     @cached_property
     def memory(self) -> Memory:

@@ -58,7 +58,7 @@ def simulate(
     program: Program,
     costs: Sequence[Cost],
     cluster: Cluster | None = None,
-    step_seconds: float = 0.0,
+    step_seconds: float | Sequence[float] = 0.0,
     weight_part: float = 0.5,
     split: float = 1.0,
 ) -> Timeline:
@@ -74,17 +74,18 @@ def simulate(
         program: the program.
         costs: the cost of each stage per microbatch, on a device of speed 1.
         cluster: a device for each rank; by default equal devices, and transfers that take no time.
-        step_seconds: seconds of one Step or Update, on a device of speed 1.
+        step_seconds: seconds of one Step or Update, on a device of speed 1; a number, or one for each stage.
         weight_part: the part of a backward's seconds that a BackwardWeight takes from its Backward; none where stages
             recompute, whose backwards are whole.
         split: the seconds of both together, relative to a whole backward.
 
     Raises:
-        InputError: the number of costs or devices does not fit the plan.
+        InputError: the number of costs, devices or seconds of steps does not fit the plan.
         DeadlockError: the program cannot finish.
     """
-    _check(program, costs, cluster)
-    clock = _Clock(program, costs, cluster, step_seconds, weight_part, split)
+    steps = step_seconds if isinstance(step_seconds, Sequence) else [step_seconds] * program.plan.num_stages
+    _check(program, costs, cluster, steps)
+    clock = _Clock(program, costs, cluster, steps, weight_part, split)
     spans = []
     for rank, i in linearize(program):
         clock.do(rank, i)
@@ -125,7 +126,7 @@ class _Clock:
         program: Program,
         costs: Sequence[Cost],
         cluster: Cluster | None,
-        step_seconds: float,
+        step_seconds: Sequence[float],
         weight_part: float,
         split: float,
     ) -> None:
@@ -189,7 +190,7 @@ class _Clock:
             case Step() if i in self.program.updated:
                 return 0.0
             case Step() | Update():
-                return self.step_seconds
+                return self.step_seconds[i.stage]
             case _:
                 return 0.0  # a Reduce, Refresh or Share takes negligible time compared with a Backward
 
@@ -208,10 +209,12 @@ def _transfer_seconds(send: Send, program: Program, cluster: Cluster | None) -> 
     return cluster.transfer_seconds(rank_of(send, plan), target_of(send, plan), nbytes)
 
 
-def _check(program: Program, costs: Sequence[Cost], cluster: Cluster | None) -> None:
+def _check(program: Program, costs: Sequence[Cost], cluster: Cluster | None, steps: Sequence[float]) -> None:
     plan, ranks = program.plan, max(len(program.ranks), program.plan.num_ranks)
     if len(costs) != plan.num_stages:
         raise InputError(f"got {len(costs)} costs for {plan.num_stages} stages; give one per stage")
+    if len(steps) != plan.num_stages:
+        raise InputError(f"got {len(steps)} step_seconds for {plan.num_stages} stages; give one per stage")
     if cluster is not None and len(cluster) < ranks:
         raise InputError(
             f"the cluster has {len(cluster)} devices, but the plan has {ranks} ranks; use one device per rank"

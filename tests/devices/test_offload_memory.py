@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from typing import Any
 
 import pytest
 import torch
-from machines import LATE, RANDOM, THREADS, Machine
+from long import LONG
+from machines import EARLY, LATE, RANDOM, THREADS, Machine
 from torch import Tensor, nn
 from torch.nn import functional as F
+from toys import Bad
 
 import pipecompile
 from pipecompile import PlanOptions
@@ -66,6 +69,51 @@ def test_peaks_fall_as_predicted(machine: Machine, schedule: str, ranks: int) ->
     assert all(span.seconds > 0 for span in spans.values())
 
 
+@pytest.mark.parametrize("schedule", ["zb-h1", "zb-h2", "zb-v"] if LONG else ["zb-v"])
+def test_what_split_backwards_hold_is_as_predicted(schedule: str) -> None:
+    for offload in ("never", "always"):
+        counted, pipeline = peaks(LATE, offload, schedule, 2)
+        assert counted == pytest.approx(pipeline.memory.ranks, rel=0.1)
+        assert bool(pipeline.plan.offloaded) == (offload == "always")
+        del pipeline
+        gc.collect()
+
+
+class Shares(nn.Module):
+    """Gradients of weights that share memory: of a sum, of a view, and of a weight that is an input of a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = [nn.Sequential(nn.Linear(16, 16), nn.ReLU(inplace=True), nn.LayerNorm(16)) for _ in range(6)]
+        self.layers, self.head, self.place = nn.Sequential(*layers), nn.Linear(16, 3), nn.Linear(16, 16)
+        self.added, self.table = nn.Parameter(torch.randn(1, 5, 16)), nn.Parameter(torch.randn(5, 16))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        h = self.layers(x) + (self.added.view(5, 16) + self.place(self.table))
+        return F.mse_loss(self.head(h), y)
+
+
+@pytest.mark.parametrize("machine", [LATE, EARLY, RANDOM[0], RANDOM[1], THREADS] if LONG else [RANDOM[0]], ids=str)
+@pytest.mark.parametrize("schedule", ["zb-h1", "zb-h2", "zb-v"] if LONG else ["zb-v"])
+def test_split_backwards_are_exact_while_activations_leave(machine: Machine, schedule: str) -> None:
+    machine.start()
+    torch.manual_seed(0)
+    model, x, y = Shares().double(), torch.randn(12, 5, 16).double(), torch.randn(12, 5, 3).double()
+    unsplit = copy.deepcopy(model)
+    unsplit(x, y).backward()
+    wanted = {name: p.grad for name, p in unsplit.named_parameters()}
+    pipe = pipecompile.compile(
+        model, [machine[0], machine[1]], microbatches=6, schedule=schedule, costs="count", verify="never",
+        plan=PlanOptions(offload="always"),
+    )  # fmt: skip
+    for _ in range(3):
+        pipe.zero_grad()
+        pipe(x, y).backward()
+        for name, parameter in pipe.named_parameters():
+            assert parameter.grad is not None, name
+            torch.testing.assert_close(parameter.grad.cpu(), wanted[name], msg=name)
+
+
 def test_where_memory_binds_the_planner_offloads_and_the_step_fits() -> None:
     """With recomputation off: the limit is between what both need."""
     import virtual_device as vd
@@ -90,20 +138,6 @@ def test_where_memory_binds_the_planner_offloads_and_the_step_fits() -> None:
     pipe(torch.randn(ROWS, WIDTH), torch.randn(ROWS, 3)).backward()
     assert pipe.pipeline.plan.offloaded
     assert pipe.pipeline.report.offloaded[0] == "stage 0, from a forward to its backward"
-
-
-class Bad(torch.autograd.Function):
-    fails = False
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        if Bad.fails:
-            raise ValueError("on purpose")
-        return gradient
 
 
 class Fails(Deep):

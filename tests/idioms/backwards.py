@@ -187,22 +187,32 @@ class EquilibriumByFunction(Wrapped):
         return FixedPoint.apply(h, self.weight)
 
 
+def contraction() -> nn.Linear:
+    cell = nn.Linear(D, D)
+    with torch.no_grad():
+        cell.weight.mul_(0.2)
+    return cell
+
+
+def fixed_point(cell: nn.Linear, h: Tensor) -> Tensor:
+    """Solved under no_grad, and one step with."""
+    with torch.no_grad():
+        z = torch.zeros_like(h)
+        for _ in range(15):
+            z = torch.tanh(cell(z) + h)
+    return torch.tanh(cell(z) + h)
+
+
 @idiom()
 class EquilibriumByHook(Wrapped):
     """A DEQ as its tutorial has it: solved under no_grad, one step with, a hook that solves for the gradient."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.cell = nn.Linear(D, D)
-        with torch.no_grad():
-            self.cell.weight.mul_(0.2)
+        self.cell = contraction()
 
     def middle(self, h: Tensor) -> Tensor:
-        with torch.no_grad():
-            z = torch.zeros_like(h)
-            for _ in range(15):
-                z = torch.tanh(self.cell(z) + h)
-        z = torch.tanh(self.cell(z) + h)
+        z = fixed_point(self.cell, h)
         if z.requires_grad:
             z.register_hook(lambda g: g * 1.25)
         return z
@@ -211,16 +221,10 @@ class EquilibriumByHook(Wrapped):
 class Equilibrium(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.cell = nn.Linear(D, D)
-        with torch.no_grad():
-            self.cell.weight.mul_(0.2)
+        self.cell = contraction()
 
     def forward(self, h: Tensor) -> Tensor:
-        with torch.no_grad():
-            z = torch.zeros_like(h)
-            for _ in range(15):
-                z = torch.tanh(self.cell(z) + h)
-        z = torch.tanh(self.cell(z) + h)
+        z = fixed_point(self.cell, h)
         if z.requires_grad:
             z0 = z.detach().requires_grad_()
             f0 = torch.tanh(self.cell(z0) + h.detach())

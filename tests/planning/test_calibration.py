@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pipecompile.ir.graph import Cost
+from pipecompile.ir.instruction import Step, Update
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import Program
-from pipecompile.planning.calibration import stage_times
+from pipecompile.ir.timeline import Span, Timeline
+from pipecompile.planning.calibration import stage_times, update_seconds
 from pipecompile.schedule.simulator import simulate
 
 
@@ -20,3 +22,11 @@ def test_the_seconds_of_a_backward_include_those_of_its_weights() -> None:
 def test_the_pace_of_a_plan_is_that_of_its_busiest_rank() -> None:
     assert Plan.chain(4, (0, 1, 1, 0)).pace([5.0, 1.0, 2.0, 1.0]) == 6.0
     assert Plan.chain(2, replicas=(2, 1)).pace([8.0, 8.0, 3.0]) == 4.0
+
+
+def test_an_update_is_not_averaged_with_the_step_that_only_takes_its_weights() -> None:
+    updates = [Span(0, Update(0, k), 0.0, seconds) for k, seconds in enumerate([2.0, 3.0, 9.0])]
+    steps = [Span(0, Step(0, k), 9.0, 9.0) for k in range(4)]
+    own = Span(1, Step(1, 0), 1.0, 6.0)
+    timeline = Timeline((*updates, *steps, own), 3)
+    assert update_seconds(timeline, 3) == (3.0, 5.0, 0.0)

@@ -11,14 +11,16 @@ import pytest
 import torch
 from counted import peaks
 from long import LONG
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import pipecompile
+from pipecompile.capture.purity import name_of
 from pipecompile.ir.cluster import Cluster, Device
 from pipecompile.ir.graph import Cost, CostedGraph, Footprint, Given, Graph, Node, Parameter, TensorSpec
 from pipecompile.ir.plan import Made, Plan
+from pipecompile.ops import split_backward
 from pipecompile.planning.memory import Bytes, Memory, memory
-from pipecompile.planning.stage_memory import load
+from pipecompile.planning.stage_memory import SPLIT, load
 from pipecompile.profile import optimizer_state
 from pipecompile.schedule import SCHEDULES, gpipe, one_f_one_b
 
@@ -121,6 +123,59 @@ def test_predicted_bytes_are_those_of_a_run(make: Any, schedule: str) -> None:
     pairs = [(p, c) for p, c, f, m in zip(pipe.pipeline.memory.ranks, counted, fixed, most, strict=True) if f > 0.9 * m]
     assert max(counted) in [c for _, c in pairs]
     assert [p / c for p, c in pairs] == [pytest.approx(1, abs=0.1)] * len(pairs)
+
+
+class PartlyFrozen(nn.Module):
+    """Tables of embeddings, and layers of which some have no gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(300, 48), nn.Embedding(32, 48)
+        layers = [nn.Sequential(nn.Linear(48, 96), nn.GELU(), nn.Linear(96, 48), nn.LayerNorm(48)) for _ in range(8)]
+        self.layers = nn.Sequential(*layers)
+        self.head = nn.Linear(48, 300)
+        for frozen in (self.places, self.layers[1][0], self.layers[3][2], self.layers[4]):
+            frozen.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.words(x) + self.places(torch.arange(x.shape[1], device=x.device))
+        for layer in self.layers:
+            h = h + layer(h)
+        return nn.functional.cross_entropy(self.head(h).flatten(0, 1), x.flatten())
+
+
+def partly_frozen() -> tuple[nn.Module, dict[str, Tensor]]:
+    return PartlyFrozen(), {"x": torch.randint(300, (16, 32))}
+
+
+SPLITTING = ["zb-h1", "zb-h2", "zb-v", "v-half", "v-min", "dualpipe-v"]
+SPLIT_CASES = [
+    ("zb-h1", convolutions, "never"),
+    ("zb-v", partly_frozen, "never"),
+    ("v-half", convolutions, "always"),  # whose skips stay on a rank
+]
+ALL_SPLIT_CASES = [
+    (schedule, make, recompute)
+    for schedule in SPLITTING
+    for make in [convolutions, partly_frozen, transformer]
+    for recompute in ["never", "always"]
+]
+
+
+@pytest.mark.parametrize(("schedule", "make", "recompute"), ALL_SPLIT_CASES if LONG else SPLIT_CASES)
+def test_a_split_backward_leaves_what_is_predicted(schedule: str, make: Any, recompute: Any) -> None:
+    pipe, step, optimizer = pipeline(make, schedule, plan=pipecompile.PlanOptions(recompute=recompute))
+    counted = peaks(pipe, step, optimizer)
+    planned = pipe.pipeline._capture_in_use.planned
+    most = planned.work.memory(planned.costed, planned.plan, planned.cluster, bound=True).ranks
+    assert all(c <= 1.05 * m for c, m in zip(counted, most, strict=True))
+    fullest = counted.index(max(counted))
+    assert pipe.pipeline.memory.ranks[fullest] == pytest.approx(counted[fullest], rel=0.1)
+    assert bool(load(planned.costed, planned.plan, 0).left) == (recompute == "never")
+
+
+def test_the_functions_whose_weights_a_split_backward_leaves_have_one_list() -> None:
+    assert {name_of(fx.Graph().call_function(function)) for function in split_backward.SPLIT} == SPLIT
 
 
 @pytest.mark.parametrize("recompute", ["auto", "always"] if LONG else ["always"])

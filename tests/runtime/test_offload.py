@@ -17,6 +17,7 @@ from long import some
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from toys import Bad
 
 import pipecompile
 from pipecompile import PlanOptions
@@ -198,20 +199,6 @@ class Fails(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return self.net(Bad.apply(x * self.net.layers[0][0].bias), y)
-
-
-class Bad(torch.autograd.Function):
-    fails = False
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        if Bad.fails:
-            raise ValueError("on purpose")
-        return gradient
 
 
 def test_a_failure_in_between_leaves_nothing(monkeypatch: pytest.MonkeyPatch, copies: list[int]) -> None:

@@ -11,7 +11,7 @@ from plans import NBYTES, SHAPES, WHOLE, branches, costs, dag, plans, unet, unit
 from pipecompile.errors import DeadlockError, InputError
 from pipecompile.ir.cluster import Cluster, Device, Link
 from pipecompile.ir.graph import Cost
-from pipecompile.ir.instruction import Recv, Send, parse
+from pipecompile.ir.instruction import Recv, Send, Step, parse
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import Program, reads
 from pipecompile.ir.timeline import Span
@@ -194,6 +194,14 @@ def test_steps_take_their_time_at_the_end():
     assert (
         simulate(one_f_one_b(Plan.chain(2), 2, step=True), units(Plan.chain(2)), step_seconds=5).makespan == without + 5
     )
+
+
+def test_the_step_of_a_slow_optimizer_is_that_of_its_stage():
+    plan = Plan.chain(2)
+    spans = simulate(one_f_one_b(plan, 2, step=True), units(plan), step_seconds=[1.0, 4.0]).spans
+    assert [span.seconds for span in spans if isinstance(span.instruction, Step)] == [1.0, 4.0]
+    with pytest.raises(InputError, match="got 1 step_seconds for 2 stages; give one per stage"):
+        simulate(one_f_one_b(plan, 2, step=True), units(plan), step_seconds=[1.0])
 
 
 def test_pipedream_never_idles_once_it_is_full():
