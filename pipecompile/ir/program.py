@@ -68,6 +68,9 @@ class Program:
     6. what a Forward saves leaves its device once at most, and is back for the Backward: after the Forward an Offload,
        then a Fetch, after the Offload has ended (``ended_before``), then the Backward;
     7. ``linearize`` reaches the end: no rank waits forever.
+
+    Source: a Backward and its BackwardWeight, Zero Bubble (Qi et al., ICLR 2024), section 2; Steps of several versions
+    of the weights, PipeDream (Narayanan et al., SOSP 2019), section 3.3.
     """
 
     plan: Plan
