@@ -117,6 +117,14 @@ def compile(
         InputError: a device does not exist, or arguments are not valid or do not fit together; ``stage_compile`` needs
             a compiler that is not here; or ``from_checkpoint`` does not fit the model.
         CaptureError, PlanError: with ``example_inputs``, what the first call would raise.
+
+    Sources of the schedules: "gpipe", and microbatches, GPipe (Huang et al., NeurIPS 2019), section 2.2; "1f1b", and
+    "pipedream-2bw", Narayanan et al., "Memory-Efficient Pipeline-Parallel DNN Training" (ICML 2021), sections 3.2 and
+    3.1; "pipedream", "pipedream-vertical-sync", PipeDream (Narayanan et al., SOSP 2019), sections 3.2 and 3.3; "bfs",
+    Breadth-First Pipeline Parallelism (Lamy-Poirier, MLSys 2023); "interleaved-1f1b", Megatron (Narayanan et al., SC
+    2021), section 2.2; "zb-h1", "zb-h2", "interleaved-zb", "zb-v", Zero Bubble (Qi et al., ICLR 2024), sections 2 and
+    6; "v-half", "v-min", Pipeline Parallelism with Controllable Memory (Qi et al., NeurIPS 2024), section 3;
+    "dualpipe-v", DeepSeek-V3 (2024), section 3.2.1. Of ``fully_shard``: ZeRO (Rajbhandari et al. 2020), section 5.
     """
     grid = None if mesh is None else Grid.of(mesh)
     present = _devices(devices, grid)

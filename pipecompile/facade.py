@@ -16,7 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipecompile.compiler.generation import StagedEncoder, generating, images_pass_through, is_generating
+from pipecompile.compiler.generation import (
+    StagedEncoder,
+    generated_unsplit,
+    generating,
+    images_pass_through,
+    is_generating,
+)
 from pipecompile.distributed.share import Share
 from pipecompile.errors import InputError
 from pipecompile.forwards import NAME, class_forward, looking_up
@@ -95,11 +101,7 @@ def _of_a_generator(base: type[Any], pipeline: Pipeline) -> dict[str, Any]:
         with generating(moves_the_model=pipeline.captures == 0):
             found = getattr(base, GENERATE)(pipe, *args, **kwargs)
         if pipeline.calls == before:
-            raise InputError(
-                f"generate() of {base.__name__} has called modules inside it and never the pipe, so the unsplit model "
-                f"has generated; compile the model inside (peft.get_peft_model(pipecompile.compile(model, ...), ...)), "
-                f"or generate with pipe.pipeline.model"
-            )
+            raise InputError(generated_unsplit(base, pipeline.model))
         return found
 
     def get_encoder(pipe: Any, *args: Any, **kwargs: Any) -> Any:

@@ -254,7 +254,10 @@ class PipelineView:
 
     @property
     def versions(self) -> tuple[int, ...]:
-        """For each stage, the largest number of weight versions alive at the same time."""
+        """For each stage, the largest number of weight versions alive at the same time.
+
+        Source: weight stashing, PipeDream (Narayanan et al., SOSP 2019), section 3.3.
+        """
         return tuple(weights.peak for weights in self._session.weights.values())
 
     @property

@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 from decoders import LENGTH, MODELS, built, prompts
-from long import LONG
+from long import LONG, some
 from torch import Tensor, nn
 
 import pipecompile
@@ -167,6 +167,35 @@ def test_prefix_tuning_trains_and_does_not_generate() -> None:
                 generated(tuned.eval())
     assert next(iter(found[1][1].values())).abs().max() > 0
     torch.testing.assert_close(*found)
+
+
+PROMPTS: dict[str, Any] = {
+    "prompt tuning": (peft.PromptTuningConfig, {}),
+    "p-tuning": (peft.PromptEncoderConfig, {"encoder_hidden_size": 16}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Position ids are not supported")  # by PEFT
+@pytest.mark.parametrize(
+    ("name", "kind"), some([("llama", "prompt tuning"), ("llama", "p-tuning"), ("t5", "p-tuning")], 2)
+)
+def test_learned_prompts_generate_the_unsplit_models_tokens(name: str, kind: str) -> None:
+    make, options = PROMPTS[kind]
+    task = "SEQ_2_SEQ_LM" if name == "t5" else "CAUSAL_LM"
+    found = []
+    for module in (pipecompile.compile(built(name), ["cpu", "cpu"], microbatches=2, costs="count"), built(name)):
+        torch.manual_seed(0)
+        tuned = peft.get_peft_model(module, make(task_type=task, num_virtual_tokens=3, **options)).double().eval()
+        found.append(generated(tuned, padded=True))
+    assert torch.equal(*found)
+    assert not torch.equal(found[1], generated(built(name), padded=True)), "the prompt does not matter"
+
+
+def test_a_pipe_of_an_adapted_model_says_where_to_compile() -> None:
+    tuned = peft.get_peft_model(built("llama"), peft.LoraConfig(target_modules=["q_proj"]))
+    pipe = pipecompile.compile(tuned, ["cpu", "cpu"], microbatches=2, costs="count")
+    with pytest.raises(InputError, match=r"never the pipe.*; compile the model inside \(peft\.get_peft_model\("):
+        generated(pipe)
 
 
 class Forgetful(nn.Module):

@@ -15,11 +15,24 @@ from typing import Any
 import pytest
 
 import pipecompile
+from pipecompile.schedule import SCHEDULES
 
 UNITS = re.compile(r"second|byte|fraction|part|ratio|times|number|count", re.IGNORECASE)
 FUNCTIONS = sorted(name for name in pipecompile.__all__ if inspect.isfunction(getattr(pipecompile, name)))
 CLASSES = sorted(name for name in pipecompile.__all__ if inspect.isclass(getattr(pipecompile, name)))
 NOUNS = [name for name in CLASSES if dataclasses.is_dataclass(getattr(pipecompile, name))]
+
+PAPERS = {  # names whose method is one of papers, and what says which
+    "Batching": ["GPipe"],
+    "Pipeline.versions": ["PipeDream"],
+    "Plan": ["PipeDream"],
+    "PlanOptions": ["PipeDream", "GPipe", "Device Placement of DNN"],
+    "Program": ["Zero Bubble", "PipeDream"],
+    "compile": [
+        "GPipe", "Memory-Efficient", "PipeDream", "Megatron", "Zero Bubble", "Controllable Memory", "DeepSeek", "ZeRO"
+    ],
+}  # fmt: skip
+OF_NOBODY = {"sequential"}  # schedules that no paper is about
 
 
 def described(documented: Any) -> str:
@@ -95,6 +108,28 @@ def test_a_number_has_a_unit(name: str) -> None:
         each for each, kind in inspect.get_annotations(documented).items() if re.match(r"(int|float)\b", str(kind))
     ]
     assert [each for each in numbers if each in said and not UNITS.search(f"{each} {said[each]}")] == []
+
+
+def without_lines(name: str) -> str:
+    return " ".join(described(MEMBERS[name] if name in MEMBERS else getattr(pipecompile, name)).split())
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_a_method_of_a_paper_names_it_and_its_section(name: str) -> None:
+    text = without_lines(name)
+    assert [each for each in PAPERS[name] if not re.search(rf"{each}[^;]*?\d{{4}}[^;]*?, sections? \d", text)] == []
+
+
+@pytest.mark.parametrize("name", sorted({*FUNCTIONS, *CLASSES, *MEMBERS}))
+def test_who_names_a_paper_is_held_to_it(name: str) -> None:
+    assert name in PAPERS or not re.search(r"et al\.|\(\w+ (19|20)\d\d\)", without_lines(name))
+
+
+def test_each_schedule_names_its_paper() -> None:
+    sources = without_lines("compile").partition("Sources of the schedules: ")[2]
+    named = {re.sub(r"-[34]$", "", name) for name in SCHEDULES} - OF_NOBODY
+    assert len(named) > 10
+    assert [name for name in sorted(named) if f'"{name}"' not in sources] == []
 
 
 @pytest.mark.parametrize("name", [name for name in CLASSES if issubclass(getattr(pipecompile, name), Exception)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -37,12 +38,19 @@ class Bench:
         """The value of a node on the sample."""
         return self.evaluator.value(node)
 
-    def run(self, outputs: Sequence[fx.Node], values: Mapping[fx.Node, Any], seed: int = 0) -> dict[fx.Node, Any]:
+    def run(
+        self,
+        outputs: Sequence[fx.Node],
+        values: Mapping[fx.Node, Any],
+        seed: int = 0,
+        watch: AbstractContextManager[Any] | None = None,
+    ) -> dict[fx.Node, Any]:
         """Computes nodes from the given values of other nodes, with random numbers drawn from ``seed``.
 
         Dropout is off: it drops entries of each sample independently of the others, and would hide other effects.
+        Functions and parts kept whole run inside ``watch``.
         """
-        return self._run(self._evaluator(), outputs, values, seed)
+        return self._run(self._evaluator(watch=watch), outputs, values, seed)
 
     def gradients(
         self, outputs: Sequence[fx.Node], values: Mapping[fx.Node, Any], incoming: Callable[[int, Tensor], Tensor]
@@ -70,13 +78,24 @@ class Bench:
         with drawing_from(seed, self.captured.device):
             return {n: evaluator.value(n) for n in outputs}
 
-    def _evaluator(self, gradients: bool = False) -> Evaluator:
+    def _evaluator(self, gradients: bool = False, watch: AbstractContextManager[Any] | None = None) -> Evaluator:
         tensors = self.captured.tensors
         if gradients and not lacks_values(self.captured.model):
             # a user's backward may add to gradients of weights, so it gets copies
             tensors = {name: _copy(tensor) for name, tensor in tensors.items()}
-        leaf = partial(_undropping, self.captured, tensors)
-        return Evaluator(self.inputs, lambda name: stand_in(tensors[name]), leaf, call=undropped, gradients=gradients)
+        inside = partial(_inside, nullcontext() if watch is None else watch)
+        return Evaluator(
+            self.inputs,
+            lambda name: stand_in(tensors[name]),
+            lambda target: partial(inside, _undropping(self.captured, tensors, target)),
+            call=partial(inside, undropped),
+            gradients=gradients,
+        )
+
+
+def _inside(watch: AbstractContextManager[Any], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with watch:
+        return function(*args, **kwargs)
 
 
 def _undropping(captured: Captured, tensors: Mapping[str, Tensor], target: str) -> Leaf:

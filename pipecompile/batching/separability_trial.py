@@ -4,7 +4,7 @@ A module or a function without a rule runs on random samples, then with all samp
 experts, for example, sorts the tokens of all samples and puts them back.) It keeps samples apart if the result of that
 one sample stays the same: for the first and the last sample, among copies of it and among random samples, and after
 samples change places. Code that branches on data (``if x.abs().max() > 2: break``) also runs on small samples among
-large ones, and on samples among zeros, so that a branch taken for other samples shows.
+large ones, and on samples among zeros, so that a branch taken for other samples shows (and see ``reads_trial.py``).
 The results of a whole batch must also be those of its parts, concatenated: an expert of limited capacity may keep the
 few samples of a part apart, but not the many samples of a batch.
 """
@@ -19,6 +19,7 @@ import torch.fx as fx
 from torch import Tensor
 
 from pipecompile.batching.backward_trial import Backward
+from pipecompile.batching.reads_trial import decided_by_others
 from pipecompile.batching.rules.batch_types import SHARED, Batched, Kind, Mixed, Shared
 from pipecompile.batching.rules.numbers import counts_samples
 from pipecompile.batching.trial_samples import Samples, same_rows
@@ -60,6 +61,8 @@ class Experiment:
             if any(self._asks(node) for node in region):
                 apart = apart and self._apart(sources, outputs, answers, 0, 1.0, AROUND)
                 apart = apart and self._apart(sources, outputs, answers, 0, SMALL, AROUND)
+                decided = (decided_by_others(self.samples, sources, outputs, answers, size) for size in (1.0, SMALL))
+                apart = apart and not any(decided)
             apart = apart and self._side_by_side(sources, outputs, answers)
             apart = apart and Backward(self.samples, sources, outputs, answers).keeps_apart()
         except Exception:  # the region cannot be run by itself

@@ -13,7 +13,7 @@ import torch.fx as fx
 from torch import Tensor
 
 from pipecompile.capture.batch_dims import Dims, Settled, find_batch, refuse_plain_batches
-from pipecompile.capture.pytrees import flatten
+from pipecompile.capture.pytrees import flatten, is_stream
 from pipecompile.capture.state.caches import CacheKey, cache_key, caches_in
 from pipecompile.errors import InputError
 from pipecompile.ops.torch_internals import pytree
@@ -122,6 +122,12 @@ def read_call(
     for name, tensor in tensors.items():
         if tensor.is_sparse or tensor.layout != torch.strided:
             raise InputError(f"argument {name!r} is a sparse tensor ({tensor.layout}); pass tensor.to_dense()")
+    for name, (_, leaf) in zip(names, paths, strict=True):
+        if is_stream(leaf):
+            raise InputError(
+                f"argument {name!r} is a {type(leaf).__name__}, which can be read only once, but the capture and each "
+                f"microbatch read it; pass a list of its items"
+            )
     in_dims = in_dims or {}
     given = {
         n: in_dims.get(n, in_dims.get(head)) for n, head in zip(names, heads, strict=True) if {n, head} & {*in_dims}

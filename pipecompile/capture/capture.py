@@ -17,6 +17,7 @@ from pipecompile.capture.captured import Captured, SymbolicSizes
 from pipecompile.capture.fake_runs import DATA_DEPENDENT
 from pipecompile.capture.locks import CAPTURING
 from pipecompile.capture.opaque_scope import Part, Reason, all_alike, next_whole
+from pipecompile.capture.other_threads import set_by_others
 from pipecompile.capture.recorder import NeedsOperations
 from pipecompile.capture.state.quiet_torch import not_collecting, quiet
 from pipecompile.capture.state.reachable import Reach, reach_of
@@ -32,6 +33,7 @@ SYMBOLIC_ATTEMPTS = (
 )  # widest first
 Errors = tuple[type[Exception], ...]
 ANYTHING: Errors = (Exception,)
+DISTURBED = 3  # traces that are repeated because another thread has changed the model
 
 
 def capture(
@@ -139,23 +141,28 @@ def _with_leaves(
     wanted = torch.is_grad_enabled()
     gradients = follow = True  # follow: stand-ins for random numbers of Python and numpy, which not all code accepts
     operations = False
+    tries = 0
     while True:
+        others: list[str] = []
         attempt = partial(
             Trace, model, call, rows, forward, symbolic, kept, reach,
             follow=follow, gradients=gradients, operations=operations,
         )  # fmt: skip
         trace = attempt()
         try:
-            with CAPTURING.taken(), quiet(), not_collecting():
+            with CAPTURING.taken(), quiet(), not_collecting(), set_by_others(model) as others:
                 captured = trace.run(reasons)
                 if trace.asks_for_gradients and gradients != wanted:
                     gradients = wanted
                     continue
                 _refuse_inference_mode(trace)
-                return _following(captured, trace, attempt, reasons)
+                captured = _following(captured, trace, attempt, reasons)
         except NeedsOperations:
             operations = True
         except Exception as error:
+            if others:
+                tries = _again(tries, others)
+                continue
             if trace.stood_in:
                 follow = False
                 continue
@@ -172,6 +179,20 @@ def _with_leaves(
                 ) from error
             kept[part] = Reason.of(error)
             kept.update(all_alike(model, part, kept))
+        else:
+            if not others:
+                return captured
+            tries = _again(tries, others)
+
+
+def _again(tries: int, others: Sequence[str]) -> int:
+    """The number of repeated traces, one more, after other threads have set attributes in a trace."""
+    if tries == DISTURBED:
+        raise CaptureError(
+            f"another thread has set {others[0]!r} of the model in each of {tries + 1} traces, so it is not known what "
+            f"forward reads; make the first call, or pass example_inputs= to compile(), before that thread starts"
+        )
+    return tries + 1
 
 
 def _refuse_inference_mode(trace: Trace) -> None:

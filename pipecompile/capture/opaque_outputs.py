@@ -62,7 +62,8 @@ def _refuse_settings(call: LeafCall, copy: Any) -> None:
         if changed:
             raise CaptureError(
                 f"{call.name} is kept whole and its forward sets self.{changed[0]}, which every microbatch would set "
-                f"again; return the value instead, or make it a buffer: self.register_buffer({changed[0]!r}, ...)"
+                f"again; return the value instead, make it a buffer: self.register_buffer({changed[0]!r}, ...), or, if "
+                f"it is a metric's, call the metric outside of the model, with what forward returns"
             )
 
 

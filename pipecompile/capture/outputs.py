@@ -15,10 +15,11 @@ from pipecompile.capture.captured import Given, Output
 from pipecompile.capture.fake_inputs import FakeInputs
 from pipecompile.capture.node_table import NodeTable
 from pipecompile.capture.output_batch_dims import batch_dim
-from pipecompile.capture.pytrees import flatten
+from pipecompile.capture.pytrees import flatten, is_stream
 from pipecompile.capture.real_tensors import RealTensors
 from pipecompile.capture.state.counters import is_number
 from pipecompile.capture.state.guards import Update
+from pipecompile.errors import CaptureError
 from pipecompile.ops.functional import after
 from pipecompile.ops.tensor_args import is_real
 from pipecompile.ops.torch_internals import FakeTensorMode, pytree
@@ -80,8 +81,18 @@ class Outputs:
 
         Args:
             out: What forward returned.
+
+        Raises:
+            CaptureError: A part of it is a generator or another iterator.
         """
         leaves, spec = flatten(out)
+        for path, leaf in leaves:
+            if is_stream(leaf):
+                where = f" at {pytree.keystr(path)}" if path else ""
+                raise CaptureError(
+                    f"forward returns a {type(leaf).__name__}{where}, whose code runs only when the caller asks for "
+                    f"its items, outside of the stages; return a list of its items"
+                )
         with self.mode:
             lowered = [self.table.lower(leaf) for _, leaf in leaves]
         lowered = [self._as_output(leaf, self._given(low)) for (_, leaf), low in zip(leaves, lowered, strict=True)]

@@ -34,6 +34,11 @@ def _paths(spec: pytree.TreeSpec) -> Iterator[tuple[Any, ...]]:
             yield (pytree.MappingKey(names[i]) if named else pytree.SequenceKey(i), *path)
 
 
+def is_stream(leaf: Any) -> bool:
+    """Whether a leaf is a generator, or another iterator of Python's own, which can be read once."""
+    return isinstance(leaf, Iterator) and type(leaf).__module__ == "builtins"
+
+
 def flatten(tree: Any, counted: bool = False) -> tuple[list[tuple[Any, Any]], pytree.TreeSpec]:
     """Returns the leaves with their paths, and the tree; registers dataclasses that torch does not know.
 

@@ -25,6 +25,7 @@ from pipecompile.capture.capture import SYMBOLIC_ATTEMPTS
 from pipecompile.capture.captured import SymbolicSizes
 from pipecompile.capture.loss import find_loss, with_only_the_loss
 from pipecompile.capture.origin import origin_of
+from pipecompile.capture.other_threads import set_by_others
 from pipecompile.capture.output_batch_dims import with_batch_dims
 from pipecompile.capture.state.quiet_torch import quiet
 from pipecompile.capture.state.reachable import Reach, reach_of
@@ -82,7 +83,7 @@ def compile_call(
     options, peers = options or Options(), peers or OneProcess()
     reach = reach_of(model, [] if forward is None else [forward])
     trace = _Tracer(model=model, call=call, forward=forward, options=options, reach=reach)
-    with phase("divide"), quiet(), left_as_before(model, reach=reach):  # tests run parts kept whole
+    with phase("divide"), quiet(), set_by_others(model), left_as_before(model, reach=reach):  # runs parts kept whole
         division = _divided(trace, rows, options) if whole else _independent(trace, rows, options)
     graph = summarize(division.body)
     if peers.are_several:

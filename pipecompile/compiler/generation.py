@@ -51,6 +51,18 @@ def is_generating() -> bool:
     return _GENERATING.get()
 
 
+def generated_unsplit(base: type[Any], model: nn.Module) -> str:
+    """Says that ``generate`` of a class has not called the pipe, what it may have called, and what to do."""
+    inside = [repr(name) for name, module in model.named_modules() if name and hasattr(type(module), "generate")]
+    called = f"modules inside it ({', '.join(inside[:3])})" if inside else "modules inside it"
+    adapter = base.__module__.partition(".")[0] == "peft"
+    other = "compile the model inside (peft.get_peft_model(pipecompile.compile(model, ...), ...)), or "
+    return (
+        f"generate() of {base.__name__} has called {called} and never the pipe, so the unsplit model has generated; "
+        f"{other if adapter else ''}generate with pipe.pipeline.model"
+    )
+
+
 _ENCODE_IMAGES = "_prepare_multimodal_encoder_kwargs_for_generation"  # of transformers, since 5.20
 _EXPAND = "_expand_inputs_for_generation"
 

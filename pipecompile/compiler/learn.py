@@ -4,10 +4,10 @@
               warm-up   timed   ----> another plan?           timed ---------> worse? then back
                                       the cut moves
 
-A profile times each operation alone, so the times of stages are known only roughly before they run. Steps tell, at no
-cost. When they have, nodes get corrected costs (``planning/calibration.py``) and the plan is made again. If its slowest
-stage is predicted to take less than that of the present plan by at least ``PAYS``, stages are cut anew between two
-steps. If they are then slower than before, the first cut comes back.
+A profile does not know what stages do to each other, so their times are known only roughly before they run. Steps tell,
+at no cost. When they have, nodes get corrected costs (``planning/calibration.py``) and the plan is made again. If its
+slowest stage is predicted to take less than that of the present plan by at least ``PAYS``, stages are cut anew between
+two steps. If they are then slower than before, the first cut comes back.
 
 Parameters remain the same objects, and so does what optimizers keep for them. On several devices, parameters and their
 gradients move to their new stages, and the state that an optimizer has for them follows at its next step

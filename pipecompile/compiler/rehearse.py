@@ -1,8 +1,8 @@
 """Rehearsal: runs and times the stages of a plan before the first step, on their devices and in their threads.
 
-A profile times each operation alone. That gives the share of each operation in its stage, but only roughly the seconds
-of the stage, since stages share caches, memory and the GIL. A rehearsal is a step with fewer microbatches, on the same
-batch and with the same schedule as the first step, so its peak memory is not higher.
+A profile times operations on one device. That gives the share of each operation in its stage, but only roughly the
+seconds of the stage, since stages share caches, memory and the GIL. A rehearsal is a step with fewer microbatches, on
+the same batch and with the same schedule as the first step, so its peak memory is not higher.
 
 A rehearsal has no side effects: gradients go to temporary leaf tensors, random functions draw from their own seeds, and
 buffers, attributes and generators are restored.

@@ -26,7 +26,7 @@ class Batching:
             such an output may mix samples within a microbatch. With None, the output of the first microbatch is
             returned.
         batch_norm: "microbatch": in training, batch normalization uses the statistics of each microbatch, as GPipe does
-            (Huang et al. 2019, section 3), and updates its running statistics once per microbatch; "deferred": it
+            (Huang et al. 2019, section 2.2), and updates its running statistics once per microbatch; "deferred": it
             updates them once per batch, from all rows.
         allow_mixing: paths of modules that may mix samples within a microbatch. By default, a model that mixes samples
             before its last weights is refused, because microbatches cannot compute what the whole batch computes.

@@ -57,11 +57,15 @@ class PlanOptions:
         tune: which measured times of its stages correct the first plan, if its costs are measured. "train": those of
             the first training steps; where another plan then promises a step shorter by 5%, the cut moves, once.
             "rehearse": those of up to three rehearsals before the first step. "never": none. By default "train", or
-            "rehearse" for a schedule that steps inside the pipeline. In several
-            processes, "train" says what another cut would save, and nothing moves.
+            "rehearse" for a schedule that steps inside the pipeline. In several processes, "train" says what another
+            cut would save, and nothing moves.
 
     Raises:
         InputError: a value has the wrong type or is out of range.
+
+    Sources: "pace" and replicas, PipeDream (Narayanan et al., SOSP 2019), section 3.1; recomputation, GPipe (Huang et
+    al., NeurIPS 2019), section 2.3; the search, Tarnawski et al., "Efficient Algorithms for Device Placement of DNN
+    Graph Operators" (NeurIPS 2020), sections 4 and 5, and files of ``partition/solver``.
     """
 
     pins: Mapping[str, int] = field(default_factory=dict)

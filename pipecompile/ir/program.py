@@ -71,6 +71,9 @@ class Program:
        then a Fetch, after the Offload has ended (``ended_before``), then the Backward;
     7. outputs are shared with all ranks: a Share after the Forwards that make them, and one on each other rank;
     8. ``linearize`` reaches the end: no rank waits forever.
+
+    Source: a Backward and its BackwardWeight, Zero Bubble (Qi et al., ICLR 2024), section 2; Steps of several versions
+    of the weights, PipeDream (Narayanan et al., SOSP 2019), section 3.3.
     """
 
     plan: Plan

@@ -129,8 +129,8 @@ def _latest(problem: Problem, holders: list[frozenset[int] | None], num_stages: 
             user = min(problem.successors[atom], key=latest.__getitem__)
             raise PlanError(
                 f"{_named(heads[atom])} reads parameters of {_listed(held)}, but {_named(heads[user])} needs its value "
-                f"in stage {bound}, and values cannot flow backward; compile the model again, on inputs that take "
-                f"this path"
+                f"in stage {bound}, and values cannot flow backward; compile the model again, as it is now and on "
+                f"inputs that take this path"
             )
     return latest
 

@@ -1,8 +1,8 @@
 """Compares measured stage times with predicted ones, and corrects costs accordingly.
 
-A profile times each operation alone. In a step, operations share caches, threads and memory with others, and each stage
-has overhead of its own. The ratio of measured to predicted seconds, forward and backward, corrects all nodes of a stage
-alike.
+A profile times operations on one device, outside of stages. In a step, stages share caches, threads and memory, and
+each has overhead of its own. The ratio of measured to predicted seconds, forward and backward, corrects all nodes of a
+stage alike.
 """
 
 from __future__ import annotations

@@ -249,7 +249,7 @@ def _copied(values: Values, storages: Set[int | None]) -> tuple[Values, set[int]
         if key is None or key not in storages:
             return tensor
         if key not in made:
-            made[key] = tensor.untyped_storage().clone()
+            made[key] = tensor.untyped_storage().clone()  # type: ignore[no-untyped-call]
         view = tensor.storage_offset(), tensor.size(), tensor.stride()
         same = torch.empty(0, dtype=tensor.dtype).set_(made[key], *view)
         return same.requires_grad_(tensor.requires_grad)

@@ -248,7 +248,52 @@ def row_by_row(x: Tensor) -> Tensor:
     return torch.stack([row.tanh() if row.abs().max() > 1.0 else row.sin() for row in x])
 
 
-@pytest.mark.parametrize("branches", [stops_early, clips_if_any, by_the_mean])
+def halves_the_huge(x: Tensor) -> Tensor:
+    return x / 2 if x.abs().max().item() > 1e4 else x.tanh()
+
+
+def smooths_the_tiny(x: Tensor) -> Tensor:
+    return x * 2 if x.abs().min() < 1e-9 else x.tanh()
+
+
+def solves(x: Tensor) -> Tensor:
+    """Some steps beyond the first, for the samples of any trial."""
+    z = torch.zeros_like(x)
+    for _ in range(40):
+        new = torch.tanh(z / 3 + x)
+        error, z = (new - z).norm(), new
+        if error.item() / z.norm().item() < 0.3:
+            break
+    return z
+
+
+def refuses_the_huge(x: Tensor) -> Tensor:
+    if x.abs().max().item() > 1e4:
+        raise ValueError("diverged")
+    return x.tanh()
+
+
+def stops_when_all_have(x: Tensor) -> Tensor:
+    """A sample that has stopped stays as it is."""
+    for _ in range(80):
+        if x.abs().max().item() < 0.5:
+            break
+        x = torch.where(x.abs().amax(-1, keepdim=True) < 0.5, x, x * 0.7)
+    return x
+
+
+def stops_by_their_norm(x: Tensor) -> Tensor:
+    for _ in range(20):
+        left = x.norm(dim=-1, keepdim=True) > 0.1
+        if left.double().mean().item() == 0 or (x * left).norm().detach() < 0.1:
+            break
+        x = torch.where(left, x * 0.5, x)
+    return x
+
+
+@pytest.mark.parametrize(
+    "branches", [stops_early, clips_if_any, by_the_mean, halves_the_huge, smooths_the_tiny, solves]
+)
 def test_a_branch_that_the_batch_decides_for_all_rows_is_refused(branches: Callable[[Tensor], Tensor]) -> None:
     """Though on this batch all microbatches take the same way, as the whole does: no comparison would tell."""
     model = MixesInside(branches).double()
@@ -261,7 +306,9 @@ def test_a_branch_that_the_batch_decides_for_all_rows_is_refused(branches: Calla
         assert_step_equal(model, whole, {"x": x * size})
 
 
-@pytest.mark.parametrize("branches", [skips_what_nobody_wants, row_by_row])
+@pytest.mark.parametrize(
+    "branches", [skips_what_nobody_wants, row_by_row, refuses_the_huge, stops_when_all_have, stops_by_their_norm]
+)
 def test_a_branch_that_decides_for_the_rows_that_it_asked_is_exact(branches: Callable[[Tensor], Tensor]) -> None:
     model = MixesInside(branches).double()
     pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=3, costs="count")

@@ -1138,3 +1138,56 @@ def test_what_gives_back_its_argument_shares_memory_that_is_written() -> None:
     captured = capture(model := Passes(), read_call(model.forward, (torch.randn(2, 4),), {}))
     assert any({"linear", "leaky_relu"} <= set(group) for group in captured.groups)
     assert any({"linear_1", "contiguous", "relu_"} <= set(group) for group in captured.groups)
+
+
+class Lazily(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+
+class ByTheItem(Lazily):
+    def forward(self, x: Tensor) -> Any:
+        yield self.first(x)
+        yield self.second(x)
+
+
+class PartsByTheItem(Lazily):
+    def forward(self, x: Tensor) -> Any:
+        return {"y": self.second(self.first(x)), "parts": (self.second(row) for row in x)}
+
+
+class Zips(Lazily):
+    def forward(self, x: Tensor) -> Any:
+        return zip(self.first(x), self.second(x), strict=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "what"), [(ByTheItem, "generator"), (PartsByTheItem, r"generator at \['parts'\]"), (Zips, "zip")]
+)
+def test_a_forward_that_returns_what_is_still_to_run_is_refused(kind: type[nn.Module], what: str) -> None:
+    pipe = pipecompile.compile(kind(), ["cpu", "cpu"], microbatches=2, costs="count")
+    with pytest.raises(CaptureError, match=f"forward returns a {what}, whose code runs only when .*; return a list"):
+        pipe(torch.randn(4, 4))
+
+
+class TakesAStream(Lazily):
+    def forward(self, xs: Any) -> Tensor:
+        return sum(self.second(self.first(x)) for x in xs)  # type: ignore[return-value]
+
+
+def test_an_argument_that_can_be_read_only_once_is_refused() -> None:
+    pipe = pipecompile.compile(TakesAStream(), ["cpu", "cpu"], microbatches=2, costs="count")
+    with pytest.raises(pipecompile.InputError, match="argument 'xs' is a generator, which can be read only once"):
+        pipe(torch.randn(4, 4) for _ in range(2))
+
+
+class ReturnsItsInput(Lazily):
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def test_a_call_without_an_operation_says_so() -> None:
+    pipe = pipecompile.compile(ReturnsItsInput(), ["cpu", "cpu"], microbatches=2, costs="count")
+    with pytest.raises(pipecompile.InfeasibleError, match="no operation of this call depends on"):
+        pipe(torch.randn(4, 4))

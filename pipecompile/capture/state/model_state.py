@@ -251,7 +251,8 @@ def _read_changes(
         if isinstance(change.value, FakeTensor) and isinstance(held, Tensor) and is_replaced(held, change.value):
             raise CaptureError(
                 f"module {path!r}: forward assigns a new tensor to self.{name} and reads the earlier one, which "
-                f"microbatches cannot share; make it a buffer: self.register_buffer({name!r}, ...)"
+                f"microbatches cannot share; make it a buffer: self.register_buffer({name!r}, ...), or, if it is a "
+                f"metric's, update the metric outside of the model, with what forward returns"
             )
         changes.attributes.append(change)
 

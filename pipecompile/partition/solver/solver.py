@@ -264,6 +264,11 @@ def _is_plan(problem: Problem, stage_of: tuple[int, ...]) -> bool:
 
 
 def _refuse_impossible(problem: Problem) -> None:
+    if not len(problem) and problem.must_fill:
+        raise InfeasibleError(
+            "no operation of this call depends on the model's weights and inputs, so there is nothing to cut into "
+            "stages; call the unsplit model, pipe.pipeline.model"
+        )
     if len(problem) < problem.must_fill:
         raise InfeasibleError(
             f"the model cannot be cut into {problem.must_fill} stages: it can be cut into at most {len(problem)}, "
