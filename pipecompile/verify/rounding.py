@@ -2,16 +2,17 @@
 
 A split model adds in another order, so it rounds differently. If the difference exceeds ``comparison.allowed``
 (gradients that cancel, sums with large terms, 16-bit dtypes), the unsplit model tells how far apart two correct results
-may be: one copy runs the step in float64, another runs it with every parameter and input off by one unit in the last
-place.
+may be: one copy runs the step in float64, others run it with every parameter and input off by one unit in the last
+place, until the difference is explained or ``SHAKES`` of them have run.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from pipecompile.verify.side_by_side import Seeds, Trial, unsplit_step
 
 WIDER = 5.0  # times the distance between the unsplit step and its float64 step
 SHAKEN = 16.0  # times the effect of one unit in the last place of parameters and inputs
+SHAKES = 4  # runs with such changes, each with others
 
 Noise = Mapping[tuple[str, str], float]  # by kind and name
 Numbers = dict[tuple[str, str], Tensor]
@@ -38,19 +40,26 @@ def with_noise(
         parts, seeds: the arguments of the unsplit step.
         whole: its results.
     """
-    noise = _noise(trial, parts, seeds, whole)
-    return tuple(replace(it, allowed=it.allowed + noise.get((it.kind, it.name), 0.0)) for it in found)
+    raised = tuple(found)
+    for noise in _noise(trial, parts, seeds, whole):
+        raised = tuple(replace(it, allowed=it.allowed + noise.get((it.kind, it.name), 0.0)) for it in found)
+        if all(it.verdict != "different" for it in raised):
+            break
+    return raised
 
 
-def _noise(trial: Trial, parts: Rows, seeds: Seeds, whole: Run) -> Noise:
-    """The distance that rounding may cause in each value; empty if it cannot be measured."""
+def _noise(trial: Trial, parts: Rows, seeds: Seeds, whole: Run) -> Iterator[Noise]:
+    """The distance that rounding may cause in each value, from more and more runs; nothing if it cannot be measured.
+
+    A single number that cancels is a few units of rounding, and one changed run may round to the very same number.
+    """
     numbers = _tensors(whole)
     if _is_another(numbers, _tensors(unsplit_step(trial.fresh(), parts, seeds))):
-        return {}  # runs of the model differ by more than rounding
+        return  # runs of the model differ by more than rounding
     coarse = coarsest_type(numbers.values())
-    tried: list[tuple[float, Callable[[Tensor], Tensor]]] = [(SHAKEN, _shaken)]
+    tried: list[tuple[float, Callable[[Tensor], Tensor]]] = [(SHAKEN, partial(_shaken, i)) for i in range(SHAKES)]
     if coarse is not None and torch.finfo(coarse).eps > torch.finfo(torch.float64).eps:
-        tried.append((WIDER, Tensor.double))
+        tried.insert(1, (WIDER, Tensor.double))
     found: dict[tuple[str, str], float] = {}
     for times, change in tried:
         try:
@@ -61,7 +70,7 @@ def _noise(trial: Trial, parts: Rows, seeds: Seeds, whole: Run) -> Noise:
             if numbers[key].shape == other[key].shape:
                 gap = distance(numbers[key].to(other[key].dtype), other[key])
                 found[key] = max(found.get(key, 0.0), times * gap)
-    return found
+        yield found
 
 
 def _is_another(numbers: Numbers, again: Numbers) -> bool:
@@ -94,9 +103,9 @@ def _changed(trial: Trial, parts: Rows, seeds: Seeds, change: Callable[[Tensor],
         return unsplit_step(other, parts, seeds)
 
 
-def _shaken(tensor: Tensor) -> Tensor:
-    """A tensor with every element off by one unit in the last place."""
-    signs = torch.randint(0, 2, tensor.shape, generator=torch.Generator().manual_seed(0)).to(tensor.device) * 2 - 1
+def _shaken(number: int, tensor: Tensor) -> Tensor:
+    """A tensor with every element off by one unit in the last place, up or down as ``number`` draws."""
+    signs = torch.randint(0, 2, tensor.shape, generator=torch.Generator().manual_seed(number)).to(tensor.device) * 2 - 1
     return tensor + tensor * signs.to(tensor.dtype) * torch.finfo(tensor.dtype).eps
 
 
