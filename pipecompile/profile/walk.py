@@ -87,6 +87,8 @@ class Walk:
                 advance()
             if self.turns is not None:
                 self._take(self.turns)
+        self.values.clear()  # this object is in a cycle of references
+        self.repeats.found.clear()
 
     def _take(self, turns: InTurn) -> None:
         """Takes the seconds of the nodes that were timed in turn."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 from collections.abc import Iterator
 
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pipecompile.capture import capture, read_call, summarize
 from pipecompile.ir.graph import CostedGraph
 from pipecompile.profile import profile
+from pipecompile.profile.meters import How
 
 repeats = importlib.import_module("pipecompile.profile.repeats")
 LAYERS = 7
@@ -189,3 +191,19 @@ def test_the_copy_of_a_value_has_memory_of_its_own_laid_out_alike() -> None:
     assert saved[0] is other[1]
     assert saved[1] is copied
     assert found.of("key", [base, base]) is None  # operands that share memory are another case
+
+
+@pytest.mark.parametrize("how", ["measure", "count"])
+def test_a_profile_leaves_no_tensors(how: How) -> None:
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Softmax(-1)) for _ in range(LAYERS)))
+    captured = capture(model, read_call(model.forward, (torch.randn(2, 8),), {}))
+    graph = summarize(captured)
+
+    def alive() -> int:
+        gc.collect()
+        return sum(type(held) is Tensor for held in gc.get_objects())
+
+    profile(captured, graph, how, torch.device("cpu"), threads=1)  # what is remembered for later ones
+    before = alive()
+    profile(captured, graph, how, torch.device("cpu"), threads=1)
+    assert alive() == before
