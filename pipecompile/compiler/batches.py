@@ -15,6 +15,7 @@ from pipecompile.capture import Call, read_call
 from pipecompile.capture.locks import CAPTURING
 from pipecompile.capture.state.fingerprints import Same
 from pipecompile.capture.state.model_state import named_tensors
+from pipecompile.capture.state.quiet_torch import not_collecting
 from pipecompile.compiler.capture_cache import Captures, Key, States, refuse_default_device, settings
 from pipecompile.compiler.compile_call import compile_call
 from pipecompile.compiler.options import Options
@@ -181,7 +182,7 @@ class Batches:
             self.share.check(call, told_options(self.options))
         independent = self.options.policy.updates_each and self.model.training
         for candidate in (rows, rows.equal()):
-            with CAPTURING.taken(), undrawn(self.devices), unobserved():
+            with CAPTURING.taken(), undrawn(self.devices), unobserved(), not_collecting():
                 compiled = compile_call(
                     self.model,
                     call,

@@ -52,12 +52,15 @@ class Call:
     def _watched(self, args: Any, kwargs: Any) -> tuple[Any, list[Tensor]]:
         saved: list[Tensor] = []
 
-        def pack(tensor: Tensor) -> Tensor:
+        def pack(tensor: Tensor) -> None:
             saved.append(tensor)
-            return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            return self._run(args, kwargs), saved
+        with torch.autograd.graph.saved_tensors_hooks(pack, _never_unpacked):
+            value = self._run(args, kwargs)
+        # autograd keeps ``pack`` and what it returns: an output that its own graph keeps would never be freed
+        found = list(saved)
+        saved.clear()
+        return value, found
 
     def forward(self) -> list[Tensor]:
         """Runs the call, any number of times. Returns the outputs that a backward can start from."""
@@ -112,6 +115,10 @@ class Call:
     def _run(self, args: Any, kwargs: Any) -> Any:
         with self.entered():
             return self.function(*args, **kwargs)
+
+
+def _never_unpacked(packed: None) -> Tensor:
+    raise AssertionError("the value of a node has no backward")
 
 
 def _ones(tensors: list[Tensor]) -> list[Tensor]:

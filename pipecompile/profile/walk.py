@@ -30,6 +30,7 @@ from pipecompile.profile.budget import SECONDS, Budget
 from pipecompile.profile.call import Call, as_recorded, described, map_tensors, tensors_of
 from pipecompile.profile.in_turn import InTurn
 from pipecompile.profile.meters import ENOUGH, UNKNOWN_BACKWARD, Counter, Meter, Share
+from pipecompile.profile.repeats import Repeats
 from pipecompile.profile.storages import has_storage
 
 Figures = tuple[float, float, int, int]  # seconds and peak bytes of a forward and of a backward
@@ -69,6 +70,7 @@ class Walk:
         self.sizes = captured.sample_sizes
         self.turns = InTurn(self._operands, self._says_where, seconds) if meter.in_turn else None
         self.keys: dict[str, Any] = {}  # of the nodes that are timed in turn
+        self.repeats = Repeats(bool(captured.data_sizes) or self.turns is None)
         calls = (node for node in captured.graph.nodes if node.op in ("call_function", "call_module"))
         self.budget = Budget(calls, seconds)
 
@@ -85,6 +87,8 @@ class Walk:
                 advance()
             if self.turns is not None:
                 self._take(self.turns)
+        self.values.clear()  # this object is in a cycle of references
+        self.repeats.found.clear()
 
     def _take(self, turns: InTurn) -> None:
         """Takes the seconds of the nodes that were timed in turn."""
@@ -150,6 +154,14 @@ class Walk:
                 self._count_leaf(node, function, args)
                 return
             function = STAND_INS.get(function, function)  # type: ignore[arg-type]
+        key = (node.target, origin_of(node).region, described(args), described(kwargs))
+        operands = tensors_of((args, kwargs))
+        if (repeat := self.repeats.of(key, operands)) is not None:
+            value, saved = repeat.again(operands)
+            self.values[node] = as_recorded(value, node.meta.get("val"))
+            self.keys[node.name] = key
+            self._note(node, saved, self.known[key])
+            return
         run = Call(node, function, args, kwargs)
         turns = self.turns
         if turns is not None:
@@ -162,15 +174,14 @@ class Walk:
                 raise
             self._count_leaf(node, None, (args, kwargs))
             return
-        key = (node.target, origin_of(node).region, described(args), described(kwargs))
+        self.repeats.add(node, key, operands, self.values[node], saved)
         if key not in self.known:
             if isinstance(self.meter, Counter):
                 self.known[key] = self._counted(self.meter, key, run)
             else:
                 self.known[key] = self._timed(node, run) if turns is None else (0.0, 0.0, *run.allocated())
-        forward, backward, allocated, returned = self.known[key]
         before = len(self.storages)
-        self._note(node, forward, backward, saved, allocated, returned)
+        self._note(node, saved, self.known[key])
         if turns is not None:
             self.keys[node.name] = key
             turns.add(node, function, key, self.values, sum(self.storages[before:]))
@@ -202,9 +213,8 @@ class Walk:
         read = [self.values[n] for n in node.all_input_nodes if n.op == "get_attr"]
         return isinstance(self.meter, Counter) and any(not value.is_floating_point() for value in read)
 
-    def _note(
-        self, node: fx.Node, forward: float, backward: float, saved: list[Tensor], allocated: int, returned: int
-    ) -> None:
+    def _note(self, node: fx.Node, saved: list[Tensor], figures: Figures) -> None:
+        forward, backward, allocated, returned = figures
         values = self._numbers(tensors_of(self.values[node]))
         stretch = self.captured.recomputed.get(node.name)
         kept, again = self._numbers(saved), self._numbers([])
@@ -268,4 +278,4 @@ class Walk:
         rows = tensors[0].numel() // max(1, tensors[0].shape[-1] if tensors[0].ndim else 1) if tensors else 1
         nbytes = sum(t.nbytes for t in [*tensors, *parameters])
         forward = roofline.seconds(2 * rows * sum(p.numel() for p in parameters), nbytes)
-        self._note(node, forward, UNKNOWN_BACKWARD * forward, tensors, nbytes, nbytes)
+        self._note(node, tensors, (forward, UNKNOWN_BACKWARD * forward, nbytes, nbytes))
