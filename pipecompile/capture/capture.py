@@ -140,13 +140,13 @@ def _with_leaves(
     """
     wanted = torch.is_grad_enabled()
     gradients = follow = True  # follow: stand-ins for random numbers of Python and numpy, which not all code accepts
-    operations = False
+    operations = counting = False
     tries = 0
     while True:
         others: list[str] = []
         attempt = partial(
             Trace, model, call, rows, forward, symbolic, kept, reach,
-            follow=follow, gradients=gradients, operations=operations,
+            follow=follow, gradients=gradients, operations=operations, counting=counting,
         )  # fmt: skip
         trace = attempt()
         try:
@@ -168,6 +168,9 @@ def _with_leaves(
                 continue
             if not isinstance(error, unknown):
                 raise
+            if trace.recorder.could_count and not counting:
+                counting = True
+                continue
             part = next_whole(error, trace.scopes.paths, kept)
             if part is None:
                 if isinstance(error, CaptureError):

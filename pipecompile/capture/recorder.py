@@ -15,6 +15,7 @@ import torch.fx as fx
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from pipecompile.capture.counted_masks import GETITEM, by_positions, found, is_constant, masks_of
 from pipecompile.capture.data_writes import DataWrites
 from pipecompile.capture.decompositions import decomposition_of
 from pipecompile.capture.effects import Effects
@@ -68,14 +69,17 @@ class Recorder(TorchFunctionMode):
         table: Receives the nodes; contains the placeholders already.
         values: Answers what Python reads from tensors.
         leaves: Records parts kept whole.
+        counting: Whether entries of masks that depend on buffers only are counted.
     """
 
-    def __init__(self, table: NodeTable, values: Values, leaves: LeafRecorder) -> None:
+    def __init__(self, table: NodeTable, values: Values, leaves: LeafRecorder, counting: bool = False) -> None:
         super().__init__()
         self.table = table
         self.scopes = table.scopes
         self.values = values
         self.leaves = leaves
+        self.counting = counting
+        self.could_count = False  # whether there was such a mask
         self.repeated = RepeatedCalls(table.sizes.shapes)
         self.data_writes = DataWrites(table)
         self.ran = Ran()
@@ -133,6 +137,8 @@ class Recorder(TorchFunctionMode):
                 return several(*args, **kwargs)
         if passes(func, args, kwargs):
             return args[0] if args else kwargs["input"]
+        if self._counts(masks := masks_of(func, args, kwargs)):
+            return self._counted(func, args, kwargs, masks)
         return self.call(func, args, kwargs, func)
 
     def call(
@@ -251,6 +257,27 @@ class Recorder(TorchFunctionMode):
                 f"{self.scopes.here}: {error}; keep the module around it whole with leaf_modules=, or compute it from "
                 f"inputs"
             ) from error
+
+    def _counts(self, masks: Sequence[Tensor]) -> bool:
+        """Whether entries are counted of masks on whose values the size of a result depends."""
+        constant = masks and all(is_constant(self.table.node_of(it), self.values.is_parameter) for it in masks)
+        self.could_count |= bool(constant)
+        return bool(constant) and self.counting
+
+    def _counted(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], masks: Sequence[Tensor]
+    ) -> Any:
+        """Records a call whose result has as many entries as masks select, which is read and guarded."""
+        if func is not GETITEM:
+            number = self.call(torch.count_nonzero, (masks[0],), {}, torch.count_nonzero)
+            count = self._read(Tensor.item, (number,), {})
+            return self.call(func, args, kwargs, lambda *args, **kwargs: found(func, args, kwargs, count))
+
+        def positions(mask: Tensor) -> tuple[Tensor, ...]:
+            entries: tuple[Tensor, ...] = self._counted(Tensor.nonzero, (mask,), {"as_tuple": True}, [mask])
+            return entries
+
+        return self.call(func, (args[0], by_positions(args[1], positions)), {}, func)
 
     def _with_numbers(self, value: Any) -> Any:
         """Returns arguments with each integer tensor without dimensions replaced by its value, as read by Python."""

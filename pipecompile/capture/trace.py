@@ -73,6 +73,7 @@ class Trace:
         follow: Whether random numbers of Python and numpy get stand-ins.
         gradients: Whether gradients are enabled during the trace.
         operations: Whether to record aten operations instead of functions.
+        counting: Whether to count the entries of masks that depend on buffers only.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class Trace:
         follow: bool = True,
         gradients: bool = True,
         operations: bool = False,
+        counting: bool = False,
     ) -> None:
         self.model = model
         self.reach = reach
@@ -117,7 +119,7 @@ class Trace:
         self.table = NodeTable(self.graph, sizes, self.scopes, self.tensors.constant, self.number_inputs.node)
         self.values = Values(call.tensors, call.alike(rows), self.tensors.named, self.tensors.parameters.__contains__)
         leaves = frozenset(part for part in kept if isinstance(part, str))
-        self.recorder = Recorder(self.table, self.values, LeafRecorder(self.table, leaves, self._learn))
+        self.recorder = Recorder(self.table, self.values, LeafRecorder(self.table, leaves, self._learn), counting)
         self.recorder.generators.update(map(id, (*reach.generators, *call.leaves)))
         sample = {n: t.detach()[: rows[0]] if n in call.batched else t for n, t in call.tensors.items()}
         self.evaluator = Evaluator(sample, self.tensors.valued, self._leaf)

@@ -7,7 +7,7 @@ layer. In a lifted stage they are arguments. A module kept whole, whose forward 
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from pipecompile.capture.purity import name_of
-from pipecompile.capture.state.model_state import named_tensors
 from pipecompile.ops.functional import is_traceable
 from pipecompile.ops.operators import is_opaque
 from pipecompile.ops.split_backward import SPLIT
@@ -87,10 +86,18 @@ def _split(call: fx.Node, parameters: Set[fx.Node]) -> None:
 def _lift_leaf(call: fx.Node, leaf: nn.Module, lifted: dict[str, fx.Node]) -> None:
     """Makes the call of a module kept whole one that gets the lifted tensors as its first arguments."""
     prefix = f"{call.target}."
-    names = [name for name, _ in named_tensors(leaf) if prefix + name in lifted]
+    names = [name for name in _places(leaf) if prefix + name in lifted]
     if names:
         call.op, call.target = "call_function", OnTensors(leaf, tuple(names))
         call.args = (*(lifted[prefix + name] for name in names), *call.args)
+
+
+def _places(leaf: nn.Module) -> Iterator[str]:
+    """A name for each place that holds a tensor: one, if a module inside has several paths, all of a tied tensor."""
+    for path, module in leaf.named_modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                yield f"{path}.{name}" if path else name
 
 
 @dataclass(frozen=True, eq=False)

@@ -176,6 +176,8 @@ def difference(actual: Run, expected: Run, tolerance: float, buffers: bool = Fal
 def close(actual: Tensor, expected: Tensor, relative: float, absolute: float) -> bool:
     if actual.shape != expected.shape or actual.dtype != expected.dtype:
         return False
+    if expected.is_complex():
+        actual, expected = torch.view_as_real(actual), torch.view_as_real(expected)
     if not expected.is_floating_point() or not expected.numel():
         return torch.equal(actual, expected)
     finite = expected.isfinite()

@@ -62,7 +62,7 @@ class Entry(Model):
         for module in model.modules():
             if isinstance(module, nn.modules.dropout._DropoutNd):
                 module.p = 0.0
-        return model.to(self.dtype).train()
+        return model._apply(lambda t: t.to(self.dtype.to_complex()) if t.is_complex() else self._cast(t)).train()
 
     def inputs(self, batch: int, length: int, seed: int = 0) -> Inputs:
         return tree_map(self._cast, super().inputs(batch, length, seed))

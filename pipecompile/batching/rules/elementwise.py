@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.fx as fx
 
 from pipecompile.batching.rules.batch_types import PARTIAL, SHARED, Batched, Kind, Local, Mixed, Partial, Shared
@@ -111,33 +110,6 @@ def _rounds(use: Use) -> bool:
     """Whether a call converts floats to integers."""
     before, after = (n.meta["val"].dtype for n in (use.node.args[0], use.node))  # type: ignore[union-attr]
     return bool(before.is_floating_point and not (after.is_floating_point or after.is_complex))
-
-
-@rule("setitem", functional.setitem)
-def setitem(use: Use) -> Answer:
-    """x (..., batch, ...), index, value -> (..., batch, ...); mixes samples if the index picks among the samples."""
-    x, index, value = use.node.args[:3]
-    items = index if isinstance(index, tuple) else (index,)
-    kind, incoming = use.kind(x), use.kind(value)
-    if all(isinstance(use.kind(n), Shared) for n in use.tensors):
-        return SHARED
-    masks = [i for i in items if isinstance(i, fx.Node)]
-    if any(use.is_tensor(i) and i.meta["val"].dtype != torch.bool for i in masks):
-        return use.mixed("an assignment to rows by index", certain=True)
-    if len(items) == 1 and masks and use.shape(masks[0]) == use.shape(x)[: use.ndim(masks[0])]:
-        picked = isinstance(incoming, Batched) and incoming.ragged and incoming.dim == 0 and kind == Batched(0)
-        fits = picked or (isinstance(incoming, Shared) and not use.shape(value))
-        return kind if fits and use.kind(masks[0]) == kind else use.mixed()
-    if not isinstance(kind, Batched) or masks or any(i is Ellipsis or i is None for i in items):
-        return use.mixed("an assignment to indexed entries")
-    if kind.dim < len(items) and items[kind.dim] != slice(None):
-        return use.mixed("an assignment to some of the samples")
-    dropped = sum(isinstance(i, int) for i in items[: kind.dim])
-    room = use.ndim(x) - sum(isinstance(i, int) for i in items)
-    expected = kind.dim - dropped - room + use.ndim(value)
-    if isinstance(incoming, Shared) or (isinstance(incoming, Batched) and incoming.dim == expected):
-        return kind
-    return use.mixed()
 
 
 @rule("add sub rsub radd subtract")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 from pipecompile.batching.rules.batch_types import SHARED, Batched, Kind, Local, Shared
 from pipecompile.batching.rules.size_pair import UNKNOWN
 from pipecompile.batching.rules.use import Answer, Edited, Instead, Use, only_first, positive, rule
+from pipecompile.ops import functional
 from pipecompile.ops.functional import masked_scatter_all
 
 WHOLE = slice(None)
@@ -50,14 +53,11 @@ def getitem(use: Use) -> Answer:
         grows = any(use.out[dim] != UNKNOWN for dim in use.scale.growing(use.node))  # numbers are checked for all rules
         return use.mixed("an index that depends on the batch size") if grows else SHARED
 
-    def taken(item: Any) -> int:
-        if item is None or item is Ellipsis:
-            return 0
-        return use.ndim(item) if _is_mask(item) else 1
-
-    items = spelled_out(index, use.ndim(source), taken)
+    items = spelled_out(index, use.ndim(source), partial(_dims_taken, use))
     tensors = [item for item in items if isinstance(item, fx.Node) and use.is_tensor(item)]
-    if any(_is_mask(item) for item in tensors):
+    lines = all(isinstance(use.kind(item), Shared) and use.ndim(item) == 1 for item in tensors)
+    lines = lines and isinstance(whole, Batched) and not _is_mask(items[_source_dims(items).index(whole.dim)])
+    if any(_is_mask(item) for item in tensors) and not lines:
         return _by_mask(use, whole, items, tensors)
     return _by_numbers(use, whole, items, tensors)
 
@@ -77,10 +77,9 @@ def _by_mask(use: Use, whole: Kind, items: list[Any], tensors: list[fx.Node]) ->
 def _by_numbers(use: Use, whole: Kind, items: list[Any], tensors: list[fx.Node]) -> Answer:
     """An index of slices, numbers, new dimensions, and tensors of numbers."""
     together = [i for i, item in enumerate(items) if isinstance(item, fx.Node) and use.is_tensor(item)]
-    front = bool(together) and together != list(range(together[0], together[-1] + 1))
     width = max((use.ndim(item) for item in tensors), default=0)
     picked: list[Kind] = [use.kind(item) for item in tensors]
-    place = _placed(items, together, width, front)
+    place, _ = _placed_tensors(use, items, tensors)
     if isinstance(whole, Shared):
         return _from_table(use, picked, tensors, width, place[together[0]])
     if not isinstance(whole, Batched):
@@ -125,7 +124,7 @@ def _from_table(use: Use, picked: list[Kind], tensors: list[fx.Node], width: int
     return kind.at(kind.dim + first)
 
 
-def _source_dims(items: list[Any]) -> list[int]:
+def _source_dims(items: Sequence[Any]) -> list[int]:
     """The dimension of the source that each item indexes; -1 for a new dimension."""
     dims, next_dim = [], 0
     for item in items:
@@ -134,7 +133,7 @@ def _source_dims(items: list[Any]) -> list[int]:
     return dims
 
 
-def _placed(items: list[Any], together: list[int], width: int, front: bool) -> list[int]:
+def _placed(items: Sequence[Any], together: list[int], width: int, front: bool) -> list[int]:
     """The dimension of the result that each item becomes."""
     places: list[int] = []
     dim = width if front else 0
@@ -157,6 +156,57 @@ def _covers(use: Use, whole: Batched, place: list[int], items: list[Any]) -> boo
     index = _source_dims(items).index(whole.dim)
     source = use.shape(use.node.args[0])
     return use.out[place[index]] == source[whole.dim] and bool(use.scale.growing(use.node))
+
+
+@rule("setitem", functional.setitem)
+def setitem(use: Use) -> Answer:
+    """x (..., batch, ...), index, value -> (..., batch, ...); mixes samples if the index picks among the samples."""
+    x, index, value = use.node.args[:3]
+    items = index if isinstance(index, tuple) else (index,)
+    kind, incoming = use.kind(x), use.kind(value)
+    if all(isinstance(use.kind(n), Shared) for n in use.tensors):
+        return SHARED
+    masks = [i for i in items if isinstance(i, fx.Node)]
+    if len(items) == 1 and masks and _is_mask(masks[0]) and use.shape(masks[0]) == use.shape(x)[: use.ndim(masks[0])]:
+        picked = isinstance(incoming, Batched) and incoming.ragged and incoming.dim == 0 and kind == Batched(0)
+        fits = picked or (isinstance(incoming, Shared) and not use.shape(value))
+        return kind if fits and use.kind(masks[0]) == kind else use.mixed()
+    items = tuple(spelled_out(index, use.ndim(x), partial(_dims_taken, use)))
+    tensors = [i for i in items if use.is_tensor(i)]
+    if any(use.ndim(i) != 1 and _is_mask(i) for i in tensors):
+        return use.mixed("an assignment to indexed entries")
+    numbers = [i for i in tensors if not _is_mask(i)]
+    if not isinstance(kind, Batched) or not all(isinstance(use.kind(i), Shared) for i in tensors):
+        what = "rows by index" if numbers else "indexed entries"
+        return use.mixed(f"an assignment to {what}", certain=bool(numbers))
+    source = _source_dims(items)
+    if items[source.index(kind.dim)] != WHOLE:
+        return use.mixed("an assignment to some of the samples")
+    place, room = _placed_tensors(use, items, tensors)
+    expected = place[source.index(kind.dim)] - room + use.ndim(value)
+    return kind if isinstance(incoming, Shared) or incoming == kind.at(expected) else use.mixed()
+
+
+def _depth(item: Any) -> int:
+    """How many dimensions a list has."""
+    return 1 + _depth(item[0]) if isinstance(item, list) and item else 0
+
+
+def _dims_taken(use: Use, item: Any) -> int:
+    """How many dimensions of the source an item of an index takes."""
+    if item is None or item is Ellipsis:
+        return 0
+    return use.ndim(item) if _is_mask(item) else 1
+
+
+def _placed_tensors(use: Use, items: Sequence[Any], tensors: Sequence[Any]) -> tuple[list[int], int]:
+    """The dimension of the result that each item becomes, and how many dimensions the result has."""
+    lists = [item for item in items if isinstance(item, list)]
+    together = [i for i, item in enumerate(items) if use.is_tensor(item) or isinstance(item, list)]
+    front = bool(together) and together != list(range(together[0], together[-1] + 1))
+    width = max([*map(use.ndim, tensors), *map(_depth, lists)], default=0)
+    kept = sum(item is None or isinstance(item, slice) for item in items)
+    return _placed(items, together, width, front), width + kept
 
 
 @rule("gather take_along_dim scatter scatter_add scatter_reduce index_add")

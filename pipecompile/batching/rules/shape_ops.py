@@ -170,6 +170,8 @@ def cat(use: Use) -> Answer:
         parts = [part for part in parts if use.shape(part) != (0,)] or parts
     dim = positive(use.arg(1, "dim", use.node.kwargs.get("axis", 0)), len(use.out))
     kinds = [use.kind(part) for part in parts]
+    if len(parts) == 1 and use.name != "stack":
+        return kinds[0]  # a copy
     if any(isinstance(kind, Mixed) for kind in kinds):
         return next(kind for kind in kinds if isinstance(kind, Mixed))
     if all(isinstance(kind, Partial) for kind in kinds):

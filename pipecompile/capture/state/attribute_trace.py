@@ -38,6 +38,7 @@ from pipecompile.capture.state.reachable import Reach
 from pipecompile.capture.state.sources import Fact
 from pipecompile.capture.state.updates import Recipes
 from pipecompile.errors import CaptureError
+from pipecompile.ops.tensor_args import is_real
 
 
 class Watch:
@@ -203,6 +204,9 @@ class Watch:
         whole = {id(module) for kept_whole in kept.values() for module in kept_whole.modules()}
         for change in self.changes:
             if id(change.place.owner) in whole and isinstance(change.value, Tensor):
+                if _is_generator_state(change.value):
+                    yield Setting(change.place, lambda _: torch.get_rng_state())
+                    continue
                 raise CaptureError(
                     f"a module that is kept whole sets {change.place.label}, which every microbatch would set again; "
                     f"return the tensor instead, or make it a buffer: "
@@ -234,6 +238,15 @@ class Watch:
                     f"microbatch would increase again; make it a buffer: "
                     f"self.register_buffer({attribute.name!r}, ...)"
                 )
+
+
+def _is_generator_state(value: Tensor) -> bool:
+    """Whether a tensor is the state of torch's generator on the CPU, which a reversible layer notes for its backward.
+
+    The backward of a microbatch has the one that its own forward has noted.
+    """
+    state = torch.default_generator.get_state()
+    return is_real(value) and (value.dtype, value.shape, value.device) == (state.dtype, state.shape, state.device)
 
 
 @contextmanager

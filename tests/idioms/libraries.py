@@ -1,0 +1,220 @@
+"""What packages of models do: attentions of linear cost, quantizers, flows, spiking networks, operators."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from idioms.declare import D, Wrapped, idiom
+
+KNOWN: dict[type, float] = {}  # by the class of a tensor
+
+
+class Asking(nn.Module):
+    """Python that depends on a parameter, so that the module is kept whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(D, D), nn.Tanh())
+
+    def asked(self, h: Tensor) -> Tensor:
+        return -h if self.net[0].weight.sum() > 1e9 else h
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.net(self.asked(h))
+
+
+@idiom()
+class NetUnderTwoNames(Wrapped):
+    """A helper that holds the network beside it, in a module kept whole, as Performer's redraws of projections."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Asking()
+        self.body.add_module("watched", self.body.net)
+
+    def middle(self, h: Tensor) -> Tensor:
+        return self.body(h)
+
+
+class Noting(nn.Module):
+    """A layer that notes the generator's state, to draw the same numbers when it runs again."""
+
+    state: Tensor | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(D // 2, D // 2), nn.Tanh())
+
+    def forward(self, h: Tensor, again: bool = False) -> Tensor:
+        if not again:
+            self.state = torch.get_rng_state()
+            return self.net(h)
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(self.state)
+            return self.net(h)
+
+
+class Reversed(torch.autograd.Function):
+    """Keeps the output only: the backward computes the input from it, and runs both layers again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, first: nn.Module, second: nn.Module) -> Tensor:
+        a, b = x.chunk(2, -1)
+        a = a + first(b)
+        b = b + second(a)
+        ctx.layers, ctx.out = (first, second), torch.cat([a, b], -1).detach()
+        return ctx.out.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        first, second = ctx.layers
+        (a, b), (to_a, to_b) = ctx.out.chunk(2, -1), gradient.chunk(2, -1)
+        with torch.enable_grad():
+            a = a.detach().requires_grad_()
+            out = second(a, again=True)
+            torch.autograd.backward(out, to_b)
+        to_a, b = to_a + a.grad, (b - out).detach()
+        with torch.enable_grad():
+            b.requires_grad_()
+            out = first(b, again=True)
+            torch.autograd.backward(out, to_a)
+        return torch.cat([to_a, to_b + b.grad], -1), None, None
+
+
+class Reversible(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Noting(), Noting()
+
+    def forward(self, h: Tensor) -> Tensor:
+        return Reversed.apply(h, self.first, self.second)
+
+
+@idiom()
+class ReversibleLayers(Wrapped):
+    """A reversible block, as of Reformer: its backward runs layers again, which have noted the generator's state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Reversible()
+
+    def middle(self, h: Tensor) -> Tensor:
+        return self.body(h)
+
+
+class Scaled(Asking):
+    def forward(self, h: Tensor) -> Tensor:
+        if type(h) not in KNOWN:
+            KNOWN[type(h)] = 2.0
+        return KNOWN[type(h)] * super().forward(h)
+
+
+@idiom()
+class TableByClass(Wrapped):
+    """A module kept whole that fills a table by the class of its argument, as einops does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Scaled()
+
+    def middle(self, h: Tensor) -> Tensor:
+        return self.body(h)
+
+
+@idiom()
+class PackedAlone(Wrapped):
+    """``einops.pack`` of one tensor: a concatenation of one part along heads and rows."""
+
+    def middle(self, h: Tensor) -> Tensor:
+        heads = h.unflatten(-1, (2, -1)).transpose(0, 1)
+        packed = torch.cat([heads.reshape(-1, D // 2)], dim=0)
+        return packed.unflatten(0, (2, -1)).mul(torch.arange(1.0, 3.0).to(h).view(2, 1, 1)).transpose(0, 1).flatten(1)
+
+
+@contextmanager
+def other_mask(model: Any) -> Iterator[None]:
+    model.mask.copy_(model.mask.flip(0))
+    yield
+
+
+@idiom(between=other_mask)
+class CouplingByMask(Wrapped):
+    """A flow's coupling: halves by a mask and by its positions, both from a buffer, which then changes."""
+
+    mask: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.tensor([True, True, False, True, False, False, True, False]))
+        self.net = nn.Linear(D // 2, D // 2)
+
+    def middle(self, h: Tensor) -> Tensor:
+        kept, moved = h[:, self.mask], h[..., (~self.mask).nonzero().squeeze(-1)]
+        out = torch.zeros_like(h)
+        out[:, self.mask] = kept
+        out[..., torch.where(~self.mask)[0]] = moved * self.net(kept).exp()
+        return out
+
+
+@contextmanager
+def larger_mask(model: Any) -> Iterator[None]:
+    model.mask.fill_(True)
+    yield
+
+
+@idiom(between=larger_mask)
+class FeaturesByMask(Wrapped):
+    """Features that a buffer selects, for an attention over as many; more of them after the first step."""
+
+    mask: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.arange(D) < D // 2)
+        self.scale = nn.Parameter(torch.randn(D))
+
+    def middle(self, h: Tensor) -> Tensor:
+        chosen = h[:, self.mask] * self.scale[self.mask]
+        weights = (chosen.unsqueeze(-1) @ chosen.unsqueeze(-2)).softmax(-1)
+        assert weights.shape[-1] == int(self.mask.sum())
+        return h + (weights @ chosen.unsqueeze(-1)).sum(1)
+
+
+@idiom(refused_parts="samples|microbatch", refused_stream="asynchronous|several versions|samples|stages")
+class BankOfValidRows(Wrapped):
+    """A memory of past features of which a buffer that forward writes tells the valid ones."""
+
+    bank: Tensor
+    valid: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("bank", torch.zeros(10, D))
+        self.register_buffer("valid", torch.zeros(10, dtype=torch.bool))
+
+    def middle(self, h: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.bank[: h.shape[0]] = h
+            self.valid[: h.shape[0]] = True
+        seen = self.bank[self.valid]
+        return (h @ seen.T).softmax(-1) @ seen
+
+
+@idiom()
+class AssignedByIndex(Wrapped):
+    """Assignments by lists, index tensors apart from each other, and masks, all shared; samples are last."""
+
+    def middle(self, h: Tensor) -> Tensor:
+        out, late = torch.zeros_like(h), torch.zeros_like(h.T)
+        out[:, [0, 2]] = h[:, [1, 3]]
+        out[..., torch.tensor([4, 5])] = h[:, 6:]
+        late[torch.tensor([1, 0])] = h.T[2:4]
+        blocks = torch.zeros(h.shape[0], 2, 3, 2, dtype=h.dtype)
+        blocks[:, torch.tensor([0, 1]), :, torch.tensor([1, 0])] = h[:, :3].expand(2, -1, -1)
+        late[torch.arange(D) > 5] = h.T[:2] + blocks.sum((1, 2, 3))
+        return out + late.T
