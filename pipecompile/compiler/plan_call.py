@@ -24,6 +24,7 @@ from pipecompile.ops.away import lacks_values
 from pipecompile.ops.backends import name_of
 from pipecompile.ops.device_args import threads_each
 from pipecompile.ops.phases import LOGGER, phase
+from pipecompile.planning.by_rows import ByRows
 from pipecompile.planning.counted import Counted
 from pipecompile.planning.microbatch_count import compared, numbers
 from pipecompile.planning.planned import Planned, chosen, planned
@@ -134,8 +135,9 @@ class Planner:
             return None, ""
         body = replace(division.body, microbatch=size)
         graph = summarize(body)
+        beside = division.body, found.costed
         try:
-            other = self._costed(body, graph, self._recall(body, graph), seconds=BRIEF)
+            other = self._costed(body, graph, self._recall(body, graph), BRIEF, beside)
         except ExecutionError as error:
             LOGGER.info("two microbatches per stage, since costs of another size cannot be measured: %s", error)
             return None, ""
@@ -144,10 +146,21 @@ class Planner:
             return summarize(replace(division.body, microbatch=size))
 
         why = disturbed(found.costed) or disturbed(other)
-        return compared(found, other, (rows, size), batch, tried, at), why
+        return compared(found, ByRows(one=found.costed, other=other, rows=(rows, size), batch=batch, at=at), tried), why
 
-    def _costed(self, captured: Captured, graph: Graph, recall: Recall, seconds: float = SECONDS) -> CostedGraph:
-        """The costs of a capture: measured for so many seconds, counted, or given by the user for the same graph."""
+    def _costed(
+        self,
+        captured: Captured,
+        graph: Graph,
+        recall: Recall,
+        seconds: float = SECONDS,
+        beside: tuple[Captured, CostedGraph] | None = None,
+    ) -> CostedGraph:
+        """The costs of a capture: measured for so many seconds, counted, or given by the user for the same graph.
+
+        Args:
+            beside: the same capture with microbatches of another size, and its costs, beside which it is measured.
+        """
         given = self.options.costs
         if isinstance(given, CostedGraph):
             return reused(given, graph)
@@ -156,7 +169,9 @@ class Planner:
         def measure() -> CostedGraph:
             with left_as_before(captured.model, reach=self.reach):  # profiling runs parts kept whole
                 threads, device = threads_each(self.devices), self.devices[0]
-                return profile(captured, graph, given, device, threads=threads, kind=kind, seconds=seconds)
+                return profile(
+                    captured, graph, given, device, threads=threads, kind=kind, seconds=seconds, beside=beside
+                )
 
         for costed in self.made:
             if costed.graph == graph:

@@ -93,6 +93,10 @@ class InTurn:
         self.held: list[Any] = []  # values of the stretch
         self.nbytes = 0
 
+    def share(self, other: InTurn) -> None:
+        """Takes over what another one has measured once: starting a backward, and adding gradients."""
+        self.start, self.adding = other.start, other.adding
+
     def before(self, node: fx.Node, values: Values) -> None:
         """Keeps what a node reads, as it is before the node may write to it."""
         for source in node.all_input_nodes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import torch
@@ -14,7 +15,7 @@ from pipecompile.ops.away import lacks_values
 from pipecompile.ops.device_args import threads_of
 from pipecompile.profile.budget import SECONDS
 from pipecompile.profile.meters import Clock, Counter, How, Meter
-from pipecompile.profile.walk import Walk
+from pipecompile.profile.walk import Walk, run_in_turn
 
 DEFAULT = "A100-40GB"  # the kind of device to count for if none is named
 
@@ -28,6 +29,7 @@ def profile(
     threads: int | None = None,
     kind: str = "",
     seconds: float = SECONDS,
+    beside: tuple[Captured, CostedGraph] | None = None,
 ) -> CostedGraph:
     """The graph with the cost of each node per microbatch.
 
@@ -41,6 +43,9 @@ def profile(
         threads: CPU threads per operation while measuring; by default the current number.
         kind: the accelerator to count for, a key of ``ACCELERATORS``.
         seconds: of all timed runs; each operation is run at least as often as ``meters.REPEATS`` says.
+        beside: the same graph with microbatches of another size, and its costs, to measure relative to them: both sizes
+            are timed in turn, operation by operation, and the seconds are those of the costs times the ratio. What else
+            the machine does changes both alike, but two profiles one after the other by several percent.
 
     Raises:
         InputError: a model on the meta device cannot be measured.
@@ -56,11 +61,16 @@ def profile(
     with threads_of(threads or torch.get_num_threads()):
         setting = _setting(captured, kind if how == "count" else str(device))
         walk = Walk(captured, device, meter, seconds)
-        walk.run()
+        other = None if beside is None or how == "count" else Walk(beside[0], device, Clock(device), seconds)
+        run_in_turn([walk] if other is None else [other, walk])
     names = [node.name for node in graph.nodes]
+    costs = [walk.costs.get(name, Cost()) for name in names]
+    if beside is not None and other is not None:
+        timed = [other.costs.get(name, Cost()) for name in names]
+        costs = [_relative(*each) for each in zip(costs, timed, beside[1].costs, strict=True)]
     return CostedGraph(
         graph=graph,
-        costs=tuple(walk.costs.get(name, Cost()) for name in names),
+        costs=tuple(costs),
         source=f"measured: {device}, torch {torch.__version__}"
         if how == "measure"
         else f"counted: {kind}".rstrip(": "),
@@ -70,6 +80,16 @@ def profile(
         measured=how == "measure",
         waited=walk.turns.waited if walk.turns else 0.0,
     )
+
+
+def _relative(here: Cost, there: Cost, known: Cost) -> Cost:
+    """A cost, timed in turn with one of another size of which the seconds are known better."""
+
+    def scaled(now: float, then: float, seconds: float) -> float:
+        return seconds * now / then if then and seconds else now
+
+    forward = scaled(here.forward, there.forward, known.forward)
+    return replace(here, forward=forward, backward=scaled(here.backward, there.backward, known.backward))
 
 
 def _setting(captured: Captured, device: str) -> Setting:

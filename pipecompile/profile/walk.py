@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -69,26 +69,14 @@ class Walk:
         self.written = {name for node in captured.graph.nodes for name in origin_of(node).writes}
         self.sizes = captured.sample_sizes
         self.turns = InTurn(self._operands, self._says_where, seconds) if meter.in_turn else None
+        self.last_use = {source: node for node in captured.graph.nodes for source in node.all_input_nodes}
         self.keys: dict[str, Any] = {}  # of the nodes that are timed in turn
         self.repeats = Repeats(bool(captured.data_sizes) or self.turns is None)
         calls = (node for node in captured.graph.nodes if node.op in ("call_function", "call_module"))
         self.budget = Budget(calls, seconds)
 
     def run(self) -> None:
-        nodes = list(self.captured.graph.nodes)
-        last_use = {source: node for node in nodes for source in node.all_input_nodes}
-        with quiet(), self.meter.fake, factories_on(self.device), phase("profile", len(nodes)) as advance:
-            for node in nodes:
-                with self._says_where(node):
-                    self._visit(node)
-                for source in node.all_input_nodes:
-                    if last_use[source] is node:
-                        self.values.pop(source, None)
-                advance()
-            if self.turns is not None:
-                self._take(self.turns)
-        self.values.clear()  # this object is in a cycle of references
-        self.repeats.found.clear()
+        run_in_turn([self])
 
     def _take(self, turns: InTurn) -> None:
         """Takes the seconds of the nodes that were timed in turn."""
@@ -115,6 +103,21 @@ class Walk:
                 f"{origin_of(node)}: cannot run a microbatch of {self.captured.microbatch} rows "
                 f"({type(error).__name__}: {error}); the model must accept this batch size (see microbatches=)"
             ) from error
+
+    def visit(self, node: fx.Node) -> None:
+        """Runs a node, and frees the values that it is the last one to read."""
+        with self._says_where(node):
+            self._visit(node)
+        for source in node.all_input_nodes:
+            if self.last_use[source] is node:
+                self.values.pop(source, None)
+
+    def end(self) -> None:
+        """Times what still waits, after the last node, and frees what was run."""
+        if self.turns is not None:
+            self._take(self.turns)
+        self.values.clear()  # this object is in a cycle of references
+        self.repeats.found.clear()
 
     def _visit(self, node: fx.Node) -> None:
         match node.op:
@@ -279,3 +282,19 @@ class Walk:
         nbytes = sum(t.nbytes for t in [*tensors, *parameters])
         forward = roofline.seconds(2 * rows * sum(p.numel() for p in parameters), nbytes)
         self._note(node, tensors, (forward, UNKNOWN_BACKWARD * forward, nbytes, nbytes))
+
+
+def run_in_turn(walks: Sequence[Walk]) -> None:
+    """Runs walks over one graph, node by node in each, so that what the machine does meanwhile changes all alike."""
+    first = walks[0]
+    nodes = list(first.captured.graph.nodes)
+    with quiet(), first.meter.fake, factories_on(first.device), phase("profile", len(nodes)) as advance:
+        for walk in walks[1:]:
+            if walk.turns is not None and first.turns is not None:
+                walk.turns.share(first.turns)
+        for node in nodes:
+            for walk in walks:
+                walk.visit(node)
+            advance()
+        for walk in walks:
+            walk.end()

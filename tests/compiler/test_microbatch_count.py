@@ -15,7 +15,8 @@ import pipecompile
 from pipecompile import Batching
 from pipecompile.compiler import plan_call
 from pipecompile.ir.graph import Cost, CostedGraph
-from pipecompile.planning.microbatch_count import costs_at, numbers
+from pipecompile.planning.by_rows import costs_at
+from pipecompile.planning.microbatch_count import numbers
 from pipecompile.profile import profile
 
 WIDTH, ROWS, LAYERS = 8, 16, 4
@@ -236,6 +237,17 @@ def test_costs_between_two_sizes_lie_on_a_line_and_are_never_negative(took: Call
     count = len(costed.costs)
     one = replace(costed, costs=(Cost(3.0, 8.0, 5),) * count)
     other = replace(costed, costs=(Cost(5.0, 4.0, 9),) * count)
-    assert costs_at(one, other, (4, 8), 6) == (Cost(4.0, 8.0, 5),) * count
-    assert costs_at(one, other, (4, 8), 16) == (Cost(9.0, 8.0, 5),) * count
-    assert costs_at(one, replace(other, costs=(Cost(9.0, 20.0),) * count), (4, 8), 1)[0] == Cost(0.0, 0.0, 5)
+    assert costs_at(one, other, (4, 8), 6) == (Cost(4.0, 8.0, 7),) * count
+    assert costs_at(one, other, (4, 8), 16) == (Cost(9.0, 8.0, 17),) * count
+    assert costs_at(one, replace(other, costs=(Cost(9.0, 20.0, 9),) * count), (4, 8), 1)[0] == Cost(0.0, 0.0, 2)
+
+
+def test_a_larger_number_needs_no_margin_but_a_smaller_one_does(took: Callable[[Seconds], list[int]]) -> None:
+    for seconds, best in ((lambda rows: 0.02 + 0.0415 * rows, 8), (lambda rows: 0.02 + 0.0095 * rows, 4)):
+        took(seconds)
+        steps = {count: simulated(seconds, count) for count in (2, 4, 8)}
+        other = 8 if best == 8 else 2
+        assert 0.98 * steps[4] < steps[other] < steps[4], steps
+        pipe = compiled(built())
+        pipe(*data())
+        assert pipe.pipeline.microbatches == best

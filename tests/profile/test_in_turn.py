@@ -6,6 +6,7 @@ import importlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from itertools import repeat
 from typing import ClassVar
 
@@ -250,3 +251,18 @@ def test_without_gradients_there_are_no_backwards(mode: Callable[[], AbstractCon
 def test_used_memory_is_free_inside() -> None:
     with used_memory(1 << 20):
         assert torch.ones(1 << 18).sum() == 1 << 18
+
+
+def test_another_size_is_measured_relative_to_known_costs(slow: Hand, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(in_turn, "STRETCH", 1)
+    captured = capture(Chain(), read_call(Chain().forward, (torch.ones(4, 4),), {}))
+    known = profile(captured, summarize(captured), "measure", CPU, threads=1)
+    moves = slow.moves  # now another program slows all down to a third
+    monkeypatch.setattr(slow, "moves", lambda name, seconds: moves(name, 3 * seconds))
+    half = replace(captured, microbatch=2)
+    slow.did.clear()
+    found = profile(half, summarize(half), "measure", CPU, threads=1, beside=(captured, known))
+    assert [(cost.forward, cost.backward) for cost in costs(found, "slow")] == [(1.0, 10.0), (2.0, 20.0)]
+    assert slow.did[: slow.did.index("b")].count("a'") == 2 * (1 + in_turn.RUNS)  # both sizes, before the next one
+    saved, before = (sum(cost.saved_bytes for cost in it.costs) for it in (found, known))
+    assert saved < before
