@@ -165,7 +165,7 @@ class Learning:
 
     def forget(self) -> None:
         """Ends learning: the plan is now one that the user has asked for."""
-        self._done, self._before = True, None
+        self._done, self._before, self.corrected = True, None, None
 
     def _tells(self, first: Compiled) -> bool:
         """Whether a step can tell something of a capture's plan."""

@@ -184,9 +184,16 @@ def refused() -> dict[str, str]:
     others = torch.optim.AdamW(pipe.parameters(), lr=0.1 if rank else 0.2)
     attempt("groups", optimizer=others)
     attempt("fewer", optimizer=torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1))
+    attempt("all at once", optimizer=torch.optim.LBFGS(pipe.parameters()))
     before = {name for name, _ in pipe.named_parameters()}
     _steps(pipe, optimizer, scheduler, range(2, 4), 1)
     said["same"] = str(before == {name for name, _ in pipe.named_parameters()})
+    pipe.pipeline.replan(plan=_plan(FIRST, 2), optimizer=optimizer)  # back is no move; from the times of a step
+    said["measured"] = pipe.pipeline.costs.origin
+    _steps(pipe, optimizer, scheduler, range(4, 6), 1)
     attempt("none", optimizer=())
+    pipe.pipeline.close()
+    pipe, optimizer, scheduler = _piped([0] * LAYERS, 2, False, fully_shard=True)
+    attempt("divided", optimizer=optimizer)
     pipe.pipeline.close()
     return said

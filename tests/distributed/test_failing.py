@@ -213,7 +213,7 @@ def test_what_processes_cannot_do_is_refused_by_all(launcher: Launcher) -> None:
         "input": "argument 'x' requires a gradient",
         "names": "mesh= has the dimensions ('rows',)",
         "both": "give one of them",
-        "replan": "cannot be planned anew",
+        "replan": "but got optimizer=None",
         "load": "load the weights before compile(), or use pipecompile.load()",
         "early": "pass example_inputs= to compile()",
     }

@@ -38,7 +38,10 @@ def test_what_cannot_move_is_refused_by_all_and_training_goes_on(launcher: Launc
         "no optimizer": "but got optimizer=7",
         "groups": "the optimizers of rank 0 have AdamW(",
         "fewer": "is to move, but no optimizer that was passed steps it",
+        "all at once": "LBFGS keeps state that does not belong to one parameter",
         "same": "True",
+        "measured": "corrected by a measured step",
+        "divided": "(fully_shard=True)",
     }
     for said in launcher.returned("moving_scenes:refused", 2, limit=LIMIT):
         assert said.keys() == words.keys(), "and a move without optimizers is made"
