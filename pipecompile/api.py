@@ -72,8 +72,9 @@ def compile(
             "pipedream", "pipedream-vertical-sync" or "pipedream-2bw" (asynchronous: they step inside the pipeline);
             with several: "bfs", "interleaved-1f1b" (also "-3", "-4"), "interleaved-zb", "zb-v", "v-half", "v-min",
             "dualpipe-v". "auto": the one that promises the shortest step within memory (``report.schedule`` has the
-            others). Or one of your own: a grid of text, an ``Order``, or a function that returns one of them for a
-            number of ranks and of microbatches.
+            others), chosen together with the number of microbatches if ``microbatches`` is left out. Or one of your
+            own: a grid of text, an ``Order``, or a function that returns one of them for a number of ranks and of
+            microbatches.
         microbatches: parts of each batch. By default the number that promises the shortest step, by the costs of
             microbatches of two sizes (``pipe.pipeline.report.microbatches``); two per stage if costs are not measured,
             for short steps, and for schedules that step inside the pipeline. A batch with fewer rows has fewer parts.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from pipecompile.capture import Captured, capture, read_call, summarize
@@ -14,9 +16,10 @@ from pipecompile.compiler.report import capture_topics as topics
 from pipecompile.errors import InputError
 from pipecompile.ir.graph import CostedGraph
 from pipecompile.ops.phases import phase
+from pipecompile.planning.by_rows import ByRows
 from pipecompile.profile import profile
 
-__all__ = ["captured", "costed", "topics"]
+__all__ = ["by_rows", "captured", "costed", "topics"]
 
 
 def captured(model: str, microbatch: int | None, length: int, dtype: str, meta: bool) -> Captured:
@@ -56,3 +59,25 @@ def costed(captured: Captured, costs: str, device: torch.device, kind: str) -> C
     if isinstance(how, CostedGraph):
         return reused(how, summarize(captured))
     return profile(captured, summarize(captured), how, device, kind=kind)
+
+
+def by_rows(
+    captured: Captured, costed: CostedGraph, usual: int, costs: str, device: torch.device, kind: str
+) -> ByRows | None:
+    """The costs of microbatches of any size, of a batch of ``usual`` microbatches like the captured one.
+
+    Returns None if only one size is known: saved costs, a microbatch of one row, or a trace for one size.
+    """
+    rows = captured.microbatch
+    how = read_costs(costs)
+    if isinstance(how, CostedGraph) or rows < 2 or captured.is_fixed or captured.call.batch is None:
+        return None
+
+    def at(size: int) -> Captured:
+        return replace(captured, microbatch=size)
+
+    half = at(rows // 2)
+    other = profile(half, summarize(half), how, device, kind=kind, beside=(captured, costed))
+    return ByRows(
+        one=costed, other=other, rows=(rows, rows // 2), batch=usual * rows, at=lambda size: summarize(at(size))
+    )

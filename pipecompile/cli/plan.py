@@ -14,7 +14,6 @@ from pipecompile.cli.arguments import (
     Dtype,
     Length,
     Microbatch,
-    Microbatches,
     Model,
     check_choice,
     one_of,
@@ -28,6 +27,7 @@ from pipecompile.schedule import AUTO, SCHEDULES
 FORMATS = ("dot", "mermaid", "json", "html")  # those of render/formats.py, which takes long to import
 SUFFIXES = {".gv": "dot", ".mmd": "mermaid", **{f".{name}": name for name in FORMATS}}
 OUTPUTS = ("all", "loss")
+USUAL = 8  # microbatches
 
 
 @takes("options", PlanOptions)
@@ -36,7 +36,15 @@ def plan(
     stages: Annotated[
         int | None, typer.Option("--stages", "-n", min=1, help="Number of stages. Default: one per device, or 2.")
     ] = None,
-    microbatches: Microbatches = 8,
+    microbatches: Annotated[
+        int | None,
+        typer.Option(
+            "--microbatches",
+            "-m",
+            min=1,
+            help="Number per step. Default: 8; with auto, the best for as many rows.",
+        ),
+    ] = None,
     schedule: Annotated[
         str,
         typer.Option(
@@ -101,7 +109,7 @@ def plan(
     from pipecompile.ir.cluster import Cluster
     from pipecompile.ops.phases import Phases, phase
     from pipecompile.partition import ADAM
-    from pipecompile.planning.planned import chosen, planned
+    from pipecompile.planning.planned import chosen, chosen_jointly, planned
     from pipecompile.planning.training_spec import Workload
     from pipecompile.render import formats
 
@@ -127,7 +135,7 @@ def plan(
         policy = SCHEDULES["1f1b" if schedule == AUTO else schedule]
         work = Workload(
             schedule=policy.steady,
-            microbatches=microbatches,
+            microbatches=microbatches or USUAL,
             optimizer_state=state,
             recompute=options.recompute,
             offload=options.offload,
@@ -136,8 +144,15 @@ def plan(
             placement=placement,
         )
         with phase("plan"):
-            weighs = schedule == AUTO
-            made = chosen(costed, devices, work, options) if weighs else planned(costed, devices, work, options, stages)
+            by_rows = None
+            if schedule == AUTO and microbatches is None:
+                by_rows = costed_model.by_rows(captured, costed, USUAL, costs, place, devices.devices[0].kind)
+            if by_rows is not None:
+                made = chosen_jointly(by_rows, devices, work, options)
+            elif schedule == AUTO:
+                made = chosen(costed, devices, work, options)
+            else:
+                made = planned(costed, devices, work, options, stages)
             prediction = Prediction.of(made, made.schedule or schedule, model, costed_model.topics(captured))
     if as_json:
         print_json(prediction.facts())

@@ -14,8 +14,10 @@ from pipecompile.ir.plan_quality import known
 from pipecompile.ir.program import Program
 from pipecompile.ir.timeline import Timeline
 from pipecompile.ir.units import seconds_text
+from pipecompile.planning.joint_choice import told
 from pipecompile.planning.memory import Memory
 from pipecompile.planning.planned import Planned
+from pipecompile.planning.schedule_choice import microbatches_text
 from pipecompile.render.memory_levels import memory_levels
 from pipecompile.render.page import PREDICTED, Page
 from pipecompile.render.stage_graph import StageGraph, stage_graph
@@ -118,11 +120,13 @@ class Prediction:
                 {
                     "schedule": it.schedule,
                     "stages_per_rank": it.per_rank,
+                    "microbatches": it.microbatches,
                     "seconds": it.seconds,
                     "peak_bytes": it.peak_bytes,
                     "recomputed": it.recomputed,
                     "offloaded": it.offloaded,
                     "refused": it.refused,
+                    "least": it.least,
                 }
                 for it in self.planned.weighed
             ],
@@ -151,8 +155,9 @@ class Prediction:
         microbatches = self.planned.work.microbatches
         alone, step = microbatches * self.planned.costed.seconds, self.timeline.makespan
         times = f" (speedup {alone / step:.2f}x)" if step else ""
+        what = f"{self.schedule}, {microbatches_text(microbatches)}"
         return Text.assemble(
-            f"plan: {known(self.planned.plan.quality)}\n{self.schedule}, {microbatches} microbatches: predicted step ",
+            f"plan: {known(self.planned.plan.quality)}\n{what}: predicted step ",
             (seconds_text(step), "bold"),
             f", bubble {self.timeline.bubble:.1%}\none device: {seconds_text(alone)}{times}",
         )
@@ -164,4 +169,4 @@ class Prediction:
             yield from map(str, self.planned.candidates)
         if self.planned.weighed:
             yield "schedules, with the runtime's time for each computation, and for backwards that are split:"
-            yield from map(str, self.planned.weighed)
+            yield from told(self.planned.weighed)

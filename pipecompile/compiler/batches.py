@@ -200,7 +200,8 @@ class Batches:
             if self.first is None and compiled.planned.work.microbatches != self.options.microbatches:
                 self.compared = self.options.microbatches, call.batch or 1
                 self.options = replace(self.options, microbatches=compiled.planned.work.microbatches)
-                candidate = Rows.of(call.batch, self.options.microbatches)
+                sizes, count = rows.by_part.counts, self.options.microbatches
+                candidate = Rows.of_parts(sizes, count) if rows.parts else Rows.of(call.batch, count)
             for cut in compiled.cuts(candidate):
                 if not compiled.broken(call, cut):
                     return Batch(compiled.without_values(), call, cut)

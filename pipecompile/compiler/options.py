@@ -185,7 +185,8 @@ class Options:
         if not plain and (self.plan.replicas == "auto" or any(count > 1 for count in counts)):
             raise InputError(
                 f"replicas={self.plan.replicas!r} does not work with schedule={self._name}, whose order is for "
-                f"one device per stage; use schedule='1f1b' or 'gpipe'"
+                f"one device per stage; use schedule='1f1b' or 'gpipe', or mesh= with the dimension 'data', which "
+                f"repeats the whole pipeline for parts of the batch"
             )
         if self.plan.max_stages is not None and not self.placement.is_plain:
             raise InputError(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
-from pipecompile.batching import Division, uses_batch_statistics
+from pipecompile.batching import Division, Rows, uses_batch_statistics
 from pipecompile.capture import Captured, summarize
 from pipecompile.capture.state.reachable import Reach
 from pipecompile.capture.state.restore import left_as_before
@@ -25,12 +25,14 @@ from pipecompile.ops.backends import name_of
 from pipecompile.ops.device_args import threads_each
 from pipecompile.ops.phases import LOGGER, phase
 from pipecompile.planning.by_rows import ByRows
-from pipecompile.planning.counted import Counted
-from pipecompile.planning.microbatch_count import compared, numbers
-from pipecompile.planning.planned import Planned, chosen, planned
+from pipecompile.planning.counted import Counted, numbers
+from pipecompile.planning.joint_choice import counted, told, weigh_jointly
+from pipecompile.planning.microbatch_count import compared
+from pipecompile.planning.planned import Planned, chosen, planned, settled
 from pipecompile.planning.training_spec import Workload
 from pipecompile.profile import profile
 from pipecompile.profile.budget import SECONDS
+from pipecompile.schedule import gpipe
 
 BRIEF = 0.1  # seconds of timed runs at a second size, of which the plan reads only how seconds depend on rows
 WORTH = 5e-3  # seconds of a stage per microbatch; for faster stages, the usual number of microbatches stays
@@ -62,9 +64,7 @@ class Planner:
 
         def search() -> Planned:
             costed = self._costed(division.body, graph, recall)
-            with phase("profile"):
-                measures = costed.measured and not self.apart
-                cluster = self.cluster or recall.cluster(there, lambda: cluster_of(self.devices, measure=measures))
+            cluster = self._cluster(costed, recall)
             with phase("plan"):
                 if self.options.is_auto:
                     splits = self.options.stage_compile is False
@@ -77,15 +77,23 @@ class Planner:
             return found
         return recall.planned(graph, there, work, self.options.plan, search)
 
-    def with_best_count(self, division: Division, graph: Graph, work: Workload) -> tuple[Division, Graph, Planned]:
+    def with_best_count(
+        self, division: Division, graph: Graph, work: Workload, rows: Rows
+    ) -> tuple[Division, Graph, Planned]:
         """The plan with the number of microbatches that promises the shortest step, and what it is a plan of.
 
         The number stays as it is where another one would not be comparable, where costs are not measured, and for
-        steps so short that it hardly matters.
+        steps so short that it hardly matters. With ``schedule="auto"`` it is chosen together with the schedule, and
+        costs need not be measured.
+
+        Args:
+            rows: of the microbatches; of several parts of the batch, the first one is planned for.
         """
-        batch = division.captured.call.batch or 1
+        batch = rows.by_part.counts[0] if division.captured.call.batch else 1
         if not self.options.finds_microbatches or not self._may_vary(division) or batch < 2:
             return division, graph, self.planned(division, graph, work)
+        if self.options.is_auto and work.schedule is not gpipe:
+            return self._jointly(division, graph, work, batch)
         made: list[Planned] = []
 
         def count() -> tuple[Counted | None, str]:
@@ -107,10 +115,42 @@ class Planner:
         best = self.planned(division, graph, replace(work, microbatches=found.chosen))
         return division, graph, replace(best, counted=found)
 
+    def _jointly(self, division: Division, graph: Graph, work: Workload, batch: int) -> tuple[Division, Graph, Planned]:
+        """The plan with the schedule and the number of microbatches that promise the least seconds per row."""
+        recall, options, splits = self._recall(division.body, graph), self.options.plan, not self.options.stage_compile
+        costed = self._costed(division.body, graph, recall)
+        cluster = self._cluster(costed, recall)
+        short = costed.seconds / len(cluster) < WORTH or costed.corrections
+        usual = work.microbatches
+        by_rows, tried, _ = (None, [], "") if short else self._by_rows(division, costed, cluster, usual, batch)
+        if by_rows is None:
+            return division, graph, self.planned(division, graph, work)
+        with phase("plan"):
+            weighed = weigh_jointly(by_rows, cluster, work, options, tried, splits)
+        found = counted(weighed, by_rows)
+        if found is not None and found.loses:
+            _warn(found)
+        if found is not None and found.chosen != work.microbatches:
+            division = division.at_rows(-(-batch // found.chosen))
+            graph, work = summarize(division.body), replace(work, microbatches=found.chosen)
+            costed = self._costed(division.body, graph, self._recall(division.body, graph))
+        with phase("plan"):
+            best = settled(weighed, costed, cluster, work, options)
+        LOGGER.info("schedule %s, of: %s", best.schedule, "; ".join(told(weighed)) or "no others")
+        return division, graph, replace(best, counted=found, remembered=tuple(recall.said))
+
+    def _cluster(self, costed: CostedGraph, recall: Recall) -> Cluster:
+        """The devices with their links, measured if the costs are."""
+        with phase("profile"):
+            measures, there = costed.measured and not self.apart, cluster_of(self.devices)
+            return self.cluster or recall.cluster(there, lambda: cluster_of(self.devices, measure=measures))
+
     def _may_vary(self, division: Division) -> bool:
         """Whether results are the same for any number of microbatches, but for draws and batch statistics."""
         options, body = self.options, division.body
-        if options.policy.is_asynchronous or self.apart or not is_real(body.model, options):
+        if options.policy.is_asynchronous or isinstance(options.costs, CostedGraph):
+            return False
+        if not options.is_auto and (self.apart or not is_real(body.model, options)):
             return False
         if torch.are_deterministic_algorithms_enabled() or options.batching.may_mix:
             return False
@@ -122,31 +162,41 @@ class Planner:
         There is no comparison if steps are too short to tell, or a second size cannot run.
         """
         usual = found.work.microbatches
-        rows = -(-batch // usual)
         if max(cost.seconds for cost in found.stage_costs) < WORTH or found.costed.corrections:
             return None, ""
+        by_rows, tried, why = self._by_rows(division, found.costed, found.cluster, usual, batch)
+        return (None, why) if by_rows is None else (compared(found, by_rows, tried), why)
+
+    def _by_rows(
+        self, division: Division, costed: CostedGraph, cluster: Cluster, usual: int, batch: int
+    ) -> tuple[ByRows | None, list[int], str]:
+        """Costs of microbatches of any size, the numbers to compare, and why they are not to be remembered, or "".
+
+        There are none if there is nothing to compare, or a second size cannot run.
+        """
+        rows = -(-batch // usual)
         fewer = any(map(uses_batch_statistics, division.body.graph.nodes))  # nearer to the whole batch's
-        limited = any(device.memory is not None for device in found.cluster.devices)  # and fewer need more
-        tried = numbers(batch, len(set(found.plan.rank_of)), usual, most=usual if fewer else batch)
-        tried = [number for number in tried if not limited or number >= usual]
+        limited = any(device.memory is not None for device in cluster.devices)  # and fewer need more
+        tried = numbers(batch, len(cluster), usual, most=usual if fewer else batch)
+        if costed.measured:  # where there may be no room for larger ones, which are only known for sure once measured
+            tried = [number for number in tried if not limited or number >= usual]
         grow = rows == 1 or (fewer and not limited)  # larger ones take longer to measure, and might not fit
         size = 2 * rows if grow else rows // 2
         if len(tried) < 2 or not 1 <= size <= batch:
-            return None, ""
+            return None, tried, ""
         body = replace(division.body, microbatch=size)
         graph = summarize(body)
-        beside = division.body, found.costed
         try:
-            other = self._costed(body, graph, self._recall(body, graph), BRIEF, beside)
+            other = self._costed(body, graph, self._recall(body, graph), BRIEF, (division.body, costed))
         except ExecutionError as error:
             LOGGER.info("two microbatches per stage, since costs of another size cannot be measured: %s", error)
-            return None, ""
+            return None, tried, ""
 
         def at(size: int) -> Graph:
             return summarize(replace(division.body, microbatch=size))
 
-        why = disturbed(found.costed) or disturbed(other)
-        return compared(found, ByRows(one=found.costed, other=other, rows=(rows, size), batch=batch, at=at), tried), why
+        why = disturbed(costed) or disturbed(other)
+        return ByRows(one=costed, other=other, rows=(rows, size), batch=batch, at=at), tried, why
 
     def _costed(
         self,

@@ -24,6 +24,7 @@ from pipecompile.ir.units import bytes_text, count_text, names_text, plural, sec
 from pipecompile.ir.weight_versions import delays, versions
 from pipecompile.partition.stage_nodes import Placed
 from pipecompile.partition.tied_nodes import tied_nodes
+from pipecompile.planning.joint_choice import told
 from pipecompile.render.labels import replica_notes
 from pipecompile.render.notebook import topics_html
 from pipecompile.runtime.compiled import Compiled
@@ -342,7 +343,7 @@ def scheduled(options: Options, compiled: Compiled) -> Iterator[str]:
                 )
     if planned.schedule and not planned.weighed:
         yield "chosen without comparison, since the caller computes the loss: forwards all run before backwards"
-    yield from map(str, planned.weighed)
+    yield from told(planned.weighed)
 
 
 def describe(compiled: Compiled, timeline: Timeline | None = None) -> Report:

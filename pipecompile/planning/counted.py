@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from pipecompile.ir.units import seconds_text
 
+PER_RANK = (1, 2, 4, 8)  # microbatches per rank that are tried, beside one in all
+
 
 @dataclass(frozen=True)
 class Count:
@@ -48,3 +50,16 @@ class Counted:
             f"{self.chosen}, predicted to take {seconds_text(self.step)} a step ({others}); the batch at once on one "
             f"device takes {seconds_text(self.one_device)}"
         )
+
+
+def numbers(batch: int, ranks: int, usual: int, most: int) -> list[int]:
+    """The numbers of microbatches to compare, ascending, the usual one among them.
+
+    Args:
+        batch: rows of the batch. Only numbers that divide it are tried, so that microbatches are alike.
+        ranks: of the plan.
+        usual: the number without a comparison.
+        most: no larger numbers are tried.
+    """
+    wanted = {1, *(each * ranks for each in PER_RANK)}
+    return sorted({usual, *(n for n in wanted if n <= min(batch, most) and batch % n == 0)})

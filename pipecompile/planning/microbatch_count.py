@@ -17,20 +17,6 @@ from pipecompile.planning.planned import Planned
 from pipecompile.schedule.stage_costs import OVERHEAD
 
 PAYS = 0.02  # a smaller number than the usual one is taken if it is predicted to save this share: it needs more memory
-PER_RANK = (1, 2, 4, 8)  # microbatches per rank that are tried, beside one in all
-
-
-def numbers(batch: int, ranks: int, usual: int, most: int) -> list[int]:
-    """The numbers of microbatches to compare, ascending, the usual one among them.
-
-    Args:
-        batch: rows of the batch. Only numbers that divide it are tried, so that microbatches are alike.
-        ranks: of the plan.
-        usual: the number without a comparison.
-        most: no larger numbers are tried.
-    """
-    wanted = {1, *(each * ranks for each in PER_RANK)}
-    return sorted({usual, *(n for n in wanted if n <= min(batch, most) and batch % n == 0)})
 
 
 def compared(found: Planned, by_rows: ByRows, tried: Sequence[int]) -> Counted:

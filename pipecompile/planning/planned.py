@@ -10,7 +10,9 @@ from pipecompile.ir.cluster import Cluster
 from pipecompile.ir.graph import Cost, CostedGraph
 from pipecompile.ir.plan import Plan, stage_costs
 from pipecompile.ir.plan_options import PlanOptions
-from pipecompile.planning.counted import Counted
+from pipecompile.planning.by_rows import ByRows
+from pipecompile.planning.counted import Counted, numbers
+from pipecompile.planning.joint_choice import counted, weigh_jointly
 from pipecompile.planning.memory import Memory
 from pipecompile.planning.plan_search import make_plan
 from pipecompile.planning.replicas import Candidate, with_best_replicas
@@ -125,7 +127,36 @@ def chosen(costed: CostedGraph, cluster: Cluster, work: Workload, options: PlanO
         placement = SCHEDULES["1f1b"].placed(options.stages_per_rank)
         found = planned(costed, cluster, replace(work, placement=placement), options)
         return replace(found, schedule="1f1b")
-    weighed = weigh(costed, cluster, work, options, splits)
+    return settled(weigh(costed, cluster, work, options, splits), costed, cluster, work, options)
+
+
+def chosen_jointly(by_rows: ByRows, cluster: Cluster, work: Workload, options: PlanOptions) -> Planned:
+    """The plan for the schedule and the number of microbatches with the least predicted seconds per row.
+
+    Args:
+        work: with the usual number of microbatches.
+
+    Raises:
+        InputError, InfeasibleError, PlanError: as ``planned``; if no candidate fits, for 1F1B.
+    """
+    tried = numbers(by_rows.batch, len(cluster), work.microbatches, by_rows.batch)
+    weighed = weigh_jointly(by_rows, cluster, work, options, tried)
+    found = counted(weighed, by_rows)
+    this = work if found is None else replace(work, microbatches=found.chosen)
+    return replace(settled(weighed, by_rows.costed(this.microbatches), cluster, this, options), counted=found)
+
+
+def settled(
+    weighed: tuple[Weighed, ...], costed: CostedGraph, cluster: Cluster, work: Workload, options: PlanOptions
+) -> Planned:
+    """The plan for the first of the schedules that were weighed, or for 1F1B if all were refused.
+
+    Args:
+        costed: the costs of as many microbatches as ``work`` has.
+
+    Raises:
+        InputError, InfeasibleError, PlanError: as ``planned``.
+    """
     best = weighed[0].schedule if weighed and weighed[0].seconds is not None else "1f1b"
     placement = SCHEDULES[best].placed(options.stages_per_rank)
     this = replace(work, schedule=SCHEDULES[best].steady, placement=placement)

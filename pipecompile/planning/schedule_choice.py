@@ -11,8 +11,8 @@ Of schedules that take equally long, the one with the least memory is taken.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 
 from pipecompile.errors import InputError, PlanError
 from pipecompile.ir.cluster import Cluster
@@ -44,6 +44,8 @@ class Weighed:
         recomputed: the number of stages that recompute activations.
         offloaded: the number of stages that offload them.
         refused: why it was refused.
+        microbatches: the number of microbatches of the step.
+        least: a lower bound of the step, if it was not planned, for the reason in ``refused``.
     """
 
     schedule: str
@@ -53,9 +55,17 @@ class Weighed:
     recomputed: int = 0
     offloaded: int = 0
     refused: str = ""
+    microbatches: int = 0
+    least: float | None = None
+
+    @property
+    def left_out(self) -> bool:
+        """Whether it was not planned."""
+        return self.least is not None
 
     def __str__(self) -> str:
         stages = f"{self.per_rank} stages on each rank" if self.per_rank > 1 else "one stage on each rank"
+        stages += f", {microbatches_text(self.microbatches)}"
         if self.seconds is None:
             return f"{self.schedule}, {stages}: {self.refused}"
         again = f", {self.recomputed} stages recompute" if self.recomputed else ""
@@ -76,40 +86,55 @@ def weigh(
         options: constraints on every plan; with ``stages_per_rank``, only schedules that can have that number.
         splits: whether backwards can be split. Compiled ones cannot.
     """
-    limited = any(device.memory is not None for device in cluster.devices)
-    quick = replace(options.without_search(), search_seconds=CANDIDATE)
-    plans: dict[Placement, Plan] = {}  # without memory limits, plans do not depend on the schedule
-    found: list[Weighed] = []
-    for name, placement in candidates(options):
-        schedule = SCHEDULES[name]
-        this = replace(work, schedule=schedule.steady, placement=placement)
+    weighing = Weighing(costed=costed, cluster=cluster, work=work, options=options, splits=splits)
+    return ordered([weighing.of(name, placement) for name, placement in candidates(options)])
+
+
+@dataclass(frozen=True)
+class Weighing:
+    """Weighs candidates with one number of microbatches. The arguments are those of ``weigh``."""
+
+    costed: CostedGraph
+    cluster: Cluster
+    work: Workload
+    options: PlanOptions
+    splits: bool = True
+    plans: dict[Placement, Plan] = field(default_factory=dict)  # without memory limits, all of a placement have one
+
+    def of(self, name: str, placement: Placement) -> Weighed:
+        """A candidate with its predicted step."""
+        costed, cluster, count = self.costed, self.cluster, self.work.microbatches
+        limited = any(device.memory is not None for device in cluster.devices)
+        quick = replace(self.options.without_search(), search_seconds=CANDIDATE)
+        this = replace(self.work, schedule=SCHEDULES[name].steady, placement=placement)
         try:
-            if not splits and _splits(name, placement):
+            if not self.splits and _splits(name, placement):
                 raise PlanError("compiled stages do not split their backwards")
-            if limited or placement not in plans:
-                plans[placement] = make_plan(costed, Request.of(quick, placement, len(cluster)), cluster, this)
+            if limited or placement not in self.plans:
+                self.plans[placement] = make_plan(costed, Request.of(quick, placement, len(cluster)), cluster, this)
         except PlanError as error:
-            found.append(Weighed(name, placement.per_rank, refused=str(error)))
-            continue
-        plan = plans[placement]
-        peak = max(this.memory(costed, plan, cluster).ranks)
-        seconds = this.step_seconds(costed, plan, cluster, SPLIT) + _overhead(plan, this)
-        found.append(
-            Weighed(
-                schedule=name,
-                per_rank=placement.per_rank,
-                seconds=seconds,
-                peak_bytes=peak,
-                recomputed=len(plan.recomputed),
-                offloaded=len(plan.offloaded),
-            )
+            return Weighed(schedule=name, per_rank=placement.per_rank, refused=str(error), microbatches=count)
+        plan = self.plans[placement]
+        return Weighed(
+            schedule=name,
+            per_rank=placement.per_rank,
+            seconds=this.step_seconds(costed, plan, cluster, SPLIT) + _overhead(plan, this),
+            peak_bytes=max(this.memory(costed, plan, cluster).ranks),
+            recomputed=len(plan.recomputed),
+            offloaded=len(plan.offloaded),
+            microbatches=count,
         )
+
+
+def ordered(found: Iterable[Weighed]) -> tuple[Weighed, ...]:
+    """Candidates, the best one first, those that were refused or left out last."""
+    found = list(found)
     least = min((it.seconds for it in found if it.seconds is not None), default=0.0)
 
-    def rank(it: Weighed) -> tuple[bool, float, int]:
+    def rank(it: Weighed) -> tuple[int, float, int]:
         if it.seconds is None:
-            return True, 0.0, 0
-        return False, 0.0 if it.seconds <= least * ALIKE else it.seconds, it.peak_bytes
+            return 1 + it.left_out, 0.0, 0
+        return 0, 0.0 if it.seconds <= least * ALIKE else it.seconds, it.peak_bytes
 
     return tuple(sorted(found, key=rank))
 
@@ -123,6 +148,35 @@ def candidates(options: PlanOptions) -> Iterator[tuple[str, Placement]]:
             yield name, schedule.placed(options.stages_per_rank)
         except InputError:  # it does not have that number of stages on each rank
             continue
+
+
+def least_seconds(costed: CostedGraph, cluster: Cluster, name: str, placement: Placement, count: int) -> float:
+    """A lower bound of the predicted step of a candidate, whatever its plan.
+
+    All work is done by some rank. With one stage on each rank and whole backwards, take the longest path of the graph,
+    with seconds q_k on the k-th rank that it visits: before the first forward of that rank, and after its last
+    backward, are those of one microbatch on the ranks before, so q_0 + ... + q_{k-1} + count q_k is at most the step,
+    and the path at most step (1 - (1 - 1 / count)^ranks).
+    """
+    ranks, speeds = len(cluster), [device.speed for device in cluster.devices]
+    paired = zip(costed.graph.nodes, costed.costs, strict=True)
+    seconds = [0.0 if node.rematerialized else cost.seconds for node, cost in paired]
+    bound = count * sum(seconds) / sum(speeds)
+    if placement.is_plain and not _splits(name, placement):
+        behind: list[float] = []
+        for node, own in zip(costed.graph.nodes, seconds, strict=True):
+            behind.append(own + max((behind[source] for source in node.inputs), default=0.0))
+        bound = max(bound, max(behind, default=0.0) / max(speeds) / (1 - (1 - 1 / count) ** ranks))
+    return bound + runtime_seconds(placement, count)
+
+
+def runtime_seconds(placement: Placement, count: int) -> float:
+    """The runtime's seconds for the forwards and backwards of a rank."""
+    return OVERHEAD * 2 * placement.per_rank * count
+
+
+def microbatches_text(count: int) -> str:
+    return f"{count} microbatch{'' if count == 1 else 'es'}"
 
 
 def _overhead(plan: Plan, work: Workload) -> float:

@@ -422,6 +422,10 @@ def test_auto_says_what_it_has_weighed(nets: Path):
     assert facts["schedule"] == names[0]
     assert {"1f1b", "zb-h1", "interleaved-1f1b", "zb-v"} <= set(names)
     assert "predicted step" in run("plan", "nets:make", "--costs", "count", "-s", "auto", "--stages", "2").stdout
+    assert {each["microbatches"] for each in facts["schedules"]} == {1, 2, 4, 8, 16}  # of 8 x 6 rows
+    assert facts["microbatches"] == facts["schedules"][0]["microbatches"]
+    given = run("plan", "nets:make", "--costs", "count", "-s", "auto", "-m", "4", "--stages", "2", "--json").stdout
+    assert {each["microbatches"] for each in json.loads(given)["schedules"]} == {4}
     best = run("schedule", "auto", "--stages", "4", "-m", "8").stdout.splitlines()
     assert best[0].startswith("interleaved-zb ")
     within = run("schedule", "auto", "--stages", "4", "-m", "8", "--memory", "3").stdout

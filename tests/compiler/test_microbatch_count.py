@@ -16,7 +16,7 @@ from pipecompile import Batching
 from pipecompile.compiler import plan_call
 from pipecompile.ir.graph import Cost, CostedGraph
 from pipecompile.planning.by_rows import costs_at
-from pipecompile.planning.microbatch_count import numbers
+from pipecompile.planning.counted import numbers
 from pipecompile.profile import profile
 
 WIDTH, ROWS, LAYERS = 8, 16, 4
@@ -251,3 +251,38 @@ def test_a_larger_number_needs_no_margin_but_a_smaller_one_does(took: Callable[[
         pipe = compiled(built())
         pipe(*data())
         assert pipe.pipeline.microbatches == best
+
+
+@pytest.mark.parametrize(
+    ("seconds", "fixed"), [(lambda rows: 0.02 * rows, {4, 8, 16}), (lambda rows: 0.02 + 0.001 * rows, {1, 2})]
+)
+def test_auto_chooses_the_number_with_the_schedule(
+    seconds: Seconds, fixed: set[int], took: Callable[[Seconds], list[int]], recwarn: pytest.WarningsRecorder
+) -> None:
+    took(seconds)
+    model, (x, y) = built(), data()
+    pipe = compiled(model, schedule="auto")
+    expected = Net().double()
+    expected.load_state_dict(model.state_dict())
+    loss, wanted = pipe(x, y), expected(x, y)
+    loss.backward()
+    wanted.backward()
+    torch.testing.assert_close(loss, wanted)
+    gradients = {name: p.grad for name, p in expected.named_parameters()}
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], msg=name)
+    assert pipe.pipeline.microbatches in fixed
+    said = pipe.pipeline.report.schedule
+    count = pipe.pipeline.microbatches
+    assert f"{count} microbatch" in said[1]
+    assert said[1].startswith(f"{pipe.pipeline.schedule}, ")
+    assert sum("not planned with" in line for line in said) >= 1
+    if count > 1:
+        assert str(pipe.pipeline.report.microbatches[0]).startswith(f"{count}, predicted to take ")
+    steps = {count: simulated(seconds, count) for count in (1, 2, 4, 8, 16)}
+    planned = pipe.pipeline._capture_in_use.planned
+    assert planned.weighed[0].seconds <= min(steps.values()) * 1.02  # 1F1B is among the candidates
+    given = compiled(built(), schedule="auto", microbatches=4)
+    given(x, y)
+    assert given.pipeline.microbatches == 4
+    assert {it.microbatches for it in given.pipeline._capture_in_use.planned.weighed} == {4}

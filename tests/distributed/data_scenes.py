@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from toys import VOCABULARY, Sparse, Sundry
 from training_scenes import LENGTH, MORE, STEPS
 
 import pipecompile
+from pipecompile.compiler import plan_call
+from pipecompile.profile import profile
 
 Seen = dict[str, Tensor]
 NEAR = {torch.float64: {"rtol": 1e-9, "atol": 1e-11}, torch.float32: {"rtol": 1e-6, "atol": 1e-7}}  # a loss in float32
@@ -344,3 +347,43 @@ def refused() -> dict[str, str]:
         except pipecompile.PipecompileError as error:
             said[name] = f"{type(error).__name__}: {error}"
     return said
+
+
+def chosen(parts: int, sizes: Sequence[int], per_call: float) -> tuple[str, int, list[str], list[str]]:
+    """The schedule and the number of microbatches that auto chooses, what it says, and what differs from the model.
+
+    Args:
+        parts: 1 for a mesh of stages alone.
+        per_call: seconds of a layer on any number of rows, beside 10 ms for each row.
+    """
+    torch.set_num_threads(1)
+
+    def slow(captured: Any, graph: Any, *args: Any, **kwargs: Any) -> Any:
+        counted = profile(captured, graph, "count")
+        seconds = per_call + 0.01 * captured.microbatch
+        pairs = zip(graph.nodes, counted.costs, strict=True)
+        costs = (
+            replace(cost, forward=seconds, backward=2 * seconds) if n.op == "linear" else cost for n, cost in pairs
+        )
+        return replace(counted, costs=tuple(costs))
+
+    plan_call.profile = slow  # type: ignore[assignment]
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(6))).double()
+    alone = copy.deepcopy(model)
+    mesh = mesh_of(parts) if parts > 1 else init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("stage",))
+    part = mesh.get_local_rank("data") if parts > 1 else 0
+    x, y = torch.randn(2, sum(sizes), 3, dtype=torch.float64).unbind()
+    pipe = pipecompile.compile(model, mesh=mesh, schedule="auto", loss_fn=nn.functional.mse_loss, costs="count")
+    with pipe.pipeline:
+        here = slice(sum(sizes[:part]), sum(sizes[: part + 1]))
+        loss = pipe(x[here], target=y[here])
+        loss.backward()
+        expected = nn.functional.mse_loss(alone(x), y)
+        expected.backward()
+        odd = [] if torch.allclose(loss, expected, rtol=1e-12) else [f"loss {loss} of {expected}"]
+        wanted = {name: p.grad for name, p in alone.named_parameters()}
+        own = {name: p for name, p in model.named_parameters() if p.grad is not None}
+        odd += [] if own else ["no gradients"]
+        odd += [n for n, p in own.items() if not torch.allclose(p.grad, wanted[n], rtol=1e-9, atol=1e-15)]
+        return pipe.pipeline.schedule, pipe.pipeline.microbatches, list(pipe.pipeline.report.schedule), odd

@@ -23,6 +23,7 @@ MORE = [
     ("buffers_in_place", (4, 4)),
     ("sundry", (8, 8)),
 ]
+SEVERAL_STAGES = ["bfs", "interleaved-1f1b", "interleaved-zb", "v-half", "v-min", "dualpipe-v", "zb-h1", "zb-h2"]
 DIVIDED = [("dropping", (4, 4), {})]
 MORE_DIVIDED = [
     ("gpt2", (4, 4), {"accumulate": 2}),
@@ -38,6 +39,29 @@ MORE_DIVIDED = [
 def test_two_parts_train_as_the_unsplit_model(launcher: Launcher, name: str, sizes: tuple[int, ...]) -> None:
     found = launcher.returned("data_scenes:train", 4, limit=LIMIT, name=name, sizes=sizes)
     assert found == [[]] * 4
+
+
+@pytest.mark.parametrize("schedule", ["zb-v", *SEVERAL_STAGES] if LONG else ["zb-v"])
+@pytest.mark.parametrize("shard", [False, True] if LONG else [True])
+def test_two_parts_of_ranks_with_several_stages_train_as_the_unsplit_model(
+    launcher: Launcher, schedule: str, shard: bool
+) -> None:
+    options = {"name": "ragged", "sizes": (5, 3), "schedule": schedule, "shard": shard}
+    assert launcher.returned("data_scenes:train", 4, limit=LIMIT, **options) == [[]] * 4
+
+
+@pytest.mark.parametrize(("parts", "sizes"), [(1, (16,)), (2, (8, 8)), (2, (8, 4))] if LONG else [(2, (8, 4))])
+def test_all_processes_take_the_number_that_auto_chooses(
+    launcher: Launcher, parts: int, sizes: tuple[int, ...]
+) -> None:
+    most = launcher.returned("data_scenes:chosen", 2 * parts, limit=LIMIT, parts=parts, sizes=sizes, per_call=0.0)
+    least = launcher.returned("data_scenes:chosen", 2 * parts, limit=LIMIT, parts=parts, sizes=sizes, per_call=0.5)
+    for found in (most, least):
+        assert [odd for *_, odd in found] == [[]] * 2 * parts
+        assert len({(schedule, count, tuple(said)) for schedule, count, said, _ in found}) == 1
+        assert any("not planned with" in line for line in found[0][2])
+    assert most[0][1] > least[0][1]
+    assert least[0][1] < 4
 
 
 def test_calls_accumulate_and_the_optimizers_state_is_sharded(launcher: Launcher) -> None:

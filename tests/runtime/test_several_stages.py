@@ -303,7 +303,7 @@ def test_auto_chooses_and_says_what_it_weighed() -> None:
     assert_same(step(pipe, model, it.loss, inputs), step(model, model, it.loss, inputs))
     said = pipe.pipeline.report.schedule
     assert said[0].startswith(f"{pipe.pipeline.schedule}, ")
-    assert said[1].startswith(f"{pipe.pipeline.schedule}, 2 stages on each rank: predicted step")
+    assert said[1].startswith(f"{pipe.pipeline.schedule}, 2 stages on each rank, 4 microbatches: predicted step")
     assert {"zb-v", "interleaved-1f1b", "1f1b"} <= {line.partition(",")[0] for line in said[1:]}
     assert "interleaved-1f1b-3" not in str(said)
 
