@@ -51,7 +51,7 @@ from pipecompile.ops.source_lines import failing_line
 from pipecompile.ops.symbols import Shapes, Sizes
 from pipecompile.ops.torch_internals import FakeTensorMode, enable_python_dispatcher, pytree
 
-REPEATING = 48  # modules of a model that repeats its layers; in a smaller one, hardly any operation occurs twice
+REPEATING = 400  # modules of a model that repeats the views of its layers so often that torch's cache pays
 
 
 class NeedsNumbers(Exception):
@@ -111,7 +111,7 @@ class Trace:
         self.shapes = Shapes() if symbolic else None
         self.mode = FakeTensorMode(shape_env=self.shapes, allow_non_fake_inputs=True)
         if len([*model.modules()]) < REPEATING:
-            self.mode.cache_enabled = False  # an entry of torch's cache costs half as much as the operation
+            self.mode.cache_enabled = False  # an entry costs half as much as the operation; see repeated_calls.py
         self.scopes = Scopes()
         self.tensors = RealTensors(model, self.scopes, self.mode, self.device)
         self.number_inputs = NumberInputs(self.graph, self.mode)

@@ -16,6 +16,7 @@ from pipecompile.capture.locks import CAPTURING
 from pipecompile.capture.state.fingerprints import Same
 from pipecompile.capture.state.model_state import named_tensors
 from pipecompile.capture.state.quiet_torch import not_collecting
+from pipecompile.capture.state.reachable import Reach, reach_of
 from pipecompile.compiler.capture_cache import Captures, Key, States, refuse_default_device, settings
 from pipecompile.compiler.compile_call import compile_call
 from pipecompile.compiler.options import Options
@@ -23,6 +24,7 @@ from pipecompile.compiler.surroundings import check_parameters, check_surroundin
 from pipecompile.compiler.told_options import told_options
 from pipecompile.distributed.share import Share
 from pipecompile.errors import CaptureError, InputError
+from pipecompile.ops.away import lacks_values
 from pipecompile.ops.randomness import undrawn
 from pipecompile.ops.torch_internals import pytree
 from pipecompile.runtime import Ambient
@@ -52,6 +54,7 @@ class Batches:
         own: the model's tensors when they were last checked, by all of their names.
         takes_meta: whether arguments may be on the meta device, because the model has no values either.
         compared: the number of microbatches before another one was chosen, and the rows of the batch that it was for.
+        reached: what the model may read and change, as the capture of this call has found it.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class Batches:
         self.first: Compiled | None = None
         self.last: Compiled | None = None
         self.placement: Compiled | None = None
+        self.reached: Reach | None = None
         self.own: Mapping[str, Tensor] = dict(named_tensors(model))
         self.takes_meta = False
         self.compared: tuple[int, int] | None = None
@@ -125,6 +129,7 @@ class Batches:
         Raises:
             InputError, CaptureError, PlanError: the call cannot be read, captured or planned.
         """
+        self.reached = None
         refuse_default_device(self.devices)
         check_surroundings(pytree.tree_leaves((args, kwargs)))
         call = read_call(self.signature, args, kwargs, self._batched, self.options.batching.in_dims)
@@ -181,6 +186,9 @@ class Batches:
         if self.share is not None:
             self.share.check(call, told_options(self.options))
         independent = self.options.policy.updates_each and self.model.training
+        reach = reach_of(self.model, [] if self.forward is None else [self.forward])
+        if self.forward is None and not lacks_values(self.model):  # one that does is filled before it runs
+            self.reached = reach
         for candidate in (rows, rows.equal()):
             with CAPTURING.taken(), undrawn(self.devices), unobserved(), not_collecting():
                 compiled = compile_call(
@@ -193,6 +201,7 @@ class Batches:
                     self.first or self.placement,
                     whole=(self.options.microbatches > 1 or bool(rows.parts)) and not independent,
                     peers=self.peers,
+                    reach=reach,
                 )
             if self.share is not None:
                 self.share.add(compiled)

@@ -61,6 +61,7 @@ def compile_call(
     first: Compiled | None = None,
     whole: bool = True,
     peers: Peers | None = None,
+    reach: Reach | None = None,
 ) -> Compiled:
     """Captures a call and splits it into stages.
 
@@ -75,13 +76,14 @@ def compile_call(
         whole: whether microbatches together must compute what the whole batch computes; otherwise each is an
             independent batch.
         peers: the processes that run the ranks. All of them capture the call, and the first one plans.
+        reach: what the model and ``forward`` may read and change, if already known.
 
     Raises:
         CaptureError: the model cannot be traced, or its computation on the whole batch cannot be divided.
         PlanError: the model cannot be split into the requested stages, or not with the placement of ``first``.
     """
     options, peers = options or Options(), peers or OneProcess()
-    reach = reach_of(model, [] if forward is None else [forward])
+    reach = reach or reach_of(model, [] if forward is None else [forward])
     trace = _Tracer(model=model, call=call, forward=forward, options=options, reach=reach)
     with phase("divide"), quiet(), set_by_others(model), left_as_before(model, reach=reach):  # runs parts kept whole
         division = _divided(trace, rows, options) if whole else _independent(trace, rows, options)

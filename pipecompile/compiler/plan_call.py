@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import nn
+import torch.fx as fx
+from torch import Tensor, nn
 
 from pipecompile.batching import Division, Rows, uses_batch_statistics
 from pipecompile.capture import Captured, summarize
 from pipecompile.capture.state.reachable import Reach
-from pipecompile.capture.state.restore import left_as_before
+from pipecompile.capture.state.restore import generators_kept, left_as_before
 from pipecompile.compiler.devices import cluster_of
 from pipecompile.compiler.options import Options
 from pipecompile.compiler.recall import Recall, disturbed
@@ -23,6 +25,8 @@ from pipecompile.ir.units import seconds_text
 from pipecompile.ops.away import lacks_values
 from pipecompile.ops.backends import name_of
 from pipecompile.ops.device_args import threads_each
+from pipecompile.ops.functional import is_traceable
+from pipecompile.ops.operators import is_opaque
 from pipecompile.ops.phases import LOGGER, phase
 from pipecompile.planning.by_rows import ByRows
 from pipecompile.planning.counted import Counted, numbers
@@ -217,7 +221,7 @@ class Planner:
         kind = self.options.cluster.devices[0].kind if self.options.cluster else ""
 
         def measure() -> CostedGraph:
-            with left_as_before(captured.model, reach=self.reach):  # profiling runs parts kept whole
+            with self._kept(captured):
                 threads, device = threads_each(self.devices), self.devices[0]
                 return profile(
                     captured, graph, given, device, threads=threads, kind=kind, seconds=seconds, beside=beside
@@ -231,12 +235,25 @@ class Planner:
         self.made.append(costed)
         return costed
 
+    def _kept(self, captured: Captured) -> AbstractContextManager[None]:
+        """A context for a profile, which leaves the model as it was: it runs functions that are not torch's."""
+        tensors = all(type(tensor) in (Tensor, nn.Parameter) for tensor in captured.tensors.values())
+        if tensors and not any(map(_runs_python, captured.graph.nodes)):
+            return generators_kept(self.reach.generators)
+        return left_as_before(captured.model, reach=self.reach)
+
     def _recall(self, captured: Captured, graph: Graph) -> Recall:
         """What earlier processes have measured and planned; nothing, unless all is measured on this machine."""
         if not is_real(captured.model, self.options):
             return Recall()
         compiled_by = "" if self.options.stage_compile is False else name_of(self.options.stage_compile)
         return Recall.of(captured, graph, self.devices, compiled_by)
+
+
+def _runs_python(node: fx.Node) -> bool:
+    """Whether a node runs Python that is neither torch's nor ours: a part kept whole, a custom operator."""
+    called = node.op == "call_function" and is_opaque(node.target) and not is_traceable(node.target)
+    return called or node.op == "call_module"
 
 
 def is_real(model: nn.Module, options: Options) -> bool:

@@ -44,6 +44,7 @@ class Proofs:
         Raises:
             ExactnessError: they differ.
         """
+        reached, self.batches.reached = self.batches.reached, None
         kind, options, share = (id(batch.compiled), batch.trains), self.batches.options, self.batches.share
         if not due(options.verify, calls, kind in self.made):
             return
@@ -60,6 +61,7 @@ class Proofs:
             loss=options.loss_output,
             trains=batch.trains,
             batching=options.batching,
+            reach=reached,
         )
         with CAPTURING.taken(), unobserved(), phase("verify"):
             self.made[kind] = self.batches.peers.shared(lambda: prove(trial))

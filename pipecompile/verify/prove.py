@@ -46,7 +46,7 @@ def prove(trial: Trial) -> Proof:
     """
     start = time.perf_counter()
     functions = [] if trial.loss_fn is None else [trial.loss_fn]
-    trial = replace(trial, reach=reach_of(trial.model, functions))
+    trial = replace(trial, reach=reach_of(trial.model, functions, trial.reach))
     with _nothing_left(trial):
         for candidate in (sliced := _slice(trial), trial):
             if candidate is None:

@@ -12,7 +12,7 @@ import random
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import _lru_cache_wrapper, lru_cache, partial, partialmethod
 from threading import Thread
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MappingProxyType, MethodType, ModuleType
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from pipecompile.capture.state.containers import contents, kind_of
-from pipecompile.capture.state.namespaces import file_of, has_no_models, names_of, owns_names
+from pipecompile.capture.state.namespaces import file_of, has_no_models, is_foreign, names_of, owns_names
 
 MOST = 30_000  # objects, in addition to OF_A_MODULE per module; further objects are ignored
 OF_A_MODULE = 50
@@ -46,6 +46,7 @@ class Reach:
         memos: Caches of functions (``lru_cache``).
         generators: Random generators that the model holds.
         tensors: Tensors that are not parameters or buffers.
+        files: Number of imported files that may hold state of a model.
     """
 
     owners: list[tuple[Any, str, Set[str] | None]] = field(default_factory=list)
@@ -53,11 +54,22 @@ class Reach:
     memos: list[_lru_cache_wrapper[Any]] = field(default_factory=list)
     generators: list[Generator] = field(default_factory=list)
     tensors: list[Tensor] = field(default_factory=list)
+    files: int = 0
 
 
-def reach_of(model: nn.Module, functions: Iterable[Callable[..., Any]] = ()) -> Reach:
-    """Returns what the forward of a model, and other functions, may read and change."""
-    return _Walk().run(model, functions)
+def reach_of(model: nn.Module, functions: Iterable[Callable[..., Any]] = (), known: Reach | None = None) -> Reach:
+    """Returns what the forward of a model, and other functions, may read and change.
+
+    Args:
+        model: The model.
+        functions: Other functions.
+        known: What they reached before the model was captured, in the same call. A capture leaves a model as it was,
+            so this is returned, unless files have been imported meanwhile.
+    """
+    files = sum(not is_foreign(name) for name in tuple(sys.modules))
+    if known is not None and known.files == files:
+        return known
+    return replace(_Walk().run(model, functions), files=files)
 
 
 class _Walk:
