@@ -12,12 +12,17 @@ from torch import Tensor, nn
 from pipecompile.batching import Division, Kind, Rows, gather
 from pipecompile.capture import Call, Output
 from pipecompile.capture.functionalize import storage_key
+from pipecompile.ir.check_step import check_step
+from pipecompile.ir.instruction import Backward, Forward
+from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import Program
 from pipecompile.ops.randomness import seed_microbatch, seeds
 from pipecompile.runtime import Microbatch
 from pipecompile.runtime.anomalies import watch_backward
 from pipecompile.runtime.compiled import Compiled
 from pipecompile.schedule import MakeProgram
+
+KINDS = {"train": (Forward, Backward), "forward": (Forward,), "backward": (Backward,)}  # of computations
 
 
 @dataclass(frozen=True)
@@ -95,8 +100,19 @@ class Batch:
         return Rows(self.rows.counts[self.here])
 
     def program(self, kind: str, schedule: MakeProgram) -> Program:
+        """The lowered program of a step.
+
+        Args:
+            kind: "train", or "forward" and "backward" where the caller computes the loss.
+        """
         count = len(self.rows_here)
-        return self.compiled.program(lambda plan: schedule(plan, count), (kind, count))
+
+        def whole(plan: Plan) -> Program:
+            found = schedule(plan, count)
+            check_step(found, count, KINDS[kind])
+            return found
+
+        return self.compiled.program(whole, (kind, count))
 
     @property
     def division(self) -> Division:
