@@ -64,8 +64,8 @@ class Program:
        replica (``Plan.runner``); ranks without a stage have rows if they get outputs (Share);
     2. what a computation reads is in the program or carried;
     3. in a lowered program every Send has a Recv and every Recv a Send;
-    4. gradients are complete where they are read: no BackwardWeight comes after a Reduce, Step or Update of its stage
-       that includes its microbatch;
+    4. gradients are complete where they are read: no Backward or BackwardWeight comes after a Reduce, Step or Update of
+       its stage that includes its microbatch;
     5. the Steps of a stage come in the order of its Updates, and each Update before its Step;
     6. what a Forward saves leaves its device once at most, and is back for the Backward: after the Forward an Offload,
        then a Fetch, after the Offload has ended (``ended_before``), then the Backward;

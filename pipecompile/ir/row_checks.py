@@ -26,7 +26,9 @@ def check_complete(row: Sequence[Instruction]) -> None:
     for i in row:
         if isinstance(i, Reduce | Step | Update):
             read[i.stage] = i
-        elif isinstance(i, BackwardWeight) and (after := read.get(i.stage)) and i.microbatch <= after.microbatch:
+        elif not isinstance(i, Backward | BackwardWeight):
+            continue
+        elif (after := read.get(i.stage)) and i.microbatch <= after.microbatch:
             raise ProgramError(f"{i} is after {after}, which reads its gradients; put it before")
 
 

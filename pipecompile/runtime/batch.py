@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from pipecompile.batching import Division, Kind, Rows, gather
 from pipecompile.capture import Call, Output
 from pipecompile.capture.functionalize import storage_key
+from pipecompile.ir.check_step import check_step
+from pipecompile.ir.instruction import Backward, Forward
+from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import Program
 from pipecompile.ops.randomness import seed_microbatch, seeds
 from pipecompile.runtime import Microbatch
@@ -20,6 +23,8 @@ from pipecompile.runtime.anomalies import watch_backward
 from pipecompile.runtime.compiled import Compiled
 from pipecompile.runtime.outputs import Outputs
 from pipecompile.schedule import MakeProgram
+
+KINDS = {"train": (Forward, Backward), "forward": (Forward,), "backward": (Backward,)}  # of computations
 
 
 @dataclass(frozen=True)
@@ -97,13 +102,20 @@ class Batch:
         return Rows(self.rows.counts[self.here])
 
     def program(self, kind: str, schedule: MakeProgram, shares: bool = False) -> Program:
-        """The lowered program of a schedule.
+        """The lowered program of a step.
 
         Args:
+            kind: "train", or "forward" and "backward" where the caller computes the loss.
             shares: whether the outputs come to all processes.
         """
         count = len(self.rows_here)
-        return self.compiled.program(lambda plan: schedule(plan, count), (kind, count, shares), shares)
+
+        def whole(plan: Plan) -> Program:
+            found = schedule(plan, count)
+            check_step(found, count, KINDS[kind])
+            return found
+
+        return self.compiled.program(whole, (kind, count, shares), shares)
 
     @property
     def division(self) -> Division:

@@ -28,7 +28,9 @@ from pipecompile.schedule.stage_costs import StageCosts, busy
 
 PATIENCE = (0.0, 0.5, 1.0)
 SQUEEZE_PASSES = 12  # what one squeeze costs, in passes of ``timed``
-SQUEEZED, SEARCHED = 8, 3  # candidates that are squeezed, and searched around
+SQUEEZED = 8  # candidates that are squeezed
+SHARES = (4, 1, 1)  # of the effort of the search, around the best of them, the next and the third
+FILLING = (1.0, 1.5, 1.25, 1.125, 0.75, 0.5)  # in flight in stages that are not the first of a rank, by their depth
 LARGE = 20_000  # computations from which fewer candidates are tried
 AMPLITUDES = (0.05, 0.1, 0.2, 0.4, 0.8)  # by which times are wrong
 
@@ -77,7 +79,7 @@ def improve(
     starts = search.squeezed(search.placed(rows)[:SQUEEZED])
     if not starts:
         return None
-    best = search.around(starts[:SEARCHED])
+    best = search.around(starts[: len(SHARES)])
     order = Order(shape, num_microbatches, tuple(map(tuple, best.rows)))
     order.validate()
     return order
@@ -87,21 +89,40 @@ def candidates(shape: Shape, num_microbatches: int, costs: StageCosts, caps: Seq
     """Rows of F and B of any shape: from few microbatches in flight to more than fill the pipeline or the memory."""
     n, seen = num_microbatches, set()
     job = job_of(shape, n, costs, caps)
-    room = [_room(caps[rank], costs.mem_f[stage], n) for stage, rank in enumerate(shape.rank_of)]
-    longest = max(shape.depth)
-    steps = 8 if len(job.seconds) < LARGE else 4
-    grid = [step / steps for step in range(3 * steps + 1)]
-    between = [1 + (step + 0.5) / steps for step in range(steps)]  # a rank's memory often lies here
-    full = (min(room) - 1) / (longest - 1) if longest > 1 else 0.0
-    for factor in [full, *_little(shape, costs), *grid, *between]:
-        limits = tuple(min(most, 1 + floor(factor * (d - 1))) for most, d in zip(room, shape.depth, strict=True))
-        if limits in seen or (factor and longest == 1):
+    for limits in (*_filling(shape, n, costs, caps), *_deep(shape, n, costs, caps)):
+        if limits in seen:
             continue
         seen.add(limits)
         if shape.num_ranks == shape.num_stages:
             by_rank = tuple(limits[stages[0]] for stages in shape.stages_of)
             yield merge(replace(one_f_one_b(shape, n), limit=by_rank), shape, n).rows
         yield list_schedule(job, limits)
+
+
+def _deep(shape: Shape, n: int, costs: StageCosts, caps: Sequence[float]) -> Iterator[tuple[int, ...]]:
+    """Limits in proportion to the depth of a stage."""
+    room = [_room(caps[rank], costs.mem_f[stage], n) for stage, rank in enumerate(shape.rank_of)]
+    longest = max(shape.depth)
+    steps = 8 if 3 * shape.num_stages * n < LARGE else 4
+    grid = [step / steps for step in range(3 * steps + 1)]
+    between = [1 + (step + 0.5) / steps for step in range(steps)]  # a rank's memory often lies here
+    full = (min(room) - 1) / (longest - 1) if longest > 1 else 0.0
+    for factor in [full, *_little(shape, costs), *grid, *between]:
+        if not factor or longest > 1:
+            yield tuple(min(most, 1 + floor(factor * (d - 1))) for most, d in zip(room, shape.depth, strict=True))
+
+
+def _filling(shape: Shape, n: int, costs: StageCosts, caps: Sequence[float]) -> Iterator[tuple[int, ...]]:
+    """Limits that fill memory: the first stage of each rank, whose gradients come last, has what the others leave."""
+    if shape.num_ranks == shape.num_stages:
+        return
+    for factor in FILLING:
+        limits = [min(n, 1 + floor(factor * (d - 1))) for d in shape.depth]
+        for cap, (first, *others) in zip(caps, shape.stages_of, strict=True):
+            left = cap - sum(limits[stage] * costs.mem_f[stage] for stage in others)
+            limits[first] = _room(left, costs.mem_f[first], n) if left >= costs.mem_f[first] else 0
+        if min(limits):
+            yield tuple(limits)
 
 
 def _room(cap: float, each: float, n: int) -> int:
@@ -131,9 +152,12 @@ class _Search:
 
     def placed(self, rows: Iterable[Rows]) -> list[Placed]:
         """Each candidate with its W after the best rule, if it fits into memory; the best first."""
-        job, found = self.job, []
+        job, found, seen = self.job, [], set()
         for each in rows:
-            bare = [[code for code in row if code < 2 * job.cells] for row in each]
+            bare = tuple(tuple(code for code in row if code < 2 * job.cells) for row in each)
+            if bare in seen:
+                continue
+            seen.add(bare)
             rules = PATIENCE if len(job.seconds) < LARGE else PATIENCE[1:]
             self.budget.take(len(rules))
             fitting = [placed for rule in rules if (placed := place_weights(job, bare, rule)) is not None]
@@ -156,10 +180,10 @@ class _Search:
         return sorted(found, key=self.score)
 
     def around(self, starts: Sequence[Timed]) -> Timed:
-        """The best order near any of the starts, which get equal parts of the budget."""
-        best, share = starts[0], self.budget.passes / len(starts)
-        for here in starts:
-            budget = Budget(share)
+        """The best order near any of the starts, the first of which gets most of the budget."""
+        best, whole = starts[0], self.budget.passes / sum(SHARES[: len(starts)])
+        for here, share in zip(starts, SHARES, strict=False):
+            budget = Budget(share * whole)
             while not self.is_reached(best) and budget.take(3 * SQUEEZE_PASSES):
                 there = self.near(here)
                 here = min(there, here, key=self.score)

@@ -160,3 +160,11 @@ def test_every_recipe_has_every_backward_of_its_rank_in_the_rows():
         order = recipe.order(3, 4)
         assert sum(op.kind == B for rank in range(3) for op in order.ops(rank)) == 4 * order.shape.num_stages, name
     assert looped(3, 2) == RECIPES["bfs"].shape(3)
+
+
+def test_the_first_stages_of_a_v_take_the_memory_that_the_others_leave():
+    shape = v_shape(8)
+    costs = StageCosts.uniform(shape, 9918.0, 10434.0, 7038.0, 213.0, (1.0, 0.0, -1.0), queued=0.0)
+    found = searched(shape, 24, costs, 4.0, passes=120)
+    assert replay(found, costs).span_rate < 0.25  # with limits by depth alone 0.2552, V-Min of its authors 0.2822
+    assert max(peaks(found, costs)) <= 4.0 + 1e-9
