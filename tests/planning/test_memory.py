@@ -275,6 +275,13 @@ def test_stages_on_one_rank_are_held_together() -> None:
     )
 
 
+def test_an_optimizer_that_updates_one_by_one_needs_its_copies_once_on_a_rank() -> None:
+    costed = chain(weights=1000)
+    shared = Plan.of(costed.graph, [None, 0, 1, 2], [0, 1, 0])
+    single, fused = (memory(costed, shared, one_f_one_b(shared, 4), step=step).ranks for step in ("single", "fused"))
+    assert 1900 < single[0] - fused[0] <= 2000  # two copies of one weight; rank 0 has two of them
+
+
 def test_memory_goes_to_json_and_back_and_prints_a_row_for_each_stage() -> None:
     costed = chain()
     plan = Plan.of(costed.graph, [None, 0, 1, 2])
