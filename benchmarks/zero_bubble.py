@@ -13,8 +13,8 @@ two. For each schedule:
     gain         1F1B's makespan over this one, measured and predicted
     B + W        both halves of a split backward, relative to the whole backward of the same stage under 1F1B (V shapes
                  have other stages: of all stages together)
-    memory       the peak of each rank in bytes, ``pipe.pipeline.memory`` beside what is counted in one more step
-                 (``tests/counted.py``)
+    memory       the peak of each rank in bytes, ``pipe.pipeline.memory`` beside what is counted in one more step, with
+                 Adam (``tests/counted.py``)
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import gc
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -95,7 +95,7 @@ def begun(schedule: str, options: argparse.Namespace) -> tuple[Any, Tensor]:
         ["cpu", "cpu"],
         schedule=schedule,
         microbatches=options.microbatches,
-        plan=PlanOptions(pins=pins, tune="never", recompute="never", optimizer_state=0),
+        plan=PlanOptions(pins=pins, tune="never", recompute="never"),
         verify="never",
         example_inputs={"x": x},
     )
@@ -107,6 +107,18 @@ def stepped(pipe: Any, x: Tensor) -> Timeline:
     pipe.zero_grad(set_to_none=True)
     timeline: Timeline = pipe.pipeline.timeline
     return timeline
+
+
+def trained(pipe: Any, x: Tensor) -> tuple[Callable[[], None], torch.optim.Optimizer]:
+    """A step with the optimizer that the planned memory is for."""
+    optimizer = torch.optim.Adam(pipe.parameters())
+
+    def step() -> None:
+        pipe(x).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step, optimizer
 
 
 def backwards(timelines: Sequence[Timeline], stages: int) -> float:
@@ -136,7 +148,7 @@ def measured(options: argparse.Namespace) -> list[Result]:
         found = median(timeline.makespan for timeline in kept[1::2]), predicted, backwards(kept, stages)
         times[name] = found
         first = times["1f1b"]
-        counted = peaks(pipe, lambda pipe=pipe, x=x: stepped(pipe, x), None)
+        counted = peaks(pipe, *trained(pipe, x))
         results.append(
             Result(
                 schedule=name,

@@ -1,7 +1,7 @@
 """Peak memory of each stage in bytes, by kind.
 
     parameters    its own, and tied copies
-    gradients     of trainable parameters, from the first Backward after a Step or Update
+    gradients     of trainable parameters, from the first Backward after a Step or Update, or the first BackwardWeight
     optimizer     optimizer state of trainable parameters; only the owner of a tied parameter has it
     versions      other weights than the newest that Forwards or Backwards still use (see ``weight_versions``)
     activations   kept from Forward to Backward, for every microbatch in flight, and not while they are on the host; of
@@ -128,8 +128,16 @@ def memory(
                 stages[i.stage].do(i)
                 others = sum(state.total for state in mine if state is not stages[i.stage])
                 ranks[rank] = max(ranks[rank], others + stages[i.stage].latest)
-        ranks[rank] = max(ranks[rank], sum(state.end().total for state in mine))
+        ranks[rank] = max(ranks[rank], at_the_end(mine))
     return Memory(tuple(state.most for state in stages), tuple(ranks))
+
+
+def at_the_end(mine: Sequence[StageState]) -> int:
+    """The peak bytes of the stages of one rank after their last instructions: one optimizer steps for all of them."""
+    ends = [(state.end(), state.how) for state in mine]
+    working = [held.working for held, _ in ends]
+    one_by_one = any(how == "single" for _, how in ends)
+    return sum(held.total - held.working for held, _ in ends) + (max(working) if one_by_one else sum(working))
 
 
 def stage_states(
@@ -158,7 +166,7 @@ def stage_states(
         )
         copies = {"single": STEP_COPIES * max(owned, default=0), "foreach": sum(owned), "fused": 0}[step]
         waiting = _Bound(work, plan, stage, in_flight) if clock is None else clock.waiting(work, plan, stage)
-        stages.append(StageState(stage, work, fixed, trainable, copies, stash, waiting, program.updated, away))
+        stages.append(StageState(stage, work, fixed, trainable, copies, step, stash, waiting, program.updated, away))
     return stages
 
 
@@ -258,14 +266,16 @@ class StageState:
         fixed: Bytes,
         trainable: int,
         step: int,
+        how: How,
         stash: Stash,
         waiting: _Bound | _Arrivals,
         updated: Set[Step],
         away: Away,
     ) -> None:
         self.index, self.work, self.fixed, self.trainable, self.step = index, work, fixed, trainable, step
+        self.how = how
         self.stash, self.waiting, self.updated, self.away = stash, waiting, updated, away
-        self.has_gradients = False
+        self.gradients = 0  # bytes
         self.made = 0  # microbatches whose outputs exist
         self.always = fixed.total
         self.most = self.now
@@ -278,7 +288,7 @@ class StageState:
         count = len(self.stash.in_flight)
         return replace(
             self.fixed,
-            gradients=self.trainable * self.has_gradients,
+            gradients=self.gradients,
             versions=self.trainable * (self.stash.live - 1),
             activations=count * self.work.saved + len(self.stash.held) * self.work.left - self.on_host,
             waiting=self.fixed.waiting + self.waiting.nbytes(count),
@@ -291,7 +301,8 @@ class StageState:
         count = len(self.stash.in_flight)
         return (
             self.always
-            + self.trainable * (self.has_gradients + self.stash.live - 1)
+            + self.gradients
+            + self.trainable * (self.stash.live - 1)
             + count * self.work.saved
             + len(self.stash.held) * self.work.left
             + self.waiting.nbytes(count)
@@ -318,21 +329,22 @@ class StageState:
                 self._reach(self.work.forward)
                 self.made += 1
             case BackwardWeight():
-                self._reach(self.work.weights)
+                self._reach(self.work.weights if self.gradients == self.trainable else self.work.first_weights)
+                self.gradients = self.trainable
             case Backward(_, microbatch) if microbatch in self.stash.split:
+                self.gradients = max(self.gradients, self.trainable - self.work.queued)
                 self._reach(self.work.split_backward)
-                self.has_gradients = True
-            case Backward() if self.has_gradients or not self.trainable:
+            case Backward() if self.gradients == self.trainable:
                 self._reach(self.work.backward)
             case Backward():
                 self._reach(self.work.first_backward)
-                self.has_gradients = True
+                self.gradients = self.trainable
             case Step() | Update():
                 self._reach(0)
         self.stash.do(i)
         if isinstance(i, Update | Step) and i not in self.updated:  # weights still in use are copied before it begins
             self._reach(self.step)
-            self.has_gradients = False
+            self.gradients = 0
         self._reach(0)
 
     def _reach(self, working: int) -> None:
@@ -345,6 +357,6 @@ class StageState:
     def end(self) -> Bytes:
         """Ends the step: outputs are joined, and the optimizer steps if it has not yet."""
         joined = self.now.outputs * (1 + (self.made > 1))
-        last = replace(self.now, outputs=joined, working=self.step * self.has_gradients)
+        last = replace(self.now, outputs=joined, working=self.step * (self.gradients > 0))
         self.most = max(self.most, last, key=lambda held: held.total)
         return last

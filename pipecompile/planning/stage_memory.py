@@ -21,6 +21,7 @@ from pipecompile.ir.graph import CostedGraph, Footprint, Node
 from pipecompile.ir.plan import Plan, members
 
 SPLIT = frozenset(("linear", "addmm", "matmul", "embedding", "conv1d", "conv2d", "conv3d"))  # of ops/split_backward.py
+IN_PLACE = frozenset(("linear", "addmm", "matmul"))  # of them, those that add to a gradient without memory beside it
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,9 @@ class Load:
     first_backward: int  # the same if the parameters have no gradients yet, those included
     split_backward: int  # the same of a Backward that leaves gradients of weights
     left: int  # kept from such a Backward to its BackwardWeight
+    queued: int  # gradients of parameters that it leaves, and so does every other node that reads them
     weights: int  # peak during a BackwardWeight, beyond what exists before
+    first_weights: int  # the same if the queued gradients do not exist yet, those included
 
 
 def load(costed: CostedGraph, plan: Plan, stage: int) -> Load:
@@ -56,7 +59,9 @@ def load(costed: CostedGraph, plan: Plan, stage: int) -> Load:
         first_backward=walk.backward(first=True),
         split_backward=split_backward,
         left=left,
-        weights=max((graph.parameter_bytes[name] for i in walk.split for name in graph.nodes[i].parameters), default=0),
+        queued=sum(graph.parameter_bytes[name] for name in walk.queued),
+        weights=walk.weights(first=False),
+        first_weights=walk.weights(first=True),
     )
 
 
@@ -140,9 +145,41 @@ class _Stage:
             i
             for i in self.nodes
             if self.graph.nodes[i].op in SPLIT
-            and self.footprints[i].stretch is None
+            and self.costed.footprints[i].stretch is None
+            and not (self.again and self.costed.footprints[i].repeats)
             and not self.trainable.isdisjoint(self.graph.nodes[i].parameters)
         }
+
+    @cached_property
+    def queued(self) -> set[str]:
+        """The trainable parameters whose gradients come from gradients of weights alone."""
+        read = {name for i in self.nodes if i not in self.split for name in self.graph.nodes[i].parameters}
+        return {name for i in self.split for name in self.graph.nodes[i].parameters if name in self.trainable} - read
+
+    def weights(self, first: bool) -> int:
+        """Peak of the live bytes during a BackwardWeight, beyond those before it.
+
+        It takes the nodes in the order of the Backward, and lets go of what each needed. Products of matrices are added
+        to a gradient in place, other gradients are computed beside it.
+        """
+        inputs = Counter(number for i in self.split for number in self.footprints[i].saved)
+        owners = self._backward(False, self.split)[1]
+        gradients = Counter(owners.values())
+        missing = set(self.queued) if first else set()
+        now = most = 0
+        for i in sorted(self.split, reverse=True):
+            node, saved = self.graph.nodes[i], self.footprints[i].saved
+            mine = self.trainable.intersection(node.parameters)
+            now += sum(self.graph.parameter_bytes[name] for name in mine & missing)
+            beside = [self.graph.parameter_bytes[name] for name in mine - missing if node.op not in IN_PLACE]
+            missing -= mine
+            most = max(most, now + max(beside, default=0))
+            inputs.subtract(saved)
+            now -= self.bytes_of(number for number in set(saved) if inputs[number] == 0)
+            if i in owners:
+                gradients[owners[i]] -= 1
+                now -= _gradient_bytes(self.graph.nodes[owners[i]]) * (gradients[owners[i]] == 0)
+        return most
 
     def backward(self, first: bool) -> int:
         """Peak of the live bytes during the Backward, beyond those before it."""
@@ -152,10 +189,11 @@ class _Stage:
         """The same of a split one, and the bytes that it leaves."""
         most, owners = self._backward(False, self.split)
         inputs = {number for i in self.split for number in self.footprints[i].saved}
-        return most, self.bytes_of(inputs) + sum(_gradient_bytes(self.graph.nodes[owner]) for owner in owners)
+        kept = sum(_gradient_bytes(self.graph.nodes[owner]) for owner in set(owners.values()))
+        return most, self.bytes_of(inputs) + kept
 
-    def _backward(self, first: bool, split: set[int]) -> tuple[int, set[int]]:
-        """The peak, and the values whose gradients split nodes keep."""
+    def _backward(self, first: bool, split: set[int]) -> tuple[int, dict[int, int]]:
+        """The peak, and for each split node the value whose gradient it keeps."""
         held = self.received | self._values(self.sent) | self.outputs  # until the end of the whole backward
         held |= {number for i in split for number in self.footprints[i].saved}
         gradients = _Gradients(self.sent)
@@ -183,7 +221,7 @@ class _Stage:
             again.subtract(footprint.again)
             again = +again
             most = max(most, self.bytes_of(again) + gradients.now - freed)
-        return most, {gradients.owner[i] for i in split if i in gradients.owner}
+        return most, {i: gradients.owner[i] for i in split if i in gradients.owner}
 
     def _stretches(self) -> dict[int, Counter[int]]:
         """For each stretch, the storages kept during its backward, and how many nodes keep each."""

@@ -15,7 +15,7 @@ from pipecompile.ir.instruction import Backward, BackwardWeight, Fetch, Forward,
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import Program
 from pipecompile.ir.timeline import Timeline
-from pipecompile.planning.memory import StageState, stage_states
+from pipecompile.planning.memory import StageState, at_the_end, stage_states
 from pipecompile.planning.training_spec import Workload
 from pipecompile.render.cells import start_of
 from pipecompile.render.page import Level
@@ -69,5 +69,5 @@ def _levels(program: Program, rank: int, timeline: Timeline, states: Sequence[St
         yield Level(span.start - zero, at, others + state.latest, f"during {i}")
     if at < makespan:
         yield Level(at, makespan, sum(each.total for each in mine), "between computations")
-    last = sum(state.end().total for state in mine)
+    last = at_the_end(mine)
     yield Level(makespan, (1 + STEP_SHARE) * makespan, last, "outputs joined; optimizer step, if it is still to come")

@@ -287,6 +287,13 @@ def test_processes_hold_the_outputs_of_others_and_compute_the_tail_each() -> Non
     assert [stage.tail for stage in memory(costed, replace(plan, made=()), gpipe(plan, 4), tail=3).stages] == [0, 0, 3]
 
 
+def test_an_optimizer_that_updates_one_by_one_needs_its_copies_once_on_a_rank() -> None:
+    costed = chain(weights=1000)
+    shared = Plan.of(costed.graph, [None, 0, 1, 2], [0, 1, 0])
+    single, fused = (memory(costed, shared, one_f_one_b(shared, 4), step=step).ranks for step in ("single", "fused"))
+    assert 1900 < single[0] - fused[0] <= 2000  # two copies of one weight; rank 0 has two of them
+
+
 def test_memory_goes_to_json_and_back_and_prints_a_row_for_each_stage() -> None:
     costed = chain()
     plan = Plan.of(costed.graph, [None, 0, 1, 2])
