@@ -247,10 +247,12 @@ class Recorder(TorchFunctionMode):
         try:
             return self.values.read(node)
         except DependsOnData as error:
-            raise DependsOnData(
-                f"{self.scopes.here}: {error}; keep the module around it whole with leaf_modules=, or compute it from "
-                f"inputs"
-            ) from error
+            keep = (
+                "keep the module around it whole with leaf_modules="
+                if self.scopes.path
+                else "move it into a module of its own, which can be kept whole"
+            )
+            raise DependsOnData(f"{self.scopes.here}: {error}; {keep}, or compute it from inputs") from error
 
     def _with_numbers(self, value: Any) -> Any:
         """Returns arguments with each integer tensor without dimensions replaced by its value, as read by Python."""
