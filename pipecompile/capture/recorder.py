@@ -253,10 +253,12 @@ class Recorder(TorchFunctionMode):
         try:
             return self.values.read(node)
         except DependsOnData as error:
-            raise DependsOnData(
-                f"{self.scopes.here}: {error}; keep the module around it whole with leaf_modules=, or compute it from "
-                f"inputs"
-            ) from error
+            keep = (
+                "keep the module around it whole with leaf_modules="
+                if self.scopes.path
+                else "move it into a module of its own, which can be kept whole"
+            )
+            raise DependsOnData(f"{self.scopes.here}: {error}; {keep}, or compute it from inputs") from error
 
     def _counts(self, masks: Sequence[Tensor]) -> bool:
         """Whether entries are counted of masks on whose values the size of a result depends."""

@@ -102,3 +102,21 @@ def test_microbatches_of_two_sizes_go_by_the_whole_batch_too() -> None:
     pipe = pipecompile.compile(model, devices=["cpu"] * 2, microbatches=2, costs="count")
     inputs = (_floats(5), _mask(1, 2, 3, 4, 5)), {}
     assert_same(step(pipe, model, mean_square, inputs), step(model, model, mean_square, inputs))
+
+
+class GuardsAgainstNan(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        return self.second(h if torch.isfinite(h).all() else torch.nan_to_num(h))
+
+
+def test_a_read_in_the_models_own_forward_is_not_advised_to_keep_the_model_whole() -> None:
+    pipe = pipecompile.compile(GuardsAgainstNan(), ["cpu", "cpu"], microbatches=2, costs="count")
+    with pytest.raises(
+        pipecompile.CaptureError, match=r"own forward.*'first\.\w+', which training changes; move it into a module"
+    ):
+        pipe(torch.randn(4, 4))
