@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from pipecompile.batching import SHARED, Batched, Kind, Rows, by_shape, gather, scatter
 from pipecompile.capture import Call, Captured, Output
+from pipecompile.capture.ancestors import ancestors
 from pipecompile.capture.loss import find_loss
 from pipecompile.capture.origin import origin_of
 from pipecompile.capture.purity import is_random
@@ -52,6 +53,8 @@ Name = (
     int | str
 )  # of a tensor that is given a gradient: the position of an output, or the place of a tensor left in the model
 Seeds = dict[Name, Tensor]
+
+_CAT = (torch.cat, torch.concat, torch.concatenate)
 
 
 @dataclass(frozen=True)
@@ -137,8 +140,24 @@ def apart(trial: Trial) -> str:
     written = sorted({name for node in nodes for name in origin_of(node).writes if not _is_normalisation(node)})
     if written:
         return f"the model writes buffer {written[0]!r}"
+    if any(map(_normalises_views, nodes)):
+        return "it normalizes several views of each sample together"
     leaves = trial.captured.leaves
     return f"module {next(iter(leaves))!r} is kept whole as a leaf" if leaves and trial.model.training else ""
+
+
+def _normalises_views(node: torch.fx.Node) -> bool:
+    """Whether batch normalization reads what was put one behind the other along the batch, such as two views.
+
+    In the whole batch, the entries of a microbatch are then not next to each other.
+    """
+    if node.target not in (F.batch_norm, torch.batch_norm):
+        return False
+    return any(it.target in _CAT and len(it.all_input_nodes) > 1 and _dim(it) == 0 for it in ancestors([node]))
+
+
+def _dim(cat: torch.fx.Node) -> Any:
+    return cat.args[1] if len(cat.args) > 1 else cat.kwargs.get("dim", cat.kwargs.get("axis", 0))
 
 
 def incomparable(trial: Trial) -> str:
@@ -203,7 +222,8 @@ def unsplit_step(trial: Trial, rows: Rows, seeds: Seeds | None, device: torch.de
     ):
         for k, part in enumerate(scatter(batch.call, rows) if len(rows) > 1 else [batch.call.tensors]):
             args, kwargs = batch.call.rebuild(near(part))
-            with statistics_of(trial.rows if len(rows) == 1 else rows, trial.batching.batch_norm == "deferred"):
+            counted = trial.rows if len(rows) == 1 else Rows(rows.counts[k : k + 1])
+            with statistics_of(counted, trial.batching.batch_norm == "deferred"):
                 out = trial.forward(
                     *args, **kwargs
                 )  # the context also covers the backward, where checkpoints recompute

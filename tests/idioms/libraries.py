@@ -218,3 +218,16 @@ class AssignedByIndex(Wrapped):
         blocks[:, torch.tensor([0, 1]), :, torch.tensor([1, 0])] = h[:, :3].expand(2, -1, -1)
         late[torch.arange(D) > 5] = h.T[:2] + blocks.sum((1, 2, 3))
         return out + late.T
+
+
+@idiom(parts=True, refused_stream="several versions|asynchronous|stages")
+class TwoViewsNormalized(Wrapped):
+    """Two views of each sample in one batch, normalized together, as SimCLR and BYOL do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(D)
+
+    def middle(self, h: Tensor) -> Tensor:
+        one, other = self.norm(torch.cat([h, h.sin()])).chunk(2)
+        return one * other
