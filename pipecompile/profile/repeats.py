@@ -113,7 +113,7 @@ class Repeats:
             self.found[full] = _repeat(node, operands, value, saved)
 
 
-def _repeat(node: fx.Node, operands: Sequence[Tensor], value: Any, saved: list[Tensor]) -> Repeat | None:
+def _repeat(node: fx.Node, operands: Sequence[Tensor], value: Any, saved: Sequence[Tensor]) -> Repeat | None:
     """What the node leaves to others; None if a value alike cannot be made without running it."""
     outputs = tensors_of(value)
     plain = isinstance(value, Tensor) or (type(value) in (tuple, list) and all(isinstance(v, Tensor) for v in value))
@@ -133,7 +133,7 @@ def _place(tensor: Tensor, operands: Sequence[Tensor], outputs: Sequence[Tensor]
     for of, others in (("operand", operands), ("output", outputs)):
         for position, other in enumerate(others):
             if storage_key(other) == key:
-                return Place(of, position, tensor.storage_offset() - other.storage_offset())
+                return Place(of, position, int(tensor.storage_offset() - other.storage_offset()))
     return Place("own", nbytes=tensor.untyped_storage().nbytes())
 
 
