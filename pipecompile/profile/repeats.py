@@ -151,7 +151,7 @@ def _shared(operands: Sequence[Tensor]) -> tuple[int, ...]:
 
 
 def _copy(like: Tensor) -> Tensor:
-    storage = like.untyped_storage().clone()
+    storage = like.untyped_storage().clone()  # type: ignore[no-untyped-call]
     return torch.empty(0, dtype=like.dtype).set_(storage, like.storage_offset(), like.size(), like.stride())
 
 
