@@ -143,7 +143,7 @@ def test_layers_alike_run_no_more_often_than_needed(monkeypatch: pytest.MonkeyPa
         captured = capture(model, read_call(model.forward, (torch.randn(2, 5, 8),), {}))
         with Runs("native_layer_norm.default") as runs:
             profile(captured, summarize(captured), "measure", torch.device("cpu"), threads=1)
-        return runs.count
+        return int(runs.count)
 
     assert count(8) == count(16) < count(2) + 3 * count(4)
     monkeypatch.setattr(repeats, "TIMES", ALL)

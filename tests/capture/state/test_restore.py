@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import random
+import sys
 import threading
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from functools import cache, wraps
+from pathlib import Path
 from threading import Event, Thread
 from types import SimpleNamespace
 from typing import Any
@@ -277,3 +280,17 @@ def test_an_object_of_threading_that_no_thread_runs_is_state_of_the_model(kind: 
     for _ in range(3):
         torch.testing.assert_close(pipe(x), eager(x))
     assert model.counter.calls == eager.counter.calls == 3
+
+
+def test_what_was_reached_holds_until_a_file_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Linear(2, 2)
+    known = reach_of(model)
+    assert reach_of(model, known=known) is known
+    (tmp_path / "imported_between.py").write_text("calls = 0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "imported_between", raising=False)
+    importlib.import_module("imported_between")
+    try:
+        assert reach_of(model, known=known) is not known
+    finally:
+        del sys.modules["imported_between"]
