@@ -139,6 +139,8 @@ class _Divider:
         """Whether the tail computes a node, instead of joining the body's values of it."""
         if node in self.analysis.early or node.op in ("get_attr", "placeholder") or _is_write(node):
             return True
+        if _is_size_of_inputs(node):
+            return True
         return self._is_whole_only(node) or self._follows_a_write(node)
 
     def _follows_a_write(self, node: fx.Node) -> bool:
@@ -308,6 +310,13 @@ def _must_stay(node: fx.Node) -> bool:
     if not origin_of(node).copies:
         return False
     return node.target is with_data or any(n.target is getattr and n.args[1] == "data" for n in ancestors([node]))
+
+
+def _is_size_of_inputs(node: fx.Node) -> bool:
+    """Whether a node is a number that follows from the sizes of inputs, which may require a gradient."""
+    if not isinstance(node.meta.get("val"), int | float | torch.SymInt | torch.SymFloat | torch.SymBool):
+        return False
+    return all(n.op == "placeholder" or _is_size_of_inputs(n) for n in node.all_input_nodes)
 
 
 def _is_write(node: fx.Node) -> bool:

@@ -10,13 +10,13 @@ groups and the optimizers stay the same objects, so learning rate schedulers go 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from pipecompile.capture.state.model_state import named_tensors
 from pipecompile.distributed.ownership import foreign_buffers, held, owned
@@ -122,7 +122,7 @@ class Move:
     def _refusal(self) -> str:
         steps = {id(p) for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]}
         for optimizer in self.optimizers:
-            if isinstance(optimizer, ZeroRedundancyOptimizer | torch.optim.LBFGS):
+            if isinstance(optimizer, (*_of_parts(), torch.optim.LBFGS)):
                 return (
                     f"{type(optimizer).__name__} keeps state that does not belong to one parameter; save a checkpoint "
                     f"and load it with the new plan"
@@ -257,3 +257,9 @@ def _strided(value: Value, strides: Sequence[int]) -> Tensor:
     if value.stride() == tuple(strides):
         return value
     return torch.empty_strided(value.shape, tuple(strides), dtype=value.dtype).copy_(value)
+
+
+def _of_parts() -> tuple[type, ...]:
+    """Optimizers of torch that keep state of parts only. Their module is not imported: that takes long."""
+    module = sys.modules.get("torch.distributed.optim")
+    return () if module is None else (module.ZeroRedundancyOptimizer,)

@@ -345,3 +345,35 @@ def test_an_experiment_limits_only_the_sizes_that_it_has_seen() -> None:
         torch.testing.assert_close(pipe(x, ids), model(x, ids))
         assert pipe.pipeline.captures == captures
     assert "samples were shown not to mix only up to size" in pipe.pipeline.report.captures[1]
+
+
+class SizeBehindTheStages(nn.Module):
+    """What has no rule runs behind the stages, and takes a number that follows from the sizes of an input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.second(self.first(x)))
+        return h.contiguous().as_strided(h.shape, (h.shape[1] * WIDTH, WIDTH, 1))
+
+
+@pytest.mark.parametrize("wants_gradient", [False, True])
+def test_a_size_of_an_input_that_requires_a_gradient_is_known_behind_the_stages(wants_gradient: bool) -> None:
+    torch.manual_seed(0)
+    model = SizeBehindTheStages().double()
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=3, costs="count")
+    for shape in ((8, 5), (5, 4)):
+        values = torch.randn(*shape, WIDTH, dtype=torch.float64)
+        found = []
+        for call in (pipe, model):
+            model.zero_grad()
+            x = values.clone().requires_grad_(wants_gradient)
+            call(x).square().sum().backward()
+            found.append({**{name: p.grad for name, p in model.named_parameters()}, "x": x.grad})
+        assert (found[0]["x"] is not None) == wants_gradient
+        for name, gradient in found[1].items():
+            if gradient is not None:
+                torch.testing.assert_close(found[0][name], gradient, msg=name)
+    assert pipe.pipeline.captures == 1

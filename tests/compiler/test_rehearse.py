@@ -179,9 +179,9 @@ def test_no_more_is_in_flight_than_in_a_step(
     programs = []
     original = Session.run
 
-    def noted(self: Session, compiled: Any, program: Any, microbatches: Any) -> None:
+    def noted(self: Session, compiled: Any, program: Any, microbatches: Any, **others: Any) -> None:
         programs.append(program)
-        original(self, compiled, program, microbatches)
+        original(self, compiled, program, microbatches, **others)
 
     monkeypatch.setattr(Session, "run", noted)
     pipe = compiled(schedule=schedule, microbatches=microbatches, verify="never")

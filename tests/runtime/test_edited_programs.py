@@ -135,9 +135,9 @@ def test_a_program_edited_at_random_is_refused_or_exact(case: str, loss: str, mo
     ranks = options.pop("ranks", 2)
     pipe = pipecompile.compile(model, ["cpu"] * ranks, microbatches=MICROBATCHES, **options)
 
-    def program(batch: Batch, kind: str, schedule: Any) -> Program:
+    def program(batch: Batch, kind: str, schedule: Any, shares: bool = False) -> Program:
         batch.compiled.programs.clear()
-        return made(batch, kind, lambda plan, count: edited(schedule(plan, count), draw))
+        return made(batch, kind, lambda plan, count: edited(schedule(plan, count), draw), shares)
 
     monkeypatch.setattr(Batch, "program", program)
     for _ in range(EDITED):
