@@ -14,6 +14,7 @@ from zoo.entry import Entry
 NAMES = (
     "timm", "diffusers", "segmentation", "monai", "x_transformers", "open_clip", "geometric", "speechbrain", "kornia",
     "neuralforecast", "peft", "litgpt", "mambapy", "torchaudio", "sentence_transformers",
+    "lucidrains", "tabular", "flows", "dynamics", "criteria",
 )  # fmt: skip
 
 
