@@ -12,6 +12,7 @@ A public name is imported when it is first used (PEP 562), so ``import pipecompi
 what only some programs need.
 """
 
+import random
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -103,7 +104,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Imports a public name from its own file, or a module of the package."""
     if name in _HOME_OF:
+        drawn = random.getstate()  # rich draws at its import
         found = globals()[name] = getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+        random.setstate(drawn)
         return found
     missing = f"module {__name__!r} has no attribute {name!r}"
     if name.startswith("_"):

@@ -8,6 +8,8 @@ import importlib
 import inspect
 import pkgutil
 import re
+import subprocess
+import sys
 from collections import ChainMap
 from collections.abc import Iterator
 from typing import Any
@@ -149,3 +151,16 @@ def test_examples_in_docstrings_run() -> None:
     results = {name: doctest.testmod(importlib.import_module(name)) for name in names}
     assert sum(result.attempted for result in results.values()) >= 10
     assert {name: result for name, result in results.items() if result.failed} == {}
+
+
+def test_the_first_use_of_a_name_draws_no_random_numbers() -> None:
+    """``random.seed(0)`` before ``pipecompile.compile`` gives the numbers of the unsplit run."""
+    script = (
+        "import random, pipecompile\n"
+        "random.seed(0)\n"
+        "pipecompile.compile\n"
+        "found = random.random()\n"
+        "random.seed(0)\n"
+        "assert found == random.random()\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
