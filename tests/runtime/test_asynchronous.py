@@ -18,6 +18,7 @@ from toys import VOCABULARY, D, Tied, blocks
 import pipecompile
 from pipecompile.ir.cluster import Cluster, Device
 from pipecompile.ir.program import Program
+from pipecompile.planning.calibration import update_seconds
 from pipecompile.schedule import SCHEDULES, Schedule, gpipe
 from pipecompile.schedule import pipedream as segment_of_pipedream
 
@@ -172,3 +173,17 @@ def test_an_entry_in_the_registry_makes_another_asynchronous_schedule(monkeypatc
     for refused in ({}, {"optimizer": torch.optim.SGD, "plan": pipecompile.PlanOptions(replicas=[1, 1, 2])}):
         with pytest.raises(pipecompile.InputError, match="schedule='second'"):
             pipecompile.compile(MODEL.build(), ["cpu"] * 4, schedule="second", **refused)
+
+
+def test_the_prediction_has_the_seconds_of_the_last_updates() -> None:
+    pipe = pipecompile.compile(
+        SHARED.build(), ["cpu"] * 2, schedule="pipedream-2bw", microbatches=4, costs="count", verify="never",
+        optimizer=partial(torch.optim.SGD, lr=0.1),
+    )  # fmt: skip
+    args, _ = SHARED.calls[0]
+    for _ in range(3):
+        pipe(*args)
+    pipeline = pipe.pipeline
+    took, predicted = (update_seconds(timeline, 2) for timeline in (pipeline.timeline, pipeline.predicted))
+    assert min(took) > 0
+    assert predicted == pytest.approx(took)
