@@ -480,7 +480,7 @@ def received(number: int, target: int = 1) -> Recv:
 
 
 def test_values_arrive_as_they_were_sent_in_any_order() -> None:
-    transport = LocalTransport(lanes(), (0, 1))
+    transport = LocalTransport(lanes(), Plan.chain(2))
     values = [(torch.ones(2), None, torch.zeros(0)), (torch.eye(2),)]
     for number, content in enumerate(values):
         transport.send(sent(number), content)
@@ -490,7 +490,7 @@ def test_values_arrive_as_they_were_sent_in_any_order() -> None:
 
 
 def test_a_receive_waits_only_once_its_values_are_asked_for() -> None:
-    transport = LocalTransport(lanes(), (0, 1))
+    transport = LocalTransport(lanes(), Plan.chain(2))
     take = transport.recv(received(0))
     got: list[Any] = []
     thread = threading.Thread(target=lambda: got.append(take()))
@@ -502,7 +502,7 @@ def test_a_receive_waits_only_once_its_values_are_asked_for() -> None:
 
 
 def test_an_abort_wakes_everyone_who_waits() -> None:
-    transport = LocalTransport(lanes(3), (0, 1, 2))
+    transport = LocalTransport(lanes(3), Plan.chain(3))
     woken: list[bool] = []
 
     def wait(target: int) -> None:
@@ -520,7 +520,7 @@ def test_an_abort_wakes_everyone_who_waits() -> None:
 
 
 def test_after_a_reset_nothing_of_before_is_left() -> None:
-    transport = LocalTransport(lanes(), (0, 1))
+    transport = LocalTransport(lanes(), Plan.chain(2))
     transport.send(sent(0), (torch.ones(1),))
     transport.abort()
     transport.reset()
