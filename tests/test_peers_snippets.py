@@ -295,7 +295,7 @@ def test_f11_branch_on_an_activation() -> None:
         h = self.a(x)
         return self.d(self.b(h * 2 if h.sum() > 0 else h))
 
-    with pytest.raises(CaptureError, match=r"test_peers_snippets.py.*leaf_modules"):
+    with pytest.raises(CaptureError, match=r"test_peers_snippets.py.*move it into a module of its own"):
         pipe_of(Blocks(at_the_root))(rows())
 
 

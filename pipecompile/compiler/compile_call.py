@@ -12,12 +12,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pipecompile.batching import Batched, Division, Kind, Rows, defer_running, divide, twins_differ, undivided
+from pipecompile.batching import Division, Rows, defer_running, divide, twins_differ, undivided
 from pipecompile.capture import Call, Captured, capture, summarize
 from pipecompile.capture.ancestors import ancestors
 from pipecompile.capture.batch_dims import rows_elsewhere
@@ -32,12 +32,13 @@ from pipecompile.capture.state.reachable import Reach, reach_of
 from pipecompile.capture.state.restore import left_as_before
 from pipecompile.compiler.devices import cluster_of
 from pipecompile.compiler.fingerprint import trace_hash
+from pipecompile.compiler.graph_of import graph_of
 from pipecompile.compiler.options import Options
 from pipecompile.compiler.plan_call import Planner, are_measured, is_real
 from pipecompile.compiler.recall import keep
 from pipecompile.compiler.rehearse import Rehearsal, rehearsed
 from pipecompile.errors import CaptureError, InputError, PlanError
-from pipecompile.ir.graph import CostedGraph, Given, Graph
+from pipecompile.ir.graph import CostedGraph, Graph
 from pipecompile.ir.plan import Plan
 from pipecompile.ops.away import is_away
 from pipecompile.ops.phases import phase
@@ -87,9 +88,8 @@ def compile_call(
     trace = _Tracer(model=model, call=call, forward=forward, options=options, reach=reach)
     with phase("divide"), quiet(), set_by_others(model), left_as_before(model, reach=reach):  # runs parts kept whole
         division = _divided(trace, rows, options) if whole else _independent(trace, rows, options)
-    graph = summarize(division.body)
+    graph = graph_of(division, options, peers.are_several)
     if peers.are_several:
-        graph = replace(graph, given=_given(division, graph, options.outputs == "all"))
         peers.same("the graph of the model", graph.to_json() + trace_hash(division.whole))
     if first is not None:
         carried = carry_over(first.plan, first.graph, graph, ties=not peers.are_several)
@@ -105,7 +105,7 @@ def compile_call(
         options = replace(options.settled(found.schedule), microbatches=found.work.microbatches)
         if found.work.microbatches != work.microbatches:
             division = division.at_rows(-(-rows.by_part.counts[0] // found.work.microbatches))
-            graph = summarize(division.body)
+            graph = graph_of(division, options, apart=True)
         found = replace(found, work=_work(division, options))  # which has the user's functions
     else:
         division, graph, found = planner.with_best_count(division, graph, work, rows)
@@ -163,22 +163,6 @@ def following(
         return None
     apart = compiled.apart
     return _cut(compiled.division, compiled.graph, first.planned, devices, options, carried, apart=apart)
-
-
-def _given(division: Division, graph: Graph, everything: bool) -> tuple[Given, ...]:
-    """What the stages give to the processes.
-
-    Args:
-        everything: whether all processes get the values of all outputs.
-    """
-    places = {node.name: place for place, node in enumerate(graph.nodes)}
-
-    def how(name: str, kind: Kind) -> Literal["joined", "once", "shape"]:
-        if not everything and name not in division.wanted:
-            return "shape"
-        return "joined" if isinstance(kind, Batched) else "once"
-
-    return tuple(Given(name, places.get(name), how(name, kind)) for name, kind in division.joins.items())
 
 
 def _refuse_writes_between_versions(captured: Captured, options: Options) -> None:

@@ -12,10 +12,11 @@ import torch.fx as fx
 from torch import Tensor, nn
 
 from pipecompile.batching import Division, Rows, uses_batch_statistics
-from pipecompile.capture import Captured, summarize
+from pipecompile.capture import Captured
 from pipecompile.capture.state.reachable import Reach
 from pipecompile.capture.state.restore import generators_kept, left_as_before
 from pipecompile.compiler.devices import cluster_of
+from pipecompile.compiler.graph_of import graph_of
 from pipecompile.compiler.options import Options
 from pipecompile.compiler.recall import Recall, disturbed
 from pipecompile.errors import ExecutionError, InputError
@@ -115,7 +116,7 @@ class Planner:
             first = made[0] if made else self.planned(division, graph, work)
             return division, graph, replace(first, counted=found)
         division = division.at_rows(-(-batch // found.chosen))
-        graph = summarize(division.body)
+        graph = graph_of(division, self.options, self.apart)
         best = self.planned(division, graph, replace(work, microbatches=found.chosen))
         return division, graph, replace(best, counted=found)
 
@@ -136,7 +137,8 @@ class Planner:
             _warn(found)
         if found is not None and found.chosen != work.microbatches:
             division = division.at_rows(-(-batch // found.chosen))
-            graph, work = summarize(division.body), replace(work, microbatches=found.chosen)
+            work = replace(work, microbatches=found.chosen)
+            graph = graph_of(division, self.options, self.apart)
             costed = self._costed(division.body, graph, self._recall(division.body, graph))
         with phase("plan"):
             best = settled(weighed, costed, cluster, work, options)
@@ -188,16 +190,16 @@ class Planner:
         size = 2 * rows if grow else rows // 2
         if len(tried) < 2 or not 1 <= size <= batch:
             return None, tried, ""
-        body = replace(division.body, microbatch=size)
-        graph = summarize(body)
+
+        def at(size: int) -> Graph:
+            return graph_of(division.at_rows(size), self.options, self.apart)
+
+        body, graph = replace(division.body, microbatch=size), at(size)
         try:
             other = self._costed(body, graph, self._recall(body, graph), BRIEF, (division.body, costed))
         except ExecutionError as error:
             LOGGER.info("two microbatches per stage, since costs of another size cannot be measured: %s", error)
             return None, tried, ""
-
-        def at(size: int) -> Graph:
-            return summarize(replace(division.body, microbatch=size))
 
         why = disturbed(costed) or disturbed(other)
         return ByRows(one=costed, other=other, rows=(rows, size), batch=batch, at=at), tried, why

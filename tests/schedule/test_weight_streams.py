@@ -183,7 +183,7 @@ def test_an_update_is_text_like_the_others() -> None:
         ("0F0 0B0 0S0 0U0", "0U0 is after 0S0, which has made the weights by then"),
         ("0F0 0B0 0U0 0F1 0B1 0S1", "0S1 is before 0S0, whose weights 0U0 has made; put 0S0 first"),
         ("0F0 0B0 0U0 0F1 0B1 0U1 0S1 0S0", "0S1 is before 0S0"),
-        ("0F0 0U0 0B0 0S0", "rank 0 waits at 0U0 for 0B0"),
+        ("0F0 0U0 0B0 0S0", "0B0 is after 0U0, which reads its gradients"),
         ("0F0 0B0 0U0 0U0", "0U0 occurs 2 times"),
         ("0F0 0B0 0U0 0W0 0S0", "0W0 is after 0U0, which reads its gradients"),
     ],
