@@ -225,7 +225,7 @@ class Clocks:
         self.seconds: dict[str, float] = {}
         self.steps: list[dict[str, float]] = []
         session = pipe.pipeline._session
-        for name in ("agree", "shared", "spread"):
+        for name in ("agree", "shared"):
             self._clock(session.peers, name)
         self._clock(session, "run")
 
@@ -249,8 +249,7 @@ class Clocks:
             "share seeds": self.seconds.get("shared", 0.0),
             "start and end the program": self.seconds["run"] - timeline.makespan,
             "compute": timeline.busy(rank),
-            "wait, send": timeline.makespan - timeline.busy(rank),
-            "spread the loss": self.seconds.get("spread", 0.0),
+            "wait, send, share the loss": timeline.makespan - timeline.busy(rank),
             "the rest: guards, microbatches, gradients": whole - inside,
         }
         self.steps.append(found)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any, TypeGuard
 
 import torch
@@ -27,6 +28,7 @@ from pipecompile.runtime.compiled import Compiled
 from pipecompile.runtime.lane import Value
 
 Optimizers = Sequence[torch.optim.Optimizer]
+PARAMETERS, NAMES = "params", "param_names"  # of a group; each process has its own of both
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Packed:
 
     Attributes:
         group: its place in the optimizers: which one, and which group; None if none steps it.
+        called: its name there, if the optimizer was made of named parameters.
         state: what the optimizer keeps for it, but for tensors.
         keys: of all of that, in order.
         has_gradient: whether a gradient is among the tensors, after the value.
@@ -61,6 +64,7 @@ class Packed:
     """
 
     group: tuple[int, int] | None
+    called: str
     state: Mapping[str, Any]
     keys: Sequence[str]
     has_gradient: bool
@@ -122,7 +126,7 @@ class Move:
 
     def _refusal(self) -> tuple[str, str] | None:
         """What cannot move from this process, and what to do."""
-        steps = {id(p) for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]}
+        steps = {id(p) for optimizer in self.optimizers for group in optimizer.param_groups for p in group[PARAMETERS]}
         for optimizer in self.optimizers:
             if isinstance(optimizer, (*_of_parts(), torch.optim.LBFGS)):
                 return (
@@ -139,8 +143,9 @@ class Move:
 
     def _groups(self) -> list[str]:
         """What is told of each group: its optimizer and its options."""
+        own = (PARAMETERS, NAMES)
         return [
-            f"{type(optimizer).__name__}({', '.join(f'{k}={v}' for k, v in sorted(group.items()) if k != 'params')})"
+            f"{type(optimizer).__name__}({', '.join(f'{k}={v}' for k, v in sorted(group.items()) if k not in own)})"
             for optimizer in self.optimizers
             for group in optimizer.param_groups
         ]
@@ -163,8 +168,8 @@ class Move:
             for name in self._taken(self.rank, source):
                 self._take(name, told[source][name], values)
         for optimizer in self.optimizers:
-            if not any(group["params"] for group in optimizer.param_groups):
-                optimizer.param_groups[0]["params"].append(self.stand_in)
+            if not any(group[PARAMETERS] for group in optimizer.param_groups):
+                _add(optimizer.param_groups[0], self.stand_in, "")
 
     def _taken(self, rank: int, source: int) -> list[str]:
         """What a rank gets from another one: what it has no present value of, from the first that has one."""
@@ -190,7 +195,7 @@ class Move:
     def _where(self, tensor: Tensor) -> tuple[int, int] | None:
         for number, optimizer in enumerate(self.optimizers):
             for place, group in enumerate(optimizer.param_groups):
-                if any(tensor is other for other in group["params"]):
+                if any(tensor is other for other in group[PARAMETERS]):
                     return number, place
         return None
 
@@ -201,11 +206,21 @@ class Move:
         plain = {key: value for key, value in state.items() if not _is_tensor(value)}
         return Packed(
             group=group,
+            called=self._called(tensor),
             state=plain,
             keys=list(state),
             has_gradient=tensor.grad is not None,
             strides=[each.stride() for each in tensors],
         )
+
+    def _called(self, tensor: Tensor) -> str:
+        """The name of a tensor in its optimizer; empty if it has none."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                for other, name in zip(group[PARAMETERS], group.get(NAMES, ()), strict=False):
+                    if other is tensor:
+                        return str(name)
+        return ""
 
     def _state(self, tensor: Tensor) -> dict[str, Any]:
         where = self._where(tensor)
@@ -226,7 +241,10 @@ class Move:
         for optimizer in self.optimizers:
             optimizer.state.pop(tensor, None)
             for group in optimizer.param_groups:
-                group["params"][:] = [other for other in group["params"] if other is not tensor]
+                stays = [other is not tensor for other in group[PARAMETERS]]
+                for own in (PARAMETERS, NAMES):
+                    if own in group:
+                        group[own][:] = compress(group[own], stays)
 
     def _take(self, name: str, packed: Packed, values: Iterator[Value]) -> None:
         tensor, strides = self.tensors[name], iter(packed.strides)
@@ -243,10 +261,17 @@ class Move:
             return
         number, place = packed.group
         optimizer = self.optimizers[number]
-        optimizer.param_groups[place]["params"].append(tensor)
+        _add(optimizer.param_groups[place], tensor, packed.called)
         for key in packed.keys:
             is_plain = key in packed.state
             optimizer.state[tensor][key] = packed.state[key] if is_plain else _strided(next(values), next(strides))
+
+
+def _add(group: dict[str, Any], tensor: Tensor, called: str) -> None:
+    """Adds a parameter to a group of an optimizer, and its name if the others have theirs."""
+    group[PARAMETERS].append(tensor)
+    if NAMES in group:
+        group[NAMES].append(called)
 
 
 def _is_tensor(value: object) -> TypeGuard[Tensor]:

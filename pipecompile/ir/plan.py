@@ -218,6 +218,10 @@ class Plan(Json):
             for s in range(self.num_stages)
         )
 
+    def makers(self, rank: int) -> tuple[int, ...]:
+        """The stages of a rank that make outputs, ascending, if stages are in several processes."""
+        return tuple(it.stage for it in self.made if self.rank_of[it.stage] == rank)
+
     def shared_bytes(self, rank: int, microbatches: int) -> int:
         """The bytes of the outputs that a rank makes from so many microbatches, for all processes."""
         return sum(it.nbytes * microbatches + it.once for it in self.made if self.rank_of[it.stage] == rank)

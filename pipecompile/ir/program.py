@@ -139,9 +139,10 @@ class Program:
 
     def validate(self) -> None:
         """Raises ``ProgramError`` at the first invariant that does not hold."""
-        shares = [i for i in self.instructions if isinstance(i, Share)]
-        if len(self.ranks) != max((self.plan.num_ranks, *(i.ranks for i in shares))):
-            raise ProgramError(f"the program has {len(self.ranks)} rows, but the plan has {self.plan.num_ranks} ranks")
+        ranks = max((self.plan.num_ranks, *(i.ranks for i in self.instructions if isinstance(i, Share))))
+        if len(self.ranks) != ranks:
+            having = "its outputs go to" if ranks > self.plan.num_ranks else "the plan has"
+            raise ProgramError(f"the program has {len(self.ranks)} rows, but {having} {ranks} ranks")
         for rank, row in enumerate(self.ranks):
             for i in row:
                 if i.stage >= self.plan.num_stages or rank_of(i, self.plan) != rank:
@@ -268,12 +269,6 @@ def transfer_to(i: Compute, result: Result) -> Send:
     return Send(result, i.rank if isinstance(i, Share) else i.stage)
 
 
-def makers(i: Share, plan: Plan) -> tuple[int, ...]:
-    """The stages whose outputs a Share brings: those of one rank."""
-    rank = plan.rank_of[i.stage]
-    return tuple(sorted({i.stage, *(it.stage for it in plan.made if plan.rank_of[it.stage] == rank)}))
-
-
 def owners(stage: int, plan: Plan) -> tuple[int, ...]:
     """The stages that own a tied parameter of which ``stage`` holds a tied copy."""
     return tuple(sorted({tied.owner for tied in plan.tied if stage in tied.followers}))
@@ -302,7 +297,7 @@ def dependencies(i: Instruction, plan: Plan) -> Iterator[Instruction]:
             yield Send(result, target)
         case Share():
             if i.rank == plan.rank_of[i.stage]:
-                for stage in makers(i, plan):
+                for stage in sorted({i.stage, *plan.makers(i.rank)}):
                     if (last := plan.last_run(stage, i.microbatch)) is not None:
                         yield Forward(stage, last)
             yield from (Recv(result, i.rank) for result in reads(i, plan))

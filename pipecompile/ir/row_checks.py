@@ -98,7 +98,7 @@ def check_shares(rows: Sequence[Sequence[Instruction]], plan: Plan) -> None:
                 raise ProgramError(f"{i} is of {i.ranks} ranks, but the program has {len(rows)} rows")
             reached.setdefault((i.stage, i.microbatch), set()).add(i.rank)
             if i.rank == plan.rank_of[i.stage]:
-                mine = {i.stage, *(made.stage for made in plan.made if plan.rank_of[made.stage] == i.rank)}
+                mine = {i.stage, *plan.makers(i.rank)}
                 later = (other for other in row[place:] if isinstance(other, Forward) and other.stage in mine)
                 if after := next((other for other in later if other.microbatch <= i.microbatch), None):
                     raise ProgramError(f"{i} is before {after}, whose outputs it shares; put it after")

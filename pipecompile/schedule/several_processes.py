@@ -37,12 +37,11 @@ def shared(program: Program, ranks: int) -> Program:
     plan, last = program.plan, max(program.microbatches, default=None)
     if last is None or ranks == 1:
         return program
-    makers: dict[int, list[int]] = {}  # by rank, its stages that make outputs
-    for made in plan.made:
-        makers.setdefault(plan.rank_of[made.stage], []).append(made.stage)
     rows: list[list[Instruction]] = [list(row) for row in program.ranks]
     rows += [[] for _ in range(ranks - len(rows))]
-    for maker, stages in sorted(makers.items()):
+    for maker in range(plan.num_ranks):
+        if not (stages := plan.makers(maker)):
+            continue
         for rank, row in enumerate(rows):
             share = Share(max(stages), last, rank, ranks)
             if rank == maker:

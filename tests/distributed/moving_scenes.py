@@ -146,17 +146,24 @@ def moved(directory: str, parts: int = 1, normalized: bool = True) -> dict[str, 
 
 
 def gradients_move() -> list[str]:
-    """What differs if a step's two backwards have a move in between: gradients of the first one move too."""
+    """What differs if a step's two backwards have a move in between: gradients of the first one move too.
+
+    The optimizer knows the names of its parameters.
+    """
     torch.set_num_threads(1)
 
     def trained(moves: bool) -> dict[str, Tensor]:
-        pipe, optimizer, _ = _piped(FIRST if moves else SECOND, 1, False)
+        pipe, _, _ = _piped(FIRST if moves else SECOND, 1, False)
+        optimizer = torch.optim.AdamW(pipe.named_parameters(), lr=0.1)
         for step in range(2):
             torch.manual_seed(step)
             pipe(*_batch(step, 1)).backward()
             if moves and step == 0:
                 pipe.pipeline.replan(plan=_plan(SECOND, 2), costs=pipe.pipeline.costs, optimizer=[optimizer])
         seen = {name: p.grad.clone() for name, p in pipe.named_parameters()}
+        (group,), names = optimizer.param_groups, {id(p): name for name, p in pipe.named_parameters()}
+        assert group["param_names"] == [names[id(p)] for p in group["params"]]
+        assert names.keys() == {id(p) for p in group["params"]}
         pipe.pipeline.close()
         return seen
 

@@ -158,11 +158,11 @@ SHARING = Plan((), (0, 1), CHAIN.channels, made=(Made(0), Made(1)))
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("0: 0F0 1A0@0/2\n1: 1F0", r"1A0@0/2 .*|shared, but not with all ranks; add 1A0@1/2"),
-        ("0: 0F0\n1: 1F0 1A0@1/2", r"the outputs of stage 1 are shared, but not with all ranks; add 1A0@0/2"),
+        ("0: 0F0 1A0@0/2\n1: 1F0", "the outputs of stage 1 are shared, but not with all ranks; add 1A0@1/2"),
+        ("0: 0F0\n1: 1F0 1A0@1/2", "the outputs of stage 1 are shared, but not with all ranks; add 1A0@0/2"),
         ("0: 0F0 1A0@0/2\n1: 1F0 1A1@1/2 1F1", r"1A1@1/2 is before 1F1, whose outputs it shares; put it after"),
         ("0: 0F0 1A0@1/2\n1: 1F0 1A0@0/2", "1A0@1/2 is on rank 0, which is for another rank"),
-        ("0: 0F0 1A0@0/3\n1: 1F0 1A0@1/3", "the program has 2 rows, but the plan has 2 ranks"),
+        ("0: 0F0 1A0@0/3\n1: 1F0 1A0@1/3", "the program has 2 rows, but its outputs go to 3 ranks"),
         ("0: 0F0 1A0@0/2\n1: 1F0 1A0@1/2\n2: 1A0@2/3", r"1A0@0/2 is of 2 ranks, but the program has 3 rows"),
         ("0: 0F0 5A0@0/2\n1: 1F0", "5A0@0/2 is on rank 0, which is for another rank"),
     ],
