@@ -15,7 +15,7 @@ from pipecompile.capture import Call, read_call
 from pipecompile.capture.locks import CAPTURING
 from pipecompile.capture.state.fingerprints import Same
 from pipecompile.capture.state.model_state import named_tensors
-from pipecompile.capture.state.quiet_torch import not_collecting
+from pipecompile.capture.state.quiet_torch import seldom_collecting
 from pipecompile.capture.state.reachable import Reach, reach_of
 from pipecompile.compiler.capture_cache import Captures, Key, States, refuse_default_device, settings
 from pipecompile.compiler.compile_call import compile_call
@@ -190,7 +190,7 @@ class Batches:
         if self.forward is None and not lacks_values(self.model):  # one that does is filled before it runs
             self.reached = reach
         for candidate in (rows, rows.equal()):
-            with CAPTURING.taken(), undrawn(self.devices), unobserved(), not_collecting():
+            with CAPTURING.taken(), undrawn(self.devices), unobserved(), seldom_collecting():
                 compiled = compile_call(
                     self.model,
                     call,

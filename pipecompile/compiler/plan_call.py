@@ -19,7 +19,7 @@ from pipecompile.compiler.devices import cluster_of
 from pipecompile.compiler.graph_of import graph_of
 from pipecompile.compiler.options import Options
 from pipecompile.compiler.recall import Recall, disturbed
-from pipecompile.errors import ExecutionError, InputError
+from pipecompile.errors import ExecutionError, InputError, PlanError
 from pipecompile.ir.cluster import Cluster
 from pipecompile.ir.graph import CostedGraph, Graph
 from pipecompile.ir.units import seconds_text
@@ -34,6 +34,7 @@ from pipecompile.planning.counted import Counted, numbers
 from pipecompile.planning.joint_choice import counted, told, weigh_jointly
 from pipecompile.planning.microbatch_count import compared
 from pipecompile.planning.planned import Planned, chosen, planned, settled
+from pipecompile.planning.schedule_choice import microbatches_text
 from pipecompile.planning.training_spec import Workload
 from pipecompile.profile import profile
 from pipecompile.profile.budget import SECONDS
@@ -110,15 +111,18 @@ class Planner:
         else:
             recall = self._recall(division.body, graph)
             found = recall.counted(cluster_of(self.devices), work, self.options.plan, count)
-        if found is not None and found.loses:
-            _warn(found)
-        if found is None or found.chosen == work.microbatches:
-            first = made[0] if made else self.planned(division, graph, work)
-            return division, graph, replace(first, counted=found)
-        division = division.at_rows(-(-batch // found.chosen))
-        graph = graph_of(division, self.options, self.apart)
-        best = self.planned(division, graph, replace(work, microbatches=found.chosen))
-        return division, graph, replace(best, counted=found)
+        if found is not None and found.chosen != work.microbatches:
+            there = division.at_rows(-(-batch // found.chosen))
+            other = graph_of(there, self.options, self.apart)
+            try:
+                best = self.planned(there, other, replace(work, microbatches=found.chosen))
+            except (ExecutionError, PlanError) as error:
+                _tell_dropped(found.chosen, error)
+                found = replace(found, chosen=work.microbatches)
+            else:
+                return there, other, replace(best, counted=_warned(found))
+        first = made[0] if made else self.planned(division, graph, work)
+        return division, graph, replace(first, counted=_warned(found))
 
     def _jointly(self, division: Division, graph: Graph, work: Workload, batch: int) -> tuple[Division, Graph, Planned]:
         """The plan with the schedule and the number of microbatches that promise the least seconds per row."""
@@ -130,20 +134,27 @@ class Planner:
         by_rows, tried, _ = (None, [], "") if short else self._by_rows(division, costed, cluster, usual, batch)
         if by_rows is None:
             return division, graph, self.planned(division, graph, work)
-        with phase("plan"):
-            weighed = weigh_jointly(by_rows, cluster, work, options, tried, splits)
-        found = counted(weighed, by_rows)
-        if found is not None and found.loses:
-            _warn(found)
-        if found is not None and found.chosen != work.microbatches:
-            division = division.at_rows(-(-batch // found.chosen))
-            work = replace(work, microbatches=found.chosen)
-            graph = graph_of(division, self.options, self.apart)
-            costed = self._costed(division.body, graph, self._recall(division.body, graph))
-        with phase("plan"):
-            best = settled(weighed, costed, cluster, work, options)
+        while True:
+            with phase("plan"):
+                weighed = weigh_jointly(by_rows, cluster, work, options, tried, splits)
+            found = counted(weighed, by_rows)
+            there, other, this, costs = division, graph, work, costed
+            try:
+                if found is not None and found.chosen != usual:
+                    there = division.at_rows(-(-batch // found.chosen))
+                    this = replace(work, microbatches=found.chosen)
+                    other = graph_of(there, self.options, self.apart)
+                    costs = self._costed(there.body, other, self._recall(there.body, other))
+                with phase("plan"):
+                    best = settled(weighed, costs, cluster, this, options)
+                break
+            except (ExecutionError, PlanError) as error:
+                if this.microbatches == usual:
+                    raise
+                _tell_dropped(this.microbatches, error)
+                tried = [number for number in tried if number != this.microbatches]
         LOGGER.info("schedule %s, of: %s", best.schedule, "; ".join(told(weighed)) or "no others")
-        return division, graph, replace(best, counted=found, remembered=tuple(recall.said))
+        return there, other, replace(best, counted=_warned(found), remembered=tuple(recall.said))
 
     def _cluster(self, costed: CostedGraph, recall: Recall) -> Cluster:
         """The devices with their links, measured if the costs are."""
@@ -286,11 +297,18 @@ def reused(costed: CostedGraph, graph: Graph) -> CostedGraph:
     return replace(costed, graph=graph)
 
 
-def _warn(found: Counted) -> None:
-    warnings.warn(
-        f"this step is predicted to take {seconds_text(found.step)} with {found.chosen} microbatches, but "
-        f"{seconds_text(found.one_device)} on one device that runs the batch at once: small microbatches cost more per "
-        f"row than the devices gain together; use larger batches, or one device if the model fits it "
-        f"(pipe.pipeline.report.microbatches)",
-        stacklevel=2,
-    )
+def _tell_dropped(number: int, error: Exception) -> None:
+    LOGGER.info("%s dropped, with their own costs: %s", microbatches_text(number), error)
+
+
+def _warned(found: Counted | None) -> Counted | None:
+    """The comparison, after a warning if one device alone is faster."""
+    if found is not None and found.loses:
+        warnings.warn(
+            f"this step is predicted to take {seconds_text(found.step)} with {found.chosen} microbatches, but "
+            f"{seconds_text(found.one_device)} on one device that runs the batch at once: small microbatches cost more "
+            f"per row than the devices gain together; use larger batches, or one device if the model fits it "
+            f"(pipe.pipeline.report.microbatches)",
+            stacklevel=2,
+        )
+    return found

@@ -12,8 +12,9 @@ A candidate with fewer rows in a microbatch needs less memory, so a larger numbe
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from operator import itemgetter
 
 from pipecompile.ir.cluster import Cluster
 from pipecompile.ir.plan_options import PlanOptions
@@ -35,6 +36,7 @@ from pipecompile.schedule.placement import Placement
 
 LONGER = "since they cannot be shorter"
 LATE = "since the search took"
+TOLD = 8  # candidates of a kind that have a line of their own
 SECONDS = 10.0  # CPU seconds after which no more candidates are planned, once one has a plan
 
 
@@ -96,17 +98,32 @@ def counted(weighed: Sequence[Weighed], by_rows: ByRows) -> Counted | None:
 
 
 def told(weighed: Sequence[Weighed]) -> Iterator[str]:
-    """The candidates in words, those that were not planned in a line for each number of microbatches."""
-    left: dict[tuple[int, str], list[Weighed]] = {}
+    """The candidates in words: the best, and some that were refused, each in a line; others in one for each number."""
+    planned = [it for it in weighed if it.seconds is not None]
+    refused = [it for it in weighed if it.seconds is None and not it.left_out]
+    yield from map(str, planned[:TOLD])
+    for (count, _), others in _by_count(planned[TOLD:]):
+        steps = sorted({seconds_text(it.seconds or 0.0): it.seconds or 0.0 for it in others}.items(), key=itemgetter(1))
+        last = f" to {steps[-1][0]}" if len(steps) > 1 else ""
+        yield f"longer with {microbatches_text(count)}: {_names(others)}; {steps[0][0]}{last}"
+    yield from map(str, refused[:TOLD])
+    for (count, _), others in _by_count(replace(it, refused="") for it in refused[TOLD:]):
+        yield f"refused too with {microbatches_text(count)}: {_names(others)}"
+    for (count, why), others in _by_count(it for it in weighed if it.left_out):
+        least = seconds_text(min(it.least or 0.0 for it in others))
+        yield f"not planned with {microbatches_text(count)}, {why}: {_names(others)}; at least {least}"
+
+
+def _by_count(weighed: Iterable[Weighed]) -> list[tuple[tuple[int, str], list[Weighed]]]:
+    """Candidates by their numbers of microbatches, and by why they were refused."""
+    found: dict[tuple[int, str], list[Weighed]] = {}
     for it in weighed:
-        if it.left_out:
-            left.setdefault((it.microbatches, it.refused), []).append(it)
-        else:
-            yield str(it)
-    for (count, why), out in sorted(left.items()):
-        least = min(it.least or 0.0 for it in out)
-        names = ", ".join(it.schedule for it in out)
-        yield f"not planned with {microbatches_text(count)}, {why}: {names}; at least {seconds_text(least)}"
+        found.setdefault((it.microbatches, it.refused), []).append(it)
+    return sorted(found.items(), key=itemgetter(0))
+
+
+def _names(weighed: Iterable[Weighed]) -> str:
+    return ", ".join(it.schedule for it in weighed)
 
 
 def _promising(

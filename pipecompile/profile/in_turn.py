@@ -83,9 +83,10 @@ class InTurn:
         self.backward: dict[Any, list[float]] = defaultdict(list)
         self.left = most
         self.wall = self.ran = 0.0  # seconds of what the wall clock has timed
-        self._begin()
+        self.clear()
 
-    def _begin(self) -> None:
+    def clear(self) -> None:
+        """Forgets the nodes that wait."""
         self.waiting: list[Waiting] = []
         self.inside: set[fx.Node] = set()
         self.given: Values = {}  # from before the stretch
@@ -134,7 +135,7 @@ class InTurn:
                 self.left -= took
                 if self.left < took or count + 1 == RUNS:
                     break
-        self._begin()
+        self.clear()
 
     def seconds(self, key: Any) -> tuple[float, float]:
         """The seconds of a forward and of a backward of nodes alike."""

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 
 import torch
 
 from pipecompile.capture import Captured
-from pipecompile.errors import InputError
+from pipecompile.errors import ExecutionError, InputError
 from pipecompile.ir.device_specs import ACCELERATORS, Roofline
 from pipecompile.ir.graph import Cost, CostedGraph, Footprint, Graph, Setting
 from pipecompile.ops.away import lacks_values
 from pipecompile.ops.device_args import threads_of
+from pipecompile.ops.phases import LOGGER
 from pipecompile.profile.budget import SECONDS
 from pipecompile.profile.meters import Clock, Counter, How, Meter
 from pipecompile.profile.walk import Walk, run_in_turn
@@ -60,13 +62,12 @@ def profile(
     meter: Meter = Clock(device) if how == "measure" else Counter(counted, device)
     with threads_of(threads or torch.get_num_threads()):
         setting = _setting(captured, kind if how == "count" else str(device))
-        walk = Walk(captured, device, meter, seconds)
-        other = None if beside is None or how == "count" else Walk(beside[0], device, Clock(device), seconds)
-        run_in_turn([walk] if other is None else [other, walk])
+        bodies = [captured] if beside is None or how == "count" else [captured, beside[0]]
+        walk, *others = _walked(bodies, device, meter, seconds)
     names = [node.name for node in graph.nodes]
     costs = [walk.costs.get(name, Cost()) for name in names]
-    if beside is not None and other is not None:
-        timed = [other.costs.get(name, Cost()) for name in names]
+    if beside is not None and others:
+        timed = [others[0].costs.get(name, Cost()) for name in names]
         costs = [_relative(*each) for each in zip(costs, timed, beside[1].costs, strict=True)]
     return CostedGraph(
         graph=graph,
@@ -80,6 +81,21 @@ def profile(
         measured=how == "measure",
         waited=walk.turns.waited if walk.turns else 0.0,
     )
+
+
+def _walked(
+    bodies: Sequence[Captured], device: torch.device, meter: Meter, seconds: float, repeats: bool = True
+) -> list[Walk]:
+    """A pass over each body, in turn; over all nodes if one of them cannot run on the values of another layer."""
+    walks = [Walk(body, device, meter, seconds, repeats) for body in bodies]
+    try:
+        run_in_turn(walks[::-1])
+    except ExecutionError as error:
+        if not any(walk.repeats.used for walk in walks):
+            raise
+        LOGGER.info("all nodes are profiled, since one cannot run on the values of another layer: %s", error)
+        return _walked(bodies, device, meter, seconds, repeats=False)
+    return walks
 
 
 def _relative(here: Cost, there: Cost, known: Cost) -> Cost:

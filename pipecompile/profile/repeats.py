@@ -2,11 +2,13 @@
 
 The layers of a model repeat the same functions on the same shapes. A node that does what ``TIMES`` earlier ones did,
 after ``AROUND`` nodes that did the same, would only be timed once more. It is not run: its value is a copy of that of
-an earlier one, in memory laid out alike. What autograd would keep for it is known from there too, as positions among
-its operands and outputs. Nodes in other surroundings run, even if equal ones have been timed: a stretch that is timed
-is a whole part of a model, with the caches as a stage has them.
+the last one that ran, in memory laid out alike. What autograd would keep for it is known from there too, as positions
+among its operands and outputs. Nodes in other surroundings run, even if equal ones have been timed: a stretch that is
+timed is a whole part of a model, with the caches as a stage has them. Values are held from the ``TIMES``-th run on, so
+what is held is about one layer, and nothing of a model without layers alike.
 
-The copies have the values of another layer, so in a graph with sizes that depend on data, all nodes run.
+The copies have the values of another layer, so in a graph with sizes that depend on data, all nodes run. A node may
+fail on such values (an index beyond a shorter table); then all nodes run (``profiler.py``).
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Repeat:
-    """What the first of several nodes alike leaves to the others.
+    """What one of several nodes alike leaves to the later ones.
 
     Attributes:
         value: its value.
@@ -75,11 +77,15 @@ class Repeats:
     """The nodes of one graph that have run, by what they do and what is around them.
 
     Args:
-        data_sizes: whether sizes of the graph depend on data.
+        off: whether all nodes are to run, as those of a graph with sizes that depend on data.
+
+    Attributes:
+        used: whether a node has not been run.
     """
 
-    def __init__(self, data_sizes: bool) -> None:
-        self.off = data_sizes
+    def __init__(self, off: bool) -> None:
+        self.off = off
+        self.used = False
         self.recent: deque[int] = deque(maxlen=AROUND + 1)
         self.ran: Counter[tuple[int, ...]] = Counter()
         self.found: dict[Any, Repeat | None] = {}  # None: nodes alike run each time
@@ -96,10 +102,12 @@ class Repeats:
         if self.off or self.ran[around] < TIMES:
             self.ran[around] += 1
             return None
-        return self.found.get((key, _shared(operands)))
+        found = self.found.get((key, _shared(operands)))
+        self.used = self.used or found is not None
+        return found
 
     def add(self, node: fx.Node, key: Any, operands: Sequence[Tensor], value: Any, saved: Sequence[Tensor]) -> None:
-        """Notes a node that has run.
+        """Notes a node that has run, after ``of``, if nodes alike need not run from now on.
 
         Args:
             node: what has run.
@@ -109,7 +117,7 @@ class Repeats:
             saved: the tensors that autograd keeps for it.
         """
         full = key, _shared(operands)
-        if not self.off and full not in self.found:
+        if not self.off and self.ran[tuple(self.recent)] >= TIMES and full not in self.found:
             self.found[full] = _repeat(node, operands, value, saved)
 
 

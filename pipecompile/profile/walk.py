@@ -47,13 +47,21 @@ class Walk:
         device: the device to run on.
         meter: what determines the seconds of a call.
         seconds: of all timed runs.
+        repeats: whether nodes like earlier ones need not run (``repeats.py``).
 
     Attributes:
         costs, footprints: by node name, for nodes that have run.
         storages: the bytes of each storage in a footprint.
     """
 
-    def __init__(self, captured: Captured, device: torch.device, meter: Meter, seconds: float = SECONDS) -> None:
+    def __init__(
+        self,
+        captured: Captured,
+        device: torch.device,
+        meter: Meter,
+        seconds: float = SECONDS,
+        repeats: bool = True,
+    ) -> None:
         self.captured = captured
         self.device = device
         self.meter = meter
@@ -71,12 +79,9 @@ class Walk:
         self.turns = InTurn(self._operands, self._says_where, seconds) if meter.in_turn else None
         self.last_use = {source: node for node in captured.graph.nodes for source in node.all_input_nodes}
         self.keys: dict[str, Any] = {}  # of the nodes that are timed in turn
-        self.repeats = Repeats(bool(captured.data_sizes) or self.turns is None)
+        self.repeats = Repeats(off=not repeats or bool(captured.data_sizes) or self.turns is None)
         calls = (node for node in captured.graph.nodes if node.op in ("call_function", "call_module"))
         self.budget = Budget(calls, seconds)
-
-    def run(self) -> None:
-        run_in_turn([self])
 
     def _take(self, turns: InTurn) -> None:
         """Takes the seconds of the nodes that were timed in turn."""
@@ -113,11 +118,16 @@ class Walk:
                 self.values.pop(source, None)
 
     def end(self) -> None:
-        """Times what still waits, after the last node, and frees what was run."""
+        """Times what still waits, after the last node."""
         if self.turns is not None:
             self._take(self.turns)
-        self.values.clear()  # this object is in a cycle of references
+
+    def free(self) -> None:
+        """Frees what was run, since this object is in a cycle of references."""
+        self.values.clear()
         self.repeats.found.clear()
+        if self.turns is not None:
+            self.turns.clear()
 
     def _visit(self, node: fx.Node) -> None:
         match node.op:
@@ -292,9 +302,13 @@ def run_in_turn(walks: Sequence[Walk]) -> None:
         for walk in walks[1:]:
             if walk.turns is not None and first.turns is not None:
                 walk.turns.share(first.turns)
-        for node in nodes:
+        try:
+            for node in nodes:
+                for walk in walks:
+                    walk.visit(node)
+                advance()
             for walk in walks:
-                walk.visit(node)
-            advance()
-        for walk in walks:
-            walk.end()
+                walk.end()
+        finally:
+            for walk in walks:
+                walk.free()

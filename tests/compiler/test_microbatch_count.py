@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import pipecompile
 from pipecompile import Batching
 from pipecompile.compiler import plan_call
+from pipecompile.ir.cluster import Cluster
 from pipecompile.ir.graph import Cost, CostedGraph
 from pipecompile.planning.by_rows import costs_at
 from pipecompile.planning.counted import numbers
@@ -167,6 +168,51 @@ def test_a_size_that_cannot_run_leaves_the_usual_number(monkeypatch: pytest.Monk
     pipe = compiled(model)
     torch.testing.assert_close(pipe(*data()), model.forward(*data()))
     assert pipe.pipeline.microbatches == 4
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "auto"])
+def test_a_chosen_size_that_cannot_run_is_dropped(
+    schedule: str, took: Callable[[Seconds], list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profiled = took(lambda rows: 0.02 * rows)
+    measured = plan_call.profile
+
+    def of_two_rows(captured: Any, *args: Any, **kwargs: Any) -> CostedGraph:
+        if captured.microbatch == 1:
+            profiled.append(1)
+            raise pipecompile.ExecutionError("cannot run a microbatch of 1 row")
+        return measured(captured, *args, **kwargs)
+
+    monkeypatch.setattr(plan_call, "profile", of_two_rows)
+    model, (x, y) = built(), data()
+    pipe = compiled(model, schedule=schedule)
+    torch.testing.assert_close(pipe(x, y), model.forward(x, y))
+    assert profiled[:3] == [4, 2, 1]
+    assert pipe.pipeline.microbatches in ((8,) if schedule == "auto" else (4,))
+    assert str(pipe.pipeline.report.microbatches[0]).startswith(f"{pipe.pipeline.microbatches}, predicted to take ")
+
+
+def test_a_chosen_size_whose_own_costs_exceed_memory_is_dropped(
+    took: Callable[[Seconds], list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profiled = took(lambda rows: 0.02 * rows)
+    measured = plan_call.profile
+
+    def more_of_one_row(captured: Any, *args: Any, **kwargs: Any) -> CostedGraph:
+        found = measured(captured, *args, **kwargs)
+        if captured.microbatch > 1:
+            return found
+        prints = tuple(replace(each, forward_bytes=1 << 40) for each in found.footprints)
+        return replace(found, footprints=prints)
+
+    monkeypatch.setattr(plan_call, "profile", more_of_one_row)
+    cluster = Cluster.of(["cpu", "cpu"])
+    cluster = replace(cluster, devices=tuple(replace(device, memory=1 << 30) for device in cluster.devices))
+    model, (x, y) = built(), data()
+    pipe = compiled(model, schedule="auto", cluster=cluster)
+    torch.testing.assert_close(pipe(x, y), model.forward(x, y))
+    assert profiled[:3] == [4, 2, 1]
+    assert pipe.pipeline.microbatches == 8
 
 
 def test_a_step_that_one_device_does_faster_is_told(took: Callable[[Seconds], list[int]]) -> None:

@@ -133,6 +133,18 @@ def test_what_is_left_out_is_said_with_its_bound() -> None:
     assert (steps.chosen, steps.step) == (planned[0].microbatches, planned[0].seconds)
 
 
+def test_the_best_have_lines_of_their_own_and_the_others_share_them() -> None:
+    planned = [Weighed(f"s{index}", 1, seconds=0.001 * index, microbatches=2 + index % 2) for index in range(1, 13)]
+    refused = [Weighed(f"r{index}", 1, refused=f"why {index}", microbatches=4) for index in range(10)]
+    assert list(told([*planned, *refused])) == [
+        *map(str, planned[:8]),
+        "longer with 2 microbatches: s10, s12; 10.0 ms to 12.0 ms",
+        "longer with 3 microbatches: s9, s11; 9.00 ms to 11.0 ms",
+        *map(str, refused[:8]),
+        "refused too with 4 microbatches: r8, r9",
+    ]
+
+
 def test_sizes_that_keep_other_values_have_no_fewer_microbatches_within_memory() -> None:
     one, other = graph_at(0, 4), graph_at(0, 2)
     odd = replace(other, storages=(*other.storages, 8))

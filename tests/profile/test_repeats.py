@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipecompile.capture import capture, read_call, summarize
 from pipecompile.ir.graph import CostedGraph
+from pipecompile.ops import phases
 from pipecompile.profile import profile
 from pipecompile.profile.meters import How
 
@@ -85,6 +86,20 @@ class Tied(nn.Module):
         return x
 
 
+class Table(nn.Module):
+    """Reads rows of a table at indices of its own, of which another layer's may have more."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(rows, 8)
+        self.register_buffer("places", torch.full((5,), rows - 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(repeats.AROUND):
+            x = torch.tanh(x)
+        return x + self.table(self.places * 1)
+
+
 def layers_of(kind: type[nn.Module]) -> nn.Module:
     return nn.Sequential(*(kind() for _ in range(LAYERS)), nn.Flatten(), nn.Linear(40, 3))
 
@@ -115,7 +130,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def test_a_tensor_of_sizes_that_depend_on_data_is_never_a_copy() -> None:
-    found = repeats.Repeats(data_sizes=True)
+    found = repeats.Repeats(off=True)
     assert all(found.of("key", []) is None for _ in range(50))
 
 
@@ -151,7 +166,7 @@ def test_layers_alike_run_no_more_often_than_needed(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_node_in_another_surrounding_runs() -> None:
-    found = repeats.Repeats(data_sizes=False)
+    found = repeats.Repeats(off=False)
     node = torch.fx.Graph().create_node("call_function", torch.add)
     ones = torch.ones(2)
 
@@ -173,11 +188,11 @@ def test_the_copy_of_a_value_has_memory_of_its_own_laid_out_alike() -> None:
     graph = torch.fx.Graph()
     node = graph.create_node("call_function", torch.add)
     view, fresh = base[1:3, 2:4], torch.randn(3, 8)[:, 1:5].t()
-    found = repeats.Repeats(data_sizes=False)
-    found.add(node, "key", operands, (view, fresh), [operands[1], fresh, torch.randn(5)])
+    found = repeats.Repeats(off=False)
     other = [torch.randn(4, 6), torch.randn(4, 6)]
-    for _ in range(repeats.AROUND + 1 + repeats.TIMES):
-        found.of("key", other)
+    for _ in range(repeats.AROUND + repeats.TIMES):
+        assert found.of("key", other) is None
+    found.add(node, "key", operands, (view, fresh), [operands[1], fresh, torch.randn(5)])
     repeat = found.of("key", other)
     assert repeat is not None
     (seen, copied), saved = repeat.again(other)
@@ -191,6 +206,29 @@ def test_the_copy_of_a_value_has_memory_of_its_own_laid_out_alike() -> None:
     assert saved[0] is other[1]
     assert saved[1] is copied
     assert found.of("key", [base, base]) is None  # operands that share memory are another case
+
+
+def test_nothing_is_held_of_layers_that_are_not_alike() -> None:
+    found = repeats.Repeats(off=False)
+    node = torch.fx.Graph().create_node("call_function", torch.add)
+    for key in map(str, range(50)):
+        found.of(key, [])
+        found.add(node, key, [], torch.ones(2), [])
+    assert not found.found
+
+
+def test_all_nodes_run_if_one_cannot_run_on_the_values_of_another_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(phases.LOGGER, "info", lambda text, *args: said.append(text % args))
+    model = nn.Sequential(*(Table(100) for _ in range(repeats.TIMES + 1)), *(Table(10) for _ in range(2)))
+    found = costed(model, torch.randn(2, 5, 8))
+    assert [text.partition(":")[0] for text in said] == [
+        "all nodes are profiled, since one cannot run on the values of another layer"
+    ]
+    assert "index out of range" in said[0]
+    paired = zip(found.graph.nodes, found.costs, strict=True)
+    looked_up = [cost.forward > 0 for node, cost in paired if node.op == "embedding"]
+    assert looked_up == [True] * (repeats.TIMES + 3)
 
 
 @pytest.mark.parametrize("how", ["measure", "count"])

@@ -1,4 +1,4 @@
-"""Suppresses torch's logs and the garbage collector during a trace.
+"""Suppresses torch's logs and the garbage collector during a trace, and most of its runs in a compilation.
 
 torch logs an error when a size cannot be a symbol, but a later attempt may succeed, and a final failure is raised. The
 log records of the calling thread are dropped at the loggers; the user's levels and handlers are not changed. Loggers
@@ -15,6 +15,7 @@ from contextlib import contextmanager
 
 from pipecompile.ops.torch_internals import dynamo
 
+SELDOM = 50_000  # objects that a compilation makes between two collections, at least
 _LOGGERS = ("torch.fx", "torch._subclasses", "torch._dynamo", "torch.utils._sympy")  # and their children
 
 
@@ -48,3 +49,18 @@ def not_collecting() -> Iterator[None]:
     finally:
         if collecting:
             gc.enable()
+
+
+@contextmanager
+def seldom_collecting() -> Iterator[None]:
+    """A context with fewer garbage collections: a compilation makes many objects, most of which it keeps.
+
+    It may take minutes (torch.compile), so there are some, else cycles would pile up.
+    """
+    before = gc.get_threshold()
+    if before[0]:  # else there are none
+        gc.set_threshold(max(SELDOM, before[0]), *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
