@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -231,3 +231,47 @@ class TwoViewsNormalized(Wrapped):
     def middle(self, h: Tensor) -> Tensor:
         one, other = self.norm(torch.cat([h, h.sin()])).chunk(2)
         return one * other
+
+
+class Fields(NamedTuple):
+    value: Tensor
+    scale: Tensor
+
+
+class Quantized(Fields):
+    """Whole numbers with a scale, which takes part in torch functions; a float may stand for the scale."""
+
+    def __new__(cls, value: Tensor, scale: Any) -> Quantized:
+        return super().__new__(cls, value, torch.tensor(float(scale), dtype=value.dtype))  # type: ignore[no-any-return]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        plain = [arg.value * arg.scale if isinstance(arg, Quantized) else arg for arg in args]
+        return func(*plain, **(kwargs or {}))
+
+
+@idiom()
+class QuantizedByFields(Wrapped):
+    """A named tuple with ``__new__`` and ``__torch_function__`` of its own passes between layers, as of brevitas."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(D))
+        self.body = nn.Linear(D, D)
+
+    def middle(self, h: Tensor) -> Tensor:
+        whole = h + (h * self.scale * 16).round().detach() / 16 - h.detach()
+        return torch.tanh(self.body(Quantized(whole, 0.5)))
+
+
+class Labelled(Fields):
+    def __new__(cls, value: Tensor) -> Labelled:
+        return super().__new__(cls, value, value.sin())  # type: ignore[no-any-return]
+
+
+@idiom()
+class NamedPairInACall(Wrapped):
+    """A named tuple that its class makes of one tensor is the argument of a torch function."""
+
+    def middle(self, h: Tensor) -> Tensor:
+        return torch.stack(Labelled(h)).prod(0)
