@@ -275,3 +275,56 @@ class NamedPairInACall(Wrapped):
 
     def middle(self, h: Tensor) -> Tensor:
         return torch.stack(Labelled(h)).prod(0)
+
+
+class Pattern:
+    """An object that a function inside its constructor fills, as einops has of a pattern."""
+
+    def __init__(self, text: str) -> None:
+        self.names: set[str] = set()
+
+        def add(name: str) -> None:
+            self.names.add(name)
+
+        for name in text.split():
+            add(name)
+
+
+class Parsing(Asking):
+    def forward(self, h: Tensor) -> Tensor:
+        return super().forward(h) * len(Pattern("b d").names)
+
+
+@idiom()
+class PatternParsedInALeaf(Wrapped):
+    """A module kept whole that parses a pattern into a new object, by a function with an outer variable."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Parsing()
+
+    def middle(self, h: Tensor) -> Tensor:
+        return self.body(h)
+
+
+class FirstMean(Asking):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", None)
+
+    def forward(self, h: Tensor) -> Tensor:
+        if self.mean is None:
+            self.mean = self.net[0].weight.detach().mean(0)
+        return super().forward(h - self.mean)
+
+
+@idiom(refused="has been None")
+class FirstTensorOfABuffer(Wrapped):
+    """A module kept whole gives a buffer its first tensor in the first call, as quantizers with an affine scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = FirstMean()
+
+    def middle(self, h: Tensor) -> Tensor:
+        return self.body(h)
