@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from idioms.declare import D, Wrapped, idiom
 
@@ -328,3 +330,19 @@ class FirstTensorOfABuffer(Wrapped):
 
     def middle(self, h: Tensor) -> Tensor:
         return self.body(h)
+
+
+@idiom(lambda draw: ((draw.floats(7, D),), {}))
+class SegmentsRoundedUp(nn.Module):
+    """Sequences padded to whole segments: how many is ``math.ceil`` of a length, which several layers read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = (nn.Linear(D, D) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        count = math.ceil(x.shape[1] / 3)
+        h = F.pad(self.first(x).tanh(), (0, 0, 0, count * 3 - x.shape[1]))
+        h = self.second(h.unflatten(1, (count, 3)).mean(2)).tanh()
+        h = self.last(h.repeat_interleave(3, 1).view(-1, count, 3, D)).tanh()
+        return (h.sum() / count).square() + h.square().mean()
