@@ -70,6 +70,8 @@ ONCE_WRONG = (
     "PatternParsedInALeaf",
     "FirstTensorOfABuffer",
     "SegmentsRoundedUp",
+    "StackedViewsNormalized",
+    "RepeatedViewsNormalized",
 )
 CASES = [
     (name, *setting) for i, name in enumerate(TRIED) for setting in (EVERY if THOROUGH else [QUICK[i % len(QUICK)]])

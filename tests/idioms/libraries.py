@@ -346,3 +346,21 @@ class SegmentsRoundedUp(nn.Module):
         h = self.second(h.unflatten(1, (count, 3)).mean(2)).tanh()
         h = self.last(h.repeat_interleave(3, 1).view(-1, count, 3, D)).tanh()
         return (h.sum() / count).square() + h.square().mean()
+
+
+@idiom(parts=True, refused_stream="several versions|asynchronous|stages")
+class StackedViewsNormalized(TwoViewsNormalized):
+    """Two views of each sample, stacked and flattened before they are normalized together."""
+
+    def middle(self, h: Tensor) -> Tensor:
+        one, other = self.norm(torch.stack([h, h.sin()]).flatten(0, 1)).chunk(2)
+        return one * other
+
+
+@idiom(parts=True, refused_stream="several versions|asynchronous|stages")
+class RepeatedViewsNormalized(TwoViewsNormalized):
+    """Each sample twice in one batch, normalized together."""
+
+    def middle(self, h: Tensor) -> Tensor:
+        one, other = self.norm(h.repeat(2, 1) * 0.5).chunk(2)
+        return one * other.sin()
