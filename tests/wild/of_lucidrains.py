@@ -120,7 +120,7 @@ def _generative() -> list[Wild]:
         _entry("KarrasUnet", "denoising_diffusion_pytorch", "KarrasUnet", karras | {"image_size": 8}, lambda draw: ((draw.floats(4, 8, 8), draw.floats().abs()), {}), lengths=(8,)),
         _entry("KarrasUnet1D", "denoising_diffusion_pytorch", "KarrasUnet1D", karras | {"seq_len": 8, "num_classes": 3}, lambda draw: ((draw.floats(4, 8), draw.floats().abs()), {"class_labels": draw.ids(3)}), lengths=(8,)),
         wild("lucidrains", "GaussianDiffusion", lambda: _Diffusion(_class("denoising_diffusion_pytorch", "GaussianDiffusion"), _class("denoising_diffusion_pytorch", "Unet")(**unet)), lambda draw: ((draw.floats(3, 16, 16), draw.ids(100), draw.floats(3, 16, 16)), {}), loss=_first, lengths=(16,)),
-        wild("lucidrains", "BYOL", _byol, lambda draw: ((draw.floats(3, 16, 16),), {}), loss=_first, lengths=(16,)),
+        wild("lucidrains", "BYOL", _byol, lambda draw: ((draw.floats(3, 16, 16),), {}), loss=_first, inside=True, whole="its batch normalization reads two views", lengths=(16,)),
     ]  # fmt: skip
 
 
