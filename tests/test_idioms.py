@@ -70,6 +70,7 @@ ONCE_WRONG = (
     "PatternParsedInALeaf",
     "FirstTensorOfABuffer",
     "SegmentsRoundedUp",
+    "AdjointInTheModelItself",
     "StackedViewsNormalized",
     "RepeatedViewsNormalized",
 )

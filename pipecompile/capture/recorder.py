@@ -262,11 +262,7 @@ class Recorder(TorchFunctionMode):
         try:
             return self.values.read(node)
         except DependsOnData as error:
-            keep = (
-                "keep the module around it whole with leaf_modules="
-                if self.scopes.path
-                else "move it into a module of its own, which can be kept whole"
-            )
+            keep = self.scopes.keep_whole
             raise DependsOnData(f"{self.scopes.here}: {error}; {keep}, or compute it from inputs") from error
 
     def _counts(self, masks: Sequence[Tensor]) -> bool:

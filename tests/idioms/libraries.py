@@ -364,3 +364,31 @@ class RepeatedViewsNormalized(TwoViewsNormalized):
     def middle(self, h: Tensor) -> Tensor:
         one, other = self.norm(h.repeat(2, 1) * 0.5).chunk(2)
         return one * other.sin()
+
+
+class ThroughNet(torch.autograd.Function):
+    """Runs a network again in the backward, as solvers do that keep no activations."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, net: nn.Module) -> Tensor:
+        ctx.x, ctx.net = x.detach(), net
+        return net(x).detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        with torch.enable_grad():
+            x = ctx.x.requires_grad_()
+            torch.autograd.backward(ctx.net(x), gradient)
+        return x.grad, None
+
+
+@idiom(refused="of its own")
+class AdjointInTheModelItself(Wrapped):
+    """A function with a backward of its own takes a module, in the model's own forward, as adjoints of solvers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(D, D)
+
+    def middle(self, h: Tensor) -> Tensor:
+        return ThroughNet.apply(h, self.net)
