@@ -63,6 +63,6 @@ def set_by_others(model: nn.Module) -> Iterator[list[str]]:
         with _LOCK:
             _WATCHERS.remove(watcher)
             if not _WATCHERS:
-                nn.Module.__setattr__ = _OWN[-1]  # type: ignore[method-assign]
+                nn.Module.__setattr__ = _OWN[-1]  # type: ignore[method-assign, assignment]
         for (_, name), (owner, value) in watcher.found.items():
             setattr(owner, name, value)
