@@ -65,6 +65,14 @@ ONCE_WRONG = (
     "PackedAlone",
     "CouplingByMask",
     "TwoViewsNormalized",
+    "QuantizedByFields",
+    "NamedPairInACall",
+    "PatternParsedInALeaf",
+    "FirstTensorOfABuffer",
+    "SegmentsRoundedUp",
+    "AdjointInTheModelItself",
+    "StackedViewsNormalized",
+    "RepeatedViewsNormalized",
 )
 CASES = [
     (name, *setting) for i, name in enumerate(TRIED) for setting in (EVERY if THOROUGH else [QUICK[i % len(QUICK)]])

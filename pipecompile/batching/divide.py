@@ -20,6 +20,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
+from pipecompile.batching.batch_norm import uses_batch_statistics
 from pipecompile.batching.division import Before, Division, Tail
 from pipecompile.batching.infer_batch_types import Analysis, analyse
 from pipecompile.batching.rules import Instead, Recount, RowsArgument, Share, ShareArgument, Squeeze, WholeArgument
@@ -102,12 +103,17 @@ class _Divider:
             captured=small, whole=self.large, body=body, joins=joins, before=before, tail=tail, places=places,
             reweighted=tuple(dict.fromkeys(self.notes)), tried=self.analysis.tried,
             at_least=self.at_least, at_most=self.analysis.at_most,
+            norms_apart=any(uses_batch_statistics(n) and self._is_apart(n) for n in copies),
         )  # fmt: skip
 
     def _kind(self, node: fx.Node) -> Kind:
         kind = self.analysis.kinds[node]
         assert not isinstance(kind, tuple)
         return kind
+
+    def _is_apart(self, node: fx.Node) -> bool:
+        kind = self.analysis.kinds[node]
+        return isinstance(kind, Batched) and (kind.dim != 0 or kind.outer > 1 or kind.ragged)
 
     def _is_whole_only(self, node: fx.Node) -> bool:
         kind = self.analysis.kinds[node]

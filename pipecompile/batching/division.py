@@ -81,6 +81,7 @@ class Division:
     at_least: int = 1  # rows; it does not hold for smaller batches
     most_rows: int | None = None  # it does not hold for larger batches
     at_most: Mapping[Any, int] = field(default_factory=dict)  # sizes (symbols) up to which experiments have run
+    norms_apart: bool = False  # batch normalization reads entries of a sample that are apart, such as several views
     one_part: bool = False  # it holds for batches of one microbatch only
     is_divided: bool = True  # microbatches are parts of a batch, not independent batches
 

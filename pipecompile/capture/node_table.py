@@ -143,7 +143,7 @@ class NodeTable:
                 return self.sizes.node(value)
             case torch.Size() | list() | tuple():
                 items = [self.lower(item) for item in value]
-                if isinstance(value, tuple) and hasattr(value, "_fields"):
+                if isinstance(value, tuple) and _is_made_of_fields(type(value)):
                     return type(value)(*items)
                 return items if isinstance(value, list) else tuple(items)
             case dict():
@@ -225,3 +225,9 @@ class NodeTable:
                 picked = self.emit(operator.getitem, (node, index))
                 picked.meta["val"] = item
                 self.bind_items(picked, item, sources, (*recipe, picked))
+
+
+def _is_made_of_fields(kind: type) -> bool:
+    """Whether a type is a named tuple without a ``__new__`` of its own, which could not take nodes."""
+    owner = next((each for each in kind.__mro__ if "_fields" in vars(each)), None)
+    return owner is not None and kind.__new__ is owner.__new__

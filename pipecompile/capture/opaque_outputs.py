@@ -16,6 +16,7 @@ from pipecompile.capture.evaluate import Evaluator
 from pipecompile.capture.functionalize import storage_key
 from pipecompile.capture.opaque_calls import LeafCall, copy_of
 from pipecompile.capture.state.guards import MISSING, NOT_PLAIN, TORCHS_OWN, frozen
+from pipecompile.capture.state.model_state import first_tensor
 from pipecompile.errors import CaptureError, DependsOnData
 from pipecompile.ops.torch_internals import DisableTorchFunction, _disable_current_modes
 
@@ -56,6 +57,9 @@ def learn(
 def _refuse_settings(call: LeafCall, copy: Any) -> None:
     """Raises ``CaptureError`` if the forward set an attribute: it was set on a copy, and would be lost."""
     for module, inner in zip(call.kept.modules(), copy.modules(), strict=False):  # type: ignore[attr-defined]
+        born = [n for n, t in inner._buffers.items() if t is not None and module._buffers.get(n) is None]
+        if born:
+            raise first_tensor(call.name, born[0])
         own = TORCHS_OWN | (OF_RECURRENT if isinstance(inner, nn.RNNBase) else frozenset())
         names = [n for n, v in vars(inner).items() if n not in own and v is not vars(module).get(n, MISSING)]
         changed = [n for n in names if frozen(vars(inner)[n]) is NOT_PLAIN or vars(inner)[n] != vars(module).get(n)]

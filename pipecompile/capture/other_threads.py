@@ -7,7 +7,7 @@ be lost, and might be in the trace by half. So it is noted, set again at the end
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,14 +34,14 @@ class _Watcher:
 
 _LOCK = threading.Lock()
 _WATCHERS: list[_Watcher] = []
-_set = nn.Module.__setattr__
+_OWN: list[Callable[[nn.Module, str, Any], None]] = []  # the __setattr__ that was there before, perhaps another's patch
 
 
 def _noting(self: nn.Module, name: str, value: Any) -> None:
     if not busy().waited_for:  # else it is a thread that runs a program for one that waits
         for watcher in _WATCHERS.copy():
             watcher.see(self, name, value)
-    _set(self, name, value)
+    _OWN[-1](self, name, value)
 
 
 @contextmanager
@@ -53,6 +53,8 @@ def set_by_others(model: nn.Module) -> Iterator[list[str]]:
     """
     watcher = _Watcher(model)
     with _LOCK:
+        if not _WATCHERS:
+            _OWN[:] = [nn.Module.__setattr__]
         _WATCHERS.append(watcher)
         nn.Module.__setattr__ = _noting  # type: ignore[method-assign]
     try:
@@ -61,6 +63,6 @@ def set_by_others(model: nn.Module) -> Iterator[list[str]]:
         with _LOCK:
             _WATCHERS.remove(watcher)
             if not _WATCHERS:
-                nn.Module.__setattr__ = _set  # type: ignore[method-assign]
+                nn.Module.__setattr__ = _OWN[-1]  # type: ignore[method-assign, assignment]
         for (_, name), (owner, value) in watcher.found.items():
             setattr(owner, name, value)

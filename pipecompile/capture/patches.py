@@ -153,7 +153,7 @@ def _apply(
     if hides_tensors((rest, kwargs)):
         raise DependsOnData(
             f"{recorder.scopes.here}: {cls.__name__} takes modules, or objects that contain tensors, whose gradients a "
-            f"graph of functions would lose; keep the module around it whole with leaf_modules="
+            f"graph of functions would lose; {recorder.scopes.keep_whole}"
         )
     with DisableTorchFunction():
         return recorder.call(Applied(cls), tuple(rest), kwargs, partial(original, cls))

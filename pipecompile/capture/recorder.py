@@ -28,6 +28,7 @@ from pipecompile.capture.higher_order_functions import body_of, takes_function
 from pipecompile.capture.input_reads import READS, Values
 from pipecompile.capture.node_table import NodeTable
 from pipecompile.capture.opaque_recording import LeafRecorder
+from pipecompile.capture.overrides import as_they_say, others_than_tensors
 from pipecompile.capture.repeated_calls import RepeatedCalls
 from pipecompile.capture.state.container_proxies import without_stand_ins
 from pipecompile.capture.state.executed_code import Ran
@@ -93,9 +94,17 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         looking = self.ran.pause()
         try:
+            if self._is_recording and (others := others_than_tensors(types)):
+                self.ran.resume(looking)
+                with self:  # they say which functions of tensors to call instead
+                    return as_they_say(others, func, types, args, kwargs or {})
             return self._called(func, args, kwargs or {}, looking)
         finally:
             self.ran.resume(looking)
+
+    @property
+    def _is_recording(self) -> bool:
+        return not self.scopes.inside_leaf and not self.scopes.inside_transform
 
     def _called(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], looking: bool) -> Any:
         if self.scopes.inside_transform and func is Tensor.register_hook:
@@ -253,11 +262,7 @@ class Recorder(TorchFunctionMode):
         try:
             return self.values.read(node)
         except DependsOnData as error:
-            keep = (
-                "keep the module around it whole with leaf_modules="
-                if self.scopes.path
-                else "move it into a module of its own, which can be kept whole"
-            )
+            keep = self.scopes.keep_whole
             raise DependsOnData(f"{self.scopes.here}: {error}; {keep}, or compute it from inputs") from error
 
     def _counts(self, masks: Sequence[Tensor]) -> bool:

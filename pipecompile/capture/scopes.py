@@ -41,6 +41,13 @@ class Scopes:
         return Origin(self.path, user_line())
 
     @property
+    def keep_whole(self) -> str:
+        """What the user can do where this part of forward cannot be recorded; only the model's parts can be leaves."""
+        if self.path:
+            return "keep the module around it whole with leaf_modules="
+        return "move it into a module of its own, which can be kept whole"
+
+    @property
     def region(self) -> Region:
         return Region(torch.is_grad_enabled() and not torch.is_inference_mode_enabled(), tuple(self.autocasts))
 

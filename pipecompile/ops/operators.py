@@ -89,7 +89,7 @@ def function_of(target: Any) -> Any:
 
 
 def is_opaque(target: Any) -> bool:
-    """Whether what a graph calls is not a torch function, so that its name says nothing about it.
+    """Whether what a graph calls is neither a torch function nor Python's arithmetic, so that its name says nothing.
 
     That is: a module or function kept whole, a custom operator, a custom autograd function, a hook.
     """
@@ -102,6 +102,7 @@ def is_opaque(target: Any) -> bool:
         "operator",
         "_operator",
         "builtins",
+        "math",
     )
 
 

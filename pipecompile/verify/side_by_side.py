@@ -21,7 +21,6 @@ from torch.overrides import TorchFunctionMode
 
 from pipecompile.batching import SHARED, Batched, Kind, Rows, by_shape, gather, scatter
 from pipecompile.capture import Call, Captured, Output
-from pipecompile.capture.ancestors import ancestors
 from pipecompile.capture.loss import find_loss
 from pipecompile.capture.origin import origin_of
 from pipecompile.capture.purity import is_random
@@ -53,8 +52,6 @@ Name = (
     int | str
 )  # of a tensor that is given a gradient: the position of an output, or the place of a tensor left in the model
 Seeds = dict[Name, Tensor]
-
-_CAT = (torch.cat, torch.concat, torch.concatenate)
 
 
 @dataclass(frozen=True)
@@ -140,24 +137,10 @@ def apart(trial: Trial) -> str:
     written = sorted({name for node in nodes for name in origin_of(node).writes if not _is_normalisation(node)})
     if written:
         return f"the model writes buffer {written[0]!r}"
-    if any(map(_normalises_views, nodes)):
+    if trial.batch.division.norms_apart:  # in the whole batch, a microbatch's entries are not next to each other
         return "it normalizes several views of each sample together"
     leaves = trial.captured.leaves
     return f"module {next(iter(leaves))!r} is kept whole as a leaf" if leaves and trial.model.training else ""
-
-
-def _normalises_views(node: torch.fx.Node) -> bool:
-    """Whether batch normalization reads what was put one behind the other along the batch, such as two views.
-
-    In the whole batch, the entries of a microbatch are then not next to each other.
-    """
-    if node.target not in (F.batch_norm, torch.batch_norm):
-        return False
-    return any(it.target in _CAT and len(it.all_input_nodes) > 1 and _dim(it) == 0 for it in ancestors([node]))
-
-
-def _dim(cat: torch.fx.Node) -> Any:
-    return cat.args[1] if len(cat.args) > 1 else cat.kwargs.get("dim", cat.kwargs.get("axis", 0))
 
 
 def incomparable(trial: Trial) -> str:

@@ -75,3 +75,19 @@ def test_a_thread_that_changes_the_model_in_every_trace_is_named(monkeypatch: py
         pipe(torch.randn(4, 4))
     assert len(values) == 4
     assert pipe.scale == values[-1]
+
+
+def test_a_patch_of_setattr_by_others_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    own, seen = nn.Module.__setattr__, []
+
+    def theirs(self: nn.Module, name: str, value: Any) -> None:
+        seen.append(name)
+        own(self, name, value)
+
+    monkeypatch.setattr(nn.Module, "__setattr__", theirs)
+    model = Scaled()
+    pipe = pipecompile.compile(model, devices=["cpu"] * 2, schedule="1f1b", microbatches=2)
+    disturbed(monkeypatch, model, 1)
+    pipe(torch.randn(4, 4)).backward()
+    assert nn.Module.__setattr__ is theirs
+    assert seen.count("scale") > 1

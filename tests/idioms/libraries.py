@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from idioms.declare import D, Wrapped, idiom
 
@@ -231,3 +233,162 @@ class TwoViewsNormalized(Wrapped):
     def middle(self, h: Tensor) -> Tensor:
         one, other = self.norm(torch.cat([h, h.sin()])).chunk(2)
         return one * other
+
+
+class Fields(NamedTuple):
+    value: Tensor
+    scale: Tensor
+
+
+class Quantized(Fields):
+    """Whole numbers with a scale, which takes part in torch functions; a float may stand for the scale."""
+
+    def __new__(cls, value: Tensor, scale: Any) -> Quantized:
+        return super().__new__(cls, value, torch.tensor(float(scale), dtype=value.dtype))  # type: ignore[no-any-return]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        plain = [arg.value * arg.scale if isinstance(arg, Quantized) else arg for arg in args]
+        return func(*plain, **(kwargs or {}))
+
+
+@idiom()
+class QuantizedByFields(Wrapped):
+    """A named tuple with ``__new__`` and ``__torch_function__`` of its own passes between layers, as of brevitas."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(D))
+        self.body = nn.Linear(D, D)
+
+    def middle(self, h: Tensor) -> Tensor:
+        whole = h + (h * self.scale * 16).round().detach() / 16 - h.detach()
+        return torch.tanh(self.body(Quantized(whole, 0.5)))
+
+
+class Labelled(Fields):
+    def __new__(cls, value: Tensor) -> Labelled:
+        return super().__new__(cls, value, value.sin())  # type: ignore[no-any-return]
+
+
+@idiom()
+class NamedPairInACall(Wrapped):
+    """A named tuple that its class makes of one tensor is the argument of a torch function."""
+
+    def middle(self, h: Tensor) -> Tensor:
+        return torch.stack(Labelled(h)).prod(0)
+
+
+class Pattern:
+    """An object that a function inside its constructor fills, as einops has of a pattern."""
+
+    def __init__(self, text: str) -> None:
+        self.names: set[str] = set()
+
+        def add(name: str) -> None:
+            self.names.add(name)
+
+        for name in text.split():
+            add(name)
+
+
+class Parsing(Asking):
+    def forward(self, h: Tensor) -> Tensor:
+        return super().forward(h) * len(Pattern("b d").names)
+
+
+@idiom()
+class PatternParsedInALeaf(Wrapped):
+    """A module kept whole that parses a pattern into a new object, by a function with an outer variable."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Parsing()
+
+    def middle(self, h: Tensor) -> Tensor:
+        return self.body(h)
+
+
+class FirstMean(Asking):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", None)
+
+    def forward(self, h: Tensor) -> Tensor:
+        if self.mean is None:
+            self.mean = self.net[0].weight.detach().mean(0)
+        return super().forward(h - self.mean)
+
+
+@idiom(refused="has been None")
+class FirstTensorOfABuffer(Wrapped):
+    """A module kept whole gives a buffer its first tensor in the first call, as quantizers with an affine scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = FirstMean()
+
+    def middle(self, h: Tensor) -> Tensor:
+        return self.body(h)
+
+
+@idiom(lambda draw: ((draw.floats(7, D),), {}))
+class SegmentsRoundedUp(nn.Module):
+    """Sequences padded to whole segments: how many is ``math.ceil`` of a length, which several layers read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = (nn.Linear(D, D) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        count = math.ceil(x.shape[1] / 3)
+        h = F.pad(self.first(x).tanh(), (0, 0, 0, count * 3 - x.shape[1]))
+        h = self.second(h.unflatten(1, (count, 3)).mean(2)).tanh()
+        h = self.last(h.repeat_interleave(3, 1).view(-1, count, 3, D)).tanh()
+        return (h.sum() / count).square() + h.square().mean()
+
+
+@idiom(parts=True, refused_stream="several versions|asynchronous|stages")
+class StackedViewsNormalized(TwoViewsNormalized):
+    """Two views of each sample, stacked and flattened before they are normalized together."""
+
+    def middle(self, h: Tensor) -> Tensor:
+        one, other = self.norm(torch.stack([h, h.sin()]).flatten(0, 1)).chunk(2)
+        return one * other
+
+
+@idiom(parts=True, refused_stream="several versions|asynchronous|stages")
+class RepeatedViewsNormalized(TwoViewsNormalized):
+    """Each sample twice in one batch, normalized together."""
+
+    def middle(self, h: Tensor) -> Tensor:
+        one, other = self.norm(h.repeat(2, 1) * 0.5).chunk(2)
+        return one * other.sin()
+
+
+class ThroughNet(torch.autograd.Function):
+    """Runs a network again in the backward, as solvers do that keep no activations."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, net: nn.Module) -> Tensor:
+        ctx.x, ctx.net = x.detach(), net
+        return net(x).detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        with torch.enable_grad():
+            x = ctx.x.requires_grad_()
+            torch.autograd.backward(ctx.net(x), gradient)
+        return x.grad, None
+
+
+@idiom(refused="of its own")
+class AdjointInTheModelItself(Wrapped):
+    """A function with a backward of its own takes a module, in the model's own forward, as adjoints of solvers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(D, D)
+
+    def middle(self, h: Tensor) -> Tensor:
+        return ThroughNet.apply(h, self.net)

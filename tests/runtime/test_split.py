@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from idioms import libraries
 from models import MODELS
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -187,6 +188,12 @@ def test_an_input_goes_straight_to_the_stage_that_reads_it() -> None:
     captured, graph = known("long_skip")
     _, stages = by_hand(captured, graph, ["body.1", "body.2"])
     assert [stage.inputs for stage in stages] == [("x",), (), ("late",)]
+
+
+def test_a_length_that_is_rounded_up_is_computed_by_each_stage() -> None:
+    _, graph = prepared(libraries.SegmentsRoundedUp().double(), torch.randn(4, 7, 8, dtype=torch.float64))
+    (rounded,) = [node for node in graph.nodes if node.op == "ceil"]
+    assert rounded.rematerialized
 
 
 @pytest.mark.parametrize("name", ["gpt2_padded", "llama", "sizes"])

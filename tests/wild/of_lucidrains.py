@@ -41,7 +41,7 @@ def _attentions() -> list[Wild]:
         _entry("PerceiverIO", "perceiver_pytorch", "PerceiverIO", {"depth": 2, "dim": 6, "queries_dim": 8, "logits_dim": 3, "num_latents": 4, "latent_dim": 16, "latent_heads": 2, "cross_dim_head": 8, "latent_dim_head": 8}, lambda draw: ((draw.floats(draw.length, 6),), {"queries": draw.floats(5, 8)})),
         _entry("PerceiverLM", "perceiver_pytorch", "PerceiverLM", {"dim": 16, "num_tokens": WORDS, "max_seq_len": 32, "depth": 2, "num_latents": 4, "latent_dim": 16, "latent_heads": 2, "cross_dim_head": 8, "latent_dim_head": 8}, lambda draw: ((draw.ids(WORDS, draw.length),), {})),
         _entry("PerformerLM", "performer_pytorch", "PerformerLM", text | {"nb_features": 8, "auto_check_redraw": False}),
-        _entry("PerformerLM (redraws)", "performer_pytorch", "PerformerLM", text | {"nb_features": 8, "feature_redraw_interval": 100}),
+        _entry("PerformerLM (redraws)", "performer_pytorch", "PerformerLM", text | {"nb_features": 8, "feature_redraw_interval": 100}, whole="a module kept whole counts microbatches"),
         _entry("PerformerLM (reversible)", "performer_pytorch", "PerformerLM", text | {"nb_features": 8, "reversible": True, "auto_check_redraw": False}),
         _entry("PerformerLM (ReLU, local)", "performer_pytorch", "PerformerLM", text | {"generalized_attention": True, "local_attn_heads": 1, "local_window_size": 4, "auto_check_redraw": False}, lengths=(8,)),
         _entry("PerformerLM (no projection)", "performer_pytorch", "PerformerLM", text | {"no_projection": True, "auto_check_redraw": False}),
@@ -65,7 +65,7 @@ def _quantizers() -> list[Wild]:
         _quantizer("VectorQuantize", "learnable", codebook_size=8, learnable_codebook=True, ema_update=False),
         _quantizer("VectorQuantize", "heads, low dimension", codebook_size=8, heads=2, codebook_dim=4, separate_codebook_per_head=True),
         _quantizer("VectorQuantize", "orthogonal", codebook_size=8, orthogonal_reg_weight=0.5),
-        _quantizer("VectorQuantize", "affine", codebook_size=8, affine_param=True),
+        _quantizer("VectorQuantize", "affine", called=True, whole="its scale is the variance of the batch", codebook_size=8, affine_param=True),
         _quantizer("ResidualVQ", num_quantizers=2, codebook_size=8),
         _quantizer("ResidualVQ", "shared", num_quantizers=3, codebook_size=8, shared_codebook=True),
         _quantizer("GroupedResidualVQ", num_quantizers=2, groups=2, codebook_size=8),
@@ -120,7 +120,7 @@ def _generative() -> list[Wild]:
         _entry("KarrasUnet", "denoising_diffusion_pytorch", "KarrasUnet", karras | {"image_size": 8}, lambda draw: ((draw.floats(4, 8, 8), draw.floats().abs()), {}), lengths=(8,)),
         _entry("KarrasUnet1D", "denoising_diffusion_pytorch", "KarrasUnet1D", karras | {"seq_len": 8, "num_classes": 3}, lambda draw: ((draw.floats(4, 8), draw.floats().abs()), {"class_labels": draw.ids(3)}), lengths=(8,)),
         wild("lucidrains", "GaussianDiffusion", lambda: _Diffusion(_class("denoising_diffusion_pytorch", "GaussianDiffusion"), _class("denoising_diffusion_pytorch", "Unet")(**unet)), lambda draw: ((draw.floats(3, 16, 16), draw.ids(100), draw.floats(3, 16, 16)), {}), loss=_first, lengths=(16,)),
-        wild("lucidrains", "BYOL", _byol, lambda draw: ((draw.floats(3, 16, 16),), {}), loss=_first, lengths=(16,)),
+        wild("lucidrains", "BYOL", _byol, lambda draw: ((draw.floats(3, 16, 16),), {}), loss=_first, inside=True, whole="its batch normalization reads two views", lengths=(16,)),
     ]  # fmt: skip
 
 
@@ -161,9 +161,16 @@ def _entry(name: str, package: str, kind: str, config: dict[str, Any], sample: C
     return wild("lucidrains", name, lambda: _class(package, kind)(**config), sample or _text, **facts)
 
 
-def _quantizer(kind: str, how: str = "", **config: Any) -> Wild:
-    make = lambda: _between(_class("vector_quantize_pytorch", kind)(dim=16, **config))  # noqa: E731
-    return wild("lucidrains", f"{kind} ({how})" if how else kind, make, _series)
+def _quantizer(kind: str, how: str = "", called: bool = False, whole: str = "", **config: Any) -> Wild:
+    """``called``: once before it is compiled, which gives its buffers their first tensors."""
+
+    def make() -> nn.Module:
+        layer = _class("vector_quantize_pytorch", kind)(dim=16, **config)
+        if called:
+            layer(torch.randn(4, 8, 16))
+        return _between(layer)
+
+    return wild("lucidrains", f"{kind} ({how})" if how else kind, make, _series, whole=whole)
 
 
 def _between(layer: nn.Module) -> nn.Module:

@@ -31,7 +31,7 @@ from pipecompile.capture.state.guards import (
     Update,
     frozen,
 )
-from pipecompile.capture.state.model_state import Change
+from pipecompile.capture.state.model_state import Change, Entries, first_tensor
 from pipecompile.capture.state.namespaces import owns_names, put
 from pipecompile.capture.state.python_random_trace import Drawing
 from pipecompile.capture.state.reachable import Reach
@@ -74,6 +74,7 @@ class Watch:
         self.code = CodeRead(ran or Ran())
         self.arguments = arguments
         self.numbers = tuple(numbers)
+        self._is_leaf = is_leaf
         self.questions: list[tuple[Update, Any]] = []
         self.drawing = Drawing(reach.generators, self.questions, follow, is_leaf)
         self.ledgers = Ledgers(self.drawing.stand_in, is_leaf)
@@ -114,7 +115,7 @@ class Watch:
                     self.reads.meet(hook, f"a hook of {type(module).__name__}")
 
     def _begun(self, frame: FrameType) -> None:
-        for value, label in self.code.begun(frame):
+        for value, label in self.code.begun(frame, self._is_leaf()):
             self.reads.meet(value, label)
 
     def note(self, changes: Iterable[Change], filled: Iterable[tuple[Itself, list[Any], list[Any]]]) -> None:
@@ -212,6 +213,9 @@ class Watch:
                     f"return the tensor instead, or make it a buffer: "
                     f"self.register_buffer({change.place.name!r}, ...)"
                 )
+            owner = change.place.owner
+            if isinstance(owner, Entries) and id(owner.module) in whole and isinstance(change.value, Tensor):
+                raise first_tensor("a module", change.place.label)
             with _left_at(change.place):
                 if change.items is None:
                     yield Setting(change.place, recipes.of(change.value))

@@ -32,11 +32,16 @@ class CodeRead:
         self.ran = ran
         self._accesses: dict[int, tuple[CodeType, Accesses]] = {}
 
-    def begun(self, frame: FrameType) -> Iterator[tuple[Any, str]]:
-        """Yields the values that a function which starts to run may read, with labels for the user."""
+    def begun(self, frame: FrameType, in_leaf: bool = False) -> Iterator[tuple[Any, str]]:
+        """Yields the values that a function which starts to run may read, with labels for the user.
+
+        Of a function that a leaf defines itself, the outer variables are the leaf's own: einops parses a pattern with
+        a function inside a method, and fills the object that it makes.
+        """
+        own = in_leaf and self.ran.defines(frame.f_code)
 
         def outer(name: str) -> Place | None:
-            return Entry(frame.f_locals, name, name)
+            return None if own else Entry(frame.f_locals, name, name)
 
         for place in places_read(self._of(frame.f_code), frame.f_globals, outer):
             yield place.value(), place.label

@@ -92,7 +92,11 @@ class Ran:
 
     def made_meanwhile(self, function: FunctionType) -> bool:
         """Whether a function is defined by forward itself, so that its outer variables belong to forward."""
-        return id(function.__code__) in self._inner
+        return self.defines(function.__code__)
+
+    def defines(self, code: CodeType) -> bool:
+        """Whether a function that has run defines functions of this code."""
+        return id(code) in self._inner
 
     def _observer(self) -> Callable[[FrameType, str, Any], None]:
         """Returns the profile function, which Python calls several times for each line: a closure is the fastest."""

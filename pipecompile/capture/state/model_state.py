@@ -293,5 +293,14 @@ def _entries(
             yield Change(Attribute(Entries(module, table), name, label), value)
 
 
+def first_tensor(part: str, name: str) -> CaptureError:
+    """The error for a part kept whole that sets a buffer which has been None."""
+    return CaptureError(
+        f"{part} is kept whole and its forward sets buffer {name!r}, which has been None and which a stage cannot add "
+        f"to the model; call the model once before compile(), so that the buffer exists, or give it a tensor in "
+        f"__init__()"
+    )
+
+
 def _alike(value: Tensor, fake: Tensor) -> bool:
     return bool(value.shape == fake.shape and value.dtype == fake.dtype)
