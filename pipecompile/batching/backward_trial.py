@@ -64,6 +64,18 @@ class Backward:
         shared = [n for n in total if not isinstance(self._kind(n), Batched)]
         return all(same_entries(total[n], left[n] + right[n], LEAST) for n in shared)
 
+    def writes(self) -> bool:
+        """Whether the backward writes into the incoming gradients."""
+        drawn: list[tuple[Tensor, int]] = []
+
+        def incoming(_: int, value: Tensor) -> Tensor:
+            gradient = self._drawn(value)
+            drawn.append((gradient, gradient._version))
+            return gradient
+
+        self._gradients(self.samples.bench, self.start, incoming)
+        return any(gradient._version != version for gradient, version in drawn)
+
     def _stays(self, row: int) -> bool:
         """Whether a row's gradient stays the same when the other rows and their incoming gradients change."""
         drawn: dict[int, Tensor] = {}

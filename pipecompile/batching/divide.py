@@ -93,7 +93,7 @@ class _Divider:
                 joined={n.name: copies[n].name for n in self.received},
                 outputs=tuple(n.name for n in late),
                 writes=tuple(sorted(self.written)),
-                why=tuple(dict.fromkeys(f"{_why(self.analysis.kinds[n])} ({origin_of(n)})" for n in why)),
+                why=tuple(dict.fromkeys(f"{_why(self.analysis.kinds[n])[0]} ({origin_of(n)})" for n in why)),
             )
         joins = {copies[n].name: self._kind(n) for n in given if n in copies}
         places = {name: name if n in late else copies[n].name for name, n in outputs.items()}
@@ -172,8 +172,11 @@ class _Divider:
                 accept = (
                     f", or let this module see one microbatch at a time: batching=Batching(allow_mixing=[{path!r}])"
                 )
+                why, instead = _why(kind)
+                if instead:
+                    raise CaptureError(f"{origin_of(first)}: {why}; {instead}, or use microbatches=1")
                 raise CaptureError(
-                    f"{origin_of(first)}: samples of the batch mix here ({_why(kind)}), and the result goes through "
+                    f"{origin_of(first)}: samples of the batch mix here ({why}), and the result goes through "
                     f"{heavy[0]} ({origin_of(node)}); microbatches cannot give what the whole batch gives, so use "
                     f"microbatches=1{accept if path else ''}"
                 )
@@ -330,9 +333,10 @@ def _is_write(node: fx.Node) -> bool:
     return bool(origin_of(node).writes) and node.op != "call_module" and node.target not in SILENT_WRITES
 
 
-def _why(kind: Kind | tuple[Kind, ...]) -> str:
+def _why(kind: Kind | tuple[Kind, ...]) -> tuple[str, str]:
+    """What mixes samples, or is in the way instead, and what to do about the latter."""
     kinds = kind if isinstance(kind, tuple) else (kind,)
-    return next((k.why for k in kinds if isinstance(k, Mixed)), "a buffer is written")
+    return next(((k.why, k.instead) for k in kinds if isinstance(k, Mixed)), ("a buffer is written", ""))
 
 
 def _part_of(argument: Any) -> Any:

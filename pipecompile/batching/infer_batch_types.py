@@ -171,7 +171,7 @@ class _Analyst:
         if all(isinstance(kind, Shared) for kind in kinds) and not self.scale.growing(node):
             if is_opaque(node.target) and _wants_gradient(node) and not self.experiment.adds_up(node):
                 why = f"the backward of {name_of(node)} is not linear in the incoming gradients"
-                return Mixed(why, certain=True)
+                return self._written_gradient(node) or Mixed(why, certain=True)
             items = self.scale.shapes(node)
             return SHARED if self.scale.shape(node) is not None else (SHARED,) * len(items)
         return None
@@ -194,10 +194,20 @@ class _Analyst:
             certain = isinstance(kind, Mixed) and kind.certain
             if self._allowed(node) or (not spoilt and self._try_out(node, by_itself=not certain)):
                 return
-            kind = kind or Mixed(f"{name_of(node)}, which has no rule")
+            kind = kind or self._written_gradient(node) or Mixed(f"{name_of(node)}, which has no rule")
         if isinstance(answer, Edited):
             self.edits[node] = answer.edits
         self.kinds[node] = kind
+
+    def _written_gradient(self, node: fx.Node) -> Mixed | None:
+        """Why a function is not divided whose backward writes where it must not; None for any other."""
+        if not (is_opaque(node.target) and _wants_gradient(node) and self.experiment.writes_gradients(node)):
+            return None
+        return Mixed(
+            f"the backward of {name_of(node)} writes into the gradient that comes into it, which others may still read",
+            certain=True,
+            instead="return a new tensor from it (grad * 2 in place of grad.mul_(2))",
+        )
 
     def _is_of_the_whole(self, node: fx.Node, answer: Answer, kind: Kind | tuple[Kind, ...] | None) -> bool:
         """Whether only the whole batch gives an early value, whose shape does not depend on the batch size."""

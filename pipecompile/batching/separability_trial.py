@@ -78,6 +78,13 @@ class Experiment:
         except Exception:  # it cannot be run by itself
             return False
 
+    def writes_gradients(self, node: fx.Node) -> bool:
+        """Whether the backward of a function writes into the gradients that come into it."""
+        try:
+            return Backward(self.samples, node.all_input_nodes, [node], {node: self.samples.by_growth(node)}).writes()
+        except Exception:  # it cannot be run by itself
+            return False
+
     def _asks(self, node: fx.Node) -> bool:
         """Whether a node runs an opaque call on real tensors, whose Python may branch on values."""
         call = self.samples.captured.leaf_call(node)

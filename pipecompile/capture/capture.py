@@ -109,6 +109,12 @@ def _may_need_plain_sizes(error: Exception) -> bool:
     return isinstance(error, _BrokenGuard) or not isinstance(error, CaptureError | ReentryError)
 
 
+def _named(error: Exception) -> str:
+    """The class of an error, and the operation that it names, if it does."""
+    operation = getattr(error, "func", None)
+    return type(error).__name__ + (f" in {operation}" if operation is not None else "")
+
+
 def _in_short(error: Exception) -> str:
     if isinstance(error, _BrokenGuard):
         return str(error)
@@ -177,8 +183,9 @@ def _with_leaves(
                     raise
                 raise CaptureError(
                     f"{getattr(error, 'origin', '')}: what the model does here depends on values that are known only "
-                    f"while a step runs ({type(error).__name__}); move it into a module of its own, which can be kept "
-                    f"whole"
+                    f"while a step runs ({_named(error)}); move it into a module of its own, which can be kept whole, "
+                    f"with all that works on a result whose size is not known (such as pack_padded_sequence, the "
+                    f"recurrent layer and pad_packed_sequence)"
                 ) from error
             kept[part] = Reason.of(error)
             kept.update(all_alike(model, part, kept))

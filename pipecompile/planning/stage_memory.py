@@ -146,6 +146,7 @@ class _Stage:
             for i in self.nodes
             if self.graph.nodes[i].op in SPLIT
             and self.costed.footprints[i].stretch is None
+            and not self.costed.footprints[i].casts
             and not (self.again and self.costed.footprints[i].repeats)
             and not self.trainable.isdisjoint(self.graph.nodes[i].parameters)
         }

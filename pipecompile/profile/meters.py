@@ -19,6 +19,7 @@ from pipecompile.ops.torch_internals import FakeTensorMode
 from pipecompile.profile.call import Call
 
 CPU = torch.device("cpu")
+_LSTM_LAYER = torch.ops.aten.mkldnn_rnn_layer.default
 How = Literal["measure", "count"]
 REPEATS = (3, 7)  # minimum and maximum number of timed runs of an operation
 LONG = 0.01  # seconds; a single run of this length is long enough, since an interruption of it is short
@@ -107,6 +108,24 @@ def _enough(times: Sequence[float], share: Share) -> bool:
     return (len(times) >= least or min(times) >= LONG) and sum(times) >= share(median(times))
 
 
+class _Fakes(FakeTensorMode):  # type: ignore[no-untyped-call]
+    """torch's fakes, and the workspace of oneDNN's LSTM, which torch's own fake kernel makes without bytes.
+
+    In float32, oneDNN keeps for each step and sample the four gates, and states and their gradients: five arrays of
+    the hidden size, and six of the larger of both sizes. Fitted to what oneDNN asks for: a few percent more, for
+    padding.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out: Any = super().__torch_dispatch__(func, types, args, kwargs)
+        if func is not _LSTM_LAYER or out[3].numel():
+            return out
+        length, batch, width = args[0].shape
+        hidden = args[10]
+        numbers = length * batch * (9 * hidden + 6 * max(width, hidden))
+        return (*out[:3], out[3].new_empty(4 * numbers))
+
+
 class Counter:
     """Counts operations and bytes on fake tensors."""
 
@@ -116,7 +135,7 @@ class Counter:
         self.roofline = roofline
         self.device = device
         self.tensor_float = torch.get_float32_matmul_precision() != "highest"
-        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.fake = _Fakes(allow_non_fake_inputs=True)
 
     @property
     def settings(self) -> tuple[Any, ...]:

@@ -91,37 +91,47 @@ def _slice(trial: Trial) -> Trial | None:
     return replace(trial, batch=replace(batch, call=call, rows=rows))
 
 
-def _compare(trial: Trial) -> Proof:
-    """One comparison; on the whole batch as one microbatch if microbatches cannot be compared."""
-    note = ""
+def _compare(trial: Trial, left_too: bool = True, note: str = "") -> Proof:
+    """One comparison; on the whole batch as one microbatch if microbatches cannot be compared.
+
+    Args:
+        left_too: whether gradients of what the forward stores in the model are compared. They are left out where the
+            unsplit model cannot compute them: what it stores need not have a legal backward.
+        note: what the proof says besides.
+    """
     why = apart(trial)
     if why and trial.batch.sees_the_whole:
         whole = Rows((_rows(trial),))
         if trial.batch.compiled.broken(trial.batch.call, whole):
             return _unproven(trial, f"{why}, and the loss needs the whole batch")
-        note = f"compared as one microbatch, since {why} and the loss needs the whole batch"
+        note = _joined(note, f"compared as one microbatch, since {why} and the loss needs the whole batch")
         trial, why = replace(trial, batch=replace(trial.batch, rows=whole)), ""
     if why:
-        note = f"compared on the same microbatches, since {why}"
-    try:
-        split, seeds = split_step(trial.fresh(), left_too=not why)
-    except Exception:
-        if raised := _unsplit_raises(trial):  # an output whose gradient cannot be computed
-            return Proof(0, (), note=f"not compared: the unsplit model raises {raised}")
-        raise
+        note = _joined(note, f"compared on the same microbatches, since {why}")
+        left_too = False
+    split = None
     parts = trial.rows if why else Rows((_rows(trial),))
     try:
-        whole_run = unsplit_step(trial.fresh(), parts, seeds)
-    except torch.OutOfMemoryError:
-        whole_run = unsplit_step(trial.fresh(), parts, seeds, torch.device("cpu"))
-        note = "; ".join(filter(None, [note, "the unsplit model ran on the CPU"]))
+        split, seeds = split_step(trial.fresh(), left_too)
+        try:
+            whole_run = unsplit_step(trial.fresh(), parts, seeds)
+        except torch.OutOfMemoryError:
+            whole_run = unsplit_step(trial.fresh(), parts, seeds, torch.device("cpu"))
+            note = _joined(note, "the unsplit model ran on the CPU")
+    except Exception:
+        raised = _unsplit_raises(trial, left_too)
+        if raised and left_too and not _unsplit_raises(trial, left_too=False):
+            return _compare(trial, False, _joined(note, f"what the forward stores has no gradient: {raised}"))
+        if raised and split is None:  # an output whose gradient cannot be computed
+            return Proof(0, (), note=_joined(note, f"not compared: the unsplit model raises {raised}"))
+        raise
     coarsest = coarsest_type(node.meta.get("val") for node in trial.captured.graph.nodes)
     found = differences(split, whole_run, coarsest)
     found = tuple(it for it in found if not (_moved_otherwise(trial, it) or (why and _written_once(trial, it))))
     if any(
         map(_is_state, found)
     ):  # a difference made by the model shows again; other threads (a progress bar) set attributes too
-        once_more, given = split_step(trial.fresh(), left_too=not why)
+        once_more, given = split_step(trial.fresh(), left_too)
         whole_again = unsplit_step(trial.fresh(), parts, given)
         shows = {it.name for it in differences(once_more, whole_again, coarsest) if _is_state(it)}
         by_itself = {it.name for it in differences(whole_run, whole_again, coarsest) if _is_state(it)}
@@ -129,7 +139,7 @@ def _compare(trial: Trial) -> Proof:
             said = (
                 f"not compared, since the unsplit model sets other values in each run: {', '.join(sorted(by_itself))}"
             )
-            note = "; ".join(filter(None, [note, said]))
+            note = _joined(note, said)
         shows -= by_itself
         found = tuple(it for it in found if not _is_state(it) or it.name in shows)
     wrong = [it for it in found if it.verdict == "different"]
@@ -137,7 +147,7 @@ def _compare(trial: Trial) -> Proof:
         found = with_noise(found, trial, parts, seeds, whole_run)
         if any(it.verdict == "different" for it in found):
             raise ExactnessError(_message(trial, [it for it in found if it.verdict == "different"]))
-        note = "; ".join(filter(None, [note, _noise_note(trial, wrong)]))
+        note = _joined(note, _noise_note(trial, wrong))
     return Proof(_rows(trial), trial.rows.counts, found, note=note)
 
 
@@ -152,10 +162,14 @@ def _noise_note(trial: Trial, rounded: Sequence[Difference]) -> str:
     return f"{len(rounded)} tensors differ by no more than the unsplit model's own rounding"
 
 
-def _unsplit_raises(trial: Trial) -> str:
+def _joined(*notes: str) -> str:
+    return "; ".join(filter(None, notes))
+
+
+def _unsplit_raises(trial: Trial, left_too: bool) -> str:
     """What the unsplit model raises in the forward or backward of a call; empty if it does not raise."""
     try:
-        unsplit_step(trial.fresh(), Rows((_rows(trial),)), None)
+        unsplit_step(trial.fresh(), Rows((_rows(trial),)), None, left_too=left_too)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""

@@ -182,7 +182,9 @@ def split_step(trial: Trial, left_too: bool = True) -> tuple[Run, Seeds]:
     return _run(trial, tensors, out, leaves, found, seen, left), seeds
 
 
-def unsplit_step(trial: Trial, rows: Rows, seeds: Seeds | None, device: torch.device | None = None) -> Run:
+def unsplit_step(
+    trial: Trial, rows: Rows, seeds: Seeds | None, device: torch.device | None = None, left_too: bool = True
+) -> Run:
     """Runs the model's own step on the parts of a batch, one by one. The model is restored.
 
     Args:
@@ -190,6 +192,7 @@ def unsplit_step(trial: Trial, rows: Rows, seeds: Seeds | None, device: torch.de
         seeds: gradients of its outputs; None: those that a split step would give. Tensors stored in the model are
             given theirs on the whole batch only.
         device: the device to run on; by default that of its first tensor.
+        left_too: whether tensors stored in the model are given gradients too.
     """
     batch, outputs, tensors = trial.batch, trial.captured.outputs, trial.tensors
     starts = {i: _spread(_kind(trial, outputs[i]), s, rows) for i, s in (seeds or {}).items() if isinstance(i, int)}
@@ -211,7 +214,7 @@ def unsplit_step(trial: Trial, rows: Rows, seeds: Seeds | None, device: torch.de
                     *args, **kwargs
                 )  # the context also covers the backward, where checkpoints recompute
                 leaves = leaves_of(out)
-                left = seen.left() if len(rows) == 1 else {}
+                left = seen.left() if left_too and len(rows) == 1 else {}
                 given: Seeds = {i: parts[k].to(leaves[i].device) for i, parts in starts.items()}
                 given |= {name: seed.to(left[name].device) for name, seed in of_left.items() if name in left}
                 wanted = _seeds(trial, leaves, left) if seeds is None else given

@@ -130,6 +130,15 @@ def test_gradients_of_weights_that_do_not_add_up_are_refused(
 
 
 @pytest.mark.parametrize("make", WAYS)
+@pytest.mark.parametrize("place", [OnSamples, OnWeights])
+def test_a_backward_that_writes_into_its_gradient_is_refused_for_that(place: Any, make: Callable[..., Any]) -> None:
+    model = place(make(lambda gradient: gradient.mul_(2)))
+    with pytest.raises(CaptureError, match=r"writes into the gradient that comes into it.*return a new tensor"):
+        trained(model)
+    trained(place(make(lambda gradient: gradient * 2)))
+
+
+@pytest.mark.parametrize("make", WAYS)
 @pytest.mark.parametrize("backward", [MIX["centred"], APART["turned round"]])
 def test_gradients_of_weights_that_add_up_are_exact(
     make: Callable[..., Any], backward: Callable[[Tensor], Tensor]

@@ -174,6 +174,25 @@ def test_a_split_backward_leaves_what_is_predicted(schedule: str, make: Any, rec
     assert bool(load(planned.costed, planned.plan, 0).left) == (recompute == "never")
 
 
+class UnderAutocast(Layers):
+    """All of it in bfloat16."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return super().forward(x, y)
+
+
+def under_autocast() -> tuple[nn.Module, dict[str, Tensor]]:
+    return UnderAutocast(), {"x": torch.randn(4096, 160), "y": torch.randn(4096, 160)}
+
+
+def test_under_an_autocast_of_the_models_own_a_backward_leaves_nothing() -> None:
+    pipe, step, optimizer = pipeline(under_autocast, "zb-h1", plan=pipecompile.PlanOptions(recompute="never"))
+    counted = peaks(pipe, step, optimizer)
+    # the last rank has the mean alone, and in the count what the optimizer makes
+    assert pipe.pipeline.memory.ranks[:2] == pytest.approx(tuple(counted[:2]), rel=0.1)
+
+
 def test_the_functions_whose_weights_a_split_backward_leaves_have_one_list() -> None:
     assert {name_of(fx.Graph().call_function(function)) for function in split_backward.SPLIT} == SPLIT
 

@@ -276,6 +276,22 @@ def test_measured_and_counted_bytes_are_the_same(name: str) -> None:
     assert [cost.saved_bytes for cost in measured] == [cost.saved_bytes for cost in counted]
 
 
+@pytest.mark.parametrize("sizes", [(64, 64), (64, 128), (96, 32)])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_the_workspace_of_a_recurrent_layer_is_counted(kind: type[nn.RNNBase], sizes: tuple[int, int]) -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = kind(*sizes, num_layers=2, bidirectional=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers(x)[0].square().mean()
+
+    capture = captured(Recurrent(), torch.randn(24, 8, sizes[0]))
+    counted = sum(cost.saved_bytes for cost in costed(capture, "count").costs)
+    assert counted == pytest.approx(kept_by_autograd(capture), rel=0.08)
+
+
 def test_a_value_that_two_operations_keep_counts_for_the_first() -> None:
     class Shared(nn.Module):
         def __init__(self) -> None:

@@ -514,3 +514,36 @@ def a_tick(tick: Callable[[], None]) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(steps, "run", ticking)
         yield
+
+
+class StoresWhatCannotBackward(nn.Module):
+    """Stores a penalty that no loss uses. A later write makes its backward illegal, but not that of the loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(D, D), nn.Linear(D, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        self.penalty = h.square().mean()
+        return self.last(h.add_(1)).square().mean()
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_a_stored_value_without_a_legal_backward_is_left_out_alone(microbatches: int) -> None:
+    model, x = StoresWhatCannotBackward(), torch.randn(8, D)
+    loss = model(x)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        model.penalty.backward(retain_graph=True)
+    model.zero_grad()
+    loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=microbatches, costs="count")
+    pipe(x).backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], msg=name)
+    (proof,) = pipe.pipeline.proofs
+    assert "what the forward stores has no gradient: RuntimeError" in proof.note
+    compared = {it.name for it in proof.differences}
+    assert {*expected, "penalty"} <= compared

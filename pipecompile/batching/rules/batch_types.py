@@ -61,10 +61,12 @@ class Mixed:
     """Samples mix; ``why`` says what mixes them.
 
     If ``certain``, the function itself mixes samples, so that an experiment on it alone is not needed.
+    If samples may stay apart and something else is in the way, ``why`` says that, and ``instead`` what to do.
     """
 
     why: str
     certain: bool = False
+    instead: str = ""
 
 
 Kind = Shared | Batched | Partial | Local | Mixed
