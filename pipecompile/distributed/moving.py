@@ -111,7 +111,8 @@ class Move:
         said = self.processes.all.gathered((self._refusal(), self._groups()))
         for rank, (refusal, groups) in enumerate(said):
             if refusal:
-                raise InputError(f"replan() in rank {rank}: {refusal}")
+                reason, remedy = refusal
+                raise InputError(f"replan() in rank {rank}: {reason}; {remedy}")
             if groups != said[0][1]:
                 mine, its = next(
                     ((a, b) for a, b in zip(said[0][1], groups, strict=False) if a != b),
@@ -123,21 +124,20 @@ class Move:
                     f"with an empty list of parameters where a process has none for a group"
                 )
 
-    def _refusal(self) -> str:
+    def _refusal(self) -> tuple[str, str] | None:
+        """Why what this process has cannot move, and what to do."""
         steps = {id(p) for optimizer in self.optimizers for group in optimizer.param_groups for p in group[PARAMETERS]}
         for optimizer in self.optimizers:
             if isinstance(optimizer, (*_of_parts(), torch.optim.LBFGS)):
-                return (
-                    f"{type(optimizer).__name__} keeps state that does not belong to one parameter; save a checkpoint "
-                    f"and load it with the new plan"
-                )
+                reason = f"{type(optimizer).__name__} keeps state that does not belong to one parameter"
+                return reason, "save a checkpoint and load it with the new plan"
         for name in self._leaving(self.rank):
             tensor = self.tensors[name]
             if id(tensor) not in steps and tensor.requires_grad and self.optimizers:
-                return f"parameter {name!r} is to move, but no optimizer that was passed steps it; pass all of them"
+                return f"parameter {name!r} is to move, but no optimizer that was passed steps it", "pass all of them"
             if tensor.grad is not None and tensor.grad.layout != torch.strided:
-                return f"parameter {name!r} is to move, but its gradient is sparse; call zero_grad() first"
-        return ""
+                return f"parameter {name!r} is to move, but its gradient is sparse", "call zero_grad() first"
+        return None
 
     def _groups(self) -> list[str]:
         """What is told of each group: its optimizer and its options."""
