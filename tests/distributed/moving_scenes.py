@@ -92,6 +92,8 @@ def _seen(pipe: Any, optimizer: Any) -> dict[str, Tensor]:
     seen = {f"state {name}": tensor.clone() for name, tensor in pipe.state_dict().items()}
     for place, group in enumerate(optimizer.param_groups):
         for parameter in group["params"]:
+            if parameter.numel() == 0:  # a rank that trains none of the model has an empty one
+                continue
             name = f"group {place} with {group['lr']:g} {names[id(parameter)]}"
             seen[name] = parameter.detach().clone()
             seen |= {f"{name} {key}": value.clone() for key, value in optimizer.state.get(parameter, {}).items()}
@@ -139,6 +141,7 @@ def moved(directory: str, parts: int = 1, normalized: bool = True) -> dict[str, 
         "losses": losses == expected,
         "names": found.keys() == wanted.keys() or sorted(found.keys() ^ wanted.keys()),
         "differ": [name for name in found.keys() & wanted.keys() if not torch.equal(found[name], wanted[name])],
+        "trained": sorted(after),
         "states": sum("exp_avg_sq" in name for name in found),
         "held": (held, holds),
         "waits": said,
