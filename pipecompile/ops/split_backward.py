@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -291,18 +291,16 @@ def _convolution(function: Callable[..., Tensor], dims: int) -> Callable[..., Te
         sizes = [_each(stride, dims), _each(padding, dims), _each(dilation, dims)]
 
         def of_weights(gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Sequence[Accumulate]:
-            def part(place: int) -> Callable[[], Tensor]:
-                wanted = [place == each for each in range(3)]
+            wanted = [False, weight.requires_grad, bias is not None and bias.requires_grad]
 
-                def compute() -> Tensor:
-                    found: Tensor = torch.ops.aten.convolution_backward(
-                        gradient, x, weight, [weight.shape[0]], *sizes, False, [0] * dims, groups, wanted
-                    )[place]
-                    return found
+            @cache
+            def both() -> Sequence[Tensor]:  # the kernel of either computes both
+                found: Sequence[Tensor] = torch.ops.aten.convolution_backward(
+                    gradient, x, weight, [weight.shape[0]], *sizes, False, [0] * dims, groups, wanted
+                )
+                return found
 
-                return compute
-
-            return [_added(part(1)), *[_added(part(2))] * (bias is not None)]
+            return [_added(lambda: both()[1]), *[_added(lambda: both()[2])] * (bias is not None)]
 
         return _split(run, of_weights, input, weight, bias)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipecompile.ops.split_backward import SPLIT, Queue, queued
 
@@ -114,6 +115,40 @@ def test_gradients_of_one_weight_are_summed_and_added_to_what_it_has() -> None:
     F.linear(F.linear(x, other), other).sum().backward()
     assert other.grad is not None
     torch.testing.assert_close(w.grad, 1 + other.grad)
+
+
+class Kernels(TorchDispatchMode):
+    """What the backwards of convolutions are asked for: gradients of input, weight and bias."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.asked: list[list[bool]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if function is torch.ops.aten.convolution_backward.default:
+            self.asked.append(args[-1])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("frozen", ["", "weight", "bias"])
+def test_a_convolution_computes_the_gradients_of_weight_and_bias_together(frozen: str) -> None:
+    queue = Queue()
+    own = {"weight": weight(6, 4, 3), "bias": weight(6)}
+    for name, tensor in own.items():
+        tensor.requires_grad_(name != frozen)
+    x = floats(2, 4, 9).requires_grad_()
+    with queued(queue):
+        out = SPLIT[F.conv1d][0](x, own["weight"], own["bias"])
+    with Kernels() as kernels:
+        out.sum().backward()
+        queue.empty()
+    assert kernels.asked == [[True, False, False], [False, frozen != "weight", frozen != "bias"]]
+    expected = {name: tensor.detach().clone().requires_grad_(name != frozen) for name, tensor in own.items()}
+    F.conv1d(x.detach(), expected["weight"], expected["bias"]).sum().backward()
+    for name, tensor in own.items():
+        assert (tensor.grad is None) == (name == frozen)
+        if tensor.grad is not None:
+            torch.testing.assert_close(tensor.grad, expected[name].grad, msg=name)
 
 
 def test_a_frozen_weight_gets_no_gradient() -> None:
