@@ -169,7 +169,7 @@ class Walk:
             self._note(node, saved, self.known[key])
             self._note_view(node, key, on_views)
             return
-        run = Call(node, function, args, kwargs, on_views)
+        run = Call(node, function, args, kwargs, on_views=on_views)
         turns = self.turns
         if turns is not None:
             turns.before(node, self.values)
