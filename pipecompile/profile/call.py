@@ -18,12 +18,17 @@ from pipecompile.profile.storages import has_storage, nbytes
 
 
 class Call:
-    """The call of a node on its own leaf tensors, so that its backward can run alone."""
+    """The call of a node on its own leaf tensors, so that its backward can run alone.
 
-    def __init__(self, node: fx.Node, function: Any, args: Any, kwargs: Any) -> None:
+    Args:
+        on_views: whether an operand is a view in a stage; here all operands are leaves.
+    """
+
+    def __init__(self, node: fx.Node, function: Any, args: Any, kwargs: Any, on_views: bool = False) -> None:
         self.function = function
         self.region = origin_of(node).region
         self.mutates = origin_of(node).mutates
+        self.on_views = on_views
         self.args, self.kwargs = args, kwargs
         own = list(function.parameters()) if isinstance(function, nn.Module) else []
         self.leaves: list[Tensor] = [t for t in [*tensors_of((args, kwargs)), *own] if t.requires_grad]
@@ -37,7 +42,7 @@ class Call:
         """
         if not self.mutates:
             return self._watched(self.args, self.kwargs)
-        copies = map_tensors(torch.clone, (self.args, self.kwargs))
+        copies = self.operands()
         out, saved = self._watched(*copies)
         value = self.written()
         pairs = zip(tensors_of((copies, out)), tensors_of(((self.args, self.kwargs), value)), strict=True)
@@ -70,7 +75,7 @@ class Call:
 
     def operands(self) -> tuple[Any, Any]:
         """The arguments for one more run, which may write to them."""
-        return map_tensors(torch.clone, (self.args, self.kwargs)) if self.mutates else (self.args, self.kwargs)
+        return map_tensors(self._copy, (self.args, self.kwargs)) if self.mutates else (self.args, self.kwargs)
 
     def backward(self, outputs: list[Tensor], seeds: list[Tensor] | None = None) -> None:
         """Runs the backward of ``outputs``, from the gradients ``seeds`` or ones."""
@@ -107,6 +112,11 @@ class Call:
         known = {storage_key(t) for t in read} - {None}
         is_view = all(storage_key(t) in known for t in outputs)
         return 0 if is_view else sum(map(nbytes, read + outputs))
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        """A copy; of a view, a view: the backward of a write into one copies the gradient (torch's ``CopySlices``)."""
+        copy = tensor.clone()
+        return copy.view(copy.shape) if self.on_views and has_storage(copy) else copy
 
     def entered(self) -> ExitStack:
         """A context with the modes of its region."""

@@ -79,6 +79,8 @@ class Walk:
         self.turns = InTurn(self._operands, self._says_where, seconds) if meter.in_turn else None
         self.last_use = {source: node for node in captured.graph.nodes for source in node.all_input_nodes}
         self.keys: dict[str, Any] = {}  # of the nodes that are timed in turn
+        self.makes_views: dict[Any, bool] = {}  # by what a call does
+        self.views: set[fx.Node] = set()  # whose values are views in a stage, and here leaves
         self.repeats = Repeats(off=not repeats or bool(captured.data_sizes) or self.turns is None)
         calls = (node for node in captured.graph.nodes if node.op in ("call_function", "call_module"))
         self.budget = Budget(calls, seconds)
@@ -167,20 +169,24 @@ class Walk:
                 self._count_leaf(node, function, args)
                 return
             function = STAND_INS.get(function, function)  # type: ignore[arg-type]
-        key = (node.target, origin_of(node).region, described(args), described(kwargs))
+        on_views = bool(origin_of(node).mutates) and not self.views.isdisjoint(node.all_input_nodes)
+        key = (node.target, origin_of(node).region, described(args), described(kwargs), on_views)
         operands = tensors_of((args, kwargs))
         if (repeat := self.repeats.of(key, operands)) is not None:
             value, saved = repeat.again(operands)
             self.values[node] = as_recorded(value, node.meta.get("val"))
             self.keys[node.name] = key
             self._note(node, saved, self.known[key])
+            self._note_view(node, key, on_views)
             return
-        run = Call(node, function, args, kwargs)
+        run = Call(node, function, args, kwargs, on_views=on_views)
         turns = self.turns
         if turns is not None:
             turns.before(node, self.values)
         try:
             value, saved = run.value()
+            self.makes_views[key] = any(tensor._is_view() for tensor in tensors_of(value))
+            self._note_view(node, key, on_views)
             self.values[node] = as_recorded(value, node.meta.get("val"))
         except Exception as error:
             if not isinstance(error, DATA_DEPENDENT) and not self._wants_a_constants_values(node):
@@ -198,6 +204,11 @@ class Walk:
         if turns is not None:
             self.keys[node.name] = key
             turns.add(node, function, key, self.values, sum(self.storages[before:]))
+
+    def _note_view(self, node: fx.Node, key: Any, on_views: bool) -> None:
+        """Notes whether a node's value is a view in a stage: one that it makes, or one that it writes."""
+        if self.makes_views[key] or on_views:
+            self.views.add(node)
 
     def _counted(self, counter: Counter, key: tuple[Any, ...], run: Call) -> Figures:
         """What counting gives for a call, which is remembered for torch's own functions."""

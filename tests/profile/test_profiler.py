@@ -19,6 +19,7 @@ from pipecompile.errors import PipecompileError
 from pipecompile.ir.device_specs import Roofline
 from pipecompile.ir.graph import Cost, CostedGraph
 from pipecompile.profile import profile
+from pipecompile.profile.allocations import Allocations
 from pipecompile.profile.budget import Budget
 
 module = importlib.import_module("pipecompile.profile.profiler")
@@ -290,6 +291,35 @@ def test_the_workspace_of_a_recurrent_layer_is_counted(kind: type[nn.RNNBase], s
     capture = captured(Recurrent(), torch.randn(24, 8, sizes[0]))
     counted = sum(cost.saved_bytes for cost in costed(capture, "count").costs)
     assert counted == pytest.approx(kept_by_autograd(capture), rel=0.08)
+
+
+@pytest.mark.parametrize("shape", [(64, 32), (8, 64, 32)])
+def test_the_backward_of_a_write_into_a_view_copies_the_gradient(shape: tuple[int, ...]) -> None:
+    class Rectified(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = layer(x).relu_()
+            return x
+
+    model = Rectified()
+    capture = captured(model, torch.randn(shape))
+    leaf = torch.randn(shape, requires_grad=True)
+    is_view = model.layers[0](leaf)._is_view()
+    assert is_view == (len(shape) > 2)  # of a product of matrices
+    out = (leaf.clone().view(shape) if is_view else leaf.clone()).relu_()
+    gradient = torch.ones(shape)
+    with Allocations() as during:
+        torch.autograd.grad(out, leaf, gradient)
+    for how, least in [("measure", 1.0), ("count", 0.75)]:  # fakes rebuild the view without memory of its own
+        result = costed(capture, how)
+        written = [f for f, n in zip(result.footprints, result.graph.nodes, strict=True) if n.op == "relu_"]
+        assert len(written) == 2
+        assert all(least * during.most <= f.backward_bytes <= during.most for f in written)
+    assert (during.most > 2 * out.nbytes) == is_view
 
 
 def test_a_value_that_two_operations_keep_counts_for_the_first() -> None:
