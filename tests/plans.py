@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from hypothesis import strategies as st
 
+from pipecompile.ir.between_stages import Channel, Tied
 from pipecompile.ir.graph import Cost, CostedGraph, Footprint, Graph, Node, Parameter, TensorSpec
-from pipecompile.ir.plan import Channel, Plan, Tied
+from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import Program
 from pipecompile.schedule import SCHEDULES, SYNCHRONOUS
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipecompile.errors import InputError
-from pipecompile.ir.plan import Channel, Plan
+from pipecompile.ir.between_stages import Channel
+from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import Program
 from pipecompile.schedule import SCHEDULES
 from pipecompile.schedule.grid import read_grid, read_torch_csv

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from pipecompile.errors import InputError, PlanError
+from pipecompile.ir.between_stages import Channel, Tied
 from pipecompile.ir.cluster import Cluster
 from pipecompile.ir.graph import Cost
 from pipecompile.ir.json_io import converter
-from pipecompile.ir.plan import Channel, Plan, Tied
+from pipecompile.ir.plan import Plan
 
 SECONDS = ("forward", "backward")
 BYTES = ("parameter_bytes", "saved_bytes", "bytes_out")

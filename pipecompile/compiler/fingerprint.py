@@ -25,7 +25,7 @@ import torch
 from pipecompile.capture import Captured
 from pipecompile.capture.origin import origin_of
 from pipecompile.ir.cluster import Cluster
-from pipecompile.ir.graph import Given, Graph
+from pipecompile.ir.graph import Graph, SharedOutput
 from pipecompile.ir.plan_options import PlanOptions
 from pipecompile.ops.accelerators import is_accelerator
 from pipecompile.ops.device_args import threads_each
@@ -83,7 +83,7 @@ def plan_key(
     work: Workload,
     options: PlanOptions,
     backend: str,
-    given: Sequence[Given] = (),
+    shared_outputs: Sequence[SharedOutput] = (),
 ) -> str:
     """The key of a plan; empty if it depends on a function of the user's.
 
@@ -93,7 +93,7 @@ def plan_key(
         work: the workload.
         options: the constraints on the plan, and its objective.
         backend: what compiles the stages, if anything does.
-        given: what processes give each other, if they are several.
+        shared_outputs: what processes give each other, if they are several.
     """
     if callable(options.objective):
         return ""
@@ -110,7 +110,7 @@ def plan_key(
         work.asynchronous,
     )
     training = (*how, state)  # of a schedule: its functions by name
-    asked = [training, sorted(asdict(options).items()), backend, *given]
+    asked = [training, sorted(asdict(options).items()), backend, *shared_outputs]
     return f"plan-{_hashed([costs, cluster.devices, *asked])}"
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 from pipecompile.batching import Batched, Division, Kind
 from pipecompile.capture import summarize
 from pipecompile.compiler.options import Options
-from pipecompile.ir.graph import Given, Graph
+from pipecompile.ir.graph import Graph, SharedOutput
 
 
 def graph_of(division: Division, options: Options, apart: bool) -> Graph:
@@ -20,10 +20,10 @@ def graph_of(division: Division, options: Options, apart: bool) -> Graph:
         apart: whether its ranks are in several processes.
     """
     graph = summarize(division.body)
-    return replace(graph, given=_given(division, graph, options.outputs == "all")) if apart else graph
+    return replace(graph, shared_outputs=_shared_outputs(division, graph, options.outputs == "all")) if apart else graph
 
 
-def _given(division: Division, graph: Graph, everything: bool) -> tuple[Given, ...]:
+def _shared_outputs(division: Division, graph: Graph, everything: bool) -> tuple[SharedOutput, ...]:
     """What the stages give to the processes.
 
     Args:
@@ -36,4 +36,4 @@ def _given(division: Division, graph: Graph, everything: bool) -> tuple[Given, .
             return "shape"
         return "joined" if isinstance(kind, Batched) else "once"
 
-    return tuple(Given(name, places.get(name), how(name, kind)) for name, kind in division.joins.items())
+    return tuple(SharedOutput(name, places.get(name), how(name, kind)) for name, kind in division.joins.items())

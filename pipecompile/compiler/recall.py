@@ -22,7 +22,7 @@ from pipecompile.compiler.disk_cache import DiskCache
 from pipecompile.compiler.fingerprint import costs_key, graph_hash, links_key, plan_key
 from pipecompile.errors import PipecompileError
 from pipecompile.ir.cluster import Cluster
-from pipecompile.ir.graph import Cost, CostedGraph, Footprint, Given, Graph, Setting
+from pipecompile.ir.graph import Cost, CostedGraph, Footprint, Graph, Setting, SharedOutput
 from pipecompile.ir.json_io import converter
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.plan_options import PlanOptions
@@ -80,7 +80,7 @@ class Recall:
     Attributes:
         cache: where they are; nowhere, if nothing may be remembered.
         graph: the hash of the graph.
-        given: what processes give each other.
+        shared_outputs: what processes give each other.
         devices: one per rank.
         backend: what compiles the stages.
         said: what was remembered or ignored so far, for the report.
@@ -88,7 +88,7 @@ class Recall:
 
     cache: DiskCache = NOWHERE
     graph: str = ""
-    given: tuple[Given, ...] = ()
+    shared_outputs: tuple[SharedOutput, ...] = ()
     devices: Sequence[torch.device] = ()
     backend: str = ""
     said: list[str] = field(default_factory=list)
@@ -100,7 +100,7 @@ class Recall:
         if cache.folder is None:
             return Recall()
         hashed = graph_hash(captured, graph)
-        return Recall(cache=cache, graph=hashed, given=graph.given, devices=devices, backend=backend)
+        return Recall(cache=cache, graph=hashed, shared_outputs=graph.shared_outputs, devices=devices, backend=backend)
 
     def costed(self, graph: Graph, measure: Callable[[], CostedGraph]) -> CostedGraph:
         """The costs of the graph."""
@@ -188,7 +188,7 @@ class Recall:
     def _key(self, devices: Cluster, work: Workload, options: PlanOptions) -> str:
         if self.cache.folder is None:
             return ""
-        return plan_key(costs_key(self.graph, self.devices), devices, work, options, self.backend, self.given)
+        return plan_key(costs_key(self.graph, self.devices), devices, work, options, self.backend, self.shared_outputs)
 
     def _read(self, what: str, key: str, fits: Callable[[Any], T]) -> T | None:
         content, why = self.cache.read(key)

@@ -69,7 +69,7 @@ class Node:
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
+class SharedOutput:
     """An output of the stages, which processes give each other if they are several.
 
     Attributes:
@@ -100,7 +100,7 @@ class Graph(Json):
         outputs: the nodes that the model returns.
         parameters: what nodes read, each tied parameter once.
         together: groups of nodes that must share a stage (a tuple and its items, a buffer and its writers).
-        given: the outputs of the stages, if these are in several processes.
+        shared_outputs: the outputs of the stages, if these are in several processes.
 
     Invariants, checked by ``validate``:
 
@@ -115,7 +115,7 @@ class Graph(Json):
     outputs: tuple[int, ...] = ()
     parameters: tuple[Parameter, ...] = ()
     together: tuple[tuple[int, ...], ...] = ()
-    given: tuple[Given, ...] = ()
+    shared_outputs: tuple[SharedOutput, ...] = ()
 
     def __post_init__(self) -> None:
         self.validate()

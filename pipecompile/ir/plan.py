@@ -10,59 +10,29 @@ Source: PipeDream (Narayanan et al., SOSP 2019), sections 3.1 and 3.2 (1F1B-RR).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
 from html import escape
-from itertools import pairwise, product
+from itertools import pairwise
 from math import ceil, gcd, lcm
 
 from pipecompile.errors import PlanError
+from pipecompile.ir.between_stages import (
+    Channel,
+    Made,
+    Tied,
+    channels_of,
+    for_replicas,
+    made_of,
+    meeting,
+    replicas_of,
+    tied_of,
+)
 from pipecompile.ir.graph import Cost, CostedGraph, Graph
 from pipecompile.ir.json_io import Json
 from pipecompile.ir.plan_quality import Quality
 from pipecompile.ir.plan_times import Times
-
-
-@dataclass(frozen=True, slots=True)
-class Channel:
-    """The values that one stage sends directly to another, skip connections included."""
-
-    source: int  # stage
-    target: int  # stage, greater than source
-    values: tuple[int, ...] = ()  # node ids, ascending
-    nbytes: int = 0  # per microbatch
-
-
-@dataclass(frozen=True, slots=True)
-class Tied:
-    """A parameter that several stages read: the first stage owns it, the others hold a tied copy."""
-
-    parameter: str
-    stages: tuple[int, ...]  # ascending
-    nbytes: int = 0  # of its gradient; 0 if it is not trained
-
-    @property
-    def owner(self) -> int:
-        return self.stages[0]
-
-    @property
-    def followers(self) -> tuple[int, ...]:
-        return self.stages[1:]
-
-
-@dataclass(frozen=True, slots=True)
-class Made:
-    """What the outputs that a stage makes have for all processes, if they are several.
-
-    Attributes:
-        nbytes: for each microbatch.
-        once: for the batch.
-    """
-
-    stage: int
-    nbytes: int = 0
-    once: int = 0
 
 
 @dataclass(frozen=True)
@@ -147,10 +117,10 @@ class Plan(Json):
                 raise PlanError(f"nodes that must share a stage are in different ones: {names}")
         num_stages = len(replica_of) or 1 + max((stage for stage in stages if stage is not None), default=0)
         ranks = tuple(range(num_stages)) if rank_of is None else tuple(rank_of)
-        run_by = _replicas(replica_of or range(num_stages))
+        run_by = replicas_of(replica_of or range(num_stages))
         _refuse_writers(graph, stages, run_by)
-        channels = _with_replicas(_channels(graph, stages), run_by)
-        tied, made = _tied(graph, stages, run_by), _made(graph, stages, run_by)
+        channels = for_replicas(channels_of(graph, stages), run_by)
+        tied, made = tied_of(graph, stages, run_by), made_of(graph, stages, run_by)
         return Plan(stages, ranks, channels, tied, replica_of=tuple(replica_of), made=made)
 
     @staticmethod
@@ -169,8 +139,8 @@ class Plan(Json):
         ranks = range(len(replica_of)) if rank_of is None else rank_of
         firsts = sorted(set(replica_of))
         channels = tuple(Channel(*pair, (), nbytes) for pair in pairwise(firsts))
-        run_by = _replicas(replica_of)
-        return Plan((), tuple(ranks), _with_replicas(channels, run_by), replica_of=replica_of)
+        run_by = replicas_of(replica_of)
+        return Plan((), tuple(ranks), for_replicas(channels, run_by), replica_of=replica_of)
 
     def on_ranks(self, ranks: Sequence[int]) -> Plan:
         """The same plan with ranks renamed: ``ranks[0]`` in place of rank 0, and so on."""
@@ -229,7 +199,7 @@ class Plan(Json):
     @cached_property
     def replicas(self) -> tuple[tuple[int, ...], ...]:
         """For each stage, all stages that run its nodes, itself included, ascending."""
-        return _replicas(self.replica_of)
+        return replicas_of(self.replica_of)
 
     def runner(self, stage: int, microbatch: int) -> int:
         """The replica of a stage that runs a microbatch (round-robin)."""
@@ -322,7 +292,7 @@ class Plan(Json):
             )
         if len(set(pairs)) != len(pairs):
             raise PlanError(f"a pair of stages has more than one channel: {sorted(pairs)}")
-        due = {ends for s, t in pairs for ends in _meeting(self.replicas[s], self.replicas[t])}
+        due = {ends for s, t in pairs for ends in meeting(self.replicas[s], self.replicas[t])}
         if missing := sorted(due - set(pairs)):
             raise PlanError(
                 f"replicas must have the channels of their stage, but {missing[0]} is not in {sorted(pairs)}"
@@ -390,63 +360,6 @@ def stage_costs(costed: CostedGraph, plan: Plan) -> tuple[Cost, ...]:
         backward = total.backward + total.forward * (stage in plan.recomputed)
         costs.append(Cost(total.forward, backward, total.saved_bytes, parameter_bytes))
     return tuple(costs)
-
-
-def _channels(graph: Graph, stage_of: Sequence[int | None]) -> tuple[Channel, ...]:
-    values: dict[tuple[int, int], list[int]] = {}
-    for index, users in enumerate(graph.users):
-        source = stage_of[index]
-        if source is None:
-            continue
-        for target in sorted({stage_of[user] for user in users} - {source, None}):  # type: ignore[type-var]
-            values.setdefault((source, target), []).append(index)  # type: ignore[arg-type]
-    return tuple(
-        Channel(source, target, tuple(nodes), sum(graph.nodes[i].nbytes for i in nodes))
-        for (source, target), nodes in sorted(values.items())
-    )
-
-
-def _with_replicas(channels: Sequence[Channel], run_by: Sequence[Sequence[int]]) -> tuple[Channel, ...]:
-    """Repeats each channel for all pairs of replicas of its ends that share a microbatch."""
-    each = [replace(c, source=s, target=t) for c in channels for s, t in _meeting(run_by[c.source], run_by[c.target])]
-    return tuple(sorted(each, key=lambda c: (c.source, c.target)))
-
-
-def _meeting(sources: Sequence[int], targets: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """The pairs of replicas of two stages that run some microbatch in common."""
-    common = gcd(len(sources), len(targets))
-    for (i, source), (j, target) in product(enumerate(sources), enumerate(targets)):
-        if i % common == j % common:
-            yield source, target
-
-
-def _replicas(replica_of: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-    run_by: dict[int, tuple[int, ...]] = {}
-    for stage, original in enumerate(replica_of):
-        run_by[original] = (*run_by.get(original, ()), stage)
-    return tuple(run_by[original] for original in replica_of)
-
-
-def _tied(graph: Graph, stage_of: Sequence[int | None], run_by: Sequence[Sequence[int]]) -> tuple[Tied, ...]:
-    stages: dict[str, set[int]] = {}
-    for node, stage in zip(graph.nodes, stage_of, strict=True):
-        for name in node.parameters:
-            assert stage is not None, "a node with parameters has a stage"
-            stages.setdefault(name, set()).update(run_by[stage])
-    nbytes = {p.name: p.spec.nbytes * p.spec.requires_grad for p in graph.parameters}
-    return tuple(Tied(name, tuple(sorted(s)), nbytes[name]) for name, s in stages.items() if len(s) > 1)
-
-
-def _made(graph: Graph, stage_of: Sequence[int | None], run_by: Sequence[Sequence[int]]) -> tuple[Made, ...]:
-    nbytes: dict[int, list[int]] = {}
-    for given in graph.given:
-        own = None if given.node is None else stage_of[given.node]
-        size = 0 if given.node is None else graph.nodes[given.node].nbytes
-        for stage in run_by[-1 if own is None else own]:  # a rematerialized output is made by the last stage
-            found = nbytes.setdefault(stage, [0, 0])
-            found[0] += size * (given.how == "joined")
-            found[1] += size * (given.how == "once")
-    return tuple(Made(stage, *sizes) for stage, sizes in sorted(nbytes.items()))
 
 
 def _refuse_writers(graph: Graph, stage_of: Sequence[int | None], run_by: Sequence[Sequence[int]]) -> None:

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from functools import cached_property, reduce
 from math import prod
 
+from pipecompile.ir.between_stages import Channel
 from pipecompile.ir.graph import Cost, CostedGraph, Graph, Node
 from pipecompile.ir.json_io import Json, converter
-from pipecompile.ir.plan import Channel, Plan, members, stage_costs
+from pipecompile.ir.plan import Plan, members, stage_costs
 from pipecompile.render.modules import Box, blocks_of_stages, box_label, boxes_of_stages
 from pipecompile.render.paths import Names
 

@@ -161,7 +161,7 @@ class Batch:
     @property
     def wanted(self) -> frozenset[str]:
         """The outputs of the stages whose values all processes get, if they are several."""
-        return frozenset(given.name for given in self.compiled.graph.given if given.how != "shape")
+        return frozenset(output.name for output in self.compiled.graph.shared_outputs if output.how != "shape")
 
     def shared(self, microbatches: Mapping[int, Microbatch]) -> Outputs:
         """The outputs of microbatches in all processes, once a program with Shares has run."""

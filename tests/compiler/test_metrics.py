@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 import pipecompile
 from pipecompile.compiler.metrics import metrics
+from pipecompile.ir.between_stages import Made
 from pipecompile.ir.cluster import Cluster, Link
 from pipecompile.ir.graph import Cost
 from pipecompile.ir.instruction import Forward, Share, Step
-from pipecompile.ir.plan import Made, Plan
+from pipecompile.ir.plan import Plan
 from pipecompile.ir.timeline import Timeline
 from pipecompile.schedule import SCHEDULES, backward_only, forward_only
 from pipecompile.schedule.several_processes import shared

@@ -73,6 +73,13 @@ def compiled(model: nn.Module, **options: Any) -> Any:
     return pipecompile.compile(model, ["cpu", "cpu"], **options)
 
 
+def assert_same_gradients(model: nn.Module, expected: nn.Module) -> None:
+    gradients = {name: p.grad for name, p in expected.named_parameters()}
+    assert len(gradients) == 2 * LAYERS
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], msg=name)
+
+
 def simulated(seconds: Seconds, count: int, stages: int = 2) -> float:
     """The 1F1B step of two stages of equal time: the bubble is one microbatch (PipeDream-flush, Megatron)."""
     return 3 * LAYERS / stages * seconds(ROWS // count) * (count + stages - 1)
@@ -102,10 +109,7 @@ def test_the_shortest_step_is_taken(
     wanted = expected(x, y)
     wanted.backward()
     torch.testing.assert_close(loss, wanted)
-    gradients = {name: p.grad for name, p in expected.named_parameters()}
-    assert len(gradients) == 2 * LAYERS
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, gradients[name], msg=name)
+    assert_same_gradients(model, expected)
 
 
 class Squeezed(Net):
@@ -128,9 +132,7 @@ def test_a_squeeze_is_compared_too_down_to_microbatches_of_one_row(took: Callabl
         loss.backward()
         wanted.backward()
         torch.testing.assert_close(loss, wanted)
-    gradients = {name: p.grad for name, p in expected.named_parameters()}
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, gradients[name], msg=name)
+    assert_same_gradients(model, expected)
 
 
 def test_later_batches_keep_the_number(took: Callable[[Seconds], list[int]]) -> None:
@@ -314,9 +316,7 @@ def test_auto_chooses_the_number_with_the_schedule(
     loss.backward()
     wanted.backward()
     torch.testing.assert_close(loss, wanted)
-    gradients = {name: p.grad for name, p in expected.named_parameters()}
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, gradients[name], msg=name)
+    assert_same_gradients(model, expected)
     assert pipe.pipeline.microbatches in fixed
     said = pipe.pipeline.report.schedule
     count = pipe.pipeline.microbatches

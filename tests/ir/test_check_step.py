@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from pipecompile.errors import DeadlockError, ProgramError
+from pipecompile.ir.between_stages import Tied
 from pipecompile.ir.check_step import check_step
 from pipecompile.ir.instruction import Backward, Forward
-from pipecompile.ir.plan import Plan, Tied
+from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import Program
 from pipecompile.schedule import SCHEDULES
 from pipecompile.schedule.halves import backward_only, forward_only

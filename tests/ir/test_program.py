@@ -4,8 +4,9 @@ from hypothesis import strategies as st
 from plans import SHAPES, dag, plans, rows
 
 from pipecompile.errors import DeadlockError, ProgramError
+from pipecompile.ir.between_stages import Made, Tied
 from pipecompile.ir.instruction import Backward, Fetch, Forward, Offload, Recv, Reduce, Send, Share, Step, parse
-from pipecompile.ir.plan import Made, Plan, Tied
+from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import Program, dependencies, linearize
 from pipecompile.schedule import one_f_one_b
 

@@ -10,9 +10,10 @@ from random import Random
 import pytest
 from plans import layers
 
+from pipecompile.ir.between_stages import Channel, Tied
 from pipecompile.ir.cluster import Cluster, Device, Link, Pair
 from pipecompile.ir.graph import TensorSpec
-from pipecompile.ir.plan import Channel, Plan, Tied
+from pipecompile.ir.plan import Plan
 from pipecompile.partition import assign
 from pipecompile.planning.plan_search import make_plan
 from pipecompile.planning.search_spec import Request

@@ -15,9 +15,10 @@ from torch import Tensor, fx, nn
 
 import pipecompile
 from pipecompile.capture.purity import name_of
+from pipecompile.ir.between_stages import Made
 from pipecompile.ir.cluster import Cluster, Device
-from pipecompile.ir.graph import Cost, CostedGraph, Footprint, Given, Graph, Node, Parameter, TensorSpec
-from pipecompile.ir.plan import Made, Plan
+from pipecompile.ir.graph import Cost, CostedGraph, Footprint, Graph, Node, Parameter, SharedOutput, TensorSpec
+from pipecompile.ir.plan import Plan
 from pipecompile.ops import split_backward
 from pipecompile.planning.memory import Bytes, Memory, memory
 from pipecompile.planning.stage_memory import SPLIT, load
@@ -296,8 +297,8 @@ def test_stages_on_one_rank_are_held_together() -> None:
 
 def test_processes_hold_the_outputs_of_others_and_compute_the_tail_each() -> None:
     costed = chain()
-    given = Given("logits", 3, "joined"), Given("loss", 3, "once"), Given("hidden", 3, "shape")
-    graph = replace(costed.graph, given=given)
+    given = SharedOutput("logits", 3, "joined"), SharedOutput("loss", 3, "once"), SharedOutput("hidden", 3, "shape")
+    graph = replace(costed.graph, shared_outputs=given)
     plan = Plan.of(graph, [None, 0, 1, 2], [0, 1, 0])
     size = graph.nodes[-1].nbytes
     assert plan.made == (Made(2, size, size),)

@@ -19,10 +19,11 @@ from toys import D, SkipToLoss, blocks, mean_square
 
 import pipecompile
 from pipecompile.errors import InfeasibleError, InputError, PlanError, ProgramError
+from pipecompile.ir.between_stages import Channel, Tied
 from pipecompile.ir.cluster import Cluster, Device, Link
 from pipecompile.ir.graph import Cost, TensorSpec
 from pipecompile.ir.instruction import Backward, Forward
-from pipecompile.ir.plan import Channel, Plan, Tied, with_replicas
+from pipecompile.ir.plan import Plan, with_replicas
 from pipecompile.ir.program import Program, dependencies, linearize
 from pipecompile.ir.weight_versions import versions
 from pipecompile.partition import Step, deals, partition

@@ -1,9 +1,10 @@
 import json
 from dataclasses import replace
 
+from pipecompile.ir.between_stages import Made
 from pipecompile.ir.cluster import Cluster, Link
 from pipecompile.ir.graph import Cost
-from pipecompile.ir.plan import Made, Plan
+from pipecompile.ir.plan import Plan
 from pipecompile.ir.timeline import Timeline
 from pipecompile.render.cells import cells, drawn_kinds, wires
 from pipecompile.render.trace import trace

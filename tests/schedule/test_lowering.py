@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 from plans import SHAPES, WHOLE, costs, dag, plans, rows, units
 
 from pipecompile.errors import ProgramError
+from pipecompile.ir.between_stages import Tied
 from pipecompile.ir.instruction import Instruction, Recv, Send, parse
-from pipecompile.ir.plan import Plan, Tied
+from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import Program, dependencies, linearize, reads
 from pipecompile.schedule import (
     backward_only,

@@ -2,9 +2,10 @@ import pytest
 from plans import branches, rows
 
 from pipecompile.errors import DeadlockError, InputError, ProgramError
+from pipecompile.ir.between_stages import Tied
 from pipecompile.ir.graph import Cost
 from pipecompile.ir.instruction import Backward, BackwardWeight, Forward, Recv, Send, parse
-from pipecompile.ir.plan import Plan, Tied
+from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import Program
 from pipecompile.ir.weight_versions import versions
 from pipecompile.schedule import gpipe, one_f_one_b, pipedream

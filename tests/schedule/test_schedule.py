@@ -8,8 +8,9 @@ from plans import SHAPES, WHOLE, branches, costs, dag, plans, rows, stage_row, u
 from torch.distributed.pipelining import schedules as torch_schedules
 
 from pipecompile.errors import InputError, PlanError, ProgramError
+from pipecompile.ir.between_stages import Tied
 from pipecompile.ir.instruction import Backward, Forward, Recv, Reduce, Step
-from pipecompile.ir.plan import Plan, Tied
+from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import Program
 from pipecompile.schedule import (
     SCHEDULES,

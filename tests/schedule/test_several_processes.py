@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from plans import WHOLE, dag, plans, rows, units
 
+from pipecompile.ir.between_stages import Made, Tied
 from pipecompile.ir.cluster import Cluster, Link
 from pipecompile.ir.instruction import Forward, Recv, Refresh, Send, Share
-from pipecompile.ir.plan import Made, Plan, Tied
+from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import Program, linearize, reads
 from pipecompile.runtime.outputs import Outputs
 from pipecompile.schedule import backward_only, forward_only, one_f_one_b
