@@ -117,6 +117,8 @@ MIXING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "a product over samples": lambda x, y: product(x, y)[:, None],
     "attention over samples": attended,
     "a shift by a mask of samples": lambda x, y: put(x, y[:, 0] > 2, x[0]),
+    "a tensor product over samples": lambda x, y: x + torch.tensordot(x, x, ([0, 1], [0, 1])).sum(0) / 9,
+    "a tensor product of samples": lambda x, y: x + torch.tensordot(x, x, ([1, 2], [1, 2])).sum(0)[:, None, None],
     "distances": lambda x, y: x + torch.cdist(x.flatten(1), x.flatten(1)).sum(1)[:, None, None],
     "unique labels": lambda x, y: x * y.unique().numel(),
     "median": lambda x, y: x - x.median(0).values,
@@ -135,6 +137,7 @@ def test_what_mixes_samples_is_never_taken_for_something_else(name: str) -> None
     assert not is_exact(Model(MIXING[name]))
 
 
+EYE = torch.eye(WIDTH).double() * 2
 APART: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "flip of several dimensions": lambda x, y: x.flip(1, 2),
     "squeeze of several dimensions": lambda x, y: x[:, None, :, None].squeeze(1, 3),
@@ -162,6 +165,9 @@ APART: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "one sample's place": lambda x, y: x * (y[:, 0].argmax() + 1),
     "a histogram": histogram,
     "stft": transformed,
+    "a tensor product": lambda x, y: torch.tensordot(x, EYE, 1),
+    "a tensor product, the other way": lambda x, y: torch.tensordot(EYE, x, dims=([0], [-1])).movedim(0, -1),
+    "a tensor product of complex numbers": lambda x, y: torch.tensordot(torch.fft.fft(x), EYE + 0j, ([2], [1])).real,
 }  # fmt: skip
 
 

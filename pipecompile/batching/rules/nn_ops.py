@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -91,22 +93,52 @@ def einsum(use: Use) -> Answer:
     if not isinstance(equation, str) or "." in equation or "->" not in equation:
         return None
     left, result = equation.replace(" ", "").split("->")
-    found: set[tuple[str, int, int]] = set()
-    for letters, operand in zip(left.split(","), operands, strict=True):
+    return _contraction(use, operands, left.split(","), result)
+
+
+@rule("tensordot")
+def tensordot(use: Use) -> Answer:
+    """(..., batch, ...), (...) -> (..., batch, ...), or sum (...) if both operands have the batch in a summed dimension.
+
+    Mixes samples if one operand alone has, or both have the batch in dimensions that stay. Dimensions in a tensor have
+    no rule.
+    """
+    a, b, dims = use.given("a"), use.given("b"), use.given("dims", 2)
+    if isinstance(dims, int):
+        summed = list(range(-dims, 0)), list(range(dims))
+    elif isinstance(dims, tuple | list) and len(dims) == 2:
+        summed = tuple([each] if isinstance(each, int) else each for each in dims)  # type: ignore[assignment]
+    else:
+        return None
+    if not all(isinstance(each, tuple | list) and all(isinstance(dim, int) for dim in each) for each in summed):
+        return None
+    sizes = use.ndim(a), use.ndim(b)
+    labels = list(range(sizes[0])), list(range(sizes[0], sum(sizes)))
+    for left, right in zip(*summed, strict=True):
+        labels[1][right % sizes[1]] = labels[0][left % sizes[0]]
+    return _contraction(use, (a, b), labels, sorted(set(labels[0]) ^ set(labels[1])))
+
+
+def _contraction(
+    use: Use, operands: Sequence[object], labels: Sequence[Sequence[object]], result: Sequence[object]
+) -> Answer:
+    """What a sum of products is, from the labels of the dimensions of each operand and of the result."""
+    found: set[tuple[object, int, int]] = set()
+    for own, operand in zip(labels, operands, strict=True):
         kind = use.kind(operand)
         if isinstance(kind, Batched) and not kind.ragged:
-            found.add((letters[kind.dim], kind.outer, kind.inner))
+            found.add((own[kind.dim], kind.outer, kind.inner))
         elif not isinstance(kind, Shared):
             return use.mixed()
     if not found:
         return SHARED
     if len(found) > 1:
         return use.mixed("a product of samples with samples")
-    letter, outer, inner = found.pop()
-    users = [k for k, letters in zip(map(use.kind, operands), left.split(","), strict=True) if letter in letters]
+    label, outer, inner = found.pop()
+    users = [k for k, own in zip(map(use.kind, operands), labels, strict=True) if label in own]
     if not all(isinstance(k, Batched) for k in users):
         return use.mixed()
-    return Batched(result.index(letter), outer, inner) if letter in result else PARTIAL
+    return Batched(result.index(label), outer, inner) if label in result else PARTIAL
 
 
 @rule("bilinear")
