@@ -98,7 +98,7 @@ def einsum(use: Use) -> Answer:
 
 @rule("tensordot")
 def tensordot(use: Use) -> Answer:
-    """(..., batch, ...), (...) -> (..., batch, ...), or sum (...) if both operands have the batch in a summed dimension.
+    """(..., batch, ...), (...) -> (..., batch, ...), or sum (...) if both operands have the batch in a summed one.
 
     Mixes samples if one operand alone has, or both have the batch in dimensions that stay. Dimensions in a tensor have
     no rule.
