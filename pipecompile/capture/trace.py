@@ -51,8 +51,6 @@ from pipecompile.ops.source_lines import failing_line
 from pipecompile.ops.symbols import Shapes, Sizes
 from pipecompile.ops.torch_internals import FakeTensorMode, enable_python_dispatcher, pytree
 
-REPEATING = 400  # modules of a model that repeats the views of its layers so often that torch's cache pays
-
 
 class NeedsNumbers(Exception):
     """A leaf must be run to find out what it returns, so every size must be a number."""
@@ -110,8 +108,8 @@ class Trace:
         self.graph = fx.Graph()
         self.shapes = Shapes() if symbolic else None
         self.mode = FakeTensorMode(shape_env=self.shapes, allow_non_fake_inputs=True)
-        if len([*model.modules()]) < REPEATING:
-            self.mode.cache_enabled = False  # an entry costs half as much as the operation; see repeated_calls.py
+        if symbolic:
+            self.mode.cache_enabled = False  # an entry costs more than the operation; see repeated_calls.py
         self.scopes = Scopes()
         self.tensors = RealTensors(model, self.scopes, self.mode, self.device)
         self.number_inputs = NumberInputs(self.graph, self.mode)
