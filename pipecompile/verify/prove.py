@@ -1,7 +1,9 @@
 """The check of a capture before it trains: one step is compared with the unsplit model's, on a slice of the batch.
 
-The slice has two rows per microbatch, and three in the first, so that a lost microbatch, or one weighted as if all were
-equal, shows. Both models draw the same random numbers. The check leaves no trace in the model.
+The slice has two microbatches, one of three rows and one of two, so that a lost microbatch, or one weighted as if all
+were equal, shows. If the schedule, the replicas or the model do not accept it, as many microbatches as the call has are
+compared, of two rows and one more, or else all rows. Both models draw the same random numbers. The check leaves no
+trace in the model.
 
 A value that differs by more than ``comparison.allowed`` is compared again with a tolerance from the unsplit model's own
 rounding (``rounding``). If that tolerance could hide a lost microbatch, the proof says so.
@@ -32,13 +34,14 @@ from pipecompile.verify.rounding import with_noise
 from pipecompile.verify.side_by_side import Trial, apart, copied, incomparable, split_step, unsplit_step
 
 LISTED = 5  # differences listed in an error
+FEWEST = 2  # microbatches of a slice
 
 
 def prove(trial: Trial) -> Proof:
     """Compares one step of a split model with the unsplit model's step.
 
     Args:
-        trial: the user's call; a slice of it is run, or all of it if the model does not accept a slice.
+        trial: the user's call; a slice of it is run, or all of it if no slice is accepted.
 
     Raises:
         ExactnessError: they differ; the message lists the differences, and the module where they begin.
@@ -48,9 +51,7 @@ def prove(trial: Trial) -> Proof:
     functions = [] if trial.loss_fn is None else [trial.loss_fn]
     trial = replace(trial, reach=reach_of(trial.model, functions, trial.reach))
     with _nothing_left(trial):
-        for candidate in (sliced := _slice(trial), trial):
-            if candidate is None:
-                continue
+        for candidate in (*_slices(trial), trial):
             if why := incomparable(candidate):
                 return _unproven(trial, why)
             try:
@@ -60,7 +61,7 @@ def prove(trial: Trial) -> Proof:
             except torch.OutOfMemoryError:
                 return _unproven(trial, "the step does not fit into memory")
             except Exception as error:
-                if candidate is sliced:  # the model may not accept fewer rows
+                if candidate is not trial:  # fewer rows, or microbatches, may not be accepted
                     continue
                 if not isinstance(error, PipecompileError):
                     error.add_note(
@@ -75,20 +76,25 @@ def _rows(trial: Trial) -> int:
     return trial.batch.call.batch or 1
 
 
-def _slice(trial: Trial) -> Trial | None:
-    """The trial on the fewest rows that tell microbatches apart; None if the batch is no larger or cannot be sliced."""
+def _slices(trial: Trial) -> Iterator[Trial]:
+    """The trial on the fewest rows that tell microbatches apart: in two microbatches, then in as many as it has.
+
+    Nothing for which the batch has too few rows.
+    """
     batch = trial.batch
-    count = 2 * len(batch.rows) + 1
-    if batch.call.batch is None or batch.call.batch <= count:
-        return None
-    rows = Rows((3, *(2,) * (len(batch.rows) - 1)))
-    call = copied(batch.call, count)
-    try:
-        if batch.compiled.broken(call, rows):
-            return None
-    except Exception:  # guards on input values cannot be computed from fewer rows
-        return None
-    return replace(trial, batch=replace(batch, call=call, rows=rows))
+    given = len(batch.rows)
+    replicated = len({*batch.compiled.plan.replica_of}) < len(batch.compiled.plan.replica_of)
+    for microbatches in (given,) if replicated or given <= FEWEST else (FEWEST, given):
+        rows = Rows((3, *(2,) * (microbatches - 1)))
+        if batch.call.batch is None or batch.call.batch <= sum(rows.counts):
+            return
+        call = copied(batch.call, sum(rows.counts))
+        try:
+            broken = batch.compiled.broken(call, rows)
+        except Exception:  # guards on input values cannot be computed from fewer rows
+            continue
+        if not broken:
+            yield replace(trial, batch=replace(batch, call=call, rows=rows))
 
 
 def _compare(trial: Trial, left_too: bool = True, note: str = "") -> Proof:

@@ -29,8 +29,8 @@ from pipecompile.verify.side_by_side import Trial
 CPU = ["cpu", "cpu"]
 
 
-def pipe_of(model: nn.Module, **options: Any) -> Any:
-    return pipecompile.compile(model.double(), CPU, **{"microbatches": 2, "costs": "count", **options})
+def pipe_of(model: nn.Module, devices: list[str] = CPU, **options: Any) -> Any:
+    return pipecompile.compile(model.double(), devices, **{"microbatches": 2, "costs": "count", **options})
 
 
 def x(rows: int = 8) -> Tensor:
@@ -202,13 +202,31 @@ def test_a_loss_with_wrong_shares_of_microbatches_is_blamed_on_the_model_itself(
         mutant.split("first")
 
 
-def test_a_slice_with_every_microbatch_is_compared_and_reported() -> None:
+def test_a_slice_of_two_microbatches_is_compared_and_reported() -> None:
     pipe = pipe_of(Residual(), microbatches=3)
     mean_square(pipe(x(64))).backward()
     (line,) = pipe.pipeline.report.verified
-    assert line.startswith("training: 7 of 64 rows in microbatches of 3, 2, 2: ")
+    assert line.startswith("training: 5 of 64 rows in microbatches of 3, 2: ")
     assert "8 gradients" in line
     assert "1 buffer" in line
+
+
+def test_a_schedule_for_one_number_of_microbatches_is_compared_with_all_of_them() -> None:
+    def of_three(ranks: int, microbatches: int) -> str:
+        assert (ranks, microbatches) == (2, 3)
+        return "0F0 0F1 0F2 0B0 0B1 0B2\n1F0 1B0 1F1 1B1 1F2 1B2"
+
+    pipe = pipe_of(Residual(), microbatches=3, schedule=of_three, loss_fn=F.mse_loss)
+    pipe(x(64), target=x(64)).backward()
+    (line,) = pipe.pipeline.report.verified
+    assert line.startswith("training: 7 of 64 rows in microbatches of 3, 2, 2: ")
+
+
+def test_a_pipeline_with_replicas_is_compared_with_all_microbatches() -> None:
+    pipe = pipe_of(Residual(), ["cpu"] * 3, microbatches=4, plan=pipecompile.PlanOptions(replicas=[2, 1]))
+    mean_square(pipe(x(64))).backward()
+    (line,) = pipe.pipeline.report.verified
+    assert line.startswith("training: 9 of 64 rows in microbatches of 3, 2, 2, 2: ")
 
 
 def test_evaluation_and_training_are_proven_apart() -> None:
@@ -258,7 +276,7 @@ def test_a_lost_microbatch_shows_in_every_floating_type() -> None:
         body = losing.stages[-1].module
         share = next(n for n in body.graph.nodes if n.op == "placeholder" and "share" in n.name)
         with body.graph.inserting_after(share):
-            lost = body.graph.call_function(_without_the_third, (share,))
+            lost = body.graph.call_function(_without_the_second, (share,))
         share.replace_all_uses_with(lost, delete_user_cb=lambda user, lost=lost: user is not lost)
         body.recompile()
         _CALLS.clear()
@@ -269,9 +287,9 @@ def test_a_lost_microbatch_shows_in_every_floating_type() -> None:
 _CALLS: list[int] = []
 
 
-def _without_the_third(share: Tensor) -> Tensor:
+def _without_the_second(share: Tensor) -> Tensor:
     _CALLS.append(1)
-    return share * (len(_CALLS) % 4 != 3)
+    return share * (len(_CALLS) % 2 == 1)
 
 
 class Noisy(nn.Module):
