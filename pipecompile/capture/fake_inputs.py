@@ -17,7 +17,7 @@ from pipecompile.capture.call import Call, order_of
 from pipecompile.capture.captured import SymbolicSizes
 from pipecompile.capture.node_table import NodeTable
 from pipecompile.capture.origin import Origin
-from pipecompile.ops.symbols import Shapes
+from pipecompile.ops.symbols import Shapes, expression
 from pipecompile.ops.torch_internals import FakeTensorMode
 
 
@@ -68,7 +68,7 @@ def fake_inputs(
         for dim, size in enumerate(shape):
             if isinstance(size, torch.SymInt):
                 table.sizes.declare(size, placeholder, dim)
-        shapes[placeholder.name] = tuple(_expression(size) for size in shape)
+        shapes[placeholder.name] = tuple(expression(size) for size in shape)
         tensors[name] = fake
     return FakeInputs(tensors, shapes)
 
@@ -109,7 +109,3 @@ class _Symbols:
             return True
         ids = not real.dtype.is_floating_point
         return (ids and size > 1) or (real.ndim == 3 and dim == 1)
-
-
-def _expression(size: int | torch.SymInt) -> Any:
-    return size.node._expr if isinstance(size, torch.SymInt) else size

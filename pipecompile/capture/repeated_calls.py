@@ -22,7 +22,7 @@ from pipecompile.capture.functionalize import storage_key
 from pipecompile.errors import DependsOnData
 from pipecompile.ops.autograd_functions import Applied
 from pipecompile.ops.operators import is_opaque
-from pipecompile.ops.symbols import Shapes
+from pipecompile.ops.symbols import Shapes, expression
 from pipecompile.ops.torch_internals import (
     FakeTensor,
     FakeTensorMode,
@@ -176,17 +176,13 @@ def _of_tensor(tensor: Tensor) -> Hashable:
         raise _Unknown
     return (
         type(tensor),
-        tuple(map(_size, tensor.shape)),
-        tuple(map(_size, tensor.stride())),
-        _size(tensor.storage_offset()),
+        tuple(map(expression, tensor.shape)),
+        tuple(map(expression, tensor.stride())),
+        expression(tensor.storage_offset()),
         tensor.dtype,
         tensor.device,
         tensor.requires_grad,
     )
-
-
-def _size(size: Any) -> Any:
-    return size.node._expr if isinstance(size, torch.SymInt) else size
 
 
 def _result(tensors: Sequence[Tensor], out: Any) -> Result | None:

@@ -153,6 +153,11 @@ class Sizes:
         return result  # type: ignore[return-value]
 
 
+def expression(size: Any) -> Any:
+    """The expression of a symbolic number; any other value itself. Equal for sizes that are written alike."""
+    return size.node._expr if isinstance(size, torch.SymInt | torch.SymFloat | torch.SymBool) else size
+
+
 def _concrete(number: torch.SymInt | torch.SymFloat) -> float:
     """Returns the value of a symbolic number in the trace; torch records that the trace is valid only for it."""
     return int(number) if isinstance(number, torch.SymInt) else float(number)

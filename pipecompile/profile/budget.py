@@ -14,6 +14,7 @@ from typing import Any
 import torch.fx as fx
 from torch import Tensor
 
+from pipecompile.ops.symbols import expression
 from pipecompile.ops.torch_internals import pytree
 from pipecompile.profile.meters import ENOUGH
 
@@ -59,5 +60,5 @@ def _looks(node: fx.Node) -> Any:
     return node.op, node.target, read
 
 
-def _shapes(value: Any) -> Iterator[tuple[str, ...]]:
-    yield from (tuple(map(str, leaf.shape)) for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor))
+def _shapes(value: Any) -> Iterator[tuple[Any, ...]]:
+    yield from (tuple(map(expression, leaf.shape)) for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor))

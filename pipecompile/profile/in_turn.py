@@ -22,7 +22,7 @@ from collections import defaultdict
 from collections.abc import Callable, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from statistics import median
 from typing import Any
 
@@ -266,7 +266,13 @@ def _copied(values: Values, storages: Set[int | None]) -> tuple[Values, set[int]
 def clock_of(function: Any) -> Clock:
     """The clock for a function: that of the thread where it is fine enough, and all of the function runs there."""
     alone = torch.get_num_threads() == 1 and (not is_opaque(function) or is_traceable(function))
-    return time.thread_time if alone and time.get_clock_info("thread_time").resolution <= FINE else time.perf_counter
+    return time.thread_time if alone and _is_fine() else time.perf_counter
+
+
+@cache
+def _is_fine() -> bool:
+    """Whether a thread's clock is fine enough."""
+    return time.get_clock_info("thread_time").resolution <= FINE
 
 
 def _of_runs(run: Callable[[], Any], count: int) -> float:

@@ -11,13 +11,12 @@ from functools import lru_cache
 from typing import Any
 
 import sympy
-import torch
 import torch.fx as fx
 from torch import Tensor
 
 from pipecompile.batching.rules.batch_types import Batched, Kind, Local, Partial, Shared
 from pipecompile.capture import Captured
-from pipecompile.ops.symbols import resolve
+from pipecompile.ops.symbols import expression, resolve
 
 UNKNOWN = -1  # a size that depends on values
 
@@ -68,7 +67,7 @@ class Scale:
 
     def whole_shape(self, tensor: Tensor) -> tuple[int, ...]:
         """The shape of a tensor of the larger trace at the whole batch."""
-        sizes = map(_expression, tensor.shape)
+        sizes = map(expression, tensor.shape)
         return tuple(resolve(e, self.sizes_tried) if _is_told(e, self.sizes_tried) else UNKNOWN for e in sizes)
 
     def growing(self, node: fx.Node, item: int | None = None) -> tuple[int, ...]:
@@ -103,11 +102,11 @@ class Scale:
         """Whether a number among a node's arguments depends on the batch."""
         if isinstance(argument, fx.Node):
             value, after = argument.meta.get("val"), self.twin[argument].meta.get("val")
-            return bool(self._at(_expression(value), False) != self._at(_expression(after), True))
+            return bool(self._at(expression(value), False) != self._at(expression(after), True))
         return bool(argument != twin)
 
     def sizes(self, tensor: Tensor, large: bool) -> tuple[int, ...]:
-        return tuple(self._at(_expression(size), large) for size in tensor.shape)
+        return tuple(self._at(expression(size), large) for size in tensor.shape)
 
     def _resolve(self, expr: Any, large: bool) -> Any:
         values = self._after if large else self._before
@@ -117,7 +116,3 @@ class Scale:
 def _is_told(expr: Any, values: Mapping[sympy.Symbol, int]) -> bool:
     """Whether an expression follows from the sizes of inputs."""
     return not isinstance(expr, sympy.Basic) or expr.free_symbols <= values.keys()
-
-
-def _expression(size: Any) -> Any:
-    return size.node._expr if isinstance(size, torch.SymInt | torch.SymFloat | torch.SymBool) else size
