@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pipecompile.capture.functionalize import storage_key
+from pipecompile.capture.repeated_views import RepeatedViews
 from pipecompile.errors import DependsOnData
 from pipecompile.ops.operators import function_of, named
 from pipecompile.ops.torch_internals import FakeTensor, OpOverload, TorchDispatchMode
@@ -26,13 +27,17 @@ _COMPRESSED = named("""
 class Effects(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Observes the operations that run inside it.
 
+    Args:
+        views: The views that the trace has made, which it makes again.
+
     Raises:
         DependsOnData: An operation creates a compressed sparse matrix, which a fake tensor cannot represent. torch's
             own error there recurses to Python's limit and leaves the thread inside a dispatch.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, views: RepeatedViews | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.views = views
         self.draws = False
         self.written: set[int | None] = set()  # memory, by ``storage_key``
 
@@ -42,7 +47,7 @@ class Effects(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise DependsOnData("the model creates a compressed sparse matrix, which a graph cannot hold")
         self.draws |= torch.Tag.nondeterministic_seeded in func.tags
         self.written.update(storage_key(tensor) for tensor in written_by(func, args, kwargs))
-        return func(*args, **kwargs)
+        return func(*args, **kwargs) if self.views is None else self.views.run(func, args, kwargs)
 
     def among(self, tensors: Iterable[Tensor]) -> list[Tensor]:
         """Returns the tensors whose memory was written."""

@@ -30,6 +30,7 @@ from pipecompile.capture.node_table import NodeTable
 from pipecompile.capture.opaque_recording import LeafRecorder
 from pipecompile.capture.overrides import as_they_say, others_than_tensors
 from pipecompile.capture.repeated_calls import RepeatedCalls
+from pipecompile.capture.repeated_views import RepeatedViews
 from pipecompile.capture.state.container_proxies import without_stand_ins
 from pipecompile.capture.state.executed_code import Ran
 from pipecompile.capture.unseen_calls import check_results, check_tensors
@@ -82,6 +83,7 @@ class Recorder(TorchFunctionMode):
         self.counting = counting
         self.could_count = False  # whether there was such a mask
         self.repeated = RepeatedCalls(table.sizes.shapes)
+        self.views = RepeatedViews(table.sizes.shapes)
         self.data_writes = DataWrites(table)
         self.ran = Ran()
         self.detaching = False  # the model calls detach; autograd also does, to save values
@@ -169,7 +171,7 @@ class Recorder(TorchFunctionMode):
             self.record(func, args, kwargs, out)
             return out
         versions = [version(t) for t in tensors]
-        with Effects() as effects:
+        with Effects(self.views) as effects:
             try:
                 out = run_on_fakes(run, args, kwargs, table.sizes.shapes)
             except DataDependentOutputException:  # perhaps a tensor was passed where a number is needed

@@ -105,8 +105,8 @@ class RepeatedCalls:
         if not all(isinstance(mode, FakeTensorMode) for mode in _get_current_dispatch_mode_stack()):
             return None  # a mode of the model's own wants to see the call
         try:
-            return func, _described(args), _described(kwargs), _modes(tensors[0].device.type), self._learned
-        except _Unknown:
+            return func, described(args), described(kwargs), _modes(tensors[0].device.type), self._learned
+        except Unknown:
             return None
 
     def known(self, key: Any) -> Result | None:
@@ -124,7 +124,7 @@ class RepeatedCalls:
         return 0 if self.shapes is None else self.shapes._replacements_version_counter
 
 
-class _Unknown(Exception):
+class Unknown(Exception):
     """An argument whose effect on a call is not known."""
 
 
@@ -148,32 +148,32 @@ def _modes(kind: str) -> Hashable:
     )
 
 
-def _described(value: Any) -> Hashable:
+def described(value: Any) -> Hashable:
     """An argument without its memory: equal for arguments that a call does the same with.
 
     Raises:
-        _Unknown: it is of another kind than tensors, sizes and what torch's functions take.
+        Unknown: it is of another kind than tensors, sizes and what torch's functions take.
     """
     if isinstance(value, Tensor):
         return _of_tensor(value)
     if isinstance(value, _SIZES):
         return type(value), value.node._expr
     if isinstance(value, tuple | list):
-        return type(value), *map(_described, value)
+        return type(value), *map(described, value)
     if isinstance(value, dict):
-        return dict, *((name, _described(item)) for name, item in value.items())
+        return dict, *((name, described(item)) for name, item in value.items())
     if isinstance(value, slice):
-        return slice, _described(value.start), _described(value.stop), _described(value.step)
+        return slice, described(value.start), described(value.stop), described(value.step)
     if type(value) in _PLAIN or isinstance(value, torch.memory_format):
         return type(value), value
-    raise _Unknown
+    raise Unknown
 
 
 def _of_tensor(tensor: Tensor) -> Hashable:
     if not isinstance(tensor, FakeTensor) or tensor.layout != torch.strided or tensor.constant is not None:
-        raise _Unknown
+        raise Unknown
     if tensor.is_inference() or tensor.is_conj() or tensor.is_neg():
-        raise _Unknown
+        raise Unknown
     return (
         type(tensor),
         tuple(map(expression, tensor.shape)),
@@ -203,8 +203,8 @@ def _result(tensors: Sequence[Tensor], out: Any) -> Result | None:
         )
         for leaf in leaves
     )
-    given = _symbols(size for tensor in tensors for size in (*tensor.shape, *tensor.stride()))
-    if not _symbols(size for each in made for size in (*each.shape, *each.stride)) <= given:
+    given = symbols_of(size for tensor in tensors for size in (*tensor.shape, *tensor.stride()))
+    if not symbols_of(size for each in made for size in (*each.shape, *each.stride)) <= given:
         return None  # sizes that only data tell, new ones in every call
     return Result(made, structure, leaves[0].fake_mode)
 
@@ -212,17 +212,31 @@ def _result(tensors: Sequence[Tensor], out: Any) -> Result | None:
 def _is_fresh(leaf: Any) -> bool:
     """Whether an empty tensor can stand for a result."""
     return (
-        isinstance(leaf, FakeTensor)
-        and leaf.layout == torch.strided
-        and leaf.constant is None
+        is_plain(leaf)
         and isinstance(offset := leaf.storage_offset(), int)
         and offset == 0
-        and not leaf.is_inference()
-        and not leaf.is_conj()
-        and not leaf.is_neg()
         and (leaf.grad_fn is not None) == leaf.requires_grad
     )
 
 
-def _symbols(sizes: Any) -> set[Any]:
-    return {symbol for size in sizes if isinstance(size, torch.SymInt) for symbol in size.node.expr.free_symbols}
+def is_plain(leaf: Any) -> bool:
+    """Whether its sizes and its dtype say all about a tensor."""
+    return (
+        isinstance(leaf, FakeTensor)
+        and leaf.layout == torch.strided
+        and leaf.constant is None
+        and not leaf.is_inference()
+        and not leaf.is_conj()
+        and not leaf.is_neg()
+    )
+
+
+def symbols_of(sizes: Any) -> set[Any]:
+    """The symbols of sizes; they may be in sequences."""
+    found: set[Any] = set()
+    for size in sizes:
+        if isinstance(size, torch.SymInt):
+            found |= size.node.expr.free_symbols
+        elif isinstance(size, list | tuple):
+            found |= symbols_of(size)
+    return found

@@ -1,4 +1,4 @@
-"""A trace that does not run repeated calls is the trace that runs them all: nodes, sizes, strides, types, guards."""
+"""A trace that does not run repeated calls is the trace that runs them all: nodes, sizes, memory, types, guards."""
 
 from __future__ import annotations
 
@@ -13,14 +13,23 @@ from torch.nn import functional as F
 from toys import D
 
 from pipecompile.capture import Captured, capture, read_call
+from pipecompile.capture.functionalize import storage_key
 from pipecompile.capture.origin import origin_of
 from pipecompile.capture.repeated_calls import RepeatedCalls, Result
+from pipecompile.capture.repeated_views import RepeatedViews, Views
 from pipecompile.ops.torch_internals import pytree
 
 
 def facts(captured: Captured) -> dict[str, Any]:
     """All that a trace says, in comparable form."""
+    memory: dict[Any, int] = {}
     return {
+        "memory": [
+            memory.setdefault(storage_key(leaf), len(memory))
+            for node in captured.graph.nodes
+            for leaf in pytree.tree_leaves(node.meta.get("val"))
+            if isinstance(leaf, Tensor)
+        ],
         "nodes": [
             (node.format_node(), [_of(leaf) for leaf in pytree.tree_leaves(node.meta.get("val"))], origin_of(node))
             for node in captured.graph.nodes
@@ -38,24 +47,39 @@ def _of(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return str(value)
     stride = tuple(map(str, value.stride())) if value.layout == torch.strided else ()
-    return str(value.shape), stride, value.dtype, value.device, value.requires_grad, value.layout
+    offset = str(value.storage_offset()) if value.layout == torch.strided else ""
+    return (
+        str(value.shape),
+        stride,
+        offset,
+        value.dtype,
+        value.device,
+        value.requires_grad,
+        value.layout,
+        value.is_conj(),
+    )
 
 
 class Counted:
-    """How many calls were not run."""
+    """How many calls were not run, and how many views were made again."""
 
-    count = 0
+    count = views = 0
 
 
 @pytest.fixture
 def again(monkeypatch: pytest.MonkeyPatch) -> Counted:
-    counted, original = Counted(), Result.again
+    counted, original, original_of = Counted(), Result.again, Views.of
 
     def count(self: Result, sources: Any) -> Any:
         counted.count += 1
         return original(self, sources)
 
+    def count_views(self: Views, base: Any) -> Any:
+        counted.views += 1
+        return original_of(self, base)
+
     monkeypatch.setattr(Result, "again", count)
+    monkeypatch.setattr(Views, "of", count_views)
     return counted
 
 
@@ -68,6 +92,7 @@ def both(make: Callable[[], nn.Module], args: tuple[Any, ...], kwargs: dict[str,
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RepeatedCalls, "known", lambda self, key: None)
+        patch.setattr(RepeatedViews, "run", lambda self, func, args, kwargs: func(*args, **kwargs))
         whole = traced()
     return whole, traced()
 
@@ -138,6 +163,42 @@ def in_pieces(y: Tensor, x: Tensor) -> Tensor:
     half = y.shape[0] // 2
     pieces = y[: half * 2].reshape(half, 2, D)
     return (pieces * 2 + pieces.sin()).sum(dim=1).repeat_interleave(2, dim=0) + x[: half * 2]
+
+
+def of_views(y: Tensor, x: Tensor) -> Tensor:
+    a, b = y.chunk(2, dim=1)
+    first, *_ = y.unbind(1)
+    spread = first.unsqueeze(-1).expand(-1, D).transpose(0, 1).permute(1, 0)
+    parts = y.split([1, D - 1], dim=1)
+    last = x[:, -1:].squeeze(1).view(-1, 1).expand_as(y)
+    corners = y.unfold(1, 2, 1).select(-1, 0).sum(dim=1, keepdim=True) + y.diagonal().sum()
+    return torch.cat([b, a], dim=1) + spread + parts[1].sum() * parts[0] + last + y.detach() + corners
+
+
+def in_views_of_views(y: Tensor, x: Tensor) -> Tensor:
+    h = y.clone()
+    rows = h.view(-1, 2, D // 2).transpose(0, 1)
+    rows[0].mul_(2)
+    rows.select(2, 1).add_(x[:, 0])
+    h.narrow(1, 1, 2).t()[0].copy_(x[:, 1])
+    return h * y
+
+
+def of_complex_views(y: Tensor, x: Tensor) -> Tensor:
+    z = torch.view_as_complex(y.view(-1, D // 2, 2).contiguous())
+    return torch.view_as_real(z.conj() * z.conj().mT.mT).reshape(-1, D) + z.real.repeat(1, 2) + z.imag.repeat(1, 2)
+
+
+def of_data_sized_views(y: Tensor, x: Tensor) -> Tensor:
+    kept = y[y[:, 0] > 0]
+    return y + kept.view(-1, 1, D).transpose(0, 2).sum() + kept[:, 1:].sum()
+
+
+@pytest.mark.parametrize("function", [of_views, in_views_of_views, of_complex_views, of_data_sized_views])
+def test_views_that_are_made_again(function: Callable[[Tensor, Tensor], Tensor], again: Counted) -> None:
+    whole, short = both(lambda: Layers(function), (torch.randn(4, D),), {})
+    assert short == whole
+    assert again.views > 0
 
 
 @pytest.mark.parametrize(
