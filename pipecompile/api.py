@@ -101,8 +101,9 @@ def compile(
             CUDA devices, and links are measured if the costs are. ``report.links`` lists the links.
         verify: when to compare a call with a step of the unsplit model before the call returns: outputs, loss, every
             gradient, and written buffers, parameters and attributes. "first": the first call of each capture, on a
-            slice of its batch in two microbatches, of three rows and of two; a number n: also every nth call; "every"
-            call; or "never". If they differ, raises an ``ExactnessError``; ``report.verified`` says what was compared.
+            slice of its batch (three microbatches, of three, two and two rows); a number n: also every nth call;
+            "every" call; or "never". If they differ, raises an ``ExactnessError``; ``report.verified`` says what was
+            compared.
         stage_compile: whether ``torch.compile`` compiles the stages, at the first call, with Inductor; or the name of
             another of its backends, or a backend. Results then differ by rounding from those of uncompiled stages.
             ``report.compiled`` says what is compiled.

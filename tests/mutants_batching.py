@@ -20,7 +20,7 @@ from pipecompile.batching.division import Before
 from pipecompile.batching.rules import RULES, Recount, Share, Use
 from pipecompile.capture import Captured
 from pipecompile.ops.operators import named
-from pipecompile.runtime import steps
+from pipecompile.runtime import batch
 
 DIVIDE = sys.modules["pipecompile.batching.divide"]
 EXPERIMENT = sys.modules["pipecompile.batching.separability_trial"]
@@ -234,7 +234,7 @@ BATCHING = (
     Mutant(
         "tail sees the first microbatch",
         "the tail gets the values of the first microbatch, repeated",
-        patched(steps, "gather", only_first),
+        patched(batch, "gather", only_first),
         end(lambda net, o: torch.logsumexp(o, 0).mean()),
     ),
     Mutant(

@@ -18,7 +18,7 @@ from pipecompile.capture.call import SHARE
 from pipecompile.ir.instruction import Backward, Forward, Recv
 from pipecompile.ir.plan_options import PlanOptions
 from pipecompile.ops.checkpoint import Recomputed
-from pipecompile.runtime import link, steps
+from pipecompile.runtime import batch, link, steps
 from pipecompile.runtime.batch import Batch
 from pipecompile.runtime.runner import Microbatch, Runner
 from pipecompile.runtime.transport import LocalTransport
@@ -79,9 +79,9 @@ def no_gradient(call: Any, self: Runner, microbatch: Microbatch, received: Any) 
     return {source: (None,) * len(values) for source, values in call(microbatch, received).items()}
 
 
-def other_input(call: Any, self: Runner, microbatch: Microbatch, received: Any) -> Any:
+def other_input(call: Any, self: Runner, microbatch: Microbatch, *args: Any) -> Any:
     inputs = {name: t.flip(0) if t.ndim else t for name, t in microbatch.inputs.items()}
-    return call(replace_inputs(microbatch, inputs), received)
+    return call(replace_inputs(microbatch, inputs), *args)
 
 
 def replace_inputs(microbatch: Microbatch, inputs: Mapping[str, Tensor]) -> Microbatch:
@@ -262,7 +262,7 @@ RUNTIME = (
     Mutant(
         "outputs of microbatches exchanged",
         "the rows of the second and the third microbatch are exchanged",
-        patched(steps, "gather", exchange),
+        patched(batch, "gather", exchange),
         features(),
     ),
     Mutant(

@@ -1,9 +1,9 @@
 """The check of a capture before it trains: one step is compared with the unsplit model's, on a slice of the batch.
 
-The slice has two microbatches, one of three rows and one of two, so that a lost microbatch, or one weighted as if all
-were equal, shows. If the schedule, the replicas or the model do not accept it, as many microbatches as the call has are
-compared, of two rows and one more, or else all rows. Both models draw the same random numbers. The check leaves no
-trace in the model.
+The slice has three microbatches (a first, a last and one between them) of three, two and two rows, so that a lost
+microbatch, or one weighted as if all were equal, shows. If the schedule, the replicas or the model do not accept it, as
+many microbatches as the call has are compared, of two rows and one more, or else all rows. Both models draw the same
+random numbers. The check leaves no trace in the model.
 
 A value that differs by more than ``comparison.allowed`` is compared again with a tolerance from the unsplit model's own
 rounding (``rounding``). If that tolerance could hide a lost microbatch, the proof says so.
@@ -34,7 +34,7 @@ from pipecompile.verify.rounding import with_noise
 from pipecompile.verify.side_by_side import Trial, apart, copied, incomparable, split_step, unsplit_step
 
 LISTED = 5  # differences listed in an error
-FEWEST = 2  # microbatches of a slice
+FEWEST = 3  # microbatches of a slice
 
 
 def prove(trial: Trial) -> Proof:
@@ -77,7 +77,7 @@ def _rows(trial: Trial) -> int:
 
 
 def _slices(trial: Trial) -> Iterator[Trial]:
-    """The trial on the fewest rows that tell microbatches apart: in two microbatches, then in as many as it has.
+    """The trial on the fewest rows that tell microbatches apart: in three microbatches, then in as many as it has.
 
     Nothing for which the batch has too few rows.
     """

@@ -12,7 +12,7 @@ from pipecompile.errors import ExactnessError
 
 GROSS = {  # what shows beyond the rounding of any type
     "custom backward lost", "buffer write forgotten", "arguments swapped", "no_grad added", "tied weight detached",
-    "dropout dropped", "attribute update dropped", "mean over the batch", "Share lost", "partial sum joined as shared",
+    "dropout dropped", "attribute update dropped", "Share lost", "partial sum joined as shared",
     "backward of a microbatch lost", "backward lost, loss outside", "seed scaled", "loss not scaled", "Reduce skipped",
     "values swapped", "outputs swapped", "outputs of microbatches exchanged", "gradients of microbatches exchanged",
     "forwards received in another order",

@@ -202,24 +202,25 @@ def test_a_loss_with_wrong_shares_of_microbatches_is_blamed_on_the_model_itself(
         mutant.split("first")
 
 
-def test_a_slice_of_two_microbatches_is_compared_and_reported() -> None:
-    pipe = pipe_of(Residual(), microbatches=3)
+@pytest.mark.parametrize("microbatches", [3, 5])
+def test_a_slice_of_three_microbatches_is_compared_and_reported(microbatches: int) -> None:
+    pipe = pipe_of(Residual(), microbatches=microbatches)
     mean_square(pipe(x(64))).backward()
     (line,) = pipe.pipeline.report.verified
-    assert line.startswith("training: 5 of 64 rows in microbatches of 3, 2: ")
+    assert line.startswith("training: 7 of 64 rows in microbatches of 3, 2, 2: ")
     assert "8 gradients" in line
     assert "1 buffer" in line
 
 
 def test_a_schedule_for_one_number_of_microbatches_is_compared_with_all_of_them() -> None:
-    def of_three(ranks: int, microbatches: int) -> str:
-        assert (ranks, microbatches) == (2, 3)
-        return "0F0 0F1 0F2 0B0 0B1 0B2\n1F0 1B0 1F1 1B1 1F2 1B2"
+    def of_four(ranks: int, microbatches: int) -> str:
+        assert (ranks, microbatches) == (2, 4)
+        return "0F0 0F1 0F2 0F3 0B0 0B1 0B2 0B3\n1F0 1B0 1F1 1B1 1F2 1B2 1F3 1B3"
 
-    pipe = pipe_of(Residual(), microbatches=3, schedule=of_three, loss_fn=F.mse_loss)
+    pipe = pipe_of(Residual(), microbatches=4, schedule=of_four, loss_fn=F.mse_loss)
     pipe(x(64), target=x(64)).backward()
     (line,) = pipe.pipeline.report.verified
-    assert line.startswith("training: 7 of 64 rows in microbatches of 3, 2, 2: ")
+    assert line.startswith("training: 9 of 64 rows in microbatches of 3, 2, 2, 2: ")
 
 
 def test_a_pipeline_with_replicas_is_compared_with_all_microbatches() -> None:
@@ -276,7 +277,7 @@ def test_a_lost_microbatch_shows_in_every_floating_type() -> None:
         body = losing.stages[-1].module
         share = next(n for n in body.graph.nodes if n.op == "placeholder" and "share" in n.name)
         with body.graph.inserting_after(share):
-            lost = body.graph.call_function(_without_the_second, (share,))
+            lost = body.graph.call_function(_without_the_third, (share,))
         share.replace_all_uses_with(lost, delete_user_cb=lambda user, lost=lost: user is not lost)
         body.recompile()
         _CALLS.clear()
@@ -287,9 +288,9 @@ def test_a_lost_microbatch_shows_in_every_floating_type() -> None:
 _CALLS: list[int] = []
 
 
-def _without_the_second(share: Tensor) -> Tensor:
+def _without_the_third(share: Tensor) -> Tensor:
     _CALLS.append(1)
-    return share * (len(_CALLS) % 2 == 1)
+    return share * (len(_CALLS) % 4 != 3)
 
 
 class Noisy(nn.Module):
