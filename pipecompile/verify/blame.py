@@ -24,8 +24,10 @@ from pipecompile.capture.state.restore import left_as_before
 from pipecompile.ops.randomness import drawn_alike
 from pipecompile.ops.tensor_args import tensors_in
 from pipecompile.verify.comparison import coarsest_type, difference
+from pipecompile.verify.microbatch_statistics import statistics_of
+from pipecompile.verify.one_device import on_one_device
 from pipecompile.verify.results import Difference
-from pipecompile.verify.side_by_side import Trial, leaves_of, on_one_device, statistics_of
+from pipecompile.verify.side_by_side import Trial, leaves_of
 
 STEP = "<step>"  # in the place of a path: the model's own forward, which runs without its hooks, and the loss
 Parts = Sequence[Tensor]  # a value of the whole batch, or of each microbatch

@@ -9,15 +9,14 @@ model runs the microbatches one by one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from pipecompile.batching import SHARED, Batched, Kind, Rows, by_shape, gather, scatter
 from pipecompile.capture import Call, Captured, Output
@@ -25,26 +24,25 @@ from pipecompile.capture.loss import find_loss
 from pipecompile.capture.origin import origin_of
 from pipecompile.capture.purity import is_random
 from pipecompile.capture.pytrees import flatten
-from pipecompile.capture.state.model_state import named_tensors, without_caches
+from pipecompile.capture.state.model_state import without_caches
 from pipecompile.capture.state.reachable import Generator, Reach, reach_of
 from pipecompile.ir.batching_options import DEFAULT_BATCHING, Batching
-from pipecompile.ops.accelerators import factories_on
 from pipecompile.ops.functional import add_moments, moments
 from pipecompile.ops.module_tree import called_bare
 from pipecompile.ops.row_draws import draws_by_row
 from pipecompile.ops.torch_internals import (
     DisableTorchFunction,
     OpOverload,
-    _current_graph_task_id,
     _engine_run_backward,
-    pytree,
 )
 from pipecompile.runtime import steps
 from pipecompile.runtime.batch import Batch
 from pipecompile.runtime.session import Session
 from pipecompile.schedule import MakeProgram
 from pipecompile.verify.comparison import Run
+from pipecompile.verify.microbatch_statistics import statistics_of
 from pipecompile.verify.observed import Seen, observed
+from pipecompile.verify.one_device import on_one_device
 
 SEED = 0  # for the grad_outputs
 
@@ -228,32 +226,6 @@ def unsplit_step(
     return _run(trial, tensors, out, joined, found, seen, left)
 
 
-@contextmanager
-def on_one_device(model: nn.Module, device: torch.device | None = None) -> Iterator[Callable[[Any], Any]]:
-    """The unsplit model on one device, in place: a context in which it can run, and its backward.
-
-    Args:
-        device: by default that of its first tensor.
-
-    Returns:
-        A function that copies the tensors of an argument tree to the device.
-    """
-    tensors = list({id(tensor): tensor for _, tensor in named_tensors(model)}.values())
-    here = device or next((tensor.device for tensor in tensors), None)
-    elsewhere = [(tensor, tensor.data) for tensor in tensors if tensor.device != here]
-    try:
-        for tensor, own in elsewhere:
-            tensor.data = own.to(here)
-        versions = [tensor._version for tensor, _ in elsewhere]
-        with factories_on(here):
-            yield lambda tree: pytree.tree_map_only(Tensor, lambda t: t if here is None else t.to(here), tree)
-    finally:
-        for (tensor, own), version in zip(elsewhere, versions, strict=True):
-            if tensor._version != version or not isinstance(tensor, nn.Parameter):  # batch norm writes unseen
-                own.copy_(tensor.data)
-            tensor.data = own
-
-
 def _observed(trial: Trial) -> AbstractContextManager[Seen]:
     functions = [] if trial.loss_fn is None else [trial.loss_fn]
     return observed(trial.model, functions, trial.reach or reach_of(trial.model, functions))
@@ -334,70 +306,6 @@ def _spread(kind: Kind, gradient: Tensor, rows: Rows) -> list[Tensor]:
         return [gradient * weight for weight in rows.weights]
     entries = gradient.shape[kind.dim] // sum(rows.counts)
     return list(torch.split(gradient, [count * entries for count in rows.counts], kind.dim))
-
-
-# Batch normalization as in a pipeline
-
-
-def statistics_of(rows: Rows, deferred: bool = False) -> TorchFunctionMode:
-    """A mode in which batch normalization of the whole batch uses the statistics of each microbatch, as in GPipe.
-
-    Args:
-        deferred: whether running statistics are updated once, by the statistics of all rows.
-    """
-    return _MicrobatchStatistics(rows.counts, deferred)
-
-
-class _MicrobatchStatistics(TorchFunctionMode):
-    def __init__(self, counts: Sequence[int], deferred: bool) -> None:
-        super().__init__()
-        self.counts = tuple(counts)
-        self.deferred = deferred
-        self.uses: dict[int, _Uses] = {}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not F.batch_norm or len(self.counts) < 2:
-            return func(*args, **kwargs)
-        names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        x, rows = given.pop("input"), sum(self.counts)
-        if not given.get("training", False) or x.shape[0] % rows:
-            return func(*args, **kwargs)
-        if self.deferred:
-            with torch.no_grad():
-                func(x.detach(), **given)
-            given["running_mean"] = given["running_var"] = None
-        parts = torch.split(x, [count * (x.shape[0] // rows) for count in self.counts])
-        mean, var = given.get("running_mean"), given.get("running_var")
-        in_backward = _current_graph_task_id() != -1  # a checkpoint recomputes, after all forwards
-        if mean is None or var is None or in_backward:
-            return torch.cat([func(part, **given) for part in parts])
-        found = [(torch.zeros_like(mean), torch.zeros_like(var)) for _ in parts]
-        alone = [{**given, "running_mean": m, "running_var": v, "momentum": 1.0} for m, v in found]
-        joined = torch.cat([func(part, **own) for part, own in zip(parts, alone, strict=True)])
-        self.uses.setdefault(id(mean), _Uses((mean, var))).add(given.get("momentum", 0.1), found)
-        return joined
-
-
-class _Uses:
-    """One module's running statistics, updated by all uses in one microbatch, then by those in the next."""
-
-    def __init__(self, running: tuple[Tensor, Tensor]) -> None:
-        self.running = running
-        self.start = tuple(map(torch.clone, running))
-        self.found: list[
-            tuple[float, Sequence[tuple[Tensor, Tensor]]]
-        ] = []  # per use: the momentum, and the statistics of each part
-
-    def add(self, momentum: float, found: Sequence[tuple[Tensor, Tensor]]) -> None:
-        self.found.append((momentum, found))
-        with torch.no_grad():
-            for i, tensor in enumerate(self.running):
-                tensor.copy_(self.start[i])
-                for part in range(len(found)):
-                    for momentum, of_parts in self.found:
-                        tensor.lerp_(of_parts[part][i], momentum)
 
 
 # The results of a step

@@ -30,9 +30,10 @@ from pipecompile.runtime.batch import Batch
 from pipecompile.schedule import MakeProgram
 from pipecompile.verify.comparison import differences
 from pipecompile.verify.fresh_inputs import like, other_shapes, same_shapes
+from pipecompile.verify.one_device import on_one_device
 from pipecompile.verify.results import Check, Verification
 from pipecompile.verify.rounding import with_noise
-from pipecompile.verify.side_by_side import SEED, Trial, apart, on_one_device, split_step, unsplit_step
+from pipecompile.verify.side_by_side import SEED, Trial, apart, split_step, unsplit_step
 
 Mode = Literal["train", "eval"]
 MODES: tuple[Mode, ...] = ("train", "eval")
