@@ -18,7 +18,7 @@ from pipecompile.capture.call import SHARE
 from pipecompile.ir.instruction import Backward, Forward, Recv
 from pipecompile.ir.plan_options import PlanOptions
 from pipecompile.ops.checkpoint import Recomputed
-from pipecompile.runtime import batch, link, steps
+from pipecompile.runtime import batch, gradients, link, microbatches, steps
 from pipecompile.runtime.batch import Batch
 from pipecompile.runtime.runner import Microbatch, Runner
 from pipecompile.runtime.transport import LocalTransport
@@ -198,7 +198,7 @@ RUNTIME = (
     Mutant(
         "microbatch lost",
         "the last microbatch does not contribute to the loss",
-        patched(steps, "scatter", without_share),
+        patched(microbatches, "scatter", without_share),
         loss(),
     ),
     Mutant(
@@ -244,7 +244,7 @@ RUNTIME = (
     Mutant(
         "gradients of two parameters exchanged",
         "two parameters of the same shape get each other's gradients",
-        patched(steps, "_gradients", swap_gradients),
+        patched(steps, "take_gradients", swap_gradients),
         loss(),
     ),
     Mutant(
@@ -268,13 +268,13 @@ RUNTIME = (
     Mutant(
         "gradients of microbatches exchanged",
         "the second and the third microbatch get each other's part of a gradient",
-        patched(steps, "spread", exchange_gradients),
+        patched(gradients, "spread", exchange_gradients),
         features(),
     ),
     Mutant(
         "input gradient halved",
         "the gradient of an input is halved",
-        patched(steps, "_input_gradient", lambda original: lambda *given: original(*given) / 2),
+        patched(gradients, "_input_gradient", lambda original: lambda *given: original(*given) / 2),
         loss(),
         wanting,
     ),

@@ -15,8 +15,8 @@ def test_a_random_model_gives_the_unsplit_models_numbers(seed: int, monkeypatch:
 
 
 def test_a_wrong_gradient_is_found_and_told_with_a_small_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = steps._gradients
-    monkeypatch.setattr(steps, "_gradients", lambda *args: {key: g * 1.001 for key, g in right(*args).items()})
+    right = steps.take_gradients
+    monkeypatch.setattr(steps, "take_gradients", lambda *args: {key: g * 1.001 for key, g in right(*args).items()})
     with pytest.raises(pytest.fail.Exception, match=r"not close|does not compute") as failed:
         assert_a_split_equals_eager(3, monkeypatch, random_plan=True)
     forward = failed.value.msg.split("def forward")[1].split("{'devices'")[0]

@@ -27,9 +27,9 @@ from pipecompile.planning.calibration import Times, corrected
 from pipecompile.runtime import Microbatch
 from pipecompile.runtime.batch import Batch
 from pipecompile.runtime.compiled import Compiled
+from pipecompile.runtime.microbatches import microbatches_of
 from pipecompile.runtime.peers import OneProcess, Peers
 from pipecompile.runtime.session import Session
-from pipecompile.runtime.steps import microbatches_of
 from pipecompile.schedule import MakeProgram
 
 REHEARSALS = 3  # maximum; each rehearses the plan made from the times of the one before

@@ -11,9 +11,9 @@ from pipecompile.errors import ExecutionError, PipecompileError
 from pipecompile.ir.instruction import Instruction
 from pipecompile.runtime.batch import Batch
 from pipecompile.runtime.compiled import Compiled
+from pipecompile.runtime.microbatches import microbatches_of
 from pipecompile.runtime.runner import Microbatch
 from pipecompile.runtime.session import Session
-from pipecompile.runtime.steps import microbatches_of
 from pipecompile.schedule.inflow import inflow, lifetime, period
 
 

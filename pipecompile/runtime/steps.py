@@ -14,31 +14,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from pipecompile.batching import Partial, gather, scatter, spread
 from pipecompile.errors import ExecutionError
 from pipecompile.ops.elsewhere import elsewhere
 from pipecompile.ops.randomness import Generators
-from pipecompile.runtime import Microbatch, Weights
+from pipecompile.runtime import Microbatch
 from pipecompile.runtime.anomalies import refuse_nan
 from pipecompile.runtime.batch import Batch
 from pipecompile.runtime.delivery import Gradients, Saved, connected
+from pipecompile.runtime.gradients import OF_A_PART, give_gradients, take_gradients
+from pipecompile.runtime.joined import joined_of
+from pipecompile.runtime.microbatches import each_from_loss, from_loss, microbatches_of
 from pipecompile.runtime.outputs import Outputs
 from pipecompile.runtime.peers import Peers
 from pipecompile.runtime.rerun import Snapshot
 from pipecompile.runtime.retained import Retained
 from pipecompile.runtime.session import Rerun, Session, Stream
 from pipecompile.schedule import MakeProgram, Schedule, backward_only, forward_only
-
-OF_A_PART = (
-    "an output other than the loss got a gradient, but each process has it for its own part of the batch only, so the "
-    "gradient of the whole batch is not known; compute the loss in the pipeline (loss_fn=, or labels in the call)"
-)
 
 OF_A_MOVE = (
     "the loss is of a call before replan(), but its gradients belong to parameters that have moved to other processes "
@@ -92,7 +89,7 @@ def evaluate(session: Session, batch: Batch) -> dict[str, Tensor]:
     """Runs forwards only."""
     start = _snapshot(session, batch)
     with start.kept_on_failure(), torch.no_grad():
-        joined = _joined(session, batch, *_forward(session, batch, start.seeds))
+        joined = joined_of(session, batch, *_forward(session, batch, start.seeds))
         return batch.given(batch.finish(joined.values, start.seeds))
 
 
@@ -105,7 +102,7 @@ def train(session: Session, batch: Batch, loss: int, schedule: MakeProgram) -> d
 
 def _train(session: Session, batch: Batch, loss: int, schedule: MakeProgram, start: Snapshot) -> dict[str, Tensor]:
     def run(scale: float, shares: bool = False) -> tuple[dict[int, Microbatch], Outputs | None]:
-        microbatches = _from_loss(batch, loss, start.seeds, scale)
+        microbatches = from_loss(batch, loss, start.seeds, scale)
         outputs = batch.shared(microbatches) if shares else None
         with session.pass_of(batch.compiled):
             program = batch.program("train", schedule, shares)
@@ -115,7 +112,7 @@ def _train(session: Session, batch: Batch, loss: int, schedule: MakeProgram, sta
     not_scaled = batch.compiled.in_float16 or start.ambient.in_float16 or batch.compiled.has_own_backward
     scale = session.scale if not_scaled else 1.0
     (microbatches, shared), moves = run(scale, session.peers.are_several), session.moves
-    found = _gradients(session, batch, microbatches)
+    found = take_gradients(session, batch, microbatches)
     leaves = list({id(t): t for t in batch.model_tensors if id(t) in found}.values())
     retained, places = Retained(batch), [batch.division.places[str(output.node)] for output in batch.outputs]
 
@@ -134,11 +131,11 @@ def _train(session: Session, batch: Batch, loss: int, schedule: MakeProgram, sta
         if session.scale == scale:
             return saved.tensors
         with _again(session, start, Rerun.RESCALED):
-            again = _gradients(session, batch, run(session.scale)[0])
+            again = take_gradients(session, batch, run(session.scale)[0])
         return [again[id(leaf)] for leaf in leaves]
 
     with torch.no_grad():
-        tensors = batch.finish(_joined(session, batch, microbatches, shared).values, start.seeds)
+        tensors = batch.finish(joined_of(session, batch, microbatches, shared).values, start.seeds)
     outputs = [t.detach().requires_grad_(o.requires_grad) for t, o in zip(tensors, batch.outputs, strict=True)]
     ready = [found[id(leaf)] for leaf in leaves]
     (own,) = connected([outputs[loss]], session.homes(leaves), deliver, ready)
@@ -224,7 +221,7 @@ def _defer(session: Session, batch: Batch, start: Snapshot, rerun: Retained | No
         rerun: what the caller has of the outputs, if this is a rerun.
     """
     waiting, outputs = _forward(session, batch, start.seeds)
-    joined = _joined(session, batch, waiting, outputs)
+    joined = joined_of(session, batch, waiting, outputs)
     retained, moves = rerun or Retained(batch), session.moves
 
     def run(microbatches: Mapping[int, Microbatch], incoming: Gradients) -> Gradients:
@@ -232,11 +229,11 @@ def _defer(session: Session, batch: Batch, start: Snapshot, rerun: Retained | No
         asked = retained.asked(fed, session.peers.are_several)
         for microbatch in microbatches.values():
             microbatch.retained = dict.fromkeys(asked)
-        _seed(batch, joined, microbatches, incoming)
+        give_gradients(batch, joined, microbatches, incoming)
         with torch.enable_grad():
             session.run(batch.compiled, batch.program("backward", backward_only), microbatches)
         retained.add(asked, [*microbatches.values()])
-        found = _gradients(session, batch, microbatches)
+        found = take_gradients(session, batch, microbatches)
         assert found.keys() <= set(map(id, leaves)), "each gradient has a leaf to arrive at"
         return [found.get(id(leaf)) for leaf in leaves]
 
@@ -279,7 +276,7 @@ def stream(session: Session, batch: Batch, loss: int, policy: Schedule) -> dict[
     under_way = session.stream
     drawn = _drawn(session, batch)
     entering = range(under_way.next, under_way.next + len(batch.rows))
-    parts = _from_loss(batch, loss, drawn, 1.0) if policy.by_batch else _each_from_loss(batch, loss, drawn)
+    parts = from_loss(batch, loss, drawn, 1.0) if policy.by_batch else each_from_loss(batch, loss, drawn)
     new = dict(zip(entering, parts.values(), strict=True))
     under_way.policy = policy
     under_way.microbatches.update(new)
@@ -294,7 +291,7 @@ def stream(session: Session, batch: Batch, loss: int, policy: Schedule) -> dict[
         raise
     under_way.advance(program, len(new))
     return batch.given(
-        [tensor.detach() for tensor in batch.finish(_joined(session, batch, new, outputs).values, drawn)]
+        [tensor.detach() for tensor in batch.finish(joined_of(session, batch, new, outputs).values, drawn)]
     )
 
 
@@ -320,35 +317,6 @@ def _drawn(session: Session, batch: Batch) -> Sequence[int | None]:
     return session.peers.shared(lambda: drawn) if batch.compiled.is_random else drawn
 
 
-@dataclass(frozen=True)
-class Joined:
-    """The outputs of all stages, of the whole batch where all processes need it, else of the part that runs here.
-
-    Attributes:
-        values: by name, in the order of ``Batch.joins``.
-        parts: of values of the whole batch that was run in several parts: the value of each part, on the meta device.
-    """
-
-    values: Mapping[str, Tensor]
-    parts: Mapping[str, Sequence[Tensor]]
-
-
-def _joined(session: Session, batch: Batch, microbatches: Mapping[int, Microbatch], outputs: Outputs | None) -> Joined:
-    """Joins the outputs of the microbatches.
-
-    Args:
-        outputs: from all processes, if they are several.
-    """
-    found = batch.join(microbatches) if outputs is None else outputs.found
-    if batch.part is None:
-        return Joined({name: found[name] for name in batch.joins}, {})
-    parts = session.peers.of_all_parts({name: value for name, value in found.items() if name in batch.wanted})
-    whole = {name: gather(batch.joins[name], values, batch.rows.by_part) for name, values in parts.items()}
-    values = {name: whole[name].requires_grad_(found[name].requires_grad) for name in whole}
-    shapes = {name: [value.detach().to("meta") for value in values] for name, values in parts.items()}
-    return Joined({name: values.get(name, found[name]) for name in batch.joins}, shapes)
-
-
 def _forward(
     session: Session, batch: Batch, drawn: Sequence[int | None], again: bool = False
 ) -> tuple[dict[int, Microbatch], Outputs | None]:
@@ -363,84 +331,3 @@ def _forward(
         program = batch.program("forward", forward_only, shares)
         session.run(batch.compiled, program, microbatches, outputs=outputs)
     return microbatches, outputs
-
-
-def microbatches_of(batch: Batch, drawn: Sequence[int | None]) -> list[Microbatch]:
-    """The microbatches of a batch that run here, each with the seed of its random functions."""
-    parts = scatter(batch.call, batch.rows, batch.compiled.run_before(batch.call), batch.division.before)
-    microbatches = [Microbatch(part, seed) for part, seed in zip(parts, drawn, strict=True)]
-    return microbatches[batch.here]
-
-
-def _from_loss(batch: Batch, loss: int, drawn: Sequence[int | None], scale: float) -> dict[int, Microbatch]:
-    """The microbatches of a batch; each backward starts from its share of the loss's gradient ``scale``."""
-    name = batch.division.places[str(batch.outputs[loss].node)]
-    weights = batch.rows.weights if batch.joins[name] != Partial() else (1.0,) * len(batch.rows)
-    parts = zip(microbatches_of(batch, drawn), weights[batch.here], strict=True)
-    return {i: replace(part, seeds={name: weight * scale}) for i, (part, weight) in enumerate(parts)}
-
-
-def _each_from_loss(batch: Batch, loss: int, drawn: Sequence[int | None]) -> dict[int, Microbatch]:
-    """The microbatches of a batch; each backward starts from the gradient 1 of its own loss."""
-    name = str(batch.outputs[loss].node)
-    return {i: replace(part, seeds={name: 1.0}) for i, part in enumerate(microbatches_of(batch, drawn))}
-
-
-def _seed(
-    batch: Batch, joined: Joined, microbatches: Mapping[int, Microbatch], incoming: Sequence[Tensor | None]
-) -> None:
-    """Gives each microbatch its piece of the incoming gradients."""
-    parts = list(microbatches.values())
-    for (name, kind), gradient in zip(batch.joins.items(), incoming, strict=True):
-        if gradient is not None and name in parts[0].outputs:
-            if batch.part is not None:
-                gradient = _of_part(batch, name, gradient, joined)
-            pieces = spread(kind, gradient, [m.outputs[name] for m in parts], batch.rows_here)
-            for microbatch, piece in zip(parts, pieces, strict=True):
-                microbatch.seeds = {**microbatch.seeds, name: piece}
-
-
-def _of_part(batch: Batch, name: str, gradient: Tensor, joined: Joined) -> Tensor:
-    """The gradient of the part that runs here, from that of the whole batch."""
-    assert batch.part is not None
-    if name not in joined.parts:
-        raise ExecutionError(OF_A_PART)
-    return spread(batch.joins[name], gradient, joined.parts[name], batch.rows.by_part)[batch.part.number]
-
-
-def _gradients(session: Session, batch: Batch, microbatches: Mapping[int, Microbatch]) -> dict[int, Tensor]:
-    """Takes the gradients that a program accumulated, by ``id`` of the parameter or input."""
-    found = _of_weights(session.weights_of(batch.compiled), microbatches)
-    for microbatch in microbatches.values():
-        microbatch.versions.clear()  # they hold weights that were gathered for the program
-    for name, tensor in batch.call.tensors.items():
-        if tensor.requires_grad and any(microbatch.input_gradients.get(name) for microbatch in microbatches.values()):
-            gradient = _input_gradient(name, batch, microbatches)
-            found[id(tensor)] = found[id(tensor)] + gradient if id(tensor) in found else gradient
-    return found if batch.part is None else session.peers.total(found, batch.model_tensors)
-
-
-def _of_weights(weights: Mapping[int, Weights], microbatches: Mapping[int, Microbatch]) -> dict[int, Tensor]:
-    """Takes the gradients of the stages' leaves, by ``id`` of the parameter."""
-    found: dict[int, Tensor] = {}
-    versions = next(iter(microbatches.values())).versions
-    for stage, version in sorted(versions.items(), reverse=True):  # the latest use first, whatever thread ended first
-        for name, leaf in version.leaves.items():
-            if leaf.grad is not None:
-                tensor = weights[stage].tensors[name]
-                gradient = leaf.grad.to(tensor.device)
-                found[id(tensor)] = found[id(tensor)] + gradient if id(tensor) in found else gradient
-                leaf.grad = None
-    return found
-
-
-def _input_gradient(name: str, batch: Batch, microbatches: Mapping[int, Microbatch]) -> Tensor:
-    """The gradient of a model input: the microbatches' gradients, concatenated, or summed for a shared input."""
-    tensor = batch.call.tensors[name]
-    parts: list[Tensor] = []
-    for microbatch in microbatches.values():
-        total = torch.zeros_like(microbatch.inputs[name])
-        for _, gradient in sorted(microbatch.input_gradients.get(name, {}).items(), reverse=True):
-            total = total + gradient.to(tensor.device)
-        parts.append(total)
-    return torch.cat(parts) if name in batch.call.batched else sum(parts[1:], parts[0])

@@ -20,7 +20,8 @@ import pipecompile
 from pipecompile.errors import ExecutionError
 from pipecompile.ir.instruction import Forward, Recv, Send
 from pipecompile.ir.plan import Plan
-from pipecompile.runtime import Lane, LocalTransport, Microbatch, Weights, steps
+from pipecompile.runtime import Lane, LocalTransport, Microbatch, Weights
+from pipecompile.runtime.gradients import _input_gradient
 from pipecompile.runtime.transport import Aborted
 
 STAGES = 3
@@ -570,4 +571,4 @@ def test_gradients_of_an_input_are_added_by_stage_whatever_thread_ended_first(or
     values = {2: 1e16, 1: -1e16, 0: 1.0}
     microbatch = Microbatch({"x": x}, input_gradients={"x": {s: torch.full_like(x, values[s]) for s in order}})
     batch: Any = SimpleNamespace(call=SimpleNamespace(tensors={"x": x}, batched=frozenset({"x"})))
-    assert steps._input_gradient("x", batch, {0: microbatch}) == 1.0
+    assert _input_gradient("x", batch, {0: microbatch}) == 1.0
