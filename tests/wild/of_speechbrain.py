@@ -89,7 +89,7 @@ def entries() -> tuple[Wild, ...]:
         lobe("convolution.ConvolutionFrontEnd", _frames(12), input_shape=[None, None, 12], num_blocks=2, num_layers_per_block=1, out_channels=[4, 4], kernel_sizes=[3, 3], strides=[1, 2], dilations=[1, 1], residuals=[True, True], dropout=0.0),
         lobe("convolution.ConvolutionalSpatialGatingUnit", _frames(12), input_size=12, kernel_size=3),
         lobe("dual_path.SepformerWrapper", _wave, encoder_kernel_size=4, encoder_out_nchannels=8, masknet_chunksize=8, masknet_numlayers=1, intra_numlayers=1, inter_numlayers=1, intra_nhead=2, inter_nhead=2, intra_dffn=8, inter_dffn=8),
-        wild("speechbrain", "SBRNNBlock", lambda: nn.Sequential(*(_lobe("dual_path.SBRNNBlock")(input_size=size, hidden_channels=8, num_layers=1) for size in (8, 16))), _frames(8)),
+        wild("speechbrain", "SBRNNBlock", lambda: nn.Sequential(*(_lobe("dual_path.SBRNNBlock")(input_size=size, hidden_channels=8, num_layers=1) for size in (8, 16, 16))), _frames(8)),
         lobe("dual_path.DPTNetBlock", _frames(8), "DPTNetBlock", d_model=8, nhead=2, dim_feedforward=8),
         lobe("wav2vec.W2VLatentExtractor", _wave, "W2VLatentExtractor", lengths=(16, 24), out_channels=[8, 8], kernel_sizes=[5, 3], strides=[3, 2]),
         *(lobe("transformer.TransformerASR.TransformerASR", speech, f"TransformerASR ({name})", tgt_vocab=12, input_size=16, **transformer, **extra) for name, extra in {
