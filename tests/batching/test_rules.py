@@ -96,8 +96,10 @@ def both_ways(x: Tensor, y: Tensor) -> Tensor:
     state, other = torch.zeros(len(views), WIDTH, dtype=x.dtype), x.new_ones(1, WIDTH).expand(len(views), -1)
     states = []
     for k in range(LENGTH):
-        state = torch.tanh(views[:, k] + F.linear(torch.cat([state, other], 1), EYE.repeat(1, 2)))
-        states.append(state * other)
+        state = torch.tanh(
+            F.linear(torch.cat([views[:, k], other], 1), EYE.repeat(1, 2)) + F.linear(state * other, EYE)
+        )
+        states.append(state)
     ahead, back = torch.stack(states, 1).chunk(2)
     return ahead + 2 * back.flip(1)
 
