@@ -77,6 +77,7 @@ ONCE_WRONG = (
     "MarginOfItsOwnClasses",
     "TiedBehindTheBatch",
     "BothWaysByTheBatch",
+    "BothWaysNormalized",
     "FirstBatchSetsData",
 )
 CASES = [

@@ -58,13 +58,17 @@ class TiedBehindTheBatch(Encodes):
 class BothWaysByTheBatch(Wrapped):
     """A light GRU of speechbrain: the batch, and behind it the batch turned round, from one first state of zeros."""
 
+    normalises = False
+
     def __init__(self) -> None:
         super().__init__()
         self.inputs, self.states = nn.Linear(D, 2 * D), nn.Linear(D, 2 * D, bias=False)
         self.register_buffer("start", torch.zeros(1, D))
+        self.norm = nn.BatchNorm1d(2 * D) if self.normalises else nn.Identity()
 
     def middle(self, x: Tensor) -> Tensor:
         gates = self.inputs(torch.cat([x, x.flip(1)], dim=0))
+        gates = self.norm(gates.reshape(-1, gates.shape[2])).reshape(gates.shape)
         state, states = self.start.broadcast_to(gates.shape[0], D), []
         for step in gates.unbind(1):
             candidate, gate = (step + self.states(state)).chunk(2, 1)
@@ -73,6 +77,13 @@ class BothWaysByTheBatch(Wrapped):
             states.append(state)
         ahead, back = torch.stack(states, 1).chunk(2, dim=0)
         return ahead + back.flip(1)
+
+
+@idiom(takes(5, D), parts=True)
+class BothWaysNormalized(BothWaysByTheBatch):
+    """The same with statistics over both directions, which in each microbatch are those of its own samples."""
+
+    normalises = True
 
 
 @idiom(takes(5, D), warns="as one microbatch", stream=False)

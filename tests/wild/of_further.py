@@ -100,16 +100,11 @@ def _texts() -> list[Wild]:
             lambda draw: ((draw.ids(WORDS, draw.length), draw.mask().bool()), {}),
         )
 
-    size = {
-        "hidden_width": 16,
-        "intermediate_width": 24,
-        "num_attention_heads": 2,
-        "num_hidden_layers": 2,
-        "n_pieces": WORDS,
-    }
+    size = {"hidden_width": 16, "intermediate_width": 24, "n_attention_heads": 2, "n_hidden_layers": 2, "n_pieces": WORDS, "dtype": torch.float32}
+    steady = {"attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0, **size}
     return [
-        text("BERT", embedding_width=16, **size), text("ALBERT", embedding_width=8, num_hidden_groups=1, **size),
-        text("GPTNeoX", **size), text("Llama", **{k: v for k, v in size.items() if k != "num_attention_heads"}, num_query_heads=2, num_key_value_heads=1),
+        text("BERT", embedding_width=16, **steady), text("ALBERT", embedding_width=8, **steady),
+        text("GPTNeoX", **steady), text("Llama", **{k: v for k, v in steady.items() if k != "n_attention_heads"}, n_query_heads=2, n_key_value_heads=1),
     ]  # fmt: skip
 
 
