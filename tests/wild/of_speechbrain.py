@@ -50,9 +50,15 @@ class Transposed(nn.Module):
 
 def entries() -> tuple[Wild, ...]:
     def lobe(
-        path: str, sample: Callable[[Draw], Inputs], label: str = "", lengths: tuple[int, ...] = (8, 12), **config: Any
+        path: str,
+        sample: Callable[[Draw], Inputs],
+        label: str = "",
+        lengths: tuple[int, ...] = (8, 12),
+        whole: str = "",
+        **config: Any,
     ) -> Wild:
-        return wild("speechbrain", label or path.split(".")[-1], lambda: made(path, config), sample, lengths=lengths)
+        name = label or path.split(".")[-1]
+        return wild("speechbrain", name, lambda: made(path, config), sample, whole=whole, lengths=lengths)
 
     def made(path: str, config: dict[str, Any]) -> nn.Module:
         model = _lobe(path)(**config)
@@ -73,7 +79,7 @@ def entries() -> tuple[Wild, ...]:
     speech = lambda draw: ((draw.floats(draw.length, 16), draw.ids(12, 5)), {})  # noqa: E731
     tokens = lambda draw: ((draw.ids(12, draw.length),), {})  # noqa: E731
     return alternating([
-        lobe("CRDNN.CRDNN", _frames(12), **long, input_shape=[None, None, 12], cnn_blocks=1, cnn_channels=[4], inter_layer_pooling_size=[2], rnn_layers=1, rnn_neurons=8, dnn_blocks=1, dnn_neurons=8, dropout=0.0),
+        lobe("CRDNN.CRDNN", _frames(12), whole="its batch normalization reads both directions", **long, input_shape=[None, None, 12], cnn_blocks=1, cnn_channels=[4], inter_layer_pooling_size=[2], rnn_layers=1, rnn_neurons=8, dnn_blocks=1, dnn_neurons=8, dropout=0.0),
         lobe("CRDNN.CRDNN", _frames(12), "CRDNN (LSTM)", **long, input_shape=[None, None, 12], cnn_blocks=1, cnn_channels=[4], inter_layer_pooling_size=[2], rnn_class=_rnn("LSTM"), rnn_layers=1, rnn_neurons=8, dnn_blocks=1, dnn_neurons=8, dropout=0.0),
         lobe("ECAPA_TDNN.ECAPA_TDNN", _with_lengths(12), input_size=12, channels=[16, 16, 16, 16, 24], attention_channels=8, lin_neurons=8, se_channels=8, res2net_scale=4),
         lobe("ECAPA_TDNN.Classifier", lambda draw: ((draw.floats(1, 8),), {}), "ECAPA Classifier", lengths=(8,), input_size=8, lin_blocks=1, lin_neurons=8, out_neurons=5),
