@@ -35,6 +35,7 @@ from idioms import (
     states,
     structures,
     tensors,
+    wholes,
     wiring,
 )  # fmt: skip
 from idioms.check import REMEDY, outcome
@@ -44,7 +45,7 @@ from long import some
 
 THEMES = (
     applications, backwards, changes, criteria, draws, functions, layers, libraries, memories, objectives, precisions,
-    programs, sequences, states, structures, tensors, wiring,
+    programs, sequences, states, structures, tensors, wholes, wiring,
 )  # fmt: skip
 THOROUGH = os.environ.get("IDIOMS") == "all"
 SCHEDULES = ("sequential", "gpipe", "1f1b", "pipedream")
@@ -73,6 +74,11 @@ ONCE_WRONG = (
     "AdjointInTheModelItself",
     "StackedViewsNormalized",
     "RepeatedViewsNormalized",
+    "MarginOfItsOwnClasses",
+    "TiedBehindTheBatch",
+    "BothWaysByTheBatch",
+    "BothWaysNormalized",
+    "FirstBatchSetsData",
 )
 CASES = [
     (name, *setting) for i, name in enumerate(TRIED) for setting in (EVERY if THOROUGH else [QUICK[i % len(QUICK)]])

@@ -25,6 +25,7 @@ from pipecompile.batching.division import Before, Division, Tail
 from pipecompile.batching.infer_batch_types import Analysis, analyse
 from pipecompile.batching.rules import Instead, Recount, RowsArgument, Share, ShareArgument, Squeeze, WholeArgument
 from pipecompile.batching.rules.batch_types import SHARED, Batched, Kind, Local, Mixed, is_mixed
+from pipecompile.batching.tail_weights import MOST, share_of_weights, weights_of
 from pipecompile.capture import Captured, Output
 from pipecompile.capture.ancestors import ancestors
 from pipecompile.capture.call import SHARE
@@ -68,7 +69,6 @@ def twins_differ(small: Captured, large: Captured) -> str:
 class _Divider:
     def __init__(self, small: Captured, large: Captured, analysis: Analysis) -> None:
         self.small, self.large, self.analysis = small, large, analysis
-        self.parameters = dict(small.model.named_parameters(remove_duplicate=False))
         self.written = {name for n in small.graph.nodes if _is_write(n) for name in origin_of(n).writes}
         self.twins = dict(zip(small.graph.nodes, large.graph.nodes, strict=True))
         self.before: dict[str, Before] = {}
@@ -82,7 +82,7 @@ class _Divider:
         outputs = {n.name: n for n in next(n for n in small.graph.nodes if n.op == "output").all_input_nodes}
         late = [n for n in outputs.values() if self._is_whole_only(n)]
         self._collect_tail([*late, *(n for n in small.graph.nodes if _is_write(n))])
-        self._refuse_mixing_in_the_body()
+        weights = self._weights_of_the_tail()
         given = [*(n for n in outputs.values() if n not in late), *self.received]
         body, copies = self._body(given)
         tail = None
@@ -93,6 +93,7 @@ class _Divider:
                 joined={n.name: copies[n].name for n in self.received},
                 outputs=tuple(n.name for n in late),
                 writes=tuple(sorted(self.written)),
+                weights=weights,
                 why=tuple(dict.fromkeys(f"{_why(self.analysis.kinds[n])[0]} ({origin_of(n)})" for n in why)),
             )
         joins = {copies[n].name: self._kind(n) for n in given if n in copies}
@@ -158,28 +159,27 @@ class _Divider:
             for n in node.all_input_nodes
         )
 
-    def _refuse_mixing_in_the_body(self) -> None:
-        for node in self.tail_nodes:
-            if not is_mixed(kind := self.analysis.kinds[node]) or node in self.analysis.early:
-                continue
-            read = [str(n.target) for n in node.all_input_nodes if n.op == "get_attr" and n.target in self.parameters]
-            written = origin_of(node).writes
-            heavy = [name for name in read if self.parameters[name].ndim >= 2 and name not in written]
-            heavy += self.small.leaf_parameters(str(node.target)) if node.op == "call_module" else ()
-            if heavy:
-                first = next((n for n in self.tail_nodes if self._begins_mixing(n) and n in ancestors([node])), node)
-                path = origin_of(first).path
-                accept = (
-                    f", or let this module see one microbatch at a time: batching=Batching(allow_mixing=[{path!r}])"
-                )
-                why, instead = _why(kind)
-                if instead:
-                    raise CaptureError(f"{origin_of(first)}: {why}; {instead}, or use microbatches=1")
-                raise CaptureError(
-                    f"{origin_of(first)}: samples of the batch mix here ({why}), and the result goes through "
-                    f"{heavy[0]} ({origin_of(node)}); microbatches cannot give what the whole batch gives, so use "
-                    f"microbatches=1{accept if path else ''}"
-                )
+    def _weights_of_the_tail(self) -> tuple[str, ...]:
+        """The weights that work on the whole batch; refuses so many that the stages are left with too few."""
+        mixing = [n for n in self.tail_nodes if is_mixed(self.analysis.kinds[n]) and n not in self.analysis.early]
+        weights = {n: found for n, found in weights_of(self.small, mixing).items() if found}
+        names = tuple(dict.fromkeys(name for found in weights.values() for name in found))
+        share = share_of_weights(self.small, names)
+        if share <= MOST:
+            return names
+        node, heavy = next(iter(weights.items()))
+        first = next((n for n in self.tail_nodes if self._begins_mixing(n) and n in ancestors([node])), node)
+        path = origin_of(first).path
+        accept = f", or let this module see one microbatch at a time: batching=Batching(allow_mixing=[{path!r}])"
+        why, instead = _why(self.analysis.kinds[node])
+        if instead:
+            raise CaptureError(f"{origin_of(first)}: {why}; {instead}, or use microbatches=1")
+        raise CaptureError(
+            f"{origin_of(first)}: samples of the batch mix here ({why}), and the result goes through {heavy[0]} "
+            f"({origin_of(node)}); microbatches cannot give what the whole batch gives, and what works on the whole "
+            f"batch has {share:.0%} of the weights (a third at most may run behind the stages), so use "
+            f"microbatches=1{accept if path else ''}"
+        )
 
     # The body
 

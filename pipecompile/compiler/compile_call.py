@@ -33,6 +33,7 @@ from pipecompile.capture.state.restore import left_as_before
 from pipecompile.compiler.devices import cluster_of
 from pipecompile.compiler.fingerprint import trace_hash
 from pipecompile.compiler.graph_of import graph_of
+from pipecompile.compiler.once_per_batch import repeated_effect, set_parameters
 from pipecompile.compiler.options import Options
 from pipecompile.compiler.plan_call import Planner, are_measured, is_real
 from pipecompile.compiler.recall import keep
@@ -200,7 +201,7 @@ def _cut(
     with phase("split"):
         last = devices[plan.rank_of[-1]]
         place(division.body, plan, graph, devices)
-        for name in division.tail.writes if division.tail else ():
+        for name in _only_of_the_tail(division, graph):
             _move(division.whole.tensors[name], last)  # before a stage that reads it is made, which then copies it
         stages = split(division.body, graph, plan, devices)
         if options.stage_compile is not False:
@@ -266,12 +267,21 @@ def _loss(division: Division, options: Options) -> str:
     return name if name in division.joins else ""
 
 
+def _only_of_the_tail(division: Division, graph: Graph) -> tuple[str, ...]:
+    """The tensors that are placed where the tail runs: what it writes, and the weights that no stage reads."""
+    if division.tail is None:
+        return ()
+    of_stages = {name for node in graph.nodes for name in node.parameters}
+    return (*division.tail.writes, *(name for name in division.tail.weights if name not in of_stages))
+
+
 def _tail_bytes(division: Division) -> int:
-    """Bytes of the tail, which is computed once from the whole batch: its joined inputs and all its values."""
+    """Bytes of the tail, which is computed once from the whole batch: joined inputs, values and weights."""
     if division.tail is None:
         return 0
     nbytes = {node.name: node.nbytes for node in summarize(division.whole).nodes}
-    return sum(nbytes.get(name, 0) for name in {*division.tail.nodes, *division.tail.joined})
+    weights = sum(division.whole.tensors[name].nbytes for name in division.tail.weights)
+    return weights + sum(nbytes.get(name, 0) for name in {*division.tail.nodes, *division.tail.joined})
 
 
 @dataclass(frozen=True)
@@ -307,7 +317,7 @@ def _divided(trace: _Tracer, rows: Rows, options: Options) -> Division:
         return undivided(whole, one_part=True)
     if (whole.is_fixed or whole.leaf_writes) and len(rows) == 1:
         return _of_one_row(whole)
-    if len(rows) > 1 and (why := _each_for_itself(whole)):
+    if len(rows) > 1 and (why := repeated_effect(whole)):
         warnings.warn(f"{why}; every batch of {call.batch} rows is run as one microbatch", stacklevel=2)
         return undivided(whole, one_part=True)
     if not whole.is_fixed and not misfit(whole, call.split(rows.counts), call.tensors):
@@ -325,9 +335,12 @@ def _divided(trace: _Tracer, rows: Rows, options: Options) -> Division:
     try:
         division = divide(small, large, options.batching.allow_mixing, options.batching.out_dims)
     except CaptureError:
-        if len(rows) > 1:
+        if len(rows) == 1:
+            return _of_one_row(whole)  # such as all tokens of a batch without padding
+        if not (why := set_parameters(whole)):
             raise
-        return _of_one_row(whole)  # such as all tokens of a batch without padding
+        warnings.warn(f"{why}; every batch of {call.batch} rows is run as one microbatch", stacklevel=2)
+        return undivided(whole, one_part=True)
     return division if call.batch >= division.at_least else _of_one_row(whole)
 
 
@@ -352,18 +365,6 @@ def _of_a_microbatch(trace: _Tracer, rows: Rows, attempts: Sequence[SymbolicSize
             f"this model works for a batch of {call.batch} only; use microbatches=1{samples} (with the "
             f"{rows.counts[0]} rows of a microbatch: {str(error).removeprefix('the model cannot be captured: ')})"
         ) from error
-
-
-def _each_for_itself(captured: Captured) -> str:
-    """Which effect of a part kept whole would be repeated by each microbatch; empty if there is no such effect."""
-    if captured.draws_whole:
-        return "a part kept whole draws random numbers of Python or numpy, and each microbatch would draw its own"
-    for path, name in captured.leaf_writes.items():
-        return (
-            f"module {path!r} is kept whole and its forward writes to its parameter {name!r}, which each microbatch "
-            f"would repeat (if only the first batch writes it, run the model once before compile)"
-        )
-    return ""
 
 
 def _pieces(division: Division, last: torch.device) -> tuple[Piece | None, Piece | None]:

@@ -45,6 +45,8 @@ def _across_microbatches(compiled: Compiled) -> list[str]:
         notes.append("microbatches are independent batches; scalar outputs are means over all rows")
     if division.tail is not None and division.tail.why:
         notes += [f"computed once from the whole batch, with GPipe's memory: {why}" for why in division.tail.why]
+    if division.tail is not None and division.tail.weights:
+        notes.append(f"work on the whole batch, behind the stages: {', '.join(division.tail.weights)}")
     if division.tail is not None and division.tail.writes:
         notes.append(f"written once per batch: {', '.join(division.tail.writes)}")
     notes += [f"found by experiment: samples do not mix in {what}" for what in division.tried]

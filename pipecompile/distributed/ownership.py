@@ -77,6 +77,19 @@ def refuse_divided(compiled: Compiled, divided: Container[int]) -> None:
         )
 
 
+def refuse_in_two_places(compiled: Compiled) -> None:
+    """Raises ``CaptureError`` if a parameter gets gradients in one process's stage and in the tail of all processes."""
+    names = compiled.captured.first_names
+    of_stages = {id(t) for stage in compiled.stages for t in compiled.tensors(stage.index).values()}
+    behind = () if compiled.tail is None else tuple(compiled.tail.module.parameters())
+    found = next((p for p in behind if p.requires_grad and id(p) in of_stages), None)
+    if found is not None:
+        raise CaptureError(
+            f"{names[id(found)]!r} is read by a stage and after the stages, where samples are mixed, so that only the "
+            f"process of that stage would have its whole gradient; train with a pipeline of one process"
+        )
+
+
 def counted(compiled: Compiled, rank: int) -> frozenset[str]:
     """The parameters that a rank counts in a sum over all ranks, by their first names: each is counted once."""
     names = compiled.captured.first_names

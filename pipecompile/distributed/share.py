@@ -28,6 +28,7 @@ from pipecompile.distributed.ownership import (
     held,
     owned,
     refuse_divided,
+    refuse_in_two_places,
     refuse_missing,
     written_by_stages,
 )
@@ -128,6 +129,7 @@ class Share:
             CaptureError: it needs a parameter where the first one does not, or cannot be run in parts.
             InputError: a tensor that is neither parameter nor buffer differs between processes, the first time.
         """
+        refuse_in_two_places(compiled)
         if self.processes.column is not None:
             _refuse_parts(compiled)
         if self.processes.shards is not None:

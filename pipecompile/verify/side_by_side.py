@@ -137,8 +137,8 @@ def apart(trial: Trial) -> str:
         return f"the model writes buffer {written[0]!r}"
     if trial.batch.division.norms_apart:  # in the whole batch, a microbatch's entries are not next to each other
         return "it normalizes several views of each sample together"
-    leaves = trial.captured.leaves
-    return f"module {next(iter(leaves))!r} is kept whole as a leaf" if leaves and trial.model.training else ""
+    leaves = [origin_of(node).path for node in nodes if node.op == "call_module"]
+    return f"module {leaves[0]!r} is kept whole as a leaf" if leaves and trial.model.training else ""
 
 
 def incomparable(trial: Trial) -> str:

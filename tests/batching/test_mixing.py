@@ -377,3 +377,33 @@ def test_a_size_of_an_input_that_requires_a_gradient_is_known_behind_the_stages(
             if gradient is not None:
                 torch.testing.assert_close(found[0][name], gradient, msg=name)
     assert pipe.pipeline.captures == 1
+
+
+class HasAHead(nn.Module):
+    """The batch's mean is subtracted, then come weights: so many of ``width`` columns."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH))
+        self.head = nn.Linear(WIDTH, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        return self.head(hidden - hidden.mean(0)).square().mean()
+
+
+def test_a_third_of_the_weights_may_work_on_the_whole_batch() -> None:
+    model, x = HasAHead(WIDTH).double(), torch.randn(7, WIDTH, dtype=torch.float64)
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=3, costs="count")
+    assert_step_equal(model, pipe, {"x": x})
+    assert len(pipe.pipeline.stages) == 2
+    assert "work on the whole batch, behind the stages: head.weight" in pipe.pipeline.report.microbatches
+    tail = [stage.tail for stage in pipe.pipeline.memory.stages]
+    assert tail[0] == 0
+    assert tail[1] >= model.head.weight.nbytes
+
+
+def test_more_of_the_weights_are_refused_with_their_share() -> None:
+    pipe = pipecompile.compile(HasAHead(2 * WIDTH).double(), ["cpu", "cpu"], microbatches=3, costs="count")
+    with pytest.raises(CaptureError, match=r"goes through head\.weight .* has 4\d% of the weights \(a third at most"):
+        pipe(torch.randn(7, WIDTH, dtype=torch.float64))

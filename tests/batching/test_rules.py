@@ -87,6 +87,23 @@ def triplets(mixing: bool) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda x, y: F.triplet_margin_with_distance_loss(x[:, 0], x[:, 1], x[:, 2], distance_function=distance)
 
 
+EYE = torch.eye(WIDTH).double() * 2
+
+
+def both_ways(x: Tensor, y: Tensor) -> Tensor:
+    """Two views in one batch, from one first state: of zeros, or one row spread over all."""
+    views = torch.cat([x, x.flip(1)])
+    state, other = torch.zeros(len(views), WIDTH, dtype=x.dtype), x.new_ones(1, WIDTH).expand(len(views), -1)
+    states = []
+    for k in range(LENGTH):
+        state = torch.tanh(
+            F.linear(torch.cat([views[:, k], other], 1), EYE.repeat(1, 2)) + F.linear(state * other, EYE)
+        )
+        states.append(state)
+    ahead, back = torch.stack(states, 1).chunk(2)
+    return ahead + 2 * back.flip(1)
+
+
 MIXING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "flip of several dimensions": lambda x, y: x.transpose(0, 1).flip(0, 1).transpose(0, 1),
     "flip of a list": lambda x, y: torch.flip(x.transpose(0, 1), (0, 1)).transpose(0, 1),
@@ -127,6 +144,8 @@ MIXING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "logsumexp over samples": lambda x, y: x - x.logsumexp((0, 1)),
     "unfolded samples": lambda x, y: x + F.pad(x, (0, 0, 0, 0, 1, 1)).unfold(0, 3, 1).sum(-1),
     "differences of samples": lambda x, y: x + torch.diff(x, dim=0, prepend=x[:1]),
+    "views beside copies": lambda x, y: (torch.cat([x, -x]) + x.repeat_interleave(2, 0)).chunk(2)[0],
+    "views beside copies of a row": lambda x, y: (torch.cat([x, -x]) + x[:1].expand(2 * len(x), -1, -1)).chunk(2)[0],
     "a shuffle": lambda x, y: x.view(x.shape[0], 2, -1).transpose(0, 1).reshape(x.shape),
 }  # fmt: skip
 
@@ -137,7 +156,6 @@ def test_what_mixes_samples_is_never_taken_for_something_else(name: str) -> None
     assert not is_exact(Model(MIXING[name]))
 
 
-EYE = torch.eye(WIDTH).double() * 2
 APART: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "flip of several dimensions": lambda x, y: x.flip(1, 2),
     "squeeze of several dimensions": lambda x, y: x[:, None, :, None].squeeze(1, 3),
@@ -165,6 +183,7 @@ APART: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "one sample's place": lambda x, y: x * (y[:, 0].argmax() + 1),
     "a histogram": histogram,
     "stft": transformed,
+    "both ways": both_ways,
     "a tensor product": lambda x, y: torch.tensordot(x, EYE, 1),
     "a tensor product, the other way": lambda x, y: torch.tensordot(EYE, x, dims=([0], [-1])).movedim(0, -1),
     "a tensor product of complex numbers": lambda x, y: torch.tensordot(torch.fft.fft(x), EYE + 0j, ([2], [1])).real,

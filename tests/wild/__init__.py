@@ -14,7 +14,7 @@ from zoo.entry import Entry
 NAMES = (
     "timm", "diffusers", "segmentation", "monai", "x_transformers", "open_clip", "geometric", "speechbrain", "kornia",
     "neuralforecast", "peft", "litgpt", "mambapy", "torchaudio", "sentence_transformers",
-    "lucidrains", "tabular", "flows", "dynamics", "criteria",
+    "lucidrains", "tabular", "flows", "dynamics", "criteria", "further",
 )  # fmt: skip
 
 

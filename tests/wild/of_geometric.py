@@ -67,7 +67,7 @@ def entries() -> tuple[Wild, ...]:
         *(wild("geometric", f"{name} (signals)", lambda name=name: _Deep(conv(name)), _signals, lengths=(8,)) for name in STATIC),
         *(wild("geometric", name, lambda name=name: getattr(gnn, name)(**MODELS[name]), _graph, whole=GRAPH, lengths=(8,)) for name in MODELS),
         wild("geometric", "PNA", lambda: gnn.PNA(6, 8, 2, 3, aggregators=["mean", "max", "std"], scalers=["identity", "amplification"], deg=torch.tensor([0, 3, 4])), _graph, whole=GRAPH, lengths=(8,)),
-        wild("geometric", "MLP", lambda: gnn.MLP([6, 8, 3], norm="layer_norm"), lambda draw: ((draw.floats(6),), {}), lengths=(8,)),
+        wild("geometric", "MLP", lambda: gnn.MLP([6, 8, 3], norm="layer_norm"), lambda draw: ((draw.floats(6),), {}), whole="its layer norm is over all nodes", lengths=(8,)),
         wild("geometric", "GraphUNet", lambda: gnn.GraphUNet(6, 8, 3, depth=2), _graph, whole=GRAPH, lengths=(8,)),
         wild("geometric", "AttentiveFP", lambda: gnn.AttentiveFP(6, 8, 3, edge_dim=4, num_layers=2, num_timesteps=2), _molecules, whole=GRAPH, lengths=(8,)),
         wild("geometric", "LINKX", lambda: gnn.LINKX(NODES, 6, 8, 3, num_layers=2), _fixed_graph, whole=GRAPH, lengths=(8,)),

@@ -178,11 +178,12 @@ def _between(layer: nn.Module) -> nn.Module:
 
 
 class Between(nn.Module):
-    """A layer that may return more than its result, between linear ones; what else it returns is returned."""
+    """A layer that may return more than its result, behind two linear ones and before one; all of it is returned."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.enter, self.layer, self.leave = nn.Linear(6, 16), layer, nn.Linear(16, 3)
+        self.enter = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 16))
+        self.layer, self.leave = layer, nn.Linear(16, 3)
 
     def forward(self, x: Tensor) -> Any:
         found = self.layer(torch.tanh(self.enter(x)))

@@ -50,9 +50,15 @@ class Transposed(nn.Module):
 
 def entries() -> tuple[Wild, ...]:
     def lobe(
-        path: str, sample: Callable[[Draw], Inputs], label: str = "", lengths: tuple[int, ...] = (8, 12), **config: Any
+        path: str,
+        sample: Callable[[Draw], Inputs],
+        label: str = "",
+        lengths: tuple[int, ...] = (8, 12),
+        whole: str = "",
+        **config: Any,
     ) -> Wild:
-        return wild("speechbrain", label or path.split(".")[-1], lambda: made(path, config), sample, lengths=lengths)
+        name = label or path.split(".")[-1]
+        return wild("speechbrain", name, lambda: made(path, config), sample, whole=whole, lengths=lengths)
 
     def made(path: str, config: dict[str, Any]) -> nn.Module:
         model = _lobe(path)(**config)
@@ -73,7 +79,7 @@ def entries() -> tuple[Wild, ...]:
     speech = lambda draw: ((draw.floats(draw.length, 16), draw.ids(12, 5)), {})  # noqa: E731
     tokens = lambda draw: ((draw.ids(12, draw.length),), {})  # noqa: E731
     return alternating([
-        lobe("CRDNN.CRDNN", _frames(12), **long, input_shape=[None, None, 12], cnn_blocks=1, cnn_channels=[4], inter_layer_pooling_size=[2], rnn_layers=1, rnn_neurons=8, dnn_blocks=1, dnn_neurons=8, dropout=0.0),
+        lobe("CRDNN.CRDNN", _frames(12), whole="its batch normalization reads both directions", **long, input_shape=[None, None, 12], cnn_blocks=1, cnn_channels=[4], inter_layer_pooling_size=[2], rnn_layers=1, rnn_neurons=8, dnn_blocks=1, dnn_neurons=8, dropout=0.0),
         lobe("CRDNN.CRDNN", _frames(12), "CRDNN (LSTM)", **long, input_shape=[None, None, 12], cnn_blocks=1, cnn_channels=[4], inter_layer_pooling_size=[2], rnn_class=_rnn("LSTM"), rnn_layers=1, rnn_neurons=8, dnn_blocks=1, dnn_neurons=8, dropout=0.0),
         lobe("ECAPA_TDNN.ECAPA_TDNN", _with_lengths(12), input_size=12, channels=[16, 16, 16, 16, 24], attention_channels=8, lin_neurons=8, se_channels=8, res2net_scale=4),
         lobe("ECAPA_TDNN.Classifier", lambda draw: ((draw.floats(1, 8),), {}), "ECAPA Classifier", lengths=(8,), input_size=8, lin_blocks=1, lin_neurons=8, out_neurons=5),
@@ -89,7 +95,7 @@ def entries() -> tuple[Wild, ...]:
         lobe("convolution.ConvolutionFrontEnd", _frames(12), input_shape=[None, None, 12], num_blocks=2, num_layers_per_block=1, out_channels=[4, 4], kernel_sizes=[3, 3], strides=[1, 2], dilations=[1, 1], residuals=[True, True], dropout=0.0),
         lobe("convolution.ConvolutionalSpatialGatingUnit", _frames(12), input_size=12, kernel_size=3),
         lobe("dual_path.SepformerWrapper", _wave, encoder_kernel_size=4, encoder_out_nchannels=8, masknet_chunksize=8, masknet_numlayers=1, intra_numlayers=1, inter_numlayers=1, intra_nhead=2, inter_nhead=2, intra_dffn=8, inter_dffn=8),
-        wild("speechbrain", "SBRNNBlock", lambda: nn.Sequential(*(_lobe("dual_path.SBRNNBlock")(input_size=size, hidden_channels=8, num_layers=1) for size in (8, 16))), _frames(8)),
+        wild("speechbrain", "SBRNNBlock", lambda: nn.Sequential(*(_lobe("dual_path.SBRNNBlock")(input_size=size, hidden_channels=8, num_layers=1) for size in (8, 16, 16))), _frames(8)),
         lobe("dual_path.DPTNetBlock", _frames(8), "DPTNetBlock", d_model=8, nhead=2, dim_feedforward=8),
         lobe("wav2vec.W2VLatentExtractor", _wave, "W2VLatentExtractor", lengths=(16, 24), out_channels=[8, 8], kernel_sizes=[5, 3], strides=[3, 2]),
         *(lobe("transformer.TransformerASR.TransformerASR", speech, f"TransformerASR ({name})", tgt_vocab=12, input_size=16, **transformer, **extra) for name, extra in {

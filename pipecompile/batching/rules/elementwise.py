@@ -7,6 +7,7 @@ from typing import Any
 import torch.fx as fx
 
 from pipecompile.batching.rules.batch_types import PARTIAL, SHARED, Batched, Kind, Local, Mixed, Partial, Shared
+from pipecompile.batching.rules.even_rows import met
 from pipecompile.batching.rules.use import Answer, Edited, RowsArgument, ShareArgument, Use, WholeArgument, rule
 from pipecompile.ops import functional
 
@@ -35,15 +36,19 @@ LINEAR = """
 def broadcast(use: Use, arguments: list[Any]) -> Kind:
     """The kind of an elementwise result of broadcast operands."""
     found: Kind = SHARED
+    of: Any = None
     for argument in arguments:
         kind = use.kind(argument)
         if isinstance(kind, Batched | Local):
             placed = _aligned(kind, use.ndim(argument), len(use.out))
             placed = Batched(placed.dim) if isinstance(kind, Local) and len(arguments) > 1 else placed
             if isinstance(found, Shared):
-                found = placed
+                found, of = placed, argument
             elif found != placed:
-                return use.mixed(f"{use.name} of values with the batch in different dimensions")
+                kind = met(use, (found, of), (placed, argument))
+                if kind is None:
+                    return use.mixed(f"{use.name} of values with the batch in different dimensions")
+                found, of = kind, argument if kind == placed else of
         elif not isinstance(kind, Shared):
             return kind if isinstance(kind, Mixed) else use.mixed(f"{use.name} of a sum over the batch")
     return found

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipecompile.batching.rules.batch_types import PARTIAL, SHARED, Batched, Kind, Local, Mixed, Partial, Shared, common
+from pipecompile.batching.rules.even_rows import met
 from pipecompile.batching.rules.use import Answer, Edited, Squeeze, Use, dims_of, only_first, positive, rule
 
 
@@ -130,6 +131,8 @@ def expand(use: Use) -> Answer:
         dim = growing[0]
         inner = use.shape(first)[dim - offset] if dim >= offset else 1
         outer, rest = divmod(use.out[dim], inner * use.scale.rows)
+        if inner == 1:  # of equal entries
+            outer, inner = 1, outer
         return Batched(dim, outer, inner) if not rest and outer == 1 else use.mixed()
     if isinstance(kind, Local):
         return Local(kind.dim + offset)
@@ -179,7 +182,7 @@ def cat(use: Use) -> Answer:
     batched = [kind for kind in kinds if isinstance(kind, Batched)]
     if not batched:
         return SHARED if all(isinstance(kind, Shared) for kind in kinds) else use.mixed()
-    kind = common(kinds)
+    kind = common(kinds) or _met(use, kinds, parts)
     if not isinstance(kind, Batched):
         return use.mixed(f"{use.name} of values with the batch in different dimensions")
     if use.name == "stack":
@@ -188,6 +191,17 @@ def cat(use: Use) -> Answer:
         return kind
     same = len({use.shape(part) for part in parts}) == 1 and not kind.ragged and kind.outer == 1
     return Batched(dim, len(parts), kind.inner) if same else use.mixed("concatenation along the batch")
+
+
+def _met(use: Use, kinds: Sequence[Kind], parts: Sequence[Any]) -> Kind | None:
+    """The kind of values side by side of which some have equal entries along the batch; else None."""
+    found: Kind | None = kinds[0]
+    of = parts[0]
+    for kind, part in zip(kinds, parts, strict=True):
+        if found is not None and kind != found:
+            found = met(use, (found, of), (kind, part))
+            of = part if found == kind else of
+    return found
 
 
 @rule("chunk split unbind tensor_split unsafe_split unsafe_chunk split_with_sizes")
