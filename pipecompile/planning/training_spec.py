@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pipecompile.errors import InputError
 from pipecompile.ir.cluster import Cluster
 from pipecompile.ir.graph import CostedGraph
-from pipecompile.ir.plan import Plan, stage_costs
+from pipecompile.ir.plan import Plan
 from pipecompile.ir.plan_options import Offloading, Recompute
 from pipecompile.partition import ADAM
 from pipecompile.planning.memory import How, Memory, memory
+from pipecompile.planning.predict import predict
 from pipecompile.schedule import MakeProgram
 from pipecompile.schedule.placement import PLAIN, Placement
-from pipecompile.schedule.simulator import simulate
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Workload:
             bound: return an upper bound instead, which holds whatever the times of instructions are.
         """
         program = self.schedule(plan, self.microbatches)
-        timeline = None if bound else simulate(program, stage_costs(costed, plan), cluster)
+        timeline = None if bound else predict(program, costed, cluster)
         return memory(costed, plan, program, self.state, buffers, self.tail, self.step_on(cluster), timeline)
 
     def step_on(self, cluster: Cluster) -> How:
@@ -74,14 +74,9 @@ class Workload:
         at_once = not all(device.is_cpu for device in cluster.devices)
         return "fused" if self.fused else "foreach" if at_once else "single"
 
-    def step_seconds(self, costed: CostedGraph, plan: Plan, cluster: Cluster, split: float = 1.0) -> float:
-        """Predicted seconds of a step, including the transfer of tied parameters to other stages and replicas.
-
-        Args:
-            split: the seconds of both halves of a backward that is split, relative to the whole.
-        """
-        program = self.schedule(plan, self.microbatches)
-        timeline = simulate(program, stage_costs(costed, plan), cluster, split=split)
+    def step_seconds(self, costed: CostedGraph, plan: Plan, cluster: Cluster) -> float:
+        """Predicted seconds of a step, including the transfer of tied parameters to other stages and replicas."""
+        timeline = predict(self.schedule(plan, self.microbatches), costed, cluster)
         return timeline.makespan + max(_weights_seconds(plan, cluster).values(), default=0.0)
 
     @property
