@@ -15,35 +15,38 @@ computes the two gradients in kernels of their own anyway, and queues them while
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from math import prod
 
 from pipecompile.ir.cluster import Cluster
-from pipecompile.ir.graph import Cost, CostedGraph, Graph, Node
+from pipecompile.ir.graph import Cost, CostedGraph, Graph, Node, TensorSpec
 from pipecompile.ir.halves import Halves
 from pipecompile.ir.plan import Plan, members, stage_costs
 
 
 @dataclass(frozen=True, slots=True)
 class Splitting:
-    """What it takes to split the backward of a node.
+    """What it takes to split the backward of a node, beside what F notes.
 
     Attributes:
-        forward, backward, weights: seconds that F, B and W take for each node, whatever its size.
+        backward, weights: seconds that B and W take for each node, whatever its size.
         factor: the seconds of B and W without these, relative to the whole backward.
     """
 
-    forward: float
     backward: float
     weights: float
     factor: float
 
 
-PRODUCT = Splitting(forward=35e-6, backward=4e-6, weights=4e-6, factor=1.0)
-ROWS = Splitting(forward=35e-6, backward=4e-6, weights=4e-6, factor=1.0)
-CONVOLUTION = Splitting(forward=45e-6, backward=15e-6, weights=25e-6, factor=1.065)
-GROUPED = Splitting(forward=45e-6, backward=15e-6, weights=25e-6, factor=1.2)  # convolutions, such as depthwise ones
-ELSEWHERE = Splitting(forward=0.0, backward=0.0, weights=0.0, factor=1.02)  # on accelerators
+NOTE, NOTES_MOST, NOTE_PART = 20e-6, 60e-6, 0.1  # seconds that F takes to note one node: at least, at most, and of its
+# own seconds, since a long node leaves nothing of the code that notes in the caches
+PRODUCT = Splitting(backward=2e-6, weights=1e-6, factor=1.0)
+ROWS = Splitting(backward=5e-6, weights=20e-6, factor=1.02)
+CONVOLUTION = Splitting(backward=12e-6, weights=18e-6, factor=1.04)
+POINTWISE = Splitting(backward=12e-6, weights=18e-6, factor=1.08)  # convolutions with kernels of one point
+GROUPED = Splitting(backward=12e-6, weights=18e-6, factor=1.15)  # those of some channels each, such as depthwise ones
+ELSEWHERE = Splitting(backward=0.0, weights=0.0, factor=1.02)  # on accelerators
 SPLIT: Mapping[str, Splitting] = {
     "linear": PRODUCT,
     "addmm": PRODUCT,
@@ -81,43 +84,53 @@ def stage_halves(costed: CostedGraph, plan: Plan, cluster: Cluster | None = None
     Args:
         cluster: the devices; by default CPUs.
     """
-    found = []
+    graph, found = costed.graph, []
+    shapes = {parameter.name: parameter.spec.shape for parameter in graph.parameters}
     for stage, cost in enumerate(stage_costs(costed, plan)):
         on_cpu = cluster is None or cluster.devices[plan.rank_of[stage]].is_cpu
-        split = split_nodes(costed, members(costed.graph, plan, stage), stage in plan.recomputed)
         it = Halves(cost.forward, cost.backward, 0.0)
-        for i in sorted(split):
-            it = _with(it, costed.graph, i, costed.costs[i].backward, on_cpu)
+        for i in sorted(split_nodes(costed, members(graph, plan, stage), stage in plan.recomputed)):
+            node = graph.nodes[i]
+            inputs = [spec for source in node.inputs for spec in graph.nodes[source].outputs]
+            by = splitting(node, inputs, shapes) if on_cpu else ELSEWHERE
+            note = min(NOTES_MOST, NOTE + NOTE_PART * costed.costs[i].forward) if on_cpu else 0.0
+            it = _with(it, costed.costs[i].backward, any(spec.requires_grad for spec in inputs), by, note)
         found.append(it)
     return tuple(found)
 
 
-def _with(it: Halves, graph: Graph, i: int, whole: float, on_cpu: bool) -> Halves:
-    """A stage in which one more node is split, whose whole backward takes some seconds."""
-    node = graph.nodes[i]
-    by = splitting(graph, node) if on_cpu else ELSEWHERE
-    waits = any(spec.requires_grad for source in node.inputs for spec in graph.nodes[source].outputs)
+def _with(it: Halves, whole: float, waits: bool, by: Splitting, note: float) -> Halves:
+    """A stage in which one more node is split.
+
+    Args:
+        whole: seconds of its whole backward.
+        waits: whether an input of it waits for a gradient.
+        note: seconds that F takes to note it.
+    """
     inputs = 0.5 * by.factor * whole if waits else 0.0
     return Halves(
-        forward=it.forward + by.forward,
+        forward=it.forward + note,
         backward=it.backward - whole + inputs + by.backward,
         weights=it.weights + by.factor * whole - inputs + by.weights,
-        fixed=it.fixed + Cost(by.forward, by.backward + by.weights),
+        fixed=it.fixed + Cost(note, by.backward + by.weights),
     )
 
 
-def splitting(graph: Graph, node: Node) -> Splitting:
-    """What it takes to split a node on a CPU."""
+def splitting(node: Node, inputs: Sequence[TensorSpec], shapes: Mapping[str, Sequence[int]]) -> Splitting:
+    """What it takes to split a node on a CPU.
+
+    Args:
+        inputs: what it reads.
+        shapes: of parameters, by name.
+    """
     by = SPLIT[node.op]
-    return GROUPED if by is CONVOLUTION and _is_grouped(graph, node) else by
-
-
-def _is_grouped(graph: Graph, node: Node) -> bool:
-    """Whether each output of a convolution is computed from some of the channels: ``(out, in / groups, ...)``."""
-    shapes = {parameter.name: parameter.spec.shape for parameter in graph.parameters}
-    weights = [shapes[name] for name in node.parameters if len(shapes[name]) > 1]
-    inputs = [spec.shape for source in node.inputs for spec in graph.nodes[source].outputs]
-    return bool(weights and inputs and len(inputs[0]) == len(weights[0]) and weights[0][1] < inputs[0][1])
+    weight = next((shapes[name] for name in node.parameters if len(shapes[name]) > 2), ())
+    if by is not CONVOLUTION or not weight:  # (out, in / groups, ...)
+        return by
+    channels = [spec.shape[1 - len(weight)] for spec in inputs if len(spec.shape) >= len(weight) - 1]
+    if channels and weight[1] < channels[0]:
+        return GROUPED
+    return POINTWISE if prod(weight[2:]) == 1 else CONVOLUTION
 
 
 def _trained(graph: Graph) -> Set[str]:
