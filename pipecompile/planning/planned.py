@@ -92,7 +92,7 @@ class Planned:
         return replace(
             self,
             request=replace(self.request, options=replace(self.request.options, objective="pace")),
-            work=replace(self.work, schedule=one_f_one_b, optimizer_state=self.work.state),
+            work=replace(self.work, schedule=one_f_one_b, optimizer_state=self.work.state, update=None),
         )
 
     def recosted(self, costed: CostedGraph) -> Planned:

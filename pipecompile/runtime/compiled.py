@@ -218,21 +218,25 @@ class Compiled:
         """
         bare = refreshed(bare) if self.apart else bare
         bare = shared(bare, len(self.planned.cluster)) if shares and self.apart else bare
-        return lower(bare, self.predict(bare))
+        return lower(bare, predict(bare, self.planned.costed, self.planned.cluster))  # alike in all processes
 
     def predict(self, program: Program, measured: Timeline | None = None) -> Timeline:
         """The simulated timeline of a program, from the costs.
 
         Args:
             program: of the same stages.
-            measured: of a program whose optimizer steps took as long; without it they take no time. The order of
-                transfers is that of a prediction without, because processes measure different seconds.
+            measured: of a program whose optimizer steps took as long; without it they take what the plan was made
+                for. The order of transfers is that of steps that take no time, because processes measure different
+                seconds.
         """
-        cluster, rank_of = self.planned.cluster, program.plan.rank_of
-        seconds = [0.0] * len(rank_of) if measured is None else update_seconds(measured, len(rank_of))
+        planned, cluster, rank_of = self.planned, self.planned.cluster, program.plan.rank_of
+        if measured is None:
+            known = planned.work.update_seconds(planned.costed, planned.plan, cluster)
+            return predict(program, planned.costed, cluster, known)
+        seconds = update_seconds(measured, len(rank_of))
         speeds = [cluster.devices[rank].speed for rank in rank_of]
         updates = [s * speed for s, speed in zip(seconds, speeds, strict=True)]
-        return predict(program, self.planned.costed, cluster, updates)
+        return predict(program, planned.costed, cluster, updates)
 
     @cached_property
     def memory(self) -> Memory:
