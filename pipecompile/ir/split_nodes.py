@@ -9,14 +9,15 @@ For a node that is split:
     W  computes the rest
 
 Both halves together are the whole backward times a factor of the function, since some kernels share work between the
-two gradients, and a fixed time for each node. Both are of a CPU (``benchmarks/split_nodes.py``). An accelerator
-computes the two gradients in kernels of their own anyway, and queues them while others run.
+two gradients (``benchmarks/split_nodes.py``). The fixed seconds of a node are those of ranks that are threads of one
+process: notes and queues are Python, for which threads wait for each other. One thread alone takes a quarter of them.
+An accelerator computes the two gradients in kernels of their own anyway, and queues them while others run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from pipecompile.ir.cluster import Cluster
@@ -27,31 +28,29 @@ from pipecompile.ir.plan import Plan, members, stage_costs
 
 @dataclass(frozen=True, slots=True)
 class Splitting:
-    """What it takes to split the backward of a node, beside what F notes.
+    """What it takes to split the backward of a node.
 
     Attributes:
-        backward, weights: seconds that B and W take for each node, whatever its size.
+        forward, backward, weights: seconds that F, B and W take for each node, whatever its size.
         factor: the seconds of B and W without these, relative to the whole backward.
     """
 
+    forward: float
     backward: float
     weights: float
     factor: float
 
 
-NOTE, NOTES_MOST, NOTE_PART = 20e-6, 60e-6, 0.1  # seconds that F takes to note one node: at least, at most, and of its
-# own seconds, since a long node leaves nothing of the code that notes in the caches
-PRODUCT = Splitting(backward=2e-6, weights=1e-6, factor=1.0)
-ROWS = Splitting(backward=5e-6, weights=20e-6, factor=1.02)
-CONVOLUTION = Splitting(backward=12e-6, weights=18e-6, factor=1.04)
-POINTWISE = Splitting(backward=12e-6, weights=18e-6, factor=1.08)  # convolutions with kernels of one point
-GROUPED = Splitting(backward=12e-6, weights=18e-6, factor=1.15)  # those of some channels each, such as depthwise ones
-ELSEWHERE = Splitting(backward=0.0, weights=0.0, factor=1.02)  # on accelerators
+PRODUCT = Splitting(forward=150e-6, backward=20e-6, weights=100e-6, factor=1.0)
+CONVOLUTION = replace(PRODUCT, factor=1.04)
+POINTWISE = replace(PRODUCT, factor=1.08)  # convolutions with kernels of one point
+GROUPED = replace(PRODUCT, factor=1.15)  # those of some channels each, such as depthwise ones
+ELSEWHERE = Splitting(forward=0.0, backward=0.0, weights=0.0, factor=1.02)  # on accelerators
 SPLIT: Mapping[str, Splitting] = {
     "linear": PRODUCT,
     "addmm": PRODUCT,
     "matmul": PRODUCT,
-    "embedding": ROWS,
+    "embedding": PRODUCT,
     "conv1d": CONVOLUTION,
     "conv2d": CONVOLUTION,
     "conv3d": CONVOLUTION,
@@ -93,26 +92,24 @@ def stage_halves(costed: CostedGraph, plan: Plan, cluster: Cluster | None = None
             node = graph.nodes[i]
             inputs = [spec for source in node.inputs for spec in graph.nodes[source].outputs]
             by = splitting(node, inputs, shapes) if on_cpu else ELSEWHERE
-            note = min(NOTES_MOST, NOTE + NOTE_PART * costed.costs[i].forward) if on_cpu else 0.0
-            it = _with(it, costed.costs[i].backward, any(spec.requires_grad for spec in inputs), by, note)
+            it = _with(it, costed.costs[i].backward, any(spec.requires_grad for spec in inputs), by)
         found.append(it)
     return tuple(found)
 
 
-def _with(it: Halves, whole: float, waits: bool, by: Splitting, note: float) -> Halves:
+def _with(it: Halves, whole: float, waits: bool, by: Splitting) -> Halves:
     """A stage in which one more node is split.
 
     Args:
         whole: seconds of its whole backward.
         waits: whether an input of it waits for a gradient.
-        note: seconds that F takes to note it.
     """
     inputs = 0.5 * by.factor * whole if waits else 0.0
     return Halves(
-        forward=it.forward + note,
+        forward=it.forward + by.forward,
         backward=it.backward - whole + inputs + by.backward,
         weights=it.weights + by.factor * whole - inputs + by.weights,
-        fixed=it.fixed + Cost(note, by.backward + by.weights),
+        fixed=it.fixed + Cost(by.forward, by.backward + by.weights),
     )
 
 

@@ -26,6 +26,7 @@ from pipecompile.schedule.stage_costs import StageCosts
 
 FILLED = 3  # microbatches per rank that have a steady state between both ends
 SHORT = 0.4  # the part of the effort that is for an order of fewer microbatches
+LONG = 5_000  # computations from which there is one
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,8 @@ def searched(
     finds at one place in a short order, it would have to find in each period of a long one.
     """
     caps, n, whole = (cap,) * shape.num_ranks, num_microbatches, iter(())
-    if (few := shorter(n, FILLED * shape.num_ranks)) is not None:
+    few = shorter(n, FILLED * shape.num_ranks) if 3 * shape.num_stages * n >= LONG else None
+    if few is not None:
         found = searched(shape, few, costs, cap, SHORT * passes * n / few, by_span)
         if found is not None:
             passes, whole = (1 - SHORT) * passes, extended(found, replay(found, costs).start, n)
