@@ -42,9 +42,9 @@ class Splitting:
 
 
 PRODUCT = Splitting(forward=150e-6, backward=20e-6, weights=100e-6, factor=1.0)
-CONVOLUTION = replace(PRODUCT, factor=1.04)
-POINTWISE = replace(PRODUCT, factor=1.08)  # convolutions with kernels of one point
-GROUPED = replace(PRODUCT, factor=1.15)  # those of some channels each, such as depthwise ones
+CONVOLUTION = Splitting(forward=150e-6, backward=40e-6, weights=160e-6, factor=1.04)
+POINTWISE = replace(CONVOLUTION, factor=1.08)  # with kernels of one point
+GROUPED = replace(CONVOLUTION, factor=1.15)  # each output reads some channels, as in depthwise ones
 ELSEWHERE = Splitting(forward=0.0, backward=0.0, weights=0.0, factor=1.02)  # on accelerators
 SPLIT: Mapping[str, Splitting] = {
     "linear": PRODUCT,
