@@ -42,9 +42,8 @@ class Splitting:
 
 
 PRODUCT = Splitting(forward=150e-6, backward=20e-6, weights=100e-6, factor=1.0)
-CONVOLUTION = Splitting(forward=150e-6, backward=40e-6, weights=160e-6, factor=1.04)
-POINTWISE = replace(CONVOLUTION, factor=1.08)  # with kernels of one point
-GROUPED = replace(CONVOLUTION, factor=1.15)  # each output reads some channels, as in depthwise ones
+CONVOLUTION = Splitting(forward=150e-6, backward=40e-6, weights=160e-6, factor=1.15)
+THIN = replace(CONVOLUTION, factor=1.2)  # with kernels of one point, or outputs that read some channels only
 ELSEWHERE = Splitting(forward=0.0, backward=0.0, weights=0.0, factor=1.02)  # on accelerators
 SPLIT: Mapping[str, Splitting] = {
     "linear": PRODUCT,
@@ -125,9 +124,7 @@ def splitting(node: Node, inputs: Sequence[TensorSpec], shapes: Mapping[str, Seq
     if by is not CONVOLUTION or not weight:  # (out, in / groups, ...)
         return by
     channels = [spec.shape[1 - len(weight)] for spec in inputs if len(spec.shape) >= len(weight) - 1]
-    if channels and weight[1] < channels[0]:
-        return GROUPED
-    return POINTWISE if prod(weight[2:]) == 1 else CONVOLUTION
+    return THIN if prod(weight[2:]) == 1 or (channels and weight[1] < channels[0]) else CONVOLUTION
 
 
 def _trained(graph: Graph) -> Set[str]:

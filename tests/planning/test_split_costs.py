@@ -20,9 +20,8 @@ from pipecompile.ir.program import Program
 from pipecompile.ir.split_nodes import (
     CONVOLUTION,
     ELSEWHERE,
-    GROUPED,
-    POINTWISE,
     PRODUCT,
+    THIN,
     Splitting,
     split_nodes,
     stage_halves,
@@ -45,9 +44,9 @@ KINDS: tuple[tuple[str, tuple[int, ...], Splitting | None], ...] = (
     ("matmul", (4, 4), PRODUCT),
     ("embedding", (9, 4), PRODUCT),
     ("conv2d", (8, 8, 3, 3), CONVOLUTION),
-    ("conv2d", (8, 8, 1, 1), POINTWISE),
-    ("conv2d", (8, 2, 3, 3), GROUPED),
-    ("conv2d", (8, 1, 1, 1), GROUPED),
+    ("conv2d", (8, 8, 1, 1), THIN),
+    ("conv2d", (8, 2, 3, 3), THIN),
+    ("conv2d", (8, 1, 1, 1), THIN),
     ("layer_norm", (4,), None),
     ("gelu", (), None),
 )
@@ -102,7 +101,7 @@ def test_seconds_of_split_stages_are_those_of_their_nodes(seed: int) -> None:
 
 def test_the_graphs_that_are_drawn_have_all_kinds() -> None:
     found = Counter(by for seed in range(40) for by in drawn(seed)[1])
-    assert {PRODUCT, CONVOLUTION, POINTWISE, GROUPED, None} == set(found)
+    assert {PRODUCT, CONVOLUTION, THIN, None} == set(found)
 
 
 def test_a_stage_without_nodes_to_split_takes_what_it_took() -> None:
