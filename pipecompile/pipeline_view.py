@@ -141,8 +141,8 @@ class PipelineView:
     def predicted(self) -> Timeline:
         """The timeline of the last program, or of the schedule before the first call, predicted from the costs.
 
-        Steps of optimizers inside the pipeline take what those of the last program took, because costs do not tell.
-        Before the first call they take no time.
+        Steps of optimizers inside the pipeline take what those of the last program took; before the first call, what a
+        step of the optimizer takes on parameters of their sizes.
         """
         compiled, costed = self._capture_in_use, self._learning.corrected
         used = compiled if costed is None else compiled.recosted(costed)

@@ -17,13 +17,13 @@ from pipecompile.ir.units import seconds_text
 from pipecompile.planning.joint_choice import told
 from pipecompile.planning.memory import Memory
 from pipecompile.planning.planned import Planned
+from pipecompile.planning.predict import predict
 from pipecompile.planning.schedule_choice import microbatches_text
 from pipecompile.render.memory_levels import memory_levels
 from pipecompile.render.page import PREDICTED, Page
 from pipecompile.render.stage_graph import StageGraph, stage_graph
 from pipecompile.render.table import memory_table, table
 from pipecompile.schedule import SCHEDULES
-from pipecompile.schedule.simulator import simulate
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Prediction:
     ) -> Prediction:
         """The prediction for a schedule, by its name."""
         program = SCHEDULES[schedule].program(planned.plan, planned.work.microbatches)
-        timeline = simulate(program, planned.stage_costs, planned.cluster)
+        timeline = predict(program, planned.costed, planned.cluster)
         return cls(
             planned=planned,
             schedule=schedule,

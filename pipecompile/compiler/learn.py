@@ -30,7 +30,6 @@ from pipecompile.compiler.recall import keep
 from pipecompile.errors import PlanError
 from pipecompile.ir.graph import CostedGraph
 from pipecompile.ir.instruction import Backward
-from pipecompile.ir.plan import stage_costs
 from pipecompile.ir.timeline import Span, Timeline
 from pipecompile.ir.units import plural, seconds_text
 from pipecompile.ops.phases import phase
@@ -217,7 +216,7 @@ class Learning:
                 planned = again(first.planned, costed, self.batches.options)
         except PlanError:  # a search with other costs may fail
             return None
-        seconds = planned.plan.pace([cost.seconds for cost in stage_costs(costed, planned.plan)])
+        seconds = planned.plan.pace([cost.seconds for cost in planned.recosted(costed).run_costs])
         same = replace(planned.plan, quality=None) == replace(first.plan, quality=None)
         return None if same or seconds > enough else (planned, seconds)
 

@@ -20,7 +20,7 @@ from pipecompile.ir.plan_options import DEFAULT_PLAN, PlanOptions, Tune
 from pipecompile.ops.backends import Backend
 from pipecompile.partition import ADAM
 from pipecompile.planning.training_spec import Workload
-from pipecompile.profile import How, optimizer_state
+from pipecompile.profile import How, optimizer_state, update_cost
 from pipecompile.runtime import MakeOptimizer
 from pipecompile.schedule import AUTO, SCHEDULES, Schedule
 from pipecompile.schedule.own import Own
@@ -155,6 +155,7 @@ class Options:
             offload=self.plan.offload,
             asynchronous=asynchronous,
             placement=self.placement,
+            update=None if self.optimizer is None else cache(partial(update_cost, self.optimizer)),
         )
 
     def _check_processes(self, several_parts: bool) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pipecompile.ir.halves import Halves
+
 
 @dataclass(frozen=True, slots=True)
 class Times:
@@ -13,9 +15,11 @@ class Times:
         forward, backward: seconds of each stage on its device.
         saved_bytes: what each stage saves for its backward.
         transfer: seconds of each channel of the plan, in its order.
+        halves: seconds of each stage on its device where its backward is split; empty: both halves are equal.
     """
 
     forward: tuple[float, ...]
     backward: tuple[float, ...]
     saved_bytes: tuple[int, ...]
     transfer: tuple[float, ...]
+    halves: tuple[Halves, ...] = ()

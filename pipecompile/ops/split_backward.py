@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from pipecompile.ir import split_nodes
 from pipecompile.ops.torch_internals import _top_saved_tensors_default_hooks
 
 Accumulate = Callable[[Tensor | None], Tensor]  # from the gradient so far, which it may add to in place
@@ -312,13 +313,15 @@ def _each(value: Any, dims: int) -> list[int]:
 
 
 WEIGHT, BIAS = (1, "weight"), (2, "bias")
-# By function of torch: its split form, and the positions and names of the arguments that must be parameters.
-SPLIT: Mapping[Any, tuple[Callable[..., Tensor], Sequence[tuple[int, str]]]] = {
-    F.linear: (linear, (WEIGHT, BIAS)),
-    torch.addmm: (addmm, ((2, "mat2"), (0, "input"))),
-    torch.matmul: (matmul, ((1, "other"),)),
-    F.embedding: (embedding, (WEIGHT,)),
-    F.conv1d: (_convolution(F.conv1d, 1), (WEIGHT, BIAS)),
-    F.conv2d: (_convolution(F.conv2d, 2), (WEIGHT, BIAS)),
-    F.conv3d: (_convolution(F.conv3d, 3), (WEIGHT, BIAS)),
+Form = tuple[Callable[..., Tensor], Sequence[tuple[int, str]]]
+_FORMS: Mapping[str, tuple[Sequence[Any], Form]] = {
+    "linear": ([F.linear], (linear, (WEIGHT, BIAS))),
+    "addmm": ([torch.addmm, torch.Tensor.addmm], (addmm, ((2, "mat2"), (0, "input")))),
+    "matmul": ([torch.matmul, torch.Tensor.matmul], (matmul, ((1, "other"),))),
+    "embedding": ([F.embedding], (embedding, (WEIGHT,))),
+    "conv1d": ([F.conv1d], (_convolution(F.conv1d, 1), (WEIGHT, BIAS))),
+    "conv2d": ([F.conv2d], (_convolution(F.conv2d, 2), (WEIGHT, BIAS))),
+    "conv3d": ([F.conv3d], (_convolution(F.conv3d, 3), (WEIGHT, BIAS))),
 }
+# By function of torch: its split form, and the positions and names of the arguments that must be parameters.
+SPLIT = {function: form for functions, form in map(_FORMS.__getitem__, split_nodes.SPLIT) for function in functions}

@@ -8,10 +8,11 @@ stage alike.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from statistics import mean, median
 
 from pipecompile.ir.graph import Cost, CostedGraph
+from pipecompile.ir.halves import Halves
 from pipecompile.ir.instruction import Backward, BackwardWeight, Fetch, Forward, Offload, Recv, Send, Step, Update
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.timeline import Timeline
@@ -19,10 +20,14 @@ from pipecompile.ir.timeline import Timeline
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """Seconds per microbatch in one stage: predicted, and the median of the measured ones."""
+    """Seconds per microbatch in one stage: predicted, and the median of the measured ones.
+
+    ``fixed`` is the part of both that corrections leave: it is of the number of nodes, not of their costs.
+    """
 
     predicted: Cost
     measured: Cost
+    fixed: Cost = field(default_factory=Cost)
 
     @property
     def ratio(self) -> float:
@@ -37,12 +42,13 @@ class Times:
         return off / predicted.seconds if predicted.seconds else 0.0
 
 
-def stage_times(predicted: Sequence[Cost], timeline: Timeline) -> tuple[Times, ...]:
+def stage_times(predicted: Sequence[Cost], timeline: Timeline, halves: Sequence[Halves] = ()) -> tuple[Times, ...]:
     """The times of each stage in a measured step; empty if a stage ran no backward.
 
     Args:
         predicted: the cost of each stage per microbatch.
         timeline: of the measured step.
+        halves: the seconds of each stage where its backward is split; by default those of ``predicted``.
     """
     runs: dict[tuple[type, int, int], list[float]] = {}
     for span in timeline.spans:
@@ -59,8 +65,12 @@ def stage_times(predicted: Sequence[Cost], timeline: Timeline) -> tuple[Times, .
             backward[stage] += [b + w for b, w in zip(seconds, left, strict=True)]
     if not all(forward) or not all(backward):
         return ()
-    medians = zip(predicted, forward, backward, strict=True)
-    return tuple(Times(cost, Cost(median(f), median(b))) for cost, f, b in medians)
+    measured = [Cost(median(f), median(b)) for f, b in zip(forward, backward, strict=True)]
+    split = {stage for kind, stage, _ in runs if kind is BackwardWeight and halves}
+    return tuple(
+        Times(halves[stage].cost, it, halves[stage].fixed) if stage in split else Times(predicted[stage], it)
+        for stage, it in enumerate(measured)
+    )
 
 
 def update_seconds(timeline: Timeline, num_stages: int) -> tuple[float, ...]:
@@ -100,12 +110,18 @@ def corrected(costed: CostedGraph, plan: Plan, times: Sequence[Times], by: str =
 
 
 def _ratios(times: Times, again: bool) -> tuple[float, float]:
-    """Ratios of forward and backward. If a stage recomputes, its backward is compared without the forward in it."""
-    measured, predicted = times.measured, times.predicted
-    rest = measured.backward - again * measured.forward
-    if rest <= 0:  # the recomputed forward took less than the first one
+    """Ratios of forward and backward, without what is fixed.
+
+    If a stage recomputes, its backward is compared without the forward in it.
+    """
+    measured, predicted, fixed = times.measured, times.predicted, times.fixed
+    forward, rest = measured.forward - fixed.forward, measured.backward - again * measured.forward - fixed.backward
+    if forward <= 0 or rest <= 0:  # the recomputed forward took less than the first one
         return times.ratio, times.ratio
-    return _ratio(measured.forward, predicted.forward), _ratio(rest, predicted.backward - again * predicted.forward)
+    return (
+        _ratio(forward, predicted.forward - fixed.forward),
+        _ratio(rest, predicted.backward - again * predicted.forward - fixed.backward),
+    )
 
 
 def _ratio(measured: float, predicted: float) -> float:

@@ -12,6 +12,7 @@ from pipecompile.ir.cluster import Cluster
 from pipecompile.ir.graph import CostedGraph
 from pipecompile.ir.plan import Plan, stage_costs
 from pipecompile.ir.plan_times import Times
+from pipecompile.ir.split_nodes import stage_halves
 from pipecompile.partition import assign, suited
 from pipecompile.planning.memory_fit import Fitting
 from pipecompile.planning.refusal import refusal
@@ -41,13 +42,14 @@ def make_plan(costed: CostedGraph, request: Request, cluster: Cluster, work: Wor
 
 def _with_times(plan: Plan, costed: CostedGraph, cluster: Cluster) -> Plan:
     """The plan with the times of its stages and channels, to which orders for V shapes are adapted."""
-    costs, rank_of = stage_costs(costed, plan), plan.rank_of
+    costs, halves, rank_of = stage_costs(costed, plan), stage_halves(costed, plan, cluster), plan.rank_of
     speeds = [cluster.devices[rank].speed for rank in rank_of]
     times = Times(
         forward=tuple(cost.forward / speed for cost, speed in zip(costs, speeds, strict=True)),
         backward=tuple(cost.backward / speed for cost, speed in zip(costs, speeds, strict=True)),
         saved_bytes=tuple(cost.saved_bytes for cost in costs),
         transfer=tuple(cluster.transfer_seconds(rank_of[c.source], rank_of[c.target], c.nbytes) for c in plan.channels),
+        halves=tuple(it.over(speed) for it, speed in zip(halves, speeds, strict=True)),
     )
     return replace(plan, times=times)
 

@@ -8,8 +8,10 @@ from functools import cached_property
 
 from pipecompile.ir.cluster import Cluster
 from pipecompile.ir.graph import Cost, CostedGraph
+from pipecompile.ir.halves import Halves
 from pipecompile.ir.plan import Plan, stage_costs
 from pipecompile.ir.plan_options import PlanOptions
+from pipecompile.ir.split_nodes import stage_halves
 from pipecompile.planning.by_rows import ByRows
 from pipecompile.planning.counted import Counted, numbers
 from pipecompile.planning.joint_choice import counted, weigh_jointly
@@ -57,6 +59,18 @@ class Planned:
         """The cost of each stage per microbatch."""
         return stage_costs(self.costed, self.plan)
 
+    @cached_property
+    def stage_halves(self) -> tuple[Halves, ...]:
+        """The seconds of each stage per microbatch where its backward is split."""
+        return stage_halves(self.costed, self.plan, self.cluster)
+
+    @cached_property
+    def run_costs(self) -> tuple[Cost, ...]:
+        """The cost of each stage per microbatch as its schedule runs it: with what it takes to split its backward."""
+        split = {i.stage for i in self.work.schedule(self.plan, self.work.microbatches).split}
+        both = zip(self.stage_costs, self.stage_halves, strict=True)
+        return tuple(it.cost if stage in split else cost for stage, (cost, it) in enumerate(both))
+
     def memory(self, buffers: Sequence[int] = ()) -> Memory:
         """The peak memory in training of each stage and rank.
 
@@ -78,7 +92,7 @@ class Planned:
         return replace(
             self,
             request=replace(self.request, options=replace(self.request.options, objective="pace")),
-            work=replace(self.work, schedule=one_f_one_b, optimizer_state=self.work.state),
+            work=replace(self.work, schedule=one_f_one_b, optimizer_state=self.work.state, update=None),
         )
 
     def recosted(self, costed: CostedGraph) -> Planned:

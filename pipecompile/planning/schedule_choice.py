@@ -1,10 +1,9 @@
 """Chooses a schedule, and with it the stages of each rank, by simulation: the shortest step within memory.
 
 Each schedule gets a plan of its own: with the stages that it needs, within the memory that its microbatches in flight
-leave, recomputing where that makes it fit. Then its step is simulated. To the simulated step are added
-
-    the runtime's seconds for each computation, so that short stages are not cut into shorter ones;
-    a fiftieth of each backward that is split: both halves were measured to take 1.00 to 1.02 times the whole.
+leave, recomputing where that makes it fit. Then its step is simulated, with what it takes to split backwards
+(``ir/split_nodes.py``). To it are added the runtime's seconds for each computation, so that short stages are not cut
+into shorter ones.
 
 Of schedules that take equally long, the one with the least memory is taken.
 """
@@ -25,7 +24,7 @@ from pipecompile.planning.search_spec import Request
 from pipecompile.planning.training_spec import Workload
 from pipecompile.schedule import SCHEDULES
 from pipecompile.schedule.placement import Placement
-from pipecompile.schedule.stage_costs import OVERHEAD, SPLIT
+from pipecompile.schedule.stage_costs import OVERHEAD
 
 CANDIDATE = 1.0  # CPU seconds of the search for the plan of one candidate
 ALIKE = 1.001  # steps within this factor take equally long
@@ -118,7 +117,7 @@ class Weighing:
         return Weighed(
             schedule=name,
             per_rank=placement.per_rank,
-            seconds=this.step_seconds(costed, plan, cluster, SPLIT) + _overhead(plan, this),
+            seconds=this.step_seconds(costed, plan, cluster) + _overhead(plan, this),
             peak_bytes=max(this.memory(costed, plan, cluster).ranks),
             recomputed=len(plan.recomputed),
             offloaded=len(plan.offloaded),

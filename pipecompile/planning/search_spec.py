@@ -49,7 +49,7 @@ class Request:
         goal = self.options.objective
         limited = any(device.memory is not None for device in cluster.devices)
         return partition(
-            costed,
+            work.with_updates(costed, cluster),
             len(self.replicas),
             cluster,
             training,

@@ -13,15 +13,15 @@ until its own Backward.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from pipecompile.ir.graph import CostedGraph, Footprint, Node
 from pipecompile.ir.plan import Plan, members
+from pipecompile.ir.split_nodes import split_nodes
 
-SPLIT = frozenset(("linear", "addmm", "matmul", "embedding", "conv1d", "conv2d", "conv3d"))  # of ops/split_backward.py
-IN_PLACE = frozenset(("linear", "addmm", "matmul"))  # of them, those that add to a gradient without memory beside it
+IN_PLACE = frozenset(("linear", "addmm", "matmul"))  # split, these add to a gradient without memory beside it
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,17 +139,9 @@ class _Stage:
         return max(most, now)
 
     @cached_property
-    def split(self) -> set[int]:
+    def split(self) -> frozenset[int]:
         """The nodes whose weights a split backward leaves."""
-        return {
-            i
-            for i in self.nodes
-            if self.graph.nodes[i].op in SPLIT
-            and self.costed.footprints[i].stretch is None
-            and not self.costed.footprints[i].casts
-            and not (self.again and self.costed.footprints[i].repeats)
-            and not self.trainable.isdisjoint(self.graph.nodes[i].parameters)
-        }
+        return split_nodes(self.costed, self.nodes, self.again)
 
     @cached_property
     def queued(self) -> set[str]:
@@ -193,7 +185,7 @@ class _Stage:
         kept = sum(_gradient_bytes(self.graph.nodes[owner]) for owner in set(owners.values()))
         return most, self.bytes_of(inputs) + kept
 
-    def _backward(self, first: bool, split: set[int]) -> tuple[int, dict[int, int]]:
+    def _backward(self, first: bool, split: Set[int]) -> tuple[int, dict[int, int]]:
         """The peak, and for each split node the value whose gradient it keeps."""
         held = self.received | self._values(self.sent) | self.outputs  # until the end of the whole backward
         held |= {number for i in split for number in self.footprints[i].saved}

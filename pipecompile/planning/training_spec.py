@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pipecompile.errors import InputError
 from pipecompile.ir.cluster import Cluster
 from pipecompile.ir.graph import CostedGraph
-from pipecompile.ir.plan import Plan, stage_costs
+from pipecompile.ir.plan import Plan
 from pipecompile.ir.plan_options import Offloading, Recompute
 from pipecompile.partition import ADAM
 from pipecompile.planning.memory import How, Memory, memory
+from pipecompile.planning.predict import predict
+from pipecompile.planning.updates import UpdateCost, update_seconds_of, updates_per_microbatch, with_updates
 from pipecompile.schedule import MakeProgram
 from pipecompile.schedule.placement import PLAIN, Placement
-from pipecompile.schedule.simulator import simulate
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Workload:
             parameters, because torch's optimizers update them together there.
         asynchronous: whether each stage steps on its own.
         placement: where the stages are that the schedule asks for.
+        update: the seconds of the optimizer's steps on a CPU, or a function that returns them, called when needed; None
+            if they are not known. They count where steps are inside the pipeline.
     """
 
     schedule: MakeProgram
@@ -44,6 +47,7 @@ class Workload:
     fused: bool = False
     asynchronous: bool = False
     placement: Placement = PLAIN
+    update: UpdateCost | Callable[[], UpdateCost | None] | None = None
 
     def __post_init__(self) -> None:
         if self.offload == "always" and self.asynchronous:
@@ -66,7 +70,7 @@ class Workload:
             bound: return an upper bound instead, which holds whatever the times of instructions are.
         """
         program = self.schedule(plan, self.microbatches)
-        timeline = None if bound else simulate(program, stage_costs(costed, plan), cluster)
+        timeline = None if bound else predict(program, costed, cluster)
         return memory(costed, plan, program, self.state, buffers, self.tail, self.step_on(cluster), timeline)
 
     def step_on(self, cluster: Cluster) -> How:
@@ -74,15 +78,29 @@ class Workload:
         at_once = not all(device.is_cpu for device in cluster.devices)
         return "fused" if self.fused else "foreach" if at_once else "single"
 
-    def step_seconds(self, costed: CostedGraph, plan: Plan, cluster: Cluster, split: float = 1.0) -> float:
-        """Predicted seconds of a step, including the transfer of tied parameters to other stages and replicas.
-
-        Args:
-            split: the seconds of both halves of a backward that is split, relative to the whole.
-        """
-        program = self.schedule(plan, self.microbatches)
-        timeline = simulate(program, stage_costs(costed, plan), cluster, split=split)
+    def step_seconds(self, costed: CostedGraph, plan: Plan, cluster: Cluster) -> float:
+        """Predicted seconds of a step, including the transfer of tied parameters to other stages and replicas."""
+        updates = self.update_seconds(costed, plan, cluster)
+        timeline = predict(self.schedule(plan, self.microbatches), costed, cluster, updates)
         return timeline.makespan + max(_weights_seconds(plan, cluster).values(), default=0.0)
+
+    def with_updates(self, costed: CostedGraph, cluster: Cluster) -> CostedGraph:
+        """The costs to plan with: those of a microbatch, with its share of updates inside the pipeline."""
+        cost = self._update_cost(cluster)
+        if cost is None:
+            return costed
+        return with_updates(costed, cost, updates_per_microbatch(self.schedule, self.microbatches))
+
+    def update_seconds(self, costed: CostedGraph, plan: Plan, cluster: Cluster) -> tuple[float, ...]:
+        """The seconds of one update of each stage inside the pipeline, on a device of speed 1; 0 if not known."""
+        cost = self._update_cost(cluster)
+        return (0.0,) * plan.num_stages if cost is None else update_seconds_of(costed, plan, cost)
+
+    def _update_cost(self, cluster: Cluster) -> UpdateCost | None:
+        """What updates inside the pipeline cost; None if there are none, or their seconds are not known."""
+        if not self.asynchronous or not all(device.is_cpu for device in cluster.devices):
+            return None
+        return self.update() if callable(self.update) else self.update
 
     @property
     def state(self) -> float:

@@ -13,3 +13,4 @@ from pipecompile.profile.links import with_measured_links as with_measured_links
 from pipecompile.profile.meters import How as How
 from pipecompile.profile.optimizer_state import optimizer_state as optimizer_state
 from pipecompile.profile.profiler import profile as profile
+from pipecompile.profile.update_cost import update_cost as update_cost

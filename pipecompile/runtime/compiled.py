@@ -35,10 +35,10 @@ from pipecompile.ops.torch_internals import pytree
 from pipecompile.planning.calibration import Times, stage_times, update_seconds
 from pipecompile.planning.memory import Memory
 from pipecompile.planning.planned import Planned
+from pipecompile.planning.predict import predict
 from pipecompile.runtime.split import Piece, Stage
 from pipecompile.schedule.lowering import lower
 from pipecompile.schedule.several_processes import refreshed, shared
-from pipecompile.schedule.simulator import simulate
 
 
 @dataclass(frozen=True)
@@ -218,20 +218,25 @@ class Compiled:
         """
         bare = refreshed(bare) if self.apart else bare
         bare = shared(bare, len(self.planned.cluster)) if shares and self.apart else bare
-        return lower(bare, self.predict(bare))
+        return lower(bare, predict(bare, self.planned.costed, self.planned.cluster))  # alike in all processes
 
     def predict(self, program: Program, measured: Timeline | None = None) -> Timeline:
         """The simulated timeline of a program, from the costs.
 
         Args:
             program: of the same stages.
-            measured: of a program whose optimizer steps took as long; without it they take no time. The order of
-                transfers is that of a prediction without, because processes measure different seconds.
+            measured: of a program whose optimizer steps took as long; without it they take what the plan was made
+                for. The order of transfers is that of steps that take no time, because processes measure different
+                seconds.
         """
-        costs, cluster = self.planned.stage_costs, self.planned.cluster
-        seconds = [0.0] * len(costs) if measured is None else update_seconds(measured, len(costs))
-        speeds = [cluster.devices[rank].speed for rank in program.plan.rank_of]
-        return simulate(program, costs, cluster, [s * speed for s, speed in zip(seconds, speeds, strict=True)])
+        planned, cluster, rank_of = self.planned, self.planned.cluster, program.plan.rank_of
+        if measured is None:
+            known = planned.work.update_seconds(planned.costed, planned.plan, cluster)
+            return predict(program, planned.costed, cluster, known)
+        seconds = update_seconds(measured, len(rank_of))
+        speeds = [cluster.devices[rank].speed for rank in rank_of]
+        updates = [s * speed for s, speed in zip(seconds, speeds, strict=True)]
+        return predict(program, planned.costed, cluster, updates)
 
     @cached_property
     def memory(self) -> Memory:
@@ -245,7 +250,7 @@ class Compiled:
 
     def times(self, timeline: Timeline) -> tuple[Times, ...]:
         """Predicted and measured seconds of each stage in a step."""
-        return stage_times(self.planned.stage_costs, timeline)
+        return stage_times(self.planned.stage_costs, timeline, self.planned.stage_halves)
 
     def tensors(self, stage: int) -> dict[str, Tensor]:
         """The parameters of a stage, and its buffers on other devices, by their first names in the model."""

@@ -14,6 +14,7 @@ from itertools import chain as chain_of
 
 from pipecompile.errors import InputError
 from pipecompile.schedule import policy
+from pipecompile.schedule.extend import extended, shorter
 from pipecompile.schedule.improve import candidates, improve
 from pipecompile.schedule.order import Order, Rows
 from pipecompile.schedule.periodic import periodic, v_half, v_min
@@ -22,6 +23,10 @@ from pipecompile.schedule.policy import Policy, merge
 from pipecompile.schedule.replay import peaks, replay
 from pipecompile.schedule.shape import Shape, chain, looped, v_shape
 from pipecompile.schedule.stage_costs import StageCosts
+
+FILLED = 3  # microbatches per rank that have a steady state between both ends
+SHORT = 0.4  # the part of the effort that is for an order of fewer microbatches
+LONG = 5_000  # computations from which there is one
 
 
 @dataclass(frozen=True)
@@ -91,10 +96,19 @@ def made(
 def searched(
     shape: Shape, num_microbatches: int, costs: StageCosts, cap: float, passes: float, by_span: bool = True
 ) -> Order | None:
-    """The best order found on a shape under the memory cap of a rank, from all candidates, or None if none fits."""
-    caps = (cap,) * shape.num_ranks
-    starts = chain_of(_starts(shape, num_microbatches), candidates(shape, num_microbatches, costs, caps))
-    return improve(shape, num_microbatches, costs, caps, starts, passes=passes, by_span=by_span)
+    """The best order found on a shape under the memory cap of a rank, from all candidates, or None if none fits.
+
+    Of many microbatches, part of the effort is for an order of fewer, whose steady state is repeated: what a search
+    finds at one place in a short order, it would have to find in each period of a long one.
+    """
+    caps, n, whole = (cap,) * shape.num_ranks, num_microbatches, iter(())
+    few = shorter(n, FILLED * shape.num_ranks) if 3 * shape.num_stages * n >= LONG else None
+    if few is not None:
+        found = searched(shape, few, costs, cap, SHORT * passes * n / few, by_span)
+        if found is not None:
+            passes, whole = (1 - SHORT) * passes, extended(found, replay(found, costs).start, n)
+    starts = chain_of(_starts(shape, n), candidates(shape, n, costs, caps))
+    return improve(shape, n, costs, caps, starts, whole=whole, passes=passes, by_span=by_span)
 
 
 def fits(order: Order, costs: StageCosts, cap: float) -> bool:

@@ -1,6 +1,7 @@
 """Finds a good order under a memory cap: candidates, W with real times, squeezes, and a search around the best.
 
-    candidates      rows of F and B: a schedule's own, merges with many limits, lists of greedy runs
+    candidates      rows of F and B: a schedule's own, merges with many limits, lists of greedy runs; rows with W of
+                    an order for fewer microbatches, whose steady state is repeated
     place_weights   each with W after several rules, within the cap; the best few go on
     squeeze         until it stops to help
     search          squeezes with times that are wrong at random, then with the right ones; what is better is kept
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from math import ceil, floor
 from random import Random
 
@@ -54,6 +56,7 @@ def improve(
     caps: Sequence[float],
     rows: Iterable[Rows],
     *,
+    whole: Iterable[Rows] = (),
     passes: float = 300,
     by_span: bool = True,
     seed: int = 0,
@@ -63,6 +66,7 @@ def improve(
     Args:
         caps: the memory of each rank, in the unit of the costs.
         rows: candidates; W in them are ignored.
+        whole: candidates with a W for every B, which stays where it is.
         passes: the effort, in passes over all computations.
         by_span: whether the longest span is the objective, then the makespan; or the other way around.
         seed: of the search.
@@ -76,7 +80,8 @@ def improve(
         budget=Budget(passes),
         random=Random(seed),
     )
-    starts = search.squeezed(search.placed(rows)[:SQUEEZED])
+    complete = search.fitting(whole)[:1]
+    starts = search.squeezed([*complete, *search.placed(rows)[:SQUEEZED]])
     if not starts:
         return None
     best = search.around(starts[: len(SHARES)])
@@ -166,7 +171,23 @@ class _Search:
                 break
         return sorted(found, key=self.score)
 
-    def squeezed(self, starts: Sequence[Placed]) -> list[Timed]:
+    def fitting(self, rows: Iterable[Rows]) -> list[Timed]:
+        """The candidates with all W that run and fit into memory, the best first."""
+        found = []
+        for each in rows:
+            self.budget.take(1)
+            if (run := timed(self.job, each)) is not None and self._fits(each):
+                found.append(run)
+                if self.is_reached(run):
+                    break
+        return sorted(found, key=self.score)
+
+    def _fits(self, rows: Rows) -> bool:
+        added = self.job.added
+        held = (accumulate(added[code] for code in row) for row in rows)
+        return all(max(each) <= cap for each, cap in zip(held, self.job.caps, strict=True))
+
+    def squeezed(self, starts: Sequence[Placed | Timed]) -> list[Timed]:
         """Each start after as many squeezes as help; the best first."""
         found: list[Timed] = []
         for placed in starts:

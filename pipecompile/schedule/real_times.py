@@ -9,16 +9,19 @@ anew, in ascending order: a stage adds up gradients and writes buffers in the or
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from functools import lru_cache
 
+from pipecompile.ir.graph import Cost
+from pipecompile.ir.halves import Halves
 from pipecompile.ir.plan import Plan
 from pipecompile.schedule.improve import improve
 from pipecompile.schedule.order import Op, Order, W
 from pipecompile.schedule.replay import peaks, replay
 from pipecompile.schedule.shape import Shape, in_order
-from pipecompile.schedule.stage_costs import OVERHEAD, SPLIT, StageCosts
+from pipecompile.schedule.stage_costs import OVERHEAD, StageCosts
 
-WEIGHT_PART = 0.5  # of a backward, as in ``simulate``
+WEIGHT_PART = 0.5  # of a backward whose halves are not known, as in ``simulate``
 EFFORT, FEWEST, MOST = 200_000, 40, 200  # computations in all passes; passes
 SHORTER = 1 - 1e-6  # of the seconds of a step, beyond the rounding of sums
 
@@ -36,21 +39,25 @@ def with_real_times(order: Order, plan: Plan) -> Order:
     if shape.rank_of != order.shape.rank_of:
         return order
     times = plan.times
+    whole = tuple(map(Cost, times.forward, times.backward))
+    halves = times.halves or tuple(Halves.of(cost, WEIGHT_PART) for cost in whole)
     memory = tuple(map(float, times.saved_bytes))
+    w = tuple(it.weights * cost.backward / (it.cost.backward or 1.0) for it, cost in zip(halves, whole, strict=True))
     costs = StageCosts(
         f=times.forward,
-        b=tuple((1 - WEIGHT_PART) * seconds for seconds in times.backward),
-        w=tuple(WEIGHT_PART * seconds for seconds in times.backward),
+        b=tuple(cost.backward - part for cost, part in zip(whole, w, strict=True)),
+        w=w,
         transfer=times.transfer,
         mem_f=memory,
         mem_b=(0.0,) * len(memory),
         mem_w=tuple(-amount for amount in memory),
     )
-    return _shorter(order, shape, costs)
+    more = tuple(it.cost.seconds - cost.seconds + OVERHEAD for it, cost in zip(halves, whole, strict=True))
+    return _shorter(order, shape, costs, more)
 
 
 @lru_cache(maxsize=32)
-def _shorter(order: Order, shape: Shape, costs: StageCosts) -> Order:
+def _shorter(order: Order, shape: Shape, costs: StageCosts, splitting: tuple[float, ...]) -> Order:
     here = Order(shape, order.num_microbatches, order.rows)  # with the edges of the plan
     passes = min(MOST, max(FEWEST, EFFORT / sum(map(len, here.rows))))
     caps = peaks(here, costs)
@@ -58,14 +65,17 @@ def _shorter(order: Order, shape: Shape, costs: StageCosts) -> Order:
     if found is None:
         return order
     there = _ascending(found)
-    more = _splitting(there, costs) - _splitting(here, costs)
+    more = _splitting(there, splitting) - _splitting(here, splitting)
     is_shorter = replay(there, costs).makespan + max(0.0, more) < SHORTER * replay(here, costs).makespan
     return there if is_shorter else order
 
 
-def _splitting(order: Order, costs: StageCosts) -> float:
-    """The seconds that a rank needs beside its operations to split backwards, of the rank that needs most."""
-    each = [(SPLIT - 1) * (b + w) + OVERHEAD for b, w in zip(costs.b, costs.w, strict=True)]
+def _splitting(order: Order, each: Sequence[float]) -> float:
+    """The seconds that a rank needs beside its operations to split backwards, of the rank that needs most.
+
+    Args:
+        each: seconds of one split backward, for each stage.
+    """
     return max(sum(each[stage] for kind, stage, _ in order.ops(rank) if kind == W) for rank in range(len(order.rows)))
 
 

@@ -33,6 +33,7 @@ from collections.abc import Sequence
 from pipecompile.errors import InputError
 from pipecompile.ir.cluster import Cluster
 from pipecompile.ir.graph import Cost
+from pipecompile.ir.halves import Halves
 from pipecompile.ir.instruction import (
     Backward,
     BackwardWeight,
@@ -60,7 +61,7 @@ def simulate(
     cluster: Cluster | None = None,
     step_seconds: float | Sequence[float] = 0.0,
     weight_part: float = 0.5,
-    split: float = 1.0,
+    halves: Sequence[Halves] | None = None,
 ) -> Timeline:
     """The timeline of a bare or a lowered program.
 
@@ -77,15 +78,18 @@ def simulate(
         step_seconds: seconds of one Step or Update, on a device of speed 1; a number, or one for each stage.
         weight_part: the part of a backward's seconds that a BackwardWeight takes from its Backward; none where stages
             recompute, whose backwards are whole.
-        split: the seconds of both together, relative to a whole backward.
+        halves: in its place, the seconds of each stage where its backward is split (``stage_halves``).
 
     Raises:
-        InputError: the number of costs, devices or seconds of steps does not fit the plan.
+        InputError: the number of costs, halves, devices or seconds of steps does not fit the plan.
         DeadlockError: the program cannot finish.
     """
     steps = step_seconds if isinstance(step_seconds, Sequence) else [step_seconds] * program.plan.num_stages
-    _check(program, costs, cluster, steps)
-    clock = _Clock(program, costs, cluster, steps, weight_part, split)
+    if halves is None:
+        parts = [0.0 if stage in program.plan.recomputed else weight_part for stage in range(len(costs))]
+        halves = tuple(map(Halves.of, costs, parts))
+    _check(program, costs, halves, cluster, steps)
+    clock = _Clock(program, costs, halves, cluster, steps)
     spans = []
     for rank, i in linearize(program):
         clock.do(rank, i)
@@ -125,16 +129,12 @@ class _Clock:
         self,
         program: Program,
         costs: Sequence[Cost],
+        halves: Sequence[Halves],
         cluster: Cluster | None,
         step_seconds: Sequence[float],
-        weight_part: float,
-        split: float,
     ) -> None:
-        again = program.plan.recomputed
-        self.weight_part = [0.0 if stage in again else weight_part for stage in range(program.plan.num_stages)]
-        self.split = [1.0 if stage in again else split for stage in range(program.plan.num_stages)]
         self.program, self.plan = program, program.plan
-        self.costs, self.cluster, self.step_seconds = costs, cluster, step_seconds
+        self.costs, self.halves, self.cluster, self.step_seconds = costs, halves, cluster, step_seconds
         self.times: dict[Instruction, tuple[float, float]] = {}
         self.free: dict[object, float] = {}
 
@@ -180,13 +180,12 @@ class _Clock:
     def _seconds(self, i: Compute) -> float:
         match i:
             case Forward():
-                return self.costs[i.stage].forward
+                is_split = Backward(i.stage, i.microbatch) in self.program.split
+                return self.halves[i.stage].forward if is_split else self.costs[i.stage].forward
             case Backward():
-                is_split = i in self.program.split
-                part = self.split[i.stage] * (1 - self.weight_part[i.stage]) if is_split else 1.0
-                return part * self.costs[i.stage].backward
+                return self.halves[i.stage].backward if i in self.program.split else self.costs[i.stage].backward
             case BackwardWeight():
-                return self.split[i.stage] * self.weight_part[i.stage] * self.costs[i.stage].backward
+                return self.halves[i.stage].weights
             case Step() if i in self.program.updated:
                 return 0.0
             case Step() | Update():
@@ -209,10 +208,18 @@ def _transfer_seconds(send: Send, program: Program, cluster: Cluster | None) -> 
     return cluster.transfer_seconds(rank_of(send, plan), target_of(send, plan), nbytes)
 
 
-def _check(program: Program, costs: Sequence[Cost], cluster: Cluster | None, steps: Sequence[float]) -> None:
+def _check(
+    program: Program,
+    costs: Sequence[Cost],
+    halves: Sequence[Halves],
+    cluster: Cluster | None,
+    steps: Sequence[float],
+) -> None:
     plan, ranks = program.plan, max(len(program.ranks), program.plan.num_ranks)
     if len(costs) != plan.num_stages:
         raise InputError(f"got {len(costs)} costs for {plan.num_stages} stages; give one per stage")
+    if len(halves) != plan.num_stages:
+        raise InputError(f"got {len(halves)} halves for {plan.num_stages} stages; give one per stage")
     if len(steps) != plan.num_stages:
         raise InputError(f"got {len(steps)} step_seconds for {plan.num_stages} stages; give one per stage")
     if cluster is not None and len(cluster) < ranks:

@@ -16,7 +16,6 @@ from math import inf, isfinite
 from pipecompile.errors import InputError
 from pipecompile.schedule.shape import Shape
 
-SPLIT = 1.02  # seconds of both halves of a backward, relative to the whole (benchmarks/zero_bubble.py)
 OVERHEAD = 1e-4  # seconds of a computation of the runtime beside its operations (benchmarks/overhead.py)
 
 

@@ -34,6 +34,8 @@ CALLS: dict[str, Callable[[], Call]] = {
     "addmm": lambda: (torch.addmm, (weight(5), floats(3, 4), weight(4, 5)), {}),
     "addmm scaled": lambda: (torch.addmm, (weight(5), floats(3, 4), weight(4, 5)), {"beta": 2, "alpha": 3}),
     "matmul": lambda: (torch.matmul, (floats(2, 3, 4), weight(4, 5)), {}),
+    "matmul as an operator": lambda: (torch.Tensor.matmul, (floats(2, 3, 4), weight(4, 5)), {}),
+    "addmm as a method": lambda: (torch.Tensor.addmm, (weight(5), floats(3, 4), weight(4, 5)), {}),
     "matmul of a batch of weights": lambda: (torch.matmul, (floats(2, 3, 4), weight(2, 4, 5)), {}),
     "embedding": lambda: (F.embedding, (torch.tensor([[0, 2], [2, 5]]), weight(6, 4)), {}),
     "embedding with padding": lambda: (F.embedding, (torch.tensor([0, 5, 2]), weight(6, 4), -1), {}),

@@ -13,12 +13,12 @@ from torch import nn
 
 from pipecompile import PlanOptions
 from pipecompile.ir.graph import Cost
+from pipecompile.ir.halves import Halves
 from pipecompile.ir.instruction import BackwardWeight, Recv, Send
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.plan_times import Times
 from pipecompile.schedule import SCHEDULES
 from pipecompile.schedule.simulator import simulate
-from pipecompile.schedule.stage_costs import SPLIT
 
 V_SHAPES = ("zb-v", "v-half", "v-min", "dualpipe-v")
 
@@ -74,8 +74,13 @@ def test_no_backward_is_split_for_less_than_that_takes(name: str, off: float) ->
     backward = [2 * seconds for seconds in forward]
     costs = [Cost(f, b, 1) for f, b in zip(forward, backward, strict=True)]
     plan = v_plan(2, forward, backward, [1] * 4)
+    halves = tuple(Halves(f, 0.51 * b, 0.51 * b) for f, b in zip(forward, backward, strict=True))
+    assert plan.times is not None
+    plan = replace(plan, times=replace(plan.times, halves=halves))
     before, after = (SCHEDULES[name].program(it, 4) for it in (replace(plan, times=None), plan))
-    assert simulate(after, costs, split=SPLIT).makespan <= simulate(before, costs, split=SPLIT).makespan * (1 + 1e-9)
+    assert simulate(after, costs, halves=halves).makespan <= simulate(before, costs, halves=halves).makespan * (
+        1 + 1e-9
+    )
 
 
 @pytest.mark.parametrize("name", V_SHAPES)
