@@ -62,6 +62,7 @@ def as_model(pipeline: Pipeline) -> Any:
         "__deepcopy__": _copied,
         "__reduce_ex__": lambda self, protocol: (_unmade, (base,), pipeline, None, None, _become),
         "__prepare_scriptable__": _refuse_script,
+        "_replicate_for_data_parallel": _refuse_replicas,
     }
     if not hasattr(base, RICH):
         members[RICH] = lambda self: pipeline._repr_html_()
@@ -172,6 +173,14 @@ def _become(unmade: Any, pipeline: Pipeline) -> None:
     pipe = as_model(pipeline)
     unmade.__class__ = type(pipe)
     object.__setattr__(unmade, "__dict__", pipe.__dict__)
+
+
+def _refuse_replicas(pipe: Any) -> Any:
+    raise InputError(
+        "torch.nn.DataParallel copies the model to each device, but the stages of a pipeline have devices of their "
+        "own; call the pipe itself, with PlanOptions(replicas=...) for stages on several devices (transformers' "
+        "Trainer: set arguments._n_gpu = 1)"
+    )
 
 
 def _refuse_script(pipe: Any) -> Any:

@@ -11,7 +11,7 @@ where the gradient of a batch is the sum of those of its microbatches, in order,
 
 None of them imports pipecompile. Every run leaves the model as it found it.
 
-Source: Harlap et al., "PipeDream: Fast and Efficient Pipeline Parallel DNN Training", section 3.3 (weight stashing).
+Source: Harlap et al., "PipeDream: Fast and Efficient Pipeline Parallel DNN Training", section 3.4 (weight stashing).
 """
 
 from __future__ import annotations

@@ -258,6 +258,13 @@ def test_a_module_with_slots_is_refused() -> None:
         pipe(*floats()[0])
 
 
+def test_data_parallel_is_refused() -> None:
+    pipe, _, call = both("gpt2")
+    step(nn.DataParallel(pipe), pipe, loss_of, call)  # of one device, or none: calls the module as it is
+    with pytest.raises(InputError, match=r"DataParallel copies the model .*Trainer: set arguments\._n_gpu = 1"):
+        pipe._replicate_for_data_parallel()  # as torch.nn.parallel.replicate does
+
+
 def test_a_closed_pipeline_says_so() -> None:
     pipe, _, (args, _) = both("custom")
     with pipe.pipeline:
@@ -425,3 +432,20 @@ def test_weights_of_another_shape_are_refused() -> None:
         (InputError, ExecutionError), match=r"'plan' of shape .* cannot be replaced .*pass one of the same"
     ):
         functional_call(pipe, {"plan": torch.rand(1, dtype=torch.float64)}, *call)
+
+
+class Watched(Tensor):
+    """A class that sees torch's functions, of which a fake mode knows nothing."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_a_weight_of_a_class_that_watches_functions() -> None:
+    found = []
+    for module in both("custom")[:2]:
+        module.memory.weight = nn.Parameter(module.memory.weight.detach().as_subclass(Watched))
+        ended = trained(module, floats())
+        found.append({name: value.detach().as_subclass(Tensor) for name, value in ended.items()})
+    assert_equal(*found)

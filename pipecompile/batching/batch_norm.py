@@ -1,8 +1,9 @@
 """Batch normalization: the only function that may mix samples in the body of a model.
 
-Each microbatch is normalized by its own statistics, as in GPipe (Huang et al. 2019, section 3), which updates running
-statistics once per microbatch. Deferred (torchgpipe: Kim et al. 2020, section 3.2), they are updated once per batch, by
-the mean and variance of all rows: the stages add up moments of the inputs, and the tail writes the statistics.
+Each microbatch is normalized by its own statistics, as in GPipe (Huang et al. 2019, section 2.2), and updates the
+running statistics. Deferred, they are updated once per batch, as in GPipe, by the mean and variance of all rows: the
+stages add up moments of the inputs, and the tail writes the statistics. The name is from torchgpipe (user guide,
+"Deferred Batch Normalization").
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ Each step doubles what a rank knows. With what rank r knows of ranks r, r + 1, .
     0 1 2 3  1 2 3 4  2 3 4 0  3 4 0 1  4 0 1 2    ... the next but one
     all      all      all      all      all        ... as much as is missing of the next but three
 
-Source: Bruck et al. 1997, "Efficient algorithms for all-to-all communications", section 4.
+Source: Bruck et al., "Efficient Algorithms for All-to-All Communications in Multiport Message-Passing Systems" (1997).
 """
 
 from __future__ import annotations

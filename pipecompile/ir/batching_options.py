@@ -25,9 +25,9 @@ class Batching:
         out_dims: the batch dimension of outputs, by name or number; it overrides the analysis. Operations used only for
             such an output may mix samples within a microbatch. With None, the output of the first microbatch is
             returned.
-        batch_norm: "microbatch": in training, batch normalization uses the statistics of each microbatch, as GPipe does
-            (Huang et al. 2019, section 2.2), and updates its running statistics once per microbatch; "deferred": it
-            updates them once per batch, from all rows.
+        batch_norm: in training, batch normalization uses the statistics of each microbatch, as GPipe does (Huang et al.
+            2019, section 2.2). "microbatch": it updates its running statistics once per microbatch; "deferred": once
+            per batch, from all rows, as GPipe does.
         allow_mixing: paths of modules that may mix samples within a microbatch. By default, a model that mixes samples
             before its last weights is refused, because microbatches cannot compute what the whole batch computes.
 

@@ -65,7 +65,7 @@ class PlanOptions:
 
     Sources: "pace" and replicas, PipeDream (Narayanan et al., SOSP 2019), section 3.1; recomputation, GPipe (Huang et
     al., NeurIPS 2019), section 2.3; the search, Tarnawski et al., "Efficient Algorithms for Device Placement of DNN
-    Graph Operators" (NeurIPS 2020), sections 4 and 5, and files of ``partition/solver``.
+    Graph Operators" (NeurIPS 2020), its dynamic program for throughput, and files of ``partition/solver``.
     """
 
     pins: Mapping[str, int] = field(default_factory=dict)

@@ -9,13 +9,13 @@ from statistics import median
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipecompile.ir.device_specs import Roofline
 from pipecompile.ops.accelerators import seconds_between, time_mark
 from pipecompile.ops.away import is_away, stand_in
-from pipecompile.ops.torch_internals import FakeTensorMode
+from pipecompile.ops.torch_internals import DisableTorchFunction, FakeTensorMode, _disable_current_modes
 from pipecompile.profile.call import Call
 
 CPU = torch.device("cpu")
@@ -147,7 +147,7 @@ class Counter:
             return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
         if is_away(tensor):
             return self.empty(tensor.shape, tensor.dtype)
-        made = self.fake.from_tensor(tensor.detach(), static_shapes=True)
+        made = self.fake.from_tensor(_plain(tensor), static_shapes=True)
         if made.device == self.device or self.device.type == "meta":
             return made
         with self.fake:  # a model, or its inputs, may be on another device
@@ -170,6 +170,14 @@ class Counter:
                 return forward, UNKNOWN_BACKWARD * forward
             both = self.roofline.seconds(counter.get_total_flops(), 3 * nbytes, half, self.tensor_float)
         return forward, max(0.0, both - forward)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """Detached, and without a class that only watches functions (``__torch_function__``): a fake mode knows none."""
+    if type(tensor) in (Tensor, nn.Parameter) or type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return tensor.detach()
+    with DisableTorchFunction(), _disable_current_modes():
+        return tensor.detach().as_subclass(Tensor)
 
 
 Meter = Clock | Counter

@@ -132,13 +132,14 @@ def _timelines(page: Page, places: Mapping[str, str]) -> Iterator[str]:
         body += [f'<h3>{name} {page.part}: {xml(page.steps[name])}</h3><div class="figure">{places[name]}</div>']
     if PREDICTED in page.timelines and MEASURED not in page.timelines:
         body.append(f'<p class="hint">{NOT_MEASURED}</p>')
-    yield from _section("Timeline", f"What each rank computes, and when. {ZOOM}", body)
+    apart = "" if page.is_on_one_axis else "The two steps differ so much that each has a time axis of its own. "
+    yield from _section("Timeline", f"What each rank computes, and when. {apart}{ZOOM}", body)
 
 
 def _memory(page: Page, places: Mapping[str, str]) -> Iterator[str]:
     if "memory" not in places:
         return
-    hint = f"Bytes that each rank holds over the predicted timeline, predicted. {_heights(page)}"
+    hint = f"Predicted bytes that each rank holds over the predicted timeline. {_heights(page)}"
     yield from _section("Memory", hint, [f'<div class="figure">{places["memory"]}</div>'])
 
 

@@ -50,7 +50,7 @@ def cuts_table(view: StageGraph) -> Iterator[str]:
             node = view.node(value)
             ends = [f"stage {cut.source}", f"stage {cut.target}"]
             words = [node.name, node.op, node.path or "(model)", *_specs(view, value)]
-            yield f"<tr>{cells(ends)}{_codes(words)}{cells([bytes_text(node.nbytes)], 'number')}"
+            yield f"<tr>{cells(ends, 'name')}{_codes(words)}{cells([bytes_text(node.nbytes)], 'number')}"
             yield f"{_codes([node.source])}</tr>"
     yield "</table></div>"
 

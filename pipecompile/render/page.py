@@ -13,6 +13,7 @@ from pipecompile.planning.memory import Memory
 from pipecompile.render.stage_graph import StageGraph
 
 MOST_DEVICES = 8  # that are listed
+APART = 5.0  # times as long, a timeline leaves nothing to see of another one on its axis
 PREDICTED, MEASURED = "predicted", "measured"
 
 
@@ -63,6 +64,12 @@ class Page:
     def steps(self) -> dict[str, str]:
         """The seconds and the bubble of the program, by the name of its timeline."""
         return {name: _step(timeline) for name, timeline in self.timelines.items()}
+
+    @property
+    def is_on_one_axis(self) -> bool:
+        """Whether the timelines are of lengths that one time axis can show."""
+        lengths = [timeline.makespan for timeline in self.timelines.values()]
+        return not lengths or max(lengths) <= APART * min(lengths)
 
     @property
     def part(self) -> str:

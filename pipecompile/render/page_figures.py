@@ -1,4 +1,4 @@
-"""The figures of the report page: timelines over one time axis, memory, and the stage graph."""
+"""The figures of the report page: timelines, memory, and the stage graph."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ __all__ = ["near_limits", "page_figures"]
 
 def page_figures(page: Page) -> tuple[str, dict[str, str]]:
     """The scripts that draw the figures, and an element for each: ``graph``, ``memory`` and the names of timelines."""
-    axis = TimeAxis.of(max((timeline.makespan for timeline in page.timelines.values()), default=0.0))
-    figures: dict[str, Any] = {name: timeline_figure(each, axis) for name, each in page.timelines.items()}
-    if any(page.levels):  # its own axis: a measured step may be many times as long as the predicted one
+    axes = {name: TimeAxis.of(timeline.makespan) for name, timeline in page.timelines.items()}
+    if page.is_on_one_axis:
+        axes = dict.fromkeys(axes, max(axes.values(), key=lambda axis: axis.seconds, default=TimeAxis.of(0.0)))
+    figures: dict[str, Any] = {name: timeline_figure(each, axes[name]) for name, each in page.timelines.items()}
+    if any(page.levels):
         last = max(level.end for levels in page.levels for level in levels)
         figures["memory"] = memory_figure(page, TimeAxis.of(last))
     return embedded({**figures, "graph": graph_figure(page)})

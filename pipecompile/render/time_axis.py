@@ -1,4 +1,4 @@
-"""The time axis of figures. The timelines of a page share one, so that they zoom together."""
+"""The time axis of figures. Timelines of similar lengths share one, so that they zoom together."""
 
 from __future__ import annotations
 
@@ -14,11 +14,16 @@ UNITS = ((1.0, "s"), (1e3, "ms"), (1e6, "us"))
 
 @dataclass(frozen=True)
 class TimeAxis:
-    """Seconds are drawn as ``factor`` times as many units, over one range for all figures."""
+    """Seconds are drawn as ``factor`` times as many units, over one range for all figures on the axis."""
 
     factor: float
     unit: str
     x_range: Range1d
+
+    @property
+    def seconds(self) -> float:
+        """From one end of the axis to the other."""
+        return float(self.x_range.bounds[1]) / self.factor
 
     @staticmethod
     def of(seconds: float) -> TimeAxis:

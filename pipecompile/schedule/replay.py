@@ -12,7 +12,8 @@ The two are different metrics, which must not be compared with each other. A ste
 such as a global norm, takes a makespan. Steps of which each rank begins the next one at once follow each other in
 spans: ranks that begin late end late.
 
-Source: Zero Bubble (Qi et al., ICLR 2024), section 4, for spans; a max-plus replay, O(computations).
+Source: Zero Bubble (Qi et al., ICLR 2024): the cost of a schedule in section 5 is a span, and section 4 is how steps
+follow each other in spans. A max-plus replay, O(computations).
 """
 
 from __future__ import annotations

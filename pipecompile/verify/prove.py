@@ -218,9 +218,22 @@ def _message(trial: Trial, wrong: Sequence[Difference]) -> str:
             *more,
             f"{where}.",
             *(compiled if backend else []),
-            "Keep that module whole with leaf_modules=[...], or use microbatches=1; the model and its gradients are "
-            "unchanged. Please report this: pipecompile should have refused the model, or been exact.",
+            _what_to_do(trial, wrong),
         ]
+    )
+
+
+def _what_to_do(trial: Trial, wrong: Sequence[Difference]) -> str:
+    hooked = [path for path, it in trial.model.named_modules() if it._backward_hooks or it._backward_pre_hooks]
+    if hooked and all(it.kind == "attribute" for it in wrong):
+        return (
+            f"The backward hook of module {hooked[0]!r} runs once per microbatch, and before the caller scales a loss "
+            f"that the model computes, so it cannot store what it gets. Use a forward hook that stores the module's "
+            f"output and calls retain_grad() on it; the model and its gradients are unchanged."
+        )
+    return (
+        "Keep that module whole with leaf_modules=[...], or use microbatches=1; the model and its gradients are "
+        "unchanged. Please report this: pipecompile should have refused the model, or been exact."
     )
 
 

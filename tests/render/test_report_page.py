@@ -164,6 +164,21 @@ def test_both_timelines_zoom_together(read):
     assert all(wanted <= read.document.tools(name).keys() for name in ranges)
 
 
+def test_timelines_of_other_lengths_have_axes_of_their_own(page, text):
+    """On one axis, a step that took fifty times as long as predicted would hide the prediction."""
+    slow = page.timelines[MEASURED]
+    spans = tuple(replace(span, start=50 * span.start, end=50 * span.end) for span in slow.spans)
+    other = replace(page, timelines={**page.timelines, MEASURED: replace(slow, spans=spans)})
+    read = Read(html(other))
+    ranges = {name: read.document.of(figure["x_range"]) for name, figure in read.document.figures.items()}
+    for name, timeline in other.timelines.items():
+        most = max(read.columns(name, "right")[0])
+        assert most == pytest.approx(timeline.makespan * TimeAxis.of(timeline.makespan).factor)
+        assert ranges[name]["end"] == pytest.approx(most)
+    assert "each has a time axis of its own" in read.text
+    assert "each has a time axis of its own" not in text
+
+
 def test_memory_is_drawn_against_the_limit_of_each_device(page, read):
     words, colors = read.columns("memory", "words")[0], read.columns("memory", "color")[0]
     assert len(words) == sum(map(len, page.levels)) > 50

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from toys import D, blocks
 
 import pipecompile
-from pipecompile.errors import ExecutionError
+from pipecompile.errors import CaptureError, ExactnessError, ExecutionError
 
 
 class Hidden(nn.Module):
@@ -123,3 +123,48 @@ def test_an_output_without_rows_is_refused() -> None:
     scale.retain_grad()
     with pytest.raises(ExecutionError, match=r"of shape \(3,\), which has no batch dimension.*microbatches=1"):
         last.sum().backward()
+
+
+def test_a_forward_hook_retains_the_gradient_of_a_layer() -> None:
+    """As for a class activation map."""
+    found = []
+    for module in both():
+        kept: dict[str, Tensor] = {}
+
+        def hook(layer: nn.Module, args: Any, out: Tensor, kept: dict[str, Tensor] = kept) -> None:
+            out.retain_grad()
+            kept["out"] = out
+
+        module.two.register_forward_hook(hook)
+        module(data(0)[0])["last"].square().sum().backward()
+        found.append((kept["out"].detach(), kept["out"].grad))
+    torch.testing.assert_close(*found)
+    assert found[1][1].abs().max() > 0
+
+
+def test_a_backward_hook_that_stores_the_gradient_of_a_microbatch_is_refused() -> None:
+    pipe, _ = both()
+    kept: dict[str, Tensor] = {}
+    pipe.two[0].register_full_backward_hook(lambda module, given, come: kept.__setitem__("gradient", come[0]))
+    with pytest.raises(ExactnessError, match=r"hook of module 'two\.0' runs once per microbatch, .*retain_grad"):
+        pipe(*data(0))
+    assert kept == {}
+
+
+def test_numbers_that_a_hook_reads_are_refused_with_the_line_and_what_to_do() -> None:
+    pipe, _ = both()
+    seen: list[float] = []
+    pipe.two[0].register_forward_hook(lambda module, args, out: seen.append(out.std().item()))
+    with pytest.raises(CaptureError, match=r"test_retained\.py:\d+: .* changes seen, .*in a hook, store the tensor"):
+        pipe(*data(0))
+    assert seen == []
+
+
+def test_a_forward_hook_beside_a_backward_hook_is_refused_with_what_gives_the_gradient() -> None:
+    pipe, _ = both()
+    kept: dict[str, Tensor] = {}
+    pipe.two[0].register_forward_hook(lambda module, args, out: kept.__setitem__("out", out))
+    pipe.two[0].register_full_backward_hook(lambda module, given, come: kept.__setitem__("gradient", come[0]))
+    with pytest.raises(CaptureError, match=r"'two\.0' is kept whole for its backward hook: .* call retain_grad\(\)"):
+        pipe(*data(0))
+    assert kept == {}

@@ -209,7 +209,7 @@ def _alike(use: Use, kind: Kind) -> Answer:
 def batch_norm(use: Use) -> Answer:
     """(batch, channels, ...) -> (batch, channels, ...); mixes samples if the batch is dimension 1.
 
-    In training, each microbatch is normalized by its own statistics, as in GPipe (Huang et al. 2019, section 3).
+    In training, each microbatch is normalized by its own statistics, as in GPipe (Huang et al. 2019, section 2.2).
     """
     kind = use.kind(use.node.args[0])
     return kind if isinstance(kind, Batched | Shared) and getattr(kind, "dim", 0) != 1 else use.mixed()

@@ -227,8 +227,8 @@ class Watch:
         for ledger in self.ledgers.made.values():
             if ledger.by_leaf:
                 raise CaptureError(
-                    f"a module or function that is kept whole changes {ledger.place.label}, which every microbatch "
-                    f"would do again; return what it stores there instead"
+                    f"{ledger.by_leaf}: a module or function that is kept whole changes {ledger.place.label}, which "
+                    f"every microbatch would do again; {_instead(kept)}"
                 )
             if ledger.is_changed:
                 with _left_at(ledger.place):
@@ -242,6 +242,20 @@ class Watch:
                     f"microbatch would increase again; make it a buffer: "
                     f"self.register_buffer({attribute.name!r}, ...)"
                 )
+
+
+def _instead(kept: Mapping[str, nn.Module]) -> str:
+    """What to do instead of storing something in a part kept whole."""
+    hooked = [path for path, module in kept.items() if module._backward_hooks or module._backward_pre_hooks]
+    if hooked:
+        return (
+            f"module {hooked[0]!r} is kept whole for its backward hook: remove that, store the module's output in a "
+            f"forward hook, and call retain_grad() on it"
+        )
+    return (
+        "return what it stores there instead, or, in a hook, store the tensor itself and read its numbers after the "
+        "call"
+    )
 
 
 def _is_generator_state(value: Tensor) -> bool:

@@ -22,6 +22,7 @@ from pipecompile.capture.state.containers import contents, kind_of
 from pipecompile.capture.state.counters import concrete
 from pipecompile.capture.state.guards import MISSING, NOT_PLAIN, TORCHS_OWN, Attribute, Held, Item, Place, frozen
 from pipecompile.capture.state.namespaces import label_of, names_of, owns_names, put
+from pipecompile.ops.source_lines import user_line
 from pipecompile.ops.torch_internals import pytree
 
 DEEPEST = 4  # containers in containers that have stand-ins
@@ -68,7 +69,7 @@ class Ledger:
         is_cleared: Whether it was cleared before the operations.
         own: Keys that the trace itself has set.
         is_leaf: Whether a part kept whole is running.
-        by_leaf: Whether a part kept whole changed it.
+        by_leaf: The line at which a part kept whole changed it; empty if none did.
         stand_in: The stand-in.
         before: Contents before the trace.
     """
@@ -82,7 +83,7 @@ class Ledger:
     is_cleared: bool = False
     own: set[Any] = field(default_factory=set)
     is_leaf: Callable[[], bool] = lambda: False
-    by_leaf: bool = False
+    by_leaf: str = ""
     stand_in: Any = None
     before: list[Any] = field(default_factory=list)
 
@@ -107,13 +108,18 @@ class Ledger:
 
     def clear(self) -> None:
         self.is_cleared, self.operations = True, []
-        self.by_leaf |= self.is_leaf()
+        self.note_leaf()
 
     def do(self, name: str, args: tuple[Any, ...]) -> None:
         if name == "__setitem__" and isinstance(args[0], type) and self.is_leaf():
             return  # a table by class, such as einops has of backends, which a leaf fills itself, each time alike
         self.operations.append((name, args))
-        self.by_leaf |= self.is_leaf()
+        self.note_leaf()
+
+    def note_leaf(self) -> None:
+        """Notes a change if a part kept whole makes it."""
+        if self.is_leaf() and not self.by_leaf:
+            self.by_leaf = user_line() or "in torch"
 
     def reading(self) -> Held | None:
         """Returns what the trace has read, for a guard; None if nothing was read or changed."""
@@ -311,7 +317,8 @@ def _other(base: type, name: str, changes: bool) -> Callable[..., Any]:
             return None
         ledger.read_all()
         ledger.is_set |= changes
-        ledger.by_leaf |= changes and ledger.is_leaf()
+        if changes:
+            ledger.note_leaf()
         return method(self, *args, **kwargs)
 
     return run

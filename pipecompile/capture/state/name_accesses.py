@@ -77,8 +77,7 @@ def _chains(code: CodeType) -> Iterator[tuple[str, tuple[str, ...]]]:
     kind, chain = "", [""]
     files: dict[str, str] = {}  # local names of modules that the function itself imports
     imported = ""
-    for instruction in dis.get_instructions(code):
-        name, value = instruction.opname, instruction.argval
+    for name, value in _instructions(code):
         if name in _ATTRIBUTE:
             chain.append(value)
             continue
@@ -90,6 +89,8 @@ def _chains(code: CodeType) -> Iterator[tuple[str, tuple[str, ...]]]:
             kind, chain = "global", [value]
         elif name in _OUTER:
             kind, chain = "outer", [value]
+        elif name == "LOAD_SUPER_ATTR":
+            chain.append(value)
         elif name == "IMPORT_NAME":
             imported = value
         elif name == "IMPORT_FROM":
@@ -99,6 +100,17 @@ def _chains(code: CodeType) -> Iterator[tuple[str, tuple[str, ...]]]:
         elif name.startswith("LOAD_FAST") and value in files:
             kind, chain = "import", [files[value]]
     yield kind, tuple(chain)
+
+
+def _instructions(code: CodeType) -> Iterator[tuple[str, Any]]:
+    """Yields the name and the argument of each instruction. Python 3.13 has some for two local variables at once."""
+    for instruction in dis.get_instructions(code):
+        name, value = instruction.opname, instruction.argval
+        if isinstance(value, tuple) and "_FAST_" in name:  # LOAD_FAST_LOAD_FAST, STORE_FAST_LOAD_FAST
+            yield "STORE_FAST" if name.startswith("STORE") else "LOAD_FAST", value[0]
+            yield "STORE_FAST" if name.endswith("STORE_FAST") else "LOAD_FAST", value[1]
+        else:
+            yield name, value
 
 
 def global_place(namespace: dict[str, Any], name: str) -> Entry:

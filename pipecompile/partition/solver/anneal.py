@@ -9,7 +9,7 @@ The walkers start from different plans and end in different ones. From the bound
 program then finds plans that no single walker has.
 
 Source: Kirkpatrick, Gelatt, Vecchi, "Optimization by Simulated Annealing" (1983). Moves that keep an acyclic partition
-acyclic are those of Herrmann et al. (2019), section 4.3. A high power of the loads serves as a smooth maximum.
+acyclic are those of the refinement in Herrmann et al. (2019). A high power of the loads serves as a smooth maximum.
 """
 
 from __future__ import annotations

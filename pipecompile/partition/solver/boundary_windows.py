@@ -15,7 +15,7 @@ within the first k stages, by a producer and by a consumer. No net is counted by
 fixes more atoms, which makes the cuts more expensive, and so on, until little changes or an atom is fixed to both
 sides: then no plan is within T.
 
-Source: Tarnawski et al. (NeurIPS 2020), section 4, for ideals as boundaries; the windows and their narrowing are ours.
+Source: Tarnawski et al. (NeurIPS 2020), for ideals as boundaries; the windows and their narrowing are ours.
 """
 
 from __future__ import annotations

@@ -10,8 +10,7 @@ at A were made earlier), and it reads the nets that are open at A and have an en
 and the terms with both sets are matrix products over the few nets that are open on both sides. The program finds the
 smallest bottleneck first, then, among the plans that have it, the one with the least communication.
 
-Source: the dynamic program over ideals of Tarnawski et al. (NeurIPS 2020), section 4; the matrix form of the
-load is ours.
+Source: the dynamic program over ideals of Tarnawski et al. (NeurIPS 2020); the matrix form of the load is ours.
 """
 
 from __future__ import annotations

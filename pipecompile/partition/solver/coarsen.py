@@ -14,7 +14,7 @@ are the loss, which is bounded by the cap. Heavy-edge contraction, the usual rul
 transformer blocks.
 
 Source: ours; that contracting an atom with one neighbor on a side is safe is in Herrmann et al., "Multilevel
-Algorithms for Acyclic Partitioning of Directed Acyclic Graphs" (2019), section 4.1.
+Algorithms for Acyclic Partitioning of Directed Acyclic Graphs" (2019), on coarsening.
 """
 
 from __future__ import annotations

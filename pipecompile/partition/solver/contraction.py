@@ -5,7 +5,7 @@ and nets with the same ends are summed. Things that are fixed to one stage form 
 next stage, so that every order of atoms agrees with the fixed stages. Atoms are numbered topologically, in the given
 order where arcs leave a choice, so that the order of the model is one of the orders for free.
 
-Source: Tarnawski et al. (NeurIPS 2020), section 5, contraction of color classes and of strongly connected components.
+Source: Tarnawski et al. (NeurIPS 2020), contraction of color classes and of strongly connected components.
 """
 
 from __future__ import annotations

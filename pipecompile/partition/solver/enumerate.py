@@ -8,8 +8,8 @@ is lost.
 The open seconds start at the cheapest cut of the window, and grow by the slack of each net that opens: by weak duality,
 a cut costs at least the maximum flow plus the capacity that the flow leaves unused on the arcs of the cut.
 
-Source: ideals as in Tarnawski et al. (NeurIPS 2020), section 4, which enumerates all of them; the bounds
-during enumeration are ours.
+Source: ideals as in Tarnawski et al. (NeurIPS 2020), which enumerates all of them; the bounds during enumeration are
+ours.
 """
 
 from __future__ import annotations

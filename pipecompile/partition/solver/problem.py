@@ -15,8 +15,8 @@ Where communication overlaps with computation, the load is the larger of the two
 minimize the largest load.
 
 Source: Tarnawski, Phanishayee, Devanur, Mahajan, Nina Paravecino, "Efficient Algorithms for Device Placement of DNN
-Graph Operators" (NeurIPS 2020), section 3, in the hypergraph form of the load. Speeds, factors of links, bytes that
-grow with the microbatches in flight, and fixed stages of atoms are our additions.
+Graph Operators" (NeurIPS 2020), "Computational Model", in the hypergraph form of the load. Speeds, factors of links,
+bytes that grow with the microbatches in flight, and fixed stages of atoms are our additions.
 """
 
 from __future__ import annotations
