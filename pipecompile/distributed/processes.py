@@ -155,20 +155,23 @@ class Processes:
                 f"same environment on all ranks"
             )
 
-    def same_options(self, options: Mapping[str, str]) -> None:
+    def same_options(self, options: Mapping[str, str], of: str = "compile()") -> None:
         """Makes sure that named options have the same texts in all processes.
+
+        Args:
+            of: what got them.
 
         Raises:
             InputError: they do not; the message has the first option that differs, and both texts.
         """
-        self.agree("the options of compile()")
+        self.agree(f"the options of {of}")
         each = self.all.gathered(dict(options))
         for rank, other in enumerate(each):
             for name, text in each[0].items():
-                if other[name] != text:
+                if other.get(name, text) != text:
                     mine, its = _where_they_differ(text, other[name])
                     raise InputError(
-                        f"compile() got {name}={mine} in rank 0, and {name}={its} in rank {rank}; pass the "
+                        f"{of} got {name}={mine} in rank 0, and {name}={its} in rank {rank}; pass the "
                         f"same options in all processes"
                     )
 
