@@ -19,6 +19,7 @@ from pipecompile.compiler.options import Options
 from pipecompile.compiler.replan import others, replan
 from pipecompile.compiler.run_batch import run_batch
 from pipecompile.compiler.surroundings import Substituted
+from pipecompile.compiler.told_options import told_replan
 from pipecompile.distributed.grad_scaler import GradScaler
 from pipecompile.distributed.processes import Processes
 from pipecompile.distributed.share import Share
@@ -218,8 +219,8 @@ class Pipeline(PipelineView):
         Raises:
             InputError: the pipeline has no plan or its optimizers step inside it; without ``costs``, the last call did
                 not measure a training step on the planned capture; or ``plan`` or ``costs`` do not fit the model. In
-                several processes also: no optimizer was passed, or optimizers differ between them, or their state
-                cannot move.
+                several processes also: no optimizer was passed, or optimizers, ``plan`` or ``costs`` differ between
+                them, or their state cannot move.
             PlanError: no plan satisfies ``plan``; the pipeline keeps its present plan.
         """
         with self._session.turn.taken(again=False):
@@ -227,7 +228,7 @@ class Pipeline(PipelineView):
             if self.share is not None:
                 self._refuse_absent()
                 self.share.refuse_move()
-                self.share.processes.agree("replan()")
+                self.share.processes.same_options(told_replan(plan, costs), "replan()")
             options, compiled = replan(self._batches, self._session, plan, costs)
             if self.share is None:
                 self._batches.replace_first(options, compiled)

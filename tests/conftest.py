@@ -21,7 +21,7 @@ from long import LONG
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["PIPECOMPILE_CACHE"] = "off"  # also in processes that tests start; the tests of the cache name a folder
 
-HANG = 300  # seconds
+HANG = 900  # seconds: more than a busy machine takes for anything, and than what tests wait for themselves
 gc.set_threshold(700, 10, 100)  # ten times as rarely through all that has been imported
 hypothesis.settings.register_profile("here", deadline=None, max_examples=100 if LONG else 40)
 hypothesis.settings.load_profile("here")

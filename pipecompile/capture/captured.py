@@ -102,6 +102,7 @@ class Captured:
     data_sizes: Mapping[sympy.Symbol, int] = field(default_factory=dict)  # values that planning uses for other symbols
     written_inputs: Mapping[str, str] = field(default_factory=dict)  # tensor of the call -> node written to it
     checked: dict[tuple[int, ...], str] = field(default_factory=dict)  # results of _check_sizes, by sizes
+    fitted: dict[tuple[int, ...], str] = field(default_factory=dict, init=False, repr=False, compare=False)  # of misfit
 
     @property
     def results(self) -> tuple[Output, ...]:
@@ -187,7 +188,7 @@ class Captured:
     def broken_guard(self, microbatches: Sequence[Mapping[str, Tensor]], whole: Mapping[str, Tensor]) -> str:
         """Returns why the capture is not valid for the inputs of a microbatch or the batch; empty if it is valid."""
         for microbatch in microbatches:
-            key = tuple(size for name in self.shapes for size in microbatch[name].shape)
+            key = self._sizes(microbatch)
             if key not in self.checked:
                 self.checked[key] = self._check_sizes(microbatch)
             if self.checked[key]:
@@ -199,7 +200,14 @@ class Captured:
 
         Guards on what the model's Python asked about sizes are not checked: a part of a batch runs as the batch would.
         """
-        return self._check_shapes(microbatch) or self._check_guards(self.assumed, microbatch)
+        key = self._sizes(microbatch)
+        if key not in self.fitted:
+            self.fitted[key] = self._check_shapes(microbatch) or self._check_guards(self.assumed, microbatch)
+        return self.fitted[key]
+
+    def _sizes(self, microbatch: Mapping[str, Tensor]) -> tuple[int, ...]:
+        """The sizes of the inputs, one after another."""
+        return tuple([size for name in self.shapes for size in microbatch[name].shape])
 
     def _check_sizes(self, microbatch: Mapping[str, Tensor]) -> str:
         return self._check_shapes(microbatch) or self._check_guards(self.guards, microbatch)
@@ -237,10 +245,15 @@ class Captured:
     def _read(self, inputs: Mapping[str, Tensor]) -> tuple[Any, ...]:
         """Computes the values that Python reads from inputs."""
         assert self.reads is not None
-        wanted = [node.name for node in self.reads.graph.nodes if node.op == "placeholder"]
         with torch.no_grad():
-            values: tuple[Any, ...] = self.reads(*(inputs[name] for name in wanted))
+            values: tuple[Any, ...] = self.reads(*[inputs[name] for name in self._read_inputs])
         return values
+
+    @cached_property
+    def _read_inputs(self) -> list[str]:
+        """The names of the inputs from which Python reads values."""
+        assert self.reads is not None
+        return [node.name for node in self.reads.graph.nodes if node.op == "placeholder"]
 
     def rebuild_output(self, values: Mapping[str, Any], inputs: Mapping[str, Tensor], dropped: Any = None) -> Any:
         """Returns the model's output.

@@ -1,15 +1,20 @@
-"""The options of ``compile`` as texts that are the same in every process that was given the same ones."""
+"""The options of ``compile`` and ``replan`` as texts, the same in every process that was given the same ones."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import fields, is_dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pipecompile.compiler.options import Options
+from pipecompile.compiler.options import Options, read_costs
+from pipecompile.errors import InputError
+from pipecompile.ir.graph import CostedGraph
+from pipecompile.ir.plan_options import PlanOptions
 
 PATHS = {"leaf_modules", "no_split", "colocate", "allow_mixing"}  # in any order: perhaps that of a set
 
@@ -25,6 +30,22 @@ def told_options(options: Options) -> dict[str, str]:
     told["costs"] = repr(options.costs or "measure") if isinstance(options.costs, str | None) else "saved costs"
     told["cluster"] = str(options.cluster and "given")
     return told
+
+
+def told_replan(plan: PlanOptions | None, costs: str | Path | CostedGraph | None) -> dict[str, str]:
+    """What each argument of ``replan`` is. All processes read saved costs, so of these the contents are told."""
+    told = {"costs": _told_costs(costs), "plan": "None" if plan is None else "given"}
+    return told | (dict(_told(plan)) if isinstance(plan, PlanOptions) else {"plan": _text(plan)})
+
+
+def _told_costs(costs: str | Path | CostedGraph | None) -> str:
+    try:
+        read = read_costs(costs)
+    except InputError as error:
+        return f"{costs!r}, which cannot be used ({error})"
+    if not isinstance(read, CostedGraph):
+        return repr(read)
+    return f"costs with the digest {hashlib.blake2b(read.to_json().encode(), digest_size=6).hexdigest()}"
 
 
 def _told(options: Any) -> Iterator[tuple[str, str]]:

@@ -12,23 +12,39 @@ Source: Bruck et al., "Efficient Algorithms for All-to-All Communications in Mul
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from pipecompile.distributed.lines import Lines
 
 
-def exchange(lines: Lines, rank: int, mine: Tensor, seconds: float | None = None) -> list[Tensor]:
-    """The tensors of all ranks, in their order.
+def exchange(lines: Lines, rank: int, mine: Tensor, seconds: float | None = None) -> Callable[[], list[Tensor]]:
+    """Begins an exchange. Returns a function that waits for it, and returns the tensors of all ranks, in their order.
+
+    Nothing else may be sent over the lines meanwhile.
 
     Args:
         seconds: to wait for each of the others.
 
     Raises:
-        TimeoutError: one of them did not come in time.
+        TimeoutError: in the wait, one of them did not come in time.
     """
     size, found = len(lines.ranks), [mine]
-    while (known := len(found)) < size:
+
+    def begun() -> Callable[[], tuple[Tensor | None, ...]]:
+        known = len(found)
         get = lines.get((rank + known) % size, seconds=seconds)
         lines.put((rank - known) % size, tuple(found[: size - known]))
-        found += [value for value in get() if value is not None]
-    return [found[(other - rank) % size] for other in range(size)]
+        return get
+
+    first = begun() if size > 1 else None
+
+    def wait() -> list[Tensor]:
+        get = first
+        while get is not None:
+            found.extend([value for value in get() if value is not None])
+            get = begun() if len(found) < size else None
+        return [found[(other - rank) % size] for other in range(size)]
+
+    return wait

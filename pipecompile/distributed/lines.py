@@ -1,13 +1,16 @@
 """Packets between ranks in several processes, over gloo.
 
 A packet says itself what it contains (``packet.py``). Its receiver posts the receive early, with room for as much as
-earlier packets of the kind had (``rooms.py``); so gloo sends at once. Nothing here waits in gloo in the thread that
-calls: it posts, and a worker waits. There is a worker for each peer and direction, so that no packet waits for one that
-it does not depend on.
+earlier packets of the kind had (``rooms.py``); so gloo sends at once. The thread that calls waits in gloo only for what
+has arrived, as the memory of the receive shows. For anything else, a worker waits: it is woken when the caller has
+nothing else to do, since each of its steps would hold up a caller that computes. There is a worker for each peer and
+direction, so that no packet waits for one that it does not depend on.
 """
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable, Hashable, Sequence
 
 import torch
@@ -16,7 +19,7 @@ from torch import Tensor
 
 from pipecompile.distributed.control import Control
 from pipecompile.distributed.members import Members
-from pipecompile.distributed.packet import packed, sizes, unpacked
+from pipecompile.distributed.packet import emptied, is_there, packed, sizes, unpacked
 from pipecompile.distributed.rooms import LEAST, Rooms
 from pipecompile.distributed.worker import Worker, is_lost
 from pipecompile.runtime.lane import Values
@@ -27,6 +30,8 @@ Get = Callable[[], Values]
 
 TAGS = 2  # of one packet
 ROUND = 1 << 24  # packets after which tags are used again
+FEW, SMALL = 32, 1 << 20  # packets to a peer, and bytes of them, that no worker waits for yet
+SOON = 100e-6  # seconds for which the caller looks for a packet itself: two threads that wake each other take more
 
 
 class Lines:
@@ -46,14 +51,15 @@ class Lines:
         self.ranks, self.group = members.processes, members.group
         self.places = places
         self.aborted = False
-        self._lines: dict[tuple[int, str], _Line] = {}
-        self._pending = {"to": 0, "from": 0}  # packets on their way
-        self._awaited = 0  # threads that wait until there are none
+        self._out: dict[int, _Out] = {}
+        self._in: dict[int, _In] = {}
+        self._coming: dict[_Coming, None] = {}  # in the order of their posts
 
     def begin(self) -> None:
         """Applies what was learnt about the sizes of packets. Called at both ends between the same packets."""
-        self._until_none("from")
-        for line in self._lines.values():
+        for coming in (*self._coming,):
+            coming.wait()
+        for line in (*self._out.values(), *self._in.values()):
             line.rooms.begin()
 
     def put(self, peer: int, values: Values, kind: Hashable = None) -> None:
@@ -62,19 +68,14 @@ class Lines:
         Args:
             kind: of packets that have the same size in each program; None if it says nothing about the size.
         """
-        line = self._line(peer, "to")
-        messages = packed(values, LEAST if kind is None else line.rooms.room(kind))
-        line.saw(kind, sum(map(len, messages)))
+        line = self._out.get(peer)
+        if line is None:
+            line = self._out[peer] = _Out(Worker(self.control, self.places[peer]))
         tag = line.next_tag()
-        works = [self._post(dist.isend, message, peer, tag + place) for place, message in enumerate(messages)]
-
-        def finish(messages: Sequence[Tensor] = messages) -> None:
-            for work in works:
-                work.wait()
-            self._ended("to")
-
-        self._begun("to")
-        line.worker.put(finish)
+        messages = packed(values, line.room(kind), _mark(tag))
+        line.saw(kind, sum(map(len, messages)))
+        for place, message in enumerate(messages):
+            line.sent(message, self.post(dist.isend, message, peer, tag + place))
 
     def get(self, peer: int, kind: Hashable = None, seconds: float | None = None) -> Get:
         """Receives what a rank ``put``; returns a function that waits for it.
@@ -82,37 +83,24 @@ class Lines:
         Args:
             seconds: after which the wait raises ``TimeoutError``.
         """
-        line, arrived = self._line(peer, "from"), list[Values]()
+        line = self._in.get(peer)
+        if line is None:
+            line = self._in[peer] = _In(Worker(self.control, self.places[peer]))
         tag = line.next_tag()
-        message = torch.empty(LEAST if kind is None else line.rooms.room(kind), dtype=torch.uint8)
-        work = self._post(dist.irecv, message, peer, tag)
+        message = emptied(line.room(kind))
+        coming = _Coming(self, line, peer, tag, kind, seconds, message, self.post(dist.irecv, message, peer, tag))
+        self._coming[coming] = None
+        return coming.wait
 
-        def finish(packet: Tensor = message) -> None:
-            work.wait()
-            whole, first = sizes(packet)
-            if first < whole:
-                packet = torch.cat([packet[:first], torch.empty(whole - first, dtype=torch.uint8)])
-                dist.recv(packet[first:], self.ranks[peer], self.group, tag + 1)
-            line.saw(kind, whole)
-            arrived.append(unpacked(packet))
-            self._ended("from", heard=True)
-
-        def wait() -> Values:
-            if arrived:
-                return arrived[0]
-            if not self.control.wait_for(lambda: self.aborted or bool(arrived), seconds, self.places[peer]):
-                raise TimeoutError
-            if not arrived:
-                raise Aborted
-            return arrived[0]
-
-        self._begun("from")
-        line.worker.put(finish)
-        return wait
+    def arrived(self, coming: _Coming) -> None:
+        """Takes note that a packet is there."""
+        self._coming.pop(coming, None)
 
     def flush(self) -> None:
         """Waits until all that was sent has arrived."""
-        self._until_none("to")
+        for line in self._out.values():
+            line.hand_over()
+            line.worker.call(_nothing)
 
     def abort(self) -> None:
         """Ends the waits of this process; those of others are ended by the control channel."""
@@ -120,44 +108,25 @@ class Lines:
             self.aborted = True
             self.control.changed.notify_all()
 
-    def _post(self, operation: Post, message: Tensor, peer: int, tag: int) -> dist.Work:
+    def post(self, operation: Post, message: Tensor, peer: int, tag: int) -> dist.Work:
+        """Begins to send or to receive a message.
+
+        Raises:
+            Aborted: the connection is lost.
+        """
         try:
             work = operation(message, self.ranks[peer], self.group, tag)
         except RuntimeError as error:
-            if not is_lost(error):
-                raise
-            self.control.lost(self.places[peer], error)
-            raise Aborted from error
+            self.refuse(peer, error)
         assert work is not None  # this process is in the group
         return work
 
-    def _until_none(self, way: str) -> None:
-        """Waits until no packet is on its way."""
-        with self.control.changed:
-            if self._pending[way] == 0:
-                return
-            self._awaited += 1
-        try:
-            self.control.wait_for(lambda: self._pending[way] == 0)
-        finally:
-            with self.control.changed:
-                self._awaited -= 1
-
-    def _begun(self, way: str) -> None:
-        with self.control.changed:
-            self._pending[way] += 1
-
-    def _ended(self, way: str, heard: bool = False) -> None:
-        """Counts a packet that has arrived; wakes those that wait for it or for the last one, and nobody else."""
-        with self.control.changed:
-            self._pending[way] -= 1
-            if heard or (self._awaited and not self._pending[way]):
-                self.control.changed.notify_all()
-
-    def _line(self, peer: int, way: str) -> _Line:
-        if (peer, way) not in self._lines:
-            self._lines[peer, way] = _Line(Worker(self.control, self.places[peer]))
-        return self._lines[peer, way]
+    def refuse(self, peer: int, error: RuntimeError) -> None:
+        """Raises ``Aborted`` for a lost connection, and any other error as it is."""
+        if not is_lost(error):
+            raise error
+        self.control.lost(self.places[peer], error)
+        raise Aborted from error
 
 
 class _Line:
@@ -172,6 +141,135 @@ class _Line:
         self.count += 1
         return self.count % ROUND * TAGS
 
+    def room(self, kind: Hashable) -> int:
+        return LEAST if kind is None else self.rooms.room(kind)
+
     def saw(self, kind: Hashable, nbytes: int) -> None:
         if kind is not None:
             self.rooms.saw(kind, nbytes)
+
+
+class _Out(_Line):
+    """To another rank. Messages must be held until they have been sent; a worker waits for many of them at once."""
+
+    def __init__(self, worker: Worker) -> None:
+        super().__init__(worker)
+        self._sent: list[tuple[Tensor, dist.Work]] = []
+        self._nbytes = 0
+
+    def sent(self, message: Tensor, work: dist.Work) -> None:
+        self._sent.append((message, work))
+        self._nbytes += message.nbytes
+        if len(self._sent) >= FEW or self._nbytes >= SMALL:
+            self.hand_over()
+
+    def hand_over(self) -> None:
+        """Lets the worker wait for what was sent."""
+        sent, self._sent, self._nbytes = self._sent, [], 0
+
+        def finish() -> None:
+            while sent:
+                sent.pop(0)[1].wait()
+
+        self.worker.put(finish)
+
+
+class _In(_Line):
+    """From another rank."""
+
+
+class _Coming:
+    """A packet that was asked for, until it is there."""
+
+    def __init__(
+        self,
+        lines: Lines,
+        line: _In,
+        peer: int,
+        tag: int,
+        kind: Hashable,
+        seconds: float | None,
+        message: Tensor,
+        work: dist.Work,
+    ) -> None:
+        self.lines, self.line, self.peer, self.tag, self.kind, self.seconds = lines, line, peer, tag, kind, seconds
+        self.message, self.work = message, work
+        self.packet: Tensor | None = None  # all of it
+        self.values: Values | None = None
+        self.is_awaited = False  # by the worker
+
+    def wait(self) -> Values:
+        """The values of the packet.
+
+        Raises:
+            Aborted: a rank has failed.
+            TimeoutError: the packet did not come in time.
+        """
+        if self.values is None:
+            self._wait()
+            assert self.packet is not None
+            self.values = unpacked(self.packet)
+            self.line.saw(self.kind, sizes(self.packet)[0])
+            self.lines.arrived(self)
+            del self.message, self.packet
+        return self.values
+
+    def _wait(self) -> None:
+        control = self.lines.control
+        if not self.is_awaited and self._comes_soon():
+            try:
+                self.work.wait()  # gloo is about to learn it, too
+            except RuntimeError as error:
+                self.lines.refuse(self.peer, error)
+            self.packet = self.message
+            return
+        if not self.is_awaited:
+            self.is_awaited = True
+            self.line.worker.put(self._finish)
+        if not control.wait_for(self._is_done, self.seconds, self.lines.places[self.peer]):
+            raise TimeoutError
+        if self.packet is None:
+            raise Aborted
+
+    def _comes_soon(self) -> bool:
+        """Whether the packet has come, or comes while nothing but this thread waits for it."""
+        mark, end = _mark(self.tag), 0.0
+        while not is_there(self.message, mark):
+            now = time.perf_counter()
+            end = end or now + SOON
+            if now > end:
+                return False
+            _give_way()
+        return True
+
+    def _is_done(self) -> bool:
+        return self.packet is not None or self.lines.aborted
+
+    def _finish(self) -> None:
+        """Waits in gloo."""
+        self.work.wait()
+        packet, (whole, first) = self.message, sizes(self.message)
+        if first < whole:
+            packet = torch.cat([packet[:first], torch.empty(whole - first, dtype=torch.uint8)])
+            dist.recv(packet[first:], self.lines.ranks[self.peer], self.lines.group, self.tag + 1)
+        changed = self.lines.control.changed
+        with changed:
+            self.packet = packet
+            changed.notify_all()
+
+
+def _mark(tag: int) -> int:
+    """The mark of a packet: no number that a tensor is likely to have."""
+    return (tag * 0x9E3779B97F4A7C15 ^ 0xA5C3E1F00F1E3C5A) & 0xFFFFFFFFFFFFFFFF
+
+
+def _give_way() -> None:
+    """Lets gloo's thread run, or another process, if they have no core of their own."""
+    if hasattr(os, "sched_yield"):
+        os.sched_yield()
+    else:
+        time.sleep(0)
+
+
+def _nothing() -> None:
+    """What a worker does after all that it was given before."""

@@ -1,9 +1,12 @@
 """The values of a transfer as bytes that say themselves what they contain.
 
-    | bytes in all | bytes in the first message | bytes of the description | description | tensor | tensor | ...
+    | bytes in all | those in the first message | those of the description | description | tensor | ... | mark |
 
 The description is JSON. Each tensor begins at a multiple of ``ALIGNED`` bytes. One on the meta device is only
 described. A packet travels as one message, or as two if it is larger than what its receiver has made room for.
+
+Bytes arrive in their order. So the receiver of a single message knows from its memory that all of it is there, once
+the mark is, which the two ends have agreed on and which is another one for each packet.
 """
 
 from __future__ import annotations
@@ -20,7 +23,8 @@ from torch import Tensor
 from pipecompile.runtime.lane import Value, Values
 
 ALIGNED = 64
-HEAD = struct.Struct("<QQQ")
+HEAD, MARK = struct.Struct("<QQQ"), struct.Struct("<Q")
+NOTHING = bytes(HEAD.size)
 LAYOUTS = 4096  # that are remembered
 
 
@@ -32,10 +36,6 @@ class Spec:
     dtype: torch.dtype
     requires_grad: bool
     is_meta: bool
-
-    @staticmethod
-    def of(value: Tensor) -> Spec:
-        return Spec(tuple(value.shape), value.dtype, value.requires_grad, value.is_meta)
 
     @property
     def nbytes(self) -> int:
@@ -52,30 +52,52 @@ class Layout:
 
     Attributes:
         specs: of its values.
-        starts: of the values' bytes.
+        ends: of the values' bytes, each with its begin.
+        filled: how many of the values have bytes.
         nbytes: in all.
     """
 
     specs: tuple[Spec | None, ...]
-    starts: tuple[int, ...]
+    ends: tuple[tuple[int, int], ...]
+    filled: int
     nbytes: int
 
 
-def packed(values: Values, room: int) -> list[Tensor]:
+def packed(values: Values, room: int, mark: int = 0) -> list[Tensor]:
     """The one or two messages of some strided tensors, of which the first has at most ``room`` bytes.
 
     They share no memory with the values.
     """
-    specs = tuple(None if value is None else Spec.of(value) for value in values)
-    description, layout = _described(specs)
-    packet = torch.empty(layout.nbytes, dtype=torch.uint8)
-    first = min(room, layout.nbytes)
-    head = bytearray(HEAD.pack(layout.nbytes, first, len(description)) + description)
-    packet[: len(head)] = torch.frombuffer(head, dtype=torch.uint8)
-    for value, view in zip(values, _views(packet, layout), strict=True):
-        if value is not None and view is not None:
-            view.copy_(value.detach())
-    return [packet] if first == layout.nbytes else [packet[:first], packet[first:]]
+    described = tuple(
+        [None if v is None else (v.shape, v.dtype, v.requires_grad, v.is_meta) for v in values]  # cheaper than specs
+    )
+    description, layout = _described(described)
+    whole = layout.nbytes
+    packet = torch.empty(whole, dtype=torch.uint8)
+    first = min(room, whole)
+    content = packet.numpy().data
+    HEAD.pack_into(content, 0, whole, first, len(description))
+    content[HEAD.size : HEAD.size + len(description)] = description
+    MARK.pack_into(content, whole - MARK.size, mark)
+    with torch.no_grad():
+        for value, view in zip(values, _views(packet, layout), strict=True):
+            if value is not None and view is not None:
+                view.copy_(value)
+    return [packet] if first == whole else [packet[:first], packet[first:]]
+
+
+def emptied(room: int) -> Tensor:
+    """Memory for the first message of a packet, of ``room`` bytes at most, in which nothing has arrived."""
+    message = torch.empty(room, dtype=torch.uint8)
+    message.numpy().data[: HEAD.size] = NOTHING
+    return message
+
+
+def is_there(message: Tensor, mark: int) -> bool:
+    """Whether a packet has arrived in the memory for its first message, which is all of it."""
+    content = message.numpy().data
+    whole, first, _ = HEAD.unpack_from(content)
+    return bool(HEAD.size < whole == first <= len(content) and MARK.unpack_from(content, whole - MARK.size)[0] == mark)
 
 
 def sizes(message: Tensor) -> tuple[int, int]:
@@ -90,11 +112,11 @@ def unpacked(packet: Tensor) -> Values:
     One that fills the packet alone stays in its memory. Others get memory of their own, so that none keeps that of
     another, and each counts its own writes.
     """
-    content = packet.numpy()
-    whole, _, length = HEAD.unpack_from(content.data)
-    layout = _read(content[HEAD.size : HEAD.size + length].tobytes())
+    content = packet.numpy().data
+    whole, _, length = HEAD.unpack_from(content)
+    layout = _read(bytes(content[HEAD.size : HEAD.size + length]))
     views = _views(packet, layout)
-    stays = sum(view is not None for view in views) == 1 and packet.numel() == whole
+    stays = layout.filled == 1 and packet.numel() == whole
     return tuple(_value(spec, view, stays) for spec, view in zip(layout.specs, views, strict=True))
 
 
@@ -109,13 +131,14 @@ def _value(spec: Spec | None, view: Tensor | None, stays: bool) -> Value:
 def _views(packet: Tensor, layout: Layout) -> list[Tensor | None]:
     """The places of the values in a packet; None for what has no bytes."""
     return [
-        packet[start : start + spec.nbytes].view(spec.dtype).view(spec.shape) if spec and spec.nbytes else None
-        for spec, start in zip(layout.specs, layout.starts, strict=True)
+        None if spec is None or begin == end else packet[begin:end].view(spec.dtype).view(spec.shape)
+        for spec, (begin, end) in zip(layout.specs, layout.ends, strict=True)
     ]
 
 
 @lru_cache(LAYOUTS)
-def _described(specs: tuple[Spec | None, ...]) -> tuple[bytes, Layout]:
+def _described(values: tuple[tuple[tuple[int, ...], torch.dtype, bool, bool] | None, ...]) -> tuple[bytes, Layout]:
+    specs = tuple(value and Spec(*value) for value in values)
     said = [
         spec and [spec.shape, str(spec.dtype).removeprefix("torch."), spec.requires_grad, spec.is_meta]
         for spec in specs
@@ -133,11 +156,11 @@ def _read(description: bytes) -> Layout:
 
 
 def _layout(specs: Sequence[Spec | None], description: int) -> Layout:
-    starts, end = [], _aligned(HEAD.size + description)
+    ends, begin = [], _aligned(HEAD.size + description)
     for spec in specs:
-        starts.append(end)
-        end = _aligned(end + (spec.nbytes if spec else 0))
-    return Layout(tuple(specs), tuple(starts), end)
+        ends.append((begin, begin + (spec.nbytes if spec else 0)))
+        begin = _aligned(ends[-1][1])
+    return Layout(tuple(specs), tuple(ends), sum(begin < end for begin, end in ends), begin + MARK.size)
 
 
 def _aligned(place: int) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from itertools import takewhile
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -63,6 +63,7 @@ class Processes:
         self.grid = grid
         self.part, self.rank = grid.find(dist.get_rank())
         self.pace = pace or Pace()
+        self._agreement: Callable[[], None] | None = None  # that was begun, and is not waited for yet
         self.place = grid.place(self.part, self.rank)
         self.control = Control(self.place, len(grid.all), store_of_the_group(), self.pace)
         self.worker = Worker(self.control)
@@ -92,15 +93,39 @@ class Processes:
         return value  # type: ignore[no-any-return]
 
     def agree(self, what: str, tensors: Iterable[Tensor] = ()) -> None:
+        self.begin_to_agree(what, tensors)
+        self.agreed()
+
+    def agreed(self) -> None:
+        agreement, self._agreement = self._agreement, None
+        if agreement is not None:
+            agreement()
+
+    def begin_to_agree(self, what: str, tensors: Iterable[Tensor] = ()) -> None:
+        self.agreed()
         self.calls += 1
         values = list(tensors)
         said, done = f"call {self.calls}, {what}", "".join(f", after {done}" for done in self._done)
         self._done.clear()
         mine = torch.tensor([_digest(said.encode(), done.encode()), _digest(*map(_content, values))])
-        with self._failing(said), staying(self.control.watch, said, self.grid.all):
-            found = exchange(self.lines_to_all, self.place, mine, self.pace.absent)
-        if all(torch.equal(other, found[0]) for other in found):
-            return
+        with self._failing(said):
+            exchanged = exchange(self.lines_to_all, self.place, mine, self.pace.absent)
+
+        def agreed() -> None:
+            with self._failing(said), staying(self.control.watch, said, self.grid.all):
+                found = exchanged()
+            if not all(torch.equal(other, found[0]) for other in found):
+                self._refuse(said, done, values, found)
+
+        self._agreement = agreed
+
+    def _refuse(self, said: str, done: str, values: Sequence[Tensor], found: Sequence[Tensor]) -> NoReturn:
+        """Raises the error about calls that differ, in all processes.
+
+        Args:
+            said, done, values: of this process's call: what it is, what was done before, its inputs.
+            found: what the processes have exchanged.
+        """
         sizes = ", ".join(str(list(value.shape)) for value in values)
         each = self.all.gathered((f"{said}, with inputs of sizes {sizes}" if values else said, done))
         differing = next(rank for rank, other in enumerate(found) if not torch.equal(other, found[0]))
@@ -130,20 +155,23 @@ class Processes:
                 f"same environment on all ranks"
             )
 
-    def same_options(self, options: Mapping[str, str]) -> None:
+    def same_options(self, options: Mapping[str, str], of: str = "compile()") -> None:
         """Makes sure that named options have the same texts in all processes.
+
+        Args:
+            of: what got them.
 
         Raises:
             InputError: they do not; the message has the first option that differs, and both texts.
         """
-        self.agree("the options of compile()")
+        self.agree(f"the options of {of}")
         each = self.all.gathered(dict(options))
         for rank, other in enumerate(each):
             for name, text in each[0].items():
-                if other[name] != text:
+                if other.get(name, text) != text:
                     mine, its = _where_they_differ(text, other[name])
                     raise InputError(
-                        f"compile() got {name}={mine} in rank 0, and {name}={its} in rank {rank}; pass the "
+                        f"{of} got {name}={mine} in rank 0, and {name}={its} in rank {rank}; pass the "
                         f"same options in all processes"
                     )
 
@@ -269,6 +297,7 @@ class Processes:
         Raises:
             RankError: a rank has failed.
         """
+        self.agreed()
         with self._failing():
             return self.worker.call(collective)
 

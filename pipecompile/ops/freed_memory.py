@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import os
 from contextlib import suppress
+from functools import cache
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # parameters of mallopt
 KEPT = 8 << 20  # bytes at the end of each arena
@@ -21,20 +22,40 @@ OWN = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "M
 
 
 def give_back_much() -> None:
-    """Gives back what has been freed, if it is more than ``KEPT``, unless the environment says how much is kept."""
+    """Gives back what has been freed, if it is more than ``KEPT``, unless the environment says how much is kept.
+
+    What could not be given back the last time, since it is between blocks that are used, is not counted again.
+    """
     if _is_chosen():
         return
     with suppress(AttributeError, OSError):  # glibc before 2.33, or not glibc
-        count = ctypes.CDLL(None).mallinfo2
-        count.restype = _Mallinfo
-        if count().fordblks > KEPT:
+        free = _freed()
+        left = _LEFT[0] = min(_LEFT[0], free)
+        if free > KEPT + left:
             give_back()
+            _LEFT[0] = _freed()
 
 
 def give_back() -> None:
     """Gives back what has been freed, except at the ends of other threads' arenas."""
     with suppress(AttributeError, OSError):  # not glibc
-        ctypes.CDLL(None).malloc_trim(0)
+        _libc().malloc_trim(0)
+
+
+_LEFT = [0]  # bytes that were free after they had been given back
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
+
+
+def _freed() -> int:
+    """The free bytes in all arenas."""
+    count = _libc().mallinfo2
+    count.restype = _Mallinfo
+    found: int = count().fordblks
+    return found
 
 
 class _Mallinfo(ctypes.Structure):
@@ -62,7 +83,7 @@ def keep_little() -> None:
     if _is_chosen():
         return
     with suppress(AttributeError, OSError):
-        libc = ctypes.CDLL(None)
+        libc = _libc()
         libc.gnu_get_libc_version  # noqa: B018  other libraries' mallopt, if any, means something else
         libc.mallopt(TRIM_THRESHOLD, KEPT)
         libc.mallopt(MMAP_THRESHOLD, IN_ARENAS)

@@ -275,6 +275,13 @@ class Executor:
         try:
             for run in ranks.values():
                 run.begin(caller.start)
+            if len(ranks) == 1:
+                (run,) = ranks.values()
+                with self._stopping(run), run.row.lane.entered(caller.events):
+                    run.settle()
+                    for _ in run.linked:
+                        run.advance()
+                return []
             for rank in _turns(program, ranks):
                 run = ranks[rank]
                 with self._stopping(run), run.row.lane.entered(() if run.spans else caller.events):
@@ -340,8 +347,4 @@ class Executor:
 
 def _turns(program: Program, ranks: Mapping[int, RankRun]) -> Iterator[int]:
     """The ranks of this process in an order in which one thread can run their rows; others run in other processes."""
-    if len(ranks) == 1:
-        for rank, run in ranks.items():
-            yield from (rank for _ in run.linked)
-    else:
-        yield from (rank for rank, _ in linearize(program) if rank in ranks)
+    return (rank for rank, _ in linearize(program) if rank in ranks)

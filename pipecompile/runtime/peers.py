@@ -45,8 +45,15 @@ class Peers(Homes, Protocol):
         """Makes sure that all processes are about to do the same, on the same values.
 
         Raises:
-            RankError: one of them does something else, or nothing for too long.
+            InputError: one of them does something else; raised in all processes.
+            RankError: one of them does nothing for too long.
         """
+
+    def begin_to_agree(self, what: str, tensors: Iterable[Tensor] = ()) -> None:
+        """As ``agree``, but does not wait for the others: ``agreed`` does, before anything else is sent to them."""
+
+    def agreed(self) -> None:
+        """Waits for the agreement that was begun, if there is one; raises as ``agree``."""
 
     def note(self, what: str) -> None:
         """Takes note of what this process has done alone, which the next agreement compares."""
@@ -97,6 +104,12 @@ class OneProcess(AtHome):
         return make()
 
     def agree(self, what: str, tensors: Iterable[Tensor] = ()) -> None:
+        pass
+
+    def begin_to_agree(self, what: str, tensors: Iterable[Tensor] = ()) -> None:
+        pass
+
+    def agreed(self) -> None:
         pass
 
     def note(self, what: str) -> None:

@@ -129,11 +129,14 @@ class Session:
         return [self.peers.home(tensor) for tensor in tensors]
 
     def agree(self, compiled: Compiled, tensors: Iterable[Tensor]) -> None:
-        """Makes sure that all processes are about to run the same capture, in the same modes, on the same tensors."""
+        """Makes sure that all processes are about to run the same capture, in the same modes, on the same tensors.
+
+        Does not wait for the others; ``run`` does.
+        """
         if self.peers.are_several:
             number = self.numbers.setdefault(id(compiled), len(self.numbers))
             modes = Ambient.of_caller(frozenset(device.type for device in self.devices))
-            self.peers.agree(f"a call of capture {number} with {modes}", tensors)
+            self.peers.begin_to_agree(f"a call of capture {number} with {modes}", tensors)
 
     def begin(self, compiled: Compiled) -> None:
         """Begins a pass, with every stage on the parameters' present values."""
@@ -171,6 +174,7 @@ class Session:
 
         Raises:
             ExecutionError: the session has been closed, or the call comes from a thread of autograd's own.
+            InputError: other processes make another call.
         """
         if self.closed:
             raise ExecutionError("the pipeline has been closed, and its threads have ended; compile the model again")
@@ -181,6 +185,7 @@ class Session:
                 "(stages recompute with PlanOptions(recompute='always'))"
             )
         with self.turn.taken():
+            self.peers.agreed()
             self._own(compiled)
             ambient = Ambient.of_caller(frozenset(device.type for device in self.devices))
             observers = Observers.here()

@@ -76,6 +76,8 @@ def _run(
     session: Session, batch: Batch, loss: int | None, schedule: MakeProgram, policy: Schedule | None
 ) -> dict[str, Tensor]:
     session.agree(batch.compiled, batch.call.tensors.values())
+    if policy is not None or batch.compiled.is_random or batch.compiled.written:
+        session.peers.agreed()  # before the stream, the caller's generator or buffers change
     if not batch.trains:
         return evaluate(session, batch)
     if policy is not None and loss is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,10 @@ import torch
 from torch.nn import functional as F
 
 from pipecompile.compiler.options import Options
-from pipecompile.compiler.told_options import told_options
+from pipecompile.compiler.told_options import told_options, told_replan
 from pipecompile.ir.batching_options import Batching
 from pipecompile.ir.cluster import Cluster
+from pipecompile.ir.graph import Cost, CostedGraph, Graph, Node, TensorSpec
 from pipecompile.ir.plan_options import PlanOptions
 
 
@@ -87,3 +89,23 @@ def test_an_option_that_differs_is_the_only_one_told_otherwise(name: str, one: O
 def test_each_option_is_told() -> None:
     names = {field.name for kind in (Options, PlanOptions, Batching) for field in fields(kind)}
     assert told_options(Options()).keys() == names - {"plan", "batching", "finds_microbatches"}
+
+
+def costed(seconds: float) -> CostedGraph:
+    node = Node("x", "input", outputs=(TensorSpec((1, 2), "float32"),), rematerialized=True)
+    return CostedGraph(Graph((node,), (0,), (0,), ()), (Cost(seconds),), "computed")
+
+
+def test_a_replan_is_told_by_what_it_is_given(tmp_path: Path) -> None:
+    costed(1.0).save(tmp_path / "costs.json")
+    said = told_replan(PlanOptions(pins={"a": 0}), tmp_path / "costs.json")
+    assert said == told_replan(PlanOptions(pins={"a": 0}), costed(1.0)), "a file is what it contains"
+    others = [(None, costed(1.0)), (PlanOptions(pins={"a": 1}), costed(1.0)), (PlanOptions(pins={"a": 0}), costed(2.0))]
+    assert all(told_replan(*other) != said for other in others)
+    assert told_replan(None, None) == {"costs": "None", "plan": "None"}
+
+
+def test_what_a_replan_cannot_use_is_told_too(tmp_path: Path) -> None:
+    said = told_replan({"pins": {}}, tmp_path / "not there")  # type: ignore[arg-type]
+    assert "which cannot be used (" in said["costs"]
+    assert said["plan"] == "{'pins': {}}"

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from failing_scenes import PATIENT, QUICK
+from failing_scenes import PATIENT
 from resumed import ROWS, Training, batch, begun
 from scene import announce
 from torch import Tensor
@@ -195,13 +195,13 @@ def early(folder: str) -> str:
 
 def killed_while_it_writes(folder: str) -> None:
     """The launcher kills a rank while the checkpoint is written, which the others then never complete."""
-    found = training(pace=QUICK)
+    found = training()
     found.run(1).save(f"{folder}/step_1")
     write = files.FileSystemWriter.write_data
 
     def slowly(*args: Any) -> Any:
         announce("writing")
-        time.sleep(60)
+        time.sleep(900)
         return write(*args)
 
     if dist.get_rank() == 1:
@@ -211,32 +211,30 @@ def killed_while_it_writes(folder: str) -> None:
         found.run(1)
 
 
-def trains(folder: str, steps: int, every: int, after: float, victims: list[int], asynchronous: bool = True) -> float:
+def trains(folder: str, steps: int, every: int, after: float, victims: list[int], asynchronous: bool = True) -> None:
     """Trains with a checkpoint at intervals, from the latest one; the first process notes each loss in a file.
 
     Args:
-        after: seconds from the first step on, after which this process kills itself if it is among the victims.
-
-    Returns:
-        The seconds from the first step to the last.
+        after: steps after which this process kills itself if it is among the victims, and a part of a step.
     """
-    found = training(pace=QUICK)
+    found = training()
     notes = Path(folder, "losses.jsonl")
     if (path := pipecompile.latest(folder)) is not None:
         found.load(path)
-    if dist.get_rank() in victims:
-        timer = Timer(after, os.kill, (os.getpid(), signal.SIGKILL))
-        timer.daemon = True
-        timer.start()
-    start = time.monotonic()
+    begin, seconds = found.step, 0.02  # of a step
     with found.pipe.pipeline, notes.open("a") as file:
         while found.step < steps:
+            if dist.get_rank() in victims and found.step == begin + int(after):
+                timer = Timer(after % 1 * seconds, os.kill, (os.getpid(), signal.SIGKILL))
+                timer.daemon = True
+                timer.start()
+            start = time.monotonic()
             found.run(1)
+            seconds = time.monotonic() - start
             if dist.get_rank() == 0:
                 print(json.dumps([found.step - 1, found.losses[found.step - 1].hex()]), file=file, flush=True)
             if found.step % every == 0:
                 found.save(f"{folder}/step_{found.step}", asynchronous=asynchronous, keep=2)
-    return time.monotonic() - start
 
 
 if __name__ == "__main__":  # started by torchrun; only the first attempt is hurt

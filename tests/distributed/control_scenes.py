@@ -14,8 +14,10 @@ from pipecompile.distributed.watch import Pace
 from pipecompile.distributed.worker import Worker
 from pipecompile.runtime.transport import Aborted
 
-PACE = Pace(beat=0.05, silent=1.5, grace=0.4)
-PATIENT = Pace(beat=0.05, silent=50.0, grace=0.4)  # on a busy machine, a rank may be slow
+# A look counts for two beats at most, so a rank is silent if others look 100 times before it does once: on a busy
+# machine, where ranks are slow, they look slowly too.
+PACE = Pace(beat=0.02, silent=4.0, grace=0.4)
+PATIENT = Pace(beat=0.05, silent=100.0, grace=0.4)  # for what is not about silence
 
 
 def control(pace: Pace = PATIENT) -> Control:
@@ -54,7 +56,7 @@ def one_raises(rank: int) -> None:
 
 def the_host_raises() -> None:
     """Rank 0, when the others have just looked, and will not look again for a while."""
-    channel = control(Pace(beat=1.5, silent=50.0, grace=10.0))
+    channel = control(Pace(beat=1.5, silent=300.0, grace=300.0))
     meet("all begun")
     if dist.get_rank() == 0:
         raise channel.report(channel.mine("stage 0, 0F0", "ValueError: the model's own"))

@@ -25,9 +25,9 @@ import pipecompile
 from pipecompile.distributed import processes, share
 from pipecompile.distributed.watch import Pace
 
-QUICK = Pace(beat=0.05, silent=1.5, grace=0.4)  # for ranks that are stopped
-CROSSING = Pace(beat=0.05, silent=30.0, grace=0.2, crossed=0.5)
-PATIENT = Pace(beat=0.05, silent=30.0, grace=0.4)
+QUICK = Pace(beat=0.02, silent=4.0, grace=0.4)  # for ranks that are stopped; see ``control_scenes.PACE``
+CROSSING = Pace(beat=0.02, silent=100.0, grace=2.0, crossed=0.5)
+PATIENT = Pace(beat=0.05, silent=100.0, grace=0.4)
 
 
 CALLS: Counter[str] = Counter()

@@ -100,7 +100,17 @@ def become_rank(scene: Scene) -> None:
     os.dup2(1, 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts in the background
     faulthandler.register(signal.SIGUSR1, all_threads=True)
-    signal.alarm(scene["limit"] + 30)  # if nobody is left who would end it
+    signal.alarm(scene["limit"] + 900)  # if nobody is left who would end it
+
+
+def host_store(rank: int) -> dist.Store | None:
+    """Opens the store of the process group in rank 0, at a port that is free, and tells the others."""
+    hosted = None
+    if rank == 0:
+        hosted = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, multi_tenant=True)
+        store().set("port", str(hosted.port))
+    os.environ["MASTER_PORT"] = store().get("port").decode()
+    return hosted
 
 
 def play(scene: Scene) -> None:
@@ -110,6 +120,8 @@ def play(scene: Scene) -> None:
         if names := os.environ.get("SCENE_HOSTS"):
             store()  # a connection that is not cut
             move_to(names.split(",")[scene["rank"]])
+        if os.environ["MASTER_PORT"] == "0":
+            hosted = host_store(scene["rank"])  # noqa: F841  held until the end
         dist.init_process_group("gloo")
         module, name = scene["function"].split(":")
         result = getattr(importlib.import_module(module), name)(**scene["arguments"])

@@ -12,7 +12,6 @@ import json
 import os
 import select
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -30,7 +29,8 @@ from hosts import Hosts, hosts
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 POLL = 0.02  # seconds
-START = 120.0  # at most, of the process that imports torch
+LIMIT = 300  # seconds of a scene: a busy machine may take minutes for what takes seconds on an idle one
+START = 900.0  # seconds, at most, until the process that imports torch has forked, or says how a killed rank ended
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,9 @@ class Launcher:
         size: int,
         *,
         hurt: Hurt | Cut | None = None,
-        limit: int = 60,
+        limit: int = LIMIT,
         agent: bool = True,
+        hangs: int | None = None,
         **arguments: Any,
     ) -> list[Ended]:
         """Runs a scene on ``size`` ranks and returns how each ended.
@@ -126,7 +127,9 @@ class Launcher:
         Args:
             hurt: what happens to one of them; if it is cut off, each is on a host of its own.
             scene: ``module:function``.
-            limit: seconds after which ranks that run are killed, with their stacks in the output.
+            limit: seconds after which ranks that run are killed, with their stacks in the output. Nothing but a hang
+                may reach it.
+            hangs: a rank that does; the limit begins when all others have ended.
             agent: the launcher hosts the process group's store, as torchrun does; else rank 0 does.
         """
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -143,15 +146,15 @@ class Launcher:
                     "environment": _environment(store.port, agent) | (apart.environment if apart else {}),
                 }
             )
-            run = _Run(self._line(START), hurt, apart)
+            run = _Run(self._next(), hurt, apart)
             try:
-                self._watch(run, store, limit)
+                self._watch(run, store, limit, hangs)
             finally:
                 run.killed = frozenset(run.alive)
                 for rank in run.killed:
                     run.kill(rank, signal.SIGKILL)
                 while run.alive:
-                    run.end(*self._line(START))
+                    run.end(*self._next())
             return [_ended(run, rank, Path(folder)) for rank in range(size)]
 
     def returned(self, scene: str, size: int, **options: Any) -> list[Any]:
@@ -165,12 +168,14 @@ class Launcher:
         if self._process:
             self._process.stdin.close()
             self._process.stdout.close()
-            self._process.wait(10)
+            self._process.wait(START)
             self._process = None
 
-    def _watch(self, run: _Run, store: dist.Store, limit: int) -> None:
+    def _watch(self, run: _Run, store: dist.Store, limit: int, hangs: int | None) -> None:
         start = time.monotonic()
         while run.alive and time.monotonic() - start < limit:
+            if hangs is not None and run.alive != [hangs]:
+                start = time.monotonic()
             if line := self._line(POLL):
                 run.end(*line)
             if run.hurt and not run.was_hurt and store.check([run.hurt.at]):
@@ -196,6 +201,16 @@ class Launcher:
         self._process.stdin.write(json.dumps(message).encode() + b"\n")
         self._process.stdin.flush()
 
+    def _next(self) -> Any:
+        """The next line."""
+        line = self._line(START)
+        if line is None:
+            self._process.kill()  # what it would say later is not for the next scene
+            self._process.wait()
+            self._read = b""
+            raise TimeoutError(f"the process that forks the ranks has said nothing for {START:g} s")
+        return line
+
     def _line(self, seconds: float) -> Any:
         """The next line that comes in time, or None."""
         while b"\n" not in self._read:
@@ -214,14 +229,10 @@ def report(ended: Sequence[Ended]) -> str:
 
 
 def _environment(port: int, agent: bool) -> dict[str, str]:
-    if not agent:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            master = free.getsockname()[1]
     return {
         "SCENE_PORT": str(port),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port if agent else master),
+        "MASTER_PORT": str(port if agent else 0),
         "TORCHELASTIC_USE_AGENT_STORE": str(agent),
         "TORCHELASTIC_RUN_ID": "scene",
         "TORCHELASTIC_RESTART_COUNT": "0",

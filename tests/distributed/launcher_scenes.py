@@ -35,7 +35,7 @@ def is_hurt() -> str:
     if dist.get_rank() == 1:
         try:
             announce("pausing")
-            signal.sigtimedwait([signal.SIGCONT], 30)
+            signal.sigtimedwait([signal.SIGCONT], 300)
         except KeyboardInterrupt:
             return "interrupted"
     return "went on"

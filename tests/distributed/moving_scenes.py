@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +184,7 @@ def refused() -> dict[str, str]:
 
     def attempt(case: str, **options: Any) -> None:
         try:
-            pipe.pipeline.replan(plan=plan, costs=pipe.pipeline.costs, **options)
+            pipe.pipeline.replan(**{"plan": plan, "costs": pipe.pipeline.costs, **options})
         except pipecompile.PipecompileError as error:
             said[case] = str(error)
 
@@ -195,6 +196,13 @@ def refused() -> dict[str, str]:
     attempt("groups", optimizer=others)
     attempt("fewer", optimizer=torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1))
     attempt("all at once", optimizer=torch.optim.LBFGS(pipe.parameters()))
+    costs = pipe.pipeline.costs
+    doubled = replace(costs, costs=tuple(replace(c, forward=2 * c.forward) for c in costs.costs))
+    attempt("other plan", optimizer=optimizer, plan=_plan(FIRST if rank else SECOND, 2))
+    attempt("no plan", optimizer=optimizer, plan=plan if rank else None)
+    attempt("other costs", optimizer=optimizer, costs=doubled if rank else costs)
+    attempt("no costs", optimizer=optimizer, costs=None if rank else costs)
+    attempt("no file", optimizer=optimizer, costs="not there.json" if rank else costs)
     before = {name for name, _ in pipe.named_parameters()}
     _steps(pipe, optimizer, scheduler, range(2, 4), 1)
     said["same"] = str(before == {name for name, _ in pipe.named_parameters()})

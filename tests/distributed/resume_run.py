@@ -38,7 +38,7 @@ class Case:
     """A training that is killed once or twice.
 
     Attributes:
-        kills: of each attempt: seconds after its first step, and the ranks.
+        kills: of each attempt: how many of its steps, with a part of one, come before, and the ranks.
     """
 
     size: int
@@ -63,12 +63,12 @@ class Found:
     kills: tuple[int, ...] = ()
 
 
-def drawn(draw: random.Random, seconds: dict[int, float]) -> Case:
+def drawn(draw: random.Random) -> Case:
     size = draw.randint(2, 4)
     kills = []
     for _ in range(draw.choice([1, 1, 2])):
         ranks = range(size) if draw.random() < 0.25 else [draw.randrange(size)]
-        kills.append((draw.uniform(0, seconds[size]), tuple(ranks)))
+        kills.append((draw.uniform(0, STEPS), tuple(ranks)))
     return Case(size, draw.random() < 0.7, tuple(kills))
 
 
@@ -77,13 +77,13 @@ def arguments(folder: str, asynchronous: bool, after: float = 0.0, victims: tupl
     return {"steps": STEPS, "every": EVERY, **given}
 
 
-def straight(launcher: Launcher, size: int) -> tuple[Curve, float]:
-    """The losses of a training that is not killed, and its seconds."""
+def straight(launcher: Launcher, size: int) -> Curve:
+    """The losses of a training that is not killed."""
     with tempfile.TemporaryDirectory() as folder:
-        seconds = launcher.returned("checkpoint_scenes:trains", size, limit=LIMIT, **arguments(folder, True))[0]
+        launcher.returned("checkpoint_scenes:trains", size, limit=LIMIT, **arguments(folder, True))
         (curve,) = attempts(folder)
     assert len(curve) == STEPS
-    return curve, seconds
+    return curve
 
 
 def attempts(folder: str) -> list[Curve]:
@@ -164,8 +164,8 @@ def main() -> int:
     try:
         expected = {size: straight(launcher, size) for size in (2, 3, 4)}
         for number in range(given.count):
-            case = drawn(draw, {size: seconds for size, (_, seconds) in expected.items()})
-            start, curve = time.monotonic(), expected[case.size][0]
+            case = drawn(draw)
+            start, curve = time.monotonic(), expected[case.size]
             found = restarted(case, curve) if given.torchrun else killed(launcher, case, curve)
             bad += bool(found.wrong)
             repeated[case.asynchronous] += found.repeated

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 @cache
 def store() -> dist.Store:
-    return dist.TCPStore("127.0.0.1", int(os.environ["SCENE_PORT"]), timeout=timedelta(seconds=60))
+    return dist.TCPStore("127.0.0.1", int(os.environ["SCENE_PORT"]), timeout=timedelta(seconds=900))
 
 
 def announce(moment: str) -> None:

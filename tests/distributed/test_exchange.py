@@ -29,7 +29,7 @@ class Threads:
         self.queues[self.rank, peer].put(values)
 
     def get(self, peer: int, seconds: float | None = None) -> Any:
-        return lambda: self.queues[peer, self.rank].get(timeout=20)
+        return lambda: self.queues[peer, self.rank].get(timeout=300)
 
 
 def on_all(size: int, job: Any) -> tuple[list[Any], list[int]]:
@@ -47,7 +47,7 @@ def on_all(size: int, job: Any) -> tuple[list[Any], list[int]]:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_an_exchange_brings_all_to_all_in_few_steps(size: int) -> None:
-    found, sent = on_all(size, lambda lines, rank: exchange(lines, rank, torch.tensor([rank, 10 * rank])))
+    found, sent = on_all(size, lambda lines, rank: exchange(lines, rank, torch.tensor([rank, 10 * rank]))())
     expected = [[rank, 10 * rank] for rank in range(size)]
     assert [[t.tolist() for t in each] for each in found] == [expected] * size
     assert sent == [(size - 1).bit_length()] * size

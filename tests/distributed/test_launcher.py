@@ -34,7 +34,7 @@ def test_an_exception_is_one_of_its_rank_and_ends_it_like_a_script(launcher: Lau
 
 
 def test_a_rank_that_hangs_is_killed_and_shows_its_stack(launcher: Launcher) -> None:
-    good, bad = launcher.run("launcher_scenes:hangs_on", 2, limit=3, rank=1)
+    good, bad = launcher.run("launcher_scenes:hangs_on", 2, limit=1, hangs=1, rank=1)
     assert (good.code, bad.code, bad.error) == (0, None, None)
     assert "in await_moment" in bad.output
     assert not left(bad.pid)

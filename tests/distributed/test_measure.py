@@ -11,8 +11,6 @@ from measure_scenes import FAST, SLOW
 from pipecompile.distributed.measure import ALL_PAIRS, SIZES, Measured, rounds, with_measured_processes
 from pipecompile.ir.cluster import Cluster, Link
 
-LIMIT = 120
-
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 8, ALL_PAIRS])
 def test_all_pairs_are_measured_once_and_no_rank_twice_at_a_time(size: int) -> None:
@@ -64,7 +62,7 @@ def test_pairs_that_are_not_measured_are_like_most() -> None:
 
 def test_processes_measure_one_another(launcher: Launcher) -> None:
     """Figures as they come; what is wanted are the pairs, in the plan of all processes."""
-    for measured, lines in launcher.returned("measure_scenes:measures", 3, limit=LIMIT):
+    for measured, lines in launcher.returned("measure_scenes:measures", 3):
         assert measured == [(0, 1), (0, 2), (1, 2)]
         assert len(lines) >= 1
         assert all(line.endswith("measured") for line in lines)
@@ -72,13 +70,13 @@ def test_processes_measure_one_another(launcher: Launcher) -> None:
 
 @pytest.mark.parametrize("far", [0, 1, 2])
 def test_the_light_cut_is_on_the_slow_link(launcher: Launcher, far: int) -> None:
-    for fast, slow in launcher.returned("measure_scenes:plans", 3, limit=LIMIT, far=far):
+    for fast, slow in launcher.returned("measure_scenes:plans", 3, far=far):
         assert len(fast) == len(slow) == 1  # the far rank is at an end
         assert slow[0] < fast[0]
 
 
 def test_a_cluster_of_the_user_is_not_measured(launcher: Launcher) -> None:
-    assert launcher.returned("measure_scenes:given", 2, limit=LIMIT) == [("assumed", 0)] * 2
+    assert launcher.returned("measure_scenes:given", 2) == [("assumed", 0)] * 2
 
 
 def test_the_figures_of_the_scenes_differ() -> None:
