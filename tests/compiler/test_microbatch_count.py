@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import pipecompile
-from pipecompile import Batching
+from pipecompile import Batching, PlanOptions
 from pipecompile.compiler import plan_call
 from pipecompile.ir.cluster import Cluster
 from pipecompile.ir.graph import Cost, CostedGraph
@@ -67,6 +67,9 @@ def took(monkeypatch: pytest.MonkeyPatch) -> Callable[[Seconds], list[int]]:
         return profiled
 
     return let
+
+
+ONE_EACH = PlanOptions(stages_per_rank=1)  # fewer schedules
 
 
 def compiled(model: nn.Module, **options: Any) -> Any:
@@ -187,7 +190,7 @@ def test_a_chosen_size_that_cannot_run_is_dropped(
 
     monkeypatch.setattr(plan_call, "profile", of_two_rows)
     model, (x, y) = built(), data()
-    pipe = compiled(model, schedule=schedule)
+    pipe = compiled(model, schedule=schedule, plan=ONE_EACH)
     torch.testing.assert_close(pipe(x, y), model.forward(x, y))
     assert profiled[:3] == [4, 2, 1]
     assert pipe.pipeline.microbatches in ((8,) if schedule == "auto" else (4,))
@@ -211,7 +214,7 @@ def test_a_chosen_size_whose_own_costs_exceed_memory_is_dropped(
     cluster = Cluster.of(["cpu", "cpu"])
     cluster = replace(cluster, devices=tuple(replace(device, memory=1 << 30) for device in cluster.devices))
     model, (x, y) = built(), data()
-    pipe = compiled(model, schedule="auto", cluster=cluster)
+    pipe = compiled(model, schedule="auto", cluster=cluster, plan=ONE_EACH)
     torch.testing.assert_close(pipe(x, y), model.forward(x, y))
     assert profiled[:3] == [4, 2, 1]
     assert pipe.pipeline.microbatches == 8
@@ -328,7 +331,7 @@ def test_auto_chooses_the_number_with_the_schedule(
     steps = {count: simulated(seconds, count) for count in (1, 2, 4, 8, 16)}
     planned = pipe.pipeline._capture_in_use.planned
     assert planned.weighed[0].seconds <= min(steps.values()) * 1.02  # 1F1B is among the candidates
-    given = compiled(built(), schedule="auto", microbatches=4)
+    given = compiled(built(), schedule="auto", microbatches=4, plan=ONE_EACH)
     given(x, y)
     assert given.pipeline.microbatches == 4
     assert {it.microbatches for it in given.pipeline._capture_in_use.planned.weighed} == {4}

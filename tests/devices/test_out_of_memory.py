@@ -13,6 +13,7 @@ import pytest
 import scenes
 import torch
 import virtual_device as vd
+from long import LONG
 from machines import LATE
 from scenes import Net, built, floats, piped
 from torch import Tensor, nn
@@ -48,7 +49,7 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], Step, dict[str, Any]]] = {
     "tail": (scenes.Contrastive, loss_inside, {}),
     "recomputed": (Net, loss_inside, {"plan": pipecompile.PlanOptions(recompute="always")}),
 }
-EACH = 10  # allocations that fail, of each kind
+EACH = 10 if LONG else 4  # allocations that fail, of each kind
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:

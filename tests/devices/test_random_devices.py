@@ -8,7 +8,7 @@ import pytest
 from long import LONG
 from random_devices import check, program_of
 
-COUNT = int(os.environ.get("RANDOM_MODELS", "64" if LONG else "4"))
+COUNT = int(os.environ.get("RANDOM_MODELS", "64" if LONG else "2"))
 
 
 @pytest.mark.parametrize("seed", range(COUNT))

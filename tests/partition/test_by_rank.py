@@ -8,6 +8,7 @@ from math import inf
 from random import Random
 
 import pytest
+from long import LONG
 from plans import layers
 
 from pipecompile.errors import InfeasibleError, InputError, PlanError
@@ -46,9 +47,9 @@ def drawn(seed: int) -> tuple[Problem, tuple[int, ...], tuple[float, ...]]:
 
 
 def test_few_plans_have_a_less_busy_busiest_rank_and_none_a_much_less_busy_one() -> None:
-    found = [over_the_best(seed) for seed in range(24)]
+    found = [over_the_best(seed) for seed in range(24 if LONG else 8)]
     assert max(found) < 1.3
-    assert sum(ratio < 1 + 1e-9 for ratio in found) >= 20
+    assert sum(ratio >= 1 + 1e-9 for ratio in found) <= (4 if LONG else 1)
 
 
 def over_the_best(seed: int) -> float:

@@ -209,7 +209,8 @@ def test_a_limit_is_never_exceeded(recompute: Any) -> None:
     )
     counted = peaks(pipe, step, optimizer)
     assert max(counted) <= limit
-    assert max(counted) < max(peaks(*free))
+    if LONG:
+        assert max(counted) < max(peaks(*free))
     assert bool(pipe.pipeline.plan.recomputed) or recompute == "auto"
 
 
