@@ -134,6 +134,7 @@ class Prediction:
 
     def _stage(self, index: int) -> dict[str, Any]:
         stage, memory, plan = self.view.stages[index], self.memory.stages[index], self.planned.plan
+        halves = self.planned.stage_halves[index]
         return {
             "stage": index,
             "rank": stage.rank,
@@ -141,6 +142,7 @@ class Prediction:
             "num_parameters": stage.num_parameters,
             "forward": stage.cost.forward,
             "backward": stage.cost.backward,
+            "split": {"forward": halves.forward, "backward": halves.backward, "weights": halves.weights},
             "parameter_bytes": stage.cost.parameter_bytes,
             "saved_bytes": stage.cost.saved_bytes,
             "bytes_in": stage.bytes_in,

@@ -51,8 +51,13 @@ def simulate(
     ] = float("inf"),
     latency: Annotated[float, typer.Option(min=0, help="Seconds of a transfer of no bytes, likewise.")] = 0.0,
     weight_part: Annotated[
-        float, typer.Option(min=0, max=1, help="Part of a backward that is for weights, where it is split.")
-    ] = 0.5,
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Part of a backward that is for weights, where it is split. Default: as in the plan, or 0.5.",
+        ),
+    ] = None,
     svg: SvgFile = None,
     trace: TraceFile = None,
     csv: CsvFile = None,
@@ -70,7 +75,10 @@ def simulate(
     name = schedule or figures.schedule or "1f1b"
     it = program_for(figures, name, microbatches or figures.microbatches or 8)
     links = _cluster(figures, cluster, bandwidth, latency, len(it.ranks))
-    timeline = simulated(it, figures.costs, links, weight_part=weight_part)
+    if weight_part is None:
+        timeline = simulated(it, figures.costs, links, halves=figures.halves)
+    else:
+        timeline = simulated(it, figures.costs, links, weight_part=weight_part)
     show(name, it, timeline, svg=svg, trace=trace, csv=csv, program=program, as_json=as_json)
 
 

@@ -22,6 +22,7 @@ from pipecompile.errors import InputError, PlanError
 from pipecompile.ir.between_stages import Channel, Tied
 from pipecompile.ir.cluster import Cluster
 from pipecompile.ir.graph import Cost
+from pipecompile.ir.halves import Halves
 from pipecompile.ir.json_io import converter
 from pipecompile.ir.plan import Plan
 
@@ -37,12 +38,14 @@ class StageFigures:
     Args:
         plan: the stages; its nodes are not known.
         costs: of each stage.
+        halves: the seconds of each stage where its backward is split; None if they are not known.
         cluster: the devices and links, if they are known.
         schedule, microbatches: those of the plan that was read; empty and 0 if it was a table.
     """
 
     plan: Plan
     costs: tuple[Cost, ...]
+    halves: tuple[Halves, ...] | None = None
     cluster: Cluster | None = None
     schedule: str = ""
     microbatches: int = 0
@@ -83,9 +86,14 @@ def _of_plan(path: Path, text: str) -> StageFigures:
         )
         for number, cost in enumerate(costs):
             cost.check(f"of stage {number}")
+        split = [stage["split"] for stage in stages]
+        halves = tuple(Halves(it["forward"], it["backward"], it["weights"]) for it in split)
+        for number, it in enumerate(halves):
+            it.cost.check(f"of stage {number}, split,")
         return StageFigures(
             plan=plan,
             costs=costs,
+            halves=halves,
             cluster=converter.structure(facts["cluster"], Cluster),
             schedule=str(facts["schedule"]),
             microbatches=int(facts["microbatches"]),

@@ -101,7 +101,8 @@ def searched(
     Of many microbatches, part of the effort is for an order of fewer, whose steady state is repeated: what a search
     finds at one place in a short order, it would have to find in each period of a long one.
     """
-    caps, n, whole = (cap,) * shape.num_ranks, num_microbatches, iter(())
+    caps, n = (cap,) * shape.num_ranks, num_microbatches
+    whole: Iterable[Rows] = ()
     few = shorter(n, FILLED * shape.num_ranks) if 3 * shape.num_stages * n >= LONG else None
     if few is not None:
         found = searched(shape, few, costs, cap, SHORT * passes * n / few, by_span)

@@ -72,7 +72,7 @@ def _repeated(order: Order, row: Sequence[int], first: int, last: int, step: int
     """A row with the part from ``first`` to ``last`` as often as more microbatches need, with ascending numbers."""
     few = order.num_microbatches
     times = 1 + (n - few) // step
-    kinds = [code // few for code in (*row[:first], *row[first:last] * times, *row[last:])]
+    kinds = [code // few for code in (*row[:first], *list(row[first:last]) * times, *row[last:])]
     count: Counter[int] = Counter()
     codes = []
     for kind in kinds:

@@ -89,6 +89,18 @@ def test_a_plan_is_simulated_as_plan_predicts_it(planned: Path) -> None:
     assert (other["schedule"], other["microbatches"]) == ("gpipe", 2)
 
 
+@pytest.mark.parametrize("where", [("--cluster", "2xA10G"), ("--stages", "2")])
+def test_split_backwards_are_simulated_as_plan_predicts_them(planned: Path, where: tuple[str, ...]) -> None:
+    text = plan_of(gpt2, "--schedule", "zb-h1", *where)
+    planned.write_text(text)
+    split = json.loads(text)["stages"][0]["split"]
+    assert split["weights"] > 0
+    assert facts("simulate", planned)["seconds"] == json.loads(text)["step"]["seconds"]
+    assert facts("simulate", planned, "--weight-part", 0.5)["seconds"] != json.loads(text)["step"]["seconds"]
+    planned.write_text(text.replace('"weights":', '"weight":'))
+    assert "has no 'weights'" in run("simulate", planned).stderr
+
+
 def test_values_that_skip_stages_are_sent_directly(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     path.write_text(plan_of(unet, "--cluster", "4xA10G"))

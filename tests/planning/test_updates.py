@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+from functools import partial
 from itertools import combinations
 from random import Random
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -113,12 +117,24 @@ def test_a_predicted_step_has_its_updates(schedule: str) -> None:
     assert it.update_seconds(costed, plan, Cluster.from_name("2xH100")) == (0.0, 0.0)  # seconds are of a CPU
 
 
-def test_the_seconds_of_an_optimizer_are_measured() -> None:
-    found = update_cost(torch.optim.Adam)
+class Ticking(torch.optim.SGD):
+    """An optimizer whose steps take 2 s for each parameter, and 0.25 s for each byte, of a clock of its own."""
+
+    now = 0.0
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            Ticking.now += sum(2.0 + 0.25 * parameter.nbytes for parameter in group["params"])
+        return super().step(closure)
+
+
+def test_the_seconds_of_an_optimizer_are_a_line_over_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(perf_counter=lambda: Ticking.now)
+    monkeypatch.setattr(sys.modules["pipecompile.profile.update_cost"], "time", clock)
+    found = update_cost(partial(Ticking, lr=0.1))
     assert found is not None
-    assert found.per_parameter > 0
-    assert found.per_byte > 0
-    assert found.seconds(0) == found.per_parameter
+    assert (found.per_parameter, found.per_byte) == pytest.approx((2.0, 0.25))
+    assert found.seconds(8) == pytest.approx(4.0)
 
 
 def test_an_optimizer_that_cannot_step_has_no_seconds() -> None:
