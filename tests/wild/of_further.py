@@ -132,7 +132,7 @@ class Spikes(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         import_module("spikingjelly.activation_based.functional").reset_net(self.net)
-        return torch.stack([self.net(3 * x) for _ in range(3)]).mean(0)
+        return torch.stack([self.net(9 * x) for _ in range(3)]).mean(0)
 
 
 def _series() -> list[Wild]:
