@@ -174,7 +174,8 @@ class Capacity(nn.Module):
 class WithCapacity(nn.Module):
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
-        self.first, self.experts, self.last = nn.Linear(WIDTH, WIDTH), Capacity(dropout), nn.Linear(WIDTH, WIDTH)
+        self.first, self.experts = nn.Linear(WIDTH, WIDTH), Capacity(dropout)
+        self.last = nn.Linear(WIDTH, 3 * WIDTH)  # more than may run behind the stages
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(self.experts(self.first(x))).square().mean()

@@ -100,7 +100,14 @@ def _texts() -> list[Wild]:
             lambda draw: ((draw.ids(WORDS, draw.length), draw.mask().bool()), {}),
         )
 
-    size = {"hidden_width": 16, "intermediate_width": 24, "n_attention_heads": 2, "n_hidden_layers": 2, "n_pieces": WORDS, "dtype": torch.float32}
+    size = {
+        "hidden_width": 16,
+        "intermediate_width": 24,
+        "n_attention_heads": 2,
+        "n_hidden_layers": 2,
+        "n_pieces": WORDS,
+        "dtype": torch.float32,
+    }
     steady = {"attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0, **size}
     return [
         text("BERT", embedding_width=16, **steady), text("ALBERT", embedding_width=8, **steady),
@@ -132,7 +139,7 @@ class Spikes(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         import_module("spikingjelly.activation_based.functional").reset_net(self.net)
-        return torch.stack([self.net(3 * x) for _ in range(3)]).mean(0)
+        return torch.stack([self.net(9 * x) for _ in range(3)]).mean(0)
 
 
 def _series() -> list[Wild]:
@@ -147,8 +154,8 @@ def _series() -> list[Wild]:
         wild("further", "ncps CfC (memory)", lambda: First(_class("ncps.torch.CfC")(6, 8, mixed_memory=True), 8), series),
         wild("further", "ncps LTC", ltc, series),
         _one("pytorch-tcn TCN", lambda: _class("pytorch_tcn.TCN")(6, [8, 8, 8], dropout=0.0), 6, 16),
-        _one("spikingjelly LIFNode", lambda: Spikes("LIFNode"), 6),
-        _one("spikingjelly ParametricLIFNode", lambda: Spikes("ParametricLIFNode"), 6),
+        _one("spikingjelly LIFNode", lambda: Spikes("LIFNode", v_threshold=0.2), 6),
+        _one("spikingjelly ParametricLIFNode", lambda: Spikes("ParametricLIFNode", v_threshold=0.2), 6),
         _one("spikingjelly IFNode", lambda: Spikes("IFNode"), 6),
     ]  # fmt: skip
 
@@ -292,19 +299,19 @@ def _others() -> list[Wild]:
     def rows(draw: Draw) -> Inputs:
         return (draw.ids(4, 3), draw.floats(2)), {}
 
-    def table(kind: str) -> Wild:
+    def table(kind: str, **options: Any) -> Wild:
         return wild(
             "further",
             f"tab-transformer {kind}",
             lambda: _class(f"tab_transformer_pytorch.{kind}")(
-                categories=(4, 4, 4), num_continuous=2, dim=8, depth=2, heads=2
+                categories=(4, 4, 4), num_continuous=2, dim=8, depth=2, heads=2, **options
             ),
             rows,
             lengths=(8,),
         )
 
     return [
-        wild("further", "egnn EGNN_Network", graph, points, lengths=(8,)), table("TabTransformer"), table("FTTransformer"),
+        wild("further", "egnn EGNN_Network", graph, points, lengths=(8,)), table("TabTransformer", mlp_act=nn.ReLU()), table("FTTransformer"),
         _one("siren SirenNet", lambda: _class("siren_pytorch.SirenNet")(6, 8, 3, num_layers=3), 6),
         wild("further", "gpytorch SVGP", Process, lambda draw: ((draw.floats(6), draw.floats()), {}), loss=itself, inside=True, lengths=(8,)),
         _one("e3nn products", Tensors, 10),

@@ -86,7 +86,8 @@ def section(results: Sequence[Result], every: bool = True) -> str:
         "one microbatch, 3 stages with two; batches of 4, 6 and 5 rows, another length or picture size where the model "
         "takes one; every other model has its loss inside. *Exact*: loss, outputs, every gradient and every buffer, "
         "by name, are the unsplit model's. Models that normalise over the batch are compared with the unsplit model "
-        "over the same microbatches.",
+        "over the same microbatches. Where rows are not samples (the nodes of a graph), or statistics are over more "
+        "than a microbatch's rows, 3 stages run one microbatch.",
         "\n".join(rows),
         *(["\n".join(_not_exact(results))] if any(r.reasons for r in results) else []),
     ]
