@@ -14,23 +14,19 @@ UNITS = ((1.0, "s"), (1e3, "ms"), (1e6, "us"))
 
 @dataclass(frozen=True)
 class TimeAxis:
-    """Seconds are drawn as ``factor`` times as many units, over one range for all figures on the axis."""
+    """Some seconds, drawn as ``factor`` times as many units, over one range for all figures on the axis."""
 
+    seconds: float
     factor: float
     unit: str
     x_range: Range1d
-
-    @property
-    def seconds(self) -> float:
-        """From one end of the axis to the other."""
-        return float(self.x_range.bounds[1]) / self.factor
 
     @staticmethod
     def of(seconds: float) -> TimeAxis:
         """An axis from 0 to some seconds, in the largest unit in which they are at least 1."""
         factor, unit = next((each for each in UNITS if seconds * each[0] >= 1), UNITS[-1])
         most = seconds * factor or 1.0
-        return TimeAxis(factor, unit, Range1d(start=0, end=most, bounds=(0, most)))
+        return TimeAxis(seconds, factor, unit, Range1d(start=0, end=most, bounds=(0, most)))
 
 
 def rows(axis: TimeAxis, names: list[tuple[str, str]]) -> Any:
