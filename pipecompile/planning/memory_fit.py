@@ -8,7 +8,8 @@ With ``recompute="auto"``, stages recompute activations if that makes the step s
 or if it is the only way to fit. Start with every stage recomputing. As memory allows, turn recomputation off, slowest
 stage first. Then rebalance, since the stages that still recompute are slower.
 
-With ``offload="auto"``, a plan that offloads activations is weighed against that, by the predicted step.
+With ``offload="auto"``, a plan that offloads activations is weighed against that, by the predicted step, if the step
+is longer than without memory limits.
 """
 
 from __future__ import annotations
@@ -61,9 +62,13 @@ class Fitting:
         if self._is_free or not any(self.excess(fastest)):
             return fastest
         eased = self._eased() if self.work.recompute == "auto" else None
-        plans = [self.attempt(fewest), eased, *self._offloaded(eased)]
-        found = min((plan for plan in plans if plan), key=self._score, default=None)
+        found = self._shortest([self.attempt(fewest), eased])
+        if found is None or self._score(found) * WORTH > self._score(fastest):  # memory costs time
+            found = self._shortest([found, *self._offloaded(eased)])
         return None if found is None else replace(found, quality=self._quality(found, fastest))
+
+    def _shortest(self, plans: Sequence[Plan | None]) -> Plan | None:
+        return min((plan for plan in plans if plan), key=self._score, default=None)
 
     def varied(
         self,
