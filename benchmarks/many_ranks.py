@@ -72,8 +72,8 @@ def simulated(count: int, microbatches: int, plans: bool) -> list[str]:
     cluster, stages = Cluster.from_name(f"{count}xH100"), min(count, STAGES)
     costed, replicas = chain(stages), (count // stages,) * stages
     if plans:
-        work = Workload(one_f_one_b, microbatches, recompute="never")
-        options = PlanOptions(recompute="never", replicas=replicas)
+        work = Workload(one_f_one_b, microbatches, recompute="never", offload="never")
+        options = PlanOptions(recompute="never", offload="never", replicas=replicas)
         found, planning = timed(lambda: planned(costed, cluster, work, options))
         plan, costs, memory = found.plan, found.stage_costs, bytes_text(max(found.memory().ranks))
     else:
@@ -146,7 +146,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", default="64,1024")
     parser.add_argument("--microbatches", default="2", help="per rank")
-    parser.add_argument("--planned", type=int, default=256, help="ranks up to which the planner makes the plan")
+    parser.add_argument("--planned", type=int, default=1024, help="ranks up to which the planner makes the plan")
     options = parser.parse_args()
     counts = [int(count) for count in options.ranks.split(",")]
     names = ("step", "bubble", "memory", "instructions", "planning", "simulation", "lowering")
