@@ -14,6 +14,7 @@ is longer than without memory limits.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -33,6 +34,7 @@ from pipecompile.planning.training_spec import Workload
 
 ATTEMPTS = 4
 MARGIN = 1.25  # factor on the excess of a plan that the next one reserves
+KNOWN = 4  # plans whose memory is known
 WORTH = 0.999  # a plan is replaced if the new step is shorter than this share of the old
 
 
@@ -45,6 +47,7 @@ class Fitting:
     cluster: Cluster
     work: Workload
     searched: dict[object, Plan | PlanError] = field(default_factory=dict, compare=False)  # result of each search
+    known: deque[tuple[Plan, Memory]] = field(default_factory=lambda: deque(maxlen=KNOWN), compare=False)
 
     def plan(self) -> Plan | None:
         """The best plan found within memory, or None if none was found.
@@ -240,7 +243,13 @@ class Fitting:
         return replace(found.quality, lower_bound=bound)
 
     def held(self, plan: Plan) -> Memory:
-        return self.work.memory(self.costed, plan, self.cluster, bound=True)
+        """The memory of a plan. That of the last ones is known, since a large program takes seconds."""
+        for known, memory in self.known:
+            if known is plan:
+                return memory
+        memory = self.work.memory(self.costed, plan, self.cluster, bound=True)
+        self.known.append((plan, memory))
+        return memory
 
     def excess(self, plan: Plan) -> list[int]:
         """For each rank of the cluster, the bytes that exceed its memory."""
