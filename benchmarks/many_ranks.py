@@ -146,7 +146,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", default="64,1024")
     parser.add_argument("--microbatches", default="2", help="per rank")
-    parser.add_argument("--planned", type=int, default=1024, help="ranks up to which the planner makes the plan")
+    parser.add_argument("--planned", type=int, default=256, help="ranks up to which the planner makes the plan")
     options = parser.parse_args()
     counts = [int(count) for count in options.ranks.split(",")]
     names = ("step", "bubble", "memory", "instructions", "planning", "simulation", "lowering")
