@@ -72,8 +72,8 @@ def simulated(count: int, microbatches: int, plans: bool) -> list[str]:
     cluster, stages = Cluster.from_name(f"{count}xH100"), min(count, STAGES)
     costed, replicas = chain(stages), (count // stages,) * stages
     if plans:
-        work = Workload(one_f_one_b, microbatches, recompute="never")
-        options = PlanOptions(recompute="never", replicas=replicas)
+        work = Workload(one_f_one_b, microbatches, recompute="never", offload="never")
+        options = PlanOptions(recompute="never", offload="never", replicas=replicas)
         found, planning = timed(lambda: planned(costed, cluster, work, options))
         plan, costs, memory = found.plan, found.stage_costs, bytes_text(max(found.memory().ranks))
     else:

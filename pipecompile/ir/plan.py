@@ -175,18 +175,18 @@ class Plan(Json):
     @cached_property
     def incoming(self) -> tuple[tuple[Channel, ...], ...]:
         """For each stage, the channels that end in it, by source."""
-        return tuple(
-            tuple(sorted((c for c in self.channels if c.target == s), key=lambda c: c.source))
-            for s in range(self.num_stages)
-        )
+        found: list[list[Channel]] = [[] for _ in range(self.num_stages)]
+        for channel in sorted(self.channels, key=lambda c: c.source):
+            found[channel.target].append(channel)
+        return tuple(map(tuple, found))
 
     @cached_property
     def outgoing(self) -> tuple[tuple[Channel, ...], ...]:
         """For each stage, the channels that start in it, by target."""
-        return tuple(
-            tuple(sorted((c for c in self.channels if c.source == s), key=lambda c: c.target))
-            for s in range(self.num_stages)
-        )
+        found: list[list[Channel]] = [[] for _ in range(self.num_stages)]
+        for channel in sorted(self.channels, key=lambda c: c.target):
+            found[channel.source].append(channel)
+        return tuple(map(tuple, found))
 
     def makers(self, rank: int) -> tuple[int, ...]:
         """The stages of a rank that make outputs, ascending, if stages are in several processes."""

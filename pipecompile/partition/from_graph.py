@@ -248,7 +248,7 @@ def problem_of(
     mean = sum(node.nbytes for node in nodes) / max(1, len(nodes))
     link = seating.fastest_link(mean)
     held, trained = parameter_bytes(costed, placed)
-    stashed = training.stashed
+    stashed, waiting = training.stashed, min(seating.replicas) - 1  # where a stage owns its parameters
     seconds, forward = sum(cost.seconds for cost in costs), sum(cost.forward for cost in costs)
     slower = (seconds + forward) / seconds if seconds else 1.0
     return contract(
@@ -257,7 +257,9 @@ def problem_of(
         [((thing, *users), _transfer(node, link)) for thing, (node, users) in enumerate(values)],
         seating.seats(training, bound.least_stages, mean, slower),
         together=groups,
-        kept_bytes=[h + t * (1 + training.optimizer_state + stashed[0]) for h, t in zip(held, trained, strict=True)],
+        kept_bytes=[
+            h + t * (1 + training.optimizer_state + stashed[0] + waiting) for h, t in zip(held, trained, strict=True)
+        ],
         saved_bytes=[cost.saved_bytes + t * stashed[1] for cost, t in zip(costs, trained, strict=True)],
         fixed_stages=[(pin.thing, pin.stage) for pin in bound.pins],
         overlapped=overlapped,

@@ -8,11 +8,13 @@ With ``recompute="auto"``, stages recompute activations if that makes the step s
 or if it is the only way to fit. Start with every stage recomputing. As memory allows, turn recomputation off, slowest
 stage first. Then rebalance, since the stages that still recompute are slower.
 
-With ``offload="auto"``, a plan that offloads activations is weighed against that, by the predicted step.
+With ``offload="auto"``, a plan that offloads activations is weighed against that, by the predicted step, if the step
+is longer than without memory limits.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -32,6 +34,7 @@ from pipecompile.planning.training_spec import Workload
 
 ATTEMPTS = 4
 MARGIN = 1.25  # factor on the excess of a plan that the next one reserves
+KNOWN = 4  # plans whose memory is known
 WORTH = 0.999  # a plan is replaced if the new step is shorter than this share of the old
 
 
@@ -44,6 +47,7 @@ class Fitting:
     cluster: Cluster
     work: Workload
     searched: dict[object, Plan | PlanError] = field(default_factory=dict, compare=False)  # result of each search
+    known: deque[tuple[Plan, Memory]] = field(default_factory=lambda: deque(maxlen=KNOWN), compare=False)
 
     def plan(self) -> Plan | None:
         """The best plan found within memory, or None if none was found.
@@ -61,9 +65,13 @@ class Fitting:
         if self._is_free or not any(self.excess(fastest)):
             return fastest
         eased = self._eased() if self.work.recompute == "auto" else None
-        plans = [self.attempt(fewest), eased, *self._offloaded(eased)]
-        found = min((plan for plan in plans if plan), key=self._score, default=None)
+        found = self._shortest([self.attempt(fewest), eased])
+        if found is None or self._score(found) * WORTH > self._score(fastest):  # memory costs time
+            found = self._shortest([found, *self._offloaded(eased)])
         return None if found is None else replace(found, quality=self._quality(found, fastest))
+
+    def _shortest(self, plans: Sequence[Plan | None]) -> Plan | None:
+        return min((plan for plan in plans if plan), key=self._score, default=None)
 
     def varied(
         self,
@@ -235,7 +243,13 @@ class Fitting:
         return replace(found.quality, lower_bound=bound)
 
     def held(self, plan: Plan) -> Memory:
-        return self.work.memory(self.costed, plan, self.cluster, bound=True)
+        """The memory of a plan. That of the last ones is known, since a large program takes seconds."""
+        for known, memory in self.known:
+            if known is plan:
+                return memory
+        memory = self.work.memory(self.costed, plan, self.cluster, bound=True)
+        self.known.append((plan, memory))
+        return memory
 
     def excess(self, plan: Plan) -> list[int]:
         """For each rank of the cluster, the bytes that exceed its memory."""

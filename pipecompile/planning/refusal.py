@@ -17,6 +17,7 @@ from pipecompile.schedule.placement import PLAIN
 
 MORE_MICROBATCHES = (2, 4, 8, 16)  # factors on their number
 MORE_DEVICES = (2, 4)  # factors on their number
+TRIED = 100_000  # Forwards of a program, up to which changes are tried: each is a search and a simulation of memory
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,15 @@ def refusal(fitting: Fitting) -> PlanError:
         kinds.update(dict(held.stages[stage].by_kind()))
     parts = ", ".join(f"{kind} {bytes_text(n)}" for kind, n in kinds.items() if n)
     room = sum(inf if device.memory is None else device.memory for device in fitting.cluster.devices)
+    forwards = fitting.work.microbatches * len(fitting.request.replicas)
+    remedies = _remedies(fitting, fastest) if forwards <= TRIED else []
+    untried = "" if forwards <= TRIED else f"; other options were not tried for a program of {forwards:,} Forwards"
     kind = InfeasibleError if _least(fitting) > room else PlanError
     return kind(
         f"the model does not fit into the memory of its devices: in the fastest plan of {fastest.num_stages} stages, "
         f"{where} would hold {bytes_text(held.ranks[rank])} of {bytes_text(limit or 0)}, "
         f"{bytes_text(over[rank])} too much ({parts}), and no plan that fits was found; "
-        f"{_help(_remedies(fitting, fastest), max(held.ranks))}"
+        f"{_help(remedies, max(held.ranks))}{untried}"
     )
 
 

@@ -16,6 +16,7 @@ from pipecompile.ir.cluster import Cluster, Device
 from pipecompile.ir.graph import CostedGraph
 from pipecompile.ir.plan_options import PlanOptions
 from pipecompile.ir.units import bytes_text
+from pipecompile.planning import refusal
 from pipecompile.planning.plan_search import make_plan
 from pipecompile.planning.search_spec import Request
 from pipecompile.planning.training_spec import Workload
@@ -105,3 +106,9 @@ def test_what_is_not_enough_alone_is_tried_together() -> None:
 def test_where_nothing_is_enough_it_says_what_helps_a_little() -> None:
     text = message(1000, WIDE, InfeasibleError)
     assert "use devices with more memory; not enough alone: outputs='loss' (" in text
+
+
+def test_of_a_large_program_it_is_said_that_nothing_else_was_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refusal, "TRIED", 15)
+    with pytest.raises(PlanError, match="use devices with more memory; other options were not tried for a program of"):
+        largest(1000, WIDE)

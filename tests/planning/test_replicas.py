@@ -21,12 +21,12 @@ import pipecompile
 from pipecompile.errors import InfeasibleError, InputError, PlanError, ProgramError
 from pipecompile.ir.between_stages import Channel, Tied
 from pipecompile.ir.cluster import Cluster, Device, Link
-from pipecompile.ir.graph import Cost, TensorSpec
+from pipecompile.ir.graph import Cost, CostedGraph, Graph, Node, Parameter, TensorSpec
 from pipecompile.ir.instruction import Backward, Forward
 from pipecompile.ir.plan import Plan, with_replicas
 from pipecompile.ir.program import Program, dependencies, linearize
 from pipecompile.ir.weight_versions import versions
-from pipecompile.partition import Step, deals, partition
+from pipecompile.partition import Step, Training, deals, partition
 from pipecompile.planning.memory import memory
 from pipecompile.planning.plan_search import make_plan
 from pipecompile.planning.replicas import MOST_DEVICES, with_best_replicas
@@ -488,3 +488,24 @@ def test_bad_input(devices, replicas, options, message):
 def test_pipedream_has_no_program_for_replicas():
     with pytest.raises(PlanError, match="stages 1, 2 are replicas, whose gradients are summed once per batch"):
         pipedream(CHAIN, range(4))
+
+
+def test_where_a_stage_owns_its_parameters_gradients_of_all_its_replicas_are_within_memory():
+    """Equal layers, of which the first has most parameters: the even cut fits without the gradients that wait."""
+    hidden = TensorSpec((1,), "float32", requires_grad=True)
+    sizes = [6, 2, 2, 2]
+    parameters = [
+        Parameter(f"p{i}", TensorSpec((size,), "float32", requires_grad=True)) for i, size in enumerate(sizes)
+    ]
+    reads = [Node("x", "input", outputs=(hidden,), rematerialized=True)]
+    reads += [Node(f"n{i}", "linear", (i,), (hidden,), (p.name,)) for i, p in enumerate(parameters)]
+    costs = (Cost(), *(Cost(1.0, 1.0, 0, 4 * size) for size in sizes))
+    costed = CostedGraph(Graph(tuple(reads), (0,), (len(sizes),), tuple(parameters)), costs, "computed")
+
+    def cut(limit: int) -> Plan:
+        cluster = Cluster((Device("cpu", memory=limit),) * 8, Link(inf))
+        return partition(costed, 2, cluster, Training((1, 1), (1, 1), 0.0), replicas=(4, 4))
+
+    found = {limit: memory(costed, cut(limit), one_f_one_b(cut(limit), 8), 0.0, step="fused") for limit in (10**6, 156)}
+    assert max(found[10**6].ranks) >= 5 * 4 * (6 + 2), "parameters, gradients, and those of three others"
+    assert 5 * 4 * 6 <= max(found[156].ranks) <= 156
