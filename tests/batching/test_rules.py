@@ -155,6 +155,7 @@ APART: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "repeated samples, so many in all": lambda x, y: x.repeat_interleave(2, 0, output_size=2 * x.shape[0])
     .view(-1, 2, LENGTH, WIDTH)
     .mean(1),
+    "copies in front": lambda x, y: x * x.expand(3, *x.shape).softmax(-1).sum(0),
     "tiled samples": lambda x, y: x.repeat(2, 1, 1).view(2, -1, LENGTH, WIDTH).mean(0),
     "a table by labels": lambda x, y: x + torch.eye(WIDTH).double()[y],
     "masked": lambda x, y: torch.where((y > 2)[..., None], x, -x),
