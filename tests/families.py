@@ -311,7 +311,6 @@ LATER = frozenset(
         "devices/test_late_errors.py::test_kernels_that_run_when_they_are_queued_tell_the_line",
         "devices/test_late_errors.py::test_what_the_caller_queued_is_not_the_pipelines",
         "devices/test_measured_times.py::test_a_timeline_tells_the_devices_time_and_only_who_reads_it_waits",
-        "devices/test_measured_times.py::test_copies_to_measure_a_link_run_on_a_stream_of_the_sender",
         "devices/test_offload_memory.py::test_where_memory_binds_the_planner_offloads_and_the_step_fits",
         "distributed/test_data_parallel.py::test_calls_accumulate_and_the_optimizers_state_is_sharded",
         "distributed/test_data_parallel.py::test_three_parts_train_as_the_unsplit_model",
