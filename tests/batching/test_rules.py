@@ -155,7 +155,6 @@ APART: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "repeated samples, so many in all": lambda x, y: x.repeat_interleave(2, 0, output_size=2 * x.shape[0])
     .view(-1, 2, LENGTH, WIDTH)
     .mean(1),
-    "copies in front": lambda x, y: x * x.expand(3, *x.shape).softmax(-1).sum(0),
     "tiled samples": lambda x, y: x.repeat(2, 1, 1).view(2, -1, LENGTH, WIDTH).mean(0),
     "a table by labels": lambda x, y: x + torch.eye(WIDTH).double()[y],
     "masked": lambda x, y: torch.where((y > 2)[..., None], x, -x),
@@ -260,8 +259,16 @@ def test_a_row_loss_without_rows_is_not_taken_for_one() -> None:
     assert is_exact(Ending(margins))
 
 
-@pytest.mark.parametrize("turned", [lambda h: h.t() * 2, lambda h: h.transpose(0, 1) * 2, lambda h: h.adjoint() * 2])
-def test_a_matrix_is_turned_by_a_rule_not_by_experiment(turned: Callable[[Tensor], Tensor]) -> None:
+@pytest.mark.parametrize(
+    "turned",
+    [
+        lambda h: h.t() * 2,
+        lambda h: h.transpose(0, 1) * 2,
+        lambda h: h.adjoint() * 2,
+        lambda h: h.expand(2, *h.shape).sum(0).t(),
+    ],
+)
+def test_a_matrix_is_turned_and_copied_by_rules_not_by_experiment(turned: Callable[[Tensor], Tensor]) -> None:
     class Turning(nn.Module):
         def __init__(self) -> None:
             super().__init__()
