@@ -7,6 +7,7 @@ input and cases that are each about a piece of code of their own (a batching rul
 
 _ONE_OF = {
     2: (
+        "batching/test_batch_norm.py::test_deferred_running_statistics_are_those_of_all_rows",
         "batching/test_batch_norm.py::test_gradients_are_those_of_microbatches_either_way",
         "batching/test_mixing.py::test_a_branch_that_the_batch_decides_for_all_rows_is_refused",
         "batching/test_mixing.py::test_a_size_of_an_input_that_requires_a_gradient_is_known_behind_the_stages",
@@ -279,7 +280,6 @@ _ONE_OF = {
     ),
     16: (
         "batching/test_backward_trial.py::test_a_backward_that_keeps_samples_apart_is_exact",
-        "batching/test_batch_norm.py::test_deferred_running_statistics_are_those_of_all_rows",
         "partition/test_partition.py::test_walkers_end_in_plans_no_worse_than_their_starts",
         "test_idioms.py::test_an_asynchronous_pipeline_begins_with_the_losses_of_eager",
     ),
