@@ -177,7 +177,7 @@ PROMPTS: dict[str, Any] = {
 
 @pytest.mark.filterwarnings("ignore:Position ids are not supported")  # by PEFT
 @pytest.mark.parametrize(
-    ("name", "kind"), some([("llama", "prompt tuning"), ("llama", "p-tuning"), ("t5", "p-tuning")], 2)
+    ("name", "kind"), some([("llama", "prompt tuning"), ("llama", "p-tuning"), ("t5", "p-tuning")], 3)
 )
 def test_learned_prompts_generate_the_unsplit_models_tokens(name: str, kind: str) -> None:
     make, options = PROMPTS[kind]

@@ -278,8 +278,16 @@ def test_a_row_loss_without_rows_is_not_taken_for_one() -> None:
     assert is_exact(Ending(margins))
 
 
-@pytest.mark.parametrize("turned", [lambda h: h.t() * 2, lambda h: h.transpose(0, 1) * 2, lambda h: h.adjoint() * 2])
-def test_a_matrix_is_turned_by_a_rule_not_by_experiment(turned: Callable[[Tensor], Tensor]) -> None:
+@pytest.mark.parametrize(
+    "turned",
+    [
+        lambda h: h.t() * 2,
+        lambda h: h.transpose(0, 1) * 2,
+        lambda h: h.adjoint() * 2,
+        lambda h: h.expand(2, *h.shape).sum(0).t(),
+    ],
+)
+def test_a_matrix_is_turned_and_copied_by_rules_not_by_experiment(turned: Callable[[Tensor], Tensor]) -> None:
     class Turning(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -70,6 +70,12 @@ def test_equal_stages_have_the_known_makespan_bubble_and_peaks(table: Path) -> N
     assert len(it["spans"]) == 2 * 4 * 8
 
 
+def test_the_program_is_printed_where_it_is_asked_for(table: Path) -> None:
+    line = "3: 3F0 3B0 3F1 3B1"
+    assert line not in run("simulate", table, "-m", 2).stdout
+    assert line in run("simulate", table, "-m", 2, "--program").stdout
+
+
 def test_transfers_take_time(tmp_path: Path) -> None:
     path = tmp_path / "two.csv"
     path.write_text("forward,backward,bytes_out\n1,1,500\n1,1,0\n")

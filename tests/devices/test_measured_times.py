@@ -24,7 +24,7 @@ SLOW = 50.0  # much more than the noise of the machine
 class Deep(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(10))
+        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(6))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:

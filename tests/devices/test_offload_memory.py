@@ -32,14 +32,14 @@ class Deep(nn.Module):
         return F.mse_loss(self.head(self.layers(x)), y)
 
 
-def peaks(machine: Machine, offload: str, schedule: str, ranks: int) -> tuple[list[int], Any]:
-    """The counted peak of each device in a step, and the pipeline, of four layers on each."""
+def peaks(machine: Machine, offload: str, schedule: str, ranks: int, layers: int = 8) -> tuple[list[int], Any]:
+    """The counted peak of each device in a step, and the pipeline."""
     machine.start()
     devices = [machine[number] for number in range(ranks)]
     torch.manual_seed(0)
     plan = PlanOptions(offload=offload, optimizer_state=0.0)
     pipe = pipecompile.compile(
-        Deep(4 * ranks), devices, microbatches=MICROBATCHES, schedule=schedule, costs="count", verify="never", plan=plan
+        Deep(layers), devices, microbatches=MICROBATCHES, schedule=schedule, costs="count", verify="never", plan=plan
     )
     x, y = torch.randn(ROWS, WIDTH), torch.randn(ROWS, 3)
     for _ in range(2):
@@ -54,10 +54,10 @@ def peaks(machine: Machine, offload: str, schedule: str, ranks: int) -> tuple[li
 @pytest.mark.parametrize("machine", [LATE, THREADS], ids=str)
 @pytest.mark.parametrize(("schedule", "ranks"), [("gpipe", 2), ("1f1b", 4)])
 def test_peaks_fall_as_predicted(machine: Machine, schedule: str, ranks: int) -> None:
-    stay, staying = peaks(machine, "never", schedule, ranks)
+    stay, staying = peaks(machine, "never", schedule, ranks, layers=16)
     predicted = staying.memory.ranks
     del staying
-    leave, leaving = peaks(machine, "always", schedule, ranks)
+    leave, leaving = peaks(machine, "always", schedule, ranks, layers=16)
     assert leaving.plan.offloaded == tuple(range(ranks))
     assert leave[0] < 0.7 * stay[0]
     for counted, expected in zip((*stay, *leave), (*predicted, *leaving.memory.ranks), strict=True):

@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,7 @@ from training_scenes import LENGTH, MORE, STEPS
 
 import pipecompile
 from pipecompile.compiler import plan_call
+from pipecompile.distributed import members, shards
 from pipecompile.profile import profile
 
 Seen = dict[str, Tensor]
@@ -168,8 +170,16 @@ def divided_beside_the_pipe(folder: str) -> tuple[list[str], list[bool], list[st
     return odd, trained, kinds
 
 
-def sharded(name: str, sizes: Sequence[int], accumulate: int = 1, **more: Any) -> list[str]:
-    """What differs, bit for bit, between trainings whose parameters are divided over the parts and are not."""
+@patch.object(shards, "BUCKET", members.BUCKET)
+def sharded(
+    name: str, sizes: Sequence[int], accumulate: int = 1, bucket: int = members.BUCKET, **more: Any
+) -> list[str]:
+    """What differs, bit for bit, between trainings whose parameters are divided over the parts and are not.
+
+    Args:
+        bucket: bytes of parameters that travel at once.
+    """
+    shards.BUCKET = bucket
     torch.set_num_threads(1)
     model = (MODELS | MORE | OWN)[name]
     mesh = mesh_of(len(sizes))

@@ -23,8 +23,9 @@ MORE = [
     ("sundry", (8, 8)),
 ]
 SEVERAL_STAGES = ["bfs", "interleaved-1f1b", "interleaved-zb", "v-half", "v-min", "dualpipe-v", "zb-h1", "zb-h2"]
-DIVIDED = [("dropping", (4, 4), {})]
+DIVIDED = [("dropping", (4, 4), {"bucket": 1000})]  # large parameters travel alone, small ones together
 MORE_DIVIDED = [
+    ("dropping", (4, 4), {}),
     ("gpt2", (4, 4), {"accumulate": 2}),
     ("contrastive", (4, 3), {}),
     ("skip_to_loss", (3, 4), {}),

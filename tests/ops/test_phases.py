@@ -14,7 +14,7 @@ from torch import nn
 
 import pipecompile
 from pipecompile.ops import phases
-from pipecompile.ops.phases import Phases, State, phase
+from pipecompile.ops.phases import Line, Phases, State, phase
 
 
 class Clock:
@@ -149,3 +149,11 @@ def test_the_line_is_on_a_terminal_alone_and_the_log_everywhere(
     with told(lambda record: seen.set()), Phases(patience=0.0).recorded(), phase("capture"):
         assert seen.wait(60)
     assert ("capture" in stderr.getvalue()) == is_terminal
+
+
+def test_the_line_starts_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(phases.sys, "stderr", Stderr(True))
+    before, line = threading.active_count(), Line()
+    line.show(State("profile", 8, 2, 3.0))
+    assert threading.active_count() == before
+    line.hide()

@@ -1,7 +1,9 @@
 import random
+from types import SimpleNamespace
 
 import pytest
 
+from pipecompile.schedule import catalog
 from pipecompile.schedule.catalog import RECIPES, best, made, searched
 from pipecompile.schedule.improve import candidates, improve
 from pipecompile.schedule.job import job_of
@@ -135,6 +137,13 @@ def test_a_smaller_span_and_a_smaller_makespan_may_be_two_orders():
     assert replay(by_span, costs).span == 24
     assert replay(by_makespan, costs).makespan <= replay(by_span, costs).makespan
     assert best([by_makespan, by_span], lambda order: costs) == by_span
+
+
+def test_the_span_decides_and_the_makespan_where_it_is_asked_for(monkeypatch):
+    runs = {"short": SimpleNamespace(span=1, makespan=5), "early": SimpleNamespace(span=2, makespan=4)}
+    monkeypatch.setattr(catalog, "replay", lambda order, costs: costs)
+    assert best(runs, runs.get) == "short"
+    assert best(runs, runs.get, by_span=False) == "early"
 
 
 def test_the_same_input_gives_the_same_order():
