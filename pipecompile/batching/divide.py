@@ -165,7 +165,8 @@ class _Divider:
         weights = {n: found for n, found in weights_of(self.small, mixing).items() if found}
         names = tuple(dict.fromkeys(name for found in weights.values() for name in found))
         share = share_of_weights(self.small, names)
-        if share <= MOST:
+        norm = next((n for n in mixing if uses_batch_statistics(n)), None) if names else None
+        if share <= MOST and norm is None:
             return names
         node, heavy = next(iter(weights.items()))
         first = next((n for n in self.tail_nodes if self._begins_mixing(n) and n in ancestors([node])), node)
@@ -174,6 +175,12 @@ class _Divider:
         why, instead = _why(self.analysis.kinds[node])
         if instead:
             raise CaptureError(f"{origin_of(first)}: {why}; {instead}, or use microbatches=1")
+        if share <= MOST and norm is not None:
+            raise CaptureError(
+                f"{origin_of(first)}: samples of the batch mix here ({why}), and the result goes through {heavy[0]} "
+                f"({origin_of(node)}) and a batch normalization ({origin_of(norm)}), which would have the statistics "
+                f"of the whole batch, unlike those of the stages, so use microbatches=1{accept if path else ''}"
+            )
         raise CaptureError(
             f"{origin_of(first)}: samples of the batch mix here ({why}), and the result goes through {heavy[0]} "
             f"({origin_of(node)}); microbatches cannot give what the whole batch gives, and what works on the whole "

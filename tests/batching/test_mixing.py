@@ -408,3 +408,21 @@ def test_more_of_the_weights_are_refused_with_their_share() -> None:
     pipe = pipecompile.compile(HasAHead(2 * WIDTH).double(), ["cpu", "cpu"], microbatches=3, costs="count")
     with pytest.raises(CaptureError, match=r"goes through head\.weight .* has 4\d% of the weights \(a third at most"):
         pipe(torch.randn(7, WIDTH, dtype=torch.float64))
+
+
+def test_a_batch_normalization_behind_the_mixing_is_refused() -> None:
+    class Normalized(HasAHead):
+        def __init__(self) -> None:
+            super().__init__(WIDTH)
+            self.norm = nn.BatchNorm1d(WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.first(x)
+            return self.norm(self.head(hidden - hidden.mean(0))).square().mean()
+
+    model, x = Normalized().double(), torch.randn(7, WIDTH, dtype=torch.float64)
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=3, costs="count")
+    with pytest.raises(CaptureError, match=r"goes through head\.weight .* a batch normalization \(module 'norm'"):
+        pipe(x)
+    pipe.eval()
+    torch.testing.assert_close(pipe(x), model(x))

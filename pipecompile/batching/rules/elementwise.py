@@ -45,10 +45,10 @@ def broadcast(use: Use, arguments: list[Any]) -> Kind:
             if isinstance(found, Shared):
                 found, of = placed, argument
             elif found != placed:
-                kind = met(use, (found, of), (placed, argument))
-                if kind is None:
+                same = met(use, (found, of), (placed, argument))
+                if same is None:
                     return use.mixed(f"{use.name} of values with the batch in different dimensions")
-                found, of = kind, argument if kind == placed else of
+                found, of = same, argument if same == placed else of
         elif not isinstance(kind, Shared):
             return kind if isinstance(kind, Mixed) else use.mixed(f"{use.name} of a sum over the batch")
     return found
