@@ -179,7 +179,7 @@ class _Divider:
             raise CaptureError(
                 f"{origin_of(first)}: samples of the batch mix here ({why}), and the result goes through {heavy[0]} "
                 f"({origin_of(node)}) and a batch normalization ({origin_of(norm)}), which would have the statistics "
-                f"of the whole batch, unlike those of the stages, so use microbatches=1{accept if path else ''}"
+                f"of the whole batch, unlike those of the stages; use microbatches=1{accept if path else ''}"
             )
         raise CaptureError(
             f"{origin_of(first)}: samples of the batch mix here ({why}), and the result goes through {heavy[0]} "

@@ -35,10 +35,10 @@ from pipecompile.ops.torch_internals import pytree
 from pipecompile.planning.calibration import Times, stage_times, update_seconds
 from pipecompile.planning.memory import Memory
 from pipecompile.planning.planned import Planned
-from pipecompile.planning.predict import predict
 from pipecompile.runtime.split import Piece, Stage
 from pipecompile.schedule.lowering import lower
 from pipecompile.schedule.several_processes import refreshed, shared
+from pipecompile.schedule.simulator import simulate
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ class Compiled:
         """
         bare = refreshed(bare) if self.apart else bare
         bare = shared(bare, len(self.planned.cluster)) if shares and self.apart else bare
-        return lower(bare, predict(bare, self.planned.costed, self.planned.cluster))  # alike in all processes
+        return lower(bare, self._simulated(bare))  # alike in all processes
 
     def predict(self, program: Program, measured: Timeline | None = None) -> Timeline:
         """The simulated timeline of a program, from the costs.
@@ -232,11 +232,16 @@ class Compiled:
         planned, cluster, rank_of = self.planned, self.planned.cluster, program.plan.rank_of
         if measured is None:
             known = planned.work.update_seconds(planned.costed, planned.plan, cluster)
-            return predict(program, planned.costed, cluster, known)
+            return self._simulated(program, known)
         seconds = update_seconds(measured, len(rank_of))
         speeds = [cluster.devices[rank].speed for rank in rank_of]
-        updates = [s * speed for s, speed in zip(seconds, speeds, strict=True)]
-        return predict(program, planned.costed, cluster, updates)
+        return self._simulated(program, [s * speed for s, speed in zip(seconds, speeds, strict=True)])
+
+    def _simulated(self, program: Program, updates: float | Sequence[float] = 0.0) -> Timeline:
+        """The timeline of a program of these stages, with the seconds of those that were planned."""
+        planned = self.planned
+        halves = planned.stage_halves if program.split else None
+        return simulate(program, planned.stage_costs, planned.cluster, updates, halves=halves)
 
     @cached_property
     def memory(self) -> Memory:
