@@ -583,7 +583,7 @@ def test_an_asynchronous_loss_has_nothing_to_go_backward() -> None:
 
 
 def test_an_asynchronous_pipeline_evaluates_between_its_steps() -> None:
-    pipe, through = asynchronous(), asynchronous()
+    pipe, through = asynchronous(costs="count"), asynchronous(costs="count")  # measured ones may cut them differently
     for seed in range(3):
         args, kwargs = MODELS["skip_to_loss"].inputs(4, 6, seed)
         torch.testing.assert_close(pipe(*args, **kwargs), through(*args, **kwargs))

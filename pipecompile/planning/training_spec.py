@@ -86,21 +86,26 @@ class Workload:
 
     def with_updates(self, costed: CostedGraph, cluster: Cluster) -> CostedGraph:
         """The costs to plan with: those of a microbatch, with its share of updates inside the pipeline."""
-        cost = self._update_cost(cluster)
+        cost = self._update_cost(costed, cluster)
         if cost is None:
             return costed
         return with_updates(costed, cost, updates_per_microbatch(self.schedule, self.microbatches))
 
     def update_seconds(self, costed: CostedGraph, plan: Plan, cluster: Cluster) -> tuple[float, ...]:
         """The seconds of one update of each stage inside the pipeline, on a device of speed 1; 0 if not known."""
-        cost = self._update_cost(cluster)
+        cost = self._update_cost(costed, cluster)
         return (0.0,) * plan.num_stages if cost is None else update_seconds_of(costed, plan, cost)
 
-    def _update_cost(self, cluster: Cluster) -> UpdateCost | None:
-        """What updates inside the pipeline cost; None if there are none, or their seconds are not known."""
+    def _update_cost(self, costed: CostedGraph, cluster: Cluster) -> UpdateCost | None:
+        """What updates inside the pipeline cost; None if there are none, or their seconds are not known.
+
+        They are measured only beside measured costs: counted ones are of another device, and plans of them repeatable.
+        """
         if not self.asynchronous or not all(device.is_cpu for device in cluster.devices):
             return None
-        return self.update() if callable(self.update) else self.update
+        if callable(self.update):
+            return self.update() if costed.measured else None
+        return self.update
 
     @property
     def state(self) -> float:
