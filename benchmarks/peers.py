@@ -57,21 +57,25 @@ def torchgpipe_step(task: Task, cut: int) -> Step:
     return step
 
 
-class TorchPipelining:
-    """Two gloo processes; each call is one step of both, timed from a barrier to the end of the slower one."""
+class TwoProcesses:
+    """Two gloo processes that ``serve`` a pipe; each call is one step of both, timed to the end of the slower one.
 
-    def __init__(self, task: Task, cut: int) -> None:
+    Args:
+        serve: runs in each process on its rank, the path of a store, ``args`` and a pipe. It answers each message with
+            seconds and loss, or with an error in words.
+    """
+
+    def __init__(self, serve: Callable[..., None], *args: Any) -> None:
         context = multiprocessing.get_context("spawn")
         store = Path(tempfile.mkdtemp()) / "store"
         self._pipes, self._processes = [], []
         for rank in range(2):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, str(store), task, cut, theirs), daemon=True)
+            process = context.Process(target=serve, args=(rank, str(store), *args, theirs), daemon=True)
             process.start()
             theirs.close()
             self._pipes.append(ours)
             self._processes.append(process)
-        self._ask("ready")
 
     def __call__(self) -> tuple[float, float]:
         answers = self._ask("step")
@@ -87,7 +91,18 @@ class TorchPipelining:
     def _ask(self, what: str) -> list[tuple[float, float]]:
         for pipe in self._pipes:
             pipe.send(what)
-        return [pipe.recv() for pipe in self._pipes]
+        answers = [pipe.recv() for pipe in self._pipes]
+        if said := [answer for answer in answers if isinstance(answer, str)]:
+            raise RuntimeError(said[0])
+        return answers
+
+
+class TorchPipelining(TwoProcesses):
+    """torch.distributed.pipelining's 1F1B of a sequential model; each step is timed from a barrier."""
+
+    def __init__(self, task: Task, cut: int) -> None:
+        super().__init__(_serve, task, cut)
+        self._ask("ready")
 
 
 def _serve(rank: int, store: str, task: Task, cut: int, pipe: Any) -> None:

@@ -16,21 +16,20 @@ from __future__ import annotations
 
 import argparse
 import copy
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
+from peers import TwoProcesses
 from rich.console import Console
 from rich.table import Table
 from speedup import MODELS, ROWS
 from step_time import Way, environment, take_turns
-from torch import Tensor, distributed, multiprocessing, nn
+from torch import Tensor, distributed, nn
 
 import pipecompile
 
@@ -109,37 +108,6 @@ def bare(name: str) -> Bare:
     if name == "t5":
         names, given = ("input_ids", "decoder_input_ids"), (inputs["input_ids"], inputs["labels"])
     return Bare(kind(model, names), given, inputs["labels"], loss, middle)
-
-
-class TorchPipeline:
-    """torch.distributed.pipelining in two processes; each call is one step of both, timed to the end of the slower."""
-
-    def __init__(self, name: str, microbatches: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        store = Path(tempfile.mkdtemp()) / "store"
-        self.pipes, self.processes = [], []
-        for rank in range(2):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, str(store), name, microbatches, theirs), daemon=True)
-            process.start()
-            theirs.close()
-            self.pipes.append(ours)
-            self.processes.append(process)
-
-    def __call__(self) -> tuple[float, float]:
-        for pipe in self.pipes:
-            pipe.send("step")
-        answers = [pipe.recv() for pipe in self.pipes]
-        if said := [answer for answer in answers if isinstance(answer, str)]:
-            raise RuntimeError(said[0])
-        return max(seconds for seconds, _ in answers), answers[-1][1]
-
-    def close(self) -> None:
-        for pipe in self.pipes:
-            pipe.close()
-        for process in self.processes:
-            process.join(timeout=10)
-            process.kill()
 
 
 def _serve(rank: int, store: str, name: str, microbatches: int, pipe: Any) -> None:
@@ -231,7 +199,7 @@ def compare(name: str, options: argparse.Namespace) -> list[str]:
         ours()
     number = pipe.pipeline.microbatches
     ways = [Way("unsplit", stepping(case.model, case, False)), Way("pipecompile", ours)]
-    theirs, said = TorchPipeline(name, number), {}
+    theirs, said = TwoProcesses(_serve, name, number), {}
     makers: dict[str, Callable[[], Callable[[], tuple[float, float]]]] = {"torch": lambda: theirs}
     if name == "resnet50":
         again = copy.deepcopy(case.model)

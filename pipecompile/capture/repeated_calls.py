@@ -105,7 +105,8 @@ class RepeatedCalls:
         if not all(isinstance(mode, FakeTensorMode) for mode in _get_current_dispatch_mode_stack()):
             return None  # a mode of the model's own wants to see the call
         try:
-            return func, described(args), described(kwargs), _modes(tensors[0].device.type), self._learned
+            modes, learned = _modes(tensors[0].device.type), 0 if self.shapes is None else self.shapes.learned
+            return func, described(args), described(kwargs), modes, learned
         except Unknown:
             return None
 
@@ -117,11 +118,6 @@ class RepeatedCalls:
         """Notes the result of a call that has written nothing."""
         if key is not None and key not in self._known:
             self._known[key] = _result(tensors, out)
-
-    @property
-    def _learned(self) -> int:
-        """Changes when the trace learns that a symbol equals something."""
-        return 0 if self.shapes is None else self.shapes._replacements_version_counter
 
 
 class Unknown(Exception):

@@ -76,7 +76,7 @@ def _maybe_as_int(self: SymNode, original: Callable[..., int | None] = SymNode.m
     shapes = self.shape_env
     if type(shapes) is not Shapes:
         return original(self)
-    learned = shapes._replacements_version_counter
+    learned = shapes.learned
     if shapes.known.get(("maybe_as_int", self._expr)) == learned:
         return None
     number = original(self)

@@ -53,6 +53,11 @@ class Shapes(ShapeEnv):
         if only_data_tells(a) and a in self.replacements and not msg.startswith(_RENAMES):
             raise DependsOnData(f"an operation needs a size that depends on the model's data to be {tgt}")
 
+    @property
+    def learned(self) -> int:
+        """Changes when the trace learns that a symbol equals something."""
+        return int(self._replacements_version_counter)
+
     def _get_user_frame(self) -> None:
         """Called by torch for the line that it names beside a guard, in messages that no user sees.
 
