@@ -102,8 +102,8 @@ class RepeatedCalls:
         """What the result of a call depends on; None if this is not known."""
         if not tensors or not _is_torchs(func) or torch.is_inference_mode_enabled():
             return None
-        if not all(isinstance(mode, FakeTensorMode) for mode in _get_current_dispatch_mode_stack()):
-            return None  # a mode of the model's own wants to see the call
+        if is_watched():
+            return None
         try:
             return func, described(args), described(kwargs), _modes(tensors[0].device.type), self._learned
         except Unknown:
@@ -122,6 +122,11 @@ class RepeatedCalls:
     def _learned(self) -> int:
         """Changes when the trace learns that a symbol equals something."""
         return 0 if self.shapes is None else self.shapes._replacements_version_counter
+
+
+def is_watched() -> bool:
+    """Whether a dispatch mode of the model's own wants to see what runs."""
+    return not all(isinstance(mode, FakeTensorMode) for mode in _get_current_dispatch_mode_stack())
 
 
 class Unknown(Exception):
