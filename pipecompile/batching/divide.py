@@ -174,13 +174,13 @@ class _Divider:
             node, heavy = next(iter(weights.items()))
             reached = (
                 f"{heavy[0]} ({origin_of(node)}); microbatches cannot give what the whole batch gives, and what works "
-                f"on the whole batch has {share:.0%} of the weights (a third at most may run behind the stages), so"
+                f"on the whole batch has {share:.0%} of the weights (a third at most may run behind the stages)"
             )
         elif norm is not None:
             node = norm
             reached = (
                 f"a batch normalization ({origin_of(norm)}), which would have the statistics of the whole batch, "
-                f"unlike those of the stages;"
+                f"unlike those of the stages"
             )
         else:
             return names
@@ -191,8 +191,8 @@ class _Divider:
         if instead:
             raise CaptureError(f"{origin_of(first)}: {why}; {instead}, or use microbatches=1")
         raise CaptureError(
-            f"{origin_of(first)}: samples of the batch mix here ({why}), and the result goes through {reached} use "
-            f"microbatches=1{accept if path else ''}"
+            f"{origin_of(first)}: samples of the batch mix here ({why}), and the result goes through {reached}, so "
+            f"use microbatches=1{accept if path else ''}"
         )
 
     def _normalizes_samples(self, norm: fx.Node) -> bool:
