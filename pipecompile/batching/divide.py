@@ -191,7 +191,7 @@ class _Divider:
         if instead:
             raise CaptureError(f"{origin_of(first)}: {why}; {instead}, or use microbatches=1")
         raise CaptureError(
-            f"{origin_of(first)}: samples of the batch mix here ({why}), and the result goes through {reached}, so "
+            f"{origin_of(first)}: samples of the batch mix here ({why}), and the result goes through {reached}; "
             f"use microbatches=1{accept if path else ''}"
         )
 
