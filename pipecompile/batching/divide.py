@@ -25,6 +25,7 @@ from pipecompile.batching.division import Before, Division, Tail
 from pipecompile.batching.infer_batch_types import Analysis, analyse
 from pipecompile.batching.rules import Instead, Recount, RowsArgument, Share, ShareArgument, Squeeze, WholeArgument
 from pipecompile.batching.rules.batch_types import SHARED, Batched, Kind, Local, Mixed, is_mixed
+from pipecompile.batching.rules.size_pair import Scale
 from pipecompile.batching.tail_weights import MOST, share_of_weights, weights_of
 from pipecompile.capture import Captured, Output
 from pipecompile.capture.ancestors import ancestors
@@ -160,33 +161,44 @@ class _Divider:
         )
 
     def _weights_of_the_tail(self) -> tuple[str, ...]:
-        """The weights that work on the whole batch; refuses so many that the stages are left with too few."""
+        """The weights that work on the whole batch.
+
+        Refuses so many that the stages are left with too few, and a batch normalization of samples.
+        """
         mixing = [n for n in self.tail_nodes if is_mixed(self.analysis.kinds[n]) and n not in self.analysis.early]
         weights = {n: found for n, found in weights_of(self.small, mixing).items() if found}
         names = tuple(dict.fromkeys(name for found in weights.values() for name in found))
         share = share_of_weights(self.small, names)
-        norm = next((n for n in mixing if uses_batch_statistics(n)), None) if names else None
-        if share <= MOST and norm is None:
+        norm = next((n for n in mixing if uses_batch_statistics(n) and self._normalizes_samples(n)), None)
+        if share > MOST:
+            node, heavy = next(iter(weights.items()))
+            reached = (
+                f"{heavy[0]} ({origin_of(node)}); microbatches cannot give what the whole batch gives, and what works "
+                f"on the whole batch has {share:.0%} of the weights (a third at most may run behind the stages)"
+            )
+        elif norm is not None:
+            node = norm
+            reached = (
+                f"a batch normalization ({origin_of(norm)}), which would have the statistics of the whole batch, "
+                f"unlike those of the stages"
+            )
+        else:
             return names
-        node, heavy = next(iter(weights.items()))
         first = next((n for n in self.tail_nodes if self._begins_mixing(n) and n in ancestors([node])), node)
         path = origin_of(first).path
         accept = f", or let this module see one microbatch at a time: batching=Batching(allow_mixing=[{path!r}])"
         why, instead = _why(self.analysis.kinds[node])
         if instead:
             raise CaptureError(f"{origin_of(first)}: {why}; {instead}, or use microbatches=1")
-        if share <= MOST and norm is not None:
-            raise CaptureError(
-                f"{origin_of(first)}: samples of the batch mix here ({why}), and the result goes through {heavy[0]} "
-                f"({origin_of(node)}) and a batch normalization ({origin_of(norm)}), which would have the statistics "
-                f"of the whole batch, unlike those of the stages; use microbatches=1{accept if path else ''}"
-            )
         raise CaptureError(
-            f"{origin_of(first)}: samples of the batch mix here ({why}), and the result goes through {heavy[0]} "
-            f"({origin_of(node)}); microbatches cannot give what the whole batch gives, and what works on the whole "
-            f"batch has {share:.0%} of the weights (a third at most may run behind the stages), so use "
-            f"microbatches=1{accept if path else ''}"
+            f"{origin_of(first)}: samples of the batch mix here ({why}), and the result goes through {reached}; "
+            f"use microbatches=1{accept if path else ''}"
         )
+
+    def _normalizes_samples(self, norm: fx.Node) -> bool:
+        """Whether the first dimension, which batch normalization takes for the batch, grows with the batch."""
+        x = norm.kwargs.get("input", norm.args[0] if norm.args else None)
+        return isinstance(x, fx.Node) and 0 in Scale(self.small, self.large).growing(x)
 
     # The body
 
@@ -204,6 +216,8 @@ class _Divider:
         for node in self.small.graph.nodes:
             if node.op not in ("placeholder", "output"):
                 self._copy(node, copies)
+        wanted = list(wanted)
+        self._refuse_the_unreachable([n for n in wanted if n not in copies])
         kept = [copies[n] for n in wanted]
         graph.output(tuple(dict.fromkeys(kept)))
         graph.eliminate_dead_code(is_impure_node=_must_stay)
@@ -215,6 +229,16 @@ class _Divider:
         groups = [tuple(name for name in group if name in alive) for group in self.small.groups]
         groups = [group for group in groups if len(group) > 1]
         return replace(self.small, graph=graph, outputs=outputs, left=(), groups=tuple(groups), checked={}), copies
+
+    def _refuse_the_unreachable(self, nodes: Iterable[fx.Node]) -> None:
+        """Raises ``CaptureError`` for a value that is said to be of microbatches and is not computed in the body."""
+        for node in nodes:
+            late = next(n for n in self.small.graph.nodes if n in ancestors([node]) and self._begins_mixing(n))
+            raise CaptureError(
+                f"{origin_of(node)}: this is to see one microbatch at a time, but it reads what needs the whole batch "
+                f"({origin_of(late)}); use microbatches=1, or name in Batching(allow_mixing=...) the module that mixes "
+                f"samples first"
+            )
 
     def _copy(self, node: fx.Node, copies: dict[fx.Node, fx.Node]) -> None:
         """Copies a node into the body, if the body computes it."""

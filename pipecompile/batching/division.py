@@ -52,7 +52,7 @@ class Tail:
     joined: Mapping[str, str]
     outputs: tuple[str, ...]
     writes: tuple[str, ...]  # buffers
-    weights: tuple[str, ...]  # parameters of two dimensions or more that it works with
+    weights: tuple[str, ...]  # parameters of two dimensions or more that it works with, and all of leaves
     why: tuple[str, ...]  # what mixes samples, and where
 
 

@@ -2,7 +2,8 @@
 
 What follows the first function that mixes samples runs once on the whole batch, behind the stages, on the last device.
 That is exact, however much it is, and no pipeline if it is most of the model. So a tail with more than a third of the
-weights is refused.
+weights is refused. A weight that is transformed before it meets the batch (``w.t()``, a weight normalization) is not
+counted: a stage transforms it, and the tail has the result.
 """
 
 from __future__ import annotations

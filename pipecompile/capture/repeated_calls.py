@@ -102,8 +102,8 @@ class RepeatedCalls:
         """What the result of a call depends on; None if this is not known."""
         if not tensors or not _is_torchs(func) or torch.is_inference_mode_enabled():
             return None
-        if not all(isinstance(mode, FakeTensorMode) for mode in _get_current_dispatch_mode_stack()):
-            return None  # a mode of the model's own wants to see the call
+        if is_watched():
+            return None
         try:
             modes, learned = _modes(tensors[0].device.type), 0 if self.shapes is None else self.shapes.learned
             return func, described(args), described(kwargs), modes, learned
@@ -118,6 +118,11 @@ class RepeatedCalls:
         """Notes the result of a call that has written nothing."""
         if key is not None and key not in self._known:
             self._known[key] = _result(tensors, out)
+
+
+def is_watched() -> bool:
+    """Whether a dispatch mode of the model's own wants to see what runs."""
+    return not all(isinstance(mode, FakeTensorMode) for mode in _get_current_dispatch_mode_stack())
 
 
 class Unknown(Exception):

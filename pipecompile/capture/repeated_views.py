@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipecompile.capture.functionalize import storage_key
-from pipecompile.capture.repeated_calls import Unknown, described, is_plain, symbols_of
+from pipecompile.capture.repeated_calls import Unknown, described, is_plain, is_watched, symbols_of
 from pipecompile.ops.symbols import Shapes
 from pipecompile.ops.torch_internals import FakeTensor, OpOverload, in_kernel_invocation_manager
 
@@ -57,7 +57,7 @@ class RepeatedViews:
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs an aten operation below autograd, or makes the views that it made before."""
-        if self.shapes is None or not _is_view(func) or not args or not isinstance(args[0], FakeTensor):
+        if self.shapes is None or not _is_view(func) or not args or not isinstance(args[0], FakeTensor) or is_watched():
             return func(*args, **kwargs)
         try:
             key = func, described(args), described(kwargs), self.shapes.learned

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from losses import WIDTH, assert_step_equal
 from torch import Tensor, nn
 
@@ -410,19 +411,56 @@ def test_more_of_the_weights_are_refused_with_their_share() -> None:
         pipe(torch.randn(7, WIDTH, dtype=torch.float64))
 
 
-def test_a_batch_normalization_behind_the_mixing_is_refused() -> None:
-    class Normalized(HasAHead):
-        def __init__(self) -> None:
-            super().__init__(WIDTH)
-            self.norm = nn.BatchNorm1d(WIDTH)
+class Normalized(HasAHead):
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.norm = nn.BatchNorm1d(WIDTH)
 
-        def forward(self, x: Tensor) -> Tensor:
-            hidden = self.first(x)
-            return self.norm(self.head(hidden - hidden.mean(0))).square().mean()
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        return self.norm(self.headed(hidden - hidden.mean(0))).square().mean()
 
-    model, x = Normalized().double(), torch.randn(7, WIDTH, dtype=torch.float64)
-    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=3, costs="count")
-    with pytest.raises(CaptureError, match=r"goes through head\.weight .* a batch normalization \(module 'norm'"):
+    def headed(self, hidden: Tensor) -> Tensor:
+        return self.head(hidden)
+
+
+class NormalizedAlone(Normalized):
+    def headed(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+
+class NormalizedBySample(Normalized):
+    """The statistics of each channel of each sample, as style transfer computes them."""
+
+    def headed(self, hidden: Tensor) -> Tensor:
+        channels = self.head(hidden).reshape(1, -1, WIDTH // 2)
+        return F.batch_norm(channels, None, None, training=True).reshape(hidden.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        return self.headed(hidden - hidden.mean(0)).exp().mean()
+
+
+@pytest.mark.parametrize("model", [Normalized(WIDTH), NormalizedAlone(WIDTH)], ids=["of weights", "alone"])
+def test_a_batch_normalization_behind_the_mixing_is_refused(model: nn.Module) -> None:
+    x = torch.randn(7, WIDTH, dtype=torch.float64)
+    pipe = pipecompile.compile(model.double(), ["cpu", "cpu"], microbatches=3, costs="count")
+    with pytest.raises(CaptureError, match=r"goes through a batch normalization \(module 'norm'"):
         pipe(x)
     pipe.eval()
     torch.testing.assert_close(pipe(x), model(x))
+
+
+def test_a_batch_normalization_of_channels_of_samples_may_follow_the_mixing() -> None:
+    model, x = NormalizedBySample(WIDTH).double(), torch.randn(7, WIDTH, dtype=torch.float64)
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=3, costs="count")
+    assert_step_equal(model, pipe, {"x": x})
+    assert "work on the whole batch, behind the stages: head.weight" in pipe.pipeline.report.microbatches
+
+
+def test_a_module_may_not_see_microbatches_of_what_needs_the_whole_batch() -> None:
+    model, x = NormalizedAlone(WIDTH).double(), torch.randn(7, WIDTH, dtype=torch.float64)
+    batching = pipecompile.Batching(allow_mixing=["norm"])
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=3, costs="count", batching=batching)
+    with pytest.raises(CaptureError, match=r"reads what needs the whole batch \(the model's own forward.* use micro"):
+        pipe(x)

@@ -17,7 +17,7 @@ from pipecompile.capture.functionalize import storage_key
 from pipecompile.capture.origin import origin_of
 from pipecompile.capture.repeated_calls import RepeatedCalls, Result
 from pipecompile.capture.repeated_views import RepeatedViews, Views
-from pipecompile.ops.torch_internals import pytree
+from pipecompile.ops.torch_internals import TorchDispatchMode, pytree
 
 
 def facts(captured: Captured) -> dict[str, Any]:
@@ -251,3 +251,22 @@ def test_a_gradient_inside_forward_is_recorded(again: Counted) -> None:
     model = Penalty()
     captured = capture(model, read_call(model.forward, (x,), {}))
     assert any("backward" in node.name for node in captured.graph.nodes)
+
+
+def test_a_dispatch_mode_of_the_models_own_sees_the_views_of_every_layer() -> None:
+    class Counts(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        views = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.views += func is torch.ops.aten.transpose.int
+            return func(*args, **(kwargs or {}))
+
+    def turned(y: Tensor, x: Tensor) -> Tensor:
+        with Counts() as counts:  # type: ignore[no-untyped-call]
+            y = y.transpose(0, 1).transpose(0, 1)
+        return y * counts.views
+
+    model, x = Layers(turned), torch.randn(4, D)
+    captured = capture(model, read_call(model.forward, (x,), {}))
+    numbers = [node.args[1] for node in captured.graph.nodes if node.op == "call_function" and "mul" in node.name]
+    assert numbers == [2] * len(model.layers)
