@@ -108,7 +108,7 @@ def _with(it: Halves, whole: float, waits: bool, by: Splitting) -> Halves:
     inputs = 0.5 * by.factor * whole if waits else 0.0
     return Halves(
         forward=it.forward + by.forward,
-        backward=it.backward - whole + inputs + by.backward,
+        backward=max(0.0, it.backward - whole) + inputs + by.backward,  # sums are rounded
         weights=it.weights + by.factor * whole - inputs + by.weights,
         fixed=it.fixed + Cost(by.forward, by.backward + by.weights),
     )
