@@ -15,7 +15,9 @@ from pipecompile.capture.functionalize import storage_key
 from pipecompile.capture.origin import origin_of
 from pipecompile.capture.purity import has_effect, is_cheap, name_of
 from pipecompile.ir.graph import Graph, Node, Parameter, TensorSpec
+from pipecompile.ir.split_nodes import SPLIT
 from pipecompile.ops.source_lines import short
+from pipecompile.ops.splittable import fits, weights_of
 from pipecompile.ops.symbols import resolve
 
 
@@ -49,6 +51,7 @@ def summarize(captured: Captured) -> Graph:
                 and all(nodes[i].rematerialized for i in inputs)
                 and _may_repeat(n, outputs),
                 writes=origin.writes,
+                whole=_is_whole(n, parameters),
             )
         )
     if all(node.rematerialized for node in nodes):  # no parameters, no gradients: still something to run
@@ -62,6 +65,17 @@ def summarize(captured: Captured) -> Graph:
         parameters=tuple(Parameter(name, _spec(parameters[name], sizes)) for name in used),
         together=tuple(_together(captured, fx_nodes, index, nodes)),
     )
+
+
+def _is_whole(n: fx.Node, parameters: Mapping[str, Tensor]) -> bool:
+    """Whether no backward of a call is split, though its function has a split form: what it reads does not fit."""
+    if name_of(n) not in SPLIT:
+        return False
+    weights = weights_of(n)
+    if weights is None or not all(weight.op == "get_attr" for weight in weights) or not fits(n):
+        return True
+    trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
+    return trained.isdisjoint(str(weight.target) for weight in weights)
 
 
 def _may_repeat(n: fx.Node, outputs: tuple[TensorSpec, ...]) -> bool:

@@ -89,7 +89,8 @@ def _of_plan(path: Path, text: str) -> StageFigures:
         split = [stage["split"] for stage in stages]
         halves = tuple(Halves(it["forward"], it["backward"], it["weights"]) for it in split)
         for number, it in enumerate(halves):
-            it.cost.check(f"of stage {number}, split,")
+            for half in (Cost(it.forward, it.backward), Cost(0.0, it.weights)):
+                half.check(f"of stage {number}, split,")
         return StageFigures(
             plan=plan,
             costs=costs,

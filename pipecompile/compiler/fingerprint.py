@@ -98,7 +98,8 @@ def plan_key(
     if callable(options.objective):
         return ""
     limited = any(device.memory is not None for device in cluster.devices)
-    state = work.state if limited or not callable(work.optimizer_state) else None
+    weighed = limited or work.asynchronous  # steps inside the pipeline take what the optimizer's state tells apart
+    state = work.state if weighed or not callable(work.optimizer_state) else None
     how = (
         work.schedule,
         work.placement,
@@ -108,6 +109,7 @@ def plan_key(
         work.tail,
         work.fused,
         work.asynchronous,
+        work.asynchronous and work.update is None,
     )
     training = (*how, state)  # of a schedule: its functions by name
     asked = [training, sorted(asdict(options).items()), backend, *shared_outputs]

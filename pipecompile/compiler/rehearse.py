@@ -121,7 +121,7 @@ def rehearsed(
             break
         if replace(compiled.plan, quality=None) == tried[-1].plan:
             return replace(compiled, stages=tried[-1].stages)  # what torch.compile has compiled of them
-    return min(tried, key=lambda each: each.plan.pace([cost.seconds for cost in each.planned.stage_costs]))
+    return min(tried, key=lambda each: each.plan.pace([cost.seconds for cost in each.planned.run_costs]))
 
 
 def _noted(compiled: Compiled, what: str) -> Compiled:

@@ -62,6 +62,7 @@ class Node:
     source: str = ""  # "model.py:42": the user's line
     rematerialized: bool = False
     writes: tuple[str, ...] = ()  # buffers written in place
+    whole: bool = False  # whether no backward of it is split, though its function has a split form
 
     @property
     def nbytes(self) -> int:

@@ -1,7 +1,7 @@
 """Which nodes a split backward leaves gradients of weights of, and the seconds of a stage whose backward is split.
 
 A split backward computes the gradients of inputs (B), and leaves those of weights to a BackwardWeight (W). Only some
-functions can be split (``ops/split_backward.py``). Other nodes compute all in B, and nothing is added to their seconds.
+functions can be split (``ops/splittable.py``). Other nodes compute all in B, and nothing is added to their seconds.
 For a node that is split:
 
     F  takes longer by what it takes to note what W needs
@@ -59,7 +59,8 @@ SPLIT: Mapping[str, Splitting] = {
 def split_nodes(costed: CostedGraph, nodes: Iterable[int], again: bool = False) -> frozenset[int]:
     """The nodes, of some in one stage, whose weights a split backward leaves.
 
-    Not those without a weight to train, under an autocast of the model's own, or recomputed in the backward.
+    Not those without a weight to train, of which the split form does not take the options or the shapes (``whole``),
+    under an autocast of the model's own, or recomputed in the backward.
 
     Args:
         again: whether the stage is recomputed.
@@ -69,6 +70,7 @@ def split_nodes(costed: CostedGraph, nodes: Iterable[int], again: bool = False) 
         i
         for i in nodes
         if graph.nodes[i].op in SPLIT
+        and not graph.nodes[i].whole
         and footprints[i].stretch is None
         and not footprints[i].casts
         and not (again and footprints[i].repeats)
@@ -106,7 +108,7 @@ def _with(it: Halves, whole: float, waits: bool, by: Splitting) -> Halves:
     inputs = 0.5 * by.factor * whole if waits else 0.0
     return Halves(
         forward=it.forward + by.forward,
-        backward=it.backward - whole + inputs + by.backward,
+        backward=max(0.0, it.backward - whole) + inputs + by.backward,  # sums are rounded
         weights=it.weights + by.factor * whole - inputs + by.weights,
         fixed=it.fixed + Cost(by.forward, by.backward + by.weights),
     )

@@ -31,7 +31,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from pipecompile.ir import split_nodes
+from pipecompile.ops.splittable import (
+    SPLITTABLE,
+    fits_addmm,
+    fits_convolution,
+    fits_embedding,
+    fits_linear,
+    fits_matmul,
+)
 from pipecompile.ops.torch_internals import _top_saved_tensors_default_hooks
 
 Accumulate = Callable[[Tensor | None], Tensor]  # from the gradient so far, which it may add to in place
@@ -204,7 +211,7 @@ def _rows(tensor: Tensor) -> Tensor:
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear``: ``(..., in), (out, in), (out) -> (..., out)``."""
-    if weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):  # bias may be broadcast
+    if not fits_linear(input, weight, bias):
         return F.linear(input, weight, bias)
     return _split(F.linear, _of_linear, input, weight, bias)
 
@@ -217,7 +224,7 @@ def _of_linear(gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None 
 
 def addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     """``torch.addmm`` of a bias, an input and a weight: ``(out), (n, in), (in, out) -> (n, out)``."""
-    if beta != 1 or alpha != 1 or input.shape != mat2.shape[1:]:
+    if not fits_addmm(input, mat1, mat2, beta=beta, alpha=alpha):
         return torch.addmm(input, mat1, mat2, beta=beta, alpha=alpha)
 
     return _split(_addmm, _of_addmm, mat1, mat2, input)
@@ -233,7 +240,7 @@ def _of_addmm(gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Sequ
 
 def matmul(input: Tensor, other: Tensor) -> Tensor:
     """``torch.matmul`` of an input and a weight: ``(..., in), (in, out) -> (..., out)``."""
-    if input.ndim < 2 or other.ndim != 2:
+    if not fits_matmul(input, other):
         return torch.matmul(input, other)
 
     return _split(torch.matmul, _of_matmul, input, other)
@@ -253,7 +260,7 @@ def embedding(
     sparse: bool = False,
 ) -> Tensor:
     """``F.embedding``: ``(...), (rows, width) -> (..., width)``."""
-    if sparse or max_norm is not None:
+    if not fits_embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse):
         return F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
     padding = -1 if padding_idx is None else padding_idx % len(weight)
 
@@ -287,7 +294,7 @@ def _convolution(function: Callable[..., Tensor], dims: int) -> Callable[..., Te
         def run(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             return function(x, weight, bias, stride, padding, dilation, groups)
 
-        if isinstance(padding, str) or input.ndim != dims + 2:
+        if not fits_convolution(dims, input, weight, bias, stride, padding):
             return run(input, weight, bias)
         sizes = [_each(stride, dims), _each(padding, dims), _each(dilation, dims)]
 
@@ -312,16 +319,13 @@ def _each(value: Any, dims: int) -> list[int]:
     return [value] * dims if isinstance(value, int) else [*value] * (dims // len(value))
 
 
-WEIGHT, BIAS = (1, "weight"), (2, "bias")
-Form = tuple[Callable[..., Tensor], Sequence[tuple[int, str]]]
-_FORMS: Mapping[str, tuple[Sequence[Any], Form]] = {
-    "linear": ([F.linear], (linear, (WEIGHT, BIAS))),
-    "addmm": ([torch.addmm, torch.Tensor.addmm], (addmm, ((2, "mat2"), (0, "input")))),
-    "matmul": ([torch.matmul, torch.Tensor.matmul], (matmul, ((1, "other"),))),
-    "embedding": ([F.embedding], (embedding, (WEIGHT,))),
-    "conv1d": ([F.conv1d], (_convolution(F.conv1d, 1), (WEIGHT, BIAS))),
-    "conv2d": ([F.conv2d], (_convolution(F.conv2d, 2), (WEIGHT, BIAS))),
-    "conv3d": ([F.conv3d], (_convolution(F.conv3d, 3), (WEIGHT, BIAS))),
+_FORMS: Mapping[str, Callable[..., Tensor]] = {
+    "linear": linear,
+    "addmm": addmm,
+    "matmul": matmul,
+    "embedding": embedding,
+    "conv1d": _convolution(F.conv1d, 1),
+    "conv2d": _convolution(F.conv2d, 2),
+    "conv3d": _convolution(F.conv3d, 3),
 }
-# By function of torch: its split form, and the positions and names of the arguments that must be parameters.
-SPLIT = {function: form for functions, form in map(_FORMS.__getitem__, split_nodes.SPLIT) for function in functions}
+SPLIT = {function: _FORMS[it.name] for function, it in SPLITTABLE.items()}  # by function of torch: its split form

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from pipecompile.capture.state.restore import generators_kept
 from pipecompile.partition import ADAM
 
 SIDE = 64  # of the parameter: large enough that a step counter does not matter
@@ -21,8 +22,9 @@ def optimizer_state(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer])
     parameter = nn.Parameter(torch.ones(SIDE, SIDE))
     parameter.grad = torch.ones_like(parameter)
     try:
-        optimizer = make([parameter])
-        optimizer.step()
+        with generators_kept():
+            optimizer = make([parameter])
+            optimizer.step()
     except Exception as error:  # a user's optimizer can raise anything
         warnings.warn(
             f"optimizer= cannot step on a single parameter of shape {tuple(parameter.shape)} "

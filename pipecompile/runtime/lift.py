@@ -19,6 +19,7 @@ from pipecompile.capture.purity import name_of
 from pipecompile.ops.functional import is_traceable
 from pipecompile.ops.operators import is_opaque
 from pipecompile.ops.split_backward import SPLIT
+from pipecompile.ops.splittable import weights_of
 from pipecompile.runtime.split import Stage, quiet
 
 
@@ -75,12 +76,9 @@ def _only_reads(user: fx.Node) -> bool:
 
 def _split(call: fx.Node, parameters: Set[fx.Node]) -> None:
     """Makes a call of a function with parameters one whose backward leaves their gradients."""
-    if call.op != "call_function" or call.target not in SPLIT:
-        return
-    split, places = SPLIT[call.target]
-    given = [call.args[place] if place < len(call.args) else call.kwargs.get(name) for place, name in places]
-    if given[0] in parameters and all(each is None or each in parameters for each in given):
-        call.target = split
+    weights = weights_of(call)
+    if weights is not None and parameters >= set(weights):
+        call.target = SPLIT[call.target]
 
 
 def _lift_leaf(call: fx.Node, leaf: nn.Module, lifted: dict[str, fx.Node]) -> None:

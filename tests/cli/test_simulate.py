@@ -105,6 +105,10 @@ def test_split_backwards_are_simulated_as_plan_predicts_them(planned: Path, wher
     assert facts("simulate", planned, "--weight-part", 0.5)["seconds"] != json.loads(text)["step"]["seconds"]
     planned.write_text(text.replace('"weights":', '"weight":'))
     assert "has no 'weights'" in run("simulate", planned).stderr
+    negative = json.loads(text)
+    negative["stages"][0]["split"] = {"forward": 1.0, "backward": -1.0, "weights": 2.0}
+    planned.write_text(json.dumps(negative))
+    assert "of stage 0, split, takes 1.0 s and -1.0 s" in run("simulate", planned).stderr.replace("\n", " ")
 
 
 def test_values_that_skip_stages_are_sent_directly(tmp_path: Path) -> None:

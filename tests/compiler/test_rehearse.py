@@ -9,6 +9,7 @@ import random
 import threading
 from contextlib import nullcontext
 from queue import SimpleQueue
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -268,24 +269,45 @@ def test_a_plan_whose_times_hold_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pipe.pipeline.costs.origin.endswith(", confirmed by a rehearsal")
 
 
-def test_where_times_never_hold_the_best_plan_that_was_rehearsed_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
+def test_where_times_never_hold_the_best_plan_that_was_rehearsed_is_taken(
+    schedule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     took: list[tuple[float, tuple[int | None, ...]]] = []
 
     def now_one_now_the_other(batch: Batch) -> tuple[Times, ...]:
         plan = batch.compiled.plan
-        costs = stage_costs(batch.compiled.planned.costed, plan)
+        costs, halves = batch.compiled.planned.run_costs, batch.compiled.planned.stage_halves
         slow = len(took) % 2
         measured = [Cost(4 * c.forward, 4 * c.backward) if s == slow else c for s, c in enumerate(costs)]
         took.append((max(cost.seconds for cost in measured), plan.stage_of))
-        return tuple(map(Times, costs, measured))
+        fixed = [it.fixed if schedule == "zb-h1" else Cost() for it in halves]
+        return tuple(map(Times, costs, measured, fixed))
 
     monkeypatch.setattr(rehearse.Rehearsal, "times", lambda _, batch: now_one_now_the_other(batch))
-    pipe = compiled(Deep())
+    pipe = compiled(Deep(), schedule=schedule)
     assert len(took) == rehearse.REHEARSALS
     seconds, stage_of = min(took)
     assert pipe.pipeline.plan.stage_of == stage_of
-    assert max(cost.seconds for cost in stage_costs(pipe.pipeline.costs, pipe.pipeline.plan)) == pytest.approx(seconds)
+    taken = pipe.pipeline._capture_in_use.planned.run_costs
+    assert max(cost.seconds for cost in taken) == pytest.approx(seconds)
     pipe(rows()).backward()
+
+
+def test_the_best_plan_is_that_which_took_least_with_what_it_takes_to_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    def tried(rank_of: tuple[int, int], nodes: float, run: float) -> Any:
+        planned = SimpleNamespace(costed=None, stage_costs=[Cost(nodes)] * 2, run_costs=[Cost(run)] * 2)
+        it = SimpleNamespace(plan=Plan((), rank_of), planned=planned)
+        it.recosted = lambda costed: it
+        return it
+
+    plans = [tried((0, 1), nodes=2.0, run=3.0), tried((1, 0), nodes=1.0, run=4.0), tried((0, 0), nodes=3.0, run=5.0)]
+    following, off = iter([*plans[1:], tried((1, 1), 9.0, 9.0)]), (Times(Cost(1.0), Cost(2.0)),) * 2
+    rehearsal = SimpleNamespace(times=lambda batch: off)
+    monkeypatch.setattr(rehearse, "corrected", lambda *_: None)
+    monkeypatch.setattr(rehearse, "Batch", lambda *_: None)
+    found = rehearse.rehearsed(plans[0], None, None, rehearsal, lambda costed: next(following))
+    assert found is plans[0]
 
 
 def test_later_steps_are_predicted_by_the_rehearsal(monkeypatch: pytest.MonkeyPatch) -> None:

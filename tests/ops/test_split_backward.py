@@ -72,7 +72,7 @@ def test_both_parts_are_the_whole_backward(name: str, first: bool) -> None:
     torch.manual_seed(0)
     call = CALLS[name]()
     function, args, kwargs = call
-    split, places = SPLIT[function]
+    split = SPLIT[function]
     x = next(each for each in tensors(call) if not each.requires_grad)
     x.requires_grad_(x.is_floating_point() and not first)
     out = function(*args, **kwargs)
@@ -101,14 +101,13 @@ def test_both_parts_are_the_whole_backward(name: str, first: bool) -> None:
         else:
             torch.testing.assert_close(early, wanted)
     assert weights
-    assert places
 
 
 def test_gradients_of_one_weight_are_summed_and_added_to_what_it_has() -> None:
     w, x = weight(3, 3), floats(2, 3)
     w.grad = torch.ones_like(w)
     queue = Queue()
-    split = SPLIT[F.linear][0]
+    split = SPLIT[F.linear]
     with queued(queue):
         split(split(x, w), w).sum().backward()
     assert torch.equal(w.grad, torch.ones_like(w))
@@ -140,7 +139,7 @@ def test_a_convolution_computes_the_gradients_of_weight_and_bias_together(frozen
         tensor.requires_grad_(name != frozen)
     x = floats(2, 4, 9).requires_grad_()
     with queued(queue):
-        out = SPLIT[F.conv1d][0](x, own["weight"], own["bias"])
+        out = SPLIT[F.conv1d](x, own["weight"], own["bias"])
     with Kernels() as kernels:
         out.sum().backward()
         queue.empty()
@@ -157,7 +156,7 @@ def test_a_frozen_weight_gets_no_gradient() -> None:
     w, b, x = floats(3, 3), weight(3), floats(2, 3)
     queue = Queue()
     with queued(queue):
-        SPLIT[F.linear][0](x, w, b).sum().backward()
+        SPLIT[F.linear](x, w, b).sum().backward()
     queue.empty()
     assert w.grad is None
     assert torch.equal(b.grad, torch.full((3,), 2.0, dtype=torch.float64))
@@ -174,7 +173,7 @@ def test_elsewhere_it_is_the_function_itself(how: str) -> None:
         torch.set_grad_enabled(how != "no gradients"),
         torch.autocast("cpu", enabled=how == "autocast"),
     ):
-        out = SPLIT[F.linear][0](x, w)
+        out = SPLIT[F.linear](x, w)
         torch.testing.assert_close(out, F.linear(x, w), rtol=0, atol=0)
     if how != "no gradients":
         out.abs().sum().backward()

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from random import Random
+from typing import Any
 
 import pytest
 import torch
 from pairs import pipe_of
 from torch import nn
+from torch.nn import functional as F
 
 from pipecompile import PlanOptions
 from pipecompile.ir.cluster import Cluster
@@ -177,6 +182,61 @@ def test_a_corrected_split_stage_takes_what_was_measured() -> None:
     assert [it.predicted for it in whole] == list(stage_costs(costed, plan))
     tiny = Times(Cost(2.0, 2.0), Cost(1e-9, 1e-9), Cost(1.0, 1.0))  # less than what is fixed
     assert all(cost.seconds >= 0 for cost in corrected(costed, plan, [tiny, tiny]).costs)
+
+
+def convolved(h: torch.Tensor, weight: torch.Tensor, **options: Any) -> torch.Tensor:
+    return F.conv1d(h.transpose(1, 2), weight, **options).transpose(1, 2)
+
+
+class Middle(nn.Module):
+    """A function with weights between two linear layers."""
+
+    def __init__(self, run: Callable[..., torch.Tensor], *shapes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.run, self.first, self.last = run, nn.Linear(8, 8), nn.Linear(8, 8)
+        self.own = nn.ParameterList([nn.Parameter(torch.randn(shape)) for shape in shapes])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.tanh(self.first(x))
+        return self.last(torch.tanh(self.run(h, *self.own))).square().mean((1, 2)).sum()
+
+
+MIDDLES: dict[str, tuple[int, Callable[[], Middle]]] = {  # gradients that are left by the function between the layers
+    "x @ w": (1, lambda: Middle(lambda h, w: h @ w, (8, 8))),
+    "w @ x": (0, lambda: Middle(lambda h, w: (w @ h.transpose(1, 2)).transpose(1, 2), (8, 8))),
+    "a batch of weights": (0, lambda: Middle(torch.matmul, (1, 8, 8))),
+    "torch.mm": (0, lambda: Middle(lambda h, w: torch.mm(h.flatten(0, 1), w).view_as(h), (8, 8))),
+    "baddbmm": (0, lambda: Middle(lambda h, w, b: torch.baddbmm(b, h, w.expand(len(h), 8, 8)), (1, 8, 8), (1, 1, 8))),
+    "addmm": (1, lambda: Middle(lambda h, w, b: torch.addmm(b, h.flatten(0, 1), w).view_as(h), (8, 8), (8,))),
+    "addmm, scaled": (
+        0,
+        lambda: Middle(lambda h, w, b: torch.addmm(b, h.flatten(0, 1), w, beta=2).view_as(h), (8, 8), (8,)),
+    ),
+    "a bias that is computed": (0, lambda: Middle(lambda h, w, b: F.linear(h, w, 2 * b), (8, 8), (8,))),
+    "a convolution": (1, lambda: Middle(partial(convolved, padding=1), (8, 8, 3))),
+    "of the same size": (0, lambda: Middle(partial(convolved, padding="same"), (8, 8, 3))),
+    "transposed": (0, lambda: Middle(lambda h, w: F.conv_transpose1d(h.mT, w, padding=1).mT, (8, 8, 3))),
+}
+
+
+@pytest.mark.parametrize("name", MIDDLES)
+def test_a_node_is_charged_if_it_leaves_something(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    leaves, make = MIDDLES[name]
+    model = make().double()
+    unsplit, x, left, empty = deepcopy(model), torch.randn(8, 5, 8, dtype=torch.float64), list[int](), Queue.empty
+    pipe = pipe_of(model, 2, schedule="zb-h1", microbatches=4)
+    pipe(x)  # the first call runs twice, to verify the other
+    monkeypatch.setattr(Queue, "empty", lambda queue: (left.append(len(queue.waiting)), empty(queue)))
+    pipe(x).backward()
+    unsplit(x).backward()
+    planned = pipe.pipeline._capture_in_use.planned
+    charged = [split_nodes(planned.costed, members(planned.costed.graph, planned.plan, s)) for s in range(2)]
+    assert sum(left) == 4 * sum(map(len, charged)) == 4 * (2 + leaves)
+    mine = dict(pipe.named_parameters())
+    for path, parameter in unsplit.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(mine[path].grad, parameter.grad)
 
 
 class Mixed(nn.Module):

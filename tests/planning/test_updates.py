@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 from functools import partial
 from itertools import combinations
@@ -142,3 +143,28 @@ def test_an_optimizer_that_cannot_step_has_no_seconds() -> None:
         raise RuntimeError("only matrices")
 
     assert update_cost(make) is None
+
+
+class Noisy(torch.optim.SGD):
+    """An optimizer that draws random numbers, and steps on matrices only, as Muon does."""
+
+    steps = 0
+
+    def step(self, closure: Any = None) -> Any:
+        Noisy.steps += 1
+        Ticking.now += 3.0
+        for group in self.param_groups:
+            assert all(parameter.ndim == 2 for parameter in group["params"])
+            torch.randn(3), random.random()
+        return super().step(closure)
+
+
+def test_a_slow_optimizer_steps_once_and_leaves_generators(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(perf_counter=lambda: Ticking.now)
+    monkeypatch.setattr(sys.modules["pipecompile.profile.update_cost"], "time", clock)
+    monkeypatch.setattr(Noisy, "steps", 0)
+    before, python = torch.get_rng_state(), random.getstate()
+    assert update_cost(partial(Noisy, lr=0.1)) is not None
+    assert Noisy.steps == 2  # with small parameters, and with a large one
+    assert torch.equal(torch.get_rng_state(), before)
+    assert random.getstate() == python
