@@ -3,8 +3,8 @@
     python benchmarks/speedup.py --models gpt2 resnet50 --rounds 15
 
     unsplit      the batch at once, on one thread
-    default      pipecompile with the number of microbatches that it finds
-    best         the best of the numbers that were tried by hand (``--numbers``)
+    default      pipecompile with the number of microbatches and the schedule that it finds
+    best         the best of the numbers and schedules that were tried by hand (``--numbers``, ``--schedules``)
     ideal        the simulated step of the default, with the stage times that its own steps have measured
 
 All ways of a model run in turn in every round. Medians are shown, and the ratios of medians.
@@ -16,6 +16,7 @@ import argparse
 import copy
 import gc
 from collections.abc import Callable
+from itertools import product
 from statistics import median
 from typing import Any
 
@@ -127,7 +128,7 @@ def main() -> None:
     options = _options()
     torch.set_num_threads(1)
     console.print(environment(), "")
-    table = Table("model", "m", "unsplit, s", "default, s", "speed", "best m", "best speed", "ideal", "of ideal")
+    table = Table("model", "default", "unsplit, s", "default, s", "speed", "best", "best speed", "ideal", "of ideal")
     for name in options.models:
         table.add_row(name, *compare(name, options))
         gc.collect()
@@ -138,30 +139,38 @@ def compare(name: str, options: argparse.Namespace) -> list[str]:
     torch.manual_seed(0)
     model, inputs = MODELS[name]()
 
-    def piped(microbatches: int | None) -> Any:
-        return pipecompile.compile(copy.deepcopy(model), ["cpu", "cpu"], microbatches=microbatches, verify="never")
+    def piped(schedule: str | None = None, microbatches: int | None = None) -> Any:
+        options = {"schedule": schedule, "microbatches": microbatches, "verify": "never"}
+        return pipecompile.compile(copy.deepcopy(model), ["cpu", "cpu"], **options)
 
-    default = piped(None)
+    default = piped()
     for _ in range(options.settle):  # the first steps may move the cut
         loss_of(default(**inputs)).backward()
-    found = default.pipeline.microbatches
-    others = {number: piped(number) for number in options.numbers if number != found}
+    found = default.pipeline.schedule, default.pipeline.microbatches
+    tried = [pair for pair in product(options.schedules, options.numbers) if pair != found]
+    others = {pair: piped(*pair) for pair in tried}
     ways = [Way("unsplit", whole(model, loss_of, inputs)), Way("default", whole(default, loss_of, inputs))]
-    ways += [Way(f"{number}", whole(pipe, loss_of, inputs)) for number, pipe in others.items()]
+    ways += [Way(_name(pair), whole(pipe, loss_of, inputs)) for pair, pipe in others.items()]
     for pipe in others.values():
         for _ in range(options.settle):
             loss_of(pipe(**inputs)).backward()
     take_turns(name, ways, options.rounds, lambda: None)
     unsplit, ours = ways[0].median, ways[1].median
-    steps = {found: ours, **{int(way.name): way.median for way in ways[2:]}}
-    best = min(steps, key=lambda number: steps[number])
+    steps = {_name(found): ours, **{way.name: way.median for way in ways[2:]}}
+    best = min(steps, key=lambda way: steps[way])
     ideal = _ideal(default, inputs)
-    console.print(f"{name}: " + ", ".join(f"m={m} {unsplit / s:.2f}" for m, s in sorted(steps.items())))
+    console.print(f"{name}: " + ", ".join(f"{way} {unsplit / s:.2f}" for way, s in sorted(steps.items())))
+    console.print(*default.pipeline.report.schedule, sep="\n")
     console.print(*default.pipeline.report.microbatches[:1], *default.pipeline.report.learned, sep="\n")
     return [
-        str(found), f"{unsplit:.3f}", f"{ours:.3f}", f"{unsplit / ours:.2f}", str(best), f"{unsplit / steps[best]:.2f}",
+        _name(found), f"{unsplit:.3f}", f"{ours:.3f}", f"{unsplit / ours:.2f}", best, f"{unsplit / steps[best]:.2f}",
         f"{ideal:.3f}", f"{ideal / ours:.2f}",
     ]  # fmt: skip
+
+
+def _name(found: tuple[str, int]) -> str:
+    schedule, microbatches = found
+    return f"{schedule}, {microbatches}"
 
 
 def _ideal(pipe: Any, inputs: dict[str, Tensor]) -> float:
@@ -179,6 +188,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--numbers", nargs="*", type=int, default=[2, 4, 8])
+    parser.add_argument("--schedules", nargs="*", default=["1f1b", "zb-h1"])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--settle", type=int, default=9, help="steps before the first round, which may move the cut")
     return parser.parse_args()

@@ -3,10 +3,10 @@
     python benchmarks/speedup_peers.py --models gpt2 resnet50 --rounds 9
 
     unsplit      the batch at once, on one thread
-    pipecompile  ``compile(model, ["cpu", "cpu"], loss_fn=...)``, with the number of microbatches that it finds
+    pipecompile  ``compile(model, ["cpu", "cpu"], loss_fn=...)``, with the schedule and the number that it finds
     torch        ``torch.distributed.pipelining.pipeline(model, ..., split_spec)``, cut before the middle layer, 1F1B
-                 with as many microbatches, in two gloo processes, which sleep on a pipe between steps
-    torchgpipe   the model as ``nn.Sequential``, where one is at hand, cut in the middle
+                 with as many microbatches, but at least 4, in two gloo processes, which sleep on a pipe between steps
+    torchgpipe   the model as ``nn.Sequential``, where one is at hand, cut in the middle, with as many
 
 All ways of a model run in turn in every round; medians are shown. A way that raises shows the error. "First" is what
 the first step takes with all that goes before it: capture, plan and comparison, or export and split.
@@ -198,12 +198,13 @@ def compare(name: str, options: argparse.Namespace) -> list[str]:
     for _ in range(options.settle):  # the first steps may move the cut
         ours()
     number = pipe.pipeline.microbatches
+    usual = max(number, 4)  # 1F1B and GPipe want two for each stage
     ways = [Way("unsplit", stepping(case.model, case, False)), Way("pipecompile", ours)]
-    theirs, said = TwoProcesses(_serve, name, number), {}
+    theirs, said = TwoProcesses(_serve, name, usual), {}
     makers: dict[str, Callable[[], Callable[[], tuple[float, float]]]] = {"torch": lambda: theirs}
     if name == "resnet50":
         again = copy.deepcopy(case.model)
-        makers["torchgpipe"] = partial(torchgpipe_step, Bare(again, case.inputs, case.target, case.loss, ""), number)
+        makers["torchgpipe"] = partial(torchgpipe_step, Bare(again, case.inputs, case.target, case.loss, ""), usual)
     for peer, make in makers.items():
         try:
             step = make()
@@ -225,8 +226,8 @@ def compare(name: str, options: argparse.Namespace) -> list[str]:
         return f"{medians['unsplit'] / medians[peer]:.2f}" if peer in medians else "raises" if peer in said else ""
 
     return [
-        str(number), f"{medians['unsplit']:.3f}", shown("pipecompile"), shown("torch"), shown("torchgpipe"),
-        f"{begins['pipecompile']:.1f}", f"{begins['torch']:.1f}" if "torch" in begins else "",
+        f"{pipe.pipeline.schedule}, {number}", f"{medians['unsplit']:.3f}", shown("pipecompile"), shown("torch"),
+        shown("torchgpipe"), f"{begins['pipecompile']:.1f}", f"{begins['torch']:.1f}" if "torch" in begins else "",
     ]  # fmt: skip
 
 
@@ -238,7 +239,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     console.print(environment(), "")
-    table = Table("model", "m", "unsplit, s", "pipecompile", "torch", "torchgpipe", "first, s", "torch's first, s")
+    table = Table("model", "ours", "unsplit, s", "pipecompile", "torch", "torchgpipe", "first, s", "torch's first, s")
     for name in options.models:
         table.add_row(name, *compare(name, options))
     console.print(table)

@@ -35,7 +35,7 @@ def compile(
     *,
     mesh: DeviceMesh | None = None,
     from_checkpoint: str | Path | None = None,
-    schedule: str | Order | MakeOrder = "1f1b",
+    schedule: str | Order | MakeOrder | None = None,
     microbatches: int | None = None,
     example_inputs: tuple[Sequence[Any], Mapping[str, Any]] | Mapping[str, Any] | Sequence[Any] | None = None,
     loss_fn: Callable[..., Any] | None = None,
@@ -68,13 +68,15 @@ def compile(
             gets its values from there, each process only those that it keeps; without it, from the model's own
             initialisers, in the first call or, with ``mesh`` and ``example_inputs``, in ``compile``. A model that has
             values is overwritten.
-        schedule: with one stage on each rank: "sequential", "gpipe", "1f1b", "zb-h1" or "zb-h2" (with a flush),
-            "pipedream", "pipedream-vertical-sync" or "pipedream-2bw" (asynchronous: they step inside the pipeline);
-            with several: "bfs", "interleaved-1f1b" (also "-3", "-4"), "interleaved-zb", "zb-v", "v-half", "v-min",
-            "dualpipe-v". "auto": the one that promises the shortest step within memory (``report.schedule`` has the
-            others), chosen together with the number of microbatches if ``microbatches`` is left out. Or one of your
-            own: a grid of text, an ``Order``, or a function that returns one of them for a number of ranks and of
-            microbatches.
+        schedule: by default 1F1B, or ZB-H1 if its step is predicted to be shorter (``report.schedule`` has both): on
+            CPU devices of one process, for measured costs and steps that are not short, unless
+            ``torch.use_deterministic_algorithms`` is on. With one stage on each rank: "sequential", "gpipe", "1f1b",
+            "zb-h1" or "zb-h2" (with a flush), "pipedream", "pipedream-vertical-sync" or "pipedream-2bw" (asynchronous:
+            they step inside the pipeline); with several: "bfs", "interleaved-1f1b" (also "-3", "-4"), "interleaved-zb",
+            "zb-v", "v-half", "v-min", "dualpipe-v". "auto": the one that promises the shortest step within memory
+            (``report.schedule`` has the others), chosen together with the number of microbatches if ``microbatches`` is
+            left out. Or one of your own: a grid of text, an ``Order``, or a function that returns one of them for a
+            number of ranks and of microbatches.
         microbatches: parts of each batch. By default the number that promises the shortest step, by the costs of
             microbatches of two sizes (``pipe.pipeline.report.microbatches``); two per stage if costs are not measured,
             for short steps, and for schedules that step inside the pipeline. A batch with fewer rows has fewer parts.
@@ -130,9 +132,10 @@ def compile(
     """
     grid = None if mesh is None else Grid.of(mesh)
     present = _devices(devices, grid)
-    known, usual, finds = _scheduled(schedule, len(present), microbatches)
+    known, usual, finds = _scheduled("1f1b" if schedule is None else schedule, len(present), microbatches)
     options = Options(
         schedule=known,
+        finds_schedule=schedule is None,
         microbatches=usual,
         finds_microbatches=finds,
         loss_fn=loss_fn,

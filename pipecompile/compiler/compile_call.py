@@ -102,14 +102,14 @@ def compile_call(
 
     planner = Planner(options=options, devices=devices, reach=reach, cluster=given, apart=peers.are_several)
     if peers.are_several:
-        found = peers.shared(lambda: planner.with_best_count(division, graph, work, rows)[2].without_functions())
+        found = peers.shared(lambda: planner.chosen(division, graph, work, rows)[2].without_functions())
         options = replace(options.settled(found.schedule), microbatches=found.work.microbatches)
         if found.work.microbatches != work.microbatches:
             division = division.at_rows(-(-rows.by_part.counts[0] // found.work.microbatches))
             graph = graph_of(division, options, apart=True)
         found = replace(found, work=_work(division, options))  # which has the user's functions
     else:
-        division, graph, found = planner.with_best_count(division, graph, work, rows)
+        division, graph, found = planner.chosen(division, graph, work, rows)
         options = options.settled(found.schedule)
     compiled = _cut(division, graph, found, devices, options, apart=peers.are_several)
     if options.tuning != "rehearse" or not is_real(model, options) or found.costed.corrections:

@@ -36,6 +36,7 @@ class Options:
     """The arguments of ``compile``, which documents them."""
 
     schedule: str | Own = "1f1b"
+    finds_schedule: bool = False  # whether the first capture may split its backwards
     microbatches: int = 1
     finds_microbatches: bool = False  # whether the first capture may choose another number
     loss_fn: Callable[..., Any] | None = None
@@ -120,7 +121,8 @@ class Options:
 
     def settled(self, schedule: str) -> Options:
         """The options with the schedule that was chosen, if one was."""
-        return replace(self, schedule=schedule) if self.is_auto and schedule else self
+        open_ = self.is_auto or self.finds_schedule
+        return replace(self, schedule=schedule, finds_schedule=False) if open_ and schedule else self
 
     @property
     def placement(self) -> Placement:

@@ -168,16 +168,18 @@ class Recall:
         work: Workload,
         options: PlanOptions,
         compare: Callable[[], tuple[Counted | None, str]],
+        schedules: Sequence[str] = (),
     ) -> Counted | None:
         """The comparison of numbers of microbatches, for a plan with the usual number.
 
         Args:
             compare: makes it, and says why it is not to be remembered, or "".
+            schedules: that it chooses from for each number.
         """
         key = self._key(devices, work, options)
         if not key:
             return compare()[0]
-        key = key.replace("plan-", "microbatches-")
+        key = key.replace("plan-", "-".join(["microbatches", *schedules, ""]))
         found = self._read("microbatches", key, lambda content: converter.structure(content, Counted))
         if found is None:
             found, why = compare()

@@ -14,29 +14,29 @@ from pipecompile.ir.plan import Plan
 from pipecompile.planning.by_rows import ByRows
 from pipecompile.planning.counted import Count, Counted
 from pipecompile.planning.planned import Planned
-from pipecompile.schedule.stage_costs import OVERHEAD
+from pipecompile.planning.schedule_choice import predicted_step
+from pipecompile.planning.split_choice import under
 
 PAYS = 0.02  # a smaller number than the usual one is taken if it is predicted to save this share: it needs more memory
 
 
-def compared(found: Planned, by_rows: ByRows, tried: Sequence[int]) -> Counted:
+def compared(found: Planned, by_rows: ByRows, tried: Sequence[int], schedules: Sequence[str] = ()) -> Counted:
     """Compares numbers of microbatches.
 
     Args:
         found: the plan for the usual number.
         by_rows: the costs of any number.
         tried: the numbers.
+        schedules: the schedules to choose from for each; by default that of the plan.
     """
+    works = [under(name, found.work) for name in schedules] or [found.work]
 
     def step(count: int) -> float:
         costed = by_rows.costed(count)
         plan = Plan.of(costed.graph, found.plan.stage_of, found.plan.rank_of, found.plan.replica_of)
-        work = replace(found.work, microbatches=count)
-        seconds = work.step_seconds(
-            costed, replace(plan, recomputed=found.plan.recomputed, offloaded=found.plan.offloaded), found.cluster
-        )
-        per_rank = plan.num_stages / len(set(plan.rank_of))
-        return seconds + 2 * OVERHEAD * (per_rank * count + plan.num_stages - per_rank)
+        plan = replace(plan, recomputed=found.plan.recomputed, offloaded=found.plan.offloaded)
+        each = (replace(work, microbatches=count) for work in works)
+        return min(predicted_step(costed, plan, found.cluster, work) for work in each)
 
     usual = found.work.microbatches
     steps = tuple(Count(count, step(count)) for count in tried)

@@ -113,16 +113,24 @@ class Weighing:
                 self.plans[placement] = make_plan(costed, Request.of(quick, placement, len(cluster)), cluster, this)
         except PlanError as error:
             return Weighed(schedule=name, per_rank=placement.per_rank, refused=str(error), microbatches=count)
-        plan = self.plans[placement]
-        return Weighed(
-            schedule=name,
-            per_rank=placement.per_rank,
-            seconds=this.step_seconds(costed, plan, cluster) + _overhead(plan, this),
-            peak_bytes=max(this.memory(costed, plan, cluster).ranks),
-            recomputed=len(plan.recomputed),
-            offloaded=len(plan.offloaded),
-            microbatches=count,
-        )
+        return weighed(name, costed, self.plans[placement], cluster, this)
+
+
+def weighed(name: str, costed: CostedGraph, plan: Plan, cluster: Cluster, work: Workload) -> Weighed:
+    """A schedule with its predicted step, for a plan.
+
+    Args:
+        work: under this schedule.
+    """
+    return Weighed(
+        schedule=name,
+        per_rank=work.placement.per_rank,
+        seconds=predicted_step(costed, plan, cluster, work),
+        peak_bytes=max(work.memory(costed, plan, cluster).ranks),
+        recomputed=len(plan.recomputed),
+        offloaded=len(plan.offloaded),
+        microbatches=work.microbatches,
+    )
 
 
 def ordered(found: Iterable[Weighed]) -> tuple[Weighed, ...]:
@@ -178,11 +186,12 @@ def microbatches_text(count: int) -> str:
     return f"{count} microbatch{'' if count == 1 else 'es'}"
 
 
-def _overhead(plan: Plan, work: Workload) -> float:
-    """The runtime's seconds of a step: those of the longest row, and of a microbatch's way there and back."""
+def predicted_step(costed: CostedGraph, plan: Plan, cluster: Cluster, work: Workload) -> float:
+    """The seconds of a step, with the runtime's: of the longest row, and of a microbatch's way there and back."""
     program = work.schedule(plan, work.microbatches)
     per_rank = plan.num_stages / len(set(plan.rank_of))
-    return OVERHEAD * (max(map(len, program.ranks)) + 2 * (plan.num_stages - per_rank))
+    overhead = OVERHEAD * (max(map(len, program.ranks)) + 2 * (plan.num_stages - per_rank))
+    return work.step_seconds(costed, plan, cluster) + overhead
 
 
 def _splits(name: str, placement: Placement) -> bool:

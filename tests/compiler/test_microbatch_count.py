@@ -73,7 +73,7 @@ ONE_EACH = PlanOptions(stages_per_rank=1)  # fewer schedules
 
 
 def compiled(model: nn.Module, **options: Any) -> Any:
-    return pipecompile.compile(model, ["cpu", "cpu"], **options)
+    return pipecompile.compile(model, ["cpu", "cpu"], **{"schedule": "1f1b", **options})
 
 
 def assert_same_gradients(model: nn.Module, expected: nn.Module) -> None:
