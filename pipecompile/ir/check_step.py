@@ -39,6 +39,11 @@ def check_step(program: Program, num_microbatches: int, kinds: Collection[type[F
             f"reduces the gradients of tied parameters; put it on rank {plan.rank_of[missing.stage]}"
         )
     for i in program.instructions:
+        if isinstance(i, BackwardWeight) and Forward not in kinds:
+            raise ProgramError(
+                f"{i} needs what its Forward notes if it is to be split, but all Forwards have run before the caller "
+                f"computes the loss; leave it out, so that the Backward computes all"
+            )
         if not isinstance(i, BackwardWeight | Offload | Fetch) and i not in wanted:
             raise ProgramError(
                 f"{i} has no place in a step of {num_microbatches} microbatches, from 0, whose optimizer is the "

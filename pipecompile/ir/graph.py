@@ -229,7 +229,6 @@ class Footprint:
     again: tuple[int, ...] = ()  # if the node is recomputed in the backward: storages kept from then on
     stretch: int | None = None  # nodes with the same number are recomputed together
     repeats: bool = True  # whether a backward may recompute it
-    casts: bool = False  # whether an autocast of the model's own is on, which casts weights
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,8 +59,8 @@ SPLIT: Mapping[str, Splitting] = {
 def split_nodes(costed: CostedGraph, nodes: Iterable[int], again: bool = False) -> frozenset[int]:
     """The nodes, of some in one stage, whose weights a split backward leaves.
 
-    Not those without a weight to train, of which the split form does not take the options or the shapes (``whole``),
-    under an autocast of the model's own, or recomputed in the backward.
+    Not those without a weight to train, of which the split form does not take the options or the shapes (``whole``), or
+    recomputed in the backward.
 
     Args:
         again: whether the stage is recomputed.
@@ -72,7 +72,6 @@ def split_nodes(costed: CostedGraph, nodes: Iterable[int], again: bool = False) 
         if graph.nodes[i].op in SPLIT
         and not graph.nodes[i].whole
         and footprints[i].stretch is None
-        and not footprints[i].casts
         and not (again and footprints[i].repeats)
         and not trained.isdisjoint(graph.nodes[i].parameters)
     )

@@ -122,12 +122,12 @@ def valid_weight(target: Tensor, ignore_index: int, weight: Tensor | None) -> Te
 def over(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Returns a function that sums a loss and divides it by a total: one microbatch's part of a mean over the batch.
 
-    float16 is summed in float32, so that many entries do not overflow.
+    float16 is summed in float32, so that many entries do not overflow. Under autocast, losses do so themselves.
     """
 
     @functools.wraps(loss)
     def part(total: Tensor, scores: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        half = scores.dtype == torch.float16
+        half = scores.dtype == torch.float16 and not torch.is_autocast_enabled(scores.device.type)
         summed = loss(scores.float() if half else scores, *args, **kwargs, reduction="sum") / total
         return summed.to(scores.dtype) if half else summed
 

@@ -24,10 +24,6 @@ class Region:
     grad: bool = True
     autocast: tuple[tuple[str, str, bool], ...] = ()
 
-    def casts_on(self, device_type: str) -> bool:
-        """Whether autocast is on for devices of a type: the innermost context decides."""
-        return next((on for kind, _, on in reversed(self.autocast) if kind == device_type), False)
-
     def __str__(self) -> str:
         casts = [f"autocast({device}, {dtype}, {enabled})" for device, dtype, enabled in self.autocast]
         return " ".join([*([] if self.grad else ["no_grad"]), *casts]) or "plain"

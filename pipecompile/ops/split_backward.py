@@ -11,7 +11,10 @@ backward, and put the second one into a queue. Input and output gradient are kep
     queue.empty()
 
 What has no function here (normalizations, recurrent layers, modules kept whole, parts that are recomputed or compiled)
-computes all its gradients in the backward. So does everything under autocast, where weights are cast.
+computes all its gradients in the backward.
+
+Under autocast, a function sees casts of its weights, and so does its W. As autograd does, a queue adds up the gradients
+of the cast that all calls of a forward share, before it casts their sum to the type of the weight.
 
 Source: Zero Bubble Pipeline Parallelism (Qi et al., ICLR 2024), section 2.
 """
@@ -31,6 +34,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from pipecompile.ops.casts import LOWERED, Cast
 from pipecompile.ops.splittable import (
     SPLITTABLE,
     fits_addmm,
@@ -79,13 +83,26 @@ class Left:
     x: Lent
     weights: Sequence[Tensor]
     gradient: Lent  # of the call's output
+    cast: Cast | None = None  # that the call made of x and of the weights
 
-    def compute(self) -> None:
-        """Adds them to ``grad`` of the weights, in place."""
-        parts = self.of_weights(self.gradient.read(), self.x.read(), *self.weights)
+    def compute(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Adds them to ``grad`` of the weights, in place, but for those of shared casts: yields weights and these."""
+        x = self.x.read() if self.cast is None else self.cast.of(self.x.read())
+        parts = self.of_weights(self.gradient.read(), x, *self.weights)
         for weight, accumulate in zip(self.weights, parts, strict=True):
-            if weight.requires_grad:
+            if not weight.requires_grad:
+                continue
+            if self.cast is None or weight.dtype == self.gradient.tensor.dtype:
                 weight.grad = accumulate(weight.grad)
+            elif self.cast.adds_up(weight):
+                yield weight, accumulate(None)
+            else:
+                _add(weight, accumulate(None))
+
+
+def _add(weight: Tensor, gradient: Tensor) -> None:
+    """Adds the gradient of a cast of a weight."""
+    weight.grad = gradient.to(weight.dtype) if weight.grad is None else weight.grad.add_(gradient)
 
 
 @dataclass
@@ -96,9 +113,14 @@ class Queue:
 
     def empty(self) -> None:
         """Computes the gradients and adds them to ``grad`` of the weights, in place."""
+        sums: dict[int, tuple[Tensor, Tensor]] = {}
         with torch.no_grad():
             while self.waiting:
-                self.waiting.popleft().compute()
+                for weight, gradient in self.waiting.popleft().compute():
+                    _, before = sums.get(id(weight), (weight, None))
+                    sums[id(weight)] = weight, gradient if before is None else before + gradient
+            for weight, total in sums.values():
+                _add(weight, total)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,26 +145,38 @@ def queued(queue: Queue | None) -> Iterator[None]:
 def _found(tensor: Tensor) -> _Here | None:
     """What there is for a function of a tensor; None if its backward computes all gradients."""
     found: _Here | None = getattr(_here, "found", None)
-    if found is None or not torch.is_grad_enabled() or torch.is_autocast_enabled(tensor.device.type):
+    if found is None or not torch.is_grad_enabled():
         return None
-    return found
+    kind = tensor.device.type
+    return None if torch.is_autocast_enabled(kind) and kind not in LOWERED else found
 
 
-def _split(run: Callable[..., Tensor], of_weights: OfWeights, x: Tensor, *weights: Tensor | None) -> Tensor:
+def _split(
+    run: Callable[..., Tensor], of_weights: OfWeights, x: Tensor, *weights: Tensor | None, lowers: bool = True
+) -> Tensor:
     """``run(x, *weights)``, whose backward leaves the gradients of the weights.
 
     ``run`` sees the weights as constants, so that torch's own backward computes the gradient of ``x`` alone. A hook on
     the function that makes the output keeps the gradient that it starts from: after hooks on the output, and whatever
     is written into the output later. An output that is a view of all that was computed has the hook on the latter.
+
+    Args:
+        lowers: whether autocast runs it in lower precision.
     """
     present = [weight for weight in weights if weight is not None]
     here = _found(x)
     if here is None or not all(map(_is_plain, (x, *present))) or not any(weight.requires_grad for weight in present):
         return run(x, *present)
+    cast = Cast.here(x.device.type) if lowers else None
+    constants = [weight.detach() if cast is None else cast.of_weight(weight) for weight in present]
+    if cast is not None and not (x.is_leaf and x.requires_grad):  # torch casts a leaf once for all that read it
+        x = cast.of(x)
     if not x.requires_grad:
-        out: Tensor = _OfWeightsAlone.apply(run, of_weights, here.queue, x, *present)  # type: ignore[no-untyped-call]
+        out: Tensor = _OfWeightsAlone.apply(  # type: ignore[no-untyped-call]
+            run, of_weights, here.queue, cast, constants, x, *present
+        )
         return out
-    out = run(x, *[weight.detach() for weight in present])
+    out = run(x, *constants)
     whole = out if out._base is None else out._base
     assert whole.grad_fn is not None, "it is computed from x, which requires a gradient"
     kept = x.detach()
@@ -151,7 +185,7 @@ def _split(run: Callable[..., Tensor], of_weights: OfWeights, x: Tensor, *weight
     else:
         pack, unpack = here.hooks
         lent = partial(_unpacked, pack(kept), unpack)
-    whole.grad_fn.register_prehook(partial(_leave, here.queue, of_weights, lent, present))
+    whole.grad_fn.register_prehook(partial(_leave, here.queue, of_weights, lent, present, cast))
     return out
 
 
@@ -164,21 +198,24 @@ def _leave(
     of_weights: OfWeights,
     lent: Callable[[], Lent],
     weights: Sequence[Tensor],
+    cast: Cast | None,
     gradients: Sequence[Tensor | None],
 ) -> None:
     (gradient,) = gradients
     if gradient is not None:
-        queue.waiting.append(Left(of_weights, lent(), weights, Lent.now(gradient)))
+        queue.waiting.append(Left(of_weights, lent(), weights, Lent.now(gradient), cast))
 
 
 class _OfWeightsAlone(torch.autograd.Function):
-    """``apply(run, of_weights, queue, x, *weights)``: the same for an ``x`` that requires no gradient."""
+    """The same for an ``x`` that requires no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, run: Any, of_weights: Any, queue: Queue, x: Tensor, *weights: Tensor) -> Tensor:
-        ctx.of_weights, ctx.queue, ctx.weights = of_weights, queue, weights
+    def forward(
+        ctx: Any, run: Any, of_weights: Any, queue: Queue, cast: Any, constants: Any, x: Tensor, *weights: Tensor
+    ) -> Tensor:
+        ctx.of_weights, ctx.queue, ctx.cast, ctx.weights = of_weights, queue, cast, weights
         ctx.save_for_backward(x)
-        out: Tensor = run(x, *weights)
+        out: Tensor = run(x, *constants)
         if out._is_view():  # which could not be written into; nothing else has what it is a view of
             out = torch.ops.aten._unsafe_view(out, out.shape)
         return out
@@ -187,8 +224,8 @@ class _OfWeightsAlone(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         (x,) = ctx.saved_tensors
-        ctx.queue.waiting.append(Left(ctx.of_weights, Lent.now(x), ctx.weights, Lent.now(gradient)))
-        return (None,) * (4 + len(ctx.weights))
+        ctx.queue.waiting.append(Left(ctx.of_weights, Lent.now(x), ctx.weights, Lent.now(gradient), ctx.cast))
+        return (None,) * (6 + len(ctx.weights))
 
 
 def _product(a: Tensor, b: Tensor) -> Accumulate:
@@ -276,7 +313,7 @@ def embedding(
     def run(indices: Tensor, weight: Tensor) -> Tensor:
         return F.embedding(indices, weight, padding_idx, scale_grad_by_freq=scale_grad_by_freq)
 
-    return _split(run, of_weights, input, weight)
+    return _split(run, of_weights, input, weight, lowers=False)
 
 
 def _convolution(function: Callable[..., Tensor], dims: int) -> Callable[..., Tensor]:
@@ -304,7 +341,7 @@ def _convolution(function: Callable[..., Tensor], dims: int) -> Callable[..., Te
             @cache
             def both() -> Sequence[Tensor]:  # the kernel of either computes both
                 found: Sequence[Tensor] = torch.ops.aten.convolution_backward(
-                    gradient, x, weight, [weight.shape[0]], *sizes, False, [0] * dims, groups, wanted
+                    gradient, x, weight.to(x.dtype), [weight.shape[0]], *sizes, False, [0] * dims, groups, wanted
                 )
                 return found
 

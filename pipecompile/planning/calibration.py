@@ -17,6 +17,8 @@ from pipecompile.ir.instruction import Backward, BackwardWeight, Fetch, Forward,
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.timeline import Timeline
 
+LEAST = 0.5  # of the ratio of a stage, that of its forward and that of its backward; what is fixed is an estimate too
+
 
 @dataclass(frozen=True, slots=True)
 class Times:
@@ -112,16 +114,17 @@ def corrected(costed: CostedGraph, plan: Plan, times: Sequence[Times], by: str =
 def _ratios(times: Times, again: bool) -> tuple[float, float]:
     """Ratios of forward and backward, without what is fixed.
 
-    If a stage recomputes, its backward is compared without the forward in it.
+    If a stage recomputes, its backward is compared without the forward in it. Little or nothing is left of a measured
+    time that is about as long as what is fixed, or of a backward whose forward took less than the first one.
     """
-    measured, predicted, fixed = times.measured, times.predicted, times.fixed
-    forward, rest = measured.forward - fixed.forward, measured.backward - again * measured.forward - fixed.backward
-    if forward <= 0 or rest <= 0:  # the recomputed forward took less than the first one
-        return times.ratio, times.ratio
-    return (
-        _ratio(forward, predicted.forward - fixed.forward),
-        _ratio(rest, predicted.backward - again * predicted.forward - fixed.backward),
-    )
+
+    def rest(cost: Cost) -> Cost:
+        return Cost(cost.forward - times.fixed.forward, cost.backward - again * cost.forward - times.fixed.backward)
+
+    measured, predicted, whole = rest(times.measured), rest(times.predicted), times.ratio
+    pairs = (measured.forward, predicted.forward), (measured.backward, predicted.backward)
+    forward, backward = (max(LEAST * whole, _ratio(m, p)) if p >= 0 else whole for m, p in pairs)
+    return forward, backward
 
 
 def _ratio(measured: float, predicted: float) -> float:

@@ -47,7 +47,7 @@ class Workload:
     fused: bool = False
     asynchronous: bool = False
     placement: Placement = PLAIN
-    update: UpdateCost | Callable[[], UpdateCost | None] | None = None
+    update: UpdateCost | Callable[[int], UpdateCost | None] | None = None
 
     def __post_init__(self) -> None:
         if self.offload == "always" and self.asynchronous:
@@ -104,7 +104,8 @@ class Workload:
         if not self.asynchronous or not all(device.is_cpu for device in cluster.devices):
             return None
         if callable(self.update):
-            return self.update() if costed.measured else None
+            threads = 1 if costed.setting is None else costed.setting.threads
+            return self.update(threads) if costed.measured else None
         return self.update
 
     @property

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from pipecompile.capture.state.restore import generators_kept
+from pipecompile.ops.device_args import threads_of
 from pipecompile.planning.updates import UpdateCost
 
 MANY, SMALL, LARGE = 8, 8, 1 << 10  # parameters of one step; sides of the matrices, which all optimizers can step on
@@ -17,13 +18,17 @@ WARM_UP, STEPS = 2, 5
 ENOUGH = 0.5  # seconds after which no further step is made
 
 
-def update_cost(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> UpdateCost | None:
+def update_cost(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer], threads: int) -> UpdateCost | None:
     """The seconds of a step on the CPU, as a line over bytes; None if the optimizer cannot step on such parameters.
 
     Steps may draw random numbers: generators are as they were before.
+
+    Args:
+        make: the optimizer, from parameters.
+        threads: intra-op threads of a device.
     """
     try:
-        with generators_kept():
+        with generators_kept(), threads_of(threads):
             small = _seconds(make, [SMALL] * MANY) / MANY
             large = _seconds(make, [LARGE])
     except Exception:  # a user's optimizer can raise anything; ``optimizer_state`` warns of it

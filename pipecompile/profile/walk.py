@@ -256,7 +256,6 @@ class Walk:
             again=again,
             stretch=stretch,
             repeats=node.name in self.captured.repeatable,
-            casts=origin_of(node).region.casts_on(self.captured.device.type),
         )
 
     def _read_from_outside(self, node: fx.Node) -> list[Tensor]:

@@ -24,6 +24,7 @@ from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import Program, linearize
 from pipecompile.ir.timeline import Span, Timeline
 from pipecompile.ops.accelerators import Mark, seconds_between
+from pipecompile.ops.casts import casts_kept
 from pipecompile.ops.randomness import microbatch_seed, seed_microbatch
 from pipecompile.runtime.ambient import Ambient
 from pipecompile.runtime.lane import Callers, Lane
@@ -257,6 +258,7 @@ class Executor:
             raise
         return [error for error in (job.exception() for job in jobs) if error is not None]
 
+    @casts_kept()
     def _run_rank(self, run: RankRun, ambient: Ambient, caller: Caller) -> None:
         run.begin(caller.start)
         with (
@@ -269,6 +271,7 @@ class Executor:
             for _ in run.linked:
                 run.advance()
 
+    @casts_kept()
     def _run_here(self, program: Program, ranks: Mapping[int, RankRun], caller: Caller) -> list[BaseException]:
         """Runs all ranks in the calling thread, instruction by instruction; returns what one raised."""
         seed = microbatch_seed()

@@ -189,7 +189,8 @@ class Runner:
     def backward_weight(self, microbatch: Microbatch) -> None:
         """Computes the gradients of weights that a microbatch's backward has left."""
         try:
-            microbatch.queues.pop(self.stage.index).empty()
+            with _without_autocast(self.lane.device.type):
+                microbatch.queues.pop(self.stage.index).empty()
         except Exception as error:
             where = f"in the gradients of weights of {self.stage.modules}"
             raise _named(error)(f"{where}: {type(error).__name__}: {error}") from error
@@ -277,7 +278,7 @@ def _named(error: Exception) -> type[ExecutionError]:
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[None]:
-    """A context for a backward: autocast is for forwards only."""
+    """A context for backwards and gradients of weights: autocast is for forwards only."""
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()

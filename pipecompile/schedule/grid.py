@@ -8,7 +8,8 @@ what an F has saved to the host's memory, and G copies it back before the B:
 
     0: 0F0 0H0 0F1 0F2 0G0 0B0 0B1 0B2
 
-Where each rank has one stage, words may leave it out: ``F0``. A bar or comma between words is allowed.
+Where each rank has one stage, words may leave it out: ``F0``. A bar or comma between words is allowed, and so is a
+comment, from ``#`` to the end of its line.
 
 torch's files have a line per rank and a cell per computation or pause. They may hold transfers and other work
 (``0SEND_F0``, ``1UNSHARD``, ``0REDUCE_GRAD``), which are left out: they follow from the order. An overlapped pair,
@@ -48,7 +49,8 @@ def read_grid(text: str, shape: Shape | None = None) -> Order:
         ProgramError: the text is not a grid, or the order is not valid; the message has the word or the computation.
         DeadlockError: no rank could continue.
     """
-    lines = [line for line in text.splitlines() if line.strip()]
+    bare = (line.partition("#")[0] for line in text.splitlines())
+    lines = [line for line in bare if line.strip()]
     rows = []
     for number, line in enumerate(lines):
         label = _LABEL.match(line)
@@ -139,6 +141,15 @@ def _order(rows: Sequence[Sequence[Word]], shape: Shape | None) -> Order:
     named = {bool(stage) for _, stage, *_ in words}
     if len(named) > 1:
         raise ProgramError("some words name their stage and some do not; write all as 2F0, or all as F0")
+    for rank, row in enumerate(rows):
+        if not row:
+            raise ProgramError(f"rank {rank} has no computation; write words such as {rank}F0, or leave out its line")
+    for rank, _, _, k, word in words:
+        if k >= len(words):  # of which each microbatch has two or more
+            raise ProgramError(
+                f"{word} of rank {rank} is of microbatch {k}, but there are {len(words)} computations in all; number "
+                f"microbatches from 0, without gaps"
+            )
     ops = [[Op(KIND[kind], int(stage or rank), k) for stage, kind, k, _ in row] for rank, row in enumerate(rows)]
     shape = _chain(ops) if shape is None else shape
     order = Order.of(shape, 1 + max(op.microbatch for row in ops for op in row), ops)

@@ -10,7 +10,7 @@ from long import LONG
 from models import MODELS
 from training_scenes import MORE, WAYS
 
-EVERY = ["gpt2", "long_skip", "skip_to_loss", "t5", "two_towers", *MORE]
+EVERY = ["gpt2", "long_skip", "skip_to_loss", "t5", "two_towers", "unet", *MORE]
 SOME = [
     "gpt2",
     "tied",
@@ -22,7 +22,16 @@ SOME = [
     "buffers_in_place",
 ]
 SEVERAL = ["named_tuple_output", "nested_output"]  # the caller's loss reads outputs of several stages
-SCHEDULES = ["sequential", "gpipe", "1f1b", "pipedream", "pipedream-vertical-sync", "pipedream-2bw"]
+SCHEDULES = [
+    "sequential",
+    "gpipe",
+    "1f1b",
+    "zb-h1",
+    "zb-h2",
+    "pipedream",
+    "pipedream-vertical-sync",
+    "pipedream-2bw",
+]
 STAGES_PER_RANK = ["interleaved-1f1b", "bfs", "interleaved-zb", "zb-v", "v-half", "v-min", "dualpipe-v", "auto"]
 
 
@@ -45,7 +54,7 @@ def test_a_schedule_trains_alike_over_four_processes(launcher: Launcher, name: s
 
 
 @pytest.mark.parametrize("schedule", STAGES_PER_RANK if LONG else ["zb-v"])
-@pytest.mark.parametrize("name", ["skip_to_loss", "gpt2", "tied"] if LONG else ["tied"])
+@pytest.mark.parametrize("name", ["skip_to_loss", "gpt2", "unet", "two_towers", "tied"] if LONG else ["tied"])
 def test_several_stages_of_a_process_train_alike(launcher: Launcher, name: str, schedule: str) -> None:
     found = launcher.returned("training_scenes:train", 2, name=name, schedule=schedule)
     assert found == [[], []]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from pipecompile.errors import DeadlockError, ProgramError
 from pipecompile.ir.between_stages import Tied
 from pipecompile.ir.check_step import check_step
-from pipecompile.ir.instruction import Backward, Forward
+from pipecompile.ir.instruction import Backward, BackwardWeight, Forward
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import Program
 from pipecompile.schedule import SCHEDULES
@@ -67,3 +69,12 @@ def test_halves_of_a_step_have_one_kind() -> None:
 def test_a_program_that_cannot_run_is_refused_as_such() -> None:
     with pytest.raises(DeadlockError, match="waits at 1B0"):
         check_step(Program.parse("0: 0F0 0B0\n1: 1B0 1F0", Plan.chain(2)), 1, BOTH)
+
+
+def test_backwards_are_whole_where_the_caller_computes_the_loss() -> None:
+    """Their Forwards are of another program, which does not say that they are to be split."""
+    program = backward_only(Plan.chain(2), 2)
+    check_step(program, 2, (Backward,))
+    first, (*second, last) = program.ranks
+    with pytest.raises(ProgramError, match=r"1W0 needs what its Forward notes .* leave it out"):
+        check_step(replace(program, ranks=(first, (*second, BackwardWeight(1, 0), last))), 2, (Backward,))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from pipecompile.ir.graph import Cost
+from dataclasses import replace
+
+import pytest
+
+from pipecompile.ir.graph import Cost, CostedGraph, Graph, Node
 from pipecompile.ir.instruction import Step, Update
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import Program
 from pipecompile.ir.timeline import Span, Timeline
-from pipecompile.planning.calibration import stage_times, update_seconds
+from pipecompile.planning.calibration import Times, corrected, stage_times, update_seconds
 from pipecompile.schedule.simulator import simulate
 
 
@@ -30,3 +34,18 @@ def test_an_update_is_not_averaged_with_the_step_that_only_takes_its_weights() -
     own = Span(1, Step(1, 0), 1.0, 6.0)
     timeline = Timeline((*updates, *steps, own), 3)
     assert update_seconds(timeline, 3) == (3.0, 5.0, 0.0)
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+@pytest.mark.parametrize("above", [-1e-3, 0.0, 1e-9, 1e-3, 1.0])
+def test_what_is_about_as_long_as_what_is_fixed_does_not_become_free(above: float, recomputes: bool) -> None:
+    nodes = (Node("x", "input", rematerialized=True), Node("a", "tanh", (0,)), Node("b", "tanh", (1,)))
+    costed = CostedGraph(Graph(nodes, (0,), (2,)), (Cost(), Cost(1.0, 2.0), Cost(1.0, 2.0)), "by hand")
+    plan = Plan.of(costed.graph, [None, 0, 0])
+    plan = replace(plan, recomputed=(0,) if recomputes else ())
+    again, fixed = 2.0 * recomputes, Cost(0.5, 0.5)
+    times = Times(Cost(2.5, 4.5 + again), Cost(0.5 + above, 0.5 + above + recomputes * (0.5 + above)), fixed)
+    found = [cost.seconds for cost in corrected(costed, plan, [times]).costs[1:]]
+    assert found == [pytest.approx(found[0])] * 2
+    assert min(found) >= 0.5 * 3.0 * times.ratio * (1 - 1e-9)
+    assert max(found) <= 3.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+from dataclasses import replace
 from functools import partial
 from itertools import combinations
 from random import Random
@@ -15,7 +16,7 @@ import torch
 
 from pipecompile import PlanOptions
 from pipecompile.ir.cluster import Cluster
-from pipecompile.ir.graph import Cost, CostedGraph, Graph, Node, Parameter, TensorSpec
+from pipecompile.ir.graph import Cost, CostedGraph, Graph, Node, Parameter, Setting, TensorSpec
 from pipecompile.ir.instruction import Step, Update
 from pipecompile.ir.plan import Plan, stage_costs
 from pipecompile.planning.plan_search import make_plan
@@ -132,7 +133,7 @@ class Ticking(torch.optim.SGD):
 def test_the_seconds_of_an_optimizer_are_a_line_over_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = SimpleNamespace(perf_counter=lambda: Ticking.now)
     monkeypatch.setattr(sys.modules["pipecompile.profile.update_cost"], "time", clock)
-    found = update_cost(partial(Ticking, lr=0.1))
+    found = update_cost(partial(Ticking, lr=0.1), threads=1)
     assert found is not None
     assert (found.per_parameter, found.per_byte) == pytest.approx((2.0, 0.25))
     assert found.seconds(8) == pytest.approx(4.0)
@@ -142,7 +143,7 @@ def test_an_optimizer_that_cannot_step_has_no_seconds() -> None:
     def make(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         raise RuntimeError("only matrices")
 
-    assert update_cost(make) is None
+    assert update_cost(make, threads=1) is None
 
 
 class Noisy(torch.optim.SGD):
@@ -164,7 +165,23 @@ def test_a_slow_optimizer_steps_once_and_leaves_generators(monkeypatch: pytest.M
     monkeypatch.setattr(sys.modules["pipecompile.profile.update_cost"], "time", clock)
     monkeypatch.setattr(Noisy, "steps", 0)
     before, python = torch.get_rng_state(), random.getstate()
-    assert update_cost(partial(Noisy, lr=0.1)) is not None
+    assert update_cost(partial(Noisy, lr=0.1), threads=1) is not None
     assert Noisy.steps == 2  # with small parameters, and with a large one
     assert torch.equal(torch.get_rng_state(), before)
     assert random.getstate() == python
+
+
+def test_updates_are_measured_with_the_threads_of_the_other_costs() -> None:
+    found = []
+
+    class Counting(torch.optim.SGD):
+        def step(self, closure: None = None) -> None:
+            found.append(torch.get_num_threads())
+
+    before = torch.get_num_threads()
+    it = replace(work("pipedream"), update=partial(update_cost, partial(Counting, lr=0.1)))
+    setting = Setting(device="cpu", torch="", threads=before + 1, date="", model="", inputs=())
+    costed = replace(drawn(0), measured=True, setting=setting)
+    it.update_seconds(costed, Plan.of(costed.graph, [None, *[0] * 8]), Cluster.of(["cpu"] * 2))
+    assert {*found} == {before + 1}
+    assert torch.get_num_threads() == before

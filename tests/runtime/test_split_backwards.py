@@ -116,6 +116,49 @@ def test_autocast_and_accumulation_are_as_under_1f1b(schedule: str) -> None:
         torch.testing.assert_close(gradients[1][name], gradient, msg=name)
 
 
+class Casts(nn.Module):
+    """Functions whose weights autocast casts, one that it does not cast, a cast that two calls share, and a region."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.norm = nn.Embedding(11, 16), nn.LayerNorm(16)
+        self.left, self.right, self.shared, self.full, self.out = (nn.Linear(16, 16) for _ in range(5))
+        self.conv = nn.Conv1d(16, 16, 3, padding=1)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        h = self.words(x)
+        h = h + self.left(h) * self.right(h)
+        h = h + self.conv(h.transpose(1, 2)).transpose(1, 2)
+        h = self.shared(torch.tanh(self.shared(self.norm(h))))
+        with torch.autocast("cpu", enabled=False):
+            h = self.full(h.float())
+        return F.cross_entropy(self.out(h).flatten(0, 1), y.flatten())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_under_autocast_gradients_have_the_bits_of_whole_backwards(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: list[int] = []
+    empty = split_backward.Queue.empty
+    monkeypatch.setattr(split_backward.Queue, "empty", lambda queue: (left.append(len(queue.waiting)), empty(queue)))
+    gradients = []
+    for schedule in ("1f1b", "zb-h1", "zb-v"):
+        torch.manual_seed(0)
+        model, x, y = Casts(), torch.randint(11, (8, 5)), torch.randint(11, (8, 5))
+        pipe = pipe_of(model, 2, schedule=schedule, microbatches=4)
+        left.clear()
+        for _ in range(2):
+            with torch.autocast("cpu", dtype):
+                loss = pipe(x, y)
+            loss.backward()
+        assert loss.dtype == torch.float32
+        assert sum(left[-8:]) == (0 if schedule == "1f1b" else 4 * 8)  # of four microbatches, in the last call
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert all(torch.equal(each[name], gradient) for each in gradients[1:]), name
+
+
 Used = Callable[[nn.Linear, torch.Tensor], torch.Tensor]
 
 

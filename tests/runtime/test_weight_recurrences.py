@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from long import some
+from long import LONG, some
 from oracle import Inputs, Recurrence, delayed, split
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -197,12 +197,13 @@ def test_thirty_updates_are_bit_for_bit_those_of_the_recurrence(
     assert list(pipe.pipeline.versions) == due
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS if LONG else ["adam"])
 @pytest.mark.parametrize("schedule", [EACH, SYNC, BATCH])
-def test_thirty_updates_of_stages_in_branches_are_those_of_the_recurrence(schedule: str) -> None:
-    pipe, losses = BRANCHES.trained(schedule, OPTIMIZERS["adam"])
+def test_thirty_updates_of_stages_in_branches_are_those_of_the_recurrence(schedule: str, optimizer: str) -> None:
+    pipe, losses = BRANCHES.trained(schedule, OPTIMIZERS[optimizer])
     assert tuple(pipe.pipeline.plan.depth) == tuple(BRANCHES.depths)
     assert {(c.source, c.target) for c in pipe.pipeline.plan.channels} == {(0, 1), (1, 2), (0, 3), (2, 4), (3, 4)}
-    same(pipe, losses, BRANCHES.expected(schedule, OPTIMIZERS["adam"]))
+    same(pipe, losses, BRANCHES.expected(schedule, OPTIMIZERS[optimizer]))
 
 
 @pytest.mark.parametrize("schedule", [SYNC, BATCH])

@@ -28,6 +28,7 @@ def test_a_grid_of_a_person_is_read():
         rank 0: F0 F1 .  B0 | .  B1
         rank 1: .  F0 B0 F1 | B1
     """) == RECIPES["1f1b"].order(2, 2)
+    assert read_grid("# of\n0: F0 F1 . B0 B1 # mine: 0\n#\n1: F0 B0 F1 B1") == RECIPES["1f1b"].order(2, 2)
     assert read_grid("0F0,0B0") == RECIPES["gpipe"].order(1, 1)
     folded = read_grid("0: 0F0 3F0 3I0 3W0 0I0 0W0\n1: 1F0 2F0 2B0 1B0", v_shape(2))
     assert folded.shape == v_shape(2)
@@ -58,6 +59,9 @@ def test_what_is_written_is_read(name, p, n):
         ("0F0 0B0\n2F0 2B0", "stages must be consecutive"),
         ("0F0 0B0\n0F1 0B1", "0F1 is on rank 1, but stage 0 is on rank 0 too"),
         ("F0 B0 B0", "0B0 occurs twice"),
+        ("0: 0F0 0B0\n1:", "rank 1 has no computation; write words such as 1F0, or leave out its line"),
+        ("0: .\n1: 0F0 0B0", "rank 0 has no computation"),
+        ("F0 B0 F99999999999 B99999999999", "F99999999999 of rank 0 is of microbatch 99999999999, but there are 4"),
     ],
 )
 def test_what_is_no_grid_is_refused(text, words):
