@@ -1,0 +1,185 @@
+"""Short messages between processes of one host, over sockets of that host.
+
+gloo has a thread of its own that reads, and a lock that a sender holds while it writes. The message that it writes may
+wake the receiver's such thread on the sender's core, and with it the sender loses the lock's core. If something comes
+for the sender then, its own reading thread asks for the lock in a loop, up to the end of a time slice: 3 to 4 ms, in
+which nothing else runs there. Two ranks that send to each other at once, as in 1F1B, meet this in most steps. Here a
+message costs one system call at each end, in the thread that calls, and no other thread wakes up.
+
+A socket of this kind (``SOCK_SEQPACKET``) carries messages whole and in order. There is one for each direction between
+two processes, made when the first message is sent; its own name says who that is.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import struct
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import uuid4
+
+from torch import Tensor
+
+from pipecompile.distributed.worker import Worker
+
+LONGEST = 80 * 1024  # bytes of a message: what the system takes without much memory in one piece
+OWNER = struct.Struct("3i")  # process, user and group at the other end
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a process gets short messages.
+
+    Attributes:
+        host: the same for processes that can reach each other.
+        name: of its socket.
+    """
+
+    host: str
+    name: str
+
+
+class Near:
+    """The sockets of one process.
+
+    Attributes:
+        address: of this process; None if its system has no such sockets.
+    """
+
+    def __init__(self) -> None:
+        self.address: Address | None = None
+        self._opened: list[socket.socket] = []
+        self._coming: dict[str, socket.socket] = {}  # by the name of the sender
+        weakref.finalize(self, _close, self._opened).atexit = False
+        if (host := _host()) is not None:
+            name = f"pipecompile {uuid4().hex}"
+            self._listener = self._socket(name)
+            self._listener.listen(socket.SOMAXCONN)
+            self.address = Address(host, name)
+
+    def reaches(self, other: Address | None) -> bool:
+        """Whether messages go to, and come from, a process at this address."""
+        return None not in (self.address, other) and self.address.host == other.host  # type: ignore[union-attr]
+
+    def to(self, other: Address, worker: Worker) -> Outlet:
+        """What sends to a process.
+
+        Args:
+            worker: waits, if the receiver has not read for long.
+        """
+        assert self.address is not None
+        connected = self._socket(_between(self.address, other))
+        connected.setblocking(True)
+        connected.connect(_abstract(other.name))
+        connected.setblocking(False)
+        return Outlet(connected, worker)
+
+    def take(self, other: Address, message: Tensor) -> bool:
+        """Receives the next message of a process into memory, if it has come. Never waits.
+
+        Raises:
+            ConnectionError: the process has ended.
+        """
+        source = self._source(other)
+        if source is None:
+            return False
+        try:
+            count = source.recv_into(message.numpy().data)
+        except BlockingIOError:
+            return False
+        if not count:
+            raise ConnectionResetError("connection closed by the other process")
+        return True
+
+    def wait(self, other: Address, seconds: float) -> None:
+        """Waits until something has come from a process, but not for longer than some seconds."""
+        poll = select.poll()
+        poll.register(self._source(other) or self._listener, select.POLLIN)
+        poll.poll(1e3 * seconds)
+
+    def _source(self, other: Address) -> socket.socket | None:
+        """The socket from a process; None if it has sent nothing yet."""
+        assert self.address is not None
+        name = _between(other, self.address)
+        while name not in self._coming:
+            try:
+                connected, sender = self._listener.accept()
+            except BlockingIOError:
+                return None
+            self._opened.append(connected)
+            connected.setblocking(False)
+            _, user, _ = OWNER.unpack(connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, OWNER.size))
+            if user == os.getuid():
+                self._coming[bytes(sender).removeprefix(b"\0").decode()] = connected
+        return self._coming[name]
+
+    def _socket(self, name: str) -> socket.socket:
+        made = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._opened.append(made)
+        made.bind(_abstract(name))
+        made.setblocking(False)
+        return made
+
+
+class Outlet:
+    """Sends to one process, in order."""
+
+    def __init__(self, connected: socket.socket, worker: Worker) -> None:
+        self._socket = connected
+        self._worker = worker
+        self._waiting: deque[Tensor] = deque()  # for the receiver to read
+
+    def put(self, message: Tensor) -> None:
+        """Sends a message; never waits.
+
+        Raises:
+            ConnectionError: the process has ended.
+        """
+        if not self._waiting:
+            try:
+                self._socket.send(message.numpy().data, socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                pass
+            else:
+                return
+        self._waiting.append(message)
+        self._worker.put(self._put_next)
+
+    def _put_next(self) -> None:
+        poll, sent = select.poll(), False
+        poll.register(self._socket, select.POLLOUT)
+        while not sent:
+            poll.poll()
+            try:
+                sent = bool(self._socket.send(self._waiting[0].numpy().data, socket.MSG_NOSIGNAL))
+            except BlockingIOError:
+                continue
+        self._waiting.popleft()
+
+
+def _host() -> str | None:
+    """What processes have in common that can reach each other's sockets; None if there are none of this kind."""
+    boot, network = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/net")
+    try:
+        return f"{boot.read_text().strip()} {network.stat().st_ino} {os.getuid()} {socket.SO_PEERCRED}"
+    except (AttributeError, OSError):  # not Linux
+        return None
+
+
+def _between(sender: Address, receiver: Address) -> str:
+    return f"{sender.name} to {receiver.name}"
+
+
+def _abstract(name: str) -> bytes:
+    """The name of a socket that is in no folder, and ends with its process."""
+    return b"\0" + name.encode()
+
+
+def _close(opened: Sequence[socket.socket]) -> None:
+    for each in opened:
+        each.close()
