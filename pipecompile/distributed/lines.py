@@ -26,7 +26,7 @@ from torch import Tensor
 from pipecompile.distributed.control import Control
 from pipecompile.distributed.members import Members
 from pipecompile.distributed.near import LONGEST, Address, Near, Outlet
-from pipecompile.distributed.packet import emptied, is_there, packed, sizes, unpacked
+from pipecompile.distributed.packet import emptied, in_parts, is_there, packed, sizes, unpacked
 from pipecompile.distributed.rooms import LEAST, Rooms
 from pipecompile.distributed.worker import Worker, is_lost
 from pipecompile.runtime.lane import Values
@@ -80,18 +80,35 @@ class Lines:
         line = self._out.get(peer)
         if line is None:
             line = self._out[peer] = _Out(Worker(self.control, self.places[peer]))
-        tag = line.next_tag()
-        messages = packed(values, line.room(kind), _mark(tag))
+        tag, room = line.next_tag(), line.room(kind)
+        outlet = self._outlet(peer, line, room)
+        if outlet is not None and self._is_put_now(outlet, peer, line, values, kind):
+            return
+        messages = packed(values, room, _mark(tag))
         line.saw(kind, sum(map(len, messages)))
-        if (outlet := self._outlet(peer, line, kind)) is not None:
-            self._over(outlet, messages.pop(0), peer)
+        if outlet is not None:
             tag += 1
+            try:
+                outlet.put(messages.pop(0))
+            except OSError as error:
+                self.refuse(peer, error)
         for place, message in enumerate(messages):
             line.sent(message, self.post(dist.isend, message, peer, tag + place))
 
-    def _outlet(self, peer: int, line: _Out, kind: Hashable) -> Outlet | None:
+    def _is_put_now(self, outlet: Outlet, peer: int, line: _Out, values: Values, kind: Hashable) -> bool:
+        """Sends a packet from the memory of its values, if it is one message for which its receiver has room now."""
+        parts, nbytes = in_parts(values)
+        if nbytes > line.room(kind):
+            return False
+        line.saw(kind, nbytes)
+        try:
+            return outlet.put_now(parts)
+        except OSError as error:
+            self.refuse(peer, error)
+
+    def _outlet(self, peer: int, line: _Out, room: int) -> Outlet | None:
         """What sends the first message of a packet, if it does not go over gloo. The receiver decides alike."""
-        address = self._near_to(peer, line, kind)
+        address = self._near_to(peer, room)
         if address is not None and line.outlet is None:
             try:
                 line.outlet = self.near.to(address, line.worker)
@@ -99,16 +116,10 @@ class Lines:
                 self.refuse(peer, error)
         return line.outlet if address is not None else None
 
-    def _near_to(self, peer: int, line: _Line, kind: Hashable) -> Address | None:
-        """Where a rank is, if packets of a kind travel within this host."""
+    def _near_to(self, peer: int, room: int) -> Address | None:
+        """Where a rank is, if first messages of so many bytes travel within this host."""
         address = self._addresses[peer]
-        return address if line.room(kind) <= LONGEST and self.near.reaches(address) else None
-
-    def _over(self, outlet: Outlet, message: Tensor, peer: int) -> None:
-        try:
-            outlet.put(message)
-        except OSError as error:
-            self.refuse(peer, error)
+        return address if room <= LONGEST and self.near.reaches(address) else None
 
     def get(self, peer: int, kind: Hashable = None, seconds: float | None = None) -> Get:
         """Receives what a rank ``put``; returns a function that waits for it.
@@ -119,9 +130,8 @@ class Lines:
         line = self._in.get(peer)
         if line is None:
             line = self._in[peer] = _In(Worker(self.control, self.places[peer]))
-        tag = line.next_tag()
-        message = emptied(line.room(kind))
-        address = self._near_to(peer, line, kind)
+        tag, room = line.next_tag(), line.room(kind)
+        message, address = emptied(room), self._near_to(peer, room)
         if address is None:
             work = self.post(dist.irecv, message, peer, tag)
             coming: _Coming = _Posted(self, line, peer, tag, kind, seconds, message, work=work)

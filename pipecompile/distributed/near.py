@@ -25,6 +25,7 @@ from uuid import uuid4
 
 from torch import Tensor
 
+from pipecompile.distributed.packet import Part
 from pipecompile.distributed.worker import Worker
 
 LONGEST = 80 * 1024  # bytes of a message: what the system takes without much memory in one piece
@@ -134,21 +135,29 @@ class Outlet:
         self._worker = worker
         self._waiting: deque[Tensor] = deque()  # for the receiver to read
 
-    def put(self, message: Tensor) -> None:
-        """Sends a message; never waits.
+    def put_now(self, parts: Sequence[Part]) -> bool:
+        """Sends a message that is in several parts of memory, if the receiver has room for it; never waits.
 
         Raises:
             ConnectionError: the process has ended.
         """
-        if not self._waiting:
-            try:
-                self._socket.send(message.numpy().data, socket.MSG_NOSIGNAL)
-            except BlockingIOError:
-                pass
-            else:
-                return
-        self._waiting.append(message)
-        self._worker.put(self._put_next)
+        if self._waiting:
+            return False
+        try:
+            self._socket.sendmsg(parts, (), socket.MSG_NOSIGNAL)
+        except BlockingIOError:
+            return False
+        return True
+
+    def put(self, message: Tensor) -> None:
+        """Sends a message, once there is room for it; never waits. The message must not be written any more.
+
+        Raises:
+            ConnectionError: the process has ended.
+        """
+        if not self.put_now([message.numpy().data]):
+            self._waiting.append(message)
+            self._worker.put(self._put_next)
 
     def _put_next(self) -> None:
         poll, sent = select.poll(), False
