@@ -111,7 +111,7 @@ class Lines:
         address = self._near_to(peer, room)
         if address is not None and line.outlet is None:
             try:
-                line.outlet = self.near.to(address, line.worker)
+                line.outlet = self.near.to(address, partial(Worker, self.control, self.places[peer]))
             except OSError as error:
                 self.refuse(peer, error)
         return line.outlet if address is not None else None
@@ -150,6 +150,8 @@ class Lines:
         for line in self._out.values():
             line.hand_over()
             line.worker.call(_nothing)
+            if line.outlet is not None:
+                line.outlet.flush()
 
     def abort(self) -> None:
         """Ends the waits of this process; those of others are ended by the control channel."""
@@ -378,7 +380,7 @@ class _Near(_Coming):
             raise Aborted
         whole, first = sizes(self.message)
         if first == whole:
-            self.packet = self.message[:whole]
+            self.packet = self.message
         return first == whole
 
     def _has_come(self) -> bool:

@@ -18,8 +18,9 @@ import socket
 import struct
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from uuid import uuid4
 
@@ -55,7 +56,7 @@ class Near:
     def __init__(self) -> None:
         self.address: Address | None = None
         self._opened: list[socket.socket] = []
-        self._coming: dict[str, socket.socket] = {}  # by the name of the sender
+        self._coming: dict[bytes, socket.socket] = {}  # by their other ends
         weakref.finalize(self, _close, self._opened).atexit = False
         if (host := _host()) is not None:
             name = f"pipecompile {uuid4().hex}"
@@ -67,11 +68,11 @@ class Near:
         """Whether messages go to, and come from, a process at this address."""
         return None not in (self.address, other) and self.address.host == other.host  # type: ignore[union-attr]
 
-    def to(self, other: Address, worker: Worker) -> Outlet:
+    def to(self, other: Address, worker: Callable[[], Worker]) -> Outlet:
         """What sends to a process.
 
         Args:
-            worker: waits, if the receiver has not read for long.
+            worker: makes one that waits for the receiver to read, and for nothing else.
         """
         assert self.address is not None
         connected = self._socket(_between(self.address, other))
@@ -106,17 +107,19 @@ class Near:
     def _source(self, other: Address) -> socket.socket | None:
         """The socket from a process; None if it has sent nothing yet."""
         assert self.address is not None
-        name = _between(other, self.address)
+        name = _abstract(_between(other, self.address))
         while name not in self._coming:
             try:
                 connected, sender = self._listener.accept()
             except BlockingIOError:
                 return None
-            self._opened.append(connected)
-            connected.setblocking(False)
             _, user, _ = OWNER.unpack(connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, OWNER.size))
-            if user == os.getuid():
-                self._coming[bytes(sender).removeprefix(b"\0").decode()] = connected
+            if user != os.getuid():
+                connected.close()
+                continue
+            connected.setblocking(False)
+            self._opened.append(connected)
+            self._coming[sender] = connected
         return self._coming[name]
 
     def _socket(self, name: str) -> socket.socket:
@@ -130,9 +133,9 @@ class Near:
 class Outlet:
     """Sends to one process, in order."""
 
-    def __init__(self, connected: socket.socket, worker: Worker) -> None:
+    def __init__(self, connected: socket.socket, worker: Callable[[], Worker]) -> None:
         self._socket = connected
-        self._worker = worker
+        self._make_worker = worker
         self._waiting: deque[Tensor] = deque()  # for the receiver to read
 
     def put_now(self, parts: Sequence[Part]) -> bool:
@@ -158,6 +161,19 @@ class Outlet:
         if not self.put_now([message.numpy().data]):
             self._waiting.append(message)
             self._worker.put(self._put_next)
+
+    def flush(self) -> None:
+        """Waits until all messages are on their way.
+
+        Raises:
+            Aborted: a rank has failed.
+        """
+        if self._waiting:
+            self._worker.call(int)  # nothing, after all that it was given before
+
+    @cached_property
+    def _worker(self) -> Worker:
+        return self._make_worker()
 
     def _put_next(self) -> None:
         poll, sent = select.poll(), False

@@ -2,32 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipecompile.distributed import lines as lines_file
 from pipecompile.distributed.control import Control, store_of_the_group
 from pipecompile.distributed.lines import Lines
 from pipecompile.distributed.members import Members
+from pipecompile.distributed.near import Outlet
+from pipecompile.distributed.packet import Part
 
 WIDTHS = [9_000, 9_000, 20_000, 9_000, 5, 20_000]  # of a kind, program by program
 
 
-def programs() -> tuple[list[int], bool]:
-    """The messages of each program from rank 0 to rank 1, or of none; and whether all values were right."""
+def programs(within_the_host: bool) -> tuple[list[int], list[int], bool]:
+    """The messages of each program from rank 0 to rank 1, over gloo and within the host, and whether all were right."""
     rank = dist.get_rank()
+    if not within_the_host:
+        lines_file.LONGEST = 0
     control = Control(rank, 2, store_of_the_group())
     lines = Lines(control, Members((0, 1), lambda collective: collective()), (0, 1))
     sent, isend = list[int](), dist.isend
+    near, put_now = list[int](), Outlet.put_now
 
     def counted(message: Tensor, *args: object) -> dist.Work | None:
         sent[-1] += 1
         return isend(message, *args)
 
-    dist.isend, right = counted, list[bool]()
+    def counted_near(outlet: Outlet, parts: Sequence[Part]) -> bool:
+        near[-1] += 1
+        return put_now(outlet, parts)
+
+    dist.isend, Outlet.put_now, right = counted, counted_near, list[bool]()  # type: ignore[method-assign]
     for program, width in enumerate(WIDTHS):
         lines.begin()
         sent.append(0)
+        near.append(0)
         expected = [torch.full((width,), 10 * program + k, dtype=torch.uint8) for k in range(3)]
         if rank == 0:
             for value in expected:
@@ -42,4 +55,23 @@ def programs() -> tuple[list[int], bool]:
     dist.isend = isend
     dist.barrier()
     control.close()
-    return sent, all(right)
+    return sent, near, all(right)
+
+
+def many() -> bool:
+    """Whether packets that wait for their reader come in order, with one between them that has to go over gloo."""
+    rank = dist.get_rank()
+    control = Control(rank, 2, store_of_the_group())
+    lines = Lines(control, Members((0, 1), lambda collective: collective()), (0, 1))
+    lines.begin()
+    widths = [200_000 if k == 70 else 4_000 for k in range(200)]
+    if rank == 0:
+        for k, width in enumerate(widths):
+            lines.put(1, (torch.full((width,), k, dtype=torch.uint8),))
+    dist.barrier()
+    waits = [lines.get(0) for _ in widths] if rank else []
+    found = {k: waits[k]() for k in (*range(100, 150), *range(100), *range(150, len(waits)))} if rank else {}
+    lines.flush()
+    dist.barrier()
+    control.close()
+    return all(torch.equal(found[k][0], torch.full((widths[k],), k, dtype=torch.uint8)) for k in found)
