@@ -1,10 +1,11 @@
 """Short messages between processes of one host, over sockets of that host.
 
-gloo has a thread of its own that reads, and a lock that a sender holds while it writes. The message that it writes may
-wake the receiver's such thread on the sender's core, and with it the sender loses the lock's core. If something comes
-for the sender then, its own reading thread asks for the lock in a loop, up to the end of a time slice: 3 to 4 ms, in
-which nothing else runs there. Two ranks that send to each other at once, as in 1F1B, meet this in most steps. Here a
-message costs one system call at each end, in the thread that calls, and no other thread wakes up.
+gloo has a thread in each process that reads, and a lock for each peer, which a sender holds while it writes. What it
+writes wakes the receiver's reading thread, which may take the core from the sender, lock in hand. If a message comes
+for the sender meanwhile, its own reading thread asks for the lock in a loop, up to the end of a time slice: 3 to 4 ms
+in which nothing else runs on that core. Two ranks that send to each other at once, as they do in 1F1B and when they agree
+on a call, meet this in most steps. Here a message costs one system call at each end, in the thread that calls, and
+wakes no other thread.
 
 A socket of this kind (``SOCK_SEQPACKET``) carries messages whole and in order. There is one for each direction between
 two processes, made when the first message is sent; its own name says who that is.
@@ -30,6 +31,7 @@ from pipecompile.distributed.packet import Part
 from pipecompile.distributed.worker import Worker
 
 LONGEST = 80 * 1024  # bytes of a message: what the system takes without much memory in one piece
+FEW = 4  # of the longest messages may be on their way, or twice as many, as the system counts
 OWNER = struct.Struct("3i")  # process, user and group at the other end
 
 
@@ -76,6 +78,7 @@ class Near:
         """
         assert self.address is not None
         connected = self._socket(_between(self.address, other))
+        connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, FEW * LONGEST)
         connected.setblocking(True)
         connected.connect(_abstract(other.name))
         connected.setblocking(False)
