@@ -206,22 +206,21 @@ def compute(setting: Setting, module: nn.Module, loss_of: Callable[..., Tensor])
 @contextmanager
 def messages() -> Iterator[list[int]]:
     """The bytes of each message that this process sends meanwhile; for pipecompile alone."""
-    send, put_now, seen = dist.isend, Outlet.put_now, list[int]()
+    send, put, seen = dist.isend, Outlet.put, list[int]()
 
     def isend(tensor: Tensor, *args: Any) -> Any:
         seen.append(tensor.nbytes)
         return send(tensor, *args)
 
-    def counted(outlet: Outlet, parts: Sequence[Part]) -> bool:
-        sent = put_now(outlet, parts)
-        seen.extend([sum(len(memoryview(part)) for part in parts)] * sent)
-        return sent
+    def counted(outlet: Outlet, parts: Sequence[Part]) -> None:
+        seen.append(sum(map(len, parts)))
+        put(outlet, parts)
 
-    dist.isend, Outlet.put_now = isend, counted  # type: ignore[method-assign]
+    dist.isend, Outlet.put = isend, counted  # type: ignore[method-assign]
     try:
         yield seen
     finally:
-        dist.isend, Outlet.put_now = send, put_now  # type: ignore[method-assign]
+        dist.isend, Outlet.put = send, put  # type: ignore[method-assign]
 
 
 class Clocks:

@@ -82,29 +82,22 @@ class Lines:
             line = self._out[peer] = _Out(Worker(self.control, self.places[peer]))
         tag, room = line.next_tag(), line.room(kind)
         outlet = self._outlet(peer, line, room)
-        if outlet is not None and self._is_put_now(outlet, peer, line, values, kind):
-            return
-        messages = packed(values, room, _mark(tag))
-        line.saw(kind, sum(map(len, messages)))
-        if outlet is not None:
-            tag += 1
+        if outlet is None:
+            messages = packed(values, room, _mark(tag))
+            line.saw(kind, sum(map(len, messages)))
+        else:
+            parts, nbytes = in_parts(values)
+            line.saw(kind, nbytes)
+            messages = []
+            if nbytes > room:
+                first, *messages = packed(values, room)
+                parts, tag = [first.numpy().data], tag + 1
             try:
-                outlet.put(messages.pop(0))
+                outlet.put(parts)
             except OSError as error:
                 self.refuse(peer, error)
         for place, message in enumerate(messages):
             line.sent(message, self.post(dist.isend, message, peer, tag + place))
-
-    def _is_put_now(self, outlet: Outlet, peer: int, line: _Out, values: Values, kind: Hashable) -> bool:
-        """Sends a packet from the memory of its values, if it is one message for which its receiver has room now."""
-        parts, nbytes = in_parts(values)
-        if nbytes > line.room(kind):
-            return False
-        line.saw(kind, nbytes)
-        try:
-            return outlet.put_now(parts)
-        except OSError as error:
-            self.refuse(peer, error)
 
     def _outlet(self, peer: int, line: _Out, room: int) -> Outlet | None:
         """What sends the first message of a packet, if it does not go over gloo. The receiver decides alike."""
@@ -364,6 +357,8 @@ class _Near(_Coming):
     def __init__(self, *args: Any, sender: Address) -> None:
         super().__init__(*args)
         self.sender = sender
+        self.memory = self.message.numpy().data
+        self.read = 0  # bytes of the first message
         self.is_read = False
 
     def _wait(self) -> bool:
@@ -378,16 +373,24 @@ class _Near(_Coming):
             lines.refuse(self.peer, error)
         if not self.is_read:
             raise Aborted
+        del self.memory  # it would keep that of the values
         whole, first = sizes(self.message)
         if first == whole:
             self.packet = self.message
         return first == whole
 
     def _has_come(self) -> bool:
-        unread = self.line.unread
-        while not self.is_read and self.lines.near.take(self.sender, unread[0].message):
-            unread.popleft().is_read = True
+        unread, near = self.line.unread, self.lines.near
+        while not self.is_read and (count := near.take(self.sender, unread[0].memory[unread[0].read :])):
+            unread[0].take_note(count)
         return self.is_read
+
+    def take_note(self, count: int) -> None:
+        """Takes note that so many bytes more have come."""
+        self.read += count
+        if self.read == sizes(self.message)[1]:
+            self.is_read = True
+            self.line.unread.popleft()
 
     def _is_over(self) -> bool:
         return self._has_come() or self.lines.aborted

@@ -3,11 +3,11 @@
 gloo has a thread in each process that reads, and a lock for each peer, which a sender holds while it writes. What it
 writes wakes the receiver's reading thread, which may take the core from the sender, lock in hand. If a message comes
 for the sender meanwhile, its own reading thread asks for the lock in a loop, up to the end of a time slice: 3 to 4 ms
-in which nothing else runs on that core. Two ranks that send to each other at once, as they do in 1F1B and when they agree
-on a call, meet this in most steps. Here a message costs one system call at each end, in the thread that calls, and
-wakes no other thread.
+in which nothing else runs on that core. Two ranks that send to each other at once, as they do in 1F1B and when they
+agree on a call, meet this in most steps. Here a message costs one system call at each end, or a few, in the thread that
+calls, and wakes no other thread.
 
-A socket of this kind (``SOCK_SEQPACKET``) carries messages whole and in order. There is one for each direction between
+A socket of this kind (``SOCK_SEQPACKET``) carries pieces whole and in order. There is one for each direction between
 two processes, made when the first message is sent; its own name says who that is.
 """
 
@@ -19,19 +19,18 @@ import socket
 import struct
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from uuid import uuid4
 
-from torch import Tensor
-
 from pipecompile.distributed.packet import Part
 from pipecompile.distributed.worker import Worker
 
-LONGEST = 80 * 1024  # bytes of a message: what the system takes without much memory in one piece
-FEW = 4  # of the longest messages may be on their way, or twice as many, as the system counts
+LONGEST = 256 * 1024  # bytes of a message: what a receiver that computes may leave in the system's memory
+PIECE = 64 * 1024  # bytes: what the system takes without much memory in one place
+ON_THE_WAY = 512 * 1024  # bytes, or less, if the system has a limit
 OWNER = struct.Struct("3i")  # process, user and group at the other end
 
 
@@ -78,28 +77,31 @@ class Near:
         """
         assert self.address is not None
         connected = self._socket(_between(self.address, other))
-        connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, FEW * LONGEST)
+        connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, ON_THE_WAY)
         connected.setblocking(True)
         connected.connect(_abstract(other.name))
         connected.setblocking(False)
         return Outlet(connected, worker)
 
-    def take(self, other: Address, message: Tensor) -> bool:
-        """Receives the next message of a process into memory, if it has come. Never waits.
+    def take(self, other: Address, memory: memoryview) -> int:
+        """Receives the next piece of a message of a process, if it has come. Never waits.
+
+        Returns:
+            Its bytes; 0 if nothing has come.
 
         Raises:
             ConnectionError: the process has ended.
         """
         source = self._source(other)
         if source is None:
-            return False
+            return 0
         try:
-            count = source.recv_into(message.numpy().data)
+            count = source.recv_into(memory)
         except BlockingIOError:
-            return False
+            return 0
         if not count:
             raise ConnectionResetError("connection closed by the other process")
-        return True
+        return count
 
     def wait(self, other: Address, seconds: float) -> None:
         """Waits until something has come from a process, but not for longer than some seconds."""
@@ -139,34 +141,30 @@ class Outlet:
     def __init__(self, connected: socket.socket, worker: Callable[[], Worker]) -> None:
         self._socket = connected
         self._make_worker = worker
-        self._waiting: deque[Tensor] = deque()  # for the receiver to read
+        self._waiting: deque[bytes] = deque()  # for the receiver to read
 
-    def put_now(self, parts: Sequence[Part]) -> bool:
-        """Sends a message that is in several parts of memory, if the receiver has room for it; never waits.
+    def put(self, parts: Sequence[Part]) -> None:
+        """Sends a message that is in several parts of memory; never waits. They may be written afterwards.
 
         Raises:
             ConnectionError: the process has ended.
         """
+        for piece in _pieces(parts):
+            if not self._is_put_now(piece):
+                self._waiting.append(b"".join(piece))
+                self._worker.put(self._put_next)
+
+    def _is_put_now(self, piece: Sequence[Part]) -> bool:
         if self._waiting:
             return False
         try:
-            self._socket.sendmsg(parts, (), socket.MSG_NOSIGNAL)
+            self._socket.sendmsg(piece, (), socket.MSG_NOSIGNAL)
         except BlockingIOError:
             return False
         return True
 
-    def put(self, message: Tensor) -> None:
-        """Sends a message, once there is room for it; never waits. The message must not be written any more.
-
-        Raises:
-            ConnectionError: the process has ended.
-        """
-        if not self.put_now([message.numpy().data]):
-            self._waiting.append(message)
-            self._worker.put(self._put_next)
-
     def flush(self) -> None:
-        """Waits until all messages are on their way.
+        """Waits until all of it is on its way.
 
         Raises:
             Aborted: a rank has failed.
@@ -184,10 +182,23 @@ class Outlet:
         while not sent:
             poll.poll()
             try:
-                sent = bool(self._socket.send(self._waiting[0].numpy().data, socket.MSG_NOSIGNAL))
+                sent = bool(self._socket.send(self._waiting[0], socket.MSG_NOSIGNAL))
             except BlockingIOError:
                 continue
         self._waiting.popleft()
+
+
+def _pieces(parts: Sequence[Part]) -> Iterator[Sequence[Part]]:
+    """The parts of a message, cut into pieces of at most ``PIECE`` bytes."""
+    piece: list[Part] = []
+    left = PIECE
+    for part in parts:
+        while len(part) > left:
+            yield [*piece, part[:left]]
+            part, piece, left = part[left:], [], PIECE
+        piece.append(part)
+        left -= len(part)
+    yield piece
 
 
 def _host() -> str | None:

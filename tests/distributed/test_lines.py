@@ -21,4 +21,4 @@ def test_a_packet_of_a_known_size_is_one_message_and_any_other_arrives_too(
 
 
 def test_packets_that_wait_for_their_reader_come_in_order(launcher: Launcher) -> None:
-    assert launcher.returned("lines_scenes:many", 2) == [True, True]
+    assert launcher.returned("lines_scenes:many", 2) == [[], [True, True]]

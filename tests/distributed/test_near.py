@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from pipecompile.distributed import near
-from pipecompile.distributed.near import LONGEST, Address, Near, Outlet
+from pipecompile.distributed.near import LONGEST, PIECE, Address, Near, Outlet
 
 pytestmark = pytest.mark.skipif(near._host() is None, reason="the system has no such sockets")
 
@@ -43,37 +42,57 @@ def address_of(end: Near) -> Address:
     return end.address
 
 
-def numbered(number: int) -> Tensor:
-    return torch.full((LONGEST,), number, dtype=torch.uint8)
+def numbered(number: int) -> list[bytes | memoryview]:
+    """A message of several pieces, in parts that end elsewhere than these."""
+    content = torch.randint(256, (LONGEST,), generator=torch.Generator().manual_seed(number), dtype=torch.uint8)
+    return [bytes([number] * 8), b"", content[: PIECE // 2].numpy().data, content[PIECE // 2 : -8].numpy().data]
+
+
+def taken(receiver: Near, source: Address, nbytes: int) -> bytes:
+    """The next message, for which this waits."""
+    memory, count = bytearray(nbytes), 0
+    while count < nbytes:
+        receiver.wait(source, 1.0)
+        count += receiver.take(source, memoryview(memory)[count:])
+    return bytes(memory)
 
 
 def test_messages_come_whole_and_in_order_also_those_that_wait_for_the_reader() -> None:
     sender, receiver, outlet, jobs = connected()
     for number in range(20):
         outlet.put(numbered(number))
-    assert 0 < len(jobs.jobs) < 20  # the first ones are on their way, the others wait
-    assert not outlet.put_now([b"0"]), "it would overtake those that wait"
-    thread, memory = jobs.start(), torch.empty(LONGEST, dtype=torch.uint8)
+    assert 0 < len(jobs.jobs) < 20 * LONGEST // PIECE  # the first pieces are on their way, the others wait
+    outlet.put([b"last"])  # does not overtake those that wait
+    thread, source = jobs.start(), address_of(sender)
     for number in range(20):
-        while not receiver.take(address_of(sender), memory):
-            receiver.wait(address_of(sender), 1.0)
-        assert torch.equal(memory, numbered(number))
+        assert taken(receiver, source, LONGEST) == b"".join(numbered(number))
+    assert taken(receiver, source, 4) == b"last"
     thread.join()
-    assert not receiver.take(address_of(sender), memory)
-    assert outlet.put_now([b"1", b"23"])
-    assert receiver.take(address_of(sender), memory)
-    assert bytes(memory[:3].tolist()) == b"123"
+    assert not receiver.take(source, memoryview(bytearray(1)))
+    outlet.put([b"1", b"23"])
+    assert taken(receiver, source, 3) == b"123"
+
+
+def test_the_memory_of_a_message_may_be_written_once_it_is_sent() -> None:
+    sender, receiver, outlet, jobs = connected()
+    for _ in range(20):
+        memory = bytearray(b"1" * LONGEST)
+        outlet.put([memoryview(memory)])
+        memory[:] = b"2" * LONGEST
+    thread = jobs.start()
+    assert all(taken(receiver, address_of(sender), LONGEST) == b"1" * LONGEST for _ in range(20))
+    thread.join()
 
 
 def test_the_end_of_a_process_comes_after_its_messages() -> None:
     sender, receiver, outlet, _ = connected()
-    outlet.put(numbered(1))
-    source, memory = address_of(sender), torch.empty(LONGEST, dtype=torch.uint8)
+    outlet.put([b"123"])
+    source = address_of(sender)
     for each in sender._opened:
         each.close()
-    assert receiver.take(source, memory)
+    assert taken(receiver, source, 3) == b"123"
     with pytest.raises(ConnectionError):
-        receiver.take(source, memory)
+        receiver.take(source, memoryview(bytearray(3)))
 
 
 def test_a_process_that_has_ended_gets_nothing() -> None:
@@ -81,7 +100,7 @@ def test_a_process_that_has_ended_gets_nothing() -> None:
     for each in receiver._opened:
         each.close()
     with pytest.raises(ConnectionError):
-        outlet.put(numbered(1))
+        outlet.put([b"123"])
 
 
 def test_a_stranger_that_connects_is_not_taken_for_a_sender() -> None:
@@ -90,11 +109,9 @@ def test_a_stranger_that_connects_is_not_taken_for_a_sender() -> None:
         stranger.connect(b"\0" + address_of(receiver).name.encode())
         stranger.send(b"stranger")
         outlet = sender.to(address_of(receiver), Jobs)  # type: ignore[arg-type]
-        memory = torch.zeros(4, dtype=torch.uint8)
-        assert not receiver.take(address_of(sender), memory)
-        outlet.put(torch.ones(4, dtype=torch.uint8))
-        assert receiver.take(address_of(sender), memory)
-        assert memory.tolist() == [1, 1, 1, 1]
+        assert not receiver.take(address_of(sender), memoryview(bytearray(8)))
+        outlet.put([b"1234"])
+        assert taken(receiver, address_of(sender), 4) == b"1234"
 
 
 def test_users_of_one_host_do_not_reach_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,8 +121,8 @@ def test_users_of_one_host_do_not_reach_each_other(monkeypatch: pytest.MonkeyPat
     assert not mine.reaches(theirs.address)
     assert theirs.address is not None
     outlet = mine.to(theirs.address, Jobs)  # type: ignore[arg-type]
-    outlet.put(numbered(1))
-    assert not theirs.take(address_of(mine), torch.empty(LONGEST, dtype=torch.uint8))
+    outlet.put([b"1234"])
+    assert not theirs.take(address_of(mine), memoryview(bytearray(8)))
 
 
 def test_without_such_sockets_nobody_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
