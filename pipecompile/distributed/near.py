@@ -20,6 +20,7 @@ import struct
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -61,9 +62,10 @@ class Near:
         weakref.finalize(self, _close, self._opened).atexit = False
         if (host := _host()) is not None:
             name = f"pipecompile {uuid4().hex}"
-            self._listener = self._socket(name)
-            self._listener.listen(socket.SOMAXCONN)
-            self.address = Address(host, name)
+            with suppress(OSError):  # a sandbox that has no such sockets
+                self._listener = self._socket(name)
+                self._listener.listen(socket.SOMAXCONN)
+                self.address = Address(host, name)
 
     def reaches(self, other: Address | None) -> bool:
         """Whether messages go to, and come from, a process at this address."""

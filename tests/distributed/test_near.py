@@ -3,7 +3,6 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 from threading import Thread
-from typing import Any
 
 import pytest
 import torch
@@ -127,8 +126,21 @@ def test_users_of_one_host_do_not_reach_each_other(monkeypatch: pytest.MonkeyPat
 
 def test_without_such_sockets_nobody_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     other = Near()
-    monkeypatch.delattr(socket, "SO_PEERCRED")
-    alone: Any = Near()
+    monkeypatch.setattr(near, "_host", lambda: None)
+    _reaches_nobody(Near(), other)
+
+
+def test_where_a_sandbox_refuses_them_nobody_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = Near()
+
+    def refused(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(near.socket, "socket", refused)
+    _reaches_nobody(Near(), other)
+
+
+def _reaches_nobody(alone: Near, other: Near) -> None:
     assert alone.address is None
     assert not alone.reaches(other.address)
     assert not other.reaches(alone.address)
