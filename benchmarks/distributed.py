@@ -38,6 +38,8 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 
 import pipecompile
 from pipecompile import PlanOptions
+from pipecompile.distributed.near import Outlet
+from pipecompile.distributed.packet import Part
 
 SIZES = {
     "tiny": Setting(layers=4, width=64, vocabulary=512, length=32, batch=8, microbatches=4),
@@ -204,17 +206,21 @@ def compute(setting: Setting, module: nn.Module, loss_of: Callable[..., Tensor])
 @contextmanager
 def messages() -> Iterator[list[int]]:
     """The bytes of each message that this process sends meanwhile; for pipecompile alone."""
-    send, seen = dist.isend, list[int]()
+    send, put, seen = dist.isend, Outlet.put, list[int]()
 
     def isend(tensor: Tensor, *args: Any) -> Any:
         seen.append(tensor.nbytes)
         return send(tensor, *args)
 
-    dist.isend = isend
+    def counted(outlet: Outlet, parts: Sequence[Part]) -> None:
+        seen.append(sum(map(len, parts)))
+        put(outlet, parts)
+
+    dist.isend, Outlet.put = isend, counted  # type: ignore[method-assign]
     try:
         yield seen
     finally:
-        dist.isend = send
+        dist.isend, Outlet.put = send, put  # type: ignore[method-assign]
 
 
 class Clocks:

@@ -107,14 +107,15 @@ def read_call(
         InputError: The arguments do not fit the signature, or the batch is empty or does not consist of tensors.
     """
     try:
-        bound = inspect.signature(forward).bind(*args, **kwargs)
+        signature = inspect.signature(forward)
+        bound = signature.bind(*args, **kwargs)
     except TypeError as error:
         raise InputError(
             f"the model's forward cannot be called with these arguments: {error}; it takes {_signature(forward)}"
         ) from None
     passed = _passed(forward, bound, args, kwargs)
     paths, spec = flatten(passed, counted=True)
-    heads, names = _names(forward, [path for path, _ in paths])
+    heads, names = _names([*signature.parameters], [path for path, _ in paths])
     tensors = {name: leaf for name, (_, leaf) in zip(names, paths, strict=True) if isinstance(leaf, Tensor)}
     leaves = tuple(
         TensorName(name) if isinstance(leaf, Tensor) else leaf for name, (_, leaf) in zip(names, paths, strict=True)
@@ -167,9 +168,12 @@ def _passed(
     return tuple(args), {name: kwargs[name] for name in dict.fromkeys([*first, *kwargs])}
 
 
-def _names(forward: Callable[..., Any], paths: Sequence[tuple[Any, ...]]) -> tuple[list[str], list[str]]:
-    """Returns, for each leaf, its argument, and its name: that of the argument followed by the keys inside it."""
-    parameters = list(inspect.signature(forward).parameters)
+def _names(parameters: Sequence[str], paths: Sequence[tuple[Any, ...]]) -> tuple[list[str], list[str]]:
+    """Returns, for each leaf, its argument, and its name: that of the argument followed by the keys inside it.
+
+    Args:
+        parameters: Names of the arguments of forward, in order.
+    """
     namespace = fx.graph._Namespace()  # numbers the names that Python or torch already uses: input_1
     namespace.create_name(SHARE, None)
     heads: list[str] = []

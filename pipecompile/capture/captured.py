@@ -17,10 +17,13 @@ from pipecompile.capture.call import Call
 from pipecompile.capture.checkpoint_regions import repeatable
 from pipecompile.capture.input_reads import settled
 from pipecompile.capture.opaque_calls import FunctionLeaf, Leaf, LeafCall, attribute_of
+from pipecompile.capture.purity import is_random
 from pipecompile.capture.state.fingerprints import same
 from pipecompile.capture.state.guards import Attributes, Update
 from pipecompile.capture.state.model_state import named_tensors
 from pipecompile.errors import DependsOnData
+from pipecompile.ops.module_tree import called_bare
+from pipecompile.ops.operators import is_opaque
 from pipecompile.ops.symbols import resolve
 from pipecompile.ops.torch_internals import pytree
 
@@ -103,6 +106,9 @@ class Captured:
     written_inputs: Mapping[str, str] = field(default_factory=dict)  # tensor of the call -> node written to it
     checked: dict[tuple[int, ...], str] = field(default_factory=dict)  # results of _check_sizes, by sizes
     fitted: dict[tuple[int, ...], str] = field(default_factory=dict, init=False, repr=False, compare=False)  # of misfit
+    read_before: dict[tuple[torch.Size, ...], tuple[Any, ...]] = field(  # results of _read, by sizes, if these decide
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def results(self) -> tuple[Output, ...]:
@@ -243,11 +249,31 @@ class Captured:
         return ""
 
     def _read(self, inputs: Mapping[str, Tensor]) -> tuple[Any, ...]:
-        """Computes the values that Python reads from inputs."""
+        """The values that Python reads from inputs; computed once for inputs of the same sizes, if these decide."""
         assert self.reads is not None
+        read = [inputs[name] for name in self._read_inputs]
+        sizes = tuple([tensor.shape for tensor in read])
+        if sizes in self.read_before:
+            return self.read_before[sizes]
         with torch.no_grad():
-            values: tuple[Any, ...] = self.reads(*[inputs[name] for name in self._read_inputs])
+            values: tuple[Any, ...] = called_bare(self.reads, *read)
+        if self._reads_sizes_only:
+            self.read_before[sizes] = values
         return values
+
+    @cached_property
+    def _reads_sizes_only(self) -> bool:
+        """Whether what Python reads from inputs, such as whether a mask made by forward is causal, needs no values."""
+        assert self.reads is not None
+        nodes = self.reads.graph.nodes
+        return all(
+            all((user.op, user.target) == ("call_method", "size") for user in node.users)
+            if node.op == "placeholder"
+            else node.op in ("call_function", "call_method", "output")
+            and not is_opaque(node.target)
+            and not is_random(node)
+            for node in nodes
+        )
 
     @cached_property
     def _read_inputs(self) -> list[str]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pipecompile.batching import Rows
 from pipecompile.capture import Call, read_call
+from pipecompile.capture.call_memory import CallMemory
 from pipecompile.capture.locks import CAPTURING
 from pipecompile.capture.state.fingerprints import Same
 from pipecompile.capture.state.model_state import named_tensors
@@ -81,6 +82,7 @@ class Batches:
         self.takes_meta = False
         self.compared: tuple[int, int] | None = None
         self._batched: dict[tuple[str, int], bool] = {}
+        self._calls = CallMemory()
 
     @property
     def signature(self) -> Callable[..., Any]:
@@ -90,7 +92,9 @@ class Batches:
     def copied(self) -> Batches:
         """Batches with the same captures, for calls whose captures later calls do not use."""
         copy: Batches = object.__new__(Batches)
-        copy.__dict__.update(self.__dict__, captures=self.captures.copied(), _batched=dict(self._batched))
+        copy.__dict__.update(
+            self.__dict__, captures=self.captures.copied(), _batched=dict(self._batched), _calls=CallMemory()
+        )
         return copy
 
     def replace_first(self, options: Options, compiled: Compiled) -> None:
@@ -132,7 +136,8 @@ class Batches:
         self.reached = None
         refuse_default_device(self.devices)
         check_surroundings(pytree.tree_leaves((args, kwargs)))
-        call = read_call(self.signature, args, kwargs, self._batched, self.options.batching.in_dims)
+        in_dims = self.options.batching.in_dims
+        call = self._calls.read(self.model.forward, lambda: self.signature, args, kwargs, self._batched, in_dims)
         if not self.takes_meta:
             refuse_meta(call)
         sizes: tuple[int, ...] = ()

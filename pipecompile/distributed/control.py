@@ -77,11 +77,18 @@ class Control:
         closed = self.mine("", "has closed the pipeline, so it cannot be used any more; compile the model again")
         return RankError(str(self.cause or closed))
 
-    def wait_for(self, ready: Callable[[], bool], seconds: float | None = None, peer: int | None = None) -> bool:
+    def wait_for(
+        self,
+        ready: Callable[[], bool],
+        seconds: float | None = None,
+        peer: int | None = None,
+        pause: Callable[[float], None] | None = None,
+    ) -> bool:
         """Waits until ``ready()``, called under ``changed``; returns False if the time was up before.
 
         Args:
             peer: the rank that makes it ready; None if all are needed. It fails if it ends before.
+            pause: as of ``Watch.until``.
 
         Raises:
             Aborted: there is a cause, or the pipeline was closed.
@@ -93,7 +100,7 @@ class Control:
             gone = needed & watch.ended.keys()
             return bool(gone) and still(gone) > watch.pace.grace
 
-        in_time = watch.until(lambda: ready() or given_up(), math.inf if seconds is None else seconds)
+        in_time = watch.until(lambda: ready() or given_up(), math.inf if seconds is None else seconds, pause)
         if in_time and not (watch.cause or watch.closed or ready()):
             gone = min(needed & watch.ended.keys())
             watch.propose(lambda store: watch.about(gone, UNCLOSED, store))

@@ -1,17 +1,23 @@
-"""Packets between ranks in several processes, over gloo.
+"""Packets between ranks in several processes, over gloo, or over sockets of their host if they are short.
 
 A packet says itself what it contains (``packet.py``). Its receiver posts the receive early, with room for as much as
 earlier packets of the kind had (``rooms.py``); so gloo sends at once. The thread that calls waits in gloo only for what
 has arrived, as the memory of the receive shows. For anything else, a worker waits: it is woken when the caller has
 nothing else to do, since each of its steps would hold up a caller that computes. There is a worker for each peer and
 direction, so that no packet waits for one that it does not depend on.
+
+Between processes of one host, messages of a short room do not go over gloo (``near.py``): the thread that calls reads
+them itself, and waits for them where the control channel can end the wait.
 """
 
 from __future__ import annotations
 
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -19,7 +25,8 @@ from torch import Tensor
 
 from pipecompile.distributed.control import Control
 from pipecompile.distributed.members import Members
-from pipecompile.distributed.packet import emptied, is_there, packed, sizes, unpacked
+from pipecompile.distributed.near import LONGEST, Address, Near, Outlet
+from pipecompile.distributed.packet import emptied, in_parts, is_there, packed, sizes, unpacked
 from pipecompile.distributed.rooms import LEAST, Rooms
 from pipecompile.distributed.worker import Worker, is_lost
 from pipecompile.runtime.lane import Values
@@ -51,6 +58,8 @@ class Lines:
         self.ranks, self.group = members.processes, members.group
         self.places = places
         self.aborted = False
+        self.near = Near()
+        self._addresses: Sequence[Address | None] = members.gathered(self.near.address)
         self._out: dict[int, _Out] = {}
         self._in: dict[int, _In] = {}
         self._coming: dict[_Coming, None] = {}  # in the order of their posts
@@ -71,11 +80,39 @@ class Lines:
         line = self._out.get(peer)
         if line is None:
             line = self._out[peer] = _Out(Worker(self.control, self.places[peer]))
-        tag = line.next_tag()
-        messages = packed(values, line.room(kind), _mark(tag))
-        line.saw(kind, sum(map(len, messages)))
+        tag, room = line.next_tag(), line.room(kind)
+        outlet = self._outlet(peer, line, room)
+        if outlet is None:
+            messages = packed(values, room, _mark(tag))
+            line.saw(kind, sum(map(len, messages)))
+        else:
+            parts, nbytes = in_parts(values)
+            line.saw(kind, nbytes)
+            messages = []
+            if nbytes > room:
+                first, *messages = packed(values, room)
+                parts, tag = [first.numpy().data], tag + 1
+            try:
+                outlet.put(parts)
+            except OSError as error:
+                self.refuse(peer, error)
         for place, message in enumerate(messages):
             line.sent(message, self.post(dist.isend, message, peer, tag + place))
+
+    def _outlet(self, peer: int, line: _Out, room: int) -> Outlet | None:
+        """What sends the first message of a packet, if it does not go over gloo. The receiver decides alike."""
+        address = self._near_to(peer, room)
+        if address is not None and line.outlet is None:
+            try:
+                line.outlet = self.near.to(address, partial(Worker, self.control, self.places[peer]))
+            except OSError as error:
+                self.refuse(peer, error)
+        return line.outlet if address is not None else None
+
+    def _near_to(self, peer: int, room: int) -> Address | None:
+        """Where a rank is, if first messages of so many bytes travel within this host."""
+        address = self._addresses[peer]
+        return address if room <= LONGEST and self.near.reaches(address) else None
 
     def get(self, peer: int, kind: Hashable = None, seconds: float | None = None) -> Get:
         """Receives what a rank ``put``; returns a function that waits for it.
@@ -86,9 +123,14 @@ class Lines:
         line = self._in.get(peer)
         if line is None:
             line = self._in[peer] = _In(Worker(self.control, self.places[peer]))
-        tag = line.next_tag()
-        message = emptied(line.room(kind))
-        coming = _Coming(self, line, peer, tag, kind, seconds, message, self.post(dist.irecv, message, peer, tag))
+        tag, room = line.next_tag(), line.room(kind)
+        message, address = emptied(room), self._near_to(peer, room)
+        if address is None:
+            work = self.post(dist.irecv, message, peer, tag)
+            coming: _Coming = _Posted(self, line, peer, tag, kind, seconds, message, work=work)
+        else:
+            coming = _Near(self, line, peer, tag, kind, seconds, message, sender=address)
+            line.unread.append(coming)
         self._coming[coming] = None
         return coming.wait
 
@@ -101,6 +143,8 @@ class Lines:
         for line in self._out.values():
             line.hand_over()
             line.worker.call(_nothing)
+            if line.outlet is not None:
+                line.outlet.flush()
 
     def abort(self) -> None:
         """Ends the waits of this process; those of others are ended by the control channel."""
@@ -121,7 +165,7 @@ class Lines:
         assert work is not None  # this process is in the group
         return work
 
-    def refuse(self, peer: int, error: RuntimeError) -> None:
+    def refuse(self, peer: int, error: Exception) -> NoReturn:
         """Raises ``Aborted`` for a lost connection, and any other error as it is."""
         if not is_lost(error):
             raise error
@@ -150,10 +194,15 @@ class _Line:
 
 
 class _Out(_Line):
-    """To another rank. Messages must be held until they have been sent; a worker waits for many of them at once."""
+    """To another rank. Messages must be held until they have been sent; a worker waits for many of them at once.
+
+    Attributes:
+        outlet: for messages within this host, once there was one.
+    """
 
     def __init__(self, worker: Worker) -> None:
         super().__init__(worker)
+        self.outlet: Outlet | None = None
         self._sent: list[tuple[Tensor, dist.Work]] = []
         self._nbytes = 0
 
@@ -175,11 +224,23 @@ class _Out(_Line):
 
 
 class _In(_Line):
-    """From another rank."""
+    """From another rank.
+
+    Attributes:
+        unread: packets within this host of which nothing has been read, in their order.
+    """
+
+    def __init__(self, worker: Worker) -> None:
+        super().__init__(worker)
+        self.unread: deque[_Near] = deque()
 
 
 class _Coming:
-    """A packet that was asked for, until it is there."""
+    """A packet that was asked for, until it is there.
+
+    Args:
+        message: for its first message.
+    """
 
     def __init__(
         self,
@@ -190,10 +251,9 @@ class _Coming:
         kind: Hashable,
         seconds: float | None,
         message: Tensor,
-        work: dist.Work,
     ) -> None:
         self.lines, self.line, self.peer, self.tag, self.kind, self.seconds = lines, line, peer, tag, kind, seconds
-        self.message, self.work = message, work
+        self.message = message
         self.packet: Tensor | None = None  # all of it
         self.values: Values | None = None
         self.is_awaited = False  # by the worker
@@ -206,7 +266,8 @@ class _Coming:
             TimeoutError: the packet did not come in time.
         """
         if self.values is None:
-            self._wait()
+            if self.is_awaited or not self._wait():
+                self._wait_for_worker()
             assert self.packet is not None
             self.values = unpacked(self.packet)
             self.line.saw(self.kind, sizes(self.packet)[0])
@@ -214,27 +275,18 @@ class _Coming:
             del self.message, self.packet
         return self.values
 
-    def _wait(self) -> None:
-        control = self.lines.control
-        if not self.is_awaited and self._comes_soon():
-            try:
-                self.work.wait()  # gloo is about to learn it, too
-            except RuntimeError as error:
-                self.lines.refuse(self.peer, error)
-            self.packet = self.message
-            return
-        if not self.is_awaited:
-            self.is_awaited = True
-            self.line.worker.put(self._finish)
-        if not control.wait_for(self._is_done, self.seconds, self.lines.places[self.peer]):
-            raise TimeoutError
-        if self.packet is None:
-            raise Aborted
+    def _wait(self) -> bool:
+        """Waits in the calling thread, where that can be ended; returns whether the packet is there."""
+        raise NotImplementedError
+
+    def _has_come(self) -> bool:
+        """Whether the first message has come. Never waits."""
+        raise NotImplementedError
 
     def _comes_soon(self) -> bool:
-        """Whether the packet has come, or comes while nothing but this thread waits for it."""
-        mark, end = _mark(self.tag), 0.0
-        while not is_there(self.message, mark):
+        """Whether it has come, or comes while nothing but this thread waits for it."""
+        end = 0.0
+        while not self._has_come():
             now = time.perf_counter()
             end = end or now + SOON
             if now > end:
@@ -242,12 +294,20 @@ class _Coming:
             _give_way()
         return True
 
+    def _wait_for_worker(self) -> None:
+        if not self.is_awaited:
+            self.is_awaited = True
+            self.line.worker.put(self._finish)
+        if not self.lines.control.wait_for(self._is_done, self.seconds, self.lines.places[self.peer]):
+            raise TimeoutError
+        if self.packet is None:
+            raise Aborted
+
     def _is_done(self) -> bool:
         return self.packet is not None or self.lines.aborted
 
     def _finish(self) -> None:
         """Waits in gloo."""
-        self.work.wait()
         packet, (whole, first) = self.message, sizes(self.message)
         if first < whole:
             packet = torch.cat([packet[:first], torch.empty(whole - first, dtype=torch.uint8)])
@@ -256,6 +316,84 @@ class _Coming:
         with changed:
             self.packet = packet
             changed.notify_all()
+
+
+class _Posted(_Coming):
+    """One that comes over gloo.
+
+    Args:
+        work: the receive of its first message.
+    """
+
+    def __init__(self, *args: Any, work: dist.Work) -> None:
+        super().__init__(*args)
+        self.work = work
+
+    def _wait(self) -> bool:
+        if not self._comes_soon():
+            return False
+        try:
+            self.work.wait()  # gloo is about to learn it, too
+        except RuntimeError as error:
+            self.lines.refuse(self.peer, error)
+        self.packet = self.message
+        return True
+
+    def _has_come(self) -> bool:
+        return is_there(self.message, _mark(self.tag))
+
+    def _finish(self) -> None:
+        self.work.wait()
+        super()._finish()
+
+
+class _Near(_Coming):
+    """One whose first message comes over a socket of this host.
+
+    Args:
+        sender: its address.
+    """
+
+    def __init__(self, *args: Any, sender: Address) -> None:
+        super().__init__(*args)
+        self.sender = sender
+        self.memory = self.message.numpy().data
+        self.read = 0  # bytes of the first message
+        self.is_read = False
+
+    def _wait(self) -> bool:
+        lines = self.lines
+        pause = partial(lines.near.wait, self.sender)
+        try:
+            if not self._comes_soon() and not lines.control.wait_for(
+                self._is_over, self.seconds, lines.places[self.peer], pause
+            ):
+                raise TimeoutError
+        except OSError as error:
+            lines.refuse(self.peer, error)
+        if not self.is_read:
+            raise Aborted
+        del self.memory  # it would keep that of the values
+        whole, first = sizes(self.message)
+        if first == whole:
+            self.packet = self.message
+        return first == whole
+
+    def _has_come(self) -> bool:
+        unread, near = self.line.unread, self.lines.near
+        while not self.is_read and (count := near.take(self.sender, unread[0].memory[unread[0].read :])):
+            unread[0].take_note(count)
+        return self.is_read
+
+    def take_note(self, count: int) -> None:
+        """Takes note that so many bytes more have come."""
+        self.read += count
+        if self.read == sizes(self.message)[1]:
+            self.is_read = True
+            self.line.unread.popleft()
+
+    def _is_over(self) -> bool:
+        return self._has_come() or self.lines.aborted
 
 
 def _mark(tag: int) -> int:

@@ -27,6 +27,9 @@ HEAD, MARK = struct.Struct("<QQQ"), struct.Struct("<Q")
 NOTHING = bytes(HEAD.size)
 LAYOUTS = 4096  # that are remembered
 
+Part = bytes | memoryview
+Said = tuple[tuple[int, ...], torch.dtype, bool, bool]  # shape, type, whether it requires a gradient, or is on meta
+
 
 @dataclass(frozen=True)
 class Spec:
@@ -68,10 +71,7 @@ def packed(values: Values, room: int, mark: int = 0) -> list[Tensor]:
 
     They share no memory with the values.
     """
-    described = tuple(
-        [None if v is None else (v.shape, v.dtype, v.requires_grad, v.is_meta) for v in values]  # cheaper than specs
-    )
-    description, layout = _described(described)
+    description, layout = _described(_spoken(values))
     whole = layout.nbytes
     packet = torch.empty(whole, dtype=torch.uint8)
     first = min(room, whole)
@@ -84,6 +84,28 @@ def packed(values: Values, room: int, mark: int = 0) -> list[Tensor]:
             if value is not None and view is not None:
                 view.copy_(value)
     return [packet] if first == whole else [packet[:first], packet[first:]]
+
+
+def in_parts(values: Values) -> tuple[list[Part], int]:
+    """A packet of one message as parts of memory that follow one another, and its bytes. They are read, not copied.
+
+    Its mark is 0, for a way on which messages come whole.
+    """
+    opening, layout = _opened(_spoken(values))
+    parts: list[Part] = [opening]
+    place = len(opening)
+    for value, (begin, end) in zip(values, layout.ends, strict=True):
+        if value is not None and begin < end:
+            parts += (bytes(begin - place), _memory(value)) if place < begin else (_memory(value),)
+            place = end
+    parts.append(bytes(layout.nbytes - place))
+    return parts, layout.nbytes
+
+
+def _memory(value: Tensor) -> Part:
+    """The bytes of a strided tensor on the host, in the order of its entries."""
+    plain = value.detach().resolve_conj().resolve_neg().to("cpu")
+    return plain.reshape(-1).view(torch.uint8).numpy().data
 
 
 def emptied(room: int) -> Tensor:
@@ -136,8 +158,20 @@ def _views(packet: Tensor, layout: Layout) -> list[Tensor | None]:
     ]
 
 
+def _spoken(values: Values) -> tuple[Said | None, ...]:
+    """What a packet says of its values; cheaper than specs."""
+    return tuple([None if v is None else (v.shape, v.dtype, v.requires_grad, v.is_meta) for v in values])
+
+
 @lru_cache(LAYOUTS)
-def _described(values: tuple[tuple[tuple[int, ...], torch.dtype, bool, bool] | None, ...]) -> tuple[bytes, Layout]:
+def _opened(values: tuple[Said | None, ...]) -> tuple[bytes, Layout]:
+    """What comes before the values in a packet of one message."""
+    description, layout = _described(values)
+    return HEAD.pack(layout.nbytes, layout.nbytes, len(description)) + description, layout
+
+
+@lru_cache(LAYOUTS)
+def _described(values: tuple[Said | None, ...]) -> tuple[bytes, Layout]:
     specs = tuple(value and Spec(*value) for value in values)
     said = [
         spec and [spec.shape, str(spec.dtype).removeprefix("torch."), spec.requires_grad, spec.is_meta]

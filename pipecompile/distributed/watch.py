@@ -157,17 +157,27 @@ class Watch:
 
     # What other threads call
 
-    def until(self, done: Callable[[], bool], seconds: float = math.inf) -> bool:
-        """Waits until ``done()``, a cause or the end of this rank; returns False if the time was up before."""
+    def until(
+        self, done: Callable[[], bool], seconds: float = math.inf, pause: Callable[[float], None] | None = None
+    ) -> bool:
+        """Waits until ``done()``, a cause or the end of this rank; returns False if the time was up before.
+
+        Args:
+            pause: waits for what makes it done, at most for some seconds; by default, for ``changed``.
+        """
         still, end = self.stillness(), time.monotonic() + seconds
-        with self.changed:
-            while not (self.cause or self.closed or done()):
+        while True:
+            with self.changed:
+                if self.cause or self.closed or done():
+                    return True
                 if (left := end - time.monotonic()) <= 0:
                     return False
-                self.changed.wait(min(left, self.pace.beat))
-                if still(self.rounds) > self.pace.silent:
-                    self.fail(Cause(None, "", "", STORE))
-            return True
+                if pause is None:
+                    self.changed.wait(min(left, self.pace.beat))
+            if pause is not None:
+                pause(min(left, self.pace.beat))
+            if still(self.rounds) > self.pace.silent:
+                self.fail(Cause(None, "", "", STORE))
 
     def propose(self, cause: Callable[[Store], Cause]) -> None:
         """Reports what ``cause`` returns in the watching thread, and waits until some cause is known."""

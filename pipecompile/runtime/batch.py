@@ -69,7 +69,7 @@ class Batch:
     @property
     def parameters(self) -> list[nn.Parameter]:
         """The trainable parameters, each once."""
-        return [p for p in self.compiled.captured.model.parameters() if p.requires_grad]
+        return [p for p in self.compiled.parameters if p.requires_grad]
 
     @property
     def model_tensors(self) -> list[Tensor]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.fx as fx
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from pipecompile.batching import Division, Rows
@@ -21,7 +21,6 @@ from pipecompile.capture import Call, Captured
 from pipecompile.capture.opaque_calls import FunctionLeaf
 from pipecompile.capture.origin import Origin, origin_of
 from pipecompile.capture.purity import is_random
-from pipecompile.capture.state.model_state import named_tensors
 from pipecompile.errors import InputError
 from pipecompile.ir.graph import CostedGraph, Graph
 from pipecompile.ir.instruction import Forward
@@ -259,8 +258,26 @@ class Compiled:
 
     def tensors(self, stage: int) -> dict[str, Tensor]:
         """The parameters of a stage, and its buffers on other devices, by their first names in the model."""
-        read = dict(named_tensors(self.stages[stage].module))
-        return {first: read[name] for name, first in self.stages[stage].names.items()}
+        return {first: table[name] for first, table, name in self._tables[stage]}
+
+    @cached_property
+    def _tables(self) -> tuple[Sequence[tuple[str, Mapping[str, Tensor], str]], ...]:
+        """Where the tensors of each stage are: first name in the model, table of a module, name there."""
+        return tuple(
+            [_place(stage.module, name, first) for name, first in stage.names.items()] for stage in self.stages
+        )
+
+    @cached_property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """The parameters of the model at the first call, each once. Other ones are those of another capture."""
+        return tuple(self.captured.model.parameters())
+
+
+def _place(module: nn.Module, name: str, first: str) -> tuple[str, Mapping[str, Tensor], str]:
+    path, _, last = name.rpartition(".")
+    owner = module.get_submodule(path)
+    table: Mapping[str, Any] = owner._parameters if last in owner._parameters else owner._buffers
+    return first, table, last
 
 
 def _is_the_users(node: fx.Node) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from toys import D, mean_square
 
 import pipecompile
+from pipecompile.capture import captured
 
 
 class Reads(nn.Module):
@@ -102,6 +103,30 @@ def test_microbatches_of_two_sizes_go_by_the_whole_batch_too() -> None:
     pipe = pipecompile.compile(model, devices=["cpu"] * 2, microbatches=2, costs="count")
     inputs = (_floats(5), _mask(1, 2, 3, 4, 5)), {}
     assert_same(step(pipe, model, mean_square, inputs), step(model, model, mean_square, inputs))
+
+
+def _short(h: Tensor, mask: Tensor) -> Tensor:
+    places = torch.arange(mask.size(1)).expand(mask.size(0), -1)
+    return h * 2 if (places < 6).all() else h * 3
+
+
+def test_what_sizes_alone_decide_is_computed_once_for_each_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, model, _, pipe = _two(_short, _mask(1, 5, 2, 3))
+    computed, bare = list[Any](), captured.called_bare
+    monkeypatch.setattr(captured, "called_bare", lambda *args: computed.append(args) or bare(*args))
+    for widths in ([5, 5, 6, 6, 7, 7], [5, 6, 7]):
+        for width in widths:
+            inputs = (_floats(4), torch.ones(4, width).long()), {}
+            assert_same(step(pipe, model, mean_square, inputs), step(model, model, mean_square, inputs))
+        assert bool(computed) == (widths[1] == 5)
+        computed.clear()
+
+
+def test_what_values_decide_is_computed_in_each_call() -> None:
+    _, model, _, pipe = _two(_padded, _mask(5, 5, 5, 5))
+    for lengths in ((5, 5, 5, 5), (1, 5, 2, 3), (5, 5, 5, 5)):
+        inputs = (_floats(4), _mask(*lengths)), {}
+        assert_same(step(pipe, model, mean_square, inputs), step(model, model, mean_square, inputs))
 
 
 class GuardsAgainstNan(nn.Module):
