@@ -9,6 +9,7 @@ direction, so that no packet waits for one that it does not depend on.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections.abc import Callable, Hashable, Sequence
@@ -31,6 +32,7 @@ Get = Callable[[], Values]
 TAGS = 2  # of one packet
 ROUND = 1 << 24  # packets after which tags are used again
 FEW, SMALL = 32, 1 << 20  # packets to a peer, and bytes of them, that no worker waits for yet
+ODD = 0x9E3779B97F4A7C15  # between the marks of two packets: no number that a tensor is likely to have
 SOON = 100e-6  # seconds for which the caller looks for a packet itself: two threads that wake each other take more
 
 
@@ -49,6 +51,7 @@ class Lines:
     def __init__(self, control: Control, members: Members, places: Sequence[int]) -> None:
         self.control = control
         self.ranks, self.group = members.processes, members.group
+        self.process = dist.get_rank()
         self.places = places
         self.aborted = False
         self._out: dict[int, _Out] = {}
@@ -70,9 +73,10 @@ class Lines:
         """
         line = self._out.get(peer)
         if line is None:
-            line = self._out[peer] = _Out(Worker(self.control, self.places[peer]))
+            worker = Worker(self.control, self.places[peer])
+            line = self._out[peer] = _Out(worker, self._name(self.process, self.ranks[peer]))
         tag = line.next_tag()
-        messages = packed(values, line.room(kind), _mark(tag))
+        messages = packed(values, line.room(kind), line.mark)
         line.saw(kind, sum(map(len, messages)))
         for place, message in enumerate(messages):
             line.sent(message, self.post(dist.isend, message, peer, tag + place))
@@ -85,12 +89,18 @@ class Lines:
         """
         line = self._in.get(peer)
         if line is None:
-            line = self._in[peer] = _In(Worker(self.control, self.places[peer]))
+            worker = Worker(self.control, self.places[peer])
+            line = self._in[peer] = _In(worker, self._name(self.ranks[peer], self.process))
         tag = line.next_tag()
         message = emptied(line.room(kind))
-        coming = _Coming(self, line, peer, tag, kind, seconds, message, self.post(dist.irecv, message, peer, tag))
+        work = self.post(dist.irecv, message, peer, tag)
+        coming = _Coming(self, line, peer, tag, line.mark, kind, seconds, message, work)
         self._coming[coming] = None
         return coming.wait
+
+    def _name(self, sender: int, receiver: int) -> str:
+        """What a line is called at both of its ends, and no other line of any pipeline."""
+        return f"{self.group.group_name} {sender} {receiver}"
 
     def arrived(self, coming: _Coming) -> None:
         """Takes note that a packet is there."""
@@ -130,16 +140,30 @@ class Lines:
 
 
 class _Line:
-    """One direction between this rank and another one."""
+    """One direction between this rank and another one.
 
-    def __init__(self, worker: Worker) -> None:
+    Args:
+        name: the same at both ends, and another one for each line.
+    """
+
+    def __init__(self, worker: Worker, name: str) -> None:
         self.worker = worker
+        self.first_mark = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
         self.rooms = Rooms()
         self.count = 0
 
     def next_tag(self) -> int:
         self.count += 1
         return self.count % ROUND * TAGS
+
+    @property
+    def mark(self) -> int:
+        """The mark of the last packet, which no other one of this process is likely to have had.
+
+        The memory for a packet may have held any earlier one. With that one's mark in it, the calling thread would take
+        a packet for complete that is still on its way, and wait in gloo for the rest.
+        """
+        return (self.first_mark + self.count * ODD) % (1 << 64)
 
     def room(self, kind: Hashable) -> int:
         return LEAST if kind is None else self.rooms.room(kind)
@@ -152,8 +176,8 @@ class _Line:
 class _Out(_Line):
     """To another rank. Messages must be held until they have been sent; a worker waits for many of them at once."""
 
-    def __init__(self, worker: Worker) -> None:
-        super().__init__(worker)
+    def __init__(self, worker: Worker, name: str) -> None:
+        super().__init__(worker, name)
         self._sent: list[tuple[Tensor, dist.Work]] = []
         self._nbytes = 0
 
@@ -169,7 +193,8 @@ class _Out(_Line):
 
         def finish() -> None:
             while sent:
-                sent.pop(0)[1].wait()
+                sent[0][1].wait()
+                del sent[0]  # not before: the wait needs the message
 
         self.worker.put(finish)
 
@@ -187,13 +212,14 @@ class _Coming:
         line: _In,
         peer: int,
         tag: int,
+        mark: int,
         kind: Hashable,
         seconds: float | None,
         message: Tensor,
         work: dist.Work,
     ) -> None:
         self.lines, self.line, self.peer, self.tag, self.kind, self.seconds = lines, line, peer, tag, kind, seconds
-        self.message, self.work = message, work
+        self.message, self.mark, self.work = message, mark, work
         self.packet: Tensor | None = None  # all of it
         self.values: Values | None = None
         self.is_awaited = False  # by the worker
@@ -233,8 +259,8 @@ class _Coming:
 
     def _comes_soon(self) -> bool:
         """Whether the packet has come, or comes while nothing but this thread waits for it."""
-        mark, end = _mark(self.tag), 0.0
-        while not is_there(self.message, mark):
+        end = 0.0
+        while not is_there(self.message, self.mark):
             now = time.perf_counter()
             end = end or now + SOON
             if now > end:
@@ -256,11 +282,6 @@ class _Coming:
         with changed:
             self.packet = packet
             changed.notify_all()
-
-
-def _mark(tag: int) -> int:
-    """The mark of a packet: no number that a tensor is likely to have."""
-    return (tag * 0x9E3779B97F4A7C15 ^ 0xA5C3E1F00F1E3C5A) & 0xFFFFFFFFFFFFFFFF
 
 
 def _give_way() -> None:
