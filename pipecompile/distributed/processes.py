@@ -38,6 +38,7 @@ from pipecompile.runtime.transport import Aborted
 
 T = TypeVar("T")
 LONGEST = 200  # characters of an option that are said
+MISSING = "nothing"  # is said of an option that a process does not have
 
 
 class Processes:
@@ -167,9 +168,10 @@ class Processes:
         self.agree(f"the options of {of}")
         each = self.all.gathered(dict(options))
         for rank, other in enumerate(each):
-            for name, text in each[0].items():
-                if other.get(name, text) != text:
-                    mine, its = _where_they_differ(text, other[name])
+            for name in each[0] | other:
+                text, its = each[0].get(name, MISSING), other.get(name, MISSING)
+                if its != text:
+                    mine, its = _where_they_differ(text, its)
                     raise InputError(
                         f"{of} got {name}={mine} in rank 0, and {name}={its} in rank {rank}; pass the "
                         f"same options in all processes"
@@ -187,8 +189,8 @@ class Processes:
         self.agree("the weights of the model")
         digests = self.all.gathered({name: _content(tensor) for name, tensor in tensors.items()})
         for rank, other in enumerate(digests):
-            for name, digest in digests[0].items():
-                if other.get(name) != digest:
+            for name in digests[0] | other:
+                if other.get(name) != digests[0].get(name):
                     raise InputError(
                         f"{name} of rank {rank} differs from that of rank 0, but every process must build the same "
                         f"model; set the same seed before it is built, or load the same weights"
