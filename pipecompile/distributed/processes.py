@@ -137,10 +137,12 @@ class Processes:
             if words[differing] == words[0]
             else f"rank 0 is at {words[0]}, and rank {differing} at {words[differing]}"
         )
-        raise InputError(
+        parts = ", whose parts differ in their numbers of rows only (pad all sequences to one length)"
+        self._refusal = InputError(
             f"ranks 0 and {differing} do not make the same call: {reason}; all ranks of a pipeline must make the same "
-            f"calls on the same batches"
+            f"calls on the same batches{parts * (self.column is not None)}"
         )
+        raise self._refusal
 
     def note(self, what: str) -> None:
         self._done.append(what)
