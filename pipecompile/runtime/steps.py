@@ -317,8 +317,8 @@ def stream(session: Session, batch: Batch, loss: int, policy: Schedule) -> dict[
 
 def flush(session: Session) -> None:
     """Flushes the stream: finishes every microbatch in flight, with its update."""
+    session.peers.agree("to flush the pipeline")  # one that is refused leaves the microbatches in flight
     under_way, session.stream = session.stream, Stream()
-    session.peers.agree("to flush the pipeline")
     compiled, policy = under_way.compiled, under_way.policy
     if compiled is not None and policy is not None and under_way.carried:
         with session.promised(), torch.enable_grad(), session.watched():

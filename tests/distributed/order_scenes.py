@@ -12,6 +12,7 @@ from failing_scenes import CROSSING, Net, Scores, batch, piped, step
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import pipecompile
 from pipecompile.compiler import learn
 from pipecompile.distributed import processes
 from pipecompile.runtime import steps
@@ -100,6 +101,25 @@ def a_rerun_that_one_refuses() -> Said:
     return [said, after]
 
 
+def a_flush_of_one() -> Said:
+    """Rank 1 flushes where the others call. Then all go on as the same pipeline in threads, which nobody flushed."""
+    options: dict[str, Any] = {"schedule": "pipedream", "optimizer": lambda p: torch.optim.SGD(p, 0.1)}
+    torch.manual_seed(0)
+    model = Net()
+    torch.manual_seed(0)
+    pipe = piped(Net(), **options)
+    alone = pipecompile.compile(
+        model, ["cpu"] * dist.get_world_size(), microbatches=4, costs="count", verify="never", **options
+    )
+    with alone.pipeline:
+        expected = [alone(batch(seed)).item() for seed in range(5)]
+    found = [pipe(batch(seed)).item() for seed in range(2)]
+    said = tried(pipe.pipeline.flush if is_odd() else lambda: pipe(batch(2)))
+    found += [pipe(batch(seed)).item() for seed in range(2, 5)]
+    pipe.pipeline.close()
+    return [said, *(f"{one} instead of {other}" for one, other in zip(found, expected, strict=True) if one != other)]
+
+
 def a_capture_that_one_has_used() -> Said:
     """Rank 1 once evaluates instead. All of them count the same steps in spite of it, and tell what they took."""
     with pytest.MonkeyPatch.context() as patch:
@@ -183,6 +203,7 @@ def orders() -> dict[str, Said]:
         "hook": a_hook_raises(Net),
         "hook, deferred": a_hook_raises(Scores),
         "rerun": a_rerun_that_one_refuses(),
+        "flush": a_flush_of_one(),
         "capture": a_capture_that_one_has_used(),
     }
 

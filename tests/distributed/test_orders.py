@@ -27,6 +27,7 @@ def orders(launcher: Launcher) -> list[Any]:
         ("other backward, deferred", ["the backward of call 7, and rank 1 at call 9, the backward of call 8"]),
         ("hook", ["after the backward of call 7 with the gradient 1, and rank 1 at call 8, a call of capture 0"]),
         ("hook, deferred", [", after the backward of call 7, and rank 1 at call 9, a call of capture 0 with"]),
+        ("flush", ["a call of capture 0 with gradients on", "and rank 1 at call 10, to flush the pipeline; "]),
         ("rerun", ["to run call 7 again: a second backward, ", "and rank 1 at call 9, a call of capture 0"]),
     ],
 )
@@ -35,7 +36,7 @@ def test_all_refuse_what_one_does_otherwise(orders: list[Any], name: str, says: 
     assert refused.startswith("InputError: ranks 0 and 1 do not make the same call: ")
     assert all(words in refused for words in says), refused
     assert [said[0] for said in more] == [refused]
-    if name != "rerun":  # where the next call has gradients as those of the unsplit model
+    if name != "rerun":  # where what follows is as if nothing had been
         assert not others
         assert [said[1:] for said in more] == [[]]
 
