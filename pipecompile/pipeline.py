@@ -142,8 +142,8 @@ class Pipeline(PipelineView):
             return given_back(arguments, self._output(batch))
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
-        last, batch = self._batches.last, self._batches.of(args, kwargs)
-        if self._learning.look(last):
+        batch = self._batches.of(args, kwargs)
+        if self._learning.look():
             self._proofs.forget()
             batch = self._batches.of(args, kwargs)
         self._fill(batch)

@@ -79,18 +79,16 @@ class Learning:
         self._seen: object = None  # the last step that was timed
         self._before: Cut | None = None
 
-    def look(self, last: Compiled | None) -> bool:
-        """Looks at the last call, before the next one. Returns whether the cut has moved.
+    def look(self) -> bool:
+        """Looks at the last program, before the next call. Returns whether the cut has moved.
 
-        Args:
-            last: the capture of the last call.
+        Several processes count the same steps, whatever the next call is in one of them: only programs are counted,
+        which all of them have run.
         """
         first = self.batches.first
-        if self._done or first is None or last is not first or self.session.measured is None:
+        if self._done or first is None or not self.session.has_run(first):
             return False
-        if self.session.is_observed and not self.session.peers.are_several:  # an observer takes time of its own
-            return False
-        if not first.captured.model.training or not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        if not self.session.peers.are_several and not self._may_move(first):
             return False
         if not self._tells(first):
             self._done = True
@@ -105,8 +103,13 @@ class Learning:
         self._steps, self._spans = 0, []
         return self._decide(first, times)
 
+    def _may_move(self, first: Compiled) -> bool:
+        """Whether the next call goes on with a training that nothing observes, since an observer takes time."""
+        trains = first.captured.model.training and torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        return trains and not self.session.is_observed
+
     def _count(self, first: Compiled) -> None:
-        """Takes the times of the last step, once. Other processes may be behind, if their last call was refused."""
+        """Takes the times of the last step, once."""
         timeline = self.session.step
         if timeline is None or self.session.measured is self._seen or not self._is_whole(first, timeline):
             return

@@ -48,7 +48,7 @@ def replan(
         if peers.are_several and timeline is not None:
             spans = (span for each in peers.of_each(timeline.spans) for span in each)
             timeline = Timeline(tuple(spans), timeline.num_ranks)
-        costed = _measured(first, timeline if batches.last is first else None)
+        costed = _measured(first, timeline if session.has_run(first) else None)
     options = replace(batches.options, plan=plan or batches.options.plan, costs=costed)
     options.check(batches.model, len(batches.devices))
     return options, replanned(first, costed, options, batches.devices, peers)

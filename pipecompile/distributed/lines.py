@@ -12,6 +12,7 @@ them itself, and waits for them where the control channel can end the wait.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections import deque
@@ -38,6 +39,7 @@ Get = Callable[[], Values]
 TAGS = 2  # of one packet
 ROUND = 1 << 24  # packets after which tags are used again
 FEW, SMALL = 32, 1 << 20  # packets to a peer, and bytes of them, that no worker waits for yet
+ODD = 0x9E3779B97F4A7C15  # between the marks of two packets: no number that a tensor is likely to have
 SOON = 100e-6  # seconds for which the caller looks for a packet itself: two threads that wake each other take more
 
 
@@ -56,6 +58,7 @@ class Lines:
     def __init__(self, control: Control, members: Members, places: Sequence[int]) -> None:
         self.control = control
         self.ranks, self.group = members.processes, members.group
+        self.process = dist.get_rank()
         self.places = places
         self.aborted = False
         self.near = Near()
@@ -79,11 +82,12 @@ class Lines:
         """
         line = self._out.get(peer)
         if line is None:
-            line = self._out[peer] = _Out(Worker(self.control, self.places[peer]))
+            worker = Worker(self.control, self.places[peer])
+            line = self._out[peer] = _Out(worker, self._name(self.process, self.ranks[peer]))
         tag, room = line.next_tag(), line.room(kind)
         outlet = self._outlet(peer, line, room)
         if outlet is None:
-            messages = packed(values, room, _mark(tag))
+            messages = packed(values, room, line.mark)
             line.saw(kind, sum(map(len, messages)))
         else:
             parts, nbytes = in_parts(values)
@@ -122,17 +126,22 @@ class Lines:
         """
         line = self._in.get(peer)
         if line is None:
-            line = self._in[peer] = _In(Worker(self.control, self.places[peer]))
+            worker = Worker(self.control, self.places[peer])
+            line = self._in[peer] = _In(worker, self._name(self.ranks[peer], self.process))
         tag, room = line.next_tag(), line.room(kind)
         message, address = emptied(room), self._near_to(peer, room)
         if address is None:
             work = self.post(dist.irecv, message, peer, tag)
-            coming: _Coming = _Posted(self, line, peer, tag, kind, seconds, message, work=work)
+            coming: _Coming = _Posted(self, line, peer, tag, kind, seconds, message, work=work, mark=line.mark)
         else:
             coming = _Near(self, line, peer, tag, kind, seconds, message, sender=address)
             line.unread.append(coming)
         self._coming[coming] = None
         return coming.wait
+
+    def _name(self, sender: int, receiver: int) -> str:
+        """What a line is called at both of its ends, and no other line of any pipeline."""
+        return f"{self.group.group_name} {sender} {receiver}"
 
     def arrived(self, coming: _Coming) -> None:
         """Takes note that a packet is there."""
@@ -174,16 +183,30 @@ class Lines:
 
 
 class _Line:
-    """One direction between this rank and another one."""
+    """One direction between this rank and another one.
 
-    def __init__(self, worker: Worker) -> None:
+    Args:
+        name: the same at both ends, and another one for each line.
+    """
+
+    def __init__(self, worker: Worker, name: str) -> None:
         self.worker = worker
+        self.first_mark = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
         self.rooms = Rooms()
         self.count = 0
 
     def next_tag(self) -> int:
         self.count += 1
         return self.count % ROUND * TAGS
+
+    @property
+    def mark(self) -> int:
+        """The mark of the last packet, which no other one of this process is likely to have had.
+
+        The memory for a packet may have held any earlier one. With that one's mark in it, the calling thread would take
+        a packet for complete that is still on its way, and wait in gloo for the rest.
+        """
+        return (self.first_mark + self.count * ODD) % (1 << 64)
 
     def room(self, kind: Hashable) -> int:
         return LEAST if kind is None else self.rooms.room(kind)
@@ -200,8 +223,8 @@ class _Out(_Line):
         outlet: for messages within this host, once there was one.
     """
 
-    def __init__(self, worker: Worker) -> None:
-        super().__init__(worker)
+    def __init__(self, worker: Worker, name: str) -> None:
+        super().__init__(worker, name)
         self.outlet: Outlet | None = None
         self._sent: list[tuple[Tensor, dist.Work]] = []
         self._nbytes = 0
@@ -218,7 +241,8 @@ class _Out(_Line):
 
         def finish() -> None:
             while sent:
-                sent.pop(0)[1].wait()
+                sent[0][1].wait()
+                del sent[0]  # not before: the wait needs the message
 
         self.worker.put(finish)
 
@@ -230,8 +254,8 @@ class _In(_Line):
         unread: packets within this host of which nothing has been read, in their order.
     """
 
-    def __init__(self, worker: Worker) -> None:
-        super().__init__(worker)
+    def __init__(self, worker: Worker, name: str) -> None:
+        super().__init__(worker, name)
         self.unread: deque[_Near] = deque()
 
 
@@ -323,11 +347,12 @@ class _Posted(_Coming):
 
     Args:
         work: the receive of its first message.
+        mark: at the end of the message, once it is there.
     """
 
-    def __init__(self, *args: Any, work: dist.Work) -> None:
+    def __init__(self, *args: Any, work: dist.Work, mark: int) -> None:
         super().__init__(*args)
-        self.work = work
+        self.work, self.mark = work, mark
 
     def _wait(self) -> bool:
         if not self._comes_soon():
@@ -340,7 +365,7 @@ class _Posted(_Coming):
         return True
 
     def _has_come(self) -> bool:
-        return is_there(self.message, _mark(self.tag))
+        return is_there(self.message, self.mark)
 
     def _finish(self) -> None:
         self.work.wait()
@@ -394,11 +419,6 @@ class _Near(_Coming):
 
     def _is_over(self) -> bool:
         return self._has_come() or self.lines.aborted
-
-
-def _mark(tag: int) -> int:
-    """The mark of a packet: no number that a tensor is likely to have."""
-    return (tag * 0x9E3779B97F4A7C15 ^ 0xA5C3E1F00F1E3C5A) & 0xFFFFFFFFFFFFFFFF
 
 
 def _give_way() -> None:

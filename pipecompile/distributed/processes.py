@@ -38,6 +38,7 @@ from pipecompile.runtime.transport import Aborted
 
 T = TypeVar("T")
 LONGEST = 200  # characters of an option that are said
+MISSING = "nothing"  # is said of an option that a process does not have
 
 
 class Processes:
@@ -67,13 +68,15 @@ class Processes:
         self.place = grid.place(self.part, self.rank)
         self.control = Control(self.place, len(grid.all), store_of_the_group(), self.pace)
         self.worker = Worker(self.control)
-        self.all = Members(grid.all, self._call)
-        self.row = self.all if grid.parts == 1 else Members(grid.row(self.part), self._call)
-        self.column = Members(grid.column(self.rank), self._call) if grid.parts > 1 else None
+        with staying(self.control.watch, "compile()", grid.all):
+            self.all = Members(grid.all, self._call)
+            self.row = self.all if grid.parts == 1 else Members(grid.row(self.part), self._call)
+            self.column = Members(grid.column(self.rank), self._call) if grid.parts > 1 else None
         self.lines = Lines(self.control, self.row, [grid.place(self.part, rank) for rank in range(grid.ranks)])
         self.lines_to_all = self.lines if grid.parts == 1 else Lines(self.control, self.all, range(len(grid.all)))
         self.shards: Shards | None = None
         self.calls = 0
+        self._refusal: InputError | None = None  # the last one, which all processes raise
         self._done: list[str] = []  # since the last agreement
         self._background: Background | None = None
 
@@ -87,7 +90,9 @@ class Processes:
 
     def shared(self, make: Callable[[], T]) -> T:
         self.agree("a value that rank 0 computes for all")
-        value, raised = pickle.loads(self.all.broadcast(_outcome(make) if self.place == 0 else b"", 0))
+        with self._failing():  # an interrupt of the first process: the others wait for what it makes
+            mine = _outcome(make) if self.place == 0 else b""
+        value, raised = pickle.loads(self.all.broadcast(mine, 0))
         if raised is not None:
             raise raised
         return value  # type: ignore[no-any-return]
@@ -136,10 +141,12 @@ class Processes:
             if words[differing] == words[0]
             else f"rank 0 is at {words[0]}, and rank {differing} at {words[differing]}"
         )
-        raise InputError(
+        parts = ", whose parts differ in their numbers of rows only (pad all sequences to one length)"
+        self._refusal = InputError(
             f"ranks 0 and {differing} do not make the same call: {reason}; all ranks of a pipeline must make the same "
-            f"calls on the same batches"
+            f"calls on the same batches{parts * (self.column is not None)}"
         )
+        raise self._refusal
 
     def note(self, what: str) -> None:
         self._done.append(what)
@@ -167,9 +174,10 @@ class Processes:
         self.agree(f"the options of {of}")
         each = self.all.gathered(dict(options))
         for rank, other in enumerate(each):
-            for name, text in each[0].items():
-                if other.get(name, text) != text:
-                    mine, its = _where_they_differ(text, other[name])
+            for name in each[0] | other:
+                text, its = each[0].get(name, MISSING), other.get(name, MISSING)
+                if its != text:
+                    mine, its = _where_they_differ(text, its)
                     raise InputError(
                         f"{of} got {name}={mine} in rank 0, and {name}={its} in rank {rank}; pass the "
                         f"same options in all processes"
@@ -187,8 +195,8 @@ class Processes:
         self.agree("the weights of the model")
         digests = self.all.gathered({name: _content(tensor) for name, tensor in tensors.items()})
         for rank, other in enumerate(digests):
-            for name, digest in digests[0].items():
-                if other.get(name) != digest:
+            for name in digests[0] | other:
+                if other.get(name) != digests[0].get(name):
                     raise InputError(
                         f"{name} of rank {rank} differs from that of rank 0, but every process must build the same "
                         f"model; set the same seed before it is built, or load the same weights"
@@ -236,9 +244,9 @@ class Processes:
     def failure(self, error: BaseException) -> BaseException:
         if isinstance(error, Aborted):
             return self.control.error()
-        if isinstance(error, RankError):
+        if isinstance(error, RankError) or error is self._refusal:
             return error
-        found = self.control.report(self.control.mine("", f"{type(error).__name__}: {error}"))
+        found = self.control.report(self.control.mine("", f"{type(error).__name__}: {error}".rstrip(": ")))
         return found if isinstance(error, Exception) else error
 
     def passed(self, given: Mapping[int, Values], sources: Iterable[int]) -> dict[int, Values]:
@@ -305,6 +313,9 @@ class Processes:
     def _failing(self, what: str = "") -> Iterator[None]:
         """Raises, for a wait that was ended, the error of all ranks.
 
+        So does whatever else ends it, such as Ctrl-C: what was waited for would come later, and be taken for something
+        else.
+
         Args:
             what: is waited for, if that may be too long.
         """
@@ -315,6 +326,11 @@ class Processes:
         except TimeoutError:
             waited = f"waited {self.pace.absent:g} s in {what} for the others, of which one makes no call"
             raise self.control.report(Cause(self.place, self.control.watch.host, "", waited)) from None
+        except BaseException as error:
+            failure = self.failure(error)
+            if failure is error:
+                raise
+            raise failure from error
 
 
 def _outcome(make: Callable[[], object]) -> bytes:

@@ -35,7 +35,7 @@ from pipecompile.distributed.ownership import (
 from pipecompile.distributed.processes import Processes
 from pipecompile.distributed.shards import Shards
 from pipecompile.distributed.watched_optimizers import leave_optimizers, watch_optimizers
-from pipecompile.distributed.whole_batch import whole_batch
+from pipecompile.distributed.whole_batch import described, refuse_undivided, whole_batch
 from pipecompile.errors import CaptureError, InputError
 from pipecompile.ops.away import lacks_values, send_away
 from pipecompile.runtime.ambient import Ambient
@@ -93,7 +93,8 @@ class Share:
             self.processes.shards.follow()
         if self.processes.column is None:
             return call, ()
-        self.processes.agree("the batch of a call")
+        refuse_undivided(call)
+        self.processes.agree(f"the batch of a call, with {described(call)}")
         whole = whole_batch(call, self.processes.column)
         return again(call, whole.tensors), whole.sizes
 

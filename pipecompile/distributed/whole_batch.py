@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor
 from pipecompile.capture.call import Call, TensorName
 from pipecompile.distributed.members import Members
 from pipecompile.errors import InputError
+
+LONGEST = 500  # characters of what is said of a batch
 
 
 @dataclass(frozen=True)
@@ -27,15 +29,8 @@ class Whole:
     sizes: tuple[int, ...]
 
 
-def whole_batch(call: Call, column: Members) -> Whole:
-    """Joins the batches that the processes of a column pass to one call.
-
-    Args:
-        call: in this process.
-
-    Raises:
-        InputError: the batches cannot be joined; raised in all processes.
-    """
+def refuse_undivided(call: Call) -> None:
+    """Raises ``InputError`` if what this process passes is no part of a batch. The others hear of it elsewhere."""
     if call.batch is None:
         raise InputError(
             "no argument has a batch dimension, so there is nothing to divide over the mesh's dimension 'data'; use a "
@@ -46,35 +41,38 @@ def whole_batch(call: Call, column: Members) -> Whole:
             f"argument {meta!r} is on the meta device, so it cannot be joined with those of the other parts of the "
             f"batch; pass a tensor on a real device"
         )
+
+
+def whole_batch(call: Call, column: Members) -> Whole:
+    """Joins the batches that the processes of a column pass to one call.
+
+    Args:
+        call: in this process; ``described`` says the same of all of them.
+    """
     batched = {name: call.tensors[name].detach().to("cpu") for name in sorted(call.batched)}
-    each = column.gathered((_described(call), batched))
-    first, _ = each[0]
-    for part, (other, _) in enumerate(each):
-        for name in first.keys() | other.keys():
-            if first.get(name) != other.get(name):
-                raise InputError(
-                    f"{name} is {first.get(name, 'missing')} in the first part of the batch and "
-                    f"{other.get(name, 'missing')} in part {part}, so they are not one batch; pass batches that differ "
-                    f"in their numbers of rows only (pad all sequences to one length)"
-                )
-    joined = {name: torch.cat([tensors[name] for _, tensors in each]).to(call.tensors[name].device) for name in batched}
-    return Whole({**call.tensors, **joined}, tuple(len(next(iter(tensors.values()))) for _, tensors in each))
+    each = column.gathered(batched)
+    joined = {name: torch.cat([tensors[name] for tensors in each]).to(call.tensors[name].device) for name in batched}
+    return Whole({**call.tensors, **joined}, tuple(len(next(iter(tensors.values()))) for tensors in each))
 
 
-def _described(call: Call) -> dict[str, str]:
-    """What must be the same in all parts, by what it is."""
-    found = {"the structure of the arguments": str(call.key[0])}
+def described(call: Call) -> str:
+    """What must be the same in all parts of a batch. Ends with a digest, if there is more than can be said."""
+    text = ", ".join(_described(call))
+    if len(text) <= LONGEST:
+        return text
+    return f"{text[:LONGEST]}... with the digest {hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
+
+
+def _described(call: Call) -> Iterator[str]:
     for name, leaf in zip(call.names, call.leaves, strict=True):
         if not isinstance(leaf, TensorName):
-            found[f"argument {name!r}"] = repr(leaf)[:200]
+            yield f"{name}: {leaf!r:.200}"
     for name, tensor in call.tensors.items():
         kind = str(tensor.dtype).removeprefix("torch.")
         if name in call.batched:
-            sizes = ", ".join(map(str, ("rows", *tensor.shape[1:])))
-            found[f"argument {name!r}"] = f"{kind} of shape ({sizes})"
+            yield f"{name}: {kind} {['rows', *tensor.shape[1:]]}".replace("'", "")
         else:
             content = hashlib.blake2b(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-            found[f"argument {name!r}, which has no batch,"] = (
-                f"{kind} of shape {tuple(tensor.shape)} with digest {content.hexdigest()[:8]}"
-            )
-    return found
+            yield f"{name}: {kind} {list(tensor.shape)} without a batch, with the digest {content.hexdigest()[:8]}"
+    structure = hashlib.blake2b(str(call.key[0]).encode(), digest_size=4).hexdigest()
+    yield f"in a structure with the digest {structure}"

@@ -120,7 +120,13 @@ __all__ = [
     "symbol_is_type",
     "tree_leaves",
     "tree_map_only",
+    "when_backward_ends",
 ]
+
+
+def when_backward_ends(act: Callable[[], None]) -> None:
+    """Acts when the present backward has ended; not if anything in it raises, such as a hook."""
+    torch.autograd.Variable._execution_engine.queue_callback(act)
 
 
 # torch.compile takes seconds to import, so it is imported by what needs it.

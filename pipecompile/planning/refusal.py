@@ -82,7 +82,7 @@ def _least(fitting: Fitting) -> float:
 def _remedies(fitting: Fitting, fastest: Plan) -> list[Remedy]:
     """Changes of options, together if none is enough alone; then other batches; as a last resort, more devices."""
     changes = dict(_changes(fitting))
-    found = [_tried(change, other) for change, other in changes.items()]
+    found = [remedy for change, other in changes.items() for remedy in _tried(change, other)]
     if len(changes) > 1 and not any(it.fits for it in found):
         together = fitting
         for other in changes.values():  # each changes fields of its own
@@ -90,7 +90,7 @@ def _remedies(fitting: Fitting, fastest: Plan) -> list[Remedy]:
             costed = together.costed if other.costed is fitting.costed else other.costed
             request = together.request if other.request == fitting.request else other.request
             together = together.varied(costed=costed, request=request, work=replace(together.work, **differing))
-        found.append(_tried(" and ".join(changes), together))
+        found += _tried(" and ".join(changes), together)
     found += _smaller_microbatches(fitting, fastest)
     return found if any(it.fits for it in found) else [*found, *_more_devices(fitting)]
 
@@ -125,10 +125,14 @@ def _only_scalars(costed: CostedGraph) -> CostedGraph | None:
     return replace(costed, graph=replace(graph, outputs=scalars)) if 0 < len(scalars) < len(graph.outputs) else None
 
 
-def _tried(change: str, fitting: Fitting) -> Remedy:
-    plan = fitting.attempt(fitting.most) or fitting.offloaded()
-    held = fitting.held(plan or fitting.fastest(fitting.most))
-    return Remedy(change, max(held.ranks), plan is not None)
+def _tried(change: str, fitting: Fitting) -> list[Remedy]:
+    """A change as a remedy; none if there is no plan with it, such as one for more devices than the model has parts."""
+    try:
+        plan = fitting.attempt(fitting.most) or fitting.offloaded()
+        held = fitting.held(plan or fitting.fastest(fitting.most))
+    except PlanError:
+        return []
+    return [Remedy(change, max(held.ranks), plan is not None)]
 
 
 def _smaller_microbatches(fitting: Fitting, fastest: Plan) -> Iterator[Remedy]:
@@ -154,9 +158,8 @@ def _more_devices(fitting: Fitting) -> Iterator[Remedy]:
             return
         larger = replace(cluster, devices=cluster.devices * factor, pairs=())
         more = replace(request, replicas=request.replicas * factor)
-        tried = _tried(
-            f"{len(larger)} such devices instead of {len(cluster)}", fitting.varied(request=more, cluster=larger)
-        )
-        if tried.fits:
-            yield tried
-            return
+        change = f"{len(larger)} such devices instead of {len(cluster)}"
+        for tried in _tried(change, fitting.varied(request=more, cluster=larger)):
+            if tried.fits:
+                yield tried
+                return

@@ -27,6 +27,10 @@ class Peers(Homes, Protocol):
     def are_several(self) -> bool:
         """Whether there are other processes."""
 
+    @property
+    def calls(self) -> int:
+        """How many agreements were begun: the number of the last one, in all processes."""
+
     def ranks(self, count: int) -> Sequence[int]:
         """The ranks, of ``count``, that this process runs."""
 
@@ -93,6 +97,7 @@ class OneProcess(AtHome):
     """All ranks are in this process."""
 
     are_several = False
+    calls = 0
 
     def ranks(self, count: int) -> Sequence[int]:
         return range(count)

@@ -30,6 +30,7 @@ STOPPED = _StopRecomputationError  # not a failure: a checkpoint around the call
 class Snapshot:
     """The state before a call."""
 
+    call: int  # its number, the same in all processes
     ambient: Ambient
     seeds: Sequence[int | None]  # one per microbatch, for its random functions
     read: Mapping[str, tuple[Tensor, int]]  # tensors that the call only reads, with their version counters
@@ -43,12 +44,14 @@ class Snapshot:
         draw: Callable[[], Sequence[int | None]],
         devices: Sequence[torch.device],
         homes: Homes,
+        number: int,
     ) -> Snapshot:
         """The state before a call, in the modes of the calling thread.
 
         Args:
             draw: draws the seeds from the caller's generator.
             homes: of the model's tensors.
+            number: of the call.
         """
         generators = Generators.of(devices, compiled.runs_python)
         with _outside_the_stages():
@@ -56,6 +59,7 @@ class Snapshot:
         inputs = {f"argument {name!r}": tensor for name, tensor in call.tensors.items()}
         tracked = {**{name: homes.home(tensor) for name, tensor in compiled.read.items()}, **inputs}
         return Snapshot(
+            call=number,
             ambient=Ambient.of_caller(frozenset(device.type for device in devices)),
             seeds=draw(),
             read={name: (t, t._version) for name, t in tracked.items() if not t.is_inference()},
@@ -81,19 +85,18 @@ class Snapshot:
             self.generators.put_back()
             raise
 
-    @contextmanager
-    def restored(self) -> Iterator[None]:
-        """Restores the state before the call; at exit, buffers get back their present values.
-
-        Raises:
-            ExecutionError: a parameter, an input or a buffer has changed since the call.
-        """
+    def refuse_changes(self) -> None:
+        """Raises ``ExecutionError`` if a parameter, an input or a buffer has changed since the call."""
         for name, (tensor, version) in self.read.items():
             if tensor._version != version:
                 raise ExecutionError(
                     f"{name} was changed in place between the call of the pipeline and this backward, which must rerun "
                     f"the call; call backward() before optimizer.step() and before writing to inputs"
                 )
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Restores the state before the call; at exit, buffers get back their present values."""
         present = [(buffer, buffer.detach().clone()) for buffer, _ in self.written]
         _write(self.written)
         try:

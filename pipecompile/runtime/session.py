@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pipecompile.capture.locks import Turn
-from pipecompile.errors import ExecutionError
+from pipecompile.errors import ExecutionError, PlanError, ProgramError
 from pipecompile.ir.instruction import Forward, Instruction
 from pipecompile.ir.program import Program
 from pipecompile.ir.timeline import Timeline
@@ -34,6 +34,7 @@ from pipecompile.runtime.notes import Notes, failed
 from pipecompile.runtime.observers import Observers, hooks_on_saved
 from pipecompile.runtime.outputs import Outputs
 from pipecompile.runtime.peers import OneProcess, Peers
+from pipecompile.runtime.rerun import STOPPED
 from pipecompile.schedule import Schedule, carried_after
 
 
@@ -115,12 +116,14 @@ class Session:
         self.observed: Counter[str] = Counter()  # programs that the calling thread ran, by what observed it
         self.is_observed = False  # whether something observed the thread that ran the last program
         self.defers = False  # whether backwards wait for gradients even if the model computes its loss
+        self.call = 0  # the number of the last call, the same in all processes
         self.moves = 0  # how often parameters have moved to other processes
         self.callers = Callers([lane.device for lane in self.lanes.values()])
         self.notes = Notes()
         self.program: Program | None = None
         self.measured: Timeline | Mapping[int, RowRun] | None = None  # of that program
         self._earlier: Timeline | Mapping[int, RowRun] | None = None  # of the program before
+        self._ran: ref[Compiled] | None = None  # the capture of the last program
         self.running = self.closed = False
         _SESSIONS.add(self)
 
@@ -137,6 +140,7 @@ class Session:
             number = self.numbers.setdefault(id(compiled), len(self.numbers))
             modes = Ambient.of_caller(frozenset(device.type for device in self.devices))
             self.peers.begin_to_agree(f"a call of capture {number} with {modes}", tensors)
+            self.call = self.peers.calls
 
     def begin(self, compiled: Compiled) -> None:
         """Begins a pass, with every stage on the parameters' present values."""
@@ -197,7 +201,7 @@ class Session:
             try:
                 here = self.is_observed or self._runs_alone
                 ran = self._executor(compiled, streams).run(program, microbatches, ambient, here, outputs)
-                self._earlier, self.measured = self.measured, ran
+                self._earlier, self.measured, self._ran = self.measured, ran, ref(compiled)
             except BaseException as error:
                 self.notes.failed = True
                 for weights in self.weights.values() if streams or self.optimizer is None else ():
@@ -220,6 +224,22 @@ class Session:
         tensors are not for the stages'.
         """
         return self.peers.are_several and len(self.lanes) == 1 and not self.callers.devices and not hooks_on_saved()
+
+    @contextmanager
+    def promised(self) -> Iterator[None]:
+        """A context for what the processes have agreed to do. Each waits for the others there, so an error ends all.
+
+        Were it caught, this process would go on with something else, and the others take that for what they wait for.
+        Refusals of a schedule follow from the plan alone, so all processes raise them, and none waits.
+        """
+        try:
+            yield
+        except (STOPPED, PlanError, ProgramError):
+            raise
+        except BaseException as error:
+            if self.peers.are_several:
+                self._end_all(error)
+            raise
 
     def _end_all(self, error: BaseException) -> None:
         """Raises the error with which all processes end, if it is another one."""
@@ -295,10 +315,14 @@ class Session:
         self._own(compiled)
         return tuple(weights.optimizer for weights in self.weights.values() if weights.optimizer is not None)
 
+    def has_run(self, compiled: Compiled) -> bool:
+        """Whether the last program was of a capture. A call that is refused runs none, in any process."""
+        return self._ran is not None and self._ran() is compiled
+
     def forget(self) -> None:
         """Drops the stages; the next program brings its own. Those of earlier calls stay while these may need them."""
         self.weights, self.executors, self.numbers = {}, {}, {}
-        self.program = self.measured = self._earlier = None
+        self.program = self.measured = self._earlier = self._ran = None
 
     def renew(self) -> None:
         """Gives the copy in a forked process its own threads.

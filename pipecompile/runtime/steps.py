@@ -23,6 +23,7 @@ from torch import Tensor
 from pipecompile.errors import ExecutionError
 from pipecompile.ops.elsewhere import elsewhere
 from pipecompile.ops.randomness import Generators
+from pipecompile.ops.torch_internals import when_backward_ends
 from pipecompile.runtime import Microbatch
 from pipecompile.runtime.anomalies import refuse_nan
 from pipecompile.runtime.batch import Batch
@@ -75,16 +76,19 @@ def run(
 def _run(
     session: Session, batch: Batch, loss: int | None, schedule: MakeProgram, policy: Schedule | None
 ) -> dict[str, Tensor]:
+    if batch.trains and policy is not None and loss is not None and policy.by_batch and not batch.ends_in_body(loss):
+        raise ExecutionError(OF_THE_BATCH.format(type(batch.compiled.captured.model).__name__))
     session.agree(batch.compiled, batch.call.tensors.values())
-    if policy is not None or batch.compiled.is_random or batch.compiled.written:
-        session.peers.agreed()  # before the stream, the caller's generator or buffers change
-    if not batch.trains:
-        return evaluate(session, batch)
-    if policy is not None and loss is not None:
-        return stream(session, batch, loss, policy)
-    if loss is None or not batch.ends_in_body(loss) or session.defers or session.is_watched:
-        return defer(session, batch)
-    return train(session, batch, loss, schedule)
+    with session.promised():
+        if policy is not None or batch.compiled.is_random or batch.compiled.written:
+            session.peers.agreed()  # before the stream, the caller's generator or buffers change
+        if not batch.trains:
+            return evaluate(session, batch)
+        if policy is not None and loss is not None:
+            return stream(session, batch, loss, policy)
+        if loss is None or not batch.ends_in_body(loss) or session.defers or session.is_watched:
+            return defer(session, batch)
+        return train(session, batch, loss, schedule)
 
 
 def evaluate(session: Session, batch: Batch) -> dict[str, Tensor]:
@@ -132,7 +136,7 @@ def _train(session: Session, batch: Batch, loss: int, schedule: MakeProgram, sta
         session.scale = factor.item()
         if session.scale == scale:
             return saved.tensors
-        with _again(session, start, Rerun.RESCALED):
+        with _again(session, start, Rerun.RESCALED, f" by {session.scale:.9g}"):
             again = take_gradients(session, batch, run(session.scale)[0])
         return [again[id(leaf)] for leaf in leaves]
 
@@ -142,7 +146,7 @@ def _train(session: Session, batch: Batch, loss: int, schedule: MakeProgram, sta
     ready = [found[id(leaf)] for leaf in leaves]
     (own,) = connected([outputs[loss]], session.homes(leaves), deliver, ready)
     if session.peers.are_several and own.requires_grad:
-        noted = partial(_noted, session.peers)
+        noted = partial(_noted, session.peers, start.call)
         own.register_hook(noted)  # type: ignore[no-untyped-call]  # also where nothing is trained, nothing delivered
     rest = _beside(session, batch, start, [*outputs[:loss], *outputs[loss + 1 :]], loss, retained)
     given = [*rest[:loss], own, *rest[loss:]]
@@ -156,8 +160,14 @@ def _refuse_moved(session: Session, moves: int) -> None:
         raise ExecutionError(OF_A_MOVE)
 
 
-def _noted(peers: Peers, factor: Tensor) -> None:
-    peers.note(f"a backward with the gradient {factor.item():.9g}")
+def _noted(peers: Peers, call: int, factor: Tensor) -> None:
+    _note_backward(peers, f"the backward of call {call} with the gradient {factor.item():.9g}")
+
+
+def _note_backward(peers: Peers, said: str) -> None:
+    """Takes note of the present backward when it has ended: a hook of this process alone may raise before."""
+    if peers.are_several:
+        when_backward_ends(partial(peers.note, said))
 
 
 def _multiplied(saved: Saved, factor: Tensor) -> Sequence[Tensor]:
@@ -242,12 +252,14 @@ def _defer(session: Session, batch: Batch, start: Snapshot, rerun: Retained | No
     @session.watched()
     def backward(_: Saved, incoming: Gradients) -> Gradients:
         _refuse_moved(session, moves)
+        _note_backward(session.peers, f"the backward of call {start.call}")
         with Generators.kept_on_failure(session.devices, batch.compiled.runs_python):
             if waiting:
-                session.peers.agree("the backward of a call")
+                session.peers.agree(f"the backward of call {start.call}")
                 microbatches = dict(waiting)
                 waiting.clear()  # even if this backward fails: another one reruns the call
-                return run(microbatches, incoming)
+                with session.promised():
+                    return run(microbatches, incoming)
             with _again(session, start, Rerun.SECOND):
                 return run(_forward(session, batch, start.seeds, again=True)[0], incoming)
 
@@ -259,18 +271,24 @@ def _defer(session: Session, batch: Batch, start: Snapshot, rerun: Retained | No
 
 
 @contextmanager
-def _again(session: Session, start: Snapshot, why: Rerun) -> Iterator[None]:
-    """Restores the state of a call for a rerun, and counts the rerun."""
+def _again(session: Session, start: Snapshot, why: Rerun, how: str = "") -> Iterator[None]:
+    """Restores the state of a call for a rerun, and counts the rerun.
+
+    Args:
+        how: what the processes must rerun it with.
+
+    Raises:
+        ExecutionError: what the call has read has changed since then.
+    """
+    start.refuse_changes()  # in this process; the others run nothing, since they do not agree
     session.repeated[why] += 1
-    session.peers.agree(f"to run a call again: {why}")
-    with session.turn.taken(), start.restored():
+    session.peers.agree(f"to run call {start.call} again{how}: {why}")
+    with session.promised(), session.turn.taken(), start.restored():
         yield
 
 
 def stream(session: Session, batch: Batch, loss: int, policy: Schedule) -> dict[str, Tensor]:
     """Runs the next segment of the stream; each microbatch's loss is computed with its own version of the weights."""
-    if policy.by_batch and not batch.ends_in_body(loss):
-        raise ExecutionError(OF_THE_BATCH.format(type(batch.compiled.captured.model).__name__))
     if session.stream.compiled is not batch.compiled:
         flush(session)
         session.begin(batch.compiled)
@@ -299,18 +317,19 @@ def stream(session: Session, batch: Batch, loss: int, policy: Schedule) -> dict[
 
 def flush(session: Session) -> None:
     """Flushes the stream: finishes every microbatch in flight, with its update."""
+    session.peers.agree("to flush the pipeline")  # one that is refused leaves the microbatches in flight
     under_way, session.stream = session.stream, Stream()
-    session.peers.agree("to flush the pipeline")
     compiled, policy = under_way.compiled, under_way.policy
     if compiled is not None and policy is not None and under_way.carried:
-        with torch.enable_grad(), session.watched():
+        with session.promised(), torch.enable_grad(), session.watched():
             bare = policy.drain(compiled.plan, under_way.carried)
             program = compiled.lowered(replace(bare, lags=under_way.lags))
             session.run(compiled, program, under_way.microbatches, streams=True)
 
 
 def _snapshot(session: Session, batch: Batch) -> Snapshot:
-    return Snapshot.of(batch.compiled, batch.call, lambda: _drawn(session, batch), session.devices, session.peers)
+    drawn, peers = partial(_drawn, session, batch), session.peers
+    return Snapshot.of(batch.compiled, batch.call, drawn, session.devices, peers, session.call)
 
 
 def _drawn(session: Session, batch: Batch) -> Sequence[int | None]:

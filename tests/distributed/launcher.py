@@ -129,7 +129,7 @@ class Launcher:
             scene: ``module:function``.
             limit: seconds after which ranks that run are killed, with their stacks in the output. Nothing but a hang
                 may reach it.
-            hangs: a rank that does; the limit begins when all others have ended.
+            hangs: a rank that does; the limit begins when all others have ended, for which they have ``LIMIT``.
             agent: the launcher hosts the process group's store, as torchrun does; else rank 0 does.
         """
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -173,7 +173,8 @@ class Launcher:
 
     def _watch(self, run: _Run, store: dist.Store, limit: int, hangs: int | None) -> None:
         start = time.monotonic()
-        while run.alive and time.monotonic() - start < limit:
+        latest = start + LIMIT + limit  # or the others would have for ever
+        while run.alive and time.monotonic() < min(start + limit, latest):
             if hangs is not None and run.alive != [hangs]:
                 start = time.monotonic()
             if line := self._line(POLL):

@@ -29,6 +29,10 @@ def hangs_on(rank: int) -> None:
         await_moment("that does not come")
 
 
+def all_hang() -> None:
+    await_moment("that does not come")
+
+
 def is_hurt() -> str:
     """Rank 1 is hurt while it pauses; the others end at once."""
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCONT])

@@ -112,13 +112,13 @@ def test_what_parts_cannot_do_is_refused_by_all(launcher: Launcher) -> None:
     words = {
         "no loss": "InputError: the mesh has the dimension 'data', but the model does not return a loss",
         "gradient": "ExecutionError: an output other than the loss got a gradient",
-        "lengths": "in the first part of the batch and int64 of shape (rows, 7) in part 1",
+        "lengths": "input_ids: int64 [rows, 7]",
         "statistics": "CaptureError: the stages write buffer 'norm.running_mean' for each microbatch",
         "pipedream": "schedule='pipedream' does not work with the mesh's dimension 'data'",
         "DTensor": "parameter '0.weight' is a DTensor, divided over processes by fully_shard() or otherwise",
         "optimizer": "whose rows are divided over processes (fully_shard=True), so it would not be trained",
-        "number": "argument 'scale' is 1.0 in the first part of the batch and 2.0 in part 1",
-        "kind": "argument 'scale' is 2.0 in the first part of the batch and float32 of shape (rows, 1) in part 1",
+        "number": "scale: 2.0, ",
+        "kind": "scale: float32 [rows, 1]",
         "names": "mesh= has the dimensions ('dp', 'pp'), but a pipeline needs 'stage' and may have 'data'",
     }
     for said in launcher.returned("data_scenes:refused", 4):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import signal
 
+import launcher as launcher_file
 import pytest
 import torch
 from launcher import Hurt, Launcher, report
@@ -39,6 +40,13 @@ def test_a_rank_that_hangs_is_killed_and_shows_its_stack(launcher: Launcher) -> 
     assert "in await_moment" in bad.output
     assert not left(bad.pid)
     assert "in await_moment" in report([good, bad])
+
+
+def test_ranks_that_are_not_said_to_hang_are_killed_too(launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher_file, "LIMIT", 1)
+    ended = launcher.run("launcher_scenes:all_hang", 2, limit=1, hangs=1)
+    assert [each.code for each in ended] == [None, None], report(ended)
+    assert all("in await_moment" in each.output for each in ended)
 
 
 def test_scenes_after_one_that_failed_are_as_before(launcher: Launcher) -> None:

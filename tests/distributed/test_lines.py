@@ -1,9 +1,19 @@
+"""Packets between processes, and what a line keeps of them."""
+
 from __future__ import annotations
 
-import pytest
-from launcher import Launcher
+import weakref
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
-from pipecompile.distributed import near
+import pytest
+import torch
+from launcher import Launcher
+from torch import Tensor
+
+from pipecompile.distributed import lines, near
+from pipecompile.distributed.packet import MARK, is_there
 
 
 @pytest.mark.parametrize("within_the_host", [True, False])
@@ -22,3 +32,72 @@ def test_a_packet_of_a_known_size_is_one_message_and_any_other_arrives_too(
 
 def test_packets_that_wait_for_their_reader_come_in_order(launcher: Launcher) -> None:
     assert launcher.returned("lines_scenes:many", 2) == [[], [True, True]]
+
+
+Open = Callable[[int, str], lines.Lines]
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> Open:
+    """Opens the lines of a process in a group. What they post is kept, in ``messages``, and goes nowhere."""
+    worker = SimpleNamespace(put=lambda job: None)
+    monkeypatch.setattr(lines, "Worker", lambda control, place: worker)
+
+    def open_(process: int, group: str) -> lines.Lines:
+        monkeypatch.setattr(lines.dist, "get_rank", lambda: process)
+        members: Any = SimpleNamespace(
+            processes=range(3), group=SimpleNamespace(group_name=group), gathered=lambda address: [None] * 3
+        )
+        found: Any = lines.Lines(None, members, range(3))  # type: ignore[arg-type]
+        found.messages = []
+
+        def post(operation: object, message: Tensor, peer: int, tag: int) -> object:
+            found.messages.append(message)
+            return SimpleNamespace(wait=lambda: None)
+
+        found.post = post
+        return found  # type: ignore[no-any-return]
+
+    return open_
+
+
+def sent(line: Any, peer: int) -> Tensor:
+    line.put(peer, (torch.ones(3),))
+    return line.messages[-1]  # type: ignore[no-any-return]
+
+
+def test_no_two_packets_have_the_same_mark(opened: Open) -> None:
+    found = []
+    for group in ("one", "other"):
+        for process in range(3):
+            line = opened(process, group)
+            found += [sent(line, peer) for peer in range(3) for _ in range(4)]
+    marks = {MARK.unpack_from(message.numpy().data, len(message) - MARK.size)[0] for message in found}
+    assert len(marks) == len(found) == 2 * 3 * 3 * 4
+
+
+def test_a_packet_is_known_by_its_mark_and_an_earlier_one_from_elsewhere_is_not(opened: Open) -> None:
+    receiver: Any = opened(1, "one")
+    packet, elsewhere = (sent(opened(process, group), 1) for process, group in ((0, "one"), (2, "one")))
+    coming = receiver.get(0).__self__
+    memory = receiver.messages[-1]
+    memory[: len(elsewhere)] = elsewhere  # what an earlier receive of another line has left; of this one, the head came
+    assert not is_there(memory, coming.mark)
+    memory[: len(packet)] = packet
+    assert is_there(memory, coming.mark)
+    ((value,), awaited) = coming.wait(), coming.is_awaited
+    assert torch.equal(value, torch.ones(3))
+    assert not awaited
+
+
+def test_a_message_is_held_until_it_has_been_sent() -> None:
+    jobs: list[Callable[[], None]] = []
+    line, message, held = lines._Out(SimpleNamespace(put=jobs.append), "a line"), torch.empty(1), list[bool]()
+    alive = weakref.ref(message)
+    line.sent(message, SimpleNamespace(wait=lambda: held.append(alive() is not None)))
+    del message
+    line.hand_over()
+    (finish,) = jobs
+    finish()
+    assert held == [True]
+    assert alive() is None

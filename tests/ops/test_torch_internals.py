@@ -22,6 +22,7 @@ ATTRIBUTES = [  # what is patched, overridden or called on objects of torch's
     (torch_internals.ShapeEnv, "_set_replacement"),
     (nn.Module, "_call_impl"),
     (torch.Tensor, "_version"),
+    (torch.autograd.Variable._execution_engine, "queue_callback"),
 ]
 
 

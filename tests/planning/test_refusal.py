@@ -112,3 +112,13 @@ def test_of_a_large_program_it_is_said_that_nothing_else_was_tried(monkeypatch: 
     monkeypatch.setattr(refusal, "TRIED", 15)
     with pytest.raises(PlanError, match="use devices with more memory; other options were not tried for a program of"):
         largest(1000, WIDE)
+
+
+def test_a_model_of_few_parts_is_refused_for_its_memory_and_not_for_the_remedies_that_it_has_no_parts_for() -> None:
+    model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(3)))
+    cluster = Cluster((Device("cpu", memory=20_000),) * 2)
+    with pytest.raises(PlanError, match="the model does not fit into the memory of its devices: ") as caught:
+        pipecompile.compile(
+            model, ["cpu"] * 2, microbatches=2, costs="count", example_inputs=torch.randn(8, 64), cluster=cluster
+        )
+    assert "cannot be cut into" not in str(caught.value)
