@@ -24,7 +24,7 @@ from pipecompile.batching.batch_norm import uses_batch_statistics
 from pipecompile.batching.division import Before, Division, Tail
 from pipecompile.batching.infer_batch_types import Analysis, analyse
 from pipecompile.batching.rules import Instead, Recount, RowsArgument, Share, ShareArgument, Squeeze, WholeArgument
-from pipecompile.batching.rules.batch_types import SHARED, Batched, Kind, Local, Mixed, is_mixed
+from pipecompile.batching.rules.batch_types import SHARED, Batched, Kind, Local, Mixed, Partial, is_mixed
 from pipecompile.batching.rules.size_pair import Scale
 from pipecompile.batching.tail_weights import MOST, share_of_weights, weights_of
 from pipecompile.capture import Captured, Output
@@ -169,6 +169,7 @@ class _Divider:
         weights = {n: found for n, found in weights_of(self.small, mixing).items() if found}
         names = tuple(dict.fromkeys(name for found in weights.values() for name in found))
         share = share_of_weights(self.small, names)
+        first_mixing = next(iter(mixing), None)
         norm = next((n for n in mixing if uses_batch_statistics(n) and self._normalizes_samples(n)), None)
         if share > MOST:
             node, heavy = next(iter(weights.items()))
@@ -182,6 +183,9 @@ class _Divider:
                 f"a batch normalization ({origin_of(norm)}), which would have the statistics of the whole batch, "
                 f"unlike those of the stages"
             )
+        elif first_mixing is not None and not self._stages_have_work():
+            node = first_mixing
+            reached = "all that computes with weights, so nothing is left to the stages"
         else:
             return names
         first = next((n for n in self.tail_nodes if self._begins_mixing(n) and n in ancestors([node])), node)
@@ -194,6 +198,17 @@ class _Divider:
             f"{origin_of(first)}: samples of the batch mix here ({why}), and the result goes through {reached}; "
             f"use microbatches=1{accept if path else ''}"
         )
+
+    def _stages_have_work(self) -> bool:
+        """Whether a value of samples is computed from weights before they mix."""
+        weighted: set[fx.Node] = set()
+        behind = set(self.tail_nodes)
+        for node in self.small.graph.nodes:
+            if node.op in ("get_attr", "call_module") or not weighted.isdisjoint(node.all_input_nodes):
+                weighted.add(node)
+                if node not in behind and isinstance(self.analysis.kinds.get(node), Batched | Partial):
+                    return True
+        return False
 
     def _normalizes_samples(self, norm: fx.Node) -> bool:
         """Whether the first dimension, which batch normalization takes for the batch, grows with the batch."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pipecompile.capture import Captured
 from pipecompile.capture.evaluate import Evaluator
-from pipecompile.capture.opaque_calls import Leaf
+from pipecompile.capture.opaque_calls import Leaf, kept_module
 from pipecompile.ops.away import lacks_values, stand_in
 from pipecompile.ops.randomness import drawing_from, undropped
 from pipecompile.ops.torch_internals import _DropoutNd, pytree
@@ -101,7 +101,7 @@ def _inside(watch: AbstractContextManager[Any], function: Callable[..., Any], *a
 def _undropping(captured: Captured, tensors: Mapping[str, Tensor], target: str) -> Leaf:
     """A module kept whole as a leaf, with the dropout modules inside its copy in eval mode."""
     leaf = captured.leaf(target, tensors)
-    for module in leaf.__dict__["inner"].modules():
+    for module in kept_module(leaf).modules():
         if isinstance(module, _DropoutNd):
             module.training = False
     return leaf

@@ -15,6 +15,7 @@ from pipecompile.capture.scopes import Scopes
 from pipecompile.errors import DependsOnData
 from pipecompile.ops.device_args import retarget
 from pipecompile.ops.module_tree import owner_of
+from pipecompile.ops.names import in_code, in_graph_module, in_model
 
 
 def extract_reads(reads: Sequence[Read], graph: fx.Graph, attribute: Callable[[str], Tensor]) -> fx.GraphModule | None:
@@ -36,12 +37,14 @@ def extract_reads(reads: Sequence[Read], graph: fx.Graph, attribute: Callable[[s
             copies[node] = copy = part.node_copy(node, copies.__getitem__)
             if node.op == "placeholder":
                 copy.target = copy.name  # an argument of the code, that no other node has
+            if node.op == "get_attr":
+                copy.target = in_code(in_graph_module(str(node.target)))
             copy.args, copy.kwargs = retarget(copy.args, *META_TO_CPU), retarget(copy.kwargs, *META_TO_CPU)
     part.output(tuple(copies[node] for node in wanted))
     root = nn.Module()
     for name in dict.fromkeys(str(node.target) for node in part.nodes if node.op == "get_attr"):
         owner, last = owner_of(root, name)
-        owner.register_buffer(last, attribute(name))
+        owner.register_buffer(last, attribute(in_model(name)))
     return fx.GraphModule(root, part)
 
 

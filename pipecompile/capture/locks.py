@@ -48,8 +48,8 @@ def busy() -> Busy:
 @contextmanager
 def waited_for(turns: frozenset[Turn]) -> Iterator[None]:
     """A context in which the present thread runs a program while other threads hold ``turns`` and wait for it."""
-    _local.busy = Busy(waited_for=turns)
     try:
+        _local.busy = Busy(waited_for=turns)
         yield
     finally:
         _local.busy = _IDLE
@@ -80,8 +80,8 @@ class Turn:
                 "(pipe.pipeline.model), or call the pipeline after that call has returned"
             )
         with self.lock:
-            _local.busy = replace(before, holds=before.holds | {self})
-            try:
+            try:  # an interrupt may come between any two lines
+                _local.busy = replace(before, holds=before.holds | {self})
                 yield
             finally:
                 _local.busy = before

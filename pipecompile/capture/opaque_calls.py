@@ -27,6 +27,7 @@ from pipecompile.ops.randomness import compared
 from pipecompile.ops.tensor_args import version
 from pipecompile.ops.torch_internals import pytree
 
+_INNER, _CALLS = "leaf.inner", "leaf.calls"  # with a dot, so no child, parameter or buffer has such a name
 CHANGING = (Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
@@ -134,26 +135,26 @@ class Leaf(nn.Module):
         super().__init__()
         module: Any = calls[0].kept
         inner = copy_of(module, calls[0].path, tensors)
-        self.__dict__["inner"] = inner  # not a submodule: names would change
+        self.__dict__[_INNER], self.__dict__[_CALLS] = inner, tuple(calls)  # not a submodule: names would change
         self._parameters, self._buffers, self._modules = inner._parameters, inner._buffers, inner._modules
-        self.calls = tuple(calls)
 
     def __call__(self, *args: Any) -> Any:
         return called_bare(self, *args)
 
     def forward(self, number: int, *changing: Any) -> tuple[Tensor, ...]:
-        args, kwargs = self.calls[number].rebuild(changing)
-        inner = copy_of(self.__dict__["inner"], "", {})  # keeps these tensors: its backward may run its modules again
+        call = self.__dict__[_CALLS][number]
+        args, kwargs = call.rebuild(changing)
+        inner = copy_of(kept_module(self), "", {})  # keeps these tensors: its backward may run its modules again
         held = [(tensor, tensor.data, version(tensor)) for tensor in (*self.parameters(), *self.buffers())]
         with compared():
             out = inner(*args, **kwargs)
-        self._refuse_new_writes(number, held)
+        self._refuse_new_writes(call, held)
         self._write_back(inner, held)
-        return self.calls[number].tensors_of(out)
+        found: tuple[Tensor, ...] = call.tensors_of(out)
+        return found
 
-    def _refuse_new_writes(self, number: int, held: Sequence[tuple[Tensor, Tensor, int]]) -> None:
+    def _refuse_new_writes(self, call: LeafCall, held: Sequence[tuple[Tensor, Tensor, int]]) -> None:
         """Raises ``ExecutionError`` if the module writes to parameters but did not during the capture."""
-        call = self.calls[number]
         written = {id(t) for t, data, before in held if version(t) != before or storage_key(t) != storage_key(data)}
         for name, parameter in self.named_parameters():
             if id(parameter) in written and not call.writes:
@@ -173,6 +174,12 @@ class Leaf(nn.Module):
             if name in bound and bound[name] is not buffer:
                 with torch.no_grad():
                     buffer.copy_(bound[name])
+
+
+def kept_module(leaf: Leaf) -> nn.Module:
+    """Returns the copy of a module kept whole that has the tensors of its leaf."""
+    found: nn.Module = leaf.__dict__[_INNER]
+    return found
 
 
 def attribute_of(path: str) -> str:

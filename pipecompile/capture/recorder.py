@@ -57,6 +57,7 @@ _LAYOUTS: dict[Callable[..., Any], Callable[[torch.layout], Any]] = {
     Tensor.is_sparse_csr.__get__: lambda layout: layout == torch.sparse_csr,  # type: ignore[attr-defined]
 }
 _STORAGES = (Tensor.untyped_storage, Tensor.storage)
+_BASE = Tensor._base.__get__  # type: ignore[union-attr]
 _OF_HISTORY = frozenset(getattr(Tensor, name).__get__ for name in ("requires_grad", "grad_fn", "is_leaf"))
 
 
@@ -86,6 +87,7 @@ class Recorder(TorchFunctionMode):
         self.views = RepeatedViews(table.sizes.shapes)
         self.data_writes = DataWrites(table)
         self.ran = Ran()
+        self.has_operations = False  # aten operations were recorded
         self.detaching = False  # the model calls detach; autograd also does, to save values
         self.returns: list[tuple[str, tuple[fx.Node | None, ...]]] = []  # of each call of a module, as calls end
         self.hooks: list[tuple[Any, Any, fx.Node]] = []  # on gradients: handle, what it is removed from, its node
@@ -133,6 +135,8 @@ class Recorder(TorchFunctionMode):
             return self._read(func, args, kwargs)
         if func is Tensor.register_hook:
             return self._hook(*args, **kwargs)
+        if func == _BASE:
+            return self._base_of(args[0])
         if func == _SET_REQUIRES_GRAD:
             return self.call(Tensor.requires_grad_, args, kwargs, Tensor.requires_grad_)
         if func == _SET_DATA:
@@ -187,6 +191,21 @@ class Recorder(TorchFunctionMode):
             func.draws = effects.draws
         self.record(func, args, kwargs, out, written + unseen, moved)
         return out
+
+    def _base_of(self, tensor: Tensor) -> Tensor | None:
+        """What a tensor is a view of: a value like any other, which a stage need not view to have it."""
+        if is_real(tensor):
+            tensor = self.table.fake(tensor)
+        base = tensor._base
+        asked = tensor if base is None else base
+        if not self.table.is_known(asked):
+            raise self.table.out_of_sight(asked)
+        if id(asked) not in self.table.names and self.table.node_of(asked).op == "placeholder":
+            raise DependsOnData(
+                f"{self.scopes.here}: forward asks what an argument is a view of (_base), which is another tensor in "
+                f"a microbatch; pass that tensor as an argument too, or keep the module around this line whole"
+            )
+        return base
 
     def _copied(self, tensor: Tensor, memo: dict[Any, Any]) -> Tensor:
         """Records ``copy.deepcopy`` of a tensor, which torch makes from the storage: a fake has none.
@@ -333,7 +352,7 @@ class Recorder(TorchFunctionMode):
         if self.scopes.inside_leaf or self.scopes.inside_transform:
             yield
             return
-        self.scopes.inside_transform = True
+        self.scopes.inside_transform = self.has_operations = True
         try:
             with Below(self.operation):
                 yield

@@ -27,6 +27,7 @@ from pipecompile.capture.opaque_calls import Leaf, LeafCall, attribute_of
 from pipecompile.capture.opaque_outputs import fake_result, learn
 from pipecompile.capture.opaque_recording import LeafRecorder
 from pipecompile.capture.opaque_scope import Part, Reason, name_of_part
+from pipecompile.capture.operation_gradients import note_gradients
 from pipecompile.capture.origin import Origin
 from pipecompile.capture.outputs import Outputs
 from pipecompile.capture.patches import patched
@@ -232,6 +233,8 @@ class Trace:
         self, out: Any, inputs: FakeInputs, outputs: Outputs, attributes: Attributes, notes: list[str]
     ) -> Captured:
         self.recorder.drop_removed_hooks()
+        if self.gradients and self.recorder.has_operations:
+            note_gradients(self.graph.nodes, self.shapes)
         refuse_moving_reads(self.values.reads, self.graph, self.scopes)
         returned, spec = outputs.end(out)
         reads = extract_reads(self.values.reads, self.graph, self.tensors.named)

@@ -8,13 +8,38 @@ gets names that format themselves safely.
 from __future__ import annotations
 
 import keyword
+from functools import cache
 
 import torch.fx as fx
+from torch import nn
+
+OTHER = "'"  # ends a name that a graph module has taken itself
 
 
 def in_code(name: str) -> str:
     """Returns a dotted name, equal to the given one, that is safe in generated code."""
     return name if all(map(_is_safe, name.split("."))) else _Name(name)
+
+
+def in_graph_module(name: str) -> str:
+    """Returns the name that a module or tensor of a model has in a ``GraphModule``: its own, unless that is taken.
+
+    A graph module has attributes of its own (``graph``, ``code``, ``meta``), which a model may call its modules.
+    """
+    first, *rest = name.split(".")
+    return in_code(".".join([first + OTHER, *rest])) if first.rstrip(OTHER) in _taken() else name
+
+
+def in_model(name: str) -> str:
+    """Returns the name in a model of what has a name in a graph module."""
+    first, *rest = name.split(".")
+    is_other = first.endswith(OTHER) and first.rstrip(OTHER) in _taken()
+    return ".".join([first.removesuffix(OTHER), *rest]) if is_other else name
+
+
+@cache
+def _taken() -> frozenset[str]:
+    return frozenset(dir(fx.GraphModule(nn.Module(), fx.Graph())))
 
 
 def placeholder(graph: fx.Graph, name: str) -> fx.Node:

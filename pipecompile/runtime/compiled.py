@@ -29,6 +29,7 @@ from pipecompile.ir.program import Program
 from pipecompile.ir.timeline import Timeline
 from pipecompile.ops.accelerators import copied
 from pipecompile.ops.autograd_functions import Applied
+from pipecompile.ops.names import in_model
 from pipecompile.ops.operators import is_opaque
 from pipecompile.ops.torch_internals import pytree
 from pipecompile.planning.calibration import Times, stage_times, update_seconds
@@ -177,8 +178,8 @@ class Compiled:
         """The parameters, and the buffers that calls do not write, by their names in messages."""
         written = set(map(id, self.written))
         modules = [*(stage.module for stage in self.stages), *(p.module for p in (self.before, self.tail) if p)]
-        found = {f"parameter {name!r}": t for module in modules for name, t in module.named_parameters()}
-        buffers = {f"buffer {name!r}": t for module in modules for name, t in module.named_buffers()}
+        found = {f"parameter {in_model(name)!r}": t for module in modules for name, t in module.named_parameters()}
+        buffers = {f"buffer {in_model(name)!r}": t for module in modules for name, t in module.named_buffers()}
         return {name: t for name, t in {**found, **buffers}.items() if id(t) not in written}
 
     def program(self, schedule: Callable[[Plan], Program], key: Any, shares: bool = False) -> Program:

@@ -10,7 +10,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass, field
@@ -246,15 +246,14 @@ class Executor:
 
     def _run_in_threads(self, ranks: Mapping[int, RankRun], ambient: Ambient, caller: Caller) -> list[BaseException]:
         """Runs each rank in its thread; returns what they raised."""
-        jobs = [  # in the caller's context variables, which hold torch.compile's settings
-            run.row.lane.thread.submit(copy_context().run, self._run_rank, run, ambient, caller)
-            for run in ranks.values()
-        ]
-        try:
+        jobs: list[Future[None]] = []
+        try:  # an interrupt may come between any two of these lines
+            for run in ranks.values():  # in the caller's context variables, which hold torch.compile's settings
+                jobs.append(run.row.lane.thread.submit(copy_context().run, self._run_rank, run, ambient, caller))
             wait(jobs)
         except BaseException:
             self.transport.abort()  # wakes them
-            wait(jobs)
+            wait([run.row.lane.thread.submit(_nothing) for run in ranks.values()])  # each thread runs one job at a time
             raise
         return [error for error in (job.exception() for job in jobs) if error is not None]
 
@@ -346,6 +345,10 @@ class Executor:
             f"more than {self.plan.num_stages} stages",
         ]
         return OutOfMemoryError(f"stage {i.stage}, {i}: {seen}; what takes less memory: {', '.join(remedies)}")
+
+
+def _nothing() -> None:
+    """What a thread does after its jobs, to show that they have ended."""
 
 
 def _turns(program: Program, ranks: Mapping[int, RankRun]) -> Iterator[int]:

@@ -33,7 +33,7 @@ from pipecompile.ops.compiled_part import CompiledPart
 from pipecompile.ops.device_args import retarget, same_device
 from pipecompile.ops.modes import PLAIN, Region, enter_region, exit_region
 from pipecompile.ops.module_tree import called_bare, owner_of
-from pipecompile.ops.names import in_code, placeholder
+from pipecompile.ops.names import in_code, in_graph_module, in_model, placeholder
 from pipecompile.ops.randomness import seeded
 
 
@@ -142,7 +142,7 @@ class _Cut:
         arguments = (*inputs, *received)
         first = self.captured.first_names
         names = {
-            name: first.get(id(tensor), name)
+            name: first.get(id(tensor), in_model(name))
             for name, tensor in named_tensors(module)
             if isinstance(tensor, nn.Parameter) or tensor.device != device or apart
         }
@@ -215,7 +215,7 @@ class _Writer:
     def read(self, source: fx.Node) -> fx.Node:
         """The copy of a node in this graph; an attribute is copied on first use."""
         if source.op == "get_attr" and source not in self.copies:
-            self.copies[source] = self.graph.get_attr(in_code(str(source.target)))
+            self.copies[source] = self.graph.get_attr(in_code(in_graph_module(str(source.target))))
             self.copies[source].meta = _meta(source)
         return self.copies[source]
 
@@ -229,6 +229,8 @@ class _Writer:
             copy.target = seeded(source.target, source.name, new)
         if isinstance(source.target, FunctionLeaf):
             copy.target = source.target.on(old, new)
+        if source.op == "call_module":
+            copy.target = in_code(in_graph_module(str(source.target)))
         copy.args, copy.kwargs = retarget(copy.args, old, new), retarget(copy.kwargs, old, new)
         if _makes_on_default_device(source, old) and (old.type != new.type or is_accelerator(new)):
             copy.kwargs = {**copy.kwargs, "device": new}
@@ -310,14 +312,14 @@ def _module(
     leaf: Callable[[str, Mapping[str, Tensor]], nn.Module],
     name: str,
 ) -> fx.GraphModule:
-    """A graph module on the model's own tensors, under their own names."""
+    """A graph module on the model's own tensors, under their own names, unless graph modules have taken these."""
     root = nn.Module()
     for target in dict.fromkeys(str(n.target) for n in graph.nodes if n.op == "call_module"):
         owner, last = owner_of(root, target)
-        owner.add_module(last, leaf(target, tensors))
+        owner.add_module(last, leaf(in_model(target), tensors))
     for target in dict.fromkeys(str(n.target) for n in graph.nodes if n.op == "get_attr"):
         owner, last = owner_of(root, target)
-        tensor = tensors[target]
+        tensor = tensors[in_model(target)]
         if last in owner._parameters or last in owner._buffers:
             continue  # it belongs to a leaf module
         if isinstance(tensor, nn.Parameter):

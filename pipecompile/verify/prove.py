@@ -31,7 +31,7 @@ from pipecompile.verify.blame import first_that_differs
 from pipecompile.verify.comparison import coarsest_type, differences
 from pipecompile.verify.results import Difference, Proof
 from pipecompile.verify.rounding import with_noise
-from pipecompile.verify.side_by_side import Trial, apart, copied, incomparable, split_step, unsplit_step
+from pipecompile.verify.side_by_side import Trial, apart, copied, incomparable, only_together, split_step, unsplit_step
 
 LISTED = 5  # differences listed in an error
 FEWEST = 3  # microbatches of a slice
@@ -106,11 +106,11 @@ def _compare(trial: Trial, left_too: bool = True, note: str = "") -> Proof:
         note: what the proof says besides.
     """
     why = apart(trial)
-    if why and trial.batch.sees_the_whole:
+    if why and (together := only_together(trial)):
         whole = Rows((_rows(trial),))
         if trial.batch.compiled.broken(trial.batch.call, whole):
-            return _unproven(trial, f"{why}, and the loss needs the whole batch")
-        note = _joined(note, f"compared as one microbatch, since {why} and the loss needs the whole batch")
+            return _unproven(trial, f"{why}, and {together}")
+        note = _joined(note, f"compared as one microbatch, since {why} and {together}")
         trial, why = replace(trial, batch=replace(trial.batch, rows=whole)), ""
     if why:
         note = _joined(note, f"compared on the same microbatches, since {why}")

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipecompile.batching import SHARED, Batched, Kind, Rows, by_shape, gather, scatter
-from pipecompile.capture import Call, Captured, Output
+from pipecompile.batching import Kind, Rows, gather, scatter
+from pipecompile.capture import Call, Captured
 from pipecompile.capture.loss import find_loss
 from pipecompile.capture.origin import origin_of
 from pipecompile.capture.purity import is_random
@@ -40,6 +40,7 @@ from pipecompile.runtime.batch import Batch
 from pipecompile.runtime.session import Session
 from pipecompile.schedule import MakeProgram
 from pipecompile.verify.comparison import Run
+from pipecompile.verify.joined_parts import Seed, kind_of, unjoinable
 from pipecompile.verify.microbatch_statistics import statistics_of
 from pipecompile.verify.observed import Seen, observed
 from pipecompile.verify.one_device import on_one_device
@@ -141,6 +142,13 @@ def apart(trial: Trial) -> str:
     return f"module {leaves[0]!r} is kept whole as a leaf" if leaves and trial.model.training else ""
 
 
+def only_together(trial: Trial) -> str:
+    """Why the unsplit model cannot run the microbatches one by one; empty if it can."""
+    if trial.batch.sees_the_whole:
+        return "the loss needs the whole batch"
+    return unjoinable(trial.batch, trial.captured.outputs, trial.batching)
+
+
 def incomparable(trial: Trial) -> str:
     """Why the unsplit model cannot draw the same random numbers as a pipeline; empty if it can."""
     for node in trial.captured.graph.nodes:
@@ -193,7 +201,8 @@ def unsplit_step(
         left_too: whether tensors stored in the model are given gradients too.
     """
     batch, outputs, tensors = trial.batch, trial.captured.outputs, trial.tensors
-    starts = {i: _spread(_kind(trial, outputs[i]), s, rows) for i, s in (seeds or {}).items() if isinstance(i, int)}
+    kinds = [kind_of(batch, output, trial.batching) for output in outputs]
+    starts = {i: Seed(kinds[i], seed) for i, seed in (seeds or {}).items() if isinstance(i, int)}
     of_left = {name: seed for name, seed in (seeds or {}).items() if isinstance(name, str)}
     left: dict[str, Tensor] = {}
     gathered: list[list[Any]] = []
@@ -213,7 +222,7 @@ def unsplit_step(
                 )  # the context also covers the backward, where checkpoints recompute
                 leaves = leaves_of(out)
                 left = seen.left() if left_too and len(rows) == 1 else {}
-                given: Seeds = {i: parts[k].to(leaves[i].device) for i, parts in starts.items()}
+                given: Seeds = {i: seed.part(k, rows, leaves[i]) for i, seed in starts.items()}
                 given |= {name: seed.to(left[name].device) for name, seed in of_left.items() if name in left}
                 wanted = _seeds(trial, leaves, left) if seeds is None else given
                 new = _gradients(tensors, _named(leaves, left), wanted)
@@ -221,8 +230,7 @@ def unsplit_step(
             gathered.append([leaf.detach() if isinstance(leaf, Tensor) and len(rows) > 1 else leaf for leaf in leaves])
     joined = gathered[0]
     if len(rows) > 1:
-        pairs = zip(outputs, zip(*gathered, strict=True), strict=True)
-        joined = [_joined(_kind(trial, output), parts, rows) for output, parts in pairs]
+        joined = [_joined(kind, parts, rows) for kind, parts in zip(kinds, zip(*gathered, strict=True), strict=True)]
     return _run(trial, tensors, out, joined, found, seen, left)
 
 
@@ -285,27 +293,8 @@ def _gradients(tensors: Sequence[Tensor], values: Mapping[Name, Any], seeds: See
     return found
 
 
-def _kind(trial: Trial, output: Output) -> Kind:
-    """How the parts of an output are joined: by the user's out_dims=, as in the stages, or by their shape."""
-    if output.name in trial.batching.out_dims:
-        dim = trial.batching.out_dims[output.name]
-        return SHARED if dim is None else Batched(dim)
-    kind = trial.batch.joins.get(trial.batch.division.places.get(str(output.node), ""))
-    return kind if isinstance(kind, Batched) else by_shape(output)
-
-
 def _joined(kind: Kind, parts: Sequence[Any], rows: Rows) -> Any:
     return gather(kind, parts, rows) if isinstance(parts[0], Tensor) else parts[0]
-
-
-def _spread(kind: Kind, gradient: Tensor, rows: Rows) -> list[Tensor]:
-    """Each part's share of an output's gradient."""
-    if len(rows) == 1:
-        return [gradient]
-    if not isinstance(kind, Batched):
-        return [gradient * weight for weight in rows.weights]
-    entries = gradient.shape[kind.dim] // sum(rows.counts)
-    return list(torch.split(gradient, [count * entries for count in rows.counts], kind.dim))
 
 
 # The results of a step

@@ -33,7 +33,7 @@ from pipecompile.verify.fresh_inputs import like, other_shapes, same_shapes
 from pipecompile.verify.one_device import on_one_device
 from pipecompile.verify.results import Check, Verification
 from pipecompile.verify.rounding import with_noise
-from pipecompile.verify.side_by_side import SEED, Trial, apart, split_step, unsplit_step
+from pipecompile.verify.side_by_side import SEED, Trial, apart, only_together, split_step, unsplit_step
 
 Mode = Literal["train", "eval"]
 MODES: tuple[Mode, ...] = ("train", "eval")
@@ -141,8 +141,8 @@ def _check(
             None
         )
     why = apart(trial)
-    if why and batch.sees_the_whole:
-        left_out = f"{why}, and the loss needs the whole batch: no run of the unsplit model does both"
+    if why and (together := only_together(trial)):
+        left_out = f"{why}, and {together}: no run of the unsplit model does both"
         return Check(mode, inputs, len(batch.rows), "", left_out=left_out), len(batch.rows)
     if why:
         line = f"compared with the unsplit model on the same microbatches, since {why}"

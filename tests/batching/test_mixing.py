@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from losses import WIDTH, assert_step_equal
 from torch import Tensor, nn
+from torch.ao.quantization import FusedMovingAvgObsFakeQuantize
 
 import pipecompile
 from pipecompile.errors import CaptureError
@@ -464,3 +465,24 @@ def test_a_module_may_not_see_microbatches_of_what_needs_the_whole_batch() -> No
     pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=3, costs="count", batching=batching)
     with pytest.raises(CaptureError, match=r"reads what needs the whole batch \(the model's own forward.* use micro"):
         pipe(x)
+
+
+class Quantized(nn.Module):
+    """Quantization aware training: samples mix first, and meet transformed weights only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.quantized = nn.ModuleList(FusedMovingAvgObsFakeQuantize() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        of_x, of_first, of_last = self.quantized
+        h = F.linear(of_x(x), of_first(self.first.weight))
+        return F.linear(h, of_last(self.last.weight)).square().mean()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_that_mixes_before_all_of_its_weights_is_refused_with_the_line() -> None:
+    pipe = pipecompile.compile(Quantized(), ["cpu", "cpu"], microbatches=2, costs="count")
+    with pytest.raises(CaptureError, match=r"samples of the batch mix here .*nothing is left to the stages; use"):
+        pipe(torch.rand(6, WIDTH))

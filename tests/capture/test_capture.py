@@ -1005,6 +1005,40 @@ def test_a_tied_parameter_is_one_parameter() -> None:
     assert readers == ["embedding", "linear"]
 
 
+class OfViews(nn.Module):
+    """Goes on with what a view is a view of, which other stages get without the view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(D, D), nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.tanh()._base is self.last.weight._base is None
+        assert self.last.weight[:2]._base is self.last.weight
+        view = (2 * self.first(x)).flatten()
+        view.mul_(3)
+        assert view._base is not None
+        return self.last(view._base).square().mean()
+
+
+class OfArguments(OfViews):
+    def forward(self, x: Tensor) -> Tensor:
+        whole = x[:, :1]._base
+        assert whole is not None
+        return self.last(self.first(whole)).mean()
+
+
+def test_what_a_tensor_is_a_view_of_is_a_value_like_any_other() -> None:
+    model, inputs = OfViews().double(), ((torch.rand(6, D, dtype=torch.float64),), {})
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=2, costs="count")
+    assert_same(step(pipe, model, lambda loss: loss, inputs), step(model, model, lambda loss: loss, inputs))
+
+
+def test_what_an_argument_is_a_view_of_is_refused() -> None:
+    with pytest.raises(CaptureError, match=r"an argument is a view of \(_base\).*; pass that tensor as an argument"):
+        captured(OfArguments(), torch.rand(4, D))
+
+
 def test_a_forward_hook_belongs_to_the_model() -> None:
     model = Around(lambda _, h, x: h)
     model.first.register_forward_hook(lambda module, args, output: output * 2)

@@ -56,6 +56,30 @@ def test_any_name_may_be_that_of_a_module_a_parameter_and_a_buffer(way: dict[str
     assert_trains_alike(Named(OWN), way, steps=2)
 
 
+TAKEN = ["graph", "graph'", "code", "meta", "_graph", "recompile"]  # attributes of a torch.fx.GraphModule
+
+
+class Outermost(nn.Module):
+    """Names at the top of the model: of modules, of a parameter, and of a buffer that Python reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in TAKEN:
+            self.add_module(name, nn.Linear(D, D))
+        self.register_parameter("print_readable", nn.Parameter(torch.rand(D)))
+        self.register_buffer("to_folder", torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for name in TAKEN:
+            x = torch.tanh(self.get_submodule(name)(x))
+        return x * self.print_readable if self.to_folder > 0 else x
+
+
+@WAYS
+def test_any_name_may_be_at_the_top_of_a_model(way: dict[str, Any]) -> None:
+    assert_trains_alike(Outermost(), way, steps=2)
+
+
 class Whole(nn.Module):
     """Kept whole, since it asks an activation."""
 

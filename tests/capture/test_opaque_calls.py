@@ -339,6 +339,32 @@ def test_a_parameter_that_several_modules_kept_whole_hold_gets_the_sum_of_their_
     assert tied == ({"0.bank"} if stages > 1 else set())
 
 
+class Nested(nn.Module):
+    """Is kept whole, and its modules have the names of a leaf's own attributes once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.calls = nn.Linear(D, D), nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.inner(x)
+        return torch.tanh(self.calls(h if h.sum() > 1e9 else h.tanh()))
+
+
+@pytest.mark.parametrize("verify", ["first", "never"])
+def test_a_module_kept_whole_may_have_modules_of_any_name(verify: str) -> None:
+    model = nn.Sequential(nn.Linear(D, D), Nested(), nn.Linear(D, 1)).double()
+    pipe = pipecompile.compile(
+        model, ["cpu", "cpu"], microbatches=2, costs="count", verify=verify, loss_fn=lambda out, target: out.sum()
+    )
+    inputs = (floats(6),), {}
+    expected = step(model, model, lambda out: out.sum() / 4, inputs)
+    actual = step(lambda x: pipe(x, target=x), model, lambda loss: loss / 4, inputs)
+    assert actual.gradients.keys() == expected.gradients.keys()
+    for name, gradient in expected.gradients.items():
+        torch.testing.assert_close(actual.gradients[name], gradient)
+
+
 class Packed(nn.Module):
     """A recurrent module on packed sequences, whose lengths only data tells."""
 

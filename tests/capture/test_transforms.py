@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch.nn.utils.parametrize as parametrize
 from long import some
+from oracle import assert_same, step
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
-from toys import D, blocks
+from toys import D, blocks, mean_square
 
 import pipecompile
 from pipecompile.errors import CaptureError
@@ -135,6 +136,25 @@ TRANSFORMS = [
 def test_a_function_of_a_function_gives_the_same_numbers(body: Body, stages: int, microbatches: int) -> None:
     pipe = same(linear, body, stages, microbatches, steps=1)
     assert not any("whole" in note for note in pipe.pipeline.report.notes)
+
+
+class Tangent(nn.Module):
+    """Returns the derivative alone, some operations of which torch runs below autograd."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(D, D)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return torch.func.jvp(self.inner, (h,), (h.cos(),))[1]
+
+
+def test_a_derivative_trains_what_it_is_made_of_for_a_loss_outside() -> None:
+    model = nn.Sequential(nn.Linear(D, D), Tangent(), nn.Linear(D, 1)).double()
+    inputs = (torch.rand(6, D, dtype=torch.float64),), {}
+    expected = step(model, model, mean_square, inputs)
+    assert expected.gradients["1.inner.weight"] is not None
+    assert_same(step(pipe_of(model, 2, 2), model, mean_square, inputs), expected)
 
 
 def test_random_numbers_inside_vmap_are_the_microbatchs_own() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from contextvars import copy_context
 from itertools import permutations
 from queue import Queue, SimpleQueue
 from types import SimpleNamespace
@@ -169,6 +170,25 @@ def test_what_is_no_exception_comes_through_as_it_is(
     with pytest.raises(type(error)):
         loss_of(pipe, floats())
     Fuse.wire.queue.clear()
+    works(pipe)
+
+
+def test_an_interrupt_while_ranks_are_started_stops_those_that_have_been(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = pipe_of(Net())
+    works(pipe)
+    started = iter([copy_context])
+
+    def interrupted() -> Any:
+        for copied in started:
+            return copied()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipecompile.runtime.executor.copy_context", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        loss_of(pipe, floats())
+    monkeypatch.undo()
+    for lane in pipe.pipeline._session.lanes.values():
+        lane.thread.submit(int).result(timeout=60)  # none of them waits for a rank that has never begun
     works(pipe)
 
 
