@@ -11,7 +11,7 @@ from oracle import assert_same, step
 from torch import Tensor, nn
 
 import pipecompile
-from pipecompile.errors import CaptureError, ExactnessError
+from pipecompile.errors import CaptureError
 
 BATCH, LENGTH, WIDTH = 7, 4, 6
 
@@ -180,6 +180,7 @@ APART: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "power by a number": lambda x, y: 2**x,
     "remainder": lambda x, y: x % 0.3,
     "addcmul": lambda x, y: torch.addcmul(x, x, x),
+    "a power of the rows": lambda x, y: x * x.size(0) ** 0.5,
     "one sample's place": lambda x, y: x * (y[:, 0].argmax() + 1),
     "a histogram": histogram,
     "stft": transformed,
@@ -190,9 +191,20 @@ APART: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }  # fmt: skip
 
 
-@pytest.mark.xfail(raises=ExactnessError, strict=True, reason="a power of the rows is taken for a microbatch's own")
-def test_a_power_of_the_number_of_rows_is_the_whole_batchs() -> None:
-    assert is_exact(Model(lambda x, y: x * x.size(0) ** 0.5))
+REAL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "of floats": lambda x, y: x.sum() * x.size(0) ** 0.5,
+    "of a sum": lambda x, y: x.sum() / (x.size(0) / 3),
+    "of integers": lambda x, y: x.sum() + (x.argmax(-1) * x.size(0) ** 0.5).to(x.dtype).sum(),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", REAL)
+def test_a_real_number_of_rows_keeps_its_precision_and_promotes_nothing(name: str, dtype: torch.dtype) -> None:
+    model = Ending(REAL[name]).to(dtype)
+    x, labels = torch.randn(BATCH, LENGTH, WIDTH, dtype=dtype), torch.zeros(BATCH, LENGTH, dtype=torch.int64)
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=3, costs="count", verify="never")
+    torch.testing.assert_close(pipe(x, labels), model(x, labels))
 
 
 @pytest.mark.parametrize("name", APART)
