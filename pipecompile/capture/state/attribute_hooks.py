@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
 from functools import partial
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType, SimpleNamespace
@@ -59,13 +59,17 @@ class Reads:
         self.met: set[int] = set()  # observed objects that modules hold
         self.made: dict[int, Any] = {}  # objects that this call alone has, kept alive for their identity
         self.originals: dict[type, Any] = {}  # watched classes: their own __getattribute__, or None
+        self.set: set[Key] = set()  # attributes of modules that were set, also to what they were
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         self._watch(nn.Module)
+        setting = nn.Module.__setattr__
+        nn.Module.__setattr__ = self._noting(setting)  # type: ignore[method-assign]
         try:
             yield
         finally:
+            nn.Module.__setattr__ = setting  # type: ignore[method-assign]
             for kind, original in self.originals.items():
                 if original is None:
                     del kind.__getattribute__
@@ -94,6 +98,17 @@ class Reads:
         original = kind.__dict__.get("__getattribute__")
         kind.__getattribute__ = watched  # type: ignore[method-assign, assignment]
         self.originals[kind] = original
+
+    def _noting(self, setting: Callable[[Any, str, Any], None]) -> Callable[[Any, str, Any], None]:
+        """Returns ``nn.Module.__setattr__`` that notes what this thread sets."""
+        noted, thread = self.set, threading.get_ident()
+
+        def setattr(module: Any, name: str, value: Any) -> None:
+            if threading.get_ident() == thread:
+                noted.add((id(module), name))
+            setting(module, name, value)
+
+        return setattr
 
     def _see(self, owner: Any, name: str, value: Any) -> None:
         key = (id(owner), name)

@@ -137,14 +137,18 @@ class Watch:
         self._guard_set_to_itself()
 
     def _guard_set_to_itself(self) -> None:
-        """Guards what forward may have set to the value it already had: from another value, that is a change."""
+        """Guards what forward has set to the value it already had: from another value, that is a change.
+
+        What is set past ``nn.Module.__setattr__`` is not observed: it may be whatever the code that ran names.
+        """
         changed = {(id(change.place.owner), change.place.name) for change in self.changes}
-        stored = self.code.stored()
+        stored, spelled = self.code.stored()
         for path, module in self.model.named_modules():
             state = self.reads.states[id(module)]
-            for name in stored & state.keys() - TORCHS_OWN:
-                plain = frozen(state[name])
-                if (id(module), name) not in changed and plain is not NOT_PLAIN:
+            named = spelled if type(module).__setattr__ is nn.Module.__setattr__ else stored | spelled
+            for name in state.keys() - TORCHS_OWN:
+                key, plain = (id(module), name), frozen(state[name])
+                if (key in self.reads.set or name in named) and key not in changed and plain is not NOT_PLAIN:
                     label = f"{path}.{name}" if path else name
                     self.reads.found.setdefault((id(module), name), (Attribute(module, name, label), plain))
 

@@ -469,6 +469,22 @@ def test_an_attribute_set_to_the_value_that_it_has_is_set_again_once_it_has_anot
     assert [block.size for block in model.blocks] == [1, 1]
 
 
+def _notes_the_size(self: Any, h: Tensor) -> Tensor:
+    self.size = 1
+    return h
+
+
+def test_an_attribute_that_another_module_sets_under_the_same_name_is_not_guarded() -> None:
+    model = nn.Sequential(Model(_notes_the_size, lambda: {"size": 1}), nn.Linear(D, D)).double()
+    model[1].size = 1
+    pipe = pipecompile.compile(model, ["cpu"] * 2, costs="count")
+    pipe(inputs(0)).sum().backward()
+    model[1].size = 9
+    pipe(inputs(1)).sum().backward()
+    assert len(pipe.pipeline.report.captures) == 1
+    assert model[1].size == 9
+
+
 @pytest.mark.parametrize("body", [_global_table, _list, _by_module, _function_attribute, _default_argument])
 def test_no_fake_tensor_is_left_by_a_trace_that_fails(body: Callable[..., Tensor]) -> None:
     def failing(self: Any, h: Tensor) -> Tensor:
