@@ -65,7 +65,7 @@ class Reads:
     def watching(self) -> Iterator[None]:
         self._watch(nn.Module)
         setting = nn.Module.__setattr__
-        nn.Module.__setattr__ = self._noting(setting)  # type: ignore[method-assign]
+        nn.Module.__setattr__ = self._noting(setting)  # type: ignore[method-assign, assignment]
         try:
             yield
         finally:

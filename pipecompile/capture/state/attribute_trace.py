@@ -145,7 +145,8 @@ class Watch:
         stored, spelled = self.code.stored()
         for path, module in self.model.named_modules():
             state = self.reads.states[id(module)]
-            named = spelled if type(module).__setattr__ is nn.Module.__setattr__ else stored | spelled
+            own: Any = type(module).__setattr__
+            named = spelled if own is nn.Module.__setattr__ else stored | spelled
             for name in state.keys() - TORCHS_OWN:
                 key, plain = (id(module), name), frozen(state[name])
                 if (key in self.reads.set or name in named) and key not in changed and plain is not NOT_PLAIN:
