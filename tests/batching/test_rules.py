@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -52,10 +53,14 @@ def is_exact(model: Model, microbatches: int = 3) -> bool:
     return True
 
 
-def put(x: Tensor, mask: Tensor, values: Tensor) -> Tensor:
+def put(x: Tensor, index: Any, values: Any) -> Tensor:
     x = x.clone()
-    x[mask] = values
+    x[index] = values
     return x
+
+
+def rows(x: Tensor) -> Tensor:
+    return torch.arange(len(x))
 
 
 def convolved(x: Tensor, y: Tensor) -> Tensor:
@@ -133,6 +138,9 @@ MIXING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "a convolution over samples": convolved,
     "a product over samples": lambda x, y: product(x, y)[:, None],
     "attention over samples": attended,
+    "rows set by their labels": lambda x, y: put(x, y[:, 0] % 3, x[:, 0, :1, None]),
+    "entries set by the numbers of other rows": lambda x, y: put(x, (rows(x).flip(0), y[:, 0] % LENGTH), x[:, 0]),
+    "entries set in the order of rows": lambda x, y: put(x, (rows(x), y[:, 0] % LENGTH), rows(x)[:, None].to(x)),
     "a shift by a mask of samples": lambda x, y: put(x, y[:, 0] > 2, x[0]),
     "a tensor product over samples": lambda x, y: x + torch.tensordot(x, x, ([0, 1], [0, 1])).sum(0) / 9,
     "a tensor product of samples": lambda x, y: x + torch.tensordot(x, x, ([1, 2], [1, 2])).sum(0)[:, None, None],
@@ -177,6 +185,11 @@ APART: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "a table by labels": lambda x, y: x + torch.eye(WIDTH).double()[y],
     "masked": lambda x, y: torch.where((y > 2)[..., None], x, -x),
     "a mask picked and put back": lambda x, y: put(x, y > 2, x[y > 2] * 2),
+    "an entry of each row set": lambda x, y: put(x, (rows(x), y[:, 0] % LENGTH), 2.0),
+    "entries of each row set": lambda x, y: put(x, (rows(x)[:, None], y[:, :2] % LENGTH, slice(2)), x[:, 2:, 3:5]),
+    "entries of each row set behind": lambda x, y: put(x, (rows(x), slice(None), y[:, 1]), x[..., 0]),
+    "an entry of each row put": lambda x, y: x.index_put((rows(x), y[:, 0] % LENGTH), x[:, 0]),
+    "entries of each row added": lambda x, y: x.index_put((rows(x)[:, None], y % LENGTH), x, accumulate=True),
     "power by a number": lambda x, y: 2**x,
     "remainder": lambda x, y: x % 0.3,
     "addcmul": lambda x, y: torch.addcmul(x, x, x),

@@ -160,8 +160,23 @@ def _covers(use: Use, whole: Batched, place: list[int], items: list[Any]) -> boo
 
 @rule("setitem", functional.setitem)
 def setitem(use: Use) -> Answer:
-    """x (..., batch, ...), index, value -> (..., batch, ...); mixes samples if the index picks among the samples."""
-    x, index, value = use.node.args[:3]
+    """x (..., batch, ...), index, value -> (..., batch, ...).
+
+    Mixes samples if the index picks among the samples; each sample may set entries of its own, as in
+    ``x[arange(batch), numbers] = value``.
+    """
+    return _assigned(use, *use.node.args[:3])
+
+
+@rule("index_put")
+def index_put(use: Use) -> Answer:
+    """An assignment, whose index has None for a dimension that it takes all of; ``accumulate`` adds instead."""
+    given = use.arg(1, "indices")
+    index = tuple(WHOLE if item is None else item for item in given)
+    return _assigned(use, use.node.args[0], index, use.arg(2, "values"))
+
+
+def _assigned(use: Use, x: Any, index: Any, value: Any) -> Answer:
     items = index if isinstance(index, tuple) else (index,)
     kind, incoming = use.kind(x), use.kind(value)
     if all(isinstance(use.kind(n), Shared) for n in use.tensors):
@@ -176,15 +191,24 @@ def setitem(use: Use) -> Answer:
     if any(use.ndim(i) != 1 and _is_mask(i) for i in tensors):
         return use.mixed("an assignment to indexed entries")
     numbers = [i for i in tensors if not _is_mask(i)]
-    if not isinstance(kind, Batched) or not all(isinstance(use.kind(i), Shared) for i in tensors):
-        what = "rows by index" if numbers else "indexed entries"
-        return use.mixed(f"an assignment to {what}", certain=bool(numbers))
-    source = _source_dims(items)
-    if items[source.index(kind.dim)] != WHOLE:
-        return use.mixed("an assignment to some of the samples")
+    what = use.mixed(f"an assignment to {'rows by index' if numbers else 'indexed entries'}", certain=bool(numbers))
+    if not isinstance(kind, Batched):
+        return what
     place, room = _placed_tensors(use, items, tensors)
-    expected = place[source.index(kind.dim)] - room + use.ndim(value)
-    return kind if isinstance(incoming, Shared) or incoming == kind.at(expected) else use.mixed()
+    at = _source_dims(items).index(kind.dim)
+    if use.is_tensor(items[at]):
+        first = place[next(i for i, item in enumerate(items) if use.is_tensor(item))]
+        picked = _by_row(use, kind, items[at], tensors, max(map(use.ndim, tensors)), first)
+    elif not all(isinstance(use.kind(i), Shared) for i in tensors):
+        return what
+    elif items[at] != WHOLE:
+        return use.mixed("an assignment to some of the samples")
+    else:
+        picked = kind.at(place[at])
+    if not isinstance(picked, Batched):
+        return what
+    fits = isinstance(incoming, Shared) or incoming == picked.at(picked.dim - room + use.ndim(value))
+    return kind if fits else use.mixed()
 
 
 def _depth(item: Any) -> int:
