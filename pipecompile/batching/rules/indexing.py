@@ -183,8 +183,8 @@ def _assigned(use: Use, x: Any, index: Any, value: Any) -> Answer:
         return SHARED
     masks = [i for i in items if isinstance(i, fx.Node)]
     if len(items) == 1 and masks and _is_mask(masks[0]) and use.shape(masks[0]) == use.shape(x)[: use.ndim(masks[0])]:
-        picked = isinstance(incoming, Batched) and incoming.ragged and incoming.dim == 0 and kind == Batched(0)
-        fits = picked or (isinstance(incoming, Shared) and not use.shape(value))
+        packed = isinstance(incoming, Batched) and incoming.ragged and incoming.dim == 0 and kind == Batched(0)
+        fits = packed or (isinstance(incoming, Shared) and not use.shape(value))
         return kind if fits and use.kind(masks[0]) == kind else use.mixed()
     items = tuple(spelled_out(index, use.ndim(x), partial(_dims_taken, use)))
     tensors = [i for i in items if use.is_tensor(i)]
@@ -198,7 +198,7 @@ def _assigned(use: Use, x: Any, index: Any, value: Any) -> Answer:
     at = _source_dims(items).index(kind.dim)
     if use.is_tensor(items[at]):
         first = place[next(i for i, item in enumerate(items) if use.is_tensor(item))]
-        picked = _by_row(use, kind, items[at], tensors, max(map(use.ndim, tensors)), first)
+        picked: Answer = _by_row(use, kind, items[at], tensors, max(map(use.ndim, tensors)), first)
     elif not all(isinstance(use.kind(i), Shared) for i in tensors):
         return what
     elif items[at] != WHOLE:
