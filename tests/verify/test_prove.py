@@ -230,6 +230,17 @@ def test_a_pipeline_with_replicas_is_compared_with_all_microbatches() -> None:
     assert line.startswith("training: 9 of 64 rows in microbatches of 3, 2, 2, 2: ")
 
 
+def test_a_report_tells_what_the_compared_calls_were_for() -> None:
+    pipe = pipe_of(Residual())
+    pipe(x())
+    pipe.eval()
+    pipe(x())
+    with torch.no_grad():
+        pipe(x())
+    told = [line.partition(":")[0] for line in pipe.pipeline.report.verified]
+    assert told == ["training", "evaluation with gradients", "evaluation"]
+
+
 def test_evaluation_and_training_are_proven_apart() -> None:
     pipe = pipe_of(Residual())
     with torch.no_grad():
