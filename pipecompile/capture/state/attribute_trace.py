@@ -14,6 +14,7 @@ from pipecompile.capture.state.attribute_hooks import Key, Reads
 from pipecompile.capture.state.code_guards import CodeRead, known_place
 from pipecompile.capture.state.container_proxies import Ledgers
 from pipecompile.capture.state.counters import seen_in_place, start
+from pipecompile.capture.state.environment import Environment
 from pipecompile.capture.state.executed_code import Ran
 from pipecompile.capture.state.guards import (
     MISSING,
@@ -77,6 +78,7 @@ class Watch:
         self._is_leaf = is_leaf
         self.questions: list[tuple[Update, Any]] = []
         self.drawing = Drawing(reach.generators, self.questions, follow, is_leaf)
+        self.environment = Environment()
         self.ledgers = Ledgers(self.drawing.stand_in, is_leaf)
         self.reads = Reads(paths, states, self.ledgers, ignored)
         self.changes: list[Change] = []
@@ -94,7 +96,13 @@ class Watch:
                 value = number.value()  # before its owner is observed
                 reads.hold(number)
                 put(number.owner, number.name, start(value, (id(number.owner), number.name), self.questions))
-            with reads.watching(), self.drawing.watching(), seen_in_place(), self.code.ran.seen(self._begun):
+            with (
+                reads.watching(),
+                self.drawing.watching(),
+                self.environment.watching(),
+                seen_in_place(),
+                self.code.ran.seen(self._begun),
+            ):
                 self._meet_given()
                 yield
         finally:
@@ -180,6 +188,7 @@ class Watch:
         read = dict(self.reads.found)
         for path, module in kept.items():
             read |= {key: guard for key, guard in _all_of(path, module).items() if key not in set_by_forward}
+        places = [*self.reads.places.values(), *self.environment.places.values()]
         readings = [ledger.reading() for ledger in self.ledgers.made.values()]
         readings += [Held(place, type(place.holder), (), tuple(before)) for place, _, before in self.filled]
         return Attributes(
@@ -189,7 +198,7 @@ class Watch:
             questions=tuple(self.questions),
             updates=tuple(self._effects(Recipes(tensor, self._known), kept)),
             draws=self.drawing.draws(),
-            facts=(*map(Fact.of, self.reads.places.values()), *self._code_facts()),
+            facts=(*map(Fact.of, places), *self._code_facts()),
             apart=frozenset(id(module.__dict__) for module in self.model.modules()),
         )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from types import (
@@ -96,8 +96,6 @@ def _of_object(kind: type, value: Any, meet: Meet | None, depth: int) -> Any:
         return _of_items(kind, (), (value.func, value.args, value.keywords), meet, depth)
     if isinstance(value, SimpleNamespace | Namespace):
         return _of_items(kind, vars(value), [*vars(value).items()], meet, depth)
-    if isinstance(value, Mapping) and isinstance(held := getattr(value, "_data", None), dict):  # os.environ
-        return Same(value), imprint(held, meet, depth + 1)
     if not hasattr(value, "__dict__") and (slots := _slots(kind)):
         return Same(value), _of_items(kind, value, [getattr(value, name, MISSING) for name in slots], meet, depth)
     return Same(value)

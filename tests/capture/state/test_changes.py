@@ -11,6 +11,7 @@ import copy
 import enum
 import functools
 import gc
+import os
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -757,17 +758,29 @@ def constant_read_from_the_environment() -> Iterator[Step]:
         FAST = True
 
 
-@kind
-def variable_of_the_environment() -> Iterator[Step]:
-    import os
-
-    model = Net(lambda self, h: h * float(os.environ.get("PIPECOMPILE_TEST_FACTOR", "1")))
+def set_in_the_environment(read: Callable[[], str]) -> Iterator[Step]:
+    model = Net(lambda self, h: h * float(read()))
     yield step(model)
     os.environ["PIPECOMPILE_TEST_FACTOR"] = "3"
     try:
         yield step(model)
     finally:
         del os.environ["PIPECOMPILE_TEST_FACTOR"]
+
+
+@kind
+def variable_of_the_environment() -> Iterator[Step]:
+    yield from set_in_the_environment(lambda: os.environ.get("PIPECOMPILE_TEST_FACTOR", "1"))
+
+
+@kind
+def variable_of_the_environment_by_getenv() -> Iterator[Step]:
+    yield from set_in_the_environment(lambda: os.getenv("PIPECOMPILE_TEST_FACTOR", "1"))
+
+
+@kind
+def variable_among_all_of_the_environment() -> Iterator[Step]:
+    yield from set_in_the_environment(lambda: dict(os.environ).get("PIPECOMPILE_TEST_FACTOR", "1"))
 
 
 @kind
@@ -1847,6 +1860,15 @@ def test_a_change_between_calls(name: str, microbatches: int) -> None:
                 continue
             with contextlib.suppress(*[PipecompileError] * after.may_be_refused):
                 assert_equal(numbers(pipe, after), expected)
+
+
+def test_a_variable_of_the_environment_that_is_not_read_may_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Net(lambda self, h: h * float(os.environ.get("PIPECOMPILE_TEST_FACTOR", "1")))
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], costs="count")
+    pipe(rows())
+    monkeypatch.setenv("PIPECOMPILE_TEST_OTHER", "3")
+    pipe(rows())
+    assert len(pipe.pipeline.report.captures) == 1
 
 
 def test_a_global_that_hides_a_builtin_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
