@@ -79,10 +79,11 @@ class Watch:
         self.questions: list[tuple[Update, Any]] = []
         self.drawing = Drawing(reach.generators, self.questions, follow, is_leaf)
         self.environment = Environment()
-        self.ledgers = Ledgers(self.drawing.stand_in, is_leaf)
+        self.ledgers = Ledgers(self._given, is_leaf)
         self.reads = Reads(paths, states, self.ledgers, ignored)
         self.changes: list[Change] = []
         self.filled: list[tuple[Itself, list[Any], list[Any]]] = []
+        self.written: list[str] = []  # data that forward has written past attributes and tensors
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -106,6 +107,7 @@ class Watch:
                 self._meet_given()
                 yield
         finally:
+            self.written += self.reads.raw.put_back()
             self.ledgers.take_back()
             self.changes += reads.changes()
 
@@ -121,6 +123,10 @@ class Watch:
             for table in ("_forward_hooks", "_forward_pre_hooks"):
                 for hook in module.__dict__[table].values():
                     self.reads.meet(hook, f"a hook of {type(module).__name__}")
+
+    def _given(self, value: Any) -> Any:
+        """What forward gets for an item of a container that is no container itself."""
+        return self.drawing.stand_in(self.reads.raw.meet(value))
 
     def _begun(self, frame: FrameType) -> None:
         for value, label in self.code.begun(frame, self._is_leaf()):
@@ -182,6 +188,11 @@ class Watch:
             CaptureError: A part kept whole changes Python state, or forward stores a tensor that later calls cannot
                 reproduce.
         """
+        for label in self.written:
+            raise CaptureError(
+                f"forward writes into {label} in place, which is no tensor, so later calls cannot repeat it; keep the "
+                f"numbers in a buffer (self.register_buffer), or set an attribute to a new array instead"
+            )
         for attribute in self.counters:
             self._refuse_counting(attribute, kept)
         set_by_forward = {(id(c.place.owner), c.place.name) for c in self.changes}

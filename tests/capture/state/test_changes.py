@@ -7,17 +7,21 @@ the unsplit model, which is the same object: loss, every gradient by name, buffe
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import copy
 import enum
 import functools
 import gc
 import os
+import threading
 import types
 import warnings
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from long import LONG
@@ -781,6 +785,73 @@ def variable_of_the_environment_by_getenv() -> Iterator[Step]:
 @kind
 def variable_among_all_of_the_environment() -> Iterator[Step]:
     yield from set_in_the_environment(lambda: dict(os.environ).get("PIPECOMPILE_TEST_FACTOR", "1"))
+
+
+FACTOR = contextvars.ContextVar("FACTOR", default=1.0)
+OF_THIS_THREAD = threading.local()
+OF_THIS_THREAD.factor = 1.0
+
+
+@kind
+def context_variable() -> Iterator[Step]:
+    model = Net(lambda self, h: h * FACTOR.get())
+    yield step(model)
+    token = FACTOR.set(3.0)
+    try:
+        yield step(model)
+    finally:
+        FACTOR.reset(token)
+
+
+@kind
+def context_variable_on_a_module() -> Iterator[Step]:
+    model = Net(lambda self, h: h * self.variable.get())
+    model.second.variable = contextvars.ContextVar("variable", default=1.0)
+    yield step(model)
+    model.second.variable.set(3.0)
+    yield step(model)
+
+
+@kind
+def local_of_a_thread() -> Iterator[Step]:
+    model = Net(lambda self, h: h * getattr(OF_THIS_THREAD, "factor", 2.0))
+    yield step(model)
+    OF_THIS_THREAD.factor = 3.0
+    try:
+        yield step(model)
+    finally:
+        OF_THIS_THREAD.factor = 1.0
+
+
+@dataclass
+class Scaled:
+    scale: float = 1.0
+
+
+SHOWN = {"a": 1.0}
+DATA: dict[str, tuple[Any, Callable[[Any], Any], Callable[[Any], float]]] = {
+    "numpy": (np.ones(2), lambda it: it.fill(3.0), lambda it: float(it[0])),
+    "numpy in a list": ([np.ones(2)], lambda it: it[0].fill(3.0), lambda it: it[0].sum()),
+    "numpy in a dict": ({"a": np.ones(2)}, lambda it: it["a"].fill(3.0), lambda it: float(it["a"][0])),
+    "bytes": (bytearray([1]), lambda it: it.append(3), sum),
+    "array": (array("d", [1.0]), lambda it: it.append(3.0), sum),
+    "a view of a dict": (types.MappingProxyType(SHOWN), lambda it: SHOWN.update(a=3.0), lambda it: it["a"]),
+    "a config by vars": (Scaled(), lambda it: setattr(it, "scale", 3.0), lambda it: vars(it)["scale"]),
+}
+
+
+def data_changed(name: str) -> Iterator[Step]:
+    given, change, read = DATA[name]
+    held = given if isinstance(given, types.MappingProxyType) else copy.deepcopy(given)
+    SHOWN["a"] = 1.0
+    model = Net(lambda self, h: h * read(self.held))
+    model.second.held = held
+    yield step(model)
+    change(held)
+    yield step(model)
+
+
+KINDS.update((f"data: {name}", functools.partial(data_changed, name)) for name in DATA)
 
 
 @kind
@@ -1869,6 +1940,19 @@ def test_a_variable_of_the_environment_that_is_not_read_may_change(monkeypatch: 
     monkeypatch.setenv("PIPECOMPILE_TEST_OTHER", "3")
     pipe(rows())
     assert len(pipe.pipeline.report.captures) == 1
+
+
+def test_what_a_forward_writes_into_an_array_is_refused_and_undone() -> None:
+    def counts(self: Any, h: Tensor) -> Tensor:
+        self.counts[0] += 1
+        return h * self.counts[0]
+
+    model = Net(counts)
+    model.second.counts = np.zeros(3)
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], costs="count")
+    with pytest.raises(PipecompileError, match=r"forward writes into .* in place, .*; keep the numbers in a buffer"):
+        pipe(rows())
+    assert model.second.counts.tolist() == [0, 0, 0]
 
 
 def test_a_global_that_hides_a_builtin_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
