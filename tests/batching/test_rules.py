@@ -185,6 +185,13 @@ APART: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "a table by labels": lambda x, y: x + torch.eye(WIDTH).double()[y],
     "masked": lambda x, y: torch.where((y > 2)[..., None], x, -x),
     "a mask picked and put back": lambda x, y: put(x, y > 2, x[y > 2] * 2),
+    "squeezed itself": lambda x, y: (x[:, :1] * 2).squeeze_(1)[:, None] + x,
+    "unsqueezed itself": lambda x, y: (x[:, 0] * 2).unsqueeze_(1) + x,
+    "transposed itself": lambda x, y: (x * 2).transpose_(1, 2).softmax(-1).mT + x,
+    "transposed itself, the batch too": lambda x, y: (x * 2).transpose_(0, 1).flip(0).transpose_(0, 1) + x,
+    "a matrix for each row": lambda x, y: torch.vmap(lambda h, w: F.linear(h, w))(x[:, 0], x[:, :1].mT @ x[:, 1:2])[
+        :, None
+    ] + x,
     "an entry of each row set": lambda x, y: put(x, (rows(x), y[:, 0] % LENGTH), 2.0),
     "entries of each row set": lambda x, y: put(x, (rows(x)[:, None], y[:, :2] % LENGTH, slice(2)), x[:, 2:, 3:5]),
     "entries of each row set behind": lambda x, y: put(x, (rows(x), slice(None), y[:, 1]), x[..., 0]),
