@@ -10,7 +10,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from pipecompile.batching.rules.batch_types import SHARED, Batched, Kind, Local, Shared
+from pipecompile.batching.rules.batch_types import SHARED, Batched, Kind, Local, Partial, Shared
 from pipecompile.batching.rules.size_pair import UNKNOWN
 from pipecompile.batching.rules.use import Answer, Edited, Instead, Use, only_first, positive, rule
 from pipecompile.ops import functional
@@ -272,6 +272,18 @@ def select(use: Use) -> Answer:
             return use.mixed("an index along the batch")
         return kind.at(kind.dim - (dim < kind.dim)) if use.name == "select" else kind
     return kind if isinstance(kind, Shared) else use.mixed()
+
+
+@rule("slice_backward select_backward")
+def put_into_zeros(use: Use) -> Answer:
+    """(..., batch, ...) -> (..., batch, ...), a part of zeros; mixes samples if ``dim`` is the batch."""
+    kind = use.kind(use.node.args[0])
+    if not isinstance(kind, Batched):
+        return kind if isinstance(kind, Shared | Partial) and not use.scale.growing(use.node) else use.mixed()
+    dim = positive(use.arg(2, "dim"), len(use.out))
+    if use.name == "select_backward":
+        return kind.at(kind.dim + (dim <= kind.dim))
+    return kind if dim != kind.dim else use.mixed("a slice of the samples")
 
 
 @rule("masked_select")
