@@ -171,8 +171,9 @@ class _Divider:
         names = tuple(dict.fromkeys(name for found in weights.values() for name in found))
         made = transformed(self.small, (n for n in self.received if self.analysis.kinds[n] == SHARED))
         made = {value: found for value, found in made.items() if not {*found} <= {*names}}
-        readers = {node: made[value] for node in mixing for value in node.all_input_nodes if value in made}
-        share = share_of_weights(self.small, names, made)
+        read = {value: node for node in reversed(mixing) for value in node.all_input_nodes if value in made}
+        readers = {node: made[value] for value, node in read.items()}
+        share = share_of_weights(self.small, names, read)
         norm = next((n for n in mixing if uses_batch_statistics(n) and self._normalizes_samples(n)), None)
         if share > MOST:
             node, heavy = next(iter({**weights, **readers}.items()))

@@ -190,8 +190,8 @@ class Watch:
         """
         for label in self.written:
             raise CaptureError(
-                f"forward writes into {label} in place, which is no tensor, so later calls cannot repeat it; keep the "
-                f"numbers in a buffer (self.register_buffer), or set an attribute to a new array instead"
+                f"forward writes into {label} in place, and later calls can repeat only what it writes into tensors; "
+                f"keep the numbers in a buffer (self.register_buffer), or set an attribute to a new array instead"
             )
         for attribute in self.counters:
             self._refuse_counting(attribute, kept)

@@ -510,6 +510,19 @@ def test_state_that_goes_from_call_to_call_is_refused_with_the_remedy() -> None:
         pipe(inputs(0))
 
 
+def _counts_calls(h: Tensor, seen: list[int] = [0]) -> Tensor:  # noqa: B006
+    seen[0] += 1
+    return h * seen[0]
+
+
+def test_a_number_that_a_forward_counts_in_a_default_is_refused_with_the_place() -> None:
+    model = Model(lambda self, h: _counts_calls(h), dict)
+    pipe = pipecompile.compile(model, ["cpu"] * 2, costs="count")
+    with pytest.raises(CaptureError, match=r"the defaults of _counts_calls changed; .* keep it in a buffer"):
+        pipe(inputs(0))
+    assert _counts_calls.__defaults__ == ([0],)
+
+
 def test_gradients_from_one_call_into_the_next_are_refused() -> None:
     def body(self: Any, h: Tensor) -> Tensor:
         self.total = self.total + h.mean()
