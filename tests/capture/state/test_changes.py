@@ -787,20 +787,20 @@ def variable_among_all_of_the_environment() -> Iterator[Step]:
     yield from set_in_the_environment(lambda: dict(os.environ).get("PIPECOMPILE_TEST_FACTOR", "1"))
 
 
-FACTOR = contextvars.ContextVar("FACTOR", default=1.0)
+HERE = contextvars.ContextVar("HERE", default=1.0)
 OF_THIS_THREAD = threading.local()
 OF_THIS_THREAD.factor = 1.0
 
 
 @kind
 def context_variable() -> Iterator[Step]:
-    model = Net(lambda self, h: h * FACTOR.get())
+    model = Net(lambda self, h: h * HERE.get())
     yield step(model)
-    token = FACTOR.set(3.0)
+    token = HERE.set(3.0)
     try:
         yield step(model)
     finally:
-        FACTOR.reset(token)
+        HERE.reset(token)
 
 
 @kind
