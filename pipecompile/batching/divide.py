@@ -27,7 +27,7 @@ from pipecompile.batching.infer_batch_types import Analysis, analyse
 from pipecompile.batching.rules import Instead, Recount, RowsArgument, Share, ShareArgument, Squeeze, WholeArgument
 from pipecompile.batching.rules.batch_types import SHARED, Batched, Kind, Local, Mixed, is_mixed
 from pipecompile.batching.rules.size_pair import Scale
-from pipecompile.batching.tail_weights import MOST, share_of_weights, transformed, weights_of
+from pipecompile.batching.tail_weights import MOST, share_of_weights, weights_of
 from pipecompile.capture import Captured, Output
 from pipecompile.capture.ancestors import ancestors
 from pipecompile.capture.call import SHARE
@@ -169,14 +169,10 @@ class _Divider:
         mixing = [n for n in self.tail_nodes if is_mixed(self.analysis.kinds[n]) and n not in self.analysis.early]
         weights = {n: found for n, found in weights_of(self.small, mixing).items() if found}
         names = tuple(dict.fromkeys(name for found in weights.values() for name in found))
-        made = transformed(self.small, (n for n in self.received if self.analysis.kinds[n] == SHARED))
-        made = {value: found for value, found in made.items() if not {*found} <= {*names}}
-        read = {value: node for node in reversed(mixing) for value in node.all_input_nodes if value in made}
-        readers = {node: made[value] for value, node in read.items()}
-        share = share_of_weights(self.small, names, read)
+        share = share_of_weights(self.small, names)
         norm = next((n for n in mixing if uses_batch_statistics(n) and self._normalizes_samples(n)), None)
         if share > MOST:
-            node, heavy = next(iter({**weights, **readers}.items()))
+            node, heavy = next(iter(weights.items()))
             reached = (
                 f"{heavy[0]} ({origin_of(node)}); microbatches cannot give what the whole batch gives, and what works "
                 f"on the whole batch has {share:.0%} of the weights (a third at most may run behind the stages)"

@@ -2,8 +2,8 @@
 
 What follows the first function that mixes samples runs once on the whole batch, behind the stages, on the last device.
 That is exact, however much it is, and no pipeline if it is most of the model. So a tail with more than a third of the
-weights is refused. A weight that a stage transforms before it meets the batch (``w.t()``, a weight normalization)
-counts with the entries of the result, which is what the tail works with.
+weights is refused. A weight that is transformed before it meets the batch (``w.t()``, a weight normalization) is not
+counted: a stage transforms it, and the tail has the result.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import torch.fx as fx
-from torch import Tensor, nn
+from torch import nn
 
 from pipecompile.capture import Captured
-from pipecompile.capture.ancestors import ancestors
 from pipecompile.capture.origin import origin_of
 
 MOST = 1 / 3  # of the model's weights: with more, too little is left to the stages
@@ -31,31 +30,12 @@ def weights_of(captured: Captured, nodes: Iterable[fx.Node]) -> dict[fx.Node, tu
     }
 
 
-def transformed(captured: Captured, values: Iterable[fx.Node]) -> dict[fx.Node, tuple[str, ...]]:
-    """The weights that values of two dimensions or more are made from, by value."""
-    parameters = _parameters(captured)
-    found = {}
-    for value in values:
-        tensor = value.meta.get("val")
-        if isinstance(tensor, Tensor) and tensor.requires_grad and tensor.ndim >= 2 and _is_known(tensor.shape):
-            above = ancestors([value])
-            sources = (node for node in captured.graph.nodes if node in above)
-            names = dict.fromkeys(name for node in sources for name in _read(captured, node, parameters))
-            found[value] = tuple(names)
-    return found
-
-
-def _is_known(sizes: Iterable[object]) -> bool:
-    return all(isinstance(size, int) for size in sizes)
-
-
-def share_of_weights(captured: Captured, names: Iterable[str], others: Iterable[fx.Node] = ()) -> float:
-    """The entries of some parameters and of other values, as a part of those of all parameters that the graph reads."""
+def share_of_weights(captured: Captured, names: Iterable[str]) -> float:
+    """The entries of some parameters, as a part of those of all parameters that the graph reads."""
     parameters = _parameters(captured)
     read = {name for node in captured.graph.nodes for name in _read(captured, node, parameters)}
     sizes = {id(parameters[name]): parameters[name].numel() for name in read}
-    entries = sum(sizes[key] for key in {id(parameters[name]) for name in names})
-    return (entries + sum(int(n.meta["val"].numel()) for n in others)) / max(1, sum(sizes.values()))
+    return sum(sizes[key] for key in {id(parameters[name]) for name in names}) / max(1, sum(sizes.values()))
 
 
 def _parameters(captured: Captured) -> dict[str, nn.Parameter]:

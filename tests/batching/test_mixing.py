@@ -405,15 +405,8 @@ def test_a_third_of_the_weights_may_work_on_the_whole_batch() -> None:
     assert tail[1] >= model.head.weight.nbytes
 
 
-class Transposes(HasAHead):
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.first(x)
-        return ((hidden - hidden.mean(0)) @ self.head.weight.t()).square().mean()
-
-
-@pytest.mark.parametrize("model", [HasAHead, Transposes])
-def test_more_of_the_weights_are_refused_with_their_share(model: type[HasAHead]) -> None:
-    pipe = pipecompile.compile(model(2 * WIDTH).double(), ["cpu", "cpu"], microbatches=3, costs="count")
+def test_more_of_the_weights_are_refused_with_their_share() -> None:
+    pipe = pipecompile.compile(HasAHead(2 * WIDTH).double(), ["cpu", "cpu"], microbatches=3, costs="count")
     with pytest.raises(CaptureError, match=r"goes through head\.weight .* has 4\d% of the weights \(a third at most"):
         pipe(torch.randn(7, WIDTH, dtype=torch.float64))
 

@@ -170,7 +170,10 @@ def setitem(use: Use) -> Answer:
 
 @rule("index_put")
 def index_put(use: Use) -> Answer:
-    """An assignment, whose index has None for a dimension that it takes all of; ``accumulate`` adds instead."""
+    """x (..., batch, ...), index, values -> (..., batch, ...), where None takes all of a dimension.
+
+    Mixes samples if the index picks among the samples.
+    """
     given = use.arg(1, "indices")
     index = tuple(WHOLE if item is None else item for item in given)
     return _assigned(use, use.node.args[0], index, use.arg(2, "values"))
