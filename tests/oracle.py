@@ -201,12 +201,12 @@ def delayed(
 
     Args:
         batches: the microbatches of each.
-        stages: for each stage the names of its parameters; no parameter is in two.
+        stages: for each stage the names of its trained parameters; no parameter is in two.
         delay: for each stage the steps by which the weights of its forward lag behind.
     """
-    values = dict(model.named_parameters())
+    values = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     latest = [{name: values[name].detach().clone().requires_grad_() for name in names} for names in stages]
-    assert sum(map(len, latest)) == len(values), "each parameter belongs to one stage"
+    assert sum(map(len, latest)) == len(values), "each trained parameter belongs to one stage"
     optimizers = [optimizer(list(weights.values())) if weights else None for weights in latest]
     history = [[_copies(weights)] for weights in latest]
     losses = []

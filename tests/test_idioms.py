@@ -31,6 +31,7 @@ from idioms import (
     objectives,
     precisions,
     programs,
+    research,
     sequences,
     states,
     structures,
@@ -45,7 +46,7 @@ from long import some
 
 THEMES = (
     applications, backwards, changes, criteria, draws, functions, layers, libraries, memories, objectives, precisions,
-    programs, sequences, states, structures, tensors, wholes, wiring,
+    programs, research, sequences, states, structures, tensors, wholes, wiring,
 )  # fmt: skip
 THOROUGH = os.environ.get("IDIOMS") == "all"
 SCHEDULES = ("sequential", "gpipe", "1f1b", "pipedream")
@@ -79,6 +80,8 @@ ONCE_WRONG = (
     "BothWaysByTheBatch",
     "BothWaysNormalized",
     "FirstBatchSetsData",
+    "LinearForEachSample",
+    "BurgersResidual",
 )
 CASES = [
     (name, *setting) for i, name in enumerate(TRIED) for setting in (EVERY if THOROUGH else [QUICK[i % len(QUICK)]])

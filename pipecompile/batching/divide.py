@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import reduce
 from typing import Any
 
 import torch
@@ -279,7 +280,7 @@ class _Divider:
         for edit in self.analysis.edits.get(node, ()):
             match edit:
                 case WholeArgument(position):
-                    number = self._whole_number(node, position)
+                    number = self._whole_number(node, copy, position)
                     copy.update_arg(position, number)
                     if isinstance(number, fx.Node):
                         copy.target = taking_tensor(copy.target, position)
@@ -327,14 +328,22 @@ class _Divider:
         self.graph.erase_node(copy)
         return new
 
-    def _whole_number(self, node: fx.Node, position: int) -> Any:
+    def _whole_number(self, node: fx.Node, copy: fx.Node, position: int) -> Any:
         """A number that counts samples of the whole batch: a constant of its trace, or an input."""
         argument, twin = node.args[position], self.twins[node].args[position]
         if not isinstance(argument, fx.Node):
             return twin
         name = self._unused(f"whole_{argument.name}")
-        value = torch.empty((), dtype=torch.int64, device="meta")
-        return self._input(name, value, Before(name, argument.name))
+        is_real = isinstance(argument.meta["val"], float | torch.SymFloat)
+        value = torch.empty((), dtype=torch.float64 if is_real else torch.int64, device="meta")
+        whole = self._input(name, value, Before(name, argument.name))
+        dtype = _dtype_beside(node) if is_real else torch.int64
+        if dtype == value.dtype:
+            return whole
+        fitting = self._new(torch.Tensor.to, (whole, dtype), f"{node.name}_whole", node)
+        fitting.meta["val"] = value.to(dtype)
+        copy.prepend(fitting)
+        return fitting
 
     def _unused(self, name: str) -> str:
         """A name that no argument or node of the model has, always the same one."""
@@ -365,6 +374,17 @@ def _must_stay(node: fx.Node) -> bool:
     if not origin_of(node).copies:
         return False
     return node.target is with_data or any(n.target is getattr and n.args[1] == "data" for n in ancestors([node]))
+
+
+def _dtype_beside(node: fx.Node) -> torch.dtype:
+    """The dtype of a tensor that stands for a real number among a call's arguments, and promotes them no further.
+
+    A tensor of float64 without dimensions is a number to tensors of floats that have dimensions, and only to them.
+    """
+    tensors = [value for n in node.all_input_nodes if isinstance(value := n.meta.get("val"), Tensor)]
+    if any(it.ndim and (it.is_floating_point() or it.is_complex()) for it in tensors):
+        return torch.float64
+    return reduce(torch.promote_types, (torch.result_type(it, 1.0).to_real() for it in tensors))
 
 
 def _is_size_of_inputs(node: fx.Node) -> bool:

@@ -35,7 +35,8 @@ class Before:
     def value(self, values: Mapping[str, Any]) -> Tensor:
         """The value, computed from the nodes' values; a number becomes a tensor of shape ()."""
         if self.count is None:
-            return torch.as_tensor(values[self.node])
+            value = values[self.node]
+            return torch.as_tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
         ignored, weight = self.count
         index = values[ignored] if isinstance(ignored, str) else ignored
         return valid_weight(values[self.node], index, None if weight is None else values[weight])

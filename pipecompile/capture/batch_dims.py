@@ -1,14 +1,15 @@
 """Finds which arguments have a batch dimension, and which dimension it is.
 
-The batch size is the most common size of first dimensions (the first argument decides a tie). A tensor is *batched* if
-its first dimension has that size. ``in_dims=`` overrides this by name, as in ``torch.vmap``. Batched tensors are split
-into microbatches; all other arguments are shared by all microbatches.
+The batch size is the first size of the first tensor, if all tensors have that size somewhere (states of an RNN have it
+in their second dimension); otherwise the most common size of first dimensions (the first argument decides a tie). A
+tensor is *batched* if its first dimension has that size. ``in_dims=`` overrides this by name, as in ``torch.vmap``.
+Batched tensors are split into microbatches; all other arguments are shared by all microbatches.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,10 +47,12 @@ def find_batch(tensors: Mapping[str, Tensor], given: Dims, settled: Settled) -> 
     """
     said = {name: _positive(name, tensors[name], dim) for name, dim in given.items() if dim is not None}
     guessed = {name: t for name, t in tensors.items() if name not in given and t.ndim}
-    rows = _rows({name: tensors[name].shape[dim] for name, dim in said.items()}) or _rows(
-        {n: t.shape[0] for n, t in guessed.items() if settled.get((n, t.ndim))} or
-        {n: t.shape[0] for n, t in guessed.items()}
-    )  # fmt: skip
+    rows = (
+        _rows([tensors[name].shape[dim] for name, dim in said.items()])
+        or _rows([t.shape[0] for n, t in guessed.items() if settled.get((n, t.ndim))])
+        or _rows_of_all([*guessed.values()])
+        or _rows([t.shape[0] for t in guessed.values()])
+    )
     if rows is None:
         return Batch()
     if rows == 0:
@@ -94,8 +97,18 @@ def _positive(name: str, tensor: Tensor, dim: int) -> int:
     return dim % tensor.ndim
 
 
-def _rows(sizes: Mapping[str, int]) -> int | None:
-    return int(Counter(map(int, sizes.values())).most_common(1)[0][0]) if sizes else None
+def _rows(sizes: Sequence[int]) -> int | None:
+    return int(Counter(map(int, sizes)).most_common(1)[0][0]) if sizes else None
+
+
+def _rows_of_all(tensors: Sequence[Tensor]) -> int | None:
+    """The first size of the first tensor, if all tensors have it in some dimension.
+
+    None if the first tensor has it twice: it may be a matrix from nodes to nodes.
+    """
+    shapes = [tuple(map(int, tensor.shape)) for tensor in tensors]
+    rows = shapes[0][0] if shapes else None
+    return rows if rows and shapes[0].count(rows) == 1 and all(rows in shape for shape in shapes) else None
 
 
 def _containers(value: Any, name: str) -> Iterator[tuple[str, Any]]:

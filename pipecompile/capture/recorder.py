@@ -175,12 +175,17 @@ class Recorder(TorchFunctionMode):
             self.record(func, args, kwargs, out)
             return out
         versions = [version(t) for t in tensors]
+        form = _form(tensors[0]) if _reshapes(func) else None
         with Effects(self.views) as effects:
             try:
                 out = run_on_fakes(run, args, kwargs, table.sizes.shapes)
             except DataDependentOutputException:  # perhaps a tensor was passed where a number is needed
                 args, kwargs = self._with_numbers(args), self._with_numbers(kwargs)
                 out = run_on_fakes(run, args, kwargs, table.sizes.shapes)
+        if form is not None:  # the earlier value keeps its own shape
+            table.node_of(tensors[0]).meta["val"] = run_on_fakes(
+                torch.as_strided, (tensors[0], *form), {}, table.sizes.shapes
+            )
         written = [t for t, before in zip(tensors, versions, strict=True) if version(t) != before]
         moved = silently_written(func, args, kwargs)
         effects.written -= set(map(storage_key, [*written, *moved]))
@@ -369,3 +374,15 @@ class Recorder(TorchFunctionMode):
         kept = run(*args, **kwargs)
         self.table.bind(kept, self.table.node_of(args[0]))
         return kept
+
+
+_RESHAPING = frozenset({"squeeze_", "unsqueeze_", "t_", "transpose_", "swapaxes_", "swapdims_", "as_strided_"})
+
+
+def _reshapes(func: Callable[..., Any]) -> bool:
+    """Whether a function gives its argument itself another shape."""
+    return getattr(func, "__name__", "").partition(".")[0] in _RESHAPING
+
+
+def _form(tensor: Tensor) -> tuple[Any, Any, Any]:
+    return tensor.shape, tensor.stride(), tensor.storage_offset()

@@ -194,6 +194,7 @@ class Batches:
         reach = reach_of(self.model, [] if self.forward is None else [self.forward])
         if self.forward is None and not lacks_values(self.model):  # one that does is filled before it runs
             self.reached = reach
+        why = ""
         for candidate in (rows, rows.equal()):
             with CAPTURING.taken(), undrawn(self.devices), unobserved(), seldom_collecting():
                 compiled = compile_call(
@@ -217,9 +218,12 @@ class Batches:
                 sizes, count = rows.by_part.counts, self.options.microbatches
                 candidate = Rows.of_parts(sizes, count) if rows.parts else Rows.of(call.batch, count)
             for cut in compiled.cuts(candidate):
-                if not compiled.broken(call, cut):
+                if not (why := compiled.broken(call, cut)):
                     return Batch(compiled.without_values(), call, cut)
-        raise CaptureError("the trace is not valid for the inputs that it was made with; please report this")
+        raise CaptureError(
+            f"the trace is not valid for the call that it was made for: {why}; if forward itself changes this, keep it "
+            f"in a buffer or in an attribute of a module, and please report it otherwise"
+        )
 
 
 def refuse_meta(call: Call) -> None:

@@ -44,6 +44,7 @@ from pipecompile.ir.plan import Plan
 from pipecompile.ops.away import is_away
 from pipecompile.ops.phases import phase
 from pipecompile.partition import carry_over
+from pipecompile.planning.memory import NO_TAIL, TailBytes
 from pipecompile.planning.planned import Planned, planned
 from pipecompile.planning.training_spec import Workload
 from pipecompile.runtime.compile_stage import compile_stage
@@ -275,13 +276,13 @@ def _only_of_the_tail(division: Division, graph: Graph) -> tuple[str, ...]:
     return (*division.tail.writes, *(name for name in division.tail.weights if name not in of_stages))
 
 
-def _tail_bytes(division: Division) -> int:
+def _tail_bytes(division: Division) -> TailBytes:
     """Bytes of the tail, which is computed once from the whole batch: joined inputs, values and weights."""
     if division.tail is None:
-        return 0
+        return NO_TAIL
     nbytes = {node.name: node.nbytes for node in summarize(division.whole).nodes}
-    weights = sum(division.whole.tensors[name].nbytes for name in division.tail.weights)
-    return weights + sum(nbytes.get(name, 0) for name in {*division.tail.nodes, *division.tail.joined})
+    values = sum(nbytes.get(name, 0) for name in {*division.tail.nodes, *division.tail.joined})
+    return TailBytes(values, tuple((name, division.whole.tensors[name].nbytes) for name in division.tail.weights))
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ class Tied:
     parameter: str
     stages: tuple[int, ...]  # ascending
     nbytes: int = 0  # of its gradient; 0 if it is not trained
+    is_trained: bool = True
 
     @property
     def owner(self) -> int:
@@ -102,8 +103,10 @@ def tied_of(graph: Graph, stage_of: Sequence[int | None], run_by: Sequence[Seque
         for name in node.parameters:
             assert stage is not None, "a node with parameters has a stage"
             stages.setdefault(name, set()).update(run_by[stage])
-    nbytes = {p.name: p.spec.nbytes * p.spec.requires_grad for p in graph.parameters}
-    return tuple(Tied(name, tuple(sorted(s)), nbytes[name]) for name, s in stages.items() if len(s) > 1)
+    trained = {p.name: p.spec.requires_grad for p in graph.parameters}
+    nbytes = {p.name: p.spec.nbytes * trained[p.name] for p in graph.parameters}
+    tied = ((name, tuple(sorted(read))) for name, read in stages.items() if len(read) > 1)
+    return tuple(Tied(name, read, nbytes[name], trained[name]) for name, read in tied)
 
 
 def made_of(graph: Graph, stage_of: Sequence[int | None], run_by: Sequence[Sequence[int]]) -> tuple[Made, ...]:

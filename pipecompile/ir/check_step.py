@@ -31,7 +31,7 @@ def check_step(program: Program, num_microbatches: int, kinds: Collection[type[F
         if plan.runs(stage, k)
     }
     if Backward in kinds:
-        tied = (stage for stage in range(plan.num_stages) if is_tied(stage, plan))
+        tied = (stage for stage in range(plan.num_stages) if is_tied(stage, plan, trained=True))
         wanted |= {Reduce(stage, num_microbatches - 1): None for stage in tied}
     if missing := next((i for i in wanted if i not in present), None):
         raise ProgramError(

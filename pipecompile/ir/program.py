@@ -16,6 +16,7 @@ from functools import cached_property
 from typing import assert_never
 
 from pipecompile.errors import DeadlockError, ProgramError
+from pipecompile.ir.between_stages import Tied
 from pipecompile.ir.instruction import (
     Backward,
     BackwardWeight,
@@ -227,7 +228,7 @@ def reads(i: Compute, plan: Plan) -> Iterator[Result]:
             for target in plan.targets(stage, microbatch):
                 yield Backward(target, microbatch)
         case Reduce(stage, microbatch):
-            for follower in followers(stage, plan):
+            for follower in followers(stage, plan, trained=True):
                 yield Reduce(follower, microbatch)
         case Refresh(stage, microbatch):
             for owner in owners(stage, plan):
@@ -249,7 +250,7 @@ def readers(result: Result, plan: Plan) -> tuple[int, ...]:
         case Backward(stage, microbatch):
             return plan.sources(stage, microbatch)
         case Reduce(stage, _):
-            return owners(stage, plan)
+            return owners(stage, plan, trained=True)
         case Refresh(stage, _):
             return followers(stage, plan)
         case Share(stage, _, rank, ranks):
@@ -269,19 +270,23 @@ def transfer_to(i: Compute, result: Result) -> Send:
     return Send(result, i.rank if isinstance(i, Share) else i.stage)
 
 
-def owners(stage: int, plan: Plan) -> tuple[int, ...]:
-    """The stages that own a tied parameter of which ``stage`` holds a tied copy."""
-    return tuple(sorted({tied.owner for tied in plan.tied if stage in tied.followers}))
+def owners(stage: int, plan: Plan, trained: bool = False) -> tuple[int, ...]:
+    """The stages that own a tied parameter, or a trained one, of which ``stage`` holds a tied copy."""
+    return tuple(sorted({tied.owner for tied in _tied(plan, trained) if stage in tied.followers}))
 
 
-def followers(stage: int, plan: Plan) -> tuple[int, ...]:
-    """The stages that hold a tied copy of a parameter that ``stage`` owns."""
-    return tuple(sorted({s for tied in plan.tied if tied.owner == stage for s in tied.followers}))
+def followers(stage: int, plan: Plan, trained: bool = False) -> tuple[int, ...]:
+    """The stages that hold a tied copy of a parameter, or of a trained one, that ``stage`` owns."""
+    return tuple(sorted({s for tied in _tied(plan, trained) if tied.owner == stage for s in tied.followers}))
 
 
-def is_tied(stage: int, plan: Plan) -> bool:
-    """Whether a stage holds a tied parameter."""
-    return any(stage in tied.stages for tied in plan.tied)
+def is_tied(stage: int, plan: Plan, trained: bool = False) -> bool:
+    """Whether a stage holds a tied parameter, or a trained one, whose gradients are summed."""
+    return any(stage in tied.stages for tied in _tied(plan, trained))
+
+
+def _tied(plan: Plan, trained: bool) -> Iterator[Tied]:
+    return (tied for tied in plan.tied if tied.is_trained or not trained)
 
 
 def dependencies(i: Instruction, plan: Plan) -> Iterator[Instruction]:
@@ -310,7 +315,7 @@ def dependencies(i: Instruction, plan: Plan) -> Iterator[Instruction]:
                 yield Forward(i.stage, i.microbatch)
             if isinstance(i, BackwardWeight):
                 yield Backward(i.stage, i.microbatch)
-            if isinstance(i, Step | Update) and is_tied(i.stage, plan):
+            if isinstance(i, Step | Update) and is_tied(i.stage, plan, trained=True):
                 yield Reduce(i.stage, i.microbatch)
             elif isinstance(i, Reduce | Step | Update) and (last := plan.last_run(i.stage, i.microbatch)) is not None:
                 yield Backward(i.stage, last)

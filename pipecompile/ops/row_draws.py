@@ -51,6 +51,22 @@ def _exponential(u: Tensor, given: Arguments) -> Any:
     return -torch.log1p(-u) / given.get("lambd", 1.0)
 
 
+def _poisson(u: Tensor, given: Arguments) -> Any:
+    rates = given["input"]
+    return torch.floor(rates + rates.sqrt() * _standard_normal(u, given)).clamp_min(0)
+
+
+def _multinomial(u: Tensor, given: Arguments) -> Any:
+    """Draws with replacement invert the distribution; others take the largest of perturbed logarithms (Gumbel)."""
+    weights = given["input"].double()
+    if given.get("replacement", False):
+        ends = (weights / weights.sum(-1, keepdim=True)).cumsum(-1)
+        places = u.expand(*weights.shape[:-1], given["num_samples"]).contiguous()
+        return torch.searchsorted(ends, places, right=True).clamp_max(weights.shape[-1] - 1)
+    spread = (u.reshape(-1)[0] + 0.618034 * torch.arange(1, weights.shape[-1] + 1, device=u.device)) % 1
+    return (weights.log() - torch.log(-torch.log(spread.clamp(1e-6, 1 - 1e-6)))).topk(given["num_samples"]).indices
+
+
 # How values are computed from uniform numbers.
 _FILLS: Mapping[str, Fill] = {
     "rand": _uniform,
@@ -63,6 +79,15 @@ _FILLS: Mapping[str, Fill] = {
     "randint_like": _integers,
     "bernoulli": _bernoulli,
     "exponential": _exponential,
+    "poisson": _poisson,
+    "multinomial": _multinomial,
+}
+_PARAMETERS = {
+    "uniform": ("from", "to"),
+    "normal": ("mean", "std"),
+    "exponential": ("lambd",),
+    "poisson": ("input",),
+    "multinomial": ("input", "num_samples", "replacement"),
 }
 _NAMES = named(" ".join(_FILLS), aten=False)
 
@@ -97,7 +122,7 @@ def _given(name: str, in_place: bool, args: Sequence[Any], kwargs: Mapping[str, 
         first = args[1] if len(args) > 1 else kwargs.get("p")
         probabilities = args[0] if args else kwargs.get("input")
         return {"p": first if first is not None else 0.5 if in_place else probabilities}
-    names = {"uniform": ("from", "to"), "normal": ("mean", "std"), "exponential": ("lambd",)}.get(name, ())
+    names = _PARAMETERS.get(name, ())
     return {**dict(zip(names, args[in_place:], strict=False)), **kwargs}
 
 

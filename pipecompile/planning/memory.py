@@ -23,7 +23,7 @@ them, if it has replicas), and a gradient may wait for each microbatch in flight
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Container, Mapping, Sequence, Set
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
@@ -94,13 +94,33 @@ class Memory(Json):
         return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows)
 
 
+@dataclass(frozen=True, slots=True)
+class TailBytes:
+    """What is computed once from the whole batch holds, on the device of the last stage.
+
+    Attributes:
+        values: bytes of what it gets from the stages and of what it computes.
+        weights: bytes of each weight that it works with, by name; one that the stage reads too is there once.
+    """
+
+    values: int = 0
+    weights: tuple[tuple[str, int], ...] = ()
+
+    def beside(self, names: Container[str]) -> int:
+        """The bytes beside a stage with these parameters."""
+        return self.values + sum(nbytes for name, nbytes in self.weights if name not in names)
+
+
+NO_TAIL = TailBytes()
+
+
 def memory(
     costed: CostedGraph,
     plan: Plan,
     program: Program,
     optimizer_state: float = 2.0,
     buffers: Sequence[int] = (),
-    tail: int = 0,
+    tail: TailBytes = NO_TAIL,
     step: How = "single",
     timeline: Timeline | None = None,
 ) -> Memory:
@@ -112,7 +132,7 @@ def memory(
         program: bare or lowered; its plan can be any plan with the same stages.
         optimizer_state: bytes per byte of trainable parameters; 2 for Adam.
         buffers: bytes of buffers of each stage.
-        tail: bytes that the last stage holds for what is computed once from the whole batch.
+        tail: what the last stage holds for what is computed once from the whole batch.
         step: how the optimizer updates parameters: one by one ("single", two copies of one), all at once ("foreach", a
             copy of all, torch's way on CUDA), or in one kernel ("fused", no copy).
         timeline: of the program, simulated or measured; without it ``waiting`` is an upper bound.
@@ -146,7 +166,7 @@ def stage_states(
     program: Program,
     optimizer_state: float,
     buffers: Sequence[int],
-    tail: int,
+    tail: TailBytes,
     step: How,
     timeline: Timeline | None,
 ) -> list[StageState]:
@@ -162,7 +182,7 @@ def stage_states(
             optimizer=round(optimizer_state * sum(owned)),
             waiting=sum(tied.nbytes * len(tied.followers) for tied in plan.tied if tied.owner == stage),
             buffers=buffers[stage] if buffers else 0,
-            tail=_tail_bytes(plan, stage, tail, count),
+            tail=_tail_bytes(plan, stage, tail.beside(_read(costed, plan, stage)), count),
         )
         copies = {"single": STEP_COPIES * max(owned, default=0), "foreach": sum(owned), "fused": 0}[step]
         waiting = _Bound(work, plan, stage, in_flight) if clock is None else clock.waiting(work, plan, stage)
@@ -182,9 +202,14 @@ def _tail_bytes(plan: Plan, stage: int, tail: int, microbatches: int) -> int:
     return max(tail, sum(plan.shared_bytes(other, microbatches) for other in others))
 
 
+def _read(costed: CostedGraph, plan: Plan, stage: int) -> set[str]:
+    """The parameters that a stage reads."""
+    return {name for i in members(costed.graph, plan, stage) for name in costed.graph.nodes[i].parameters}
+
+
 def _parameters(costed: CostedGraph, plan: Plan, stage: int) -> tuple[int, int, list[int]]:
     """Bytes of a stage's parameters, of its trainable ones, and of each trainable one that it owns."""
-    names = {name for i in members(costed.graph, plan, stage) for name in costed.graph.nodes[i].parameters}
+    names = _read(costed, plan, stage)
     mine = [parameter.spec for parameter in costed.graph.parameters if parameter.name in names]
     trained = [spec.nbytes for spec in mine if spec.requires_grad]
     followed = {tied.parameter for tied in plan.tied if stage in tied.followers}

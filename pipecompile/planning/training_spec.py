@@ -12,7 +12,7 @@ from pipecompile.ir.graph import CostedGraph
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.plan_options import Offloading, Recompute
 from pipecompile.partition import ADAM
-from pipecompile.planning.memory import How, Memory, memory
+from pipecompile.planning.memory import NO_TAIL, How, Memory, TailBytes, memory
 from pipecompile.planning.predict import predict
 from pipecompile.planning.updates import UpdateCost, update_seconds_of, updates_per_microbatch, with_updates
 from pipecompile.schedule import MakeProgram
@@ -29,7 +29,7 @@ class Workload:
         optimizer_state: bytes per byte of trainable parameters, or a function that returns them, called when needed.
         recompute: whether the backward of a stage recomputes its activations.
         offload: whether activations go to the host's memory between the passes.
-        tail: bytes that the last stage holds for what is computed once from the whole batch.
+        tail: what the last stage holds for what is computed once from the whole batch.
         fused: whether the optimizer step needs no temporary memory. Otherwise it needs, on CUDA, a copy of all
             parameters, because torch's optimizers update them together there.
         asynchronous: whether each stage steps on its own.
@@ -43,7 +43,7 @@ class Workload:
     optimizer_state: float | Callable[[], float] = ADAM
     recompute: Recompute = "auto"
     offload: Offloading = "auto"
-    tail: int = 0
+    tail: TailBytes = NO_TAIL
     fused: bool = False
     asynchronous: bool = False
     placement: Placement = PLAIN

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
+from pipecompile.ir.between_stages import Tied
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import followers
 from pipecompile.runtime.lane import Values
@@ -19,14 +20,15 @@ def reduced(stage: int, plan: Plan, leaves: Mapping[str, Tensor], received: Mapp
         received: the gradients of each follower.
     """
     results: dict[int, Values] = {}
-    for tied in plan.tied:
+    trained = [tied for tied in plan.tied if tied.is_trained]
+    for tied in trained:
         if stage in tied.followers:
             leaf = leaves.get(tied.parameter)
             results[tied.owner] = (*results.get(tied.owner, ()), None if leaf is None else leaf.grad)
             if leaf is not None:
                 leaf.grad = None
-    for follower in sorted(followers(stage, plan), reverse=True):
-        for name, gradient in zip(_shared(stage, follower, plan), received[follower], strict=True):
+    for follower in sorted(followers(stage, plan, trained=True), reverse=True):
+        for name, gradient in zip(_shared(stage, follower, trained), received[follower], strict=True):
             leaf = leaves[name]
             if gradient is not None:
                 leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
@@ -38,14 +40,14 @@ def refreshed(
 ) -> dict[int, Values]:
     """Copies values: an owner returns its own for each of its followers, a follower takes them."""
     for owner, values in received.items():
-        for name, value in zip(_shared(owner, stage, plan), values, strict=True):
+        for name, value in zip(_shared(owner, stage, plan.tied), values, strict=True):
             if value is not None:
                 leaves[name].data.copy_(value)
     return {
-        follower: tuple(leaves[name].detach() for name in _shared(stage, follower, plan))
+        follower: tuple(leaves[name].detach() for name in _shared(stage, follower, plan.tied))
         for follower in followers(stage, plan)
     }
 
 
-def _shared(owner: int, follower: int, plan: Plan) -> list[str]:
-    return [tied.parameter for tied in plan.tied if tied.owner == owner and follower in tied.followers]
+def _shared(owner: int, follower: int, each: Iterable[Tied]) -> list[str]:
+    return [tied.parameter for tied in each if tied.owner == owner and follower in tied.followers]

@@ -85,10 +85,10 @@ def backwards(plan: Plan, num_microbatches: int) -> tuple[Backward, ...]:
 
 
 def closing(plan: Plan, microbatch: int, step: bool = False) -> Iterator[Compute]:
-    """The computations after the last Backwards: Reduces of tied parameters, then Steps if ``step`` is set.
+    """The computations after the last Backwards: Reduces of trained tied parameters, then Steps if ``step`` is set.
 
     Later stages come first: a Reduce reads only the Reduces of later stages.
     """
     stages = range(plan.num_stages)
-    yield from (Reduce(stage, microbatch) for stage in reversed(stages) if is_tied(stage, plan))
+    yield from (Reduce(stage, microbatch) for stage in reversed(stages) if is_tied(stage, plan, trained=True))
     yield from (Step(stage, microbatch) for stage in stages if step)

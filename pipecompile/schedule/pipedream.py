@@ -123,7 +123,7 @@ def check_segment(plan: Plan, microbatches: range, name: str) -> None:
                 f"stages {', '.join(map(str, group))} are replicas, whose gradients are summed once per batch, but "
                 f"{name} updates each stage on its own; use schedule='1f1b' or 'gpipe', or no replicas"
             )
-    for tied in plan.tied:
+    for tied in (each for each in plan.tied if each.is_trained):
         stages = ", ".join(map(str, tied.stages))
         raise PlanError(
             f"parameter {tied.parameter} is tied across stages {stages}, and {name} would update its copies at "

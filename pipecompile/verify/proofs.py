@@ -14,8 +14,7 @@ from pipecompile.verify.prove import due, first_microbatch, prove
 from pipecompile.verify.results import Proof
 from pipecompile.verify.side_by_side import Trial
 
-KINDS = {True: "training", False: "evaluation"}
-Kind = tuple[int, bool]  # the identity of a capture, and whether the call trained
+Kind = tuple[int, str]  # the identity of a capture, and what the call was for
 
 
 class Proofs:
@@ -45,13 +44,14 @@ class Proofs:
             ExactnessError: they differ.
         """
         reached, self.batches.reached = self.batches.reached, None
-        kind, options, share = (id(batch.compiled), batch.trains), self.batches.options, self.batches.share
+        options, share, training = self.batches.options, self.batches.share, self.batches.model.training
+        kind = (id(batch.compiled), _purpose(batch.trains, training))
         if not due(options.verify, calls, kind in self.made):
             return
         if share is not None and share.is_settled:
             self.left_out[kind] = "not compared: no process has the whole model"
             return
-        one = options.policy.updates_each and self.batches.model.training
+        one = options.policy.updates_each and training
         trial = Trial(
             model=self.batches.model,
             batch=first_microbatch(batch) if one else replace(batch, part=None),
@@ -73,14 +73,20 @@ class Proofs:
     @property
     def said(self) -> Iterator[str]:
         """A line for each capture, compared or not."""
-        for (_, trains), said in (self.made | self.left_out).items():
-            yield f"{KINDS[trains]}: {said}"
+        for (_, purpose), said in (self.made | self.left_out).items():
+            yield f"{purpose}: {said}"
 
     @property
     def missing(self) -> Iterator[str]:
         """A line for each comparison that could not be made."""
-        for (_, trains), proof in self.made.items():
+        for (_, purpose), proof in self.made.items():
             if not proof.rows:
-                yield f"{KINDS[trains]}: {proof.note}"
-        for (_, trains), why in self.left_out.items():
-            yield f"{KINDS[trains]}: {why}"
+                yield f"{purpose}: {proof.note}"
+        for (_, purpose), why in self.left_out.items():
+            yield f"{purpose}: {why}"
+
+
+def _purpose(gradients: bool, training: bool) -> str:
+    if not gradients:
+        return "evaluation"
+    return "training" if training else "evaluation with gradients"

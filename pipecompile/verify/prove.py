@@ -50,6 +50,7 @@ def prove(trial: Trial) -> Proof:
     start = time.perf_counter()
     functions = [] if trial.loss_fn is None else [trial.loss_fn]
     trial = replace(trial, reach=reach_of(trial.model, functions, trial.reach))
+    faults: list[str] = []
     with _nothing_left(trial):
         for candidate in (*_slices(trial), trial):
             if why := incomparable(candidate):
@@ -62,14 +63,23 @@ def prove(trial: Trial) -> Proof:
                 return _unproven(trial, "the step does not fit into memory")
             except Exception as error:
                 if candidate is not trial:  # fewer rows, or microbatches, may not be accepted
+                    faults += _faults(candidate, error)
                     continue
                 if not isinstance(error, PipecompileError):
                     error.add_note(
                         "raised by the unsplit model, which pipecompile runs to verify this call; see verify="
                     )
                 raise
-            return replace(proof, of=_rows(trial), seconds=time.perf_counter() - start)
+            note = _joined(proof.note, *faults)
+            return replace(proof, of=_rows(trial), seconds=time.perf_counter() - start, note=note)
     raise AssertionError("the whole call is always tried")
+
+
+def _faults(trial: Trial, error: Exception) -> list[str]:
+    """What a slice raised, if the unsplit model accepts it."""
+    if _unsplit_raises(trial, left_too=False):
+        return []
+    return [f"the pipeline raised {type(error).__name__} on {_rows(trial)} rows, the unsplit model did not: {error}"]
 
 
 def _rows(trial: Trial) -> int:

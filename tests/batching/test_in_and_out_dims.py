@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import pipecompile
+from pipecompile.capture.batch_dims import find_batch
 from pipecompile.errors import CaptureError, InputError
 from pipecompile.ir.instruction import Forward
 
@@ -214,13 +215,15 @@ class Recurrent(nn.Module):
         return self.out(y), states
 
 
-def test_states_of_an_rnn_are_refused_with_the_dimensions_to_pass() -> None:
+@pytest.mark.parametrize("begins", ["without states", "with states"])
+def test_states_of_an_rnn_are_refused_with_the_dimensions_to_pass(begins: str) -> None:
     torch.manual_seed(0)
     model = Recurrent().double()
     x = torch.randn(4, 3, 5, dtype=torch.float64)
     states = tuple(torch.randn(2, 2, 4, 5, dtype=torch.float64))
     pipe = pipecompile.compile(model, ["cpu"] * 2, microbatches=2, costs="count")
-    pipe(x)
+    if begins == "without states":
+        pipe(x)
     with pytest.raises(
         CaptureError, match=r"microbatches=1, or, if .*batching=Batching\(in_dims=\{'states_0': 1, 'states_1': 1\}\)"
     ):
@@ -228,3 +231,18 @@ def test_states_of_an_rnn_are_refused_with_the_dimensions_to_pass() -> None:
     batching = pipecompile.Batching(in_dims={"states_0": 1, "states_1": 1})
     pipe = pipecompile.compile(model, ["cpu"] * 2, microbatches=2, costs="count", batching=batching)
     torch.testing.assert_close(pipe(x, states), model(x, states))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "rows"),
+    [
+        ([(4, 3, 5), (2, 4, 5), (2, 4, 5)], 4),  # states of two layers
+        ([(4, 3, 5), (3, 3)], 4),  # a mask over time
+        ([(7, 7), (4, 7, 5), (4, 7)], 4),  # a matrix from nodes to nodes comes first
+        ([(4, 4), (4, 4)], 4),
+        ([()], None),
+    ],
+)
+def test_the_rows_of_a_batch(shapes: list[tuple[int, ...]], rows: int | None) -> None:
+    tensors = {f"x{i}": torch.zeros(shape) for i, shape in enumerate(shapes)}
+    assert find_batch(tensors, {}, {}).rows == rows

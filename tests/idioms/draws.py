@@ -288,3 +288,28 @@ class NoisyTopKGate(Wrapped):
         balance = load.var() / load.mean() ** 2
         loss = self.leave((gates[..., None] * out).sum(1)).square().mean() + 0.1 * balance
         return {"loss": loss, "noise": noise}
+
+
+@idiom(draws=("action",))
+class PolicyGradient(nn.Module):
+    """REINFORCE: ``torch.multinomial`` of each sample's policy, without replacement, and the actions' logarithms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.policy = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, 5))
+        self.register_buffer("reward", torch.linspace(-1, 1, 5))
+
+    def forward(self, x: Tensor, action: Tensor | None = None) -> dict[str, Tensor]:
+        log = F.log_softmax(self.policy(x), dim=-1)
+        action = torch.multinomial(log.exp(), 2) if action is None else action
+        return {"loss": -(log.gather(1, action) * self.reward[action]).sum(1).mean(), "action": action}
+
+
+@idiom(draws=("counts",))
+class PoissonSpikes(Wrapped):
+    """A rate that is drawn from, and a straight-through gradient."""
+
+    def forward(self, x: Tensor, counts: Tensor | None = None) -> dict[str, Tensor]:
+        rate = F.softplus(self.enter(x))
+        counts = torch.poisson(rate.detach()) if counts is None else counts
+        return {"h": self.leave(counts - rate.detach() + rate), "counts": counts}

@@ -21,7 +21,7 @@ from pipecompile.ir.graph import Cost, CostedGraph, Footprint, Graph, Node, Para
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.split_nodes import SPLIT
 from pipecompile.ops import split_backward
-from pipecompile.planning.memory import Bytes, Memory, memory
+from pipecompile.planning.memory import Bytes, Memory, TailBytes, memory
 from pipecompile.planning.stage_memory import load
 from pipecompile.profile import optimizer_state
 from pipecompile.schedule import SCHEDULES, gpipe, one_f_one_b
@@ -304,9 +304,17 @@ def test_processes_hold_the_outputs_of_others_and_compute_the_tail_each() -> Non
     plan = Plan.of(graph, [None, 0, 1, 2], [0, 1, 0])
     size = graph.nodes[-1].nbytes
     assert plan.made == (Made(2, size, size),)
-    held = memory(replace(costed, graph=graph), plan, gpipe(plan, 4), tail=3).stages
+    held = memory(replace(costed, graph=graph), plan, gpipe(plan, 4), tail=TailBytes(3)).stages
     assert [stage.tail for stage in held] == [0, 5 * size, 3]
-    assert [stage.tail for stage in memory(costed, replace(plan, made=()), gpipe(plan, 4), tail=3).stages] == [0, 0, 3]
+    alone = memory(costed, replace(plan, made=()), gpipe(plan, 4), tail=TailBytes(3)).stages
+    assert [stage.tail for stage in alone] == [0, 0, 3]
+
+
+def test_a_weight_that_the_last_stage_reads_is_there_once_for_what_follows_the_stages() -> None:
+    costed, plan = chain(), Plan.of(chain().graph, [None, 0, 1, 2])
+    (own,), (other,) = (costed.graph.nodes[node].parameters for node in (3, 1))
+    tail = TailBytes(3, ((own, 50), (other, 700)))
+    assert [stage.tail for stage in memory(costed, plan, gpipe(plan, 4), tail=tail).stages] == [0, 0, 703]
 
 
 def test_an_optimizer_that_updates_one_by_one_needs_its_copies_once_on_a_rank() -> None:

@@ -133,6 +133,34 @@ def test_readers_of_a_parameter_with_a_body_between_are_refused_with_its_name() 
         trained(2, OPTIMIZERS["momentum"], case=enclosing)
 
 
+class FrozenWords(Tied):
+    """The loss alone; the weight of embedding and head is not trained."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__()
+        self.embedding.weight.requires_grad_(False)
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        return super().forward(ids, labels)[0]
+
+
+@pytest.mark.parametrize("schedule", ["pipedream", "pipedream-vertical-sync", "pipedream-2bw"])
+def test_a_frozen_parameter_may_be_read_by_stages_apart(schedule: str) -> None:
+    case = Case(lambda: FrozenWords().double(), lambda output: output, SHARED.calls)
+    momentum = OPTIMIZERS["momentum"]
+    pipe, _ = trained(2, momentum, schedule, case)
+    names = [{name for name, _ in stage.named_parameters()} for stage in pipe.pipeline.stages]
+    assert set.intersection(*names) == {"embedding.weight"}
+    if schedule == "pipedream":
+        minibatches = [part for call in case.calls for part in split(call, MICROBATCHES)]
+        trained_in = [each - {"embedding.weight"} for each in names]
+        expected = pipedream(case.build(), case.loss, minibatches, trained_in, [1, 0], momentum)
+        assert expected.parameters
+        for name, value in expected.parameters.items():
+            torch.testing.assert_close(pipe.get_parameter(name).detach(), value, msg=name)
+
+
 def test_pins_that_part_the_readers_of_a_parameter_are_refused_with_its_name() -> None:
     apart = pipecompile.PlanOptions(pins={"words": 0, "target_words": 1})
     with pytest.raises(pipecompile.PlanError, match=r"words.weight is tied across stages 0, 1"):

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -230,6 +231,17 @@ def test_a_pipeline_with_replicas_is_compared_with_all_microbatches() -> None:
     assert line.startswith("training: 9 of 64 rows in microbatches of 3, 2, 2, 2: ")
 
 
+def test_a_report_tells_what_the_compared_calls_were_for() -> None:
+    pipe = pipe_of(Residual())
+    pipe(x())
+    pipe.eval()
+    pipe(x())
+    with torch.no_grad():
+        pipe(x())
+    told = [line.partition(":")[0] for line in pipe.pipeline.report.verified]
+    assert told == ["training", "evaluation with gradients", "evaluation"]
+
+
 def test_evaluation_and_training_are_proven_apart() -> None:
     pipe = pipe_of(Residual())
     with torch.no_grad():
@@ -340,6 +352,23 @@ def test_a_model_that_takes_its_own_batch_alone_is_proven_on_all_of_it() -> None
     pipe = pipe_of(Eight(), microbatches=1)
     pipe(x(8), 8)
     assert pipe.pipeline.report.verified[0].startswith("training: 8 of 8 rows: ")
+
+
+def test_what_a_slice_alone_has_raised_is_told() -> None:
+    split_step, raised = prove.split_step, []
+
+    def once(*args: Any) -> Any:
+        if not raised:
+            raised.append(True)
+            raise RuntimeError("a fault that does not come again")
+        return split_step(*args)
+
+    pipe = pipe_of(Residual(), microbatches=3)
+    with mock.patch.object(prove, "split_step", once):
+        pipe(x(64))
+    (line,) = pipe.pipeline.report.verified
+    assert line.startswith("training: 64 of 64 rows ")
+    assert "raised RuntimeError on 7 rows, the unsplit model did not: a fault that does not come again" in line
 
 
 def test_what_the_unsplit_model_raises_is_raised() -> None:

@@ -23,7 +23,7 @@ NONLINEAR = """
     threshold trunc fix where masked_fill xlogy and __rand__ or xor invert lshift rshift angle polar complex
     addcdiv addcmul rpow rfloordiv rmod dropout alpha_dropout feature_alpha_dropout feature_dropout dropout1d dropout2d
     dropout3d bernoulli
-    rand_like randn_like randint_like zero fill uniform normal exponential
+    rand_like randn_like randint_like poisson zero fill uniform normal exponential
     geometric cauchy log_normal random quantize_per_tensor fake_quantize_per_tensor_affine
     bool long int short byte
 """

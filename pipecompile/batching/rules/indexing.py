@@ -10,7 +10,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from pipecompile.batching.rules.batch_types import SHARED, Batched, Kind, Local, Shared
+from pipecompile.batching.rules.batch_types import SHARED, Batched, Kind, Local, Partial, Shared
 from pipecompile.batching.rules.size_pair import UNKNOWN
 from pipecompile.batching.rules.use import Answer, Edited, Instead, Use, only_first, positive, rule
 from pipecompile.ops import functional
@@ -160,31 +160,58 @@ def _covers(use: Use, whole: Batched, place: list[int], items: list[Any]) -> boo
 
 @rule("setitem", functional.setitem)
 def setitem(use: Use) -> Answer:
-    """x (..., batch, ...), index, value -> (..., batch, ...); mixes samples if the index picks among the samples."""
-    x, index, value = use.node.args[:3]
+    """x (..., batch, ...), index, value -> (..., batch, ...).
+
+    Mixes samples if the index picks among the samples; each sample may set entries of its own, as in
+    ``x[arange(batch), numbers] = value``.
+    """
+    return _assigned(use, *use.node.args[:3])
+
+
+@rule("index_put")
+def index_put(use: Use) -> Answer:
+    """x (..., batch, ...), index, values -> (..., batch, ...), where None takes all of a dimension.
+
+    Mixes samples if the index picks among the samples.
+    """
+    given = use.arg(1, "indices")
+    index = tuple(WHOLE if item is None else item for item in given)
+    return _assigned(use, use.node.args[0], index, use.arg(2, "values"))
+
+
+def _assigned(use: Use, x: Any, index: Any, value: Any) -> Answer:
     items = index if isinstance(index, tuple) else (index,)
     kind, incoming = use.kind(x), use.kind(value)
     if all(isinstance(use.kind(n), Shared) for n in use.tensors):
         return SHARED
     masks = [i for i in items if isinstance(i, fx.Node)]
     if len(items) == 1 and masks and _is_mask(masks[0]) and use.shape(masks[0]) == use.shape(x)[: use.ndim(masks[0])]:
-        picked = isinstance(incoming, Batched) and incoming.ragged and incoming.dim == 0 and kind == Batched(0)
-        fits = picked or (isinstance(incoming, Shared) and not use.shape(value))
+        packed = isinstance(incoming, Batched) and incoming.ragged and incoming.dim == 0 and kind == Batched(0)
+        fits = packed or (isinstance(incoming, Shared) and not use.shape(value))
         return kind if fits and use.kind(masks[0]) == kind else use.mixed()
     items = tuple(spelled_out(index, use.ndim(x), partial(_dims_taken, use)))
     tensors = [i for i in items if use.is_tensor(i)]
     if any(use.ndim(i) != 1 and _is_mask(i) for i in tensors):
         return use.mixed("an assignment to indexed entries")
     numbers = [i for i in tensors if not _is_mask(i)]
-    if not isinstance(kind, Batched) or not all(isinstance(use.kind(i), Shared) for i in tensors):
-        what = "rows by index" if numbers else "indexed entries"
-        return use.mixed(f"an assignment to {what}", certain=bool(numbers))
-    source = _source_dims(items)
-    if items[source.index(kind.dim)] != WHOLE:
-        return use.mixed("an assignment to some of the samples")
+    what = use.mixed(f"an assignment to {'rows by index' if numbers else 'indexed entries'}", certain=bool(numbers))
+    if not isinstance(kind, Batched):
+        return what
     place, room = _placed_tensors(use, items, tensors)
-    expected = place[source.index(kind.dim)] - room + use.ndim(value)
-    return kind if isinstance(incoming, Shared) or incoming == kind.at(expected) else use.mixed()
+    at = _source_dims(items).index(kind.dim)
+    if use.is_tensor(items[at]):
+        first = place[next(i for i, item in enumerate(items) if use.is_tensor(item))]
+        picked: Answer = _by_row(use, kind, items[at], tensors, max(map(use.ndim, tensors)), first)
+    elif not all(isinstance(use.kind(i), Shared) for i in tensors):
+        return what
+    elif items[at] != WHOLE:
+        return use.mixed("an assignment to some of the samples")
+    else:
+        picked = kind.at(place[at])
+    if not isinstance(picked, Batched):
+        return what
+    fits = isinstance(incoming, Shared) or incoming == picked.at(picked.dim - room + use.ndim(value))
+    return kind if fits else use.mixed()
 
 
 def _depth(item: Any) -> int:
@@ -248,6 +275,18 @@ def select(use: Use) -> Answer:
             return use.mixed("an index along the batch")
         return kind.at(kind.dim - (dim < kind.dim)) if use.name == "select" else kind
     return kind if isinstance(kind, Shared) else use.mixed()
+
+
+@rule("slice_backward select_backward")
+def put_into_zeros(use: Use) -> Answer:
+    """(..., batch, ...) -> (..., batch, ...), a part of zeros; mixes samples if ``dim`` is the batch."""
+    kind = use.kind(use.node.args[0])
+    if not isinstance(kind, Batched):
+        return kind if isinstance(kind, Shared | Partial) and not use.scale.growing(use.node) else use.mixed()
+    dim = positive(use.arg(2, "dim"), len(use.out))
+    if use.name == "select_backward":
+        return kind.at(kind.dim + (dim <= kind.dim))
+    return kind if dim != kind.dim else use.mixed("a slice of the samples")
 
 
 @rule("masked_select")

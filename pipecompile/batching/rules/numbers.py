@@ -15,7 +15,7 @@ from pipecompile.ops.operators import function_of, named
 TAKES_SIZES = named("""
     view reshape expand repeat tile broadcast_to unflatten flatten zeros ones empty full new_zeros new_ones new_empty
     new_full rand randn randint empty_strided arange getitem setitem split narrow slice
-    _unsafe_view _reshape_alias repeat_interleave
+    _unsafe_view _reshape_alias repeat_interleave slice_backward select_backward
 """) | {setitem: "setitem"}
 
 

@@ -115,6 +115,14 @@ def fourier(use: Use) -> Answer:
     return _along(use, dims) or use.mixed()
 
 
+@rule("multinomial")
+def drawn_classes(use: Use) -> Answer:
+    """(batch, classes) -> (batch, numbers), or (classes,) -> (numbers,)."""
+    kind = use.kind(use.node.args[0])
+    apart = isinstance(kind, Batched) and kind.dim == 0 and use.ndim(use.node.args[0]) == 2
+    return kind if apart or isinstance(kind, Shared) else use.mixed("multinomial over the batch")
+
+
 @rule("cosine_similarity")
 def cosine(use: Use) -> Answer:
     """(..., batch, ..., width), (..., batch, ..., width) -> (..., batch, ...); mixes samples if dim is the batch."""

@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import sys
 import threading
-from argparse import Namespace
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
 from functools import partial
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType, SimpleNamespace
+from types import BuiltinFunctionType, FrameType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
 
 from pipecompile.capture.state.container_proxies import Ledgers, is_stand_in, ledger_of
-from pipecompile.capture.state.fingerprints import HEAP_TYPE
+from pipecompile.capture.state.fingerprints import HEAP_TYPE, RECORDS
 from pipecompile.capture.state.guards import LONGEST, MISSING, NOT_PLAIN, TORCHS_OWN, Attribute, Same, frozen
 from pipecompile.capture.state.model_state import Change, Snapshot, changes_of, restore, snapshot
+from pipecompile.capture.state.raw_data import RawData
 from pipecompile.capture.state.sources import Entry
+from pipecompile.ops.source_lines import PACKAGE
 from pipecompile.ops.torch_internals import FakeTensor
 
 _NO_HOLDERS = (Tensor, type, ModuleType, FunctionType, BuiltinFunctionType, MethodType)
@@ -59,13 +60,18 @@ class Reads:
         self.met: set[int] = set()  # observed objects that modules hold
         self.made: dict[int, Any] = {}  # objects that this call alone has, kept alive for their identity
         self.originals: dict[type, Any] = {}  # watched classes: their own __getattribute__, or None
+        self.raw = RawData()
+        self.set: set[Key] = set()  # attributes of modules that were set, also to what they were
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         self._watch(nn.Module)
+        setting = nn.Module.__setattr__
+        nn.Module.__setattr__ = self._noting(setting)  # type: ignore[method-assign, assignment]
         try:
             yield
         finally:
+            nn.Module.__setattr__ = setting  # type: ignore[method-assign]
             for kind, original in self.originals.items():
                 if original is None:
                     del kind.__getattribute__
@@ -89,11 +95,25 @@ class Reads:
                 raise
             if name[:2] != "__":
                 reads._see(self, name, value)
+            elif name == "__dict__" and id(self) in reads.met and not _is_ours(sys._getframe(1)):
+                for each, held in [*value.items()]:  # vars(config)
+                    reads._see(self, each, held)
             return value
 
         original = kind.__dict__.get("__getattribute__")
         kind.__getattribute__ = watched  # type: ignore[method-assign, assignment]
         self.originals[kind] = original
+
+    def _noting(self, setting: Callable[[Any, str, Any], None]) -> Callable[[Any, str, Any], None]:
+        """Returns ``nn.Module.__setattr__`` that notes what this thread sets."""
+        noted, thread = self.set, threading.get_ident()
+
+        def setattr(module: Any, name: str, value: Any) -> None:
+            if threading.get_ident() == thread:
+                noted.add((id(module), name))
+            setting(module, name, value)
+
+        return setattr
 
     def _see(self, owner: Any, name: str, value: Any) -> None:
         key = (id(owner), name)
@@ -112,9 +132,7 @@ class Reads:
             return  # set by forward
         self.meet(value, label)
         plain = frozen(value)
-        if isinstance(value, SimpleNamespace | Namespace | partial) or (
-            plain is NOT_PLAIN and isinstance(value, tuple)
-        ):
+        if isinstance(value, RECORDS) or (plain is NOT_PLAIN and isinstance(value, tuple)):
             self.places[key] = Attribute(owner, name, label)
         elif plain is not NOT_PLAIN:
             self.found[key] = (Attribute(owner, name, label), plain)
@@ -155,7 +173,7 @@ class Reads:
 
     def meet(self, value: Any, label: str, depth: int = 0) -> None:
         """Starts to observe an object that forward reaches, and the objects in a short list, tuple or dict."""
-        value = ledger_of(value).original if is_stand_in(value) else value
+        value = self.raw.meet(ledger_of(value).original if is_stand_in(value) else value, label)
         match value:
             case dict() | list() | tuple() if len(value) <= LONGEST and depth < DEEPEST:
                 for item in [*dict.values(value)] if isinstance(value, dict) else value:
@@ -226,6 +244,10 @@ def _is_computed(kind: type, name: str) -> bool:
     """Whether a class defines an attribute by a descriptor: a method or a property."""
     found = next((base.__dict__[name] for base in kind.__mro__ if name in base.__dict__), None)
     return hasattr(type(found), "__get__")
+
+
+def _is_ours(frame: FrameType) -> bool:
+    return frame.f_code.co_filename.startswith(PACKAGE)
 
 
 def _holds_fakes(value: Any) -> bool:

@@ -14,6 +14,7 @@ from pipecompile.capture.state.attribute_hooks import Key, Reads
 from pipecompile.capture.state.code_guards import CodeRead, known_place
 from pipecompile.capture.state.container_proxies import Ledgers
 from pipecompile.capture.state.counters import seen_in_place, start
+from pipecompile.capture.state.environment import Environment
 from pipecompile.capture.state.executed_code import Ran
 from pipecompile.capture.state.guards import (
     MISSING,
@@ -77,10 +78,12 @@ class Watch:
         self._is_leaf = is_leaf
         self.questions: list[tuple[Update, Any]] = []
         self.drawing = Drawing(reach.generators, self.questions, follow, is_leaf)
-        self.ledgers = Ledgers(self.drawing.stand_in, is_leaf)
+        self.environment = Environment()
+        self.ledgers = Ledgers(self._given, is_leaf)
         self.reads = Reads(paths, states, self.ledgers, ignored)
         self.changes: list[Change] = []
         self.filled: list[tuple[Itself, list[Any], list[Any]]] = []
+        self.written: list[str] = []  # data that forward has written past attributes and tensors
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -94,10 +97,17 @@ class Watch:
                 value = number.value()  # before its owner is observed
                 reads.hold(number)
                 put(number.owner, number.name, start(value, (id(number.owner), number.name), self.questions))
-            with reads.watching(), self.drawing.watching(), seen_in_place(), self.code.ran.seen(self._begun):
+            with (
+                reads.watching(),
+                self.drawing.watching(),
+                self.environment.watching(),
+                seen_in_place(),
+                self.code.ran.seen(self._begun),
+            ):
                 self._meet_given()
                 yield
         finally:
+            self.written += self.reads.raw.put_back()
             self.ledgers.take_back()
             self.changes += reads.changes()
 
@@ -113,6 +123,10 @@ class Watch:
             for table in ("_forward_hooks", "_forward_pre_hooks"):
                 for hook in module.__dict__[table].values():
                     self.reads.meet(hook, f"a hook of {type(module).__name__}")
+
+    def _given(self, value: Any) -> Any:
+        """What forward gets for an item of a container that is no container itself."""
+        return self.drawing.stand_in(self.reads.raw.meet(value))
 
     def _begun(self, frame: FrameType) -> None:
         for value, label in self.code.begun(frame, self._is_leaf()):
@@ -137,14 +151,19 @@ class Watch:
         self._guard_set_to_itself()
 
     def _guard_set_to_itself(self) -> None:
-        """Guards what forward may have set to the value it already had: from another value, that is a change."""
+        """Guards what forward has set to the value it already had: from another value, that is a change.
+
+        What is set past ``nn.Module.__setattr__`` is not observed: it may be whatever the code that ran names.
+        """
         changed = {(id(change.place.owner), change.place.name) for change in self.changes}
-        stored = self.code.stored()
+        stored, spelled = self.code.stored()
         for path, module in self.model.named_modules():
             state = self.reads.states[id(module)]
-            for name in stored & state.keys() - TORCHS_OWN:
-                plain = frozen(state[name])
-                if (id(module), name) not in changed and plain is not NOT_PLAIN:
+            own: Any = type(module).__setattr__
+            named = spelled if own is nn.Module.__setattr__ else stored | spelled
+            for name in state.keys() - TORCHS_OWN:
+                key, plain = (id(module), name), frozen(state[name])
+                if (key in self.reads.set or name in named) and key not in changed and plain is not NOT_PLAIN:
                     label = f"{path}.{name}" if path else name
                     self.reads.found.setdefault((id(module), name), (Attribute(module, name, label), plain))
 
@@ -169,12 +188,18 @@ class Watch:
             CaptureError: A part kept whole changes Python state, or forward stores a tensor that later calls cannot
                 reproduce.
         """
+        for label in self.written:
+            raise CaptureError(
+                f"forward writes into {label} in place, and later calls can repeat only what it writes into tensors; "
+                f"keep the numbers in a buffer (self.register_buffer), or set an attribute to a new array instead"
+            )
         for attribute in self.counters:
             self._refuse_counting(attribute, kept)
         set_by_forward = {(id(c.place.owner), c.place.name) for c in self.changes}
         read = dict(self.reads.found)
         for path, module in kept.items():
             read |= {key: guard for key, guard in _all_of(path, module).items() if key not in set_by_forward}
+        places = [*self.reads.places.values(), *self.environment.places.values()]
         readings = [ledger.reading() for ledger in self.ledgers.made.values()]
         readings += [Held(place, type(place.holder), (), tuple(before)) for place, _, before in self.filled]
         return Attributes(
@@ -184,7 +209,7 @@ class Watch:
             questions=tuple(self.questions),
             updates=tuple(self._effects(Recipes(tensor, self._known), kept)),
             draws=self.drawing.draws(),
-            facts=(*map(Fact.of, self.reads.places.values()), *self._code_facts()),
+            facts=(*map(Fact.of, places), *self._code_facts()),
             apart=frozenset(id(module.__dict__) for module in self.model.modules()),
         )
 

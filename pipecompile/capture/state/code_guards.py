@@ -46,9 +46,10 @@ class CodeRead:
         for place in places_read(self._of(frame.f_code), frame.f_globals, outer):
             yield place.value(), place.label
 
-    def stored(self) -> set[str]:
-        """Returns the names of attributes that the functions set, on any object."""
-        return {name for function in self.ran.functions.values() for name in self._of(function.__code__).stored}
+    def stored(self) -> tuple[set[str], set[str]]:
+        """Returns the names of attributes that the functions set, and those that they may set by other means."""
+        found = [self._of(function.__code__) for function in self.ran.functions.values()]
+        return {name for it in found for name in it.stored}, {name for it in found for name in it.spelled}
 
     def facts(self, kinds: Iterable[type], known: Set[Any], containers: Container[int]) -> list[Fact]:
         """Returns the present values of the places that the functions read.

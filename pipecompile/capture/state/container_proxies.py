@@ -20,7 +20,17 @@ from torch import nn
 
 from pipecompile.capture.state.containers import contents, kind_of
 from pipecompile.capture.state.counters import concrete
-from pipecompile.capture.state.guards import MISSING, NOT_PLAIN, TORCHS_OWN, Attribute, Held, Item, Place, frozen
+from pipecompile.capture.state.guards import (
+    MISSING,
+    NOT_PLAIN,
+    TORCHS_OWN,
+    Attribute,
+    Contents,
+    Held,
+    Item,
+    Place,
+    frozen,
+)
 from pipecompile.capture.state.namespaces import label_of, names_of, owns_names, put
 from pipecompile.ops.source_lines import user_line
 from pipecompile.ops.torch_internals import pytree
@@ -125,8 +135,9 @@ class Ledger:
         """Returns what the trace has read, for a guard; None if nothing was read or changed."""
         if not (self.is_changed or self.keys or self.all_read):
             return None
-        items = tuple(self.before) if self.all_read else None
-        return Held(self.place, type(self.original), tuple(self.keys.items()), items)
+        keys = tuple((key, Contents.kept(item)) for key, item in self.keys.items())
+        items = tuple(map(Contents.kept, self.before)) if self.all_read else None
+        return Held(self.place, type(self.original), keys, items)
 
 
 class Ledgers:

@@ -34,7 +34,9 @@ _GENERATED = "<"  # code that is in no file: typed at a prompt, or made from tex
 _MODULES = tuple(os.path.join(os.path.dirname(torch.__file__), "nn", part) + os.sep for part in ("modules", "utils"))
 _MODULE_ITSELF = os.path.join(_MODULES[0], "module.py")
 
-_QUESTIONS = frozenset({torch.is_grad_enabled, torch.is_inference_mode_enabled})
+_QUESTIONS = frozenset(
+    {torch.is_grad_enabled, torch.is_inference_mode_enabled, torch.get_num_threads, sys.getrecursionlimit, os.getcwd}
+)
 Met = Callable[[FrameType], None]
 
 
@@ -43,7 +45,8 @@ class Ran:
 
     Attributes:
         functions: The functions by identity.
-        asked: Functions that the model's own code called to ask for modes of the thread: ``torch.is_grad_enabled``.
+        asked: Functions that the model's own code called to ask for modes of the thread or of the process:
+            ``torch.is_grad_enabled``.
     """
 
     def __init__(self) -> None:

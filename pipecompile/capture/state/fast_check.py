@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from pipecompile.capture.state.containers import kind_of
-from pipecompile.capture.state.fingerprints import HEAP_TYPE, MISSING, imprint
+from pipecompile.capture.state.fingerprints import HEAP_TYPE, MISSING, OF_A_THREAD, imprint
 from pipecompile.capture.state.identities import identities
 from pipecompile.capture.state.namespaces import Variables
 from pipecompile.capture.state.sources import Attribute, Cell, Code, Entry, OfClass
@@ -131,6 +131,8 @@ class Sweep:
 
     def _add(self, place: Any) -> None:
         match place:
+            case _ if isinstance(place.value(), OF_A_THREAD):
+                self._live.append(place.value)
             case Entry():
                 self._add_name(id(place.namespace), place.namespace, place.name)
             case OfClass():

@@ -7,9 +7,12 @@ classes, modules, tensors, objects) by identity. Attributes of objects are guard
 
 from __future__ import annotations
 
+import threading
 from argparse import Namespace
+from array import array
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from types import (
@@ -45,6 +48,8 @@ SCALARS = frozenset(
 HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class created by Python code
 DEEPEST = 12  # nesting of containers; deeper values are compared by identity
 
+OF_A_THREAD = (ContextVar, threading.local)  # the same object holds another value in each thread or context
+RECORDS = (SimpleNamespace, Namespace, partial, MappingProxyType, np.ndarray, array, bytearray, *OF_A_THREAD)
 _BY_IDENTITY = frozenset({FunctionType, BuiltinFunctionType, type, ModuleType, CodeType, property, Nothing})
 Meet = Callable[[Any], None]
 
@@ -85,6 +90,9 @@ def imprint(value: Any, meet: Meet | None = None, depth: int = 0) -> Any:
     if isinstance(value, np.ndarray):
         _met(value, meet)
         return (kind, value.shape, value.dtype, value.tobytes()) if value.dtype != object else Same(value)
+    if isinstance(value, array | bytearray):
+        _met(value, meet)
+        return kind, getattr(value, "typecode", ""), bytes(value)
     return _of_object(kind, value, meet, depth)
 
 
@@ -94,10 +102,12 @@ def _of_object(kind: type, value: Any, meet: Meet | None, depth: int) -> Any:
         return kind, Same(value.__func__), Same(value.__self__)
     if isinstance(value, partial):
         return _of_items(kind, (), (value.func, value.args, value.keywords), meet, depth)
+    if isinstance(value, ContextVar):
+        return Same(value), imprint(value.get(MISSING), meet, depth + 1)
+    if isinstance(value, threading.local):
+        return Same(value), imprint(dict(vars(value)), None, depth + 1)
     if isinstance(value, SimpleNamespace | Namespace):
         return _of_items(kind, vars(value), [*vars(value).items()], meet, depth)
-    if isinstance(value, Mapping) and isinstance(held := getattr(value, "_data", None), dict):  # os.environ
-        return Same(value), imprint(held, meet, depth + 1)
     if not hasattr(value, "__dict__") and (slots := _slots(kind)):
         return Same(value), _of_items(kind, value, [getattr(value, name, MISSING) for name in slots], meet, depth)
     return Same(value)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from pipecompile.capture.state.containers import contents, kind_of
 from pipecompile.capture.state.fast_check import Sweep
 from pipecompile.capture.state.fingerprints import MISSING as MISSING
-from pipecompile.capture.state.fingerprints import Nothing, imprint, same
+from pipecompile.capture.state.fingerprints import RECORDS, Nothing, imprint, same
 from pipecompile.capture.state.fingerprints import Same as Same
 from pipecompile.capture.state.python_random import Ahead, Draws
 from pipecompile.capture.state.sources import Attribute as Attribute
@@ -121,6 +121,8 @@ class Held:
         for key, expected in self.keys:
             seen = now.get(key, MISSING) if issubclass(self.kind, dict) else key in now
             if not _alike(seen, expected):
+                if isinstance(expected, Contents):
+                    return f"{self.place.label}[{key!r:.20}] changed"
                 return f"{self.place.label}[{key!r:.20}] is {_short(seen)}, captured with {_short(expected)}"
         if self.items is not None and not _all_alike(contents(now), self.items):
             return f"the contents of {self.place.label} differ from those in the capture"
@@ -326,8 +328,24 @@ def _items(value: Any) -> list[Any] | None:
     return None
 
 
+@dataclass(frozen=True)
+class Contents:
+    """The contents of an item of a container that forward has read, which is no container itself."""
+
+    of: Any
+
+    @staticmethod
+    def kept(item: Any) -> Any:
+        """The item itself, if nothing can change in it; its contents if something can."""
+        if type(item) is tuple:
+            return tuple(map(Contents.kept, item))
+        return Contents(imprint(item)) if isinstance(item, RECORDS) else item
+
+
 def _alike(seen: Any, expected: Any) -> bool:
     """Whether a value is the same as before; for a nested container, which has a ledger of its own, its type."""
+    if isinstance(expected, Contents):
+        return bool(imprint(seen) == expected.of)
     if seen is expected or (kind_of(expected) is not None and type(seen) is type(expected)):
         return True
     plain = frozen(expected)

@@ -30,7 +30,8 @@ class Accesses:
         of_outer: Chains that start at a variable of an outer function.
         of_imports: Chains that start at a module that the function imports.
         attributes: Attributes read from any object, and strings, which may be arguments of ``getattr``.
-        stored: Attributes set on any object, and strings in code that uses ``setattr`` or ``__dict__``.
+        stored: Attributes set on any object.
+        spelled: Strings in code that sets attributes by such names: by ``__dict__`` or ``object.__setattr__``.
     """
 
     of_globals: tuple[tuple[str, ...], ...]
@@ -38,6 +39,7 @@ class Accesses:
     of_imports: tuple[tuple[str, ...], ...]
     attributes: frozenset[str]
     stored: frozenset[str]
+    spelled: frozenset[str]
 
     @staticmethod
     @lru_cache(maxsize=4096)
@@ -47,11 +49,12 @@ class Accesses:
         found: dict[str, dict[tuple[str, ...], None]] = {"global": {}, "outer": {}, "import": {}}
         attributes: set[str] = set()
         stored: set[str] = set()
+        spelled: set[str] = set()
         for inner in _with_inner(code):
             strings = {c for c in inner.co_consts if isinstance(c, str) and c.isidentifier()}
             attributes |= strings
             stored |= {i.argval for i in dis.get_instructions(inner) if i.opname == "STORE_ATTR"}
-            stored |= strings if _SETTERS & {*inner.co_names} else set()
+            spelled |= strings if _SETTERS & {*inner.co_names} else set()
             for kind, chain in _chains(inner):
                 attributes |= {*chain[1:]}
                 if kind in found and (kind != "outer" or chain[0] in outer):
@@ -62,6 +65,7 @@ class Accesses:
             of_imports=tuple(found["import"]),
             attributes=frozenset(attributes),
             stored=frozenset(stored),
+            spelled=frozenset(spelled),
         )
 
 

@@ -7,16 +7,21 @@ the unsplit model, which is the same object: loss, every gradient by name, buffe
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import copy
 import enum
 import functools
 import gc
+import os
+import threading
 import types
 import warnings
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from long import LONG
@@ -757,17 +762,96 @@ def constant_read_from_the_environment() -> Iterator[Step]:
         FAST = True
 
 
-@kind
-def variable_of_the_environment() -> Iterator[Step]:
-    import os
-
-    model = Net(lambda self, h: h * float(os.environ.get("PIPECOMPILE_TEST_FACTOR", "1")))
+def set_in_the_environment(read: Callable[[], str]) -> Iterator[Step]:
+    model = Net(lambda self, h: h * float(read()))
     yield step(model)
     os.environ["PIPECOMPILE_TEST_FACTOR"] = "3"
     try:
         yield step(model)
     finally:
         del os.environ["PIPECOMPILE_TEST_FACTOR"]
+
+
+@kind
+def variable_of_the_environment() -> Iterator[Step]:
+    yield from set_in_the_environment(lambda: os.environ.get("PIPECOMPILE_TEST_FACTOR", "1"))
+
+
+@kind
+def variable_of_the_environment_by_getenv() -> Iterator[Step]:
+    yield from set_in_the_environment(lambda: os.getenv("PIPECOMPILE_TEST_FACTOR", "1"))
+
+
+@kind
+def variable_among_all_of_the_environment() -> Iterator[Step]:
+    yield from set_in_the_environment(lambda: dict(os.environ).get("PIPECOMPILE_TEST_FACTOR", "1"))
+
+
+HERE = contextvars.ContextVar("HERE", default=1.0)
+OF_THIS_THREAD = threading.local()
+OF_THIS_THREAD.factor = 1.0
+
+
+@kind
+def context_variable() -> Iterator[Step]:
+    model = Net(lambda self, h: h * HERE.get())
+    yield step(model)
+    token = HERE.set(3.0)
+    try:
+        yield step(model)
+    finally:
+        HERE.reset(token)
+
+
+@kind
+def context_variable_on_a_module() -> Iterator[Step]:
+    model = Net(lambda self, h: h * self.variable.get())
+    model.second.variable = contextvars.ContextVar("variable", default=1.0)
+    yield step(model)
+    model.second.variable.set(3.0)
+    yield step(model)
+
+
+@kind
+def local_of_a_thread() -> Iterator[Step]:
+    model = Net(lambda self, h: h * getattr(OF_THIS_THREAD, "factor", 2.0))
+    yield step(model)
+    OF_THIS_THREAD.factor = 3.0
+    try:
+        yield step(model)
+    finally:
+        OF_THIS_THREAD.factor = 1.0
+
+
+@dataclass
+class Scaled:
+    scale: float = 1.0
+
+
+SHOWN = {"a": 1.0}
+DATA: dict[str, tuple[Any, Callable[[Any], Any], Callable[[Any], float]]] = {
+    "numpy": (np.ones(2), lambda it: it.fill(3.0), lambda it: float(it[0])),
+    "numpy in a list": ([np.ones(2)], lambda it: it[0].fill(3.0), lambda it: it[0].sum()),
+    "numpy in a dict": ({"a": np.ones(2)}, lambda it: it["a"].fill(3.0), lambda it: float(it["a"][0])),
+    "bytes": (bytearray([1]), lambda it: it.append(3), sum),
+    "array": (array("d", [1.0]), lambda it: it.append(3.0), sum),
+    "a view of a dict": (types.MappingProxyType(SHOWN), lambda it: SHOWN.update(a=3.0), lambda it: it["a"]),
+    "a config by vars": (Scaled(), lambda it: setattr(it, "scale", 3.0), lambda it: vars(it)["scale"]),
+}
+
+
+def data_changed(name: str) -> Iterator[Step]:
+    given, change, read = DATA[name]
+    held = given if isinstance(given, types.MappingProxyType) else copy.deepcopy(given)
+    SHOWN["a"] = 1.0
+    model = Net(lambda self, h: h * read(self.held))
+    model.second.held = held
+    yield step(model)
+    change(held)
+    yield step(model)
+
+
+KINDS.update((f"data: {name}", functools.partial(data_changed, name)) for name in DATA)
 
 
 @kind
@@ -1847,6 +1931,28 @@ def test_a_change_between_calls(name: str, microbatches: int) -> None:
                 continue
             with contextlib.suppress(*[PipecompileError] * after.may_be_refused):
                 assert_equal(numbers(pipe, after), expected)
+
+
+def test_a_variable_of_the_environment_that_is_not_read_may_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Net(lambda self, h: h * float(os.environ.get("PIPECOMPILE_TEST_FACTOR", "1")))
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], costs="count")
+    pipe(rows())
+    monkeypatch.setenv("PIPECOMPILE_TEST_OTHER", "3")
+    pipe(rows())
+    assert len(pipe.pipeline.report.captures) == 1
+
+
+def test_what_a_forward_writes_into_an_array_is_refused_and_undone() -> None:
+    def counts(self: Any, h: Tensor) -> Tensor:
+        self.counts[0] += 1
+        return h * self.counts[0]
+
+    model = Net(counts)
+    model.second.counts = np.zeros(3)
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], costs="count")
+    with pytest.raises(PipecompileError, match=r"forward writes into .* in place, .*; keep the numbers in a buffer"):
+        pipe(rows())
+    assert model.second.counts.tolist() == [0, 0, 0]
 
 
 def test_a_global_that_hides_a_builtin_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:

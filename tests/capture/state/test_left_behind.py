@@ -469,6 +469,22 @@ def test_an_attribute_set_to_the_value_that_it_has_is_set_again_once_it_has_anot
     assert [block.size for block in model.blocks] == [1, 1]
 
 
+def _notes_the_size(self: Any, h: Tensor) -> Tensor:
+    self.size = 1
+    return h
+
+
+def test_an_attribute_that_another_module_sets_under_the_same_name_is_not_guarded() -> None:
+    model = nn.Sequential(Model(_notes_the_size, lambda: {"size": 1}), nn.Linear(D, D)).double()
+    model[1].size = 1
+    pipe = pipecompile.compile(model, ["cpu"] * 2, costs="count")
+    pipe(inputs(0)).sum().backward()
+    model[1].size = 9
+    pipe(inputs(1)).sum().backward()
+    assert len(pipe.pipeline.report.captures) == 1
+    assert model[1].size == 9
+
+
 @pytest.mark.parametrize("body", [_global_table, _list, _by_module, _function_attribute, _default_argument])
 def test_no_fake_tensor_is_left_by_a_trace_that_fails(body: Callable[..., Tensor]) -> None:
     def failing(self: Any, h: Tensor) -> Tensor:
@@ -492,6 +508,19 @@ def test_state_that_goes_from_call_to_call_is_refused_with_the_remedy() -> None:
     pipe = pipecompile.compile(Model(body, lambda: {"membrane": torch.zeros(D)}), ["cpu"] * 2, costs="count")
     with pytest.raises(CaptureError, match="register_buffer"):
         pipe(inputs(0))
+
+
+def _counts_calls(h: Tensor, seen: list[int] = [0]) -> Tensor:  # noqa: B006
+    seen[0] += 1
+    return h * seen[0]
+
+
+def test_a_number_that_a_forward_counts_in_a_default_is_refused_with_the_place() -> None:
+    model = Model(lambda self, h: _counts_calls(h), dict)
+    pipe = pipecompile.compile(model, ["cpu"] * 2, costs="count")
+    with pytest.raises(CaptureError, match=r"the defaults of _counts_calls changed; .* keep it in a buffer"):
+        pipe(inputs(0))
+    assert _counts_calls.__defaults__ == ([0],)
 
 
 def test_gradients_from_one_call_into_the_next_are_refused() -> None:
