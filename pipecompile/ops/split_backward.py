@@ -203,7 +203,8 @@ def _leave(
 ) -> None:
     (gradient,) = gradients
     if gradient is not None:
-        queue.waiting.append(Left(of_weights, lent(), weights, Lent.now(gradient), cast))
+        left = Left(of_weights=of_weights, x=lent(), weights=weights, gradient=Lent.now(gradient), cast=cast)
+        queue.waiting.append(left)
 
 
 class _OfWeightsAlone(torch.autograd.Function):
@@ -224,7 +225,9 @@ class _OfWeightsAlone(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         (x,) = ctx.saved_tensors
-        ctx.queue.waiting.append(Left(ctx.of_weights, Lent.now(x), ctx.weights, Lent.now(gradient), ctx.cast))
+        kept, given = Lent.now(x), Lent.now(gradient)
+        left = Left(of_weights=ctx.of_weights, x=kept, weights=ctx.weights, gradient=given, cast=ctx.cast)
+        ctx.queue.waiting.append(left)
         return (None,) * (6 + len(ctx.weights))
 
 

@@ -122,6 +122,8 @@ def _ratios(times: Times, again: bool) -> tuple[float, float]:
         return Cost(cost.forward - times.fixed.forward, cost.backward - again * cost.forward - times.fixed.backward)
 
     measured, predicted, whole = rest(times.measured), rest(times.predicted), times.ratio
+    if measured.forward <= 0 or measured.backward <= 0:
+        return whole, whole
     pairs = (measured.forward, predicted.forward), (measured.backward, predicted.backward)
     forward, backward = (max(LEAST * whole, _ratio(m, p)) if p >= 0 else whole for m, p in pairs)
     return forward, backward

@@ -13,6 +13,7 @@ from pipecompile.ir.cluster import Cluster
 from pipecompile.ir.graph import Cost, CostedGraph
 from pipecompile.ir.instruction import Forward
 from pipecompile.ir.plan import Plan, stage_costs, with_replicas
+from pipecompile.planning.memory import TailBytes
 from pipecompile.planning.training_spec import Workload
 from pipecompile.render.memory_levels import STEP_SHARE, memory_levels
 from pipecompile.render.page import Level
@@ -75,7 +76,9 @@ def test_the_highest_level_is_the_planned_peak(model, kind, schedule):
     plan = plans(costed)[kind]
     for devices, fused, lowered in some([("cpu", False, False), ("cuda:0", False, False), ("cuda:0", True, True)]):
         cluster = Cluster.of([devices] * plan.num_ranks)
-        work = Workload(policy.program, 5, 1.5, tail=1 << 20, fused=fused, asynchronous=policy.is_asynchronous)
+        work = Workload(
+            policy.program, 5, 1.5, tail=TailBytes(1 << 20), fused=fused, asynchronous=policy.is_asynchronous
+        )
         buffers = tuple(range(plan.num_stages))
         levels = levels_of(costed, plan, work, cluster, buffers, lowered)
         peaks = work.memory(costed, plan, cluster, buffers).ranks
