@@ -11,6 +11,7 @@ in each call, so it is guarded by the answers to what forward asked of it (``cou
 
 from __future__ import annotations
 
+import operator
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -338,7 +339,8 @@ class Contents:
     def kept(item: Any) -> Any:
         """The item itself, if nothing can change in it; its contents if something can."""
         if type(item) is tuple:
-            return tuple(map(Contents.kept, item))
+            kept = tuple(map(Contents.kept, item))
+            return item if all(map(operator.is_, kept, item)) else kept
         return Contents(imprint(item)) if isinstance(item, RECORDS) else item
 
 
@@ -348,17 +350,14 @@ def _alike(seen: Any, expected: Any) -> bool:
         return bool(imprint(seen) == expected.of)
     if seen is expected or (kind_of(expected) is not None and type(seen) is type(expected)):
         return True
+    if type(seen) is type(expected) is tuple:
+        return len(seen) == len(expected) and all(map(_alike, seen, expected))
     plain = frozen(expected)
     return plain is not NOT_PLAIN and type(seen) is type(expected) and bool(frozen(seen) == plain)
 
 
 def _all_alike(now: Sequence[Any], before: Sequence[Any]) -> bool:
-    def same(a: Any, b: Any) -> bool:
-        if type(a) is tuple and type(b) is tuple:
-            return len(a) == len(b) and all(map(_alike, a, b))
-        return _alike(a, b)
-
-    return len(now) == len(before) and all(map(same, now, before))
+    return len(now) == len(before) and all(map(_alike, now, before))
 
 
 def _short(value: Any) -> str:

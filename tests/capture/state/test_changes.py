@@ -829,10 +829,12 @@ class Scaled:
 
 
 SHOWN = {"a": 1.0}
+ONE, THREE = functools.cache(lambda: 1.0), functools.cache(lambda: 3.0)
 DATA: dict[str, tuple[Any, Callable[[Any], Any], Callable[[Any], float]]] = {
     "numpy": (np.ones(2), lambda it: it.fill(3.0), lambda it: float(it[0])),
     "numpy in a list": ([np.ones(2)], lambda it: it[0].fill(3.0), lambda it: it[0].sum()),
     "numpy in a dict": ({"a": np.ones(2)}, lambda it: it["a"].fill(3.0), lambda it: float(it["a"][0])),
+    "pairs in a dict": ({"a": (ONE, "")}, lambda it: it.update(a=(THREE, "")), lambda it: it["a"][0]()),
     "bytes": (bytearray([1]), lambda it: it.append(3), sum),
     "array": (array("d", [1.0]), lambda it: it.append(3.0), sum),
     "a view of a dict": (types.MappingProxyType(SHOWN), lambda it: SHOWN.update(a=3.0), lambda it: it["a"]),
