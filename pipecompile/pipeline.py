@@ -183,11 +183,12 @@ class Pipeline(PipelineView):
         """
         self._refuse_several("verified after compile()")
         self._refuse_absent()
+        batches = self._batches.copied()  # later calls do not use its captures
         subject = Subject(
             model=self.model,
             loss_fn=self.options.loss_fn,
-            batch=self._batches.copied().of,  # later calls do not use its captures
-            schedule=self.options.policy.with_flush,
+            batch=batches.of,
+            schedule=lambda plan, count: batches.options.policy.with_flush(plan, count),  # its first capture may choose
             microbatches=self.microbatches,
             loss=self.options.loss_output,
             devices=self.devices,
@@ -304,7 +305,7 @@ class Pipeline(PipelineView):
             PipecompileError: the pipeline is asynchronous; the state of its optimizers would be lost.
         """
         self._refuse_copies("pickled", "save pipe.state_dict()")
-        return Pipeline, (self.model, self.devices, self.options)
+        return Pipeline, (self.model, self.devices, self.options.unsettled)
 
     def _refuse_copies(self, done: str, instead: str) -> None:
         self._refuse_several(done)

@@ -36,7 +36,7 @@ class Options:
     """The arguments of ``compile``, which documents them."""
 
     schedule: str | Own = "1f1b"
-    finds_schedule: bool = False  # whether the first capture may split its backwards
+    finds_schedule: bool = False  # whether none was named, so that the first capture may split its backwards
     microbatches: int = 1
     finds_microbatches: bool = False  # whether the first capture may choose another number
     loss_fn: Callable[..., Any] | None = None
@@ -121,8 +121,12 @@ class Options:
 
     def settled(self, schedule: str) -> Options:
         """The options with the schedule that was chosen, if one was."""
-        open_ = self.is_auto or self.finds_schedule
-        return replace(self, schedule=schedule, finds_schedule=False) if open_ and schedule else self
+        return replace(self, schedule=schedule) if schedule and (self.is_auto or self.finds_schedule) else self
+
+    @property
+    def unsettled(self) -> Options:
+        """The options as they were before a schedule was chosen where none was named."""
+        return replace(self, schedule=Options.schedule) if self.finds_schedule else self
 
     @property
     def placement(self) -> Placement:

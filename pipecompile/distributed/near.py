@@ -31,6 +31,7 @@ from pipecompile.distributed.worker import Worker
 
 LONGEST = 256 * 1024  # bytes of a message: what a receiver that computes may leave in the system's memory
 PIECE = 64 * 1024  # bytes: what the system takes without much memory in one place
+PARTS = 1000  # of a piece; the system takes 1,024
 ON_THE_WAY = 512 * 1024  # bytes, or less, if the system has a limit
 OWNER = struct.Struct("3i")  # process, user and group at the other end
 
@@ -191,10 +192,13 @@ class Outlet:
 
 
 def _pieces(parts: Sequence[Part]) -> Iterator[Sequence[Part]]:
-    """The parts of a message, cut into pieces of at most ``PIECE`` bytes."""
+    """The parts of a message, cut into pieces of at most ``PIECE`` bytes and ``PARTS`` parts."""
     piece: list[Part] = []
     left = PIECE
     for part in parts:
+        if len(piece) == PARTS:
+            yield piece
+            piece, left = [], PIECE
         while len(part) > left:
             yield [*piece, part[:left]]
             part, piece, left = part[left:], [], PIECE

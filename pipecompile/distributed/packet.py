@@ -103,8 +103,8 @@ def in_parts(values: Values) -> tuple[list[Part], int]:
 
 
 def _memory(value: Tensor) -> Part:
-    """The bytes of a strided tensor on the host, in the order of its entries."""
-    plain = value.detach().resolve_conj().resolve_neg().to("cpu")
+    """The bytes of a tensor on the host, in the order of its entries; those of one with gaps are copied."""
+    plain = value.detach().resolve_conj().resolve_neg().to("cpu").contiguous()
     return plain.reshape(-1).view(torch.uint8).numpy().data
 
 

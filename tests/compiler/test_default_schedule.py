@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,7 @@ from test_microbatch_count import LAYERS, Seconds, assert_same_gradients, built,
 
 import pipecompile
 from pipecompile import PlanOptions
+from pipecompile.ops.split_backward import Queue
 from pipecompile.planning.planned import Planned
 from pipecompile.planning.split_choice import SPLIT, or_split, under
 
@@ -120,6 +122,26 @@ def test_the_choice_stays_for_other_captures_and_copies(took: Took) -> None:
     again = pipecompile.compile(pipe.pipeline.model, ["cpu", "cpu"], schedule="1f1b")
     again(*data())
     assert again.pipeline.schedule == "1f1b"
+
+
+def test_the_choice_does_not_travel_and_does_not_bind(took: Took) -> None:
+    took(lambda rows: 0.02 * rows)
+    pipe = piped(microbatches=4)
+    pipe(*data())
+    assert pickle.loads(pickle.dumps(pipe)).pipeline.schedule == "1f1b"
+    pipe.pipeline.replan(plan=PlanOptions(replicas=[2]), costs=pipe.pipeline.costs)
+    torch.testing.assert_close(pipe(*data()), built()(*data()))
+    assert pipe.pipeline.schedule == "1f1b"
+    assert not pipe.pipeline.program.split
+
+
+def test_a_verification_before_the_first_call_runs_what_is_chosen(took: Took, monkeypatch: pytest.MonkeyPatch) -> None:
+    took(lambda rows: 0.02 * rows)
+    ran: list[int] = []
+    empty = Queue.empty
+    monkeypatch.setattr(Queue, "empty", lambda queue: (ran.append(len(queue.waiting)), empty(queue)))
+    assert piped(microbatches=4).pipeline.verify(*data()).exact
+    assert sum(ran), "it ran split backwards"
 
 
 def test_what_does_not_fit_is_not_taken(took: Took) -> None:

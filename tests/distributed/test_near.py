@@ -144,3 +144,10 @@ def _reaches_nobody(alone: Near, other: Near) -> None:
     assert alone.address is None
     assert not alone.reaches(other.address)
     assert not other.reaches(alone.address)
+
+
+def test_a_message_of_many_parts_is_sent_in_pieces_that_the_system_takes() -> None:
+    sender, receiver = Near(), Near()
+    parts = [bytes([number % 251]) for number in range(2500)]
+    sender.to(address_of(receiver), Jobs).put(parts)  # type: ignore[arg-type]
+    assert taken(receiver, address_of(sender), 2500) == b"".join(parts)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipecompile.distributed.packet import HEAD, packed, sizes, unpacked
+from pipecompile.distributed.packet import HEAD, in_parts, packed, sizes, unpacked
 from pipecompile.runtime.lane import Values
 
 SOME: Values = (
@@ -42,6 +42,23 @@ def test_what_was_packed_is_unpacked(room: int) -> None:
     assert sizes(messages[0]) == (sum(map(len, messages)), len(messages[0]))
     assert len(messages[0]) <= room
     assert same(unpacked(joined(messages)), SOME)
+
+
+GAPS: Values = (
+    torch.randn(4, 2)[:, 0],
+    (torch.randn(4, 6, 8) > 0)[..., 0],
+    torch.randn(3).expand(5, 3),
+    torch.ones(1).expand(7),
+    torch.arange(9)[::2],
+)
+
+
+@pytest.mark.parametrize("values", [SOME, GAPS], ids=["some", "with gaps"])
+def test_the_parts_of_a_packet_are_unpacked(values: Values) -> None:
+    parts, nbytes = in_parts(values)
+    message = torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.uint8)
+    assert len(message) == nbytes
+    assert same(unpacked(message), values)
 
 
 def test_a_packet_in_too_much_room_is_unpacked() -> None:
