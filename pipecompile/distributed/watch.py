@@ -33,6 +33,7 @@ from pipecompile.distributed.leaving import abroad
 
 FAILED = "raised the error of the first rank that failed"
 SUSPECTS = 64  # ranks of which one that finds another silent asks whether they are silent too
+HASTE = 4  # part of the seconds of silence that are waited for once a connection is lost
 STORE = (
     "the store of the process group does not answer: the process that hosts it (rank 0, or the launcher) has ended, "
     "hangs or is unreachable, or this host is cut off"
@@ -60,7 +61,8 @@ class Pace:
     Args:
         beat: seconds between two signs of a rank, and between two looks at the others.
         silent: seconds without a sign after which a rank is taken for stopped. A rank gives none while one call holds
-            Python's lock. One that is killed is found sooner, by its lost connections.
+            Python's lock. One that is killed is found sooner, by its lost connections; if it was lost by a collective,
+            which does not say whose it was, by a quarter of these seconds.
         grace: seconds to wait for a better cause, when a connection was lost or a rank that is waited for has ended.
         absent: seconds to wait for the first sign of a rank.
         crossed: seconds after which two ranks that wait in different pipelines are told.
@@ -148,6 +150,7 @@ class Watch:
         self._last_word = FAILED
         self._ends = 0
         self._wake = Event()
+        self._has_lost = False  # the connection to some rank
         self._suspects: dict[int, str | None] = {}
         self._sign, self._absent, self._crossing = self.stillness(), self.stillness(), self.stillness()
         self._inside = ""  # what this rank has said
@@ -191,7 +194,8 @@ class Watch:
         self.propose(lambda _: cause)
 
     def lost(self, peer: int | None, error: Exception) -> None:
-        """Blames the peer of a lost connection, if there is no better cause in time."""
+        """Blames the peer of a lost connection, if there is no better cause in time; one that is silent if None."""
+        self._has_lost = self._has_lost or peer is None
         known = self.until(lambda: False, self.pace.grace + (self.pace.silent if peer is None else 0.0))
         if not known:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -272,11 +276,11 @@ class Watch:
                 absent.append(peer)
                 continue
             still = self._sign((peer, sign))
-            if still < self.pace.silent / 2:
+            if still < self._patience / 2:
                 self._suspects = {}
             elif not self._suspects:
                 self._suspects = {other: self._sign_of(other, store) for other in islice(self._others(), SUSPECTS)}
-            if still > self.pace.silent:
+            if still > self._patience:
                 return self.about(peer, self._silence(peer, store), store)
             break
         if absent and self._absent(absent) > self.pace.absent:
@@ -310,7 +314,12 @@ class Watch:
             if too
             else ("it was stopped or killed, or is unreachable")
         )
-        return f"gave no sign for {self.pace.silent:g} s{also}: {who}"
+        return f"gave no sign for {self._patience:g} s{also}: {who}"
+
+    @property
+    def _patience(self) -> float:
+        """Seconds without a sign after which a rank is blamed: fewer if some rank is known to be gone."""
+        return self.pace.silent / HASTE if self._has_lost else self.pace.silent
 
     def _sign_of(self, peer: int, store: Store) -> str | None:
         key = f"sign/{peer}"

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from threading import Timer
 from typing import Any
@@ -217,7 +218,7 @@ def trains(folder: str, steps: int, every: int, after: float, victims: list[int]
     Args:
         after: steps after which this process kills itself if it is among the victims, and a part of a step.
     """
-    found = training()
+    found = training(pace=replace(PATIENT, silent=40.0))  # a save that a rank is killed in is ended by its silence
     notes = Path(folder, "losses.jsonl")
     if (path := pipecompile.latest(folder)) is not None:
         found.load(path)

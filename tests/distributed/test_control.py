@@ -247,6 +247,14 @@ def test_a_lost_connection_waits_for_a_better_cause(opened: Open) -> None:
     assert str(one.error()).endswith("stage 1, 1F0: ValueError: better")
 
 
+def test_a_lost_connection_of_nobody_in_particular_is_that_of_the_rank_that_falls_silent() -> None:
+    store = dist.HashStore()
+    store.set("sign/1", "7 there")  # its last one
+    control = Control(0, 2, lambda: store, Pace(beat=0.02, silent=4.0, grace=300.0))
+    control.lost(None, RuntimeError("Connection closed by peer"))
+    assert str(control.error()).startswith("rank 1 (host there): gave no sign for 1 s: it was stopped or killed")
+
+
 def test_a_forgotten_control_ends_its_threads() -> None:
     store = dist.HashStore()
     control = Control(7, 8, lambda: store, PATIENT)
