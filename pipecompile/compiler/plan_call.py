@@ -35,14 +35,13 @@ from pipecompile.planning.joint_choice import counted, told, weigh_jointly
 from pipecompile.planning.microbatch_count import compared
 from pipecompile.planning.planned import Planned, chosen, planned, settled
 from pipecompile.planning.schedule_choice import microbatches_text
-from pipecompile.planning.split_choice import SPLIT, WHOLE, or_split
+from pipecompile.planning.split_choice import WORTH, is_short, or_split
 from pipecompile.planning.training_spec import Workload
 from pipecompile.profile import profile
 from pipecompile.profile.budget import SECONDS
 from pipecompile.schedule import gpipe
 
 BRIEF = 0.1  # seconds of timed runs at a second size, of which the plan reads only how seconds depend on rows
-WORTH = 5e-3  # seconds of a stage per microbatch; faster stages keep the usual number of microbatches, and 1F1B
 
 
 @dataclass(frozen=True)
@@ -87,17 +86,15 @@ class Planner:
     def chosen(self, division: Division, graph: Graph, work: Workload, rows: Rows) -> tuple[Division, Graph, Planned]:
         """The plan with the number of microbatches and the schedule that the user has left open, and what it plans."""
         division, graph, found = self._with_best_count(division, graph, work, rows)
-        if work.schedule is gpipe or not self._may_split(division) or _is_short(found):
-            return division, graph, found
-        return division, graph, or_split(found)
+        return division, graph, or_split(found) if self._may_split(division, work) else found
 
-    def _may_split(self, division: Division) -> bool:
+    def _may_split(self, division: Division, work: Workload) -> bool:
         """Whether backwards may be split, without being asked to: on CPUs, for which the seconds of it are known."""
         options = self.options
         plain = options.stage_compile is False and options.plan.replicas is None and not self.apart
         on_cpu = all(device.type == "cpu" for device in self.devices)
         fixed = torch.are_deterministic_algorithms_enabled() or not is_real(division.body.model, options)
-        return options.finds_schedule and plain and on_cpu and not fixed
+        return options.finds_schedule and work.schedule is not gpipe and plain and on_cpu and not fixed
 
     def _with_best_count(
         self, division: Division, graph: Graph, work: Workload, rows: Rows
@@ -117,17 +114,17 @@ class Planner:
         if self.options.is_auto and work.schedule is not gpipe:
             return self._jointly(division, graph, work, batch)
         made: list[Planned] = []
-        schedules = (WHOLE, SPLIT) if work.schedule is not gpipe and self._may_split(division) else ()
+        may_split = self._may_split(division, work)
 
         def count() -> tuple[Counted | None, str]:
             made.append(self.planned(division, graph, work))
-            return self._counted(division, made[0], batch, schedules)
+            return self._counted(division, made[0], batch, may_split)
 
         if self.options.is_auto:
             found, _ = count()
         else:
             recall = self._recall(division.body, graph)
-            found = recall.counted(cluster_of(self.devices), work, self.options.plan, count, schedules)
+            found = recall.counted(cluster_of(self.devices), work, self.options.plan, count, may_split)
         if found is not None and found.chosen != work.microbatches:
             there = division.at_rows(-(-batch // found.chosen))
             other = graph_of(there, self.options, self.apart)
@@ -190,18 +187,16 @@ class Planner:
             return False
         return not (division.one_part or body.is_fixed or division.at_most)
 
-    def _counted(
-        self, division: Division, found: Planned, batch: int, schedules: Sequence[str]
-    ) -> tuple[Counted | None, str]:
+    def _counted(self, division: Division, found: Planned, batch: int, may_split: bool) -> tuple[Counted | None, str]:
         """Compares numbers of microbatches, and says why this is not to be remembered, or "".
 
         There is no comparison if steps are too short to tell, or a second size cannot run.
         """
         usual = found.work.microbatches
-        if _is_short(found) or found.costed.corrections:
+        if is_short(found.costed, found.plan) or found.costed.corrections:
             return None, ""
         by_rows, tried, why = self._by_rows(division, found.costed, found.cluster, usual, batch)
-        return (None, why) if by_rows is None else (compared(found, by_rows, tried, schedules), why)
+        return (None, why) if by_rows is None else (compared(found, by_rows, tried, may_split), why)
 
     def _by_rows(
         self, division: Division, costed: CostedGraph, cluster: Cluster, usual: int, batch: int
@@ -280,10 +275,6 @@ class Planner:
             return Recall()
         compiled_by = "" if self.options.stage_compile is False else name_of(self.options.stage_compile)
         return Recall.of(captured, graph, self.devices, compiled_by)
-
-
-def _is_short(found: Planned) -> bool:
-    return max(cost.seconds for cost in found.stage_costs) < WORTH
 
 
 def _runs_python(node: fx.Node) -> bool:

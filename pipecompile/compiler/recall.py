@@ -168,18 +168,18 @@ class Recall:
         work: Workload,
         options: PlanOptions,
         compare: Callable[[], tuple[Counted | None, str]],
-        schedules: Sequence[str] = (),
+        may_split: bool = False,
     ) -> Counted | None:
         """The comparison of numbers of microbatches, for a plan with the usual number.
 
         Args:
             compare: makes it, and says why it is not to be remembered, or "".
-            schedules: that it chooses from for each number.
+            may_split: whether it chooses for each number whether backwards are split.
         """
         key = self._key(devices, work, options)
         if not key:
             return compare()[0]
-        key = key.replace("plan-", "-".join(["microbatches", *schedules, ""]))
+        key = key.replace("plan-", "microbatches-or-split-" if may_split else "microbatches-")
         found = self._read("microbatches", key, lambda content: converter.structure(content, Counted))
         if found is None:
             found, why = compare()

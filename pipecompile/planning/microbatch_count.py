@@ -15,28 +15,27 @@ from pipecompile.planning.by_rows import ByRows
 from pipecompile.planning.counted import Count, Counted
 from pipecompile.planning.planned import Planned
 from pipecompile.planning.schedule_choice import predicted_step
-from pipecompile.planning.split_choice import under
+from pipecompile.planning.split_choice import step_or_split
 
 PAYS = 0.02  # a smaller number than the usual one is taken if it is predicted to save this share: it needs more memory
 
 
-def compared(found: Planned, by_rows: ByRows, tried: Sequence[int], schedules: Sequence[str] = ()) -> Counted:
+def compared(found: Planned, by_rows: ByRows, tried: Sequence[int], may_split: bool = False) -> Counted:
     """Compares numbers of microbatches.
 
     Args:
         found: the plan for the usual number.
         by_rows: the costs of any number.
         tried: the numbers.
-        schedules: the schedules to choose from for each; by default that of the plan.
+        may_split: whether backwards are split for those numbers for which that pays.
     """
-    works = [under(name, found.work) for name in schedules] or [found.work]
+    step_of = step_or_split if may_split else predicted_step
 
     def step(count: int) -> float:
         costed = by_rows.costed(count)
         plan = Plan.of(costed.graph, found.plan.stage_of, found.plan.rank_of, found.plan.replica_of)
         plan = replace(plan, recomputed=found.plan.recomputed, offloaded=found.plan.offloaded)
-        each = (replace(work, microbatches=count) for work in works)
-        return min(predicted_step(costed, plan, found.cluster, work) for work in each)
+        return step_of(costed, plan, found.cluster, replace(found.work, microbatches=count))
 
     usual = found.work.microbatches
     steps = tuple(Count(count, step(count)) for count in tried)

@@ -9,13 +9,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from pipecompile.ir.cluster import Cluster
+from pipecompile.ir.graph import CostedGraph
+from pipecompile.ir.plan import Plan, stage_costs
 from pipecompile.planning.planned import Planned
-from pipecompile.planning.schedule_choice import Weighed, weighed
+from pipecompile.planning.schedule_choice import predicted_step, weighed
 from pipecompile.planning.training_spec import Workload
 from pipecompile.schedule import SCHEDULES
 
 WHOLE, SPLIT = "1f1b", "zb-h1"
 PAYS = 0.03  # the share of a step that split backwards are predicted to save, where they are taken
+WORTH = 5e-3  # seconds of a stage per microbatch; faster stages keep the usual number of microbatches, and 1F1B
 
 
 def under(name: str, work: Workload) -> Workload:
@@ -24,17 +28,29 @@ def under(name: str, work: Workload) -> Workload:
 
 
 def or_split(found: Planned) -> Planned:
-    """A plan for 1F1B, under 1F1B or ZB-H1, with both as they were weighed."""
+    """A plan for 1F1B, under 1F1B or ZB-H1, with both as they were weighed; as it is if all stages are short."""
+    if is_short(found.costed, found.plan):
+        return found
     works = {name: under(name, found.work) for name in (WHOLE, SPLIT)}
     whole, split = (weighed(name, found.costed, found.plan, found.cluster, works[name]) for name in works)
-    best, other = (split, whole) if _pays(split, whole) and _fits(found, works[SPLIT]) else (whole, split)
+    pays = _pays(split.seconds or 0.0, whole.seconds or 0.0) and _fits(found, works[SPLIT])
+    best, other = (split, whole) if pays else (whole, split)
     return replace(found, work=works[best.schedule], schedule=best.schedule, weighed=(best, other))
 
 
-def _pays(split: Weighed, whole: Weighed) -> bool:
-    assert split.seconds is not None
-    assert whole.seconds is not None
-    return split.seconds < whole.seconds * (1 - PAYS)
+def step_or_split(costed: CostedGraph, plan: Plan, cluster: Cluster, work: Workload) -> float:
+    """The predicted step of a plan under the one of both that is taken, whatever memory there is."""
+    whole, split = (predicted_step(costed, plan, cluster, under(name, work)) for name in (WHOLE, SPLIT))
+    return split if _pays(split, whole) and not is_short(costed, plan) else whole
+
+
+def is_short(costed: CostedGraph, plan: Plan) -> bool:
+    """Whether all stages take too short to tell what is faster."""
+    return max(cost.seconds for cost in stage_costs(costed, plan)) < WORTH
+
+
+def _pays(split: float, whole: float) -> bool:
+    return split < whole * (1 - PAYS)
 
 
 def _fits(found: Planned, work: Workload) -> bool:
