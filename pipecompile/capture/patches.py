@@ -330,12 +330,12 @@ def _autocast(scopes: Scopes) -> Iterator[None]:
     def entered(self: Any) -> Any:
         if threading.get_ident() == thread:
             dtype = str(self.fast_dtype).removeprefix("torch.")
-            scopes.autocasts.append((self.device, dtype, bool(self._enabled)))
+            scopes.enter((self.device, dtype, bool(self._enabled), bool(self._cache_enabled)))
         return enter(self)
 
     def left(self: Any, *exception: Any) -> Any:
         if threading.get_ident() == thread:
-            scopes.autocasts.pop()
+            scopes.leave()
         return leave(self, *exception)
 
     with _replaced(torch.autocast, "__enter__", entered), _replaced(torch.autocast, "__exit__", left):

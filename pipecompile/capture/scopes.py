@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from pipecompile.capture.origin import Origin
-from pipecompile.ops.modes import Region
+from pipecompile.ops.modes import Autocast, Region
 from pipecompile.ops.source_lines import user_line
 
 
@@ -17,14 +17,15 @@ class Scopes:
 
     Attributes:
         paths: Paths of the modules being run, innermost last.
-        autocasts: Autocast regions that the model entered, innermost last: device, dtype, whether it is enabled.
+        autocasts: Autocasts that the model entered, innermost last.
         inside_leaf: Whether a part kept whole is being run, whose calls are not recorded.
         inside_transform: Whether aten operations are being recorded, not functions.
     """
 
     def __init__(self) -> None:
         self.paths: list[str] = [""]
-        self.autocasts: list[tuple[str, str, bool]] = []
+        self.autocasts: list[Autocast] = []
+        self._num_autocasts = 0  # outermost ones so far
         self.inside_leaf = False
         self.inside_transform = False
         self._checkpoints: list[int] = []  # of the model, being run, innermost last
@@ -49,7 +50,17 @@ class Scopes:
 
     @property
     def region(self) -> Region:
-        return Region(torch.is_grad_enabled() and not torch.is_inference_mode_enabled(), tuple(self.autocasts))
+        grad = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        return Region(grad, tuple(self.autocasts), entry=self._num_autocasts if self.autocasts else 0)
+
+    def enter(self, autocast: Autocast) -> None:
+        """Enters an autocast."""
+        self._num_autocasts += not self.autocasts
+        self.autocasts.append(autocast)
+
+    def leave(self) -> None:
+        """Leaves the innermost autocast."""
+        self.autocasts.pop()
 
     @property
     def recompute(self) -> int | None:

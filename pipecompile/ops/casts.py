@@ -1,7 +1,7 @@
 """The casts that autocast makes of tensors, for functions that see their weights as constants (``split_backward.py``).
 
-Within an autocast, torch casts a weight with a gradient once, and autograd adds up the gradients of all calls that read
-the cast before it casts their sum back. A constant has no such cast, so here is one.
+Until the outermost autocast ends, torch casts a weight with a gradient once, and autograd adds up the gradients of all
+calls that read the cast before it casts their sum back. A constant has no such cast, so here is one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _here = threading.local()
 
 @dataclass(frozen=True, slots=True)
 class Cast:
-    """What autocast casts tensors to, and whether calls share the cast of a weight."""
+    """What autocast casts tensors to, and whether calls may share the cast of a weight."""
 
     dtype: torch.dtype
     is_shared: bool
@@ -37,9 +37,9 @@ class Cast:
         return tensor if not tensor.is_floating_point() or tensor.dtype == torch.float64 else tensor.to(self.dtype)
 
     def of_weight(self, weight: Tensor) -> Tensor:
-        """The same of a weight as a constant, made once in ``casts_kept``."""
+        """The same of a weight as a constant: the same tensor for calls that share it, within ``casts_kept``."""
         kept: _Casts | None = getattr(_here, "casts", None)
-        if kept is None or not self.is_shared:
+        if kept is None or not self._shares(weight):
             return self.of(weight.detach())
         _, version, cast = kept.get((id(weight), self.dtype), (None, None, weight))
         if version != weight._version:
@@ -47,8 +47,8 @@ class Cast:
             kept[id(weight), self.dtype] = weight, weight._version, cast
         return cast
 
-    def adds_up(self, weight: Tensor) -> bool:
-        """Whether gradients of the cast of a weight are added up before they are cast back, as torch's cache has it."""
+    def _shares(self, weight: Tensor) -> bool:
+        """Whether torch keeps the cast of a weight."""
         return self.is_shared and weight.dtype == torch.float32 and weight.is_leaf and not weight._is_view()
 
 
@@ -64,3 +64,11 @@ def casts_kept() -> Iterator[None]:
         yield
     finally:
         _here.casts = before
+
+
+def drop_casts() -> None:
+    """Drops the casts of this thread where torch drops its own: to be called when an autocast has ended."""
+    kept: _Casts | None = getattr(_here, "casts", None)
+    torch.autocast_increment_nesting()
+    if torch.autocast_decrement_nesting() == 0 and kept is not None:
+        kept.clear()

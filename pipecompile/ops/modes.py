@@ -2,14 +2,21 @@
 
 Only modes that the model itself enters form a region. The modes of the calling thread are not part of the trace: the
 runtime reads them in every step and enters them in the thread of each rank.
+
+Within an outermost autocast, calls share the casts of weights, and their gradients are added up in its type. So regions
+of two such autocasts are entered one after the other, also where they are equal and nothing is between them.
 """
 
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+
+from pipecompile.ops.casts import drop_casts
+
+Autocast = tuple[str, str, bool, bool]  # device type, name of the dtype, whether it is on, and whether casts are shared
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,30 +25,34 @@ class Region:
 
     Attributes:
         grad: False under ``no_grad``.
-        autocast: (device type, dtype name, enabled) of each autocast context, outermost first.
+        autocast: The autocasts, outermost first.
+        entry: Tells apart outermost autocasts of one call.
     """
 
     grad: bool = True
-    autocast: tuple[tuple[str, str, bool], ...] = ()
+    autocast: tuple[Autocast, ...] = ()
+    entry: int = field(default=0, compare=False)
 
     def __str__(self) -> str:
-        casts = [f"autocast({device}, {dtype}, {enabled})" for device, dtype, enabled in self.autocast]
+        casts = [f"autocast({device}, {dtype}, {enabled})" for device, dtype, enabled, _ in self.autocast]
         return " ".join([*([] if self.grad else ["no_grad"]), *casts]) or "plain"
 
 
 PLAIN = Region()
 
 
-def enter_region(grad: bool, autocast: tuple[tuple[str, str, bool], ...]) -> ExitStack:
+def enter_region(grad: bool, autocast: tuple[Autocast, ...]) -> ExitStack:
     """Enters a region. Returns the argument for ``exit_region``; a stage's generated code calls both."""
     stack = ExitStack()
     if not grad:
         stack.enter_context(torch.no_grad())
-    for device, dtype, enabled in autocast:
-        stack.enter_context(torch.autocast(device, dtype=getattr(torch, dtype), enabled=enabled))
+    for device, dtype, enabled, shares in autocast:
+        casts = torch.autocast(device, dtype=getattr(torch, dtype), enabled=enabled, cache_enabled=shares)
+        stack.enter_context(casts)
     return stack
 
 
 def exit_region(entered: ExitStack) -> None:
     """Leaves the region that ``enter_region`` entered."""
     entered.close()
+    drop_casts()

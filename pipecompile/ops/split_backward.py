@@ -14,7 +14,7 @@ What has no function here (normalizations, recurrent layers, modules kept whole,
 computes all its gradients in the backward.
 
 Under autocast, a function sees casts of its weights, and so does its W. As autograd does, a queue adds up the gradients
-of the cast that all calls of a forward share, before it casts their sum to the type of the weight.
+of a cast that several calls share, before it casts their sum to the type of the weight.
 
 Source: Zero Bubble Pipeline Parallelism (Qi et al., ICLR 2024), section 2.
 """
@@ -82,27 +82,31 @@ class Left:
     of_weights: OfWeights
     x: Lent
     weights: Sequence[Tensor]
+    constants: Sequence[Tensor]  # what the call read for the weights: themselves, or casts
     gradient: Lent  # of the call's output
-    cast: Cast | None = None  # that the call made of x and of the weights
+    cast: Cast | None  # that the call made of x
 
-    def compute(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Adds them to ``grad`` of the weights, in place, but for those of shared casts: yields weights and these."""
+    def parts(self) -> Iterator[tuple[Tensor, Tensor, Accumulate]]:
+        """Of each weight that wants a gradient: the weight, what the call read for it, and the latter's gradient."""
         x = self.x.read() if self.cast is None else self.cast.of(self.x.read())
         parts = self.of_weights(self.gradient.read(), x, *self.weights)
-        for weight, accumulate in zip(self.weights, parts, strict=True):
-            if not weight.requires_grad:
-                continue
-            if self.cast is None or weight.dtype == self.gradient.tensor.dtype:
-                weight.grad = accumulate(weight.grad)
-            elif self.cast.adds_up(weight):
-                yield weight, accumulate(None)
-            else:
-                _add(weight, accumulate(None))
+        for weight, constant, accumulate in zip(self.weights, self.constants, parts, strict=True):
+            if weight.requires_grad:
+                yield weight, constant, accumulate
 
 
-def _add(weight: Tensor, gradient: Tensor) -> None:
-    """Adds the gradient of a cast of a weight."""
-    weight.grad = gradient.to(weight.dtype) if weight.grad is None else weight.grad.add_(gradient)
+@dataclass(frozen=True, slots=True)
+class _Sum:
+    """The gradients of one cast of a weight, added up in the type of the cast."""
+
+    weight: Tensor
+    cast: Tensor
+    total: Tensor
+
+    def add(self) -> None:
+        """Adds them to ``grad`` of the weight."""
+        grad = self.weight.grad
+        self.weight.grad = self.total.to(self.weight.dtype) if grad is None else grad.add_(self.total)
 
 
 @dataclass
@@ -113,14 +117,21 @@ class Queue:
 
     def empty(self) -> None:
         """Computes the gradients and adds them to ``grad`` of the weights, in place."""
-        sums: dict[int, tuple[Tensor, Tensor]] = {}
+        sums: dict[int, _Sum] = {}  # of the last cast of each weight
         with torch.no_grad():
             while self.waiting:
-                for weight, gradient in self.waiting.popleft().compute():
-                    _, before = sums.get(id(weight), (weight, None))
-                    sums[id(weight)] = weight, gradient if before is None else before + gradient
-            for weight, total in sums.values():
-                _add(weight, total)
+                for weight, constant, accumulate in self.waiting.popleft().parts():
+                    if constant.dtype == weight.dtype:
+                        weight.grad = accumulate(weight.grad)
+                        continue
+                    total, before = accumulate(None), sums.get(id(weight))
+                    if before is not None and before.cast is constant:
+                        total = before.total + total
+                    elif before is not None:
+                        before.add()
+                    sums[id(weight)] = _Sum(weight, constant, total)
+            for last in sums.values():
+                last.add()
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +196,12 @@ def _split(
     else:
         pack, unpack = here.hooks
         lent = partial(_unpacked, pack(kept), unpack)
-    whole.grad_fn.register_prehook(partial(_leave, here.queue, of_weights, lent, present, cast))
+
+    def left(gradient: Tensor) -> Left:
+        given = Lent.now(gradient)
+        return Left(of_weights=of_weights, x=lent(), weights=present, constants=constants, gradient=given, cast=cast)
+
+    whole.grad_fn.register_prehook(partial(_leave, here.queue, left))
     return out
 
 
@@ -193,18 +209,10 @@ def _unpacked(packed: Any, unpack: Callable[[Any], Tensor]) -> Lent:
     return Lent.now(unpack(packed))
 
 
-def _leave(
-    queue: Queue,
-    of_weights: OfWeights,
-    lent: Callable[[], Lent],
-    weights: Sequence[Tensor],
-    cast: Cast | None,
-    gradients: Sequence[Tensor | None],
-) -> None:
+def _leave(queue: Queue, left: Callable[[Tensor], Left], gradients: Sequence[Tensor | None]) -> None:
     (gradient,) = gradients
     if gradient is not None:
-        left = Left(of_weights=of_weights, x=lent(), weights=weights, gradient=Lent.now(gradient), cast=cast)
-        queue.waiting.append(left)
+        queue.waiting.append(left(gradient))
 
 
 class _OfWeightsAlone(torch.autograd.Function):
@@ -214,7 +222,8 @@ class _OfWeightsAlone(torch.autograd.Function):
     def forward(
         ctx: Any, run: Any, of_weights: Any, queue: Queue, cast: Any, constants: Any, x: Tensor, *weights: Tensor
     ) -> Tensor:
-        ctx.of_weights, ctx.queue, ctx.cast, ctx.weights = of_weights, queue, cast, weights
+        ctx.queue = queue
+        ctx.left = partial(Left, of_weights=of_weights, weights=weights, constants=constants, cast=cast)
         ctx.save_for_backward(x)
         out: Tensor = run(x, *constants)
         if out._is_view():  # which could not be written into; nothing else has what it is a view of
@@ -225,10 +234,9 @@ class _OfWeightsAlone(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         (x,) = ctx.saved_tensors
-        kept, given = Lent.now(x), Lent.now(gradient)
-        left = Left(of_weights=ctx.of_weights, x=kept, weights=ctx.weights, gradient=given, cast=ctx.cast)
+        left: Left = ctx.left(x=Lent.now(x), gradient=Lent.now(gradient))
         ctx.queue.waiting.append(left)
-        return (None,) * (6 + len(ctx.weights))
+        return (None,) * (6 + len(left.weights))
 
 
 def _product(a: Tensor, b: Tensor) -> Accumulate:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
@@ -283,8 +283,8 @@ def _makes_on_default_device(node: fx.Node, old: torch.device) -> bool:
 
 def _moved(region: Region, old: torch.device, new: torch.device) -> Region:
     """The region with autocast for the stage's device type in place of the traced one."""
-    casts = tuple((new.type if kind == old.type else kind, dtype, on) for kind, dtype, on in region.autocast)
-    return Region(region.grad, casts)
+    moved = ((new.type if kind == old.type else kind, name, on, shares) for kind, name, on, shares in region.autocast)
+    return replace(region, autocast=tuple(moved))
 
 
 class _Regions:
@@ -296,7 +296,7 @@ class _Regions:
         self.entered: fx.Node | None = None
 
     def change(self, region: Region) -> None:
-        if region == self.current:
+        if region == self.current and region.entry == self.current.entry:
             return
         if self.entered is not None:
             self.graph.call_function(exit_region, (self.entered,))

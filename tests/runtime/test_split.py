@@ -425,5 +425,5 @@ def test_an_autocast_region_is_one_of_the_stages_device() -> None:
     captured, graph = prepared(Low(), torch.ones(4, D))
     plan, _ = by_hand(captured, graph, ["body.1"])
     stages = split(captured, graph, plan, [torch.device("cuda", 0), CPU])
-    assert "(('cuda', 'bfloat16', True),)" in stages[0].code
-    assert "(('cpu', 'bfloat16', True),)" in stages[1].code
+    assert "(('cuda', 'bfloat16', True, True),)" in stages[0].code
+    assert "(('cpu', 'bfloat16', True, True),)" in stages[1].code

@@ -159,6 +159,45 @@ def test_under_autocast_gradients_have_the_bits_of_whole_backwards(
         assert all(torch.equal(each[name], gradient) for each in gradients[1:]), name
 
 
+class Recurrent(nn.Module):
+    """A cell with an autocast of its own, or all of its runs in one; ``gap``: a call between two of them."""
+
+    def __init__(self, each: bool, gap: bool, shares: bool) -> None:
+        super().__init__()
+        self.cell, self.head = nn.Linear(16, 16), nn.Linear(16, 1)
+        self.each, self.gap, self.shares = each, gap, shares
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = x[:, 0]
+        with self._casts() if not self.each else nullcontext():
+            for now in x.unbind(1):
+                with self._casts() if self.each else nullcontext():
+                    h = self.cell(h + now).tanh()
+                h = h.float() if self.gap else h
+        return (self.head(h.float()) ** 2).mean()
+
+    def _casts(self) -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16, cache_enabled=self.shares)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
+@pytest.mark.parametrize("shares", [True, False], ids=["shared", "own casts"])
+@pytest.mark.parametrize(("each", "gap"), [(True, True), (True, False), (False, False)])
+def test_gradients_of_casts_are_added_up_within_one_autocast(
+    each: bool, gap: bool, shares: bool, schedule: str
+) -> None:
+    gradients = []
+    for splits in (False, True):
+        torch.manual_seed(0)
+        model, x = Recurrent(each, gap, shares), torch.randn(4, 24, 16) + 0.5
+        step = pipe_of(model, 1, schedule=schedule, microbatches=1) if splits else model
+        step(x).backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert gradient is not None
+        assert torch.equal(gradients[1][name], gradient), name
+
+
 Used = Callable[[nn.Linear, torch.Tensor], torch.Tensor]
 
 
