@@ -1,7 +1,7 @@
 """Finds which arguments have a batch dimension, and which dimension it is.
 
-The batch size is the first size of the first tensor, if all tensors have that size somewhere (states of an RNN have it
-in their second dimension); otherwise the most common size of first dimensions (the first argument decides a tie). A
+The batch size is the first size of the first tensor, if that has several dimensions and all tensors have that size
+somewhere (states of an RNN have it in their second dimension); otherwise the most common size of first dimensions (the first argument decides a tie). A
 tensor is *batched* if its first dimension has that size. ``in_dims=`` overrides this by name, as in ``torch.vmap``.
 Batched tensors are split into microbatches; all other arguments are shared by all microbatches.
 """
@@ -104,10 +104,13 @@ def _rows(sizes: Sequence[int]) -> int | None:
 def _rows_of_all(tensors: Sequence[Tensor]) -> int | None:
     """The first size of the first tensor, if all tensors have it in some dimension.
 
-    None if the first tensor has it twice: it may be a matrix from nodes to nodes.
+    None if the first tensor is a vector, which may have one entry for each feature of the others (weights of classes),
+    or has the size twice: it may be a matrix from nodes to nodes.
     """
     shapes = [tuple(map(int, tensor.shape)) for tensor in tensors]
-    rows = shapes[0][0] if shapes else None
+    if not shapes or len(shapes[0]) == 1:
+        return None
+    rows = shapes[0][0]
     return rows if rows and shapes[0].count(rows) == 1 and all(rows in shape for shape in shapes) else None
 
 

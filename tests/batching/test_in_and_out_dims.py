@@ -240,6 +240,8 @@ def test_states_of_an_rnn_are_refused_with_the_dimensions_to_pass(begins: str) -
         ([(4, 3, 5), (3, 3)], 4),  # a mask over time
         ([(7, 7), (4, 7, 5), (4, 7)], 4),  # a matrix from nodes to nodes comes first
         ([(4, 4), (4, 4)], 4),
+        ([(10,), (32, 10), (32, 10)], 32),  # weights of classes come first
+        ([(4,), (2, 4, 5)], 4),
         ([()], None),
     ],
 )
