@@ -22,7 +22,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["PIPECOMPILE_CACHE"] = "off"  # also in processes that tests start; the tests of the cache name a folder
 
 HANG = 900  # seconds: more than a busy machine takes for anything, and than what tests wait for themselves
-gc.set_threshold(700, 10, 100)  # ten times as rarely through all that has been imported
+if not LONG:
+    gc.set_threshold(20_000, 20, 50)  # rarely through all that has been imported
 hypothesis.settings.register_profile("here", deadline=None, max_examples=100 if LONG else 40)
 hypothesis.settings.load_profile("here")
 DEVICES = Path(__file__).parent / "devices"

@@ -67,6 +67,8 @@ def import_all() -> None:
 def serve() -> Scene:
     """Forks ranks until there are no more scenes; returns in a rank alone, with its scene."""
     torch.set_num_threads(1)
+    if not LONG:
+        gc.set_threshold(20_000, 20, 50)
     gc.collect()
     gc.freeze()  # or each rank would, at its end, copy the memory of all that was imported
     import_all()  # not frozen: the capture finds who holds a function with gc.get_referrers

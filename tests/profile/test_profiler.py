@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from long import some
 from models import MODELS
 from torch import Tensor, nn
 from toys import D, blocks
@@ -277,8 +278,9 @@ def test_measured_and_counted_bytes_are_the_same(name: str) -> None:
     assert [cost.saved_bytes for cost in measured] == [cost.saved_bytes for cost in counted]
 
 
-@pytest.mark.parametrize("sizes", [(64, 64), (64, 128), (96, 32)])
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+@pytest.mark.parametrize(
+    ("sizes", "kind"), some(itertools.product([(64, 64), (64, 128), (96, 32)], [nn.LSTM, nn.GRU]), 5)
+)
 def test_the_workspace_of_a_recurrent_layer_is_counted(kind: type[nn.RNNBase], sizes: tuple[int, int]) -> None:
     class Recurrent(nn.Module):
         def __init__(self) -> None:
