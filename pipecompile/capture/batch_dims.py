@@ -2,9 +2,9 @@
 
 The batch size is the first size of the first tensor, if that has several dimensions and all tensors have that size
 somewhere (states of an RNN have it in their second dimension); otherwise the most common size of first dimensions (the
-first argument decides a tie). A tensor is *batched* if its first dimension has that size. ``in_dims=`` overrides this by
-name, as in ``torch.vmap``.
-Batched tensors are split into microbatches; all other arguments are shared by all microbatches.
+first argument decides a tie). A tensor is *batched* if its first dimension has that size. ``in_dims=`` overrides this
+by name, as in ``torch.vmap``. Batched tensors are split into microbatches; all other arguments are shared by all
+microbatches.
 """
 
 from __future__ import annotations
