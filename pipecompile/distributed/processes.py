@@ -82,6 +82,10 @@ class Processes:
 
     # What the runtime asks
 
+    @property
+    def said(self) -> Sequence[str]:
+        return list(dict.fromkeys([*self.lines.said, *self.lines_to_all.said]))
+
     def ranks(self, count: int) -> Sequence[int]:
         return [self.rank]
 
@@ -298,6 +302,8 @@ class Processes:
                     self.lines_to_all.flush()
         finally:
             self.control.close()
+            self.lines.close()
+            self.lines_to_all.close()
 
     def _call(self, collective: Callable[[], T]) -> T:
         """Runs a collective in the worker.

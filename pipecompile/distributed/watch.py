@@ -20,7 +20,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from threading import Condition, Event
@@ -61,8 +61,8 @@ class Pace:
     Args:
         beat: seconds between two signs of a rank, and between two looks at the others.
         silent: seconds without a sign after which a rank is taken for stopped. A rank gives none while one call holds
-            Python's lock. One that is killed is found sooner, by its lost connections; if it was lost by a collective,
-            which does not say whose it was, by a quarter of these seconds.
+            Python's lock. One that is killed is found sooner, by its lost connections. A collective does not say whose
+            it lost: a process of the same host may know, and else it is a quarter of these seconds.
         grace: seconds to wait for a better cause, when a connection was lost or a rank that is waited for has ended.
         absent: seconds to wait for the first sign of a rank.
         crossed: seconds after which two ranks that wait in different pipelines are told.
@@ -132,6 +132,7 @@ class Watch:
         ended: the last words of the ranks that have ended.
         closed: this rank has said its last word.
         rounds: how often this rank has looked around.
+        gone: find ranks that have ended, as far as this process can see.
     """
 
     def __init__(self, rank: int, size: int, store: Callable[[], Store], pace: Pace) -> None:
@@ -146,6 +147,7 @@ class Watch:
         self.ended: dict[int, str] = {}
         self.closed = False
         self.rounds = 0
+        self.gone: list[Callable[[], Sequence[int]]] = []
         self._proposal: Callable[[Store], Cause] | None = None
         self._last_word = FAILED
         self._ends = 0
@@ -194,9 +196,16 @@ class Watch:
         self.propose(lambda _: cause)
 
     def lost(self, peer: int | None, error: Exception) -> None:
-        """Blames the peer of a lost connection, if there is no better cause in time; one that is silent if None."""
+        """Blames the peer of a lost connection, if there is no better cause in time.
+
+        Args:
+            peer: None if it is not known, as in a collective; then one that has ended, or else one that is silent.
+        """
         self._has_lost = self._has_lost or peer is None
-        known = self.until(lambda: False, self.pace.grace + (self.pace.silent if peer is None else 0.0))
+        known = self.until(lambda: False, self.pace.grace)
+        if not known and peer is None:
+            peer = next((rank for find in self.gone for rank in find()), None)
+            known = peer is None and self.until(lambda: False, self.pace.silent)
         if not known:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             if peer is None:

@@ -31,6 +31,10 @@ class Peers(Homes, Protocol):
     def calls(self) -> int:
         """How many agreements were begun: the number of the last one, in all processes."""
 
+    @property
+    def said(self) -> Sequence[str]:
+        """What is told of the links between the processes, for the report."""
+
     def ranks(self, count: int) -> Sequence[int]:
         """The ranks, of ``count``, that this process runs."""
 
@@ -98,6 +102,7 @@ class OneProcess(AtHome):
 
     are_several = False
     calls = 0
+    said = ()
 
     def ranks(self, count: int) -> Sequence[int]:
         return range(count)

@@ -255,6 +255,19 @@ def test_a_lost_connection_of_nobody_in_particular_is_that_of_the_rank_that_fall
     assert str(control.error()).startswith("rank 1 (host there): gave no sign for 1 s: it was stopped or killed")
 
 
+def test_a_lost_connection_of_nobody_in_particular_is_that_of_a_rank_that_a_socket_knows_to_have_ended() -> None:
+    store = dist.HashStore()
+    store.set("sign/2", "7 there")
+    control = Control(0, 3, lambda: store, Pace(beat=0.02, silent=300.0, grace=0.1))
+    control.watch.gone += [list, lambda: [2]]
+    control.lost(None, RuntimeError("Connection closed by peer"))
+    assert str(control.error()) == (
+        "rank 2 (host there): its connection to rank 0 was lost and it reported nothing (killed?): Connection closed "
+        "by peer"
+    )
+    control.close()
+
+
 def test_a_forgotten_control_ends_its_threads() -> None:
     store = dist.HashStore()
     control = Control(7, 8, lambda: store, PATIENT)
