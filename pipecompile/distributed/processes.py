@@ -10,6 +10,7 @@ import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import partial
 from itertools import takewhile
 from typing import NoReturn, TypeVar
 
@@ -22,6 +23,7 @@ from pipecompile.distributed.control import Control, store_of_the_group
 from pipecompile.distributed.crossing import staying
 from pipecompile.distributed.exchange import exchange
 from pipecompile.distributed.grid import Grid
+from pipecompile.distributed.groups import make_as_many
 from pipecompile.distributed.lines import Lines
 from pipecompile.distributed.measure import measure, with_measured_processes
 from pipecompile.distributed.members import Members
@@ -66,9 +68,10 @@ class Processes:
         self.pace = pace or Pace()
         self._agreement: Callable[[], None] | None = None  # that was begun, and is not waited for yet
         self.place = grid.place(self.part, self.rank)
-        self.control = Control(self.place, len(grid.all), store_of_the_group(), self.pace)
+        self.control = Control(self.place, len(grid.all), store_of_the_group(grid.all), self.pace)
         self.worker = Worker(self.control)
         with staying(self.control.watch, "compile()", grid.all):
+            self._call(partial(make_as_many, self.control.watch))
             self.all = Members(grid.all, self._call)
             self.row = self.all if grid.parts == 1 else Members(grid.row(self.part), self._call)
             self.column = Members(grid.column(self.rank), self._call) if grid.parts > 1 else None

@@ -41,10 +41,11 @@ from pipecompile.ops.away import lacks_values, send_away
 from pipecompile.runtime.ambient import Ambient
 from pipecompile.runtime.compiled import Compiled
 
+WRAPPER = torch.nn.parallel.DistributedDataParallel.__init__.__code__
 NORMS = {inspect.unwrap(f).__code__ for f in (torch.nn.utils.clip_grad_norm_, torch.nn.utils.get_total_norm)}
 CONSTANT = "a tensor that forward reads and that is neither a parameter nor a buffer"
 LONGEST = 500  # characters of what is said of a call
-DEPTH = 6  # frames between the function that computes a norm and the parameters that it asks for
+DEPTH = 6  # frames between a function of torch's and the parameters that it asks for
 
 
 class Share:
@@ -193,6 +194,7 @@ class Share:
             every: with ``prefix`` before their names.
         """
         mine, start = self.owned, f"{prefix}." if prefix else ""
+        self._refuse_wrapper()
         self._warn_of_norms()
         found = ((name, self.home(parameter)) for name, parameter in every if name.removeprefix(start) in mine)
         return cast(Iterator[tuple[str, nn.Parameter]], found)
@@ -314,6 +316,15 @@ class Share:
             raise InputError(
                 "the parameters of each process are not known before the model is split; pass example_inputs= to "
                 "compile(), or call the pipeline first"
+            )
+
+    def _refuse_wrapper(self) -> None:
+        """Refuses torch's DistributedDataParallel, which may abort the process where others have other parameters."""
+        if any(frame.f_code is WRAPPER for frame in islice(_frames(), DEPTH)):
+            raise InputError(
+                "DistributedDataParallel copies the parameters of a whole model to all processes, but each process of "
+                "this pipeline has those of its own stage; leave it out (transformers' Trainer and accelerate do not), "
+                "and give the mesh a dimension 'data' to train on several parts of a batch"
             )
 
     def _warn_of_norms(self) -> None:

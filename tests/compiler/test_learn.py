@@ -21,8 +21,8 @@ from pipecompile.ir.graph import Cost, CostedGraph
 from pipecompile.ir.plan import stage_costs
 from pipecompile.ir.plan_options import PlanOptions
 from pipecompile.ir.timeline import Timeline
-from pipecompile.planning.calibration import Times
 from pipecompile.planning import split_choice
+from pipecompile.planning.calibration import Times
 from pipecompile.planning.planned import planned
 from pipecompile.runtime.compiled import Compiled
 from pipecompile.runtime.optimizer_follows import OptimizersFollow

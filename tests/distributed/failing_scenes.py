@@ -494,3 +494,44 @@ def shares() -> dict[str, Any]:
     }
     pipe.pipeline.close()
     return found
+
+
+def rows_of_a_mesh() -> tuple[str, list[float]]:
+    """Each row of a mesh has pipelines of its own, the second row two of them, of which one fails. Then all have one.
+
+    The first two processes have a group of their own, besides.
+    """
+    dist.new_group([0, 1])
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("other", "stage"))
+    row, said = mesh.get_local_rank("other"), ""
+    own = [row_of(mesh["stage"], row) for _ in range(row + 1)]
+    losses = [step(pipe) for pipe in own]
+    if row == 1:
+        try:
+            with own.pop().pipeline:
+                raise KeyError("of the second row")
+        except KeyError as error:
+            said = str(error)
+    meet("failure")
+    losses += [step(pipe) for pipe in own]
+    for pipe in own:
+        pipe.pipeline.close()
+    pipe = piped()
+    losses.append(step(pipe))
+    pipe.pipeline.close()
+    return said, losses
+
+
+def row_of(mesh: Any, seed: int) -> Any:
+    processes.Pace = lambda: PATIENT
+    torch.manual_seed(seed)
+    return pipecompile.compile(Net(), mesh=mesh, microbatches=4, costs="count", example_inputs=batch(), verify="never")
+
+
+def wrapped() -> str:
+    """A tool wraps the pipe as it would a whole model."""
+    pipe = piped()
+    with pytest.raises(pipecompile.InputError) as caught:
+        nn.parallel.DistributedDataParallel(pipe)
+    pipe.pipeline.close()
+    return str(caught.value)

@@ -375,12 +375,18 @@ def test_each_pipeline_and_each_run_has_keys_of_its_own(
     }[kind]()
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
-        opens = [store_of_the_group(), store_of_the_group(), store_of_the_group("named"), store_of_the_group("named")]
+        opens = [
+            store_of_the_group(),
+            store_of_the_group(),
+            store_of_the_group(name="named"),
+            store_of_the_group(name="named"),
+        ]
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-        opens.append(store_of_the_group("named"))
+        opens.append(store_of_the_group(name="named"))
+        opens.append(store_of_the_group([0, 1], "named"))
         for number, open_ in enumerate(opens):
             open_().set("key", str(number))
-        assert [open_().get("key") for open_ in opens] == [b"0", b"1", b"3", b"3", b"4"]
+        assert [open_().get("key") for open_ in opens] == [b"0", b"1", b"3", b"3", b"4", b"5"]
         assert opens[0]().compare_set("failure", "", "first") == b"first"
         assert opens[0]().compare_set("failure", "", "second") == b"first"
     finally:

@@ -6,6 +6,8 @@ import signal
 from typing import Any
 
 import pytest
+import torch
+from failing_scenes import Net, batch
 from hosts import lack
 from launcher import Cut, Ended, Hurt, Launcher, report
 from long import LONG
@@ -108,6 +110,24 @@ def test_pipelines_that_are_called_in_other_orders(launcher: Launcher) -> None:
     for each in ended:
         assert "of another pipeline, so neither can go on" in each.text, report(ended)
         assert "must call their pipelines in the same order" in each.text
+
+
+def test_pipelines_of_other_processes_and_groups_of_the_script_are_left_alone(launcher: Launcher) -> None:
+    found = launcher.returned("failing_scenes:rows_of_a_mesh", 4)
+    expected = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        expected.append(Net()(batch()).item())
+    for rank, (said, losses) in enumerate(found):
+        row = rank // 2
+        assert said == ("'of the second row'" if row else "")
+        assert losses == pytest.approx([expected[row]] * (2 + row) + [expected[0]], rel=1e-5)
+
+
+def test_a_wrapper_of_whole_models_is_refused_before_it_aborts_the_process(launcher: Launcher) -> None:
+    one, two = launcher.returned("failing_scenes:wrapped", 2)
+    assert one == two
+    assert "each process of this pipeline has those of its own stage; leave it out" in one
 
 
 def test_a_rank_that_makes_no_call_is_not_waited_for_for_ever(launcher: Launcher) -> None:
