@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from pipecompile.distributed.groups import make_as_many
 from pipecompile.distributed.lines import Lines
 from pipecompile.distributed.measure import measure, with_measured_processes
 from pipecompile.distributed.members import Members
+from pipecompile.distributed.progress import Progress, differences
 from pipecompile.distributed.remote_transport import RemoteTransport
 from pipecompile.distributed.shards import Shards
 from pipecompile.distributed.watch import Cause, Pace
@@ -57,6 +59,7 @@ class Processes:
         row: those of this part, by rank; values travel between them.
         column: those of this rank, by part; they have the same parameters. None if there is one part.
         shards: the parameters of which each of ``column`` keeps a part, if any.
+        progress: what this process has done with its gradients.
     """
 
     are_several = True
@@ -79,6 +82,8 @@ class Processes:
         self.lines_to_all = self.lines if grid.parts == 1 else Lines(self.control, self.all, range(len(grid.all)))
         self.shards: Shards | None = None
         self.calls = 0
+        self.progress = Progress()
+        self._told: set[str] = set()  # of the progress of others
         self._refusal: InputError | None = None  # the last one, which all processes raise
         self._done: list[str] = []  # since the last agreement
         self._background: Background | None = None
@@ -105,7 +110,7 @@ class Processes:
         return value  # type: ignore[no-any-return]
 
     def agree(self, what: str, tensors: Iterable[Tensor] = ()) -> None:
-        self.begin_to_agree(what, tensors)
+        self._begin_to_agree(what, tensors)
         self.agreed()
 
     def agreed(self) -> None:
@@ -114,12 +119,15 @@ class Processes:
             agreement()
 
     def begin_to_agree(self, what: str, tensors: Iterable[Tensor] = ()) -> None:
+        self._begin_to_agree(what, tensors, self.progress.told())
+
+    def _begin_to_agree(self, what: str, tensors: Iterable[Tensor], progress: int = 0) -> None:
         self.agreed()
         self.calls += 1
         values = list(tensors)
         said, done = f"call {self.calls}, {what}", "".join(f", after {done}" for done in self._done)
         self._done.clear()
-        mine = torch.tensor([_digest(said.encode(), done.encode()), _digest(*map(_content, values))])
+        mine = torch.tensor([_digest(said.encode(), done.encode()), _digest(*map(_content, values)), progress])
         with self._failing(said):
             exchanged = exchange(self.lines_to_all, self.place, mine, self.pace.absent)
 
@@ -127,11 +135,21 @@ class Processes:
             with self._failing(said), staying(self.control.watch, said, self.grid.all):
                 found = exchanged()
             if not all(torch.equal(other, found[0]) for other in found):
-                self._refuse(said, done, values, found)
+                self._compare(said, done, values, [other.tolist() for other in found])
 
         self._agreement = agreed
 
-    def _refuse(self, said: str, done: str, values: Sequence[Tensor], found: Sequence[Tensor]) -> NoReturn:
+    def _compare(self, said: str, done: str, values: Sequence[Tensor], found: Sequence[Sequence[int]]) -> None:
+        """Refuses calls that differ, and warns once of steps that do; arguments are those of ``_refuse``."""
+        *calls, progress = zip(*found, strict=True)
+        if any(len(set(each)) > 1 for each in calls):
+            self._refuse(said, done, values, [tuple(each[:-1]) for each in found])
+        for difference in differences(progress):
+            if difference not in self._told:
+                self._told.add(difference)
+                warnings.warn(difference, stacklevel=2)
+
+    def _refuse(self, said: str, done: str, values: Sequence[Tensor], found: Sequence[tuple[int, ...]]) -> NoReturn:
         """Raises the error about calls that differ, in all processes.
 
         Args:
@@ -140,7 +158,7 @@ class Processes:
         """
         sizes = ", ".join(str(list(value.shape)) for value in values)
         each = self.all.gathered((f"{said}, with inputs of sizes {sizes}" if values else said, done))
-        differing = next(rank for rank, other in enumerate(found) if not torch.equal(other, found[0]))
+        differing = next(rank for rank, other in enumerate(found) if other != found[0])
         alike = each[differing][0] == each[0][0]  # then what was done before tells them apart, or the values
         words = [text + done if alike else text for text, done in each]
         reason = (
@@ -157,6 +175,10 @@ class Processes:
 
     def note(self, what: str) -> None:
         self._done.append(what)
+
+    def receives(self, leaves: Sequence[Tensor]) -> None:
+        if leaves:
+            self.progress.receives(self.home(leaves[0]))
 
     def same(self, what: str, text: str) -> None:
         self.agree(what)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from functools import partial
 from itertools import islice
 from types import FrameType
@@ -67,6 +67,7 @@ class Share:
         self.is_settled = False
         self._warned = False
         self._foreign: dict[int, frozenset[int]] = {}  # by rank, of ``captures``
+        self._own: set[int] = set()  # what optimizers of this process step
         self._stand_in = nn.Parameter(torch.empty(0))
         self._stand_in.grad = torch.zeros(0)  # without one, torch's GradScaler would raise something else than we do
         watch_optimizers(self)
@@ -171,6 +172,7 @@ class Share:
             [parameter for name, parameter in parameters.items() if name in own],
             [parameter for name, parameter in parameters.items() if name not in own],
         )
+        self._own.clear()
 
     @property
     def held(self) -> frozenset[str]:
@@ -220,9 +222,15 @@ class Share:
         """Whether a tensor is a parameter of the model of which this process keeps rows instead."""
         return self.home(tensor) is not tensor
 
-    def is_stepped(self) -> None:
-        """Takes the gradient from the stand-in, so that no optimizer has a state for it."""
+    def is_stepped(self, parameters: Iterable[Tensor]) -> None:
+        """Takes note of the step, and the gradient from the stand-in, so that no optimizer has a state for it."""
         self._stand_in.grad = None
+        if self.captures:
+            if not self._own:
+                own = self.owned
+                self._own = {id(self.home(p)) for name, p in self.model.named_parameters() if name in own}
+            if any(id(parameter) in self._own for parameter in parameters):
+                self.processes.progress.steps()
 
     @property
     def stand_in(self) -> Sequence[nn.Parameter]:
@@ -264,6 +272,8 @@ class Share:
         move.make()
         self.captures[:] = captures
         self._foreign.clear()
+        self._own.clear()
+        self.processes.progress.moves()
 
     def close(self) -> None:
         """Closes what this process has with the others, and looks at optimizers no more.

@@ -66,6 +66,9 @@ class Peers(Homes, Protocol):
     def note(self, what: str) -> None:
         """Takes note of what this process has done alone, which the next agreement compares."""
 
+    def receives(self, leaves: Sequence[Tensor]) -> None:
+        """Takes note that gradients come to these tensors, which this process has."""
+
     def same(self, what: str, text: str) -> None:
         """Makes sure that a text is the same in all processes.
 
@@ -123,6 +126,9 @@ class OneProcess(AtHome):
         pass
 
     def note(self, what: str) -> None:
+        pass
+
+    def receives(self, leaves: Sequence[Tensor]) -> None:
         pass
 
     def same(self, what: str, text: str) -> None:

@@ -189,6 +189,32 @@ def other_backwards() -> list[str]:
     return said
 
 
+def other_steps() -> list[list[str]]:
+    """Rank 1 leaves out a step, then what clears gradients. Both accumulate. Then it has nothing that is trained."""
+    pipe, other, said = piped(), dist.get_rank() == 1, []
+    names: list[Any] = [None, None]
+    dist.all_gather_object(names, [name for name, _ in pipe.named_parameters()])
+    optimizer = torch.optim.AdamW(pipe.parameters(), 1e-3)
+    for kind in ("step", "clear", "accumulate", "freeze"):
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            if kind == "freeze":
+                for name in names[1]:
+                    pipe.pipeline.model.get_parameter(name).requires_grad_(False)
+            for k in range(4):
+                step(pipe)
+                if kind == "accumulate" and k % 2 == 0:
+                    continue
+                if not (other and (kind == "freeze" or (kind == "step" and k == 1))):
+                    optimizer.step()
+                if not (other and kind == "clear" and k == 1):
+                    optimizer.zero_grad(set_to_none=kind != "accumulate")
+        said.append([str(each.message) for each in seen if "rank" in str(each.message)])
+        optimizer.zero_grad()
+    pipe.pipeline.close()
+    return said
+
+
 class Scores(nn.Module):
     """A model without a loss."""
 
@@ -279,7 +305,8 @@ def other_optimizers() -> list[str]:
 
 def misuses() -> dict[str, Any]:
     """In one start of processes, what several scenes return."""
-    return {scene.__name__: scene() for scene in (other_settings, other_backwards, reads_an_output, other_optimizers)}
+    scenes = (other_settings, other_backwards, other_steps, reads_an_output, other_optimizers)
+    return {scene.__name__: scene() for scene in scenes}
 
 
 def crossing() -> None:

@@ -87,6 +87,15 @@ def test_other_backwards_are_refused_at_the_next_call(misuses: list[Any]) -> Non
     assert one[1].count(" with the gradient 1, ") == one[1].count(" with the gradient 2;") == 1
 
 
+def test_a_step_or_a_clearing_of_one_process_alone_is_told(misuses: list[Any]) -> None:
+    one, two = (each["other_steps"] for each in misuses)
+    assert one == two
+    (stepped,), (cleared,), accumulated, frozen = one
+    assert stepped.startswith("rank 0 has stepped parameters since the last call, but rank 1 has not, though it has")
+    assert cleared.startswith("rank 0 has cleared its gradients since the last call, but rank 1 has kept its own")
+    assert accumulated == frozen == []
+
+
 def test_an_output_that_is_elsewhere_says_so(misuses: list[Any]) -> None:
     one, two = (each["reads_an_output"] for each in misuses)
     assert not two  # which has it
