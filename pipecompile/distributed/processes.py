@@ -278,6 +278,11 @@ class Processes:
         found = self.control.report(self.control.mine("", f"{type(error).__name__}: {error}".rstrip(": ")))
         return found if isinstance(error, Exception) else error
 
+    @property
+    def failed_elsewhere(self) -> bool:
+        """Whether another process than this one has failed."""
+        return self.control.cause is not None and self.control.cause.rank != self.place
+
     def passed(self, given: Mapping[int, Values], sources: Iterable[int]) -> dict[int, Values]:
         """Sends tensors to ranks of this part, and returns those that others send to this one.
 

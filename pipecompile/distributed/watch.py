@@ -5,7 +5,7 @@ keys, under a prefix of the run and the pipeline:
 
     failure    the first cause: compare_set lets only the first in
     sign/2     how often rank 2 has looked around, and its host
-    inside/2   the other pipeline in which rank 2 waits, if it does for long (``crossing.py``)
+    inside/2   the other pipeline, or the collective, in which rank 2 waits, if it does for long (``crossing.py``)
     end/2      the last word of rank 2
     ends       how many ranks have said their last word
 
@@ -28,7 +28,7 @@ from typing import Protocol
 
 import torch.distributed as dist
 
-from pipecompile.distributed.crossing import crossed, stay_elsewhere, stay_in
+from pipecompile.distributed.crossing import crossed, stay_elsewhere, stay_in, stay_in_a_collective
 from pipecompile.distributed.leaving import abroad
 
 FAILED = "raised the error of the first rank that failed"
@@ -298,7 +298,7 @@ class Watch:
 
     def _crossed(self, store: Store) -> Cause | None:
         """The failure of this rank, if it waits for one that waits for it in another pipeline."""
-        other = stay_elsewhere(self)
+        other = stay_elsewhere(self) or stay_in_a_collective()
         inside = other.to_json() if other is not None and other.seconds > self.pace.crossed else ""
         if inside != self._inside:
             self._inside = inside

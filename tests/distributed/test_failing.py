@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -119,6 +120,14 @@ def test_pipelines_that_are_called_in_other_orders(launcher: Launcher) -> None:
     for each in ended:
         assert "of another pipeline, so neither can go on" in each.text, report(ended)
         assert "must call their pipelines in the same order" in each.text
+
+
+def test_a_rank_that_saves_alone_and_one_that_waits_for_it_in_a_barrier(launcher: Launcher, tmp_path: Path) -> None:
+    text = one_error(launcher.run("failing_scenes:saves_alone", 2, folder=str(tmp_path)))
+    assert (
+        f"save to '{tmp_path}/step_1', while rank 1 waits in torch.distributed.barrier() at failing_scenes.py:" in text
+    )
+    assert "so neither can go on; all processes must make the same calls of the pipeline, save() and close()" in text
 
 
 def test_pipelines_of_other_processes_and_groups_of_the_script_are_left_alone(launcher: Launcher) -> None:
