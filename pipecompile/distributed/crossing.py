@@ -50,7 +50,7 @@ class Stay:
 
 
 _stays: list[Stay] = []  # of the main thread: one at most, but for a call inside a call
-_collective: list[tuple[object, Stay]] = []  # in which the main thread was when last looked at: one at most
+_collective: list[tuple[object, Stay]] = []  # the last one in which the main thread was seen
 
 
 @contextmanager
@@ -88,16 +88,21 @@ def stay_in_a_collective() -> Stay | None:
             caller = frame
         frame = frame.f_back
     if inner is None or caller is None:
-        _collective.clear()
         return None
     key = (id(inner), inner.f_lasti)
-    if not _collective or _collective[0][0] != key:
-        where = f"{os.path.basename(caller.f_code.co_filename)}:{caller.f_lineno}"
-        said = f"torch.distributed.{inner.f_code.co_name}() at {where}"
-        group = inner.f_locals.get(GROUP)
+    known = [stay for other, stay in (*_collective,) if other == key]
+    if known:
+        return known[0]
+    where = f"{os.path.basename(caller.f_code.co_filename)}:{caller.f_lineno}"
+    said = f"torch.distributed.{inner.f_code.co_name}() at {where}"
+    group = inner.f_locals.get(GROUP)
+    try:
         members = dist.get_process_group_ranks(group if isinstance(group, dist.ProcessGroup) else None)
-        _collective[:] = [(key, Stay(None, said, members, time.monotonic()))]
-    return _collective[0][1]
+    except (RuntimeError, ValueError):  # the group was destroyed meanwhile
+        return None
+    found = Stay(None, said, members, time.monotonic())
+    _collective[:] = [(key, found)]
+    return found
 
 
 def crossed(mine: Stay, process: int, rank: int, told: str) -> str:

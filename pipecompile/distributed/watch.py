@@ -6,6 +6,7 @@ keys, under a prefix of the run and the pipeline:
     failure    the first cause: compare_set lets only the first in
     sign/2     how often rank 2 has looked around, and its host
     inside/2   the other pipeline, or the collective, in which rank 2 waits, if it does for long (``crossing.py``)
+    waiting    how many ranks wait for all others for long
     end/2      the last word of rank 2
     ends       how many ranks have said their last word
 
@@ -156,6 +157,7 @@ class Watch:
         self._suspects: dict[int, str | None] = {}
         self._sign, self._absent, self._crossing = self.stillness(), self.stillness(), self.stillness()
         self._inside = ""  # what this rank has said
+        self._waits = False  # for long, as it has said
 
     def stillness(self) -> Stillness:
         return Stillness(2 * self.pace.beat)
@@ -298,13 +300,16 @@ class Watch:
 
     def _crossed(self, store: Store) -> Cause | None:
         """The failure of this rank, if it waits for one that waits for it in another pipeline."""
-        other = stay_elsewhere(self) or stay_in_a_collective()
-        inside = other.to_json() if other is not None and other.seconds > self.pace.crossed else ""
+        mine, pace = stay_in(self), self.pace
+        is_long = mine is not None and mine.seconds > pace.crossed
+        if is_long != self._waits:
+            self._waits = is_long
+            store.add("waiting", 1 if is_long else -1)
+        inside = self._where(store)
         if inside != self._inside:
             self._inside = inside
             store.set(f"inside/{self.rank}", inside)
-        mine = stay_in(self)
-        if mine is None or mine.seconds < self.pace.crossed:
+        if mine is None or not is_long:
             return None
         for peer in islice(self._others(), SUSPECTS):
             told = store.get(f"inside/{peer}").decode() if store.check([f"inside/{peer}"]) else ""
@@ -312,6 +317,18 @@ class Watch:
                 still = self._crossing((mine, told))  # it may have gone on since it said so
                 return Cause(self.rank, self.host, "", what) if still > self.pace.grace else None
         return None
+
+    def _where(self, store: Store) -> str:
+        """The wait of this rank in another pipeline, or in a collective while others wait here; empty if there is none.
+
+        Frames of the main thread are looked at only then: it would be the one thing that disturbs it at each beat.
+        """
+        other = stay_elsewhere(self)
+        if other is not None:
+            return other.to_json() if other.seconds > self.pace.crossed else ""
+        if stay_in(self) is None and store.add("waiting", 0):
+            other = stay_in_a_collective()
+        return other.to_json() if other is not None and other.seconds > self.pace.grace else ""
 
     def _silence(self, peer: int, store: Store) -> str:
         """What is said of a rank that is silent, and of those that have been silent for half of the time at least."""
