@@ -23,6 +23,7 @@ from pipecompile.compiler.told_options import told_replan
 from pipecompile.distributed.grad_scaler import GradScaler
 from pipecompile.distributed.processes import Processes
 from pipecompile.distributed.share import Share
+from pipecompile.distributed.worker import is_lost
 from pipecompile.errors import ExecutionError, InputError, PipecompileError
 from pipecompile.ir.graph import CostedGraph
 from pipecompile.ir.plan import Plan
@@ -276,10 +277,13 @@ class Pipeline(PipelineView):
         if error is None:
             self.close()
             return
+        found = error
         if self.share is not None:
-            self.share.processes.failure(error)  # the others learn why this one does not come
+            found = self.share.processes.failure(error)  # the others learn why this one does not come
         with suppress(PipecompileError):  # of a checkpoint that is being written: the first error is the one to raise
             self.close()
+        if self.share is not None and self.share.processes.failed_elsewhere and is_lost(error):
+            raise found from error  # of a collective of the script's own, in which a rank that has failed is missing
 
     def copied(self, memo: dict[int, Any]) -> Pipeline:
         """A pipeline of a copy of the model, with the same placement; it captures the copy at its first call.

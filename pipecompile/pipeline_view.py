@@ -182,6 +182,7 @@ class PipelineView:
             verified=tuple(self._proofs.said),
             timing=self._phases.timing,
             schedule=tuple(scheduled(self.options, self._capture_in_use)),
+            links=(*found.links, *self._session.peers.said),
             learned=tuple(self._learning.said),
             rerun=tuple(f"{why} (times: {count})" for why, count in self._session.repeated.items()),
             mapped=tuple(f"{why} (batches: {count})" for why, count in self._mapped.items()),

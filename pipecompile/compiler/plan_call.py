@@ -35,7 +35,7 @@ from pipecompile.planning.joint_choice import counted, told, weigh_jointly
 from pipecompile.planning.microbatch_count import compared
 from pipecompile.planning.planned import Planned, chosen, planned, settled
 from pipecompile.planning.schedule_choice import microbatches_text
-from pipecompile.planning.split_choice import WORTH, is_short, or_split
+from pipecompile.planning.split_choice import SPLIT, WORTH, is_short, or_split, weighed_both
 from pipecompile.planning.training_spec import Workload
 from pipecompile.profile import profile
 from pipecompile.profile.budget import SECONDS
@@ -86,7 +86,24 @@ class Planner:
     def chosen(self, division: Division, graph: Graph, work: Workload, rows: Rows) -> tuple[Division, Graph, Planned]:
         """The plan with the number of microbatches and the schedule that the user has left open, and what it plans."""
         division, graph, found = self._with_best_count(division, graph, work, rows)
-        return division, graph, or_split(found) if self._may_split(division, work) else found
+        if self._may_split(division, work):
+            found = or_split(found)
+            if found.schedule == SPLIT:
+                found = self._of_split(division, graph, found)
+        return division, graph, found
+
+    def _of_split(self, division: Division, graph: Graph, found: Planned) -> Planned:
+        """The plan for ZB-H1, which is remembered apart from the one for 1F1B: training may have moved it."""
+        recall = self._recall(division.body, graph)
+        kept = recall.planned(graph, cluster_of(self.devices), found.work, self.options.plan, lambda: found)
+        whole, split = weighed_both(kept)
+        return replace(
+            kept,
+            remembered=(*found.remembered, *kept.remembered),
+            counted=found.counted,
+            schedule=found.schedule,
+            weighed=(split, whole),
+        )
 
     def _may_split(self, division: Division, work: Workload) -> bool:
         """Whether backwards may be split, without being asked to: on CPUs, for which the seconds of it are known."""

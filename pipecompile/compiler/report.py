@@ -232,7 +232,7 @@ class Report:
         schedule: the schedule, where its stages are, where a batch cannot run it as it is meant, and the schedules that
             were weighed against it.
         memory: peak bytes of each stage, by kind.
-        links: latency and bandwidth between ranks.
+        links: latency and bandwidth between ranks, and what they do not use of a host.
         costs: where the costs come from.
         caches: tensors of a key-value cache that the call passes, by the stage that reads them.
         learned: what the first training steps told of the plan, and whether the cut moved.

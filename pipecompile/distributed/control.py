@@ -8,10 +8,12 @@ gloo's waits cannot be woken, so no thread that a user waits on waits in gloo, n
 from __future__ import annotations
 
 import atexit
+import hashlib
 import math
 import os
 import weakref
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import count
 from threading import Condition, Thread
@@ -24,7 +26,7 @@ from pipecompile.errors import InputError, RankError
 from pipecompile.runtime.transport import Aborted
 
 UNCLOSED = "ended without closing the pipeline"
-_pipelines = count()
+_pipelines: defaultdict[Sequence[int], Iterator[int]] = defaultdict(count)
 
 
 class Control:
@@ -135,11 +137,12 @@ def _exit(watch: Watch, thread: Thread) -> None:
     thread.join(2 * watch.pace.grace)
 
 
-def store_of_the_group(name: str | None = None) -> Callable[[], Store]:
+def store_of_the_group(processes: Sequence[int] = (), name: str | None = None) -> Callable[[], Store]:
     """Returns what opens the store of the default process group anew, under a prefix of one run and one pipeline.
 
     Args:
-        name: of the pipeline, the same on all of its ranks; by default the number of this call in the process.
+        processes: of the pipeline. Others may have one at the same time, and have made other numbers of them.
+        name: of the pipeline, the same on all of its ranks; by default the number of this call for these processes.
 
     Raises:
         InputError: there is no process group, or its store cannot be opened anew.
@@ -152,7 +155,8 @@ def store_of_the_group(name: str | None = None) -> Callable[[], Store]:
         )
     store = group.get_group_store()
     run = f"{os.environ.get('TORCHELASTIC_RUN_ID', 'run')}.{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    prefix = f"pipecompile/{run}/{next(_pipelines) if name is None else name}"
+    of = hashlib.blake2b(repr([*processes]).encode(), digest_size=8).hexdigest()
+    prefix = f"pipecompile/{run}/{of}/{next(_pipelines[tuple(processes)]) if name is None else name}"
     clone: Callable[[], Store] = store.clone  # type: ignore[attr-defined]
     under: type = dist.PrefixStore  # type: ignore[attr-defined]
     try:

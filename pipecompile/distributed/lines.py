@@ -16,7 +16,7 @@ import hashlib
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
@@ -53,6 +53,7 @@ class Lines:
 
     Attributes:
         aborted: whether the waits of this process have been ended.
+        said: what is told of the lines, for the report; the same in all processes.
     """
 
     def __init__(self, control: Control, members: Members, places: Sequence[int]) -> None:
@@ -60,12 +61,41 @@ class Lines:
         self.ranks, self.group = members.processes, members.group
         self.process = dist.get_rank()
         self.places = places
-        self.aborted = False
+        self.aborted = self._closed = False
         self.near = Near()
-        self._addresses: Sequence[Address | None] = members.gathered(self.near.address)
+        self.said: list[str] = []
+        self._addresses = self._tried(members)
+        there = {address: place for address, place in zip(self._addresses, places, strict=True) if address}
+        control.watch.gone.append(partial(_gone, self.near, there))
         self._out: dict[int, _Out] = {}
         self._in: dict[int, _In] = {}
         self._coming: dict[_Coming, None] = {}  # in the order of their posts
+
+    def _tried(self, members: Members) -> Sequence[Address | None]:
+        """Where each rank gets short messages; nowhere for those of a host where one does not reach the next one.
+
+        A sandbox divides the ranks of a host into groups. Around the ring of them, some rank is then next to one of
+        another group.
+        """
+        addresses = members.gathered(self.near.address)
+        mine = members.processes.index(self.process)
+        ring = [rank for rank, other in enumerate(addresses) if self.near.reaches(other)] or [mine]
+        follower = addresses[ring[(ring.index(mine) + 1) % len(ring)]]
+        tried = members.gathered("" if follower is None or len(ring) == 1 else self.near.tried(follower))
+        failed = {
+            address.host: (rank, why)
+            for rank, (address, why) in enumerate(zip(addresses, tried, strict=True))
+            if address and why
+        }
+        for host, (rank, why) in failed.items():
+            ranks = [self.places[other] for other, address in enumerate(addresses) if address and address.host == host]
+            self.said.append(
+                f"ranks {', '.join(map(str, ranks))} are on one host, but pass short messages over gloo, since a "
+                f"socket of the host connects rank {self.places[rank]} with none of them: {why}"
+            )
+        if self.near.address is not None and self.near.address.host in failed:
+            self.near.close()
+        return [None if address and address.host in failed else address for address in addresses]
 
     def begin(self) -> None:
         """Applies what was learnt about the sizes of packets. Called at both ends between the same packets."""
@@ -80,6 +110,7 @@ class Lines:
         Args:
             kind: of packets that have the same size in each program; None if it says nothing about the size.
         """
+        self._refuse_closed()
         line = self._out.get(peer)
         if line is None:
             worker = Worker(self.control, self.places[peer])
@@ -124,6 +155,7 @@ class Lines:
         Args:
             seconds: after which the wait raises ``TimeoutError``.
         """
+        self._refuse_closed()
         line = self._in.get(peer)
         if line is None:
             worker = Worker(self.control, self.places[peer])
@@ -138,6 +170,10 @@ class Lines:
             line.unread.append(coming)
         self._coming[coming] = None
         return coming.wait
+
+    def _refuse_closed(self) -> None:
+        if self._closed:
+            raise Aborted
 
     def _name(self, sender: int, receiver: int) -> str:
         """What a line is called at both of its ends, and no other line of any pipeline."""
@@ -160,6 +196,11 @@ class Lines:
         with self.control.changed:
             self.aborted = True
             self.control.changed.notify_all()
+
+    def close(self) -> None:
+        """Closes the sockets of the host, after the last packet of all ranks. Nothing is sent or received after it."""
+        self._closed = True
+        self.near.close()
 
     def post(self, operation: Post, message: Tensor, peer: int, tag: int) -> dist.Work:
         """Begins to send or to receive a message.
@@ -419,6 +460,11 @@ class _Near(_Coming):
 
     def _is_over(self) -> bool:
         return self._has_come() or self.lines.aborted
+
+
+def _gone(near: Near, there: Mapping[Address, int]) -> list[int]:
+    """The ranks that have ended, as far as the sockets within this host tell."""
+    return [there[address] for address in near.gone(there)]
 
 
 def _give_way() -> None:

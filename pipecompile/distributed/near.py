@@ -9,6 +9,10 @@ calls, and wakes no other thread.
 
 A socket of this kind (``SOCK_SEQPACKET``) carries pieces whole and in order. There is one for each direction between
 two processes, made when the first message is sent; its own name says who that is.
+
+Whether processes that seem to be on one host reach each other is tried: a sandbox may let each of them open sockets,
+and connect none. Each process connects with the next one of its host, at the end of the ring with the first one. That
+connection also tells it when the next one ends.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ import socket
 import struct
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -59,6 +63,7 @@ class Near:
     def __init__(self) -> None:
         self.address: Address | None = None
         self._opened: list[socket.socket] = []
+        self._connected: dict[Address, socket.socket] = {}
         self._coming: dict[bytes, socket.socket] = {}  # by their other ends
         weakref.finalize(self, _close, self._opened).atexit = False
         if (host := _host()) is not None:
@@ -72,19 +77,35 @@ class Near:
         """Whether messages go to, and come from, a process at this address."""
         return None not in (self.address, other) and self.address.host == other.host  # type: ignore[union-attr]
 
+    def tried(self, other: Address) -> str:
+        """Connects with a process; returns why the two do not reach each other, or ""."""
+        try:
+            user = _user_of(self._connection(other))
+        except OSError as error:
+            return f"{type(error).__name__}: {error}"
+        return "" if user == os.getuid() else f"it seems to be of user {user}, and this one is of user {os.getuid()}"
+
+    def gone(self, others: Iterable[Address]) -> list[Address]:
+        """Those of some processes that have ended, as far as their sockets tell: of those that this one has."""
+        return [other for other in others if other in self._connected and _hung_up(self._connected[other])]
+
     def to(self, other: Address, worker: Callable[[], Worker]) -> Outlet:
         """What sends to a process.
 
         Args:
             worker: makes one that waits for the receiver to read, and for nothing else.
         """
-        assert self.address is not None
-        connected = self._socket(_between(self.address, other))
-        connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, ON_THE_WAY)
-        connected.setblocking(True)
-        connected.connect(_abstract(other.name))
-        connected.setblocking(False)
-        return Outlet(connected, worker)
+        return Outlet(self._connection(other), worker)
+
+    def close(self) -> None:
+        """Closes the sockets. Reaches nobody afterwards."""
+        self.address = None
+        for each in self._opened:
+            with suppress(OSError):  # not connected
+                each.shutdown(socket.SHUT_RDWR)  # wakes a worker that waits for the receiver to read
+        _close(self._opened)
+        self._connected.clear()
+        self._coming.clear()
 
     def take(self, other: Address, memory: memoryview) -> int:
         """Receives the next piece of a message of a process, if it has come. Never waits.
@@ -121,14 +142,24 @@ class Near:
                 connected, sender = self._listener.accept()
             except BlockingIOError:
                 return None
-            _, user, _ = OWNER.unpack(connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, OWNER.size))
-            if user != os.getuid():
+            if _user_of(connected) != os.getuid():
                 connected.close()
                 continue
             connected.setblocking(False)
             self._opened.append(connected)
             self._coming[sender] = connected
         return self._coming[name]
+
+    def _connection(self, other: Address) -> socket.socket:
+        assert self.address is not None
+        if other not in self._connected:
+            connected = self._socket(_between(self.address, other))
+            connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, ON_THE_WAY)
+            connected.setblocking(True)
+            connected.connect(_abstract(other.name))
+            connected.setblocking(False)
+            self._connected[other] = connected
+        return self._connected[other]
 
     def _socket(self, name: str) -> socket.socket:
         made = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -214,6 +245,19 @@ def _host() -> str | None:
         return f"{boot.read_text().strip()} {network.stat().st_ino} {os.getuid()} {socket.SO_PEERCRED}"
     except (AttributeError, OSError):  # not Linux
         return None
+
+
+def _user_of(connected: socket.socket) -> int:
+    """The user at the other end, as this process knows users."""
+    _, user, _ = OWNER.unpack(connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, OWNER.size))
+    return user  # type: ignore[no-any-return]
+
+
+def _hung_up(connected: socket.socket) -> bool:
+    """Whether the other end is closed; asked for nothing, ``poll`` says that alone."""
+    poll = select.poll()
+    poll.register(connected, 0)
+    return bool(poll.poll(0))
 
 
 def _between(sender: Address, receiver: Address) -> str:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import partial
 from itertools import takewhile
 from typing import NoReturn, TypeVar
 
@@ -22,9 +24,11 @@ from pipecompile.distributed.control import Control, store_of_the_group
 from pipecompile.distributed.crossing import staying
 from pipecompile.distributed.exchange import exchange
 from pipecompile.distributed.grid import Grid
+from pipecompile.distributed.groups import make_as_many
 from pipecompile.distributed.lines import Lines
 from pipecompile.distributed.measure import measure, with_measured_processes
 from pipecompile.distributed.members import Members
+from pipecompile.distributed.progress import Progress, differences
 from pipecompile.distributed.remote_transport import RemoteTransport
 from pipecompile.distributed.shards import Shards
 from pipecompile.distributed.watch import Cause, Pace
@@ -55,6 +59,7 @@ class Processes:
         row: those of this part, by rank; values travel between them.
         column: those of this rank, by part; they have the same parameters. None if there is one part.
         shards: the parameters of which each of ``column`` keeps a part, if any.
+        progress: what this process has done with its gradients.
     """
 
     are_several = True
@@ -66,9 +71,10 @@ class Processes:
         self.pace = pace or Pace()
         self._agreement: Callable[[], None] | None = None  # that was begun, and is not waited for yet
         self.place = grid.place(self.part, self.rank)
-        self.control = Control(self.place, len(grid.all), store_of_the_group(), self.pace)
+        self.control = Control(self.place, len(grid.all), store_of_the_group(grid.all), self.pace)
         self.worker = Worker(self.control)
         with staying(self.control.watch, "compile()", grid.all):
+            self._call(partial(make_as_many, self.control.watch))
             self.all = Members(grid.all, self._call)
             self.row = self.all if grid.parts == 1 else Members(grid.row(self.part), self._call)
             self.column = Members(grid.column(self.rank), self._call) if grid.parts > 1 else None
@@ -76,11 +82,17 @@ class Processes:
         self.lines_to_all = self.lines if grid.parts == 1 else Lines(self.control, self.all, range(len(grid.all)))
         self.shards: Shards | None = None
         self.calls = 0
+        self.progress = Progress()
+        self._told: set[str] = set()  # of the progress of others
         self._refusal: InputError | None = None  # the last one, which all processes raise
         self._done: list[str] = []  # since the last agreement
         self._background: Background | None = None
 
     # What the runtime asks
+
+    @property
+    def said(self) -> Sequence[str]:
+        return list(dict.fromkeys([*self.lines.said, *self.lines_to_all.said]))
 
     def ranks(self, count: int) -> Sequence[int]:
         return [self.rank]
@@ -98,7 +110,7 @@ class Processes:
         return value  # type: ignore[no-any-return]
 
     def agree(self, what: str, tensors: Iterable[Tensor] = ()) -> None:
-        self.begin_to_agree(what, tensors)
+        self._begin_to_agree(what, tensors)
         self.agreed()
 
     def agreed(self) -> None:
@@ -107,12 +119,15 @@ class Processes:
             agreement()
 
     def begin_to_agree(self, what: str, tensors: Iterable[Tensor] = ()) -> None:
+        self._begin_to_agree(what, tensors, self.progress.told())
+
+    def _begin_to_agree(self, what: str, tensors: Iterable[Tensor], progress: int = 0) -> None:
         self.agreed()
         self.calls += 1
         values = list(tensors)
         said, done = f"call {self.calls}, {what}", "".join(f", after {done}" for done in self._done)
         self._done.clear()
-        mine = torch.tensor([_digest(said.encode(), done.encode()), _digest(*map(_content, values))])
+        mine = torch.tensor([_digest(said.encode(), done.encode()), _digest(*map(_content, values)), progress])
         with self._failing(said):
             exchanged = exchange(self.lines_to_all, self.place, mine, self.pace.absent)
 
@@ -120,11 +135,21 @@ class Processes:
             with self._failing(said), staying(self.control.watch, said, self.grid.all):
                 found = exchanged()
             if not all(torch.equal(other, found[0]) for other in found):
-                self._refuse(said, done, values, found)
+                self._compare(said, done, values, [other.tolist() for other in found])
 
         self._agreement = agreed
 
-    def _refuse(self, said: str, done: str, values: Sequence[Tensor], found: Sequence[Tensor]) -> NoReturn:
+    def _compare(self, said: str, done: str, values: Sequence[Tensor], found: Sequence[Sequence[int]]) -> None:
+        """Refuses calls that differ, and warns once of steps that do; arguments are those of ``_refuse``."""
+        *calls, progress = zip(*found, strict=True)
+        if any(len(set(each)) > 1 for each in calls):
+            self._refuse(said, done, values, [tuple(each[:-1]) for each in found])
+        for difference in differences(progress):
+            if difference not in self._told:
+                self._told.add(difference)
+                warnings.warn(difference, stacklevel=2)
+
+    def _refuse(self, said: str, done: str, values: Sequence[Tensor], found: Sequence[tuple[int, ...]]) -> NoReturn:
         """Raises the error about calls that differ, in all processes.
 
         Args:
@@ -133,7 +158,7 @@ class Processes:
         """
         sizes = ", ".join(str(list(value.shape)) for value in values)
         each = self.all.gathered((f"{said}, with inputs of sizes {sizes}" if values else said, done))
-        differing = next(rank for rank, other in enumerate(found) if not torch.equal(other, found[0]))
+        differing = next(rank for rank, other in enumerate(found) if other != found[0])
         alike = each[differing][0] == each[0][0]  # then what was done before tells them apart, or the values
         words = [text + done if alike else text for text, done in each]
         reason = (
@@ -150,6 +175,10 @@ class Processes:
 
     def note(self, what: str) -> None:
         self._done.append(what)
+
+    def receives(self, leaves: Sequence[Tensor]) -> None:
+        if leaves:
+            self.progress.receives(self.home(leaves[0]))
 
     def same(self, what: str, text: str) -> None:
         self.agree(what)
@@ -249,6 +278,11 @@ class Processes:
         found = self.control.report(self.control.mine("", f"{type(error).__name__}: {error}".rstrip(": ")))
         return found if isinstance(error, Exception) else error
 
+    @property
+    def failed_elsewhere(self) -> bool:
+        """Whether another process than this one has failed."""
+        return self.control.cause is not None and self.control.cause.rank != self.place
+
     def passed(self, given: Mapping[int, Values], sources: Iterable[int]) -> dict[int, Values]:
         """Sends tensors to ranks of this part, and returns those that others send to this one.
 
@@ -298,6 +332,8 @@ class Processes:
                     self.lines_to_all.flush()
         finally:
             self.control.close()
+            self.lines.close()
+            self.lines_to_all.close()
 
     def _call(self, collective: Callable[[], T]) -> T:
         """Runs a collective in the worker.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from functools import partial
 from itertools import islice
 from types import FrameType
@@ -41,10 +41,11 @@ from pipecompile.ops.away import lacks_values, send_away
 from pipecompile.runtime.ambient import Ambient
 from pipecompile.runtime.compiled import Compiled
 
+WRAPPER = torch.nn.parallel.DistributedDataParallel.__init__.__code__
 NORMS = {inspect.unwrap(f).__code__ for f in (torch.nn.utils.clip_grad_norm_, torch.nn.utils.get_total_norm)}
 CONSTANT = "a tensor that forward reads and that is neither a parameter nor a buffer"
 LONGEST = 500  # characters of what is said of a call
-DEPTH = 6  # frames between the function that computes a norm and the parameters that it asks for
+DEPTH = 6  # frames between a function of torch's and the parameters that it asks for
 
 
 class Share:
@@ -66,6 +67,7 @@ class Share:
         self.is_settled = False
         self._warned = False
         self._foreign: dict[int, frozenset[int]] = {}  # by rank, of ``captures``
+        self._own: set[int] = set()  # what optimizers of this process step
         self._stand_in = nn.Parameter(torch.empty(0))
         self._stand_in.grad = torch.zeros(0)  # without one, torch's GradScaler would raise something else than we do
         watch_optimizers(self)
@@ -170,6 +172,7 @@ class Share:
             [parameter for name, parameter in parameters.items() if name in own],
             [parameter for name, parameter in parameters.items() if name not in own],
         )
+        self._own.clear()
 
     @property
     def held(self) -> frozenset[str]:
@@ -193,6 +196,7 @@ class Share:
             every: with ``prefix`` before their names.
         """
         mine, start = self.owned, f"{prefix}." if prefix else ""
+        self._refuse_wrapper()
         self._warn_of_norms()
         found = ((name, self.home(parameter)) for name, parameter in every if name.removeprefix(start) in mine)
         return cast(Iterator[tuple[str, nn.Parameter]], found)
@@ -218,9 +222,15 @@ class Share:
         """Whether a tensor is a parameter of the model of which this process keeps rows instead."""
         return self.home(tensor) is not tensor
 
-    def is_stepped(self) -> None:
-        """Takes the gradient from the stand-in, so that no optimizer has a state for it."""
+    def is_stepped(self, parameters: Iterable[Tensor]) -> None:
+        """Takes note of the step, and the gradient from the stand-in, so that no optimizer has a state for it."""
         self._stand_in.grad = None
+        if self.captures:
+            if not self._own:
+                own = self.owned
+                self._own = {id(self.home(p)) for name, p in self.model.named_parameters() if name in own}
+            if any(id(parameter) in self._own for parameter in parameters):
+                self.processes.progress.steps()
 
     @property
     def stand_in(self) -> Sequence[nn.Parameter]:
@@ -262,6 +272,8 @@ class Share:
         move.make()
         self.captures[:] = captures
         self._foreign.clear()
+        self._own.clear()
+        self.processes.progress.moves()
 
     def close(self) -> None:
         """Closes what this process has with the others, and looks at optimizers no more.
@@ -314,6 +326,15 @@ class Share:
             raise InputError(
                 "the parameters of each process are not known before the model is split; pass example_inputs= to "
                 "compile(), or call the pipeline first"
+            )
+
+    def _refuse_wrapper(self) -> None:
+        """Refuses torch's DistributedDataParallel, which may abort the process where others have other parameters."""
+        if any(frame.f_code is WRAPPER for frame in islice(_frames(), DEPTH)):
+            raise InputError(
+                "DistributedDataParallel copies the parameters of a whole model to all processes, but each process of "
+                "this pipeline has those of its own stage; leave it out (transformers' Trainer and accelerate do not), "
+                "and give the mesh a dimension 'data' to train on several parts of a batch"
             )
 
     def _warn_of_norms(self) -> None:

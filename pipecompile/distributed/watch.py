@@ -5,7 +5,8 @@ keys, under a prefix of the run and the pipeline:
 
     failure    the first cause: compare_set lets only the first in
     sign/2     how often rank 2 has looked around, and its host
-    inside/2   the other pipeline in which rank 2 waits, if it does for long (``crossing.py``)
+    inside/2   the other pipeline, or the collective, in which rank 2 waits, if it does for long (``crossing.py``)
+    waiting    how many ranks wait for all others for long
     end/2      the last word of rank 2
     ends       how many ranks have said their last word
 
@@ -20,7 +21,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from threading import Condition, Event
@@ -28,7 +29,7 @@ from typing import Protocol
 
 import torch.distributed as dist
 
-from pipecompile.distributed.crossing import crossed, stay_elsewhere, stay_in
+from pipecompile.distributed.crossing import crossed, stay_elsewhere, stay_in, stay_in_a_collective
 from pipecompile.distributed.leaving import abroad
 
 FAILED = "raised the error of the first rank that failed"
@@ -61,8 +62,8 @@ class Pace:
     Args:
         beat: seconds between two signs of a rank, and between two looks at the others.
         silent: seconds without a sign after which a rank is taken for stopped. A rank gives none while one call holds
-            Python's lock. One that is killed is found sooner, by its lost connections; if it was lost by a collective,
-            which does not say whose it was, by a quarter of these seconds.
+            Python's lock. One that is killed is found sooner, by its lost connections. A collective does not say whose
+            it lost: a process of the same host may know, and else it is a quarter of these seconds.
         grace: seconds to wait for a better cause, when a connection was lost or a rank that is waited for has ended.
         absent: seconds to wait for the first sign of a rank.
         crossed: seconds after which two ranks that wait in different pipelines are told.
@@ -132,6 +133,7 @@ class Watch:
         ended: the last words of the ranks that have ended.
         closed: this rank has said its last word.
         rounds: how often this rank has looked around.
+        gone: find ranks that have ended, as far as this process can see.
     """
 
     def __init__(self, rank: int, size: int, store: Callable[[], Store], pace: Pace) -> None:
@@ -146,6 +148,7 @@ class Watch:
         self.ended: dict[int, str] = {}
         self.closed = False
         self.rounds = 0
+        self.gone: list[Callable[[], Sequence[int]]] = []
         self._proposal: Callable[[Store], Cause] | None = None
         self._last_word = FAILED
         self._ends = 0
@@ -154,6 +157,7 @@ class Watch:
         self._suspects: dict[int, str | None] = {}
         self._sign, self._absent, self._crossing = self.stillness(), self.stillness(), self.stillness()
         self._inside = ""  # what this rank has said
+        self._waits = False  # for long, as it has said
 
     def stillness(self) -> Stillness:
         return Stillness(2 * self.pace.beat)
@@ -194,9 +198,16 @@ class Watch:
         self.propose(lambda _: cause)
 
     def lost(self, peer: int | None, error: Exception) -> None:
-        """Blames the peer of a lost connection, if there is no better cause in time; one that is silent if None."""
+        """Blames the peer of a lost connection, if there is no better cause in time.
+
+        Args:
+            peer: None if it is not known, as in a collective; then one that has ended, or else one that is silent.
+        """
         self._has_lost = self._has_lost or peer is None
-        known = self.until(lambda: False, self.pace.grace + (self.pace.silent if peer is None else 0.0))
+        known = self.until(lambda: False, self.pace.grace)
+        if not known and peer is None:
+            peer = next((rank for find in self.gone for rank in find()), None)
+            known = peer is None and self.until(lambda: False, self.pace.silent)
         if not known:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             if peer is None:
@@ -289,13 +300,16 @@ class Watch:
 
     def _crossed(self, store: Store) -> Cause | None:
         """The failure of this rank, if it waits for one that waits for it in another pipeline."""
-        other = stay_elsewhere(self)
-        inside = other.to_json() if other is not None and other.seconds > self.pace.crossed else ""
+        mine, pace = stay_in(self), self.pace
+        is_long = mine is not None and mine.seconds > pace.crossed
+        if is_long != self._waits:
+            self._waits = is_long
+            store.add("waiting", 1 if is_long else -1)
+        inside = self._where(store)
         if inside != self._inside:
             self._inside = inside
             store.set(f"inside/{self.rank}", inside)
-        mine = stay_in(self)
-        if mine is None or mine.seconds < self.pace.crossed:
+        if mine is None or not is_long:
             return None
         for peer in islice(self._others(), SUSPECTS):
             told = store.get(f"inside/{peer}").decode() if store.check([f"inside/{peer}"]) else ""
@@ -303,6 +317,18 @@ class Watch:
                 still = self._crossing((mine, told))  # it may have gone on since it said so
                 return Cause(self.rank, self.host, "", what) if still > self.pace.grace else None
         return None
+
+    def _where(self, store: Store) -> str:
+        """The wait of this rank in another pipeline, or in a collective while others wait here; empty if there is none.
+
+        Frames of the main thread are looked at only then: it would be the one thing that disturbs it at each beat.
+        """
+        other = stay_elsewhere(self)
+        if other is not None:
+            return other.to_json() if other.seconds > self.pace.crossed else ""
+        if stay_in(self) is None and store.add("waiting", 0):
+            other = stay_in_a_collective()
+        return other.to_json() if other is not None and other.seconds > self.pace.grace else ""
 
     def _silence(self, peer: int, store: Store) -> str:
         """What is said of a rank that is silent, and of those that have been silent for half of the time at least."""

@@ -7,7 +7,7 @@ is there while a pipeline of several processes is open.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import Any, Protocol
 from weakref import WeakSet
@@ -33,8 +33,8 @@ class Split(Protocol):
     def divides_own(self, tensor: Tensor) -> bool:
         """Whether a tensor is one of a model that gets no gradients, because its rows do."""
 
-    def is_stepped(self) -> None:
-        """Takes note that an optimizer is about to step."""
+    def is_stepped(self, parameters: Iterable[Tensor]) -> None:
+        """Takes note that an optimizer of these parameters is about to step."""
 
 
 _seen: WeakSet[Split] = WeakSet()
@@ -78,7 +78,7 @@ def _look(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
             "steps; use scaler = pipe.pipeline.grad_scaler(), which sees those of all"
         )
     for split in _seen:
-        split.is_stepped()
+        split.is_stepped(parameter for group in optimizer.param_groups for parameter in group["params"])
 
 
 def _refuse_own(optimizer: torch.optim.Optimizer) -> None:

@@ -74,7 +74,7 @@ class Worker:
         return future
 
 
-def is_lost(error: Exception) -> bool:
+def is_lost(error: BaseException) -> bool:
     """Whether an error tells of a connection that was lost, rather than of a fault in this rank."""
     return isinstance(error, RuntimeError | OSError) and LOST.search(str(error)) is not None
 

@@ -13,7 +13,7 @@ from pipecompile.ir.cluster import Cluster
 from pipecompile.ir.graph import CostedGraph
 from pipecompile.ir.plan import Plan, stage_costs
 from pipecompile.planning.planned import Planned
-from pipecompile.planning.schedule_choice import predicted_step, weighed
+from pipecompile.planning.schedule_choice import Weighed, predicted_step, weighed
 from pipecompile.planning.training_spec import Workload
 from pipecompile.schedule import SCHEDULES
 
@@ -31,11 +31,18 @@ def or_split(found: Planned) -> Planned:
     """A plan for 1F1B, under 1F1B or ZB-H1, with both as they were weighed; as it is if all stages are short."""
     if is_short(found.costed, found.plan):
         return found
-    works = {name: under(name, found.work) for name in (WHOLE, SPLIT)}
-    whole, split = (weighed(name, found.costed, found.plan, found.cluster, works[name]) for name in works)
-    pays = _pays(split.seconds or 0.0, whole.seconds or 0.0) and _fits(found, works[SPLIT])
+    whole, split = weighed_both(found)
+    pays = _pays(split.seconds or 0.0, whole.seconds or 0.0) and _fits(found, under(SPLIT, found.work))
     best, other = (split, whole) if pays else (whole, split)
-    return replace(found, work=works[best.schedule], schedule=best.schedule, weighed=(best, other))
+    return replace(found, work=under(best.schedule, found.work), schedule=best.schedule, weighed=(best, other))
+
+
+def weighed_both(found: Planned) -> tuple[Weighed, Weighed]:
+    """The plan under 1F1B and under ZB-H1."""
+    whole, split = (
+        weighed(name, found.costed, found.plan, found.cluster, under(name, found.work)) for name in (WHOLE, SPLIT)
+    )
+    return whole, split
 
 
 def step_or_split(costed: CostedGraph, plan: Plan, cluster: Cluster, work: Workload) -> float:

@@ -31,6 +31,10 @@ class Peers(Homes, Protocol):
     def calls(self) -> int:
         """How many agreements were begun: the number of the last one, in all processes."""
 
+    @property
+    def said(self) -> Sequence[str]:
+        """What is told of the links between the processes, for the report."""
+
     def ranks(self, count: int) -> Sequence[int]:
         """The ranks, of ``count``, that this process runs."""
 
@@ -61,6 +65,9 @@ class Peers(Homes, Protocol):
 
     def note(self, what: str) -> None:
         """Takes note of what this process has done alone, which the next agreement compares."""
+
+    def receives(self, leaves: Sequence[Tensor]) -> None:
+        """Takes note that gradients come to these tensors, which this process has."""
 
     def same(self, what: str, text: str) -> None:
         """Makes sure that a text is the same in all processes.
@@ -98,6 +105,7 @@ class OneProcess(AtHome):
 
     are_several = False
     calls = 0
+    said = ()
 
     def ranks(self, count: int) -> Sequence[int]:
         return range(count)
@@ -118,6 +126,9 @@ class OneProcess(AtHome):
         pass
 
     def note(self, what: str) -> None:
+        pass
+
+    def receives(self, leaves: Sequence[Tensor]) -> None:
         pass
 
     def same(self, what: str, text: str) -> None:

@@ -128,6 +128,7 @@ def _train(session: Session, batch: Batch, loss: int, schedule: MakeProgram, sta
         (factor,) = incoming
         if factor is None:
             return [None] * len(leaves)
+        session.peers.receives(leaves)
         if retained.asked({places[loss]}, session.peers.are_several):
             return _again_from(session, batch, start, {loss: factor}, leaves, retained)
         refuse_nan(saved.tensors, lambda place: batch.name_of(leaves[place]))
@@ -247,6 +248,7 @@ def _defer(session: Session, batch: Batch, start: Snapshot, rerun: Retained | No
         retained.add(asked, [*microbatches.values()])
         found = take_gradients(session, batch, microbatches)
         assert found.keys() <= set(map(id, leaves)), "each gradient has a leaf to arrive at"
+        session.peers.receives([leaf for leaf in leaves if id(leaf) in found])
         return [found.get(id(leaf)) for leaf in leaves]
 
     @session.watched()

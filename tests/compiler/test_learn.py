@@ -21,6 +21,7 @@ from pipecompile.ir.graph import Cost, CostedGraph
 from pipecompile.ir.plan import stage_costs
 from pipecompile.ir.plan_options import PlanOptions
 from pipecompile.ir.timeline import Timeline
+from pipecompile.planning import split_choice
 from pipecompile.planning.calibration import Times
 from pipecompile.planning.planned import planned
 from pipecompile.runtime.compiled import Compiled
@@ -290,6 +291,30 @@ def test_what_is_learnt_is_remembered(devices: Devices, monkeypatch: pytest.Monk
     train(again, BEFORE)
     assert again.pipeline.plan == learnt
     assert again.pipeline.report.learned[0].endswith("no plan found saves 5%")
+
+
+def test_what_is_learnt_under_a_chosen_schedule_is_remembered_for_it_alone(
+    devices: Devices, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    monkeypatch.setenv("PIPECOMPILE_CACHE", str(tmp_path))
+    monkeypatch.setattr(split_choice, "WORTH", 0.0)
+    monkeypatch.setattr(split_choice, "PAYS", -9.0)
+    devices.factors = (3.0, 1.0)
+    pipe = piped(Deep())
+    train(pipe, 1)
+    first = pipe.pipeline.plan
+    train(pipe, BEFORE)
+    learnt = pipe.pipeline.plan
+    assert pipe.pipeline.schedule == "zb-h1"
+    assert learnt != first
+    found = [piped(Deep(), **options) for options in ({}, {"schedule": "zb-h1"}, {"schedule": "1f1b"})]
+    for other in found:
+        train(other, 1)
+    chosen, named, whole = (other.pipeline for other in found)
+    assert (chosen.schedule, chosen.plan, named.plan) == ("zb-h1", learnt, learnt)
+    assert (whole.schedule, whole.plan) == ("1f1b", first)
+    assert [line.split(",")[0] for line in chosen.report.schedule] == ["zb-h1"] * 2 + ["1f1b"]
+    assert [line.split(",")[0] for line in chosen.report.remembered] == ["plan"] * 2
 
 
 @pytest.mark.parametrize(

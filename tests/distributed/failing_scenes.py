@@ -189,6 +189,32 @@ def other_backwards() -> list[str]:
     return said
 
 
+def other_steps() -> list[list[str]]:
+    """Rank 1 leaves out a step, then what clears gradients. Both accumulate. Then it has nothing that is trained."""
+    pipe, other, said = piped(), dist.get_rank() == 1, []
+    names: list[Any] = [None, None]
+    dist.all_gather_object(names, [name for name, _ in pipe.named_parameters()])
+    optimizer = torch.optim.AdamW(pipe.parameters(), 1e-3)
+    for kind in ("step", "clear", "accumulate", "freeze"):
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            if kind == "freeze":
+                for name in names[1]:
+                    pipe.pipeline.model.get_parameter(name).requires_grad_(False)
+            for k in range(4):
+                step(pipe)
+                if kind == "accumulate" and k % 2 == 0:
+                    continue
+                if not (other and (kind == "freeze" or (kind == "step" and k == 1))):
+                    optimizer.step()
+                if not (other and kind == "clear" and k == 1):
+                    optimizer.zero_grad(set_to_none=kind != "accumulate")
+        said.append([str(each.message) for each in seen if "rank" in str(each.message)])
+        optimizer.zero_grad()
+    pipe.pipeline.close()
+    return said
+
+
 class Scores(nn.Module):
     """A model without a loss."""
 
@@ -279,7 +305,8 @@ def other_optimizers() -> list[str]:
 
 def misuses() -> dict[str, Any]:
     """In one start of processes, what several scenes return."""
-    return {scene.__name__: scene() for scene in (other_settings, other_backwards, reads_an_output, other_optimizers)}
+    scenes = (other_settings, other_backwards, other_steps, reads_an_output, other_optimizers)
+    return {scene.__name__: scene() for scene in scenes}
 
 
 def crossing() -> None:
@@ -287,6 +314,16 @@ def crossing() -> None:
     pipes = [piped(pace=CROSSING), piped(pace=CROSSING)]
     for pipe in pipes if dist.get_rank() == 0 else reversed(pipes):
         step(pipe)
+
+
+def saves_alone(folder: str) -> None:
+    """Rank 0 alone saves, as it would save a whole model; the other one waits for it."""
+    pipe = piped(pace=CROSSING)
+    with pipe.pipeline:
+        step(pipe)
+        if dist.get_rank() == 0:
+            pipecompile.save(f"{folder}/step_1", pipe)
+        dist.barrier()
 
 
 def no_call() -> None:
@@ -494,3 +531,44 @@ def shares() -> dict[str, Any]:
     }
     pipe.pipeline.close()
     return found
+
+
+def rows_of_a_mesh() -> tuple[str, list[float]]:
+    """Each row of a mesh has pipelines of its own, the second row two of them, of which one fails. Then all have one.
+
+    The first two processes have a group of their own, besides.
+    """
+    dist.new_group([0, 1])
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("other", "stage"))
+    row, said = mesh.get_local_rank("other"), ""
+    own = [row_of(mesh["stage"], row) for _ in range(row + 1)]
+    losses = [step(pipe) for pipe in own]
+    if row == 1:
+        try:
+            with own.pop().pipeline:
+                raise KeyError("of the second row")
+        except KeyError as error:
+            said = str(error)
+    meet("failure")
+    losses += [step(pipe) for pipe in own]
+    for pipe in own:
+        pipe.pipeline.close()
+    pipe = piped()
+    losses.append(step(pipe))
+    pipe.pipeline.close()
+    return said, losses
+
+
+def row_of(mesh: Any, seed: int) -> Any:
+    processes.Pace = lambda: PATIENT
+    torch.manual_seed(seed)
+    return pipecompile.compile(Net(), mesh=mesh, microbatches=4, costs="count", example_inputs=batch(), verify="never")
+
+
+def wrapped() -> str:
+    """A tool wraps the pipe as it would a whole model."""
+    pipe = piped()
+    with pytest.raises(pipecompile.InputError) as caught:
+        nn.parallel.DistributedDataParallel(pipe)
+    pipe.pipeline.close()
+    return str(caught.value)

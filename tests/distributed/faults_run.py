@@ -140,6 +140,7 @@ def main() -> int:
             bad[case.kind] = bad.get(case.kind, 0) + bool(wrong)
             if wrong:
                 print(f"{number}: {case}: {wrong}", flush=True)
+                print("\n".join(each.output for each in ended if each.code is None), flush=True)  # their stacks
     finally:
         launcher.close()
     table = Table("fault", "runs", "one cause", "seconds to the last end, median", "most")

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
+from failing_scenes import piped, step
 from torch import Tensor
 
 from pipecompile.distributed import lines as lines_file
 from pipecompile.distributed.control import Control, store_of_the_group
 from pipecompile.distributed.lines import Lines
 from pipecompile.distributed.members import Members
-from pipecompile.distributed.near import Outlet
+from pipecompile.distributed.near import Near, Outlet
 from pipecompile.distributed.packet import Part
+from pipecompile.errors import RankError
 
 WIDTHS = [9_000, 9_000, 20_000, 9_000, 5, 20_000]  # of a kind, program by program
 
@@ -83,3 +88,41 @@ def many() -> list[bool]:
     dist.barrier()
     control.close()
     return right
+
+
+def own_sockets() -> int:
+    """The sockets of this process that have a name which the package gives."""
+    named = {line.split()[6] for line in Path("/proc/net/unix").read_text().splitlines() if "@pipecompile " in line}
+    inodes = {link[len("socket:[") : -1] for link in map(_link, Path("/proc/self/fd").iterdir())}
+    return len(named & inodes)
+
+
+def _link(path: Path) -> str:
+    try:
+        return os.readlink(path)
+    except FileNotFoundError:  # that of the folder itself
+        return ""
+
+
+def within_and_without(sandbox: bool) -> tuple[float, Sequence[str], list[int]]:
+    """A step's loss, the report on links, and the sockets within the host that are open before and after ``close``.
+
+    Args:
+        sandbox: something lets processes bind such sockets, and connects nobody with that of rank 1.
+    """
+
+    class Apart(Near):
+        def __init__(self) -> None:
+            super().__init__()
+            if sandbox and dist.get_rank() == 1:
+                self._listener.close()
+
+    lines_file.Near = Apart  # type: ignore[misc]
+    pipe = piped()
+    loss = step(pipe)
+    links, before = pipe.pipeline.report.links, own_sockets()
+    pipe.pipeline.close()
+    after = own_sockets()
+    with pytest.raises(RankError, match="has closed the pipeline, so it cannot be used any more"):
+        pipe.pipeline.share.processes.agree("a call after the end")
+    return loss, links, [before, after]

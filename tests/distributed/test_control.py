@@ -255,6 +255,19 @@ def test_a_lost_connection_of_nobody_in_particular_is_that_of_the_rank_that_fall
     assert str(control.error()).startswith("rank 1 (host there): gave no sign for 1 s: it was stopped or killed")
 
 
+def test_a_lost_connection_of_nobody_in_particular_is_that_of_a_rank_that_a_socket_knows_to_have_ended() -> None:
+    store = dist.HashStore()
+    store.set("sign/2", "7 there")
+    control = Control(0, 3, lambda: store, Pace(beat=0.02, silent=300.0, grace=0.1))
+    control.watch.gone += [list, lambda: [2]]
+    control.lost(None, RuntimeError("Connection closed by peer"))
+    assert str(control.error()) == (
+        "rank 2 (host there): its connection to rank 0 was lost and it reported nothing (killed?): Connection closed "
+        "by peer"
+    )
+    control.close()
+
+
 def test_a_forgotten_control_ends_its_threads() -> None:
     store = dist.HashStore()
     control = Control(7, 8, lambda: store, PATIENT)
@@ -362,12 +375,18 @@ def test_each_pipeline_and_each_run_has_keys_of_its_own(
     }[kind]()
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
-        opens = [store_of_the_group(), store_of_the_group(), store_of_the_group("named"), store_of_the_group("named")]
+        opens = [
+            store_of_the_group(),
+            store_of_the_group(),
+            store_of_the_group(name="named"),
+            store_of_the_group(name="named"),
+        ]
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-        opens.append(store_of_the_group("named"))
+        opens.append(store_of_the_group(name="named"))
+        opens.append(store_of_the_group([0, 1], "named"))
         for number, open_ in enumerate(opens):
             open_().set("key", str(number))
-        assert [open_().get("key") for open_ in opens] == [b"0", b"1", b"3", b"3", b"4"]
+        assert [open_().get("key") for open_ in opens] == [b"0", b"1", b"3", b"3", b"4", b"5"]
         assert opens[0]().compare_set("failure", "", "first") == b"first"
         assert opens[0]().compare_set("failure", "", "second") == b"first"
     finally:

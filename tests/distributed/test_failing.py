@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from failing_scenes import Net, batch
 from hosts import lack
 from launcher import Cut, Ended, Hurt, Launcher, report
 from long import LONG
@@ -85,6 +88,15 @@ def test_other_backwards_are_refused_at_the_next_call(misuses: list[Any]) -> Non
     assert one[1].count(" with the gradient 1, ") == one[1].count(" with the gradient 2;") == 1
 
 
+def test_a_step_or_a_clearing_of_one_process_alone_is_told(misuses: list[Any]) -> None:
+    one, two = (each["other_steps"] for each in misuses)
+    assert one == two
+    (stepped,), (cleared,), accumulated, frozen = one
+    assert stepped.startswith("rank 0 has stepped parameters since the last call, but rank 1 has not, though it has")
+    assert cleared.startswith("rank 0 has cleared its gradients since the last call, but rank 1 has kept its own")
+    assert accumulated == frozen == []
+
+
 def test_an_output_that_is_elsewhere_says_so(misuses: list[Any]) -> None:
     one, two = (each["reads_an_output"] for each in misuses)
     assert not two  # which has it
@@ -108,6 +120,32 @@ def test_pipelines_that_are_called_in_other_orders(launcher: Launcher) -> None:
     for each in ended:
         assert "of another pipeline, so neither can go on" in each.text, report(ended)
         assert "must call their pipelines in the same order" in each.text
+
+
+def test_a_rank_that_saves_alone_and_one_that_waits_for_it_in_a_barrier(launcher: Launcher, tmp_path: Path) -> None:
+    text = one_error(launcher.run("failing_scenes:saves_alone", 2, folder=str(tmp_path)))
+    assert (
+        f"save to '{tmp_path}/step_1', while rank 1 waits in torch.distributed.barrier() at failing_scenes.py:" in text
+    )
+    assert "so neither can go on; all processes must make the same calls of the pipeline, save() and close()" in text
+
+
+def test_pipelines_of_other_processes_and_groups_of_the_script_are_left_alone(launcher: Launcher) -> None:
+    found = launcher.returned("failing_scenes:rows_of_a_mesh", 4)
+    expected = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        expected.append(Net()(batch()).item())
+    for rank, (said, losses) in enumerate(found):
+        row = rank // 2
+        assert said == ("'of the second row'" if row else "")
+        assert losses == pytest.approx([expected[row]] * (2 + row) + [expected[0]], rel=1e-5)
+
+
+def test_a_wrapper_of_whole_models_is_refused_before_it_aborts_the_process(launcher: Launcher) -> None:
+    one, two = launcher.returned("failing_scenes:wrapped", 2)
+    assert one == two
+    assert "each process of this pipeline has those of its own stage; leave it out" in one
 
 
 def test_a_rank_that_makes_no_call_is_not_waited_for_for_ever(launcher: Launcher) -> None:

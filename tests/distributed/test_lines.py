@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from failing_scenes import Net, batch
 from launcher import Launcher
 from torch import Tensor
 
@@ -34,6 +35,24 @@ def test_packets_that_wait_for_their_reader_come_in_order(launcher: Launcher) ->
     assert launcher.returned("lines_scenes:many", 2) == [[], [True, True]]
 
 
+@pytest.mark.skipif(near._host() is None, reason="the system has no such sockets")
+def test_where_sockets_of_the_host_do_not_connect_ranks_gloo_does_and_the_report_says_so(launcher: Launcher) -> None:
+    inside = launcher.returned("lines_scenes:within_and_without", 2, sandbox=False)
+    apart = launcher.returned("lines_scenes:within_and_without", 2, sandbox=True)
+    torch.manual_seed(0)
+    expected = Net()(batch()).item()
+    for (loss, links, (before, after)), (its, said, none) in zip(inside, apart, strict=True):
+        assert loss == its == pytest.approx(expected, rel=1e-5)
+        assert before > 0
+        assert after == 0
+        assert none == [0, 0]
+        assert links == said[:-1]
+        assert said[-1] == (
+            "ranks 0, 1 are on one host, but pass short messages over gloo, since a socket of the host connects rank 0 "
+            "with none of them: ConnectionRefusedError: [Errno 111] Connection refused"
+        )
+
+
 Open = Callable[[int, str], lines.Lines]
 
 
@@ -48,7 +67,8 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Open:
         members: Any = SimpleNamespace(
             processes=range(3), group=SimpleNamespace(group_name=group), gathered=lambda address: [None] * 3
         )
-        found: Any = lines.Lines(None, members, range(3))  # type: ignore[arg-type]
+        control: Any = SimpleNamespace(watch=SimpleNamespace(gone=[]))
+        found: Any = lines.Lines(control, members, range(3))
         found.messages = []
 
         def post(operation: object, message: Tensor, peer: int, tag: int) -> object:

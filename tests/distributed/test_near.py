@@ -102,6 +102,24 @@ def test_a_process_that_has_ended_gets_nothing() -> None:
         outlet.put([b"123"])
 
 
+def test_a_process_knows_of_those_that_it_has_connected_with_whether_they_have_ended() -> None:
+    mine, there, ended, unknown = (Near() for _ in range(4))
+    addresses = [address_of(other) for other in (there, ended, unknown)]
+    assert [mine.tried(address) for address in addresses[:2]] == ["", ""]
+    assert mine.gone(addresses) == []
+    for other in (ended, unknown):
+        other.close()
+    assert mine.gone(addresses) == addresses[1:2]
+    assert mine.tried(addresses[2]) == "ConnectionRefusedError: [Errno 111] Connection refused"
+
+
+def test_another_user_is_not_reached_though_the_system_connects(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine, theirs = Near(), Near()
+    monkeypatch.setattr(near.os, "getuid", lambda: 12345)
+    user = near._user_of(mine._connection(address_of(theirs)))
+    assert mine.tried(address_of(theirs)) == f"it seems to be of user {user}, and this one is of user 12345"
+
+
 def test_a_stranger_that_connects_is_not_taken_for_a_sender() -> None:
     sender, receiver = Near(), Near()
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger:
