@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
 from functools import partial
-from types import BuiltinFunctionType, FrameType, FunctionType, MethodType, ModuleType, SimpleNamespace
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,13 +21,13 @@ from pipecompile.capture.state.container_proxies import Ledgers, is_stand_in, le
 from pipecompile.capture.state.fingerprints import HEAP_TYPE, RECORDS
 from pipecompile.capture.state.guards import LONGEST, MISSING, NOT_PLAIN, TORCHS_OWN, Attribute, Same, frozen
 from pipecompile.capture.state.model_state import Change, Snapshot, changes_of, restore, snapshot
+from pipecompile.capture.state.namespaces import owns_names, referent_of
 from pipecompile.capture.state.raw_data import RawData
 from pipecompile.capture.state.sources import Entry
-from pipecompile.ops.source_lines import PACKAGE
+from pipecompile.ops.source_lines import is_library
 from pipecompile.ops.torch_internals import FakeTensor
 
 _NO_HOLDERS = (Tensor, type, ModuleType, FunctionType, BuiltinFunctionType, MethodType)
-_FOREIGN = sys.stdlib_module_names | {"torch", "numpy"}  # their objects hold no options of a model
 DEEPEST = 4  # containers within containers in which objects are looked for
 
 Key = tuple[int, str]
@@ -95,9 +95,8 @@ class Reads:
                 raise
             if name[:2] != "__":
                 reads._see(self, name, value)
-            elif name == "__dict__" and id(self) in reads.met and not _is_ours(sys._getframe(1)):
-                for each, held in [*value.items()]:  # vars(config)
-                    reads._see(self, each, held)
+            elif name == "__dict__" and reads.sees(self):
+                reads._see_dict(self, value, sys._getframe(1).f_code)
             return value
 
         original = kind.__dict__.get("__getattribute__")
@@ -138,6 +137,16 @@ class Reads:
             self.found[key] = (Attribute(owner, name, label), plain)
         elif held is value and id(value) not in self.ledgers.made and not isinstance(value, nn.Module):
             self.found[key] = (Attribute(owner, name, label), Same(value))
+
+    def _see_dict(self, owner: Any, held: dict[str, Any], code: CodeType) -> None:
+        """Notes that code has ``vars(config)``: all that is there, and the names in the code that are not."""
+        if is_library(code.co_filename):
+            return
+        for name, value in [*held.items()]:
+            self._see(owner, name, value)
+        for name in code.co_consts:
+            if isinstance(name, str) and name.isidentifier() and name not in held:
+                self._see_missing(owner, name)
 
     def _see_missing(self, owner: Any, name: str) -> None:
         if name[:2] == "__" or id(owner) in self.made or self._state(owner) is None:
@@ -184,6 +193,8 @@ class Reads:
                 self.meet((value.func, value.args, value.keywords), label, depth + 1)
             case SimpleNamespace():
                 self.meet(vars(value), label, depth + 1)
+            case _ if (referent := referent_of(value)) is not None:
+                self.meet(referent, label, depth + 1)
         self._meet(value, label)
 
     def _meet(self, value: Any, label: str) -> None:
@@ -193,7 +204,7 @@ class Reads:
         if id(value) not in self.states and _holds_fakes(value):  # created by forward (an output)
             self.made.setdefault(id(value), value)
             return
-        if kind.__module__.split(".")[0] in _FOREIGN or not hasattr(value, "__dict__"):
+        if not owns_names(value) or not hasattr(value, "__dict__"):
             return
         try:
             self._watch(kind)
@@ -244,10 +255,6 @@ def _is_computed(kind: type, name: str) -> bool:
     """Whether a class defines an attribute by a descriptor: a method or a property."""
     found = next((base.__dict__[name] for base in kind.__mro__ if name in base.__dict__), None)
     return hasattr(type(found), "__get__")
-
-
-def _is_ours(frame: FrameType) -> bool:
-    return frame.f_code.co_filename.startswith(PACKAGE)
 
 
 def _holds_fakes(value: Any) -> bool:

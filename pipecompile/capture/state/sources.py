@@ -99,6 +99,21 @@ def _default(value: Any) -> Any:
 
 
 @dataclass(frozen=True, slots=True)
+class Names:
+    """Which of some names a function has as attributes: ``getattr(f, "scale", 1)`` asks for one that may be absent."""
+
+    function: FunctionType
+    names: frozenset[str]
+
+    @property
+    def label(self) -> str:
+        return f"the list of attributes of {self.function.__qualname__}"
+
+    def value(self) -> Any:
+        return frozenset(self.names & vars(self.function).keys())
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """The return value of a function without arguments: ``torch.is_grad_enabled()``."""
 
