@@ -15,7 +15,7 @@ from types import CellType, FunctionType, ModuleType
 from typing import Any
 from weakref import ProxyTypes, WeakKeyDictionary, ref
 
-from torch import nn
+from torch import Tensor, nn
 
 FOREIGN = sys.stdlib_module_names | {"torch", "numpy", "scipy", "sympy", "pipecompile"}  # hold no state of a model
 _OF_EVERY_CLASS = ("__dict__", "__weakref__")  # slots without a name of their own
@@ -83,13 +83,17 @@ def owns_names(value: Any) -> bool:
 
 
 def referent_of(value: Any) -> Any:
-    """Returns the object that a weak reference or a weak proxy is of; None for other values and for a dead one."""
+    """Returns the object that a weak reference or a weak proxy is of; None for other values and for a dead one.
+
+    Recurrent layers refer weakly to their weights, also to fakes of them after a trace: tensors are not followed.
+    """
+    referent = None
     if isinstance(value, ref):
-        return value()
-    if type(value) in ProxyTypes:
+        referent = value()
+    elif type(value) in ProxyTypes:
         with suppress(ReferenceError):
-            return value.__init__.__self__
-    return None
+            referent = value.__init__.__self__
+    return None if isinstance(referent, Tensor) else referent
 
 
 def label_of(owner: Any, label: str, name: str) -> str:
