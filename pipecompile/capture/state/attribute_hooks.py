@@ -28,6 +28,7 @@ from pipecompile.ops.source_lines import is_library
 from pipecompile.ops.torch_internals import FakeTensor
 
 _NO_HOLDERS = (Tensor, type, ModuleType, FunctionType, BuiltinFunctionType, MethodType)
+_NO_DICT: dict[str, Any] = {}  # of an object with slots
 DEEPEST = 4  # containers within containers in which objects are looked for
 
 Key = tuple[int, str]
@@ -125,7 +126,7 @@ class Reads:
         held = state.get(name, MISSING)
         value = ledger_of(value).original if is_stand_in(value) else self.ledgers.original(owner, name, value)
         label = f"{self._label(owner)}{name}"
-        if held is MISSING and (name in owner.__dict__ or self._is_computed(owner, name, label)):
+        if held is MISSING and (name in _dict_of(owner) or self._is_computed(owner, name, label)):
             return  # set by forward; or a property or method, whose own reads are observed
         if held is not MISSING and held is not value:
             return  # set by forward
@@ -151,9 +152,13 @@ class Reads:
     def _see_missing(self, owner: Any, name: str) -> None:
         if name[:2] == "__" or id(owner) in self.made or self._state(owner) is None:
             return
-        state = object.__getattribute__(owner, "__dict__")
+        state = _dict_of(owner)
         if getattr(type(owner), "__getattr__", None) is not nn.Module.__getattr__:
-            self.places.setdefault((id(owner), name), Entry(state, name, self._label(owner) + name))
+            place = Attribute(owner, name, self._label(owner) + name)
+            self.places.setdefault((id(owner), name), place if state is _NO_DICT else Entry(state, name, place.label))
+            if hasattr(type(owner), "__getattr__") and not isinstance(owner, nn.Module):
+                for each, value in [*state.items()]:  # it may give what is there, past the hooks
+                    self._see(owner, each, value)
             return
         if not any(name in state.get(table, ()) for table in ("_parameters", "_buffers", "_modules")):
             self.found.setdefault((id(owner), name), (Attribute(owner, name, self._label(owner) + name), MISSING))
@@ -176,7 +181,8 @@ class Reads:
         """Whether an attribute is a method or property of the owner's class, which an instance attribute would hide."""
         if not _is_computed(type(owner), name):
             return False
-        if not isinstance(owner, nn.Module) or name not in vars(nn.Module) or name == "forward":
+        hides = not isinstance(owner, nn.Module) or name not in vars(nn.Module) or name == "forward"
+        if hides and _dict_of(owner) is not _NO_DICT:
             self.places[id(owner), name] = Entry(owner.__dict__, name, label)
         return True
 
@@ -204,7 +210,7 @@ class Reads:
         if id(value) not in self.states and _holds_fakes(value):  # created by forward (an output)
             self.made.setdefault(id(value), value)
             return
-        if not owns_names(value) or not hasattr(value, "__dict__"):
+        if not owns_names(value):
             return
         try:
             self._watch(kind)
@@ -249,6 +255,15 @@ class Reads:
     def _label(self, owner: Any) -> str:
         label = self.labels.get(id(owner), type(owner).__name__)
         return f"{label}." if label else ""
+
+
+def _dict_of(owner: Any) -> dict[str, Any]:
+    """Returns an object's ``__dict__``, past the hooks; ``_NO_DICT`` for one that has only slots."""
+    try:
+        held: dict[str, Any] = object.__getattribute__(owner, "__dict__")
+    except AttributeError:
+        return _NO_DICT
+    return held
 
 
 def _is_computed(kind: type, name: str) -> bool:

@@ -34,7 +34,7 @@ from pipecompile.capture.state.guards import (
 )
 from pipecompile.capture.state.iterators import Advanced, is_iterator
 from pipecompile.capture.state.loggers import Loggers
-from pipecompile.capture.state.model_state import Change, Entries, first_tensor
+from pipecompile.capture.state.model_state import Change, Entries, first_tensor, named_tensors
 from pipecompile.capture.state.namespaces import owns_names, put
 from pipecompile.capture.state.python_random_trace import Drawing
 from pipecompile.capture.state.reachable import Reach
@@ -227,7 +227,10 @@ class Watch:
         kinds = {type(owner) for owner in owners if owns_names(owner)}
         known = {known_place(change.place.owner, change.place.name) for change in self.changes}
         known |= {known_place(number.owner, number.name) for number in self.numbers}
-        held = [value for _, value in self.reads.found.values() if isinstance(value, FunctionType)]
+        held: list[tuple[Any, str]] = [
+            (f, f.__qualname__) for _, f in self.reads.found.values() if isinstance(f, FunctionType)
+        ]
+        held += [(tensor, name) for name, tensor in named_tensors(self.model)]
         return self.code.facts(kinds, held, known, self.ledgers.made.keys())
 
     @property

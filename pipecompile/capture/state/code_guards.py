@@ -1,13 +1,13 @@
 """Guards on code: the functions that ran, and what they read other than their arguments.
 
 Each function that ran is guarded by its code and its defaults, and by the present values of what it reads: globals,
-variables of outer functions, and attributes of classes and of functions. So a replaced function in a module, a method
-set on a class and a flag set in a module or on a function are detected before the next call.
+variables of outer functions, and attributes of classes, functions and tensors. So a replaced function in a module, a
+method set on a class and a flag set in a module, on a function or on a parameter are detected before the next call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Set
+from collections.abc import Container, Iterable, Iterator, Mapping, Set
 from types import CellType, CodeType, FrameType, FunctionType
 from typing import Any
 
@@ -53,13 +53,14 @@ class CodeRead:
         return {name for it in found for name in it.stored}, {name for it in found for name in it.spelled}
 
     def facts(
-        self, kinds: Iterable[type], held: Iterable[FunctionType], known: Set[Any], containers: Container[int]
+        self, kinds: Iterable[type], held: Iterable[tuple[Any, str]], known: Set[Any], containers: Container[int]
     ) -> list[Fact]:
         """Returns the present values of the places that the functions read.
 
         Args:
             kinds: Classes of objects that forward has used.
-            held: Functions that forward has read from objects; the attributes of a function are not observed.
+            held: Functions and tensors that forward may have read from objects, with labels: reads of their attributes
+                are not observed.
             known: Places, by namespace and name, that are guarded elsewhere.
             containers: Containers, by identity, that are guarded elsewhere.
         """
@@ -78,7 +79,8 @@ class CodeRead:
         for place in _of_classes(classes, names):
             places[_key(place)] = place
         read = [value for place in places.values() if isinstance(value := place.value(), FunctionType)]
-        for place in _of_functions({id(f): f for f in (*functions, *held, *read)}.values(), names, known):
+        named = [(function, function.__qualname__) for function in (*functions, *read)]
+        for place in _of_unobserved({id(owner): (owner, label) for owner, label in (*held, *named)}, names, known):
             places[_key(place)] = place
         return [
             Fact.of(place)
@@ -103,8 +105,10 @@ def _key(place: Any) -> Any:
             return id(place.namespace), place.name
         case Cell():
             return id(place.cell)
-        case Code() | Names():
-            return id(place.function), type(place)
+        case Code():
+            return id(place.function), Code
+        case Names():
+            return id(place.owner), Names
         case _:
             return id(getattr(place, "kind", None) or getattr(place, "owner", place)), place.name
 
@@ -128,17 +132,18 @@ def _of_classes(kinds: Iterable[type], names: set[str]) -> Iterator[OfClass]:
             yield OfClass(kind, name, f"{kind.__qualname__}.{name}")
 
 
-def _of_functions(functions: Iterable[FunctionType], names: Set[str], known: Set[Any]) -> Iterator[Entry | Names]:
-    """Yields the names that code mentions in functions of models: those that a function has, and which these are."""
-    mentioned = frozenset(names)  # one set for all functions
-    for function in functions:
-        if is_foreign(function.__module__):
+def _of_unobserved(owners: Mapping[int, tuple[Any, str]], names: Set[str], known: Set[Any]) -> Iterator[Entry | Names]:
+    """Yields the names that code mentions in functions and tensors: those that one has, and which these are."""
+    mentioned = frozenset(names)  # one set for all
+    for owner, label in owners.values():
+        if isinstance(owner, FunctionType) and is_foreign(owner.__module__):
             continue
-        held = vars(function)
+        held = vars(owner)
         for name in held.keys() & names:
-            yield Entry(held, name, f"{function.__qualname__}.{name}")
+            yield Entry(held, name, f"{label}.{name}")
         own = {key[1] for key in known if isinstance(key, tuple) and key[0] == id(held)} if known else ()
-        yield Names(function, mentioned.difference(own) if own else mentioned)
+        which = mentioned.difference(own) if own else mentioned
+        yield Names(owner, which, f"the list of attributes of {label}")
 
 
 def _is_class(value: Any) -> bool:

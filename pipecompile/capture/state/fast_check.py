@@ -136,7 +136,7 @@ class Sweep:
             case Entry():
                 self._add_name(id(place.namespace), place.namespace, place.name)
             case Names():
-                self._add_namespace(id(vars(place.function)), vars(place.function))
+                self._add_namespace(id(vars(place.owner)), vars(place.owner))
             case OfClass():
                 self._add_class(place.kind, place.name)
             case Attribute(owner=CellType() as cell):

@@ -100,17 +100,14 @@ def _default(value: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """Which of some names a function has as attributes: ``getattr(f, "scale", 1)`` asks for one that may be absent."""
+    """Which of some names an object has as attributes: ``getattr(f, "scale", 1)`` asks for one that may be absent."""
 
-    function: FunctionType
+    owner: Any
     names: frozenset[str]
-
-    @property
-    def label(self) -> str:
-        return f"the list of attributes of {self.function.__qualname__}"
+    label: str
 
     def value(self) -> Any:
-        return frozenset(self.names & vars(self.function).keys())
+        return frozenset(self.names & vars(self.owner).keys())
 
 
 @dataclass(frozen=True, slots=True)

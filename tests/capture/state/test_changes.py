@@ -834,10 +834,35 @@ class Scaled:
     scale: float = 1.0
 
 
+class Slotted:
+    """An object without a ``__dict__``."""
+
+    __slots__ = ("scale",)
+
+    def __init__(self) -> None:
+        self.scale = 1.0
+
+
+class Fields:
+    """A config that finds its options past the hooks on attributes, as those of ml_collections and omegaconf do."""
+
+    def __init__(self) -> None:
+        object.__setattr__(self, "fields", {"scale": 1.0})
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return object.__getattribute__(self, "fields")[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self.fields[name] = value
+
+
 SHOWN = {"a": 1.0}
 PARTIAL = functools.partial(max, 1.0)
-SETTINGS = ConfigParser()
-SETTINGS.read_dict({"a": {"b": "1"}})
+PARSED = ConfigParser()
+PARSED.read_dict({"a": {"b": "1"}})
 ONE, THREE = functools.cache(lambda: 1.0), functools.cache(lambda: 3.0)
 DATA: dict[str, tuple[Any, Callable[[Any], Any], Callable[[Any], float]]] = {
     "numpy": (np.ones(2), lambda it: it.fill(3.0), lambda it: float(it[0])),
@@ -851,7 +876,11 @@ DATA: dict[str, tuple[Any, Callable[[Any], Any], Callable[[Any], float]]] = {
     "a user's dict": (UserDict(a=1.0), lambda it: it.update(a=3.0), lambda it: it["a"]),
     "a user's list": (UserList([1.0]), lambda it: it.append(3.0), sum),
     "attribute of a partial": (PARTIAL, lambda it: setattr(it, "scale", 3.0), lambda it: getattr(it, "scale", 1.0)),
-    "a file of settings": (SETTINGS, lambda it: it.set("a", "b", "3"), lambda it: it.getfloat("a", "b")),
+    "a file of settings": (PARSED, lambda it: it.set("a", "b", "3"), lambda it: it.getfloat("a", "b")),
+    "an object with slots": (Slotted(), lambda it: setattr(it, "scale", 3.0), lambda it: it.scale),
+    "slots in a list": ([Slotted()], lambda it: setattr(it[0], "scale", 3.0), lambda it: it[0].scale),
+    "a config of fields": (Fields(), lambda it: setattr(it, "scale", 3.0), lambda it: it.scale),
+    "an option that comes": (Fields(), lambda it: setattr(it, "a", 3.0), lambda it: getattr(it, "a", 1.0)),
     "a number in C": (ctypes.c_double(1.0), lambda it: setattr(it, "value", 3.0), lambda it: it.value),
 }
 
@@ -905,6 +934,25 @@ def attribute_of_a_function_that_a_module_holds() -> Iterator[Step]:
     model.second.held = lambda: None
     yield step(model)
     model.second.held.factor = 3.0
+    yield step(model)
+
+
+@kind
+def attribute_of_a_parameter() -> Iterator[Step]:
+    model = Net(lambda self, h: h * getattr(self.linear.weight, "factor", 1.0) * self.linear.bias.factor)
+    model.second.linear.bias.factor = 2.0  # type: ignore[assignment]
+    yield step(model)
+    model.second.linear.bias.factor = 3.0  # type: ignore[assignment]
+    yield step(model)
+    model.second.linear.weight.factor = 4.0  # type: ignore[assignment]
+    yield step(model)
+
+
+@kind
+def attribute_of_a_buffer() -> Iterator[Step]:
+    model = Net(lambda self, h: h * self.shift.factor if hasattr(self.shift, "factor") else h)
+    yield step(model)
+    model.second.shift.factor = 3.0
     yield step(model)
 
 
