@@ -157,8 +157,9 @@ class Reads:
             place = Attribute(owner, name, self._label(owner) + name)
             self.places.setdefault((id(owner), name), place if state is _NO_DICT else Entry(state, name, place.label))
             if hasattr(type(owner), "__getattr__") and not isinstance(owner, nn.Module):
-                for each, value in [*state.items()]:  # it may give what is there, past the hooks
-                    self._see(owner, each, value)
+                for each, value in [*state.items()]:  # it may look into its tables past the hooks
+                    if isinstance(value, dict):
+                        self._see(owner, each, value)
             return
         if not any(name in state.get(table, ()) for table in ("_parameters", "_buffers", "_modules")):
             self.found.setdefault((id(owner), name), (Attribute(owner, name, self._label(owner) + name), MISSING))
