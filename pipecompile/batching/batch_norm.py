@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 import torch.nn.functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipecompile.capture import Captured
 from pipecompile.capture.origin import origin_of
@@ -31,6 +32,15 @@ _ARGUMENTS: Mapping[Any, tuple[str, ...]] = {
 def uses_batch_statistics(node: fx.Node) -> bool:
     """Whether a node is a batch normalization in training, or one without running statistics."""
     return node.target in _ARGUMENTS and bool(_given(node).get("training", False))
+
+
+def norms_kept_whole(captured: Captured) -> tuple[str, ...]:
+    """The batch normalizations that are leaves: one without momentum reads its counter, by which it moves.
+
+    Such a module normalizes by the statistics of each microbatch, and counts microbatches, as its own code does.
+    """
+    targets = [str(node.target) for node in captured.graph.nodes if node.op == "call_module"]
+    return tuple(target for target in targets if isinstance(captured.model.get_submodule(target), _BatchNorm))
 
 
 def defer_running(captured: Captured) -> Captured:

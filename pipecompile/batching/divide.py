@@ -192,12 +192,16 @@ class _Divider:
         first = next((n for n in self.tail_nodes if self._begins_mixing(n) and n in ancestors([node])), node)
         path = origin_of(first).path
         accept = f", or let this module see one microbatch at a time: batching=Batching(allow_mixing=[{path!r}])"
+        if not path:
+            accept = (
+                ", or, if a sample's result depends on it alone, move this into a module, which is tried out on samples"
+            )
         why, instead = _why(self.analysis.kinds[node])
         if instead:
             raise CaptureError(f"{origin_of(first)}: {why}; {instead}, or use microbatches=1")
         raise CaptureError(
             f"{origin_of(first)}: samples of the batch mix here ({why}), and the result goes through {reached}; "
-            f"use microbatches=1{accept if path else ''}"
+            f"use microbatches=1{accept}"
         )
 
     def _stages_have_work(self) -> bool:

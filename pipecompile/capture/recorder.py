@@ -289,7 +289,10 @@ class Recorder(TorchFunctionMode):
             return self.values.read(node)
         except DependsOnData as error:
             keep = self.scopes.keep_whole
-            raise DependsOnData(f"{self.scopes.here}: {error}; {keep}, or compute it from inputs") from error
+            raise DependsOnData(
+                f"{self.scopes.here}: {error}; {keep}, or compute it from inputs; a number that is only logged is read "
+                f"after the call: store the tensor (detached) in an attribute, or return it"
+            ) from error
 
     def _counts(self, masks: Sequence[Tensor]) -> bool:
         """Whether entries are counted of masks on whose values the size of a result depends."""

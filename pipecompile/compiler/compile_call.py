@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipecompile.batching import Division, Rows, defer_running, divide, twins_differ, undivided
+from pipecompile.batching import Division, Rows, defer_running, divide, norms_kept_whole, twins_differ, undivided
 from pipecompile.capture import Call, Captured, capture, summarize
 from pipecompile.capture.ancestors import ancestors
 from pipecompile.capture.batch_dims import rows_elsewhere
@@ -329,12 +329,15 @@ def _divided(trace: _Tracer, rows: Rows, options: Options) -> Division:
         if differ := twins_differ(small, large):
             warnings.warn(f"{differ}; every batch of {call.batch} rows is run as one microbatch", stacklevel=2)
             return undivided(whole, one_part=True)
+    allowed = options.batching.allow_mixing
     if options.batching.batch_norm == "deferred":
         alone = small is large
         small = defer_running(small)
         large = small if alone else defer_running(large)
+    else:
+        allowed = (*allowed, *norms_kept_whole(small))
     try:
-        division = divide(small, large, options.batching.allow_mixing, options.batching.out_dims)
+        division = divide(small, large, allowed, options.batching.out_dims)
     except CaptureError:
         if len(rows) == 1:
             return _of_one_row(whole)  # such as all tokens of a batch without padding

@@ -200,6 +200,23 @@ class Reads(nn.Module):
         return self.last(self.norm(self.first(x))).square().mean() + self.norm.running_mean.sum()
 
 
+def test_without_momentum_statistics_are_the_average_of_those_of_microbatches() -> None:
+    torch.manual_seed(0)
+    model = Deep(momentum=None).double()
+    unsplit, pipe = deepcopy(model), pipecompile.compile(model, ["cpu", "cpu"], microbatches=3, costs="count")
+    for _ in range(3):
+        x = torch.randn(6, 2, 6, 6, dtype=torch.float64)
+        output, expected = pipe(x), torch.cat([unsplit(part) for part in x.split(2)])
+        torch.testing.assert_close(output, expected)
+        output.square().sum().backward()
+        expected.square().sum().backward()
+    gradients = dict(unsplit.named_parameters())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name].grad, msg=name)
+    assert model.first.num_batches_tracked == 9
+    torch.testing.assert_close(dict(model.named_buffers()), dict(unsplit.named_buffers()))
+
+
 def test_deferred_statistics_that_the_model_reads_are_refused() -> None:
     pipe = pipecompile.compile(
         Reads(), ["cpu", "cpu"], microbatches=3, batching=pipecompile.Batching(batch_norm="deferred")

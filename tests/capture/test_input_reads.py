@@ -142,6 +142,7 @@ class GuardsAgainstNan(nn.Module):
 def test_a_read_in_the_models_own_forward_is_not_advised_to_keep_the_model_whole() -> None:
     pipe = pipecompile.compile(GuardsAgainstNan(), ["cpu", "cpu"], microbatches=2, costs="count")
     with pytest.raises(
-        pipecompile.CaptureError, match=r"own forward.*'first\.\w+', which training changes; move it into a module"
+        pipecompile.CaptureError,
+        match=r"own forward.*'first\.\w+', which training changes; move it into a module.*store the tensor",
     ):
         pipe(torch.randn(4, 4))

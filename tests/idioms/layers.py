@@ -205,13 +205,18 @@ class InstanceNormTracked(Wrapped):
         return self.norm(h)
 
 
-@idiom(takes(4, D), refused_parts="samples")
+@idiom(takes(4, D))
 class CumulativeBatchNorm(Wrapped):
-    """A batch norm without momentum, which reads its counter."""
+    """A batch norm without momentum that stays in evaluation (in training, it is tested with the others)."""
 
     def __init__(self) -> None:
         super().__init__()
         self.norm = nn.BatchNorm1d(4, momentum=None)
+
+    def train(self, mode: bool = True) -> CumulativeBatchNorm:
+        super().train(mode)
+        self.norm.eval()
+        return self
 
     def middle(self, h: Tensor) -> Tensor:
         return self.norm(h)

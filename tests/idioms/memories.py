@@ -242,7 +242,7 @@ class WritesThroughChunks(Wrapped):
 
 @idiom(takes(5, D))
 class WritesWithOut(Wrapped):
-    """``out=`` into slices under no_grad, ``torch.cat(out=)``, ``addcmul_``, ``clamp_``, ``swapaxes`` views."""
+    """``out=`` of ``gt``, ``cat``, ``sum`` and ``max`` under no_grad, ``addcmul_``, ``clamp_``, ``swapaxes`` views."""
 
     def middle(self, h: Tensor) -> Tensor:
         with torch.no_grad():
@@ -251,7 +251,10 @@ class WritesWithOut(Wrapped):
             both = torch.empty(h.shape[0], 5, 2 * D, dtype=h.dtype)
             torch.cat([mask, mask], -1, out=both)
             both.swapaxes(1, 2)[:, :3].fill_(0.5)
-        h = h.clone()
+            total, largest = torch.empty(len(h), dtype=h.dtype), torch.empty(len(h), D, dtype=h.dtype)
+            torch.sum(h, (1, 2), out=total)
+            values, _ = torch.max(h, 1, out=(largest, torch.empty(len(h), D, dtype=torch.long)))
+        h = h + (total[:, None] * values * largest)[:, None]
         return h.addcmul_(both[..., :D], both[..., D:], value=0.3).clamp_(-1, 1)
 
 

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
 from functools import partial
-from types import BuiltinFunctionType, FrameType, FunctionType, MethodType, ModuleType, SimpleNamespace
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,13 +21,14 @@ from pipecompile.capture.state.container_proxies import Ledgers, is_stand_in, le
 from pipecompile.capture.state.fingerprints import HEAP_TYPE, RECORDS
 from pipecompile.capture.state.guards import LONGEST, MISSING, NOT_PLAIN, TORCHS_OWN, Attribute, Same, frozen
 from pipecompile.capture.state.model_state import Change, Snapshot, changes_of, restore, snapshot
+from pipecompile.capture.state.namespaces import owns_names, referent_of
 from pipecompile.capture.state.raw_data import RawData
 from pipecompile.capture.state.sources import Entry
-from pipecompile.ops.source_lines import PACKAGE
+from pipecompile.ops.source_lines import is_library
 from pipecompile.ops.torch_internals import FakeTensor
 
 _NO_HOLDERS = (Tensor, type, ModuleType, FunctionType, BuiltinFunctionType, MethodType)
-_FOREIGN = sys.stdlib_module_names | {"torch", "numpy"}  # their objects hold no options of a model
+_NO_DICT: dict[str, Any] = {}  # of an object with slots
 DEEPEST = 4  # containers within containers in which objects are looked for
 
 Key = tuple[int, str]
@@ -95,9 +96,8 @@ class Reads:
                 raise
             if name[:2] != "__":
                 reads._see(self, name, value)
-            elif name == "__dict__" and id(self) in reads.met and not _is_ours(sys._getframe(1)):
-                for each, held in [*value.items()]:  # vars(config)
-                    reads._see(self, each, held)
+            elif name == "__dict__" and reads.sees(self):
+                reads._see_dict(self, value, sys._getframe(1).f_code)
             return value
 
         original = kind.__dict__.get("__getattribute__")
@@ -126,7 +126,7 @@ class Reads:
         held = state.get(name, MISSING)
         value = ledger_of(value).original if is_stand_in(value) else self.ledgers.original(owner, name, value)
         label = f"{self._label(owner)}{name}"
-        if held is MISSING and (name in owner.__dict__ or self._is_computed(owner, name, label)):
+        if held is MISSING and (name in _dict_of(owner) or self._is_computed(owner, name, label)):
             return  # set by forward; or a property or method, whose own reads are observed
         if held is not MISSING and held is not value:
             return  # set by forward
@@ -139,12 +139,27 @@ class Reads:
         elif held is value and id(value) not in self.ledgers.made and not isinstance(value, nn.Module):
             self.found[key] = (Attribute(owner, name, label), Same(value))
 
+    def _see_dict(self, owner: Any, held: dict[str, Any], code: CodeType) -> None:
+        """Notes that code has ``vars(config)``: all that is there, and the names in the code that are not."""
+        if is_library(code.co_filename):
+            return
+        for name, value in [*held.items()]:
+            self._see(owner, name, value)
+        for name in code.co_consts:
+            if isinstance(name, str) and name.isidentifier() and name not in held:
+                self._see_missing(owner, name)
+
     def _see_missing(self, owner: Any, name: str) -> None:
         if name[:2] == "__" or id(owner) in self.made or self._state(owner) is None:
             return
-        state = object.__getattribute__(owner, "__dict__")
+        state = _dict_of(owner)
         if getattr(type(owner), "__getattr__", None) is not nn.Module.__getattr__:
-            self.places.setdefault((id(owner), name), Entry(state, name, self._label(owner) + name))
+            place = Attribute(owner, name, self._label(owner) + name)
+            self.places.setdefault((id(owner), name), place if state is _NO_DICT else Entry(state, name, place.label))
+            if hasattr(type(owner), "__getattr__") and not isinstance(owner, nn.Module):
+                for each, value in [*state.items()]:  # it may look into its tables past the hooks
+                    if isinstance(value, dict):
+                        self._see(owner, each, value)
             return
         if not any(name in state.get(table, ()) for table in ("_parameters", "_buffers", "_modules")):
             self.found.setdefault((id(owner), name), (Attribute(owner, name, self._label(owner) + name), MISSING))
@@ -167,7 +182,8 @@ class Reads:
         """Whether an attribute is a method or property of the owner's class, which an instance attribute would hide."""
         if not _is_computed(type(owner), name):
             return False
-        if not isinstance(owner, nn.Module) or name not in vars(nn.Module) or name == "forward":
+        hides = not isinstance(owner, nn.Module) or name not in vars(nn.Module) or name == "forward"
+        if hides and _dict_of(owner) is not _NO_DICT:
             self.places[id(owner), name] = Entry(owner.__dict__, name, label)
         return True
 
@@ -184,6 +200,8 @@ class Reads:
                 self.meet((value.func, value.args, value.keywords), label, depth + 1)
             case SimpleNamespace():
                 self.meet(vars(value), label, depth + 1)
+            case _ if (referent := referent_of(value)) is not None:
+                self.meet(referent, label, depth + 1)
         self._meet(value, label)
 
     def _meet(self, value: Any, label: str) -> None:
@@ -193,7 +211,7 @@ class Reads:
         if id(value) not in self.states and _holds_fakes(value):  # created by forward (an output)
             self.made.setdefault(id(value), value)
             return
-        if kind.__module__.split(".")[0] in _FOREIGN or not hasattr(value, "__dict__"):
+        if not owns_names(value):
             return
         try:
             self._watch(kind)
@@ -240,14 +258,19 @@ class Reads:
         return f"{label}." if label else ""
 
 
+def _dict_of(owner: Any) -> dict[str, Any]:
+    """Returns an object's ``__dict__``, past the hooks; ``_NO_DICT`` for one that has only slots."""
+    try:
+        held: dict[str, Any] = object.__getattribute__(owner, "__dict__")
+    except AttributeError:
+        return _NO_DICT
+    return held
+
+
 def _is_computed(kind: type, name: str) -> bool:
     """Whether a class defines an attribute by a descriptor: a method or a property."""
     found = next((base.__dict__[name] for base in kind.__mro__ if name in base.__dict__), None)
     return hasattr(type(found), "__get__")
-
-
-def _is_ours(frame: FrameType) -> bool:
-    return frame.f_code.co_filename.startswith(PACKAGE)
 
 
 def _holds_fakes(value: Any) -> bool:

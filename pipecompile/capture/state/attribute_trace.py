@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from types import FrameType
+from types import FrameType, FunctionType
 from typing import Any
 
 import torch
@@ -32,7 +32,9 @@ from pipecompile.capture.state.guards import (
     Update,
     frozen,
 )
-from pipecompile.capture.state.model_state import Change, Entries, first_tensor
+from pipecompile.capture.state.iterators import Advanced, is_iterator
+from pipecompile.capture.state.loggers import Loggers
+from pipecompile.capture.state.model_state import Change, Entries, first_tensor, named_tensors
 from pipecompile.capture.state.namespaces import owns_names, put
 from pipecompile.capture.state.python_random_trace import Drawing
 from pipecompile.capture.state.reachable import Reach
@@ -79,6 +81,7 @@ class Watch:
         self.questions: list[tuple[Update, Any]] = []
         self.drawing = Drawing(reach.generators, self.questions, follow, is_leaf)
         self.environment = Environment()
+        self.loggers = Loggers()
         self.ledgers = Ledgers(self._given, is_leaf)
         self.reads = Reads(paths, states, self.ledgers, ignored)
         self.changes: list[Change] = []
@@ -101,6 +104,7 @@ class Watch:
                 reads.watching(),
                 self.drawing.watching(),
                 self.environment.watching(),
+                self.loggers.watching(),
                 seen_in_place(),
                 self.code.ran.seen(self._begun),
             ):
@@ -116,17 +120,21 @@ class Watch:
         self.reads.made.update((id(each), each) for each in objects)
 
     def _meet_given(self) -> None:
-        """Observes objects that forward reaches without reading an attribute: hooks and arguments."""
+        """Observes objects that forward reaches without reading an attribute: hooks, arguments, those of classes."""
         for argument in self.arguments:
             self.reads.meet(argument, "an argument")
+        for owner, label, _ in self.reach.owners:
+            if isinstance(owner, type):  # an only instance that a class holds
+                for name, value in [*vars(owner).items()]:
+                    self.reads.meet(value, f"{label}.{name}")
         for module in self.model.modules():
             for table in ("_forward_hooks", "_forward_pre_hooks"):
                 for hook in module.__dict__[table].values():
                     self.reads.meet(hook, f"a hook of {type(module).__name__}")
 
-    def _given(self, value: Any) -> Any:
-        """What forward gets for an item of a container that is no container itself."""
-        return self.drawing.stand_in(self.reads.raw.meet(value))
+    def _given(self, value: Any, label: str) -> Any:
+        """What forward gets for a value that is no container."""
+        return Advanced(value, label) if is_iterator(value) else self.drawing.stand_in(self.reads.raw.meet(value))
 
     def _begun(self, frame: FrameType) -> None:
         for value, label in self.code.begun(frame, self._is_leaf()):
@@ -199,7 +207,7 @@ class Watch:
         read = dict(self.reads.found)
         for path, module in kept.items():
             read |= {key: guard for key, guard in _all_of(path, module).items() if key not in set_by_forward}
-        places = [*self.reads.places.values(), *self.environment.places.values()]
+        places = [*self.reads.places.values(), *self.environment.places.values(), *self.loggers.places.values()]
         readings = [ledger.reading() for ledger in self.ledgers.made.values()]
         readings += [Held(place, type(place.holder), (), tuple(before)) for place, _, before in self.filled]
         return Attributes(
@@ -219,7 +227,11 @@ class Watch:
         kinds = {type(owner) for owner in owners if owns_names(owner)}
         known = {known_place(change.place.owner, change.place.name) for change in self.changes}
         known |= {known_place(number.owner, number.name) for number in self.numbers}
-        return self.code.facts(kinds, known, self.ledgers.made.keys())
+        held: list[tuple[Any, str]] = [
+            (f, f.__qualname__) for _, f in self.reads.found.values() if isinstance(f, FunctionType)
+        ]
+        held += [(tensor, name) for name, tensor in named_tensors(self.model)]
+        return self.code.facts(kinds, held, known, self.ledgers.made.keys())
 
     @property
     def _known(self) -> set[int]:

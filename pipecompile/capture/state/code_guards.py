@@ -1,13 +1,13 @@
 """Guards on code: the functions that ran, and what they read other than their arguments.
 
 Each function that ran is guarded by its code and its defaults, and by the present values of what it reads: globals,
-variables of outer functions, and attributes of classes. So a replaced function in a module, a method set on a class and
-a flag set in a module are detected before the next call.
+variables of outer functions, and attributes of classes, functions and tensors. So a replaced function in a module, a
+method set on a class and a flag set in a module, on a function or on a parameter are detected before the next call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Set
+from collections.abc import Container, Iterable, Iterator, Mapping, Set
 from types import CellType, CodeType, FrameType, FunctionType
 from typing import Any
 
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from pipecompile.capture.state.executed_code import Ran
 from pipecompile.capture.state.fingerprints import HEAP_TYPE
 from pipecompile.capture.state.name_accesses import Accesses, places_read
-from pipecompile.capture.state.sources import Cell, Code, Entry, Fact, OfClass, Place
+from pipecompile.capture.state.namespaces import is_foreign
+from pipecompile.capture.state.sources import Cell, Code, Entry, Fact, Names, OfClass, Place
 
 _ALWAYS = frozenset({"forward", "__call__", "__getattr__", "__getattribute__"})  # looked up without being named
 
@@ -51,11 +52,15 @@ class CodeRead:
         found = [self._of(function.__code__) for function in self.ran.functions.values()]
         return {name for it in found for name in it.stored}, {name for it in found for name in it.spelled}
 
-    def facts(self, kinds: Iterable[type], known: Set[Any], containers: Container[int]) -> list[Fact]:
+    def facts(
+        self, kinds: Iterable[type], held: Iterable[tuple[Any, str]], known: Set[Any], containers: Container[int]
+    ) -> list[Fact]:
         """Returns the present values of the places that the functions read.
 
         Args:
             kinds: Classes of objects that forward has used.
+            held: Functions and tensors that forward may have read from objects, with labels: reads of their attributes
+                are not observed.
             known: Places, by namespace and name, that are guarded elsewhere.
             containers: Containers, by identity, that are guarded elsewhere.
         """
@@ -72,6 +77,10 @@ class CodeRead:
                 places[_key(place)] = place
         classes = {*kinds, *(value for place in places.values() if _is_class(value := place.value()))}
         for place in _of_classes(classes, names):
+            places[_key(place)] = place
+        read = [value for place in places.values() if isinstance(value := place.value(), FunctionType)]
+        named = [(function, function.__qualname__) for function in (*functions, *read)]
+        for place in _of_unobserved({id(owner): (owner, label) for owner, label in (*held, *named)}, names, known):
             places[_key(place)] = place
         return [
             Fact.of(place)
@@ -97,7 +106,9 @@ def _key(place: Any) -> Any:
         case Cell():
             return id(place.cell)
         case Code():
-            return id(place.function), "code"
+            return id(place.function), Code
+        case Names():
+            return id(place.owner), Names
         case _:
             return id(getattr(place, "kind", None) or getattr(place, "owner", place)), place.name
 
@@ -119,6 +130,20 @@ def _of_classes(kinds: Iterable[type], names: set[str]) -> Iterator[OfClass]:
         own = {name for base in kind.__mro__ if base not in (nn.Module, object) for name in vars(base)}
         for name in sorted(names & (own | _ALWAYS)):
             yield OfClass(kind, name, f"{kind.__qualname__}.{name}")
+
+
+def _of_unobserved(owners: Mapping[int, tuple[Any, str]], names: Set[str], known: Set[Any]) -> Iterator[Entry | Names]:
+    """Yields the names that code mentions in functions and tensors: those that one has, and which these are."""
+    mentioned = frozenset(names)  # one set for all
+    for owner, label in owners.values():
+        if isinstance(owner, FunctionType) and is_foreign(owner.__module__):
+            continue
+        held = vars(owner)
+        for name in held.keys() & names:
+            yield Entry(held, name, f"{label}.{name}")
+        own = {key[1] for key in known if isinstance(key, tuple) and key[0] == id(held)} if known else ()
+        which = mentioned.difference(own) if own else mentioned
+        yield Names(owner, which, f"the list of attributes of {label}")
 
 
 def _is_class(value: Any) -> bool:

@@ -144,11 +144,11 @@ class Ledgers:
     """The stand-ins of one trace.
 
     Args:
-        other: Returns the stand-in for a value that is not a container, or the value itself.
+        other: Returns the stand-in for a value that is not a container, given its label, or the value itself.
         is_leaf: Whether a part kept whole is running.
     """
 
-    def __init__(self, other: Callable[[Any], Any], is_leaf: Callable[[], bool] = lambda: False) -> None:
+    def __init__(self, other: Callable[[Any, str], Any], is_leaf: Callable[[], bool] = lambda: False) -> None:
         self.other = other
         self.is_leaf = is_leaf
         self.made: dict[int, Ledger] = {}  # by the identity of the container
@@ -165,7 +165,7 @@ class Ledgers:
             if isinstance(owner, nn.Module) and name in TORCHS_OWN:
                 continue
             if type(value) not in _CLASSES:
-                if (stand_in := self.other(value)) is not value:
+                if (stand_in := self.other(value, label_of(owner, label, name))) is not value:
                     self._put(owner, name, stand_in, value)
                     self.others[id(owner), name, id(stand_in)] = value
                 continue

@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 from pipecompile.capture.state.containers import kind_of
-from pipecompile.capture.state.fingerprints import HEAP_TYPE, MISSING, OF_A_THREAD, imprint
+from pipecompile.capture.state.fingerprints import ASKED, HEAP_TYPE, MISSING, imprint
 from pipecompile.capture.state.identities import identities
 from pipecompile.capture.state.namespaces import Variables
-from pipecompile.capture.state.sources import Attribute, Cell, Code, Entry, OfClass
+from pipecompile.capture.state.sources import Attribute, Cell, Code, Entry, Names, OfClass
 
 FEW = 24  # a class with at most this many names is compared as a whole
 
@@ -131,10 +131,12 @@ class Sweep:
 
     def _add(self, place: Any) -> None:
         match place:
-            case _ if isinstance(place.value(), OF_A_THREAD):
+            case _ if isinstance(place.value(), ASKED):
                 self._live.append(place.value)
             case Entry():
                 self._add_name(id(place.namespace), place.namespace, place.name)
+            case Names():
+                self._add_namespace(id(vars(place.owner)), vars(place.owner))
             case OfClass():
                 self._add_class(place.kind, place.name)
             case Attribute(owner=CellType() as cell):

@@ -7,6 +7,7 @@ classes, modules, tensors, objects) by identity. Attributes of objects are guard
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from argparse import Namespace
 from array import array
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.sharedctypes import SynchronizedBase
 from types import (
     BuiltinFunctionType,
     CodeType,
@@ -48,8 +50,9 @@ SCALARS = frozenset(
 HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class created by Python code
 DEEPEST = 12  # nesting of containers; deeper values are compared by identity
 
-OF_A_THREAD = (ContextVar, threading.local)  # the same object holds another value in each thread or context
-RECORDS = (SimpleNamespace, Namespace, partial, MappingProxyType, np.ndarray, array, bytearray, *OF_A_THREAD)
+_SHARED = (ctypes._SimpleCData, ctypes.Array, SynchronizedBase)  # numbers that processes share
+ASKED = (ContextVar, threading.local, threading.Event, *_SHARED)  # the same object may hold another value
+RECORDS = (SimpleNamespace, Namespace, partial, MappingProxyType, np.ndarray, array, bytearray, *ASKED)
 _BY_IDENTITY = frozenset({FunctionType, BuiltinFunctionType, type, ModuleType, CodeType, property, Nothing})
 Meet = Callable[[Any], None]
 
@@ -101,11 +104,15 @@ def _of_object(kind: type, value: Any, meet: Meet | None, depth: int) -> Any:
     if isinstance(value, MethodType):
         return kind, Same(value.__func__), Same(value.__self__)
     if isinstance(value, partial):
-        return _of_items(kind, (), (value.func, value.args, value.keywords), meet, depth)
+        return _of_items(kind, (), (value.func, value.args, value.keywords, vars(value)), meet, depth)
     if isinstance(value, ContextVar):
         return Same(value), imprint(value.get(MISSING), meet, depth + 1)
     if isinstance(value, threading.local):
         return Same(value), imprint(dict(vars(value)), None, depth + 1)
+    if isinstance(value, threading.Event):
+        return Same(value), value.is_set()
+    if isinstance(value, _SHARED):
+        return Same(value), bytes(value.get_obj() if isinstance(value, SynchronizedBase) else value)
     if isinstance(value, SimpleNamespace | Namespace):
         return _of_items(kind, vars(value), [*vars(value).items()], meet, depth)
     if not hasattr(value, "__dict__") and (slots := _slots(kind)):

@@ -80,10 +80,16 @@ def fakes_of(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> di
 
 
 def fake_of(tensor: Tensor, mode: FakeTensorMode, device: torch.device) -> Tensor:
-    """Returns a fake of a tensor on ``device``.
+    """Returns a fake of a tensor on ``device``, with the attributes that the user has set on the tensor.
 
     Dense for a sparse tensor, as few fake kernels accept sparse fakes, and for one whose memory is in another process.
     """
+    fake = _fake_of(tensor, mode, device)
+    vars(fake).update({name: value for name, value in vars(tensor).items() if name not in vars(fake)})
+    return fake
+
+
+def _fake_of(tensor: Tensor, mode: FakeTensorMode, device: torch.device) -> Tensor:
     if tensor.layout != torch.strided or is_away(tensor):
         with mode, torch.no_grad():
             dense = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)

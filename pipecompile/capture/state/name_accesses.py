@@ -11,6 +11,7 @@ from functools import lru_cache
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
+from pipecompile.capture.state.namespaces import is_foreign
 from pipecompile.capture.state.sources import Attribute, Entry, OfClass, Place
 
 _GLOBAL = frozenset({"LOAD_GLOBAL", "LOAD_NAME"})
@@ -127,7 +128,8 @@ def global_place(namespace: dict[str, Any], name: str) -> Entry:
 def along(place: Place, chain: Sequence[str]) -> Iterator[Place]:
     """Yields the places along a chain of attributes, as far as these are in files, classes and functions.
 
-    Attributes of other objects are observed while forward reads them.
+    Attributes of other objects are observed while forward reads them, but not those of the objects of the standard
+    library, such as the level of a logger.
     """
     yield place
     for name in chain:
@@ -137,6 +139,8 @@ def along(place: Place, chain: Sequence[str]) -> Iterator[Place]:
             place = Entry(vars(value), name, label) if plain else Attribute(value, name, label)
         elif isinstance(value, type):
             place = OfClass(value, name, label)
+        elif is_foreign(type(value).__module__) and name in getattr(value, "__dict__", ()):
+            place = Entry(vars(value), name, label)
         else:
             return
         yield place
@@ -146,6 +150,9 @@ def places_read(accesses: Accesses, namespace: dict[str, Any], outer: Callable[[
     """Yields the places that a function reads; ``outer`` returns the place of a variable of an outer function."""
     for name, *rest in accesses.of_globals:
         yield from along(global_place(namespace, name), rest)
+        if name == "globals" and name not in namespace:  # all, if the name is computed: globals()[name]
+            for each in accesses.attributes & namespace.keys() or [*namespace]:
+                yield global_place(namespace, each)
     for name, *rest in accesses.of_outer:
         place = outer(name)
         if place is not None:

@@ -9,18 +9,19 @@ import os
 import sys
 import threading
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from functools import lru_cache
 from types import CellType, FunctionType, ModuleType
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import ProxyTypes, WeakKeyDictionary, ref
 
-from torch import nn
+from torch import Tensor, nn
 
 FOREIGN = sys.stdlib_module_names | {"torch", "numpy", "scipy", "sympy", "pipecompile"}  # hold no state of a model
 _OF_EVERY_CLASS = ("__dict__", "__weakref__")  # slots without a name of their own
 _INSTALLED = frozenset({"site-packages", "dist-packages"})
 _PLAIN = frozenset(
-    {"types", "argparse", "weakref", "collections", "_thread"}
+    {"types", "argparse", "weakref", "collections", "configparser", "_thread"}
 )  # instances of their classes may hold model state
 _EXAMINED: WeakKeyDictionary[ModuleType, int] = WeakKeyDictionary()  # files without torch: their number of variables
 _SLOTTED: WeakKeyDictionary[type, tuple[str, ...]] = WeakKeyDictionary()  # results of _find_slots
@@ -79,6 +80,20 @@ def owns_names(value: Any) -> bool:
     if isinstance(value, (type, ModuleType)) or (_dict_of(value) is None and next(_slots(value), None) is None):
         return False
     return not is_foreign(kind.__module__) or kind.__module__ in _PLAIN
+
+
+def referent_of(value: Any) -> Any:
+    """Returns the object that a weak reference or a weak proxy is of; None for other values and for a dead one.
+
+    Recurrent layers refer weakly to their weights, also to fakes of them after a trace: tensors are not followed.
+    """
+    referent = None
+    if isinstance(value, ref):
+        referent = value()
+    elif type(value) in ProxyTypes:
+        with suppress(ReferenceError):
+            referent = value.__init__.__self__
+    return None if isinstance(referent, Tensor) else referent
 
 
 def label_of(owner: Any, label: str, name: str) -> str:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from pipecompile.capture.state.containers import contents, kind_of
-from pipecompile.capture.state.namespaces import file_of, has_no_models, is_foreign, names_of, owns_names
+from pipecompile.capture.state.namespaces import file_of, has_no_models, is_foreign, names_of, owns_names, referent_of
 
 MOST = 30_000  # objects, in addition to OF_A_MODULE per module; further objects are ignored
 OF_A_MODULE = 50
@@ -237,7 +237,8 @@ def _parts(value: Any) -> tuple[Any, ...]:
         case MappingProxyType():
             return tuple(value.values())
         case _:
-            return ()
+            referent = referent_of(value)
+            return () if referent is None else (referent,)
 
 
 @lru_cache(maxsize=8192)

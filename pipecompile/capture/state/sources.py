@@ -99,6 +99,18 @@ def _default(value: Any) -> Any:
 
 
 @dataclass(frozen=True, slots=True)
+class Names:
+    """Which of some names an object has as attributes: ``getattr(f, "scale", 1)`` asks for one that may be absent."""
+
+    owner: Any
+    names: frozenset[str]
+    label: str
+
+    def value(self) -> Any:
+        return frozenset(self.names & vars(self.owner).keys())
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """The return value of a function without arguments: ``torch.is_grad_enabled()``."""
 

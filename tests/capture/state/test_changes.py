@@ -9,15 +9,21 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import copy
+import ctypes
 import enum
 import functools
 import gc
+import logging
+import multiprocessing
 import os
 import threading
 import types
 import warnings
+import weakref
 from array import array
+from collections import UserDict, UserList
 from collections.abc import Callable, Iterator
+from configparser import ConfigParser
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -828,7 +834,35 @@ class Scaled:
     scale: float = 1.0
 
 
+class Slotted:
+    """An object without a ``__dict__``."""
+
+    __slots__ = ("scale",)
+
+    def __init__(self) -> None:
+        self.scale = 1.0
+
+
+class Fields:
+    """A config that finds its options past the hooks on attributes, as those of ml_collections and omegaconf do."""
+
+    def __init__(self) -> None:
+        object.__setattr__(self, "fields", {"scale": 1.0})
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return object.__getattribute__(self, "fields")[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self.fields[name] = value
+
+
 SHOWN = {"a": 1.0}
+PARTIAL = functools.partial(max, 1.0)
+PARSED = ConfigParser()
+PARSED.read_dict({"a": {"b": "1"}})
 ONE, THREE = functools.cache(lambda: 1.0), functools.cache(lambda: 3.0)
 DATA: dict[str, tuple[Any, Callable[[Any], Any], Callable[[Any], float]]] = {
     "numpy": (np.ones(2), lambda it: it.fill(3.0), lambda it: float(it[0])),
@@ -839,6 +873,15 @@ DATA: dict[str, tuple[Any, Callable[[Any], Any], Callable[[Any], float]]] = {
     "array": (array("d", [1.0]), lambda it: it.append(3.0), sum),
     "a view of a dict": (types.MappingProxyType(SHOWN), lambda it: SHOWN.update(a=3.0), lambda it: it["a"]),
     "a config by vars": (Scaled(), lambda it: setattr(it, "scale", 3.0), lambda it: vars(it)["scale"]),
+    "a user's dict": (UserDict(a=1.0), lambda it: it.update(a=3.0), lambda it: it["a"]),
+    "a user's list": (UserList([1.0]), lambda it: it.append(3.0), sum),
+    "attribute of a partial": (PARTIAL, lambda it: setattr(it, "scale", 3.0), lambda it: getattr(it, "scale", 1.0)),
+    "a file of settings": (PARSED, lambda it: it.set("a", "b", "3"), lambda it: it.getfloat("a", "b")),
+    "an object with slots": (Slotted(), lambda it: setattr(it, "scale", 3.0), lambda it: it.scale),
+    "slots in a list": ([Slotted()], lambda it: setattr(it[0], "scale", 3.0), lambda it: it[0].scale),
+    "a config of fields": (Fields(), lambda it: setattr(it, "scale", 3.0), lambda it: it.scale),
+    "an option that comes": (Fields(), lambda it: setattr(it, "a", 3.0), lambda it: getattr(it, "a", 1.0)),
+    "a number in C": (ctypes.c_double(1.0), lambda it: setattr(it, "value", 3.0), lambda it: it.value),
 }
 
 
@@ -866,6 +909,187 @@ def attribute_of_a_function() -> Iterator[Step]:
     yield step(model)
     scaled.factor = 3.0  # type: ignore[attr-defined]
     yield step(model)
+
+
+@kind
+def attribute_that_a_function_gets_later() -> Iterator[Step]:
+    def scaled(self: nn.Module, h: Tensor) -> Tensor:
+        return h * getattr(scaled, "factor", 2.0)
+
+    model = Net(scaled)
+    yield step(model)
+    scaled.factor = 3.0  # type: ignore[attr-defined]
+    yield step(model)
+    scaled.factor = 4.0  # type: ignore[attr-defined]
+    yield step(model)
+
+
+@kind
+def attribute_of_a_function_that_a_module_holds() -> Iterator[Step]:
+    def held(self: nn.Module, h: Tensor) -> Tensor:
+        function = self.held
+        return h * (function.factor if hasattr(function, "factor") else 1.0)
+
+    model = Net(held)
+    model.second.held = lambda: None
+    yield step(model)
+    model.second.held.factor = 3.0
+    yield step(model)
+
+
+@kind
+def attribute_of_a_parameter() -> Iterator[Step]:
+    model = Net(lambda self, h: h * getattr(self.linear.weight, "factor", 1.0) * self.linear.bias.factor)
+    model.second.linear.bias.factor = 2.0  # type: ignore[assignment]
+    yield step(model)
+    model.second.linear.bias.factor = 3.0  # type: ignore[assignment]
+    yield step(model)
+    model.second.linear.weight.factor = 4.0  # type: ignore[assignment]
+    yield step(model)
+
+
+@kind
+def attribute_of_a_buffer() -> Iterator[Step]:
+    model = Net(lambda self, h: h * self.shift.factor if hasattr(self.shift, "factor") else h)
+    yield step(model)
+    model.second.shift.factor = 3.0
+    yield step(model)
+
+
+LOG = logging.getLogger("pipecompile.test_changes")
+
+
+def logging_more(asked: Callable[[], Any]) -> Iterator[Step]:
+    LOG.setLevel(logging.WARNING)
+    model = Net(lambda self, h: h * (2.0 if asked() else 1.0))
+    yield step(model)
+    LOG.setLevel(logging.DEBUG)
+    yield step(model)
+
+
+@kind
+def whether_a_logger_is_enabled() -> Iterator[Step]:
+    yield from logging_more(lambda: LOG.isEnabledFor(logging.DEBUG))
+
+
+@kind
+def effective_level_of_a_logger() -> Iterator[Step]:
+    yield from logging_more(lambda: logging.getLogger(LOG.name).getEffectiveLevel() < logging.INFO)
+
+
+@kind
+def level_of_a_logger() -> Iterator[Step]:
+    yield from logging_more(lambda: LOG.level < logging.INFO)
+
+
+@kind
+def event_of_a_thread() -> Iterator[Step]:
+    model = Net(lambda self, h: h * (2.0 if self.event.is_set() else 1.0))
+    model.second.event = threading.Event()
+    yield step(model)
+    model.second.event.set()
+    yield step(model)
+
+
+@kind
+def number_that_processes_share() -> Iterator[Step]:
+    model = Net(lambda self, h: h * self.shared.value)
+    model.second.__dict__["shared"] = multiprocessing.Value("d", 1.0)
+    yield step(model)
+    model.second.shared.value = 3.0
+    yield step(model)
+
+
+def weakly_held(hold: Callable[[Any], Any], read: Callable[[Any], float]) -> Iterator[Step]:
+    settings = Scaled()
+    model = Net(lambda self, h: h * read(self.held))
+    model.second.held = hold(settings)
+    yield step(model)
+    settings.scale = 3.0
+    yield step(model)
+
+
+@kind
+def attribute_behind_a_weak_reference() -> Iterator[Step]:
+    yield from weakly_held(weakref.ref, lambda it: it().scale)
+
+
+@kind
+def attribute_behind_a_weak_proxy() -> Iterator[Step]:
+    yield from weakly_held(weakref.proxy, lambda it: it.scale)
+
+
+@kind
+def attribute_in_a_weak_table() -> Iterator[Step]:
+    yield from weakly_held(lambda it: weakref.WeakValueDictionary(a=it), lambda it: it["a"].scale)
+
+
+@kind
+def entry_of_a_modules_dict() -> Iterator[Step]:
+    model = Net(lambda self, h: h * vars(self).get("gained", 2.0))
+    yield step(model)
+    model.second.gained = 3.0
+    yield step(model)
+    model.second.gained = 4.0
+    yield step(model)
+
+
+class Gained:
+    """A descriptor of the user's own."""
+
+    def __get__(self, owner: Any, kind: Any = None) -> float:
+        return owner.__dict__.get("_gained", 1.0)
+
+    def __set__(self, owner: Any, value: float) -> None:
+        owner.__dict__["_gained"] = value
+
+
+@kind
+def descriptor_of_the_users() -> Iterator[Step]:
+    class Gains(Block):
+        gained = Gained()
+
+    model = Net()
+    model.second = Gains(lambda self, h: h * self.gained).double()
+    yield step(model)
+    model.second.gained = 3.0
+    yield step(model)
+
+
+GAIN = 1.0
+
+
+@kind
+def global_by_its_name() -> Iterator[Step]:
+    global GAIN
+    model = Net(lambda self, h: h * globals()["GAIN"])
+    yield step(model)
+    GAIN = 3.0
+    try:
+        yield step(model)
+    finally:
+        GAIN = 1.0
+
+
+class Only:
+    """A class of one instance."""
+
+    instance: Any = None
+
+    def __new__(cls) -> Only:
+        if cls.instance is None:
+            cls.instance = super().__new__(cls)
+            cls.instance.scale = 1.0
+        return cls.instance
+
+
+@kind
+def attribute_of_an_only_instance() -> Iterator[Step]:
+    Only.instance = None
+    model = Net(lambda self, h: h * Only().scale)
+    for scale in (1.0, 3.0, 4.0):
+        Only().scale = scale
+        yield step(model)
 
 
 @kind

@@ -6,6 +6,7 @@ gradient by name and what was left are held to the unsplit model's.
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -498,6 +499,16 @@ def test_no_fake_tensor_is_left_by_a_trace_that_fails(body: Callable[..., Tensor
         pipe(inputs(0))
     left = [TABLES, [*BY_MODULE.values()], _default_argument.__defaults__, vars(_function_attribute)]
     assert not tensors_in([*left, *(block.losses for block in model.blocks)])
+
+
+@pytest.mark.parametrize("make", [lambda: itertools.cycle([1.0, 2.0]), itertools.count, lambda: (i for i in (1, 2))])
+def test_an_iterator_that_forward_advances_is_refused_with_the_remedy(make: Callable[[], Any]) -> None:
+    model = Model(lambda self, h: h * next(self.turns), lambda: {"turns": make()})
+    first = [next(make())] * len(model.blocks)
+    pipe = pipecompile.compile(model, ["cpu"] * 2, costs="count")
+    with pytest.raises(CaptureError, match=r"test_left_behind.*turns, an iterator .*; count in an attribute"):
+        pipe(inputs(0))
+    assert [next(block.turns) for block in model.blocks] == first
 
 
 def test_state_that_goes_from_call_to_call_is_refused_with_the_remedy() -> None:
