@@ -13,6 +13,7 @@ import enum
 import functools
 import gc
 import os
+import sys
 import threading
 import types
 import warnings
@@ -1741,6 +1742,32 @@ def threads() -> Iterator[Step]:
     yield step(model)
     before = torch.get_num_threads()
     with setting(torch.set_num_threads, before + 1, before):
+        yield step(model)
+
+
+@kind
+def threads_asked() -> Iterator[Step]:
+    model = Net(lambda self, h: h * torch.get_num_threads())
+    yield step(model)
+    before = torch.get_num_threads()
+    with setting(torch.set_num_threads, before + 1, before):
+        yield step(model)
+
+
+@kind
+def recursion_limit_asked() -> Iterator[Step]:
+    model = Net(lambda self, h: h * (1000 / sys.getrecursionlimit()))
+    yield step(model)
+    before = sys.getrecursionlimit()
+    with setting(sys.setrecursionlimit, 2 * before, before):
+        yield step(model)
+
+
+@kind
+def folder_asked() -> Iterator[Step]:
+    model = Net(lambda self, h: h / len(os.getcwd()))
+    yield step(model)
+    with contextlib.chdir("/"):
         yield step(model)
 
 
