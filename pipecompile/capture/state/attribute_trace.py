@@ -126,7 +126,7 @@ class Watch:
 
     def _given(self, value: Any) -> Any:
         """What forward gets for an item of a container that is no container itself."""
-        return self.drawing.stand_in(self.reads.raw.meet(value))
+        return self.reads.stand_in(self.drawing.stand_in(self.reads.raw.meet(value)))
 
     def _begun(self, frame: FrameType) -> None:
         for value, label in self.code.begun(frame, self._is_leaf()):

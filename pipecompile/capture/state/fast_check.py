@@ -6,8 +6,10 @@ set again); the caller then checks closely and creates a new sweep. It never mis
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextvars import ContextVar
 from itertools import chain
 from operator import attrgetter, contains, itemgetter
 from types import CellType, FunctionType, MappingProxyType, ModuleType
@@ -17,7 +19,7 @@ import torch
 from torch import nn
 
 from pipecompile.capture.state.containers import kind_of
-from pipecompile.capture.state.fingerprints import HEAP_TYPE, MISSING, OF_A_THREAD, imprint
+from pipecompile.capture.state.fingerprints import HEAP_TYPE, MISSING, imprint
 from pipecompile.capture.state.identities import identities
 from pipecompile.capture.state.namespaces import Variables
 from pipecompile.capture.state.sources import Attribute, Cell, Code, Entry, OfClass
@@ -131,7 +133,9 @@ class Sweep:
 
     def _add(self, place: Any) -> None:
         match place:
-            case _ if isinstance(place.value(), OF_A_THREAD):
+            case _ if isinstance(place.value(), ContextVar):
+                self._live.append(place.value)
+            case Attribute(owner=threading.local()):
                 self._live.append(place.value)
             case Entry():
                 self._add_name(id(place.namespace), place.namespace, place.name)

@@ -7,7 +7,6 @@ classes, modules, tensors, objects) by identity. Attributes of objects are guard
 
 from __future__ import annotations
 
-import threading
 from argparse import Namespace
 from array import array
 from collections import deque
@@ -48,8 +47,7 @@ SCALARS = frozenset(
 HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class created by Python code
 DEEPEST = 12  # nesting of containers; deeper values are compared by identity
 
-OF_A_THREAD = (ContextVar, threading.local)  # the same object holds another value in each thread or context
-RECORDS = (SimpleNamespace, Namespace, partial, MappingProxyType, np.ndarray, array, bytearray, *OF_A_THREAD)
+RECORDS = (SimpleNamespace, Namespace, partial, MappingProxyType, np.ndarray, array, bytearray, ContextVar)
 _BY_IDENTITY = frozenset({FunctionType, BuiltinFunctionType, type, ModuleType, CodeType, property, Nothing})
 Meet = Callable[[Any], None]
 
@@ -104,8 +102,6 @@ def _of_object(kind: type, value: Any, meet: Meet | None, depth: int) -> Any:
         return _of_items(kind, (), (value.func, value.args, value.keywords), meet, depth)
     if isinstance(value, ContextVar):
         return Same(value), imprint(value.get(MISSING), meet, depth + 1)
-    if isinstance(value, threading.local):
-        return Same(value), imprint(dict(vars(value)), None, depth + 1)
     if isinstance(value, SimpleNamespace | Namespace):
         return _of_items(kind, vars(value), [*vars(value).items()], meet, depth)
     if not hasattr(value, "__dict__") and (slots := _slots(kind)):

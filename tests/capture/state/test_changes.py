@@ -17,6 +17,7 @@ import sys
 import threading
 import types
 import warnings
+import weakref
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -827,6 +828,54 @@ def local_of_a_thread() -> Iterator[Step]:
 @dataclass
 class Scaled:
     scale: float = 1.0
+
+
+class Own(threading.local):
+    def __init__(self) -> None:
+        self.scaled = Scaled()
+
+
+def of_this_thread() -> threading.local:
+    local = threading.local()
+    local.scaled = Scaled()
+    return local
+
+
+def of_this_context() -> contextvars.ContextVar[Scaled]:
+    variable = contextvars.ContextVar[Scaled]("variable")
+    variable.set(Scaled())
+    return variable
+
+
+HOLDERS: dict[str, tuple[Callable[[], Any], Callable[[Any], Scaled]]] = {
+    "a context variable": (of_this_context, lambda it: it.get()),
+    "a local of a thread": (of_this_thread, lambda it: it.scaled),
+    "a local of a thread, by vars": (of_this_thread, lambda it: vars(it)["scaled"]),
+    "a local of a thread, in a list": (lambda: [of_this_thread()], lambda it: it[0].scaled),
+    "a local of a thread, of a derived class": (Own, lambda it: it.scaled),
+}
+
+
+def object_changed(name: str) -> Iterator[Step]:
+    make, find = HOLDERS[name]
+    held = make()
+    model = Net(lambda self, h: h * find(self.held).scale)
+    model.second.held = held
+    yield step(model)
+    find(held).scale = 3.0
+    yield step(model)
+
+
+KINDS.update((f"an object in {name}", functools.partial(object_changed, name)) for name in HOLDERS)
+
+
+@kind
+def attribute_that_a_local_of_a_thread_lacked() -> Iterator[Step]:
+    model = Net(lambda self, h: h * getattr(self.held, "factor", 1.0))
+    model.second.held = Own()
+    yield step(model)
+    model.second.held.factor = 3.0
+    yield step(model)
 
 
 SHOWN = {"a": 1.0}
@@ -1969,6 +2018,40 @@ def test_a_variable_of_the_environment_that_is_not_read_may_change(monkeypatch: 
     monkeypatch.setenv("PIPECOMPILE_TEST_OTHER", "3")
     pipe(rows())
     assert len(pipe.pipeline.report.captures) == 1
+
+
+@pytest.mark.parametrize("kind", [threading.local, Own])
+def test_a_batch_that_a_local_of_a_thread_holds_is_not_kept(kind: type[threading.local]) -> None:
+    model = Net(lambda self, h: h * self.held.factor)
+    model.second.held = held = kind()
+    held.factor = 2.0
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=2, costs="count")
+    batches = []
+    for seed in range(3):
+        held.batch = rows(seed=seed)
+        batches.append(weakref.ref(held.batch))
+        torch.testing.assert_close(pipe(held.batch), model(held.batch))
+    del held.batch
+    gc.collect()
+    assert len(pipe.pipeline.report.captures) == 1
+    assert not any(batch() is not None for batch in batches)
+
+
+def test_a_local_is_read_in_the_thread_of_the_call() -> None:
+    model = Net(lambda self, h: h * OF_THIS_THREAD.factor)
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=2, costs="count")
+    torch.testing.assert_close(pipe(rows()), model(rows()))
+    losses = []
+
+    def elsewhere() -> None:
+        OF_THIS_THREAD.factor = 3.0
+        losses.extend([pipe(rows()), model(rows())])
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(pipe(rows()), model(rows()))
 
 
 def test_what_a_forward_writes_into_an_array_is_refused_and_undone() -> None:
