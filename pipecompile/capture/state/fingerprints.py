@@ -8,7 +8,6 @@ classes, modules, tensors, objects) by identity. Attributes of objects are guard
 from __future__ import annotations
 
 from argparse import Namespace
-from array import array
 from collections import deque
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -31,6 +30,7 @@ import numpy as np
 import torch
 
 from pipecompile.capture.state.containers import contents
+from pipecompile.capture.state.raw_contents import KINDS, is_raw, raw_contents
 
 
 class Nothing:
@@ -47,7 +47,7 @@ SCALARS = frozenset(
 HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class created by Python code
 DEEPEST = 12  # nesting of containers; deeper values are compared by identity
 
-RECORDS = (SimpleNamespace, Namespace, partial, MappingProxyType, np.ndarray, array, bytearray, ContextVar)
+RECORDS = (SimpleNamespace, Namespace, partial, MappingProxyType, ContextVar, *KINDS)
 _BY_IDENTITY = frozenset({FunctionType, BuiltinFunctionType, type, ModuleType, CodeType, property, Nothing})
 Meet = Callable[[Any], None]
 
@@ -85,12 +85,9 @@ def imprint(value: Any, meet: Meet | None = None, depth: int = 0) -> Any:
     if isinstance(value, set | frozenset):
         _met(value, meet)
         return kind, frozenset(imprint(item, None, depth + 1) for item in value)
-    if isinstance(value, np.ndarray):
+    if is_raw(value):
         _met(value, meet)
-        return (kind, value.shape, value.dtype, value.tobytes()) if value.dtype != object else Same(value)
-    if isinstance(value, array | bytearray):
-        _met(value, meet)
-        return kind, getattr(value, "typecode", ""), bytes(value)
+        return kind, raw_contents(value)
     return _of_object(kind, value, meet, depth)
 
 

@@ -21,6 +21,7 @@ import weakref
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import pipecompile
+from pipecompile.capture.state import raw_contents, raw_data
 from pipecompile.errors import PipecompileError
 
 D = 6
@@ -785,6 +787,17 @@ def variable_of_the_environment_by_getenv() -> Iterator[Step]:
 
 
 @kind
+def number_of_variables_of_the_environment() -> Iterator[Step]:
+    before = len(os.environ)
+    yield from set_in_the_environment(lambda: str(1 + len(os.environ) - before))
+
+
+@kind
+def names_of_variables_of_the_environment() -> Iterator[Step]:
+    yield from set_in_the_environment(lambda: str(1 + sum(name == "PIPECOMPILE_TEST_FACTOR" for name in os.environ)))
+
+
+@kind
 def variable_among_all_of_the_environment() -> Iterator[Step]:
     yield from set_in_the_environment(lambda: dict(os.environ).get("PIPECOMPILE_TEST_FACTOR", "1"))
 
@@ -884,6 +897,9 @@ DATA: dict[str, tuple[Any, Callable[[Any], Any], Callable[[Any], float]]] = {
     "numpy": (np.ones(2), lambda it: it.fill(3.0), lambda it: float(it[0])),
     "numpy in a list": ([np.ones(2)], lambda it: it[0].fill(3.0), lambda it: it[0].sum()),
     "numpy in a dict": ({"a": np.ones(2)}, lambda it: it["a"].fill(3.0), lambda it: float(it["a"][0])),
+    "a view of an array": (memoryview(np.ones(2)), lambda it: it.__setitem__(0, 3.0), lambda it: it[0]),
+    "numpy of two dimensions": (np.ones((2, 2)), lambda it: it.T.fill(3.0), lambda it: float(it.T[1].sum())),
+    "dates": (np.zeros(1, "M8[D]"), lambda it: it.fill(3), lambda it: 1.0 + it.astype(int)[0]),
     "pairs in a dict": ({"a": (ONE, "")}, lambda it: it.update(a=(THREE, "")), lambda it: it["a"][0]()),
     "bytes": (bytearray([1]), lambda it: it.append(3), sum),
     "array": (array("d", [1.0]), lambda it: it.append(3.0), sum),
@@ -894,8 +910,11 @@ DATA: dict[str, tuple[Any, Callable[[Any], Any], Callable[[Any], float]]] = {
 
 def data_changed(name: str) -> Iterator[Step]:
     given, change, read = DATA[name]
-    held = given if isinstance(given, types.MappingProxyType) else copy.deepcopy(given)
+    shared = isinstance(given, types.MappingProxyType | memoryview)
+    held = given if shared else copy.deepcopy(given)
     SHOWN["a"] = 1.0
+    if isinstance(given, memoryview):
+        given[:] = memoryview(np.ones(2))
     model = Net(lambda self, h: h * read(self.held))
     model.second.held = held
     yield step(model)
@@ -2020,6 +2039,17 @@ def test_a_variable_of_the_environment_that_is_not_read_may_change(monkeypatch: 
     assert len(pipe.pipeline.report.captures) == 1
 
 
+def test_values_of_the_environment_are_not_in_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Net(lambda self, h: h * len(os.environ["PIPECOMPILE_TEST_TOKEN"]))
+    monkeypatch.setenv("PIPECOMPILE_TEST_TOKEN", "hunter2")
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], costs="count")
+    pipe(rows())
+    monkeypatch.setenv("PIPECOMPILE_TEST_TOKEN", "hunter22")
+    pipe(rows())
+    assert pipe.pipeline.report.captures[1] == "2: os.environ['PIPECOMPILE_TEST_TOKEN'] changed"
+    assert "hunter" not in str(pipe.pipeline.report)
+
+
 @pytest.mark.parametrize("kind", [threading.local, Own])
 def test_a_batch_that_a_local_of_a_thread_holds_is_not_kept(kind: type[threading.local]) -> None:
     model = Net(lambda self, h: h * self.held.factor)
@@ -2065,6 +2095,60 @@ def test_what_a_forward_writes_into_an_array_is_refused_and_undone() -> None:
     with pytest.raises(PipecompileError, match=r"forward writes into .* in place, .*; keep the numbers in a buffer"):
         pipe(rows())
     assert model.second.counts.tolist() == [0, 0, 0]
+
+
+def test_what_a_forward_writes_into_a_large_array_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(raw_data, "LARGEST", 16)
+
+    def counts(self: Any, h: Tensor) -> Tensor:
+        self.counts[0] += 1
+        return h * self.counts[0]
+
+    model = Net(counts)
+    model.second.counts = np.zeros(3)
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], costs="count")
+    with pytest.raises(PipecompileError, match=r"\(too large to be put back\) in place, and .*; keep the numbers"):
+        pipe(rows())
+
+
+def test_a_large_array_is_guarded_by_a_digest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(raw_contents, "LARGEST", 16)
+    values = np.arange(100.0)
+    before = raw_contents.raw_contents(values)
+    assert len(before.data) < values.nbytes
+    values[50] = 0.5
+    assert raw_contents.raw_contents(values) != before
+    values[50] = 50.0
+    assert raw_contents.raw_contents(values) == before
+
+
+def test_the_guards_of_an_array_share_a_copy() -> None:
+    values = [np.arange(10.0), array("d", [1.0]), bytearray(b"abc"), memoryview(b"abc"), np.ones((2, 3)).T]
+    for value in values:
+        assert raw_contents.raw_contents(value) is (held := raw_contents.raw_contents(value)), held
+
+
+def test_a_memory_map_is_compared_by_its_file_and_never_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "table"
+    np.ones(8).tofile(path)
+    model = Net(lambda self, h: h * float(self.table[2] + np.asarray(self.row)[1]))
+    table = model.second.table = np.memmap(path, dtype=float, mode="r")
+    model.second.row = table[4:6]
+    read: list[Any] = []
+    monkeypatch.setattr(raw_contents, "_kept", read.append)
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=2, costs="count")
+    for _ in range(2):
+        torch.testing.assert_close(pipe(rows()), model(rows()))
+    assert len(pipe.pipeline.report.captures) == 1
+    writing = np.memmap(path, dtype=float, mode="r+")
+    writing[5] = 3.0
+    writing.flush()
+    os.utime(path, ns=(0, 0))  # a clock of the file system may be too coarse to tell two moments apart
+    torch.testing.assert_close(pipe(rows()), model(rows()))
+    assert len(pipe.pipeline.report.captures) == 2
+    model.second.row = table[2:4]
+    torch.testing.assert_close(pipe(rows()), model(rows()))
+    assert not read
 
 
 def test_a_global_that_hides_a_builtin_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
