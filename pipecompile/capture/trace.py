@@ -38,13 +38,14 @@ from pipecompile.capture.scopes import Scopes
 from pipecompile.capture.state.attribute_trace import Watch
 from pipecompile.capture.state.caches import filled, parts_of_caches
 from pipecompile.capture.state.container_proxies import without_stand_ins
+from pipecompile.capture.state.executed_code import QUESTIONS
 from pipecompile.capture.state.fingerprints import imprint
 from pipecompile.capture.state.guards import Attribute, Attributes
 from pipecompile.capture.state.lru_caches import forgotten
 from pipecompile.capture.state.model_state import Change, fakes_of, with_fakes, without_caches
 from pipecompile.capture.state.reachable import Reach
 from pipecompile.capture.state.restore import Noted, generators_kept
-from pipecompile.capture.state.sources import Answer, Fact
+from pipecompile.capture.state.sources import Answer, Fact, shown
 from pipecompile.errors import CaptureError, PipecompileError
 from pipecompile.ops.accelerators import factories_on
 from pipecompile.ops.away import is_away
@@ -175,13 +176,13 @@ class Trace:
         return torch.is_grad_enabled in self.recorder.ran.asked
 
     def _modes_asked(self) -> list[Fact]:
-        """Returns the answers that the trace gave about the modes of the calling thread."""
-        given = {torch.is_grad_enabled: self.gradients, torch.is_inference_mode_enabled: False}
-        return [
-            Fact(Answer(ask, f"torch.{ask.__name__}()"), imprint(answer), str(answer))
-            for ask, answer in given.items()
-            if ask in self.recorder.ran.asked
-        ]
+        """Returns the answers that the trace gave about the modes of the calling thread and of the process.
+
+        The trace sets two modes itself; the answer about any other is the present one.
+        """
+        own = {torch.is_grad_enabled: self.gradients, torch.is_inference_mode_enabled: False}
+        answers = [(ask, own[ask] if ask in own else ask()) for ask in self.recorder.ran.asked]
+        return [Fact(Answer(ask, QUESTIONS[ask]), imprint(answer), shown(answer)) for ask, answer in answers]
 
     def _frozen(self, fakes: Mapping[str, Tensor]) -> list[Change]:
         """Returns the parameters whose ``requires_grad`` forward has changed."""

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from functools import partial
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
@@ -23,7 +24,8 @@ from pipecompile.capture.state.guards import LONGEST, MISSING, NOT_PLAIN, TORCHS
 from pipecompile.capture.state.model_state import Change, Snapshot, changes_of, restore, snapshot
 from pipecompile.capture.state.namespaces import owns_names, referent_of
 from pipecompile.capture.state.raw_data import RawData
-from pipecompile.capture.state.sources import Entry
+from pipecompile.capture.state.sources import Answer, Entry, Place
+from pipecompile.capture.state.thread_locals import Local
 from pipecompile.ops.source_lines import is_library
 from pipecompile.ops.torch_internals import FakeTensor
 
@@ -56,12 +58,13 @@ class Reads:
         self.ledgers = ledgers
         self.seen = set(ignored)
         self.found: dict[Key, tuple[Attribute, Any]] = {}  # with the value before the trace, frozen
-        self.places: dict[Key, Entry | Attribute] = {}  # places to read after everything is restored
+        self.places: dict[Any, Place] = {}  # places to read after everything is restored
         self.holders: list[tuple[Any, str, Snapshot, Set[str] | None]] = []  # owners other than the model's modules
         self.met: set[int] = set()  # observed objects that modules hold
         self.made: dict[int, Any] = {}  # objects that this call alone has, kept alive for their identity
         self.originals: dict[type, Any] = {}  # watched classes: their own __getattribute__, or None
         self.raw = RawData()
+        self.locals: dict[int, Local] = {}  # stand-ins for objects of threading.local
         self.set: set[Key] = set()  # attributes of modules that were set, also to what they were
 
     @contextmanager
@@ -123,14 +126,14 @@ class Reads:
         if state is None:
             return
         self.seen.add(key)
-        held = state.get(name, MISSING)
+        held, given = state.get(name, MISSING), value
         value = ledger_of(value).original if is_stand_in(value) else self.ledgers.original(owner, name, value)
         label = f"{self._label(owner)}{name}"
         if held is MISSING and (name in _dict_of(owner) or self._is_computed(owner, name, label)):
             return  # set by forward; or a property or method, whose own reads are observed
         if held is not MISSING and held is not value:
             return  # set by forward
-        self.meet(value, label)
+        self.meet(given if type(given) is Local else value, label)
         plain = frozen(value)
         if isinstance(value, RECORDS) or (plain is NOT_PLAIN and isinstance(value, tuple)):
             self.places[key] = Attribute(owner, name, label)
@@ -152,15 +155,14 @@ class Reads:
     def _see_missing(self, owner: Any, name: str) -> None:
         if name[:2] == "__" or id(owner) in self.made or self._state(owner) is None:
             return
-        state = _dict_of(owner)
         if getattr(type(owner), "__getattr__", None) is not nn.Module.__getattr__:
-            place = Attribute(owner, name, self._label(owner) + name)
-            self.places.setdefault((id(owner), name), place if state is _NO_DICT else Entry(state, name, place.label))
+            self.places.setdefault((id(owner), name), _own(owner, name, self._label(owner) + name))
             if hasattr(type(owner), "__getattr__") and not isinstance(owner, nn.Module):
-                for each, value in [*state.items()]:  # it may look into its tables past the hooks
+                for each, value in [*_dict_of(owner).items()]:  # it may look into its tables past the hooks
                     if isinstance(value, dict):
                         self._see(owner, each, value)
             return
+        state = object.__getattribute__(owner, "__dict__")
         if not any(name in state.get(table, ()) for table in ("_parameters", "_buffers", "_modules")):
             self.found.setdefault((id(owner), name), (Attribute(owner, name, self._label(owner) + name), MISSING))
 
@@ -183,14 +185,20 @@ class Reads:
         if not _is_computed(type(owner), name):
             return False
         hides = not isinstance(owner, nn.Module) or name not in vars(nn.Module) or name == "forward"
-        if hides and _dict_of(owner) is not _NO_DICT:
-            self.places[id(owner), name] = Entry(owner.__dict__, name, label)
+        if hides and (isinstance(owner, threading.local) or _dict_of(owner) is not _NO_DICT):
+            self.places[id(owner), name] = _own(owner, name, label)
         return True
 
     def meet(self, value: Any, label: str, depth: int = 0) -> None:
         """Starts to observe an object that forward reaches, and the objects in a short list, tuple or dict."""
         value = self.raw.meet(ledger_of(value).original if is_stand_in(value) else value, label)
         match value:
+            case Local():
+                return
+            case threading.local() if type(value) is threading.local:  # found where it can have no stand-in
+                self._see_all(value)
+            case ContextVar():
+                self.meet(value.get(None), label, depth + 1)
             case dict() | list() | tuple() if len(value) <= LONGEST and depth < DEEPEST:
                 for item in [*dict.values(value)] if isinstance(value, dict) else value:
                     self.meet(item, label, depth + 1)
@@ -203,6 +211,23 @@ class Reads:
             case _ if (referent := referent_of(value)) is not None:
                 self.meet(referent, label, depth + 1)
         self._meet(value, label)
+
+    def stand_in(self, value: Any) -> Any:
+        """Returns the stand-in for a ``threading.local``, whose class cannot be watched; other values unchanged."""
+        if type(value) is not threading.local:
+            return value
+        if id(value) not in self.locals:
+            self.locals[id(value)] = Local(value, self._see, self._see_missing, self._see_all)
+            if id(value) not in self.states:
+                self._hold(value, "a threading.local")
+        return self.locals[id(value)]
+
+    def _see_all(self, local: threading.local) -> None:
+        """Notes that all attributes of a ``threading.local`` may be read."""
+        label = self.labels.get(id(local), "a threading.local")
+        self.places[id(local), None] = Answer(lambda: dict(vars(local)), label)
+        for value in [*vars(local).values()]:
+            self.meet(value, label)
 
     def _meet(self, value: Any, label: str) -> None:
         kind = type(value)
@@ -271,6 +296,14 @@ def _is_computed(kind: type, name: str) -> bool:
     """Whether a class defines an attribute by a descriptor: a method or a property."""
     found = next((base.__dict__[name] for base in kind.__mro__ if name in base.__dict__), None)
     return hasattr(type(found), "__get__")
+
+
+def _own(owner: Any, name: str, label: str) -> Place:
+    """The place of an attribute that an object has or lacks itself, whatever its class defines."""
+    if isinstance(owner, threading.local):  # has a dict in each thread
+        return Answer(lambda: vars(owner).get(name, MISSING), label)
+    state = _dict_of(owner)
+    return Attribute(owner, name, label) if state is _NO_DICT else Entry(state, name, label)
 
 
 def _holds_fakes(value: Any) -> bool:

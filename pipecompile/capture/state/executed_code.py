@@ -34,9 +34,13 @@ _GENERATED = "<"  # code that is in no file: typed at a prompt, or made from tex
 _MODULES = tuple(os.path.join(os.path.dirname(torch.__file__), "nn", part) + os.sep for part in ("modules", "utils"))
 _MODULE_ITSELF = os.path.join(_MODULES[0], "module.py")
 
-_QUESTIONS = frozenset(
-    {torch.is_grad_enabled, torch.is_inference_mode_enabled, torch.get_num_threads, sys.getrecursionlimit, os.getcwd}
-)
+QUESTIONS: dict[Any, str] = {  # with their labels for the user
+    torch.is_grad_enabled: "torch.is_grad_enabled()",
+    torch.is_inference_mode_enabled: "torch.is_inference_mode_enabled()",
+    torch.get_num_threads: "torch.get_num_threads()",
+    sys.getrecursionlimit: "sys.getrecursionlimit()",
+    os.getcwd: "os.getcwd()",
+}
 Met = Callable[[FrameType], None]
 
 
@@ -45,8 +49,7 @@ class Ran:
 
     Attributes:
         functions: The functions by identity.
-        asked: Functions that the model's own code called to ask for modes of the thread or of the process:
-            ``torch.is_grad_enabled``.
+        asked: Those of ``QUESTIONS`` that the model's own code has called, about modes of the thread or the process.
     """
 
     def __init__(self) -> None:
@@ -109,7 +112,7 @@ class Ran:
             if event == "call":
                 if id(frame.f_code) not in known:
                     begun(frame)
-            elif event == "c_call" and argument in _QUESTIONS and not is_library(frame.f_code.co_filename):
+            elif event == "c_call" and argument in QUESTIONS and not is_library(frame.f_code.co_filename):
                 asked.add(argument)
 
         return see

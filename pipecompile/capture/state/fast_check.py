@@ -6,10 +6,11 @@ set again); the caller then checks closely and creates a new sweep. It never mis
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
-from operator import attrgetter, contains, itemgetter
+from operator import attrgetter, contains, eq, itemgetter
 from types import CellType, FunctionType, MappingProxyType, ModuleType
 from typing import Any
 
@@ -20,6 +21,7 @@ from pipecompile.capture.state.containers import kind_of
 from pipecompile.capture.state.fingerprints import ASKED, HEAP_TYPE, MISSING, imprint
 from pipecompile.capture.state.identities import identities
 from pipecompile.capture.state.namespaces import Variables
+from pipecompile.capture.state.raw_contents import is_raw, raw_contents
 from pipecompile.capture.state.sources import Attribute, Cell, Code, Entry, Names, OfClass
 
 FEW = 24  # a class with at most this many names is compared as a whole
@@ -64,6 +66,7 @@ class Sweep:
         self._cells: list[Any] = []
         self._functions: list[FunctionType] = []
         self._live: list[Callable[[], Any]] = []  # values that must be computed to be compared
+        self._raw: dict[int, Any] = {}  # arrays and bytes
         for namespace in namespaces:
             self._add_namespace(id(namespace), namespace)
         for place in places:
@@ -78,6 +81,7 @@ class Sweep:
         self._expected_tensors, self._quick = [*map(_TENSOR, self._tensors)], _quick_check(self._tensors)
         self._expected_sets = [set(held) for held in self._sets.values()]
         self._expected_live = [imprint(ask()) for ask in self._live]
+        self._expected_raw = [*map(raw_contents, self._raw.values())]
 
     def follow(self) -> None:
         """Expects the present contents of the namespaces from now on, if nothing else has changed."""
@@ -105,6 +109,7 @@ class Sweep:
                 and self._tensors_hold()
                 and all(map(set.__eq__, self._sets.values(), self._expected_sets))
                 and all(imprint(ask()) == seen for ask, seen in zip(self._live, self._expected_live, strict=True))
+                and all(map(eq, map(raw_contents, self._raw.values()), self._expected_raw))
             )
         except Exception:  # something is missing or cannot be compared: the caller checks closely
             return False
@@ -132,6 +137,8 @@ class Sweep:
     def _add(self, place: Any) -> None:
         match place:
             case _ if isinstance(place.value(), ASKED):
+                self._live.append(place.value)
+            case Attribute(owner=threading.local()):
                 self._live.append(place.value)
             case Entry():
                 self._add_name(id(place.namespace), place.namespace, place.name)
@@ -198,6 +205,8 @@ class Sweep:
                 self._sequences[id(container)] = container
             case set():
                 self._sets[id(container)] = container
+            case _ if is_raw(container):
+                self._raw[id(container)] = container
             case _:
                 self._live.append(lambda: container)
 

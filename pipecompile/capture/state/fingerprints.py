@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import threading
 from argparse import Namespace
-from array import array
 from collections import deque
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -34,6 +33,7 @@ import numpy as np
 import torch
 
 from pipecompile.capture.state.containers import contents
+from pipecompile.capture.state.raw_contents import KINDS, is_raw, raw_contents
 
 
 class Nothing:
@@ -51,8 +51,8 @@ HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class created by Python code
 DEEPEST = 12  # nesting of containers; deeper values are compared by identity
 
 _SHARED = (ctypes._SimpleCData, ctypes.Array, SynchronizedBase)  # numbers that processes share
-ASKED = (ContextVar, threading.local, threading.Event, *_SHARED)  # the same object may hold another value
-RECORDS = (SimpleNamespace, Namespace, partial, MappingProxyType, np.ndarray, array, bytearray, *ASKED)
+ASKED = (ContextVar, threading.Event, *_SHARED)  # the same object may hold another value
+RECORDS = (SimpleNamespace, Namespace, partial, MappingProxyType, *KINDS, *ASKED)
 _BY_IDENTITY = frozenset({FunctionType, BuiltinFunctionType, type, ModuleType, CodeType, property, Nothing})
 Meet = Callable[[Any], None]
 
@@ -90,12 +90,9 @@ def imprint(value: Any, meet: Meet | None = None, depth: int = 0) -> Any:
     if isinstance(value, set | frozenset):
         _met(value, meet)
         return kind, frozenset(imprint(item, None, depth + 1) for item in value)
-    if isinstance(value, np.ndarray):
+    if is_raw(value):
         _met(value, meet)
-        return (kind, value.shape, value.dtype, value.tobytes()) if value.dtype != object else Same(value)
-    if isinstance(value, array | bytearray):
-        _met(value, meet)
-        return kind, getattr(value, "typecode", ""), bytes(value)
+        return kind, raw_contents(value)
     return _of_object(kind, value, meet, depth)
 
 
@@ -107,8 +104,6 @@ def _of_object(kind: type, value: Any, meet: Meet | None, depth: int) -> Any:
         return _of_items(kind, (), (value.func, value.args, value.keywords, vars(value)), meet, depth)
     if isinstance(value, ContextVar):
         return Same(value), imprint(value.get(MISSING), meet, depth + 1)
-    if isinstance(value, threading.local):
-        return Same(value), imprint(dict(vars(value)), None, depth + 1)
     if isinstance(value, threading.Event):
         return Same(value), value.is_set()
     if isinstance(value, _SHARED):

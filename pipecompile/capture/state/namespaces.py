@@ -144,10 +144,11 @@ def file_of(table: dict[str, Any]) -> Any:
 
 
 def _dict_of(value: Any) -> dict[str, Any] | None:
+    of_thread = issubclass(type(value), threading.local)  # has a dict in each thread, and may have an empty one too
     try:
-        held = object.__getattribute__(value, "__dict__")
+        held = value.__dict__ if of_thread else object.__getattribute__(value, "__dict__")
     except AttributeError:
-        held = value.__dict__ if isinstance(value, threading.local) else None  # that of this thread
+        return None
     return held if type(held) is dict else None
 
 

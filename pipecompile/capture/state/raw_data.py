@@ -1,6 +1,6 @@
-"""Numbers that Python keeps in memory of its own: numpy arrays, ``array.array`` and ``bytearray``.
+"""Raw data that forward has met: numpy arrays, ``array.array``, ``bytearray`` and views of such memory.
 
-A trace that has read one is valid while its contents are the same. What forward writes into one cannot be repeated by
+A trace that has read some is valid while its contents are the same. What forward writes there cannot be repeated by
 later calls, since no attribute and no tensor changes, so it is refused.
 """
 
@@ -13,31 +13,42 @@ from typing import Any
 
 import numpy as np
 
-from pipecompile.capture.state.fingerprints import imprint
-
-KINDS = (np.ndarray, array, bytearray)
+from pipecompile.capture.state.raw_contents import LARGEST, is_file, is_raw, raw_contents
 
 
 class RawData:
     """What one run of forward has met, with the contents before."""
 
     def __init__(self) -> None:
-        self._met: dict[int, tuple[Any, str, Any]] = {}
+        self._met: dict[int, tuple[Any, str, Any, Any]] = {}
 
     def meet(self, value: Any, label: str = "") -> Any:
         """Notes the present contents, if ``value`` is such data. Returns the value."""
-        if isinstance(value, KINDS) and id(value) not in self._met and not _holds_objects(value):
-            self._met[id(value)] = value, label or f"a {type(value).__name__}", copy(value)
+        if is_raw(value) and id(value) not in self._met and not is_file(value):
+            before = None if _bytes_in(value) > LARGEST else _copied(value)
+            self._met[id(value)] = value, label or f"a {type(value).__name__}", raw_contents(value), before
         return value
 
     def put_back(self) -> Iterator[str]:
-        """Restores the contents. Yields the labels of what has changed."""
-        for value, label, before in self._met.values():
-            if imprint(value) != imprint(before):
-                value[... if isinstance(value, np.ndarray) else slice(None)] = before
-                yield label
+        """Restores the contents, but those larger than ``LARGEST``. Yields the labels of what has changed."""
+        for value, label, contents, before in self._met.values():
+            if raw_contents(value) != contents:
+                if before is not None:
+                    _put_back(value, before)
+                yield label if before is not None else f"{label} (too large to be put back)"
 
 
-def _holds_objects(value: Any) -> bool:
-    """Whether the contents are objects, which are compared by identity."""
-    return isinstance(value, np.ndarray) and value.dtype.hasobject
+def _bytes_in(value: Any) -> int:
+    sized = isinstance(value, np.ndarray | memoryview)
+    return int(value.nbytes) if sized else len(value) * getattr(value, "itemsize", 1)
+
+
+def _copied(value: Any) -> Any:
+    return np.array(value) if isinstance(value, memoryview) else copy(value)
+
+
+def _put_back(value: Any, before: Any) -> None:
+    if isinstance(value, array | bytearray):
+        value[:] = before  # also their length
+    elif not getattr(value, "readonly", False):  # else what it is a view of was written
+        np.asarray(value)[...] = before

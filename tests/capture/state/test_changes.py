@@ -16,6 +16,7 @@ import gc
 import logging
 import multiprocessing
 import os
+import sys
 import threading
 import types
 import warnings
@@ -25,6 +26,7 @@ from collections import UserDict, UserList
 from collections.abc import Callable, Iterator
 from configparser import ConfigParser
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,6 +39,7 @@ from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import pipecompile
+from pipecompile.capture.state import raw_contents, raw_data
 from pipecompile.errors import PipecompileError
 
 D = 6
@@ -789,6 +792,17 @@ def variable_of_the_environment_by_getenv() -> Iterator[Step]:
 
 
 @kind
+def number_of_variables_of_the_environment() -> Iterator[Step]:
+    before = len(os.environ)
+    yield from set_in_the_environment(lambda: str(1 + len(os.environ) - before))
+
+
+@kind
+def names_of_variables_of_the_environment() -> Iterator[Step]:
+    yield from set_in_the_environment(lambda: str(1 + sum(name == "PIPECOMPILE_TEST_FACTOR" for name in os.environ)))
+
+
+@kind
 def variable_among_all_of_the_environment() -> Iterator[Step]:
     yield from set_in_the_environment(lambda: dict(os.environ).get("PIPECOMPILE_TEST_FACTOR", "1"))
 
@@ -859,6 +873,54 @@ class Fields:
         self.fields[name] = value
 
 
+class Own(threading.local):
+    def __init__(self) -> None:
+        self.scaled = Scaled()
+
+
+def of_this_thread() -> threading.local:
+    local = threading.local()
+    local.scaled = Scaled()
+    return local
+
+
+def of_this_context() -> contextvars.ContextVar[Scaled]:
+    variable = contextvars.ContextVar[Scaled]("variable")
+    variable.set(Scaled())
+    return variable
+
+
+HOLDERS: dict[str, tuple[Callable[[], Any], Callable[[Any], Scaled]]] = {
+    "a context variable": (of_this_context, lambda it: it.get()),
+    "a local of a thread": (of_this_thread, lambda it: it.scaled),
+    "a local of a thread, by vars": (of_this_thread, lambda it: vars(it)["scaled"]),
+    "a local of a thread, in a list": (lambda: [of_this_thread()], lambda it: it[0].scaled),
+    "a local of a thread, of a derived class": (Own, lambda it: it.scaled),
+}
+
+
+def object_changed(name: str) -> Iterator[Step]:
+    make, find = HOLDERS[name]
+    held = make()
+    model = Net(lambda self, h: h * find(self.held).scale)
+    model.second.held = held
+    yield step(model)
+    find(held).scale = 3.0
+    yield step(model)
+
+
+KINDS.update((f"an object in {name}", functools.partial(object_changed, name)) for name in HOLDERS)
+
+
+@kind
+def attribute_that_a_local_of_a_thread_lacked() -> Iterator[Step]:
+    model = Net(lambda self, h: h * getattr(self.held, "factor", 1.0))
+    model.second.held = Own()
+    yield step(model)
+    model.second.held.factor = 3.0
+    yield step(model)
+
+
 SHOWN = {"a": 1.0}
 PARTIAL = functools.partial(max, 1.0)
 PARSED = ConfigParser()
@@ -868,6 +930,9 @@ DATA: dict[str, tuple[Any, Callable[[Any], Any], Callable[[Any], float]]] = {
     "numpy": (np.ones(2), lambda it: it.fill(3.0), lambda it: float(it[0])),
     "numpy in a list": ([np.ones(2)], lambda it: it[0].fill(3.0), lambda it: it[0].sum()),
     "numpy in a dict": ({"a": np.ones(2)}, lambda it: it["a"].fill(3.0), lambda it: float(it["a"][0])),
+    "a view of an array": (memoryview(np.ones(2)), lambda it: it.__setitem__(0, 3.0), lambda it: it[0]),
+    "numpy of two dimensions": (np.ones((2, 2)), lambda it: it.T.fill(3.0), lambda it: float(it.T[1].sum())),
+    "dates": (np.zeros(1, "M8[D]"), lambda it: it.fill(3), lambda it: 1.0 + it.astype(int)[0]),
     "pairs in a dict": ({"a": (ONE, "")}, lambda it: it.update(a=(THREE, "")), lambda it: it["a"][0]()),
     "bytes": (bytearray([1]), lambda it: it.append(3), sum),
     "array": (array("d", [1.0]), lambda it: it.append(3.0), sum),
@@ -887,8 +952,11 @@ DATA: dict[str, tuple[Any, Callable[[Any], Any], Callable[[Any], float]]] = {
 
 def data_changed(name: str) -> Iterator[Step]:
     given, change, read = DATA[name]
-    held = given if isinstance(given, types.MappingProxyType) else copy.deepcopy(given)
+    shared = isinstance(given, types.MappingProxyType | memoryview)
+    held = given if shared else copy.deepcopy(given)
     SHOWN["a"] = 1.0
+    if isinstance(given, memoryview):
+        given[:] = memoryview(np.ones(2))
     model = Net(lambda self, h: h * read(self.held))
     model.second.held = held
     yield step(model)
@@ -1968,6 +2036,32 @@ def threads() -> Iterator[Step]:
         yield step(model)
 
 
+@kind
+def threads_asked() -> Iterator[Step]:
+    model = Net(lambda self, h: h * torch.get_num_threads())
+    yield step(model)
+    before = torch.get_num_threads()
+    with setting(torch.set_num_threads, before + 1, before):
+        yield step(model)
+
+
+@kind
+def recursion_limit_asked() -> Iterator[Step]:
+    model = Net(lambda self, h: h * (1000 / sys.getrecursionlimit()))
+    yield step(model)
+    before = sys.getrecursionlimit()
+    with setting(sys.setrecursionlimit, 2 * before, before):
+        yield step(model)
+
+
+@kind
+def folder_asked() -> Iterator[Step]:
+    model = Net(lambda self, h: h / len(os.getcwd()))
+    yield step(model)
+    with contextlib.chdir("/"):
+        yield step(model)
+
+
 # Arguments
 
 
@@ -2168,6 +2262,51 @@ def test_a_variable_of_the_environment_that_is_not_read_may_change(monkeypatch: 
     assert len(pipe.pipeline.report.captures) == 1
 
 
+def test_values_of_the_environment_are_not_in_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Net(lambda self, h: h * len(os.environ["PIPECOMPILE_TEST_TOKEN"]))
+    monkeypatch.setenv("PIPECOMPILE_TEST_TOKEN", "hunter2")
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], costs="count")
+    pipe(rows())
+    monkeypatch.setenv("PIPECOMPILE_TEST_TOKEN", "hunter22")
+    pipe(rows())
+    assert pipe.pipeline.report.captures[1] == "2: os.environ['PIPECOMPILE_TEST_TOKEN'] changed"
+    assert "hunter" not in str(pipe.pipeline.report)
+
+
+@pytest.mark.parametrize("kind", [threading.local, Own])
+def test_a_batch_that_a_local_of_a_thread_holds_is_not_kept(kind: type[threading.local]) -> None:
+    model = Net(lambda self, h: h * self.held.factor)
+    model.second.held = held = kind()
+    held.factor = 2.0
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=2, costs="count")
+    batches = []
+    for seed in range(3):
+        held.batch = rows(seed=seed)
+        batches.append(weakref.ref(held.batch))
+        torch.testing.assert_close(pipe(held.batch), model(held.batch))
+    del held.batch
+    gc.collect()
+    assert len(pipe.pipeline.report.captures) == 1
+    assert not any(batch() is not None for batch in batches)
+
+
+def test_a_local_is_read_in_the_thread_of_the_call() -> None:
+    model = Net(lambda self, h: h * OF_THIS_THREAD.factor)
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=2, costs="count")
+    torch.testing.assert_close(pipe(rows()), model(rows()))
+    losses = []
+
+    def elsewhere() -> None:
+        OF_THIS_THREAD.factor = 3.0
+        losses.extend([pipe(rows()), model(rows())])
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(pipe(rows()), model(rows()))
+
+
 def test_what_a_forward_writes_into_an_array_is_refused_and_undone() -> None:
     def counts(self: Any, h: Tensor) -> Tensor:
         self.counts[0] += 1
@@ -2179,6 +2318,60 @@ def test_what_a_forward_writes_into_an_array_is_refused_and_undone() -> None:
     with pytest.raises(PipecompileError, match=r"forward writes into .* in place, .*; keep the numbers in a buffer"):
         pipe(rows())
     assert model.second.counts.tolist() == [0, 0, 0]
+
+
+def test_what_a_forward_writes_into_a_large_array_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(raw_data, "LARGEST", 16)
+
+    def counts(self: Any, h: Tensor) -> Tensor:
+        self.counts[0] += 1
+        return h * self.counts[0]
+
+    model = Net(counts)
+    model.second.counts = np.zeros(3)
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], costs="count")
+    with pytest.raises(PipecompileError, match=r"\(too large to be put back\) in place, and .*; keep the numbers"):
+        pipe(rows())
+
+
+def test_a_large_array_is_guarded_by_a_digest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(raw_contents, "LARGEST", 16)
+    values = np.arange(100.0)
+    before = raw_contents.raw_contents(values)
+    assert len(before.data) < values.nbytes
+    values[50] = 0.5
+    assert raw_contents.raw_contents(values) != before
+    values[50] = 50.0
+    assert raw_contents.raw_contents(values) == before
+
+
+def test_the_guards_of_an_array_share_a_copy() -> None:
+    values = [np.arange(10.0), array("d", [1.0]), bytearray(b"abc"), memoryview(b"abc"), np.ones((2, 3)).T]
+    for value in values:
+        assert raw_contents.raw_contents(value) is (held := raw_contents.raw_contents(value)), held
+
+
+def test_a_memory_map_is_compared_by_its_file_and_never_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "table"
+    np.ones(8).tofile(path)
+    model = Net(lambda self, h: h * float(self.table[2] + np.asarray(self.row)[1]))
+    table = model.second.table = np.memmap(path, dtype=float, mode="r")
+    model.second.row = table[4:6]
+    read: list[Any] = []
+    monkeypatch.setattr(raw_contents, "_kept", read.append)
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=2, costs="count")
+    for _ in range(2):
+        torch.testing.assert_close(pipe(rows()), model(rows()))
+    assert len(pipe.pipeline.report.captures) == 1
+    writing = np.memmap(path, dtype=float, mode="r+")
+    writing[5] = 3.0
+    writing.flush()
+    os.utime(path, ns=(0, 0))  # a clock of the file system may be too coarse to tell two moments apart
+    torch.testing.assert_close(pipe(rows()), model(rows()))
+    assert len(pipe.pipeline.report.captures) == 2
+    model.second.row = table[2:4]
+    torch.testing.assert_close(pipe(rows()), model(rows()))
+    assert not read
 
 
 def test_a_global_that_hides_a_builtin_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:

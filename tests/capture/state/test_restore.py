@@ -254,6 +254,10 @@ def test_what_other_threads_write_is_not_state_of_the_model() -> None:
     assert not any(isinstance(owner, Thread) for owner in owners)
 
 
+class Own(threading.local):
+    """A local of a thread that has a dict of its own, besides that of the thread."""
+
+
 class Counts(Thread):
     """A thread that never starts: an object like any other."""
 
@@ -270,7 +274,7 @@ class Counting(nn.Module):
         return self.last(self.first(x).tanh() * self.counter.calls).sum()
 
 
-@pytest.mark.parametrize("kind", [threading.local, Counts])
+@pytest.mark.parametrize("kind", [threading.local, Own, Counts])
 def test_an_object_of_threading_that_no_thread_runs_is_state_of_the_model(kind: Callable[[], Any]) -> None:
     torch.manual_seed(0)
     eager = Counting(kind())
