@@ -235,7 +235,7 @@ def test_nothing_of_a_call_lives_on_with_nobody_to_use_it(net: type[nn.Module], 
 def test_a_pipeline_is_freed_with_its_threads() -> None:
     pipe = pipe_of()
     works(pipe, pipe.pipeline.model)
-    threads = [thread for lane in pipe.pipeline._session.lanes.values() for thread in lane.thread._threads]
+    threads = [lane.thread.thread for lane in pipe.pipeline._session.lanes.values()]
     alive = weakref.ref(pipe)
     del pipe
     gc.collect()
