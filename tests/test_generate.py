@@ -163,10 +163,31 @@ def test_prefix_tuning_trains_and_does_not_generate() -> None:
         loss.backward()
         found.append((loss.detach(), {name: p.grad for name, p in tuned.named_parameters() if p.requires_grad}))
         if module is pipe:
-            with pytest.raises(CaptureError, match="the call has 2 key-value caches"):
+            with pytest.raises(CaptureError, match=r"2 key-value caches.*; pass one, .* prefix tuning"):
                 generated(tuned.eval())
     assert next(iter(found[1][1].values())).abs().max() > 0
     torch.testing.assert_close(*found)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.*past_key_values. is deprecated:FutureWarning")  # by PEFT
+def test_a_tuned_prefix_generates_as_the_cache_of_the_models_own_generate() -> None:
+    """The prefix is in the tokens that whole forwards choose, without any cache."""
+    pipe, model = pair("llama")
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    torch.manual_seed(0)
+    tuned = peft.get_peft_model(copy.deepcopy(model), config).double().eval()
+    prompt = prompts()["input_ids"]
+    wanted = prompt
+    for _ in range(3):
+        chosen = tuned(input_ids=wanted, attention_mask=torch.ones_like(wanted)).logits[:, -1:].argmax(-1)
+        wanted = torch.cat([wanted, chosen], 1)
+    there = torch.zeros(len(prompt), 3, dtype=torch.int64)
+    ids = torch.cat([there, prompt], 1)
+    options = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 3, "eos_token_id": None}
+    found = pipe.generate(**options, cache=tuned.get_prompt(len(prompt)))
+    assert torch.equal(found[:, 3:], wanted)
+    assert not torch.equal(wanted, pipe.generate(**{**options, "input_ids": prompt, "attention_mask": None}))
 
 
 PROMPTS: dict[str, Any] = {

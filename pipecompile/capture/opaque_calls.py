@@ -27,7 +27,7 @@ from pipecompile.ops.randomness import compared
 from pipecompile.ops.tensor_args import version
 from pipecompile.ops.torch_internals import pytree
 
-_INNER, _CALLS = "leaf.inner", "leaf.calls"  # with a dot, so no child, parameter or buffer has such a name
+_INNER, _CALLS = "leaf.inner", "leaf.calls"  # with a dot, which torch allows in no name
 CHANGING = (Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
@@ -123,8 +123,9 @@ class FunctionLeaf:
 class Leaf(nn.Module):
     """A module kept whole, inside a stage: takes tensors and sizes, returns tensors.
 
-    It has the parameters and buffers of a copy of the module under the module's own names, so that the stage can swap
-    them.
+    It has the parameters, buffers and children of a copy of the module under the module's own names, so that the stage
+    can swap them. torch looks them up as attributes, and finds those of the class first. So neither the class nor its
+    instances have a name that ``nn.Module`` does not have: a module may be called so.
 
     Args:
         calls: The recorded calls of one module; the first argument of ``forward`` selects one of them.
@@ -148,32 +149,34 @@ class Leaf(nn.Module):
         held = [(tensor, tensor.data, version(tensor)) for tensor in (*self.parameters(), *self.buffers())]
         with compared():
             out = inner(*args, **kwargs)
-        self._refuse_new_writes(call, held)
-        self._write_back(inner, held)
+        _refuse_new_writes(self, call, held)
+        _write_back(self, inner, held)
         found: tuple[Tensor, ...] = call.tensors_of(out)
         return found
 
-    def _refuse_new_writes(self, call: LeafCall, held: Sequence[tuple[Tensor, Tensor, int]]) -> None:
-        """Raises ``ExecutionError`` if the module writes to parameters but did not during the capture."""
-        written = {id(t) for t, data, before in held if version(t) != before or storage_key(t) != storage_key(data)}
-        for name, parameter in self.named_parameters():
-            if id(parameter) in written and not call.writes:
-                raise ExecutionError(
-                    f"{call.name} is kept whole and wrote to its parameter {name!r}, which it did not do when the "
-                    f"model was captured; call the module outside the pipeline for that"
-                )
 
-    def _write_back(self, inner: nn.Module, held: Sequence[tuple[Tensor, Tensor, int]]) -> None:
-        """Copies tensors that the module bound to a buffer's name or to ``.data`` into the model's own tensors."""
-        with torch.no_grad():
-            for tensor, data, _ in held:
-                if storage_key(tensor) != storage_key(data):
-                    tensor.data = data.copy_(tensor.data)
-        bound = dict(inner.named_buffers())
-        for name, buffer in self.named_buffers():
-            if name in bound and bound[name] is not buffer:
-                with torch.no_grad():
-                    buffer.copy_(bound[name])
+def _refuse_new_writes(leaf: Leaf, call: LeafCall, held: Sequence[tuple[Tensor, Tensor, int]]) -> None:
+    """Raises ``ExecutionError`` if the module writes to parameters but did not during the capture."""
+    written = {id(t) for t, data, before in held if version(t) != before or storage_key(t) != storage_key(data)}
+    for name, parameter in leaf.named_parameters():
+        if id(parameter) in written and not call.writes:
+            raise ExecutionError(
+                f"{call.name} is kept whole and wrote to its parameter {name!r}, which it did not do when the "
+                f"model was captured; call the module outside the pipeline for that"
+            )
+
+
+def _write_back(leaf: Leaf, inner: nn.Module, held: Sequence[tuple[Tensor, Tensor, int]]) -> None:
+    """Copies tensors that the module bound to a buffer's name or to ``.data`` into the model's own tensors."""
+    with torch.no_grad():
+        for tensor, data, _ in held:
+            if storage_key(tensor) != storage_key(data):
+                tensor.data = data.copy_(tensor.data)
+    bound = dict(inner.named_buffers())
+    for name, buffer in leaf.named_buffers():
+        if name in bound and bound[name] is not buffer:
+            with torch.no_grad():
+                buffer.copy_(bound[name])
 
 
 def kept_module(leaf: Leaf) -> nn.Module:

@@ -145,22 +145,23 @@ class Phases:
     @contextmanager
     def _watched(self) -> Iterator[None]:
         """A context during which a thread looks at the phases."""
-        ended = threading.Event()
-        thread = threading.Thread(target=self._watch, args=(ended,), name="pipecompile progress", daemon=True)
-        thread.start()
+        running = threading.Lock()  # an interrupt does not leave a lock locked, as it may the parts of an Event
+        thread = threading.Thread(target=self._watch, args=(running,), name="pipecompile progress", daemon=True)
         try:
-            yield
+            with running:
+                thread.start()
+                yield
         finally:
-            ended.set()
-            thread.join()
+            if thread.is_alive():
+                thread.join()
 
-    def _watch(self, ended: threading.Event) -> None:
-        if ended.wait(self.patience):
+    def _watch(self, running: threading.Lock) -> None:
+        if running.acquire(timeout=self.patience):
             return
         self.display = self.display or (Line() if sys.stderr is not None and sys.stderr.isatty() else None)
         while True:
             self.look()
-            if ended.wait(LOOKS):
+            if running.acquire(timeout=LOOKS):
                 break
         if self.display is not None:
             self.display.hide()

@@ -10,10 +10,10 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -32,6 +32,7 @@ from pipecompile.runtime.link import Content, Linked, Row, link
 from pipecompile.runtime.notes import Notes, RowNotes
 from pipecompile.runtime.out_of_memory import OutOfMemoryError
 from pipecompile.runtime.outputs import Outputs
+from pipecompile.runtime.rank_thread import Job
 from pipecompile.runtime.runner import Microbatch, Runner
 from pipecompile.runtime.transport import Aborted, Transport
 
@@ -155,6 +156,7 @@ class Executor:
         self.notes = notes
         self.mailboxes: dict[int, dict[str, Content]] = {rank: {} for rank in lanes}
         self.linked: deque[tuple[Program, Mapping[int, Sequence[Linked]]]] = deque(maxlen=LINKED)
+        self.running = False  # since a program began, until all its ranks have ended
 
     def run(
         self,
@@ -179,6 +181,8 @@ class Executor:
             ExecutionError: a stage raised; the message names the stage, instruction, module and source line. Or a
                 kernel failed that was queued before; the message names the instruction that probably did so.
         """
+        if self.running:  # an interrupt has ended the wait for the ranks that another interrupt had stopped
+            self.stop()
         self.transport.begin(microbatches)
         start = time.perf_counter()
         events = self.callers.events(t.device for m in microbatches.values() for t in m.inputs.values())
@@ -189,13 +193,16 @@ class Executor:
             rank: RankRun(linked, Row(self.lanes[rank], self.mailboxes[rank], microbatches, outputs), notes[rank])
             for rank, linked in self._linked(program).items()
         }
+        self.running = True
         try:
             failures = self._run_here(program, ranks, caller) if here else self._run_in_threads(ranks, ambient, caller)
-        except BaseException:  # a keyboard interrupt
-            self.reset()
+            stopped = self._join_callers()
+            self.running = False
+        except BaseException:  # a keyboard interrupt, between any two of these lines
+            self.stop()
             self._join_callers()
             raise
-        if (stopped := self._join_callers()) is not None:
+        if stopped is not None:
             failures.append(stopped)
         if not failures:
             return {rank: RowRun(run.start, run.first, run.spans, sum(run.row.sent)) for rank, run in ranks.items()}
@@ -229,11 +236,19 @@ class Executor:
         found.__cause__ = late[0].__cause__ or late[0]
         return found
 
+    def stop(self) -> None:
+        """Ends the jobs of all ranks, and drops every microbatch in flight."""
+        self.transport.abort()  # wakes them
+        for lane in self.lanes.values():
+            lane.thread.settle()
+        self.reset()
+
     def reset(self) -> None:
-        """Drops every microbatch in flight."""
+        """Drops every microbatch in flight, when no rank runs."""
         self.transport.reset()
         for mailbox in self.mailboxes.values():
             mailbox.clear()
+        self.running = False
 
     def _linked(self, program: Program) -> Mapping[int, Sequence[Linked]]:
         """The program's rows for the ranks of this process, linked once."""
@@ -246,16 +261,12 @@ class Executor:
 
     def _run_in_threads(self, ranks: Mapping[int, RankRun], ambient: Ambient, caller: Caller) -> list[BaseException]:
         """Runs each rank in its thread; returns what they raised."""
-        jobs: list[Future[None]] = []
-        try:  # an interrupt may come between any two of these lines
-            for run in ranks.values():  # in the caller's context variables, which hold torch.compile's settings
-                jobs.append(run.row.lane.thread.submit(copy_context().run, self._run_rank, run, ambient, caller))
-            wait(jobs)
-        except BaseException:
-            self.transport.abort()  # wakes them
-            wait([run.row.lane.thread.submit(_nothing) for run in ranks.values()])  # each thread runs one job at a time
-            raise
-        return [error for error in (job.exception() for job in jobs) if error is not None]
+        jobs: list[Job] = []
+        for run in ranks.values():  # in the caller's context variables, which hold torch.compile's settings
+            jobs.append(run.row.lane.thread.start(partial(copy_context().run, self._run_rank, run, ambient, caller)))
+        for job in jobs:
+            job.wait()
+        return [job.error for job in jobs if job.error is not None]
 
     @casts_kept()
     def _run_rank(self, run: RankRun, ambient: Ambient, caller: Caller) -> None:
@@ -345,10 +356,6 @@ class Executor:
             f"more than {self.plan.num_stages} stages",
         ]
         return OutOfMemoryError(f"stage {i.stage}, {i}: {seen}; what takes less memory: {', '.join(remedies)}")
-
-
-def _nothing() -> None:
-    """What a thread does after its jobs, to show that they have ended."""
 
 
 def _turns(program: Program, ranks: Mapping[int, RankRun]) -> Iterator[int]:

@@ -22,14 +22,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from pipecompile.ops.accelerators import Mark, accelerators, copied, is_accelerator, time_mark, used_here
+from pipecompile.runtime.rank_thread import RankThread
 
 Value = Tensor | None
 Values = tuple[Value, ...]
@@ -72,8 +73,7 @@ class Lane:
 
     def renew(self) -> None:
         """Starts a new thread, as in a forked process, which does not inherit its parent's threads."""
-        name = f"pipecompile {self.device}"
-        self.thread = ThreadPoolExecutor(1, name, _settle, (self.device, self.threads))
+        self.thread = RankThread(f"pipecompile {self.device}", partial(_prepare, self.device, self.threads))
 
     @contextmanager
     def entered(self, after: Iterable[torch.Event]) -> Iterator[None]:
@@ -222,8 +222,8 @@ def _sent(value: Tensor, device: torch.device) -> Tensor:
     return copy.requires_grad_(value.requires_grad)
 
 
-def _settle(device: torch.device, threads: int) -> None:
-    """Initializes a lane's thread."""
+def _prepare(device: torch.device, threads: int) -> None:
+    """What a lane's thread does first."""
     if device.type == "cpu":
         torch.set_num_threads(threads)
 

@@ -340,7 +340,7 @@ class Session:
         """Ends the ranks' threads; the session cannot run any more."""
         self.closed = True
         for lane in self.lanes.values():
-            lane.thread.shutdown()
+            lane.thread.end()
 
     def _own(self, compiled: Compiled) -> None:
         """Takes the weights of the capture's placement, which all captures of one plan share."""

@@ -19,6 +19,7 @@ from toys import D, blocks
 from trained import WAYS, assert_trains_alike, floats
 
 import pipecompile
+from pipecompile.capture.opaque_calls import Leaf
 from pipecompile.ops.names import in_code
 
 NAMES = [
@@ -104,6 +105,31 @@ def test_any_name_may_be_that_of_a_module_kept_whole(way: dict[str, Any]) -> Non
             return x
 
     assert_trains_alike(Model(), {**way, "microbatches": 1}, steps=2)
+
+
+class Parent(nn.Module):
+    """Kept whole, with a child of that name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.own = name
+        self.add_module(name, nn.Linear(D, D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._modules[self.own](x) if x.sum() > 0 else -self._modules[self.own](x)
+
+
+def test_any_name_may_be_that_of_a_child_of_a_module_kept_whole() -> None:
+    names = ["_write_back", "_refuse_new_writes", "inner", "calls", "call", "kept"]
+    model = nn.Sequential(*(Parent(name) for name in names))
+    assert_trains_alike(model, {"stages": 2, "microbatches": 1}, steps=1)
+
+
+def test_what_stands_for_a_module_kept_whole_has_no_name_of_its_own() -> None:
+    class Empty(nn.Module):
+        pass
+
+    assert {*dir(Leaf)} == {*dir(Empty)}
 
 
 class Keyed(nn.Module):

@@ -106,7 +106,8 @@ def filled(arguments: Any, output: Any) -> Any:
     if len(given) > 1:
         raise CaptureError(
             f"the call has {len(given)} key-value caches, and a pipeline can find only one in what the model returns; "
-            f"pass one, such as an EncoderDecoderCache of two"
+            f"pass one, such as an EncoderDecoderCache of two, or for PEFT's prefix tuning the prefix alone, to the "
+            f"model's own generate (docs/trainers.md#peft)"
         )
     for cache in given:
         if next((found for found in returned if type(found) is type(cache)), None) is not cache:
