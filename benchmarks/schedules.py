@@ -53,7 +53,7 @@ if __name__ == "__main__":
     _without_torch()
 
 from pipecompile.errors import InputError
-from pipecompile.schedule.catalog import RECIPES, best, made, searched
+from pipecompile.schedule.catalog import RECIPES, best, made, searches
 from pipecompile.schedule.order import Order
 from pipecompile.schedule.replay import replay
 from pipecompile.schedule.shape import Shape, chain, v_shape
@@ -202,21 +202,19 @@ def _number(name: str, text: str, where: str) -> float:
 def results(case: Case) -> Iterator[Result]:
     """Every schedule that meets the cap, then the best."""
     size = case.p * case.n
-    passes = max(120.0, 60_000 / size) if case.p <= 8 else max(60.0, 2_400_000 / size)
-    part = 0.5 if case.p <= 8 else 0.25  # of the effort, for orders that auto may take in any case
+    passes = max(120.0, 60_000 / size) if case.p <= 8 else max(60.0, 1_200_000 / size)
+    part = 0.5  # of the effort, for orders that auto may take in any case
     orders: dict[str, Order] = {}
     for name, recipe in RECIPES.items():
         order = made(name, case.p, case.n, case.costs(recipe.shape(case.p)), case.cap, part * passes)
         if order is not None:
             orders[name] = order
     found = [*orders.values()]
-    for by_span in (True, False):
-        for shape in (chain(case.p), v_shape(case.p)):
-            order = searched(shape, case.n, case.costs(shape), case.cap, passes if by_span else part * passes, by_span)
-            if order is not None:
-                found.append(order)
-                if by_span and shape == chain(case.p):
-                    orders["zb"] = order
+    for shape in (chain(case.p), v_shape(case.p)):
+        both = searches(shape, case.n, case.costs(shape), case.cap, {True: passes, False: part * passes})
+        found += filter(None, both.values())
+        if both[True] is not None and shape == chain(case.p):
+            orders["zb"] = both[True]
     if found:
         orders["auto"] = best(found, lambda order: case.costs(order.shape))
         orders["auto-makespan"] = best(found, lambda order: case.costs(order.shape), by_span=False)

@@ -16,9 +16,11 @@ from pipecompile.errors import InputError
 from pipecompile.schedule import policy
 from pipecompile.schedule.extend import extended, shorter
 from pipecompile.schedule.improve import candidates, improve
+from pipecompile.schedule.job import job_of
 from pipecompile.schedule.order import Order, Rows
 from pipecompile.schedule.periodic import periodic, v_half, v_min
 from pipecompile.schedule.phases import dualpipe_v, in_phases, zb_v
+from pipecompile.schedule.placements import Placements
 from pipecompile.schedule.policy import Policy, merge
 from pipecompile.schedule.replay import peaks, replay
 from pipecompile.schedule.shape import Shape, chain, looped, v_shape
@@ -87,7 +89,8 @@ def made(
     order = recipe.order(num_ranks, num_microbatches)
     if recipe.memory:
         caps = tuple(min(cap, own) for own in _own_memory(order, costs))
-        improved = improve(order.shape, num_microbatches, costs, caps, [order.rows], passes=passes)
+        job = job_of(order.shape, num_microbatches, costs, caps)
+        improved = improve(Placements(job, [order.rows]), passes=passes)
         if improved is not None:
             return improved
     return order if fits(order, costs, cap) else None
@@ -101,15 +104,27 @@ def searched(
     Of many microbatches, part of the effort is for an order of fewer, whose steady state is repeated: what a search
     finds at one place in a short order, it would have to find in each period of a long one.
     """
+    return searches(shape, num_microbatches, costs, cap, {by_span: passes})[by_span]
+
+
+def searches(
+    shape: Shape, num_microbatches: int, costs: StageCosts, cap: float, passes: Mapping[bool, float]
+) -> dict[bool, Order | None]:
+    """As ``searched``, by span (True) and by makespan (False), each with its effort, from the same candidates."""
     caps, n = (cap,) * shape.num_ranks, num_microbatches
-    whole: Iterable[Rows] = ()
+    short: dict[bool, Order | None] = {}
     few = shorter(n, FILLED * shape.num_ranks) if 3 * shape.num_stages * n >= LONG else None
     if few is not None:
-        found = searched(shape, few, costs, cap, SHORT * passes * n / few, by_span)
-        if found is not None:
-            passes, whole = (1 - SHORT) * passes, extended(found, replay(found, costs).start, n)
+        short = searches(shape, few, costs, cap, {by_span: SHORT * each * n / few for by_span, each in passes.items()})
     starts = chain_of(_starts(shape, n), candidates(shape, n, costs, caps))
-    return improve(shape, n, costs, caps, starts, whole=whole, passes=passes, by_span=by_span)
+    placements = Placements(job_of(shape, n, costs, caps), starts)
+    found = {}
+    for by_span, effort in passes.items():
+        whole: Iterable[Rows] = ()
+        if (order := short.get(by_span)) is not None:
+            effort, whole = (1 - SHORT) * effort, extended(order, replay(order, costs).start, n)
+        found[by_span] = improve(placements, whole=whole, passes=effort, by_span=by_span)
+    return found
 
 
 def fits(order: Order, costs: StageCosts, cap: float) -> bool:

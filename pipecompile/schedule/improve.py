@@ -6,7 +6,7 @@
     squeeze         until it stops to help
     search          squeezes with times that are wrong at random, then with the right ones; what is better is kept
 
-All is counted in passes over the computations, so the same input gives the same order on any machine.
+The last two are counted in passes over the computations, so the same input gives the same order on any machine.
 
 Source: the first two as in Zero Bubble (Qi et al., ICLR 2024), section 3; the last is an iterated local search.
 """
@@ -15,25 +15,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, zip_longest
 from math import ceil, floor
 from random import Random
 
 from pipecompile.schedule.job import Job, job_of
 from pipecompile.schedule.list_schedule import list_schedule
 from pipecompile.schedule.order import Order, Rows
-from pipecompile.schedule.place_weights import Placed, place_weights
+from pipecompile.schedule.placements import LARGE, Placements
 from pipecompile.schedule.policy import merge, one_f_one_b
 from pipecompile.schedule.shape import Shape
-from pipecompile.schedule.squeeze import Timed, mirrored, squeeze, timed
+from pipecompile.schedule.squeeze import mirrored, squeeze
 from pipecompile.schedule.stage_costs import StageCosts, busy
+from pipecompile.schedule.timed import Placed, Timed, timed
 
-PATIENCE = (0.0, 0.5, 1.0)
-SQUEEZE_PASSES = 12  # what one squeeze costs, in passes of ``timed``
+SQUEEZE_PASSES = 6  # what one squeeze costs, in passes of ``timed``
 SQUEEZED = 8  # candidates that are squeezed
+EARLY = 4  # of those whose W wait for nothing
 SHARES = (4, 1, 1)  # of the effort of the search, around the best of them, the next and the third
 FILLING = (1.0, 1.5, 1.25, 1.125, 0.75, 0.5)  # in flight in stages that are not the first of a rank, by their depth
-LARGE = 20_000  # computations from which fewer candidates are tried
 AMPLITUDES = (0.05, 0.1, 0.2, 0.4, 0.8)  # by which times are wrong
 
 
@@ -50,42 +50,29 @@ class Budget:
 
 
 def improve(
-    shape: Shape,
-    num_microbatches: int,
-    costs: StageCosts,
-    caps: Sequence[float],
-    rows: Iterable[Rows],
+    placements: Placements,
     *,
     whole: Iterable[Rows] = (),
     passes: float = 300,
     by_span: bool = True,
     seed: int = 0,
 ) -> Order | None:
-    """The best order found from rows of F and B, or None if none of them fits into memory.
+    """The best order found from candidates, or None if none of them fits into memory.
 
     Args:
-        caps: the memory of each rank, in the unit of the costs.
-        rows: candidates; W in them are ignored.
-        whole: candidates with a W for every B, which stays where it is.
-        passes: the effort, in passes over all computations.
+        placements: candidates with their W.
+        whole: candidates with a W for every B, which stays where it is; if one of them fits, no others are made.
+        passes: the effort of the squeezes and the search, in passes over all computations.
         by_span: whether the longest span is the objective, then the makespan; or the other way around.
         seed: of the search.
     """
-    job = job_of(shape, num_microbatches, costs, caps)
-    search = _Search(
-        job=job,
-        mirror=mirrored(job),
-        by_span=by_span,
-        goal=max(busy(shape, costs, num_microbatches)) * (1 + 1e-9),
-        budget=Budget(passes),
-        random=Random(seed),
-    )
-    complete = search.fitting(whole)[:1]
-    starts = search.squeezed([*complete, *search.placed(rows)[:SQUEEZED]])
+    job = placements.job
+    search = _Search(job=job, mirror=mirrored(job), by_span=by_span, budget=Budget(passes), random=Random(seed))
+    starts = search.squeezed(search.fitting(whole)[:1] or search.placed(placements))
     if not starts:
         return None
     best = search.around(starts[: len(SHARES)])
-    order = Order(shape, num_microbatches, tuple(map(tuple, best.rows)))
+    order = Order(job.shape, job.num_microbatches, tuple(map(tuple, best.rows)))
     order.validate()
     return order
 
@@ -151,31 +138,30 @@ class _Search:
     job: Job
     mirror: Job
     by_span: bool
-    goal: float  # seconds that no order can be shorter than
     budget: Budget
     random: Random
 
-    def placed(self, rows: Iterable[Rows]) -> list[Placed]:
-        """Each candidate with its W after the best rule, if it fits into memory; the best first."""
-        job, found, seen = self.job, [], set()
-        for each in rows:
-            bare = tuple(tuple(code for code in row if code < 2 * job.cells) for row in each)
-            if bare in seen:
-                continue
-            seen.add(bare)
-            rules = PATIENCE if len(job.seconds) < LARGE else PATIENCE[1:]
-            self.budget.take(len(rules))
-            fitting = [placed for rule in rules if (placed := place_weights(job, bare, rule)) is not None]
-            found += sorted(fitting, key=self.score)[:1]
-            if found and self.is_reached(found[-1]):
-                break
-        return sorted(found, key=self.score)
+    def placed(self, placements: Placements) -> list[Placed]:
+        """The candidates to squeeze: the best, each with its W after the best rule, and some whose W wait for nothing.
+
+        The latter are longer, but leave room: where memory is scarce, a squeeze makes more of them.
+        """
+        found: list[Placed] = []
+        early: list[Placed] = []
+        for placed in placements:
+            if placed:
+                found.append(min(placed, key=self.score))
+                early.append(placed[-1])
+                if self.is_reached(found[-1]):
+                    break
+        found = sorted(found, key=self.score)[:SQUEEZED]
+        early = [it for it in sorted(early, key=self.score)[:EARLY] if it not in found]
+        return [it for both in zip_longest(found, early) for it in both if it is not None]
 
     def fitting(self, rows: Iterable[Rows]) -> list[Timed]:
         """The candidates with all W that run and fit into memory, the best first."""
         found = []
         for each in rows:
-            self.budget.take(1)
             if (run := timed(self.job, each)) is not None and self._fits(each):
                 found.append(run)
                 if self.is_reached(run):
@@ -187,13 +173,13 @@ class _Search:
         held = (accumulate(added[code] for code in row) for row in rows)
         return all(max(each) <= cap for each, cap in zip(held, self.job.caps, strict=True))
 
-    def squeezed(self, starts: Sequence[Placed | Timed]) -> list[Timed]:
+    def squeezed(self, starts: Sequence[Placed]) -> list[Timed]:
         """Each start after as many squeezes as help; the best first."""
         found: list[Timed] = []
         for placed in starts:
             here = self.timed(placed.rows)
             while not (self.is_reached(here) or any(map(self.is_reached, found))) and self.budget.take(SQUEEZE_PASSES):
-                there = self.timed(squeeze(self.job, self.mirror, here, self.by_span))
+                there = self.squeeze(here)
                 if self.score(there) >= self.score(here):
                     break
                 here = there
@@ -217,21 +203,23 @@ class _Search:
         job, mirror = replace(self.job, seconds=wrong), replace(self.mirror, seconds=wrong)
         odd = timed(job, here.rows)
         assert odd is not None
-        rows = squeeze(job, mirror, odd, self.by_span)
-        for _ in range(2):
-            rows = squeeze(self.job, self.mirror, self.timed(rows), self.by_span)
-        return self.timed(rows)
+        right = self.timed(squeeze(job, mirror, odd, self.by_span).rows)
+        return self.squeeze(self.squeeze(right))
+
+    def squeeze(self, here: Timed) -> Timed:
+        there = squeeze(self.job, self.mirror, here, self.by_span)
+        return self.timed(there.rows) if self.job.wires.is_queued else there
 
     def timed(self, rows: Rows) -> Timed:
         found = timed(self.job, rows)
         assert found is not None, "a squeeze keeps all dependencies"
         return found
 
-    def is_reached(self, each: Timed | Placed) -> bool:
-        return self.score(each)[0] <= self.goal
+    def is_reached(self, each: Placed) -> bool:
+        return self.score(each)[0] <= self.job.busy * (1 + 1e-9)
 
-    def score(self, each: Timed | Placed) -> tuple[float, float]:
-        return (each.span, each.makespan) if self.by_span else (each.makespan, each.span)
+    def score(self, each: Placed) -> tuple[float, float]:
+        return each.score(self.by_span)
 
 
 def _wrong(job: Job, random: Random) -> list[float]:

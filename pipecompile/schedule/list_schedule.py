@@ -4,6 +4,9 @@ A rank that is free takes the Backward that is ready, else a Forward, of the mic
 as the stage has fewer in flight than its limit; else a W. Limits are per stage, so no stage takes the room of another,
 and no run can stop before its end.
 
+A stage that takes its microbatches in order makes its results in order, so those after it can do the same. Only the
+next Forward and the next Backward of each stage are ever looked at.
+
 Source: list scheduling; the limits are those of 1F1B and ZB-H2 (see ``policy``), and any between.
 """
 
@@ -11,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from heapq import heappop, heappush
+from math import inf
 
 from pipecompile.schedule.job import Job
 
@@ -23,85 +27,60 @@ def list_schedule(job: Job, limits: Sequence[int], fills: bool = True) -> list[l
         limits: of each stage, the most Forwards without their Backward, at least 1.
         fills: whether W take the time of a rank that has nothing else to do.
     """
-    waits, near, sends, seconds, cells = job.wires.waits, job.wires.near, job.wires.sends, job.seconds, job.cells
-    n = cells // len(limits)
-    ranks = len(job.caps)
-    missing = [len(waits[code]) + (code >= cells) for code in range(2 * cells)]
-    reader = {slot: code for code in range(2 * cells) for slot in waits[code]}
+    readers, seconds, rank_of, cells = job.wires.readers, job.seconds, job.rank_of, job.cells
+    stages, ranks = len(limits), len(job.caps)
+    n = cells // stages
+    stages_of: list[list[int]] = [[] for _ in range(ranks)]
+    for stage in reversed(range(stages)):
+        stages_of[rank_of[stage * n]].append(stage)  # late ones first
+    forwards, backwards = [0] * stages, [0] * stages  # those that have begun
+    missing = [*(len(needs) for needs in job.wires.needs[: 2 * cells]), *([0] * cells)]  # W are not listed
+    latest = [0.0] * (3 * cells)  # arrival of what each code reads
+    ready = [inf if count else 0.0 for count in missing]
     rows: list[list[int]] = [[] for _ in range(ranks)]
-    ready: list[list[tuple[int, int, int]]] = [[] for _ in range(ranks)]  # B before F, by microbatch, late stages first
-    weights = [0] * ranks
-    in_flight = [0] * len(limits)
-    is_busy = [False] * ranks
-    events: list[tuple[float, int, int]] = []  # seconds, a rank that becomes free (or -1), a code that becomes ready
+    weights, free = [0] * ranks, [0.0] * ranks
+    wakes = [(0.0, rank) for rank in range(ranks)]  # seconds at which a rank looks at what is ready
 
-    def enter(code: int) -> int:
-        kind, cell = divmod(code, cells)
-        stage, k = divmod(cell, n)
-        heappush(ready[job.rank_of[code]], (1 - kind, k, -stage))
-        return job.rank_of[code]
+    def pick(rank: int, now: float) -> int | None:
+        picked, least = None, n
+        for stage in stages_of[rank]:
+            k = backwards[stage]
+            if k < least and ready[cells + stage * n + k] <= now:
+                picked, least = stage, k
+        if picked is not None:
+            backwards[picked] += 1
+            return cells + picked * n + least
+        for stage in stages_of[rank]:
+            k = forwards[stage]
+            if k < least and k - backwards[stage] < limits[stage] and ready[stage * n + k] <= now:
+                picked, least = stage, k
+        if picked is not None:
+            forwards[picked] += 1
+            return picked * n + least
+        return None
 
-    def pick(rank: int) -> int | None:
-        skipped, picked = [], None
-        queue = ready[rank]
-        while queue:
-            entry = heappop(queue)
-            stage = -entry[2]
-            if entry[0] == 0 or in_flight[stage] < limits[stage]:
-                in_flight[stage] += 1 if entry[0] else -1
-                picked = (1 - entry[0]) * cells + stage * n + entry[1]
-                break
-            skipped.append(entry)
-        for entry in skipped:
-            heappush(queue, entry)
-        return picked
-
-    def start(rank: int, now: float) -> None:
-        if is_busy[rank]:
-            return
-        code = pick(rank)
-        if code is None:
-            if fills and weights[rank]:
-                stage = rows[rank][-1] % cells // n
-                weights[rank] -= 1
-                is_busy[rank] = True
-                heappush(events, (now + seconds[2 * cells + stage * n], rank, -1))
-            return
-        rows[rank].append(code)
-        is_busy[rank] = True
-        done = now + seconds[code]
-        if code >= cells:
-            weights[rank] += 1
+    while wakes:
+        now, rank = heappop(wakes)
+        if now < free[rank]:
+            continue
+        code = pick(rank, now)
+        if code is not None:
+            rows[rank].append(code)
+            weights[rank] += code >= cells
+            done = free[rank] = now + seconds[code]
+            for offset, on_its_way in readers[code]:
+                reader, at = code + offset, done + on_its_way
+                if at > latest[reader]:
+                    latest[reader] = at
+                missing[reader] -= 1
+                if not missing[reader]:
+                    ready[reader] = at = latest[reader]
+                    if at >= free[rank_of[reader]]:
+                        heappush(wakes, (at, rank_of[reader]))
+        elif fills and weights[rank]:
+            weights[rank] -= 1
+            done = free[rank] = now + seconds[2 * cells + rows[rank][-1] % cells]
         else:
-            arrive(code + cells, done)
-        heappush(events, (done, rank, -1))
-        for slot in near[code]:
-            arrive(reader[slot], done)
-        for slot, transfer, _ in sends[code]:
-            arrive(reader[slot], done + transfer)
-
-    def arrive(code: int, at: float) -> None:
-        missing[code] -= 1
-        latest[code] = max(latest.get(code, 0.0), at)
-        if not missing[code]:
-            heappush(events, (latest[code], -1, code))
-
-    latest: dict[int, float] = {}
-    for code in range(cells):
-        if not missing[code]:
-            enter(code)
-    for rank in range(ranks):
-        start(rank, 0.0)
-    while events:
-        now = events[0][0]
-        touched = []
-        while events and events[0][0] <= now:
-            _, rank, code = heappop(events)
-            if code >= 0:
-                rank = enter(code)
-            else:
-                is_busy[rank] = False
-            touched.append(rank)
-        for rank in touched:
-            start(rank, now)
+            continue
+        heappush(wakes, (done, rank))
     return rows

@@ -111,16 +111,17 @@ class Order:
         shape, cells = self.shape, self.shape.num_stages * self.num_microbatches
         if len(self.rows) != shape.num_ranks:
             raise ProgramError(f"the order has {len(self.rows)} rows, but the shape has {shape.num_ranks} ranks")
+        rank_of = [rank for _ in range(3) for rank in shape.rank_of for _ in range(self.num_microbatches)]
         done = bytearray(3 * cells)
         for rank, row in enumerate(self.rows):
             for code in row:
-                op = self.op(code)
-                if shape.rank_of[op.stage] != rank:
-                    raise ProgramError(f"{op} is on rank {rank}, but stage {op.stage} is on {shape.rank_of[op.stage]}")
+                if rank_of[code] != rank:
+                    op = self.op(code)
+                    raise ProgramError(f"{op} is on rank {rank}, but stage {op.stage} is on {rank_of[code]}")
                 if done[code]:
-                    raise ProgramError(f"{op} occurs twice")
-                if op.kind != F and not done[code - cells]:
-                    before = self.op(code - cells)
+                    raise ProgramError(f"{self.op(code)} occurs twice")
+                if code >= cells and not done[code - cells]:
+                    op, before = self.op(code), self.op(code - cells)
                     raise ProgramError(
                         f"{op} is before {before}, which it needs; put {before} before it on rank {rank}"
                     )

@@ -33,7 +33,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from pipecompile.errors import DeadlockError
-from pipecompile.schedule.order import B, F, Op, Order, W, check_microbatches
+from pipecompile.schedule.order import Order, check_microbatches
 from pipecompile.schedule.replay import replay
 from pipecompile.schedule.shape import Shape
 from pipecompile.schedule.stage_costs import StageCosts
@@ -69,7 +69,8 @@ def merge(policy: Policy, shape: Shape, num_microbatches: int) -> Order:
     check_microbatches(num_microbatches)
     while True:
         rows = [_row(policy, shape, rank, num_microbatches) for rank in range(shape.num_ranks)]
-        order = Order.of(shape, num_microbatches, rows)
+        order = Order(shape, num_microbatches, tuple(rows))
+        order.validate()
         try:
             replay(order, _units(shape))
         except DeadlockError:
@@ -80,30 +81,30 @@ def merge(policy: Policy, shape: Shape, num_microbatches: int) -> Order:
         return order
 
 
-def _row(policy: Policy, shape: Shape, rank: int, n: int) -> list[Op]:
-    chunks = list(enumerate(shape.stages_of[rank]))
-    cells = [(k, chunk, stage) for chunk, stage in chunks for k in range(n)]
-    forwards = deque(sorted(cells, key=lambda cell: policy.forward_key(cell[0], cell[1])))
-    backwards = deque(sorted(cells, key=lambda cell: (policy.backward_key(cell[0], cell[1]), -cell[2])))
-    weights: deque[Op] = deque()
+def _row(policy: Policy, shape: Shape, rank: int, n: int) -> tuple[int, ...]:
+    cells = shape.num_stages * n
+    here = [(k, chunk, stage) for chunk, stage in enumerate(shape.stages_of[rank]) for k in range(n)]
+    here.sort(key=lambda cell: policy.forward_key(cell[0], cell[1]))
+    forwards = deque(stage * n + k for k, _, stage in here)
+    here.sort(key=lambda cell: (policy.backward_key(cell[0], cell[1]), -cell[2]))
+    backwards = deque(cells + stage * n + k for k, _, stage in here)
+    weights: deque[int] = deque()
     limit = policy.limit[rank]
     hold = None if policy.hold is None else policy.hold[rank]
-    row: list[Op] = []
+    row: list[int] = []
     in_flight = 0
     while backwards or weights:
         if weights and (not backwards or (hold is not None and len(weights) > hold)):
             row.append(weights.popleft())
         elif forwards and in_flight < limit:
-            k, _, stage = forwards.popleft()
-            row.append(Op(F, stage, k))
+            row.append(forwards.popleft())
             in_flight += 1
         else:
-            k, _, stage = backwards.popleft()
-            row.append(Op(B, stage, k))
+            row.append(backwards.popleft())
             in_flight -= 1
             if hold is not None:
-                weights.append(Op(W, stage, k))
-    return row
+                weights.append(row[-1] + cells)
+    return tuple(row)
 
 
 def _units(shape: Shape) -> StageCosts:

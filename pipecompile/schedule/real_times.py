@@ -16,7 +16,9 @@ from pipecompile.ir.graph import Cost
 from pipecompile.ir.halves import Halves
 from pipecompile.ir.plan import Plan
 from pipecompile.schedule.improve import improve
+from pipecompile.schedule.job import job_of
 from pipecompile.schedule.order import Op, Order, W
+from pipecompile.schedule.placements import Placements
 from pipecompile.schedule.replay import peaks, replay
 from pipecompile.schedule.shape import Shape, in_order
 from pipecompile.schedule.stage_costs import OVERHEAD, StageCosts
@@ -60,8 +62,8 @@ def with_real_times(order: Order, plan: Plan) -> Order:
 def _shorter(order: Order, shape: Shape, costs: StageCosts, splitting: tuple[float, ...]) -> Order:
     here = Order(shape, order.num_microbatches, order.rows)  # with the edges of the plan
     passes = min(MOST, max(FEWEST, EFFORT / sum(map(len, here.rows))))
-    caps = peaks(here, costs)
-    found = improve(shape, here.num_microbatches, costs, caps, [here.rows], passes=passes, by_span=False)
+    job = job_of(shape, here.num_microbatches, costs, peaks(here, costs))
+    found = improve(Placements(job, [here.rows]), passes=passes, by_span=False)
     if found is None:
         return order
     there = _ascending(found)

@@ -91,8 +91,7 @@ def replay(order: Order, costs: StageCosts) -> Replay:
     ran = run_rows(wires, order.rows, seconds)
     if not ran.is_whole(order.rows):
         _refuse(order, ran, costs)
-    end = [-1.0 if start < 0.0 else start + took for start, took in zip(ran.start, seconds, strict=True)]
-    return Replay(order, costs, ran.start, end)
+    return Replay(order, costs, ran.start, ran.end)
 
 
 def peaks(order: Order, costs: StageCosts) -> tuple[float, ...]:
@@ -114,17 +113,10 @@ def _rate(seconds: float, work: float) -> float:
 
 
 def _refuse(order: Order, ran: Ran, costs: StageCosts) -> NoReturn:
-    pairs = enumerate(zip(order.rows, ran.position, strict=True))
-    stuck = [(rank, row[at]) for rank, (row, at) in pairs if at < len(row)]
-    edges, n = order.shape.edges, order.num_microbatches
-    waits = wires_of(order.shape, n, costs).waits
+    reads = wires_of(order.shape, order.num_microbatches, costs).reads
     lines = []
-    for rank, code in stuck:
-        missing = [slot for slot in waits[code] if ran.arrived[slot] < 0.0]
-        names = []
-        for slot in missing:
-            which, k = divmod(slot, n)
-            kind, edge = divmod(which, len(edges))
-            names.append(f"{edges[edge][kind]}{'FB'[kind]}{k}")
-        lines.append(f"\n  rank {rank} waits at {order.op(code)} for {', '.join(names)}")
+    for rank, (row, at) in enumerate(zip(order.rows, ran.position, strict=True)):
+        if at < len(row):
+            missing = [order.op(row[at] + offset) for offset, _ in reads[row[at]] if ran.end[row[at] + offset] < 0.0]
+            lines.append(f"\n  rank {rank} waits at {order.op(row[at])} for {', '.join(map(str, missing))}")
     raise DeadlockError(f"no rank can continue:{''.join(lines)}")

@@ -17,17 +17,17 @@ class Ran:
 
     Attributes:
         start: by code; -1 for those that did not run.
+        end: the same.
         sequence: the codes that ran, in a sequence that keeps every dependency.
         clock: the end of each rank's last computation.
         position: how many computations of each row ran.
-        arrived: when each slot was filled; -1 for those that were not.
     """
 
     start: list[float]
+    end: list[float]
     sequence: list[int]
     clock: list[float]
     position: list[int]
-    arrived: list[float]
 
     def is_whole(self, rows: Sequence[Sequence[int]]) -> bool:
         """Whether all rows ran to their ends."""
@@ -36,40 +36,40 @@ class Ran:
 
 def run_rows(wires: Wiring, rows: Sequence[Sequence[int]], seconds: Sequence[float]) -> Ran:
     """Runs rows of codes until all ranks have ended, or wait."""
-    waits, near, sends = wires.waits, wires.near, wires.sends
+    reads, sends = wires.reads, wires.sends
     ranks = len(rows)
-    start, sequence, arrived = [-1.0] * len(seconds), list[int](), [-1.0] * wires.num_slots
+    start, end, sequence = [-1.0] * len(seconds), [-1.0] * len(seconds), list[int]()
+    sent = end if not wires.is_queued else [-1.0] * len(seconds)  # when a computation begins to send
     position, clock, sender = [0] * ranks, [0.0] * ranks, [0.0] * ranks
-    waiting: dict[int, int] = {}  # slot -> the rank that waits for it
+    waiting: dict[int, list[int]] = {}  # code -> the ranks that wait for it
     able = list(range(ranks))
     while able:
         rank = able.pop()
-        row, now, index = rows[rank], clock[rank], position[rank]
-        while index < len(row):
+        row, now = rows[rank], clock[rank]
+        for index in range(position[rank], len(row)):
             code = row[index]
             begin = now
-            for slot in waits[code]:
-                at = arrived[slot]
+            for offset, seconds_on_its_way in reads[code]:
+                at = sent[code + offset]
                 if at < 0.0:
-                    waiting[slot] = rank
                     break
+                at += seconds_on_its_way
                 if at > begin:
                     begin = at
             else:
                 start[code] = begin
+                end[code] = now = begin + seconds[code]
                 sequence.append(code)
-                now = begin + seconds[code]
-                for slot in near[code]:
-                    arrived[slot] = now
-                for slot, transfer, occupied in sends[code]:
-                    free = sender[rank]
-                    begun = now if now > free else free
-                    sender[rank] = begun + occupied
-                    arrived[slot] = begun + transfer
-                    if slot in waiting:
-                        able.append(waiting.pop(slot))
-                index += 1
+                if sent is not end:
+                    sent[code] = max(now, sender[rank])
+                    sender[rank] = sent[code] + sends[code]
+                if code in waiting:
+                    able += waiting.pop(code)
                 continue
+            waiting.setdefault(code + offset, []).append(rank)
+            position[rank] = index
             break
-        position[rank], clock[rank] = index, now
-    return Ran(start=start, sequence=sequence, clock=clock, position=position, arrived=arrived)
+        else:
+            position[rank] = len(row)
+        clock[rank] = now
+    return Ran(start=start, end=end, sequence=sequence, clock=clock, position=position)

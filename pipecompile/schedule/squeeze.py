@@ -15,45 +15,19 @@ to the left is called squeeze and reorder in Controllable Memory (Qi et al., Neu
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from pipecompile.schedule.job import Job
-from pipecompile.schedule.order import Rows
-from pipecompile.schedule.run_rows import run_rows
-from pipecompile.schedule.wiring import Sends, Wiring
+from pipecompile.schedule.timed import Timed
+
+TOLERANCE = 1e-9  # seconds by which a computation may be longer than its gap
+NEAR = 8  # places
 
 
-@dataclass(frozen=True)
-class Timed:
-    """Rows of an order, the start of each code, and all codes in a sequence that keeps every dependency."""
-
-    rows: list[list[int]]
-    start: list[float]
-    sequence: list[int]
-    spans: list[float]
-    makespan: float
-
-    @property
-    def span(self) -> float:
-        return max(self.spans)
-
-
-def timed(job: Job, rows: Rows) -> Timed | None:
-    """The times of rows that have a W for every B, or None if no rank can continue."""
-    ran = run_rows(job.wires, rows, job.seconds)
-    if not ran.is_whole(rows):
-        return None
-    start, clock = ran.start, ran.clock
-    firsts = [start[row[0]] for row in rows]
-    spans = [end - first for end, first in zip(clock, firsts, strict=True)]
-    makespan = max(clock) - min(firsts)
-    return Timed(rows=[list(row) for row in rows], start=start, sequence=ran.sequence, spans=spans, makespan=makespan)
-
-
-def squeeze(job: Job, mirror: Job, before: Timed, by_span: bool) -> list[list[int]]:
-    """The rows after one pass to the right and one to the left.
+def squeeze(job: Job, mirror: Job, before: Timed, by_span: bool) -> Timed:
+    """What is left after one pass to the right and one to the left, as if each transfer had a link of its own.
 
     Args:
         job: times and memory.
@@ -61,119 +35,108 @@ def squeeze(job: Job, mirror: Job, before: Timed, by_span: bool) -> list[list[in
         before: a feasible order, timed.
         by_span: whether each rank has a span of its own, or all end at the same time.
     """
-    codes = before.sequence[::-1]  # sorts are stable: of equal times, which zeros make, dependencies stay in order
-    start, seconds = before.start, job.seconds
-    firsts = [start[row[0]] if by_span else 0.0 for row in before.rows]
-    length = before.span if by_span else before.makespan + min(start[row[0]] for row in before.rows)
-    codes.sort(key=lambda code: -start[code] - seconds[code])
-    _, end = _pass(mirror, codes, [-first - length for first in firsts])
+    codes = [*reversed(before.sequence)]  # sorts are stable: at equal times, as of zeros, dependencies stay in order
+    codes.sort(key=before.end.__getitem__, reverse=True)
+    length = before.span if by_span else max(before.lasts)
+    late = _pass(mirror, codes, [-first - length if by_span else -length for first in before.firsts])
     codes.reverse()
-    codes.sort(key=lambda code: -end[code])
-    rows, _ = _pass(job, codes, [0.0] * len(firsts))
-    return rows
+    codes.sort(key=late.end.__getitem__, reverse=True)
+    return _pass(job, codes, [0.0] * len(before.rows))
 
 
-def _pass(job: Job, codes: Sequence[int], release: Sequence[float]) -> tuple[list[list[int]], list[float]]:
-    """The rows, and the end of each code, if each starts as early as those before it in ``codes`` leave room."""
-    waits, near, sends, seconds, added = job.wires.waits, job.wires.near, job.wires.sends, job.seconds, job.added
-    ranks, needs, rank_of = len(release), job.needs, job.rank_of
-    arrived = [-1e300] * job.wires.num_slots
+def _pass(job: Job, codes: list[int], release: Sequence[float]) -> Timed:
+    """Each computation as early as those before it in ``codes`` leave room."""
+    needs, seconds, added, rank_of = job.needs, job.seconds, job.added, job.rank_of
     end = [0.0] * len(seconds)
-    starts: list[list[float]] = [[] for _ in range(ranks)]
-    rows: list[list[int]] = [[] for _ in range(ranks)]
-    held: list[list[float]] = [[] for _ in range(ranks)]  # after each computation
-    gaps: list[list[tuple[float, float]]] = [[] for _ in range(ranks)]
-    last = list(release)  # the end of each rank so far
+    lines = [_Line(first, cap) for first, cap in zip(release, job.caps, strict=True)]
+    shortest = min(seconds) - TOLERANCE
     for code in codes:
         rank = rank_of[code]
-        earliest = release[rank]
-        for slot in waits[code]:
-            if arrived[slot] > earliest:
-                earliest = arrived[slot]
-        need = needs[code]
-        if need >= 0 and end[need] > earliest:
-            earliest = end[need]
+        line, earliest = lines[rank], release[rank]
+        for offset, on_its_way in needs[code]:
+            at = end[code + offset] + on_its_way
+            if at > earliest:
+                earliest = at
         length, more = seconds[code], added[code]
-        memory, spaces = held[rank], gaps[rank]
-        if spaces and spaces[-1][1] > earliest:
-            found = _gap(spaces, starts[rank], memory, earliest, length, more, job.caps[rank])
-        else:
-            found = None
-        if found is None:
-            begin = last[rank]
-            if earliest > begin:
-                spaces.append((begin, earliest))
-                begin = earliest
-            starts[rank].append(begin)
-            rows[rank].append(code)
-            memory.append((memory[-1] if memory else 0.0) + more)
-            last[rank] = begin + length
-        else:
-            gap, at = found
-            opened, closed = spaces[gap]
-            begin = max(opened, earliest)
-            left = [(opened, begin)] if begin > opened else []
-            right = [(begin + length, closed)] if closed > begin + length else []
-            spaces[gap : gap + 1] = left + right
-            starts[rank].insert(at, begin)
-            rows[rank].insert(at, code)
-            memory.insert(at, memory[at - 1] if at else 0.0)
-            memory[at:] = [amount + more for amount in memory[at:]]
-        done = end[code] = begin + length
-        for slot in near[code]:
-            arrived[slot] = done
-        for slot, transfer, _ in sends[code]:
-            arrived[slot] = done + transfer
-    return rows, end
-
-
-def _gap(
-    spaces: list[tuple[float, float]],
-    starts: list[float],
-    memory: list[float],
-    earliest: float,
-    length: float,
-    more: float,
-    cap: float,
-) -> tuple[int, int] | None:
-    """The first gap that is long enough and leaves memory within the cap, and the place in the row; None without."""
-    found = None
-    after, most = len(starts), -1e300  # the most that is held from a place of the row on
-    for gap in range(len(spaces) - 1, -1, -1):
-        opened, closed = spaces[gap]
-        if closed <= earliest:
-            break
-        if closed - (opened if opened > earliest else earliest) < length - 1e-9:
+        if line.closed and line.closed[-1] > earliest and (found := line.gap(earliest, length, more)) is not None:
+            end[code] = line.put_into(found, code, earliest, length, more) + length
             continue
-        at = bisect_left(starts, closed, 0, after)
-        if more > 0.0:
-            if at < after:
-                most = max(most, max(memory[at:after]))
-                after = at
-            if most + more > cap:
-                break
-            if (memory[at - 1] if at else 0.0) + more > cap:
-                continue
-        found = gap, at
-    return found
+        begin = line.last
+        if earliest > begin:
+            if earliest - begin >= shortest:  # nothing fits into a shorter one
+                line.opened.append(begin)
+                line.closed.append(earliest)
+            begin = earliest
+        line.row.append(code)
+        line.starts.append(begin)
+        line.held.append(line.held[-1] + more)
+        end[code] = line.last = begin + length
+    return Timed(
+        rows=[line.row for line in lines],
+        firsts=[line.starts[0] for line in lines],
+        lasts=[line.last for line in lines],
+        end=end,
+        sequence=codes,
+    )
+
+
+class _Line:
+    """A rank, while a pass fills it."""
+
+    __slots__ = ("cap", "closed", "held", "last", "opened", "row", "starts")
+
+    def __init__(self, last: float, cap: float) -> None:
+        self.last, self.cap = last, cap  # the end so far
+        self.row: list[int] = []
+        self.starts: list[float] = []
+        self.held = [0.0]  # before each computation, and after the last
+        self.opened: list[float] = []  # of each gap
+        self.closed: list[float] = []
+
+    def gap(self, earliest: float, length: float, more: float) -> tuple[int, int] | None:
+        """The first gap that is long enough and leaves memory within the cap, and the place in the row."""
+        opened, closed, starts = self.opened, self.closed, self.starts
+        first = bisect_right(closed, earliest)
+        if more > 0.0 and (full := self.full(bisect_left(starts, closed[first]), more)) is not None:
+            if full == len(starts):
+                return None
+            first = bisect_right(closed, starts[full], first)
+        for gap in range(first, len(closed)):
+            begin = opened[gap]
+            if closed[gap] - (begin if begin > earliest else earliest) >= length - TOLERANCE:
+                return gap, bisect_left(starts, closed[gap])
+        return None
+
+    def full(self, first: int, more: float) -> int | None:
+        """The last place from ``first`` on that has no room for more; it is often near the end."""
+        held, cap = self.held, self.cap
+        after, size = len(held), NEAR
+        while after > first:
+            place, before = after, max(first, after - size)
+            if max(held[before:after]) + more > cap:
+                while held[place - 1] + more <= cap:
+                    place -= 1
+                return place - 1
+            after, size = before, 8 * size
+        return None
+
+    def put_into(self, found: tuple[int, int], code: int, earliest: float, length: float, more: float) -> float:
+        """Puts a computation into a gap, and returns when it starts."""
+        gap, at = found
+        opened, closed = self.opened.pop(gap), self.closed.pop(gap)
+        begin = max(opened, earliest)
+        for left, right in ((begin + length, closed), (opened, begin)):
+            if right > left:
+                self.opened.insert(gap, left)
+                self.closed.insert(gap, right)
+        self.starts.insert(at, begin)
+        self.row.insert(at, code)
+        self.held.insert(at, self.held[at])
+        if more:
+            self.held[at + 1 :] = [amount + more for amount in self.held[at + 1 :]]
+        return begin
 
 
 def mirrored(job: Job) -> Job:
     """The job in which time runs backward."""
-    wires, codes = job.wires, range(len(job.seconds))
-    reader = {slot: code for code in codes for slot in wires.waits[code]}
-    waits = [(*wires.near[code], *(slot for slot, *_ in wires.sends[code])) for code in codes]
-    near: list[tuple[int, ...]] = [()] * len(codes)
-    sends: list[Sends] = [()] * len(codes)
-    for code in codes:
-        for slot in wires.near[code]:
-            near[reader[slot]] += (slot,)
-        for send in wires.sends[code]:
-            sends[reader[send[0]]] += (send,)
-    cells = job.cells
-    return replace(
-        job,
-        wires=Wiring(wires.num_slots, waits, near, sends),
-        added=[-amount for amount in job.added],
-        needs=[*range(cells, 3 * cells), *(-1 for _ in range(cells))],
-    )
+    return replace(job, needs=job.wires.readers, added=[-amount for amount in job.added])

@@ -1,31 +1,48 @@
-"""What each computation waits for and sends, as integers, for one shape and number of microbatches.
+"""What each computation reads and sends, as integers, for one shape and number of microbatches.
 
-A *slot* is one result on its way from a stage to another: F results go along the edges of the shape, B results against
-them. A computation waits for slots; one that ends fills slots, those on its own rank at once, the others after a
-transfer. The transfers of a rank go one after the other, in the order in which it computes.
+F reads along the edges of the shape, B against them, both from computations of the same microbatch. So what a code
+(see ``order``) reads is found by an *offset*, which all microbatches have in common: the code of its maker less its
+own. What a rank sends goes one after the other, in the order in which it computes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from math import inf
+from typing import TypeVar
 
 from pipecompile.schedule.order import Order
 from pipecompile.schedule.shape import Shape
 from pipecompile.schedule.stage_costs import StageCosts
 
-Slots = tuple[int, ...]
-Sends = tuple[tuple[int, float, float], ...]  # slots, seconds, and those in which the rank sends nothing else
+T = TypeVar("T")
+Inputs = tuple[tuple[int, float], ...]  # offsets, and seconds
 
 
 @dataclass(frozen=True)
 class Wiring:
-    """Lists by code (see ``order``): slots waited for, slots filled at once, slots filled by a transfer."""
+    """Lists by code.
 
-    num_slots: int
-    waits: list[Slots]
-    near: list[Slots]
-    sends: list[Sends]
+    Attributes:
+        reads: offsets of the makers of what a computation reads, and the seconds from when a maker begins to send until
+            it has arrived; -inf for a maker on the same rank, which has ended if it has run.
+        needs: the same, and what is before it on its own rank, F of B and B of W; the seconds are from the end of a
+            maker, as if each transfer had a link of its own.
+        readers: offsets of the computations that need it, with the same seconds.
+        sends: the seconds in which what it makes keeps other results of its rank from being sent.
+    """
+
+    reads: list[Inputs]
+    needs: list[Inputs]
+    readers: list[Inputs]
+    sends: list[float]
+
+    @cached_property
+    def is_queued(self) -> bool:
+        """Whether results of a rank wait for others to be sent."""
+        return any(self.sends)
 
 
 def wires_of(shape: Shape, num_microbatches: int, costs: StageCosts) -> Wiring:
@@ -35,34 +52,41 @@ def wires_of(shape: Shape, num_microbatches: int, costs: StageCosts) -> Wiring:
 
 @lru_cache(maxsize=8)
 def _wiring(shape: Shape, num_microbatches: int, transfer: tuple[float, ...], queued: float) -> Wiring:
-    n, stages, edges = num_microbatches, shape.num_stages, shape.edges
-    cells, seconds = stages * n, transfer or (0.0,) * len(edges)
-    waits: list[Slots] = [()] * (3 * cells)
-    near: list[Slots] = [()] * (3 * cells)
-    sends: list[Sends] = [()] * (3 * cells)
-    for index, (source, target) in enumerate(edges):
+    n, stages, cells = num_microbatches, shape.num_stages, shape.num_stages * num_microbatches
+    reads: list[Inputs] = [()] * (3 * stages)
+    needs: list[Inputs] = [()] * stages + [((-cells, 0.0),)] * (2 * stages)
+    sends = [0.0] * (3 * stages)
+    for (source, target), seconds in zip(shape.edges, transfer or (0.0,) * len(shape.edges), strict=True):
         far = shape.rank_of[source] != shape.rank_of[target]
-        for direction, (giver, taker) in enumerate(((source, target), (target, source))):
-            first = (direction * len(edges) + index) * n
-            for k in range(n):
-                give, take = (direction * stages + giver) * n + k, (direction * stages + taker) * n + k
-                waits[take] += (first + k,)
-                if far:
-                    sends[give] += ((first + k, seconds[index], queued * seconds[index]),)
-                else:
-                    near[give] += (first + k,)
-    return Wiring(2 * len(edges) * n, waits, near, sends)
+        for giver, taker in ((source, target), (stages + target, stages + source)):
+            offset = (giver - taker) * n
+            if far:
+                reads[taker] += ((offset, sends[giver] + seconds),)
+                needs[taker] += ((offset, seconds),)
+                sends[giver] += queued * seconds
+            else:
+                reads[taker] += ((offset, -inf),)
+                needs[taker] += ((offset, 0.0),)
+    readers: list[Inputs] = [()] * (3 * stages)
+    for taker, inputs in enumerate(needs):
+        for offset, seconds in inputs:
+            readers[taker + offset // n] += ((-offset, seconds),)
+    return Wiring(of_codes(reads, n), of_codes(needs, n), of_codes(readers, n), of_codes(sends, n))
+
+
+def of_codes(values: Iterable[T], num_microbatches: int) -> list[T]:
+    """Values by code, of values for each stage of each kind."""
+    return [value for value in values for _ in range(num_microbatches)]
 
 
 def seconds_of(costs: StageCosts, num_microbatches: int) -> list[float]:
     """The seconds of each code, if every B has a W."""
-    return [seconds for kind in (costs.f, costs.b, costs.w) for seconds in kind for _ in range(num_microbatches)]
+    return of_codes((*costs.f, *costs.b, *costs.w), num_microbatches)
 
 
 def memory_of(costs: StageCosts, num_microbatches: int) -> list[float]:
     """What each code adds to the memory of its rank, if every B has a W."""
-    kinds = (costs.mem_f, costs.mem_b, costs.mem_w)
-    return [amount for kind in kinds for amount in kind for _ in range(num_microbatches)]
+    return of_codes((*costs.mem_f, *costs.mem_b, *costs.mem_w), num_microbatches)
 
 
 def with_whole_backwards(values: list[float], order: Order) -> list[float]:

@@ -11,7 +11,9 @@ from pipecompile.schedule import catalog
 from pipecompile.schedule.catalog import FILLED, RECIPES, SHORT, searched
 from pipecompile.schedule.extend import extended, shorter
 from pipecompile.schedule.improve import improve
+from pipecompile.schedule.job import job_of
 from pipecompile.schedule.order import Order
+from pipecompile.schedule.placements import Placements
 from pipecompile.schedule.replay import peaks, replay
 from pipecompile.schedule.shape import Shape, chain, looped, v_shape
 from pipecompile.schedule.stage_costs import StageCosts, busy
@@ -85,7 +87,8 @@ def test_a_window_that_is_no_period_may_wait_forever_and_is_not_taken() -> None:
     for it in found:
         it.validate()
         assert peaks(it, costs) == peaks(order, costs)
-    assert improve(shape, 16, costs, (4.0, 4.0), [it.rows for it in found], whole=[it.rows for it in found])
+    placements = Placements(job_of(shape, 16, costs, (4.0, 4.0)), [it.rows for it in found])
+    assert improve(placements, whole=[it.rows for it in found])
 
 
 def _code(text: str) -> int:
