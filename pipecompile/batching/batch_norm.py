@@ -15,12 +15,12 @@ from typing import Any
 import torch
 import torch.fx as fx
 import torch.nn.functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipecompile.capture import Captured
 from pipecompile.capture.origin import origin_of
 from pipecompile.errors import CaptureError
 from pipecompile.ops.functional import add_moments, moments
+from pipecompile.ops.torch_internals import _BatchNorm
 
 # The forms of batch normalization in a trace, with the names of their arguments.
 _ARGUMENTS: Mapping[Any, tuple[str, ...]] = {

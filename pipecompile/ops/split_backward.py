@@ -28,6 +28,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
@@ -82,17 +83,17 @@ class Left:
     of_weights: OfWeights
     x: Lent
     weights: Sequence[Tensor]
-    constants: Sequence[Tensor]  # what the call read for the weights: themselves, or casts
+    casts: Sequence[ReferenceType[Tensor] | None]  # of the weights that the call read, alive until the backward
     gradient: Lent  # of the call's output
     cast: Cast | None  # that the call made of x
 
-    def parts(self) -> Iterator[tuple[Tensor, Tensor, Accumulate]]:
-        """Of each weight that wants a gradient: the weight, what the call read for it, and the latter's gradient."""
+    def parts(self) -> Iterator[tuple[Tensor, ReferenceType[Tensor] | None, Accumulate]]:
+        """Of each weight that wants a gradient: the weight, the cast of it that was read, and the gradient."""
         x = self.x.read() if self.cast is None else self.cast.of(self.x.read())
         parts = self.of_weights(self.gradient.read(), x, *self.weights)
-        for weight, constant, accumulate in zip(self.weights, self.constants, parts, strict=True):
+        for weight, cast, accumulate in zip(self.weights, self.casts, parts, strict=True):
             if weight.requires_grad:
-                yield weight, constant, accumulate
+                yield weight, cast, accumulate
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +101,7 @@ class _Sum:
     """The gradients of one cast of a weight, added up in the type of the cast."""
 
     weight: Tensor
-    cast: Tensor
+    cast: ReferenceType[Tensor]
     total: Tensor
 
     def add(self) -> None:
@@ -120,16 +121,16 @@ class Queue:
         sums: dict[int, _Sum] = {}  # of the last cast of each weight
         with torch.no_grad():
             while self.waiting:
-                for weight, constant, accumulate in self.waiting.popleft().parts():
-                    if constant.dtype == weight.dtype:
+                for weight, cast, accumulate in self.waiting.popleft().parts():
+                    if cast is None:
                         weight.grad = accumulate(weight.grad)
                         continue
                     total, before = accumulate(None), sums.get(id(weight))
-                    if before is not None and before.cast is constant:
+                    if before is not None and before.cast is cast:
                         total = before.total + total
                     elif before is not None:
                         before.add()
-                    sums[id(weight)] = _Sum(weight, constant, total)
+                    sums[id(weight)] = _Sum(weight, cast, total)
             for last in sums.values():
                 last.add()
 
@@ -180,11 +181,12 @@ def _split(
         return run(x, *present)
     cast = Cast.here(x.device.type) if lowers else None
     constants = [weight.detach() if cast is None else cast.of_weight(weight) for weight in present]
+    casts = [None if c.dtype == w.dtype else ref(c) for c, w in zip(constants, present, strict=True)]
     if cast is not None and not (x.is_leaf and x.requires_grad):  # torch casts a leaf once for all that read it
         x = cast.of(x)
     if not x.requires_grad:
         out: Tensor = _OfWeightsAlone.apply(  # type: ignore[no-untyped-call]
-            run, of_weights, here.queue, cast, constants, x, *present
+            run, of_weights, here.queue, cast, constants, casts, x, *present
         )
         return out
     out = run(x, *constants)
@@ -199,7 +201,7 @@ def _split(
 
     def left(gradient: Tensor) -> Left:
         given = Lent.now(gradient)
-        return Left(of_weights=of_weights, x=lent(), weights=present, constants=constants, gradient=given, cast=cast)
+        return Left(of_weights=of_weights, x=lent(), weights=present, casts=casts, gradient=given, cast=cast)
 
     whole.grad_fn.register_prehook(partial(_leave, here.queue, left))
     return out
@@ -220,10 +222,18 @@ class _OfWeightsAlone(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, run: Any, of_weights: Any, queue: Queue, cast: Any, constants: Any, x: Tensor, *weights: Tensor
+        ctx: Any,
+        run: Any,
+        of_weights: Any,
+        queue: Queue,
+        cast: Any,
+        constants: Any,
+        casts: Any,
+        x: Tensor,
+        *weights: Tensor,
     ) -> Tensor:
         ctx.queue = queue
-        ctx.left = partial(Left, of_weights=of_weights, weights=weights, constants=constants, cast=cast)
+        ctx.left = partial(Left, of_weights=of_weights, weights=weights, casts=casts, cast=cast)
         ctx.save_for_backward(x)
         out: Tensor = run(x, *constants)
         if out._is_view():  # which could not be written into; nothing else has what it is a view of
@@ -236,7 +246,7 @@ class _OfWeightsAlone(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         left: Left = ctx.left(x=Lent.now(x), gradient=Lent.now(gradient))
         ctx.queue.waiting.append(left)
-        return (None,) * (6 + len(left.weights))
+        return (None,) * (7 + len(left.weights))
 
 
 def _product(a: Tensor, b: Tensor) -> Accumulate:

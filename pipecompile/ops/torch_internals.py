@@ -52,6 +52,7 @@ from torch.autograd.graph import _engine_run_backward
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 from torch.fx.experimental.sym_node import SymNode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, GuardOnDataDependentSymNode, ShapeEnv
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils import parametrize
 from torch.overrides import _get_current_function_mode_stack
@@ -81,6 +82,7 @@ __all__ = [
     "SymT",
     "TorchDispatchMode",
     "UnsupportedOperatorException",
+    "_BatchNorm",
     "_DropoutNd",
     "_RecordFunctionFast",
     "_StopRecomputationError",
