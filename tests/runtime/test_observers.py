@@ -224,8 +224,3 @@ def test_where_hooks_on_saved_tensors_are_forbidden_the_first_call_works() -> No
         with pytest.raises(RuntimeError, match="none are allowed here"), save_on_cpu():
             pass
     assert_same_gradients(model, pipe)
-
-
-def assert_same_gradients(model: nn.Module, pipe: nn.Module) -> None:
-    wanted = {name: parameter.grad for name, parameter in model.named_parameters()}
-    torch.testing.assert_close({name: parameter.grad for name, parameter in pipe.named_parameters()}, wanted)
