@@ -134,7 +134,9 @@ class Watch:
 
     def _given(self, value: Any, label: str) -> Any:
         """What forward gets for a value that is no container."""
-        return Advanced(value, label) if is_iterator(value) else self.drawing.stand_in(self.reads.raw.meet(value))
+        return (
+            Advanced(value, label) if is_iterator(value) else self.drawing.stand_in(self.reads.raw.meet(value, label))
+        )
 
     def _begun(self, frame: FrameType) -> None:
         for value, label in self.code.begun(frame, self._is_leaf()):
