@@ -136,7 +136,7 @@ class Watch:
         """What forward gets for a value that is no container."""
         if is_iterator(value):
             return Advanced(value, label)
-        return self.reads.stand_in(self.drawing.stand_in(self.reads.raw.meet(value)))
+        return self.reads.stand_in(self.drawing.stand_in(self.reads.raw.meet(value, label)))
 
     def _begun(self, frame: FrameType) -> None:
         for value, label in self.code.begun(frame, self._is_leaf()):

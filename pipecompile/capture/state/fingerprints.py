@@ -50,8 +50,8 @@ SCALARS = frozenset(
 HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class created by Python code
 DEEPEST = 12  # nesting of containers; deeper values are compared by identity
 
-_SHARED = (ctypes._SimpleCData, ctypes.Array, SynchronizedBase)  # numbers that processes share
-ASKED = (ContextVar, threading.Event, *_SHARED)  # the same object may hold another value
+SHARED = (ctypes._SimpleCData, ctypes.Array, SynchronizedBase)  # numbers that processes share
+ASKED = (ContextVar, threading.Event, *SHARED)  # the same object may hold another value
 RECORDS = (SimpleNamespace, Namespace, partial, MappingProxyType, *KINDS, *ASKED)
 _BY_IDENTITY = frozenset({FunctionType, BuiltinFunctionType, type, ModuleType, CodeType, property, Nothing})
 Meet = Callable[[Any], None]
@@ -106,7 +106,7 @@ def _of_object(kind: type, value: Any, meet: Meet | None, depth: int) -> Any:
         return Same(value), imprint(value.get(MISSING), meet, depth + 1)
     if isinstance(value, threading.Event):
         return Same(value), value.is_set()
-    if isinstance(value, _SHARED):
+    if isinstance(value, SHARED):
         return Same(value), bytes(value.get_obj() if isinstance(value, SynchronizedBase) else value)
     if isinstance(value, SimpleNamespace | Namespace):
         return _of_items(kind, vars(value), [*vars(value).items()], meet, depth)

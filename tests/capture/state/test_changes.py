@@ -2374,6 +2374,23 @@ def test_a_memory_map_is_compared_by_its_file_and_never_read(tmp_path: Path, mon
     assert not read
 
 
+def test_what_a_forward_writes_into_a_shared_number_or_an_event_is_refused_and_undone() -> None:
+    def counts(self: Any, h: Tensor) -> Tensor:
+        self.shared.value += 1
+        self.event.set()
+        return h
+
+    model = Net(counts)
+    model.second.__dict__["shared"], model.second.event = multiprocessing.Value("d", 2.0), threading.Event()
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], costs="count")
+    with pytest.raises(
+        PipecompileError, match=r"forward writes into second\.\w+ in place, .*; keep the numbers in a buf"
+    ):
+        pipe(rows())
+    assert model.second.shared.value == 2
+    assert not model.second.event.is_set()
+
+
 def test_a_global_that_hides_a_builtin_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Net(lambda self, h: h * pow)
     monkeypatch.setitem(globals(), "pow", 2.0)
