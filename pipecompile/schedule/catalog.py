@@ -116,15 +116,24 @@ def searches(
     few = shorter(n, FILLED * shape.num_ranks) if 3 * shape.num_stages * n >= LONG else None
     if few is not None:
         short = searches(shape, few, costs, cap, {by_span: SHORT * each * n / few for by_span, each in passes.items()})
-    starts = chain_of(_starts(shape, n), candidates(shape, n, costs, caps))
+    longer = (_extended(order, costs, n, with_weights=False) for order in short.values() if order is not None)
+    starts = chain_of(*longer, _starts(shape, n), candidates(shape, n, costs, caps))
     placements = Placements(job_of(shape, n, costs, caps), starts)
     found = {}
     for by_span, effort in passes.items():
         whole: Iterable[Rows] = ()
         if (order := short.get(by_span)) is not None:
-            effort, whole = (1 - SHORT) * effort, extended(order, replay(order, costs).start, n)
+            effort, whole = (1 - SHORT) * effort, _extended(order, costs, n)
         found[by_span] = improve(placements, whole=whole, passes=effort, by_span=by_span)
     return found
+
+
+def _extended(order: Order, costs: StageCosts, num_microbatches: int, with_weights: bool = True) -> Iterator[Rows]:
+    """Rows of more microbatches; without W, whose places repeat less often than those of F and B."""
+    starts, most = replay(order, costs).start, 2 * order.shape.num_stages * order.num_microbatches
+    if not with_weights:
+        order = replace(order, rows=tuple(tuple(code for code in row if code < most) for row in order.rows))
+    return extended(order, starts, num_microbatches)
 
 
 def fits(order: Order, costs: StageCosts, cap: float) -> bool:

@@ -19,7 +19,8 @@ from collections.abc import Iterator, Sequence
 from pipecompile.schedule.order import Order, Rows
 
 STEPS = (1, 2, 3, 4, 6, 12)  # microbatches of a window
-PLACES = 5  # where a window of each of these is looked for, around the middle
+# where a window of each of these is looked for, in microbatches from the middle: near it, then further away
+PLACES = sorted(range(-15, 16), key=lambda place: max(2, abs(place)))
 
 
 def shorter(num_microbatches: int, least: int) -> int | None:
@@ -45,8 +46,8 @@ def extended(order: Order, starts: Sequence[float], num_microbatches: int) -> It
     for step in STEPS:
         if more % step or 2 * step > order.num_microbatches:
             continue
-        for place in range(PLACES):
-            at = begin + span / 2 + (place - PLACES // 2 - step / 2) * period
+        for place in PLACES:
+            at = begin + span / 2 + (place - step / 2) * period
             windows = [window for row in order.rows if (window := _window(order, row, starts, at, step)) is not None]
             if len(windows) == len(order.rows):
                 both = zip(order.rows, windows, strict=True)
