@@ -139,6 +139,12 @@ def _of_a_process(base: type[nn.Module], share: Share) -> dict[str, Any]:
     return {"named_parameters": named_parameters, "parameters": parameters, "load_state_dict": refuse, **generates}
 
 
+_UNTRACED = (  # torch says so where it must trace all: torch.compile(fullgraph=True), torch.export(strict=True)
+    "a pipeline cannot be traced by torch.compile or torch.export, because its stages run in threads of their own; "
+    "compile the stages with stage_compile=True of pipecompile.compile, or use the unsplit model, pipe.pipeline.model"
+)
+
+
 def _calling(base: type[nn.Module], pipeline: Pipeline) -> Callable[..., Any]:
     """Runs hooks on the model itself around the pipeline, on whole batches; ignores ``model.compile()``.
 
@@ -146,7 +152,7 @@ def _calling(base: type[nn.Module], pipeline: Pipeline) -> Callable[..., Any]:
     """
     call: Callable[..., Any] = nn.Module._call_impl if base.__call__ is nn.Module.__call__ else base.__call__
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable(reason=_UNTRACED)  # type: ignore[no-untyped-call, untyped-decorator]
     def __call__(pipe: Any, *args: Any, **kwargs: Any) -> Any:
         pipeline.refuse_inside()
         if pipeline.runs_the_hooks:

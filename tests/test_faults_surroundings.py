@@ -96,6 +96,20 @@ def test_torch_compile_around_and_inside_is_exact(name: str, capfd: pytest.Captu
     assert "recompile" not in capfd.readouterr().err
 
 
+WHOLE: dict[str, Callable[[Any, Tensor], Any]] = {
+    "compile": lambda pipe, x: torch.compile(pipe, backend="eager", fullgraph=True)(x),
+    "export": lambda pipe, x: torch.export.export(pipe, (x,), strict=True),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_where_torch_must_trace_all_it_says_why_it_cannot(name: str) -> None:
+    pipe, x = pipe_of(), floats()
+    with pytest.raises(Exception, match=r"stages run in threads of their own; .* pipe\.pipeline\.model"):
+        WHOLE[name](pipe, x)
+    works(pipe, pipe.pipeline.model)
+
+
 @pytest.mark.parametrize("first", [True, False], ids=["first call", "later"])
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_what_follows_one_thread_is_refused(name: str, first: bool) -> None:

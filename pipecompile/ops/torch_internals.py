@@ -26,6 +26,9 @@ from torch._C._autograd import (
     _enable_record_function,
     _get_current_graph_task_keep_graph,
     _profiler_enabled,
+    _saved_tensors_hooks_disable,
+    _saved_tensors_hooks_enable,
+    _saved_tensors_hooks_get_disabled_error_message,
     _top_saved_tensors_default_hooks,
 )
 from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor, peek_interpreter_stack
@@ -94,6 +97,9 @@ __all__ = [
     "_len_torch_function_stack",
     "_parse_to",
     "_profiler_enabled",
+    "_saved_tensors_hooks_disable",
+    "_saved_tensors_hooks_enable",
+    "_saved_tensors_hooks_get_disabled_error_message",
     "_storage_Use_Count",
     "_swap_tensor_impl",
     "_top_saved_tensors_default_hooks",

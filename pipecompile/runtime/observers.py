@@ -22,6 +22,9 @@ from pipecompile.ops.torch_internals import (
     _enable_record_function,
     _get_current_dispatch_mode_stack,
     _profiler_enabled,
+    _saved_tensors_hooks_disable,
+    _saved_tensors_hooks_enable,
+    _saved_tensors_hooks_get_disabled_error_message,
     _top_saved_tensors_default_hooks,
 )
 
@@ -73,8 +76,11 @@ def saved_as_they_are() -> Any:
 
 @contextmanager
 def unobserved() -> Iterator[None]:
-    """A context for work that is not the model's, such as a capture: no observer of the thread sees it."""
-    with _disable_current_modes(), saved_as_they_are():
+    """A context for work that is not the model's, such as a capture: no observer of the thread sees it.
+
+    Nor does the anomaly mode: gradients that are made up to time a backward may well be NaN.
+    """
+    with _disable_current_modes(), _allowing_hooks(), saved_as_they_are(), torch.autograd.set_detect_anomaly(False):
         before = _profiler_enabled()
         if before:
             _enable_record_function(False)
@@ -83,3 +89,17 @@ def unobserved() -> Iterator[None]:
         finally:
             if before:
                 _enable_record_function(True)
+
+
+@contextmanager
+def _allowing_hooks() -> Iterator[None]:
+    """A context in which hooks on saved tensors are allowed, by which a profile finds what autograd keeps."""
+    forbidden = _saved_tensors_hooks_get_disabled_error_message()
+    if forbidden is None:
+        yield
+        return
+    _saved_tensors_hooks_enable()
+    try:
+        yield
+    finally:
+        _saved_tensors_hooks_disable(forbidden)

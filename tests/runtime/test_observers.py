@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -188,3 +190,37 @@ def test_an_asynchronous_stream_goes_on_under_an_observer() -> None:
     assert weights[0].keys() == weights[1].keys() != set()
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value, rtol=0, atol=0, msg=name)
+
+
+def test_the_anomaly_mode_does_not_see_how_the_first_call_is_planned() -> None:
+    """Gradients that are made up to time a backward may be NaN, where those of the model are not."""
+    model = Classifier()
+    pipe = pipecompile.compile(copy.deepcopy(model), ["cpu"] * 2, microbatches=MICROBATCHES, costs="count")
+    x, y = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 4
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        with torch.autograd.detect_anomaly():
+            model(x, y).backward()
+            pipe(x, y).backward()
+            assert torch.is_anomaly_enabled()
+    assert not [str(warning.message) for warning in told if "Error detected" in str(warning.message)]
+    assert_same_gradients(model, pipe)
+
+
+class Classifier(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.GELU(), nn.Linear(16, 4))
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(self.layers(x), labels)
+
+
+def test_where_hooks_on_saved_tensors_are_forbidden_the_first_call_works() -> None:
+    (model, step), (pipe, split_step) = both(warm=False, costs="count")
+    with torch.autograd.graph.disable_saved_tensors_hooks("none are allowed here"):
+        step().backward()
+        split_step().backward()
+        with pytest.raises(RuntimeError, match="none are allowed here"), save_on_cpu():
+            pass
+    assert_same_gradients(model, pipe)
