@@ -7,13 +7,14 @@ be lost, and might be in the trace by half. So it is noted, set again at the end
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
 from pipecompile.capture.locks import busy
+from pipecompile.capture.state.module_settings import settings_seen
 
 
 class _Watcher:
@@ -26,22 +27,12 @@ class _Watcher:
         self.found: dict[tuple[int, str], tuple[nn.Module, Any]] = {}
 
     def see(self, owner: nn.Module, name: str, value: Any) -> None:
+        if busy().waited_for:  # a thread that runs a program for one that waits
+            return
         path = self.paths.get(id(vars(owner)))
         if path is not None and threading.get_ident() != self.thread:
             self.found[id(vars(owner)), name] = owner, value
             self.names.append(f"{path}.{name}" if path else name)
-
-
-_LOCK = threading.Lock()
-_WATCHERS: list[_Watcher] = []
-_OWN: list[Callable[[nn.Module, str, Any], None]] = []  # the __setattr__ that was there before, perhaps another's patch
-
-
-def _noting(self: nn.Module, name: str, value: Any) -> None:
-    if not busy().waited_for:  # else it is a thread that runs a program for one that waits
-        for watcher in _WATCHERS.copy():
-            watcher.see(self, name, value)
-    _OWN[-1](self, name, value)
 
 
 @contextmanager
@@ -52,17 +43,9 @@ def set_by_others(model: nn.Module) -> Iterator[list[str]]:
         A list that receives the names of such attributes.
     """
     watcher = _Watcher(model)
-    with _LOCK:
-        if not _WATCHERS:
-            _OWN[:] = [nn.Module.__setattr__]
-        _WATCHERS.append(watcher)
-        nn.Module.__setattr__ = _noting  # type: ignore[method-assign]
     try:
-        yield watcher.names
+        with settings_seen(watcher.see):
+            yield watcher.names
     finally:
-        with _LOCK:
-            _WATCHERS.remove(watcher)
-            if not _WATCHERS:
-                nn.Module.__setattr__ = _OWN[-1]  # type: ignore[method-assign, assignment]
         for (_, name), (owner, value) in watcher.found.items():
             setattr(owner, name, value)

@@ -22,6 +22,7 @@ from pipecompile.capture.state.container_proxies import Ledgers, is_stand_in, le
 from pipecompile.capture.state.fingerprints import HEAP_TYPE, RECORDS
 from pipecompile.capture.state.guards import LONGEST, MISSING, NOT_PLAIN, TORCHS_OWN, Attribute, Same, frozen
 from pipecompile.capture.state.model_state import Change, Snapshot, changes_of, restore, snapshot
+from pipecompile.capture.state.module_settings import settings_seen
 from pipecompile.capture.state.namespaces import owns_names, referent_of
 from pipecompile.capture.state.raw_data import RawData
 from pipecompile.capture.state.sources import Answer, Entry, Place
@@ -70,12 +71,10 @@ class Reads:
     @contextmanager
     def watching(self) -> Iterator[None]:
         self._watch(nn.Module)
-        setting = nn.Module.__setattr__
-        nn.Module.__setattr__ = self._noting(setting)  # type: ignore[method-assign, assignment]
         try:
-            yield
+            with settings_seen(self._setting()):
+                yield
         finally:
-            nn.Module.__setattr__ = setting  # type: ignore[method-assign]
             for kind, original in self.originals.items():
                 if original is None:
                     del kind.__getattribute__
@@ -107,16 +106,15 @@ class Reads:
         kind.__getattribute__ = watched  # type: ignore[method-assign, assignment]
         self.originals[kind] = original
 
-    def _noting(self, setting: Callable[[Any, str, Any], None]) -> Callable[[Any, str, Any], None]:
-        """Returns ``nn.Module.__setattr__`` that notes what this thread sets."""
+    def _setting(self) -> Callable[[Any, str, Any], None]:
+        """Returns a function that notes what this thread sets on modules."""
         noted, thread = self.set, threading.get_ident()
 
-        def setattr(module: Any, name: str, value: Any) -> None:
+        def see(module: Any, name: str, value: Any) -> None:
             if threading.get_ident() == thread:
                 noted.add((id(module), name))
-            setting(module, name, value)
 
-        return setattr
+        return see
 
     def _see(self, owner: Any, name: str, value: Any) -> None:
         key = (id(owner), name)

@@ -66,10 +66,16 @@ def reach_of(model: nn.Module, functions: Iterable[Callable[..., Any]] = (), kno
         known: What they reached before the model was captured, in the same call. A capture leaves a model as it was,
             so this is returned, unless files have been imported meanwhile.
     """
-    files = sum(not is_foreign(name) for name in tuple(sys.modules))
+    files = _own_files(len(sys.modules))
     if known is not None and known.files == files:
         return known
     return replace(_Walk().run(model, functions), files=files)
+
+
+@lru_cache(maxsize=1)
+def _own_files(imported: int) -> int:
+    """Returns the number of imported files that may hold state of a model; ``imported`` only keys the cache."""
+    return sum(not is_foreign(name) for name in tuple(sys.modules))
 
 
 class _Walk:

@@ -10,6 +10,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from pipecompile.ops.source_lines import caller_file, is_library
+
 
 class Local:
     """Stands in for a ``threading.local`` during a trace.
@@ -41,7 +43,8 @@ class Local:
         if threading.get_ident() != thread:
             return getattr(local, name)
         if name == "__dict__":
-            see_all(local)
+            if not is_library(caller_file(1)):
+                see_all(local)
             return vars(local)
         try:
             value = getattr(local, name)

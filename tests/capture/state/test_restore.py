@@ -22,6 +22,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import pipecompile
+from pipecompile.capture.state import reachable
+from pipecompile.capture.state.module_settings import settings_seen
+from pipecompile.capture.state.namespaces import is_foreign
 from pipecompile.capture.state.reachable import reach_of
 from pipecompile.capture.state.restore import left_as_before
 
@@ -284,6 +287,32 @@ def test_an_object_of_threading_that_no_thread_runs_is_state_of_the_model(kind: 
     for _ in range(3):
         torch.testing.assert_close(pipe(x), eager(x))
     assert model.counter.calls == eager.counter.calls == 3
+
+
+def test_all_who_observe_what_is_set_on_modules_share_one_patch() -> None:
+    before, model, seen = nn.Module.__setattr__, nn.Linear(2, 2), list[tuple[str, str]]()
+    with settings_seen(lambda owner, name, value: seen.append(("one", name))):
+        patch = nn.Module.__setattr__
+        with settings_seen(lambda owner, name, value: seen.append(("two", name))):
+            assert nn.Module.__setattr__ is patch
+            model.epoch = 1
+        model.step = 2
+    model.last = 3
+    assert nn.Module.__setattr__ is before
+    assert seen == [("one", "epoch"), ("two", "epoch"), ("one", "step")]
+    assert (model.epoch, model.step, model.last) == (1, 2, 3)
+
+
+def test_imported_files_are_examined_when_others_have_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, examined = nn.Linear(2, 2), list[str | None]()
+    monkeypatch.setattr(reachable, "is_foreign", lambda name: examined.append(name) or is_foreign(name))
+    known = reach_of(model)
+    examined.clear()
+    assert reach_of(model, known=known) is known
+    assert not examined
+    monkeypatch.setitem(sys.modules, "json.imported_between", sys)
+    assert reach_of(model, known=known) is known
+    assert "json.imported_between" in examined
 
 
 def test_what_was_reached_holds_until_a_file_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
