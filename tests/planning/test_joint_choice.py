@@ -10,10 +10,11 @@ import pytest
 from pipecompile.ir.cluster import Cluster
 from pipecompile.ir.graph import Cost, CostedGraph, Graph, Node, TensorSpec
 from pipecompile.ir.plan_options import DEFAULT_PLAN, PlanOptions
+from pipecompile.planning.best_schedule import for_first
 from pipecompile.planning.by_rows import ByRows
+from pipecompile.planning.candidates import EVERY
 from pipecompile.planning.joint_choice import counted, told, weigh_jointly
-from pipecompile.planning.planned import settled
-from pipecompile.planning.schedule_choice import ALIKE, Weighed, candidates, least_seconds, weigh
+from pipecompile.planning.schedule_choice import ALIKE, Weighed, least_seconds, weigh
 from pipecompile.planning.training_spec import Workload
 from pipecompile.schedule import one_f_one_b
 
@@ -72,7 +73,7 @@ def test_the_choice_is_the_best_of_all_candidates(seed: int, memory: int | None,
     expected = alone(seed, cluster, options)
     least = min(it.seconds for it in expected if it.seconds is not None)
     found = weigh_jointly(by_rows(seed), cluster, workload(), options, COUNTS, seconds=1e9)
-    assert len({(it.schedule, it.microbatches) for it in found}) == len(found) == len(list(candidates(options))) * 4
+    assert len({(it.schedule, it.microbatches) for it in found}) == len(found) == len(list(EVERY.placed(options))) * 4
     best = found[0]
     assert best.seconds is not None
     assert least * (1 - 1e-4) <= best.seconds <= least * ALIKE * (1 + 1e-4)
@@ -90,7 +91,7 @@ def test_no_step_is_shorter_than_its_bound(ranks: int) -> None:
     for seed, options in ((0, DEFAULT_PLAN), (1, ONE_EACH), (2, ONE_EACH)):
         for count in (1, 3, 8):
             costed = graph_at(seed, 2)
-            placed = dict(candidates(options))
+            placed = dict(EVERY.placed(options))
             for it in weigh(costed, cluster, workload(count), options):
                 if it.seconds is not None:
                     bound = least_seconds(costed, cluster, it.schedule, placed[it.schedule], count)
@@ -108,7 +109,7 @@ def test_memory_forces_a_larger_number() -> None:
     refused = {it.microbatches for it in found if it.refused and not it.left_out}
     assert 1 in refused
     assert found[0].microbatches > 1
-    plan = settled(found, by_rows(1).costed(found[0].microbatches), tight, workload(found[0].microbatches), options)
+    plan = for_first(found, by_rows(1).costed(found[0].microbatches), tight, workload(found[0].microbatches), options)
     assert plan.schedule == found[0].schedule
     assert max(plan.memory().ranks) <= 30_000
 
