@@ -13,7 +13,7 @@ from pipecompile.planning.by_rows import ByRows
 from pipecompile.planning.candidates import EVERY, Candidates
 from pipecompile.planning.joint_choice import counted, weigh_jointly
 from pipecompile.planning.planned import Planned, planned
-from pipecompile.planning.schedule_choice import Weighed, weigh
+from pipecompile.planning.schedule_choice import Weighed, weigh, weighed_again
 from pipecompile.planning.short_stages import all_short
 from pipecompile.planning.training_spec import Workload
 from pipecompile.schedule import SCHEDULES
@@ -110,4 +110,7 @@ def for_first(
     """
     best = weighed[0].schedule if weighed and weighed[0].seconds is not None else among.prefers
     this = work.under(best, SCHEDULES[best].placed(options.stages_per_rank))
-    return replace(planned(costed, cluster, this, options), schedule=best, weighed=weighed)
+    found = planned(costed, cluster, this, options)
+    first = weighed[:1] if weighed and weighed[0].seconds is not None else ()
+    own = weighed_again(first, costed, found.plan, cluster, this, options)  # its search was longer, by its own costs
+    return replace(found, schedule=best, weighed=(*own, *weighed[len(first) :]))
