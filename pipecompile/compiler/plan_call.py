@@ -85,8 +85,9 @@ class Planner:
             found = self._plan(division, graph, work)
         if among is not None and among.one_plan:
             found = under_best(found, among)
-        if among is None and self.options.candidates is not None and self.options.is_auto:  # nothing to choose
-            found = replace(found, schedule=self.options.candidates.prefers)
+        asked = self.options.candidates
+        if among is None and asked is not None and not asked.one_plan:  # the caller computes the loss
+            found = replace(found, schedule=asked.prefers)
         if found.schedule:
             LOGGER.info("schedule %s, of: %s", found.schedule, "; ".join(told(found.weighed)) or "no others")
         return division, graph, found
@@ -96,8 +97,9 @@ class Planner:
         among = self.options.candidates
         fixed = self.apart or torch.are_deterministic_algorithms_enabled()
         measured = not fixed and is_real(division.body.model, self.options)
-        open = among is not None and among.are_open(work, cluster_of(self.devices), self.options.plan, measured)
-        return among if open else None
+        if among is None or not among.are_open(work, cluster_of(self.devices), self.options.plan, measured):
+            return None
+        return among
 
     def _plan(self, division: Division, graph: Graph, work: Workload) -> Planned:
         """The plan of a division, remembered or new."""
