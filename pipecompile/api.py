@@ -132,10 +132,9 @@ def compile(
     """
     grid = None if mesh is None else Grid.of(mesh)
     present = _devices(devices, grid)
-    known, usual, finds = _scheduled("1f1b" if schedule is None else schedule, len(present), microbatches)
+    known, usual, finds = _scheduled(schedule, len(present), microbatches)
     options = Options(
-        schedule=known,
-        finds_schedule=schedule is None,
+        asked=known,
         microbatches=usual,
         finds_microbatches=finds,
         loss_fn=loss_fn,
@@ -167,10 +166,10 @@ def _alone(said: str) -> Sequence[str]:
     return [said]
 
 
-def _scheduled(schedule: Any, ranks: int, microbatches: Any) -> tuple[str | Own, Any, bool]:
-    """The schedule by its name or as one of the user's own, the number of microbatches, and whether it may change."""
+def _scheduled(schedule: Any, ranks: int, microbatches: Any) -> tuple[str | Own | None, Any, bool]:
+    """The schedule, if any: its name, or the user's own; the number of microbatches, and whether it may change."""
     usual = 2 * ranks if microbatches is None else microbatches
-    if isinstance(schedule, str) and not is_grid(schedule):
+    if schedule is None or (isinstance(schedule, str) and not is_grid(schedule)):
         return schedule, usual, microbatches is None
     if not isinstance(schedule, str | Order) and not callable(schedule):
         raise InputError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -309,7 +310,7 @@ class Pipeline(PipelineView):
             PipecompileError: the pipeline is asynchronous; the state of its optimizers would be lost.
         """
         self._refuse_copies("pickled", "save pipe.state_dict()")
-        return Pipeline, (self.model, self.devices, self.options.unsettled)
+        return Pipeline, (self.model, self.devices, replace(self.options, found=""))
 
     def _refuse_copies(self, done: str, instead: str) -> None:
         self._refuse_several(done)

@@ -46,14 +46,14 @@ def plan(
         ),
     ] = None,
     schedule: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--schedule",
             "-s",
-            help=f"One of {', '.join(SCHEDULES)}; or auto, the shortest step.",
+            help=f"One of {', '.join(SCHEDULES)}; or auto, the shortest step. Default: 1f1b or zb-h1.",
             autocompletion=one_of((*SCHEDULES, AUTO)),
         ),
-    ] = "1f1b",
+    ] = None,
     microbatch: Microbatch = None,
     length: Length = 128,
     costs: Costs = None,
@@ -90,8 +90,11 @@ def plan(
     pipecompile plan hf:gpt2 --stages 4 --output plan.html
     pipecompile plan hf:llama --cluster 64xH100 --dtype bfloat16
     """
+    from pipecompile.planning.candidates import DEFAULT, Candidates
+
     written = _format(format, output, as_json)
-    check_choice("schedule", schedule, (*SCHEDULES, AUTO))
+    named = schedule or DEFAULT.prefers  # what the stages are for, whichever runs
+    check_choice("schedule", named, (*SCHEDULES, AUTO))
     check_choice("outputs", outputs, OUTPUTS)
 
     if written == "html":
@@ -109,15 +112,17 @@ def plan(
     from pipecompile.ir.cluster import Cluster
     from pipecompile.ops.phases import Phases, phase
     from pipecompile.partition import ADAM
-    from pipecompile.planning.planned import chosen, chosen_jointly, planned
+    from pipecompile.planning.best_schedule import under_best, with_best_pair, with_best_schedule
+    from pipecompile.planning.counted import numbers
+    from pipecompile.planning.planned import planned
     from pipecompile.planning.training_spec import Workload
     from pipecompile.render import formats
 
     (place,) = parse_devices([device])
-    placement = placement_of(options, schedule)
-    ranks = ranks_for(stages, placement, schedule)
+    placement = placement_of(options, named)
+    ranks = ranks_for(stages, placement, named)
     devices = Cluster.from_name(cluster) if cluster else Cluster.of([str(place)] * (sum(options.counts) or ranks or 2))
-    check_replicas(options, ranks, len(devices), schedule)
+    check_replicas(options, ranks, len(devices), named)
     if not placement.is_plain and ranks not in (None, len(devices)):
         raise InputError(
             f"--stages {stages} is for {ranks} devices with {placement.per_rank} stages each, but there are "
@@ -132,7 +137,8 @@ def plan(
         if save_costs is not None:
             write(costed.to_json(), save_costs)
         state = ADAM if options.optimizer_state is None else options.optimizer_state
-        policy = SCHEDULES["1f1b" if schedule == AUTO else schedule]
+        among = Candidates.of(schedule)
+        policy = SCHEDULES[named if among is None else among.prefers]
         work = Workload(
             schedule=policy.steady,
             microbatches=microbatches or USUAL,
@@ -148,12 +154,15 @@ def plan(
             if schedule == AUTO and microbatches is None:
                 by_rows = costed_model.by_rows(captured, costed, USUAL, costs, place, devices.devices[0].kind)
             if by_rows is not None:
-                made = chosen_jointly(by_rows, devices, work, options)
+                tried = numbers(by_rows.batch, len(devices), USUAL, most=by_rows.batch)
+                made = with_best_pair(by_rows, devices, work, options, tried, by_rows.costed)
             elif schedule == AUTO:
-                made = chosen(costed, devices, work, options)
+                made = with_best_schedule(costed, devices, work, options)
             else:
                 made = planned(costed, devices, work, options, stages)
-            prediction = Prediction.of(made, made.schedule or schedule, model, costed_model.topics(captured))
+            if among is not None and among.one_plan and among.are_open(work, devices, options, costs == "measure"):
+                made = under_best(made, among)
+            prediction = Prediction.of(made, made.schedule or named, model, costed_model.topics(captured))
     if as_json:
         print_json(prediction.facts())
     else:

@@ -211,7 +211,7 @@ class Batches:
                 )
             if self.share is not None:
                 self.share.add(compiled)
-            self.options = self.options.settled(compiled.planned.schedule)
+            self.options = self.options.with_found(compiled.planned.schedule)
             if self.first is None and compiled.planned.work.microbatches != self.options.microbatches:
                 self.compared = self.options.microbatches, call.batch or 1
                 self.options = replace(self.options, microbatches=compiled.planned.work.microbatches)

@@ -103,15 +103,15 @@ def compile_call(
 
     planner = Planner(options=options, devices=devices, reach=reach, cluster=given, apart=peers.are_several)
     if peers.are_several:
-        found = peers.shared(lambda: planner.chosen(division, graph, work, rows)[2].without_functions())
-        options = replace(options.settled(found.schedule), microbatches=found.work.microbatches)
+        found = peers.shared(lambda: planner.choose(division, graph, work, rows)[2].without_functions())
+        options = replace(options.with_found(found.schedule), microbatches=found.work.microbatches)
         if found.work.microbatches != work.microbatches:
             division = division.at_rows(-(-rows.by_part.counts[0] // found.work.microbatches))
             graph = graph_of(division, options, apart=True)
         found = replace(found, work=_work(division, options))  # which has the user's functions
     else:
-        division, graph, found = planner.chosen(division, graph, work, rows)
-        options = options.settled(found.schedule)
+        division, graph, found = planner.choose(division, graph, work, rows)
+        options = options.with_found(found.schedule)
     compiled = _cut(division, graph, found, devices, options, apart=peers.are_several)
     if options.tuning != "rehearse" or not is_real(model, options) or found.costed.corrections:
         return compiled
@@ -253,8 +253,8 @@ def again(found: Planned, costed: CostedGraph, options: Options) -> Planned:
 
 def _work(division: Division, options: Options) -> Workload:
     """The workload of this capture. If the stages do not compute the loss, forwards all run before backwards."""
-    schedule = options.work.schedule if _loss(division, options) else gpipe
-    return replace(options.work, tail=_tail_bytes(division), schedule=schedule)
+    work = replace(options.work, tail=_tail_bytes(division))
+    return work if _loss(division, options) else replace(work, schedule=gpipe, loss_outside=True)
 
 
 def _loss(division: Division, options: Options) -> str:

@@ -35,6 +35,7 @@ from pipecompile.ir.units import plural, seconds_text
 from pipecompile.ops.phases import phase
 from pipecompile.planning.calibration import Times, corrected
 from pipecompile.planning.planned import Planned
+from pipecompile.planning.short_stages import all_short
 from pipecompile.runtime.compiled import Compiled
 from pipecompile.runtime.optimizer_follows import OptimizersFollow
 from pipecompile.runtime.session import Session
@@ -42,7 +43,6 @@ from pipecompile.runtime.session import Session
 WARM_UP = 1  # training steps that are not timed: memory is allocated, caches fill
 STEPS = 3  # timed ones
 PAYS = 0.05  # a cut moves if the busiest rank is predicted to take less by this share of its measured seconds
-WORTH = 5e-3  # seconds; faster stages are not timed: threads pass the GIL on at about this interval
 OBSERVED = "not timed: a profiler or another observer took time of its own in a process"
 
 
@@ -172,7 +172,7 @@ class Learning:
     def _tells(self, first: Compiled) -> bool:
         """Whether a step can tell something of a capture's plan."""
         costs = first.planned.stage_costs
-        if len(costs) < 2 or max(cost.seconds for cost in costs) < WORTH:
+        if len(costs) < 2 or all_short(costs):
             return False
         options = self.batches.options
         if self.session.peers.are_several:  # whose models have lost values

@@ -19,6 +19,7 @@ from pipecompile.ir.graph import CostedGraph
 from pipecompile.ir.plan_options import DEFAULT_PLAN, PlanOptions, Tune
 from pipecompile.ops.backends import Backend
 from pipecompile.partition import ADAM
+from pipecompile.planning.candidates import DEFAULT, Candidates
 from pipecompile.planning.training_spec import Workload
 from pipecompile.profile import How, optimizer_state, update_cost
 from pipecompile.runtime import MakeOptimizer
@@ -35,8 +36,8 @@ Verify = Literal["first", "never", "every"] | int
 class Options:
     """The arguments of ``compile``, which documents them."""
 
-    schedule: str | Own = "1f1b"
-    finds_schedule: bool = False  # whether none was named, so that the first capture may split its backwards
+    asked: str | Own | None = None  # the argument ``schedule``
+    found: str = ""  # the schedule that the first capture has chosen, if the argument leaves it open
     microbatches: int = 1
     finds_microbatches: bool = False  # whether the first capture may choose another number
     loss_fn: Callable[..., Any] | None = None
@@ -105,33 +106,38 @@ class Options:
 
     @cached_property
     def policy(self) -> Schedule:
-        """The schedule that ``schedule`` names; for "auto" one that every plan can run, until another is chosen."""
+        """What the registry has of the schedule that runs; of candidates, until one is chosen, the preferred one."""
         if isinstance(self.schedule, Own):
             return self.schedule.schedule
-        return SCHEDULES["1f1b" if self.is_auto else self.schedule]
+        return SCHEDULES[self.schedule if self.candidates is None else self.candidates.prefers]
 
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled: the fields. The rest follows from them, and has functions that cannot be pickled."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @property
-    def is_auto(self) -> bool:
-        """Whether the schedule is chosen when the model is planned, which it has not been yet."""
-        return self.schedule == AUTO
-
-    def settled(self, schedule: str) -> Options:
-        """The options with the schedule that was chosen, if one was."""
-        return replace(self, schedule=schedule) if schedule and (self.is_auto or self.finds_schedule) else self
+    def schedule(self) -> str | Own:
+        """The schedule that runs; "auto" until another is chosen."""
+        return self.found or (DEFAULT.prefers if self.asked is None else self.asked)
 
     @property
-    def unsettled(self) -> Options:
-        """The options as they were before a schedule was chosen where none was named."""
-        return replace(self, schedule=Options.schedule) if self.finds_schedule else self
+    def candidates(self) -> Candidates | None:
+        """The schedules among which the first capture chooses; None if it has, or if the user names one."""
+        return None if self.found else Candidates.of(self.asked)
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether the candidates have plans of their own, with the stages on each rank and the microbatches of each."""
+        return self.candidates is not None and not self.candidates.one_plan
+
+    def with_found(self, schedule: str) -> Options:
+        """The options after a first capture, with the schedule that it has chosen, or ""."""
+        return replace(self, found=schedule) if schedule and self.candidates is not None else self
 
     @property
     def placement(self) -> Placement:
         """Where the stages are that the schedule asks for."""
-        return self.policy.placed(None if self.is_auto else self.plan.stages_per_rank, self._name)
+        return self.policy.placed(self.plan.stages_per_rank, self._name)
 
     @property
     def _name(self) -> str:
@@ -162,6 +168,7 @@ class Options:
             asynchronous=asynchronous,
             placement=self.placement,
             update=None if self.optimizer is None else cache(partial(update_cost, self.optimizer)),
+            splits=self.stage_compile is False,
         )
 
     def _check_processes(self, several_parts: bool) -> None:

@@ -29,17 +29,18 @@ from pipecompile.ops.device_args import threads_each
 from pipecompile.ops.functional import is_traceable
 from pipecompile.ops.operators import is_opaque
 from pipecompile.ops.phases import LOGGER, phase
+from pipecompile.planning.best_schedule import under_best, with_best_pair, with_best_schedule
 from pipecompile.planning.by_rows import ByRows
+from pipecompile.planning.candidates import Candidates
 from pipecompile.planning.counted import Counted, numbers
-from pipecompile.planning.joint_choice import counted, told, weigh_jointly
+from pipecompile.planning.joint_choice import told
 from pipecompile.planning.microbatch_count import compared
-from pipecompile.planning.planned import Planned, chosen, planned, settled
-from pipecompile.planning.schedule_choice import microbatches_text
-from pipecompile.planning.split_choice import SPLIT, WORTH, is_short, or_split, weighed_both
+from pipecompile.planning.planned import Planned, planned
+from pipecompile.planning.schedule_choice import microbatches_text, weighed_again
+from pipecompile.planning.short_stages import WORTH, all_short
 from pipecompile.planning.training_spec import Workload
 from pipecompile.profile import profile
 from pipecompile.profile.budget import SECONDS
-from pipecompile.schedule import gpipe
 
 BRIEF = 0.1  # seconds of timed runs at a second size, of which the plan reads only how seconds depend on rows
 
@@ -64,128 +65,145 @@ class Planner:
     apart: bool
     made: list[CostedGraph] = field(default_factory=list)
 
-    def planned(self, division: Division, graph: Graph, work: Workload) -> Planned:
+    def choose(self, division: Division, graph: Graph, work: Workload, rows: Rows) -> tuple[Division, Graph, Planned]:
+        """The plan with the schedule and the number of microbatches that the user leaves open, and what it plans.
+
+        Args:
+            division: the capture.
+            graph: its body.
+            work: with the schedule and the number that are used where nothing is to be chosen.
+            rows: of the microbatches; of several parts of the batch, the first one is planned for.
+        """
+        batch = rows.by_part.counts[0] if division.captured.call.batch else 1
+        counts = batch > 1 and self.options.finds_microbatches and self._may_vary(division)
+        among = self._among(division, work)
+        if among is not None and not among.one_plan:
+            division, graph, found = self._each_with_its_plan(division, graph, work, among, batch, counts)
+        elif counts:
+            division, graph, found = self._with_best_count(division, graph, work, among, batch)
+        else:
+            found = self._plan(division, graph, work)
+        if among is not None and among.one_plan:
+            found = self._remembered_apart(division, graph, under_best(found, among), among)
+        asked = self.options.candidates
+        if among is None and asked is not None and not asked.one_plan:  # the caller computes the loss
+            found = replace(found, schedule=asked.prefers)
+        if found.schedule:
+            LOGGER.info("schedule %s, of: %s", found.schedule, "; ".join(told(found.weighed)) or "no others")
+        return division, graph, found
+
+    def _among(self, division: Division, work: Workload) -> Candidates | None:
+        """The schedules among which this plan chooses; None if it has no choice."""
+        among = self.options.candidates
+        fixed = self.apart or torch.are_deterministic_algorithms_enabled()
+        measured = not fixed and is_real(division.body.model, self.options)
+        if among is None or not among.are_open(work, cluster_of(self.devices), self.options.plan, measured):
+            return None
+        return among
+
+    def _plan(self, division: Division, graph: Graph, work: Workload) -> Planned:
         """The plan of a division, remembered or new."""
-        there, recall = cluster_of(self.devices), self._recall(division.body, graph)
+        recall, options = self._recall(division.body, graph), self.options.plan
 
         def search() -> Planned:
             costed = self._costed(division.body, graph, recall)
             cluster = self._cluster(costed, recall)
             with phase("plan"):
-                if self.options.is_auto:
-                    splits = self.options.stage_compile is False
-                    return chosen(costed, cluster, work, self.options.plan, splits)
-                return planned(costed, cluster, work, self.options.plan)
+                return planned(costed, cluster, work, options)
 
-        if self.options.is_auto:  # costs and links are remembered, the choice is not
-            found = replace(search(), remembered=tuple(recall.said))
-            LOGGER.info("schedule %s, of: %s", found.schedule, "; ".join(map(str, found.weighed)) or "no others")
+        return recall.planned(graph, cluster_of(self.devices), work, options, search)
+
+    def _remembered_apart(self, division: Division, graph: Graph, found: Planned, among: Candidates) -> Planned:
+        """The plan under the schedule that was chosen, as it is remembered for it: training may have moved it."""
+        if found.schedule in ("", among.prefers):
             return found
-        return recall.planned(graph, there, work, self.options.plan, search)
-
-    def chosen(self, division: Division, graph: Graph, work: Workload, rows: Rows) -> tuple[Division, Graph, Planned]:
-        """The plan with the number of microbatches and the schedule that the user has left open, and what it plans."""
-        division, graph, found = self._with_best_count(division, graph, work, rows)
-        if self._may_split(division, work):
-            found = or_split(found)
-            if found.schedule == SPLIT:
-                found = self._of_split(division, graph, found)
-        return division, graph, found
-
-    def _of_split(self, division: Division, graph: Graph, found: Planned) -> Planned:
-        """The plan for ZB-H1, which is remembered apart from the one for 1F1B: training may have moved it."""
-        recall = self._recall(division.body, graph)
-        kept = recall.planned(graph, cluster_of(self.devices), found.work, self.options.plan, lambda: found)
-        whole, split = weighed_both(kept)
+        recall, options = self._recall(division.body, graph), self.options.plan
+        kept = recall.planned(graph, cluster_of(self.devices), found.work, options, lambda: found)
         return replace(
             kept,
             remembered=(*found.remembered, *kept.remembered),
             counted=found.counted,
             schedule=found.schedule,
-            weighed=(split, whole),
+            weighed=weighed_again(found.weighed, kept.costed, kept.plan, kept.cluster, kept.work, options),
         )
 
-    def _may_split(self, division: Division, work: Workload) -> bool:
-        """Whether backwards may be split, without being asked to: on CPUs, for which the seconds of it are known."""
-        options = self.options
-        plain = options.stage_compile is False and options.plan.replicas is None and not self.apart
-        on_cpu = all(device.type == "cpu" for device in self.devices)
-        fixed = torch.are_deterministic_algorithms_enabled() or not is_real(division.body.model, options)
-        return options.finds_schedule and work.schedule is not gpipe and plain and on_cpu and not fixed
-
     def _with_best_count(
-        self, division: Division, graph: Graph, work: Workload, rows: Rows
+        self, division: Division, graph: Graph, work: Workload, among: Candidates | None, batch: int
     ) -> tuple[Division, Graph, Planned]:
         """The plan with the number of microbatches that promises the shortest step, and what it is a plan of.
 
-        The number stays as it is where another one would not be comparable, where costs are not measured, and for
-        steps so short that it hardly matters. With ``schedule="auto"`` it is chosen together with the schedule, and
-        costs need not be measured.
+        The number stays as it is for steps so short that it hardly matters.
 
         Args:
-            rows: of the microbatches; of several parts of the batch, the first one is planned for.
+            division: the capture.
+            graph: its body.
+            work: with the usual number.
+            among: the schedules of which each number has the best; None: it has one schedule.
+            batch: rows of the batch.
         """
-        batch = rows.by_part.counts[0] if division.captured.call.batch else 1
-        if not self.options.finds_microbatches or not self._may_vary(division) or batch < 2:
-            return division, graph, self.planned(division, graph, work)
-        if self.options.is_auto and work.schedule is not gpipe:
-            return self._jointly(division, graph, work, batch)
         made: list[Planned] = []
-        may_split = self._may_split(division, work)
 
         def count() -> tuple[Counted | None, str]:
-            made.append(self.planned(division, graph, work))
-            return self._counted(division, made[0], batch, may_split)
+            made.append(self._plan(division, graph, work))
+            return self._counted(division, made[0], batch, among)
 
-        if self.options.is_auto:
-            found, _ = count()
-        else:
-            recall = self._recall(division.body, graph)
-            found = recall.counted(cluster_of(self.devices), work, self.options.plan, count, may_split)
+        recall = self._recall(division.body, graph)
+        found = recall.counted(cluster_of(self.devices), work, self.options.plan, count, among)
         if found is not None and found.chosen != work.microbatches:
-            there = division.at_rows(-(-batch // found.chosen))
-            other = graph_of(there, self.options, self.apart)
+            there, other = self._at(division, batch, found.chosen)
             try:
-                best = self.planned(there, other, replace(work, microbatches=found.chosen))
+                best = self._plan(there, other, replace(work, microbatches=found.chosen))
             except (ExecutionError, PlanError) as error:
                 _tell_dropped(found.chosen, error)
                 found = replace(found, chosen=work.microbatches)
             else:
                 return there, other, replace(best, counted=_warned(found))
-        first = made[0] if made else self.planned(division, graph, work)
+        first = made[0] if made else self._plan(division, graph, work)
         return division, graph, replace(first, counted=_warned(found))
 
-    def _jointly(self, division: Division, graph: Graph, work: Workload, batch: int) -> tuple[Division, Graph, Planned]:
-        """The plan with the schedule and the number of microbatches that promise the least seconds per row."""
-        recall, options, splits = self._recall(division.body, graph), self.options.plan, not self.options.stage_compile
+    def _each_with_its_plan(
+        self, division: Division, graph: Graph, work: Workload, among: Candidates, batch: int, counts: bool
+    ) -> tuple[Division, Graph, Planned]:
+        """The plan for the schedule that promises the shortest step, and the number of microbatches with it.
+
+        Costs and links are remembered, the choice is not. Costs need not be measured.
+
+        Args:
+            division: the capture.
+            graph: its body.
+            work: with the usual number.
+            among: the schedules, each with a plan of its own.
+            batch: rows of the batch.
+            counts: whether the number is open too.
+        """
+        recall, options, usual = self._recall(division.body, graph), self.options.plan, work.microbatches
         costed = self._costed(division.body, graph, recall)
         cluster = self._cluster(costed, recall)
         short = costed.seconds / len(cluster) < WORTH or costed.corrections
-        usual = work.microbatches
-        by_rows, tried, _ = (None, [], "") if short else self._by_rows(division, costed, cluster, usual, batch)
+        by_rows, tried = None, list[int]()
+        if counts and not short:
+            by_rows, tried, _ = self._by_rows(division, costed, cluster, usual, batch)
         if by_rows is None:
-            return division, graph, self.planned(division, graph, work)
-        while True:
             with phase("plan"):
-                weighed = weigh_jointly(by_rows, cluster, work, options, tried, splits)
-            found = counted(weighed, by_rows)
-            there, other, this, costs = division, graph, work, costed
-            try:
-                if found is not None and found.chosen != usual:
-                    there = division.at_rows(-(-batch // found.chosen))
-                    this = replace(work, microbatches=found.chosen)
-                    other = graph_of(there, self.options, self.apart)
-                    costs = self._costed(there.body, other, self._recall(there.body, other))
-                with phase("plan"):
-                    best = settled(weighed, costs, cluster, this, options)
-                break
-            except (ExecutionError, PlanError) as error:
-                if this.microbatches == usual:
-                    raise
-                _tell_dropped(this.microbatches, error)
-                tried = [number for number in tried if number != this.microbatches]
-        LOGGER.info("schedule %s, of: %s", best.schedule, "; ".join(told(weighed)) or "no others")
-        return there, other, replace(best, counted=_warned(found), remembered=tuple(recall.said))
+                found = with_best_schedule(costed, cluster, work, options, among)
+            return division, graph, replace(found, remembered=tuple(recall.said))
+
+        def costs_of(number: int) -> CostedGraph:
+            if number == usual:
+                return costed
+            there, other = self._at(division, batch, number)
+            return self._costed(there.body, other, self._recall(there.body, other))
+
+        with phase("plan"):
+            found = with_best_pair(by_rows, cluster, work, options, tried, costs_of, _tell_dropped, among)
+        if found.work.microbatches != usual:
+            division, graph = self._at(division, batch, found.work.microbatches)
+        return division, graph, replace(found, counted=_warned(found.counted), remembered=tuple(recall.said))
+
+    def _at(self, division: Division, batch: int, number: int) -> tuple[Division, Graph]:
+        """The capture for microbatches of which a batch has so many, and its body."""
+        there = division.at_rows(-(-batch // number))
+        return there, graph_of(there, self.options, self.apart)
 
     def _cluster(self, costed: CostedGraph, recall: Recall) -> Cluster:
         """The devices with their links, measured if the costs are."""
@@ -194,7 +212,10 @@ class Planner:
             return self.cluster or recall.cluster(there, lambda: cluster_of(self.devices, measure=measures))
 
     def _may_vary(self, division: Division) -> bool:
-        """Whether results are the same for any number of microbatches, but for draws and batch statistics."""
+        """Whether results are the same for any number of microbatches, but for draws and batch statistics.
+
+        Unless the schedule is chosen with it, another number is only taken by measured costs.
+        """
         options, body = self.options, division.body
         if options.policy.is_asynchronous or isinstance(options.costs, CostedGraph):
             return False
@@ -204,16 +225,18 @@ class Planner:
             return False
         return not (division.one_part or body.is_fixed or division.at_most)
 
-    def _counted(self, division: Division, found: Planned, batch: int, may_split: bool) -> tuple[Counted | None, str]:
+    def _counted(
+        self, division: Division, found: Planned, batch: int, among: Candidates | None
+    ) -> tuple[Counted | None, str]:
         """Compares numbers of microbatches, and says why this is not to be remembered, or "".
 
         There is no comparison if steps are too short to tell, or a second size cannot run.
         """
         usual = found.work.microbatches
-        if is_short(found.costed, found.plan) or found.costed.corrections:
+        if all_short(found.stage_costs) or found.costed.corrections:
             return None, ""
         by_rows, tried, why = self._by_rows(division, found.costed, found.cluster, usual, batch)
-        return (None, why) if by_rows is None else (compared(found, by_rows, tried, may_split), why)
+        return (None, why) if by_rows is None else (compared(found, by_rows, tried, among), why)
 
     def _by_rows(
         self, division: Division, costed: CostedGraph, cluster: Cluster, usual: int, batch: int

@@ -26,6 +26,7 @@ from pipecompile.ir.graph import Cost, CostedGraph, Footprint, Graph, Setting, S
 from pipecompile.ir.json_io import converter
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.plan_options import PlanOptions
+from pipecompile.planning.candidates import Candidates
 from pipecompile.planning.counted import Counted
 from pipecompile.planning.planned import Planned
 from pipecompile.planning.replicas import Candidate
@@ -168,18 +169,18 @@ class Recall:
         work: Workload,
         options: PlanOptions,
         compare: Callable[[], tuple[Counted | None, str]],
-        may_split: bool = False,
+        among: Candidates | None = None,
     ) -> Counted | None:
         """The comparison of numbers of microbatches, for a plan with the usual number.
 
         Args:
             compare: makes it, and says why it is not to be remembered, or "".
-            may_split: whether it chooses for each number whether backwards are split.
+            among: the schedules of which it takes the best for each number.
         """
         key = self._key(devices, work, options)
         if not key:
             return compare()[0]
-        key = key.replace("plan-", "microbatches-or-split-" if may_split else "microbatches-")
+        key = key.replace("plan-", f"microbatches-of-{'-'.join(among.names)}-" if among else "microbatches-")
         found = self._read("microbatches", key, lambda content: converter.structure(content, Counted))
         if found is None:
             found, why = compare()

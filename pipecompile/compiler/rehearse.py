@@ -24,6 +24,7 @@ from pipecompile.errors import ExecutionError, PlanError
 from pipecompile.ir.graph import CostedGraph
 from pipecompile.ir.timeline import Timeline
 from pipecompile.planning.calibration import Times, corrected
+from pipecompile.planning.short_stages import all_short
 from pipecompile.runtime import Microbatch
 from pipecompile.runtime.batch import Batch
 from pipecompile.runtime.compiled import Compiled
@@ -36,7 +37,6 @@ REHEARSALS = 3  # maximum; each rehearses the plan made from the times of the on
 HOLDS = 0.05  # relative error of predicted stage times that is accepted: about the variation between steps
 PASSES = (2, 8)  # minimum and maximum number of timed passes, after a warm-up pass
 ENOUGH = 0.5  # seconds of timed passes after which no other pass is run
-WORTH = 5e-3  # seconds; plans with faster stages are not rehearsed: threads pass the GIL on at about this interval
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Rehearsal:
     def times(self, batch: Batch) -> tuple[Times, ...]:
         """The times of each stage; empty if a rehearsal is not useful.
 
-        It is not useful with a single stage, without a backward, or if every stage takes less than ``WORTH``.
+        It is not useful with a single stage, without a backward, or if all stages are short.
 
         Args:
             batch: the batch to run; only its first microbatches are run, at most two per rank and one more.
@@ -135,7 +135,7 @@ def _tells(compiled: Compiled) -> bool:
     costs = compiled.planned.stage_costs
     return (
         len(costs) > 1
-        and max(cost.seconds for cost in costs) >= WORTH
+        and not all_short(costs)
         and torch.is_grad_enabled()
         and any(output.requires_grad for output in compiled.captured.results)
     )

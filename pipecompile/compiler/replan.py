@@ -49,9 +49,9 @@ def replan(
             spans = (span for each in peers.of_each(timeline.spans) for span in each)
             timeline = Timeline(tuple(spans), timeline.num_ranks)
         costed = _measured(first, timeline if session.has_run(first) else None)
-    replicated = plan is not None and plan.replicas is not None  # which split backwards do not have
-    options = batches.options.unsettled if replicated else batches.options
-    options = replace(options, plan=plan or options.plan, costs=costed)
+    options = replace(batches.options, plan=plan or batches.options.plan, costs=costed)
+    if options.plan.replicas is not None and not options.policy.takes_replicas:  # what was chosen gives way
+        options = replace(options, found="")
     options.check(batches.model, len(batches.devices))
     return options, replanned(first, costed, options, batches.devices, peers)
 

@@ -25,7 +25,8 @@ def told_options(options: Options) -> dict[str, str]:
     Of costs and cluster, which the first process reads, it is told whether they are given: then no process measures.
     """
     told = dict(_told(options))
-    told.pop("finds_schedule")  # over processes it is not looked for
+    del told["asked"], told["found"]
+    told["schedule"] = _text(options.schedule)  # none is 1F1B, since over processes no other is taken unasked
     if told.pop("finds_microbatches") == "True":
         told["microbatches"] = "None"
     told["costs"] = repr(options.costs or "measure") if isinstance(options.costs, str | None) else "saved costs"

@@ -20,12 +20,12 @@ from pipecompile.ir.cluster import Cluster
 from pipecompile.ir.plan_options import PlanOptions
 from pipecompile.ir.units import seconds_text
 from pipecompile.planning.by_rows import ByRows
+from pipecompile.planning.candidates import EVERY, Candidates
 from pipecompile.planning.counted import Count, Counted
 from pipecompile.planning.schedule_choice import (
     ALIKE,
     Weighed,
     Weighing,
-    candidates,
     least_seconds,
     microbatches_text,
     ordered,
@@ -46,8 +46,8 @@ def weigh_jointly(
     work: Workload,
     options: PlanOptions,
     counts: Sequence[int],
-    splits: bool = True,
     seconds: float = SECONDS,
+    among: Candidates = EVERY,
 ) -> tuple[Weighed, ...]:
     """All candidates, the chosen one first; those that were refused or not planned last.
 
@@ -56,8 +56,8 @@ def weigh_jointly(
         work: of which schedule, placement and number of microbatches are replaced.
         options: constraints on every plan.
         counts: the numbers of microbatches.
-        splits: whether backwards can be split.
         seconds: CPU seconds after which no more candidates are planned, once one has a plan.
+        among: the schedules.
     """
     limited = any(device.memory is not None for device in cluster.devices)
     if limited and not by_rows.knows_memory:
@@ -68,12 +68,11 @@ def weigh_jointly(
             cluster=cluster,
             work=replace(work, microbatches=count),
             options=options,
-            splits=splits,
         )
         for count in counts
     }
     began, found, best = time.process_time(), [], float("inf")
-    for name, placement, count in _promising(weighings, cluster, options):
+    for name, placement, count in _promising(weighings, cluster, options, among):
         least = least_seconds(weighings[count].costed, cluster, name, placement, count)
         out_of_time = best < float("inf") and time.process_time() - began > seconds
         if least > best * ALIKE or out_of_time:
@@ -82,7 +81,7 @@ def weigh_jointly(
             continue
         found.append(weighings[count].of(name, placement))
         best = min(best, found[-1].seconds or best)
-    return ordered(found)
+    return ordered(found, among)
 
 
 def counted(weighed: Sequence[Weighed], by_rows: ByRows) -> Counted | None:
@@ -127,7 +126,7 @@ def _names(weighed: Iterable[Weighed]) -> str:
 
 
 def _promising(
-    weighings: dict[int, Weighing], cluster: Cluster, options: PlanOptions
+    weighings: dict[int, Weighing], cluster: Cluster, options: PlanOptions, among: Candidates
 ) -> list[tuple[str, Placement, int]]:
     """All candidates, the most promising first: those with the shortest step if stages were equal."""
     ranks = len(cluster)
@@ -138,5 +137,5 @@ def _promising(
         bubble = (ranks - 1) / placement.per_rank
         return each[count] * (count + bubble) + runtime_seconds(placement, count), placement.per_rank
 
-    named = list(candidates(options))
+    named = list(among.placed(options))
     return sorted(((*pair, count) for count in weighings for pair in named), key=estimate)

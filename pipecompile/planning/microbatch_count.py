@@ -12,30 +12,32 @@ from dataclasses import replace
 
 from pipecompile.ir.plan import Plan
 from pipecompile.planning.by_rows import ByRows
+from pipecompile.planning.candidates import Candidates
 from pipecompile.planning.counted import Count, Counted
 from pipecompile.planning.planned import Planned
-from pipecompile.planning.schedule_choice import predicted_step
-from pipecompile.planning.split_choice import step_or_split
+from pipecompile.planning.schedule_choice import best_step, predicted_step
 
 PAYS = 0.02  # a smaller number than the usual one is taken if it is predicted to save this share: it needs more memory
 
 
-def compared(found: Planned, by_rows: ByRows, tried: Sequence[int], may_split: bool = False) -> Counted:
+def compared(found: Planned, by_rows: ByRows, tried: Sequence[int], among: Candidates | None = None) -> Counted:
     """Compares numbers of microbatches.
 
     Args:
         found: the plan for the usual number.
         by_rows: the costs of any number.
         tried: the numbers.
-        may_split: whether backwards are split for those numbers for which that pays.
+        among: the schedules of which each number has the best; by default all have that of the plan.
     """
-    step_of = step_or_split if may_split else predicted_step
 
     def step(count: int) -> float:
         costed = by_rows.costed(count)
         plan = Plan.of(costed.graph, found.plan.stage_of, found.plan.rank_of, found.plan.replica_of)
         plan = replace(plan, recomputed=found.plan.recomputed, offloaded=found.plan.offloaded)
-        return step_of(costed, plan, found.cluster, replace(found.work, microbatches=count))
+        work = replace(found.work, microbatches=count)
+        if among is None:
+            return predicted_step(costed, plan, found.cluster, work)
+        return best_step(costed, plan, found.cluster, work, among)
 
     usual = found.work.microbatches
     steps = tuple(Count(count, step(count)) for count in tried)

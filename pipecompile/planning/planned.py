@@ -12,16 +12,14 @@ from pipecompile.ir.halves import Halves
 from pipecompile.ir.plan import Plan, stage_costs
 from pipecompile.ir.plan_options import PlanOptions
 from pipecompile.ir.split_nodes import stage_halves
-from pipecompile.planning.by_rows import ByRows
-from pipecompile.planning.counted import Counted, numbers
-from pipecompile.planning.joint_choice import counted, weigh_jointly
+from pipecompile.planning.counted import Counted
 from pipecompile.planning.memory import Memory
 from pipecompile.planning.plan_search import make_plan
 from pipecompile.planning.replicas import Candidate, with_best_replicas
-from pipecompile.planning.schedule_choice import Weighed, weigh
+from pipecompile.planning.schedule_choice import Weighed, weighed_again
 from pipecompile.planning.search_spec import Request
 from pipecompile.planning.training_spec import Workload
-from pipecompile.schedule import SCHEDULES, gpipe, one_f_one_b
+from pipecompile.schedule import one_f_one_b
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,8 @@ class Planned:
         key: the key under which it is remembered; empty if it is not.
         counted: the numbers of microbatches that were compared, if they were.
         schedule: the name of the schedule, if it was chosen.
-        weighed: the schedules that it was chosen from, itself first.
+        weighed: the schedules that it was chosen from, itself first. With other costs or another plan, those that can
+            run the plan, as they are weighed then.
     """
 
     plan: Plan
@@ -85,7 +84,7 @@ class Planned:
         Raises:
             PlanError: no plan was found.
         """
-        return replace(self, plan=make_plan(costed, self.request, self.cluster, self.work), costed=costed)
+        return self._weighed_again(make_plan(costed, self.request, self.cluster, self.work), costed)
 
     def without_functions(self) -> Planned:
         """The same without what the user gave as functions, so that another process can read it."""
@@ -97,7 +96,11 @@ class Planned:
 
     def recosted(self, costed: CostedGraph) -> Planned:
         """The same plan with other costs, with which its quality is not known."""
-        return replace(self, plan=replace(self.plan, quality=None), costed=costed)
+        return self._weighed_again(replace(self.plan, quality=None), costed)
+
+    def _weighed_again(self, plan: Plan, costed: CostedGraph) -> Planned:
+        weighed = weighed_again(self.weighed, costed, plan, self.cluster, self.work, self.request.options)
+        return replace(self, plan=plan, costed=costed, weighed=weighed)
 
 
 def planned(
@@ -123,55 +126,3 @@ def planned(
         request = Request.of(options, work.placement, len(cluster), num_stages)
         plan = make_plan(costed, request, cluster, work)
     return Planned(plan=plan, costed=costed, request=request, cluster=cluster, work=work, candidates=candidates)
-
-
-def chosen(costed: CostedGraph, cluster: Cluster, work: Workload, options: PlanOptions, splits: bool = True) -> Planned:
-    """The plan for the schedule with the shortest predicted step, and what was weighed.
-
-    If the caller computes the loss (``work`` has GPipe), all Forwards run before the Backwards, whatever the schedule,
-    so there is nothing to choose.
-
-    Args:
-        splits: whether backwards can be split.
-
-    Raises:
-        InputError, InfeasibleError, PlanError: as ``planned``; if no schedule fits, for 1F1B.
-    """
-    if work.schedule is gpipe:
-        placement = SCHEDULES["1f1b"].placed(options.stages_per_rank)
-        found = planned(costed, cluster, replace(work, placement=placement), options)
-        return replace(found, schedule="1f1b")
-    return settled(weigh(costed, cluster, work, options, splits), costed, cluster, work, options)
-
-
-def chosen_jointly(by_rows: ByRows, cluster: Cluster, work: Workload, options: PlanOptions) -> Planned:
-    """The plan for the schedule and the number of microbatches with the least predicted seconds per row.
-
-    Args:
-        work: with the usual number of microbatches.
-
-    Raises:
-        InputError, InfeasibleError, PlanError: as ``planned``; if no candidate fits, for 1F1B.
-    """
-    tried = numbers(by_rows.batch, len(cluster), work.microbatches, by_rows.batch)
-    weighed = weigh_jointly(by_rows, cluster, work, options, tried)
-    found = counted(weighed, by_rows)
-    this = work if found is None else replace(work, microbatches=found.chosen)
-    return replace(settled(weighed, by_rows.costed(this.microbatches), cluster, this, options), counted=found)
-
-
-def settled(
-    weighed: tuple[Weighed, ...], costed: CostedGraph, cluster: Cluster, work: Workload, options: PlanOptions
-) -> Planned:
-    """The plan for the first of the schedules that were weighed, or for 1F1B if all were refused.
-
-    Args:
-        costed: the costs of as many microbatches as ``work`` has.
-
-    Raises:
-        InputError, InfeasibleError, PlanError: as ``planned``.
-    """
-    best = weighed[0].schedule if weighed and weighed[0].seconds is not None else "1f1b"
-    placement = SCHEDULES[best].placed(options.stages_per_rank)
-    this = replace(work, schedule=SCHEDULES[best].steady, placement=placement)
-    return replace(planned(costed, cluster, this, options), schedule=best, weighed=weighed)

@@ -10,17 +10,19 @@ Of schedules that take equally long, the one with the least memory is taken.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from pipecompile.errors import InputError, PlanError
+from pipecompile.errors import PlanError
 from pipecompile.ir.cluster import Cluster
 from pipecompile.ir.graph import CostedGraph
-from pipecompile.ir.plan import Plan
+from pipecompile.ir.plan import Plan, stage_costs
 from pipecompile.ir.plan_options import PlanOptions
 from pipecompile.ir.units import bytes_text, seconds_text
+from pipecompile.planning.candidates import EVERY, Candidates
 from pipecompile.planning.plan_search import make_plan
 from pipecompile.planning.search_spec import Request
+from pipecompile.planning.short_stages import all_short
 from pipecompile.planning.training_spec import Workload
 from pipecompile.schedule import SCHEDULES
 from pipecompile.schedule.placement import Placement
@@ -28,7 +30,6 @@ from pipecompile.schedule.stage_costs import OVERHEAD
 
 CANDIDATE = 1.0  # CPU seconds of the search for the plan of one candidate
 ALIKE = 1.001  # steps within this factor take equally long
-LEFT_OUT = ("sequential",)  # never shorter than the others
 
 
 @dataclass(frozen=True)
@@ -76,17 +77,25 @@ class Weighed:
 
 
 def weigh(
-    costed: CostedGraph, cluster: Cluster, work: Workload, options: PlanOptions, splits: bool = True
+    costed: CostedGraph,
+    cluster: Cluster,
+    work: Workload,
+    options: PlanOptions,
+    among: Candidates = EVERY,
+    plan: Plan | None = None,
 ) -> tuple[Weighed, ...]:
-    """All schedules, the chosen one first, those that were refused last.
+    """Schedules, the best one first, those that were refused last.
 
     Args:
+        costed: the costs of a microbatch.
+        cluster: the devices.
         work: of which schedule and placement are replaced.
         options: constraints on every plan; with ``stages_per_rank``, only schedules that can have that number.
-        splits: whether backwards can be split. Compiled ones cannot.
+        among: the schedules.
+        plan: the plan that all of them run; by default each has its own.
     """
-    weighing = Weighing(costed=costed, cluster=cluster, work=work, options=options, splits=splits)
-    return ordered([weighing.of(name, placement) for name, placement in candidates(options)])
+    weighing = Weighing(costed=costed, cluster=cluster, work=work, options=options, plan=plan)
+    return ordered([weighing.of(name, placement) for name, placement in among.placed(options)], among)
 
 
 @dataclass(frozen=True)
@@ -97,64 +106,90 @@ class Weighing:
     cluster: Cluster
     work: Workload
     options: PlanOptions
-    splits: bool = True
+    plan: Plan | None = None
     plans: dict[Placement, Plan] = field(default_factory=dict)  # without memory limits, all of a placement have one
 
     def of(self, name: str, placement: Placement) -> Weighed:
         """A candidate with its predicted step."""
-        costed, cluster, count = self.costed, self.cluster, self.work.microbatches
-        limited = any(device.memory is not None for device in cluster.devices)
-        quick = replace(self.options.without_search(), search_seconds=CANDIDATE)
-        this = replace(self.work, schedule=SCHEDULES[name].steady, placement=placement)
+        costed, cluster, this = self.costed, self.cluster, self.work.under(name, placement)
+        found = Weighed(schedule=name, per_rank=placement.per_rank, microbatches=this.microbatches)
+        if not this.splits and _splits(name, placement):
+            return replace(found, refused="compiled stages do not split their backwards")
         try:
-            if not self.splits and _splits(name, placement):
-                raise PlanError("compiled stages do not split their backwards")
-            if limited or placement not in self.plans:
-                self.plans[placement] = make_plan(costed, Request.of(quick, placement, len(cluster)), cluster, this)
+            plan = self.plan or self._own(placement, this)
         except PlanError as error:
-            return Weighed(schedule=name, per_rank=placement.per_rank, refused=str(error), microbatches=count)
-        return weighed(name, costed, self.plans[placement], cluster, this)
+            return replace(found, refused=str(error))
+        ranks = this.memory(costed, plan, cluster).ranks
+        for rank, (device, nbytes) in enumerate(zip(cluster.devices, ranks, strict=False)):
+            if self.plan is not None and device.memory is not None and nbytes > device.memory:
+                has = f"rank {rank} needs {bytes_text(nbytes)}, and its device has {bytes_text(device.memory)}"
+                return replace(found, refused=has)
+        return replace(
+            found,
+            seconds=predicted_step(costed, plan, cluster, this),
+            peak_bytes=max(ranks),
+            recomputed=len(plan.recomputed),
+            offloaded=len(plan.offloaded),
+        )
+
+    def _own(self, placement: Placement, work: Workload) -> Plan:
+        """The plan of a candidate, within memory."""
+        limited = any(device.memory is not None for device in self.cluster.devices)
+        if limited or placement not in self.plans:
+            quick = replace(self.options.without_search(), search_seconds=CANDIDATE)
+            request = Request.of(quick, placement, len(self.cluster))
+            self.plans[placement] = make_plan(self.costed, request, self.cluster, work)
+        return self.plans[placement]
 
 
-def weighed(name: str, costed: CostedGraph, plan: Plan, cluster: Cluster, work: Workload) -> Weighed:
-    """A schedule with its predicted step, for a plan.
+def weighed_again(
+    found: Iterable[Weighed],
+    costed: CostedGraph,
+    plan: Plan,
+    cluster: Cluster,
+    work: Workload,
+    options: PlanOptions,
+) -> tuple[Weighed, ...]:
+    """Those of some schedules that can run a plan, in their order, as they are weighed with it.
 
     Args:
-        work: under this schedule.
+        found: the schedules, as they were weighed.
+        costed: the costs of a microbatch.
+        plan: the plan.
+        cluster: the devices.
+        work: the workload that the plan is for.
+        options: the constraints on it.
     """
-    return Weighed(
-        schedule=name,
-        per_rank=work.placement.per_rank,
-        seconds=predicted_step(costed, plan, cluster, work),
-        peak_bytes=max(work.memory(costed, plan, cluster).ranks),
-        recomputed=len(plan.recomputed),
-        offloaded=len(plan.offloaded),
-        microbatches=work.microbatches,
+    weighing = Weighing(costed=costed, cluster=cluster, work=work, options=options, plan=plan)
+    return tuple(
+        weighing.of(it.schedule, work.placement)
+        for it in found
+        if it.microbatches == work.microbatches and SCHEDULES[it.schedule].placed(it.per_rank) == work.placement
     )
 
 
-def ordered(found: Iterable[Weighed]) -> tuple[Weighed, ...]:
+def ordered(found: Iterable[Weighed], among: Candidates = EVERY) -> tuple[Weighed, ...]:
     """Candidates, the best one first, those that were refused or left out last."""
     found = list(found)
-    least = min((it.seconds for it in found if it.seconds is not None), default=0.0)
+    weights = {it: among.weight(it.schedule, it.seconds) for it in found if it.seconds is not None}
+    least = min(weights.values(), default=0.0)
 
     def rank(it: Weighed) -> tuple[int, float, int]:
-        if it.seconds is None:
+        if it not in weights:
             return 1 + it.left_out, 0.0, 0
-        return 0, 0.0 if it.seconds <= least * ALIKE else it.seconds, it.peak_bytes
+        return 0, 0.0 if weights[it] <= least * ALIKE else weights[it], it.peak_bytes
 
     return tuple(sorted(found, key=rank))
 
 
-def candidates(options: PlanOptions) -> Iterator[tuple[str, Placement]]:
-    """The synchronous schedules, by name, and their placements."""
-    for name, schedule in SCHEDULES.items():
-        if schedule.is_asynchronous or name in LEFT_OUT:
-            continue
-        try:
-            yield name, schedule.placed(options.stages_per_rank)
-        except InputError:  # it does not have that number of stages on each rank
-            continue
+def best_step(costed: CostedGraph, plan: Plan, cluster: Cluster, work: Workload, among: Candidates) -> float:
+    """The predicted step of a plan under the best of the schedules, whatever memory there is.
+
+    If all stages are short, that is the preferred one.
+    """
+    names = (among.prefers,) if all_short(stage_costs(costed, plan)) else among.names
+    steps = {name: predicted_step(costed, plan, cluster, work.under(name, work.placement)) for name in names}
+    return steps[among.best(steps)]
 
 
 def least_seconds(costed: CostedGraph, cluster: Cluster, name: str, placement: Placement, count: int) -> float:

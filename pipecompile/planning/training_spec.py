@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipecompile.errors import InputError
 from pipecompile.ir.cluster import Cluster
@@ -15,7 +15,7 @@ from pipecompile.partition import ADAM
 from pipecompile.planning.memory import NO_TAIL, How, Memory, TailBytes, memory
 from pipecompile.planning.predict import predict
 from pipecompile.planning.updates import UpdateCost, update_seconds_of, updates_per_microbatch, with_updates
-from pipecompile.schedule import MakeProgram
+from pipecompile.schedule import SCHEDULES, MakeProgram
 from pipecompile.schedule.placement import PLAIN, Placement
 
 
@@ -36,6 +36,8 @@ class Workload:
         placement: where the stages are that the schedule asks for.
         update: the seconds of the optimizer's steps on a CPU, or a function that returns them, called when needed; None
             if they are not known. They count where steps are inside the pipeline.
+        splits: whether backwards can be split. Those of compiled stages cannot.
+        loss_outside: whether the caller computes the loss, so that all Forwards run before the Backwards.
     """
 
     schedule: MakeProgram
@@ -48,6 +50,8 @@ class Workload:
     asynchronous: bool = False
     placement: Placement = PLAIN
     update: UpdateCost | Callable[[int], UpdateCost | None] | None = None
+    splits: bool = True
+    loss_outside: bool = False
 
     def __post_init__(self) -> None:
         if self.offload == "always" and self.asynchronous:
@@ -56,6 +60,10 @@ class Workload:
                 "from one call to the next; use offload='auto', or schedule='1f1b' or another that ends each step with "
                 "an empty pipeline"
             )
+
+    def under(self, name: str, placement: Placement) -> Workload:
+        """The same under another schedule, by its name."""
+        return replace(self, schedule=SCHEDULES[name].steady, placement=placement)
 
     def memory(
         self, costed: CostedGraph, plan: Plan, cluster: Cluster, buffers: Sequence[int] = (), bound: bool = False

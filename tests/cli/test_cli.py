@@ -2,19 +2,26 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import torch
 import typer
 from costed import gpt2
+from torch import nn
 from typer.testing import CliRunner, Result
 
 import pipecompile.api
+from pipecompile import PlanOptions
 from pipecompile.cli import costed_model
 from pipecompile.cli import main as cli
+from pipecompile.compiler import plan_call
 from pipecompile.compiler.disk_cache import DiskCache
 from pipecompile.errors import InputError
+from pipecompile.ir.graph import Cost
+from pipecompile.profile import profile
 from pipecompile.render.formats import FORMATS
 from pipecompile.render.stage_graph import StageGraph
 from pipecompile.schedule import SCHEDULES
@@ -154,6 +161,39 @@ def test_plan_measures_by_default(nets):
     it = json.loads(result.stdout)
     assert it["costs"].startswith("measured: cpu")
     assert it["step"]["seconds"] > 0
+
+
+def test_plan_takes_the_schedule_that_compile_takes(nets, monkeypatch):
+    """Seconds are 20 ms a row for each linear layer, where both profile."""
+
+    def measured(captured, graph, *args, **kwargs):
+        counted = profile(captured, graph, "count")
+        linear = Cost(0.02 * captured.microbatch, 0.04 * captured.microbatch)
+        costs = tuple(linear if node.op == "linear" else Cost() for node in graph.nodes)
+        return replace(counted, costs=costs, measured=True)
+
+    monkeypatch.setattr(costed_model, "profile", measured)
+    monkeypatch.setattr(plan_call, "profile", measured)
+    for words, options in (
+        ([], {}),
+        (["--schedule", "1f1b"], {"schedule": "1f1b"}),
+        (["--replicas", "1,1"], {"plan": PlanOptions(replicas=[1, 1])}),
+        (["--costs", "count"], {"costs": "count"}),
+    ):
+        result = run("plan", "nets.py:make", "-m", "4", "--microbatch", "2", *words, "--json")
+        assert result.exit_code == 0, result.output
+        it = json.loads(result.stdout)
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(4)), nn.Linear(8, 2))
+        pipe = pipecompile.compile(
+            model, ["cpu"] * 2, microbatches=4, loss_fn=lambda out, target: out.square().mean(), **options
+        )
+        pipe(torch.ones(8, 8), target=torch.ones(8, 2))
+        assert it["schedule"] == pipe.pipeline.schedule
+        assert [each["schedule"] for each in it["schedules"]] == ([] if words else ["zb-h1", "1f1b"])
+        text = run("plan", "nets.py:make", "-m", "4", "--microbatch", "2", *words).stdout
+        assert f"{it['schedule']}, 4 microbatches: predicted step" in text
+        assert ("zb-h1, one stage on each rank" in text) is not bool(words)
 
 
 def test_plan_of_a_config_needs_no_network_and_no_memory(tmp_path):

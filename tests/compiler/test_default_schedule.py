@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -13,9 +14,13 @@ from test_microbatch_count import LAYERS, Seconds, assert_same_gradients, built,
 
 import pipecompile
 from pipecompile import PlanOptions
+from pipecompile.ir.graph import Cost
 from pipecompile.ops.split_backward import Queue
+from pipecompile.planning.best_schedule import under_best
+from pipecompile.planning.candidates import DEFAULT
 from pipecompile.planning.planned import Planned
-from pipecompile.planning.split_choice import SPLIT, or_split, under
+from pipecompile.planning.predict import predict
+from pipecompile.schedule import SYNCHRONOUS
 
 __all__ = ["took"]
 
@@ -124,11 +129,29 @@ def test_the_choice_stays_for_other_captures_and_copies(took: Took) -> None:
     assert again.pipeline.schedule == "1f1b"
 
 
-def test_the_choice_does_not_travel_and_does_not_bind(took: Took) -> None:
+@pytest.mark.parametrize("asked", [None, "auto"])
+def test_a_copy_keeps_the_choice_with_the_plan_and_a_pickle_chooses_again(took: Took, asked: str | None) -> None:
+    took(lambda rows: 0.02 * rows)
+    options = {"microbatches": 4, "schedule": asked, "plan": PlanOptions(stages_per_rank=1)}
+    pipe, expected = piped(**options), built()
+    before = pipe.pipeline.schedule
+    pipe(*data())
+    chosen = pipe.pipeline.schedule
+    assert chosen.startswith("zb-")
+    copy, loaded = deepcopy(pipe), pickle.loads(pickle.dumps(pipe))
+    assert (copy.pipeline.schedule, loaded.pipeline.schedule) == (chosen, before)
+    expected(*data()).backward()
+    for other in (copy, loaded):
+        other(*data()).backward()
+        assert_same_gradients(other.pipeline.model, expected)
+        assert other.pipeline.schedule == chosen
+        assert other.pipeline.program.split
+
+
+def test_what_is_chosen_does_not_bind(took: Took) -> None:
     took(lambda rows: 0.02 * rows)
     pipe = piped(microbatches=4)
     pipe(*data())
-    assert pickle.loads(pickle.dumps(pipe)).pipeline.schedule == "1f1b"
     pipe.pipeline.replan(plan=PlanOptions(replicas=[2]), costs=pipe.pipeline.costs)
     torch.testing.assert_close(pipe(*data()), built()(*data()))
     assert pipe.pipeline.schedule == "1f1b"
@@ -144,15 +167,33 @@ def test_a_verification_before_the_first_call_runs_what_is_chosen(took: Took, mo
     assert sum(ran), "it ran split backwards"
 
 
+@pytest.mark.parametrize("asked", [None, "auto"])
+def test_predicted_steps_are_those_of_the_present_plan(took: Took, asked: str | None) -> None:
+    """A cut that moves, and costs that are corrected, leave no step of the plan before."""
+    took(lambda rows: 0.02 * rows)
+    found: Planned = called(microbatches=4, schedule=asked)._capture_in_use.planned
+    last = max(i for i, cost in enumerate(found.costed.costs) if cost.forward)
+    costs = [Cost(3 * it.forward, 3 * it.backward) if i == last else it for i, it in enumerate(found.costed.costs)]
+    slower = replace(found.costed, costs=tuple(costs))
+    moved, same = found.again(slower), found.recosted(slower)
+    assert moved.plan.stage_of != found.plan.stage_of
+    for it in (moved, same):
+        assert it.weighed[0].schedule == found.schedule
+        assert {"1f1b", "zb-h1"} <= {other.schedule for other in it.weighed} or it.plan.num_stages > 2
+        for other in it.weighed:
+            program = SYNCHRONOUS[other.schedule](it.plan, 4)
+            assert other.seconds == pytest.approx(predict(program, slower, it.cluster).makespan, rel=0.02)
+
+
 def test_what_does_not_fit_is_not_taken(took: Took) -> None:
     took(lambda rows: 0.02 * rows)
     found: Planned = called(microbatches=4)._capture_in_use.planned
-    needed = under(SPLIT, found.work).memory(found.costed, found.plan, found.cluster).ranks
+    needed = found.work.under("zb-h1", found.work.placement).memory(found.costed, found.plan, found.cluster).ranks
 
     def within(limits: list[int]) -> str:
         pairs = zip(found.cluster.devices, limits, strict=True)
         devices = tuple(replace(device, memory=limit) for device, limit in pairs)
-        return or_split(replace(found, cluster=replace(found.cluster, devices=devices))).schedule
+        return under_best(replace(found, cluster=replace(found.cluster, devices=devices)), DEFAULT).schedule
 
     assert within(list(needed)) == "zb-h1"
     assert within([needed[0], needed[1] - 1]) == "1f1b"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from pipecompile.ir.graph import Cost, CostedGraph
 from pipecompile.ir.plan import stage_costs
 from pipecompile.ir.plan_options import PlanOptions
 from pipecompile.ir.timeline import Timeline
-from pipecompile.planning import split_choice
+from pipecompile.planning import best_schedule, candidates
 from pipecompile.planning.calibration import Times
 from pipecompile.planning.planned import planned
 from pipecompile.runtime.compiled import Compiled
@@ -74,7 +75,7 @@ class Devices:
 def devices(monkeypatch: pytest.MonkeyPatch) -> Devices:
     """Costs are equal for all functions, so that plans do not depend on this machine."""
     found = Devices()
-    monkeypatch.setattr(learn, "WORTH", 0.0)
+    monkeypatch.setattr(learn, "all_short", lambda costs: False)
     monkeypatch.setattr(Compiled, "times", _bound(found))
     monkeypatch.setattr("pipecompile.compiler.plan_call.planned", _evenly)
     return found
@@ -297,8 +298,8 @@ def test_what_is_learnt_under_a_chosen_schedule_is_remembered_for_it_alone(
     devices: Devices, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
     monkeypatch.setenv("PIPECOMPILE_CACHE", str(tmp_path))
-    monkeypatch.setattr(split_choice, "WORTH", 0.0)
-    monkeypatch.setattr(split_choice, "PAYS", -9.0)
+    monkeypatch.setattr(best_schedule, "all_short", lambda costs: False)
+    monkeypatch.setattr(candidates, "DEFAULT", replace(candidates.DEFAULT, pays=-9.0))
     devices.factors = (3.0, 1.0)
     pipe = piped(Deep())
     train(pipe, 1)

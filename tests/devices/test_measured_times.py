@@ -104,7 +104,7 @@ def test_a_timeline_spans_devices_with_clocks_of_their_own(where: tuple[int | st
 
 
 def test_a_rehearsal_moves_layers_to_the_quick_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rehearse, "WORTH", 0.0)
+    monkeypatch.setattr(rehearse, "all_short", lambda costs: False)
     LATE.start()
 
     def layers_of_the_last_stage() -> int:
@@ -135,17 +135,17 @@ def test_training_moves_layers_to_the_quick_device_with_all_that_belongs_to_them
             vd.slowness(1, SLOW if slow else 1.0)
         return losses, pipe
 
-    monkeypatch.setattr(learn, "WORTH", 0.0)
+    monkeypatch.setattr(learn, "all_short", lambda costs: False)
     moving, pipe = trained(slow=True)
     assert "the cut moved over" in pipe.pipeline.report.learned[0]
-    monkeypatch.setattr(learn, "WORTH", 1e9)
+    monkeypatch.setattr(learn, "all_short", lambda costs: True)
     still, other = trained(slow=False)
     assert other.pipeline.report.learned == ()
     assert moving == pytest.approx(still, rel=1e-12)
 
 
 def test_a_measured_pipeline_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rehearse, "WORTH", 0.0)
+    monkeypatch.setattr(rehearse, "all_short", lambda costs: False)
     LATE.start()
     pipe = piped(built(Net), LATE, costs="measure", plan=PlanOptions(tune="rehearse"))
     loss = inside(pipe, *floats(0))

@@ -182,7 +182,7 @@ def tuned(tune: str, slips: bool = False) -> dict[str, Any]:
         slips: whether rank 1 evaluates, which is refused, where all would tell what they have measured.
     """
     torch.set_num_threads(1)
-    learn.WORTH = rehearse.WORTH = 0.0
+    learn.all_short = rehearse.all_short = lambda costs: False  # type: ignore[attr-defined]
     torch.manual_seed(0)
     unsplit, x = blocks(6), torch.randn(64, D)
     torch.manual_seed(0)

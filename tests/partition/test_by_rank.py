@@ -77,6 +77,17 @@ def test_a_rank_is_balanced_where_its_stages_cannot_be() -> None:
     assert plan.quality.bottleneck == pytest.approx(16, rel=1e-3)
 
 
+@pytest.mark.parametrize("rank_of", [(0, 1, 0, 1), (0, 1, 1, 0)])
+def test_stages_of_balanced_ranks_are_even(rank_of: tuple[int, ...]) -> None:
+    """Of 48 layers, many plans have ranks that differ by less than any run would show."""
+    random = Random(0)
+    costed = layers(*(random.uniform(1, 3) for _ in range(48)))
+    plan = partition(costed, 4, rank_of=rank_of)
+    seconds = [cost.seconds for cost in stage_costs(costed, plan)]
+    assert plan.pace(seconds) < 1.02 * sum(seconds) / 2
+    assert max(seconds) < 1.2 * sum(seconds) / 4
+
+
 def test_what_stays_on_a_rank_is_not_sent() -> None:
     problem, rank_of, _ = drawn(3)
     together = tuple(0 for _ in rank_of)

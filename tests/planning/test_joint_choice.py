@@ -10,12 +10,14 @@ import pytest
 from pipecompile.ir.cluster import Cluster
 from pipecompile.ir.graph import Cost, CostedGraph, Graph, Node, TensorSpec
 from pipecompile.ir.plan_options import DEFAULT_PLAN, PlanOptions
+from pipecompile.planning.best_schedule import for_first, with_best_pair
 from pipecompile.planning.by_rows import ByRows
+from pipecompile.planning.candidates import EVERY
 from pipecompile.planning.joint_choice import counted, told, weigh_jointly
-from pipecompile.planning.planned import settled
-from pipecompile.planning.schedule_choice import ALIKE, Weighed, candidates, least_seconds, weigh
+from pipecompile.planning.predict import predict
+from pipecompile.planning.schedule_choice import ALIKE, Weighed, least_seconds, weigh
 from pipecompile.planning.training_spec import Workload
-from pipecompile.schedule import one_f_one_b
+from pipecompile.schedule import SCHEDULES, one_f_one_b
 
 BATCH, COUNTS = 16, (1, 2, 4, 8)
 
@@ -72,7 +74,7 @@ def test_the_choice_is_the_best_of_all_candidates(seed: int, memory: int | None,
     expected = alone(seed, cluster, options)
     least = min(it.seconds for it in expected if it.seconds is not None)
     found = weigh_jointly(by_rows(seed), cluster, workload(), options, COUNTS, seconds=1e9)
-    assert len({(it.schedule, it.microbatches) for it in found}) == len(found) == len(list(candidates(options))) * 4
+    assert len({(it.schedule, it.microbatches) for it in found}) == len(found) == len(list(EVERY.placed(options))) * 4
     best = found[0]
     assert best.seconds is not None
     assert least * (1 - 1e-4) <= best.seconds <= least * ALIKE * (1 + 1e-4)
@@ -90,7 +92,7 @@ def test_no_step_is_shorter_than_its_bound(ranks: int) -> None:
     for seed, options in ((0, DEFAULT_PLAN), (1, ONE_EACH), (2, ONE_EACH)):
         for count in (1, 3, 8):
             costed = graph_at(seed, 2)
-            placed = dict(candidates(options))
+            placed = dict(EVERY.placed(options))
             for it in weigh(costed, cluster, workload(count), options):
                 if it.seconds is not None:
                     bound = least_seconds(costed, cluster, it.schedule, placed[it.schedule], count)
@@ -108,9 +110,23 @@ def test_memory_forces_a_larger_number() -> None:
     refused = {it.microbatches for it in found if it.refused and not it.left_out}
     assert 1 in refused
     assert found[0].microbatches > 1
-    plan = settled(found, by_rows(1).costed(found[0].microbatches), tight, workload(found[0].microbatches), options)
+    plan = for_first(found, by_rows(1).costed(found[0].microbatches), tight, workload(found[0].microbatches), options)
     assert plan.schedule == found[0].schedule
     assert max(plan.memory().ranks) <= 30_000
+
+
+def test_the_step_that_is_told_is_that_of_the_plan_that_runs() -> None:
+    """Its own costs, of a microbatch of its size, are not those on the line through two other sizes."""
+    of_all, own = by_rows(0), {count: graph_at(2, BATCH // count) for count in COUNTS}
+    found = with_best_pair(of_all, devices(None), workload(), DEFAULT_PLAN, COUNTS, own.__getitem__)
+    first, count = found.weighed[0], found.work.microbatches
+    assert (first.schedule, first.microbatches) == (found.schedule, count)
+    program = SCHEDULES[found.schedule].program(found.plan, count)
+    step = predict(program, own[count], found.cluster).makespan
+    assert first.seconds == pytest.approx(step, rel=0.05)  # with the runtime's seconds
+    before = weigh_jointly(of_all, devices(None), workload(), DEFAULT_PLAN, COUNTS)[0].seconds
+    assert before is not None
+    assert abs(before / step - 1) > 0.05
 
 
 def test_what_is_left_out_is_said_with_its_bound() -> None:

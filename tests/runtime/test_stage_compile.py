@@ -345,7 +345,7 @@ def test_an_error_in_a_compiled_part_tells_its_line() -> None:
 
 def test_a_rehearsed_plan_that_stays_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Costs that are far off make a rehearsal correct them; the plan, of two stages that cannot move, stays."""
-    monkeypatch.setattr(rehearse, "WORTH", 0.0)
+    monkeypatch.setattr(rehearse, "all_short", lambda costs: False)
     monkeypatch.setattr(rehearse, "HOLDS", 0.0)
     plan = PlanOptions(pins={"first": 0, "last": 1}, tune="rehearse")
     pipe = piped(built(Net), costs="measure", plan=plan, example_inputs=floats()[0])

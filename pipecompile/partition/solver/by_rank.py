@@ -1,8 +1,9 @@
 """Plans whose ranks run several stages each: the busiest rank counts, not the slowest stage.
 
 The solver balances stages. From its plan, single atoms move between stages that their neighbors allow, in simulated
-annealing, until ranks are balanced too. A high power of the loads is a smooth maximum. Ranks come first, then stages,
-since uneven stages fill less of the pipeline. Memory is that of a rank, too: what exceeds it costs more than any load.
+annealing, until ranks are balanced too. A high power of the loads is a smooth maximum. Stages count too, but less: the
+busiest rank bounds a step of many microbatches, and the longer the slowest stage is, the more ranks wait for each other
+before and after. Memory is that of a rank, too: what exceeds it costs more than any load.
 
     load of a rank = seconds of its atoms / speed
                    + sends    * seconds of each net made on it that has an end on another rank
@@ -24,8 +25,9 @@ from pipecompile.partition.solver.score import check, rank_bytes, rank_loads
 STEPS, PER_MOVE = 6_000, 60  # moves that are tried in one walk, at most, and for each atom and stage
 WALKS = 3
 POWER = 12  # of loads, relative to the mean of ranks
-STAGES = 1e-3  # weight of the squares of stages, relative to the mean
+STAGES = 1e-2  # weight of the squares of stages, relative to the mean
 HOT, COLD = 10.0, 1e-3  # first and last temperature, in the change that moving a mean atom makes
+EVEN = 0.1  # of the seconds of the slowest stage count beside those of the busiest rank
 EMPTY = 0.5  # a stage without atoms, which plans pass through to others, relative to ranks that are balanced
 EXCEEDS = 1e6  # a rank beyond its memory, and as much again if it needs twice of it
 
@@ -33,7 +35,7 @@ EXCEEDS = 1e6  # a rank beyond its memory, and as much again if it needs twice o
 def balanced(
     problem: Problem, rank_of: Sequence[int], memory: Sequence[float], start: Sequence[int], seconds: float
 ) -> tuple[int, ...]:
-    """The best plan found near another one: within memory, then with the least busy busiest rank.
+    """The best plan found near another one: within memory, then by its busiest rank and its slowest stage.
 
     Args:
         problem: its seats have no memory limits.
@@ -43,10 +45,17 @@ def balanced(
         seconds: of CPU time, after which the walks end.
     """
     end = thread_time() + seconds
-    plans = [tuple(start)]
+    here = tuple(start)
+    plans = [here]
     for seed in range(WALKS):
-        plans.append(_Walk(problem, rank_of, memory, plans[-1]).run(Random(seed), end))
-    best = min(plans, key=lambda plan: quality(problem, rank_of, memory, plan))
+        here, smooth = _Walk(problem, rank_of, memory, here).run(Random(seed), end)
+        plans += [here, smooth]
+
+    def measure(plan: tuple[int, ...]) -> tuple[float, float]:
+        over, busiest, slowest = quality(problem, rank_of, memory, plan)
+        return over, busiest + EVEN * slowest
+
+    best = min(plans, key=measure)
     check(problem, best)
     return best
 
@@ -54,7 +63,7 @@ def balanced(
 def quality(
     problem: Problem, rank_of: Sequence[int], memory: Sequence[float], plan: Sequence[int]
 ) -> tuple[float, float, float]:
-    """What of a plan is minimized: bytes beyond the memory of ranks, the busiest rank, and the slowest stage."""
+    """What counts of a plan: bytes beyond the memory of ranks, the busiest rank, and the slowest stage."""
     needed = rank_bytes(problem, plan, rank_of)
     over = sum(max(0.0, n - limit * (1 + 1e-12)) for n, limit in zip(needed, memory, strict=True))
     stages = [0.0] * problem.num_stages
@@ -84,10 +93,12 @@ class _Walk:
         self.open = [atom for atom in range(len(plan)) if self._range(atom) is not None]
         self.place = {atom: index for index, atom in enumerate(self.open)}
 
-    def run(self, random: Random, end: float) -> tuple[int, ...]:
-        """The best plan of a walk."""
+    def run(self, random: Random, end: float) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The plan of a walk with the least busy busiest rank, and the one with the best score."""
         now = self._score()
+        lowest = math.inf if self.empty else now
         best, least = tuple(self.plan), self.goal
+        smooth = best
         steps = min(STEPS, PER_MOVE * len(self.plan) * self.problem.num_stages)
         heat = HOT * POWER / max(1, len(self.plan))
         for step in range(steps):
@@ -104,9 +115,11 @@ class _Walk:
                 self._reopen(atom)
                 if self.goal < least:
                     best, least = tuple(self.plan), self.goal
+                if now < lowest and not self.empty:
+                    smooth, lowest = tuple(self.plan), now
             else:
                 self._move(atom, here)
-        return best
+        return best, smooth
 
     def _score(self) -> float:
         """The smooth score of the plan; sets ``goal``, which is what is minimized."""
