@@ -15,7 +15,7 @@ from pipecompile.capture.functionalize import storage_key
 from pipecompile.capture.origin import origin_of
 from pipecompile.capture.purity import has_effect, is_cheap, name_of
 from pipecompile.ir.graph import Graph, Node, Parameter, TensorSpec
-from pipecompile.ir.split_nodes import SPLIT
+from pipecompile.ir.split_nodes import SPLITTINGS
 from pipecompile.ops.source_lines import short
 from pipecompile.ops.splittable import fits, weights_of
 from pipecompile.ops.symbols import resolve
@@ -69,7 +69,7 @@ def summarize(captured: Captured) -> Graph:
 
 def _is_whole(n: fx.Node, parameters: Mapping[str, Tensor]) -> bool:
     """Whether no backward of a call is split, though its function has a split form: what it reads does not fit."""
-    if name_of(n) not in SPLIT:
+    if name_of(n) not in SPLITTINGS:
         return False
     weights = weights_of(n)
     if weights is None or not all(weight.op == "get_attr" for weight in weights) or not fits(n):

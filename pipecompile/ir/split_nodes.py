@@ -45,7 +45,7 @@ PRODUCT = Splitting(forward=150e-6, backward=20e-6, weights=100e-6, factor=1.0)
 CONVOLUTION = Splitting(forward=150e-6, backward=40e-6, weights=160e-6, factor=1.15)
 THIN = replace(CONVOLUTION, factor=1.2)  # with kernels of one point, or outputs that read some channels only
 ELSEWHERE = Splitting(forward=0.0, backward=0.0, weights=0.0, factor=1.02)  # on accelerators
-SPLIT: Mapping[str, Splitting] = {
+SPLITTINGS: Mapping[str, Splitting] = {
     "linear": PRODUCT,
     "addmm": PRODUCT,
     "matmul": PRODUCT,
@@ -69,7 +69,7 @@ def split_nodes(costed: CostedGraph, nodes: Iterable[int], again: bool = False) 
     return frozenset(
         i
         for i in nodes
-        if graph.nodes[i].op in SPLIT
+        if graph.nodes[i].op in SPLITTINGS
         and not graph.nodes[i].whole
         and footprints[i].stretch is None
         and not (again and footprints[i].repeats)
@@ -120,7 +120,7 @@ def splitting(node: Node, inputs: Sequence[TensorSpec], shapes: Mapping[str, Seq
         inputs: what it reads.
         shapes: of parameters, by name.
     """
-    by = SPLIT[node.op]
+    by = SPLITTINGS[node.op]
     weight = next((shapes[name] for name in node.parameters if len(shapes[name]) > 2), ())
     if by is not CONVOLUTION or not weight:  # (out, in / groups, ...)
         return by

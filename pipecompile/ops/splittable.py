@@ -15,7 +15,7 @@ import torch.fx as fx
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipecompile.ir.split_nodes import SPLIT
+from pipecompile.ir.split_nodes import SPLITTINGS
 
 
 def fits_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
@@ -80,7 +80,7 @@ _FUNCTIONS: Mapping[str, tuple[Sequence[Any], Splittable]] = {
     "conv2d": ([F.conv2d], Splittable("conv2d", (WEIGHT, BIAS), partial(fits_convolution, 2))),
     "conv3d": ([F.conv3d], Splittable("conv3d", (WEIGHT, BIAS), partial(fits_convolution, 3))),
 }
-SPLITTABLE = {function: it for functions, it in map(_FUNCTIONS.__getitem__, SPLIT) for function in functions}
+SPLITTABLE = {function: it for functions, it in map(_FUNCTIONS.__getitem__, SPLITTINGS) for function in functions}
 
 
 def weights_of(call: fx.Node) -> Sequence[fx.Node] | None:

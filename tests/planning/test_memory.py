@@ -19,7 +19,7 @@ from pipecompile.ir.between_stages import Made
 from pipecompile.ir.cluster import Cluster, Device
 from pipecompile.ir.graph import Cost, CostedGraph, Footprint, Graph, Node, Parameter, SharedOutput, TensorSpec
 from pipecompile.ir.plan import Plan
-from pipecompile.ir.split_nodes import SPLIT
+from pipecompile.ir.split_nodes import SPLITTINGS
 from pipecompile.ops import split_backward
 from pipecompile.planning.memory import Bytes, Memory, TailBytes, memory
 from pipecompile.planning.stage_memory import load
@@ -196,7 +196,7 @@ def test_under_an_autocast_of_the_models_own_a_backward_leaves_nothing() -> None
 
 
 def test_the_functions_whose_weights_a_split_backward_leaves_have_one_list() -> None:
-    assert {name_of(fx.Graph().call_function(function)) for function in split_backward.SPLIT} == set(SPLIT)
+    assert {name_of(fx.Graph().call_function(function)) for function in split_backward.SPLIT} == set(SPLITTINGS)
 
 
 @pytest.mark.parametrize("recompute", ["auto", "always"] if LONG else ["always"])
