@@ -90,7 +90,7 @@ class Prediction:
         console.print(memory_table(self.memory, self.planned.plan, self.planned.cluster))
         console.print(self._step())
         for line in self._comparison():
-            console.print(Text(line), soft_wrap=True)
+            console.print(Text(line))
 
     def facts(self) -> dict[str, Any]:
         """The same as JSON: seconds and bytes per microbatch, except those of ``step``."""
