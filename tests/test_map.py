@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Iterator
-from itertools import count
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -71,28 +71,29 @@ def test_outputs_are_the_models_in_order(kind: str, ranks: int) -> None:
 
 def test_batches_overlap() -> None:
     """The last stage waits with each batch until the first one has begun the next."""
-    begun = [threading.Event() for _ in ROWS]
-    first, last, armed = count(), count(), threading.Event()
+    begun = [SimpleQueue[None]() for _ in ROWS]  # queues, in which a capture sees nothing
+    first, last = SimpleQueue[int](), SimpleQueue[int]()
 
     class First(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
-            if armed.is_set():
-                begun[next(first)].set()
+            if not first.empty():
+                begun[first.get()].put(None)
             return super().forward(x)
 
     class Last(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
-            if armed.is_set() and (number := next(last)) + 1 < len(ROWS):
-                assert begun[number + 1].wait(60), f"batch {number + 1} waits for batch {number}"
+            if not last.empty() and (number := last.get()) + 1 < len(ROWS):
+                begun[number + 1].get(timeout=60)  # which raises if the next batch waits for this one
             return super().forward(x)
 
     model = nn.Sequential(First(D, D), nn.Tanh(), Last(D, D)).double()
     options = {"plan": PlanOptions(pins={"0": 0, "2": 1}), "leaf_modules": ["0", "2"]}
     pipe = net(2, model, verify="never", **options)
     list(pipe.pipeline.map([floats(4)]))  # captures
-    armed.set()
+    for number in range(len(ROWS)):
+        first.put(number)
+        last.put(number)
     found = list(pipe.pipeline.map(floats(4) for _ in ROWS))
-    armed.clear()
     for output in found:
         torch.testing.assert_close(output, model(floats(4)).detach())
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from itertools import repeat
+from queue import SimpleQueue
 from typing import ClassVar
 
 import pytest
@@ -112,9 +112,12 @@ def test_the_addition_of_weight_gradients_counts_for_who_reads_the_weight(slow: 
 
 
 def test_equal_operations_have_the_median_of_their_runs(slow: Hand, monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds: Iterator[float] = repeat(0.0)
-    moves = slow.moves
-    monkeypatch.setattr(slow, "moves", lambda name, _: moves(name, 0.0 if name.endswith("'") else next(seconds)))
+    seconds, moves = SimpleQueue[float](), slow.moves
+
+    def moving(name: str, _: float) -> None:
+        moves(name, 0.0 if name.endswith("'") or seconds.empty() else seconds.get())
+
+    monkeypatch.setattr(slow, "moves", moving)
 
     class Three(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -124,7 +127,8 @@ def test_equal_operations_have_the_median_of_their_runs(slow: Hand, monkeypatch:
 
     monkeypatch.setattr("pipecompile.profile.call.Call.allocated", lambda self: (0, 0))
     captured = capture(Three(), read_call(Three().forward, (torch.ones(2, 4, requires_grad=True),), {}))
-    seconds = iter([*[5.0] * 3, 1.0, 2.0, 9.0, 3.0, 4.0, 8.0])
+    for each in (*[5.0] * 3, 1.0, 2.0, 9.0, 3.0, 4.0, 8.0):
+        seconds.put(each)
     found = profile(captured, summarize(captured), "measure", CPU, threads=1)
     assert [cost.forward for cost in costs(found, "slow")] == [3.5] * 3
 

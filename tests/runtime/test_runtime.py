@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextvars import copy_context
 from itertools import permutations
-from queue import Queue, SimpleQueue
+from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,7 +36,8 @@ class Stop(BaseException):
 class Fuse(torch.autograd.Function):
     """Passes values and gradients on, unless it is lit, of which a capture sees nothing."""
 
-    wire: Queue[tuple[str, BaseException]] = Queue()
+    wire: SimpleQueue[tuple[str, BaseException]] = SimpleQueue()
+    one_at_a_time = threading.Lock()
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, name: str) -> Tensor:
@@ -51,9 +52,25 @@ class Fuse(torch.autograd.Function):
 
     @staticmethod
     def _burn(place: str) -> None:
-        for lit, error in list(Fuse.wire.queue):
+        for lit, error in Fuse.on_the_wire():
             if lit == place:
                 raise error
+
+    @staticmethod
+    def on_the_wire() -> list[tuple[str, BaseException]]:
+        with Fuse.one_at_a_time:
+            found = Fuse.taken()
+            for each in found:
+                Fuse.wire.put(each)
+        return found
+
+    @staticmethod
+    def taken() -> list[tuple[str, BaseException]]:
+        """What was on the wire, which is empty then."""
+        found = []
+        while not Fuse.wire.empty():
+            found.append(Fuse.wire.get_nowait())
+        return found
 
 
 class Fused(nn.Module):
@@ -119,11 +136,11 @@ def summary(pipe: Any) -> Any:
 @pytest.fixture
 def light() -> Iterator[Callable[..., None]]:
     def lit(place: str, error: BaseException | None = None) -> None:
-        Fuse.wire.queue.clear()
+        Fuse.taken()
         Fuse.wire.put((place, error or ValueError("too hot")))
 
     yield lit
-    Fuse.wire.queue.clear()
+    Fuse.taken()
 
 
 # Failure
@@ -154,7 +171,7 @@ def test_a_pipeline_works_again_after_a_failure(place: str, schedule: str, light
     light(place)
     with pytest.raises(ExecutionError):
         loss_of(pipe, floats()).backward()
-    Fuse.wire.queue.clear()
+    Fuse.taken()
     works(pipe)
     works(pipe)
 
@@ -169,7 +186,7 @@ def test_what_is_no_exception_comes_through_as_it_is(
     light(place, error)
     with pytest.raises(type(error)):
         loss_of(pipe, floats())
-    Fuse.wire.queue.clear()
+    Fuse.taken()
     works(pipe)
 
 
@@ -207,7 +224,7 @@ def test_a_failure_of_a_deferred_backward_may_be_repaired_by_another_call(light:
     light("backward 1")
     with pytest.raises(ExecutionError, match="too hot"):
         loss.backward()
-    Fuse.wire.queue.clear()
+    Fuse.taken()
     works(pipe)
 
 
@@ -219,7 +236,7 @@ def test_an_asynchronous_pipeline_works_again_after_a_failure(light: Callable[..
         light(place)
         with pytest.raises(ExecutionError, match="too hot"):
             pipe(x)
-        Fuse.wire.queue.clear()
+        Fuse.taken()
         before = [parameter.detach().clone() for parameter in pipe.parameters()]
         assert torch.isfinite(pipe(x))
         pipe.pipeline.flush()
@@ -232,7 +249,7 @@ def test_a_failure_in_a_flush_surfaces(light: Callable[..., None]) -> None:
     light("backward 0")
     with pytest.raises(ExecutionError, match="too hot"):
         pipe.pipeline.flush()
-    Fuse.wire.queue.clear()
+    Fuse.taken()
     pipe.pipeline.flush()
     assert torch.isfinite(pipe(floats()))
 

@@ -8,7 +8,6 @@ classes, modules, tensors, objects) by identity. Attributes of objects are guard
 from __future__ import annotations
 
 import ctypes
-import threading
 from argparse import Namespace
 from collections import deque
 from collections.abc import Callable
@@ -51,7 +50,7 @@ HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class created by Python code
 DEEPEST = 12  # nesting of containers; deeper values are compared by identity
 
 SHARED = (ctypes._SimpleCData, ctypes.Array, SynchronizedBase)  # numbers that processes share
-ASKED = (ContextVar, threading.Event, *SHARED)  # the same object may hold another value
+ASKED = (ContextVar, *SHARED)  # the same object may hold another value
 RECORDS = (SimpleNamespace, Namespace, partial, MappingProxyType, *KINDS, *ASKED)
 _BY_IDENTITY = frozenset({FunctionType, BuiltinFunctionType, type, ModuleType, CodeType, property, Nothing})
 Meet = Callable[[Any], None]
@@ -104,8 +103,6 @@ def _of_object(kind: type, value: Any, meet: Meet | None, depth: int) -> Any:
         return _of_items(kind, (), (value.func, value.args, value.keywords, vars(value)), meet, depth)
     if isinstance(value, ContextVar):
         return Same(value), imprint(value.get(MISSING), meet, depth + 1)
-    if isinstance(value, threading.Event):
-        return Same(value), value.is_set()
     if isinstance(value, SHARED):
         return Same(value), bytes(value.get_obj() if isinstance(value, SynchronizedBase) else value)
     if isinstance(value, SimpleNamespace | Namespace):

@@ -1,6 +1,5 @@
-"""Raw data that forward has met: numpy arrays, ``array.array``, ``bytearray``, views of such memory; shared numbers.
-
-Numbers of ``ctypes`` and of ``multiprocessing``, and events, are like them: the same object holds another value.
+"""Raw data that forward has met: numpy arrays, ``array.array``, ``bytearray``, views of such memory, and the numbers of
+``ctypes`` and ``multiprocessing``.
 
 A trace that has read some is valid while its contents are the same. What forward writes there cannot be repeated by
 later calls, since no attribute and no tensor changes, so it is refused.
@@ -9,7 +8,6 @@ later calls, since no attribute and no tensor changes, so it is refused.
 from __future__ import annotations
 
 import ctypes
-import threading
 from array import array
 from collections.abc import Iterator
 from copy import copy
@@ -21,8 +19,6 @@ import numpy as np
 from pipecompile.capture.state.fingerprints import SHARED, imprint
 from pipecompile.capture.state.raw_contents import LARGEST, is_file, is_raw, raw_contents
 
-_NUMBERS = (threading.Event, *SHARED)
-
 
 class RawData:
     """What one run of forward has met, with the contents before."""
@@ -32,7 +28,7 @@ class RawData:
 
     def meet(self, value: Any, label: str = "") -> Any:
         """Notes the present contents, if ``value`` is such data. Returns the value."""
-        is_known = is_raw(value) or isinstance(value, _NUMBERS)
+        is_known = is_raw(value) or isinstance(value, SHARED)
         if is_known and id(value) not in self._met and not is_file(value):
             before = None if _bytes_in(value) > LARGEST else _copied(value)
             self._met[id(value)] = value, label or f"a {type(value).__name__}", _contents(value), before
@@ -52,24 +48,20 @@ def _contents(value: Any) -> Any:
 
 
 def _bytes_in(value: Any) -> int:
-    if isinstance(value, _NUMBERS):
-        return 0 if isinstance(value, threading.Event) else ctypes.sizeof(_memory(value))
+    if isinstance(value, SHARED):
+        return ctypes.sizeof(_memory(value))
     sized = isinstance(value, np.ndarray | memoryview)
     return int(value.nbytes) if sized else len(value) * getattr(value, "itemsize", 1)
 
 
 def _copied(value: Any) -> Any:
-    if isinstance(value, threading.Event):
-        return value.is_set()
     if isinstance(value, SHARED):
         return bytes(_memory(value))
     return np.array(value) if isinstance(value, memoryview) else copy(value)
 
 
 def _put_back(value: Any, before: Any) -> None:
-    if isinstance(value, threading.Event):
-        (value.set if before else value.clear)()
-    elif isinstance(value, SHARED):
+    if isinstance(value, SHARED):
         ctypes.memmove(ctypes.addressof(_memory(value)), before, len(before))
     elif isinstance(value, array | bytearray):
         value[:] = before  # also their length

@@ -1051,15 +1051,6 @@ def level_of_a_logger() -> Iterator[Step]:
 
 
 @kind
-def event_of_a_thread() -> Iterator[Step]:
-    model = Net(lambda self, h: h * (2.0 if self.event.is_set() else 1.0))
-    model.second.event = threading.Event()
-    yield step(model)
-    model.second.event.set()
-    yield step(model)
-
-
-@kind
 def number_that_processes_share() -> Iterator[Step]:
     model = Net(lambda self, h: h * self.shared.value)
     model.second.__dict__["shared"] = multiprocessing.Value("d", 1.0)
@@ -2374,21 +2365,19 @@ def test_a_memory_map_is_compared_by_its_file_and_never_read(tmp_path: Path, mon
     assert not read
 
 
-def test_what_a_forward_writes_into_a_shared_number_or_an_event_is_refused_and_undone() -> None:
+def test_what_a_forward_writes_into_a_shared_number_is_refused_and_undone() -> None:
     def counts(self: Any, h: Tensor) -> Tensor:
         self.shared.value += 1
-        self.event.set()
         return h
 
     model = Net(counts)
-    model.second.__dict__["shared"], model.second.event = multiprocessing.Value("d", 2.0), threading.Event()
+    model.second.__dict__["shared"] = multiprocessing.Value("d", 2.0)
     pipe = pipecompile.compile(model, ["cpu", "cpu"], costs="count")
     with pytest.raises(
         PipecompileError, match=r"forward writes into second\.\w+ in place, .*; keep the numbers in a buf"
     ):
         pipe(rows())
     assert model.second.shared.value == 2
-    assert not model.second.event.is_set()
 
 
 def test_a_global_that_hides_a_builtin_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
