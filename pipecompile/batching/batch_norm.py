@@ -34,13 +34,27 @@ def uses_batch_statistics(node: fx.Node) -> bool:
     return node.target in _ARGUMENTS and bool(_given(node).get("training", False))
 
 
+def norms(captured: Captured) -> tuple[fx.Node, ...]:
+    """The calls that normalize by the statistics of a batch, among them those of modules kept whole."""
+    nodes = captured.graph.nodes
+    return tuple(node for node in nodes if uses_batch_statistics(node) or _is_kept_whole(captured, node))
+
+
 def norms_kept_whole(captured: Captured) -> tuple[str, ...]:
-    """The batch normalizations that are leaves: one without momentum reads its counter, by which it moves.
+    """The paths of batch normalizations that are kept whole: one without momentum reads its counter, by which it moves.
 
     Such a module normalizes by the statistics of each microbatch, and counts microbatches, as its own code does.
     """
-    targets = [str(node.target) for node in captured.graph.nodes if node.op == "call_module"]
-    return tuple(target for target in targets if isinstance(captured.model.get_submodule(target), _BatchNorm))
+    return tuple(str(node.target) for node in captured.graph.nodes if _is_kept_whole(captured, node))
+
+
+def _is_kept_whole(captured: Captured, node: fx.Node) -> bool:
+    """Whether a node calls a batch normalization of torch's and nothing else: no hooks, no forward of a subclass."""
+    module = captured.model.get_submodule(str(node.target)) if node.op == "call_module" else None
+    if not isinstance(module, _BatchNorm) or getattr(module.forward, "__func__", None) is not _BatchNorm.forward:
+        return False
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    return not hooked and (module.training or module.running_mean is None)
 
 
 def defer_running(captured: Captured) -> Captured:

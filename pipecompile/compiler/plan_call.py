@@ -11,7 +11,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor, nn
 
-from pipecompile.batching import Division, Rows, uses_batch_statistics
+from pipecompile.batching import Division, Rows, norms
 from pipecompile.capture import Captured
 from pipecompile.capture.state.reachable import Reach
 from pipecompile.capture.state.restore import generators_kept, left_as_before
@@ -246,7 +246,7 @@ class Planner:
         There are none if there is nothing to compare, or a second size cannot run.
         """
         rows = -(-batch // usual)
-        fewer = any(map(uses_batch_statistics, division.body.graph.nodes))  # nearer to the whole batch's
+        fewer = bool(norms(division.body))  # nearer to the whole batch's
         limited = any(device.memory is not None for device in cluster.devices)  # and fewer need more
         tried = numbers(batch, len(cluster), usual, most=usual if fewer else batch)
         if costed.measured:  # where there may be no room for larger ones, which are only known for sure once measured

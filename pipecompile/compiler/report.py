@@ -10,7 +10,7 @@ from typing import Any
 
 import sympy
 
-from pipecompile.batching import Partial, uses_batch_statistics
+from pipecompile.batching import Partial, norms
 from pipecompile.capture import Captured
 from pipecompile.capture.loss import could_be_losses
 from pipecompile.capture.origin import Origin, origin_of
@@ -52,9 +52,8 @@ def _across_microbatches(compiled: Compiled) -> list[str]:
     notes += [f"found by experiment: samples do not mix in {what}" for what in division.tried]
     kept = {origin_of(n).path for n in captured.graph.nodes if n.op == "call_module" and origin_of(n).writes}
     notes += [f"module {path!r} is kept whole and may write its buffers once per microbatch" for path in sorted(kept)]
-    norms = [n for n in captured.graph.nodes if uses_batch_statistics(n)]
-    if norms:
-        notes.append(f"batch normalization uses each microbatch's statistics ({origin_of(norms[0])})")
+    if normalizing := norms(captured):
+        notes.append(f"batch normalization uses each microbatch's statistics ({origin_of(normalizing[0])})")
     body = [n for n in division.body.graph.nodes if n.op != "call_module"]
     written = dict.fromkeys(name for n in body for name in origin_of(n).writes)
     if written:

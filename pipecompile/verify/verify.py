@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from pipecompile.batching import Batching, Rows, uses_batch_statistics
+from pipecompile.batching import Batching, Rows, norms
 from pipecompile.capture.pytrees import flatten
 from pipecompile.capture.state.caches import caches_in
 from pipecompile.capture.state.model_state import without_caches
@@ -147,7 +147,7 @@ def _check(
     if why:
         line = f"compared with the unsplit model on the same microbatches, since {why}"
         notes.setdefault("microbatches", {})[line] = None
-    elif len(batch.rows) > 1 and any(map(uses_batch_statistics, batch.division.body.graph.nodes)):
+    elif len(batch.rows) > 1 and norms(batch.division.body):
         line = "the unsplit model also normalizes by the statistics of each microbatch"
         notes.setdefault("microbatches", {})[line] = None
     parts = batch.rows if why else Rows((sum(batch.rows.counts),))

@@ -215,6 +215,29 @@ def test_without_momentum_statistics_are_the_average_of_those_of_microbatches() 
         torch.testing.assert_close(parameter.grad, gradients[name].grad, msg=name)
     assert model.first.num_batches_tracked == 9
     torch.testing.assert_close(dict(model.named_buffers()), dict(unsplit.named_buffers()))
+    assert any(
+        "uses each microbatch's statistics (module 'first'" in line for line in pipe.pipeline.report.microbatches
+    )
+
+
+class Mixes(nn.BatchNorm1d):
+    """Not what the classes of torch compute."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.softmax(0) if float(x.detach().mean()) < 1e9 else x
+
+
+@pytest.mark.parametrize("how", ["subclass", "hook", "forward of its own"])
+def test_what_a_normalization_kept_whole_does_in_addition_is_not_taken_for_one(how: str) -> None:
+    norm = Mixes(4) if how == "subclass" else nn.BatchNorm1d(4, momentum=None)
+    if how == "hook":
+        norm.register_forward_hook(lambda module, args, out: out * args[0].softmax(0))
+    if how == "forward of its own":
+        norm.forward = lambda x: Mixes.forward(norm, x)
+    model = nn.Sequential(nn.Linear(4, 4), norm, nn.Linear(4, 2))
+    pipe = pipecompile.compile(model, ["cpu", "cpu"], microbatches=3, costs="count")
+    with pytest.raises(CaptureError, match="samples of the batch mix here"):
+        pipe(torch.randn(6, 4))
 
 
 def test_deferred_statistics_that_the_model_reads_are_refused() -> None:

@@ -107,7 +107,8 @@ class Names:
     label: str
 
     def value(self) -> Any:
-        return frozenset(self.names & vars(self.owner).keys())
+        held = vars(self.owner)  # of thousands of tensors, most of which have none
+        return ", ".join(sorted(name for name in held if name in self.names)) if held else ""
 
 
 @dataclass(frozen=True, slots=True)

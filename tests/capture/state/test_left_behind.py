@@ -10,6 +10,8 @@ import itertools
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from queue import SimpleQueue
+from threading import Thread
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pipecompile
+from pipecompile.capture.state.iterators import Advanced
 from pipecompile.errors import CaptureError
 
 D = 6
@@ -509,6 +512,23 @@ def test_an_iterator_that_forward_advances_is_refused_with_the_remedy(make: Call
     with pytest.raises(CaptureError, match=r"test_left_behind.*turns, an iterator .*; count in an attribute"):
         pipe(inputs(0))
     assert [next(block.turns) for block in model.blocks] == first
+
+
+def test_another_thread_may_advance_an_iterator_meanwhile() -> None:
+    """As one that loads batches does."""
+    seen = SimpleQueue[int]()
+
+    def body(self: Any, h: Tensor) -> Tensor:
+        thread = Thread(target=lambda: seen.put(next(self.turns)))
+        thread.start()
+        thread.join()
+        return h * 2
+
+    model = Model(body, lambda: {"turns": itertools.count()})
+    pipe = pipecompile.compile(model, ["cpu"] * 2, costs="count", verify="never")
+    pipe.pipeline.prepare(inputs(0))
+    assert seen.get_nowait() == 0
+    assert not isinstance(model.blocks[0].turns, Advanced)
 
 
 def test_state_that_goes_from_call_to_call_is_refused_with_the_remedy() -> None:
