@@ -10,9 +10,9 @@ from __future__ import annotations
 import time
 
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 
 from pipecompile.distributed.watch import Store, Watch
+from pipecompile.ops.torch_internals import num_process_groups
 
 PAUSE = 0.002  # seconds; each is longer than the one before
 
@@ -22,7 +22,7 @@ def make_as_many(watch: Watch) -> None:
 
     Called where the wait can be left. It ends when one of them has failed.
     """
-    store, mine, pause = watch.store(), _count(), PAUSE
+    store, mine, pause = watch.store(), num_process_groups(), PAUSE
     most = _at_least(store, mine)
     arrived = store.add("counted", 1)
     while arrived < watch.size and not (watch.cause or watch.closed):
@@ -40,7 +40,3 @@ def _at_least(store: Store, number: int) -> int:
     while number > most:
         most = int(store.compare_set("groups", str(most), str(number)))
     return most
-
-
-def _count() -> int:
-    return len(distributed_c10d._world.pg_names)

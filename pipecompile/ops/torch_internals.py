@@ -122,6 +122,7 @@ __all__ = [
     "is_legacy_batchedtensor",
     "mark_dynamic",
     "no_cpp_compiler",
+    "num_process_groups",
     "parametrize",
     "peek_interpreter_stack",
     "pytree",
@@ -135,6 +136,13 @@ __all__ = [
 def when_backward_ends(act: Callable[[], None]) -> None:
     """Acts when the present backward has ended; not if anything in it raises, such as a hook."""
     torch.autograd.Variable._execution_engine.queue_callback(act)
+
+
+def num_process_groups() -> int:
+    """How many process groups this process has: part of the name of the next one that only its members make."""
+    from torch.distributed.distributed_c10d import _world
+
+    return len(_world.pg_names)
 
 
 # torch.compile takes seconds to import, so it is imported by what needs it.
