@@ -14,6 +14,7 @@ from launcher import Launcher
 from torch import Tensor
 
 from pipecompile.distributed import lines, near
+from pipecompile.distributed.line import Out
 from pipecompile.distributed.packet import MARK, is_there
 
 
@@ -112,7 +113,7 @@ def test_a_packet_is_known_by_its_mark_and_an_earlier_one_from_elsewhere_is_not(
 
 def test_a_message_is_held_until_it_has_been_sent() -> None:
     jobs: list[Callable[[], None]] = []
-    line, message, held = lines._Out(SimpleNamespace(put=jobs.append), "a line"), torch.empty(1), list[bool]()
+    line, message, held = Out(SimpleNamespace(put=jobs.append), "a line"), torch.empty(1), list[bool]()
     alive = weakref.ref(message)
     line.sent(message, SimpleNamespace(wait=lambda: held.append(alive() is not None)))
     del message
