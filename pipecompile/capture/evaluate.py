@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipecompile.capture.origin import origin_of
 from pipecompile.ops.device_args import retarget
-from pipecompile.ops.modes import enter_region
+from pipecompile.ops.modes import entered_modes
 from pipecompile.ops.torch_internals import DisableTorchFunction, _disable_current_modes
 
 META_TO_CPU = (torch.device("meta"), torch.device("cpu"))  # inputs have values even if the model is on meta
@@ -68,7 +68,7 @@ class Evaluator:
 
     def _compute(self, node: fx.Node) -> Any:
         self.check(node)
-        with enter_region(True, origin_of(node).region.autocast):  # whether autograd records is the evaluator's choice
+        with entered_modes(True, origin_of(node).region.autocast):  # whether autograd records is the evaluator's choice
             return self._run(node)
 
     def _run(self, node: fx.Node) -> Any:

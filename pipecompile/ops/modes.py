@@ -9,7 +9,9 @@ of two such autocasts are entered one after the other, also where they are equal
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -39,10 +41,49 @@ class Region:
 
 
 PLAIN = Region()
+_here = threading.local()
 
 
 def enter_region(grad: bool, autocast: tuple[Autocast, ...]) -> ExitStack:
     """Enters a region. Returns the argument for ``exit_region``; a stage's generated code calls both."""
+    entered = entered_modes(grad, autocast)
+    _open().append(entered)
+    return entered
+
+
+def exit_region(entered: ExitStack) -> None:
+    """Leaves the region that ``enter_region`` entered last."""
+    last = _open().pop()
+    assert last is entered, "the last one entered is the first one left"
+    entered.close()
+    drop_casts()
+
+
+@contextmanager
+def regions_left() -> Iterator[None]:
+    """A context for generated code, which leaves the regions that the code has entered and not left.
+
+    It raised: an error, or, where a backward recomputes it, the exception by which torch ends it once it has all that
+    it needs.
+    """
+    before = len(_open())
+    try:
+        yield
+    finally:
+        while len(_open()) > before:
+            exit_region(_open()[-1])
+
+
+def _open() -> list[ExitStack]:
+    """The regions that this thread is in."""
+    if not hasattr(_here, "entered"):
+        _here.entered = []
+    found: list[ExitStack] = _here.entered
+    return found
+
+
+def entered_modes(grad: bool, autocast: tuple[Autocast, ...]) -> ExitStack:
+    """Enters modes; a context that leaves them."""
     stack = ExitStack()
     if not grad:
         stack.enter_context(torch.no_grad())
@@ -50,9 +91,3 @@ def enter_region(grad: bool, autocast: tuple[Autocast, ...]) -> ExitStack:
         casts = torch.autocast(device, dtype=getattr(torch, dtype), enabled=enabled, cache_enabled=shares)
         stack.enter_context(casts)
     return stack
-
-
-def exit_region(entered: ExitStack) -> None:
-    """Leaves the region that ``enter_region`` entered."""
-    entered.close()
-    drop_casts()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pipecompile.capture.functionalize import storage_key
 from pipecompile.capture.origin import origin_of
-from pipecompile.ops.modes import enter_region
+from pipecompile.ops.modes import entered_modes
 from pipecompile.profile.allocations import Allocations
 from pipecompile.profile.storages import has_storage, nbytes
 
@@ -120,7 +120,7 @@ class Call:
 
     def entered(self) -> ExitStack:
         """A context with the modes of its region."""
-        return enter_region(self.region.grad, self.region.autocast)
+        return entered_modes(self.region.grad, self.region.autocast)
 
     def _run(self, args: Any, kwargs: Any) -> Any:
         with self.entered():

@@ -31,7 +31,7 @@ from pipecompile.ops.accelerators import is_accelerator
 from pipecompile.ops.checkpoint import Recomputed
 from pipecompile.ops.compiled_part import CompiledPart
 from pipecompile.ops.device_args import retarget, same_device
-from pipecompile.ops.modes import PLAIN, Region, enter_region, exit_region
+from pipecompile.ops.modes import PLAIN, Autocast, Region, enter_region, exit_region, regions_left
 from pipecompile.ops.module_tree import called_bare, owner_of
 from pipecompile.ops.names import in_code, in_graph_module, in_model, placeholder
 from pipecompile.ops.randomness import seeded
@@ -288,22 +288,34 @@ def _moved(region: Region, old: torch.device, new: torch.device) -> Region:
 
 
 class _Regions:
-    """Writes the calls that enter and leave regions."""
+    """Writes the calls that enter and leave regions: an outermost autocast, and within it the other modes.
+
+    It stays entered while the others change, as in the model: until it ends, torch keeps the casts of weights.
+    """
 
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
         self.current = PLAIN
-        self.entered: fx.Node | None = None
+        self.outer: fx.Node | None = None
+        self.inner: fx.Node | None = None
 
     def change(self, region: Region) -> None:
-        if region == self.current and region.entry == self.current.entry:
+        is_same = region.entry == self.current.entry
+        if region == self.current and is_same:
             return
-        if self.entered is not None:
-            self.graph.call_function(exit_region, (self.entered,))
-        self.entered = None
-        if region != PLAIN:
-            self.entered = self.graph.call_function(enter_region, (region.grad, region.autocast))
+        self._leave(self.inner)
+        if not is_same:
+            self._leave(self.outer)
+            self.outer = self._enter(True, region.autocast[:1])
+        self.inner = self._enter(region.grad, region.autocast[1:])
         self.current = region
+
+    def _enter(self, grad: bool, autocast: tuple[Autocast, ...]) -> fx.Node | None:
+        return None if grad and not autocast else self.graph.call_function(enter_region, (grad, autocast))
+
+    def _leave(self, entered: fx.Node | None) -> None:
+        if entered is not None:
+            self.graph.call_function(exit_region, (entered,))
 
 
 def _module(
@@ -333,7 +345,9 @@ def quiet(module: fx.GraphModule) -> fx.GraphModule:
     """A graph module whose failing call does not print to stderr; the runtime reports the error.
 
     Global module hooks (``register_module_forward_hook``) do not run on it, since it is not one of the model's modules.
+    Nor does such a call leave its thread in a region of the model.
     """
     kind: Any = type(module)
-    kind.__call__ = called_bare
+    enters = any(node.target is enter_region for node in module.graph.nodes)
+    kind.__call__ = regions_left()(called_bare) if enters else called_bare
     return module

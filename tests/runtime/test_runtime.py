@@ -218,6 +218,29 @@ def test_a_failure_leaves_no_gradient_behind(light: Callable[..., None]) -> None
     assert {parameter.grad for parameter in pipe.parameters()} == {None}
 
 
+@pytest.mark.parametrize("place", ["forward 0", "forward 1"])
+def test_a_failure_leaves_no_autocast_behind(light: Callable[..., None], place: str) -> None:
+    class Lowered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = Fused("0"), Fused("1")
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.first.layer(x)
+            with torch.autocast("cpu", torch.bfloat16):
+                x = self.last(self.first(x))
+            return self.last.layer(x.float()).square().mean()
+
+    pipe, x = pipecompile.compile(Lowered(), ["cpu"] * 2, microbatches=2, costs="count"), torch.randn(4, D)
+    before = pipe(x)
+    light(place)
+    with pytest.raises(ExecutionError, match="too hot"):
+        pipe(x)
+    Fuse.taken()
+    assert torch.equal(pipe(x), before)
+    assert not torch.is_autocast_enabled("cpu")
+
+
 def test_a_failure_of_a_deferred_backward_may_be_repaired_by_another_call(light: Callable[..., None]) -> None:
     pipe = pipe_of(Net(inside=False))
     loss = loss_of(pipe, floats())

@@ -13,6 +13,7 @@ from oracle import assert_same, step
 from pairs import pipe_of
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import pipecompile
 from pipecompile import Batching, PlanOptions
@@ -192,6 +193,48 @@ def test_gradients_of_casts_are_added_up_within_one_autocast(
         model, x = Recurrent(each, gap, shares), torch.randn(4, 24, 16) + 0.5
         step = pipe_of(model, 1, schedule=schedule, microbatches=1) if splits else model
         step(x).backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert gradient is not None
+        assert torch.equal(gradients[1][name], gradient), name
+
+
+class Nested(Recurrent):
+    """An autocast that goes on behind one that is off inside it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with self._casts():
+            h = self.cell(x[:, 0])
+            with torch.autocast("cpu", enabled=False):
+                h = h.float() * 2
+            h = self.cell(h)
+        return (self.head(h.float()) ** 2).mean()
+
+
+class Again(Recurrent):
+    """Each run of the cell is recomputed in the backward."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def run(h: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
+            with self._casts():
+                return self.cell(h + now).tanh()
+
+        h = x[:, 0]
+        for now in x.unbind(1):
+            h = checkpoint(run, h, now, use_reentrant=False)
+        return (self.head(h.float()) ** 2).mean()
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
+@pytest.mark.parametrize(("kind", "steps"), [(Nested, 1), (Again, 2)])
+def test_casts_live_as_long_as_their_autocast(kind: type[Recurrent], steps: int, schedule: str) -> None:
+    gradients = []
+    for splits in (False, True):
+        torch.manual_seed(0)
+        model, x = kind(False, False, True), torch.randn(4, 6, 16) + 0.5
+        step = pipe_of(model, 1, schedule=schedule, microbatches=1) if splits else model
+        for _ in range(steps):
+            step(x).backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     for name, gradient in gradients[0].items():
         assert gradient is not None
